@@ -1,0 +1,330 @@
+"""Frozen configuration of every part of the model, refused on construction when it cannot work.
+
+Presets are tables of differences: `pocket` is the default of every field, `small` and `cogvideo` say what they change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse a user's value: `message` says what was got and what was expected."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the sandwich-LayerNorm transformer that all stages share (paper section 3, released shapes)."""
+
+    num_layers: int = 8
+    """Number of blocks."""
+    hidden: int = 256
+    """Width of the residual stream."""
+    num_heads: int = 4
+    """Attention heads of each channel; the head width is `hidden / num_heads`."""
+    vocab_size: int = 4096
+    """Rows of the word embedding: image codes first, then text pieces and special tokens."""
+    num_codes: int = 1024
+    """Image codes: tokens `[0, num_codes)`."""
+    start_of_image: int = 4093
+    """Token that is fed at slot 0 of every frame."""
+    pad: int = 1024
+    """Token that fills unused text slots."""
+    num_positions: int = 256
+    """Rows of the base position table."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden", "num_heads", "vocab_size", "num_codes", "num_positions"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+        require(
+            self.hidden % self.num_heads == 0,
+            f"hidden {self.hidden} is not divisible by num_heads {self.num_heads}",
+        )
+        require(
+            self.num_codes <= self.vocab_size,
+            f"num_codes {self.num_codes} is larger than vocab_size {self.vocab_size}",
+        )
+        for name in ("start_of_image", "pad"):
+            token = getattr(self, name)
+            require(
+                0 <= token < self.vocab_size,
+                f"{name} token is {token}, expected an id in [0, {self.vocab_size})",
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden // self.num_heads
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Inner width of the feed-forward layer."""
+        return 4 * self.hidden
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Numbers that place text and frames in a sequence; `layout.SequenceLayout` is made from them."""
+
+    grid: int = 8
+    """Side of a frame in codes."""
+    num_frames: int = 5
+    """Frames of one sequence of the video stages."""
+    text_slots: int = 48
+    """Text slots of the video stages, frame rate prefix included."""
+    image_text_slots: int = 48
+    """Text slots of the image model."""
+    frame_position: int = 48
+    """Position of slot 0 of frame 0; text positions lie below it."""
+
+    def __post_init__(self) -> None:
+        for name in ("grid", "num_frames", "text_slots", "image_text_slots"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+        longest = max(self.text_slots, self.image_text_slots)
+        require(
+            self.frame_position >= longest,
+            f"frame_position {self.frame_position} lies inside the {longest} text positions",
+        )
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What a video stage adds to the image model: the temporal channel."""
+
+    window: int = 0
+    """Side of the temporal attention's windows, in codes; 0 is full attention. Odd blocks shift them by half."""
+
+    def __post_init__(self) -> None:
+        require(self.window >= 0, f"window is {self.window}, expected 0 (full attention) or a positive number")
+        require(self.window % 2 == 0, f"window is {self.window}, expected an even number: odd blocks shift by half")
+
+
+@dataclass(frozen=True)
+class UpscalerConfig:
+    """Super-resolution of code grids (CogView2 'direct', spec section 4)."""
+
+    ratio: int = 3
+    """Side of the high grid over side of the low grid."""
+    text_slots: int = 48
+    """Text slots in front of the low codes."""
+    low_position: int = 49
+    """Position of the first low code."""
+    high_rows: int = 9
+    """Rows of high slots that a high slot sees, itself in the middle."""
+    high_columns: int = 5
+    """Columns of high slots that a high slot sees."""
+    low_side: int = 5
+    """Rows and columns of low codes that a high slot sees around its coarse place."""
+
+    def __post_init__(self) -> None:
+        require(self.ratio >= 1, f"ratio is {self.ratio}, expected at least 1")
+        require(self.low_position >= self.text_slots, f"low_position {self.low_position} lies inside the text")
+        for name in ("high_rows", "high_columns", "low_side"):
+            size = getattr(self, name)
+            require(size > 0 and size % 2 == 1, f"{name} is {size}, expected a positive odd number")
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The VQ image autoencoder (ICE, spec section 5): one encoder, one codebook, one decoder a rate."""
+
+    channels: int = 32
+    """Width that the multipliers multiply."""
+    encoder_multipliers: tuple[int, ...] = (1, 2, 4)
+    """Widths of the encoder's levels; each level but the last halves the side."""
+    encoder_blocks: int = 2
+    """Residual blocks a level of the encoder."""
+    decoder_multipliers: tuple[tuple[int, ...], ...] = ((1, 1, 2, 4),)
+    """Widths of each decoder's levels, coarsest rate first; a decoder of n levels enlarges by `2 ** (n - 1)`."""
+    decoder_blocks: int = 1
+    """Residual blocks a level of a decoder."""
+    embedding_dim: int = 64
+    """Width of a codebook row."""
+    num_codes: int = 1024
+    """Rows of the codebook."""
+    num_downsamplers: int = 1
+    """Residual down-samplers behind the encoder, each halving the side."""
+    rate: int = 8
+    """Rate that the video model uses: pixels of a side of one code."""
+    groups: int = 32
+    """Groups of GroupNorm."""
+    nominal_resolution: int = 256
+    """Input side that `attention_resolution` refers to."""
+    attention_resolution: int = 16
+    """Decoder levels whose nominal side is this have attention after their residual blocks."""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Mean of red, green and blue, for pixels in [0, 1]."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Standard deviation of red, green and blue."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "encoder_blocks", "decoder_blocks", "embedding_dim", "num_codes", "groups"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+        for multipliers in (self.encoder_multipliers, *self.decoder_multipliers):
+            require(
+                len(multipliers) > 0 and all(factor > 0 for factor in multipliers),
+                f"multipliers are {multipliers}, expected one positive number a level",
+            )
+        require(
+            self.rates == tuple(sorted(set(self.rates), reverse=True)),
+            f"decoders have the rates {self.rates}, expected different ones, coarsest first",
+        )
+        require(self.num_downsamplers >= 0, f"num_downsamplers is {self.num_downsamplers}, expected 0 or more")
+        coarsest = self.encoder_rate * 2**self.num_downsamplers
+        require(
+            all(self.encoder_rate <= rate <= coarsest for rate in self.rates),
+            f"decoders have the rates {self.rates}, expected rates in [{self.encoder_rate}, {coarsest}]: "
+            f"those of an encoder of rate {self.encoder_rate} with {self.num_downsamplers} down-samplers",
+        )
+        require(self.rate in self.rates, f"rate is {self.rate}, expected one of {self.rates}")
+        require(
+            self.channels % self.groups == 0,
+            f"channels {self.channels} is not divisible by groups {self.groups}",
+        )
+        require(all(value > 0 for value in self.std), f"std is {self.std}, expected positive numbers")
+
+    @property
+    def encoder_rate(self) -> int:
+        """Pixels a side of one cell of the encoder's output."""
+        return 2 ** (len(self.encoder_multipliers) - 1)
+
+    @property
+    def rates(self) -> tuple[int, ...]:
+        """Rates of the decoders, in their order (coarsest first)."""
+        return tuple(2 ** (len(multipliers) - 1) for multipliers in self.decoder_multipliers)
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """How captions become text tokens. Token id = `num_codes` + SentencePiece id; special tokens follow the pieces."""
+
+    duration_template: str = "{duration:g}s<n>{caption}"
+    """Text of the video stages; `duration` is the seconds that the sequence's frames span."""
+    image_template: str = "<n>{caption}"
+    """Text of the image model."""
+    unconditional_caption: str = ""
+    """Caption of the unconditional rows of guidance."""
+
+    def __post_init__(self) -> None:
+        for name, fields in (("duration_template", {"duration", "caption"}), ("image_template", {"caption"})):
+            template = getattr(self, name)
+            found = {each for _, each, _, _ in string.Formatter().parse(template) if each is not None}
+            require(
+                found == fields,
+                f"{name} is {template!r}, expected a text with the fields {sorted(fields)}, got {sorted(found)}",
+            )
+
+
+@dataclass(frozen=True)
+class CogVideoConfig:
+    """A whole system: image model, two video stages, super-resolution and both tokenizers."""
+
+    transformer: TransformerConfig = field(default_factory=TransformerConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    sequential: StageConfig = field(default_factory=StageConfig)
+    interpolation: StageConfig = field(default_factory=lambda: StageConfig(window=4))
+    upscaler: UpscalerConfig = field(default_factory=UpscalerConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("sequential", "interpolation"):
+            window = getattr(self, name).window
+            require(
+                window == 0 or self.layout.grid % window == 0,
+                f"grid {self.layout.grid} is not divisible by the {name} window {window}",
+            )
+        require(
+            self.autoencoder.num_codes == self.transformer.num_codes,
+            f"the autoencoder has {self.autoencoder.num_codes} codes, the transformer {self.transformer.num_codes}",
+        )
+        needed = max(self.layout.frame_position, self.upscaler.low_position) + self.layout.grid**2
+        require(
+            self.transformer.num_positions >= needed,
+            f"num_positions is {self.transformer.num_positions}, expected at least {needed}: text and one frame",
+        )
+
+
+_RELEASED_MEAN = (0.79093, 0.76271, 0.75340)
+_RELEASED_STD = (0.30379, 0.32279, 0.32800)
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "pocket": {},
+    "small": {
+        "transformer": {"num_layers": 12, "hidden": 768, "num_heads": 12, "vocab_size": 16384, "num_codes": 4096}
+        | {"pad": 4096, "start_of_image": 16381, "num_positions": 512},
+        "layout": {"grid": 16, "text_slots": 64, "image_text_slots": 64, "frame_position": 64},
+        "interpolation": {"window": 8},
+        "upscaler": {"text_slots": 64, "low_position": 65},
+        "autoencoder": {"channels": 64, "embedding_dim": 128, "num_codes": 4096},
+    },
+    "cogvideo": {
+        "transformer": {"num_layers": 48, "hidden": 3072, "num_heads": 48, "vocab_size": 150_010}
+        | {"num_codes": 20_000, "pad": 20_003, "start_of_image": 150_000, "num_positions": 1024},
+        "layout": {"grid": 20, "text_slots": 64, "image_text_slots": 111, "frame_position": 512},
+        "interpolation": {"window": 10},
+        "upscaler": {"text_slots": 96, "low_position": 513},
+        "autoencoder": {"channels": 128, "embedding_dim": 256, "num_codes": 20_000, "num_downsamplers": 2}
+        | {"decoder_multipliers": ((1, 1, 1, 2, 4), (1, 1, 2, 4), (1, 2, 4))}
+        | {"mean": _RELEASED_MEAN, "std": _RELEASED_STD},
+        "text": {
+            "duration_template": "{duration}秒<n>{caption}",
+            "image_template": "{caption} 高清摄影",
+            "unconditional_caption": "视频",
+        },
+    },
+}
+
+
+def preset(name: str) -> CogVideoConfig:
+    """The configuration of that name.
+
+    Raises:
+        ValueError: no preset is called that.
+    """
+    require(name in PRESETS, f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
+    base = CogVideoConfig()
+    parts = {part: replace(getattr(base, part), **changes) for part, changes in PRESETS[name].items()}
+    return replace(base, **parts)
+
+
+def from_dict(kind: type[T], values: dict[str, Any]) -> T:
+    """A configuration of class `kind` from what `dataclasses.asdict` and JSON made of it.
+
+    Raises:
+        ValueError: a field is missing, unknown or of another shape, or its value is refused.
+    """
+    require(isinstance(values, dict), f"{kind.__name__} is {values!r}, expected a table of its fields")
+    hints = typing.get_type_hints(kind)
+    names = {each.name for each in dataclasses.fields(typing.cast(Any, kind))}
+    require(
+        values.keys() == names,
+        f"{kind.__name__} has the wrong fields: missing {sorted(names - values.keys())}, "
+        f"unknown {sorted(values.keys() - names)}",
+    )
+    return kind(**{name: _restore(f"{kind.__name__}.{name}", hints[name], value) for name, value in values.items()})
+
+
+def _restore(name: str, hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value)
+    if typing.get_origin(hint) is tuple:
+        require(isinstance(value, list | tuple), f"{name} is {value!r}, expected a list")
+        return tuple(_restore(name, typing.get_args(hint)[0], each) for each in value)
+    if typing.get_origin(hint) is Literal or isinstance(hint, types.UnionType):
+        return value
+    accepted = (int, float) if hint is float else hint
+    require(
+        isinstance(value, accepted) and (hint is bool or not isinstance(value, bool)),
+        f"{name} is {value!r}, expected {hint.__name__}",
+    )
+    return value

@@ -1,0 +1,1 @@
+"""Sampling, decoding and the hierarchy: no parameters, no files."""

@@ -1,0 +1,143 @@
+"""From logits to codes: every sampler flattens the log-probabilities, then adds noise that was fixed beforehand.
+
+Drawing from a distribution is taking the largest of log-probability plus Gumbel noise. The noise of every slot of every
+frame follows from the sample's generator alone, so neither the batch, nor the order, nor the number of slots drafted at
+once can change a clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from cogvideo.config import require
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How codes are drawn. Filters apply in this order: temperature, top-k, top-p, clusters."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy: the most likely code, whatever the noise."""
+    top_k: int = 0
+    """Keep the k most likely codes; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest codes whose probabilities add up to p."""
+    clusters: int = 0
+    """Keep the k most likely clusters of codes (CogView2, CogVideo); 0 is no clusters."""
+    cluster_temperature: float = 0.89
+    """Divides the logits once more inside the chosen cluster."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, f"temperature is {self.temperature}, expected 0 (greedy) or more")
+        require(self.top_k >= 0, f"top_k is {self.top_k}, expected 0 (all) or more")
+        require(0 < self.top_p <= 1, f"top_p is {self.top_p}, expected above 0, at most 1")
+        require(self.clusters >= 0, f"clusters is {self.clusters}, expected 0 (none) or more")
+        require(self.cluster_temperature > 0, f"cluster_temperature is {self.cluster_temperature}, expected above 0")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether no noise is added."""
+        return self.temperature == 0
+
+
+def log_probabilities(
+    logits: Float[Tensor, "*rows codes"], sampling: Sampling, labels: Int64[Tensor, " codes"] | None = None
+) -> Float[Tensor, "*rows codes"]:
+    """Log-probabilities of the sampler's distribution; -inf for codes that cannot be drawn.
+
+    Args:
+        logits: of any float type; float64 stays, everything else becomes float32.
+        sampling: which sampler.
+        labels: cluster of each code, needed where `sampling.clusters` is set.
+
+    Raises:
+        ValueError: clusters are asked for and there are no labels.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if sampling.greedy:
+        return logits
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if not sampling.clusters:
+        return logits.log_softmax(-1)
+    require(labels is not None, "sampling asks for clusters, but the tokenizer has no cluster labels")
+    assert labels is not None
+    return cluster_log_probabilities(logits, labels, sampling.clusters, sampling.cluster_temperature)
+
+
+def keep_top_k(logits: Float[Tensor, "*rows codes"], k: int) -> Float[Tensor, "*rows codes"]:
+    """-inf for all but the k largest."""
+    least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+def keep_top_p(logits: Float[Tensor, "*rows codes"], p: float) -> Float[Tensor, "*rows codes"]:
+    """-inf for all but the fewest, most likely ones whose probabilities add up to p."""
+    ordered, index = logits.softmax(-1).sort(-1, descending=True)
+    dropped = ordered.cumsum(-1) - ordered >= p
+    return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, index, dropped), -torch.inf)
+
+
+def cluster_log_probabilities(
+    logits: Float[Tensor, "*rows codes"], labels: Int64[Tensor, " codes"], k: int, temperature: float
+) -> Float[Tensor, "*rows codes"]:
+    """Cluster sampling in closed form (spec section 3).
+
+    Draw one of the k most likely clusters by its share of the probability, then a code inside it:
+    `P(code) = P(cluster of code | best k) * softmax in the cluster(logits / temperature)`.
+
+    Args:
+        logits: already divided by the temperature of the first draw.
+        labels: cluster of each code; every cluster holds a code.
+        k: clusters that are kept.
+        temperature: of the second draw.
+    """
+    cluster = _log_sum_by(logits, labels)
+    kept = keep_top_k(cluster, k).log_softmax(-1)
+    inside = logits / temperature
+    return (
+        kept[..., labels] + inside - _log_sum_by(inside, labels)[..., labels].clamp(min=torch.finfo(logits.dtype).min)
+    )
+
+
+def _log_sum_by(logits: Tensor, labels: Tensor) -> Float[Tensor, "*rows clusters"]:
+    """Log of the sum of exponentials over each cluster."""
+    shape = (*logits.shape[:-1], int(labels.max()) + 1)
+    index = labels.expand(logits.shape)
+    most = logits.new_full(shape, -torch.inf).scatter_reduce(-1, index, logits, "amax")
+    shift = most.clamp(min=torch.finfo(logits.dtype).min)  # a cluster with nothing left stays at -inf
+    return logits.new_zeros(shape).scatter_add(-1, index, (logits - shift[..., labels]).exp()).log() + shift
+
+
+def spawn(generator: torch.Generator, count: int) -> list[torch.Generator]:
+    """Independent generators that follow from one: those of frames, gaps and stages of a sample."""
+    seeds = torch.randint(0, 2**63 - 1, (count,), generator=generator).tolist()
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+class GumbelNoise:
+    """Noise of every slot of every frame, fixed by one generator a sample.
+
+    Args:
+        generators: one a sample, on the CPU; each is advanced once, here.
+        num_frames: frames of the sequence, in feed order.
+        num_slots: slots of a frame.
+        num_codes: image codes.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], num_frames: int, num_slots: int, num_codes: int) -> None:
+        self._generators = [spawn(generator, num_frames) for generator in generators]
+        self._shape = (num_slots, num_codes)
+
+    def __call__(self, rank: int) -> Float[Tensor, "batch slots codes"]:
+        """Noise of the frame of that rank; it can be asked for once."""
+        draws = [torch.empty(self._shape).exponential_(generator=each[rank]) for each in self._generators]
+        return torch.stack(draws).clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()

@@ -1,0 +1,282 @@
+"""The VQ image autoencoder (ICE): frames to codes and back, at every rate that has a decoder.
+
+A code at rate `r` stands for `r x r` pixels: `rows = height / r`, `columns = width / r`. The layers are those of
+taming-transformers (arXiv 2012.09841); coarser rates than the encoder's come from a chain of down-samplers behind it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from cogvideo.config import AutoencoderConfig, require
+from cogvideo.models.quantizer import Codebook
+
+
+class Autoencoder(nn.Module):
+    """One encoder, one codebook, one decoder a rate.
+
+    Convolutions and norms start as PyTorch starts them, the codebook as `Codebook` says.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.downsamplers = nn.ModuleList(Downsample(config.embedding_dim) for _ in range(config.num_downsamplers))
+        self.project = nn.Conv2d(config.embedding_dim, config.embedding_dim, kernel_size=1)
+        self.codebook = Codebook(config.num_codes, config.embedding_dim)
+        self.decoders = nn.ModuleList(Decoder(config, multipliers) for multipliers in config.decoder_multipliers)
+
+    def encode(
+        self, frames: Float[Tensor, "batch 3 height width"], rate: int | None = None, chunk: int | None = None
+    ) -> Int64[Tensor, "batch rows columns"]:
+        """Codes of frames.
+
+        Args:
+            frames: red, green and blue in [0, 1]; converted to the model's dtype.
+            rate: pixels of a side of one code; the configuration's `rate` unless given.
+            chunk: frames in one pass, all of them unless given. It bounds the memory; the result does not depend on it.
+
+        Raises:
+            ValueError: the rate has no decoder, frames have another shape or are not floating point, or a side is not
+                divisible by the rate.
+        """
+        rate = self._known_rate(rate)
+        _require_frames(frames, rate)
+        return torch.cat([self._nearest(self.features(part, rate)) for part in _passes(frames, chunk)])
+
+    def decode(
+        self, codes: Int64[Tensor, "batch rows columns"], rate: int | None = None, chunk: int | None = None
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Frames of codes: red, green and blue, 0 black and 1 white, NOT clamped (values a little outside occur).
+
+        Args:
+            codes: ids in `[0, num_codes)`.
+            rate: pixels of a side of one code; the configuration's `rate` unless given.
+            chunk: frames in one pass, all of them unless given. It bounds the memory; the result does not depend on it.
+
+        Raises:
+            ValueError: the rate has no decoder, or codes have another shape or dtype or an id out of range.
+        """
+        rate = self._known_rate(rate)
+        require(codes.ndim == 3, f"codes have shape {tuple(codes.shape)}, expected (batch, rows, columns)")
+        vectors = rearrange(self.codebook.lookup(codes), "batch rows columns embedding -> batch embedding rows columns")
+        return torch.cat([self.render(part, rate) for part in _passes(vectors, chunk)])
+
+    def features(
+        self, frames: Float[Tensor, "batch 3 height width"], rate: int
+    ) -> Float[Tensor, "batch embedding rows columns"]:
+        """Vectors that codes are chosen for, before quantisation. Differentiable; raises what `encode` raises."""
+        _require_frames(frames, self._known_rate(rate))
+        x = frames.to(self.project.weight.dtype)
+        x = self.encoder((x - _channels(self.config.mean, x)) / _channels(self.config.std, x))
+        halvings_left = (rate // self.config.encoder_rate).bit_length() - 1
+        for downsample in self.downsamplers[:halvings_left]:
+            x = F.avg_pool2d(x, 2) + downsample(x)
+        return self.project(x)
+
+    def render(
+        self, vectors: Float[Tensor, "batch embedding rows columns"], rate: int
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Frames, as `decode` gives them, of codebook rows. Differentiable.
+
+        Raises:
+            ValueError: the rate has no decoder.
+        """
+        decoder = self.decoders[self.config.rates.index(self._known_rate(rate))]
+        x = decoder(vectors)
+        return x * _channels(self.config.std, x) + _channels(self.config.mean, x)
+
+    def _nearest(self, features: Float[Tensor, "batch embedding rows columns"]) -> Int64[Tensor, "batch rows columns"]:
+        vectors = rearrange(features, "batch embedding rows columns -> batch rows columns embedding")
+        return self.codebook.nearest(vectors)
+
+    def _known_rate(self, rate: int | None) -> int:
+        rate = self.config.rate if rate is None else rate
+        require(rate in self.config.rates, f"rate is {rate}, expected one of {self.config.rates}")
+        return rate
+
+
+class Encoder(nn.Module):
+    """Normalised frames -> cells of `embedding_dim` values, each level but the last halving the side."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [config.channels, *(config.channels * factor for factor in config.encoder_multipliers)]
+        halvings_left = reversed(range(len(config.encoder_multipliers)))
+        self.conv_in = nn.Conv2d(3, config.channels, kernel_size=3, padding=1)
+        self.levels = nn.Sequential(
+            *(
+                EncoderLevel(config, before, after, shrinks=left > 0)
+                for left, (before, after) in zip(halvings_left, pairwise(widths), strict=True)
+            )
+        )
+        self.middle = _middle(widths[-1], config.groups)
+        self.norm_out = _norm(widths[-1], config.groups)
+        self.conv_out = nn.Conv2d(widths[-1], config.embedding_dim, kernel_size=3, padding=1)
+
+    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch embedding rows columns"]:
+        x = self.middle(self.levels(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class EncoderLevel(nn.Module):
+    """Residual blocks of one side, then the halving where there is one."""
+
+    def __init__(self, config: AutoencoderConfig, before: int, after: int, shrinks: bool) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*_residual_blocks(before, after, config.encoder_blocks, config.groups))
+        self.downsample = Downsample(after) if shrinks else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "batch before height width"]) -> Float[Tensor, "batch after rows columns"]:
+        return self.downsample(self.blocks(x))
+
+
+class Decoder(nn.Module):
+    """Codebook rows -> normalised frames. `levels` run from the coarsest; each but the last doubles the side."""
+
+    def __init__(self, config: AutoencoderConfig, multipliers: tuple[int, ...]) -> None:
+        super().__init__()
+        widths = [config.channels * factor for factor in (multipliers[-1], *reversed(multipliers))]
+        doublings_left = reversed(range(len(multipliers)))
+        self.conv_in = nn.Conv2d(config.embedding_dim, widths[0], kernel_size=3, padding=1)
+        self.middle = _middle(widths[0], config.groups)
+        self.levels = nn.Sequential(
+            *(
+                DecoderLevel(config, before, after, doublings_left=left)
+                for left, (before, after) in zip(doublings_left, pairwise(widths), strict=True)
+            )
+        )
+        self.norm_out = _norm(widths[-1], config.groups)
+        self.conv_out = nn.Conv2d(widths[-1], 3, kernel_size=3, padding=1)
+
+    def forward(self, x: Float[Tensor, "batch embedding rows columns"]) -> Float[Tensor, "batch 3 height width"]:
+        x = self.levels(self.middle(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class DecoderLevel(nn.Module):
+    """Residual blocks of one side, each followed by attention where there is any, then the doubling likewise."""
+
+    def __init__(self, config: AutoencoderConfig, before: int, after: int, doublings_left: int) -> None:
+        super().__init__()
+        attends = config.nominal_resolution == config.attention_resolution * 2**doublings_left
+        self.blocks = nn.ModuleList(_residual_blocks(before, after, config.decoder_blocks, config.groups))
+        self.attentions = nn.ModuleList(
+            SelfAttention(after, config.groups) if attends else nn.Identity() for _ in self.blocks
+        )
+        self.upsample = Upsample(after) if doublings_left > 0 else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "batch before rows columns"]) -> Float[Tensor, "batch after height width"]:
+        for block, attention in zip(self.blocks, self.attentions, strict=True):
+            x = attention(block(x))
+        return self.upsample(x)
+
+
+class ResidualBlock(nn.Module):
+    """`x + conv(swish(norm(conv(swish(norm(x))))))`; `x` goes through a 1 x 1 convolution where the width changes."""
+
+    def __init__(self, before: int, after: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(before, groups)
+        self.conv1 = nn.Conv2d(before, after, kernel_size=3, padding=1)
+        self.norm2 = _norm(after, groups)
+        self.conv2 = nn.Conv2d(after, after, kernel_size=3, padding=1)
+        self.shortcut = nn.Conv2d(before, after, kernel_size=1) if before != after else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "batch before height width"]) -> Float[Tensor, "batch after height width"]:
+        residual = self.conv1(F.silu(self.norm1(x)))
+        residual = self.conv2(F.silu(self.norm2(residual)))
+        return self.shortcut(x) + residual
+
+
+class SelfAttention(nn.Module):
+    """Attention of one head between all cells of a frame, added to its input; projections are 1 x 1 convolutions."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels, groups)
+        self.q = nn.Conv2d(channels, channels, kernel_size=1)
+        self.k = nn.Conv2d(channels, channels, kernel_size=1)
+        self.v = nn.Conv2d(channels, channels, kernel_size=1)
+        self.output = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+        normed = self.norm(x)
+        q, k, v = (
+            rearrange(project(normed), "batch channels height width -> batch 1 (height width) channels")
+            for project in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        mixed = rearrange(mixed, "batch 1 (height width) channels -> batch channels height width", height=x.shape[2])
+        return x + self.output(mixed)
+
+
+class Downsample(nn.Conv2d):
+    """Convolution that halves the side: 3 x 3, stride 2, padded by one cell on the right and at the bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, input: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels rows cols"]:
+        return super().forward(F.pad(input, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """Doubling of the side: every cell repeated, then a 3 x 3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, input: Float[Tensor, "batch channels rows cols"]) -> Float[Tensor, "batch channels height width"]:
+        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
+
+
+def _residual_blocks(before: int, after: int, num_blocks: int, groups: int) -> list[ResidualBlock]:
+    return [ResidualBlock(before if index == 0 else after, after, groups) for index in range(num_blocks)]
+
+
+def _middle(channels: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(
+            before=ResidualBlock(channels, channels, groups),
+            attention=SelfAttention(channels, groups),
+            after=ResidualBlock(channels, channels, groups),
+        )
+    )
+
+
+def _norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def _channels(values: tuple[float, float, float], like: Tensor) -> Float[Tensor, "3 1 1"]:
+    return like.new_tensor(values).view(3, 1, 1)
+
+
+def _passes(tensor: Float[Tensor, "batch ..."], chunk: int | None) -> tuple[Float[Tensor, "part ..."], ...]:
+    require(chunk is None or chunk > 0, f"chunk is {chunk}, expected a positive number of frames")
+    return torch.split(tensor, chunk or max(1, len(tensor)))
+
+
+def _require_frames(frames: Tensor, rate: int) -> None:
+    shape = tuple(frames.shape)
+    require(
+        len(shape) == 4 and shape[1] == 3,
+        f"frames have shape {shape}, expected (batch, 3, height, width)",
+    )
+    require(
+        frames.is_floating_point(),
+        f"frames have dtype {frames.dtype}, expected floating point values in [0, 1]",
+    )
+    require(
+        all(side > 0 and side % rate == 0 for side in shape[2:]),
+        f"frames are {shape[2]} x {shape[3]} pixels, expected sides divisible by the rate {rate}",
+    )

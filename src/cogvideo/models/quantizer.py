@@ -1,0 +1,129 @@
+"""The codebook of the image tokenizer: nearest rows, look-up, and k-means clusters of its rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from cogvideo.config import require
+
+DISTANCES_PER_PASS = 2**24
+"""Largest number of distances in memory at once: 64 MiB in float32."""
+MAX_ITERATIONS = 300
+"""Bound of k-means, which stops by itself earlier; only rounding could keep it going."""
+
+
+class Codebook(nn.Module):
+    """Vectors that stand for codes: code `i` is row `i` (VQ-VAE, arXiv 1711.00937; one codebook for every rate)."""
+
+    def __init__(self, num_codes: int, embedding_dim: int) -> None:
+        """Rows are drawn from N(0, 1 / embedding_dim), so their length is about one.
+
+        They get no gradient: training moves them by running averages (arXiv 1711.00937, appendix A.1).
+        """
+        super().__init__()
+        rows = torch.randn(num_codes, embedding_dim) * embedding_dim**-0.5
+        self.embedding = nn.Parameter(rows, requires_grad=False)
+
+    def nearest(self, vectors: Float[Tensor, "*positions embedding"]) -> Int64[Tensor, "*positions"]:
+        """Code of the row that is nearest to each vector (L2); the lowest code of equally near ones."""
+        return nearest_rows(vectors.flatten(0, -2), self.embedding).view(vectors.shape[:-1])
+
+    def lookup(self, codes: Int64[Tensor, "*positions"]) -> Float[Tensor, "*positions embedding"]:
+        """Rows of the codes.
+
+        Raises:
+            ValueError: codes are not int64, or an id lies outside `[0, num_codes)`.
+        """
+        num_codes = len(self.embedding)
+        require(codes.dtype == torch.int64, f"codes have dtype {codes.dtype}, expected torch.int64")
+        if codes.numel() > 0:
+            least, most = (int(bound) for bound in codes.aminmax())
+            require(
+                least >= 0 and most < num_codes,
+                f"codes lie in [{least}, {most}], expected ids in [0, {num_codes})",
+            )
+        return F.embedding(codes, self.embedding)
+
+
+@torch.no_grad()
+def nearest_rows(vectors: Float[Tensor, "many dim"], rows: Float[Tensor, "few dim"]) -> Int64[Tensor, " many"]:
+    """Index of the row nearest to each vector (L2), with at most `DISTANCES_PER_PASS` distances in memory.
+
+    Computed in float32 at least, autocast or not: half precision confuses neighbours.
+    """
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    vectors, rows = vectors.to(dtype), rows.to(dtype)
+    with torch.autocast(vectors.device.type, enabled=False):
+        squares = rows.square().sum(1)
+        passes = torch.split(vectors, max(1, DISTANCES_PER_PASS // len(rows)))
+        # |v - r|^2 without |v|^2, which is the same for every row.
+        return torch.cat([torch.addmm(squares, part, rows.T, alpha=-2).argmin(1) for part in passes])
+
+
+@torch.no_grad()
+def cluster_codes(
+    embedding: Float[Tensor, "codes dim"], num_clusters: int, generator: torch.Generator
+) -> Int64[Tensor, " codes"]:
+    """Cluster of each code, in `[0, num_clusters)`: k-means of the codebook's rows, from a k-means++ start.
+
+    For tokenizers without published clusters (the released one has 500 of its 20,000 codes). No cluster is empty.
+    The work is done on the generator's device; on the CPU equal generators give equal labels.
+
+    Raises:
+        ValueError: `num_clusters` is not in `[1, codes]`.
+    """
+    num_codes = len(embedding)
+    require(1 <= num_clusters <= num_codes, f"num_clusters is {num_clusters}, expected a number in [1, {num_codes}]")
+    points = embedding.detach().to(generator.device, torch.float32)
+    centres = _first_centres(points, num_clusters, generator)
+    labels = _assign(points, centres)
+    for _ in range(MAX_ITERATIONS):
+        previous, labels = labels, _assign(points, _means(points, labels, num_clusters))
+        if torch.equal(previous, labels):
+            break
+    return labels.to(embedding.device)
+
+
+def _first_centres(
+    points: Float[Tensor, "points dim"], num_clusters: int, generator: torch.Generator
+) -> Float[Tensor, "clusters dim"]:
+    """Points drawn one by one, by their squared distance to those drawn before (Arthur and Vassilvitskii 2007)."""
+    squares = points.square().sum(1)
+    distances = torch.full_like(squares, torch.inf)
+    chosen = torch.randint(len(points), (1,), generator=generator, device=generator.device)
+    centres = []
+    for _ in range(num_clusters):
+        centre = points[chosen[0]]
+        centres.append(centre)
+        distances = torch.minimum(distances, squares - 2 * (points @ centre) + centre.square().sum())
+        distances = distances.clamp_min(torch.finfo(points.dtype).tiny)  # where all are zero, one can still be drawn
+        chosen = torch.multinomial(distances, 1, generator=generator)
+    return torch.stack(centres)
+
+
+def _means(
+    points: Float[Tensor, "points dim"], labels: Int64[Tensor, " points"], num_clusters: int
+) -> Float[Tensor, "clusters dim"]:
+    """Mean of each cluster's points; every cluster has some."""
+    counts = labels.bincount(minlength=num_clusters)
+    sums = points.new_zeros(num_clusters, points.shape[1]).index_add_(0, labels, points)
+    return sums / counts[:, None]
+
+
+def _assign(points: Float[Tensor, "points dim"], centres: Float[Tensor, "clusters dim"]) -> Int64[Tensor, " points"]:
+    """Cluster of the nearest centre; an empty cluster takes the point farthest from its centre, unless it is alone."""
+    labels = nearest_rows(points, centres)
+    counts = labels.bincount(minlength=len(centres))
+    empty = (counts == 0).nonzero().flatten()
+    if len(empty) == 0:
+        return labels
+    distances = (points - centres[labels]).square().sum(1)
+    for cluster in empty:
+        farthest = distances.masked_fill(counts[labels] == 1, -1).argmax()
+        counts[labels[farthest]] -= 1
+        counts[cluster] = 1
+        labels[farthest] = cluster
+    return labels

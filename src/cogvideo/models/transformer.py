@@ -1,0 +1,218 @@
+"""The transformer of every stage: a frozen text-to-image base, and the temporal channel that a video stage adds.
+
+`Base` and `TemporalChannel` own parameters; `Transformer` joins them. One base in memory serves the image model and all
+stages. The same forward pass trains, prefills and decodes: what differs is which rows come in and what the plan lets
+them see.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig
+from cogvideo.models.attention import Plan, attend, split_heads
+from cogvideo.models.cache import KeyStore, NoCache
+
+NORM_EPS = 1e-5
+INIT_STD = 0.02
+
+
+class Pass(NamedTuple):
+    """What the rows of one forward pass see. Text rows come first, frame rows follow."""
+
+    num_text: int
+    """Text rows of the pass."""
+    spatial: Plan
+    """For all rows."""
+    temporal: tuple[Plan, ...]
+    """For frame rows, one a kind of block (blocks take turns); none for the image model."""
+
+
+class Stores(NamedTuple):
+    """Where the keys and values of both channels go."""
+
+    spatial: KeyStore
+    temporal: KeyStore
+
+
+UNCACHED = Stores(NoCache(), NoCache())
+"""Training: every pass reads its own keys."""
+
+
+class TemporalBlock(nn.Module):
+    """What a video stage adds to one block (paper section 3.3): attention over frames and the gate."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
+        self.out = nn.Linear(config.hidden, config.hidden)
+        self.gate = nn.Parameter(torch.empty(config.hidden))
+
+    def forward(
+        self, x: Float[Tensor, "batch rows hidden"], spatial: Tensor, layer: int, plan: Pass, store: KeyStore
+    ) -> Float[Tensor, "batch rows hidden"]:
+        """Mix the spatial channel's output with the temporal one's: `a * spatial + (1 - a) * temporal`, frames only."""
+        q, k, v = split_heads(self.qkv(x), self.num_heads)
+        k, v = store.store(layer, k, v)
+        num_text = plan.num_text
+        if x.shape[1] == num_text:
+            return spatial
+        temporal = self.out(attend(q[:, :, num_text:], k, v, plan.temporal[layer % len(plan.temporal)]))
+        mixed = torch.lerp(temporal, spatial[:, num_text:], self.gate.sigmoid())
+        return torch.cat([spatial[:, :num_text], mixed], dim=1) if num_text else mixed
+
+
+class Block(nn.Module):
+    """A block of the base: sandwich-LayerNorm attention and feed-forward layer."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        hidden = config.hidden
+        self.num_heads = config.num_heads
+        self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(hidden, NORM_EPS) for _ in range(4))
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.out = nn.Linear(hidden, hidden)
+        self.mlp_in = nn.Linear(hidden, config.mlp_hidden)
+        self.mlp_out = nn.Linear(config.mlp_hidden, hidden)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch rows hidden"],
+        layer: int,
+        temporal: TemporalBlock | None,
+        plan: Pass,
+        stores: Stores,
+    ) -> Float[Tensor, "batch rows hidden"]:
+        """`x + LN3(Attention(LN1(x)))`, then `x + LN4(MLP(LN2(x)))`."""
+        normed = self.norm1(x)
+        q, k, v = split_heads(self.qkv(normed), self.num_heads)
+        k, v = stores.spatial.store(layer, k, v)
+        attention = self.out(attend(q, k, v, plan.spatial))
+        if temporal is not None:
+            attention = temporal(normed, attention, layer, plan, stores.temporal)
+        x = x + self.norm3(attention)
+        return x + self.norm4(self.mlp(self.norm2(x)))
+
+    def mlp(self, x: Float[Tensor, "batch rows hidden"]) -> Float[Tensor, "batch rows hidden"]:
+        """Feed-forward layer with GELU in its tanh form."""
+        return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
+
+
+class Base(nn.Module):
+    """The text-to-image model's parameters: embeddings, blocks and the final norm."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.words = nn.Embedding(config.vocab_size, config.hidden)
+        self.positions = nn.Embedding(config.num_positions, config.hidden)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden, NORM_EPS)
+        self.code_head: nn.Module | None = None  # a packed copy of the code rows (models/packing.py), else tied
+
+    def logits(self, x: Float[Tensor, "batch rows hidden"]) -> Float[Tensor, "batch rows codes"]:
+        """Logits of image codes: the product with the code rows of the word embedding (tied)."""
+        x = self.norm(x)
+        if self.code_head is not None:
+            return self.code_head(x)
+        return F.linear(x, self.words.weight[: self.config.num_codes])
+
+
+class TemporalChannel(nn.Module):
+    """What a video stage adds: temporal attention and gate of every block, and positions of further frames."""
+
+    def __init__(self, config: TransformerConfig, layout: LayoutConfig, stage: StageConfig) -> None:
+        super().__init__()
+        self.stage = stage
+        self.frame_position = layout.frame_position
+        self.first_position = layout.frame_position + layout.grid**2
+        self.positions = nn.Embedding(layout.num_frames * layout.grid**2, config.hidden)
+        self.blocks = nn.ModuleList(TemporalBlock(config) for _ in range(config.num_layers))
+
+
+class Transformer(nn.Module):
+    """Image model or video stage.
+
+    Args:
+        base: shared by all stages, and frozen in a video stage.
+        channel: what a video stage adds; None is the image model.
+    """
+
+    def __init__(self, base: Base, channel: TemporalChannel | None = None) -> None:
+        super().__init__()
+        self.base = base
+        self.channel = channel
+
+    @property
+    def window(self) -> int:
+        """Side of the temporal windows; 0 is full attention (and the image model, which has none)."""
+        return 0 if self.channel is None else self.channel.stage.window
+
+    def forward(
+        self,
+        tokens: Int64[Tensor, "batch rows"],
+        positions: Int64[Tensor, "#batch rows"],
+        plan: Pass,
+        stores: Stores = UNCACHED,
+    ) -> Float[Tensor, "batch rows hidden"]:
+        """The rows of a pass after the last block, before the final norm (`Base.logits` applies it)."""
+        x = self.base.words(tokens) + self.position(positions)
+        temporal = [None] * len(self.base.blocks) if self.channel is None else self.channel.blocks
+        for layer, (block, channel) in enumerate(zip(self.base.blocks, temporal, strict=True)):
+            x = block(x, layer, channel, plan, stores)
+        return x
+
+    def position(self, positions: Int64[Tensor, "#batch rows"]) -> Float[Tensor, "#batch rows hidden"]:
+        """Position embedding: the base's table, from the second frame on the channel's own."""
+        if self.channel is None:
+            return self.base.positions(positions)
+        extra = positions - self.channel.first_position
+        own = self.channel.positions(extra.clamp(min=0))
+        return torch.where(extra[..., None] >= 0, own, self.base.positions(positions.where(extra < 0, 0)))
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, num_layers: int, generator: torch.Generator | None = None) -> None:
+    """Random start of a base or a channel (spec section 1).
+
+    | parameter | start |
+    |---|---|
+    | linear and embedding weights | N(0, 0.02) |
+    | output projections of the base (`out`, `mlp_out`) | N(0, 0.02 / sqrt(2 x layers)) |
+    | biases | 0 |
+    | LayerNorm | weight 1, bias 0 |
+    | gates | 0, so that both channels weigh one half |
+    """
+    for name, parameter in module.named_parameters():
+        owner, kind = name.split(".")[-2:] if "." in name else ("", name)
+        if kind == "gate" or kind == "bias":
+            parameter.zero_()
+        elif owner.startswith("norm"):
+            parameter.fill_(1)
+        else:
+            narrow = isinstance(module, Base) and owner in ("out", "mlp_out")
+            parameter.normal_(0, INIT_STD / math.sqrt(2 * num_layers) if narrow else INIT_STD, generator=generator)
+
+
+@torch.no_grad()
+def inherit(channel: TemporalChannel, base: Base, generator: torch.Generator | None = None) -> None:
+    """Start a video stage from the image model (paper section 3.3; spec section 1, Inheritance).
+
+    Temporal q, k and v are the base's; the output projection is fresh; further frames start with the positions of
+    the first one; gates are 0.
+    """
+    initialize(channel, len(channel.blocks), generator)
+    base_weights, own_weights = base.state_dict(), channel.state_dict()
+    for name in own_weights:
+        if ".qkv." in name:
+            own_weights[name].copy_(base_weights[name])
+    frame = channel.first_position - channel.frame_position
+    rows = base.positions.weight[channel.frame_position : channel.first_position]
+    channel.positions.weight.copy_(rows.repeat(len(channel.positions.weight) // frame, 1))
