@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cogvideo.config import require
@@ -20,37 +20,30 @@ from cogvideo.layout import SequenceLayout, check_code_range, lag
 from cogvideo.models.cache import Cache, CacheMap, Write
 from cogvideo.models.plans import CachedPlans, Rows, full_pass, text_masks
 from cogvideo.models.transformer import Pass, Stores, Transformer
+from cogvideo.text import PaddedText
 
 Noise = Callable[[int], Float[Tensor, "batch slots codes"]]
 """Noise of the frame of a rank, asked for once a frame."""
-
-
-class Text(NamedTuple):
-    """Left-padded text of a batch."""
-
-    tokens: Int64[Tensor, "batch text"]
-    mask: Bool[Tensor, "batch text"]
-    """True for real text."""
 
 
 @dataclass(frozen=True)
 class Condition:
     """What a batch is generated from."""
 
-    text: Text
-    unconditional: Text | None = None
-    """Text of the rows that guidance moves away from; None is no guidance."""
+    text: PaddedText
+    unconditional: PaddedText | None = None
+    """PaddedText of the rows that guidance moves away from; None is no guidance."""
     scale: float = 1.0
     """Guidance: `unconditional + scale * (conditional - unconditional)`."""
     text_bonus: float = 0.0
     """Added to text scores (spec section 3: 1.4 in the released pipeline where there is no guidance)."""
 
     @property
-    def rows(self) -> Text:
+    def rows(self) -> PaddedText:
         """Texts of all rows of a pass: the conditional ones, then the unconditional ones."""
         if self.unconditional is None:
             return self.text
-        return Text(*(torch.cat(pair) for pair in zip(self.text, self.unconditional, strict=True)))
+        return PaddedText(*(torch.cat(pair) for pair in zip(self.text, self.unconditional, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -65,6 +58,9 @@ class Passes:
     def __post_init__(self) -> None:
         require(self.draft >= 1, f"draft is {self.draft}, expected at least 1")
         require(self.draft == 1 or not self.parallel_frames, "choose one of parallel_frames and draft > 1, got both")
+
+
+Text = PaddedText  # until callers are renamed
 
 
 class Frame(NamedTuple):
@@ -103,13 +99,14 @@ class Decoder:
         self.device, self.passes = like.device, 0
         narrow = like.device.type == "cpu" and like.dtype == torch.bfloat16
         like = like.new_empty(0, dtype=cache_dtype or (torch.float32 if narrow else like.dtype))
-        self.masks = text_masks(text.mask.to(self.device), condition.text_bonus, like.dtype)
+        masks = text_masks(text.mask.to(self.device), condition.text_bonus, like.dtype)
         maps = _maps(layout, model, lanes)
         sizes = (config.num_layers, len(text.tokens), config.num_heads, config.head_dim, like)
         self.caches = tuple(Cache(each, *sizes) for each in maps if each)
-        self.plans = CachedPlans(layout, maps[0][0], maps[1], self.masks, self.device)
+        self.plans = CachedPlans(layout, maps[0][0], maps[1], masks, self.device)
         self.positions = layout.frame_positions(range(layout.num_frames)).to(self.device)
 
+    @torch.inference_mode()
     def prefill(self, given: Int64[Tensor, "batch frames slots"]) -> None:
         """Feed text and the given frames, the leading ranks."""
         layout, text = self.layout, self.condition.rows
@@ -117,7 +114,8 @@ class Decoder:
         fed = layout.feed(self._all_rows(given.to(self.device)), self.model.base.config.start_of_image)
         positions = layout.text_positions(text.mask).to(self.device)
         frames = self.positions[: num_given * layout.frame_slots].expand(len(rows), -1)
-        plan = full_pass(layout, self.model.window, self.masks, num_given, self.model.channel is not None, self.device)
+        masks = text_masks(text.mask.to(self.device), self.condition.text_bonus, self.model.base.words.weight.dtype)
+        plan = full_pass(layout, self.model.window, masks, num_given, self.model.channel is not None, self.device)
         self._forward(
             torch.cat([rows, fed], 1),
             torch.cat([positions, frames], 1),
@@ -126,6 +124,7 @@ class Decoder:
             True,
         )
 
+    @torch.inference_mode()
     def step(self, rows: Sequence[Rows], tokens: Int64[Tensor, "batch rows"]) -> Float[Tensor, "batch rows codes"]:
         """Feed one slot of each of a few frames, the same in every sample; the logits of their codes, guided."""
         slots = self.layout.frame_slots
@@ -135,6 +134,7 @@ class Decoder:
             positions = self.positions[[row.rank * slots + row.slot for row in rows]]
         return self._logits(tokens, positions[None], *self.plans.step(rows))
 
+    @torch.inference_mode()
     def draft(
         self, rank: int, slots: Int64[Tensor, "batch rows"], last: int, tokens: Int64[Tensor, "batch rows"]
     ) -> Float[Tensor, "batch rows codes"]:
@@ -176,7 +176,7 @@ def _maps(layout: SequenceLayout, model: Transformer, lanes: int) -> tuple[tuple
     return spatial, tuple(CacheMap.temporal(layout, model.window, shifted) for shifted in kinds)
 
 
-def _check_text(text: Text, layout: SequenceLayout, vocab_size: int) -> None:
+def _check_text(text: PaddedText, layout: SequenceLayout, vocab_size: int) -> None:
     shape = tuple(text.tokens.shape)
     require(
         len(shape) == 2 and shape[1] == layout.text_slots and shape == tuple(text.mask.shape),
@@ -186,7 +186,6 @@ def _check_text(text: Text, layout: SequenceLayout, vocab_size: int) -> None:
     check_code_range(text.tokens, vocab_size)
 
 
-@torch.inference_mode()
 def decode(
     model: Transformer,
     layout: SequenceLayout,

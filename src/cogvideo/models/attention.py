@@ -1,7 +1,7 @@
 """Attention that follows the structure of a sequence: cells (frames or windows) become batch dimensions.
 
 A `Plan` says which rows (queries) see which keys. It is made of groups of equal-sized cells, each cell a gather of rows
-and keys, and of chunks: slices of the gathered rows and keys that go through one `scaled_dot_product_attention`.
+and keys, and of chunks: runs of the gathered rows and keys that go through one `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.nn import functional as F
 class Chunk(NamedTuple):
     """Rows of a group that see the same keys."""
 
-    rows: slice
-    """Rows inside each cell."""
-    keys: slice
-    """Keys inside each cell."""
+    rows: range | None
+    """Rows inside each cell; None: all."""
+    keys: range | None
+    """Keys inside each cell; None: all."""
     mask: Tensor | None = None
-    """What is broadcast over the rows, (batch, 1, 1 or rows, keys): true where a key is seen, or what is added."""
+    """For (batch, 1, 1 or rows, keys): true where a key is seen, or what is added to scores; None: all are seen."""
     causal: bool = False
     """Whether the last keys are the rows themselves, each of which sees itself and those before it."""
 
@@ -48,40 +48,34 @@ class Plan(NamedTuple):
 
 def attend(
     q: Float[Tensor, "batch heads rows head_dim"],
-    k: Float[Tensor, "batch heads keys head_dim"],
-    v: Float[Tensor, "batch heads keys head_dim"],
+    kv: Float[Tensor, "2 batch heads keys head_dim"],
     plan: Plan,
 ) -> Float[Tensor, "batch rows heads*head_dim"]:
     """Softmax attention of every row over the keys that the plan gives it, scaled by 1 / sqrt(head_dim)."""
-    heads, kind = q.shape[1], q.dtype
-    q = q.to(k.dtype)  # caches may be wider than the weights
-    outs = [_attend_group(q, k, v, group) for group in plan.groups]
-    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+    kind = q.dtype
+    q = q.to(kv.dtype)  # caches may be wider than the weights
+    out = _joined([_attend_group(q, kv, group) for group in plan.groups])
     out = out if plan.restore is None else out[:, :, plan.restore]
-    return rearrange(out, "batch heads rows dim -> batch rows (heads dim)", heads=heads).to(kind)
+    return out.transpose(1, 2).flatten(2).to(kind)
 
 
-def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Float[Tensor, "batch heads rows head_dim"]:
-    num_cells = 1 if group.rows is None else len(group.rows)
-    q, k, v = _gather(q, group.rows), _gather(k, group.keys), _gather(v, group.keys)
-    outs = [
-        _attend_chunk(q[:, :, chunk.rows], k[:, :, chunk.keys], v[:, :, chunk.keys], chunk) for chunk in group.chunks
-    ]
-    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
-    return (
-        out
-        if num_cells == 1
-        else rearrange(out, "batch (heads cells) rows dim -> batch heads (cells rows) dim", cells=num_cells)
-    )
+def _attend_group(q: Tensor, kv: Tensor, group: Group) -> Float[Tensor, "batch heads rows head_dim"]:
+    if group.rows is None or group.keys is None:
+        return _joined([_attend_chunk(q, kv, chunk) for chunk in group.chunks])
+    q, kv = q[:, :, group.rows].flatten(1, 2), kv[:, :, :, group.keys].flatten(2, 3)
+    out = _joined([_attend_chunk(q, kv, chunk) for chunk in group.chunks])
+    return rearrange(out, "batch (heads cells) rows dim -> batch heads (cells rows) dim", cells=len(group.rows))
 
 
-def _gather(x: Tensor, index: Tensor | None) -> Float[Tensor, "batch heads*cells slots head_dim"]:
-    return x if index is None else x[:, :, index].flatten(1, 2)
-
-
-def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk) -> Tensor:
+def _attend_chunk(q: Tensor, kv: Tensor, chunk: Chunk) -> Float[Tensor, "batch heads_and_cells rows head_dim"]:
+    q = q if chunk.rows is None else q.narrow(2, chunk.rows.start, len(chunk.rows))
+    k, v = (kv if chunk.keys is None else kv.narrow(3, chunk.keys.start, len(chunk.keys))).unbind(0)
     mask = causal_mask(chunk.mask, q.shape[2], k.shape[2], q.device) if chunk.causal else chunk.mask
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def causal_mask(mask: Tensor | None, rows: int, keys: int, device: torch.device) -> Tensor:
@@ -92,8 +86,16 @@ def causal_mask(mask: Tensor | None, rows: int, keys: int, device: torch.device)
     return mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, -torch.inf)
 
 
-def split_heads(fused: Float[Tensor, "batch rows 3*hidden"], heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, each (batch, heads, rows, head_dim), from the fused projection [q | k | v]."""
+class Heads(NamedTuple):
+    """A fused projection, split."""
+
+    q: Float[Tensor, "batch heads rows head_dim"]
+    kv: Float[Tensor, "2 batch heads rows head_dim"]
+    """Keys and values."""
+
+
+def split_heads(fused: Float[Tensor, "batch rows 3*hidden"], heads: int) -> Heads:
+    """Queries, and keys with values, from the fused projection [q | k | v]."""
     batch, rows, width = fused.shape
-    q, k, v = fused.view(batch, rows, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
-    return q, k, v
+    parts = fused.view(batch, rows, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
+    return Heads(parts[0], parts[1:])

@@ -21,23 +21,24 @@ from cogvideo.layout import Cells, SequenceLayout, cells
 class Write(NamedTuple):
     """Which rows of a pass are kept, and where in the cache."""
 
-    rows: slice | Int64[Tensor, " kept"]
-    places: slice | Int64[Tensor, " kept"] | Int64[Tensor, "batch kept"]
+    rows: Int64[Tensor, " kept"] | None
+    """Rows of the pass; None: all."""
+    places: range | Int64[Tensor, " kept"] | Int64[Tensor, "batch kept"]
 
 
 class KeyStore(Protocol):
     """Where a block's keys and values go, and which it then reads."""
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a pass's keys and values, (batch, heads, rows, head_dim), and give those that its rows read."""
+    def store(self, layer: int, kv: Tensor) -> Tensor:
+        """Take a pass's keys and values, (2, batch, heads, rows, head_dim), and give those that its rows read."""
 
 
 class NoCache:
     """Training: a pass reads its own keys and values."""
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def store(self, layer: int, kv: Tensor) -> Tensor:
         """See `KeyStore`."""
-        return k, v
+        return kv
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,8 @@ class Cache:
 
     def __init__(self, maps: tuple[CacheMap, ...], layers: int, batch: int, heads: int, head_dim: int, like: Tensor):
         self.maps = maps
-        shapes = [(batch, heads, self.map(layer).num_keys, head_dim) for layer in range(layers)]
-        self.keys: list[Float[Tensor, "batch heads keys head_dim"]] = [like.new_zeros(shape) for shape in shapes]
-        self.values: list[Float[Tensor, "batch heads keys head_dim"]] = [like.new_zeros(shape) for shape in shapes]
+        shapes = [(2, batch, heads, self.map(layer).num_keys, head_dim) for layer in range(layers)]
+        self.layers: list[Float[Tensor, "2 batch heads keys head_dim"]] = [like.new_zeros(shape) for shape in shapes]
         self.writes: tuple[Write, ...] = ()
         self.complete = False
 
@@ -127,19 +127,19 @@ class Cache:
     @property
     def num_bytes(self) -> int:
         """Memory of keys and values."""
-        return sum(each.numel() * each.element_size() for each in self.keys + self.values)
+        return sum(each.numel() * each.element_size() for each in self.layers)
 
-    def store(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def store(self, layer: int, kv: Tensor) -> Tensor:
         """See `KeyStore`."""
-        write = self.writes[layer % len(self.writes)]
-        _write(self.keys[layer], k[:, :, write.rows], write.places)
-        _write(self.values[layer], v[:, :, write.rows], write.places)
-        return (k, v) if self.complete else (self.keys[layer], self.values[layer])
+        rows, places = self.writes[layer % len(self.writes)]
+        _write(self.layers[layer], kv if rows is None else kv[:, :, :, rows], places)
+        return kv if self.complete else self.layers[layer]
 
 
-def _write(buffer: Tensor, rows: Tensor, places: slice | Tensor) -> None:
-    if isinstance(places, slice) or places.ndim == 1:
-        buffer[:, :, places] = rows.to(buffer.dtype)
+def _write(buffer: Tensor, rows: Float[Tensor, "2 batch heads kept head_dim"], places: range | Tensor) -> None:
+    if isinstance(places, range):
+        buffer.narrow(3, places.start, len(places)).copy_(rows)
+    elif places.ndim == 1:
+        buffer.index_copy_(3, places, rows.to(buffer.dtype))
     else:
-        index = places[:, None, :, None].expand(rows.shape)
-        buffer.scatter_(2, index, rows.to(buffer.dtype))
+        buffer.scatter_(3, places[:, None, :, None].expand(rows.shape), rows.to(buffer.dtype))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn import functional as F
 
 from cogvideo.layout import SequenceLayout, cells
 from cogvideo.models.attention import Chunk, Group, Plan
@@ -21,7 +22,7 @@ from cogvideo.models.transformer import Pass
 
 
 class TextMasks(NamedTuple):
-    """How text keys are seen, (batch, 1, 1, text): true for real text, or what is added to scores; None: all alike."""
+    """What is added to the scores of text keys, (batch, 1, 1, text): nothing, or -inf at pads; None: nothing at all."""
 
     spatial: Tensor | None
     given: Tensor | None
@@ -32,22 +33,22 @@ class TextMasks(NamedTuple):
 
 def text_masks(mask: Bool[Tensor, "batch text"], bonus: float, dtype: torch.dtype) -> TextMasks:
     """Pads are never seen; `bonus` is added to text scores, in the temporal channel only by drawn slots (spec 3)."""
-    seen = None if bool(mask.all()) else mask[:, None, None]
-    if not bonus:
-        return TextMasks(seen, seen, seen)
-    added = torch.full(mask[:, None, None].shape, bonus, dtype=dtype, device=mask.device)
-    added = added.masked_fill(~mask[:, None, None], -torch.inf)
-    return TextMasks(added, seen, added)
+    given = _added(mask, 0, dtype)
+    drawn = _added(mask, bonus, dtype)
+    return TextMasks(drawn, given, drawn)
+
+
+def _added(
+    mask: Bool[Tensor, "batch text"], bonus: float, dtype: torch.dtype
+) -> Float[Tensor, "batch 1 1 text"] | None:
+    if not bonus and bool(mask.all()):
+        return None
+    return torch.where(mask, bonus, -torch.inf).to(dtype)[:, None, None]
 
 
 def extend(text: Tensor | None, keys: int) -> Tensor | None:
     """The mask of [text | keys], every one of those keys seen, from that of the text."""
-    return None if text is None else torch.cat([text, _seen(text, keys)], dim=-1)
-
-
-def _seen(text: Tensor, keys: int) -> Tensor:
-    """The mask of keys that are always seen, of the text mask's kind: true, or nothing added."""
-    return text.new_full((*text.shape[:-1], keys), True if text.dtype == torch.bool else 0)
+    return None if text is None else F.pad(text, (0, keys))
 
 
 def full_pass(
@@ -79,11 +80,11 @@ def _spatial(layout: SequenceLayout, text: Tensor | None, num_frames: int, devic
     words = torch.arange(layout.text_slots)
     slots = layout.text_slots + torch.arange(num_frames * layout.frame_slots).view(num_frames, layout.frame_slots)
     both = min(layout.num_bidirectional, num_frames)
-    groups = [Group(words[None].to(device), words[None].to(device), (Chunk(slice(None), slice(None), text),))]
+    groups = [Group(words[None].to(device), words[None].to(device), (Chunk(None, None, text),))]
     for frames, causal in ((slots[:both], False), (slots[both:], True)):
         if len(frames):
             keys = torch.cat([words.expand(len(frames), -1), frames], dim=1)
-            chunk = Chunk(slice(None), slice(None), extend(text, layout.frame_slots), causal)
+            chunk = Chunk(None, None, extend(text, layout.frame_slots), causal)
             groups.append(Group(frames.to(device), keys.to(device), (chunk,)))
     return Plan(tuple(groups))
 
@@ -109,11 +110,11 @@ def _frame_chunks(layout: SequenceLayout, text: TextMasks, area: int, num_frames
     chunks = []
     if both:
         end = layout.text_slots + both * area
-        chunks.append(Chunk(slice(both * area), slice(end), extend(text.given, both * area)))
+        chunks.append(Chunk(range(both * area), range(end), extend(text.given, both * area)))
     for rank in range(both, num_frames):
         end = (rank + 1) * area
         mask = extend(text.given, end)
-        chunks.append(Chunk(slice(rank * area, end), slice(layout.text_slots + end), mask, causal=True))
+        chunks.append(Chunk(range(rank * area, end), range(layout.text_slots + end), mask, causal=True))
     return tuple(chunks)
 
 
@@ -181,7 +182,7 @@ class _CacheView:
         self.text_places = where.text_places.to(device)
         self.key_order, self.key_cell = where.key_order.to(device), where.key_cell.to(device)
         self.prefix = extend(text, where.num_keys - self.text_slots)
-        self.keys_mask = None if text is None else _spread(text, where)
+        self.keys_mask = _spread(text, where).to(device)
 
     def prefill(self, num_frames: int) -> Write:
         text = torch.arange(self.text_slots, device=self.device_places.device).repeat(self.num_cells)
@@ -195,9 +196,9 @@ class _CacheView:
         for row, (place, (_, slot)) in enumerate(zip(places, rows, strict=True)):
             start = self.starts[self.cell[slot]]
             mask = None if self.prefix is None else self.prefix[..., : place + 1 - start]
-            chunks.append(Chunk(slice(row, row + 1), slice(start, place + 1), mask))
-        index = slice(places[0], places[0] + 1) if len(rows) == 1 else torch.tensor(places, device=self.key_cell.device)
-        return Plan((Group(None, None, tuple(chunks)),)), Write(slice(None), index)
+            chunks.append(Chunk(None if len(rows) == 1 else range(row, row + 1), range(start, place + 1), mask))
+        index = range(places[0], places[0] + 1) if len(rows) == 1 else torch.tensor(places, device=self.key_cell.device)
+        return Plan((Group(None, None, tuple(chunks)),)), Write(None, index)
 
     def draft(self, rank: int, slots: Tensor, last: int) -> tuple[Plan, Write]:
         """A key is seen in the row's own cell, if it is text or was fed no later than the row."""
@@ -206,17 +207,16 @@ class _CacheView:
         seen = self.key_order[:keys] <= order[..., None]
         if self.num_cells > 1:
             seen &= self.key_cell[:keys] == self.device_cell[slots][..., None]
-        mask = seen[:, None]
-        if self.keys_mask is not None:
-            text = self.keys_mask[..., :keys]
-            mask = seen[:, None] & text if text.dtype == torch.bool else text.masked_fill(~seen[:, None], -torch.inf)
-        return Plan((Group(None, None, (Chunk(slice(None), slice(keys), mask),)),)), Write(
-            slice(None), self.device_places[rank][slots]
+        mask = self.keys_mask[..., :keys].masked_fill(~seen[:, None], -torch.inf)
+        return Plan((Group(None, None, (Chunk(None, range(keys), mask),)),)), Write(
+            None, self.device_places[rank][slots]
         )
 
 
-def _spread(text: Tensor, where: CacheMap) -> Float[Tensor, "batch 1 1 keys"] | Bool[Tensor, "batch 1 1 keys"]:
-    """The text mask at every cell's copy of the text, all other keys seen."""
-    spread = _seen(text, where.num_keys)
+def _spread(text: Tensor | None, where: CacheMap) -> Float[Tensor, "#batch 1 1 keys"]:
+    """The text mask at every cell's copy of the text, nothing added to all other keys."""
+    if text is None:
+        return torch.zeros(1, 1, 1, where.num_keys)
+    spread = text.new_zeros(*text.shape[:-1], where.num_keys)
     spread[..., where.text_places.to(text.device)] = text[..., None, :]
     return spread

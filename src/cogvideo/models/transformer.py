@@ -58,15 +58,20 @@ class TemporalBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch rows hidden"], spatial: Tensor, layer: int, plan: Pass, store: KeyStore
     ) -> Float[Tensor, "batch rows hidden"]:
-        """Mix the spatial channel's output with the temporal one's: `a * spatial + (1 - a) * temporal`, frames only."""
-        q, k, v = split_heads(self.qkv(x), self.num_heads)
-        k, v = store.store(layer, k, v)
-        num_text = plan.num_text
-        if x.shape[1] == num_text:
-            return spatial
-        temporal = self.out(attend(q[:, :, num_text:], k, v, plan.temporal[layer % len(plan.temporal)]))
-        mixed = torch.lerp(temporal, spatial[:, num_text:], self.gate.sigmoid())
-        return torch.cat([spatial[:, :num_text], mixed], dim=1) if num_text else mixed
+        """Mix the spatial channel's output with that of attention over frames; text rows keep the spatial one."""
+        q, kv = split_heads(self.qkv(x), self.num_heads)
+        kv = store.store(layer, kv)
+        if not plan.num_text:
+            return self.mix(q, kv, spatial, plan.temporal[layer % len(plan.temporal)])
+        text, frames = spatial.tensor_split((plan.num_text,), dim=1)
+        if not frames.shape[1]:
+            return text
+        mixed = self.mix(q[:, :, plan.num_text :], kv, frames, plan.temporal[layer % len(plan.temporal)])
+        return torch.cat([text, mixed], dim=1)
+
+    def mix(self, q: Tensor, kv: Tensor, spatial: Tensor, plan: Plan) -> Float[Tensor, "batch rows hidden"]:
+        """Frame rows: `a * spatial + (1 - a) * temporal` with the gate `a`."""
+        return torch.lerp(self.out(attend(q, kv, plan)), spatial, self.gate.sigmoid())
 
 
 class Block(nn.Module):
@@ -92,9 +97,8 @@ class Block(nn.Module):
     ) -> Float[Tensor, "batch rows hidden"]:
         """`x + LN3(Attention(LN1(x)))`, then `x + LN4(MLP(LN2(x)))`."""
         normed = self.norm1(x)
-        q, k, v = split_heads(self.qkv(normed), self.num_heads)
-        k, v = stores.spatial.store(layer, k, v)
-        attention = self.out(attend(q, k, v, plan.spatial))
+        q, kv = split_heads(self.qkv(normed), self.num_heads)
+        attention = self.out(attend(q, stores.spatial.store(layer, kv), plan.spatial))
         if temporal is not None:
             attention = temporal(normed, attention, layer, plan, stores.temporal)
         x = x + self.norm3(attention)

@@ -1,0 +1,3 @@
+from cogvideo.cli import main
+
+raise SystemExit(main())

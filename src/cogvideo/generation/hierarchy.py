@@ -1,0 +1,348 @@
+"""The hierarchy of generation: key frames, then rounds of recursive interpolation (paper section 3.2, spec section 3).
+
+`generate` is one generator for the command line, the web and the tests: it yields every frame as it is finished, with
+its time in the clip; `collect` puts them in order. Given frames are never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from einops import rearrange
+from jaxtyping import Int64
+from torch import Tensor
+
+from cogvideo.config import CogVideoConfig, require
+from cogvideo.generation.decode import Condition, Passes, decode
+from cogvideo.generation.sampling import GumbelNoise, Sampling, spawn
+from cogvideo.layout import SequenceLayout
+from cogvideo.models.transformer import Transformer
+from cogvideo.text import PaddedText, TextTokenizer, fit, pad_left
+
+
+class System(Protocol):
+    """What generation needs of a model; `bundle.CogVideo` is one, and loads each part when it is first used."""
+
+    @property
+    def config(self) -> CogVideoConfig:
+        """Sizes and templates."""
+
+    @property
+    def image_model(self) -> Transformer:
+        """Draws the first frame."""
+
+    @property
+    def sequential(self) -> Transformer:
+        """Draws the other key frames."""
+
+    @property
+    def interpolation(self) -> Transformer:
+        """Draws the frames between."""
+
+    @property
+    def text(self) -> TextTokenizer:
+        """Of captions."""
+
+    @property
+    def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
+        """Cluster of each code, for cluster sampling."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How strongly a stage is guided; the defaults are those of the released pipeline (spec section 3)."""
+
+    image: float = 1.0
+    """Of the first frame; 1 is no guidance, and no second row."""
+    sequential: float = 3.0
+    """Of the other key frames."""
+    interpolation: float = 1.0
+    """Of the frames between."""
+    negative: str | None = None
+    """Caption to move away from, instead of the model's own unconditional one."""
+    text_bonus: float = 1.4
+    """Added to text scores in stages that are not guided."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a clip beside its prompt, its seed and given frames."""
+
+    rounds: int = 3
+    """Rounds of interpolation: 5 key frames become 9, 17, 33, ..."""
+    duration: float = 4.0
+    """Seconds from the first to the last key frame."""
+    first: Sampling = field(default_factory=lambda: Sampling(1.0, clusters=16))
+    """Sampler of the first frame."""
+    later: Sampling = field(default_factory=lambda: Sampling(1.05, clusters=12))
+    """Sampler of all other frames."""
+    guidance: Guidance = field(default_factory=Guidance)
+    """Guidance of each stage."""
+    passes: Passes = field(default_factory=Passes)
+    """How many slots go through the model at once; changes the speed alone."""
+    truncate: bool = False
+    """Cut prompts that are longer than the text slots, instead of refusing them."""
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 0, f"rounds is {self.rounds}, expected 0 or more")
+        require(self.duration > 0, f"duration is {self.duration}, expected a positive number of seconds")
+
+
+class Finished(NamedTuple):
+    """A frame of every sample of a batch that will not change any more."""
+
+    stage: str
+    """`given`, `image`, `sequential` or `interpolation`."""
+    time: float
+    """Seconds from the start of the clip."""
+    codes: Int64[Tensor, "batch slots"]
+    passes: int
+    """Passes of the model for the frames of this stage (of this round), up to here."""
+
+
+class Clip(NamedTuple):
+    """Frames in order of time, equally spaced."""
+
+    codes: Int64[Tensor, "batch frames slots"]
+    spacing: float
+    """Seconds between neighbours."""
+
+
+class _Streams(NamedTuple):
+    """A generator a sample for each stage, so that one stage's draws do not depend on whether another ran."""
+
+    image: list[torch.Generator]
+    sequential: list[torch.Generator]
+    interpolation: list[torch.Generator]
+
+    @classmethod
+    def of(cls, generators: Sequence[torch.Generator]) -> _Streams:
+        children = [spawn(generator, len(cls._fields)) for generator in generators]
+        return cls(*(list(stage) for stage in zip(*children, strict=True)))
+
+
+Frames = Generator[Finished, None, Clip]
+"""Yields frames as they are finished and returns the clip so far."""
+
+
+def generate(
+    system: System,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    settings: Settings | None = None,
+    given: Int64[Tensor, "batch frames slots"] | None = None,
+    last: Int64[Tensor, "batch slots"] | None = None,
+) -> Frames:
+    """A clip for each prompt, all in one batch, from nothing or from given frames.
+
+    Args:
+        system: models and text tokenizer.
+        prompts: captions.
+        generators: one CPU generator a sample, advanced here; a sample depends on nothing else in the batch.
+        settings: all other choices.
+        given: leading key frames: one continues an image, several continue a clip.
+        last: last key frame; the clip then goes from `given`, which must be one frame, to this.
+
+    Raises:
+        ValueError: a prompt is empty or too long, counts differ, or given frames cannot be right. Nothing heavy has
+            been done then: models are not even loaded.
+    """
+    settings = settings or Settings()
+    config = system.config
+    given = _check(config, prompts, generators, given, last)
+    texts = _Texts(system, prompts, settings)
+    spacing = settings.duration / (config.layout.num_frames - 1)
+    rounds = settings.rounds if last is None else settings.rounds + _rounds_between(config)
+    texts.check(not given.shape[1], spacing, settings.duration if last is not None else spacing, rounds)
+    streams = _Streams.of(generators)
+    if last is None:
+        clip = yield from _key_frames(system, texts, streams, given, spacing)
+    else:
+        clip = Clip(torch.stack([given[:, 0], last], 1), settings.duration)
+        yield from _finished("given", clip)
+    noise = [spawn(generator, rounds) for generator in streams.interpolation]
+    for number in range(rounds):
+        clip = yield from _interpolate(system, texts, [each[number] for each in noise], clip)
+    return clip
+
+
+def collect(frames: Iterable[Finished]) -> Int64[Tensor, "batch frames slots"]:
+    """All frames that were yielded, in order of time."""
+    return torch.stack([frame.codes for frame in sorted(frames, key=lambda frame: frame.time)], 1)
+
+
+def _check(
+    config: CogVideoConfig,
+    prompts: Sequence[str],
+    generators: Sequence[torch.Generator],
+    given: Tensor | None,
+    last: Tensor | None,
+) -> Int64[Tensor, "batch frames slots"]:
+    """The given frames, none as an empty tensor."""
+    layout, batch = SequenceLayout.sequential(config.layout), len(prompts)
+    require(batch > 0, "got no prompt, expected at least one")
+    require(len(generators) == batch, f"got {len(generators)} generators for {batch} prompts, expected one each")
+    given = torch.empty(batch, 0, layout.frame_slots, dtype=torch.int64) if given is None else given
+    most = layout.num_frames - 1 if last is None else 1
+    least = 0 if last is None else 1
+    require(
+        given.ndim == 3 and least <= given.shape[1] <= most,
+        f"got given frames of shape {tuple(given.shape)}, expected (batch, frames, slots), {least} to {most} frames",
+    )
+    for codes in [given] if last is None else [given, last[:, None]]:
+        layout.check_codes(codes, codes.shape[1], config.transformer.num_codes)
+        require(len(codes) == batch, f"got given frames of {len(codes)} clips for {batch} prompts")
+    return given
+
+
+def _rounds_between(config: CogVideoConfig) -> int:
+    """Rounds from two frames to as many as there are key frames."""
+    gaps = config.layout.num_frames - 1
+    require(gaps & (gaps - 1) == 0, f"{gaps} gaps between key frames are no power of two: in-between is not possible")
+    return gaps.bit_length() - 1
+
+
+class _Texts:
+    """The texts of each stage, encoded once."""
+
+    def __init__(self, system: System, prompts: Sequence[str], settings: Settings) -> None:
+        self.system, self.prompts, self.settings = system, prompts, settings
+        self.layout, self.tokenizer = system.config.layout, system.text
+
+    def check(self, image: bool, spacing: float, start: float, rounds: int) -> None:
+        """Encode every text that will be needed, so that one too long is refused before any work."""
+        if image:
+            self.image()
+        self.sequential(spacing)
+        for number in range(rounds):
+            self.interpolation(start / 2 ** (number + 1))
+
+    def image(self) -> Condition:
+        """Of the first frame: no frame rate prefix."""
+        tokenizer, negative = self.tokenizer, self.settings.guidance.negative
+        rows = [tokenizer.encode_image_caption(prompt) for prompt in self.prompts]
+        other = tokenizer.encode_unconditional_image() if negative is None else tokenizer.encode_image_caption(negative)
+        return self._condition(rows, other, self.settings.guidance.image, self.layout.image_text_slots)
+
+    def sequential(self, spacing: float) -> Condition:
+        """Of the key frames."""
+        return self._video(spacing, self.settings.guidance.sequential)
+
+    def interpolation(self, spacing: float) -> Condition:
+        """Of a round after which frames are `spacing` seconds apart."""
+        return self._video(spacing, self.settings.guidance.interpolation)
+
+    def _video(self, spacing: float, scale: float) -> Condition:
+        duration, negative = spacing * (self.layout.num_frames - 1), self.settings.guidance.negative
+        rows = [self.tokenizer.encode_caption(prompt, duration) for prompt in self.prompts]
+        if negative is None:
+            other = self.tokenizer.encode_unconditional(duration)
+        else:
+            other = self.tokenizer.encode_caption(negative, duration)
+        return self._condition(rows, other, scale, self.layout.text_slots)
+
+    def _condition(self, rows: list[list[int]], other: list[int], scale: float, slots: int) -> Condition:
+        text = self._pad(rows, slots)
+        if scale == 1:
+            return Condition(text, text_bonus=self.settings.guidance.text_bonus)
+        return Condition(text, self._pad([other] * len(rows), slots), scale)
+
+    def _pad(self, rows: list[list[int]], slots: int) -> PaddedText:
+        rows = [fit(row, slots, self.settings.truncate) for row in rows]
+        return pad_left(rows, slots, self.tokenizer.pad)
+
+
+def _finished(stage: str, clip: Clip) -> Generator[Finished, None, None]:
+    for number in range(clip.codes.shape[1]):
+        yield Finished(stage, number * clip.spacing, clip.codes[:, number], 0)
+
+
+def _key_frames(system: System, texts: _Texts, streams: _Streams, given: Tensor, spacing: float) -> Frames:
+    """The first frame by the image model alone, the others by the sequential stage."""
+    yield from _finished("given", Clip(given, spacing))
+    if not given.shape[1]:
+        layout = SequenceLayout.text_to_image(system.config.layout)
+        given = yield from _decode(system.image_model, layout, texts.image(), given, streams.image, texts, "image", 0)
+    layout = SequenceLayout.sequential(system.config.layout)
+    condition = texts.sequential(spacing)
+    drawn = yield from _decode(
+        system.sequential, layout, condition, given, streams.sequential, texts, "sequential", spacing
+    )
+    return Clip(torch.cat([given, drawn], 1), spacing)
+
+
+def _decode(
+    model: Transformer,
+    layout: SequenceLayout,
+    condition: Condition,
+    given: Int64[Tensor, "batch frames slots"],
+    generators: Sequence[torch.Generator],
+    texts: _Texts,
+    stage: str,
+    spacing: float,
+) -> Generator[Finished, None, Int64[Tensor, "batch frames slots"]]:
+    """Yield the frames that a stage adds; return them."""
+    settings = texts.settings
+    sampling = settings.first if stage == "image" else settings.later
+    noise = GumbelNoise(generators, layout.num_frames, layout.frame_slots, model.base.config.num_codes)
+    frames = []
+    for frame in decode(model, layout, condition, given, noise, sampling, texts.system.cluster_labels, settings.passes):
+        frames.append(frame.codes.cpu())
+        yield Finished(stage, frame.place * spacing, frames[-1], frame.passes)
+    return torch.stack(frames, 1)
+
+
+def _interpolate(system: System, texts: _Texts, generators: Sequence[torch.Generator], clip: Clip) -> Frames:
+    """One frame into every gap: all sequences of the round are one batch of (samples x sequences) rows.
+
+    A sequence takes neighbouring frames, the first of the next being the last of this one. Where the gaps do not come
+    out even, the last sequence overlaps the one before; the gap that both fill keeps the frame that is drawn first.
+    """
+    num_frames, spacing = clip.codes.shape[1], clip.spacing / 2
+    most = SequenceLayout.interpolation(system.config.layout).num_bidirectional
+    layout = SequenceLayout.interpolation(system.config.layout, min(most, num_frames))
+    starts = _starts(num_frames, layout.num_bidirectional)
+    given = torch.stack([clip.codes[:, start : start + layout.num_bidirectional] for start in starts], 1)
+    rows = [each for generator in generators for each in spawn(generator, len(starts))]
+    frames = _decode(
+        system.interpolation,
+        layout,
+        _repeat(texts.interpolation(spacing), len(starts)),
+        rearrange(given, "batch starts frames slots -> (batch starts) frames slots"),
+        rows,
+        texts,
+        "interpolation",
+        spacing,
+    )
+    codes = clip.codes.new_zeros(len(clip.codes), 2 * num_frames - 1, clip.codes.shape[2])
+    codes[:, ::2] = clip.codes
+    filled = set()
+    for frame in frames:
+        place = round(frame.time / spacing)
+        drawn = rearrange(frame.codes, "(batch starts) slots -> batch starts slots", starts=len(starts))
+        for number, start in enumerate(starts):
+            at = 2 * start + place
+            if at not in filled:
+                filled.add(at)
+                codes[:, at] = drawn[:, number]
+                yield Finished("interpolation", at * spacing, drawn[:, number], frame.passes)
+    return Clip(codes, spacing)
+
+
+def _starts(num_frames: int, width: int) -> list[int]:
+    """First frames of the sequences of `width` neighbours whose gaps cover all gaps."""
+    starts = list(range(0, num_frames - width + 1, width - 1))
+    return starts if starts[-1] + width == num_frames else [*starts, num_frames - width]
+
+
+def _repeat(condition: Condition, times: int) -> Condition:
+    """Every row so many times in a row."""
+
+    def repeat(text: PaddedText) -> PaddedText:
+        return PaddedText(*(part.repeat_interleave(times, 0) for part in text))
+
+    other = condition.unconditional
+    return replace(condition, text=repeat(condition.text), unconditional=None if other is None else repeat(other))

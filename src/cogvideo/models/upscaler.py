@@ -1,0 +1,196 @@
+"""Super-resolution of code grids in one pass (CogView2 "direct"; spec section 4): every high slot is drawn at once.
+
+Two levels run side by side. The low level, text and low codes, is the image model itself with its frame seen in both
+directions. The high slots share its norms, feed-forward layers and embeddings; their attention is added: each sees the
+high slots around it and the low codes around its coarse place, never the text.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from einops import repeat
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from cogvideo.config import LayoutConfig, TransformerConfig, UpscalerConfig
+from cogvideo.layout import SequenceLayout, UpscaleLayout
+from cogvideo.models.attention import Chunk, Group, Plan, attend, split_heads
+from cogvideo.models.plans import full_pass, text_masks
+from cogvideo.models.transformer import Base, Block
+
+TILE = 4
+"""Rows and columns of low codes whose high slots are one cell of attention. Larger cells score more pairs in vain,
+smaller ones gather every key more often (released sizes: 2.1 times on average, 4 times with cells of 2)."""
+
+
+class Levels(NamedTuple):
+    """What the rows of each level see."""
+
+    num_text: int
+    """Rows of the low level before its low codes."""
+    low: Plan
+    """Of text and low codes, over themselves."""
+    high: Plan
+    """Of high slots, over [high slots | low codes]."""
+
+
+class UpscaleBlock(nn.Module):
+    """What super-resolution adds to one block: the attention of the high slots."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden)
+        self.out = nn.Linear(config.hidden, config.hidden)
+
+    def forward(
+        self,
+        block: Block,
+        low: Float[Tensor, "batch rows hidden"],
+        high: Float[Tensor, "batch high hidden"],
+        plan: Levels,
+    ) -> tuple[Float[Tensor, "batch rows hidden"], Float[Tensor, "batch high hidden"]]:
+        """Both levels through a block; high slots see the low codes' keys and values as the base computes them."""
+        q, kv = split_heads(block.qkv(block.norm1(low)), block.num_heads)
+        own_q, own_kv = split_heads(self.qkv(block.norm1(high)), self.num_heads)
+        seen = torch.cat([own_kv, kv[:, :, :, plan.num_text :]], dim=3)
+        low = _residual(block, low, block.out(attend(q, kv, plan.low)))
+        high = _residual(block, high, self.out(attend(own_q, seen, plan.high)))
+        return low, high
+
+
+def _residual(block: Block, x: Tensor, attention: Tensor) -> Float[Tensor, "batch rows hidden"]:
+    """`x + LN3(attention)`, then `x + LN4(MLP(LN2(x)))`."""
+    x = x + block.norm3(attention)
+    return x + block.norm4(block.mlp(block.norm2(x)))
+
+
+class UpscaleChannel(nn.Module):
+    """What super-resolution adds to the base: attention of every block, and positions of the high slots."""
+
+    def __init__(self, config: TransformerConfig, layout: LayoutConfig, upscaler: UpscalerConfig) -> None:
+        super().__init__()
+        self.upscaler = upscaler
+        self.layout = UpscaleLayout.of(layout, upscaler)
+        self.positions = nn.Embedding(self.layout.high_slots, config.hidden)
+        self.blocks = nn.ModuleList(UpscaleBlock(config) for _ in range(config.num_layers))
+
+
+class Upscaler(nn.Module):
+    """Low codes and their caption to high codes.
+
+    Args:
+        base: that of the image model, and frozen.
+        channel: what super-resolution adds.
+    """
+
+    def __init__(self, base: Base, channel: UpscaleChannel) -> None:
+        super().__init__()
+        self.base = base
+        self.channel = channel
+
+    def forward(
+        self, text: Int64[Tensor, "batch text"], mask: Bool[Tensor, "batch text"], codes: Int64[Tensor, "batch low"]
+    ) -> Float[Tensor, "batch high hidden"]:
+        """The high slots after the last block, before the final norm (`Base.logits` applies it, to as many as fit).
+
+        Args:
+            text: left-padded tokens.
+            mask: true for real text, at least one a row.
+            codes: of the low frame.
+        """
+        plan, low, high = self._plan(mask, codes.device), self._embed_low(text, mask, codes), self._embed_high(codes)
+        for block, added in zip(self.base.blocks, self.channel.blocks, strict=True):
+            low, high = added(block, low, high, plan)
+        return high
+
+    def _plan(self, mask: Bool[Tensor, "batch text"], device: torch.device) -> Levels:
+        layout, kind = self.channel.layout, self.base.words.weight.dtype
+        low = full_pass(low_sequence(layout), 0, text_masks(mask, 0.0, kind), 1, False, device).spatial
+        return Levels(layout.text_slots, low, neighbourhoods(layout, self.channel.upscaler, device))
+
+    def _embed_low(self, text: Tensor, mask: Tensor, codes: Tensor) -> Float[Tensor, "batch rows hidden"]:
+        """Text and low codes, each fed as itself."""
+        layout = self.channel.layout
+        frame = layout.low_positions().to(codes.device).expand_as(codes)
+        positions = torch.cat([low_sequence(layout).text_positions(mask), frame], dim=1)
+        return self.base.words(torch.cat([text, codes], dim=1)) + self.base.positions(positions)
+
+    def _embed_high(self, codes: Tensor) -> Float[Tensor, "batch high hidden"]:
+        """Every high slot is fed `<start_of_image>`: only its position tells it from the others."""
+        slots = torch.arange(self.channel.layout.high_slots, device=codes.device).expand(len(codes), -1)
+        start = torch.full_like(slots, self.base.config.start_of_image)
+        return self.base.words(start) + self.channel.positions(slots)
+
+
+def low_sequence(layout: UpscaleLayout) -> SequenceLayout:
+    """The low level as a sequence of the image model: text sees text, the low codes see text and each other."""
+    return SequenceLayout(layout.text_slots, layout.low_grid, layout.low_position, order=(0,), num_bidirectional=1)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is made while generating must also serve in training
+def neighbourhoods(layout: UpscaleLayout, upscaler: UpscalerConfig, device: torch.device, tile: int = TILE) -> Plan:
+    """Which keys, [high slots | low codes], each high slot sees: those around it, and those around its coarse place.
+
+    The high frame is cut in tiles, which become cells of attention. A tile gathers the keys that any of its slots sees
+    (keys outside the image do not exist) and masks the rest. Tiles whose masks are equal are one group, so the masks of
+    a frame of any size are those of its corners, edges and middle.
+
+    Args:
+        layout: the two grids.
+        upscaler: sizes of the neighbourhoods.
+        device: where the indices go.
+        tile: side of a tile in low codes; a tile at the right or lower edge may be smaller.
+    """
+    slots, side = torch.arange(layout.high_slots).view(layout.high_grid, -1), tile * layout.ratio
+    groups: dict[tuple[torch.Size, bytes], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for high in (part.flatten() for band in torch.split(slots, side) for part in torch.split(band, side, dim=1)):
+        seen = _sees(layout, upscaler, high)
+        keys = seen.any(0).nonzero()[:, 0]
+        mask = seen[:, keys]
+        groups.setdefault((mask.shape, mask.numpy().tobytes()), []).append((high, keys, mask))
+    order = torch.cat([high for group in groups.values() for high, _, _ in group])
+    return Plan(tuple(_group(group, device) for group in groups.values()), restore=order.argsort().to(device))
+
+
+def _sees(layout: UpscaleLayout, upscaler: UpscalerConfig, high: Int64[Tensor, " rows"]) -> Bool[Tensor, "rows keys"]:
+    """The rule itself, for some high slots and all keys (spec section 4)."""
+    row, column = high[:, None] // layout.high_grid, high[:, None] % layout.high_grid
+    coarse = upscaler.low_side, upscaler.low_side
+    return torch.cat(
+        [
+            _near(row, column, layout.high_grid, upscaler.high_rows, upscaler.high_columns),
+            _near(row // layout.ratio, column // layout.ratio, layout.low_grid, *coarse),
+        ],
+        dim=1,
+    )
+
+
+def _near(row: Tensor, column: Tensor, grid: int, rows: int, columns: int) -> Bool[Tensor, "places slots"]:
+    """Slots of a grid that lie in the `rows x columns` around a place."""
+    slots = torch.arange(grid**2)
+    return ((slots // grid - row).abs() <= rows // 2) & ((slots % grid - column).abs() <= columns // 2)
+
+
+def _group(tiles: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> Group:
+    highs, keys, masks = zip(*tiles, strict=True)
+    chunk = Chunk(None, None, masks[0][None, None].to(device))
+    return Group(torch.stack(highs).to(device), torch.stack(keys).to(device), (chunk,))
+
+
+@torch.no_grad()
+def inherit_upscaler(channel: UpscaleChannel, base: Base) -> None:
+    """Start super-resolution from the image model: its attention, and every high slot at the position of its low code.
+
+    The released training copies the attention too, but repeats the low positions like tiles: high slot (r, c) starts at
+    that of (r % grid, c % grid), far from the low codes it sees.
+    """
+    base_weights, layout = base.state_dict(), channel.layout
+    channel.blocks.load_state_dict({name: base_weights[f"blocks.{name}"] for name in channel.blocks.state_dict()})
+    rows = base.positions(layout.low_positions().to(base.positions.weight.device))
+    square = "(row column) hidden -> (row down column right) hidden"
+    channel.positions.weight.copy_(repeat(rows, square, row=layout.low_grid, down=layout.ratio, right=layout.ratio))
