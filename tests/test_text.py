@@ -1,45 +1,22 @@
 """Captions to tokens: ids, templates, what users type, padding."""
 
-import io
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 
 from cogvideo.config import TextConfig, TransformerConfig, preset
 from cogvideo.text import TextTokenizer, fit, pad_left
 
-CAPTIONS = (
-    "A cat runs over the grass.",
-    "a man pours water into a glass",
-    "4.0s the sun rises behind a mountain <pad> <n>",
-    "一只猫在草地上奔跑。",
-    "4.0秒 两个人在海边散步 视频 高清摄影",
-)
 NUM_CODES = 1024
 
 
-def train_text_model(symbols: tuple[str, ...] = ("<pad>", "<n>"), **options: Any) -> bytes:
-    """A SentencePiece model of a few hundred pieces; `<unk> <s> </s> <pad> <n>` come first, as in the released one."""
-    model = io.BytesIO()
-    settings: dict[str, Any] = {"vocab_size": 360, "hard_vocab_limit": False, "byte_fallback": True}
-    settings |= {"user_defined_symbols": list(symbols), "num_threads": 1, "minloglevel": 2}
-    SentencePieceTrainer.train(sentence_iterator=iter(CAPTIONS * 3), model_writer=model, **settings, **options)
-    return model.getvalue()
-
-
 @pytest.fixture(scope="session")
-def text_model() -> bytes:
-    """A small SentencePiece model that changes nothing in a text before it splits it."""
-    return train_text_model(normalization_rule_name="identity", remove_extra_whitespaces=False)
-
-
-@pytest.fixture(scope="session")
-def normalizing_model() -> bytes:
+def normalizing_model(train_text_model: Callable[..., bytes]) -> bytes:
     """A small SentencePiece model with SentencePiece's own normalisation: compatibility forms, spaces, controls."""
     return train_text_model()
 
@@ -249,14 +226,14 @@ def test_check_against_the_transformer(tokenizer: TextTokenizer) -> None:
 
 
 @pytest.mark.parametrize("missing", ["<pad>", "<n>"])
-def test_model_without_a_needed_piece_is_refused(missing: str) -> None:
+def test_model_without_a_needed_piece_is_refused(missing: str, train_text_model: Callable[..., bytes]) -> None:
     """Guards against the unknown piece in place of pad or line break, which SentencePiece returns silently."""
     others = tuple({"<pad>", "<n>"} - {missing})
     with pytest.raises(ValueError, match=f"no piece {missing}"):
         TextTokenizer(train_text_model(symbols=others), TextConfig(), NUM_CODES)
 
 
-def test_pad_may_be_a_control_piece() -> None:
+def test_pad_may_be_a_control_piece(train_text_model: Callable[..., bytes]) -> None:
     """Guards the preset whose pad is the first token behind the codes: SentencePiece then makes it a control piece."""
     model = train_text_model(symbols=("<n>",), pad_id=0, unk_id=1, bos_id=-1, eos_id=-1)
     tokenizer = TextTokenizer(model, TextConfig(), NUM_CODES)

@@ -46,7 +46,7 @@ class CacheMap:
     """Where each key of a cache lies: `cell_slots` are the frame slots of each cell, in the cache's order."""
 
     text_slots: int
-    cell_slots: tuple[Int64[Tensor, " area"], ...]
+    cell_slots: tuple[Int64[Tensor, " _"], ...]
     frames: int
     """Frames that a cell holds one after another."""
 

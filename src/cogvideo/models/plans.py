@@ -33,7 +33,7 @@ class TextMasks(NamedTuple):
 
 def text_masks(mask: Bool[Tensor, "batch text"], bonus: float, dtype: torch.dtype) -> TextMasks:
     """Pads are never seen; `bonus` is added to text scores, in the temporal channel only by drawn slots (spec 3)."""
-    given = _added(mask, 0, dtype)
+    given = _added(mask, 0.0, dtype)
     drawn = _added(mask, bonus, dtype)
     return TextMasks(drawn, given, drawn)
 

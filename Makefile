@@ -1,0 +1,29 @@
+# Everything on a bare machine with Python 3.11+: each target makes its own environment in .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: test check format bench setup
+
+test: setup ## the whole test suite
+	$(BIN)/python -m pytest -n auto
+
+check: setup ## what continuous integration checks beside the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m tests.parity tests/golden
+
+format: setup ## rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## measure; writes benchmarks/results/
+	$(BIN)/python -m benchmarks.decode
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'cogvideo needs Python 3.11 or newer')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@

@@ -1,0 +1,280 @@
+"""Decoding, measured: `python -m benchmarks.decode [SECTION ...]` prints tables and writes benchmarks/results/.
+
+Every figure that is judged is a ratio of things measured in turn in the same run: against the floor (bytes that a step
+must read, over the bandwidth at which this machine reads), or against the plain decoder of benchmarks/plain.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import alternate, read_bandwidth, write
+from benchmarks.plain import PlainContext, plain_step
+from benchmarks.toy import toy_stages
+from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig
+from cogvideo.generation.decode import Condition, Decoder, Passes, decode
+from cogvideo.generation.sampling import GumbelNoise, Sampling
+from cogvideo.layout import SequenceLayout
+from cogvideo.models.packing import pack
+from cogvideo.models.plans import Rows, full_pass, text_masks
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
+from cogvideo.text import PaddedText
+
+Figures = dict[str, Any]
+
+LAYOUT = LayoutConfig(grid=20, num_frames=5, text_slots=64, image_text_slots=64, frame_position=512)
+NUM_CODES = 20_000
+TEXT_TOKENS, GUIDE_TOKENS, SCALE = 20, 6, 3.0
+
+
+def build(
+    hidden: int,
+    layers: int,
+    heads: int,
+    window: int,
+    dtype: torch.dtype,
+    layout: LayoutConfig = LAYOUT,
+    codes: int = NUM_CODES,
+) -> Transformer:
+    """A video stage with random weights."""
+    config = TransformerConfig(layers, hidden, heads, codes + 200, codes, codes + 1, codes, 1024)
+    base, channel = Base(config), TemporalChannel(config, layout, StageConfig(window))
+    generator = torch.Generator().manual_seed(0)
+    initialize(base, layers, generator)
+    inherit(channel, base, generator)
+    return Transformer(base, channel).to(dtype).requires_grad_(False)
+
+
+def packed(model: Transformer) -> Transformer:
+    """The same model for inference on this CPU."""
+    for part in (model.base, model.channel):
+        if part is not None:
+            pack(part)
+    return model
+
+
+def text(tokens: int, slots: int, codes: int = NUM_CODES, batch: int = 1) -> PaddedText:
+    """So many real tokens, right-aligned."""
+    return PaddedText(torch.full((batch, slots), codes + 2), (torch.arange(slots) >= slots - tokens).expand(batch, -1))
+
+
+def decoder(model: Transformer, layout: SequenceLayout, batch: int = 1) -> Decoder:
+    """A guided run with its first frames given."""
+    codes, slots = model.base.config.num_codes, layout.text_slots
+    texts = [text(min(each, slots), slots, codes, batch) for each in (TEXT_TOKENS, GUIDE_TOKENS)]
+    run = Decoder(model, layout, Condition(*texts, SCALE))
+    run.prefill(torch.randint(0, codes, (batch, max(1, layout.num_bidirectional), layout.frame_slots)))
+    return run
+
+
+def stepper(run: Decoder, rank: int, slot: int) -> Callable[[], object]:
+    """One step at a position."""
+    tokens = torch.zeros(len(run.condition.text.tokens), 1, dtype=torch.int64)
+    return lambda: run.step([Rows(rank, slot, 0)], tokens)
+
+
+def step_bytes(run: Decoder, rank: int, slot: int) -> int:
+    """Bytes that a step must read: weights of layers and head, and of the caches the text and slots that it sees."""
+    model, config = run.model, run.model.base.config
+    assert model.channel is not None
+    width = model.base.words.weight.element_size()
+    weights = (12 + 4) * config.hidden**2 * config.num_layers + config.num_codes * config.hidden
+    cells = [run.plans.views[1 + layer % (len(run.plans.views) - 1)] for layer in range(config.num_layers)]
+    temporal = sum(
+        TEXT_TOKENS + GUIDE_TOKENS + 2 * (view.places[rank][slot] + 1 - view.starts[view.cell[slot]] - view.text_slots)
+        for view in cells
+    )
+    spatial = config.num_layers * (TEXT_TOKENS + GUIDE_TOKENS + 2 * (slot + 1))
+    return weights * width + 2 * (temporal + spatial) * config.hidden * run.caches[0].layers[0].element_size()
+
+
+def guided_steps(rounds: int = 15) -> Figures:
+    """Guided decoding at hidden 1024, 12 layers, 16 heads, grid 20, batch 1: against the floor and the plain decoder."""
+    sequential, figures = SequenceLayout.sequential(LAYOUT), {}
+    plain = build(1024, 12, 16, 0, torch.float32)
+    runs = {
+        "float32": decoder(packed(copy.deepcopy(plain)), sequential),
+        "bfloat16": decoder(packed(build(1024, 12, 16, 0, torch.bfloat16)), sequential),
+        "float32 windowed": decoder(packed(build(1024, 12, 16, 10, torch.float32)), sequential),
+        "bfloat16 windowed": decoder(packed(build(1024, 12, 16, 10, torch.bfloat16)), sequential),
+    }
+    plains = {"plain float32": plain, "plain bfloat16": copy.deepcopy(plain).bfloat16()}
+    for position in (400, 1600):
+        rank, slot = divmod(position, LAYOUT.grid**2)
+        calls = {name: stepper(run, rank, slot) for name, run in runs.items()}
+        calls |= {name: _plain_call(model, position) for name, model in plains.items()}
+        with torch.inference_mode():
+            times = alternate(calls, rounds)
+        bandwidth = read_bandwidth()
+        for name, run in runs.items():
+            floor = step_bytes(run, rank, slot) / bandwidth * 1e3
+            figures[f"{name} at {position}"] = {
+                "milliseconds": times[name]["median"],
+                "best": times[name]["best"],
+                "floor": floor,
+                "share of floor's speed": floor / times[name]["median"],
+                "share of floor's speed (best)": floor / times[name]["best"],
+                "times plain float32": times["plain float32"]["median"] / times[name]["median"],
+                "times plain bfloat16": times["plain bfloat16"]["median"] / times[name]["median"],
+                "read GB/s": bandwidth / 1e9,
+            }
+        figures |= {
+            f"{name} at {position}": {"milliseconds": times[name]["median"], "best": times[name]["best"]}
+            for name in plains
+        }
+    return figures
+
+
+def _plain_call(model: Transformer, position: int) -> Callable[[], object]:
+    slots = LAYOUT.grid**2
+    dtype, token = model.base.words.weight.dtype, torch.zeros(1, 1, dtype=torch.int64)
+    contexts = [PlainContext(model, each, position, dtype) for each in (TEXT_TOKENS, GUIDE_TOKENS)]
+    start = position // slots * slots
+    return lambda: plain_step(model, contexts, token, LAYOUT.frame_position + position, start, SCALE)
+
+
+def host_overhead(rounds: int = 100) -> Figures:
+    """A step of a deep, narrow model on a tiny grid: what is left when there is nothing to compute."""
+    layout = LayoutConfig(grid=4, num_frames=5, text_slots=16, image_text_slots=16, frame_position=16)
+    run = decoder(packed(build(32, 48, 2, 0, torch.float32, layout, 512)), SequenceLayout.sequential(layout))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = alternate({"milliseconds": stepper(run, 1, 5)}, rounds, 20)["milliseconds"]
+    torch.set_num_threads(threads)
+    return {"48 layers, hidden 32, 1 thread": times}
+
+
+def batches(rounds: int = 6) -> Figures:
+    """Cost against batch: guided steps at position 400."""
+    model, sequential = packed(build(1024, 12, 16, 0, torch.float32)), SequenceLayout.sequential(LAYOUT)
+    calls = {f"batch {batch}": stepper(decoder(model, sequential, batch), 1, 0) for batch in (1, 2, 4, 8)}
+    times = alternate(calls, rounds)
+    return {
+        name: {"milliseconds": each["median"], "a sample": each["median"] / int(name.split()[1])}
+        for name, each in times.items()
+    }
+
+
+def frames() -> Figures:
+    """Cost and memory of a whole pass of the windowed stage against the number of frames, each in a fresh process."""
+    figures = {}
+    for window in (10, 0):
+        for count in (5, 9, 17, 33):
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                seconds, mebibytes = pool.submit(_whole_pass, window, count).result()
+            figures[f"window {window}, {count} frames"] = {"seconds": seconds, "MiB above the weights": mebibytes}
+    return figures
+
+
+def _whole_pass(window: int, count: int) -> tuple[float, float]:
+    layout = LayoutConfig(grid=20, num_frames=count, text_slots=64, image_text_slots=64, frame_position=512)
+    model, sequence = build(256, 4, 4, window, torch.float32, layout, 512), SequenceLayout.sequential(layout)
+    before, start = _peak_mebibytes(), time.perf_counter()
+    with torch.inference_mode():
+        words = text(TEXT_TOKENS, 64, 512)
+        plan = full_pass(sequence, window, text_masks(words.mask, 0.0, torch.float32), count, True, torch.device("cpu"))
+        tokens = torch.cat([words.tokens, torch.zeros(1, count * 400, dtype=torch.int64)], 1)
+        positions = torch.cat([sequence.text_positions(words.mask)[0], sequence.frame_positions(range(count))])
+        model(tokens, positions[None], plan)
+    return time.perf_counter() - start, _peak_mebibytes() - before
+
+
+def _peak_mebibytes() -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def passes() -> Figures:
+    """Passes a code of the ways to decode, on a small model trained for a minute so that its codes mean something."""
+    figures: Figures = {}
+    for stage, (model, layout, condition, given) in toy_stages().items():
+        codes = {}
+        for name, way in {
+            "one by one": Passes(),
+            "parallel frames": Passes(parallel_frames=True),
+            **{f"draft {width}": Passes(draft=width) for width in (4, 8, 16, 32)},
+        }.items():
+            noise = GumbelNoise(
+                [torch.Generator().manual_seed(seed) for seed in range(len(given))],
+                layout.num_frames,
+                layout.frame_slots,
+                model.base.config.num_codes,
+            )
+            start = time.perf_counter()
+            drawn = list(decode(model, layout, condition, given, noise, Sampling(), passes=way))
+            seconds = time.perf_counter() - start
+            codes[name] = torch.stack([frame.codes for frame in drawn])
+            drawn_slots = len(drawn) * layout.frame_slots
+            figures[f"{stage}, {name}"] = {
+                "passes": drawn[-1].passes,
+                "passes a code": drawn[-1].passes / drawn_slots,
+                "seconds": seconds,
+                "codes equal to one by one": float((codes[name] == codes["one by one"]).double().mean()),
+            }
+    return figures
+
+
+def imports(rounds: int = 7) -> Figures:
+    """Whole processes, from start to end."""
+    commands = {
+        "python -c pass": ["-c", "pass"],
+        "import cogvideo": ["-c", "import cogvideo"],
+        "cogvideo --help": ["-m", "cogvideo", "--help"],
+        "import torch": ["-c", "import torch"],
+        "model class ready": ["-c", "from cogvideo.models.transformer import Transformer"],
+    }
+    calls = {
+        name: lambda each=each: subprocess.run([sys.executable, *each], check=True, capture_output=True)
+        for name, each in commands.items()
+    }
+    return {
+        name: {"seconds": each["median"] / 1e3, "best": each["best"] / 1e3}
+        for name, each in alternate(calls, rounds, 1).items()
+    }
+
+
+SECTIONS: dict[str, Callable[[], Figures]] = {
+    "guided_steps": guided_steps,
+    "host_overhead": host_overhead,
+    "batches": batches,
+    "frames": frames,
+    "passes": passes,
+    "imports": imports,
+}
+
+
+def show(figures: Figures) -> None:
+    """A section as lines."""
+    for name, values in figures.items():
+        print(f"  {name:32}", "  ".join(f"{key} {value:.3g}" for key, value in values.items()), flush=True)
+
+
+def main() -> None:
+    """Run the sections named on the command line, all by default."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("section", nargs="*", default=list(SECTIONS), help=f"any of {', '.join(SECTIONS)}")
+    chosen, figures = parser.parse_args().section, {}
+    if unknown := set(chosen) - set(SECTIONS):
+        parser.error(f"unknown section {', '.join(sorted(unknown))}, expected any of {', '.join(SECTIONS)}")
+    for name in chosen:
+        function = SECTIONS[name]
+        print(f"{name}: {function.__doc__}", flush=True)
+        figures[name] = function()
+        show(figures[name])
+    print("written to", write("decode", figures))
+
+
+if __name__ == "__main__":
+    main()

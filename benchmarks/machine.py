@@ -1,0 +1,73 @@
+"""What a benchmark says of the machine it ran on, how it times, and where its figures go."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads and versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def alternate(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
+    """Milliseconds of each call, taken in turn so that a drift of the machine meets all alike.
+
+    `median` is for quoting; `best` is what the machine can do when nothing else runs on it.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(warm_up + rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number >= warm_up:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: {"median": statistics.median(each), "best": min(each)} for name, each in times.items()}
+
+
+def read_bandwidth(num_bytes: int = 1 << 30, rounds: int = 8) -> float:
+    """Bytes a second that all threads read from memory: the sum of a buffer far larger than any cache."""
+    buffer = torch.zeros(num_bytes // 4)
+    best = alternate({"sum": buffer.sum}, rounds)["sum"]["best"]
+    return num_bytes / best * 1e3
+
+
+def write(name: str, figures: dict[str, Any]) -> Path:
+    """The figures as a dated JSON under benchmarks/results/."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{datetime.now(UTC):%Y-%m-%d}.json"
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps({"machine": machine(), "command": sys.argv, **figures}, indent=2) + "\n")
+    temporary.rename(path)
+    return path

@@ -1,0 +1,64 @@
+"""A plain guided decoder, to measure against: what the released pipeline does for one code, and nothing cleverer.
+
+Two passes of the model for guidance, keys and values of both channels in caches that are concatenated anew in every
+layer, `F.linear`, scores written out, logits of the whole vocabulary. It computes what `Decoder.step` computes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cogvideo.models.transformer import Transformer
+
+
+class PlainContext:
+    """One row's text and frames so far: keys and values of every layer, grown by concatenation."""
+
+    def __init__(self, model: Transformer, num_text: int, num_frame: int, dtype: torch.dtype) -> None:
+        config = model.base.config
+        shape = (1, config.num_heads, num_text + num_frame, config.head_dim)
+        self.num_text = num_text
+        self.spatial = [torch.randn(2, *shape, dtype=dtype) for _ in range(config.num_layers)]
+        self.temporal = [torch.randn(2, *shape, dtype=dtype) for _ in range(config.num_layers)]
+
+
+def plain_step(
+    model: Transformer, contexts: list[PlainContext], token: Tensor, position: int, frame_start: int, scale: float
+) -> Tensor:
+    """Logits of the next code, guided: one whole pass after the other."""
+    conditional, unconditional = (_pass(model, context, token, position, frame_start) for context in contexts)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def _pass(model: Transformer, context: PlainContext, token: Tensor, position: int, frame_start: int) -> Tensor:
+    base, channel, heads = model.base, model.channel, model.base.config.num_heads
+    assert channel is not None
+    extra = position - channel.first_position
+    row = channel.positions.weight[extra] if extra >= 0 else base.positions.weight[position]
+    x = base.words.weight[token] + row
+    for layer, (block, own) in enumerate(zip(base.blocks, channel.blocks, strict=True)):
+        normed = block.norm1(x)
+        kept, both = [], []
+        for cache, linear in ((context.spatial, block.qkv), (context.temporal, own.qkv)):
+            q, k, v = (part.view(1, 1, heads, -1).transpose(1, 2) for part in _linear(linear, normed).chunk(3, -1))
+            keys = torch.cat([cache[layer], torch.stack([k, v])], dim=3)
+            kept.append(keys)
+            if cache is context.spatial:
+                keys = torch.cat([keys[..., : context.num_text, :], keys[..., context.num_text + frame_start :, :]], 3)
+            scores = q @ keys[0].transpose(-1, -2) / math.sqrt(q.shape[-1])
+            both.append((scores.softmax(-1) @ keys[1]).transpose(1, 2).flatten(2))
+        gate = own.gate.sigmoid()
+        mixed = gate * _linear(block.out, both[0]) + (1 - gate) * _linear(own.out, both[1])
+        x = x + block.norm3(mixed)
+        hidden = F.gelu(_linear(block.mlp_in, block.norm2(x)), approximate="tanh")
+        x = x + block.norm4(_linear(block.mlp_out, hidden))
+        context.spatial[layer], context.temporal[layer] = (keys[..., :-1, :] for keys in kept)  # the same step again
+    return F.linear(base.norm(x), base.words.weight)[..., : base.config.num_codes]
+
+
+def _linear(layer: torch.nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)

@@ -1,0 +1,205 @@
+"""The hierarchy: which frames are drawn from which, what is kept, and what a sample depends on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from cogvideo.config import CogVideoConfig, LayoutConfig, StageConfig, TransformerConfig, preset
+from cogvideo.generation import hierarchy
+from cogvideo.generation.decode import Passes
+from cogvideo.generation.hierarchy import Guidance, Settings, collect, generate
+from cogvideo.generation.sampling import Sampling
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer, initialize
+from cogvideo.text import TextTokenizer
+
+GRID, SLOTS = 4, 16
+PROMPTS = ["a red ball rolls", "two birds"]
+
+
+@pytest.fixture(scope="module")
+def system(text_model: bytes) -> SimpleNamespace:
+    """A whole system of random weights, wide enough that its codes depend on everything they may depend on."""
+    num_codes = 32
+    text = TextTokenizer(text_model, preset("pocket").text, num_codes)
+    transformer = TransformerConfig(2, 32, 2, text.num_tokens, num_codes, text.start_of_image, text.pad, 128)
+    layout = LayoutConfig(grid=GRID, num_frames=5, text_slots=40, image_text_slots=40, frame_position=40)
+    base, generator = Base(transformer), torch.Generator().manual_seed(1)
+    channels = [TemporalChannel(transformer, layout, StageConfig(window)) for window in (0, 2)]
+    for part in (base, *channels):
+        initialize(part, 2, generator)
+        for parameter in part.parameters():
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    config = replace(
+        CogVideoConfig(),
+        transformer=transformer,
+        layout=layout,
+        interpolation=StageConfig(2),
+        autoencoder=replace(CogVideoConfig().autoencoder, num_codes=num_codes),
+        upscaler=replace(CogVideoConfig().upscaler, low_position=49),
+    )
+    base, channels = base.double(), [each.double() for each in channels]
+    return SimpleNamespace(
+        config=config,
+        image_model=Transformer(base),
+        sequential=Transformer(base, channels[0]),
+        interpolation=Transformer(base, channels[1]),
+        text=text,
+        cluster_labels=torch.arange(num_codes) % 6,
+    )
+
+
+def settings(**changes: object) -> Settings:
+    """One round, small samplers."""
+    return replace(Settings(rounds=1, first=Sampling(clusters=4), later=Sampling(1.05, clusters=3)), **changes)
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def clip(system: SimpleNamespace, prompts: list[str], seeds: list[int], **options: object) -> Int64[Tensor, "b f s"]:
+    """All frames of a run."""
+    how = options.pop("settings", settings())
+    return collect(generate(system, prompts, generators(*seeds), how, **options))
+
+
+def some_frames(batch: int, frames: int) -> Int64[Tensor, "b f s"]:
+    return torch.randint(0, 32, (batch, frames, SLOTS), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize(("rounds", "frames"), [(0, 5), (1, 9), (2, 17)])
+def test_rounds_double_the_frames(system: SimpleNamespace, rounds: int, frames: int) -> None:
+    """Guards the count of frames and their times: one new frame in every gap, no frame twice."""
+    events = list(generate(system, PROMPTS[:1], generators(0), settings(rounds=rounds)))
+    times = sorted(event.time for event in events)
+    assert times == [4.0 * number / (frames - 1) for number in range(frames)]
+    assert all(event.codes.shape == (1, SLOTS) for event in events)
+
+
+def test_sample_does_not_depend_on_its_batch(system: SimpleNamespace) -> None:
+    """Guards the seed's promise: alone, in a batch and in another order of it, the clip is the same."""
+    both = clip(system, PROMPTS, [3, 4])
+    swapped = clip(system, PROMPTS[::-1], [4, 3])
+    alone = clip(system, PROMPTS[1:], [4])
+    assert torch.equal(both, swapped.flip(0))
+    assert torch.equal(both[1:], alone)
+    assert not torch.equal(both[0], both[1])
+
+
+@pytest.mark.parametrize("passes", [Passes(parallel_frames=True), Passes(draft=5)])
+def test_ways_to_decode_give_the_same_clip(system: SimpleNamespace, passes: Passes) -> None:
+    """Guards that fewer passes change nothing, through all stages and with guidance in all of them."""
+    guidance = Guidance(2.0, 3.0, 1.5)
+    expected = clip(system, PROMPTS, [3, 4], settings=settings(guidance=guidance))
+    assert torch.equal(clip(system, PROMPTS, [3, 4], settings=settings(guidance=guidance, passes=passes)), expected)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_leading_frames_are_kept(system: SimpleNamespace, count: int) -> None:
+    """Guards image-to-video and extension: given frames are the leading key frames, untouched."""
+    given = some_frames(2, count)
+    frames = clip(system, PROMPTS, [3, 4], given=given)
+    assert frames.shape == (2, 9, SLOTS)
+    assert torch.equal(frames[:, : 2 * count : 2], given)
+
+
+def test_first_and_last_frames_are_kept(system: SimpleNamespace) -> None:
+    """Guards in-between: two more rounds make the key frames, the ends are untouched."""
+    given, last = some_frames(2, 1), some_frames(2, 2)[:, 1]
+    frames = clip(system, PROMPTS, [3, 4], given=given, last=last)
+    assert frames.shape == (2, 9, SLOTS)
+    assert torch.equal(frames[:, 0], given[:, 0])
+    assert torch.equal(frames[:, -1], last)
+
+
+def test_durations_are_told_to_each_stage(system: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the frame rate prefix: 4 seconds for key frames, half as many in every further round."""
+    durations: list[float] = []
+    encode = TextTokenizer.encode_caption
+
+    def noted(self: TextTokenizer, caption: str, duration: float) -> list[int]:
+        durations.append(duration)
+        return encode(self, caption, duration)
+
+    monkeypatch.setattr(TextTokenizer, "encode_caption", noted)
+    clip(system, PROMPTS[:1], [0], settings=settings(rounds=2))
+    assert durations == [4.0, 2.0, 1.0] * 2  # once to check all texts before any work, once to use them
+    durations.clear()
+    clip(system, PROMPTS[:1], [0], given=some_frames(1, 1), last=some_frames(1, 1)[:, 0])
+    assert durations[-3:] == [8.0, 4.0, 2.0]
+
+
+def test_gaps_of_a_round_are_one_batch(system: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the cost of a round: however many gaps, the interpolation stage runs once."""
+    batches = []
+    decode = hierarchy.decode
+
+    def counted(model, layout, condition, given, *rest):  # type: ignore[no-untyped-def]
+        batches.append((layout.order, len(given)))
+        return decode(model, layout, condition, given, *rest)
+
+    monkeypatch.setattr(hierarchy, "decode", counted)
+    clip(system, PROMPTS, [0, 1], settings=settings(rounds=2))
+    assert batches[2:] == [((0, 2, 4, 1, 3), 2 * 2), ((0, 2, 4, 1, 3), 2 * 4)]
+
+
+@pytest.mark.parametrize(
+    ("frames", "width", "expected"), [(2, 2, [0]), (5, 3, [0, 2]), (4, 3, [0, 1]), (6, 3, [0, 2, 3])]
+)
+def test_sequences_cover_all_gaps(frames: int, width: int, expected: list[int]) -> None:
+    """Guards odd counts of frames: every gap lies in a sequence."""
+    starts = hierarchy._starts(frames, width)
+    assert starts == expected
+    assert {start + inside for start in starts for inside in range(width - 1)} == set(range(frames - 1))
+
+
+def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: SimpleNamespace) -> None:
+    """Guards options that are read and then dropped."""
+
+    def run(prompt: str = PROMPTS[0], seed: int = 3, **changes: object) -> Tensor:
+        return clip(system, [prompt], [seed], settings=settings(**changes))
+
+    clips = [
+        run(),
+        run(PROMPTS[1]),
+        run(seed=4),
+        run(guidance=Guidance(sequential=1.0)),
+        run(guidance=Guidance(negative="blurred")),
+        run(guidance=Guidance(text_bonus=0.0)),
+        run(duration=2.0),
+    ]
+    assert all(not torch.equal(one, other) for place, one in enumerate(clips) for other in clips[:place])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": []}, "no prompt"),
+        ({"prompts": [" "]}, "empty"),
+        ({"prompts": ["word " * 200]}, "tokens, 40 fit"),
+        ({"seeds": [1, 2]}, "2 generators for 1 prompts"),
+        ({"given": some_frames(1, 5)}, "0 to 4 frames"),
+        ({"given": some_frames(2, 1)}, "2 clips for 1 prompts"),
+        ({"given": some_frames(1, 1) + 32}, "expected \\[0, 32\\)"),
+        ({"given": some_frames(1, 1)[..., :-1]}, "15"),
+        ({"given": some_frames(1, 2), "last": some_frames(1, 1)[:, 0]}, "1 to 1 frames"),
+        ({"last": some_frames(1, 1)[:, 0]}, "1 to 1 frames"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(system: SimpleNamespace, change: dict[str, object], message: str) -> None:
+    """Guards users from waiting for an error: no model is touched before everything is checked."""
+    idle = SimpleNamespace(config=system.config, text=system.text)  # asking for a model fails
+    options = {"prompts": PROMPTS[:1], "seeds": [1]} | change
+    with pytest.raises(ValueError, match=message):
+        clip(idle, options.pop("prompts"), options.pop("seeds"), **options)
+
+
+def test_long_prompt_is_cut_on_request(system: SimpleNamespace) -> None:
+    """Guards the way out that the refusal of a long prompt names."""
+    assert clip(system, ["word " * 200], [1], settings=settings(truncate=True)).shape == (1, 9, SLOTS)

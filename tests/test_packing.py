@@ -1,0 +1,68 @@
+"""Packed weights: the same function, and the same bits whatever the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cogvideo.config import TransformerConfig
+from cogvideo.models.packing import PackedLinear, can_pack, pack
+from cogvideo.models.transformer import Base
+
+SHAPE = (768, 256)
+
+
+def some_linear(dtype: torch.dtype, shape: tuple[int, int] = SHAPE) -> nn.Linear:
+    return nn.Linear(shape[1], shape[0], dtype=dtype).requires_grad_(False)
+
+
+def needs_packing(dtype: torch.dtype) -> None:
+    if not can_pack(some_linear(dtype).weight):
+        pytest.skip(f"oneDNN does not pack {dtype} on this machine")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_packed_equals_linear(dtype: torch.dtype, tolerance: float) -> None:
+    """Guards the private operators: a new PyTorch must still compute x W^T + b with them."""
+    needs_packing(dtype)
+    linear, x = some_linear(dtype), torch.randn(3, 5, SHAPE[1], dtype=dtype)
+    for bias in (linear.bias, None):
+        got = PackedLinear(linear.weight, bias)(x).double()
+        expected = torch.nn.functional.linear(
+            x.double(), linear.weight.double(), None if bias is None else bias.double()
+        )
+        assert ((got - expected).norm() / expected.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_do_not_depend_on_their_number(dtype: torch.dtype) -> None:
+    """Guards reproducibility across batches: a row is computed in the same way alone and among others."""
+    needs_packing(dtype)
+    packed, x = PackedLinear(some_linear(dtype).weight, None), torch.randn(64, 1, SHAPE[1], dtype=dtype)
+    whole = packed(x)
+    for rows in (1, 2, 3, 5, 8, 17, 32):
+        assert torch.equal(packed(x[:rows]), whole[:rows])
+
+
+def test_pack_replaces_large_layers_and_the_head() -> None:
+    """Guards that packing happens, once, only where it pays, and leaves what it cannot do."""
+    needs_packing(torch.float32)
+    base = Base(TransformerConfig(num_layers=1)).requires_grad_(False)
+    x = torch.randn(1, 2, 256)
+    before = base.blocks[0].mlp(x), base.logits(x)
+    pack(base)
+    assert isinstance(base.blocks[0].qkv, PackedLinear)
+    head = base.code_head
+    assert isinstance(head, PackedLinear)
+    torch.testing.assert_close((base.blocks[0].mlp(x), base.logits(x)), before, rtol=1e-4, atol=1e-5)
+    pack(base)
+    assert base.code_head is head
+
+
+def test_other_dtypes_and_small_layers_stay() -> None:
+    """Guards float64 runs and tiny models from operators that refuse or slow them."""
+    for layer in (some_linear(torch.float64), some_linear(torch.float32, (32, 32))):
+        model = nn.Sequential(layer)
+        pack(model)
+        assert model[0] is layer
