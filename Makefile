@@ -17,7 +17,7 @@ format: setup ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## measure; writes benchmarks/results/
+bench: setup ## measure; writes benchmarks/results/ (on a CUDA GPU also: python -m benchmarks.cuda)
 	$(BIN)/python -m benchmarks.decode
 
 setup: .venv/ready

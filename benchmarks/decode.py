@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ import torch
 from benchmarks.machine import alternate, read_bandwidth, write
 from benchmarks.plain import PlainContext, plain_step
 from benchmarks.toy import toy_stages
-from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig
-from cogvideo.generation.decode import Condition, Decoder, Passes, decode
+from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig, preset
+from cogvideo.generation.decode import Passes, decode
+from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.sampling import GumbelNoise, Sampling
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.packing import pack
 from cogvideo.models.plans import Rows, full_pass, text_masks
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
+from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.text import PaddedText
 
 Figures = dict[str, Any]
@@ -100,7 +103,7 @@ def step_bytes(run: Decoder, rank: int, slot: int) -> int:
 
 
 def guided_steps(rounds: int = 15) -> Figures:
-    """Guided decoding at hidden 1024, 12 layers, 16 heads, grid 20, batch 1: against the floor and the plain decoder."""
+    """Guided decoding, hidden 1024, 12 layers, 16 heads, grid 20, batch 1: against the floor and the plain decoder."""
     sequential, figures = SequenceLayout.sequential(LAYOUT), {}
     plain = build(1024, 12, 16, 0, torch.float32)
     runs = {
@@ -196,6 +199,39 @@ def _peak_mebibytes() -> float:
     return int(line.split()[1]) / 1024
 
 
+def superres() -> Figures:
+    """One frame of 60 x 60 through one block of the released size, and a quarter of it; each in a fresh process."""
+    figures = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for grid in (10, 20):
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                seconds, mebibytes = pool.submit(_upscale, grid, dtype).result()
+            name = f"{str(dtype).removeprefix('torch.')}, {3 * grid} x {3 * grid}"
+            figures[name] = {
+                "seconds a block": seconds,
+                "seconds for 48": 48 * seconds,
+                "MiB above the weights": mebibytes,
+            }
+    return figures
+
+
+def _upscale(grid: int, dtype: torch.dtype) -> tuple[float, float]:
+    config = replace(preset("cogvideo").transformer, num_layers=1, vocab_size=1000, num_codes=900, pad=900)
+    config = replace(config, start_of_image=901)
+    layout = LayoutConfig(grid, 5, 64, 64, 512)
+    base, channel = Base(config), UpscaleChannel(config, layout, preset("cogvideo").upscaler)
+    model = Upscaler(base, channel).to(dtype).requires_grad_(False)
+    words = text(TEXT_TOKENS, channel.layout.text_slots, 900)
+    codes = torch.zeros(1, grid * grid, dtype=torch.int64)
+    before = _peak_mebibytes()
+    with torch.inference_mode():
+        model(*words, codes)
+        start = time.perf_counter()
+        model(*words, codes)
+    return time.perf_counter() - start, _peak_mebibytes() - before
+
+
 def passes() -> Figures:
     """Passes a code of the ways to decode, on a small model trained for a minute so that its codes mean something."""
     figures: Figures = {}
@@ -250,6 +286,7 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
     "host_overhead": host_overhead,
     "batches": batches,
     "frames": frames,
+    "superres": superres,
     "passes": passes,
     "imports": imports,
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig
-from cogvideo.generation.decode import Condition
+from cogvideo.generation.decoder import Condition
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.plans import full_pass, text_masks
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, initialize

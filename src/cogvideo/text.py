@@ -17,6 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from cogvideo.config import TextConfig, TransformerConfig, require
+from cogvideo.layout import check_code_range
 
 PAD_PIECE = "<pad>"
 LINE_BREAK_PIECE = "<n>"
@@ -205,6 +206,21 @@ def pad_left(rows: list[list[int]], slots: int, pad: int) -> PaddedText:
         torch.tensor(padded, dtype=torch.int64).reshape(shape),
         torch.tensor(real, dtype=torch.bool).reshape(shape),
     )
+
+
+def check_text(text: PaddedText, batch: int, slots: int, vocab_size: int) -> None:
+    """Refuse padded text that cannot go through a model.
+
+    Raises:
+        ValueError: its shape is not (batch, slots), a row has no real token, or a token lies behind the vocabulary.
+    """
+    shape = (batch, slots)
+    require(
+        tuple(text.tokens.shape) == shape and tuple(text.mask.shape) == shape,
+        f"got text of shape {tuple(text.tokens.shape)} with a mask of shape {tuple(text.mask.shape)}, expected {shape}",
+    )
+    require(bool(text.mask.any(1).all()), "got a text without any token, expected at least one in every row")
+    check_code_range(text.tokens, vocab_size)
 
 
 def _load(model: bytes) -> SentencePieceProcessor:

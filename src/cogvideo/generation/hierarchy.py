@@ -16,7 +16,8 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from cogvideo.config import CogVideoConfig, require
-from cogvideo.generation.decode import Condition, Passes, decode
+from cogvideo.generation.decode import Passes, decode
+from cogvideo.generation.decoder import Condition
 from cogvideo.generation.sampling import GumbelNoise, Sampling, spawn
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Transformer

@@ -12,7 +12,7 @@ from cogvideo.config import require
 from cogvideo.generation.sampling import Sampling, log_probabilities, spawn
 from cogvideo.layout import check_code_range
 from cogvideo.models.upscaler import Upscaler
-from cogvideo.text import PaddedText
+from cogvideo.text import PaddedText, check_text
 
 SLOTS_PER_DRAW = 240
 """High slots whose logits and noise exist at once. Noise is drawn in these portions: another number, other codes."""
@@ -94,13 +94,7 @@ def _check(model: Upscaler, text: PaddedText, codes: Tensor, noise: Sequence[Slo
         codes.ndim == 2 and len(codes) > 0 and codes.shape[1] == layout.low_slots,
         f"got low codes of shape {tuple(codes.shape)}, expected (batch, {layout.low_slots}) and at least one frame",
     )
-    shape = (len(codes), layout.text_slots)
-    require(
-        tuple(text.tokens.shape) == shape and tuple(text.mask.shape) == shape,
-        f"got text of shape {tuple(text.tokens.shape)} with a mask of shape {tuple(text.mask.shape)}, expected {shape}",
-    )
-    require(bool(text.mask.any(1).all()), "got a text without any token, expected at least one in every row")
+    check_text(text, len(codes), layout.text_slots, config.vocab_size)
     require(len(noise) == len(codes), f"got noise of {len(noise)} frames, expected {len(codes)}")
     require(frames_per_pass >= 1, f"frames_per_pass is {frames_per_pass}, expected at least 1")
     check_code_range(codes, config.num_codes)
-    check_code_range(text.tokens, config.vocab_size)

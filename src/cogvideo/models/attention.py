@@ -69,7 +69,9 @@ def _attend_group(q: Tensor, kv: Tensor, group: Group) -> Float[Tensor, "batch h
 
 def _gather(x: Tensor, index: Int64[Tensor, "cells slots"]) -> Tensor:
     # index_select: the gradient of x[..., index, :] adds up element by element, some hundred times slower
-    return x.index_select(-2, index.flatten()).unflatten(-2, index.shape).flatten(-4, -3)
+    cells, slots = index.shape
+    gathered = x.index_select(-2, index.flatten())
+    return gathered.reshape(*x.shape[:-3], x.shape[-3] * cells, slots, x.shape[-1])
 
 
 def _attend_chunk(q: Tensor, kv: Tensor, chunk: Chunk) -> Tensor:

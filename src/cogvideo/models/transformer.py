@@ -101,6 +101,12 @@ class Block(nn.Module):
         attention = self.out(attend(q, stores.spatial.store(layer, kv), plan.spatial))
         if temporal is not None:
             attention = temporal(normed, attention, layer, plan, stores.temporal)
+        return self.residual(x, attention)
+
+    def residual(
+        self, x: Float[Tensor, "batch rows hidden"], attention: Float[Tensor, "batch rows hidden"]
+    ) -> Float[Tensor, "batch rows hidden"]:
+        """What follows attention: both norms of the sandwich and the feed-forward layer."""
         x = x + self.norm3(attention)
         return x + self.norm4(self.mlp(self.norm2(x)))
 

@@ -57,15 +57,9 @@ class UpscaleBlock(nn.Module):
         q, kv = split_heads(block.qkv(block.norm1(low)), block.num_heads)
         own_q, own_kv = split_heads(self.qkv(block.norm1(high)), self.num_heads)
         seen = torch.cat([own_kv, kv[:, :, :, plan.num_text :]], dim=3)
-        low = _residual(block, low, block.out(attend(q, kv, plan.low)))
-        high = _residual(block, high, self.out(attend(own_q, seen, plan.high)))
+        low = block.residual(low, block.out(attend(q, kv, plan.low)))
+        high = block.residual(high, self.out(attend(own_q, seen, plan.high)))
         return low, high
-
-
-def _residual(block: Block, x: Tensor, attention: Tensor) -> Float[Tensor, "batch rows hidden"]:
-    """`x + LN3(attention)`, then `x + LN4(MLP(LN2(x)))`."""
-    x = x + block.norm3(attention)
-    return x + block.norm4(block.mlp(block.norm2(x)))
 
 
 class UpscaleChannel(nn.Module):

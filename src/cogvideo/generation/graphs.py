@@ -1,0 +1,70 @@
+"""CUDA graphs: a pass of decoding is thousands of small kernels, and starting them takes longer than running them.
+
+A drafting pass has static shapes, since what its rows see follows from tensors alone. So one graph a frame (and width)
+is captured at the first pass and replayed for all others.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from cogvideo.generation.decoder import Condition, Decoder
+from cogvideo.layout import SequenceLayout
+from cogvideo.models.transformer import Transformer
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    slots: Int64[Tensor, "batch rows"]
+    tokens: Int64[Tensor, "batch rows"]
+    logits: Float[Tensor, "batch rows codes"]
+
+
+class GraphedDecoder(Decoder):
+    """A `Decoder` on a CUDA device whose drafting passes are replayed. Same arguments, same results."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        layout: SequenceLayout,
+        condition: Condition,
+        lanes: int = 1,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(model, layout, condition, lanes, cache_dtype)
+        self._captured: dict[tuple[int, int], _Captured] = {}
+
+    @torch.inference_mode()
+    def draft(
+        self, rank: int, slots: Int64[Tensor, "batch rows"], last: int, tokens: Int64[Tensor, "batch rows"]
+    ) -> Float[Tensor, "batch rows codes"]:
+        """See `Decoder.draft`; whatever `last` is, the keys of the whole frame are read. Valid until the next call."""
+        key = rank, slots.shape[1]
+        if key not in self._captured:
+            self._captured[key] = self._capture(rank, slots, tokens)
+        graph, static_slots, static_tokens, logits = self._captured[key]
+        static_slots.copy_(slots)
+        static_tokens.copy_(tokens)
+        graph.replay()
+        self.passes += 1
+        return logits
+
+    def _capture(self, rank: int, slots: Tensor, tokens: Tensor) -> _Captured:
+        slots, tokens, last = slots.clone(), tokens.clone(), self.layout.frame_slots - 1
+        passes, side = self.passes, torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(
+            side
+        ):  # libraries set themselves up outside the graph; writing the same keys is harmless
+            for _ in range(3):
+                super().draft(rank, slots, last, tokens)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = super().draft(rank, slots, last, tokens)
+        self.passes = passes
+        return _Captured(graph, slots, tokens, logits)
