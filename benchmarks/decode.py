@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import alternate, read_bandwidth, write
+from benchmarks.machine import alternate, write
 from benchmarks.plain import PlainContext, plain_step
 from benchmarks.toy import toy_stages
 from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig, preset
@@ -104,37 +104,38 @@ def step_bytes(run: Decoder, rank: int, slot: int) -> int:
 
 def guided_steps(rounds: int = 15) -> Figures:
     """Guided decoding, hidden 1024, 12 layers, 16 heads, grid 20, batch 1: against the floor and the plain decoder."""
-    sequential, figures = SequenceLayout.sequential(LAYOUT), {}
-    plain = build(1024, 12, 16, 0, torch.float32)
+    figures: Figures = {}
+    for window in (0, 10):
+        for position in (400, 1600):
+            for name, values in _guided_steps(window, position, rounds).items():
+                figures[f"{name}{', windowed' if window else ''} at {position}"] = values
+    return figures
+
+
+def _guided_steps(window: int, position: int, rounds: int) -> Figures:
+    rank, slot = divmod(position, LAYOUT.grid**2)
+    plain = build(1024, 12, 16, window, torch.float32)
     runs = {
-        "float32": decoder(packed(copy.deepcopy(plain)), sequential),
-        "bfloat16": decoder(packed(build(1024, 12, 16, 0, torch.bfloat16)), sequential),
-        "float32 windowed": decoder(packed(build(1024, 12, 16, 10, torch.float32)), sequential),
-        "bfloat16 windowed": decoder(packed(build(1024, 12, 16, 10, torch.bfloat16)), sequential),
+        "float32": decoder(packed(copy.deepcopy(plain)), SequenceLayout.sequential(LAYOUT)),
+        "bfloat16": decoder(packed(copy.deepcopy(plain).bfloat16()), SequenceLayout.sequential(LAYOUT)),
     }
     plains = {"plain float32": plain, "plain bfloat16": copy.deepcopy(plain).bfloat16()}
-    for position in (400, 1600):
-        rank, slot = divmod(position, LAYOUT.grid**2)
-        calls = {name: stepper(run, rank, slot) for name, run in runs.items()}
-        calls |= {name: _plain_call(model, position) for name, model in plains.items()}
-        with torch.inference_mode():
-            times = alternate(calls, rounds)
-        bandwidth = read_bandwidth()
-        for name, run in runs.items():
-            floor = step_bytes(run, rank, slot) / bandwidth * 1e3
-            figures[f"{name} at {position}"] = {
-                "milliseconds": times[name]["median"],
-                "best": times[name]["best"],
-                "floor": floor,
-                "share of floor's speed": floor / times[name]["median"],
-                "share of floor's speed (best)": floor / times[name]["best"],
-                "times plain float32": times["plain float32"]["median"] / times[name]["median"],
-                "times plain bfloat16": times["plain bfloat16"]["median"] / times[name]["median"],
-                "read GB/s": bandwidth / 1e9,
-            }
-        figures |= {
-            f"{name} at {position}": {"milliseconds": times[name]["median"], "best": times[name]["best"]}
-            for name in plains
+    calls = {name: stepper(run, rank, slot) for name, run in runs.items()}
+    calls |= {name: _plain_call(model, position) for name, model in plains.items()}
+    read = torch.zeros(1 << 28)
+    calls["read"] = read.sum
+    with torch.inference_mode():
+        times = alternate(calls, rounds)
+    bandwidth = read.numel() * read.element_size() / times["read"]["best"] * 1e3
+    figures: Figures = {name: times[name] for name in plains} | {"read": {"GB/s": bandwidth / 1e9}}
+    for name, run in runs.items():
+        floor = step_bytes(run, rank, slot) / bandwidth * 1e3
+        figures[name] = times[name] | {
+            "floor": floor,
+            "share of floor's speed": floor / times[name]["median"],
+            "share (best)": floor / times[name]["best"],
+            "times plain float32": times["plain float32"]["median"] / times[name]["median"],
+            "times plain bfloat16": times["plain bfloat16"]["median"] / times[name]["median"],
         }
     return figures
 

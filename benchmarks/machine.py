@@ -56,13 +56,6 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int 
     return {name: {"median": statistics.median(each), "best": min(each)} for name, each in times.items()}
 
 
-def read_bandwidth(num_bytes: int = 1 << 30, rounds: int = 8) -> float:
-    """Bytes a second that all threads read from memory: the sum of a buffer far larger than any cache."""
-    buffer = torch.zeros(num_bytes // 4)
-    best = alternate({"sum": buffer.sum}, rounds)["sum"]["best"]
-    return num_bytes / best * 1e3
-
-
 def write(name: str, figures: dict[str, Any]) -> Path:
     """The figures as a dated JSON under benchmarks/results/."""
     RESULTS.mkdir(exist_ok=True)

@@ -37,7 +37,7 @@ def plain_step(
 def _pass(model: Transformer, context: PlainContext, token: Tensor, position: int, frame_start: int) -> Tensor:
     base, channel, heads = model.base, model.channel, model.base.config.num_heads
     assert channel is not None
-    extra = position - channel.first_position
+    grid, extra = math.isqrt(channel.first_position - channel.frame_position), position - channel.first_position
     row = channel.positions.weight[extra] if extra >= 0 else base.positions.weight[position]
     x = base.words.weight[token] + row
     for layer, (block, own) in enumerate(zip(base.blocks, channel.blocks, strict=True)):
@@ -49,6 +49,8 @@ def _pass(model: Transformer, context: PlainContext, token: Tensor, position: in
             kept.append(keys)
             if cache is context.spatial:
                 keys = torch.cat([keys[..., : context.num_text, :], keys[..., context.num_text + frame_start :, :]], 3)
+            elif model.window:
+                keys = keys[..., _window_keys(context.num_text, keys.shape[3], grid, model.window, layer), :]
             scores = q @ keys[0].transpose(-1, -2) / math.sqrt(q.shape[-1])
             both.append((scores.softmax(-1) @ keys[1]).transpose(1, 2).flatten(2))
         gate = own.gate.sigmoid()
@@ -58,6 +60,18 @@ def _pass(model: Transformer, context: PlainContext, token: Tensor, position: in
         x = x + block.norm4(_linear(block.mlp_out, hidden))
         context.spatial[layer], context.temporal[layer] = (keys[..., :-1, :] for keys in kept)  # the same step again
     return F.linear(base.norm(x), base.words.weight)[..., : base.config.num_codes]
+
+
+def _window_keys(num_text: int, num_keys: int, grid: int, window: int, layer: int) -> list[int]:
+    """Text and the slots of the last key's window in every frame, found anew for every layer as the released code does."""
+    shift = window // 2 if layer % 2 else 0
+
+    def cell(slot: int) -> tuple[int, int]:
+        row, column = divmod(slot % grid**2, grid)
+        return (row + shift) // window, (column + shift) // window
+
+    own = cell(num_keys - 1 - num_text)
+    return [key for key in range(num_keys) if key < num_text or cell(key - num_text) == own]
 
 
 def _linear(layer: torch.nn.Linear, x: Tensor) -> Tensor:

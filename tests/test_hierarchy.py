@@ -150,13 +150,25 @@ def test_gaps_of_a_round_are_one_batch(system: SimpleNamespace, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("frames", "width", "expected"), [(2, 2, [0]), (5, 3, [0, 2]), (4, 3, [0, 1]), (6, 3, [0, 2, 3])]
+    ("frames", "width", "expected"), [(2, 2, [0]), (5, 3, [0, 2]), (3, 3, [0]), (4, 3, [0, 1]), (6, 3, [0, 2, 3])]
 )
-def test_sequences_cover_all_gaps(frames: int, width: int, expected: list[int]) -> None:
-    """Guards odd counts of frames: every gap lies in a sequence."""
-    starts = hierarchy._starts(frames, width)
-    assert starts == expected
-    assert {start + inside for start in starts for inside in range(width - 1)} == set(range(frames - 1))
+def test_sequences_fill_every_gap_once(frames: int, width: int, expected: list[int]) -> None:
+    """Guards odd counts of gaps: every gap lies in a sequence and belongs to one."""
+    spans = hierarchy._spans(frames, width)
+    assert [span.start for span in spans] == expected
+    gaps = [gap for span in spans for gap in range(span.start, span.start + width - 1) if gap >= span.filled]
+    assert gaps == list(range(frames - 1))
+
+
+@pytest.mark.parametrize("sequences_at_once", [1, 2, 3])
+def test_smaller_batches_give_the_same_clip(system: SimpleNamespace, sequences_at_once: int) -> None:
+    """Guards the way to less memory: the rounds of a clip in parts, with a last sequence that overlaps."""
+    given, last = some_frames(2, 1), some_frames(2, 2)[:, 1]
+    expected = clip(system, PROMPTS, [3, 4], given=given, last=last)
+    how = settings(sequences_at_once=sequences_at_once)
+    assert torch.equal(clip(system, PROMPTS, [3, 4], given=given, last=last, settings=how), expected)
+    whole = clip(system, PROMPTS, [3, 4], settings=settings(rounds=2))
+    assert torch.equal(clip(system, PROMPTS, [3, 4], settings=replace(how, rounds=2)), whole)
 
 
 def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: SimpleNamespace) -> None:

@@ -1,7 +1,7 @@
 """Cached decoding of frames: prefill, then one slot after another, or several at once with the same result.
 
 `decode` is the generator that everything else consumes: it yields each frame when it is finished. One by one is the
-reference. Parallel frames and drafting need fewer passes and give the same codes (spec, Fewer passes).
+reference. Parallel frames and drafting need fewer passes and give the same codes (docs/sequence.md).
 """
 
 from __future__ import annotations

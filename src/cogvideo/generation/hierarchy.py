@@ -1,4 +1,4 @@
-"""The hierarchy of generation: key frames, then rounds of recursive interpolation (paper section 3.2, spec section 3).
+"""The hierarchy of generation: key frames, then rounds of recursive interpolation (paper section 3.1, spec section 3).
 
 `generate` is one generator for the command line, the web and the tests: it yields every frame as it is finished, with
 its time in the clip; `collect` puts them in order. Given frames are never changed.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -82,6 +83,9 @@ class Settings:
     """Sampler of all other frames."""
     guidance: Guidance = field(default_factory=Guidance)
     """Guidance of each stage."""
+    sequences_at_once: int = 0
+    """Sequences of a round (two gaps each) that are decoded as one batch; 0 is all. Fewer need less memory and more
+    passes, and give the same clip."""
     passes: Passes = field(default_factory=Passes)
     """How many slots go through the model at once; changes the speed alone."""
     truncate: bool = False
@@ -89,6 +93,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         require(self.rounds >= 0, f"rounds is {self.rounds}, expected 0 or more")
+        require(self.sequences_at_once >= 0, f"sequences_at_once is {self.sequences_at_once}, expected 0 (all) or more")
         require(self.duration > 0, f"duration is {self.duration}, expected a positive number of seconds")
 
 
@@ -297,46 +302,70 @@ def _decode(
 
 
 def _interpolate(system: System, texts: _Texts, generators: Sequence[torch.Generator], clip: Clip) -> Frames:
-    """One frame into every gap: all sequences of the round are one batch of (samples x sequences) rows.
+    """One frame into every gap: the sequences of the round, (samples x sequences) rows, are one batch or a few.
 
     A sequence takes neighbouring frames, the first of the next being the last of this one. Where the gaps do not come
-    out even, the last sequence overlaps the one before; the gap that both fill keeps the frame that is drawn first.
+    out even, the last sequence overlaps the one before, and what it draws for that one's gap is dropped.
     """
     num_frames, spacing = clip.codes.shape[1], clip.spacing / 2
     most = SequenceLayout.interpolation(system.config.layout).num_bidirectional
     layout = SequenceLayout.interpolation(system.config.layout, min(most, num_frames))
-    starts = _starts(num_frames, layout.num_bidirectional)
-    given = torch.stack([clip.codes[:, start : start + layout.num_bidirectional] for start in starts], 1)
-    rows = [each for generator in generators for each in spawn(generator, len(starts))]
-    frames = _decode(
+    spans = _spans(num_frames, layout.num_bidirectional)
+    streams = [spawn(generator, len(spans)) for generator in generators]
+    codes = clip.codes.new_zeros(len(clip.codes), 2 * num_frames - 1, clip.codes.shape[2])
+    codes[:, ::2] = clip.codes
+    at_once = texts.settings.sequences_at_once or len(spans)
+    for first in range(0, len(spans), at_once):
+        part = slice(first, first + at_once)
+        rows = [generator for stream in streams for generator in stream[part]]
+        for frame in _fill(system, texts, layout, clip, spans[part], rows):
+            codes[:, round(frame.time / spacing)] = frame.codes
+            yield frame
+    return Clip(codes, spacing)
+
+
+def _fill(
+    system: System,
+    texts: _Texts,
+    layout: SequenceLayout,
+    clip: Clip,
+    spans: list[_Span],
+    rows: Sequence[torch.Generator],
+) -> Generator[Finished, None, None]:
+    """The frames that some sequences add to the gaps of a clip."""
+    spacing, width = clip.spacing / 2, layout.num_bidirectional
+    given = torch.stack([clip.codes[:, span.start : span.start + width] for span in spans], 1)
+    for frame in _decode(
         system.interpolation,
         layout,
-        _repeat(texts.interpolation(spacing), len(starts)),
-        rearrange(given, "batch starts frames slots -> (batch starts) frames slots"),
+        _repeat(texts.interpolation(spacing), len(spans)),
+        rearrange(given, "batch spans frames slots -> (batch spans) frames slots"),
         rows,
         texts,
         "interpolation",
         spacing,
-    )
-    codes = clip.codes.new_zeros(len(clip.codes), 2 * num_frames - 1, clip.codes.shape[2])
-    codes[:, ::2] = clip.codes
-    filled = set()
-    for frame in frames:
-        place = round(frame.time / spacing)
-        drawn = rearrange(frame.codes, "(batch starts) slots -> batch starts slots", starts=len(starts))
-        for number, start in enumerate(starts):
-            at = 2 * start + place
-            if at not in filled:
-                filled.add(at)
-                codes[:, at] = drawn[:, number]
-                yield Finished("interpolation", at * spacing, drawn[:, number], frame.passes)
-    return Clip(codes, spacing)
+    ):
+        drawn = rearrange(frame.codes, "(batch spans) slots -> batch spans slots", spans=len(spans))
+        for number, span in enumerate(spans):
+            time = frame.time + span.start * clip.spacing
+            if time > span.filled * clip.spacing:
+                yield Finished("interpolation", time, drawn[:, number], frame.passes)
 
 
-def _starts(num_frames: int, width: int) -> list[int]:
-    """First frames of the sequences of `width` neighbours whose gaps cover all gaps."""
-    starts = list(range(0, num_frames - width + 1, width - 1))
-    return starts if starts[-1] + width == num_frames else [*starts, num_frames - width]
+class _Span(NamedTuple):
+    """A sequence among the frames of a clip."""
+
+    start: int
+    """Its first frame."""
+    filled: int
+    """Gaps before this frame belong to earlier sequences."""
+
+
+def _spans(num_frames: int, width: int) -> list[_Span]:
+    """Sequences of `width` neighbours whose gaps are all gaps."""
+    last = num_frames - width
+    starts = [*range(0, last, width - 1), last]
+    return [_Span(start, before + width - 1) for before, start in pairwise([1 - width, *starts])]
 
 
 def _repeat(condition: Condition, times: int) -> Condition:

@@ -105,4 +105,4 @@ def split_heads(fused: Float[Tensor, "batch rows fused"], heads: int) -> Heads:
     """Queries, and keys with values, from the fused projection [q | k | v]."""
     batch, rows, width = fused.shape
     parts = fused.view(batch, rows, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
-    return Heads(parts[0], parts[1:])
+    return Heads(parts.select(0, 0), parts.narrow(0, 1, 2))

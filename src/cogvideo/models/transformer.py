@@ -46,7 +46,7 @@ UNCACHED = Stores(NoCache(), NoCache())
 
 
 class TemporalBlock(nn.Module):
-    """What a video stage adds to one block (paper section 3.3): attention over frames and the gate."""
+    """What a video stage adds to one block (paper section 3.2): attention over frames and the gate."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ def initialize(module: nn.Module, num_layers: int, generator: torch.Generator | 
 
 @torch.no_grad()
 def inherit(channel: TemporalChannel, base: Base, generator: torch.Generator | None = None) -> None:
-    """Start a video stage from the image model (paper section 3.3; spec section 1, Inheritance).
+    """Start a video stage from the image model (paper section 3.2; spec section 1, Inheritance).
 
     Temporal q, k and v are the base's; the output projection is fresh; further frames start with the positions of
     the first one; gates are 0.
