@@ -6,11 +6,12 @@ one step, so that a folder holds the old bundle or the new one, whatever interru
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -172,8 +173,8 @@ class CogVideo:
     ) -> CogVideo:
         """The model in a folder, or else on the Hugging Face Hub; each component is loaded when it is first used.
 
-        On the CPU and in the stored dtype, weights stay memory-mapped. Else they are copied one tensor at a time, so that
-        host memory peaks at what is loaded plus one tensor.
+        On the CPU and in the stored dtype, weights stay memory-mapped. Else they are copied one tensor at a time: host
+        memory peaks at what is loaded plus one tensor.
 
         Args:
             name: folder of a bundle, or id of one on the Hub (`owner/name`).
@@ -270,7 +271,8 @@ class CogVideo:
 
     def _get(self, component: str, kind: type[T]) -> T:
         part = self._part(component)
-        require(isinstance(part, kind), f"{component} is a {type(part).__name__}, expected a {kind.__name__}")
+        if not isinstance(part, kind):
+            raise ValueError(f"{component} is a {type(part).__name__}, expected a {kind.__name__}")
         return part
 
     def _part(self, component: str) -> Component:
@@ -300,7 +302,7 @@ class _Source(NamedTuple):
         if self.verify:
             entry.verify(path)
         if component == "text":
-            return _text_tokenizer(path.read_bytes(), config)
+            return _text_tokenizer(path.read_bytes(), config, path)
         tensors = self._read(component, path)
         if component == "cluster_labels":
             return tensors["labels"]
@@ -312,7 +314,7 @@ class _Source(NamedTuple):
     def _read(self, component: str, path: Path) -> dict[str, Tensor]:
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file: {error}") from error
         check_tensors(component, tensors, self.manifest.config, path)
@@ -327,7 +329,7 @@ class _Source(NamedTuple):
 
 
 def read_tensor(path: Path, name: str) -> Shaped[Tensor, "..."]:
-    """One tensor of a safetensors file in a memory map of its own, whose pages leave memory together with the tensor."""
+    """One tensor of a safetensors file, in a memory map of its own: its pages leave memory together with it."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
@@ -336,22 +338,185 @@ def check_tensors(component: str, tensors: Mapping[str, Tensor], config: CogVide
     """Refuse tensors that are not exactly those of the component.
 
     Args:
-        component: one of `COMPONENTS`, but `text`.
-        tensors: by the names in the module's state; those of `cluster_labels` are `labels`.
-        config: decides on names and shapes.
-        where: what the message calls them.
+        component: one of `COMPONENTS` except `text`.
+        tensors: by their names in the module's state; the one of `cluster_labels` is called `labels`.
+        config: what names and shapes follow from.
+        where: what the message calls the tensors.
 
     Raises:
-        ValueError: tensors are missing, unexpected, of another shape or kind, or labels are out of range.
+        ValueError: tensors are missing, unexpected, or of another shape or type, or labels are out of range.
     """
-    expected = _shapes(component, config)
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    require(
-        not missing and not extra,
-        f"{where} is no {component} of this configuration: missing {_few(missing)}, unexpected {_few(extra)}",
-    )
-    wrong = [f"{name} {tuple(tensors[name].shape)}, expected {shape}" for name, shape in expected.items()]
-    wrong = [each for each, name in zip(wrong, expected, strict=True) if tensors[name].shape != expected[name]]
-    require(not wrong, f"{where} is no {component} of this configuration: wrong shapes {_few(wrong)}")
+    expected, got = _shapes(component, config), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    prefix = f"{where} does not fit the configuration as {component}"
+    missing, extra = few(expected.keys() - got.keys()), few(got.keys() - expected.keys())
+    require(expected.keys() == got.keys(), f"{prefix}: missing tensors: {missing}; unexpected tensors: {extra}")
+    wrong = [f"{name} {got[name]}, expected {shape}" for name, shape in expected.items() if got[name] != shape]
+    require(not wrong, f"{prefix}: wrong shapes: {few(wrong)}")
+    labels = component == "cluster_labels"
+    odd = [
+        f"{name} {each.dtype}"
+        for name, each in tensors.items()
+        if not (each.dtype == torch.int64 if labels else each.is_floating_point())
+    ]
+    require(not odd, f"{prefix}: wrong types: {few(odd)}, expected {'torch.int64' if labels else 'floating point'}")
+    if labels:
+        low, high = (int(bound) for bound in tensors["labels"].aminmax())
+        end = config.transformer.num_codes
+        require(low >= 0 and high < end, f"{prefix}: labels lie in [{low}, {high}], expected [0, {end})")
 
 
+def _shapes(component: str, config: CogVideoConfig) -> dict[str, tuple[int, ...]]:
+    if component == "cluster_labels":
+        return {"labels": (config.transformer.num_codes,)}
+    with torch.device("meta"):
+        state = _MODULES[component](config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def few(names: Iterable[str]) -> str:
+    """The first of what may be many names, for a message."""
+    first, *others = sorted(names) or ["none"]
+    shown = ", ".join([first, *others[:2]])
+    return shown if len(others) < 3 else f"{shown} and {len(others) - 2} more"
+
+
+def _text_tokenizer(model: bytes, config: CogVideoConfig, where: object) -> TextTokenizer:
+    try:
+        tokenizer = TextTokenizer(model, config.text, config.transformer.num_codes)
+        tokenizer.check(config.transformer)
+    except ValueError as error:
+        raise ValueError(f"{where} does not fit the configuration as text: {error}") from error
+    return tokenizer
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # unknown to PyTorch, or not in this build or machine
+        raise ValueError(f"cannot use the device {str(device)!r}: {str(error).splitlines()[0]}") from error
+
+
+def _find(name: str | PathLike[str]) -> Path:
+    """The folder of a bundle: `name` itself, else a download of the Hub's bundle of that id."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    hint = "pass the folder of a bundle, or the id of one on the Hugging Face Hub (owner/name)"
+    require(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None, f"there is no folder {folder}: {hint}")
+    from huggingface_hub import snapshot_download  # takes a third of a second, and most bundles are folders
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model"]))
+    except Exception as error:  # what it raises depends on its version and on the HTTP library that it uses
+        raise ValueError(f"there is no folder {folder}, and none came from the Hub ({error}): {hint}") from error
+
+
+@contextmanager
+def writing(folder: Path, config: CogVideoConfig) -> Iterator[BundleWriter]:
+    """A bundle in the making, which replaces the one in `folder` if the `with` block ends without an error.
+
+    Until then it is in a folder `.saving-*` inside, which only a killed process leaves behind.
+
+    Raises:
+        ValueError: `folder` is a file.
+    """
+    require(folder.is_dir() or not folder.exists(), f"{folder} is a file, expected a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        writer = BundleWriter(folder, Path(temporary), config)
+        yield writer
+        writer.publish()
+
+
+class BundleWriter:
+    """The files of a new bundle; `writing` makes one."""
+
+    def __init__(self, target: Path, temporary: Path, config: CogVideoConfig) -> None:
+        self.target = target
+        self.temporary = temporary
+        self.config = config
+        self._written: dict[str, Entry] = {}
+        self._kept: dict[str, Entry] = {}
+
+    def path(self, component: str) -> Path:
+        """Where the file of a component is until the bundle is complete."""
+        return self.temporary / f"{component}.{'model' if component == 'text' else 'safetensors'}"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components so far."""
+        return tuple(each for each in COMPONENTS if each in self._written or each in self._kept)
+
+    def add(self, component: str, tensors: Mapping[str, Tensor], where: object = "the model") -> None:
+        """Write tensors, which may be memory-mapped: none is copied unless it is strided.
+
+        Args:
+            component: one of `COMPONENTS` except `text`.
+            tensors: all that belong to it.
+            where: what messages call them.
+
+        Raises:
+            ValueError: they are not those of the component.
+            OSError: they cannot be written.
+        """
+        check_tensors(component, tensors, self.config, where)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self.path(component))
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"cannot write {component} ({error})", str(self.path(component))) from error
+        self._written[component] = Entry.of(self.path(component))
+
+    def add_text(self, model: bytes, where: object = "the model") -> None:
+        """Write a serialised SentencePiece model.
+
+        Raises:
+            ValueError: it is none, or not that of the configuration.
+        """
+        _text_tokenizer(model, self.config, where)
+        self.path("text").write_bytes(model)
+        self._written["text"] = Entry.of(self.path("text"))
+
+    def copy(self, component: str, folder: Path, entry: Entry) -> None:
+        """Take over a file of another bundle, or leave it where it is if the bundle is being replaced itself.
+
+        Raises:
+            ValueError: the file is missing or not what was saved.
+        """
+        entry.check(folder / entry.file)
+        if folder.samefile(self.target):
+            self._kept[component] = entry
+            return
+        shutil.copyfile(folder / entry.file, self.path(component))
+        entry.verify(self.path(component))
+        self._written[component] = replace(entry, file=self.path(component).name)
+
+    def publish(self) -> None:
+        """Put everything in place, `bundle.json` last, then remove the files of the bundle that was replaced.
+
+        New files take names that are free, so the old bundle is whole until its `bundle.json` is replaced.
+        """
+        old = _files(self.target)
+        placed = {name: replace(entry, file=_free(self.target, entry.file)) for name, entry in self._written.items()}
+        manifest = Manifest(self.config, placed | self._kept)
+        manifest.write(self.temporary)
+        for component, entry in placed.items():
+            shutil.copymode(self.temporary / MANIFEST, self.path(component))  # safetensors writes for its owner alone
+            self.path(component).rename(self.target / entry.file)
+        (self.temporary / MANIFEST).replace(self.target / MANIFEST)
+        for name in old - {entry.file for entry in manifest.components.values()}:
+            (self.target / name).unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> set[str]:
+    """Files of the bundle in a folder; none if there is no bundle, or one that we cannot read."""
+    try:
+        return {entry.file for entry in Manifest.read(folder).components.values()}
+    except ValueError:
+        return set()
+
+
+def _free(folder: Path, file: str) -> str:
+    """`base.safetensors`, or `base-2.safetensors` and so on where there is such a file."""
+    stem, suffix = file.split(".")
+    names = chain([file], (f"{stem}-{number}.{suffix}" for number in count(2)))
+    return next(name for name in names if not (folder / name).exists())
