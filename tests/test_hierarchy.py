@@ -196,12 +196,12 @@ def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: SimpleNa
         ({"prompts": [" "]}, "empty"),
         ({"prompts": ["word " * 200]}, "tokens, 40 fit"),
         ({"seeds": [1, 2]}, "2 generators for 1 prompts"),
-        ({"given": some_frames(1, 5)}, "0 to 4 frames"),
+        ({"given": some_frames(1, 5)}, "5 given frames, expected 0 to 4"),
         ({"given": some_frames(2, 1)}, "2 clips for 1 prompts"),
         ({"given": some_frames(1, 1) + 32}, "expected \\[0, 32\\)"),
         ({"given": some_frames(1, 1)[..., :-1]}, "15"),
-        ({"given": some_frames(1, 2), "last": some_frames(1, 1)[:, 0]}, "1 to 1 frames"),
-        ({"last": some_frames(1, 1)[:, 0]}, "1 to 1 frames"),
+        ({"given": some_frames(1, 2), "last": some_frames(1, 1)[:, 0]}, "and a last one, expected 1"),
+        ({"last": some_frames(1, 1)[:, 0]}, "and a last one, expected 1"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(system: SimpleNamespace, change: dict[str, object], message: str) -> None:

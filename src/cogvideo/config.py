@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import string
-import types
 import typing
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -319,9 +318,10 @@ def _restore(name: str, hint: Any, value: Any) -> Any:
         return from_dict(typing.cast(type, hint), value)
     if typing.get_origin(hint) is tuple:
         require(isinstance(value, list | tuple), f"{name} is {value!r}, expected a list")
-        return tuple(_restore(name, typing.get_args(hint)[0], each) for each in value)
-    if typing.get_origin(hint) is Literal or isinstance(hint, types.UnionType):
-        return value
+        kinds = typing.get_args(hint)
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        require(len(value) == len(kinds), f"{name} is {value!r}, expected {len(kinds)} values")
+        return tuple(_restore(name, kind, each) for kind, each in zip(kinds, value, strict=True))
     accepted = (int, float) if hint is float else hint
     require(
         isinstance(value, accepted) and (hint is bool or not isinstance(value, bool)),

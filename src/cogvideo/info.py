@@ -1,23 +1,23 @@
 """What a model costs, from its configuration alone: parameters, memory, floating-point operations, bytes moved.
 
-Nothing is loaded and hardly anything is derived here: the package's own modules, decoder and forward passes run dry, on
-the meta device, where tensors have shapes and no values, and a meter reads off what they allocate and compute.
-Memory is in GiB (2**30 bytes), traffic in GB (10**9). The runtime's own memory (Python, PyTorch, the CUDA context) is
-not counted.
+Nothing is loaded. The package's own modules, decoder and forward passes run dry, on the meta device, where tensors have
+shapes and no values; a meter reads off what they allocate and compute. Not counted is what Python, PyTorch and a CUDA
+context need for themselves.
 """
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -25,14 +25,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
-from cogvideo.bundle import MANIFEST, Manifest
+from cogvideo.bundle import Manifest
 from cogvideo.config import PRESETS, CogVideoConfig, preset, require
-from cogvideo.generation.decode import Condition, Decoder
+from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.hierarchy import Settings
 from cogvideo.generation.sampling import Sampling
-from cogvideo.generation.upscale import upscale
+from cogvideo.generation.upscale import SLOTS_PER_DRAW, upscale
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.cache import Cache
@@ -42,23 +42,30 @@ from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.text import PaddedText
 
 META = torch.device("meta")
-StageName = Literal["image", "sequential", "interpolation"]
-STAGES: tuple[StageName, ...] = get_args(StageName)
+Stage = Literal["image", "sequential", "interpolation"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Precision(NamedTuple):
-    """Types of weights and cache of a run."""
+    """Where a run takes place, and in which types."""
 
+    device: str
     weights: torch.dtype
     cache: torch.dtype
 
 
 PRECISIONS = {
-    "gpu_16_bit": Precision(torch.bfloat16, torch.bfloat16),
-    "cpu_float32": Precision(torch.float32, torch.float32),
-    "cpu_bfloat16": Precision(torch.bfloat16, torch.float32),  # see generation/decode.py
+    "gpu_bfloat16": Precision("gpu", torch.bfloat16, torch.bfloat16),  # float16 needs the same
+    "cpu_float32": Precision("cpu", torch.float32, torch.float32),
+    "cpu_bfloat16": Precision("cpu", torch.bfloat16, torch.float32),  # as generation/decode.py chooses
 }
+GPU = PRECISIONS["gpu_bfloat16"]
+
+
+def _by_dtype(count: int) -> dict[str, int]:
+    """Bytes of so many values."""
+    return {name: count * dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 # Parameters
@@ -66,34 +73,17 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Component:
-    """A part that has a file of its own in a bundle."""
+    """A part that has a file of its own in a bundle, or a sum of them."""
 
     name: str
     parameters: int
     bytes: dict[str, int]
     """By dtype."""
 
-
-def components(config: CogVideoConfig) -> tuple[Component, ...]:
-    """Every component with parameters."""
-    modules = _modules(config)._asdict()
-    return tuple(component(name, sum(map(_numel, module.parameters()))) for name, module in modules.items())
-
-
-def component(name: str, parameters: int) -> Component:
-    """A component of so many parameters."""
-    return Component(name, parameters, {kind: parameters * dtype.itemsize for kind, dtype in DTYPES.items()})
-
-
-def totals(config: CogVideoConfig) -> tuple[Component, ...]:
-    """Sums that papers and users speak of."""
-    sizes = {each.name: each.parameters for each in components(config)}
-    both = sizes["base"] + sizes["sequential"] + sizes["interpolation"]
-    return (
-        component("one stage with its base", sizes["base"] + sizes["sequential"]),
-        component("one base with both stages", both),
-        component("everything", sum(sizes.values())),
-    )
+    @classmethod
+    def of(cls, name: str, parameters: int) -> Component:
+        """The component with so many parameters."""
+        return cls(name, parameters, _by_dtype(parameters))
 
 
 class _Modules(NamedTuple):
@@ -105,59 +95,88 @@ class _Modules(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def _modules(config: CogVideoConfig) -> _Modules:
-    """All modules without memory."""
+def _modules(config: CogVideoConfig, dtype: torch.dtype = torch.float32) -> _Modules:
     transformer, layout = config.transformer, config.layout
     with META:
         return _Modules(
-            Base(transformer),
-            TemporalChannel(transformer, layout, config.sequential),
-            TemporalChannel(transformer, layout, config.interpolation),
-            UpscaleChannel(transformer, layout, config.upscaler),
-            Autoencoder(config.autoencoder),
+            Base(transformer).to(dtype),
+            TemporalChannel(transformer, layout, config.sequential).to(dtype),
+            TemporalChannel(transformer, layout, config.interpolation).to(dtype),
+            UpscaleChannel(transformer, layout, config.upscaler).to(dtype),
+            Autoencoder(config.autoencoder).to(dtype),
         )
 
 
-def _numel(tensor: Tensor) -> int:
-    return tensor.numel()
+def components(config: CogVideoConfig) -> tuple[Component, ...]:
+    """Every component with parameters."""
+    return tuple(Component.of(name, _count(module)) for name, module in _modules(config)._asdict().items())
+
+
+def sums(config: CogVideoConfig) -> tuple[Component, ...]:
+    """The sums that papers and users speak of."""
+    sizes = {each.name: each.parameters for each in components(config)}
+    stage = sizes["base"] + sizes["sequential"]
+    return (
+        Component.of("base with one stage", stage),
+        Component.of("base with both stages", stage + sizes["interpolation"]),
+        Component.of("everything", sum(sizes.values())),
+    )
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 # Dry runs
 
 
-class _Meter(TorchDispatchMode):
-    """Bytes that operations allocate: those alive now, and the most that ever were."""
+class DryRun(NamedTuple):
+    """What a program would have done."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive = self.peak = 0
+    peak: int
+    """Most bytes that it held at once, of those that it allocated."""
+    flops: int
+    """Of matrix products, attention and convolutions; a multiplication and an addition are two."""
+
+
+def dry_run(program: Callable[[], Any]) -> DryRun:
+    """Run a program whose tensors are on the meta device."""
+    with _Meter() as meter, WithoutValues():  # type: ignore[no-untyped-call]
+        program()
+    return DryRun(meter.peak, meter.flops)
+
+
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations, and the bytes that they allocate: those held now, and the most there ever were."""
+
+    held = peak = flops = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = operation(*args, **(kwargs or {}))
-        known = {each.untyped_storage()._cdata for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-        for each in tree_leaves(made):
-            if isinstance(each, Tensor) and each.untyped_storage()._cdata not in known:
-                self._allocate(each.untyped_storage())
-                known.add(each.untyped_storage()._cdata)
+        kwargs = kwargs or {}
+        made = operation(*args, **kwargs)
+        if operation.overloadpacket in _FLOPS:
+            self.flops += _FLOPS[operation.overloadpacket](*args, **kwargs, out_val=made)
+        known = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in {each._cdata: each for each in _storages(made)}.values():
+            if storage._cdata not in known:
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
         return made
 
-    def _allocate(self, storage: torch.UntypedStorage) -> None:
-        self.alive += storage.nbytes()
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._free, storage.nbytes())
-
-    def _free(self, num_bytes: int) -> None:
-        self.alive -= num_bytes
+    def _add(self, num_bytes: int) -> None:
+        self.held += num_bytes
+        self.peak = max(self.peak, self.held)
 
 
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [each.untyped_storage() for each in tree_leaves(tree) if isinstance(each, Tensor)]
 
 
-class _WithoutValues(TorchFunctionMode):
-    """What the meta device cannot know by itself.
+class WithoutValues(TorchFunctionMode):
+    """What the meta device does not do by itself.
 
-    Attention there would make a table of all scores, which no real kernel does; the CPU's kernel says what is kept.
-    A question about values ("is there no pad?") is answered with no.
+    Attention there would make a table of all scores, which the kernels of real devices do not: the CPU's stands in.
+    A question about values is answered with no; the only one is whether a text mask is free of pads.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -168,40 +187,541 @@ class _WithoutValues(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+_ATEN = torch.ops.aten
+_KERNEL, _BACKWARD = (
+    _ATEN._scaled_dot_product_flash_attention_for_cpu,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward,
+)
+_FLOPS: dict[Any, Callable[..., int]] = flop_registry | {
+    _ATEN.linear: lambda x, weight, *_, **__: 2 * x.numel() * len(weight),  # whole in inference mode, else a product
+    _KERNEL: flop_registry[_ATEN._scaled_dot_product_flash_attention],
+    _BACKWARD: flop_registry[_ATEN._scaled_dot_product_flash_attention_backward],
+}
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, -torch.inf)
-    return _ATTENTION(q, k, v, attn_mask=attn_mask)[0]
-
-
-class DryRun(NamedTuple):
-    """What a program would have done."""
-
-    peak: int
-    """Bytes that it allocated, at most at any time."""
-    flops: int
-    """Operations of matrix products, attention and convolutions; a multiplication and an addition are two."""
-
-
-def dry_run(program: Callable[[], Any]) -> DryRun:
-    """Run a program whose tensors are on the meta device."""
-    counted = {_ATTENTION: _attention_flops, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops}
-    with FlopCounterMode(display=False, custom_mapping=counted) as counter, _Meter() as meter, _WithoutValues():
-        program()
-    return DryRun(meter.peak, counter.get_total_flops())
-
-
-def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-def _backward_flops(gradient: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, q, k, v)
+    return _KERNEL(q, k, v, attn_mask=attn_mask)[0]
 
 
 def _by_layers(config: CogVideoConfig, run: Callable[[CogVideoConfig], DryRun]) -> DryRun:
-    """The dry run of a deep model from those of two shallow ones: every pair of blocks, one of each kind, adds the same."""
+    """The dry run of a deep model from two of shallow ones: every pair of blocks, one of each kind, adds the same."""
     pairs = config.transformer.num_layers / 2
-    few, more = (run(replace(config, transformer=replace(config.transformer, num_layers=each))) for each in (2, 4))
-    peak, flops = (round(one + (pairs - 1) * (two - one)) for one, two in zip(few, more, strict=True))
-    return DryRun(peak, flops)
+    few, more = (run(_shallow(config, layers)) for layers in (2, 4))
+    return DryRun(*(round(two + (pairs - 1) * (four - two)) for two, four in zip(few, more, strict=True)))
+
+
+def _shallow(config: CogVideoConfig, num_layers: int) -> CogVideoConfig:
+    return replace(config, transformer=replace(config.transformer, num_layers=num_layers))
+
+
+# Decoding
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes of the keys and values of one sample, by dtype."""
+
+    stage: str
+    guided: bool
+    spatial: dict[str, int]
+    """Text and one frame."""
+    temporal: dict[str, int]
+    """All frames, and in every window the text."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One pass of a model. Of a stage: the mean of all passes that draw codes one by one, prefill not counted."""
+
+    stage: str
+    rows: int
+    """Samples, twice as many with guidance."""
+    flops: float
+    bytes_moved: dict[str, float]
+    """Weights and cache that are read, by precision."""
+
+
+def layout_of(config: CogVideoConfig, stage: Stage) -> SequenceLayout:
+    """The sequence of a stage."""
+    if stage == "image":
+        return SequenceLayout.text_to_image(config.layout)
+    make = SequenceLayout.sequential if stage == "sequential" else SequenceLayout.interpolation
+    return make(config.layout)
+
+
+def bytes_a_token(config: CogVideoConfig) -> dict[str, int]:
+    """Keys and values of one slot in all layers, a channel and row, by dtype."""
+    return _by_dtype(2 * config.transformer.num_layers * config.transformer.hidden)
+
+
+def cache_size(config: CogVideoConfig, stage: Stage, guided: bool = False) -> CacheSize:
+    """What the decoder allocates for one sample, frame by frame (frames in parallel have a spatial cache each)."""
+    spatial, *temporal = _decoder(config, stage, 1, guided, PRECISIONS["cpu_float32"]).caches
+    return CacheSize(stage, guided, _cache_bytes([spatial]), _cache_bytes(temporal))
+
+
+def _cache_bytes(caches: list[Cache]) -> dict[str, int]:
+    return _by_dtype(sum(each.num_bytes for each in caches) // torch.float32.itemsize)
+
+
+def work(config: CogVideoConfig, stage: Stage, samples: int = 1, guided: bool = False) -> Work:
+    """The mean pass of a stage: all rows share one reading of the weights, each reads the keys that it sees."""
+    decoder, sizes, rows = _decoder(config, stage, samples, guided, GPU), config.transformer, samples * (1 + guided)
+    base, channel = decoder.model.base, decoder.model.channel
+    linear = [layer for blocks in _blocks(base, channel) for layer in blocks.modules() if isinstance(layer, nn.Linear)]
+    products = sum(layer.weight.numel() for layer in linear) + sizes.num_codes * sizes.hidden
+    keys = sum(_keys_read(cache, decoder.layout, sizes.num_layers) for cache in decoder.caches)
+    cached = 2 * sizes.hidden * keys
+    moved = {
+        name: _weights_read(base, channel) * kind.weights.itemsize + rows * cached * kind.cache.itemsize
+        for name, kind in PRECISIONS.items()
+    }
+    return Work(stage, rows, rows * 2 * (products + cached), moved)
+
+
+def _blocks(base: Base, channel: TemporalChannel | UpscaleChannel | None) -> list[nn.Module]:
+    return [base.blocks] if channel is None else [base.blocks, channel.blocks]
+
+
+def _weights_read(base: Base, channel: TemporalChannel | UpscaleChannel | None) -> int:
+    """Weights of all blocks, the final norm and the codes' rows of the word embedding."""
+    head = base.config.num_codes * base.config.hidden
+    return sum(_count(blocks) for blocks in _blocks(base, channel)) + _count(base.norm) + head
+
+
+def _keys_read(cache: Cache, layout: SequenceLayout, num_layers: int) -> float:
+    """Keys that a row reads, in all layers together: the mean over all slots that are drawn."""
+    means = []
+    for where in cache.maps:
+        drawn = where.frame_places[_num_given(layout) if where.frames > 1 else 0 :]
+        first = torch.tensor(where.starts)[where.cell_of_slot]
+        means.append((drawn - first + 1).double().mean().item())
+    return sum(means[layer % len(means)] for layer in range(num_layers))
+
+
+def _num_given(layout: SequenceLayout) -> int:
+    """Frames that a stage does not draw."""
+    return layout.num_frames - len(layout.loss_places)
+
+
+def _decoder(config: CogVideoConfig, stage: Stage, samples: int, guided: bool, precision: Precision) -> Decoder:
+    """The real one, without memory."""
+    layout, modules = layout_of(config, stage), _modules(config, precision.weights)
+    model = Transformer(modules.base, None if stage == "image" else getattr(modules, stage))
+    text = _text(samples, layout.text_slots)
+    with WithoutValues():
+        return Decoder(model, layout, Condition(text, text if guided else None), cache_dtype=precision.cache)
+
+
+def _text(rows: int, slots: int) -> PaddedText:
+    return PaddedText(torch.zeros(rows, slots, dtype=torch.int64), torch.ones(rows, slots, dtype=torch.bool))
+
+
+# Generation
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run needs at its peak."""
+
+    parts: dict[str, int]
+    """By what they are for."""
+    device: int
+    """All parts together."""
+    host: int
+    """The same on a CPU; with a GPU, noise while it is drawn and the largest tensor on its way (files are mapped)."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the generation of one clip."""
+
+    name: str
+    passes: int
+    work: Work
+    """Of one pass."""
+    prefill_flops: int
+    """Of text and given frames, before the first pass."""
+    memory: dict[str, Memory]
+    """By precision, with the weights of this phase alone."""
+
+
+def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phase, ...]:
+    """The phases of a clip, from a prompt to pixels."""
+    settings = settings or Settings()
+    guidance, frames = settings.guidance, config.layout.num_frames
+    gaps = SequenceLayout.interpolation(config.layout).num_bidirectional - 1
+    phases = [
+        decoding(config, "first frame", "image", 1, guidance.image != 1),
+        decoding(config, "key frames", "sequential", 1, guidance.sequential != 1),
+    ]
+    for _ in range(settings.rounds):
+        sequences, frames = -(-(frames - 1) // gaps), 2 * frames - 1
+        phases.append(decoding(config, f"to {frames} frames", "interpolation", sequences, guidance.interpolation != 1))
+    return *phases, upscaling(config, frames), rendering(config, frames)
+
+
+def resident(config: CogVideoConfig, phases: Iterable[Phase]) -> dict[str, int]:
+    """Device memory of a clip for which all weights stay loaded, by precision."""
+    parameters = sum(each.parameters for each in components(config))
+    return {
+        name: parameters * kind.weights.itemsize
+        + max(phase.memory[name].device - phase.memory[name].parts["weights"] for phase in phases)
+        for name, kind in PRECISIONS.items()
+    }
+
+
+def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guided: bool) -> Phase:
+    """A stage draws the frames of so many sequences at once."""
+    layout, cache, modules = layout_of(config, stage), cache_size(config, stage, guided), _modules(config)
+    used = [modules.base] if stage == "image" else [modules.base, getattr(modules, stage)]
+    mean, fed = work(config, stage, samples, guided), _prefill(config, stage)
+    noise = samples * layout.frame_slots * config.transformer.num_codes * torch.float32.itemsize
+    keys = {kind: samples * (cache.spatial[kind] + cache.temporal[kind]) for kind in DTYPES}
+    memory = _memories(used, noise, mean.rows * fed.peak, keys)
+    return Phase(name, len(layout.loss_places) * layout.frame_slots, mean, mean.rows * fed.flops, memory)
+
+
+def _prefill(config: CogVideoConfig, stage: Stage) -> DryRun:
+    """Feeding text and given frames: one row in 16 bit; every further row adds the same."""
+    layout = layout_of(config, stage)
+    given = torch.zeros(1, _num_given(layout), layout.frame_slots, dtype=torch.int64)
+    return _by_layers(config, lambda sizes: dry_run(partial(_decoder(sizes, stage, 1, False, GPU).prefill, given)))
+
+
+def upscaling(config: CogVideoConfig, frames: int) -> Phase:
+    """Super-resolution, one frame a pass."""
+    layout, modules = UpscaleLayout.of(config.layout, config.upscaler), _modules(config)
+    text, codes = _text(1, layout.text_slots), torch.zeros(1, layout.low_slots, dtype=torch.int64)
+
+    def run(sizes: CogVideoConfig) -> DryRun:
+        shallow = _modules(sizes, torch.bfloat16)
+        model = Upscaler(shallow.base, shallow.superres)
+        return dry_run(lambda: upscale(model, text, codes, [iter(())], Sampling(temperature=0)))
+
+    noise = min(SLOTS_PER_DRAW, layout.high_slots) * config.transformer.num_codes * torch.float32.itemsize
+    weights = _weights_read(modules.base, modules.superres)
+    used = [modules.base, modules.superres]
+    return _frame_by_frame("super-resolution", "superres", frames, _by_layers(config, run), weights, used, noise)
+
+
+def rendering(config: CogVideoConfig, frames: int) -> Phase:
+    """Codes to pixels, one frame a pass."""
+    side, rate = UpscaleLayout.of(config.layout, config.upscaler).high_grid, config.autoencoder.rate
+    model = _modules(config, torch.bfloat16).image_tokenizer
+    vectors = torch.empty(1, config.autoencoder.embedding_dim, side, side, dtype=torch.bfloat16, device=META)
+    with torch.no_grad():
+        measured = dry_run(lambda: model.render(vectors, rate))
+    weights = _count(model.decoders[config.autoencoder.rates.index(rate)])
+    return _frame_by_frame("pixels", "image_tokenizer", frames, measured, weights, [model])
+
+
+def _frame_by_frame(
+    name: str, component: str, frames: int, measured: DryRun, read: int, used: list[nn.Module], noise: int = 0
+) -> Phase:
+    """A phase without a cache; `read` are the weights that a pass reads."""
+    moved = {kind: float(read * precision.weights.itemsize) for kind, precision in PRECISIONS.items()}
+    memory = _memories(used, noise, measured.peak, _by_dtype(0))
+    return Phase(name, frames, Work(component, 1, float(measured.flops), moved), 0, memory)
+
+
+def _memories(modules: Iterable[nn.Module], noise: int, activations: int, cache: dict[str, int]) -> dict[str, Memory]:
+    """By precision; activations are those in 16 bit."""
+    sizes = [parameter.numel() for module in modules for parameter in module.parameters()]
+    memories = {}
+    for name, kind in PRECISIONS.items():
+        width = kind.weights.itemsize
+        parts = {"weights": sum(sizes) * width, "cache": cache[str(kind.cache).removeprefix("torch.")], "noise": noise}
+        parts["activations"] = activations * width // torch.bfloat16.itemsize
+        device = sum(parts.values())
+        memories[name] = Memory(parts, device, 2 * noise + max(sizes) * width if kind.device == "gpu" else device)
+    return memories
+
+
+# Training
+
+
+@dataclass(frozen=True)
+class Training:
+    """One optimizer step of a stage on one GPU, in bfloat16 with float32 master weights and Adam."""
+
+    stage: str
+    batch: int
+    states: dict[str, int]
+    """Bytes that stay from step to step, by what they are for."""
+    activations: int
+    """Bytes at the peak of a step, at most, if all are kept for the backward pass."""
+    activations_checkpointed: int
+    """The same if only the blocks' inputs are kept, and each block is computed again."""
+    total: int
+    """States and activations."""
+    total_checkpointed: int
+    """States and activations if only the blocks' inputs are kept."""
+    saved: int
+    """Bytes of master weights and moments, on disk and, while they are written, in the host's memory."""
+    flops_a_position: float
+    """Forward and backward, nothing computed again."""
+
+
+def training(config: CogVideoConfig, stage: Stage, batch: int = 1) -> Training:
+    """What a step of a stage needs. The image model trains its base; a video stage its channel, on a frozen base."""
+    states, length, hidden = training_states(config, stage), layout_of(config, stage).length, config.transformer.hidden
+    step = partial(_step, stage=stage, batch=batch)
+    two, four = (step(_shallow(config, layers), backward=False).peak for layers in (2, 4))
+    one, others = step(_shallow(config, 1)).peak, config.transformer.num_layers - 1
+    kept = one + others * (four - two) // 2
+    checkpointed = one + others * batch * length * hidden * GPU.weights.itemsize
+    resting, saved = sum(states.values()), states["master weights"] + states["moments"]
+    flops = _by_layers(config, step).flops / (batch * length)
+    return Training(stage, batch, states, kept, checkpointed, resting + kept, resting + checkpointed, saved, flops)
+
+
+def training_states(config: CogVideoConfig, stage: Stage) -> dict[str, int]:
+    """Bytes that training a stage keeps: frozen weights once, five values of every trained one."""
+    modules = _modules(config)
+    trained = _by_dtype(_count(modules.base if stage == "image" else getattr(modules, stage)))
+    frozen = _by_dtype(0 if stage == "image" else _count(modules.base))
+    return {
+        "frozen weights": frozen["bfloat16"],
+        "working copy": trained["bfloat16"],
+        "master weights": trained["float32"],
+        "gradients": trained["float32"],
+        "moments": 2 * trained["float32"],
+    }
+
+
+def _step(config: CogVideoConfig, stage: Stage, batch: int, backward: bool = True) -> DryRun:
+    """Forward and backward; gradients are dropped when they are complete, `training_states` counts them."""
+    layout = layout_of(config, stage)
+    with META:
+        base = Base(config.transformer).bfloat16().requires_grad_(stage == "image")
+        channel = None
+        if stage != "image":
+            channel = TemporalChannel(config.transformer, config.layout, getattr(config, stage)).bfloat16()
+        tokens = torch.zeros(batch, layout.length, dtype=torch.int64)
+        mask = torch.ones(batch, layout.text_slots, dtype=torch.bool)
+    model = Transformer(base, channel)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+
+    def run() -> None:
+        texts = text_masks(mask, 0.0, torch.bfloat16)
+        plan = full_pass(layout, model.window, texts, layout.num_frames, channel is not None, META)
+        hidden = model(tokens, tokens, plan)[:, layout.text_slots :][:, layout.loss_slots().to(META)]
+        logits = base.logits(hidden).float().flatten(0, 1)
+        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=META))
+        if backward:
+            torch.autograd.backward(loss)
+
+    return dry_run(run)
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+# The command
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything about one configuration."""
+
+    name: str
+    config: CogVideoConfig
+    files: dict[str, int]
+    """Bytes on disk of each component of a bundle; a preset has none."""
+    components: tuple[Component, ...]
+    sums: tuple[Component, ...]
+    bytes_a_token: dict[str, int]
+    """Keys and values of one slot in all layers, a channel and row, by dtype."""
+    caches: tuple[CacheSize, ...]
+    work: tuple[Work, ...]
+    """Of one sample, each stage without and with guidance: a pass is a code."""
+    clip: tuple[Phase, ...]
+    resident: dict[str, int]
+    """Device memory of the clip if all weights stay loaded, by precision."""
+    training: tuple[Training, ...]
+
+
+def report(name: str, config: CogVideoConfig, files: dict[str, int] | None = None, batch: int = 1) -> Report:
+    """The report on a configuration; `batch` is that of training."""
+    phases, cases = clip(config), [(stage, guided) for stage in STAGES for guided in (False, True)]
+    return Report(
+        name,
+        config,
+        files or {},
+        components(config),
+        sums(config),
+        bytes_a_token(config),
+        tuple(cache_size(config, *case) for case in cases),
+        tuple(work(config, stage, 1, guided) for stage, guided in cases),
+        phases,
+        resident(config, phases),
+        tuple(training(config, stage, batch) for stage in STAGES),
+    )
+
+
+def info(target: str = "", /, json: bool = False, batch: int = 1) -> None:
+    """Parameters, memory and work of a model, computed from its configuration.
+
+    Without a target, the presets side by side. Memory is counted in GiB (2**30 bytes), traffic in GB (10**9).
+
+    Args:
+        target: a preset, or the folder of a bundle.
+        json: print everything as JSON.
+        batch: sequences in a step of training.
+
+    Raises:
+        ValueError: `target` is neither, or `batch` is not positive.
+    """
+    require(batch > 0, f"batch is {batch}, expected a positive number")
+    if not json and not target:
+        return _print([_side_by_side()])
+    reports = [report(*_find(name), batch) for name in ([target] if target else PRESETS)]
+    if json:
+        print(dumps([asdict(each) for each in reports], indent=2, ensure_ascii=False))
+    else:
+        _print(_tables(reports[0]))
+    return None
+
+
+def _find(target: str) -> tuple[str, CogVideoConfig, dict[str, int]]:
+    """Name, configuration and sizes of files."""
+    if target in PRESETS:
+        return target, preset(target), {}
+    expected = f"expected a preset ({', '.join(PRESETS)}) or the folder of a bundle"
+    require(Path(target).is_dir(), f"got {target!r}, {expected}")
+    manifest = Manifest.read(Path(target))
+    return target, manifest.config, {name: entry.num_bytes for name, entry in manifest.components.items()}
+
+
+def _print(parts: Iterable[Table | str]) -> None:
+    console = Console(highlight=False)
+    for part in parts:
+        console.print(part)
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """The first column names the row, the others are figures."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+_PRECISION_NAMES = ("GPU 16 bit", "CPU float32", "CPU bfloat16")
+
+
+def _tables(report: Report) -> Iterator[Table | str]:
+    sizes, grid = report.config.transformer, report.config.layout.grid
+    shape = f"{sizes.num_layers} layers, hidden {sizes.hidden}, {sizes.num_heads} heads, {grid} x {grid} codes a frame"
+    yield f"[bold]{report.name}[/bold]: {shape}\n"
+    on_disk = ["on disk"] if report.files else []
+    yield _table("Parameters", ["component", "number", "float32", "16 bit", *on_disk], _parameter_rows(report))
+    token = f"{_decimal(report.bytes_a_token['bfloat16'], 'B')} a token, channel and row in 16 bit"
+    columns = ["stage", "spatial", "temporal", "16 bit", "float32"]
+    yield _table(f"Cache of a sample, {token}", columns, map(_cache_row, report.caches))
+    title = "Operations and bytes read for a code, mean over the stage, without prefill"
+    yield _table(title, ["stage", "operations", *_PRECISION_NAMES], map(_work_row, report.work))
+    columns = ["phase", "rows", "passes", "read a pass, 16 bit", "operations"]
+    yield _table("One clip: work", columns, map(_phase_row, report.clip))
+    columns = ["phase", *_PRECISION_NAMES, "GPU's host"]
+    yield _table("One clip: memory, with the weights of the phase alone", columns, _memory_rows(report))
+    title = f"Training on one GPU, batch {report.training[0].batch}"
+    yield _table(title, ["", *STAGES], _training_rows(report.training))
+
+
+def _parameter_rows(report: Report) -> Iterator[list[str]]:
+    for each in (*report.components, *report.sums):
+        row = [each.name, _count_text(each.parameters), _binary(each.bytes["float32"]), _binary(each.bytes["bfloat16"])]
+        yield [*row, _binary(report.files.get(each.name, 0))] if report.files else row
+    for name in report.files.keys() - {each.name for each in report.components}:
+        yield [name, "", "", "", _binary(report.files[name])]
+
+
+def _cache_row(cache: CacheSize) -> list[str]:
+    totals = (cache.spatial[kind] + cache.temporal[kind] for kind in ("bfloat16", "float32"))
+    parts = (cache.spatial["bfloat16"], cache.temporal["bfloat16"])
+    return [_stage(cache.stage, cache.guided), *map(_binary, parts), *map(_binary, totals)]
+
+
+def _work_row(work: Work) -> list[str]:
+    moved = (_decimal(work.bytes_moved[kind], "B") for kind in PRECISIONS)
+    return [_stage(work.stage, work.rows > 1), _decimal(work.flops, "FLOP"), *moved]
+
+
+def _stage(stage: str, guided: bool) -> str:
+    return f"{stage}, guided" if guided else stage
+
+
+def _phase_row(phase: Phase) -> list[str]:
+    work, total = phase.work, phase.passes * phase.work.flops + phase.prefill_flops
+    moved = _decimal(work.bytes_moved["gpu_bfloat16"], "B")
+    return [phase.name, str(work.rows), str(phase.passes), moved, _decimal(total, "FLOP")]
+
+
+def _memory_rows(report: Report) -> Iterator[list[str]]:
+    for phase in report.clip:
+        devices = (_binary(phase.memory[kind].device) for kind in PRECISIONS)
+        yield [phase.name, *devices, _binary(phase.memory["gpu_bfloat16"].host)]
+    yield ["all, weights kept", *(_binary(report.resident[kind]) for kind in PRECISIONS), ""]
+
+
+def _training_rows(stages: Iterable[Training]) -> Iterator[list[str]]:
+    stages = list(stages)
+    for name in stages[0].states:
+        yield [name, *(_binary(each.states[name]) for each in stages)]
+    yield ["together", *(_binary(sum(each.states.values())) for each in stages)]
+    for name in ("activations", "activations_checkpointed", "total", "total_checkpointed"):
+        yield [name.replace("_", ", "), *(_binary(getattr(each, name)) for each in stages)]
+    yield ["saved, by way of the host", *(_binary(each.saved) for each in stages)]
+    yield ["operations a position", *(_decimal(each.flops_a_position, "FLOP") for each in stages)]
+
+
+def _side_by_side() -> Table:
+    columns = [_overview(preset(name)) for name in PRESETS]
+    rows = ([name, *(column[name] for column in columns)] for name in columns[0])
+    return _table("Presets", ["", *PRESETS], rows)
+
+
+def _overview(config: CogVideoConfig) -> dict[str, str]:
+    """The figures that decide whether one can run it."""
+    base, stage, *_ = components(config)
+    key_frames, both = decoding(config, "", "sequential", 1, True), sums(config)[1]
+    return {
+        "base": _count_text(base.parameters),
+        "a video stage adds": _count_text(stage.parameters),
+        "base with both stages": _count_text(both.parameters),
+        "  in 16 bit": _binary(both.bytes["bfloat16"]),
+        "a guided code of a key frame": _decimal(key_frames.work.flops, "FLOP"),
+        "  reads in 16 bit": _decimal(key_frames.work.bytes_moved["gpu_bfloat16"], "B"),
+        "key frames, GPU 16 bit": _binary(key_frames.memory["gpu_bfloat16"].device),
+        "key frames, CPU float32": _binary(key_frames.memory["cpu_float32"].device),
+        "training a video stage": _binary(sum(training_states(config, "sequential").values())),
+    }
+
+
+def _count_text(number: float) -> str:
+    return _scaled(number, 1000, ["", "K", "M", "B"])
+
+
+def _decimal(number: float, unit: str) -> str:
+    return _scaled(number, 1000, [prefix + unit for prefix in ("", "K", "M", "G", "T", "P")])
+
+
+def _binary(num_bytes: int) -> str:
+    return _scaled(num_bytes, 1024, ["B", "KiB", "MiB", "GiB", "TiB"]) if num_bytes else "-"
+
+
+def _scaled(number: float, step: int, units: list[str]) -> str:
+    """Three figures."""
+    while number >= step and len(units) > 1:
+        number, units = number / step, units[1:]
+    digits = max(0, 2 - int(math.log10(max(number, 1))))
+    return f"{number:.{digits}f} {units[0]}".rstrip()

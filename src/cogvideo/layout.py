@@ -107,18 +107,20 @@ class SequenceLayout:
         start = codes.new_full((*codes.shape[:2], 1), start_of_image)
         return torch.cat([start, codes[..., :-1]], dim=2).flatten(1)
 
-    def check_codes(
-        self, codes: Int64[Tensor, "batch frames slots"], num_frames: int, num_codes: int
-    ) -> Int64[Tensor, "batch frames slots"]:
-        """Codes of so many frames, refused if their shape or values cannot be right."""
-        expected = (num_frames, self.frame_slots)
+    def check_given(self, codes: Int64[Tensor, "batch frames slots"], num_codes: int) -> int:
+        """How many frames are given, as the leading ranks.
+
+        Raises:
+            ValueError: the shape is wrong, there are too few or too many frames, or a code is no row of the codebook.
+        """
         require(
-            codes.ndim == 3 and tuple(codes.shape[1:]) == expected,
-            f"got codes of shape {tuple(codes.shape)}, expected (batch, frames, slots) = (any, {expected[0]}, "
-            f"{expected[1]})",
+            codes.ndim == 3 and codes.shape[2] == self.frame_slots,
+            f"got codes of shape {tuple(codes.shape)}, expected (batch, frames, {self.frame_slots})",
         )
+        least, most = self.num_bidirectional, self.num_frames - 1
+        require(least <= codes.shape[1] <= most, f"got {codes.shape[1]} given frames, expected {least} to {most}")
         check_code_range(codes, num_codes)
-        return codes
+        return codes.shape[1]
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Passes:
         require(self.draft >= 1, f"draft is {self.draft}, expected at least 1")
         require(
             not self.parallel_frames or (self.draft == 1 and not self.graphs),
-            "choose parallel_frames alone, or draft and graphs, got both",
+            "choose one of parallel_frames, and draft or graphs, got both",
         )
 
 
@@ -86,14 +86,11 @@ def decode(
     Raises:
         ValueError: text, given frames or codes cannot be right.
     """
-    layout.check_codes(given, given.shape[1], model.base.config.num_codes)
-    num_given, least = given.shape[1], max(layout.num_bidirectional, 0)
-    require(
-        least <= num_given < layout.num_frames,
-        f"got {num_given} given frames, expected {least} to {layout.num_frames - 1}",
-    )
-    behind = lag(layout.grid, model.window) if passes.parallel_frames else layout.frame_slots
+    num_given = layout.check_given(given, model.base.config.num_codes)
+    behind = max(1, lag(layout.grid, model.window)) if passes.parallel_frames else layout.frame_slots
     decoder = _kind(model, passes)(model, layout, condition, -(-layout.frame_slots // behind), cache_dtype)
+    batch = len(condition.text.tokens)
+    require(len(given) == batch, f"got given frames of {len(given)} clips for {batch} texts")
     decoder.prefill(given)
     draw = _Draw(sampling, labels, noise, len(given), layout.frame_slots, decoder.device)
     ways = (

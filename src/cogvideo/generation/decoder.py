@@ -29,11 +29,14 @@ class Condition:
     """Added to text scores (spec section 3: 1.4 in the released pipeline where there is no guidance)."""
 
     @property
+    def texts(self) -> tuple[PaddedText, ...]:
+        """The text, and the unconditional one if there is guidance."""
+        return (self.text,) if self.unconditional is None else (self.text, self.unconditional)
+
+    @property
     def rows(self) -> PaddedText:
         """Texts of all rows of a pass: the conditional ones, then the unconditional ones."""
-        if self.unconditional is None:
-            return self.text
-        return PaddedText(*(torch.cat(pair) for pair in zip(self.text, self.unconditional, strict=True)))
+        return PaddedText(*(torch.cat(parts) for parts in zip(*self.texts, strict=True)))
 
 
 class Decoder:
@@ -57,8 +60,9 @@ class Decoder:
     ) -> None:
         self.model, self.layout, self.condition = model, layout, condition
         config, like = model.base.config, model.base.words.weight
+        for each in condition.texts:
+            check_text(each, len(condition.text.tokens), layout.text_slots, config.vocab_size)
         text = condition.rows
-        check_text(text, len(text.tokens), layout.text_slots, config.vocab_size)
         self.device, self.passes = like.device, 0
         narrow = like.device.type == "cpu" and like.dtype == torch.bfloat16
         like = like.new_empty(0, dtype=cache_dtype or (torch.float32 if narrow else like.dtype))

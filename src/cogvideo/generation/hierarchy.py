@@ -192,14 +192,11 @@ def _check(
     require(batch > 0, "got no prompt, expected at least one")
     require(len(generators) == batch, f"got {len(generators)} generators for {batch} prompts, expected one each")
     given = torch.empty(batch, 0, layout.frame_slots, dtype=torch.int64) if given is None else given
-    most = layout.num_frames - 1 if last is None else 1
-    least = 0 if last is None else 1
-    require(
-        given.ndim == 3 and least <= given.shape[1] <= most,
-        f"got given frames of shape {tuple(given.shape)}, expected (batch, frames, slots), {least} to {most} frames",
-    )
-    for codes in [given] if last is None else [given, last[:, None]]:
-        layout.check_codes(codes, codes.shape[1], config.transformer.num_codes)
+    num_given = layout.check_given(given, config.transformer.num_codes)
+    if last is not None:
+        require(num_given == 1, f"got {num_given} given frames and a last one, expected 1")
+        layout.check_given(last[:, None], config.transformer.num_codes)
+    for codes in [given] if last is None else [given, last]:
         require(len(codes) == batch, f"got given frames of {len(codes)} clips for {batch} prompts")
     return given
 

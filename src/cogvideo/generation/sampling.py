@@ -139,5 +139,8 @@ class GumbelNoise:
 
     def __call__(self, rank: int) -> Float[Tensor, "batch slots codes"]:
         """Noise of the frame of that rank; it can be asked for once."""
-        draws = [torch.empty(self._shape).exponential_(generator=each[rank]) for each in self._generators]
+        draws = [
+            torch.empty(self._shape, dtype=torch.float32).exponential_(generator=each[rank])
+            for each in self._generators
+        ]
         return torch.stack(draws).clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()

@@ -35,7 +35,9 @@ def slot_noise(generator: torch.Generator, num_slots: int, num_codes: int, devic
 
 
 def _gumbel(num_slots: int, num_codes: int, generator: torch.Generator) -> Float[Tensor, "slots codes"]:
-    draws = torch.empty(num_slots, num_codes, device=generator.device).exponential_(generator=generator)
+    draws = torch.empty(num_slots, num_codes, dtype=torch.float32, device=generator.device).exponential_(
+        generator=generator
+    )
     return draws.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()
 
 

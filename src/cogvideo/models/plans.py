@@ -43,7 +43,8 @@ def _added(
 ) -> Float[Tensor, "batch 1 1 text"] | None:
     if not bonus and bool(mask.all()):
         return None
-    return torch.where(mask, bonus, -torch.inf).to(dtype)[:, None, None]
+    added = torch.full(mask.shape, bonus, dtype=dtype, device=mask.device)
+    return added.masked_fill(~mask, -torch.inf)[:, None, None]
 
 
 def extend(text: Tensor | None, keys: int) -> Tensor | None:

@@ -1,0 +1,173 @@
+"""What the tests share: checked tensor shapes, small models of every stage with their oracles, texts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jaxtyping
+import pytest
+import torch
+from beartype import BeartypeConf, beartype
+from beartype.roar import BeartypeDecorHintPep3119Exception
+
+from reference import Oracle, Prompt, Stage
+
+
+def checked(function: Any) -> Any:
+    """Enforce types and tensor shapes at run time; a function that takes a protocol cannot be checked and stays."""
+    try:
+        return beartype(function, conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+    except BeartypeDecorHintPep3119Exception:
+        return function
+
+
+jaxtyping.install_import_hook("cogvideo", f"{__name__}.checked")  # before the first import of the package
+
+from sentencepiece import SentencePieceTrainer  # noqa: E402
+
+from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig  # noqa: E402
+from cogvideo.layout import SequenceLayout  # noqa: E402
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer  # noqa: E402
+from cogvideo.text import PaddedText  # noqa: E402
+
+torch.set_num_threads(1)  # small models are slower on several, and tests run in parallel
+
+TEXT_SLOTS, NUM_CODES, VOCAB_SIZE, START, HIDDEN, HEADS = 6, 24, 40, 37, 16, 2
+CAPTIONS = (
+    "A cat runs over the grass.",
+    "a man pours water into a glass",
+    "4.0s the sun rises behind a mountain <pad> <n>",
+    "一只猫在草地上奔跑。",
+    "4.0秒 两个人在海边散步 视频 高清摄影",
+)
+
+
+@pytest.fixture
+def without_shape_checks() -> Iterator[None]:
+    """Shape annotations are not enforced, as for users: our own refusals must hold."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+class System(NamedTuple):
+    """A small model of a stage, what it is fed, and its oracle."""
+
+    model: Transformer
+    layout: SequenceLayout
+    oracle: Oracle
+
+    def codes(self, batch: int, num_frames: int, seed: int = 0) -> torch.Tensor:
+        """Random codes of the leading ranks, (batch, frames, slots)."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(NUM_CODES, (batch, num_frames, self.layout.frame_slots), generator=generator)
+
+    def prompt(self, text: PaddedText, sample: int) -> Prompt:
+        """One row of text for the oracle."""
+        return Prompt(text.tokens[sample].tolist(), tuple(text.mask[sample].tolist()))
+
+    def at_places(self, codes: torch.Tensor) -> dict[int, list[int]]:
+        """Codes (frames, slots) of the leading ranks of one sample, by the place of their frame."""
+        return {self.layout.order[rank]: row for rank, row in enumerate(codes.tolist())}
+
+
+MakeSystem = Callable[..., System]
+MakeText = Callable[..., PaddedText]
+
+
+@lru_cache(maxsize=64)
+def _make_system(
+    stage: Stage,
+    grid: int = 4,
+    window: int = 0,
+    num_frames: int = 5,
+    num_given: int | None = None,
+    num_layers: int = 3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+) -> System:
+    config = TransformerConfig(num_layers, HIDDEN, HEADS, VOCAB_SIZE, NUM_CODES, START, NUM_CODES, 8 + grid**2)
+    sizes = LayoutConfig(grid, num_frames, TEXT_SLOTS, TEXT_SLOTS, 8)
+    layout = {
+        "image": lambda: SequenceLayout.text_to_image(sizes),
+        "sequential": lambda: SequenceLayout.sequential(sizes),
+        "interpolation": lambda: SequenceLayout.interpolation(sizes, num_given),
+    }[stage]()
+    base, channel = Base(config), TemporalChannel(config, sizes, StageConfig(window))
+    for part, offset in ((base, 0), (channel, 1)):
+        _randomize(part.double(), seed + offset)
+    model = Transformer(base, None if stage == "image" else channel).to(dtype)
+    oracle = Oracle(
+        stage,
+        base.state_dict(),
+        None if stage == "image" else channel.state_dict(),
+        num_layers,
+        HEADS,
+        NUM_CODES,
+        START,
+        grid,
+        layout.num_frames,
+        sizes.frame_position,
+        window,
+    )
+    return System(model, layout, oracle)
+
+
+@torch.no_grad()
+def _randomize(module: torch.nn.Module, seed: int) -> None:
+    """Weights so large that whatever is seen wrongly changes the logits, and logits as large as the noise."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        spread = 1.0 if name in ("gate", "words.weight", "positions.weight") or name.endswith("gate") else 0.3
+        parameter.normal_(0, spread, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            parameter.add_(1)
+
+
+@pytest.fixture(scope="session")
+def make_system() -> MakeSystem:
+    """A small random model: `make_system(stage, grid, window, num_frames, num_given, num_layers, seed, dtype)`.
+
+    Equal arguments give the same object: tests that change a model must copy it.
+    """
+    return _make_system
+
+
+@pytest.fixture(scope="session")
+def make_text() -> MakeText:
+    """Left-padded random text: `make_text(lengths, seed)`."""
+
+    def make(lengths: Sequence[int], seed: int = 0) -> PaddedText:
+        generator = torch.Generator().manual_seed(100 + seed)
+        tokens = torch.randint(NUM_CODES, START, (len(lengths), TEXT_SLOTS), generator=generator)
+        mask = torch.arange(TEXT_SLOTS) >= TEXT_SLOTS - torch.tensor(list(lengths))[:, None]
+        return PaddedText(tokens, mask)
+
+    return make
+
+
+def _train_text_model(symbols: tuple[str, ...] = ("<pad>", "<n>"), **options: Any) -> bytes:
+    model = io.BytesIO()
+    settings: dict[str, Any] = {"vocab_size": 360, "hard_vocab_limit": False, "byte_fallback": True}
+    settings |= {"user_defined_symbols": list(symbols), "num_threads": 1, "minloglevel": 2}
+    SentencePieceTrainer.train(sentence_iterator=iter(CAPTIONS * 3), model_writer=model, **settings, **options)
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def train_text_model() -> Callable[..., bytes]:
+    """A SentencePiece model of a few hundred pieces: `train_text_model(symbols, **options of SentencePiece)`.
+
+    `<unk> <s> </s> <pad> <n>` come first, as in the released one.
+    """
+    return _train_text_model
+
+
+@pytest.fixture(scope="session")
+def text_model() -> bytes:
+    """A small SentencePiece model that changes nothing in a text before it splits it."""
+    return _train_text_model(normalization_rule_name="identity", remove_extra_whitespaces=False)

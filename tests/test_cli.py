@@ -1,0 +1,178 @@
+"""The command line as its users meet it: real processes, what they print, their exit status."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from cogvideo import __version__
+from cogvideo.cli import COMMANDS
+
+HEAVY = {"torch", "numpy", "tyro", "rich", "safetensors", "huggingface_hub"}
+MISTAKES = """
+import time
+
+def path():
+    open("no/such/file")
+
+def value():
+    raise ValueError("got 3\\nexpected 4")
+
+def fault():
+    raise RuntimeError("a fault of ours")
+
+def broken():
+    raise OSError("the system's fault")
+
+def slow():
+    print("ready", flush=True)
+    time.sleep(60)
+
+def much():
+    for _ in range(100_000):
+        print("a long line of text that fills the pipe")
+"""
+
+
+def cogvideo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `cogvideo` in a process of its own."""
+    command = [sys.executable, "-m", "cogvideo", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
+def imported_by(*arguments: str) -> set[str]:
+    """Top-level packages that a Python process imports."""
+    command = [sys.executable, "-X", "importtime", *arguments]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {name.split(".")[0] for name in re.findall(r"^import time:.*\| +(\S+)$", log, flags=re.MULTILINE)}
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    """How to start a command line with the functions of `MISTAKES` as its commands; the function's name follows."""
+    (tmp_path / "mistakes.py").write_text(MISTAKES)
+    program = (
+        "import sys; from cogvideo import cli; sys.path.insert(0, sys.argv[1]); name = sys.argv[2];"
+        "cli.COMMANDS[name] = cli.Command(f'mistakes:{name}', ''); sys.exit(cli.main([name]))"
+    )
+    return [sys.executable, "-c", program, str(tmp_path)]
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    """Guards the start of every program: `import cogvideo` takes a tenth of a second at most, PyTorch takes one."""
+    assert imported_by("-c", "import cogvideo").isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option: str) -> None:
+    """Guards the time to the first help: the table of commands is printed without what the commands need."""
+    imported = imported_by("-m", "cogvideo", option)
+    assert "cogvideo" in imported
+    assert imported.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
+def test_help_lists_every_command(arguments: tuple[str, ...]) -> None:
+    """Guards against a command that exists and that nobody is told of."""
+    done = cogvideo(*arguments)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for name, each in COMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(each.help)}$", done.stdout, flags=re.MULTILINE)
+
+
+def test_version() -> None:
+    """Guards `cogvideo --version`, which bug reports quote."""
+    assert cogvideo("--version").stdout == f"cogvideo {__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_explains_itself(name: str) -> None:
+    """Guards the table: each command's function exists, is documented, and its signature makes a command line."""
+    module, function = COMMANDS[name].target.split(":")
+    summary = getattr(import_module(module), function).__doc__.splitlines()[0]
+    done = cogvideo(name, "--help", COLUMNS="200")
+    assert done.returncode == 0
+    assert f"usage: cogvideo {name}" in done.stdout
+    assert summary in done.stdout
+
+
+def test_command_gets_its_arguments() -> None:
+    """Guards the way from the shell to the function: positional, flag and value."""
+    done = cogvideo("info", "pocket", "--json", "--batch", "3")
+    assert done.returncode == 0
+    assert '"batch": 3' in done.stdout
+
+
+def test_unknown_option_is_refused() -> None:
+    """Guards against options that are silently ignored."""
+    done = cogvideo("info", "--jsno")
+    assert done.returncode == 2
+    assert "--jsno" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inof",), "unknown command 'inof', did you mean 'info'?"),
+        (("xyzzy",), "unknown command 'xyzzy', expected one of " + ", ".join(COMMANDS)),
+        (("info", "pokcet"), "got 'pokcet', expected a preset (pocket, small, cogvideo) or the folder of a bundle"),
+    ],
+)
+def test_mistake_is_one_line(arguments: tuple[str, ...], message: str) -> None:
+    """Guards against tracebacks for what the user got wrong, and against success for it."""
+    done = cogvideo(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"cogvideo: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("value", "got 3 expected 4"), ("path", "No such file or directory: no/such/file")]
+)
+def test_refusal_inside_a_command_is_one_line(command: list[str], name: str, message: str) -> None:
+    """Guards messages of several lines and of missing files; with COGVIDEO_DEBUG=1 the traceback is there."""
+    done = subprocess.run([*command, name], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, f"cogvideo: error: {message}\n")
+    environment = os.environ | {"COGVIDEO_DEBUG": "1"}
+    done = subprocess.run([*command, name], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode not in (0, 2)
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["fault", "broken"])
+def test_fault_of_ours_keeps_its_traceback(command: list[str], name: str) -> None:
+    """Guards bug reports: what is no mistake of the user is not made to look like one."""
+    done = subprocess.run([*command, name], capture_output=True, text=True, check=False)
+    assert done.returncode not in (0, 2)
+    assert "Traceback" in done.stderr
+
+
+def test_interrupt_is_quiet(command: list[str]) -> None:
+    """Guards Ctrl-C: exit status 130 as shells expect it, and no traceback."""
+    process = subprocess.Popen([*command, "slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "")
+
+
+def test_closed_pipe_is_quiet(command: list[str]) -> None:
+    """Guards `cogvideo ... | head`: no traceback when the reader has enough."""
+    process = subprocess.Popen([*command, "much"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 1
+    process.stderr.close()

@@ -1,0 +1,255 @@
+"""Samplers against loops and simulation, and noise that belongs to one sample, frame and slot."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cogvideo.generation.sampling import GumbelNoise, Sampling, log_probabilities, spawn
+from reference import cluster_probabilities, draw_by_clusters, top_k, top_p
+
+NUM_CODES = 30
+
+
+def random_logits(*rows: int, seed: int = 0, spread: float = 2.0, num_codes: int = NUM_CODES) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return spread * torch.randn(*rows, num_codes, generator=generator, dtype=torch.float64)
+
+
+def probabilities(logits: Tensor, sampling: Sampling, labels: Tensor | None = None) -> Tensor:
+    """The sampler's distribution, which must be one."""
+    result = log_probabilities(logits, sampling, labels).exp()
+    torch.testing.assert_close(result.sum(-1), torch.ones_like(result[..., 0]))
+    return result
+
+
+def random_labels(num_codes: int, num_clusters: int, seed: int = 0) -> Tensor:
+    """Labels that use every cluster."""
+    random = np.random.default_rng(seed)
+    rest = random.integers(num_clusters, size=num_codes - num_clusters)
+    return torch.from_numpy(random.permutation(np.concatenate([np.arange(num_clusters), rest])))
+
+
+# Distributions
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.05, 4.0])
+def test_temperature(temperature: float) -> None:
+    """Guards against a temperature that multiplies, or is applied twice."""
+    logits = random_logits(5)
+    for row, ours in zip(logits.tolist(), probabilities(logits, Sampling(temperature=temperature)), strict=True):
+        weights = [math.exp(each / temperature) for each in row]
+        torch.testing.assert_close(ours, torch.tensor([each / sum(weights) for each in weights], dtype=torch.float64))
+
+
+def test_greedy_takes_the_most_likely_code() -> None:
+    """Guards against filters or temperatures that move the largest logit."""
+    logits = random_logits(50)
+    scores = log_probabilities(logits, Sampling(temperature=0, top_k=3, clusters=2), random_labels(NUM_CODES, 5))
+    assert torch.equal(scores.argmax(-1), logits.argmax(-1))
+    assert Sampling(temperature=0).greedy
+    assert not Sampling().greedy
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), k=st.integers(1, NUM_CODES + 5), temperature=st.sampled_from([0.5, 1.0, 1.3]))
+def test_top_k_equals_sorting(seed: int, k: int, temperature: float) -> None:
+    """Guards against one code too many or too few, and against probabilities that are not renormalised."""
+    logits = random_logits(seed=seed)
+    expected = top_k((logits / temperature).tolist(), k)
+    ours = probabilities(logits, Sampling(temperature=temperature, top_k=k))
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), p=st.floats(0.01, 0.999), temperature=st.sampled_from([0.5, 1.0, 1.3]))
+def test_top_p_equals_sorting(seed: int, p: float, temperature: float) -> None:
+    """Guards against a nucleus that leaves out the code which reaches p, or keeps one more."""
+    logits = random_logits(seed=seed)
+    shares = torch.softmax(logits / temperature, -1).sort(descending=True).values.cumsum(-1)
+    assume((shares - p).abs().min() > 1e-9)
+    ours = probabilities(logits, Sampling(temperature=temperature, top_p=p))
+    expected = top_p((logits / temperature).tolist(), p)
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_top_p_keeps_the_likeliest_code() -> None:
+    """Guards against a nucleus that is empty where one code alone has more than p."""
+    logits = torch.tensor([[9.0, 0.0, 0.0]], dtype=torch.float64)
+    assert probabilities(logits, Sampling(top_p=0.1))[0].tolist() == [1.0, 0.0, 0.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    num_clusters=st.integers(1, 12),
+    k=st.integers(1, 14),
+    temperature=st.sampled_from([0.7, 1.0, 1.05]),
+    inside=st.sampled_from([0.6, 0.89, 1.0]),
+)
+def test_clusters_equal_the_two_steps(seed: int, num_clusters: int, k: int, temperature: float, inside: float) -> None:
+    """Guards the closed form: the share of the cluster times the softmax inside it, each at its temperature."""
+    logits, labels = random_logits(seed=seed), random_labels(NUM_CODES, num_clusters, seed)
+    expected = cluster_probabilities(logits.tolist(), labels.tolist(), k, temperature, inside)
+    sampling = Sampling(temperature=temperature, clusters=k, cluster_temperature=inside)
+    torch.testing.assert_close(probabilities(logits, sampling, labels), torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_clusters_equal_simulation(seed: int) -> None:
+    """Guards the closed form against the procedure of the paper itself: 20,000 draws of a cluster, then of a code."""
+    logits, labels, draws = random_logits(seed=seed), random_labels(NUM_CODES, 8, seed), 20_000
+    random = np.random.default_rng(seed)
+    counts = draw_by_clusters(logits.tolist(), labels.tolist(), 4, 1.05, 0.89, draws, random)
+    sampling = Sampling(temperature=1.05, clusters=4, cluster_temperature=0.89)
+    expected = probabilities(logits, sampling, labels).numpy() * draws
+    assert counts[expected == 0].sum() == 0
+    likely = expected > 5
+    chi_square = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+    freedom = likely.sum() - 1
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_clusters_need_not_be_balanced_or_likely() -> None:
+    """Guards against clusters of one code, and against logits that underflow inside a cluster."""
+    logits = torch.tensor([[0.0, -2000.0, -2001.0, 1.0]])
+    ours = probabilities(logits, Sampling(clusters=2, cluster_temperature=1), torch.tensor([0, 1, 1, 2]))
+    assert not ours.isnan().any()
+    torch.testing.assert_close(ours[0], torch.tensor([0.0, -torch.inf, -torch.inf, 1.0]).softmax(-1))
+    every = log_probabilities(logits, Sampling(clusters=3, cluster_temperature=1), torch.tensor([0, 1, 1, 2]))
+    assert every[0, 1] - every[0, 2] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("clusters", [1, 3, 8])
+def test_filters_before_clusters(clusters: int) -> None:
+    """Guards against NaN where filters leave a cluster without codes, and against codes that come back."""
+    logits, labels = random_logits(40), random_labels(NUM_CODES, 8)
+    ours = probabilities(logits, Sampling(top_k=5, top_p=0.8, clusters=clusters), labels)
+    alone = probabilities(logits, Sampling(top_k=5, top_p=0.8))
+    assert not ours.isnan().any()
+    assert not ours[alone == 0].any()
+    assert (ours > 0).sum(-1).max() <= 5
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(top_k=5), Sampling(top_p=0.7), Sampling(clusters=3), Sampling(temperature=0)]
+)
+def test_rows_are_independent(sampling: Sampling) -> None:
+    """Guards against thresholds that are taken over the batch or over drafted rows."""
+    logits, labels = random_logits(3, 4), random_labels(NUM_CODES, 8)
+    whole = log_probabilities(logits, sampling, labels)
+    assert whole.shape == logits.shape
+    for sample in range(3):
+        for row in range(4):
+            assert torch.equal(whole[sample, row], log_probabilities(logits[sample, row], sampling, labels))
+
+
+def test_half_precision_is_widened() -> None:
+    """Guards against probabilities in bfloat16, whose ties and roundings would decide the draw."""
+    logits = random_logits(4)
+    assert log_probabilities(logits, Sampling()).dtype == torch.float64
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        ours = log_probabilities(logits.to(dtype), Sampling(temperature=1.05))
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, log_probabilities(logits.to(dtype).float(), Sampling(temperature=1.05)))
+        assert log_probabilities(logits.to(dtype), Sampling(temperature=0)).dtype == torch.float32
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -0.1}, r"temperature is -0\.1, expected 0 \(greedy\) or more"),
+        ({"top_k": -1}, r"top_k is -1, expected 0 \(all\) or more"),
+        ({"top_p": 0.0}, r"top_p is 0\.0, expected above 0, at most 1"),
+        ({"top_p": 1.1}, r"top_p is 1\.1"),
+        ({"clusters": -2}, r"clusters is -2, expected 0 \(none\) or more"),
+        ({"cluster_temperature": 0.0}, r"cluster_temperature is 0\.0, expected above 0"),
+    ],
+)
+def test_refused_settings(values: dict, message: str) -> None:
+    """Guards against samplers that divide by zero or keep no code."""
+    with pytest.raises(ValueError, match=message):
+        Sampling(**values)
+
+
+def test_clusters_without_labels() -> None:
+    """Guards against cluster sampling that silently is plain sampling."""
+    with pytest.raises(ValueError, match="no cluster labels"):
+        log_probabilities(random_logits(), Sampling(clusters=3))
+
+
+# Noise
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_adding_noise_draws_from_the_distribution() -> None:
+    """Guards against noise of the wrong sign or spread: a code is the largest score as often as its probability says."""
+    logits, labels, draws = random_logits(num_codes=12), random_labels(12, 4), 20_000
+    for sampling in (Sampling(temperature=1.3), Sampling(top_k=4), Sampling(clusters=2)):
+        scores = log_probabilities(logits, sampling, labels)
+        noise = GumbelNoise([seeded(5)], 1, draws, 12)(0)[0]
+        counts = torch.bincount((scores + noise).argmax(-1), minlength=12) / draws
+        assert (counts - scores.exp()).abs().sum() / 2 < 0.015
+
+
+def test_noise_is_gumbel_and_finite() -> None:
+    """Guards the distribution's mean and variance, and infinities where the exponential draw is 0."""
+    noise = GumbelNoise([seeded(0)], 1, 1000, 200)(0)
+    assert noise.isfinite().all()
+    assert noise.dtype == torch.float32
+    assert noise.mean().item() == pytest.approx(0.57722, abs=0.01)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.02)
+
+
+def test_noise_belongs_to_sample_frame_and_slot() -> None:
+    """Guards against frames, slots or samples that share noise, and against noise that depends on the batch."""
+    together = GumbelNoise([seeded(1), seeded(2), seeded(3)], 4, 5, 6)
+    noise = torch.stack([together(rank) for rank in range(4)], 1)
+    assert len(noise.flatten().unique()) == noise.numel()
+    alone = GumbelNoise([seeded(2)], 4, 5, 6)
+    assert torch.equal(torch.stack([alone(rank) for rank in range(4)], 1)[0], noise[1])
+    backwards = GumbelNoise([seeded(3), seeded(1)], 4, 5, 6)
+    for rank in (3, 0, 2, 1):
+        assert torch.equal(backwards(rank), noise[[2, 0], rank])
+
+
+def test_noise_leaves_the_global_generator_alone() -> None:
+    """Guards against clips that depend on what ran before them."""
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    first = GumbelNoise([seeded(1)], 2, 3, 4)(1)
+    torch.manual_seed(1)
+    assert torch.equal(GumbelNoise([seeded(1)], 2, 3, 4)(1), first)
+    torch.set_rng_state(state)
+
+
+def test_spawned_generators_are_independent_and_reproducible() -> None:
+    """Guards against stages or frames that draw the same numbers, and against a generator that is not advanced."""
+    generator = seeded(7)
+    first, second = spawn(generator, 3), spawn(generator, 3)
+    seeds = [each.initial_seed() for each in first + second]
+    assert len(set(seeds)) == 6
+    again = seeded(7)
+    assert [each.initial_seed() for each in spawn(again, 3) + spawn(again, 3)] == seeds
+    assert [each.initial_seed() for each in spawn(seeded(7), 2)] == seeds[:2]
+
+
+def test_noise_does_not_depend_on_the_default_type() -> None:
+    """Guards against a clip that changes with `torch.set_default_dtype`."""
+    expected = GumbelNoise([seeded(1)], 1, 3, 4)(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(GumbelNoise([seeded(1)], 1, 3, 4)(0), expected)
+    finally:
+        torch.set_default_dtype(before)
