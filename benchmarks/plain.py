@@ -63,7 +63,7 @@ def _pass(model: Transformer, context: PlainContext, token: Tensor, position: in
 
 
 def _window_keys(num_text: int, num_keys: int, grid: int, window: int, layer: int) -> list[int]:
-    """Text and the slots of the last key's window in every frame, found anew for every layer as the released code does."""
+    """Text and the last key's window in every frame, found anew for every layer as the released code does."""
     shift = window // 2 if layer % 2 else 0
 
     def cell(slot: int) -> tuple[int, int]:

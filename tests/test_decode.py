@@ -184,7 +184,7 @@ class Channel:
     ids=name,
 )
 def test_cached_rows_see_the_rule(make_system: MakeSystem, make_text: MakeText, run: Run, way: str) -> None:
-    """Guards every cached row by itself: it reads what the rule in words lets it see, nothing stale, nothing missing."""
+    """Guards every cached row by itself: it reads what the rule lets it see, nothing stale, nothing missing."""
     layout, text = run.system(make_system).layout, make_text((2, TEXT_SLOTS))
     area, first = layout.frame_slots, run.num_given
     behind = lag(run.grid, run.window) if way == "parallel" else area

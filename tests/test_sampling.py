@@ -193,7 +193,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def test_adding_noise_draws_from_the_distribution() -> None:
-    """Guards against noise of the wrong sign or spread: a code is the largest score as often as its probability says."""
+    """Guards against noise of the wrong sign or spread: a code is drawn as often as its probability says."""
     logits, labels, draws = random_logits(num_codes=12), random_labels(12, 4), 20_000
     for sampling in (Sampling(temperature=1.3), Sampling(top_k=4), Sampling(clusters=2)):
         scores = log_probabilities(logits, sampling, labels)

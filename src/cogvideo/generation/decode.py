@@ -21,7 +21,6 @@ from cogvideo.generation.sampling import Sampling, log_probabilities
 from cogvideo.layout import SequenceLayout, lag
 from cogvideo.models.plans import Rows
 from cogvideo.models.transformer import Transformer
-from cogvideo.text import PaddedText
 
 Noise = Callable[[int], Float[Tensor, "batch slots codes"]]
 """Noise of the frame of a rank, asked for once a frame."""
@@ -44,9 +43,6 @@ class Passes:
             not self.parallel_frames or (self.draft == 1 and not self.graphs),
             "choose one of parallel_frames, and draft or graphs, got both",
         )
-
-
-Text = PaddedText  # until callers are renamed
 
 
 class Frame(NamedTuple):
