@@ -162,7 +162,7 @@ def test_empty_prompt_is_refused(normalizing_model: bytes, caption: str) -> None
 def test_unconditional_text_may_be_empty(tokenizer: TextTokenizer) -> None:
     """Guards against refusing guidance where the unconditional caption is the empty one."""
     assert tokenizer.encode_unconditional(4.0)[-1] == tokenizer.line_break
-    assert tokenizer.encode_unconditional_image() == []
+    assert tokenizer.encode_unconditional_image() == [tokenizer.line_break]
 
 
 def test_lone_surrogates_are_refused(tokenizer: TextTokenizer) -> None:
