@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -28,17 +26,7 @@ def machine() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": _commit(),
     }
-
-
-def _commit() -> str:
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def alternate(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
@@ -57,10 +45,12 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int 
 
 
 def write(name: str, figures: dict[str, Any]) -> Path:
-    """The figures as a dated JSON under benchmarks/results/."""
+    """The figures as a dated JSON under benchmarks/results/; other sections of the same day and machine are kept."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{datetime.now(UTC):%Y-%m-%d}.json"
+    path, here = RESULTS / f"{name}-{datetime.now(UTC):%Y-%m-%d}.json", machine()
+    before = json.loads(path.read_text()) if path.exists() else {"machine": here}
+    kept = before if before["machine"] == here else {}
     temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps({"machine": machine(), "command": sys.argv, **figures}, indent=2) + "\n")
+    temporary.write_text(json.dumps(kept | {"machine": here} | figures, indent=2) + "\n")
     temporary.rename(path)
     return path

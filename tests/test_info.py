@@ -29,22 +29,15 @@ from cogvideo.config import (
     from_dict,
     preset,
 )
-from cogvideo.generation import hierarchy
-from cogvideo.generation.decode import Frame, decode
-from cogvideo.generation.decoder import Condition, Decoder
-from cogvideo.generation.hierarchy import Settings
-from cogvideo.generation.sampling import Sampling
-from cogvideo.info import (
+from cogvideo.costs import (
     STAGES,
     Stage,
     cache_size,
     clip,
     components,
     decoding,
-    info,
     layout_of,
     rendering,
-    report,
     resident,
     sums,
     training,
@@ -52,6 +45,12 @@ from cogvideo.info import (
     upscaling,
     work,
 )
+from cogvideo.generation import hierarchy
+from cogvideo.generation.decode import Frame, decode
+from cogvideo.generation.decoder import Condition, Decoder
+from cogvideo.generation.hierarchy import Settings
+from cogvideo.generation.sampling import Sampling
+from cogvideo.info import info, report
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.attention import Plan
 from cogvideo.models.autoencoder import Autoencoder

@@ -32,6 +32,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return the exit status; mistakes of the user are one line on stderr."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch: huge pages, from which weights are read faster
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

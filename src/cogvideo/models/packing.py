@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cogvideo.models.transformer import Base
 
@@ -18,8 +17,8 @@ WORTH_PACKING = 1 << 16
 """Elements of a weight from which reading it takes longer than starting oneDNN's operator (measured)."""
 
 FASTEST_ROWS = 6
-"""Rows at which oneDNN reads packed weights fastest, by a third faster than at one or two (measured): fewer are filled
-up to it. A step of decoding has one or two rows a sample."""
+"""Rows at which oneDNN reads packed weights fastest, by a third faster than at one or two (measured), as many as a step
+of decoding has. So one to three rows are repeated up to it."""
 
 
 class PackedLinear(nn.Module):
@@ -32,11 +31,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch rows in"]) -> Float[Tensor, "batch rows out"]:
         """`x @ weight.T + bias`."""
-        missing = FASTEST_ROWS - x.shape[0] * x.shape[1]
-        if missing <= 0:
+        batch, num_rows, width = x.shape
+        copies = FASTEST_ROWS // (batch * num_rows)
+        if copies < 2:
             return self._product(x)
-        rows = self._product(F.pad(x.flatten(0, 1), (0, 0, 0, missing)))
-        return rows[:-missing].view(*x.shape[:2], -1)
+        rows = self._product(x.reshape(-1, width).repeat(copies, 1))
+        return rows[: batch * num_rows].view(batch, num_rows, -1)
 
     def _product(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
