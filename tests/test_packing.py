@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from cogvideo.config import TransformerConfig
+from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig
+from cogvideo.generation.decoder import Condition, Decoder
+from cogvideo.layout import SequenceLayout
 from cogvideo.models.packing import PackedLinear, can_pack, pack
-from cogvideo.models.transformer import Base
+from cogvideo.models.plans import Rows
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer, initialize
+from cogvideo.text import pad_left
 
 SHAPE = (768, 256)
 
@@ -43,6 +47,33 @@ def test_rows_do_not_depend_on_their_number(dtype: torch.dtype) -> None:
     whole = packed(x)
     for rows in (1, 2, 3, 5, 8, 17, 32):
         assert torch.equal(packed(x[:rows]), whole[:rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 2])
+def test_logits_do_not_depend_on_the_batch(dtype: torch.dtype, window: int) -> None:
+    """Guards the promise that is made for packed models: a sample's logits are the same bits alone and in a batch."""
+    needs_packing(dtype)
+    config, layout = TransformerConfig(num_layers=2), LayoutConfig(grid=4)
+    channel = TemporalChannel(config, layout, StageConfig(window))
+    parts = Base(config), channel
+    for part in parts:
+        initialize(part, 2, torch.Generator().manual_seed(0))
+        pack(part.to(dtype).requires_grad_(False))
+    model, sequence = Transformer(*parts), SequenceLayout.sequential(layout)
+    rows = [[1100 + number] * (3 + 5 * number) for number in range(5)]
+    given = torch.arange(5)[:, None, None].expand(-1, 2, 16) * 7
+    tokens = torch.arange(5)[:, None] + 40
+
+    def logits(samples: slice) -> torch.Tensor:
+        texts = [pad_left(each[samples], layout.text_slots, config.pad) for each in (rows, [[1200, 1201]] * 5)]
+        run = Decoder(model, sequence, Condition(*texts, 3.0))
+        run.prefill(given[samples])
+        return torch.stack([run.step([Rows(2, slot, 0)], tokens[samples]) for slot in range(4)], 1)
+
+    whole = logits(slice(None))
+    for sample in range(5):
+        assert torch.equal(logits(slice(sample, sample + 1)), whole[sample : sample + 1])
 
 
 def test_pack_replaces_large_layers_and_the_head() -> None:
