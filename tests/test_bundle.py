@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cogvideo import bundle
-from cogvideo.bundle import COMPONENTS, MANIFEST, CogVideo, Entry, Manifest
+from cogvideo import storage
+from cogvideo.bundle import CogVideo
 from cogvideo.config import (
     AutoencoderConfig,
     CogVideoConfig,
@@ -33,6 +33,7 @@ from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.packing import pack
 from cogvideo.models.transformer import Base, TemporalChannel
 from cogvideo.models.upscaler import UpscaleChannel
+from cogvideo.storage import COMPONENTS, MANIFEST, Entry, Manifest
 from cogvideo.text import TextTokenizer
 
 NUM_CODES = 24
@@ -530,7 +531,7 @@ def test_interrupted_saves_leave_the_old_bundle(
     folder: Path, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, moment: str, count: int
 ) -> None:
     """A full disk in the middle of a save that leaves neither the old bundle nor the new one."""
-    owner = {"save_file": bundle, "write": Manifest, "rename": Path, "replace": Path, "unlink": Path}[moment]
+    owner = {"save_file": storage, "write": Manifest, "rename": Path, "replace": Path, "unlink": Path}[moment]
     original, calls = getattr(owner, moment), []
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
@@ -574,7 +575,7 @@ def test_failed_first_save_leaves_no_bundle(
     def full(tensors: object, path: Path) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(bundle, "save_file", full)
+    monkeypatch.setattr(storage, "save_file", full)
     with pytest.raises(OSError, match=r"cannot write base \(No space left on device\): .*base.safetensors"):
         CogVideo(config, **parts).save_pretrained(tmp_path / "model")
     assert not any((tmp_path / "model").iterdir())

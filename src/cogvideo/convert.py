@@ -19,9 +19,9 @@ from jaxtyping import Shaped
 from torch import Tensor
 from tyro.conf import Suppress
 
-from cogvideo.bundle import BundleWriter, check_tensors, few, read_tensor, writing
 from cogvideo.config import AutoencoderConfig, CogVideoConfig, TransformerConfig, preset, require
 from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.storage import BundleWriter, check_tensors, few, read_tensor, writing
 
 COMPARED_AT_ONCE = 1 << 18
 """Elements of two tensors that are compared at once, in float64: 2 MiB each."""

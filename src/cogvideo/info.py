@@ -12,7 +12,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cogvideo.bundle import Manifest
 from cogvideo.config import PRESETS, CogVideoConfig, preset, require
 from cogvideo.costs import (
     PRECISIONS,
@@ -33,6 +32,7 @@ from cogvideo.costs import (
     training_states,
     work,
 )
+from cogvideo.storage import Manifest
 
 
 @dataclass(frozen=True)

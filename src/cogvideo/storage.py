@@ -1,0 +1,311 @@
+"""The format of a bundle: a folder with `bundle.json` and one file a component; the base, which all stages share, once.
+
+`bundle.json` holds the configuration and the name, size and sha256 of each component's file. It is written last and in
+one step, so that a folder holds the old bundle or the new one, whatever interrupts a save.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cogvideo.config import CogVideoConfig, from_dict, require
+from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.models.transformer import Base, TemporalChannel
+from cogvideo.models.upscaler import UpscaleChannel
+from cogvideo.text import TextTokenizer
+
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+
+MODULES: dict[str, Callable[[CogVideoConfig], nn.Module]] = {
+    "base": lambda config: Base(config.transformer),
+    "sequential": lambda config: TemporalChannel(config.transformer, config.layout, config.sequential),
+    "interpolation": lambda config: TemporalChannel(config.transformer, config.layout, config.interpolation),
+    "superres": lambda config: UpscaleChannel(config.transformer, config.layout, config.upscaler),
+    "image_tokenizer": lambda config: Autoencoder(config.autoencoder),
+    "interpolation_base": lambda config: Base(config.transformer),
+    "superres_base": lambda config: Base(config.transformer),
+}
+"""Components with parameters. A stage has a base of its own only where it differs from the shared one."""
+
+COMPONENTS = (*MODULES, "cluster_labels", "text")
+"""All that a bundle can hold; it may lack any of them."""
+
+Component = nn.Module | Tensor | TextTokenizer
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The file of one component."""
+
+    file: str
+    """Its name in the bundle's folder."""
+    num_bytes: int
+    """Its size."""
+    sha256: str
+    """Hash of its content, in hexadecimal."""
+
+    def __post_init__(self) -> None:
+        plain = re.fullmatch(r"\w[\w.-]*", self.file) is not None
+        require(plain, f"the file name {self.file!r} is refused, expected a plain name inside the bundle")
+
+    @classmethod
+    def of(cls, path: Path) -> Entry:
+        """The entry of a file as it is now."""
+        with path.open("rb") as file:
+            return cls(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+    def check(self, path: Path) -> None:
+        """Refuse a file that is missing or incomplete.
+
+        Raises:
+            ValueError: no file, or another size.
+        """
+        require(path.is_file(), f"the bundle is incomplete: there is no file {path}")
+        got = path.stat().st_size
+        require(got == self.num_bytes, f"{path} has {got} bytes, expected {self.num_bytes}: the copy is incomplete")
+
+    def verify(self, path: Path) -> None:
+        """Refuse a file that is not, byte for byte, what was saved.
+
+        Raises:
+            ValueError: another hash.
+        """
+        got = Entry.of(path).sha256
+        require(got == self.sha256, f"{path} has the sha256 {got}, expected {self.sha256}: its content was changed")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `bundle.json` says."""
+
+    config: CogVideoConfig
+    """Sizes of all components, also of those that the bundle lacks."""
+    components: dict[str, Entry]
+    """File of each component, by its name in `COMPONENTS`."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of the bundle in `folder`.
+
+        Raises:
+            ValueError: there is no `bundle.json`, a newer version wrote it, or it does not say what it should.
+        """
+        path = folder / MANIFEST
+        try:
+            return cls._parse(json.loads(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(f"cannot use {path}: {reason}") from error
+
+    @classmethod
+    def _parse(cls, values: Any) -> Manifest:
+        require(isinstance(values, dict), f"it holds {values!r:.40}, expected a table")
+        version = values.get("format_version")
+        require(type(version) is int and version > 0, f"format_version is {version!r}, expected a positive number")
+        newer = f"format_version is {version}, expected at most {FORMAT_VERSION}: a newer cogvideo wrote it, upgrade"
+        require(version <= FORMAT_VERSION, newer)
+        fields = {"format_version", "config", "components"}
+        require(values.keys() == fields, f"it has the fields {sorted(values)}, expected {sorted(fields)}")
+        entries = values["components"]
+        require(isinstance(entries, dict), f"components is {entries!r:.40}, expected a table")
+        unknown = sorted(entries.keys() - set(COMPONENTS))
+        require(not unknown, f"it has the components {unknown}, expected some of {list(COMPONENTS)}")
+        return cls(
+            from_dict(CogVideoConfig, values["config"]),
+            {component: from_dict(Entry, entry) for component, entry in entries.items()},
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write `bundle.json` into `folder`."""
+        text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2, ensure_ascii=False)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_tensor(path: Path, name: str) -> Shaped[Tensor, "..."]:
+    """One tensor of a safetensors file, in a memory map of its own: its pages leave memory together with it."""
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def check_tensors(component: str, tensors: Mapping[str, Tensor], config: CogVideoConfig, where: object) -> None:
+    """Refuse tensors that are not exactly those of the component.
+
+    Args:
+        component: one of `COMPONENTS` except `text`.
+        tensors: by their names in the module's state; the one of `cluster_labels` is called `labels`.
+        config: what names and shapes follow from.
+        where: what the message calls the tensors.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, or of another shape or type, or labels are out of range.
+    """
+    expected, got = _shapes(component, config), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    prefix = f"{where} does not fit the configuration as {component}"
+    missing, extra = few(expected.keys() - got.keys()), few(got.keys() - expected.keys())
+    require(expected.keys() == got.keys(), f"{prefix}: missing tensors: {missing}; unexpected tensors: {extra}")
+    wrong = [f"{name} {got[name]}, expected {shape}" for name, shape in expected.items() if got[name] != shape]
+    require(not wrong, f"{prefix}: wrong shapes: {few(wrong)}")
+    labels = component == "cluster_labels"
+    odd = [
+        f"{name} {each.dtype}"
+        for name, each in tensors.items()
+        if not (each.dtype == torch.int64 if labels else each.is_floating_point())
+    ]
+    require(not odd, f"{prefix}: wrong types: {few(odd)}, expected {'torch.int64' if labels else 'floating point'}")
+    if labels:
+        low, high = (int(bound) for bound in tensors["labels"].aminmax())
+        end = config.transformer.num_codes
+        require(low >= 0 and high < end, f"{prefix}: labels lie in [{low}, {high}], expected [0, {end})")
+
+
+def _shapes(component: str, config: CogVideoConfig) -> dict[str, tuple[int, ...]]:
+    if component == "cluster_labels":
+        return {"labels": (config.transformer.num_codes,)}
+    with torch.device("meta"):
+        state = MODULES[component](config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def few(names: Iterable[str]) -> str:
+    """The first of what may be many names, for a message."""
+    first, *others = sorted(names) or ["none"]
+    shown = ", ".join([first, *others[:2]])
+    return shown if len(others) < 3 else f"{shown} and {len(others) - 2} more"
+
+
+def text_tokenizer(model: bytes, config: CogVideoConfig, where: object) -> TextTokenizer:
+    try:
+        tokenizer = TextTokenizer(model, config.text, config.transformer.num_codes)
+        tokenizer.check(config.transformer)
+    except ValueError as error:
+        raise ValueError(f"{where} does not fit the configuration as text: {error}") from error
+    return tokenizer
+
+
+@contextmanager
+def writing(folder: Path, config: CogVideoConfig) -> Iterator[BundleWriter]:
+    """A bundle in the making, which replaces the one in `folder` if the `with` block ends without an error.
+
+    Until then it is in a folder `.saving-*` inside, which only a killed process leaves behind.
+
+    Raises:
+        ValueError: `folder` is a file.
+    """
+    require(folder.is_dir() or not folder.exists(), f"{folder} is a file, expected a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        writer = BundleWriter(folder, Path(temporary), config)
+        yield writer
+        writer.publish()
+
+
+class BundleWriter:
+    """The files of a new bundle; `writing` makes one."""
+
+    def __init__(self, target: Path, temporary: Path, config: CogVideoConfig) -> None:
+        self.target = target
+        self.temporary = temporary
+        self.config = config
+        self._written: dict[str, Entry] = {}
+        self._kept: dict[str, Entry] = {}
+
+    def path(self, component: str) -> Path:
+        """Where the file of a component is until the bundle is complete."""
+        return self.temporary / f"{component}.{'model' if component == 'text' else 'safetensors'}"
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components so far."""
+        return tuple(each for each in COMPONENTS if each in self._written or each in self._kept)
+
+    def add(self, component: str, tensors: Mapping[str, Tensor], where: object = "the model") -> None:
+        """Write tensors, which may be memory-mapped: none is copied unless it is strided.
+
+        Args:
+            component: one of `COMPONENTS` except `text`.
+            tensors: all that belong to it.
+            where: what messages call them.
+
+        Raises:
+            ValueError: they are not those of the component.
+            OSError: they cannot be written.
+        """
+        check_tensors(component, tensors, self.config, where)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self.path(component))
+        except SafetensorError as error:
+            raise OSError(errno.EIO, f"cannot write {component} ({error})", str(self.path(component))) from error
+        self._written[component] = Entry.of(self.path(component))
+
+    def add_text(self, model: bytes, where: object = "the model") -> None:
+        """Write a serialised SentencePiece model.
+
+        Raises:
+            ValueError: it is none, or not that of the configuration.
+        """
+        text_tokenizer(model, self.config, where)
+        self.path("text").write_bytes(model)
+        self._written["text"] = Entry.of(self.path("text"))
+
+    def copy(self, component: str, folder: Path, entry: Entry) -> None:
+        """Take over a file of another bundle, or leave it where it is if the bundle is being replaced itself.
+
+        Raises:
+            ValueError: the file is missing or not what was saved.
+        """
+        entry.check(folder / entry.file)
+        if folder.samefile(self.target):
+            self._kept[component] = entry
+            return
+        shutil.copyfile(folder / entry.file, self.path(component))
+        entry.verify(self.path(component))
+        self._written[component] = replace(entry, file=self.path(component).name)
+
+    def publish(self) -> None:
+        """Put everything in place, `bundle.json` last, then remove the files of the bundle that was replaced.
+
+        New files take names that are free, so the old bundle is whole until its `bundle.json` is replaced.
+        """
+        old = _files(self.target)
+        placed = {name: replace(entry, file=_free(self.target, entry.file)) for name, entry in self._written.items()}
+        manifest = Manifest(self.config, placed | self._kept)
+        manifest.write(self.temporary)
+        for component, entry in placed.items():
+            shutil.copymode(self.temporary / MANIFEST, self.path(component))  # safetensors writes for its owner alone
+            self.path(component).rename(self.target / entry.file)
+        (self.temporary / MANIFEST).replace(self.target / MANIFEST)
+        for name in old - {entry.file for entry in manifest.components.values()}:
+            (self.target / name).unlink(missing_ok=True)
+
+
+def _files(folder: Path) -> set[str]:
+    """Files of the bundle in a folder; none if there is no bundle, or one that we cannot read."""
+    try:
+        return {entry.file for entry in Manifest.read(folder).components.values()}
+    except ValueError:
+        return set()
+
+
+def _free(folder: Path, file: str) -> str:
+    """`base.safetensors`, or `base-2.safetensors` and so on where there is such a file."""
+    stem, suffix = file.split(".")
+    names = chain([file], (f"{stem}-{number}.{suffix}" for number in count(2)))
+    return next(name for name in names if not (folder / name).exists())
