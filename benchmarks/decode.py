@@ -126,14 +126,15 @@ def _guided_steps(window: int, position: int, rounds: int) -> Figures:
     calls["read"] = read.sum
     with torch.inference_mode():
         times = alternate(calls, rounds)
-    bandwidth = read.numel() * read.element_size() / times["read"]["best"] * 1e3
-    figures: Figures = {name: times[name] for name in plains} | {"read": {"GB/s": bandwidth / 1e9}}
+    read_bytes = read.numel() * read.element_size()
+    figures: Figures = {name: times[name] for name in plains}
+    figures["read"] = {f"GB/s ({kind})": read_bytes / each / 1e6 for kind, each in times["read"].items()}
     for name, run in runs.items():
-        floor = step_bytes(run, rank, slot) / bandwidth * 1e3
+        share = step_bytes(run, rank, slot) / read_bytes
         figures[name] = times[name] | {
-            "floor": floor,
-            "share of floor's speed": floor / times[name]["median"],
-            "share (best)": floor / times[name]["best"],
+            "floor": share * times["read"]["median"],
+            "share of floor's speed": share * times["read"]["median"] / times[name]["median"],
+            "share (best)": share * times["read"]["best"] / times[name]["best"],
             "times plain float32": times["plain float32"]["median"] / times[name]["median"],
             "times plain bfloat16": times["plain bfloat16"]["median"] / times[name]["median"],
         }

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -51,6 +51,7 @@ INTERPOLATION_WINDOW = 10
 EXTRA_POSITIONS = "mixins.extra_position_embedding.position_embeddings.weight"
 PROBED_EVERY = {"infer_first": 37, "infer_stage1": 97, "infer_stage2": 61}
 """Generated slots between two probed ones."""
+DECODERS = ("Decoder", "GraphedDecoder")
 CPU, ONE_BY_ONE = torch.device("cpu"), Passes()
 
 
@@ -208,7 +209,8 @@ def check_training(case: Case, passes: Passes) -> Outcome:
 class Watched(Decoder):
     """A decoder that keeps the guided logits of each slot, by rank, as they were computed last."""
 
-    seen: dict[int, Tensor]
+    seen: ClassVar[dict[int, Tensor]]
+    """Of the run; every run has a class of its own."""
 
     def step(self, rows: Sequence[Any], tokens: Tensor) -> Tensor:
         """See `Decoder`."""
@@ -245,8 +247,8 @@ class Watch(NamedTuple):
 def watch(*arguments: Any, **options: Any) -> Watch:
     """Run `decode` and keep the logits of every slot."""
     seen: dict[int, Tensor] = {}
-    watched = type("Watched", (Watched,), {"seen": seen})
-    with mock.patch.object(decoding, "Decoder", watched):
+    kinds = {kind: type(kind, (Watched, getattr(decoding, kind)), {"seen": seen}) for kind in DECODERS}
+    with mock.patch.multiple(decoding, **kinds):
         frames = list(decoding.decode(*arguments, **options))
     return Watch(frames, torch.stack([seen[rank] for rank in sorted(seen)], 1))
 

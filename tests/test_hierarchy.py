@@ -45,6 +45,7 @@ def system(text_model: bytes) -> SimpleNamespace:
     )
     base, channels = base.double(), [each.double() for each in channels]
     return SimpleNamespace(
+        components=("base", "sequential", "interpolation", "cluster_labels", "text"),
         config=config,
         image_model=Transformer(base),
         sequential=Transformer(base, channels[0]),
@@ -195,6 +196,7 @@ def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: SimpleNa
         ({"prompts": []}, "no prompt"),
         ({"prompts": [" "]}, "empty"),
         ({"prompts": ["word " * 200]}, "tokens, 40 fit"),
+        ({"prompts": "a cat"}, "expected a list of texts"),
         ({"seeds": [1, 2]}, "2 generators for 1 prompts"),
         ({"given": some_frames(1, 5)}, "5 given frames, expected 0 to 4"),
         ({"given": some_frames(2, 1)}, "2 clips for 1 prompts"),
@@ -206,7 +208,7 @@ def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: SimpleNa
 )
 def test_bad_input_is_refused_before_any_work(system: SimpleNamespace, change: dict[str, object], message: str) -> None:
     """Guards users from waiting for an error: no model is touched before everything is checked."""
-    idle = SimpleNamespace(config=system.config, text=system.text)  # asking for a model fails
+    idle = SimpleNamespace(config=system.config, text=system.text, components=system.components)
     options = {"prompts": PROMPTS[:1], "seeds": [1]} | change
     with pytest.raises(ValueError, match=message):
         clip(idle, options.pop("prompts"), options.pop("seeds"), **options)
@@ -215,3 +217,32 @@ def test_bad_input_is_refused_before_any_work(system: SimpleNamespace, change: d
 def test_long_prompt_is_cut_on_request(system: SimpleNamespace) -> None:
     """Guards the way out that the refusal of a long prompt names."""
     assert clip(system, ["word " * 200], [1], settings=settings(truncate=True)).shape == (1, 9, SLOTS)
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("sequential", "no sequential, which"),
+        ("interpolation", "no interpolation, which"),
+        ("cluster_labels", "keep 4 clusters, but this model has neither"),
+    ],
+)
+def test_incomplete_models_are_refused_at_the_call(system: SimpleNamespace, lost: str, message: str) -> None:
+    """Guards users of a partial bundle from key frames that are drawn in vain."""
+    idle = SimpleNamespace(config=system.config, text=system.text)
+    idle.components = tuple(each for each in system.components if each != lost)
+    with pytest.raises(ValueError, match=message):
+        generate(idle, PROMPTS[:1], generators(1), settings())
+
+
+def test_samples_that_share_a_generator_are_refused(system: SimpleNamespace) -> None:
+    """Guards against a sample that depends on its place in the batch."""
+    with pytest.raises(ValueError, match="expected one each"):
+        generate(system, PROMPTS, generators(1) * 2, settings())
+
+
+@pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
+def test_guidance_that_cannot_be_is_refused(scale: float) -> None:
+    """Guards against a whole clip of noise."""
+    with pytest.raises(ValueError, match="sequential stage is"):
+        Guidance(sequential=scale)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.models.quantizer import cluster_codes
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.storage import (
@@ -31,6 +32,12 @@ from cogvideo.storage import (
 from cogvideo.text import TextTokenizer
 
 T = TypeVar("T")
+
+CODES_PER_CLUSTER = 40
+"""Of clusters that are made here: the released tokenizer has 500 of its 20,000 codes."""
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What weights can be loaded as."""
 
 
 class CogVideo:
@@ -81,7 +88,7 @@ class CogVideo:
         manifest = Manifest.read(folder)
         for entry in manifest.components.values():
             entry.check(folder / entry.file)
-        require(dtype is None or dtype.is_floating_point, f"dtype is {dtype}, expected a floating point type")
+        require(dtype is None or dtype in DTYPES, f"dtype is {dtype!r}, expected one of {DTYPES}")
         model = cls(manifest.config)
         model._source = _Source(folder, manifest, dtype, _usable(device), verify)
         return model
@@ -148,8 +155,13 @@ class CogVideo:
 
     @cached_property
     def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
-        """Cluster of each code; None where the tokenizer has none."""
-        return self._get("cluster_labels", Tensor) if "cluster_labels" in self.components else None
+        """Cluster of each code: stored ones, else k-means of the codebook; None where there is neither."""
+        if "cluster_labels" in self.components:
+            return self._get("cluster_labels", Tensor)
+        if "image_tokenizer" not in self.components:
+            return None
+        codes = self.autoencoder.codebook.embedding.detach().float().cpu()
+        return cluster_codes(codes, max(1, len(codes) // CODES_PER_CLUSTER), torch.Generator().manual_seed(0))
 
     @cached_property
     def text(self) -> TextTokenizer:

@@ -221,6 +221,10 @@ class TextConfig:
                 found == fields,
                 f"{name} is {template!r}, expected a text with the fields {sorted(fields)}, got {sorted(found)}",
             )
+            try:
+                template.format(caption="", duration=1.0)
+            except ValueError as error:
+                raise ValueError(f"{name} is {template!r}, which does not work: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -236,6 +240,7 @@ class CogVideoConfig:
     text: TextConfig = field(default_factory=TextConfig)
 
     def __post_init__(self) -> None:
+        require(self.layout.num_frames >= 3, f"num_frames is {self.layout.num_frames}, expected 3 or more")
         for name in ("sequential", "interpolation"):
             window = getattr(self, name).window
             require(

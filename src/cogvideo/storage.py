@@ -111,7 +111,7 @@ class Manifest:
         path = folder / MANIFEST
         try:
             return cls._parse(json.loads(path.read_bytes()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ValueError(f"cannot use {path}: {reason}") from error
 

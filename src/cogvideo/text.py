@@ -176,8 +176,7 @@ def fit(tokens: list[int], slots: int, truncate: bool = False) -> list[int]:
     """
     require(
         truncate or len(tokens) <= slots,
-        f"the prompt has {len(tokens)} tokens, {slots} fit: shorten it, or pass truncate=True "
-        "(command line: --truncate) to drop its end",
+        f"the prompt has {len(tokens)} tokens, {slots} fit: shorten it, or pass truncate=True to drop its end",
     )
     return tokens[:slots]
 

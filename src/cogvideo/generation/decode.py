@@ -80,21 +80,19 @@ def decode(
         cache_dtype: of keys and values, see `Decoder`.
 
     Raises:
-        ValueError: text, given frames or codes cannot be right.
+        ValueError: text, given frames or codes cannot be right, or clusters are asked for without labels. At the call:
+            the first frame need not be asked for.
     """
-    num_given = layout.check_given(given, model.base.config.num_codes)
+    sampling.check(labels, model.base.config.num_codes)
+    layout.check_given(given, model.base.config.num_codes)
     behind = max(1, lag(layout.grid, model.window)) if passes.parallel_frames else layout.frame_slots
     decoder = _kind(model, passes)(model, layout, condition, -(-layout.frame_slots // behind), cache_dtype)
     batch = len(condition.text.tokens)
     require(len(given) == batch, f"got given frames of {len(given)} clips for {batch} texts")
-    decoder.prefill(given)
     draw = _Draw(sampling, labels, noise, len(given), layout.frame_slots, decoder.device)
-    ways = (
-        _drafted(decoder, draw, num_given, passes.draft)
-        if passes.draft > 1
-        else _lockstep(decoder, draw, num_given, behind)
-    )
-    yield from ways
+    if passes.draft > 1 or passes.graphs:
+        return _drafted(decoder, draw, given, passes.draft)
+    return _lockstep(decoder, draw, given, behind)
 
 
 def _kind(model: Transformer, passes: Passes) -> type[Decoder]:
@@ -125,9 +123,10 @@ class _Draw:
         return log_probabilities(logits, self.sampling, self.labels)
 
 
-def _lockstep(decoder: Decoder, draw: _Draw, first: int, behind: int) -> Iterator[Frame]:
+def _lockstep(decoder: Decoder, draw: _Draw, given: Tensor, behind: int) -> Iterator[Frame]:
     """One slot of every frame in flight a pass; each frame trails the one before by `behind` slots."""
-    layout, start = decoder.layout, decoder.model.base.config.start_of_image
+    layout, start, first = decoder.layout, decoder.model.base.config.start_of_image, given.shape[1]
+    decoder.prefill(given)
     slots, count = layout.frame_slots, layout.num_frames - first
     lanes = -(-slots // behind)
     codes = torch.full((draw.batch, count, slots + 1), start, device=decoder.device)  # column j is fed at slot j
@@ -146,13 +145,14 @@ def _lockstep(decoder: Decoder, draw: _Draw, first: int, behind: int) -> Iterato
             yield Frame(layout.order[first + frame], codes[:, frame, 1:].clone(), decoder.passes)
 
 
-def _drafted(decoder: Decoder, draw: _Draw, first: int, width: int) -> Iterator[Frame]:
+def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, width: int) -> Iterator[Frame]:
     """Fixed-noise Jacobi decoding: `width` slots a pass; the prefix whose drafts come out as they went in is kept.
 
     With the noise of every slot fixed, a code is a function of the codes before it. A pass over drafted codes therefore
     yields the true code of the first slot, and of each next one as long as the drafts before it were true.
     """
-    layout, start = decoder.layout, decoder.model.base.config.start_of_image
+    layout, start, first = decoder.layout, decoder.model.base.config.start_of_image, given.shape[1]
+    decoder.prefill(given)
     slots, window = layout.frame_slots, torch.arange(width, device=decoder.device)
     for rank in range(first, layout.num_frames):
         noise = draw.start(rank)

@@ -6,6 +6,7 @@ its time in the clip; `collect` puts them in order. Given frames are never chang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -31,6 +32,10 @@ class System(Protocol):
     @property
     def config(self) -> CogVideoConfig:
         """Sizes and templates."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the parts that there are."""
 
     @property
     def image_model(self) -> Transformer:
@@ -67,6 +72,11 @@ class Guidance:
     """Caption to move away from, instead of the model's own unconditional one."""
     text_bonus: float = 1.4
     """Added to text scores in stages that are not guided."""
+
+    def __post_init__(self) -> None:
+        for name in ("image", "sequential", "interpolation"):
+            scale = getattr(self, name)
+            require(0 <= scale < math.inf, f"guidance of the {name} stage is {scale}, expected 0 or more")
 
 
 @dataclass(frozen=True)
@@ -153,21 +163,33 @@ def generate(
         last: last key frame; the clip then goes from `given`, which must be one frame, to this.
 
     Raises:
-        ValueError: a prompt is empty or too long, counts differ, or given frames cannot be right. Nothing heavy has
-            been done then: models are not even loaded.
+        ValueError: a prompt is empty or too long, counts differ, given frames cannot be right, or the model lacks a
+            part that these settings need. At the call, before anything heavy: models are not even loaded.
     """
     settings = settings or Settings()
     config = system.config
     given = _check(config, prompts, generators, given, last)
+    _check_parts(system.components, settings, image=not given.shape[1], key_frames=last is None)
     texts = _Texts(system, prompts, settings)
     spacing = settings.duration / (config.layout.num_frames - 1)
     rounds = settings.rounds if last is None else settings.rounds + _rounds_between(config)
     texts.check(not given.shape[1], spacing, settings.duration if last is not None else spacing, rounds)
-    streams = _Streams.of(generators)
+    return _generate(system, texts, _Streams.of(generators), given, last, spacing, rounds)
+
+
+def _generate(
+    system: System,
+    texts: _Texts,
+    streams: _Streams,
+    given: Tensor,
+    last: Tensor | None,
+    spacing: float,
+    rounds: int,
+) -> Frames:
     if last is None:
         clip = yield from _key_frames(system, texts, streams, given, spacing)
     else:
-        clip = Clip(torch.stack([given[:, 0], last], 1), settings.duration)
+        clip = Clip(torch.stack([given[:, 0], last], 1), texts.settings.duration)
         yield from _finished("given", clip)
     noise = [spawn(generator, rounds) for generator in streams.interpolation]
     for number in range(rounds):
@@ -189,8 +211,10 @@ def _check(
 ) -> Int64[Tensor, "batch frames slots"]:
     """The given frames, none as an empty tensor."""
     layout, batch = SequenceLayout.sequential(config.layout), len(prompts)
+    require(not isinstance(prompts, str), f"got the text {prompts!r} as prompts, expected a list of texts")
     require(batch > 0, "got no prompt, expected at least one")
     require(len(generators) == batch, f"got {len(generators)} generators for {batch} prompts, expected one each")
+    require(len(set(map(id, generators))) == batch, "got one generator for several samples, expected one each")
     given = torch.empty(batch, 0, layout.frame_slots, dtype=torch.int64) if given is None else given
     num_given = layout.check_given(given, config.transformer.num_codes)
     if last is not None:
@@ -199,6 +223,23 @@ def _check(
     for codes in [given] if last is None else [given, last]:
         require(len(codes) == batch, f"got given frames of {len(codes)} clips for {batch} prompts")
     return given
+
+
+def _check_parts(components: Sequence[str], settings: Settings, image: bool, key_frames: bool) -> None:
+    """Refuse a model that would be found incomplete half-way."""
+    drawn = [settings.first] * image + [settings.later]
+    needed = {"base": True, "text": True, "sequential": key_frames, "interpolation": settings.rounds or not key_frames}
+    missing = [name for name, needs in needed.items() if needs and name not in components]
+    require(
+        not missing,
+        f"this model has no {', '.join(missing)}, which these settings need; it has {', '.join(components)}",
+    )
+    clusters = max(sampling.clusters for sampling in drawn)
+    require(
+        not clusters or "cluster_labels" in components or "image_tokenizer" in components,
+        f"the samplers keep {clusters} clusters, but this model has neither cluster labels nor an image tokenizer to "
+        "make them from: choose samplers with clusters=0",
+    )
 
 
 def _rounds_between(config: CogVideoConfig) -> int:

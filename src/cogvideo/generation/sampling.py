@@ -39,6 +39,19 @@ class Sampling:
         require(self.clusters >= 0, f"clusters is {self.clusters}, expected 0 (none) or more")
         require(self.cluster_temperature > 0, f"cluster_temperature is {self.cluster_temperature}, expected above 0")
 
+    def check(self, labels: Int64[Tensor, " codes"] | None, num_codes: int) -> None:
+        """Refuse cluster sampling without the labels that it needs.
+
+        Raises:
+            ValueError: clusters are asked for, and there is not a label for every code.
+        """
+        got = "no cluster labels" if labels is None else f"{len(labels)} cluster labels"
+        require(
+            not self.clusters or (labels is not None and len(labels) == num_codes),
+            f"sampling keeps {self.clusters} clusters, but there are {got}, expected {num_codes}: pass labels "
+            "(models.quantizer.cluster_codes makes them from a codebook), or Sampling(clusters=0)",
+        )
+
     @property
     def greedy(self) -> bool:
         """Whether no noise is added."""
@@ -68,7 +81,7 @@ def log_probabilities(
         logits = keep_top_p(logits, sampling.top_p)
     if not sampling.clusters:
         return logits.log_softmax(-1)
-    require(labels is not None, "sampling asks for clusters, but the tokenizer has no cluster labels")
+    sampling.check(labels, logits.shape[-1])
     assert labels is not None
     return cluster_log_probabilities(logits, labels, sampling.clusters, sampling.cluster_temperature)
 

@@ -66,6 +66,7 @@ def upscale(
         ValueError: text, low codes, noise or frames per pass cannot be right.
     """
     _check(model, text, codes, noise, frames_per_pass)
+    sampling.check(labels, model.base.config.num_codes)
     device = model.base.words.weight.device
     labels = None if labels is None else labels.to(device)
     passes = []
@@ -85,9 +86,15 @@ def _draw(
     labels: Tensor | None,
 ) -> Int64[Tensor, "frames slots"]:
     scores = log_probabilities(model.base.logits(high), sampling, labels)
-    if not sampling.greedy:
-        scores = scores + torch.stack([next(each).to(scores.device) for each in noise])
-    return scores.argmax(-1)
+    if sampling.greedy:
+        return scores.argmax(-1)
+    portions = [next(each, None) for each in noise]
+    slots = [0 if portion is None else len(portion) for portion in portions]
+    require(
+        slots == [high.shape[1]] * len(slots),
+        f"got noise of {slots} slots, expected {high.shape[1]} a frame: each needs a fresh `slot_noise` of its own",
+    )
+    return (scores + torch.stack([each.to(scores.device) for each in portions if each is not None])).argmax(-1)
 
 
 def _check(model: Upscaler, text: PaddedText, codes: Tensor, noise: Sequence[SlotNoise], frames_per_pass: int) -> None:
