@@ -6,15 +6,14 @@ is captured at the first pass and replayed for all others.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cogvideo.generation.decoder import Condition, Decoder
-from cogvideo.layout import SequenceLayout
-from cogvideo.models.transformer import Transformer
+from cogvideo.generation.decoder import Decoder
 
 
 class _Captured(NamedTuple):
@@ -27,16 +26,10 @@ class _Captured(NamedTuple):
 class GraphedDecoder(Decoder):
     """A `Decoder` on a CUDA device whose drafting passes are replayed. Same arguments, same results."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        layout: SequenceLayout,
-        condition: Condition,
-        lanes: int = 1,
-        cache_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(model, layout, condition, lanes, cache_dtype)
-        self._captured: dict[tuple[int, int], _Captured] = {}
+    @cached_property
+    def _captured(self) -> dict[tuple[int, int], _Captured]:
+        """By rank and width."""
+        return {}
 
     @torch.inference_mode()
     def draft(
@@ -57,9 +50,7 @@ class GraphedDecoder(Decoder):
         slots, tokens, last = slots.clone(), tokens.clone(), self.layout.frame_slots - 1
         passes, side = self.passes, torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            side
-        ):  # libraries set themselves up outside the graph; writing the same keys is harmless
+        with torch.cuda.stream(side):  # libraries set themselves up outside the graph; the same keys are written again
             for _ in range(3):
                 super().draft(rank, slots, last, tokens)
         torch.cuda.current_stream().wait_stream(side)
