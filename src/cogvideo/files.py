@@ -1,0 +1,68 @@
+"""Files that are never half there: each takes its name when it is whole."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the `with` block ends without an error, and else vanishes.
+
+    Until then it has a name of its own beside it, which ends in `.tmp` and only a killed process leaves behind.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
+    """
+    temporary = path.parent / f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_by_name(path: Path) -> Iterator[Path]:
+    """The same for writers that open their file by name: a temporary name with the suffix of `path`.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
+    """
+    try:
+        with TemporaryDirectory(prefix=f".{path.name}-", suffix=TEMPORARY_SUFFIX, dir=path.parent) as folder:
+            temporary = Path(folder) / f"new{path.suffix}"
+            yield temporary
+            temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in `folder`. No other process may be writing there."""
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename last through a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
