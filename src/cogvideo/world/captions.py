@@ -1,0 +1,225 @@
+"""The World's wording: several true captions for each clip."""
+
+from __future__ import annotations
+
+import re
+
+from cogvideo.world.scenes import Draws, Scene
+
+NUM_CAPTIONS = 3
+"""Captions of a clip. The first says everything; the others leave out each of direction, speed and background in one
+case of four, where the action does not need it. Object, colour and action are always named, and a second figure too."""
+
+OBJECT_WORDS: dict[str, tuple[str, ...]] = {
+    "ball": ("ball",),
+    "box": ("box", "parcel"),
+    "star": ("star",),
+    "heart": ("heart",),
+    "pyramid": ("pyramid",),
+    "ring": ("ring", "hoop"),
+    "flower": ("flower",),
+    "fish": ("fish",),
+    "bird": ("bird",),
+    "car": ("car", "toy car"),
+    "balloon": ("balloon",),
+    "mushroom": ("mushroom", "toadstool"),
+    "moon": ("moon", "crescent moon"),
+    "house": ("house", "hut"),
+    "tree": ("tree",),
+}
+
+COLOUR_WORDS: dict[str, tuple[str, ...]] = {
+    "red": ("red",),
+    "orange": ("orange",),
+    "yellow": ("yellow",),
+    "green": ("green",),
+    "turquoise": ("turquoise",),
+    "blue": ("blue",),
+    "purple": ("purple", "violet"),
+    "pink": ("pink",),
+    "brown": ("brown",),
+    "white": ("white",),
+    "black": ("black",),
+}
+
+SIZE_WORDS: dict[str, tuple[str, ...]] = {
+    "small": ("small", "little", "tiny"),
+    "medium": ("",),
+    "large": ("large", "big", "huge"),
+}
+
+SPEED_WORDS: dict[str, tuple[str, ...]] = {
+    "slowly": ("slowly", "slowly", "unhurriedly"),
+    "quickly": ("quickly", "rapidly", "swiftly"),
+}
+"""Words for the speed in front of the figure or of what it does."""
+
+SPEED_PHRASES: dict[str, tuple[str, ...]] = {
+    "slowly": ("all slowly", "at a slow pace", "taking its time"),
+    "quickly": ("all quickly", "at a fast pace", "in a hurry", "at high speed"),
+}
+"""Words for the speed behind what the figure does."""
+
+PLACE_WORDS: dict[str, tuple[str, ...]] = {
+    "meadow": ("in a meadow", "on a green meadow", "on the grass"),
+    "beach": ("on a beach", "by the sea", "on the sand"),
+    "night": ("at night", "under a starry sky", "under the stars"),
+    "snow": ("in the snow", "in a snowy landscape", "on a winter day"),
+    "desert": ("in the desert", "among sand dunes", "in a dry desert"),
+    "sea": ("under water", "at the bottom of the sea", "in the deep sea"),
+    "room": ("in a room", "in a living room", "on a wooden floor"),
+    "sunset": ("at sunset", "under an evening sky", "in front of the setting sun"),
+    "city": ("in a city", "on a street", "in front of tall buildings"),
+    "gray": ("on a gray background", "before a gray wall"),
+    "pink": ("on a pink background", "before a pink wall"),
+    "yellow": ("on a yellow background", "before a yellow wall"),
+}
+
+CLAUSES: dict[str, tuple[str, ...]] = {
+    "bounce": (
+        "{moves} in[ from the {start}], bounces twice and leaves[ on the {end}]",
+        "enters[ from the {start}], bounces two times and disappears",
+        "bounces twice on its way[ from {start} to {end}] through the picture",
+    ),
+    "rise and set": (
+        "rises[ on the {start}] and sets[ on the {end}]",
+        "comes up[ on the {start}], moves in a high arc and goes down",
+        "rises high up and sinks again[, moving {end}]",
+    ),
+    "burst": (
+        "grows and bursts",
+        "swells up bit by bit until it pops",
+        "gets bigger and bigger, then bursts into pieces",
+    ),
+    "topple": (
+        "leaps up, spins around once and falls over[ to the {end}]",
+        "spins in the air, lands and topples over[ to the {end}]",
+        "does a full turn, lands upright and tips over[ to the {end}]",
+    ),
+    "hop": (
+        "crosses the picture[ from {start} to {end}] in three hops",
+        "makes three hops[ to the {end}]",
+        "jumps three times[, moving {end}]",
+    ),
+    "drop": (
+        "falls down, bounces and comes to rest",
+        "drops from above, bounces lower and lower and lies still",
+        "falls from high up, bounces a few times and stops",
+    ),
+    "launch": (
+        "jumps twice, then shoots up and away",
+        "hops on the spot two times and takes off upwards",
+        "makes two small jumps and flies up like a rocket",
+    ),
+    "loop": (
+        "flies[ from {start} to {end}] with a loop in the middle",
+        "flies in[ from the {start}], does a loop and flies on",
+        "flies a loop[ on its way {end}]",
+    ),
+    "visit": (
+        "{moves} in[ from the {start}], stops and goes back out",
+        "comes in[ from the {start}], nods and goes away again",
+        "appears[ on the {start}], stops in the middle and goes back",
+    ),
+    "swing": (
+        "swings on a string like a pendulum[, first to the {end}]",
+        "hangs on a string and swings less and less[, starting to the {end}]",
+        "swings back and forth[, first {end}], until it hangs still",
+    ),
+    "vanish": (
+        "vanishes[ on the {start}] and appears again[ on the {end}]",
+        "shrinks away[ on the {start}] and comes back[ on the {end}]",
+        "disappears[ on the {start}] and shows up[ on the {end}]",
+    ),
+    "zigzag": (
+        "zigzags {end} {like}",
+        "floats {end} in a zigzag",
+        "drifts {end}, swaying from side to side {like}",
+    ),
+    "meet": (
+        "comes in[ from the {start}], meets {other} and turns back",
+        "goes up to {other} and turns back[ to the {start}]",
+        "comes[ from the {start}], greets {other} and turns back",
+    ),
+    "chase": (
+        "chases {other}[ to the {end}] until it escapes",
+        "runs after {other}[, moving {end}], but cannot catch it",
+        "chases {other} out of the picture[ on the {end}]",
+    ),
+    "pass": (
+        "passes {relation} {other}[ from {start} to {end}]",
+        "moves along {relation} {other}[, to the {end}]",
+        "crosses the picture {relation} {other}[ from {start} to {end}]",
+    ),
+    "jump": (
+        "jumps over {other}[ from {start} to {end}]",
+        "comes[ from the {start}] and leaps over {other}",
+        "runs up and jumps over {other}[ to the {end}]",
+    ),
+    "push": (
+        "comes in[ from the {start}] and pushes {other} away",
+        "pushes {other} out of the picture[ on the {end}]",
+        "runs into {other} and shoves it away[ to the {end}]",
+    ),
+    "orbit": (
+        "circles around {other}[ {end}]",
+        "flies[ {end}] around {other}",
+        "goes round and round {other}[ {end}]",
+    ),
+}
+"""What happens, by action. Brackets hold what only some captions say."""
+
+LIKE = {"up": "like a bubble", "down": "like a leaf"}
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+
+def captions(scene: Scene) -> tuple[str, ...]:
+    """Wordings of what a clip shows, each true; equal scenes have equal captions."""
+    return tuple(_caption(scene, number) for number in range(NUM_CAPTIONS))
+
+
+def _caption(scene: Scene, number: int) -> str:
+    draws = Draws(f"cogvideo world 1 caption {scene.index} {number}")
+    says_direction, says_speed, says_place = (number == 0 or draws.number(4) > 0 for _ in range(3))
+    figure = _figure(draws, scene.size, scene.colour, scene.object)
+    clause = _clause(draws, scene, says_direction)
+    place = draws.choose(PLACE_WORDS[scene.background]) if says_place else ""
+    text = _sentence(draws, scene, figure, clause, place, says_speed)
+    return text if draws.number(3) == 0 else f"{text[0].upper()}{text[1:]}."
+
+
+def _figure(draws: Draws, size: str, colour: str, name: str) -> str:
+    """Such as `a small red ball`."""
+    words = draws.choose(SIZE_WORDS[size]) if draws.number(2) else ""
+    phrase = f"{words} {draws.choose(COLOUR_WORDS[colour])} {draws.choose(OBJECT_WORDS[name])}".strip()
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def _clause(draws: Draws, scene: Scene, says_direction: bool) -> str:
+    template = draws.choose(CLAUSES[scene.action])
+    template = re.sub(r"\[(.*?)\]", r"\1" if says_direction else "", template)
+    other = _figure(draws, "medium", scene.other_colour, scene.other_object) if scene.other_object else ""
+    return template.format(
+        start=OPPOSITE.get(scene.direction, ""),
+        end=scene.direction,
+        like=LIKE.get(scene.direction, ""),
+        moves="rolls" if scene.object in ("ball", "ring") else "slides",
+        other=other,
+        relation=scene.relation,
+    )
+
+
+def _sentence(draws: Draws, scene: Scene, figure: str, clause: str, place: str, says_speed: bool) -> str:
+    """Put figure, clause, speed and place in one of several orders."""
+    before, after, end = _one_of_three(draws, f"{place}, ", f" {place}", f", {place}") if place else ("", "", "")
+    word, phrase = draws.choose(SPEED_WORDS[scene.speed]), draws.choose(SPEED_PHRASES[scene.speed])
+    first, between, last = _one_of_three(draws, f"{word}, ", f"{word} ", f", {phrase}") if says_speed else ("", "", "")
+    if before and first:
+        first, between = "", f"{word} "  # not: "On a beach, slowly, a red ball ..."
+    return f"{before}{first}{figure}{after} {between}{clause}{last}{end}"
+
+
+def _one_of_three(draws: Draws, *texts: str) -> list[str]:
+    """The texts, all but one of them empty."""
+    kept = draws.number(len(texts))
+    return [text if number == kept else "" for number, text in enumerate(texts)]

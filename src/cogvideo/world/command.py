@@ -1,0 +1,81 @@
+"""`cogvideo data world`: clips of the World as files, to look at or to try the data tools on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from cogvideo import world as synthetic
+from cogvideo.config import require
+from cogvideo.files import replacing
+from cogvideo.world.scenes import Scene, Split
+
+FPS = 8.0
+"""Frames a second of the files."""
+SHEET_ROWS, SHEET_COLUMNS, SHEET_SIZE = 24, 9, 96
+"""Most clips and frames of each on the contact sheet, and their side there."""
+
+
+def world(
+    *,
+    out: Path,
+    clips: int = 24,
+    start: int = 0,
+    size: int = 192,
+    split: Split | Literal["all"] = "all",
+) -> None:
+    """Write clips of the World: mp4 files, their captions and attributes in captions.jsonl, and a contact sheet.
+
+    The World is a synthetic source of captioned clips, each drawn from its number alone. To train on it, no files are
+    needed: `cogvideo data prepare world:100000` takes its first 100,000 clips directly, `world:5000:6000` a part.
+    `cogvideo data prepare` also takes the folder that this command writes.
+
+    Args:
+        out: the folder, which is made if it does not exist; files of the same name are replaced.
+        clips: how many.
+        start: number of the clip to begin with.
+        size: side of a frame in pixels, an even number.
+        split: which clips: those to train on, to validate with, with attribute pairs that training never sees, or all.
+
+    Raises:
+        ValueError: a number is out of range, or `out` is a file.
+    """
+    from cogvideo.pictures import contact_sheet, write_image  # only a command needs codecs
+    from cogvideo.video import write_video
+
+    require(clips > 0, f"clips is {clips}, expected a positive number")
+    require(start >= 0, f"start is {start}, expected 0 or more")
+    require(size >= synthetic.MIN_SIZE, f"size is {size}, expected at least {synthetic.MIN_SIZE}")
+    require(size % 2 == 0, f"size is {size}, expected an even number")
+    require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    scenes = list(itertools.islice(synthetic.scenes(split, start), clips))
+    for scene in scenes:
+        write_video(out / _name(scene), synthetic.render(scene, size, FPS), FPS)
+    _write_table(out / "captions.jsonl", [_row(scene) for scene in scenes])
+    write_image(
+        out / "contact_sheet.png",
+        contact_sheet(
+            [synthetic.render(scene, SHEET_SIZE, FPS) for scene in scenes[:SHEET_ROWS]],
+            SHEET_COLUMNS,
+            labels=[synthetic.captions(scene)[0] for scene in scenes[:SHEET_ROWS]],
+        ),
+    )
+    print(f"{clips} clips, captions.jsonl and contact_sheet.png are in {out}")
+
+
+def _name(scene: Scene) -> str:
+    return f"world-{scene.index:06}.mp4"
+
+
+def _row(scene: Scene) -> dict[str, Any]:
+    """A row of the table that `cogvideo data prepare` reads."""
+    row = {"file": _name(scene), "caption": list(synthetic.captions(scene)), "split": synthetic.split(scene)}
+    return row | synthetic.attributes(scene)
+
+
+def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    with replacing(path) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -1,0 +1,205 @@
+"""Antialiased shapes in numpy: signed distances become coverage, and coverage mixes colours.
+
+Pixels see only additions, products, quotients, square roots and comparisons, which IEEE 754 rounds alike everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+Plane = Float32[np.ndarray, "..."]
+"""A number for each pixel of a stack of patches (frames, height, width), or what broadcasts to it."""
+Colour = tuple[float, float, float]
+"""Red, green and blue from 0 to 255."""
+
+CHUNK = 14_000
+"""Pixels that are painted at a time, so that the planes stay in the cache and memory does not grow with the frame."""
+
+
+class Brush:
+    """Paints shapes over each other into a stack of patches.
+
+    Shapes are signed distances (negative inside) in the units of `x` and `y`. The colour is premultiplied by the alpha.
+
+    Args:
+        x: places of the pixels' centres, to the right.
+        y: the same, upwards.
+        pixel: side of a pixel in the same units.
+        outlined: whether to remember the outline of all shapes together.
+    """
+
+    def __init__(self, x: Plane, y: Plane, pixel: Plane, outlined: bool = False) -> None:
+        self.x = x
+        self.y = y
+        self.sharpness = np.float32(1) / pixel
+        shape = np.broadcast_shapes(x.shape, y.shape)
+        self.colour = [np.zeros(shape, np.float32) for _ in range(3)]
+        self.alpha = np.zeros(shape, np.float32)
+        self.nearest = np.full(shape, 9, np.float32) if outlined else None
+
+    def coverage(self, distance: Plane) -> Plane:
+        """The part of each pixel that lies inside a shape, 0 to 1."""
+        inside = distance * -self.sharpness
+        inside += np.float32(0.5)
+        return np.clip(inside, np.float32(0), np.float32(1), out=inside)
+
+    def fill(self, distance: Plane, colour: Colour, opacity: float = 1.0) -> None:
+        """Paint a shape over what is there."""
+        if self.nearest is not None:
+            np.minimum(self.nearest, distance, out=self.nearest)
+        self.mix(self.coverage(distance), colour, opacity)
+
+    def mix(self, coverage: Plane, colour: Colour, opacity: float = 1.0) -> None:
+        """Paint a colour over what is there, as thick as `coverage` says."""
+        if opacity != 1:
+            coverage = coverage * np.float32(opacity)
+        for plane, value in zip((*self.colour, self.alpha), (*colour, 1.0), strict=True):
+            plane += coverage * (np.float32(value) - plane)
+
+    def outline(self, width: float, colour: Colour) -> None:
+        """Paint a line around everything that was filled."""
+        assert self.nearest is not None
+        rest = self.coverage(self.nearest - np.float32(width)) * (np.float32(1) - self.alpha)
+        for plane, value in zip((*self.colour, self.alpha), (*colour, 1.0), strict=True):
+            plane += rest * np.float32(value)
+
+    def tint(self, coverage: Plane, colour: Colour) -> None:
+        """Mix a colour into what is there, without painting where nothing is."""
+        for plane, value in zip(self.colour, colour, strict=True):
+            plane += coverage * (np.float32(value) * self.alpha - plane)
+
+
+def disc(x: Plane, y: Plane, radius: float) -> Plane:
+    """Distance to a circle around the origin."""
+    return np.sqrt(x * x + y * y) - np.float32(radius)
+
+
+def ellipse(x: Plane, y: Plane, width: float, height: float) -> Plane:
+    """Distance to an ellipse with these half axes, to first order near its edge."""
+    across, along = x * np.float32(1 / width), y * np.float32(1 / height)
+    level = np.sqrt(across * across + along * along)
+    across, along = across * np.float32(1 / width), along * np.float32(1 / height)
+    slope = np.sqrt(across * across + along * along) + np.float32(1e-6)
+    return level * (level - np.float32(1)) / slope
+
+
+def box(x: Plane, y: Plane, width: float, height: float, corner: float = 0.0) -> Plane:
+    """Distance to a rectangle with these half sides and rounded corners."""
+    across = np.abs(x) - np.float32(width - corner)
+    along = np.abs(y) - np.float32(height - corner)
+    inside = np.minimum(np.maximum(across, along), np.float32(0))
+    across, along = np.maximum(across, np.float32(0)), np.maximum(along, np.float32(0))
+    return np.sqrt(across * across + along * along) + inside - np.float32(corner)
+
+
+def segment(x: Plane, y: Plane, start: tuple[float, float], end: tuple[float, float], radius: float) -> Plane:
+    """Distance to a line with round ends."""
+    across, along = end[0] - start[0], end[1] - start[1]
+    x, y = x - np.float32(start[0]), y - np.float32(start[1])
+    part = (x * np.float32(across) + y * np.float32(along)) * np.float32(1 / (across**2 + along**2))
+    np.clip(part, np.float32(0), np.float32(1), out=part)
+    return disc(x - part * np.float32(across), y - part * np.float32(along), radius)
+
+
+def polygon(x: Plane, y: Plane, *corners: tuple[float, float]) -> Plane:
+    """Distance to a convex polygon, given clockwise; exact at its sides, less than the truth beyond a corner."""
+    distance: Plane | None = None
+    for (left, low), (right, high) in zip(corners, (*corners[1:], corners[0]), strict=True):
+        length = float(np.hypot(right - left, high - low))
+        across, along = (low - high) / length, (right - left) / length
+        side = x * np.float32(across) + (y * np.float32(along) - np.float32(left * across + low * along))
+        distance = side if distance is None else np.maximum(distance, side)
+    assert distance is not None
+    return distance
+
+
+def star(x: Plane, y: Plane, radius: float, inner: float) -> Plane:
+    """Distance to a star of five points, by folding the plane onto one half of a point."""
+    x, y = np.abs(x), y
+    for across, along in ((0.809017, -0.587785), (-0.809017, -0.587785)):
+        beyond = np.maximum(x * np.float32(across) + y * np.float32(along), np.float32(0))
+        beyond *= np.float32(2)
+        x, y = x - beyond * np.float32(across), y - beyond * np.float32(along)
+    x, y = np.abs(x), y - np.float32(radius)
+    # The edge runs from the point (0, radius) to the notch between two points, at 36 degrees.
+    notch = (0.587785 * inner, 0.809017 * inner - radius)
+    part = np.clip(
+        (x * np.float32(notch[0]) + y * np.float32(notch[1])) / np.float32(notch[0] ** 2 + notch[1] ** 2), 0, 1
+    )
+    away = disc(x - part * np.float32(notch[0]), y - part * np.float32(notch[1]), 0)
+    return np.copysign(away, x * np.float32(-notch[1]) + y * np.float32(notch[0]))
+
+
+class Boxes(NamedTuple):
+    """Equal rectangles of pixels, one in each of some frames; they may reach beyond the frame."""
+
+    numbers: tuple[int, ...]
+    """Which frames."""
+    tops: tuple[int, ...]
+    """First row in each."""
+    lefts: tuple[int, ...]
+    """First column in each."""
+    height: int
+    """Rows."""
+    width: int
+    """Columns."""
+
+    def gather(self, frames: np.ndarray) -> np.ndarray:
+        """What the boxes hold, (boxes, height, width, ...), and zeros beyond the frame; one frame serves all boxes."""
+        shape = (len(self.numbers), self.height, self.width, *frames.shape[3:])
+        patches = np.zeros(shape, frames.dtype)
+        for patch, number, (there, here) in zip(patches, self.numbers, self._slices(frames), strict=True):
+            patch[here] = frames[number if len(frames) > 1 else 0][there]
+        return patches
+
+    def scatter(self, patches: np.ndarray, frames: np.ndarray) -> None:
+        """Put patches where `gather` took them."""
+        for patch, number, (there, here) in zip(patches, self.numbers, self._slices(frames), strict=True):
+            frames[number][there] = patch[here]
+
+    def _slices(self, frames: np.ndarray) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+        """Of each box, the part inside the frame: in the frame and in the patch."""
+        rows, columns = frames.shape[1:3]
+        for top, left in zip(self.tops, self.lefts, strict=True):
+            above, before = max(top, 0), max(left, 0)
+            below, behind = max(min(top + self.height, rows), above), max(min(left + self.width, columns), before)
+            there = slice(above, below), slice(before, behind)
+            yield there, (slice(above - top, below - top), slice(before - left, behind - left))
+
+    def places(self, size: int) -> tuple[Plane, Plane]:
+        """Centres of the pixels in a frame that is [-1, 1] wide and high: (boxes, 1, width) and (boxes, height, 1)."""
+        columns = np.array(self.lefts)[:, None, None] + np.arange(self.width)[None, None]
+        rows = np.array(self.tops)[:, None, None] + np.arange(self.height)[None, :, None]
+        x, y = (columns * 2 + 1) / size - 1, 1 - (rows * 2 + 1) / size
+        return x.astype(np.float32), y.astype(np.float32)
+
+
+def boxes(
+    size: int, numbers: np.ndarray, x: np.ndarray, y: np.ndarray, width: float, height: float
+) -> Iterator[tuple[slice, Boxes]]:
+    """Boxes around places (x, y) in the frames `numbers`, with half sides `width` and `height`, a few at a time.
+
+    Yields:
+        Which of the places, and their boxes.
+    """
+    rows, columns = (2 * (int(np.ceil(half * size / 2)) + 1) for half in (height, width))
+    tops = np.floor((1 - y) * size / 2).astype(int) - rows // 2
+    lefts = np.floor((1 + x) * size / 2).astype(int) - columns // 2
+    step = max(1, CHUNK // (rows * columns))
+    for start in range(0, len(numbers), step):
+        part = slice(start, start + step)
+        chosen, top, left = (tuple(each[part].tolist()) for each in (numbers, tops, lefts))
+        yield part, Boxes(chosen, top, left, rows, columns)
+
+
+def blend(frames: UInt8[np.ndarray, "frames size size 3"], where: Boxes, colour: list[Plane], alpha: Plane) -> None:
+    """Put a premultiplied colour over the frames."""
+    patches = where.gather(frames)
+    keep = np.float32(1) - alpha
+    for channel, plane in enumerate(colour):
+        patches[..., channel] = patches[..., channel] * keep + (plane + np.float32(0.5))
+    where.scatter(patches, frames)

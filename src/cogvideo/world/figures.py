@@ -1,0 +1,258 @@
+"""How the World's figures look: each paints itself into [-1, 1], looking to the right and standing at -0.95."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cogvideo.world.drawing import Brush, Colour, Plane, box, disc, ellipse, polygon, segment, star
+
+COLOURS: dict[str, Colour] = {
+    "red": (224, 52, 48),
+    "orange": (250, 140, 24),
+    "yellow": (253, 216, 53),
+    "green": (52, 162, 72),
+    "turquoise": (40, 200, 192),
+    "blue": (44, 96, 222),
+    "purple": (140, 74, 204),
+    "pink": (250, 136, 188),
+    "brown": (134, 82, 46),
+    "white": (250, 250, 248),
+    "black": (50, 48, 58),
+}
+"""What colours look like in full light."""
+
+SHADINGS = ("soft", "flat", "outlined")
+"""Round with a highlight; in two tones; in one tone with a dark outline."""
+
+INK: Colour = (38, 32, 44)
+CREAM: Colour = (250, 238, 214)
+GLASS: Colour = (196, 230, 250)
+
+
+def toward(colour: Colour, goal: float, part: float) -> Colour:
+    """A colour on its way to black (`goal` 0) or white (255)."""
+    red, green, blue = (value + part * (goal - value) for value in colour)
+    return red, green, blue
+
+
+def darker(colour: Colour) -> Colour:
+    """For second parts of a figure; black, which cannot be darker, gets lighter."""
+    return toward(colour, 255, 0.22) if sum(colour) < 240 else toward(colour, 0, 0.25)
+
+
+def lighter(colour: Colour) -> Colour:
+    """For marks on a figure; white gets darker."""
+    return toward(colour, 0, 0.14) if sum(colour) > 720 else toward(colour, 255, 0.55)
+
+
+def _eyes(brush: Brush, x: float, y: float, apart: float, main: Colour) -> None:
+    """Two dots that look to the right."""
+    ink = CREAM if sum(main) < 240 else INK
+    brush.fill(disc(np.abs(brush.x - np.float32(x)) - np.float32(apart), brush.y - np.float32(y), 0.1), ink)
+
+
+def ball(brush: Brush, main: Colour) -> None:
+    """With a light band, so that one sees it roll."""
+    whole = disc(brush.x, brush.y, 0.95)
+    brush.fill(whole, main)
+    brush.fill(np.maximum(whole + np.float32(0.02), np.abs(brush.y) - np.float32(0.2)), lighter(main))
+
+
+def cube(brush: Brush, main: Colour) -> None:
+    """A parcel with a lid and a ribbon."""
+    brush.fill(box(brush.x, brush.y + np.float32(0.15), 0.8, 0.8, 0.12), main)
+    brush.fill(box(brush.x, brush.y - np.float32(0.5), 0.92, 0.24, 0.1), darker(main))
+    brush.fill(box(brush.x, brush.y + np.float32(0.1), 0.16, 0.84), lighter(main))
+    bow = ellipse(np.abs(brush.x) - np.float32(0.22), brush.y - np.float32(0.84), 0.22, 0.14)
+    brush.fill(bow, lighter(main))
+
+
+def five_points(brush: Brush, main: Colour) -> None:
+    """A star with a face."""
+    brush.fill(star(brush.x, brush.y + np.float32(0.05), 1.02, 0.5) - np.float32(0.1), main)
+    _eyes(brush, 0.08, 0.02, 0.2, main)
+
+
+def heart(brush: Brush, main: Colour) -> None:
+    """Two discs and a corner."""
+    x = np.abs(brush.x)
+    lobe = disc(x - np.float32(0.44), brush.y - np.float32(0.32), 0.53)
+    tip = polygon(x, brush.y, (-0.4, 0.3), (0.0, 0.72), (0.44, 0.85), (0.83, -0.04), (0.0, -0.98), (-0.3, -0.7))
+    brush.fill(np.minimum(lobe, tip), main)
+
+
+def pyramid(brush: Brush, main: Colour) -> None:
+    """With a face in the light and one in the shade."""
+    x, y = brush.x, brush.y
+    whole = np.maximum(polygon(x, y, (-0.98, -0.92), (0.0, 0.94), (0.98, -0.92)), y - np.float32(0.88))
+    whole -= np.float32(0.04)
+    brush.fill(whole, main)
+    brush.fill(np.maximum(whole, np.float32(0.3) - x - (y + np.float32(0.95)) * np.float32(0.16)), darker(main))
+
+
+def ring(brush: Brush, main: Colour) -> None:
+    """With four light marks, so that one sees it roll."""
+    around = np.abs(disc(brush.x, brush.y, 0.7)) - np.float32(0.26)
+    brush.fill(around, main)
+    marks = np.minimum(np.abs(brush.x + brush.y), np.abs(brush.x - brush.y)) - np.float32(0.16)
+    brush.fill(np.maximum(around + np.float32(0.03), marks), lighter(main))
+
+
+def flower(brush: Brush, main: Colour) -> None:
+    """Six petals on a stem with two leaves."""
+    green: Colour = (58, 140, 60)
+    x, y = np.abs(brush.x), brush.y - np.float32(0.22)
+    brush.fill(box(brush.x, brush.y + np.float32(0.5), 0.08, 0.46), green)
+    brush.fill(ellipse(x - np.float32(0.3), brush.y + np.float32(0.76) - x * np.float32(0.4), 0.3, 0.14), green)
+    y = np.abs(y)
+    petals = np.minimum(disc(x - np.float32(0.46), y, 0.33), disc(x - np.float32(0.23), y - np.float32(0.4), 0.33))
+    brush.fill(petals, main)
+    heart_colour: Colour = CREAM if COLOURS["yellow"] == main else (255, 208, 64)
+    brush.fill(disc(x, y, 0.27), heart_colour)
+
+
+def fish(brush: Brush, main: Colour) -> None:
+    """With a tail, a fin and an eye."""
+    x, y = brush.x, brush.y
+    tail = polygon(x, np.abs(y), (-0.84, 0.0), (-1.06, 0.54), (-0.94, 0.62), (-0.3, 0.0))
+    brush.fill(tail - np.float32(0.04), darker(main))
+    brush.fill(polygon(x, y, (-0.35, 0.4), (-0.15, 0.85), (0.35, 0.45)) - np.float32(0.04), darker(main))
+    body = ellipse(x - np.float32(0.18), y, 0.82, 0.58)
+    brush.fill(body, main)
+    brush.fill(np.maximum(body, np.abs(x + np.float32(0.05)) - np.float32(0.1)), lighter(main))
+    brush.fill(disc(x - np.float32(0.58), y - np.float32(0.14), 0.17), (255, 255, 255))
+    brush.fill(disc(x - np.float32(0.62), y - np.float32(0.14), 0.1), INK)
+
+
+def bird(brush: Brush, main: Colour) -> None:
+    """A chick-like bird with beak, wing and tail."""
+    x, y = brush.x, brush.y
+    brush.fill(segment(np.abs(x + np.float32(0.05)), y, (0.2, -0.6), (0.2, -0.9), 0.06), (214, 120, 30))
+    brush.fill(polygon(x, y, (-1.05, 0.2), (-0.95, 0.4), (-0.4, 0.1), (-0.5, -0.3)) - np.float32(0.04), darker(main))
+    brush.fill(polygon(x, y, (0.75, 0.12), (0.7, 0.5), (1.1, 0.28)) - np.float32(0.03), (246, 158, 40))
+    body = ellipse(x + np.float32(0.1), y + np.float32(0.15), 0.75, 0.6)
+    brush.fill(np.minimum(body, disc(x - np.float32(0.36), y - np.float32(0.34), 0.47)), main)
+    brush.fill(ellipse(x + np.float32(0.25), y + np.float32(0.12), 0.4, 0.28), darker(main))
+    brush.fill(disc(x - np.float32(0.5), y - np.float32(0.42), 0.16), (255, 255, 255))
+    brush.fill(disc(x - np.float32(0.54), y - np.float32(0.42), 0.095), INK)
+
+
+def car(brush: Brush, main: Colour) -> None:
+    """With windows, wheels and a lamp."""
+    x, y = brush.x, brush.y
+    brush.fill(box(x + np.float32(0.1), y - np.float32(0.22), 0.6, 0.42, 0.26), main)
+    brush.fill(box(x, y + np.float32(0.28), 1.05, 0.38, 0.2), main)
+    brush.fill(box(np.abs(x + np.float32(0.1)) - np.float32(0.26), y - np.float32(0.24), 0.2, 0.22, 0.08), GLASS)
+    brush.fill(disc(x - np.float32(0.92), y + np.float32(0.2), 0.1), (255, 240, 150))
+    wheel, high = np.abs(x) - np.float32(0.55), y + np.float32(0.65)
+    brush.fill(disc(wheel, high, 0.3), INK)
+    brush.fill(disc(wheel, high, 0.13), (206, 206, 212))
+
+
+def balloon(brush: Brush, main: Colour) -> None:
+    """With a knot and a piece of string."""
+    x, y = brush.x, brush.y
+    brush.fill(segment(x, y, (0.0, -0.6), (0.07, -0.98), 0.035), INK)
+    brush.fill(polygon(x, y, (-0.16, -0.74), (0.0, -0.5), (0.16, -0.74)), darker(main))
+    taper = np.float32(1) + np.float32(0.16) * (np.float32(0.2) - y)
+    brush.fill(ellipse(x * taper, y - np.float32(0.2), 0.72, 0.82), main)
+
+
+def mushroom(brush: Brush, main: Colour) -> None:
+    """A dotted cap on a light stem."""
+    x, y = brush.x, brush.y
+    brush.fill(box(x, y + np.float32(0.45), 0.36, 0.5, 0.16), CREAM)
+    _eyes(brush, 0.06, -0.42, 0.15, CREAM)
+    cap = np.maximum(ellipse(x, y + np.float32(0.1), 1.0, 1.0), -y - np.float32(0.08)) - np.float32(0.03)
+    brush.fill(cap, main)
+    spots = np.minimum(
+        disc(np.abs(x) - np.float32(0.52), y - np.float32(0.2), 0.15), disc(x, y - np.float32(0.52), 0.2)
+    )
+    brush.fill(spots, lighter(main))
+
+
+def moon(brush: Brush, main: Colour) -> None:
+    """A crescent with an eye."""
+    x, y = brush.x, brush.y
+    whole, bite = disc(x, y, 0.95), disc(x - np.float32(0.52), y - np.float32(0.16), 0.68)
+    brush.fill(np.maximum(whole, -bite), main)
+    brush.fill(disc(x + np.float32(0.5), y - np.float32(0.2), 0.1), CREAM if sum(main) < 240 else INK)
+
+
+def house(brush: Brush, main: Colour) -> None:
+    """With a roof, a door and a window."""
+    x, y = brush.x, brush.y
+    brush.fill(box(x - np.float32(0.5), y - np.float32(0.6), 0.13, 0.3), darker(darker(main)))
+    brush.fill(box(x, y + np.float32(0.38), 0.72, 0.57, 0.04), main)
+    roof = polygon(x, y, (-0.98, 0.1), (0.0, 0.92), (0.98, 0.1)) - np.float32(0.05)
+    brush.fill(roof, darker(darker(main)))
+    brush.fill(box(x + np.float32(0.32), y + np.float32(0.6), 0.2, 0.35, 0.06), lighter(lighter(main)))
+    brush.fill(box(x - np.float32(0.32), y + np.float32(0.36), 0.2, 0.2, 0.04), GLASS)
+
+
+def tree(brush: Brush, main: Colour) -> None:
+    """A round crown on a trunk."""
+    x, y = brush.x, brush.y
+    brush.fill(box(x, y + np.float32(0.55), 0.15, 0.4, 0.04), (96, 62, 42))
+    sides = disc(np.abs(x) - np.float32(0.42), y + np.float32(0.02), 0.46)
+    brush.fill(np.minimum(sides, disc(x, y - np.float32(0.42), 0.55)), main)
+    leaves = np.minimum(disc(x + np.float32(0.25), y - np.float32(0.5), 0.13), disc(x - np.float32(0.32), y, 0.13))
+    brush.fill(leaves, lighter(main))
+
+
+Figure = Callable[[Brush, Colour], None]
+"""Paints something in a colour."""
+
+FIGURES: dict[str, Figure] = {
+    "ball": ball,
+    "box": cube,
+    "star": five_points,
+    "heart": heart,
+    "pyramid": pyramid,
+    "ring": ring,
+    "flower": flower,
+    "fish": fish,
+    "bird": bird,
+    "car": car,
+    "balloon": balloon,
+    "mushroom": mushroom,
+    "moon": moon,
+    "house": house,
+    "tree": tree,
+}
+"""What paints which object."""
+
+
+def shard(brush: Brush, main: Colour) -> None:
+    """A piece of something that has burst."""
+    brush.fill(polygon(brush.x, brush.y, (-0.8, -0.6), (-0.2, 0.8), (0.9, -0.3)) - np.float32(0.1), main)
+
+
+def paint(brush: Brush, figure: Figure, colour: Colour, shading: str, x: Plane, y: Plane) -> None:
+    """Paint a figure.
+
+    Args:
+        brush: in the coordinates of the figure.
+        figure: one of `FIGURES`, or `shard`.
+        colour: of its main part.
+        shading: one of `SHADINGS`.
+        x: the coordinates before the figure was turned: light comes from above, whatever it does.
+        y: likewise.
+    """
+    figure(brush, colour)
+    if shading == "soft":
+        slope = np.clip(np.float32(0.30) - np.float32(0.24) * y + np.float32(0.10) * x, 0, np.float32(0.5))
+        brush.tint(slope * slope * np.float32(1.2), (50, 20, 60))
+        gleam = np.maximum(np.float32(1) - (_square(x + np.float32(0.3)) + _square(y - np.float32(0.45))) * 3, 0)
+        brush.tint(np.float32(0.5) * gleam * gleam, (255, 255, 255))
+    elif shading == "flat":
+        beyond = disc(x + np.float32(0.28), y - np.float32(0.36), 1.0)
+        brush.tint(np.float32(0.2) * brush.coverage(beyond * np.float32(-1)), (40, 10, 60))
+    else:
+        brush.outline(0.1, INK)
+
+
+def _square(x: Plane) -> Plane:
+    return x * x

@@ -1,0 +1,294 @@
+"""The World's backgrounds: a sky or wall, a ground or floor, and a few things that belong there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from cogvideo.world.drawing import Brush, Colour, Plane, box, disc, ellipse, polygon, segment
+
+HORIZON = -0.4
+"""Height at which ground and sky meet in the middle of the picture."""
+
+WHITE: Colour = (255, 255, 255)
+
+
+def _at(brush: Brush, x: float, y: float) -> tuple[Plane, Plane]:
+    """The coordinates seen from a place."""
+    return brush.x - np.float32(x), brush.y - np.float32(y)
+
+
+def _cloud(brush: Brush, x: float, y: float, size: float, colour: Colour = WHITE) -> None:
+    across, along = _at(brush, x, y)
+    puffs = [disc(across, along, 0.17 * size), disc(across - np.float32(0.2 * size), along, 0.12 * size)]
+    puffs.append(disc(across + np.float32(0.19 * size), along, 0.11 * size))
+    base = box(across, along + np.float32(0.06 * size), 0.36 * size, 0.07 * size, 0.07 * size)
+    brush.fill(np.minimum.reduce([*puffs, base]), colour, 0.85)
+
+
+def _hill(brush: Brush, x: float, width: float, height: float, colour: Colour) -> None:
+    """Half an ellipse that stands on the horizon."""
+    brush.fill(ellipse(*_at(brush, x, HORIZON - 0.05), width, height + 0.05), colour)
+
+
+def _fir(brush: Brush, x: float, height: float, colour: Colour) -> None:
+    across, along = _at(brush, x, HORIZON - 0.04)
+    for low, high, width in ((0.0, 0.6, 0.3), (0.4, 1.0, 0.22)):
+        corners = ((-width * height, low * height), (0.0, high * height), (width * height, low * height))
+        brush.fill(polygon(across, along, *corners), colour)
+
+
+def _dots(brush: Brush, places: tuple[tuple[float, float, float], ...], colour: Colour, opacity: float = 1.0) -> None:
+    """Discs at (x, y) of some radius; the smallest fade instead of falling between pixels."""
+    for x, y, radius in places:
+        brush.fill(disc(*_at(brush, x, y), radius), colour, opacity)
+
+
+def _meadow(brush: Brush) -> None:
+    _cloud(brush, -0.55, 0.68, 0.9)
+    _cloud(brush, 0.5, 0.42, 0.7)
+    _hill(brush, -0.6, 0.9, 0.26, (150, 206, 120))
+    _hill(brush, 0.7, 0.8, 0.2, (134, 196, 108))
+
+
+def _meadow_ground(brush: Brush) -> None:
+    _dots(brush, ((-0.8, -0.55, 0.035), (-0.1, -0.9, 0.045), (0.55, -0.84, 0.04), (0.86, -0.5, 0.03)), WHITE)
+    _dots(brush, ((-0.5, -0.84, 0.045), (0.2, -0.52, 0.03), (0.9, -0.92, 0.045)), (255, 226, 90))
+
+
+def _beach(brush: Brush) -> None:
+    brush.fill(disc(*_at(brush, 0.62, 0.62), 0.2), (255, 244, 190))
+    _cloud(brush, -0.5, 0.6, 0.8)
+    brush.fill(brush.y - np.float32(-0.06), (46, 140, 196))
+    brush.fill(box(*_at(brush, 0.1, -0.2), 1.2, 0.02, 0.02), (120, 192, 224), 0.7)
+    x, y = _at(brush, -0.55, -0.08)
+    brush.fill(polygon(x, y, (-0.02, 0.0), (-0.02, 0.34), (0.2, 0.0)), WHITE)
+    brush.fill(polygon(x, y, (-0.16, -0.02), (0.2, -0.02), (0.12, -0.1), (-0.08, -0.1)), (150, 84, 60))
+
+
+def _beach_ground(brush: Brush) -> None:
+    brush.fill(brush.y * np.float32(-1) + np.float32(HORIZON - 0.03), WHITE, 0.55)
+    brush.fill(brush.y - np.float32(HORIZON - 0.06), (238, 214, 160))
+    _dots(brush, ((-0.7, -0.82, 0.04), (0.3, -0.9, 0.03), (0.76, -0.7, 0.04)), (226, 186, 130))
+
+
+def _night(brush: Brush) -> None:
+    bright = ((-0.8, 0.8), (-0.42, 0.5), (-0.1, 0.86), (0.24, 0.62), (0.62, 0.84), (0.85, 0.5), (-0.75, 0.25))
+    faint = ((-0.55, 0.95), (0.05, 0.4), (0.45, 0.3), (-0.3, 0.18), (0.92, 0.2), (-0.95, 0.5), (0.4, 0.95))
+    _dots(brush, tuple((x, y, 0.03) for x, y in bright), (255, 250, 214))
+    _dots(brush, tuple((x, y, 0.022) for x, y in faint), (190, 200, 240), 0.8)
+    _hill(brush, -0.5, 0.8, 0.2, (30, 44, 86))
+    _hill(brush, 0.6, 0.7, 0.28, (26, 38, 78))
+
+
+def _snow(brush: Brush) -> None:
+    _hill(brush, 0.1, 1.1, 0.3, (226, 234, 244))
+    for x, height in ((-0.82, 0.62), (-0.5, 0.4), (0.6, 0.46), (0.88, 0.7)):
+        _fir(brush, x, height, (70, 116, 112))
+    flakes = ((-0.6, 0.7), (-0.2, 0.5), (0.1, 0.85), (0.42, 0.62), (0.75, 0.8), (-0.9, 0.4), (0.2, 0.2), (-0.35, 0.95))
+    _dots(brush, tuple((x, y, 0.03) for x, y in flakes), WHITE)
+
+
+def _desert(brush: Brush) -> None:
+    brush.fill(disc(*_at(brush, -0.55, 0.6), 0.2), (255, 250, 226))
+    _hill(brush, 0.5, 0.9, 0.2, (226, 168, 104))
+    x, y = _at(brush, 0.7, HORIZON)
+    arms = (
+        ((0.0, 0.0), (0.0, 0.5)),
+        ((0.0, 0.2), (0.16, 0.26)),
+        ((0.16, 0.26), (0.16, 0.4)),
+        ((0.0, 0.12), (-0.14, 0.2)),
+    )
+    for start, end in (*arms, ((-0.14, 0.2), (-0.14, 0.32))):
+        brush.fill(segment(x, y, start, end, 0.055), (92, 140, 84))
+
+
+def _sea(brush: Brush) -> None:
+    for x, width in ((-0.55, 0.12), (0.05, 0.2), (0.65, 0.1)):
+        slanted = brush.x - np.float32(x) + (np.float32(1) - brush.y) * np.float32(0.25)
+        brush.mix(brush.coverage(np.abs(slanted) - np.float32(width)), WHITE, 0.1)
+    for x, height in ((-0.9, 0.5), (-0.76, 0.34), (0.84, 0.6), (0.94, 0.36)):
+        brush.fill(segment(*_at(brush, x, HORIZON), (0.0, -0.1), (0.05, height), 0.04), (34, 132, 110))
+    bubbles = ((-0.5, 0.3, 0.05), (-0.44, 0.5, 0.035), (-0.54, 0.66, 0.045), (0.5, 0.55, 0.04), (0.55, 0.8, 0.05))
+    _dots(brush, bubbles, WHITE, 0.4)
+
+
+def _room(brush: Brush) -> None:
+    brush.fill(box(*_at(brush, -0.5, 0.42), 0.34, 0.34, 0.03), WHITE)
+    brush.fill(
+        box(
+            np.abs(brush.x + np.float32(0.5)) - np.float32(0.145),
+            np.abs(brush.y - np.float32(0.42)) - np.float32(0.145),
+            0.115,
+            0.115,
+        ),
+        (158, 212, 244),
+    )
+    brush.fill(box(*_at(brush, 0.55, 0.46), 0.22, 0.27), (150, 106, 72))
+    brush.fill(box(*_at(brush, 0.55, 0.46), 0.17, 0.22), (246, 240, 228))
+    brush.fill(disc(*_at(brush, 0.55, 0.46), 0.1), (226, 130, 110))
+    brush.fill(box(*_at(brush, 0, HORIZON + 0.03), 1.2, 0.05), WHITE)
+
+
+def _room_ground(brush: Brush) -> None:
+    for y in (-0.5, -0.64, -0.82):
+        brush.fill(box(*_at(brush, 0, y), 1.2, 0.012), (160, 110, 70), 0.6)
+
+
+def _sunset(brush: Brush) -> None:
+    brush.fill(disc(*_at(brush, 0.0, HORIZON + 0.1), 0.36), (255, 236, 150))
+    for x, y, width in ((-0.5, 0.5, 0.4), (0.6, 0.32, 0.32), (0.3, 0.74, 0.3)):
+        brush.fill(box(*_at(brush, x, y), width, 0.035, 0.035), (255, 190, 160), 0.7)
+    _hill(brush, -0.85, 0.5, 0.22, (132, 62, 104))
+    _hill(brush, 0.85, 0.6, 0.3, (120, 56, 100))
+
+
+def _city(brush: Brush) -> None:
+    for x, width, height in (
+        (-0.85, 0.2, 0.7),
+        (-0.42, 0.18, 1.0),
+        (-0.02, 0.16, 0.56),
+        (0.4, 0.2, 0.86),
+        (0.84, 0.18, 0.6),
+    ):
+        brush.fill(box(*_at(brush, x, HORIZON), width, height), (142, 158, 188))
+        windows = box(np.abs(brush.x - np.float32(x)) - np.float32(width / 2.2), _rows(brush.y), 0.045, 0.055)
+        inside = box(*_at(brush, x, HORIZON), width - 0.03, height - 0.06)
+        brush.fill(np.maximum(windows, inside), (226, 234, 208))
+
+
+def _rows(y: Plane) -> Plane:
+    """Height above the nearest of rows that are 0.2 apart."""
+    return y - np.round(y * np.float32(5)) * np.float32(0.2)
+
+
+def _city_ground(brush: Brush) -> None:
+    brush.fill(box(*_at(brush, 0, HORIZON), 1.2, 0.06), (196, 198, 204))
+    for x in (-0.75, -0.25, 0.25, 0.75):
+        brush.fill(box(*_at(brush, x, -0.82), 0.14, 0.025), (240, 236, 214))
+
+
+def _nothing(brush: Brush) -> None:
+    """Walls and floors without anything on them."""
+
+
+class Place(NamedTuple):
+    """One background."""
+
+    sky: tuple[Colour, Colour]
+    """From the top to the horizon."""
+    ground: tuple[Colour, Colour]
+    """From the horizon to the bottom."""
+    rise: float
+    """How much higher the ground is in the middle than at the sides."""
+    far: Callable[[Brush], None]
+    """Paints what stands before the sky."""
+    near: Callable[[Brush], None]
+    """Paints what lies on the ground."""
+    clashes: tuple[str, ...]
+    """Colours that would not be seen well here: no figure has them."""
+
+
+PLACES: dict[str, Place] = {
+    "meadow": Place(
+        ((104, 184, 246), (206, 236, 252)), ((126, 196, 92), (84, 164, 70)), 0.06, _meadow, _meadow_ground, ("green",)
+    ),
+    "beach": Place(
+        ((120, 202, 246), (222, 242, 250)), ((240, 216, 164), (230, 200, 140)), 0.0, _beach, _beach_ground, ("yellow",)
+    ),
+    "night": Place(((14, 18, 52), (46, 60, 120)), ((34, 58, 82), (20, 38, 60)), 0.05, _night, _nothing, ("black",)),
+    "snow": Place(
+        ((158, 190, 224), (214, 228, 242)), ((244, 248, 252), (220, 230, 244)), 0.08, _snow, _nothing, ("white",)
+    ),
+    "desert": Place(
+        ((250, 202, 138), (255, 232, 186)),
+        ((236, 184, 112), (214, 152, 84)),
+        -0.06,
+        _desert,
+        _nothing,
+        ("orange", "yellow", "brown"),
+    ),
+    "sea": Place(
+        ((64, 176, 222), (20, 92, 160)), ((196, 184, 146), (150, 142, 122)), 0.06, _sea, _nothing, ("blue", "turquoise")
+    ),
+    "room": Place(
+        ((250, 232, 204), (244, 220, 188)),
+        ((196, 142, 92), (176, 122, 76)),
+        0.0,
+        _room,
+        _room_ground,
+        ("brown", "white"),
+    ),
+    "sunset": Place(
+        ((96, 66, 150), (255, 158, 96)),
+        ((98, 48, 88), (64, 32, 70)),
+        0.04,
+        _sunset,
+        _nothing,
+        ("orange", "purple", "black"),
+    ),
+    "city": Place(
+        ((170, 210, 238), (226, 236, 242)), ((128, 132, 142), (106, 110, 120)), 0.0, _city, _city_ground, ("black",)
+    ),
+    "gray": Place(
+        ((208, 210, 214), (188, 190, 196)), ((160, 162, 168), (176, 178, 184)), 0.0, _nothing, _nothing, ("white",)
+    ),
+    "pink": Place(
+        ((255, 204, 218), (250, 186, 206)), ((236, 160, 186), (242, 172, 196)), 0.0, _nothing, _nothing, ("pink", "red")
+    ),
+    "yellow": Place(
+        ((255, 240, 168), (252, 230, 138)),
+        ((238, 208, 104), (244, 216, 118)),
+        0.0,
+        _nothing,
+        _nothing,
+        ("yellow", "orange"),
+    ),
+}
+"""Backgrounds by name."""
+
+
+@lru_cache(maxsize=32)
+def background(name: str, size: int) -> UInt8[np.ndarray, "1 size size 3"]:
+    """The picture behind everything, drawn once and read-only."""
+    place, brush = PLACES[name], _whole(size)
+    ground = _ground(brush, place)
+    _gradient(brush, place.sky, 1.0, HORIZON)
+    place.far(brush)
+    below = _whole(size)
+    _gradient(below, place.ground, HORIZON, -1.0)
+    place.near(below)
+    planes = [above + ground * (under - above) for above, under in zip(brush.colour, below.colour, strict=True)]
+    picture = np.stack(planes, -1) + np.float32(0.5)
+    pixels = np.clip(picture, 0, 255).astype(np.uint8)
+    pixels.flags.writeable = False
+    return pixels
+
+
+@lru_cache(maxsize=32)
+def sky(name: str, size: int) -> Float32[np.ndarray, "1 size size"]:
+    """The part of each pixel that lies above the ground."""
+    part = np.float32(1) - _ground(_whole(size), PLACES[name])
+    part.flags.writeable = False
+    return part
+
+
+def _whole(size: int) -> Brush:
+    middle = ((np.arange(size) * 2 + 1) / size - 1).astype(np.float32)
+    return Brush(middle[None, None, :], -middle[None, :, None], np.full((1, 1, 1), 2 / size, np.float32))
+
+
+def _ground(brush: Brush, place: Place) -> Plane:
+    height = np.float32(HORIZON) + np.float32(place.rise) * (np.float32(0.5) - brush.x * brush.x)
+    return brush.coverage(brush.y - height)
+
+
+def _gradient(brush: Brush, colours: tuple[Colour, Colour], high: float, low: float) -> None:
+    part = np.clip((np.float32(high) - brush.y) * np.float32(1 / (high - low)), 0, 1)
+    for plane, start, end in zip(brush.colour, *colours, strict=True):
+        plane += np.float32(start) + part * np.float32(end - start)
+    brush.alpha += np.float32(1)

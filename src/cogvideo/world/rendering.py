@@ -1,0 +1,169 @@
+"""The pictures of a scene: everything that is in it, drawn over its background frame by frame."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cogvideo.config import require
+from cogvideo.world.drawing import Boxes, Brush, Plane, blend, boxes
+from cogvideo.world.figures import COLOURS, FIGURES, Figure, paint, shard
+from cogvideo.world.motion import FOOT, GROUND, TOP, Cast, Play, Track
+from cogvideo.world.places import background, sky
+from cogvideo.world.scenes import (
+    ACTS,
+    ROLLING,
+    Scene,
+)
+
+SECONDS = 4.0
+"""Time from the first to the last frame of a whole clip."""
+
+RADII = {"small": 0.26, "medium": 0.33, "large": 0.41}
+"""Half the size of a figure that is alone, in units of half the picture."""
+
+CROWDED = 0.82
+"""How much smaller figures are in actions of two."""
+
+STRING = (150.0, 140.0, 140.0)
+
+DURATIONS = {"slowly": 3.8, "quickly": 2.2}
+"""Seconds that an action takes."""
+
+MIN_SIZE = 16
+"""Smallest side of a frame."""
+
+
+def render(
+    scene: Scene, size: int = 64, fps: float = 8.0, num_frames: int = 33
+) -> UInt8[np.ndarray, "frames {size} {size} 3"]:
+    """The frames of a scene, red, green and blue: frame k is what is seen at `k / fps` seconds.
+
+    After `SECONDS` the picture stays as it is. Each size shows the same picture, antialiased.
+
+    Raises:
+        ValueError: `size` is below 16, or `fps` or `num_frames` is not positive.
+    """
+    require(size >= MIN_SIZE, f"size is {size}, expected at least {MIN_SIZE}")
+    require(0 < fps < float("inf"), f"fps is {fps}, expected a positive number")
+    require(num_frames > 0, f"num_frames is {num_frames}, expected a positive number")
+    moments, which = np.unique(phases(scene, np.arange(num_frames) / fps), return_inverse=True)
+    frames = np.repeat(background(scene.background, size), len(moments), 0)  # those before and after are drawn once
+    cast = _cast(scene)
+    _draw(frames, scene, cast, ACTS[scene.action].play(moments, cast))
+    return frames[which]
+
+
+def phases(scene: Scene, seconds: np.ndarray) -> np.ndarray:
+    """How much of the action is over at some moments, from 0 to 1."""
+    return np.clip((seconds - scene.delay) / DURATIONS[scene.speed], 0, 1)
+
+
+def _cast(scene: Scene) -> Cast:
+    directions = ACTS[scene.action].directions
+    way = -1.0 if scene.direction in ("left", "down", "counterclockwise") else 1.0
+    if not {"left", "right"}.intersection(directions) and len(directions) == 1:
+        way = 1.0 if scene.facing == "right" else -1.0
+    crowded = CROWDED if scene.other_object else 1.0
+    radius, other = RADII[scene.size] * crowded, RADII["medium"] * crowded
+    return Cast(way, radius, other, scene.object in ROLLING, scene.relation == "behind", scene.shift)
+
+
+def _draw(frames: np.ndarray, scene: Scene, cast: Cast, play: Play) -> None:
+    """Put everything over the background, the farthest first."""
+    actor = (play.actor, scene.object, scene.colour, cast.radius)
+    figures = [actor]
+    if play.other is not None:
+        other = (play.other, scene.other_object, scene.other_colour, cast.other_radius)
+        figures = [actor, other] if play.behind else [other, actor]
+    for track, _, _, radius in figures:
+        if not play.low:
+            _shadow(frames, track, radius)
+    if play.hangs:
+        _string(frames, play.actor, cast.radius)
+    visible = sky(scene.background, frames.shape[1]) if play.low else None
+    for track, kind, colour, radius in figures:
+        _figure(frames, track, FIGURES[kind], colour, scene.shading, radius, visible)
+    for piece in play.pieces:
+        _figure(frames, piece, shard, scene.colour, scene.shading, cast.radius, None)
+
+
+def _figure(
+    frames: np.ndarray,
+    track: Track,
+    figure: Figure,
+    colour: str,
+    shading: str,
+    radius: float,
+    visible: np.ndarray | None,
+) -> None:
+    """Draw a figure in all frames where it is to be seen."""
+    size = frames.shape[1]
+    tall = track.scale * np.maximum(track.stretch, 1 / track.stretch)
+    reach = radius * 1.22 * float(tall.max(initial=0))
+    seen = (track.scale > 0.02) & (np.abs(track.x) < 1 + reach) & (np.abs(track.y) < 1 + reach)
+    numbers = np.flatnonzero(seen)
+    for part, where in boxes(size, numbers, track.x[numbers], track.y[numbers], reach, reach):
+        brush, x, y = _figure_brush(where, track, numbers[part], radius, size, shading == "outlined")
+        paint(brush, figure, COLOURS[colour], shading, x, y)
+        planes, alpha = brush.colour, brush.alpha
+        if visible is not None:
+            mask = where.gather(visible)
+            planes, alpha = [plane * mask for plane in planes], alpha * mask
+        blend(frames, where, planes, alpha)
+
+
+def _figure_brush(
+    where: Boxes, track: Track, numbers: np.ndarray, radius: float, size: int, outlined: bool
+) -> tuple[Brush, Plane, Plane]:
+    """A brush in the coordinates of the figure, and these coordinates before the figure was turned."""
+
+    def column(values: np.ndarray) -> Plane:
+        return values[numbers, None, None].astype(np.float32)
+
+    x, y = where.places(size)
+    unit = radius * track.scale
+    x = (x - column(track.x)) / column(unit / track.stretch)
+    y = (y - column(track.y)) / column(unit * track.stretch)
+    cosine, sine = column(np.cos(track.angle)), column(np.sin(track.angle))
+    turned_x, turned_y = cosine * x + sine * y, cosine * y - sine * x
+    brush = Brush(turned_x * column(track.facing), turned_y, np.float32(2 / size) / column(unit), outlined)
+    return brush, x, y
+
+
+def _shadow(frames: np.ndarray, track: Track, radius: float) -> None:
+    """A soft shadow on the ground, fainter and smaller the higher the figure is."""
+    size, lift = frames.shape[1], track.y - GROUND - FOOT * radius * track.scale * track.stretch
+    height = np.clip(lift / 1.2, 0, 1)
+    widths = radius * track.scale * (1 - 0.4 * height)
+    numbers = np.flatnonzero((widths > 0.01) & (height < 1) & (np.abs(track.x) < 1 + radius))
+    if not len(numbers):
+        return
+    wide = float(widths[numbers].max()) * 1.1
+    feet = GROUND + np.minimum(lift, 0)
+    for part, where in boxes(size, numbers, track.x[numbers], feet[numbers], wide, wide * 0.3):
+        which = numbers[part]
+        x, y = where.places(size)
+        narrow = (1 / (1.1 * widths[which]))[:, None, None].astype(np.float32)
+        across = (x - track.x[which, None, None].astype(np.float32)) * narrow
+        along = (y - feet[which, None, None].astype(np.float32)) * narrow * np.float32(1 / 0.28)
+        depth = np.maximum(np.float32(1) - across * across - along * along, np.float32(0))
+        depth *= (0.42 * (1 - height[which]))[:, None, None].astype(np.float32)
+        blend(frames, where, [depth * np.float32(value) for value in (16, 14, 40)], depth)
+
+
+def _string(frames: np.ndarray, track: Track, radius: float) -> None:
+    """The line from above the picture that a swinging figure hangs on."""
+    size, sine, cosine = frames.shape[1], np.sin(track.angle), np.cos(track.angle)
+    hand_x, hand_y = track.x - 0.7 * radius * sine, track.y + 0.7 * radius * cosine
+    top_x = track.x - (TOP - track.y) * sine / cosine
+    width, height = np.abs(top_x - hand_x).max() / 2 + 0.05, (TOP - hand_y).max() / 2
+    numbers = np.arange(len(frames))
+    for part, where in boxes(size, numbers, (top_x + hand_x) / 2, (TOP + hand_y) / 2, width, height):
+        pivot, end, across, along = (
+            each[part, None, None].astype(np.float32) for each in (top_x, hand_y, cosine, sine)
+        )
+        brush = Brush(*where.places(size), np.full((1, 1, 1), 2 / size, np.float32))
+        away = np.abs((brush.x - pivot) * across + (brush.y - np.float32(TOP)) * along) - np.float32(0.02)
+        brush.fill(np.maximum(away, end - brush.y), STRING)
+        blend(frames, where, brush.colour, brush.alpha)

@@ -1,0 +1,231 @@
+"""What happens in each clip of the World: attributes drawn from its number, and the rule that holds pairs out.
+
+Everything is integer arithmetic on a BLAKE2 hash of the number: the same on every machine and in every process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar
+
+from cogvideo.config import require
+from cogvideo.world import motion
+from cogvideo.world.figures import COLOURS, FIGURES, SHADINGS
+from cogvideo.world.places import PLACES
+
+T = TypeVar("T")
+Split = Literal["train", "validation", "held_out"]
+
+
+class Act(NamedTuple):
+    """One action."""
+
+    play: motion.Action
+    """Who is where at which moment."""
+    directions: tuple[str, ...]
+    """Where the actor first moves; the first is the `way` +1 of the play, the second -1."""
+    relations: tuple[str, ...] = ()
+    """How the actor stands to the second figure, for actions of two."""
+    unfit: tuple[str, ...] = ()
+    """Objects that cannot do it, or not so that one sees it."""
+
+
+_SIDEWAYS, _ROUND = ("right", "left"), ("clockwise", "counterclockwise")
+
+ACTS: dict[str, Act] = {
+    "bounce": Act(motion.bounce, _SIDEWAYS),
+    "rise and set": Act(motion.arc, _SIDEWAYS),
+    "burst": Act(motion.burst, ("none",)),
+    "topple": Act(motion.topple, _SIDEWAYS, unfit=("ball", "ring")),
+    "hop": Act(motion.hop, _SIDEWAYS),
+    "drop": Act(motion.drop, ("down",)),
+    "launch": Act(motion.launch, ("up",)),
+    "loop": Act(motion.loop, _SIDEWAYS),
+    "visit": Act(motion.visit, _SIDEWAYS),
+    "swing": Act(motion.swing, _SIDEWAYS),
+    "vanish": Act(motion.vanish, _SIDEWAYS),
+    "zigzag": Act(motion.zigzag, ("up", "down")),
+    "meet": Act(motion.meet, _SIDEWAYS, ("toward",)),
+    "chase": Act(motion.chase, _SIDEWAYS, ("after",)),
+    "pass": Act(motion.overtake, _SIDEWAYS, ("behind", "in front of")),
+    "jump": Act(motion.jump, _SIDEWAYS, ("over",)),
+    "push": Act(motion.push, _SIDEWAYS, ("against",)),
+    "orbit": Act(motion.orbit, _ROUND, ("around",)),
+}
+"""Actions by name."""
+
+OBJECTS = tuple(FIGURES)
+SIZES = ("small", "medium", "large")
+SPEEDS = ("slowly", "quickly")
+ROLLING = ("ball", "ring")
+"""Objects that turn as they move along the ground."""
+
+VALIDATION_EVERY = 20
+"""Every twentieth clip that is not held out is in the split `validation`."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that decides a clip and its captions."""
+
+    index: int
+    """Number of the clip; it chooses the wording of the captions."""
+    object: str
+    """Who acts, one of `OBJECTS`."""
+    colour: str
+    """Its colour."""
+    size: str
+    """Its size, one of `SIZES`."""
+    action: str
+    """What it does, one of `ACTS`."""
+    direction: str
+    """Where it first moves: left, right, up, down, clockwise, counterclockwise, or none."""
+    speed: str
+    """`slowly`: the action fills the four seconds; `quickly`: it is over soon after two."""
+    background: str
+    """Where it is, one of the `PLACES`."""
+    shading: str
+    """How figures are drawn, one of `SHADINGS`."""
+    delay: float
+    """Seconds before the action starts, up to 0.2."""
+    shift: float
+    """Where in the picture it happens, -1 to 1."""
+    facing: str
+    """Where the actor looks if the action does not say it: left or right."""
+    other_object: str = ""
+    """The second figure of actions of two, else empty; its size is between small and medium."""
+    other_colour: str = ""
+    """Its colour."""
+    relation: str = ""
+    """How the actor stands to it, such as `behind`."""
+
+    def __post_init__(self) -> None:
+        act = ACTS.get(self.action)
+        require(act is not None, f"action is {self.action!r}, expected one of {', '.join(ACTS)}")
+        assert act is not None
+        for name, allowed in self._choices(act).items():
+            value = getattr(self, name)
+            require(value in allowed, f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+        require(self.index >= 0, f"index is {self.index}, expected 0 or more")
+        require(0 <= self.delay <= 0.2, f"delay is {self.delay}, expected 0 to 0.2 seconds")
+        require(-1 <= self.shift <= 1, f"shift is {self.shift}, expected -1 to 1")
+
+    def _choices(self, act: Act) -> dict[str, Sequence[str]]:
+        two = bool(act.relations)
+        return {
+            "object": OBJECTS,
+            "colour": tuple(COLOURS),
+            "size": SIZES,
+            "direction": act.directions,
+            "speed": SPEEDS,
+            "background": tuple(PLACES),
+            "shading": SHADINGS,
+            "facing": ("left", "right"),
+            "other_object": OBJECTS if two else ("",),
+            "other_colour": tuple(COLOURS) if two else ("",),
+            "relation": act.relations or ("",),
+        }
+
+
+class Draws:
+    """Choices that follow from a text alone.
+
+    Args:
+        key: the text.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._bits = int.from_bytes(hashlib.blake2b(key.encode()).digest(), "little")
+
+    def number(self, end: int) -> int:
+        """One of 0 to `end` - 1; 512 bits last for dozens of choices without a visible bias."""
+        self._bits, number = divmod(self._bits, end)
+        return number
+
+    def choose(self, options: Sequence[T]) -> T:
+        """One of the options, each as likely as the others."""
+        return options[self.number(len(options))]
+
+
+def scene(index: int) -> Scene:
+    """The scene of a clip, from all splits: equal numbers give equal scenes, everywhere.
+
+    Raises:
+        ValueError: the number is negative.
+    """
+    require(index >= 0, f"index is {index}, expected 0 or more")
+    draws = Draws(f"cogvideo world 1 scene {index}")
+    action = draws.choose(list(ACTS))
+    act, place = ACTS[action], draws.choose(list(PLACES))
+    colours = [each for each in COLOURS if each not in PLACES[place].clashes]
+    kind = draws.choose([each for each in OBJECTS if each not in act.unfit])
+    colour = draws.choose(colours)
+    others = [each for each in OBJECTS if each != kind], [each for each in colours if each != colour]
+    return Scene(
+        index,
+        kind,
+        colour,
+        draws.choose(SIZES),
+        action,
+        draws.choose(act.directions),
+        draws.choose(SPEEDS),
+        place,
+        draws.choose(SHADINGS),
+        draws.number(17) / 80,
+        draws.number(257) / 128 - 1,
+        draws.choose(("left", "right")),
+        *((draws.choose(each) for each in (*others, act.relations)) if act.relations else ()),
+    )
+
+
+def attributes(scene: Scene) -> dict[str, str]:
+    """What is true of a clip; `other_object`, `other_colour` and `relation` only for actions of two."""
+    names = ["object", "colour", "size", "action", "direction", "speed", "background"]
+    names += ["other_object", "other_colour", "relation"] if scene.other_object else []
+    return {name: getattr(scene, name) for name in names}
+
+
+def held_out_colour(object: str, colour: str) -> bool:
+    """Whether no object of this kind has this colour in `train`: a tenth of the pairs, spread over all of both."""
+    return (7 * OBJECTS.index(object) + list(COLOURS).index(colour)) % 10 == 3
+
+
+def held_out_action(object: str, action: str) -> bool:
+    """Whether this object never does this in `train`: a tenth of the pairs, spread over all of both."""
+    return (3 * OBJECTS.index(object) + list(ACTS).index(action)) % 10 == 6
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether a scene holds a held-out pair: object and colour of either figure, or object and action of the actor."""
+    return (
+        held_out_colour(scene.object, scene.colour)
+        or held_out_action(scene.object, scene.action)
+        or (scene.other_object != "" and held_out_colour(scene.other_object, scene.other_colour))
+    )
+
+
+def split(clip: int | Scene) -> Split:
+    """The split of a clip: `held_out` if it holds a held-out pair, of the rest every twentieth number `validation`.
+
+    Raises:
+        ValueError: the number is negative.
+    """
+    which = clip if isinstance(clip, Scene) else scene(clip)
+    if is_held_out(which):
+        return "held_out"
+    return "validation" if which.index % VALIDATION_EVERY == VALIDATION_EVERY - 1 else "train"
+
+
+def scenes(name: Split | Literal["all"], start: int = 0) -> Iterator[Scene]:
+    """The scenes of a split in the order of their numbers, without end.
+
+    Raises:
+        ValueError: no such split, or `start` is negative.
+    """
+    allowed = ("train", "validation", "held_out", "all")
+    require(name in allowed, f"split is {name!r}, expected one of {', '.join(allowed)}")
+    every = map(scene, itertools.count(start))
+    return every if name == "all" else (each for each in every if split(each) == name)
