@@ -1,0 +1,1 @@
+"""From a user's clips to shards of codes, and from shards to batches."""

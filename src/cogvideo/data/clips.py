@@ -1,0 +1,207 @@
+"""Multi-frame-rate sampling: which of a clip's base-rate frames make one training sequence (paper section 3.1).
+
+Every sequence has equally many frames. A clip gives them at the lowest predefined rate that it still fills, so that
+they cover as much of the action as possible; interpolation is trained at the faster rates, which its rounds have when a
+video is generated. Nothing here is random: what is drawn at random comes in as numbers of [0, 1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from cogvideo.config import require
+
+Mode = Literal["sequential", "interpolation", "image"]
+"""What sequences are for: the two video stages, or the image model, which takes single frames."""
+
+
+@dataclass(frozen=True)
+class FrameRates:
+    """The predefined frame rates. Strides are whole numbers of stored frames: nothing is interpolated in time."""
+
+    base: float = 8.0
+    """Frames a second of the stored codes."""
+    rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    """Frames a second that a sequence can have, lowest first: that of the sequential stage, then of the rounds."""
+    num_frames: int = 5
+    """Frames of a sequence."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.base < math.inf, f"base is {self.base}, expected a positive number of frames a second")
+        require(self.num_frames >= 2, f"num_frames is {self.num_frames}, expected 2 or more")
+        ascending = all(low < high for low, high in pairwise(self.rates))
+        positive = all(0 < rate < math.inf for rate in self.rates)
+        message = f"rates are {self.rates}, expected one or several positive numbers, lowest first"
+        require(len(self.rates) > 0 and ascending and positive, message)
+        for rate in self.rates:
+            steps = self.base / rate
+            require(
+                round(steps) >= 1 and math.isclose(steps, round(steps), rel_tol=1e-9),
+                f"the base rate {self.base:g} is no multiple of the rate {rate:g}: frames between two codes do not "
+                "exist",
+            )
+
+    def stride(self, rate: float) -> int:
+        """Stored frames from one frame of a sequence to the next.
+
+        Raises:
+            ValueError: `rate` is none of `rates`.
+        """
+        if rate not in self._strides:  # no `require`: its message would be made for every sample
+            raise ValueError(f"the rate is {rate:g}, expected one of {self.rates}")
+        return self._strides[rate]
+
+    def span(self, rate: float) -> int:
+        """Stored frames from the first to the last of a sequence, both counted: what a clip must have."""
+        return (self.num_frames - 1) * self.stride(rate) + 1
+
+    @cached_property
+    def _strides(self) -> dict[float, int]:
+        return {rate: round(self.base / rate) for rate in self.rates}
+
+
+class Window(NamedTuple):
+    """The frames of a clip that make one sequence; `codes[window.slice]` takes them without copying."""
+
+    start: int
+    """Index of the first in the clip."""
+    stride: int
+    """Stored frames from one to the next."""
+    num_frames: int
+    """How many."""
+
+    @property
+    def indices(self) -> range:
+        """Indices of the frames in the clip."""
+        return range(self.start, self.start + self.num_frames * self.stride, self.stride)
+
+    @property
+    def slice(self) -> slice:
+        """The same for indexing."""
+        return slice(self.start, self.start + (self.num_frames - 1) * self.stride + 1, self.stride)
+
+    def duration(self, base: float) -> float:
+        """Seconds from the first frame to the last: what the text tokenizer puts before the caption."""
+        return (self.num_frames - 1) * self.stride / base
+
+
+@dataclass(frozen=True)
+class ClipSampling:
+    """How clips become training samples."""
+
+    mode: Mode = "sequential"
+    """sequential: at the lowest rate that the clip fills; interpolation: at one of the faster rates; image: one frame.
+    """
+    rates: FrameRates = field(default_factory=FrameRates)
+    """The predefined rates."""
+    fixed_rate: float | None = None
+    """One rate for all clips in place of the rule, for comparison runs; clips that do not fill it are left out."""
+    random_offset: bool = True
+    """Start anywhere that the sequence fits, else at the clip's first frame."""
+    caption_dropout: float = 0.0
+    """Share of samples without their caption, which teaches the unconditional text of guidance."""
+    high_codes: bool = False
+    """Give the codes of super-resolution too, which the shards must have."""
+    seed: int = 0
+    """Of the order of samples and of what is drawn in them."""
+
+    def __post_init__(self) -> None:
+        modes = ("sequential", "interpolation", "image")
+        require(self.mode in modes, f"mode is {self.mode!r}, expected one of {', '.join(modes)}")
+        dropout = self.caption_dropout
+        require(0 <= dropout <= 1, f"caption_dropout is {dropout}, expected a share in [0, 1]")
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
+        if self.fixed_rate is not None:
+            require(self.mode != "image", f"fixed_rate is {self.fixed_rate:g}, but single frames have no rate")
+            self.rates.stride(self.fixed_rate)
+        elif self.mode == "interpolation":
+            rates = self.rates.rates
+            require(len(rates) > 1, f"rates are {rates}, expected a second one: interpolation has the faster ones")
+
+    @cached_property
+    def min_frames(self) -> int:
+        """Stored frames of the shortest clip that gives a sample."""
+        if self.mode == "image":
+            return 1
+        return self.rates.span(self.rates.rates[-1] if self.fixed_rate is None else self.fixed_rate)
+
+
+def filled_rates(num_frames: int, rates: FrameRates) -> tuple[float, ...]:
+    """The rates at which a clip of so many stored frames gives a whole sequence, lowest first; maybe none."""
+    return tuple(rate for rate in rates.rates if rates.span(rate) <= num_frames)
+
+
+def lowest_rate(num_frames: int, rates: FrameRates) -> float | None:
+    """The rate of the sequential stage: the lowest that the clip fills (spec section 3); None if it fills none."""
+    return next((rate for rate in rates.rates if rates.span(rate) <= num_frames), None)
+
+
+def interpolation_rates(num_frames: int, rates: FrameRates) -> tuple[float, ...]:
+    """The rates of interpolation rounds that the clip fills: all but the lowest predefined one.
+
+    At the defaults they give the durations 2.0, 1.0 and 0.5. A clip too short for the lowest rate still has the others.
+    """
+    return tuple(rate for rate in filled_rates(num_frames, rates) if rate != rates.rates[0])
+
+
+def place_window(num_frames: int, rate: float, rates: FrameRates, offset: float = 0.0) -> Window | None:
+    """A sequence of a clip at one rate.
+
+    Args:
+        num_frames: stored frames of the clip.
+        rate: one of the predefined rates.
+        rates: all of them.
+        offset: where it starts: 0 is the first frame, numbers towards 1 the last start at which it still fits. A
+            uniform number of [0, 1) makes all starts equally likely.
+
+    Returns:
+        the window, or None if the clip does not fill the rate.
+
+    Raises:
+        ValueError: the rate is not predefined, or the offset outside [0, 1).
+    """
+    num_starts = num_frames - rates.span(rate) + 1
+    if num_starts < 1:
+        return None
+    return Window(_index(num_starts, offset), rates.stride(rate), rates.num_frames)
+
+
+def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, offset_draw: float) -> Window | None:
+    """The frames of a clip that make a sample.
+
+    Args:
+        num_frames: stored frames of the clip.
+        sampling: the mode and the rates.
+        rate_draw: uniform in [0, 1), chooses among the rates of interpolation.
+        offset_draw: uniform in [0, 1), chooses the start, in mode image the frame; not used without `random_offset`.
+
+    Returns:
+        the window, or None if the clip is shorter than `sampling.min_frames`.
+    """
+    if num_frames < sampling.min_frames:
+        return None
+    offset = offset_draw if sampling.random_offset else 0.0
+    if sampling.mode == "image":
+        return Window(_index(num_frames, offset), 1, 1)
+    rate = _choose_rate(num_frames, sampling, rate_draw)
+    return None if rate is None else place_window(num_frames, rate, sampling.rates, offset)
+
+
+def _choose_rate(num_frames: int, sampling: ClipSampling, draw: float) -> float | None:
+    if sampling.fixed_rate is not None:
+        return sampling.fixed_rate
+    if sampling.mode == "sequential":
+        return lowest_rate(num_frames, sampling.rates)
+    choices = interpolation_rates(num_frames, sampling.rates)
+    return choices[_index(len(choices), draw)] if choices else None
+
+
+def _index(count: int, draw: float) -> int:
+    """One of `count` things, all equally likely if `draw` is uniform. The product of a double below 1 stays below."""
+    if not 0 <= draw < 1:
+        raise ValueError(f"got the random number {draw}, expected one in [0, 1)")
+    return int(draw * count)

@@ -1,0 +1,328 @@
+"""A dataset: a folder of shards and the card `dataset.json` that says what they are.
+
+The card is written last: a folder with one is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32, Int64, UInt16
+
+import cogvideo
+from cogvideo.config import from_dict, require
+from cogvideo.data.shards import (
+    FORMAT_VERSION,
+    Row,
+    Shard,
+    ShardInfo,
+    canonical_json,
+    check_version,
+    digest,
+    read_info,
+    reason,
+    typed,
+)
+from cogvideo.data.sources import Rejection
+from cogvideo.files import TEMPORARY_SUFFIX, replacing
+
+CARD = "dataset.json"
+REJECTED = "rejected.csv"
+"""Table of the clips that were left out: id, reason, detail."""
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A shard as its card knows it."""
+
+    file: str
+    """Its name in the folder."""
+    num_rows: int
+    """Its clips."""
+    num_bytes: int
+    """Its size."""
+    sha256: str
+    """Hash of its content, in hexadecimal."""
+
+    def __post_init__(self) -> None:
+        require(self.file == Path(self.file).name, f"the shard {self.file!r} is refused, expected a plain name")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `dataset.json` says. It holds no times: equal datasets have equal cards."""
+
+    cogvideo: str
+    """Version that made the dataset."""
+    source: str
+    """Where the clips came from, as the user gave it."""
+    tokenizer: str
+    """The image tokenizer's folder, as the user gave it."""
+    tokenizer_sha256: str
+    """Hash of the image tokenizer."""
+    settings: dict[str, Any]
+    """Settings of the preparation."""
+    settings_sha256: str
+    """Their `digest`."""
+    grid: int
+    """Side of a frame in codes."""
+    num_codes: int
+    """Codes lie in `[0, num_codes)`."""
+    fps: float
+    """Base rate, in frames a second."""
+    high_grid: int
+    """Side of a frame in codes of super-resolution; 0 for none."""
+    splits: dict[str, int]
+    """Clips of each split."""
+    rejected: dict[str, int]
+    """Clips left out, by reason."""
+    num_frames: int
+    """Frames of all clips."""
+    lengths: dict[str, int]
+    """Clips of each length in frames."""
+    shards: tuple[ShardEntry, ...]
+    """The files."""
+
+    @property
+    def num_rejected(self) -> int:
+        """Clips left out, for whatever reason."""
+        return sum(self.rejected.values())
+
+    def check_tokenizer(self, sha256: str, where: object) -> None:
+        """Refuse codes of another image tokenizer.
+
+        Args:
+            sha256: hash of the tokenizer that is to be used with the codes.
+            where: what the message calls the dataset.
+
+        Raises:
+            ValueError: the codes were made with another one.
+        """
+        require(
+            sha256 == self.tokenizer_sha256,
+            f"{where} holds codes of another image tokenizer ({self.tokenizer}, sha256 {self.tokenizer_sha256:.12}), "
+            f"expected sha256 {sha256:.12}: prepare the data with this model's tokenizer",
+        )
+
+
+def make_card(
+    folder: Path,
+    files: Sequence[str],
+    *,
+    source: str,
+    tokenizer: str,
+    settings: dict[str, Any],
+    rejected: Sequence[Rejection] = (),
+) -> Card:
+    """The card of the shards in `folder`, from what they hold.
+
+    Args:
+        folder: of the dataset.
+        files: names of its shards, in order; at least one.
+        source: where the clips came from, as the user gave it.
+        tokenizer: folder of the image tokenizer, as the user gave it.
+        settings: of the preparation.
+        rejected: clips that were left out before the shards were made.
+
+    Raises:
+        ValueError: a shard is missing or damaged, or was made with other settings or another tokenizer than the rest.
+    """
+    require(len(files) > 0, f"{folder} has no shards to describe, expected at least one")
+    first, settings_sha256 = read_info(folder / files[0]), digest(settings)
+    splits, lengths, reasons = Counter[str](), Counter[int](), Counter(each.reason for each in rejected)
+    entries = []
+    for file in files:
+        shard = Shard(folder / file)
+        _check_equal(folder / file, _made_with(shard.info), _made_with(first))
+        _check_equal(
+            folder / file, {"settings_sha256": shard.info.settings_sha256}, {"settings_sha256": settings_sha256}
+        )
+        splits.update(shard.splits)
+        lengths.update(shard.num_frames.tolist())
+        reasons.update(each.reason for each in shard.info.rejected)
+        entries.append(_entry(folder / file, len(shard)))
+    return Card(
+        cogvideo=cogvideo.__version__,
+        source=source,
+        tokenizer=tokenizer,
+        tokenizer_sha256=first.tokenizer_sha256,
+        settings=json.loads(canonical_json(settings)),
+        settings_sha256=settings_sha256,
+        grid=first.grid,
+        num_codes=first.num_codes,
+        fps=first.fps,
+        high_grid=first.high_grid,
+        splits=dict(sorted(splits.items())),
+        rejected=dict(sorted(reasons.items())),
+        num_frames=sum(length * count for length, count in lengths.items()),
+        lengths={str(length): count for length, count in sorted(lengths.items())},
+        shards=tuple(entries),
+    )
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write `dataset.json`, which makes the folder a whole dataset.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(card)}, indent=2, ensure_ascii=False)
+    with replacing(folder / CARD) as file:
+        file.write(f"{text}\n".encode())
+
+
+def read_card(folder: Path) -> Card:
+    """The card of the dataset in `folder`.
+
+    Raises:
+        ValueError: the folder holds no dataset or an incomplete one, a newer version wrote it, or the card does not say
+            what it should.
+    """
+    path = folder / CARD
+    require(folder.is_dir(), f"there is no folder {folder}, expected a dataset of `cogvideo data prepare`")
+    if not path.exists():
+        begun = any(folder.glob("shard-*")) or any(folder.glob(f".*{TEMPORARY_SUFFIX}"))
+        why = "prepare was interrupted: run the same command again" if begun else "expected the output of prepare"
+        raise ValueError(f"{folder} holds no whole dataset (no {CARD}); {why}")
+    try:
+        return _parse_card(json.loads(path.read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot use {path}: {reason(error)}") from error
+
+
+class Dataset:
+    """The shards of a folder, each opened when it is first used. A pickled dataset carries names, no maps.
+
+    Rows are numbered over all shards, in their order.
+
+    Args:
+        folder: output of `cogvideo data prepare`.
+        tokenizer_sha256: of the image tokenizer that the codes must be of; any unless given.
+
+    Raises:
+        ValueError: the dataset is incomplete, damaged or of another image tokenizer.
+    """
+
+    def __init__(self, folder: Path, tokenizer_sha256: str | None = None) -> None:
+        self.folder = folder
+        self.card = read_card(folder)
+        if tokenizer_sha256 is not None:
+            self.card.check_tokenizer(tokenizer_sha256, folder)
+        for entry in self.card.shards:
+            _check_size(folder / entry.file, entry)
+        self._starts = [0, *accumulate(entry.num_rows for entry in self.card.shards)]
+        self._opened: dict[int, Shard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_opened": {}}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def shard(self, number: int) -> Shard:
+        """A shard by its number on the card. It stays mapped: address space, no memory of its own and no open file.
+
+        Raises:
+            ValueError: it is damaged, or not the one that the card means.
+        """
+        if number not in self._opened:
+            entry = self.card.shards[number]
+            path = self.folder / entry.file
+            shard = Shard(path)
+            _check_equal(path, _made_with(shard.info), _made_with(self.card))
+            _check_equal(path, {"num_rows": len(shard)}, {"num_rows": entry.num_rows})
+            self._opened[number] = shard
+        return self._opened[number]
+
+    def find(self, row: int) -> tuple[Shard, int]:
+        """The shard of a row, and the row's number in it."""
+        number = bisect_right(self._starts, row) - 1
+        return self.shard(number), row - self._starts[number]
+
+    def rows(self, split: str | None = None) -> Int64[np.ndarray, " rows"]:
+        """The rows of a split, or all.
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        if split is None:
+            return np.arange(len(self))
+        known = ", ".join(self.card.splits) or "none: it is empty"
+        require(split in self.card.splits, f"{self.folder} has no split {split!r}, expected one of {known}")
+        shards = range(len(self.card.shards))
+        return np.concatenate([self._starts[each] + self.shard(each).rows(split) for each in shards])
+
+    def num_frames(self) -> Int32[np.ndarray, " rows"]:
+        """Frames of each row."""
+        lengths = [self.shard(each).num_frames for each in range(len(self.card.shards))]
+        return np.concatenate([np.zeros(0, np.int32), *lengths])
+
+    def codes(self, row: int) -> UInt16[np.ndarray, "frames grid grid"]:
+        """The codes of a clip: a view of the file."""
+        shard, number = self.find(row)
+        return shard.codes(number)
+
+    def row(self, row: int) -> Row:
+        """All of a clip."""
+        shard, number = self.find(row)
+        return shard.row(number)
+
+    def verify(self) -> None:
+        """Read every file and compare it with the card's hash.
+
+        Raises:
+            ValueError: a file is not, byte for byte, what was prepared.
+        """
+        for entry in self.card.shards:
+            got = _entry(self.folder / entry.file, entry.num_rows)
+            _check_equal(self.folder / entry.file, {"sha256": got.sha256}, {"sha256": entry.sha256})
+
+
+def _parse_card(values: Any) -> Card:
+    values = check_version(values)
+    for name in ("splits", "rejected", "lengths"):
+        table = values.get(name)
+        counts = isinstance(table, dict) and all(type(count) is int and count >= 0 for count in table.values())
+        require(counts, f"{name} is {table!r:.40}, expected a table of counts")
+    shards = values.get("shards")
+    require(isinstance(shards, list), f"shards is {shards!r:.40}, expected a list")
+    card = typed(Card, values | {"shards": tuple(from_dict(ShardEntry, each) for each in values["shards"])})
+    num_rows = sum(entry.num_rows for entry in card.shards)
+    in_splits = sum(card.splits.values())
+    require(num_rows == in_splits, f"its shards have {num_rows} clips, its splits {in_splits}")
+    changed = digest(card.settings) != card.settings_sha256
+    require(not changed, "its settings are not those of settings_sha256: they were changed by hand")
+    return card
+
+
+def _made_with(made: ShardInfo | Card) -> dict[str, Any]:
+    names = ("grid", "num_codes", "fps", "high_grid", "tokenizer_sha256", "settings_sha256")
+    return {name: getattr(made, name) for name in names}
+
+
+def _check_equal(path: Path, got: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, value in got.items():
+        require(
+            value == expected[name],
+            f"{path} has {name} {value}, expected {expected[name]}: it does not belong to this dataset",
+        )
+
+
+def _entry(path: Path, num_rows: int) -> ShardEntry:
+    with path.open("rb") as file:
+        return ShardEntry(path.name, num_rows, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _check_size(path: Path, entry: ShardEntry) -> None:
+    require(path.is_file(), f"the dataset is incomplete: there is no file {path}")
+    got = path.stat().st_size
+    require(got == entry.num_bytes, f"{path} has {got} bytes, expected {entry.num_bytes}: the copy is incomplete")

@@ -1,0 +1,119 @@
+"""What lies in a folder of clips: all files below it in a fixed order, and the captions beside each clip."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cogvideo.config import require
+from cogvideo.data.tables import TABLE_SUFFIXES, RowError, captions_of, clean, parse_json
+
+MANIFESTS = tuple(f"{stem}{suffix}" for stem in ("captions", "metadata") for suffix in TABLE_SUFFIXES)
+"""Tables that stand for the folder they lie in."""
+
+
+def find_manifest(folder: Path) -> Path | None:
+    """The table that stands for a folder; None if there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    tables = [folder / name for name in MANIFESTS if (folder / name).is_file()]
+    names = " and ".join(table.name for table in tables)
+    require(len(tables) < 2, f"{folder} has {names}: pass the one that is meant as the source")
+    return tables[0] if tables else None
+
+
+def walk(folder: Path) -> list[str]:
+    """Paths of all files below a folder, relative to it and sorted, without hidden ones.
+
+    Each folder is read once, so that links in a circle end; one that can be reached by a link and without is named
+    without.
+
+    Raises:
+        ValueError: a folder cannot be read.
+    """
+    names: list[str] = []
+    seen: set[str] = set()
+    pending = deque([""])
+    while pending:
+        inner = pending.popleft()
+        path = os.path.join(folder, inner)
+        real = os.path.realpath(path)
+        if real in seen:
+            continue
+        seen.add(real)
+        for entry in _entries(path):
+            below = os.path.join(inner, entry.name)
+            linked = entry.is_symlink()
+            if os.path.isdir(entry.path) if linked else entry.is_dir():  # entry.is_dir() raises on links in a circle
+                (pending.append if linked else pending.appendleft)(below)
+            elif linked or entry.is_file():  # no pipes: opening one waits for ever
+                names.append(below)
+    return sorted(names)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
+    except OSError as error:
+        raise ValueError(f"cannot read the folder {folder}: {error.strerror}") from error
+
+
+class Notes(NamedTuple):
+    """What stands beside a clip."""
+
+    captions: tuple[str, ...]
+    """One or several, none empty."""
+    values: dict[str, Any]
+    """All that its `.json` says."""
+
+
+def notes(text: bytes | None, table: bytes | None, caption_columns: Iterable[str]) -> Notes:
+    """Captions and more from the content of the files `x.txt` and `x.json` of a clip, None for one that is missing.
+
+    Each line of the text that is not blank is a caption; without a text, the JSON holds them.
+
+    Raises:
+        RowError: there is no caption, or a file is not what it should be.
+    """
+    values = {} if table is None else _table(table)
+    if text is not None:
+        return Notes(clean(_decode(text).splitlines()), values)
+    if table is None:
+        raise RowError("missing caption", "expected a .txt or .json of the same name beside it")
+    return Notes(captions_of(values, caption_columns), values)
+
+
+def read_beside(path: Path) -> bytes | None:
+    """The content of a file that may be missing.
+
+    Raises:
+        RowError: it is there and cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RowError("caption cannot be read", f"{path}: {error.strerror}") from error
+
+
+def _table(content: bytes) -> dict[str, Any]:
+    try:
+        return parse_json(_decode(content), "the .json beside it")
+    except RowError:
+        raise
+    except ValueError as error:
+        raise RowError("caption cannot be read", str(error)) from error
+
+
+def _decode(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowError("caption is no text", f"byte {error.start} of its file is not UTF-8") from error

@@ -1,0 +1,167 @@
+"""The frames of an item: read or rendered, at one rate and size, on a background that its caption may name."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from einops import reduce
+from jaxtyping import UInt8
+
+from cogvideo import world
+from cogvideo.config import require
+from cogvideo.data.sources import File, Item, Member, Rendering
+from cogvideo.video import VideoError, read_video
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 48, 49),
+    "orange": (240, 140, 40),
+    "yellow": (250, 215, 70),
+    "green": (70, 170, 90),
+    "blue": (50, 110, 220),
+    "light blue": (150, 210, 245),
+    "purple": (130, 70, 180),
+    "pink": (250, 160, 200),
+    "brown": (120, 80, 50),
+    "gray": (140, 140, 140),
+    "black": (15, 15, 15),
+    "white": (255, 255, 255),
+}
+"""Colours behind clips with alpha, by the name that captions call them."""
+
+
+@dataclass(frozen=True)
+class FrameSettings:
+    """How clips become frames."""
+
+    fps: float = 8.0
+    """Base rate: frames a second that are kept. Slower rates are later taken from these."""
+    size: int | None = None
+    """Side of a frame in pixels; that of the model unless given."""
+    fit: Literal["crop", "letterbox"] = "crop"
+    """What happens to frames that are not square: cut to the centre, or bars in the background's colour."""
+    max_seconds: float = 16.0
+    """Longer clips are cut there; `start` and `end` in a table choose another part."""
+    min_frames: int = 2
+    """Shorter clips are rejected; 1 also takes images."""
+    loop_to: float = 0.0
+    """Clips that end earlier start again until they last so many seconds, for animations that are loops."""
+    background: str = "white"
+    """Behind clips with alpha and in bars: a colour's name, or `random` for another one each clip."""
+    background_template: str = ""
+    """Caption of a clip with alpha, such as "{caption}, on {article} {background} background"; empty leaves it."""
+    seed: int = 0
+    """Of what is drawn at random."""
+
+    def __post_init__(self) -> None:
+        for name in ("fps", "size", "max_seconds", "min_frames"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}, expected a positive number")
+        require(self.loop_to >= 0, f"loop_to is {self.loop_to}, expected 0 or more seconds")
+        require(
+            self.background == "random" or self.background in BACKGROUNDS,
+            f"background is {self.background!r}, expected random or one of {', '.join(BACKGROUNDS)}",
+        )
+        try:
+            self.background_template.format(caption="", article="", background="")
+        except (ValueError, KeyError, IndexError) as error:
+            template = self.background_template
+            raise ValueError(
+                f"background_template is {template!r}, expected the fields caption, article and background"
+            ) from error
+
+    @property
+    def max_frames(self) -> int:
+        """Frames of the longest clip."""
+        return max(1, round(self.max_seconds * self.fps))
+
+
+class Pictures(NamedTuple):
+    """An item as it is seen."""
+
+    frames: UInt8[np.ndarray, "frames size size 3"]
+    """Red, green and blue."""
+    captions: tuple[str, ...]
+    """What they show."""
+    attributes: dict[str, str]
+    """Other things known about it, the background that was put behind it among them."""
+
+
+def read_item(item: Item, settings: FrameSettings) -> Pictures:
+    """The frames of an item; equal arguments give equal frames. A size that is not given is that of the file.
+
+    Raises:
+        VideoError: it cannot be read, or is too short.
+    """
+    if isinstance(item.media, Rendering):
+        return _render(item, item.media.index, settings)
+    background = _background(item, settings)
+    video = read_video(
+        _open(item.media),
+        settings.fps,
+        settings.size,
+        fit=settings.fit,
+        start=item.start,
+        end=item.end,
+        max_frames=settings.max_frames,
+        loop_to=settings.loop_to,
+        background=BACKGROUNDS[background],
+    )
+    _check_length(len(video.frames), settings)
+    if not video.has_alpha:
+        return Pictures(video.frames, item.captions, item.attributes)
+    captions = tuple(on_background(caption, background, settings.background_template) for caption in item.captions)
+    return Pictures(video.frames, captions, item.attributes | {"background": background})
+
+
+def shrink(
+    frames: UInt8[np.ndarray, "frames high_size high_size 3"], ratio: int
+) -> UInt8[np.ndarray, "frames size size 3"]:
+    """Frames at one `ratio`th of their size: means of squares of pixels."""
+    pattern = "frames (rows down) (columns across) colours -> frames rows columns colours"
+    return reduce(frames.astype(np.float32), pattern, "mean", down=ratio, across=ratio).round().astype(np.uint8)
+
+
+def _render(item: Item, index: int, settings: FrameSettings) -> Pictures:
+    assert settings.size is not None
+    num_frames = min(settings.max_frames, round(world.SECONDS * settings.fps) + 1)
+    _check_length(num_frames, settings)
+    frames = world.render(world.scene(index), settings.size, settings.fps, num_frames)
+    return Pictures(frames, item.captions, item.attributes)
+
+
+def _open(media: File | Member) -> Path | BytesIO:
+    if isinstance(media, File):
+        return media.path
+    try:
+        with media.archive.open("rb") as archive:
+            archive.seek(media.offset)
+            return BytesIO(archive.read(media.num_bytes))
+    except OSError as error:
+        raise VideoError("cannot be opened", f"{media.archive}: {error.strerror}") from error
+
+
+def _check_length(num_frames: int, settings: FrameSettings) -> None:
+    if num_frames < settings.min_frames:
+        expected = f"expected at least {settings.min_frames}"
+        raise VideoError("too short", f"{num_frames} frames at {settings.fps:g} a second, {expected}")
+
+
+def _background(item: Item, settings: FrameSettings) -> str:
+    """The colour's name; a random one depends on the item and the seed alone."""
+    if settings.background != "random":
+        return settings.background
+    key = hashlib.sha256(f"{settings.seed} {item.copy} {item.id}".encode()).digest()
+    return list(BACKGROUNDS)[int.from_bytes(key[:8], "little") % len(BACKGROUNDS)]
+
+
+def on_background(caption: str, background: str, template: str) -> str:
+    """The caption of a clip with alpha on a colour of that name; an empty template leaves it as it is."""
+    if not template:
+        return caption
+    article = "an" if background[0] in "aeiou" else "a"
+    return template.format(caption=caption, article=article, background=background)

@@ -1,0 +1,434 @@
+"""Batches of training samples, in an order that one number resumes exactly.
+
+Samples are an endless stream, epoch after epoch, and sample number `position` is a pure function of the data, the
+settings and that number: the epoch is `position // rows`, the row a keyed permutation of the rest, and what is drawn at
+random inside the sample is hashed from seed, epoch and row. A batch is the next positions of the stream, and each rank
+takes its share of them. So the state of a run is the position alone, for any number of workers and ranks.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, count
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float64, Int64, UInt16, UInt64
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as MapDataset
+
+from cogvideo.config import require
+from cogvideo.data.clips import ClipSampling, choose_window
+from cogvideo.data.dataset import Dataset
+from cogvideo.data.shards import Shard
+
+T = TypeVar("T")
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ROUNDS = 8
+_DRAWS = 4  # of a sample, beside its seed: rate, offset, caption, dropout
+
+
+def mix(values: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
+    """Scramble 64 bits: the output function of splitmix64 (Steele, Lea and Flood 2014), a bijection."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def hash_numbers(*numbers: int | Int64[np.ndarray, " values"]) -> UInt64[np.ndarray, " values"]:
+    """64 random-looking bits for each tuple of numbers, the same everywhere and always.
+
+    Args:
+        numbers: whole numbers of at least 0; those given once count for all.
+    """
+    state = np.zeros(1, np.uint64)
+    for each in numbers:
+        state = mix((state ^ np.atleast_1d(np.asarray(each, np.uint64))) + _GOLDEN)
+    return state
+
+
+def keyed_uniform(
+    seed: int, epochs: Int64[np.ndarray, " samples"], rows: Int64[np.ndarray, " samples"], num_draws: int
+) -> Float64[np.ndarray, "samples draws"]:
+    """Random numbers of [0, 1) that depend on seed, epoch and row alone, never on batch, worker or rank."""
+    bits = _stream(hash_numbers(seed, 1, epochs, rows), num_draws)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def keyed_seeds(
+    seed: int, epochs: Int64[np.ndarray, " samples"], rows: Int64[np.ndarray, " samples"]
+) -> Int64[np.ndarray, " samples"]:
+    """A seed of 63 bits for each sample, for whatever else it needs at random."""
+    return (hash_numbers(seed, 2, epochs, rows) >> np.uint64(1)).astype(np.int64)
+
+
+def _stream(states: UInt64[np.ndarray, " samples"], length: int) -> UInt64[np.ndarray, "samples length"]:
+    """The next numbers of splitmix64 generators in these states."""
+    return mix(states[:, None] + np.arange(1, length + 1, dtype=np.uint64) * _GOLDEN)
+
+
+def permute(
+    places: Int64[np.ndarray, " samples"], num_rows: int, keys: UInt64[np.ndarray, " samples"]
+) -> Int64[np.ndarray, " samples"]:
+    """The row at each place of a random order of `num_rows` rows, without making the order.
+
+    A Feistel network permutes the numbers of the next power of two; where it leads out of the rows it is applied again
+    until it leads back (cycle walking, Black and Rogaway 2002), at most two times on average but for a few rows.
+
+    Args:
+        places: in `[0, num_rows)`.
+        num_rows: how many rows there are.
+        keys: of the order, one a place; places with one key are permuted among themselves.
+    """
+    round_keys = _stream(keys, _ROUNDS)
+    bits = max(4, int(num_rows - 1).bit_length())
+    result = _feistel(places.astype(np.uint64), round_keys, bits)
+    while (outside := np.flatnonzero(result >= num_rows)).size:
+        result[outside] = _feistel(result[outside], round_keys[outside], bits)
+    return result.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, round_keys: np.ndarray, bits: int) -> np.ndarray:
+    """Permute numbers of `bits` bits: halves take turns at being changed by a hash of the other one."""
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64(2 ** (bits // 2) - 1), np.uint64(2 ** (bits - bits // 2) - 1)
+    low, high = values & low_mask, values >> low_bits
+    for number in range(0, _ROUNDS, 2):
+        low = low ^ (mix(high + round_keys[:, number]) & low_mask)
+        high = high ^ (mix(low + round_keys[:, number + 1]) & high_mask)
+    return (high << low_bits) | low
+
+
+class Draws(NamedTuple):
+    """What stands at some positions of a stream."""
+
+    epochs: Int64[np.ndarray, " samples"]
+    """How often every row was drawn before."""
+    rows: Int64[np.ndarray, " samples"]
+    """Which row it is, in `[0, num_rows)`."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """The endless order of samples: every epoch holds every row once, each in an order of its own."""
+
+    num_rows: int
+    """Rows of an epoch."""
+    seed: int
+    """Of the orders."""
+
+    def __call__(self, positions: Int64[np.ndarray, " samples"]) -> Draws:
+        """Epoch and row at positions of the stream, which count from 0."""
+        epochs, places = np.divmod(positions, self.num_rows)
+        return Draws(epochs, permute(places, self.num_rows, hash_numbers(self.seed, 0, epochs)))
+
+
+class ClipSample(NamedTuple):
+    """One training sample."""
+
+    codes: UInt16[np.ndarray, "frames grid grid"]
+    """Image codes: 5 frames for the video stages, 1 for the image model. A view of the shard: not to be written."""
+    caption: str | None
+    """One of the clip's captions; None where it was dropped: take the unconditional text."""
+    duration: float
+    """Seconds from the first to the last frame, as `TextTokenizer.encode_caption` takes it; 0 for a single frame."""
+    position: int
+    """Its number in the stream."""
+    epoch: int
+    """How often every row was drawn before."""
+    row: int
+    """Which row of the stream it is."""
+    seed: int
+    """Of 63 bits, from seed, epoch and row: for what else is random in the sample, such as masks."""
+    high_codes: UInt16[np.ndarray, "frames high_grid high_grid"] | None = None
+    """Codes of the same frames for super-resolution, if the settings ask for them."""
+
+
+class ClipStream(MapDataset[ClipSample]):
+    """Samples of one or several dataset folders, by their position in the endless stream. `len` is that of an epoch.
+
+    Workers get the names of the files and map them themselves.
+
+    Args:
+        folders: outputs of `cogvideo data prepare`, one after another; a folder given twice counts twice.
+        split: the part of each that is used.
+        sampling: how clips become samples.
+        tokenizer_sha256: of the image tokenizer that the codes must be of; any unless given, but the same for all.
+        grid: side of a frame in codes that the model has; any unless given, but the same for all.
+
+    Raises:
+        ValueError: a dataset is incomplete, of another tokenizer, grid or base rate, lacks the split or the codes of
+            super-resolution, or no clip is long enough for the mode.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        split: str = "train",
+        sampling: ClipSampling = ClipSampling(),  # noqa: B008  # frozen
+        tokenizer_sha256: str | None = None,
+        grid: int | None = None,
+    ) -> None:
+        require(len(folders) > 0, "got no dataset folder, expected at least one")
+        self.datasets = [Dataset(Path(folder), tokenizer_sha256) for folder in folders]
+        self.split = split
+        self.sampling = sampling
+        _check_cards(self.datasets, sampling, grid)
+        self._starts = [0, *accumulate(len(dataset) for dataset in self.datasets)]
+        self._rows = self._usable_rows()
+        self.order = Order(len(self._rows), sampling.seed)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, position: int) -> ClipSample:
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[ClipSample]:
+        """The samples of a batch: what is random in them is made for all at once."""
+        numbers = np.asarray(positions, np.int64)
+        epochs, rows = self.order(numbers)
+        draws = keyed_uniform(self.sampling.seed, epochs, rows, _DRAWS).tolist()
+        seeds = keyed_seeds(self.sampling.seed, epochs, rows).tolist()
+        places = (numbers.tolist(), epochs.tolist(), rows.tolist(), seeds)
+        return [self._sample(*each) for each in zip(*places, self._rows[rows].tolist(), draws, strict=True)]
+
+    def _sample(
+        self, position: int, epoch: int, row: int, seed: int, stored_row: int, draws: list[float]
+    ) -> ClipSample:
+        shard, number = self._find(stored_row)
+        rate_draw, offset_draw, caption_draw, dropout_draw = draws
+        codes = shard.codes(number)
+        window = choose_window(len(codes), self.sampling, rate_draw, offset_draw)
+        assert window is not None, "the index holds rows that are long enough"
+        dropped = dropout_draw < self.sampling.caption_dropout
+        caption = None if dropped else shard.caption(number, int(caption_draw * shard.num_captions(number)))
+        high_codes = shard.high_codes(number) if self.sampling.high_codes else None
+        return ClipSample(
+            codes[window.slice],
+            caption,
+            window.duration(self.sampling.rates.base),
+            position,
+            epoch,
+            row,
+            seed,
+            None if high_codes is None else high_codes[window.slice],
+        )
+
+    def _find(self, stored_row: int) -> tuple[Shard, int]:
+        number = bisect_right(self._starts, stored_row) - 1
+        return self.datasets[number].find(stored_row - self._starts[number])
+
+    def _usable_rows(self) -> Int64[np.ndarray, " rows"]:
+        """Rows of the split that are long enough, numbered over all datasets."""
+        rows = np.concatenate(
+            [start + each.rows(self.split) for start, each in zip(self._starts, self.datasets, strict=False)]
+        )
+        lengths = np.concatenate([each.num_frames() for each in self.datasets])[rows]
+        usable = rows[lengths >= self.sampling.min_frames]
+        if len(usable) == 0:
+            raise ValueError(self._nothing_usable(lengths))
+        return usable
+
+    def _nothing_usable(self, lengths: np.ndarray) -> str:
+        where = f"{', '.join(str(each.folder) for each in self.datasets)}, split {self.split!r}"
+        if len(lengths) == 0:
+            return f"{where}: there is no clip, expected at least one"
+        needed, rates = self.sampling.min_frames, self.sampling.rates
+        return (
+            f"{where}: no clip is long enough for the mode {self.sampling.mode}: expected {needed} frames at "
+            f"{rates.base:g} a second, got clips of {lengths.min()} to {lengths.max()}"
+        )
+
+
+def _check_cards(datasets: Sequence[Dataset], sampling: ClipSampling, grid: int | None) -> None:
+    """Refuse datasets that cannot be one stream for one model."""
+    first = datasets[0]
+    for dataset in datasets:
+        card, where = dataset.card, dataset.folder
+        card.check_tokenizer(first.card.tokenizer_sha256, where)
+        expected = first.card.grid if grid is None else grid
+        require(card.grid == expected, f"{where} has frames of {card.grid} x {card.grid} codes, expected {expected}")
+        base = sampling.rates.base
+        require(card.fps == base, f"{where} has {card.fps:g} frames a second, expected the base rate {base:g}")
+        if sampling.high_codes:
+            high = first.card.high_grid
+            require(card.high_grid > 0, f"{where} has no codes of super-resolution: prepare the data with them")
+            require(card.high_grid == high, f"{where} has high codes of side {card.high_grid}, expected {high}")
+
+
+class Batch(NamedTuple):
+    """Samples side by side, with their captions as text: what `collate` makes.
+
+    Only codes are tensors: each one costs a worker process 0.1 ms to hand over, lists of numbers nearly nothing.
+    """
+
+    codes: Int64[Tensor, "batch frames grid grid"]
+    """Image codes."""
+    captions: list[str | None]
+    """Texts; None for the unconditional one."""
+    durations: list[float]
+    """Seconds from the first to the last frame."""
+    positions: list[int]
+    """Numbers in the stream."""
+    epochs: list[int]
+    """How often every row was drawn before."""
+    seeds: list[int]
+    """For what else is random."""
+    high_codes: Int64[Tensor, "batch frames high_grid high_grid"] | None
+    """Codes for super-resolution, if the settings ask for them."""
+
+
+def collate(samples: list[ClipSample]) -> Batch:
+    """Samples to a batch. Training passes a function of its own that also tokenises and pads the captions:
+
+        def collate_tokens(samples: list[ClipSample]) -> tuple[PaddedText, Tensor]:
+            rows = [
+                text.encode_unconditional(each.duration)
+                if each.caption is None
+                else text.encode_caption(each.caption, each.duration)
+                for each in samples
+            ]
+            return pad_left([fit(row, slots, truncate=True) for row in rows], slots, text.pad), collate(samples).codes
+
+    It runs in the workers, which must be able to pickle it where processes are spawned.
+    """
+    high = [each.high_codes for each in samples if each.high_codes is not None]
+    return Batch(
+        _stack([each.codes for each in samples]),
+        [each.caption for each in samples],
+        [each.duration for each in samples],
+        [each.position for each in samples],
+        [each.epoch for each in samples],
+        [each.seed for each in samples],
+        _stack(high) if high else None,
+    )
+
+
+def _stack(codes: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(codes, dtype=np.int64, casting="safe"))
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The batch sampler: positions of each batch of one rank, from `start` on.
+
+    The ranks' shares of a batch are dealt out in turn. Together they are every position once.
+    """
+
+    start: int
+    """First position of the first batch."""
+    batch_size: int
+    """Samples of a batch, over all ranks."""
+    rank: int = 0
+    """Whose share."""
+    world_size: int = 1
+    """How many ranks share a batch."""
+    end: int | None = None
+    """Position behind the last one; None for an endless stream."""
+
+    def __post_init__(self) -> None:
+        require(self.start >= 0, f"the position is {self.start}, expected 0 or more")
+        require(self.batch_size > 0, f"batch_size is {self.batch_size}, expected a positive number")
+        known = 0 <= self.rank < self.world_size
+        require(known, f"rank is {self.rank} of {self.world_size} ranks, expected a number in [0, {self.world_size})")
+        require(
+            self.batch_size % self.world_size == 0,
+            f"batch_size {self.batch_size} is not divisible by the {self.world_size} ranks that share a batch",
+        )
+
+    def __iter__(self) -> Iterator[range]:
+        firsts = (
+            count(self.start, self.batch_size) if self.end is None else range(self.start, self.end, self.batch_size)
+        )
+        for first in firsts:
+            behind = first + self.batch_size if self.end is None else min(first + self.batch_size, self.end)
+            share = range(first + self.rank, behind, self.world_size)
+            if share:
+                yield share
+
+
+class Loader(Generic[T]):
+    """Batches of a stream for one rank, and the position to continue from.
+
+    Training takes the endless stream, in which batches may straddle epochs. Evaluation takes `end=len(stream)`: exactly
+    one epoch, whose last batch is smaller. Ranks may then have one batch less than others: where they must keep step,
+    take the endless stream for `ceil(rows / batch_size)` batches and leave out samples of epoch 1.
+
+    Args:
+        stream: the samples.
+        batch_size: samples of a batch over all ranks.
+        rank: whose share of each batch is loaded.
+        world_size: how many ranks share it.
+        position: number of samples that were taken before, over all ranks.
+        end: position to stop at; endless unless given.
+        num_workers: processes that load ahead; 0 loads in this one.
+        collate: samples of a share to what is yielded.
+        pin_memory: give tensors in memory that a GPU copies from asynchronously.
+
+    Raises:
+        ValueError: the batch cannot be shared among the ranks, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        stream: ClipStream,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        position: int = 0,
+        end: int | None = None,
+        num_workers: int = 0,
+        collate: Callable[[list[ClipSample]], T] = collate,  # type: ignore[assignment]  # T is Batch then
+        pin_memory: bool = False,
+    ) -> None:
+        require(num_workers >= 0, f"num_workers is {num_workers}, expected 0 or more")
+        Positions(position, batch_size, rank, world_size, end)  # refuses what cannot be
+        self.stream = stream
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.position = position
+        self.end = end
+        self.num_workers = num_workers
+        self.collate = collate
+        self.pin_memory = pin_memory
+
+    def __iter__(self) -> Iterator[T]:
+        """Batches from `position` on, which has moved behind a batch when it is yielded, whatever was loaded ahead."""
+        sampler = Positions(self.position, self.batch_size, self.rank, self.world_size, self.end)
+        batches = DataLoader(
+            self.stream,
+            batch_sampler=cast(Any, sampler),
+            num_workers=self.num_workers,
+            collate_fn=self.collate,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # the loader draws a seed that nothing uses: not from the global generator
+        )
+        for batch in batches:
+            behind = self.position + self.batch_size
+            self.position = behind if self.end is None else min(behind, self.end)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint keeps: the same on all ranks, and good for any number of ranks, workers and batch size."""
+        return {"position": self.position, "num_rows": len(self.stream), "seed": self.stream.sampling.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at the sample behind the last one that was taken when the state was.
+
+        Raises:
+            ValueError: the state is of another dataset or seed.
+        """
+        for name, expected in self.state_dict().items():
+            if name != "position":
+                got = state.get(name)
+                require(got == expected, f"the run was on data with {name} {got}, expected {expected} as here")
+        self.position = state["position"]

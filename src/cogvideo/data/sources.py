@@ -1,0 +1,349 @@
+"""A source of captioned clips as a list of items: a folder, a table, WebDataset tars or the synthetic World.
+
+| source | what it lists |
+|---|---|
+| folder with a table `captions.*` or `metadata.*` directly inside | the rows of the table, nothing else |
+| any other folder | all videos below it in the order of their paths, and what is in tars below it |
+| `.csv`, `.tsv`, `.jsonl`, `.parquet` | its rows; paths are relative to the table's folder |
+| `.tar` (WebDataset) | its videos |
+| `world:COUNT`, `world:FIRST:END` | clips of the World by their index |
+
+Captions of `x.mp4` in a folder or tar are the lines of `x.txt` beside it, else those in `x.json`; whatever else that
+says is taken like the columns of a table. Hidden files and folders are left out. Listing opens tables and captions,
+never a video.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cogvideo import world
+from cogvideo.config import require
+from cogvideo.data.folders import find_manifest, notes, read_beside, walk
+from cogvideo.data.tables import (
+    TABLE_SUFFIXES,
+    Record,
+    RowError,
+    attributes_of,
+    captions_of,
+    is_table,
+    read_columns,
+    read_records,
+    span_of,
+)
+from cogvideo.data.tars import Entry, read_bytes, read_index
+from cogvideo.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+_SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}  # what others call it
+_TARS = (".tar", ".tgz", ".tbz2", ".txz")
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A video or image on disk."""
+
+    path: Path
+    """Where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A video or image inside an uncompressed tar, where it is read without unpacking."""
+
+    archive: Path
+    """The tar."""
+    name: str
+    """Its name inside."""
+    offset: int
+    """First byte of its content in the archive."""
+    num_bytes: int
+    """Length of its content."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A clip of the synthetic World."""
+
+    index: int
+    """Which one."""
+
+
+Media = File | Member | Rendering
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One clip of a source, before it is read."""
+
+    id: str
+    """Name that no other item of the source has: the path below the source, with what part of it is meant."""
+    media: Media
+    """Where its frames come from."""
+    captions: tuple[str, ...]
+    """One caption or several, none empty."""
+    attributes: dict[str, str] = field(default_factory=dict)
+    """Other things that the source says about it."""
+    start: float = 0.0
+    """Seconds from the first frame to the part that is meant."""
+    end: float | None = None
+    """Seconds from the first frame to its end; None for the end of the file."""
+    split: str | None = None
+    """The split it belongs to where the source says so."""
+    copy: int = 0
+    """Counts the copies of one clip, which differ in what is drawn at random (background)."""
+
+
+class Rejection(NamedTuple):
+    """Why a clip of the source is not in the result."""
+
+    id: str
+    """Of the item, or where it stands in the source."""
+    reason: str
+    """A few fixed words, which are counted."""
+    detail: str
+    """What exactly was found."""
+
+
+class Listing(NamedTuple):
+    """What a source holds, in an order that depends on its content alone."""
+
+    items: list[Item]
+    """Clips that can be read."""
+    rejected: list[Rejection]
+    """Clips that are refused before they are read."""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How a source is listed."""
+
+    caption_columns: tuple[str, ...] = ("caption",)
+    """Columns of a table, or keys of a JSON file, with a caption or a list of captions."""
+    file_column: str = "file"
+    """Column of a table with the path of the video."""
+    copies: int = 1
+    """Each clip so many times; copies differ in what is drawn at random, such as the background."""
+    images: bool = False
+    """Also take still images from folders and tars; tables say themselves what they mean."""
+    validation: float = 0.05
+    """Share of the clips that become the split `validation` where the source names none. All parts and copies of one
+    file are in one split, which depends on the file's path below the source alone."""
+    limit: int | None = None
+    """Only so many clips, the first ones; copies are not counted."""
+
+    def __post_init__(self) -> None:
+        require(len(self.caption_columns) > 0, "caption_columns is empty, expected one column or more")
+        require(self.copies > 0, f"copies is {self.copies}, expected a positive number")
+        require(0 <= self.validation <= 1, f"validation is {self.validation}, expected a share in [0, 1]")
+        require(self.limit is None or self.limit > 0, f"limit is {self.limit}, expected a positive number or none")
+
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """Of files that are listed."""
+        return frozenset(VIDEO_SUFFIXES) | frozenset(IMAGE_SUFFIXES if self.images else ())
+
+
+Found = Iterator[Item | Rejection]
+
+
+def list_source(source: str, options: SourceOptions) -> Listing:
+    """The clips of a source.
+
+    Args:
+        source: a path, or `world:COUNT` or `world:FIRST:END`; a file called so is `./world:5`.
+        options: which columns are meant, and what becomes of the clips.
+
+    Raises:
+        ValueError: there is no such source, it cannot be read as a whole (a folder without permission, a table with
+            broken quoting, no caption column), or it holds no clip.
+    """
+    listing = Listing([], [])
+    seen: set[str] = set()
+    num_clips = 0
+    for each in _find(source, options):
+        if isinstance(each, Rejection):
+            listing.rejected.append(each)
+        elif each.id in seen:
+            listing.rejected.append(Rejection(each.id, "named twice", "the same part of the file stands before it"))
+        else:
+            seen.add(each.id)
+            listing.items.extend(_copies(each, options.copies))
+            num_clips += 1
+            if num_clips == options.limit:
+                break
+    nothing = f"{source} holds no clip, expected {', '.join(sorted(options.suffixes))} or .tar files"
+    require(bool(listing.items or listing.rejected), nothing)
+    return listing
+
+
+def _find(source: str, options: SourceOptions) -> Found:
+    """The reader of the source, chosen by what it is."""
+    if source.startswith("world:"):
+        return _world(source)
+    path = Path(os.path.abspath(source))  # for workers that stand elsewhere
+    require(os.path.lexists(path), f"there is no {source}, expected a folder, a table, a tar or world:COUNT")
+    if path.is_dir():
+        manifest = find_manifest(path)
+        return _folder(path, options) if manifest is None else _table(manifest, options)
+    if is_table(path):
+        return _table(path, options)
+    if _is_tar(path):
+        return _tar(path, path.parent, options)
+    kinds = f"a folder, a table ({', '.join(TABLE_SUFFIXES)}), a .tar or world:COUNT"
+    raise ValueError(f"{source} is no source, expected {kinds}")
+
+
+def _copies(item: Item, number: int) -> Iterable[Item]:
+    copies = (replace(item, id=f"{item.id}~{copy}", copy=copy) for copy in range(1, number))
+    return [item, *copies]
+
+
+def _item(name: str, media: Media, captions: tuple[str, ...], values: dict[str, Any], options: SourceOptions) -> Item:
+    """An item from its file's name below the source and from what else is said about it.
+
+    Raises:
+        RowError: start or end is no time.
+    """
+    start, end = span_of(values)
+    part = f"#{_number(start)}-{'' if end is None else _number(end)}" if start or end is not None else ""
+    known = frozenset((options.file_column, *options.caption_columns, "start", "end", "split"))
+    split = str(values.get("split") or "").strip()
+    split = _SPLITS.get(split, split) or _draw_split(name, options.validation)
+    return Item(_plain(name) + part, media, captions, attributes_of(values, known), start, end, split)
+
+
+def _draw_split(name: str, validation: float) -> str:
+    key = hashlib.blake2b(_plain(name).encode(), digest_size=8).digest()
+    return "validation" if int.from_bytes(key, "little") < validation * 2**64 else "train"
+
+
+def _number(seconds: float) -> str:
+    return f"{seconds:.6f}".rstrip("0").rstrip(".")
+
+
+def _plain(name: str) -> str:
+    """A path as text that can be written: bytes that are no UTF-8 are spelled out."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def _attempt(name: str, make: Callable[..., Item], *arguments: Any) -> Item | Rejection:
+    """`make(*arguments)`, or why the clip of that name is refused."""
+    try:
+        return make(*arguments)
+    except RowError as error:
+        return Rejection(_plain(name), error.reason, error.detail)
+
+
+def _world(source: str) -> Found:
+    bounds = source.split(":")[1:]
+    try:
+        first, end = (0, *map(int, bounds))[-2:]
+    except ValueError:
+        first, end = 0, 0
+    good = len(bounds) <= 2 and 0 <= first < end
+    require(good, f"got {source!r}, expected world:COUNT or world:FIRST:END with numbers, such as world:100000")
+    return (_scene_item(index) for index in range(first, end))
+
+
+def _scene_item(index: int) -> Item:
+    scene = world.scene(index)
+    captions, attributes = world.captions(scene), world.attributes(scene)
+    return Item(f"world/{index:06}", Rendering(index), captions, attributes, split=world.split(scene))
+
+
+def _table(path: Path, options: SourceOptions) -> Found:
+    columns = read_columns(path)
+    flags = dict.fromkeys(options.caption_columns, "--caption-columns") | {options.file_column: "--file-column"}
+    for column, flag in flags.items():
+        there = f"it has {', '.join(columns)}: choose with {flag}"
+        require(column in columns, f"{path} has no column {column!r}, {there}")
+    return _rows(path, options)
+
+
+def _rows(path: Path, options: SourceOptions) -> Found:
+    folder = str(path.parent)
+    number = 0
+    for number, record in enumerate(read_records(path), 1):  # noqa: B007 - asked for behind the loop
+        yield _row(record, path.name, folder, options)
+    require(number > 0, f"{path} is empty, expected rows below its column names")
+
+
+def _row(record: Record, table: str, folder: str, options: SourceOptions) -> Item | Rejection:
+    file = record.values.get(options.file_column)
+    where = f"{table}, {record.place}"
+    if not isinstance(file, str) or not file.strip():
+        return Rejection(where, "missing file name", f"got {file!r:.60}")
+    path = os.path.normpath(os.path.join(folder, file.strip()))
+    name = os.path.relpath(path, folder) if not path.startswith(folder + os.sep) else path[len(folder) + 1 :]
+    try:
+        return _row_item(record, path, name, options)
+    except RowError as error:
+        return Rejection(_plain(name), error.reason, f"{where}: {error.detail}" if error.detail else where)
+
+
+def _row_item(record: Record, path: str, name: str, options: SourceOptions) -> Item:
+    if record.surplus:
+        detail = f'{record.surplus} cells have no column: a caption with commas stands in "..."'
+        raise RowError("more cells than columns", detail)
+    captions = captions_of(record.values, options.caption_columns)
+    item = _item(name, File(Path(path)), captions, record.values, options)
+    if not os.path.isfile(path):
+        raise RowError("file is missing", f"{path} is a folder" if os.path.isdir(path) else f"there is no {path}")
+    return item
+
+
+def _folder(folder: Path, options: SourceOptions) -> Found:
+    for name in walk(folder):
+        path = folder / name
+        if path.suffix.lower() in options.suffixes:
+            yield _attempt(name, _file_item, path, name, options)
+        elif _is_tar(path):
+            yield from _tar_inside(path, folder, options)
+
+
+def _file_item(path: Path, name: str, options: SourceOptions) -> Item:
+    text, table = (read_beside(path.with_suffix(suffix)) for suffix in (".txt", ".json"))
+    captions, values = notes(text, table, options.caption_columns)
+    return _item(name, File(path), captions, values, options)
+
+
+def _is_tar(path: Path) -> bool:
+    packed = path.suffix in _COMPRESSIONS and path.with_suffix("").suffix == ".tar"
+    return path.suffix.lower() in _TARS or packed
+
+
+def _tar_inside(path: Path, folder: Path, options: SourceOptions) -> Found:
+    """A tar in a folder: what it lacks is counted, so that one bad tar of a thousand does not stop a run."""
+    try:
+        yield from _tar(path, folder, options)
+    except ValueError as error:
+        yield Rejection(_plain(path.relative_to(folder).as_posix()), "tar cannot be read", str(error))
+
+
+def _tar(path: Path, folder: Path, options: SourceOptions) -> Found:
+    index = read_index(path)
+    name = path.relative_to(folder).as_posix()
+    others = {entry.name: entry for entry in index.entries if entry.suffix in (".txt", ".json")}
+    for entry in sorted(index.entries, key=lambda each: each.name):
+        if entry.suffix in options.suffixes:
+            yield _attempt(f"{name}/{entry.name}", _member_item, path, name, entry, others, options)
+    for entry in index.cut:
+        yield Rejection(_plain(f"{name}/{entry.name}"), "cut off", f"{path} ends inside it")
+    if index.damage:
+        yield Rejection(_plain(name), "tar is damaged", f"{index.damage}; whole files before it are taken")
+
+
+def _member_item(path: Path, tar: str, entry: Entry, others: dict[str, Entry], options: SourceOptions) -> Item:
+    text, table = (
+        next((read_bytes(path, others[name]) for name in entry.beside(suffix) if name in others), None)
+        for suffix in (".txt", ".json")
+    )
+    captions, values = notes(text, table, options.caption_columns)
+    media = Member(path, entry.name, entry.offset, entry.num_bytes)
+    return _item(f"{tar}/{entry.name}", media, captions, values, options)

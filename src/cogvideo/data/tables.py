@@ -1,0 +1,239 @@
+"""Tables of clips as records: CSV, TSV, JSON lines and Parquet, and what stands in their cells."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cogvideo.config import require
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+"""Files that are read as tables."""
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+class RowError(ValueError):
+    """A record that cannot be used; the others can.
+
+    Args:
+        reason: a few fixed words, which are counted.
+        detail: what exactly was found.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+class Record(NamedTuple):
+    """One row of a table."""
+
+    place: str
+    """Where it stands, for messages: `line 7`."""
+    values: dict[str, Any]
+    """Its cells by their column; of a CSV all are text, else what JSON or Arrow has."""
+    surplus: int = 0
+    """Cells behind the last column, which no column names."""
+
+
+def is_table(path: Path) -> bool:
+    """Whether the name of a file is that of a table."""
+    return path.suffix.lower() in TABLE_SUFFIXES
+
+
+def read_columns(path: Path) -> tuple[str, ...]:
+    """Names of a table's columns; those of JSON lines are all keys that occur.
+
+    Raises:
+        ValueError: it cannot be read, is empty, or two columns have one name.
+    """
+    if path.suffix.lower() == ".parquet":
+        with _parquet(path) as file:
+            names = tuple(file.schema_arrow.names)
+    elif path.suffix.lower() == ".jsonl":
+        names = tuple(dict.fromkeys(chain.from_iterable(record.values for record in _json_lines(path))))
+    else:
+        names = tuple(_csv_columns(path))
+    require(len(names) > 0, f"{path} is empty, expected a table of clips")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    require(not twice, f"{path} has the column {', '.join(twice)} twice")
+    return names
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The rows of a table in their order, one at a time.
+
+    Raises:
+        ValueError: it cannot be read; the message says in which line.
+    """
+    if path.suffix.lower() == ".parquet":
+        return _parquet_records(path)
+    return _json_lines(path) if path.suffix.lower() == ".jsonl" else _csv_records(path)
+
+
+def captions_of(values: dict[str, Any], columns: Iterable[str]) -> tuple[str, ...]:
+    """The captions of a record, each once: of every column the text, or each text of a list.
+
+    Raises:
+        RowError: there is none, or something else stands in its place.
+    """
+    cells = [values[column] for column in columns if values.get(column) is not None]
+    texts = [text for cell in cells for text in (cell if isinstance(cell, list) else [cell]) if text is not None]
+    if not texts:
+        raise RowError("missing caption", f"nothing stands in {', '.join(columns)}")
+    return clean(texts)
+
+
+def clean(captions: Iterable[Any]) -> tuple[str, ...]:
+    """Captions without space around them, each once and none empty: of signs that are seen.
+
+    SentencePiece's own sign for a space (U+2581) is one.
+
+    Raises:
+        RowError: none is left, or one is no text.
+    """
+    kept: dict[str, None] = {}
+    for caption in captions:
+        if not isinstance(caption, str) or not _is_unicode(caption):
+            raise RowError("caption is no text", f"got {caption!r:.60}")
+        if any(each.isprintable() and not each.isspace() and each != "\u2581" for each in caption):
+            kept[caption.strip()] = None
+    if not kept:
+        raise RowError("empty caption")
+    return tuple(kept)
+
+
+def attributes_of(values: dict[str, Any], known: frozenset[str]) -> dict[str, str]:
+    """What else a record says, as text: other columns, and the keys of a table called `attributes`."""
+    nested = values.get("attributes")
+    inner = nested if isinstance(nested, dict) else {}
+    outer = {key: value for key, value in values.items() if key not in known and not (key == "attributes" and inner)}
+    return {str(key): _text(value) for key, value in (inner | outer).items() if value is not None and value != ""}
+
+
+def span_of(values: dict[str, Any]) -> tuple[float, float | None]:
+    """`start` and `end` of a record in seconds; from the first frame to the last unless it says otherwise.
+
+    Raises:
+        RowError: they are no times, or the end is not behind the start.
+    """
+    start, end = (_seconds(name, values.get(name)) for name in ("start", "end"))
+    if end is not None and end <= (start or 0.0):
+        raise RowError("bad start or end", f"the clip ends at {end:g} s and starts at {start or 0.0:g} s")
+    return start or 0.0, end
+
+
+def _seconds(name: str, cell: Any) -> float | None:
+    """Seconds as a number, `ss.s`, `mm:ss.s` or `hh:mm:ss.s`; None for an empty cell."""
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        return None
+    try:
+        parts = [float(part) for part in str(cell).split(":")]
+    except ValueError:
+        parts = [math.nan]
+    good = len(parts) <= 3 and all(0 <= part < math.inf for part in parts) and all(part < 60 for part in parts[1:])
+    if not good or isinstance(cell, bool):
+        raise RowError("bad start or end", f"{name} is {cell!r:.40}, expected seconds or hh:mm:ss")
+    return sum(part * 60**power for power, part in enumerate(reversed(parts)))
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _is_unicode(text: str) -> bool:
+    """False for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors of reading as errors of the user, in one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: it is not UTF-8, save it as UTF-8") from error
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not blank with the line they start in; quoted cells may go on over several lines."""
+    delimiter = _DELIMITERS[path.suffix.lower()]
+    with _reading(path), path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=delimiter == ",", strict=True)
+        start = 1
+        try:
+            for row in reader:
+                if row:
+                    yield start, row
+                start = reader.line_num + 1
+        except csv.Error as error:
+            hint = 'a cell with quotes or commas stands in "...", quotes in it are doubled'
+            raise ValueError(f"{path}, line {start}: {error} ({hint})") from error
+
+
+def _csv_columns(path: Path) -> list[str]:
+    return [name.strip() for name in next(_csv_rows(path), (1, []))[1]]
+
+
+def _csv_records(path: Path) -> Iterator[Record]:
+    names = _csv_columns(path)
+    for line, row in islice(_csv_rows(path), 1, None):
+        yield Record(f"line {line}", dict(zip(names, row, strict=False)), max(0, len(row) - len(names)))
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    with _reading(path), path.open(newline="\n", encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield Record(f"line {number}", parse_json(line, f"{path}, line {number}"))
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """The table that a JSON text holds; messages call it `where`.
+
+    Raises:
+        ValueError: it holds something else or is no JSON.
+    """
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: it is no JSON ({error})") from error
+    require(isinstance(values, dict), f'{where}: got {values!r:.40}, expected {{"file": ..., "caption": ...}}')
+    return values
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ValueError(f"{path} needs pyarrow: pip install 'cogvideo[train]'") from error
+    with _reading(path):
+        try:
+            with ParquetFile(path) as file:
+                yield file
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"cannot read {path}: {error}") from error
+
+
+def _parquet_records(path: Path) -> Iterator[Record]:
+    with _parquet(path) as file:
+        rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+        for number, values in enumerate(rows, 1):
+            yield Record(f"row {number}", values)

@@ -1,0 +1,203 @@
+"""Multi-frame-rate sampling: sequences stay inside their clip, are as slow as it allows, and say their true rate."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cogvideo.config import TextConfig
+from cogvideo.data.clips import (
+    ClipSampling,
+    FrameRates,
+    Window,
+    choose_window,
+    filled_rates,
+    interpolation_rates,
+    lowest_rate,
+    place_window,
+)
+
+DEFAULT = FrameRates()
+LAST = math.nextafter(1.0, 0.0)
+
+draws = st.floats(0, 1, exclude_max=True)
+lengths = st.integers(0, 300)
+
+
+bases = st.sampled_from([1.0, 6.0, 8.0, 12.5, 24000 / 1001, 30.0])
+stride_sets = st.sets(st.integers(1, 24), min_size=1, max_size=5)
+settings = st.tuples(bases, stride_sets, st.integers(2, 9))
+
+
+def rates_of(setting: tuple[float, set[int], int]) -> FrameRates:
+    """Rates by their strides, which are what must be whole."""
+    base, strides, num_frames = setting
+    return FrameRates(base, tuple(base / stride for stride in sorted(strides, reverse=True)), num_frames)
+
+
+def starts_by_trial(num_frames: int, stride: int, wanted: int) -> list[int]:
+    """All starts at which every frame of a sequence exists, by looking at each."""
+    exists = set(range(num_frames))
+    return [start for start in exists if all(start + step * stride in exists for step in range(wanted))]
+
+
+@given(lengths, settings, draws, draws, st.sampled_from(["sequential", "interpolation", "image"]))
+def test_windows_stay_inside_the_clip(
+    num_frames: int, setting: tuple[float, set[int], int], rate_draw: float, offset_draw: float, mode: str
+) -> None:
+    """A sequence with a frame behind the clip's end, or with more or fewer frames than the model takes."""
+    rates = rates_of(setting)
+    if mode == "interpolation" and len(rates.rates) == 1:
+        return
+    sampling = ClipSampling(mode, rates)
+    window = choose_window(num_frames, sampling, rate_draw, offset_draw)
+    wanted = 1 if mode == "image" else rates.num_frames
+    if window is None:
+        assert num_frames < sampling.min_frames
+        assert not starts_by_trial(num_frames, min(map(rates.stride, rates.rates)), wanted)
+        return
+    clip = np.arange(num_frames)
+    taken = clip[window.slice].tolist()
+    assert taken == list(window.indices) == [clip[index] for index in window.indices]
+    assert len(taken) == wanted
+    assert len(set(np.diff(taken))) <= 1, "frames are equally far from each other"
+
+
+@given(lengths, settings)
+def test_lowest_rate_is_the_lowest(num_frames: int, setting: tuple[float, set[int], int]) -> None:
+    """A clip shown faster than need be, or at a rate at which it has too few frames."""
+    rates = rates_of(setting)
+    strides = [stride for stride in setting[1] if starts_by_trial(num_frames, stride, rates.num_frames)]
+    got = lowest_rate(num_frames, rates)
+    assert (got is None) == (not strides)
+    if got is not None:
+        assert rates.stride(got) == max(strides)
+    assert [rates.stride(rate) for rate in filled_rates(num_frames, rates)] == sorted(strides, reverse=True)
+
+
+@given(lengths, settings)
+def test_every_start_can_be_drawn(num_frames: int, setting: tuple[float, set[int], int]) -> None:
+    """Ends of clips that no sequence ever shows: the largest draw must give the last start, all between theirs."""
+    rates = rates_of(setting)
+    for rate in filled_rates(num_frames, rates):
+        starts = starts_by_trial(num_frames, rates.stride(rate), rates.num_frames)
+        got = [
+            place_window(num_frames, rate, rates, offset)
+            for offset in [(index + 0.5) / len(starts) for index in range(len(starts))]
+        ]
+        assert [window.start for window in got if window] == starts
+        assert place_window(num_frames, rate, rates, LAST) == got[-1]
+        assert place_window(num_frames, rate, rates) == got[0]
+
+
+@given(st.integers(1, 300), settings, draws, draws)
+def test_text_says_the_true_spacing(
+    num_frames: int, setting: tuple[float, set[int], int], rate_draw: float, offset_draw: float
+) -> None:
+    """A caption that calls a sequence slower or faster than it is: the text, read back, is the time between frames."""
+    rates = rates_of(setting)
+    window = choose_window(num_frames, ClipSampling("sequential", rates), rate_draw, offset_draw)
+    if window is None:
+        return
+    first, *_, last = window.indices
+    spanned = Fraction(last - first) / Fraction(rates.base)
+    text = TextConfig().duration_template.format(duration=window.duration(rates.base), caption="a 3s cat")
+    said = float(text.split("s<n>")[0])
+    assert said == pytest.approx(float(spanned), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "rate", "duration"), [(33, 1.0, 4.0), (32, 2.0, 2.0), (17, 2.0, 2.0), (9, 4.0, 1.0), (5, 8.0, 0.5)]
+)
+def test_published_durations(num_frames: int, rate: float, duration: float) -> None:
+    """The durations 4.0, 2.0, 1.0, 0.5 of the released text: another stride would still be consistent with itself."""
+    assert lowest_rate(num_frames, DEFAULT) == rate
+    window = choose_window(num_frames, ClipSampling(), 0.0, 0.0)
+    assert window is not None
+    assert window.duration(DEFAULT.base) == duration
+    released = "{duration}秒<n>{caption}".format(duration=window.duration(8.0), caption="x")
+    assert released == f"{duration}秒<n>x"
+
+
+def test_interpolation_has_the_durations_of_the_rounds() -> None:
+    """Interpolation trained at 4.0 seconds, which no round has, or a short clip kept from the rates that it fills."""
+    assert interpolation_rates(33, DEFAULT) == (2.0, 4.0, 8.0)
+    assert interpolation_rates(17, DEFAULT) == (2.0, 4.0, 8.0)
+    assert interpolation_rates(5, DEFAULT) == (8.0,)
+    sampling = ClipSampling("interpolation")
+    windows = [choose_window(33, sampling, (index + 0.5) / 3, 0.0) for index in range(3)]
+    assert [window.duration(8.0) for window in windows if window] == [2.0, 1.0, 0.5]
+
+
+def test_fixed_rate() -> None:
+    """The switch for comparison runs: one rate for all, and clips that do not fill it give nothing."""
+    sampling = ClipSampling(fixed_rate=4.0)
+    assert sampling.min_frames == 9
+    assert choose_window(33, sampling, LAST, LAST) == Window(24, 2, 5)
+    assert choose_window(8, sampling, 0.0, 0.0) is None
+    interpolation = ClipSampling("interpolation", FrameRates(rates=(4.0,)), fixed_rate=4.0)
+    assert choose_window(9, interpolation, 0.0, LAST) == Window(0, 2, 5)
+
+
+def test_offset_can_be_switched_off() -> None:
+    """Evaluation that should start at the first frame and does not."""
+    sampling = ClipSampling(random_offset=False)
+    assert choose_window(40, sampling, LAST, LAST) == Window(0, 8, 5)
+
+
+def test_image_takes_any_single_frame() -> None:
+    """Frames that the image model never sees, and clips too short for video that are lost for it."""
+    sampling = ClipSampling("image")
+    got = {choose_window(3, sampling, 0.0, draw) for draw in (0.0, 0.5, LAST)}
+    assert got == {Window(0, 1, 1), Window(1, 1, 1), Window(2, 1, 1)}
+    assert Window(2, 1, 1).duration(8.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"base": 0.0}, "base is 0.0"),
+        ({"base": math.nan}, "base is nan"),
+        ({"num_frames": 1}, "num_frames is 1"),
+        ({"rates": ()}, "rates are"),
+        ({"rates": (2.0, 1.0)}, "lowest first"),
+        ({"rates": (2.0, 2.0)}, "lowest first"),
+        ({"rates": (-1.0, 2.0)}, "positive"),
+        ({"rates": (3.0,)}, "no multiple of the rate 3"),
+        ({"rates": (8.0, 16.0)}, "no multiple of the rate 16"),
+    ],
+)
+def test_impossible_rates_are_refused(change: dict[str, object], message: str) -> None:
+    """Rates between two stored frames, which would be rounded in silence."""
+    with pytest.raises(ValueError, match=message):
+        FrameRates(**change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "video"}, "mode is 'video'"),
+        ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"fixed_rate": 3.0}, "the rate is 3"),
+        ({"mode": "image", "fixed_rate": 1.0}, "single frames"),
+        ({"mode": "interpolation", "rates": FrameRates(rates=(1.0,))}, "second one"),
+    ],
+)
+def test_impossible_sampling_is_refused(change: dict[str, object], message: str, without_shape_checks: None) -> None:
+    """A mistake in a recipe that shows only after hours, or never."""
+    with pytest.raises(ValueError, match=message):
+        ClipSampling(**change)  # type: ignore[arg-type]
+
+
+def test_unknown_rates_and_offsets_are_refused() -> None:
+    """A rate that is none of the model's, or an offset that would start behind the clip."""
+    with pytest.raises(ValueError, match="expected one of"):
+        place_window(33, 3.0, DEFAULT)
+    with pytest.raises(ValueError, match=r"random number 1\.0"):
+        place_window(33, 1.0, DEFAULT, 1.0)

@@ -1,0 +1,509 @@
+"""The loader: every row once an epoch, and the very next sample after any interruption, for any workers and ranks."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from itertools import islice, permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cogvideo.config import TextConfig
+from cogvideo.data.clips import ClipSampling, FrameRates, Mode, Window, choose_window
+from cogvideo.data.dataset import make_card, write_card
+from cogvideo.data.loader import (
+    Batch,
+    ClipSample,
+    ClipStream,
+    Loader,
+    Order,
+    Positions,
+    collate,
+    hash_numbers,
+    keyed_seeds,
+    keyed_uniform,
+    mix,
+    permute,
+)
+from cogvideo.data.shards import Row, ShardInfo, digest, shard_name, write_shard
+from cogvideo.text import PaddedText, TextTokenizer, fit, pad_left
+
+GRID, NUM_CODES = 2, 60_000
+LENGTHS = (33, 5, 1, 40, 2, 9, 4, 12, 33, 20, 5, 64, 8)
+
+
+def codes_of(clip: int, length: int, grid: int = GRID) -> np.ndarray:
+    """Codes that say which clip and frame they are of."""
+    return np.broadcast_to(
+        (clip * 100 + np.arange(length, dtype=np.uint16))[:, None, None], (length, grid, grid)
+    ).copy()
+
+
+def make_folder(folder: Path, lengths: tuple[int, ...] = LENGTHS, first: int = 0, **info: Any) -> Path:
+    """A dataset of clips of these lengths in shards of 4; every fifth clip is for validation."""
+    folder.mkdir()
+    settings = ShardInfo(**({"grid": GRID, "num_codes": NUM_CODES, "fps": 8.0, "tokenizer_sha256": "1" * 64} | info
+        | {"settings_sha256": digest({}), "work_sha256": "3"}))  # fmt: skip
+    rows = [
+        Row(
+            f"{number}",
+            tuple(f"clip {number} text {text}" for text in range(1 + number % 3)),
+            {},
+            settings.fps,
+            codes_of(number, length, settings.grid),
+            "validation" if number % 5 == 4 else "train",
+            codes_of(number, length, settings.high_grid) if settings.high_grid else None,
+        )
+        for number, length in enumerate(lengths, first)
+    ]
+    files = [shard_name(index) for index in range((len(rows) + 3) // 4)]
+    for index, file in enumerate(files):
+        write_shard(folder / file, rows[4 * index : 4 * index + 4], settings)
+    write_card(folder, make_card(folder, files, source="", tokenizer="bundle", settings={}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("loader") / "data")
+
+
+@pytest.fixture(scope="module")
+def stream(folder: Path) -> ClipStream:
+    return ClipStream([folder], sampling=ClipSampling("interpolation", caption_dropout=0.3, seed=5))
+
+
+def keep(samples: list[ClipSample]) -> list[ClipSample]:
+    """A collate function that changes nothing, but copies what lies in a map."""
+    return [sample._replace(codes=sample.codes.copy()) for sample in samples]
+
+
+def plain(samples: list[ClipSample]) -> list[tuple[Any, ...]]:
+    """Samples as values that can be compared."""
+    return [(*sample._replace(codes=None), sample.codes.tolist()) for sample in samples]
+
+
+def clip_of(sample: ClipSample) -> int:
+    return int(sample.codes[0, 0, 0]) // 100
+
+
+def clips(length: int, split: str = "train", shortest: int = 5) -> set[int]:
+    """The clips of a split that are long enough, from the list of lengths."""
+    return {
+        number
+        for number, each in enumerate(LENGTHS[:length])
+        if each >= shortest and (number % 5 == 4) == (split == "validation")
+    }
+
+
+# The order.
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_every_epoch_holds_every_row_once(num_rows: int, seed: int, epoch: int) -> None:
+    """Rows seen twice or never in an epoch: a permutation that is none, for some number of rows."""
+    draws = Order(num_rows, seed)(np.arange(epoch * num_rows, (epoch + 1) * num_rows))
+    assert sorted(draws.rows.tolist()) == list(range(num_rows))
+    assert set(draws.epochs.tolist()) == {epoch}
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 1023, 1024, 1025])
+def test_permutation_at_powers_of_two(num_rows: int) -> None:
+    """The sizes at which the number of bits changes."""
+    for key in range(20):
+        keys = hash_numbers(np.full(num_rows, key))
+        assert sorted(permute(np.arange(num_rows), num_rows, keys).tolist()) == list(range(num_rows))
+
+
+def test_large_datasets_need_no_list() -> None:
+    """An order that can only be made for data that fit in memory, or that overflows: places at the ends of 2**40."""
+    num_rows = 2**40 - 3
+    places = np.concatenate([np.arange(5000), num_rows - 1 - np.arange(5000)])
+    rows = permute(places, num_rows, hash_numbers(np.zeros(len(places), np.int64)))
+    assert len(set(rows.tolist())) == len(places)
+    assert rows.min() >= 0
+    assert rows.max() < num_rows
+    assert abs(rows.mean() / num_rows - 0.5) < 0.02
+
+
+def test_orders_look_random() -> None:
+    """An order that is nearly that of the files, or the same in every epoch or for every seed."""
+    num_rows = 1000
+    places = np.arange(num_rows)
+    orders = [Order(num_rows, seed)(places + epoch * num_rows).rows for seed in range(3) for epoch in range(10)]
+    for order in orders:
+        assert abs(np.corrcoef(places, order)[0, 1]) < 0.15  # 4.7 standard deviations
+        assert np.mean(order == places) < 0.01
+        assert np.mean(np.diff(order) == 1) < 0.01
+        assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.15
+    for one in range(len(orders)):
+        for other in range(one):
+            assert np.mean(orders[one] == orders[other]) < 0.01
+
+
+def test_small_orders_are_all_drawn() -> None:
+    """A few clips that always come in the same few orders."""
+    epochs = 3000
+    rows = Order(4, 0)(np.arange(4 * epochs)).rows.reshape(epochs, 4)
+    counts = Counter(map(tuple, rows.tolist()))
+    assert set(counts) == set(permutations(range(4)))
+    assert max(counts.values()) < 2.0 * epochs / 24
+    assert min(counts.values()) > 0.4 * epochs / 24
+
+
+def test_published_values_of_splitmix64() -> None:
+    """A hash that changed would give other orders to runs that are resumed; the first outputs of seed 1234567."""
+    golden = 0x9E3779B97F4A7C15
+    states = np.array([(1234567 + golden * step) % 2**64 for step in (1, 2, 3)], np.uint64)
+    assert mix(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_order_never_changes() -> None:
+    """A new version that resumes old runs at other samples, or a platform that orders differently."""
+    order = Order(10, 7)
+    assert order(np.arange(20)).rows.tolist() == [8, 6, 1, 0, 4, 7, 3, 5, 2, 9, 2, 7, 3, 4, 1, 0, 9, 8, 6, 5]
+    assert keyed_seeds(7, np.array([0, 1]), np.array([3, 3])).tolist() == [4430655301375008392, 3368791360226051095]
+
+
+# Keyed randomness.
+
+
+def test_draws_are_uniform_and_independent() -> None:
+    """Offsets that prefer some places, or draws that go together: across rows, epochs, seeds and with each other."""
+    rows, epochs = np.arange(4000), np.zeros(4000, np.int64)
+    draws = keyed_uniform(0, epochs, rows, 4)
+    others = (keyed_uniform(1, epochs, rows, 4), keyed_uniform(0, epochs + 1, rows, 4))
+    columns = np.concatenate([draws, *others, np.roll(draws, 1, axis=0)], axis=1)
+    assert columns.min() >= 0
+    assert columns.max() < 1
+    counts = np.stack([np.histogram(column, 20, (0, 1))[0] for column in columns.T])
+    assert np.all(np.abs(counts - 200) < 5 * np.sqrt(200))
+    correlations = np.corrcoef(columns.T) - np.eye(columns.shape[1])
+    assert np.abs(correlations).max() < 5 / np.sqrt(4000)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 10**9)), min_size=1, max_size=20), st.integers(0, 2**62))
+@settings(max_examples=50, deadline=None)
+def test_draws_do_not_depend_on_their_batch(places: list[tuple[int, int]], seed: int) -> None:
+    """A sample that differs with its neighbours in the batch, and so with the number of ranks."""
+    epochs, rows = (np.array(each) for each in zip(*places, strict=True))
+    together = keyed_uniform(seed, epochs, rows, 4)
+    alone = [keyed_uniform(seed, epochs[[index]], rows[[index]], 4)[0] for index in range(len(places))]
+    assert np.array_equal(together, np.stack(alone))
+    assert np.array_equal(together[:, :2], keyed_uniform(seed, epochs, rows, 2)), "nor on how many are drawn"
+
+
+# Samples.
+
+
+@pytest.mark.parametrize("mode", ["sequential", "interpolation", "image"])
+def test_samples_are_windows_of_their_clip(folder: Path, mode: Mode) -> None:
+    """Codes of another clip or other frames than the caption and the duration say."""
+    rates = FrameRates()
+    stream = ClipStream([folder], sampling=ClipSampling(mode))
+    for sample in stream.__getitems__(range(40)):
+        clip, frames = clip_of(sample), sample.codes[:, 0, 0].astype(int) % 100
+        length = LENGTHS[clip]
+        assert np.array_equal(sample.codes, np.broadcast_to(sample.codes[:, :1, :1], sample.codes.shape))
+        assert sample.caption in {f"clip {clip} text {text}" for text in range(1 + clip % 3)}
+        assert frames.max() < length
+        if mode == "image":
+            assert (len(frames), sample.duration) == (1, 0.0)
+            continue
+        strides = set(np.diff(frames).tolist())
+        assert (len(frames), len(strides)) == (5, 1)
+        assert sample.duration == 4 * strides.pop() / 8.0
+        allowed = {4.0, 2.0, 1.0, 0.5} if mode == "sequential" else {2.0, 1.0, 0.5}
+        filled = {duration for duration in allowed if length >= duration * rates.base + 1}
+        assert sample.duration == max(filled) if mode == "sequential" else sample.duration in filled
+
+
+def test_modes_take_the_clips_that_are_long_enough(folder: Path) -> None:
+    """Clips that a mode cannot use in its epoch, or clips that it could use left out."""
+    for sampling, shortest in (
+        (ClipSampling(), 5),
+        (ClipSampling(fixed_rate=2.0), 17),
+        (ClipSampling("image"), 1),
+        (ClipSampling(rates=FrameRates(rates=(1.0, 4.0))), 9),
+    ):
+        for split in ("train", "validation"):
+            stream = ClipStream([folder], split, sampling)
+            got = [clip_of(sample) for sample in stream.__getitems__(range(len(stream)))]
+            assert len(got) == len(stream)
+            assert set(got) == clips(len(LENGTHS), split, shortest)
+
+
+def test_offsets_and_captions_vary_by_epoch(folder: Path) -> None:
+    """Epochs that show the same frames with the same words again; frames that are never shown."""
+    stream = ClipStream([folder], sampling=ClipSampling("image"))
+    seen: dict[int, set[tuple[int, str | None]]] = {}
+    for sample in stream.__getitems__(range(200 * len(stream))):
+        seen.setdefault(clip_of(sample), set()).add((int(sample.codes[0, 0, 0]) % 100, sample.caption))
+    for clip in (1, 2, 8):
+        assert {frame for frame, _ in seen[clip]} == set(range(LENGTHS[clip]))
+        assert {text for _, text in seen[clip]} == {f"clip {clip} text {each}" for each in range(1 + clip % 3)}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_captions_are_dropped_at_their_share(folder: Path, share: float) -> None:
+    """Guidance without an unconditional text to guide from, or captions lost more often than asked for."""
+    stream = ClipStream([folder], sampling=ClipSampling(caption_dropout=share))
+    dropped = [sample.caption is None for sample in stream.__getitems__(range(2000))]
+    assert abs(np.mean(dropped) - share) < 0.05
+    if share in (0.0, 1.0):
+        assert set(dropped) == {bool(share)}
+
+
+def test_samples_do_not_depend_on_how_they_are_fetched(stream: ClipStream) -> None:
+    """A sample that differs with its batch, the order of fetching, or the process that opened the files."""
+    together = plain(stream.__getitems__(range(50)))
+    assert together == plain([stream[position] for position in range(50)])
+    assert together == plain(stream.__getitems__(range(49, -1, -1)))[::-1]
+    assert together == plain(pickle.loads(pickle.dumps(stream)).__getitems__(range(50)))
+
+
+def test_window_of_a_sample_is_that_of_the_pure_function(stream: ClipStream) -> None:
+    """Two rules of sampling, one tested and one used."""
+    for sample in stream.__getitems__(range(20)):
+        draws = keyed_uniform(5, np.array([sample.epoch]), np.array([sample.row]), 2)[0].tolist()
+        length = LENGTHS[clip_of(sample)]
+        window = choose_window(length, stream.sampling, *draws)
+        assert isinstance(window, Window)
+        assert (sample.codes[:, 0, 0] % 100).tolist() == list(window.indices)
+
+
+def test_several_folders_are_one_stream(tmp_path: Path) -> None:
+    """Rows of the second folder looked up in the first."""
+    one = make_folder(tmp_path / "one", (33, 5, 2, 9))
+    two = make_folder(tmp_path / "two", (6, 3, 7, 8, 9, 10), first=100)
+    stream = ClipStream([one, two])
+    got = [(clip_of(sample), sample.caption) for sample in stream.__getitems__(range(len(stream)))]
+    assert {clip for clip, _ in got} == {0, 1, 3, 100, 102, 103, 105}
+    assert all(text and text.startswith(f"clip {clip} ") for clip, text in got)
+
+
+def test_high_codes_are_of_the_same_frames(tmp_path: Path, folder: Path) -> None:
+    """Super-resolution trained on pairs of different frames, or 9 times the bytes read when nobody asked."""
+    high = make_folder(tmp_path / "high", high_grid=3 * GRID)
+    for mode in ("sequential", "image"):
+        for sample in ClipStream([high], sampling=ClipSampling(mode, high_codes=True)).__getitems__(range(20)):
+            assert sample.high_codes is not None
+            assert sample.high_codes.shape[1:] == (3 * GRID, 3 * GRID)
+            assert np.array_equal(sample.high_codes[:, 0, 0], sample.codes[:, 0, 0])
+    assert ClipStream([high])[0].high_codes is None
+    with pytest.raises(ValueError, match="no codes of super-resolution"):
+        ClipStream([folder], sampling=ClipSampling(high_codes=True))
+
+
+# Batches.
+
+
+def taken(loader: Loader[list[ClipSample]], num_batches: int | None = None) -> list[tuple[Any, ...]]:
+    return [value for batch in islice(loader, num_batches) for value in plain(batch)]
+
+
+@given(st.integers(0, 60), st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([12, 24]), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_ranks_together_are_the_stream(position: int, world_size: int, batch_size: int, num_batches: int) -> None:
+    """Samples that two ranks share, or that none has, from any position on, across epochs."""
+    shares = [
+        [list(each) for each in islice(Positions(position, batch_size, rank, world_size), num_batches)]
+        for rank in range(world_size)
+    ]
+    for number in range(num_batches):
+        first = position + number * batch_size
+        together = [place for share in shares for place in share[number]]
+        assert sorted(together) == list(range(first, first + batch_size))
+        assert {len(share[number]) for share in shares} == {batch_size // world_size}
+
+
+@given(st.integers(1, 50), st.sampled_from([1, 2, 3, 4]), st.sampled_from([12, 24]))
+@settings(max_examples=40, deadline=None)
+def test_one_epoch_is_every_row_once(num_rows: int, world_size: int, batch_size: int) -> None:
+    """Held-out figures in which some clips count twice or not at all."""
+    together = [
+        place
+        for rank in range(world_size)
+        for share in Positions(0, batch_size, rank, world_size, num_rows)
+        for place in share
+    ]
+    assert sorted(together) == list(range(num_rows))
+
+
+@given(st.integers(0, 40), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3]), st.integers(0, 3), st.data())
+@settings(max_examples=30, deadline=None)
+def test_resumed_runs_are_uninterrupted_ones(
+    stream: ClipStream, position: int, before: int, after: int, num_before: int, data: st.DataObject
+) -> None:
+    """A run that repeats or skips samples when it is continued, with the same or another number of ranks and batch."""
+    batches = data.draw(st.sampled_from([6, 12]), "batch before"), data.draw(st.sampled_from([6, 12, 18]), "after")
+    got: set[tuple[Any, ...]] = set()
+    states = []
+    for rank in range(before):
+        loader = Loader(stream, batches[0], rank=rank, world_size=before, position=position, collate=keep)
+        got |= {repr(each) for each in taken(loader, num_before)}
+        states.append(loader.state_dict())
+    assert states == states[:1] * before, "the state is the same on all ranks"
+    for rank in range(after):
+        loader = Loader(stream, batches[1], rank=rank, world_size=after, collate=keep)
+        loader.load_state_dict(states[0])
+        got |= {repr(each) for each in taken(loader, 2)}
+    end = position + num_before * batches[0] + 2 * batches[1]
+    assert got == {repr(each) for each in plain(stream.__getitems__(range(position, end)))}
+
+
+def test_position_is_behind_what_was_taken(stream: ClipStream) -> None:
+    """A state that counts batches which workers have loaded ahead, so that a resumed run skips them."""
+    loader = Loader(stream, 4, num_workers=1, collate=keep)
+    seen = [(batch[-1].position, loader.position) for batch in islice(loader, 3)]
+    assert seen == [(3, 4), (7, 8), (11, 12)]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_give_the_same_stream(stream: ClipStream, num_workers: int) -> None:
+    """Samples that change, repeat or go missing with the number of worker processes; resumed with another number."""
+    expected = plain(stream.__getitems__(range(40)))
+    loader = Loader(stream, 4, num_workers=num_workers, collate=keep)
+    assert taken(loader, 5) == expected[:20]
+    resumed = Loader(stream, 4, position=loader.position, collate=keep)
+    assert taken(resumed, 5) == expected[20:]
+
+
+def test_loading_leaves_the_global_generator_alone(stream: ClipStream) -> None:
+    """Training whose random numbers depend on how often the loader was started: resumed runs would differ."""
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    taken(Loader(stream, 4, collate=keep), 2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_evaluation_takes_one_epoch(stream: ClipStream, world_size: int) -> None:
+    """An evaluation that wraps around or drops the last rows."""
+    clips_seen: list[int] = []
+    for rank in range(world_size):
+        loader = Loader(stream, 4, rank=rank, world_size=world_size, end=len(stream), collate=keep)
+        clips_seen += [clip_of(sample) for batch in loader for sample in batch]
+        assert loader.position <= len(stream)
+    assert sorted(clips_seen) == sorted(clips(len(LENGTHS)))
+
+
+def test_default_batch(stream: ClipStream) -> None:
+    """Tensors of another type or shape than training takes, or rows in another order than their captions."""
+    batch = next(iter(Loader(stream, 6)))
+    assert isinstance(batch, Batch)
+    samples = stream.__getitems__(range(6))
+    assert (batch.codes.dtype, tuple(batch.codes.shape)) == (torch.int64, (6, 5, GRID, GRID))
+    assert batch.codes.tolist() == [sample.codes.tolist() for sample in samples]
+    assert batch.captions == [sample.caption for sample in samples]
+    assert batch.durations == [sample.duration for sample in samples]
+    assert batch.positions == list(range(6))
+    assert batch.epochs == [sample.epoch for sample in samples]
+    assert batch.seeds == [sample.seed for sample in samples]
+    assert batch.high_codes is None
+
+
+def test_batch_with_high_codes(tmp_path: Path) -> None:
+    """High codes lost on the way to the batch."""
+    high = make_folder(tmp_path / "high", high_grid=3 * GRID)
+    batch = collate(ClipStream([high], sampling=ClipSampling("image", high_codes=True)).__getitems__(range(4)))
+    assert batch.high_codes is not None
+    assert tuple(batch.high_codes.shape) == (4, 1, 6, 6)
+
+
+def test_captions_become_tokens_in_a_collate(stream: ClipStream, text_model: bytes) -> None:
+    """The way that training takes: prefix and caption as tokens, dropped captions as the unconditional text."""
+    text, slots = TextTokenizer(text_model, TextConfig(), 24), 40
+
+    def collate_tokens(samples: list[ClipSample]) -> tuple[PaddedText, Tensor]:
+        rows = [
+            text.encode_unconditional(each.duration)
+            if each.caption is None
+            else text.encode_caption(each.caption, each.duration)
+            for each in samples
+        ]
+        return pad_left([fit(row, slots, truncate=True) for row in rows], slots, text.pad), collate(samples).codes
+
+    tokens, codes = next(iter(Loader(stream, 12, collate=collate_tokens)))
+    samples = stream.__getitems__(range(12))
+    assert any(sample.caption is None for sample in samples)
+    assert codes.shape[0] == tokens.tokens.shape[0] == 12
+    for sample, row, mask in zip(samples, tokens.tokens, tokens.mask, strict=True):
+        assert text.decode(row[mask].tolist()) == f"{sample.duration:g}s\n{sample.caption or ''}"
+
+
+# What is refused.
+
+
+def test_clips_that_are_too_short_are_named(tmp_path: Path) -> None:
+    """Training on nothing: say which lengths there are and which are needed."""
+    short = make_folder(tmp_path / "short", (4, 3, 1, 2))
+    with pytest.raises(
+        ValueError, match=r"mode sequential: expected 5 frames at 8 a second, got clips of 1 to 4"
+    ) as error:
+        ClipStream([short])
+    assert str(short) in str(error.value)
+    assert len(ClipStream([short], sampling=ClipSampling("image"))) == 4
+    with pytest.raises(ValueError, match="no split 'validation'"):
+        ClipStream([short], "validation")
+
+
+def test_datasets_must_agree(tmp_path: Path, folder: Path) -> None:
+    """Codes of two tokenizers, grids or rates in one batch, or of others than the model's."""
+    lengths = (9, 9)
+    other = make_folder(tmp_path / "tokenizer", lengths, tokenizer_sha256="2" * 64)
+    larger = make_folder(tmp_path / "grid", lengths, grid=3)
+    slower = make_folder(tmp_path / "fps", lengths, fps=4.0)
+    for second, message in (
+        (other, "another image tokenizer"),
+        (larger, "3 x 3 codes, expected 2"),
+        (slower, "4 frames"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            ClipStream([folder, second])
+        assert str(second) in str(error.value)
+    with pytest.raises(ValueError, match="another image tokenizer"):
+        ClipStream([folder], tokenizer_sha256="2" * 64)
+    with pytest.raises(ValueError, match="2 x 2 codes, expected 8"):
+        ClipStream([folder], grid=8)
+    with pytest.raises(ValueError, match="8 frames a second, expected the base rate 16"):
+        ClipStream([folder], sampling=ClipSampling(rates=FrameRates(base=16.0)))
+    with pytest.raises(ValueError, match="at least one"):
+        ClipStream([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 7, "world_size": 2}, "not divisible by the 2 ranks"),
+        ({"rank": 2, "world_size": 2}, "rank is 2 of 2"),
+        ({"position": -1}, "position is -1"),
+        ({"num_workers": -1}, "num_workers is -1"),
+    ],
+)
+def test_impossible_batches_are_refused(stream: ClipStream, change: dict[str, int], message: str) -> None:
+    """A share that is no whole number of samples, or a rank that does not exist: before anything is loaded."""
+    with pytest.raises(ValueError, match=message):
+        Loader(stream, **({"batch_size": 4} | change))
+
+
+def test_state_of_other_data_is_refused(stream: ClipStream, folder: Path) -> None:
+    """A run continued on data that changed, where its position means nothing."""
+    state = Loader(stream, 4, position=17).state_dict()
+    with pytest.raises(ValueError, match=f"num_rows {len(stream)}, expected 2"):
+        Loader(ClipStream([folder], "validation", ClipSampling("image")), 4).load_state_dict(state)
+    with pytest.raises(ValueError, match="seed 5, expected 0"):
+        Loader(ClipStream([folder]), 4).load_state_dict(state)
+    loader = Loader(stream, 8)
+    loader.load_state_dict(state)
+    assert loader.position == 17

@@ -1,0 +1,483 @@
+"""Sources: every clip is listed once with its own captions, and what cannot be listed is counted or refused."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cogvideo import world
+from cogvideo.data import folders
+from cogvideo.data.sources import File, Item, Listing, Member, Rendering, SourceOptions, list_source
+from cogvideo.data.tars import read_bytes, read_index
+
+CLIP = b"no real video: listing never opens one"
+
+
+def listed(source: Path | str, **options: Any) -> Listing:
+    return list_source(str(source), SourceOptions(**options))
+
+
+def reasons(listing: Listing) -> dict[str, str]:
+    return {rejection.id: rejection.reason for rejection in listing.rejected}
+
+
+def put(folder: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def put_clips(folder: Path, *names: str) -> Path:
+    return put(folder, dict.fromkeys(names, CLIP))
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+# ---- folders
+
+
+def test_folder_lists_clips_with_their_captions(tmp_path: Path) -> None:
+    """Guards the pairing of clip and caption, all depths, capital suffixes, and the lines of one text."""
+    files = {"b.mp4": CLIP, "b.txt": "a bee\n\n  a wasp \na bee\n", "in/side/a.WEBM": CLIP, "in/side/a.txt": "a cat"}
+    items, rejected = listed(put(tmp_path, files | {"x.txt": "no clip", ".hidden.mp4": CLIP, ".git/c.mp4": CLIP}))
+    assert not rejected
+    assert [(item.id, item.captions) for item in items] == [
+        ("b.mp4", ("a bee", "a wasp")),
+        ("in/side/a.WEBM", ("a cat",)),
+    ]
+    assert items[0].media == File(tmp_path / "b.mp4")
+
+
+def test_folder_order_is_that_of_the_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an order that depends on the file system: what it says backwards gives the same list."""
+    names = [f"{folder}{number}.mp4" for folder in ("", "a/", "a/b/", "z/") for number in range(4)]
+    put_clips(tmp_path, *names)
+    put(tmp_path, {name.replace("mp4", "txt"): "a clip" for name in names})
+    forwards = listed(tmp_path)
+    entries = folders._entries
+    monkeypatch.setattr(folders, "_entries", lambda folder: entries(folder)[::-1])
+    assert listed(tmp_path) == forwards
+    assert [item.id for item in forwards.items] == sorted(names)
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    """Guards against endless walks in circles of links, and against a clip that is listed by two names."""
+    put(tmp_path / "source", {"z/a.mp4": CLIP, "z/a.txt": "a cat"})
+    put(tmp_path / "elsewhere", {"b.mp4": CLIP, "b.txt": "a bee"})
+    for link, target in {"z/up": "..", "a": "z", "far": "../elsewhere", "far2": "far", "self": "self"}.items():
+        (tmp_path / "source" / link).symlink_to(target)
+    assert [item.id for item in listed(tmp_path / "source").items] == ["far/b.mp4", "z/a.mp4"]
+
+
+def test_pipes_are_left_out(tmp_path: Path) -> None:
+    """Guards against a run that waits for ever in a pipe which is called like a video."""
+    put(tmp_path, {"a.mp4": CLIP, "a.txt": "a cat", "b.txt": "a bee"})
+    os.mkfifo(tmp_path / "b.mp4")
+    assert [item.id for item in listed(tmp_path).items] == ["a.mp4"]
+
+
+def test_folder_rejections(tmp_path: Path) -> None:
+    """Guards the counted reasons: one bad caption file must neither stop a run nor give an empty caption."""
+    texts = {
+        "empty.txt": " \n\u200b\n\u2581\n",
+        "latin.txt": "caf\xe9".encode("latin1"),
+        "broken.json": "{",
+        "list.json": "[]",
+    }
+    names = ("none.mp4", "empty.mp4", "latin.mp4", "broken.mp4", "list.mp4", "keyless.mp4")
+    put_clips(put(tmp_path, texts | {"keyless.json": '{"text": "a cat"}'}), *names)
+    assert reasons(listed(tmp_path)) == {
+        "none.mp4": "missing caption",
+        "empty.mp4": "empty caption",
+        "latin.mp4": "caption is no text",
+        "broken.mp4": "caption cannot be read",
+        "list.mp4": "caption cannot be read",
+        "keyless.mp4": "missing caption",
+    }
+
+
+def test_json_beside_a_clip(tmp_path: Path) -> None:
+    """Guards what a .json says: captions where there is no .txt, start, end, split and attributes in any case."""
+    table = {"caption": ["a cat", "a pet"], "start": 1, "end": "0:02.5", "split": "test", "attributes": {"n": 3}}
+    files = {"a.mp4": CLIP, "a.json": json.dumps(table), "b.mp4": CLIP, "b.json": json.dumps(table), "b.txt": "a bee"}
+    first, second = listed(put(tmp_path, files)).items
+    assert first == Item(
+        "a.mp4#1-2.5", File(tmp_path / "a.mp4"), ("a cat", "a pet"), {"n": "3"}, 1.0, 2.5, "test", copy=0
+    )
+    assert (second.captions, second.split) == (("a bee",), "test")
+
+
+def test_images_only_where_they_are_asked_for(tmp_path: Path) -> None:
+    """Guards against thumbnails beside the videos that become clips of one frame."""
+    put(tmp_path, {"a.mp4": CLIP, "a.txt": "a cat", "a.png": CLIP})
+    assert [item.id for item in listed(tmp_path).items] == ["a.mp4"]
+    assert [item.id for item in listed(tmp_path, images=True).items] == ["a.mp4", "a.png"]
+
+
+def test_table_stands_for_its_folder(tmp_path: Path) -> None:
+    """Guards the rule between tables and .txt: the table alone, and never a guess between two."""
+    put(tmp_path, {"a.mp4": CLIP, "b.mp4": CLIP, "a.txt": "from text", "captions.csv": "file,caption\na.mp4,a cat\n"})
+    assert [(item.id, item.captions) for item in listed(tmp_path).items] == [("a.mp4", ("a cat",))]
+    put(tmp_path, {"metadata.jsonl": "{}"})
+    with pytest.raises(ValueError, match=r"has captions\.csv and metadata\.jsonl: pass the one"):
+        listed(tmp_path)
+
+
+def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against half a dataset: a folder that cannot be read is one error, not fewer clips."""
+    put(tmp_path, {"a.mp4": CLIP, "a.txt": "a cat", "closed/b.mp4": CLIP})
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:  # chmod does not stop root, as whom tests may run
+        if path.endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"cannot read the folder .*closed: Permission denied"):
+        listed(tmp_path)
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """Guards against a run that dies when it writes the name of a file from another system."""
+    for suffix, content in ((b".mp4", CLIP), (b".txt", b"a cat")):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9" + suffix)).write_bytes(content)
+    (item,) = listed(tmp_path).items
+    assert item.id.encode()
+    assert isinstance(item.media, File)
+    assert item.media.path.read_bytes() == CLIP
+
+
+# ---- tables
+
+
+def test_csv_quoting_and_lines(tmp_path: Path) -> None:
+    """Guards CSV done right: marks, commas, quotes, line breaks, blank lines, a mark of the encoding, CRLF."""
+    rows = [["file", "caption"], ["a.mp4", 'he says "hi", and\nleaves'], ["gone.mp4", "x"], ["b.mp4", "一只猫"]]
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    put_clips(put(tmp_path, {"t.csv": "\ufeff" + text.getvalue().replace("gone", "\r\n\r\ngone")}), "a.mp4", "b.mp4")
+    listing = listed(tmp_path / "t.csv")
+    assert [item.captions for item in listing.items] == [('he says "hi", and\nleaves',), ("一只猫",)]
+    assert reasons(listing) == {"gone.mp4": "file is missing"}
+    assert "t.csv, line 6:" in listing.rejected[0].detail, "the true line, behind a cell of two lines and blank ones"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", 'file, caption, n, start\na.mp4, "a, b", 1, 0.5\n'),
+        ("t.tsv", "file\tcaption\tn\tstart\na.mp4\ta, b\t1\t0.5\n"),
+        ("t.jsonl", '\n{"file": "a.mp4", "caption": "a, b", "n": 1, "start": 0.5}\r\n\n'),
+        ("t.parquet", ""),
+    ],
+)
+def test_every_kind_of_table_says_the_same(tmp_path: Path, name: str, content: str) -> None:
+    """Guards against readers that differ in types, columns or spaces."""
+    if name.endswith("parquet"):
+        write_parquet(tmp_path / name, [{"file": "a.mp4", "caption": "a, b", "n": 1, "start": 0.5}])
+    else:
+        put(tmp_path, {name: content})
+    put_clips(tmp_path, "a.mp4")
+    (item,) = listed(tmp_path / name, validation=0).items
+    assert item == Item("a.mp4#0.5-", File(tmp_path / "a.mp4"), ("a, b",), {"n": "1"}, 0.5, None, "train", 0)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def test_lists_and_columns_of_captions(tmp_path: Path) -> None:
+    """Guards against captions that are lost where a clip has several, or that become attributes."""
+    rows = [{"file": "a.mp4", "caption": ["one", None, "two"], "zh": "猫", "attributes": {"k": 1.5, "none": None}}]
+    put_clips(put(tmp_path, {"t.jsonl": "\n".join(map(json.dumps, rows))}), "a.mp4")
+    write_parquet(tmp_path / "t.parquet", rows)
+    for name in ("t.jsonl", "t.parquet"):
+        (item,) = listed(tmp_path / name, caption_columns=("zh", "caption")).items
+        assert (item.captions, item.attributes) == (("猫", "one", "two"), {"k": "1.5"})
+
+
+def test_rejected_rows(tmp_path: Path) -> None:
+    """Guards the counted reasons of rows; a part of a file that has a row of its own is a clip of its own."""
+    put_clips(tmp_path, "a.mp4", "b.mp4")
+    (tmp_path / "folder").mkdir()
+    table = """file,caption,start,end
+        a.mp4,fine,,
+        ./b.mp4,fine too,,
+        a.mp4,again,0,
+        sub/../b.mp4,again,,
+        a.mp4,a part,1,2
+        a.mp4,another,1,00:00:03.5
+        a.mp4,the part again,1.0,2.0
+        a.mp4,backwards,2,1
+        a.mp4,no time,soon,
+        a.mp4,never,nan,
+        a.mp4,below,-1,
+        a.mp4,minutes,0:61,
+        a.mp4, ,,
+        a.mp4
+        ,nothing,,
+        gone.mp4,gone,,
+        folder,no file,,
+        a.mp4,a caption, with a comma,,"""
+    put(tmp_path, {"t.csv": "\n".join(line.strip() for line in table.splitlines())})
+    listing = listed(tmp_path / "t.csv")
+    assert [item.id for item in listing.items] == ["a.mp4", "b.mp4", "a.mp4#1-2", "a.mp4#1-3.5"]
+    assert Counter(rejection.reason for rejection in listing.rejected) == {
+        "named twice": 3,
+        "bad start or end": 5,
+        "empty caption": 1,
+        "missing caption": 1,
+        "missing file name": 1,
+        "file is missing": 2,
+        "more cells than columns": 1,
+    }
+
+
+def test_absolute_paths_and_those_above(tmp_path: Path) -> None:
+    """Guards the id of a file: the same by every spelling, and paths outside the table's folder work."""
+    put_clips(tmp_path, "in/a.mp4", "out/b.mp4")
+    rows = f"file,caption\n{tmp_path}/in/a.mp4,x\na.mp4,y\n../out/b.mp4,z\n{tmp_path}/out/b.mp4,z\n"
+    listing = listed(put(tmp_path, {"in/t.csv": rows}) / "in/t.csv")
+    assert [item.id for item in listing.items] == ["a.mp4", "../out/b.mp4"]
+    assert list(reasons(listing).values()) == ["named twice"] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "", "is empty"),
+        ("t.csv", "file,caption\n", "is empty"),
+        ("t.csv", "file,caption,caption\n", "column caption twice"),
+        ("t.csv", "file,text,length\na,b,c\n", "no column 'caption', it has file, text, length: .* --caption-columns"),
+        ("t.csv", "path,caption\na,b\n", "no column 'file', it has path, caption: choose with --file-column"),
+        ("t.csv", 'file,caption\na.mp4,x\nb.mp4,"y" z\n', "line 3: .*quotes in it are doubled"),
+        ("t.csv", 'file,caption\na.mp4,x\nb.mp4,"never closed\nc.mp4,z\n', "line 3: "),
+        ("t.csv", b"file,caption\na.mp4,caf\xe9\n", "not UTF-8"),
+        ("t.jsonl", "", "is empty"),
+        ("t.jsonl", '{"file": "a", "caption": "b"}\n\n{"file": \n', "line 3: it is no JSON"),
+        ("t.jsonl", "[1]\n", r"line 1: got \[1\]"),
+        ("t.jsonl", "[" * 100_000, "line 1: it is no JSON"),
+        ("t.jsonl", '{"file": "a", "text": "b"}\n', "no column 'caption', it has file, text"),
+        ("t.parquet", "no parquet", "cannot read .*parquet"),
+        ("t.xlsx", "x", "is no source, expected a folder, a table"),
+        ("t.tar", "no tar" * 200, "is no tar"),
+        ("t.tar.gz", gzip.compress(b"x", mtime=0), "is compressed with gzip, expected a plain tar"),
+        ("folder/readme.md", "x", "holds no clip, expected .*mp4"),
+    ],
+)
+def test_one_clear_error(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    """Guards the messages: a source that cannot be used as a whole says in one line why and what to do."""
+    put(tmp_path, {name: content})
+    with pytest.raises(ValueError, match=message):
+        listed(tmp_path / name.split("/")[0])
+
+
+def test_no_such_source(tmp_path: Path) -> None:
+    """Guards against a mistyped path that is taken for an empty one."""
+    with pytest.raises(ValueError, match=r"there is no .*nowhere"):
+        listed(tmp_path / "nowhere")
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the message for an extra that is not installed, which other tables do not need."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    put_clips(put(tmp_path, {"t.csv": "file,caption\na.mp4,a cat\n", "t.parquet": "x"}), "a.mp4")
+    assert len(listed(tmp_path / "t.csv").items) == 1
+    with pytest.raises(ValueError, match=r"needs pyarrow: pip install 'cogvideo\[train\]'"):
+        listed(tmp_path / "t.parquet")
+
+
+def test_lone_surrogates_are_no_text(tmp_path: Path) -> None:
+    """Guards against captions that JSON can spell and no file can hold."""
+    put_clips(put(tmp_path, {"t.jsonl": '{"file": "a.mp4", "caption": "\\ud83d"}'}), "a.mp4")
+    assert reasons(listed(tmp_path / "t.jsonl")) == {"a.mp4": "caption is no text"}
+
+
+LIST = """import sys
+from cogvideo.data.sources import SourceOptions, list_source
+print(len(list_source(sys.argv[1], SourceOptions()).items))"""
+
+
+def test_tables_are_fast(tmp_path: Path) -> None:
+    """Guards against a listing that is quadratic or opens clips: 100,000 rows in seconds, as users run it."""
+    put_clips(tmp_path, "a.mp4")
+    rows = "\n".join(f"a.mp4,a caption of clip {number},{number},{number + 1},cat" for number in range(100_000))
+    put(tmp_path, {"t.csv": f"file,caption,start,end,kind\n{rows}\n"})
+    command = [sys.executable, "-c", LIST, str(tmp_path / "t.csv")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)  # usually 4 s
+    assert result.stdout == "100000\n"
+
+
+# ---- splits, copies, limit
+
+
+def make_table(folder: Path, rows: int, line: Callable[[int], str], columns: str = "") -> Path:
+    put_clips(folder, *(f"{number}.mp4" for number in range(rows)))
+    lines = "\n".join(line(number) for number in range(rows))
+    return put(folder, {"t.csv": f"file,caption{columns}\n{lines}\n"}) / "t.csv"
+
+
+def test_split_is_drawn_by_the_file(tmp_path: Path) -> None:
+    """Guards against leaks: copies and parts of one file are in one split, wherever the source lies."""
+    lines = "\n".join(f"{n}.mp4,part {part},{part},{part + 1}" for n in range(200) for part in range(3))
+    splits = []
+    for place in ("here", "there"):
+        table = make_table(tmp_path / place, 200, lambda number: f"{number}.mp4,whole,,", ",start,end")
+        put(tmp_path / place, {"t.csv": table.read_text() + lines})
+        items = listed(table, copies=2, validation=0.25).items
+        assert len({item.id for item in items}) == len(items) == 1600
+        by_file = {(str(item.media.path.name), item.split) for item in items if isinstance(item.media, File)}
+        assert len(by_file) == 200
+        splits.append(by_file)
+    assert splits[0] == splits[1]
+    assert 30 < sum(split == "validation" for _, split in splits[0]) < 70
+    assert {item.split for item in listed(table, validation=0).items} == {"train"}
+    assert {item.split for item in listed(table, validation=1).items} == {"validation"}
+
+
+def test_named_splits_are_kept(tmp_path: Path) -> None:
+    """Guards the user's own split, which a drawn one must never replace."""
+    names = ("train", "val", "held_out", "")
+    table = make_table(tmp_path, 4, lambda number: f"{number}.mp4,x,{names[number]}", ",split")
+    assert [item.split for item in listed(table, validation=0).items] == ["train", "validation", "held_out", "train"]
+
+
+def test_copies_and_limit(tmp_path: Path) -> None:
+    """Guards ids and numbers of copies, and that the limit counts clips."""
+    table = make_table(tmp_path, 5, lambda number: f"{number}.mp4,x")
+    items = listed(table, copies=3, limit=2).items
+    assert [(item.id, item.copy) for item in items[:4]] == [("0.mp4", 0), ("0.mp4~1", 1), ("0.mp4~2", 2), ("1.mp4", 0)]
+    assert len(items) == 6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"copies": 0}, {"validation": 1.5}, {"limit": 0}, {"caption_columns": ()}],
+    ids=lambda each: next(iter(each)),
+)
+def test_bad_options(wrong: dict[str, Any]) -> None:
+    """Guards against options that would silently list nothing."""
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*expected"):
+        SourceOptions(**wrong)
+
+
+# ---- tars
+
+
+def test_tar_members_lie_where_they_are_said_to(tmp_path: Path) -> None:
+    """Guards offsets (long names have headers of their own), captions by stem or key, attributes, and reading."""
+    long = "d/" + "n" * 150
+    members = [
+        ("b.mp4", b"first clip"),
+        ("b.txt", b"a bee\na wasp"),
+        (f"{long}.webm", b"second clip"),
+        (f"{long}.json", b'{"caption": "a cat", "kind": 7, "start": 1}'),
+        ("./c.left.mp4", b"third clip"),
+        ("c.txt", b"from the key"),
+        ("c.cls", b"3"),
+        (".hidden.mp4", b"no"),
+        ("no_caption.mp4", b"fourth"),
+    ]
+    listing = listed(write_tar(tmp_path / "s.tar", members))
+    by_id = {item.id: item for item in listing.items}
+    assert list(by_id) == ["s.tar/b.mp4", "s.tar/c.left.mp4", f"s.tar/{long}.webm#1-"]
+    assert [item.captions for item in listing.items] == [("a bee", "a wasp"), ("from the key",), ("a cat",)]
+    assert by_id[f"s.tar/{long}.webm#1-"].attributes == {"kind": "7"}
+    assert reasons(listing) == {"s.tar/no_caption.mp4": "missing caption"}
+    contents = []
+    for item in listing.items:
+        assert isinstance(item.media, Member)
+        data = item.media.archive.read_bytes()
+        contents.append(data[item.media.offset : item.media.offset + item.media.num_bytes])
+    assert contents == [b"first clip", b"third clip", b"second clip"]
+
+
+def test_folder_of_tars(tmp_path: Path) -> None:
+    """Guards that a shard's clips have the same ids and splits whether it is passed alone or with its folder."""
+    for number in range(3):
+        members = [(f"{number}{key}.{kind}", b"text") for key in "ab" for kind in ("mp4", "txt")]
+        write_tar(tmp_path / f"{number}.tar", members)
+    put(tmp_path, {"3.tar.gz": gzip.compress(b"x", mtime=0), "loose.mp4": CLIP, "loose.txt": "loose"})
+    listing = listed(tmp_path)
+    assert len(listing.items) == 7
+    assert listing.items[:2] == listed(tmp_path / "0.tar").items
+    assert reasons(listing) == {"3.tar.gz": "tar cannot be read"}
+
+
+def test_tar_that_was_cut(tmp_path: Path) -> None:
+    """Guards against half a clip taken for a whole one, wherever a copy stopped, and against silence about it."""
+    members = [(f"{number}.{kind}", b"x" * 700) for number in range(3) for kind in ("txt", "mp4")]
+    data = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    whole = read_index(tmp_path / "whole.tar")
+    assert (whole.cut, whole.damage) == ([], "")
+    end_of_last = whole.entries[-1].offset + whole.entries[-1].num_bytes
+    for size in range(512, end_of_last, 128):
+        cut = put(tmp_path, {"cut.tar": data[:size]}) / "cut.tar"
+        index = read_index(cut)
+        assert set(index.entries) == {each for each in whole.entries if each.offset + each.num_bytes <= size}
+        assert all(len(read_bytes(cut, each)) == each.num_bytes for each in index.entries)
+        at_border = any(size == each.offset + 1024 for each in whole.entries)  # as if it had been made so
+        assert at_border or index.cut or index.damage
+    listing = listed(put(tmp_path, {"cut.tar": data[: end_of_last - 1]}) / "cut.tar")
+    assert [item.id for item in listing.items] == ["cut.tar/0.mp4", "cut.tar/1.mp4"]
+    assert reasons(listing)["cut.tar/2.mp4"] == "cut off"
+
+
+def test_damaged_tar(tmp_path: Path) -> None:
+    """Guards against a damaged header (and two tars in one file), where tarfile stops without a word."""
+    members = [(f"{number}.{kind}", b"x") for number in range(3) for kind in ("txt", "mp4")]
+    data = bytearray(write_tar(tmp_path / "whole.tar", members).read_bytes())
+    put(tmp_path, {"two.tar": bytes(data + data)})
+    data[2 * 1024 : 2 * 1024 + 300] = b"\xff" * 300
+    put(tmp_path, {"bad.tar": bytes(data)})
+    for name, number in (("bad.tar", 1), ("two.tar", 3)):
+        listing = listed(tmp_path / name)
+        assert (len(listing.items), reasons(listing)) == (number, {name: "tar is damaged"})
+
+
+# ---- World
+
+
+def test_world_is_listed_by_index() -> None:
+    """Guards that an item says what the World says of its index, and the forms of the source."""
+    items = listed("world:40:60").items
+    assert items == listed("world:60").items[40:]
+    for index, item in zip(range(40, 60), items, strict=True):
+        scene = world.scene(index)
+        assert (item.id, item.media) == (f"world/{index:06}", Rendering(index))
+        assert (item.captions, item.attributes) == (world.captions(scene), world.attributes(scene))
+        assert item.split in ("train", "validation", "held_out")
+
+
+@pytest.mark.parametrize(
+    "source", ["world:", "world:0", "world:-3", "world:5:5", "world:9:5", "world:a", "world:1:2:3"]
+)
+def test_bad_world(source: str) -> None:
+    """Guards the message for a range without a clip."""
+    with pytest.raises(ValueError, match="expected world:COUNT or world:FIRST:END"):
+        listed(source)
