@@ -20,6 +20,7 @@ from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.storage import (
     COMPONENTS,
+    MANIFEST,
     MODULES,
     BundleWriter,
     Component,
@@ -84,13 +85,13 @@ class CogVideo:
             ValueError: there is no such bundle, it is incomplete or of a newer format, or dtype or device cannot be
                 used. What is wrong inside a component is refused when it is loaded.
         """
-        folder = _find(name)
+        folder = locate(name)
         manifest = Manifest.read(folder)
         for entry in manifest.components.values():
             entry.check(folder / entry.file)
         require(dtype is None or dtype in DTYPES, f"dtype is {dtype!r}, expected one of {DTYPES}")
         model = cls(manifest.config)
-        model._source = _Source(folder, manifest, dtype, _usable(device), verify)
+        model._source = _Source(folder, manifest, dtype, usable(device), verify)
         return model
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
@@ -188,6 +189,22 @@ class CogVideo:
         return self._parts[component]
 
 
+def update(folder: str | PathLike[str], config: CogVideoConfig, **components: Component) -> None:
+    """Write components into the bundle in `folder`, which keeps its others; a new bundle where there is none.
+
+    Raises:
+        ValueError: the bundle there has another configuration, or a component does not fit it.
+        OSError: it cannot be written.
+    """
+    if not (Path(folder) / MANIFEST).exists():
+        CogVideo(config, **components).save_pretrained(folder)
+        return
+    model = CogVideo.from_pretrained(folder)
+    require(model.config == config, f"the bundle {folder} has another configuration than the components to be written")
+    model._parts.update(components)
+    model.save_pretrained(folder)
+
+
 class _Source(NamedTuple):
     """Where components that are not loaded yet come from, and how they are to be loaded."""
 
@@ -231,15 +248,24 @@ class _Source(NamedTuple):
         return read_tensor(path, name).to(self.device, dtype)
 
 
-def _usable(device: str | torch.device) -> torch.device:
+def usable(device: str | torch.device) -> torch.device:
+    """The device, refused if tensors cannot be put there.
+
+    Raises:
+        ValueError: PyTorch does not know it, or this build or machine has none.
+    """
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # unknown to PyTorch, or not in this build or machine
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot use the device {str(device)!r}: {str(error).splitlines()[0]}") from error
 
 
-def _find(name: str | PathLike[str]) -> Path:
-    """The folder of a bundle: `name` itself, else a download of the Hub's bundle of that id."""
+def locate(name: str | PathLike[str]) -> Path:
+    """The folder of a bundle: `name` itself, else a download of the Hub's bundle of that id.
+
+    Raises:
+        ValueError: there is neither.
+    """
     folder = Path(name)
     if folder.is_dir():
         return folder

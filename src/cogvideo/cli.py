@@ -27,14 +27,23 @@ class Command(NamedTuple):
 COMMANDS = {
     "info": Command("cogvideo.info:info", "Parameters, memory and work of a preset or a bundle."),
     "convert": Command("cogvideo.convert:convert", "Released checkpoints of 2022 to a bundle."),
+    "data prepare": Command("cogvideo.data.prepare:prepare", "Captioned clips to shards of codes."),
+    "data world": Command("cogvideo.world.command:world", "Synthetic captioned clips to look at or to train on."),
+    "data report": Command("cogvideo.report.data:report", "A page about prepared data."),
+    "train tokenizer": Command("cogvideo.training.tokenizer:tokenizer", "The image tokenizer, from any clips."),
+    "train text": Command("cogvideo.training.text:train_text", "The text tokenizer, from captions."),
 }
+"""A name of two words is a command of a group."""
+
+EXTRAS = {"pyarrow": "train", "ray": "ray"}
+"""Package that a command may miss: the extra that brings it."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return the exit status; mistakes of the user are one line on stderr."""
+    """Run a command and return its exit status; mistakes of the user are one line on stderr."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # PyTorch: huge pages, from which weights are read faster
     try:
-        _run(sys.argv[1:] if arguments is None else arguments)
+        status = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -46,24 +55,34 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"cogvideo: error: {_line(error)}", file=sys.stderr)
         return USER_ERROR
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        extra = EXTRAS[error.name]
+        print(f"cogvideo: error: {error.name} is missing: pip install 'cogvideo[{extra}]'", file=sys.stderr)
+        return USER_ERROR
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    name, *rest = arguments or ["--help"]
+    group = {each for each in COMMANDS if each.startswith(f"{name} ")}
+    if group and rest and f"{name} {rest[0]}" in COMMANDS:
+        return _call(f"{name} {rest[0]}", rest[1:])
+    if name in COMMANDS:
+        return _call(name, rest)
+    if name in ("-h", "--help") or (group and (not rest or rest[0] in ("-h", "--help"))):
+        print(_help(group or set(COMMANDS)))
+    elif name == "--version":
+        print(f"cogvideo {__version__}")
+    else:
+        raise ValueError(_unknown(f"{name} {rest[0]}" if group else name))
     return 0
 
 
-def _run(arguments: list[str]) -> None:
-    name, *rest = arguments or ["--help"]
-    if name in ("-h", "--help"):
-        print(_help())
-    elif name == "--version":
-        print(f"cogvideo {__version__}")
-    elif name in COMMANDS:
-        _call(name, rest)
-    else:
-        raise ValueError(_unknown(name))
-
-
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items()]
+def _help(names: set[str]) -> str:
+    width = max(map(len, names))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items() if name in names]
     return "\n".join(
         [
             "usage: cogvideo COMMAND ...",
@@ -79,13 +98,17 @@ def _help() -> str:
     )
 
 
-def _call(name: str, arguments: list[str]) -> None:
-    """Import the command's function and call it with what its signature makes of the arguments."""
+def _call(name: str, arguments: list[str]) -> int:
+    """Import the command's function and call it with what its signature makes of the arguments; its exit status.
+
+    Functions return nothing, which is success, or a status.
+    """
     import tyro  # neither help nor version need it
 
     module, function = COMMANDS[name].target.split(":")
     run = getattr(import_module(module), function)
-    tyro.cli(run, prog=f"cogvideo {name}", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    return tyro.cli(run, prog=f"cogvideo {name}", args=arguments, config=config) or 0
 
 
 def _unknown(name: str) -> str:

@@ -1,0 +1,107 @@
+"""Data tools, measured: `python -m benchmarks.data [SECTION ...]` prints tables and writes benchmarks/results/.
+
+Every figure that is judged is a ratio of things measured in turn in the same run: preparing clips against the encoder
+alone, reading against raw decoding, the loader against a plain memory map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.loading import loading
+from benchmarks.machine import alternate, write
+from benchmarks.reading import measure_reading, moving_picture
+from benchmarks.rendering import rendering
+from cogvideo import bundle
+from cogvideo.config import preset
+from cogvideo.data.encoding import Job, PrepareSettings, Worker, encode_clips
+from cogvideo.data.frames import FrameSettings, read_item
+from cogvideo.data.prepare import complete, plan, shard_info
+from cogvideo.data.sources import SourceOptions, list_source
+from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.storage import Manifest
+from cogvideo.video import write_video
+
+PREPARE_GOAL = 0.9
+
+
+def preparing(num_clips: int = 12, rounds: int = 5) -> dict[str, Any]:
+    """One worker process's work on camera-like clips, from files to a shard, against its encoder alone.
+
+    Clips are H.264, 320 x 240, 24 frames a second for 4 seconds, prepared at 8 frames a second in the sizes of the
+    pocket preset. The floor encodes the same frames, in memory already, in the same batches on the same one thread.
+    """
+    torch.set_num_threads(1)  # as worker processes do
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        _write_clips(path / "clips", num_clips)
+        worker, job = _work(path)
+        encode, batch = worker.encoder(), worker.settings.batch
+        clips = [read_item(item, worker.settings.frames).frames for item in job.items]
+        times = alternate(
+            {
+                "encoder alone": lambda: list(encode_clips(clips, encode, batch)),
+                "prepare": lambda: worker.make(job, encode),
+            },
+            rounds,
+            warm_up=1,
+        )
+    share = {key: times["encoder alone"][key] / times["prepare"][key] for key in ("median", "best")}
+    seconds = times["prepare"]["median"] / 1e3
+    frames = sum(map(len, clips))
+    return {
+        "clips a second and core": num_clips / seconds,
+        "frames a second and core": frames / seconds,
+        "share of the encoder's speed": share,
+        "goal": PREPARE_GOAL,
+    }
+
+
+def _work(folder: Path) -> tuple[Worker, Job]:
+    """A worker with the pocket tokenizer, random weights, and all clips as one job."""
+    config = preset("pocket")
+    bundle.update(folder / "bundle", config, image_tokenizer=Autoencoder(config.autoencoder))
+    settings = complete(PrepareSettings(FrameSettings()), config)
+    items = list_source(str(folder / "clips"), SourceOptions()).items
+    info = shard_info(Manifest.read(folder / "bundle"), settings, "")
+    (job,) = plan(items, folder, info, len(items))
+    return Worker(folder / "bundle", settings), job
+
+
+def _write_clips(folder: Path, number: int) -> None:
+    folder.mkdir()
+    for clip in range(number):
+        write_video(folder / f"{clip}.mp4", moving_picture(96, 240, 320), 24)
+        (folder / f"{clip}.txt").write_text(f"clip number {clip}\n")
+
+
+SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "preparing": preparing,
+    "reading": measure_reading,
+    "loading": loading,
+    "rendering": rendering,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("section", nargs="*", default=list(SECTIONS), help=f"any of {', '.join(SECTIONS)}")
+    chosen, figures = parser.parse_args().section, {}
+    if unknown := set(chosen) - set(SECTIONS):
+        parser.error(f"unknown section {', '.join(sorted(unknown))}, expected any of {', '.join(SECTIONS)}")
+    for name in chosen:
+        print(f"{name}: {SECTIONS[name].__doc__}", flush=True)
+        figures[name] = SECTIONS[name]()
+        print(json.dumps(figures[name], indent=2))
+    print(f"-> {write('data', figures)}")
+
+
+if __name__ == "__main__":
+    main()

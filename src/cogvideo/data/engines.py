@@ -1,0 +1,176 @@
+"""Where shards are made: in this process, in processes of this machine, or by Ray on a cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.queues import SimpleQueue
+from typing import Any
+
+import torch
+
+from cogvideo.bundle import usable
+from cogvideo.config import require
+from cogvideo.data.encoding import Encode, Job, Worker
+
+OnClip = Callable[[], None]
+
+
+def local_devices(device: str, workers: int) -> list[str]:
+    """The device of each worker process.
+
+    Args:
+        device: `cpu`, `cuda` for all GPUs, one GPU such as `cuda:1`, or `auto`: the GPUs if there are any.
+        workers: how many processes; 0 for one a GPU, or one a core.
+
+    Raises:
+        ValueError: there is no such device, or `workers` is negative.
+    """
+    require(workers >= 0, f"workers is {workers}, expected 0 (one a core or GPU) or more")
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    require(device != "cuda" or bool(gpus), "the device is cuda, and there is no CUDA GPU: pass --device cpu")
+    if device == "cuda" or (device == "auto" and gpus):
+        return [gpus[index % len(gpus)] for index in range(workers or len(gpus))]
+    if device in ("cpu", "auto"):
+        return ["cpu"] * (workers or os.cpu_count() or 1)
+    return [str(usable(device))] * (workers or 1)
+
+
+def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_clip: OnClip) -> None:
+    """Make shards in one process a place; a single one is this process.
+
+    Raises:
+        OSError: a shard cannot be written.
+        ValueError: a process died. Whole shards stay.
+    """
+    if len(places) == 1 or len(jobs) == 1:
+        worker = replace(worker, device=places[0])
+        encode = worker.encoder()
+        for job in jobs:
+            worker.make(job, encode, on_clip)
+        return
+    context = multiprocessing.get_context("spawn")
+    devices, clips = context.SimpleQueue(), context.SimpleQueue()
+    for place in places:
+        devices.put(place)
+    with (
+        _counting(clips, on_clip),
+        ProcessPoolExecutor(len(places), context, _start, (worker, devices, clips)) as pool,
+    ):
+        try:
+            for future in as_completed([pool.submit(_make, job) for job in jobs]):
+                future.result()
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a worker process died, perhaps for want of memory: whole shards are kept; "
+                "run the same command again, with fewer --workers"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # nothing is left to do, or it is not wanted any more
+                process.terminate()
+
+
+@contextmanager
+def _counting(clips: SimpleQueue[bool], on_clip: OnClip) -> Iterator[None]:
+    """Call `on_clip` for each True that worker processes put in the queue."""
+
+    def count() -> None:
+        while clips.get():
+            on_clip()
+
+    counter = threading.Thread(target=count, daemon=True)
+    counter.start()
+    yield
+    clips.put(False)
+    counter.join()
+
+
+_process: tuple[Worker, Encode, OnClip]
+"""Of a worker process: what `_start` made."""
+
+
+def _start(worker: Worker, devices: SimpleQueue[str], clips: SimpleQueue[bool]) -> None:
+    global _process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)  # processes share the cores
+    worker = replace(worker, device=devices.get())
+    _process = worker, worker.encoder(), lambda: clips.put(True)
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its processes, which would go on to write."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _make(job: Job) -> None:
+    worker, encode, on_clip = _process
+    worker.make(job, encode, on_clip)
+
+
+def run_ray(
+    jobs: Sequence[Job], worker: Worker, device: str, address: str | None, workers: int, on_clip: OnClip
+) -> None:
+    """Make shards with Ray Data; machines must share the folders of source, tokenizer and shards.
+
+    Args:
+        jobs: shards to be made.
+        worker: what an actor does.
+        device: `cpu`, `cuda` for one GPU an actor, or `auto`: GPUs if the cluster has any.
+        address: of a cluster; a local one is started unless given.
+        workers: actors; 0 for one a core or GPU of the cluster.
+        on_clip: called after each item, when its shard is whole.
+
+    Raises:
+        OSError: a shard cannot be written.
+    """
+    import ray
+    from ray.data import DataContext, from_items
+    from ray.exceptions import RayTaskError
+
+    ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
+    try:
+        DataContext.get_current().enable_progress_bars = False
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        gpu = device == "cuda" or (device == "auto" and "GPU" in resources)
+        actors = min(len(jobs), workers or max(1, int(resources.get("GPU" if gpu else "CPU", 0))))
+        shards = from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
+        made = shards.map(
+            _Maker,  # type: ignore[arg-type]  # a class of callables, an object of it an actor
+            fn_constructor_args=(replace(worker, device="cuda" if gpu else "cpu"),),
+            concurrency=actors,
+            num_gpus=1 if gpu else 0,
+        )
+        for row in made.iter_rows():
+            for _ in range(row["num_clips"]):
+                on_clip()
+    except RayTaskError as error:
+        raise error.cause from error
+    finally:
+        ray.shutdown()
+
+
+class _Maker:
+    """What an actor of Ray Data does with one row."""
+
+    def __init__(self, worker: Worker) -> None:
+        torch.set_num_threads(1)
+        self.worker = worker
+        self.encode = worker.encoder()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, int]:
+        job: Job = pickle.loads(row["job"])
+        self.worker.make(job, self.encode)
+        return {"num_clips": len(job.items)}

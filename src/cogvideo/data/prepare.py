@@ -1,0 +1,220 @@
+"""`cogvideo data prepare`: a source of captioned clips becomes a folder of shards, which can be killed and continued.
+
+The list of items is cut into jobs, one a shard. A shard depends on its items, the settings and the tokenizer alone, and
+takes its place when it is whole: what is there need not be made again, whatever engine or machine makes the rest.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
+
+from cogvideo.bundle import locate
+from cogvideo.config import CogVideoConfig, require
+from cogvideo.data.dataset import REJECTED, Card, make_card, write_card
+from cogvideo.data.encoding import Job, PrepareSettings, Worker
+from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
+from cogvideo.data.shards import ShardInfo, digest, read_info, shard_name
+from cogvideo.data.sources import File, Item, Member, Rejection, SourceOptions, list_source
+from cogvideo.files import remove_leftovers, replacing
+from cogvideo.storage import Manifest
+
+TOO_MANY_REJECTED = 1
+"""Exit status."""
+
+
+def prepare(
+    source: str,
+    /,
+    out: Path,
+    tokenizer: str,
+    settings: PrepareSettings = PrepareSettings(),  # noqa: B008  # frozen
+    options: SourceOptions = SourceOptions(),  # noqa: B008
+    device: str = "auto",
+    engine: Literal["local", "ray"] = "local",
+    workers: int = 0,
+    ray_address: str | None = None,
+    max_rejected: int = 0,
+) -> int:
+    """Turn captioned clips into shards of codes. Killed and called again, it continues.
+
+    Exit status 1 says that more clips were rejected than allowed; `rejected.csv` says which and why.
+
+    Args:
+        source: a folder of videos with x.txt beside x.mp4, a table (CSV, JSONL, Parquet) with the columns file and
+            caption, WebDataset tars, or world:NUMBER for clips of the synthetic World.
+        out: folder of the shards.
+        tokenizer: bundle with the image tokenizer: a folder, or its id on the Hugging Face Hub.
+        settings: how clips become codes.
+        options: how the source is read.
+        device: cpu, cuda for all GPUs, cuda:0, or auto.
+        engine: processes on this machine, or Ray Data (needs the extra ray).
+        workers: processes; 0 for one a core, or one a GPU.
+        ray_address: of a running Ray cluster that sees the same folders; a local one is started unless given.
+        max_rejected: how many clips may be rejected before the exit status is 1.
+
+    Returns:
+        The exit status: 0, or 1 for too many rejected.
+
+    Raises:
+        ValueError: the source, the tokenizer or a setting cannot be used, or `out` holds other data.
+        OSError: shards cannot be written.
+    """
+    require(max_rejected >= 0, f"max_rejected is {max_rejected}, expected 0 or more")
+    bundle = locate(tokenizer)
+    manifest = Manifest.read(bundle)
+    settings = complete(settings, manifest.config)
+    options = replace(options, images=settings.frames.min_frames == 1)
+    described = asdict(settings) | {"source": asdict(options)}
+    listing = list_source(source, options)
+    jobs = plan(listing.items, out, shard_info(manifest, settings, digest(described)), settings.shard_clips)
+    left = remaining(jobs, out)
+    worker = Worker(bundle, settings, manifest.config.upscaler.ratio)
+    if left:
+        with _progress(jobs, left) as on_clip:
+            if engine == "ray":
+                run_ray(left, worker, device, ray_address, workers, on_clip)
+            else:
+                run_local(left, worker, local_devices(device, workers), on_clip)
+    write_rejected(out / REJECTED, [*listing.rejected, *_rejected(jobs)])
+    require(bool(jobs), f"no clip of {source} can be used: {out / REJECTED} says why")
+    files = [job.path.name for job in jobs]
+    card = make_card(out, files, source=source, tokenizer=tokenizer, settings=described, rejected=listing.rejected)
+    write_card(out, card)
+    print(summary(out, card))
+    return TOO_MANY_REJECTED if card.num_rejected > max_rejected else 0
+
+
+def complete(settings: PrepareSettings, config: CogVideoConfig) -> PrepareSettings:
+    """The settings with the frame size that the model works at, where they name none.
+
+    Raises:
+        ValueError: the size is no multiple of the pixels of a code, or codes do not fit in 16 bits.
+    """
+    rate, num_codes = config.autoencoder.rate, config.autoencoder.num_codes
+    size = settings.frames.size or config.layout.grid * rate
+    require(size % rate == 0, f"size is {size}, expected a multiple of {rate}: the pixels of a side of one code")
+    require(
+        num_codes <= 2**16, f"the tokenizer has {num_codes} codes, expected at most {2**16}: they are stored as uint16"
+    )
+    frames = settings.frames
+    seconds, loop_to = float(frames.max_seconds), float(frames.loop_to)  # 8 and 8.0 are the same settings
+    frames = replace(frames, size=size, fps=float(frames.fps), max_seconds=seconds, loop_to=loop_to)
+    return replace(settings, frames=frames)
+
+
+def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: str) -> ShardInfo:
+    """What all shards of a run say about themselves.
+
+    Raises:
+        ValueError: the bundle has no image tokenizer.
+    """
+    config, entry = manifest.config, manifest.components.get("image_tokenizer")
+    if entry is None:
+        raise ValueError(f"the bundle has no image_tokenizer, it has: {', '.join(manifest.components) or 'nothing'}")
+    assert settings.frames.size is not None
+    grid = settings.frames.size // config.autoencoder.rate
+    return ShardInfo(
+        grid=grid,
+        num_codes=config.autoencoder.num_codes,
+        fps=settings.frames.fps,
+        tokenizer_sha256=entry.sha256,
+        settings_sha256=settings_sha256,
+        work_sha256="",
+        high_grid=grid * config.upscaler.ratio if settings.superres else 0,
+    )
+
+
+def plan(items: Sequence[Item], folder: Path, info: ShardInfo, size: int) -> list[Job]:
+    """The items cut into shards of `size`, each with the hash of what it is made from."""
+    made_with = [info.tokenizer_sha256, info.settings_sha256]
+    parts = [tuple(items[start : start + size]) for start in range(0, len(items), size)]
+    works = (digest([*made_with, *map(_identity, part)]) for part in parts)
+    return [
+        Job(folder / shard_name(index), part, replace(info, work_sha256=work))
+        for index, (part, work) in enumerate(zip(parts, works, strict=True))
+    ]
+
+
+def _identity(item: Item) -> Any:
+    """What an item's row depends on, wherever its source lies; the size of a file stands for its content."""
+    media = item.media
+    if isinstance(media, File):
+        content = media.path.stat().st_size if media.path.is_file() else None
+    else:
+        content = media.num_bytes if isinstance(media, Member) else media.index
+    return [content, item.id, item.captions, item.attributes, item.start, item.end, item.split, item.copy]
+
+
+def remaining(jobs: Sequence[Job], folder: Path) -> list[Job]:
+    """Jobs whose shards are not there yet. What a killed run left half-written is removed.
+
+    Raises:
+        ValueError: a shard in the folder was made from other clips, or with other settings.
+        OSError: the folder cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = {job.path: job.info.work_sha256 for job in jobs}
+    for path in sorted(folder.glob("shard-*.arrow")):
+        require(
+            path in ours and read_info(path).work_sha256 == ours[path],
+            f"{path} was made from other clips, with other settings or with another tokenizer: "
+            "give this run another folder with --out, or remove the old one",
+        )
+    remove_leftovers(folder)
+    return [job for job in jobs if not job.path.exists()]
+
+
+def _rejected(jobs: Sequence[Job]) -> Iterator[Rejection]:
+    for job in jobs:
+        yield from read_info(job.path).rejected
+
+
+def write_rejected(path: Path, rejected: Sequence[Rejection]) -> None:
+    """The rejected clips as a table with the columns id, reason and detail.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = io.StringIO(newline="")
+    table = csv.writer(text)
+    table.writerow(Rejection._fields)
+    table.writerows(rejected)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def summary(folder: Path, card: Card) -> str:
+    """What was made, in two or three lines."""
+    splits = ", ".join(f"{count:,} {split}" for split, count in card.splits.items())
+    lines = [f"{folder}: {sum(card.splits.values()):,} clips ({splits or 'none'}), {card.num_frames:,} frames"]
+    if card.rejected:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in card.rejected.items())
+        lines.append(f"rejected: {card.num_rejected:,} ({reasons}); see {folder / REJECTED}")
+    return "\n".join(lines)
+
+
+class _Rate(ProgressColumn):
+    """Clips a second of this run."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} clips/s" if task.speed else "- clips/s")
+
+
+@contextmanager
+def _progress(jobs: Sequence[Job], left: Sequence[Job]) -> Iterator[OnClip]:
+    """A bar over all clips, of which those of whole shards are done."""
+    total, todo = (sum(len(job.items) for job in each) for each in (jobs, left))
+    columns = (BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total, completed=total - todo)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,375 @@
+"""Preparing data as users do it: real video files, real processes that are killed, every engine, full disks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cogvideo import bundle
+from cogvideo.bundle import CogVideo
+from cogvideo.config import AutoencoderConfig, CogVideoConfig
+from cogvideo.data.dataset import Dataset
+from cogvideo.data.encoding import PrepareSettings, ahead, encode_clips
+from cogvideo.data.frames import BACKGROUNDS, FrameSettings, read_item
+from cogvideo.data.prepare import prepare
+from cogvideo.data.sources import SourceOptions, list_source
+from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.video import write_video
+
+SMALL = AutoencoderConfig(
+    channels=8, groups=4, encoder_multipliers=(1, 1, 2), decoder_multipliers=((1, 1, 1, 2),), embedding_dim=16
+)
+SETTINGS = PrepareSettings(FrameSettings(fps=8), batch=16, shard_clips=3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A bundle with a small image tokenizer of random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bundle.update(folder, replace(CogVideoConfig(), autoencoder=SMALL), image_tokenizer=Autoencoder(SMALL))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of seven videos of 5 to 17 frames with captions, one of them with two."""
+    folder = tmp_path_factory.mktemp("clips")
+    random = np.random.default_rng(0)
+    for number in range(7):
+        small = random.integers(0, 256, (5 + 2 * number, 6, 5, 3), dtype=np.uint8)
+        write_video(folder / f"clip{number}.mp4", small.repeat(16, 1).repeat(16, 2), 8)
+        (folder / f"clip{number}.txt").write_text(f"caption of {number}\n" + "another one\n" * (number == 3))
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "cogvideo", "data", "prepare", *map(str, arguments)]
+
+
+def test_rows_hold_the_codes_of_their_clips(clips: Path, tokenizer: str, tmp_path: Path) -> None:
+    """Guards the whole way from files to shards: order, captions, lengths, and codes as plain slices give them."""
+    assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1) == 0
+    dataset = Dataset(tmp_path)
+    items = list_source(str(clips), SourceOptions()).items
+    assert len(dataset) == len(items) == 7
+    encode = CogVideo.from_pretrained(tokenizer).autoencoder.encode
+    for first in range(0, 7, 3):
+        frames = [read_item(item, replace(SETTINGS.frames, size=64)).frames for item in items[first : first + 3]]
+        pixels = torch.from_numpy(np.concatenate(frames)).movedim(-1, 1) / 255
+        expected = torch.cat([encode(pixels[start : start + 16]) for start in range(0, len(pixels), 16)]).numpy()
+        got = np.concatenate([dataset.codes(row) for row in range(first, min(first + 3, 7))])
+        assert got.shape == expected.shape
+        assert (got == expected).mean() > 0.999  # another memory layout may move a code between equal rows
+        for row, item, clip in zip(range(first, 7), items[first:], frames, strict=False):
+            assert dataset.row(row).captions == item.captions
+            assert len(dataset.codes(row)) == len(clip)
+    assert [len(dataset.row(row).captions) for row in range(7)] == [1, 1, 1, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("engine", ["processes", "ray"])
+def test_every_engine_gives_the_same_bytes(clips: Path, tokenizer: str, tmp_path: Path, engine: str) -> None:
+    """Guards the promise that where data was prepared cannot be seen: one process, several, or Ray."""
+    prepare(str(clips), tmp_path / "one", tokenizer, SETTINGS, workers=1)
+    options: tuple[object, ...] = ("--engine", "ray") if engine == "ray" else ("--device", "cpu")
+    options = (*options, "--workers", 2, "--batch", 16, "--shard-clips", 3)
+    arguments = command(clips, "--out", tmp_path / "two", "--tokenizer", tokenizer, *options)
+    done = subprocess.run(arguments, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_killed_runs_continue_to_the_same_bytes(tokenizer: str, tmp_path: Path) -> None:
+    """Guards days of work: killed again and again at any moment, the result is that of one run, and nothing is redone.
+
+    Also guards against processes that outlive the killed one.
+    """
+    options = ["world:24", "--tokenizer", tokenizer, "--shard-clips", "2", "--workers", "2", "--device", "cpu"]
+    subprocess.run(command(*options, "--out", tmp_path / "whole"), check=True, capture_output=True)
+    out, kept = tmp_path / "killed", dict[str, int]()
+    for round in range(4):
+        process = subprocess.Popen(command(*options, "--out", out), stderr=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("shard-*.arrow"))) < 2 + 2 * round and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        while subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, check=False).returncode == 0:
+            assert time.monotonic() < deadline, "processes outlive the one that was killed"
+            time.sleep(0.05)
+        assert not (out / "dataset.json").exists()
+        for name, changed in kept.items():
+            assert (out / name).stat().st_mtime_ns == changed
+        kept |= {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*.arrow")}
+    subprocess.run(command(*options, "--out", out), check=True, capture_output=True)
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_whole_run_is_not_repeated(clips: Path, tokenizer: str, tmp_path: Path) -> None:
+    """Guards the second call of a finished command: it writes no shard again."""
+    prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
+    before = {path.name: path.stat().st_ino for path in tmp_path.glob("shard-*")}
+    assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1) == 0
+    assert {path.name: path.stat().st_ino for path in tmp_path.glob("shard-*")} == before
+
+
+def test_bad_clips_are_counted_with_their_reasons(
+    clips: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against clips that vanish: each one is in a shard or in rejected.csv, and the exit status tells."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("clip5.mp4", "clip5.txt"):
+        (source / name).write_bytes((clips / name).read_bytes())
+    whole = (clips / "clip6.mp4").read_bytes()
+    write_video(source / "short.mp4", np.zeros((1, 16, 16, 3), np.uint8), 8)
+    (source / "empty.mp4").touch()
+    (source / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (source / "words.mp4").write_text("this is no video")
+    (source / "uncaptioned.mp4").write_bytes(whole)
+    (source / "blank.mp4").write_bytes(whole)
+    (source / "blank.txt").write_text(" \n\n")
+    for name in ("short", "empty", "cut", "words"):
+        (source / f"{name}.txt").write_text("a caption")
+    assert prepare(str(source), tmp_path / "out", tokenizer, SETTINGS, workers=1) == 1
+    with (tmp_path / "out" / "rejected.csv").open(newline="") as file:
+        rejected = {row["id"]: row["reason"] for row in csv.DictReader(file)}
+    assert rejected.keys() == {f"{name}.mp4" for name in ("short", "empty", "cut", "words", "uncaptioned", "blank")}
+    card = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert sum(card["rejected"].values()) == 6
+    assert sum(card["splits"].values()) == 1
+    assert rejected["short.mp4"] == "too short"
+    assert rejected["empty.mp4"] == "empty file"
+    assert "rejected: 6" in capsys.readouterr().out
+    assert prepare(str(source), tmp_path / "out", tokenizer, SETTINGS, workers=1, max_rejected=6) == 0
+
+
+def test_source_without_any_good_clip_is_refused(tokenizer: str, tmp_path: Path) -> None:
+    """Guards against an empty dataset that looks like success; the reasons are written all the same."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.mp4").write_text("no video")
+    with pytest.raises(ValueError, match=r"no clip of .* can be used: .*rejected.csv says why"):
+        prepare(str(tmp_path / "source"), tmp_path / "out", tokenizer, SETTINGS, workers=1)
+    assert "a.mp4" in (tmp_path / "out" / "rejected.csv").read_text()
+
+
+@pytest.mark.parametrize("change", ["settings", "clips", "tokenizer"])
+def test_other_data_in_the_folder_is_refused(clips: Path, tokenizer: str, tmp_path: Path, change: str) -> None:
+    """Guards against datasets of two kinds: a run never continues what was begun in another way."""
+    prepare(str(clips), tmp_path / "out", tokenizer, SETTINGS, workers=1)
+    source, other = clips, SETTINGS
+    if change == "settings":
+        other = replace(SETTINGS, frames=replace(SETTINGS.frames, fps=4))
+    elif change == "clips":
+        source = tmp_path / "fewer"
+        source.mkdir()
+        for name in ("clip5.mp4", "clip5.txt"):
+            (source / name).write_bytes((clips / name).read_bytes())
+    else:
+        torch.manual_seed(1)
+        tokenizer = str(tmp_path / "bundle")
+        bundle.update(tokenizer, replace(CogVideoConfig(), autoencoder=SMALL), image_tokenizer=Autoencoder(SMALL))
+    before = files(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"shard-00000.arrow was made from other clips, with other settings"):
+        prepare(str(source), tmp_path / "out", tokenizer, other, workers=1)
+    assert files(tmp_path / "out") == before
+
+
+def test_damaged_shard_is_never_taken_for_whole(clips: Path, tokenizer: str, tmp_path: Path) -> None:
+    """Guards against half a file: a truncated shard is refused by name."""
+    prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
+    shard = tmp_path / "shard-00001.arrow"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cannot use the shard .*shard-00001.arrow"):
+        prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
+
+
+def test_full_disk_is_one_line_and_nothing_is_lost(clips: Path, tokenizer: str, tmp_path: Path) -> None:
+    """Guards a disk that fills up: a small tmpfs, mounted in a namespace of the test's own."""
+    out = tmp_path / "small disk"
+    out.mkdir()
+    script = 'mount -t tmpfs -o size=64k tmpfs "$0" && "$@"; status=$?; ls -A "$0"; exit $status'
+    arguments = command("world:400", "--out", out, "--tokenizer", tokenizer, "--workers", 1, "--shard-clips", 4)
+    isolated = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if subprocess.run([*isolated, 'mount -t tmpfs tmpfs "$0"', str(out)], capture_output=True, check=False).returncode:
+        pytest.skip("this machine allows no mounts in a namespace")
+    done = subprocess.run([*isolated, script, str(out), *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    left = done.stdout.split()
+    assert left
+    assert all(name.startswith("shard-") and name.endswith(".arrow") for name in left)
+
+
+def test_unwritable_output_is_one_line(tokenizer: str, tmp_path: Path) -> None:
+    """Guards writes that fail in the middle: a limit on file sizes leaves no part of a shard."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    arguments = command("world:4", "--out", tmp_path / "out", "--tokenizer", tokenizer, "--workers", 1)
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("cogvideo: error: File too large: ")
+    assert files(tmp_path / "out") == {}
+
+
+def test_dead_worker_process_is_said(tokenizer: str, tmp_path: Path) -> None:
+    """Guards against a hang, or a traceback, when the system kills a worker for its memory."""
+    arguments = command("world:2000", "--out", tmp_path, "--tokenizer", tokenizer, "--workers", 2, "--device", "cpu")
+    process = subprocess.Popen([*arguments, "--shard-clips", "4"], stderr=subprocess.PIPE, text=True)
+    while not any(tmp_path.glob("shard-*")):
+        time.sleep(0.05)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, check=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "a worker process died" in errors
+    assert "Traceback" not in errors
+
+
+def test_interrupt_is_quiet_and_quick(tokenizer: str, tmp_path: Path) -> None:
+    """Guards Ctrl-C: all processes end at once, without tracebacks, and whole shards stay."""
+    arguments = command("world:20000", "--out", tmp_path, "--tokenizer", tokenizer, "--workers", 2, "--device", "cpu")
+    process = subprocess.Popen(
+        [*arguments, "--shard-clips", "4"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not any(tmp_path.glob("shard-*")):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert list(tmp_path.glob("shard-*.arrow"))
+
+
+def test_pairs_for_super_resolution(clips: Path, tokenizer: str, tmp_path: Path) -> None:
+    """Guards the training data of super-resolution: high codes are those of the same frames at three times the size."""
+    paired = replace(SETTINGS, superres=True)
+    prepare(str(clips), tmp_path, tokenizer, paired, workers=1)
+    dataset, item = Dataset(tmp_path), list_source(str(clips), SourceOptions()).items[4]
+    high = read_item(item, replace(SETTINGS.frames, size=192)).frames
+    low = np.zeros((len(high), 64, 64, 3))
+    for row, column in np.ndindex(64, 64):
+        low[:, row, column] = high[:, 3 * row : 3 * row + 3, 3 * column : 3 * column + 3].mean((1, 2))
+    encode = CogVideo.from_pretrained(tokenizer).autoencoder.encode
+    for codes, frames in ((dataset.row(4).codes, low.round()), (dataset.row(4).high_codes, high)):
+        expected = encode(torch.from_numpy(frames).movedim(-1, 1).float() / 255).numpy()
+        assert codes is not None
+        assert codes.shape == expected.shape
+        assert (codes == expected).mean() > 0.999
+
+
+def test_copies_of_a_clip_with_alpha_lie_on_backgrounds_that_captions_name(tokenizer: str, tmp_path: Path) -> None:
+    """Guards captions that lie: the colour behind each copy is the one that its caption says."""
+    frames = [Image.new("RGBA", (32, 32), (0, 0, 0, 0)) for _ in range(4)]
+    for number, frame in enumerate(frames):
+        frame.paste((255, 0, 0, 255), (12 + number, 12, 20 + number, 20))
+    (tmp_path / "clips").mkdir()
+    frames[0].save(tmp_path / "clips" / "a.webp", save_all=True, append_images=frames[1:], duration=125, lossless=True)
+    (tmp_path / "clips" / "a.txt").write_text("a red square moves")
+    template = "{caption}, on {article} {background} background"
+    random = FrameSettings(size=64, background="random", background_template=template)
+    prepare(
+        str(tmp_path / "clips"), tmp_path / "out", tokenizer, replace(SETTINGS, frames=random),
+        SourceOptions(copies=12), workers=1,
+    )  # fmt: skip
+    dataset = Dataset(tmp_path / "out")
+    items = list_source(str(tmp_path / "clips"), SourceOptions(copies=12)).items
+    seen = set()
+    for number, item in enumerate(items):
+        row, pictures = dataset.row(number), read_item(item, random)
+        name = row.attributes["background"]
+        article = "an" if name == "orange" else "a"
+        assert row.captions == (f"a red square moves, on {article} {name} background",)
+        assert np.abs(pictures.frames[:, 0, 0].astype(int) - BACKGROUNDS[name]).max() <= 2
+        seen.add(name)
+    assert len(seen) > 4
+    assert len({row.id for row in map(dataset.row, range(12))}) == 12
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fps": 0}, "fps is 0, expected a positive number"),
+        ({"background": "mauve"}, "background is 'mauve', expected random or one of red"),
+        ({"background_template": "{capton}"}, "expected the fields caption, article and background"),
+        ({"loop_to": -1.0}, "loop_to is -1.0, expected 0 or more seconds"),
+    ],
+)
+def test_bad_frame_settings_are_refused(wrong: dict[str, object], message: str) -> None:
+    """Guards against settings that fail hours later or mean nothing."""
+    with pytest.raises(ValueError, match=message):
+        FrameSettings(**wrong)
+
+
+def test_size_must_fit_the_tokenizer(clips: Path, tokenizer: str, tmp_path: Path) -> None:
+    """Guards against a failure in the encoder: the size is checked before anything is read or written."""
+    odd = replace(SETTINGS, frames=FrameSettings(size=60))
+    with pytest.raises(ValueError, match="size is 60, expected a multiple of 8"):
+        prepare(str(clips), tmp_path / "out", tokenizer, odd, workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bundle_without_tokenizer_is_refused(clips: Path, tmp_path: Path) -> None:
+    """Guards the message for a bundle that cannot encode."""
+    CogVideo(CogVideoConfig()).save_pretrained(tmp_path / "bundle")
+    with pytest.raises(ValueError, match="the bundle has no image_tokenizer, it has: nothing"):
+        prepare(str(clips), tmp_path / "out", str(tmp_path / "bundle"), SETTINGS, workers=1)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 10))
+def test_frames_of_all_clips_share_batches(lengths: list[int], batch: int) -> None:
+    """Guards the cutting of batches into clips: every frame's codes come back in its clip, and passes are full."""
+    numbers = iter(range(10**6))
+    clips = [np.array([[[[next(numbers)] * 3]] for _ in range(length)], np.uint8) for length in lengths]
+    sizes = []
+
+    def encode(frames: np.ndarray) -> np.ndarray:
+        sizes.append(len(frames))
+        return frames[..., 0].astype(np.uint16)
+
+    codes = list(encode_clips(clips, encode, batch))
+    assert [each.tolist() for each in codes] == [clip[..., 0].tolist() for clip in clips]
+    full, rest = divmod(sum(lengths), batch)
+    assert sizes == [batch] * full + [rest] * (rest > 0)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_reading_ahead_keeps_order_and_bounds(threads: int) -> None:
+    """Guards memory and order: results come in the order of their values, and few are read before they are wanted."""
+    begun = []
+
+    def double(value: int) -> int:
+        begun.append(value)
+        time.sleep(0.001 * (value % 3))
+        return 2 * value
+
+    results = ahead(double, range(100), threads)
+    assert next(results) == (0, 0)
+    time.sleep(0.05)
+    assert len(begun) <= 1 + 2 * threads
+    assert list(results) == [(value, 2 * value) for value in range(1, 100)]
