@@ -1,0 +1,1 @@
+"""Pages about data and runs, each one self-contained HTML file."""
