@@ -1,0 +1,108 @@
+"""The adversary of the image tokenizer: a discriminator of patches, its hinge loss, and its weight beside the others.
+
+The recipe is that of taming-transformers (arXiv 2012.09841, section 3.1), the network PatchGAN (arXiv 1611.07004).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cogvideo.config import require
+
+SLOPE = 0.2
+"""Of LeakyReLU below zero."""
+WIDEST = 8
+"""The layers' widths double up to this multiple of the first."""
+MOST_WEIGHT = 1e4
+"""Bound of the adaptive weight, for an adversary whose gradient vanishes."""
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches of a frame: positive for real ones, negative for reconstructions.
+
+    Convolutions of 4 x 4: `num_layers` that halve the side and two that keep it (less one), with batch norm between
+    the first and the last and LeakyReLU after all but the last. It has no running statistics: it is only ever trained.
+    Weights start as N(0, 0.02), those of norms as N(1, 0.02), biases as zero.
+    """
+
+    def __init__(self, width: int = 64, num_layers: int = 3) -> None:
+        """`width` is that of the first layer.
+
+        Raises:
+            ValueError: a number is not positive.
+        """
+        super().__init__()
+        for name, value in {"width": width, "num_layers": num_layers}.items():
+            require(value > 0, f"{name} is {value}, expected a positive number")
+        widths = [width * min(2**layer, WIDEST) for layer in range(num_layers + 1)]
+        strides = [2] * (num_layers - 1) + [1]
+        self.first = nn.Sequential(_convolution(3, widths[0], 2), nn.LeakyReLU(SLOPE))
+        self.middle = nn.Sequential(
+            *(_judged(before, after, by) for (before, after), by in zip(pairwise(widths), strides, strict=True))
+        )
+        self.last = _convolution(widths[-1], 1, 1)
+        self.apply(_start)
+
+    def forward(self, frames: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1 rows columns"]:
+        """Judgements of the patches of frames in [0, 1].
+
+        Raises:
+            ValueError: the frames are too small to hold a patch.
+        """
+        least = self.least_side
+        side = min(frames.shape[2:])
+        require(side >= least, f"frames have a side of {side} pixels, expected at least {least} for the adversary")
+        return self.last(self.middle(self.first(2 * frames - 1)))
+
+    @property
+    def least_side(self) -> int:
+        """Side of the smallest frame that it can judge: the two layers that keep the side take one cell each."""
+        return 3 * 2 ** len(self.middle)
+
+
+def discriminator_loss(
+    real: Float[Tensor, "batch 1 rows columns"], made: Float[Tensor, "batch 1 rows columns"]
+) -> Float[Tensor, ""]:
+    """Hinge loss of the judgements of real frames and reconstructions: 0 where they are beyond 1 and -1."""
+    return (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
+
+
+def generator_loss(made: Float[Tensor, "batch 1 rows columns"]) -> Float[Tensor, ""]:
+    """What the autoencoder minimises: the negative mean judgement of its reconstructions."""
+    return -made.mean()
+
+
+def adaptive_weight(
+    reconstruction: Float[Tensor, ""], adversary: Float[Tensor, ""], last_layer: Tensor
+) -> Float[Tensor, ""]:
+    """Ratio of the gradients' norms at the decoder's last layer, so that neither loss drowns the other.
+
+    `|d reconstruction / d last_layer| / (|d adversary / d last_layer| + 1e-4)`, at most `MOST_WEIGHT`, without a
+    gradient of its own (arXiv 2012.09841, equation 7). Both losses keep their graphs.
+    """
+    norms = [
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        for loss in (reconstruction, adversary)
+    ]
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, MOST_WEIGHT).detach()
+
+
+def _judged(before: int, after: int, stride: int) -> nn.Sequential:
+    norm = nn.BatchNorm2d(after, track_running_stats=False)
+    return nn.Sequential(_convolution(before, after, stride, bias=False), norm, nn.LeakyReLU(SLOPE))
+
+
+def _convolution(before: int, after: int, stride: int, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(before, after, kernel_size=4, stride=stride, padding=1, bias=bias)
+
+
+def _start(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

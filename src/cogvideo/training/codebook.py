@@ -1,0 +1,86 @@
+"""How the codebook learns: a k-means start, running averages of the vectors of each code, restarts of dead codes.
+
+VQ-VAE (arXiv 1711.00937, appendix A.1); restarts as in Jukebox (arXiv 2005.00341, section 3).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from cogvideo.models.quantizer import Codebook, cluster_codes
+
+
+class MovingCodebook(nn.Module):
+    """Running sums of the vectors that chose each code; its row is their mean.
+
+    A code whose running count falls below `restart_below` times an even share is dead: its row becomes a random one of
+    the step's vectors, and its count an even share, so that it has time to find its place.
+    """
+
+    def __init__(self, codebook: Codebook, decay: float, restart_below: float) -> None:
+        super().__init__()
+        rows = codebook.embedding
+        self.codebook = codebook
+        self.decay = decay
+        self.restart_below = restart_below
+        self.counts = nn.Buffer(torch.ones_like(rows[:, 0]))
+        self.sums = nn.Buffer(rows.detach().clone())
+
+    @torch.no_grad()
+    def start(self, vectors: Float[Tensor, "many embedding"], per_step: int, generator: torch.Generator) -> None:
+        """Rows from k-means of vectors, of which there are at least as many as rows; `per_step` come in each step."""
+        rows, counts = cluster_means(vectors, len(self.counts), generator)
+        self.counts.copy_(counts * (per_step / len(vectors)))
+        self.sums.copy_(rows * self.counts[:, None])
+        self.codebook.embedding.copy_(rows)
+
+    @torch.no_grad()
+    def update(
+        self, vectors: Float[Tensor, "many embedding"], codes: Int64[Tensor, " many"], generator: torch.Generator
+    ) -> Int64[Tensor, ""]:
+        """Move the rows towards the vectors that chose them; returns how many codes were restarted.
+
+        The generator is on the CPU, whatever the device.
+        """
+        counts, sums = totals(vectors, codes, len(self.counts))
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        even = len(vectors) / len(self.counts)
+        dead = self.counts < self.restart_below * even
+        self._restart(dead, vectors, even, generator)
+        self.codebook.embedding.copy_(self.sums / self.counts[:, None])
+        return dead.sum()
+
+    def _restart(
+        self, dead: Bool[Tensor, " codes"], vectors: Float[Tensor, "many embedding"], even: float, by: torch.Generator
+    ) -> None:
+        """Every code draws a vector, only dead ones take it: the device need not tell the host which they are."""
+        drawn = torch.randint(len(vectors), (len(dead),), generator=by).to(vectors.device)
+        self.counts.masked_fill_(dead, even)
+        self.sums.copy_(torch.where(dead[:, None], vectors[drawn] * even, self.sums))
+
+
+def totals(
+    vectors: Float[Tensor, "many embedding"], codes: Int64[Tensor, " many"], num_codes: int
+) -> tuple[Float[Tensor, " codes"], Float[Tensor, "codes embedding"]]:
+    """Number and sum of the vectors of each code."""
+    counts = codes.bincount(minlength=num_codes).to(vectors.dtype)
+    return counts, vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, codes, vectors)
+
+
+def cluster_means(
+    vectors: Float[Tensor, "many embedding"], num_clusters: int, generator: torch.Generator
+) -> tuple[Float[Tensor, "clusters embedding"], Float[Tensor, " clusters"]]:
+    """Means and sizes of the clusters that k-means finds; none is empty."""
+    labels = cluster_codes(vectors, num_clusters, generator)
+    counts, sums = totals(vectors, labels, num_clusters)
+    return sums / counts[:, None], counts
+
+
+def straight_through(
+    features: Float[Tensor, "batch embedding rows columns"], chosen: Float[Tensor, "batch embedding rows columns"]
+) -> Float[Tensor, "batch embedding rows columns"]:
+    """`chosen`, whose gradient goes to `features` as if there were no choice (arXiv 1711.00937, section 3.2)."""
+    return features + (chosen - features).detach()

@@ -1,0 +1,216 @@
+"""Frames that the image tokenizer learns from: drawn evenly from the clips of any source, in one file on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from cogvideo.config import require
+from cogvideo.data.frames import FrameSettings, read_item
+from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
+from cogvideo.video import VideoError
+
+FILES = ("train.rgb", "held_out.rgb")
+"""Pixels, frame after frame, of what is learnt from and of what is only looked at."""
+HELD_OUT_SHARE = 0.05
+"""Of the clips, where no clip is of another split than `train`."""
+MANIFEST = "frames.json"
+"""Written last: without it the files are not whole."""
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """Which frames are taken from the sources."""
+
+    num_frames: int = 20_000
+    """Frames to learn from, shared evenly by the sources and their clips; fewer where the clips have no more."""
+    num_held_out: int = 512
+    """Frames to look at, from clips that nothing is learnt from."""
+    frames_per_clip: int = 8
+    """Frames taken from a clip at least, spread over it: so many clips need not be read."""
+    clips: FrameSettings = FrameSettings(min_frames=1)  # noqa: RUF009  # frozen
+    """How clips become frames; an image is a clip of one frame."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "num_held_out", "frames_per_clip"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+
+
+class FrameStore(NamedTuple):
+    """The frames, memory-mapped, and what became of the clips."""
+
+    train: UInt8[np.ndarray, "_ size size 3"]
+    """Frames to learn from."""
+    held_out: UInt8[np.ndarray, "_ size size 3"]
+    """Frames to look at; those of `train` where every clip that was held out is unreadable, or there is but one."""
+    clips: int
+    """How many clips were read."""
+    rejected: dict[str, int]
+    """How many were refused, by reason."""
+
+
+def fetch(
+    folder: Path,
+    sources: Sequence[str],
+    options: SourceOptions,
+    settings: StoreSettings,
+    on_frames: Callable[[int], None] = lambda count: None,
+) -> FrameStore:
+    """The frames in `folder`, drawn from the sources unless the same call already did.
+
+    Args:
+        folder: where the files are or will be.
+        sources: as `list_source` takes them.
+        options: of `list_source`.
+        settings: which frames are taken; their size is given.
+        on_frames: called with the number of frames of each clip that was read.
+
+    Raises:
+        ValueError: a source is refused, no clip can be read, or the folder holds frames of another call.
+        OSError: they cannot be written.
+    """
+    key = _key(sources, options, settings)
+    if not (folder / MANIFEST).exists():
+        _publish(folder / MANIFEST, {"key": key} | _draw(folder, sources, options, settings, on_frames))
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    require(
+        manifest["key"] == key,
+        f"{folder} holds frames of other sources or settings: give those of the run that made them, or remove it",
+    )
+    size = settings.clips.size
+    assert size is not None
+    train, held_out = (_map(folder / name, count, size) for name, count in zip(FILES, manifest["frames"], strict=True))
+    return FrameStore(train, held_out if len(held_out) else train, manifest["clips"], manifest["rejected"])
+
+
+def remove(folder: Path) -> None:
+    """Free the disk of the frames in `folder`."""
+    for name in (MANIFEST, *FILES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _key(sources: Sequence[str], options: SourceOptions, settings: StoreSettings) -> str:
+    """Hash of all that decides the frames, apart from what the sources hold."""
+    text = json.dumps([list(sources), asdict(options), asdict(settings)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _draw(
+    folder: Path,
+    sources: Sequence[str],
+    options: SourceOptions,
+    settings: StoreSettings,
+    on_frames: Callable[[int], None],
+) -> dict[str, Any]:
+    """Write the files of pixels; returns what there is to say about them."""
+    listings = [list_source(source, options) for source in sources]
+    rejected = [each for listing in listings for each in listing.rejected]
+    parts = [divide(_shuffled(listing.items, settings.clips.seed)) for listing in listings]
+    counts: list[list[int]] = []
+    for name, groups, total in zip(
+        FILES, zip(*parts, strict=True), (settings.num_frames, settings.num_held_out), strict=True
+    ):
+        clips = _chosen(groups, total, settings, rejected)
+        counts.append(_write(folder / name, clips, on_frames))
+    reasons = Counter(each.reason for each in rejected)
+    found = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "they hold none"
+    require(bool(counts[0]), f"no clip of {', '.join(sources)} can be read: {found}")
+    return {"frames": [sum(each) for each in counts], "clips": sum(map(len, counts)), "rejected": reasons}
+
+
+def _write(
+    path: Path, clips: Iterable[UInt8[np.ndarray, "_ size size 3"]], on_frames: Callable[[int], None]
+) -> list[int]:
+    """The frames of clips, one after another; returns how many each has."""
+    counts = []
+    with path.open("wb") as file:
+        for frames in clips:
+            file.write(frames.tobytes())
+            counts.append(len(frames))
+            on_frames(len(frames))
+        file.flush()
+        os.fsync(file.fileno())
+    return counts
+
+
+def _publish(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def divide(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """Clips to learn from, and clips to look at: those of another split than `train`.
+
+    Where there are none, the first `HELD_OUT_SHARE` of the clips is held out: one at least, but never all.
+    """
+    train = [item for item in items if item.split in ("train", None)]
+    held_out = [item for item in items if item.split not in ("train", None)]
+    if held_out:
+        return train, held_out
+    media = list(dict.fromkeys(item.media for item in train))
+    left_out = set(media[: min(len(media) - 1, max(1, round(HELD_OUT_SHARE * len(media))))])
+    return (
+        [item for item in train if item.media not in left_out],
+        [item for item in train if item.media in left_out],  # with its copies on other backgrounds
+    )
+
+
+def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[place] for place in order.tolist()]
+
+
+def _chosen(
+    groups: Sequence[Sequence[Item]], total: int, settings: StoreSettings, rejected: list[Rejection]
+) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
+    """Frames of one clip after another, `total` in all; what a source lacks is taken from those behind it."""
+    for place, items in enumerate(groups):
+        share = total // (len(groups) - place)
+        for frames in _of_source(items, share, settings, rejected):
+            total -= len(frames)
+            yield frames
+
+
+def _of_source(
+    items: Sequence[Item], total: int, settings: StoreSettings, rejected: list[Rejection]
+) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
+    """As many frames of each clip as it must give for `total`, or `frames_per_clip`; clips that fail are skipped."""
+    for place, item in enumerate(items):
+        if total <= 0:
+            return
+        quota = min(total, max(settings.frames_per_clip, math.ceil(total / (len(items) - place))))
+        try:
+            frames = read_item(item, settings.clips).frames
+        except VideoError as error:
+            rejected.append(Rejection(item.id, error.reason, str(error)))
+            continue
+        chosen = frames[_evenly(len(frames), quota)]
+        total -= len(chosen)
+        yield chosen
+
+
+def _evenly(num_frames: int, count: int) -> np.ndarray:
+    """Places of `count` frames in the middle of equal parts of a clip; all where it has no more."""
+    count = min(num_frames, count)
+    return (2 * np.arange(count) + 1) * num_frames // (2 * count)
+
+
+def _map(path: Path, count: int, size: int) -> UInt8[np.ndarray, "_ size size 3"]:
+    expected = count * size * size * 3
+    got = path.stat().st_size if path.exists() else 0
+    require(got == expected, f"{path} has {got} bytes, expected {expected}: remove its folder and start again")
+    if count == 0:  # which no memory map can hold
+        return np.empty((0, size, size, 3), np.uint8)
+    return np.memmap(path, np.uint8, "r", shape=(count, size, size, 3))

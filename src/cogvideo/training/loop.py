@@ -1,0 +1,96 @@
+"""What every training loop needs around its steps: figures that are watched, a progress bar, an orderly end."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+Measured = Mapping[str, Float[Tensor, ""]]
+
+
+class Window:
+    """What the last steps measured, left on the device so that the host need not wait for it after each of them.
+
+    Args:
+        batch: samples of a step.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+        self._steps: list[Measured] = []
+        self._since = time.monotonic()
+
+    def add(self, measured: Measured) -> None:
+        """Figures of one step."""
+        self._steps.append(measured)
+
+    def row(self, done: int) -> dict[str, float]:
+        """Means of the steps, of which `done` are made in all; the next row begins anew.
+
+        Raises:
+            ValueError: a figure is not finite.
+        """
+        values = means(self._steps, done - len(self._steps) + 1)
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        row = {"step": done, **values, "images_per_second": round(len(self._steps) * self._batch / seconds, 1)}
+        self._steps, self._since = [], time.monotonic()
+        return row
+
+
+def means(steps: Sequence[Measured], first: int) -> dict[str, float]:
+    """Mean of each figure over the steps that have it; `first` is the number of the first step, for messages.
+
+    Raises:
+        ValueError: a figure is not finite.
+    """
+    result = {}
+    for name in dict.fromkeys(name for step in steps for name in step):
+        numbers = [first + place for place, step in enumerate(steps) if name in step]
+        values = torch.stack([step[name] for step in steps if name in step]).tolist()
+        for number, value in zip(numbers, values, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"training diverged: {name} is {value} at step {number:,}; the last checkpoint is from before. "
+                    "Remove the run's folder and begin again with a smaller learning rate"
+                )
+        result[name] = sum(values) / len(values)
+    return result
+
+
+@contextmanager
+def progress(console: Console, done: int, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar over steps, of which some were done by an earlier run; the function moves it and says something."""
+    columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total, completed=done, text="")
+        yield lambda now, text: bar.update(task, completed=now, text=text)
+
+
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event instead of breaking off a step; the second one breaks off as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main one may handle signals
+        yield event
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        event.set()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)

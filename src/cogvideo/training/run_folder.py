@@ -1,0 +1,133 @@
+"""The folder of a training run: what it is a run of, its last checkpoint, and what was measured.
+
+Whatever interrupts the run, each file is the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cogvideo.config import require
+
+
+class Checkpoint(NamedTuple):
+    """Where a run stands."""
+
+    step: int
+    """How many steps were made."""
+    state: dict[str, Any]
+    """All that the next one depends on: tables of tensors and numbers."""
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder; it is made if it is not there.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Say what this is a run of, or check that it is the same that began here.
+
+        Args:
+            identity: settings and whatever else decides the result, in nested tables.
+
+        Raises:
+            ValueError: another run began here, or its identity cannot be read.
+        """
+        path = self.path / "run.json"
+        here = json.loads(json.dumps(identity))
+        if not path.exists():
+            _replace(path, lambda temporary: temporary.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8"))
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"cannot use {path}: {error}") from error
+        changes = list(_changes(there, here))
+        shown = "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+        advice = "pass the same as before to continue it, or remove the folder to start anew"
+        require(not changes, f"another run began in {self.path}: {shown}; {advice}")
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Replace the checkpoint.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        _replace(self._checkpoint, lambda temporary: torch.save(tuple(checkpoint), temporary))
+
+    def load(self) -> Checkpoint | None:
+        """The checkpoint, on the CPU; None where there is none yet.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        if not self._checkpoint.exists():
+            return None
+        try:
+            return Checkpoint(*torch.load(self._checkpoint, map_location="cpu", weights_only=True))
+        except Exception as error:  # what is raised by bytes that mean nothing depends on the bytes
+            raise ValueError(f"cannot use {self._checkpoint}: it is no checkpoint of this version") from error
+
+    def report(self, row: Mapping[str, Any]) -> None:
+        """Add a line to `metrics.jsonl`; it names the step."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines that a killed run reported behind its last checkpoint, which are made again."""
+        if not self._metrics.exists():
+            return
+        lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        _replace(self._metrics, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What `finish` wrote; None while the run is not over."""
+        path = self.path / "report.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write `report.json`, which says that the run is over."""
+        text = json.dumps(summary, indent=2) + "\n"
+        _replace(self.path / "report.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.path / "checkpoint.pt"
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+
+def _changes(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """What differs between two nested tables, in words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in sorted(there.keys() | here.keys()):
+            yield from _changes(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+    elif there != here:
+        yield f"{name} was {there!r:.60} and is {here!r:.60}"
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside `path`, then give it its name."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)

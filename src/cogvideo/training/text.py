@@ -1,0 +1,253 @@
+"""`cogvideo train text`: a SentencePiece model of the captions, with the pieces and ids that a configuration asks for.
+
+Pieces are merged pairs (BPE): on captions that repeat one another, SentencePiece's unigram models keep few pieces and
+spell words letter by letter (measured on synthetic captions: 36 tokens a caption instead of 12). Nothing is
+unrepresentable: what no piece covers becomes bytes. Digits are pieces of their own, so that any frame rate prefix is a
+few tokens. Text is normalised by NFKC (one spelling for é, ｗｉｄｅ letters, ligatures) and spaces are single ones.
+"""
+
+from __future__ import annotations
+
+import io
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+from cogvideo import bundle
+from cogvideo.config import PRESETS, CogVideoConfig, TransformerConfig, preset, require
+from cogvideo.data.frames import BACKGROUNDS, FrameSettings, on_background
+from cogvideo.data.sources import SourceOptions, list_source
+from cogvideo.storage import MANIFEST, Manifest
+from cogvideo.text import LINE_BREAK_PIECE, PAD_PIECE, TextTokenizer
+
+Normalization = Literal["nfkc", "nfkc_cf", "identity"]
+"""What SentencePiece does to a text first: NFKC, the same without capital letters, or nothing but to spaces."""
+
+COUNTED = 20_000
+"""Captions of which tokens are counted, evenly spaced where there are more."""
+BYTES = 256
+"""Pieces of the single bytes."""
+LONGEST = 1 << 16
+"""Characters of a line that are trained on; SentencePiece would leave out longer lines."""
+RESERVED = ("\u2581", "\u2585")
+"""SentencePiece's own signs for a space and for what it does not know: it leaves out lines that hold the latter."""
+PREFIX_SECONDS = 0.5
+"""Duration in the prefix of the captions that are counted: five frames of eight a second, the longest usual prefix."""
+_ASCII = "".join(map(chr, range(0x21, 0x7F)))
+
+
+class Figures(NamedTuple):
+    """How a tokenizer does on captions."""
+
+    captions: int
+    """Different captions that were counted."""
+    mean: float
+    """Tokens of one with its prefix."""
+    longest: int
+    """Tokens of the longest."""
+    fitting: float
+    """Share that fits in the text slots of the video stages, prefix included."""
+    with_bytes: float
+    """Share in which something is spelled in bytes."""
+
+
+def train_text(
+    source: tuple[str, ...],
+    /,
+    out: Path,
+    preset: str | None = None,
+    options: SourceOptions = SourceOptions(),  # noqa: B008  # frozen
+    normalization: Normalization = "nfkc",
+    background_template: str = "",
+    max_captions: int = 1_000_000,
+) -> None:
+    """Train the text tokenizer on the captions of the split `train`, and put it into a bundle.
+
+    Args:
+        source: folders, tables, tars or world:NUMBER, as for `data prepare`.
+        out: folder of the bundle; other components in it stay, an older text tokenizer is replaced.
+        preset: configuration of a new bundle (pocket unless given); a bundle that exists has its own.
+        options: how the sources are read; take those of `data prepare`, so that validation captions stay unseen.
+        normalization: nfkc, nfkc_cf (which also makes capital letters small), or identity (only spaces).
+        background_template: the one of `data prepare`, put around every caption with each background in turn.
+        max_captions: of more captions, so many are used, evenly spaced in their sorted order.
+
+    Raises:
+        ValueError: a source cannot be read, there is no caption, or the bundle in `out` is made for other text.
+    """
+    require(len(source) > 0, "got no source, expected a folder, a table, a tar or world:NUMBER")
+    require(max_captions > 0, f"max_captions is {max_captions}, expected a positive number")
+    FrameSettings(background_template=background_template)  # refuses a template that does not work
+    config = _config(out, preset)
+    captions = read_captions(source, options)
+    used = spread(_on_backgrounds(captions, background_template), max_captions)
+    model = train_model(used, config.transformer, normalization)
+    tokenizer = TextTokenizer(model, config.text, config.transformer.num_codes)
+    bundle.update(out, config, text=tokenizer)
+    _print(out, tokenizer, len(captions), used, config)
+
+
+def read_captions(sources: Iterable[str], options: SourceOptions) -> list[str]:
+    """All captions of the split `train`, sorted, with repetitions.
+
+    Raises:
+        ValueError: a source cannot be read, or there is no caption.
+    """
+    listings = [list_source(source, options) for source in sources]
+    items = [item for listing in listings for item in listing.items if item.split == "train" and item.copy == 0]
+    rejected = Counter(rejection.reason for listing in listings for rejection in listing.rejected)
+    why = ", ".join(f"{reason} ({number})" for reason, number in rejected.most_common()) or "nothing"
+    require(len(items) > 0, f"no clip of the split train has a caption in {', '.join(sources)}; rejected: {why}")
+    return sorted(caption for item in items for caption in item.captions)
+
+
+def spread(captions: Sequence[str], number: int) -> list[str]:
+    """At most so many captions, evenly spaced."""
+    kept = min(number, len(captions))
+    return [captions[index * len(captions) // kept] for index in range(kept)]
+
+
+def train_model(captions: Iterable[str], config: TransformerConfig, normalization: Normalization = "nfkc") -> bytes:
+    """A serialised SentencePiece model; equal captions give equal bytes, in whatever order.
+
+    Its pieces fill the ids between the image codes and `start_of_image`, with `<pad>` at `pad`. Where captions are too
+    few for so many pieces, the last ones are unused: called `<unused_2000>` at the id 2000, and found in no text.
+
+    Args:
+        captions: what the pieces are found in.
+        config: whose vocabulary the tokenizer is for.
+        normalization: see `Normalization`.
+
+    Raises:
+        ValueError: the vocabulary has too little room, or there is no caption.
+    """
+    num_pieces = config.start_of_image - config.num_codes
+    least = 2 * (BYTES + len(_ASCII))
+    room = f"the configuration has room for {num_pieces} text pieces, expected at least {least}"
+    require(num_pieces >= least, f"{room}: bytes and letters take half of them")
+    require(0 <= config.pad - config.num_codes < BYTES, f"pad is {config.pad}, expected it behind the image codes")
+    lines = _lines(captions, normalization, num_pieces // 2 - BYTES)
+    require(len(lines) > 0, "got no captions, expected some to train on")
+    return fill(_train(lines, num_pieces, config.pad - config.num_codes, normalization), num_pieces)
+
+
+def fill(model: bytes, num_pieces: int) -> bytes:
+    """The model with pieces that no text has behind its own, so that it has exactly `num_pieces`.
+
+    A model is a protocol buffer, whose lists grow by what is appended to its bytes. Names of new pieces hold digits, so
+    they are none of the old ones.
+
+    Raises:
+        ValueError: it has more.
+    """
+    got = _load(model).vocab_size()
+    require(got <= num_pieces, f"the text model has {got} pieces, expected at most {num_pieces}")
+    return model + b"".join(map(_unused_piece, range(got, num_pieces)))
+
+
+def figures(tokenizer: TextTokenizer, captions: Iterable[str], slots: int) -> Figures:
+    """How many tokens captions have, each counted once."""
+    byte_tokens = {tokenizer.num_codes + piece for piece in _byte_pieces(tokenizer.model)}
+    rows = [tokenizer.encode_caption(caption, PREFIX_SECONDS) for caption in sorted(set(captions))]
+    lengths = [len(row) for row in rows]
+    fitting = sum(length <= slots for length in lengths)
+    with_bytes = sum(not byte_tokens.isdisjoint(row) for row in rows)
+    share = 1 / len(rows)
+    return Figures(len(rows), sum(lengths) * share, max(lengths), fitting * share, with_bytes * share)
+
+
+def _config(out: Path, name: str | None) -> CogVideoConfig:
+    """The configuration of the bundle in `out`, else the preset.
+
+    Raises:
+        ValueError: the bundle has another one than the preset, or weights that were trained with other tokens.
+    """
+    if not (out / MANIFEST).exists():
+        return preset(name or next(iter(PRESETS)))
+    manifest = Manifest.read(out)
+    same = name is None or manifest.config == preset(name)
+    require(same, f"the bundle {out} has another configuration than the preset {name}: leave out --preset")
+    trained = "base" in manifest.components
+    require(not trained, f"the bundle {out} has a base, which knows its old text tokens alone: take another --out")
+    return manifest.config
+
+
+def _on_backgrounds(captions: Sequence[str], template: str) -> list[str]:
+    """Each caption with one of the backgrounds, in turn."""
+    names = list(BACKGROUNDS)
+    chosen = (names[number % len(names)] for number in range(len(captions)))
+    return [on_background(caption, name, template) for caption, name in zip(captions, chosen, strict=True)]
+
+
+def _lines(captions: Iterable[str], normalization: Normalization, num_characters: int) -> list[str]:
+    """Lines of captions, sorted; characters beyond the most frequent ones are spaces, so that they become bytes."""
+    texts = (caption if normalization == "identity" else unicodedata.normalize("NFKC", caption) for caption in captions)
+    lines = sorted(line for text in texts for line in text.replace("\r\n", "\n").split("\n"))
+    counts = Counter(character for line in lines for character in line)
+    frequent = sorted(counts, key=lambda each: (-counts[each], each))[: num_characters - len(_ASCII)]
+    rare = dict.fromkeys(map(ord, (counts.keys() - set(frequent) - set(_ASCII)) | set(RESERVED)), " ")
+    return [kept for line in lines if (kept := line[:LONGEST].translate(rare)).strip()]
+
+
+def _train(lines: list[str], num_pieces: int, pad: int, normalization: Normalization) -> bytes:
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=num_pieces,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        required_chars=_ASCII,  # so that no English prompt is spelled in bytes, whatever the captions lack
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name=normalization,
+        max_sentence_length=4 * LONGEST,
+        pad_id=pad,
+        pad_piece=PAD_PIECE,
+        unk_id=0 if pad else 1,
+        bos_id=-1,
+        eos_id=-1,
+        control_symbols=[LINE_BREAK_PIECE],  # control: a caption that spells it gets its characters
+        num_threads=1,  # the same bytes on every machine
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _unused_piece(index: int) -> bytes:
+    """A piece as an entry of the model's list: its fields `piece`, `score` (0) and `type` (5, for unused)."""
+    name = f"<unused_{index}>".encode()
+    body = b"\x0a" + bytes([len(name)]) + name + b"\x15" + bytes(4) + b"\x18\x05"
+    return b"\x0a" + bytes([len(body)]) + body
+
+
+def _load(model: bytes) -> SentencePieceProcessor:
+    processor = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model)
+    return processor
+
+
+def _byte_pieces(model: bytes) -> list[int]:
+    processor = _load(model)
+    return [piece for piece in range(processor.vocab_size()) if processor.is_byte(piece)]
+
+
+def _print(out: Path, tokenizer: TextTokenizer, found: int, used: Sequence[str], config: CogVideoConfig) -> None:
+    processor = _load(tokenizer.model)
+    num_pieces, slots = processor.vocab_size(), config.layout.text_slots
+    num_unused = sum(processor.is_unused(piece) for piece in range(num_pieces))
+    distinct = sorted(set(used))
+    counted = spread(distinct, COUNTED)
+    result = figures(tokenizer, counted, slots)
+    unused = f", of which {num_unused:,} unused: the captions have no more" if num_unused else ""
+    print(f"captions  {found:,} of the split train, {len(used):,} used, {len(distinct):,} different")
+    print(f"pieces    {num_pieces:,}{unused}")
+    print(f"tokens    {result.mean:.1f} a caption with its prefix, {result.longest} at most ({len(counted):,} counted)")
+    print(f"fitting   {result.fitting:.2%} of them in the {slots} text slots")
+    print(f"in bytes  {result.with_bytes:.2%} of them, in part")
+    print(f"wrote the text tokenizer into {out}")

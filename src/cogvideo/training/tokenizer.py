@@ -1,0 +1,287 @@
+"""`cogvideo train tokenizer`: frames of any source become an image tokenizer, which can be killed and continued."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cogvideo import bundle, config
+from cogvideo.bundle import CODES_PER_CLUSTER
+from cogvideo.config import CogVideoConfig, require
+from cogvideo.data.sources import SourceOptions
+from cogvideo.evaluation.metrics import WINDOW
+from cogvideo.models.adversary import PatchDiscriminator
+from cogvideo.models.perceptual import LEAST_SIDE, Lpips, load_lpips
+from cogvideo.models.quantizer import cluster_codes
+from cogvideo.pictures import contact_sheet, write_image
+from cogvideo.storage import MANIFEST, Entry, Manifest
+from cogvideo.training import frame_store
+from cogvideo.training.autoencoder import Quality, TokenizerSettings, Trainer, evaluate, generator, reconstruct
+from cogvideo.training.frame_store import FrameStore, StoreSettings
+from cogvideo.training.loop import Window, interrupts, progress
+from cogvideo.training.run_folder import Checkpoint, RunFolder
+
+RUN = ".tokenizer-run"
+"""Folder of the run inside that of the bundle."""
+REPORT_EVERY = 50
+"""Steps of one line of `metrics.jsonl`."""
+SHOWN = 12
+"""Frames of a contact sheet."""
+LOSSES = ("pixels", "edges", "perceptual", "commitment", "adversary")
+"""What the autoencoder minimises."""
+
+
+def tokenizer(
+    sources: tuple[str, ...] = (),
+    /,
+    *,
+    out: Path,
+    preset: str | None = None,
+    settings: TokenizerSettings = TokenizerSettings(),  # noqa: B008  # frozen
+    frames: StoreSettings = StoreSettings(),  # noqa: B008
+    options: SourceOptions = SourceOptions(),  # noqa: B008
+    vgg: Path | None = None,
+    lpips: Path | None = None,
+    device: str = "auto",
+    evaluate_every: int = 1000,
+    checkpoint_every: int = 500,
+    overwrite: bool = False,
+) -> None:
+    """Train the image tokenizer on frames of clips. Killed and called again, it continues.
+
+    The folder `.tokenizer-run` inside OUT has metrics.jsonl, contact sheets from before and after (frames above their
+    reconstructions) and at the end report.json. The bundle gets the tokenizer and clusters of its codes.
+
+    Args:
+        sources: one or several: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic clips.
+        out: the bundle, which keeps its other components.
+        preset: sizes of the model where there is no bundle yet; pocket unless given.
+        settings: the recipe.
+        frames: which frames of the clips it learns from.
+        options: how sources are read.
+        vgg: torchvision's weights of VGG-16, for the perceptual distance LPIPS.
+        lpips: LPIPS's heads for VGG (version 0.1).
+        device: cpu, cuda, cuda:0, or auto.
+        evaluate_every: steps between measurements on the frames held out.
+        checkpoint_every: steps between checkpoints, which is what is lost when a run is killed.
+        overwrite: replace the tokenizer that the bundle has; models that learnt its codes cannot use another.
+
+    Raises:
+        ValueError: a source, a file or a setting cannot be used, OUT holds another run, or training diverged.
+        OSError: something cannot be written.
+    """
+    require(len(sources) > 0, "there is no source, expected one or several, such as a folder of videos or world:2000")
+    for name, value in {"evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}.items():
+        require(value > 0, f"{name} is {value}, expected a positive number of steps")
+    place, console = _device(device), Console(stderr=True, highlight=False, soft_wrap=True)
+    whole = _config(out, preset, overwrite)
+    frames, options = _complete(frames, options, settings, whole)
+    model = _lpips(vgg, lpips, console)
+    folder = RunFolder(out / RUN)
+    folder.claim(_identity(sources, whole, settings, frames, options, vgg, lpips))
+    if folder.summary is None:
+        store = _fetch(folder, sources, options, frames, console)
+        trainer = Trainer(whole.autoencoder, settings, frames.clips.seed, model, place)
+        _learn(trainer, store, folder, evaluate_every, checkpoint_every, console)
+        _deliver(trainer, store, folder, out, whole)
+        frame_store.remove(folder.path)
+    assert folder.summary is not None
+    quality = Quality(**folder.summary["held_out"])
+    print(f"{out}: image tokenizer after {settings.steps:,} steps: {_words(quality)}; {folder.path / 'after.png'}")
+
+
+def _config(out: Path, preset: str | None, overwrite: bool) -> CogVideoConfig:
+    """That of the bundle, else of the preset."""
+    require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
+    chosen = None if preset is None else config.preset(preset)
+    if not (out / MANIFEST).exists():
+        return chosen or config.preset("pocket")
+    manifest = Manifest.read(out)
+    require(
+        chosen is None or chosen == manifest.config,
+        f"the bundle {out} has another configuration than the preset {preset}: leave --preset out",
+    )
+    require(
+        overwrite or (out / RUN).exists() or "image_tokenizer" not in manifest.components,
+        f"the bundle {out} has an image tokenizer, and models that learnt its codes cannot use another: "
+        "pass --overwrite to replace it, or another folder",
+    )
+    return manifest.config
+
+
+def _complete(
+    frames: StoreSettings, options: SourceOptions, settings: TokenizerSettings, whole: CogVideoConfig
+) -> tuple[StoreSettings, SourceOptions]:
+    """The frames' size where none is given, and images where a clip may have one frame."""
+    rate = max(whole.autoencoder.rates)
+    size = frames.clips.size or whole.layout.grid * whole.autoencoder.rate
+    require(size % rate == 0, f"size is {size}, expected a multiple of {rate}: the pixels of a side of one code")
+    least = max(WINDOW, LEAST_SIDE, 2 ** (settings.pyramid_levels - 1))
+    if settings.adversary_weight > 0:
+        least = max(least, PatchDiscriminator(1).least_side)
+    require(size >= least, f"size is {size}, expected at least {least} pixels")
+    return replace(frames, clips=replace(frames.clips, size=size)), replace(
+        options, images=frames.clips.min_frames == 1
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # unknown to PyTorch, or not in this build or machine
+        raise ValueError(f"cannot use the device {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def _lpips(vgg: Path | None, heads: Path | None, console: Console) -> Lpips | None:
+    """LPIPS if its weights are given; says what is used."""
+    if vgg is None and heads is None:
+        console.print(
+            "No LPIPS weights are given (--vgg and --lpips): differences of pixels at several sizes and of edges "
+            "stand for the perceptual distance."
+        )
+        return None
+    if vgg is None or heads is None:
+        raise ValueError("LPIPS needs two files: --vgg (torchvision's VGG-16) and --lpips (its heads for VGG)")
+    model = load_lpips(vgg, heads)
+    console.print(f"The perceptual distance is LPIPS with the weights {vgg} and {heads}.")
+    return model
+
+
+def _identity(
+    sources: tuple[str, ...],
+    whole: CogVideoConfig,
+    settings: TokenizerSettings,
+    frames: StoreSettings,
+    options: SourceOptions,
+    *weights: Path | None,
+) -> dict[str, Any]:
+    """All that decides the weights, except what the sources hold."""
+    return {
+        "sources": sources,
+        "autoencoder": asdict(whole.autoencoder),
+        "settings": asdict(settings),
+        "frames": asdict(frames),
+        "options": asdict(options),
+        "lpips": [Entry.of(path).sha256 for path in weights if path is not None],
+    }
+
+
+def _fetch(
+    folder: RunFolder, sources: tuple[str, ...], options: SourceOptions, frames: StoreSettings, console: Console
+) -> FrameStore:
+    total = frames.num_frames + frames.num_held_out
+    columns = (TextColumn("frames"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        store = frame_store.fetch(folder.path, sources, options, frames, lambda count: bar.advance(task, count))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(store.rejected.items())) or "none"
+    console.print(
+        f"{len(store.train):,} frames to learn from and {len(store.held_out):,} held out, of {store.clips:,} clips; "
+        f"rejected: {reasons}"
+    )
+    if store.held_out is store.train:
+        console.print("No clip could be held out: all figures are those of frames that are learnt from.")
+    return store
+
+
+def _learn(
+    trainer: Trainer,
+    store: FrameStore,
+    folder: RunFolder,
+    evaluate_every: int,
+    checkpoint_every: int,
+    console: Console,
+) -> None:
+    """All steps that are left."""
+    first, steps = _resume(trainer, folder, console), trainer.settings.steps
+    if first == 0:
+        _write_sheet(trainer, store, folder.path / "before.png")
+    window = Window(trainer.settings.batch)
+    with progress(console, first, steps) as show, interrupts() as interrupted:
+        for done in range(first + 1, steps + 1):
+            window.add(trainer.step(done - 1, store.train))
+            saves = done % checkpoint_every == 0 or done == steps or interrupted.is_set()
+            if saves or done % REPORT_EVERY == 0:
+                row = window.row(done)
+                folder.report(row | {"psnr": _decibel(row), "learning_rate": trainer.settings.rate_at(done - 1)})
+                show(done, _shown(row))
+            if saves:
+                folder.save(Checkpoint(done, trainer.state_dict()))
+            if interrupted.is_set():
+                console.print(f"Stopped after step {done:,}; the same command continues.")
+                raise KeyboardInterrupt
+            if done % evaluate_every == 0 and done < steps:
+                quality = _measure(trainer, store)
+                folder.report({"step": done, "held_out": quality._asdict()})
+                console.print(f"step {done:,}: {_words(quality)}")
+
+
+def _resume(trainer: Trainer, folder: RunFolder, console: Console) -> int:
+    """Take up the last checkpoint; returns how many steps were made."""
+    checkpoint = folder.load()
+    first = 0 if checkpoint is None else checkpoint.step
+    folder.forget_after(first)
+    if checkpoint is not None:
+        trainer.load_state_dict(checkpoint.state)
+        console.print(f"Continuing after step {first:,} of {trainer.settings.steps:,}.")
+    return first
+
+
+def _shown(row: dict[str, float]) -> str:
+    """A line beside the bar."""
+    loss = sum(row.get(name, 0.0) for name in LOSSES)
+    return f"loss {loss:.4f}  PSNR {_decibel(row):.1f} dB  {row['images_per_second']:.0f} images/s"
+
+
+def _decibel(row: dict[str, float]) -> float:
+    return -10 * math.log10(max(row["squared_error"], 1e-10))
+
+
+def _measure(trainer: Trainer, store: FrameStore) -> Quality:
+    return evaluate(trainer.autoencoder, store.held_out, trainer.settings.batch, trainer.device)
+
+
+def _words(quality: Quality) -> str:
+    return (
+        f"PSNR {quality.psnr:.2f} dB, SSIM {quality.ssim:.3f}, {quality.code_usage:.1%} of the codes used, "
+        f"perplexity {quality.perplexity:,.0f}"
+    )
+
+
+def _write_sheet(trainer: Trainer, store: FrameStore, path: Path) -> None:
+    """Frames that were held out, above their reconstructions."""
+    places = np.unique(np.linspace(0, len(store.held_out) - 1, SHOWN).round().astype(int))
+    frames = np.array(store.held_out[places])
+    rows = [frames, reconstruct(trainer.autoencoder, frames, trainer.device)]
+    write_image(path, contact_sheet(rows, columns=len(frames)))
+
+
+def _deliver(trainer: Trainer, store: FrameStore, folder: RunFolder, out: Path, whole: CogVideoConfig) -> None:
+    """The last figures, and the tokenizer in the bundle; the report goes last, as a sign that all is there."""
+    quality = _measure(trainer, store)
+    _write_sheet(trainer, store, folder.path / "after.png")
+    autoencoder = trainer.autoencoder.cpu()
+    rows = autoencoder.codebook.embedding.detach()
+    num_clusters = max(1, len(rows) // CODES_PER_CLUSTER)
+    labels = cluster_codes(rows, num_clusters, generator(trainer.seed, "clusters"))
+    bundle.update(out, whole, image_tokenizer=autoencoder, cluster_labels=labels)
+    folder.finish(
+        {
+            "steps": trainer.settings.steps,
+            "held_out": quality._asdict(),
+            "clusters": num_clusters,
+            "frames": {"train": len(store.train), "held_out": len(store.held_out)},
+            "clips": store.clips,
+            "rejected": store.rejected,
+            "perceptual": "pyramid and edges" if trainer.lpips is None else "pyramid, edges and LPIPS",
+        }
+    )

@@ -1,0 +1,221 @@
+"""LPIPS from files in the formats of torchvision and of its authors, with random weights; pyramids and edges."""
+
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from cogvideo.models.perceptual import edge_distance, load_lpips, pyramid_distance
+
+CONVOLUTIONS = {  # of torchvision's vgg16().features: their index, inputs and outputs
+    0: (3, 64),
+    2: (64, 64),
+    5: (64, 128),
+    7: (128, 128),
+    10: (128, 256),
+    12: (256, 256),
+    14: (256, 256),
+    17: (256, 512),
+    19: (512, 512),
+    21: (512, 512),
+    24: (512, 512),
+    26: (512, 512),
+    28: (512, 512),
+}
+POOLINGS = (4, 9, 16, 23, 30)
+COMPARED = (3, 8, 15, 22, 29)  # ReLUs behind which LPIPS looks
+
+
+def frames(batch, side, seed=0):
+    return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def vgg():
+    """Random weights that keep the features' size, by torchvision's names."""
+    by = torch.Generator().manual_seed(0)
+    state = {}
+    for index, (before, after) in CONVOLUTIONS.items():
+        state[f"features.{index}.weight"] = torch.randn(after, before, 3, 3, generator=by) * math.sqrt(2 / (9 * before))
+        state[f"features.{index}.bias"] = torch.randn(after, generator=by) * 0.1
+    return state
+
+
+@pytest.fixture(scope="module")
+def heads():
+    """Random weights, none negative as in the learnt ones, by the names of LPIPS 0.1."""
+    by = torch.Generator().manual_seed(1)
+    widths = (64, 128, 256, 512, 512)
+    return {f"lin{n}.model.1.weight": torch.rand(1, width, 1, 1, generator=by) for n, width in enumerate(widths)}
+
+
+@pytest.fixture(scope="module")
+def files(vgg, heads, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lpips")
+    torch.save(vgg, folder / "vgg16.pth")
+    torch.save(heads, folder / "heads.pth")
+    return folder / "vgg16.pth", folder / "heads.pth"
+
+
+@pytest.fixture(scope="module")
+def lpips(files):
+    return load_lpips(*files)
+
+
+def oracle(vgg, heads, frames, others):
+    """Layer by layer, as torchvision's `features` run and the paper compares them."""
+
+    def features(x):
+        shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+        x = ((2 * x - 1) - shift[:, None, None]) / scale[:, None, None]
+        kept = []
+        for layer in range(30):
+            if layer in CONVOLUTIONS:
+                x = F.conv2d(x, vgg[f"features.{layer}.weight"], vgg[f"features.{layer}.bias"], padding=1)
+            elif layer in POOLINGS:
+                x = F.max_pool2d(x, kernel_size=2, stride=2)
+            else:
+                x = x.clamp_min(0)
+            if layer in COMPARED:
+                kept.append(x)
+        return kept
+
+    total = 0
+    for number, (a, b) in enumerate(zip(features(frames), features(others), strict=True)):
+        a, b = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in (a, b))
+        weight = heads[f"lin{number}.model.1.weight"].flatten()
+        total = total + torch.einsum("bchw,c->bhw", (a - b) ** 2, weight).mean((1, 2))
+    return total
+
+
+@torch.inference_mode()
+def test_it_is_lpips(lpips, vgg, heads):
+    """A level taken before its ReLU, a wrong normalisation or a swapped file name gives another distance."""
+    x, y = frames(2, 32), frames(2, 32, seed=1)
+    torch.testing.assert_close(lpips(x, y), oracle(vgg, heads, x, y), rtol=1e-4, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_equal_frames_have_no_distance(lpips):
+    """Both frames must go through the same normalisation."""
+    assert lpips(frames(2, 16), frames(2, 16)).tolist() == [0, 0]
+
+
+def test_gradients_reach_the_frames_alone(lpips):
+    """The autoencoder learns from them, the weights are fixed."""
+    x = torch.zeros(1, 3, 16, 16, requires_grad=True)
+    lpips(x, frames(1, 16)).sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad.any()
+    assert not any(parameter.requires_grad for parameter in lpips.parameters())
+
+
+def test_features_that_are_all_zero_have_no_direction(files, vgg, tmp_path):
+    """A place where no feature answers must not make the distance 0 / 0, nor its gradient."""
+    silent = {name: tensor * 0 - (0.1 if name.endswith("bias") else 0) for name, tensor in vgg.items()}
+    torch.save(silent, tmp_path / "silent.pth")
+    x = frames(1, 16).requires_grad_()
+    distance = load_lpips(tmp_path / "silent.pth", files[1])(x, frames(1, 16, seed=1))
+    distance.sum().backward()
+    assert distance.tolist() == [0]
+    assert x.grad.isfinite().all()
+
+
+def test_the_classifier_is_left_out_and_safetensors_are_read(files, vgg, heads, tmp_path):
+    """torchvision's file has a classifier, which is most of it; others have converted it."""
+    shapes = {"classifier.0": (4096, 25088), "classifier.3": (4096, 4096), "classifier.6": (1000, 4096)}
+    whole = dict(vgg)
+    for name, shape in shapes.items():
+        whole[f"{name}.weight"] = torch.zeros(1).expand(shape)  # one number on disk
+        whole[f"{name}.bias"] = torch.zeros(shape[0])
+    torch.save(whole, tmp_path / "vgg16-397923af.pth")
+    save_file(heads, tmp_path / "heads.safetensors")
+    x, y = frames(1, 16), frames(1, 16, seed=1)
+    model = load_lpips(tmp_path / "vgg16-397923af.pth", tmp_path / "heads.safetensors")
+    assert torch.equal(model(x, y), load_lpips(*files)(x, y))
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda heads: heads | {"lin5.model.1.weight": torch.zeros(1)}, "it has 1 others, the first is .'lin5"),
+        (lambda heads: dict(list(heads.items())[1:]), "it lacks 1 tensors, the first is .'lin0.model.1.weight"),
+        (
+            lambda heads: heads | {"lin0.model.1.weight": torch.zeros(1, 64)},
+            r"shape \(1, 64\), expected \(1, 64, 1, 1\)",
+        ),
+        (lambda heads: {"state": heads}, "holds no table of tensors"),
+        (lambda heads: [1, 2], "holds no table of tensors"),
+        (lambda heads: {"a": Evil()}, "it is no file of tensors"),
+    ],
+)
+def test_files_with_something_else_are_refused(files, heads, content, message, tmp_path, capsys):
+    """Weights of another network, or a file that runs code, must not be taken for LPIPS."""
+    path = tmp_path / "heads.pth"
+    torch.save(content(heads), path)
+    with pytest.raises(ValueError, match=message) as error:
+        load_lpips(files[0], path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("x.pth", b""), ("x.pth", b"text"), ("x.safetensors", b"text"), ("x.pth", pickle.dumps({"a": 1}, 2))],
+)
+def test_files_that_are_none_are_refused(files, name, content, tmp_path):
+    """A download that broke off, or a page of a web server, is one clear line."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="cannot read"):
+        load_lpips(files[0], tmp_path / name)
+
+
+def test_missing_files_and_swapped_files_are_refused(files, tmp_path):
+    """The two files are easily confused."""
+    with pytest.raises(ValueError, match="No such file"):
+        load_lpips(files[0], tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="does not hold torchvision's VGG-16: it lacks 26 tensors"):
+        load_lpips(files[1], files[0])
+
+
+def test_small_frames_are_refused(lpips):
+    """The last level of a small frame has no cell, whose mean is NaN."""
+    with pytest.raises(ValueError, match="15 pixels, expected at least 16"):
+        lpips(frames(1, 15), frames(1, 15))
+
+
+def test_pyramids_are_means_of_means():
+    """Levels must be halvings of the frames, each with the same weight."""
+    x, y = frames(1, 8), frames(1, 8, seed=1)
+    total = 0.0
+    for size in (1, 2, 4):
+        values = []
+        for colour in range(3):
+            for row in range(0, 8, size):
+                for column in range(0, 8, size):
+                    part = (slice(row, row + size), slice(column, column + size))
+                    values.append(abs((x[0, colour][part].mean() - y[0, colour][part].mean()).item()))
+        total += sum(values) / len(values)
+    assert pyramid_distance(x, y, 3).item() == pytest.approx(total / 3, rel=1e-5)
+
+
+def test_edges_are_steps_between_neighbours():
+    """A constant offset has no edges; a sharp line that was blurred has."""
+    x, y = frames(1, 4), frames(1, 4, seed=1)
+    down = [
+        abs((x - y)[0, c, r + 1, k] - (x - y)[0, c, r, k]).item() for c in range(3) for r in range(3) for k in range(4)
+    ]
+    across = [
+        abs((x - y)[0, c, k, r + 1] - (x - y)[0, c, k, r]).item() for c in range(3) for r in range(3) for k in range(4)
+    ]
+    assert edge_distance(x, y).item() == pytest.approx((sum(down) / 36 + sum(across) / 36) / 2, rel=1e-5)
+    assert edge_distance(x, x + 0.3).item() == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,122 @@
+"""What a killed run leaves behind, and what is watched while it runs."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from cogvideo.training.loop import Window, interrupts, means
+from cogvideo.training.run_folder import Checkpoint, RunFolder
+
+
+def number(value):
+    return torch.tensor(float(value))
+
+
+def test_a_run_is_claimed_once(tmp_path):
+    """Two recipes in one folder would give weights of neither; the message names what differs."""
+    RunFolder(tmp_path).claim({"steps": 10, "settings": {"rate": 0.1, "widths": (1, 2)}})
+    RunFolder(tmp_path).claim({"steps": 10, "settings": {"rate": 0.1, "widths": (1, 2)}})
+    with pytest.raises(ValueError, match=r"another run began in .*: settings.rate was 0.1 and is 0.2; pass the same"):
+        RunFolder(tmp_path).claim({"steps": 10, "settings": {"rate": 0.2, "widths": (1, 2)}})
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot use"):
+        RunFolder(tmp_path).claim({"steps": 10})
+
+
+def test_a_checkpoint_comes_back(tmp_path):
+    """Numbers of an optimiser and tensors must be what they were."""
+    folder = RunFolder(tmp_path / "run")
+    assert folder.load() is None
+    state = {"model": {"weight": torch.randn(3)}, "optimizer": {"state": {0: {"step": 3}}, "lr": 0.1}}
+    folder.save(Checkpoint(3, state))
+    folder.save(Checkpoint(4, state))
+    again = folder.load()
+    assert again.step == 4
+    assert torch.equal(again.state["model"]["weight"], state["model"]["weight"])
+    assert again.state["optimizer"] == state["optimizer"]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    """A full disk must not cost what was there before."""
+    folder = RunFolder(tmp_path)
+    folder.save(Checkpoint(1, {"a": torch.ones(2)}))
+
+    def full(value, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        folder.save(Checkpoint(2, {"a": torch.zeros(2)}))
+    assert folder.load().step == 1
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path):
+    """A file that is no checkpoint must not run code or end in a traceback."""
+    (tmp_path / "checkpoint.pt").write_bytes(b"text")
+    with pytest.raises(ValueError, match="it is no checkpoint"):
+        RunFolder(tmp_path).load()
+
+
+def test_lines_behind_the_checkpoint_are_made_again(tmp_path):
+    """Steps would stand twice in the metrics, and a line that was cut would break every reader."""
+    folder = RunFolder(tmp_path)
+    for step in (5, 10, 15):
+        folder.report({"step": step, "loss": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2')
+    folder.forget_after(10)
+    folder.report({"step": 15, "loss": 0.4})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 5, "loss": 0.5}, {"step": 10, "loss": 0.5}, {"step": 15, "loss": 0.4}]
+
+
+def test_a_run_is_over_when_it_says_so(tmp_path):
+    """A run that only saved its last checkpoint has not delivered yet."""
+    folder = RunFolder(tmp_path)
+    folder.save(Checkpoint(10, {}))
+    assert folder.summary is None
+    folder.finish({"psnr": 20.5})
+    assert RunFolder(tmp_path).summary == {"psnr": 20.5}
+
+
+def test_means_are_over_the_steps_that_have_a_figure():
+    """Losses that begin later must not be thinned by the steps before."""
+    steps = [{"a": number(1)}, {"a": number(3), "b": number(7)}]
+    assert means(steps, 1) == {"a": 2, "b": 7}
+
+
+def test_a_window_begins_anew():
+    """Figures of a line must be those of its own steps."""
+    window = Window(batch=8)
+    window.add({"a": number(1)})
+    window.add({"a": number(2)})
+    assert window.row(2)["a"] == 1.5
+    window.add({"a": number(5)})
+    row = window.row(3)
+    assert (row["step"], row["a"]) == (3, 5)
+    assert row["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_divergence_names_its_step(bad):
+    """Weights that are lost must not replace the last good checkpoint; which step it was helps to find why."""
+    window = Window(batch=8)
+    for step in range(1, 6):
+        window.add({"loss": number(bad if step >= 3 else 1), "other": number(1)})
+    with pytest.raises(ValueError, match=r"loss is (nan|inf) at step 13;"):
+        window.row(15)
+
+
+def test_the_first_interrupt_waits_and_the_second_does_not():
+    """Ctrl-C must end a step in order, but a step that hangs must not hold the user."""
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts() as event:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert event.wait(5)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
