@@ -34,7 +34,16 @@ from reference import visible
 
 ROOT = Path(__file__).parents[1]
 README, SEQUENCE, PAPER_MAP = ROOT / "README.md", ROOT / "docs/sequence.md", ROOT / "docs/paper_map.md"
-PAGES = [README, SEQUENCE, PAPER_MAP, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "tests/golden/README.md"]
+DATA = ROOT / "docs/data.md"
+PAGES = [
+    README,
+    DATA,
+    SEQUENCE,
+    PAPER_MAP,
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "tests/golden/README.md",
+]
 GRID, NUM_CODES = 4, 24
 
 
@@ -91,6 +100,19 @@ def test_example_with_checkpoints(tmp_path: Path, text_model: bytes) -> None:
     assert shape == "torch.Size([9, 3, 48, 48])"
 
 
+def test_own_clips(tmp_path: Path) -> None:
+    """Guards the way from a folder of clips to training data: the commands of the page, but for fewer steps."""
+    shown = [each.arguments for each in shown_commands() if each.name.startswith(("data", "train"))]
+    assert [arguments[1] for arguments in shown] == ["world", "tokenizer", "text", "prepare", "report"]
+    fewer = {"tokenizer": ["--steps", "6", "--plain-steps", "2", "--batch", "4", "--start-vectors", "1"]}
+    for arguments in shown:
+        options = [*arguments, *fewer.get(arguments[1], [])]
+        run(f"import sys; from cogvideo.cli import main; sys.exit(main({options!r}))", tmp_path)
+    assert "my-data" in (tmp_path / "my-data" / "report.html").read_text()
+    (code,) = blocks(DATA, "python")
+    run(code, tmp_path)
+
+
 def small_bundle(text_model: bytes) -> CogVideo:
     """Every component, with the released templates."""
     words = TextConfig("{duration}秒<n>{caption}", "{caption} 高清摄影", "视频")
@@ -126,10 +148,16 @@ class Shown(NamedTuple):
     arguments: list[str]
     output: list[str]
 
+    @property
+    def name(self) -> str:
+        """Of the command: its first two words, or the first one."""
+        two = " ".join(self.arguments[:2])
+        return two if two in COMMANDS else self.arguments[0]
 
-def shown_commands() -> list[Shown]:
-    """Every `$ cogvideo ...` of the README."""
-    sessions = "\n".join(blocks(README, "console")).replace("\\\n", " ")
+
+def shown_commands(page: Path = README) -> list[Shown]:
+    """Every `$ cogvideo ...` of a page."""
+    sessions = "\n".join(blocks(page, "console")).replace("\\\n", " ")
     parts = re.split(r"^\$ ", sessions, flags=re.MULTILINE)[1:]
     lines = [part.splitlines() for part in parts]
     return [Shown(first.split()[1:], output) for first, *output in lines if first.split()[0] == "cogvideo"]
@@ -138,19 +166,19 @@ def shown_commands() -> list[Shown]:
 def test_shown_commands_exist() -> None:
     """Guards against commands and options that were renamed, or were never there."""
     shown = shown_commands()
-    assert {each.arguments[0] for each in shown} == set(COMMANDS)
+    assert {each.name for each in shown} == set(COMMANDS)
     help_of = {name: run_help(name) for name in COMMANDS}
-    for each in shown:
+    for each in shown + shown_commands(DATA):
         for option in [argument for argument in each.arguments if argument.startswith("--")]:
-            assert re.search(rf"{option}\b", help_of[each.arguments[0]]), option
-    mentioned = re.findall(r"`cogvideo ([a-z]+)", README.read_text() + PAPER_MAP.read_text())
+            assert re.search(rf"{option}\b", help_of[each.name]), option
+    mentioned = re.findall(r"`cogvideo ([a-z]+(?: [a-z]+)?)", README.read_text() + PAPER_MAP.read_text())
     missing = {"generate"}  # the page says that it is not there yet
-    assert set(mentioned) - missing <= set(COMMANDS)
+    assert {each for each in mentioned if each not in COMMANDS and each.split()[0] not in COMMANDS} <= missing
     assert not missing & set(COMMANDS), "it is there now: say so"
 
 
 def run_help(command: str) -> str:
-    return run(f"import sys; from cogvideo.cli import main; sys.exit(main([{command!r}, '--help']))", ROOT)
+    return run(f"import sys; from cogvideo.cli import main; sys.exit(main([*{command.split()!r}, '--help']))", ROOT)
 
 
 def test_shown_output_is_real(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
