@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.loading import loading
 from benchmarks.machine import alternate, write
-from benchmarks.reading import measure_reading, moving_picture
+from benchmarks.reading import measure_reading, moving_picture, resident_mebibytes
 from benchmarks.rendering import rendering
 from cogvideo import bundle
 from cogvideo.config import preset
@@ -42,7 +42,7 @@ def preparing(num_clips: int = 12, rounds: int = 5) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         _write_clips(path / "clips", num_clips)
-        worker, job = _work(path)
+        worker, job = _work(path, str(path / "clips"), FrameSettings())
         encode, batch = worker.encoder(), worker.settings.batch
         clips = [read_item(item, worker.settings.frames).frames for item in job.items]
         times = alternate(
@@ -64,12 +64,33 @@ def preparing(num_clips: int = 12, rounds: int = 5) -> dict[str, Any]:
     }
 
 
-def _work(folder: Path) -> tuple[Worker, Job]:
+def memory(num_clips: int = 10_000) -> dict[str, Any]:
+    """Resident memory of one worker process that prepares thousands of clips, after a tenth of them and after all.
+
+    Clips are parts of small files of three formats, at 16 x 16 pixels, so that encoding takes little of the time.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path, marks = Path(folder), {}
+        names = [f"small{suffix}" for suffix in (".mp4", ".gif", ".webp")]
+        for name in names:
+            write_video(path / name, moving_picture(30, 48, 64), 10)
+        rows = (f"{names[row % 3]},a clip,{row / num_clips:.4f}" for row in range(num_clips))
+        (path / "clips.csv").write_text("\n".join(["file,caption,start", *rows]))
+        worker, job = _work(path, str(path / "clips.csv"), FrameSettings(size=16, max_seconds=1))
+        encode, size = worker.encoder(), num_clips // 100
+        for done in range(size, num_clips + 1, size):
+            worker.make(job._replace(items=job.items[done - size : done]), encode)
+            marks[done] = resident_mebibytes()
+    return {"MiB after a tenth": marks[num_clips // 10], "MiB after all": marks[num_clips]}
+
+
+def _work(folder: Path, source: str, frames: FrameSettings) -> tuple[Worker, Job]:
     """A worker with the pocket tokenizer, random weights, and all clips as one job."""
     config = preset("pocket")
     bundle.update(folder / "bundle", config, image_tokenizer=Autoencoder(config.autoencoder))
-    settings = complete(PrepareSettings(FrameSettings()), config)
-    items = list_source(str(folder / "clips"), SourceOptions()).items
+    settings = complete(PrepareSettings(frames), config)
+    items = list_source(source, SourceOptions()).items
     info = shard_info(Manifest.read(folder / "bundle"), settings, "")
     (job,) = plan(items, folder, info, len(items))
     return Worker(folder / "bundle", settings), job
@@ -84,6 +105,7 @@ def _write_clips(folder: Path, number: int) -> None:
 
 SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "preparing": preparing,
+    "memory": memory,
     "reading": measure_reading,
     "loading": loading,
     "rendering": rendering,

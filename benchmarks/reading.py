@@ -57,7 +57,7 @@ def _memory(folder: Path, num_reads: int) -> dict[str, float]:
     for number in range(1, num_reads + 1):
         read_video(paths[number % len(paths)], FPS, 64)
         if number in (warm_up, num_reads):
-            marks[number] = _resident_mebibytes()
+            marks[number] = resident_mebibytes()
     return {"MiB": marks[num_reads], "MiB more than after a tenth": marks[num_reads] - marks[warm_up]}
 
 
@@ -76,5 +76,6 @@ def moving_picture(num_frames: int, height: int, width: int) -> np.ndarray:
     return frames
 
 
-def _resident_mebibytes() -> float:
+def resident_mebibytes() -> float:
+    """Memory of this process that is in RAM."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -28,6 +28,7 @@ from cogvideo.data.encoding import PrepareSettings, ahead, encode_clips
 from cogvideo.data.frames import BACKGROUNDS, FrameSettings, read_item
 from cogvideo.data.prepare import prepare
 from cogvideo.data.sources import SourceOptions, list_source
+from cogvideo.files import alone_in
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.video import write_video
 
@@ -202,6 +203,13 @@ def test_damaged_shard_is_never_taken_for_whole(clips: Path, tokenizer: str, tmp
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"cannot use the shard .*shard-00001.arrow"):
         prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
+
+
+def test_two_runs_in_one_folder_are_refused(clips: Path, tokenizer: str, tmp_path: Path) -> None:
+    """Guards against a run that removes what another one is writing: the second one is told to wait."""
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another process is writing to"):
+        prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
+    assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1) == 0
 
 
 def test_full_disk_is_one_line_and_nothing_is_lost(clips: Path, tokenizer: str, tmp_path: Path) -> None:

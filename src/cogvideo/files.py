@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
+
+if sys.platform != "win32":
+    import fcntl
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -51,6 +55,29 @@ def replacing_by_name(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that call this out of a folder; however this one ends, the folder is free again.
+
+    Raises:
+        ValueError: another one is in there.
+        OSError: the folder cannot be written to.
+    """
+    lock = folder / ".lock"
+    with lock.open("w") as file:
+        if sys.platform != "win32":  # there, two runs in one folder are on their own
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"another process is writing to {folder}: wait for it, or give another folder"
+                ) from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -23,6 +23,9 @@ from cogvideo.data.encoding import Encode, Job, Worker
 
 OnClip = Callable[[], None]
 
+GPU_READERS = 4
+"""Cores that an actor of Ray asks for beside its GPU."""
+
 
 def local_devices(device: str, workers: int) -> list[str]:
     """The device of each worker process.
@@ -52,7 +55,7 @@ def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_cli
         ValueError: a process died. Whole shards stay.
     """
     if len(places) == 1 or len(jobs) == 1:
-        worker = replace(worker, device=places[0])
+        worker = _at(worker, places[0], 1)
         encode = worker.encoder()
         for job in jobs:
             worker.make(job, encode, on_clip)
@@ -63,7 +66,7 @@ def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_cli
         devices.put(place)
     with (
         _counting(clips, on_clip),
-        ProcessPoolExecutor(len(places), context, _start, (worker, devices, clips)) as pool,
+        ProcessPoolExecutor(len(places), context, _start, (worker, devices, clips, len(places))) as pool,
     ):
         try:
             for future in as_completed([pool.submit(_make, job) for job in jobs]):
@@ -98,13 +101,19 @@ _process: tuple[Worker, Encode, OnClip]
 """Of a worker process: what `_start` made."""
 
 
-def _start(worker: Worker, devices: SimpleQueue[str], clips: SimpleQueue[bool]) -> None:
+def _start(worker: Worker, devices: SimpleQueue[str], clips: SimpleQueue[bool], num_workers: int) -> None:
     global _process
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # processes share the cores
-    worker = replace(worker, device=devices.get())
+    worker = _at(worker, devices.get(), num_workers)
     _process = worker, worker.encoder(), lambda: clips.put(True)
+
+
+def _at(worker: Worker, device: str, num_workers: int) -> Worker:
+    """The worker on a device; before a GPU, its share of the cores reads ahead."""
+    readers = 0 if device == "cpu" else max(1, (os.cpu_count() or 1) // num_workers)
+    return replace(worker, device=device, readers=readers)
 
 
 def _end_with_parent() -> None:
@@ -149,9 +158,10 @@ def run_ray(
         shards = from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
         made = shards.map(
             _Maker,  # type: ignore[arg-type]  # a class of callables, an object of it an actor
-            fn_constructor_args=(replace(worker, device="cuda" if gpu else "cpu"),),
+            fn_constructor_args=(replace(worker, device="cuda", readers=GPU_READERS) if gpu else worker,),
             concurrency=actors,
             num_gpus=1 if gpu else 0,
+            num_cpus=GPU_READERS if gpu else 1,
         )
         for row in made.iter_rows():
             for _ in range(row["num_clips"]):

@@ -25,7 +25,7 @@ from cogvideo.data.encoding import Job, PrepareSettings, Worker
 from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
 from cogvideo.data.shards import ShardInfo, digest, read_info, shard_name
 from cogvideo.data.sources import File, Item, Member, Rejection, SourceOptions, list_source
-from cogvideo.files import remove_leftovers, replacing
+from cogvideo.files import alone_in, remove_leftovers, replacing
 from cogvideo.storage import Manifest
 
 TOO_MANY_REJECTED = 1
@@ -77,19 +77,21 @@ def prepare(
     described = asdict(settings) | {"source": asdict(options)}
     listing = list_source(source, options)
     jobs = plan(listing.items, out, shard_info(manifest, settings, digest(described)), settings.shard_clips)
-    left = remaining(jobs, out)
     worker = Worker(bundle, settings, manifest.config.upscaler.ratio)
-    if left:
+    places = local_devices(device, workers) if engine == "local" else []
+    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        left = remaining(jobs, out)
         with _progress(jobs, left) as on_clip:
-            if engine == "ray":
+            if left and engine == "ray":
                 run_ray(left, worker, device, ray_address, workers, on_clip)
-            else:
-                run_local(left, worker, local_devices(device, workers), on_clip)
-    write_rejected(out / REJECTED, [*listing.rejected, *_rejected(jobs)])
-    require(bool(jobs), f"no clip of {source} can be used: {out / REJECTED} says why")
-    files = [job.path.name for job in jobs]
-    card = make_card(out, files, source=source, tokenizer=tokenizer, settings=described, rejected=listing.rejected)
-    write_card(out, card)
+            elif left:
+                run_local(left, worker, places, on_clip)
+        write_rejected(out / REJECTED, [*listing.rejected, *_rejected(jobs)])
+        require(bool(jobs), f"no clip of {source} can be used: {out / REJECTED} says why")
+        files = [job.path.name for job in jobs]
+        card = make_card(out, files, source=source, tokenizer=tokenizer, settings=described, rejected=listing.rejected)
+        write_card(out, card)
     print(summary(out, card))
     return TOO_MANY_REJECTED if card.num_rejected > max_rejected else 0
 
@@ -160,9 +162,8 @@ def remaining(jobs: Sequence[Job], folder: Path) -> list[Job]:
 
     Raises:
         ValueError: a shard in the folder was made from other clips, or with other settings.
-        OSError: the folder cannot be made.
+        OSError: a leftover cannot be removed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     ours = {job.path: job.info.work_sha256 for job in jobs}
     for path in sorted(folder.glob("shard-*.arrow")):
         require(
