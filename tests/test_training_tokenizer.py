@@ -223,7 +223,7 @@ def test_the_learning_rate_rises_and_falls():
 
 def test_phases_follow_the_number_of_steps():
     """A short run without codes or without the adversary would be another recipe than a long one."""
-    for steps, codes_from in ((5, 0), (100, 10), (20_000, 500)):
+    for steps, codes_from in ((3, 0), (100, 25), (20_000, 1000)):
         settings = TokenizerSettings(steps=steps)
         assert settings.codes_from == codes_from
         assert [settings.has_adversary(step) for step in (steps // 2 - 1, steps // 2)] == [False, True]

@@ -39,7 +39,7 @@ class TokenizerSettings:
     """Steps of the autoencoder."""
     batch: int = 32
     """Frames a step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """Largest learning rate of Adam."""
     warmup: int = 200
     """Steps in which the learning rate rises to it; then it falls to zero along half a cosine."""
@@ -47,13 +47,14 @@ class TokenizerSettings:
     """Norm that the autoencoder's gradient is cut to."""
     commitment: float = 0.25
     """Weight of the distance of the encoder's vectors from their codebook rows (beta of VQ-VAE)."""
-    codebook_decay: float = 0.99
-    """Share that the running averages of the codebook keep in a step."""
+    codebook_decay: float = 0.95
+    """Share that the running averages of the codebook keep in a step. With 0.99 rows lag behind an encoder that begins
+    to use codes, and most die before they are restarted."""
     restart_below: float = 0.1
     """A code that is used less than this share of an even use is dead, and starts again at one of the vectors."""
     plain_steps: int | None = None
-    """Steps without codes, before the codebook starts at the k-means of the encoder's vectors; a tenth of the steps,
-    but at most 500, unless given."""
+    """Steps without codes, before the codebook starts at the k-means of the encoder's vectors; a quarter of the
+    steps, but at most 1,000, unless given."""
     start_vectors: int = 16
     """Vectors a code for that k-means."""
     pyramid_levels: int = 3
@@ -98,7 +99,7 @@ class TokenizerSettings:
     @property
     def codes_from(self) -> int:
         """First step with codes."""
-        return min(500, self.steps // 10) if self.plain_steps is None else self.plain_steps
+        return min(1000, self.steps // 4) if self.plain_steps is None else self.plain_steps
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
