@@ -144,7 +144,7 @@ def test_half_written_frames_are_not_taken_for_whole(clips, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         fetch(tmp_path, [clips], EVERYTHING, settings())
     monkeypatch.undo()
-    assert (tmp_path / "train.rgb").exists()
+    assert not (tmp_path / "frames.json").exists()
     assert np.array_equal(fetch(tmp_path, [clips], EVERYTHING, settings()).train, expected)
 
 

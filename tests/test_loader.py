@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 from itertools import islice, permutations
 from pathlib import Path
 from typing import Any
@@ -500,10 +501,17 @@ def test_impossible_batches_are_refused(stream: ClipStream, change: dict[str, in
 def test_state_of_other_data_is_refused(stream: ClipStream, folder: Path) -> None:
     """A run continued on data that changed, where its position means nothing."""
     state = Loader(stream, 4, position=17).state_dict()
-    with pytest.raises(ValueError, match=f"num_rows {len(stream)}, expected 2"):
-        Loader(ClipStream([folder], "validation", ClipSampling("image")), 4).load_state_dict(state)
-    with pytest.raises(ValueError, match="seed 5, expected 0"):
-        Loader(ClipStream([folder]), 4).load_state_dict(state)
+    changed = [
+        ClipStream([folder], "validation", ClipSampling("image")),
+        ClipStream([folder]),
+        ClipStream([folder], sampling=replace(stream.sampling, mode="interpolation")),
+    ]
+    for other in changed:
+        with pytest.raises(ValueError, match="on other data, another split or other sampling"):
+            Loader(other, 4).load_state_dict(state)
+    for position in (-1, None, "x"):
+        with pytest.raises(ValueError, match=f"position is {position!r}"):
+            Loader(stream, 4).load_state_dict(state | {"position": position})
     loader = Loader(stream, 8)
     loader.load_state_dict(state)
     assert loader.position == 17

@@ -228,11 +228,11 @@ def test_rejected_rows(tmp_path: Path) -> None:
     table = """file,caption,start,end
         a.mp4,fine,,
         ./b.mp4,fine too,,
-        a.mp4,again,0,
-        sub/../b.mp4,again,,
+        a.mp4,fine,0,
+        sub/../b.mp4,fine too,,
         a.mp4,a part,1,2
         a.mp4,another,1,00:00:03.5
-        a.mp4,the part again,1.0,2.0
+        a.mp4,a part,1.0,2.0
         a.mp4,backwards,2,1
         a.mp4,no time,soon,
         a.mp4,never,nan,
@@ -258,10 +258,45 @@ def test_rejected_rows(tmp_path: Path) -> None:
     }
 
 
+def test_rows_of_one_clip_add_captions(tmp_path: Path) -> None:
+    """Guards captions of tables with a row each, as many public ones have them."""
+    put_clips(tmp_path, "a.mp4", "b.mp4")
+    rows = "file,caption,start\na.mp4,one,\nb.mp4,other,\na.mp4,two,\na.mp4,a part,1\na.mp4,one,\n"
+    listing = listed(put(tmp_path, {"t.csv": rows}) / "t.csv", copies=2)
+    found = {item.id: item.captions for item in listing.items}
+    assert found["a.mp4"] == found["a.mp4~1"] == ("one", "two")
+    assert (found["b.mp4"], found["a.mp4#1-"]) == (("other",), ("a part",))
+    assert list(reasons(listing).values()) == ["named twice"]
+
+
+def test_splits_are_words(tmp_path: Path) -> None:
+    """Guards clips that no loader would find: names of splits are compared in small letters, others are refused."""
+    put_clips(tmp_path, "a.mp4", "b.mp4", "c.mp4", "d.mp4")
+    rows = 'file,caption,split\na.mp4,x,Train\nb.mp4,x,VAL\nc.mp4,x,../evil\nd.mp4,x,"a\nb"\n'
+    listing = listed(put(tmp_path, {"t.csv": rows}) / "t.csv")
+    assert [item.split for item in listing.items] == ["train", "validation"]
+    assert list(reasons(listing).values()) == ["bad split"] * 2
+
+
+def test_text_that_is_no_unicode_is_counted(tmp_path: Path) -> None:
+    """Guards a run of days from one row: lone surrogates, which JSON can spell, in any cell."""
+    put_clips(tmp_path, "a.mp4", "b.mp4")
+    rows = [
+        {"file": "a.mp4", "caption": "fine", "other \ud83d": "x \ud83d"},
+        {"file": "b.mp4", "caption": "x", "split": "t\ud83dx"},
+        {"file": "c\ud83d.mp4", "caption": "x"},
+    ]
+    listing = listed(put(tmp_path, {"t.jsonl": "\n".join(map(json.dumps, rows))}) / "t.jsonl")
+    assert [item.id for item in listing.items] == ["a.mp4"]
+    json.dumps(listing.items[0].attributes, ensure_ascii=False).encode()
+    assert len(listing.rejected) == 2
+    "".join(part for each in listing.rejected for part in each).encode()
+
+
 def test_absolute_paths_and_those_above(tmp_path: Path) -> None:
     """Guards the id of a file: the same by every spelling, and paths outside the table's folder work."""
     put_clips(tmp_path, "in/a.mp4", "out/b.mp4")
-    rows = f"file,caption\n{tmp_path}/in/a.mp4,x\na.mp4,y\n../out/b.mp4,z\n{tmp_path}/out/b.mp4,z\n"
+    rows = f"file,caption\n{tmp_path}/in/a.mp4,x\na.mp4,x\n../out/b.mp4,z\n{tmp_path}/out/b.mp4,z\n"
     listing = listed(put(tmp_path, {"in/t.csv": rows}) / "in/t.csv")
     assert [item.id for item in listing.items] == ["a.mp4", "../out/b.mp4"]
     assert list(reasons(listing).values()) == ["named twice"] * 2

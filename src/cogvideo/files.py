@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,19 +66,16 @@ def alone_in(folder: Path) -> Iterator[None]:
         ValueError: another one is in there.
         OSError: the folder cannot be written to.
     """
-    lock = folder / ".lock"
-    with lock.open("w") as file:
+    with (folder / ".lock").open("w") as file:  # it stays: if it were removed, two processes could each lock another
         if sys.platform != "win32":  # there, two runs in one folder are on their own
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ValueError(
-                    f"another process is writing to {folder}: wait for it, or give another folder"
-                ) from error
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+                message = f"another process is writing to {folder}: wait for it, or give another folder"
+                raise ValueError(message) from error
+            except OSError as error:  # a file system without locks
+                warnings.warn(f"{folder} cannot be locked ({error}): start no second run there", stacklevel=3)
+        yield
 
 
 def remove_leftovers(folder: Path) -> None:

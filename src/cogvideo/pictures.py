@@ -16,6 +16,8 @@ from cogvideo.files import replacing_by_name
 
 OPAQUE = 250
 """Alpha from which a pixel counts as opaque: lossy codecs store 255 a little lower."""
+LEAST_TRANSPARENT = 0.01
+"""Share of a picture's pixels through which its background must show to be worth a word."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,21 @@ def look(image: Image.Image, view: View, pixel_aspect: float = 1.0) -> Seen:
         view: background and square.
         pixel_aspect: width of a stored pixel over its height; ignored where the view has no size.
     """
-    has_alpha = image.mode == "RGBA" and bool(np.asarray(image.getchannel("A")).min() < OPAQUE)
+    has_alpha = image.mode == "RGBA" and _shows_through(image.getchannel("A"), view)
     if image.mode == "RGBA":
-        image = _on_background(image, view.background) if has_alpha else image.convert("RGB")
+        image = _on_background(image, view.background)
     if view.size is not None:
         image = _fitted(image, view.size, view, pixel_aspect)
     return Seen(np.ascontiguousarray(np.asarray(image)[..., :3]), has_alpha)
+
+
+def _shows_through(alpha: Image.Image, view: View) -> bool:
+    """Whether enough of what is kept of the picture is transparent for one to speak of its background."""
+    if view.size is not None and view.fit == "crop":
+        side = min(alpha.size)
+        left, top = (alpha.width - side) // 2, (alpha.height - side) // 2
+        alpha = alpha.crop((left, top, left + side, top + side))
+    return float((np.asarray(alpha) < OPAQUE).mean()) >= LEAST_TRANSPARENT
 
 
 def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

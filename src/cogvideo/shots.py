@@ -5,6 +5,7 @@ PyAV decodes; Pillow reads what PyAV cannot: animated WebP and PNG, still images
 
 from __future__ import annotations
 
+import errno
 import math
 import struct
 from collections.abc import Callable, Generator, Iterator
@@ -92,9 +93,17 @@ def opened(file: Path | Content) -> Iterator[Content]:
         else:
             yield file
     except (VideoError, FFmpegError, OSError) as error:
+        if _is_systems(error):
+            raise
         reason, detail = _explained(error)
         named = [str(file)] if isinstance(file, Path) else []
         raise VideoError(reason, ": ".join([*named, detail] if detail else named)) from error
+
+
+def _is_systems(error: Exception) -> bool:
+    """Whether the system failed, say a network drive or a full table of open files: trying again may help."""
+    ours = (VideoError, FFmpegError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    return not isinstance(error, ours) and getattr(error, "errno", None) not in (None, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def _explained(error: Exception) -> tuple[str, str]:

@@ -28,12 +28,16 @@ from cogvideo.shots import GRACE, Content, Shots, VideoError, opened, read_shots
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "MAX_FPS",
     "VIDEO_SUFFIXES",
     "Video",
     "VideoError",
     "read_video",
     "write_video",
 ]
+
+MAX_FPS = 500
+"""Frames a second that can be asked for."""
 
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp")
@@ -105,7 +109,7 @@ def read_video(
 
 
 def _check(fps: float, max_frames: int | None, loop_to: float) -> None:
-    require(0 < fps <= 500, f"fps is {fps}, expected a number of frames a second in (0, 500]")
+    require(0 < fps <= MAX_FPS, f"fps is {fps}, expected a number of frames a second in (0, {MAX_FPS}]")
     require(max_frames is None or max_frames > 0, f"max_frames is {max_frames}, expected a positive number")
     require(0 <= loop_to < math.inf, f"loop_to is {loop_to}, expected 0 or more seconds")
 
@@ -174,7 +178,7 @@ def write_video(
     require(suffix in _WRITERS, f"cannot write {path}: expected one of the suffixes {', '.join(_WRITERS)}")
     require(suffix == ".mp4" or not metadata, f"cannot write metadata to {path}: expected the suffix .mp4")
     require(frames.size > 0, f"cannot write {path}: there are no frames")
-    fastest = 50 if suffix == ".gif" else 500
+    fastest = 50 if suffix == ".gif" else MAX_FPS
     require(0 < fps <= fastest, f"fps is {fps}, expected a number in (0, {fastest}] for {suffix}")
     with replacing_by_name(path) as temporary:
         _WRITERS[suffix](temporary, frames, fps, metadata or {})

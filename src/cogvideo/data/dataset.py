@@ -64,9 +64,9 @@ class Card:
     cogvideo: str
     """Version that made the dataset."""
     source: str
-    """Where the clips came from, as the user gave it."""
+    """Where the clips came from: a path in full, or `world:COUNT`."""
     tokenizer: str
-    """The image tokenizer's folder, as the user gave it."""
+    """Where the image tokenizer came from: a folder in full, or an id on the Hub."""
     tokenizer_sha256: str
     """Hash of the image tokenizer."""
     settings: dict[str, Any]
@@ -128,8 +128,8 @@ def make_card(
     Args:
         folder: of the dataset.
         files: names of its shards, in order; at least one.
-        source: where the clips came from, as the user gave it.
-        tokenizer: folder of the image tokenizer, as the user gave it.
+        source: where the clips came from.
+        tokenizer: where the image tokenizer came from.
         settings: of the preparation.
         rejected: clips that were left out before the shards were made.
 
@@ -197,6 +197,22 @@ def read_card(folder: Path) -> Card:
         return _parse_card(json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot use {path}: {reason(error)}") from error
+
+
+def check_hashes(folder: Path) -> None:
+    """Refuse a folder whose shards are not those of its card; one without a card is not whole yet and has none.
+
+    Raises:
+        ValueError: the card cannot be read, or a shard that is there was changed.
+    """
+    if not (folder / CARD).exists():
+        return
+    for entry in read_card(folder).shards:
+        path = folder / entry.file
+        same = not path.exists() or _entry(path, entry.num_rows).sha256 == entry.sha256
+        require(
+            same, f"{path} is not, byte for byte, what was prepared: remove it, and the same command makes it again"
+        )
 
 
 class Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from cogvideo.bundle import CogVideo
 from cogvideo.config import require
 from cogvideo.data.frames import FrameSettings, Pictures, read_item, shrink
 from cogvideo.data.shards import Row, ShardInfo, write_shard
-from cogvideo.data.sources import Item, Rejection
+from cogvideo.data.sources import File, Item, Member, Rejection
 from cogvideo.video import VideoError
 
 T = TypeVar("T")
@@ -116,7 +117,7 @@ class Worker:
             settings = replace(settings, size=settings.size * self.ratio)
         for item, result in ahead(lambda item: _attempt(item, settings), items, self.readers):
             if isinstance(result, VideoError):
-                rejected.append(Rejection(item.id, result.reason, result.detail))
+                rejected.append(Rejection(item.id, result.reason, _without_folder(result.detail, item)))
                 on_clip()
             else:
                 yield _Clip(item, result)
@@ -179,6 +180,14 @@ def ahead(function: Callable[[T], U], values: Iterable[T], threads: int) -> Iter
             value, future = waiting.popleft()
             yield value, future.result()
             waiting.extend(islice(stream, 1))
+
+
+def _without_folder(detail: str, item: Item) -> str:
+    """A shard must not depend on where its source lies."""
+    match item.media:
+        case File(path) | Member(path):
+            return detail.replace(f"{path.parent}{os.sep}", "")
+    return detail
 
 
 def _attempt(item: Item, settings: FrameSettings) -> Pictures | VideoError:

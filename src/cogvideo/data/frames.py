@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxtyping import UInt8
 from cogvideo import world
 from cogvideo.config import require
 from cogvideo.data.sources import File, Item, Member, Rendering
-from cogvideo.video import VideoError, read_video
+from cogvideo.video import MAX_FPS, VideoError, read_video
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "red": (214, 48, 49),
@@ -60,19 +61,19 @@ class FrameSettings:
     def __post_init__(self) -> None:
         for name in ("fps", "size", "max_seconds", "min_frames"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"{name} is {value}, expected a positive number")
-        require(self.loop_to >= 0, f"loop_to is {self.loop_to}, expected 0 or more seconds")
+            require(value is None or 0 < value < math.inf, f"{name} is {value}, expected a positive number")
+        require(self.fps <= MAX_FPS, f"fps is {self.fps}, expected at most {MAX_FPS}")
+        require(0 <= self.loop_to < math.inf, f"loop_to is {self.loop_to}, expected 0 or more seconds")
         require(
             self.background == "random" or self.background in BACKGROUNDS,
             f"background is {self.background!r}, expected random or one of {', '.join(BACKGROUNDS)}",
         )
+        template = self.background_template
+        wrong = f"background_template is {template!r}, expected {{caption}}, and {{article}} {{background}} if you like"
         try:
-            self.background_template.format(caption="", article="", background="")
-        except (ValueError, KeyError, IndexError) as error:
-            template = self.background_template
-            raise ValueError(
-                f"background_template is {template!r}, expected the fields caption, article and background"
-            ) from error
+            require(not template or "a cat" in on_background("a cat", "red", template), wrong)
+        except (ValueError, KeyError, IndexError, AttributeError) as error:
+            raise ValueError(wrong) from error
 
     @property
     def max_frames(self) -> int:
@@ -96,6 +97,7 @@ def read_item(item: Item, settings: FrameSettings) -> Pictures:
 
     Raises:
         VideoError: it cannot be read, or is too short.
+        OSError: the system failed: another try may succeed.
     """
     if isinstance(item.media, Rendering):
         return _render(item, item.media.index, settings)
@@ -137,12 +139,9 @@ def _render(item: Item, index: int, settings: FrameSettings) -> Pictures:
 def _open(media: File | Member) -> Path | BytesIO:
     if isinstance(media, File):
         return media.path
-    try:
-        with media.archive.open("rb") as archive:
-            archive.seek(media.offset)
-            return BytesIO(archive.read(media.num_bytes))
-    except OSError as error:
-        raise VideoError("cannot be opened", f"{media.archive}: {error.strerror}") from error
+    with media.archive.open("rb") as archive:
+        archive.seek(media.offset)
+        return BytesIO(archive.read(media.num_bytes))
 
 
 def _check_length(num_frames: int, settings: FrameSettings) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -25,7 +25,7 @@ from torch.utils.data import Dataset as MapDataset
 from cogvideo.config import require
 from cogvideo.data.clips import ClipSampling, choose_window
 from cogvideo.data.dataset import Dataset
-from cogvideo.data.shards import Shard
+from cogvideo.data.shards import Shard, digest
 
 T = TypeVar("T")
 
@@ -183,11 +183,19 @@ class ClipStream(MapDataset[ClipSample]):
         self._starts = [0, *accumulate(len(dataset) for dataset in self.datasets)]
         self._rows = self._usable_rows()
         self.order = Order(len(self._rows), sampling.seed)
+        shards = [[entry.sha256 for entry in dataset.card.shards] for dataset in self.datasets]
+        self.identity = digest([shards, split, asdict(sampling)])
+        """Hash of all that decides which sample stands where."""
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __iter__(self) -> Iterator[ClipSample]:
+        """The samples of the first epoch."""
+        return map(self.__getitem__, range(len(self)))
+
     def __getitem__(self, position: int) -> ClipSample:
+        require(position >= 0, f"the position is {position}, expected 0 or more")
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[ClipSample]:
@@ -417,18 +425,20 @@ class Loader(Generic[T]):
             self.position = behind if self.end is None else min(behind, self.end)
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """What a checkpoint keeps: the same on all ranks, and good for any number of ranks, workers and batch size."""
-        return {"position": self.position, "num_rows": len(self.stream), "seed": self.stream.sampling.seed}
+        return {"position": self.position, "stream": self.stream.identity}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the sample behind the last one that was taken when the state was.
 
         Raises:
-            ValueError: the state is of another dataset or seed.
+            ValueError: the state is of other datasets, another split or other sampling, or is none.
         """
-        for name, expected in self.state_dict().items():
-            if name != "position":
-                got = state.get(name)
-                require(got == expected, f"the run was on data with {name} {got}, expected {expected} as here")
-        self.position = state["position"]
+        position = state.get("position")
+        require(isinstance(position, int) and position >= 0, f"position is {position!r}, expected 0 or more")
+        require(
+            state.get("stream") == self.stream.identity,
+            "the run was on other data, another split or other sampling than here: give the same to continue it",
+        )
+        self.position = cast(int, position)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ from rich.text import Text
 
 from cogvideo.bundle import locate
 from cogvideo.config import CogVideoConfig, require
-from cogvideo.data.dataset import REJECTED, Card, make_card, write_card
+from cogvideo.data.dataset import REJECTED, Card, check_hashes, make_card, write_card
 from cogvideo.data.encoding import Job, PrepareSettings, Worker
 from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
 from cogvideo.data.shards import ShardInfo, digest, read_info, shard_name
@@ -70,6 +72,9 @@ def prepare(
         OSError: shards cannot be written.
     """
     require(max_rejected >= 0, f"max_rejected is {max_rejected}, expected 0 or more")
+    require(out.resolve() != Path(source).resolve(), f"the folder {out} is the source: give another one with --out")
+    if engine == "ray":
+        import_module("ray")  # if it is missing, that is said before anything is written
     bundle = locate(tokenizer)
     manifest = Manifest.read(bundle)
     settings = complete(settings, manifest.config)
@@ -82,15 +87,18 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
         left = remaining(jobs, out)
+        check_hashes(out)
         with _progress(jobs, left) as on_clip:
             if left and engine == "ray":
                 run_ray(left, worker, device, ray_address, workers, on_clip)
             elif left:
                 run_local(left, worker, places, on_clip)
         write_rejected(out / REJECTED, [*listing.rejected, *_rejected(jobs)])
-        require(bool(jobs), f"no clip of {source} can be used: {out / REJECTED} says why")
+        if not jobs:
+            raise ValueError(_nothing_left(source, out, listing.rejected))
         files = [job.path.name for job in jobs]
-        card = make_card(out, files, source=source, tokenizer=tokenizer, settings=described, rejected=listing.rejected)
+        places_of = {"source": _in_full(source), "tokenizer": _in_full(tokenizer)}
+        card = make_card(out, files, **places_of, settings=described, rejected=listing.rejected)
         write_card(out, card)
     print(summary(out, card))
     return TOO_MANY_REJECTED if card.num_rejected > max_rejected else 0
@@ -164,15 +172,33 @@ def remaining(jobs: Sequence[Job], folder: Path) -> list[Job]:
         ValueError: a shard in the folder was made from other clips, or with other settings.
         OSError: a leftover cannot be removed.
     """
-    ours = {job.path: job.info.work_sha256 for job in jobs}
+    ours = {job.path: job.info for job in jobs}
     for path in sorted(folder.glob("shard-*.arrow")):
-        require(
-            path in ours and read_info(path).work_sha256 == ours[path],
-            f"{path} was made from other clips, with other settings or with another tokenizer: "
-            "give this run another folder with --out, or remove the old one",
-        )
+        change = _change(read_info(path), ours.get(path))
+        advice = "give this run another folder with --out, or remove the old one"
+        require(not change, f"{path} was made {change}: {advice}")
     remove_leftovers(folder)
     return [job for job in jobs if not job.path.exists()]
+
+
+def _change(there: ShardInfo, here: ShardInfo | None) -> str:
+    """What a shard was made with that is not ours, in words; nothing if all is the same."""
+    if here is None or there.work_sha256 == here.work_sha256:
+        return "" if here else "from other clips"
+    if there.tokenizer_sha256 != here.tokenizer_sha256:
+        return "with another tokenizer"
+    return "with other settings" if there.settings_sha256 != here.settings_sha256 else "from other clips"
+
+
+def _in_full(name: str) -> str:
+    """A path that means the same from everywhere; what is no path stays as it is."""
+    return os.path.abspath(name) if os.path.exists(name) else name
+
+
+def _nothing_left(source: str, out: Path, rejected: Sequence[Rejection]) -> str:
+    first, *others = rejected
+    more = f", and {len(others)} more in {out / REJECTED}" if others else ""
+    return f"no clip of {source} can be used: {first.id}: {first.reason}{more}"
 
 
 def _rejected(jobs: Sequence[Job]) -> Iterator[Rejection]:

@@ -4,7 +4,7 @@
 |---|---|
 | folder with a table `captions.*` or `metadata.*` directly inside | the rows of the table, nothing else |
 | any other folder | all videos below it in the order of their paths, and what is in tars below it |
-| `.csv`, `.tsv`, `.jsonl`, `.parquet` | its rows; paths are relative to the table's folder |
+| `.csv`, `.tsv`, `.jsonl`, `.parquet` | its rows; paths start at its folder; rows of one clip add captions |
 | `.tar` (WebDataset) | its videos |
 | `world:COUNT`, `world:FIRST:END` | clips of the World by their index |
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -164,19 +165,19 @@ def list_source(source: str, options: SourceOptions) -> Listing:
             broken quoting, no caption column), or it holds no clip.
     """
     listing = Listing([], [])
-    seen: set[str] = set()
-    num_clips = 0
+    clips: dict[str, Item] = {}
     for each in _find(source, options):
         if isinstance(each, Rejection):
             listing.rejected.append(each)
-        elif each.id in seen:
-            listing.rejected.append(Rejection(each.id, "named twice", "the same part of the file stands before it"))
-        else:
-            seen.add(each.id)
-            listing.items.extend(_copies(each, options.copies))
-            num_clips += 1
-            if num_clips == options.limit:
+        elif each.id not in clips:
+            if len(clips) == options.limit:
                 break
+            clips[each.id] = each
+        elif new := tuple(caption for caption in each.captions if caption not in clips[each.id].captions):
+            clips[each.id] = replace(clips[each.id], captions=clips[each.id].captions + new)
+        else:
+            listing.rejected.append(Rejection(each.id, "named twice", "the same part of the file stands before it"))
+    listing.items.extend(copy for clip in clips.values() for copy in _copies(clip, options.copies))
     nothing = f"{source} holds no clip, expected {', '.join(sorted(options.suffixes))} or .tar files"
     require(bool(listing.items or listing.rejected), nothing)
     return listing
@@ -213,9 +214,20 @@ def _item(name: str, media: Media, captions: tuple[str, ...], values: dict[str, 
     start, end = span_of(values)
     part = f"#{_number(start)}-{'' if end is None else _number(end)}" if start or end is not None else ""
     known = frozenset((options.file_column, *options.caption_columns, "start", "end", "split"))
-    split = str(values.get("split") or "").strip()
-    split = _SPLITS.get(split, split) or _draw_split(name, options.validation)
+    split = _split(values.get("split")) or _draw_split(name, options.validation)
     return Item(_plain(name) + part, media, captions, attributes_of(values, known), start, end, split)
+
+
+def _split(cell: Any) -> str:
+    """A split by its usual name, in small letters; nothing for an empty cell.
+
+    Raises:
+        RowError: it is no word.
+    """
+    split = str(cell or "").strip().lower()
+    if split and not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", split):
+        raise RowError("bad split", f"got {split!r:.40}, expected a word such as train or validation")
+    return _SPLITS.get(split, split)
 
 
 def _draw_split(name: str, validation: float) -> str:
@@ -262,6 +274,8 @@ def _table(path: Path, options: SourceOptions) -> Found:
     flags = dict.fromkeys(options.caption_columns, "--caption-columns") | {options.file_column: "--file-column"}
     for column, flag in flags.items():
         there = f"it has {', '.join(columns)}: choose with {flag}"
+        if len(columns) == 1 and path.suffix.lower() == ".csv":
+            there = f"its first line is {columns[0]!r:.80}: columns stand between commas"
         require(column in columns, f"{path} has no column {column!r}, {there}")
     return _rows(path, options)
 
@@ -285,6 +299,8 @@ def _row(record: Record, table: str, folder: str, options: SourceOptions) -> Ite
         return _row_item(record, path, name, options)
     except RowError as error:
         return Rejection(_plain(name), error.reason, f"{where}: {error.detail}" if error.detail else where)
+    except UnicodeEncodeError:
+        return Rejection(where, "file name is no text", f"got {file!r:.60}")
 
 
 def _row_item(record: Record, path: str, name: str, options: SourceOptions) -> Item:

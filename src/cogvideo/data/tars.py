@@ -98,6 +98,8 @@ def _rest(file: BinaryIO, offset: int) -> str:
     """What is wrong where tarfile found no further header: it says nothing of headers that are broken or cut."""
     file.seek(offset)
     blocks = file.read(2 * tarfile.RECORDSIZE)
+    if not blocks:
+        return "the mark at its end is missing: it was cut"
     if blocks[: tarfile.BLOCKSIZE].strip(b"\0"):
         return "a header is damaged or cut"
     return "something follows the end of the tar: are two in one file?" if blocks.strip(b"\0") else ""

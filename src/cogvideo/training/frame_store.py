@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from jaxtyping import UInt8
 from cogvideo.config import require
 from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
+from cogvideo.files import replacing
 from cogvideo.video import VideoError
 
 FILES = ("train.rgb", "held_out.rgb")
@@ -134,20 +134,17 @@ def _write(
 ) -> list[int]:
     """The frames of clips, one after another; returns how many each has."""
     counts = []
-    with path.open("wb") as file:
+    with replacing(path) as file:
         for frames in clips:
             file.write(frames.tobytes())
             counts.append(len(frames))
             on_frames(len(frames))
-        file.flush()
-        os.fsync(file.fileno())
     return counts
 
 
 def _publish(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(f"{json.dumps(values, indent=2)}\n".encode())
 
 
 def divide(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:

@@ -6,14 +6,14 @@ Whatever interrupts the run, each file is the old one or the new one.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from cogvideo.config import require
+from cogvideo.files import replacing
 
 
 class Checkpoint(NamedTuple):
@@ -51,7 +51,7 @@ class RunFolder:
         path = self.path / "run.json"
         here = json.loads(json.dumps(identity))
         if not path.exists():
-            _replace(path, lambda temporary: temporary.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8"))
+            _write(path, json.dumps(here, indent=2) + "\n")
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -67,7 +67,8 @@ class RunFolder:
         Raises:
             OSError: it cannot be written.
         """
-        _replace(self._checkpoint, lambda temporary: torch.save(tuple(checkpoint), temporary))
+        with replacing(self._checkpoint) as file:
+            torch.save(tuple(checkpoint), file)
 
     def load(self) -> Checkpoint | None:
         """The checkpoint, on the CPU; None where there is none yet.
@@ -93,7 +94,7 @@ class RunFolder:
             return
         lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        _replace(self._metrics, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+        _write(self._metrics, "".join(kept))
 
     @property
     def summary(self) -> dict[str, Any] | None:
@@ -103,8 +104,7 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `report.json`, which says that the run is over."""
-        text = json.dumps(summary, indent=2) + "\n"
-        _replace(self.path / "report.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        _write(self.path / "report.json", json.dumps(summary, indent=2) + "\n")
 
     @property
     def _checkpoint(self) -> Path:
@@ -124,10 +124,6 @@ def _changes(there: Any, here: Any, name: str = "") -> Iterator[str]:
         yield f"{name} was {there!r:.60} and is {here!r:.60}"
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside `path`, then give it its name."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())

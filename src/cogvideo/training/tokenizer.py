@@ -208,6 +208,8 @@ def _learn(
     window = Window(trainer.settings.batch)
     with progress(console, first, steps) as show, interrupts() as interrupted:
         for done in range(first + 1, steps + 1):
+            if done == trainer.settings.codes_from + 1:
+                console.print(f"Step {done:,}: the codebook starts, by k-means; this takes a while.")
             window.add(trainer.step(done - 1, store.train))
             saves = done % checkpoint_every == 0 or done == steps or interrupted.is_set()
             if saves or done % REPORT_EVERY == 0:
