@@ -249,7 +249,7 @@ def _attempt(name: str, make: Callable[..., Item], *arguments: Any) -> Item | Re
     try:
         return make(*arguments)
     except RowError as error:
-        return Rejection(_plain(name), error.reason, error.detail)
+        return Rejection(_plain(name), error.reason, _plain(error.detail))
 
 
 def _world(source: str) -> Found:
@@ -298,7 +298,7 @@ def _row(record: Record, table: str, folder: str, options: SourceOptions) -> Ite
     try:
         return _row_item(record, path, name, options)
     except RowError as error:
-        return Rejection(_plain(name), error.reason, f"{where}: {error.detail}" if error.detail else where)
+        return Rejection(_plain(name), error.reason, _plain(f"{where}: {error.detail}" if error.detail else where))
     except UnicodeEncodeError:
         return Rejection(where, "file name is no text", f"got {file!r:.60}")
 

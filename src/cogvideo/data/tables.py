@@ -116,9 +116,7 @@ def attributes_of(values: dict[str, Any], known: frozenset[str]) -> dict[str, st
     nested = values.get("attributes")
     inner = nested if isinstance(nested, dict) else {}
     outer = {key: value for key, value in values.items() if key not in known and not (key == "attributes" and inner)}
-    return {
-        _text(str(key)): _text(value) for key, value in (inner | outer).items() if value is not None and value != ""
-    }
+    return {_text(str(key)): _text(value) for key, value in (inner | outer).items() if value not in (None, "")}
 
 
 def span_of(values: dict[str, Any]) -> tuple[float, float | None]:
