@@ -6,11 +6,12 @@ and keys, and of chunks: runs of the gathered rows and keys that go through one 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,8 +25,6 @@ class Chunk(NamedTuple):
     """Keys inside each cell; None: all."""
     mask: Tensor | None = None
     """For (batch, 1, 1 or rows, keys): true where a key is seen, or what is added to scores; None: all are seen."""
-    causal: bool = False
-    """Whether the last keys are the rows themselves, each of which sees itself and those before it."""
 
 
 class Group(NamedTuple):
@@ -55,16 +54,15 @@ def attend(
     kind = q.dtype
     q = q.to(kv.dtype)  # caches may be wider than the weights
     out = _joined([_attend_group(q, kv, group) for group in plan.groups])
-    out = out if plan.restore is None else out.index_select(2, plan.restore)
-    return out.transpose(1, 2).flatten(2).to(kind)
+    out = out if plan.restore is None else out.index_select(1, plan.restore)
+    return out.flatten(2).to(kind)
 
 
-def _attend_group(q: Tensor, kv: Tensor, group: Group) -> Float[Tensor, "batch heads rows head_dim"]:
+def _attend_group(q: Tensor, kv: Tensor, group: Group) -> Float[Tensor, "batch rows heads head_dim"]:
     if group.rows is None or group.keys is None:
-        return _joined([_attend_chunk(q, kv, chunk) for chunk in group.chunks])
-    q, kv = _gather(q, group.rows), _gather(kv, group.keys)
-    out = _joined([_attend_chunk(q, kv, chunk) for chunk in group.chunks])
-    return rearrange(out, "batch (heads cells) rows dim -> batch heads (cells rows) dim", cells=len(group.rows))
+        return _attend_chunks(q, kv, group.chunks)
+    out = _attend_chunks(_gather(q, group.rows), _gather(kv, group.keys), group.chunks)
+    return rearrange(out, "batch rows (heads cells) dim -> batch (cells rows) heads dim", cells=len(group.rows))
 
 
 def _gather(x: Tensor, index: Int64[Tensor, "cells slots"]) -> Tensor:
@@ -74,23 +72,45 @@ def _gather(x: Tensor, index: Int64[Tensor, "cells slots"]) -> Tensor:
     return gathered.reshape(*x.shape[:-3], x.shape[-3] * cells, slots, x.shape[-1])
 
 
-def _attend_chunk(q: Tensor, kv: Tensor, chunk: Chunk) -> Tensor:
-    q = q if chunk.rows is None else q.narrow(2, chunk.rows.start, len(chunk.rows))
-    k, v = (kv if chunk.keys is None else kv.narrow(3, chunk.keys.start, len(chunk.keys))).unbind(0)
-    mask = causal_mask(chunk.mask, q.shape[2], k.shape[2], q.device) if chunk.causal else chunk.mask
+def _attend_chunks(q: Tensor, kv: Tensor, chunks: tuple[Chunk, ...]) -> Float[Tensor, "batch rows heads head_dim"]:
+    rows, keys = [chunk.rows for chunk in chunks], [chunk.keys for chunk in chunks]
+    parts = zip(_runs(q, rows), *(_runs(each, keys) for each in kv.unbind(0)), chunks, strict=True)
+    # kernels write row by row, all heads of a row side by side
+    return _joined([_softmax_attention(q, k, v, chunk.mask).transpose(1, 2) for q, k, v, chunk in parts])
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)  # under autocast, scores are narrower than weights
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def causal_mask(mask: Tensor | None, rows: int, keys: int, device: torch.device) -> Tensor:
-    """What the rows see if the last keys are the rows themselves: keys before those as `mask` says, then a triangle."""
-    past: Bool[Tensor, "rows keys"] = torch.ones(rows, keys, dtype=torch.bool, device=device).tril(keys - rows)
-    if mask is None:
-        return past
-    return mask & past if mask.dtype == torch.bool else mask.masked_fill(~past, -torch.inf)
+def _runs(x: Float[Tensor, "batch heads slots head_dim"], runs: list[range | None]) -> Sequence[Tensor]:
+    """Views of runs of slots; None: of all."""
+    if x.requires_grad and len(runs) > 1:
+        return _Runs.apply(x, runs)  # type: ignore[no-untyped-call]
+    return [x if run is None else x.narrow(2, run.start, len(run)) for run in runs]
+
+
+class _Runs(torch.autograd.Function):
+    """Views whose gradients add up in one tensor, where those of `narrow` would each be as large as the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, runs: list[range]) -> tuple[Tensor, ...]:
+        ctx.runs, ctx.shape = runs, x.shape
+        return tuple(x.narrow(2, run.start, len(run)) for run in runs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        batch, heads, slots, dim = ctx.shape
+        total = gradients[0].new_zeros(batch, slots, heads, dim).transpose(1, 2)  # as kernels lay them out
+        for run, gradient in zip(ctx.runs, gradients, strict=True):
+            total.narrow(2, run.start, len(run)).add_(gradient)
+        return total, None
 
 
 class Heads(NamedTuple):
@@ -104,5 +124,6 @@ class Heads(NamedTuple):
 def split_heads(fused: Float[Tensor, "batch rows fused"], heads: int) -> Heads:
     """Queries, and keys with values, from the fused projection [q | k | v]."""
     batch, rows, width = fused.shape
-    parts = fused.view(batch, rows, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
-    return Heads(parts.select(0, 0), parts.narrow(0, 1, 2))
+    # split: gradients of its parts are joined once, those of slices would be filled up to the whole and added
+    q, kv = fused.view(batch, rows, 3, heads, width // (3 * heads)).split_with_sizes((1, 2), 2)
+    return Heads(q.squeeze(2).transpose(1, 2), kv.permute(2, 0, 3, 1, 4))

@@ -71,7 +71,8 @@ class TemporalBlock(nn.Module):
 
     def mix(self, q: Tensor, kv: Tensor, spatial: Tensor, plan: Plan) -> Float[Tensor, "batch rows hidden"]:
         """Frame rows: `a * spatial + (1 - a) * temporal` with the gate `a`."""
-        return torch.lerp(self.out(attend(q, kv, plan)), spatial, self.gate.sigmoid())
+        temporal = self.out(attend(q, kv, plan))
+        return torch.lerp(temporal, spatial, self.gate.sigmoid().to(temporal.dtype))  # narrower under autocast
 
 
 class Block(nn.Module):
@@ -133,6 +134,10 @@ class Base(nn.Module):
         if self.code_head is not None:
             return self.code_head(x)
         return F.linear(x, self.words.weight[: self.config.num_codes])
+
+    def text_logits(self, x: Float[Tensor, "batch rows hidden"]) -> Float[Tensor, "batch rows words"]:
+        """Logits of everything but image codes, for training: token `num_codes` first."""
+        return F.linear(self.norm(x), self.words.weight[self.config.num_codes :])
 
 
 class TemporalChannel(nn.Module):

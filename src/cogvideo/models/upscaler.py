@@ -125,6 +125,23 @@ def low_sequence(layout: UpscaleLayout) -> SequenceLayout:
     return SequenceLayout(layout.text_slots, layout.low_grid, layout.low_position, order=(0,), num_bidirectional=1)
 
 
+@torch.no_grad()
+def inherit_upscale(channel: UpscaleChannel, base: Base) -> None:
+    """Start super-resolution from the image model: its attention, and for a high slot the position of its coarse place.
+
+    Unlike a temporal channel, the added attention stands in for the base's, so the output projection is inherited too.
+    """
+    for added, block in zip(channel.blocks, base.blocks, strict=True):
+        assert isinstance(added, UpscaleBlock)
+        assert isinstance(block, Block)
+        added.qkv.load_state_dict(block.qkv.state_dict())
+        added.out.load_state_dict(block.out.state_dict())
+    layout = channel.layout
+    coarse = torch.arange(layout.high_grid) // channel.upscaler.ratio
+    places = (coarse[:, None] * layout.low_grid + coarse).flatten()
+    channel.positions.weight.copy_(base.positions.weight[layout.low_positions()[places]])
+
+
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # what is made while generating must also serve in training
 def neighbourhoods(layout: UpscaleLayout, upscaler: UpscalerConfig, device: torch.device, tile: int = TILE) -> Plan:
