@@ -369,13 +369,43 @@ def test_copies_of_a_clip_with_alpha_lie_on_backgrounds_that_captions_name(token
         assert row.captions == (f"a red square moves, on {article} {name} background",)
         assert np.abs(pictures.frames[:, 0, 0].astype(int) - BACKGROUNDS[name]).max() <= 2
         seen.add(name)
-    assert len(seen) > 4
+    assert len(seen) == 12
     assert len({row.id for row in map(dataset.row, range(12))}) == 12
+
+
+def test_placed_and_mirrored_copies_of_a_clip_with_alpha(tmp_path: Path) -> None:
+    """Guards captions that lie about a side, what is cut off, and clips without alpha that are moved all the same."""
+    frame = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    frame.paste((255, 0, 0, 255), (0, 0, 16, 64))
+    frame.paste((0, 255, 0, 255), (48, 0, 64, 64))
+    for name, each in (("a", frame), ("b", frame.convert("RGB"))):
+        each.save(tmp_path / f"{name}.webp", save_all=True, append_images=[each], duration=125, lossless=True)
+        (tmp_path / f"{name}.txt").write_text("red on the left, leftwards of what is left over")
+    settings = FrameSettings(size=64, background="blue", smallest=0.5, mirror=True, min_frames=1)
+    places = set()
+    for item in list_source(str(tmp_path), SourceOptions(copies=8)).items:
+        frames, captions, _ = read_item(item, settings)
+        if item.id.startswith("b"):
+            assert (frames == read_item(item, FrameSettings(size=64, min_frames=1)).frames).all()
+            assert captions == item.captions
+            continue
+        picture = frames[0].astype(int)
+        red, green = (np.nonzero(picture[:, :, place] - picture.sum(-1) / 3 > 60) for place in (0, 1))
+        side = np.ptp(red[0]) + 1
+        assert 31 <= side <= 64
+        assert abs(np.ptp(np.concatenate([red[1], green[1]])) + 1 - side) <= 2  # nothing is cut off
+        assert (red[1].mean() < green[1].mean()) == (item.copy % 2 == 0)
+        assert captions == (
+            item.captions if item.copy % 2 == 0 else ("red on the right, rightwards of what is right over",)
+        )
+        places.add((side, red[0].min(), red[1].min()))
+    assert len(places) == 8
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"smallest": 0.0}, "smallest is 0.0, expected a share in"),
         ({"fps": 0}, "fps is 0, expected a positive number"),
         ({"background": "mauve"}, "background is 'mauve', expected random or one of red"),
         ({"fps": float("inf")}, "fps is inf, expected a positive number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from jaxtyping import UInt8
 from cogvideo import world
 from cogvideo.config import require
 from cogvideo.data.sources import File, Item, Member, Rendering
-from cogvideo.video import MAX_FPS, VideoError, read_video
+from cogvideo.video import MAX_FPS, Video, VideoError, read_video
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "red": (214, 48, 49),
@@ -33,6 +34,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
 }
 """Colours behind clips with alpha, by the name that captions call them."""
+
+_SIDES = re.compile(r"\b(?:[Ll]eft|[Rr]ight)(?=\b|wards?\b)")
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,14 @@ class FrameSettings:
     loop_to: float = 0.0
     """Clips that end earlier start again until they last so many seconds, for animations that are loops."""
     background: str = "white"
-    """Behind clips with alpha and in bars: a colour's name, or `random` for another one each clip."""
+    """Behind clips with alpha and in bars: a colour's name, or `random` for any. Copies of a clip get one after
+    another: twelve have twelve, and for eleven there is one that is never seen."""
     background_template: str = ""
     """Caption of a clip with alpha, such as "{caption}, on {article} {background} background"; empty leaves it."""
+    smallest: float = 1.0
+    """Clips with alpha are shrunk to a random share of the frame, this one or more, and put at a random place of it."""
+    mirror: bool = False
+    """Every second copy of a clip with alpha whose caption says left or right is mirrored, and says the other."""
     seed: int = 0
     """Of what is drawn at random."""
 
@@ -63,6 +71,7 @@ class FrameSettings:
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, f"{name} is {value}, expected a positive number")
         require(self.fps <= MAX_FPS, f"fps is {self.fps}, expected at most {MAX_FPS}")
+        require(0.1 <= self.smallest <= 1, f"smallest is {self.smallest}, expected a share in [0.1, 1]")
         require(0 <= self.loop_to < math.inf, f"loop_to is {self.loop_to}, expected 0 or more seconds")
         require(
             self.background == "random" or self.background in BACKGROUNDS,
@@ -101,11 +110,28 @@ def read_item(item: Item, settings: FrameSettings) -> Pictures:
     """
     if isinstance(item.media, Rendering):
         return _render(item, item.media.index, settings)
-    background = _background(item, settings)
-    video = read_video(
-        _open(item.media),
+    background, size = background_of(item, settings), settings.size
+    side, top, left = (None, 0, 0) if size is None else _place(item, settings, size)
+    video = _read(item.media, item, settings, side, background)
+    if side != size and not video.has_alpha:
+        side, video = size, _read(item.media, item, settings, size, background)
+    _check_length(len(video.frames), settings)
+    if not video.has_alpha:
+        return Pictures(video.frames, item.captions, item.attributes)
+    frames, captions = video.frames, item.captions
+    if settings.mirror and item.copy % 2 and any(_SIDES.search(caption) for caption in captions):
+        frames, captions = frames[:, :, ::-1], tuple(map(_other_side, captions))
+    if size is not None and side != size:
+        frames = _placed(frames, size, top, left, BACKGROUNDS[background])
+    captions = tuple(on_background(caption, background, settings.background_template) for caption in captions)
+    return Pictures(np.ascontiguousarray(frames), captions, item.attributes | {"background": background})
+
+
+def _read(media: File | Member, item: Item, settings: FrameSettings, size: int | None, background: str) -> Video:
+    return read_video(
+        _open(media),
         settings.fps,
-        settings.size,
+        size,
         fit=settings.fit,
         start=item.start,
         end=item.end,
@@ -113,11 +139,6 @@ def read_item(item: Item, settings: FrameSettings) -> Pictures:
         loop_to=settings.loop_to,
         background=BACKGROUNDS[background],
     )
-    _check_length(len(video.frames), settings)
-    if not video.has_alpha:
-        return Pictures(video.frames, item.captions, item.attributes)
-    captions = tuple(on_background(caption, background, settings.background_template) for caption in item.captions)
-    return Pictures(video.frames, captions, item.attributes | {"background": background})
 
 
 def shrink(
@@ -150,12 +171,41 @@ def _check_length(num_frames: int, settings: FrameSettings) -> None:
         raise VideoError("too short", f"{num_frames} frames at {settings.fps:g} a second, {expected}")
 
 
-def _background(item: Item, settings: FrameSettings) -> str:
-    """The colour's name; a random one depends on the item and the seed alone."""
+def background_of(item: Item, settings: FrameSettings) -> str:
+    """Name of the colour behind an item if it has alpha; a random one depends on the item and the seed alone."""
     if settings.background != "random":
         return settings.background
-    key = hashlib.sha256(f"{settings.seed} {item.copy} {item.id}".encode()).digest()
-    return list(BACKGROUNDS)[int.from_bytes(key[:8], "little") % len(BACKGROUNDS)]
+    first = int.from_bytes(_key(item.id.removesuffix(f"~{item.copy}"), settings)[:8], "little")
+    return list(BACKGROUNDS)[(first + item.copy) % len(BACKGROUNDS)]
+
+
+def _place(item: Item, settings: FrameSettings, size: int) -> tuple[int, int, int]:
+    """Side of a clip with alpha in its frame, and its first row and column."""
+    if settings.smallest == 1:
+        return size, 0, 0
+    random = np.random.default_rng(list(_key(item.id, settings)))
+    side = round(size * random.uniform(settings.smallest, 1))
+    top, left = random.integers(0, size - side, 2, endpoint=True)
+    return side, int(top), int(left)
+
+
+def _placed(
+    frames: UInt8[np.ndarray, "frames side side 3"], size: int, top: int, left: int, colour: tuple[int, int, int]
+) -> UInt8[np.ndarray, "frames size size 3"]:
+    canvas = np.empty((len(frames), size, size, 3), np.uint8)
+    canvas[:] = colour
+    canvas[:, top : top + frames.shape[1], left : left + frames.shape[2]] = frames
+    return canvas
+
+
+def _other_side(caption: str) -> str:
+    """The caption with left and right exchanged, as parts of words too (leftwards)."""
+    other = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
+    return _SIDES.sub(lambda found: other[found[0]], caption)
+
+
+def _key(id: str, settings: FrameSettings) -> bytes:
+    return hashlib.sha256(f"{settings.seed} {id}".encode()).digest()
 
 
 def on_background(caption: str, background: str, template: str) -> str:
