@@ -101,12 +101,13 @@ def file_size(num_bytes: int) -> str:
     return f"{size:.3g} {units[0]}"
 
 
-def picture(pixels: UInt8[np.ndarray, "height width colours"], alt: str) -> Html:
-    """An image inside the page, as PNG; a fourth colour is alpha."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+def picture(pixels: UInt8[np.ndarray, "height width colours"], alt: str, quality: int | None = None) -> Html:
+    """An image inside the page, as PNG, or as JPEG where a quality is given; a fourth colour is alpha, of PNG alone."""
+    file, kind = io.BytesIO(), "png" if quality is None else "jpeg"
+    options = {"optimize": True} if quality is None else {"quality": quality}
+    Image.fromarray(pixels).save(file, kind, **options)
     height, width, _ = pixels.shape
-    source = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    source = f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
     return element("img", src=source, alt=alt, width=width, height=height)
 
 

@@ -6,12 +6,16 @@ STYLE = """
   --paper: #fbfaf7; --card: #ffffff; --ink: #1f2429; --muted: #5d6873; --line: #e3e1da;
   --accent: #1f6f8b; --fill: #5aa2ba; --track: #eceae3; --unused: #cf9a4b;
   --warn: #8a4b08; --warn-paper: #fdf3e1; --warn-line: #efd3a3;
+  --line-0: #0b6fa8; --line-1: #d1570a; --line-2: #16896a; --line-3: #b0479a;
+  --line-4: #b98100; --line-5: #5a55b5; --line-6: #c23b4e; --line-7: #6b747d;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171a; --card: #1b1f24; --ink: #e4e7ea; --muted: #9aa5b0; --line: #2c3239;
     --accent: #7cc4dc; --fill: #3f8aa5; --track: #262c32; --unused: #b58643;
     --warn: #f3c581; --warn-paper: #2a2114; --warn-line: #5a4420;
+    --line-0: #56b1e6; --line-1: #f28b4b; --line-2: #45c79f; --line-3: #df8bcd;
+    --line-4: #e3b23c; --line-5: #a5a1f0; --line-6: #f07f8d; --line-7: #a3adb7;
   }
 }
 * { box-sizing: border-box; }
@@ -80,6 +84,34 @@ figure { margin: 0; }
 }
 .column > .tick { top: 100%; margin-top: 0.35rem; }
 .column > .top { margin-bottom: 0.2rem; }
+.runs td, .runs thead th { white-space: nowrap; padding-right: 0.8rem; }
+.sheets { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1.2rem; }
+.curves { position: relative; height: 15rem; margin: 1rem 0 1.9rem 3.4rem; border-bottom: 1px solid var(--muted); }
+.stack > .card > figure > .curves { height: 20rem; }
+.curves svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; }
+.curves polyline, .curves path {
+  fill: none; stroke: currentColor; stroke-width: 1.8px; stroke-linejoin: round; stroke-linecap: round;
+  vector-effect: non-scaling-stroke;
+}
+.curves .grid { stroke: var(--line); stroke-width: 1px; }
+.curves .thin { stroke-width: 1px; opacity: 0.3; }
+.curves .dots { stroke-width: 6px; }
+.curves .dashed .thick { stroke-dasharray: 6 4; }
+.curves .tick {
+  position: absolute; white-space: nowrap; color: var(--muted);
+  font-size: 0.75rem; line-height: 1.2; font-variant-numeric: tabular-nums;
+}
+.curves .x { top: 100%; margin-top: 0.35rem; transform: translateX(-50%); }
+.curves .y { right: 100%; margin-right: 0.5rem; transform: translateY(50%); }
+.line-0 { color: var(--line-0); } .line-1 { color: var(--line-1); } .line-2 { color: var(--line-2); }
+.line-3 { color: var(--line-3); } .line-4 { color: var(--line-4); } .line-5 { color: var(--line-5); }
+.line-6 { color: var(--line-6); } .line-7 { color: var(--line-7); }
+.swatch { display: inline-block; width: 1.1rem; margin-right: 0.45rem; vertical-align: middle; }
+.swatch { border-top: 3px solid currentColor; border-radius: 2px; }
+.swatch.dashed { border-top-style: dashed; border-radius: 0; }
+.legend { display: flex; flex-wrap: wrap; gap: 0.1rem 1.2rem; list-style: none; margin: 0 0 0.4rem; padding: 0; }
+.legend { font-size: 0.85rem; }
+.legend b { margin-left: 0.45rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 details { margin-top: 0.6rem; font-size: 0.92rem; }
 summary { cursor: pointer; color: var(--accent); font-size: 0.875rem; }
 summary:focus-visible, a:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 2px; }
