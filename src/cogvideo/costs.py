@@ -8,13 +8,15 @@ context need for themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from cogvideo.config import CogVideoConfig
 from cogvideo.dry_run import META, DryRun, WithoutValues, dry_run
@@ -375,14 +377,23 @@ class Training:
     """Forward and backward, nothing computed again."""
 
 
-def training(config: CogVideoConfig, stage: Stage, batch: int = 1) -> Training:
-    """What a step of a stage needs. The image model trains its base; a video stage its channel, on a frozen base."""
+@lru_cache(maxsize=64)
+def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: bool = False) -> Training:
+    """What a step of a stage needs. The image model trains its base; a video stage its channel, on a frozen base.
+
+    Args:
+        config: sizes.
+        stage: which one.
+        batch: sequences of a forward and backward pass.
+        autocast: norms, and so what runs through the blocks, in float32, as torch.autocast has them on GPUs.
+    """
     states, length, hidden = training_states(config, stage), layout_of(config, stage).length, config.transformer.hidden
-    step = partial(_step, stage=stage, batch=batch)
+    step = partial(_step, stage=stage, batch=batch, autocast=autocast)
+    stream = (torch.float32 if autocast else GPU.weights).itemsize
     two, four = (step(_shallow(config, layers), backward=False).peak for layers in (2, 4))
     one, others = step(_shallow(config, 1)).peak, config.transformer.num_layers - 1
     kept = one + others * (four - two) // 2
-    checkpointed = one + others * batch * length * hidden * GPU.weights.itemsize
+    checkpointed = one + others * batch * length * hidden * stream
     resting, saved = sum(states.values()), states["master weights"] + states["moments"]
     flops = _by_layers(config, step).flops / (batch * length)
     return Training(stage, batch, states, kept, checkpointed, resting + kept, resting + checkpointed, saved, flops)
@@ -392,9 +403,9 @@ def training_states(config: CogVideoConfig, stage: Stage) -> dict[str, int]:
     """Bytes that training a stage keeps: frozen weights once, five values of every trained one."""
     modules = _modules(config)
     trained = _by_dtype(_count(modules.base if stage == "image" else getattr(modules, stage)))
-    frozen = _by_dtype(0 if stage == "image" else _count(modules.base))
+    frozen = () if stage == "image" else modules.base.parameters()
     return {
-        "frozen weights": frozen["bfloat16"],
+        "frozen weights": sum(each.numel() * (2 if each.ndim > 1 else 4) for each in frozen),  # as start.py has them
         "working copy": trained["bfloat16"],
         "master weights": trained["float32"],
         "gradients": trained["float32"],
@@ -402,7 +413,7 @@ def training_states(config: CogVideoConfig, stage: Stage) -> dict[str, int]:
     }
 
 
-def _step(config: CogVideoConfig, stage: Stage, batch: int, backward: bool = True) -> DryRun:
+def _step(config: CogVideoConfig, stage: Stage, batch: int, autocast: bool = False, backward: bool = True) -> DryRun:
     """Forward and backward; gradients are dropped when they are complete, `training_states` counts them."""
     layout = layout_of(config, stage)
     with META:
@@ -420,13 +431,24 @@ def _step(config: CogVideoConfig, stage: Stage, batch: int, backward: bool = Tru
     def run() -> None:
         texts = text_masks(mask, 0.0, torch.bfloat16)
         plan = full_pass(layout, model.window, texts, layout.num_frames, channel is not None, META)
-        hidden = model(tokens, tokens, plan)[:, layout.text_slots :][:, layout.loss_slots().to(META)]
-        logits = base.logits(hidden).float().flatten(0, 1)
+        with _Autocast() if autocast else nullcontext():
+            hidden = model(tokens, tokens, plan)[:, layout.text_slots :][:, layout.loss_slots().to(META)]
+            logits = base.logits(hidden).float().flatten(0, 1)
         loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=META))
         if backward:
             torch.autograd.backward(loss)
 
     return dry_run(run)
+
+
+class _Autocast(TorchFunctionMode):
+    """What torch.autocast does on a GPU, since the meta device has none: products in bfloat16, norms in float32."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = {F.linear: torch.bfloat16, F.layer_norm: torch.float32}.get(function)
+        if kind is not None:
+            args = [each.to(kind) if isinstance(each, Tensor) else each for each in args]
+        return function(*args, **(kwargs or {}))
 
 
 def _drop_gradient(parameter: Tensor) -> None:
