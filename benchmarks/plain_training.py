@@ -1,0 +1,95 @@
+"""A plain training step, to measure against: dense float masks, scores written out, logits of the whole vocabulary.
+
+Both channels attend over the whole sequence, as the equations of the paper are written down first: every score is made,
+multiplied by a mask of ones and zeros, moved by -10000 where that is zero, and kept for the backward pass. It computes
+what `VideoTask` computes, from the same weights. Like there, a frozen base has no gradients and AdamW does not know it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cogvideo.layout import SequenceLayout
+from cogvideo.models.transformer import Transformer
+from cogvideo.training.video import VideoBatch
+
+RELAXED = 16
+"""Scores are divided by it before their maximum is subtracted, and multiplied after, so that float16 would do."""
+
+
+class DenseMasks(NamedTuple):
+    """One where a row sees a key, else zero, (batch, 1, rows, rows) over text and frames in the order they are fed."""
+
+    spatial: Tensor
+    temporal: tuple[Tensor, ...]
+    """One a kind of block, which take turns."""
+
+
+def dense_masks(layout: SequenceLayout, window: int, text: Tensor, dtype: torch.dtype) -> DenseMasks:
+    """The masks of a batch, from its text's, block by block of two frames."""
+    everywhere = torch.ones(layout.frame_slots, layout.frame_slots)
+    kinds = [_same_window(layout.grid, window, shifted) for shifted in (False, True)] if window else [everywhere]
+    spatial = _mask(layout, text, everywhere, across=False)
+    temporal = [_mask(layout, text, same, across=True) for same in kinds]
+    return DenseMasks(spatial.to(dtype), tuple(each.to(dtype) for each in temporal))
+
+
+def _mask(layout: SequenceLayout, text: Tensor, same: Tensor, across: bool) -> Tensor:
+    """Text is seen by all; frames see themselves and, `across` them, those that were fed before."""
+    mask = torch.zeros(layout.length, layout.length)
+    frames = mask[layout.text_slots :, layout.text_slots :].view(layout.num_frames, layout.frame_slots, -1)
+    for rank, rows in enumerate(frames):
+        for other, block in enumerate(rows.split(layout.frame_slots, dim=1)):
+            given = max(rank, other) < layout.num_bidirectional
+            if other == rank or (across and (other < rank or given)):
+                block.copy_(same if other != rank or given else same.tril())
+    mask = mask.repeat(len(text), 1, 1, 1)
+    mask[..., : layout.text_slots] = text[:, None, None]
+    return mask
+
+
+def _same_window(grid: int, window: int, shifted: bool) -> Tensor:
+    cut = (torch.arange(grid) + (window // 2 if shifted else 0)) // window
+    labels = (cut[:, None] * grid + cut).flatten()
+    return (labels[:, None] == labels).float()
+
+
+def plain_attention(fused: Tensor, mask: Tensor, num_heads: int) -> Tensor:
+    """Attention of every row, from the fused projection [q | k | v]."""
+    q, k, v = (part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in fused.chunk(3, -1))
+    scores = (q / (RELAXED * math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)
+    scores = scores * mask - 10_000.0 * (1 - mask)
+    scores = RELAXED * (scores - scores.detach().amax(-1, keepdim=True))
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+def plain_loss(model: Transformer, layout: SequenceLayout, masks: DenseMasks, batch: VideoBatch) -> Tensor:
+    """Mean loss of a batch of a video stage."""
+    codes = batch.codes[:, list(layout.order)]
+    tokens = torch.cat([batch.text.tokens, layout.feed(codes, model.base.config.start_of_image)], dim=1)
+    frames = layout.frame_positions(range(layout.num_frames)).expand(len(tokens), -1)
+    positions = torch.cat([layout.text_positions(batch.text.mask), frames], dim=1)
+    hidden = _blocks(model, model.base.words(tokens) + model.position(positions), masks, layout.text_slots)
+    logits = F.linear(model.base.norm(hidden), model.base.words.weight)
+    slots = layout.loss_slots()
+    learnt = logits[:, layout.text_slots + slots, : model.base.config.num_codes]
+    return F.cross_entropy(learnt.flatten(0, 1).float(), codes.flatten(1)[:, slots].flatten())
+
+
+def _blocks(model: Transformer, x: Tensor, masks: DenseMasks, text: int) -> Tensor:
+    heads, kinds = model.base.config.num_heads, len(masks.temporal)
+    assert model.channel is not None
+    for layer, (block, own) in enumerate(zip(model.base.blocks, model.channel.blocks, strict=True)):
+        normed = block.norm1(x)
+        spatial = block.out(plain_attention(block.qkv(normed), masks.spatial, heads))
+        temporal = own.out(plain_attention(own.qkv(normed), masks.temporal[layer % kinds], heads))
+        gate = own.gate.sigmoid()
+        mixed = gate * spatial + (1 - gate) * temporal
+        x = x + block.norm3(torch.cat([spatial[:, :text], mixed[:, text:]], dim=1))
+        x = x + block.norm4(block.mlp_out(F.gelu(block.mlp_in(block.norm2(x)), approximate="tanh")))
+    return x
