@@ -1,0 +1,290 @@
+"""Text to video: a clip follows from its prompt, seed and settings; what cannot be done is refused at the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cogvideo.bundle import CogVideo
+from cogvideo.config import UpscalerConfig
+from cogvideo.generation.hierarchy import Guidance, Settings, collect, generate
+from cogvideo.generation.sampling import Sampling, spawn
+from cogvideo.generation.upscale import slot_noise, upscale
+from cogvideo.models.packing import PackedLinear
+from cogvideo.pipeline import CogVideoPipeline, Frame, Upscaling
+from cogvideo.storage import MODULES
+from cogvideo.text import PaddedText
+from gallery import loud, make_model, make_parts
+from workshop import GRID, NUM_CODES, RATIO, small_config
+
+WIDE = 256
+"""Hidden width from which every matrix is packed."""
+SIDE, PROMPTS = 16, ("a cat runs", "一只猫")
+ONE = Settings(rounds=1)
+
+
+@pytest.fixture(scope="module")
+def folder(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model."""
+    folder = tmp_path_factory.mktemp("pipeline") / "model"
+    make_model(folder, train_text_model())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wide(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> CogVideoPipeline:
+    """The pipeline of a model whose weights are packed."""
+    folder = tmp_path_factory.mktemp("pipeline") / "wide"
+    model = make_model(folder, train_text_model(), WIDE)
+    with torch.no_grad():  # logits as large as the noise
+        for name in ("base", "sequential", "interpolation", "superres"):
+            for each in model.component(name).parameters():  # type: ignore[union-attr]
+                each.mul_(0.3 if each.ndim > 1 else 1.0)
+    return CogVideoPipeline(model)
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def run(
+    pipeline: CogVideoPipeline,
+    prompts: tuple[str, ...],
+    seeds: tuple[int, ...],
+    settings: Settings = ONE,
+    upscaling: Upscaling | None = None,
+) -> list[Frame]:
+    """All frames in order of time."""
+    frames = pipeline.stream(prompts, generators(*seeds), settings, upscaling)
+    return sorted(frames, key=lambda frame: frame.place)
+
+
+def codes_of(frames: list[Frame]) -> Tensor:
+    return torch.stack([frame.codes for frame in frames], 1)
+
+
+def pixels_of(frames: list[Frame]) -> np.ndarray:
+    return np.stack([frame.pixels for frame in frames], 1)
+
+
+def test_weights_are_packed_and_draw_what_they_did(wide: CogVideoPipeline) -> None:
+    """Guards the fast layout: the same codes as without it, in float32, and super-resolution can use that base too."""
+    plain = collect(generate(wide.model, PROMPTS[:1], [spawned(5)], ONE))
+    assert not any(isinstance(each, PackedLinear) for each in wide.model.base.modules())
+    frames = run(wide, PROMPTS[:1], (5,))
+    assert torch.equal(codes_of(frames), plain)
+    assert torch.equal(codes_of(run(wide, PROMPTS[:1], (5,))), plain), "packed twice"
+    for part in (wide.model.base, wide.model.sequential.channel, wide.model.interpolation.channel):
+        assert isinstance(part, nn.Module)
+        packed = [each for each in part.modules() if isinstance(each, PackedLinear)]
+        assert packed
+        assert not any(isinstance(each, nn.Linear) for each in part.modules())
+
+
+def spawned(seed: int) -> torch.Generator:
+    """A generator as the pipeline leaves it to the stages: super-resolution has its own part."""
+    generator = torch.Generator().manual_seed(seed)
+    spawn(generator, 1)
+    return generator
+
+
+def test_a_clip_is_the_same_alone_in_a_batch_and_in_another_order(wide: CogVideoPipeline) -> None:
+    """Guards seeds: codes and pixels of a clip depend on nothing that stands beside it, and on its own seed."""
+    prompts = PROMPTS[:2]
+    together, turned = run(wide, prompts, (1, 2)), run(wide, prompts[::-1], (2, 1))
+    for number, prompt in enumerate(prompts):
+        alone = run(wide, (prompt,), (number + 1,))
+        for frames, place in ((together, number), (turned, 1 - number)):
+            assert torch.equal(codes_of(frames)[place], codes_of(alone)[0])
+            assert np.array_equal(pixels_of(frames)[place], pixels_of(alone)[0])
+
+
+def test_prompt_and_seed_make_a_clip(folder: Path) -> None:
+    """Guards several clips of a prompt, which differ by their noise, and several prompts of a seed."""
+    pipeline = CogVideoPipeline.from_pretrained(folder)
+    codes = codes_of(run(pipeline, (PROMPTS[0], PROMPTS[0], PROMPTS[1]), (1, 2, 1), Settings(rounds=0)))
+    assert not torch.equal(codes[0], codes[1])
+    assert not torch.equal(codes[0], codes[2])
+
+
+@pytest.mark.parametrize(("rounds", "number"), [(0, 5), (1, 9), (2, 17), (3, 33)])
+def test_rounds_are_frames(rounds: int, number: int, folder: Path) -> None:
+    """Guards the places: each once, the first ones first, and a round only adds to what was there."""
+    pipeline = CogVideoPipeline.from_pretrained(folder)
+    frames = list(pipeline.stream(PROMPTS[:1], generators(1), Settings(rounds=rounds), Upscaling(False)))
+    assert sorted(frame.place for frame in frames) == list(range(number))
+    assert all(frame.num_frames == number for frame in frames)
+    step = 2**rounds
+    assert [(frame.stage, frame.place) for frame in frames[:5]] == [
+        ("image", 0),
+        *(("sequential", place * step) for place in range(1, 5)),
+    ]
+    assert all(frame.stage == "interpolation" for frame in frames[5:])
+    ordered = sorted(frames, key=lambda frame: frame.place)
+    expected = collect(generate(pipeline.model, PROMPTS[:1], [spawned(1)], Settings(rounds=rounds)))
+    assert torch.equal(codes_of(ordered), expected)
+    if rounds:
+        fewer = run(pipeline, PROMPTS[:1], (1,), Settings(rounds=rounds - 1), Upscaling(False))
+        assert torch.equal(codes_of(fewer), expected[:, ::2])
+
+
+@torch.no_grad()
+def decoded(model: CogVideo, codes: Tensor) -> np.ndarray:
+    """One frame as pixels."""
+    side = round(len(codes) ** 0.5)
+    frame = model.autoencoder.decode(codes.view(1, side, side))[0].clamp(0, 1)
+    return (frame * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def test_frames_are_what_the_tokenizer_decodes(folder: Path) -> None:
+    """Guards pixels: of the codes beside them, in the right axes and colours, in whole numbers."""
+    pipeline = CogVideoPipeline.from_pretrained(folder)
+    for frame in run(pipeline, PROMPTS[:2], (1, 2), ONE, Upscaling(False)):
+        assert frame.pixels.shape == (2, SIDE, SIDE, 3)
+        for sample in range(2):
+            assert np.array_equal(frame.pixels[sample], decoded(pipeline.model, frame.codes[sample]))
+
+
+def test_frames_are_enlarged(folder: Path) -> None:
+    """Guards super-resolution in the chain: its released sampler, the caption without a rate, noise for each place.
+    The codes stay those of the clip."""
+    pipeline = CogVideoPipeline.from_pretrained(folder)
+    model, small = pipeline.model, run(pipeline, PROMPTS[:2], (1, 2), ONE, Upscaling(False))
+    large = run(pipeline, PROMPTS[:2], (1, 2), ONE)
+    assert torch.equal(codes_of(large), codes_of(small))
+    slots, sampling = (GRID * RATIO) ** 2, Sampling(1.0, clusters=6, cluster_temperature=0.6)
+    for sample, prompt in enumerate(PROMPTS[:2]):
+        noise = spawn(spawn(torch.Generator().manual_seed(sample + 1), 1)[0], len(large))
+        tokens = model.text.encode_image_caption(prompt)
+        row = torch.tensor([[model.text.pad] * (16 - len(tokens)) + tokens])
+        text = PaddedText(row, torch.arange(16)[None] >= 16 - len(tokens))
+        for place, frame in enumerate(large):
+            own = slot_noise(noise[place], slots, NUM_CODES, torch.device("cpu"))
+            high = upscale(
+                model.upscaler, text, frame.codes[sample : sample + 1], [own], sampling, model.cluster_labels
+            )
+            assert np.array_equal(frame.pixels[sample], decoded(model, high[0]))
+    greedy = run(pipeline, PROMPTS[:2], (1, 2), ONE, Upscaling(True, Sampling(0.0)))
+    assert not np.array_equal(pixels_of(greedy), pixels_of(large))
+
+
+def test_a_model_without_super_resolution_draws_small_frames(
+    train_text_model: Callable[..., bytes], tmp_path: Path
+) -> None:
+    """Guards models in the making, and those without interpolation or labels: what is not needed is not asked for."""
+    without = ("superres", "interpolation", "cluster_labels")
+    pipeline = CogVideoPipeline(make_model(tmp_path / "model", train_text_model(), without=without))
+    assert pixels_of(run(pipeline, PROMPTS[:1], (1,), Settings(rounds=0))).shape == (1, 5, SIDE, SIDE, 3)
+
+
+def test_nothing_else_is_drawn_from(folder: Path) -> None:
+    """Guards the programs around it: the global generator stays, and stopping early leaves nothing behind."""
+    pipeline, state = CogVideoPipeline.from_pretrained(folder), torch.get_rng_state()
+    stream = pipeline.stream(PROMPTS[:1], generators(1), ONE)
+    next(iter(stream))
+    del stream
+    first = run(pipeline, PROMPTS[:1], (1,))
+    assert torch.equal(torch.get_rng_state(), state)
+    fresh = run(CogVideoPipeline.from_pretrained(folder), PROMPTS[:1], (1,))
+    assert np.array_equal(pixels_of(first), pixels_of(fresh))
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_types(dtype: torch.dtype, folder: Path) -> None:
+    """Guards every type that weights can be loaded as."""
+    frames = run(CogVideoPipeline.from_pretrained(folder, dtype), PROMPTS[:1], (1,), Settings(rounds=0))
+    assert pixels_of(frames).shape == (1, 5, SIDE * RATIO, SIDE * RATIO, 3)
+
+
+def test_stages_with_bases_of_their_own(train_text_model: Callable[..., bytes]) -> None:
+    """Guards stages that trained their base: each is used, and the image model keeps the shared one."""
+    config = small_config(train_text_model())
+    own = {
+        f"{stage}_base": loud(MODULES["base"](config), 50 + seed)
+        for seed, stage in enumerate(("sequential", "superres"))
+    }
+    usual, special = (
+        run(
+            CogVideoPipeline(CogVideo(config, **make_parts(train_text_model()), **more)),
+            PROMPTS[:1],
+            (1,),
+            Settings(rounds=0),
+        )
+        for more in ({}, own)
+    )
+    assert torch.equal(codes_of(usual)[:, 0], codes_of(special)[:, 0])
+    assert not torch.equal(codes_of(usual)[:, 1:], codes_of(special)[:, 1:])
+    assert not np.array_equal(usual[0].pixels, special[0].pixels)
+
+
+@pytest.mark.parametrize(
+    ("without", "rounds", "message"),
+    [
+        (("image_tokenizer",), 0, "has no image_tokenizer for pixels; it has base, "),
+        (("sequential",), 0, "has no sequential"),
+        (("interpolation",), 1, "has no interpolation"),
+        (("base",), 0, "has no base"),
+        (("text",), 0, "has no text"),
+    ],
+)
+def test_a_model_that_lacks_a_part_is_refused_at_the_call(
+    without: tuple[str, ...], rounds: int, message: str, train_text_model: Callable[..., bytes], tmp_path: Path
+) -> None:
+    """Guards against an error after the first frame, or after minutes of loading: no weights are loaded."""
+    pipeline = CogVideoPipeline(make_model(tmp_path / "model", train_text_model(), without=without))
+    with pytest.raises(ValueError, match=message):
+        pipeline.stream(PROMPTS[:1], generators(1), Settings(rounds=rounds))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "settings", "message"),
+    [
+        (("a cat", " \n"), (1, 2), ONE, "the prompt is empty"),
+        (("",), (1,), ONE, "the prompt is empty: ''"),
+        (("x" * 10_000,), (1,), ONE, r"the prompt has \d+ tokens, 16 fit"),
+        (("a cat",), (1, 2), ONE, "got 2 generators for 1 prompts"),
+        ((), (), ONE, "got no prompt"),
+        (("a cat",), (1,), replace(ONE, guidance=Guidance(negative="")), "the prompt is empty"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_at_the_call(
+    prompts: tuple[str, ...], seeds: tuple[int, ...], settings: Settings, message: str, folder: Path
+) -> None:
+    """Guards batches: one bad prompt is found before the first frame of any, and before weights are loaded."""
+    pipeline = CogVideoPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match=message):
+        pipeline.stream(prompts, generators(*seeds), settings)
+    assert "base" not in pipeline.model._parts
+
+
+def test_long_prompts_are_cut_where_that_is_allowed(folder: Path) -> None:
+    """Guards the setting, in all stages."""
+    pipeline = CogVideoPipeline.from_pretrained(folder)
+    assert len(run(pipeline, ("a cat runs over the grass " * 99,), (1,), Settings(rounds=0, truncate=True))) == 5
+
+
+def test_prompts_that_super_resolution_cannot_take_are_refused_at_the_call(
+    train_text_model: Callable[..., bytes],
+) -> None:
+    """Guards models whose super-resolution has fewer text slots than the other stages."""
+    config = replace(small_config(train_text_model()), upscaler=UpscalerConfig(RATIO, 4, 17))
+    parts = make_parts(train_text_model()) | {"superres": MODULES["superres"](config)}
+    pipeline = CogVideoPipeline(CogVideo(config, **parts))
+    prompt = "a cat runs on"
+    assert 4 < len(pipeline.model.text.encode_image_caption(prompt)) <= 12
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, 4 fit"):
+        pipeline.stream([prompt], generators(1), ONE)
+    pipeline.stream([prompt], generators(1), ONE, Upscaling(False))
+
+
+def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
+    """Guards the message of a wrong folder."""
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere: pass the folder of a bundle"):
+        CogVideoPipeline.from_pretrained(tmp_path / "nowhere")
