@@ -124,7 +124,10 @@ def test_unknown_option_is_refused() -> None:
     [
         (("inof",), "unknown command 'inof', did you mean 'info'?"),
         (("xyzzy",), "unknown command 'xyzzy', expected one of " + ", ".join(COMMANDS)),
-        (("info", "pokcet"), "got 'pokcet', expected a preset (pocket, small, cogvideo) or the folder of a bundle"),
+        (
+            ("info", "pokcet"),
+            "got 'pokcet', expected a preset (tiny, pocket, small, cogvideo) or the folder of a bundle",
+        ),
     ],
 )
 def test_mistake_is_one_line(arguments: tuple[str, ...], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,14 +31,16 @@ from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel, initialize
 from cogvideo.models.upscaler import UpscaleChannel
 from cogvideo.text import TextTokenizer
+from cogvideo.video import read_video
 from reference import visible
 
 ROOT = Path(__file__).parents[1]
 README, SEQUENCE, PAPER_MAP = ROOT / "README.md", ROOT / "docs/sequence.md", ROOT / "docs/paper_map.md"
-DATA = ROOT / "docs/data.md"
+DATA, TRAINING = ROOT / "docs/data.md", ROOT / "docs/training.md"
 PAGES = [
     README,
     DATA,
+    TRAINING,
     SEQUENCE,
     PAPER_MAP,
     ROOT / "CONTRIBUTING.md",
@@ -101,14 +104,21 @@ def test_example_with_checkpoints(tmp_path: Path, text_model: bytes) -> None:
 
 
 def test_own_clips(tmp_path: Path) -> None:
-    """Guards the way from a folder of clips to training data: the commands of the page, but for fewer steps."""
-    shown = [each.arguments for each in shown_commands() if each.name.startswith(("data", "train"))]
-    assert [arguments[1] for arguments in shown] == ["world", "tokenizer", "text", "prepare", "report"]
-    fewer = {"tokenizer": ["--steps", "6", "--plain-steps", "2", "--batch", "4", "--start-vectors", "1"]}
+    """Guards the way from a folder of clips to one's own videos: the commands of the page, but smaller and shorter."""
+    shown = [each.arguments for each in shown_commands(README) if each.name.startswith(("data", "train", "generate"))]
+    stages = ["image", "sequential", "interpolation", "superres"]
+    said = ["world", "tokenizer", "text", "prepare", "report", *stages, "report"]
+    assert [arguments[1] for arguments in shown[:-1]] == said
+    few = ["--steps", "2", "--batch", "2", "--sample-every", "0", "--evaluate-samples", "2"]
+    fewer = dict.fromkeys(stages, few) | {
+        "tokenizer": ["--preset", "tiny", "--steps", "6", "--plain-steps", "2", "--batch", "4", "--start-vectors", "1"]
+    }
     for arguments in shown:
         options = [*arguments, *fewer.get(arguments[1], [])]
         run(f"import sys; from cogvideo.cli import main; sys.exit(main({options!r}))", tmp_path)
     assert "my-data" in (tmp_path / "my-data" / "report.html").read_text()
+    assert "superres" in (tmp_path / "report.html").read_text()
+    assert len(read_video(tmp_path / "ball.mp4", 8).frames) == 33
     (code,) = blocks(DATA, "python")
     run(code, tmp_path)
 
@@ -160,21 +170,20 @@ def shown_commands(page: Path = README) -> list[Shown]:
     sessions = "\n".join(blocks(page, "console")).replace("\\\n", " ")
     parts = re.split(r"^\$ ", sessions, flags=re.MULTILINE)[1:]
     lines = [part.splitlines() for part in parts]
-    return [Shown(first.split()[1:], output) for first, *output in lines if first.split()[0] == "cogvideo"]
+    return [Shown(shlex.split(first)[1:], output) for first, *output in lines if first.split()[0] == "cogvideo"]
 
 
 def test_shown_commands_exist() -> None:
     """Guards against commands and options that were renamed, or were never there."""
-    shown = shown_commands()
+    shown = shown_commands() + shown_commands(TRAINING)
     assert {each.name for each in shown} == set(COMMANDS)
     help_of = {name: run_help(name) for name in COMMANDS}
     for each in shown + shown_commands(DATA):
         for option in [argument for argument in each.arguments if argument.startswith("--")]:
             assert re.search(rf"{option}\b", help_of[each.name]), option
-    mentioned = re.findall(r"`cogvideo ([a-z]+(?: [a-z]+)?)", README.read_text() + PAPER_MAP.read_text())
-    missing = {"generate"}  # the page says that it is not there yet
-    assert {each for each in mentioned if each not in COMMANDS and each.split()[0] not in COMMANDS} <= missing
-    assert not missing & set(COMMANDS), "it is there now: say so"
+    pages = README.read_text() + PAPER_MAP.read_text() + TRAINING.read_text()
+    mentioned = re.findall(r"`cogvideo ([a-z]+(?: [a-z]+)?)", pages)
+    assert {each for each in mentioned if each not in COMMANDS and each.split()[0] not in COMMANDS} == set()
 
 
 def run_help(command: str) -> str:

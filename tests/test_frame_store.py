@@ -1,6 +1,7 @@
 """The frames that a tokenizer learns from: drawn evenly, counted, whole or not there."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def write_clip(folder, number, num_frames, split=None):
 
 
 def settings(num_frames=1000, num_held_out=1000, frames_per_clip=1):
-    return StoreSettings(num_frames, num_held_out, frames_per_clip, FrameSettings(size=SIDE, min_frames=1))
+    return StoreSettings(num_frames, num_held_out, frames_per_clip, clips=FrameSettings(size=SIDE, min_frames=1))
 
 
 def origins(frames):
@@ -70,6 +71,25 @@ def test_a_clip_that_is_read_gives_several_frames(clips, tmp_path):
     """Opening a clip for one frame of thousands is what makes drawing slow."""
     store = fetch(tmp_path, [clips], EVERYTHING, settings(num_frames=8, frames_per_clip=4))
     assert len({clip for clip, _ in origins(store.train)}) == 2
+
+
+def test_zoom_shows_squares_of_larger_frames(tmp_path):
+    """A tokenizer that is to code frames of super-resolution must see their texture, not theirs shrunk."""
+    large = 2 * SIDE
+    rows = np.arange(large, dtype=np.uint8)
+    frame = np.stack(np.broadcast_arrays(4 * rows[:, None], 4 * rows, np.uint8(0)), -1)  # says where a pixel is from
+    frames = frame + np.arange(3, dtype=np.uint8)[:, None, None, None] * np.array([0, 0, 80], np.uint8)
+    for number in range(8):
+        (tmp_path / "clips").mkdir(exist_ok=True)
+        write_video(tmp_path / "clips" / f"{number}.webp", frames, fps=8)
+        (tmp_path / "clips" / f"{number}.txt").write_text("a gradient")
+    zoomed = replace(settings(), zoom=2)
+    store = fetch(tmp_path, [str(tmp_path / "clips")], SourceOptions(validation=0.0), zoomed)
+    assert len(store.train) == 21  # seven clips to learn from
+    slopes = [np.unique(np.diff(each[:, 0, 0].astype(int))).tolist() for each in store.train]
+    assert slopes.count([4]) == 9  # three of them as large as they are, the others shrunk
+    corners = {tuple(each[0, 0]) for each, slope in zip(store.train, slopes, strict=True) if slope == [4]}
+    assert len(corners) > 5  # all over the frame
 
 
 def test_sources_share_and_help_each_other(tmp_path):

@@ -400,7 +400,7 @@ def test_bundle_files_have_the_expected_bytes(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("target", "batch", "message"),
     [
-        ("pokcet", 1, r"got 'pokcet', expected a preset \(pocket, small, cogvideo\) or the folder of a bundle"),
+        ("pokcet", 1, r"got 'pokcet', expected a preset \(tiny, pocket, small, cogvideo\) or the folder of a bundle"),
         ("tests", 1, r"bundle\.json"),
         ("pocket", 0, "batch is 0, expected a positive number"),
     ],

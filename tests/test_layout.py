@@ -239,7 +239,7 @@ def test_released_sizes() -> None:
 
 def test_unknown_preset() -> None:
     """Guards against a typing error that gives some model; the names are listed."""
-    with pytest.raises(ValueError, match=r"unknown preset 'cogvidoe', expected one of pocket, small, cogvideo"):
+    with pytest.raises(ValueError, match=r"unknown preset 'cogvidoe', expected one of tiny, pocket, small, cogvideo"):
         preset("cogvidoe")
 
 

@@ -58,7 +58,7 @@ def table(tmp_path: Path) -> Path:
     return tmp_path / "clips.csv"
 
 
-@pytest.mark.parametrize("name", ["pocket", "small", "cogvideo"])
+@pytest.mark.parametrize("name", ["tiny", "pocket", "small", "cogvideo"])
 @pytest.mark.parametrize("text", [["a cat"], captions(), [chr(0x4E00 + number) * 2 for number in range(20_000)]])
 def test_ids_are_those_of_the_preset(name: str, text: list[str]) -> None:
     """Guards the sizes that a model is made for, with too few captions and with more characters than pieces."""

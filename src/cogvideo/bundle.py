@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -111,7 +112,7 @@ class CogVideo:
         if component not in self._parts and self._source is not None and self._source.dtype is None:
             writer.copy(component, self._source.folder, self._source.manifest.components[component])
             return
-        part = self._part(component)
+        part = self.component(component)
         if isinstance(part, TextTokenizer):
             require(part.config == self.config.text, f"text has {part.config}, expected {self.config.text}")
             writer.add_text(part.model)
@@ -123,6 +124,16 @@ class CogVideo:
         """Names of the components that this model has, loaded or not, in the order of `COMPONENTS`."""
         stored = self._source.manifest.components if self._source is not None else {}
         return tuple(each for each in COMPONENTS if each in self._parts or each in stored)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it was loaded from; None if it was not."""
+        return None if self._source is None else self._source.folder
+
+    def sha256(self, component: str) -> str | None:
+        """Hash of a component's file; None where it has none."""
+        entries = {} if self._source is None else self._source.manifest.components
+        return entries[component].sha256 if component in entries else None
 
     @cached_property
     def base(self) -> Base:
@@ -137,7 +148,7 @@ class CogVideo:
     @cached_property
     def sequential(self) -> Transformer:
         """First frame to key frames."""
-        return Transformer(self.base, self._get("sequential", TemporalChannel))
+        return Transformer(self._base_of("sequential"), self._get("sequential", TemporalChannel))
 
     @cached_property
     def interpolation(self) -> Transformer:
@@ -174,12 +185,17 @@ class CogVideo:
         return self._get(own, Base) if own in self.components else self.base
 
     def _get(self, component: str, kind: type[T]) -> T:
-        part = self._part(component)
+        part = self.component(component)
         if not isinstance(part, kind):
             raise ValueError(f"{component} is a {type(part).__name__}, expected a {kind.__name__}")
         return part
 
-    def _part(self, component: str) -> Component:
+    def component(self, component: str) -> Component:
+        """A component by its name, loaded if it was not yet.
+
+        Raises:
+            ValueError: this model has none of that name, or its file cannot be used.
+        """
         if component not in self._parts:
             where = "this model" if self._source is None else f"the bundle {self._source.folder}"
             there = ", ".join(self.components) or "nothing"
@@ -189,8 +205,16 @@ class CogVideo:
         return self._parts[component]
 
 
-def update(folder: str | PathLike[str], config: CogVideoConfig, **components: Component) -> None:
+def update(
+    folder: str | PathLike[str], config: CogVideoConfig, without: Collection[str] = (), **components: Component
+) -> None:
     """Write components into the bundle in `folder`, which keeps its others; a new bundle where there is none.
+
+    Args:
+        folder: of the bundle.
+        config: that it has, or is to have.
+        without: names of others that it loses.
+        components: by their names.
 
     Raises:
         ValueError: the bundle there has another configuration, or a component does not fit it.
@@ -202,7 +226,10 @@ def update(folder: str | PathLike[str], config: CogVideoConfig, **components: Co
     model = CogVideo.from_pretrained(folder)
     require(model.config == config, f"the bundle {folder} has another configuration than the components to be written")
     model._parts.update(components)
-    model.save_pretrained(folder)
+    with writing(Path(folder), config) as writer:
+        for component in model.components:
+            if component in components or component not in without:
+                model._save(component, writer)
 
 
 class _Source(NamedTuple):
@@ -249,11 +276,13 @@ class _Source(NamedTuple):
 
 
 def usable(device: str | torch.device) -> torch.device:
-    """The device, refused if tensors cannot be put there.
+    """The device, refused if tensors cannot be put there; `auto` is a GPU if there is one, else the CPU.
 
     Raises:
         ValueError: PyTorch does not know it, or this build or machine has none.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

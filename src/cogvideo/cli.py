@@ -25,17 +25,25 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "generate": Command("cogvideo.generate:generate", "Prompts to video files."),
     "info": Command("cogvideo.info:info", "Parameters, memory and work of a preset or a bundle."),
+    "plan": Command("cogvideo.training.plan:plan", "What training a stage needs of so many GPUs."),
     "convert": Command("cogvideo.convert:convert", "Released checkpoints of 2022 to a bundle."),
     "data prepare": Command("cogvideo.data.prepare:prepare", "Captioned clips to shards of codes."),
     "data world": Command("cogvideo.world.command:world", "Synthetic captioned clips to look at or to train on."),
     "data report": Command("cogvideo.report.data:report", "A page about prepared data."),
     "train tokenizer": Command("cogvideo.training.tokenizer:tokenizer", "The image tokenizer, from any clips."),
     "train text": Command("cogvideo.training.text:train_text", "The text tokenizer, from captions."),
+    "train image": Command("cogvideo.training.stages:image", "The image model, from single frames."),
+    "train sequential": Command("cogvideo.training.stages:sequential", "Key frames, on the frozen image model."),
+    "train interpolation": Command("cogvideo.training.stages:interpolation", "Frames between frames."),
+    "train superres": Command("cogvideo.training.stages:superres", "Super-resolution of codes."),
+    "train export": Command("cogvideo.training.export:export", "A checkpoint of a stage to a bundle."),
+    "train report": Command("cogvideo.report.training:training", "A page about training runs."),
 }
 """A name of two words is a command of a group."""
 
-EXTRAS = {"pyarrow": "train", "ray": "ray"}
+EXTRAS = {"pyarrow": "train", "tensorboard": "train", "ray": "ray", "wandb": "wandb"}
 """Package that a command may miss: the extra that brings it."""
 
 
@@ -105,10 +113,12 @@ def _call(name: str, arguments: list[str]) -> int:
     """
     import tyro  # neither help nor version need it
 
+    from cogvideo.recipes import expand
+
     module, function = COMMANDS[name].target.split(":")
     run = getattr(import_module(module), function)
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-    return tyro.cli(run, prog=f"cogvideo {name}", args=arguments, config=config) or 0
+    config = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(run, prog=f"cogvideo {name}", args=expand(name, arguments), config=config) or 0
 
 
 def _unknown(name: str) -> str:

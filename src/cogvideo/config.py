@@ -1,6 +1,7 @@
 """Frozen configuration of every part of the model, refused on construction when it cannot work.
 
-Presets are tables of differences: `pocket` is the default of every field, `small` and `cogvideo` say what they change.
+Presets are tables of differences: `pocket` is the default of every field, the others say what they change. `tiny` is
+for trying the whole chain in minutes.
 """
 
 from __future__ import annotations
@@ -262,6 +263,13 @@ _RELEASED_MEAN = (0.79093, 0.76271, 0.75340)
 _RELEASED_STD = (0.30379, 0.32279, 0.32800)
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny": {
+        "transformer": {"num_layers": 4, "hidden": 128, "vocab_size": 1024, "num_codes": 256}
+        | {"pad": 256, "start_of_image": 1021, "num_positions": 80},
+        "layout": {"grid": 4},
+        "interpolation": {"window": 2},
+        "autoencoder": {"channels": 16, "embedding_dim": 32, "num_codes": 256},
+    },
     "pocket": {},
     "small": {
         "transformer": {"num_layers": 12, "hidden": 768, "num_heads": 12, "vocab_size": 16384, "num_codes": 4096}

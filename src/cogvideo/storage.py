@@ -40,6 +40,7 @@ MODULES: dict[str, Callable[[CogVideoConfig], nn.Module]] = {
     "interpolation": lambda config: TemporalChannel(config.transformer, config.layout, config.interpolation),
     "superres": lambda config: UpscaleChannel(config.transformer, config.layout, config.upscaler),
     "image_tokenizer": lambda config: Autoencoder(config.autoencoder),
+    "sequential_base": lambda config: Base(config.transformer),
     "interpolation_base": lambda config: Base(config.transformer),
     "superres_base": lambda config: Base(config.transformer),
 }

@@ -46,6 +46,7 @@ def prepare(
     workers: int = 0,
     ray_address: str | None = None,
     max_rejected: int = 0,
+    recipe: Path | None = None,  # read by the command line
 ) -> int:
     """Turn captioned clips into shards of codes. Killed and called again, it continues.
 
@@ -63,6 +64,7 @@ def prepare(
         workers: processes; 0 for one a core, or one a GPU.
         ray_address: of a running Ray cluster that sees the same folders; a local one is started unless given.
         max_rejected: how many clips may be rejected before the exit status is 1.
+        recipe: a TOML file with a table for this command: options as they stand here. Those given here win.
 
     Returns:
         The exit status: 0, or 1 for too many rejected.

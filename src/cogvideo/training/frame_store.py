@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +39,14 @@ class StoreSettings:
     """Frames to look at, from clips that nothing is learnt from."""
     frames_per_clip: int = 8
     """Frames taken from a clip at least, spread over it: so many clips need not be read."""
+    zoom: int = 1
+    """Every second clip is read at so many times the size, and a square of each frame is kept: what a tokenizer sees
+    that codes the frames of super-resolution too."""
     clips: FrameSettings = FrameSettings(min_frames=1)  # noqa: RUF009  # frozen
     """How clips become frames; an image is a clip of one frame."""
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "num_held_out", "frames_per_clip"):
+        for name in ("num_frames", "num_held_out", "frames_per_clip", "zoom"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
 
 
@@ -189,13 +192,31 @@ def _of_source(
             return
         quota = min(total, max(settings.frames_per_clip, math.ceil(total / (len(items) - place))))
         try:
-            frames = read_item(item, settings.clips).frames
+            frames = read_item(item, _zoomed(settings, place)).frames
         except VideoError as error:
             rejected.append(Rejection(item.id, error.reason, str(error)))
             continue
-        chosen = frames[_evenly(len(frames), quota)]
+        chosen = _squares(frames[_evenly(len(frames), quota)], settings, place)
         total -= len(chosen)
         yield chosen
+
+
+def _zoomed(settings: StoreSettings, place: int) -> FrameSettings:
+    size = settings.clips.size
+    assert size is not None
+    return replace(settings.clips, size=size * settings.zoom) if place % 2 else settings.clips
+
+
+def _squares(
+    frames: UInt8[np.ndarray, "_ height width 3"], settings: StoreSettings, place: int
+) -> UInt8[np.ndarray, "_ size size 3"]:
+    """A square of each frame, where it is larger than it is to be."""
+    size = settings.clips.size
+    random = np.random.default_rng((settings.clips.seed, place))
+    corners = random.integers(0, frames.shape[1] - size + 1, (len(frames), 2)).tolist()
+    return np.stack(
+        [frame[top : top + size, left : left + size] for frame, (top, left) in zip(frames, corners, strict=True)]
+    )
 
 
 def _evenly(num_frames: int, count: int) -> np.ndarray:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
@@ -77,20 +77,47 @@ def progress(console: Console, done: int, total: int) -> Iterator[Callable[[int,
         yield lambda now, text: bar.update(task, completed=now, text=text)
 
 
+class Interrupt:
+    """Whether the run was asked to stop, and by what."""
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+
+    def set(self, number: int) -> None:
+        """A signal came."""
+        self._signal = number
+
+    def is_set(self) -> bool:
+        """Whether one came."""
+        return self._signal is not None
+
+    def leave(self) -> NoReturn:
+        """End as the signal asks: Ctrl-C as an interrupt, SIGTERM with its usual exit status.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, here or on another rank.
+            SystemExit: SIGTERM.
+        """
+        if self._signal == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt
+
+
 @contextmanager
-def interrupts() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event instead of breaking off a step; the second one breaks off as usual."""
-    event = threading.Event()
+def interrupts() -> Iterator[Interrupt]:
+    """Ctrl-C and SIGTERM are noted instead of breaking off a step; the second one breaks off as usual."""
+    interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():  # only the main one may handle signals
-        yield event
+        yield interrupt
         return
 
     def handle(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, before)
-        event.set()
+        signal.signal(number, before[signal.Signals(number)])
+        interrupt.set(number)
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield event
+        yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -90,11 +90,23 @@ class RunFolder:
 
     def forget_after(self, step: int) -> None:
         """Drop lines that a killed run reported behind its last checkpoint, which are made again."""
+        if self._metrics.exists():
+            kept = [row for row in self.rows() if row["step"] <= step]
+            _write(self._metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, without one that a killed run left half-written.
+
+        Raises:
+            ValueError: a line is none of ours.
+        """
         if not self._metrics.exists():
-            return
+            return []
         lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        _write(self._metrics, "".join(kept))
+        try:
+            return [json.loads(line) for line in lines if line.endswith("\n")]
+        except ValueError as error:
+            raise ValueError(f"cannot use {self._metrics}: {error}") from error
 
     @property
     def summary(self) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from cogvideo import bundle
-from cogvideo.config import PRESETS, CogVideoConfig, TransformerConfig, preset, require
+from cogvideo.config import CogVideoConfig, TransformerConfig, preset, require
 from cogvideo.data.frames import BACKGROUNDS, FrameSettings, on_background
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.storage import MANIFEST, Manifest
@@ -64,6 +64,7 @@ def train_text(
     normalization: Normalization = "nfkc",
     background_template: str = "",
     max_captions: int = 1_000_000,
+    recipe: Path | None = None,  # read by the command line
 ) -> None:
     """Train the text tokenizer on the captions of the split `train`, and put it into a bundle.
 
@@ -75,6 +76,7 @@ def train_text(
         normalization: nfkc, nfkc_cf (which also makes capital letters small), or identity (only spaces).
         background_template: the one of `data prepare`, put around every caption with each background in turn.
         max_captions: of more captions, so many are used, evenly spaced in their sorted order.
+        recipe: a TOML file with a table for this command: options as they stand here. Those given here win.
 
     Raises:
         ValueError: a source cannot be read, there is no caption, or the bundle in `out` is made for other text.
@@ -167,7 +169,7 @@ def _config(out: Path, name: str | None) -> CogVideoConfig:
         ValueError: the bundle has another one than the preset, or weights that were trained with other tokens.
     """
     if not (out / MANIFEST).exists():
-        return preset(name or next(iter(PRESETS)))
+        return preset(name or "pocket")
     manifest = Manifest.read(out)
     same = name is None or manifest.config == preset(name)
     require(same, f"the bundle {out} has another configuration than the preset {name}: leave out --preset")

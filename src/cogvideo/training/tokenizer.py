@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cogvideo import bundle, config
-from cogvideo.bundle import CODES_PER_CLUSTER
+from cogvideo.bundle import CODES_PER_CLUSTER, usable
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.sources import SourceOptions
 from cogvideo.evaluation.metrics import WINDOW
@@ -53,6 +52,7 @@ def tokenizer(
     evaluate_every: int = 1000,
     checkpoint_every: int = 500,
     overwrite: bool = False,
+    recipe: Path | None = None,  # read by the command line
 ) -> None:
     """Train the image tokenizer on frames of clips. Killed and called again, it continues.
 
@@ -72,6 +72,7 @@ def tokenizer(
         evaluate_every: steps between measurements on the frames held out.
         checkpoint_every: steps between checkpoints, which is what is lost when a run is killed.
         overwrite: replace the tokenizer that the bundle has; models that learnt its codes cannot use another.
+        recipe: a TOML file with a table for this command: options as they stand here. Those given here win.
 
     Raises:
         ValueError: a source, a file or a setting cannot be used, OUT holds another run, or training diverged.
@@ -80,7 +81,7 @@ def tokenizer(
     require(len(sources) > 0, "there is no source, expected one or several, such as a folder of videos or world:2000")
     for name, value in {"evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}.items():
         require(value > 0, f"{name} is {value}, expected a positive number of steps")
-    place, console = _device(device), Console(stderr=True, highlight=False, soft_wrap=True)
+    place, console = usable(device), Console(stderr=True, highlight=False, soft_wrap=True)
     whole = _config(out, preset, overwrite)
     frames, options = _complete(frames, options, settings, whole)
     model = _lpips(vgg, lpips, console)
@@ -130,15 +131,6 @@ def _complete(
     return replace(frames, clips=replace(frames.clips, size=size)), replace(
         options, images=frames.clips.min_frames == 1
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # unknown to PyTorch, or not in this build or machine
-        raise ValueError(f"cannot use the device {name!r}: {str(error).splitlines()[0]}") from error
 
 
 def _lpips(vgg: Path | None, heads: Path | None, console: Console) -> Lpips | None:
@@ -206,21 +198,21 @@ def _learn(
     if first == 0:
         _write_sheet(trainer, store, folder.path / "before.png")
     window = Window(trainer.settings.batch)
-    with progress(console, first, steps) as show, interrupts() as interrupted:
+    with progress(console, first, steps) as show, interrupts() as interrupt:
         for done in range(first + 1, steps + 1):
             if done == trainer.settings.codes_from + 1:
                 console.print(f"Step {done:,}: the codebook starts, by k-means; this takes a while.")
             window.add(trainer.step(done - 1, store.train))
-            saves = done % checkpoint_every == 0 or done == steps or interrupted.is_set()
+            saves = done % checkpoint_every == 0 or done == steps or interrupt.is_set()
             if saves or done % REPORT_EVERY == 0:
                 row = window.row(done)
                 folder.report(row | {"psnr": _decibel(row), "learning_rate": trainer.settings.rate_at(done - 1)})
                 show(done, _shown(row))
             if saves:
                 folder.save(Checkpoint(done, trainer.state_dict()))
-            if interrupted.is_set():
+            if interrupt.is_set():
                 console.print(f"Stopped after step {done:,}; the same command continues.")
-                raise KeyboardInterrupt
+                interrupt.leave()
             if done % evaluate_every == 0 and done < steps:
                 quality = _measure(trainer, store)
                 folder.report({"step": done, "held_out": quality._asdict()})

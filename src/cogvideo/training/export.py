@@ -1,0 +1,212 @@
+"""What a stage learnt, into a bundle: at the end of its run, or from any of its checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cogvideo import bundle
+from cogvideo.bundle import CogVideo
+from cogvideo.config import CogVideoConfig, from_dict, require
+from cogvideo.storage import MANIFEST, MODULES, Manifest, check_tensors
+from cogvideo.training.card import read_reports, write_card
+from cogvideo.training.checkpoints import Checkpoints, read_weights
+from cogvideo.training.run_folder import RunFolder
+from cogvideo.training.start import STAGES, Choice, StageName, base_of, own
+
+SHARED = ("base", "text", "image_tokenizer")
+"""Components that the stages of a bundle have in common."""
+
+
+class Delivery(NamedTuple):
+    """Where the components of a stage go."""
+
+    out: Path
+    """The bundle that gets them."""
+    source: CogVideo
+    """What the stage starts from."""
+    config: CogVideoConfig
+    """Of the bundle."""
+    stage: StageName
+    choice: Choice
+
+
+def check_target(delivery: Delivery, overwrite: bool) -> None:
+    """Refuse a bundle that the stage could not be put into, before anything is trained.
+
+    Args:
+        delivery: what is to be put where.
+        overwrite: whether the stage may be replaced.
+
+    Raises:
+        ValueError: it has another configuration or other shared components, the stage is there already, or its
+            `training.json` cannot be read.
+    """
+    out, stage = delivery.out, delivery.stage
+    for folder in {out, delivery.source.folder or out}:
+        read_reports(folder)
+    if not (out / MANIFEST).exists():
+        return
+    there = Manifest.read(out)
+    require(
+        there.config == delivery.config,
+        f"the bundle {out} has another configuration than the one to be trained: choose another --out",
+    )
+    known = there.components
+    if stage == "image":
+        relying = [each for each in STAGES[1:] if each in known and f"{each}_base" not in known]
+        require(
+            not relying,
+            f"{', '.join(relying)} in the bundle {out} rely on its base, which would be replaced: choose another --out",
+        )
+    replaced = [name for name in own(stage, delivery.choice) if name in known]
+    require(
+        overwrite or delivery.choice.start == "continue" or not replaced,
+        f"the bundle {out} has {' and '.join(replaced)} already: pass --overwrite to replace, --start continue to "
+        "train on, or another --out",
+    )
+    for name in SHARED:
+        if name in known and name not in own(stage, delivery.choice):
+            same = known[name].sha256 == (delivery.source.sha256(name) or known[name].sha256)
+            where = delivery.source.folder
+            require(same, f"the bundles {out} and {where} have different components {name}: choose another --out")
+
+
+def deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
+    """Put the trained components into the bundle, with what else it needs, and write its card.
+
+    Args:
+        delivery: what goes where.
+        trained: components by name, on the CPU.
+        report: of the run, for the card.
+
+    Raises:
+        ValueError: the bundle changed meanwhile and no longer fits.
+        OSError: it cannot be written.
+    """
+    out, source, stage = delivery.out, delivery.source, delivery.stage
+    there = Manifest.read(out).components if (out / MANIFEST).exists() else {}
+    special = f"{stage}_base"
+    lacking = [name for name in source.components if name not in there and name != special]
+    parts: dict[str, Any] = {name: source.component(name) for name in lacking}
+    if stage != "image" and delivery.choice.base == "frozen":
+        base = base_of(stage, delivery.choice, source)
+        parts |= {} if base == "base" else {special: source.component(base)}  # inherited with the channel
+    parts |= trained
+    known = {} if source.folder is None else read_reports(source.folder)
+    copied = {name: known[name] for name in lacking if name in known}
+    bundle.update(out, delivery.config, without=() if special in parts else (special,), **parts)
+    write_card(out, copied | read_reports(out) | {own(stage, delivery.choice)[0]: report})
+
+
+def modules(
+    stage: StageName, choice: Choice, config: CogVideoConfig, state: Mapping[str, Tensor]
+) -> dict[str, nn.Module]:
+    """The components that a stage trains, from the trained weights of its objective, by their names in it.
+
+    Raises:
+        ValueError: they are not those of the configuration.
+    """
+    result = {}
+    for name in own(stage, choice):
+        prefix = "model.base." if name.endswith("base") else "model.channel."
+        weights = {key.removeprefix(prefix): value.cpu() for key, value in state.items() if key.startswith(prefix)}
+        check_tensors(name, weights, config, "what was trained")
+        with torch.device("meta"):
+            module = MODULES[name](config)
+        module.load_state_dict(weights, assign=True)
+        result[name] = module.requires_grad_(False)
+    return result
+
+
+def export(
+    run: Path,
+    /,
+    out: Path,
+    step: int | None = None,
+    best: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Put a checkpoint of a run into a bundle, while the run goes on or after it. The run is only looked at.
+
+    Args:
+        run: folder of the run, such as my-model/.sequential-run.
+        out: the bundle; what it lacks comes from the bundle that the run started from.
+        step: of the checkpoint; the newest unless given.
+        best: the checkpoint with the lowest held-out loss.
+        overwrite: replace the stage where the bundle has it.
+
+    Raises:
+        ValueError: the run, the checkpoint or the bundle cannot be used.
+        OSError: the bundle cannot be written.
+    """
+    identity = _identity(run)
+    stage, choice = identity["stage"], Choice(**identity["choice"])
+    config = from_dict(CogVideoConfig, identity["config"])
+    require(step is None or not best, "got both --step and --best, expected one of them")
+    checkpoints = Checkpoints(run / "checkpoints", keep=0)
+    chosen = _choose(run, checkpoints, step, best)
+    delivery = Delivery(out, _source(identity, stage, choice), config, stage, choice)
+    check_target(delivery, overwrite)
+    weights = read_weights(checkpoints.path(chosen), averaged=identity["optimization"]["ema"] > 0)
+    deliver(delivery, modules(stage, choice, config, weights), _report(run, identity, chosen))
+    print(f"{out}: {stage} after {chosen:,} steps")
+
+
+def _choose(run: Path, checkpoints: Checkpoints, step: int | None, best: bool) -> int:
+    steps = checkpoints.steps()
+    require(len(steps) > 0, f"{run} has no checkpoint yet")
+    if best:
+        step = checkpoints.best()
+        require(step is not None, f"{run} has no best checkpoint: none was measured on held-out clips, choose a --step")
+    chosen = steps[-1] if step is None else step
+    require(chosen in steps, f"{run} has no checkpoint of step {chosen}, it has: {', '.join(map(str, steps))}")
+    return chosen
+
+
+def _source(identity: Mapping[str, Any], stage: StageName, choice: Choice) -> CogVideo:
+    """What the run started from, as long as what the stage relies on is still what it was."""
+    try:
+        source = CogVideo.from_pretrained(identity["from"])
+    except ValueError as error:
+        raise ValueError(f"the bundle that the run started from cannot be used: {error}") from error
+    relies = ("text",) if stage == "image" or choice.base != "frozen" else ("text", base_of(stage, choice, source))
+    for name in relies:
+        got, expected = source.sha256(name), identity["parents"].get(name)
+        require(
+            expected in (None, got),
+            f"{name} of the bundle {source.folder} is another than the run started from: got the sha256 {got}, "
+            f"expected {expected}",
+        )
+    return source
+
+
+def _report(run: Path, identity: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """What is known of a step: the report of the run if it is the last, else what was measured there."""
+    folder = RunFolder(run)
+    if folder.summary is not None and folder.summary["steps"] == step:
+        return folder.summary
+    rows = [row for row in folder.rows() if row["step"] == step]
+    measured: dict[str, Any] = {name: row[name] for row in rows for name in ("loss", "held_out") if name in row}
+    start = {name: value for name, value in identity["choice"].items() if value is not None}
+    settings = {name: identity[name] for name in ("task", "optimization", "clips")}
+    return {"steps": step, **measured, "start": start, **settings}
+
+
+def _identity(run: Path) -> dict[str, Any]:
+    path = run / "run.json"
+    try:
+        identity = json.loads(path.read_text(encoding="utf-8"))
+        known = isinstance(identity, dict) and identity.get("stage") in STAGES
+        require(known, f"it names no stage, expected one of {', '.join(STAGES)}")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"{run} is no run of a stage ({path.name}: {reason}): pass such a folder as .sequential-run"
+        ) from error
+    return identity

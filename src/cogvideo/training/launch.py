@@ -1,0 +1,279 @@
+"""From the options of a stage to its run, and from the run to a bundle."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+
+from cogvideo.bundle import CogVideo, locate, usable
+from cogvideo.config import CogVideoConfig, require
+from cogvideo.costs import training
+from cogvideo.data.clips import ClipSampling, FrameRates, Mode
+from cogvideo.data.dataset import read_card
+from cogvideo.data.loader import ClipStream
+from cogvideo.storage import Manifest
+from cogvideo.text import TextTokenizer
+from cogvideo.training.checkpoints import Checkpoints
+from cogvideo.training.export import Delivery, check_target, deliver, modules
+from cogvideo.training.held_out import HeldOut, held_out
+from cogvideo.training.optim import Optimization
+from cogvideo.training.parallel import ParallelSettings, Ranks, full_state, process_group
+from cogvideo.training.preview import Preview
+from cogvideo.training.recorder import Recorder
+from cogvideo.training.run import Job, Summary, Watching, learn
+from cogvideo.training.run_folder import RunFolder
+from cogvideo.training.start import Choice, StageName, build, configured, own, parents
+from cogvideo.training.task import Objective, Task
+from cogvideo.training.trainer import Execution, Trainer
+
+
+@dataclass(frozen=True)
+class Clips:
+    """How clips become samples."""
+
+    data: tuple[Path, ...]
+    """Folders of `cogvideo data prepare`."""
+    split: str = "train"
+    """That is learnt from."""
+    held_out_split: str = "validation"
+    """That the run is judged by."""
+    rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+    """Frames a second that a sequence can have, lowest first: that of key frames, then of the rounds."""
+    fixed_rate: float | None = None
+    """One rate for all clips, as one stage in place of the hierarchy; for comparison."""
+    random_offset: bool = True
+    """Start anywhere in a clip that a sequence fits, else at its first frame."""
+    caption_dropout: float = 0.1
+    """Share of samples with the unconditional text, which guidance needs."""
+
+    def sampling(self, mode: Mode, seed: int, num_frames: int, high_codes: bool = False) -> ClipSampling:
+        """The same as the loader takes it."""
+        rates = FrameRates(read_card(self.data[0]).fps, self.rates, num_frames)
+        fixed = self.fixed_rate
+        return ClipSampling(mode, rates, fixed, self.random_offset, self.caption_dropout, high_codes, seed)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all stages have."""
+
+    clips: Clips
+    out: Path
+    """The bundle that gets the stage. A run that is killed continues with the same command."""
+    init: str | None = None
+    """The bundle to start from: a folder, or an id on the Hugging Face Hub; `out` unless given."""
+    recipe: Path | None = None
+    """A TOML file with a table for this command: options as they stand here. Those given here win."""
+    device: str = "auto"
+    """cpu, cuda, cuda:0, or auto."""
+    overwrite: bool = False
+    """Replace the stage where the bundle has it."""
+    optimization: Optimization = field(default_factory=Optimization)
+    execution: Execution = field(default_factory=Execution)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    watching: Watching = field(default_factory=Watching)
+
+
+class Plan(NamedTuple):
+    """A stage to be trained."""
+
+    stage: StageName
+    choice: Choice
+    mode: Mode
+    """Of sampling."""
+    task: Callable[[CogVideoConfig, TextTokenizer], Task]
+    """What it learns, once configuration and text tokenizer are known."""
+    extra: Mapping[str, Any] = MappingProxyType({})
+    """Further settings that decide the result."""
+
+
+def train(plan: Plan, options: Options) -> None:
+    """Train a stage, or the rest of it, and put it into the bundle.
+
+    Raises:
+        ValueError: data, bundle or a setting cannot be used, another run began in the folder, or training diverged.
+        OSError: something cannot be written.
+    """
+    require(len(options.clips.data) > 0, "there is no data, expected a folder of `cogvideo data prepare` with --data")
+    with process_group(usable(options.device), options.parallel) as ranks:
+        try:
+            _train(plan, options, ranks)
+        except (MemoryError, RuntimeError) as error:  # PyTorch's own are RuntimeErrors
+            if not _is_out_of_memory(error):
+                raise
+            raise ValueError(_too_large(plan, options, ranks)) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _too_large(plan: Plan, options: Options, ranks: Ranks) -> str:
+    """What was expected, and which switches help."""
+    execution, share = options.execution, options.optimization.batch // ranks.data_size
+    samples_a_pass = min(execution.micro_batch or share, share)
+    switches = ["a smaller --micro-batch"] if samples_a_pass > 1 else []
+    switches += [] if execution.checkpointing else ["--checkpointing"]
+    switches += [] if options.optimization.precision == "bfloat16" else ["--precision bfloat16"]
+    switches += [] if options.parallel.sharding == "sharded" else ["--sharding sharded with torchrun on more GPUs"]
+    expected = ""
+    if plan.stage != "superres":
+        config = configured(_source(options)[1].config, plan.stage, plan.choice)
+        need = training(config, plan.stage, samples_a_pass)
+        expected = (
+            f"; `cogvideo info` expects {need.total / 2**30:.1f} GiB in bfloat16 with {samples_a_pass} samples a pass, "
+            f"{need.total_checkpointed / 2**30:.1f} GiB with --checkpointing"
+        )
+    helps = ", ".join(switches) or "a smaller model"
+    got = f"out of memory with {samples_a_pass} samples a pass{expected}"
+    return f"{got}. What helps: {helps}. The last checkpoint is kept"
+
+
+def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
+    settings = options.optimization
+    folder, source = _source(options)
+    config = configured(source.config, plan.stage, plan.choice)
+    named = parents(plan.stage, plan.choice, source)
+    stream, entries = _data(plan, options, source, config)
+    run = RunFolder(options.out / f".{plan.stage}-run")
+    delivery = Delivery(options.out, source, config, plan.stage, plan.choice)
+    if not (run.path / "run.json").exists():
+        check_target(delivery, options.overwrite)
+    identity = _identity(plan, options, config, folder, named, stream)
+    if ranks.rank == 0:
+        run.claim(identity)
+    if run.summary is None:
+        model = build(plan.stage, plan.choice, source, config, settings.dtype, settings.seed)
+        objective = Objective(model, plan.task(config, source.text)).to(ranks.device)
+        trainer = Trainer(objective, settings, options.execution, options.parallel, ranks)
+        checkpoints = Checkpoints(run.path / "checkpoints", options.watching.keep, options.watching.asynchronous)
+        seen = entries[0].stream if entries else stream
+        draw = Preview(delivery, trainer, seen, options.watching.prompts, run.path / "samples")
+        if draw.problem and options.watching.sample_every and ranks.rank == 0:
+            print(draw.problem, file=sys.stderr)
+        job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw)
+        summary = learn(job, partial(_recorder, run, options, identity, ranks))
+        _finish(plan, options, delivery, run, trainer, stream, summary)
+    if ranks.rank == 0:
+        assert run.summary is not None
+        print(f"{options.out}: {plan.stage} after {settings.steps:,} steps: {_words(run.summary)}")
+
+
+def _source(options: Options) -> tuple[Path, CogVideo]:
+    """The bundle to start from."""
+    name = options.init if options.init is not None else options.out
+    hint = "" if options.init is not None else "; --init names a bundle to start from, and `train tokenizer` makes one"
+    try:
+        folder = locate(name)
+        return folder, CogVideo.from_pretrained(folder)
+    except ValueError as error:
+        raise ValueError(f"{error}{hint}") from error
+
+
+def _data(plan: Plan, options: Options, source: CogVideo, config: CogVideoConfig) -> tuple[ClipStream, list[HeldOut]]:
+    """To learn from, and to be judged by."""
+    clips, grid = options.clips, config.layout.grid
+    sampling = clips.sampling(
+        plan.mode, options.optimization.seed, config.layout.num_frames, high_codes=plan.stage == "superres"
+    )
+    tokenizer = source.sha256("image_tokenizer") if "image_tokenizer" in source.components else None
+    stream = ClipStream(clips.data, clips.split, sampling, tokenizer, grid)
+    if plan.stage == "superres":
+        side, got = grid * config.upscaler.ratio, stream.datasets[0].card.high_grid
+        require(got == side, f"{clips.data[0]} has high codes of side {got}, expected {side}")
+    limit = options.watching.evaluate_samples
+    return stream, held_out(clips.data, clips.held_out_split, sampling, limit, tokenizer, grid)
+
+
+def _identity(
+    plan: Plan, options: Options, config: CogVideoConfig, folder: Path, named: tuple[str, ...], stream: ClipStream
+) -> dict[str, Any]:
+    """All that decides the weights, and where the rest of the bundle comes from."""
+    entries = Manifest.read(folder).components
+    replaced = own(plan.stage, plan.choice) if folder.resolve() == options.out.resolve() else ()
+    return {
+        "stage": plan.stage,
+        "choice": asdict(plan.choice),
+        "task": dict(plan.extra),
+        "config": asdict(config),
+        "from": str(folder.resolve()),
+        "parents": {name: entries[name].sha256 for name in (*named, "text") if name not in replaced},
+        "optimization": asdict(options.optimization),
+        "clips": {name: value for name, value in asdict(options.clips).items() if name != "data"},
+        "data": stream.identity,
+    }
+
+
+def _recorder(run: RunFolder, options: Options, identity: dict[str, Any], ranks: Ranks, done: int) -> Recorder:
+    first = ranks.rank == 0
+    if first:
+        run.forget_after(done)
+    watching = options.watching
+    return Recorder(
+        run,
+        done=done,
+        steps=options.optimization.steps,
+        settings=identity,
+        tensorboard=watching.tensorboard,
+        wandb=watching.wandb,
+        is_first=first,
+    )
+
+
+def _finish(
+    plan: Plan,
+    options: Options,
+    delivery: Delivery,
+    run: RunFolder,
+    trainer: Trainer,
+    stream: ClipStream,
+    summary: Summary,
+) -> None:
+    """The stage into the bundle; the report goes last, as a sign that all is there."""
+    with trainer.averaged():
+        state = full_state(trainer.module)
+    if trainer.ranks.rank > 0:
+        return
+    last: dict[str, Any] = next((row for row in reversed(run.rows()) if "loss" in row), {})
+    report = _report(plan, options, trainer, stream, summary, last)
+    deliver(delivery, modules(plan.stage, plan.choice, delivery.config, state), report)
+    run.finish(report)
+
+
+def _report(
+    plan: Plan, options: Options, trainer: Trainer, stream: ClipStream, summary: Summary, last: Mapping[str, Any]
+) -> dict[str, Any]:
+    """For the card and for report.json; `last` is the row of the last step, which an earlier process may have made."""
+    count = {True: 0, False: 0}
+    for parameter in trainer.objective.parameters():
+        count[parameter.requires_grad] += parameter.numel()
+    return {
+        "steps": options.optimization.steps,
+        "loss": last.get("loss"),
+        "held_out": summary.held_out,
+        "parameters": {"trained": count[True], "frozen": count[False]},
+        "time": {"seconds": round(summary.seconds, 1), "positions_per_second": round(last.get("tokens_per_second", 0))},
+        "memory": {"peak_bytes": summary.peak_bytes, "ranks": trainer.ranks.world_size},
+        "data": {  # names alone: cards are published
+            each.folder.resolve().name: {"clips": len(each), "source": Path(each.card.source).name}
+            for each in stream.datasets
+        },
+        "samples_an_epoch": len(stream),
+        "start": {name: value for name, value in asdict(plan.choice).items() if value is not None},
+        "task": dict(plan.extra),
+        "optimization": asdict(options.optimization),
+        "clips": {name: value for name, value in asdict(options.clips).items() if name != "data"},
+        "torch": torch.__version__,
+    }
+
+
+def _words(summary: dict[str, Any]) -> str:
+    held = ", ".join(f"{name} {row['loss']:.3f}" for name, row in summary["held_out"].items())
+    return f"loss {summary['loss']:.3f}; held out: {held or 'nothing'}"

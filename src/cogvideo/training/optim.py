@@ -1,0 +1,129 @@
+"""The recipe of the optimizer: AdamW, its rate over time, and a running average of what it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cogvideo.config import require
+from cogvideo.training.parallel import local
+
+BETAS = (0.9, 0.95)
+"""Of the paper and of the released training code."""
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What decides the weights, beside the data and the start."""
+
+    steps: int = 1000
+    """Updates of the weights."""
+    batch: int = 16
+    """Samples of a step, over all ranks."""
+    learning_rate: float = 2e-4
+    """The highest of the run (paper: 2e-4)."""
+    warmup: int = 100
+    """Steps over which the rate rises to it, in a straight line."""
+    final_rate: float = 0.1
+    """The rate at the end, as a share of the highest; between them it falls as half a cosine."""
+    weight_decay: float = 0.01
+    """Of matrices; biases, norms and gates have none."""
+    clip: float = 1.0
+    """Longest gradient, by its norm over all that is trained; longer ones are shortened."""
+    ema: float = 0.0
+    """Share of the running average that a step keeps, such as 0.999; the average is what is measured and exported.
+    0 for none."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of matrix products; bfloat16 also stores frozen matrices in it. Trained weights are float32 in any case."""
+    seed: int = 0
+    """Of the random start, of the order of samples and of what is drawn in them."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "learning_rate", "clip"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"{name} is {value}, expected a positive number")
+        for name in ("warmup", "weight_decay"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name} is {value}, expected 0 or more")
+        require(0 <= self.final_rate <= 1, f"final_rate is {self.final_rate}, expected a share in [0, 1]")
+        require(0 <= self.ema < 1, f"ema is {self.ema}, expected a share in [0, 1)")
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step; they count from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * cosine)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of matrix products."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters that have a gradient, each once."""
+    return [each for each in module.parameters() if each.requires_grad]
+
+
+def adamw(module: nn.Module, settings: Optimization) -> torch.optim.AdamW:
+    """AdamW over what is trained; frozen parameters are unknown to it and cost it nothing."""
+    parameters = trained(module)
+    matrices, vectors = ([each for each in parameters if (each.ndim > 1) == many] for many in (True, False))
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    filled = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(filled, lr=settings.learning_rate, betas=BETAS)
+
+
+class Average:
+    """A running average of what is trained, as exponentially smaller shares of older steps.
+
+    Args:
+        module: whose trained parameters are averaged.
+        keep: share of the average that a step keeps. Early steps keep less, so that the start is soon forgotten.
+    """
+
+    def __init__(self, module: nn.Module, keep: float) -> None:
+        self.keep = keep
+        self._names = [name for name, each in module.named_parameters() if each.requires_grad]
+        self._trained = trained(module)
+        self._values = [each.detach().clone() for each in self._trained]
+
+    @torch.no_grad()
+    def update(self, done: int) -> None:
+        """Take in the weights after step number `done`, which counts from 1."""
+        keep = min(self.keep, (1 + done) / (10 + done))
+        values, weights = ([local(each.detach()) for each in them] for them in (self._values, self._trained))
+        torch._foreach_lerp_(values, weights, 1 - keep)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the module has the average as its weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for own, value in zip(self._trained, self._values, strict=True):
+            held = own.detach().clone()
+            own.copy_(value)
+            value.copy_(held)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The average, by the names of the parameters: the tensors themselves, which a checkpoint fills in place."""
+        return dict(zip(self._names, self._values, strict=True))

@@ -1,0 +1,261 @@
+"""Many ranks, one model: applied to a finished module from outside, in a stated order. Models know nothing of it.
+
+1. tensor parallelism: matrix products of a block are shared; attention itself runs on every rank
+2. activation checkpointing of each block
+3. torch.compile of each block
+4. FSDP2 of each block and of the rest, frozen weights included; or DDP
+
+Everything is PyTorch's own. One rank alone goes the same way and meets none of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from cogvideo.config import require
+from cogvideo.models.transformer import Transformer
+from cogvideo.models.upscaler import Upscaler
+from cogvideo.training.task import Objective
+
+SHARED_PRODUCTS = {
+    "mlp_in": ColwiseParallel(),
+    "mlp_out": RowwiseParallel(),
+    "qkv": ColwiseParallel(output_layouts=Replicate()),
+    "out": RowwiseParallel(input_layouts=Replicate()),
+}
+"""How the layers of a block are cut among tensor-parallel ranks."""
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How ranks share a model; torchrun says how many there are."""
+
+    sharding: Literal["replicated", "sharded"] = "replicated"
+    """replicated: a whole model on each rank (DDP); sharded: each has a part of every block (FSDP2)."""
+    tensor_parallel: int = 1
+    """Neighbouring ranks that share each matrix product and see the same samples."""
+
+    def __post_init__(self) -> None:
+        require(self.tensor_parallel > 0, f"tensor_parallel is {self.tensor_parallel}, expected a positive number")
+
+
+class Ranks(NamedTuple):
+    """Who this process is."""
+
+    rank: int
+    """Among all."""
+    world_size: int
+    """How many there are."""
+    device: torch.device
+    """Where this rank computes."""
+    data_rank: int
+    """Among the groups that see different samples."""
+    data_size: int
+    """How many groups there are."""
+    mesh: DeviceMesh | None = None
+    """`data` x `tensor` ranks; None for a process alone."""
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"), 0, 1)
+"""One process on the CPU."""
+
+
+@contextmanager
+def process_group(device: torch.device, settings: ParallelSettings) -> Iterator[Ranks]:
+    """The ranks that torchrun started, or this process alone.
+
+    Args:
+        device: cpu or cuda; with several ranks each takes the GPU of its local rank.
+        settings: how they share.
+
+    Raises:
+        ValueError: the ranks cannot be divided as the settings ask.
+    """
+    world_size, tensor = int(os.environ.get("WORLD_SIZE", "1")), settings.tensor_parallel
+    divides = world_size % tensor == 0
+    require(divides, f"tensor_parallel is {tensor} for {world_size} ranks, expected a divisor: torchrun starts ranks")
+    replicated = tensor > 1 and world_size > tensor and settings.sharding == "replicated"
+    require(not replicated, "several groups of tensor-parallel ranks need --sharding sharded")
+    if "RANK" not in os.environ:
+        yield ALONE._replace(device=device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        mesh = init_device_mesh(device.type, (world_size // tensor, tensor), mesh_dim_names=("data", "tensor"))
+        rank = dist.get_rank()
+        yield Ranks(rank, world_size, device, rank // tensor, world_size // tensor, mesh)
+        dist.barrier()  # threads of gloo still drop Python's objects: a rank that ended at once might abort
+    finally:
+        dist.destroy_process_group()
+
+
+def distribute(
+    objective: Objective,
+    settings: ParallelSettings,
+    ranks: Ranks,
+    *,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    checkpointing: bool = False,
+    compile: bool = False,
+) -> nn.Module:
+    """The objective, changed in place, and wrapped where ranks replicate it.
+
+    Args:
+        objective: on the device of the rank; what has no gradient stays frozen.
+        settings: how ranks share it.
+        ranks: who this process is.
+        precision: bfloat16 gathers trained weights in it on GPUs; gradients are added up in float32.
+        checkpointing: compute each block's activations again in the backward pass.
+        compile: compile each block.
+
+    Raises:
+        ValueError: a matrix cannot be cut into as many parts.
+    """
+    blocks = list(_blocks(objective))
+    if settings.tensor_parallel > 1:
+        _share_products(objective, settings.tensor_parallel, ranks)
+    for block in blocks:
+        if checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if compile:
+            block.compile()
+    if ranks.mesh is None:
+        return objective
+    if settings.sharding == "sharded":
+        return _sharded(objective, ranks.mesh["data"], ranks.device, precision)
+    if ranks.data_size == 1:
+        return objective
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    # nothing reads the last low level of super-resolution, so where its base is trained, parts of that have no gradient
+    unused = isinstance(objective.model, Upscaler) and any(p.requires_grad for p in objective.model.base.parameters())
+    return DistributedDataParallel(
+        objective, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=unused
+    )
+
+
+def _blocks(objective: Objective) -> Iterator[nn.Module]:
+    """What is called once a layer, and calls all else of it."""
+    model = objective.model
+    assert isinstance(model, Transformer | Upscaler)
+    yield from model.channel.blocks if isinstance(model, Upscaler) else model.base.blocks
+
+
+def _share_products(objective: Objective, tensor: int, ranks: Ranks) -> None:
+    assert ranks.mesh is not None
+    for owner in objective.modules():
+        layers = {name: style for name, style in SHARED_PRODUCTS.items() if hasattr(owner, name)}
+        for name in layers:
+            width = getattr(owner, name).weight.shape[1 if name in ("out", "mlp_out") else 0]
+            require(
+                width % tensor == 0, f"tensor_parallel is {tensor}, expected a divisor of the width {width} of {name}"
+            )
+        if layers:
+            parallelize_module(owner, ranks.mesh["tensor"], layers)
+
+
+def _sharded(objective: Objective, mesh: DeviceMesh, device: torch.device, precision: str) -> nn.Module:
+    """A unit a block and channel block; super-resolution calls a base block's parts one by one, so there the base
+    belongs to the root, which is gathered during a step and a part on each rank between them.
+
+    The root is cut again after every forward pass too: else one without a backward pass, which measures the running
+    average, would leave its whole weights to the next step."""
+    narrow = torch.bfloat16 if precision == "bfloat16" and device.type == "cuda" else None
+    shard = partial(
+        fully_shard,
+        mesh=mesh,
+        reshard_after_forward=True,
+        mp_policy=MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False),
+    )
+    model = objective.model
+    assert isinstance(model, Transformer | Upscaler)
+    for owner in (None if isinstance(model, Upscaler) else model.base, model.channel):
+        for block in [] if owner is None else owner.blocks:
+            shard(block)
+    shard(objective)
+    return objective
+
+
+def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Around the micro-batches of a step: ranks exchange gradients after the last one alone."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(last)
+    if isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    return nullcontext()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Float[Tensor, ""]:
+    """Shorten the gradient to `max_norm` where it is longer; returns its norm before that, over all ranks."""
+    groups: dict[Any, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if (grad := parameter.grad) is not None:
+            groups[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None].append(grad)
+    norms = [_whole(nn.utils.get_total_norm(grads)) for grads in groups.values()]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    shorter = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grads in groups.values():
+        torch._foreach_mul_([local(grad) for grad in grads], shorter)
+    return norm
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it, as a view."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it is true on some rank."""
+    if not dist.is_initialized():
+        return flag
+    seen = torch.tensor(int(flag))
+    dist.all_reduce(seen, dist.ReduceOp.MAX)
+    return bool(seen)
+
+
+def mean_over_ranks(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The mean of what each rank has."""
+    if not dist.is_initialized():
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def wait_for_all() -> None:
+    """Until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def full_state(module: nn.Module) -> dict[str, Tensor]:
+    """What is trained, by the names in the objective: whole tensors on the CPU of the first rank, nothing on others."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    # cloned, since in one process these are the weights themselves
+    state = get_model_state_dict(module, options=options)
+    return {name: each.clone() for name, each in state.items() if isinstance(each, Tensor)}

@@ -1,0 +1,80 @@
+"""Samples while a stage learns: its weights of the moment in a model of their own, which the first rank draws with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cogvideo.bundle import CogVideo
+from cogvideo.data.loader import ClipStream
+from cogvideo.models.transformer import Base
+from cogvideo.training import samples
+from cogvideo.training.export import Delivery, modules
+from cogvideo.training.parallel import full_state
+from cogvideo.training.start import base_of, own
+from cogvideo.training.trainer import Trainer
+
+SHOWN = 4
+"""Clips of a contact sheet."""
+
+
+class Preview:
+    """Draws what the stage makes of the same clips, or prompts, at any step. All ranks call it.
+
+    Args:
+        delivery: the stage, and the bundle that it starts from.
+        trainer: what learns.
+        stream: whose first clips are drawn.
+        prompts: drawn instead, where a stage needs no more than a prompt.
+        folder: for contact sheets and videos.
+
+    Raises:
+        ValueError: a prompt says nothing.
+    """
+
+    def __init__(
+        self, delivery: Delivery, trainer: Trainer, stream: ClipStream, prompts: Sequence[str], folder: Path
+    ) -> None:
+        self.delivery = delivery
+        self.trainer = trainer
+        self.folder = folder
+        clips = [stream[place] for place in range(min(SHOWN, len(stream)))]
+        self.examples = samples.from_clips(clips)
+        if prompts and delivery.stage in ("image", "sequential"):
+            self.examples = samples.from_prompts(prompts)
+            for prompt in prompts:
+                delivery.source.text.encode_image_caption(prompt)  # else refused after the steps to the first sheet
+        has = {name for name in ("base", "text", "image_tokenizer") if name in delivery.source.components}
+        self.problem = samples.missing(delivery.stage, has.union(own(delivery.stage, delivery.choice)), self.examples)
+        """Why nothing can be drawn, in a sentence; empty if it can."""
+
+    def __call__(self, step: int) -> Path | None:
+        """The contact sheet of a step, on the first rank; None where nothing can be drawn."""
+        if self.problem:
+            return None
+        with self.trainer.averaged():
+            weights = full_state(self.trainer.module)
+        if self.trainer.ranks.rank > 0:
+            return None
+        seed = self.trainer.settings.seed
+        rows = samples.draw(self.delivery.stage, self._system(weights), self.examples, seed)
+        return samples.write_samples(self.folder, step, rows).sheet
+
+    def _system(self, weights: dict[str, Tensor]) -> CogVideo:
+        """The stage with these weights, and all that it draws with."""
+        stage, choice, source = self.delivery.stage, self.delivery.choice, self.delivery.source
+        names = ("base", "text", "image_tokenizer", "cluster_labels")
+        parts: dict[str, Any] = {name: source.component(name) for name in names if name in source.components}
+        if stage != "image" and choice.base == "frozen":
+            name, live = base_of(stage, choice, source), self.trainer.objective.model.base
+            assert isinstance(live, Base)
+            whole = not any(isinstance(each, DTensor) for each in live.parameters())
+            parts["base" if name == "base" else f"{stage}_base"] = live if whole else source.component(name)
+        parts |= modules(stage, choice, self.delivery.config, weights)
+        device = self.trainer.ranks.device
+        moved = {name: part.to(device) if isinstance(part, nn.Module) else part for name, part in parts.items()}
+        return CogVideo(self.delivery.config, **moved)

@@ -1,0 +1,238 @@
+"""The loop of every stage: steps, figures, held-out losses, samples, checkpoints, and an orderly end.
+
+The position in the data follows from the number of steps, so a checkpoint is weights, optimizer and average alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from cogvideo.config import require
+from cogvideo.data.loader import ClipStream, Loader
+from cogvideo.training.checkpoints import Checkpoints, restore, training_state
+from cogvideo.training.held_out import HeldOut, measure
+from cogvideo.training.loop import interrupts
+from cogvideo.training.parallel import any_rank
+from cogvideo.training.recorder import Recorder, flops_a_position, matrix_rate
+from cogvideo.training.trainer import Execution, Trainer
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What a run shows and keeps while it goes on. It has no say in the weights."""
+
+    report_every: int = 20
+    """Steps of one line of metrics.jsonl."""
+    evaluate_every: int = 500
+    """Steps between measurements on held-out clips."""
+    evaluate_samples: int = 256
+    """Held-out clips of a measurement, at most, for each frame rate."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints, which is what is lost when a run is killed."""
+    keep: int = 2
+    """Last checkpoints that are kept, beside the one with the lowest held-out loss."""
+    asynchronous: bool = False
+    """Write checkpoints while training goes on; the host's memory then holds a copy of what is written."""
+    sample_every: int = 500
+    """Steps between contact sheets; 0 for none."""
+    prompts: tuple[str, ...] = ()
+    """What samples show; captions of held-out clips unless given."""
+    tensorboard: bool = False
+    """Also write TensorBoard's event files (extra train)."""
+    wandb: bool = False
+    """Also report to Weights & Biases (extra wandb)."""
+
+    def __post_init__(self) -> None:
+        for name in ("report_every", "evaluate_every", "evaluate_samples", "checkpoint_every", "keep"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+        require(self.sample_every >= 0, f"sample_every is {self.sample_every}, expected 0 or more")
+
+
+class Job(NamedTuple):
+    """What the loop works on."""
+
+    trainer: Trainer
+    stream: ClipStream
+    """To learn from."""
+    held_out: Sequence[HeldOut]
+    """To be judged by; nothing, where no clip is held out."""
+    checkpoints: Checkpoints
+    execution: Execution
+    watching: Watching
+    draw: Callable[[int], Path | None]
+    """Draws samples after a step and gives the contact sheet on the first rank."""
+
+
+class Summary(NamedTuple):
+    """What a run came to, beside its figures."""
+
+    held_out: dict[str, dict[str, float]]
+    """By frame rate."""
+    seconds: float
+    """Of all its parts, without those that were lost."""
+    peak_bytes: int
+    """Memory of the first rank: of the GPU, or of the process on a CPU."""
+
+
+class Clock:
+    """Time and work between reports.
+
+    Args:
+        trainer: whose work it is.
+        seconds: that an earlier run took.
+    """
+
+    def __init__(self, trainer: Trainer, seconds: float) -> None:
+        self._trainer = trainer
+        self._flops = flops_a_position(trainer.objective.model)
+        dtype, ranks = trainer.settings.dtype, trainer.ranks
+        self._rate = matrix_rate(ranks.device, dtype) * ranks.world_size
+        self._began = time.monotonic() - seconds
+        self._last, self._done = time.monotonic(), 0
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without what a killed part lost."""
+        return time.monotonic() - self._began
+
+    def step(self) -> None:
+        """A step was made."""
+        self._done += 1
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was spent on other things than steps."""
+        self._last += seconds
+
+    def row(self) -> dict[str, float]:
+        """Speed of the steps since the last call."""
+        now, work = time.monotonic(), self._done * self._trainer.settings.batch
+        positions = work * self._trainer.objective.task.num_positions
+        rate = positions / max(now - self._last, 1e-9)
+        self._last, self._done = now, 0
+        return {
+            "tokens_per_second": round(rate, 1),
+            "utilisation": round(rate * self._flops / self._rate, 4),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def learn(job: Job, recorder: Callable[[int], Recorder]) -> Summary:
+    """All steps that are left.
+
+    Args:
+        job: what to do.
+        recorder: makes the recorder, from the number of steps that were made before.
+
+    Raises:
+        ValueError: a checkpoint cannot be used, or training diverged.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was written.
+        SystemExit: SIGTERM; a checkpoint was written.
+    """
+    trainer, settings = job.trainer, job.trainer.settings
+    first, seconds = _resume(job)
+    clock = Clock(trainer, seconds)
+    held = measure(trainer, job.held_out, trainer.micro_batch) if first == settings.steps else {}
+    with recorder(first) as record, interrupts() as interrupt:
+        for done, batch in _batches(job, first):
+            trainer.step(done - 1, batch)
+            clock.step()
+            stops = any_rank(interrupt.is_set())
+            last = done == settings.steps
+            saves = stops or last or done % job.watching.checkpoint_every == 0
+            if saves or done % job.watching.report_every == 0 or done % job.watching.evaluate_every == 0:
+                _report(job, done, clock, record)
+                job.checkpoints.settle()
+            paused = time.monotonic()
+            if last or (done % job.watching.evaluate_every == 0 and not stops):
+                held = measure(trainer, job.held_out, trainer.micro_batch)
+                record.record({"step": done, "held_out": held})
+            if saves:
+                _save(job, done, clock.seconds, held if last or done % job.watching.evaluate_every == 0 else {})
+            if not stops and (last or (job.watching.sample_every and done % job.watching.sample_every == 0)):
+                _sample(job, done, record)
+            if stops:
+                job.checkpoints.wait()
+                record.say(f"Stopped after step {done:,}; the same command continues.")
+                interrupt.leave()
+            clock.pause(time.monotonic() - paused)
+        job.checkpoints.wait()
+    return Summary(held, clock.seconds, peak_bytes(trainer.ranks.device))
+
+
+def _batches(job: Job, first: int) -> Iterator[tuple[int, Any]]:
+    """Number of the step and this rank's share, from the first step that is left."""
+    trainer = job.trainer
+    settings, ranks = trainer.settings, trainer.ranks
+    loader = Loader(
+        job.stream,
+        settings.batch,
+        rank=ranks.data_rank,
+        world_size=ranks.data_size,
+        position=first * settings.batch,
+        num_workers=job.execution.num_workers,
+        collate=trainer.objective.task.collate,
+        pin_memory=ranks.device.type == "cuda",
+    )
+    return zip(range(first + 1, settings.steps + 1), loader, strict=False)
+
+
+def _resume(job: Job) -> tuple[int, float]:
+    """Take up the newest checkpoint; returns how many steps were made, and in how many seconds."""
+    trainer, newest = job.trainer, job.checkpoints.newest()
+    if newest is None:
+        return 0, 0.0
+    state = training_state(trainer.module, trainer.optimizer, _average(trainer)) | {"seconds": 0.0}
+    loaded = job.checkpoints.load(newest, state)
+    restore(trainer.module, trainer.optimizer, loaded)
+    return newest, float(loaded["seconds"])
+
+
+def _save(job: Job, done: int, seconds: float, held: dict[str, dict[str, float]]) -> None:
+    trainer = job.trainer
+    state = training_state(trainer.module, trainer.optimizer, _average(trainer)) | {"seconds": seconds}
+    job.checkpoints.save(done, state, mean_loss(held))
+
+
+def _average(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    return None if trainer.average is None else trainer.average.state
+
+
+def mean_loss(held: dict[str, dict[str, float]]) -> float | None:
+    """What the best checkpoint is chosen by: the mean over the frame rates; None where nothing is held out."""
+    return sum(row["loss"] for row in held.values()) / len(held) if held else None
+
+
+def _report(job: Job, done: int, clock: Clock, recorder: Recorder) -> None:
+    """Record the steps since the last report."""
+    figures = job.trainer.figures(done)
+    recorder.record(
+        {
+            "step": done,
+            "loss": figures.loss,
+            **figures.parts,
+            "learning_rate": job.trainer.settings.rate_at(done - 1),
+            "gradient_norm": figures.gradient_norm,
+            **clock.row(),
+        }
+    )
+
+
+def _sample(job: Job, done: int, recorder: Recorder) -> None:
+    sheet = job.draw(done) if job.watching.sample_every else None
+    if sheet is not None:
+        recorder.picture(done, sheet)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory so far: of the GPU's tensors, or all of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on every system that trains on a GPU
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

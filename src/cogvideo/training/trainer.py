@@ -1,0 +1,193 @@
+"""One step of training, whatever the stage: gradients of a batch in pieces, a clipped update, figures that stay put.
+
+A batch is shared among ranks, and a rank's share is cut into micro-batches. Losses are means over samples, so neither
+cut changes the gradient but for rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cogvideo.config import require
+from cogvideo.training.optim import Average, Optimization, adamw, trained
+from cogvideo.training.parallel import (
+    ParallelSettings,
+    Ranks,
+    accumulating,
+    clip_gradients,
+    distribute,
+    mean_over_ranks,
+)
+from cogvideo.training.task import Measured, Objective
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a step is computed; it changes speed and memory, and results by no more than rounding."""
+
+    micro_batch: int = 0
+    """Samples of one forward and backward pass; smaller ones need less memory. 0: all that a rank has of a batch."""
+    checkpointing: bool = False
+    """Compute each block's activations again in the backward pass: far less memory, a third more work."""
+    compile: bool = False
+    """Compile each block with torch.compile; for GPUs."""
+    num_workers: int = 0
+    """Processes a rank that load samples ahead."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch", "num_workers"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+
+
+class Figures(NamedTuple):
+    """What some steps measured, over all ranks."""
+
+    loss: float
+    """Mean over the samples."""
+    parts: dict[str, float]
+    """Mean of each part over the samples that have it."""
+    gradient_norm: float
+    """Mean over the steps, before clipping."""
+
+
+class Trainer:
+    """A stage in training.
+
+    Args:
+        objective: model and task, on the ranks' device; what has no gradient is frozen.
+        settings: what decides the weights.
+        execution: how it is computed.
+        parallel: how ranks share the work.
+        ranks: who this process is.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        settings: Optimization,
+        execution: Execution,
+        parallel: ParallelSettings,
+        ranks: Ranks,
+    ) -> None:
+        self.objective = objective
+        self.settings = settings
+        self.ranks = ranks
+        self.share = settings.batch // ranks.data_size
+        self.micro_batch = min(execution.micro_batch or self.share, self.share)
+        self.module = distribute(
+            objective,
+            parallel,
+            ranks,
+            precision=settings.precision,
+            checkpointing=execution.checkpointing,
+            compile=execution.compile,
+        )
+        self.optimizer = adamw(objective, settings)
+        self.average = Average(objective, settings.ema) if settings.ema > 0 else None
+        self._steps: list[Tensor] = []
+
+    def step(self, number: int, batch: Any) -> None:
+        """Update the weights.
+
+        Args:
+            number: how many steps were made before.
+            batch: this rank's share.
+        """
+        pieces = list(cut(batch, self.micro_batch))
+        measured = []
+        for piece in pieces:
+            with accumulating(self.module, piece is pieces[-1]):
+                figures = self.measure(piece)
+                (figures.loss.sum() / self.share).backward()  # type: ignore[no-untyped-call]
+                measured.append(Measured(figures.loss.detach(), figures.parts))
+        norm = clip_gradients(trained(self.objective), self.settings.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate_at(number)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(number + 1)
+        self._steps.append(_row(measured, norm))
+
+    def measure(self, batch: Any) -> Measured:
+        """The losses of a batch, in the precision of the settings."""
+        with self.precision():
+            return self.module(moved(batch, self.ranks.device))
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast where products are to be in bfloat16."""
+        if self.settings.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.ranks.device.type, torch.bfloat16)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the weights are those that are measured and exported: the running average if there is one."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def figures(self, done: int) -> Figures:
+        """Means over the steps since the last call, of which `done` are made in all.
+
+        Raises:
+            ValueError: a loss or a gradient is not finite.
+        """
+        rows = mean_over_ranks(torch.stack(self._steps)).tolist()
+        first = done - len(rows) + 1
+        self._steps = []
+        for number, (loss, norm, *_) in enumerate(rows, first):
+            for name, value in (("the loss", loss), ("the norm of the gradient", norm)):
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"training diverged: {name} is {value} at step {number:,}; the last checkpoint is from "
+                        "before. Try a smaller --learning-rate or a longer --warmup in another folder"
+                    )
+        columns = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        return Figures(columns[0], part_means(self.objective.task.parts, columns[2:]), columns[1])
+
+
+def _row(measured: Sequence[Measured], norm: Float[Tensor, ""]) -> Float[Tensor, " figures"]:
+    """Mean loss, norm of the gradient, and of each part the sum and the number of samples that have it."""
+    loss = torch.cat([each.loss for each in measured]).mean()
+    return torch.cat([torch.stack([loss.float(), norm.float()]), part_sums([each.parts for each in measured])])
+
+
+def part_sums(parts: Sequence[Float[Tensor, "_ parts"]]) -> Float[Tensor, " sums"]:
+    """Sums of each part over samples, then the numbers of samples that have it."""
+    whole = torch.cat(list(parts)).float()
+    return torch.cat([whole.nansum(0), whole.isfinite().sum(0).float()])
+
+
+def part_means(names: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
+    """Means of the parts that occurred."""
+    half = len(names)
+    return {name: sums[place] / sums[half + place] for place, name in enumerate(names) if sums[half + place] > 0}
+
+
+def cut(batch: Any, size: int) -> Iterator[Any]:
+    """Pieces of at most so many samples, views of the batch."""
+    for start in range(0, _length(batch), size):
+        yield _each(batch, lambda tensor, start=start: tensor[start : start + size])
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch on a device."""
+    return _each(batch, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _length(batch: Any) -> int:
+    first = batch[0]
+    return len(first) if isinstance(first, Tensor) else _length(first)
+
+
+def _each(batch: Any, change: Any) -> Any:
+    """A batch of named tuples with each tensor changed."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    return type(batch)(*(_each(part, change) for part in batch))

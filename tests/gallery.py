@@ -1,0 +1,79 @@
+"""A whole model of every stage, as small as it can be, whose weights are so large that whatever is seen changes what is
+drawn, and so small that noise does too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogvideo.bundle import CogVideo
+from cogvideo.layout import SequenceLayout, UpscaleLayout
+from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.storage import MODULES
+from cogvideo.text import TextTokenizer
+from cogvideo.training.image import ImageMixture, ImageTask
+from cogvideo.training.optim import Optimization
+from cogvideo.training.parallel import ALONE, ParallelSettings
+from cogvideo.training.start import Choice, StageName, build
+from cogvideo.training.superres import SuperresTask
+from cogvideo.training.task import Objective, Task
+from cogvideo.training.trainer import Execution, Trainer
+from cogvideo.training.video import VideoTask
+from workshop import NUM_CODES, small_config
+
+STAGES = ("base", "sequential", "interpolation", "superres")
+
+
+@torch.no_grad()
+def loud(module: nn.Module, seed: int) -> nn.Module:
+    """With large random weights; norms stay near one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, each in module.named_parameters():
+        each.normal_(float("norm" in name and name.endswith("weight")), 0.3, generator=generator)
+    return module
+
+
+def make_parts(text_model: bytes, hidden: int = 32) -> dict[str, Any]:
+    """Every component by its name."""
+    config = small_config(text_model, hidden)
+    torch.manual_seed(0)  # the autoencoder's own start
+    stages = {name: loud(MODULES[name](config), seed) for seed, name in enumerate(STAGES)}
+    return stages | {
+        "image_tokenizer": Autoencoder(config.autoencoder),
+        "cluster_labels": torch.arange(NUM_CODES) // 5,
+        "text": TextTokenizer(text_model, config.text, NUM_CODES),
+    }
+
+
+def make_model(folder: Path, text_model: bytes, hidden: int = 32, without: tuple[str, ...] = ()) -> CogVideo:
+    """All of it in a bundle, loaded from there."""
+    parts = {name: part for name, part in make_parts(text_model, hidden).items() if name not in without}
+    CogVideo(small_config(text_model, hidden), **parts).save_pretrained(folder)
+    return CogVideo.from_pretrained(folder)
+
+
+def make_task(stage: StageName, source: CogVideo) -> Task:
+    """What a stage learns; the image model all of its kinds about equally often."""
+    layout, text = source.config.layout, source.text
+    if stage == "image":
+        return ImageTask(SequenceLayout.text_to_image(layout), text, ImageMixture(0.4, 0.3))
+    if stage == "superres":
+        return SuperresTask(UpscaleLayout.of(layout, source.config.upscaler), text, 0.1)
+    return VideoTask(getattr(SequenceLayout, stage)(layout), text)
+
+
+def make_trainer(
+    stage: StageName,
+    source: CogVideo,
+    settings: Optimization,
+    execution: Execution = Execution(),  # noqa: B008  # frozen
+    wide: bool = False,
+) -> Trainer:
+    """A stage that is trained on, alone and on the CPU; in float64 if it is to be wide."""
+    model = build(stage, Choice("continue"), source, source.config, settings.dtype, seed=0)
+    objective = Objective(model.double() if wide else model, make_task(stage, source))
+    return Trainer(objective, settings, execution, ParallelSettings(), ALONE)

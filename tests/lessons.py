@@ -1,0 +1,73 @@
+"""What the tests of training tasks share: samples, large random weights, what changes what, and learning by heart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cogvideo.data.loader import ClipSample
+from cogvideo.training.task import Objective, Task
+
+
+def sample(
+    codes: Tensor, caption: str | None = "a red ball rolls", seed: int = 0, duration: float = 0.0, high: object = None
+) -> ClipSample:
+    """A sample of codes (frames, grid, grid)."""
+    high_codes = high.numpy().astype(np.uint16) if isinstance(high, Tensor) else None
+    return ClipSample(codes.numpy().astype(np.uint16), caption, duration, 0, 0, 0, seed, high_codes)
+
+
+def random_codes(*shape: int, num_codes: int, seed: int = 0) -> Tensor:
+    """Codes of that shape."""
+    return torch.randint(num_codes, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def changed_in(codes: Tensor, place: int, num_codes: int) -> Tensor:
+    """The codes with that one of them, counted over all frames, changed."""
+    other = codes.clone().flatten()
+    other[place] = (other[place] + 1) % num_codes
+    return other.view(codes.shape)
+
+
+@torch.no_grad()
+def large(module: nn.Module, seed: int = 0) -> nn.Module:
+    """In float64, with random weights so large that whatever is seen changes whoever sees it."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.double().named_parameters():
+        wide = "gate" in name or "words" in name or "positions" in name
+        parameter.normal_(float("norm" in name and "weight" in name), 1.0 if wide else 0.3, generator=generator)
+    return module
+
+
+@torch.no_grad()
+def rows_of(model: nn.Module, task: Task, batch: object) -> Tensor:
+    """What the model gives for a batch of a task before logits are made, (batch, rows, hidden)."""
+    kept: list[Tensor] = []
+    hook = model.register_forward_hook(lambda _module, _inputs, rows: kept.append(rows))
+    task.losses(model, batch)
+    hook.remove()
+    return kept[0]
+
+
+def changes(model: nn.Module, task: Task, batch: object) -> Tensor:
+    """Which rows of each sample but the first differ from those of the first one, (batch - 1, rows)."""
+    rows = rows_of(model, task, batch)
+    return (rows[1:] - rows[:1]).abs().amax(-1) > 1e-9
+
+
+def learn(model: nn.Module, task: Task, samples: Sequence[ClipSample], steps: int, rate: float = 4e-3) -> float:
+    """Learn the samples by heart; the mean loss at the end."""
+    objective, batch = Objective(model, task), task.collate(list(samples))
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], rate, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for _ in range(steps):
+        loss = objective(batch).loss.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return float(objective(batch).loss.mean())

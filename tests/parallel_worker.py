@@ -1,0 +1,357 @@
+"""A rank of the multi-rank tests, as a program of its own: `python parallel_worker.py JOB FOLDER`, with torchrun's
+environment. Each job writes what the tests look at into the folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig, UpscalerConfig
+from cogvideo.layout import SequenceLayout
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer
+from cogvideo.models.upscaler import UpscaleChannel, Upscaler
+from cogvideo.text import PaddedText, TextTokenizer
+from cogvideo.training.checkpoints import Checkpoints, restore, training_state
+from cogvideo.training.optim import Average, Optimization, adamw, trained
+from cogvideo.training.parallel import (
+    ParallelSettings,
+    Ranks,
+    accumulating,
+    any_rank,
+    clip_gradients,
+    distribute,
+    full_state,
+    mean_over_ranks,
+    process_group,
+)
+from cogvideo.training.superres import SuperresBatch, SuperresTask
+from cogvideo.training.task import Objective
+from cogvideo.training.trainer import cut
+from cogvideo.training.video import VideoBatch, VideoTask
+
+BATCH, STEPS, CLIP = 8, 3, 0.5
+TEXT, GRID, CODES, START, VOCABULARY = 4, 4, 24, 37, 40
+SETTINGS = Optimization(learning_rate=1e-2, ema=0.9)
+SHARDED, REPLICATED = ParallelSettings("sharded"), ParallelSettings("replicated")
+VARIANTS = (("sequential", "frozen"), ("sequential", "trained"), ("superres", "frozen"), ("superres", "trained"))
+WAYS = {"replicated": REPLICATED, "sharded": SHARDED, "tensor": ParallelSettings(tensor_parallel=2)}
+CROSSED = ParallelSettings("sharded", tensor_parallel=2)
+
+
+def make_sizes(hidden: int = 16) -> tuple[TransformerConfig, LayoutConfig]:
+    """Those of a small stage."""
+    config = TransformerConfig(2, hidden, 2, VOCABULARY, CODES, START, CODES, TEXT + GRID**2)
+    return config, LayoutConfig(GRID, 5, TEXT, TEXT, TEXT)
+
+
+def make_objective(stage: str, base: str, seed: int = 0, hidden: int = 16) -> Objective:
+    """A small stage with random weights, so large that all of them matter."""
+    config, sizes = make_sizes(hidden)
+    text = object.__new__(TextTokenizer)  # batches are made of tokens here, so no text model is needed
+    text.start_of_image = START
+    shared = Base(config).requires_grad_(base == "trained")
+    objective = (
+        Objective(
+            Transformer(shared, TemporalChannel(config, sizes, StageConfig(2))),
+            VideoTask(SequenceLayout.sequential(sizes), text),
+        )
+        if stage == "sequential"
+        else _superres(shared, config, sizes, text)
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, each in objective.named_parameters():
+            each.normal_(float("norm" in name and name.endswith("weight")), 0.2, generator=generator)
+    return objective
+
+
+def _superres(base: Base, config: TransformerConfig, sizes: LayoutConfig, text: TextTokenizer) -> Objective:
+    channel = UpscaleChannel(config, sizes, UpscalerConfig(ratio=2, text_slots=TEXT, low_position=TEXT))
+    return Objective(Upscaler(base, channel), SuperresTask(channel.layout, text))
+
+
+def make_batch(objective: Objective, number: int = 0, size: int = BATCH) -> Any:
+    """The batch of a step, the same on every rank; prompts of all lengths."""
+    generator = torch.Generator().manual_seed(100 + number)
+    words = torch.randint(CODES, START, (size, TEXT), generator=generator)
+    mask = torch.arange(TEXT) >= torch.arange(size)[:, None] % TEXT
+    text = PaddedText(words, mask)
+    slots = objective.task.layout.high_slots if isinstance(objective.task, SuperresTask) else 5 * GRID**2
+    codes = torch.randint(CODES, (size, slots), generator=generator)
+    if isinstance(objective.task, SuperresTask):
+        return SuperresBatch(text, codes[:, : GRID**2], codes)
+    return VideoBatch(text, codes.view(size, 5, GRID**2))
+
+
+def share_of(batch: Any, ranks: Ranks) -> Any:
+    """What a rank gets of a batch."""
+    size = BATCH // ranks.data_size
+    return list(cut(batch, size))[ranks.data_rank]
+
+
+class Run:
+    """A stage in training, spelt out: no trainer, no data."""
+
+    def __init__(self, objective: Objective, settings: ParallelSettings, ranks: Ranks, **options: Any) -> None:
+        self.objective, self.ranks = objective, ranks
+        self.module = distribute(objective, settings, ranks, **options)
+        self.optimizer = adamw(objective, SETTINGS)
+        self.average = Average(objective, SETTINGS.ema)
+
+    def gradients(self, number: int, pieces: int = 2) -> list[Tensor]:
+        """Forward and backward of a step in micro-batches; returns the rank's losses."""
+        share = share_of(make_batch(self.objective, number), self.ranks)
+        size = BATCH // self.ranks.data_size
+        losses = []
+        for place, piece in enumerate(cut(share, size // pieces)):
+            with accumulating(self.module, place == pieces - 1):
+                loss = self.module(piece).loss
+                (loss.sum() / size).backward()
+            losses.append(loss.detach())
+        return losses
+
+    def step(self, number: int) -> tuple[float, float]:
+        """One update; returns mean loss and norm of the gradient, of the whole batch."""
+        losses = self.gradients(number)
+        norm = clip_gradients(trained(self.objective), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(number + 1)
+        return float(mean_over_ranks(torch.cat(losses).mean())), float(norm)
+
+    def held_out(self) -> float:
+        """The loss of another batch, with the running average as weights."""
+        with self.average.applied(), torch.no_grad():
+            loss = self.module(share_of(make_batch(self.objective, 99), self.ranks)).loss
+        return float(mean_over_ranks(loss.mean()))
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return training_state(self.module, self.optimizer, self.average.state)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, wherever its parts are."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def everything(state: Any) -> Any:
+    """A state with whole tensors in it."""
+    if isinstance(state, dict):
+        return {name: everything(each) for name, each in state.items()}
+    if isinstance(state, list):
+        return [everything(each) for each in state]
+    return whole(state) if isinstance(state, Tensor) else state
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Gradients of a step, then what some updates and measurements in turn came to."""
+    objective = run.objective
+    before = {name: whole(each) for name, each in objective.named_parameters() if not each.requires_grad}
+    losses = run.gradients(0)
+    figures: dict[str, Any] = {
+        "gradients": {name: whole(each.grad) for name, each in objective.named_parameters() if each.grad is not None},
+        "loss": float(mean_over_ranks(torch.cat(losses).mean())),
+        "held": sum(_local(each).numel() for each in objective.parameters()),
+        "unfrozen": [name for name, each in objective.named_parameters() if name in before and each.requires_grad],
+    }
+    run.optimizer.zero_grad(set_to_none=True)
+    figures["steps"], figures["held_out"] = [], []
+    for number in range(STEPS):
+        figures["steps"].append(run.step(number))
+        figures["held_out"].append(run.held_out())
+    figures["weights"] = full_state(run.module)
+    now = dict(objective.named_parameters())
+    figures["changed"] = [name for name, each in before.items() if not torch.equal(whole(now[name]), each)]
+    figures["odd"] = [
+        name for name, each in now.items() if not each.requires_grad and (each in run.optimizer.state or each.grad)
+    ]
+    figures["states"] = len(run.optimizer.state)
+    return figures
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def equality(folder: Path, ranks: Ranks, settings: ParallelSettings, way: str) -> None:
+    """Train every variant."""
+    for stage, base in VARIANTS:
+        figures = describe(Run(make_objective(stage, base), settings, ranks))
+        if ranks.rank == 0:
+            torch.save(figures, folder / f"{way}-{stage}-{base}.pt")
+
+
+def talk(folder: Path, ranks: Ranks, _: ParallelSettings) -> None:
+    """What ranks tell each other."""
+    figures = {
+        "any": [any_rank(False), any_rank(ranks.rank == 1), any_rank(True)],
+        "mean": mean_over_ranks(torch.tensor([1.0, 2.0]) * ranks.rank),
+    }
+    torch.save(figures, folder / f"talk-{ranks.rank}.pt")
+
+
+def save(folder: Path, ranks: Ranks, settings: ParallelSettings = SHARDED) -> None:
+    """Two steps and a checkpoint of them, then a third one."""
+    run = Run(make_objective("sequential", "frozen"), settings, ranks)
+    for number in range(2):
+        run.step(number)
+    state = run.state()
+    saved = everything(state)
+    Checkpoints(folder).save(2, state)
+    after = run.step(2)
+    if ranks.rank == 0:
+        torch.save((saved, after), folder / "saved.pt")
+
+
+def resume(folder: Path, ranks: Ranks, settings: ParallelSettings = SHARDED) -> None:
+    """Take up a checkpoint with other weights, and make a step; notes what was loaded and the step."""
+    run = Run(make_objective("sequential", "frozen"), settings, ranks)
+    with torch.no_grad():
+        for each in trained(run.objective):
+            each.add_(1.0)
+    restore(run.module, run.optimizer, Checkpoints(folder).load(2, run.state()))
+    loaded = everything(run.state())
+    after = run.step(2)
+    if ranks.rank == 0:
+        torch.save((loaded, after), folder / "resumed.pt")
+
+
+def background(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
+    """Checkpoints written while training, and talking, goes on; what each held at its moment is noted."""
+    run, checkpoints = Run(make_objective("sequential", "frozen"), settings, ranks), Checkpoints(folder, 9, True)
+    for number in range(6):
+        run.step(number)
+        state = run.state()
+        moment = everything(state)
+        checkpoints.save(number + 1, state)
+        for _ in range(30):
+            assert any_rank(True)
+        if ranks.rank == 0:
+            torch.save(moment, folder / f"moment-{number + 1}.pt")
+    checkpoints.wait()
+
+
+def endless(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
+    """Save without end, to be killed."""
+    run, checkpoints = Run(make_objective("sequential", "frozen", hidden=128), settings, ranks), Checkpoints(folder)
+    for number in range(10**6):
+        run.step(number)
+        checkpoints.save(number + 1, run.state())
+
+
+def weigh(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
+    """What a rank holds after a step, by its storages; which gradients it keeps between passes; what a unit gathers."""
+    objective = make_objective("sequential", "frozen")
+    for each in objective.parameters():
+        if not each.requires_grad and each.ndim > 1:
+            each.data = each.data.bfloat16()
+    run, kept = Run(objective, settings, ranks), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for place, piece in enumerate(cut(share_of(make_batch(objective), ranks), 1)):
+            with accumulating(run.module, place == 1):
+                run.module(piece).loss.sum().backward()
+            if place == 0:
+                kept = [each for each in gc.get_objects() if type(each) is nn.Parameter and each.grad is not None]
+                kept = [(each.grad.dtype, tuple(each.grad.shape)) for each in kept]
+    own = trained(objective)
+    figures = {"gradients": _storage_bytes(each.grad for each in own), "kept": kept}
+    run.optimizer.step()
+    moments = [each for state in run.optimizer.state.values() for name, each in state.items() if name != "step"]
+    figures |= {
+        "weights": _storage_bytes(objective.parameters()),
+        "optimizer": _storage_bytes([*moments, *run.average.state.values()]),
+        "units": [_whole_unit(each) for each in objective.modules() if isinstance(each, FSDPModule)],
+    }
+    torch.save(figures, folder / f"weigh-{ranks.rank}.pt")
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """With what pads them; tensors in one storage count once."""
+    storages = [_local(each).untyped_storage() for each in tensors]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def _whole_unit(unit: nn.Module) -> tuple[int, int]:
+    """Values that FSDP2 gathers for a unit, with what pads them; and those of them that are trained."""
+    unit.unshard()
+    own = [each for each in unit.parameters() if not isinstance(each, DTensor)]
+    sizes = [(each.untyped_storage().nbytes() // each.element_size(), each.requires_grad) for each in own]
+    unit.reshard()
+    return sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+
+
+JOBS = {
+    "talk": talk,
+    "save": save,
+    "resume": resume,
+    "background": background,
+    "endless": endless,
+    "weigh": weigh,
+}
+
+
+@contextmanager
+def started(job: str, folder: Path, world_size: int = 2) -> Iterator[list[subprocess.Popen[str]]]:
+    """The ranks of a job as processes; those that still run at the end are killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, job, str(folder)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def run_ranks(job: str, folder: Path, world_size: int = 2) -> None:
+    """A job from start to end; a rank that fails shows its traceback."""
+    with started(job, folder, world_size) as processes:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+
+
+def main() -> None:
+    """One rank of a job."""
+    torch.set_num_threads(1)
+    job, folder = sys.argv[1], Path(sys.argv[2])
+    cpu = torch.device("cpu")
+    if job in WAYS:
+        with process_group(cpu, WAYS[job]) as ranks:
+            equality(folder, ranks, WAYS[job], job)
+    elif job == "crossed":
+        with process_group(cpu, CROSSED) as ranks:
+            equality(folder, ranks, CROSSED, "crossed")
+    else:
+        settings = REPLICATED if job.endswith("-replicated") else SHARDED
+        with process_group(cpu, settings) as ranks:
+            JOBS[job.removesuffix("-replicated")](folder, ranks, settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The optimizer's recipe: rates over time, what decays, the running average."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cogvideo.training.optim import Average, Optimization, adamw, trained
+
+
+def small() -> nn.Module:
+    """A frozen layer, a trained one with norm."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    module[0].requires_grad_(False)
+    return module
+
+
+def test_rate_rises_and_falls() -> None:
+    """Guards the schedule: a straight line up, half a cosine down to the stated share, no step at rate 0."""
+    settings = Optimization(steps=110, warmup=10, learning_rate=1.0, final_rate=0.2)
+    assert [settings.rate_at(step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert settings.rate_at(10) == 1.0
+    assert settings.rate_at(60) == pytest.approx(0.6)  # half-way between 1 and 0.2
+    assert settings.rate_at(109) == pytest.approx(0.2, abs=1e-3)
+    assert settings.rate_at(10_000) == pytest.approx(0.2)
+    assert Optimization(steps=5, warmup=0).rate_at(0) == 2e-4
+
+
+def test_only_matrices_decay_and_frozen_ones_are_unknown() -> None:
+    """Guards against decaying norms and biases, and against optimizer states of frozen weights."""
+    module = small()
+    optimizer = adamw(module, Optimization(weight_decay=0.1))
+    decays = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
+    assert decays == {id(each): 0.1 if each.ndim > 1 else 0.0 for each in trained(module)}
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+    assert not any(id(each) in decays for each in module[0].parameters())
+
+
+def test_average_is_that_of_the_formula() -> None:
+    """Guards the running average, its short memory at the start, and that the weights come back bit by bit."""
+    module = small()
+    average = Average(module, 0.5)
+    weight = module[2].weight
+    expected = weight.detach().clone()
+    for done in range(1, 6):
+        with torch.no_grad():
+            weight += done
+        average.update(done)
+        keep = min(0.5, (1 + done) / (10 + done))
+        expected = keep * expected + (1 - keep) * weight.detach()
+    before = weight.detach().clone()
+    with average.applied():
+        torch.testing.assert_close(weight.detach(), expected)
+    assert torch.equal(weight, before)
+    assert average.state.keys() == {"1.weight", "1.bias", "2.weight", "2.bias"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("batch", -1),
+        ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+        ("clip", 0.0),
+        ("warmup", -1),
+        ("weight_decay", -0.1),
+        ("final_rate", 1.1),
+        ("ema", 1.0),
+        ("seed", -1),
+    ],
+)
+def test_bad_settings_are_refused(name: str, value: float) -> None:
+    """Guards against settings that would fail, or train nothing, after an hour."""
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        Optimization(**{name: value})

@@ -1,0 +1,299 @@
+"""Whole runs of `cogvideo train STAGE`, in processes of their own: chains, kills, ranks, variants, mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cogvideo.bundle import CogVideo
+from workshop import make_bundle, make_data
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+class Place:
+    """A folder with a bundle and data, in which commands are run."""
+
+    def __init__(self, folder: Path, text_model: bytes, base: bool = True) -> None:
+        self.folder = folder
+        make_bundle(folder / "model", text_model, base)
+        make_data(folder / "data", folder / "model")
+
+    def command(self, stage: str, *options: str, out: str = "model", ranks: int = 1) -> list[str]:
+        """Arguments of a run of a few small steps; later options win."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        return [sys.executable, *launcher, "-m", "cogvideo", "train", stage, "--data", "data", "--out", out,
+            "--steps", "8", "--batch", "4", "--warmup", "2", "--learning-rate", "1e-3", "--report-every", "1",
+            "--evaluate-every", "4", "--checkpoint-every", "2", "--sample-every", "0", *options]  # fmt: skip
+
+    def run(self, stage: str, *options: str, out: str = "model", ranks: int = 1) -> subprocess.CompletedProcess[str]:
+        """A run, until it ends."""
+        return subprocess.run(
+            self.command(stage, *options, out=out, ranks=ranks),
+            cwd=self.folder,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    def succeed(self, stage: str, *options: str, out: str = "model", ranks: int = 1) -> None:
+        done = self.run(stage, *options, out=out, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def fails(self, message: str, stage: str, *options: str, out: str = "model") -> None:
+        done = self.run(stage, *options, out=out)
+        assert done.returncode == 2, done.stderr[-3000:]
+        assert re.search(message, done.stderr), done.stderr
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+    def weights(self, component: str, out: str = "model") -> dict[str, torch.Tensor]:
+        return load_file(self.folder / out / f"{component}.safetensors")
+
+    def rows(self, stage: str, out: str = "model") -> list[dict[str, object]]:
+        lines = (self.folder / out / f".{stage}-run" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], limit: float = 1e-5) -> None:
+    worst = max(float((one[name] - other[name]).abs().max()) for name in one)
+    assert worst < limit, worst
+
+
+@pytest.fixture(scope="module")
+def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """With a sequential stage that was trained in one piece, by one process."""
+    made = Place(tmp_path_factory.mktemp("launch"), train_text_model())
+    made.succeed("sequential", "--init", "model", out="whole")
+    return made
+
+
+def test_the_chain_becomes_a_bundle_that_generates(train_text_model: Callable[..., bytes], tmp_path: Path) -> None:
+    """Guards the way from two tokenizers to a clip: every stage finds what it needs and leaves what the next needs."""
+    place = Place(tmp_path, train_text_model(), base=False)
+    for stage in ("image", "sequential", "interpolation", "superres"):
+        place.succeed(stage, "--sample-every", "8")
+        run = tmp_path / "model" / f".{stage}-run"
+        assert (run / "samples" / "step-00000008.png").exists()
+        assert [row["step"] for row in place.rows(stage) if "loss" in row] == list(range(1, 9))
+        assert [row["step"] for row in place.rows(stage) if "held_out" in row] == [4, 8]
+    model = CogVideo.from_pretrained(tmp_path / "model")
+    assert {"base", "sequential", "interpolation", "superres"} <= set(model.components)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert all(f"## Training: {name}" in card for name in ("base", "sequential", "interpolation", "superres"))
+    made = subprocess.run(
+        [sys.executable, "-m", "cogvideo", "generate", "clip 1 moves", "--model", "model", "--output", "a.mp4",
+            "--rounds", "1", "--seed", "3", "--clusters", "4"],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "a.mp4").stat().st_size > 0
+
+
+def test_a_killed_run_continues_to_the_same_bits(place: Place) -> None:
+    """Guards resuming: SIGKILL anywhere, then the same command, gives the weights of the run that was not killed."""
+    command = place.command("sequential", "--init", "model", out="killed")
+    metrics = place.folder / "killed" / ".sequential-run" / "metrics.jsonl"
+    for step in (3, 6):
+        process = subprocess.Popen(command, cwd=place.folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        while process.poll() is None and f'"step": {step}' not in (metrics.read_text() if metrics.exists() else ""):
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+    assert not (place.folder / "killed" / "sequential.safetensors").exists()
+    place.succeed("sequential", "--init", "model", out="killed")
+    assert equal(place.weights("sequential", "killed"), place.weights("sequential", "whole"))
+    assert [row["step"] for row in place.rows("sequential", "killed") if "loss" in row] == list(range(1, 9))
+    ours, theirs = (
+        [(row["step"], row["loss"]) for row in place.rows("sequential", out) if "loss" in row]
+        for out in ("killed", "whole")
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_asked_to_stop_saves_first(place: Place, number: signal.Signals, status: int) -> None:
+    """Guards preemption: nothing is lost between the last regular checkpoint and the signal."""
+    out = f"asked-{status}"
+    command = place.command("sequential", "--init", "model", "--checkpoint-every", "1000", "--steps", "2000", out=out)
+    metrics = place.folder / out / ".sequential-run" / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=place.folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status, said
+    last = max(int(row["step"]) for row in place.rows("sequential", out))  # type: ignore[call-overload]
+    saved = [each.name for each in (metrics.parent / "checkpoints").iterdir()]
+    assert saved == [f"step-{last:08}"]
+    assert "the same command continues" in said
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "sharded"])
+def test_two_ranks_train_as_one(place: Place, sharding: str) -> None:
+    """Guards the division of a batch: two processes give the weights of one, with DDP and with FSDP2."""
+    out = f"ranks-{sharding}"
+    place.succeed("sequential", "--init", "model", "--sharding", sharding, out=out, ranks=2)
+    assert_close(place.weights("sequential", out), place.weights("sequential", "whole"))
+    assert place.weights("base", out).keys() == place.weights("base").keys()
+    assert equal(place.weights("base", out), place.weights("base"))
+
+
+def test_a_run_continues_with_another_number_of_ranks(place: Place) -> None:
+    """Guards resuming on another machine: two sharded ranks are stopped, one goes on alone."""
+    options = ("--init", "model", "--steps", "8")
+    command = place.command("sequential", *options, "--sharding", "sharded", out="fewer", ranks=2)
+    checkpoint = place.folder / "fewer" / ".sequential-run" / "checkpoints" / "step-00000004"
+    process = subprocess.Popen(
+        command, cwd=place.folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    place.succeed("sequential", *options, out="fewer")
+    assert_close(place.weights("sequential", "fewer"), place.weights("sequential", "whole"))
+
+
+def test_ways_to_compute_give_the_same_weights(place: Place) -> None:
+    """Guards the switches that save memory: micro-batches, recomputed activations, loading processes."""
+    options = ("--micro-batch", "1", "--checkpointing", "--num-workers", "1", "--asynchronous")
+    place.succeed("sequential", "--init", "model", *options, out="frugal")
+    assert_close(place.weights("sequential", "frugal"), place.weights("sequential", "whole"))
+
+
+def test_variants_for_comparison(place: Place) -> None:
+    """Guards the ablations: each is trained, and a base that is trained becomes the stage's own."""
+    place.succeed("sequential", "--init", "model", "--base", "random", "--start", "random", out="random")
+    model = CogVideo.from_pretrained(place.folder / "random")
+    assert not torch.equal(model.sequential.base.words.weight, model.base.words.weight)
+    assert equal(place.weights("base", "random"), place.weights("base"))
+    place.succeed("interpolation", "--init", "whole", "--fixed-rate", "8", "--window", "4", out="one-rate")
+    assert [row["held_out"].keys() for row in place.rows("interpolation", "one-rate") if "held_out" in row] == [
+        {"8 fps"}
+    ] * 2  # type: ignore[attr-defined]
+    assert CogVideo.from_pretrained(place.folder / "one-rate").config.interpolation.window == 4
+    place.succeed("sequential", "--init", "whole", "--start", "continue", "--precision", "bfloat16", out="more")
+    assert equal(place.weights("base", "more"), place.weights("base"))
+
+
+def test_a_checkpoint_becomes_a_bundle(place: Place) -> None:
+    """Guards exports on demand: the last checkpoint is what the run delivered, an earlier one is not."""
+    run = str(place.folder / "whole" / ".sequential-run")
+    for out, options in (("last", ()), ("best", ("--best",)), ("early", ("--step", "6"))):
+        done = subprocess.run(
+            [sys.executable, "-m", "cogvideo", "train", "export", run, "--out", out, *options],
+            cwd=place.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+    assert equal(place.weights("sequential", "last"), place.weights("sequential", "whole"))
+    assert not equal(place.weights("sequential", "early"), place.weights("sequential", "whole"))
+    assert CogVideo.from_pretrained(place.folder / "early").components == (
+        CogVideo.from_pretrained(place.folder / "whole").components
+    )
+
+
+def test_the_average_is_exported(place: Place) -> None:
+    """Guards the running average: it survives a resume, and is what the bundle gets."""
+    place.succeed("sequential", "--init", "model", "--ema", "0.9", out="average")
+    assert not equal(place.weights("sequential", "average"), place.weights("sequential", "whole"))
+
+
+def test_a_finished_run_is_left_alone(place: Place) -> None:
+    """Guards against training again, or replacing a stage, by mistake."""
+    before = (place.folder / "whole" / "sequential.safetensors").stat().st_mtime_ns
+    place.succeed("sequential", "--init", "model", out="whole")
+    assert (place.folder / "whole" / "sequential.safetensors").stat().st_mtime_ns == before
+    place.fails("optimization.steps was 8 and is 9", "sequential", "--init", "model", "--steps", "9", out="whole")
+    copy = place.folder / "copy"
+    shutil.copytree(place.folder / "whole", copy, ignore=shutil.ignore_patterns(".*"))
+    place.fails("has sequential already: pass --overwrite", "sequential", out="copy")
+    place.succeed("sequential", "--overwrite", "--steps", "2", out="copy")
+
+
+def test_divergence_keeps_the_last_good_checkpoint(place: Place) -> None:
+    """Guards runs of days: a loss that is no number ends the run, says where, and no checkpoint holds it."""
+    place.succeed("sequential", "--init", "model", "--steps", "4", out="diverges")
+    shutil.rmtree(place.folder / "diverges" / ".sequential-run" / "report.json", ignore_errors=True)
+    done = place.run(
+        "sequential", "--init", "model", "--learning-rate", "1e30", "--clip", "1e30", "--warmup", "0", out="explodes"
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"training diverged: the (loss|norm of the gradient) is \w+ at step \d+", done.stderr)
+    step = int(re.search(r"at step (\d+)", done.stderr)[1])  # type: ignore[index]
+    folder = place.folder / "explodes" / ".sequential-run" / "checkpoints"
+    assert all(int(each.name[5:]) < step for each in folder.glob("step-*"))
+
+
+def test_out_of_memory_says_what_helps(place: Place) -> None:
+    """Guards the most frequent end of a run: what was expected and which switch helps, in one line; the run is kept."""
+    command = place.command("sequential", "--init", "model", "--batch", "3000", "--micro-batch", "1500", out="large")
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -v 2500000; exec "$@"', "bash", *command],
+        cwd=place.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert re.search(
+        r"out of memory with 1500 samples a pass; `cogvideo info` expects [\d.]+ GiB in bfloat16 with 1500 samples a "
+        r"pass, [\d.]+ GiB with --checkpointing\. What helps: a smaller --micro-batch, --checkpointing",
+        line,
+    ), line
+    assert (place.folder / "large" / ".sequential-run" / "run.json").exists()
+
+
+def test_mistakes_are_one_line(place: Place, train_text_model: Callable[..., bytes], tmp_path: Path) -> None:
+    """Guards what a user sees who trains on the wrong thing."""
+    other = Place(tmp_path, train_text_model())
+    torch.manual_seed(5)
+    for number, (message, stage, options) in enumerate(
+        [
+            ("there is no folder .*nowhere", "sequential", ("--init", "nowhere")),
+            ("there is no folder .*nothing", "sequential", ("--data", "nothing")),
+            ("has no sequential", "interpolation", ()),
+            ("no clip is long enough for the mode sequential", "sequential", ("--data", str(tmp_path / "short"))),
+            ("codes of another image tokenizer", "sequential", ("--data", str(tmp_path / "foreign"))),
+            ("is not divisible by the sequential window", "sequential", ("--window", "6")),
+            ("no codes of super-resolution", "superres", ("--data", str(tmp_path / "low"))),
+            ("tensor_parallel is 2 for 1 ranks", "sequential", ("--tensor-parallel", "2")),
+            ("cannot use the device 'cuda:7'|cannot use the device", "sequential", ("--device", "cuda:7")),
+        ]
+    ):
+        if number == 0:
+            make_data(tmp_path / "short", tmp_path / "model", num_frames=4)
+            make_data(tmp_path / "low", tmp_path / "model", high=False)
+            make_bundle(tmp_path / "stranger", train_text_model())
+            foreign = make_data(tmp_path / "foreign", tmp_path / "model")
+            _disguise(foreign)
+        other.fails(message, stage, "--init", "model", *options, out=f"out-{number}")
+
+
+def _disguise(data: Path) -> None:
+    """The same shards as another tokenizer would have made them."""
+    from cogvideo.data.dataset import Dataset, make_card, write_card
+    from cogvideo.data.shards import digest, write_shard
+
+    dataset = Dataset(data)
+    rows, shard = [dataset.row(number) for number in range(len(dataset))], dataset.card.shards[0].file
+    from dataclasses import replace
+
+    info = replace(dataset.shard(0).info, tokenizer_sha256="0" * 64, settings_sha256=digest({}))
+    write_shard(data / shard, rows, info)
+    write_card(data, make_card(data, [shard], source="", tokenizer="elsewhere", settings={}))

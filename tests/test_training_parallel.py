@@ -1,0 +1,166 @@
+"""Many ranks give what one gives: in real processes that talk through gloo, against plain autograd in this one."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cogvideo.training.checkpoints import Checkpoints, read_weights
+from cogvideo.training.parallel import ALONE
+from parallel_worker import (
+    CLIP,
+    SETTINGS,
+    SHARDED,
+    STEPS,
+    VARIANTS,
+    make_batch,
+    make_objective,
+    resume,
+    run_ranks,
+    save,
+    started,
+)
+
+WAYS = ("replicated", "sharded", "tensor", "crossed")
+Results = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The folder with what a job's ranks wrote; each job runs once."""
+
+    @lru_cache
+    def run(job: str) -> Path:
+        folder = tmp_path_factory.mktemp(job)
+        run_ranks(job, folder, 4 if job == "crossed" else 2)
+        return folder
+
+    return run
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two nested states hold the same bits."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(each, other[name]) for name, each in one.items())
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@lru_cache
+def alone(stage: str, base: str) -> dict[str, Any]:
+    """The same training with the whole batch at once and no line of the code under test."""
+    objective = make_objective(stage, base)
+    trained = {name: each for name, each in objective.named_parameters() if each.requires_grad}
+    objective(make_batch(objective, 0)).loss.mean().backward()
+    used = {name: each.grad.clone() for name, each in trained.items() if each.grad is not None}
+    figures: dict[str, Any] = {"gradients": used, "steps": [], "held_out": []}
+    groups = [
+        {"params": [each for each in trained.values() if each.ndim > 1], "weight_decay": SETTINGS.weight_decay},
+        {"params": [each for each in trained.values() if each.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=SETTINGS.learning_rate, betas=(0.9, 0.95))
+    average = {name: each.detach().clone() for name, each in trained.items()}
+    for number in range(STEPS):
+        objective.zero_grad()
+        loss = objective(make_batch(objective, number)).loss.mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        figures["steps"].append((float(loss), float(norm)))
+        optimizer.step()
+        keep = min(SETTINGS.ema, (2 + number) / (11 + number))
+        average = {name: each.lerp(trained[name].detach(), 1 - keep) for name, each in average.items()}
+        with torch.no_grad():
+            measured = torch.func.functional_call(objective, average, (make_batch(objective, 99),))
+        figures["held_out"].append(float(measured.loss.mean()))
+    return figures
+
+
+@pytest.mark.parametrize(("stage", "base"), VARIANTS)
+@pytest.mark.parametrize("way", WAYS)
+class TestEquality:
+    """DDP, FSDP2, tensor parallelism and both of these at once, of a frozen and of a trained base."""
+
+    def figures(self, results: Results, way: str, stage: str, base: str) -> dict[str, Any]:
+        return torch.load(results(way) / f"{way}-{stage}-{base}.pt", weights_only=True)
+
+    def test_gradients(self, results: Results, way: str, stage: str, base: str) -> None:
+        """Guards: ranks or micro-batches weighted wrongly, a gradient that is not exchanged, or exchanged twice."""
+        found, expected = self.figures(results, way, stage, base)["gradients"], alone(stage, base)["gradients"]
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+    def test_steps(self, results: Results, way: str, stage: str, base: str) -> None:
+        """Guards: a norm over a rank's part alone, weights that stay behind, measuring with weights of another time."""
+        found, expected = self.figures(results, way, stage, base), alone(stage, base)
+        for name in ("steps", "held_out"):
+            torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(expected[name]), atol=1e-5, rtol=1e-5)
+
+    def test_frozen(self, results: Results, way: str, stage: str, base: str) -> None:
+        """Guards: wrapping that gives frozen weights a gradient, an optimizer state, or other bits."""
+        figures = self.figures(results, way, stage, base)
+        assert figures["changed"] == figures["odd"] == figures["unfrozen"] == []
+        assert figures["states"] == len(alone(stage, base)["gradients"])
+        trained = {name for name, each in make_objective(stage, base).named_parameters() if each.requires_grad}
+        assert figures["weights"].keys() == trained
+
+
+def test_ranks_agree(results: Results) -> None:
+    """Guards: a rank that goes on where another stops, and figures of one rank in place of all."""
+    for rank in range(2):
+        found = torch.load(results("talk") / f"talk-{rank}.pt", weights_only=True)
+        assert found["any"] == [False, True, True]
+        torch.testing.assert_close(found["mean"], torch.tensor([0.5, 1.0]))
+
+
+@pytest.mark.parametrize("before", ["save", "save-replicated", "alone"])
+@pytest.mark.parametrize("after", ["resume", "resume-replicated", "alone"])
+def test_any_change_of_ranks_on_resume(before: str, after: str, results: Results, tmp_path: Path) -> None:
+    """Guards checkpoints: what two ranks wrote, one takes up, and the other way round, to the bit and to the step."""
+    if before == "alone":
+        save(tmp_path, ALONE, SHARDED)
+    else:
+        shutil.copytree(results(before), tmp_path, dirs_exist_ok=True)
+    if after == "alone":
+        resume(tmp_path, ALONE, SHARDED)
+    else:
+        run_ranks(after, tmp_path)
+    saved, expected = torch.load(tmp_path / "saved.pt", weights_only=True)
+    loaded, step = torch.load(tmp_path / "resumed.pt", weights_only=True)
+    assert equal(saved, loaded)
+    torch.testing.assert_close(torch.tensor(step), torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_checkpoints_in_the_background_are_of_their_moment(results: Results) -> None:
+    """Guards: a state that changes while it is written, and messages of writing that meet those of training."""
+    folder = results("background")
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.steps() == list(range(1, 7))
+    for step in checkpoints.steps():
+        moment = torch.load(folder / f"moment-{step}.pt", weights_only=True)
+        assert equal(read_weights(checkpoints.path(step), averaged=False), moment["weights"])
+        assert equal(read_weights(checkpoints.path(step), averaged=True), moment["average"])
+
+
+def test_ranks_that_are_killed_leave_whole_checkpoints(tmp_path: Path) -> None:
+    """Guards the rename: whenever two writing ranks die, what has a name can be loaded."""
+    for seconds in (0.0, 0.03, 0.07):
+        with started("endless", tmp_path) as processes:
+            while not list(tmp_path.glob("step-*")) and all(each.poll() is None for each in processes):
+                time.sleep(0.01)
+            time.sleep(seconds)
+        checkpoints = Checkpoints(tmp_path)
+        assert checkpoints.steps()
+        for step in checkpoints.steps():
+            read_weights(checkpoints.path(step), averaged=True)
+        assert not list(tmp_path.glob(".step-*"))
+        for each in tmp_path.glob("step-*"):
+            shutil.rmtree(each)
