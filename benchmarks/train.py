@@ -142,9 +142,12 @@ def times_faster(ours: dict[str, float], plain: dict[str, float], goal: float) -
 def attention(rounds: int = 7) -> Figures:
     """Attention of a block, forward and backward, from fused projections: 64 text + 5 x 400 slots, 4 heads of 64.
 
-    The temporal channel alone, and both channels, which is what a block has. With windows, the mean of both kinds.
+    The temporal channel alone, and both channels, which is what a block has. With windows, the mean of both kinds. On
+    one thread: neighbours on the machine slow many short parallel loops down far more than a few long ones.
     """
     figures: Figures = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for precision, dtype in PRECISIONS.items():
         for window, goal in ATTENTION_GOALS.items():
             calls = _attention_calls(window, dtype)
@@ -156,6 +159,7 @@ def attention(rounds: int = 7) -> Figures:
                 )
                 name = f"{precision}, {'windowed' if window else 'dense'}, {channels}"
                 figures[name] = times_faster(ours, plain, goal)
+    torch.set_num_threads(threads)
     return figures
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig, preset
 from cogvideo.layout import SequenceLayout
-from cogvideo.models.attention import Plan, attend
+from cogvideo.models.attention import Plan, attend, split_heads
 from cogvideo.models.plans import full_pass, text_masks
 from cogvideo.models.transformer import Base, Pass, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.text import PaddedText
@@ -402,3 +402,18 @@ def test_a_pass_of_text_alone(make_system: MakeSystem, make_text: MakeText) -> N
     plan = full_pass(system.layout, 2, text_masks(text.mask, 0.0, torch.float64), 0, True, CPU)
     assert isinstance(plan, Pass)
     assert plan.temporal == ()
+
+
+@pytest.mark.parametrize(("stage", "window"), [("sequential", 0), ("sequential", 2), ("interpolation", 2)])
+def test_gradients_of_attention(stage: str, window: int) -> None:
+    """Guards the backward pass of runs of keys, which is written by hand: it is what small differences give."""
+    layout = getattr(SequenceLayout, stage)(LayoutConfig(4, 5, 3, 3, 3))
+    text = text_masks(torch.tensor([[False, True, True], [True, True, True]]), 0.0, torch.float64)
+    plan = full_pass(layout, window, text, 5, True, torch.device("cpu"))
+    fused = torch.randn(2, layout.length, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def outputs(fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, kv = split_heads(fused, 1)
+        return attend(q, kv, plan.spatial), *(attend(q[:, :, 3:], kv, each) for each in plan.temporal)
+
+    torch.autograd.gradcheck(outputs, (fused.requires_grad_(),), fast_mode=True)
