@@ -126,20 +126,18 @@ def low_sequence(layout: UpscaleLayout) -> SequenceLayout:
 
 
 @torch.no_grad()
-def inherit_upscale(channel: UpscaleChannel, base: Base) -> None:
-    """Start super-resolution from the image model: its attention, and for a high slot the position of its coarse place.
+def inherit_upscaler(channel: UpscaleChannel, base: Base) -> None:
+    """Start super-resolution from the image model: its attention, and every high slot at the position of its low code.
 
     Unlike a temporal channel, the added attention stands in for the base's, so the output projection is inherited too.
+    The released training copies the attention too, but repeats the low positions like tiles: high slot (r, c) starts at
+    that of (r % grid, c % grid), far from the low codes it sees.
     """
-    for added, block in zip(channel.blocks, base.blocks, strict=True):
-        assert isinstance(added, UpscaleBlock)
-        assert isinstance(block, Block)
-        added.qkv.load_state_dict(block.qkv.state_dict())
-        added.out.load_state_dict(block.out.state_dict())
-    layout = channel.layout
-    coarse = torch.arange(layout.high_grid) // channel.upscaler.ratio
-    places = (coarse[:, None] * layout.low_grid + coarse).flatten()
-    channel.positions.weight.copy_(base.positions.weight[layout.low_positions()[places]])
+    base_weights, layout = base.state_dict(), channel.layout
+    channel.blocks.load_state_dict({name: base_weights[f"blocks.{name}"] for name in channel.blocks.state_dict()})
+    rows = base.positions(layout.low_positions().to(base.positions.weight.device))
+    square = "(row column) hidden -> (row down column right) hidden"
+    channel.positions.weight.copy_(repeat(rows, square, row=layout.low_grid, down=layout.ratio, right=layout.ratio))
 
 
 @lru_cache(maxsize=8)
@@ -191,17 +189,3 @@ def _group(tiles: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> 
     highs, keys, masks = zip(*tiles, strict=True)
     chunk = Chunk(None, None, masks[0][None, None].to(device))
     return Group(torch.stack(highs).to(device), torch.stack(keys).to(device), (chunk,))
-
-
-@torch.no_grad()
-def inherit_upscaler(channel: UpscaleChannel, base: Base) -> None:
-    """Start super-resolution from the image model: its attention, and every high slot at the position of its low code.
-
-    The released training copies the attention too, but repeats the low positions like tiles: high slot (r, c) starts at
-    that of (r % grid, c % grid), far from the low codes it sees.
-    """
-    base_weights, layout = base.state_dict(), channel.layout
-    channel.blocks.load_state_dict({name: base_weights[f"blocks.{name}"] for name in channel.blocks.state_dict()})
-    rows = base.positions(layout.low_positions().to(base.positions.weight.device))
-    square = "(row column) hidden -> (row down column right) hidden"
-    channel.positions.weight.copy_(repeat(rows, square, row=layout.low_grid, down=layout.ratio, right=layout.ratio))

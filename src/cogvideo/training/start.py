@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cogvideo.bundle import CogVideo
 from cogvideo.config import CogVideoConfig, StageConfig, require
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
-from cogvideo.models.upscaler import UpscaleChannel, Upscaler, inherit_upscale
+from cogvideo.models.upscaler import UpscaleChannel, Upscaler, inherit_upscaler
 from cogvideo.storage import MODULES
 
 StageName = Literal["image", "sequential", "interpolation", "superres"]
@@ -120,7 +120,7 @@ def build(
         _copy(source.component(stage if choice.start == "continue" else "sequential"), channel)
     if isinstance(channel, UpscaleChannel):
         if choice.start == "inherit":
-            inherit_upscale(channel, base)
+            inherit_upscaler(channel, base)
         return Upscaler(base, channel)
     assert isinstance(channel, TemporalChannel)
     if choice.start == "inherit":
