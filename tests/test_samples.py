@@ -22,7 +22,8 @@ from cogvideo.generation.upscale import slot_noise, upscale
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Transformer
 from cogvideo.text import PaddedText
-from cogvideo.training.samples import Example, Row, Stage, draw, from_clips, from_prompts, missing, write_samples
+from cogvideo.training.samples import Example, Row, draw, from_clips, from_prompts, missing, write_samples
+from cogvideo.training.start import StageName
 from gallery import STAGES, loud, make_model, make_parts
 from lessons import random_codes, sample
 from workshop import GRID, NUM_CODES, RATIO, small_config
@@ -196,7 +197,9 @@ def test_guidance_is_that_of_the_settings(system: CogVideo) -> None:
 
 
 @pytest.mark.parametrize("stage", ["image", "sequential", "interpolation", "superres"])
-def test_one_seed_is_one_sheet_whatever_else_is_drawn(stage: Stage, system: CogVideo, examples: list[Example]) -> None:
+def test_one_seed_is_one_sheet_whatever_else_is_drawn(
+    stage: StageName, system: CogVideo, examples: list[Example]
+) -> None:
     """Guards the comparison of steps: a row depends on weights, seed, example and place, on nothing else."""
     rows = draw(stage, system, examples, seed=1)
     each = len(rows) // 2
@@ -210,7 +213,7 @@ def test_one_seed_is_one_sheet_whatever_else_is_drawn(stage: Stage, system: CogV
 
 @pytest.mark.parametrize("stage", ["image", "sequential", "interpolation", "superres"])
 def test_training_notices_nothing(
-    stage: Stage, train_text_model: Callable[..., bytes], examples: list[Example]
+    stage: StageName, train_text_model: Callable[..., bytes], examples: list[Example]
 ) -> None:
     """Guards the run beside its samples: random numbers, modes, gradients and weights, also where drawing fails."""
     parts = make_parts(train_text_model())
@@ -245,7 +248,7 @@ def test_training_notices_nothing(
 
 @pytest.mark.parametrize("stage", ["image", "sequential", "interpolation", "superres"])
 def test_a_base_in_bfloat16_draws(
-    stage: Stage, train_text_model: Callable[..., bytes], examples: list[Example]
+    stage: StageName, train_text_model: Callable[..., bytes], examples: list[Example]
 ) -> None:
     """Guards runs that store frozen matrices in two bytes: products of two types would fail."""
     parts = make_parts(train_text_model())
@@ -315,7 +318,7 @@ def test_what_is_missing_is_said_once(train_text_model: Callable[..., bytes], ex
     """Guards runs that cannot draw: a sentence in place of an error, for each stage and each thing that may lack."""
     config, parts = small_config(train_text_model()), make_parts(train_text_model())
 
-    def told(stage: Stage, given: list[Example], without: tuple[str, ...] = ()) -> str:
+    def told(stage: StageName, given: list[Example], without: tuple[str, ...] = ()) -> str:
         return missing(stage, parts.keys() - set(without), given)
 
     for stage in ("image", "sequential", "interpolation", "superres"):

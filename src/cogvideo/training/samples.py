@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +31,8 @@ from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.pictures import contact_sheet, write_image
 from cogvideo.text import PaddedText, fit, pad_left
+from cogvideo.training.start import StageName
 from cogvideo.video import write_video
-
-Stage = Literal["image", "sequential", "interpolation", "superres"]
 
 PLAIN = Settings(guidance=Guidance(1.0, 1.0, 1.0, text_bonus=0.0), passes=Passes(parallel_frames=True))
 """The distribution that is learnt, without guidance: a young model's unconditional text says nothing yet."""
@@ -101,7 +100,7 @@ def from_prompts(prompts: Sequence[str], duration: float = 4.0) -> list[Example]
     return [Example(prompt, duration) for prompt in prompts]
 
 
-def missing(stage: Stage, has: Collection[str], examples: Sequence[Example]) -> str:
+def missing(stage: StageName, has: Collection[str], examples: Sequence[Example]) -> str:
     """Why nothing can be drawn, in a sentence to be shown once; empty if it can.
 
     Args:
@@ -123,7 +122,7 @@ def missing(stage: Stage, has: Collection[str], examples: Sequence[Example]) -> 
 
 
 def draw(
-    stage: Stage,
+    stage: StageName,
     system: CogVideo,
     examples: Sequence[Example],
     seed: int,
@@ -187,7 +186,7 @@ def write_samples(folder: Path, step: int, rows: Sequence[Row]) -> Written:
     return Written(sheet, video)
 
 
-def _model(stage: Stage, system: CogVideo) -> Transformer | Upscaler:
+def _model(stage: StageName, system: CogVideo) -> Transformer | Upscaler:
     if stage == "image":
         return system.image_model
     if stage == "superres":
