@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from cogvideo.bundle import CogVideo
 from cogvideo.config import require
 from cogvideo.generation.hierarchy import Finished, Settings, generate
 from cogvideo.generation.sampling import Sampling, spawn
-from cogvideo.generation.upscale import slot_noise, upscale
+from cogvideo.generation.upscale import RELEASED, slot_noise, upscale
 from cogvideo.models.packing import pack
 from cogvideo.text import PaddedText, fit, pad_left
 
@@ -28,8 +28,8 @@ class Upscaling:
 
     enabled: bool = True
     """Whether they do, where the model has super-resolution."""
-    sampling: Sampling = field(default_factory=lambda: Sampling(1.0, clusters=6, cluster_temperature=0.6))
-    """Sampler of the high codes; the default is that of the released pipeline (spec section 3)."""
+    sampling: Sampling = RELEASED
+    """Sampler of the high codes."""
 
 
 class Frame(NamedTuple):

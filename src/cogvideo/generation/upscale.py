@@ -14,6 +14,8 @@ from cogvideo.layout import check_code_range
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.text import PaddedText, check_text
 
+RELEASED = Sampling(1.0, clusters=6, cluster_temperature=0.6)
+"""Sampler of the high codes in the released pipeline (spec section 3)."""
 SLOTS_PER_DRAW = 240
 """High slots whose logits and noise exist at once. Noise is drawn in these portions: another number, other codes."""
 
@@ -58,7 +60,7 @@ def upscale(
         text: caption of each frame, left-padded; without a frame rate.
         codes: low codes of each frame.
         noise: of each frame, see `slot_noise`; not read by a greedy sampler.
-        sampling: which sampler (released: 6 clusters, temperature 1, inside the cluster 0.6).
+        sampling: which sampler, such as `RELEASED`.
         labels: clusters of the codebook, for cluster sampling.
         frames_per_pass: frames that go through the model at once: more memory, fewer passes, the same codes.
 

@@ -24,8 +24,8 @@ from cogvideo.data.loader import ClipSample, hash_numbers
 from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition
 from cogvideo.generation.hierarchy import Guidance, Settings
-from cogvideo.generation.sampling import GumbelNoise, Sampling
-from cogvideo.generation.upscale import slot_noise, upscale
+from cogvideo.generation.sampling import GumbelNoise
+from cogvideo.generation.upscale import RELEASED, slot_noise, upscale
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
@@ -36,8 +36,6 @@ from cogvideo.video import write_video
 
 PLAIN = Settings(guidance=Guidance(1.0, 1.0, 1.0, text_bonus=0.0), passes=Passes(parallel_frames=True))
 """The distribution that is learnt, without guidance: a young model's unconditional text says nothing yet."""
-UPSCALED = Sampling(1.0, clusters=6, cluster_temperature=0.6)
-"""Sampler of super-resolution, as released."""
 VARIANTS = 4
 """Images of one prompt."""
 LEAST_SIDE = 96
@@ -332,7 +330,7 @@ def _larger(drawing: _Drawing, model: Upscaler) -> list[Row]:
     device, num_codes = model.base.words.weight.device, model.base.config.num_codes
     noise = [slot_noise(each, layout.high_slots, num_codes, device) for each in drawing.generators()]
     labels = drawing.system.cluster_labels
-    high = upscale(model, captions, low, noise, UPSCALED, labels).cpu()
+    high = upscale(model, captions, low, noise, RELEASED, labels).cpu()
     rows = []
     for place, (example, few, many) in enumerate(zip(drawing.examples, low, high, strict=True)):
         assert example.high_codes is not None
