@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from cogvideo.config import AutoencoderConfig, preset
 from cogvideo.convert import released_autoencoder_names
 from cogvideo.models import quantizer
-from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.models.autoencoder import Autoencoder, to_pixels
 from cogvideo.models.quantizer import Codebook, cluster_codes
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -308,3 +308,11 @@ def test_refused_numbers_of_clusters(num_clusters):
     """More clusters than codes cannot all be used."""
     with pytest.raises(ValueError, match=rf"num_clusters is {num_clusters}, expected a number in \[1, 6\]"):
         cluster_codes(torch.zeros(6, 4), num_clusters, seeded())
+
+
+def test_pixels_are_clamped_and_rounded() -> None:
+    """Guards what is shown: values outside of [0, 1] must not wrap around, nor values between two be cut off."""
+    frames = torch.tensor([-0.2, 0.0, 0.4 / 255, 0.6 / 255, 1.0, 1.2]).view(1, 1, 2, 3).expand(1, 3, 2, 3)
+    pixels = to_pixels(frames)
+    assert pixels.shape == (1, 2, 3, 3)
+    assert pixels[0, ..., 0].flatten().tolist() == [0, 0, 0, 1, 255, 255]

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from einops import rearrange
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from cogvideo.config import require
 from cogvideo.generation.hierarchy import Finished, Settings, generate
 from cogvideo.generation.sampling import Sampling, spawn
 from cogvideo.generation.upscale import RELEASED, slot_noise, upscale
+from cogvideo.models.autoencoder import to_pixels
 from cogvideo.models.packing import pack
 from cogvideo.text import PaddedText, fit, pad_left
 
@@ -137,8 +137,7 @@ class CogVideoPipeline:
         autoencoder = self.model.autoencoder
         side = round(codes.shape[1] ** 0.5)
         squares = codes.to(autoencoder.codebook.embedding.device).view(-1, side, side)
-        pixels = autoencoder.decode(squares, chunk=1).float().clamp(0, 1).mul(255).round().byte().cpu()
-        return rearrange(pixels, "batch colours height width -> batch height width colours").numpy()
+        return to_pixels(autoencoder.decode(squares, chunk=1))
 
     def _pack(self, rounds: int) -> None:
         """On a CPU, copy the weights of the stages that draw into the order that it reads fastest; once is enough."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from cogvideo.config import AutoencoderConfig, require
@@ -102,6 +103,12 @@ class Autoencoder(nn.Module):
         rate = self.config.rate if rate is None else rate
         require(rate in self.config.rates, f"rate is {rate}, expected one of {self.config.rates}")
         return rate
+
+
+def to_pixels(frames: Float[Tensor, "batch 3 height width"]) -> UInt8[np.ndarray, "batch height width 3"]:
+    """Frames as `Autoencoder.decode` gives them as they are shown: clamped to [0, 1], rounded to the nearest of 256."""
+    pixels = (frames.float().clamp(0, 1) * 255).round().byte()
+    return rearrange(pixels, "batch colours height width -> batch height width colours").cpu().numpy()
 
 
 class Encoder(nn.Module):

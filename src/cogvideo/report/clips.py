@@ -18,7 +18,7 @@ from cogvideo.data.frames import FrameSettings, read_item, shrink
 from cogvideo.data.shards import Row
 from cogvideo.data.sources import Item, Rendering, SourceOptions, list_source
 from cogvideo.evaluation.metrics import psnr
-from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.models.autoencoder import Autoencoder, to_pixels
 from cogvideo.storage import Manifest
 from cogvideo.video import VideoError
 
@@ -61,7 +61,7 @@ class Origin:
         frames, problem = self._original(row)
         original = None if frames is None else frames[places]
         decoded = None if self.autoencoder is None else _decode(self.autoencoder, row, places)
-        seen = None if decoded is None else (decoded * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        seen = None if decoded is None else to_pixels(decoded)
         if original is None or decoded is None:
             return Clip(row, original, seen, None, problem)
         if original.shape[1:3] != decoded.shape[2:]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cogvideo.config import AutoencoderConfig, require
 from cogvideo.evaluation.metrics import code_usage, count_codes, perplexity, psnr, ssim
 from cogvideo.models.adversary import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from cogvideo.models.autoencoder import Autoencoder, Decoder
+from cogvideo.models.autoencoder import Autoencoder, Decoder, to_pixels
 from cogvideo.models.perceptual import Lpips, edge_distance, pyramid_distance
 from cogvideo.training.codebook import MovingCodebook, straight_through
 
@@ -306,8 +306,7 @@ def reconstruct(
     autoencoder: Autoencoder, pixels: UInt8[np.ndarray, "_ size size 3"], device: torch.device
 ) -> UInt8[np.ndarray, "_ size size 3"]:
     """Frames as they come back from their codes."""
-    made = autoencoder.decode(autoencoder.encode(to_frames(pixels, device)))
-    return (made.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return to_pixels(autoencoder.decode(autoencoder.encode(to_frames(pixels, device))))
 
 
 def to_frames(

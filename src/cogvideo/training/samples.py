@@ -27,6 +27,7 @@ from cogvideo.generation.hierarchy import Guidance, Settings
 from cogvideo.generation.sampling import GumbelNoise
 from cogvideo.generation.upscale import RELEASED, slot_noise, upscale
 from cogvideo.layout import SequenceLayout
+from cogvideo.models.autoencoder import to_pixels
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.pictures import contact_sheet, write_image
@@ -269,8 +270,7 @@ class _Drawing:
         device = next(autoencoder.parameters()).device
         squares = codes.view(-1, side, side).to(device)
         with torch.autocast(device.type, enabled=False):
-            made = autoencoder.decode(squares, chunk=1).float().clamp(0, 1)
-        return (made * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            return to_pixels(autoencoder.decode(squares, chunk=1))
 
 
 def _first_frames(drawing: _Drawing, model: Transformer, each: int = 1) -> Int64[Tensor, "batch 1 slots"]:
