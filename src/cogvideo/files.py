@@ -42,6 +42,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file, in UTF-8, that takes the place of `path` when it is whole.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
+    """
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 @contextmanager
 def replacing_by_name(path: Path) -> Iterator[Path]:
     """The same for writers that open their file by name: a temporary name with the suffix of `path`.

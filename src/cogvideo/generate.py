@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import cogvideo
 from cogvideo.bundle import usable
 from cogvideo.config import require
-from cogvideo.files import replacing
+from cogvideo.files import write_text
 from cogvideo.generation.hierarchy import Guidance, Settings
 from cogvideo.generation.sampling import Sampling
 from cogvideo.pipeline import CogVideoPipeline, Frame, Upscaling
@@ -143,5 +143,4 @@ def _write(file: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: 
     sidecar.unlink(missing_ok=True)
     told = {"comment": json.dumps(record, ensure_ascii=False)} if file.suffix.lower() == ".mp4" else None
     write_video(file, frames, fps, told)
-    with replacing(sidecar) as new:
-        new.write(json.dumps(record, ensure_ascii=False, indent=2).encode() + b"\n")
+    write_text(sidecar, json.dumps(record, ensure_ascii=False, indent=2) + "\n")

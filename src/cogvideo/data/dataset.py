@@ -33,7 +33,7 @@ from cogvideo.data.shards import (
     typed,
 )
 from cogvideo.data.sources import Rejection
-from cogvideo.files import TEMPORARY_SUFFIX, replacing
+from cogvideo.files import TEMPORARY_SUFFIX, write_text
 
 CARD = "dataset.json"
 REJECTED = "rejected.csv"
@@ -176,8 +176,7 @@ def write_card(folder: Path, card: Card) -> None:
         OSError: it cannot be written.
     """
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(card)}, indent=2, ensure_ascii=False)
-    with replacing(folder / CARD) as file:
-        file.write(f"{text}\n".encode())
+    write_text(folder / CARD, f"{text}\n")
 
 
 def read_card(folder: Path) -> Card:

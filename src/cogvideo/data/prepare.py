@@ -27,7 +27,7 @@ from cogvideo.data.encoding import Job, PrepareSettings, Worker
 from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
 from cogvideo.data.shards import ShardInfo, digest, read_info, shard_name
 from cogvideo.data.sources import File, Item, Member, Rejection, SourceOptions, list_source
-from cogvideo.files import alone_in, remove_leftovers, replacing
+from cogvideo.files import alone_in, remove_leftovers, write_text
 from cogvideo.storage import Manifest
 
 TOO_MANY_REJECTED = 1
@@ -218,8 +218,7 @@ def write_rejected(path: Path, rejected: Sequence[Rejection]) -> None:
     table = csv.writer(text)
     table.writerow(Rejection._fields)
     table.writerows(rejected)
-    with replacing(path) as file:
-        file.write(text.getvalue().encode())
+    write_text(path, text.getvalue())
 
 
 def summary(folder: Path, card: Card) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideo.config import CogVideoConfig
-from cogvideo.files import replacing
+from cogvideo.files import write_text
 from cogvideo.report.page import file_size
 from cogvideo.storage import COMPONENTS, Manifest
 
@@ -43,15 +43,10 @@ def write_card(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
         OSError: they cannot be written.
     """
     known = {name: reports[name] for name in COMPONENTS if name in reports}
-    _write(folder / REPORTS, json.dumps(known, indent=2) + "\n")
+    write_text(folder / REPORTS, json.dumps(known, indent=2) + "\n")
     path = folder / CARD
     if not path.exists() or _SIGN in path.read_text(encoding="utf-8", errors="replace"):
-        _write(path, "\n".join(_lines(folder, known)) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
+        write_text(path, "\n".join(_lines(folder, known)) + "\n")
 
 
 def _lines(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from cogvideo.config import require
-from cogvideo.files import replacing
+from cogvideo.files import write_text
 from cogvideo.training.parallel import any_rank, wait_for_all
 
 STATE = "state.json"
@@ -123,8 +123,7 @@ class Checkpoints:
         if _is_first():
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            with replacing(aside / STATE) as file:
-                file.write(json.dumps({"step": step, "held_out": held_out}).encode() + b"\n")
+            write_text(aside / STATE, json.dumps({"step": step, "held_out": held_out}) + "\n")
         wait_for_all()
         self._publish = lambda: self._rename(aside, step)
         writer, alone = FileSystemWriter(aside), not dist.is_initialized()

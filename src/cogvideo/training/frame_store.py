@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from cogvideo.config import require
 from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
-from cogvideo.files import replacing
+from cogvideo.files import replacing, write_text
 from cogvideo.video import VideoError
 
 FILES = ("train.rgb", "held_out.rgb")
@@ -85,7 +85,8 @@ def fetch(
     """
     key = _key(sources, options, settings)
     if not (folder / MANIFEST).exists():
-        _publish(folder / MANIFEST, {"key": key} | _draw(folder, sources, options, settings, on_frames))
+        drawn = {"key": key} | _draw(folder, sources, options, settings, on_frames)
+        write_text(folder / MANIFEST, json.dumps(drawn, indent=2) + "\n")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     require(
         manifest["key"] == key,
@@ -143,11 +144,6 @@ def _write(
             counts.append(len(frames))
             on_frames(len(frames))
     return counts
-
-
-def _publish(path: Path, values: dict[str, Any]) -> None:
-    with replacing(path) as file:
-        file.write(f"{json.dumps(values, indent=2)}\n".encode())
 
 
 def divide(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:

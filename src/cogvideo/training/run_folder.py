@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cogvideo.config import require
-from cogvideo.files import replacing
+from cogvideo.files import replacing, write_text
 
 
 class Checkpoint(NamedTuple):
@@ -51,7 +51,7 @@ class RunFolder:
         path = self.path / "run.json"
         here = json.loads(json.dumps(identity))
         if not path.exists():
-            _write(path, json.dumps(here, indent=2) + "\n")
+            write_text(path, json.dumps(here, indent=2) + "\n")
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -92,7 +92,7 @@ class RunFolder:
         """Drop lines that a killed run reported behind its last checkpoint, which are made again."""
         if self._metrics.exists():
             kept = [row for row in self.rows() if row["step"] <= step]
-            _write(self._metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
+            write_text(self._metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, without one that a killed run left half-written.
@@ -116,7 +116,7 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `report.json`, which says that the run is over."""
-        _write(self.path / "report.json", json.dumps(summary, indent=2) + "\n")
+        write_text(self.path / "report.json", json.dumps(summary, indent=2) + "\n")
 
     @property
     def _checkpoint(self) -> Path:
@@ -134,8 +134,3 @@ def _changes(there: Any, here: Any, name: str = "") -> Iterator[str]:
             yield from _changes(there.get(key), here.get(key), f"{name}.{key}" if name else key)
     elif there != here:
         yield f"{name} was {there!r:.60} and is {here!r:.60}"
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cogvideo import world as synthetic
 from cogvideo.config import require
-from cogvideo.files import replacing
+from cogvideo.files import write_text
 from cogvideo.world.scenes import Scene, Split
 
 FPS = 8.0
@@ -54,7 +54,7 @@ def world(
     scenes = list(itertools.islice(synthetic.scenes(split, start), clips))
     for scene in scenes:
         write_video(out / _name(scene), synthetic.render(scene, size, FPS), FPS)
-    _write_table(out / "captions.jsonl", [_row(scene) for scene in scenes])
+    write_text(out / "captions.jsonl", "".join(json.dumps(_row(scene)) + "\n" for scene in scenes))
     write_image(
         out / "contact_sheet.png",
         contact_sheet(
@@ -74,8 +74,3 @@ def _row(scene: Scene) -> dict[str, Any]:
     """A row of the table that `cogvideo data prepare` reads."""
     row = {"file": _name(scene), "caption": list(synthetic.captions(scene)), "split": synthetic.split(scene)}
     return row | synthetic.attributes(scene)
-
-
-def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    with replacing(path) as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
