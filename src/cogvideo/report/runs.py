@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 
 from cogvideo.config import require
+from cogvideo.report.page import flat
 from cogvideo.training.run_folder import RunFolder
 from cogvideo.training.start import STAGES
 
@@ -151,7 +152,7 @@ def _read(folder: Path, name: str) -> Run:
         name=name,
         stage=stage,
         num_steps=num_steps,
-        settings=dict(_flat(identity)),
+        settings=dict(flat(identity)),
         figures=figures,
         held_out=held_out,
         judged=held_out.get("psnr") if stage == TOKENIZER else _mean(measured),
@@ -235,12 +236,3 @@ def _curve(steps: list[int], values: list[float]) -> Curve:
     order = np.argsort(places, kind="stable")
     kept = order[np.isfinite(heights[order])]
     return Curve(places[kept], heights[kept])
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested tables as rows: `optimization.batch`, `16`."""
-    if isinstance(value, dict):
-        for key, each in value.items():
-            yield from _flat(each, f"{name}.{key}" if name else key)
-    else:
-        yield name, json.dumps(value, ensure_ascii=False)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cogvideo.data.clips import FrameRates, filled_rates, lowest_rate
 from cogvideo.data.dataset import CARD, Card
@@ -23,6 +22,7 @@ from cogvideo.report.page import (
     duration,
     element,
     file_size,
+    flat,
     group,
     join,
     middle,
@@ -255,17 +255,9 @@ def settings(card: Card) -> Html:
         "base rate": f"{card.fps:g} frames a second",
     }
     rows = ((name, element("code", middle(value, 200))) for name, value in facts.items())
-    dataset, how = panel("Dataset", table(("", ""), rows)), table(("", ""), _flat(card.settings))
-    return group("stack", group("two", dataset, panel("Settings", how)), _shards(card))
-
-
-def _flat(values: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Html]]:
-    """Nested settings as rows: `frames.size`, `64`."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", element("code", shorten(json.dumps(value, ensure_ascii=False)))
+    chosen = ((name, element("code", shorten(value))) for name, value in flat(card.settings))
+    dataset, how = panel("Dataset", table(("", ""), rows)), panel("Settings", table(("", ""), chosen))
+    return group("stack", group("two", dataset, how), _shards(card))
 
 
 def _shards(card: Card) -> Html:

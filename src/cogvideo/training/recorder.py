@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import nn
 
+from cogvideo.files import write_text
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.training.run_folder import RunFolder
@@ -226,7 +227,7 @@ class _Wandb:
             raise ValueError(_lacking("wandb", "wandb")) from error
         note = folder / "wandb-id"
         if not note.exists():
-            note.write_text(secrets.token_hex(8), encoding="utf-8")
+            write_text(note, secrets.token_hex(8))
         name = f"{folder.resolve().parent.name}/{folder.name}"
         self._image, self._run = (
             wandb.Image,
