@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from json import dumps
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -100,11 +99,7 @@ def info(target: str = "", /, json: bool = False, batch: int = 1) -> None:
 
 def _find(target: str) -> tuple[str, CogVideoConfig, dict[str, int]]:
     """Name, configuration and sizes of files."""
-    if target in PRESETS:
-        return target, preset(target), {}
-    expected = f"expected a preset ({', '.join(PRESETS)}) or the folder of a bundle"
-    require(Path(target).is_dir(), f"got {target!r}, {expected}")
-    manifest = Manifest.read(Path(target))
+    manifest = Manifest.of(target)
     return target, manifest.config, {name: entry.num_bytes for name, entry in manifest.components.items()}
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cogvideo.config import CogVideoConfig, from_dict, require
+from cogvideo.config import PRESETS, CogVideoConfig, from_dict, preset, require
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel
 from cogvideo.models.upscaler import UpscaleChannel
@@ -101,6 +101,19 @@ class Manifest:
     """Sizes of all components, also of those that the bundle lacks."""
     components: dict[str, Entry]
     """File of each component, by its name in `COMPONENTS`."""
+
+    @classmethod
+    def of(cls, target: str) -> Manifest:
+        """The manifest of the bundle in a folder, or of a preset, which has no components.
+
+        Raises:
+            ValueError: `target` is neither, or its `bundle.json` cannot be used.
+        """
+        if target in PRESETS:
+            return cls(preset(target), {})
+        expected = f"expected a preset ({', '.join(PRESETS)}) or the folder of a bundle"
+        require(Path(target).is_dir(), f"got {target!r}, {expected}")
+        return cls.read(Path(target))
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

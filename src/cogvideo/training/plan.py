@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from json import dumps
-from pathlib import Path
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -25,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from cogvideo.bundle import CogVideo
-from cogvideo.config import PRESETS, CogVideoConfig, preset, require
+from cogvideo.config import CogVideoConfig, require
 from cogvideo.costs import STAGES, Stage, layout_of, training
 from cogvideo.dry_run import META, WithoutValues
 from cogvideo.storage import MODULES, Manifest
@@ -368,21 +367,13 @@ def plan(target: str = "cogvideo", /, *, machines: Machines, json: bool = False,
     Raises:
         ValueError: `target` is neither, or the GPUs cannot share its matrices.
     """
-    found = report(target, _config(target), machines, ema)
+    found = report(target, Manifest.of(target).config, machines, ema)
     if json:
         print(dumps(asdict(found), indent=2, ensure_ascii=False))
         return
     console = Console(highlight=False)
     for part in _parts(found):
         console.print(part, soft_wrap=isinstance(part, str))
-
-
-def _config(target: str) -> CogVideoConfig:
-    if target in PRESETS:
-        return preset(target)
-    expected = f"expected a preset ({', '.join(PRESETS)}) or the folder of a bundle"
-    require(Path(target).is_dir(), f"got {target!r}, {expected}")
-    return Manifest.read(Path(target)).config
 
 
 def _parts(found: Report) -> Iterator[Table | str]:
