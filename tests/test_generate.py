@@ -7,8 +7,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -21,17 +23,20 @@ import torch
 from PIL import Image
 
 import cogvideo
+from cogvideo import machine
+from cogvideo.bundle import CogVideo, _Source
 from cogvideo.cli import main
-from cogvideo.generate import generate
 from cogvideo.generation.hierarchy import Guidance, Settings
 from cogvideo.generation.sampling import Sampling
-from cogvideo.pipeline import CogVideoPipeline, Frame
+from cogvideo.pictures import write_image
+from cogvideo.pipeline import CogVideoPipeline, Frame, Given, Upscaling
+from cogvideo.video import read_video, write_video
 from gallery import make_model
 from killing import kill_at
 from workshop import RATIO
 
 SIDE = 16
-QUICK: dict[str, Any] = {"rounds": 0, "superres": False, "guidance": 1.0}
+QUICK = ("--rounds", "0", "--no-superres", "--guidance", "1")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,11 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     return folder
+
+
+def run(*arguments: object, status: int = 0) -> None:
+    """The command, in this process."""
+    assert main(["generate", *map(str, arguments)]) == status
 
 
 def read(path: Path) -> tuple[np.ndarray, float, float, dict[str, Any]]:
@@ -70,6 +80,11 @@ def record_of(path: Path) -> dict[str, Any]:
     return found
 
 
+def frames_of(folder: Path) -> np.ndarray:
+    """Those of a folder of PNG files, exactly."""
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line that a mistake is told in."""
     capsys.readouterr()
@@ -85,88 +100,403 @@ def tree(folder: Path) -> list[str]:
     return sorted(str(each.relative_to(folder)) for each in folder.rglob("*") if each.is_file())
 
 
+def made(model: str, prompt: str, seed: int, given: Given | None = None, **options: Any) -> np.ndarray:
+    """Pixels of a clip as the pipeline makes it."""
+    upscaling = Upscaling(options.pop("superres", False))
+    stream = CogVideoPipeline.from_pretrained(model).stream(
+        [prompt], [torch.Generator().manual_seed(seed)], Settings(**options), upscaling, given
+    )
+    return np.stack([frame.pixels[0] for frame in sorted(stream, key=lambda frame: frame.place)])
+
+
+def picture(path: Path, seed: int = 0, side: int = 40) -> Path:
+    """A picture with a pattern of its own."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    write_image(path, coarse.repeat(side // 4, 0).repeat(side // 4, 1))
+    return path
+
+
 @pytest.mark.parametrize(
     ("rounds", "number", "rate", "superres"), [(0, 5, 1, False), (1, 9, 2, True), (2, 17, 4, False), (3, 33, 8, False)]
 )
 def test_a_clip_is_a_video(rounds: int, number: int, rate: int, superres: bool, model: str, inside: Path) -> None:
     """Guards the file: its frames in order of time, four seconds from the first to the last, for every player."""
-    generate(("a cat runs",), model=model, output=Path("x.mp4"), seed=3, rounds=rounds, superres=superres)
+    options = ("--seed", 3, "--rounds", rounds, "--superres" if superres else "--no-superres")
+    run("a cat runs", "--model", model, "--output", "x.mp4", *options)
     frames, found, seconds, _ = read(inside / "x.mp4")
     side = SIDE * RATIO if superres else SIDE
     assert (frames.shape, found, seconds) == ((number, side, side, 3), rate, number / rate)
     if superres:
-        pipeline = CogVideoPipeline.from_pretrained(model)
-        stream = pipeline.stream(["a cat runs"], [torch.Generator().manual_seed(3)], Settings(rounds=rounds))
-        expected = [frame.pixels[0] for frame in sorted(stream, key=lambda frame: frame.place)]
-        differences = abs(frames.astype(float)[:, None] - np.stack(expected)[None]).mean((2, 3, 4))
+        expected = made(model, "a cat runs", 3, rounds=rounds, superres=True)
+        differences = abs(frames.astype(float)[:, None] - expected[None]).mean((2, 3, 4))
         assert (differences.argmin(1) == np.arange(number)).mean() > 0.8, "colours are stored at half the resolution"
 
 
 def test_the_settings_stand_beside_the_clip_and_in_it(model: str, inside: Path) -> None:
-    """Guards reproduction: the record names every setting, and with them the same clip is made again."""
-    options: dict[str, Any] = {"rounds": 0, "guidance": 2.5, "temperature": 0.9, "clusters": 5, "superres": False}
-    generate(("a cat runs",), model=model, output=Path("x.mp4"), seed=7, device="cpu", dtype="bfloat16", **options)
-    frames, _, _, inner = read(inside / "x.mp4")
+    """Guards reproduction: the record names every setting and what was made with which versions."""
+    write_image(inside / "start.png", np.zeros((8, 8, 3), np.uint8))
+    options = ("--rounds", 0, "--guidance", 2.5, "--temperature", 0.9, "--clusters", 5, "--no-superres")
+    more = ("--negative", "the sun", "--dtype", "bfloat16", "--image", "start.png")
+    run("a cat runs", "--model", model, "--output", "x.mp4", "--seed", 7, *options, *more)
+    _, _, _, inner = read(inside / "x.mp4")
     record = record_of(inside / "x.mp4")
     assert record == inner
+    codes, sums = record.pop("codes"), record.pop("sha256")
+    assert re.fullmatch(r"[0-9a-f]{64}", codes)
+    assert list(sums) == ["image"]
     assert record == {
+        "file": "x.mp4",
         "prompt": "a cat runs",
         "seed": 7,
         "model": model,
-        **options,
-        "device": "cpu",
+        "image": "start.png",
+        "extend": None,
+        "first": None,
+        "last": None,
+        "loop": False,
+        "negative": "the sun",
+        "guidance": 2.5,
+        "temperature": 0.9,
+        "clusters": 5,
+        "rounds": 0,
+        "superres": False,
         "dtype": "bfloat16",
+        "bundle": CogVideo.from_pretrained(model).fingerprint,
+        "fps": 1.0,
+        "frames": 5,
+        "width": SIDE,
+        "height": SIDE,
+        "device": "cpu",
+        "torch": torch.__version__,
         "cogvideo": cogvideo.__version__,
     }
-    settings = {name: value for name, value in record.items() if name not in ("prompt", "cogvideo")}
-    generate((record["prompt"],), output=Path("again.mp4"), **settings)
-    assert np.array_equal(read(inside / "again.mp4")[0], frames)
-    for name, value in (("seed", 8), ("guidance", 1.0), ("temperature", 3.0), ("clusters", 1)):
-        generate((record["prompt"],), output=Path("other.mp4"), **settings | {name: value})
-        assert not np.array_equal(read(inside / "other.mp4")[0], frames), name
+
+
+def test_a_sidecar_makes_its_clip_again(
+    model: str, inside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards reproduction: the same pixels, wherever the model lies now; and what changed meanwhile is told."""
+    picture(inside / "start.png")
+    more = ("--negative", "the sun", "--image", "start.png", "--temperature", 2.0, "--guidance", 2.0, "--rounds", 1)
+    run("a cat runs", "--model", model, "--output", "x", "--format", "png", "--seed", 7, *more)
+    frames = frames_of(inside / "x" / "a-cat-runs")
+    moved = inside / "moved"
+    os.symlink(model, moved)
+    sidecar = inside / "x" / "a-cat-runs.json"
+    run("--from-sidecar", sidecar, "--model", "moved", "--output", "y", "--format", "png")
+    assert np.array_equal(frames_of(inside / "y" / "a-cat-runs"), frames)
+    assert (
+        json.loads((inside / "y" / "a-cat-runs.json").read_text())["codes"] == json.loads(sidecar.read_text())["codes"]
+    )
+
+    for changed, message in (
+        ({"bundle": "0"}, "was made with another model than"),
+        ({"sha256": {"image": "0"}}, "was made with another file than start.png"),
+        ({"prompt": 3}, "is no sidecar, expected the JSON file beside a clip"),
+    ):
+        (inside / "other.json").write_text(json.dumps(json.loads(sidecar.read_text()) | changed))
+        assert message in refused(capsys, "--from-sidecar", "other.json")
+    (inside / "old.json").write_text('{"prompt": "a cat", "seed": 1}')
+    assert "lacks clusters, dtype, " in refused(capsys, "--from-sidecar", "old.json")
+    (inside / "none.json").write_text("[")
+    assert "is no sidecar" in refused(capsys, "--from-sidecar", "none.json")
+    assert "No such file" in refused(capsys, "--from-sidecar", "nowhere.json")
+    for option in (("a cat",), ("--seed", "1"), ("--rounds", "1"), ("--samples", "2")):
+        assert "a sidecar brings prompt" in refused(capsys, *option, "--from-sidecar", str(sidecar))
+    (inside / "other.json").write_text(json.dumps(json.loads(sidecar.read_text()) | {"codes": "0", "torch": "1.0"}))
+    run("--from-sidecar", "other.json", "--output", "z", status=1)
+    assert "these are other codes than those of other.json, which torch 1.0 on cpu made" in capsys.readouterr().err
 
 
 def test_options_mean_what_they_say(model: str, inside: Path) -> None:
-    """Guards the way from options to settings: guidance and sampler are those of later frames."""
-    options: dict[str, Any] = {"rounds": 1, "guidance": 2.5, "temperature": 0.9, "clusters": 5, "superres": True}
-    generate(("a cat runs",), model=model, output=Path("x.webp"), seed=7, **options)
-    settings = Settings(rounds=1, later=Sampling(0.9, clusters=5), guidance=Guidance(sequential=2.5))
-    stream = CogVideoPipeline.from_pretrained(model).stream(
-        ["a cat runs"], [torch.Generator().manual_seed(7)], settings
+    """Guards the way from options to settings: guidance, sampler and negative text are those of later frames."""
+    options = ("--rounds", 1, "--guidance", 2.5, "--temperature", 0.9, "--clusters", 5, "--negative", "the sun")
+    run("a cat runs", "--model", model, "--format", "png", "--seed", 7, *options)
+    expected = made(
+        model,
+        "a cat runs",
+        7,
+        rounds=1,
+        later=Sampling(0.9, clusters=5),
+        guidance=Guidance(sequential=2.5, negative="the sun"),
+        superres=True,
     )
-    with Image.open(inside / "x.webp") as image:
-        for frame in sorted(stream, key=lambda frame: frame.place):
-            image.seek(frame.place)
-            assert np.array_equal(np.asarray(image.convert("RGB")), frame.pixels[0])
+    assert np.array_equal(frames_of(inside / "out" / "a-cat-runs"), expected)
 
 
-@pytest.mark.parametrize(("name", "milliseconds"), [("x.gif", 500), ("x.webp", 500), ("X.GIF", 500), ("X.MP4", None)])
+def test_each_option_changes_the_clip(model: str, inside: Path) -> None:
+    """Guards options against being read and forgotten."""
+    plain = ("a cat runs", "--model", model, "--format", "png", "--seed", 7, "--rounds", 0, "--no-superres")
+    picture(inside / "start.png")
+    changes = [
+        (),
+        ("--seed", 8),
+        ("--guidance", 1),
+        ("--temperature", 3),
+        ("--clusters", 1),
+        ("--negative", "the sun"),
+        ("--image", "start.png"),
+        ("--loop",),
+        ("--rounds", 1),
+        ("--superres",),
+        ("--dtype", "bfloat16"),
+    ]
+    seen = []
+    for number, change in enumerate(changes):
+        run(*plain, *change, "--output", number)
+        seen.append(frames_of(inside / str(number) / "a-cat-runs"))
+    for first in range(len(seen)):
+        for other in range(first):
+            assert not np.array_equal(seen[first], seen[other]), (changes[first], changes[other])
+    run(*plain, "--output", "again")
+    assert np.array_equal(frames_of(inside / "again" / "a-cat-runs"), seen[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "milliseconds"), [("x.gif", 500), ("x.webp", 500), ("X.GIF", 500), ("X.WEBP", 500), ("X.MP4", None)]
+)
 def test_other_formats(name: str, milliseconds: int | None, model: str, inside: Path) -> None:
-    """Guards GIF and WebP, which hold no metadata: the clip moves at its rate, its settings stand beside it."""
-    generate(("a cat runs",), model=model, output=Path(name), seed=3, rounds=1, superres=False)
+    """Guards GIF and WebP: the clip moves at its rate, its settings stand beside it and in it."""
+    run("a cat runs", "--model", model, "--output", name, "--seed", 3, "--rounds", 1, "--no-superres")
     assert tree(inside) == sorted([name, f"{name[0]}.json"])
     assert record_of(inside / name)["seed"] == 3
     if milliseconds is not None:
         with Image.open(inside / name) as image:
             image.load()
             assert (image.n_frames, image.size, image.info["duration"]) == (9, (SIDE, SIDE), milliseconds)
+            comment = image.info["comment"].decode() if name.lower().endswith("gif") else image.getexif()[0x010E]
+            assert json.loads(comment) == record_of(inside / name)
+
+
+def test_frames_are_a_folder_of_pictures(model: str, inside: Path) -> None:
+    """Guards PNG: every pixel as it was made, the record in each, nothing else in the folder."""
+    run("a cat runs", "--model", model, "--format", "png", "--seed", 3, *QUICK)
+    names = [f"out/a-cat-runs/{place:03}.png" for place in range(5)]
+    assert tree(inside) == ["out/a-cat-runs.json", *names]
+    expected = made(model, "a cat runs", 3, rounds=0, guidance=Guidance(sequential=1))
+    assert np.array_equal(frames_of(inside / "out" / "a-cat-runs"), expected)
+    with Image.open(inside / names[2]) as image:
+        assert json.loads(image.text["comment"])["seed"] == 3  # type: ignore[attr-defined]
+
+
+def test_frames_can_be_played_at_another_rate(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards --fps: the same codes, faster; a rate that the format lacks is refused before anything is made."""
+    run("a cat runs", "--model", model, "--output", "a.mp4", "--seed", 3, *QUICK)
+    run("a cat runs", "--model", model, "--output", "b.mp4", "--seed", 3, "--fps", 5, *QUICK)
+    (slow, rate, _, one), (fast, other, seconds, two) = read(inside / "a.mp4"), read(inside / "b.mp4")
+    assert (rate, other, seconds) == (1, 5, 1)
+    assert len(slow) == len(fast) == 5
+    assert one["codes"] == two["codes"]
+    told = refused(capsys, "a cat", "--model", model, "--output", "x.gif", "--rounds", "6")
+    assert "fps is 64.0, expected a number in (0, 50] for .gif" in told
+
+
+# Frames that are given
+
+
+def test_an_image_starts_to_move(model: str, inside: Path) -> None:
+    """Guards image-to-video: frame 0 is what the image tokenizer makes of the middle of the picture."""
+    wide = np.zeros((40, 100, 3), np.uint8)
+    wide[:, 30:70] = np.asarray(Image.open(picture(inside / "square.png")))
+    write_image(inside / "wide.png", wide)
+    with Image.open(inside / "square.png") as image:
+        image.convert("L").save(inside / "gray.jpg")
+        image.convert("RGBA").save(inside / "alpha.webp", lossless=True)
+    pipeline = CogVideoPipeline.from_pretrained(model)
+    for name in ("square.png", "wide.png", "gray.jpg", "alpha.webp"):
+        run("a cat runs", "--model", model, "--image", name, "--format", "png", "--output", name[:-4], *QUICK)
+        square = read_video(inside / name, 1, SIDE, max_frames=1).frames
+        codes = pipeline.encode(square)
+        expected = pipeline._pixels(codes)
+        frames = frames_of(inside / name[:-4] / "a-cat-runs")
+        assert np.array_equal(frames[0], expected[0]), name
+        assert not np.array_equal(frames[1], frames[0])
+    assert np.array_equal(*(frames_of(inside / name / "a-cat-runs")[0] for name in ("square", "wide")))
+
+
+@pytest.mark.parametrize(("number", "context", "start"), [(1, 1, 0), (2, 1, 1), (3, 2, 0), (12, 2, 9)])
+def test_a_video_goes_on(number: int, context: int, start: int, model: str, inside: Path) -> None:
+    """Guards extension: what was there stays, frame by frame, and what follows comes from its last second."""
+    frames = np.random.default_rng(1).integers(0, 256, (number, 2, 2, 3), np.uint8).repeat(20, 1).repeat(20, 2)
+    write_video(inside / "old.webp", frames, 2)
+    options = ("--rounds", 1, "--no-superres", "--format", "png", "--seed", 3)
+    run("a cat runs", "--model", model, "--extend", "old.webp", *options)
+    found = frames_of(inside / "out" / "a-cat-runs")
+    assert len(found) == start + 9
+    pipeline = CogVideoPipeline.from_pretrained(model)
+    codes = pipeline.encode(read_video(inside / "old.webp", 2, SIDE).frames)
+    assert np.array_equal(found[:number], pipeline._pixels(codes))
+    alone = made(model, "a cat runs", 3, Given(codes[start::2][:context]), rounds=1) if context == 1 else None
+    if alone is not None:
+        assert np.array_equal(found[number:], alone[1:])
+
+
+def test_what_lies_between_two_pictures(model: str, inside: Path) -> None:
+    """Guards in-between: the clip begins with one picture and ends with the other."""
+    picture(inside / "a.png", 1)
+    picture(inside / "b.png", 2)
+    options = ("--rounds", 1, "--no-superres", "--format", "png")
+    run("a cat runs", "--model", model, "--first", "a.png", "--last", "b.png", *options)
+    found = frames_of(inside / "out" / "a-cat-runs")
+    pipeline = CogVideoPipeline.from_pretrained(model)
+    ends = pipeline._pixels(pipeline.encode([np.asarray(Image.open(inside / name)) for name in ("a.png", "b.png")]))
+    assert len(found) == 9
+    assert np.array_equal(found[[0, -1]], ends)
+
+
+def test_a_loop_ends_where_it_begins(model: str, inside: Path) -> None:
+    """Guards loops: the frame after the last is the first, so it is not shown twice; key frames before it are drawn as
+    without a loop."""
+    options = ("--model", model, "--no-superres", "--format", "png", "--seed", 3)
+    run("a cat runs", *options, "--rounds", 0, "--output", "open")
+    run("a cat runs", *options, "--rounds", 0, "--loop", "--output", "keys")
+    run("a cat runs", *options, "--rounds", 1, "--loop", "--output", "loop")
+    found, keys, loop = (frames_of(inside / name / "a-cat-runs") for name in ("open", "keys", "loop"))
+    assert np.array_equal(keys, found[:4])
+    assert len(loop) == 8
+    assert np.array_equal(loop[::2], keys)
+
+
+# Many clips
 
 
 def test_a_seed_is_drawn_and_told(model: str, inside: Path) -> None:
     """Guards clips that someone wants again: each has a seed of its own, which gives it alone, too."""
-    prompts = ("a cat runs", "the sun", "a cat runs")
-    generate(prompts, model=model, **QUICK)
+    run("a cat runs", "the sun", "a cat runs", "--model", model, "--format", "png", *QUICK)
+    names = ["a-cat-runs", "the-sun", "a-cat-runs-2"]
+    records = [json.loads((inside / "out" / f"{name}.json").read_text()) for name in names]
+    assert [each["prompt"] for each in records] == ["a cat runs", "the sun", "a cat runs"]
+    assert len({each["seed"] for each in records}) == 3
+    run("a cat runs", "--model", model, "--format", "png", "--output", "alone", "--seed", records[2]["seed"], *QUICK)
+    assert np.array_equal(frames_of(inside / "alone" / "a-cat-runs"), frames_of(inside / "out" / "a-cat-runs-2"))
+
+
+def test_samples_and_batches(model: str, inside: Path) -> None:
+    """Guards numbers of clips: each has the seed after the one before, and is the same whatever is made beside it."""
+    options = ("a cat runs", "the sun", "--model", model, "--format", "png", "--seed", 5, "--samples", 2, *QUICK)
+    run(*options)
+    run(*options, "--batch", 3, "--output", "batch")
+    names = ["a-cat-runs", "a-cat-runs-2", "the-sun", "the-sun-2"]
+    for seed, name in enumerate(names, 5):
+        record = json.loads((inside / "out" / f"{name}.json").read_text())
+        assert record["seed"] == seed
+        assert json.loads((inside / "batch" / f"{name}.json").read_text()) == record
+        frames = frames_of(inside / "out" / name)
+        assert np.array_equal(frames_of(inside / "batch" / name), frames)
+        expected = made(model, record["prompt"], seed, rounds=0, guidance=Guidance(sequential=1))
+        assert np.array_equal(frames, expected)
+
+
+def test_a_list_is_gone_on_with(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards long lists: what is finished is not made again, unless it is wanted otherwise; what is half there is."""
+    (inside / "list.csv").write_text('prompt,seed\na cat runs,7\nthe sun,\n"a cat, runs",9\n', encoding="utf-8")
+    options = ("--prompts", "list.csv", "--model", model, *QUICK)
+    run(*options)
     names = ["a-cat-runs.mp4", "the-sun.mp4", "a-cat-runs-2.mp4"]
-    assert tree(inside / "out") == sorted(each for name in names for each in (name, name.replace("mp4", "json")))
-    records = [record_of(inside / "out" / name) for name in names]
-    first = records[0]["seed"]
-    assert [(each["prompt"], each["seed"]) for each in records] == [
-        (prompt, first + place) for place, prompt in enumerate(prompts)
+    assert capsys.readouterr().out.split() == [f"out/{name}" for name in names]
+    assert [record_of(inside / "out" / name)["seed"] for name in names][::2] == [7, 9]
+    before = {name: (inside / "out" / name).stat().st_mtime_ns for name in names}
+    (inside / "out" / "a-cat-runs-2.json").unlink()  # as a kill leaves it: no record, so it is not finished
+    run(*options)
+    told = capsys.readouterr()
+    assert told.out.split() == ["out/a-cat-runs-3.mp4"]
+    assert told.err == "2 of 3 clips were there already\n"
+    assert {name: (inside / "out" / name).stat().st_mtime_ns for name in names} == before
+    run(*options, "--samples", "2")
+    assert len(capsys.readouterr().out.split()) == 3, "one more of each"
+    run(*options, "--temperature", 2)
+    assert len(capsys.readouterr().out.split()) == 3, "all of them otherwise"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", b"\n \n", "x.txt has no prompts, expected one a line"),
+        ("x.txt", b"\xff", "x.txt is no text in UTF-8"),
+        ("x.csv", b"text\na cat\n", "x.csv has the columns text, expected prompt or caption"),
+        ("x.csv", b"prompt,seed\na cat,-1\n", "x.csv, line 2: seed is '-1', expected a number in"),
+        ("x.csv", b"prompt,seed\n,1\n", "x.csv, line 2: prompt is '', expected a text"),
+        ("x.jsonl", b'{"prompt": 3}\n', "x.jsonl, line 1: prompt is 3, expected a text"),
+        ("x.jsonl", b"{", "x.jsonl"),
+        ("x.csv", None, "No such file or directory: x.csv"),
+        ("x.txt", None, "No such file or directory: x.txt"),
+    ],
+)
+def test_a_bad_list_is_refused(
+    name: str, content: bytes | None, message: str, model: str, inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards lists against silent losses."""
+    if content is not None:
+        (inside / name).write_bytes(content)
+    assert message in refused(capsys, "--prompts", name, "--model", model)
+
+
+def test_lists_of_other_kinds(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards texts with a line a prompt, and JSON lines; both may be told as JSON."""
+    (inside / "x.txt").write_text("\ufeffa cat runs\n\n  the sun  \r\n", encoding="utf-8")
+    (inside / "x.jsonl").write_text('{"caption": "a cat", "seed": 4}\n{"caption": "the sun"}\n', encoding="utf-8")
+    run("--prompts", "x.txt", "--model", model, "--output", "texts", *QUICK)
+    assert capsys.readouterr().out.split() == ["texts/a-cat-runs.mp4", "texts/the-sun.mp4"]
+    run("--prompts", "x.jsonl", "--model", model, "--output", "lines", "--json", *QUICK)
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(each["file"], each["prompt"]) for each in records] == [("a-cat.mp4", "a cat"), ("the-sun.mp4", "the sun")]
+    assert records[0]["seed"] == 4
+    assert records == [record_of(inside / "lines" / each["file"]) for each in records]
+
+
+# Early looks, and early ends
+
+
+def test_frames_are_there_before_the_clip(
+    model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards --preview and Ctrl-C: what was shown stays, and clips before it; nothing half-made looks like a clip."""
+    stream = CogVideoPipeline.stream
+
+    def interrupted(self: CogVideoPipeline, prompts: Any, *rest: Any) -> Any:
+        frames = stream(self, prompts, *rest)
+
+        def some() -> Any:
+            yield next(frames)
+            yield next(frames)
+            raise KeyboardInterrupt
+
+        return some() if prompts == ["the sun"] else frames
+
+    monkeypatch.setattr(CogVideoPipeline, "stream", interrupted)
+    arguments = ("a cat runs", "the sun", "the sun", "--model", model, "--seed", 3, "--preview", *QUICK)
+    run(*arguments, status=130)
+    assert tree(inside / "out") == [
+        *(f"a-cat-runs-frames/{place:03}.png" for place in range(5)),
+        "a-cat-runs.json",
+        "a-cat-runs.mp4",
+        "the-sun-frames/000.png",
+        "the-sun-frames/001.png",
     ]
-    generate(prompts[2:], model=model, output=Path("alone.mp4"), seed=first + 2, **QUICK)
-    assert np.array_equal(read(inside / "alone.mp4")[0], read(inside / "out" / names[2])[0])
-    generate((prompts[0],), model=model, output=Path("random.mp4"), **QUICK)
-    assert record_of(inside / "random.mp4")["seed"] != first
+    expected = made(model, "a cat runs", 3, rounds=0, guidance=Guidance(sequential=1))
+    assert np.array_equal(frames_of(inside / "out" / "a-cat-runs-frames"), expected)
+    assert capsys.readouterr().out == "out/a-cat-runs.mp4\n"
+
+
+def test_control_c_ends_a_real_process(model: str, inside: Path) -> None:
+    """Guards a whole process: it ends at once, with status 130, without a traceback, and keeps its frames."""
+    arguments = ["a cat runs", "--model", model, "--samples", "500", "--preview", "--rounds", "3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cogvideo", "generate", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until = time.monotonic() + 100
+    while not list(inside.glob("out/*-frames/002.png")) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 130, told
+    assert "Traceback" not in told
+    assert list(inside.glob("out/*-frames/002.png"))
+    assert not [each for each in tree(inside) if ".tmp" in each]
+
+
+# Odd prompts, mistakes
 
 
 ODD = {
@@ -190,7 +520,7 @@ def test_odd_prompts_stay_inside(
     prompt: str, model: str, inside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards the file system against prompts: a plain name in the output folder; the record has the prompt itself."""
-    assert main(["generate", "--model", model, "--rounds", "0", "--no-superres", "--guidance", "1", "--", prompt]) == 0
+    run("--model", model, *QUICK, "--", prompt)
     name = ODD[prompt]
     assert capsys.readouterr().out == f"{Path('out') / name}.mp4\n"
     assert tree(tmp_path) == [f"a/b/c/out/{name}.json", f"a/b/c/out/{name}.mp4"]
@@ -241,7 +571,7 @@ def test_every_prompt_has_a_file_of_its_own(
     codes, pixels = torch.zeros(1, SIDE, dtype=torch.int64), np.zeros((1, SIDE, SIDE, 3), np.uint8)
     frames = [Frame("image", place, 5, codes, pixels) for place in range(5)]
     monkeypatch.setattr(CogVideoPipeline, "stream", lambda *_: iter(frames))  # names alone are looked at
-    generate(prompts, model=model, seed=1, **QUICK)
+    run("--model", model, "--seed", 1, *QUICK, "--", *prompts)
     assert tree(inside / "out") == sorted(f"{name}{suffix}" for name in names for suffix in (".json", ".mp4"))
     for prompt, name in zip(prompts, names, strict=True):
         assert record_of(inside / "out" / f"{name}.mp4")["prompt"] == prompt
@@ -268,7 +598,20 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--rounds", "-1"), "rounds is -1, expected 0 or more"),
+        (("--rounds", "-1"), "rounds is -1, expected 0 to 6"),
+        (("--rounds", "7"), "rounds is 7, expected 0 to 6"),
+        (("--samples", "0"), "samples is 0, expected a positive number"),
+        (("--batch", "0"), "batch is 0, expected a positive number"),
+        (("--fps", "0"), "fps is 0.0, expected a number in"),
+        (("--image", "nowhere.png"), "No such file or directory: nowhere.png"),
+        (("--image", "file"), "file: "),
+        (("--extend", "file"), "file: "),
+        (("--first", "file"), "got one of --first and --last, expected both"),
+        (("--image", "file", "--extend", "file"), "got --image and --extend, expected one start"),
+        (("--extend", "file", "--loop"), "got --loop with another end"),
+        (("--prompts", "file"), "got prompts and a file of prompts, expected one of them"),
+        (("--device", "cuda"), "cannot use the device 'cuda'"),
+        (("--model", "nobody/nothing"), "there is no folder nobody/nothing, and none came from the Hub"),
         (("--guidance", "nan"), "guidance of the sequential stage is nan, expected 0 or more"),
         (("--temperature", "-1"), "temperature is -1.0, expected 0"),
         (("--clusters", "-1"), "clusters is -1, expected 0"),
@@ -297,7 +640,7 @@ def test_mistakes_are_one_line(
 def test_a_file_is_for_one_prompt(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against all prompts but one being lost."""
     told = refused(capsys, "a cat", "the sun", "--model", model, "--output", "x.mp4")
-    assert "output is the file x.mp4 for 2 prompts, expected a folder" in told
+    assert "output is the file x.mp4 for 2 clips, expected a folder" in told
     assert list(inside.iterdir()) == []
 
 
@@ -312,18 +655,22 @@ def test_a_damaged_model_is_refused(
 
 
 def test_what_is_there_is_replaced_as_a_whole(model: str, inside: Path) -> None:
-    """Guards clips that are made again: whenever the process is killed, there is the old clip or the new one, and
-    beside it its own settings or none."""
-    path = Path("out") / "a-cat.mp4"
-    generate(("a cat",), model=model, seed=1, **QUICK)
+    """Guards a file that is made again by name: whenever the process is killed, there is the old clip or the new one,
+    and beside it its own settings or none."""
+
+    def make(seed: int) -> None:
+        run("a cat", "--model", model, "--output", "x.mp4", "--seed", seed, *QUICK)
+
+    path = Path("x.mp4")
+    make(1)
     old = path.read_bytes()
-    generate(("a cat",), model=model, seed=2, **QUICK)
+    make(2)
     new = path.read_bytes()
     assert old != new
-    generate(("a cat",), model=model, seed=1, **QUICK)
+    make(1)
     seen = set()
     for number in count(1):
-        killed = kill_at(number, lambda: generate(("a cat",), model=model, seed=2, **QUICK))
+        killed = kill_at(number, lambda: make(2))
         assert path.read_bytes() in (old, new)
         seed = read(path)[3]["seed"]
         has = path.with_suffix(".json").exists()
@@ -333,5 +680,43 @@ def test_what_is_there_is_replaced_as_a_whole(model: str, inside: Path) -> None:
             break
     assert seen == {(1, True), (1, False), (2, False), (2, True)}
     assert (path.read_bytes(), record_of(path)["seed"]) == (new, 2)
-    generate(("a cat",), model=model, seed=2, **QUICK)
-    assert path.read_bytes() == new
+
+
+def test_nothing_in_a_folder_is_replaced(model: str, inside: Path) -> None:
+    """Guards clips of an earlier day: the same prompt gets another name, whatever has the first."""
+    for _ in range(2):
+        run("a cat", "--model", model, "--seed", 1, *QUICK)
+    (inside / "out" / "A-CAT-3.txt").touch()
+    run("a cat", "--model", model, "--seed", 2, *QUICK)
+    assert [record_of(inside / "out" / f"a-cat{each}.mp4")["seed"] for each in ("", "-2", "-4")] == [1, 1, 2]
+
+
+def test_a_model_that_does_not_fit_is_refused(
+    model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against being killed while loading: what is needed is said before, and what helps."""
+    monkeypatch.setattr(machine, "free_memory", lambda _: 1 << 20)
+    told = refused(capsys, "a cat", "--model", model, "--batch", "4")
+    assert re.search(r"this needs \d+\.\d GiB of memory on cpu, where 0.0 GiB are free; what helps: --batch 2,", told)
+    assert "--offload, --dtype bfloat16, --rounds 0, a smaller model" in told
+    monkeypatch.setattr(machine, "free_memory", lambda _: 1 << 30)
+    run("a cat", "--model", model, *QUICK)
+
+
+def test_offloading_makes_the_same_clip(model: str, inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards --offload: the same pixels, and at no time the weights of two stages."""
+    options = ("a cat runs", "--model", model, "--rounds", 1, "--seed", 3, "--format", "png")
+    run(*options)
+    run(*options, "--offload", "--output", "other")
+    assert np.array_equal(*(frames_of(inside / name / "a-cat-runs") for name in ("out", "other")))
+    pipeline = CogVideoPipeline.from_pretrained(model, offload=True)
+    stages, seen, load = {"sequential", "interpolation", "superres"}, [], _Source.load
+
+    def watched(source: _Source, component: str) -> Any:
+        seen.append((component, stages & pipeline.model._parts.keys()))
+        return load(source, component)
+
+    monkeypatch.setattr(_Source, "load", watched)
+    list(pipeline.stream(["a cat"], [torch.Generator()], Settings(rounds=1)))
+    assert {name for name, _ in seen} >= stages
+    assert all(not there for name, there in seen if name in stages), seen

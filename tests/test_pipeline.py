@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from cogvideo.bundle import CogVideo
@@ -17,9 +19,10 @@ from cogvideo.generation.hierarchy import Guidance, Settings, collect, generate
 from cogvideo.generation.sampling import Sampling, spawn
 from cogvideo.generation.upscale import slot_noise, upscale
 from cogvideo.models.packing import PackedLinear
-from cogvideo.pipeline import CogVideoPipeline, Frame, Upscaling
+from cogvideo.pipeline import CogVideoPipeline, Frame, Upscaling, export_to_video
 from cogvideo.storage import MODULES
 from cogvideo.text import PaddedText
+from cogvideo.video import read_video
 from gallery import loud, make_model, make_parts
 from workshop import GRID, NUM_CODES, RATIO, small_config
 
@@ -288,3 +291,84 @@ def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
     """Guards the message of a wrong folder."""
     with pytest.raises(ValueError, match=r"there is no folder .*nowhere: pass the folder of a bundle"):
         CogVideoPipeline.from_pretrained(tmp_path / "nowhere")
+
+
+# The call
+
+
+def test_a_call_gives_the_clips_of_the_command(folder: Path, tmp_path: Path) -> None:
+    """Guards the call: clips in order of time and of prompts, each with the seed after the one before; frames are
+    passed on as they come; what is exported is what was made."""
+    pipeline, seen = CogVideoPipeline.from_pretrained(folder), list[Frame]()
+    generator = torch.Generator().manual_seed(5)
+    options: dict[str, Any] = {"guidance_scale": 2.0, "settings": ONE}
+    clips = pipeline(PROMPTS, num_samples=2, generator=generator, callback=seen.append, **options)
+    settings = replace(ONE, guidance=Guidance(sequential=2.0))
+    prompts = (PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1])
+    expected = run(pipeline, prompts, (5, 6, 7, 8), settings)
+    assert np.array_equal(clips.frames, pixels_of(expected))
+    assert torch.equal(clips.codes, codes_of(expected))
+    assert clips.fps == 2
+    assert [frame.place for frame in seen[:5]] == [0, 2, 4, 6, 8]
+    assert sorted(frame.place for frame in seen) == list(range(9))
+    one = pipeline(PROMPTS[1], generator=torch.Generator().manual_seed(7), **options)
+    assert np.array_equal(one.frames[0], clips.frames[2])
+    listed = pipeline(PROMPTS, generator=generators(5, 7), **options)
+    assert np.array_equal(listed.frames, clips.frames[[0, 2]])
+    random = [pipeline(PROMPTS[0], settings=Settings(rounds=0)).frames for _ in range(2)]
+    assert not np.array_equal(*random)
+
+    assert export_to_video(one.frames[0], str(tmp_path / "x.webp"), fps=one.fps) == str(tmp_path / "x.webp")
+    assert np.array_equal(read_video(tmp_path / "x.webp", 2).frames, one.frames[0])
+    export_to_video([Image.fromarray(each) for each in one.frames[0]], tmp_path / "y.webp")
+    assert np.array_equal(read_video(tmp_path / "y.webp", 8).frames, one.frames[0])
+
+
+def test_a_call_takes_pictures_of_all_kinds(folder: Path) -> None:
+    """Guards given frames: of Pillow in any mode, of NumPy, cut to their middle; transparent ones are put on white."""
+    pipeline = CogVideoPipeline.from_pretrained(folder)
+    square = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8).repeat(5, 0).repeat(5, 1)
+    wide = np.pad(square, ((0, 0), (8, 8), (0, 0)))
+    codes = pipeline.encode([square])
+    assert codes.shape == (1, GRID**2)
+    transparent = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    white = pipeline.encode([np.full((20, 20, 3), 255, np.uint8)])
+    palette = transparent.convert("P")
+    palette.info["transparency"] = 0
+    for each, expected in (
+        (wide, codes),
+        (Image.fromarray(square), codes),
+        (Image.fromarray(square).convert("RGBA"), codes),
+        (Image.fromarray(square[..., 0]), pipeline.encode([square[..., :1].repeat(3, 2)])),
+        (transparent, white),
+        (palette, white),
+    ):
+        assert torch.equal(pipeline.encode([each]), expected)
+    settings = Settings(rounds=0)
+    seed = torch.Generator().manual_seed(1)
+    clips = pipeline(PROMPTS[0], Image.fromarray(square), generator=seed, settings=settings)
+    assert torch.equal(clips.codes[0, 0], codes[0])
+    both = pipeline(PROMPTS[0], square, last_image=wide[::-1].copy(), settings=settings)
+    assert torch.equal(both.codes[0, [0, -1]], torch.cat([codes, pipeline.encode([square[::-1].copy()])]))
+    longer = pipeline(PROMPTS[0], video=clips.frames[0], settings=settings)
+    assert longer.codes.shape[1] == 8
+    assert len(pipeline(PROMPTS[0], square, loop=True, settings=settings).codes[0]) == 4
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image": np.zeros((4, 4, 3))}, r"got a picture of type float64 of shape \(4, 4, 3\), expected uint8"),
+        ({"image": np.zeros((4, 4), np.uint8)}, r"got a picture of type uint8 of shape \(4, 4\), expected uint8"),
+        ({"video": []}, "got no pictures, expected one or several"),
+        ({"image": np.zeros((4, 4, 3), np.uint8), "video": []}, "got an image and a video to start from"),
+        ({"last_image": np.zeros((4, 4, 3), np.uint8)}, "got a last frame and 0 leading ones, expected one"),
+        ({"num_samples": 0}, "num_samples is 0, expected a positive number"),
+        ({"generator": [torch.Generator()] * 2}, "got 2 generators for 1 prompts"),
+    ],
+)
+def test_calls_that_cannot_be_right_are_refused(options: dict[str, Any], message: str, folder: Path) -> None:
+    """Guards what users pass who come from other libraries."""
+    with pytest.raises(ValueError, match=message):
+        CogVideoPipeline.from_pretrained(folder)(PROMPTS[0], **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection
 from functools import cached_property
@@ -37,6 +38,9 @@ T = TypeVar("T")
 
 CODES_PER_CLUSTER = 40
 """Of clusters that are made here: the released tokenizer has 500 of its 20,000 codes."""
+
+POCKET = "pocket"
+"""Name of the model that comes with the package."""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """What weights can be loaded as."""
@@ -77,7 +81,7 @@ class CogVideo:
         memory peaks at what is loaded plus one tensor.
 
         Args:
-            name: folder of a bundle, or id of one on the Hub (`owner/name`).
+            name: folder of a bundle, id of one on the Hub (`owner/name`), or `pocket` for the one in the package.
             dtype: of all weights; as stored unless given.
             device: where tensors go.
             verify: whether to compare the sha256 of a component's file before it is used.
@@ -134,6 +138,29 @@ class CogVideo:
         """Hash of a component's file; None where it has none."""
         entries = {} if self._source is None else self._source.manifest.components
         return entries[component].sha256 if component in entries else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all components' files."""
+        entries = {} if self._source is None else self._source.manifest.components
+        return sum(entry.num_bytes for entry in entries.values())
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Hash of all components' files; None where they come from no bundle."""
+        if self._source is None:
+            return None
+        entries = self._source.manifest.components
+        listed = "".join(f"{name} {entries[name].sha256}\n" for name in sorted(entries))
+        return hashlib.sha256(listed.encode()).hexdigest()
+
+    def release(self) -> None:
+        """Forget the weights that were loaded from a bundle; each is loaded again when it is next used."""
+        if self._source is not None:
+            for component in self._source.manifest.components.keys() & self._parts.keys() - {"text", "cluster_labels"}:
+                del self._parts[component]
+            for name in ("base", "image_model", "sequential", "interpolation", "upscaler", "autoencoder"):
+                self.__dict__.pop(name, None)
 
     @cached_property
     def base(self) -> Base:
@@ -290,15 +317,19 @@ def usable(device: str | torch.device) -> torch.device:
 
 
 def locate(name: str | PathLike[str]) -> Path:
-    """The folder of a bundle: `name` itself, else a download of the Hub's bundle of that id.
+    """The folder of a bundle: that in the package for `pocket`, `name` itself, else a download of the Hub's bundle.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is none.
     """
+    if str(name) == POCKET:
+        folder = Path(__file__).parent / POCKET
+        require((folder / MANIFEST).exists(), f"the model in the box is missing, {folder}: install cogvideo again")
+        return folder
     folder = Path(name)
     if folder.is_dir():
         return folder
-    hint = "pass the folder of a bundle, or the id of one on the Hugging Face Hub (owner/name)"
+    hint = "pass the folder of a bundle, the id of one on the Hugging Face Hub (owner/name), or pocket"
     require(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None, f"there is no folder {folder}: {hint}")
     from huggingface_hub import snapshot_download  # takes a third of a second, and most bundles are folders
 

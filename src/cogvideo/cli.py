@@ -6,9 +6,14 @@ The function's signature and docstring are its options and help (tyro): paramete
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from functools import partial, wraps
 from importlib import import_module
-from typing import NamedTuple
+from io import StringIO
+from typing import Any, NamedTuple
 
 from cogvideo import __version__
 
@@ -111,14 +116,32 @@ def _call(name: str, arguments: list[str]) -> int:
 
     Functions return nothing, which is success, or a status.
     """
-    import tyro  # neither help nor version need it
-
     from cogvideo.recipes import expand
 
     module, function = COMMANDS[name].target.split(":")
-    run = getattr(import_module(module), function)
-    config = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(run, prog=f"cogvideo {name}", args=expand(name, arguments), config=config) or 0
+    call = _parse(name, getattr(import_module(module), function), expand(name, arguments))
+    return call() or 0
+
+
+def _parse(name: str, function: Callable[..., int | None], arguments: list[str]) -> Callable[[], int | None]:
+    """The call that the arguments ask for. Values that a configuration refuses are one line, as everywhere."""
+    import tyro  # neither help nor version need it
+
+    @wraps(function)
+    def deferred(*values: Any, **options: Any) -> Callable[[], int | None]:
+        return partial(function, *values, **options)
+
+    told = StringIO()
+    try:
+        with redirect_stderr(told):
+            return tyro.cli(deferred, prog=f"cogvideo {name}", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit:
+        box = " ".join(told.getvalue().replace("│", " ").split())  # drawn with letters where there are no lines
+        found = re.search(r"Value error .*?Error parsing (?:[\w.]+: )?(.*?) (?:─|-){9}", box)  # an option's name stays
+        if found is None:
+            print(told.getvalue(), end="", file=sys.stderr)
+            raise
+        raise ValueError(found[1]) from None
 
 
 def _unknown(name: str) -> str:

@@ -2,145 +2,365 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
-import re
 import secrets
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from json import dumps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 import cogvideo
-from cogvideo.bundle import usable
+from cogvideo.bundle import POCKET, usable
 from cogvideo.config import require
-from cogvideo.files import write_text
 from cogvideo.generation.hierarchy import Guidance, Settings
 from cogvideo.generation.sampling import Sampling
-from cogvideo.pipeline import CogVideoPipeline, Frame, Upscaling
-from cogvideo.video import VIDEO_SUFFIXES, write_video
+from cogvideo.machine import require_memory
+from cogvideo.outputs import Folder, Format, Record, is_file, read_record, write_clip, write_frame
+from cogvideo.pipeline import CogVideoPipeline, Frame, Given, Upscaling, collect, default_dtype
+from cogvideo.prompts import LARGEST_SEED, Prompt, read_prompts
+from cogvideo.video import check_rate, read_video
 
-Type = Literal["float32", "bfloat16", "float16"]
-FORMATS = (".mp4", ".gif", ".webp")
-"""Of the files that are written."""
-LONGEST_NAME = 120
-"""Bytes of a file name that is made from a prompt: twice as many are the most that file systems take."""
+Type = Literal["auto", "float32", "bfloat16", "float16"]
+NAMES: dict[torch.dtype, Type] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+MOST_ROUNDS = 6
+"""Of interpolation: 257 frames of four seconds."""
+FILES = ("image", "extend", "first", "last")
+"""Choices that name a file."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What decides a clip beside its prompt and its seed."""
+
+    model: str = POCKET
+    """Folder of a bundle, its id on the Hugging Face Hub, or pocket, the one in the box."""
+    image: Path | None = None
+    """A picture that starts to move: the first frame."""
+    extend: Path | None = None
+    """A video that goes on: its frames stay, and up to four seconds follow."""
+    first: Path | None = None
+    """The first frame, together with --last."""
+    last: Path | None = None
+    """The last frame, together with --first: what is between is made."""
+    loop: bool = False
+    """End where the clip begins, so that it can be repeated without a jump."""
+    negative: str | None = None
+    """What to move away from, in place of the model's unconditional text. It acts where there is guidance."""
+    guidance: float = 3.0
+    """How strongly key frames follow the prompt; 1 is not at all, and twice as fast."""
+    temperature: float = 1.05
+    """Of later frames; lower is calmer."""
+    clusters: int = 12
+    """Of codes that later frames are drawn from; fewer is calmer, 0 is all codes."""
+    rounds: int = 3
+    """Of interpolation: 0 to 3 give 5, 9, 17, 33 frames of four seconds."""
+    superres: bool = True
+    """Enlarge the frames, where the model can."""
+    dtype: Type = "auto"
+    """Of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.rounds <= MOST_ROUNDS, f"rounds is {self.rounds}, expected 0 to {MOST_ROUNDS}")
+        starts = [name for name in ("image", "extend", "first") if getattr(self, name) is not None]
+        require(len(starts) < 2, f"got --{' and --'.join(starts)}, expected one start")
+        pair = (self.first is None) == (self.last is None)
+        require(pair, "got one of --first and --last, expected both; --image is a first frame alone")
+        require(not (self.loop and (self.last or self.extend)), "got --loop with another end, expected one of them")
+
+    @property
+    def settings(self) -> Settings:
+        """Of the stages."""
+        guidance = Guidance(sequential=self.guidance, negative=self.negative)
+        return Settings(self.rounds, later=Sampling(self.temperature, clusters=self.clusters), guidance=guidance)
+
+    @property
+    def record(self) -> Record:
+        """All of them; of a file its content, since another one may come to have its name."""
+        paths = {name: path for name in FILES if (path := getattr(self, name)) is not None}
+        found = asdict(self) | {name: str(path) for name, path in paths.items()}
+        return found | {"sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}}
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where clips go, and how they are told."""
+
+    output: Path = Path("out")
+    """A file (.mp4, .gif, .webp) for a single clip, which is replaced, else a folder, in which nothing is."""
+    format: Format = "mp4"
+    """Of clips in a folder; png is a folder of frames."""
+    fps: float | None = None
+    """Frames a second of the files, to play the same frames faster or slower."""
+    preview: bool = False
+    """Write each frame as PNG as soon as it is finished, into a folder NAME-frames beside the clip."""
+    json: bool = False
+    """Print the record of each clip, a line each, instead of its path."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the work is done, which changes its speed and its memory."""
+
+    device: str = "auto"
+    """cpu, cuda, cuda:0, or auto."""
+    batch: int = 1
+    """Clips that are made at once."""
+    offload: bool = False
+    """Keep in memory only the weights at work: slower, for large models."""
+
+    def __post_init__(self) -> None:
+        require(self.batch > 0, f"batch is {self.batch}, expected a positive number")
 
 
 def generate(
-    prompts: tuple[str, ...] = (),
+    prompt: tuple[str, ...] = (),
     /,
     *,
-    model: str,
-    output: Path = Path("out"),
+    prompts: Path | None = None,
     seed: int | None = None,
-    rounds: int = 3,
-    guidance: float = 3.0,
-    temperature: float = 1.05,
-    clusters: int = 12,
-    superres: bool = True,
-    device: str = "auto",
-    dtype: Type = "float32",
-) -> None:
-    """Make a clip of each prompt. A JSON file of the same name beside it says how; files that are there are replaced.
+    samples: int = 1,
+    from_sidecar: Path | None = None,
+    choices: Choices = Choices(),  # frozen
+    files: Files = Files(),
+    execution: Execution = Execution(),
+) -> int:
+    """Make clips of prompts. A JSON file beside each, its sidecar, says how it was made, and so does the clip itself.
+
+    Ctrl-C keeps what is finished and ends with status 130.
 
     Args:
-        prompts: one or several.
-        model: folder of a bundle, or its id on the Hugging Face Hub.
-        output: a file (.mp4, .gif, .webp) for a single prompt, else a folder.
+        prompt: one or several.
+        prompts: a file of prompts: a line each, or a table (.csv, .jsonl, ...) with the column prompt and, if wanted,
+            seed. What is finished in the output folder is not made again.
         seed: of the first clip; the next has the next number. Random, and recorded, unless given.
-        rounds: of interpolation: 0 to 3 give 5, 9, 17, 33 frames.
-        guidance: how strongly key frames follow the prompt; 1 is not at all, and twice as fast.
-        temperature: of later frames; lower is calmer.
-        clusters: of codes that later frames are drawn from; fewer is calmer, 0 is all codes.
-        superres: enlarge the frames, where the model can.
-        device: cpu, cuda, cuda:0, or auto.
-        dtype: of the weights.
+        samples: clips of each prompt.
+        from_sidecar: make the clip of a sidecar again: the same codes, or status 1.
+        choices: what decides a clip beside its prompt and its seed.
+        files: where clips go.
+        execution: how the work is done.
 
     Raises:
         ValueError: a prompt, the model or a setting cannot be used.
-        OSError: something cannot be written.
+        OSError: something cannot be read or written.
     """
-    require(len(prompts) > 0, "there is no prompt, expected one or several texts")
-    require(seed is None or 0 <= seed < 2**63, f"seed is {seed}, expected a number in [0, 2**63)")
-    files = list(_files(prompts, output))
-    settings = Settings(
-        rounds=rounds, later=Sampling(temperature, clusters=clusters), guidance=Guidance(sequential=guidance)
-    )
-    on = usable(device)
-    pipeline = CogVideoPipeline.from_pretrained(model, getattr(torch, dtype), on)
-    first = secrets.randbelow(2**31) if seed is None else seed
-    seeds = range(first, first + len(prompts))
-    upscaling = Upscaling(superres)
-    streams = [  # all of them now, so that what cannot be used is refused before the first clip is made
-        pipeline.stream([prompt], [torch.Generator().manual_seed(each)], settings, upscaling)
-        for prompt, each in zip(prompts, seeds, strict=True)
-    ]
-    for folder in {file.parent for file in files}:
-        folder.mkdir(parents=True, exist_ok=True)
-        require(os.access(folder, os.W_OK), f"cannot write into {folder}, expected a folder for the clips")
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    for prompt, each, file, stream in zip(prompts, seeds, files, streams, strict=True):
-        frames = _clip(stream, console)
-        record = {
-            "prompt": prompt,
-            "seed": each,
-            "model": model,
-            "rounds": rounds,
-            "guidance": guidance,
-            "temperature": temperature,
-            "clusters": clusters,
-            "superres": superres,
-            "device": str(on),
-            "dtype": dtype,
+    before: Record = {}
+    if from_sidecar is None:
+        listed = _listed(prompt, prompts, seed, samples)
+    else:
+        alone = not prompt and prompts is None and seed is None and samples == 1
+        alone = alone and choices == Choices(model=choices.model)
+        require(alone, "a sidecar brings prompt, seed and choices; beside --from-sidecar expected --model at most")
+        before = _sidecar(from_sidecar)
+        listed, choices = [Prompt(before["prompt"], before["seed"])], _choices(from_sidecar, before, choices.model)
+    to_file = is_file(files.output, len(listed))
+    maker = Maker(choices, execution)
+    _check_origin(from_sidecar, before, maker.record)
+    fps = maker.fps if files.fps is None else files.fps
+    check_rate(files.output.suffix if to_file else f".{files.format}", fps)
+    record = maker.record | {"fps": fps}
+    if to_file:
+        wanted = [Wanted(listed[0].text, _seed(listed[0]), files.output)]
+    else:
+        wanted = list(_wanted(listed, record, Folder(files.output, files.format), skip=prompts is not None))
+    same = True
+    for clip in maker.make(wanted, fps, files.preview):
+        made = {"file": clip.path.name, "prompt": clip.prompt, "seed": clip.seed} | record | clip.figures
+        write_clip(clip.path, clip.frames, fps, made)
+        print(dumps(made, ensure_ascii=False) if files.json else clip.path, flush=True)
+        same = same and made["codes"] == before.get("codes", made["codes"])
+    if len(wanted) < len(listed):
+        print(f"{len(listed) - len(wanted)} of {len(listed)} clips were there already", file=sys.stderr)
+    if not same:
+        there = f"torch {before.get('torch')} on {before.get('device')}"
+        print(f"these are other codes than those of {from_sidecar}, which {there} made", file=sys.stderr)
+    return int(not same)
+
+
+# What is to be made
+
+
+class Wanted(NamedTuple):
+    """A clip that is to be made."""
+
+    prompt: str
+    seed: int
+    path: Path
+
+
+def _listed(prompt: tuple[str, ...], path: Path | None, seed: int | None, samples: int) -> list[Prompt]:
+    """Each prompt as often as it is wanted, with its seed where one is given."""
+    require(seed is None or 0 <= seed <= LARGEST_SEED, f"seed is {seed}, expected a number in [0, {LARGEST_SEED}]")
+    require(samples > 0, f"samples is {samples}, expected a positive number")
+    require(path is None or not prompt, "got prompts and a file of prompts, expected one of them")
+    require(path is not None or len(prompt) > 0, "there is no prompt, expected one or several texts, or --prompts FILE")
+    listed = list(map(Prompt, prompt)) if path is None else read_prompts(path)
+    found = []
+    for place, each in enumerate(listed):
+        first = each.seed if seed is None or each.seed is not None else seed + place * samples
+        for number in range(samples):
+            found.append(Prompt(each.text, None if first is None else (first + number) % (LARGEST_SEED + 1)))
+    return found
+
+
+def _seed(prompt: Prompt) -> int:
+    return secrets.randbelow(2**31) if prompt.seed is None else prompt.seed
+
+
+def _wanted(listed: Sequence[Prompt], record: Record, folder: Folder, skip: bool) -> Iterator[Wanted]:
+    """The clips that the folder lacks. Which model has made one, its hash says, wherever it lay."""
+    alike = {name: value for name, value in record.items() if name not in ("model", *FILES)}
+    for each in listed:
+        own = {"prompt": each.text} | ({} if each.seed is None else {"seed": each.seed})
+        if not (skip and folder.take(alike | own)):
+            yield Wanted(each.text, _seed(each), folder.name(each.text))
+
+
+# From a sidecar
+
+
+def _sidecar(path: Path) -> Record:
+    found = read_record(path)
+    told = f"{path} is no sidecar, expected the JSON file beside a clip"
+    if found is None:
+        path.stat()  # if it is missing, say that
+        raise ValueError(told)
+    require(isinstance(found.get("prompt"), str) and type(found.get("seed")) is int, told)
+    return found
+
+
+def _choices(path: Path, record: Record, model: str) -> Choices:
+    """What decided the clip. A model that is named beside the sidecar is where its own lies now."""
+    names = {each.name for each in fields(Choices)}
+    missing = sorted(names - record.keys())
+    require(not missing, f"{path} lacks {', '.join(missing)}: another version of cogvideo wrote it")
+    found: dict[str, Any] = {name: record[name] for name in names}
+    found |= {name: Path(found[name]) for name in FILES if found[name] is not None}
+    return Choices(**found | ({"model": model} if model != POCKET else {}))
+
+
+def _check_origin(path: Path | None, before: Record, record: Record) -> None:
+    """Refuse a model or files that are not those of the sidecar."""
+    if path is not None:
+        same = before.get("bundle") == record["bundle"]
+        require(same, f"{path} was made with another model than {record['model']}: say with --model where it lies")
+        changed = [name for name, value in record["sha256"].items() if before.get("sha256", {}).get(name) != value]
+        require(not changed, f"{path} was made with another file than {', '.join(record[name] for name in changed)}")
+
+
+# Making it
+
+
+class Made(NamedTuple):
+    """A finished clip."""
+
+    prompt: str
+    seed: int
+    path: Path
+    frames: UInt8[np.ndarray, "frames height width 3"]
+    figures: Record
+    """For its record."""
+
+
+class Maker:
+    """A model that makes clips with one set of choices.
+
+    Args:
+        choices: what decides them.
+        execution: how the work is done.
+
+    Raises:
+        ValueError: the model, a file or a setting cannot be used, or there is too little memory.
+        OSError: a file cannot be read.
+    """
+
+    def __init__(self, choices: Choices, execution: Execution) -> None:
+        self.device = usable(execution.device)
+        if choices.dtype == "auto":
+            choices = replace(choices, dtype=NAMES[default_dtype(self.device)])
+        dtype = getattr(torch, choices.dtype)
+        self.choices = choices
+        self.execution, self.settings = execution, choices.settings
+        self.pipeline = CogVideoPipeline.from_pretrained(choices.model, dtype, self.device, execution.offload)
+        model = self.pipeline.model
+        self.record = self.choices.record | {"bundle": model.fingerprint}
+        """What decides all clips."""
+        self.fps = self.pipeline.fps(self.settings)
+        require_memory(model, self.settings, dtype, self.device, execution.batch, execution.offload)
+        self.given = self._given()
+
+    def _given(self) -> Given:
+        """Frames of the files."""
+        config, choices = self.pipeline.model.config, self.choices
+        size = config.layout.grid * config.autoencoder.rate
+
+        def codes(path: Path | None, most: int | None = 1) -> Int64[Tensor, "frames slots"] | None:
+            if path is None:
+                return None
+            return self.pipeline.encode(read_video(path, self.fps, size, max_frames=most).frames)
+
+        first = codes(choices.extend, None) if choices.extend else codes(choices.image or choices.first)
+        last = codes(choices.last)
+        return Given(first, None if last is None else last[0], choices.loop)
+
+    def make(self, wanted: Sequence[Wanted], fps: float, preview: bool) -> Iterator[Made]:
+        """Clips as they are finished. All prompts are looked at, and folders made, before the first of them."""
+        groups = [wanted[start : start + self.execution.batch] for start in range(0, len(wanted), self.execution.batch)]
+        streams = [self._stream(group) for group in groups]
+        for folder in {each.path.parent for each in wanted}:
+            folder.mkdir(parents=True, exist_ok=True)
+            require(os.access(folder, os.W_OK), f"cannot write into {folder}, expected a folder for the clips")
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        for group, stream in zip(groups, streams, strict=True):
+            watched = _watched(_previewed(stream, group) if preview else stream, console)
+            clips = collect(watched, fps)
+            for each, frames, codes in zip(group, clips.frames, clips.codes, strict=True):
+                yield Made(*each, frames, self._figures(frames, codes))
+
+    def _stream(self, group: Sequence[Wanted]) -> Iterator[Frame]:
+        generators = [torch.Generator().manual_seed(each.seed) for each in group]
+        upscaling = Upscaling(self.choices.superres)
+        return self.pipeline.stream([each.prompt for each in group], generators, self.settings, upscaling, self.given)
+
+    def _figures(
+        self, frames: UInt8[np.ndarray, "frames height width 3"], codes: Int64[Tensor, "frames slots"]
+    ) -> Record:
+        return {
+            "frames": len(frames),
+            "width": frames.shape[2],
+            "height": frames.shape[1],
+            "codes": hashlib.sha256(codes.numpy().tobytes()).hexdigest(),
+            "device": str(self.device),
+            "torch": torch.__version__,
             "cogvideo": cogvideo.__version__,
         }
-        _write(file, frames, (len(frames) - 1) / settings.duration, record)
-        print(file)
 
 
-def _files(prompts: tuple[str, ...], output: Path) -> Iterator[Path]:
-    """The file of each prompt; names never lead out of the folder, and differ also where case does not count."""
-    suffix = output.suffix.lower()
-    if suffix in FORMATS or (suffix in VIDEO_SUFFIXES and not output.is_dir()):
-        kinds = f"expected a folder, or a file that ends in {', '.join(FORMATS)}"
-        require(suffix in FORMATS, f"cannot write {output}: {kinds}")
-        require(not output.is_dir(), f"{output} is a folder, {kinds}")
-        require(len(prompts) == 1, f"output is the file {output} for {len(prompts)} prompts, expected a folder")
-        yield output
-        return
-    require(output.is_dir() or not output.exists(), f"{output} is a file, expected a folder or a name with .mp4")
-    taken: set[str] = set()
-    for prompt in prompts:
-        words = re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:LONGEST_NAME].decode(errors="ignore")
-        stem = words.strip("-") or "clip"
-        names = (stem, *(f"{stem}-{number}" for number in range(2, len(prompts) + 2)))
-        name = next(each for each in names if each.casefold() not in taken)
-        taken.add(name.casefold())
-        yield output / f"{name}.mp4"
+def _previewed(stream: Iterator[Frame], group: Sequence[Wanted]) -> Iterator[Frame]:
+    """The frames, each written before it is passed on."""
+    folders = [each.path.with_name(f"{each.path.stem}-frames") for each in group]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    for frame in stream:
+        for folder, pixels in zip(folders, frame.pixels, strict=True):
+            write_frame(folder, frame.place, pixels)
+        yield frame
 
 
-def _clip(stream: Iterator[Frame], console: Console) -> UInt8[np.ndarray, "frames height width 3"]:
-    """The frames of a clip in order of time."""
+def _watched(stream: Iterator[Frame], console: Console) -> Iterator[Frame]:
+    """The frames, with a bar that says how far they are."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    found: dict[int, np.ndarray] = {}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)
-        for frame in stream:
-            found[frame.place] = frame.pixels[0]
-            bar.update(task, description=frame.stage, total=frame.num_frames, completed=len(found))
-    return np.stack([found[place] for place in sorted(found)])
-
-
-def _write(file: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, record: dict[str, Any]) -> None:
-    """The clip, then its settings: whatever interrupts it, no settings stand beside a clip that has others."""
-    sidecar = file.with_suffix(".json")
-    sidecar.unlink(missing_ok=True)
-    told = {"comment": json.dumps(record, ensure_ascii=False)} if file.suffix.lower() == ".mp4" else None
-    write_video(file, frames, fps, told)
-    write_text(sidecar, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+        for number, frame in enumerate(stream, 1):
+            bar.update(task, description=frame.stage, total=frame.num_frames, completed=number)
+            yield frame

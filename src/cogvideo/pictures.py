@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from cogvideo.config import require
 from cogvideo.files import replacing_by_name
@@ -117,17 +118,23 @@ def _fitted(image: Image.Image, size: int, view: View, pixel_aspect: float) -> I
 _BICUBIC = Image.Resampling.BICUBIC
 
 
-def write_image(path: Path, pixels: UInt8[np.ndarray, "height width 3"]) -> None:
-    """Write an image in the format of its suffix (`.png`, `.jpg`, `.webp`, ...).
+def write_image(
+    path: Path, pixels: UInt8[np.ndarray, "height width 3"], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write an image in the format of its suffix (`.png`, `.jpg`, `.webp`, ...); metadata is for PNG alone.
 
     Raises:
-        ValueError: the suffix is none of an image.
+        ValueError: the suffix is none of an image, or none that can hold the metadata.
         OSError: the file cannot be written.
     """
     suffixes = Image.registered_extensions()
     require(path.suffix.lower() in suffixes, f"cannot write {path}: expected a suffix such as .png, .jpg or .webp")
+    require(not metadata or path.suffix.lower() == ".png", f"cannot write metadata to {path}: expected the suffix .png")
+    texts = PngInfo()
+    for name, text in (metadata or {}).items():
+        texts.add_itxt(name, text)
     with replacing_by_name(path) as temporary:
-        Image.fromarray(pixels).save(temporary, quality=95)
+        Image.fromarray(pixels).save(temporary, quality=95, pnginfo=texts)
 
 
 def contact_sheet(

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Int64, UInt8
+from PIL import Image
 from torch import Tensor
 
-from cogvideo.bundle import CogVideo
-from cogvideo.config import require
-from cogvideo.generation.hierarchy import Finished, Settings, generate
+from cogvideo.bundle import CogVideo, usable
+from cogvideo.config import CogVideoConfig, require
+from cogvideo.generation.hierarchy import Settings, generate
 from cogvideo.generation.sampling import Sampling, spawn
 from cogvideo.generation.upscale import RELEASED, slot_noise, upscale
 from cogvideo.models.autoencoder import to_pixels
 from cogvideo.models.packing import pack
-from cogvideo.text import PaddedText, fit, pad_left
+from cogvideo.models.transformer import Transformer
+from cogvideo.pictures import View, look
+from cogvideo.text import PaddedText, TextTokenizer, fit, pad_left
+from cogvideo.video import write_video
+
+MOST_CONTEXT = 2
+"""Key frames of a clip that is extended which the new ones follow: with two, the model sees how things move."""
+
+Picture = Image.Image | UInt8[np.ndarray, "_ _ 3"]
+"""An image: of Pillow, or red, green and blue."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,25 @@ class Upscaling:
     """Whether they do, where the model has super-resolution."""
     sampling: Sampling = RELEASED
     """Sampler of the high codes."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Frames that a clip is made around. They are kept as they are: as what the image tokenizer makes of them."""
+
+    frames: Int64[Tensor, "frames slots"] | None = None
+    """Leading frames at the rate of the finished clip: one is an image that starts to move, more are a clip that is
+    extended from its last second."""
+    last: Int64[Tensor, " slots"] | None = None
+    """The last frame; then `frames` is one, the first."""
+    loop: bool = False
+    """End with the first frame again. It is left out of the clip, which then repeats without a jump."""
+
+    def __post_init__(self) -> None:
+        number = 0 if self.frames is None else len(self.frames)
+        require(not (self.loop and self.last is not None), "a loop ends with its first frame, expected no last frame")
+        require(not (self.loop and number > 1), "a clip that is extended does not end where it began: expected no loop")
+        require(self.last is None or number == 1, f"got a last frame and {number} leading ones, expected one")
 
 
 class Frame(NamedTuple):
@@ -46,26 +77,124 @@ class Frame(NamedTuple):
     """Red, green and blue."""
 
 
+class Clips(NamedTuple):
+    """Finished clips."""
+
+    frames: UInt8[np.ndarray, "batch frames height width 3"]
+    """Red, green and blue."""
+    codes: Int64[Tensor, "batch frames slots"]
+    fps: float
+    """Frames a second."""
+
+
 class CogVideoPipeline:
     """Text to video with one model.
 
     Args:
         model: with base, sequential stage, text and image tokenizer; interpolation and super-resolution where wanted.
+        offload: keep in memory only the weights of the part at work, and read them again for every clip. Frames are
+            then shown at the end, since they become pixels when all codes are there.
     """
 
-    def __init__(self, model: CogVideo) -> None:
+    def __init__(self, model: CogVideo, offload: bool = False) -> None:
         self.model = model
+        self.offload = offload
 
     @classmethod
     def from_pretrained(
-        cls, name: str | PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+        cls,
+        name: str | PathLike[str],
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        offload: bool = False,
     ) -> CogVideoPipeline:
-        """The pipeline of a bundle in a folder, or of one on the Hugging Face Hub.
+        """The pipeline of a bundle in a folder, of one on the Hugging Face Hub, or of the `pocket` model in the box.
+
+        Args:
+            name: folder, id (`owner/name`), or `pocket`.
+            dtype: of the weights; unless given, float32 on a CPU, which is exact, and bfloat16 on a GPU.
+            device: where the model is.
+            offload: see the class.
 
         Raises:
             ValueError: there is no such bundle, or dtype or device cannot be used.
         """
-        return cls(CogVideo.from_pretrained(name, dtype, device))
+        device = usable(device)
+        return cls(CogVideo.from_pretrained(name, dtype or default_dtype(device), device), offload)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Picture | None = None,
+        *,
+        video: Sequence[Picture] | UInt8[np.ndarray, "frames _ _ 3"] | None = None,
+        last_image: Picture | None = None,
+        loop: bool = False,
+        negative_prompt: str | None = None,
+        num_samples: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        guidance_scale: float = 3.0,
+        callback: Callable[[Frame], None] | None = None,
+        settings: Settings | None = None,
+        upscaling: Upscaling | None = None,
+    ) -> Clips:
+        """Clips of one prompt or several.
+
+        Args:
+            prompt: what they show.
+            image: the first frame, cut to a square.
+            video: frames to go on from, at the rate of the clip (8 a second with three rounds).
+            last_image: the last frame, from `image` on.
+            loop: end where the clip began.
+            negative_prompt: what to move away from, instead of the unconditional text.
+            num_samples: clips of each prompt.
+            generator: one a clip, on the CPU. A single one makes the first clip; the next clips get the seeds that
+                follow its own. Random unless given.
+            guidance_scale: how strongly key frames follow the prompt; 1 is not at all.
+            callback: called with each frame when it is finished.
+            settings: all else that decides a clip.
+            upscaling: of the frames.
+
+        Raises:
+            ValueError: something cannot be used, or the model lacks a part.
+        """
+        settings = settings or Settings()
+        guidance = replace(settings.guidance, sequential=guidance_scale, negative=negative_prompt)
+        settings = replace(settings, guidance=guidance)
+        require(num_samples > 0, f"num_samples is {num_samples}, expected a positive number")
+        prompts = [each for each in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_samples)]
+        require(image is None or video is None, "got an image and a video to start from, expected one of them")
+        first = [image] if image is not None else video
+        given = Given(
+            None if first is None else self.encode(first),
+            None if last_image is None else self.encode([last_image])[0],
+            loop,
+        )
+        found = []
+        for frame in self.stream(prompts, _one_each(generator, len(prompts)), settings, upscaling, given):
+            found.append(frame)
+            if callback is not None:
+                callback(frame)
+        return collect(found, self.fps(settings))
+
+    def fps(self, settings: Settings) -> float:
+        """Frames a second of a clip that is made with these settings."""
+        return (self.model.config.layout.num_frames - 1) * 2**settings.rounds / settings.duration
+
+    @torch.inference_mode()
+    def encode(self, pictures: Iterable[Picture]) -> Int64[Tensor, "frames slots"]:
+        """Codes of pictures, cut to squares of the model's size.
+
+        Raises:
+            ValueError: the model has no image tokenizer.
+        """
+        config, autoencoder = self.model.config, self.model.autoencoder
+        view = View(config.layout.grid * config.autoencoder.rate)
+        seen = [look(_image(each), view).pixels for each in pictures]
+        require(len(seen) > 0, "got no pictures, expected one or several")
+        like = autoencoder.codebook.embedding
+        pixels = rearrange(torch.from_numpy(np.stack(seen)), "frames height width rgb -> frames rgb height width")
+        return autoencoder.encode(pixels.to(like.device, like.dtype) / 255, chunk=1).flatten(1).cpu()
 
     def stream(
         self,
@@ -73,6 +202,7 @@ class CogVideoPipeline:
         generators: Sequence[torch.Generator],
         settings: Settings | None = None,
         upscaling: Upscaling | None = None,
+        given: Given | None = None,
     ) -> Iterator[Frame]:
         """Frames as they are finished, not in order of time. A clip depends on its prompt, generator and settings.
 
@@ -81,38 +211,75 @@ class CogVideoPipeline:
             generators: one CPU generator a clip.
             settings: of the stages.
             upscaling: of the frames.
+            given: frames that are there already, the same in every clip.
 
         Raises:
             ValueError: a prompt or a setting cannot be used, or the model lacks a part. At the call, before weights
                 are loaded.
         """
-        settings, upscaling = settings or Settings(), upscaling or Upscaling()
+        settings, upscaling, given = settings or Settings(), upscaling or Upscaling(), given or Given()
         there = self.model.components
         require("image_tokenizer" in there, f"this model has no image_tokenizer for pixels; it has {', '.join(there)}")
         enlarged = [spawn(generator, 1)[0] for generator in generators]
-        frames = generate(self.model, prompts, generators, settings)
+        frames = self._generate(prompts, generators, settings, given)
         enlarges = upscaling.enabled and "superres" in there
         text = self._text(prompts, settings.truncate) if enlarges else None
-        return self._frames(frames, settings, text, upscaling.sampling, enlarged)
+        if self.offload:
+            frames = self._offloaded(frames)
+        return self._frames(frames, text, upscaling.sampling, enlarged)
+
+    def _generate(
+        self, prompts: Sequence[str], generators: Sequence[torch.Generator], settings: Settings, given: Given
+    ) -> Iterator[_Coded]:
+        """Codes of the frames, given ones first; those that lie between given ones are not drawn anew."""
+        step = 2**settings.rounds
+        length = (self.model.config.layout.num_frames - 1) * step + 1
+        old = 0 if given.frames is None else len(given.frames)
+        context = min(MOST_CONTEXT, 1 + (old - 1) // step) if old else 0
+        start = old - 1 - (context - 1) * step if old else 0
+
+        def rows(codes: Int64[Tensor, "*places slots"]) -> Int64[Tensor, "batch *places slots"]:
+            return codes.expand(len(prompts), *codes.shape)
+
+        frames = generate(
+            _Stages(self.model, self.offload),
+            prompts,
+            generators,
+            settings,
+            rows(given.frames[start::step]) if given.frames is not None else None,
+            rows(given.last) if given.last is not None else None,
+            given.loop,
+        )
+        num_frames, spacing = start + length - given.loop, settings.duration / (length - 1)
+
+        def coded() -> Iterator[_Coded]:
+            for place in range(old):
+                assert given.frames is not None
+                yield _Coded("given", place, num_frames, rows(given.frames[place]))
+            for frame in frames:
+                place = start + round(frame.time / spacing)
+                if old <= place < num_frames:
+                    yield _Coded(frame.stage, place, num_frames, frame.codes)
+
+        return coded()
+
+    def _offloaded(self, frames: Iterator[_Coded]) -> Iterator[_Coded]:
+        """All codes first, without the weights that drew them afterwards."""
+        found = list(frames)
+        self.model.release()
+        yield from found
 
     def _frames(
-        self,
-        frames: Iterator[Finished],
-        settings: Settings,
-        text: PaddedText | None,
-        sampling: Sampling,
-        generators: list[torch.Generator],
+        self, frames: Iterator[_Coded], text: PaddedText | None, sampling: Sampling, generators: list[torch.Generator]
     ) -> Iterator[Frame]:
-        """Enlarged where there is a text to do it with."""
-        self._pack(settings.rounds)
-        num_frames = (self.model.config.layout.num_frames - 1) * 2**settings.rounds + 1
-        noise = [spawn(generator, num_frames) for generator in generators]
+        """Pixels of the frames, enlarged where there is a text to do it with."""
+        noise: list[list[torch.Generator]] = []
         for frame in frames:
-            place = round(frame.time / settings.duration * (num_frames - 1))
+            noise = noise or [spawn(generator, frame.num_frames) for generator in generators]
             codes = frame.codes
             if text is not None:
-                codes = self._upscale(text, codes, [each[place] for each in noise], sampling)
-            yield Frame(frame.stage, place, num_frames, frame.codes, self._pixels(codes))
+                codes = self._upscale(text, codes, [each[frame.place] for each in noise], sampling)
+            yield Frame(*frame, self._pixels(codes))
 
     def _upscale(
         self,
@@ -139,10 +306,110 @@ class CogVideoPipeline:
         squares = codes.to(autoencoder.codebook.embedding.device).view(-1, side, side)
         return to_pixels(autoencoder.decode(squares, chunk=1))
 
-    def _pack(self, rounds: int) -> None:
-        """On a CPU, copy the weights of the stages that draw into the order that it reads fastest; once is enough."""
-        model = self.model
-        for stage in [model.image_model, model.sequential, *([model.interpolation] if rounds else [])]:
-            for part in (stage.base, stage.channel):
-                if part is not None:
-                    pack(part)
+
+class _Coded(NamedTuple):
+    """A frame before it has pixels, see `Frame`."""
+
+    stage: str
+    place: int
+    num_frames: int
+    codes: Int64[Tensor, "batch slots"]
+
+
+class _Stages:
+    """The stages of a model as generation takes them. Each is made ready when it is asked for: on a CPU, its weights
+    are copied into the order that it reads fastest.
+
+    Args:
+        model: whose they are.
+        offload: let go of the others' weights.
+    """
+
+    def __init__(self, model: CogVideo, offload: bool) -> None:
+        self._model, self._offload = model, offload
+
+    @property
+    def config(self) -> CogVideoConfig:
+        return self._model.config
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        return self._model.components
+
+    @property
+    def image_model(self) -> Transformer:
+        return self._ready("image_model")
+
+    @property
+    def sequential(self) -> Transformer:
+        return self._ready("sequential")
+
+    @property
+    def interpolation(self) -> Transformer:
+        return self._ready("interpolation")
+
+    @property
+    def text(self) -> TextTokenizer:
+        return self._model.text
+
+    @property
+    def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
+        return self._model.cluster_labels
+
+    def _ready(self, name: str) -> Transformer:
+        if self._offload and name not in vars(self._model):
+            self._model.release()
+        stage: Transformer = getattr(self._model, name)
+        for part in (stage.base, stage.channel):
+            if part is not None:
+                pack(part)
+        return stage
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Of weights, where nothing else is asked for."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def collect(frames: Iterable[Frame], fps: float) -> Clips:
+    """All frames of a batch in order of time."""
+    ordered = sorted(frames, key=lambda frame: frame.place)
+    return Clips(
+        np.stack([frame.pixels for frame in ordered], 1), torch.stack([frame.codes for frame in ordered], 1), fps
+    )
+
+
+def export_to_video(
+    video_frames: Sequence[Picture] | UInt8[np.ndarray, "frames height width 3"],
+    output_video_path: str | PathLike[str],
+    fps: float = 8,
+) -> str:
+    """Write one clip as mp4, gif or webp, by the suffix of the path; the path is returned.
+
+    Raises:
+        ValueError: another suffix, no frames, or a rate that the format does not have.
+        OSError: the file cannot be written.
+    """
+    write_video(Path(output_video_path), np.stack([np.asarray(each) for each in video_frames]), fps)
+    return str(output_video_path)
+
+
+def _image(picture: Picture) -> Image.Image:
+    """In a mode that can be looked at."""
+    if isinstance(picture, np.ndarray):
+        is_picture = picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8 and picture.size > 0
+        got = f"{picture.dtype} of shape {picture.shape}"
+        require(is_picture, f"got a picture of type {got}, expected uint8 of shape (height, width, 3)")
+        return Image.fromarray(picture)
+    has_alpha = picture.mode in ("RGBA", "LA", "PA", "P") or "transparency" in picture.info
+    return picture.convert("RGBA" if has_alpha else "RGB")
+
+
+def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, clips: int) -> list[torch.Generator]:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        return list(generator)
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    first = generator.initial_seed()
+    return [generator, *(torch.Generator().manual_seed((first + number) % 2**63) for number in range(1, clips))]

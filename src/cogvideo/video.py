@@ -13,13 +13,13 @@ from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import ExifTags, Image
 
 from cogvideo.config import require
 from cogvideo.files import replacing_by_name
@@ -32,6 +32,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "Video",
     "VideoError",
+    "check_rate",
     "read_video",
     "write_video",
 ]
@@ -168,7 +169,8 @@ def write_video(
         path: what to write; it appears when it is complete.
         frames: red, green and blue.
         fps: frames a second; at most 50 in a GIF, whose unit is 10 ms.
-        metadata: names and texts that are stored in an `.mp4`.
+        metadata: names and texts that are stored with it; a `.gif` and a `.webp` (EXIF image description) have only a
+            `comment`.
 
     Raises:
         ValueError: another suffix, no frames, or a rate that the format does not have.
@@ -176,12 +178,18 @@ def write_video(
     """
     suffix = path.suffix.lower()
     require(suffix in _WRITERS, f"cannot write {path}: expected one of the suffixes {', '.join(_WRITERS)}")
-    require(suffix == ".mp4" or not metadata, f"cannot write metadata to {path}: expected the suffix .mp4")
+    check_rate(suffix, fps)
+    kept = suffix == ".mp4" or not metadata or set(metadata) == {"comment"}
+    require(kept, f"cannot write the metadata {sorted(metadata or ())} to {path}: expected a comment alone, or an .mp4")
     require(frames.size > 0, f"cannot write {path}: there are no frames")
-    fastest = 50 if suffix == ".gif" else MAX_FPS
-    require(0 < fps <= fastest, f"fps is {fps}, expected a number in (0, {fastest}] for {suffix}")
     with replacing_by_name(path) as temporary:
         _WRITERS[suffix](temporary, frames, fps, metadata or {})
+
+
+def check_rate(suffix: str, fps: float) -> None:
+    """Refuse frames a second that a format cannot hold."""
+    fastest = 50 if suffix.lower() == ".gif" else MAX_FPS
+    require(0 < fps <= fastest, f"fps is {fps}, expected a number in (0, {fastest}] for {suffix}")
 
 
 def _write_mp4(
@@ -203,11 +211,17 @@ def _write_mp4(
 
 
 def _write_animation(
-    path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, _: Mapping[str, str]
+    path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, metadata: Mapping[str, str]
 ) -> None:
     first, *others = map(Image.fromarray, frames)
-    durations = _milliseconds(len(frames), fps, 10 if path.suffix == ".gif" else 1)
-    first.save(path, save_all=True, append_images=others, duration=durations, loop=0, lossless=True)
+    is_gif = path.suffix.lower() == ".gif"
+    options: dict[str, Any] = {"lossless": True}
+    if "comment" in metadata:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = metadata["comment"]
+        options |= {"comment": metadata["comment"].encode()} if is_gif else {"exif": exif}
+    durations = _milliseconds(len(frames), fps, 10 if is_gif else 1)
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0, **options)
 
 
 def _milliseconds(num_frames: int, fps: float, unit: int) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple, Protocol
 
 import torch
@@ -151,6 +151,7 @@ def generate(
     settings: Settings | None = None,
     given: Int64[Tensor, "batch frames slots"] | None = None,
     last: Int64[Tensor, "batch slots"] | None = None,
+    loop: bool = False,
 ) -> Frames:
     """A clip for each prompt, all in one batch, from nothing or from given frames.
 
@@ -161,6 +162,7 @@ def generate(
         settings: all other choices.
         given: leading key frames: one continues an image, several continue a clip.
         last: last key frame; the clip then goes from `given`, which must be one frame, to this.
+        loop: the last key frame is the first one again.
 
     Raises:
         ValueError: a prompt is empty or too long, counts differ, given frames cannot be right, or the model lacks a
@@ -169,12 +171,13 @@ def generate(
     settings = settings or Settings()
     config = system.config
     given = _check(config, prompts, generators, given, last)
+    require(not (loop and last is not None), "a loop ends with its first frame, expected no other last frame")
     _check_parts(system.components, settings, image=not given.shape[1], key_frames=last is None)
     texts = _Texts(system, prompts, settings)
     spacing = settings.duration / (config.layout.num_frames - 1)
     rounds = settings.rounds if last is None else settings.rounds + _rounds_between(config)
     texts.check(not given.shape[1], spacing, settings.duration if last is not None else spacing, rounds)
-    return _generate(system, texts, _Streams.of(generators), given, last, spacing, rounds)
+    return _generate(system, texts, _Streams.of(generators), given, last, loop, spacing, rounds)
 
 
 def _generate(
@@ -183,11 +186,12 @@ def _generate(
     streams: _Streams,
     given: Tensor,
     last: Tensor | None,
+    loop: bool,
     spacing: float,
     rounds: int,
 ) -> Frames:
     if last is None:
-        clip = yield from _key_frames(system, texts, streams, given, spacing)
+        clip = yield from _key_frames(system, texts, streams, given, loop, spacing)
     else:
         clip = Clip(torch.stack([given[:, 0], last], 1), texts.settings.duration)
         yield from _finished("given", clip)
@@ -304,18 +308,30 @@ def _finished(stage: str, clip: Clip) -> Generator[Finished, None, None]:
         yield Finished(stage, number * clip.spacing, clip.codes[:, number], 0)
 
 
-def _key_frames(system: System, texts: _Texts, streams: _Streams, given: Tensor, spacing: float) -> Frames:
+def _key_frames(system: System, texts: _Texts, streams: _Streams, given: Tensor, loop: bool, spacing: float) -> Frames:
     """The first frame by the image model alone, the others by the sequential stage."""
     yield from _finished("given", Clip(given, spacing))
     if not given.shape[1]:
         layout = SequenceLayout.text_to_image(system.config.layout)
         given = yield from _decode(system.image_model, layout, texts.image(), given, streams.image, texts, "image", 0)
-    layout = SequenceLayout.sequential(system.config.layout)
-    condition = texts.sequential(spacing)
-    drawn = yield from _decode(
-        system.sequential, layout, condition, given, streams.sequential, texts, "sequential", spacing
-    )
-    return Clip(torch.cat([given, drawn], 1), spacing)
+    layout, again = SequenceLayout.sequential(system.config.layout), given[:, : int(loop)]
+    codes, wanted = given, layout.num_frames - given.shape[1] - again.shape[1]
+    if wanted:
+        model, condition, streamed = system.sequential, texts.sequential(spacing), streams.sequential
+        drawn = _decode(model, layout, condition, given, streamed, texts, "sequential", spacing)
+        codes = torch.cat([given, (yield from _first(drawn, wanted))], 1)
+    if loop:
+        yield Finished("given", (layout.num_frames - 1) * spacing, again[:, 0], 0)
+    return Clip(torch.cat([codes, again], 1), spacing)
+
+
+def _first(frames: Iterable[Finished], number: int) -> Generator[Finished, None, Int64[Tensor, "batch frames slots"]]:
+    """Yield so many frames and return their codes; what follows is never drawn."""
+    codes = []
+    for frame in islice(frames, number):
+        codes.append(frame.codes)
+        yield frame
+    return torch.stack(codes, 1)
 
 
 def _decode(

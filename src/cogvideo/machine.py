@@ -1,0 +1,68 @@
+"""What this machine has: memory and devices, and whether a clip fits."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from cogvideo.bundle import CogVideo
+from cogvideo.config import CogVideoConfig, require
+from cogvideo.costs import clip, resident
+from cogvideo.generation.hierarchy import Settings
+
+SURELY_ENOUGH = 20
+"""A model whose files are so many times smaller than the memory is not computed to the last byte, which takes
+seconds."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process can still get there."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def needed_memory(
+    config: CogVideoConfig,
+    settings: Settings,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int = 1,
+    offload: bool = False,
+) -> int:
+    """Bytes of device memory that so many clips at once need (see `costs`).
+
+    Args:
+        config: of the model.
+        settings: of the stages.
+        dtype: of the weights.
+        device: where they are.
+        batch: clips at once; weights count once, all else so many times.
+        offload: only the weights of the stage at work are there.
+    """
+    kind = "cpu_float32" if dtype.itemsize > 2 else "cpu_bfloat16" if device.type == "cpu" else "gpu_bfloat16"
+    phases = clip(config, settings)
+    own = {phase.name: phase.memory[kind].device - phase.memory[kind].parts["weights"] for phase in phases}
+    if offload:
+        return max(phase.memory[kind].parts["weights"] + batch * own[phase.name] for phase in phases)
+    return resident(config, phases)[kind] + (batch - 1) * max(own.values())
+
+
+def require_memory(
+    model: CogVideo, settings: Settings, dtype: torch.dtype, device: torch.device, batch: int, offload: bool
+) -> None:
+    """Refuse clips that do not fit, before anything is loaded.
+
+    Raises:
+        ValueError: too little memory is free; the message says what is needed and what helps.
+    """
+    free = free_memory(device)
+    if model.num_bytes * batch * SURELY_ENOUGH < free:
+        return
+    need = needed_memory(model.config, settings, dtype, device, batch, offload)
+    helps = [f"--batch {batch // 2}"] if batch > 1 else []
+    helps += [] if offload else ["--offload"]
+    helps += ["--dtype bfloat16"] if dtype.itemsize > 2 else []
+    helps += ["--rounds 0", "--device cpu" if device.type == "cuda" else "a smaller model"]
+    got = f"this needs {need / 2**30:.1f} GiB of memory on {device}, where {free / 2**30:.1f} GiB are free"
+    require(need <= free, f"{got}; what helps: {', '.join(helps)}")

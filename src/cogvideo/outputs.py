@@ -1,0 +1,126 @@
+"""Files of generated clips: their names, their formats, and the record of how each was made, beside it and in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cogvideo.config import require
+from cogvideo.files import write_text
+from cogvideo.pictures import write_image
+from cogvideo.video import VIDEO_SUFFIXES, write_video
+
+Format = Literal["mp4", "gif", "webp", "png"]
+SUFFIXES = (".mp4", ".gif", ".webp")
+"""Of the files that hold a clip; PNG frames are a folder."""
+LONGEST_NAME = 120
+"""Bytes of a file name that is made from a prompt: twice as many are the most that file systems take."""
+SIDECAR = ".json"
+
+Record = dict[str, Any]
+"""How a clip was made."""
+
+
+def is_file(output: Path, clips: int) -> bool:
+    """Whether an output names the file of a single clip; else it is a folder.
+
+    Raises:
+        ValueError: it can be neither.
+    """
+    suffix = output.suffix.lower()
+    if suffix in SUFFIXES or (suffix in VIDEO_SUFFIXES and not output.is_dir()):
+        kinds = f"expected a folder, or a file that ends in {', '.join(SUFFIXES)}"
+        require(suffix in SUFFIXES, f"cannot write {output}: {kinds}")
+        require(not output.is_dir(), f"{output} is a folder, {kinds}")
+        require(clips == 1, f"output is the file {output} for {clips} clips, expected a folder")
+        return True
+    require(output.is_dir() or not output.exists(), f"{output} is a file, expected a folder or a name with .mp4")
+    return False
+
+
+class Folder:
+    """An output folder: which clips are in it, and names for more.
+
+    Args:
+        path: the folder, which need not exist.
+        format: of the clips that are added.
+    """
+
+    def __init__(self, path: Path, format: Format) -> None:
+        self.path, self.format = path, format
+        self._records = {each.stem.casefold(): read_record(each) for each in path.glob(f"*{SIDECAR}")}
+        self._taken = {each.stem.casefold() for each in path.iterdir()} if path.is_dir() else set()
+
+    def take(self, wanted: Record) -> bool:
+        """Whether a finished clip has all that is wanted of it, and was not taken before."""
+        for stem, record in self._records.items():
+            if record is not None and record.items() >= wanted.items() and self._clip(stem, record).exists():
+                self._records[stem] = None
+                return True
+        return False
+
+    def name(self, prompt: str) -> Path:
+        """A path for a clip, made from its prompt: never out of the folder, never that of another clip, also where
+        case does not count."""
+        words = re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:LONGEST_NAME].decode(errors="ignore")
+        stem = words.strip("-") or "clip"
+        number, name = 1, stem
+        while name.casefold() in self._taken:
+            number += 1
+            name = f"{stem}-{number}"
+        self._taken.add(name.casefold())
+        return self.path / (name if self.format == "png" else f"{name}.{self.format}")
+
+    def _clip(self, stem: str, record: Record) -> Path:
+        return self.path / str(record.get("file", stem))
+
+
+def read_record(path: Path) -> Record | None:
+    """The record in a sidecar; None where the file holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def sidecar_of(path: Path) -> Path:
+    """Where the record of a clip stands."""
+    return path.with_name(f"{path.stem if path.suffix.lower() in SUFFIXES else path.name}{SIDECAR}")
+
+
+def write_clip(
+    path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, record: Mapping[str, Any]
+) -> None:
+    """Write a clip, then its record: whatever interrupts it, no record stands beside a clip that was made otherwise.
+
+    Args:
+        path: a file by its suffix, or a folder for PNG frames.
+        frames: red, green and blue.
+        fps: frames a second.
+        record: how it was made; also stored in the file as a comment.
+
+    Raises:
+        OSError: something cannot be written.
+    """
+    text = json.dumps(record, ensure_ascii=False)
+    sidecar = sidecar_of(path)
+    sidecar.unlink(missing_ok=True)
+    if path.suffix.lower() in SUFFIXES:
+        write_video(path, frames, fps, {"comment": text})
+    else:
+        path.mkdir(exist_ok=True)
+        for place, frame in enumerate(frames):
+            write_frame(path, place, frame, text)
+    write_text(sidecar, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_frame(folder: Path, place: int, frame: UInt8[np.ndarray, "height width 3"], comment: str = "") -> None:
+    """Write a frame of a clip as PNG, named by its place."""
+    write_image(folder / f"{place:03}.png", frame, {"comment": comment} if comment else None)
