@@ -53,6 +53,11 @@ class Clips:
     caption_dropout: float = 0.1
     """Share of samples with the unconditional text, which guidance needs."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but where the data is, which decides nothing."""
+        return {name: value for name, value in asdict(self).items() if name != "data"}
+
     def sampling(self, mode: Mode, seed: int, num_frames: int, high_codes: bool = False) -> ClipSampling:
         """The same as the loader takes it."""
         rates = FrameRates(read_card(self.data[0]).fps, self.rates, num_frames)
@@ -206,7 +211,7 @@ def _identity(
         "from": str(folder.resolve()),
         "parents": {name: entries[name].sha256 for name in (*named, "text") if name not in replaced},
         "optimization": asdict(options.optimization),
-        "clips": {name: value for name, value in asdict(options.clips).items() if name != "data"},
+        "clips": options.clips.settings,
         "data": stream.identity,
     }
 
@@ -269,7 +274,7 @@ def _report(
         "start": {name: value for name, value in asdict(plan.choice).items() if value is not None},
         "task": dict(plan.extra),
         "optimization": asdict(options.optimization),
-        "clips": {name: value for name, value in asdict(options.clips).items() if name != "data"},
+        "clips": options.clips.settings,
         "torch": torch.__version__,
     }
 
