@@ -64,8 +64,13 @@ class Place:
         return load_file(self.folder / out / f"{component}.safetensors")
 
     def rows(self, stage: str, out: str = "model") -> list[dict[str, object]]:
-        lines = (self.folder / out / f".{stage}-run" / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        lines = (self.folder / out / f".{stage}-run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def measured(self, out: str) -> dict[object, float]:
+        """Of the sequential stage: the mean loss on held-out clips, by step."""
+        rows = {row["step"]: row["held_out"] for row in self.rows("sequential", out) if "held_out" in row}
+        return {step: sum(each["loss"] for each in held.values()) / len(held) for step, held in rows.items()}  # type: ignore[attr-defined]
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -144,6 +149,20 @@ def test_a_run_that_is_asked_to_stop_saves_first(place: Place, number: signal.Si
     saved = [each.name for each in (metrics.parent / "checkpoints").iterdir()]
     assert saved == [f"step-{last:08}"]
     assert "the same command continues" in said
+
+
+def test_a_checkpoint_knows_the_loss_of_its_own_step(place: Place) -> None:
+    """Guards the choice of the best: a run that stops at a step without measuring keeps no loss of an earlier one."""
+    options = ("--init", "model", "--checkpoint-every", "1000", "--steps", "2000", "--evaluate-every", "1")
+    run = place.folder / "judged" / ".sequential-run"
+    process = subprocess.Popen(place.command("sequential", *options, out="judged"), cwd=place.folder, env=ENVIRONMENT)
+    while process.poll() is None and not ((run / "metrics.jsonl").exists() and place.measured("judged")):
+        time.sleep(0.002)
+    process.terminate()
+    assert process.wait(60) == 143
+    (state,) = (run / "checkpoints").glob("step-*/state.json")
+    saved = json.loads(state.read_text())
+    assert saved["held_out"] == place.measured("judged").get(saved["step"])
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "sharded"])

@@ -149,11 +149,12 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> Summary:
                 _report(job, done, clock, record)
                 job.checkpoints.settle()
             paused = time.monotonic()
-            if last or (done % job.watching.evaluate_every == 0 and not stops):
+            measures = last or (done % job.watching.evaluate_every == 0 and not stops)
+            if measures:
                 held = measure(trainer, job.held_out, trainer.micro_batch)
                 record.record({"step": done, "held_out": held})
             if saves:
-                _save(job, done, clock.seconds, held if last or done % job.watching.evaluate_every == 0 else {})
+                _save(job, done, clock.seconds, held if measures else {})
             if not stops and (last or (job.watching.sample_every and done % job.watching.sample_every == 0)):
                 _sample(job, done, record)
             if stops:
