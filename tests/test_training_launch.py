@@ -18,6 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from cogvideo.bundle import CogVideo
+from cogvideo.cli import main
+from cogvideo.config import require
+from cogvideo.training.checkpoints import Checkpoints
+from cogvideo.training.trainer import Figures, Trainer
 from workshop import make_bundle, make_data
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -259,6 +263,26 @@ def test_divergence_keeps_the_last_good_checkpoint(place: Place) -> None:
     step = int(re.search(r"at step (\d+)", done.stderr)[1])  # type: ignore[index]
     folder = place.folder / "explodes" / ".sequential-run" / "checkpoints"
     assert all(int(each.name[5:]) < step for each in folder.glob("step-*"))
+
+
+def test_divergence_publishes_the_checkpoint_that_is_being_written(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards asynchronous checkpoints: one that had not got its name yet would be lost with the run."""
+    figures = Trainer.figures
+
+    def diverging(trainer: Trainer, done: int) -> Figures:
+        require(done < 4, "training diverged: the loss is nan")
+        return figures(trainer, done)
+
+    monkeypatch.setattr(Trainer, "figures", diverging)
+    monkeypatch.setattr(Checkpoints, "settle", lambda checkpoints: None)  # a disk that is slower than two steps
+    monkeypatch.chdir(place.folder)
+    command = place.command("sequential", "--init", "model", "--asynchronous", out="unsettled")
+    assert main(command[command.index("train") :]) == 2
+    assert "training diverged" in capsys.readouterr().err
+    checkpoints = Checkpoints(place.folder / "unsettled" / ".sequential-run" / "checkpoints", keep=0)
+    assert checkpoints.steps() == [2]
 
 
 def test_out_of_memory_says_what_helps(place: Place) -> None:

@@ -210,8 +210,16 @@ def mean_loss(held: dict[str, dict[str, float]]) -> float | None:
 
 
 def _report(job: Job, done: int, clock: Clock, recorder: Recorder) -> None:
-    """Record the steps since the last report."""
-    figures = job.trainer.figures(done)
+    """Record the steps since the last report.
+
+    Raises:
+        ValueError: training diverged; every checkpoint has its name.
+    """
+    try:
+        figures = job.trainer.figures(done)
+    except ValueError:  # on all ranks alike
+        job.checkpoints.wait()  # the one that is being written is from before, and good
+        raise
     recorder.record(
         {
             "step": done,
