@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from cogvideo.bundle import CogVideo
 from cogvideo.cli import main
 from cogvideo.config import require
+from cogvideo.files import alone_in
 from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.trainer import Figures, Trainer
 from workshop import make_bundle, make_data
@@ -63,6 +64,17 @@ class Place:
         assert re.search(message, done.stderr), done.stderr
         assert "Traceback" not in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+    def until_saved(self, *options: str, out: str) -> subprocess.Popen[bytes]:
+        """A run of the sequential stage that goes on, and has written a checkpoint."""
+        command = self.command("sequential", *options, out=out)
+        process = subprocess.Popen(command, cwd=self.folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(self.checkpoints(out).glob("step-*")):
+            time.sleep(0.002)
+        return process
+
+    def checkpoints(self, out: str) -> Path:
+        return self.folder / out / ".sequential-run" / "checkpoints"
 
     def weights(self, component: str, out: str = "model") -> dict[str, torch.Tensor]:
         return load_file(self.folder / out / f"{component}.safetensors")
@@ -167,6 +179,37 @@ def test_a_checkpoint_knows_the_loss_of_its_own_step(place: Place) -> None:
     (state,) = (run / "checkpoints").glob("step-*/state.json")
     saved = json.loads(state.read_text())
     assert saved["held_out"] == place.measured("judged").get(saved["step"])
+
+
+def test_a_second_run_in_the_folder_is_refused(place: Place) -> None:
+    """Guards two runs that would write each other's checkpoints: the second one ends at once, the first one goes on."""
+    options = ("--init", "model", "--steps", "2000", "--num-workers", "1")
+    process = place.until_saved(*options, out="twice")
+    place.fails(r"another process is writing to twice/\.sequential-run: wait", "sequential", *options, out="twice")
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(60) == 143
+    steps = [row["step"] for row in place.rows("sequential", "twice") if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (place.checkpoints("twice") / f"step-{len(steps):08}").exists()
+
+
+def test_a_killed_run_leaves_no_lock(place: Place) -> None:
+    """Guards against loading processes that outlive the run for seconds: the same command continues at once."""
+    options = ("--init", "model", "--num-workers", "2")
+    process = place.until_saved(*options, out="freed")
+    (loader, *_), _ = _children(process.pid), process.kill()
+    process.wait()
+    os.kill(loader, 0)  # it is there still
+    with alone_in(place.folder / "freed" / ".sequential-run"):
+        pass
+    place.succeed("sequential", *options, out="freed")
+    assert equal(place.weights("sequential", "freed"), place.weights("sequential", "whole"))
+
+
+def _children(process: int) -> list[int]:
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(each) for each in text.split()]
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "sharded"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from cogvideo.costs import training
 from cogvideo.data.clips import ClipSampling, FrameRates, Mode
 from cogvideo.data.dataset import read_card
 from cogvideo.data.loader import ClipStream
+from cogvideo.files import alone_in
 from cogvideo.storage import Manifest
 from cogvideo.text import TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints
@@ -149,23 +151,24 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
     stream, entries = _data(plan, options, source, config)
     run = RunFolder(options.out / f".{plan.stage}-run")
     delivery = Delivery(options.out, source, config, plan.stage, plan.choice)
-    if not (run.path / "run.json").exists():
-        check_target(delivery, options.overwrite)
     identity = _identity(plan, options, config, folder, named, stream)
-    if ranks.rank == 0:
-        run.claim(identity)
-    if run.summary is None:
-        model = build(plan.stage, plan.choice, source, config, settings.dtype, settings.seed)
-        objective = Objective(model, plan.task(config, source.text)).to(ranks.device)
-        trainer = Trainer(objective, settings, options.execution, options.parallel, ranks)
-        checkpoints = Checkpoints(run.path / "checkpoints", options.watching.keep, options.watching.asynchronous)
-        seen = entries[0].stream if entries else stream
-        draw = Preview(delivery, trainer, seen, options.watching.prompts, run.path / "samples")
-        if draw.problem and options.watching.sample_every and ranks.rank == 0:
-            print(draw.problem, file=sys.stderr)
-        job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw)
-        summary = learn(job, partial(_recorder, run, options, identity, ranks))
-        _finish(plan, options, delivery, run, trainer, stream, summary)
+    with alone_in(run.path) if ranks.rank == 0 else nullcontext():
+        if not (run.path / "run.json").exists():
+            check_target(delivery, options.overwrite)
+        if ranks.rank == 0:
+            run.claim(identity)
+        if run.summary is None:
+            model = build(plan.stage, plan.choice, source, config, settings.dtype, settings.seed)
+            objective = Objective(model, plan.task(config, source.text)).to(ranks.device)
+            trainer = Trainer(objective, settings, options.execution, options.parallel, ranks)
+            checkpoints = Checkpoints(run.path / "checkpoints", options.watching.keep, options.watching.asynchronous)
+            seen = entries[0].stream if entries else stream
+            draw = Preview(delivery, trainer, seen, options.watching.prompts, run.path / "samples")
+            if draw.problem and options.watching.sample_every and ranks.rank == 0:
+                print(draw.problem, file=sys.stderr)
+            job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw)
+            summary = learn(job, partial(_recorder, run, options, identity, ranks))
+            _finish(plan, options, delivery, run, trainer, stream, summary)
     if ranks.rank == 0:
         assert run.summary is not None
         print(f"{options.out}: {plan.stage} after {settings.steps:,} steps: {_words(run.summary)}")
