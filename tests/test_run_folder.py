@@ -83,6 +83,16 @@ def test_a_run_is_over_when_it_says_so(tmp_path):
     assert RunFolder(tmp_path).summary == {"psnr": 20.5}
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe{\n", b"{half\n"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "report.json"])
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    """One of several runs is damaged: the message must say which file, also where the bytes are no text."""
+    (tmp_path / name).write_bytes(content)
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match=rf"cannot use .*{name}: "):
+        assert folder.rows() or folder.summary
+
+
 def test_means_are_over_the_steps_that_have_a_figure():
     """Losses that begin later must not be thinned by the steps before."""
     steps = [{"a": number(1)}, {"a": number(3), "b": number(7)}]
