@@ -26,6 +26,15 @@ def test_a_run_is_claimed_once(tmp_path):
         RunFolder(tmp_path).claim({"steps": 10})
 
 
+def test_facts_may_change(tmp_path):
+    """A run that was moved is the same run, and says where what it needs lies now."""
+    RunFolder(tmp_path).claim({"steps": 10}, {"from": "/there"})
+    RunFolder(tmp_path).claim({"steps": 10}, {"from": "/here"})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"steps": 10, "from": "/here"}
+    with pytest.raises(ValueError, match=r"another run began in .*: steps was 10 and is 11; pass"):
+        RunFolder(tmp_path).claim({"steps": 11}, {"from": "/there"})
+
+
 def test_a_checkpoint_comes_back(tmp_path):
     """Numbers of an optimiser and tensors must be what they were."""
     folder = RunFolder(tmp_path / "run")

@@ -17,12 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cogvideo import bundle
 from cogvideo.bundle import CogVideo
 from cogvideo.cli import main
 from cogvideo.config import require
 from cogvideo.files import alone_in
+from cogvideo.models.transformer import Base
+from cogvideo.storage import Manifest
 from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.trainer import Figures, Trainer
+from gallery import loud
 from workshop import make_bundle, make_data
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -192,6 +196,35 @@ def test_a_second_run_in_the_folder_is_refused(place: Place) -> None:
     steps = [row["step"] for row in place.rows("sequential", "twice") if "loss" in row]
     assert steps == list(range(1, len(steps) + 1))
     assert (place.checkpoints("twice") / f"step-{len(steps):08}").exists()
+
+
+def test_a_run_continues_wherever_it_lies(place: Place) -> None:
+    """Guards models that are moved while they learn: what counts is what they start from, not where that lies."""
+    shutil.copytree(place.folder / "model", place.folder / "home", ignore=shutil.ignore_patterns(".*"))
+    process = place.until_saved(out="home")
+    process.kill()
+    process.wait()
+    (place.folder / "home").rename(place.folder / "away")
+    assert main(["train", "export", str(place.folder / "away/.sequential-run"), "--out", str(place.folder / "x")]) == 0
+    place.succeed("sequential", out="away")
+    assert equal(place.weights("sequential", "away"), place.weights("sequential", "whole"))
+    written = (place.folder / "away" / "sequential.safetensors").stat().st_mtime_ns
+    place.succeed("sequential", "--init", "model", out="away")
+    assert (place.folder / "away" / "sequential.safetensors").stat().st_mtime_ns == written
+    shutil.copytree(place.folder / "model", place.folder / "other", ignore=shutil.ignore_patterns(".*"))
+    config = CogVideo.from_pretrained(place.folder / "other").config
+    bundle.update(place.folder / "other", config, base=loud(Base(config.transformer), 5))
+    place.fails(r"another run began in .*: parents\.base was", "sequential", "--init", "other", out="away")
+
+
+def test_what_is_trained_on_is_a_parent(place: Place) -> None:
+    """Guards --start continue: a channel from another bundle makes another run."""
+    options, run = ("--start", "continue", "--steps", "1"), place.folder / "on" / ".sequential-run" / "run.json"
+    place.succeed("sequential", "--init", "whole", *options, out="on")
+    manifest = Manifest.read(place.folder / "whole").components
+    assert json.loads(run.read_text())["parents"] == {
+        name: manifest[name].sha256 for name in ("base", "sequential", "text")
+    }
 
 
 def test_a_killed_run_leaves_no_lock(place: Place) -> None:

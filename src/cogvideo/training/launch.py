@@ -31,7 +31,7 @@ from cogvideo.training.preview import Preview
 from cogvideo.training.recorder import Recorder
 from cogvideo.training.run import Job, Summary, Watching, learn
 from cogvideo.training.run_folder import RunFolder
-from cogvideo.training.start import Choice, StageName, build, configured, own, parents
+from cogvideo.training.start import Choice, StageName, build, configured, continued, own, parents
 from cogvideo.training.task import Objective, Task
 from cogvideo.training.trainer import Execution, Trainer
 
@@ -156,7 +156,7 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
         if not (run.path / "run.json").exists():
             check_target(delivery, options.overwrite)
         if ranks.rank == 0:
-            run.claim(identity)
+            run.claim(identity, {"from": ".." if _is_same(folder, options.out) else str(folder.resolve())})
         if run.summary is None:
             model = build(plan.stage, plan.choice, source, config, settings.dtype, settings.seed)
             objective = Objective(model, plan.task(config, source.text)).to(ranks.device)
@@ -203,20 +203,24 @@ def _data(plan: Plan, options: Options, source: CogVideo, config: CogVideoConfig
 def _identity(
     plan: Plan, options: Options, config: CogVideoConfig, folder: Path, named: tuple[str, ...], stream: ClipStream
 ) -> dict[str, Any]:
-    """All that decides the weights, and where the rest of the bundle comes from."""
+    """All that decides the weights, wherever it lies."""
     entries = Manifest.read(folder).components
-    replaced = own(plan.stage, plan.choice) if folder.resolve() == options.out.resolve() else ()
+    replaced = own(plan.stage, plan.choice) if _is_same(folder, options.out) else ()
+    starts = (*named, *continued(plan.stage, plan.choice), "text")
     return {
         "stage": plan.stage,
         "choice": asdict(plan.choice),
         "task": dict(plan.extra),
         "config": asdict(config),
-        "from": str(folder.resolve()),
-        "parents": {name: entries[name].sha256 for name in (*named, "text") if name not in replaced},
+        "parents": {name: entries[name].sha256 for name in starts if name not in replaced},
         "optimization": asdict(options.optimization),
         "clips": options.clips.settings,
         "data": stream.identity,
     }
+
+
+def _is_same(folder: Path, other: Path) -> bool:
+    return folder.resolve() == other.resolve()
 
 
 def _recorder(run: RunFolder, options: Options, identity: dict[str, Any], ranks: Ranks, done: int) -> Recorder:

@@ -6,9 +6,10 @@ Whatever interrupts the run, each file is the old one or the new one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -40,23 +41,24 @@ class RunFolder:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
+    def claim(self, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Say what this is a run of, or check that it is the same that began here.
 
         Args:
             identity: settings and whatever else decides the result, in nested tables.
+            facts: what is also to be known, and may be another when the run continues.
 
         Raises:
             ValueError: another run began here, or its identity cannot be read.
         """
         path = self.path / "run.json"
-        here = json.loads(json.dumps(identity))
+        here = json.loads(json.dumps({**identity, **facts}))
         there = _read(path) if path.exists() else None
-        changes = [] if there is None else list(_changes(there, here))
+        changes = [] if there is None else list(_changes(there, here, ignored=facts))
         shown = "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
         advice = "pass the same as before to continue it, or remove the folder to start anew"
         require(not changes, f"another run began in {self.path}: {shown}; {advice}")
-        if there is None:
+        if there != here:
             write_text(path, json.dumps(here, indent=2) + "\n")
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -146,10 +148,10 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"cannot use {path}: {error}") from error
 
 
-def _changes(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    """What differs between two nested tables, in words."""
+def _changes(there: Any, here: Any, name: str = "", ignored: Collection[str] = ()) -> Iterator[str]:
+    """What differs between two nested tables, in words, apart from some keys of the outermost."""
     if isinstance(there, dict) and isinstance(here, dict):
-        for key in sorted(there.keys() | here.keys()):
+        for key in sorted((there.keys() | here.keys()) - set(ignored)):
             yield from _changes(there.get(key), here.get(key), f"{name}.{key}" if name else key)
     elif there != here:
         yield f"{name} was {there!r:.60} and is {here!r:.60}"
