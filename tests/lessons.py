@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from cogvideo.data.loader import ClipSample
+from cogvideo.models.transformer import Transformer
+from cogvideo.models.upscaler import Upscaler
 from cogvideo.training.task import Objective, Task
 
 
@@ -71,3 +74,33 @@ def learn(model: nn.Module, task: Task, samples: Sequence[ClipSample], steps: in
         schedule.step()
     with torch.no_grad():
         return float(objective(batch).loss.mean())
+
+
+def narrowed(model: Transformer | Upscaler) -> Transformer | Upscaler:
+    """The base as it is stored where it is frozen: matrices in bfloat16, vectors in float32."""
+    for parameter in model.base.requires_grad_(False).parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if parameter.ndim > 1 else torch.float32)
+    return model
+
+
+def assert_the_channel_alone_is_trained(
+    model: Transformer | Upscaler, task: Task, samples: Sequence[ClipSample], precision: str
+) -> None:
+    """A base that is frozen, and stored in bfloat16 if that is the precision, gets no gradients, every part of the
+    channel does; the loss is nearly that of the same weights in float64.
+    """
+    batch, narrow = task.collate(list(samples)), precision == "bfloat16"
+    exact = task.losses(copy.deepcopy(model).double(), batch).loss
+    model = narrowed(model) if narrow else model
+    model.base.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+        loss = task.losses(model, batch).loss
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=0.05 if narrow else 1e-4, atol=0)
+    loss.mean().backward()
+    assert all(each.grad is None for each in model.base.parameters())
+    for name, each in model.channel.named_parameters():
+        assert each.grad is not None, name
+        assert each.grad.dtype == torch.float32
+        assert each.grad.isfinite().all(), name
+        assert each.grad.any(), name

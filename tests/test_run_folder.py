@@ -26,6 +26,15 @@ def test_a_run_is_claimed_once(tmp_path):
         RunFolder(tmp_path).claim({"steps": 10})
 
 
+def test_facts_may_change(tmp_path):
+    """A run that was moved is the same run, and says where what it needs lies now."""
+    RunFolder(tmp_path).claim({"steps": 10}, {"from": "/there"})
+    RunFolder(tmp_path).claim({"steps": 10}, {"from": "/here"})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"steps": 10, "from": "/here"}
+    with pytest.raises(ValueError, match=r"another run began in .*: steps was 10 and is 11; pass"):
+        RunFolder(tmp_path).claim({"steps": 11}, {"from": "/there"})
+
+
 def test_a_checkpoint_comes_back(tmp_path):
     """Numbers of an optimiser and tensors must be what they were."""
     folder = RunFolder(tmp_path / "run")
@@ -81,6 +90,16 @@ def test_a_run_is_over_when_it_says_so(tmp_path):
     assert folder.summary is None
     folder.finish({"psnr": 20.5})
     assert RunFolder(tmp_path).summary == {"psnr": 20.5}
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe{\n", b"{half\n"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "report.json"])
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    """One of several runs is damaged: the message must say which file, also where the bytes are no text."""
+    (tmp_path / name).write_bytes(content)
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match=rf"cannot use .*{name}: "):
+        assert folder.rows() or folder.summary
 
 
 def test_means_are_over_the_steps_that_have_a_figure():

@@ -17,7 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cogvideo import bundle
 from cogvideo.bundle import CogVideo
+from cogvideo.cli import main
+from cogvideo.config import require
+from cogvideo.files import alone_in
+from cogvideo.models.transformer import Base
+from cogvideo.storage import Manifest
+from cogvideo.training.checkpoints import Checkpoints
+from cogvideo.training.trainer import Figures, Trainer
+from gallery import loud
 from workshop import make_bundle, make_data
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -60,12 +69,28 @@ class Place:
         assert "Traceback" not in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1, done.stderr
 
+    def until_saved(self, *options: str, out: str) -> subprocess.Popen[bytes]:
+        """A run of the sequential stage that goes on, and has written a checkpoint."""
+        command = self.command("sequential", *options, out=out)
+        process = subprocess.Popen(command, cwd=self.folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(self.checkpoints(out).glob("step-*")):
+            time.sleep(0.002)
+        return process
+
+    def checkpoints(self, out: str) -> Path:
+        return self.folder / out / ".sequential-run" / "checkpoints"
+
     def weights(self, component: str, out: str = "model") -> dict[str, torch.Tensor]:
         return load_file(self.folder / out / f"{component}.safetensors")
 
     def rows(self, stage: str, out: str = "model") -> list[dict[str, object]]:
-        lines = (self.folder / out / f".{stage}-run" / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        lines = (self.folder / out / f".{stage}-run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def measured(self, out: str) -> dict[object, float]:
+        """Of the sequential stage: the mean loss on held-out clips, by step."""
+        rows = {row["step"]: row["held_out"] for row in self.rows("sequential", out) if "held_out" in row}
+        return {step: sum(each["loss"] for each in held.values()) / len(held) for step, held in rows.items()}  # type: ignore[attr-defined]
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -144,6 +169,80 @@ def test_a_run_that_is_asked_to_stop_saves_first(place: Place, number: signal.Si
     saved = [each.name for each in (metrics.parent / "checkpoints").iterdir()]
     assert saved == [f"step-{last:08}"]
     assert "the same command continues" in said
+
+
+def test_a_checkpoint_knows_the_loss_of_its_own_step(place: Place) -> None:
+    """Guards the choice of the best: a run that stops at a step without measuring keeps no loss of an earlier one."""
+    options = ("--init", "model", "--checkpoint-every", "1000", "--steps", "2000", "--evaluate-every", "1")
+    run = place.folder / "judged" / ".sequential-run"
+    process = subprocess.Popen(place.command("sequential", *options, out="judged"), cwd=place.folder, env=ENVIRONMENT)
+    while process.poll() is None and not ((run / "metrics.jsonl").exists() and place.measured("judged")):
+        time.sleep(0.002)
+    process.terminate()
+    assert process.wait(60) == 143
+    (state,) = (run / "checkpoints").glob("step-*/state.json")
+    saved = json.loads(state.read_text())
+    assert saved["held_out"] == place.measured("judged").get(saved["step"])
+
+
+def test_a_second_run_in_the_folder_is_refused(place: Place) -> None:
+    """Guards two runs that would write each other's checkpoints: the second one ends at once, the first one goes on."""
+    options = ("--init", "model", "--steps", "2000", "--num-workers", "1")
+    process = place.until_saved(*options, out="twice")
+    place.fails(r"another process is writing to twice/\.sequential-run: wait", "sequential", *options, out="twice")
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(60) == 143
+    steps = [row["step"] for row in place.rows("sequential", "twice") if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (place.checkpoints("twice") / f"step-{len(steps):08}").exists()
+
+
+def test_a_run_continues_wherever_it_lies(place: Place) -> None:
+    """Guards models that are moved while they learn: what counts is what they start from, not where that lies."""
+    shutil.copytree(place.folder / "model", place.folder / "home", ignore=shutil.ignore_patterns(".*"))
+    process = place.until_saved(out="home")
+    process.kill()
+    process.wait()
+    (place.folder / "home").rename(place.folder / "away")
+    assert main(["train", "export", str(place.folder / "away/.sequential-run"), "--out", str(place.folder / "x")]) == 0
+    place.succeed("sequential", out="away")
+    assert equal(place.weights("sequential", "away"), place.weights("sequential", "whole"))
+    written = (place.folder / "away" / "sequential.safetensors").stat().st_mtime_ns
+    place.succeed("sequential", "--init", "model", out="away")
+    assert (place.folder / "away" / "sequential.safetensors").stat().st_mtime_ns == written
+    shutil.copytree(place.folder / "model", place.folder / "other", ignore=shutil.ignore_patterns(".*"))
+    config = CogVideo.from_pretrained(place.folder / "other").config
+    bundle.update(place.folder / "other", config, base=loud(Base(config.transformer), 5))
+    place.fails(r"another run began in .*: parents\.base was", "sequential", "--init", "other", out="away")
+
+
+def test_what_is_trained_on_is_a_parent(place: Place) -> None:
+    """Guards --start continue: a channel from another bundle makes another run."""
+    options, run = ("--start", "continue", "--steps", "1"), place.folder / "on" / ".sequential-run" / "run.json"
+    place.succeed("sequential", "--init", "whole", *options, out="on")
+    manifest = Manifest.read(place.folder / "whole").components
+    assert json.loads(run.read_text())["parents"] == {
+        name: manifest[name].sha256 for name in ("base", "sequential", "text")
+    }
+
+
+def test_a_killed_run_leaves_no_lock(place: Place) -> None:
+    """Guards against loading processes that outlive the run for seconds: the same command continues at once."""
+    options = ("--init", "model", "--num-workers", "2")
+    process = place.until_saved(*options, out="freed")
+    (loader, *_), _ = _children(process.pid), process.kill()
+    process.wait()
+    os.kill(loader, 0)  # it is there still
+    with alone_in(place.folder / "freed" / ".sequential-run"):
+        pass
+    place.succeed("sequential", *options, out="freed")
+    assert equal(place.weights("sequential", "freed"), place.weights("sequential", "whole"))
+
+
+def _children(process: int) -> list[int]:
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(each) for each in text.split()]
 
 
 @pytest.mark.parametrize("sharding", ["replicated", "sharded"])
@@ -240,6 +339,26 @@ def test_divergence_keeps_the_last_good_checkpoint(place: Place) -> None:
     step = int(re.search(r"at step (\d+)", done.stderr)[1])  # type: ignore[index]
     folder = place.folder / "explodes" / ".sequential-run" / "checkpoints"
     assert all(int(each.name[5:]) < step for each in folder.glob("step-*"))
+
+
+def test_divergence_publishes_the_checkpoint_that_is_being_written(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards asynchronous checkpoints: one that had not got its name yet would be lost with the run."""
+    figures = Trainer.figures
+
+    def diverging(trainer: Trainer, done: int) -> Figures:
+        require(done < 4, "training diverged: the loss is nan")
+        return figures(trainer, done)
+
+    monkeypatch.setattr(Trainer, "figures", diverging)
+    monkeypatch.setattr(Checkpoints, "settle", lambda checkpoints: None)  # a disk that is slower than two steps
+    monkeypatch.chdir(place.folder)
+    command = place.command("sequential", "--init", "model", "--asynchronous", out="unsettled")
+    assert main(command[command.index("train") :]) == 2
+    assert "training diverged" in capsys.readouterr().err
+    checkpoints = Checkpoints(place.folder / "unsettled" / ".sequential-run" / "checkpoints", keep=0)
+    assert checkpoints.steps() == [2]
 
 
 def test_out_of_memory_says_what_helps(place: Place) -> None:

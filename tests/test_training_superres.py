@@ -18,7 +18,16 @@ from cogvideo.models.transformer import Base, initialize
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler, inherit_upscaler
 from cogvideo.text import TextTokenizer, pad_left
 from cogvideo.training.superres import SuperresTask
-from lessons import changed_in, changes, large, learn, random_codes, rows_of, sample
+from lessons import (
+    assert_the_channel_alone_is_trained,
+    changed_in,
+    changes,
+    large,
+    learn,
+    random_codes,
+    rows_of,
+    sample,
+)
 
 NUM_CODES, GRID, RATIO, SLOTS = 40, 4, 2, 20
 SIZES, UPSCALER = LayoutConfig(GRID), UpscalerConfig(RATIO, SLOTS, SLOTS + 1, low_side=3)
@@ -147,21 +156,8 @@ def test_texts(text_model: bytes) -> None:
 def test_the_channel_alone_is_trained(text: TextTokenizer, precision: str) -> None:
     """Guards a frozen base, also one stored in bfloat16: it gets no gradients, every part of the channel does."""
     task, model = SuperresTask(LAYOUT, text), large(make_model(text)).float()
-    batch, narrow = task.collate([some_sample(seed) for seed in range(3)]), precision == "bfloat16"
-    exact = task.losses(copy.deepcopy(model).double(), batch).loss
-    for each in model.base.requires_grad_(False).parameters():
-        each.data = each.data.to(torch.bfloat16 if narrow and each.ndim > 1 else torch.float32)
-    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-        loss = task.losses(model, batch).loss
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), exact, rtol=0.05 if narrow else 1e-4, atol=0)
-    loss.mean().backward()
-    assert all(each.grad is None for each in model.base.parameters())
-    for name, each in model.channel.named_parameters():
-        assert each.grad is not None, name
-        assert each.grad.dtype == torch.float32
-        assert each.grad.isfinite().all(), name
-        assert each.grad.any(), name
+    samples = [some_sample(seed) for seed in range(3)]
+    assert_the_channel_alone_is_trained(model, task, samples, precision)
 
 
 def test_learns_by_heart(text: TextTokenizer) -> None:

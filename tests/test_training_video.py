@@ -20,7 +20,7 @@ from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inhe
 from cogvideo.text import TextTokenizer, pad_left
 from cogvideo.training.image import ImageMixture, ImageTask
 from cogvideo.training.video import VideoTask
-from lessons import changed_in, changes, large, learn, random_codes, sample
+from lessons import assert_the_channel_alone_is_trained, changed_in, changes, large, learn, random_codes, sample
 from reference import Oracle, Prompt, Stage, window_labels
 
 NUM_CODES, GRID, SLOTS = 40, 4, 26
@@ -153,34 +153,13 @@ def test_a_sample_is_the_same_in_every_batch(text: TextTokenizer) -> None:
 # Training
 
 
-def narrowed(model: Transformer) -> Transformer:
-    """The base as it is stored where it is frozen: matrices in bfloat16, vectors in float32."""
-    for parameter in model.base.requires_grad_(False).parameters():
-        parameter.data = parameter.data.to(torch.bfloat16 if parameter.ndim > 1 else torch.float32)
-    return model
-
-
 @pytest.mark.parametrize(("stage", "window"), STAGES)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_channel_alone_is_trained(text: TextTokenizer, stage: Stage, window: int, precision: str) -> None:
     """Guards a frozen base, also one stored in bfloat16: it gets no gradients, every part of the channel does."""
     task, model = make_task(text, stage), large(make_model(text, window)).float()
-    batch = task.collate([some_sample(seed) for seed in range(3)])
-    exact = task.losses(copy.deepcopy(model).double(), batch).loss
-    narrow = precision == "bfloat16"
-    model = narrowed(model) if narrow else model
-    model.base.requires_grad_(False)
-    with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-        loss = task.losses(model, batch).loss
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), exact, rtol=0.05 if narrow else 1e-4, atol=0)
-    loss.mean().backward()
-    assert all(each.grad is None for each in model.base.parameters())
-    for name, each in model.channel.named_parameters():
-        assert each.grad is not None, name
-        assert each.grad.dtype == torch.float32
-        assert each.grad.isfinite().all(), name
-        assert each.grad.any(), name
+    samples = [some_sample(seed) for seed in range(3)]
+    assert_the_channel_alone_is_trained(model, task, samples, precision)
 
 
 @pytest.fixture(scope="module")

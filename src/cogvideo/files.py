@@ -72,12 +72,15 @@ def replacing_by_name(path: Path) -> Iterator[Path]:
 def alone_in(folder: Path) -> Iterator[None]:
     """Keep other processes that call this out of a folder; however this one ends, the folder is free again.
 
+    Children that are forked meanwhile do not count: they may work for this process, and may outlive it for a moment.
+
     Raises:
         ValueError: another one is in there.
         OSError: the folder cannot be written to.
     """
     with (folder / ".lock").open("w") as file:  # it stays: if it were removed, two processes could each lock another
         if sys.platform != "win32":  # there, two runs in one folder are on their own
+            os.register_at_fork(after_in_child=file.close)  # else the lock would last as long as any of them
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -112,11 +112,10 @@ def read_item(item: Item, settings: FrameSettings) -> Pictures:
         return _render(item, item.media.index, settings)
     background, size = background_of(item, settings), settings.size
     side, top, left = (None, 0, 0) if size is None else _place(item, settings, size)
-    video = _read(item.media, item, settings, side, background)
-    if side != size and not video.has_alpha:
-        side, video = size, _read(item.media, item, settings, size, background)
+    video = _read(item, settings, side, background)
     _check_length(len(video.frames), settings)
     if not video.has_alpha:
+        video = video if side == size else _read(item, settings, size, background)
         return Pictures(video.frames, item.captions, item.attributes)
     frames, captions = video.frames, item.captions
     if settings.mirror and item.copy % 2 and any(_SIDES.search(caption) for caption in captions):
@@ -127,9 +126,10 @@ def read_item(item: Item, settings: FrameSettings) -> Pictures:
     return Pictures(np.ascontiguousarray(frames), captions, item.attributes | {"background": background})
 
 
-def _read(media: File | Member, item: Item, settings: FrameSettings, size: int | None, background: str) -> Video:
+def _read(item: Item, settings: FrameSettings, size: int | None, background: str) -> Video:
+    assert not isinstance(item.media, Rendering)
     return read_video(
-        _open(media),
+        _open(item.media),
         settings.fps,
         size,
         fit=settings.fit,

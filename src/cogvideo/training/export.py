@@ -151,7 +151,7 @@ def export(
     require(step is None or not best, "got both --step and --best, expected one of them")
     checkpoints = Checkpoints(run / "checkpoints", keep=0)
     chosen = _choose(run, checkpoints, step, best)
-    delivery = Delivery(out, _source(identity, stage, choice), config, stage, choice)
+    delivery = Delivery(out, _source(run, identity, stage, choice), config, stage, choice)
     check_target(delivery, overwrite)
     weights = read_weights(checkpoints.path(chosen), averaged=identity["optimization"]["ema"] > 0)
     deliver(delivery, modules(stage, choice, config, weights), _report(run, identity, chosen))
@@ -169,10 +169,10 @@ def _choose(run: Path, checkpoints: Checkpoints, step: int | None, best: bool) -
     return chosen
 
 
-def _source(identity: Mapping[str, Any], stage: StageName, choice: Choice) -> CogVideo:
+def _source(run: Path, identity: Mapping[str, Any], stage: StageName, choice: Choice) -> CogVideo:
     """What the run started from, as long as what the stage relies on is still what it was."""
     try:
-        source = CogVideo.from_pretrained(identity["from"])
+        source = CogVideo.from_pretrained((run / identity["from"]).resolve())
     except ValueError as error:
         raise ValueError(f"the bundle that the run started from cannot be used: {error}") from error
     relies = ("text",) if stage == "image" or choice.base != "frozen" else ("text", base_of(stage, choice, source))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from cogvideo.costs import training
 from cogvideo.data.clips import ClipSampling, FrameRates, Mode
 from cogvideo.data.dataset import read_card
 from cogvideo.data.loader import ClipStream
+from cogvideo.files import alone_in
 from cogvideo.storage import Manifest
 from cogvideo.text import TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints
@@ -29,7 +31,7 @@ from cogvideo.training.preview import Preview
 from cogvideo.training.recorder import Recorder
 from cogvideo.training.run import Job, Summary, Watching, learn
 from cogvideo.training.run_folder import RunFolder
-from cogvideo.training.start import Choice, StageName, build, configured, own, parents
+from cogvideo.training.start import Choice, StageName, build, configured, continued, own, parents
 from cogvideo.training.task import Objective, Task
 from cogvideo.training.trainer import Execution, Trainer
 
@@ -52,6 +54,11 @@ class Clips:
     """Start anywhere in a clip that a sequence fits, else at its first frame."""
     caption_dropout: float = 0.1
     """Share of samples with the unconditional text, which guidance needs."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but where the data is, which decides nothing."""
+        return {name: value for name, value in asdict(self).items() if name != "data"}
 
     def sampling(self, mode: Mode, seed: int, num_frames: int, high_codes: bool = False) -> ClipSampling:
         """The same as the loader takes it."""
@@ -144,23 +151,24 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
     stream, entries = _data(plan, options, source, config)
     run = RunFolder(options.out / f".{plan.stage}-run")
     delivery = Delivery(options.out, source, config, plan.stage, plan.choice)
-    if not (run.path / "run.json").exists():
-        check_target(delivery, options.overwrite)
     identity = _identity(plan, options, config, folder, named, stream)
-    if ranks.rank == 0:
-        run.claim(identity)
-    if run.summary is None:
-        model = build(plan.stage, plan.choice, source, config, settings.dtype, settings.seed)
-        objective = Objective(model, plan.task(config, source.text)).to(ranks.device)
-        trainer = Trainer(objective, settings, options.execution, options.parallel, ranks)
-        checkpoints = Checkpoints(run.path / "checkpoints", options.watching.keep, options.watching.asynchronous)
-        seen = entries[0].stream if entries else stream
-        draw = Preview(delivery, trainer, seen, options.watching.prompts, run.path / "samples")
-        if draw.problem and options.watching.sample_every and ranks.rank == 0:
-            print(draw.problem, file=sys.stderr)
-        job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw)
-        summary = learn(job, partial(_recorder, run, options, identity, ranks))
-        _finish(plan, options, delivery, run, trainer, stream, summary)
+    with alone_in(run.path) if ranks.rank == 0 else nullcontext():
+        if not (run.path / "run.json").exists():
+            check_target(delivery, options.overwrite)
+        if ranks.rank == 0:
+            run.claim(identity, {"from": ".." if _is_same(folder, options.out) else str(folder.resolve())})
+        if run.summary is None:
+            model = build(plan.stage, plan.choice, source, config, settings.dtype, settings.seed)
+            objective = Objective(model, plan.task(config, source.text)).to(ranks.device)
+            trainer = Trainer(objective, settings, options.execution, options.parallel, ranks)
+            checkpoints = Checkpoints(run.path / "checkpoints", options.watching.keep, options.watching.asynchronous)
+            seen = entries[0].stream if entries else stream
+            draw = Preview(delivery, trainer, seen, options.watching.prompts, run.path / "samples")
+            if draw.problem and options.watching.sample_every and ranks.rank == 0:
+                print(draw.problem, file=sys.stderr)
+            job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw)
+            summary = learn(job, partial(_recorder, run, options, identity, ranks))
+            _finish(plan, options, delivery, run, trainer, stream, summary)
     if ranks.rank == 0:
         assert run.summary is not None
         print(f"{options.out}: {plan.stage} after {settings.steps:,} steps: {_words(run.summary)}")
@@ -195,20 +203,24 @@ def _data(plan: Plan, options: Options, source: CogVideo, config: CogVideoConfig
 def _identity(
     plan: Plan, options: Options, config: CogVideoConfig, folder: Path, named: tuple[str, ...], stream: ClipStream
 ) -> dict[str, Any]:
-    """All that decides the weights, and where the rest of the bundle comes from."""
+    """All that decides the weights, wherever it lies."""
     entries = Manifest.read(folder).components
-    replaced = own(plan.stage, plan.choice) if folder.resolve() == options.out.resolve() else ()
+    replaced = own(plan.stage, plan.choice) if _is_same(folder, options.out) else ()
+    starts = (*named, *continued(plan.stage, plan.choice), "text")
     return {
         "stage": plan.stage,
         "choice": asdict(plan.choice),
         "task": dict(plan.extra),
         "config": asdict(config),
-        "from": str(folder.resolve()),
-        "parents": {name: entries[name].sha256 for name in (*named, "text") if name not in replaced},
+        "parents": {name: entries[name].sha256 for name in starts if name not in replaced},
         "optimization": asdict(options.optimization),
-        "clips": {name: value for name, value in asdict(options.clips).items() if name != "data"},
+        "clips": options.clips.settings,
         "data": stream.identity,
     }
+
+
+def _is_same(folder: Path, other: Path) -> bool:
+    return folder.resolve() == other.resolve()
 
 
 def _recorder(run: RunFolder, options: Options, identity: dict[str, Any], ranks: Ranks, done: int) -> Recorder:
@@ -269,7 +281,7 @@ def _report(
         "start": {name: value for name, value in asdict(plan.choice).items() if value is not None},
         "task": dict(plan.extra),
         "optimization": asdict(options.optimization),
-        "clips": {name: value for name, value in asdict(options.clips).items() if name != "data"},
+        "clips": options.clips.settings,
         "torch": torch.__version__,
     }
 

@@ -149,11 +149,12 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> Summary:
                 _report(job, done, clock, record)
                 job.checkpoints.settle()
             paused = time.monotonic()
-            if last or (done % job.watching.evaluate_every == 0 and not stops):
+            measures = last or (done % job.watching.evaluate_every == 0 and not stops)
+            if measures:
                 held = measure(trainer, job.held_out, trainer.micro_batch)
                 record.record({"step": done, "held_out": held})
             if saves:
-                _save(job, done, clock.seconds, held if last or done % job.watching.evaluate_every == 0 else {})
+                _save(job, done, clock.seconds, held if measures else {})
             if not stops and (last or (job.watching.sample_every and done % job.watching.sample_every == 0)):
                 _sample(job, done, record)
             if stops:
@@ -209,8 +210,16 @@ def mean_loss(held: dict[str, dict[str, float]]) -> float | None:
 
 
 def _report(job: Job, done: int, clock: Clock, recorder: Recorder) -> None:
-    """Record the steps since the last report."""
-    figures = job.trainer.figures(done)
+    """Record the steps since the last report.
+
+    Raises:
+        ValueError: training diverged; every checkpoint has its name.
+    """
+    try:
+        figures = job.trainer.figures(done)
+    except ValueError:  # on all ranks alike
+        job.checkpoints.wait()  # the one that is being written is from before, and good
+        raise
     recorder.record(
         {
             "step": done,

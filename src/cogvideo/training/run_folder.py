@@ -6,8 +6,10 @@ Whatever interrupts the run, each file is the old one or the new one.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,27 +41,25 @@ class RunFolder:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
+    def claim(self, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Say what this is a run of, or check that it is the same that began here.
 
         Args:
             identity: settings and whatever else decides the result, in nested tables.
+            facts: what is also to be known, and may be another when the run continues.
 
         Raises:
             ValueError: another run began here, or its identity cannot be read.
         """
         path = self.path / "run.json"
-        here = json.loads(json.dumps(identity))
-        if not path.exists():
-            write_text(path, json.dumps(here, indent=2) + "\n")
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"cannot use {path}: {error}") from error
-        changes = list(_changes(there, here))
+        here = json.loads(json.dumps({**identity, **facts}))
+        there = _read(path) if path.exists() else None
+        changes = [] if there is None else list(_changes(there, here, ignored=facts))
         shown = "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
         advice = "pass the same as before to continue it, or remove the folder to start anew"
         require(not changes, f"another run began in {self.path}: {shown}; {advice}")
+        if there != here:
+            write_text(path, json.dumps(here, indent=2) + "\n")
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint.
@@ -102,17 +102,19 @@ class RunFolder:
         """
         if not self._metrics.exists():
             return []
-        lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        try:
+        with _naming(self._metrics):
+            lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             return [json.loads(line) for line in lines if line.endswith("\n")]
-        except ValueError as error:
-            raise ValueError(f"cannot use {self._metrics}: {error}") from error
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What `finish` wrote; None while the run is not over."""
+        """What `finish` wrote; None while the run is not over.
+
+        Raises:
+            ValueError: it is damaged.
+        """
         path = self.path / "report.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return _read(path) if path.exists() else None
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `report.json`, which says that the run is over."""
@@ -127,10 +129,29 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
 
-def _changes(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    """What differs between two nested tables, in words."""
+def _read(path: Path) -> Any:
+    """A file of JSON.
+
+    Raises:
+        ValueError: it is none; the error names it.
+    """
+    with _naming(path):
+        return json.loads(path.read_bytes())
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Bytes that are neither text nor JSON become one line that names their file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"cannot use {path}: {error}") from error
+
+
+def _changes(there: Any, here: Any, name: str = "", ignored: Collection[str] = ()) -> Iterator[str]:
+    """What differs between two nested tables, in words, apart from some keys of the outermost."""
     if isinstance(there, dict) and isinstance(here, dict):
-        for key in sorted(there.keys() | here.keys()):
+        for key in sorted((there.keys() | here.keys()) - set(ignored)):
             yield from _changes(there.get(key), here.get(key), f"{name}.{key}" if name else key)
     elif there != here:
         yield f"{name} was {there!r:.60} and is {here!r:.60}"

@@ -65,7 +65,7 @@ def parents(stage: StageName, choice: Choice, source: CogVideo) -> tuple[str, ..
     if choice.start == "sequential":
         names.append("sequential")
     for name in (*names, *own(stage, choice)):
-        known = name in source.components or name not in (*names, *_continued(stage, choice, source))
+        known = name in source.components or name not in (*names, *continued(stage, choice))
         there = ", ".join(source.components) or "nothing"
         require(known, f"the bundle to start from has no {name}, it has: {there}; {_advice(name)}")
     return tuple(names)
@@ -85,7 +85,8 @@ def base_of(stage: StageName, choice: Choice, source: CogVideo) -> str:
     return special if choice.start in ("sequential", "continue") and special in source.components else "base"
 
 
-def _continued(stage: StageName, choice: Choice, source: CogVideo) -> tuple[str, ...]:
+def continued(stage: StageName, choice: Choice) -> tuple[str, ...]:
+    """Components of the stage's own that it begins with."""
     if choice.start != "continue":
         return ()
     return ("base",) if stage == "image" else (stage,)

@@ -16,6 +16,7 @@ from cogvideo.bundle import CODES_PER_CLUSTER, usable
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.sources import SourceOptions
 from cogvideo.evaluation.metrics import WINDOW
+from cogvideo.files import alone_in
 from cogvideo.models.adversary import PatchDiscriminator
 from cogvideo.models.perceptual import LEAST_SIDE, Lpips, load_lpips
 from cogvideo.models.quantizer import cluster_codes
@@ -86,13 +87,14 @@ def tokenizer(
     frames, options = _complete(frames, options, settings, whole)
     model = _lpips(vgg, lpips, console)
     folder = RunFolder(out / RUN)
-    folder.claim(_identity(sources, whole, settings, frames, options, vgg, lpips))
-    if folder.summary is None:
-        store = _fetch(folder, sources, options, frames, console)
-        trainer = Trainer(whole.autoencoder, settings, frames.clips.seed, model, place)
-        _learn(trainer, store, folder, evaluate_every, checkpoint_every, console)
-        _deliver(trainer, store, folder, out, whole)
-        frame_store.remove(folder.path)
+    with alone_in(folder.path):
+        folder.claim(_identity(sources, whole, settings, frames, options, vgg, lpips))
+        if folder.summary is None:
+            store = _fetch(folder, sources, options, frames, console)
+            trainer = Trainer(whole.autoencoder, settings, frames.clips.seed, model, place)
+            _learn(trainer, store, folder, evaluate_every, checkpoint_every, console)
+            _deliver(trainer, store, folder, out, whole)
+            frame_store.remove(folder.path)
     assert folder.summary is not None
     quality = Quality(**folder.summary["held_out"])
     print(f"{out}: image tokenizer after {settings.steps:,} steps: {_words(quality)}; {folder.path / 'after.png'}")
