@@ -31,6 +31,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command("cogvideo.generate:generate", "Prompts to video files."),
+    "doctor": Command(
+        "cogvideo.doctor:doctor", "What this machine can run, and whether the model in the box is whole."
+    ),
     "info": Command("cogvideo.info:info", "Parameters, memory and work of a preset or a bundle."),
     "plan": Command("cogvideo.training.plan:plan", "What training a stage needs of so many GPUs."),
     "convert": Command("cogvideo.convert:convert", "Released checkpoints of 2022 to a bundle."),

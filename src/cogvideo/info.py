@@ -109,8 +109,8 @@ def _print(parts: Iterable[Table | str]) -> None:
         console.print(part)
 
 
-def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    """The first column names the row, the others are figures."""
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """A table for the terminal: the first column names the row, the others are figures."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
@@ -127,18 +127,18 @@ def _tables(report: Report) -> Iterator[Table | str]:
     shape = f"{sizes.num_layers} layers, hidden {sizes.hidden}, {sizes.num_heads} heads, {grid} x {grid} codes a frame"
     yield f"[bold]{report.name}[/bold]: {shape}\n"
     on_disk = ["on disk"] if report.files else []
-    yield _table("Parameters", ["component", "number", "float32", "16 bit", *on_disk], _parameter_rows(report))
+    yield table("Parameters", ["component", "number", "float32", "16 bit", *on_disk], _parameter_rows(report))
     token = f"{_decimal(report.bytes_a_token['bfloat16'], 'B')} a token, channel and row in 16 bit"
     columns = ["stage", "spatial", "temporal", "16 bit", "float32"]
-    yield _table(f"Cache of a sample, {token}", columns, map(_cache_row, report.caches))
+    yield table(f"Cache of a sample, {token}", columns, map(_cache_row, report.caches))
     title = "Operations and bytes read for a code, mean over the stage, without prefill"
-    yield _table(title, ["stage", "operations", *_PRECISION_NAMES], map(_work_row, report.work))
+    yield table(title, ["stage", "operations", *_PRECISION_NAMES], map(_work_row, report.work))
     columns = ["phase", "rows", "passes", "read a pass, 16 bit", "operations"]
-    yield _table("One clip: work", columns, map(_phase_row, report.clip))
+    yield table("One clip: work", columns, map(_phase_row, report.clip))
     columns = ["phase", *_PRECISION_NAMES, "GPU's host"]
-    yield _table("One clip: memory, with the weights of the phase alone", columns, _memory_rows(report))
+    yield table("One clip: memory, with the weights of the phase alone", columns, _memory_rows(report))
     title = f"Training on one GPU, batch {report.training[0].batch}"
-    yield _table(title, ["", *STAGES], _training_rows(report.training))
+    yield table(title, ["", *STAGES], _training_rows(report.training))
 
 
 def _parameter_rows(report: Report) -> Iterator[list[str]]:
@@ -191,7 +191,7 @@ def _training_rows(stages: Iterable[Training]) -> Iterator[list[str]]:
 def _side_by_side() -> Table:
     columns = [_overview(preset(name)) for name in PRESETS]
     rows = ([name, *(column[name] for column in columns)] for name in columns[0])
-    return _table("Presets", ["", *PRESETS], rows)
+    return table("Presets", ["", *PRESETS], rows)
 
 
 def _overview(config: CogVideoConfig) -> dict[str, str]:

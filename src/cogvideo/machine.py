@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import psutil
 import torch
 
 from cogvideo.bundle import CogVideo
 from cogvideo.config import CogVideoConfig, require
-from cogvideo.costs import clip, resident
+from cogvideo.costs import Phase, clip, resident
 from cogvideo.generation.hierarchy import Settings
 
 SURELY_ENOUGH = 20
@@ -24,28 +26,27 @@ def free_memory(device: torch.device) -> int:
 
 def needed_memory(
     config: CogVideoConfig,
-    settings: Settings,
+    phases: Sequence[Phase],
     dtype: torch.dtype,
     device: torch.device,
     batch: int = 1,
     offload: bool = False,
 ) -> int:
-    """Bytes of device memory that so many clips at once need (see `costs`).
+    """Bytes of device memory that clips need.
 
     Args:
         config: of the model.
-        settings: of the stages.
+        phases: of one clip, see `costs.clip`.
         dtype: of the weights.
         device: where they are.
         batch: clips at once; weights count once, all else so many times.
         offload: only the weights of the stage at work are there.
     """
     kind = "cpu_float32" if dtype.itemsize > 2 else "cpu_bfloat16" if device.type == "cpu" else "gpu_bfloat16"
-    phases = clip(config, settings)
-    own = {phase.name: phase.memory[kind].device - phase.memory[kind].parts["weights"] for phase in phases}
+    memory = [phase.memory[kind] for phase in phases]
     if offload:
-        return max(phase.memory[kind].parts["weights"] + batch * own[phase.name] for phase in phases)
-    return resident(config, phases)[kind] + (batch - 1) * max(own.values())
+        return max(each.parts["weights"] + batch * (each.device - each.parts["weights"]) for each in memory)
+    return resident(config, phases)[kind] + (batch - 1) * max(each.device - each.parts["weights"] for each in memory)
 
 
 def require_memory(
@@ -59,7 +60,7 @@ def require_memory(
     free = free_memory(device)
     if model.num_bytes * batch * SURELY_ENOUGH < free:
         return
-    need = needed_memory(model.config, settings, dtype, device, batch, offload)
+    need = needed_memory(model.config, clip(model.config, settings), dtype, device, batch, offload)
     helps = [f"--batch {batch // 2}"] if batch > 1 else []
     helps += [] if offload else ["--offload"]
     helps += ["--dtype bfloat16"] if dtype.itemsize > 2 else []
