@@ -22,10 +22,11 @@ from PIL import Image
 
 import cogvideo
 from cogvideo.cli import main
-from cogvideo.generate import generate
+from cogvideo.generate import _check_rounds, generate
 from cogvideo.generation.hierarchy import Guidance, Settings
 from cogvideo.generation.sampling import Sampling
 from cogvideo.pipeline import CogVideoPipeline, Frame
+from cogvideo.video import write_video
 from gallery import make_model
 from killing import kill_at
 from workshop import RATIO
@@ -269,6 +270,9 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
     ("options", "message"),
     [
         (("--rounds", "-1"), "rounds is -1, expected 0 or more"),
+        (("--rounds", "9"), "rounds is 9, expected 0 to 8: a .mp4 has at most 500 frames a second"),
+        (("--rounds", "6", "--output", "x.GIF"), "rounds is 6, expected 0 to 5: a .GIF has at most 50 frames a second"),
+        (("--rounds", "99999"), "rounds is 99999, expected 0 to 8"),
         (("--guidance", "nan"), "guidance of the sequential stage is nan, expected 0 or more"),
         (("--temperature", "-1"), "temperature is -1.0, expected 0"),
         (("--clusters", "-1"), "clusters is -1, expected 0"),
@@ -292,6 +296,17 @@ def test_mistakes_are_one_line(
     (inside / "folder.mp4").mkdir()
     assert re.search(message, refused(capsys, "a cat", "--model", model, "--rounds", "0", *options))
     assert sorted(each.name for each in inside.iterdir()) == ["file", "folder.mp4"]
+
+
+@pytest.mark.parametrize(("name", "most"), [("x.mp4", 8), ("x.gif", 5), ("x.webp", 8)])
+def test_as_many_rounds_as_can_be_written(name: str, most: int, tmp_path: Path) -> None:
+    """Guards the limit itself: what it allows, `write_video` writes; what it refuses, that would refuse."""
+    _check_rounds(tmp_path / name, Settings(most), 5)
+    write_video(tmp_path / name, np.zeros((2, 16, 16, 3), np.uint8), 2.0**most)
+    with pytest.raises(ValueError, match=f"expected 0 to {most}"):
+        _check_rounds(tmp_path / name, Settings(most + 1), 5)
+    with pytest.raises(ValueError, match="fps is"):
+        write_video(tmp_path / name, np.zeros((2, 16, 16, 3), np.uint8), 2.0 ** (most + 1))
 
 
 def test_a_file_is_for_one_prompt(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from cogvideo.files import write_text
 from cogvideo.generation.hierarchy import Guidance, Settings
 from cogvideo.generation.sampling import Sampling
 from cogvideo.pipeline import CogVideoPipeline, Frame, Upscaling
-from cogvideo.video import VIDEO_SUFFIXES, write_video
+from cogvideo.video import VIDEO_SUFFIXES, fastest, write_video
 
 Type = Literal["float32", "bfloat16", "float16"]
 FORMATS = (".mp4", ".gif", ".webp")
@@ -74,6 +74,8 @@ def generate(
     )
     on = usable(device)
     pipeline = CogVideoPipeline.from_pretrained(model, getattr(torch, dtype), on)
+    for file in files:
+        _check_rounds(file, settings, pipeline.model.config.layout.num_frames)
     first = secrets.randbelow(2**31) if seed is None else seed
     seeds = range(first, first + len(prompts))
     upscaling = Upscaling(superres)
@@ -123,6 +125,13 @@ def _files(prompts: tuple[str, ...], output: Path) -> Iterator[Path]:
         name = next(each for each in names if each.casefold() not in taken)
         taken.add(name.casefold())
         yield output / f"{name}.mp4"
+
+
+def _check_rounds(file: Path, settings: Settings, num_key_frames: int) -> None:
+    """Refuse more frames a second than the file can have: each round doubles those of the key frames."""
+    doublings = int(fastest(file) * settings.duration / (num_key_frames - 1))
+    most, limit = doublings.bit_length() - 1, f"a {file.suffix} has at most {fastest(file)} frames a second"
+    require(settings.rounds <= most, f"rounds is {settings.rounds}, expected 0 to {most}: {limit}")
 
 
 def _clip(stream: Iterator[Frame], console: Console) -> UInt8[np.ndarray, "frames height width 3"]:

@@ -32,6 +32,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "Video",
     "VideoError",
+    "fastest",
     "read_video",
     "write_video",
 ]
@@ -153,6 +154,11 @@ def _look_again(shots: Shots, times: list[float], start: float, length: float, v
     return [each for _, each in sorted(zip(order, seen, strict=True), key=lambda pair: pair[0])]
 
 
+def fastest(path: Path) -> int:
+    """Frames a second that `write_video` can write to `path` at most."""
+    return 50 if path.suffix.lower() == ".gif" else MAX_FPS
+
+
 def write_video(
     path: Path,
     frames: UInt8[np.ndarray, "frames height width 3"],
@@ -178,8 +184,8 @@ def write_video(
     require(suffix in _WRITERS, f"cannot write {path}: expected one of the suffixes {', '.join(_WRITERS)}")
     require(suffix == ".mp4" or not metadata, f"cannot write metadata to {path}: expected the suffix .mp4")
     require(frames.size > 0, f"cannot write {path}: there are no frames")
-    fastest = 50 if suffix == ".gif" else MAX_FPS
-    require(0 < fps <= fastest, f"fps is {fps}, expected a number in (0, {fastest}] for {suffix}")
+    most = fastest(path)
+    require(0 < fps <= most, f"fps is {fps}, expected a number in (0, {most}] for {suffix}")
     with replacing_by_name(path) as temporary:
         _WRITERS[suffix](temporary, frames, fps, metadata or {})
 
