@@ -17,8 +17,10 @@ format: setup ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## measure; writes benchmarks/results/ (on a CUDA GPU also: python -m benchmarks.cuda)
+bench: setup ## measure, about 20 minutes on two cores; writes benchmarks/results/ (on a GPU also: benchmarks.cuda)
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.train
 
 setup: .venv/ready
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cogvideo.bundle import CogVideo
 from cogvideo.layout import SequenceLayout, UpscaleLayout
@@ -77,3 +77,9 @@ def make_trainer(
     model = build(stage, Choice("continue"), source, source.config, settings.dtype, seed=0)
     objective = Objective(model.double() if wide else model, make_task(stage, source))
     return Trainer(objective, settings, execution, ParallelSettings(), ALONE)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The same tensors by the same names, bit by bit."""
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], each) for name, each in expected.items())

@@ -55,6 +55,16 @@ def test_components_come_and_go(folder: Path, config: CogVideoConfig) -> None:
     assert all(torch.equal(each, loaded.state_dict()[name]) for name, each in channel.state_dict().items())
 
 
+def test_unknown_names_are_refused(folder: Path, config: CogVideoConfig) -> None:
+    """Guards against a mistyped component that is silently left out."""
+    before, message = hashes(folder), r"got the components \['interpolaton'\], expected some of \['base', "
+    with pytest.raises(ValueError, match=message):
+        update(folder, config, interpolaton=loud(MODULES["interpolation"](config), 3))
+    with pytest.raises(ValueError, match=message):
+        update(folder, config, without=("interpolaton",))
+    assert hashes(folder) == before
+
+
 def test_what_is_given_is_not_taken_away(folder: Path, config: CogVideoConfig) -> None:
     """Guards stages that are replaced together with a base of their own."""
     update(folder, config, without=("sequential",), sequential=loud(MODULES["sequential"](config), 4))

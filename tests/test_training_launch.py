@@ -25,6 +25,7 @@ from cogvideo.files import alone_in
 from cogvideo.models.transformer import Base
 from cogvideo.storage import Manifest
 from cogvideo.training.checkpoints import Checkpoints
+from cogvideo.training.run import mean_loss
 from cogvideo.training.trainer import Figures, Trainer
 from gallery import loud
 from workshop import make_bundle, make_data
@@ -87,10 +88,10 @@ class Place:
         lines = (self.folder / out / f".{stage}-run" / "metrics.jsonl").read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def measured(self, out: str) -> dict[object, float]:
-        """Of the sequential stage: the mean loss on held-out clips, by step."""
+    def measured(self, out: str) -> dict[object, float | None]:
+        """Of the sequential stage: the mean loss on held-out clips, by step; None where nothing is held out."""
         rows = {row["step"]: row["held_out"] for row in self.rows("sequential", out) if "held_out" in row}
-        return {step: sum(each["loss"] for each in held.values()) / len(held) for step, held in rows.items()}  # type: ignore[attr-defined]
+        return {step: mean_loss(held) for step, held in rows.items()}  # type: ignore[arg-type]
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -391,6 +392,11 @@ def test_mistakes_are_one_line(place: Place, train_text_model: Callable[..., byt
             ("codes of another image tokenizer", "sequential", ("--data", str(tmp_path / "foreign"))),
             ("is not divisible by the sequential window", "sequential", ("--window", "6")),
             ("no codes of super-resolution", "superres", ("--data", str(tmp_path / "low"))),
+            (
+                "held_out_split is 'validaton', expected one that the data has: train, validation",
+                "sequential",
+                ("--held-out-split", "validaton"),
+            ),
             ("tensor_parallel is 2 for 1 ranks", "sequential", ("--tensor-parallel", "2")),
             ("cannot use the device 'cuda:7'|cannot use the device", "sequential", ("--device", "cuda:7")),
         ]
@@ -402,6 +408,17 @@ def test_mistakes_are_one_line(place: Place, train_text_model: Callable[..., byt
             foreign = make_data(tmp_path / "foreign", tmp_path / "model")
             _disguise(foreign)
         other.fails(message, stage, "--init", "model", *options, out=f"out-{number}")
+
+
+def test_data_that_holds_nothing_out(place: Place) -> None:
+    """Guards small datasets: the default split may be absent, which is said, and the run goes without it."""
+    make_data(place.folder / "all", place.folder / "model", held_out=0)
+    done = place.run("sequential", "--init", "model", "--data", "all", "--steps", "2", out="unjudged")
+    assert done.returncode == 0, done.stderr
+    said = "Nothing is held out: no clip of the split validation is there and long enough."
+    assert done.stderr.splitlines().count(said) == 1
+    assert "held out: nothing" in done.stdout
+    assert place.measured("unjudged") == {2: None}
 
 
 def _disguise(data: Path) -> None:

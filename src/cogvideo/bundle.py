@@ -61,8 +61,7 @@ class CogVideo:
     """
 
     def __init__(self, config: CogVideoConfig, **components: Component) -> None:
-        unknown = sorted(components.keys() - set(COMPONENTS))
-        require(not unknown, f"got the components {unknown}, expected some of {list(COMPONENTS)}")
+        _check_names(components)
         self.config = config
         self._parts = components
         self._source: _Source | None = None
@@ -244,9 +243,11 @@ def update(
         components: by their names.
 
     Raises:
-        ValueError: the bundle there has another configuration, or a component does not fit it.
+        ValueError: there is no component of such a name, the bundle there has another configuration, or a component
+            does not fit it.
         OSError: it cannot be written.
     """
+    _check_names([*components, *without])
     if not (Path(folder) / MANIFEST).exists():
         CogVideo(config, **components).save_pretrained(folder)
         return
@@ -257,6 +258,11 @@ def update(
         for component in model.components:
             if component in components or component not in without:
                 model._save(component, writer)
+
+
+def _check_names(components: Collection[str]) -> None:
+    unknown = sorted(set(components) - set(COMPONENTS))
+    require(not unknown, f"got the components {unknown}, expected some of {list(COMPONENTS)}")
 
 
 class _Source(NamedTuple):

@@ -100,7 +100,7 @@ def deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mappin
     parts |= trained
     known = {} if source.folder is None else read_reports(source.folder)
     copied = {name: known[name] for name in lacking if name in known}
-    bundle.update(out, delivery.config, without=() if special in parts else (special,), **parts)
+    bundle.update(out, delivery.config, without={special} & there.keys() - parts.keys(), **parts)
     write_card(out, copied | read_reports(out) | {own(stage, delivery.choice)[0]: report})
 
 

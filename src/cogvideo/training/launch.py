@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -45,7 +45,7 @@ class Clips:
     split: str = "train"
     """That is learnt from."""
     held_out_split: str = "validation"
-    """That the run is judged by."""
+    """That the run is judged by; data without any `validation` is judged by nothing."""
     rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     """Frames a second that a sequence can have, lowest first: that of key frames, then of the rounds."""
     fixed_rate: float | None = None
@@ -164,14 +164,23 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
             checkpoints = Checkpoints(run.path / "checkpoints", options.watching.keep, options.watching.asynchronous)
             seen = entries[0].stream if entries else stream
             draw = Preview(delivery, trainer, seen, options.watching.prompts, run.path / "samples")
-            if draw.problem and options.watching.sample_every and ranks.rank == 0:
-                print(draw.problem, file=sys.stderr)
+            if ranks.rank == 0:
+                for line in _notes(options, entries, draw):
+                    print(line, file=sys.stderr)
             job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw)
             summary = learn(job, partial(_recorder, run, options, identity, ranks))
             _finish(plan, options, delivery, run, trainer, stream, summary)
     if ranks.rank == 0:
         assert run.summary is not None
         print(f"{options.out}: {plan.stage} after {settings.steps:,} steps: {_words(run.summary)}")
+
+
+def _notes(options: Options, entries: list[HeldOut], draw: Preview) -> Iterator[str]:
+    """What the run goes without."""
+    if not entries:
+        yield f"Nothing is held out: no clip of the split {options.clips.held_out_split} is there and long enough."
+    if draw.problem and options.watching.sample_every:
+        yield draw.problem
 
 
 def _source(options: Options) -> tuple[Path, CogVideo]:
@@ -196,8 +205,11 @@ def _data(plan: Plan, options: Options, source: CogVideo, config: CogVideoConfig
     if plan.stage == "superres":
         side, got = grid * config.upscaler.ratio, stream.datasets[0].card.high_grid
         require(got == side, f"{clips.data[0]} has high codes of side {got}, expected {side}")
+    split, known = clips.held_out_split, sorted({name for each in stream.datasets for name in each.card.splits})
+    absent = f"held_out_split is {split!r}, expected one that the data has: {', '.join(known)}"
+    require(split in known or split == Clips.held_out_split, absent)
     limit = options.watching.evaluate_samples
-    return stream, held_out(clips.data, clips.held_out_split, sampling, limit, tokenizer, grid)
+    return stream, held_out(clips.data, split, sampling, limit, tokenizer, grid)
 
 
 def _identity(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -12,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from cogvideo.bundle import CogVideo
 from cogvideo.data.loader import ClipStream
 from cogvideo.models.transformer import Base
+from cogvideo.storage import Component
 from cogvideo.training import samples
 from cogvideo.training.export import Delivery, modules
 from cogvideo.training.parallel import full_state
@@ -68,7 +68,7 @@ class Preview:
         """The stage with these weights, and all that it draws with."""
         stage, choice, source = self.delivery.stage, self.delivery.choice, self.delivery.source
         names = ("base", "text", "image_tokenizer", "cluster_labels")
-        parts: dict[str, Any] = {name: source.component(name) for name in names if name in source.components}
+        parts: dict[str, Component] = {name: source.component(name) for name in names if name in source.components}
         if stage != "image" and choice.base == "frozen":
             name, live = base_of(stage, choice, source), self.trainer.objective.model.base
             assert isinstance(live, Base)
