@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test check format bench setup
+.PHONY: demo test check format bench setup
+
+demo: .venv/installed ## three clips with the model in the box, into out/
+	$(BIN)/python examples/demo.py
 
 test: setup ## the whole test suite
 	$(BIN)/python -m pytest -n auto
@@ -24,8 +27,12 @@ bench: setup ## measure, about 20 minutes on two cores; writes benchmarks/result
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml
+.venv/ready: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+.venv/installed: pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'cogvideo needs Python 3.11 or newer')"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
 	touch $@

@@ -1,0 +1,46 @@
+"""Three clips in a minute, on a CPU: `make demo`, or cell by cell in an editor that knows `# %%`.
+
+usage: python examples/demo.py [OUT] [MODEL]
+"""
+
+# %% The model in the box; a folder, or an id on the Hugging Face Hub, would do as well.
+import sys
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from cogvideo.pictures import contact_sheet, write_image
+from cogvideo.pipeline import CogVideoPipeline, export_to_video
+
+out = Path(sys.argv[1] if len(sys.argv) > 1 else "out")
+model = sys.argv[2] if len(sys.argv) > 2 else "pocket"
+pipeline = CogVideoPipeline.from_pretrained(model)
+out.mkdir(parents=True, exist_ok=True)
+
+# %% What is to be seen: an emoji, a scene of the World, and the emoji's last frame, which goes on moving.
+prompts = {
+    "emoji": "a yellow face blinks, then opens its mouth into a happy smile, on a light blue background",
+    "world": "a large red ball bounces in from the left, bounces twice and leaves on the right, on a beach, slowly",
+    "moving-on": "a yellow face closes its eyes and laughs with an open mouth, on a light blue background",
+}
+image, rows = None, []
+with Progress(transient=True) as progress:
+    for number, (name, prompt) in enumerate(prompts.items()):
+        task = progress.add_task(name, total=33)
+        clips = pipeline(
+            prompt,
+            image if name == "moving-on" else None,
+            generator=torch.Generator().manual_seed(number),
+            callback=lambda frame, task=task: progress.advance(task),
+        )
+        # `clips.frames` is (clips, frames, height, width, 3), in time; the callback saw each frame as it was finished.
+        path = export_to_video(clips.frames[0], out / f"{name}.mp4", fps=clips.fps)
+        print(f"{path}: {prompt}")
+        rows.append(clips.frames[0])
+        image = clips.frames[0, -1] if name == "emoji" else image
+
+# %% All of them as one picture.
+sheet = out / "contact_sheet.png"
+write_image(sheet, contact_sheet(rows, 9, labels=list(prompts.values())))
+print(f"{sheet}: all three")

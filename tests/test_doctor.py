@@ -1,0 +1,81 @@
+"""`cogvideo doctor`: devices and memory in plain words, and files that are not what was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvideo import machine
+from cogvideo.cli import main
+from cogvideo.config import preset
+from cogvideo.costs import clip, resident
+from cogvideo.doctor import GIB
+from cogvideo.generation.hierarchy import Settings
+from cogvideo.machine import needed_memory
+from gallery import make_model
+
+
+def test_it_says_what_fits(
+    train_text_model: Callable[..., bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards the table: what fits as it is, with options, or not at all, by the memory that is free."""
+    make_model(tmp_path / "model", train_text_model())
+    config = preset("small")
+    phases = clip(config, Settings())
+    cpu, wide, narrow = torch.device("cpu"), torch.float32, torch.bfloat16
+    need = needed_memory(config, phases, wide, cpu)
+    assert need == resident(config, phases)["cpu_float32"]
+    half = needed_memory(config, phases, narrow, cpu)
+    least = needed_memory(config, phases, narrow, cpu, offload=True)
+    assert least < half < need
+    for free, expected in (
+        (need, f"fits: {need / GIB:.2f} GiB"),
+        (need - 1, f"fits with --dtype bfloat16: {half / GIB:.2f} GiB"),
+        (half - 1, f"fits with --dtype bfloat16 --offload: {least / GIB:.2f} GiB"),
+        (least - 1, f"too large: {least / GIB:.1f} GiB"),
+    ):
+        monkeypatch.setattr("cogvideo.doctor.free_memory", lambda _, free=free: free)
+        monkeypatch.setattr("cogvideo.doctor.PRESETS", {"small": {}})
+        assert main(["doctor", str(tmp_path / "model")]) == 0
+        told = capsys.readouterr().out
+        row = next(line for line in told.splitlines() if line.strip().startswith("small"))
+        assert " ".join(row.split()) == f"small {expected}"
+        assert f"PyTorch {torch.__version__}" in told
+        assert f"{tmp_path / 'model'}: all files are what was saved" in told
+
+
+def test_it_finds_changed_files(
+    train_text_model: Callable[..., bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards the hashes: a changed byte and a missing file are told apart, both at once, with status 1."""
+    make_model(tmp_path / "model", train_text_model())
+    monkeypatch.setattr("cogvideo.doctor.PRESETS", {})
+    path = tmp_path / "model" / "base.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    (tmp_path / "model" / "superres.safetensors").unlink()
+    assert main(["doctor", str(tmp_path / "model")]) == 1
+    told = capsys.readouterr().out
+    assert "base.safetensors has the sha256" in told
+    assert "there is no file" in told
+    assert "all files are what was saved" not in told
+
+
+def test_clips_at_once_need_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the figure that a refusal names: weights count once, all else as often as there are clips."""
+    config = preset("tiny")
+    phases = clip(config, Settings(rounds=1))
+    cpu = torch.device("cpu")
+    one, two, three = (needed_memory(config, phases, torch.float32, cpu, batch) for batch in (1, 2, 3))
+    assert two - one == three - two > 0
+    assert machine.free_memory(cpu) > 1 << 20
