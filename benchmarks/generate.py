@@ -1,0 +1,194 @@
+"""A clip, measured: `python -m benchmarks.generate [--model MODEL]` prints tables and writes benchmarks/results/.
+
+A command is timed as a user waits for it: from its start to the first frame on disk, and to the finished mp4. The ways
+to decode are timed in turn, and each part of a clip is put beside its floor: the operations that it needs over the rate
+at which this machine multiplies matrices, or the bytes that it must read over the rate at which it reads them, the
+larger of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from benchmarks.decode import show
+from benchmarks.machine import alternate, write
+from cogvideo.bundle import POCKET
+from cogvideo.costs import Phase, clip
+from cogvideo.generation.decode import Passes
+from cogvideo.generation.hierarchy import Settings
+from cogvideo.pipeline import CogVideoPipeline, Upscaling
+from cogvideo.training.recorder import matrix_rate
+
+Figures = dict[str, Any]
+
+PROMPT = "a large red ball bounces in from the left, bounces twice and leaves on the right, on a beach, slowly"
+GOALS = {"first frame": 3.0, "finished mp4": 12.0}
+WAYS = {
+    "one by one": Passes(),
+    "parallel frames": Passes(parallel_frames=True),
+    **{f"draft {width}": Passes(draft=width) for width in (4, 8, 16, 32)},
+}
+
+
+def command(model: str, rounds: int = 5) -> Figures:
+    """Seconds that a user waits."""
+    found: dict[str, list[float]] = {name: [] for name in GOALS}
+    for _ in range(rounds):
+        with TemporaryDirectory() as folder:
+            first, whole = _wait(model, Path(folder))
+        found["first frame"].append(first)
+        found["finished mp4"].append(whole)
+    start_up = {
+        "python and PyTorch": ["-c", "import torch"],
+        "pipeline ready": ["-c", "import cogvideo.pipeline"],
+        "cogvideo --help": ["-m", "cogvideo", "--help"],
+    }
+    calls = {
+        name: lambda each=each: subprocess.run([sys.executable, *each], check=True, capture_output=True)
+        for name, each in start_up.items()
+    }
+    figures: Figures = {
+        name: {"seconds": statistics.median(each), "best": min(each), "goal": GOALS[name]}
+        for name, each in found.items()
+    }
+    timed = alternate(calls, rounds, 1).items()
+    return figures | {name: {"seconds": each["median"] / 1e3, "best": each["best"] / 1e3} for name, each in timed}
+
+
+def _wait(model: str, folder: Path) -> tuple[float, float]:
+    """Until there is a frame, and until the command ends."""
+    arguments = ["generate", PROMPT, "--model", model, "--output", str(folder), "--seed", "1", "--preview"]
+    start, first = time.perf_counter(), 0.0
+    process = subprocess.Popen([sys.executable, "-m", "cogvideo", *arguments], stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        if not first and any(folder.glob("*-frames/[0-9]*.png")):
+            first = time.perf_counter() - start
+        time.sleep(0.005)
+    if process.returncode:
+        raise RuntimeError(f"`cogvideo {' '.join(arguments)}` ended with status {process.returncode}")
+    return first, time.perf_counter() - start
+
+
+def ways(model: str, rounds: int = 3) -> Figures:
+    """Seconds of all codes of a clip, and whether they are the same."""
+    pipeline = CogVideoPipeline.from_pretrained(model)
+    codes: dict[str, torch.Tensor] = {}
+
+    def draw(name: str) -> None:
+        frames = list(_stream(pipeline, Settings(passes=WAYS[name]), Upscaling(False)))
+        ordered = sorted(frames, key=lambda frame: frame.place)
+        codes[name] = torch.stack([frame.codes for frame in ordered])
+
+    times = alternate({name: lambda name=name: draw(name) for name in WAYS}, rounds, 1)
+    return {
+        name: {
+            "seconds": each["median"] / 1e3,
+            "best": each["best"] / 1e3,
+            "codes equal to one by one": float((codes[name] == codes["one by one"]).double().mean()),
+        }
+        for name, each in times.items()
+    }
+
+
+def parts(model: str, rounds: int = 3) -> Figures:
+    """Seconds of each part of a clip, beside its floor."""
+    pipeline = CogVideoPipeline.from_pretrained(model)
+    config, settings = pipeline.model.config, Settings()
+    list(_stream(pipeline, settings, Upscaling(False)))
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, took in _timed(pipeline, settings).items():
+            seconds.setdefault(name, []).append(took)
+    floors = {phase.name: _floor(phase) for phase in clip(config, settings)}
+    found: Figures = {}
+    for name, each in seconds.items():
+        best = min(each)
+        found[name] = {"seconds": statistics.median(each), "best": best, "floor": floors[name]}
+        found[name]["share of the floor's speed"] = floors[name] / best
+    return found
+
+
+def _stream(pipeline: CogVideoPipeline, settings: Settings, upscaling: Upscaling) -> Iterator[Any]:
+    return pipeline.stream([PROMPT], [torch.Generator().manual_seed(1)], settings, upscaling)
+
+
+def _timed(pipeline: CogVideoPipeline, settings: Settings) -> dict[str, float]:
+    """Of one clip: the parts take turns, so that each call is timed by itself."""
+    found: dict[str, float] = {}
+
+    def clocked(name: str, call: Any, *arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = call(*arguments)
+        found[name] = found.get(name, 0.0) + time.perf_counter() - start
+        return result
+
+    small, upscale, pixels = pipeline._generate, pipeline._upscale, pipeline._pixels
+    number = iter(range(1 << 20))
+
+    def generate(*arguments: Any) -> Iterator[Any]:
+        frames, phases = small(*arguments), [phase.name for phase in clip(pipeline.model.config, settings)]
+        while True:
+            place = next(number)
+            frame = clocked(phases[_phase(place)], next, frames, None)
+            if frame is None:
+                return
+            yield frame
+
+    pipeline._generate = generate  # type: ignore[method-assign]
+    pipeline._upscale = lambda *each: clocked("super-resolution", upscale, *each)  # type: ignore[method-assign]
+    pipeline._pixels = lambda *each: clocked("pixels", pixels, *each)  # type: ignore[method-assign]
+    try:
+        list(_stream(pipeline, settings, Upscaling()))
+    finally:
+        for name in ("_generate", "_upscale", "_pixels"):
+            delattr(pipeline, name)
+    return found
+
+
+def _phase(place: int) -> int:
+    """Phase of the frame that is finished at that place: 1 frame, 4 key frames, then 4, 8, 16 between them."""
+    return 0 if place == 0 else 1 if place < 5 else 2 if place < 9 else 3 if place < 17 else 4
+
+
+def _floor(phase: Phase) -> float:
+    """Seconds that no program for this machine can go below."""
+    flops = phase.passes * phase.work.flops + phase.prefill_flops
+    reads = phase.passes * phase.work.bytes_moved["cpu_float32"]
+    return max(flops / matrix_rate(torch.device("cpu"), torch.float32), reads / read_rate())
+
+
+def read_rate(mebibytes: int = 512) -> float:
+    """Bytes a second of a sum over memory that no cache holds; a model that a cache holds is read faster."""
+    values = torch.ones(mebibytes << 18)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        values.sum()
+        times.append(time.perf_counter() - start)
+    return values.nbytes / min(times)
+
+
+def main() -> None:
+    """Print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=POCKET, help="folder, id on the Hub, or pocket")
+    model = parser.parse_args().model
+    for name, section in {"command": command, "ways": ways, "parts": parts}.items():
+        figures = section(model)
+        print(f"\n{name}")
+        show(figures)
+        write("generate", {name: figures})
+
+
+if __name__ == "__main__":
+    main()
