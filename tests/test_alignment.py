@@ -102,7 +102,7 @@ def test_a_killed_evaluation_goes_on(
 def test_real_clips_are_the_ceiling(
     model: str, reader: Path, emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards every measure at once: a model that gave real clips would be found right, moving as much, and on record."""
+    """Guards every measure at once: a model that gave real clips would be found right, and moving as much."""
     subject = EmojiSubject(emoji, None, 0, 0)
 
     def perfect(pipeline: CogVideoPipeline, prompts: list[Prompt], making: Making) -> list[Clip]:
@@ -119,7 +119,7 @@ def test_real_clips_are_the_ceiling(
 
 
 def test_protocol_says_what_was_measured(model: str, reader: Path, emoji: Path, tmp_path: Path) -> None:
-    """Guards repeatability: hashes, seeds, settings and counts; fewer prompts are still compared with all animations."""
+    """Guards repeatability: hashes, seeds, settings, counts; fewer prompts are still compared with all animations."""
     told = run(model, tmp_path / "out", reader, emoji=emoji, emoji_limit=2)
     protocol, results = told["protocol"], told["results"]
     assert set(protocol["bundle_sha256"]) >= {"base", "sequential", "interpolation", "image_tokenizer", "text"}

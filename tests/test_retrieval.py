@@ -1,4 +1,4 @@
-"""Which real clip a clip is nearest to: against a distance written out pixel by pixel, and where the answer is known."""
+"""Which real clip a clip is nearest to: against a distance written out by hand, and where the answer is known."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def slow_distance(clip: np.ndarray, other: np.ndarray) -> float:
 
 
 def test_distance_is_that_of_clips_on_one_background(animations: Animations) -> None:
-    """Guards the algebra that never puts a real clip on a colour: the same as doing so, up to the rounding of pixels."""
+    """Guards the algebra that never puts a real clip on a colour: the same as doing so, up to rounding."""
     colour = BACKGROUNDS["orange"]
     clips = animations.on(colour)
     fast = distances(clips[:5], gallery(animations.on((0, 0, 0)), animations.on((255, 255, 255))))
@@ -54,7 +54,7 @@ def test_distance_is_that_of_clips_on_one_background(animations: Animations) -> 
 
 
 def test_real_clips_find_themselves_on_any_background(animations: Animations) -> None:
-    """Guards the ceiling: on whatever they stand, real clips have rank 1 among all; with other answers, chance is left."""
+    """Guards the ceiling: real clips have rank 1 on whatever they stand; with other answers, chance is left."""
     real = gallery(animations.on((0, 0, 0)), animations.on((255, 255, 255)))
     for name in ("red", "white", "light blue"):
         found = distances(animations.on(BACKGROUNDS[name]), real)

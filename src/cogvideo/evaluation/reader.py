@@ -105,7 +105,10 @@ class Reader(nn.Module):
         widths = (3, *config.widths)
         for stage, num_blocks in enumerate(config.blocks):
             halves_time = stage in (0, len(config.blocks) - 1)
-            layers += [*(_active(widths[stage]) if stage else []), _halving(*widths[stage : stage + 2], halves_time)]
+            layers += [
+                *(_active(widths[stage]) if stage else []),
+                _halving(widths[stage], widths[stage + 1], halves_time),
+            ]
             layers += [Block(widths[stage + 1]) for _ in range(num_blocks)]
         self.body = nn.Sequential(*layers, *_active(widths[-1]))
         self.hidden = nn.Linear(2 * MOMENTS * widths[-1], config.hidden)
