@@ -42,6 +42,8 @@ LABELS: dict[str, tuple[str, ...]] = {
     "other_colour": ("", *world.COLOURS),
 }
 """What each attribute can be; empty for a second figure that is not there."""
+EVENTS = ("action", "direction", "speed")
+"""What takes time to see."""
 FILE = Path(__file__).with_name("world_reader.safetensors")
 """The weights that come with the package."""
 MOMENTS = 5
@@ -90,9 +92,9 @@ class Reader(nn.Module):
     """Scores of what each attribute can be.
 
     Convolutions halve frames four times, with residual blocks between; time is halved by the first and the last, from
-    17 frames to 9 and 5 moments. The heads see mean and maximum over space and time, which tell who is there, and a
-    hidden layer over those of each moment, which tells what happens. Norms of batches learn shapes in half as many
-    steps as norms of groups; when it reads, their statistics are fixed, and no clip depends on another.
+    17 frames to 9 and 5 moments. What figures and places look like is read from mean and maximum over space and time,
+    what happens from a hidden layer that sees those over space, moment after moment. Norms of batches learn shapes in
+    half as many steps as norms of groups; when it reads, their statistics are fixed, and no clip depends on another.
 
     Args:
         config: sizes.
@@ -112,16 +114,23 @@ class Reader(nn.Module):
             layers += [Block(widths[stage + 1]) for _ in range(num_blocks)]
         self.body = nn.Sequential(*layers, *_active(widths[-1]))
         self.hidden = nn.Linear(2 * MOMENTS * widths[-1], config.hidden)
-        seen = 2 * widths[-1] + config.hidden
-        self.heads = nn.ModuleDict({name: nn.Linear(seen, len(each)) for name, each in LABELS.items()})
+        inputs = {name: config.hidden if name in EVENTS else 2 * widths[-1] for name in LABELS}
+        self.heads = nn.ModuleDict({name: nn.Linear(inputs[name], len(each)) for name, each in LABELS.items()})
 
     def forward(self, clips: Float[Tensor, "batch 3 17 64 64"]) -> dict[str, Float[Tensor, "batch _"]]:
-        """Scores by attribute, in the order of its labels; pixels are in [0, 1]."""
+        """Scores by attribute; pixels are in [0, 1]."""
         features = self.body(2 * clips - 1)
         moments = torch.cat([features.mean((3, 4)), features.amax((3, 4))], 1)
-        who = torch.cat([features.mean((2, 3, 4)), features.amax((2, 3, 4))], 1)
-        what = F.silu(self.hidden(moments.flatten(1)))
-        return {name: head(torch.cat([who, what], 1)) for name, head in self.heads.items()}
+        happens = F.silu(self.hidden(moments.flatten(1)))
+        return self._looks(features) | {name: self.heads[name](happens) for name in EVENTS}
+
+    def looks(self, clips: Float[Tensor, "batch 3 frames 64 64"]) -> dict[str, Float[Tensor, "batch _"]]:
+        """Scores of what does not take time to see, from clips of any length, also single frames."""
+        return self._looks(self.body(2 * clips - 1))
+
+    def _looks(self, features: Float[Tensor, "batch width time rows columns"]) -> dict[str, Float[Tensor, "batch _"]]:
+        pooled = torch.cat([features.mean((2, 3, 4)), features.amax((2, 3, 4))], 1)
+        return {name: self.heads[name](pooled) for name in LABELS if name not in EVENTS}
 
     @torch.inference_mode()
     def read(self, clips: UInt8[np.ndarray, "batch 17 64 64 3"]) -> list[dict[str, str]]:
