@@ -255,15 +255,16 @@ def tested(reader: Reader, scenes: Sequence[world.Scene]) -> dict[str, dict[str,
 def _learn(trainer: Trainer, folder: RunFolder, evaluate_every: int, checkpoint_every: int, console: Console) -> None:
     """All steps that are left."""
     first, steps = _resume(trainer, folder, console), trainer.settings.steps
-    window, watched = Window(trainer.settings.batch), unseen_scenes(WATCHED, READER_TEST)
+    window, watched = Window(1), unseen_scenes(WATCHED, READER_TEST)
     with progress(console, first, steps) as show, interrupts() as interrupt:
         for done in range(first + 1, steps + 1):
             window.add(trainer.step(done - 1))
             saves = done % checkpoint_every == 0 or done == steps or interrupt.is_set()
             if saves or done % REPORT_EVERY == 0:
                 row = window.row(done)
+                row["steps_per_second"] = row.pop("images_per_second")  # stills are more images than clips
                 folder.report(row)
-                show(done, f"loss {row['loss']:.3f}  {row['images_per_second']:.0f} clips/s")
+                show(done, f"loss {row['loss']:.3f}  {row['steps_per_second']:.1f} steps/s")
             if saves:
                 folder.save(Checkpoint(done, trainer.state_dict()))
             if interrupt.is_set():
