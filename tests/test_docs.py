@@ -37,10 +37,12 @@ from reference import visible
 ROOT = Path(__file__).parents[1]
 README, SEQUENCE, PAPER_MAP = ROOT / "README.md", ROOT / "docs/sequence.md", ROOT / "docs/paper_map.md"
 DATA, TRAINING = ROOT / "docs/data.md", ROOT / "docs/training.md"
+EVALUATION = ROOT / "docs/evaluation.md"
 PAGES = [
     README,
     DATA,
     TRAINING,
+    EVALUATION,
     SEQUENCE,
     PAPER_MAP,
     ROOT / "CONTRIBUTING.md",
@@ -175,7 +177,7 @@ def shown_commands(page: Path = README) -> list[Shown]:
 
 def test_shown_commands_exist() -> None:
     """Guards against commands and options that were renamed, or were never there."""
-    shown = shown_commands() + shown_commands(TRAINING)
+    shown = shown_commands() + shown_commands(TRAINING) + shown_commands(EVALUATION)
     assert {each.name for each in shown} == set(COMMANDS)
     help_of = {name: run_help(name) for name in COMMANDS}
     for each in shown + shown_commands(DATA):

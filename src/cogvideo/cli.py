@@ -46,8 +46,10 @@ COMMANDS = {
     "train sequential": Command("cogvideo.training.stages:sequential", "Key frames, on the frozen image model."),
     "train interpolation": Command("cogvideo.training.stages:interpolation", "Frames between frames."),
     "train superres": Command("cogvideo.training.stages:superres", "Super-resolution of codes."),
+    "train reader": Command("cogvideo.training.reader:train_reader", "The World reader, which judges clips."),
     "train export": Command("cogvideo.training.export:export", "A checkpoint of a stage to a bundle."),
     "train report": Command("cogvideo.report.training:training", "A page about training runs."),
+    "evaluate alignment": Command("cogvideo.evaluation.alignment:alignment", "Do clips show what prompts say?"),
 }
 """A name of two words is a command of a group."""
 

@@ -1,0 +1,222 @@
+"""`cogvideo evaluate alignment`: do clips show what their prompts say, and do they move like real ones?
+
+Generated clips are judged beside real ones of the same prompts, and beside what the image tokenizer makes of these: a
+model of its codes can do no better. Everything that was made stays in the folder; a killed evaluation goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import cogvideo
+from cogvideo.bundle import locate, usable
+from cogvideo.config import require
+from cogvideo.evaluation.emoji_subject import EmojiSubject
+from cogvideo.evaluation.making import Making, Shelf, generate, reduced, side, through_codes
+from cogvideo.evaluation.motion import STATIC, Movement, measure, movement
+from cogvideo.evaluation.reader import FILE
+from cogvideo.evaluation.subject import Clip, Subject, Verdict
+from cogvideo.evaluation.world_subject import WorldSubject
+from cogvideo.files import alone_in, replacing
+from cogvideo.pictures import contact_sheet, write_image
+from cogvideo.pipeline import CogVideoPipeline
+from cogvideo.storage import Manifest
+from cogvideo.training.run_folder import RunFolder
+
+GENERATED, RECONSTRUCTION, REAL = ROWS = ("generated", "reconstruction", "real")
+"""What is judged."""
+SHOWN, FAILURES, COLUMNS = 6, 4, 11
+"""Clips of a subject on the contact sheet whatever became of them, more of them that failed, and frames of a row."""
+
+
+class Judged(NamedTuple):
+    """What was found about one row of a subject."""
+
+    verdict: Verdict
+    """Of its judge."""
+    movement: Movement
+    """Of the clips, against real ones."""
+
+
+def alignment(
+    *,
+    model: str,
+    out: Path,
+    world: int = 500,
+    emoji: Path | None = None,
+    emoji_limit: int | None = None,
+    emoji_seed: int = 0,
+    making: Making = Making(),  # noqa: B008  # frozen
+    batch: int = 8,
+    reader: Path | None = None,
+    device: str = "auto",
+    recipe: Path | None = None,  # read by the command line
+) -> None:
+    """Measure how well clips show what their prompts say. Killed and called again, it continues.
+
+    Prints tables; writes alignment.json (results, what was found about each clip, and the protocol) and alignment.png
+    (real clips above generated ones, failures among them). Generated clips stay in the folder.
+
+    Args:
+        model: folder of a bundle, or its id on the Hugging Face Hub.
+        out: folder of the results.
+        world: prompts about the World, half with pairs that training never shows; 0 for none.
+        emoji: a folder with captions.csv or a table of animations with alpha, such as emoji.
+        emoji_limit: only so many prompts about them; they are compared with all.
+        emoji_seed: the seed that their data was prepared with, which decides the backgrounds that were never seen.
+        making: how clips are made.
+        batch: clips that are made at once, which changes the speed alone.
+        reader: file of the World reader; that of the package unless given.
+        device: cpu, cuda, cuda:0, or auto.
+        recipe: a TOML file with a table for this command: options as they stand here. Those given here win.
+
+    Raises:
+        ValueError: the model, a source or a setting cannot be used, or the folder holds another evaluation.
+        OSError: something cannot be written.
+    """
+    _check(out, world, emoji_limit, batch)
+    console = Console(highlight=False)
+    bundle = {name: entry.sha256 for name, entry in Manifest.read(locate(model)).components.items()}
+    pipeline = CogVideoPipeline.from_pretrained(model, getattr(torch, making.dtype), usable(device))
+    subjects: list[Subject] = [WorldSubject(world, making.seed, reader or FILE)] if world else []
+    if emoji is not None:
+        subjects.append(EmojiSubject(emoji, emoji_limit, making.seed, emoji_seed))
+    else:
+        console.print("No --emoji is given: animations are left out.")
+    require(len(subjects) > 0, "there is nothing to judge: world is 0 and there is no emoji, expected one of them")
+    folder = RunFolder(out)
+    with alone_in(out):
+        folder.claim({"bundle": bundle, "making": asdict(making)})
+        results = {subject.name: _judge(subject, pipeline, out, making, batch) for subject in subjects}
+        _write_sheet(out, subjects, results)
+        _write_json(out / "alignment.json", _protocol(model, bundle, making, subjects), results)
+    for table in tables(results):
+        console.print(table)
+    print(f"{out / 'alignment.json'}, {out / 'alignment.png'}")
+
+
+def _check(out: Path, world: int, emoji_limit: int | None, batch: int) -> None:
+    require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
+    require(world >= 0, f"world is {world}, expected 0 or more prompts")
+    require(emoji_limit is None or emoji_limit > 0, f"emoji_limit is {emoji_limit}, expected a positive number")
+    require(batch > 0, f"batch is {batch}, expected a positive number of clips")
+
+
+def _judge(subject: Subject, pipeline: CogVideoPipeline, out: Path, making: Making, batch: int) -> dict[str, Judged]:
+    """Every row of a subject."""
+    size = side(pipeline)
+
+    def made(numbers: list[int]) -> list[Clip]:
+        return generate(pipeline, [subject.prompts[number] for number in numbers], making)
+
+    def reconstructed(numbers: list[int]) -> list[Clip]:
+        return [reduced(through_codes(pipeline, subject.real(number, size))) for number in numbers]
+
+    shelves = {name: shelf(out, subject, name) for name in (GENERATED, RECONSTRUCTION)}
+    for name, make in ((GENERATED, made), (RECONSTRUCTION, reconstructed)):
+        with _progress(f"{subject.name}: {name}", len(subject.prompts), len(shelves[name].missing)) as advance:
+            shelves[name].fill(make, batch, advance)
+    clips = {REAL: [reduced(subject.real(number, size)) for number in range(len(subject.prompts))]}
+    clips |= {name: list(each) for name, each in shelves.items()}
+    motions = {name: [measure(clip) for clip in each] for name, each in clips.items()}
+    return {name: Judged(subject.judge(clips[name]), movement(motions[name], motions[REAL])) for name in ROWS}
+
+
+def shelf(out: Path, subject: Subject, row: str) -> Shelf:
+    """Where the clips of a row are kept."""
+    return Shelf(out / row, subject.prompts)
+
+
+@contextmanager
+def _progress(text: str, total: int, missing: int) -> Iterator[Any]:
+    """A bar over clips, of which some are there."""
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, completed=total - missing)
+        yield partial(bar.advance, task)
+
+
+def tables(results: dict[str, dict[str, Judged]]) -> Iterator[Table]:
+    """A table of shares a subject, and one of movement."""
+    for subject, rows in results.items():
+        table = Table(title=f"{subject}: share that is right (%)")
+        measures = list(next(iter(rows[REAL].verdict.shares.values())))
+        for column in ("", "", *measures):
+            table.add_column(column, justify="right" if column else "left")
+        for row, judged in rows.items():
+            for group, shares in judged.verdict.shares.items():
+                table.add_row(row, group, *(f"{100 * shares[name]:.1f}" for name in measures))
+        yield table
+    table = Table(title="movement, against real clips of the same prompts")
+    for column in ("", "", "energy ratio", "static (%)", "flicker (levels)"):
+        table.add_column(column, justify="right" if column else "left")
+    for subject, rows in results.items():
+        for row, (_, (ratio, static, flicker)) in rows.items():
+            table.add_row(subject, row, f"{ratio:.2f}", f"{100 * static:.1f}", f"{flicker:.2f}")
+    yield table
+
+
+def _protocol(model: str, bundle: dict[str, str], making: Making, subjects: Sequence[Subject]) -> dict[str, Any]:
+    """All that somebody needs to measure the same again."""
+    return {
+        "command": shlex.join(["cogvideo", *sys.argv[1:]]),
+        "versions": {
+            "cogvideo": cogvideo.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "model": model,
+        "bundle_sha256": bundle,
+        "making": asdict(making),
+        "static_below": STATIC,
+        "subjects": {subject.name: subject.record() for subject in subjects},
+        "seeds": {subject.name: [prompt.seed for prompt in subject.prompts] for subject in subjects},
+    }
+
+
+def _write_json(path: Path, protocol: dict[str, Any], results: dict[str, dict[str, Judged]]) -> None:
+    """The protocol, shares and movement by subject and row, and findings clip by clip."""
+    told = {
+        subject: {
+            row: {"shares": each.verdict.shares, "movement": each.movement._asdict(), "clips": each.verdict.findings}
+            for row, each in rows.items()
+        }
+        for subject, rows in results.items()
+    }
+    with replacing(path) as file:
+        file.write(json.dumps({"protocol": protocol, "results": told}, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def _write_sheet(out: Path, subjects: Sequence[Subject], results: dict[str, dict[str, Judged]]) -> None:
+    """Real clips above generated ones: the same prompts each time, then the first of the others that failed."""
+    rows, labels = [], []
+    for subject in subjects:
+        verdict = results[subject.name][GENERATED].verdict
+        generated = list(shelf(out, subject, GENERATED))
+        for number in shown(verdict.right):
+            rows += [reduced(subject.real(number, generated[number].shape[1])), generated[number]]
+            labels += [subject.prompts[number].text, verdict.words[number]]
+    write_image(out / "alignment.png", contact_sheet(rows, COLUMNS, labels=labels))
+
+
+def shown(right: Sequence[bool]) -> list[int]:
+    """Numbers of clips for the contact sheet: evenly spread ones, then the first failures among the others."""
+    spread = np.unique(np.linspace(0, len(right) - 1, SHOWN).round().astype(int)).tolist()
+    failed = [number for number, each in enumerate(right) if not each and number not in spread]
+    return spread + failed[:FAILURES]

@@ -1,0 +1,133 @@
+"""Clips to be judged: what a model makes of prompts, kept in a folder so that a killed evaluation goes on.
+
+All clips are kept as 33 frames, 8 a second, of 64 x 64 pixels, whatever the model's own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from cogvideo.config import require
+from cogvideo.evaluation.reader import SIZE, resized
+from cogvideo.evaluation.subject import NUM_FRAMES, Clip, Prompt
+from cogvideo.files import replacing
+from cogvideo.generation.hierarchy import Settings
+from cogvideo.pipeline import CogVideoPipeline, Upscaling
+from cogvideo.training.autoencoder import reconstruct
+
+DEFAULTS = Settings()
+
+
+@dataclass(frozen=True)
+class Making:
+    """How clips are made; the defaults are those of the pipeline."""
+
+    guidance: float = DEFAULTS.guidance.sequential
+    """How strongly key frames follow the prompt; 1 is not at all."""
+    temperature: float = DEFAULTS.later.temperature
+    """Of later frames; lower is calmer."""
+    clusters: int = DEFAULTS.later.clusters
+    """Of codes that later frames are drawn from; 0 is all codes."""
+    superres: bool = False
+    """Enlarge the frames by super-resolution before they are reduced again."""
+    truncate: bool = DEFAULTS.truncate
+    """Cut prompts that are longer than the model's text slots, instead of refusing them."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights."""
+    seed: int = 0
+    """Of clip number 0; clip n has this number plus n."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**62, f"seed is {self.seed}, expected a number in [0, 2**62)")
+        assert self.settings
+
+    @property
+    def settings(self) -> Settings:
+        """The same as the pipeline takes it."""
+        return replace(
+            DEFAULTS,
+            later=replace(DEFAULTS.later, temperature=self.temperature, clusters=self.clusters),
+            guidance=replace(DEFAULTS.guidance, sequential=self.guidance),
+            truncate=self.truncate,
+        )
+
+
+def generate(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> list[Clip]:
+    """The clips of some prompts, made as one batch.
+
+    Raises:
+        ValueError: a prompt or a setting cannot be used, or the model makes other clips than of 33 frames.
+    """
+    generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+    texts, upscaling = [prompt.text for prompt in prompts], Upscaling(making.superres)
+    stream = pipeline.stream(texts, generators, making.settings, upscaling)
+    found = {frame.place: frame.pixels for frame in stream}
+    expected = f"expected {NUM_FRAMES}: five key frames and three rounds"
+    require(len(found) == NUM_FRAMES, f"the model makes clips of {len(found)} frames, {expected}")
+    return [reduced(clip) for clip in np.stack([found[place] for place in sorted(found)], 1)]
+
+
+def side(pipeline: CogVideoPipeline) -> int:
+    """Pixels of a side of the frames that the model works at."""
+    config = pipeline.model.config
+    return config.layout.grid * config.autoencoder.rate
+
+
+def through_codes(
+    pipeline: CogVideoPipeline, clip: UInt8[np.ndarray, "33 side side 3"]
+) -> UInt8[np.ndarray, "33 side side 3"]:
+    """A real clip as the image tokenizer gives it back: the best that a model of its codes can do."""
+    autoencoder = pipeline.model.autoencoder
+    return reconstruct(autoencoder, clip, autoencoder.codebook.embedding.device)
+
+
+def reduced(clip: UInt8[np.ndarray, "33 height width 3"]) -> Clip:
+    """A clip as it is kept and judged."""
+    return resized(clip, SIZE)
+
+
+class Shelf:
+    """A folder of clips by the names of their prompts; each file is whole or not there.
+
+    Args:
+        folder: it is made if it is not there.
+        prompts: of all clips.
+    """
+
+    def __init__(self, folder: Path, prompts: Sequence[Prompt]) -> None:
+        self._files = [folder / f"{prompt.name}.npz" for prompt in prompts]
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the prompts without a clip."""
+        return [number for number, file in enumerate(self._files) if not file.exists()]
+
+    def fill(self, make: Callable[[list[int]], list[Clip]], batch: int, on_clips: Callable[[int], None]) -> None:
+        """Make the clips that are missing.
+
+        Args:
+            make: the clips of the prompts with some numbers.
+            batch: clips that are made at once.
+            on_clips: called with the number of clips that were added.
+        """
+        missing = self.missing
+        for start in range(0, len(missing), batch):
+            numbers = missing[start : start + batch]
+            for number, clip in zip(numbers, make(numbers), strict=True):
+                with replacing(self._files[number]) as file:
+                    np.savez_compressed(file, clip=clip)
+            on_clips(len(numbers))
+
+    def __iter__(self) -> Iterator[Clip]:
+        """The clips in the order of the prompts."""
+        for file in self._files:
+            with np.load(file) as arrays:
+                yield arrays["clip"]

@@ -1,0 +1,231 @@
+"""The World reader: a small classifier that says what a clip of the World shows, to compare it with its caption.
+
+It reads who acts, its colour, the action, direction, speed and background, and beside them what helps to tell these
+apart: the size, and object and colour of a second figure. `cogvideo train reader` makes it; its weights come with the
+package. Input is what all clips have in common: 17 frames, 4 a second, of 64 x 64 pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int64, UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from cogvideo import world
+from cogvideo.config import from_dict, require
+from cogvideo.files import replacing
+
+NUM_FRAMES, FPS, SIZE = 17, 4.0, 64
+"""Frames of a clip, their rate, and their side in pixels."""
+ATTRIBUTES = ("object", "colour", "action", "direction", "speed", "background")
+"""What clips are judged by."""
+LABELS: dict[str, tuple[str, ...]] = {
+    "object": world.OBJECTS,
+    "colour": tuple(world.COLOURS),
+    "action": tuple(world.ACTS),
+    "direction": tuple(dict.fromkeys(chain.from_iterable(act.directions for act in world.ACTS.values()))),
+    "speed": world.SPEEDS,
+    "background": tuple(world.PLACES),
+    "size": world.SIZES,
+    "other_object": ("", *world.OBJECTS),
+    "other_colour": ("", *world.COLOURS),
+}
+"""What each attribute can be; empty for a second figure that is not there."""
+EVENTS = ("action", "direction", "speed")
+"""What takes time to see."""
+FILE = Path(__file__).with_name("world_reader.safetensors")
+"""The weights that come with the package."""
+MOMENTS = 5
+"""What is left of the frames where attributes are read."""
+BATCH = 32
+"""Clips that are read at once."""
+
+
+@dataclass(frozen=True)
+class ReaderConfig:
+    """Sizes of the reader."""
+
+    widths: tuple[int, int, int, int] = (32, 64, 128, 160)
+    """Channels at 32 x 32, 16 x 16, 8 x 8 and 4 x 4 places of a frame."""
+    blocks: tuple[int, int, int, int] = (0, 2, 2, 1)
+    """Residual blocks there."""
+    hidden: int = 128
+    """Width of the layer that sees one moment after another."""
+
+    def __post_init__(self) -> None:
+        require(min(self.widths) > 0, f"widths are {self.widths}, expected positive numbers")
+        require(min(self.blocks) >= 0, f"blocks are {self.blocks}, expected 0 or more")
+        require(self.hidden > 0, f"hidden is {self.hidden}, expected a positive number")
+
+
+class Block(nn.Module):
+    """A residual block that looks at neighbours in space, then in time: a (2+1)D convolution (arXiv 1711.11248).
+
+    Args:
+        width: channels.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.space = nn.Sequential(*_active(width), nn.Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1), bias=False))
+        self.time = nn.Sequential(*_active(width), nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0)))
+
+    def forward(
+        self, x: Float[Tensor, "batch width time rows columns"]
+    ) -> Float[Tensor, "batch width time rows columns"]:
+        """The input and what is added to it."""
+        return x + self.time(self.space(x))
+
+
+class Reader(nn.Module):
+    """Scores of what each attribute can be.
+
+    Convolutions halve frames four times, with residual blocks between; time is halved by the first and the last, from
+    17 frames to 9 and 5 moments. What figures and places look like is read from mean and maximum over space and time,
+    what happens from a hidden layer that sees those over space, moment after moment. Norms of batches learn shapes in
+    half as many steps as norms of groups; when it reads, their statistics are fixed, and no clip depends on another.
+
+    Args:
+        config: sizes.
+    """
+
+    def __init__(self, config: ReaderConfig) -> None:
+        super().__init__()
+        self.config = config
+        layers: list[nn.Module] = []
+        widths = (3, *config.widths)
+        for stage, num_blocks in enumerate(config.blocks):
+            halves_time = stage in (0, len(config.blocks) - 1)
+            layers += [
+                *(_active(widths[stage]) if stage else []),
+                _halving(widths[stage], widths[stage + 1], halves_time),
+            ]
+            layers += [Block(widths[stage + 1]) for _ in range(num_blocks)]
+        self.body = nn.Sequential(*layers, *_active(widths[-1]))
+        self.hidden = nn.Linear(2 * MOMENTS * widths[-1], config.hidden)
+        inputs = {name: config.hidden if name in EVENTS else 2 * widths[-1] for name in LABELS}
+        self.heads = nn.ModuleDict({name: nn.Linear(inputs[name], len(each)) for name, each in LABELS.items()})
+
+    def forward(self, clips: Float[Tensor, "batch 3 17 64 64"]) -> dict[str, Float[Tensor, "batch _"]]:
+        """Scores by attribute; pixels are in [0, 1]."""
+        features = self.body(2 * clips - 1)
+        moments = torch.cat([features.mean((3, 4)), features.amax((3, 4))], 1)
+        happens = F.silu(self.hidden(moments.flatten(1)))
+        return self._looks(features) | {name: self.heads[name](happens) for name in EVENTS}
+
+    def looks(self, clips: Float[Tensor, "batch 3 frames 64 64"]) -> dict[str, Float[Tensor, "batch _"]]:
+        """Scores of what does not take time to see, from clips of any length, also single frames."""
+        return self._looks(self.body(2 * clips - 1))
+
+    def _looks(self, features: Float[Tensor, "batch width time rows columns"]) -> dict[str, Float[Tensor, "batch _"]]:
+        pooled = torch.cat([features.mean((2, 3, 4)), features.amax((2, 3, 4))], 1)
+        return {name: self.heads[name](pooled) for name in LABELS if name not in EVENTS}
+
+    @torch.inference_mode()
+    def read(self, clips: UInt8[np.ndarray, "batch 17 64 64 3"]) -> list[dict[str, str]]:
+        """What each clip shows most likely, by attribute."""
+        device = self.hidden.weight.device
+        chosen: dict[str, list[int]] = {name: [] for name in LABELS}
+        for start in range(0, len(clips), BATCH):
+            scores = self(to_input(clips[start : start + BATCH], device))
+            for name, each in scores.items():
+                chosen[name] += each.argmax(-1).tolist()
+        return [{name: LABELS[name][chosen[name][clip]] for name in LABELS} for clip in range(len(clips))]
+
+    def save(self, path: Path) -> None:
+        """Write weights in half precision and sizes; the file is whole or not there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        state = {name: each.detach().cpu().contiguous() for name, each in self.state_dict().items()}
+        tensors = {name: each.half() if each.is_floating_point() else each for name, each in state.items()}
+        described = {"reader": json.dumps({"config": asdict(self.config), "labels": LABELS})}
+        with replacing(path) as file:
+            file.write(save(tensors, described))
+
+    @classmethod
+    def load(cls, path: Path = FILE) -> Reader:
+        """The reader of a file, in single precision.
+
+        Raises:
+            ValueError: there is none, it is no reader, or it reads another World.
+        """
+        require(path.is_file(), f"there is no reader {path}: `cogvideo train reader --out {path}` makes one")
+        try:
+            with safe_open(path, framework="pt") as file:
+                described = json.loads((file.metadata() or {}).get("reader", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"cannot use the reader {path}: {error}") from error
+        require(described is not None, f"{path} is no reader, expected a file of `cogvideo train reader`")
+        ours = json.loads(json.dumps(LABELS))
+        require(described["labels"] == ours, f"the reader {path} was trained on another World: train it again")
+        reader = cls(from_dict(ReaderConfig, described["config"]))
+        reader.load_state_dict(tensors)
+        return reader.eval()
+
+
+def _active(width: int) -> list[nn.Module]:
+    return [nn.BatchNorm3d(width), nn.SiLU()]
+
+
+def _halving(before: int, after: int, halves_time: bool) -> nn.Conv3d:
+    time = 3 if halves_time else 1
+    return nn.Conv3d(before, after, (time, 3, 3), (2 if halves_time else 1, 2, 2), (time // 2, 1, 1))
+
+
+def to_input(
+    clips: UInt8[np.ndarray, "batch frames size size 3"], device: torch.device
+) -> Float[Tensor, "batch 3 frames size size"]:
+    """Pixels as the reader takes them, in [0, 1]."""
+    pixels = torch.from_numpy(clips).to(device, torch.float32) / 255
+    return rearrange(pixels, "batch frames rows columns colours -> batch colours frames rows columns")
+
+
+def readable(frames: UInt8[np.ndarray, "frames height width 3"], fps: float = 8.0) -> UInt8[np.ndarray, "17 64 64 3"]:
+    """A clip of four seconds as the reader takes it: 4 frames a second, each pixel the mean of those that it covers.
+
+    Raises:
+        ValueError: the rate is no multiple of 4 a second, or the clip is not four seconds long.
+    """
+    stride = round(fps / FPS)
+    require(stride >= 1 and stride * FPS == fps, f"clips have {fps:g} frames a second, expected a multiple of {FPS:g}")
+    expected = stride * (NUM_FRAMES - 1) + 1
+    require(len(frames) == expected, f"a clip has {len(frames)} frames, expected {expected} at {fps:g} a second")
+    return resized(frames[::stride], SIZE)
+
+
+def resized(
+    frames: UInt8[np.ndarray, "frames height width 3"], size: int
+) -> UInt8[np.ndarray, "frames {size} {size} 3"]:
+    """Frames at another size: means of the pixels that a new one covers."""
+    if frames.shape[1:3] == (size, size):
+        return np.ascontiguousarray(frames)
+    pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)).float(), "t h w colours -> t colours h w")
+    made = F.interpolate(pixels, (size, size), mode="area").round().byte()
+    return rearrange(made, "t colours h w -> t h w colours").contiguous().numpy()
+
+
+def labels(scenes: Sequence[world.Scene]) -> dict[str, Int64[Tensor, " scenes"]]:
+    """Places of what is true of the scenes among the labels, by attribute."""
+    return {
+        name: torch.tensor([LABELS[name].index(getattr(scene, name)) for scene in scenes], dtype=torch.int64)
+        for name in LABELS
+    }
+
+
+def render(scene: world.Scene) -> UInt8[np.ndarray, "17 64 64 3"]:
+    """A scene as the reader takes it."""
+    return world.render(scene, SIZE, FPS, NUM_FRAMES)

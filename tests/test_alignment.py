@@ -1,0 +1,177 @@
+"""`cogvideo evaluate alignment`: real clips are found right, killed evaluations go on, and all is on record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cogvideo.data.frames import BACKGROUNDS, FrameSettings, background_of
+from cogvideo.data.sources import SourceOptions, list_source
+from cogvideo.evaluation import alignment as module
+from cogvideo.evaluation.alignment import alignment, shown
+from cogvideo.evaluation.emoji_subject import EmojiSubject, unseen_background
+from cogvideo.evaluation.making import Making, reduced
+from cogvideo.evaluation.reader import ATTRIBUTES, Reader, ReaderConfig
+from cogvideo.evaluation.subject import Clip, Prompt
+from cogvideo.pipeline import CogVideoPipeline
+from gallery import make_model
+
+NUM_EMOJI = 6
+
+
+@pytest.fixture(scope="module")
+def model(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a whole model, whose frames have 16 pixels a side."""
+    folder = tmp_path_factory.mktemp("alignment") / "model"
+    make_model(folder, train_text_model())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reader that learnt nothing."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("alignment") / "reader.safetensors"
+    Reader(ReaderConfig((4, 8, 8, 16), (0, 1, 1, 1), 16)).save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of animations: a disc on nothing that moves its own way."""
+    folder = tmp_path_factory.mktemp("alignment") / "emoji"
+    folder.mkdir()
+    rows, columns = np.mgrid[:64, :64]
+    lines = ["file,caption"]
+    for number in range(NUM_EMOJI):
+        frames = []
+        for time in range(12):
+            angle = 2 * np.pi * (time / 12 + number / NUM_EMOJI)
+            away = np.hypot(rows - 32 - 12 * np.sin(angle), columns - 32 - 12 * np.cos(angle))
+            picture = np.zeros((64, 64, 4), np.uint8)
+            picture[away < 10 + number] = (40 * number, 255 - 40 * number, 90, 255)
+            frames.append(Image.fromarray(picture))
+        frames[0].save(folder / f"{number}.webp", save_all=True, append_images=frames[1:], duration=125, lossless=True)
+        lines.append(f"{number}.webp,disc number {number}")
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def run(model: str, out: Path, reader: Path, **options: Any) -> dict[str, Any]:
+    """Evaluate, and what is on record."""
+    settings = {"world": 4, "batch": 2, "device": "cpu", "making": Making(guidance=1.0, truncate=True)}
+    alignment(model=model, out=out, reader=reader, **(settings | options))
+    return json.loads((out / "alignment.json").read_text())
+
+
+def test_a_killed_evaluation_goes_on(
+    model: str, reader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards hours of work: what was made is kept, what is missing is made, and results are those of one go."""
+    whole = run(model, tmp_path / "whole", reader, batch=3)
+    assert "No --emoji is given" in capsys.readouterr().out
+    real, made = module.generate, []
+
+    def once(pipeline: CogVideoPipeline, prompts: list[Prompt], making: Making) -> list[Clip]:
+        if made:
+            raise KeyboardInterrupt
+        made.extend(prompts)
+        return real(pipeline, prompts, making)
+
+    monkeypatch.setattr(module, "generate", once)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "killed", reader)
+    assert len(list((tmp_path / "killed/generated").iterdir())) == 2
+
+    def rest(pipeline: CogVideoPipeline, prompts: list[Prompt], making: Making) -> list[Clip]:
+        assert not set(prompts) & set(made)
+        return real(pipeline, prompts, making)
+
+    monkeypatch.setattr(module, "generate", rest)
+    assert run(model, tmp_path / "killed", reader)["results"] == whole["results"]
+    assert (tmp_path / "killed/alignment.png").read_bytes() == (tmp_path / "whole/alignment.png").read_bytes()
+
+
+def test_real_clips_are_the_ceiling(
+    model: str, reader: Path, emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards every measure at once: a model that gave real clips would be found right, and moving as much."""
+    subject = EmojiSubject(emoji, None, 0, 0)
+
+    def perfect(pipeline: CogVideoPipeline, prompts: list[Prompt], making: Making) -> list[Clip]:
+        return [reduced(subject.real(subject.prompts.index(prompt), 16)) for prompt in prompts]
+
+    monkeypatch.setattr(module, "generate", perfect)
+    told = run(model, tmp_path / "out", reader, world=0, emoji=emoji)
+    rows = told["results"]["emoji"]
+    assert rows["generated"] == rows["real"]
+    assert rows["real"]["shares"]["all clips"] == {"rank 1": 1, "rank 5": 1, "background": 1}
+    assert rows["real"]["movement"]["energy_ratio"] == 1
+    assert rows["reconstruction"]["shares"] != rows["real"]["shares"]  # of a tokenizer that learnt nothing
+    assert len(rows["generated"]["clips"]) == told["protocol"]["subjects"]["emoji"]["gallery"] == NUM_EMOJI
+
+
+def test_protocol_says_what_was_measured(model: str, reader: Path, emoji: Path, tmp_path: Path) -> None:
+    """Guards repeatability: hashes, seeds, settings, counts; fewer prompts are still compared with all animations."""
+    told = run(model, tmp_path / "out", reader, emoji=emoji, emoji_limit=2)
+    protocol, results = told["protocol"], told["results"]
+    assert set(protocol["bundle_sha256"]) >= {"base", "sequential", "interpolation", "image_tokenizer", "text"}
+    assert len(protocol["subjects"]["world"]["reader_sha256"]) == 64
+    assert protocol["subjects"]["world"]["held_out"] == protocol["subjects"]["world"]["validation"] == 2
+    assert protocol["subjects"]["emoji"]["prompts"] == 2
+    assert protocol["subjects"]["emoji"]["gallery"] == NUM_EMOJI
+    assert protocol["making"]["guidance"] == 1.0
+    assert [len(seeds) for seeds in protocol["seeds"].values()] == [4, 2]
+    assert set(results["world"]["real"]["shares"]) == {"all clips", "held-out pairs", "other clips"}
+    assert set(results["world"]["real"]["clips"][0]) == set(ATTRIBUTES)
+
+
+def test_another_model_is_refused(model: str, reader: Path, tmp_path: Path) -> None:
+    """Guards against results of clips that were made in two ways."""
+    run(model, tmp_path / "out", reader, world=2)
+    with pytest.raises(ValueError, match="another run"):
+        run(model, tmp_path / "out", reader, world=2, making=Making(guidance=2.0, truncate=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"world": 0}, "nothing to judge"),
+        ({"world": -1}, "world is -1"),
+        ({"batch": 0}, "batch is 0"),
+        ({"emoji_limit": 0}, "emoji_limit is 0"),
+        ({"emoji": Path("nowhere")}, "there is no nowhere"),
+        ({"reader": Path("nowhere")}, "there is no reader nowhere"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_made(
+    model: str, reader: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    """Guards against hours that end with a message."""
+    with pytest.raises(ValueError, match=message):
+        run(model, tmp_path / "out", **({"reader": reader} | options))
+    assert not (tmp_path / "out/generated").exists()
+
+
+def test_background_was_never_behind_the_clip(emoji: Path) -> None:
+    """Guards the word unseen: eleven copies have eleven colours, the prompt has the twelfth."""
+    settings = FrameSettings(background="random", seed=3)
+    copies = list_source(str(emoji), SourceOptions(copies=11)).items
+    for item in list_source(str(emoji), SourceOptions()).items:
+        seen = {background_of(each, settings) for each in copies if each.media == item.media}
+        assert {unseen_background(item, 3)} == set(BACKGROUNDS) - seen
+
+
+def test_sheet_shows_failures() -> None:
+    """Guards against a sheet of successes: beside fixed clips come some that failed."""
+    right = [True] * 100
+    right[7] = right[8] = False
+    assert shown(right) == [0, 20, 40, 59, 79, 99, 7, 8]
+    assert shown([False]) == [0]

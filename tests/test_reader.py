@@ -1,0 +1,120 @@
+"""The World reader: what goes in, what is stored, and that the packaged one reads clips it never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cogvideo import world
+from cogvideo.evaluation import reader as module
+from cogvideo.evaluation.attributes import ALL, PROMPTED, READER_LEARNS, accuracies, unseen_scenes
+from cogvideo.evaluation.reader import ATTRIBUTES, FILE, LABELS, Reader, ReaderConfig, labels, readable, render, resized
+
+SMALL = ReaderConfig((4, 8, 8, 16), (0, 1, 1, 1), 16)
+
+
+def small_reader(seed: int = 0) -> Reader:
+    torch.manual_seed(seed)
+    return Reader(SMALL).eval()
+
+
+def drawn(scenes: Sequence[world.Scene]) -> np.ndarray:
+    return np.stack([render(scene) for scene in scenes])
+
+
+def test_every_scene_has_labels() -> None:
+    """Guards against an attribute value that the reader has no word for, and a label in the wrong place."""
+    scenes = [world.scene(number) for number in range(300)]
+    for name, places in labels(scenes).items():
+        assert [LABELS[name][place] for place in places] == [getattr(scene, name) for scene in scenes]
+
+
+def test_clip_is_read_at_four_frames_a_second() -> None:
+    """Guards the frames that are read: of a clip at 8 a second, those that a clip at 4 a second has."""
+    scene = world.scene(5)
+    assert np.array_equal(readable(world.render(scene, 64, 8.0, 33), 8.0), render(scene))
+    assert np.array_equal(readable(world.render(scene, 64, 4.0, 17), 4.0), render(scene))
+
+
+def test_larger_frames_are_averaged() -> None:
+    """Guards against aliasing: each pixel is the mean of those that it covers."""
+    frames = world.render(world.scene(5), 128, 4.0, 3)
+    means = frames.reshape(3, 64, 2, 64, 2, 3).mean((2, 4))
+    assert np.abs(resized(frames, 64) - means).max() <= 0.5
+    assert np.abs(resized(frames, 64).astype(float) - world.render(world.scene(5), 64, 4.0, 3)).mean() < 2
+
+
+@pytest.mark.parametrize(("num_frames", "fps"), [(32, 8.0), (33, 6.0), (33, 4.0)])
+def test_other_clips_are_refused(num_frames: int, fps: float) -> None:
+    """Guards against reading speeds off clips of another length or rate."""
+    with pytest.raises(ValueError, match="expected"):
+        readable(np.zeros((num_frames, 64, 64, 3), np.uint8), fps)
+
+
+def test_file_holds_the_reader(tmp_path: Path) -> None:
+    """Guards the package's file: half precision, small, with its sizes, and it reads what the stored one read."""
+    reader, file, clips = small_reader(), tmp_path / "reader.safetensors", drawn([world.scene(n) for n in range(6)])
+    reader.save(file)
+    loaded = Reader.load(file)
+    assert loaded.config == SMALL
+    assert loaded.read(clips) == reader.read(clips)
+    assert file.stat().st_size < 2.2 * sum(each.numel() for each in reader.parameters()) + 10_000
+
+
+def test_reading_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against clips that share statistics or places: read one by one, they are read the same."""
+    reader, clips = small_reader(), drawn([world.scene(number) for number in range(5)])
+    monkeypatch.setattr(module, "BATCH", 2)
+    assert reader.read(clips) == [reader.read(clip[None])[0] for clip in clips]
+
+
+def test_wrong_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against judging by something else than a reader of this World."""
+    with pytest.raises(ValueError, match="there is no reader"):
+        Reader.load(tmp_path / "nothing.safetensors")
+    file = tmp_path / "reader.safetensors"
+    file.write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match="cannot use the reader"):
+        Reader.load(file)
+    small_reader().save(file)
+    monkeypatch.setitem(LABELS, "speed", ("slowly", "quickly", "at once"))
+    with pytest.raises(ValueError, match="another World"):
+        Reader.load(file)
+
+
+def test_unseen_scenes_are_of_both_kinds() -> None:
+    """Guards the question that is asked: half of the prompts hold pairs that no model learnt, none is learnt from."""
+    scenes = unseen_scenes(40, PROMPTED)
+    assert [world.split(scene) for scene in scenes] == ["held_out"] * 20 + ["validation"] * 20
+    assert len({scene.index for scene in scenes}) == 40
+    assert all(PROMPTED <= scene.index < READER_LEARNS for scene in scenes)
+
+
+def test_accuracies_count_what_is_right() -> None:
+    """Guards the shares: the truth has 1 everywhere, one wrong attribute counts in its column, its group and in all."""
+    scenes = unseen_scenes(8, PROMPTED)
+    truth = [{name: getattr(scene, name) for name in ATTRIBUTES} for scene in scenes]
+    assert all(share == 1 for group in accuracies(truth, scenes).values() for share in group.values())
+    truth[0]["colour"] = "no colour"
+    shares = accuracies(truth, scenes)
+    assert shares["held-out pairs"] == dict.fromkeys(ATTRIBUTES, 1.0) | {"colour": 0.75, ALL: 0.75}
+    assert shares["other clips"] == dict.fromkeys((*ATTRIBUTES, ALL), 1.0)
+    assert shares["all clips"]["colour"] == 0.875
+    shuffled = accuracies([*truth[4:], *truth[:4]], scenes)
+    assert shuffled["all clips"][ALL] == 0
+
+
+@pytest.mark.skipif(not FILE.exists(), reason="the package's reader is not trained yet")
+def test_packaged_reader_reads_unseen_clips() -> None:
+    """Guards the judge itself: clips of prompts, which it never saw, half with held-out pairs; also blurred."""
+    scenes, reader = unseen_scenes(120, PROMPTED), Reader.load()
+    clips = drawn(scenes)
+    soft = np.stack([resized(resized(clip, 40), 64) for clip in clips])
+    for seen in (clips, soft):
+        shares = accuracies(reader.read(seen), scenes)["all clips"]
+        assert min(shares.values()) > 0.9, shares
+    assert FILE.stat().st_size < 4e6

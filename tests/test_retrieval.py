@@ -1,0 +1,79 @@
+"""Which real clip a clip is nearest to: against a distance written out by hand, and where the answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from cogvideo.data.frames import BACKGROUNDS
+from cogvideo.evaluation.retrieval import WEIGHT, border_colour, distances, gallery, nearest_name, ranks
+
+NUM_CLIPS, SHAPE = 40, (17, 32, 32)
+
+
+class Animations:
+    """Random animations: coloured blobs with soft edges that move."""
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(0)
+        rows, columns = np.mgrid[:32, :32]
+        self.alpha = np.zeros((NUM_CLIPS, *SHAPE, 1))
+        for clip, frame in np.ndindex(NUM_CLIPS, SHAPE[0]):
+            if frame == 0:
+                centre, speed, radius = random.uniform(12, 20, 2), random.uniform(-0.2, 0.2, 2), random.uniform(4, 8)
+            away = np.hypot(rows - centre[0] - speed[0] * frame, columns - centre[1] - speed[1] * frame)
+            self.alpha[clip, frame, ..., 0] = np.clip(radius - away, 0, 1)
+        self.colours = random.uniform(0, 255, (NUM_CLIPS, 1, 1, 1, 3))
+
+    def on(self, colour: tuple[int, int, int]) -> np.ndarray:
+        """All of them on a background."""
+        return (self.alpha * self.colours + (1 - self.alpha) * np.array(colour)).round().astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def animations() -> Animations:
+    return Animations()
+
+
+def slow_distance(clip: np.ndarray, other: np.ndarray) -> float:
+    """The definition: pixels, and WEIGHT times what changes from frame to frame."""
+    x, y = clip.astype(np.float64) / 255, other.astype(np.float64) / 255
+    moves = [(x[t + 1] - x[t]) - (y[t + 1] - y[t]) for t in range(len(x) - 1)]
+    return np.mean((x - y) ** 2) + WEIGHT * np.mean(np.square(moves))
+
+
+def test_distance_is_that_of_clips_on_one_background(animations: Animations) -> None:
+    """Guards the algebra that never puts a real clip on a colour: the same as doing so, up to rounding."""
+    colour = BACKGROUNDS["orange"]
+    clips = animations.on(colour)
+    fast = distances(clips[:5], gallery(animations.on((0, 0, 0)), animations.on((255, 255, 255))))
+    for clip in range(5):
+        slow = [slow_distance(clips[clip], clips[other]) for other in range(NUM_CLIPS)]
+        np.testing.assert_allclose(fast[clip].numpy(), slow, atol=1e-4)
+
+
+def test_real_clips_find_themselves_on_any_background(animations: Animations) -> None:
+    """Guards the ceiling: real clips have rank 1 on whatever they stand; with other answers, chance is left."""
+    real = gallery(animations.on((0, 0, 0)), animations.on((255, 255, 255)))
+    for name in ("red", "white", "light blue"):
+        found = distances(animations.on(BACKGROUNDS[name]), real)
+        assert ranks(found, range(NUM_CLIPS)).tolist() == [1] * NUM_CLIPS
+    shuffled = torch.randperm(NUM_CLIPS, generator=torch.Generator().manual_seed(0)).tolist()
+    assert (ranks(found, shuffled) == 1).float().mean() < 0.1
+    assert ranks(found, shuffled).float().mean() > NUM_CLIPS / 4
+
+
+def test_rank_counts_those_that_are_nearer() -> None:
+    """Guards off-by-one: two real clips are nearer than the right one, so it is third; equal ones do not count."""
+    far = torch.tensor([[0.5, 0.1, 0.2, 0.5], [0.0, 0.3, 0.3, 0.9]])
+    assert ranks(far, [0, 0]).tolist() == [3, 1]
+    assert ranks(far, [3, 2]).tolist() == [3, 2]
+
+
+def test_border_has_the_background_that_is_named(animations: Animations) -> None:
+    """Guards the background's measure: every named colour is read as itself, also if something touches the border."""
+    for name, colour in BACKGROUNDS.items():
+        clip = animations.on(colour)[0]
+        clip[:, :, :8] = 200
+        assert nearest_name(border_colour(clip), BACKGROUNDS) == name

@@ -1,0 +1,101 @@
+"""Training of the World reader: what it learns from, that labels stay true, and that it continues to the same bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cogvideo import world
+from cogvideo.evaluation.attributes import READER_LEARNS, READER_TEST, unseen_scenes
+from cogvideo.evaluation.reader import Reader, ReaderConfig, render
+from cogvideo.training import reader as module
+from cogvideo.training.reader import ReaderSettings, Trainer, augment, clips, stills, train_reader
+
+SMALL = ReaderConfig((4, 8, 8, 16), (0, 1, 1, 1), 16)
+
+
+def settings(steps: int = 4) -> ReaderSettings:
+    return ReaderSettings(steps=steps, batch=4, warmup=1, still_steps=1, stills=4)
+
+
+def test_no_clip_is_learnt_twice_or_kept() -> None:
+    """Guards the test's meaning: every step has new clips, none of those that models or the reader are judged by."""
+    drawn = [make(step, 4) for step in range(5) for make in (clips, stills)]
+    numbers = [scene.index for each in drawn for scene in each.scenes]
+    assert len(set(numbers)) == 40
+    assert min(numbers) >= READER_LEARNS > max(scene.index for scene in unseen_scenes(40, READER_TEST))
+
+
+def test_stills_show_one_figure() -> None:
+    """Guards what single frames can tell: nobody else is there to be taken for the one who acts."""
+    scenes, pixels = stills(3, 8)
+    assert pixels.shape == (8, 1, 64, 64, 3)
+    assert all(not scene.other_object for scene in scenes)
+    backgrounds = [world.render(replace(scene, delay=0.2), 64, 8.0, 1) for scene in scenes]
+    changed = [np.abs(still.astype(int) - bare).max() > 30 for still, bare in zip(pixels, backgrounds, strict=True)]
+    assert all(changed)
+
+
+def test_augmentation_keeps_what_a_clip_shows() -> None:
+    """Guards the labels: a clip changes a little, is not mirrored, and its colours stay near what they were."""
+    clips = np.stack([render(scene) for scene in unseen_scenes(8, READER_TEST)])
+    made = augment(clips, torch.Generator().manual_seed(0)).permute(0, 2, 3, 4, 1).numpy()
+    seen = clips.astype(np.float32) / 255
+    assert made.shape == seen.shape
+    assert made.min() >= 0
+    assert made.max() <= 1
+    for before, after in zip(seen, made, strict=True):
+        assert not np.array_equal(before, after)
+        assert np.abs(before.mean((0, 1, 2)) - after.mean((0, 1, 2))).max() < 0.1
+        near = min(
+            np.square(np.roll(before, (down, across), (1, 2)) - after).mean()
+            for down in range(-3, 4)
+            for across in range(-3, 4)
+        )
+        mirrored = np.square(before[:, :, ::-1] - after).mean()
+        assert near < 0.02
+        assert near < mirrored
+
+
+def test_augmentation_follows_from_its_generator() -> None:
+    """Guards resuming: the same generator, the same clips."""
+    clips = np.stack([render(scene) for scene in unseen_scenes(4, READER_TEST)])
+    one, two = (augment(clips, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_it_learns() -> None:
+    """Guards the step: a few of them on the same clips lower the loss by far."""
+    trainer = Trainer(SMALL, replace(settings(100), learning_rate=5e-3), torch.device("cpu"))
+    losses = [float(trainer.step(1)["loss"]) for _ in range(20)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards checkpoints: stopped after two steps and called again, the file is that of a run that was not stopped."""
+    options = {"settings": settings(), "config": SMALL, "test_clips": 8, "checkpoint_every": 1, "device": "cpu"}
+    options["evaluate_every"] = 3
+    whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
+    monkeypatch.setattr(module, "WATCHED", 8)
+    train_reader(out=whole, **options)
+    real = Trainer.step
+
+    def step(self: Trainer, number: int) -> dict[str, torch.Tensor]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return real(self, number)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train_reader(out=killed, **options)
+    assert not killed.exists()
+    monkeypatch.setattr(Trainer, "step", real)
+    train_reader(out=killed, **options)
+    assert killed.read_bytes() == whole.read_bytes()
+    assert Reader.load(killed).config == SMALL
+    with pytest.raises(ValueError, match="another run"):
+        train_reader(out=killed, **(options | {"settings": settings(5)}))
