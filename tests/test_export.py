@@ -22,7 +22,7 @@ from cogvideo.models.transformer import Base
 from cogvideo.storage import MODULES, Manifest
 from cogvideo.training import stages
 from cogvideo.training.card import read_reports, write_card
-from cogvideo.training.export import Delivery, check_target, deliver, export, modules
+from cogvideo.training.export import Delivery, check_target, deliver, export, left_out, modules
 from cogvideo.training.launch import Clips, Options
 from cogvideo.training.optim import Optimization
 from cogvideo.training.run import Watching
@@ -271,6 +271,32 @@ def test_a_base_that_others_rely_on_stays(place: Path, tmp_path: Path, train_tex
     config = small_config(train_text_model())
     update(tmp_path / "out", config, superres_base=loud(Base(config.transformer), 8))
     check_target(delivery, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "gone"), [("image", "sequential, interpolation, superres"), ("sequential", "interpolation")]
+)
+def test_what_was_trained_on_another_component_stays_behind(
+    stage: StageName, gone: str, place: Path, tmp_path: Path
+) -> None:
+    """Guards against channels on a base that they do not know, and against an interpolation of other key frames, which
+    the next command of a recipe would find there already. In the bundle itself, key frames are replaced alone."""
+    shutil.copytree(place / "whole", tmp_path / "full")
+    source, name = CogVideo.from_pretrained(tmp_path / "full"), "base" if stage == "image" else stage
+    (tmp_path / "full" / "training.json").write_text('{"superres": {"steps": 1}, "interpolation": {"steps": 2}}')
+    delivery = delivery_of(source, tmp_path / "new", stage, Choice("random"))
+    assert left_out(delivery) == f"{tmp_path / 'new'} goes without {gone}: trained on another {name}."
+    deliver(delivery, {name: source.component(name)}, {"steps": 1})
+    kept = set(source.components) - set(gone.split(", "))
+    assert set(CogVideo.from_pretrained(tmp_path / "new").components) == kept
+    assert read_reports(tmp_path / "new").keys() == {"superres", name} & kept
+    shutil.copytree(place / "whole", tmp_path / "same")
+    delivery = delivery_of(
+        CogVideo.from_pretrained(tmp_path / "same"), tmp_path / "same", "sequential", Choice("inherit")
+    )
+    assert left_out(delivery) == ""
+    deliver(delivery, {"sequential": source.component("sequential")}, {"steps": 1})
+    assert set(CogVideo.from_pretrained(tmp_path / "same").components) == set(source.components)
 
 
 def test_weights_of_another_configuration_are_no_component(train_text_model: Callable[..., bytes]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from cogvideo import bundle
 from cogvideo.bundle import CogVideo
 from cogvideo.config import CogVideoConfig, from_dict, require
-from cogvideo.storage import MANIFEST, MODULES, Manifest, check_tensors
+from cogvideo.storage import MANIFEST, MODULES, Entry, Manifest, check_tensors
 from cogvideo.training.card import read_reports, write_card
 from cogvideo.training.checkpoints import Checkpoints, read_weights
 from cogvideo.training.run_folder import RunFolder
-from cogvideo.training.start import STAGES, Choice, StageName, base_of, own
+from cogvideo.training.start import STAGES, Choice, StageName, base_of, own, relying
 
 SHARED = ("base", "text", "image_tokenizer")
 """Components that the stages of a bundle have in common."""
@@ -58,12 +59,11 @@ def check_target(delivery: Delivery, overwrite: bool) -> None:
         f"the bundle {out} has another configuration than the one to be trained: choose another --out",
     )
     known = there.components
-    if stage == "image":
-        relying = [each for each in STAGES[1:] if each in known and f"{each}_base" not in known]
-        require(
-            not relying,
-            f"{', '.join(relying)} in the bundle {out} rely on its base, which would be replaced: choose another --out",
-        )
+    on_base = relying(stage, known) if stage == "image" else ()
+    require(
+        not on_base,
+        f"{', '.join(on_base)} in the bundle {out} rely on its base, which would be replaced: choose another --out",
+    )
     replaced = [name for name in own(stage, delivery.choice) if name in known]
     require(
         overwrite or delivery.choice.start == "continue" or not replaced,
@@ -75,6 +75,22 @@ def check_target(delivery: Delivery, overwrite: bool) -> None:
             same = known[name].sha256 == (delivery.source.sha256(name) or known[name].sha256)
             where = delivery.source.folder
             require(same, f"the bundles {out} and {where} have different components {name}: choose another --out")
+
+
+def left_out(delivery: Delivery) -> str:
+    """What of the bundle to start from does not go along, since it was trained on what is replaced; empty if all does.
+
+    Raises:
+        ValueError: the bundle that is there cannot be read.
+    """
+    names = [each for each in relying(delivery.stage, delivery.source.components) if each not in _there(delivery.out)]
+    new = "base" if delivery.stage == "image" else delivery.stage
+    return f"{delivery.out} goes without {', '.join(names)}: trained on another {new}." if names else ""
+
+
+def _there(out: Path) -> Mapping[str, Entry]:
+    """Components of a bundle, if there is one."""
+    return Manifest.read(out).components if (out / MANIFEST).exists() else {}
 
 
 def deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
@@ -90,9 +106,9 @@ def deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mappin
         OSError: it cannot be written.
     """
     out, source, stage = delivery.out, delivery.source, delivery.stage
-    there = Manifest.read(out).components if (out / MANIFEST).exists() else {}
-    special = f"{stage}_base"
-    lacking = [name for name in source.components if name not in there and name != special]
+    there, special = _there(out), f"{stage}_base"
+    foreign = {special, *relying(stage, source.components)}
+    lacking = [name for name in source.components if name not in there and name not in foreign]
     parts: dict[str, Any] = {name: source.component(name) for name in lacking}
     if stage != "image" and delivery.choice.base == "frozen":
         base = base_of(stage, delivery.choice, source)
@@ -153,6 +169,8 @@ def export(
     chosen = _choose(run, checkpoints, step, best)
     delivery = Delivery(out, _source(run, identity, stage, choice), config, stage, choice)
     check_target(delivery, overwrite)
+    if told := left_out(delivery):
+        print(told, file=sys.stderr)
     weights = read_weights(checkpoints.path(chosen), averaged=identity["optimization"]["ema"] > 0)
     deliver(delivery, modules(stage, choice, config, weights), _report(run, identity, chosen))
     print(f"{out}: {stage} after {chosen:,} steps")

@@ -23,7 +23,7 @@ from cogvideo.files import alone_in
 from cogvideo.storage import Manifest
 from cogvideo.text import TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints
-from cogvideo.training.export import Delivery, check_target, deliver, modules
+from cogvideo.training.export import Delivery, check_target, deliver, left_out, modules
 from cogvideo.training.held_out import HeldOut, held_out
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ParallelSettings, Ranks, full_state, process_group
@@ -165,7 +165,7 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
             seen = entries[0].stream if entries else stream
             draw = Preview(delivery, trainer, seen, options.watching.prompts, run.path / "samples")
             if ranks.rank == 0:
-                for line in _notes(options, entries, draw):
+                for line in _notes(options, delivery, entries, draw):
                     print(line, file=sys.stderr)
             job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw)
             summary = learn(job, partial(_recorder, run, options, identity, ranks))
@@ -175,8 +175,10 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
         print(f"{options.out}: {plan.stage} after {settings.steps:,} steps: {_words(run.summary)}")
 
 
-def _notes(options: Options, entries: list[HeldOut], draw: Preview) -> Iterator[str]:
+def _notes(options: Options, delivery: Delivery, entries: list[HeldOut], draw: Preview) -> Iterator[str]:
     """What the run goes without."""
+    if told := left_out(delivery):
+        yield told
     if not entries:
         yield f"Nothing is held out: no clip of the split {options.clips.held_out_split} is there and long enough."
     if draw.problem and options.watching.sample_every:
