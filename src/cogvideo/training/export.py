@@ -54,9 +54,11 @@ def check_target(delivery: Delivery, overwrite: bool) -> None:
     if not (out / MANIFEST).exists():
         return
     there = Manifest.read(out)
+    from_there = delivery.source.folder is not None and delivery.source.folder.resolve() == out.resolve()
     require(
         there.config == delivery.config,
-        f"the bundle {out} has another configuration than the one to be trained: choose another --out",
+        f"the bundle {out} has another configuration than the one to be trained: choose another --out"
+        + (f", and pass --init {out}" if from_there else ""),
     )
     known = there.components
     on_base = relying(stage, known) if stage == "image" else ()
@@ -66,9 +68,8 @@ def check_target(delivery: Delivery, overwrite: bool) -> None:
     )
     replaced = [name for name in own(stage, delivery.choice) if name in known]
     require(
-        overwrite or delivery.choice.start == "continue" or not replaced,
-        f"the bundle {out} has {' and '.join(replaced)} already: pass --overwrite to replace, --start continue to "
-        "train on, or another --out",
+        overwrite or not replaced,
+        f"the bundle {out} has {' and '.join(replaced)} already: pass --overwrite to replace it, or another --out",
     )
     for name in SHARED:
         if name in known and name not in own(stage, delivery.choice):
@@ -86,6 +87,14 @@ def left_out(delivery: Delivery) -> str:
     names = [each for each in relying(delivery.stage, delivery.source.components) if each not in _there(delivery.out)]
     new = "base" if delivery.stage == "image" else delivery.stage
     return f"{delivery.out} goes without {', '.join(names)}: trained on another {new}." if names else ""
+
+
+def delivered(delivery: Delivery) -> bool:
+    """Whether the bundle has what the stage trains, in whole files."""
+    found = [_there(delivery.out).get(name) for name in own(delivery.stage, delivery.choice)]
+    paths = {entry: delivery.out / entry.file for entry in found if entry is not None}
+    whole = [path.exists() and path.stat().st_size == entry.num_bytes for entry, path in paths.items()]
+    return len(whole) == len(found) and all(whole)
 
 
 def _there(out: Path) -> Mapping[str, Entry]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from cogvideo.files import alone_in
 from cogvideo.storage import Manifest
 from cogvideo.text import TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints
-from cogvideo.training.export import Delivery, check_target, deliver, left_out, modules
+from cogvideo.training.export import Delivery, check_target, deliver, delivered, left_out, modules
 from cogvideo.training.held_out import HeldOut, held_out
 from cogvideo.training.optim import Optimization
-from cogvideo.training.parallel import ParallelSettings, Ranks, full_state, process_group
+from cogvideo.training.parallel import ParallelSettings, Ranks, any_rank, full_state, process_group
 from cogvideo.training.preview import Preview
 from cogvideo.training.recorder import Recorder
 from cogvideo.training.run import Job, Summary, Watching, learn
@@ -152,12 +152,8 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
     run = RunFolder(options.out / f".{plan.stage}-run")
     delivery = Delivery(options.out, source, config, plan.stage, plan.choice)
     identity = _identity(plan, options, config, folder, named, stream)
-    with alone_in(run.path) if ranks.rank == 0 else nullcontext():
-        if not (run.path / "run.json").exists():
-            check_target(delivery, options.overwrite)
-        if ranks.rank == 0:
-            run.claim(identity, {"from": ".." if _is_same(folder, options.out) else str(folder.resolve())})
-        if run.summary is None:
+    with ExitStack() as locks:
+        if any_rank(ranks.rank == 0 and _begin(options, delivery, run, identity, locks)):
             model = build(plan.stage, plan.choice, source, config, settings.dtype, settings.seed)
             objective = Objective(model, plan.task(config, source.text)).to(ranks.device)
             trainer = Trainer(objective, settings, options.execution, options.parallel, ranks)
@@ -173,6 +169,33 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
     if ranks.rank == 0:
         assert run.summary is not None
         print(f"{options.out}: {plan.stage} after {settings.steps:,} steps: {_words(run.summary)}")
+
+
+def _begin(options: Options, delivery: Delivery, run: RunFolder, identity: dict[str, Any], locks: ExitStack) -> bool:
+    """Lock the folder and make it that of this run; whether there is anything to do.
+
+    A run that ended is over as long as the bundle has its stage, else it is delivered again. If it was another one, and
+    its stage may be replaced, its folder is set aside.
+    """
+    locks.enter_context(alone_in(run.path))
+    assert delivery.source.folder is not None
+    same = _is_same(delivery.source.folder, options.out)
+    facts = {"from": ".." if same else str(delivery.source.folder.resolve())}
+    changes, ended = run.changes(identity, facts), run.summary is not None
+    if ended and not changes and delivered(delivery):
+        print(
+            "This run is over. With --overwrite, and other settings such as --seed, a new one begins.", file=sys.stderr
+        )
+        return False
+    if ended or not run.began:
+        check_target(delivery, ended or options.overwrite or (same and delivery.choice.start == "continue"))
+    if ended and changes:
+        advice = "pass --overwrite to replace its stage, or another --out, with --init for the bundle to start from"
+        require(options.overwrite, f"another run ended in {run.path}: {changes}; {advice}")
+        print(f"The run that ended in {run.path} is now in {run.set_aside()}.", file=sys.stderr)
+        locks.enter_context(alone_in(run.path))  # the other lock went with the other folder
+    run.claim(identity, facts)
+    return True
 
 
 def _notes(options: Options, delivery: Delivery, entries: list[HeldOut], draw: Preview) -> Iterator[str]:
