@@ -367,9 +367,14 @@ def test_divergence_keeps_the_last_good_checkpoint(place: Place) -> None:
     """Guards runs of days: a loss that is no number ends the run, says where, and no checkpoint holds it."""
     place.succeed("sequential", "--init", "model", "--steps", "4", out="diverges")
     shutil.rmtree(place.folder / "diverges" / ".sequential-run" / "report.json", ignore_errors=True)
-    done = place.run(
-        "sequential", "--init", "model", "--learning-rate", "1e30", "--clip", "1e30", "--warmup", "0", out="explodes"
-    )
+    options = ("--init", "model", "--learning-rate", "1e30", "--clip", "1e30", "--warmup", "0")
+    for steps in (("--steps", "1"), ("--checkpoint-every", "1")):
+        done = place.run("sequential", *options, *steps, out=f"update{steps[0]}")
+        assert done.returncode == 2, done.stderr
+        assert re.search(r"training diverged: (a weight|the loss) is nan after step 1;", done.stderr)
+        assert not list(place.checkpoints(f"update{steps[0]}").glob("step-*"))
+        assert not (place.folder / f"update{steps[0]}" / "sequential.safetensors").exists()
+    done = place.run("sequential", *options, out="explodes")
     assert done.returncode == 2, done.stderr
     assert re.search(r"training diverged: the (loss|norm of the gradient) is \w+ at step \d+", done.stderr)
     step = int(re.search(r"at step (\d+)", done.stderr)[1])  # type: ignore[index]

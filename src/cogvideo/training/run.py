@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from cogvideo.training.held_out import HeldOut, measure
 from cogvideo.training.loop import interrupts
 from cogvideo.training.parallel import any_rank
 from cogvideo.training.recorder import Recorder, flops_a_position, matrix_rate
-from cogvideo.training.trainer import Execution, Trainer
+from cogvideo.training.trainer import Execution, Trainer, check_finite
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> Summary:
     trainer, settings = job.trainer, job.trainer.settings
     first, seconds = _resume(job)
     clock = Clock(trainer, seconds)
-    held = measure(trainer, job.held_out, trainer.micro_batch) if first == settings.steps else {}
+    held = _measure(job, first) if first == settings.steps else {}
     with recorder(first) as record, interrupts() as interrupt:
         for done, batch in _batches(job, first):
             trainer.step(done - 1, batch)
@@ -146,13 +147,17 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> Summary:
             last = done == settings.steps
             saves = stops or last or done % job.watching.checkpoint_every == 0
             if saves or done % job.watching.report_every == 0 or done % job.watching.evaluate_every == 0:
-                _report(job, done, clock, record)
+                with _published(job.checkpoints):
+                    _report(job, done, clock, record)
                 job.checkpoints.settle()
             paused = time.monotonic()
             measures = last or (done % job.watching.evaluate_every == 0 and not stops)
-            if measures:
-                held = measure(trainer, job.held_out, trainer.micro_batch)
-                record.record({"step": done, "held_out": held})
+            with _published(job.checkpoints):
+                if saves:
+                    trainer.check(done, batch)
+                if measures:
+                    held = _measure(job, done)
+                    record.record({"step": done, "held_out": held})
             if saves:
                 _save(job, done, clock.seconds, held if measures else {})
             if not stops and (last or (job.watching.sample_every and done % job.watching.sample_every == 0)):
@@ -209,17 +214,36 @@ def mean_loss(held: dict[str, dict[str, float]]) -> float | None:
     return sum(row["loss"] for row in held.values()) / len(held) if held else None
 
 
+@contextmanager
+def _published(checkpoints: Checkpoints) -> Iterator[None]:
+    """If training turns out to have diverged, which all ranks find alike, every checkpoint gets its name first: the one
+    that is being written is from before, and good."""
+    try:
+        yield
+    except ValueError:
+        checkpoints.wait()
+        raise
+
+
+def _measure(job: Job, done: int) -> dict[str, dict[str, float]]:
+    """Held-out losses, with the weights of the moment.
+
+    Raises:
+        ValueError: training diverged.
+    """
+    held = measure(job.trainer, job.held_out, job.trainer.micro_batch)
+    for name, row in held.items():
+        check_finite(row["loss"], f"the held-out loss ({name})", f"after step {done:,}")
+    return held
+
+
 def _report(job: Job, done: int, clock: Clock, recorder: Recorder) -> None:
     """Record the steps since the last report.
 
     Raises:
-        ValueError: training diverged; every checkpoint has its name.
+        ValueError: training diverged.
     """
-    try:
-        figures = job.trainer.figures(done)
-    except ValueError:  # on all ranks alike
-        job.checkpoints.wait()  # the one that is being written is from before, and good
-        raise
+    figures = job.trainer.figures(done)
     recorder.record(
         {
             "step": done,
