@@ -337,6 +337,11 @@ def test_the_card_tells_sizes_losses_and_hashes(place: Path, tmp_path: Path) -> 
         sum(each.numel() for each in load_file(out / f"{name}.safetensors").values()) for name in ("sequential", "base")
     )
     assert f"| parameters | trained {trained:,}; frozen {frozen:,} |" in card
+    assert "| data, data | trained on 8; held out 4; source made up |" in card
+    course = [row for row in rows if "loss" in row]
+    seconds = sum(1 / row["tokens_per_second"] for row in course)
+    assert reports["sequential"]["time"]["positions_per_second"] == pytest.approx(len(course) / seconds, abs=1)
+    assert reports["sequential"]["memory"]["peak_bytes"] == max(row["peak_bytes"] for row in course) > 2**20
     assert reports["sequential"]["loss"] == loss
     assert reports["base"] == {"steps": 77}, "what is known of a component goes along with it"
     assert "interpolation" not in reports, "the bundle has none"
@@ -345,6 +350,11 @@ def test_the_card_tells_sizes_losses_and_hashes(place: Path, tmp_path: Path) -> 
     second = next(row["loss"] for row in rows if row["step"] == 2 and "loss" in row)
     assert f"| loss | {second:.4g} |" in early
     assert "| steps | 2 |" in early
+    whole, part = (read_reports(each)["sequential"] for each in (out, tmp_path / "early"))
+    assert part.keys() == whole.keys(), "what is known at the end is known before"
+    for name in ("parameters", "data", "torch", "cogvideo"):
+        assert part[name] == whole[name]
+    assert part["time"]["seconds"] == course[1]["seconds"]
     for text in (card, early, (out / "training.json").read_text(), (tmp_path / "early" / "training.json").read_text()):
         assert str(place) not in text
         assert str(Path.home()) not in text

@@ -190,6 +190,11 @@ class ClipStream(MapDataset[ClipSample]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def num_clips(self) -> list[int]:
+        """Clips of each dataset that samples are made of."""
+        return [int(each) for each in np.diff(np.searchsorted(self._rows, self._starts))]
+
     def __iter__(self) -> Iterator[ClipSample]:
         """The samples of the first epoch."""
         return map(self.__getitem__, range(len(self)))

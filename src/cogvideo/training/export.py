@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,7 +181,7 @@ def export(
     if told := left_out(delivery):
         print(told, file=sys.stderr)
     weights = read_weights(checkpoints.path(chosen), averaged=identity["optimization"]["ema"] > 0)
-    deliver(delivery, modules(stage, choice, config, weights), _report(run, identity, chosen))
+    deliver(delivery, modules(stage, choice, config, weights), report_of(RunFolder(run), chosen))
     print(f"{out}: {stage} after {chosen:,} steps")
 
 
@@ -213,16 +213,39 @@ def _source(run: Path, identity: Mapping[str, Any], stage: StageName, choice: Ch
     return source
 
 
-def _report(run: Path, identity: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """What is known of a step: the report of the run if it is the last, else what was measured there."""
-    folder = RunFolder(run)
-    if folder.summary is not None and folder.summary["steps"] == step:
-        return folder.summary
-    rows = [row for row in folder.rows() if row["step"] == step]
-    measured: dict[str, Any] = {name: row[name] for row in rows for name in ("loss", "held_out") if name in row}
+def report_of(run: RunFolder, step: int) -> dict[str, Any]:
+    """What a run came to at a step, for its card: everything that its folder knows.
+
+    Raises:
+        ValueError: the folder is that of no stage, or a file is damaged.
+    """
+    identity, about = _identity(run.path), run.about
+    rows = [row for row in run.rows() if row["step"] <= step]
+    measured: dict[str, Any] = {
+        name: row[name] for row in rows if row["step"] == step for name in ("loss", "held_out") if name in row
+    }
     start = {name: value for name, value in identity["choice"].items() if value is not None}
     settings = {name: identity[name] for name in ("task", "optimization", "clips")}
-    return {"steps": step, **measured, "start": start, **settings}
+    return {
+        "steps": step,
+        **measured,
+        **_course([row for row in rows if "loss" in row]),
+        **about,
+        "start": start,
+        **settings,
+    }
+
+
+def _course(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Time, speed and memory of a run from its rows, whatever processes made them."""
+    if not rows:
+        return {}
+    steps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
+    slowness = sum(made / max(row["tokens_per_second"], 0.1) for made, row in zip(steps, rows, strict=True))
+    return {
+        "time": {"seconds": rows[-1]["seconds"], "positions_per_second": round(sum(steps) / slowness)},
+        "memory": {"peak_bytes": max(row.get("peak_bytes", 0) for row in rows)},
+    }
 
 
 def _identity(run: Path) -> dict[str, Any]:

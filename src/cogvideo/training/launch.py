@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import cogvideo
 from cogvideo.bundle import CogVideo, locate, usable
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.costs import training
@@ -23,13 +25,13 @@ from cogvideo.files import alone_in
 from cogvideo.storage import Manifest
 from cogvideo.text import TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints
-from cogvideo.training.export import Delivery, check_target, deliver, delivered, left_out, modules
+from cogvideo.training.export import Delivery, check_target, deliver, delivered, left_out, modules, report_of
 from cogvideo.training.held_out import HeldOut, held_out
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ParallelSettings, Ranks, any_rank, full_state, process_group
 from cogvideo.training.preview import Preview
 from cogvideo.training.recorder import Recorder
-from cogvideo.training.run import Job, Summary, Watching, learn
+from cogvideo.training.run import Job, Watching, learn
 from cogvideo.training.run_folder import RunFolder
 from cogvideo.training.start import Choice, StageName, build, configured, continued, own, parents
 from cogvideo.training.task import Objective, Task
@@ -161,11 +163,12 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
             seen = entries[0].stream if entries else stream
             draw = Preview(delivery, trainer, seen, options.watching.prompts, run.path / "samples")
             if ranks.rank == 0:
+                run.describe(_about(trainer, stream, entries))
                 for line in _notes(options, delivery, entries, draw):
                     print(line, file=sys.stderr)
             job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw)
-            summary = learn(job, partial(_recorder, run, options, identity, ranks))
-            _finish(plan, options, delivery, run, trainer, stream, summary)
+            learn(job, partial(_recorder, run, options, identity, ranks))
+            _finish(plan, delivery, run, trainer)
     if ranks.rank == 0:
         assert run.summary is not None
         print(f"{options.out}: {plan.stage} after {settings.steps:,} steps: {_words(run.summary)}")
@@ -276,53 +279,43 @@ def _recorder(run: RunFolder, options: Options, identity: dict[str, Any], ranks:
     )
 
 
-def _finish(
-    plan: Plan,
-    options: Options,
-    delivery: Delivery,
-    run: RunFolder,
-    trainer: Trainer,
-    stream: ClipStream,
-    summary: Summary,
-) -> None:
+def _finish(plan: Plan, delivery: Delivery, run: RunFolder, trainer: Trainer) -> None:
     """The stage into the bundle; the report goes last, as a sign that all is there."""
     with trainer.averaged():
         state = full_state(trainer.module)
     if trainer.ranks.rank > 0:
         return
-    last: dict[str, Any] = next((row for row in reversed(run.rows()) if "loss" in row), {})
-    report = _report(plan, options, trainer, stream, summary, last)
+    report = report_of(run, trainer.settings.steps)
     deliver(delivery, modules(plan.stage, plan.choice, delivery.config, state), report)
     run.finish(report)
 
 
-def _report(
-    plan: Plan, options: Options, trainer: Trainer, stream: ClipStream, summary: Summary, last: Mapping[str, Any]
-) -> dict[str, Any]:
-    """For the card and for report.json; `last` is the row of the last step, which an earlier process may have made."""
+def _about(trainer: Trainer, stream: ClipStream, entries: Sequence[HeldOut]) -> dict[str, Any]:
+    """What cards say of a run that its settings do not. Folders have their names alone: cards are published."""
     count = {True: 0, False: 0}
     for parameter in trainer.objective.parameters():
         count[parameter.requires_grad] += parameter.numel()
+    judged: Counter[Path] = Counter()
+    for entry in entries:  # a rate has all clips that fill it
+        here = {each.folder: clips for each, clips in zip(entry.stream.datasets, entry.stream.num_clips, strict=True)}
+        judged |= Counter(here)
     return {
-        "steps": options.optimization.steps,
-        "loss": last.get("loss"),
-        "held_out": summary.held_out,
         "parameters": {"trained": count[True], "frozen": count[False]},
-        "time": {"seconds": round(summary.seconds, 1), "positions_per_second": round(last.get("tokens_per_second", 0))},
-        "memory": {"peak_bytes": summary.peak_bytes, "ranks": trainer.ranks.world_size},
-        "data": {  # names alone: cards are published
-            each.folder.resolve().name: {"clips": len(each), "source": Path(each.card.source).name}
-            for each in stream.datasets
+        "data": {
+            each.folder.resolve().name: {
+                "trained_on": clips,
+                "held_out": judged[each.folder],
+                "source": Path(each.card.source).name,
+            }
+            for each, clips in zip(stream.datasets, stream.num_clips, strict=True)
         },
         "samples_an_epoch": len(stream),
-        "start": {name: value for name, value in asdict(plan.choice).items() if value is not None},
-        "task": dict(plan.extra),
-        "optimization": asdict(options.optimization),
-        "clips": options.clips.settings,
+        "ranks": trainer.ranks.world_size,
         "torch": torch.__version__,
+        "cogvideo": cogvideo.__version__,
     }
 
 
 def _words(summary: dict[str, Any]) -> str:
-    held = ", ".join(f"{name} {row['loss']:.3f}" for name, row in summary["held_out"].items())
+    held = ", ".join(f"{name} {row['loss']:.3f}" for name, row in summary.get("held_out", {}).items())
     return f"loss {summary['loss']:.3f}; held out: {held or 'nothing'}"

@@ -19,7 +19,7 @@ from cogvideo.data.loader import ClipStream, Loader
 from cogvideo.training.checkpoints import Checkpoints, restore, training_state
 from cogvideo.training.held_out import HeldOut, measure
 from cogvideo.training.loop import interrupts
-from cogvideo.training.parallel import any_rank
+from cogvideo.training.parallel import any_rank, largest
 from cogvideo.training.recorder import Recorder, flops_a_position, matrix_rate
 from cogvideo.training.trainer import Execution, Trainer, check_finite
 
@@ -70,17 +70,6 @@ class Job(NamedTuple):
     """Draws samples after a step and gives the contact sheet on the first rank."""
 
 
-class Summary(NamedTuple):
-    """What a run came to, beside its figures."""
-
-    held_out: dict[str, dict[str, float]]
-    """By frame rate."""
-    seconds: float
-    """Of all its parts, without those that were lost."""
-    peak_bytes: int
-    """Memory of the first rank: of the GPU, or of the process on a CPU."""
-
-
 class Clock:
     """Time and work between reports.
 
@@ -123,7 +112,7 @@ class Clock:
         }
 
 
-def learn(job: Job, recorder: Callable[[int], Recorder]) -> Summary:
+def learn(job: Job, recorder: Callable[[int], Recorder]) -> None:
     """All steps that are left.
 
     Args:
@@ -138,7 +127,7 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> Summary:
     trainer, settings = job.trainer, job.trainer.settings
     first, seconds = _resume(job)
     clock = Clock(trainer, seconds)
-    held = _measure(job, first) if first == settings.steps else {}
+    held: dict[str, dict[str, float]] = {}
     with recorder(first) as record, interrupts() as interrupt:
         for done, batch in _batches(job, first):
             trainer.step(done - 1, batch)
@@ -168,7 +157,6 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> Summary:
                 interrupt.leave()
             clock.pause(time.monotonic() - paused)
         job.checkpoints.wait()
-    return Summary(held, clock.seconds, peak_bytes(trainer.ranks.device))
 
 
 def _batches(job: Job, first: int) -> Iterator[tuple[int, Any]]:
@@ -252,6 +240,7 @@ def _report(job: Job, done: int, clock: Clock, recorder: Recorder) -> None:
             "learning_rate": job.trainer.settings.rate_at(done - 1),
             "gradient_norm": figures.gradient_norm,
             **clock.row(),
+            "peak_bytes": largest(peak_bytes(job.trainer.ranks.device)),
         }
     )
 

@@ -131,6 +131,19 @@ class RunFolder:
             lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             return [json.loads(line) for line in lines if line.endswith("\n")]
 
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Write `about.json`: what is known from the start and decides nothing, for reports."""
+        write_text(self._about, json.dumps(facts, indent=2) + "\n")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What `describe` wrote, if it did.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        return dict(_read(self._about)) if self._about.exists() else {}
+
     @property
     def summary(self) -> dict[str, Any] | None:
         """What `finish` wrote; None while the run is not over.
@@ -148,6 +161,10 @@ class RunFolder:
     @property
     def _identity(self) -> Path:
         return self.path / "run.json"
+
+    @property
+    def _about(self) -> Path:
+        return self.path / "about.json"
 
     @property
     def _checkpoint(self) -> Path:
