@@ -45,10 +45,10 @@ def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempP
     return folder
 
 
-def options_of(place: Path, out: Path) -> Options:
+def options_of(place: Path, out: Path, sample_every: int = 0) -> Options:
     """Of the run."""
     settings = Optimization(steps=STEPS, batch=2, warmup=0, learning_rate=1e-2, ema=0.5)
-    watching = Watching(1, 1, 4, checkpoint_every=1, keep=9, sample_every=0)
+    watching = Watching(1, 1, 4, checkpoint_every=1, keep=9, sample_every=sample_every)
     return Options(Clips((place / "data",)), out, str(place / "model"), optimization=settings, watching=watching)
 
 
@@ -115,6 +115,10 @@ def test_a_run_that_was_killed_behind_its_last_step_ends_as_it_would_have(place:
         assert ours.pop(changing).keys() == theirs.pop(changing).keys()
     assert ours == theirs
     assert ours["loss"] > 0
+    assert not (tmp_path / "out" / ".sequential-run" / "samples").exists()
+    (tmp_path / "out" / ".sequential-run" / "report.json").unlink()
+    stages.sequential(options_of(place, tmp_path / "out", sample_every=STEPS))
+    assert (tmp_path / "out" / ".sequential-run" / "samples" / f"step-{STEPS:08}.png").exists()
 
 
 def test_newest_and_best_are_found(place: Path, tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
                 run.describe(_about(trainer, stream, entries))
                 for line in _notes(options, delivery, entries, draw):
                     print(line, file=sys.stderr)
-            job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw)
+            job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw, draw.lacks)
             learn(job, partial(_recorder, run, options, identity, ranks))
             _finish(plan, delivery, run, trainer)
     if ranks.rank == 0:

@@ -68,6 +68,8 @@ class Job(NamedTuple):
     watching: Watching
     draw: Callable[[int], Path | None]
     """Draws samples after a step and gives the contact sheet on the first rank."""
+    lacks: Callable[[int], bool]
+    """Whether those of a step are not there, and could be drawn."""
 
 
 class Clock:
@@ -126,9 +128,13 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> None:
     """
     trainer, settings = job.trainer, job.trainer.settings
     first, seconds = _resume(job)
-    clock = Clock(trainer, seconds)
     held: dict[str, dict[str, float]] = {}
     with recorder(first) as record, interrupts() as interrupt:
+        if (
+            first and _shows(job, first) and job.lacks(first)
+        ):  # the run was killed behind the checkpoint, or stopped there
+            _sample(job, first, record)
+        clock = Clock(trainer, seconds)
         for done, batch in _batches(job, first):
             trainer.step(done - 1, batch)
             clock.step()
@@ -149,7 +155,7 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> None:
                     record.record({"step": done, "held_out": held})
             if saves:
                 _save(job, done, clock.seconds, held if measures else {})
-            if not stops and (last or (job.watching.sample_every and done % job.watching.sample_every == 0)):
+            if not stops and _shows(job, done):
                 _sample(job, done, record)
             if stops:
                 job.checkpoints.wait()
@@ -245,8 +251,14 @@ def _report(job: Job, done: int, clock: Clock, recorder: Recorder) -> None:
     )
 
 
+def _shows(job: Job, done: int) -> bool:
+    """Whether a step has a contact sheet."""
+    every = job.watching.sample_every
+    return every > 0 and (done == job.trainer.settings.steps or done % every == 0)
+
+
 def _sample(job: Job, done: int, recorder: Recorder) -> None:
-    sheet = job.draw(done) if job.watching.sample_every else None
+    sheet = job.draw(done)
     if sheet is not None:
         recorder.picture(done, sheet)
 
