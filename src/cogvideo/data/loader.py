@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
 from cogvideo.config import require
-from cogvideo.data.clips import ClipSampling, choose_window
+from cogvideo.data.clips import ClipSampling, choose_window, sampled_rates
 from cogvideo.data.dataset import Dataset
 from cogvideo.data.shards import Shard, digest
 
@@ -194,6 +194,12 @@ class ClipStream(MapDataset[ClipSample]):
     def num_clips(self) -> list[int]:
         """Clips of each dataset that samples are made of."""
         return [int(each) for each in np.diff(np.searchsorted(self._rows, self._starts))]
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The frame rates that its samples have, lowest first; none in mode image."""
+        lengths = np.unique(np.concatenate([each.num_frames() for each in self.datasets])[self._rows])
+        return tuple(sorted({rate for each in lengths for rate in sampled_rates(int(each), self.sampling)}))
 
     def __iter__(self) -> Iterator[ClipSample]:
         """The samples of the first epoch."""

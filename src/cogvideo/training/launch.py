@@ -236,8 +236,7 @@ def _data(plan: Plan, options: Options, source: CogVideo, config: CogVideoConfig
     split, known = clips.held_out_split, sorted({name for each in stream.datasets for name in each.card.splits})
     absent = f"held_out_split is {split!r}, expected one that the data has: {', '.join(known)}"
     require(split in known or split == Clips.held_out_split, absent)
-    limit = options.watching.evaluate_samples
-    return stream, held_out(clips.data, split, sampling, limit, tokenizer, grid)
+    return stream, held_out(stream, split, options.watching.evaluate_samples)
 
 
 def _identity(
