@@ -382,6 +382,26 @@ def test_divergence_keeps_the_last_good_checkpoint(place: Place) -> None:
     assert all(int(each.name[5:]) < step for each in folder.glob("step-*"))
 
 
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(place: Place) -> None:
+    """Guards runs whose disk failed: what is damaged is told and set aside, and the weights come out the same."""
+    run = place.folder / "failing" / ".sequential-run"
+    shutil.copytree(place.folder / "whole" / ".sequential-run", run)
+    (run / "report.json").unlink()
+    (run / "checkpoints" / "step-00000008" / "__0_0.distcp").write_bytes(b"no tensors")
+    done = place.run("sequential", "--init", "model", out="failing")
+    assert done.returncode == 0, done.stderr
+    told = r"step-00000008 is damaged \(its content is cut short or was changed\): an earlier one is taken.\n"
+    assert re.search(told, done.stderr)
+    assert equal(place.weights("sequential", "failing"), place.weights("sequential", "whole"))
+    assert sorted(each.name for each in (run / "checkpoints").iterdir())[0] == "damaged-step-00000008"
+    for each in (run / "checkpoints").glob("step-*/.metadata"):
+        each.unlink()
+    (run / "report.json").unlink()
+    done = place.run("sequential", "--init", "model", out="failing")
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"error: .*step-\d+ is damaged \(No such file or directory\); remove it", done.stderr)
+
+
 def test_divergence_publishes_the_checkpoint_that_is_being_written(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ The position in the data follows from the number of steps, so a checkpoint is we
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 
 from cogvideo.config import require
 from cogvideo.data.loader import ClipStream, Loader
-from cogvideo.training.checkpoints import Checkpoints, restore, training_state
+from cogvideo.training.checkpoints import Checkpoints, DamagedError, restore, training_state
 from cogvideo.training.held_out import HeldOut, measure
 from cogvideo.training.loop import interrupts
 from cogvideo.training.parallel import any_rank, largest
@@ -183,14 +184,27 @@ def _batches(job: Job, first: int) -> Iterator[tuple[int, Any]]:
 
 
 def _resume(job: Job) -> tuple[int, float]:
-    """Take up the newest checkpoint; returns how many steps were made, and in how many seconds."""
-    trainer, newest = job.trainer, job.checkpoints.newest()
-    if newest is None:
-        return 0, 0.0
-    state = training_state(trainer.module, trainer.optimizer, _average(trainer)) | {"seconds": 0.0}
-    loaded = job.checkpoints.load(newest, state)
-    restore(trainer.module, trainer.optimizer, loaded)
-    return newest, float(loaded["seconds"])
+    """Take up the newest checkpoint that is whole; returns how many steps were made, and in how many seconds.
+
+    Raises:
+        ValueError: there are some, and none is whole.
+    """
+    trainer, steps = job.trainer, job.checkpoints.steps()
+    for step in reversed(steps):
+        state = training_state(trainer.module, trainer.optimizer, _average(trainer)) | {"seconds": 0.0}
+        try:
+            loaded = job.checkpoints.load(step, state)
+        except DamagedError as error:
+            if step == steps[0]:
+                raise
+            if trainer.ranks.rank == 0:
+                print(f"{str(error).partition(';')[0]}: an earlier one is taken.", file=sys.stderr)
+            continue
+        restore(trainer.module, trainer.optimizer, loaded)
+        for damaged in steps[steps.index(step) + 1 :]:
+            job.checkpoints.set_aside(damaged)
+        return step, float(loaded["seconds"])
+    return 0, 0.0
 
 
 def _save(job: Job, done: int, seconds: float, held: dict[str, dict[str, float]]) -> None:
