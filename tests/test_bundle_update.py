@@ -55,6 +55,16 @@ def test_components_come_and_go(folder: Path, config: CogVideoConfig) -> None:
     assert all(torch.equal(each, loaded.state_dict()[name]) for name, each in channel.state_dict().items())
 
 
+def test_what_is_lost_can_be_replaced(folder: Path, config: CogVideoConfig) -> None:
+    """Guards the way back from a file that was removed by mistake; what is kept must be there."""
+    before = hashes(folder)
+    (folder / "sequential.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"incomplete: there is no file .*sequential"):
+        update(folder, config, superres=loud(MODULES["superres"](config), 3))
+    update(folder, config, sequential=loud(MODULES["sequential"](config), 1))
+    assert hashes(folder) == before
+
+
 def test_unknown_names_are_refused(folder: Path, config: CogVideoConfig) -> None:
     """Guards against a mistyped component that is silently left out."""
     before, message = hashes(folder), r"got the components \['interpolaton'\], expected some of \['base', "

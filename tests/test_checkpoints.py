@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import shutil
 import warnings
@@ -190,19 +191,36 @@ def test_a_damaged_one_is_named(tmp_path: Path, damage: str) -> None:
             look()
         assert "\n" not in str(info.value)
         assert len(str(info.value)) < 350
+        assert re.search(
+            r"damaged \((its content is cut short or was changed|No such file or directory)\);", str(info.value)
+        )
     shutil.rmtree(checkpoints.path(2))
     assert checkpoints.newest() == 1
     assert_whole(checkpoints, 1)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", None])
-def test_a_damaged_loss_is_named(tmp_path: Path, content: str | None) -> None:
-    """Guards against taking a checkpoint for the best, or removing the best, by a file that cannot be read."""
-    checkpoints = saved_in(tmp_path, {1: 1.0, 2: 2.0})
+def test_a_damaged_loss_is_passed_over(tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the end of a run against an old file that cannot be read: it is told once, not the best, and stays."""
+    checkpoints = saved_in(tmp_path, {1: 1.0, 2: 3.0, 3: 2.0}, keep=3)
     path = checkpoints.path(1) / "state.json"
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(ValueError, match=r"step-00000001 is damaged \(state.json: .*\); remove it"):
-        checkpoints.best()
+    checkpoints = saved_in(tmp_path, {4: 4.0, 5: 5.0}, keep=1)
+    assert checkpoints.best() == 3
+    assert checkpoints.steps() == [1, 3, 5]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"step-00000001 is damaged \(state.json: [^:]+\): it is left alone.$", told)
+
+
+def test_a_damaged_one_makes_room(tmp_path: Path) -> None:
+    """Guards the checkpoints that follow: one that is set aside counts neither as the newest nor among the last."""
+    checkpoints = saved_in(tmp_path, {1: 1.0, 2: None, 3: None}, keep=3)
+    for _ in range(2):
+        checkpoints.set_aside(3)
+        assert (checkpoints.steps(), checkpoints.newest()) == ([1, 2], 2)
+        assert (tmp_path / "damaged-step-00000003" / "state.json").exists()
+        checkpoints.save(3, state_of(3))
+    assert_whole(checkpoints, 3)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +268,8 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, asynchronous: boo
             checkpoints.save(2, state_of(2, 100_000))
             checkpoints.wait()
         except OSError as error:
-            named = str(tmp_path) in str(error.filename) and "cannot be written" in str(error.strerror)
-            status = 0 if named and error.errno in (errno.EFBIG, errno.EIO) else 2
+            named = str(tmp_path) in str(error.filename) and "cannot be written (File too large)" in str(error.strerror)
+            status = 0 if named and error.errno == errno.EFBIG else 2
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(found, 0)[1]) == 0

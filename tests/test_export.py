@@ -22,7 +22,7 @@ from cogvideo.models.transformer import Base
 from cogvideo.storage import MODULES, Manifest
 from cogvideo.training import stages
 from cogvideo.training.card import read_reports, write_card
-from cogvideo.training.export import Delivery, check_target, deliver, export, modules
+from cogvideo.training.export import Delivery, check_target, deliver, export, left_out, modules
 from cogvideo.training.launch import Clips, Options
 from cogvideo.training.optim import Optimization
 from cogvideo.training.run import Watching
@@ -45,10 +45,10 @@ def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempP
     return folder
 
 
-def options_of(place: Path, out: Path) -> Options:
+def options_of(place: Path, out: Path, sample_every: int = 0) -> Options:
     """Of the run."""
     settings = Optimization(steps=STEPS, batch=2, warmup=0, learning_rate=1e-2, ema=0.5)
-    watching = Watching(1, 1, 4, checkpoint_every=1, keep=9, sample_every=0)
+    watching = Watching(1, 1, 4, checkpoint_every=1, keep=9, sample_every=sample_every)
     return Options(Clips((place / "data",)), out, str(place / "model"), optimization=settings, watching=watching)
 
 
@@ -115,6 +115,10 @@ def test_a_run_that_was_killed_behind_its_last_step_ends_as_it_would_have(place:
         assert ours.pop(changing).keys() == theirs.pop(changing).keys()
     assert ours == theirs
     assert ours["loss"] > 0
+    assert not (tmp_path / "out" / ".sequential-run" / "samples").exists()
+    (tmp_path / "out" / ".sequential-run" / "report.json").unlink()
+    stages.sequential(options_of(place, tmp_path / "out", sample_every=STEPS))
+    assert (tmp_path / "out" / ".sequential-run" / "samples" / f"step-{STEPS:08}.png").exists()
 
 
 def test_newest_and_best_are_found(place: Path, tmp_path: Path) -> None:
@@ -273,6 +277,32 @@ def test_a_base_that_others_rely_on_stays(place: Path, tmp_path: Path, train_tex
     check_target(delivery, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    ("stage", "gone"), [("image", "sequential, interpolation, superres"), ("sequential", "interpolation")]
+)
+def test_what_was_trained_on_another_component_stays_behind(
+    stage: StageName, gone: str, place: Path, tmp_path: Path
+) -> None:
+    """Guards against channels on a base that they do not know, and against an interpolation of other key frames, which
+    the next command of a recipe would find there already. In the bundle itself, key frames are replaced alone."""
+    shutil.copytree(place / "whole", tmp_path / "full")
+    source, name = CogVideo.from_pretrained(tmp_path / "full"), "base" if stage == "image" else stage
+    (tmp_path / "full" / "training.json").write_text('{"superres": {"steps": 1}, "interpolation": {"steps": 2}}')
+    delivery = delivery_of(source, tmp_path / "new", stage, Choice("random"))
+    assert left_out(delivery) == f"{tmp_path / 'new'} goes without {gone}: trained on another {name}."
+    deliver(delivery, {name: source.component(name)}, {"steps": 1})
+    kept = set(source.components) - set(gone.split(", "))
+    assert set(CogVideo.from_pretrained(tmp_path / "new").components) == kept
+    assert read_reports(tmp_path / "new").keys() == {"superres", name} & kept
+    shutil.copytree(place / "whole", tmp_path / "same")
+    delivery = delivery_of(
+        CogVideo.from_pretrained(tmp_path / "same"), tmp_path / "same", "sequential", Choice("inherit")
+    )
+    assert left_out(delivery) == ""
+    deliver(delivery, {"sequential": source.component("sequential")}, {"steps": 1})
+    assert set(CogVideo.from_pretrained(tmp_path / "same").components) == set(source.components)
+
+
 def test_weights_of_another_configuration_are_no_component(train_text_model: Callable[..., bytes]) -> None:
     """Guards the way into a bundle: what is missing or does not fit is named, and nothing of it is written."""
     config = small_config(train_text_model())
@@ -311,6 +341,11 @@ def test_the_card_tells_sizes_losses_and_hashes(place: Path, tmp_path: Path) -> 
         sum(each.numel() for each in load_file(out / f"{name}.safetensors").values()) for name in ("sequential", "base")
     )
     assert f"| parameters | trained {trained:,}; frozen {frozen:,} |" in card
+    assert "| data, data | trained on 8; held out 4; source made up |" in card
+    course = [row for row in rows if "loss" in row]
+    seconds = sum(1 / row["tokens_per_second"] for row in course)
+    assert reports["sequential"]["time"]["positions_per_second"] == pytest.approx(len(course) / seconds, abs=1)
+    assert reports["sequential"]["memory"]["peak_bytes"] == max(row["peak_bytes"] for row in course) > 2**20
     assert reports["sequential"]["loss"] == loss
     assert reports["base"] == {"steps": 77}, "what is known of a component goes along with it"
     assert "interpolation" not in reports, "the bundle has none"
@@ -319,6 +354,11 @@ def test_the_card_tells_sizes_losses_and_hashes(place: Path, tmp_path: Path) -> 
     second = next(row["loss"] for row in rows if row["step"] == 2 and "loss" in row)
     assert f"| loss | {second:.4g} |" in early
     assert "| steps | 2 |" in early
+    whole, part = (read_reports(each)["sequential"] for each in (out, tmp_path / "early"))
+    assert part.keys() == whole.keys(), "what is known at the end is known before"
+    for name in ("parameters", "data", "torch", "cogvideo"):
+        assert part[name] == whole[name]
+    assert part["time"]["seconds"] == course[1]["seconds"]
     for text in (card, early, (out / "training.json").read_text(), (tmp_path / "early" / "training.json").read_text()):
         assert str(place) not in text
         assert str(Path.home()) not in text

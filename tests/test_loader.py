@@ -421,6 +421,22 @@ def test_batch_with_high_codes(tmp_path: Path) -> None:
     assert tuple(batch.high_codes.shape) == (4, 1, 6, 6)
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("high", [False, True])
+def test_codes_out_of_range_are_named(num_workers: int, high: bool, tmp_path: Path) -> None:
+    """Guards training on what a disk damaged: shard and clip are told, in one line also by a worker."""
+    folder = make_folder(tmp_path / "data", (40,), high_grid=3 * GRID)
+    shard, side = folder / shard_name(0), 3 * GRID if high else GRID
+    content = shard.read_bytes()
+    place = content.index(codes_of(0, 40, side).tobytes())
+    shard.write_bytes(content[:place] + b"\xff" * 2 * 40 * side**2 + content[place + 2 * 40 * side**2 :])
+    stream = ClipStream([folder], sampling=ClipSampling("image", high_codes=True))
+    message = r"shard-00000.arrow is damaged: the clip '0' has the code 65535, expected codes in \[0, 60000\)"
+    with pytest.raises(ValueError, match=message) as info:
+        next(iter(Loader(stream, 1, num_workers=num_workers)))
+    assert "\n" not in str(info.value)
+
+
 def test_captions_become_tokens_in_a_collate(stream: ClipStream, text_model: bytes) -> None:
     """The way that training takes: prefix and caption as tokens, dropped captions as the unconditional text."""
     text, slots = TextTokenizer(text_model, TextConfig(), 24), 40

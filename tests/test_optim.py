@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -65,7 +66,9 @@ def test_average_is_that_of_the_formula() -> None:
         ("batch", -1),
         ("learning_rate", math.nan),
         ("learning_rate", math.inf),
+        ("learning_rate", 1e38),
         ("clip", 0.0),
+        ("clip", 1e39),
         ("warmup", -1),
         ("weight_decay", -0.1),
         ("final_rate", 1.1),
@@ -75,5 +78,7 @@ def test_average_is_that_of_the_formula() -> None:
 )
 def test_bad_settings_are_refused(name: str, value: float) -> None:
     """Guards against settings that would fail, or train nothing, after an hour."""
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value}")):
         Optimization(**{name: value})
+    with pytest.raises(ValueError, match=r"learning_rate 1e\+20, weight_decay 1e\+20: expected 1e\+30 at most"):
+        Optimization(learning_rate=1e20, weight_decay=1e20)

@@ -91,6 +91,19 @@ def test_rows_hold_the_codes_of_their_clips(clips: Path, tokenizer: str, tmp_pat
     assert [len(dataset.row(row).captions) for row in range(7)] == [1, 1, 1, 2, 1, 1, 1]
 
 
+def test_still_images_are_clips_of_one_frame(tokenizer: str, tmp_path: Path) -> None:
+    """Guards --images: what the image model learns from is taken, where it is asked for."""
+    source = tmp_path / "pictures"
+    source.mkdir()
+    Image.new("RGB", (64, 64), "red").save(source / "a.png")
+    (source / "a.txt").write_text("all red")
+    assert prepare(str(source), tmp_path / "out", tokenizer, options=SourceOptions(images=True), workers=1) == 0
+    dataset = Dataset(tmp_path / "out")
+    assert [(row.captions, len(row.codes)) for row in map(dataset.row, range(len(dataset)))] == [(("all red",), 1)]
+    with pytest.raises(ValueError, match="holds no clip"):
+        prepare(str(source), tmp_path / "none", tokenizer)
+
+
 @pytest.mark.parametrize("engine", ["processes", "ray"])
 def test_every_engine_gives_the_same_bytes(clips: Path, tokenizer: str, tmp_path: Path, engine: str) -> None:
     """Guards the promise that where data was prepared cannot be seen: one process, several, or Ray."""

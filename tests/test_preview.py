@@ -50,6 +50,20 @@ def preview_of(
     return Preview(Delivery(folder, model, model.config, stage, Choice("continue")), trainer, stream, prompts, folder)
 
 
+def test_what_is_lacking_is_known(place: Path, tmp_path: Path) -> None:
+    """Guards a run that goes on: it draws what a killed one could not, and nothing twice or in vain."""
+    preview = preview_of("sequential", place, tmp_path / "samples")
+    assert preview.lacks(3)
+    sheet = preview(3)
+    assert not preview.lacks(3)
+    assert sheet is not None
+    sheet.unlink()  # as if the process had been killed before the sheet, which is written last
+    assert list(sheet.parent.iterdir())
+    assert preview.lacks(3)
+    preview.problem = "nothing can be drawn"
+    assert not preview.lacks(3)
+
+
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}])
 @pytest.mark.parametrize("stage", ["image", "sequential", "interpolation", "superres"])
 def test_a_preview_draws_with_the_average(

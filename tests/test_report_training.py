@@ -141,7 +141,8 @@ def make_run(
 
 def row(step: int, loss: float, **more: float) -> dict[str, float]:
     course = {"learning_rate": 1e-4 * step, "gradient_norm": 1 + 1 / step, "tokens_per_second": 1000.5 + step}
-    return {"step": step, "loss": loss} | course | {"utilisation": 0.25 + step / 1000, "seconds": 2.5 * step} | more
+    rest = {"utilisation": 0.25 + step / 1000, "seconds": 2.5 * step, "peak_bytes": 2_000_000_000 + step}
+    return {"step": step, "loss": loss} | course | rest | more
 
 
 def held(step: int, **losses: float) -> dict[str, Any]:
@@ -477,7 +478,7 @@ def test_a_killed_run_is_shown_as_far_as_it_went(tmp_path: Path) -> None:
     page = written(tmp_path / "page.html", run)
     (shown,) = overview(page).values()
     assert (shown["steps"], shown["loss"], shown["finished"]) == ("20 of 100", "2.5000", "no")
-    assert (shown["held out"], shown["best"], shown["memory"]) == ("–", "–", "–")
+    assert (shown["held out"], shown["best"], shown["memory"]) == ("–", "–", "2 GB")
     assert shown["time"] == "50 s"
     assert "Held out" not in plots(page, "sequential")
 

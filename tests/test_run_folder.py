@@ -26,6 +26,18 @@ def test_a_run_is_claimed_once(tmp_path):
         RunFolder(tmp_path).claim({"steps": 10})
 
 
+def test_a_folder_makes_room(tmp_path):
+    """What an earlier run measured is kept under the next free number."""
+    folder = RunFolder(tmp_path / ".run")
+    for steps in (1, 2, 3):
+        assert folder.changes({"steps": steps}) == ""
+        folder.claim({"steps": steps})
+        assert folder.changes({"steps": 0}) == f"steps was {steps} and is 0"
+        assert folder.set_aside() == tmp_path / f".run-{steps}"
+        assert list(folder.path.iterdir()) == []
+    assert json.loads((tmp_path / ".run-2" / "run.json").read_text()) == {"steps": 2}
+
+
 def test_facts_may_change(tmp_path):
     """A run that was moved is the same run, and says where what it needs lies now."""
     RunFolder(tmp_path).claim({"steps": 10}, {"from": "/there"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from cogvideo.bundle import CogVideo
 from cogvideo.data.clips import ClipSampling, FrameRates
 from cogvideo.data.loader import ClipStream
-from cogvideo.training.optim import Optimization
+from cogvideo.training.optim import Optimization, trained
 from cogvideo.training.start import StageName
 from cogvideo.training.trainer import Execution, Trainer, cut
 from gallery import make_model, make_trainer
@@ -104,6 +105,31 @@ def test_figures_are_of_the_steps_since_the_last_ones(place: Path, source: CogVi
         if step > 0:
             found.append(trainer.figures(step + 1).loss)
     assert found == pytest.approx([(losses[0] + losses[1]) / 2, losses[2]], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("none", ""),
+        ("weights", "training diverged: a weight is nan after step 1;"),
+        ("average", "training diverged: a weight is nan after step 1;"),
+        ("update", "training diverged: the loss is nan after step 1; the last checkpoint is from before"),
+    ],
+)
+def test_weights_that_an_update_broke_are_refused(broken: str, message: str, place: Path, source: CogVideo) -> None:
+    """Guards checkpoints, and models that are delivered: the loss of a step is from before its update."""
+    rate = 1e30 if broken == "update" else 1e-3
+    trainer = make_trainer("sequential", source, Optimization(batch=BATCH, learning_rate=rate, warmup=0, ema=0.5))
+    batch = batch_of(trainer, "sequential", place)
+    trainer.step(0, batch)
+    assert math.isfinite(trainer.figures(1).loss)
+    assert trainer.average is not None
+    values = {"weights": trained(trainer.objective), "average": trainer.average.state.values()}.get(broken, [])
+    with torch.no_grad():
+        for each in values:
+            each.view(-1)[0] = math.inf
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        trainer.check(1, batch)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -82,7 +82,7 @@ class Place:
         return self.folder / out / ".sequential-run" / "checkpoints"
 
     def weights(self, component: str, out: str = "model") -> dict[str, torch.Tensor]:
-        return load_file(self.folder / out / f"{component}.safetensors")
+        return load_file(self.folder / out / Manifest.read(self.folder / out).components[component].file)
 
     def rows(self, stage: str, out: str = "model") -> list[dict[str, object]]:
         lines = (self.folder / out / f".{stage}-run" / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -215,6 +215,8 @@ def test_a_run_continues_wherever_it_lies(place: Place) -> None:
     shutil.copytree(place.folder / "model", place.folder / "other", ignore=shutil.ignore_patterns(".*"))
     config = CogVideo.from_pretrained(place.folder / "other").config
     bundle.update(place.folder / "other", config, base=loud(Base(config.transformer), 5))
+    place.fails("different components base: choose another --out", "sequential", "--init", "other", out="away")
+    (place.folder / "away" / ".sequential-run" / "report.json").unlink()
     place.fails(r"another run began in .*: parents\.base was", "sequential", "--init", "other", out="away")
 
 
@@ -321,25 +323,83 @@ def test_a_finished_run_is_left_alone(place: Place) -> None:
     before = (place.folder / "whole" / "sequential.safetensors").stat().st_mtime_ns
     place.succeed("sequential", "--init", "model", out="whole")
     assert (place.folder / "whole" / "sequential.safetensors").stat().st_mtime_ns == before
-    place.fails("optimization.steps was 8 and is 9", "sequential", "--init", "model", "--steps", "9", out="whole")
+    message = r"another run ended in .*: optimization.steps was 8 and is 9; pass --overwrite"
+    place.fails(message, "sequential", "--init", "model", "--steps", "9", out="whole")
     copy = place.folder / "copy"
     shutil.copytree(place.folder / "whole", copy, ignore=shutil.ignore_patterns(".*"))
-    place.fails("has sequential already: pass --overwrite", "sequential", out="copy")
+    place.fails("has sequential already: pass --overwrite to replace it, or another --out", "sequential", out="copy")
     place.succeed("sequential", "--overwrite", "--steps", "2", out="copy")
+
+
+def test_what_the_messages_advise_works(place: Place) -> None:
+    """Guards the way on from a run that ended: --overwrite begins another one, and keeps the folder of the old one;
+    other windows need another bundle; a run that did not end stays."""
+    whole, runs = place.folder / "whole", lambda: sorted(each.name for each in (place.folder / "next").glob(".*"))
+    shutil.copytree(whole, place.folder / "next")
+    options = ("--start", "continue", "--steps", "2", "--checkpoint-every", "1")
+    place.fails("another run ended .* pass --overwrite", "sequential", *options, out="next")
+    place.fails("another configuration .* --out, and pass --init next", "sequential", "--window", "4", out="next")
+    place.succeed("sequential", *options, "--overwrite", out="next")
+    assert runs() == [".sequential-run", ".sequential-run-1"]
+    assert not equal(place.weights("sequential", "next"), place.weights("sequential", "whole"))
+    written = (place.folder / "next" / "bundle.json").stat().st_mtime_ns
+    place.succeed("sequential", *options, "--overwrite", out="next")
+    assert (place.folder / "next" / "bundle.json").stat().st_mtime_ns == written, "the same run is over"
+    (place.folder / "next" / ".sequential-run" / "report.json").unlink()
+    place.fails("another run began in .*: choice.start", "sequential", "--overwrite", out="next")
+    assert runs() == [".sequential-run", ".sequential-run-1"]
+    place.succeed("sequential", "--init", "next", "--window", "4", "--steps", "2", out="windows")
+
+
+def test_a_run_that_ended_is_delivered_again(place: Place) -> None:
+    """Guards a bundle that was removed, in part or in whole, while the folder of the run stayed."""
+    shutil.copytree(place.folder / "whole", place.folder / "again")
+    for names in (["sequential.safetensors"], ["bundle.json", "base.safetensors", "sequential.safetensors"]):
+        for name in names:
+            (place.folder / "again" / name).unlink()
+        place.succeed("sequential", "--init", "model", out="again")
+        assert equal(place.weights("sequential", "again"), place.weights("sequential", "whole"))
+        assert CogVideo.from_pretrained(place.folder / "again").sha256("base")
+    assert [row["step"] for row in place.rows("sequential", "again") if "loss" in row] == list(range(1, 9))
 
 
 def test_divergence_keeps_the_last_good_checkpoint(place: Place) -> None:
     """Guards runs of days: a loss that is no number ends the run, says where, and no checkpoint holds it."""
     place.succeed("sequential", "--init", "model", "--steps", "4", out="diverges")
     shutil.rmtree(place.folder / "diverges" / ".sequential-run" / "report.json", ignore_errors=True)
-    done = place.run(
-        "sequential", "--init", "model", "--learning-rate", "1e30", "--clip", "1e30", "--warmup", "0", out="explodes"
-    )
+    options = ("--init", "model", "--learning-rate", "1e30", "--clip", "1e30", "--warmup", "0")
+    for steps in (("--steps", "1"), ("--checkpoint-every", "1")):
+        done = place.run("sequential", *options, *steps, out=f"update{steps[0]}")
+        assert done.returncode == 2, done.stderr
+        assert re.search(r"training diverged: (a weight|the loss) is nan after step 1;", done.stderr)
+        assert not list(place.checkpoints(f"update{steps[0]}").glob("step-*"))
+        assert not (place.folder / f"update{steps[0]}" / "sequential.safetensors").exists()
+    done = place.run("sequential", *options, out="explodes")
     assert done.returncode == 2, done.stderr
     assert re.search(r"training diverged: the (loss|norm of the gradient) is \w+ at step \d+", done.stderr)
     step = int(re.search(r"at step (\d+)", done.stderr)[1])  # type: ignore[index]
     folder = place.folder / "explodes" / ".sequential-run" / "checkpoints"
     assert all(int(each.name[5:]) < step for each in folder.glob("step-*"))
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(place: Place) -> None:
+    """Guards runs whose disk failed: what is damaged is told and set aside, and the weights come out the same."""
+    run = place.folder / "failing" / ".sequential-run"
+    shutil.copytree(place.folder / "whole" / ".sequential-run", run)
+    (run / "report.json").unlink()
+    (run / "checkpoints" / "step-00000008" / "__0_0.distcp").write_bytes(b"no tensors")
+    done = place.run("sequential", "--init", "model", out="failing")
+    assert done.returncode == 0, done.stderr
+    told = r"step-00000008 is damaged \(its content is cut short or was changed\): an earlier one is taken.\n"
+    assert re.search(told, done.stderr)
+    assert equal(place.weights("sequential", "failing"), place.weights("sequential", "whole"))
+    assert sorted(each.name for each in (run / "checkpoints").iterdir())[0] == "damaged-step-00000008"
+    for each in (run / "checkpoints").glob("step-*/.metadata"):
+        each.unlink()
+    (run / "report.json").unlink()
+    done = place.run("sequential", "--init", "model", out="failing")
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"error: .*step-\d+ is damaged \(No such file or directory\); remove it", done.stderr)
 
 
 def test_divergence_publishes_the_checkpoint_that_is_being_written(

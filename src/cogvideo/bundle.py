@@ -243,21 +243,20 @@ def update(
         components: by their names.
 
     Raises:
-        ValueError: there is no component of such a name, the bundle there has another configuration, or a component
-            does not fit it.
+        ValueError: there is no component of such a name, the bundle there has another configuration, a component does
+            not fit it, or a file of those that are kept is missing.
         OSError: it cannot be written.
     """
     _check_names([*components, *without])
-    if not (Path(folder) / MANIFEST).exists():
-        CogVideo(config, **components).save_pretrained(folder)
-        return
-    model = CogVideo.from_pretrained(folder)
-    require(model.config == config, f"the bundle {folder} has another configuration than the components to be written")
-    model._parts.update(components)
-    with writing(Path(folder), config) as writer:
-        for component in model.components:
-            if component in components or component not in without:
-                model._save(component, writer)
+    model = CogVideo(config, **components)
+    if (Path(folder) / MANIFEST).exists():
+        there = Manifest.read(Path(folder))
+        same = there.config == config
+        require(same, f"the bundle {folder} has another configuration than the components to be written")
+        gone = {*components, *without}
+        kept = {name: entry for name, entry in there.components.items() if name not in gone}
+        model._source = _Source(Path(folder), Manifest(config, kept), None, torch.device("cpu"), verify=True)
+    model.save_pretrained(folder)
 
 
 def _check_names(components: Collection[str]) -> None:

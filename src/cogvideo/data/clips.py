@@ -148,6 +148,18 @@ def interpolation_rates(num_frames: int, rates: FrameRates) -> tuple[float, ...]
     return tuple(rate for rate in filled_rates(num_frames, rates) if rate != rates.rates[0])
 
 
+def sampled_rates(num_frames: int, sampling: ClipSampling) -> tuple[float, ...]:
+    """The rates that samples of a clip of so many stored frames have, lowest first; none in mode image."""
+    if sampling.mode == "image" or num_frames < sampling.min_frames:
+        return ()
+    if sampling.fixed_rate is not None:
+        return (sampling.fixed_rate,)
+    if sampling.mode == "interpolation":
+        return interpolation_rates(num_frames, sampling.rates)
+    lowest = lowest_rate(num_frames, sampling.rates)
+    return () if lowest is None else (lowest,)
+
+
 def place_window(num_frames: int, rate: float, rates: FrameRates, offset: float = 0.0) -> Window | None:
     """A sequence of a clip at one rate.
 
@@ -187,17 +199,8 @@ def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, off
     offset = offset_draw if sampling.random_offset else 0.0
     if sampling.mode == "image":
         return Window(_index(num_frames, offset), 1, 1)
-    rate = _choose_rate(num_frames, sampling, rate_draw)
-    return None if rate is None else place_window(num_frames, rate, sampling.rates, offset)
-
-
-def _choose_rate(num_frames: int, sampling: ClipSampling, draw: float) -> float | None:
-    if sampling.fixed_rate is not None:
-        return sampling.fixed_rate
-    if sampling.mode == "sequential":
-        return lowest_rate(num_frames, sampling.rates)
-    choices = interpolation_rates(num_frames, sampling.rates)
-    return choices[_index(len(choices), draw)] if choices else None
+    rates = sampled_rates(num_frames, sampling)
+    return place_window(num_frames, rates[_index(len(rates), rate_draw)], sampling.rates, offset) if rates else None
 
 
 def _index(count: int, draw: float) -> int:

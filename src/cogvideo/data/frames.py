@@ -51,7 +51,7 @@ class FrameSettings:
     max_seconds: float = 16.0
     """Longer clips are cut there; `start` and `end` in a table choose another part."""
     min_frames: int = 2
-    """Shorter clips are rejected; 1 also takes images."""
+    """Shorter clips are rejected; 1 is the same as taking images."""
     loop_to: float = 0.0
     """Clips that end earlier start again until they last so many seconds, for animations that are loops."""
     background: str = "white"

@@ -9,7 +9,7 @@ takes its share of them. So the state of a run is the position alone, for any nu
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, count
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
 from cogvideo.config import require
-from cogvideo.data.clips import ClipSampling, choose_window
+from cogvideo.data.clips import ClipSampling, choose_window, sampled_rates
 from cogvideo.data.dataset import Dataset
 from cogvideo.data.shards import Shard, digest
 
@@ -190,6 +190,17 @@ class ClipStream(MapDataset[ClipSample]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def num_clips(self) -> list[int]:
+        """Clips of each dataset that samples are made of."""
+        return [int(each) for each in np.diff(np.searchsorted(self._rows, self._starts))]
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The frame rates that its samples have, lowest first; none in mode image."""
+        lengths = np.unique(np.concatenate([each.num_frames() for each in self.datasets])[self._rows])
+        return tuple(sorted({rate for each in lengths for rate in sampled_rates(int(each), self.sampling)}))
+
     def __iter__(self) -> Iterator[ClipSample]:
         """The samples of the first epoch."""
         return map(self.__getitem__, range(len(self)))
@@ -218,15 +229,18 @@ class ClipStream(MapDataset[ClipSample]):
         dropped = dropout_draw < self.sampling.caption_dropout
         caption = None if dropped else shard.caption(number, int(caption_draw * shard.num_captions(number)))
         high_codes = shard.high_codes(number) if self.sampling.high_codes else None
+        taken, high = codes[window.slice], None if high_codes is None else high_codes[window.slice]
+        for each in (taken,) if high is None else (taken, high):
+            shard.check(number, each)
         return ClipSample(
-            codes[window.slice],
+            taken,
             caption,
             window.duration(self.sampling.rates.base),
             position,
             epoch,
             row,
             seed,
-            None if high_codes is None else high_codes[window.slice],
+            high,
         )
 
     def _find(self, stored_row: int) -> tuple[Shard, int]:
@@ -269,6 +283,14 @@ def _check_cards(datasets: Sequence[Dataset], sampling: ClipSampling, grid: int 
             high = first.card.high_grid
             require(card.high_grid > 0, f"{where} has no codes of super-resolution: prepare the data with them")
             require(card.high_grid == high, f"{where} has high codes of side {card.high_grid}, expected {high}")
+
+
+def _without_traces(batches: Iterable[T]) -> Iterator[T]:
+    """A worker's mistakes come with its traceback as their text; their last line is what it said."""
+    try:
+        yield from batches
+    except ValueError as error:
+        raise ValueError(str(error).rsplit("\nValueError: ", 1)[-1].strip()) from error
 
 
 class Batch(NamedTuple):
@@ -420,7 +442,7 @@ class Loader(Generic[T]):
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # the loader draws a seed that nothing uses: not from the global generator
         )
-        for batch in batches:
+        for batch in _without_traces(batches):
             behind = self.position + self.batch_size
             self.position = behind if self.end is None else min(behind, self.end)
             yield batch

@@ -79,6 +79,8 @@ def prepare(
         import_module("ray")  # if it is missing, that is said before anything is written
     bundle = locate(tokenizer)
     manifest = Manifest.read(bundle)
+    if options.images:
+        settings = replace(settings, frames=replace(settings.frames, min_frames=1))
     settings = complete(settings, manifest.config)
     options = replace(options, images=settings.frames.min_frames == 1)
     described = asdict(settings) | {"source": asdict(options)}

@@ -118,6 +118,7 @@ class Shard:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.info, batch = _read(path)
         self._splits = batch.column("split")
         self._ids, self._attributes, self._split = (
@@ -153,6 +154,18 @@ class Shard:
         """The codes of super-resolution, a view of the file; None if the clip has none."""
         codes = None if self._high is None else self._high[row]
         return codes if codes is not None and len(codes) else None
+
+    def check(self, row: int, codes: UInt16[np.ndarray, "..."]) -> None:
+        """Refuse codes of a clip that no tokenizer gives. What a disk changes within their range, hashes alone find.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        if codes.max() >= self.info.num_codes:  # no `require`: its message would be made for every sample
+            raise ValueError(
+                f"{self.path} is damaged: the clip {self._ids[row]!r} has the code {codes.max()}, expected codes in "
+                f"[0, {self.info.num_codes}); the command that prepared the data finds what was changed"
+            )
 
     def num_captions(self, row: int) -> int:
         """How many captions a clip has."""

@@ -131,7 +131,7 @@ class SourceOptions:
     copies: int = 1
     """Each clip so many times; copies differ in what is drawn at random, such as the background."""
     images: bool = False
-    """Also take still images from folders and tars; tables say themselves what they mean."""
+    """Also take still images from folders and tars, as clips of one frame; tables say themselves what they mean."""
     validation: float = 0.05
     """Share of the clips that become the split `validation` where the source names none. All parts and copies of one
     file are in one split, which depends on the file's path below the source alone."""

@@ -73,7 +73,7 @@ class Run:
     seconds: float | None
     """Of training."""
     peak_bytes: int | None
-    """Memory of the first rank."""
+    """The most that a process took: of the GPU, or of the whole process on a CPU."""
 
     @property
     def done(self) -> int:
@@ -146,7 +146,7 @@ def _read(folder: Path, name: str) -> Run:
         measured = {step: _held_out(stage, row["held_out"]) for step, row in rows if "held_out" in row}
     measured = end.held_out | measured
     held_out = _curves(measured.items())
-    last = figures.get("seconds")
+    last, peak = figures.get("seconds"), figures.get("peak_bytes")
     return Run(
         folder=folder,
         name=name,
@@ -158,7 +158,7 @@ def _read(folder: Path, name: str) -> Run:
         judged=held_out.get("psnr") if stage == TOKENIZER else _mean(measured),
         is_finished=end.is_finished,
         seconds=float(last.values[-1]) if end.seconds is None and last is not None else end.seconds,
-        peak_bytes=end.peak_bytes,
+        peak_bytes=int(peak.values.max()) if end.peak_bytes is None and peak is not None else end.peak_bytes,
     )
 
 

@@ -103,7 +103,7 @@ def overview(stages: Sequence[Sequence[Run]]) -> Html:
     rows = ((_name(place, run), *_facts(run)) for runs in stages for place, run in enumerate(runs))
     told = (
         "Loss and tokens/s are the last ones, held out is the mean over the frame rates. Tokenizers are judged by "
-        "PSNR. Memory is that of the first rank."
+        "PSNR. Memory is the most that a process took."
     )
     return element("div", table(FACTS, rows), note(told), class_="card runs")
 
@@ -137,7 +137,7 @@ def section(runs: Sequence[Run]) -> Html:
     measured = list(dict.fromkeys(name for run in runs for name in run.figures))
     main = "psnr" if runs[0].stage == TOKENIZER else "loss"
     title = "PSNR in dB" if runs[0].stage == TOKENIZER else "Loss"
-    others = [name for name in measured if name not in (main, "seconds", *COURSE)]
+    others = [name for name in measured if name not in (main, "seconds", "peak_bytes", *COURSE)]
     plots = [
         *held_out(runs),
         *(_plot(_part(name, runs[0].stage), runs, _figure(name)) for name in others if len(others) > 1),

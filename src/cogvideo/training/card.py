@@ -37,12 +37,13 @@ def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_card(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the reports and the card of the bundle in `folder`. A README.md without our sign is left alone.
+    """Write the reports of what the bundle in `folder` has, and its card. A README.md without our sign is left alone.
 
     Raises:
         OSError: they cannot be written.
     """
-    known = {name: reports[name] for name in COMPONENTS if name in reports}
+    there = Manifest.read(folder).components
+    known = {name: reports[name] for name in COMPONENTS if name in reports and name in there}
     write_text(folder / REPORTS, json.dumps(known, indent=2) + "\n")
     path = folder / CARD
     if not path.exists() or _SIGN in path.read_text(encoding="utf-8", errors="replace"):

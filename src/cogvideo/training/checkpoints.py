@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -37,6 +38,10 @@ STATE = "state.json"
 WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 """Tables of a checkpoint."""
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+
+
+class DamagedError(ValueError):
+    """A checkpoint that cannot be read; an earlier one may be whole."""
 
 
 def training_state(
@@ -77,6 +82,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
         self._writing: Future[Any] | None = None
         self._publish: Callable[[], None] = lambda: None
+        self._damaged: set[int] = set()
         if keep and _is_first():
             for leftover in folder.glob(".step-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -95,7 +101,10 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """The one with the lowest held-out loss, of equals the first; None where nothing was measured."""
+        """The one with the lowest held-out loss, of equals the first; None where nothing was measured.
+
+        Those whose loss cannot be read are passed over, which is said once.
+        """
         losses = {step: self._held_out(step) for step in self.steps()}
         known = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
         return min(known, key=lambda step: known[step]) if known else None
@@ -105,7 +114,10 @@ class Checkpoints:
         try:
             return cast(float | None, json.loads((path / STATE).read_text(encoding="utf-8"))["held_out"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({STATE}: {error}); remove it to use an earlier one") from error
+            if step not in self._damaged:
+                print(f"{path} is damaged ({STATE}: {_reason(error)}): it is left alone.", file=sys.stderr)
+            self._damaged.add(step)
+            return None
 
     def save(self, step: int, state: dict[str, Any], held_out: float | None = None) -> None:
         """Write a checkpoint; one of the same step is replaced.
@@ -160,7 +172,7 @@ class Checkpoints:
             if step in self.steps():
                 self._remove(step)
             aside.rename(self.path(step))
-            for old in set(self.steps()[: -self.keep]) - {self.best()}:
+            for old in set(self.steps()[: -self.keep]) - {self.best()} - self._damaged:
                 self._remove(old)
         wait_for_all()
 
@@ -169,11 +181,20 @@ class Checkpoints:
         self.path(step).rename(leaving)
         shutil.rmtree(leaving)
 
+    def set_aside(self, step: int) -> None:
+        """Take its name from one that is damaged: it is no longer counted, and stays to be looked at."""
+        if _is_first():
+            aside = self.folder / f"damaged-{self.path(step).name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            self.path(step).rename(aside)
+        wait_for_all()
+
     def load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint, into a state of the same structure, whose tensors are filled in place.
 
         Raises:
-            ValueError: it is damaged, or of another configuration.
+            DamagedError: it cannot be read; on every rank.
+            ValueError: it is of another configuration.
         """
         path = self.path(step)
         _check_structure(path, state)
@@ -237,7 +258,8 @@ def _reading(path: Path) -> Iterator[None]:
         with _without_warnings():
             yield
     except (Exception, CheckpointException) as error:
-        raise ValueError(f"{path} is damaged ({_line(_cause(error))}); remove it to use an earlier one") from error
+        reason = _reason(_cause(error))
+        raise DamagedError(f"{path} is damaged ({reason}); remove it to use an earlier one") from error
 
 
 @contextmanager
@@ -247,8 +269,8 @@ def _writing(path: Path) -> Iterator[None]:
             yield
     except CheckpointException as error:
         cause = _cause(error)
-        number = cause.errno if isinstance(cause, OSError) else None
-        raise OSError(number or errno.EIO, f"the checkpoint cannot be written ({_line(cause)})", str(path)) from error
+        number, reason = (cause.errno, cause.strerror) if isinstance(cause, OSError) else (None, _line(cause))
+        raise OSError(number or errno.EIO, f"the checkpoint cannot be written ({reason})", str(path)) from error
 
 
 def _without_warnings() -> AbstractContextManager[None]:
@@ -257,8 +279,20 @@ def _without_warnings() -> AbstractContextManager[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong on the first rank where something did."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    """What went wrong on the first rank where something did: what the system said, if PyTorch's error is only what
+    followed from that."""
+    first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    cause: BaseException | None = first
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return first if cause is None else cause
+
+
+def _reason(error: BaseException) -> str:
+    """Why something cannot be read, in words: what PyTorch and pickle say of bytes that mean nothing helps nobody."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "its content is cut short or was changed"
 
 
 def _is_first() -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from cogvideo import bundle
 from cogvideo.bundle import CogVideo
 from cogvideo.config import CogVideoConfig, from_dict, require
-from cogvideo.storage import MANIFEST, MODULES, Manifest, check_tensors
+from cogvideo.storage import MANIFEST, MODULES, Entry, Manifest, check_tensors
 from cogvideo.training.card import read_reports, write_card
 from cogvideo.training.checkpoints import Checkpoints, read_weights
 from cogvideo.training.run_folder import RunFolder
-from cogvideo.training.start import STAGES, Choice, StageName, base_of, own
+from cogvideo.training.start import STAGES, Choice, StageName, base_of, own, relying
 
 SHARED = ("base", "text", "image_tokenizer")
 """Components that the stages of a bundle have in common."""
@@ -53,28 +54,52 @@ def check_target(delivery: Delivery, overwrite: bool) -> None:
     if not (out / MANIFEST).exists():
         return
     there = Manifest.read(out)
+    from_there = delivery.source.folder is not None and delivery.source.folder.resolve() == out.resolve()
     require(
         there.config == delivery.config,
-        f"the bundle {out} has another configuration than the one to be trained: choose another --out",
+        f"the bundle {out} has another configuration than the one to be trained: choose another --out"
+        + (f", and pass --init {out}" if from_there else ""),
     )
     known = there.components
-    if stage == "image":
-        relying = [each for each in STAGES[1:] if each in known and f"{each}_base" not in known]
-        require(
-            not relying,
-            f"{', '.join(relying)} in the bundle {out} rely on its base, which would be replaced: choose another --out",
-        )
+    on_base = relying(stage, known) if stage == "image" else ()
+    require(
+        not on_base,
+        f"{', '.join(on_base)} in the bundle {out} rely on its base, which would be replaced: choose another --out",
+    )
     replaced = [name for name in own(stage, delivery.choice) if name in known]
     require(
-        overwrite or delivery.choice.start == "continue" or not replaced,
-        f"the bundle {out} has {' and '.join(replaced)} already: pass --overwrite to replace, --start continue to "
-        "train on, or another --out",
+        overwrite or not replaced,
+        f"the bundle {out} has {' and '.join(replaced)} already: pass --overwrite to replace it, or another --out",
     )
     for name in SHARED:
         if name in known and name not in own(stage, delivery.choice):
             same = known[name].sha256 == (delivery.source.sha256(name) or known[name].sha256)
             where = delivery.source.folder
             require(same, f"the bundles {out} and {where} have different components {name}: choose another --out")
+
+
+def left_out(delivery: Delivery) -> str:
+    """What of the bundle to start from does not go along, since it was trained on what is replaced; empty if all does.
+
+    Raises:
+        ValueError: the bundle that is there cannot be read.
+    """
+    names = [each for each in relying(delivery.stage, delivery.source.components) if each not in _there(delivery.out)]
+    new = "base" if delivery.stage == "image" else delivery.stage
+    return f"{delivery.out} goes without {', '.join(names)}: trained on another {new}." if names else ""
+
+
+def delivered(delivery: Delivery) -> bool:
+    """Whether the bundle has what the stage trains, in whole files."""
+    found = [_there(delivery.out).get(name) for name in own(delivery.stage, delivery.choice)]
+    paths = {entry: delivery.out / entry.file for entry in found if entry is not None}
+    whole = [path.exists() and path.stat().st_size == entry.num_bytes for entry, path in paths.items()]
+    return len(whole) == len(found) and all(whole)
+
+
+def _there(out: Path) -> Mapping[str, Entry]:
+    """Components of a bundle, if there is one."""
+    return Manifest.read(out).components if (out / MANIFEST).exists() else {}
 
 
 def deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
@@ -90,9 +115,9 @@ def deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mappin
         OSError: it cannot be written.
     """
     out, source, stage = delivery.out, delivery.source, delivery.stage
-    there = Manifest.read(out).components if (out / MANIFEST).exists() else {}
-    special = f"{stage}_base"
-    lacking = [name for name in source.components if name not in there and name != special]
+    there, special = _there(out), f"{stage}_base"
+    foreign = {special, *relying(stage, source.components)}
+    lacking = [name for name in source.components if name not in there and name not in foreign]
     parts: dict[str, Any] = {name: source.component(name) for name in lacking}
     if stage != "image" and delivery.choice.base == "frozen":
         base = base_of(stage, delivery.choice, source)
@@ -153,8 +178,10 @@ def export(
     chosen = _choose(run, checkpoints, step, best)
     delivery = Delivery(out, _source(run, identity, stage, choice), config, stage, choice)
     check_target(delivery, overwrite)
+    if told := left_out(delivery):
+        print(told, file=sys.stderr)
     weights = read_weights(checkpoints.path(chosen), averaged=identity["optimization"]["ema"] > 0)
-    deliver(delivery, modules(stage, choice, config, weights), _report(run, identity, chosen))
+    deliver(delivery, modules(stage, choice, config, weights), report_of(RunFolder(run), chosen))
     print(f"{out}: {stage} after {chosen:,} steps")
 
 
@@ -186,16 +213,39 @@ def _source(run: Path, identity: Mapping[str, Any], stage: StageName, choice: Ch
     return source
 
 
-def _report(run: Path, identity: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """What is known of a step: the report of the run if it is the last, else what was measured there."""
-    folder = RunFolder(run)
-    if folder.summary is not None and folder.summary["steps"] == step:
-        return folder.summary
-    rows = [row for row in folder.rows() if row["step"] == step]
-    measured: dict[str, Any] = {name: row[name] for row in rows for name in ("loss", "held_out") if name in row}
+def report_of(run: RunFolder, step: int) -> dict[str, Any]:
+    """What a run came to at a step, for its card: everything that its folder knows.
+
+    Raises:
+        ValueError: the folder is that of no stage, or a file is damaged.
+    """
+    identity, about = _identity(run.path), run.about
+    rows = [row for row in run.rows() if row["step"] <= step]
+    measured: dict[str, Any] = {
+        name: row[name] for row in rows if row["step"] == step for name in ("loss", "held_out") if name in row
+    }
     start = {name: value for name, value in identity["choice"].items() if value is not None}
     settings = {name: identity[name] for name in ("task", "optimization", "clips")}
-    return {"steps": step, **measured, "start": start, **settings}
+    return {
+        "steps": step,
+        **measured,
+        **_course([row for row in rows if "loss" in row]),
+        **about,
+        "start": start,
+        **settings,
+    }
+
+
+def _course(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Time, speed and memory of a run from its rows, whatever processes made them."""
+    if not rows:
+        return {}
+    steps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
+    slowness = sum(made / max(row["tokens_per_second"], 0.1) for made, row in zip(steps, rows, strict=True))
+    return {
+        "time": {"seconds": rows[-1]["seconds"], "positions_per_second": round(sum(steps) / slowness)},
+        "memory": {"peak_bytes": max(row.get("peak_bytes", 0) for row in rows)},
+    }
 
 
 def _identity(run: Path) -> dict[str, Any]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from cogvideo.data.clips import ClipSampling
-from cogvideo.data.dataset import read_card
 from cogvideo.data.loader import ClipSample, ClipStream
 from cogvideo.training.parallel import mean_over_ranks
 from cogvideo.training.task import Measured
@@ -31,48 +29,35 @@ class HeldOut:
     """How many: the first ones of the stream."""
 
 
-def held_out(
-    folders: Sequence[Path],
-    split: str,
-    sampling: ClipSampling,
-    limit: int,
-    tokenizer_sha256: str | None,
-    grid: int,
-) -> list[HeldOut]:
+def held_out(trained: ClipStream, split: str, limit: int) -> list[HeldOut]:
     """What a stage is measured on: one entry a frame rate that it is trained at and some held-out clip fills.
 
     Nothing is left to chance: clips start at their first frame and keep their captions.
 
     Args:
-        folders: of the datasets.
+        trained: what is learnt from. Its clips decide the rates: key frames of long clips have the lowest one alone.
         split: that is held out.
-        sampling: of the training.
         limit: samples an entry at most.
-        tokenizer_sha256: of the image tokenizer.
-        grid: side of a frame in codes.
 
     Returns:
         the entries, of the datasets that have the split; none where it has only clips that are too short.
     """
-    plain = replace(sampling, random_offset=False, caption_dropout=0.0)
-    there = [folder for folder in folders if split in read_card(folder).splits]
+    there = [each.folder for each in trained.datasets if split in each.card.splits]
     entries = []
-    for name, each in _kinds(plain):
+    for name, each in _kinds(trained):
         try:
-            stream = ClipStream(there, split, each, tokenizer_sha256, grid)
+            stream = ClipStream(there, split, each)  # of one tokenizer and grid, as those that are learnt from
         except ValueError:  # the training split was accepted, so all that can be wrong is that nothing fits
             continue
         entries.append(HeldOut(name, stream, min(limit, len(stream))))
     return entries
 
 
-def _kinds(sampling: ClipSampling) -> list[tuple[str, ClipSampling]]:
-    if sampling.mode == "image":
-        return [(ALL, sampling)]
-    rates = sampling.rates.rates if sampling.fixed_rate is None else (sampling.fixed_rate,)
-    if sampling.mode == "interpolation" and sampling.fixed_rate is None:
-        rates = rates[1:]
-    return [(f"{rate:g} fps", replace(sampling, fixed_rate=rate)) for rate in rates]
+def _kinds(trained: ClipStream) -> list[tuple[str, ClipSampling]]:
+    plain = replace(trained.sampling, random_offset=False, caption_dropout=0.0)
+    if plain.mode == "image":
+        return [(ALL, plain)]
+    return [(f"{rate:g} fps", replace(plain, fixed_rate=rate)) for rate in trained.rates]
 
 
 @torch.no_grad()

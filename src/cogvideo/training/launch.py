@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import cogvideo
 from cogvideo.bundle import CogVideo, locate, usable
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.costs import training
@@ -23,13 +25,13 @@ from cogvideo.files import alone_in
 from cogvideo.storage import Manifest
 from cogvideo.text import TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints
-from cogvideo.training.export import Delivery, check_target, deliver, modules
+from cogvideo.training.export import Delivery, check_target, deliver, delivered, left_out, modules, report_of
 from cogvideo.training.held_out import HeldOut, held_out
 from cogvideo.training.optim import Optimization
-from cogvideo.training.parallel import ParallelSettings, Ranks, full_state, process_group
+from cogvideo.training.parallel import ParallelSettings, Ranks, any_rank, full_state, process_group
 from cogvideo.training.preview import Preview
 from cogvideo.training.recorder import Recorder
-from cogvideo.training.run import Job, Summary, Watching, learn
+from cogvideo.training.run import Job, Watching, learn
 from cogvideo.training.run_folder import RunFolder
 from cogvideo.training.start import Choice, StageName, build, configured, continued, own, parents
 from cogvideo.training.task import Objective, Task
@@ -152,12 +154,8 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
     run = RunFolder(options.out / f".{plan.stage}-run")
     delivery = Delivery(options.out, source, config, plan.stage, plan.choice)
     identity = _identity(plan, options, config, folder, named, stream)
-    with alone_in(run.path) if ranks.rank == 0 else nullcontext():
-        if not (run.path / "run.json").exists():
-            check_target(delivery, options.overwrite)
-        if ranks.rank == 0:
-            run.claim(identity, {"from": ".." if _is_same(folder, options.out) else str(folder.resolve())})
-        if run.summary is None:
+    with ExitStack() as locks:
+        if any_rank(ranks.rank == 0 and _begin(options, delivery, run, identity, locks)):
             model = build(plan.stage, plan.choice, source, config, settings.dtype, settings.seed)
             objective = Objective(model, plan.task(config, source.text)).to(ranks.device)
             trainer = Trainer(objective, settings, options.execution, options.parallel, ranks)
@@ -165,18 +163,48 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
             seen = entries[0].stream if entries else stream
             draw = Preview(delivery, trainer, seen, options.watching.prompts, run.path / "samples")
             if ranks.rank == 0:
-                for line in _notes(options, entries, draw):
+                run.describe(_about(trainer, stream, entries))
+                for line in _notes(options, delivery, entries, draw):
                     print(line, file=sys.stderr)
-            job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw)
-            summary = learn(job, partial(_recorder, run, options, identity, ranks))
-            _finish(plan, options, delivery, run, trainer, stream, summary)
+            job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw, draw.lacks)
+            learn(job, partial(_recorder, run, options, identity, ranks))
+            _finish(plan, delivery, run, trainer)
     if ranks.rank == 0:
         assert run.summary is not None
         print(f"{options.out}: {plan.stage} after {settings.steps:,} steps: {_words(run.summary)}")
 
 
-def _notes(options: Options, entries: list[HeldOut], draw: Preview) -> Iterator[str]:
+def _begin(options: Options, delivery: Delivery, run: RunFolder, identity: dict[str, Any], locks: ExitStack) -> bool:
+    """Lock the folder and make it that of this run; whether there is anything to do.
+
+    A run that ended is over as long as the bundle has its stage, else it is delivered again. If it was another one, and
+    its stage may be replaced, its folder is set aside.
+    """
+    locks.enter_context(alone_in(run.path))
+    assert delivery.source.folder is not None
+    same = _is_same(delivery.source.folder, options.out)
+    facts = {"from": ".." if same else str(delivery.source.folder.resolve())}
+    changes, ended = run.changes(identity, facts), run.summary is not None
+    if ended and not changes and delivered(delivery):
+        print(
+            "This run is over. With --overwrite, and other settings such as --seed, a new one begins.", file=sys.stderr
+        )
+        return False
+    if ended or not run.began:
+        check_target(delivery, ended or options.overwrite or (same and delivery.choice.start == "continue"))
+    if ended and changes:
+        advice = "pass --overwrite to replace its stage, or another --out, with --init for the bundle to start from"
+        require(options.overwrite, f"another run ended in {run.path}: {changes}; {advice}")
+        print(f"The run that ended in {run.path} is now in {run.set_aside()}.", file=sys.stderr)
+        locks.enter_context(alone_in(run.path))  # the other lock went with the other folder
+    run.claim(identity, facts)
+    return True
+
+
+def _notes(options: Options, delivery: Delivery, entries: list[HeldOut], draw: Preview) -> Iterator[str]:
     """What the run goes without."""
+    if told := left_out(delivery):
+        yield told
     if not entries:
         yield f"Nothing is held out: no clip of the split {options.clips.held_out_split} is there and long enough."
     if draw.problem and options.watching.sample_every:
@@ -208,8 +236,7 @@ def _data(plan: Plan, options: Options, source: CogVideo, config: CogVideoConfig
     split, known = clips.held_out_split, sorted({name for each in stream.datasets for name in each.card.splits})
     absent = f"held_out_split is {split!r}, expected one that the data has: {', '.join(known)}"
     require(split in known or split == Clips.held_out_split, absent)
-    limit = options.watching.evaluate_samples
-    return stream, held_out(clips.data, split, sampling, limit, tokenizer, grid)
+    return stream, held_out(stream, split, options.watching.evaluate_samples)
 
 
 def _identity(
@@ -251,53 +278,43 @@ def _recorder(run: RunFolder, options: Options, identity: dict[str, Any], ranks:
     )
 
 
-def _finish(
-    plan: Plan,
-    options: Options,
-    delivery: Delivery,
-    run: RunFolder,
-    trainer: Trainer,
-    stream: ClipStream,
-    summary: Summary,
-) -> None:
+def _finish(plan: Plan, delivery: Delivery, run: RunFolder, trainer: Trainer) -> None:
     """The stage into the bundle; the report goes last, as a sign that all is there."""
     with trainer.averaged():
         state = full_state(trainer.module)
     if trainer.ranks.rank > 0:
         return
-    last: dict[str, Any] = next((row for row in reversed(run.rows()) if "loss" in row), {})
-    report = _report(plan, options, trainer, stream, summary, last)
+    report = report_of(run, trainer.settings.steps)
     deliver(delivery, modules(plan.stage, plan.choice, delivery.config, state), report)
     run.finish(report)
 
 
-def _report(
-    plan: Plan, options: Options, trainer: Trainer, stream: ClipStream, summary: Summary, last: Mapping[str, Any]
-) -> dict[str, Any]:
-    """For the card and for report.json; `last` is the row of the last step, which an earlier process may have made."""
+def _about(trainer: Trainer, stream: ClipStream, entries: Sequence[HeldOut]) -> dict[str, Any]:
+    """What cards say of a run that its settings do not. Folders have their names alone: cards are published."""
     count = {True: 0, False: 0}
     for parameter in trainer.objective.parameters():
         count[parameter.requires_grad] += parameter.numel()
+    judged: Counter[Path] = Counter()
+    for entry in entries:  # a rate has all clips that fill it
+        here = {each.folder: clips for each, clips in zip(entry.stream.datasets, entry.stream.num_clips, strict=True)}
+        judged |= Counter(here)
     return {
-        "steps": options.optimization.steps,
-        "loss": last.get("loss"),
-        "held_out": summary.held_out,
         "parameters": {"trained": count[True], "frozen": count[False]},
-        "time": {"seconds": round(summary.seconds, 1), "positions_per_second": round(last.get("tokens_per_second", 0))},
-        "memory": {"peak_bytes": summary.peak_bytes, "ranks": trainer.ranks.world_size},
-        "data": {  # names alone: cards are published
-            each.folder.resolve().name: {"clips": len(each), "source": Path(each.card.source).name}
-            for each in stream.datasets
+        "data": {
+            each.folder.resolve().name: {
+                "trained_on": clips,
+                "held_out": judged[each.folder],
+                "source": Path(each.card.source).name,
+            }
+            for each, clips in zip(stream.datasets, stream.num_clips, strict=True)
         },
         "samples_an_epoch": len(stream),
-        "start": {name: value for name, value in asdict(plan.choice).items() if value is not None},
-        "task": dict(plan.extra),
-        "optimization": asdict(options.optimization),
-        "clips": options.clips.settings,
+        "ranks": trainer.ranks.world_size,
         "torch": torch.__version__,
+        "cogvideo": cogvideo.__version__,
     }
 
 
 def _words(summary: dict[str, Any]) -> str:
-    held = ", ".join(f"{name} {row['loss']:.3f}" for name, row in summary["held_out"].items())
+    held = ", ".join(f"{name} {row['loss']:.3f}" for name, row in summary.get("held_out", {}).items())
     return f"loss {summary['loss']:.3f}; held out: {held or 'nothing'}"

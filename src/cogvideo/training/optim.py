@@ -16,6 +16,8 @@ from cogvideo.training.parallel import local
 
 BETAS = (0.9, 0.95)
 """Of the paper and of the released training code."""
+LARGEST = 1e30
+"""Number of the recipe: what is made of it must be one in float32, which ends at 3e38."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,15 @@ class Optimization:
         for name in ("steps", "batch", "learning_rate", "clip"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} is {value}, expected a positive number")
+            require(value <= LARGEST, f"{name} is {value:g}, expected {LARGEST:g} at most")
         for name in ("warmup", "weight_decay"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name} is {value}, expected 0 or more")
+        decay = self.learning_rate * self.weight_decay
+        expected = f"expected {LARGEST:g} at most as their product"
+        require(
+            decay <= LARGEST, f"learning_rate {self.learning_rate:g}, weight_decay {self.weight_decay:g}: {expected}"
+        )
         require(0 <= self.final_rate <= 1, f"final_rate is {self.final_rate}, expected a share in [0, 1]")
         require(0 <= self.ema < 1, f"ema is {self.ema}, expected a share in [0, 1)")
         require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")

@@ -231,11 +231,16 @@ def local(tensor: Tensor) -> Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether it is true on some rank."""
+    return bool(largest(int(flag)))
+
+
+def largest(value: int) -> int:
+    """Of what each rank has."""
     if not dist.is_initialized():
-        return flag
-    seen = torch.tensor(int(flag))
+        return value
+    seen = torch.tensor(value)
     dist.all_reduce(seen, dist.ReduceOp.MAX)
-    return bool(seen)
+    return int(seen)
 
 
 def mean_over_ranks(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -14,7 +14,7 @@ from cogvideo.models.transformer import Base
 from cogvideo.storage import Component
 from cogvideo.training import samples
 from cogvideo.training.export import Delivery, modules
-from cogvideo.training.parallel import full_state
+from cogvideo.training.parallel import any_rank, full_state
 from cogvideo.training.start import base_of, own
 from cogvideo.training.trainer import Trainer
 
@@ -63,6 +63,11 @@ class Preview:
         seed = self.trainer.settings.seed
         rows = samples.draw(self.delivery.stage, self._system(weights), self.examples, seed)
         return samples.write_samples(self.folder, step, rows).sheet
+
+    def lacks(self, step: int) -> bool:
+        """Whether the contact sheet of a step could be drawn, and is not there."""
+        absent = self.trainer.ranks.rank == 0 and not samples.sheet_of(self.folder, step).exists()
+        return not self.problem and any_rank(absent)
 
     def _system(self, weights: dict[str, Tensor]) -> CogVideo:
         """The stage with these weights, and all that it draws with."""

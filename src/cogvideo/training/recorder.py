@@ -38,7 +38,7 @@ class Recorder:
     """Takes what is measured. A context manager, whose end closes everything; all ranks but the first record nothing.
 
     A row of training is {"step", "loss", each part, "learning_rate", "gradient_norm", "tokens_per_second",
-    "utilisation", "seconds"}, one of held-out clips {"step", "held_out": {name: {"loss", each part}}}.
+    "utilisation", "seconds", "peak_bytes"}, one of held-out clips {"step", "held_out": {name: {"loss", each part}}}.
 
     Args:
         folder: of the run.

@@ -5,8 +5,10 @@ The position in the data follows from the number of steps, so a checkpoint is we
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +17,12 @@ import torch
 
 from cogvideo.config import require
 from cogvideo.data.loader import ClipStream, Loader
-from cogvideo.training.checkpoints import Checkpoints, restore, training_state
+from cogvideo.training.checkpoints import Checkpoints, DamagedError, restore, training_state
 from cogvideo.training.held_out import HeldOut, measure
 from cogvideo.training.loop import interrupts
-from cogvideo.training.parallel import any_rank
+from cogvideo.training.parallel import any_rank, largest
 from cogvideo.training.recorder import Recorder, flops_a_position, matrix_rate
-from cogvideo.training.trainer import Execution, Trainer
+from cogvideo.training.trainer import Execution, Trainer, check_finite
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,8 @@ class Job(NamedTuple):
     watching: Watching
     draw: Callable[[int], Path | None]
     """Draws samples after a step and gives the contact sheet on the first rank."""
-
-
-class Summary(NamedTuple):
-    """What a run came to, beside its figures."""
-
-    held_out: dict[str, dict[str, float]]
-    """By frame rate."""
-    seconds: float
-    """Of all its parts, without those that were lost."""
-    peak_bytes: int
-    """Memory of the first rank: of the GPU, or of the process on a CPU."""
+    lacks: Callable[[int], bool]
+    """Whether those of a step are not there, and could be drawn."""
 
 
 class Clock:
@@ -122,7 +115,7 @@ class Clock:
         }
 
 
-def learn(job: Job, recorder: Callable[[int], Recorder]) -> Summary:
+def learn(job: Job, recorder: Callable[[int], Recorder]) -> None:
     """All steps that are left.
 
     Args:
@@ -136,9 +129,13 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> Summary:
     """
     trainer, settings = job.trainer, job.trainer.settings
     first, seconds = _resume(job)
-    clock = Clock(trainer, seconds)
-    held = measure(trainer, job.held_out, trainer.micro_batch) if first == settings.steps else {}
+    held: dict[str, dict[str, float]] = {}
     with recorder(first) as record, interrupts() as interrupt:
+        if (
+            first and _shows(job, first) and job.lacks(first)
+        ):  # the run was killed behind the checkpoint, or stopped there
+            _sample(job, first, record)
+        clock = Clock(trainer, seconds)
         for done, batch in _batches(job, first):
             trainer.step(done - 1, batch)
             clock.step()
@@ -146,16 +143,20 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> Summary:
             last = done == settings.steps
             saves = stops or last or done % job.watching.checkpoint_every == 0
             if saves or done % job.watching.report_every == 0 or done % job.watching.evaluate_every == 0:
-                _report(job, done, clock, record)
+                with _published(job.checkpoints):
+                    _report(job, done, clock, record)
                 job.checkpoints.settle()
             paused = time.monotonic()
             measures = last or (done % job.watching.evaluate_every == 0 and not stops)
-            if measures:
-                held = measure(trainer, job.held_out, trainer.micro_batch)
-                record.record({"step": done, "held_out": held})
+            with _published(job.checkpoints):
+                if saves:
+                    trainer.check(done, batch)
+                if measures:
+                    held = _measure(job, done)
+                    record.record({"step": done, "held_out": held})
             if saves:
                 _save(job, done, clock.seconds, held if measures else {})
-            if not stops and (last or (job.watching.sample_every and done % job.watching.sample_every == 0)):
+            if not stops and _shows(job, done):
                 _sample(job, done, record)
             if stops:
                 job.checkpoints.wait()
@@ -163,7 +164,6 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> Summary:
                 interrupt.leave()
             clock.pause(time.monotonic() - paused)
         job.checkpoints.wait()
-    return Summary(held, clock.seconds, peak_bytes(trainer.ranks.device))
 
 
 def _batches(job: Job, first: int) -> Iterator[tuple[int, Any]]:
@@ -184,14 +184,27 @@ def _batches(job: Job, first: int) -> Iterator[tuple[int, Any]]:
 
 
 def _resume(job: Job) -> tuple[int, float]:
-    """Take up the newest checkpoint; returns how many steps were made, and in how many seconds."""
-    trainer, newest = job.trainer, job.checkpoints.newest()
-    if newest is None:
-        return 0, 0.0
-    state = training_state(trainer.module, trainer.optimizer, _average(trainer)) | {"seconds": 0.0}
-    loaded = job.checkpoints.load(newest, state)
-    restore(trainer.module, trainer.optimizer, loaded)
-    return newest, float(loaded["seconds"])
+    """Take up the newest checkpoint that is whole; returns how many steps were made, and in how many seconds.
+
+    Raises:
+        ValueError: there are some, and none is whole.
+    """
+    trainer, steps = job.trainer, job.checkpoints.steps()
+    for step in reversed(steps):
+        state = training_state(trainer.module, trainer.optimizer, _average(trainer)) | {"seconds": 0.0}
+        try:
+            loaded = job.checkpoints.load(step, state)
+        except DamagedError as error:
+            if step == steps[0]:
+                raise
+            if trainer.ranks.rank == 0:
+                print(f"{str(error).partition(';')[0]}: an earlier one is taken.", file=sys.stderr)
+            continue
+        restore(trainer.module, trainer.optimizer, loaded)
+        for damaged in steps[steps.index(step) + 1 :]:
+            job.checkpoints.set_aside(damaged)
+        return step, float(loaded["seconds"])
+    return 0, 0.0
 
 
 def _save(job: Job, done: int, seconds: float, held: dict[str, dict[str, float]]) -> None:
@@ -209,17 +222,36 @@ def mean_loss(held: dict[str, dict[str, float]]) -> float | None:
     return sum(row["loss"] for row in held.values()) / len(held) if held else None
 
 
+@contextmanager
+def _published(checkpoints: Checkpoints) -> Iterator[None]:
+    """If training turns out to have diverged, which all ranks find alike, every checkpoint gets its name first: the one
+    that is being written is from before, and good."""
+    try:
+        yield
+    except ValueError:
+        checkpoints.wait()
+        raise
+
+
+def _measure(job: Job, done: int) -> dict[str, dict[str, float]]:
+    """Held-out losses, with the weights of the moment.
+
+    Raises:
+        ValueError: training diverged.
+    """
+    held = measure(job.trainer, job.held_out, job.trainer.micro_batch)
+    for name, row in held.items():
+        check_finite(row["loss"], f"the held-out loss ({name})", f"after step {done:,}")
+    return held
+
+
 def _report(job: Job, done: int, clock: Clock, recorder: Recorder) -> None:
     """Record the steps since the last report.
 
     Raises:
-        ValueError: training diverged; every checkpoint has its name.
+        ValueError: training diverged.
     """
-    try:
-        figures = job.trainer.figures(done)
-    except ValueError:  # on all ranks alike
-        job.checkpoints.wait()  # the one that is being written is from before, and good
-        raise
+    figures = job.trainer.figures(done)
     recorder.record(
         {
             "step": done,
@@ -228,12 +260,19 @@ def _report(job: Job, done: int, clock: Clock, recorder: Recorder) -> None:
             "learning_rate": job.trainer.settings.rate_at(done - 1),
             "gradient_norm": figures.gradient_norm,
             **clock.row(),
+            "peak_bytes": largest(peak_bytes(job.trainer.ranks.device)),
         }
     )
 
 
+def _shows(job: Job, done: int) -> bool:
+    """Whether a step has a contact sheet."""
+    every = job.watching.sample_every
+    return every > 0 and (done == job.trainer.settings.steps or done % every == 0)
+
+
 def _sample(job: Job, done: int, recorder: Recorder) -> None:
-    sheet = job.draw(done) if job.watching.sample_every else None
+    sheet = job.draw(done)
     if sheet is not None:
         recorder.picture(done, sheet)
 

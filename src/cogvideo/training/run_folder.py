@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -51,15 +52,39 @@ class RunFolder:
         Raises:
             ValueError: another run began here, or its identity cannot be read.
         """
-        path = self.path / "run.json"
-        here = json.loads(json.dumps({**identity, **facts}))
-        there = _read(path) if path.exists() else None
-        changes = [] if there is None else list(_changes(there, here, ignored=facts))
-        shown = "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+        changes = self.changes(identity, facts)
         advice = "pass the same as before to continue it, or remove the folder to start anew"
-        require(not changes, f"another run began in {self.path}: {shown}; {advice}")
-        if there != here:
-            write_text(path, json.dumps(here, indent=2) + "\n")
+        require(not changes, f"another run began in {self.path}: {changes}; {advice}")
+        here = _plain({**identity, **facts})
+        if not self.began or _read(self._identity) != here:
+            write_text(self._identity, json.dumps(here, indent=2) + "\n")
+
+    @property
+    def began(self) -> bool:
+        """Whether a run claimed the folder."""
+        return self._identity.exists()
+
+    def changes(self, identity: Mapping[str, Any], facts: Collection[str] = ()) -> str:
+        """How a run differs from the one that began here, in words; empty if it does not, or none began.
+
+        Raises:
+            ValueError: the identity of that one cannot be read.
+        """
+        if not self.began:
+            return ""
+        changes = list(_changes(_read(self._identity), _plain(identity), ignored=facts))
+        return "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
+
+    def set_aside(self) -> Path:
+        """Make room for another run: the folder gets a number behind its name, which is returned, and a new one begins.
+
+        Raises:
+            OSError: it cannot be renamed.
+        """
+        numbered = (self.path.with_name(f"{self.path.name}-{number}") for number in count(1))
+        aside = self.path.rename(next(each for each in numbered if not each.exists()))
+        self.path.mkdir()
+        return aside
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint.
@@ -106,6 +131,19 @@ class RunFolder:
             lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             return [json.loads(line) for line in lines if line.endswith("\n")]
 
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Write `about.json`: what is known from the start and decides nothing, for reports."""
+        write_text(self._about, json.dumps(facts, indent=2) + "\n")
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What `describe` wrote, if it did.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        return dict(_read(self._about)) if self._about.exists() else {}
+
     @property
     def summary(self) -> dict[str, Any] | None:
         """What `finish` wrote; None while the run is not over.
@@ -121,12 +159,25 @@ class RunFolder:
         write_text(self.path / "report.json", json.dumps(summary, indent=2) + "\n")
 
     @property
+    def _identity(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def _about(self) -> Path:
+        return self.path / "about.json"
+
+    @property
     def _checkpoint(self) -> Path:
         return self.path / "checkpoint.pt"
 
     @property
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+
+def _plain(values: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(values))
 
 
 def _read(path: Path) -> Any:

@@ -175,14 +175,19 @@ def write_samples(folder: Path, step: int, rows: Sequence[Row]) -> Written:
         OSError: they cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sheet, video = (folder / f"step-{step:08}{suffix}" for suffix in (".png", ".mp4"))
+    sheet = sheet_of(folder, step)
+    video = sheet.with_suffix(".mp4") if all(row.is_clip for row in rows) else None
     shown = [_enlarged(row.frames) for row in rows]
     labels = [_short(row.label) for row in rows]
-    write_image(sheet, contact_sheet(shown, max(map(len, shown)), labels=labels))
-    if not all(row.is_clip for row in rows):
-        return Written(sheet, None)
-    write_video(video, _side_by_side(rows, shown), FPS)
+    if video is not None:
+        write_video(video, _side_by_side(rows, shown), FPS)
+    write_image(sheet, contact_sheet(shown, max(map(len, shown)), labels=labels))  # last: a sign that both are there
     return Written(sheet, video)
+
+
+def sheet_of(folder: Path, step: int) -> Path:
+    """Where the contact sheet of a step is, or will be."""
+    return folder / f"step-{step:08}.png"
 
 
 def _model(stage: StageName, system: CogVideo) -> Transformer | Upscaler:

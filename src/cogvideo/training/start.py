@@ -12,6 +12,7 @@ All else is a variant for comparison, which `Choice` says.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -83,6 +84,15 @@ def base_of(stage: StageName, choice: Choice, source: CogVideo) -> str:
     parent = "sequential" if choice.start == "sequential" else stage
     special = f"{parent}_base"
     return special if choice.start in ("sequential", "continue") and special in source.components else "base"
+
+
+def relying(stage: StageName, components: Collection[str]) -> tuple[str, ...]:
+    """Those of the components that were trained on what a stage replaces: stages on the shared base, if that is new;
+    interpolation, which starts from key frames, if those are."""
+    if stage == "image":
+        return tuple(each for each in STAGES[1:] if each in components and f"{each}_base" not in components)
+    names = ("interpolation", "interpolation_base") if stage == "sequential" else ()
+    return tuple(each for each in names if each in components)
 
 
 def continued(stage: StageName, choice: Choice) -> tuple[str, ...]:

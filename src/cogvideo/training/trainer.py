@@ -22,8 +22,10 @@ from cogvideo.training.parallel import (
     ParallelSettings,
     Ranks,
     accumulating,
+    any_rank,
     clip_gradients,
     distribute,
+    local,
     mean_over_ranks,
 )
 from cogvideo.training.task import Measured, Objective
@@ -132,6 +134,26 @@ class Trainer:
         """Inside, the weights are those that are measured and exported: the running average if there is one."""
         return nullcontext() if self.average is None else self.average.applied()
 
+    @torch.no_grad()
+    def check(self, done: int, batch: Any) -> None:
+        """Refuse weights that are worth no checkpoint: an update may be what breaks them, which no loss shows yet.
+
+        Args:
+            done: how many steps were made.
+            batch: this rank's share of the last one, some of whose samples are looked at again.
+
+        Raises:
+            ValueError: on every rank: a weight is not finite, in the average or in what is trained, or the loss.
+        """
+        averages = [] if self.average is None else self.average.state.values()
+        weights = [local(each.detach()) for each in (*trained(self.objective), *averages)]
+        broken = not bool(torch.stack([each.isfinite().all() for each in weights]).all())
+        check_finite(math.nan if any_rank(broken) else 0.0, "a weight", f"after step {done:,}")
+        self.module.eval()
+        loss = float(self.measure(next(cut(batch, self.micro_batch))).loss.mean())
+        self.module.train()
+        check_finite(math.nan if any_rank(not math.isfinite(loss)) else loss, "the loss", f"after step {done:,}")
+
     def figures(self, done: int) -> Figures:
         """Means over the steps since the last call, of which `done` are made in all.
 
@@ -143,13 +165,22 @@ class Trainer:
         self._steps = []
         for number, (loss, norm, *_) in enumerate(rows, first):
             for name, value in (("the loss", loss), ("the norm of the gradient", norm)):
-                if not math.isfinite(value):
-                    raise ValueError(
-                        f"training diverged: {name} is {value} at step {number:,}; the last checkpoint is from "
-                        "before. Try a smaller --learning-rate or a longer --warmup in another folder"
-                    )
+                check_finite(value, name, f"at step {number:,}")
         columns = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
         return Figures(columns[0], part_means(self.objective.task.parts, columns[2:]), columns[1])
+
+
+def check_finite(value: float, name: str, when: str) -> None:
+    """Refuse a run that came to a figure which is no number.
+
+    Raises:
+        ValueError: it did.
+    """
+    if not math.isfinite(value):
+        raise ValueError(
+            f"training diverged: {name} is {value} {when}; the last checkpoint is from before. Try a smaller "
+            "--learning-rate or a longer --warmup in another folder"
+        )
 
 
 def _row(measured: Sequence[Measured], norm: Float[Tensor, ""]) -> Float[Tensor, " figures"]:
