@@ -327,7 +327,7 @@ def locate(name: str | PathLike[str]) -> Path:
     Raises:
         ValueError: there is none.
     """
-    if str(name) == POCKET:
+    if name == POCKET:
         folder = Path(__file__).parent / POCKET
         require((folder / MANIFEST).exists(), f"the model in the box is missing, {folder}: install cogvideo again")
         return folder

@@ -1,0 +1,59 @@
+"""The model in the box: small, whole, in half precision, and complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from cogvideo.bundle import POCKET, locate
+from cogvideo.config import preset
+from cogvideo.doctor import doctor
+from cogvideo.generation.hierarchy import Settings
+from cogvideo.pipeline import CogVideoPipeline, Upscaling
+from cogvideo.storage import Manifest
+
+MIB = 1 << 20
+
+
+def test_it_is_small_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the package: every part that a clip needs, each file as it was saved, none too large to carry."""
+    manifest = Manifest.read(locate(POCKET))
+    assert manifest.config == preset(POCKET)
+    parts = {"base", "sequential", "interpolation", "superres", "image_tokenizer", "cluster_labels", "text"}
+    assert set(manifest.components) == parts
+    sizes = [entry.num_bytes for entry in manifest.components.values()]
+    assert max(sizes) < 20 * MIB
+    assert sum(sizes) < 60 * MIB
+    for entry in manifest.components.values():
+        if entry.file.endswith(".safetensors") and entry.file != "cluster_labels.safetensors":
+            with safe_open(locate(POCKET) / entry.file, framework="pt") as file:
+                assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}, entry.file  # noqa: SIM118
+    monkeypatch.setattr("cogvideo.doctor.PRESETS", {})
+    assert doctor() == 0
+    assert "pocket: all files are what was saved" in capsys.readouterr().out
+
+
+def test_its_name_is_not_that_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards users who happen to have such a folder: a name is a name, and ./pocket is a path."""
+    (tmp_path / POCKET).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert locate(POCKET) == Path(__file__).parents[1] / "src" / "cogvideo" / POCKET
+    assert locate(tmp_path / POCKET) == tmp_path / POCKET
+    assert locate("./pocket") == Path("./pocket")
+
+
+def test_it_tells_backgrounds_apart() -> None:
+    """Guards the trained weights against being random ones: the colour of the ground is the one that is named."""
+    pipeline = CogVideoPipeline.from_pretrained(POCKET)
+    prompts = [f"a red heart beats, on a {colour} background" for colour in ("white", "black")]
+    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    frames = list(pipeline.stream(prompts, seeds, Settings(rounds=0), Upscaling(False)))
+    first = np.stack([frame.pixels for frame in frames])[0].astype(float)
+    white, black = first[:, :4].mean((1, 2, 3))
+    assert first.shape == (2, 64, 64, 3)
+    assert white > 200
+    assert black < 60
