@@ -149,6 +149,7 @@ def test_another_model_is_refused(model: str, reader: Path, tmp_path: Path) -> N
         ({"emoji_limit": 0}, "emoji_limit is 0"),
         ({"emoji": Path("nowhere")}, "there is no nowhere"),
         ({"reader": Path("nowhere")}, "there is no reader nowhere"),
+        ({"making": Making(truncate=False)}, "16"),  # text slots: captions of the World are longer
     ],
 )
 def test_mistakes_are_refused_before_anything_is_made(

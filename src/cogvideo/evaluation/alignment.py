@@ -27,7 +27,7 @@ import cogvideo
 from cogvideo.bundle import locate, usable
 from cogvideo.config import require
 from cogvideo.evaluation.emoji_subject import EmojiSubject
-from cogvideo.evaluation.making import Making, Shelf, generate, reduced, side, through_codes
+from cogvideo.evaluation.making import Making, Shelf, generate, reduced, side, start, through_codes
 from cogvideo.evaluation.motion import STATIC, Movement, measure, movement
 from cogvideo.evaluation.reader import FILE
 from cogvideo.evaluation.subject import Clip, Subject, Verdict
@@ -99,6 +99,8 @@ def alignment(
     else:
         console.print("No --emoji is given: animations are left out.")
     require(len(subjects) > 0, "there is nothing to judge: world is 0 and there is no emoji, expected one of them")
+    for subject in subjects:
+        start(pipeline, subject.prompts, making)  # what cannot be used is refused now
     folder = RunFolder(out)
     with alone_in(out):
         folder.claim({"bundle": bundle, "making": asdict(making)})

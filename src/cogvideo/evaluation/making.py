@@ -19,7 +19,7 @@ from cogvideo.evaluation.reader import SIZE, resized
 from cogvideo.evaluation.subject import NUM_FRAMES, Clip, Prompt
 from cogvideo.files import replacing
 from cogvideo.generation.hierarchy import Settings
-from cogvideo.pipeline import CogVideoPipeline, Upscaling
+from cogvideo.pipeline import CogVideoPipeline, Frame, Upscaling
 from cogvideo.training.autoencoder import reconstruct
 
 DEFAULTS = Settings()
@@ -59,18 +59,22 @@ class Making:
         )
 
 
-def generate(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> list[Clip]:
-    """The clips of some prompts, made as one batch.
+def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> Iterator[Frame]:
+    """The frames of some prompts' clips, as one batch; what cannot be made is refused before anything heavy.
 
     Raises:
         ValueError: a prompt or a setting cannot be used, or the model makes other clips than of 33 frames.
     """
+    settings = making.settings
+    num_frames = (pipeline.model.config.layout.num_frames - 1) * 2**settings.rounds + 1
+    require(num_frames == NUM_FRAMES, f"the model makes clips of {num_frames} frames, expected {NUM_FRAMES}")
     generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
-    texts, upscaling = [prompt.text for prompt in prompts], Upscaling(making.superres)
-    stream = pipeline.stream(texts, generators, making.settings, upscaling)
-    found = {frame.place: frame.pixels for frame in stream}
-    expected = f"expected {NUM_FRAMES}: five key frames and three rounds"
-    require(len(found) == NUM_FRAMES, f"the model makes clips of {len(found)} frames, {expected}")
+    return pipeline.stream([prompt.text for prompt in prompts], generators, settings, Upscaling(making.superres))
+
+
+def generate(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> list[Clip]:
+    """The clips of some prompts, made as one batch."""
+    found = {frame.place: frame.pixels for frame in start(pipeline, prompts, making)}
     return [reduced(clip) for clip in np.stack([found[place] for place in sorted(found)], 1)]
 
 
