@@ -23,7 +23,7 @@ def test_it_is_small_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: 
     """Guards the package: every part that a clip needs, each file as it was saved, none too large to carry."""
     manifest = Manifest.read(locate(POCKET))
     assert manifest.config == preset(POCKET)
-    parts = {"base", "sequential", "interpolation", "superres", "image_tokenizer", "cluster_labels", "text"}
+    parts = {"base", "sequential", "interpolation", "image_tokenizer", "cluster_labels", "text"}
     assert set(manifest.components) == parts
     sizes = [entry.num_bytes for entry in manifest.components.values()]
     assert max(sizes) < 20 * MIB
