@@ -333,6 +333,11 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert f"Nothing fits: sharded with --checkpointing takes least, {least:#.3g} of 9.00e-05 GiB." in printed
     assert "What helps: more or larger GPUs" in printed
     assert "train sequential" not in printed
+    assert "tokens/s" not in printed
+    assert "days" not in printed
+    assert printed.endswith("Super-resolution is not planned.\n")
+    with pytest.raises(ValueError, match="gpus is 1000000, expected 4,096 at most"):
+        Machines(1_000_000, 80)
 
 
 def test_a_gpu_must_hold_the_model_once() -> None:

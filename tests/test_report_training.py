@@ -551,6 +551,15 @@ def test_damaged_files_are_named_in_one_line(tmp_path: Path, file: str, content:
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == before
 
 
+def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No page at all for the sake of one file."""
+    runs = [make_run(tmp_path / name / ".image-run", [row(10, 3.0)], "image") for name in "ab"]
+    (runs[0] / "report.json").write_text("{")
+    assert len(overview(written(tmp_path / "page.html", *runs))) == 1
+    told = capsys.readouterr().err
+    assert re.fullmatch(rf"One run is left out: cannot use {re.escape(str(runs[0]))}/report.json: .*\n", told)
+
+
 def cut(png: bytes) -> bytes:
     return png[:9000]
 

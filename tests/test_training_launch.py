@@ -432,8 +432,8 @@ def test_out_of_memory_says_what_helps(place: Place) -> None:
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert re.search(
-        r"out of memory with 1500 samples a pass; `cogvideo info` expects [\d.]+ GiB in bfloat16 with 1500 samples a "
-        r"pass, [\d.]+ GiB with --checkpointing\. What helps: a smaller --micro-batch, --checkpointing",
+        r"out of memory with 1500 samples a pass; `cogvideo info` expects [\d.]+ GiB with --precision bfloat16, and "
+        r"[\d.]+ GiB with --checkpointing too\. What helps: a smaller --micro-batch, --checkpointing",
         line,
     ), line
     assert (place.folder / "large" / ".sequential-run" / "run.json").exists()
@@ -457,6 +457,7 @@ def test_mistakes_are_one_line(place: Place, train_text_model: Callable[..., byt
                 "sequential",
                 ("--held-out-split", "validaton"),
             ),
+            ("--prompts says nothing to superres", "superres", ("--prompts", "a ball")),
             ("tensor_parallel is 2 for 1 ranks", "sequential", ("--tensor-parallel", "2")),
             ("cannot use the device 'cuda:7'|cannot use the device", "sequential", ("--device", "cuda:7")),
         ]

@@ -35,7 +35,7 @@ COMMANDS = {
         "cogvideo.doctor:doctor", "What this machine can run, and whether the model in the box is whole."
     ),
     "info": Command("cogvideo.info:info", "Parameters, memory and work of a preset or a bundle."),
-    "plan": Command("cogvideo.training.plan:plan", "What training a stage needs of so many GPUs."),
+    "plan": Command("cogvideo.training.plan:plan", "What training needs of so many GPUs."),
     "convert": Command("cogvideo.convert:convert", "Released checkpoints of 2022 to a bundle."),
     "data prepare": Command("cogvideo.data.prepare:prepare", "Captioned clips to shards of codes."),
     "data world": Command("cogvideo.world.command:world", "Synthetic captioned clips to look at or to train on."),

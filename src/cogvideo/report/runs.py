@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,16 +103,26 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in some folders, each once, by stage and then in the order given.
+    """The runs in some folders, each once, by stage and then in the order given. Damaged ones are left out with a line.
 
     Args:
         paths: folders of runs, of bundles with runs inside, or of such bundles.
 
     Raises:
-        ValueError: one has no run, or a file is damaged.
+        ValueError: one has no run, or all are damaged.
     """
     folders = list(dict.fromkeys(folder for path in paths for folder in _find(path)))
-    runs = [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    runs: list[Run] = []
+    damaged: list[ValueError] = []
+    for folder, name in zip(folders, _names(folders), strict=True):
+        try:
+            runs.append(_read(folder, name))
+        except ValueError as error:
+            damaged.append(error)
+    if not runs:
+        raise damaged[0]
+    for each in damaged:
+        print(f"One run is left out: {each}", file=sys.stderr)
     return sorted(runs, key=lambda run: ORDER.index(run.stage))
 
 

@@ -73,7 +73,7 @@ def training(runs: tuple[Path, ...], /, *, out: Path) -> None:
         out: file of the page.
 
     Raises:
-        ValueError: no run is there, or its files are damaged.
+        ValueError: no run is there, or the files of all are damaged.
         OSError: the page cannot be written.
     """
     require(len(runs) > 0, "there is no run, expected one or several folders, such as my-model/.sequential-run")

@@ -29,7 +29,7 @@ from cogvideo.training.export import Delivery, check_target, deliver, delivered,
 from cogvideo.training.held_out import HeldOut, held_out
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ParallelSettings, Ranks, any_rank, full_state, process_group
-from cogvideo.training.preview import Preview
+from cogvideo.training.preview import PROMPTED, Preview
 from cogvideo.training.recorder import Recorder
 from cogvideo.training.run import Job, Watching, learn
 from cogvideo.training.run_folder import RunFolder
@@ -111,6 +111,8 @@ def train(plan: Plan, options: Options) -> None:
         OSError: something cannot be written.
     """
     require(len(options.clips.data) > 0, "there is no data, expected a folder of `cogvideo data prepare` with --data")
+    shown = plan.stage in PROMPTED or not options.watching.prompts
+    require(shown, f"--prompts says nothing to {plan.stage}, which starts from frames: its samples are held-out clips")
     with process_group(usable(options.device), options.parallel) as ranks:
         try:
             _train(plan, options, ranks)
@@ -136,9 +138,10 @@ def _too_large(plan: Plan, options: Options, ranks: Ranks) -> str:
     if plan.stage != "superres":
         config = configured(_source(options)[1].config, plan.stage, plan.choice)
         need = training(config, plan.stage, samples_a_pass)
+        given = "" if options.optimization.precision == "bfloat16" else " with --precision bfloat16"
         expected = (
-            f"; `cogvideo info` expects {need.total / 2**30:.1f} GiB in bfloat16 with {samples_a_pass} samples a pass, "
-            f"{need.total_checkpointed / 2**30:.1f} GiB with --checkpointing"
+            f"; `cogvideo info` expects {need.total / 2**30:.1f} GiB{given}, and "
+            f"{need.total_checkpointed / 2**30:.1f} GiB with --checkpointing too"
         )
     helps = ", ".join(switches) or "a smaller model"
     got = f"out of memory with {samples_a_pass} samples a pass{expected}"

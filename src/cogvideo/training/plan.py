@@ -37,6 +37,8 @@ from cogvideo.training.trainer import Execution, Trainer
 
 Sharding = Literal["replicated", "sharded"]
 GIB = 2**30
+MOST_GPUS = 4096
+"""That are planned: each tensor is cut among as many pretended ranks, which takes a minute for these."""
 NARROW, WIDE = torch.bfloat16.itemsize, torch.float32.itemsize
 STARTS: dict[Stage, StartChoice] = {"image": "random", "sequential": "inherit", "interpolation": "sequential"}
 
@@ -81,6 +83,7 @@ class Machines:
         for name in ("gpus", "gpu_memory", "gpus_per_machine", "tensor_parallel", "tflops"):
             value = getattr(self, name)
             require(0 < value < float("inf"), f"{name} is {value}, expected a positive number")
+        require(self.gpus <= MOST_GPUS, f"gpus is {self.gpus}, expected {MOST_GPUS:,} at most: each one is pretended")
         require(0 <= self.reserve < 1, f"reserve is {self.reserve}, expected a share in [0, 1)")
         require(0 < self.utilisation <= 1, f"utilisation is {self.utilisation}, expected a share in (0, 1]")
         divides = self.gpus % self.tensor_parallel == 0
@@ -247,10 +250,10 @@ class StagePlan:
     """Of those that fit: what sends least, then what computes least."""
     flops_a_position: float
     """Forward and backward, by the convention of utilisation: what is computed again counts nothing."""
-    tokens_per_second: float
-    """Positions, over all GPUs, at the utilisation that is assumed."""
+    tokens_per_second: float | None
+    """Positions, over all GPUs, at the utilisation that is assumed; None where nothing fits."""
     days: float | None
-    """For the paper's schedule."""
+    """For the paper's schedule, if it says how long and something fits."""
     command: str | None
     """That runs the best way."""
 
@@ -281,7 +284,10 @@ def stage_plan(config: CogVideoConfig, stage: Stage, machines: Machines, ema: fl
     speed = machines.gpus * machines.tflops * 1e12 * machines.utilisation / flops
     days = None if paper.steps is None else paper.steps * paper.batch * positions / speed / 86_400
     command = None if best is None else _command(stage, machines, batch, steps, best, ema)
-    return StagePlan(stage, positions, batch, steps, ways, best, flops, speed, days, command)
+    fits = best is not None
+    return StagePlan(
+        stage, positions, batch, steps, ways, best, flops, speed if fits else None, days if fits else None, command
+    )
 
 
 def _effort(way: Way) -> tuple[int, bool]:
@@ -354,9 +360,10 @@ def _launcher(machines: Machines) -> str:
 
 
 def plan(target: str = "cogvideo", /, *, machines: Machines, json: bool = False, ema: float = 0.0) -> None:
-    """What training each stage needs of so many GPUs, and how long it takes, computed without one of them.
+    """What training needs of so many GPUs, and how long it takes, computed without one of them.
 
-    Precision is bfloat16, with float32 for what is trained. Memory is in GiB (2**30 bytes).
+    Planned are the image model, key frames (sequential) and interpolation; super-resolution is not. Precision is
+    bfloat16, with float32 for what is trained. Memory is in GiB (2**30 bytes).
 
     Args:
         target: a preset, or the folder of a bundle.
@@ -382,10 +389,12 @@ def _parts(found: Report) -> Iterator[Table | str]:
         shape = f"a step is {each.batch:,} samples of {each.positions:,} positions"
         yield f"\n[bold]{each.stage}[/bold], GiB a rank; {shape}"
         yield _table(each)
-        yield f"{each.tokens_per_second:,.0f} tokens/s{_duration(each)}"
+        if each.tokens_per_second is not None:
+            yield f"{each.tokens_per_second:,.0f} tokens/s{_duration(each)}"
         if (wanted := PAPER[each.stage].batch) != each.batch:
             yield f"{wanted} samples cannot be shared by {found.machines.groups:,}, so it is {each.batch:,}"
         yield each.command or _too_little(each.ways, found.machines)
+    yield "\nSuper-resolution is not planned."
 
 
 def _header(name: str, machines: Machines) -> str:

@@ -20,6 +20,8 @@ from cogvideo.training.trainer import Trainer
 
 SHOWN = 4
 """Clips of a contact sheet."""
+PROMPTED = ("image", "sequential")
+"""Stages that need no more than a prompt."""
 
 
 class Preview:
@@ -44,7 +46,7 @@ class Preview:
         self.folder = folder
         clips = [stream[place] for place in range(min(SHOWN, len(stream)))]
         self.examples = samples.from_clips(clips)
-        if prompts and delivery.stage in ("image", "sequential"):
+        if prompts and delivery.stage in PROMPTED:
             self.examples = samples.from_prompts(prompts)
             for prompt in prompts:
                 delivery.source.text.encode_image_caption(prompt)  # else refused after the steps to the first sheet

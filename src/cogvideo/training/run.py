@@ -44,7 +44,7 @@ class Watching:
     sample_every: int = 500
     """Steps between contact sheets; 0 for none."""
     prompts: tuple[str, ...] = ()
-    """What samples show; captions of held-out clips unless given."""
+    """What samples of the image model and of key frames show; captions of held-out clips unless given."""
     tensorboard: bool = False
     """Also write TensorBoard's event files (extra train)."""
     wandb: bool = False
