@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 
 from cogvideo.pictures import contact_sheet, write_image
@@ -25,7 +26,7 @@ prompts = {
     "moving-on": "a yellow face closes its eyes and laughs with an open mouth, on a light blue background",
 }
 image, rows = None, []
-with Progress(transient=True) as progress:
+with Progress(transient=True, console=Console(stderr=True)) as progress:
     for number, (name, prompt) in enumerate(prompts.items()):
         task = progress.add_task(name, total=33)
         clips = pipeline(
