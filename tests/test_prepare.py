@@ -14,7 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import pytest
@@ -89,6 +89,19 @@ def test_rows_hold_the_codes_of_their_clips(clips: Path, tokenizer: str, tmp_pat
             assert dataset.row(row).captions == item.captions
             assert len(dataset.codes(row)) == len(clip)
     assert [len(dataset.row(row).captions) for row in range(7)] == [1, 1, 1, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_tokenizer_of_half_precision(
+    clips: Path, tokenizer: str, tmp_path: Path, precision: Literal["float32", "bfloat16"]
+) -> None:
+    """Guards bundles that are stored in float16, as the model in the box is: codes are those of float32 layers."""
+    CogVideo.from_pretrained(tokenizer, torch.float16).save_pretrained(tmp_path / "half")
+    for name, bundle_path in (("whole", tokenizer), ("halved", tmp_path / "half")):
+        prepare(str(clips), tmp_path / name, str(bundle_path), replace(SETTINGS, precision=precision), workers=1)
+    whole, halved = Dataset(tmp_path / "whole"), Dataset(tmp_path / "halved")
+    equal = [(whole.codes(row) == halved.codes(row)).mean() for row in range(len(whole))]
+    assert np.mean(equal) > 0.9
 
 
 def test_still_images_are_clips_of_one_frame(tokenizer: str, tmp_path: Path) -> None:

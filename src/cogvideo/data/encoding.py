@@ -75,7 +75,7 @@ class Worker:
 
     def encoder(self) -> Encode:
         """The function from pixels to codes; loads the tokenizer."""
-        model = CogVideo.from_pretrained(self.bundle, device=self.device).autoencoder
+        model = CogVideo.from_pretrained(self.bundle, torch.float32, self.device).autoencoder
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in PyTorch's stubs
         halved = self.settings.precision == "bfloat16"
 
