@@ -110,11 +110,14 @@ def parts(model: str, rounds: int = 3) -> Figures:
         for name, took in _timed(pipeline, settings).items():
             seconds.setdefault(name, []).append(took)
     floors = {phase.name: _floor(phase) for phase in clip(config, settings)}
+    if "superres" not in pipeline.model.components:
+        del floors["pixels"]  # computed for enlarged frames
     found: Figures = {}
     for name, each in seconds.items():
         best = min(each)
-        found[name] = {"seconds": statistics.median(each), "best": best, "floor": floors[name]}
-        found[name]["share of the floor's speed"] = floors[name] / best
+        found[name] = {"seconds": statistics.median(each), "best": best}
+        if name in floors:
+            found[name] |= {"floor": floors[name], "share of the floor's speed": floors[name] / best}
     return found
 
 
