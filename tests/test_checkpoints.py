@@ -115,7 +115,7 @@ def test_whenever_a_run_is_killed_what_has_a_name_is_whole(tmp_path: Path, step:
         shutil.copytree(tmp_path / "before", folder)
         killed = kill_at(number, lambda: Checkpoints(folder, 1).save(step, state_of(step), 5.0))  # noqa: B023
         checkpoints = Checkpoints(folder, keep=1)
-        assert checkpoints.newest() in ((3, 4) if step == 4 else (4, 5))
+        assert checkpoints.steps()[-1] in ((3, 4) if step == 4 else (4, 5))
         assert checkpoints.best() == 2
         for each in checkpoints.steps():
             assert_whole(checkpoints, each)
@@ -138,7 +138,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
             expected = set(range(max(1, step - keep + 1), step + 1)) | ({best} if best else set())
             assert set(checkpoints.steps()) == expected
             assert checkpoints.best() == best
-            assert checkpoints.newest() == step
+            assert checkpoints.steps()[-1] == step
         for step in checkpoints.steps():
             assert_whole(checkpoints, step)
 
@@ -148,7 +148,7 @@ def test_looking_at_a_run_leaves_it_alone(tmp_path: Path) -> None:
     saved_in(tmp_path, {1: 1.0, 2: 2.0})
     (tmp_path / ".step-00000003").mkdir()
     looking = Checkpoints(tmp_path, keep=0)
-    assert (looking.steps(), looking.newest(), looking.best()) == ([1, 2], 2, 1)
+    assert (looking.steps(), looking.steps()[-1], looking.best()) == ([1, 2], 2, 1)
     assert (tmp_path / ".step-00000003").exists()
     Checkpoints(tmp_path)
     assert not (tmp_path / ".step-00000003").exists()
@@ -161,7 +161,7 @@ def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "step-notes").touch()
     assert checkpoints.steps() == [1]
     assert Checkpoints(tmp_path / "nowhere").steps() == []
-    assert Checkpoints(tmp_path / "nowhere").newest() is None
+    assert Checkpoints(tmp_path / "nowhere").steps() == []
     assert Checkpoints(tmp_path / "nowhere").best() is None
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_one_is_named(tmp_path: Path, damage: str) -> None:
             r"damaged \((its content is cut short or was changed|No such file or directory)\);", str(info.value)
         )
     shutil.rmtree(checkpoints.path(2))
-    assert checkpoints.newest() == 1
+    assert checkpoints.steps()[-1] == 1
     assert_whole(checkpoints, 1)
 
 
@@ -217,7 +217,7 @@ def test_a_damaged_one_makes_room(tmp_path: Path) -> None:
     checkpoints = saved_in(tmp_path, {1: 1.0, 2: None, 3: None}, keep=3)
     for _ in range(2):
         checkpoints.set_aside(3)
-        assert (checkpoints.steps(), checkpoints.newest()) == ([1, 2], 2)
+        assert (checkpoints.steps(), checkpoints.steps()[-1]) == ([1, 2], 2)
         assert (tmp_path / "damaged-step-00000003" / "state.json").exists()
         checkpoints.save(3, state_of(3))
     assert_whole(checkpoints, 3)

@@ -18,14 +18,15 @@ from cogvideo.machine import needed_memory
 from gallery import make_model
 
 
-def test_it_says_what_fits(
-    train_text_model: Callable[..., bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Guards the table: what fits as it is, with options, or not at all, by the memory that is free."""
+@pytest.fixture
+def model(train_text_model: Callable[..., bytes], tmp_path: Path) -> Path:
+    """The folder of a whole model."""
     make_model(tmp_path / "model", train_text_model())
+    return tmp_path / "model"
+
+
+def test_it_says_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the table: what fits as it is, with options, or not at all, by the memory that is free."""
     config = preset("small")
     phases = clip(config, Settings())
     cpu, wide, narrow = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -42,29 +43,25 @@ def test_it_says_what_fits(
     ):
         monkeypatch.setattr("cogvideo.doctor.free_memory", lambda _, free=free: free)
         monkeypatch.setattr("cogvideo.doctor.PRESETS", {"small": {}})
-        assert main(["doctor", str(tmp_path / "model")]) == 0
+        assert main(["doctor", str(model)]) == 0
         told = capsys.readouterr().out
         row = next(line for line in told.splitlines() if line.strip().startswith("small"))
         assert " ".join(row.split()) == f"small {expected}"
         assert f"PyTorch {torch.__version__}" in told
-        assert f"{tmp_path / 'model'}: all files are what was saved" in told
+        assert f"{model}: all files are what was saved" in told
 
 
 def test_it_finds_changed_files(
-    train_text_model: Callable[..., bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards the hashes: a changed byte and a missing file are told apart, both at once, with status 1."""
-    make_model(tmp_path / "model", train_text_model())
     monkeypatch.setattr("cogvideo.doctor.PRESETS", {})
-    path = tmp_path / "model" / "base.safetensors"
+    path = model / "base.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    (tmp_path / "model" / "superres.safetensors").unlink()
-    assert main(["doctor", str(tmp_path / "model")]) == 1
+    (model / "superres.safetensors").unlink()
+    assert main(["doctor", str(model)]) == 1
     told = capsys.readouterr().out
     assert "base.safetensors has the sha256" in told
     assert "there is no file" in told

@@ -240,6 +240,11 @@ class CogVideoConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text: TextConfig = field(default_factory=TextConfig)
 
+    @property
+    def frame_side(self) -> int:
+        """Pixels of a side of a frame, before super-resolution."""
+        return self.layout.grid * self.autoencoder.rate
+
     def __post_init__(self) -> None:
         require(self.layout.num_frames >= 3, f"num_frames is {self.layout.num_frames}, expected 3 or more")
         for name in ("sequential", "interpolation"):

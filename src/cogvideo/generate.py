@@ -22,11 +22,10 @@ from torch import Tensor
 import cogvideo
 from cogvideo.bundle import POCKET, usable
 from cogvideo.config import require
-from cogvideo.generation.hierarchy import Guidance, Settings
-from cogvideo.generation.sampling import Sampling
+from cogvideo.generation.hierarchy import Settings
 from cogvideo.machine import require_memory
 from cogvideo.outputs import Folder, Format, Record, is_file, read_record, write_clip, write_frame
-from cogvideo.pipeline import CogVideoPipeline, Frame, Given, Upscaling, collect, default_dtype
+from cogvideo.pipeline import CogVideoPipeline, Drawing, Frame, Given, Upscaling, collect, default_dtype
 from cogvideo.prompts import LARGEST_SEED, Prompt, read_prompts
 from cogvideo.video import check_rate, read_video
 
@@ -39,7 +38,7 @@ FILES = ("image", "extend", "first", "last")
 
 
 @dataclass(frozen=True)
-class Choices:
+class Choices(Drawing):
     """What decides a clip beside its prompt and its seed."""
 
     model: str = POCKET
@@ -56,12 +55,6 @@ class Choices:
     """End where the clip begins, so that it can be repeated without a jump."""
     negative: str | None = None
     """What to move away from, in place of the model's unconditional text. It acts where there is guidance."""
-    guidance: float = 3.0
-    """How strongly key frames follow the prompt; 1 is not at all, and twice as fast."""
-    temperature: float = 1.05
-    """Of later frames; lower is calmer."""
-    clusters: int = 12
-    """Of codes that later frames are drawn from; fewer is calmer, 0 is all codes."""
     rounds: int = 3
     """Of interpolation: 0 to 3 give 5, 9, 17, 33 frames of four seconds."""
     superres: bool = True
@@ -80,8 +73,8 @@ class Choices:
     @property
     def settings(self) -> Settings:
         """Of the stages."""
-        guidance = Guidance(sequential=self.guidance, negative=self.negative)
-        return Settings(self.rounds, later=Sampling(self.temperature, clusters=self.clusters), guidance=guidance)
+        drawn = super().settings
+        return replace(drawn, rounds=self.rounds, guidance=replace(drawn.guidance, negative=self.negative))
 
     @property
     def record(self) -> Record:
@@ -300,8 +293,7 @@ class Maker:
 
     def _given(self) -> Given:
         """Frames of the files."""
-        config, choices = self.pipeline.model.config, self.choices
-        size = config.layout.grid * config.autoencoder.rate
+        choices, size = self.choices, self.pipeline.model.config.frame_side
 
         def codes(path: Path | None, most: int | None = 1) -> Int64[Tensor, "frames slots"] | None:
             if path is None:

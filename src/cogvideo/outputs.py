@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,8 +55,12 @@ class Folder:
 
     def __init__(self, path: Path, format: Format) -> None:
         self.path, self.format = path, format
-        self._records = {each.stem.casefold(): read_record(each) for each in path.glob(f"*{SIDECAR}")}
         self._taken = {each.stem.casefold() for each in path.iterdir()} if path.is_dir() else set()
+
+    @cached_property
+    def _records(self) -> dict[str, Record | None]:
+        """Of the clips that are there, by the name of the sidecar without its suffix; None once it is taken."""
+        return {each.stem.casefold(): read_record(each) for each in self.path.glob(f"*{SIDECAR}")}
 
     def take(self, wanted: Record) -> bool:
         """Whether a finished clip has all that is wanted of it, and was not taken before."""

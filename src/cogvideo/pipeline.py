@@ -34,6 +34,30 @@ Picture = Image.Image | UInt8[np.ndarray, "_ _ 3"]
 """An image: of Pillow, or red, green and blue."""
 
 
+DEFAULTS = Settings()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How codes are drawn, as commands offer it; all else are the defaults of `Settings`."""
+
+    guidance: float = DEFAULTS.guidance.sequential
+    """How strongly key frames follow the prompt; 1 is not at all, and twice as fast."""
+    temperature: float = DEFAULTS.later.temperature
+    """Of later frames; lower is calmer."""
+    clusters: int = DEFAULTS.later.clusters
+    """Of codes that later frames are drawn from; fewer is calmer, 0 is all codes."""
+
+    @property
+    def settings(self) -> Settings:
+        """The same as the stages take it."""
+        return replace(
+            DEFAULTS,
+            later=replace(DEFAULTS.later, temperature=self.temperature, clusters=self.clusters),
+            guidance=replace(DEFAULTS.guidance, sequential=self.guidance),
+        )
+
+
 @dataclass(frozen=True)
 class Upscaling:
     """How codes become larger."""
@@ -179,7 +203,11 @@ class CogVideoPipeline:
 
     def fps(self, settings: Settings) -> float:
         """Frames a second of a clip that is made with these settings."""
-        return (self.model.config.layout.num_frames - 1) * 2**settings.rounds / settings.duration
+        return (self.num_frames(settings) - 1) / settings.duration
+
+    def num_frames(self, settings: Settings) -> int:
+        """Frames of a clip that is made with these settings."""
+        return (self.model.config.layout.num_frames - 1) * 2**settings.rounds + 1
 
     @torch.inference_mode()
     def encode(self, pictures: Iterable[Picture]) -> Int64[Tensor, "frames slots"]:
@@ -188,8 +216,7 @@ class CogVideoPipeline:
         Raises:
             ValueError: the model has no image tokenizer.
         """
-        config, autoencoder = self.model.config, self.model.autoencoder
-        view = View(config.layout.grid * config.autoencoder.rate)
+        autoencoder, view = self.model.autoencoder, View(self.model.config.frame_side)
         seen = [look(_image(each), view).pixels for each in pictures]
         require(len(seen) > 0, "got no pictures, expected one or several")
         like = autoencoder.codebook.embedding
@@ -232,8 +259,7 @@ class CogVideoPipeline:
         self, prompts: Sequence[str], generators: Sequence[torch.Generator], settings: Settings, given: Given
     ) -> Iterator[_Coded]:
         """Codes of the frames, given ones first; those that lie between given ones are not drawn anew."""
-        step = 2**settings.rounds
-        length = (self.model.config.layout.num_frames - 1) * step + 1
+        step, length = 2**settings.rounds, self.num_frames(settings)
         old = 0 if given.frames is None else len(given.frames)
         context = min(MOST_CONTEXT, 1 + (old - 1) // step) if old else 0
         start = old - 1 - (context - 1) * step if old else 0

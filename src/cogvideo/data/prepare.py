@@ -115,7 +115,7 @@ def complete(settings: PrepareSettings, config: CogVideoConfig) -> PrepareSettin
         ValueError: the size is no multiple of the pixels of a code, or codes do not fit in 16 bits.
     """
     rate, num_codes = config.autoencoder.rate, config.autoencoder.num_codes
-    size = settings.frames.size or config.layout.grid * rate
+    size = settings.frames.size or config.frame_side
     require(size % rate == 0, f"size is {size}, expected a multiple of {rate}: the pixels of a side of one code")
     require(
         num_codes <= 2**16, f"the tokenizer has {num_codes} codes, expected at most {2**16}: they are stored as uint16"

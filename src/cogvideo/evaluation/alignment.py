@@ -27,12 +27,12 @@ import cogvideo
 from cogvideo.bundle import locate, usable
 from cogvideo.config import require
 from cogvideo.evaluation.emoji_subject import EmojiSubject
-from cogvideo.evaluation.making import Making, Shelf, generate, reduced, side, start, through_codes
+from cogvideo.evaluation.making import Making, Shelf, generate, reduced, start, through_codes
 from cogvideo.evaluation.motion import STATIC, Movement, measure, movement
 from cogvideo.evaluation.reader import FILE
 from cogvideo.evaluation.subject import Clip, Subject, Verdict
 from cogvideo.evaluation.world_subject import WorldSubject
-from cogvideo.files import alone_in, replacing
+from cogvideo.files import alone_in, write_text
 from cogvideo.pictures import contact_sheet, write_image
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.storage import Manifest
@@ -121,7 +121,7 @@ def _check(out: Path, world: int, emoji_limit: int | None, batch: int) -> None:
 
 def _judge(subject: Subject, pipeline: CogVideoPipeline, out: Path, making: Making, batch: int) -> dict[str, Judged]:
     """Every row of a subject."""
-    size = side(pipeline)
+    size = pipeline.model.config.frame_side
 
     def made(numbers: list[int]) -> list[Clip]:
         return generate(pipeline, [subject.prompts[number] for number in numbers], making)
@@ -201,8 +201,7 @@ def _write_json(path: Path, protocol: dict[str, Any], results: dict[str, dict[st
         }
         for subject, rows in results.items()
     }
-    with replacing(path) as file:
-        file.write(json.dumps({"protocol": protocol, "results": told}, indent=1, ensure_ascii=False).encode() + b"\n")
+    write_text(path, json.dumps({"protocol": protocol, "results": told}, indent=1, ensure_ascii=False) + "\n")
 
 
 def _write_sheet(out: Path, subjects: Sequence[Subject], results: dict[str, dict[str, Judged]]) -> None:

@@ -16,28 +16,20 @@ from jaxtyping import UInt8
 
 from cogvideo.config import require
 from cogvideo.evaluation.reader import SIZE, resized
-from cogvideo.evaluation.subject import NUM_FRAMES, Clip, Prompt
+from cogvideo.evaluation.subject import FPS, NUM_FRAMES, Clip, Prompt
 from cogvideo.files import replacing
 from cogvideo.generation.hierarchy import Settings
-from cogvideo.pipeline import CogVideoPipeline, Frame, Upscaling
+from cogvideo.pipeline import CogVideoPipeline, Drawing, Frame, Upscaling, collect
 from cogvideo.training.autoencoder import reconstruct
-
-DEFAULTS = Settings()
 
 
 @dataclass(frozen=True)
-class Making:
+class Making(Drawing):
     """How clips are made; the defaults are those of the pipeline."""
 
-    guidance: float = DEFAULTS.guidance.sequential
-    """How strongly key frames follow the prompt; 1 is not at all."""
-    temperature: float = DEFAULTS.later.temperature
-    """Of later frames; lower is calmer."""
-    clusters: int = DEFAULTS.later.clusters
-    """Of codes that later frames are drawn from; 0 is all codes."""
     superres: bool = False
     """Enlarge the frames by super-resolution before they are reduced again."""
-    truncate: bool = DEFAULTS.truncate
+    truncate: bool = False
     """Cut prompts that are longer than the model's text slots, instead of refusing them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the weights."""
@@ -51,12 +43,7 @@ class Making:
     @property
     def settings(self) -> Settings:
         """The same as the pipeline takes it."""
-        return replace(
-            DEFAULTS,
-            later=replace(DEFAULTS.later, temperature=self.temperature, clusters=self.clusters),
-            guidance=replace(DEFAULTS.guidance, sequential=self.guidance),
-            truncate=self.truncate,
-        )
+        return replace(super().settings, truncate=self.truncate)
 
 
 def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> Iterator[Frame]:
@@ -66,7 +53,7 @@ def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making)
         ValueError: a prompt or a setting cannot be used, or the model makes other clips than of 33 frames.
     """
     settings = making.settings
-    num_frames = (pipeline.model.config.layout.num_frames - 1) * 2**settings.rounds + 1
+    num_frames = pipeline.num_frames(settings)
     require(num_frames == NUM_FRAMES, f"the model makes clips of {num_frames} frames, expected {NUM_FRAMES}")
     generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
     return pipeline.stream([prompt.text for prompt in prompts], generators, settings, Upscaling(making.superres))
@@ -74,14 +61,7 @@ def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making)
 
 def generate(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> list[Clip]:
     """The clips of some prompts, made as one batch."""
-    found = {frame.place: frame.pixels for frame in start(pipeline, prompts, making)}
-    return [reduced(clip) for clip in np.stack([found[place] for place in sorted(found)], 1)]
-
-
-def side(pipeline: CogVideoPipeline) -> int:
-    """Pixels of a side of the frames that the model works at."""
-    config = pipeline.model.config
-    return config.layout.grid * config.autoencoder.rate
+    return [reduced(clip) for clip in collect(start(pipeline, prompts, making), FPS).frames]
 
 
 def through_codes(

@@ -96,10 +96,6 @@ class Checkpoints:
         found = [re.fullmatch(r"step-(\d{8,})", each.name) for each in self.folder.glob("step-*")]
         return sorted(int(each[1]) for each in found if each)
 
-    def newest(self) -> int | None:
-        """The last; None if there is none."""
-        return max(self.steps(), default=None)
-
     def best(self) -> int | None:
         """The one with the lowest held-out loss, of equals the first; None where nothing was measured.
 

@@ -36,6 +36,11 @@ class Delivery(NamedTuple):
     stage: StageName
     choice: Choice
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the stage goes into the bundle that it starts from."""
+        return self.source.folder is not None and self.source.folder.resolve() == self.out.resolve()
+
 
 def check_target(delivery: Delivery, overwrite: bool) -> None:
     """Refuse a bundle that the stage could not be put into, before anything is trained.
@@ -54,11 +59,10 @@ def check_target(delivery: Delivery, overwrite: bool) -> None:
     if not (out / MANIFEST).exists():
         return
     there = Manifest.read(out)
-    from_there = delivery.source.folder is not None and delivery.source.folder.resolve() == out.resolve()
     require(
         there.config == delivery.config,
         f"the bundle {out} has another configuration than the one to be trained: choose another --out"
-        + (f", and pass --init {out}" if from_there else ""),
+        + (f", and pass --init {out}" if delivery.in_place else ""),
     )
     known = there.components
     on_base = relying(stage, known) if stage == "image" else ()

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 import cogvideo
-from cogvideo.bundle import CogVideo, locate, usable
+from cogvideo.bundle import CogVideo, usable
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.costs import training
 from cogvideo.data.clips import ClipSampling, FrameRates, Mode
 from cogvideo.data.dataset import read_card
 from cogvideo.data.loader import ClipStream
 from cogvideo.files import alone_in
-from cogvideo.storage import Manifest
 from cogvideo.text import TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.export import Delivery, check_target, deliver, delivered, left_out, modules, report_of
@@ -136,7 +135,7 @@ def _too_large(plan: Plan, options: Options, ranks: Ranks) -> str:
     switches += [] if options.parallel.sharding == "sharded" else ["--sharding sharded with torchrun on more GPUs"]
     expected = ""
     if plan.stage != "superres":
-        config = configured(_source(options)[1].config, plan.stage, plan.choice)
+        config = configured(_source(options).config, plan.stage, plan.choice)
         need = training(config, plan.stage, samples_a_pass)
         given = "" if options.optimization.precision == "bfloat16" else " with --precision bfloat16"
         expected = (
@@ -150,13 +149,13 @@ def _too_large(plan: Plan, options: Options, ranks: Ranks) -> str:
 
 def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
     settings = options.optimization
-    folder, source = _source(options)
+    source = _source(options)
     config = configured(source.config, plan.stage, plan.choice)
     named = parents(plan.stage, plan.choice, source)
     stream, entries = _data(plan, options, source, config)
     run = RunFolder(options.out / f".{plan.stage}-run")
     delivery = Delivery(options.out, source, config, plan.stage, plan.choice)
-    identity = _identity(plan, options, config, folder, named, stream)
+    identity = _identity(plan, options, delivery, named, stream)
     with ExitStack() as locks:
         if any_rank(ranks.rank == 0 and _begin(options, delivery, run, identity, locks)):
             model = build(plan.stage, plan.choice, source, config, settings.dtype, settings.seed)
@@ -185,16 +184,15 @@ def _begin(options: Options, delivery: Delivery, run: RunFolder, identity: dict[
     """
     locks.enter_context(alone_in(run.path))
     assert delivery.source.folder is not None
-    same = _is_same(delivery.source.folder, options.out)
-    facts = {"from": ".." if same else str(delivery.source.folder.resolve())}
+    facts = {"from": ".." if delivery.in_place else str(delivery.source.folder.resolve())}
     changes, ended = run.changes(identity, facts), run.summary is not None
     if ended and not changes and delivered(delivery):
-        print(
-            "This run is over. With --overwrite, and other settings such as --seed, a new one begins.", file=sys.stderr
-        )
+        advice = "With --overwrite, and other settings such as --seed, a new one begins."
+        print(f"This run is over. {advice}", file=sys.stderr)
         return False
     if ended or not run.began:
-        check_target(delivery, ended or options.overwrite or (same and delivery.choice.start == "continue"))
+        goes_on = delivery.in_place and delivery.choice.start == "continue"
+        check_target(delivery, ended or options.overwrite or goes_on)
     if ended and changes:
         advice = "pass --overwrite to replace its stage, or another --out, with --init for the bundle to start from"
         require(options.overwrite, f"another run ended in {run.path}: {changes}; {advice}")
@@ -214,13 +212,12 @@ def _notes(options: Options, delivery: Delivery, entries: list[HeldOut], draw: P
         yield draw.problem
 
 
-def _source(options: Options) -> tuple[Path, CogVideo]:
+def _source(options: Options) -> CogVideo:
     """The bundle to start from."""
     name = options.init if options.init is not None else options.out
     hint = "" if options.init is not None else "; --init names a bundle to start from, and `train tokenizer` makes one"
     try:
-        folder = locate(name)
-        return folder, CogVideo.from_pretrained(folder)
+        return CogVideo.from_pretrained(name)
     except ValueError as error:
         raise ValueError(f"{error}{hint}") from error
 
@@ -243,26 +240,21 @@ def _data(plan: Plan, options: Options, source: CogVideo, config: CogVideoConfig
 
 
 def _identity(
-    plan: Plan, options: Options, config: CogVideoConfig, folder: Path, named: tuple[str, ...], stream: ClipStream
+    plan: Plan, options: Options, delivery: Delivery, named: tuple[str, ...], stream: ClipStream
 ) -> dict[str, Any]:
     """All that decides the weights, wherever it lies."""
-    entries = Manifest.read(folder).components
-    replaced = own(plan.stage, plan.choice) if _is_same(folder, options.out) else ()
+    replaced = own(plan.stage, plan.choice) if delivery.in_place else ()
     starts = (*named, *continued(plan.stage, plan.choice), "text")
     return {
         "stage": plan.stage,
         "choice": asdict(plan.choice),
         "task": dict(plan.extra),
-        "config": asdict(config),
-        "parents": {name: entries[name].sha256 for name in starts if name not in replaced},
+        "config": asdict(delivery.config),
+        "parents": {name: delivery.source.sha256(name) for name in starts if name not in replaced},
         "optimization": asdict(options.optimization),
         "clips": options.clips.settings,
         "data": stream.identity,
     }
-
-
-def _is_same(folder: Path, other: Path) -> bool:
-    return folder.resolve() == other.resolve()
 
 
 def _recorder(run: RunFolder, options: Options, identity: dict[str, Any], ranks: Ranks, done: int) -> Recorder:

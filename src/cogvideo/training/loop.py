@@ -24,10 +24,11 @@ class Window:
 
     Args:
         batch: samples of a step.
+        unit: what they are, for the speed.
     """
 
-    def __init__(self, batch: int) -> None:
-        self._batch = batch
+    def __init__(self, batch: int, unit: str = "images") -> None:
+        self._batch, self._unit = batch, unit
         self._steps: list[Measured] = []
         self._since = time.monotonic()
 
@@ -43,7 +44,7 @@ class Window:
         """
         values = means(self._steps, done - len(self._steps) + 1)
         seconds = max(time.monotonic() - self._since, 1e-9)
-        row = {"step": done, **values, "images_per_second": round(len(self._steps) * self._batch / seconds, 1)}
+        row = {"step": done, **values, f"{self._unit}_per_second": round(len(self._steps) * self._batch / seconds, 1)}
         self._steps, self._since = [], time.monotonic()
         return row
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,14 +84,15 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 
 def adamw(module: nn.Module, settings: Optimization) -> torch.optim.AdamW:
     """AdamW over what is trained; frozen parameters are unknown to it and cost it nothing."""
+    return torch.optim.AdamW(groups_by_decay(module, settings.weight_decay), lr=settings.learning_rate, betas=BETAS)
+
+
+def groups_by_decay(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained, as groups for an optimizer: matrices with weight decay, vectors without."""
     parameters = trained(module)
     matrices, vectors = ([each for each in parameters if (each.ndim > 1) == many] for many in (True, False))
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    filled = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(filled, lr=settings.learning_rate, betas=BETAS)
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 class Average:

@@ -31,6 +31,7 @@ from cogvideo.evaluation.attributes import READER_LEARNS, READER_TEST, accuracie
 from cogvideo.evaluation.reader import ATTRIBUTES, BATCH, SIZE, Reader, ReaderConfig, labels, render, to_input
 from cogvideo.training.autoencoder import generator
 from cogvideo.training.loop import Window, interrupts, progress
+from cogvideo.training.optim import groups_by_decay
 from cogvideo.training.run_folder import Checkpoint, RunFolder
 
 STILLS = 100_000_000
@@ -93,7 +94,7 @@ def train_reader(
     device: str = "auto",
     recipe: Path | None = None,  # read by the command line
 ) -> None:
-    """Train the World reader, which which judges clips. Killed and called again, it continues.
+    """Train the World reader, which judges clips. Killed and called again, it continues.
 
     It learns from all splits of the World, and is tested on clips by numbers that it never saw: half of them with
     attribute pairs that models never see in training, half of the split `validation`.
@@ -147,9 +148,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = Reader(config).to(device)
-        decayed = [each for each in self.model.parameters() if each.ndim > 1]
-        others = [each for each in self.model.parameters() if each.ndim <= 1]
-        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = groups_by_decay(self.model, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, settings.learning_rate, betas=(0.9, 0.98))
 
     def state_dict(self) -> dict[str, Any]:
@@ -254,15 +253,15 @@ def tested(reader: Reader, scenes: Sequence[world.Scene]) -> dict[str, dict[str,
 
 def _learn(trainer: Trainer, folder: RunFolder, evaluate_every: int, checkpoint_every: int, console: Console) -> None:
     """All steps that are left."""
-    first, steps = _resume(trainer, folder, console), trainer.settings.steps
-    window, watched = Window(1), unseen_scenes(WATCHED, READER_TEST)
+    steps = trainer.settings.steps
+    first = folder.resume(trainer.load_state_dict, steps, console)
+    window, watched = Window(1, "steps"), unseen_scenes(WATCHED, READER_TEST)
     with progress(console, first, steps) as show, interrupts() as interrupt:
         for done in range(first + 1, steps + 1):
             window.add(trainer.step(done - 1))
             saves = done % checkpoint_every == 0 or done == steps or interrupt.is_set()
             if saves or done % REPORT_EVERY == 0:
                 row = window.row(done)
-                row["steps_per_second"] = row.pop("images_per_second")  # stills are more images than clips
                 folder.report(row)
                 show(done, f"loss {row['loss']:.3f}  {row['steps_per_second']:.1f} steps/s")
             if saves:
@@ -276,17 +275,6 @@ def _learn(trainer: Trainer, folder: RunFolder, evaluate_every: int, checkpoint_
                 console.print(
                     f"step {done:,}: " + ", ".join(f"{name} {each:.1%}" for name, each in right["all clips"].items())
                 )
-
-
-def _resume(trainer: Trainer, folder: RunFolder, console: Console) -> int:
-    """Take up the last checkpoint; returns how many steps were made."""
-    checkpoint = folder.load()
-    first = 0 if checkpoint is None else checkpoint.step
-    folder.forget_after(first)
-    if checkpoint is not None:
-        trainer.load_state_dict(checkpoint.state)
-        console.print(f"Continuing after step {first:,} of {trainer.settings.steps:,}.")
-    return first
 
 
 def _table(right: dict[str, dict[str, float]], number: int) -> Table:

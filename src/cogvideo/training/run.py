@@ -131,9 +131,7 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> None:
     first, seconds = _resume(job)
     held: dict[str, dict[str, float]] = {}
     with recorder(first) as record, interrupts() as interrupt:
-        if (
-            first and _shows(job, first) and job.lacks(first)
-        ):  # the run was killed behind the checkpoint, or stopped there
+        if first and _shows(job, first) and job.lacks(first):  # it was killed behind the checkpoint, or stopped there
             _sample(job, first, record)
         clock = Clock(trainer, seconds)
         for done, batch in _batches(job, first):

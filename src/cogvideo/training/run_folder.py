@@ -6,7 +6,7 @@ Whatever interrupts the run, each file is the old one or the new one.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
 
 from cogvideo.config import require
 from cogvideo.files import replacing, write_text
@@ -107,6 +108,28 @@ class RunFolder:
             return Checkpoint(*torch.load(self._checkpoint, map_location="cpu", weights_only=True))
         except Exception as error:  # what is raised by bytes that mean nothing depends on the bytes
             raise ValueError(f"cannot use {self._checkpoint}: it is no checkpoint of this version") from error
+
+    def resume(self, load: Callable[[dict[str, Any]], None], steps: int, console: Console) -> int:
+        """Take up the last checkpoint, and forget what was reported behind it.
+
+        Args:
+            load: puts a checkpoint's state where it belongs.
+            steps: of the whole run.
+            console: where it is said.
+
+        Returns:
+            how many steps were made.
+
+        Raises:
+            ValueError: the checkpoint cannot be read.
+        """
+        checkpoint = self.load()
+        first = 0 if checkpoint is None else checkpoint.step
+        self.forget_after(first)
+        if checkpoint is not None:
+            load(checkpoint.state)
+            console.print(f"Continuing after step {first:,} of {steps:,}.")
+        return first
 
     def report(self, row: Mapping[str, Any]) -> None:
         """Add a line to `metrics.jsonl`; it names the step."""

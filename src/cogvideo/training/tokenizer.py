@@ -124,7 +124,7 @@ def _complete(
 ) -> tuple[StoreSettings, SourceOptions]:
     """The frames' size where none is given, and images where a clip may have one frame."""
     rate = max(whole.autoencoder.rates)
-    size = frames.clips.size or whole.layout.grid * whole.autoencoder.rate
+    size = frames.clips.size or whole.frame_side
     require(size % rate == 0, f"size is {size}, expected a multiple of {rate}: the pixels of a side of one code")
     least = max(WINDOW, LEAST_SIDE, 2 ** (settings.pyramid_levels - 1))
     if settings.adversary_weight > 0:
@@ -196,7 +196,8 @@ def _learn(
     console: Console,
 ) -> None:
     """All steps that are left."""
-    first, steps = _resume(trainer, folder, console), trainer.settings.steps
+    steps = trainer.settings.steps
+    first = folder.resume(trainer.load_state_dict, steps, console)
     if first == 0:
         _write_sheet(trainer, store, folder.path / "before.png")
     window = Window(trainer.settings.batch)
@@ -219,17 +220,6 @@ def _learn(
                 quality = _measure(trainer, store)
                 folder.report({"step": done, "held_out": quality._asdict()})
                 console.print(f"step {done:,}: {_words(quality)}")
-
-
-def _resume(trainer: Trainer, folder: RunFolder, console: Console) -> int:
-    """Take up the last checkpoint; returns how many steps were made."""
-    checkpoint = folder.load()
-    first = 0 if checkpoint is None else checkpoint.step
-    folder.forget_after(first)
-    if checkpoint is not None:
-        trainer.load_state_dict(checkpoint.state)
-        console.print(f"Continuing after step {first:,} of {trainer.settings.steps:,}.")
-    return first
 
 
 def _shown(row: dict[str, float]) -> str:
