@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig, preset
 from cogvideo.layout import SequenceLayout
-from cogvideo.models.attention import Plan, attend, split_heads
+from cogvideo.models import attention
+from cogvideo.models.attention import Chunk, Group, Plan, attend, split_heads
 from cogvideo.models.plans import full_pass, text_masks
 from cogvideo.models.transformer import Base, Pass, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.text import PaddedText
@@ -404,11 +405,17 @@ def test_a_pass_of_text_alone(make_system: MakeSystem, make_text: MakeText) -> N
     assert plan.temporal == ()
 
 
+@pytest.mark.parametrize("bonus", [0.0, 1.4])
+@pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize(("stage", "window"), [("sequential", 0), ("sequential", 2), ("interpolation", 2)])
-def test_gradients_of_attention(stage: str, window: int) -> None:
-    """Guards the backward pass of runs of keys, which is written by hand: it is what small differences give."""
+def test_gradients_of_attention(
+    stage: str, window: int, short: bool, bonus: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards what is written by hand of the backward pass, runs of keys and few rows: it is what small differences
+    give."""
+    monkeypatch.setattr(attention, "_is_short", lambda q: short)
     layout = getattr(SequenceLayout, stage)(LayoutConfig(4, 5, 3, 3, 3))
-    text = text_masks(torch.tensor([[False, True, True], [True, True, True]]), 0.0, torch.float64)
+    text = text_masks(torch.tensor([[False, True, True], [True, True, True]]), bonus, torch.float64)
     plan = full_pass(layout, window, text, 5, True, torch.device("cpu"))
     fused = torch.randn(2, layout.length, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -417,3 +424,20 @@ def test_gradients_of_attention(stage: str, window: int) -> None:
         return attend(q, kv, plan.spatial), *(attend(q[:, :, 3:], kv, each) for each in plan.temporal)
 
     torch.autograd.gradcheck(outputs, (fused.requires_grad_(),), fast_mode=True)
+
+
+@pytest.mark.parametrize("rows", [attention.SHORT - 1, attention.SHORT])
+def test_gradients_of_bfloat16_attention(rows: int) -> None:
+    """Guards the two ways of the backward pass on CPUs: near what float64 gives, masks of both kinds or none."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, gradient = (torch.randn(2, 3, rows, 16, generator=generator).bfloat16() for _ in range(4))
+    seen = torch.rand(2, 1, rows, rows, generator=generator) > 0.5
+    for mask in (None, seen, seen * 1.5):
+        plan = Plan((Group(None, None, (Chunk(None, None, mask),)),))
+        found = []
+        for dtype in (torch.bfloat16, torch.float64):
+            inputs = [each.to(dtype).requires_grad_() for each in (q, k, v)]
+            out = attend(inputs[0], torch.stack(inputs[1:]), plan)
+            found.append(torch.autograd.grad(out, inputs, gradient.to(dtype).transpose(1, 2).flatten(2)))
+        for ours, exact in zip(*found, strict=True):
+            assert (ours - exact).norm() < 0.01 * exact.norm()

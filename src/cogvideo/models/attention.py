@@ -6,6 +6,7 @@ and keys, and of chunks: runs of the gathered rows and keys that go through one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
+
+SHORT = 192
+"""Rows below which PyTorch's bfloat16 kernel for CPUs takes blocks of 32, and is slow backward."""
 
 
 class Chunk(NamedTuple):
@@ -82,7 +86,35 @@ def _attend_chunks(q: Tensor, kv: Tensor, chunks: tuple[Chunk, ...]) -> Float[Te
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)  # under autocast, scores are narrower than weights
+    if _is_short(q) and torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v)):
+        return _Short.apply(q, k, v, mask)  # type: ignore[no-untyped-call]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _is_short(q: Float[Tensor, "batch heads rows head_dim"]) -> bool:
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] < SHORT
+
+
+class _Short(torch.autograd.Function):
+    """Attention of few rows in bfloat16 on a CPU: PyTorch's kernel forward, whole matrix products backward."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        ctx.save_for_backward(q, k, v, mask, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, mask, out = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        q = q * scale
+        scores = q @ k.mT
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, -math.inf) if mask.dtype == torch.bool else scores.add_(mask)
+        weights = scores.softmax(-1)
+        through = (gradient @ v.mT).sub_((gradient * out).sum(-1, keepdim=True)).mul_(weights)
+        return (through @ k).mul_(scale), through.mT @ q, weights.mT @ gradient, None
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
