@@ -10,6 +10,7 @@ Everything is PyTorch's own. One rank alone goes the same way and meets none of 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -105,7 +106,9 @@ def process_group(device: torch.device, settings: ParallelSettings) -> Iterator[
         mesh = init_device_mesh(device.type, (world_size // tensor, tensor), mesh_dim_names=("data", "tensor"))
         rank = dist.get_rank()
         yield Ranks(rank, world_size, device, rank // tensor, world_size // tensor, mesh)
-        dist.barrier()  # threads of gloo still drop Python's objects: a rank that ended at once might abort
+        gc.collect()
+        for group in (None, *mesh.get_all_groups()):
+            dist.barrier(group)  # threads of gloo still drop Python's objects: a rank that ended at once might abort
     finally:
         dist.destroy_process_group()
 
