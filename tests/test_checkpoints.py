@@ -161,7 +161,6 @@ def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "step-notes").touch()
     assert checkpoints.steps() == [1]
     assert Checkpoints(tmp_path / "nowhere").steps() == []
-    assert Checkpoints(tmp_path / "nowhere").steps() == []
     assert Checkpoints(tmp_path / "nowhere").best() is None
 
 

@@ -25,4 +25,4 @@ for stage in sequential interpolation; do
     cogvideo train $stage --data "${data[@]}" --out "$model" --recipe "$recipe"
 done
 cogvideo train superres --data "$out/emoji-high" "$out/world-high" --out "$model" --recipe "$recipe"
-cogvideo train report "$model" --out "$out/report.html"
+cogvideo train report "$out/image" "$model" --out "$out/report.html"

@@ -106,9 +106,9 @@ def process_group(device: torch.device, settings: ParallelSettings) -> Iterator[
         mesh = init_device_mesh(device.type, (world_size // tensor, tensor), mesh_dim_names=("data", "tensor"))
         rank = dist.get_rank()
         yield Ranks(rank, world_size, device, rank // tensor, world_size // tensor, mesh)
-        gc.collect()
+        gc.collect()  # threads of gloo still drop Python's objects: a rank that ended at once might abort
         for group in (None, *mesh.get_all_groups()):
-            dist.barrier(group)  # threads of gloo still drop Python's objects: a rank that ended at once might abort
+            dist.barrier(group)
     finally:
         dist.destroy_process_group()
 
