@@ -96,7 +96,7 @@ class Settings:
     sequences_at_once: int = 0
     """Sequences of a round (two gaps each) that are decoded as one batch; 0 is all. Fewer need less memory and more
     passes, and give the same clip."""
-    passes: Passes = field(default_factory=lambda: Passes(draft=8))
+    passes: Passes = field(default_factory=Passes)
     """How many slots go through the model at once; changes the speed alone."""
     truncate: bool = False
     """Cut prompts that are longer than the text slots, instead of refusing them."""
