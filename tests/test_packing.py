@@ -39,14 +39,17 @@ def test_packed_equals_linear(dtype: torch.dtype, tolerance: float) -> None:
         assert ((got - expected).norm() / expected.norm()).item() < tolerance
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (256, 1024), (512, 2048)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_do_not_depend_on_their_number(dtype: torch.dtype) -> None:
-    """Guards reproducibility across batches: a row is computed in the same way alone and among others."""
+def test_rows_do_not_depend_on_their_number(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """Guards reproducibility across batches: a row is computed in the same way alone and among others, wherever it
+    stands."""
     needs_packing(dtype)
-    packed, x = PackedLinear(some_linear(dtype).weight, None), torch.randn(64, 1, SHAPE[1], dtype=dtype)
+    packed, x = PackedLinear(some_linear(dtype, shape).weight, None), torch.randn(200, 1, shape[1], dtype=dtype)
     whole = packed(x)
-    for rows in (1, 2, 3, 5, 8, 17, 32):
+    for rows in (1, 2, 3, 5, 8, 17, 32, 33, 65, 160):
         assert torch.equal(packed(x[:rows]), whole[:rows])
+        assert torch.equal(packed(x[7 : rows + 7]), whole[7 : rows + 7])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
