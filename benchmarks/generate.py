@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -85,7 +86,7 @@ def ways(model: str, rounds: int = 3) -> Figures:
     codes: dict[str, torch.Tensor] = {}
 
     def draw(name: str) -> None:
-        frames = list(_stream(pipeline, Settings(passes=WAYS[name]), Upscaling(False)))
+        frames = list(_stream(pipeline, replace(pipeline.settings, passes=WAYS[name]), Upscaling(False)))
         ordered = sorted(frames, key=lambda frame: frame.place)
         codes[name] = torch.stack([frame.codes for frame in ordered])
 
@@ -103,7 +104,7 @@ def ways(model: str, rounds: int = 3) -> Figures:
 def parts(model: str, rounds: int = 3) -> Figures:
     """Seconds of each part of a clip, beside its floor."""
     pipeline = CogVideoPipeline.from_pretrained(model)
-    config, settings = pipeline.model.config, Settings()
+    config, settings = pipeline.model.config, pipeline.settings
     list(_stream(pipeline, settings, Upscaling(False)))
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,10 @@ def test_the_settings_stand_beside_the_clip_and_in_it(model: str, inside: Path) 
         "guidance": 2.5,
         "temperature": 0.9,
         "clusters": 5,
+        "first_temperature": 1.0,
+        "first_clusters": 16,
+        "first_guidance": 1.0,
+        "text_bonus": 1.4,
         "rounds": 0,
         "superres": False,
         "dtype": "bfloat16",
@@ -224,6 +229,37 @@ def test_options_mean_what_they_say(model: str, inside: Path) -> None:
     assert np.array_equal(frames_of(inside / "out" / "a-cat-runs"), expected)
 
 
+def test_a_model_has_values_of_its_own(model: str, inside: Path) -> None:
+    """Guards the samplers and guidance of a model: they are taken and recorded unless a call says otherwise, and a
+    sidecar keeps them when the model's values change."""
+    own = shutil.copytree(model, inside / "own")
+    manifest = json.loads((own / "bundle.json").read_text())
+    values = {"first_temperature": 0.7, "first_clusters": 2, "temperature": 0.9, "clusters": 5}
+    values |= {"first_guidance": 1.5, "guidance": 2.5, "text_bonus": 0.3}
+    assert manifest["config"]["drawing"].keys() == values.keys()
+    manifest["config"]["drawing"] = values
+    (own / "bundle.json").write_text(json.dumps(manifest))
+    expected = made(
+        model,
+        "a cat runs",
+        7,
+        rounds=1,
+        first=Sampling(0.7, clusters=2),
+        later=Sampling(0.9, clusters=5),
+        guidance=Guidance(1.5, 2.5, text_bonus=0.3),
+    )
+    plain = ("--format", "png", "--no-superres")
+    run("a cat runs", "--model", own, "--seed", 7, "--rounds", 1, *plain)
+    assert np.array_equal(frames_of(inside / "out" / "a-cat-runs"), expected)
+    assert values.items() <= record_of(inside / "out" / "a-cat-runs.png").items()
+
+    options = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
+    run("a cat runs", "--model", model, "--seed", 7, "--rounds", 1, *plain, *options, "--output", "given")
+    assert np.array_equal(frames_of(inside / "given" / "a-cat-runs"), expected)
+    run("--from-sidecar", "out/a-cat-runs.json", "--model", model, "--output", "again", "--format", "png")
+    assert np.array_equal(frames_of(inside / "again" / "a-cat-runs"), expected)
+
+
 def test_each_option_changes_the_clip(model: str, inside: Path) -> None:
     """Guards options against being read and forgotten."""
     plain = ("a cat runs", "--model", model, "--format", "png", "--seed", 7, "--rounds", 0, "--no-superres")
@@ -234,6 +270,10 @@ def test_each_option_changes_the_clip(model: str, inside: Path) -> None:
         ("--guidance", 1),
         ("--temperature", 3),
         ("--clusters", 1),
+        ("--first-temperature", 3),
+        ("--first-clusters", 1),
+        ("--first-guidance", 5),
+        ("--text-bonus", 5),
         ("--negative", "the sun"),
         ("--image", "start.png"),
         ("--loop",),

@@ -261,8 +261,8 @@ class Phase:
 
 
 def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phase, ...]:
-    """The phases of a clip, from a prompt to pixels."""
-    settings = settings or Settings()
+    """The phases of a clip, from a prompt to pixels; made as the model does by itself, unless settings are given."""
+    settings = settings or Settings.of(config.drawing)
     guidance, frames = settings.guidance, config.layout.num_frames
     gaps = SequenceLayout.interpolation(config.layout).num_bidirectional - 1
     phases = [

@@ -14,9 +14,8 @@ import cogvideo
 from cogvideo.bundle import POCKET, locate
 from cogvideo.config import PRESETS, preset
 from cogvideo.costs import clip
-from cogvideo.generation.hierarchy import Settings
 from cogvideo.info import table
-from cogvideo.machine import free_memory, needed_memory
+from cogvideo.machine import free_memory, needed_memory, slowness
 from cogvideo.storage import Manifest
 
 GIB = 2**30
@@ -41,6 +40,8 @@ def doctor(model: str = POCKET, /) -> int:
         console.print(f"{device}: {words}")
     if len(devices) == 1:
         console.print("no GPU that PyTorch can use: everything runs on the CPU, the model in the box in seconds a clip")
+    if slow := slowness(torch.bfloat16, devices[0][0]):
+        console.print(slow)
     console.print()
     console.print(table("One clip of 33 frames", ["", *(str(device) for device, _ in devices)], _rows(devices)))
     wrong = list(_wrong(locate(model)))
@@ -64,7 +65,7 @@ def _devices() -> Iterator[tuple[torch.device, str]]:
 def _rows(devices: list[tuple[torch.device, str]]) -> Iterator[list[str]]:
     """Each preset, and how it fits."""
     for name in PRESETS:
-        config, phases = preset(name), clip(preset(name), Settings())
+        config, phases = preset(name), clip(preset(name))
         row = [name]
         for device, _ in devices:
             free, answer = free_memory(device), ""

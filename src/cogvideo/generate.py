@@ -21,9 +21,9 @@ from torch import Tensor
 
 import cogvideo
 from cogvideo.bundle import POCKET, usable
-from cogvideo.config import require
+from cogvideo.config import DrawingConfig, require
 from cogvideo.generation.hierarchy import Settings
-from cogvideo.machine import require_memory
+from cogvideo.machine import require_memory, slowness
 from cogvideo.outputs import Folder, Format, Record, is_file, read_record, write_clip, write_frame
 from cogvideo.pipeline import CogVideoPipeline, Drawing, Frame, Given, Upscaling, collect, default_dtype
 from cogvideo.prompts import LARGEST_SEED, Prompt, read_prompts
@@ -70,10 +70,9 @@ class Choices(Drawing):
         require(pair, "got one of --first and --last, expected both; --image is a first frame alone")
         require(not (self.loop and (self.last or self.extend)), "got --loop with another end, expected one of them")
 
-    @property
-    def settings(self) -> Settings:
+    def settings(self, own: DrawingConfig) -> Settings:
         """Of the stages."""
-        drawn = super().settings
+        drawn = super().settings(own)
         return replace(drawn, rounds=self.rounds, guidance=replace(drawn.guidance, negative=self.negative))
 
     @property
@@ -281,10 +280,10 @@ class Maker:
         if choices.dtype == "auto":
             choices = replace(choices, dtype=NAMES[default_dtype(self.device)])
         dtype = getattr(torch, choices.dtype)
-        self.choices = choices
-        self.execution, self.settings = execution, choices.settings
         self.pipeline = CogVideoPipeline.from_pretrained(choices.model, dtype, self.device, execution.offload)
         model = self.pipeline.model
+        self.choices, self.execution = choices.of(model.config.drawing), execution
+        self.settings = choices.settings(model.config.drawing)
         self.record = self.choices.record | {"bundle": model.fingerprint}
         """What decides all clips."""
         self.fps = self.pipeline.fps(self.settings)
@@ -312,6 +311,8 @@ class Maker:
             folder.mkdir(parents=True, exist_ok=True)
             require(os.access(folder, os.W_OK), f"cannot write into {folder}, expected a folder for the clips")
         console = Console(stderr=True, highlight=False, soft_wrap=True)
+        if slow := slowness(getattr(torch, self.choices.dtype), self.device):
+            console.print(slow)
         for group, stream in zip(groups, streams, strict=True):
             watched = _watched(_previewed(stream, group) if preview else stream, console)
             clips = collect(watched, fps)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from cogvideo.bundle import CogVideo, usable
-from cogvideo.config import CogVideoConfig, require
+from cogvideo.config import CogVideoConfig, DrawingConfig, require
 from cogvideo.generation.hierarchy import Settings, generate
 from cogvideo.generation.sampling import Sampling, spawn
 from cogvideo.generation.upscale import RELEASED, slot_noise, upscale
@@ -34,28 +34,42 @@ Picture = Image.Image | UInt8[np.ndarray, "_ _ 3"]
 """An image: of Pillow, or red, green and blue."""
 
 
-DEFAULTS = Settings()
+D = TypeVar("D", bound="Drawing")
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How codes are drawn, as commands offer it; all else are the defaults of `Settings`."""
+    """How codes are drawn, as commands offer it: `DrawingConfig`, whose values a model has, and a call may change."""
 
-    guidance: float = DEFAULTS.guidance.sequential
-    """How strongly key frames follow the prompt; 1 is not at all, and twice as fast."""
-    temperature: float = DEFAULTS.later.temperature
+    guidance: float | None = None
+    """How strongly key frames follow the prompt; 1 is not at all, and twice as fast. This and the next ones are the
+    model's own unless given."""
+    temperature: float | None = None
     """Of later frames; lower is calmer."""
-    clusters: int = DEFAULTS.later.clusters
+    clusters: int | None = None
     """Of codes that later frames are drawn from; fewer is calmer, 0 is all codes."""
+    first_guidance: float | None = None
+    """How strongly the first frame follows the prompt; 1 is not at all."""
+    first_temperature: float | None = None
+    """Of the first frame; lower is surer and less varied."""
+    first_clusters: int | None = None
+    """Of codes that the first frame is drawn from; 0 is all codes."""
+    text_bonus: float | None = None
+    """Added to text scores where there is no guidance."""
 
-    @property
-    def settings(self) -> Settings:
-        """The same as the stages take it."""
-        return replace(
-            DEFAULTS,
-            later=replace(DEFAULTS.later, temperature=self.temperature, clusters=self.clusters),
-            guidance=replace(DEFAULTS.guidance, sequential=self.guidance),
-        )
+    def of(self: D, own: DrawingConfig) -> D:
+        """With a model's own values for those that are not given."""
+        values = {name: value for name, value in asdict(own).items() if getattr(self, name) is None}
+        return replace(self, **values)
+
+    def settings(self, own: DrawingConfig) -> Settings:
+        """The same as the stages of a model take it.
+
+        Raises:
+            ValueError: a value cannot be used.
+        """
+        given = self.of(own)
+        return Settings.of(DrawingConfig(**{each.name: getattr(given, each.name) for each in fields(own)}))
 
 
 @dataclass(frozen=True)
@@ -157,7 +171,7 @@ class CogVideoPipeline:
         negative_prompt: str | None = None,
         num_samples: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        guidance_scale: float = 3.0,
+        guidance_scale: float | None = None,
         callback: Callable[[Frame], None] | None = None,
         settings: Settings | None = None,
         upscaling: Upscaling | None = None,
@@ -174,16 +188,17 @@ class CogVideoPipeline:
             num_samples: clips of each prompt.
             generator: one a clip, on the CPU. A single one makes the first clip; the next clips get the seeds that
                 follow its own. Random unless given.
-            guidance_scale: how strongly key frames follow the prompt; 1 is not at all.
+            guidance_scale: how strongly key frames follow the prompt; 1 is not at all. As in `settings` unless given.
             callback: called with each frame when it is finished.
-            settings: all else that decides a clip.
+            settings: all else that decides a clip; the model's own unless given.
             upscaling: of the frames.
 
         Raises:
             ValueError: something cannot be used, or the model lacks a part.
         """
-        settings = settings or Settings()
-        guidance = replace(settings.guidance, sequential=guidance_scale, negative=negative_prompt)
+        settings = settings or self.settings
+        guidance = replace(settings.guidance, negative=negative_prompt)
+        guidance = guidance if guidance_scale is None else replace(guidance, sequential=guidance_scale)
         settings = replace(settings, guidance=guidance)
         require(num_samples > 0, f"num_samples is {num_samples}, expected a positive number")
         prompts = [each for each in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_samples)]
@@ -200,6 +215,11 @@ class CogVideoPipeline:
             if callback is not None:
                 callback(frame)
         return collect(found, self.fps(settings))
+
+    @property
+    def settings(self) -> Settings:
+        """The model's own."""
+        return Settings.of(self.model.config.drawing)
 
     def fps(self, settings: Settings) -> float:
         """Frames a second of a clip that is made with these settings."""
@@ -236,7 +256,7 @@ class CogVideoPipeline:
         Args:
             prompts: one a clip.
             generators: one CPU generator a clip.
-            settings: of the stages.
+            settings: of the stages; the model's own unless given.
             upscaling: of the frames.
             given: frames that are there already, the same in every clip.
 
@@ -244,7 +264,7 @@ class CogVideoPipeline:
             ValueError: a prompt or a setting cannot be used, or the model lacks a part. At the call, before weights
                 are loaded.
         """
-        settings, upscaling, given = settings or Settings(), upscaling or Upscaling(), given or Given()
+        settings, upscaling, given = settings or self.settings, upscaling or Upscaling(), given or Given()
         there = self.model.components
         require("image_tokenizer" in there, f"this model has no image_tokenizer for pixels; it has {', '.join(there)}")
         enlarged = [spawn(generator, 1)[0] for generator in generators]

@@ -33,6 +33,7 @@ from cogvideo.evaluation.reader import FILE
 from cogvideo.evaluation.subject import Clip, Subject, Verdict
 from cogvideo.evaluation.world_subject import WorldSubject
 from cogvideo.files import alone_in, write_text
+from cogvideo.machine import slowness
 from cogvideo.pictures import contact_sheet, write_image
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.storage import Manifest
@@ -91,8 +92,11 @@ def alignment(
     """
     _check(out, world, emoji_limit, batch)
     console = Console(highlight=False)
+    if slow := slowness(getattr(torch, making.dtype), usable(device)):
+        console.print(slow)
     bundle = {name: entry.sha256 for name, entry in Manifest.read(locate(model)).components.items()}
     pipeline = CogVideoPipeline.from_pretrained(model, getattr(torch, making.dtype), usable(device))
+    making = making.of(pipeline.model.config.drawing)
     subjects: list[Subject] = [WorldSubject(world, making.seed, reader or FILE)] if world else []
     if emoji is not None:
         subjects.append(EmojiSubject(emoji, emoji_limit, making.seed, emoji_seed))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from cogvideo.config import require
+from cogvideo.config import DrawingConfig, require
 from cogvideo.evaluation.reader import SIZE, resized
 from cogvideo.evaluation.subject import FPS, NUM_FRAMES, Clip, Prompt
 from cogvideo.files import replacing
@@ -25,7 +25,7 @@ from cogvideo.training.autoencoder import reconstruct
 
 @dataclass(frozen=True)
 class Making(Drawing):
-    """How clips are made; the defaults are those of the pipeline."""
+    """How clips are made; the defaults are the model's."""
 
     superres: bool = False
     """Enlarge the frames by super-resolution before they are reduced again."""
@@ -38,12 +38,10 @@ class Making(Drawing):
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**62, f"seed is {self.seed}, expected a number in [0, 2**62)")
-        assert self.settings
 
-    @property
-    def settings(self) -> Settings:
+    def settings(self, own: DrawingConfig) -> Settings:
         """The same as the pipeline takes it."""
-        return replace(super().settings, truncate=self.truncate)
+        return replace(super().settings(own), truncate=self.truncate)
 
 
 def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> Iterator[Frame]:
@@ -52,7 +50,7 @@ def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making)
     Raises:
         ValueError: a prompt or a setting cannot be used, or the model makes other clips than of 33 frames.
     """
-    settings = making.settings
+    settings = making.settings(pipeline.model.config.drawing)
     num_frames = pipeline.num_frames(settings)
     require(num_frames == NUM_FRAMES, f"the model makes clips of {num_frames} frames, expected {NUM_FRAMES}")
     generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]

@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Int64
 from torch import Tensor
 
-from cogvideo.config import CogVideoConfig, require
+from cogvideo.config import CogVideoConfig, DrawingConfig, require
 from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition
 from cogvideo.generation.sampling import GumbelNoise, Sampling, spawn
@@ -62,15 +62,15 @@ class System(Protocol):
 class Guidance:
     """How strongly a stage is guided; the defaults are those of the released pipeline (spec section 3)."""
 
-    image: float = 1.0
+    image: float = DrawingConfig.first_guidance
     """Of the first frame; 1 is no guidance, and no second row."""
-    sequential: float = 3.0
+    sequential: float = DrawingConfig.guidance
     """Of the other key frames."""
     interpolation: float = 1.0
     """Of the frames between."""
     negative: str | None = None
     """Caption to move away from, instead of the model's own unconditional one."""
-    text_bonus: float = 1.4
+    text_bonus: float = DrawingConfig.text_bonus
     """Added to text scores in stages that are not guided."""
 
     def __post_init__(self) -> None:
@@ -87,9 +87,9 @@ class Settings:
     """Rounds of interpolation: 5 key frames become 9, 17, 33, ..."""
     duration: float = 4.0
     """Seconds from the first to the last key frame."""
-    first: Sampling = field(default_factory=lambda: Sampling(1.0, clusters=16))
+    first: Sampling = Sampling(DrawingConfig.first_temperature, clusters=DrawingConfig.first_clusters)  # noqa: RUF009
     """Sampler of the first frame."""
-    later: Sampling = field(default_factory=lambda: Sampling(1.05, clusters=12))
+    later: Sampling = Sampling(DrawingConfig.temperature, clusters=DrawingConfig.clusters)  # noqa: RUF009  # frozen
     """Sampler of all other frames."""
     guidance: Guidance = field(default_factory=Guidance)
     """Guidance of each stage."""
@@ -105,6 +105,19 @@ class Settings:
         require(self.rounds >= 0, f"rounds is {self.rounds}, expected 0 or more")
         require(self.sequences_at_once >= 0, f"sequences_at_once is {self.sequences_at_once}, expected 0 (all) or more")
         require(self.duration > 0, f"duration is {self.duration}, expected a positive number of seconds")
+
+    @classmethod
+    def of(cls, drawing: DrawingConfig) -> Settings:
+        """Those of a model, from its configuration.
+
+        Raises:
+            ValueError: a value cannot be used.
+        """
+        return cls(
+            first=Sampling(drawing.first_temperature, clusters=drawing.first_clusters),
+            later=Sampling(drawing.temperature, clusters=drawing.clusters),
+            guidance=Guidance(drawing.first_guidance, drawing.guidance, text_bonus=drawing.text_bonus),
+        )
 
 
 class Finished(NamedTuple):
@@ -159,7 +172,7 @@ def generate(
         system: models and text tokenizer.
         prompts: captions.
         generators: one CPU generator a sample, advanced here; a sample depends on nothing else in the batch.
-        settings: all other choices.
+        settings: all other choices; the model's own unless given.
         given: leading key frames: one continues an image, several continue a clip.
         last: last key frame; the clip then goes from `given`, which must be one frame, to this.
         loop: the last key frame is the first one again.
@@ -168,8 +181,8 @@ def generate(
         ValueError: a prompt is empty or too long, counts differ, given frames cannot be right, or the model lacks a
             part that these settings need. At the call, before anything heavy: models are not even loaded.
     """
-    settings = settings or Settings()
     config = system.config
+    settings = settings or Settings.of(config.drawing)
     given = _check(config, prompts, generators, given, last)
     require(not (loop and last is not None), "a loop ends with its first frame, expected no other last frame")
     _check_parts(system.components, settings, image=not given.shape[1], key_frames=last is None)

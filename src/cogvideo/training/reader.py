@@ -29,6 +29,7 @@ from cogvideo.bundle import usable
 from cogvideo.config import require
 from cogvideo.evaluation.attributes import READER_LEARNS, READER_TEST, accuracies, unseen_scenes
 from cogvideo.evaluation.reader import ATTRIBUTES, BATCH, SIZE, Reader, ReaderConfig, labels, render, to_input
+from cogvideo.machine import slowness
 from cogvideo.training.autoencoder import generator
 from cogvideo.training.loop import Window, interrupts, progress
 from cogvideo.training.optim import groups_by_decay
@@ -121,6 +122,8 @@ def train_reader(
     }.items():
         require(value > 0, f"{name} is {value}, expected a positive number")
     place, console = usable(device), Console(stderr=True, highlight=False, soft_wrap=True)
+    if slow := slowness(getattr(torch, settings.precision), place):
+        console.print(slow)
     folder = RunFolder(out.parent / f".{out.stem}-run")
     folder.claim({"settings": asdict(settings), "config": asdict(config)})
     trainer = Trainer(config, settings, place)

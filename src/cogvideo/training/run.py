@@ -17,6 +17,7 @@ import torch
 
 from cogvideo.config import require
 from cogvideo.data.loader import ClipStream, Loader
+from cogvideo.machine import slowness
 from cogvideo.training.checkpoints import Checkpoints, DamagedError, restore, training_state
 from cogvideo.training.held_out import HeldOut, measure
 from cogvideo.training.loop import interrupts
@@ -133,6 +134,8 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> None:
     with recorder(first) as record, interrupts() as interrupt:
         if first and _shows(job, first) and job.lacks(first):  # it was killed behind the checkpoint, or stopped there
             _sample(job, first, record)
+        if slow := slowness(settings.dtype, trainer.ranks.device):
+            record.say(slow)
         clock = Clock(trainer, seconds)
         for done, batch in _batches(job, first):
             trainer.step(done - 1, batch)

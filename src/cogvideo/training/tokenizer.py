@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -17,6 +18,7 @@ from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.sources import SourceOptions
 from cogvideo.evaluation.metrics import WINDOW
 from cogvideo.files import alone_in
+from cogvideo.machine import slowness
 from cogvideo.models.adversary import PatchDiscriminator
 from cogvideo.models.perceptual import LEAST_SIDE, Lpips, load_lpips
 from cogvideo.models.quantizer import cluster_codes
@@ -83,6 +85,8 @@ def tokenizer(
     for name, value in {"evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}.items():
         require(value > 0, f"{name} is {value}, expected a positive number of steps")
     place, console = usable(device), Console(stderr=True, highlight=False, soft_wrap=True)
+    if slow := slowness(getattr(torch, settings.precision), place):
+        console.print(slow)
     whole = _config(out, preset, overwrite)
     frames, options = _complete(frames, options, settings, whole)
     model = _lpips(vgg, lpips, console)
