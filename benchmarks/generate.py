@@ -102,9 +102,9 @@ def ways(model: str, rounds: int = 3) -> Figures:
 
 
 def parts(model: str, rounds: int = 3) -> Figures:
-    """Seconds of each part of a clip, beside its floor."""
+    """Seconds of each part of a clip whose codes are drawn one by one, beside its floor."""
     pipeline = CogVideoPipeline.from_pretrained(model)
-    config, settings = pipeline.model.config, pipeline.settings
+    config, settings = pipeline.model.config, replace(pipeline.settings, passes=Passes())
     list(_stream(pipeline, settings, Upscaling(False)))
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
+
+# Before PyTorch is loaded, and for all processes that tests start: small models are slower on several threads, and far
+# slower where tests that run in parallel have more threads than there are cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import jaxtyping
 import pytest
@@ -32,8 +37,6 @@ from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig  # noqa
 from cogvideo.layout import SequenceLayout  # noqa: E402
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer  # noqa: E402
 from cogvideo.text import PaddedText  # noqa: E402
-
-torch.set_num_threads(1)  # small models are slower on several, and tests run in parallel
 
 TEXT_SLOTS, NUM_CODES, VOCAB_SIZE, START, HIDDEN, HEADS = 6, 24, 40, 37, 16, 2
 CAPTIONS = (

@@ -310,7 +310,7 @@ def started(job: str, folder: Path, world_size: int = 2) -> Iterator[list[subpro
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, job, str(folder)],
@@ -338,7 +338,6 @@ def run_ranks(job: str, folder: Path, world_size: int = 2) -> None:
 
 def main() -> None:
     """One rank of a job."""
-    torch.set_num_threads(1)
     job, folder = sys.argv[1], Path(sys.argv[2])
     cpu = torch.device("cpu")
     if job in WAYS:

@@ -219,9 +219,9 @@ class Watched(Decoder):
             self._of(row.rank, logits)[:, row.slot] = logits[:, column]
         return logits
 
-    def draft(self, rank: int, slots: Tensor, last: int, tokens: Tensor) -> Tensor:
+    def draft(self, rank: int, slots: Tensor, tokens: Tensor) -> Tensor:
         """See `Decoder`."""
-        logits = super().draft(rank, slots, last, tokens)
+        logits = super().draft(rank, slots, tokens)
         self._of(rank, logits).scatter_(1, slots[..., None].expand(logits.shape), logits)
         return logits
 

@@ -215,7 +215,7 @@ def test_cached_rows_see_the_rule(make_system: MakeSystem, make_text: MakeText, 
             for start in range(0, area, 2):  # each pass drafts five slots and keeps two
                 slots = list(range(start, min(start + 5, area)))
                 rows = torch.tensor(slots).expand(2, -1)
-                check([frames[rank][slot] for slot in slots], *plans.draft(rank, rows, slots[-1]))
+                check([frames[rank][slot] for slot in slots], *plans.draft(rank, rows))
         return
     count = layout.num_frames - first
     for tick in range((count - 1) * behind + area):

@@ -61,10 +61,11 @@ def test_it_finds_changed_files(
     content[-1] ^= 1
     path.write_bytes(content)
     (model / "superres.safetensors").unlink()
+    model = model.rename(model.with_name("model[v2] [b]"))
     assert main(["doctor", str(model)]) == 1
     told = capsys.readouterr().out
     assert "base.safetensors has the sha256" in told
-    assert "there is no file" in told
+    assert f"there is no file {model}" in told
     assert "all files are what was saved" not in told
 
 

@@ -27,6 +27,7 @@ import cogvideo
 from cogvideo import machine
 from cogvideo.bundle import CogVideo, _Source
 from cogvideo.cli import main
+from cogvideo.generate import Maker
 from cogvideo.generation.hierarchy import Guidance, Settings
 from cogvideo.generation.sampling import Sampling
 from cogvideo.pictures import write_image
@@ -328,7 +329,7 @@ def test_frames_can_be_played_at_another_rate(model: str, inside: Path, capsys: 
     assert len(slow) == len(fast) == 5
     assert one["codes"] == two["codes"]
     told = refused(capsys, "a cat", "--model", model, "--output", "x.gif", "--rounds", "6")
-    assert "fps is 64.0, expected a number in (0, 50] for .gif" in told
+    assert "fps is 64.0, expected a number in [0.01, 50] for .gif" in told
 
 
 # Frames that are given
@@ -457,6 +458,15 @@ def test_a_list_is_gone_on_with(model: str, inside: Path, capsys: pytest.Capture
         ("x.csv", b"prompt,seed\na cat,-1\n", "x.csv, line 2: seed is '-1', expected a number in"),
         ("x.csv", b"prompt,seed\n,1\n", "x.csv, line 2: prompt is '', expected a text"),
         ("x.jsonl", b'{"prompt": 3}\n', "x.jsonl, line 1: prompt is 3, expected a text"),
+        (
+            "x.csv",
+            b"prompt\na cat, on a mat\n",
+            "x.csv, line 2: 1 cells have no column: a prompt with commas",
+        ),
+        ("x.csv", b"prompt,seed\na cat," + b"1" * 5000, "x.csv, line 2: seed is '1111"),
+        ("x.csv", b"", "x.csv is empty, expected the names of its columns"),
+        ("x.jsonl", b'{"prompt": "\\ud800"}', "x.jsonl, line 1: prompt is '\\ud800', which is no text in Unicode"),
+        ("x.json", b'[{"prompt": "a cat"}]', "x.json is no list of prompts, expected JSON lines"),
         ("x.jsonl", b"{", "x.jsonl"),
         ("x.csv", None, "No such file or directory: x.csv"),
         ("x.txt", None, "No such file or directory: x.txt"),
@@ -523,7 +533,7 @@ def test_control_c_ends_a_real_process(model: str, inside: Path) -> None:
     arguments = ["a cat runs", "--model", model, "--samples", "500", "--preview", "--rounds", "3"]
     process = subprocess.Popen(
         [sys.executable, "-m", "cogvideo", "generate", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     until = time.monotonic() + 100
     while not list(inside.glob("out/*-frames/002.png")) and time.monotonic() < until:
@@ -586,7 +596,7 @@ def test_a_prompt_may_look_like_an_option(model: str, inside: Path) -> None:
     ]
     done = subprocess.run(
         [sys.executable, "-m", "cogvideo", "generate", *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100,
+        capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "o/rf.mp4\no/HOME.mp4\n"), done.stderr
     assert done.stderr == ""
@@ -623,7 +633,7 @@ def test_every_prompt_has_a_file_of_its_own(
         (("",), "the prompt is empty: ''"),
         (("a cat", " \t\n"), "the prompt is empty"),
         (("a cat", "x" * 10_000), r"the prompt has \d+ tokens, 16 fit"),
-        (("a cat", "\udc80"), "surrogates not allowed"),
+        (("a cat", "\udc80"), "is no text in Unicode"),
         ((), "there is no prompt, expected one or several texts"),
     ],
 )
@@ -654,6 +664,14 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--model", "nobody/nothing"), "there is no folder nobody/nothing, and none came from the Hub"),
         (("--guidance", "nan"), "guidance of the sequential stage is nan, expected 0 or more"),
         (("--temperature", "-1"), "temperature is -1.0, expected 0"),
+        (("--temperature", "inf"), "temperature is inf, expected 0"),
+        (("--text-bonus", "nan"), "text_bonus is nan, expected a number"),
+        (("--fps", "0.005"), "fps is 0.005, expected a number in"),
+        (("--device", "meta"), "cannot use the device 'meta'"),
+        (("--model", ""), "the model has no name"),
+        (("--output", "x.png"), "cannot write x.png: expected a folder, or a file that ends in .mp4"),
+        (("--output", "x.mp4", "--format", "gif"), "output is x.mp4 and format gif, expected one format"),
+        (("--output", "x" * 201), "the name xxxxxxxxxxxxxxxxxxxx... has 201 bytes, expected 200 at most"),
         (("--clusters", "-1"), "clusters is -1, expected 0"),
         (("--seed", "-1"), "seed is -1, expected a number in"),
         (("--device", "abacus"), "cannot use the device 'abacus'"),
@@ -661,7 +679,7 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--model", "."), "cannot use bundle.json: No such file"),
         (("--output", "x.avi"), r"cannot write x.avi: expected a folder, or a file that ends in .mp4, .gif, .webp"),
         (("--output", "file"), "file is a file, expected a folder"),
-        (("--output", "folder.mp4"), "folder.mp4 is a folder, expected a folder, or a file"),
+        (("--output", "folder.mp4"), "folder.mp4 is a folder, expected a file, or a folder without .mp4"),
         (("--output", "file/x.mp4"), "(File exists|Not a directory): file"),
         (("--output", "file/deeper/out"), "Not a directory: file/deeper"),
         (("--output", "/proc/out"), "No such file or directory: /proc/out"),
@@ -729,6 +747,105 @@ def test_nothing_in_a_folder_is_replaced(model: str, inside: Path) -> None:
     (inside / "out" / "A-CAT-3.txt").touch()
     run("a cat", "--model", model, "--seed", 2, *QUICK)
     assert [record_of(inside / "out" / f"a-cat{each}.mp4")["seed"] for each in ("", "-2", "-4")] == [1, 1, 2]
+
+
+def test_another_process_may_add_to_the_folder(
+    model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards clips that came into the folder while one was made: they had no name when this one got its own."""
+    make = Maker.make
+
+    def beside(self: Maker, *arguments: Any) -> Any:
+        for clip in make(self, *arguments):
+            clip.path.write_text("of somebody else")
+            yield clip
+
+    monkeypatch.setattr(Maker, "make", beside)
+    run("a cat", "--model", model, *QUICK)
+    assert capsys.readouterr().out == "out/a-cat-2.mp4\n"
+    assert (inside / "out" / "a-cat.mp4").read_text() == "of somebody else"
+    assert record_of(inside / "out" / "a-cat-2.mp4")["file"] == "a-cat-2.mp4"
+
+
+def test_frames_of_a_stopped_run_stay(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards what --preview left, also from a prompt that is called like its folder, and says which seed was shown."""
+    (inside / "out" / "a-cat-frames").mkdir(parents=True)
+    (inside / "out" / "a-cat-frames" / "000.png").write_text("old")
+    run("a cat", "a cat frames", "--model", model, "--preview", "--format", "png", "--seed", 4, *QUICK)
+    told = capsys.readouterr()
+    assert told.out.split() == ["out/a-cat-2", "out/a-cat-frames-2"]
+    assert told.err == "out/a-cat-2-frames: frames of seed 4\nout/a-cat-frames-2-frames: frames of seed 5\n"
+    assert (inside / "out" / "a-cat-frames" / "000.png").read_text() == "old"
+
+
+def test_a_foreign_file_is_no_record(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards a JSON file that has the name of the record, be it of another clip or of something else."""
+    run("a cat", "--model", model, "--output", "x.mp4", *QUICK)
+    before = (inside / "x.json").read_text()
+    told = refused(capsys, "a cat", "--model", model, "--output", "x.gif", *QUICK)
+    assert "x.json, where the record of x.gif belongs, holds something else: give another name" in told
+    assert (inside / "x.json").read_text() == before
+
+
+def test_a_list_is_made_in_every_format(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the second run over a list: a clip in another format, or an empty file, is not the one that is wanted."""
+    (inside / "x.txt").write_text("a cat\n")
+    options = ("--prompts", "x.txt", "--model", model, *QUICK)
+    for names in ("a-cat.mp4", "a-cat-2.gif", "a-cat-3"):
+        suffix = Path(names).suffix[1:] or "png"
+        run(*options, "--format", suffix)
+        run(*options, "--format", suffix)
+        told = capsys.readouterr()
+        assert (told.out, told.err) == (f"out/{names}\n", "1 of 1 clips were there already\n")
+    (inside / "out" / "a-cat.mp4").write_bytes(b"")
+    run(*options)
+    assert capsys.readouterr().out == "out/a-cat-4.mp4\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rounds", "0"),
+        ("rounds", None),
+        ("rounds", True),
+        ("guidance", "abc"),
+        ("clusters", 1.5),
+        ("model", 5),
+        ("image", ["a"]),
+        ("dtype", "float8"),
+        ("superres", "x"),
+        ("negative", 5),
+        ("loop", "no"),
+        ("seed", 2**63),
+        ("seed", -1),
+        ("fps", "fast"),
+        ("sha256", []),
+    ],
+)
+def test_an_edited_sidecar_is_refused(
+    field: str, value: object, model: str, inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against tracebacks, and against values that an option would not take."""
+    run("a cat", "--model", model, "--output", "x.mp4", *QUICK)
+    (inside / "y.json").write_text(json.dumps(record_of(inside / "x.mp4") | {field: value}))
+    assert f"y.json: {field} is " in refused(capsys, "--from-sidecar", "y.json", "--output", "z.mp4")
+    assert not (inside / "z.mp4").exists()
+
+
+def test_a_sidecar_is_good_elsewhere(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards clips that are made again in another folder: with the picture where it lies now, at the rate they had."""
+    picture(inside / "start.png")
+    options = ("--image", "start.png", "--fps", 3, "--rounds", 0, "--no-superres")
+    run("a cat", "--model", model, "--output", "x.mp4", *options)
+    (inside / "new").mkdir()
+    (inside / "start.png").rename(inside / "new" / "there.png")
+    picture(inside / "new" / "other.png", seed=1)
+    again = ("--from-sidecar", "x.json", "--output", "z.mp4")
+    assert "No such file or directory: start.png" in refused(capsys, *again)
+    assert "x.json was made with another file than" in refused(capsys, *again, "--image", "new/other.png")
+    run(*again, "--image", "new/there.png")
+    assert record_of(inside / "z.mp4")["codes"] == record_of(inside / "x.mp4")["codes"]
+    assert read(inside / "z.mp4")[1] == 3
 
 
 def test_a_model_that_does_not_fit_is_refused(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor, nn
 
 from cogvideo.bundle import CogVideo
@@ -320,6 +320,11 @@ def test_a_call_gives_the_clips_of_the_command(folder: Path, tmp_path: Path) -> 
 
     assert export_to_video(one.frames[0], str(tmp_path / "x.webp"), fps=one.fps) == str(tmp_path / "x.webp")
     assert np.array_equal(read_video(tmp_path / "x.webp", 2).frames, one.frames[0])
+    away = replace(ONE, guidance=Guidance(sequential=2.0, negative="the sun"))
+    moved = run(pipeline, PROMPTS[:1], (5,), away)
+    for asked in ({"settings": away}, {"settings": settings, "negative_prompt": "the sun"}):
+        assert torch.equal(pipeline(PROMPTS[0], generator=generators(5), **asked).codes, codes_of(moved))
+
     export_to_video([Image.fromarray(each) for each in one.frames[0]], tmp_path / "y.webp")
     assert np.array_equal(read_video(tmp_path / "y.webp", 8).frames, one.frames[0])
 
@@ -335,8 +340,13 @@ def test_a_call_takes_pictures_of_all_kinds(folder: Path) -> None:
     white = pipeline.encode([np.full((20, 20, 3), 255, np.uint8)])
     palette = transparent.convert("P")
     palette.info["transparency"] = 0
+    turned = Image.fromarray(square[::-1, ::-1])
+    turned.getexif()[ExifTags.Base.Orientation] = 3
+    deep = Image.fromarray(square[..., 0].astype(np.uint16) * 257)
     for each, expected in (
         (wide, codes),
+        (turned, codes),
+        (deep, pipeline.encode([square[..., :1].repeat(3, 2)])),
         (Image.fromarray(square), codes),
         (Image.fromarray(square).convert("RGBA"), codes),
         (Image.fromarray(square[..., 0]), pipeline.encode([square[..., :1].repeat(3, 2)])),
@@ -357,11 +367,28 @@ def test_a_call_takes_pictures_of_all_kinds(folder: Path) -> None:
 
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (np.zeros((4, 9, 16, 16, 3), np.uint8), r"got frames of shape \(9, 16, 16, 3\), expected one clip"),
+        ([], "got frames of 0 sizes, expected one clip"),
+        (np.zeros((9, 16, 16, 3)), "got frames of type float64, expected uint8"),
+    ],
+)
+def test_what_is_no_clip_is_not_exported(frames: Any, message: str, tmp_path: Path) -> None:
+    """Guards the step that is forgotten most: one clip of a batch is a video."""
+    with pytest.raises(ValueError, match=message):
+        export_to_video(frames, tmp_path / "z.mp4")
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"image": np.zeros((4, 4, 3))}, r"got a picture of type float64 of shape \(4, 4, 3\), expected uint8"),
         ({"image": np.zeros((4, 4), np.uint8)}, r"got a picture of type uint8 of shape \(4, 4\), expected uint8"),
         ({"video": []}, "got no pictures, expected one or several"),
+        ({"image": "heart.png"}, "got a str, expected an image of Pillow"),
+        ({"image": Image.new("F", (4, 4))}, "the picture has floating-point pixels, expected 8 or 16 bits"),
         ({"image": np.zeros((4, 4, 3), np.uint8), "video": []}, "got an image and a video to start from"),
         ({"last_image": np.zeros((4, 4, 3), np.uint8)}, "got a last frame and 0 leading ones, expected one"),
         ({"num_samples": 0}, "num_samples is 0, expected a positive number"),

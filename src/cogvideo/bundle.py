@@ -316,7 +316,9 @@ def usable(device: str | torch.device) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=device).device
+        one = torch.ones((), device=device)
+        one.item()  # which those without values, such as meta, cannot give
+        return one.device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot use the device {str(device)!r}: {str(error).splitlines()[0]}") from error
 
@@ -331,6 +333,7 @@ def locate(name: str | PathLike[str]) -> Path:
         folder = Path(__file__).parent / POCKET
         require((folder / MANIFEST).exists(), f"the model in the box is missing, {folder}: install cogvideo again")
         return folder
+    require(str(name) != "", "the model has no name, expected a folder, the id of a bundle, or pocket")
     folder = Path(name)
     if folder.is_dir():
         return folder

@@ -261,7 +261,10 @@ class Phase:
 
 
 def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phase, ...]:
-    """The phases of a clip, from a prompt to pixels; made as the model does by itself, unless settings are given."""
+    """The phases of a clip, from a prompt to pixels; made as the model does by itself, unless settings are given.
+
+    Passes are counted as if codes were drawn one by one, which is the most: drafts need fewer, with more rows each.
+    """
     settings = settings or Settings.of(config.drawing)
     guidance, frames = settings.guidance, config.layout.num_frames
     gaps = SequenceLayout.interpolation(config.layout).num_bidirectional - 1

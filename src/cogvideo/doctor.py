@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 import cogvideo
 from cogvideo.bundle import POCKET, locate
@@ -46,9 +47,9 @@ def doctor(model: str = POCKET, /) -> int:
     console.print(table("One clip of 33 frames", ["", *(str(device) for device, _ in devices)], _rows(devices)))
     wrong = list(_wrong(locate(model)))
     for each in wrong:
-        console.print(f"[red]wrong[/red] {each}")
+        console.print(f"[red]wrong[/red] {escape(each)}")
     if not wrong:
-        console.print(f"{model}: all files are what was saved")
+        console.print(f"{escape(str(model))}: all files are what was saved")
     return int(len(wrong) > 0)
 
 

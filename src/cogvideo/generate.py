@@ -7,10 +7,11 @@ import os
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from json import dumps
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import UnionType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from cogvideo.bundle import POCKET, usable
 from cogvideo.config import DrawingConfig, require
 from cogvideo.generation.hierarchy import Settings
 from cogvideo.machine import require_memory, slowness
-from cogvideo.outputs import Folder, Format, Record, is_file, read_record, write_clip, write_frame
+from cogvideo.outputs import FRAMES, Folder, Format, Record, is_file, read_record, write_clip, write_frame
 from cogvideo.pipeline import CogVideoPipeline, Drawing, Frame, Given, Upscaling, collect, default_dtype
 from cogvideo.prompts import LARGEST_SEED, Prompt, read_prompts
 from cogvideo.video import check_rate, read_video
@@ -46,7 +47,8 @@ class Choices(Drawing):
     image: Path | None = None
     """A picture that starts to move: the first frame."""
     extend: Path | None = None
-    """A video that goes on: its frames stay, and up to four seconds follow."""
+    """A video that goes on: its frames, at the rate of the clip (8 a second with three rounds), stay, and up to four
+    seconds follow."""
     first: Path | None = None
     """The first frame, together with --last."""
     last: Path | None = None
@@ -56,7 +58,7 @@ class Choices(Drawing):
     negative: str | None = None
     """What to move away from, in place of the model's unconditional text. It acts where there is guidance."""
     rounds: int = 3
-    """Of interpolation: 0 to 3 give 5, 9, 17, 33 frames of four seconds."""
+    """Of interpolation: 0 to 3 give 5, 9, 17, 33 frames of four seconds; up to 6, each doubles the rate."""
     superres: bool = True
     """Enlarge the frames, where the model can."""
     dtype: Type = "auto"
@@ -131,10 +133,10 @@ def generate(
     Ctrl-C keeps what is finished and ends with status 130.
 
     Args:
-        prompt: one or several.
-        prompts: a file of prompts: a line each, or a table (.csv, .jsonl, ...) with the column prompt and, if wanted,
-            seed. What is finished in the output folder is not made again.
-        seed: of the first clip; the next has the next number. Random, and recorded, unless given.
+        prompt: one or several texts. Write -- before those that begin with a dash.
+        prompts: a file of prompts: a line each, or a table (.csv, .tsv, .jsonl, .parquet) with the column prompt and,
+            if wanted, seed. What is finished in the output folder is not made again.
+        seed: of the noise of the first clip; the next has the next number. Random, and recorded, unless given.
         samples: clips of each prompt.
         from_sidecar: make the clip of a sidecar again: the same codes, or status 1.
         choices: what decides a clip beside its prompt and its seed.
@@ -150,25 +152,33 @@ def generate(
         listed = _listed(prompt, prompts, seed, samples)
     else:
         alone = not prompt and prompts is None and seed is None and samples == 1
-        alone = alone and choices == Choices(model=choices.model)
-        require(alone, "a sidecar brings prompt, seed and choices; beside --from-sidecar expected --model at most")
+        named = {name: getattr(choices, name) for name in ("model", *FILES)}
+        require(
+            alone and choices == Choices(**named),
+            "a sidecar brings prompt, seed and choices; beside --from-sidecar expected at most --model, --image, "
+            "--extend, --first and --last, where these lie elsewhere now",
+        )
         before = _sidecar(from_sidecar)
-        listed, choices = [Prompt(before["prompt"], before["seed"])], _choices(from_sidecar, before, choices.model)
+        listed, choices = [Prompt(before["prompt"], before["seed"])], _choices(from_sidecar, before, named)
     to_file = is_file(files.output, len(listed))
+    suits = not to_file or files.format in ("mp4", files.output.suffix.lower()[1:])
+    require(suits, f"output is {files.output} and format {files.format}, expected one format")
     maker = Maker(choices, execution)
     _check_origin(from_sidecar, before, maker.record)
-    fps = maker.fps if files.fps is None else files.fps
+    fps = before.get("fps", maker.fps) if files.fps is None else files.fps
     check_rate(files.output.suffix if to_file else f".{files.format}", fps)
     record = maker.record | {"fps": fps}
+    folder = Folder(files.output, files.format)
     if to_file:
         wanted = [Wanted(listed[0].text, _seed(listed[0]), files.output)]
     else:
-        wanted = list(_wanted(listed, record, Folder(files.output, files.format), skip=prompts is not None))
+        wanted = list(_wanted(listed, record, folder, skip=prompts is not None))
     same = True
     for clip in maker.make(wanted, fps, files.preview):
-        made = {"file": clip.path.name, "prompt": clip.prompt, "seed": clip.seed} | record | clip.figures
-        write_clip(clip.path, clip.frames, fps, made)
-        print(dumps(made, ensure_ascii=False) if files.json else clip.path, flush=True)
+        path = clip.path if to_file else folder.settled(clip.path)
+        made = {"file": path.name, "prompt": clip.prompt, "seed": clip.seed} | record | clip.figures
+        write_clip(path, clip.frames, fps, made)
+        print(dumps(made, ensure_ascii=False) if files.json else path, flush=True)
         same = same and made["codes"] == before.get("codes", made["codes"])
     if len(wanted) < len(listed):
         print(f"{len(listed) - len(wanted)} of {len(listed)} clips were there already", file=sys.stderr)
@@ -227,22 +237,39 @@ def _sidecar(path: Path) -> Record:
         path.stat()  # if it is missing, say that
         raise ValueError(told)
     require(isinstance(found.get("prompt"), str) and type(found.get("seed")) is int, told)
+    require(0 <= found["seed"] <= LARGEST_SEED, f"{path}: seed is {found['seed']}, expected [0, {LARGEST_SEED}]")
+    require(_fits(found.get("fps", 8.0), float), f"{path}: fps is {found.get('fps')!r:.60}, expected a number")
     return found
 
 
-def _choices(path: Path, record: Record, model: str) -> Choices:
-    """What decided the clip. A model that is named beside the sidecar is where its own lies now."""
-    names = {each.name for each in fields(Choices)}
-    missing = sorted(names - record.keys())
+def _choices(path: Path, record: Record, named: Record) -> Choices:
+    """What decided the clip. A model or a file that is named beside the sidecar is where its own lies now."""
+    hints = get_type_hints(Choices)
+    missing = sorted(hints.keys() - record.keys())
     require(not missing, f"{path} lacks {', '.join(missing)}: another version of cogvideo wrote it")
-    found: dict[str, Any] = {name: record[name] for name in names}
+    for name, hint in hints.items():
+        require(_fits(record[name], hint), f"{path}: {name} is {record[name]!r:.60}, which it cannot be")
+    found: dict[str, Any] = {name: record[name] for name in hints}
+    found |= {name: value for name, value in named.items() if value != getattr(Choices, name)}
     found |= {name: Path(found[name]) for name in FILES if found[name] is not None}
-    return Choices(**found | ({"model": model} if model != POCKET else {}))
+    return Choices(**found)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a sidecar is one of a choice's type."""
+    if hint is Path:
+        return isinstance(value, str)
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, each) for each in get_args(hint))
+    return type(value) in (int, float) if hint is float else type(value) is hint
 
 
 def _check_origin(path: Path | None, before: Record, record: Record) -> None:
     """Refuse a model or files that are not those of the sidecar."""
     if path is not None:
+        require(isinstance(before.get("sha256", {}), dict), f"{path}: sha256 is no table of hashes")
         same = before.get("bundle") == record["bundle"]
         require(same, f"{path} was made with another model than {record['model']}: say with --model where it lies")
         changed = [name for name, value in record["sha256"].items() if before.get("sha256", {}).get(name) != value]
@@ -340,9 +367,13 @@ class Maker:
 
 def _previewed(stream: Iterator[Frame], group: Sequence[Wanted]) -> Iterator[Frame]:
     """The frames, each written before it is passed on."""
-    folders = [each.path.with_name(f"{each.path.stem}-frames") for each in group]
-    for folder in folders:
+    folders = [each.path.with_name(f"{each.path.stem}{FRAMES}") for each in group]
+    for folder, each in zip(folders, group, strict=True):
+        if folder.is_dir():  # of an earlier run, to the same file
+            for old in folder.glob("[0-9]*.png"):
+                old.unlink()
         folder.mkdir(exist_ok=True)
+        print(f"{folder}: frames of seed {each.seed}", file=sys.stderr)
     for frame in stream:
         for folder, pixels in zip(folders, frame.pixels, strict=True):
             write_frame(folder, frame.place, pixels)

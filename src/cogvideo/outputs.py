@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from functools import cached_property
@@ -15,14 +16,17 @@ from jaxtyping import UInt8
 from cogvideo.config import require
 from cogvideo.files import write_text
 from cogvideo.pictures import write_image
-from cogvideo.video import VIDEO_SUFFIXES, write_video
+from cogvideo.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, write_video
 
 Format = Literal["mp4", "gif", "webp", "png"]
 SUFFIXES = (".mp4", ".gif", ".webp")
 """Of the files that hold a clip; PNG frames are a folder."""
-LONGEST_NAME = 120
-"""Bytes of a file name that is made from a prompt: twice as many are the most that file systems take."""
+LONGEST_NAME, LONGEST_GIVEN = 120, 200
+"""Bytes of a file name that is made from a prompt, and of one that is given: most file systems take 255, and a file
+that is written has a longer name."""
 SIDECAR = ".json"
+FRAMES = "-frames"
+"""Behind the name of a clip: the folder of its frames, which come while it is made."""
 
 Record = dict[str, Any]
 """How a clip was made."""
@@ -35,14 +39,27 @@ def is_file(output: Path, clips: int) -> bool:
         ValueError: it can be neither.
     """
     suffix = output.suffix.lower()
-    if suffix in SUFFIXES or (suffix in VIDEO_SUFFIXES and not output.is_dir()):
+    length = len(os.fsencode(output.name))
+    require(
+        length <= LONGEST_GIVEN, f"the name {output.name:.20}... has {length} bytes, expected {LONGEST_GIVEN} at most"
+    )
+    if suffix in SUFFIXES or (suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not output.is_dir()):
         kinds = f"expected a folder, or a file that ends in {', '.join(SUFFIXES)}"
         require(suffix in SUFFIXES, f"cannot write {output}: {kinds}")
-        require(not output.is_dir(), f"{output} is a folder, {kinds}")
+        require(not output.is_dir(), f"{output} is a folder, expected a file, or a folder without {suffix}")
         require(clips == 1, f"output is the file {output} for {clips} clips, expected a folder")
+        _check_sidecar(output)
         return True
     require(output.is_dir() or not output.exists(), f"{output} is a file, expected a folder or a name with .mp4")
     return False
+
+
+def _check_sidecar(output: Path) -> None:
+    """Refuse to replace a file that is not the record of the clip that is replaced."""
+    sidecar = sidecar_of(output)
+    record = read_record(sidecar) or {}
+    is_own = not sidecar.exists() or record.get("file") == output.name
+    require(is_own, f"{sidecar}, where the record of {output} belongs, holds something else: give another name")
 
 
 class Folder:
@@ -63,9 +80,9 @@ class Folder:
         return {each.stem.casefold(): read_record(each) for each in self.path.glob(f"*{SIDECAR}")}
 
     def take(self, wanted: Record) -> bool:
-        """Whether a finished clip has all that is wanted of it, and was not taken before."""
+        """Whether a finished clip of this format has all that is wanted of it, and was not taken before."""
         for stem, record in self._records.items():
-            if record is not None and record.items() >= wanted.items() and self._clip(stem, record).exists():
+            if record is not None and record.items() >= wanted.items() and self._is_there(record.get("file", stem)):
                 self._records[stem] = None
                 return True
         return False
@@ -76,14 +93,24 @@ class Folder:
         words = re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:LONGEST_NAME].decode(errors="ignore")
         stem = words.strip("-") or "clip"
         number, name = 1, stem
-        while name.casefold() in self._taken:
+        while {name.casefold(), f"{name}{FRAMES}".casefold()} & self._taken:
             number += 1
             name = f"{stem}-{number}"
-        self._taken.add(name.casefold())
+        self._taken |= {name.casefold(), f"{name}{FRAMES}".casefold()}
         return self.path / (name if self.format == "png" else f"{name}.{self.format}")
 
-    def _clip(self, stem: str, record: Record) -> Path:
-        return self.path / str(record.get("file", stem))
+    def settled(self, path: Path) -> Path:
+        """The path of a clip that is to be written now, or another one where somebody took it meanwhile."""
+        if not path.exists() and not sidecar_of(path).exists():
+            return path
+        self._taken |= {each.stem.casefold() for each in self.path.iterdir()}
+        return self.name(sidecar_of(path).stem)
+
+    def _is_there(self, name: Any) -> bool:
+        path = self.path / str(name)
+        if self.format == "png":
+            return path.is_dir() and any(path.iterdir())
+        return path.suffix.lower() == f".{self.format}" and path.is_file() and path.stat().st_size > 0
 
 
 def read_record(path: Path) -> Record | None:

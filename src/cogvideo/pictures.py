@@ -50,6 +50,18 @@ class Seen(NamedTuple):
     """Whether the background shows through."""
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A picture with 16 bits a pixel in grey levels of 8 bits, as it is meant; any other one as it is.
+
+    Raises:
+        ValueError: it has floating-point pixels, which say nothing of what is white.
+    """
+    require(image.mode != "F", "the picture has floating-point pixels, expected 8 or 16 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+
+
 def look(image: Image.Image, view: View, pixel_aspect: float = 1.0) -> Seen:
     """The picture on the view's background, antialiased to its square.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Int64, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cogvideo.bundle import CogVideo, usable
@@ -23,7 +23,7 @@ from cogvideo.generation.upscale import RELEASED, slot_noise, upscale
 from cogvideo.models.autoencoder import to_pixels
 from cogvideo.models.packing import pack
 from cogvideo.models.transformer import Transformer
-from cogvideo.pictures import View, look
+from cogvideo.pictures import View, eight_bits, look
 from cogvideo.text import PaddedText, TextTokenizer, fit, pad_left
 from cogvideo.video import write_video
 
@@ -184,7 +184,7 @@ class CogVideoPipeline:
             video: frames to go on from, at the rate of the clip (8 a second with three rounds).
             last_image: the last frame, from `image` on.
             loop: end where the clip began.
-            negative_prompt: what to move away from, instead of the unconditional text.
+            negative_prompt: what to move away from, instead of the unconditional text. As in `settings` unless given.
             num_samples: clips of each prompt.
             generator: one a clip, on the CPU. A single one makes the first clip; the next clips get the seeds that
                 follow its own. Random unless given.
@@ -197,8 +197,11 @@ class CogVideoPipeline:
             ValueError: something cannot be used, or the model lacks a part.
         """
         settings = settings or self.settings
-        guidance = replace(settings.guidance, negative=negative_prompt)
-        guidance = guidance if guidance_scale is None else replace(guidance, sequential=guidance_scale)
+        guidance = settings.guidance
+        if guidance_scale is not None:
+            guidance = replace(guidance, sequential=guidance_scale)
+        if negative_prompt is not None:
+            guidance = replace(guidance, negative=negative_prompt)
         settings = replace(settings, guidance=guidance)
         require(num_samples > 0, f"num_samples is {num_samples}, expected a positive number")
         prompts = [each for each in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_samples)]
@@ -433,10 +436,18 @@ def export_to_video(
     """Write one clip as mp4, gif or webp, by the suffix of the path; the path is returned.
 
     Raises:
-        ValueError: another suffix, no frames, or a rate that the format does not have.
+        ValueError: another suffix, no frames or others than those of one clip, or a rate that the format does not have.
         OSError: the file cannot be written.
     """
-    write_video(Path(output_video_path), np.stack([np.asarray(each) for each in video_frames]), fps)
+    pictures = [np.asarray(each) for each in video_frames]
+    shapes = {each.shape for each in pictures}
+    expected = "expected one clip: frames of one size, of shape (height, width, 3)"
+    require(len(shapes) == 1, f"got frames of {len(shapes)} sizes, {expected}")
+    (shape,) = shapes
+    require(len(shape) == 3 and shape[2] == 3, f"got frames of shape {shape}, {expected}")
+    frames = np.stack(pictures)
+    require(frames.dtype == np.uint8, f"got frames of type {frames.dtype}, expected uint8")
+    write_video(Path(output_video_path), frames, fps)
     return str(output_video_path)
 
 
@@ -447,6 +458,9 @@ def _image(picture: Picture) -> Image.Image:
         got = f"{picture.dtype} of shape {picture.shape}"
         require(is_picture, f"got a picture of type {got}, expected uint8 of shape (height, width, 3)")
         return Image.fromarray(picture)
+    got = type(picture).__name__
+    require(isinstance(picture, Image.Image), f"got a {got}, expected an image of Pillow, or an array of type uint8")
+    picture = eight_bits(ImageOps.exif_transpose(picture))
     has_alpha = picture.mode in ("RGBA", "LA", "PA", "P") or "transparency" in picture.info
     return picture.convert("RGBA" if has_alpha else "RGB")
 

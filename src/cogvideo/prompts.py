@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cogvideo.config import require
-from cogvideo.data.tables import Record, is_table, read_columns, read_records
+from cogvideo.data.tables import Record, is_table, is_unicode, read_columns, read_records
 
 COLUMNS = ("prompt", "caption")
 """Columns of a table that may hold the prompts; the first that there is does."""
@@ -25,12 +25,14 @@ class Prompt(NamedTuple):
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file in their order: lines of a text (empty ones are left out), or rows of a table.
 
-    A table (.csv, .tsv, .jsonl, .parquet) has the column `prompt` or `caption`, and may have `seed`.
+    A table (.csv, .tsv, .jsonl, .parquet) has the column `prompt` or `caption`, and may have `seed`. All else is a
+    text, but for .json, which is refused.
 
     Raises:
         ValueError: it cannot be read, has no prompts, or a row cannot be used; the message says which.
         OSError: there is no such file.
     """
+    require(path.suffix.lower() != ".json", f"{path} is no list of prompts, expected JSON lines (.jsonl) or a text")
     found = list(_rows(path) if is_table(path) else _lines(path))
     require(len(found) > 0, f"{path} has no prompts, expected one a line, or a table with the column prompt")
     return found
@@ -56,8 +58,10 @@ def _rows(path: Path) -> Iterator[Prompt]:
 def _row(path: Path, column: str, record: Record) -> Prompt:
     text = record.values.get(column)
     where = f"{path}, {record.place}"
+    require(not record.surplus, f'{where}: {record.surplus} cells have no column: a prompt with commas stands in "..."')
     require(isinstance(text, str) and text.strip() != "", f"{where}: {column} is {text!r:.60}, expected a text")
     assert isinstance(text, str)
+    require(is_unicode(text), f"{where}: {column} is {text!r:.60}, which is no text in Unicode")
     return Prompt(text.strip(), _seed(where, record.values.get("seed")))
 
 
@@ -65,6 +69,6 @@ def _seed(where: str, cell: Any) -> int | None:
     if cell is None or cell == "":
         return None
     text = str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell).strip()
-    fits = text.isascii() and text.isdigit() and int(text) <= LARGEST_SEED
+    fits = text.isascii() and text.isdigit() and len(text) <= len(str(LARGEST_SEED)) and int(text) <= LARGEST_SEED
     require(fits, f"{where}: seed is {cell!r:.60}, expected a number in [0, {LARGEST_SEED}]")
     return int(text)

@@ -26,7 +26,7 @@ from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
-from cogvideo.pictures import Seen, View, fitted_size, look
+from cogvideo.pictures import Seen, View, eight_bits, fitted_size, look
 
 GRACE = 0.001
 """Seconds by which a frame may come late: Matroska and WebM round timestamps to milliseconds."""
@@ -183,7 +183,7 @@ def _animation(image: Image.Image) -> Shots:
         duration = image.info.get("duration", 0) / 1000
         if num_frames > 1 and duration <= 0.01:
             duration = 0.1  # as browsers do
-        yield Shot(begin, duration, partial(look, ImageOps.exif_transpose(image).convert("RGBA")))
+        yield Shot(begin, duration, partial(look, eight_bits(ImageOps.exif_transpose(image)).convert("RGBA")))
         begin += duration
 
 

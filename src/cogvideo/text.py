@@ -152,6 +152,10 @@ class TextTokenizer:
         return [each for token in tokens for each in self._spelled.get(token, [token])]
 
     def _strip(self, caption: str) -> str:
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt {caption!r:.60} is no text in Unicode") from error
         # Judged by what the model would see of it: normalisation also removes, say, zero-width spaces.
         require(self.decode(self.encode(caption)).strip() != "", f"the prompt is empty: {caption!r}")
         return caption.strip()
@@ -176,7 +180,7 @@ def fit(tokens: list[int], slots: int, truncate: bool = False) -> list[int]:
     """
     require(
         truncate or len(tokens) <= slots,
-        f"the prompt has {len(tokens)} tokens, {slots} fit: shorten it, or pass truncate=True to drop its end",
+        f"the prompt has {len(tokens)} tokens, {slots} fit: shorten it (Settings(truncate=True) drops its end)",
     )
     return tokens[:slots]
 

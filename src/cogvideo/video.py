@@ -37,8 +37,8 @@ __all__ = [
     "write_video",
 ]
 
-MAX_FPS = 500
-"""Frames a second that can be asked for."""
+MIN_FPS, MAX_FPS = 0.01, 500
+"""Frames a second that files can be written with; any rate up to the second can be read."""
 
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp")
@@ -189,7 +189,7 @@ def write_video(
 def check_rate(suffix: str, fps: float) -> None:
     """Refuse frames a second that a format cannot hold."""
     fastest = 50 if suffix.lower() == ".gif" else MAX_FPS
-    require(0 < fps <= fastest, f"fps is {fps}, expected a number in (0, {fastest}] for {suffix}")
+    require(MIN_FPS <= fps <= fastest, f"fps is {fps}, expected a number in [{MIN_FPS}, {fastest}] for {suffix}")
 
 
 def _write_mp4(

@@ -62,7 +62,7 @@ def read_columns(path: Path) -> tuple[str, ...]:
         names = tuple(dict.fromkeys(chain.from_iterable(record.values for record in _json_lines(path))))
     else:
         names = tuple(_csv_columns(path))
-    require(len(names) > 0, f"{path} is empty, expected a table of clips")
+    require(len(names) > 0, f"{path} is empty, expected the names of its columns")
     twice = sorted({name for name in names if names.count(name) > 1})
     require(not twice, f"{path} has the column {', '.join(twice)} twice")
     return names
@@ -102,7 +102,7 @@ def clean(captions: Iterable[Any]) -> tuple[str, ...]:
     """
     kept: dict[str, None] = {}
     for caption in captions:
-        if not isinstance(caption, str) or not _is_unicode(caption):
+        if not isinstance(caption, str) or not is_unicode(caption):
             raise RowError("caption is no text", f"got {caption!r:.60}")
         if any(each.isprintable() and not each.isspace() and each != "\u2581" for each in caption):
             kept[caption.strip()] = None
@@ -150,7 +150,7 @@ def _text(value: Any) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """False for lone surrogates, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode()

@@ -158,10 +158,9 @@ def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, width: int) -> Iterat
         noise = draw.start(rank)
         codes = torch.full((draw.batch, slots + width + 1), start, device=decoder.device)  # column j is fed at slot j
         done = torch.zeros(draw.batch, dtype=torch.int64, device=decoder.device)
-        while (behind := int(done.min())) < slots:
-            last = min(max(behind, int(done.max())) + width, slots) - 1
+        while int(done.min()) < slots:
             at = (done[:, None] + window).clamp(max=slots - 1)
-            scores = draw.scores(decoder.draft(rank, at, last, codes.gather(1, at)))
+            scores = draw.scores(decoder.draft(rank, at, codes.gather(1, at)))
             drawn = (scores + _rows(noise, at)).argmax(-1)
             true = (drawn == codes.gather(1, at + 1))[:, :-1].cumprod(1).sum(1) + 1
             codes.scatter_(1, at + 1, drawn)

@@ -103,12 +103,12 @@ class Decoder:
 
     @torch.inference_mode()
     def draft(
-        self, rank: int, slots: Int64[Tensor, "batch rows"], last: int, tokens: Int64[Tensor, "batch rows"]
+        self, rank: int, slots: Int64[Tensor, "batch rows"], tokens: Int64[Tensor, "batch rows"]
     ) -> Float[Tensor, "batch rows codes"]:
-        """Feed any slots of one frame, other ones in every sample; `last` is the highest of them."""
+        """Feed any slots of one frame, other ones in every sample."""
         slots = self._all_rows(slots)
         positions = self.positions[rank * self.layout.frame_slots + slots]
-        return self._logits(tokens, positions, *self.plans.draft(rank, slots, last))
+        return self._logits(tokens, positions, *self.plans.draft(rank, slots))
 
     def _logits(
         self, tokens: Tensor, positions: Tensor, plan: Pass, writes: tuple[Write, ...]

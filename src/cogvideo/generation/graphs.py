@@ -33,9 +33,9 @@ class GraphedDecoder(Decoder):
 
     @torch.inference_mode()
     def draft(
-        self, rank: int, slots: Int64[Tensor, "batch rows"], last: int, tokens: Int64[Tensor, "batch rows"]
+        self, rank: int, slots: Int64[Tensor, "batch rows"], tokens: Int64[Tensor, "batch rows"]
     ) -> Float[Tensor, "batch rows codes"]:
-        """See `Decoder.draft`; whatever `last` is, the keys of the whole frame are read. Valid until the next call."""
+        """See `Decoder.draft`. Valid until the next call."""
         key = rank, slots.shape[1]
         if key not in self._captured:
             self._captured[key] = self._capture(rank, slots, tokens)
@@ -47,15 +47,15 @@ class GraphedDecoder(Decoder):
         return logits
 
     def _capture(self, rank: int, slots: Tensor, tokens: Tensor) -> _Captured:
-        slots, tokens, last = slots.clone(), tokens.clone(), self.layout.frame_slots - 1
+        slots, tokens = slots.clone(), tokens.clone()
         passes, side = self.passes, torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries set themselves up outside the graph; the same keys are written again
             for _ in range(3):
-                super().draft(rank, slots, last, tokens)
+                super().draft(rank, slots, tokens)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = super().draft(rank, slots, last, tokens)
+            logits = super().draft(rank, slots, tokens)
         self.passes = passes
         return _Captured(graph, slots, tokens, logits)

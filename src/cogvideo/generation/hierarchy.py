@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import NamedTuple, Protocol
 
@@ -77,6 +77,7 @@ class Guidance:
         for name in ("image", "sequential", "interpolation"):
             scale = getattr(self, name)
             require(0 <= scale < math.inf, f"guidance of the {name} stage is {scale}, expected 0 or more")
+        require(math.isfinite(self.text_bonus), f"text_bonus is {self.text_bonus}, expected a number")
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,13 @@ class Settings:
     """Sampler of the first frame."""
     later: Sampling = Sampling(DrawingConfig.temperature, clusters=DrawingConfig.clusters)  # noqa: RUF009  # frozen
     """Sampler of all other frames."""
-    guidance: Guidance = field(default_factory=Guidance)
+    guidance: Guidance = Guidance()  # frozen
     """Guidance of each stage."""
     sequences_at_once: int = 0
     """Sequences of a round (two gaps each) that are decoded as one batch; 0 is all. Fewer need less memory and more
     passes, and give the same clip."""
-    passes: Passes = field(default_factory=Passes)
-    """How many slots go through the model at once; changes the speed alone."""
+    passes: Passes = Passes(draft=8)  # noqa: RUF009  # frozen
+    """How many slots go through the model at once; changes the speed alone. Drafts of 8 need a third of the passes."""
     truncate: bool = False
     """Cut prompts that are longer than the text slots, instead of refusing them."""
 

@@ -7,6 +7,7 @@ once can change a clip.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Sampling:
     """Divides the logits once more inside the chosen cluster."""
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, f"temperature is {self.temperature}, expected 0 (greedy) or more")
+        require(0 <= self.temperature < math.inf, f"temperature is {self.temperature}, expected 0 (greedy) or more")
         require(self.top_k >= 0, f"top_k is {self.top_k}, expected 0 (all) or more")
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}, expected above 0, at most 1")
         require(self.clusters >= 0, f"clusters is {self.clusters}, expected 0 (none) or more")

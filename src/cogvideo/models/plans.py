@@ -182,11 +182,12 @@ class CachedPlans:
         others = [view.step([(row.rank, row.slot) for row in rows]) for view in temporal]
         return Pass(0, own[0], tuple(plan for plan, _ in others)), (own[1], *(write for _, write in others))
 
-    def draft(self, rank: int, slots: Int64[Tensor, "batch rows"], last: int) -> tuple[Pass, tuple[Write, ...]]:
-        """Any slots of one frame, other ones in every sample; `last` is the highest of them (or of those to come)."""
+    def draft(self, rank: int, slots: Int64[Tensor, "batch rows"]) -> tuple[Pass, tuple[Write, ...]]:
+        """Any slots of one frame, other ones in every sample. The keys of the whole frame are read, whatever the slots:
+        how many there are, which kernels round by, must not depend on the other samples."""
         spatial, *temporal = self.views
-        own = spatial.draft(0, slots, last)
-        others = [view.draft(rank, slots, last) for view in temporal]
+        own = spatial.draft(0, slots)
+        others = [view.draft(rank, slots) for view in temporal]
         return Pass(0, own[0], tuple(plan for plan, _ in others)), (own[1], *(write for _, write in others))
 
 
@@ -219,9 +220,9 @@ class _CacheView:
         index = range(places[0], places[0] + 1) if len(rows) == 1 else torch.tensor(places, device=self.key_cell.device)
         return Plan((Group(None, None, tuple(chunks)),)), Write(None, index)
 
-    def draft(self, rank: int, slots: Tensor, last: int) -> tuple[Plan, Write]:
+    def draft(self, rank: int, slots: Tensor) -> tuple[Plan, Write]:
         """A key is seen in the row's own cell, if it is text or was fed no later than the row."""
-        keys = self.places[rank][last] + 1 if self.num_cells == 1 else len(self.key_order)
+        keys = self.places[rank][-1] + 1 if self.num_cells == 1 else len(self.key_order)
         order = rank * len(self.cell) + slots
         seen = self.key_order[:keys] <= order[..., None]
         if self.num_cells > 1:
