@@ -328,6 +328,32 @@ def test_another_run_in_the_folder_is_refused(out):
         run(out, sources=("world:13",))
 
 
+def test_a_tokenizer_is_trained_on(out, tmp_path, capsys):
+    """Guards --init: weights, rows and codes of the start are those that training goes on from, and stay what they are
+    where it hardly moves; a run is tied to its start."""
+    run(out)
+    before = CogVideo.from_pretrained(out).autoencoder
+    still = replace(QUICK, learning_rate=1e-12, adversary_weight=0, codebook_decay=0.999999, restart_below=1e-9)
+    run(tmp_path / "still", init=str(out), settings=still)
+    after = CogVideo.from_pretrained(tmp_path / "still")
+    assert after.config == SMALL
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(after.autoencoder.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    assert "commitment" in rows(tmp_path / "still")[0], "codes from the first step"
+    assert "by k-means" in capsys.readouterr().err
+    run(tmp_path / "moved", init=str(out))
+    assert "by k-means" not in capsys.readouterr().err
+    moved = CogVideo.from_pretrained(tmp_path / "moved").autoencoder
+    assert not torch.equal(moved.codebook.embedding, before.codebook.embedding)
+    with pytest.raises(ValueError, match=r"another run began in .*init"):
+        run(tmp_path / "moved")
+    with pytest.raises(ValueError, match="have other sizes"):
+        run(tmp_path / "other", init=str(out), preset="pocket")
+    CogVideo(SMALL).save_pretrained(tmp_path / "empty")
+    with pytest.raises(ValueError, match="has no image tokenizer to start from"):
+        run(tmp_path / "other", init=str(tmp_path / "empty"))
+
+
 def test_a_tokenizer_is_not_replaced_unasked(out):
     """Models that learnt its codes would see noise."""
     CogVideo(SMALL, image_tokenizer=Autoencoder(SIZES)).save_pretrained(out)

@@ -122,6 +122,7 @@ class Trainer:
         seed: of everything drawn at random.
         lpips: with weights, or None.
         device: where everything is.
+        initial: weights and codebook to go on from, in place of random ones and k-means.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Trainer:
         seed: int,
         lpips: Lpips | None,
         device: torch.device,
+        initial: Autoencoder | None = None,
     ) -> None:
         self.settings, self.seed, self.device = settings, seed, device
         self.lpips = lpips.to(device) if lpips is not None else None
@@ -139,6 +141,10 @@ class Trainer:
             self.autoencoder = _placed(Autoencoder(config), device)
             self.discriminator = _placed(PatchDiscriminator(settings.adversary_width), device)
         self.codebook = MovingCodebook(self.autoencoder.codebook, settings.codebook_decay, settings.restart_below)
+        self.starts_codebook = initial is None
+        """Whether its rows come from k-means, else from `initial`."""
+        if initial is not None:
+            self.autoencoder.load_state_dict(initial.state_dict())
         learnt = [each for each in self.autoencoder.parameters() if each.requires_grad]
         self.optimizer = torch.optim.Adam(learnt, betas=(0.9, 0.99))
         self.adversary_optimizer = torch.optim.Adam(self.discriminator.parameters(), betas=(0.5, 0.9))
@@ -164,7 +170,7 @@ class Trainer:
         Returns:
             What was measured: the weighted losses, the gradient's norm, restarted codes and the squared error.
         """
-        if number == self.settings.codes_from:
+        if self.starts_codebook and number == self.settings.codes_from:
             self._start_codebook(number, pixels)
         frames = self._batch(number, pixels)
         rates = self.autoencoder.config.rates
@@ -179,6 +185,8 @@ class Trainer:
         measured["gradient"] = self._descend(number, torch.stack([*losses.values()]).sum())
         if self.settings.has_adversary(number):
             measured["discriminator"] = self._teach_adversary(number, made.detach(), frames)
+        if quantised and not self.starts_codebook and number == self.settings.codes_from:
+            self.codebook.take_up(len(vectors))
         if quantised:
             measured["restarted"] = self.codebook.update(vectors, codes, generator(self.seed, "codes", number))
         return {name: loss.detach().float() for name, loss in (losses | measured).items()}

@@ -37,6 +37,12 @@ class MovingCodebook(nn.Module):
         self.codebook.embedding.copy_(rows)
 
     @torch.no_grad()
+    def take_up(self, per_step: int) -> None:
+        """Go on from the rows as they are, each used evenly before; `per_step` vectors come in each step."""
+        self.counts.fill_(per_step / len(self.counts))
+        self.sums.copy_(self.codebook.embedding * self.counts[:, None])
+
+    @torch.no_grad()
     def update(
         self, vectors: Float[Tensor, "many embedding"], codes: Int64[Tensor, " many"], generator: torch.Generator
     ) -> Int64[Tensor, ""]:

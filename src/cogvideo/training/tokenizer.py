@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cogvideo import bundle, config
-from cogvideo.bundle import CODES_PER_CLUSTER, usable
+from cogvideo.bundle import CODES_PER_CLUSTER, CogVideo, usable
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.sources import SourceOptions
 from cogvideo.evaluation.metrics import WINDOW
@@ -45,6 +45,7 @@ def tokenizer(
     /,
     *,
     out: Path,
+    init: str | None = None,
     preset: str | None = None,
     settings: TokenizerSettings = TokenizerSettings(),  # noqa: B008  # frozen
     frames: StoreSettings = StoreSettings(),  # noqa: B008
@@ -65,6 +66,8 @@ def tokenizer(
     Args:
         sources: one or several: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic clips.
         out: the bundle, which keeps its other components.
+        init: a bundle whose image tokenizer is trained on, such as pocket: its folder, or its id on the Hugging Face
+            Hub. Random weights unless given.
         preset: sizes of the model where there is no bundle yet; pocket unless given.
         settings: the recipe.
         frames: which frames of the clips it learns from.
@@ -87,15 +90,18 @@ def tokenizer(
     place, console = usable(device), Console(stderr=True, highlight=False, soft_wrap=True)
     if slow := slowness(getattr(torch, settings.precision), place):
         console.print(slow)
-    whole = _config(out, preset, overwrite)
+    initial = None if init is None else _initial(init)
+    whole = _config(out, preset, overwrite, initial)
+    settings = settings if initial is None else replace(settings, plain_steps=0)
     frames, options = _complete(frames, options, settings, whole)
     model = _lpips(vgg, lpips, console)
     folder = RunFolder(out / RUN)
     with alone_in(folder.path):
-        folder.claim(_identity(sources, whole, settings, frames, options, vgg, lpips))
+        folder.claim(_identity(sources, whole, settings, frames, options, initial, vgg, lpips))
         if folder.summary is None:
             store = _fetch(folder, sources, options, frames, console)
-            trainer = Trainer(whole.autoencoder, settings, frames.clips.seed, model, place)
+            known = None if initial is None else initial.autoencoder
+            trainer = Trainer(whole.autoencoder, settings, frames.clips.seed, model, place, known)
             _learn(trainer, store, folder, evaluate_every, checkpoint_every, console)
             _deliver(trainer, store, folder, out, whole)
             frame_store.remove(folder.path)
@@ -104,15 +110,29 @@ def tokenizer(
     print(f"{out}: image tokenizer after {settings.steps:,} steps: {_words(quality)}; {folder.path / 'after.png'}")
 
 
-def _config(out: Path, preset: str | None, overwrite: bool) -> CogVideoConfig:
-    """That of the bundle, else of the preset."""
+def _initial(init: str) -> CogVideo:
+    """The bundle that is started from."""
+    found = CogVideo.from_pretrained(init, torch.float32)
+    require("image_tokenizer" in found.components, f"{init} has no image tokenizer to start from")
+    return found
+
+
+def _config(out: Path, preset: str | None, overwrite: bool, initial: CogVideo | None) -> CogVideoConfig:
+    """That of the bundle, else of the preset, else of the bundle that is started from."""
+    found = _own_config(out, None if initial is None else initial.config, preset, overwrite)
+    same = initial is None or initial.config.autoencoder == found.autoencoder
+    require(same, "the image tokenizers of init and of out have other sizes: leave preset out, or give another out")
+    return found
+
+
+def _own_config(out: Path, start: CogVideoConfig | None, preset: str | None, overwrite: bool) -> CogVideoConfig:
     require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
-    chosen = None if preset is None else config.preset(preset)
+    chosen = start if preset is None else config.preset(preset)
     if not (out / MANIFEST).exists():
         return chosen or config.preset("pocket")
     manifest = Manifest.read(out)
     require(
-        chosen is None or chosen == manifest.config,
+        preset is None or chosen == manifest.config,
         f"the bundle {out} has another configuration than the preset {preset}: leave --preset out",
     )
     require(
@@ -160,10 +180,12 @@ def _identity(
     settings: TokenizerSettings,
     frames: StoreSettings,
     options: SourceOptions,
+    initial: CogVideo | None,
     *weights: Path | None,
 ) -> dict[str, Any]:
     """All that decides the weights, except what the sources hold."""
     return {
+        "init": None if initial is None else initial.sha256("image_tokenizer"),
         "sources": sources,
         "autoencoder": asdict(whole.autoencoder),
         "settings": asdict(settings),
@@ -207,7 +229,7 @@ def _learn(
     window = Window(trainer.settings.batch)
     with progress(console, first, steps) as show, interrupts() as interrupt:
         for done in range(first + 1, steps + 1):
-            if done == trainer.settings.codes_from + 1:
+            if trainer.starts_codebook and done == trainer.settings.codes_from + 1:
                 console.print(f"Step {done:,}: the codebook starts, by k-means; this takes a while.")
             window.add(trainer.step(done - 1, store.train))
             saves = done % checkpoint_every == 0 or done == steps or interrupt.is_set()
