@@ -188,7 +188,7 @@ def taught(text: TextTokenizer, base: Base, stage: Stage, samples: list[ClipSamp
     inherit(channel, base, torch.Generator().manual_seed(1))
     model = Transformer(base, channel)
     before = copy.deepcopy(base.state_dict())
-    assert learn(model, make_task(text, stage), samples, 150, 8e-3) < 0.2
+    assert learn(model, make_task(text, stage), samples, 250, 8e-3) < 0.1
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     return model
 
