@@ -238,6 +238,7 @@ def _sidecar(path: Path) -> Record:
         raise ValueError(told)
     require(isinstance(found.get("prompt"), str) and type(found.get("seed")) is int, told)
     require(0 <= found["seed"] <= LARGEST_SEED, f"{path}: seed is {found['seed']}, expected [0, {LARGEST_SEED}]")
+    require(isinstance(found.get("sha256", {}), dict), f"{path}: sha256 is no table of hashes")
     require(_fits(found.get("fps", 8.0), float), f"{path}: fps is {found.get('fps')!r:.60}, expected a number")
     return found
 
@@ -269,7 +270,6 @@ def _fits(value: Any, hint: Any) -> bool:
 def _check_origin(path: Path | None, before: Record, record: Record) -> None:
     """Refuse a model or files that are not those of the sidecar."""
     if path is not None:
-        require(isinstance(before.get("sha256", {}), dict), f"{path}: sha256 is no table of hashes")
         same = before.get("bundle") == record["bundle"]
         require(same, f"{path} was made with another model than {record['model']}: say with --model where it lies")
         changed = [name for name, value in record["sha256"].items() if before.get("sha256", {}).get(name) != value]

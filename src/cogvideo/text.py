@@ -17,6 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from cogvideo.config import TextConfig, TransformerConfig, require
+from cogvideo.data.tables import is_unicode
 from cogvideo.layout import check_code_range
 
 PAD_PIECE = "<pad>"
@@ -152,10 +153,7 @@ class TextTokenizer:
         return [each for token in tokens for each in self._spelled.get(token, [token])]
 
     def _strip(self, caption: str) -> str:
-        try:
-            caption.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"the prompt {caption!r:.60} is no text in Unicode") from error
+        require(is_unicode(caption), f"the prompt {caption!r:.60} is no text in Unicode")
         # Judged by what the model would see of it: normalisation also removes, say, zero-width spaces.
         require(self.decode(self.encode(caption)).strip() != "", f"the prompt is empty: {caption!r}")
         return caption.strip()

@@ -185,9 +185,9 @@ class Trainer:
         measured["gradient"] = self._descend(number, torch.stack([*losses.values()]).sum())
         if self.settings.has_adversary(number):
             measured["discriminator"] = self._teach_adversary(number, made.detach(), frames)
-        if quantised and not self.starts_codebook and number == self.settings.codes_from:
-            self.codebook.take_up(len(vectors))
         if quantised:
+            if not self.starts_codebook and number == self.settings.codes_from:
+                self.codebook.take_up(len(vectors))
             measured["restarted"] = self.codebook.update(vectors, codes, generator(self.seed, "codes", number))
         return {name: loss.detach().float() for name, loss in (losses | measured).items()}
 
