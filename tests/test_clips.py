@@ -16,6 +16,7 @@ from cogvideo.data.clips import (
     FrameRates,
     Window,
     choose_window,
+    duration_of,
     filled_rates,
     interpolation_rates,
     lowest_rate,
@@ -158,6 +159,20 @@ def test_image_takes_any_single_frame() -> None:
     assert Window(2, 1, 1).duration(8.0) == 0.0
 
 
+def test_later_frames_have_durations() -> None:
+    """An image model that never sees later frames as the video stages show them, or too few first frames."""
+    sampling, rare = ClipSampling("image", durations=(4.0, 1.0)), 0.999
+    first, _, last = windows = [Window(place, 1, 1) for place in (0, 1, 32)]
+    assert [choose_window(33, sampling, 0.0, draw) for draw in (0.499, 0.5, LAST)] == windows
+    got = [duration_of(window, sampling, draw) for window in windows for draw in (0.0, rare)]
+    assert got == [0.0, 0.0, 4.0, 1.0, 4.0, 1.0]
+    assert choose_window(1, sampling, 0.0, LAST) == first  # an image
+    assert duration_of(last, ClipSampling("image"), 0.0) == 0.0
+    assert duration_of(Window(3, 4, 5), ClipSampling(), rare) == 2.0
+    held_out = ClipSampling("image", random_offset=False, durations=(4.0,))
+    assert choose_window(33, held_out, 0.0, LAST) == first
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -185,6 +200,7 @@ def test_impossible_rates_are_refused(change: dict[str, object], message: str) -
         ({"caption_dropout": 1.5}, "caption_dropout is 1.5"),
         ({"seed": -1}, "seed is -1"),
         ({"fixed_rate": 3.0}, "the rate is 3"),
+        ({"durations": (4.0, 0.0)}, "durations are"),
         ({"mode": "image", "fixed_rate": 1.0}, "single frames"),
         ({"mode": "interpolation", "rates": FrameRates(rates=(1.0,))}, "second one"),
     ],

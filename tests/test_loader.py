@@ -253,6 +253,17 @@ def test_offsets_and_captions_vary_by_epoch(folder: Path) -> None:
         assert {text for _, text in seen[clip]} == {f"clip {clip} text {each}" for each in range(1 + clip % 3)}
 
 
+def test_later_frames_come_with_durations(folder: Path) -> None:
+    """Frames of which the model is told the wrong thing; durations or later frames that never come."""
+    stream = ClipStream([folder], sampling=ClipSampling("image", durations=(4.0, 0.5)))
+    seen = [(int(sample.codes[0, 0, 0]) % 100, sample.duration) for sample in stream.__getitems__(range(2000))]
+    assert all((frame == 0) == (duration == 0.0) for frame, duration in seen)
+    later = Counter(duration for frame, duration in seen if frame > 0)
+    assert later.keys() == {4.0, 0.5}
+    assert min(later.values()) > 0.4 * later.total()
+    assert {frame for frame, _ in seen} >= set(range(33))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_captions_are_dropped_at_their_share(folder: Path, share: float) -> None:
     """Guidance without an unconditional text to guide from, or captions lost more often than asked for."""

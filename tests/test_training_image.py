@@ -328,6 +328,19 @@ def test_a_dropped_caption_is_the_unconditional_text(text_model: bytes, kind: Ki
     assert torch.equal(batch.sees[:, -1, :30], padded.mask)
 
 
+@pytest.mark.parametrize("caption", [CAPTION, None])
+def test_later_frames_have_the_text_of_video_stages(text: TextTokenizer, caption: str | None) -> None:
+    """Guards what key frames and rounds find in the frozen base: their own texts, with the duration in front."""
+    task = make_task(text, slots=30)
+    batch = task.collate([some_sample(caption=caption)._replace(duration=each) for each in (0.0, 4.0, 0.5)])
+    if caption is None:
+        rows = [text.encode_unconditional_image(), *map(text.encode_unconditional, (4.0, 0.5))]
+    else:
+        rows = [text.encode_image_caption(caption), *(text.encode_caption(caption, each) for each in (4.0, 0.5))]
+    assert torch.equal(batch.tokens[:, :30], pad_left(rows, 30, text.pad).tokens)
+    assert len({tuple(row) for row in rows}) == 3
+
+
 def test_no_text_at_all(text_model: bytes) -> None:
     """Guards against losses that are not a number where the unconditional text is empty."""
     text = TextTokenizer(text_model, TextConfig(image_template="{caption}"), NUM_CODES)

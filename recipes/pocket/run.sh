@@ -20,12 +20,9 @@ cogvideo data prepare "world:$world" --out "$out/world" --tokenizer "$model" "${
 cogvideo data prepare "$emoji" --out "$out/emoji-high" --tokenizer "$model" "${options[@]}" --superres --fps 1
 cogvideo data prepare "world:$((world / 12))" --out "$out/world-high" --tokenizer "$model" "${options[@]}" --superres --fps 1
 data=("$out/emoji" "$out/world")
-# All frames first. Then the first ones alone, since a clip begins with what the image model draws.
-cogvideo train image --data "${data[@]}" --init "$model" --out "$out/image" "${options[@]}"
-cogvideo train image --data "${data[@]}" --init "$out/image" --out "$model" "${options[@]}" --start continue \
-    --no-random-offset --understanding 0 --steps 2000 --learning-rate 8e-4
+cogvideo train image --data "${data[@]}" --out "$model" "${options[@]}"
 for stage in sequential interpolation; do
     cogvideo train $stage --data "${data[@]}" --out "$model" "${options[@]}"
 done
 cogvideo train superres --data "$out/emoji-high" "$out/world-high" --out "$model" "${options[@]}"
-cogvideo train report "$out/image" "$model" --out "$out/report.html"
+cogvideo train report "$model" --out "$out/report.html"

@@ -106,6 +106,9 @@ class ClipSampling:
     """Share of samples without their caption, which teaches the unconditional text of guidance."""
     high_codes: bool = False
     """Give the codes of super-resolution too, which the shards must have."""
+    durations: tuple[float, ...] = ()
+    """Mode image: half of the samples are a clip's first frame, the others a later one with one of these durations, as
+    sequences of the video stages have them. Where there are none, samples are any frame, without a duration."""
     seed: int = 0
     """Of the order of samples and of what is drawn in them."""
 
@@ -115,6 +118,8 @@ class ClipSampling:
         dropout = self.caption_dropout
         require(0 <= dropout <= 1, f"caption_dropout is {dropout}, expected a share in [0, 1]")
         require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
+        positive = all(0 < each < math.inf for each in self.durations)
+        require(positive, f"durations are {self.durations}, expected positive numbers of seconds")
         if self.fixed_rate is not None:
             require(self.mode != "image", f"fixed_rate is {self.fixed_rate:g}, but single frames have no rate")
             self.rates.stride(self.fixed_rate)
@@ -198,9 +203,30 @@ def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, off
         return None
     offset = offset_draw if sampling.random_offset else 0.0
     if sampling.mode == "image":
-        return Window(_index(num_frames, offset), 1, 1)
+        return Window(_image_place(num_frames, sampling, offset), 1, 1)
     rates = sampled_rates(num_frames, sampling)
     return place_window(num_frames, rates[_index(len(rates), rate_draw)], sampling.rates, offset) if rates else None
+
+
+def _image_place(num_frames: int, sampling: ClipSampling, offset: float) -> int:
+    """With durations, offsets below a half are the first frame, if there is another."""
+    if not sampling.durations or num_frames == 1:
+        return _index(num_frames, offset)
+    return 0 if offset < 0.5 else 1 + _index(num_frames - 1, 2 * offset - 1)
+
+
+def duration_of(window: Window, sampling: ClipSampling, rate_draw: float) -> float:
+    """Seconds that a sample is captioned with; 0 for none.
+
+    Args:
+        window: the frames, as `choose_window` gave them.
+        sampling: the mode and the rates.
+        rate_draw: uniform in [0, 1), chooses among the durations of single frames.
+    """
+    if sampling.mode == "image":
+        later = window.start > 0 and len(sampling.durations) > 0
+        return sampling.durations[_index(len(sampling.durations), rate_draw)] if later else 0.0
+    return window.duration(sampling.rates.base)
 
 
 def _index(count: int, draw: float) -> int:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
 from cogvideo.config import require
-from cogvideo.data.clips import ClipSampling, choose_window, sampled_rates
+from cogvideo.data.clips import ClipSampling, choose_window, duration_of, sampled_rates
 from cogvideo.data.dataset import Dataset
 from cogvideo.data.shards import Shard, digest
 
@@ -137,7 +137,7 @@ class ClipSample(NamedTuple):
     caption: str | None
     """One of the clip's captions; None where it was dropped: take the unconditional text."""
     duration: float
-    """Seconds from the first to the last frame, as `TextTokenizer.encode_caption` takes it; 0 for a single frame."""
+    """Seconds from the first to the last frame, as `TextTokenizer.encode_caption` takes it; 0 for images."""
     position: int
     """Its number in the stream."""
     epoch: int
@@ -235,7 +235,7 @@ class ClipStream(MapDataset[ClipSample]):
         return ClipSample(
             taken,
             caption,
-            window.duration(self.sampling.rates.base),
+            duration_of(window, self.sampling, rate_draw),
             position,
             epoch,
             row,

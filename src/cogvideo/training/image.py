@@ -140,9 +140,11 @@ class ImageTask:
         return row.finished()
 
     def _caption(self, sample: ClipSample) -> list[int]:
-        if sample.caption is None:
-            return self.text.encode_unconditional_image()
-        return self.text.encode_image_caption(sample.caption)
+        """In the template of the video stages where it has a duration."""
+        text, caption, duration = self.text, sample.caption, sample.duration
+        if duration > 0:
+            return text.encode_unconditional(duration) if caption is None else text.encode_caption(caption, duration)
+        return text.encode_unconditional_image() if caption is None else text.encode_image_caption(caption)
 
     def _language(self, caption: str) -> int:
         chinese = any(ord(each) in CHINESE for each in caption)

@@ -61,11 +61,11 @@ class Clips:
         """All but where the data is, which decides nothing."""
         return {name: value for name, value in asdict(self).items() if name != "data"}
 
-    def sampling(self, mode: Mode, seed: int, num_frames: int, high_codes: bool = False) -> ClipSampling:
-        """The same as the loader takes it."""
+    def sampling(self, mode: Mode, seed: int, num_frames: int, **special: Any) -> ClipSampling:
+        """The same as the loader takes it, which has some more settings for some stages."""
         rates = FrameRates(read_card(self.data[0]).fps, self.rates, num_frames)
-        fixed = self.fixed_rate
-        return ClipSampling(mode, rates, fixed, self.random_offset, self.caption_dropout, high_codes, seed)
+        fixed, offset, dropout = self.fixed_rate, self.random_offset, self.caption_dropout
+        return ClipSampling(mode, rates, fixed, offset, dropout, seed=seed, **special)
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class Plan(NamedTuple):
     """What it learns, once configuration and text tokenizer are known."""
     extra: Mapping[str, Any] = MappingProxyType({})
     """Further settings that decide the result."""
+    special: Mapping[str, Any] = MappingProxyType({})
+    """Settings of sampling that this stage alone has."""
 
 
 def train(plan: Plan, options: Options) -> None:
@@ -225,9 +227,7 @@ def _source(options: Options) -> CogVideo:
 def _data(plan: Plan, options: Options, source: CogVideo, config: CogVideoConfig) -> tuple[ClipStream, list[HeldOut]]:
     """To learn from, and to be judged by."""
     clips, grid = options.clips, config.layout.grid
-    sampling = clips.sampling(
-        plan.mode, options.optimization.seed, config.layout.num_frames, high_codes=plan.stage == "superres"
-    )
+    sampling = clips.sampling(plan.mode, options.optimization.seed, config.layout.num_frames, **plan.special)
     tokenizer = source.sha256("image_tokenizer") if "image_tokenizer" in source.components else None
     stream = ClipStream(clips.data, clips.split, sampling, tokenizer, grid)
     if plan.stage == "superres":

@@ -15,24 +15,34 @@ from cogvideo.training.superres import SuperresTask
 from cogvideo.training.task import Task
 from cogvideo.training.video import VideoTask
 
+DURATIONS = (4.0, 2.0, 1.0, 0.5)
+"""Seconds from the first to the last of five frames, at 1, 2, 4 and 8 a second."""
+
 
 def image(
     run: Options,
     mixture: ImageMixture = ImageMixture(),  # noqa: B008  # frozen
+    durations: tuple[float, ...] = DURATIONS,
     start: Literal["random", "continue"] = "random",
 ) -> None:
     """Train the image model on single frames of clips and on images: text to image, image to text, text alone.
 
+    Half of the frames are the first of their clips, which is what the image model draws of a video. The others are
+    later ones, with the text that the video stages give them: so these find what they need in the frozen base.
+
     Args:
         run: what all stages have.
         mixture: shares of the tasks.
+        durations: seconds in the text of later frames, one of these each: those of the key frames and of the rounds.
+            With no number, all frames are alike and have the text of images.
         start: random weights, or the base that the bundle has.
     """
 
     def task(config: CogVideoConfig, text: TextTokenizer) -> Task:
         return ImageTask(SequenceLayout.text_to_image(config.layout), text, mixture)
 
-    train(Plan("image", Choice(start), "image", task, asdict(mixture)), run)
+    frames = {"durations": durations}
+    train(Plan("image", Choice(start), "image", task, asdict(mixture) | frames, frames), run)
 
 
 def sequential(
@@ -96,4 +106,4 @@ def superres(
     def task(config: CogVideoConfig, text: TextTokenizer) -> Task:
         return SuperresTask(UpscaleLayout.of(config.layout, config.upscaler), text, corruption)
 
-    train(Plan("superres", Choice(start, base), "image", task, {"corruption": corruption}), run)
+    train(Plan("superres", Choice(start, base), "image", task, {"corruption": corruption}, {"high_codes": True}), run)
