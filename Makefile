@@ -8,7 +8,7 @@ demo: .venv/installed ## three clips with the model in the box, into out/
 	$(BIN)/python examples/demo.py
 
 test: setup ## the whole test suite
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 check: setup ## what continuous integration checks beside the tests
 	$(BIN)/ruff check .

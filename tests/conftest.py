@@ -48,6 +48,11 @@ CAPTIONS = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first, so that no worker waits for another one's at the end."""
+    items.sort(key=lambda item: "test_smoke" not in item.nodeid)
+
+
 @pytest.fixture
 def without_shape_checks() -> Iterator[None]:
     """Shape annotations are not enforced, as for users: our own refusals must hold."""
