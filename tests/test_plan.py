@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.run import parse_args
 from torch.overrides import TorchFunctionMode
 
 from cogvideo import cli
@@ -279,10 +280,10 @@ def chosen(found: StagePlan) -> Way:
     ("machines", "launcher"),
     [
         (Machines(1, 80), []),
-        (Machines(8, 1), ["torchrun", "--nproc-per-node", "8", "-m"]),
+        (Machines(8, 1), ["torchrun", "--nproc-per-node", "8", "-m", "--"]),
         (
             Machines(20, 1e-3, tensor_parallel=2),
-            shlex.split("torchrun --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --nproc-per-node 5 -m"),
+            shlex.split("torchrun --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --nproc-per-node 5 -m --"),
         ),
     ],
 )
@@ -304,6 +305,15 @@ def test_the_command_runs_what_was_planned(
         settings = options.optimization
         assert (settings.batch, settings.ema, settings.precision) == (found.batch, 0.5, "bfloat16")
         assert found.steps in (None, settings.steps)
+
+
+def test_torchrun_takes_no_option_of_ours() -> None:
+    """Guards `--start` and others, which torchrun finds ambiguous where `--` does not end its own options."""
+    launcher, _, command = str(report("small", SMALL, Machines(8, 1)).stages[1].command).partition(" cogvideo ")
+    ours = [*shlex.split(command), "--start", "continue", "--no-checkpointing", "--log", "1", "--run", "2"]
+    given = parse_args([*shlex.split(launcher)[1:], "cogvideo", *ours])
+    assert given.training_script_args == ours
+    assert (given.training_script, given.module, given.nproc_per_node) == ("cogvideo", True, "8")
 
 
 def cogvideo(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -21,6 +21,6 @@ case $step in
 esac
 if [ "$step" != data ]; then
     # shellcheck disable=SC2086 # options are words
-    torchrun ${TORCHRUN:---nproc-per-node 8} -m cogvideo train "$step" \
+    torchrun ${TORCHRUN:---nproc-per-node 8} -m -- cogvideo train "$step" \
         --data "$out/data" --init "$from" --out "$out/model" --recipe "$recipe"
 fi

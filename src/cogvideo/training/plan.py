@@ -353,7 +353,7 @@ def _launcher(machines: Machines) -> str:
         return "cogvideo"
     each = max(n for n in range(1, machines.gpus_per_machine + 1) if machines.gpus % n == 0)
     several = f"--nnodes {machines.gpus // each} --rdzv-backend c10d --rdzv-endpoint HOST:29400 "
-    return f"torchrun {several if machines.gpus > each else ''}--nproc-per-node {each} -m cogvideo"
+    return f"torchrun {several if machines.gpus > each else ''}--nproc-per-node {each} -m -- cogvideo"
 
 
 # The command
