@@ -128,7 +128,9 @@ def test_protocol_says_what_was_measured(model: str, reader: Path, emoji: Path, 
     assert protocol["subjects"]["emoji"]["prompts"] == 2
     assert protocol["subjects"]["emoji"]["gallery"] == NUM_EMOJI
     assert protocol["making"]["guidance"] == 1.0
-    assert [len(seeds) for seeds in protocol["seeds"].values()] == [4, 2]
+    assert len(protocol["seeds"]["world"]) == 4
+    assert protocol["seeds"]["emoji"] == [0, NUM_EMOJI - 1]  # evenly spread, each judged as what it is
+    assert results["emoji"]["real"]["shares"]["all clips"]["rank 1"] == 1
     assert set(results["world"]["real"]["shares"]) == {"all clips", "held-out pairs", "other clips"}
     assert set(results["world"]["real"]["clips"][0]) == set(ATTRIBUTES)
 

@@ -78,7 +78,7 @@ def alignment(
         out: folder of the results.
         world: prompts about the World, half with pairs that training never shows; 0 for none.
         emoji: a folder with captions.csv or a table of animations with alpha, such as emoji.
-        emoji_limit: only so many prompts about them; they are compared with all.
+        emoji_limit: only so many prompts about them, evenly spread; they are compared with all.
         emoji_seed: the seed that their data was prepared with, which decides the backgrounds that were never seen.
         making: how clips are made.
         batch: clips that are made at once, which changes the speed alone.

@@ -35,7 +35,7 @@ class EmojiSubject:
 
     Args:
         source: a folder with captions.csv or a table, as `cogvideo data prepare` takes it.
-        limit: most prompts; all clips are compared with. None for all.
+        limit: most prompts, evenly spread over the clips; all of these are compared with. None for all.
         seed: of clips; clip n has this plus n.
         data_seed: `--seed` of `cogvideo data prepare`, which decides the backgrounds.
 
@@ -49,24 +49,24 @@ class EmojiSubject:
         self._source, self._data_seed = str(source), data_seed
         self._items = list_source(str(source), SourceOptions()).items
         require(len(self._items) > 0, f"no clip of {source} can be used")
-        prompted = self._items[:limit]
-        self._backgrounds = [unseen_background(item, data_seed) for item in prompted]
+        self._places = evenly(len(self._items), limit)
+        self._backgrounds = [unseen_background(self._items[place], data_seed) for place in self._places]
         self.prompts = [
-            Prompt.of(self.name, number, on_background(item.captions[0], background, TEMPLATE), seed)
-            for number, (item, background) in enumerate(zip(prompted, self._backgrounds, strict=True))
+            Prompt.of(self.name, place, on_background(self._items[place].captions[0], background, TEMPLATE), seed)
+            for place, background in zip(self._places, self._backgrounds, strict=True)
         ]
         self._gallery: retrieval.Gallery | None = None
 
     def real(self, number: int, size: int) -> UInt8[np.ndarray, "33 {size} {size} 3"]:
         """The animation on its background."""
-        return read(self._items[number], self._backgrounds[number], size)
+        return read(self._items[self._places[number]], self._backgrounds[number], size)
 
     def judge(self, clips: Sequence[Clip]) -> Verdict:
         """Ranks of the right animations among all, and whether the border has the colour that is named."""
         if self._gallery is None:
             self._gallery = read_gallery(self._items)
         distances = retrieval.distances(np.stack([_small(clip) for clip in clips]), self._gallery)
-        ranks = retrieval.ranks(distances, range(len(clips))).tolist()
+        ranks = retrieval.ranks(distances, self._places).tolist()
         nearest = [self._items[each].captions[0] for each in distances.argmin(1).tolist()]
         borders = [retrieval.nearest_name(retrieval.border_colour(clip), BACKGROUNDS) for clip in clips]
         named = [border == background for border, background in zip(borders, self._backgrounds, strict=True)]
@@ -94,6 +94,11 @@ class EmojiSubject:
             "template": TEMPLATE,
             "distance_weight": retrieval.WEIGHT,
         }
+
+
+def evenly(count: int, limit: int | None) -> list[int]:
+    """Places of at most `limit` of `count` things, from the first to the last."""
+    return np.linspace(0, count - 1, min(count, limit or count)).round().astype(int).tolist()
 
 
 def unseen_background(item: Item, data_seed: int) -> str:
