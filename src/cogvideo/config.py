@@ -288,8 +288,15 @@ class CogVideoConfig:
 _RELEASED_MEAN = (0.79093, 0.76271, 0.75340)
 _RELEASED_STD = (0.30379, 0.32279, 0.32800)
 
-_CALM = {"first_temperature": 0.4, "first_clusters": 0, "temperature": 0.6, "clusters": 0, "text_bonus": 0.0}
-_CALM |= {"first_guidance": 1.5, "guidance": 2.5}
+_CALM = {
+    "first_temperature": 0.4,
+    "first_clusters": 0,
+    "temperature": 0.6,
+    "clusters": 0,
+    "first_guidance": 1.5,
+    "guidance": 2.5,
+    "text_bonus": 0.0,
+}
 """What small models need. With the released samplers, clips of `pocket` move five times as much as real ones, and its
 first frames show what is asked for less often."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
@@ -149,6 +149,11 @@ def write_image(
         Image.fromarray(pixels).save(temporary, quality=95, pnginfo=texts)
 
 
+def evenly(count: int, most: int) -> Int64[np.ndarray, " places"]:
+    """Places of at most so many of `count` things, evenly spread from the first to the last; none twice."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
+
+
 def contact_sheet(
     rows: Sequence[UInt8[np.ndarray, "_ _ _ 3"]],
     columns: int = 8,
@@ -184,7 +189,7 @@ def contact_sheet(
     for number, clip in enumerate(rows):
         if labels:
             _write_label(sheet, labels[number], top, background)
-        for column, frame in enumerate(_evenly(clip, columns)):
+        for column, frame in enumerate(clip[evenly(len(clip), columns)]):
             below = top + heights[number] - clip.shape[1]
             sheet.paste(Image.fromarray(frame), (column * (cell_width + gap), below))
         top += heights[number] + gap
@@ -192,12 +197,6 @@ def contact_sheet(
 
 
 _LABEL_HEIGHT = 14
-
-
-def _evenly(
-    clip: UInt8[np.ndarray, "frames height width 3"], columns: int
-) -> UInt8[np.ndarray, "columns height width 3"]:
-    return clip[np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)]
 
 
 def _write_label(sheet: Image.Image, text: str, top: int, background: tuple[int, int, int]) -> None:

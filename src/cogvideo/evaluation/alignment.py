@@ -34,7 +34,7 @@ from cogvideo.evaluation.subject import Clip, Subject, Verdict
 from cogvideo.evaluation.world_subject import WorldSubject
 from cogvideo.files import alone_in, write_text
 from cogvideo.machine import slowness
-from cogvideo.pictures import contact_sheet, write_image
+from cogvideo.pictures import contact_sheet, evenly, write_image
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.storage import Manifest
 from cogvideo.training.run_folder import RunFolder
@@ -222,6 +222,6 @@ def _write_sheet(out: Path, subjects: Sequence[Subject], results: dict[str, dict
 
 def shown(right: Sequence[bool]) -> list[int]:
     """Numbers of clips for the contact sheet: evenly spread ones, then the first failures among the others."""
-    spread = np.unique(np.linspace(0, len(right) - 1, SHOWN).round().astype(int)).tolist()
+    spread = evenly(len(right), SHOWN).tolist()
     failed = [number for number, each in enumerate(right) if not each and number not in spread]
     return spread + failed[:FAILURES]

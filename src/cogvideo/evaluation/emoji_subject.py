@@ -22,6 +22,7 @@ from cogvideo.evaluation.reader import FPS as SLOW_FPS
 from cogvideo.evaluation.reader import SIZE as KEPT_SIZE
 from cogvideo.evaluation.reader import resized
 from cogvideo.evaluation.subject import FPS, NUM_FRAMES, Clip, Prompt, Verdict
+from cogvideo.pictures import evenly
 
 TEMPLATE = "{caption}, on {article} {background} background"
 """The prompt, as `--background-template` words captions."""
@@ -49,7 +50,7 @@ class EmojiSubject:
         self._source, self._data_seed = str(source), data_seed
         self._items = list_source(str(source), SourceOptions()).items
         require(len(self._items) > 0, f"no clip of {source} can be used")
-        self._places = evenly(len(self._items), limit)
+        self._places = evenly(len(self._items), limit or len(self._items)).tolist()
         self._backgrounds = [unseen_background(self._items[place], data_seed) for place in self._places]
         self.prompts = [
             Prompt.of(self.name, place, on_background(self._items[place].captions[0], background, TEMPLATE), seed)
@@ -94,11 +95,6 @@ class EmojiSubject:
             "template": TEMPLATE,
             "distance_weight": retrieval.WEIGHT,
         }
-
-
-def evenly(count: int, limit: int | None) -> list[int]:
-    """Places of at most `limit` of `count` things, from the first to the last."""
-    return np.linspace(0, count - 1, min(count, limit or count)).round().astype(int).tolist()
 
 
 def unseen_background(item: Item, data_seed: int) -> str:

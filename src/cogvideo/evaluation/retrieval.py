@@ -59,11 +59,8 @@ def gallery(
 
 def features(pixels: Float[Tensor, "clips frames height width colours"]) -> Features:
     """What is compared of clips."""
-    return Features(*(rearrange(each, "n frames h w colours -> n colours (frames h w)") for each in _parts(pixels)))
-
-
-def _parts(pixels: Float[Tensor, "clips frames height width colours"]) -> tuple[Tensor, Tensor]:
-    return pixels, pixels.diff(dim=1)
+    flat = "clips frames height width colours -> clips colours (frames height width)"
+    return Features(rearrange(pixels, flat), rearrange(pixels.diff(dim=1), flat))
 
 
 def distances(clips: UInt8[np.ndarray, "clips frames size size 3"], real: Gallery) -> Float[Tensor, "clips real"]:

@@ -19,6 +19,7 @@ from cogvideo.data.shards import Row
 from cogvideo.data.sources import Item, Rendering, SourceOptions, list_source
 from cogvideo.evaluation.metrics import psnr
 from cogvideo.models.autoencoder import Autoencoder, to_pixels
+from cogvideo.pictures import evenly
 from cogvideo.storage import Manifest
 from cogvideo.video import VideoError
 
@@ -57,7 +58,7 @@ class Origin:
 
     def clip(self, row: Row, columns: int) -> Clip:
         """A row with its pictures: `columns` of its frames, or all where there are no more."""
-        places = np.linspace(0, len(row.codes) - 1, min(columns, len(row.codes))).round().astype(int)
+        places = evenly(len(row.codes), columns)
         frames, problem = self._original(row)
         original = None if frames is None else frames[places]
         decoded = None if self.autoencoder is None else _decode(self.autoencoder, row, places)

@@ -22,7 +22,7 @@ from cogvideo.machine import slowness
 from cogvideo.models.adversary import PatchDiscriminator
 from cogvideo.models.perceptual import LEAST_SIDE, Lpips, load_lpips
 from cogvideo.models.quantizer import cluster_codes
-from cogvideo.pictures import contact_sheet, write_image
+from cogvideo.pictures import contact_sheet, evenly, write_image
 from cogvideo.storage import MANIFEST, Entry, Manifest
 from cogvideo.training import frame_store
 from cogvideo.training.autoencoder import Quality, TokenizerSettings, Trainer, evaluate, generator, reconstruct
@@ -271,8 +271,7 @@ def _words(quality: Quality) -> str:
 
 def _write_sheet(trainer: Trainer, store: FrameStore, path: Path) -> None:
     """Frames that were held out, above their reconstructions."""
-    places = np.unique(np.linspace(0, len(store.held_out) - 1, SHOWN).round().astype(int))
-    frames = np.array(store.held_out[places])
+    frames = np.array(store.held_out[evenly(len(store.held_out), SHOWN)])
     rows = [frames, reconstruct(trainer.autoencoder, frames, trainer.device)]
     write_image(path, contact_sheet(rows, columns=len(frames)))
 
