@@ -104,7 +104,7 @@ def tree(folder: Path) -> list[str]:
 
 def made(model: str, prompt: str, seed: int, given: Given | None = None, **options: Any) -> np.ndarray:
     """Pixels of a clip as the pipeline makes it."""
-    upscaling = Upscaling(options.pop("superres", False))
+    upscaling = options.pop("upscaling", None) or Upscaling(options.pop("superres", False))
     stream = CogVideoPipeline.from_pretrained(model).stream(
         [prompt], [torch.Generator().manual_seed(seed)], Settings(**options), upscaling, given
     )
@@ -164,6 +164,8 @@ def test_the_settings_stand_beside_the_clip_and_in_it(model: str, inside: Path) 
         "first_clusters": 16,
         "first_guidance": 1.0,
         "text_bonus": 1.4,
+        "superres_temperature": 1.0,
+        "superres_clusters": 6,
         "rounds": 0,
         "superres": False,
         "dtype": "bfloat16",
@@ -237,6 +239,7 @@ def test_a_model_has_values_of_its_own(model: str, inside: Path) -> None:
     manifest = json.loads((own / "bundle.json").read_text())
     values = {"first_temperature": 0.7, "first_clusters": 2, "temperature": 0.9, "clusters": 5}
     values |= {"first_guidance": 1.5, "guidance": 2.5, "text_bonus": 0.3}
+    values |= {"superres_temperature": 0.8, "superres_clusters": 3}
     assert manifest["config"]["drawing"].keys() == values.keys()
     manifest["config"]["drawing"] = values
     (own / "bundle.json").write_text(json.dumps(manifest))
@@ -248,8 +251,9 @@ def test_a_model_has_values_of_its_own(model: str, inside: Path) -> None:
         first=Sampling(0.7, clusters=2),
         later=Sampling(0.9, clusters=5),
         guidance=Guidance(1.5, 2.5, text_bonus=0.3),
+        upscaling=Upscaling(True, Sampling(0.8, clusters=3, cluster_temperature=0.6)),
     )
-    plain = ("--format", "png", "--no-superres")
+    plain = ("--format", "png")
     run("a cat runs", "--model", own, "--seed", 7, "--rounds", 1, *plain)
     assert np.array_equal(frames_of(inside / "out" / "a-cat-runs"), expected)
     assert values.items() <= record_of(inside / "out" / "a-cat-runs.png").items()
@@ -280,6 +284,8 @@ def test_each_option_changes_the_clip(model: str, inside: Path) -> None:
         ("--loop",),
         ("--rounds", 1),
         ("--superres",),
+        ("--superres", "--superres-temperature", 0),
+        ("--superres", "--superres-clusters", 1),
         ("--dtype", "bfloat16"),
     ]
     seen = []
@@ -666,6 +672,8 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--temperature", "-1"), "temperature is -1.0, expected 0"),
         (("--temperature", "inf"), "temperature is inf, expected 0"),
         (("--text-bonus", "nan"), "text_bonus is nan, expected a number"),
+        (("--superres-temperature", "-1"), "temperature is -1.0, expected 0"),
+        (("--superres-clusters", "-1"), "clusters is -1, expected 0"),
         (("--fps", "0.005"), "fps is 0.005, expected a number in"),
         (("--device", "meta"), "cannot use the device 'meta'"),
         (("--model", ""), "the model has no name"),

@@ -274,6 +274,15 @@ def test_faults_of_stored_configurations(change, message: str) -> None:
         from_dict(CogVideoConfig, values)
 
 
+def test_fields_that_came_later() -> None:
+    """Guards models that were trained before super-resolution had a sampler in the file: it was the released one."""
+    values = as_json(preset("pocket"))
+    for name in ("superres_temperature", "superres_clusters"):
+        del values["drawing"][name]
+    drawing = from_dict(CogVideoConfig, values).drawing
+    assert drawing == replace(preset("pocket").drawing, superres_temperature=1.0, superres_clusters=6)
+
+
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(
     ("make", "message"),

@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+LATER = {"later": True}
+"""Marks a field that bundles written before it lack: they mean its default."""
+
 
 def require(condition: bool, message: str) -> None:
     """Refuse a user's value: `message` says what was got and what was expected."""
@@ -246,6 +249,10 @@ class DrawingConfig:
     """How strongly the other key frames do."""
     text_bonus: float = 1.4
     """Added to text scores in stages that are not guided."""
+    superres_temperature: float = field(default=1.0, metadata=LATER)
+    """Divides the logits of super-resolution; 0 is greedy."""
+    superres_clusters: int = field(default=6, metadata=LATER)
+    """Clusters of codes that super-resolution draws from; 0 is all codes."""
 
 
 @dataclass(frozen=True)
@@ -357,11 +364,12 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     """
     require(isinstance(values, dict), f"{kind.__name__} is {values!r}, expected a table of its fields")
     hints = typing.get_type_hints(kind)
-    names = {each.name for each in dataclasses.fields(typing.cast(Any, kind))}
+    fields = dataclasses.fields(typing.cast(Any, kind))
+    missing = {each.name for each in fields if each.metadata != LATER} - values.keys()
+    unknown = values.keys() - {each.name for each in fields}
     require(
-        values.keys() == names,
-        f"{kind.__name__} has the wrong fields: missing {sorted(names - values.keys())}, "
-        f"unknown {sorted(values.keys() - names)}",
+        not missing and not unknown,
+        f"{kind.__name__} has the wrong fields: missing {sorted(missing)}, unknown {sorted(unknown)}",
     )
     return kind(**{name: _restore(f"{kind.__name__}.{name}", hints[name], value) for name, value in values.items()})
 

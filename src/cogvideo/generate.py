@@ -348,7 +348,7 @@ class Maker:
 
     def _stream(self, group: Sequence[Wanted]) -> Iterator[Frame]:
         generators = [torch.Generator().manual_seed(each.seed) for each in group]
-        upscaling = Upscaling(self.choices.superres)
+        upscaling = Upscaling(self.choices.superres, self.choices.superres_sampling(self.pipeline.model.config.drawing))
         return self.pipeline.stream([each.prompt for each in group], generators, self.settings, upscaling, self.given)
 
     def _figures(

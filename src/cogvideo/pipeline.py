@@ -19,7 +19,7 @@ from cogvideo.bundle import CogVideo, usable
 from cogvideo.config import CogVideoConfig, DrawingConfig, require
 from cogvideo.generation.hierarchy import Settings, generate
 from cogvideo.generation.sampling import Sampling, spawn
-from cogvideo.generation.upscale import RELEASED, slot_noise, upscale
+from cogvideo.generation.upscale import slot_noise, superres_sampling, upscale
 from cogvideo.models.autoencoder import to_pixels
 from cogvideo.models.packing import pack
 from cogvideo.models.transformer import Transformer
@@ -56,6 +56,10 @@ class Drawing:
     """Of codes that the first frame is drawn from; 0 is all codes."""
     text_bonus: float | None = None
     """Added to text scores where there is no guidance."""
+    superres_temperature: float | None = None
+    """Of super-resolution; 0 takes the likeliest codes."""
+    superres_clusters: int | None = None
+    """Of codes that super-resolution draws from; 0 is all codes."""
 
     def of(self: D, own: DrawingConfig) -> D:
         """With a model's own values for those that are not given."""
@@ -68,8 +72,19 @@ class Drawing:
         Raises:
             ValueError: a value cannot be used.
         """
+        return Settings.of(self._filled(own))
+
+    def superres_sampling(self, own: DrawingConfig) -> Sampling:
+        """The same as super-resolution takes it.
+
+        Raises:
+            ValueError: a value cannot be used.
+        """
+        return superres_sampling(self._filled(own))
+
+    def _filled(self, own: DrawingConfig) -> DrawingConfig:
         given = self.of(own)
-        return Settings.of(DrawingConfig(**{each.name: getattr(given, each.name) for each in fields(own)}))
+        return DrawingConfig(**{each.name: getattr(given, each.name) for each in fields(own)})
 
 
 @dataclass(frozen=True)
@@ -78,8 +93,8 @@ class Upscaling:
 
     enabled: bool = True
     """Whether they do, where the model has super-resolution."""
-    sampling: Sampling = RELEASED
-    """Sampler of the high codes."""
+    sampling: Sampling | None = None
+    """Sampler of the high codes; the model's own unless given."""
 
 
 @dataclass(frozen=True)
@@ -274,9 +289,10 @@ class CogVideoPipeline:
         frames = self._generate(prompts, generators, settings, given)
         enlarges = upscaling.enabled and "superres" in there
         text = self._text(prompts, settings.truncate) if enlarges else None
+        sampling = upscaling.sampling or superres_sampling(self.model.config.drawing)
         if self.offload:
             frames = self._offloaded(frames)
-        return self._frames(frames, text, upscaling.sampling, enlarged)
+        return self._frames(frames, text, sampling, enlarged)
 
     def _generate(
         self, prompts: Sequence[str], generators: Sequence[torch.Generator], settings: Settings, given: Given

@@ -54,7 +54,8 @@ def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making)
     num_frames = pipeline.num_frames(settings)
     require(num_frames == NUM_FRAMES, f"the model makes clips of {num_frames} frames, expected {NUM_FRAMES}")
     generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
-    return pipeline.stream([prompt.text for prompt in prompts], generators, settings, Upscaling(making.superres))
+    upscaling = Upscaling(making.superres, making.superres_sampling(pipeline.model.config.drawing))
+    return pipeline.stream([prompt.text for prompt in prompts], generators, settings, upscaling)
 
 
 def generate(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> list[Clip]:

@@ -8,19 +8,29 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cogvideo.config import require
+from cogvideo.config import DrawingConfig, require
 from cogvideo.generation.sampling import Sampling, log_probabilities, spawn
 from cogvideo.layout import check_code_range
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.text import PaddedText, check_text
 
-RELEASED = Sampling(1.0, clusters=6, cluster_temperature=0.6)
-"""Sampler of the high codes in the released pipeline (spec section 3)."""
+CLUSTER_TEMPERATURE = 0.6
+"""Inside a cluster of high codes, in the released pipeline (spec section 3)."""
 SLOTS_PER_DRAW = 240
 """High slots whose logits and noise exist at once. Noise is drawn in these portions: another number, other codes."""
 
 SlotNoise = Iterator[Float[Tensor, "slots codes"]]
 """Noise of the high slots of one frame, `SLOTS_PER_DRAW` after another."""
+
+
+def superres_sampling(drawing: DrawingConfig) -> Sampling:
+    """The sampler of the high codes, as a model has it.
+
+    Raises:
+        ValueError: a value cannot be used.
+    """
+    temperature, clusters = drawing.superres_temperature, drawing.superres_clusters
+    return Sampling(temperature, clusters=clusters, cluster_temperature=CLUSTER_TEMPERATURE)
 
 
 def slot_noise(generator: torch.Generator, num_slots: int, num_codes: int, device: torch.device) -> SlotNoise:
@@ -60,7 +70,7 @@ def upscale(
         text: caption of each frame, left-padded; without a frame rate.
         codes: low codes of each frame.
         noise: of each frame, see `slot_noise`; not read by a greedy sampler.
-        sampling: which sampler, such as `RELEASED`.
+        sampling: which sampler, such as `superres_sampling` of a model.
         labels: clusters of the codebook, for cluster sampling.
         frames_per_pass: frames that go through the model at once: more memory, fewer passes, the same codes.
 

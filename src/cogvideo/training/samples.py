@@ -25,7 +25,7 @@ from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition
 from cogvideo.generation.hierarchy import Guidance, Settings
 from cogvideo.generation.sampling import GumbelNoise
-from cogvideo.generation.upscale import RELEASED, slot_noise, upscale
+from cogvideo.generation.upscale import slot_noise, superres_sampling, upscale
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.autoencoder import to_pixels
 from cogvideo.models.transformer import Transformer
@@ -334,8 +334,8 @@ def _larger(drawing: _Drawing, model: Upscaler) -> list[Row]:
     captions = drawing.pad([text.encode_image_caption(each.prompt) for each in drawing.examples], layout.text_slots)
     device, num_codes = model.base.words.weight.device, model.base.config.num_codes
     noise = [slot_noise(each, layout.high_slots, num_codes, device) for each in drawing.generators()]
-    labels = drawing.system.cluster_labels
-    high = upscale(model, captions, low, noise, RELEASED, labels).cpu()
+    sampling, labels = superres_sampling(drawing.system.config.drawing), drawing.system.cluster_labels
+    high = upscale(model, captions, low, noise, sampling, labels).cpu()
     rows = []
     for place, (example, few, many) in enumerate(zip(drawing.examples, low, high, strict=True)):
         assert example.high_codes is not None
