@@ -35,7 +35,7 @@ def main(path: Path, model: str) -> None:
     for prompt in PROMPTS:
         clips = pipeline(prompt, generator=torch.Generator().manual_seed(1))
         rows.append(clips.frames[0])
-    write_image(path, contact_sheet(rows, 9, labels=PROMPTS))
+    write_image(path, contact_sheet(rows, 5, labels=PROMPTS))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from einops import reduce
 from safetensors import safe_open
 
 from cogvideo.bundle import POCKET, locate
@@ -23,7 +24,7 @@ def test_it_is_small_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: 
     """Guards the package: every part that a clip needs, each file as it was saved, none too large to carry."""
     manifest = Manifest.read(locate(POCKET))
     assert manifest.config == preset(POCKET)
-    parts = {"base", "sequential", "interpolation", "image_tokenizer", "cluster_labels", "text"}
+    parts = {"base", "sequential", "interpolation", "superres", "image_tokenizer", "cluster_labels", "text"}
     assert set(manifest.components) == parts
     sizes = [entry.num_bytes for entry in manifest.components.values()]
     assert max(sizes) < 20 * MIB
@@ -57,3 +58,21 @@ def test_it_tells_backgrounds_apart() -> None:
     assert first.shape == (2, 64, 64, 3)
     assert white > 200
     assert black < 60
+
+
+def test_its_large_frames_are_its_small_ones() -> None:
+    """Guards super-resolution against random weights: enlarged and reduced again, a frame is nearly what it was, and
+    far from the other one."""
+    pipeline = CogVideoPipeline.from_pretrained(POCKET)
+    prompts = ["a red heart beats, on a white background", "a green crocodile snaps its jaws, on a pink background"]
+
+    def first(upscaling: Upscaling) -> np.ndarray:
+        seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return next(pipeline.stream(prompts, seeds, upscaling=upscaling)).pixels.astype(float)
+
+    small, large = first(Upscaling(False)), first(Upscaling())
+    assert large.shape == (2, 192, 192, 3)
+    again = reduce(large, "clip (row down) (column right) rgb -> clip row column rgb", "mean", down=3, right=3)
+    off = [[np.abs(one - other).mean() for other in small] for one in again]
+    assert max(off[0][0], off[1][1]) < 25, off
+    assert min(off[0][1], off[1][0]) > 50, off
