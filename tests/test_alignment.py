@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import alignment as module
 from cogvideo.evaluation.alignment import alignment, shown
 from cogvideo.evaluation.emoji_subject import EmojiSubject, unseen_background
-from cogvideo.evaluation.making import Making, reduced
+from cogvideo.evaluation.making import Making, generate, reduced
 from cogvideo.evaluation.reader import ATTRIBUTES, Reader, ReaderConfig
 from cogvideo.evaluation.subject import Clip, Prompt
 from cogvideo.pipeline import CogVideoPipeline
@@ -133,6 +135,15 @@ def test_protocol_says_what_was_measured(model: str, reader: Path, emoji: Path, 
     assert results["emoji"]["real"]["shares"]["all clips"]["rank 1"] == 1
     assert set(results["world"]["real"]["shares"]) == {"all clips", "held-out pairs", "other clips"}
     assert set(results["world"]["real"]["clips"][0]) == set(ATTRIBUTES)
+
+
+def test_super_resolution_is_drawn_as_asked(model: str) -> None:
+    """Guards its options against being read and forgotten: each one changes the clips that are judged."""
+    pipeline, prompts = CogVideoPipeline.from_pretrained(model), [Prompt("cat", "a cat", 0)]
+    plain = Making(superres=True)
+    changes = ({}, {"superres": False}, {"superres_temperature": 0.0}, {"superres_clusters": 1})
+    clips = [generate(pipeline, prompts, replace(plain, **change))[0] for change in changes]
+    assert not any(np.array_equal(one, other) for one, other in combinations(clips, 2))
 
 
 def test_another_model_is_refused(model: str, reader: Path, tmp_path: Path) -> None:
