@@ -29,7 +29,7 @@ from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.cache import Cache
 from cogvideo.models.plans import full_pass, text_masks
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
-from cogvideo.models.upscaler import UpscaleChannel, Upscaler
+from cogvideo.models.upscaler import UpscaleChannel, Upscaler, neighbourhoods
 from cogvideo.text import PaddedText
 
 Stage = Literal["image", "sequential", "interpolation"]
@@ -310,6 +310,7 @@ def upscaling(config: CogVideoConfig, frames: int) -> Phase:
     """Super-resolution, one frame a pass."""
     layout, modules = UpscaleLayout.of(config.layout, config.upscaler), _modules(config)
     text, codes = _text(1, layout.text_slots), torch.zeros(1, layout.low_slots, dtype=torch.int64)
+    neighbourhoods(layout, config.upscaler, META)  # kept from pass to pass: made in one, they would count as its own
 
     def run(sizes: CogVideoConfig) -> DryRun:
         shallow = _modules(sizes, torch.bfloat16)
