@@ -313,7 +313,7 @@ def started(job: str, folder: Path, world_size: int = 2) -> Iterator[list[subpro
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, job, str(folder)],
+            [sys.executable, "-X", "faulthandler", __file__, job, str(folder)],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
             stderr=subprocess.PIPE,
             text=True,

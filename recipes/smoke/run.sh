@@ -4,7 +4,7 @@
 set -euo pipefail
 
 out=${1:?usage: run.sh OUT [CLIPS]}
-clips=world:${2:-120}
+clips=world:${2:-80}
 recipe=$(dirname "$0")/recipe.toml
 
 cogvideo train tokenizer "$clips" --out "$out/model" --recipe "$recipe"
