@@ -9,12 +9,14 @@ larger of both.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +26,7 @@ import torch
 from benchmarks.decode import show
 from benchmarks.machine import alternate, write
 from cogvideo.bundle import POCKET
+from cogvideo.cli import SPINS
 from cogvideo.costs import Phase, clip
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.hierarchy import Settings
@@ -33,6 +36,8 @@ from cogvideo.training.recorder import matrix_rate
 Figures = dict[str, Any]
 
 PROMPT = "a large red ball bounces in from the left, bounces twice and leaves on the right, on a beach, slowly"
+OPENMP_SPINS = 300_000
+"""Of GNU OpenMP where no more threads than cores are asked for."""
 GOALS = {"first frame": 3.0, "finished mp4": 12.0}
 WAYS = {
     "one by one": Passes(),
@@ -78,6 +83,31 @@ def _wait(model: str, folder: Path) -> tuple[float, float]:
     if process.returncode:
         raise RuntimeError(f"`cogvideo {' '.join(arguments)}` ended with status {process.returncode}")
     return first, time.perf_counter() - start
+
+
+def waiting(model: str, rounds: int = 3) -> Figures:
+    """Seconds of a small clip, alone and beside a program that keeps one core busy: with threads that soon sleep while
+    they wait, as `cogvideo` sets it, and with OpenMP's own choice."""
+    arguments = ["generate", PROMPT, "--model", model, "--seed", "1", "--rounds", "1", "--no-superres", "--output"]
+
+    def draw(spins: int) -> None:
+        with TemporaryDirectory() as folder:
+            command = [sys.executable, "-m", "cogvideo", *arguments, f"{folder}/x.mp4"]
+            environment = os.environ | {"GOMP_SPINCOUNT": str(spins)}
+            subprocess.run(command, check=True, capture_output=True, env=environment)
+
+    calls = {"soon asleep": partial(draw, SPINS), "OpenMP's own": partial(draw, OPENMP_SPINS)}
+    found = {"alone": alternate(calls, rounds, 0)}
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) as busy:
+        try:
+            found["beside a busy program"] = alternate(calls, rounds, 0)
+        finally:
+            busy.kill()
+    return {
+        f"{name}, {how}": {"seconds": each["median"] / 1e3, "best": each["best"] / 1e3}
+        for name, timed in found.items()
+        for how, each in timed.items()
+    }
 
 
 def ways(model: str, rounds: int = 3) -> Figures:
@@ -187,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=POCKET, help="folder, id on the Hub, or pocket")
     model = parser.parse_args().model
-    for name, section in {"command": command, "ways": ways, "parts": parts}.items():
+    for name, section in {"command": command, "waiting": waiting, "ways": ways, "parts": parts}.items():
         figures = section(model)
         print(f"\n{name}")
         show(figures)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cogvideo import __version__
-from cogvideo.cli import COMMANDS
+from cogvideo.cli import COMMANDS, SPINS
 
 HEAVY = {"torch", "numpy", "tyro", "rich", "safetensors", "huggingface_hub"}
 MISTAKES = """
@@ -76,6 +76,20 @@ def test_help_and_version_import_nothing_heavy(option: str) -> None:
     imported = imported_by("-m", "cogvideo", option)
     assert "cogvideo" in imported
     assert imported.isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, str(SPINS)), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_threads_that_wait_sleep(given: dict[str, str], spins: str | None) -> None:
+    """Guards clips beside a busy program, and what the user has said of OpenMP."""
+    program = "import os; from cogvideo.cli import main; main(['--version']); print(os.environ.get('GOMP_SPINCOUNT'))"
+    plain = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=plain | given, check=True
+    )
+    assert done.stdout.splitlines()[1] == str(spins)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])

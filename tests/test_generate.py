@@ -304,14 +304,15 @@ def test_each_option_changes_the_clip(model: str, inside: Path) -> None:
 )
 def test_other_formats(name: str, milliseconds: int | None, model: str, inside: Path) -> None:
     """Guards GIF and WebP: the clip moves at its rate, its settings stand beside it and in it."""
-    run("a cat runs", "--model", model, "--output", name, "--seed", 3, "--rounds", 1, "--no-superres")
+    run("a 猫 runs", "--model", model, "--output", name, "--seed", 3, "--rounds", 1, "--no-superres")
     assert tree(inside) == sorted([name, f"{name[0]}.json"])
     assert record_of(inside / name)["seed"] == 3
     if milliseconds is not None:
         with Image.open(inside / name) as image:
             image.load()
             assert (image.n_frames, image.size, image.info["duration"]) == (9, (SIDE, SIDE), milliseconds)
-            comment = image.info["comment"].decode() if name.lower().endswith("gif") else image.getexif()[0x010E]
+            is_gif = name.lower().endswith("gif")
+            comment = image.info["comment"].decode() if is_gif else image.getexif()[0x010E]
             assert json.loads(comment) == record_of(inside / name)
 
 
@@ -453,6 +454,14 @@ def test_a_list_is_gone_on_with(model: str, inside: Path, capsys: pytest.Capture
     assert len(capsys.readouterr().out.split()) == 3, "one more of each"
     run(*options, "--temperature", 2)
     assert len(capsys.readouterr().out.split()) == 3, "all of them otherwise"
+
+
+def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards a row with a seed against its clip being counted for a row that takes any."""
+    (inside / "list.csv").write_text("prompt,seed\na cat,\na cat,7\na cat,\n", encoding="utf-8")
+    for number in (3, 0):
+        run("--prompts", "list.csv", "--model", model, *QUICK)
+        assert len(capsys.readouterr().out.split()) == number
 
 
 @pytest.mark.parametrize(
@@ -691,6 +700,9 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--output", "file/x.mp4"), "(File exists|Not a directory): file"),
         (("--output", "file/deeper/out"), "Not a directory: file/deeper"),
         (("--output", "/proc/out"), "No such file or directory: /proc/out"),
+        (("--output", "/proc/x.mp4"), r"cannot write into /proc \(No such file or directory\), expected a folder"),
+        (("--output", "\udcff.mp4"), r"the name '\\udcff.mp4' is no text in UTF-8, expected one: rename it"),
+        (("--image", "\udcff.png"), r"the name '\\udcff.png' is no text in UTF-8, expected one: rename it"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -748,6 +760,50 @@ def test_what_is_there_is_replaced_as_a_whole(model: str, inside: Path) -> None:
     assert (path.read_bytes(), record_of(path)["seed"]) == (new, 2)
 
 
+def test_what_is_there_outlasts_a_full_disk(model: str, inside: Path) -> None:
+    """Guards the old clip and its record where the new one cannot be written: the limit is that of a real process."""
+    run("a cat", "--model", model, "--output", "x.mp4", "--seed", 1, *QUICK)
+    before = {name: (inside / name).read_bytes() for name in tree(inside)}
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); from cogvideo.cli import main"
+    )
+    arguments = ["generate", "a cat", "--model", model, "--output", "x.mp4", "--seed", "2", *QUICK]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; sys.exit(main({arguments}))"], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stderr) == (2, "cogvideo: error: File too large: x.mp4\n")
+    assert {name: (inside / name).read_bytes() for name in tree(inside)} == before
+
+
+def test_what_is_read_is_not_replaced(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards a user's own clip and list against a command that writes where it reads."""
+    write_video(inside / "x.mp4", np.zeros((3, SIDE, SIDE, 3), np.uint8), 1)
+    os.symlink("x.mp4", inside / "y.mp4")
+    (inside / "list.mp4").write_text("a cat")
+    before = {name: (inside / name).read_bytes() for name in tree(inside)}
+    for options in (("a cat", "--extend", "x.mp4"), ("a cat", "--image", "y.mp4"), ("--prompts", "list.mp4")):
+        name = options[-1].replace("y", "x")
+        told = refused(capsys, *options, "--model", model, "--output", name, *QUICK)
+        assert f"output is {name}, which is read, too: give another name" in told
+    assert {name: (inside / name).read_bytes() for name in tree(inside)} == before
+
+
+def test_names_that_an_output_cannot_show(model: str, inside: Path) -> None:
+    """Guards lists against an end after their first clip, where the terminal has no such letters."""
+    arguments = ["猫", "\U0001f600 é", "--model", model, "--seed", "1", *QUICK]
+    for more, expected in (([], b"out/\\u732b.mp4\nout/\\xe9.mp4\n"), (["--json"], None)):
+        done = subprocess.run(
+            [sys.executable, "-m", "cogvideo", "generate", *arguments, *more],
+            capture_output=True, timeout=100, env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        if expected is None:
+            told = [json.loads(line)["prompt"] for line in done.stdout.splitlines()]
+            assert told == arguments[:2]
+        else:
+            assert done.stdout == expected
+
+
 def test_nothing_in_a_folder_is_replaced(model: str, inside: Path) -> None:
     """Guards clips of an earlier day: the same prompt gets another name, whatever has the first."""
     for _ in range(2):
@@ -784,6 +840,17 @@ def test_frames_of_a_stopped_run_stay(model: str, inside: Path, capsys: pytest.C
     assert told.out.split() == ["out/a-cat-2", "out/a-cat-frames-2"]
     assert told.err == "out/a-cat-2-frames: frames of seed 4\nout/a-cat-frames-2-frames: frames of seed 5\n"
     assert (inside / "out" / "a-cat-frames" / "000.png").read_text() == "old"
+
+
+def test_frames_never_replace_others(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards pictures of a user's own, and those of an earlier look, in a folder that is called like that of frames."""
+    (inside / "x-frames").mkdir()
+    (inside / "x-frames" / "2019.png").write_text("mine")
+    for number in (2, 3):
+        run("a cat", "--model", model, "--output", "x.mp4", "--preview", "--seed", 4, *QUICK)
+        assert capsys.readouterr().err == f"x-frames-{number}: frames of seed 4\n"
+        assert len(frames_of(inside / f"x-frames-{number}")) == 5
+    assert tree(inside / "x-frames") == ["2019.png"]
 
 
 def test_a_foreign_file_is_no_record(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,18 @@ from cogvideo.bundle import POCKET, usable
 from cogvideo.config import DrawingConfig, require
 from cogvideo.generation.hierarchy import Settings
 from cogvideo.machine import require_memory, slowness
-from cogvideo.outputs import FRAMES, Folder, Format, Record, is_file, read_record, write_clip, write_frame
+from cogvideo.outputs import (
+    Folder,
+    Format,
+    Record,
+    check_name,
+    check_writable,
+    is_file,
+    make_frames_folder,
+    read_record,
+    write_clip,
+    write_frame,
+)
 from cogvideo.pipeline import CogVideoPipeline, Drawing, Frame, Given, Upscaling, collect, default_dtype
 from cogvideo.prompts import LARGEST_SEED, Prompt, read_prompts
 from cogvideo.video import check_rate, read_video
@@ -81,6 +91,8 @@ class Choices(Drawing):
     def record(self) -> Record:
         """All of them; of a file its content, since another one may come to have its name."""
         paths = {name: path for name in FILES if (path := getattr(self, name)) is not None}
+        for path in (Path(self.model), *paths.values()):
+            check_name(path)  # the record is UTF-8
         found = asdict(self) | {name: str(path) for name, path in paths.items()}
         return found | {"sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}}
 
@@ -96,7 +108,7 @@ class Files:
     fps: float | None = None
     """Frames a second of the files, to play the same frames faster or slower."""
     preview: bool = False
-    """Write each frame as PNG as soon as it is finished, into a folder NAME-frames beside the clip."""
+    """Write each frame as PNG as soon as it is finished, into a new folder NAME-frames beside the clip."""
     json: bool = False
     """Print the record of each clip, a line each, instead of its path."""
 
@@ -160,6 +172,9 @@ def generate(
         )
         before = _sidecar(from_sidecar)
         listed, choices = [Prompt(before["prompt"], before["seed"])], _choices(from_sidecar, before, named)
+    for path in (prompts, from_sidecar, *(getattr(choices, name) for name in FILES)):
+        is_other = path is None or not (path.exists() and files.output.exists() and path.samefile(files.output))
+        require(is_other, f"output is {files.output}, which is read, too: give another name")
     to_file = is_file(files.output, len(listed))
     suits = not to_file or files.format in ("mp4", files.output.suffix.lower()[1:])
     require(suits, f"output is {files.output} and format {files.format}, expected one format")
@@ -178,7 +193,7 @@ def generate(
         path = clip.path if to_file else folder.settled(clip.path)
         made = {"file": path.name, "prompt": clip.prompt, "seed": clip.seed} | record | clip.figures
         write_clip(path, clip.frames, fps, made)
-        print(dumps(made, ensure_ascii=False) if files.json else path, flush=True)
+        print(dumps(made) if files.json else path, flush=True)
         same = same and made["codes"] == before.get("codes", made["codes"])
     if len(wanted) < len(listed):
         print(f"{len(listed) - len(wanted)} of {len(listed)} clips were there already", file=sys.stderr)
@@ -221,9 +236,14 @@ def _seed(prompt: Prompt) -> int:
 def _wanted(listed: Sequence[Prompt], record: Record, folder: Folder, skip: bool) -> Iterator[Wanted]:
     """The clips that the folder lacks. Which model has made one, its hash says, wherever it lay."""
     alike = {name: value for name, value in record.items() if name not in ("model", *FILES)}
-    for each in listed:
+    there = set()
+    # Those with a seed first: any clip of its prompt will do for one without.
+    for place, each in sorted(enumerate(listed), key=lambda pair: pair[1].seed is None):
         own = {"prompt": each.text} | ({} if each.seed is None else {"seed": each.seed})
-        if not (skip and folder.take(alike | own)):
+        if skip and folder.take(alike | own):
+            there.add(place)
+    for place, each in enumerate(listed):
+        if place not in there:
             yield Wanted(each.text, _seed(each), folder.name(each.text))
 
 
@@ -336,7 +356,7 @@ class Maker:
         streams = [self._stream(group) for group in groups]
         for folder in {each.path.parent for each in wanted}:
             folder.mkdir(parents=True, exist_ok=True)
-            require(os.access(folder, os.W_OK), f"cannot write into {folder}, expected a folder for the clips")
+            check_writable(folder)
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         if slow := slowness(getattr(torch, self.choices.dtype), self.device):
             console.print(slow)
@@ -367,12 +387,8 @@ class Maker:
 
 def _previewed(stream: Iterator[Frame], group: Sequence[Wanted]) -> Iterator[Frame]:
     """The frames, each written before it is passed on."""
-    folders = [each.path.with_name(f"{each.path.stem}{FRAMES}") for each in group]
+    folders = [make_frames_folder(each.path) for each in group]
     for folder, each in zip(folders, group, strict=True):
-        if folder.is_dir():  # of an earlier run, to the same file
-            for old in folder.glob("[0-9]*.png"):
-                old.unlink()
-        folder.mkdir(exist_ok=True)
         print(f"{folder}: frames of seed {each.seed}", file=sys.stderr)
     for frame in stream:
         for folder, pixels in zip(folders, frame.pixels, strict=True):

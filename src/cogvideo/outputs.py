@@ -6,15 +6,19 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
+from itertools import count
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
 
 from cogvideo.config import require
-from cogvideo.files import write_text
+from cogvideo.data.tables import is_unicode
+from cogvideo.files import TEMPORARY_SUFFIX, replacing_by_name, write_text
 from cogvideo.pictures import write_image
 from cogvideo.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, write_video
 
@@ -39,6 +43,7 @@ def is_file(output: Path, clips: int) -> bool:
         ValueError: it can be neither.
     """
     suffix = output.suffix.lower()
+    check_name(output)
     length = len(os.fsencode(output.name))
     require(
         length <= LONGEST_GIVEN, f"the name {output.name:.20}... has {length} bytes, expected {LONGEST_GIVEN} at most"
@@ -60,6 +65,20 @@ def _check_sidecar(output: Path) -> None:
     record = read_record(sidecar) or {}
     is_own = not sidecar.exists() or record.get("file") == output.name
     require(is_own, f"{sidecar}, where the record of {output} belongs, holds something else: give another name")
+
+
+def check_name(path: Path) -> None:
+    """Refuse a name that a record cannot hold."""
+    require(is_unicode(str(path)), f"the name {str(path)!r} is no text in UTF-8, expected one: rename it")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which no file can be made, for whatever reason."""
+    try:
+        with NamedTemporaryFile(dir=folder, prefix=".clip-", suffix=TEMPORARY_SUFFIX):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder} ({error.strerror}), expected a folder for the clips") from error
 
 
 class Folder:
@@ -127,10 +146,21 @@ def sidecar_of(path: Path) -> Path:
     return path.with_name(f"{path.stem if path.suffix.lower() in SUFFIXES else path.name}{SIDECAR}")
 
 
+def make_frames_folder(path: Path) -> Path:
+    """Make a folder for frames of a clip while it is made, beside the clip. One that is there may be somebody's."""
+    for number in count(1):
+        folder = path.with_name(f"{path.stem}{FRAMES}{f'-{number}' if number > 1 else ''}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
+
+
 def write_clip(
     path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, record: Mapping[str, Any]
 ) -> None:
-    """Write a clip, then its record: whatever interrupts it, no record stands beside a clip that was made otherwise.
+    """Write a clip, then its record: whatever interrupts it, no record stands beside a clip that was made otherwise,
+    and a clip that is to be replaced goes, with its record, when the new one is whole.
 
     Args:
         path: a file by its suffix, or a folder for PNG frames.
@@ -141,11 +171,12 @@ def write_clip(
     Raises:
         OSError: something cannot be written.
     """
-    text = json.dumps(record, ensure_ascii=False)
+    text = json.dumps(record, ensure_ascii=path.suffix.lower() == ".webp")  # EXIF is ASCII
     sidecar = sidecar_of(path)
-    sidecar.unlink(missing_ok=True)
     if path.suffix.lower() in SUFFIXES:
-        write_video(path, frames, fps, {"comment": text})
+        with replacing_by_name(path) as temporary:
+            write_video(temporary, frames, fps, {"comment": text})
+            sidecar.unlink(missing_ok=True)
     else:
         path.mkdir(exist_ok=True)
         for place, frame in enumerate(frames):
