@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cogvideo import __version__
-from cogvideo.cli import COMMANDS, SPINS
+from cogvideo.cli import COMMANDS, SPINS, main
 
 HEAVY = {"torch", "numpy", "tyro", "rich", "safetensors", "huggingface_hub"}
 MISTAKES = """
@@ -125,12 +125,52 @@ def test_command_gets_its_arguments() -> None:
     assert '"batch": 3' in done.stdout
 
 
-def test_unknown_option_is_refused() -> None:
-    """Guards against options that are silently ignored."""
-    done = cogvideo("info", "--jsno")
-    assert done.returncode == 2
-    assert "--jsno" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("width", [40, 120])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("info --jsno", "unknown option --jsno, did you mean --json?"),
+        ("generate x --samplse 3", "unknown option --samplse, did you mean --samples?"),
+        ("info --x --y", "unknown option --x, --y; `cogvideo info --help` lists what there is"),
+        ("info pocket b", "unknown argument b; `cogvideo info --help` lists what there is"),
+        ("generate -rf", "unknown option -rf; texts that begin with a dash stand at the end, behind --"),
+        ("generate x --seed", "--seed has no value, expected one behind it"),
+        ("generate x --seed 1e5", "--seed is '1e5', expected a whole number"),
+        ("generate x --guidance abc", "--guidance is 'abc', expected a number"),
+        ("generate x --fps abc", "--fps is 'abc', expected a number"),
+        ("generate x --samples 1.5", "--samples is '1.5', expected a whole number"),
+        ("generate x --dtype int8", "--dtype is 'int8', expected auto, float32, bfloat16, float16"),
+        ("data world", "missing: --out; `cogvideo data world --help` explains them"),
+        ("train image", "missing: --out, --data; `cogvideo train image --help` explains them"),
+        ("data prepare", "missing: STR, --out, --tokenizer; `cogvideo data prepare --help` explains them"),
+        ("train image --out x --data y --rates a", "--rates is 'a', expected [FLOAT [FLOAT ...]]"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    arguments: str, message: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against options that are silently ignored, and against boxes of several lines."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(arguments.split()) == 2
+    assert capsys.readouterr() == ("", f"cogvideo: error: {message}\n")
+
+
+def test_wrong_options_are_one_line_in_any_terminal() -> None:
+    """Guards boxes that are drawn with letters, where a terminal has no lines."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    call = [sys.executable, "-m", "cogvideo", "data", "world"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
+    assert done.stderr == "cogvideo: error: missing: --out; `cogvideo data world --help` explains them\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_one_line() -> None:
+    """Guards output that goes to a file where there is no room."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cogvideo", "info"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (2, "cogvideo: error: No space left on device: the output\n")
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,15 @@ def test_it_finds_changed_files(
     assert "all files are what was saved" not in told
 
 
+def test_an_unknown_model_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the one line of a mistake against being lost below a table."""
+    for name, message in (("nowhere", "there is no folder nowhere"), (tmp_path, f"cannot use {tmp_path}/bundle.json")):
+        assert main(["doctor", str(name)]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert message in told.err
+
+
 def test_clips_at_once_need_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the figure that a refusal names: weights count once, all else as often as there are clips."""
     config = preset("tiny")

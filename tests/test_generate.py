@@ -479,7 +479,9 @@ def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.Cap
             "x.csv, line 2: 1 cells have no column: a prompt with commas",
         ),
         ("x.csv", b"prompt,seed\na cat," + b"1" * 5000, "x.csv, line 2: seed is '1111"),
-        ("x.csv", b"", "x.csv is empty, expected the names of its columns"),
+        ("x.csv", b"", "x.csv is empty, expected names of columns"),
+        ("x.jsonl", b"", "x.jsonl is empty, expected lines"),
+        ("x.jsonl", b"[1]", "x.jsonl, line 1: got [1], expected names and values"),
         ("x.jsonl", b'{"prompt": "\\ud800"}', "x.jsonl, line 1: prompt is '\\ud800', which is no text in Unicode"),
         ("x.json", b'[{"prompt": "a cat"}]', "x.json is no list of prompts, expected JSON lines"),
         ("x.jsonl", b"{", "x.jsonl"),
@@ -647,6 +649,8 @@ def test_every_prompt_has_a_file_of_its_own(
     [
         (("",), "the prompt is empty: ''"),
         (("a cat", " \t\n"), "the prompt is empty"),
+        (("\u200b\u2060",), "the prompt is empty"),
+        (("\x01\x02",), "the prompt is empty"),
         (("a cat", "x" * 10_000), r"the prompt has \d+ tokens, 16 fit"),
         (("a cat", "\udc80"), "is no text in Unicode"),
         ((), "there is no prompt, expected one or several texts"),
@@ -665,7 +669,7 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
     [
         (("--rounds", "-1"), "rounds is -1, expected 0 to 6"),
         (("--rounds", "7"), "rounds is 7, expected 0 to 6"),
-        (("--samples", "0"), "samples is 0, expected a positive number"),
+        (("--samples", "0"), "samples is 0, expected 1 to 100000"),
         (("--batch", "0"), "batch is 0, expected a positive number"),
         (("--fps", "0"), "fps is 0.0, expected a number in"),
         (("--image", "nowhere.png"), "No such file or directory: nowhere.png"),
@@ -677,23 +681,30 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--prompts", "file"), "got prompts and a file of prompts, expected one of them"),
         (("--device", "cuda"), "cannot use the device 'cuda'"),
         (("--model", "nobody/nothing"), "there is no folder nobody/nothing, and none came from the Hub"),
-        (("--guidance", "nan"), "guidance of the sequential stage is nan, expected 0 or more"),
-        (("--temperature", "-1"), "temperature is -1.0, expected 0"),
-        (("--temperature", "inf"), "temperature is inf, expected 0"),
-        (("--text-bonus", "nan"), "text_bonus is nan, expected a number"),
-        (("--superres-temperature", "-1"), "temperature is -1.0, expected 0"),
-        (("--superres-clusters", "-1"), "clusters is -1, expected 0"),
+        (("--guidance", "nan"), " guidance is nan, expected 0 to 100"),
+        (("--guidance", "1e30"), " guidance is 1e\\+30, expected 0 to 100"),
+        (("--temperature", "-1"), " temperature is -1.0, expected 0 to 100"),
+        (("--first-temperature", "inf"), "first_temperature is inf, expected 0 to 100"),
+        (("--text-bonus", "nan"), "text_bonus is nan, expected -100 to 100"),
+        (("--superres-temperature", "-1"), "superres_temperature is -1.0, expected 0 to 100"),
+        (("--superres-clusters", "-1"), "superres_clusters is -1, expected 0 to 1000000"),
+        (("--clusters", "9999999"), " clusters is 9999999, expected 0 to 1000000"),
+        (("--samples", "300000000"), "samples is 300000000, expected 1 to 100000"),
+        (("--samples", "2", "--seed", str(2**63 - 1)), f"the seed of the last clip would be {2**63}, expected"),
+        (("--negative", " "), "the negative prompt is empty: ' '"),
+        (("--device", "cpu:3"), "there is no device cpu:3, expected cpu"),
+        (("--device", "mps"), r"cannot use the device 'mps' \(.{1,90}\), expected auto, cpu, or a GPU"),
+        (("--image", "folder.mp4"), "Is a directory: folder.mp4, expected a file"),
         (("--fps", "0.005"), "fps is 0.005, expected a number in"),
         (("--device", "meta"), "cannot use the device 'meta'"),
         (("--model", ""), "the model has no name"),
         (("--output", "x.png"), "cannot write x.png: expected a folder, or a file that ends in .mp4"),
         (("--output", "x.mp4", "--format", "gif"), "output is x.mp4 and format gif, expected one format"),
         (("--output", "x" * 201), "the name xxxxxxxxxxxxxxxxxxxx... has 201 bytes, expected 200 at most"),
-        (("--clusters", "-1"), "clusters is -1, expected 0"),
         (("--seed", "-1"), "seed is -1, expected a number in"),
         (("--device", "abacus"), "cannot use the device 'abacus'"),
         (("--model", "nowhere"), "there is no folder nowhere: pass the folder of a bundle"),
-        (("--model", "."), "cannot use bundle.json: No such file"),
+        (("--model", "."), "cannot use bundle.json: No such file or directory, expected the folder of a bundle"),
         (("--output", "x.avi"), r"cannot write x.avi: expected a folder, or a file that ends in .mp4, .gif, .webp"),
         (("--output", "file"), "file is a file, expected a folder"),
         (("--output", "folder.mp4"), "folder.mp4 is a folder, expected a file, or a folder without .mp4"),
@@ -884,6 +895,11 @@ def test_a_list_is_made_in_every_format(model: str, inside: Path, capsys: pytest
         ("rounds", None),
         ("rounds", True),
         ("guidance", "abc"),
+        ("guidance", 10**400),
+        ("temperature", float("nan")),
+        ("text_bonus", float("inf")),
+        ("model", "a\0b"),
+        ("seed", "7"),
         ("clusters", 1.5),
         ("model", 5),
         ("image", ["a"]),
@@ -928,8 +944,10 @@ def test_a_model_that_does_not_fit_is_refused(
 ) -> None:
     """Guards against being killed while loading: what is needed is said before, and what helps."""
     monkeypatch.setattr(machine, "free_memory", lambda _: 1 << 20)
-    told = refused(capsys, "a cat", "--model", model, "--batch", "4")
-    assert re.search(r"this needs \d+\.\d GiB of memory on cpu, where 0.0 GiB are free; what helps: --batch 2,", told)
+    told = refused(capsys, "a cat", "--model", model, "--batch", "100000", "--samples", "4")
+    assert re.search(
+        r"this needs \d+\.\d GiB of memory on cpu, where 0.0 GiB are free; what helps: --batch 2,", told
+    ), "of four clips"
     assert "--offload, --dtype bfloat16, --rounds 0, a smaller model" in told
     monkeypatch.setattr(machine, "free_memory", lambda _: 1 << 30)
     run("a cat", "--model", model, *QUICK)

@@ -410,7 +410,8 @@ def test_bundle_files_have_the_expected_bytes(tmp_path: Path, capsys: pytest.Cap
     [
         ("pokcet", 1, r"got 'pokcet', expected a preset \(tiny, pocket, small, cogvideo\) or the folder of a bundle"),
         ("tests", 1, r"bundle\.json"),
-        ("pocket", 0, "batch is 0, expected a positive number"),
+        ("pocket", 0, "batch is 0, expected 1 to 1000000"),
+        ("pocket", 10**20, "batch is 100000000000000000000, expected 1 to 1000000"),
     ],
 )
 def test_refusals(target: str, batch: int, message: str) -> None:

@@ -293,6 +293,7 @@ def test_fields_that_came_later() -> None:
         (lambda: LayoutConfig(text_slots=60), "frame_position 48 lies inside the 60 text positions"),
         (lambda: TransformerConfig(hidden=250), "hidden 250 is not divisible by num_heads 4"),
         (lambda: TransformerConfig(num_layers=0), "num_layers is 0, expected a positive number"),
+        (lambda: TransformerConfig(num_layers=10**9), "num_layers is 1000000000, expected at most 1000"),
         (lambda: TransformerConfig(num_codes=5000), "num_codes 5000 is larger than vocab_size 4096"),
         (
             lambda: TransformerConfig(start_of_image=4096),

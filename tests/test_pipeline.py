@@ -254,7 +254,6 @@ def test_a_model_that_lacks_a_part_is_refused_at_the_call(
         (("x" * 10_000,), (1,), ONE, r"the prompt has \d+ tokens, 16 fit"),
         (("a cat",), (1, 2), ONE, "got 2 generators for 1 prompts"),
         ((), (), ONE, "got no prompt"),
-        (("a cat",), (1,), replace(ONE, guidance=Guidance(negative="")), "the prompt is empty"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_at_the_call(
@@ -391,11 +390,16 @@ def test_what_is_no_clip_is_not_exported(frames: Any, message: str, tmp_path: Pa
         ({"image": Image.new("F", (4, 4))}, "the picture has floating-point pixels, expected 8 or 16 bits"),
         ({"image": np.zeros((4, 4, 3), np.uint8), "video": []}, "got an image and a video to start from"),
         ({"last_image": np.zeros((4, 4, 3), np.uint8)}, "got a last frame and 0 leading ones, expected one"),
-        ({"num_samples": 0}, "num_samples is 0, expected a positive number"),
+        ({"num_samples": 0}, "num_samples is 0, expected a positive whole number"),
+        ({"num_samples": 1.5}, "num_samples is 1.5, expected a positive whole number"),
+        ({"prompt": 5}, "prompt is 5, expected a text or a sequence of texts"),
+        ({"prompt": ["a cat", 5]}, r"prompt is \['a cat', 5\], expected a text or a sequence of texts"),
+        ({"generator": 7}, "generator is 7, expected a torch.Generator, or one a clip"),
+        ({"negative_prompt": ""}, "the negative prompt is empty: ''"),
         ({"generator": [torch.Generator()] * 2}, "got 2 generators for 1 prompts"),
     ],
 )
 def test_calls_that_cannot_be_right_are_refused(options: dict[str, Any], message: str, folder: Path) -> None:
     """Guards what users pass who come from other libraries."""
     with pytest.raises(ValueError, match=message):
-        CogVideoPipeline.from_pretrained(folder)(PROMPTS[0], **options)
+        CogVideoPipeline.from_pretrained(folder)(**{"prompt": PROMPTS[0]} | options)

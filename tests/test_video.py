@@ -476,7 +476,7 @@ def test_half_a_file_is_refused(good: Path, tmp_path: Path, name: str, share: fl
     (tmp_path / name).write_bytes(content[: int(share * len(content))])
     with pytest.raises(VideoError) as caught:
         read_video(tmp_path / name, 25, 16)
-    assert caught.value.reason in ("cannot be decoded", "is cut short", "not a readable video")
+    assert caught.value.reason in ("cannot be decoded", "is cut short", "no readable video or picture")
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -527,14 +527,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "folder": (lambda path: path.mkdir(), "not a file"),
     "pipe": (os.mkfifo, "not a file"),
     "empty": (lambda path: path.write_bytes(b""), "empty file"),
-    "text": (lambda path: path.write_text("no video\n" * 200), "not a readable video"),
-    "zeros": (lambda path: path.write_bytes(bytes(5000)), "not a readable video"),
-    "noise": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(50_000)), "not a readable video"),
+    "text": (lambda path: path.write_text("no video\n" * 200), "no readable video or picture"),
+    "zeros": (lambda path: path.write_bytes(bytes(5000)), "no readable video or picture"),
+    "noise": (lambda path: path.write_bytes(np.random.default_rng(0).bytes(50_000)), "no readable video or picture"),
     "playlist": (
         lambda path: path.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///etc/passwd\n"),
-        "not a readable video",
+        "no readable video or picture",
     ),
-    "list": (lambda path: write_list(path), "not a readable video"),
+    "list": (lambda path: write_list(path), "no readable video or picture"),
     "sound": (write_sound, "no video stream"),
     "sound with cover": (lambda path: write_sound(path, cover=True), "no video stream"),
     "wave": (write_wave, "no video stream"),

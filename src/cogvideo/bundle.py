@@ -318,9 +318,12 @@ def usable(device: str | torch.device) -> torch.device:
     try:
         one = torch.ones((), device=device)
         one.item()  # which those without values, such as meta, cannot give
-        return one.device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"cannot use the device {str(device)!r}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        got = f"cannot use the device {str(device)!r} ({reason:.90})"
+        raise ValueError(f"{got}, expected auto, cpu, or a GPU that PyTorch can use, such as cuda:0") from error
+    require(one.device.type != "cpu" or not torch.device(device).index, f"there is no device {device}, expected cpu")
+    return one.device
 
 
 def locate(name: str | PathLike[str]) -> Path:

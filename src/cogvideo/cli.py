@@ -6,10 +6,10 @@ The function's signature and docstring are its options and help (tyro): paramete
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
+from errno import ENOSPC
 from functools import partial, wraps
 from importlib import import_module
 from io import StringIO, TextIOWrapper
@@ -19,6 +19,12 @@ from cogvideo import __version__
 
 SPINS = 3000
 """See benchmarks/generate.py: beside a busy program a clip takes a tenth of the time, and alone no longer."""
+EXPECTED = {
+    IsADirectoryError: ", expected a file",
+    NotADirectoryError: ", expected a folder",
+    FileExistsError: ", expected a folder",
+}
+"""What was asked for where something else is."""
 USER_ERROR, BROKEN_PIPE, INTERRUPTED = 2, 1, 130
 
 
@@ -70,12 +76,14 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the flush at exit fails again
+        _close_output()
         return BROKEN_PIPE
     except (ValueError, OSError) as error:
         if os.environ.get("COGVIDEO_DEBUG") == "1" or not _is_mistake(error):
             raise
         print(f"cogvideo: error: {_line(error)}", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno == ENOSPC:
+            _close_output()
         return USER_ERROR
     except ModuleNotFoundError as error:
         if error.name not in EXTRAS:
@@ -145,6 +153,8 @@ def _parse(name: str, function: Callable[..., int | None], arguments: list[str])
     """The call that the arguments ask for. Values that a configuration refuses are one line, as everywhere."""
     import tyro  # neither help nor version need it
 
+    from cogvideo.usage import one_line
+
     @wraps(function)
     def deferred(*values: Any, **options: Any) -> Callable[[], int | None]:
         return partial(function, *values, **options)
@@ -153,13 +163,10 @@ def _parse(name: str, function: Callable[..., int | None], arguments: list[str])
     try:
         with redirect_stderr(told):
             return tyro.cli(deferred, prog=f"cogvideo {name}", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
-    except SystemExit:
-        box = " ".join(told.getvalue().replace("│", " ").split())  # drawn with letters where there are no lines
-        found = re.search(r"Value error .*?Error parsing (?:[\w.]+: )?(.*?) (?:─|-){9}", box)  # an option's name stays
-        if found is None:
-            print(told.getvalue(), end="", file=sys.stderr)
+    except SystemExit as error:
+        if not error.code:  # help
             raise
-        raise ValueError(found[1]) from None
+        raise ValueError(one_line(told.getvalue(), f"cogvideo {name}")) from None
 
 
 def _unknown(name: str) -> str:
@@ -170,11 +177,20 @@ def _unknown(name: str) -> str:
     return f"unknown command {name!r}, {hint}"
 
 
+def _close_output() -> None:
+    """Else the flush at exit fails again."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _is_mistake(error: ValueError | OSError) -> bool:
-    """An OSError is the user's where it is about a path; others are the system's or ours."""
-    return isinstance(error, ValueError) or error.filename is not None
+    """An OSError is the user's where it is about a path, or a full disk; others are the system's or ours."""
+    return isinstance(error, ValueError) or error.filename is not None or error.errno == ENOSPC
 
 
 def _line(error: ValueError | OSError) -> str:
-    text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
-    return " ".join(text.split())
+    if not isinstance(error, OSError):
+        return " ".join(str(error).split())
+    expected = next((what for kind, what in EXPECTED.items() if isinstance(error, kind)), "")
+    return f"{error.strerror}: {error.filename or 'the output'}{expected}"

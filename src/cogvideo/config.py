@@ -14,6 +14,11 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+MOST_LAYERS = 1000
+LARGEST = 100
+"""Of temperatures, guidance and bonuses: from a tenth of it on they make no difference, or no picture."""
+MOST_CLUSTERS = 1_000_000
+
 LATER = {"later": True}
 """Marks a field that bundles written before it lack: they mean its default."""
 
@@ -48,6 +53,7 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden", "num_heads", "vocab_size", "num_codes", "num_positions"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+        require(self.num_layers <= MOST_LAYERS, f"num_layers is {self.num_layers}, expected at most {MOST_LAYERS}")
         require(
             self.hidden % self.num_heads == 0,
             f"hidden {self.hidden} is not divisible by num_heads {self.num_heads}",
@@ -253,6 +259,12 @@ class DrawingConfig:
     """Divides the logits of super-resolution; 0 is greedy."""
     superres_clusters: int = field(default=6, metadata=LATER)
     """Clusters of codes that super-resolution draws from; 0 is all codes."""
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            value, least = getattr(self, each.name), -LARGEST if each.name == "text_bonus" else 0
+            most = MOST_CLUSTERS if each.name.endswith("clusters") else LARGEST
+            require(least <= value <= most, f"{each.name} is {value!r:.20}, expected {least} to {most}")
 
 
 @dataclass(frozen=True)

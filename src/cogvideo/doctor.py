@@ -33,6 +33,8 @@ def doctor(model: str = POCKET, /) -> int:
     Raises:
         ValueError: there is no such model.
     """
+    folder = locate(model)
+    manifest = Manifest.read(folder)
     console = Console(highlight=False, soft_wrap=True)
     versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.platform(terse=True)}"
     console.print(f"cogvideo {cogvideo.__version__}, {versions}\n")
@@ -45,7 +47,7 @@ def doctor(model: str = POCKET, /) -> int:
         console.print(slow)
     console.print()
     console.print(table("One clip of 33 frames", ["", *(str(device) for device, _ in devices)], _rows(devices)))
-    wrong = list(_wrong(locate(model)))
+    wrong = list(_wrong(folder, manifest))
     for each in wrong:
         console.print(f"[red]wrong[/red] {escape(each)}")
     if not wrong:
@@ -84,9 +86,9 @@ def _rows(devices: list[tuple[torch.device, str]]) -> Iterator[list[str]]:
         yield row
 
 
-def _wrong(folder: Path) -> Iterator[str]:
+def _wrong(folder: Path, manifest: Manifest) -> Iterator[str]:
     """What is wrong with the files of a bundle, in words."""
-    for entry in Manifest.read(folder).components.values():
+    for entry in manifest.components.values():
         try:
             entry.check(folder / entry.file)
             entry.verify(folder / entry.file)

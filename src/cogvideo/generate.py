@@ -42,6 +42,7 @@ from cogvideo.video import check_rate, read_video
 
 Type = Literal["auto", "float32", "bfloat16", "float16"]
 NAMES: dict[torch.dtype, Type] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+MOST_SAMPLES = 100_000
 MOST_ROUNDS = 6
 """Of interpolation: 257 frames of four seconds."""
 FILES = ("image", "extend", "first", "last")
@@ -150,7 +151,8 @@ def generate(
             if wanted, seed. What is finished in the output folder is not made again.
         seed: of the noise of the first clip; the next has the next number. Random, and recorded, unless given.
         samples: clips of each prompt.
-        from_sidecar: make the clip of a sidecar again: the same codes, or status 1.
+        from_sidecar: make the clip of a sidecar again: the same codes, or status 1. Other
+            options that decide a clip are refused, but for those that say what is the default anyway.
         choices: what decides a clip beside its prompt and its seed.
         files: where clips go.
         execution: how the work is done.
@@ -178,7 +180,7 @@ def generate(
     to_file = is_file(files.output, len(listed))
     suits = not to_file or files.format in ("mp4", files.output.suffix.lower()[1:])
     require(suits, f"output is {files.output} and format {files.format}, expected one format")
-    maker = Maker(choices, execution)
+    maker = Maker(choices, execution, len(listed))
     _check_origin(from_sidecar, before, maker.record)
     fps = before.get("fps", maker.fps) if files.fps is None else files.fps
     check_rate(files.output.suffix if to_file else f".{files.format}", fps)
@@ -217,15 +219,17 @@ class Wanted(NamedTuple):
 def _listed(prompt: tuple[str, ...], path: Path | None, seed: int | None, samples: int) -> list[Prompt]:
     """Each prompt as often as it is wanted, with its seed where one is given."""
     require(seed is None or 0 <= seed <= LARGEST_SEED, f"seed is {seed}, expected a number in [0, {LARGEST_SEED}]")
-    require(samples > 0, f"samples is {samples}, expected a positive number")
+    require(0 < samples <= MOST_SAMPLES, f"samples is {samples}, expected 1 to {MOST_SAMPLES}")
     require(path is None or not prompt, "got prompts and a file of prompts, expected one of them")
     require(path is not None or len(prompt) > 0, "there is no prompt, expected one or several texts, or --prompts FILE")
     listed = list(map(Prompt, prompt)) if path is None else read_prompts(path)
     found = []
     for place, each in enumerate(listed):
         first = each.seed if seed is None or each.seed is not None else seed + place * samples
+        last = (first or 0) + samples - 1
+        require(last <= LARGEST_SEED, f"the seed of the last clip would be {last}, expected {LARGEST_SEED} at most")
         for number in range(samples):
-            found.append(Prompt(each.text, None if first is None else (first + number) % (LARGEST_SEED + 1)))
+            found.append(Prompt(each.text, None if first is None else first + number))
     return found
 
 
@@ -256,8 +260,9 @@ def _sidecar(path: Path) -> Record:
     if found is None:
         path.stat()  # if it is missing, say that
         raise ValueError(told)
-    require(isinstance(found.get("prompt"), str) and type(found.get("seed")) is int, told)
-    require(0 <= found["seed"] <= LARGEST_SEED, f"{path}: seed is {found['seed']}, expected [0, {LARGEST_SEED}]")
+    require(isinstance(found.get("prompt"), str) and "seed" in found, told)
+    fits = type(found["seed"]) is int and 0 <= found["seed"] <= LARGEST_SEED
+    require(fits, f"{path}: seed is {found['seed']!r:.60}, expected a number in [0, {LARGEST_SEED}]")
     require(isinstance(found.get("sha256", {}), dict), f"{path}: sha256 is no table of hashes")
     require(_fits(found.get("fps", 8.0), float), f"{path}: fps is {found.get('fps')!r:.60}, expected a number")
     return found
@@ -279,12 +284,14 @@ def _choices(path: Path, record: Record, named: Record) -> Choices:
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value of a sidecar is one of a choice's type."""
     if hint is Path:
-        return isinstance(value, str)
+        return isinstance(value, str) and "\0" not in value
     if get_origin(hint) is Literal:
         return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) is UnionType:
         return any(_fits(value, each) for each in get_args(hint))
-    return type(value) in (int, float) if hint is float else type(value) is hint
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is hint and "\0" not in str(value)
 
 
 def _check_origin(path: Path | None, before: Record, record: Record) -> None:
@@ -316,13 +323,14 @@ class Maker:
     Args:
         choices: what decides them.
         execution: how the work is done.
+        clips: how many, at most.
 
     Raises:
         ValueError: the model, a file or a setting cannot be used, or there is too little memory.
         OSError: a file cannot be read.
     """
 
-    def __init__(self, choices: Choices, execution: Execution) -> None:
+    def __init__(self, choices: Choices, execution: Execution, clips: int) -> None:
         self.device = usable(execution.device)
         if choices.dtype == "auto":
             choices = replace(choices, dtype=NAMES[default_dtype(self.device)])
@@ -334,7 +342,7 @@ class Maker:
         self.record = self.choices.record | {"bundle": model.fingerprint}
         """What decides all clips."""
         self.fps = self.pipeline.fps(self.settings)
-        require_memory(model, self.settings, dtype, self.device, execution.batch, execution.offload)
+        require_memory(model, self.settings, dtype, self.device, min(execution.batch, clips), execution.offload)
         self.given = self._given()
 
     def _given(self) -> Given:

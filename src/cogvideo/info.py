@@ -33,6 +33,8 @@ from cogvideo.costs import (
 )
 from cogvideo.storage import Manifest
 
+MOST_BATCH = 1_000_000
+
 
 @dataclass(frozen=True)
 class Report:
@@ -86,7 +88,7 @@ def info(target: str = "", /, json: bool = False, batch: int = 1) -> None:
     Raises:
         ValueError: `target` is neither, or `batch` is not positive.
     """
-    require(batch > 0, f"batch is {batch}, expected a positive number")
+    require(0 < batch <= MOST_BATCH, f"batch is {batch}, expected 1 to {MOST_BATCH}")
     if not json and not target:
         return _print([_side_by_side()])
     reports = [report(*_find(name), batch) for name in ([target] if target else PRESETS)]

@@ -218,8 +218,12 @@ class CogVideoPipeline:
         if negative_prompt is not None:
             guidance = replace(guidance, negative=negative_prompt)
         settings = replace(settings, guidance=guidance)
-        require(num_samples > 0, f"num_samples is {num_samples}, expected a positive number")
-        prompts = [each for each in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_samples)]
+        is_number = isinstance(num_samples, int) and num_samples > 0
+        require(is_number, f"num_samples is {num_samples!r}, expected a positive whole number")
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        are_texts = isinstance(texts, Sequence) and all(isinstance(each, str) for each in texts)
+        require(are_texts, f"prompt is {prompt!r:.60}, expected a text or a sequence of texts")
+        prompts = [each for each in texts for _ in range(num_samples)]
         require(image is None or video is None, "got an image and a video to start from, expected one of them")
         first = [image] if image is not None else video
         given = Given(
@@ -482,8 +486,10 @@ def _image(picture: Picture) -> Image.Image:
 
 
 def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, clips: int) -> list[torch.Generator]:
-    if generator is not None and not isinstance(generator, torch.Generator):
+    if isinstance(generator, Sequence):
         return list(generator)
+    is_one = generator is None or isinstance(generator, torch.Generator)
+    require(is_one, f"generator is {generator!r:.60}, expected a torch.Generator, or one a clip")
     if generator is None:
         generator = torch.Generator()
         generator.seed()

@@ -215,7 +215,7 @@ def _container(file: Content) -> Iterator[InputContainer]:
     try:
         container = av.open(file, "r", container_options=options, metadata_errors="replace")
     except FFmpegError as error:
-        raise VideoError("not a readable video", error.strerror or "") from error
+        raise VideoError("no readable video or picture", error.strerror or "") from error
     with container:
         yield container
 

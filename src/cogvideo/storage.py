@@ -127,7 +127,8 @@ class Manifest:
             return cls._parse(json.loads(path.read_bytes()))
         except (OSError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ValueError(f"cannot use {path}: {reason}") from error
+            hint = ", expected the folder of a bundle" if isinstance(error, FileNotFoundError) else ""
+            raise ValueError(f"cannot use {path}: {reason}{hint}") from error
 
     @classmethod
     def _parse(cls, values: Any) -> Manifest:

@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from cogvideo.config import TextConfig, TransformerConfig, require
-from cogvideo.data.tables import is_unicode
+from cogvideo.data.tables import is_unicode, is_visible
 from cogvideo.layout import check_code_range
 
 PAD_PIECE = "<pad>"
@@ -155,7 +155,8 @@ class TextTokenizer:
     def _strip(self, caption: str) -> str:
         require(is_unicode(caption), f"the prompt {caption!r:.60} is no text in Unicode")
         # Judged by what the model would see of it: normalisation also removes, say, zero-width spaces.
-        require(self.decode(self.encode(caption)).strip() != "", f"the prompt is empty: {caption!r}")
+        seen = is_visible(caption) and self.decode(self.encode(caption)).strip() != ""
+        require(seen, f"the prompt is empty: {caption!r:.60}")
         return caption.strip()
 
     def _named_token(self, piece: str) -> int:
@@ -178,7 +179,7 @@ def fit(tokens: list[int], slots: int, truncate: bool = False) -> list[int]:
     """
     require(
         truncate or len(tokens) <= slots,
-        f"the prompt has {len(tokens)} tokens, {slots} fit: shorten it (Settings(truncate=True) drops its end)",
+        f"the prompt has {len(tokens)} tokens, {slots} fit: shorten it",
     )
     return tokens[:slots]
 

@@ -62,7 +62,7 @@ def read_columns(path: Path) -> tuple[str, ...]:
         names = tuple(dict.fromkeys(chain.from_iterable(record.values for record in _json_lines(path))))
     else:
         names = tuple(_csv_columns(path))
-    require(len(names) > 0, f"{path} is empty, expected the names of its columns")
+    require(len(names) > 0, f"{path} is empty, expected {'lines' if path.suffix == '.jsonl' else 'names of columns'}")
     twice = sorted({name for name in names if names.count(name) > 1})
     require(not twice, f"{path} has the column {', '.join(twice)} twice")
     return names
@@ -93,9 +93,7 @@ def captions_of(values: dict[str, Any], columns: Iterable[str]) -> tuple[str, ..
 
 
 def clean(captions: Iterable[Any]) -> tuple[str, ...]:
-    """Captions without space around them, each once and none empty: of signs that are seen.
-
-    SentencePiece's own sign for a space (U+2581) is one.
+    """Captions without space around them, each once and none empty.
 
     Raises:
         RowError: none is left, or one is no text.
@@ -104,7 +102,7 @@ def clean(captions: Iterable[Any]) -> tuple[str, ...]:
     for caption in captions:
         if not isinstance(caption, str) or not is_unicode(caption):
             raise RowError("caption is no text", f"got {caption!r:.60}")
-        if any(each.isprintable() and not each.isspace() and each != "\u2581" for each in caption):
+        if is_visible(caption):
             kept[caption.strip()] = None
     if not kept:
         raise RowError("empty caption")
@@ -157,6 +155,11 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def is_visible(text: str) -> bool:
+    """Whether it has a sign that is seen. SentencePiece's own sign for a space (U+2581) counts as one."""
+    return any(each.isprintable() and not each.isspace() and each != "\u2581" for each in text)
 
 
 @contextmanager
@@ -213,7 +216,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: it is no JSON ({error})") from error
-    require(isinstance(values, dict), f'{where}: got {values!r:.40}, expected {{"file": ..., "caption": ...}}')
+    require(isinstance(values, dict), f'{where}: got {values!r:.40}, expected names and values, {{"caption": ...}}')
     return values
 
 

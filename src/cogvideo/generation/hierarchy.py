@@ -18,6 +18,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from cogvideo.config import CogVideoConfig, DrawingConfig, require
+from cogvideo.data.tables import is_visible
 from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition
 from cogvideo.generation.sampling import GumbelNoise, Sampling, spawn
@@ -77,6 +78,7 @@ class Guidance:
         for name in ("image", "sequential", "interpolation"):
             scale = getattr(self, name)
             require(0 <= scale < math.inf, f"guidance of the {name} stage is {scale}, expected 0 or more")
+        require(self.negative is None or is_visible(self.negative), f"the negative prompt is empty: {self.negative!r}")
         require(math.isfinite(self.text_bonus), f"text_bonus is {self.text_bonus}, expected a number")
 
 
