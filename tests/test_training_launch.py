@@ -51,7 +51,7 @@ class Place:
             "--evaluate-every", "4", "--checkpoint-every", "2", "--sample-every", "0", *options]  # fmt: skip
 
     def run(self, stage: str, *options: str, out: str = "model", ranks: int = 1) -> subprocess.CompletedProcess[str]:
-        """A run, until it ends."""
+        """A run in a process of its own, until it ends."""
         return subprocess.run(
             self.command(stage, *options, out=out, ranks=ranks),
             cwd=self.folder,
@@ -61,18 +61,26 @@ class Place:
             timeout=200,
         )
 
-    def succeed(self, stage: str, *options: str, out: str = "model", ranks: int = 1) -> None:
-        done = self.run(stage, *options, out=out, ranks=ranks)
-        assert done.returncode == 0, done.stderr[-3000:]
+    def here(self, stage: str, *options: str, out: str) -> tuple[int, str]:
+        """Status and messages of a run in this process, which is seconds quicker; a traceback is an exception."""
+        command = self.command(stage, *options, out=out)
+        return self.call(*command[command.index("train") :])
+
+    def call(self, *arguments: str) -> tuple[int, str]:
+        """The same of any command."""
+        said = io.StringIO()
+        with contextlib.chdir(self.folder), contextlib.redirect_stderr(said):
+            return main(list(arguments)), said.getvalue()
+
+    def succeed(self, stage: str, *options: str, out: str = "model") -> None:
+        status, said = self.here(stage, *options, out=out)
+        assert status == 0, said[-3000:]
 
     def fails(self, message: str, stage: str, *options: str, out: str = "model") -> None:
-        """A run in this process, which is seconds quicker; a mistake that would show as a traceback is raised."""
-        command, said = self.command(stage, *options, out=out), io.StringIO()
-        with contextlib.chdir(self.folder), contextlib.redirect_stderr(said):
-            status = main(command[command.index("train") :])
-        assert status == 2, said.getvalue()[-3000:]
-        assert re.search(message, said.getvalue()), said.getvalue()
-        assert len(said.getvalue().strip().splitlines()) == 1, said.getvalue()
+        status, said = self.here(stage, *options, out=out)
+        assert status == 2, said[-3000:]
+        assert re.search(message, said), said
+        assert len(said.strip().splitlines()) == 1, said
 
     def until_saved(self, *options: str, out: str) -> subprocess.Popen[bytes]:
         """A run of the sequential stage that goes on, and has written a checkpoint."""
@@ -119,7 +127,8 @@ def test_the_chain_becomes_a_bundle_that_generates(train_text_model: Callable[..
     """Guards the way from two tokenizers to a clip: every stage finds what it needs and leaves what the next needs."""
     place = Place(tmp_path, train_text_model(), base=False)
     for stage in ("image", "sequential", "interpolation", "superres"):
-        place.succeed(stage, "--sample-every", "8")
+        done = place.run(stage, "--sample-every", "8")
+        assert done.returncode == 0, done.stderr[-3000:]
         run = tmp_path / "model" / f".{stage}-run"
         assert (run / "samples" / "step-00000008.png").exists()
         assert [row["step"] for row in place.rows(stage) if "loss" in row] == list(range(1, 9))
@@ -256,7 +265,8 @@ def _children(process: int) -> list[int]:
 def test_two_ranks_train_as_one(place: Place, sharding: str) -> None:
     """Guards the division of a batch: two processes give the weights of one, with DDP and with FSDP2."""
     out = f"ranks-{sharding}"
-    place.succeed("sequential", "--init", "model", "--sharding", sharding, out=out, ranks=2)
+    done = place.run("sequential", "--init", "model", "--sharding", sharding, out=out, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert_close(place.weights("sequential", out), place.weights("sequential", "whole"))
     assert place.weights("base", out).keys() == place.weights("base").keys()
     assert equal(place.weights("base", out), place.weights("base"))
@@ -274,7 +284,8 @@ def test_a_run_continues_with_another_number_of_ranks(place: Place) -> None:
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    place.succeed("sequential", *options, out="fewer")
+    done = place.run("sequential", *options, out="fewer")  # it takes seconds to start: until then, the ranks are gone
+    assert done.returncode == 0, done.stderr[-3000:]
     assert_close(place.weights("sequential", "fewer"), place.weights("sequential", "whole"))
 
 
@@ -304,11 +315,7 @@ def test_a_checkpoint_becomes_a_bundle(place: Place) -> None:
     """Guards exports on demand: the last checkpoint is what the run delivered, an earlier one is not."""
     run = str(place.folder / "whole" / ".sequential-run")
     for out, options in (("last", ()), ("best", ("--best",)), ("early", ("--step", "6"))):
-        done = subprocess.run(
-            [sys.executable, "-m", "cogvideo", "train", "export", run, "--out", out, *options],
-            cwd=place.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=100,
-        )  # fmt: skip
-        assert (done.returncode, done.stderr) == (0, "")
+        assert place.call("train", "export", run, "--out", out, *options) == (0, "")
     assert equal(place.weights("sequential", "last"), place.weights("sequential", "whole"))
     assert not equal(place.weights("sequential", "early"), place.weights("sequential", "whole"))
     assert CogVideo.from_pretrained(place.folder / "early").components == (
@@ -373,15 +380,15 @@ def test_divergence_keeps_the_last_good_checkpoint(place: Place) -> None:
     shutil.rmtree(place.folder / "diverges" / ".sequential-run" / "report.json", ignore_errors=True)
     options = ("--init", "model", "--learning-rate", "1e30", "--clip", "1e30", "--warmup", "0")
     for steps in (("--steps", "1"), ("--checkpoint-every", "1")):
-        done = place.run("sequential", *options, *steps, out=f"update{steps[0]}")
-        assert done.returncode == 2, done.stderr
-        assert re.search(r"training diverged: (a weight|the loss) is nan after step 1;", done.stderr)
+        status, said = place.here("sequential", *options, *steps, out=f"update{steps[0]}")
+        assert status == 2, said
+        assert re.search(r"training diverged: (a weight|the loss) is nan after step 1;", said)
         assert not list(place.checkpoints(f"update{steps[0]}").glob("step-*"))
         assert not (place.folder / f"update{steps[0]}" / "sequential.safetensors").exists()
-    done = place.run("sequential", *options, out="explodes")
-    assert done.returncode == 2, done.stderr
-    assert re.search(r"training diverged: the (loss|norm of the gradient) is \w+ at step \d+", done.stderr)
-    step = int(re.search(r"at step (\d+)", done.stderr)[1])  # type: ignore[index]
+    status, said = place.here("sequential", *options, out="explodes")
+    assert status == 2, said
+    assert re.search(r"training diverged: the (loss|norm of the gradient) is \w+ at step \d+", said)
+    step = int(re.search(r"at step (\d+)", said)[1])  # type: ignore[index]
     folder = place.folder / "explodes" / ".sequential-run" / "checkpoints"
     assert all(int(each.name[5:]) < step for each in folder.glob("step-*"))
 
@@ -392,18 +399,18 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(place: Place) -> None:
     shutil.copytree(place.folder / "whole" / ".sequential-run", run)
     (run / "report.json").unlink()
     (run / "checkpoints" / "step-00000008" / "__0_0.distcp").write_bytes(b"no tensors")
-    done = place.run("sequential", "--init", "model", out="failing")
-    assert done.returncode == 0, done.stderr
+    status, said = place.here("sequential", "--init", "model", out="failing")
+    assert status == 0, said
     told = r"step-00000008 is damaged \(its content is cut short or was changed\): an earlier one is taken.\n"
-    assert re.search(told, done.stderr)
+    assert re.search(told, said)
     assert equal(place.weights("sequential", "failing"), place.weights("sequential", "whole"))
     assert sorted(each.name for each in (run / "checkpoints").iterdir())[0] == "damaged-step-00000008"
     for each in (run / "checkpoints").glob("step-*/.metadata"):
         each.unlink()
     (run / "report.json").unlink()
-    done = place.run("sequential", "--init", "model", out="failing")
-    assert done.returncode == 2, done.stderr
-    assert re.search(r"error: .*step-\d+ is damaged \(No such file or directory\); remove it", done.stderr)
+    status, said = place.here("sequential", "--init", "model", out="failing")
+    assert status == 2, said
+    assert re.search(r"error: .*step-\d+ is damaged \(No such file or directory\); remove it", said)
 
 
 def test_divergence_publishes_the_checkpoint_that_is_being_written(
