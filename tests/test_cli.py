@@ -31,6 +31,12 @@ def fault():
 def broken():
     raise OSError("the system's fault")
 
+def wrapped():
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt as error:
+        raise RuntimeError("Error calling __set_name__") from error
+
 def slow():
     print("ready", flush=True)
     time.sleep(60)
@@ -221,6 +227,12 @@ def test_interrupt_is_quiet(command: list[str]) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, "")
+
+
+def test_interrupt_of_an_import_is_quiet(command: list[str]) -> None:
+    """Guards Ctrl-C while a class is made, which Python 3.11 tells as a RuntimeError."""
+    done = subprocess.run([*command, "wrapped"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_closed_pipe_is_quiet(command: list[str]) -> None:

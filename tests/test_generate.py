@@ -200,7 +200,11 @@ def test_a_sidecar_makes_its_clip_again(
     for changed, message in (
         ({"bundle": "0"}, "was made with another model than"),
         ({"sha256": {"image": "0"}}, "was made with another file than start.png"),
-        ({"prompt": 3}, "is no sidecar, expected the JSON file beside a clip"),
+        ({"prompt": 3}, "other.json: prompt is 3, expected a text"),
+        ({"superres": "no"}, "other.json: superres is 'no', expected true or false"),
+        ({"image": 3}, "other.json: image is 3, expected a path or null"),
+        ({"dtype": "int8"}, "other.json: dtype is 'int8', expected auto or float32 or bfloat16 or float16"),
+        ({"rounds": 99}, "other.json: rounds is 99, expected 0 to 6"),
     ):
         (inside / "other.json").write_text(json.dumps(json.loads(sidecar.read_text()) | changed))
         assert message in refused(capsys, "--from-sidecar", "other.json")
@@ -210,7 +214,7 @@ def test_a_sidecar_makes_its_clip_again(
     assert "is no sidecar" in refused(capsys, "--from-sidecar", "none.json")
     assert "No such file" in refused(capsys, "--from-sidecar", "nowhere.json")
     for option in (("a cat",), ("--seed", "1"), ("--rounds", "1"), ("--samples", "2")):
-        assert "a sidecar brings prompt" in refused(capsys, *option, "--from-sidecar", str(sidecar))
+        assert "got --from-sidecar with a prompt" in refused(capsys, *option, "--from-sidecar", str(sidecar))
     (inside / "other.json").write_text(json.dumps(json.loads(sidecar.read_text()) | {"codes": "0", "torch": "1.0"}))
     run("--from-sidecar", "other.json", "--output", "z", status=1)
     assert "these are other codes than those of other.json, which torch 1.0 on cpu made" in capsys.readouterr().err
@@ -481,7 +485,7 @@ def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.Cap
         ("x.csv", b"prompt,seed\na cat," + b"1" * 5000, "x.csv, line 2: seed is '1111"),
         ("x.csv", b"", "x.csv is empty, expected names of columns"),
         ("x.jsonl", b"", "x.jsonl is empty, expected lines"),
-        ("x.jsonl", b"[1]", "x.jsonl, line 1: got [1], expected names and values"),
+        ("x.jsonl", b"[1]", 'x.jsonl, line 1: got [1], expected {"name": value'),
         ("x.jsonl", b'{"prompt": "\\ud800"}', "x.jsonl, line 1: prompt is '\\ud800', which is no text in Unicode"),
         ("x.json", b'[{"prompt": "a cat"}]', "x.json is no list of prompts, expected JSON lines"),
         ("x.jsonl", b"{", "x.jsonl"),
@@ -677,7 +681,7 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--extend", "file"), "file: "),
         (("--first", "file"), "got one of --first and --last, expected both"),
         (("--image", "file", "--extend", "file"), "got --image and --extend, expected one start"),
-        (("--extend", "file", "--loop"), "got --loop with another end"),
+        (("--extend", "file", "--loop"), "got --loop and --extend, expected one end"),
         (("--prompts", "file"), "got prompts and a file of prompts, expected one of them"),
         (("--device", "cuda"), "cannot use the device 'cuda'"),
         (("--model", "nobody/nothing"), "there is no folder nobody/nothing, and none came from the Hub"),

@@ -91,7 +91,18 @@ def main(arguments: list[str] | None = None) -> int:
         extra = EXTRAS[error.name]
         print(f"cogvideo: error: {error.name} is missing: pip install 'cogvideo[{extra}]'", file=sys.stderr)
         return USER_ERROR
+    except RuntimeError as error:
+        if not _was_interrupted(error):
+            raise
+        return INTERRUPTED
     return status
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind an error: Python 3.11 wraps it where it meets the making of a class, as in imports."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _prepare_pytorch() -> None:

@@ -56,7 +56,7 @@ class Choices(Drawing):
     model: str = POCKET
     """Folder of a bundle, its id on the Hugging Face Hub, or pocket, the one in the box."""
     image: Path | None = None
-    """A picture that starts to move: the first frame."""
+    """A picture that starts to move: the first frame. Of a video, its first frame is taken."""
     extend: Path | None = None
     """A video that goes on: its frames, at the rate of the clip (8 a second with three rounds), stay, and up to four
     seconds follow."""
@@ -81,7 +81,8 @@ class Choices(Drawing):
         require(len(starts) < 2, f"got --{' and --'.join(starts)}, expected one start")
         pair = (self.first is None) == (self.last is None)
         require(pair, "got one of --first and --last, expected both; --image is a first frame alone")
-        require(not (self.loop and (self.last or self.extend)), "got --loop with another end, expected one of them")
+        end = "--last" if self.last else "--extend"
+        require(not (self.loop and (self.last or self.extend)), f"got --loop and {end}, expected one end")
 
     def settings(self, own: DrawingConfig) -> Settings:
         """Of the stages."""
@@ -169,8 +170,8 @@ def generate(
         named = {name: getattr(choices, name) for name in ("model", *FILES)}
         require(
             alone and choices == Choices(**named),
-            "a sidecar brings prompt, seed and choices; beside --from-sidecar expected at most --model, --image, "
-            "--extend, --first and --last, where these lie elsewhere now",
+            "got --from-sidecar with a prompt, --seed, --samples or an option that decides a clip, which the sidecar "
+            "brings; expected none but --model, --image, --extend, --first and --last, where these lie elsewhere now",
         )
         before = _sidecar(from_sidecar)
         listed, choices = [Prompt(before["prompt"], before["seed"])], _choices(from_sidecar, before, named)
@@ -260,7 +261,8 @@ def _sidecar(path: Path) -> Record:
     if found is None:
         path.stat()  # if it is missing, say that
         raise ValueError(told)
-    require(isinstance(found.get("prompt"), str) and "seed" in found, told)
+    require("prompt" in found and "seed" in found, told)
+    require(isinstance(found["prompt"], str), f"{path}: prompt is {found['prompt']!r:.60}, expected a text")
     fits = type(found["seed"]) is int and 0 <= found["seed"] <= LARGEST_SEED
     require(fits, f"{path}: seed is {found['seed']!r:.60}, expected a number in [0, {LARGEST_SEED}]")
     require(isinstance(found.get("sha256", {}), dict), f"{path}: sha256 is no table of hashes")
@@ -274,11 +276,22 @@ def _choices(path: Path, record: Record, named: Record) -> Choices:
     missing = sorted(hints.keys() - record.keys())
     require(not missing, f"{path} lacks {', '.join(missing)}: another version of cogvideo wrote it")
     for name, hint in hints.items():
-        require(_fits(record[name], hint), f"{path}: {name} is {record[name]!r:.60}, which it cannot be")
+        require(_fits(record[name], hint), f"{path}: {name} is {record[name]!r:.60}, expected {_in_words(hint)}")
     found: dict[str, Any] = {name: record[name] for name in hints}
     found |= {name: value for name, value in named.items() if value != getattr(Choices, name)}
     found |= {name: Path(found[name]) for name in FILES if found[name] is not None}
-    return Choices(**found)
+    try:
+        return Choices(**found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _in_words(hint: Any) -> str:
+    """What a value of a sidecar is to be."""
+    if get_args(hint):
+        return " or ".join(map(_in_words, get_args(hint)))
+    words = {Path: "a path", str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+    return words.get(hint, "null" if hint is type(None) else str(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:

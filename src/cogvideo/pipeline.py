@@ -110,6 +110,7 @@ class Given:
     """End with the first frame again. It is left out of the clip, which then repeats without a jump."""
 
     def __post_init__(self) -> None:
+        require(isinstance(self.loop, bool), f"loop is {self.loop!r:.60}, expected True or False")
         number = 0 if self.frames is None else len(self.frames)
         require(not (self.loop and self.last is not None), "a loop ends with its first frame, expected no last frame")
         require(not (self.loop and number > 1), "a clip that is extended does not end where it began: expected no loop")
@@ -211,7 +212,12 @@ class CogVideoPipeline:
         Raises:
             ValueError: something cannot be used, or the model lacks a part.
         """
-        settings = settings or self.settings
+        settings = self.settings if settings is None else settings
+        require(isinstance(settings, Settings), f"settings is {settings!r:.60}, expected Settings")
+        require(callback is None or callable(callback), f"callback is {callback!r:.60}, expected a function of a Frame")
+        require(
+            isinstance(video, Sequence | np.ndarray | None), f"video is {video!r:.60}, expected a sequence of frames"
+        )
         guidance = settings.guidance
         if guidance_scale is not None:
             guidance = replace(guidance, sequential=guidance_scale)

@@ -216,7 +216,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: it is no JSON ({error})") from error
-    require(isinstance(values, dict), f'{where}: got {values!r:.40}, expected names and values, {{"caption": ...}}')
+    require(isinstance(values, dict), f'{where}: got {values!r:.40}, expected {{"name": value, ...}}')
     return values
 
 

@@ -77,7 +77,8 @@ class Guidance:
     def __post_init__(self) -> None:
         for name in ("image", "sequential", "interpolation"):
             scale = getattr(self, name)
-            require(0 <= scale < math.inf, f"guidance of the {name} stage is {scale}, expected 0 or more")
+            fits = isinstance(scale, int | float) and 0 <= scale < math.inf
+            require(fits, f"guidance of the {name} stage is {scale!r:.60}, expected 0 or more")
         require(self.negative is None or is_visible(self.negative), f"the negative prompt is empty: {self.negative!r}")
         require(math.isfinite(self.text_bonus), f"text_bonus is {self.text_bonus}, expected a number")
 
