@@ -215,9 +215,7 @@ class CogVideoPipeline:
         settings = self.settings if settings is None else settings
         require(isinstance(settings, Settings), f"settings is {settings!r:.60}, expected Settings")
         require(callback is None or callable(callback), f"callback is {callback!r:.60}, expected a function of a Frame")
-        require(
-            isinstance(video, Sequence | np.ndarray | None), f"video is {video!r:.60}, expected a sequence of frames"
-        )
+        require(isinstance(video, Sequence | np.ndarray | None), f"video is {video!r:.60}, expected frames")
         guidance = settings.guidance
         if guidance_scale is not None:
             guidance = replace(guidance, sequential=guidance_scale)
