@@ -54,3 +54,16 @@ def test_the_command_does_not_overwrite_a_file_by_a_folder(tmp_path: Path) -> No
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="is a file, expected a folder"):
         command(out=tmp_path / "file", clips=1, size=32)
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "contact_sheet.png"])
+def test_the_command_replaces_its_own_files_alone(name: str, tmp_path: Path) -> None:
+    """Guards a user's own captions in the folder; those of an earlier call are replaced."""
+    (tmp_path / name).write_text('{"file": "mine.mp4"}')
+    with pytest.raises(ValueError, match=r"has a captions\.jsonl or contact_sheet\.png of something else"):
+        command(out=tmp_path, clips=1, size=32)
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+    (tmp_path / name).unlink()
+    for clips in (2, 1):
+        command(out=tmp_path, clips=clips, size=32)
+    assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 1

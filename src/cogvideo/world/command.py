@@ -33,14 +33,14 @@ def world(
     `cogvideo data prepare` also takes the folder that this command writes.
 
     Args:
-        out: the folder, which is made if it does not exist; files of the same name are replaced.
+        out: the folder, which is made if it does not exist; what an earlier call wrote there is replaced.
         clips: how many.
         start: number of the clip to begin with.
         size: side of a frame in pixels, an even number.
         split: which clips: those to train on, to validate with, with attribute pairs that training never sees, or all.
 
     Raises:
-        ValueError: a number is out of range, or `out` is a file.
+        ValueError: a number is out of range, or `out` is a file or has other files of these names.
     """
     from cogvideo.pictures import contact_sheet, write_image  # only a command needs codecs
     from cogvideo.video import write_video
@@ -50,13 +50,17 @@ def world(
     require(size >= synthetic.MIN_SIZE, f"size is {size}, expected at least {synthetic.MIN_SIZE}")
     require(size % 2 == 0, f"size is {size}, expected an even number")
     require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
+    table, sheet = out / "captions.jsonl", out / "contact_sheet.png"
+    is_ours = table.exists() and table.read_bytes().startswith(b'{"file": "world-')
+    is_free = is_ours or not (table.exists() or sheet.exists())
+    require(is_free, f"{out} has a captions.jsonl or contact_sheet.png of something else: give another folder")
     out.mkdir(parents=True, exist_ok=True)
     scenes = list(itertools.islice(synthetic.scenes(split, start), clips))
     for scene in scenes:
         write_video(out / _name(scene), synthetic.render(scene, size, FPS), FPS)
-    write_text(out / "captions.jsonl", "".join(json.dumps(_row(scene)) + "\n" for scene in scenes))
+    write_text(table, "".join(json.dumps(_row(scene)) + "\n" for scene in scenes))
     write_image(
-        out / "contact_sheet.png",
+        sheet,
         contact_sheet(
             [synthetic.render(scene, SHEET_SIZE, FPS) for scene in scenes[:SHEET_ROWS]],
             SHEET_COLUMNS,
