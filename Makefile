@@ -1,7 +1,7 @@
 # Everything on a bare machine with Python 3.11+: each target makes its own environment in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-# A thread that waits for others soon sleeps: beside a busy program, PyTorch is ten times faster then.
+# A thread that waits for others soon sleeps: beside a busy program, PyTorch is up to nine times faster then.
 export GOMP_SPINCOUNT ?= 3000
 
 .PHONY: demo test check format bench setup

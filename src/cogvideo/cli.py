@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from cogvideo import __version__
 
 SPINS = 3000
-"""See benchmarks/generate.py: beside a busy program a clip takes a tenth of the time, and alone no longer."""
+"""See benchmarks/generate.py: beside a busy program a small clip takes a ninth of the time, alone a twelfth more."""
 EXPECTED = {
     IsADirectoryError: ", expected a file",
     NotADirectoryError: ", expected a folder",

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 MOST_LAYERS = 1000
 LARGEST = 100
-"""Of temperatures, guidance and bonuses: from a tenth of it on they make no difference, or no picture."""
+"""Of temperatures, guidance and bonuses; useful ones are far smaller."""
 MOST_CLUSTERS = 1_000_000
 
 LATER = {"later": True}

@@ -16,9 +16,10 @@ def one_line(box: str, command: str) -> str:
     """
     text = " ".join(re.sub(r"[│╭╮╰╯─]|-{4,}", " ", box).split())
     text, _, _ = text.partition(" For full helptext")
-    for pattern, sentence in _SENTENCES.items():
-        if found := re.search(pattern, text):
-            return re.sub(r" +", " ", found.expand(sentence))
+    if found := re.search(r"Missing value for argument '(.*)'\. Expected 1 values", text):
+        return f"{found[1]} has no value, expected one behind it"
+    if found := re.search(r"Unrecognized options: (\S+?),? .*Perhaps you meant: (--[\w-]+)", text):
+        return f"unknown option {found[1]}, did you mean {found[2]}?"
     if found := re.search(r"Value error .*?Error parsing (?:[\w.]+: )?(.*)", text):  # an option's name stays
         return _value(found[1])
     if found := re.search(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", text):
@@ -31,13 +32,6 @@ def one_line(box: str, command: str) -> str:
     found = re.search(r"Unrecognized options: (.*)", text)
     told = text if found is None else f"unknown {'option' if found[1][0] == '-' else 'argument'} {found[1]}"
     return f"{told}; `{command} --help` lists what there is"
-
-
-_SENTENCES = {
-    r"Missing value for argument '(.*)'\. Expected 1 values": r"\1 has no value, expected one behind it",
-    r"Unrecognized options: (\S+?),? .*Perhaps you meant: (--[\w-]+).*": r"unknown option \1, did you mean \2?",
-    r"Unrecognized options: (\S+) Perhaps you meant: (--[\w-]+).*": r"unknown option \1, did you mean \2?",
-}
 
 
 def _value(told: str) -> str:

@@ -62,7 +62,10 @@ def read_columns(path: Path) -> tuple[str, ...]:
         names = tuple(dict.fromkeys(chain.from_iterable(record.values for record in _json_lines(path))))
     else:
         names = tuple(_csv_columns(path))
-    require(len(names) > 0, f"{path} is empty, expected {'lines' if path.suffix == '.jsonl' else 'names of columns'}")
+    require(
+        len(names) > 0,
+        f"{path} is empty, expected {'lines' if path.suffix.lower() == '.jsonl' else 'names of columns'}",
+    )
     twice = sorted({name for name in names if names.count(name) > 1})
     require(not twice, f"{path} has the column {', '.join(twice)} twice")
     return names
@@ -158,7 +161,7 @@ def is_unicode(text: str) -> bool:
 
 
 def is_visible(text: str) -> bool:
-    """Whether it has a sign that is seen. SentencePiece's own sign for a space (U+2581) counts as one."""
+    """Whether it has a sign that is seen. SentencePiece's own sign for a space (U+2581) is none."""
     return any(each.isprintable() and not each.isspace() and each != "\u2581" for each in text)
 
 

@@ -51,8 +51,7 @@ def world(
     require(size % 2 == 0, f"size is {size}, expected an even number")
     require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
     table, sheet = out / "captions.jsonl", out / "contact_sheet.png"
-    is_ours = table.exists() and table.read_bytes().startswith(b'{"file": "world-')
-    is_free = is_ours or not (table.exists() or sheet.exists())
+    is_free = _is_ours(table) if table.exists() else not sheet.exists()
     require(is_free, f"{out} has a captions.jsonl or contact_sheet.png of something else: give another folder")
     out.mkdir(parents=True, exist_ok=True)
     scenes = list(itertools.islice(synthetic.scenes(split, start), clips))
@@ -68,6 +67,12 @@ def world(
         ),
     )
     print(f"{clips} clips, captions.jsonl and contact_sheet.png are in {out}")
+
+
+def _is_ours(table: Path) -> bool:
+    start = b'{"file": "world-'
+    with table.open("rb") as file:
+        return file.read(len(start)) == start
 
 
 def _name(scene: Scene) -> str:
