@@ -330,7 +330,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "interpolation": {"window": 2},
         "autoencoder": {"channels": 16, "embedding_dim": 32, "num_codes": 256},
     },
-    "pocket": {"drawing": _CALM},
+    "pocket": {
+        "drawing": _CALM,
+        "transformer": {"vocab_size": 5120, "num_codes": 2048, "pad": 2048, "start_of_image": 5117},
+        "layout": {"grid": 12},
+        "interpolation": {"window": 6},
+        "upscaler": {"ratio": 2},
+        "autoencoder": {"channels": 16, "encoder_multipliers": (1, 2, 8), "encoder_blocks": 1, "num_codes": 2048}
+        | {"decoder_multipliers": ((1, 2, 4, 8),)},
+    },
     "small": {
         "drawing": _CALM,
         "transformer": {"num_layers": 12, "hidden": 768, "num_heads": 12, "vocab_size": 16384, "num_codes": 4096}

@@ -109,7 +109,7 @@ def read_item(item: Item, settings: FrameSettings) -> Pictures:
         OSError: the system failed: another try may succeed.
     """
     if isinstance(item.media, Rendering):
-        return _render(item, item.media.index, settings)
+        return _render(item, item.media, settings)
     background, size = background_of(item, settings), settings.size
     side, top, left = (None, 0, 0) if size is None else _place(item, settings, size)
     video = _read(item, settings, side, background)
@@ -149,11 +149,11 @@ def shrink(
     return reduce(frames.astype(np.float32), pattern, "mean", down=ratio, across=ratio).round().astype(np.uint8)
 
 
-def _render(item: Item, index: int, settings: FrameSettings) -> Pictures:
+def _render(item: Item, clip: Rendering, settings: FrameSettings) -> Pictures:
     assert settings.size is not None
     num_frames = min(settings.max_frames, round(world.SECONDS * settings.fps) + 1)
     _check_length(num_frames, settings)
-    frames = world.render(world.scene(index), settings.size, settings.fps, num_frames)
+    frames = world.render(world.scene(clip.index, clip.domain), settings.size, settings.fps, num_frames)
     return Pictures(frames, item.captions, item.attributes)
 
 

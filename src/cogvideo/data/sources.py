@@ -7,6 +7,7 @@
 | `.csv`, `.tsv`, `.jsonl`, `.parquet` | its rows; paths start at its folder; rows of one clip add captions |
 | `.tar` (WebDataset) | its videos |
 | `world:COUNT`, `world:FIRST:END` | clips of the World by their index |
+| `world:simple:COUNT`, `world:simple:FIRST:END` | clips of its simple domain |
 
 Captions of `x.mp4` in a folder or tar are the lines of `x.txt` beside it, else those in `x.json`; whatever else that
 says is taken like the columns of a table. Hidden files and folders are left out. Listing opens tables and captions,
@@ -72,7 +73,9 @@ class Rendering:
     """A clip of the synthetic World."""
 
     index: int
-    """Which one."""
+    """Number of the scene."""
+    domain: str = "full"
+    """Part of the World that the number counts in."""
 
 
 Media = File | Member | Rendering
@@ -254,19 +257,22 @@ def _attempt(name: str, make: Callable[..., Item], *arguments: Any) -> Item | Re
 
 def _world(source: str) -> Found:
     bounds = source.split(":")[1:]
+    domain = bounds.pop(0) if bounds[0] in world.DOMAINS else "full"
     try:
         first, end = (0, *map(int, bounds))[-2:]
     except ValueError:
         first, end = 0, 0
     good = len(bounds) <= 2 and 0 <= first < end
-    require(good, f"got {source!r}, expected world:COUNT or world:FIRST:END with numbers, such as world:100000")
-    return (_scene_item(index) for index in range(first, end))
+    forms = "world:COUNT, world:FIRST:END, world:simple:COUNT or world:simple:FIRST:END"
+    require(good, f"got {source!r}, expected {forms} with numbers, such as world:100000")
+    return (_scene_item(index, domain) for index in range(first, end))
 
 
-def _scene_item(index: int) -> Item:
-    scene = world.scene(index)
+def _scene_item(index: int, domain: str) -> Item:
+    scene = world.scene(index, domain)
     captions, attributes = world.captions(scene), world.attributes(scene)
-    return Item(f"world/{index:06}", Rendering(index), captions, attributes, split=world.split(scene))
+    folder = "world" if domain == "full" else f"world-{domain}"
+    return Item(f"{folder}/{index:06}", Rendering(index, domain), captions, attributes, split=world.split(scene))
 
 
 def _table(path: Path, options: SourceOptions) -> Found:

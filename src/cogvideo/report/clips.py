@@ -122,14 +122,16 @@ def _find_items(card: Card, ids: set[str]) -> dict[str, Item]:
     options = SourceOptions(**settings)
     sources = [card.source]
     if card.source.startswith("world:"):  # five million captions take minutes to make
-        sources = [f"world:{number}:{number + 1}" for number in sorted(set(map(_world_index, ids)))]
+        sources = sorted(set(map(_world_source, ids)))
     items = (item for source in sources for item in list_source(source, options).items)
     return {item.id: item for item in items if item.id in ids}
 
 
-def _world_index(id: str) -> int:
-    """The clip of the World that an item or one of its copies is."""
-    return int(id.removeprefix("world/").partition("~")[0])
+def _world_source(id: str) -> str:
+    """The source of the one clip of the World that an item or one of its copies is."""
+    folder, _, name = id.partition("/")
+    number = int(name.partition("~")[0])
+    return f"{folder.replace('-', ':')}:{number}:{number + 1}"
 
 
 def load_tokenizer(card: Card, name: str) -> Autoencoder:

@@ -12,6 +12,7 @@ from cogvideo.world.places import PLACES
 from cogvideo.world.rendering import MIN_SIZE, SECONDS, phases, render
 from cogvideo.world.scenes import (
     ACTS,
+    DOMAINS,
     OBJECTS,
     SIZES,
     SPEEDS,
@@ -26,6 +27,7 @@ from cogvideo.world.scenes import (
 __all__ = [
     "ACTS",
     "COLOURS",
+    "DOMAINS",
     "MIN_SIZE",
     "OBJECTS",
     "PLACES",

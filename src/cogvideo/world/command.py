@@ -25,11 +25,13 @@ def world(
     start: int = 0,
     size: int = 192,
     split: Split | Literal["all"] = "all",
+    domain: Literal["full", "simple"] = "full",
 ) -> None:
     """Write clips of the World: mp4 files, their captions and attributes in captions.jsonl, and a contact sheet.
 
     The World is a synthetic source of captioned clips, each drawn from its number alone. To train on it, no files are
-    needed: `cogvideo data prepare world:100000` takes its first 100,000 clips directly, `world:5000:6000` a part.
+    needed: `cogvideo data prepare world:100000` takes its first 100,000 clips directly, `world:5000:6000` a part,
+    `world:simple:20000` clips of the simple domain.
     `cogvideo data prepare` also takes the folder that this command writes.
 
     Args:
@@ -38,6 +40,7 @@ def world(
         start: number of the clip to begin with.
         size: side of a frame in pixels, an even number.
         split: which clips: those to train on, to validate with, with attribute pairs that training never sees, or all.
+        domain: all of the World, or the simple part that a small model can learn: one large figure a scene.
 
     Raises:
         ValueError: a number is out of range, or `out` is a file or has other files of these names.
@@ -54,7 +57,7 @@ def world(
     is_free = _is_ours(table) if table.exists() else not sheet.exists()
     require(is_free, f"{out} has a captions.jsonl or contact_sheet.png of something else: give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    scenes = list(itertools.islice(synthetic.scenes(split, start), clips))
+    scenes = list(itertools.islice(synthetic.scenes(split, start, domain), clips))
     for scene in scenes:
         write_video(out / _name(scene), synthetic.render(scene, size, FPS), FPS)
     write_text(table, "".join(json.dumps(_row(scene)) + "\n" for scene in scenes))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeVar
 
 from cogvideo.config import require
@@ -64,7 +64,49 @@ ROLLING = ("ball", "ring")
 """Objects that turn as they move along the ground."""
 
 VALIDATION_EVERY = 20
-"""Every twentieth clip that is not held out is in the split `validation`."""
+"""One of so many clips that are not held out is in the split `validation`."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Attributes that scenes are drawn from, each as likely as the others."""
+
+    key: str
+    """Start of the text that a scene's draws follow from."""
+    objects: tuple[str, ...] = OBJECTS
+    """Figures."""
+    colours: tuple[str, ...] = tuple(COLOURS)
+    """Colours of figures, less those that clash with the background."""
+    sizes: tuple[str, ...] = SIZES
+    """Sizes of the actor."""
+    actions: tuple[str, ...] = tuple(ACTS)
+    """Actions."""
+    backgrounds: tuple[str, ...] = tuple(PLACES)
+    """Places."""
+    shadings: tuple[str, ...] = SHADINGS
+    """Styles of drawing."""
+    delays: int = 17
+    """Number of possible delays, in steps of 1/80 of a second from 0."""
+    shifts: int = 128
+    """Number of places on either side of the middle of the picture, in steps of 1/128."""
+
+
+DOMAINS: dict[str, Domain] = {
+    "full": Domain("cogvideo world 1 scene"),
+    "simple": Domain(
+        "cogvideo world 1 simple",
+        objects=("ball", "box", "star", "heart", "pyramid", "fish", "car", "mushroom"),
+        colours=("red", "orange", "yellow", "green", "blue", "purple", "pink", "white"),
+        sizes=("large",),
+        actions=("bounce", "rise and set", "burst", "topple", "drop", "launch", "swing", "vanish"),
+        backgrounds=("meadow", "beach", "night", "snow", "sea", "room"),
+        shadings=("flat",),
+        delays=1,
+        shifts=0,
+    ),
+}
+"""All of the World; and large figures of clearly different outline, one a scene, in the middle of the picture, whose
+actions look different in five key frames: what a small model can be right about."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +143,8 @@ class Scene:
     """Its colour."""
     relation: str = ""
     """How the actor stands to it, such as `behind`."""
+    domain: str = field(default="full", repr=False)
+    """Name of the domain that it was drawn from; numbers count within a domain."""
 
     def __post_init__(self) -> None:
         act = ACTS.get(self.action)
@@ -150,34 +194,37 @@ class Draws:
         return options[self.number(len(options))]
 
 
-def scene(index: int) -> Scene:
+def scene(index: int, domain: str = "full") -> Scene:
     """The scene of a clip, from all splits: equal numbers give equal scenes, everywhere.
 
     Raises:
-        ValueError: the number is negative.
+        ValueError: the number is negative, or there is no such domain.
     """
     require(index >= 0, f"index is {index}, expected 0 or more")
-    draws = Draws(f"cogvideo world 1 scene {index}")
-    action = draws.choose(list(ACTS))
-    act, place = ACTS[action], draws.choose(list(PLACES))
-    colours = [each for each in COLOURS if each not in PLACES[place].clashes]
-    kind = draws.choose([each for each in OBJECTS if each not in act.unfit])
+    require(domain in DOMAINS, f"domain is {domain!r}, expected one of {', '.join(DOMAINS)}")
+    choices = DOMAINS[domain]
+    draws = Draws(f"{choices.key} {index}")
+    action = draws.choose(choices.actions)
+    act, place = ACTS[action], draws.choose(choices.backgrounds)
+    colours = [each for each in choices.colours if each not in PLACES[place].clashes]
+    kind = draws.choose([each for each in choices.objects if each not in act.unfit])
     colour = draws.choose(colours)
-    others = [each for each in OBJECTS if each != kind], [each for each in colours if each != colour]
+    others = [each for each in choices.objects if each != kind], [each for each in colours if each != colour]
     return Scene(
         index,
         kind,
         colour,
-        draws.choose(SIZES),
+        draws.choose(choices.sizes),
         action,
         draws.choose(act.directions),
         draws.choose(SPEEDS),
         place,
-        draws.choose(SHADINGS),
-        draws.number(17) / 80,
-        draws.number(257) / 128 - 1,
+        draws.choose(choices.shadings),
+        draws.number(choices.delays) / 80,
+        (draws.number(2 * choices.shifts + 1) - choices.shifts) / 128,
         draws.choose(("left", "right")),
         *((draws.choose(each) for each in (*others, act.relations)) if act.relations else ()),
+        domain=domain,
     )
 
 
@@ -208,7 +255,10 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def split(clip: int | Scene) -> Split:
-    """The split of a clip: `held_out` if it holds a held-out pair, of the rest every twentieth number `validation`.
+    """The split of a clip: `held_out` if it holds a held-out pair, of the rest a twentieth `validation`.
+
+    The validation clips of the full World are those with every twentieth number. In a smaller domain many numbers show
+    the same picture, so that the content decides: no clip of `validation` looks like one of `train`.
 
     Raises:
         ValueError: the number is negative.
@@ -216,16 +266,21 @@ def split(clip: int | Scene) -> Split:
     which = clip if isinstance(clip, Scene) else scene(clip)
     if is_held_out(which):
         return "held_out"
-    return "validation" if which.index % VALIDATION_EVERY == VALIDATION_EVERY - 1 else "train"
+    if which.domain == "full":
+        number = which.index
+    else:
+        content = replace(which, index=0, facing="left")
+        number = Draws(f"{DOMAINS[which.domain].key} split {content}").number(VALIDATION_EVERY)
+    return "validation" if number % VALIDATION_EVERY == VALIDATION_EVERY - 1 else "train"
 
 
-def scenes(name: Split | Literal["all"], start: int = 0) -> Iterator[Scene]:
+def scenes(name: Split | Literal["all"], start: int = 0, domain: str = "full") -> Iterator[Scene]:
     """The scenes of a split in the order of their numbers, without end.
 
     Raises:
-        ValueError: no such split, or `start` is negative.
+        ValueError: no such split or domain, or `start` is negative.
     """
     allowed = ("train", "validation", "held_out", "all")
     require(name in allowed, f"split is {name!r}, expected one of {', '.join(allowed)}")
-    every = map(scene, itertools.count(start))
+    every = (scene(index, domain) for index in itertools.count(start))
     return every if name == "all" else (each for each in every if split(each) == name)
