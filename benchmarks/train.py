@@ -93,8 +93,9 @@ class Case(NamedTuple):
         """The same step, plainly, but for the optimizer, which is the same."""
         self.plain_loss(masks).backward()
         clip_gradients(trained(self.model), self.trainer.settings.clip)
-        self.trainer.optimizer.step()
-        self.trainer.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.trainer.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
 
 def make(
@@ -247,7 +248,8 @@ def _frozen(case: Case) -> dict[str, float]:
     """Bytes that the frozen base costs beside its weights, after a step and another backward pass: none."""
     case.trainer.measure(case.batch).loss.mean().backward()
     parameters = [each for each in case.model.parameters() if not each.requires_grad]
-    states = [value for each in parameters for value in case.trainer.optimizer.state.get(each, {}).values()]
+    (used,) = case.trainer.optimizers
+    states = [value for each in parameters for value in used.state.get(each, {}).values()]
     gradients = sum(each.grad.nbytes for each in parameters if each.grad is not None)
     optimizer = sum(each.nbytes for each in states)
     assert parameters, "the base is not frozen"

@@ -108,7 +108,7 @@ class Run:
     def __init__(self, objective: Objective, settings: ParallelSettings, ranks: Ranks, **options: Any) -> None:
         self.objective, self.ranks = objective, ranks
         self.module = distribute(objective, settings, ranks, **options)
-        self.optimizer = adamw(objective, SETTINGS)
+        self.optimizer = adamw(trained(objective), SETTINGS)
         self.average = Average(objective, SETTINGS.ema)
 
     def gradients(self, number: int, pieces: int = 2) -> list[Tensor]:
@@ -140,7 +140,7 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return training_state(self.module, self.optimizer, self.average.state)
+        return training_state(self.module, [self.optimizer], self.average.state)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def resume(folder: Path, ranks: Ranks, settings: ParallelSettings = SHARDED) -> 
     with torch.no_grad():
         for each in trained(run.objective):
             each.add_(1.0)
-    restore(run.module, run.optimizer, Checkpoints(folder).load(2, run.state()))
+    restore(run.module, [run.optimizer], Checkpoints(folder).load(2, run.state()))
     loaded = everything(run.state())
     after = run.step(2)
     if ranks.rank == 0:

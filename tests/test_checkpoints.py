@@ -94,7 +94,7 @@ def test_a_stage_continues_from_its_checkpoint(tmp_path: Path, stage: str, base:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, run.state())
     assert read_weights(checkpoints.path(2), averaged=False).keys() == trained
-    restore(other.module, other.optimizer, checkpoints.load(2, other.state()))
+    restore(other.module, [other.optimizer], checkpoints.load(2, other.state()))
     for (name, mine), theirs in zip(run.objective.named_parameters(), other.objective.parameters(), strict=True):
         assert torch.equal(mine, theirs) or name not in trained
         if name not in trained:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cogvideo.training.optim import Average, Optimization, adamw, trained
+from cogvideo.training.optim import Average, Optimization, adamw, make_optimizers, trained
 
 
 def small() -> nn.Module:
@@ -33,11 +33,27 @@ def test_rate_rises_and_falls() -> None:
 def test_only_matrices_decay_and_frozen_ones_are_unknown() -> None:
     """Guards against decaying norms and biases, and against optimizer states of frozen weights."""
     module = small()
-    optimizer = adamw(module, Optimization(weight_decay=0.1))
+    optimizer = adamw(trained(module), Optimization(weight_decay=0.1))
     decays = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
     assert decays == {id(each): 0.1 if each.ndim > 1 else 0.0 for each in trained(module)}
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
     assert not any(id(each) in decays for each in module[0].parameters())
+
+
+def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest() -> None:
+    """Guards against a parameter that two optimizers move, or none, and an embedding that is orthogonalized."""
+    blocks = nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)])
+    module = nn.ModuleDict({"embedding": nn.Embedding(8, 4), "blocks": blocks})
+    blocks[0].bias.requires_grad_(False)
+    adam, muon = make_optimizers(module, Optimization(optimizer="muon", learning_rate=0.1))
+    names = {each: name for name, each in module.named_parameters()}
+    owned = [{names[each] for group in one.param_groups for each in group["params"]} for one in (adam, muon)]
+    assert owned == [{"embedding.weight", "blocks.1.weight", "blocks.1.bias"}, {"blocks.0.weight"}]
+    before = blocks[0].weight.detach().clone()
+    blocks[0](torch.eye(4)).square().sum().backward()
+    muon.step()
+    update = (before - blocks[0].weight.detach()) / 0.1
+    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.4)  # the size of AdamW's updates
 
 
 def test_average_is_that_of_the_formula() -> None:

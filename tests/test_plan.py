@@ -28,7 +28,7 @@ from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.text import PaddedText, TextTokenizer
 from cogvideo.training import parallel, plan, stages
 from cogvideo.training.launch import Options, Plan
-from cogvideo.training.optim import Optimization, adamw
+from cogvideo.training.optim import Optimization, adamw, trained
 from cogvideo.training.plan import Machines, StagePlan, Way, held, report, stage_plan
 from cogvideo.training.task import Objective
 from cogvideo.training.video import VideoBatch, VideoTask
@@ -149,7 +149,7 @@ def _tracked(config: CogVideoConfig, samples: int, checkpointing: bool, ranks: p
     objective = Objective(Transformer(base, channel), VideoTask(layout_of(config, "sequential"), text))
     settings = parallel.ParallelSettings("sharded")
     module = parallel.distribute(objective, settings, ranks, precision="bfloat16", checkpointing=checkpointing)
-    optimizer, layout = adamw(objective, Optimization()), objective.task.layout
+    optimizer, layout = adamw(trained(objective), Optimization()), objective.task.layout
     words = PaddedText(*(torch.ones(samples, layout.text_slots, dtype=kind) for kind in (torch.int64, torch.bool)))
     codes = torch.zeros(samples, layout.num_frames, layout.frame_slots, dtype=torch.int64)
     tracker = FSDPMemTracker(module, optimizer)

@@ -156,7 +156,7 @@ def test_the_frozen_base_costs_nothing(stage: StageName, place: Path, source: Co
     for name, each in trainer.objective.named_parameters():
         frozen = name.startswith("model.base.")
         assert each.requires_grad != frozen
-        assert frozen == (each not in trainer.optimizer.state)
+        assert frozen == (each not in trainer.optimizers[0].state)
         assert frozen == (name not in trainer.average.state)
         if frozen:
             assert each.grad is None
@@ -241,7 +241,7 @@ def test_products_are_in_the_precision_of_the_settings(place: Path, source: CogV
             trainer.step(step, batch_of(trainer, "sequential", place, step))
         assert all(each.dtype == torch.float32 for each in trainer.objective.parameters() if each.requires_grad)
         assert all(
-            value.dtype == torch.float32 for state in trainer.optimizer.state.values() for value in state.values()
+            value.dtype == torch.float32 for state in trainer.optimizers[0].state.values() for value in state.values()
         )
         losses.append(trainer.figures(2).loss)
     assert losses[0] != losses[1]

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -45,23 +45,23 @@ class DamagedError(ValueError):
 
 
 def training_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer, average: Mapping[str, Tensor] | None
+    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:
-    """What a checkpoint holds: trained weights, the optimizer's state, the running average. Frozen weights do not.
+    """What a checkpoint holds: trained weights, the optimizers' state, the running average. Frozen weights do not.
 
     Args:
         module: that is trained.
-        optimizer: over what is trained of it.
+        optimizers: which share what is trained of it.
         average: running average of that, if there is one.
     """
-    weights, states = get_state_dict(module, optimizer, options=TRAINED)
+    weights, states = get_state_dict(module, optimizers, options=TRAINED)
     return {WEIGHTS: weights, OPTIMIZER: states} | ({} if average is None else {AVERAGE: dict(average)})
 
 
-def restore(module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def restore(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Any]) -> None:
     """Put a loaded state back; the average was filled in place."""
     set_state_dict(
-        module, optimizer, model_state_dict=state[WEIGHTS], optim_state_dict=state[OPTIMIZER], options=TRAINED
+        module, optimizers, model_state_dict=state[WEIGHTS], optim_state_dict=state[OPTIMIZER], options=TRAINED
     )
 
 

@@ -153,8 +153,9 @@ def held(config: CogVideoConfig, stage: Stage, sharding: Sharding, groups: int, 
         own = trained(objective)
         for parameter in own:
             parameter.grad = torch.zeros_like(parameter)
-        trainer.optimizer.step()
-        states = [each for state in trainer.optimizer.state.values() for each in state.values()]
+        (optimizer,) = trainer.optimizers
+        optimizer.step()
+        states = [each for state in optimizer.state.values() for each in state.values()]
         average = [] if trainer.average is None else trainer.average.state.values()
         wide = WIDE * _count(own)
         return Held(

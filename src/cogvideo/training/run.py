@@ -192,7 +192,7 @@ def _resume(job: Job) -> tuple[int, float]:
     """
     trainer, steps = job.trainer, job.checkpoints.steps()
     for step in reversed(steps):
-        state = training_state(trainer.module, trainer.optimizer, _average(trainer)) | {"seconds": 0.0}
+        state = training_state(trainer.module, trainer.optimizers, _average(trainer)) | {"seconds": 0.0}
         try:
             loaded = job.checkpoints.load(step, state)
         except DamagedError as error:
@@ -201,7 +201,7 @@ def _resume(job: Job) -> tuple[int, float]:
             if trainer.ranks.rank == 0:
                 print(f"{str(error).partition(';')[0]}: an earlier one is taken.", file=sys.stderr)
             continue
-        restore(trainer.module, trainer.optimizer, loaded)
+        restore(trainer.module, trainer.optimizers, loaded)
         for damaged in steps[steps.index(step) + 1 :]:
             job.checkpoints.set_aside(damaged)
         return step, float(loaded["seconds"])
@@ -210,7 +210,7 @@ def _resume(job: Job) -> tuple[int, float]:
 
 def _save(job: Job, done: int, seconds: float, held: dict[str, dict[str, float]]) -> None:
     trainer = job.trainer
-    state = training_state(trainer.module, trainer.optimizer, _average(trainer)) | {"seconds": seconds}
+    state = training_state(trainer.module, trainer.optimizers, _average(trainer)) | {"seconds": seconds}
     job.checkpoints.save(done, state, mean_loss(held))
 
 

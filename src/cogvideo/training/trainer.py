@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cogvideo.config import require
-from cogvideo.training.optim import Average, Optimization, adamw, trained
+from cogvideo.training.optim import Average, Optimization, make_optimizers, trained
 from cogvideo.training.parallel import (
     ParallelSettings,
     Ranks,
@@ -79,6 +79,8 @@ class Trainer:
         parallel: ParallelSettings,
         ranks: Ranks,
     ) -> None:
+        whole = parallel.sharding == "replicated" and parallel.tensor_parallel == 1
+        require(whole or settings.optimizer == "adamw", "muon needs whole matrices on every rank: use adamw here")
         self.objective = objective
         self.settings = settings
         self.ranks = ranks
@@ -92,7 +94,7 @@ class Trainer:
             checkpointing=execution.checkpointing,
             compile=execution.compile,
         )
-        self.optimizer = adamw(objective, settings)
+        self.optimizers = make_optimizers(objective, settings)
         self.average = Average(objective, settings.ema) if settings.ema > 0 else None
         self._steps: list[Tensor] = []
 
@@ -111,10 +113,11 @@ class Trainer:
                 (figures.loss.sum() / self.share).backward()  # type: ignore[no-untyped-call]
                 measured.append(Measured(figures.loss.detach(), figures.parts))
         norm = clip_gradients(trained(self.objective), self.settings.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate_at(number)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.settings.rate_at(number)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(number + 1)
         self._steps.append(_row(measured, norm))

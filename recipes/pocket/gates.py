@@ -1,0 +1,220 @@
+"""What each stage of the pocket model must reach before the next one is trained: `python recipes/pocket/gates.py`.
+
+Reads clips of the simple World that training never shows with the World reader, and ranks emoji among all of a folder.
+Each gate prints a row for real pictures, which is the ceiling, and one for the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from einops import rearrange
+from jaxtyping import UInt8
+
+from cogvideo import world
+from cogvideo.bundle import CogVideo
+from cogvideo.data.frames import BACKGROUNDS, on_background
+from cogvideo.data.sources import SourceOptions, list_source
+from cogvideo.evaluation import retrieval
+from cogvideo.evaluation.emoji_subject import TEMPLATE, read, unseen_background
+from cogvideo.evaluation.metrics import psnr
+from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, SIZE, Reader, resized
+from cogvideo.generation import hierarchy
+from cogvideo.pictures import contact_sheet, evenly, write_image
+from cogvideo.pipeline import CogVideoPipeline
+from cogvideo.training.autoencoder import reconstruct
+
+FIRST = 500_000
+"""Number of the first scene that is looked at."""
+Frames = UInt8[np.ndarray, "frames height width 3"]
+
+
+def unseen(number: int) -> list[world.Scene]:
+    """Scenes of the simple World: half with held-out pairs, half of the validation split, no picture twice."""
+    found: dict[world.Scene, world.Scene] = {}
+    for split, share in (("held_out", number // 2), ("validation", number)):
+        for scene in world.scenes(split, FIRST, "simple"):
+            if len(found) == share:
+                break
+            found.setdefault(replace(scene, index=0), scene)
+    return list(found.values())
+
+
+def shares(read: Sequence[dict[str, str]], scenes: Sequence[world.Scene], names: Sequence[str]) -> str:
+    """Percentages of clips whose attributes are right, all clips first, then held-out pairs."""
+    rights = np.array(
+        [[each[name] == getattr(scene, name) for name in names] for each, scene in zip(read, scenes, strict=True)]
+    )
+    held_out = np.array([world.is_held_out(scene) for scene in scenes])
+    lines = []
+    for group in (np.ones(len(scenes), bool), held_out):
+        means = dict(zip(names, 100 * rights[group].mean(0), strict=True)) | {"all": 100 * rights[group].all(1).mean()}
+        lines.append("  ".join(f"{name} {share:5.1f}" for name, share in means.items()))
+    return f"{lines[0]}   held out: {lines[1]}"
+
+
+def held(frames: Frames) -> Frames:
+    """Key frames, or one, as the reader takes a clip: each held until the next."""
+    moments = np.linspace(0, len(frames) - 1, NUM_FRAMES) if len(frames) > 1 else np.zeros(NUM_FRAMES)
+    return resized(frames, SIZE)[np.floor(moments + 1e-9).astype(int)]
+
+
+def pixels(model: CogVideo, codes: torch.Tensor) -> UInt8[np.ndarray, "batch frames height width 3"]:
+    """Pictures of codes, `(batch, frames, slots)`."""
+    side = model.config.layout.grid
+    squares = rearrange(codes, "batch frames (rows columns) -> (batch frames) rows columns", rows=side)
+    with torch.inference_mode():
+        made = model.autoencoder.decode(squares, chunk=8).clamp(0, 1)
+    made = rearrange(made, "(batch frames) colours h w -> batch frames h w colours", batch=len(codes))
+    return (made * 255).round().byte().numpy()
+
+
+class ImageAlone:
+    """A model of which generation draws the first frame and no more; it asks for the key frames' parts by name."""
+
+    def __init__(self, model: CogVideo) -> None:
+        self._model = model
+        self.components = (*model.components, "sequential", "interpolation")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._model, name)
+
+
+def first_frames(pipeline: CogVideoPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+    """Codes of first frames, `(prompts, 1, slots)`."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    frames = hierarchy.generate(ImageAlone(pipeline.model), prompts, generators, pipeline.settings)  # type: ignore[arg-type]
+    return next(iter(frames)).codes[:, None]
+
+
+def key_frames(pipeline: CogVideoPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+    """Codes of key frames, `(prompts, frames, slots)`."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    settings = replace(pipeline.settings, rounds=0)
+    return hierarchy.collect(hierarchy.generate(pipeline.model, prompts, generators, settings))
+
+
+Draw = Callable[[CogVideoPipeline, Sequence[str], Sequence[int]], torch.Tensor]
+
+
+def drawn(pipeline: CogVideoPipeline, draw: Draw, prompts: Sequence[str], batch: int = 16) -> Iterator[Frames]:
+    """Frames for each prompt; the seed is its number."""
+    numbers = range(len(prompts))
+    for start in range(0, len(prompts), batch):
+        part = numbers[start : start + batch]
+        yield from pixels(pipeline.model, draw(pipeline, [prompts[each] for each in part], list(part)))
+
+
+def main(
+    model: str,
+    gate: Literal["tokenizer", "image", "sequential"],
+    /,
+    emoji: Path | None = None,
+    scenes: int = 200,
+    limit: int | None = None,
+    sheet: Path | None = None,
+) -> None:
+    """Measure a gate.
+
+    Args:
+        model: the bundle.
+        gate: tokenizer (reconstructions of whole clips), image (first frames) or sequential (key frames).
+        emoji: a folder of animations with alpha and captions.csv.
+        scenes: number of scenes.
+        limit: number of emoji, evenly spread; all unless given.
+        sheet: PNG with real pictures above the model's.
+    """
+    pipeline, reader, chosen = CogVideoPipeline.from_pretrained(model), Reader.load(), unseen(scenes)
+    side = pipeline.model.config.frame_side
+    fps, num_frames = {"tokenizer": (FPS, NUM_FRAMES), "image": (1.0, 1), "sequential": (1.0, 5)}[gate]
+    names = ("object", "colour", "background") if gate == "image" else ATTRIBUTES
+    real = [world.render(scene, side, fps, num_frames) for scene in chosen]
+    readings = reader.read(np.stack(list(map(held, real))))
+    if gate == "image":  # where the figure is in the picture
+        clear = [each["object"] == scene.object for each, scene in zip(readings, chosen, strict=True)]
+        real, readings, chosen = (
+            [one for one, is_clear in zip(row, clear, strict=True) if is_clear] for row in (real, readings, chosen)
+        )
+    draw: Draw = first_frames if gate == "image" else key_frames
+    if gate == "tokenizer":
+        through = partial(reconstruct, pipeline.model.autoencoder, device=torch.device("cpu"))
+        made = list(map(through, real))
+    else:
+        made = list(drawn(pipeline, draw, [world.captions(scene)[0] for scene in chosen]))
+    print(f"{len(chosen)} scenes, real:  {shares(readings, chosen, names)}")
+    print(f"{len(chosen)} scenes, model: {shares(reader.read(np.stack(list(map(held, made)))), chosen, names)}")
+    print(f"scenes: {decibels(made, real)}")
+    if sheet is not None:
+        write_image(sheet, pairs(real, made, 24))
+    if emoji is not None:
+        _emoji(pipeline, gate, emoji, limit, sheet)
+
+
+def _emoji(pipeline: CogVideoPipeline, gate: str, folder: Path, limit: int | None, sheet: Path | None) -> None:
+    """Ranks of the right emoji among all of the folder, each on the background that training never showed."""
+    side = pipeline.model.config.frame_side
+    cut = {"tokenizer": slice(0, None, 2), "image": slice(1), "sequential": slice(0, None, 8)}[gate]
+    items = list_source(str(folder), SourceOptions()).items
+    looks = [np.stack([small(read(each, ground, SIZE)[cut]) for each in items]) for ground in ("black", "white")]
+    gallery = retrieval.gallery(*looks)
+    places = evenly(len(items), limit or len(items)).tolist()
+    grounds = [unseen_background(items[place], 0) for place in places]
+    real = [read(items[place], ground, side)[cut] for place, ground in zip(places, grounds, strict=True)]
+    if gate == "tokenizer":
+        made = [reconstruct(pipeline.model.autoencoder, frames, torch.device("cpu")) for frames in real]
+    else:
+        prompts = [
+            on_background(items[place].captions[0], ground, TEMPLATE)
+            for place, ground in zip(places, grounds, strict=True)
+        ]
+        made = list(drawn(pipeline, first_frames if gate == "image" else key_frames, prompts))
+    for name, clips in (("real", real), ("model", made)):
+        ranks = retrieval.ranks(retrieval.distances(np.stack(list(map(small, clips))), gallery), places)
+        borders = [retrieval.nearest_name(retrieval.border_colour(clip), BACKGROUNDS) for clip in clips]
+        right = 100 * np.mean([border == ground for border, ground in zip(borders, grounds, strict=True)])
+        first, five = (100 * (ranks <= most).float().mean().item() for most in (1, 5))
+        print(f"{len(clips)} emoji, {name}: rank 1 {first:.1f}  rank 5 {five:.1f}  background {right:.1f}")
+    print(f"emoji: {decibels(made, real)}")
+    if sheet is not None:
+        write_image(sheet.with_stem(f"{sheet.stem}-emoji"), pairs(real, made, 24))
+
+
+def small(frames: Frames) -> UInt8[np.ndarray, "17 32 32 3"]:
+    """Frames as emoji are compared."""
+    return resized(held(frames), retrieval.SIZE)
+
+
+def pairs(real: Sequence[Frames], made: Sequence[Frames], number: int) -> UInt8[np.ndarray, "height width 3"]:
+    """A contact sheet: real frames above the model's."""
+    rows = [
+        frames[:: max(1, len(frames) // 5)][:5]
+        for place in evenly(len(real), number)
+        for frames in (real[place], made[place])
+    ]
+    across = 1 if len(rows[0]) > 1 else 8
+    if across > 1:  # single frames: some clips side by side
+        tops = [np.concatenate([np.concatenate([rows[2 * i], rows[2 * i + 1]], 1)], 0) for i in range(len(rows) // 2)]
+        rows = [np.concatenate(tops[i : i + across]) for i in range(0, len(tops), across)]
+    return contact_sheet(rows, columns=max(map(len, rows)))
+
+
+def decibels(made: Sequence[Frames], real: Sequence[Frames]) -> str:
+    """Mean PSNR."""
+
+    def unit(frames: Frames) -> torch.Tensor:
+        return rearrange(torch.from_numpy(frames).float() / 255, "frames h w colours -> frames colours h w")
+
+    return (
+        f"PSNR {np.mean([psnr(unit(one), unit(other)).mean() for one, other in zip(made, real, strict=True)]):.2f} dB"
+    )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
