@@ -507,10 +507,24 @@ def test_world_is_listed_by_index() -> None:
         assert (item.id, item.media) == (f"world/{index:06}", Rendering(index))
         assert (item.captions, item.attributes) == (world.captions(scene), world.attributes(scene))
         assert item.split in ("train", "validation", "held_out")
+    (item,) = listed("world:simple:7:8").items
+    assert (item.id, item.media) == ("world-simple/000007", Rendering(7, "simple"))
+    assert item.captions == world.captions(world.scene(7, "simple"))
 
 
 @pytest.mark.parametrize(
-    "source", ["world:", "world:0", "world:-3", "world:5:5", "world:9:5", "world:a", "world:1:2:3"]
+    "source",
+    [
+        "world:",
+        "world:0",
+        "world:-3",
+        "world:5:5",
+        "world:9:5",
+        "world:a",
+        "world:1:2:3",
+        "world:simple",
+        "world:simple:0",
+    ],
 )
 def test_bad_world(source: str) -> None:
     """Guards the message for a range without a clip."""

@@ -71,6 +71,26 @@ def test_numbers_keep_their_clips() -> None:
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "9fd7b4b40df475b4"
 
 
+def test_simple_scenes_are_a_part_of_the_world() -> None:
+    """Guards the rule of the simple domain: one large figure in the middle, few kinds of all, and no picture in two
+    splits."""
+    scenes = [world.scene(index, "simple") for index in range(3000)]
+    simple = world.DOMAINS["simple"]
+    for scene in scenes:
+        assert scene.object in simple.objects
+        assert scene.colour in simple.colours
+        assert scene.action in simple.actions
+        assert scene.background in simple.backgrounds
+        still = (scene.size, scene.shading, scene.delay, scene.shift, scene.other_object)
+        assert still == ("large", "flat", 0, 0, "")
+    assert {len({getattr(scene, name) for scene in scenes}) for name in ("object", "colour", "action")} == {8}
+    splits: dict[object, set[str]] = {}
+    for scene in scenes:
+        splits.setdefault(replace(scene, index=0, facing="left"), set()).add(world.split(scene))
+    assert all(len(each) == 1 for each in splits.values())
+    assert {split for each in splits.values() for split in each} == {"train", "validation", "held_out"}
+
+
 def test_the_order_of_rendering_does_not_matter() -> None:
     """Guards against a clip that leaves traces in a cached background."""
     first, before = world.render(world.scene(3)), {name: background(name, 64).copy() for name in world.PLACES}

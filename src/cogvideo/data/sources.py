@@ -263,8 +263,8 @@ def _world(source: str) -> Found:
     except ValueError:
         first, end = 0, 0
     good = len(bounds) <= 2 and 0 <= first < end
-    forms = "world:COUNT, world:FIRST:END, world:simple:COUNT or world:simple:FIRST:END"
-    require(good, f"got {source!r}, expected {forms} with numbers, such as world:100000")
+    forms = "world:COUNT or world:FIRST:END with numbers, such as world:100000 or world:simple:20000"
+    require(good, f"got {source!r}, expected {forms}")
     return (_scene_item(index, domain) for index in range(first, end))
 
 

@@ -32,7 +32,7 @@ from cogvideo.evaluation.reader import ATTRIBUTES, BATCH, SIZE, Reader, ReaderCo
 from cogvideo.machine import slowness
 from cogvideo.training.autoencoder import generator
 from cogvideo.training.loop import Window, interrupts, progress
-from cogvideo.training.optim import groups_by_decay
+from cogvideo.training.optim import groups_by_decay, trained
 from cogvideo.training.run_folder import Checkpoint, RunFolder
 
 STILLS = 100_000_000
@@ -151,7 +151,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = Reader(config).to(device)
-        groups = groups_by_decay(self.model, settings.weight_decay)
+        groups = groups_by_decay(trained(self.model), settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, settings.learning_rate, betas=(0.9, 0.98))
 
     def state_dict(self) -> dict[str, Any]:

@@ -209,21 +209,23 @@ def scene(index: int, domain: str = "full") -> Scene:
     colours = [each for each in choices.colours if each not in PLACES[place].clashes]
     kind = draws.choose([each for each in choices.objects if each not in act.unfit])
     colour = draws.choose(colours)
-    others = [each for each in choices.objects if each != kind], [each for each in colours if each != colour]
-    return Scene(
+    two = bool(act.relations)
+    return Scene(  # in the order of the draws
         index,
-        kind,
-        colour,
-        draws.choose(choices.sizes),
-        action,
-        draws.choose(act.directions),
-        draws.choose(SPEEDS),
-        place,
-        draws.choose(choices.shadings),
-        draws.number(choices.delays) / 80,
-        (draws.number(2 * choices.shifts + 1) - choices.shifts) / 128,
-        draws.choose(("left", "right")),
-        *((draws.choose(each) for each in (*others, act.relations)) if act.relations else ()),
+        object=kind,
+        colour=colour,
+        size=draws.choose(choices.sizes),
+        action=action,
+        direction=draws.choose(act.directions),
+        speed=draws.choose(SPEEDS),
+        background=place,
+        shading=draws.choose(choices.shadings),
+        delay=draws.number(choices.delays) / 80,
+        shift=(draws.number(2 * choices.shifts + 1) - choices.shifts) / 128,
+        facing=draws.choose(("left", "right")),
+        other_object=draws.choose([each for each in choices.objects if each != kind]) if two else "",
+        other_colour=draws.choose([each for each in colours if each != colour]) if two else "",
+        relation=draws.choose(act.relations) if two else "",
         domain=domain,
     )
 
