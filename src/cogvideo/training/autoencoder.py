@@ -30,6 +30,9 @@ from cogvideo.training.codebook import MovingCodebook, straight_through
 
 M = TypeVar("M", bound=nn.Module)
 
+SMALLEST_MATRIX = 16
+"""Rows and columns of a kernel that Muon takes; smaller ones, of pixels, stay with Adam."""
+
 
 @dataclass(frozen=True)
 class TokenizerSettings:
@@ -39,8 +42,11 @@ class TokenizerSettings:
     """Steps of the autoencoder."""
     batch: int = 32
     """Frames a step."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """Optimizer of convolution kernels, which Muon takes as matrices; all else has Adam. Muon needs about a third of the
+    steps for the same loss, at some five times the learning rate."""
     learning_rate: float = 5e-4
-    """Largest learning rate of Adam."""
+    """Largest learning rate."""
     warmup: int = 200
     """Steps in which the learning rate rises to it; then it falls to zero along half a cosine."""
     largest_gradient: float = 1.0
@@ -145,8 +151,7 @@ class Trainer:
         """Whether its rows come from k-means, else from `initial`."""
         if initial is not None:
             self.autoencoder.load_state_dict(initial.state_dict())
-        learnt = [each for each in self.autoencoder.parameters() if each.requires_grad]
-        self.optimizer = torch.optim.Adam(learnt, betas=(0.9, 0.99))
+        self.optimizer = _Optimizer(self.autoencoder, settings)
         self.adversary_optimizer = torch.optim.Adam(self.discriminator.parameters(), betas=(0.5, 0.9))
 
     def state_dict(self) -> dict[str, Any]:
@@ -235,11 +240,10 @@ class Trainer:
 
     def _descend(self, number: int, loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """Move the autoencoder's weights; returns the gradient's norm before it is cut."""
-        self.optimizer.param_groups[0]["lr"] = self.settings.rate_at(number)
-        self.optimizer.zero_grad()
+        self.autoencoder.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], self.settings.largest_gradient)
-        self.optimizer.step()
+        norm = nn.utils.clip_grad_norm_(self.autoencoder.parameters(), self.settings.largest_gradient)
+        self.optimizer.step(self.settings.rate_at(number))
         return norm
 
     def _teach_adversary(
@@ -264,6 +268,55 @@ class Trainer:
             vectors.append(self._pass(frames, config.rate, quantised=False).vectors)
         by = generator(self.seed, "k-means", device=self.device)
         self.codebook.start(torch.cat(vectors), per_step=len(vectors[0]), generator=by)
+
+
+class _Optimizer:
+    """Adam, or Muon for convolution kernels as matrices of outputs by inputs and Adam for the rest.
+
+    Args:
+        module: its trained parameters are moved.
+        settings: of the run.
+    """
+
+    def __init__(self, module: nn.Module, settings: TokenizerSettings) -> None:
+        learnt = [each for each in module.parameters() if each.requires_grad]
+        is_kernel = [settings.optimizer == "muon" and _is_kernel(each) for each in learnt]
+        self._kernels = [each for each, kernel in zip(learnt, is_kernel, strict=True) if kernel]
+        self._matrices = [nn.Parameter(_matrix(each.detach(), like=each)) for each in self._kernels]  # same memory
+        rest = [each for each, kernel in zip(learnt, is_kernel, strict=True) if not kernel]
+        self._parts: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, betas=(0.9, 0.99))]
+        if self._matrices:
+            self._parts.append(torch.optim.Muon(self._matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, rate: float) -> None:
+        """Move the parameters along their gradients."""
+        for kernel, matrix in zip(self._kernels, self._matrices, strict=True):
+            matrix.grad = None if kernel.grad is None else _matrix(kernel.grad, like=kernel)
+        for part in self._parts:
+            part.param_groups[0]["lr"] = rate
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of the optimizers; with Adam alone its own, as checkpoints always had it."""
+        adam, *muon = (part.state_dict() for part in self._parts)
+        return adam | {"muon": each for each in muon}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` gave."""
+        adam, *muon = self._parts
+        adam.load_state_dict({name: each for name, each in state.items() if name != "muon"})
+        for part in muon:
+            part.load_state_dict(state["muon"])
+
+
+def _is_kernel(parameter: nn.Parameter) -> bool:
+    """Whether it is worth being taken as a matrix."""
+    return parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) >= SMALLEST_MATRIX
+
+
+def _matrix(kernel: Tensor, like: Tensor) -> Tensor:
+    """A kernel, or its gradient, as outputs by inputs: a view of what has the memory format of `like`."""
+    return kernel.flatten(1) if like.is_contiguous() else kernel.permute(0, 2, 3, 1).flatten(1)
 
 
 class _Pass(NamedTuple):
