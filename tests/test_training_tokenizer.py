@@ -73,9 +73,11 @@ def weights(model):
 # One step
 
 
-def test_a_tiny_set_is_learnt():
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_tiny_set_is_learnt(optimizer):
     """Whatever is wrong in losses, gradients or codebook, eight frames would not come back from their codes."""
     settings = replace(QUICK, steps=150, batch=8, learning_rate=4e-3, warmup=10, plain_steps=20, adversary_weight=0)
+    settings = replace(settings, optimizer=optimizer)
     model, frames = trainer(settings), pictures(8)
     before = evaluate(model.autoencoder, frames, 8, CPU)
     for step in range(settings.steps):
@@ -183,13 +185,14 @@ def test_a_step_depends_on_its_number_alone():
     assert not torch.equal(other.autoencoder.encoder.conv_in.weight, results[0]["encoder.conv_in.weight"])
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 5])
-def test_a_state_is_all_that_counts(at):
-    """What a checkpoint forgets (averages, moments, the adversary) would change the steps behind it."""
-    frames, whole = pictures(8), trainer()
+@pytest.mark.parametrize(("at", "optimizer"), [(1, "adam"), (2, "adam"), (3, "muon"), (5, "adam")])
+def test_a_state_is_all_that_counts(at, optimizer):
+    """What a checkpoint forgets (averages, moments, the adversary) would change the steps after it."""
+    settings = replace(QUICK, optimizer=optimizer)
+    frames, whole = pictures(8), trainer(settings)
     for step in range(7):
         whole.step(step, frames)
-    first, second = trainer(), trainer()
+    first, second = trainer(settings), trainer(settings)
     for step in range(at):
         first.step(step, frames)
     second.load_state_dict(first.state_dict())

@@ -43,8 +43,8 @@ class TokenizerSettings:
     batch: int = 32
     """Frames a step."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """Optimizer of convolution kernels, which Muon takes as matrices; all else has Adam. Muon needs about a third of the
-    steps for the same loss, at some five times the learning rate."""
+    """Optimizer of convolution kernels, which Muon takes as matrices; all else has Adam. Muon needs about a third of
+    the steps for the same loss, at some five times the learning rate."""
     learning_rate: float = 5e-4
     """Largest learning rate."""
     warmup: int = 200
@@ -299,14 +299,14 @@ class _Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """States of the optimizers; with Adam alone its own, as checkpoints always had it."""
         adam, *muon = (part.state_dict() for part in self._parts)
-        return adam | {"muon": each for each in muon}
+        return adam | {"muon": muon}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from what `state_dict` gave."""
         adam, *muon = self._parts
         adam.load_state_dict({name: each for name, each in state.items() if name != "muon"})
-        for part in muon:
-            part.load_state_dict(state["muon"])
+        for part, each in zip(muon, state.get("muon", []), strict=True):  # older checkpoints are of Adam alone
+            part.load_state_dict(each)
 
 
 def _is_kernel(parameter: nn.Parameter) -> bool:
