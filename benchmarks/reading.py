@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import av
 import numpy as np
 
 from benchmarks.machine import alternate
@@ -42,6 +41,8 @@ def _rates(folder: Path, rate: int, rounds: int) -> dict[str, float]:
 
 def _decode(path: Path) -> None:
     """All frames, unconverted, by one thread as `read_video` has it."""
+    import av  # other benchmarks use this module without it
+
     with av.open(path) as container:
         container.streams.video[0].thread_count = 1
         for _ in container.decode(video=0):

@@ -302,7 +302,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, rows: list[Row], room: int, mo
     path = tmp_path / shard_name(3)
     write_shard(path, rows[:1], INFO)
     before, new_file = path.read_bytes(), pa.ipc.new_file
-    monkeypatch.setattr(shards.pa.ipc, "new_file", lambda file, schema: new_file(_FullDisk(file, room), schema))
+    monkeypatch.setattr(pa.ipc, "new_file", lambda file, schema: new_file(_FullDisk(file, room), schema))
     with pytest.raises(OSError, match="No space left") as error:
         write_shard(path, rows, INFO)
     assert error.value.filename == str(path)

@@ -23,8 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cogvideo import shots, video
-from cogvideo.pictures import View, contact_sheet, look, write_image
+from cogvideo import ffmpeg
+from cogvideo.pictures import contact_sheet, look, write_image
+from cogvideo.shots import View
 from cogvideo.video import VideoError, read_video, write_video
 
 CELLS = 4
@@ -165,8 +166,8 @@ def test_seeking_shows_the_same_frames(tmp_path: Path, monkeypatch: pytest.Monke
     bf = {"bf": "2"} if codec == "libx264" else {}
     path = encode(tmp_path / name, clip(150), codec, options={"g": "10", **bf})
     decoded = []
-    frames = shots._frames
-    monkeypatch.setattr(shots, "_frames", lambda *args: (decoded.append(1) or each for each in frames(*args)))
+    frames = ffmpeg._frames
+    monkeypatch.setattr(ffmpeg, "_frames", lambda *args: (decoded.append(1) or each for each in frames(*args)))
     for start in (1.1, 3.0, 4.17, 5.5):
         found = numbers(read_video(path, 8, 32, start=start, max_frames=3).frames)
         assert found == on_screen([40 * number for number in range(150)], 40, 8, start, None)[:3]
@@ -176,8 +177,8 @@ def test_seeking_shows_the_same_frames(tmp_path: Path, monkeypatch: pytest.Monke
 def test_index_that_leads_too_far_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against frames that are missing where a file's index is wrong."""
     path = encode(tmp_path / "a.mp4", clip(75), options={"g": "5"})
-    seek = shots._seek
-    monkeypatch.setattr(shots, "_seek", lambda a, b, c, seconds: seek(a, b, c, seconds + 0.5))
+    seek = ffmpeg._seek
+    monkeypatch.setattr(ffmpeg, "_seek", lambda a, b, c, seconds: seek(a, b, c, seconds + 0.5))
     assert numbers(read_video(path, 8, 32, start=2.0, max_frames=2).frames) == [50, 53]
 
 
@@ -195,8 +196,8 @@ def test_loop_is_seamless(tmp_path: Path, fps: float) -> None:
 
 def test_only_kept_frames_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against converting what is thrown away, or the same frame twice."""
-    path, converted, see = encode(tmp_path / "a.mp4", clip(50)), [], shots._see
-    monkeypatch.setattr(shots, "_see", lambda *args: converted.append(1) or see(*args))
+    path, converted, see = encode(tmp_path / "a.mp4", clip(50)), [], ffmpeg._see
+    monkeypatch.setattr(ffmpeg, "_see", lambda *args: converted.append(1) or see(*args))
     assert len(read_video(path, 5, 32).frames) == 10 == len(converted)
     assert len(read_video(path, 100, 32).frames) == 200 == len(converted) * 200 // 60
 
@@ -435,7 +436,7 @@ def test_large_videos_that_name_no_matrix_are_taken_for_bt709(tmp_path: Path) ->
     frame.colorspace = 2
     assert (
         np.abs(
-            np.asarray(shots._image(VideoReformatter(), 1.0, frame, View())[0])[..., :3].astype(int) - (255, 0, 0)
+            np.asarray(ffmpeg._image(VideoReformatter(), 1.0, frame, View())[0])[..., :3].astype(int) - (255, 0, 0)
         ).max()
         <= 4
     )
@@ -774,7 +775,7 @@ def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     write_video(tmp_path / "a.mp4", frames, 8)
     before = (tmp_path / "a.mp4").read_bytes()
-    monkeypatch.setitem(video._WRITERS, ".mp4", fails)
+    monkeypatch.setattr(ffmpeg, "write_mp4", fails)
     with pytest.raises(OSError, match=r"No space left on device: .*a\.mp4"):
         write_video(tmp_path / "a.mp4", frames, 8)
     assert (tmp_path / "a.mp4").read_bytes() == before

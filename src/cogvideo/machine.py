@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
 import torch
 
 from cogvideo.bundle import CogVideo
@@ -21,6 +20,8 @@ def free_memory(device: torch.device) -> int:
     """Bytes that a process can still get there."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
     return int(psutil.virtual_memory().available)
 
 

@@ -1,19 +1,21 @@
-"""Single pictures: fitting one into a square, images on disk, contact sheets of clips."""
+"""Pictures with Pillow: images and animations read and written, seen through a view, contact sheets of clips."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from cogvideo.config import require
 from cogvideo.files import replacing_by_name
+from cogvideo.shots import Content, Seen, Shot, Shots, View, fitted_size, library
 
 OPAQUE = 250
 """Alpha from which a pixel counts as opaque: lossy codecs store 255 a little lower."""
@@ -21,41 +23,55 @@ LEAST_TRANSPARENT = 0.01
 """Share of a picture's pixels through which its background must show to be worth a word."""
 
 
-@dataclass(frozen=True)
-class View:
-    """How pictures are seen: on what, and in what square."""
-
-    size: int | None = None
-    """Side of the square in pixels; None leaves pictures as they are."""
-    fit: Literal["crop", "letterbox"] = "crop"
-    """What happens to pictures that are not square: cut to the centre, or bars in the background's colour."""
-    background: tuple[int, int, int] = (255, 255, 255)
-    """Red, green and blue behind transparent pixels and in bars."""
-
-    def __post_init__(self) -> None:
-        require(self.size is None or self.size > 0, f"size is {self.size}, expected a positive number of pixels")
-        require(self.fit in ("crop", "letterbox"), f"fit is {self.fit!r}, expected crop or letterbox")
-        require(
-            len(self.background) == 3 and all(0 <= level <= 255 for level in self.background),
-            f"background is {self.background}, expected red, green and blue in [0, 255]",
-        )
+def read_pictures(file: Content) -> Shots:
+    """A still image, or an animation."""
+    file.seek(0)
+    with library(), Image.open(file) as image:
+        yield from _animation(image)
 
 
-class Seen(NamedTuple):
-    """A picture through a view."""
+def _animation(image: Image.Image) -> Shots:
+    num_frames = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "AVIF") else 1
+    begin = 0.0
+    for number in range(num_frames):
+        image.seek(number)
+        image.load()
+        duration = image.info.get("duration", 0) / 1000
+        if num_frames > 1 and duration <= 0.01:
+            duration = 0.1  # as browsers do
+        yield Shot(begin, duration, partial(look, upright(image)))
+        begin += duration
 
-    pixels: UInt8[np.ndarray, "height width 3"]
-    """Red, green and blue."""
-    has_alpha: bool
-    """Whether the background shows through."""
+
+def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
+    """A picture that a caller gives, as it is meant to be seen.
+
+    Raises:
+        ValueError: it is neither an image of Pillow nor an array of red, green and blue.
+    """
+    if isinstance(picture, np.ndarray):
+        is_picture = picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8 and picture.size > 0
+        got = f"{picture.dtype} of shape {picture.shape}"
+        require(is_picture, f"got a picture of type {got}, expected uint8 of shape (height, width, 3)")
+        return Image.fromarray(picture)
+    got = type(picture).__name__
+    require(isinstance(picture, Image.Image), f"got a {got}, expected an image of Pillow, or an array of type uint8")
+    return upright(picture)
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """A picture with 16 bits a pixel in grey levels of 8 bits, as it is meant; any other one as it is.
+def upright(image: Image.Image) -> Image.Image:
+    """The picture as it is meant to be seen: turned as its EXIF data says, 8 bits, mode RGB or RGBA.
 
     Raises:
         ValueError: it has floating-point pixels, which say nothing of what is white.
     """
+    image = _eight_bits(ImageOps.exif_transpose(image))
+    has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    return image.convert("RGBA" if has_alpha else "RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits in 8; any other picture as it is."""
     require(image.mode != "F", "the picture has floating-point pixels, expected 8 or 16 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
@@ -96,22 +112,6 @@ def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Imag
     return canvas.convert("RGB")
 
 
-def fitted_size(width: float, height: float, view: View) -> tuple[int, int]:
-    """Sides of a picture in the view's square, before what hangs over is cut, in whole pixels on both sides alike.
-
-    Args:
-        width: of the picture as it is shown, in pixels as high as its own.
-        height: of the picture in its pixels.
-        view: with a size.
-    """
-    size = view.size or 0
-    if view.fit == "letterbox":
-        scale = size / max(width, height)
-        return max(1, round(width * scale)), max(1, round(height * scale))
-    scale = size / min(width, height)
-    return size + 2 * round((width * scale - size) / 2), size + 2 * round((height * scale - size) / 2)
-
-
 def _fitted(image: Image.Image, size: int, view: View, pixel_aspect: float) -> Image.Image:
     """Bicubic: Pillow's filter grows with the reduction, which is what antialiasing is."""
     width, height = image.width * pixel_aspect, float(image.height)
@@ -147,6 +147,27 @@ def write_image(
         texts.add_itxt(name, text)
     with replacing_by_name(path) as temporary:
         Image.fromarray(pixels).save(temporary, quality=95, pnginfo=texts)
+
+
+def write_animation(
+    path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, metadata: Mapping[str, str]
+) -> None:
+    """Write an animated GIF or WebP that starts again for ever, with a `comment` where the metadata has one."""
+    first, *others = map(Image.fromarray, frames)
+    is_gif = path.suffix.lower() == ".gif"
+    options: dict[str, Any] = {"lossless": True}
+    if "comment" in metadata:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = metadata["comment"]
+        options |= {"comment": metadata["comment"].encode()} if is_gif else {"exif": exif}
+    durations = _milliseconds(len(frames), fps, 10 if is_gif else 1)
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0, **options)
+
+
+def _milliseconds(num_frames: int, fps: float, unit: int) -> list[int]:
+    """Durations in whole units whose sums stay as near as they can to the rate."""
+    marks = [round(1000 * number / fps / unit) * unit for number in range(num_frames + 1)]
+    return [after - before for before, after in pairwise(marks)]
 
 
 def evenly(count: int, most: int) -> Int64[np.ndarray, " places"]:

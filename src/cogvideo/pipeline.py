@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, Union
 
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Int64, UInt8
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from cogvideo.bundle import CogVideo, usable
@@ -23,14 +22,17 @@ from cogvideo.generation.upscale import slot_noise, superres_sampling, upscale
 from cogvideo.models.autoencoder import to_pixels
 from cogvideo.models.packing import pack
 from cogvideo.models.transformer import Transformer
-from cogvideo.pictures import View, eight_bits, look
+from cogvideo.shots import View
 from cogvideo.text import PaddedText, TextTokenizer, fit, pad_left
 from cogvideo.video import write_video
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 MOST_CONTEXT = 2
 """Key frames of a clip that is extended which the new ones follow: with two, the model sees how things move."""
 
-Picture = Image.Image | UInt8[np.ndarray, "_ _ 3"]
+Picture = Union["PIL.Image.Image", UInt8[np.ndarray, "_ _ 3"]]
 """An image: of Pillow, or red, green and blue."""
 
 
@@ -262,8 +264,10 @@ class CogVideoPipeline:
         Raises:
             ValueError: the model has no image tokenizer.
         """
+        from cogvideo.pictures import as_image, look  # only pictures need Pillow
+
         autoencoder, view = self.model.autoencoder, View(self.model.config.frame_side)
-        seen = [look(_image(each), view).pixels for each in pictures]
+        seen = [look(as_image(each), view).pixels for each in pictures]
         require(len(seen) > 0, "got no pictures, expected one or several")
         like = autoencoder.codebook.embedding
         pixels = rearrange(torch.from_numpy(np.stack(seen)), "frames height width rgb -> frames rgb height width")
@@ -473,20 +477,6 @@ def export_to_video(
     require(frames.dtype == np.uint8, f"got frames of type {frames.dtype}, expected uint8")
     write_video(Path(output_video_path), frames, fps)
     return str(output_video_path)
-
-
-def _image(picture: Picture) -> Image.Image:
-    """In a mode that can be looked at."""
-    if isinstance(picture, np.ndarray):
-        is_picture = picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8 and picture.size > 0
-        got = f"{picture.dtype} of shape {picture.shape}"
-        require(is_picture, f"got a picture of type {got}, expected uint8 of shape (height, width, 3)")
-        return Image.fromarray(picture)
-    got = type(picture).__name__
-    require(isinstance(picture, Image.Image), f"got a {got}, expected an image of Pillow, or an array of type uint8")
-    picture = eight_bits(ImageOps.exif_transpose(picture))
-    has_alpha = picture.mode in ("RGBA", "LA", "PA", "P") or "transparency" in picture.info
-    return picture.convert("RGBA" if has_alpha else "RGB")
 
 
 def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, clips: int) -> list[torch.Generator]:

@@ -1,50 +1,54 @@
 """A video file as shots: its frames in the order of time, whatever its format, each with when it is on screen.
 
-PyAV decodes; Pillow reads what PyAV cannot: animated WebP and PNG, still images.
+PyAV decodes; Pillow reads what PyAV cannot: animated WebP and PNG, still images. Both are imported where needed.
 """
 
 from __future__ import annotations
 
 import errno
-import math
-import struct
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from fractions import Fraction
-from functools import partial
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, Literal, NamedTuple
 
-import av
 import numpy as np
-from av.container import InputContainer
-from av.error import FFmpegError
-from av.stream import Disposition
-from av.video.codeccontext import VideoCodecContext
-from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
-from av.video.stream import VideoStream
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
 
-from cogvideo.pictures import Seen, View, eight_bits, fitted_size, look
+from cogvideo.config import require
 
 GRACE = 0.001
 """Seconds by which a frame may come late: Matroska and WebM round timestamps to milliseconds."""
 
-SEEK_FROM = 1.0
-"""Seconds from which `start` is looked up in the file's index; what lies before it is not decoded."""
 
-DAMAGED_SHARE = 0.05
-"""Share of frames that the decoder may mark as repaired before the file counts as damaged."""
+@dataclass(frozen=True)
+class View:
+    """How pictures are seen: on what, and in what square."""
 
-FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,ivf,h264,hevc,m4v,obu"
-)
-AUDIO_FORMATS = "mp3,wav,flac,aac,aiff"
-"""FFmpeg's readers that are used; not those of playlists, which open other files and addresses, and of text."""
+    size: int | None = None
+    """Side of the square in pixels; None leaves pictures as they are."""
+    fit: Literal["crop", "letterbox"] = "crop"
+    """What happens to pictures that are not square: cut to the centre, or bars in the background's colour."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Red, green and blue behind transparent pixels and in bars."""
 
-ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-"""FFmpeg's own decoders of these leave the alpha channel out."""
+    def __post_init__(self) -> None:
+        require(self.size is None or self.size > 0, f"size is {self.size}, expected a positive number of pixels")
+        require(self.fit in ("crop", "letterbox"), f"fit is {self.fit!r}, expected crop or letterbox")
+        require(
+            len(self.background) == 3 and all(0 <= level <= 255 for level in self.background),
+            f"background is {self.background}, expected red, green and blue in [0, 255]",
+        )
+
+
+class Seen(NamedTuple):
+    """A picture through a view."""
+
+    pixels: UInt8[np.ndarray, "height width 3"]
+    """Red, green and blue."""
+    has_alpha: bool
+    """Whether the background shows through."""
 
 
 class VideoError(ValueError):
@@ -92,7 +96,7 @@ def opened(file: Path | Content) -> Iterator[Content]:
                 yield content
         else:
             yield file
-    except (VideoError, FFmpegError, OSError) as error:
+    except (VideoError, OSError) as error:
         if _is_systems(error):
             raise
         reason, detail = _explained(error)
@@ -102,7 +106,7 @@ def opened(file: Path | Content) -> Iterator[Content]:
 
 def _is_systems(error: Exception) -> bool:
     """Whether the system failed, say a network drive or a full table of open files: trying again may help."""
-    ours = (VideoError, FFmpegError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    ours = (VideoError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
     return not isinstance(error, ours) and getattr(error, "errno", None) not in (None, errno.ENAMETOOLONG, errno.ELOOP)
 
 
@@ -111,9 +115,23 @@ def _explained(error: Exception) -> tuple[str, str]:
     if isinstance(error, VideoError):
         return error.reason, error.detail
     detail = getattr(error, "strerror", None) or str(error)
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, FFmpegError):
+    if isinstance(error, OSError) and error.errno is not None:
         return "file is missing" if isinstance(error, FileNotFoundError) else "cannot be opened", detail
     return "cannot be decoded", detail
+
+
+@contextmanager
+def library() -> Iterator[None]:
+    """Whatever a library raises at a file, be it a bug of its own, says that the file cannot be decoded.
+
+    Errors of the system stay what they are.
+    """
+    try:
+        yield
+    except (VideoError, OSError, MemoryError, AssertionError):
+        raise
+    except Exception as error:
+        raise VideoError("cannot be decoded", str(error) or type(error).__name__) from error
 
 
 def read_shots(file: Content, start: float, unknown: float) -> Shots:
@@ -129,7 +147,7 @@ def read_shots(file: Content, start: float, unknown: float) -> Shots:
     if _is_cut(file, head):
         raise VideoError("is cut short", "bytes are missing at its end")
     held: Shot | None = None
-    for shot in _read_pictures(file) if _is_picture(head) else _decode(file, start):
+    for shot in _shots(file, head, start):
         if held is not None:
             begin = max(held.begin, shot.begin)
             unknown = begin - held.begin or unknown
@@ -139,6 +157,17 @@ def read_shots(file: Content, start: float, unknown: float) -> Shots:
     if held is None:
         raise VideoError("no frames")
     yield held._replace(duration=held.duration or unknown)
+
+
+def _shots(file: Content, head: bytes, start: float) -> Shots:
+    """The frames as Pillow or FFmpeg gives them."""
+    if _is_picture(head):
+        from cogvideo.pictures import read_pictures
+
+        return read_pictures(file)
+    from cogvideo.ffmpeg import decode
+
+    return decode(file, start)
 
 
 def _is_picture(head: bytes) -> bool:
@@ -164,170 +193,17 @@ def _is_cut(file: Content, head: bytes) -> bool:
     return length != mask and segment + width + length > size  # all ones: unknown, as in recordings of streams
 
 
-def _read_pictures(file: Content) -> Shots:
-    """A still image or an animation with Pillow."""
-    file.seek(0)
-    try:
-        with Image.open(file) as image:
-            yield from _animation(image)
-    except (ValueError, EOFError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
-        raise VideoError("cannot be decoded", str(error)) from error
+def fitted_size(width: float, height: float, view: View) -> tuple[int, int]:
+    """Sides of a picture in the view's square, before what hangs over is cut, in whole pixels on both sides alike.
 
-
-def _animation(image: Image.Image) -> Shots:
-    num_frames = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "AVIF") else 1
-    begin = 0.0
-    for number in range(num_frames):
-        image.seek(number)
-        image.load()
-        duration = image.info.get("duration", 0) / 1000
-        if num_frames > 1 and duration <= 0.01:
-            duration = 0.1  # as browsers do
-        yield Shot(begin, duration, partial(look, eight_bits(ImageOps.exif_transpose(image)).convert("RGBA")))
-        begin += duration
-
-
-def _decode(file: Content, start: float) -> Shots:
-    """The frames of a video with PyAV, from the last key frame before `start` where the file's index allows it."""
-    with _container(file) as container:
-        stream = _stream(container)
-        decoder = _decoder(stream)
-        frames = _timed(container, stream, decoder, 0.0)
-        first = next(frames, None)
-        if first is None:
-            return
-        origin, landed = first.begin, first
-        if start > SEEK_FROM:
-            frames = _seek(container, stream, decoder, origin + start)
-            landed = next(frames, None) or first._replace(begin=math.inf)
-        if landed.begin <= origin + start + GRACE:
-            yield landed._replace(begin=landed.begin - origin)
-            for shot in frames:
-                yield shot._replace(begin=shot.begin - origin)
-            return
-    yield from _decode(file, 0.0)  # the index was wrong
-
-
-@contextmanager
-def _container(file: Content) -> Iterator[InputContainer]:
-    file.seek(0)
-    options = {"format_whitelist": f"{FORMATS},{AUDIO_FORMATS}"}
-    try:
-        container = av.open(file, "r", container_options=options, metadata_errors="replace")
-    except FFmpegError as error:
-        raise VideoError("no readable video or picture", error.strerror or "") from error
-    with container:
-        yield container
-
-
-def _stream(container: InputContainer) -> VideoStream:
-    """The main video stream; covers and thumbnails are none."""
-    still = Disposition.attached_pic | Disposition.timed_thumbnails
-    streams = [stream for stream in container.streams.video if not stream.disposition & still]
-    if not streams:
-        raise VideoError("no video stream")
-    best = container.streams.best("video")
-    return next((stream for stream in streams if stream is best), streams[0])
-
-
-def _decoder(stream: VideoStream) -> VideoCodecContext:
-    """A decoder of one thread: files are read by many processes at a time."""
-    decoder = getattr(stream, "codec_context", None)
-    if decoder is None:
-        raise VideoError("cannot be decoded", "its codec is unknown")
-    if stream.metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
-        decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
-    decoder.thread_count = 1
-    return cast(VideoCodecContext, decoder)
-
-
-def _seek(container: InputContainer, stream: VideoStream, decoder: VideoCodecContext, seconds: float) -> Shots:
-    """The frames from the last key frame before that time; infinitely late ones where timestamps are missing."""
-    try:
-        container.seek(int(seconds / (stream.time_base or 1)), stream=stream)
-    except FFmpegError:
-        return
-    decoder.flush_buffers()
-    yield from _timed(container, stream, decoder, math.inf)
-
-
-def _timed(container: InputContainer, stream: VideoStream, decoder: VideoCodecContext, begin: float) -> Shots:
-    """Frames with their timestamps; one without gets the time after the one before, the first `begin`."""
-    step = 1 / (stream.average_rate or stream.guessed_rate or 25)
-    see: Callable[[av.VideoFrame, View], Seen] | None = None
-    for frame in _frames(container, stream, decoder):
-        aspect = float(stream.sample_aspect_ratio or 1)
-        see = see or partial(_see, VideoReformatter(), aspect, _display_matrix(frame))
-        unit = frame.time_base or stream.time_base or Fraction(0)
-        begin = begin if frame.pts is None else float(frame.pts * unit)
-        yield Shot(begin, float(max(0, frame.duration) * unit), partial(see, frame))
-        begin += float(step)
-
-
-def _frames(
-    container: InputContainer, stream: VideoStream, decoder: VideoCodecContext
-) -> Generator[av.VideoFrame, None, None]:
-    """Decoded frames; a file that ends in a packet, or of which much was repaired, is damaged."""
-    num_frames = num_damaged = 0
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise VideoError("cannot be decoded", f"bytes are missing after {num_frames} frames")
-        for frame in decoder.decode(packet):
-            num_frames += 1
-            num_damaged += frame.is_corrupt
-            if num_damaged > 1 + DAMAGED_SHARE * num_frames:
-                raise VideoError("cannot be decoded", f"{num_damaged} of the first {num_frames} frames are damaged")
-            yield frame
-
-
-def _display_matrix(frame: av.VideoFrame) -> list[int]:
-    """Where a step to the right and a step down lead (x, y, _, x, y), which is how telephones say they were turned."""
-    # a frame that is asked for its side data refers to itself, and stays in memory for long: a tiny copy is asked
-    copy = frame.reformat(width=2, height=2, format="gray", interpolation=Interpolation.POINT, threads=1)
-    matrix = copy.side_data.get("DISPLAYMATRIX")
-    return [1, 0, 0, 0, 1] if matrix is None else np.frombuffer(cast(memoryview, matrix), np.int32)[:5].tolist()
-
-
-def _see(scaler: VideoReformatter, aspect: float, matrix: list[int], frame: av.VideoFrame, view: View) -> Seen:
-    """An upright frame through a view; `aspect` is the width of a stored pixel over its height."""
-    image, aspect = _image(scaler, aspect, frame, view)
-    across, turned_down, _, turned_across, down = matrix
-    if turns := abs(turned_down) > abs(across):
-        image, across, down = image.transpose(Image.Transpose.TRANSPOSE), turned_across, turned_down
-    if across < 0:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if down < 0:
-        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    return look(image, view, 1 / aspect if turns else aspect)
-
-
-def _image(scaler: VideoReformatter, aspect: float, frame: av.VideoFrame, view: View) -> tuple[Image.Image, float]:
-    """Full-range colours of a frame, and the width of a pixel over its height."""
-    layout = frame.format
-    opaque = not (layout.has_palette or any(part.is_alpha for part in layout.components))
-    stored = frame.width, frame.height
-    size = _reduced(stored, aspect, view) if opaque else stored
-    unnamed = frame.colorspace == 2 and not layout.is_rgb
-    converted = scaler.reformat(
-        frame,
-        *size,
-        format="rgba",
-        src_colorspace=Colorspace.ITU709 if unnamed and min(stored) >= 720 else None,  # by custom
-        interpolation=_BICUBIC,
-        threads=1,
-    )
-    mode = "RGBX" if opaque else "RGBA"
-    image = Image.frombuffer(mode, size, np.ascontiguousarray(converted.to_ndarray()), "raw", mode, 0, 1)
-    return image, aspect if size == stored else 1.0
-
-
-_BICUBIC = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-"""FFmpeg's filter grows with the reduction. Without the flags it shares colours between neighbours and rounds down."""
-
-
-def _reduced(stored: tuple[int, int], aspect: float, view: View) -> tuple[int, int]:
-    """The size that an opaque frame is converted at: that in its view if it is smaller, which saves most work."""
-    if view.size is None:
-        return stored
-    width, height = fitted_size(stored[0] * aspect, stored[1], view)
-    return (width, height) if width <= stored[0] and height <= stored[1] else stored
+    Args:
+        width: of the picture as it is shown, in pixels as high as its own.
+        height: of the picture in its pixels.
+        view: with a size.
+    """
+    size = view.size or 0
+    if view.fit == "letterbox":
+        scale = size / max(width, height)
+        return max(1, round(width * scale)), max(1, round(height * scale))
+    scale = size / min(width, height)
+    return size + 2 * round((width * scale - size) / 2), size + 2 * round((height * scale - size) / 2)

@@ -9,22 +9,16 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import closing
-from fractions import Fraction
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
 
 from cogvideo.config import require
 from cogvideo.files import replacing_by_name
-from cogvideo.pictures import Seen, View
-from cogvideo.shots import GRACE, Content, Shots, VideoError, opened, read_shots
+from cogvideo.shots import GRACE, Content, Seen, Shots, VideoError, View, opened, read_shots
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -176,58 +170,24 @@ def write_video(
         ValueError: another suffix, no frames, or a rate that the format does not have.
         OSError: the file cannot be written.
     """
-    suffix = path.suffix.lower()
-    require(suffix in _WRITERS, f"cannot write {path}: expected one of the suffixes {', '.join(_WRITERS)}")
+    suffix, suffixes = path.suffix.lower(), (".mp4", ".gif", ".webp")
+    require(suffix in suffixes, f"cannot write {path}: expected one of the suffixes {', '.join(suffixes)}")
     check_rate(suffix, fps)
     kept = suffix == ".mp4" or not metadata or set(metadata) == {"comment"}
     require(kept, f"cannot write the metadata {sorted(metadata or ())} to {path}: expected a comment alone, or an .mp4")
     require(frames.size > 0, f"cannot write {path}: there are no frames")
     with replacing_by_name(path) as temporary:
-        _WRITERS[suffix](temporary, frames, fps, metadata or {})
+        if suffix == ".mp4":
+            from cogvideo.ffmpeg import write_mp4
+
+            write_mp4(temporary, frames, fps, metadata or {})
+        else:
+            from cogvideo.pictures import write_animation
+
+            write_animation(temporary, frames, fps, metadata or {})
 
 
 def check_rate(suffix: str, fps: float) -> None:
     """Refuse frames a second that a format cannot hold."""
     fastest = 50 if suffix.lower() == ".gif" else MAX_FPS
     require(MIN_FPS <= fps <= fastest, f"fps is {fps}, expected a number in [{MIN_FPS}, {fastest}] for {suffix}")
-
-
-def _write_mp4(
-    path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, metadata: Mapping[str, str]
-) -> None:
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
-    flags = "+faststart+use_metadata_tags" if metadata else "+faststart"
-    with av.open(path, "w", container_options={"movflags": flags}) as container:
-        container.metadata.update(metadata)
-        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options={"crf": "18"})
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        stream.color_range, stream.colorspace = ColorRange.MPEG, Colorspace.ITU709
-        stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for pixels in frames:
-            frame = av.VideoFrame.from_ndarray(pixels)
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def _write_animation(
-    path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, metadata: Mapping[str, str]
-) -> None:
-    first, *others = map(Image.fromarray, frames)
-    is_gif = path.suffix.lower() == ".gif"
-    options: dict[str, Any] = {"lossless": True}
-    if "comment" in metadata:
-        exif = Image.Exif()
-        exif[ExifTags.Base.ImageDescription] = metadata["comment"]
-        options |= {"comment": metadata["comment"].encode()} if is_gif else {"exif": exif}
-    durations = _milliseconds(len(frames), fps, 10 if is_gif else 1)
-    first.save(path, save_all=True, append_images=others, duration=durations, loop=0, **options)
-
-
-def _milliseconds(num_frames: int, fps: float, unit: int) -> list[int]:
-    """Durations in whole units whose sums stay as near as they can to the rate."""
-    marks = [round(1000 * number / fps / unit) * unit for number in range(num_frames + 1)]
-    return [after - before for before, after in pairwise(marks)]
-
-
-_WRITERS = {".mp4": _write_mp4, ".gif": _write_animation, ".webp": _write_animation}

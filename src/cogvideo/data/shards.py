@@ -3,6 +3,8 @@
 A shard is an Arrow IPC file (random access) with one record batch, so that it can be memory-mapped and a clip's codes
 are a view of the file. `pandas.read_feather`, `polars.read_ipc` and `datasets.load_dataset("arrow")` open it too. What
 it was made with stands in the schema metadata. Bytes depend on the content alone.
+
+pyarrow is imported where a shard is read or written: training steps and benchmarks run without it.
 """
 
 from __future__ import annotations
@@ -16,8 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int32, Int64, UInt16
 
 from cogvideo.config import require
@@ -93,6 +93,8 @@ def write_shard(path: Path, rows: Sequence[Row], info: ShardInfo) -> None:
         ValueError: a row does not fit `info`, or has no caption or an empty one.
         OSError: it cannot be written, for instance because the disk is full; nothing is left of it.
     """
+    import pyarrow as pa
+
     for row in rows:
         _check_row(row, info)
     schema = _schema(info)
@@ -144,6 +146,8 @@ class Shard:
 
     def rows(self, split: str) -> Int64[np.ndarray, " rows"]:
         """The rows of a split."""
+        import pyarrow.compute as pc
+
         return np.flatnonzero(pc.equal(self._splits, split).to_numpy(zero_copy_only=False))
 
     def codes(self, row: int) -> UInt16[np.ndarray, "frames grid grid"]:
@@ -212,6 +216,8 @@ def canonical_json(values: Any) -> str:
 
 
 def _schema(info: ShardInfo) -> Any:
+    import pyarrow as pa
+
     metadata = {"format_version": FORMAT_VERSION, **asdict(info)}
     high = [pa.field("high_codes", _code_type(info.high_grid))] if info.high_grid else []
     columns = [
@@ -228,10 +234,14 @@ def _schema(info: ShardInfo) -> Any:
 
 def _code_type(grid: int) -> Any:
     """Lists of fixed squares: polars makes a uint16 array of (frames, grid, grid) of it, and numpy a view."""
+    import pyarrow as pa
+
     return pa.list_(pa.list_(pa.list_(pa.uint16(), grid), grid))
 
 
 def _columns(rows: Sequence[Row], info: ShardInfo) -> list[Any]:
+    import pyarrow as pa
+
     return [
         pa.array([row.id for row in rows], pa.string()),
         pa.array([list(row.captions) for row in rows], pa.list_(pa.string())),
@@ -244,6 +254,8 @@ def _columns(rows: Sequence[Row], info: ShardInfo) -> list[Any]:
 
 
 def _code_column(clips: Sequence[np.ndarray | None], grid: int) -> Any:
+    import pyarrow as pa
+
     present = [clip for clip in clips if clip is not None]
     codes = np.concatenate([np.zeros((0, grid, grid), np.uint16), *present])
     squares = pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(codes.reshape(-1), grid), grid)
@@ -276,6 +288,8 @@ def _check_codes(where: str, codes: np.ndarray, grid: int, num_codes: int) -> No
 
 def _read(path: Path) -> tuple[ShardInfo, Any]:
     """What a shard was made with, and its rows in a memory map that lives as long as they do; the file is closed."""
+    import pyarrow as pa
+
     try:
         # From a buffer of the map: reads of the map itself take turns with pyarrow's threads for slow files.
         with pa.memory_map(str(path)) as file, pa.ipc.open_file(file.read_buffer()) as reader:

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from cogvideo.report.style import STYLE
 
@@ -113,6 +112,8 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def picture(pixels: UInt8[np.ndarray, "height width colours"], alt: str, quality: int | None = None) -> Html:
     """An image inside the page, as PNG, or as JPEG where a quality is given; a fourth colour is alpha, of PNG alone."""
+    from PIL import Image  # a model's card needs none of it
+
     file, kind = io.BytesIO(), "png" if quality is None else "jpeg"
     options = {"optimize": True} if quality is None else {"quality": quality}
     Image.fromarray(pixels).save(file, kind, **options)

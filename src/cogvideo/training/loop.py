@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from jaxtyping import Float
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import rich.console
 
 Measured = Mapping[str, Float[Tensor, ""]]
 
@@ -70,8 +71,10 @@ def means(steps: Sequence[Measured], first: int) -> dict[str, float]:
 
 
 @contextmanager
-def progress(console: Console, done: int, total: int) -> Iterator[Callable[[int, str], None]]:
+def progress(console: rich.console.Console, done: int, total: int) -> Iterator[Callable[[int, str], None]]:
     """A bar over steps, of which some were done by an earlier run; the function moves it and says something."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total, completed=done, text="")

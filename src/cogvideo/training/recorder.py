@@ -12,19 +12,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import nn
 
 from cogvideo.files import write_text
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import rich.console
 
 PLAIN_SECONDS = 30.0
 """Between two lines where there is no terminal to draw a moving one on."""
@@ -63,12 +63,12 @@ class Recorder:
         settings: Mapping[str, Any] | None = None,
         tensorboard: bool = False,
         wandb: bool = False,
-        console: Console | None = None,
+        console: rich.console.Console | None = None,
         is_first: bool = True,
     ) -> None:
         self.folder = folder
         self._is_first = is_first
-        self._line = _Line(console or Console(stderr=True, highlight=False, soft_wrap=True), done, steps)
+        self._line = _Line(console, done, steps)
         self._trackers: list[_TensorBoard | _Wandb] = []
         if is_first and tensorboard:
             self._trackers.append(_TensorBoard(folder.path / "tensorboard", done))
@@ -128,7 +128,11 @@ def _tag(name: str) -> str:
 class _Line:
     """The progress line: a moving one on a terminal, else a plain one every so often."""
 
-    def __init__(self, console: Console, done: int, steps: int) -> None:
+    def __init__(self, console: rich.console.Console | None, done: int, steps: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._console, self._steps = console, steps
         self._first, self._now = done, done
         self._since = self._shown = time.monotonic()
@@ -209,6 +213,8 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def picture(self, step: int, sheet: Path) -> None:
+        from PIL import Image
+
         pixels = np.asarray(Image.open(sheet).convert("RGB"))
         self._writer.add_image("samples", pixels, step, dataformats="HWC")
 

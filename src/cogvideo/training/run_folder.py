@@ -11,13 +11,15 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from rich.console import Console
 
 from cogvideo.config import require
 from cogvideo.files import replacing, write_text
+
+if TYPE_CHECKING:
+    import rich.console
 
 
 class Checkpoint(NamedTuple):
@@ -109,7 +111,7 @@ class RunFolder:
         except Exception as error:  # what is raised by bytes that mean nothing depends on the bytes
             raise ValueError(f"cannot use {self._checkpoint}: it is no checkpoint of this version") from error
 
-    def resume(self, load: Callable[[dict[str, Any]], None], steps: int, console: Console) -> int:
+    def resume(self, load: Callable[[dict[str, Any]], None], steps: int, console: rich.console.Console) -> int:
         """Take up the last checkpoint, and forget what was reported behind it.
 
         Args:

@@ -30,7 +30,6 @@ from cogvideo.layout import SequenceLayout
 from cogvideo.models.autoencoder import to_pixels
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
-from cogvideo.pictures import contact_sheet, write_image
 from cogvideo.text import PaddedText, fit, pad_left
 from cogvideo.training.start import StageName
 from cogvideo.video import write_video
@@ -174,6 +173,8 @@ def write_samples(folder: Path, step: int, rows: Sequence[Row]) -> Written:
     Raises:
         OSError: they cannot be written.
     """
+    from cogvideo.pictures import contact_sheet, write_image  # only files need Pillow
+
     folder.mkdir(parents=True, exist_ok=True)
     sheet = sheet_of(folder, step)
     video = sheet.with_suffix(".mp4") if all(row.is_clip for row in rows) else None
