@@ -21,7 +21,6 @@ import polars
 import pyarrow as pa
 import pytest
 
-from cogvideo.data import shards
 from cogvideo.data.dataset import CARD, Card, Dataset, make_card, read_card, write_card
 from cogvideo.data.shards import Row, Shard, ShardInfo, digest, read_info, shard_name, write_shard
 from cogvideo.data.sources import Rejection

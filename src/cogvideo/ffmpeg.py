@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cogvideo.pictures import look
-from cogvideo.shots import GRACE, Content, Seen, Shot, Shots, VideoError, View, fitted_size, library
+from cogvideo.shots import GRACE, Content, Library, Seen, Shot, Shots, VideoError, View, fitted_size
 
 SEEK_FROM = 1.0
 """Seconds from which `start` is looked up in the file's index; what lies before it is not decoded."""
@@ -45,7 +45,7 @@ _TITLES: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.p
 
 def decode(file: Content, start: float) -> Shots:
     """The frames of a video, from the last key frame before `start` where the file's index allows it."""
-    with _failing(), _container(file) as container:
+    with Library(FFmpegError), _container(file) as container:
         stream = _stream(container)
         decoder = _decoder(stream)
         frames = _timed(container, stream, decoder, 0.0)
@@ -62,16 +62,6 @@ def decode(file: Content, start: float) -> Shots:
                 yield shot._replace(begin=shot.begin - origin)
             return
     yield from decode(file, 0.0)  # the index was wrong
-
-
-@contextmanager
-def _failing() -> Iterator[None]:
-    """Whatever PyAV raises becomes an error of the file."""
-    with library():
-        try:
-            yield
-        except FFmpegError as error:
-            raise VideoError("cannot be decoded", error.strerror or str(error)) from error
 
 
 @contextmanager
@@ -156,7 +146,7 @@ def _display_matrix(frame: av.VideoFrame) -> list[int]:
 
 def _see(scaler: VideoReformatter, aspect: float, matrix: list[int], frame: av.VideoFrame, view: View) -> Seen:
     """An upright frame through a view; `aspect` is the width of a stored pixel over its height."""
-    with _failing():
+    with Library(FFmpegError):
         image, aspect = _image(scaler, aspect, frame, view)
     across, turned_down, _, turned_across, down = matrix
     if turns := abs(turned_down) > abs(across):

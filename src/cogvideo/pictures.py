@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from cogvideo.config import require
 from cogvideo.files import replacing_by_name
-from cogvideo.shots import Content, Seen, Shot, Shots, View, fitted_size, library
+from cogvideo.shots import Content, Library, Seen, Shot, Shots, View, fitted_size
 
 OPAQUE = 250
 """Alpha from which a pixel counts as opaque: lossy codecs store 255 a little lower."""
@@ -26,7 +26,7 @@ LEAST_TRANSPARENT = 0.01
 def read_pictures(file: Content) -> Shots:
     """A still image, or an animation."""
     file.seek(0)
-    with library(), Image.open(file) as image:
+    with Library(), Image.open(file) as image:
         yield from _animation(image)
 
 

@@ -85,23 +85,38 @@ Content = BinaryIO | BytesIO
 """An open file. BytesIO lacks the name and mode of a BinaryIO."""
 
 
+class Naming:
+    """Whatever goes wrong with a file becomes a VideoError that names it.
+
+    No generator: where one replaces an error, it keeps the old one's frames in a cycle, and what they decoded.
+    """
+
+    def __init__(self, file: Path | Content) -> None:
+        self._names = [str(file)] if isinstance(file, Path) else []
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, VideoError | OSError) and not _is_systems(error):
+            reason, detail = _explained(error)
+            raise VideoError(reason, ": ".join([*self._names, detail] if detail else self._names)) from error
+
+
 @contextmanager
 def opened(file: Path | Content) -> Iterator[Content]:
-    """The file, open; whatever goes wrong with it later becomes a VideoError that names it."""
-    try:
-        if isinstance(file, Path):
-            if file.exists() and not file.is_file():
-                raise VideoError("not a file")
-            with file.open("rb") as content:
-                yield content
-        else:
-            yield file
-    except (VideoError, OSError) as error:
-        if _is_systems(error):
-            raise
-        reason, detail = _explained(error)
-        named = [str(file)] if isinstance(file, Path) else []
-        raise VideoError(reason, ": ".join([*named, detail] if detail else named)) from error
+    """The file, open.
+
+    Raises:
+        VideoError: it is a folder, a pipe, or else no file.
+        OSError: it cannot be opened.
+    """
+    if not isinstance(file, Path):
+        yield file
+        return
+    if file.exists() and not file.is_file():
+        raise VideoError("not a file")
+    with file.open("rb") as content:
+        yield content
 
 
 def _is_systems(error: Exception) -> bool:
@@ -120,18 +135,28 @@ def _explained(error: Exception) -> tuple[str, str]:
     return "cannot be decoded", detail
 
 
-@contextmanager
-def library() -> Iterator[None]:
-    """Whatever a library raises at a file, be it a bug of its own, says that the file cannot be decoded.
+class Library:
+    """Whatever a library raises at a file, be it a mistake of its own, says that the file cannot be decoded.
 
-    Errors of the system stay what they are.
+    Errors of the system stay what they are, but for those that the library itself calls so.
+
+    Args:
+        own: types of the library's errors.
     """
-    try:
-        yield
-    except (VideoError, OSError, MemoryError, AssertionError):
-        raise
-    except Exception as error:
-        raise VideoError("cannot be decoded", str(error) or type(error).__name__) from error
+
+    def __init__(self, *own: type[Exception]) -> None:
+        self._own = own
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        is_own = isinstance(error, self._own)
+        if is_own or (isinstance(error, Exception) and not isinstance(error, _KEPT)):
+            detail = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            raise VideoError("cannot be decoded", detail) from error
+
+
+_KEPT = (VideoError, OSError, MemoryError, AssertionError)
 
 
 def read_shots(file: Content, start: float, unknown: float) -> Shots:

@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 
 from cogvideo.config import require
 from cogvideo.files import replacing_by_name
-from cogvideo.shots import GRACE, Content, Seen, Shots, VideoError, View, opened, read_shots
+from cogvideo.shots import GRACE, Content, Naming, Seen, Shots, VideoError, View, opened, read_shots
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -91,7 +91,7 @@ def read_video(
     wanted = min(limit, _num_frames(part, fps))
     if not (0 <= start < math.inf and wanted > 0):
         raise VideoError("no such part", f"it goes from {start:g} to {'the end' if end is None else end} seconds")
-    with opened(file) as content:
+    with Naming(file), opened(file) as content:
         shots = partial(read_shots, content, start, 1 / fps)
         seen, clip_end = _look_at(shots(), (start + number / fps for number in range(wanted)), view)
         if not seen:
