@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import huggingface_hub
@@ -19,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cogvideo import storage
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle import CogVideo, update
 from cogvideo.config import (
     AutoencoderConfig,
     CogVideoConfig,
@@ -29,12 +35,14 @@ from cogvideo.config import (
     TransformerConfig,
     UpscalerConfig,
 )
+from cogvideo.files import LOCK
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.packing import pack
 from cogvideo.models.transformer import Base, TemporalChannel
 from cogvideo.models.upscaler import UpscaleChannel
 from cogvideo.storage import COMPONENTS, MANIFEST, Entry, Manifest
 from cogvideo.text import TextTokenizer
+from killing import kill_at
 
 NUM_CODES = 24
 FILES = {
@@ -135,7 +143,7 @@ def assert_whole(folder: Path, parts: dict[str, Any]) -> None:
 
 
 def names_in(folder: Path) -> set[str]:
-    return {each.name for each in folder.iterdir()}
+    return {each.name for each in folder.iterdir()} - {LOCK}
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -475,6 +483,14 @@ def test_what_cannot_be_an_id_asks_no_hub(hub: dict[str, Any], name: str) -> Non
 # Saving
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    """Those of the components of a bundle, each of which is what was saved."""
+    components = Manifest.complete(folder).components
+    for entry in components.values():
+        entry.verify(folder / entry.file)
+    return {name: entry.sha256 for name, entry in components.items()}
+
+
 def test_saving_into_the_folder_it_came_from(folder: Path, parts: dict[str, Any]) -> None:
     """Weights overwritten while they are memory-mapped: the process dies, or the bundle is garbage."""
     model = CogVideo.from_pretrained(folder)
@@ -529,9 +545,9 @@ class Interruption(Exception):
 
 
 @pytest.mark.parametrize("moment", ["save_file", "rename", "replace", "write", "unlink"])
-@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("place", [1, 2, 4])
 def test_interrupted_saves_leave_the_old_bundle(
-    folder: Path, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, moment: str, count: int
+    folder: Path, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, moment: str, place: int
 ) -> None:
     """A full disk in the middle of a save that leaves neither the old bundle nor the new one."""
     owner = {"save_file": storage, "write": Manifest, "rename": Path, "replace": Path, "unlink": Path}[moment]
@@ -539,35 +555,172 @@ def test_interrupted_saves_leave_the_old_bundle(
 
     def interrupted(*arguments: Any, **settings: Any) -> Any:
         calls.append(arguments)
-        if len(calls) == count:
+        if len(calls) == place:
             raise Interruption
         return original(*arguments, **settings)
 
     config = CogVideo.from_pretrained(folder).config
-    others = small_components(config, parts["text"].model, seed=90)
+    others, before = small_components(config, parts["text"].model, seed=90), hashes(folder)
     monkeypatch.setattr(owner, moment, interrupted)
     try:
         CogVideo(config, **others).save_pretrained(folder)
     except Interruption:
-        assert_whole(folder, others if moment == "unlink" else parts)
+        assert_whole(folder, parts if hashes(folder) == before else others)
+        if moment != "unlink":
+            assert hashes(folder) == before
+            assert names_in(folder) == FILES
     else:
-        assert len(calls) < count
+        assert len(calls) < place
         assert_whole(folder, others)
-    assert not any(name.startswith(".saving") for name in names_in(folder))
+    monkeypatch.undo()
+    CogVideo(config, **parts).save_pretrained(folder)
+    assert_whole(folder, parts)
+    assert len(names_in(folder)) == len(FILES)
 
 
-def test_a_killed_save_leaves_the_old_bundle(folder: Path, parts: dict[str, Any]) -> None:
-    """Nothing is tidied up when a process is killed: no half of a bundle may look whole."""
-    child = os.fork()
-    if child == 0:
-        Path.rename = lambda self, target: os._exit(7) if "interpolation" in self.name else self.replace(target)
-        CogVideo(small_config(parts["text"].model), **parts).save_pretrained(folder)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    assert any(name.startswith(".saving") for name in names_in(folder))
+def test_a_killed_update_leaves_a_whole_bundle(
+    folder: Path, config: CogVideoConfig, parts: dict[str, Any], tmp_path: Path
+) -> None:
+    """Nothing is tidied up when a process is killed, between any two changes of the file system: no half of a bundle
+    may look whole, and the next update removes what the killed one left."""
+    other = versioned(config, "sequential", 1)
+    before, after = hashes(folder), hashes(folder)
+    CogVideo(config, sequential=other).save_pretrained(tmp_path / "other")
+    after |= hashes(tmp_path / "other")
+    for number in count(1):
+        copy = tmp_path / f"killed-{number}"
+        shutil.copytree(folder, copy)
+        killed = kill_at(number, lambda: update(copy, config, sequential=other))  # noqa: B023
+        left = hashes(copy)
+        assert left in ((before, after) if killed else (after,))
+        update(copy, config, text=parts["text"])
+        assert hashes(copy) == left
+        assert len(names_in(copy)) == len(FILES)
+        if not killed:
+            break
+    assert number > 12, "the update was over before it was killed often"
+
+
+KILLED, UPDATED = 12, 25
+"""Of a short run: processes that were killed, updates that were confirmed."""
+
+
+def update_for_ever(folder: Path, config: CogVideoConfig, component: str, version: int, told: int) -> None:
+    """Write versions of a component, each full of its number, which goes into a pipe when it is in the bundle."""
+    while True:
+        version += 1
+        update(folder, config, **{component: versioned(config, component, version)})
+        os.write(told, version.to_bytes(4, "big"))
+
+
+def versioned(config: CogVideoConfig, component: str, version: int) -> nn.Module:
+    module = storage.MODULES[component](config)
+    for parameter in module.parameters():
+        parameter.data.fill_(version)
+    return module
+
+
+def version_of(module: Any) -> int:
+    """The number that a component is full of: never two."""
+    (version,) = {float(value) for each in module.parameters() for value in each.unique()}
+    return int(version)
+
+
+def stored_version(folder: Path, component: str) -> int:
+    """The number that a component of the bundle is full of; read again where it is replaced meanwhile."""
+    while True:
+        try:
+            return version_of(CogVideo.from_pretrained(folder).component(component))
+        except ValueError as error:
+            if "was replaced: load the bundle again" not in str(error):
+                raise
+
+
+def started(work: Callable[[], None]) -> int:
+    """A process of its own, which is to be killed."""
+    if process := os.fork():
+        return process
+    try:
+        work()
+    finally:
+        os._exit(1)
+
+
+def hammer(folder: Path, config: CogVideoConfig, updates: int, kills: int, seed: int) -> tuple[int, int]:
+    """Processes that each update a component of one bundle, and are killed at random moments, until there were so many
+    updates and kills; after each kill the bundle is whole, and has no version older than the last confirmed one."""
+    random = Random(seed)
+    names = ("base", "sequential", "interpolation", "superres")
+    confirmed, num_updates, num_kills = dict.fromkeys(names, 0), 0, 0
+    update(folder, config, **{name: versioned(config, name, 0) for name in names})
+    processes: dict[str, tuple[int, int]] = {}
+    while num_updates < updates or num_kills < kills:
+        for name in names:
+            if name not in processes:
+                told, tells = os.pipe()
+                work = partial(update_for_ever, folder, config, name, confirmed[name], tells)
+                processes[name] = started(work), told
+                os.close(tells)
+        time.sleep(random.uniform(0, 0.3))
+        name = random.choice(names)
+        process, told = processes.pop(name)
+        os.kill(process, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+        versions = os.read(told, 1 << 16)
+        os.close(told)
+        num_kills, num_updates = num_kills + 1, num_updates + len(versions) // 4
+        stored = {each: stored_version(folder, each) for each in names}
+        assert stored[name] - int.from_bytes(versions[-4:] or confirmed[name].to_bytes(4, "big"), "big") in (0, 1)
+        assert all(stored[each] >= confirmed[each] for each in names)
+        confirmed[name] = stored[name]
+    for process, told in processes.values():
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(told)
+    update(folder, config)
+    return num_updates, num_kills
+
+
+def test_concurrent_updates_that_are_killed_lose_nothing(tmp_path: Path, config: CogVideoConfig) -> None:
+    """Two stages that end at the same time: each wrote the bundle that it had read, without the weights of the other.
+    Meanwhile a reader sees a whole bundle at any time."""
+    hammer(tmp_path, config, UPDATED, KILLED, seed=5)
+    names = ("base", "sequential", "interpolation", "superres")
+    assert {each.split(".")[0].split("-")[0] for each in names_in(tmp_path)} == {*names, "bundle"}
+    assert len(names_in(tmp_path)) == len(names) + 1
+
+
+@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="gives up the rights of root")
+def test_a_folder_that_cannot_be_written_is_named(folder: Path, config: CogVideoConfig, parts: dict[str, Any]) -> None:
+    """A traceback of the lock, or an endless wait for it, where the bundle is somebody else's."""
+    folder.chmod(0o555)
+    (folder / LOCK).chmod(0o444)
+    for parent in folder.parents[:3]:
+        parent.chmod(0o755)
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            os.setuid(65534)
+            update(folder, config, base=parts["base"])
+        except PermissionError as error:
+            status = 0 if error.filename == str(folder) and error.strerror == "Permission denied" else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     assert_whole(folder, parts)
-    CogVideo(small_config(parts["text"].model), **parts).save_pretrained(folder)
-    assert_whole(folder, parts)
+
+
+def test_what_was_replaced_meanwhile_is_said(folder: Path, config: CogVideoConfig, parts: dict[str, Any]) -> None:
+    """A model that was opened before an update, and then takes other weights, or calls the new bundle damaged."""
+    model = CogVideo.from_pretrained(folder)
+    update(folder, config, base=versioned(config, "base", 1), superres=versioned(config, "superres", 1))
+    with pytest.raises(ValueError, match=r"base of the bundle .* was replaced: load the bundle again"):
+        _ = model.base
+    update(folder, config, superres=versioned(config, "superres", 2))  # takes the name that became free
+    with pytest.raises(ValueError, match=r"superres of the bundle .* was replaced"):
+        model.component("superres")
+    assert_same(model.component("sequential"), parts["sequential"])
 
 
 def test_failed_first_save_leaves_no_bundle(
@@ -581,7 +734,7 @@ def test_failed_first_save_leaves_no_bundle(
     monkeypatch.setattr(storage, "save_file", full)
     with pytest.raises(OSError, match=r"cannot write base \(No space left on device\): .*base.safetensors"):
         CogVideo(config, **parts).save_pretrained(tmp_path / "model")
-    assert not any((tmp_path / "model").iterdir())
+    assert not names_in(tmp_path / "model")
 
 
 def test_what_does_not_fit_is_not_saved(folder: Path, config: CogVideoConfig, parts: dict[str, Any]) -> None:
@@ -610,7 +763,7 @@ MEASURE = """
 import sys, torch
 from dataclasses import replace
 from pathlib import Path
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle import CogVideo, update
 from cogvideo.config import preset
 from cogvideo.models.transformer import Base
 

@@ -90,9 +90,7 @@ class CogVideo:
                 used. What is wrong inside a component is refused when it is loaded.
         """
         folder = locate(name)
-        manifest = Manifest.read(folder)
-        for entry in manifest.components.values():
-            entry.check(folder / entry.file)
+        manifest = Manifest.complete(folder)
         require(dtype is None or dtype in DTYPES, f"dtype is {dtype!r}, expected one of {DTYPES}")
         model = cls(manifest.config)
         model._source = _Source(folder, manifest, dtype, usable(device), verify)
@@ -100,6 +98,7 @@ class CogVideo:
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write a bundle; one that is already in `folder` is replaced in one step, when the new one is complete.
+        Processes that write into one folder take turns.
 
         Components that were not loaded, and keep their dtype, are copied as files.
 
@@ -108,8 +107,11 @@ class CogVideo:
             OSError: it cannot be written.
         """
         with writing(Path(folder), self.config) as writer:
-            for component in self.components:
-                self._save(component, writer)
+            self._write(writer)
+
+    def _write(self, writer: BundleWriter) -> None:
+        for component in self.components:
+            self._save(component, writer)
 
     def _save(self, component: str, writer: BundleWriter) -> None:
         if component not in self._parts and self._source is not None and self._source.dtype is None:
@@ -249,14 +251,15 @@ def update(
     """
     _check_names([*components, *without])
     model = CogVideo(config, **components)
-    if (Path(folder) / MANIFEST).exists():
-        there = Manifest.read(Path(folder))
-        same = there.config == config
-        require(same, f"the bundle {folder} has another configuration than the components to be written")
-        gone = {*components, *without}
-        kept = {name: entry for name, entry in there.components.items() if name not in gone}
-        model._source = _Source(Path(folder), Manifest(config, kept), None, torch.device("cpu"), verify=True)
-    model.save_pretrained(folder)
+    with writing(Path(folder), config) as writer:  # nobody else changes the bundle meanwhile
+        if (Path(folder) / MANIFEST).exists():
+            there = Manifest.read(Path(folder))
+            same = there.config == config
+            require(same, f"the bundle {folder} has another configuration than the components to be written")
+            gone = {*components, *without}
+            kept = {name: entry for name, entry in there.components.items() if name not in gone}
+            model._source = _Source(Path(folder), Manifest(config, kept), None, torch.device("cpu"), verify=True)
+        model._write(writer)
 
 
 def _check_names(components: Collection[str]) -> None:
@@ -275,8 +278,16 @@ class _Source(NamedTuple):
 
     def load(self, component: str) -> Component:
         """The component, refused if its file is not what was saved or does not fit the configuration."""
+        entry = self.manifest.components[component]
+        try:
+            return self._load(component, self.folder / entry.file)
+        except (ValueError, FileNotFoundError) as error:
+            if entry == Manifest.read(self.folder).components.get(component):
+                raise
+            raise ValueError(f"{component} of the bundle {self.folder} was replaced: load the bundle again") from error
+
+    def _load(self, component: str, path: Path) -> Component:
         config, entry = self.manifest.config, self.manifest.components[component]
-        path = self.folder / entry.file
         entry.check(path)
         if self.verify:
             entry.verify(path)

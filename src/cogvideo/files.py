@@ -6,17 +6,17 @@ import os
 import secrets
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 
-if sys.platform != "win32":
-    import fcntl
+from filelock import BaseFileLock, FileLock, Timeout
 
 TEMPORARY_SUFFIX = ".tmp"
+LOCK = ".lock"
+"""File of a folder that is locked while one process writes there. It stays: it holds nothing."""
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
@@ -78,17 +78,33 @@ def alone_in(folder: Path) -> Iterator[None]:
         ValueError: another one is in there.
         OSError: the folder cannot be written to.
     """
-    with (folder / ".lock").open("w") as file:  # it stays: if it were removed, two processes could each lock another
-        if sys.platform != "win32":  # there, two runs in one folder are on their own
-            os.register_at_fork(after_in_child=file.close)  # else the lock would last as long as any of them
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                message = f"another process is writing to {folder}: wait for it, or give another folder"
-                raise ValueError(message) from error
-            except OSError as error:  # a file system without locks
-                warnings.warn(f"{folder} cannot be locked ({error}): start no second run there", stacklevel=3)
+    with _held(FileLock(folder / LOCK, timeout=0), folder):
         yield
+
+
+@contextmanager
+def turn_in(folder: Path) -> Iterator[None]:
+    """The same, but wait until the folder is free. Calls inside of each other are one turn.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    with _held(FileLock(folder / LOCK, is_singleton=True), folder):
+        yield
+
+
+@contextmanager
+def _held(lock: BaseFileLock, folder: Path) -> Iterator[None]:
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"another process is writing to {folder}: wait for it, or give another folder") from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -97,9 +113,11 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
-    """Make a rename last through a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, last through a power failure."""
+    if sys.platform == "win32" and path.is_dir():  # there, folders cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,7 +1,8 @@
 """The format of a bundle: a folder with `bundle.json` and one file a component; the base, which all stages share, once.
 
 `bundle.json` holds the configuration and the name, size and sha256 of each component's file. It is written last and in
-one step, so that a folder holds the old bundle or the new one, whatever interrupts a save.
+one step, so that a folder holds the old bundle or the new one, whatever interrupts a save. Saves into one folder take
+turns, and each removes what killed ones left.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, count
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cogvideo.config import PRESETS, CogVideoConfig, from_dict, preset, require
+from cogvideo.files import sync, turn_in, write_text
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel
 from cogvideo.models.upscaler import UpscaleChannel
@@ -33,6 +35,10 @@ from cogvideo.text import TextTokenizer
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
+SAVING = ".saving-"
+"""Begins the name of the folder of a bundle in the making, inside the bundle that it is to replace."""
+TOUCHED = "touched"
+"""File in there: the names that the bundle loses or gets, one a line."""
 
 MODULES: dict[str, Callable[[CogVideoConfig], nn.Module]] = {
     "base": lambda config: Base(config.transformer),
@@ -45,6 +51,9 @@ MODULES: dict[str, Callable[[CogVideoConfig], nn.Module]] = {
     "superres_base": lambda config: Base(config.transformer),
 }
 """Components with parameters. A stage has a base of its own only where it differs from the shared one."""
+
+PLAIN_NAME = re.compile(r"\w[\w.-]*")
+"""Name of a file of a bundle."""
 
 COMPONENTS = (*MODULES, "cluster_labels", "text")
 """All that a bundle can hold; it may lack any of them."""
@@ -64,7 +73,7 @@ class Entry:
     """Hash of its content, in hexadecimal."""
 
     def __post_init__(self) -> None:
-        plain = re.fullmatch(r"\w[\w.-]*", self.file) is not None
+        plain = PLAIN_NAME.fullmatch(self.file) is not None
         require(plain, f"the file name {self.file!r} is refused, expected a plain name inside the bundle")
 
     @classmethod
@@ -151,7 +160,25 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `bundle.json` into `folder`."""
         text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2, ensure_ascii=False)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / MANIFEST, text + "\n")
+
+    @classmethod
+    def complete(cls, folder: Path) -> Manifest:
+        """The manifest of a bundle whose files are all there: the new one, where an update replaced it meanwhile.
+
+        Raises:
+            ValueError: `bundle.json` cannot be used, or a file is missing or incomplete.
+        """
+        manifest = cls.read(folder)
+        while True:
+            try:
+                for entry in manifest.components.values():
+                    entry.check(folder / entry.file)
+                return manifest
+            except ValueError:
+                manifest, before = cls.read(folder), manifest
+                if manifest == before:
+                    raise
 
 
 def read_tensor(path: Path, name: str) -> Shaped[Tensor, "..."]:
@@ -219,17 +246,41 @@ def text_tokenizer(model: bytes, config: CogVideoConfig, where: object) -> TextT
 def writing(folder: Path, config: CogVideoConfig) -> Iterator[BundleWriter]:
     """A bundle in the making, which replaces the one in `folder` if the `with` block ends without an error.
 
-    Until then it is in a folder `.saving-*` inside, which only a killed process leaves behind.
+    Until then it is in a folder `.saving-*` inside, which only a killed process leaves behind. Others that write the
+    same bundle wait.
 
     Raises:
         ValueError: `folder` is a file.
+        OSError: it cannot be written to.
     """
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
-        writer = BundleWriter(folder, Path(temporary), config)
-        yield writer
-        writer.publish()
+    with turn_in(folder):
+        _clear(folder)
+        try:
+            writer = BundleWriter(folder, Path(mkdtemp(prefix=SAVING, dir=folder)), config)
+            yield writer
+            writer.publish()
+        finally:
+            _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what saves left, whatever ended them: their folders, and those of the files that they replaced or put in
+    place that the bundle does not have."""
+    for leftover in folder.glob(f"{SAVING}*"):
+        if (leftover / TOUCHED).exists():
+            names = (leftover / TOUCHED).read_text(encoding="utf-8").splitlines()
+            for name in _not_needed(folder, names):
+                (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(leftover)
+
+
+def _not_needed(folder: Path, names: Iterable[str]) -> list[str]:
+    """Those that the bundle in `folder` does not have; none where there is one that we cannot read."""
+    if (folder / MANIFEST).exists() and not _files(folder):
+        return []
+    return sorted({name for name in names if PLAIN_NAME.fullmatch(name)} - _files(folder))
 
 
 class BundleWriter:
@@ -295,20 +346,22 @@ class BundleWriter:
         self._written[component] = replace(entry, file=self.path(component).name)
 
     def publish(self) -> None:
-        """Put everything in place, `bundle.json` last, then remove the files of the bundle that was replaced.
+        """Put everything in place, `bundle.json` last.
 
         New files take names that are free, so the old bundle is whole until its `bundle.json` is replaced.
         """
-        old = _files(self.target)
         placed = {name: replace(entry, file=_free(self.target, entry.file)) for name, entry in self._written.items()}
         manifest = Manifest(self.config, placed | self._kept)
+        touched = _files(self.target) | {entry.file for entry in placed.values()}
+        write_text(self.temporary / TOUCHED, "".join(f"{name}\n" for name in sorted(touched)))
         manifest.write(self.temporary)
         for component, entry in placed.items():
+            sync(self.path(component))
             shutil.copymode(self.temporary / MANIFEST, self.path(component))  # safetensors writes for its owner alone
             self.path(component).rename(self.target / entry.file)
+        sync(self.target)
         (self.temporary / MANIFEST).replace(self.target / MANIFEST)
-        for name in old - {entry.file for entry in manifest.components.values()}:
-            (self.target / name).unlink(missing_ok=True)
+        sync(self.target)
 
 
 def _files(folder: Path) -> set[str]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cogvideo import bundle
 from cogvideo.bundle import CogVideo
 from cogvideo.config import CogVideoConfig, from_dict, require
+from cogvideo.files import turn_in
 from cogvideo.storage import MANIFEST, MODULES, Entry, Manifest, check_tensors
 from cogvideo.training.card import read_reports, write_card
 from cogvideo.training.checkpoints import Checkpoints, read_weights
@@ -118,6 +119,12 @@ def deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mappin
         ValueError: the bundle changed meanwhile and no longer fits.
         OSError: it cannot be written.
     """
+    delivery.out.mkdir(parents=True, exist_ok=True)
+    with turn_in(delivery.out):  # what is read here is changed by no other stage that ends now
+        _deliver(delivery, trained, report)
+
+
+def _deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
     out, source, stage = delivery.out, delivery.source, delivery.stage
     there, special = _there(out), f"{stage}_base"
     foreign = {special, *relying(stage, source.components)}
