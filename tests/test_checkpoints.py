@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cogvideo.machine import is_out_of_memory
 from cogvideo.training.checkpoints import Checkpoints, read_weights, restore
 from cogvideo.training.parallel import ALONE
 from killing import kill_at
@@ -174,13 +175,29 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes] | None]] = {
     "short tensors": ("__0_0.distcp", lambda content: content[:1000]),
     "other tensors": ("__0_0.distcp", lambda content: bytes(len(content))),
 }
+UNSEEN: dict[str, tuple[str, Callable[[bytes], bytes] | None]] = {
+    "a bit of a tensor": ("__0_0.distcp", lambda content: content.replace(bytes(4), b"\0\0\0\x01", 1)),
+    "no hashes": ("hashes-0.json", lambda _: b""),
+    "other hashes": ("hashes-0.json", lambda _: b"[]"),
+}
+"""Damage that only the hashes show."""
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_one_is_named(tmp_path: Path, damage: str) -> None:
+def old(path: Path) -> None:
+    """Make a checkpoint one of before there were hashes."""
+    (path / "hashes-0.json").unlink()
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES | UNSEEN)
+def test_a_damaged_one_is_named(tmp_path: Path, damage: str, hashed: bool) -> None:
     """Guards what a user sees whose disk failed: one line that says which folder and what to do; then it goes on."""
     checkpoints = saved_in(tmp_path, {1: 1.0, 2: 2.0})
-    name, change = DAMAGES[damage]
+    if not hashed:
+        if damage in UNSEEN:
+            pytest.skip("nothing says what was written")
+        old(checkpoints.path(2))
+    name, change = (DAMAGES | UNSEEN)[damage]
     path = checkpoints.path(2) / name
     path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
     for look in (lambda: checkpoints.load(2, state_of(0)), lambda: read_weights(checkpoints.path(2), averaged=True)):
@@ -196,6 +213,67 @@ def test_a_damaged_one_is_named(tmp_path: Path, damage: str) -> None:
     shutil.rmtree(checkpoints.path(2))
     assert checkpoints.steps()[-1] == 1
     assert_whole(checkpoints, 1)
+
+
+def in_a_child(work: Callable[[], bool]) -> bool:
+    """Whether some work, in a process of its own with limits of its own, finds what it expects."""
+    if process := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    try:
+        os._exit(0 if work() else 2)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_what_cannot_be_opened_is_not_damaged(tmp_path: Path, hashed: bool) -> None:
+    """Guards a healthy checkpoint where the process has too many open files: it was renamed as damaged, and the run
+    went on from an older one."""
+    checkpoints = saved_in(tmp_path, {1: 1.0, 2: 2.0})
+    if not hashed:
+        old(checkpoints.path(2))
+
+    def refused() -> bool:
+        checkpoints.load(2, state_of(0))  # all modules are there
+        free = os.open(os.devnull, os.O_RDONLY)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
+        looks = (lambda: checkpoints.load(2, state_of(0)), lambda: read_weights(checkpoints.path(2), averaged=True))
+        errors = []
+        for look in (*looks, checkpoints.best):
+            try:
+                look()
+            except OSError as error:
+                errors.append(error)
+        named = [str(tmp_path) in str(each.filename) and "Too many open files" in each.strerror for each in errors]
+        return named == [True] * 3 and {each.errno for each in errors} == {errno.EMFILE}
+
+    assert in_a_child(refused)
+    assert_whole(checkpoints, 2)
+    assert checkpoints.steps() == [1, 2]
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_what_does_not_fit_in_memory_is_not_damaged(tmp_path: Path, hashed: bool) -> None:
+    """Guards a healthy checkpoint where memory is short: the run ends, and says so."""
+    size = 2 << 20
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state_of(1, size))
+    if not hashed:
+        old(checkpoints.path(1))
+
+    def refused() -> bool:
+        state = state_of(0, size)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (4 << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        try:
+            checkpoints.load(1, state)
+        except (MemoryError, RuntimeError) as error:
+            return is_out_of_memory(error)
+        return False
+
+    assert in_a_child(refused)
+    assert checkpoints.steps() == [1]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", None])

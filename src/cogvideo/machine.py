@@ -79,3 +79,8 @@ def slowness(dtype: torch.dtype, device: torch.device) -> str | None:
     emulated = device.type == "cpu" and dtype.itemsize == 2 and torch.backends.cpu.get_cpu_capability() == "AVX2"
     name = str(dtype).removeprefix("torch.")
     return f"{name} is emulated on this processor, which has no AVX-512: float32 is far faster" if emulated else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no more memory; PyTorch's own are RuntimeErrors."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

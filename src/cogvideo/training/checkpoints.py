@@ -1,12 +1,14 @@
 """Checkpoints of a run: folders of PyTorch's distributed format, whole or not there, for any number of ranks.
 
 A checkpoint is written aside and renamed when every rank has written its part; one that goes is renamed before it is
-removed. So whatever kills a run, a folder with the name of a checkpoint is whole.
+removed. So whatever kills a run, a folder with the name of a checkpoint is whole. Each rank adds the hashes of its
+files: damaged is what differs from them. A checkpoint that cannot be read for another reason is not.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import re
@@ -32,16 +34,25 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from cogvideo.config import require
 from cogvideo.files import write_text
-from cogvideo.training.parallel import any_rank, wait_for_all
+from cogvideo.machine import is_out_of_memory
+from cogvideo.training.parallel import Share, any_rank, raised_by_all, wait_for_all
 
-STATE = "state.json"
+STATE, METADATA = "state.json", ".metadata"
+CHANGED = "its content is cut short or was changed"
 WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 """Tables of a checkpoint."""
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class DamagedError(ValueError):
-    """A checkpoint that cannot be read; an earlier one may be whole."""
+    """A checkpoint that is not what was written; an earlier one may be whole."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path} is damaged ({self.reason}); remove it to use an earlier one"
 
 
 def training_state(
@@ -99,7 +110,10 @@ class Checkpoints:
     def best(self) -> int | None:
         """The one with the lowest held-out loss, of equals the first; None where nothing was measured.
 
-        Those whose loss cannot be read are passed over, which is said once.
+        Those whose loss is damaged are passed over, which is said once.
+
+        Raises:
+            OSError: a loss cannot be read.
         """
         losses = {step: self._held_out(step) for step in self.steps()}
         known = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
@@ -109,9 +123,9 @@ class Checkpoints:
         path = self.path(step)
         try:
             return cast(float | None, json.loads((path / STATE).read_text(encoding="utf-8"))["held_out"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             if step not in self._damaged:
-                print(f"{path} is damaged ({STATE}: {_reason(error)}): it is left alone.", file=sys.stderr)
+                print(f"{path} is damaged ({STATE}: {_damage(error)}): it is left alone.", file=sys.stderr)
             self._damaged.add(step)
             return None
 
@@ -163,6 +177,7 @@ class Checkpoints:
             self.wait()
 
     def _rename(self, aside: Path, step: int) -> None:
+        _write_hashes(aside)
         wait_for_all()
         if _is_first():
             if step in self.steps():
@@ -189,12 +204,15 @@ class Checkpoints:
         """A checkpoint, into a state of the same structure, whose tensors are filled in place.
 
         Raises:
-            DamagedError: it cannot be read; on every rank.
+            DamagedError: it is damaged; on every rank, as the others.
             ValueError: it is of another configuration.
+            OSError: it cannot be read.
+            MemoryError: or PyTorch's own, which is a RuntimeError.
         """
         path = self.path(step)
-        _check_structure(path, state)
-        with _reading(path):  # what never had a gradient has no state of the optimizer there, and needs none
+        known = raised_by_all(lambda share: _check_files(path, share))
+        _check_structure(path, state, known)
+        with _reading(path, known):  # what never had a gradient has no state of the optimizer there, and needs none
             planner, alone = DefaultLoadPlanner(allow_partial_load=True), not dist.is_initialized()
             load(state, storage_reader=FileSystemReader(path), planner=planner, no_dist=alone)
         return state
@@ -209,28 +227,64 @@ def read_weights(path: Path, averaged: bool) -> dict[str, Tensor]:
 
     Raises:
         ValueError: it is damaged, or has none.
+        OSError: it cannot be read.
     """
+    known = _check_files(path)
     table = AVERAGE if averaged else WEIGHTS
-    entries = {name: each for name, each in _metadata(path).items() if isinstance(each, TensorStorageMetadata)}
+    entries = {name: each for name, each in _metadata(path, known).items() if isinstance(each, TensorStorageMetadata)}
     state = {
         name.removeprefix(f"{table}."): torch.empty(each.size, dtype=each.properties.dtype)
         for name, each in entries.items()
         if name.startswith(f"{table}.")
     }
     require(len(state) > 0, f"{path} has no {table}")
-    with _reading(path):
+    with _reading(path, known):
         load({table: state}, storage_reader=FileSystemReader(path), no_dist=True)
     return state
 
 
-def _metadata(path: Path) -> Mapping[str, Any]:
-    with _reading(path):
+def _write_hashes(folder: Path) -> None:
+    """Note what this rank has written."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    paths = [*folder.glob(f"__{rank}_*"), *([] if rank else [folder / METADATA, folder / STATE])]
+    table = {path.name: _sha256(path) for path in sorted(paths)}
+    write_text(folder / f"hashes-{rank}.json", json.dumps(table, indent=2) + "\n")
+
+
+def _check_files(path: Path, share: Share = Share(0, 1)) -> bool:  # noqa: B008  # a tuple
+    """Compare the files of a checkpoint, or this rank's share of them, with their hashes; whether it has any.
+
+    Raises:
+        DamagedError: a file is missing or changed.
+        OSError: one cannot be read.
+    """
+    hashes: dict[str, str] = {}
+    try:
+        for table in sorted(path.glob("hashes-*.json")):
+            hashes = {**hashes, **json.loads(table.read_bytes())}
+        for name in sorted(hashes)[share.rank :: share.world_size]:
+            if _sha256(path / name) != hashes[name]:
+                raise DamagedError(path, CHANGED)
+    except FileNotFoundError as error:
+        raise DamagedError(path, _damage(error)) from error
+    except (ValueError, TypeError) as error:
+        raise DamagedError(path, CHANGED) from error
+    return bool(hashes)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _metadata(path: Path, known: bool) -> Mapping[str, Any]:
+    with _reading(path, known):
         return FileSystemReader(path).read_metadata().state_dict_metadata
 
 
-def _check_structure(path: Path, state: Mapping[str, Any]) -> None:
+def _check_structure(path: Path, state: Mapping[str, Any], known: bool) -> None:
     """Refuse a checkpoint whose trained weights have other names or shapes."""
-    stored = _metadata(path)
+    stored = _metadata(path, known)
     for table in (WEIGHTS, AVERAGE):
         there = {
             name.removeprefix(f"{table}."): tuple(each.size)
@@ -248,14 +302,29 @@ def _check_structure(path: Path, state: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """What is raised by bytes that mean nothing depends on the bytes, and what ranks raise is no Exception."""
+def _reading(path: Path, known: bool) -> Iterator[None]:
+    """What is raised by bytes that mean nothing depends on the bytes, and what ranks raise is no Exception.
+
+    Args:
+        path: of the checkpoint.
+        known: whether its files were compared with their hashes. Older checkpoints have none: what is raised by them is
+            damage, but for what the system says and for memory.
+    """
     try:
         with _without_warnings():
             yield
     except (Exception, CheckpointException) as error:
-        reason = _reason(_cause(error))
-        raise DamagedError(f"{path} is damaged ({reason}); remove it to use an earlier one") from error
+        cause = _cause(error)
+        if not known and (isinstance(cause, FileNotFoundError) or not _is_of_the_system(cause)):
+            raise DamagedError(path, _damage(cause)) from error
+        if isinstance(cause, OSError) and cause.errno is not None:
+            reason = f"the checkpoint cannot be read ({cause.strerror})"
+            raise OSError(cause.errno, reason, str(path)) from error
+        raise cause from error
+
+
+def _is_of_the_system(error: BaseException) -> bool:
+    return (isinstance(error, OSError) and error.errno is not None) or is_out_of_memory(error)
 
 
 @contextmanager
@@ -284,11 +353,9 @@ def _cause(error: BaseException) -> BaseException:
     return first if cause is None else cause
 
 
-def _reason(error: BaseException) -> str:
-    """Why something cannot be read, in words: what PyTorch and pickle say of bytes that mean nothing helps nobody."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return "its content is cut short or was changed"
+def _damage(error: BaseException) -> str:
+    """What is damaged, in words: what PyTorch and pickle say of bytes that mean nothing helps nobody."""
+    return "No such file or directory" if isinstance(error, FileNotFoundError) else CHANGED
 
 
 def _is_first() -> bool:

@@ -22,6 +22,7 @@ from cogvideo.data.clips import ClipSampling, FrameRates, Mode
 from cogvideo.data.dataset import read_card
 from cogvideo.data.loader import ClipStream
 from cogvideo.files import alone_in
+from cogvideo.machine import is_out_of_memory
 from cogvideo.text import TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.export import Delivery, check_target, deliver, delivered, left_out, modules, report_of
@@ -117,14 +118,10 @@ def train(plan: Plan, options: Options) -> None:
     with process_group(usable(options.device), options.parallel) as ranks:
         try:
             _train(plan, options, ranks)
-        except (MemoryError, RuntimeError) as error:  # PyTorch's own are RuntimeErrors
-            if not _is_out_of_memory(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
             raise ValueError(_too_large(plan, options, ranks)) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _too_large(plan: Plan, options: Options, ranks: Ranks) -> str:

@@ -13,11 +13,11 @@ from __future__ import annotations
 import gc
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,8 @@ from cogvideo.config import require
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.training.task import Objective
+
+T = TypeVar("T")
 
 SHARED_PRODUCTS = {
     "mlp_in": ColwiseParallel(),
@@ -235,6 +237,31 @@ def local(tensor: Tensor) -> Tensor:
 def any_rank(flag: bool) -> bool:
     """Whether it is true on some rank."""
     return bool(largest(int(flag)))
+
+
+class Share(NamedTuple):
+    """A rank among those that share work."""
+
+    rank: int
+    world_size: int
+
+
+def raised_by_all(work: Callable[[Share], T]) -> T:
+    """Do this rank's share of some work; what one rank raises, all raise."""
+    if not dist.is_initialized():
+        return work(Share(0, 1))
+    result: T | None = None
+    error: Exception | None = None
+    try:
+        result = work(Share(dist.get_rank(), dist.get_world_size()))
+    except Exception as raised:
+        error = raised
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for each in errors:
+        if each is not None:
+            raise each
+    return cast(T, result)
 
 
 def largest(value: int) -> int:

@@ -189,6 +189,7 @@ def _resume(job: Job) -> tuple[int, float]:
 
     Raises:
         ValueError: there are some, and none is whole.
+        OSError: one cannot be read.
     """
     trainer, steps = job.trainer, job.checkpoints.steps()
     for step in reversed(steps):
@@ -199,7 +200,7 @@ def _resume(job: Job) -> tuple[int, float]:
             if step == steps[0]:
                 raise
             if trainer.ranks.rank == 0:
-                print(f"{str(error).partition(';')[0]}: an earlier one is taken.", file=sys.stderr)
+                print(f"{error.path} is damaged ({error.reason}): an earlier one is taken.", file=sys.stderr)
             continue
         restore(trainer.module, trainer.optimizers, loaded)
         for damaged in steps[steps.index(step) + 1 :]:

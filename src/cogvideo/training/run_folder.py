@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +18,7 @@ import torch
 
 from cogvideo.config import require
 from cogvideo.files import replacing, write_text
+from cogvideo.machine import is_out_of_memory
 
 if TYPE_CHECKING:
     import rich.console
@@ -95,20 +97,25 @@ class RunFolder:
         Raises:
             OSError: it cannot be written.
         """
+        content = BytesIO()  # where a file cannot be written, `torch.save` raises errors of its own that say nothing
+        torch.save(tuple(checkpoint), content)
         with replacing(self._checkpoint) as file:
-            torch.save(tuple(checkpoint), file)
+            file.write(content.getbuffer())
 
     def load(self) -> Checkpoint | None:
         """The checkpoint, on the CPU; None where there is none yet.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: it is damaged.
+            OSError: it cannot be read.
         """
         if not self._checkpoint.exists():
             return None
         try:
             return Checkpoint(*torch.load(self._checkpoint, map_location="cpu", weights_only=True))
         except Exception as error:  # what is raised by bytes that mean nothing depends on the bytes
+            if isinstance(error, OSError) or is_out_of_memory(error):
+                raise
             raise ValueError(f"cannot use {self._checkpoint}: it is no checkpoint of this version") from error
 
     def resume(self, load: Callable[[dict[str, Any]], None], steps: int, console: rich.console.Console) -> int:
