@@ -18,6 +18,7 @@ from cogvideo.data.loader import ClipStream
 from cogvideo.training import samples
 from cogvideo.training.export import Delivery, modules
 from cogvideo.training.optim import Optimization
+from cogvideo.training.parallel import full_state
 from cogvideo.training.preview import Preview
 from cogvideo.training.start import Choice, StageName
 from cogvideo.training.trainer import Execution
@@ -62,6 +63,21 @@ def test_what_is_lacking_is_known(place: Path, tmp_path: Path) -> None:
     assert preview.lacks(3)
     preview.problem = "nothing can be drawn"
     assert not preview.lacks(3)
+
+
+def test_what_a_preview_draws_with_stays_where_it_is(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the bundle that a run starts from: its modules were moved to the GPU for good, and took memory there."""
+    preview = preview_of("sequential", place, tmp_path / "samples")
+    source, weights = preview.delivery.source, full_state(preview.trainer.module)
+    elsewhere = preview.trainer.ranks._replace(device=torch.device("meta"))
+    monkeypatch.setattr(preview.trainer, "ranks", elsewhere)
+    drawn = preview._system(weights)
+    for name in ("base", "image_tokenizer"):
+        assert {each.device.type for each in drawn.component(name).state_dict().values()} == {"meta"}
+        assert {each.device.type for each in source.component(name).state_dict().values()} == {"cpu"}
+    assert {each.device.type for each in preview.trainer.objective.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpointing": True}])

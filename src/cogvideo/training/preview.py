@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cogvideo.bundle import CogVideo
 from cogvideo.data.loader import ClipStream
 from cogvideo.models.transformer import Base
-from cogvideo.storage import Component
+from cogvideo.storage import MODULES, Component
 from cogvideo.training import samples
 from cogvideo.training.export import Delivery, modules
 from cogvideo.training.parallel import any_rank, full_state
@@ -82,6 +83,15 @@ class Preview:
             whole = not any(isinstance(each, DTensor) for each in live.parameters())
             parts["base" if name == "base" else f"{stage}_base"] = live if whole else source.component(name)
         parts |= modules(stage, choice, self.delivery.config, weights)
+        placed = {name: self._placed(name, part) for name, part in parts.items()}
+        return CogVideo(self.delivery.config, **placed)
+
+    def _placed(self, name: str, part: Component) -> Component:
+        """The component on the device of training. One that lies elsewhere is copied, and stays where it is."""
+        if not isinstance(part, nn.Module):
+            return part
         device = self.trainer.ranks.device
-        moved = {name: part.to(device) if isinstance(part, nn.Module) else part for name, part in parts.items()}
-        return CogVideo(self.delivery.config, **moved)
+        with torch.device("meta"):
+            module = MODULES[name](self.delivery.config)
+        module.load_state_dict({key: each.to(device) for key, each in part.state_dict().items()}, assign=True)
+        return module.requires_grad_(False)
