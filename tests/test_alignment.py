@@ -174,6 +174,18 @@ def test_mistakes_are_refused_before_anything_is_made(
     assert not (tmp_path / "out/generated").exists()
 
 
+def test_clips_without_alpha_are_refused_before_anything_is_made(model: str, reader: Path, tmp_path: Path) -> None:
+    """Guards hours of drawing that end with a message about the last of the animations."""
+    folder = tmp_path / "opaque"
+    folder.mkdir()
+    frames = [Image.fromarray(np.full((64, 64, 3), 20 * number, np.uint8)) for number in range(12)]
+    frames[0].save(folder / "0.webp", save_all=True, append_images=frames[1:], duration=125, lossless=True)
+    (folder / "captions.csv").write_text("file,caption\n0.webp,a disc\n")
+    with pytest.raises(ValueError, match="has no alpha, expected animations on a transparent ground"):
+        run(model, tmp_path / "out", reader, emoji=folder, world=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_background_was_never_behind_the_clip(emoji: Path) -> None:
     """Guards the word unseen: eleven copies have eleven colours, the prompt has the twelfth."""
     settings = FrameSettings(background="random", seed=3)

@@ -56,7 +56,7 @@ class EmojiSubject:
             Prompt.of(self.name, place, on_background(self._items[place].captions[0], background, TEMPLATE), seed)
             for place, background in zip(self._places, self._backgrounds, strict=True)
         ]
-        self._gallery: retrieval.Gallery | None = None
+        self._gallery = read_gallery(self._items)  # now: what has no alpha is refused before a clip is made
 
     def real(self, number: int, size: int) -> UInt8[np.ndarray, "33 {size} {size} 3"]:
         """The animation on its background."""
@@ -64,8 +64,6 @@ class EmojiSubject:
 
     def judge(self, clips: Sequence[Clip]) -> Verdict:
         """Ranks of the right animations among all, and whether the border has the colour that is named."""
-        if self._gallery is None:
-            self._gallery = read_gallery(self._items)
         distances = retrieval.distances(np.stack([_small(clip) for clip in clips]), self._gallery)
         ranks = retrieval.ranks(distances, self._places).tolist()
         nearest = [self._items[each].captions[0] for each in distances.argmin(1).tolist()]
