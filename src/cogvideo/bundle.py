@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cogvideo.config import CogVideoConfig, require
+from cogvideo.devices import usable
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.quantizer import cluster_codes
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
@@ -316,25 +317,6 @@ class _Source(NamedTuple):
         if self.device.type == "cpu" and dtype == mapped.dtype:
             return mapped
         return read_tensor(path, name).to(self.device, dtype)
-
-
-def usable(device: str | torch.device) -> torch.device:
-    """The device, refused if tensors cannot be put there; `auto` is a GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: PyTorch does not know it, or this build or machine has none.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        one = torch.ones((), device=device)
-        one.item()  # which those without values, such as meta, cannot give
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        got = f"cannot use the device {str(device)!r} ({reason:.90})"
-        raise ValueError(f"{got}, expected auto, cpu, or a GPU that PyTorch can use, such as cuda:0") from error
-    require(one.device.type != "cpu" or not torch.device(device).index, f"there is no device {device}, expected cpu")
-    return one.device
 
 
 def locate(name: str | PathLike[str]) -> Path:

@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import cogvideo
-from cogvideo.bundle import POCKET, usable
+from cogvideo.bundle import POCKET
 from cogvideo.config import DrawingConfig, require
+from cogvideo.devices import usable
 from cogvideo.generation.hierarchy import Settings
 from cogvideo.machine import require_memory, slowness
 from cogvideo.outputs import (

@@ -14,8 +14,9 @@ from einops import rearrange
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from cogvideo.bundle import CogVideo, usable
+from cogvideo.bundle import CogVideo
 from cogvideo.config import CogVideoConfig, DrawingConfig, require
+from cogvideo.devices import usable
 from cogvideo.generation.hierarchy import Settings, generate
 from cogvideo.generation.sampling import Sampling, spawn
 from cogvideo.generation.upscale import slot_noise, superres_sampling, upscale

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from cogvideo.bundle import usable
 from cogvideo.config import require
 from cogvideo.data.encoding import Encode, Job, Worker
+from cogvideo.devices import usable
 
 OnClip = Callable[[], None]
 

@@ -24,8 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import cogvideo
-from cogvideo.bundle import locate, usable
+from cogvideo.bundle import locate
 from cogvideo.config import require
+from cogvideo.devices import usable
 from cogvideo.evaluation.emoji_subject import EmojiSubject
 from cogvideo.evaluation.making import Making, Shelf, generate, reduced, start, through_codes
 from cogvideo.evaluation.motion import STATIC, Movement, measure, movement

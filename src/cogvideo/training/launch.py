@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 import cogvideo
-from cogvideo.bundle import CogVideo, usable
+from cogvideo.bundle import CogVideo
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.costs import training
 from cogvideo.data.clips import ClipSampling, FrameRates, Mode
 from cogvideo.data.dataset import read_card
 from cogvideo.data.loader import ClipStream
+from cogvideo.devices import usable
 from cogvideo.files import alone_in
 from cogvideo.machine import is_out_of_memory
 from cogvideo.text import TextTokenizer

@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor
 
 from cogvideo import world
-from cogvideo.bundle import usable
 from cogvideo.config import require
+from cogvideo.devices import usable
 from cogvideo.evaluation.attributes import READER_LEARNS, READER_TEST, accuracies, unseen_scenes
 from cogvideo.evaluation.reader import ATTRIBUTES, BATCH, SIZE, Reader, ReaderConfig, labels, render, to_input
 from cogvideo.machine import slowness

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cogvideo import bundle, config
-from cogvideo.bundle import CODES_PER_CLUSTER, CogVideo, usable
+from cogvideo.bundle import CODES_PER_CLUSTER, CogVideo
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.sources import SourceOptions
+from cogvideo.devices import usable
 from cogvideo.evaluation.metrics import WINDOW
 from cogvideo.files import alone_in
 from cogvideo.machine import slowness
