@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition, Decoder
-from cogvideo.generation.sampling import GumbelNoise, Sampling, log_probabilities
+from cogvideo.generation.sampling import Clusters, GumbelNoise, Sampling, log_probabilities
 from cogvideo.layout import SequenceLayout, lag
 from cogvideo.models.attention import Plan, attend
 from cogvideo.models.cache import Cache, CacheMap, Write
@@ -340,7 +340,7 @@ def test_codes_are_the_largest_scores(make_system: MakeSystem, make_text: MakeTe
     system = WINDOWED.system(make_system)
     given, noise = inputs(system, 1, 2)
     ours = generate(system, make_text((1, 4)), given, noise, sampling)
-    scores = log_probabilities(ours.logits, sampling, LABELS)
+    scores = log_probabilities(ours.logits, sampling, Clusters.of(LABELS, CPU))
     assert torch.equal((scores + noise).argmax(-1), ours.codes)
     row = ours.logits[1, 2, 3]
     expected = {

@@ -11,7 +11,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cogvideo.generation.sampling import GumbelNoise, Sampling, log_probabilities, spawn
+from cogvideo.generation.sampling import (
+    Clusters,
+    GumbelNoise,
+    Sampling,
+    _add,
+    _add_exactly,
+    log_probabilities,
+    spawn,
+)
 from reference import cluster_probabilities, draw_by_clusters, top_k, top_p
 
 NUM_CODES = 30
@@ -22,11 +30,19 @@ def random_logits(*rows: int, seed: int = 0, spread: float = 2.0, num_codes: int
     return spread * torch.randn(*rows, num_codes, generator=generator, dtype=torch.float64)
 
 
-def probabilities(logits: Tensor, sampling: Sampling, labels: Tensor | None = None) -> Tensor:
+def probabilities(logits: Tensor, sampling: Sampling, clusters: Clusters | None = None) -> Tensor:
     """The sampler's distribution, which must be one."""
-    result = log_probabilities(logits, sampling, labels).exp()
+    result = log_probabilities(logits, sampling, clusters).exp()
     torch.testing.assert_close(result.sum(-1), torch.ones_like(result[..., 0]))
     return result
+
+
+def grouped(*labels: int) -> Clusters:
+    return Clusters.of(torch.tensor(labels), torch.device("cpu"))
+
+
+def random_clusters(num_codes: int, num_clusters: int, seed: int = 0) -> Clusters:
+    return grouped(*random_labels(num_codes, num_clusters, seed).tolist())
 
 
 def random_labels(num_codes: int, num_clusters: int, seed: int = 0) -> Tensor:
@@ -51,7 +67,7 @@ def test_temperature(temperature: float) -> None:
 def test_greedy_takes_the_most_likely_code() -> None:
     """Guards against filters or temperatures that move the largest logit."""
     logits = random_logits(50)
-    scores = log_probabilities(logits, Sampling(temperature=0, top_k=3, clusters=2), random_labels(NUM_CODES, 5))
+    scores = log_probabilities(logits, Sampling(temperature=0, top_k=3, clusters=2), random_clusters(NUM_CODES, 5))
     assert torch.equal(scores.argmax(-1), logits.argmax(-1))
     assert Sampling(temperature=0).greedy
     assert not Sampling().greedy
@@ -98,7 +114,8 @@ def test_clusters_equal_the_two_steps(seed: int, num_clusters: int, k: int, temp
     logits, labels = random_logits(seed=seed), random_labels(NUM_CODES, num_clusters, seed)
     expected = cluster_probabilities(logits.tolist(), labels.tolist(), k, temperature, inside)
     sampling = Sampling(temperature=temperature, clusters=k, cluster_temperature=inside)
-    torch.testing.assert_close(probabilities(logits, sampling, labels), torch.tensor(expected, dtype=torch.float64))
+    ours = probabilities(logits, sampling, grouped(*labels.tolist()))
+    torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -108,7 +125,7 @@ def test_clusters_equal_simulation(seed: int) -> None:
     random = np.random.default_rng(seed)
     counts = draw_by_clusters(logits.tolist(), labels.tolist(), 4, 1.05, 0.89, draws, random)
     sampling = Sampling(temperature=1.05, clusters=4, cluster_temperature=0.89)
-    expected = probabilities(logits, sampling, labels).numpy() * draws
+    expected = probabilities(logits, sampling, grouped(*labels.tolist())).numpy() * draws
     assert counts[expected == 0].sum() == 0
     likely = expected > 5
     chi_square = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
@@ -119,18 +136,18 @@ def test_clusters_equal_simulation(seed: int) -> None:
 def test_clusters_need_not_be_balanced_or_likely() -> None:
     """Guards against clusters of one code, and against logits that underflow inside a cluster."""
     logits = torch.tensor([[0.0, -2000.0, -2001.0, 1.0]])
-    ours = probabilities(logits, Sampling(clusters=2, cluster_temperature=1), torch.tensor([0, 1, 1, 2]))
+    ours = probabilities(logits, Sampling(clusters=2, cluster_temperature=1), grouped(0, 1, 1, 2))
     assert not ours.isnan().any()
     torch.testing.assert_close(ours[0], torch.tensor([0.0, -torch.inf, -torch.inf, 1.0]).softmax(-1))
-    every = log_probabilities(logits, Sampling(clusters=3, cluster_temperature=1), torch.tensor([0, 1, 1, 2]))
+    every = log_probabilities(logits, Sampling(clusters=3, cluster_temperature=1), grouped(0, 1, 1, 2))
     assert every[0, 1] - every[0, 2] == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("clusters", [1, 3, 8])
-def test_filters_before_clusters(clusters: int) -> None:
+@pytest.mark.parametrize("kept", [1, 3, 8])
+def test_filters_before_clusters(kept: int) -> None:
     """Guards against NaN where filters leave a cluster without codes, and against codes that come back."""
-    logits, labels = random_logits(40), random_labels(NUM_CODES, 8)
-    ours = probabilities(logits, Sampling(top_k=5, top_p=0.8, clusters=clusters), labels)
+    logits, clusters = random_logits(40), random_clusters(NUM_CODES, 8)
+    ours = probabilities(logits, Sampling(top_k=5, top_p=0.8, clusters=kept), clusters)
     alone = probabilities(logits, Sampling(top_k=5, top_p=0.8))
     assert not ours.isnan().any()
     assert not ours[alone == 0].any()
@@ -142,12 +159,12 @@ def test_filters_before_clusters(clusters: int) -> None:
 )
 def test_rows_are_independent(sampling: Sampling) -> None:
     """Guards against thresholds that are taken over the batch or over drafted rows."""
-    logits, labels = random_logits(3, 4), random_labels(NUM_CODES, 8)
-    whole = log_probabilities(logits, sampling, labels)
+    logits, clusters = random_logits(3, 4), random_clusters(NUM_CODES, 8)
+    whole = log_probabilities(logits, sampling, clusters)
     assert whole.shape == logits.shape
     for sample in range(3):
         for row in range(4):
-            assert torch.equal(whole[sample, row], log_probabilities(logits[sample, row], sampling, labels))
+            assert torch.equal(whole[sample, row], log_probabilities(logits[sample, row], sampling, clusters))
 
 
 def test_half_precision_is_widened() -> None:
@@ -159,6 +176,18 @@ def test_half_precision_is_widened() -> None:
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, log_probabilities(logits.to(dtype).float(), Sampling(temperature=1.05)))
         assert log_probabilities(logits.to(dtype), Sampling(temperature=0)).dtype == torch.float32
+
+
+def test_sums_of_a_gpu_do_not_depend_on_their_order() -> None:
+    """Guards against codes that change from run to run: a GPU adds in any order, here in that of shuffled codes."""
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(5, 4000, generator=generator) ** 8
+    index = torch.randint(7, (4000,), generator=generator).expand(5, -1)
+    expected = _add(shares.double(), index, 7)
+    torch.testing.assert_close(_add_exactly(shares, index, 7).double(), expected, rtol=1e-6, atol=0)
+    for _ in range(5):
+        order = torch.randperm(4000, generator=generator)
+        assert torch.equal(_add_exactly(shares[:, order], index[:, order], 7), _add_exactly(shares, index, 7))
 
 
 @pytest.mark.usefixtures("without_shape_checks")
@@ -194,9 +223,9 @@ def seeded(seed: int) -> torch.Generator:
 
 def test_adding_noise_draws_from_the_distribution() -> None:
     """Guards against noise of the wrong sign or spread: a code is drawn as often as its probability says."""
-    logits, labels, draws = random_logits(num_codes=12), random_labels(12, 4), 20_000
+    logits, clusters, draws = random_logits(num_codes=12), random_clusters(12, 4), 20_000
     for sampling in (Sampling(temperature=1.3), Sampling(top_k=4), Sampling(clusters=2)):
-        scores = log_probabilities(logits, sampling, labels)
+        scores = log_probabilities(logits, sampling, clusters)
         noise = GumbelNoise([seeded(5)], 1, draws, 12)(0)[0]
         counts = torch.bincount((scores + noise).argmax(-1), minlength=12) / draws
         assert (counts - scores.exp()).abs().sum() / 2 < 0.015

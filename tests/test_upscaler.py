@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cogvideo.config import LayoutConfig, TransformerConfig, UpscalerConfig
 from cogvideo.convert import released_base_names, released_channel_names
-from cogvideo.generation.sampling import Sampling, log_probabilities
+from cogvideo.generation.sampling import Clusters, Sampling, log_probabilities
 from cogvideo.generation.upscale import SLOTS_PER_DRAW, slot_noise, upscale
 from cogvideo.layout import UpscaleLayout
 from cogvideo.models.attention import attend
@@ -194,7 +194,8 @@ def test_codes_do_not_depend_on_how_they_are_portioned():
     assert model.channel.layout.high_slots > SLOTS_PER_DRAW
     ours = upscale(model, text, codes, noise_of(model, 2), sampling, labels)
     with torch.no_grad():
-        scores = log_probabilities(model.base.logits(model(*text, codes)), sampling, labels)
+        clusters = Clusters.of(labels, torch.device("cpu"))
+        scores = log_probabilities(model.base.logits(model(*text, codes)), sampling, clusters)
     noise = torch.stack([torch.cat(list(frame)) for frame in noise_of(model, 2)])
     assert torch.equal(ours, (scores + noise).argmax(-1))
     assert (ours != scores.argmax(-1)).any()

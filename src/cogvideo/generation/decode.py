@@ -17,7 +17,7 @@ from torch import Tensor
 from cogvideo.config import require
 from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.graphs import GraphedDecoder
-from cogvideo.generation.sampling import Sampling, log_probabilities
+from cogvideo.generation.sampling import Clusters, Sampling, log_probabilities
 from cogvideo.layout import SequenceLayout, lag
 from cogvideo.models.plans import Rows
 from cogvideo.models.transformer import Transformer
@@ -110,7 +110,7 @@ class _Draw:
         self, sampling: Sampling, labels: Tensor | None, noise: Noise, batch: int, slots: int, device: torch.device
     ) -> None:
         self.sampling, self.noise, self.batch, self.slots, self.device = sampling, noise, batch, slots, device
-        self.labels = None if labels is None else labels.to(device)
+        self.clusters = None if labels is None else Clusters.of(labels, device)
 
     def start(self, rank: int) -> Float[Tensor, "batch slots #codes"]:
         """The noise of a frame."""
@@ -120,7 +120,7 @@ class _Draw:
 
     def scores(self, logits: Float[Tensor, "batch rows codes"]) -> Float[Tensor, "batch rows codes"]:
         """What noise is added to."""
-        return log_probabilities(logits, self.sampling, self.labels)
+        return log_probabilities(logits, self.sampling, self.clusters)
 
 
 def _lockstep(decoder: Decoder, draw: _Draw, given: Tensor, behind: int) -> Iterator[Frame]:
@@ -158,7 +158,8 @@ def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, width: int) -> Iterat
         noise = draw.start(rank)
         codes = torch.full((draw.batch, slots + width + 1), start, device=decoder.device)  # column j is fed at slot j
         done = torch.zeros(draw.batch, dtype=torch.int64, device=decoder.device)
-        while int(done.min()) < slots:
+        least = 0
+        while least < slots:
             at = (done[:, None] + window).clamp(max=slots - 1)
             scores = draw.scores(decoder.draft(rank, at, codes.gather(1, at)))
             drawn = (scores + _rows(noise, at)).argmax(-1)
@@ -171,6 +172,7 @@ def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, width: int) -> Iterat
             guess = (scores[:, -1:] + _rows(noise, ahead)).argmax(-1)
             fresh = ahead > at[:, -1:]
             codes.scatter_(1, ahead + 1, torch.where(fresh, guess, codes.gather(1, ahead + 1)))
+            least = least + 1 if width == 1 else int(done.min())  # which waits for a GPU
         yield Frame(layout.order[rank], codes[:, 1 : slots + 1].clone(), decoder.passes)
 
 

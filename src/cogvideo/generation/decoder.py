@@ -98,7 +98,7 @@ class Decoder:
         first = rows[0].rank * slots + rows[0].slot
         positions = self.positions[first : first + 1]
         if len(rows) > 1:
-            positions = self.positions[[row.rank * slots + row.slot for row in rows]]
+            positions = torch.stack([self.positions[row.rank * slots + row.slot] for row in rows])
         return self._logits(tokens, positions[None], *self.plans.step(rows))
 
     @torch.inference_mode()

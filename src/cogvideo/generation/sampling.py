@@ -12,10 +12,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
 from cogvideo.config import require
+
+FIXED_POINT = 2.0**40
+"""One, as an integer: sums of up to 8 million exponentials fit into 64 bits."""
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Clusters of the codebook."""
+
+    labels: Int64[Tensor, " codes"]
+    """Cluster of each code."""
+    count: int
+    """How many there are, counted once: a GPU would have to be waited for in every pass."""
+
+    @classmethod
+    def of(cls, labels: Int64[Tensor, " codes"], device: torch.device) -> Clusters:
+        """Clusters of these labels, on a device."""
+        return cls(labels.to(device), int(labels.max()) + 1)
 
 
 @dataclass(frozen=True)
@@ -60,17 +78,17 @@ class Sampling:
 
 
 def log_probabilities(
-    logits: Float[Tensor, "*rows codes"], sampling: Sampling, labels: Int64[Tensor, " codes"] | None = None
+    logits: Float[Tensor, "*rows codes"], sampling: Sampling, clusters: Clusters | None = None
 ) -> Float[Tensor, "*rows codes"]:
     """Log-probabilities of the sampler's distribution; -inf for codes that cannot be drawn.
 
     Args:
         logits: of any float type; float64 stays, everything else becomes float32.
         sampling: which sampler.
-        labels: cluster of each code, needed where `sampling.clusters` is set.
+        clusters: of the codebook, needed where `sampling.clusters` is set.
 
     Raises:
-        ValueError: clusters are asked for and there are no labels.
+        ValueError: clusters are asked for and there are none.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if sampling.greedy:
@@ -82,9 +100,9 @@ def log_probabilities(
         logits = keep_top_p(logits, sampling.top_p)
     if not sampling.clusters:
         return logits.log_softmax(-1)
-    sampling.check(labels, logits.shape[-1])
-    assert labels is not None
-    return cluster_log_probabilities(logits, labels, sampling.clusters, sampling.cluster_temperature)
+    sampling.check(None if clusters is None else clusters.labels, logits.shape[-1])
+    assert clusters is not None
+    return cluster_log_probabilities(logits, clusters, sampling.clusters, sampling.cluster_temperature)
 
 
 def keep_top_k(logits: Float[Tensor, "*rows codes"], k: int) -> Float[Tensor, "*rows codes"]:
@@ -101,7 +119,7 @@ def keep_top_p(logits: Float[Tensor, "*rows codes"], p: float) -> Float[Tensor, 
 
 
 def cluster_log_probabilities(
-    logits: Float[Tensor, "*rows codes"], labels: Int64[Tensor, " codes"], k: int, temperature: float
+    logits: Float[Tensor, "*rows codes"], clusters: Clusters, k: int, temperature: float
 ) -> Float[Tensor, "*rows codes"]:
     """Cluster sampling in closed form (spec section 3).
 
@@ -110,25 +128,39 @@ def cluster_log_probabilities(
 
     Args:
         logits: already divided by the temperature of the first draw.
-        labels: cluster of each code; every cluster holds a code.
+        clusters: of the codes; every one holds a code.
         k: clusters that are kept.
         temperature: of the second draw.
     """
-    cluster = _log_sum_by(logits, labels)
-    kept = keep_top_k(cluster, k).log_softmax(-1)
+    kept = keep_top_k(_log_sum_by(logits, clusters), k).log_softmax(-1)[..., clusters.labels]
     inside = logits / temperature
-    return (
-        kept[..., labels] + inside - _log_sum_by(inside, labels)[..., labels].clamp(min=torch.finfo(logits.dtype).min)
-    )
+    whole = _log_sum_by(inside, clusters)[..., clusters.labels]
+    return kept + inside - whole.clamp(min=torch.finfo(logits.dtype).min)
 
 
-def _log_sum_by(logits: Tensor, labels: Tensor) -> Float[Tensor, "*rows clusters"]:
+def _log_sum_by(logits: Float[Tensor, "*rows codes"], clusters: Clusters) -> Float[Tensor, "*rows clusters"]:
     """Log of the sum of exponentials over each cluster."""
-    shape = (*logits.shape[:-1], int(labels.max()) + 1)
-    index = labels.expand(logits.shape)
-    most = logits.new_full(shape, -torch.inf).scatter_reduce(-1, index, logits, "amax")
+    index = clusters.labels.expand(logits.shape)
+    most = logits.new_full((*logits.shape[:-1], clusters.count), -torch.inf).scatter_reduce(-1, index, logits, "amax")
     shift = most.clamp(min=torch.finfo(logits.dtype).min)  # a cluster with nothing left stays at -inf
-    return logits.new_zeros(shape).scatter_add(-1, index, (logits - shift[..., labels]).exp()).log() + shift
+    shares = (logits - shift[..., clusters.labels]).exp()
+    add = _add_exactly if shares.is_cuda else _add
+    return add(shares, index, clusters.count).log() + shift
+
+
+def _add(
+    shares: Num[Tensor, "*rows codes"], index: Int64[Tensor, "*rows codes"], count: int
+) -> Num[Tensor, "*rows clusters"]:
+    """Sums of the shares of each cluster, in the order of the codes on a CPU."""
+    return shares.new_zeros(*shares.shape[:-1], count).scatter_add(-1, index, shares)
+
+
+def _add_exactly(
+    shares: Float[Tensor, "*rows codes"], index: Int64[Tensor, "*rows codes"], count: int
+) -> Float[Tensor, "*rows clusters"]:
+    """The same sums in any order: a GPU adds in another one each time, and sums of integers do not depend on it."""
+    fixed = (shares * FIXED_POINT).to(torch.int64)
+    return _add(fixed, index, count).to(shares.dtype) / FIXED_POINT
 
 
 def spawn(generator: torch.Generator, count: int) -> list[torch.Generator]:

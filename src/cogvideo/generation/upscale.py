@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cogvideo.config import DrawingConfig, require
-from cogvideo.generation.sampling import Sampling, log_probabilities, spawn
+from cogvideo.generation.sampling import Clusters, Sampling, log_probabilities, spawn
 from cogvideo.layout import check_code_range
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.text import PaddedText, check_text
@@ -80,12 +80,12 @@ def upscale(
     _check(model, text, codes, noise, frames_per_pass)
     sampling.check(labels, model.base.config.num_codes)
     device = model.base.words.weight.device
-    labels = None if labels is None else labels.to(device)
+    clusters = None if labels is None else Clusters.of(labels, device)
     passes = []
     for frames in torch.split(torch.arange(len(codes)), frames_per_pass):
         rows = [each[frames].to(device) for each in (text.tokens, text.mask, codes)]
         high, own = model(*rows), [noise[frame] for frame in frames.tolist()]
-        parts = [_draw(model, part, own, sampling, labels) for part in torch.split(high, SLOTS_PER_DRAW, dim=1)]
+        parts = [_draw(model, part, own, sampling, clusters) for part in torch.split(high, SLOTS_PER_DRAW, dim=1)]
         passes.append(torch.cat(parts, dim=1))
     return torch.cat(passes)
 
@@ -95,9 +95,9 @@ def _draw(
     high: Float[Tensor, "frames slots hidden"],
     noise: Sequence[SlotNoise],
     sampling: Sampling,
-    labels: Tensor | None,
+    clusters: Clusters | None,
 ) -> Int64[Tensor, "frames slots"]:
-    scores = log_probabilities(model.base.logits(high), sampling, labels)
+    scores = log_probabilities(model.base.logits(high), sampling, clusters)
     if sampling.greedy:
         return scores.argmax(-1)
     portions = [next(each, None) for each in noise]
