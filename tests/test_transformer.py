@@ -16,7 +16,7 @@ from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig, preset
 from cogvideo.layout import SequenceLayout
 from cogvideo.models import attention
 from cogvideo.models.attention import Chunk, Group, Plan, attend, split_heads
-from cogvideo.models.plans import full_pass, text_masks
+from cogvideo.models.plans import _dense, _structure, _with_text, full_pass, text_masks
 from cogvideo.models.transformer import Base, Pass, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.text import PaddedText
 from conftest import HEADS, NUM_CODES, START, TEXT_SLOTS, VOCAB_SIZE, MakeSystem, MakeText, System
@@ -100,6 +100,38 @@ def test_masks_are_the_rule_in_words(
     """Guards against any row that sees a key it must not see, or misses one, in either channel and kind of block."""
     system = make_system(stage, grid, window, num_frames)
     check_masks(stage, system.layout, window, make_text(lengths).mask, system.layout.num_frames)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("stage", "grid", "window", "num_frames"), STAGES)
+def test_the_plan_of_a_gpu_shows_the_same(
+    make_system: MakeSystem, make_text: MakeText, stage, grid, window, num_frames, padded
+) -> None:
+    """Guards the single mask that CUDA gets in place of cells and chunks, with pads and without."""
+    layout = make_system(stage, grid, window, num_frames).layout
+    text, rows = layout.text_slots, layout.num_frames * layout.frame_slots
+    masks = text_masks(make_text((2, TEXT_SLOTS) if padded else (TEXT_SLOTS, TEXT_SLOTS)).mask, 0.0, torch.float64)
+    for number, plan in enumerate(_structure(layout, window, layout.num_frames, stage != "image", CPU)):
+        own = rows if number else text + rows
+        cells, whole = (_with_text(each, masks.given) for each in (plan, _dense(plan, own, text + rows)))
+        assert len(whole.groups) == len(whole.groups[0].chunks) == 1
+        expected = weights_of(cells, own, text + rows, 2)
+        torch.testing.assert_close(weights_of(whole, own, text + rows, 2), expected, rtol=0, atol=1e-12)
+
+
+def test_plans_are_made_once(make_system: MakeSystem, make_text: MakeText) -> None:
+    """Guards against indices that each step copies anew, and a plan of generation that training cannot use."""
+    system, text = make_system("interpolation", 4, 2), make_text((2, 4))
+    masks = text_masks(text.mask, 0.0, torch.float64)
+    _structure.cache_clear()
+    with torch.inference_mode():
+        first = full_pass(system.layout, 2, masks, 5, True, CPU)
+    second = full_pass(system.layout, 2, masks, 5, True, CPU)
+    for one, other in zip(first.temporal, second.temporal, strict=True):
+        assert one.restore is other.restore
+        assert all(a.rows is b.rows for a, b in zip(one.groups, other.groups, strict=True))
+    embeddings = system.model.base.words.weight
+    torch.autograd.grad(logits_of(system, text, system.codes(2, 5)).sum(), embeddings)
 
 
 @settings(max_examples=40, deadline=None)

@@ -156,9 +156,9 @@ class UpscaleLayout:
         """High codes of a frame."""
         return self.high_grid**2
 
-    def low_positions(self) -> Int64[Tensor, " low"]:
+    def low_positions(self, device: torch.device | None = None) -> Int64[Tensor, " low"]:
         """Positions of the low codes in the base table; high slot i has row i of the added table."""
-        return self.low_position + torch.arange(self.low_slots)
+        return self.low_position + torch.arange(self.low_slots, device=device)
 
 
 def check_code_range(codes: Tensor, num_codes: int) -> None:

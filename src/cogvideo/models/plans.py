@@ -8,6 +8,7 @@ without masks; `draft` any slots, other ones in every sample, by comparing two i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -45,15 +46,15 @@ def text_masks(mask: Bool[Tensor, "batch text"], bonus: float, dtype: torch.dtyp
 def _added(
     mask: Bool[Tensor, "batch text"], bonus: float, dtype: torch.dtype
 ) -> Float[Tensor, "batch 1 1 text"] | None:
-    if not bonus and bool(mask.all()):
+    if not bonus and mask.device.type == "cpu" and bool(mask.all()):  # another device would be waited for
         return None
     added = torch.full(mask.shape, bonus, dtype=dtype, device=mask.device)
     return added.masked_fill(~mask, -torch.inf)[:, None, None]
 
 
-def extend(text: Tensor | None, keys: int) -> Tensor | None:
+def extend(text: Tensor, keys: int) -> Tensor:
     """The mask of [text | keys], every one of those keys seen, from that of the text."""
-    return None if text is None else F.pad(text, (0, keys))
+    return F.pad(text, (0, keys))
 
 
 def full_pass(
@@ -69,72 +70,131 @@ def full_pass(
         video: whether there is a temporal channel.
         device: where the indices go.
     """
-    spatial = _spatial(layout, text.spatial, num_frames, device)
-    if not video or not num_frames:
-        return Pass(layout.text_slots, spatial, ())
-    kinds = (False, True) if window else (False,)
+    # a dry run on the meta device counts all that it allocates, each time
+    structure = _structure.__wrapped__ if device.type == "meta" else _structure
+    spatial, *temporal = structure(layout, window, num_frames, video and num_frames > 0, device)
     return Pass(
         layout.text_slots,
-        spatial,
-        tuple(_temporal(layout, window, shifted, text, num_frames, device) for shifted in kinds),
+        _with_text(spatial, text.spatial),
+        tuple(_with_text(plan, text.given) for plan in temporal),
     )
 
 
-def _spatial(layout: SequenceLayout, text: Tensor | None, num_frames: int, device: torch.device) -> Plan:
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # what is made while generating must also serve in training
+def _structure(
+    layout: SequenceLayout, window: int, num_frames: int, video: bool, device: torch.device
+) -> tuple[Plan, ...]:
+    """Plans that see every text slot: of the spatial channel, then one a kind of temporal block.
+
+    On CUDA each is one attention with a mask: starting many small ones takes longer than scoring pairs in vain.
+    """
+    plans = [_spatial(layout, num_frames)]
+    if video:
+        plans += [_temporal(layout, window, shifted, num_frames) for shifted in ((False, True) if window else (False,))]
+    if device.type == "cuda":
+        frame_rows = num_frames * layout.frame_slots
+        keys = layout.text_slots + frame_rows
+        plans = [_dense(plan, rows, keys) for plan, rows in zip(plans, (keys, frame_rows, frame_rows), strict=False)]
+    return tuple(_on(plan, device) for plan in plans)
+
+
+def _spatial(layout: SequenceLayout, num_frames: int) -> Plan:
     """Text sees text; a frame sees text and itself, as a whole where it is bidirectional, else causally."""
     words = torch.arange(layout.text_slots)
     slots = layout.text_slots + torch.arange(num_frames * layout.frame_slots).view(num_frames, layout.frame_slots)
     both = min(layout.num_bidirectional, num_frames)
-    groups = [Group(words[None].to(device), words[None].to(device), (Chunk(None, None, text),))]
-    whole = (Chunk(None, None, extend(text, layout.frame_slots)),)
-    causal = tuple(_causal(text, layout.text_slots, range(layout.frame_slots), device))
-    for frames, chunks in ((slots[:both], whole), (slots[both:], causal)):
+    groups = [Group(words[None], words[None], (Chunk(None, None),))]
+    causal = tuple(_causal(layout.text_slots, range(layout.frame_slots)))
+    for frames, chunks in ((slots[:both], (Chunk(None, None),)), (slots[both:], causal)):
         if len(frames):
             keys = torch.cat([words.expand(len(frames), -1), frames], dim=1)
-            groups.append(Group(frames.to(device), keys.to(device), chunks))
+            groups.append(Group(frames, keys, chunks))
     return Plan(tuple(groups))
 
 
-def _causal(text: Tensor | None, text_slots: int, frame: range, device: torch.device) -> Iterator[Chunk]:
+def _causal(text_slots: int, frame: range) -> Iterator[Chunk]:
     """Each row of a frame sees text, all rows before it and itself; keys are [text | rows]."""
     for start in frame[::CAUSAL_ROWS]:
         rows = range(start, min(start + CAUSAL_ROWS, frame.stop))
         keys = range(text_slots + rows.stop)
-        seen = torch.ones(len(rows), len(keys), dtype=torch.bool, device=device).tril(text_slots + start)
-        mask = extend(text, rows.stop)
-        yield Chunk(rows, keys, seen if mask is None else mask.masked_fill(~seen, -torch.inf))
+        yield Chunk(rows, keys, torch.ones(len(rows), len(keys), dtype=torch.bool).tril(text_slots + start))
 
 
-def _temporal(
-    layout: SequenceLayout, window: int, shifted: bool, text: TextMasks, num_frames: int, device: torch.device
-) -> Plan:
+def _temporal(layout: SequenceLayout, window: int, shifted: bool, num_frames: int) -> Plan:
     """Each cell of a frame sees text and the same cell of every frame fed before it; rows are counted without text."""
     if not window:  # one cell, whose rows need not be gathered
-        return Plan((Group(None, None, _frame_chunks(layout, text, layout.frame_slots, num_frames, device)),))
+        return Plan((Group(None, None, _frame_chunks(layout, layout.frame_slots, num_frames)),))
     words, frames = torch.arange(layout.text_slots), torch.arange(num_frames) * layout.frame_slots
     groups: list[Group] = []
     places: list[Tensor] = []
     for part in cells(layout.grid, window, shifted):
         rows = (frames[:, None] + part[:, None]).flatten(1)
         keys = torch.cat([words.expand(len(rows), -1), layout.text_slots + rows], dim=1)
-        chunks = _frame_chunks(layout, text, part.shape[1], num_frames, device)
-        groups.append(Group(rows.to(device), keys.to(device), chunks))
+        groups.append(Group(rows, keys, _frame_chunks(layout, part.shape[1], num_frames)))
         places.append(rows.flatten())
-    return Plan(tuple(groups), restore=torch.cat(places).argsort().to(device))
+    return Plan(tuple(groups), restore=torch.cat(places).argsort())
 
 
-def _frame_chunks(
-    layout: SequenceLayout, text: TextMasks, area: int, num_frames: int, device: torch.device
-) -> tuple[Chunk, ...]:
+def _frame_chunks(layout: SequenceLayout, area: int, num_frames: int) -> tuple[Chunk, ...]:
     """Bidirectional frames see each other in full; each later one sees all before it in full and itself causally."""
     both = min(layout.num_bidirectional, num_frames)
     chunks = []
     if both:
-        end = layout.text_slots + both * area
-        chunks.append(Chunk(range(both * area), range(end), extend(text.given, both * area)))
+        chunks.append(Chunk(range(both * area), range(layout.text_slots + both * area)))
     for rank in range(both, num_frames):
-        chunks += _causal(text.given, layout.text_slots, range(rank * area, (rank + 1) * area), device)
+        chunks += _causal(layout.text_slots, range(rank * area, (rank + 1) * area))
     return tuple(chunks)
+
+
+def _dense(plan: Plan, num_rows: int, num_keys: int) -> Plan:
+    """The same plan as one group of one cell and one chunk."""
+    seen = torch.zeros(num_rows, num_keys, dtype=torch.bool)
+    for group in plan.groups:
+        rows = torch.arange(num_rows)[None] if group.rows is None else group.rows
+        keys = torch.arange(num_keys)[None] if group.keys is None else group.keys
+        for chunk in group.chunks:
+            inside, others = _part(rows, chunk.rows), _part(keys, chunk.keys)
+            seen[inside[:, :, None], others[:, None]] = True if chunk.mask is None else chunk.mask
+    return Plan((Group(None, None, (Chunk(None, None, seen),)),))
+
+
+def _part(slots: Int64[Tensor, "cells slots"], run: range | None) -> Int64[Tensor, "cells part"]:
+    return slots if run is None else slots[:, run.start : run.stop]
+
+
+def _on(plan: Plan, device: torch.device) -> Plan:
+    """The plan with its tensors on a device."""
+
+    def moved(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device)
+
+    groups = (
+        Group(
+            moved(group.rows), moved(group.keys), tuple(each._replace(mask=moved(each.mask)) for each in group.chunks)
+        )
+        for group in plan.groups
+    )
+    return Plan(tuple(groups), moved(plan.restore))
+
+
+def _with_text(plan: Plan, text: Tensor | None) -> Plan:
+    """The plan where text keys are seen as the mask of the text says."""
+    if text is None:
+        return plan
+    groups = (
+        group._replace(chunks=tuple(chunk._replace(mask=_masked(group, chunk, text)) for chunk in group.chunks))
+        for group in plan.groups
+    )
+    return plan._replace(groups=tuple(groups))
+
+
+def _masked(group: Group, chunk: Chunk, text: Tensor) -> Float[Tensor, "batch 1 #rows keys"]:
+    if chunk.mask is not None:
+        return extend(text, chunk.mask.shape[-1] - text.shape[-1]).masked_fill(~chunk.mask, -torch.inf)
+    keys = group.keys[0] if chunk.keys is None and group.keys is not None else chunk.keys
+    assert keys is not None
+    return extend(text, len(keys) - text.shape[-1])
 
 
 class Rows(NamedTuple):
@@ -201,7 +261,7 @@ class _CacheView:
         self.device_places, self.device_cell = where.frame_places.to(device), where.cell_of_slot.to(device)
         self.text_places = where.text_places.to(device)
         self.key_order, self.key_cell = where.key_order.to(device), where.key_cell.to(device)
-        self.prefix = extend(text, where.num_keys - self.text_slots)
+        self.prefix = None if text is None else extend(text, where.num_keys - self.text_slots)
         self.keys_mask = _spread(text, where).to(device)
 
     def prefill(self, num_frames: int) -> Write:
@@ -217,7 +277,9 @@ class _CacheView:
             start = self.starts[self.cell[slot]]
             mask = None if self.prefix is None else self.prefix[..., : place + 1 - start]
             chunks.append(Chunk(None if len(rows) == 1 else range(row, row + 1), range(start, place + 1), mask))
-        index = range(places[0], places[0] + 1) if len(rows) == 1 else torch.tensor(places, device=self.key_cell.device)
+        index: range | Tensor = range(places[0], places[0] + 1)
+        if len(rows) > 1:
+            index = torch.stack([self.device_places[rank, slot] for rank, slot in rows])
         return Plan((Group(None, None, tuple(chunks)),)), Write(None, index)
 
     def draft(self, rank: int, slots: Tensor) -> tuple[Plan, Write]:

@@ -109,7 +109,7 @@ class Upscaler(nn.Module):
     def _embed_low(self, text: Tensor, mask: Tensor, codes: Tensor) -> Float[Tensor, "batch rows hidden"]:
         """Text and low codes, each fed as itself."""
         layout = self.channel.layout
-        frame = layout.low_positions().to(codes.device).expand_as(codes)
+        frame = layout.low_positions(codes.device).expand_as(codes)
         positions = torch.cat([low_sequence(layout).text_positions(mask), frame], dim=1)
         return self.base.words(torch.cat([text, codes], dim=1)) + self.base.positions(positions)
 
@@ -135,7 +135,7 @@ def inherit_upscaler(channel: UpscaleChannel, base: Base) -> None:
     """
     base_weights, layout = base.state_dict(), channel.layout
     channel.blocks.load_state_dict({name: base_weights[f"blocks.{name}"] for name in channel.blocks.state_dict()})
-    rows = base.positions(layout.low_positions().to(base.positions.weight.device))
+    rows = base.positions(layout.low_positions(base.positions.weight.device))
     square = "(row column) hidden -> (row down column right) hidden"
     channel.positions.weight.copy_(repeat(rows, square, row=layout.low_grid, down=layout.ratio, right=layout.ratio))
 

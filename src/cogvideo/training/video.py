@@ -7,6 +7,7 @@ interpolation, and image codes alone (spec section 3).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -69,14 +70,31 @@ class VideoTask:
         return Measured(parts.mean(1), parts.detach())
 
     def _cross_entropy(self, model: Transformer, batch: VideoBatch) -> Float[Tensor, "batch parts"]:
-        layout, device = self.layout, batch.codes.device
-        codes = batch.codes[:, list(layout.order)]
+        layout, places = self.layout, _places(self.layout, batch.codes.device)
+        codes = batch.codes.index_select(1, places.order)
         text = text_masks(batch.text.mask, 0.0, model.base.words.weight.dtype)
-        plan = full_pass(layout, model.window, text, layout.num_frames, True, device)
+        plan = full_pass(layout, model.window, text, layout.num_frames, True, codes.device)
         tokens = torch.cat([batch.text.tokens, layout.feed(codes, self.text.start_of_image)], dim=1)
-        frames = layout.frame_positions(range(layout.num_frames)).to(device).expand(len(tokens), -1)
-        hidden = model(tokens, torch.cat([layout.text_positions(batch.text.mask), frames], dim=1), plan)
-        slots = layout.loss_slots().to(device)
-        logits = model.base.logits(hidden.index_select(1, layout.text_slots + slots))
-        losses = cross_entropy(logits, codes.flatten(1).index_select(1, slots))
+        positions = torch.cat([layout.text_positions(batch.text.mask), places.frames.expand(len(tokens), -1)], dim=1)
+        hidden = model(tokens, positions, plan)
+        logits = model.base.logits(hidden.index_select(1, layout.text_slots + places.loss))
+        losses = cross_entropy(logits, codes.flatten(1).index_select(1, places.loss))
         return rearrange(losses, "batch (parts slots) -> batch parts slots", parts=len(self.parts)).mean(2)
+
+
+class _Places(NamedTuple):
+    """Where things stand in a sequence, as tensors on the device of the batch."""
+
+    order: Int64[Tensor, " frames"]
+    """Place of the frame of each rank."""
+    frames: Int64[Tensor, " slots"]
+    """Positions of the frame slots."""
+    loss: Int64[Tensor, " learnt"]
+    """Frame slots that carry loss."""
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is made while measuring must also serve in training
+def _places(layout: SequenceLayout, device: torch.device) -> _Places:
+    order, frames = torch.tensor(layout.order), layout.frame_positions(range(layout.num_frames))
+    return _Places(order.to(device), frames.to(device), layout.loss_slots().to(device))
