@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import random
+import signal
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,7 +15,9 @@ from typing import Any, NamedTuple
 # slower where tests that run in parallel have more threads than there are cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import hypothesis
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from beartype import BeartypeConf, beartype
@@ -48,9 +53,32 @@ CAPTIONS = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first, so that no worker waits for another one's at the end."""
-    items.sort(key=lambda item: "test_smoke" not in item.nodeid)
+# A shell that starts the tests in the background has Ctrl-C ignored, by them and by all processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in every run, however slow the machine is.
+slow = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=slow)
+hypothesis.settings.load_profile("steady")
+
+
+def _seed(name: str) -> None:
+    """Make the global random numbers of Python, NumPy and PyTorch follow from a name."""
+    seed = zlib.crc32(name.encode())
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    """Seed each fixture by its name: what several tests share must not depend on which of them comes first."""
+    _seed(fixturedef.argname)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Seed each test by its name: alone and among others, in any order, it draws the same numbers."""
+    _seed(item.nodeid)
 
 
 @pytest.fixture
@@ -158,6 +186,7 @@ def make_text() -> MakeText:
     return make
 
 
+@lru_cache
 def _train_text_model(symbols: tuple[str, ...] = ("<pad>", "<n>"), **options: Any) -> bytes:
     model = io.BytesIO()
     settings: dict[str, Any] = {"vocab_size": 360, "hard_vocab_limit": False, "byte_fallback": True}

@@ -359,3 +359,14 @@ def _best_clusters(weights: Sequence[float], labels: Sequence[int], k: int) -> d
     for weight, label in zip(weights, labels, strict=True):
         sums[label] = sums.get(label, 0.0) + weight
     return dict(sorted(sums.items(), key=lambda item: -item[1])[:k])
+
+
+# Rounding
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Length of the difference over that of the exact values.
+
+    Rounding is relative to the numbers in a sum, so a result near zero, alone, has no bound.
+    """
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
