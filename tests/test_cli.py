@@ -19,11 +19,16 @@ HEAVY = {"torch", "numpy", "tyro", "rich", "safetensors", "huggingface_hub"}
 MISTAKES = """
 import time
 
+from cogvideo.config import InputError
+
 def path():
     open("no/such/file")
 
 def value():
-    raise ValueError("got 3\\nexpected 4")
+    raise InputError("got 3\\nexpected 4")
+
+def unequal():
+    list(zip([1], [2, 3], strict=True))
 
 def fault():
     raise RuntimeError("a fault of ours")
@@ -207,16 +212,18 @@ def test_refusal_inside_a_command_is_one_line(command: list[str], name: str, mes
     assert (done.returncode, done.stderr) == (2, f"cogvideo: error: {message}\n")
     environment = os.environ | {"COGVIDEO_DEBUG": "1"}
     done = subprocess.run([*command, name], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode not in (0, 2)
+    assert done.returncode == 2
     assert "Traceback" in done.stderr
+    assert done.stderr.endswith(f"cogvideo: error: {message}\n")
 
 
-@pytest.mark.parametrize("name", ["fault", "broken"])
+@pytest.mark.parametrize("name", ["fault", "broken", "unequal"])
 def test_fault_of_ours_keeps_its_traceback(command: list[str], name: str) -> None:
-    """Guards bug reports: what is no mistake of the user is not made to look like one."""
+    """Guards bug reports: a fault of ours, a ValueError too, is not made to look like a mistake of the user."""
     done = subprocess.run([*command, name], capture_output=True, text=True, check=False)
-    assert done.returncode not in (0, 2)
+    assert done.returncode == 1
     assert "Traceback" in done.stderr
+    assert re.search(r"^cogvideo: this is a fault of cogvideo .*: please report it", done.stderr, flags=re.MULTILINE)
 
 
 def test_interrupt_is_quiet(command: list[str]) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cogvideo.config import CogVideoConfig, require
+from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.devices import usable
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.quantizer import cluster_codes
@@ -216,7 +216,7 @@ class CogVideo:
     def _get(self, component: str, kind: type[T]) -> T:
         part = self.component(component)
         if not isinstance(part, kind):
-            raise ValueError(f"{component} is a {type(part).__name__}, expected a {kind.__name__}")
+            raise InputError(f"{component} is a {type(part).__name__}, expected a {kind.__name__}")
         return part
 
     def component(self, component: str) -> Component:
@@ -285,7 +285,7 @@ class _Source(NamedTuple):
         except (ValueError, FileNotFoundError) as error:
             if entry == Manifest.read(self.folder).components.get(component):
                 raise
-            raise ValueError(f"{component} of the bundle {self.folder} was replaced: load the bundle again") from error
+            raise InputError(f"{component} of the bundle {self.folder} was replaced: load the bundle again") from error
 
     def _load(self, component: str, path: Path) -> Component:
         config, entry = self.manifest.config, self.manifest.components[component]
@@ -307,7 +307,7 @@ class _Source(NamedTuple):
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file: {error}") from error
+            raise InputError(f"{path} is no safetensors file: {error}") from error
         check_tensors(component, tensors, self.manifest.config, path)
         return {name: self._place(path, name, tensor) for name, tensor in tensors.items()}
 
@@ -340,4 +340,4 @@ def locate(name: str | PathLike[str]) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model"]))
     except Exception as error:  # what it raises depends on its version and on the HTTP library that it uses
-        raise ValueError(f"there is no folder {folder}, and none came from the Hub ({error}): {hint}") from error
+        raise InputError(f"there is no folder {folder}, and none came from the Hub ({error}): {hint}") from error

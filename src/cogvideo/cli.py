@@ -13,9 +13,11 @@ from errno import ENOSPC
 from functools import partial, wraps
 from importlib import import_module
 from io import StringIO, TextIOWrapper
+from traceback import print_exception
 from typing import Any, NamedTuple
 
 from cogvideo import __version__
+from cogvideo.config import InputError
 
 SPINS = 3000
 """See benchmarks/generate.py: beside a busy program a small clip takes a ninth of the time, alone a twelfth more."""
@@ -25,7 +27,8 @@ EXPECTED = {
     FileExistsError: ", expected a folder",
 }
 """What was asked for where something else is."""
-USER_ERROR, BROKEN_PIPE, INTERRUPTED = 2, 1, 130
+USER_ERROR, OWN_FAULT, BROKEN_PIPE, INTERRUPTED = 2, 1, 1, 130
+FAULT = f"this is a fault of cogvideo {__version__}: please report it to its maintainers, with the lines above"
 
 
 class Command(NamedTuple):
@@ -78,24 +81,25 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         _close_output()
         return BROKEN_PIPE
-    except (ValueError, OSError) as error:
-        if os.environ.get("COGVIDEO_DEBUG") == "1" or not _is_mistake(error):
-            raise
-        print(f"cogvideo: error: {_line(error)}", file=sys.stderr)
+    except Exception as error:
+        if _was_interrupted(error):
+            return INTERRUPTED
+        status = _tell(error)
         if isinstance(error, OSError) and error.errno == ENOSPC:
             _close_output()
-        return USER_ERROR
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
-            raise
-        extra = EXTRAS[error.name]
-        print(f"cogvideo: error: {error.name} is missing: pip install 'cogvideo[{extra}]'", file=sys.stderr)
-        return USER_ERROR
-    except RuntimeError as error:
-        if not _was_interrupted(error):
-            raise
-        return INTERRUPTED
     return status
+
+
+def _tell(error: Exception) -> int:
+    """Print a mistake of the user in one line, a fault of ours with its traceback; the exit status."""
+    line = _mistake(error)
+    if line is None or os.environ.get("COGVIDEO_DEBUG") == "1":
+        print_exception(error)
+    if line is None:
+        print(f"cogvideo: {FAULT}", file=sys.stderr)
+        return OWN_FAULT
+    print(f"cogvideo: error: {line}", file=sys.stderr)
+    return USER_ERROR
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
@@ -126,7 +130,7 @@ def _run(arguments: list[str]) -> int:
     elif name == "--version":
         print(f"cogvideo {__version__}")
     else:
-        raise ValueError(_unknown(f"{name} {rest[0]}" if group else name))
+        raise InputError(_unknown(f"{name} {rest[0]}" if group else name))
     return 0
 
 
@@ -177,7 +181,7 @@ def _parse(name: str, function: Callable[..., int | None], arguments: list[str])
     except SystemExit as error:
         if not error.code:  # help
             raise
-        raise ValueError(one_line(told.getvalue(), f"cogvideo {name}")) from None
+        raise InputError(one_line(told.getvalue(), f"cogvideo {name}")) from None
 
 
 def _unknown(name: str) -> str:
@@ -195,13 +199,16 @@ def _close_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _is_mistake(error: ValueError | OSError) -> bool:
-    """An OSError is the user's where it is about a path, or a full disk; others are the system's or ours."""
-    return isinstance(error, ValueError) or error.filename is not None or error.errno == ENOSPC
+def _mistake(error: Exception) -> str | None:
+    """What the user did wrong, in one line; None where it was not the user.
 
-
-def _line(error: ValueError | OSError) -> str:
-    if not isinstance(error, OSError):
+    An OSError is the user's where it is about a path, or a full disk; others are the system's or ours.
+    """
+    if isinstance(error, InputError):
         return " ".join(str(error).split())
-    expected = next((what for kind, what in EXPECTED.items() if isinstance(error, kind)), "")
-    return f"{error.strerror}: {error.filename or 'the output'}{expected}"
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        return f"{error.name} is missing: pip install 'cogvideo[{EXTRAS[error.name]}]'"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno == ENOSPC):
+        expected = next((what for kind, what in EXPECTED.items() if isinstance(error, kind)), "")
+        return f"{error.strerror}: {error.filename or 'the output'}{expected}"
+    return None

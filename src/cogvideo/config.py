@@ -23,10 +23,18 @@ LATER = {"later": True}
 """Marks a field that bundles written before it lack: they mean its default."""
 
 
+class InputError(ValueError):
+    """A mistake of the user. The command line prints it in one line; every other error keeps its traceback."""
+
+
 def require(condition: bool, message: str) -> None:
-    """Refuse a user's value: `message` says what was got and what was expected."""
+    """Refuse a user's value: `message` says what was got and what was expected.
+
+    Raises:
+        InputError: the condition does not hold.
+    """
     if not condition:
-        raise ValueError(message)
+        raise InputError(message)
 
 
 @dataclass(frozen=True)
@@ -234,7 +242,7 @@ class TextConfig:
             try:
                 template.format(caption="", duration=1.0)
             except ValueError as error:
-                raise ValueError(f"{name} is {template!r}, which does not work: {error}") from error
+                raise InputError(f"{name} is {template!r}, which does not work: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 from tyro.conf import Suppress
 
-from cogvideo.config import AutoencoderConfig, CogVideoConfig, TransformerConfig, preset, require
+from cogvideo.config import AutoencoderConfig, CogVideoConfig, InputError, TransformerConfig, preset, require
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.storage import BundleWriter, check_tensors, few, read_tensor, writing
 
@@ -141,8 +141,8 @@ class Checkpoint(NamedTuple):
         sizes = {"num_layers": len(layers), "hidden": hidden, "num_heads": self.settings["num_attention_heads"]}
         try:
             return replace(preset("cogvideo").transformer, vocab_size=vocab_size, num_positions=num_positions, **sizes)
-        except ValueError as error:
-            raise ValueError(f"{self.file} is no released checkpoint: {error}") from error
+        except InputError as error:
+            raise InputError(f"{self.file} is no released checkpoint: {error}") from error
 
     def check(self, config: CogVideoConfig) -> None:
         """Refuse a checkpoint of other sizes.
@@ -213,7 +213,7 @@ def _read_labels(file: Path) -> Shaped[Tensor, "..."]:
     try:
         labels = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"cannot read {file}: {_reason(error)}") from error
+        raise InputError(f"cannot read {file}: {_reason(error)}") from error
     require(isinstance(labels, np.ndarray) and labels.dtype.kind in "iu", f"{file} is no array of whole numbers")
     return torch.from_numpy(labels.astype(np.int64))
 
@@ -223,12 +223,12 @@ def _read_module(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"cannot read {file}: it holds more than tensors and numbers, which may be code") from error
+        raise InputError(f"cannot read {file}: it holds more than tensors and numbers, which may be code") from error
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"cannot read {file}: {_reason(error)}") from error
+        raise InputError(f"cannot read {file}: {_reason(error)}") from error
     module = content.get("module") if isinstance(content, dict) else None
     if not isinstance(module, dict):
-        raise ValueError(f"{file} has no table 'module', expected a released checkpoint")
+        raise InputError(f"{file} has no table 'module', expected a released checkpoint")
     others = [str(name) for name, value in module.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     require(not others, f"{file} holds what is no tensor: {few(others)}")
     return dict(module)
@@ -239,7 +239,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"cannot use {file}: {error}") from error
+        raise InputError(f"cannot use {file}: {error}") from error
     heads = settings.get("num_attention_heads") if isinstance(settings, dict) else None
     require(type(heads) is int, f"num_attention_heads is {heads!r} in {file}, expected a number")
     return settings
@@ -249,7 +249,7 @@ def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read {file}: {_reason(error)}") from error
+        raise InputError(f"cannot read {file}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

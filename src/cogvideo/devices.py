@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 
 CUDNN_ATTENTION = "COGVIDEO_CUDNN_ATTENTION"
 """Variable of the environment: 1 lets PyTorch choose cuDNN's attention."""
@@ -28,7 +28,7 @@ def usable(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         got = f"cannot use the device {str(device)!r} ({reason:.90})"
-        raise ValueError(f"{got}, expected auto, cpu, or a GPU that PyTorch can use, such as cuda:0") from error
+        raise InputError(f"{got}, expected auto, cpu, or a GPU that PyTorch can use, such as cuda:0") from error
     require(one.device.type != "cpu" or not torch.device(device).index, f"there is no device {device}, expected cpu")
     set_up(one.device)
     return one.device

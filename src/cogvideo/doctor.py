@@ -13,7 +13,7 @@ from rich.markup import escape
 
 import cogvideo
 from cogvideo.bundle import POCKET, locate
-from cogvideo.config import PRESETS, preset
+from cogvideo.config import PRESETS, InputError, preset
 from cogvideo.costs import clip
 from cogvideo.info import table
 from cogvideo.machine import free_memory, needed_memory, slowness
@@ -92,5 +92,5 @@ def _wrong(folder: Path, manifest: Manifest) -> Iterator[str]:
         try:
             entry.check(folder / entry.file)
             entry.verify(folder / entry.file)
-        except ValueError as error:
+        except InputError as error:
             yield str(error)

@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from cogvideo.config import InputError
+
 TEMPORARY_SUFFIX = ".tmp"
 LOCK = ".lock"
 """File of a folder that is locked while one process writes there. It stays: it holds nothing."""
@@ -98,7 +100,7 @@ def _held(lock: BaseFileLock, folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(f"another process is writing to {folder}: wait for it, or give another folder") from error
+        raise InputError(f"another process is writing to {folder}: wait for it, or give another folder") from error
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
     try:

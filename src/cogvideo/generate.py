@@ -21,7 +21,7 @@ from torch import Tensor
 
 import cogvideo
 from cogvideo.bundle import POCKET
-from cogvideo.config import DrawingConfig, require
+from cogvideo.config import DrawingConfig, InputError, require
 from cogvideo.devices import usable
 from cogvideo.generation.hierarchy import Settings
 from cogvideo.machine import require_memory, slowness
@@ -261,7 +261,7 @@ def _sidecar(path: Path) -> Record:
     told = f"{path} is no sidecar, expected the JSON file beside a clip"
     if found is None:
         path.stat()  # if it is missing, say that
-        raise ValueError(told)
+        raise InputError(told)
     require("prompt" in found and "seed" in found, told)
     require(isinstance(found["prompt"], str), f"{path}: prompt is {found['prompt']!r:.60}, expected a text")
     fits = type(found["seed"]) is int and 0 <= found["seed"] <= LARGEST_SEED
@@ -283,8 +283,8 @@ def _choices(path: Path, record: Record, named: Record) -> Choices:
     found |= {name: Path(found[name]) for name in FILES if found[name] is not None}
     try:
         return Choices(**found)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _in_words(hint: Any) -> str:

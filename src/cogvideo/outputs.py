@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import UInt8
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.data.tables import is_unicode
 from cogvideo.files import TEMPORARY_SUFFIX, replacing_by_name, write_text
 from cogvideo.pictures import write_image
@@ -78,7 +78,7 @@ def check_writable(folder: Path) -> None:
         with NamedTemporaryFile(dir=folder, prefix=".clip-", suffix=TEMPORARY_SUFFIX):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write into {folder} ({error.strerror}), expected a folder for the clips") from error
+        raise InputError(f"cannot write into {folder} ({error.strerror}), expected a folder for the clips") from error
 
 
 class Folder:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.data.tables import Record, is_table, is_unicode, read_columns, read_records
 
 COLUMNS = ("prompt", "caption")
@@ -42,7 +42,7 @@ def _lines(path: Path) -> Iterator[Prompt]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+        raise InputError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
     return (Prompt(line.strip()) for line in lines if line.strip())
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 
 OPTION = "--recipe"
 
@@ -47,7 +47,7 @@ def _table(path: Path, name: str) -> dict[str, Any]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"cannot use the recipe {path}: {reason}") from error
+        raise InputError(f"cannot use the recipe {path}: {reason}") from error
     table = tables.get(name)
     known = ", ".join(f"[{each}]" for each in tables) or "no table"
     require(isinstance(table, dict), f"the recipe {path} has no table [{name}], it has {known}")

@@ -16,7 +16,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 
 GRACE = 0.001
 """Seconds by which a frame may come late: Matroska and WebM round timestamps to milliseconds."""
@@ -51,7 +51,7 @@ class Seen(NamedTuple):
     """Whether the background shows through."""
 
 
-class VideoError(ValueError):
+class VideoError(InputError):
     """A file whose frames cannot be had.
 
     Args:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cogvideo.config import PRESETS, CogVideoConfig, from_dict, preset, require
+from cogvideo.config import PRESETS, CogVideoConfig, InputError, from_dict, preset, require
 from cogvideo.files import sync, turn_in, write_text
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel
@@ -137,7 +137,7 @@ class Manifest:
         except (OSError, ValueError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             hint = ", expected the folder of a bundle" if isinstance(error, FileNotFoundError) else ""
-            raise ValueError(f"cannot use {path}: {reason}{hint}") from error
+            raise InputError(f"cannot use {path}: {reason}{hint}") from error
 
     @classmethod
     def _parse(cls, values: Any) -> Manifest:
@@ -237,8 +237,8 @@ def text_tokenizer(model: bytes, config: CogVideoConfig, where: object) -> TextT
     try:
         tokenizer = TextTokenizer(model, config.text, config.transformer.num_codes)
         tokenizer.check(config.transformer)
-    except ValueError as error:
-        raise ValueError(f"{where} does not fit the configuration as text: {error}") from error
+    except InputError as error:
+        raise InputError(f"{where} does not fit the configuration as text: {error}") from error
     return tokenizer
 
 
@@ -368,7 +368,7 @@ def _files(folder: Path) -> set[str]:
     """Files of the bundle in a folder; none if there is no bundle, or one that we cannot read."""
     try:
         return {entry.file for entry in Manifest.read(folder).components.values()}
-    except ValueError:
+    except InputError:
         return set()
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int64
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from cogvideo.config import TextConfig, TransformerConfig, require
+from cogvideo.config import InputError, TextConfig, TransformerConfig, require
 from cogvideo.data.tables import is_unicode, is_visible
 from cogvideo.layout import check_code_range
 
@@ -63,9 +63,9 @@ class TextTokenizer:
         """
         try:
             return cls(Path(path).read_bytes(), config, num_codes)
-        except (OSError, ValueError) as error:
+        except (OSError, InputError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ValueError(f"cannot use the text model {path}: {reason}") from error
+            raise InputError(f"cannot use the text model {path}: {reason}") from error
 
     def check(self, transformer: TransformerConfig) -> None:
         """Refuse a transformer that was not made for this vocabulary.
@@ -231,5 +231,5 @@ def _load(model: bytes) -> SentencePieceProcessor:
         # Not the constructor: it takes empty bytes for "no model" and fails at the first use.
         processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
-        raise ValueError(f"expected a SentencePiece model, got {len(model)} bytes that are none") from error
+        raise InputError(f"expected a SentencePiece model, got {len(model)} bytes that are none") from error
     return processor

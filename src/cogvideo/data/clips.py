@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 
 Mode = Literal["sequential", "interpolation", "image"]
 """What sequences are for: the two video stages, or the image model, which takes single frames."""
@@ -52,7 +52,7 @@ class FrameRates:
             ValueError: `rate` is none of `rates`.
         """
         if rate not in self._strides:  # no `require`: its message would be made for every sample
-            raise ValueError(f"the rate is {rate:g}, expected one of {self.rates}")
+            raise InputError(f"the rate is {rate:g}, expected one of {self.rates}")
         return self._strides[rate]
 
     def span(self, rate: float) -> int:
@@ -232,5 +232,5 @@ def duration_of(window: Window, sampling: ClipSampling, rate_draw: float) -> flo
 def _index(count: int, draw: float) -> int:
     """One of `count` things, all equally likely if `draw` is uniform. The product of a double below 1 stays below."""
     if not 0 <= draw < 1:
-        raise ValueError(f"got the random number {draw}, expected one in [0, 1)")
+        raise InputError(f"got the random number {draw}, expected one in [0, 1)")
     return int(draw * count)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, UInt16
 
 import cogvideo
-from cogvideo.config import from_dict, require
+from cogvideo.config import InputError, from_dict, require
 from cogvideo.data.shards import (
     FORMAT_VERSION,
     Row,
@@ -191,11 +191,11 @@ def read_card(folder: Path) -> Card:
     if not path.exists():
         begun = any(folder.glob("shard-*")) or any(folder.glob(f".*{TEMPORARY_SUFFIX}"))
         why = "prepare was interrupted: run the same command again" if begun else "expected the output of prepare"
-        raise ValueError(f"{folder} holds no whole dataset (no {CARD}); {why}")
+        raise InputError(f"{folder} holds no whole dataset (no {CARD}); {why}")
     try:
         return _parse_card(json.loads(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"cannot use {path}: {reason(error)}") from error
+        raise InputError(f"cannot use {path}: {reason(error)}") from error
 
 
 def check_hashes(folder: Path) -> None:

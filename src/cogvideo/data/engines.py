@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.data.encoding import Encode, Job, Worker
 from cogvideo.devices import usable
 
@@ -72,7 +72,7 @@ def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_cli
             for future in as_completed([pool.submit(_make, job) for job in jobs]):
                 future.result()
         except BrokenProcessPool as error:
-            raise ValueError(
+            raise InputError(
                 "a worker process died, perhaps for want of memory: whole shards are kept; "
                 "run the same command again, with fewer --workers"
             ) from error

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.data.tables import TABLE_SUFFIXES, RowError, captions_of, clean, parse_json
 
 MANIFESTS = tuple(f"{stem}{suffix}" for stem in ("captions", "metadata") for suffix in TABLE_SUFFIXES)
@@ -61,7 +61,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return sorted((each for each in entries if not each.name.startswith(".")), key=lambda each: each.name)
     except OSError as error:
-        raise ValueError(f"cannot read the folder {folder}: {error.strerror}") from error
+        raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
 
 
 class Notes(NamedTuple):
@@ -108,7 +108,7 @@ def _table(content: bytes) -> dict[str, Any]:
         return parse_json(_decode(content), "the .json beside it")
     except RowError:
         raise
-    except ValueError as error:
+    except InputError as error:
         raise RowError("caption cannot be read", str(error)) from error
 
 

@@ -15,7 +15,7 @@ from einops import reduce
 from jaxtyping import UInt8
 
 from cogvideo import world
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.data.sources import File, Item, Member, Rendering
 from cogvideo.video import MAX_FPS, Video, VideoError, read_video
 
@@ -82,7 +82,7 @@ class FrameSettings:
         try:
             require(not template or "a cat" in on_background("a cat", "red", template), wrong)
         except (ValueError, KeyError, IndexError, AttributeError) as error:
-            raise ValueError(wrong) from error
+            raise InputError(wrong) from error
 
     @property
     def max_frames(self) -> int:

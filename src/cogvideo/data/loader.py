@@ -8,6 +8,7 @@ takes its share of them. So the state of a run is the position alone, for any nu
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.data.clips import ClipSampling, choose_window, duration_of, sampled_rates
 from cogvideo.data.dataset import Dataset
 from cogvideo.data.shards import Shard, digest
@@ -255,7 +256,7 @@ class ClipStream(MapDataset[ClipSample]):
         lengths = np.concatenate([each.num_frames() for each in self.datasets])[rows]
         usable = rows[lengths >= self.sampling.min_frames]
         if len(usable) == 0:
-            raise ValueError(self._nothing_usable(lengths))
+            raise InputError(self._nothing_usable(lengths))
         return usable
 
     def _nothing_usable(self, lengths: np.ndarray) -> str:
@@ -289,8 +290,8 @@ def _without_traces(batches: Iterable[T]) -> Iterator[T]:
     """A worker's mistakes come with its traceback as their text; their last line is what it said."""
     try:
         yield from batches
-    except ValueError as error:
-        raise ValueError(str(error).rsplit("\nValueError: ", 1)[-1].strip()) from error
+    except InputError as error:
+        raise InputError(re.split(r"\n[\w.]*Error: ", str(error))[-1].strip()) from error
 
 
 class Batch(NamedTuple):

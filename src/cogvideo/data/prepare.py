@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from cogvideo.bundle import locate
-from cogvideo.config import CogVideoConfig, require
+from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.data.dataset import REJECTED, Card, check_hashes, make_card, write_card
 from cogvideo.data.encoding import Job, PrepareSettings, Worker
 from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
@@ -99,7 +99,7 @@ def prepare(
                 run_local(left, worker, places, on_clip)
         write_rejected(out / REJECTED, [*listing.rejected, *_rejected(jobs)])
         if not jobs:
-            raise ValueError(_nothing_left(source, out, listing.rejected))
+            raise InputError(_nothing_left(source, out, listing.rejected))
         files = [job.path.name for job in jobs]
         places_of = {"source": _in_full(source), "tokenizer": _in_full(tokenizer)}
         card = make_card(out, files, **places_of, settings=described, rejected=listing.rejected)
@@ -134,7 +134,7 @@ def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: s
     """
     config, entry = manifest.config, manifest.components.get("image_tokenizer")
     if entry is None:
-        raise ValueError(f"the bundle has no image_tokenizer, it has: {', '.join(manifest.components) or 'nothing'}")
+        raise InputError(f"the bundle has no image_tokenizer, it has: {', '.join(manifest.components) or 'nothing'}")
     assert settings.frames.size is not None
     grid = settings.frames.size // config.autoencoder.rate
     return ShardInfo(

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64, UInt16
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.data.sources import Rejection
 from cogvideo.files import replacing
 
@@ -166,7 +166,7 @@ class Shard:
             ValueError: one is out of range.
         """
         if codes.max() >= self.info.num_codes:  # no `require`: its message would be made for every sample
-            raise ValueError(
+            raise InputError(
                 f"{self.path} is damaged: the clip {self._ids[row]!r} has the code {codes.max()}, expected codes in "
                 f"[0, {self.info.num_codes}); the command that prepared the data finds what was changed"
             )
@@ -276,7 +276,7 @@ def _check_row(row: Row, info: ShardInfo) -> None:
     try:
         "".join((row.id, row.split, *row.captions)).encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} has a text that is no Unicode: {error.reason}") from error
+        raise InputError(f"{where} has a text that is no Unicode: {error.reason}") from error
 
 
 def _check_codes(where: str, codes: np.ndarray, grid: int, num_codes: int) -> None:
@@ -301,7 +301,7 @@ def _read(path: Path) -> tuple[ShardInfo, Any]:
             batch.validate()
             return info, batch
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"cannot use the shard {path}: {reason(error)}; prepare the data again") from error
+        raise InputError(f"cannot use the shard {path}: {reason(error)}; prepare the data again") from error
 
 
 def reason(error: BaseException) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cogvideo import world
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.data.folders import find_manifest, notes, read_beside, walk
 from cogvideo.data.tables import (
     TABLE_SUFFIXES,
@@ -200,7 +200,7 @@ def _find(source: str, options: SourceOptions) -> Found:
     if _is_tar(path):
         return _tar(path, path.parent, options)
     kinds = f"a folder, a table ({', '.join(TABLE_SUFFIXES)}), a .tar or world:COUNT"
-    raise ValueError(f"{source} is no source, expected {kinds}")
+    raise InputError(f"{source} is no source, expected {kinds}")
 
 
 def _copies(item: Item, number: int) -> Iterable[Item]:
@@ -344,7 +344,7 @@ def _tar_inside(path: Path, folder: Path, options: SourceOptions) -> Found:
     """A tar in a folder: what it lacks is counted, so that one bad tar of a thousand does not stop a run."""
     try:
         yield from _tar(path, folder, options)
-    except ValueError as error:
+    except InputError as error:
         yield Rejection(_plain(path.relative_to(folder).as_posix()), "tar cannot be read", str(error))
 
 

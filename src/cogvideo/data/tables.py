@@ -11,7 +11,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 """Files that are read as tables."""
@@ -19,7 +19,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-class RowError(ValueError):
+class RowError(InputError):
     """A record that cannot be used; the others can.
 
     Args:
@@ -171,9 +171,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read {path}: it is not UTF-8, save it as UTF-8") from error
+        raise InputError(f"cannot read {path}: it is not UTF-8, save it as UTF-8") from error
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -189,7 +189,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 start = reader.line_num + 1
         except csv.Error as error:
             hint = 'a cell with quotes or commas stands in "...", quotes in it are doubled'
-            raise ValueError(f"{path}, line {start}: {error} ({hint})") from error
+            raise InputError(f"{path}, line {start}: {error} ({hint})") from error
 
 
 def _csv_columns(path: Path) -> list[str]:
@@ -218,7 +218,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: it is no JSON ({error})") from error
+        raise InputError(f"{where}: it is no JSON ({error})") from error
     require(isinstance(values, dict), f'{where}: got {values!r:.40}, expected {{"name": value, ...}}')
     return values
 
@@ -229,13 +229,13 @@ def _parquet(path: Path) -> Iterator[Any]:
         import pyarrow
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ValueError(f"{path} needs pyarrow: pip install 'cogvideo[train]'") from error
+        raise InputError(f"{path} needs pyarrow: pip install 'cogvideo[train]'") from error
     with _reading(path):
         try:
             with ParquetFile(path) as file:
                 yield file
         except pyarrow.ArrowException as error:
-            raise ValueError(f"cannot read {path}: {error}") from error
+            raise InputError(f"cannot read {path}: {error}") from error
 
 
 def _parquet_records(path: Path) -> Iterator[Record]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -63,7 +63,7 @@ def read_index(path: Path) -> Index:
         try:
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the file is closed above
         except tarfile.TarError as error:
-            raise ValueError(f"{path} is no tar: {error}") from error
+            raise InputError(f"{path} is no tar: {error}") from error
         entries, damage = _scan(tar)
         whole = [each for each in entries if each.offset + each.num_bytes <= size]
         cut = [each for each in entries if each.offset + each.num_bytes > size]
@@ -111,4 +111,4 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         with path.open("rb") as file:
             yield file
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cogvideo import world
-from cogvideo.config import from_dict, require
+from cogvideo.config import InputError, from_dict, require
 from cogvideo.files import replacing
 
 NUM_FRAMES, FPS, SIZE = 17, 4.0, 64
@@ -168,7 +168,7 @@ class Reader(nn.Module):
                 described = json.loads((file.metadata() or {}).get("reader", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"cannot use the reader {path}: {error}") from error
+            raise InputError(f"cannot use the reader {path}: {error}") from error
         require(described is not None, f"{path} is no reader, expected a file of `cogvideo train reader`")
         ours = json.loads(json.dumps(LABELS))
         require(described["labels"] == ours, f"the reader {path} was trained on another World: train it again")

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Convolutions of each of VGG-16's levels (arXiv 1409.1556, configuration D); the side is halved between levels."""
@@ -152,9 +152,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # what is raised by bytes that mean nothing depends on the bytes
-        raise ValueError(f"cannot read {path}: it is no file of tensors") from error
+        raise InputError(f"cannot read {path}: it is no file of tensors") from error
     tensors = isinstance(values, Mapping) and all(isinstance(each, Tensor) for each in values.values())
     require(tensors, f"cannot read {path}: it holds no table of tensors")
     return dict(values)

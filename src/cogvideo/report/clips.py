@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from cogvideo.bundle import CogVideo, locate
+from cogvideo.config import InputError
 from cogvideo.data.dataset import Card
 from cogvideo.data.frames import FrameSettings, read_item, shrink
 from cogvideo.data.shards import Row
@@ -98,13 +99,13 @@ def find_origin(card: Card, tokenizer: str, ids: Iterable[str]) -> Origin:
         origin.items = _find_items(card, set(ids))
     except (KeyError, TypeError, AttributeError) as error:
         origin.missing.append(f"Originals: the settings on the card are not those of this version ({error}).")
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         origin.missing.append(f"Originals: {error}.")
     if origin.missing:
         origin.frames = None
     try:
         origin.autoencoder = load_tokenizer(card, tokenizer or card.tokenizer)
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         hint = "" if tokenizer else " Name it with --tokenizer if it is in another place."
         origin.missing.append(f"Reconstructions: {error}.{hint}")
     return origin
@@ -147,10 +148,10 @@ def load_tokenizer(card: Card, name: str) -> Autoencoder:
     folder = locate(name)
     entry = Manifest.read(folder).components.get(TOKENIZER)
     if entry is None:
-        raise ValueError(f"the bundle {folder} has no {TOKENIZER}")
+        raise InputError(f"the bundle {folder} has no {TOKENIZER}")
     if entry.sha256 != card.tokenizer_sha256:
         expected = f"the codes were made with that of sha256 {card.tokenizer_sha256:.12}"
-        raise ValueError(f"{folder} holds another image tokenizer (sha256 {entry.sha256:.12}), {expected}")
+        raise InputError(f"{folder} holds another image tokenizer (sha256 {entry.sha256:.12}), {expected}")
     return CogVideo.from_pretrained(folder).autoencoder
 
 

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 from cogvideo import __version__
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.data.dataset import REJECTED, Dataset
 from cogvideo.files import replacing
 from cogvideo.report.clips import find_origin, frame_size, source_sizes
@@ -87,7 +87,7 @@ def read_rejected(path: Path) -> Rejected | None:
     except FileNotFoundError:
         return None
     except (KeyError, csv.Error, OSError) as error:
-        raise ValueError(
+        raise InputError(
             f"cannot read {path} ({error}), expected a table with the columns id, reason, detail"
         ) from error
     return rejected

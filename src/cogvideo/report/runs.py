@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.report.page import flat
 from cogvideo.training.run_folder import RunFolder
 from cogvideo.training.start import STAGES
@@ -113,11 +113,11 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """
     folders = list(dict.fromkeys(folder for path in paths for folder in _find(path)))
     runs: list[Run] = []
-    damaged: list[ValueError] = []
+    damaged: list[InputError] = []
     for folder, name in zip(folders, _names(folders), strict=True):
         try:
             runs.append(_read(folder, name))
-        except ValueError as error:
+        except InputError as error:
             damaged.append(error)
     if not runs:
         raise damaged[0]
@@ -199,7 +199,7 @@ def _naming(path: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ValueError(reason if str(path) in reason else f"cannot use {path}: {reason}") from error
+        raise InputError(reason if str(path) in reason else f"cannot use {path}: {reason}") from error
 
 
 def _stage(identity: Mapping[str, Any]) -> tuple[str, int]:
@@ -214,7 +214,7 @@ def _stage(identity: Mapping[str, Any]) -> tuple[str, int]:
 def _step(row: Any) -> int:
     step = row.get("step") if isinstance(row, dict) else None
     if not isinstance(step, int) or step < 0:  # told only now: a hundred thousand rows are fine
-        raise ValueError(f"expected the number of a step in every line, got {row!r:.60}")
+        raise InputError(f"expected the number of a step in every line, got {row!r:.60}")
     return step
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cogvideo.config import InputError
 from cogvideo.data.clips import FrameRates, filled_rates, lowest_rate
 from cogvideo.data.dataset import CARD, Card
 from cogvideo.report.clips import Clip, frame_size
@@ -197,7 +198,7 @@ def training_rates(base: float) -> FrameRates:
     """The default rates, or where they do not divide the base rate, its eighth, quarter, half and whole."""
     try:
         return FrameRates(base)
-    except ValueError:
+    except InputError:
         return FrameRates(base, (base / 8, base / 4, base / 2, base))
 
 

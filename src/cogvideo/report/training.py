@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from cogvideo import __version__
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.files import replacing
 from cogvideo.report.curves import Line, curves, figure, swatch
 from cogvideo.report.page import (
@@ -232,4 +232,4 @@ def _pixels(path: Path) -> UInt8[np.ndarray, "height width 3"]:
         shown.thumbnail(LARGEST_SHEET)
         return np.asarray(shown)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot use {path}: {error}") from error
+        raise InputError(f"cannot use {path}: {error}") from error

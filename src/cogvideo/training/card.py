@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cogvideo.config import CogVideoConfig
+from cogvideo.config import CogVideoConfig, InputError
 from cogvideo.files import write_text
 from cogvideo.report.page import file_size
 from cogvideo.storage import COMPONENTS, Manifest
@@ -33,7 +33,7 @@ def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
         reports = json.loads(path.read_text(encoding="utf-8"))
         return {name: dict(report) for name, report in reports.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"cannot use {path}: {error}; remove it to do without") from error
+        raise InputError(f"cannot use {path}: {error}; remove it to do without") from error
 
 
 def write_card(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.files import write_text
 from cogvideo.machine import is_out_of_memory
 from cogvideo.training.parallel import Share, any_rank, raised_by_all, wait_for_all
@@ -295,7 +295,7 @@ def _check_structure(path: Path, state: Mapping[str, Any], known: bool) -> None:
         odd = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
         if odd:
             name = odd[0]
-            raise ValueError(
+            raise InputError(
                 f"{path} is of another configuration: {table} {name} is {there.get(name, 'absent')} there and "
                 f"{here.get(name, 'absent')} here"
             )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cogvideo import bundle
 from cogvideo.bundle import CogVideo
-from cogvideo.config import CogVideoConfig, from_dict, require
+from cogvideo.config import CogVideoConfig, InputError, from_dict, require
 from cogvideo.files import turn_in
 from cogvideo.storage import MANIFEST, MODULES, Entry, Manifest, check_tensors
 from cogvideo.training.card import read_reports, write_card
@@ -211,8 +211,8 @@ def _source(run: Path, identity: Mapping[str, Any], stage: StageName, choice: Ch
     """What the run started from, as long as what the stage relies on is still what it was."""
     try:
         source = CogVideo.from_pretrained((run / identity["from"]).resolve())
-    except ValueError as error:
-        raise ValueError(f"the bundle that the run started from cannot be used: {error}") from error
+    except InputError as error:
+        raise InputError(f"the bundle that the run started from cannot be used: {error}") from error
     relies = ("text",) if stage == "image" or choice.base != "frozen" else ("text", base_of(stage, choice, source))
     for name in relies:
         got, expected = source.sha256(name), identity["parents"].get(name)
@@ -267,7 +267,7 @@ def _identity(run: Path) -> dict[str, Any]:
         require(known, f"it names no stage, expected one of {', '.join(STAGES)}")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(
+        raise InputError(
             f"{run} is no run of a stage ({path.name}: {reason}): pass such a folder as .sequential-run"
         ) from error
     return identity

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cogvideo.config import InputError
 from cogvideo.data.clips import ClipSampling
 from cogvideo.data.loader import ClipSample, ClipStream
 from cogvideo.training.parallel import mean_over_ranks
@@ -47,7 +48,7 @@ def held_out(trained: ClipStream, split: str, limit: int) -> list[HeldOut]:
     for name, each in _kinds(trained):
         try:
             stream = ClipStream(there, split, each)  # of one tokenizer and grid, as those that are learnt from
-        except ValueError:  # the training split was accepted, so all that can be wrong is that nothing fits
+        except InputError:  # the training split was accepted, so all that can be wrong is that nothing fits
             continue
         entries.append(HeldOut(name, stream, min(limit, len(stream))))
     return entries

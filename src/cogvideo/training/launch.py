@@ -16,7 +16,7 @@ import torch
 
 import cogvideo
 from cogvideo.bundle import CogVideo
-from cogvideo.config import CogVideoConfig, require
+from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.costs import training
 from cogvideo.data.clips import ClipSampling, FrameRates, Mode
 from cogvideo.data.dataset import read_card
@@ -122,7 +122,7 @@ def train(plan: Plan, options: Options) -> None:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise ValueError(_too_large(plan, options, ranks)) from error
+            raise InputError(_too_large(plan, options, ranks)) from error
 
 
 def _too_large(plan: Plan, options: Options, ranks: Ranks) -> str:
@@ -218,8 +218,8 @@ def _source(options: Options) -> CogVideo:
     hint = "" if options.init is not None else "; --init names a bundle to start from, and `train tokenizer` makes one"
     try:
         return CogVideo.from_pretrained(name)
-    except ValueError as error:
-        raise ValueError(f"{error}{hint}") from error
+    except InputError as error:
+        raise InputError(f"{error}{hint}") from error
 
 
 def _data(plan: Plan, options: Options, source: CogVideo, config: CogVideoConfig) -> tuple[ClipStream, list[HeldOut]]:

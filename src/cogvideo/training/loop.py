@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cogvideo.config import InputError
+
 if TYPE_CHECKING:
     import rich.console
 
@@ -62,7 +64,7 @@ def means(steps: Sequence[Measured], first: int) -> dict[str, float]:
         values = torch.stack([step[name] for step in steps if name in step]).tolist()
         for number, value in zip(numbers, values, strict=True):
             if not math.isfinite(value):
-                raise ValueError(
+                raise InputError(
                     f"training diverged: {name} is {value} at step {number:,}; the last checkpoint is from before. "
                     "Remove the run's folder and begin again with a smaller learning rate"
                 )

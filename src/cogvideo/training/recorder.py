@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cogvideo.config import InputError
 from cogvideo.files import write_text
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
@@ -205,7 +206,7 @@ class _TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
-            raise ValueError(_lacking("tensorboard", "train")) from error
+            raise InputError(_lacking("tensorboard", "train")) from error
         self._writer = SummaryWriter(str(folder), purge_step=done + 1)
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
@@ -230,7 +231,7 @@ class _Wandb:
         try:
             import wandb  # type: ignore[import-not-found, unused-ignore]  # an extra
         except ModuleNotFoundError as error:
-            raise ValueError(_lacking("wandb", "wandb")) from error
+            raise InputError(_lacking("wandb", "wandb")) from error
         note = folder / "wandb-id"
         if not note.exists():
             write_text(note, secrets.token_hex(8))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.files import replacing, write_text
 from cogvideo.machine import is_out_of_memory
 
@@ -116,7 +116,7 @@ class RunFolder:
         except Exception as error:  # what is raised by bytes that mean nothing depends on the bytes
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
-            raise ValueError(f"cannot use {self._checkpoint}: it is no checkpoint of this version") from error
+            raise InputError(f"cannot use {self._checkpoint}: it is no checkpoint of this version") from error
 
     def resume(self, load: Callable[[dict[str, Any]], None], steps: int, console: rich.console.Console) -> int:
         """Take up the last checkpoint, and forget what was reported behind it.
@@ -228,7 +228,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"cannot use {path}: {error}") from error
+        raise InputError(f"cannot use {path}: {error}") from error
 
 
 def _changes(there: Any, here: Any, name: str = "", ignored: Collection[str] = ()) -> Iterator[str]:

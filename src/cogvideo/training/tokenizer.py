@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cogvideo import bundle, config
 from cogvideo.bundle import CODES_PER_CLUSTER, CogVideo
-from cogvideo.config import CogVideoConfig, require
+from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.data.sources import SourceOptions
 from cogvideo.devices import usable
 from cogvideo.evaluation.metrics import WINDOW
@@ -169,7 +169,7 @@ def _lpips(vgg: Path | None, heads: Path | None, console: Console) -> Lpips | No
         )
         return None
     if vgg is None or heads is None:
-        raise ValueError("LPIPS needs two files: --vgg (torchvision's VGG-16) and --lpips (its heads for VGG)")
+        raise InputError("LPIPS needs two files: --vgg (torchvision's VGG-16) and --lpips (its heads for VGG)")
     model = load_lpips(vgg, heads)
     console.print(f"The perceptual distance is LPIPS with the weights {vgg} and {heads}.")
     return model

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.training.optim import Average, Optimization, make_optimizers, trained
 from cogvideo.training.parallel import (
     ParallelSettings,
@@ -180,7 +180,7 @@ def check_finite(value: float, name: str, when: str) -> None:
         ValueError: it did.
     """
     if not math.isfinite(value):
-        raise ValueError(
+        raise InputError(
             f"training diverged: {name} is {value} {when}; the last checkpoint is from before. Try a smaller "
             "--learning-rate or a longer --warmup in another folder"
         )
