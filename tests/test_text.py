@@ -268,7 +268,21 @@ def test_missing_model_file_is_one_clear_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", ["{caption}", "{duration}s", "{duration} {caption} {style}", "{} {}", "{duration.real} {caption}", "{"]
+    "template",
+    [
+        "{caption}",
+        "{duration}s",
+        "{duration} {caption} {style}",
+        "{} {}",
+        "{duration.real} {caption}",
+        "{",
+        "{duration} {caption:>99999999}",
+        "{duration} {caption!r}",
+        "{duration} {caption} {caption}",
+        "{duration:99999999f} {caption}",
+        "{duration:.9999999f} {caption}",
+        "{duration:{caption}} {caption}",
+    ],
 )
 def test_broken_template_is_refused(template: str) -> None:
     """Guards against a template that ignores the prompt, or fails when the first prompt arrives."""

@@ -7,6 +7,7 @@ for trying the whole chain in minutes.
 from __future__ import annotations
 
 import dataclasses
+import re
 import string
 import typing
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,9 @@ MOST_LAYERS = 1000
 LARGEST = 100
 """Of temperatures, guidance and bonuses; useful ones are far smaller."""
 MOST_CLUSTERS = 1_000_000
+
+DURATION_FORMAT = r"(\.\d)?[fg]?"
+"""How templates of texts may write a duration: 4.0, 4 (g), 4.00 (.2f)."""
 
 LATER = {"later": True}
 """Marks a field that bundles written before it lack: they mean its default."""
@@ -232,17 +236,21 @@ class TextConfig:
     """Caption of the unconditional rows of guidance."""
 
     def __post_init__(self) -> None:
-        for name, fields in (("duration_template", {"duration", "caption"}), ("image_template", {"caption"})):
+        for name, fields in (("duration_template", ["caption", "duration"]), ("image_template", ["caption"])):
             template = getattr(self, name)
-            found = {each for _, each, _, _ in string.Formatter().parse(template) if each is not None}
-            require(
-                found == fields,
-                f"{name} is {template!r}, expected a text with the fields {sorted(fields)}, got {sorted(found)}",
-            )
+            got = f"{name} is {template!r:.80}"
             try:
-                template.format(caption="", duration=1.0)
+                parts = list(string.Formatter().parse(template))
             except ValueError as error:
-                raise InputError(f"{name} is {template!r}, which does not work: {error}") from error
+                raise InputError(f"{got}, which does not work: {error}") from error
+            found = sorted(part for _, part, _, _ in parts if part is not None)
+            require(found == fields, f"{got}, expected a text with the fields {fields}, each once, got {found}")
+            for _, part, form, conversion in parts:
+                # Templates come with bundles, and "{caption:>99999999}" takes 100 MB a prompt.
+                fits = re.fullmatch(DURATION_FORMAT if part == "duration" else "", form or "") and not conversion
+                require(
+                    bool(fits), f"{got}, expected {{caption}}, and a duration such as {{duration}} or {{duration:g}}"
+                )
 
 
 @dataclass(frozen=True)
