@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor, nn
 
+from cogvideo import machine
 from cogvideo.bundle import CogVideo
 from cogvideo.config import UpscalerConfig
 from cogvideo.generation.hierarchy import Guidance, Settings, collect, generate
@@ -76,18 +79,70 @@ def pixels_of(frames: list[Frame]) -> np.ndarray:
     return np.stack([frame.pixels for frame in frames], 1)
 
 
-def test_weights_are_packed_and_draw_what_they_did(wide: CogVideoPipeline) -> None:
-    """Guards the fast layout: the same codes as without it, in float32, and super-resolution can use that base too."""
+def test_weights_are_packed_and_draw_what_they_did(wide: CogVideoPipeline, tmp_path: Path) -> None:
+    """Guards the fast layout: the same codes as without it, in float32, and super-resolution can use that base too.
+    What is loaded for it is in memory once, packed, and kept for the next clip."""
     plain = collect(generate(wide.model, PROMPTS[:1], [spawned(5)], ONE))
-    assert not any(isinstance(each, PackedLinear) for each in wide.model.base.modules())
-    frames = run(wide, PROMPTS[:1], (5,))
-    assert torch.equal(codes_of(frames), plain)
-    assert torch.equal(codes_of(run(wide, PROMPTS[:1], (5,))), plain), "packed twice"
-    for part in (wide.model.base, wide.model.sequential.channel, wide.model.interpolation.channel):
-        assert isinstance(part, nn.Module)
-        packed = [each for each in part.modules() if isinstance(each, PackedLinear)]
-        assert packed
-        assert not any(isinstance(each, nn.Linear) for each in part.modules())
+    wide.model.save_pretrained(tmp_path / "model")
+    pipeline = CogVideoPipeline.from_pretrained(tmp_path / "model")
+    assert torch.equal(codes_of(run(pipeline, PROMPTS[:1], (5,))), plain)
+    kept = dict(pipeline._kept)
+    assert torch.equal(codes_of(run(pipeline, PROMPTS[:1], (5,))), plain), "packed twice"
+    assert {"base", "sequential", "interpolation"} <= kept.keys()
+    assert all(pipeline._kept[name] is part for name, part in kept.items())
+    for name in ("base", "sequential", "interpolation"):
+        assert not pipeline.model.is_loaded(name)
+        modules = list(kept[name].modules())
+        assert any(isinstance(each, PackedLinear) for each in modules)
+        assert not any(isinstance(each, nn.Linear) for each in modules)
+
+
+def test_the_callers_model_stays_as_it_is(wide: CogVideoPipeline, tmp_path: Path) -> None:
+    """Guards a model that makes clips while it is trained or saved: layers replaced in it, or weights that are not the
+    ones that it has by now; and memory, of which packed copies take none after a clip."""
+    model = CogVideo(wide.model.config, **{name: wide.model.component(name) for name in wide.model.components})
+    pipeline = CogVideoPipeline(model)
+    before = {name: tensor.data_ptr() for name, tensor in model.base.state_dict().items()}
+    frames = pipeline.stream(PROMPTS[:1], generators(5), ONE)
+    first, packed = next(frames), weakref.WeakSet[nn.Module]()
+    packed.update(each for each in gc.get_objects() if type(each) is PackedLinear)
+    assert packed
+    codes = codes_of(sorted([first, *frames], key=lambda frame: frame.place))
+    del frames
+    assert not packed
+    assert {name: tensor.data_ptr() for name, tensor in model.base.state_dict().items()} == before
+    model.save_pretrained(tmp_path / "model")
+    model.base.to(torch.bfloat16)
+    assert {each.dtype for each in model.base.parameters()} == {torch.bfloat16}
+    model.base.to(torch.float32)
+    with torch.no_grad():
+        model.base.words.weight.neg_()
+    assert not torch.equal(codes_of(run(pipeline, PROMPTS[:1], (5,))), codes)
+    with torch.no_grad():
+        model.base.words.weight.neg_()
+
+
+def test_a_generator_goes_on(folder: Path) -> None:
+    """Guards several samples of one generator: a second call makes other clips, a fresh generator the same again."""
+    pipeline, generator = CogVideoPipeline.from_pretrained(folder), torch.Generator().manual_seed(5)
+    options: dict[str, Any] = {"num_samples": 3, "settings": Settings(rounds=0), "upscaling": Upscaling(False)}
+    first, second = (pipeline(PROMPTS[0], generator=generator, **options).codes for _ in range(2))
+    for one in first:
+        assert not any(torch.equal(one, other) for other in second)
+    assert torch.equal(pipeline(PROMPTS[0], generator=generators(5)[0], **options).codes, first)
+
+
+def test_memory_is_computed_before_weights_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards calls in Python against being killed while loading; clips that fit are computed once."""
+    pipeline, batch = CogVideoPipeline.from_pretrained(folder), 4000
+    monkeypatch.setattr(machine, "free_memory", lambda _: 1 << 20)
+    with pytest.raises(ValueError, match=r"this needs \d+\.\d GiB of memory on cpu, .*; what helps: a batch of 2000,"):
+        pipeline("a cat", num_samples=batch)
+    assert not pipeline._kept
+    monkeypatch.setattr(machine, "free_memory", lambda _: 1 << 40)
+    for _ in range(2):
+        pipeline.stream(["a cat"], generators(1))
+        monkeypatch.setattr(machine, "free_memory", lambda _: pytest.fail("computed again"))
 
 
 def spawned(seed: int) -> torch.Generator:
@@ -400,7 +455,7 @@ def test_what_is_no_clip_is_not_exported(frames: Any, message: str, tmp_path: Pa
         ({"settings": 3}, "settings is 3, expected Settings"),
         ({"callback": 3}, "callback is 3, expected a function of a Frame"),
         ({"generator": 7}, "generator is 7, expected a torch.Generator, or one a clip"),
-        ({"negative_prompt": ""}, "the negative prompt is empty: ''"),
+        ({"negative_prompt": " "}, "the negative prompt is empty: ' '"),
         ({"generator": [torch.Generator()] * 2}, "got 2 generators for 1 prompts"),
     ],
 )

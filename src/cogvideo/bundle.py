@@ -226,12 +226,35 @@ class CogVideo:
             ValueError: this model has none of that name, or its file cannot be used.
         """
         if component not in self._parts:
-            where = "this model" if self._source is None else f"the bundle {self._source.folder}"
-            there = ", ".join(self.components) or "nothing"
-            require(component in self.components, f"{where} has no {component}, it has: {there}")
-            assert self._source is not None
-            self._parts[component] = self._source.load(component)
+            self._parts[component] = self.load(component)
         return self._parts[component]
+
+    def is_loaded(self, component: str) -> bool:
+        """Whether a component is there already, and may have been changed since."""
+        return component in self._parts
+
+    def load(self, component: str) -> Component:
+        """A component as its file has it, which this model does not keep.
+
+        Raises:
+            ValueError: this model has no file of that name, or it cannot be used.
+        """
+        entries = {} if self._source is None else self._source.manifest.components
+        where = "this model" if self._source is None else f"the bundle {self._source.folder}"
+        there = ", ".join(self.components) or "nothing"
+        require(component in entries, f"{where} has no {component}, it has: {there}")
+        assert self._source is not None
+        return self._source.load(component)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Type that weights are loaded as; None for the one that they are stored in."""
+        return None if self._source is None else self._source.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights are loaded to."""
+        return torch.device("cpu") if self._source is None else self._source.device
 
 
 def update(

@@ -51,9 +51,15 @@ def needed_memory(
 
 
 def require_memory(
-    model: CogVideo, settings: Settings, dtype: torch.dtype, device: torch.device, batch: int, offload: bool
+    model: CogVideo,
+    settings: Settings,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int,
+    offload: bool,
+    held: int = 0,
 ) -> None:
-    """Refuse clips that do not fit, before anything is loaded.
+    """Refuse clips that do not fit, beside the bytes of weights that are held already.
 
     Raises:
         ValueError: too little memory is free; the message says what is needed and what helps.
@@ -61,11 +67,11 @@ def require_memory(
     free = free_memory(device)
     if model.num_bytes * batch * SURELY_ENOUGH < free:
         return
-    need = needed_memory(model.config, clip(model.config, settings), dtype, device, batch, offload)
-    helps = [f"--batch {batch // 2}"] if batch > 1 else []
-    helps += [] if offload else ["--offload"]
-    helps += ["--dtype bfloat16"] if dtype.itemsize > 2 else []
-    helps += ["--rounds 0", "--device cpu" if device.type == "cuda" else "a smaller model"]
+    need = max(0, needed_memory(model.config, clip(model.config, settings), dtype, device, batch, offload) - held)
+    helps = [f"a batch of {batch // 2}"] if batch > 1 else []
+    helps += [] if offload else ["offload"]
+    helps += ["dtype bfloat16"] if dtype.itemsize > 2 else []
+    helps += ["rounds 0", "device cpu" if device.type == "cuda" else "a smaller model"]
     got = f"this needs {need / 2**30:.1f} GiB of memory on {device}, where {free / 2**30:.1f} GiB are free"
     require(need <= free, f"{got}; what helps: {', '.join(helps)}")
 

@@ -15,16 +15,16 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from cogvideo.bundle import CogVideo
-from cogvideo.config import CogVideoConfig, DrawingConfig, require
+from cogvideo.config import DrawingConfig, require
 from cogvideo.devices import usable
 from cogvideo.generation.hierarchy import Settings, generate
 from cogvideo.generation.sampling import Sampling, spawn
 from cogvideo.generation.upscale import slot_noise, superres_sampling, upscale
-from cogvideo.models.autoencoder import to_pixels
-from cogvideo.models.packing import pack
-from cogvideo.models.transformer import Transformer
+from cogvideo.machine import require_memory
+from cogvideo.models.autoencoder import Autoencoder, to_pixels
+from cogvideo.packed import Packed, Parts
 from cogvideo.shots import View
-from cogvideo.text import PaddedText, TextTokenizer, fit, pad_left
+from cogvideo.text import PaddedText, fit, pad_left
 from cogvideo.video import write_video
 
 if TYPE_CHECKING:
@@ -149,6 +149,8 @@ class CogVideoPipeline:
 
     Args:
         model: with base, sequential stage, text and image tokenizer; interpolation and super-resolution where wanted.
+            It stays as it is: what it has not loaded, the pipeline loads for itself, in the order that a CPU reads
+            fastest. Of weights that it has loaded on a CPU there is a second copy in that order while clips are made.
         offload: keep in memory only the weights of the part at work, and read them again for every clip. Frames are
             then shown at the end, since they become pixels when all codes are there.
     """
@@ -156,6 +158,8 @@ class CogVideoPipeline:
     def __init__(self, model: CogVideo, offload: bool = False) -> None:
         self.model = model
         self.offload = offload
+        self._kept: Parts = {}
+        self._fitting: set[tuple[Settings, int]] = set()
 
     @classmethod
     def from_pretrained(
@@ -203,10 +207,11 @@ class CogVideoPipeline:
             video: frames to go on from, at the rate of the clip (8 a second with three rounds).
             last_image: the last frame, from `image` on.
             loop: end where the clip began.
-            negative_prompt: what to move away from, instead of the unconditional text. As in `settings` unless given.
+            negative_prompt: what to move away from, instead of the unconditional text; empty for that. As in
+                `settings` unless given.
             num_samples: clips of each prompt.
             generator: one a clip, on the CPU. A single one makes the first clip; the next clips get the seeds that
-                follow its own. Random unless given.
+                follow its own, or, where it was drawn from before, seeds that it draws. Random unless given.
             guidance_scale: how strongly key frames follow the prompt; 1 is not at all. As in `settings` unless given.
             callback: called with each frame when it is finished.
             settings: all else that decides a clip; the model's own unless given.
@@ -223,7 +228,7 @@ class CogVideoPipeline:
         if guidance_scale is not None:
             guidance = replace(guidance, sequential=guidance_scale)
         if negative_prompt is not None:
-            guidance = replace(guidance, negative=negative_prompt)
+            guidance = replace(guidance, negative=negative_prompt or None)
         settings = replace(settings, guidance=guidance)
         is_number = isinstance(num_samples, int) and num_samples > 0
         require(is_number, f"num_samples is {num_samples!r}, expected a positive whole number")
@@ -267,9 +272,10 @@ class CogVideoPipeline:
         """
         from cogvideo.pictures import as_image, look  # only pictures need Pillow
 
-        autoencoder, view = self.model.autoencoder, View(self.model.config.frame_side)
+        view = View(self.model.config.frame_side)
         seen = [look(as_image(each), view).pixels for each in pictures]
         require(len(seen) > 0, "got no pictures, expected one or several")
+        autoencoder = self._packed().autoencoder
         like = autoencoder.codebook.embedding
         pixels = rearrange(torch.from_numpy(np.stack(seen)), "frames height width rgb -> frames rgb height width")
         return autoencoder.encode(pixels.to(like.device, like.dtype) / 255, chunk=1).flatten(1).cpu()
@@ -292,23 +298,40 @@ class CogVideoPipeline:
             given: frames that are there already, the same in every clip.
 
         Raises:
-            ValueError: a prompt or a setting cannot be used, or the model lacks a part. At the call, before weights
-                are loaded.
+            ValueError: a prompt or a setting cannot be used, the model lacks a part, or there is too little memory. At
+                the call, before weights are loaded.
         """
         settings, upscaling, given = settings or self.settings, upscaling or Upscaling(), given or Given()
         there = self.model.components
         require("image_tokenizer" in there, f"this model has no image_tokenizer for pixels; it has {', '.join(there)}")
         enlarged = [spawn(generator, 1)[0] for generator in generators]
-        frames = self._generate(prompts, generators, settings, given)
+        model = self._packed()
+        frames = self._generate(model, prompts, generators, settings, given)
         enlarges = upscaling.enabled and "superres" in there
         text = self._text(prompts, settings.truncate) if enlarges else None
         sampling = upscaling.sampling or superres_sampling(self.model.config.drawing)
+        self._check_memory(model, settings, len(prompts))
         if self.offload:
-            frames = self._offloaded(frames)
-        return self._frames(frames, text, sampling, enlarged)
+            frames = _offloaded(model, frames)
+        return self._frames(model, frames, text, sampling, enlarged)
+
+    def _packed(self) -> Packed:
+        return Packed(self.model, self._kept, self.offload)
+
+    def _check_memory(self, model: Packed, settings: Settings, batch: int) -> None:
+        """Refuse clips that do not fit, once for each kind."""
+        if (settings, batch) not in self._fitting:
+            dtype = self.model.dtype or torch.bfloat16  # weights as they are stored have 16 bits at least
+            require_memory(self.model, settings, dtype, self.model.device, batch, self.offload, model.num_bytes)
+            self._fitting.add((settings, batch))
 
     def _generate(
-        self, prompts: Sequence[str], generators: Sequence[torch.Generator], settings: Settings, given: Given
+        self,
+        model: Packed,
+        prompts: Sequence[str],
+        generators: Sequence[torch.Generator],
+        settings: Settings,
+        given: Given,
     ) -> Iterator[_Coded]:
         """Codes of the frames, given ones first; those that lie between given ones are not drawn anew."""
         step, length = 2**settings.rounds, self.num_frames(settings)
@@ -320,7 +343,7 @@ class CogVideoPipeline:
             return codes.expand(len(prompts), *codes.shape)
 
         frames = generate(
-            _Stages(self.model, self.offload),
+            model,
             prompts,
             generators,
             settings,
@@ -341,14 +364,18 @@ class CogVideoPipeline:
 
         return coded()
 
-    def _offloaded(self, frames: Iterator[_Coded]) -> Iterator[_Coded]:
-        """All codes first, without the weights that drew them afterwards."""
-        found = list(frames)
-        self.model.release()
-        yield from found
+    def _text(self, prompts: Sequence[str], truncate: bool) -> PaddedText:
+        text, slots = self.model.text, self.model.config.upscaler.text_slots
+        rows = [fit(text.encode_image_caption(prompt), slots, truncate) for prompt in prompts]
+        return pad_left(rows, slots, text.pad)
 
     def _frames(
-        self, frames: Iterator[_Coded], text: PaddedText | None, sampling: Sampling, generators: list[torch.Generator]
+        self,
+        model: Packed,
+        frames: Iterator[_Coded],
+        text: PaddedText | None,
+        sampling: Sampling,
+        generators: list[torch.Generator],
     ) -> Iterator[Frame]:
         """Pixels of the frames, enlarged where there is a text to do it with."""
         noise: list[list[torch.Generator]] = []
@@ -356,33 +383,37 @@ class CogVideoPipeline:
             noise = noise or [spawn(generator, frame.num_frames) for generator in generators]
             codes = frame.codes
             if text is not None:
-                codes = self._upscale(text, codes, [each[frame.place] for each in noise], sampling)
-            yield Frame(*frame, self._pixels(codes))
+                codes = self._upscale(model, text, codes, [each[frame.place] for each in noise], sampling)
+            yield Frame(*frame, self._pixels(model.autoencoder, codes))
 
     def _upscale(
         self,
+        model: Packed,
         text: PaddedText,
         codes: Int64[Tensor, "batch slots"],
         generators: Sequence[torch.Generator],
         sampling: Sampling,
     ) -> Int64[Tensor, "batch high"]:
-        model = self.model
-        device = model.base.words.weight.device
-        slots, num_codes = model.upscaler.channel.layout.high_slots, model.config.transformer.num_codes
+        upscaler = model.upscaler
+        device = upscaler.base.words.weight.device
+        slots, num_codes = upscaler.channel.layout.high_slots, model.config.transformer.num_codes
         noise = [slot_noise(generator, slots, num_codes, device) for generator in generators]
-        return upscale(model.upscaler, text, codes, noise, sampling, model.cluster_labels)
-
-    def _text(self, prompts: Sequence[str], truncate: bool) -> PaddedText:
-        text, slots = self.model.text, self.model.config.upscaler.text_slots
-        rows = [fit(text.encode_image_caption(prompt), slots, truncate) for prompt in prompts]
-        return pad_left(rows, slots, text.pad)
+        return upscale(upscaler, text, codes, noise, sampling, model.cluster_labels)
 
     @torch.inference_mode()
-    def _pixels(self, codes: Int64[Tensor, "batch slots"]) -> UInt8[np.ndarray, "batch height width 3"]:
-        autoencoder = self.model.autoencoder
+    def _pixels(
+        self, autoencoder: Autoencoder, codes: Int64[Tensor, "batch slots"]
+    ) -> UInt8[np.ndarray, "batch height width 3"]:
         side = round(codes.shape[1] ** 0.5)
         squares = codes.to(autoencoder.codebook.embedding.device).view(-1, side, side)
         return to_pixels(autoencoder.decode(squares, chunk=1))
+
+
+def _offloaded(model: Packed, frames: Iterator[_Coded]) -> Iterator[_Coded]:
+    """All codes first, without the weights that drew them afterwards."""
+    found = list(frames)
+    model.release()
+    yield from found
 
 
 class _Coded(NamedTuple):
@@ -392,56 +423,6 @@ class _Coded(NamedTuple):
     place: int
     num_frames: int
     codes: Int64[Tensor, "batch slots"]
-
-
-class _Stages:
-    """The stages of a model as generation takes them. Each is made ready when it is asked for: on a CPU, its weights
-    are copied into the order that it reads fastest.
-
-    Args:
-        model: whose they are.
-        offload: let go of the others' weights.
-    """
-
-    def __init__(self, model: CogVideo, offload: bool) -> None:
-        self._model, self._offload = model, offload
-
-    @property
-    def config(self) -> CogVideoConfig:
-        return self._model.config
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        return self._model.components
-
-    @property
-    def image_model(self) -> Transformer:
-        return self._ready("image_model")
-
-    @property
-    def sequential(self) -> Transformer:
-        return self._ready("sequential")
-
-    @property
-    def interpolation(self) -> Transformer:
-        return self._ready("interpolation")
-
-    @property
-    def text(self) -> TextTokenizer:
-        return self._model.text
-
-    @property
-    def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
-        return self._model.cluster_labels
-
-    def _ready(self, name: str) -> Transformer:
-        if self._offload and name not in vars(self._model):
-            self._model.release()
-        stage: Transformer = getattr(self._model, name)
-        for part in (stage.base, stage.channel):
-            if part is not None:
-                pack(part)
-        return stage
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -489,4 +470,7 @@ def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, cli
         generator = torch.Generator()
         generator.seed()
     first = generator.initial_seed()
-    return [generator, *(torch.Generator().manual_seed((first + number) % 2**63) for number in range(1, clips))]
+    fresh = [torch.Generator().manual_seed((first + number) % 2**63) for number in range(clips)]
+    if torch.equal(generator.get_state(), fresh[0].get_state()):
+        return [generator, *fresh[1:]]
+    return [generator, *spawn(generator, clips - 1)]  # one that was drawn from goes on, and so do the others

@@ -7,11 +7,16 @@ the number of rows, so that a sample does not depend on its batch to the last bi
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import TypeVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cogvideo.models.transformer import Base
+
+M = TypeVar("M", bound=nn.Module)
 
 WORTH_PACKING = 1 << 16
 """Elements of a weight from which reading it takes longer than starting oneDNN's operator (measured)."""
@@ -61,10 +66,23 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 or bool(bfloat16)
 
 
+def sharing(module: M) -> M:
+    """A copy that has the same parameters in memory: what is then replaced in it stays as it is in `module`."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return deepcopy(module, {id(each): each for each in tensors})
+
+
+def num_bytes(module: nn.Module) -> int:
+    """Memory of its weights, packed ones too."""
+    packed = [each.packed for each in module.modules() if isinstance(each, PackedLinear)]
+    return sum(each.numel() * each.dtype.itemsize for each in [*module.parameters(), *module.buffers(), *packed])
+
+
 def pack(module: nn.Module) -> None:
     """Replace the linear layers of a base or a channel by packed ones, in place, each layer's weights freed at once.
 
-    The module can then neither be trained nor saved. Packing twice does nothing.
+    The module can then neither be trained nor saved: pack one of your own, or a copy (`sharing`). Packing twice does
+    nothing.
     """
     for owner in list(module.modules()):
         for name, child in list(owner.named_children()):
