@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cogvideo.machine import is_out_of_memory
-from cogvideo.training.checkpoints import Checkpoints, read_weights, restore
+from cogvideo.training.checkpoints import Checkpoints, read_weights, restore, training_state
 from cogvideo.training.parallel import ALONE
 from killing import kill_at
 from parallel_worker import SHARDED, Run, make_objective
@@ -104,6 +104,25 @@ def test_a_stage_continues_from_its_checkpoint(tmp_path: Path, stage: str, base:
     assert all(
         torch.equal(*pair) for pair in zip(run.objective.parameters(), other.objective.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_the_kernel_of_the_optimizer_is_that_of_the_device(tmp_path: Path, fused: bool | None) -> None:
+    """Guards runs that go on elsewhere, and older checkpoints: the fused kernel is none of the state."""
+    made = []
+    for each in (None if fused else True, fused):
+        module = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(module.parameters(), fused=each)
+        made.append((module, optimizer))
+        module(torch.ones(3)).sum().backward()
+        optimizer.step()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, training_state(*made[0], None))
+    module, optimizer = made[1]
+    restore(module, [optimizer], checkpoints.load(1, training_state(module, [optimizer], None)))
+    assert [group["fused"] for group in optimizer.param_groups] == [fused]
+    assert torch.equal(module.weight, made[0][0].weight)
+    optimizer.step()
 
 
 @pytest.mark.parametrize("step", [4, 5])

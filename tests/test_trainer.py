@@ -15,7 +15,7 @@ from torch import Tensor
 from cogvideo.bundle import CogVideo
 from cogvideo.data.clips import ClipSampling, FrameRates
 from cogvideo.data.loader import ClipStream
-from cogvideo.training.optim import Optimization, trained
+from cogvideo.training.optim import Optimization, adamw, trained
 from cogvideo.training.start import StageName
 from cogvideo.training.trainer import Execution, Trainer, cut
 from gallery import make_model, make_trainer
@@ -253,3 +253,23 @@ def test_bad_settings_are_refused(name: str) -> None:
     """Guards the message: the option's name, what was got, what is allowed."""
     with pytest.raises(ValueError, match=f"{name} is -1, expected 0 or more"):
         Execution(**{name: -1})
+
+
+def test_samples_are_loaded_ahead_where_a_gpu_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards defaults by device: none on a CPU, whose cores train; on a GPU a few, less where ranks share cores."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    assert (Execution().workers(cpu), Execution().workers(gpu)) == (0, 4)
+    assert (Execution(num_workers=0).workers(gpu), Execution(num_workers=3).workers(cpu)) == (0, 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert Execution().workers(gpu) == 2
+
+
+def test_adam_is_fused_on_a_gpu_alone() -> None:
+    """Guards the bits of runs on a CPU, whose fused kernel rounds otherwise."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        modules = {device: torch.nn.ParameterList([torch.empty(2, 2, device=device)]) for device in ("cpu", "cuda")}
+    fused = {device: adamw(each, Optimization()).defaults["fused"] for device, each in modules.items()}
+    assert fused == {"cpu": None, "cuda": True}

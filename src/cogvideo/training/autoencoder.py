@@ -27,6 +27,7 @@ from cogvideo.models.adversary import PatchDiscriminator, adaptive_weight, discr
 from cogvideo.models.autoencoder import Autoencoder, Decoder, to_pixels
 from cogvideo.models.perceptual import Lpips, edge_distance, pyramid_distance
 from cogvideo.training.codebook import MovingCodebook, straight_through
+from cogvideo.training.optim import has_fused
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -152,7 +153,8 @@ class Trainer:
         if initial is not None:
             self.autoencoder.load_state_dict(initial.state_dict())
         self.optimizer = _Optimizer(self.autoencoder, settings)
-        self.adversary_optimizer = torch.optim.Adam(self.discriminator.parameters(), betas=(0.5, 0.9))
+        judges = list(self.discriminator.parameters())
+        self.adversary_optimizer = torch.optim.Adam(judges, betas=(0.5, 0.9), fused=has_fused(judges))
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on."""
@@ -284,7 +286,9 @@ class _Optimizer:
         self._kernels = [each for each, kernel in zip(learnt, is_kernel, strict=True) if kernel]
         self._matrices = [nn.Parameter(_matrix(each.detach(), like=each)) for each in self._kernels]  # same memory
         rest = [each for each, kernel in zip(learnt, is_kernel, strict=True) if not kernel]
-        self._parts: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, betas=(0.9, 0.99))]
+        self._parts: list[torch.optim.Optimizer] = [
+            torch.optim.Adam(rest, betas=(0.9, 0.99), fused=has_fused(rest))
+        ]
         if self._matrices:
             self._parts.append(torch.optim.Muon(self._matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
 

@@ -70,7 +70,11 @@ def training_state(
 
 
 def restore(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Any]) -> None:
-    """Put a loaded state back; the average was filled in place."""
+    """Put a loaded state back; the average was filled in place. The kernel of AdamW stays that of this device, whatever
+    the run had before."""
+    for saved in state[OPTIMIZER]["param_groups"]:
+        if "fused" in saved:
+            saved["fused"] = optimizers[0].defaults["fused"]
     set_state_dict(
         module, optimizers, model_state_dict=state[WEIGHTS], optim_state_dict=state[OPTIMIZER], options=TRAINED
     )
@@ -246,7 +250,7 @@ def read_weights(path: Path, averaged: bool) -> dict[str, Tensor]:
 def _write_hashes(folder: Path) -> None:
     """Note what this rank has written."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    paths = [*folder.glob(f"__{rank}_*"), *([] if rank else [folder / METADATA, folder / STATE])]
+    paths = [*folder.glob(f"__{rank}_*"), *([] if rank else [folder / METADATA])]
     table = {path.name: _sha256(path) for path in sorted(paths)}
     write_text(folder / f"hashes-{rank}.json", json.dumps(table, indent=2) + "\n")
 

@@ -105,7 +105,13 @@ def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 def adamw(parameters: Sequence[nn.Parameter], settings: Optimization) -> torch.optim.AdamW:
     """AdamW with weight decay for matrices alone."""
-    return torch.optim.AdamW(groups_by_decay(parameters, settings.weight_decay), lr=settings.learning_rate, betas=BETAS)
+    groups, fused = groups_by_decay(parameters, settings.weight_decay), has_fused(parameters)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, fused=fused)
+
+
+def has_fused(parameters: Sequence[nn.Parameter]) -> bool | None:
+    """Whether Adam updates them in one kernel: on CUDA. None leaves the choice to PyTorch, as everywhere else."""
+    return True if all(each.device.type == "cuda" for each in parameters) else None
 
 
 def groups_by_decay(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -177,7 +177,7 @@ def _batches(job: Job, first: int) -> Iterator[tuple[int, Any]]:
         rank=ranks.data_rank,
         world_size=ranks.data_size,
         position=first * settings.batch,
-        num_workers=job.execution.num_workers,
+        num_workers=job.execution.workers(ranks.device),
         collate=trainer.objective.task.collate,
         pin_memory=ranks.device.type == "cuda",
     )

@@ -7,6 +7,7 @@ cut changes the gradient but for rounding.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ from cogvideo.training.parallel import (
 )
 from cogvideo.training.task import Measured, Objective
 
+MOST_WORKERS = 4
+"""Of a rank, unless more are asked for."""
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -41,12 +45,21 @@ class Execution:
     """Compute each block's activations again in the backward pass: far less memory, a third more work."""
     compile: bool = False
     """Compile each block with torch.compile; for GPUs."""
-    num_workers: int = 0
-    """Processes a rank that load samples ahead."""
+    num_workers: int | None = None
+    """Processes a rank that load samples ahead; 4 on a GPU, or fewer where a rank has fewer cores, and else 0, unless
+    given."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "num_workers"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+            value = getattr(self, name)
+            require(value is None or value >= 0, f"{name} is {value}, expected 0 or more")
+
+    def workers(self, device: torch.device) -> int:
+        """Processes of a rank on a device."""
+        if self.num_workers is not None:
+            return self.num_workers
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun says it
+        return min(MOST_WORKERS, (os.cpu_count() or 1) // ranks_here) if device.type == "cuda" else 0
 
 
 class Figures(NamedTuple):
