@@ -316,6 +316,10 @@ def test_verification_can_be_left_out(folder: Path, parts: dict[str, Any]) -> No
         (lambda values: values.update(format_version=2, more=1), r"format_version is 2, expected at most 1"),
         (lambda values: values.update(format_version="1"), r"format_version is '1', expected a positive number"),
         (lambda values: values.pop("format_version"), r"format_version is None"),
+        (
+            lambda values: values.update(format_version=0),
+            r"is 0, expected 1: a cogvideo too old to be read wrote it, m",
+        ),
         (lambda values: values.pop("config"), r"fields \['components', 'format_version'\], expected \['components'"),
         (lambda values: values.update(more=1), r"it has the fields .*'more'"),
         (lambda values: values.update(components=[]), r"components is \[\], expected a table"),

@@ -117,7 +117,7 @@ def test_the_kernel_of_the_optimizer_is_that_of_the_device(tmp_path: Path, fused
         module(torch.ones(3)).sum().backward()
         optimizer.step()
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, training_state(*made[0], None))
+    checkpoints.save(1, training_state(made[0][0], [made[0][1]], None))
     module, optimizer = made[1]
     restore(module, [optimizer], checkpoints.load(1, training_state(module, [optimizer], None)))
     assert [group["fused"] for group in optimizer.param_groups] == [fused]

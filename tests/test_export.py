@@ -22,7 +22,7 @@ from cogvideo.models.transformer import Base
 from cogvideo.storage import MODULES, Manifest
 from cogvideo.training import stages
 from cogvideo.training.card import read_reports, write_card
-from cogvideo.training.export import Delivery, check_target, deliver, export, left_out, modules
+from cogvideo.training.export import Delivery, check_codes, check_target, deliver, export, left_out, modules
 from cogvideo.training.launch import Clips, Options
 from cogvideo.training.optim import Optimization
 from cogvideo.training.run import Watching
@@ -86,7 +86,7 @@ def test_any_checkpoint_becomes_a_bundle(step: int, averaged: bool, place: Path,
         run = copy_of(run, tmp_path / ".sequential-run", optimization=settings)
     export(run, tmp_path / "out", step=step)
     tables = tables_of(run_of(place), step, tmp_path)["average" if averaged else "weights"]
-    expected = {name.removeprefix("model.channel."): each for name, each in tables.items()}
+    expected = {name.removeprefix("model.channel."): each.half() for name, each in tables.items()}
     assert_same(load_file(tmp_path / "out" / "sequential.safetensors"), expected)
     ours, theirs = (Manifest.read(each).components for each in (tmp_path / "out", place / "model"))
     assert ours.keys() == theirs.keys() | {"sequential"}
@@ -98,8 +98,8 @@ def test_the_run_itself_delivers_the_last_average(place: Path, tmp_path: Path) -
     """Guards the end of a run: what the bundle gets is what its last checkpoint holds."""
     tables = tables_of(run_of(place), STEPS, tmp_path)
     found = load_file(place / "trained" / "sequential.safetensors")
-    assert_same(found, {name.removeprefix("model.channel."): each for name, each in tables["average"].items()})
-    assert not torch.equal(found["positions.weight"], tables["weights"]["model.channel.positions.weight"])
+    assert_same(found, {name.removeprefix("model.channel."): each.half() for name, each in tables["average"].items()})
+    assert not torch.equal(found["positions.weight"], tables["weights"]["model.channel.positions.weight"].half())
 
 
 def test_a_run_that_was_killed_behind_its_last_step_ends_as_it_would_have(place: Path, tmp_path: Path) -> None:
@@ -119,6 +119,44 @@ def test_a_run_that_was_killed_behind_its_last_step_ends_as_it_would_have(place:
     (tmp_path / "out" / ".sequential-run" / "report.json").unlink()
     stages.sequential(options_of(place, tmp_path / "out", sample_every=STEPS))
     assert (tmp_path / "out" / ".sequential-run" / "samples" / f"step-{STEPS:08}.png").exists()
+
+
+def test_what_float16_cannot_hold_stays_wide(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], train_text_model: Callable[..., bytes]
+) -> None:
+    """Guards an infinite weight, which makes every clip noise: the component keeps its precision, and that is said."""
+    source = CogVideo.from_pretrained(place / "model")
+    channel = loud(make_parts(train_text_model())["sequential"], 3)
+    for largest, dtype in ((65504.0, torch.float16), (65536.0, torch.float32)):
+        with torch.no_grad():
+            channel.positions.weight[0, 0] = largest
+        out = tmp_path / str(dtype)
+        deliver(delivery_of(source, out, "sequential", Choice("inherit")), {"sequential": channel}, {})
+        stored = load_file(out / "sequential.safetensors")
+        assert {each.dtype for each in stored.values()} == {dtype}
+        assert stored["positions.weight"][0, 0] == largest
+        assert_same(CogVideo.from_pretrained(out, torch.float32).component("sequential").state_dict(),
+                    {name: each.to(dtype).float() for name, each in channel.state_dict().items()})  # fmt: skip
+        assert channel.positions.weight.dtype == torch.float32
+    told = "sequential is not stored in float16: positions.weight has values beyond 65,504."
+    assert capsys.readouterr().err.splitlines() == [told]
+
+
+def test_codes_of_another_tokenizer_are_refused(place: Path, tmp_path: Path) -> None:
+    """Guards a bundle without an image tokenizer, whose stages would each learn the codes of another one."""
+    shutil.copytree(place / "model", tmp_path / "model")
+    source = CogVideo.from_pretrained(tmp_path / "model")
+    delivery = delivery_of(source, tmp_path / "out", "sequential", Choice("inherit"))
+    for report, refused in (({"base": {}}, False), ({"base": {"tokenizer": "a" * 64}}, True)):
+        (tmp_path / "model" / "training.json").write_text(json.dumps(report))
+        check_codes(delivery, ["base"], "a" * 64)
+        if refused:
+            with pytest.raises(ValueError, match=r"base of the bundle .*model learnt the codes of another image tok"):
+                check_codes(delivery, ["base"], "b" * 64)
+        else:
+            check_codes(delivery, ["base"], "b" * 64)
+    tokenizer = Manifest.read(place / "model").components["image_tokenizer"].sha256
+    assert read_reports(place / "trained")["sequential"]["tokenizer"] == tokenizer
 
 
 def test_newest_and_best_are_found(place: Path, tmp_path: Path) -> None:
@@ -244,7 +282,7 @@ def test_a_base_of_its_own_comes_and_goes_with_its_stage(
     trained = {"sequential": channel, "sequential_base": own}
     deliver(delivery_of(source, out, "sequential", Choice("inherit", "trained")), trained, {"steps": 1})
     model = CogVideo.from_pretrained(out)
-    assert_same(model.sequential.base.state_dict(), own.state_dict())
+    assert_same(model.sequential.base.state_dict(), own.half().state_dict())
     assert model.sha256("base") == source.sha256("base")
 
     choice = Choice("sequential")

@@ -217,3 +217,18 @@ def test_wrong_settings_are_refused(name):
     """Nothing can be learnt from no frames."""
     with pytest.raises(ValueError, match=f"{name} is 0, expected a positive number"):
         StoreSettings(**{name: 0})
+
+
+def test_reading_counts_what_there_is(clips, tmp_path):
+    """A bar that counts to frames which no clip has never ends, and its time left is made up."""
+    said = []
+    for name in ("all", "few"):
+        (tmp_path / name).mkdir()
+    fetch(tmp_path / "all", [clips], EVERYTHING, settings(num_frames=20_000), said.append)
+    store = fetch(tmp_path / "all", [clips], EVERYTHING, settings(num_frames=20_000))
+    assert {each.total for each in said} == {len(said)}
+    assert [each.clips for each in said] == list(range(1, len(said) + 1))
+    assert said[-1].frames == len(store.train) + len(store.held_out)
+    said.clear()
+    fetch(tmp_path / "few", [clips], EVERYTHING, settings(num_frames=4, num_held_out=1, frames_per_clip=2), said.append)
+    assert [(each.clips, each.total) for each in said] == [(1, 3), (2, 3), (3, 3)]

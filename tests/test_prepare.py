@@ -29,7 +29,7 @@ from cogvideo.config import AutoencoderConfig, CogVideoConfig
 from cogvideo.data.dataset import Dataset
 from cogvideo.data.encoding import PrepareSettings, ahead, encode_clips
 from cogvideo.data.frames import BACKGROUNDS, FrameSettings, read_item
-from cogvideo.data.prepare import prepare
+from cogvideo.data.prepare import NO_SPLIT, prepare
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.files import alone_in
 from cogvideo.models.autoencoder import Autoencoder
@@ -104,13 +104,19 @@ def test_tokenizer_of_half_precision(
     assert np.mean(equal) > 0.9
 
 
-def test_still_images_are_clips_of_one_frame(tokenizer: str, tmp_path: Path) -> None:
-    """Guards --images: what the image model learns from is taken, where it is asked for."""
+def test_still_images_are_clips_of_one_frame(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards --images: what the image model learns from is taken, where it is asked for. Nothing for validation, as of
+    a few clips, is said."""
     source = tmp_path / "pictures"
     source.mkdir()
     Image.new("RGB", (64, 64), "red").save(source / "a.png")
     (source / "a.txt").write_text("all red")
-    assert prepare(str(source), tmp_path / "out", tokenizer, options=SourceOptions(images=True), workers=1) == 0
+    options = SourceOptions(images=True, validation=0.0)
+    assert prepare(str(source), tmp_path / "out", tokenizer, options=options, workers=1) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"no split but train ({NO_SPLIT}): stages that learn from it hold nothing out"
     dataset = Dataset(tmp_path / "out")
     assert [(row.captions, len(row.codes)) for row in map(dataset.row, range(len(dataset)))] == [(("all red",), 1)]
     with pytest.raises(ValueError, match="holds no clip"):

@@ -1,14 +1,19 @@
 """What a killed run leaves behind, and what is watched while it runs."""
 
+import errno
+import io
 import json
 import os
+import resource
 import signal
+import time
 
 import pytest
 import torch
+from rich.console import Console
 
-from cogvideo.training.loop import Window, interrupts, means
-from cogvideo.training.run_folder import Checkpoint, RunFolder
+from cogvideo.training.loop import ProgressLine, Window, interrupts, means
+from cogvideo.training.run_folder import TYPED, Checkpoint, RunFolder
 
 
 def number(value):
@@ -47,6 +52,20 @@ def test_facts_may_change(tmp_path):
         RunFolder(tmp_path).claim({"steps": 11}, {"from": "/there"})
 
 
+def test_what_the_user_typed_is_shown(tmp_path):
+    """A hash that is cut off says nothing to somebody who typed the name of a bundle."""
+    one, other = "ab5f8b705cd3" * 5 + "abcd", "1" * 64
+    RunFolder(tmp_path).claim({"init": one}, {TYPED: "pocket"})
+    for identity, typed, told in (
+        (None, None, "init was pocket \\(sha256 ab5f8b705cd3\\) and is None"),
+        (other, "mine", r"init was pocket \(sha256 ab5f8b705cd3\) and is mine \(sha256 111111111111\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"another run began in .*: {told}; pass the same"):
+            RunFolder(tmp_path).claim({"init": identity}, {TYPED: typed})
+    (tmp_path / "run.json").write_text(json.dumps({"init": one}))  # of before this was kept
+    assert RunFolder(tmp_path).changes({"init": None}) == "init was sha256 ab5f8b705cd3 and is None"
+
+
 def test_a_checkpoint_comes_back(tmp_path):
     """Numbers of an optimiser and tensors must be what they were."""
     folder = RunFolder(tmp_path / "run")
@@ -60,19 +79,50 @@ def test_a_checkpoint_comes_back(tmp_path):
     assert again.state["optimizer"] == state["optimizer"]
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    """A full disk must not cost what was there before."""
+def in_a_child(work):
+    """The errno and the file of what some work raises in a process of its own, which sets limits to itself."""
+    found, tells = os.pipe()
+    if not os.fork():
+        try:
+            work()
+        except OSError as error:
+            os.write(tells, f"{error.errno} {error.filename}".encode())
+        finally:
+            os._exit(0)
+    os.close(tells)
+    with os.fdopen(found) as file:
+        number, _, name = file.read().partition(" ")
+    os.wait()
+    return int(number), name
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    """A full disk must not cost what was there before, and must be named: PyTorch's own error is a traceback."""
     folder = RunFolder(tmp_path)
     folder.save(Checkpoint(1, {"a": torch.ones(2)}))
 
-    def full(value, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
+    def full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        folder.save(Checkpoint(2, {"a": torch.zeros(10_000)}))
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match=r"No space left on device: .*checkpoint\.pt"):
-        folder.save(Checkpoint(2, {"a": torch.zeros(2)}))
+    assert in_a_child(full) == (errno.EFBIG, str(tmp_path / "checkpoint.pt"))
     assert folder.load().step == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_not_called_foreign(tmp_path):
+    """Too many open files say nothing about a file."""
+    folder = RunFolder(tmp_path)
+    folder.save(Checkpoint(1, {"a": torch.ones(2)}))
+
+    def refused():
+        folder.load()  # all modules are there
+        free = os.open(os.devnull, os.O_RDONLY)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
+        folder.load()
+
+    assert in_a_child(refused) == (errno.EMFILE, str(tmp_path / "checkpoint.pt"))
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path):
@@ -151,3 +201,25 @@ def test_the_first_interrupt_waits_and_the_second_does_not():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_line_shows_the_first_step_and_asks_for_words_when_it_shows_them(monkeypatch, terminal):
+    """A log file that stays empty, a bar at zero for fifty steps, or figures fetched from a GPU after every step."""
+    now, asked = [1000.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    out = Console(file=io.StringIO(), force_terminal=terminal, width=160, soft_wrap=True)
+    with ProgressLine(out, 10, 300) as line:
+        for step in range(11, 75):
+            now[0] += 0.0625 if terminal else 1.0
+            line.advance(step, lambda step=step: f"loss {asked.append(step) or step}")
+    if terminal:
+        assert asked == list(range(11, 75, 4))
+        assert "71/300" in out.file.getvalue()
+    else:
+        assert asked == [11, 41, 71]
+        assert out.file.getvalue().splitlines() == [
+            "step 11 of 300: loss 11  5 min left",
+            "step 41 of 300: loss 41  4 min left",
+            "step 71 of 300: loss 71  4 min left",
+        ]

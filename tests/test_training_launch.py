@@ -157,7 +157,9 @@ def test_a_killed_run_continues_to_the_same_bits(place: Place) -> None:
         process.kill()
         process.wait()
     assert not (place.folder / "killed" / "sequential.safetensors").exists()
-    place.succeed("sequential", "--init", "model", out="killed")
+    status, said = place.here("sequential", "--init", "model", out="killed")
+    assert status == 0, said
+    assert re.search(r"^Continuing after step [2-6] of 8\.$", said, re.MULTILINE), said
     assert equal(place.weights("sequential", "killed"), place.weights("sequential", "whole"))
     assert [row["step"] for row in place.rows("sequential", "killed") if "loss" in row] == list(range(1, 9))
     ours, theirs = (
@@ -485,10 +487,11 @@ def test_mistakes_are_one_line(place: Place, train_text_model: Callable[..., byt
 def test_data_that_holds_nothing_out(place: Place) -> None:
     """Guards small datasets: the default split may be absent, which is said, and the run goes without it."""
     make_data(place.folder / "all", place.folder / "model", held_out=0)
-    done = place.run("sequential", "--init", "model", "--data", "all", "--steps", "2", out="unjudged")
+    done = place.run("sequential", "--init", "model", "--data", "all", "--steps", "2", "--batch", "99", out="unjudged")
     assert done.returncode == 0, done.stderr
     said = "Nothing is held out: no clip of the split validation is there and long enough."
     assert done.stderr.splitlines().count(said) == 1
+    assert re.search(r"^A batch of 99 is larger than the \d\d? clips: it repeats them\.$", done.stderr, re.MULTILINE)
     assert "held out: nothing" in done.stdout
     assert place.measured("unjudged") == {2: None}
 

@@ -12,6 +12,7 @@ import torch
 from cogvideo import world
 from cogvideo.evaluation.attributes import READER_LEARNS, READER_TEST, unseen_scenes
 from cogvideo.evaluation.reader import Reader, ReaderConfig, render
+from cogvideo.files import alone_in
 from cogvideo.training import reader as module
 from cogvideo.training.reader import ReaderSettings, Trainer, augment, clips, stills, train_reader
 
@@ -99,3 +100,10 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: py
     assert Reader.load(killed).config == SMALL
     with pytest.raises(ValueError, match="another run"):
         train_reader(out=killed, **(options | {"settings": settings(5)}))
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
+    """Guards checkpoints that two processes write in turn."""
+    (tmp_path / ".reader-run").mkdir()
+    with alone_in(tmp_path / ".reader-run"), pytest.raises(ValueError, match="another process is writing to"):
+        train_reader(out=tmp_path / "reader.safetensors", settings=settings(), config=SMALL, device="cpu")

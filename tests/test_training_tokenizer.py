@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import re
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -14,11 +17,13 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle import CogVideo, update
 from cogvideo.config import AutoencoderConfig, CogVideoConfig, LayoutConfig, TransformerConfig, UpscalerConfig
 from cogvideo.data.frames import FrameSettings
+from cogvideo.data.sources import SourceOptions
 from cogvideo.evaluation.metrics import psnr, ssim
 from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.models.transformer import Base
 from cogvideo.training import autoencoder as learning
 from cogvideo.training.autoencoder import TokenizerSettings, Trainer, batch_places, evaluate, reconstruct
 from cogvideo.training.frame_store import StoreSettings
@@ -348,7 +353,8 @@ def test_a_tokenizer_is_trained_on(out, tmp_path, capsys):
     assert "by k-means" not in capsys.readouterr().err
     moved = CogVideo.from_pretrained(tmp_path / "moved").autoencoder
     assert not torch.equal(moved.codebook.embedding, before.codebook.embedding)
-    with pytest.raises(ValueError, match=r"another run began in .*init"):
+    typed = re.escape(str(out))
+    with pytest.raises(ValueError, match=rf"another run began in .*init was {typed} \(sha256 \w{{12}}\) and is None"):
         run(tmp_path / "moved")
     with pytest.raises(ValueError, match="have other sizes"):
         run(tmp_path / "other", init=str(out), preset="pocket")
@@ -364,6 +370,35 @@ def test_a_tokenizer_is_not_replaced_unasked(out):
         run(out)
     run(out, overwrite=True)
     assert CogVideo.from_pretrained(out).components == ("image_tokenizer", "cluster_labels")
+
+
+def test_no_tokenizer_is_put_under_a_stage_unasked(out):
+    """A stage that was trained without its tokenizer in the bundle knows the codes of another one."""
+    update(out, SMALL, base=Base(SMALL.transformer))
+    (out / "training.json").write_text(json.dumps({"base": {"tokenizer": "f" * 64}}))
+    with pytest.raises(ValueError, match=r"has base, which learnt .* another image tokenizer \(sha256 f{12}\): take"):
+        run(out)
+    assert not (out / ".tokenizer-run" / "train.rgb").exists()
+    run(out, overwrite=True)
+    assert "image_tokenizer" in CogVideo.from_pretrained(out).components
+
+
+def test_what_may_surprise_is_said(out, tmp_path, capsys):
+    """Few clips give no validation split, and a batch may be larger than all frames: both were taken without a word."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for number, frame in enumerate(pictures(3)):
+        Image.fromarray(frame).save(clips / f"{number}.png")
+        (clips / f"{number}.txt").write_text(f"picture {number}")
+    run(out, [str(clips)], settings=replace(QUICK, batch=5), options=SourceOptions(validation=0.0))
+    said = capsys.readouterr().err
+    assert "The sources have no split but train (one in twenty clips becomes validation" in said
+    assert "A batch of 5 is larger than the 2 frames: it repeats them." in said
+    CogVideo(SMALL).save_pretrained(tmp_path / "other")
+    run(tmp_path / "other")
+    said = capsys.readouterr().err
+    assert "no split but train" not in said
+    assert "is larger than" not in said
 
 
 def test_divergence_keeps_the_last_checkpoint(out, monkeypatch):
@@ -407,16 +442,39 @@ def same_files(one, other):
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
+def command_of(out):
+    """Of a run of 60 steps, in a process of its own."""
+    options = {"steps": 60, "batch": 2, "warmup": 1, "plain-steps": 2, "start-vectors": 2, "adversary-start": 4}
+    options |= {"adversary-width": 4, "num-frames": 12, "num-held-out": 4, "frames-per-clip": 4}
+    options |= {"checkpoint-every": 5, "device": "cpu", "out": out}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "cogvideo", "train", "tokenizer", "world:12", *words]
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(out):
+    """A checkpoint that cannot be written must leave the last one, which the same command goes on from."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # between the frames and a checkpoint
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command, checkpoint = command_of(out), out / ".tokenizer-run" / "checkpoint.pt"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"cogvideo: error: File too large: {checkpoint}"
+    assert "Traceback" not in done.stderr
+    assert "step 1 of 60: loss " in done.stderr, "the log says where it stands"
+    assert not checkpoint.exists()
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+
+
 def test_a_killed_process_continues_to_the_same_bits(out, tmp_path):
     """A checkpoint that is half-written, or lacks anything, gives another tokenizer than an uninterrupted run."""
     settings = replace(QUICK, steps=60)
     CogVideo(SMALL).save_pretrained(tmp_path / "whole")
     run(tmp_path / "whole", settings=settings)
-    options = {"steps": 60, "batch": 2, "warmup": 1, "plain-steps": 2, "start-vectors": 2, "adversary-start": 4}
-    options |= {"adversary-width": 4, "num-frames": 12, "num-held-out": 4, "frames-per-clip": 4}
-    options |= {"checkpoint-every": 5, "device": "cpu", "out": out}
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "cogvideo", "train", "tokenizer", "world:12", *words]
+    command = command_of(out)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
     while not (out / ".tokenizer-run" / "checkpoint.pt").exists():

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -143,7 +144,9 @@ class Manifest:
     def _parse(cls, values: Any) -> Manifest:
         require(isinstance(values, dict), f"it holds {values!r:.40}, expected a table")
         version = values.get("format_version")
-        require(type(version) is int and version > 0, f"format_version is {version!r}, expected a positive number")
+        require(type(version) is int, f"format_version is {version!r}, expected a positive number")
+        older = f"format_version is {version}, expected {FORMAT_VERSION}: a cogvideo too old to be read wrote it"
+        require(version > 0, f"{older}, make or convert the bundle again")
         newer = f"format_version is {version}, expected at most {FORMAT_VERSION}: a newer cogvideo wrote it, upgrade"
         require(version <= FORMAT_VERSION, newer)
         fields = {"format_version", "config", "components"}
@@ -216,6 +219,20 @@ def check_tensors(component: str, tensors: Mapping[str, Tensor], config: CogVide
         low, high = (int(bound) for bound in tensors["labels"].aminmax())
         end = config.transformer.num_codes
         require(low >= 0 and high < end, f"{prefix}: labels lie in [{low}, {high}], expected [0, {end})")
+
+
+def in_half(component: str, module: nn.Module, config: CogVideoConfig) -> nn.Module:
+    """A copy of a component on the CPU, in float16, as bundles store what was trained; in its own precision, which is
+    said, where a value is too large for that."""
+    state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
+    narrow = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    large = [name for name, tensor in narrow.items() if not bool(tensor.isfinite().all())]
+    if large:
+        print(f"{component} is not stored in float16: {few(large)} has values beyond 65,504.", file=sys.stderr)
+    with torch.device("meta"):
+        copy = MODULES[component](config)
+    copy.load_state_dict(state if large else narrow, assign=True)
+    return copy.requires_grad_(False)
 
 
 def _shapes(component: str, config: CogVideoConfig) -> dict[str, tuple[int, ...]]:

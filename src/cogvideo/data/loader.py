@@ -192,6 +192,11 @@ class ClipStream(MapDataset[ClipSample]):
         return len(self._rows)
 
     @property
+    def tokenizer_sha256(self) -> str:
+        """Hash of the image tokenizer that all codes are of."""
+        return self.datasets[0].card.tokenizer_sha256
+
+    @property
     def num_clips(self) -> list[int]:
         """Clips of each dataset that samples are made of."""
         return [int(each) for each in np.diff(np.searchsorted(self._rows, self._starts))]

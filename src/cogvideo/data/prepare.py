@@ -30,6 +30,8 @@ from cogvideo.data.sources import File, Item, Member, Rejection, SourceOptions, 
 from cogvideo.files import alone_in, remove_leftovers, write_text
 from cogvideo.storage import Manifest
 
+NO_SPLIT = "one in twenty clips becomes validation unless --validation says otherwise"
+"""Why few clips may give no validation split."""
 TOO_MANY_REJECTED = 1
 """Exit status."""
 
@@ -224,12 +226,14 @@ def write_rejected(path: Path, rejected: Sequence[Rejection]) -> None:
 
 
 def summary(folder: Path, card: Card) -> str:
-    """What was made, in two or three lines."""
+    """What was made, in some lines."""
     splits = ", ".join(f"{count:,} {split}" for split, count in card.splits.items())
     lines = [f"{folder}: {sum(card.splits.values()):,} clips ({splits or 'none'}), {card.num_frames:,} frames"]
     if card.rejected:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in card.rejected.items())
         lines.append(f"rejected: {card.num_rejected:,} ({reasons}); see {folder / REJECTED}")
+    if set(card.splits) == {"train"}:
+        lines.append(f"no split but train ({NO_SPLIT}): stages that learn from it hold nothing out")
     return "\n".join(lines)
 
 

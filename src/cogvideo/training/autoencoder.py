@@ -286,9 +286,7 @@ class _Optimizer:
         self._kernels = [each for each, kernel in zip(learnt, is_kernel, strict=True) if kernel]
         self._matrices = [nn.Parameter(_matrix(each.detach(), like=each)) for each in self._kernels]  # same memory
         rest = [each for each, kernel in zip(learnt, is_kernel, strict=True) if not kernel]
-        self._parts: list[torch.optim.Optimizer] = [
-            torch.optim.Adam(rest, betas=(0.9, 0.99), fused=has_fused(rest))
-        ]
+        self._parts: list[torch.optim.Optimizer] = [torch.optim.Adam(rest, betas=(0.9, 0.99), fused=has_fused(rest))]
         if self._matrices:
             self._parts.append(torch.optim.Muon(self._matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
 

@@ -15,7 +15,7 @@ from cogvideo import bundle
 from cogvideo.bundle import CogVideo
 from cogvideo.config import CogVideoConfig, InputError, from_dict, require
 from cogvideo.files import turn_in
-from cogvideo.storage import MANIFEST, MODULES, Entry, Manifest, check_tensors
+from cogvideo.storage import MANIFEST, MODULES, Entry, Manifest, check_tensors, in_half
 from cogvideo.training.card import read_reports, write_card
 from cogvideo.training.checkpoints import Checkpoints, read_weights
 from cogvideo.training.run_folder import RunFolder
@@ -83,6 +83,28 @@ def check_target(delivery: Delivery, overwrite: bool) -> None:
             require(same, f"the bundles {out} and {where} have different components {name}: choose another --out")
 
 
+def check_codes(delivery: Delivery, names: Sequence[str], tokenizer: str) -> None:
+    """Refuse data whose codes are not those that the start of a stage has learnt.
+
+    Args:
+        delivery: the stage, and the bundle that it starts from.
+        names: components that the start is made from.
+        tokenizer: hash of the image tokenizer that the data was made with.
+
+    Raises:
+        ValueError: a component was trained on codes of another one, as far as its bundle knows.
+    """
+    folder = delivery.source.folder
+    reports = {} if folder is None else read_reports(folder)
+    for name in names:
+        learnt = reports.get(name.removesuffix("_base"), {}).get("tokenizer", tokenizer)
+        require(
+            learnt == tokenizer,
+            f"{name} of the bundle {folder} learnt the codes of another image tokenizer (sha256 {learnt:.12}) than "
+            f"that of the data (sha256 {tokenizer:.12}): prepare the data with that one, or take another bundle",
+        )
+
+
 def left_out(delivery: Delivery) -> str:
     """What of the bundle to start from does not go along, since it was trained on what is replaced; empty if all does.
 
@@ -112,7 +134,7 @@ def deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mappin
 
     Args:
         delivery: what goes where.
-        trained: components by name, on the CPU.
+        trained: components by name; they are stored in float16.
         report: of the run, for the card.
 
     Raises:
@@ -133,7 +155,7 @@ def _deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mappi
     if stage != "image" and delivery.choice.base == "frozen":
         base = base_of(stage, delivery.choice, source)
         parts |= {} if base == "base" else {special: source.component(base)}  # inherited with the channel
-    parts |= trained
+    parts |= {name: in_half(name, module, delivery.config) for name, module in trained.items()}
     known = {} if source.folder is None else read_reports(source.folder)
     copied = {name: known[name] for name in lacking if name in known}
     bundle.update(out, delivery.config, without={special} & there.keys() - parts.keys(), **parts)

@@ -61,6 +61,22 @@ class FrameStore(NamedTuple):
     """How many clips were read."""
     rejected: dict[str, int]
     """How many were refused, by reason."""
+    has_split: bool
+    """Whether the sources have another split than `train`."""
+
+
+class Reading(NamedTuple):
+    """How far the clips are read."""
+
+    clips: int
+    """Read, or refused."""
+    total: int
+    """To be read: all that there are, or as many as the frames seem to need."""
+    frames: int
+    """Taken from them."""
+
+
+OnRead = Callable[[Reading], None]
 
 
 def fetch(
@@ -68,7 +84,7 @@ def fetch(
     sources: Sequence[str],
     options: SourceOptions,
     settings: StoreSettings,
-    on_frames: Callable[[int], None] = lambda count: None,
+    on_read: OnRead = lambda reading: None,
 ) -> FrameStore:
     """The frames in `folder`, drawn from the sources unless the same call already did.
 
@@ -77,7 +93,7 @@ def fetch(
         sources: as `list_source` takes them.
         options: of `list_source`.
         settings: which frames are taken; their size is given.
-        on_frames: called with the number of frames of each clip that was read.
+        on_read: called behind each clip.
 
     Raises:
         ValueError: a source is refused, no clip can be read, or the folder holds frames of another call.
@@ -85,7 +101,7 @@ def fetch(
     """
     key = _key(sources, options, settings)
     if not (folder / MANIFEST).exists():
-        drawn = {"key": key} | _draw(folder, sources, options, settings, on_frames)
+        drawn = {"key": key} | _draw(folder, sources, options, settings, on_read)
         write_text(folder / MANIFEST, json.dumps(drawn, indent=2) + "\n")
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     require(
@@ -95,7 +111,8 @@ def fetch(
     size = settings.clips.size
     assert size is not None
     train, held_out = (_map(folder / name, count, size) for name, count in zip(FILES, manifest["frames"], strict=True))
-    return FrameStore(train, held_out if len(held_out) else train, manifest["clips"], manifest["rejected"])
+    looked_at = held_out if len(held_out) else train
+    return FrameStore(train, looked_at, manifest["clips"], manifest["rejected"], manifest.get("has_split", True))
 
 
 def remove(folder: Path) -> None:
@@ -115,34 +132,52 @@ def _draw(
     sources: Sequence[str],
     options: SourceOptions,
     settings: StoreSettings,
-    on_frames: Callable[[int], None],
+    on_read: OnRead,
 ) -> dict[str, Any]:
     """Write the files of pixels; returns what there is to say about them."""
     listings = [list_source(source, options) for source in sources]
     rejected = [each for listing in listings for each in listing.rejected]
     parts = [divide(_shuffled(listing.items, settings.clips.seed)) for listing in listings]
+    tally = _Tally(sum(len(items) for part in parts for items in part), settings, on_read)
     counts: list[list[int]] = []
     for name, groups, total in zip(
         FILES, zip(*parts, strict=True), (settings.num_frames, settings.num_held_out), strict=True
     ):
-        clips = _chosen(groups, total, settings, rejected)
-        counts.append(_write(folder / name, clips, on_frames))
+        counts.append(_write(folder / name, _chosen(groups, total, settings, rejected, tally)))
     reasons = Counter(each.reason for each in rejected)
     found = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "they hold none"
     require(bool(counts[0]), f"no clip of {', '.join(sources)} can be read: {found}")
-    return {"frames": [sum(each) for each in counts], "clips": sum(map(len, counts)), "rejected": reasons}
+    return {
+        "frames": [sum(each) for each in counts],
+        "clips": sum(map(len, counts)),
+        "rejected": reasons,
+        "has_split": any(item.split not in ("train", None) for listing in listings for item in listing.items),
+    }
 
 
-def _write(
-    path: Path, clips: Iterable[UInt8[np.ndarray, "_ size size 3"]], on_frames: Callable[[int], None]
-) -> list[int]:
+class _Tally:
+    """Counts what is read."""
+
+    def __init__(self, items: int, settings: StoreSettings, on_read: OnRead) -> None:
+        self._items, self._wanted = items, settings.num_frames + settings.num_held_out
+        self._on_read = on_read
+        self._clips = self._frames = 0
+
+    def add(self, frames: int) -> None:
+        """A clip gave so many."""
+        self._clips += 1
+        self._frames += frames
+        needed = math.ceil((self._wanted - self._frames) * self._clips / max(1, self._frames))
+        self._on_read(Reading(self._clips, min(self._items, self._clips + needed), self._frames))
+
+
+def _write(path: Path, clips: Iterable[UInt8[np.ndarray, "_ size size 3"]]) -> list[int]:
     """The frames of clips, one after another; returns how many each has."""
     counts = []
     with replacing(path) as file:
         for frames in clips:
             file.write(frames.tobytes())
             counts.append(len(frames))
-            on_frames(len(frames))
     return counts
 
 
@@ -169,18 +204,18 @@ def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
 
 
 def _chosen(
-    groups: Sequence[Sequence[Item]], total: int, settings: StoreSettings, rejected: list[Rejection]
+    groups: Sequence[Sequence[Item]], total: int, settings: StoreSettings, rejected: list[Rejection], tally: _Tally
 ) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
     """Frames of one clip after another, `total` in all; what a source lacks is taken from those behind it."""
     for place, items in enumerate(groups):
         share = total // (len(groups) - place)
-        for frames in _of_source(items, share, settings, rejected):
+        for frames in _of_source(items, share, settings, rejected, tally):
             total -= len(frames)
             yield frames
 
 
 def _of_source(
-    items: Sequence[Item], total: int, settings: StoreSettings, rejected: list[Rejection]
+    items: Sequence[Item], total: int, settings: StoreSettings, rejected: list[Rejection], tally: _Tally
 ) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
     """As many frames of each clip as it must give for `total`, or `frames_per_clip`; clips that fail are skipped."""
     for place, item in enumerate(items):
@@ -191,9 +226,11 @@ def _of_source(
             frames = read_item(item, _zoomed(settings, place)).frames
         except VideoError as error:
             rejected.append(Rejection(item.id, error.reason, str(error)))
+            tally.add(0)
             continue
         chosen = _squares(frames[_evenly(len(frames), quota)], settings, place)
         total -= len(chosen)
+        tally.add(len(chosen))
         yield chosen
 
 

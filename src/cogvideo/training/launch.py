@@ -26,14 +26,23 @@ from cogvideo.files import alone_in
 from cogvideo.machine import is_out_of_memory
 from cogvideo.text import TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints
-from cogvideo.training.export import Delivery, check_target, deliver, delivered, left_out, modules, report_of
+from cogvideo.training.export import (
+    Delivery,
+    check_codes,
+    check_target,
+    deliver,
+    delivered,
+    left_out,
+    modules,
+    report_of,
+)
 from cogvideo.training.held_out import HeldOut, held_out
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ParallelSettings, Ranks, any_rank, full_state, process_group
 from cogvideo.training.preview import PROMPTED, Preview
 from cogvideo.training.recorder import Recorder
 from cogvideo.training.run import Job, Watching, learn
-from cogvideo.training.run_folder import RunFolder
+from cogvideo.training.run_folder import TYPED, RunFolder
 from cogvideo.training.start import Choice, StageName, build, configured, continued, own, parents
 from cogvideo.training.task import Objective, Task
 from cogvideo.training.trainer import Execution, Trainer
@@ -155,6 +164,7 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
     stream, entries = _data(plan, options, source, config)
     run = RunFolder(options.out / f".{plan.stage}-run")
     delivery = Delivery(options.out, source, config, plan.stage, plan.choice)
+    check_codes(delivery, (*named, *continued(plan.stage, plan.choice)), stream.tokenizer_sha256)
     identity = _identity(plan, options, delivery, named, stream)
     with ExitStack() as locks:
         if any_rank(ranks.rank == 0 and _begin(options, delivery, run, identity, locks)):
@@ -166,7 +176,7 @@ def _train(plan: Plan, options: Options, ranks: Ranks) -> None:
             draw = Preview(delivery, trainer, seen, options.watching.prompts, run.path / "samples")
             if ranks.rank == 0:
                 run.describe(_about(trainer, stream, entries))
-                for line in _notes(options, delivery, entries, draw):
+                for line in _notes(options, delivery, stream, entries, draw):
                     print(line, file=sys.stderr)
             job = Job(trainer, stream, entries, checkpoints, options.execution, options.watching, draw, draw.lacks)
             learn(job, partial(_recorder, run, options, identity, ranks))
@@ -184,7 +194,8 @@ def _begin(options: Options, delivery: Delivery, run: RunFolder, identity: dict[
     """
     locks.enter_context(alone_in(run.path))
     assert delivery.source.folder is not None
-    facts = {"from": ".." if delivery.in_place else str(delivery.source.folder.resolve())}
+    typed = str(options.out if options.init is None else options.init)
+    facts = {"from": ".." if delivery.in_place else str(delivery.source.folder.resolve()), TYPED: typed}
     changes, ended = run.changes(identity, facts), run.summary is not None
     if ended and not changes and delivered(delivery):
         advice = "With --overwrite, and other settings such as --seed, a new one begins."
@@ -202,10 +213,20 @@ def _begin(options: Options, delivery: Delivery, run: RunFolder, identity: dict[
     return True
 
 
-def _notes(options: Options, delivery: Delivery, entries: list[HeldOut], draw: Preview) -> Iterator[str]:
-    """What the run goes without."""
+def _notes(
+    options: Options, delivery: Delivery, stream: ClipStream, entries: list[HeldOut], draw: Preview
+) -> Iterator[str]:
+    """What the run goes without, and what may surprise."""
     if told := left_out(delivery):
         yield told
+    if "image_tokenizer" not in delivery.source.components:
+        card = stream.datasets[0].card
+        yield (
+            f"The bundle has no image tokenizer: {delivery.stage} learns the codes of {card.tokenizer} "
+            f"(sha256 {card.tokenizer_sha256:.12}), and needs it to be drawn."
+        )
+    if options.optimization.batch > len(stream):
+        yield f"A batch of {options.optimization.batch:,} is larger than the {len(stream):,} clips: it repeats them."
     if not entries:
         yield f"Nothing is held out: no clip of the split {options.clips.held_out_split} is there and long enough."
     if draw.problem and options.watching.sample_every:
@@ -302,6 +323,7 @@ def _about(trainer: Trainer, stream: ClipStream, entries: Sequence[HeldOut]) -> 
             for each, clips in zip(stream.datasets, stream.num_clips, strict=True)
         },
         "samples_an_epoch": len(stream),
+        "tokenizer": stream.tokenizer_sha256,
         "ranks": trainer.ranks.world_size,
         "torch": torch.__version__,
         "cogvideo": cogvideo.__version__,

@@ -1,4 +1,4 @@
-"""What every training loop needs around its steps: figures that are watched, a progress bar, an orderly end."""
+"""What every training loop needs around its steps: figures that are watched, a progress line, an orderly end."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import rich.console
 
 Measured = Mapping[str, Float[Tensor, ""]]
+
+MOVING_SECONDS, PLAIN_SECONDS = 0.25, 30.0
+"""Between two looks at the words of a moving line, and between two plain lines."""
 
 
 class Window:
@@ -45,11 +48,19 @@ class Window:
         Raises:
             ValueError: a figure is not finite.
         """
-        values = means(self._steps, done - len(self._steps) + 1)
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        row = {"step": done, **values, f"{self._unit}_per_second": round(len(self._steps) * self._batch / seconds, 1)}
+        row = self.glance(done)
         self._steps, self._since = [], time.monotonic()
         return row
+
+    def glance(self, done: int) -> dict[str, float]:
+        """The row as it is so far, while it goes on.
+
+        Raises:
+            ValueError: a figure is not finite.
+        """
+        values = means(self._steps, done - len(self._steps) + 1)
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        return {"step": done, **values, f"{self._unit}_per_second": round(len(self._steps) * self._batch / seconds, 1)}
 
 
 def means(steps: Sequence[Measured], first: int) -> dict[str, float]:
@@ -72,15 +83,64 @@ def means(steps: Sequence[Measured], first: int) -> dict[str, float]:
     return result
 
 
-@contextmanager
-def progress(console: rich.console.Console, done: int, total: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar over steps, of which some were done by an earlier run; the function moves it and says something."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+class ProgressLine:
+    """How far something is: a moving line on a terminal, else a plain one every so often. A context manager.
 
-    columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total, completed=done, text="")
-        yield lambda now, text: bar.update(task, completed=now, text=text)
+    Args:
+        console: where it is shown.
+        done: steps that were made before.
+        total: of all steps.
+        unit: one step, in a word.
+    """
+
+    def __init__(self, console: rich.console.Console, done: int, total: int, unit: str = "step") -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._console, self._unit, self.total = console, unit, total
+        self._first = done
+        self._since = self._shown = time.monotonic()
+        columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=total, completed=done, text="")
+        self._pause = MOVING_SECONDS if console.is_terminal else PLAIN_SECONDS
+
+    def __enter__(self) -> ProgressLine:
+        """Steps are timed from here."""
+        self._since, self._shown = time.monotonic(), -PLAIN_SECONDS
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The line stays where it is."""
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self._console.print(text, markup=False)
+
+    def advance(self, done: int, words: Callable[[], str]) -> None:
+        """Show how many steps are made, and words that are only asked for when they are shown."""
+        now = time.monotonic()
+        if now - self._shown < self._pause and done < self.total:
+            return
+        self._shown = now
+        text = f"{words()}  {self._remaining(done)}".strip()
+        self._bar.update(self._task, completed=done, total=self.total, text=text)
+        if not self._console.is_terminal:
+            self.say(f"{self._unit} {done:,} of {self.total:,}: {text}")
+
+    def _remaining(self, done: int) -> str:
+        """By the mean pace since the start, with all that is not steps."""
+        made, left = done - self._first, self.total - done
+        if made <= 0 or left <= 0:
+            return ""
+        return f"{_duration((time.monotonic() - self._since) / made * left)} left"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Interrupt:

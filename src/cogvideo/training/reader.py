@@ -29,10 +29,11 @@ from cogvideo.config import require
 from cogvideo.devices import usable
 from cogvideo.evaluation.attributes import READER_LEARNS, READER_TEST, accuracies, unseen_scenes
 from cogvideo.evaluation.reader import ATTRIBUTES, BATCH, SIZE, Reader, ReaderConfig, labels, render, to_input
+from cogvideo.files import alone_in
 from cogvideo.machine import slowness
 from cogvideo.training.autoencoder import generator
-from cogvideo.training.loop import Window, interrupts, progress
-from cogvideo.training.optim import groups_by_decay, trained
+from cogvideo.training.loop import ProgressLine, Window, interrupts
+from cogvideo.training.optim import groups_by_decay, has_fused, trained
 from cogvideo.training.run_folder import Checkpoint, RunFolder
 
 STILLS = 100_000_000
@@ -111,7 +112,7 @@ def train_reader(
         recipe: a TOML file with a table for this command: options as they stand here. Those given here win.
 
     Raises:
-        ValueError: a setting cannot be used, the folder holds another run, or training diverged.
+        ValueError: a setting cannot be used, the folder holds another run or one at work, or training diverged.
         OSError: something cannot be written.
     """
     require(out.suffix == ".safetensors", f"out is {out}, expected a name that ends in .safetensors")
@@ -125,14 +126,15 @@ def train_reader(
     if slow := slowness(getattr(torch, settings.precision), place):
         console.print(slow)
     folder = RunFolder(out.parent / f".{out.stem}-run")
-    folder.claim({"settings": asdict(settings), "config": asdict(config)})
-    trainer = Trainer(config, settings, place)
-    _learn(trainer, folder, evaluate_every, checkpoint_every, console)
-    trainer.model.save(out)
-    reader = Reader.load(out).to(place)
-    scenes = unseen_scenes(test_clips, READER_TEST)
-    right = tested(reader, scenes)
-    folder.finish({"steps": settings.steps, "accuracy": right})
+    with alone_in(folder.path):
+        folder.claim({"settings": asdict(settings), "config": asdict(config)})
+        trainer = Trainer(config, settings, place)
+        _learn(trainer, folder, evaluate_every, checkpoint_every, console)
+        trainer.model.save(out)
+        reader = Reader.load(out).to(place)
+        scenes = unseen_scenes(test_clips, READER_TEST)
+        right = tested(reader, scenes)
+        folder.finish({"steps": settings.steps, "accuracy": right})
     Console(highlight=False).print(_table(right, len(scenes)))
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB after {settings.steps:,} steps")
 
@@ -151,8 +153,8 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = Reader(config).to(device)
-        groups = groups_by_decay(trained(self.model), settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, settings.learning_rate, betas=(0.9, 0.98))
+        groups, fused = groups_by_decay(trained(self.model), settings.weight_decay), has_fused(trained(self.model))
+        self.optimizer = torch.optim.AdamW(groups, settings.learning_rate, betas=(0.9, 0.98), fused=fused)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on."""
@@ -259,14 +261,13 @@ def _learn(trainer: Trainer, folder: RunFolder, evaluate_every: int, checkpoint_
     steps = trainer.settings.steps
     first = folder.resume(trainer.load_state_dict, steps, console)
     window, watched = Window(1, "steps"), unseen_scenes(WATCHED, READER_TEST)
-    with progress(console, first, steps) as show, interrupts() as interrupt:
+    with ProgressLine(console, first, steps) as line, interrupts() as interrupt:
         for done in range(first + 1, steps + 1):
             window.add(trainer.step(done - 1))
+            line.advance(done, lambda done=done: _shown(window.glance(done)))  # type: ignore[misc]
             saves = done % checkpoint_every == 0 or done == steps or interrupt.is_set()
             if saves or done % REPORT_EVERY == 0:
-                row = window.row(done)
-                folder.report(row)
-                show(done, f"loss {row['loss']:.3f}  {row['steps_per_second']:.1f} steps/s")
+                folder.report(window.row(done))
             if saves:
                 folder.save(Checkpoint(done, trainer.state_dict()))
             if interrupt.is_set():
@@ -278,6 +279,10 @@ def _learn(trainer: Trainer, folder: RunFolder, evaluate_every: int, checkpoint_
                 console.print(
                     f"step {done:,}: " + ", ".join(f"{name} {each:.1%}" for name, each in right["all clips"].items())
                 )
+
+
+def _shown(row: dict[str, float]) -> str:
+    return f"loss {row['loss']:.3f}  {row['steps_per_second']:.1f} steps/s"
 
 
 def _table(right: dict[str, dict[str, float]], number: int) -> Table:

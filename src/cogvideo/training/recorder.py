@@ -22,13 +22,12 @@ from cogvideo.config import InputError
 from cogvideo.files import write_text
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
+from cogvideo.training.loop import ProgressLine
 from cogvideo.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import rich.console
 
-PLAIN_SECONDS = 30.0
-"""Between two lines where there is no terminal to draw a moving one on."""
 MEASURED_SECONDS = 0.3
 """That measuring the matrix rate takes, about."""
 SMALLEST_SIDE, LARGEST_SIDE, LEAST_SECONDS = 256, 8192, 0.01
@@ -69,7 +68,8 @@ class Recorder:
     ) -> None:
         self.folder = folder
         self._is_first = is_first
-        self._line = _Line(console, done, steps)
+        self._line = ProgressLine(console or _standard_error(), done, steps)
+        self._words = ""
         self._trackers: list[_TensorBoard | _Wandb] = []
         if is_first and tensorboard:
             self._trackers.append(_TensorBoard(folder.path / "tensorboard", done))
@@ -78,14 +78,19 @@ class Recorder:
 
     def __enter__(self) -> Recorder:
         if self._is_first:
-            self._line.start()
+            self._line.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with ExitStack() as stack:  # whatever fails to close, the others are closed
-            stack.callback(self._line.stop)
+            stack.push(self._line)
             for tracker in self._trackers:
                 stack.callback(tracker.close, kind is not None)
+
+    def advance(self, done: int) -> None:
+        """A step was made."""
+        if self._is_first:
+            self._line.advance(done, lambda: self._words)
 
     def record(self, row: Mapping[str, Any]) -> None:
         """A row of training, or of held-out losses.
@@ -96,10 +101,18 @@ class Recorder:
         if not self._is_first:
             return
         self.folder.report(row)
-        self._line.show(row)
+        self._show(row)
         figures = dict(_figures(row))
         for tracker in self._trackers:
             tracker.add(row["step"], figures)
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        """Held-out losses are told on a line of their own."""
+        if "held_out" not in row:
+            self._words = _words(row)
+            self.advance(row["step"])
+        elif told := _held_out(row["held_out"]):
+            self.say(f"step {row['step']:,}: held out {told}")
 
     def say(self, text: str) -> None:
         """A line above the progress line."""
@@ -126,53 +139,10 @@ def _tag(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name)
 
 
-class _Line:
-    """The progress line: a moving one on a terminal, else a plain one every so often."""
+def _standard_error() -> rich.console.Console:
+    from rich.console import Console
 
-    def __init__(self, console: rich.console.Console | None, done: int, steps: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self._console, self._steps = console, steps
-        self._first, self._now = done, done
-        self._since = self._shown = time.monotonic()
-        columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=steps, completed=done, text="")
-
-    def start(self) -> None:
-        """Steps are timed from here."""
-        self._since, self._shown = time.monotonic(), -PLAIN_SECONDS
-        self._bar.start()
-
-    def stop(self) -> None:
-        """The line stays where it is."""
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
-
-    def show(self, row: Mapping[str, Any]) -> None:
-        """A row; held-out ones are told on a line of their own."""
-        if "held_out" in row:
-            if told := _held_out(row["held_out"]):
-                self.say(f"step {row['step']:,}: held out {told}")
-            return
-        self._now = row["step"]
-        text = f"{_words(row)}  {self._remaining()}".rstrip()
-        self._bar.update(self._task, completed=self._now, text=text)
-        now = time.monotonic()
-        if not self._console.is_terminal and (now - self._shown >= PLAIN_SECONDS or self._now >= self._steps):
-            self._shown = now
-            self.say(f"step {self._now:,} of {self._steps:,}: {text}")
-
-    def _remaining(self) -> str:
-        """By the mean pace since the start, with all that is not steps."""
-        made, left = self._now - self._first, self._steps - self._now
-        if made <= 0 or left <= 0:
-            return ""
-        return f"{_duration((time.monotonic() - self._since) / made * left)} left"
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def _words(row: Mapping[str, Any]) -> str:
@@ -191,12 +161,6 @@ def _held_out(entries: Mapping[str, Mapping[str, float]]) -> str:
     """The losses by name, the part of all without one."""
     losses = {name: figures["loss"] for name, figures in entries.items() if "loss" in figures}
     return ", ".join(f"{loss:.4f}" if name == "all" else f"{name} {loss:.4f}" for name, loss in losses.items())
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class _TensorBoard:

@@ -132,6 +132,8 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> None:
     first, seconds = _resume(job)
     held: dict[str, dict[str, float]] = {}
     with recorder(first) as record, interrupts() as interrupt:
+        if first:
+            record.say(f"Continuing after step {first:,} of {settings.steps:,}.")
         if first and _shows(job, first) and job.lacks(first):  # it was killed behind the checkpoint, or stopped there
             _sample(job, first, record)
         if slow := slowness(settings.dtype, trainer.ranks.device):
@@ -147,6 +149,8 @@ def learn(job: Job, recorder: Callable[[int], Recorder]) -> None:
                 with _published(job.checkpoints):
                     _report(job, done, clock, record)
                 job.checkpoints.settle()
+            else:
+                record.advance(done)
             paused = time.monotonic()
             measures = last or (done % job.watching.evaluate_every == 0 and not stops)
             with _published(job.checkpoints):

@@ -6,6 +6,7 @@ Whatever interrupts the run, each file is the old one or the new one.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
@@ -22,6 +23,9 @@ from cogvideo.machine import is_out_of_memory
 
 if TYPE_CHECKING:
     import rich.console
+
+TYPED = "typed"
+"""Fact: what the user typed for the bundle to start from, whose hashes are the identity."""
 
 
 class Checkpoint(NamedTuple):
@@ -69,7 +73,7 @@ class RunFolder:
         """Whether a run claimed the folder."""
         return self._identity.exists()
 
-    def changes(self, identity: Mapping[str, Any], facts: Collection[str] = ()) -> str:
+    def changes(self, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})) -> str:
         """How a run differs from the one that began here, in words; empty if it does not, or none began.
 
         Raises:
@@ -77,7 +81,9 @@ class RunFolder:
         """
         if not self.began:
             return ""
-        changes = list(_changes(_read(self._identity), _plain(identity), ignored=facts))
+        there = _read(self._identity)
+        typed = there.get(TYPED), facts.get(TYPED)
+        changes = list(_changes(there, _plain(identity), typed, ignored={TYPED, *facts}))
         return "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
 
     def set_aside(self) -> Path:
@@ -141,9 +147,16 @@ class RunFolder:
         return first
 
     def report(self, row: Mapping[str, Any]) -> None:
-        """Add a line to `metrics.jsonl`; it names the step."""
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add a line to `metrics.jsonl`; it names the step.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        try:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:  # that of a full disk names no file
+            raise OSError(error.errno, error.strerror, str(self._metrics)) from error
 
     def forget_after(self, step: int) -> None:
         """Drop lines that a killed run reported behind its last checkpoint, which are made again."""
@@ -231,10 +244,19 @@ def _naming(path: Path) -> Iterator[None]:
         raise InputError(f"cannot use {path}: {error}") from error
 
 
-def _changes(there: Any, here: Any, name: str = "", ignored: Collection[str] = ()) -> Iterator[str]:
+def _changes(
+    there: Any, here: Any, typed: tuple[Any, Any], name: str = "", ignored: Collection[str] = ()
+) -> Iterator[str]:
     """What differs between two nested tables, in words, apart from some keys of the outermost."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted((there.keys() | here.keys()) - set(ignored)):
-            yield from _changes(there.get(key), here.get(key), f"{name}.{key}" if name else key)
+            yield from _changes(there.get(key), here.get(key), typed, f"{name}.{key}" if name else key)
     elif there != here:
-        yield f"{name} was {there!r:.60} and is {here!r:.60}"
+        yield f"{name} was {_shown(there, typed[0])} and is {_shown(here, typed[1])}"
+
+
+def _shown(value: Any, typed: Any) -> str:
+    """A value in a message; a hash says nothing to a user, who typed the name of a bundle."""
+    if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
+        return f"{value!r:.60}"
+    return f"sha256 {value:.12}" if typed is None else f"{typed} (sha256 {value:.12})"

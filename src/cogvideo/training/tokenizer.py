@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cogvideo import bundle, config
 from cogvideo.bundle import CODES_PER_CLUSTER, CogVideo
 from cogvideo.config import CogVideoConfig, InputError, require
+from cogvideo.data.prepare import NO_SPLIT
 from cogvideo.data.sources import SourceOptions
 from cogvideo.devices import usable
 from cogvideo.evaluation.metrics import WINDOW
@@ -24,12 +24,13 @@ from cogvideo.models.adversary import PatchDiscriminator
 from cogvideo.models.perceptual import LEAST_SIDE, Lpips, load_lpips
 from cogvideo.models.quantizer import cluster_codes
 from cogvideo.pictures import contact_sheet, evenly, write_image
-from cogvideo.storage import MANIFEST, Entry, Manifest
+from cogvideo.storage import MANIFEST, MODULES, Entry, Manifest, in_half
 from cogvideo.training import frame_store
 from cogvideo.training.autoencoder import Quality, TokenizerSettings, Trainer, evaluate, generator, reconstruct
-from cogvideo.training.frame_store import FrameStore, StoreSettings
-from cogvideo.training.loop import Window, interrupts, progress
-from cogvideo.training.run_folder import Checkpoint, RunFolder
+from cogvideo.training.card import read_reports
+from cogvideo.training.frame_store import FrameStore, Reading, StoreSettings
+from cogvideo.training.loop import ProgressLine, Window, interrupts
+from cogvideo.training.run_folder import TYPED, Checkpoint, RunFolder
 
 RUN = ".tokenizer-run"
 """Folder of the run inside that of the bundle."""
@@ -98,9 +99,10 @@ def tokenizer(
     model = _lpips(vgg, lpips, console)
     folder = RunFolder(out / RUN)
     with alone_in(folder.path):
-        folder.claim(_identity(sources, whole, settings, frames, options, initial, vgg, lpips))
+        identity = _identity(sources, whole, settings, frames, options, initial, vgg, lpips)
+        folder.claim(identity, {TYPED: init})
         if folder.summary is None:
-            store = _fetch(folder, sources, options, frames, console)
+            store = _fetch(folder, sources, options, frames, settings, console)
             known = None if initial is None else initial.autoencoder
             trainer = Trainer(whole.autoencoder, settings, frames.clips.seed, model, place, known)
             _learn(trainer, store, folder, evaluate_every, checkpoint_every, console)
@@ -141,7 +143,19 @@ def _own_config(out: Path, start: CogVideoConfig | None, preset: str | None, ove
         f"the bundle {out} has an image tokenizer, and models that learnt its codes cannot use another: "
         "pass --overwrite to replace it, or another folder",
     )
+    learnt = [name for name in manifest.components if name in MODULES and name != "image_tokenizer"]
+    require(
+        overwrite or "image_tokenizer" in manifest.components or not learnt,
+        f"the bundle {out} has {', '.join(learnt)}, which learnt the codes of another image tokenizer"
+        f"{_known(out)}: take another folder, or pass --overwrite if they are to be trained anew",
+    )
     return manifest.config
+
+
+def _known(out: Path) -> str:
+    """Which one, where the stages of a bundle say it."""
+    hashes = sorted({f"{each['tokenizer']:.12}" for each in read_reports(out).values() if "tokenizer" in each})
+    return f" (sha256 {', '.join(hashes)})" if hashes else ""
 
 
 def _complete(
@@ -197,13 +211,20 @@ def _identity(
 
 
 def _fetch(
-    folder: RunFolder, sources: tuple[str, ...], options: SourceOptions, frames: StoreSettings, console: Console
+    folder: RunFolder,
+    sources: tuple[str, ...],
+    options: SourceOptions,
+    frames: StoreSettings,
+    settings: TokenizerSettings,
+    console: Console,
 ) -> FrameStore:
-    total = frames.num_frames + frames.num_held_out
-    columns = (TextColumn("frames"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        store = frame_store.fetch(folder.path, sources, options, frames, lambda count: bar.advance(task, count))
+    with ProgressLine(console, 0, 1, "clip") as line:
+
+        def show(reading: Reading) -> None:
+            line.total = reading.total
+            line.advance(reading.clips, lambda: f"{reading.frames:,} frames")
+
+        store = frame_store.fetch(folder.path, sources, options, frames, show)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(store.rejected.items())) or "none"
     console.print(
         f"{len(store.train):,} frames to learn from and {len(store.held_out):,} held out, of {store.clips:,} clips; "
@@ -211,6 +232,10 @@ def _fetch(
     )
     if store.held_out is store.train:
         console.print("No clip could be held out: all figures are those of frames that are learnt from.")
+    elif not store.has_split:
+        console.print(f"The sources have no split but train ({NO_SPLIT}): some of their clips are held out here.")
+    if settings.batch > len(store.train):
+        console.print(f"A batch of {settings.batch:,} is larger than the {len(store.train):,} frames: it repeats them.")
     return store
 
 
@@ -228,16 +253,16 @@ def _learn(
     if first == 0:
         _write_sheet(trainer, store, folder.path / "before.png")
     window = Window(trainer.settings.batch)
-    with progress(console, first, steps) as show, interrupts() as interrupt:
+    with ProgressLine(console, first, steps) as line, interrupts() as interrupt:
         for done in range(first + 1, steps + 1):
             if trainer.starts_codebook and done == trainer.settings.codes_from + 1:
                 console.print(f"Step {done:,}: the codebook starts, by k-means; this takes a while.")
             window.add(trainer.step(done - 1, store.train))
+            line.advance(done, lambda done=done: _shown(window.glance(done)))  # type: ignore[misc]
             saves = done % checkpoint_every == 0 or done == steps or interrupt.is_set()
             if saves or done % REPORT_EVERY == 0:
                 row = window.row(done)
                 folder.report(row | {"psnr": _decibel(row), "learning_rate": trainer.settings.rate_at(done - 1)})
-                show(done, _shown(row))
             if saves:
                 folder.save(Checkpoint(done, trainer.state_dict()))
             if interrupt.is_set():
@@ -281,8 +306,8 @@ def _deliver(trainer: Trainer, store: FrameStore, folder: RunFolder, out: Path, 
     """The last figures, and the tokenizer in the bundle; the report goes last, as a sign that all is there."""
     quality = _measure(trainer, store)
     _write_sheet(trainer, store, folder.path / "after.png")
-    autoencoder = trainer.autoencoder.cpu()
-    rows = autoencoder.codebook.embedding.detach()
+    autoencoder = in_half("image_tokenizer", trainer.autoencoder, whole)
+    rows = autoencoder.state_dict()["codebook.embedding"].float()
     num_clusters = max(1, len(rows) // CODES_PER_CLUSTER)
     labels = cluster_codes(rows, num_clusters, generator(trainer.seed, "clusters"))
     bundle.update(out, whole, image_tokenizer=autoencoder, cluster_labels=labels)
