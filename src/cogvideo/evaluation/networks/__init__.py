@@ -1,0 +1,1 @@
+"""Networks that metrics are defined by, and where their weights come from."""

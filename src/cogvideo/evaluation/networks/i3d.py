@@ -1,0 +1,255 @@
+"""I3D, the network of FVD: Inception inflated to three dimensions (arXiv 1705.07750), trained on Kinetics-400.
+
+Tensors have the names and the layout of the official checkpoint `rgb_scratch`, which is what TF-Hub's
+`i3d-kinetics-400/1` holds. `i3d_crc32c.json` lists their checksums, by which any copy is proven: FVD by another network
+is not FVD.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor, nn
+
+from cogvideo.config import require
+
+SCOPE = "RGB/inception_i3d/"
+"""Beginning of all names in the checkpoint."""
+EPS = 1e-3
+"""Added to the variance by the official graph. TATS, VideoGPT and cd-fvd add 1e-5, which moves logits by up to 0.3."""
+SIDE = 224
+"""Height and width of frames."""
+LEAST_FRAMES = 9
+"""Frames of the shortest clip: the last pooling takes two steps, each of eight frames."""
+NUM_CLASSES = 400
+CRC_MASK = 0xA282EAD8
+"""Added to a rotated checksum, as TensorFlow does."""
+
+Size = tuple[int, int, int]
+
+MIXED = {
+    "Mixed_3b": (192, (64, 96, 128, 16, 32, 32)),
+    "Mixed_3c": (256, (128, 128, 192, 32, 96, 64)),
+    "Mixed_4b": (480, (192, 96, 208, 16, 48, 64)),
+    "Mixed_4c": (512, (160, 112, 224, 24, 64, 64)),
+    "Mixed_4d": (512, (128, 128, 256, 24, 64, 64)),
+    "Mixed_4e": (512, (112, 144, 288, 32, 64, 64)),
+    "Mixed_4f": (528, (256, 160, 320, 32, 128, 128)),
+    "Mixed_5b": (832, (256, 160, 320, 32, 128, 128)),
+    "Mixed_5c": (832, (384, 192, 384, 48, 128, 128)),
+}
+"""Channels before a module, and those of its six convolutions, branch by branch."""
+POOLS: dict[str, tuple[Size, Size]] = {
+    "Conv3d_1a_7x7": ((1, 3, 3), (1, 2, 2)),
+    "Conv3d_2c_3x3": ((1, 3, 3), (1, 2, 2)),
+    "Mixed_3c": ((3, 3, 3), (2, 2, 2)),
+    "Mixed_4f": ((2, 2, 2), (2, 2, 2)),
+}
+"""Window and stride of the pooling that follows a layer."""
+
+
+class I3D(nn.Module):
+    """Logits of the 400 classes of Kinetics, the features of FVD. `load_i3d` fills the parameters."""
+
+    def __init__(self, eps: float = EPS) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(  # as the checkpoint calls them
+            {
+                "Conv3d_1a_7x7": _Unit(3, 64, eps, kernel=7, stride=2),
+                "Conv3d_2b_1x1": _Unit(64, 64, eps),
+                "Conv3d_2c_3x3": _Unit(64, 192, eps, kernel=3),
+                **{name: _Mixed(name, before, widths, eps) for name, (before, widths) in MIXED.items()},
+                "Logits": _Logits(),
+            }
+        )
+        self.requires_grad_(False)
+
+    def forward(self, clips: Float[Tensor, "batch 3 frames height width"]) -> Float[Tensor, "batch classes"]:
+        """Logits, averaged over time.
+
+        Args:
+            clips: pixels in [-1, 1], 224 x 224, nine frames at least.
+
+        Raises:
+            ValueError: frames have another size, or are too few.
+        """
+        frames, height, width = clips.shape[2:]
+        require((height, width) == (SIDE, SIDE), f"frames are {height} x {width} pixels, expected {SIDE} x {SIDE}")
+        require(frames >= LEAST_FRAMES, f"clips have {frames} frames, expected at least {LEAST_FRAMES} for I3D")
+        x = clips
+        for name, layer in self.layers.items():
+            x = layer(x)
+            if name in POOLS:
+                x = _pool(x, *POOLS[name])
+        return x
+
+
+class _Norm(nn.Module):
+    """Normalisation by moving statistics, with a shift and no scale."""
+
+    moving_mean: Tensor
+    moving_variance: Tensor
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.beta = nn.Parameter(torch.zeros(width))
+        self.register_buffer("moving_mean", torch.zeros(width))
+        self.register_buffer("moving_variance", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.moving_mean, self.moving_variance, None, self.beta, eps=self.eps)
+
+
+class _Unit(nn.Module):
+    """Convolution, normalisation, ReLU."""
+
+    def __init__(self, before: int, width: int, eps: float, kernel: int = 1, stride: int = 1) -> None:
+        super().__init__()
+        self.conv_3d = nn.Conv3d(before, width, kernel, stride, bias=False)
+        self.batch_norm = _Norm(width, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel, stride = _size(self.conv_3d.kernel_size), _size(self.conv_3d.stride)
+        x, before = _padded(x, kernel, stride)
+        return self.batch_norm(F.conv3d(x, self.conv_3d.weight, None, stride, before)).relu_()
+
+
+class _Mixed(nn.ModuleDict):
+    """Four branches side by side."""
+
+    def __init__(self, name: str, before: int, widths: Sequence[int], eps: float) -> None:
+        super().__init__()
+        plain, one_before, one, two_before, two, pooled = widths
+        second = "Conv3d_0a_3x3" if name == "Mixed_5b" else "Conv3d_0b_3x3"  # a quirk of the checkpoint
+        self["Branch_0"] = _Branch(Conv3d_0a_1x1=_Unit(before, plain, eps))
+        self["Branch_1"] = _Branch(
+            Conv3d_0a_1x1=_Unit(before, one_before, eps), Conv3d_0b_3x3=_Unit(one_before, one, eps, kernel=3)
+        )
+        self["Branch_2"] = _Branch(
+            Conv3d_0a_1x1=_Unit(before, two_before, eps), **{second: _Unit(two_before, two, eps, kernel=3)}
+        )
+        self["Branch_3"] = _Branch(Conv3d_0b_1x1=_Unit(before, pooled, eps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = _pool(x, (3, 3, 3), (1, 1, 1))
+        return torch.cat([branch(pooled if name == "Branch_3" else x) for name, branch in self.items()], dim=1)
+
+
+class _Branch(nn.ModuleDict):
+    """Units one after the other."""
+
+    def __init__(self, **units: _Unit) -> None:
+        super().__init__(units)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for unit in self.values():
+            x = unit(x)
+        return x
+
+
+class _Logits(nn.Module):
+    """Means of windows, classes of each, their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Conv3d_0c_1x1 = nn.ModuleDict({"conv_3d": nn.Conv3d(1024, NUM_CLASSES, kernel_size=1)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Conv3d_0c_1x1["conv_3d"](F.avg_pool3d(x, (2, 7, 7), stride=1)).mean((2, 3, 4))
+
+
+def load_i3d(path: Path, eps: float = EPS) -> I3D:
+    """I3D with the weights of a safetensors file by the names of the official checkpoint, each proven by its checksum.
+
+    Raises:
+        ValueError: the file cannot be read, or is not that checkpoint.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    check_i3d(tensors, path)
+    return build_i3d(tensors, eps)
+
+
+def build_i3d(tensors: Mapping[str, NDArray[np.float32]], eps: float = EPS) -> I3D:
+    """I3D with tensors of the names and the layout of the official checkpoint, whatever they hold."""
+    with torch.device("meta"):
+        model = I3D(eps)
+    state = {name: torch.from_numpy(_to_torch(tensors[checkpoint_name(name)])) for name in model.state_dict()}
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def checkpoint_name(name: str) -> str:
+    """Name in the official checkpoint of a tensor of `I3D`."""
+    path = name.removeprefix("layers.").replace(".", "/")
+    return SCOPE + path.replace("conv_3d/weight", "conv_3d/w").replace("conv_3d/bias", "conv_3d/b")
+
+
+def check_i3d(tensors: Mapping[str, NDArray[np.float32]], where: object) -> None:
+    """Refuse tensors that are not, to the bit, those of the official checkpoint.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or another one; the message names it.
+    """
+    expected = _checksums()
+    prefix = f"{where} is not the I3D of FVD"
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    require(not missing, f"{prefix}: {len(missing)} tensors are missing, the first is {missing[:1]}")
+    require(not extra, f"{prefix}: it has {len(extra)} others, the first is {extra[:1]}")
+    changed = [name for name, checksum in expected.items() if masked_crc32c(tensors[name]) != checksum]
+    require(not changed, f"{prefix}: {len(changed)} of {len(expected)} tensors differ, the first is {changed[:1]}")
+
+
+def masked_crc32c(tensor: NDArray[np.float32]) -> int:
+    """Checksum of a tensor's bytes as TensorFlow writes it into the index of a checkpoint."""
+    import google_crc32c  # of the extra `eval`
+
+    checksum = google_crc32c.value(np.ascontiguousarray(tensor, "<f4").tobytes())
+    return ((checksum >> 15 | checksum << 17) + CRC_MASK) & 0xFFFFFFFF
+
+
+def _checksums() -> dict[str, int]:
+    """Of each tensor of the official checkpoint, by its name."""
+    return json.loads((files(__package__) / "i3d_crc32c.json").read_text())
+
+
+def _to_torch(tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Kernels are (frames, height, width, inputs, outputs) in TensorFlow."""
+    return np.ascontiguousarray(tensor.transpose(4, 3, 0, 1, 2)) if tensor.ndim == 5 else tensor.copy()
+
+
+def _pool(x: Tensor, kernel: Size, stride: Size) -> Tensor:
+    """Largest values under a window. They follow a ReLU, so zeros at the edge hide none."""
+    x, before = _padded(x, kernel, stride)
+    return F.max_pool3d(x, kernel, stride, before)
+
+
+def _padded(x: Tensor, kernel: Size, stride: Size) -> tuple[Tensor, Size]:
+    """TensorFlow's padding SAME: what is left to pad on both sides, and a clip padded where the end needs one more."""
+    both, ends = [], []
+    for size, window, step in zip(x.shape[2:], kernel, stride, strict=True):
+        total = max((math.ceil(size / step) - 1) * step + window - size, 0)
+        both.append(total // 2)
+        ends.append(total % 2)
+    if any(ends):
+        x = F.pad(x, [each for end in reversed(ends) for each in (0, end)])
+    return x, _size(both)
+
+
+def _size(values: Sequence[int]) -> Size:
+    frames, height, width = values
+    return frames, height, width
