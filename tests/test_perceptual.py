@@ -2,54 +2,95 @@
 
 import math
 import pickle
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
+from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.models.perceptual import edge_distance, load_lpips, pyramid_distance
 
-CONVOLUTIONS = {  # of torchvision's vgg16().features: their index, inputs and outputs
-    0: (3, 64),
-    2: (64, 64),
-    5: (64, 128),
-    7: (128, 128),
-    10: (128, 256),
-    12: (256, 256),
-    14: (256, 256),
-    17: (256, 512),
-    19: (512, 512),
-    21: (512, 512),
-    24: (512, 512),
-    26: (512, 512),
-    28: (512, 512),
+NETWORKS = Path(__file__).parent / "golden" / "networks"
+
+
+class Reference(NamedTuple):
+    """What torchvision's `features` of a network are, and where LPIPS looks."""
+
+    convolutions: dict[int, tuple[int, int, int, int, int]]  # inputs, outputs, kernel, stride, padding
+    poolings: dict[int, int]  # kernel; the stride is 2
+    compared: tuple[int, ...]
+
+
+REFERENCES = {
+    "vgg": Reference(
+        {
+            0: (3, 64, 3, 1, 1),
+            2: (64, 64, 3, 1, 1),
+            5: (64, 128, 3, 1, 1),
+            7: (128, 128, 3, 1, 1),
+            10: (128, 256, 3, 1, 1),
+            12: (256, 256, 3, 1, 1),
+            14: (256, 256, 3, 1, 1),
+            17: (256, 512, 3, 1, 1),
+            19: (512, 512, 3, 1, 1),
+            21: (512, 512, 3, 1, 1),
+            24: (512, 512, 3, 1, 1),
+            26: (512, 512, 3, 1, 1),
+            28: (512, 512, 3, 1, 1),
+        },
+        {4: 2, 9: 2, 16: 2, 23: 2},
+        (3, 8, 15, 22, 29),
+    ),
+    "alexnet": Reference(
+        {
+            0: (3, 64, 11, 4, 2),
+            3: (64, 192, 5, 1, 2),
+            6: (192, 384, 3, 1, 1),
+            8: (384, 256, 3, 1, 1),
+            10: (256, 256, 3, 1, 1),
+        },
+        {2: 3, 5: 3},
+        (1, 4, 7, 9, 11),
+    ),
 }
-POOLINGS = (4, 9, 16, 23, 30)
-COMPARED = (3, 8, 15, 22, 29)  # ReLUs behind which LPIPS looks
 
 
 def frames(batch, side, seed=0):
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module")
-def vgg():
+def random_features(network):
     """Random weights that keep the features' size, by torchvision's names."""
     by = torch.Generator().manual_seed(0)
     state = {}
-    for index, (before, after) in CONVOLUTIONS.items():
-        state[f"features.{index}.weight"] = torch.randn(after, before, 3, 3, generator=by) * math.sqrt(2 / (9 * before))
+    for index, (before, after, kernel, _, _) in REFERENCES[network].convolutions.items():
+        size = math.sqrt(2 / (kernel**2 * before))
+        state[f"features.{index}.weight"] = torch.randn(after, before, kernel, kernel, generator=by) * size
         state[f"features.{index}.bias"] = torch.randn(after, generator=by) * 0.1
     return state
 
 
-@pytest.fixture(scope="module")
-def heads():
+def random_heads(network):
     """Random weights, none negative as in the learnt ones, by the names of LPIPS 0.1."""
     by = torch.Generator().manual_seed(1)
-    widths = (64, 128, 256, 512, 512)
+    convolutions = REFERENCES[network].convolutions
+    widths = [convolutions[index - 1][1] for index in REFERENCES[network].compared]
     return {f"lin{n}.model.1.weight": torch.rand(1, width, 1, 1, generator=by) for n, width in enumerate(widths)}
+
+
+@pytest.fixture(scope="module")
+def vgg():
+    return random_features("vgg")
+
+
+@pytest.fixture(scope="module")
+def heads():
+    return random_heads("vgg")
 
 
 @pytest.fixture(scope="module")
@@ -65,37 +106,57 @@ def lpips(files):
     return load_lpips(*files)
 
 
-def oracle(vgg, heads, frames, others):
+def oracle(network, features, heads, frames, others):
     """Layer by layer, as torchvision's `features` run and the paper compares them."""
+    reference = REFERENCES[network]
 
-    def features(x):
+    def compared(x):
         shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
         x = ((2 * x - 1) - shift[:, None, None]) / scale[:, None, None]
         kept = []
-        for layer in range(30):
-            if layer in CONVOLUTIONS:
-                x = F.conv2d(x, vgg[f"features.{layer}.weight"], vgg[f"features.{layer}.bias"], padding=1)
-            elif layer in POOLINGS:
-                x = F.max_pool2d(x, kernel_size=2, stride=2)
+        for layer in range(reference.compared[-1] + 1):
+            if layer in reference.convolutions:
+                *_, stride, padding = reference.convolutions[layer]
+                weight, bias = features[f"features.{layer}.weight"], features[f"features.{layer}.bias"]
+                x = F.conv2d(x, weight, bias, stride=stride, padding=padding)
+            elif layer in reference.poolings:
+                x = F.max_pool2d(x, kernel_size=reference.poolings[layer], stride=2)
             else:
                 x = x.clamp_min(0)
-            if layer in COMPARED:
+            if layer in reference.compared:
                 kept.append(x)
         return kept
 
     total = 0
-    for number, (a, b) in enumerate(zip(features(frames), features(others), strict=True)):
+    for number, (a, b) in enumerate(zip(compared(frames), compared(others), strict=True)):
         a, b = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in (a, b))
         weight = heads[f"lin{number}.model.1.weight"].flatten()
         total = total + torch.einsum("bchw,c->bhw", (a - b) ** 2, weight).mean((1, 2))
     return total
 
 
+@pytest.mark.parametrize("network", REFERENCES)
 @torch.inference_mode()
-def test_it_is_lpips(lpips, vgg, heads):
+def test_it_is_lpips(network, tmp_path):
     """A level taken before its ReLU, a wrong normalisation or a swapped file name gives another distance."""
-    x, y = frames(2, 32), frames(2, 32, seed=1)
-    torch.testing.assert_close(lpips(x, y), oracle(vgg, heads, x, y), rtol=1e-4, atol=1e-6)
+    features, heads = random_features(network), random_heads(network)
+    save_file(features | heads, tmp_path / "lpips.safetensors")
+    x, y = frames(2, 40), frames(2, 40, seed=1)
+    model = load_lpips(tmp_path / "lpips.safetensors", network=network)
+    torch.testing.assert_close(model(x, y), oracle(network, features, heads, x, y), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("network", "distances"), [("vgg", (0.5686, 0.4217)), ("alexnet", (0.7219, 0.1376))])
+@torch.inference_mode()
+def test_the_published_distances_are_found(network, distances):
+    """Guards the weights that are fetched: their authors publish the distances of these images."""
+    path = network_path(f"lpips-{network}")
+    if not path.is_file():
+        pytest.skip(f"there is no {path}: `cogvideo fetch lpips`")
+    images = [torch.from_numpy(np.array(Image.open(NETWORKS / f"ex_{name}.png"))) for name in ("ref", "p0", "p1")]
+    reference, *others = (image.permute(2, 0, 1)[None] / 255 for image in images)
+    model = load_lpips(path, network=network)
+    assert [model(reference, other).item() for other in others] == pytest.approx(distances, abs=1e-4)
 
 
 @torch.inference_mode()
@@ -146,8 +207,8 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda heads: heads | {"lin5.model.1.weight": torch.zeros(1)}, "it has 1 others, the first is .'lin5"),
-        (lambda heads: dict(list(heads.items())[1:]), "it lacks 1 tensors, the first is .'lin0.model.1.weight"),
+        (lambda heads: heads | {"lin5.model.1.weight": torch.zeros(1)}, "got 1 others, the first is .'lin5"),
+        (lambda heads: dict(list(heads.items())[1:]), "1 tensors are missing, the first is .'lin0.model.1.weight"),
         (
             lambda heads: heads | {"lin0.model.1.weight": torch.zeros(1, 64)},
             r"shape \(1, 64\), expected \(1, 64, 1, 1\)",
@@ -179,12 +240,14 @@ def test_files_that_are_none_are_refused(files, name, content, tmp_path):
         load_lpips(files[0], tmp_path / name)
 
 
-def test_missing_files_and_swapped_files_are_refused(files, tmp_path):
-    """The two files are easily confused."""
+def test_missing_files_and_other_networks_are_refused(files, vgg, heads, tmp_path):
+    """A file that was forgotten, and weights of the other network, are one clear line."""
     with pytest.raises(ValueError, match="No such file"):
         load_lpips(files[0], tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="does not hold torchvision's VGG-16: it lacks 26 tensors"):
-        load_lpips(files[1], files[0])
+    with pytest.raises(ValueError, match="expected VGG-16 and LPIPS's heads for it, 5 tensors are missing"):
+        load_lpips(files[0])
+    with pytest.raises(ValueError, match=r"AlexNet .* 6 tensors are missing, the first is .'features.3"):
+        load_lpips(*files, network="alexnet")
 
 
 def test_small_frames_are_refused(lpips):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from einops import rearrange
 from PIL import Image
+from safetensors.torch import save_file
 
 from cogvideo.bundle import CogVideo, update
 from cogvideo.config import AutoencoderConfig, CogVideoConfig, LayoutConfig, TransformerConfig, UpscalerConfig
@@ -23,6 +24,7 @@ from cogvideo.data.frames import FrameSettings
 from cogvideo.data.sources import SourceOptions
 from cogvideo.evaluation.metrics import psnr, ssim
 from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.models.perceptual import file_name
 from cogvideo.models.transformer import Base
 from cogvideo.training import autoencoder as learning
 from cogvideo.training.autoencoder import TokenizerSettings, Trainer, batch_places, evaluate, reconstruct
@@ -523,6 +525,22 @@ def test_lpips_needs_both_files(out, tmp_path):
         run(out, vgg=tmp_path / "vgg16.pth")
     with pytest.raises(ValueError, match=r"cannot read .*vgg16.pth"):
         run(out, vgg=tmp_path / "vgg16.pth", lpips=tmp_path / "vgg.pth")
+
+
+def test_lpips_is_taken_from_the_cache(out, tmp_path, monkeypatch, capsys):
+    """Guards recipes that say `perceptual = "lpips"`: weights that were fetched are used, others are asked for."""
+    monkeypatch.setenv("COGVIDEO_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="expected the weights that `cogvideo fetch lpips` puts there"):
+        run(out, perceptual="lpips")
+    with pytest.raises(ValueError, match="expected no --vgg and no --lpips"):
+        run(out, perceptual="lpips", vgg=tmp_path / "vgg16.pth", lpips=tmp_path / "vgg.pth")
+    model = learning.Lpips()
+    path = tmp_path / "networks" / "lpips-vgg.safetensors"
+    path.parent.mkdir()
+    save_file({file_name(name): tensor for name, tensor in model.state_dict().items()}, path)
+    run(out, perceptual="lpips")
+    assert f"LPIPS with the weights {path}" in capsys.readouterr().err
+    assert json.loads((out / ".tokenizer-run/report.json").read_text())["perceptual"] == "pyramid, edges and LPIPS"
 
 
 def test_out_may_not_be_a_file(tmp_path):

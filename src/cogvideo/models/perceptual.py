@@ -1,13 +1,15 @@
 """How far a reconstruction looks from its frame: LPIPS where its weights are given, else pyramids and edges.
 
-LPIPS (arXiv 1801.03924) compares features of VGG-16 with learned weights. Neither network's weights may be bundled, so
-users bring two files: torchvision's `vgg16-*.pth` and LPIPS's linear heads for it (`vgg.pth`, version 0.1).
+LPIPS (arXiv 1801.03924, version 0.1) compares features of VGG-16 or AlexNet with learned weights. These may not be
+bundled: `cogvideo fetch lpips` gets them, or users bring torchvision's file and LPIPS's linear heads for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,24 +19,75 @@ from torch import Tensor, nn
 
 from cogvideo.config import InputError, require
 
-WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Convolutions of each of VGG-16's levels (arXiv 1409.1556, configuration D); the side is halved between levels."""
-LEAST_SIDE = 2 ** (len(WIDTHS) - 1)
-"""Side of the smallest frame whose last level has a cell."""
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 """How LPIPS normalises red, green and blue of [-1, 1]."""
-CLASSIFIER = {"classifier.0": (4096, 25088), "classifier.3": (4096, 4096), "classifier.6": (1000, 4096)}
-"""Layers of torchvision's file that LPIPS has no use for."""
+CLASSIFIER = "classifier."
+"""Beginning of the names in torchvision's files that LPIPS has no use for."""
+
+Network = Literal["vgg", "alexnet"]
+
+
+def _vgg16() -> nn.Sequential:
+    """`features` of torchvision's VGG-16 (arXiv 1409.1556, configuration D) without the last pooling."""
+    layers: list[nn.Module] = []
+    before = 3
+    for level, widths in enumerate(((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)):
+        if level > 0:
+            layers.append(nn.MaxPool2d(2))
+        for width in widths:
+            layers += [nn.Conv2d(before, width, kernel_size=3, padding=1), nn.ReLU()]
+            before = width
+    return nn.Sequential(*layers)
+
+
+def _alexnet() -> nn.Sequential:
+    """`features` of torchvision's AlexNet (arXiv 1404.5997) without the last pooling."""
+    return nn.Sequential(
+        nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, stride=2),
+        nn.Conv2d(64, 192, kernel_size=5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, stride=2),
+        nn.Conv2d(192, 384, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(384, 256, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(256, 256, kernel_size=3, padding=1),
+        nn.ReLU(),
+    )
+
+
+@dataclass(frozen=True)
+class Features:
+    """A network whose features LPIPS compares."""
+
+    title: str
+    """Its name in messages."""
+    build: Callable[[], nn.Sequential]
+    """Layers, numbered as in torchvision's `features`."""
+    compared: tuple[int, ...]
+    """Layers whose outputs are compared: the last ReLU of each level."""
+    widths: tuple[int, ...]
+    """Channels there."""
+    least_side: int
+    """Side of the smallest frame whose last level has a cell."""
+
+
+NETWORKS: dict[Network, Features] = {
+    "vgg": Features("VGG-16", _vgg16, (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16),
+    "alexnet": Features("AlexNet", _alexnet, (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31),
+}
 
 
 class Lpips(nn.Module):
-    """Learned perceptual distance; its parameters are fixed. `perceptual_distance` in `load_lpips`'s files' words."""
+    """Learned perceptual distance; its parameters are fixed. `load_lpips` fills them."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: Network = "vgg") -> None:
         super().__init__()
-        before = (3, *(level[-1] for level in WIDTHS))
-        self.levels = nn.ModuleList(_level(*widths) for widths in zip(before, WIDTHS, strict=False))
-        self.heads = nn.ModuleList(nn.Conv2d(level[-1], 1, kernel_size=1, bias=False) for level in WIDTHS)
+        self.network = NETWORKS[network]
+        self.features = self.network.build()
+        self.heads = nn.ModuleList(nn.Conv2d(width, 1, kernel_size=1, bias=False) for width in self.network.widths)
         self.requires_grad_(False)
 
     def forward(
@@ -43,36 +96,47 @@ class Lpips(nn.Module):
         """Distance of each frame in [0, 1] from another: 0 for equal ones. Differentiable in both.
 
         Raises:
-            ValueError: a side is shorter than `LEAST_SIDE`.
+            ValueError: a side is shorter than the network's `least_side`.
         """
-        side = min(frames.shape[2:])
-        require(side >= LEAST_SIDE, f"frames have a side of {side} pixels, expected at least {LEAST_SIDE} for LPIPS")
+        side, least = min(frames.shape[2:]), self.network.least_side
+        require(side >= least, f"frames have a side of {side} pixels, expected at least {least} for LPIPS")
         x = _normalise(torch.cat([frames, others]))
+        heads = dict(zip(self.network.compared, self.heads, strict=True))
         distance = x.new_zeros(len(frames))
-        for index, (level, head) in enumerate(zip(self.levels, self.heads, strict=True)):
-            x = level(F.max_pool2d(x, 2) if index else x)
-            directions = F.normalize(x, dim=1, eps=1e-10)
-            distance = distance + head(torch.sub(*directions.chunk(2)).square()).mean((1, 2, 3))
+        for index, layer in enumerate(self.features):
+            x = layer(x)
+            if index in heads:
+                directions = F.normalize(x, dim=1, eps=1e-10)
+                distance = distance + heads[index](torch.sub(*directions.chunk(2)).square()).mean((1, 2, 3))
         return distance
 
 
-def load_lpips(vgg: Path, heads: Path) -> Lpips:
-    """LPIPS with the weights of two files, `.safetensors` or what `torch.save` wrote of a table of tensors.
+def load_lpips(*files: Path, network: Network = "vgg") -> Lpips:
+    """LPIPS with the weights of files, `.safetensors` or what `torch.save` wrote of a table of tensors.
 
     Args:
-        vgg: torchvision's VGG-16, with or without its classifier.
-        heads: LPIPS's linear heads for VGG.
+        files: which together hold torchvision's network, with or without its classifier, and LPIPS's linear heads for
+            it, by the names that torchvision and LPIPS give them.
+        network: the one that the weights are for.
 
     Raises:
-        ValueError: a file cannot be read, or lacks a tensor, has another one, or one of another shape.
+        ValueError: a file cannot be read, or they lack a tensor, have another one, or one of another shape.
     """
     with torch.device("meta"):
-        model = Lpips()
-    of_vgg, of_heads = _names()
-    state = _renamed(vgg, "torchvision's VGG-16", of_vgg, model, ignored=_classifier())
-    state |= _renamed(heads, "LPIPS's heads for VGG", of_heads, model, ignored={})
+        model = Lpips(network)
+    tensors = {name: tensor for path in files for name, tensor in _read(path).items()}
+    expected = {file_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    prefix = f"{' and '.join(map(str, files))}: expected {model.network.title} and LPIPS's heads for it"
+    _check(prefix, tensors, expected)
+    state = {name: tensors[file_name(name)].float() for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def file_name(name: str) -> str:
+    """Name in torchvision's and LPIPS's files of a tensor of `Lpips`."""
+    part, _, rest = name.partition(".")
+    return f"lin{rest.removesuffix('.weight')}.model.1.weight" if part == "heads" else name
 
 
 def pyramid_distance(
@@ -97,52 +161,19 @@ def edge_distance(
     return (difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()) / 2
 
 
-def _level(before: int, widths: tuple[int, ...]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for inner, outer in zip((before, *widths), widths, strict=False):
-        layers += [nn.Conv2d(inner, outer, kernel_size=3, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
 def _normalise(frames: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
     shift, scale = (frames.new_tensor(values).view(3, 1, 1) for values in (SHIFT, SCALE))
     return (2 * frames - 1 - shift) / scale
 
 
-def _names() -> tuple[dict[str, str], dict[str, str]]:
-    """Names in the files of our tensors: torchvision counts convolutions, ReLUs and poolings in one row."""
-    vgg, layer = {}, 0
-    for level, widths in enumerate(WIDTHS):
-        for convolution in range(len(widths)):
-            for kind in ("weight", "bias"):
-                vgg[f"features.{layer}.{kind}"] = f"levels.{level}.{2 * convolution}.{kind}"
-            layer += 2
-        layer += 1
-    heads = {f"lin{level}.model.1.weight": f"heads.{level}.weight" for level in range(len(WIDTHS))}
-    return vgg, heads
-
-
-def _classifier() -> dict[str, tuple[int, ...]]:
-    weights = {f"{name}.weight": shape for name, shape in CLASSIFIER.items()}
-    return weights | {f"{name}.bias": shape[:1] for name, shape in CLASSIFIER.items()}
-
-
-def _renamed(
-    path: Path, what: str, names: Mapping[str, str], model: Lpips, ignored: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """The file's tensors by our names; all of `ignored` or none of it may be there as well."""
-    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = _read(path)
-    expected = {theirs: ours[name] for theirs, name in names.items()}
-    expected |= {name: shape for name, shape in ignored.items() if name in tensors}
-    prefix = f"{path} does not hold {what}"
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    require(not missing, f"{prefix}: it lacks {len(missing)} tensors, the first is {missing[:1]}")
-    require(not extra, f"{prefix}: it has {len(extra)} others, the first is {extra[:1]}")
+def _check(prefix: str, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    missing = sorted(expected.keys() - tensors.keys())
+    extra = sorted(name for name in tensors.keys() - expected.keys() if not name.startswith(CLASSIFIER))
+    require(not missing, f"{prefix}, {len(missing)} tensors are missing, the first is {missing[:1]}")
+    require(not extra, f"{prefix}, got {len(extra)} others, the first is {extra[:1]}")
     for name, shape in expected.items():
         got = tuple(tensors[name].shape)
-        require(got == shape, f"{prefix}: {name} has shape {got}, expected {shape}")
-    return {name: tensors[theirs].float() for theirs, name in names.items()}
+        require(got == shape, f"{prefix}, but {name} has the shape {got}, expected {shape}")
 
 
 def _read(path: Path) -> dict[str, Tensor]:

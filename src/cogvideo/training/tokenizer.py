@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,15 +13,16 @@ from rich.console import Console
 
 from cogvideo import bundle, config
 from cogvideo.bundle import CODES_PER_CLUSTER, CogVideo
-from cogvideo.config import CogVideoConfig, InputError, require
+from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.prepare import NO_SPLIT
 from cogvideo.data.sources import SourceOptions
 from cogvideo.devices import usable
 from cogvideo.evaluation.metrics import WINDOW
+from cogvideo.evaluation.networks.cache import fetched
 from cogvideo.files import alone_in
 from cogvideo.machine import slowness
 from cogvideo.models.adversary import PatchDiscriminator
-from cogvideo.models.perceptual import LEAST_SIDE, Lpips, load_lpips
+from cogvideo.models.perceptual import NETWORKS, Lpips, load_lpips
 from cogvideo.models.quantizer import cluster_codes
 from cogvideo.pictures import contact_sheet, evenly, write_image
 from cogvideo.storage import MANIFEST, MODULES, Entry, Manifest, in_half
@@ -52,6 +53,7 @@ def tokenizer(
     settings: TokenizerSettings = TokenizerSettings(),  # noqa: B008  # frozen
     frames: StoreSettings = StoreSettings(),  # noqa: B008
     options: SourceOptions = SourceOptions(),  # noqa: B008
+    perceptual: Literal["lpips"] | None = None,
     vgg: Path | None = None,
     lpips: Path | None = None,
     device: str = "auto",
@@ -74,7 +76,8 @@ def tokenizer(
         settings: the recipe.
         frames: which frames of the clips it learns from.
         options: how sources are read.
-        vgg: torchvision's weights of VGG-16, for the perceptual distance LPIPS.
+        perceptual: lpips, for the perceptual distance LPIPS with the weights that `cogvideo fetch lpips` has fetched.
+        vgg: torchvision's weights of VGG-16, for LPIPS from files.
         lpips: LPIPS's heads for VGG (version 0.1).
         device: cpu, cuda, cuda:0, or auto.
         evaluate_every: steps between measurements on the frames held out.
@@ -96,10 +99,11 @@ def tokenizer(
     whole = _config(out, preset, overwrite, initial)
     settings = settings if initial is None else replace(settings, plain_steps=0)
     frames, options = _complete(frames, options, settings, whole)
-    model = _lpips(vgg, lpips, console)
+    weights = _lpips_files(perceptual, vgg, lpips)
+    model = _lpips(weights, console)
     folder = RunFolder(out / RUN)
     with alone_in(folder.path):
-        identity = _identity(sources, whole, settings, frames, options, initial, vgg, lpips)
+        identity = _identity(sources, whole, settings, frames, options, initial, weights)
         folder.claim(identity, {TYPED: init})
         if folder.summary is None:
             store = _fetch(folder, sources, options, frames, settings, console)
@@ -165,7 +169,7 @@ def _complete(
     rate = max(whole.autoencoder.rates)
     size = frames.clips.size or whole.frame_side
     require(size % rate == 0, f"size is {size}, expected a multiple of {rate}: the pixels of a side of one code")
-    least = max(WINDOW, LEAST_SIDE, 2 ** (settings.pyramid_levels - 1))
+    least = max(WINDOW, NETWORKS["vgg"].least_side, 2 ** (settings.pyramid_levels - 1))
     if settings.adversary_weight > 0:
         least = max(least, PatchDiscriminator(1).least_side)
     require(size >= least, f"size is {size}, expected at least {least} pixels")
@@ -174,18 +178,26 @@ def _complete(
     )
 
 
-def _lpips(vgg: Path | None, heads: Path | None, console: Console) -> Lpips | None:
-    """LPIPS if its weights are given; says what is used."""
-    if vgg is None and heads is None:
+def _lpips_files(name: str | None, vgg: Path | None, heads: Path | None) -> tuple[Path, ...]:
+    """Files with the weights of LPIPS; none if it is not asked for."""
+    given = tuple(path for path in (vgg, heads) if path is not None)
+    require(len(given) != 1, "LPIPS needs two files: --vgg (torchvision's VGG-16) and --lpips (its heads for VGG)")
+    if name is None:
+        return given
+    require(not given, f"--perceptual {name} takes the fetched weights, expected no --vgg and no --lpips with it")
+    return (fetched("lpips-vgg"),)
+
+
+def _lpips(files: tuple[Path, ...], console: Console) -> Lpips | None:
+    """LPIPS if it has weights; says what is used."""
+    if not files:
         console.print(
-            "No LPIPS weights are given (--vgg and --lpips): differences of pixels at several sizes and of edges "
+            "No LPIPS weights are given (--perceptual lpips): differences of pixels at several sizes and of edges "
             "stand for the perceptual distance."
         )
         return None
-    if vgg is None or heads is None:
-        raise InputError("LPIPS needs two files: --vgg (torchvision's VGG-16) and --lpips (its heads for VGG)")
-    model = load_lpips(vgg, heads)
-    console.print(f"The perceptual distance is LPIPS with the weights {vgg} and {heads}.")
+    model = load_lpips(*files)
+    console.print(f"The perceptual distance is LPIPS with the weights {' and '.join(map(str, files))}.")
     return model
 
 
@@ -196,7 +208,7 @@ def _identity(
     frames: StoreSettings,
     options: SourceOptions,
     initial: CogVideo | None,
-    *weights: Path | None,
+    weights: tuple[Path, ...],
 ) -> dict[str, Any]:
     """All that decides the weights, except what the sources hold."""
     return {
@@ -206,7 +218,7 @@ def _identity(
         "settings": asdict(settings),
         "frames": asdict(frames),
         "options": asdict(options),
-        "lpips": [Entry.of(path).sha256 for path in weights if path is not None],
+        "lpips": [Entry.of(path).sha256 for path in weights],
     }
 
 

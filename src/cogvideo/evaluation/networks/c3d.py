@@ -16,7 +16,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 
 CONVOLUTIONS = {
     "conv1a": (3, 64),
@@ -134,6 +134,6 @@ def _read(path: Path) -> dict[str, NDArray[np.float32]]:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"cannot read {path}: expected an archive of NumPy arrays (.npz)") from error
+        raise InputError(f"cannot read {path}: expected an archive of NumPy arrays (.npz)") from error

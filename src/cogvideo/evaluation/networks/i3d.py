@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 
 SCOPE = "RGB/inception_i3d/"
 """Beginning of all names in the checkpoint."""
@@ -179,7 +179,7 @@ def load_i3d(path: Path, eps: float = EPS) -> I3D:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+        raise InputError(f"cannot read {path}: {error}") from error
     check_i3d(tensors, path)
     return build_i3d(tensors, eps)
 
