@@ -1,0 +1,134 @@
+"""How far the features of generated clips are from those of real ones, and Inception Score: pure functions.
+
+Published figures differ in the covariance's divisor, in precision and in constants; arguments say which is meant.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cogvideo.config import require
+
+TATS_EPS = 1e-10
+"""Singular values below it have themselves as their root in TATS, VideoGPT and TF-GAN."""
+
+
+class Score(NamedTuple):
+    """Inception Score over splits."""
+
+    mean: float
+    """Mean of the splits' scores."""
+    std: float
+    """Their standard deviation; 0 for one split."""
+
+
+def frechet_distance(
+    real: Float[Tensor, "num_real features"], generated: Float[Tensor, "num_generated features"], ddof: int = 1
+) -> float:
+    """Squared Frechet distance of the Gaussians with the moments of two sets of features, in float64.
+
+    `|m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2)`. With centred features `X = QR`, the covariance is `R'R`, and the
+    last trace is the sum of the singular values of `R1 R2'`: no covariance is formed, and no root of one.
+
+    Args:
+        real: features of real clips; FVD takes I3D's logits.
+        generated: features of generated clips.
+        ddof: 1 divides covariances by one less than the number of clips (TF-GAN, TATS), 0 by the number (StyleGAN-V).
+
+    Raises:
+        ValueError: a set has fewer than two clips.
+    """
+    require(min(len(real), len(generated)) > 1, f"got {len(real)} and {len(generated)} clips, expected two at least")
+    factors = [_factor(each.double(), ddof) for each in (real, generated)]
+    shift = (real.double().mean(0) - generated.double().mean(0)).square().sum()
+    spread = factors[0].square().sum() + factors[1].square().sum()
+    common = torch.linalg.svdvals(factors[0] @ factors[1].mT).sum()
+    return (shift + spread - 2 * common).item()
+
+
+def frechet_distance_float32(
+    real: Float[Tensor, "num_real features"], generated: Float[Tensor, "num_generated features"]
+) -> float:
+    """The same as TATS and VideoGPT compute it, with its rounding: at 2,048 clips, the fourth digit is noise."""
+    covariances = [each.float().mT.cov() for each in (real, generated)]
+    root = _root(covariances[1])
+    common = _root(root @ (covariances[0] @ root)).trace()
+    shift = (real.float().mean(0) - generated.float().mean(0)).square().sum()
+    return (shift + (covariances[0] + covariances[1]).trace() - 2 * common).item()
+
+
+def polynomial_mmd(
+    real: Float[Tensor, "num_real features"],
+    generated: Float[Tensor, "num_generated features"],
+    degree: int = 3,
+    constant: float = 1.0,
+    biased: bool = False,
+) -> float:
+    """Squared maximum mean discrepancy with the kernel `(x y / features + constant)^degree`, in float64.
+
+    The defaults are KVD (TATS, DIGAN). JEDi has degree 2, constant 0, biased means, and prints a hundred times that.
+
+    Args:
+        real: features of real clips.
+        generated: features of generated clips.
+        degree: of the polynomial.
+        constant: added to the products.
+        biased: whether the kernel of a clip with itself counts.
+
+    Raises:
+        ValueError: a set has fewer than two clips.
+    """
+    require(min(len(real), len(generated)) > 1, f"got {len(real)} and {len(generated)} clips, expected two at least")
+    x, y = real.double(), generated.double()
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.mT / a.shape[1] + constant) ** degree
+
+    def within(a: Tensor) -> Tensor:
+        table, count = kernel(a, a), len(a)
+        return table.mean() if biased else (table.sum() - table.trace()) / (count * (count - 1))
+
+    return (within(x) + within(y) - 2 * kernel(x, y).mean()).item()
+
+
+def inception_score(
+    probabilities: Float[Tensor, "clips classes"], splits: int = 1, eps: float = 0.0, seed: int | None = None
+) -> Score:
+    """`exp(mean KL(p(class | clip) || p(class)))`, in float64.
+
+    Args:
+        probabilities: of the classes, for each clip: the softmax of C3D's logits.
+        splits: parts that are scored alone: 1 in TGAN and TGAN-v2, 10 in StyleGAN-V. More parts score lower.
+        eps: added to probabilities under the logarithm: 1e-7 in TGAN, 1e-20 in TGAN-v2, none in StyleGAN-V.
+        seed: shuffles the clips before they are split, as NumPy's old generator does; 42 in StyleGAN-V.
+
+    Raises:
+        ValueError: there are fewer clips than splits.
+    """
+    count = len(probabilities)
+    require(0 < splits <= count, f"splits is {splits}, expected 1 to {count}, the number of clips")
+    order = np.arange(count) if seed is None else np.random.RandomState(seed).permutation(count)
+    scores = []
+    for part in np.array_split(order, splits):
+        given = probabilities[torch.from_numpy(part)].double()
+        overall = given.mean(0)
+        divergence = torch.special.xlogy(given, given + eps) - torch.special.xlogy(given, overall + eps)
+        scores.append(divergence.sum(1).mean().exp().item())
+    return Score(float(np.mean(scores)), float(np.std(scores)))
+
+
+def _factor(features: Float[Tensor, "clips features"], ddof: int) -> Float[Tensor, "rows features"]:
+    """R with the covariance R'R."""
+    centred = (features - features.mean(0)) / (len(features) - ddof) ** 0.5
+    return torch.linalg.qr(centred, mode="r").R
+
+
+def _root(matrix: Float[Tensor, "features features"]) -> Float[Tensor, "features features"]:
+    """A symmetric root by singular values."""
+    left, values, right = torch.linalg.svd(matrix)
+    return (left * torch.where(values < TATS_EPS, values, values.sqrt())) @ right
