@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 
 if TYPE_CHECKING:
     from pypi_simple import PyPISimple
@@ -82,7 +82,7 @@ def download(wanted: SourceDistribution, path: Path, index: str | None = None) -
             continue
         wanted.verify(path, f"what {_public(url)} has")
         return
-    raise ValueError(
+    raise InputError(
         f"cannot download {wanted.project} {wanted.version}: {'; '.join(reasons)}; "
         "pass --index URL for another index, or --from FILE for the file itself"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 
 ARRAY_CLASS = "numpy.ndarray"
 """Stands for the class in a pickle."""
@@ -30,9 +30,9 @@ def read_arrays(content: bytes, where: object) -> dict[str, NDArray[np.float32]]
     try:
         return dict(_leaves(_Unpickler(io.BytesIO(content)).load(), ""))
     except _Refused as error:
-        raise ValueError(f"{where} is refused: {error}") from None
+        raise InputError(f"{where} is refused: {error}") from None
     except Exception as error:  # what is raised by bytes that mean nothing depends on the bytes
-        raise ValueError(f"{where} is refused: it is no whole pickle of arrays") from error
+        raise InputError(f"{where} is refused: it is no whole pickle of arrays") from error
 
 
 class _Refused(Exception):
