@@ -151,7 +151,7 @@ def index() -> Iterator[Index]:
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line with which `cogvideo fetch lpips` refuses."""
     assert main(["fetch", "lpips", *arguments]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     return line.removeprefix("cogvideo: error: ")
 
 

@@ -163,7 +163,8 @@ def _save(
     timeout: float,
 ) -> None:
     columns = (TextColumn(f"{wanted.project} {wanted.version}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with client.s.get(url, stream=True, timeout=timeout, auth=credentials) as answer, path.open("wb") as file, bar:
         answer.raise_for_status()
         task = bar.add_task("", total=wanted.num_bytes)
