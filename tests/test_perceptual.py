@@ -19,7 +19,7 @@ NETWORKS = Path(__file__).parent / "golden" / "networks"
 
 
 class Reference(NamedTuple):
-    """What torchvision's `features` of a network are, and where LPIPS looks."""
+    """Layers of torchvision's `features` of a network, and where LPIPS looks."""
 
     convolutions: dict[int, tuple[int, int, int, int, int]]  # inputs, outputs, kernel, stride, padding
     poolings: dict[int, int]  # kernel; the stride is 2

@@ -43,7 +43,7 @@ I3D_NAMES = {
 
 @dataclass(frozen=True)
 class Weights:
-    """What one pickle of a distribution becomes."""
+    """Weights of one network, and the pickle that holds them."""
 
     name: str
     """Name in the cache."""

@@ -223,7 +223,7 @@ def masked_crc32c(tensor: NDArray[np.float32]) -> int:
 
 
 def _checksums() -> dict[str, int]:
-    """Of each tensor of the official checkpoint, by its name."""
+    """Masked CRC32C of each tensor of the official checkpoint, by its name."""
     return json.loads((files(__package__) / "i3d_crc32c.json").read_text())
 
 

@@ -89,7 +89,7 @@ def download(wanted: SourceDistribution, path: Path, index: str | None = None) -
 
 
 def pip_settings() -> dict[str, str]:
-    """What pip's files and environment say about all commands, or about `pip download`, by option."""
+    """Settings of pip for all commands and for `pip download`, by option, from its files and environment."""
     sections: dict[str, dict[str, str]] = {"global": {}, "download": {}}
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -62,7 +62,7 @@ class _Array:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """What stands for the parts of a NumPy array; their module has two names, before and after NumPy 2."""
+        """Stand-ins for the parts of a NumPy array, whose module has another name since NumPy 2."""
         match f"{module}.{name}":
             case "numpy.core.multiarray._reconstruct" | "numpy._core.multiarray._reconstruct":
                 return self._array
