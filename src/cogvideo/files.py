@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -65,7 +66,10 @@ def replacing_by_name(path: Path) -> Iterator[Path]:
         with TemporaryDirectory(prefix=f".{path.name}-", suffix=TEMPORARY_SUFFIX, dir=path.parent) as folder:
             temporary = Path(folder) / f"new{path.suffix}"
             yield temporary
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
             temporary.replace(path)
+            _sync(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
@@ -122,5 +126,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as network drives answer
+            raise
     finally:
         os.close(descriptor)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -17,12 +18,51 @@ seconds."""
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a process can still get there."""
+    """Bytes that this process can still get there, also inside of a container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *cgroup_memory()])
+
+
+def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes that each control group of this process which has a limit still leaves it.
+
+    Args:
+        root: where control groups are mounted, version 2 or 1.
+        groups: the file that names those of the process.
+    """
+    folders = _cgroups(root, groups.read_text()) if groups.exists() else ()
+    return [left for folder in folders for left in [_left(folder)] if left is not None]
+
+
+def _cgroups(root: Path, groups: str) -> Iterator[Path]:
+    """Folders of the groups and of all above them: each may limit. A container sees its own one as the root."""
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder = root / "memory" if controllers else root
+        yield folder
+        for part in Path(path).parts[1:]:
+            folder /= part
+            yield folder
+
+
+def _left(folder: Path) -> int | None:
+    """Limit less usage, in which files that the system may drop count as free; None without a limit."""
+    for limit, usage, droppable in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            free = int((folder / limit).read_text()) - int((folder / usage).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # another version, or the limit is "max"
+            continue
+        return max(0, free + int(statistics.get(droppable, 0)))
+    return None
 
 
 def needed_memory(
