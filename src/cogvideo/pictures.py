@@ -2,45 +2,74 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from functools import partial
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int64, UInt8
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import TiffImageFile
 
+from cogvideo.colors import UNKNOWN, Coding, to_srgb
 from cogvideo.config import require
 from cogvideo.files import replacing_by_name
-from cogvideo.shots import Content, Library, Seen, Shot, Shots, View, fitted_size
+from cogvideo.shots import Content, Library, Seen, Shot, Shots, VideoError, View, fitted_size, in_hundredths
 
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "AVIF")
+"""Pillow's readers that are used; that of JPEG reads MPO, whose first picture counts."""
 OPAQUE = 250
 """Alpha from which a pixel counts as opaque: lossy codecs store 255 a little lower."""
 LEAST_TRANSPARENT = 0.01
 """Share of a picture's pixels through which its background must show to be worth a word."""
+_SUBFILE = 254
+"""Tag of TIFF that tells what else a page is than the picture."""
 
 
 def read_pictures(file: Content) -> Shots:
     """A still image, or an animation."""
     file.seek(0)
-    with Library(), Image.open(file) as image:
-        yield from _animation(image)
+    coding = _coding(file.read(2**16))
+    file.seek(0)
+    with Library(), Image.open(file, formats=FORMATS) as image:
+        yield from _animation(image, coding)
 
 
-def _animation(image: Image.Image) -> Shots:
+def _animation(image: Image.Image, coding: Coding) -> Shots:
+    if image.format == "TIFF":
+        _check_pages(cast(TiffImageFile, image))
     num_frames = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "AVIF") else 1
-    begin = 0.0
-    for number in range(num_frames):
+    begin, first = 0.0, int(image.info.get("default_image", False))  # which only programs without animations show
+    for number in range(first, num_frames):
         image.seek(number)
         image.load()
-        duration = image.info.get("duration", 0) / 1000
+        duration = image.info.get("duration", 0) / 1000 if num_frames > 1 else 0.0
         if num_frames > 1 and duration <= 0.01:
             duration = 0.1  # as browsers do
-        yield Shot(begin, duration, partial(look, upright(image)))
+        shot = Shot(begin, duration, partial(look, upright(image, coding)))
+        yield in_hundredths(shot) if num_frames > 1 and round(1000 * begin) % 10 == 0 else shot
         begin += duration
+
+
+def _check_pages(image: TiffImageFile) -> None:
+    """Refuse what is only a thumbnail, as in raw photos, and documents; small copies and masks behind may be left.
+
+    Raises:
+        VideoError: the first page is not the picture.
+    """
+    copy, mask = 1, 4  # of NewSubfileType
+    if image.tag_v2.get(_SUBFILE, 0) & copy:
+        raise VideoError("raw photo", "its first picture is a thumbnail: convert it to JPEG or PNG")
+    for page in range(1, image.n_frames):
+        image.seek(page)
+        if not image.tag_v2.get(_SUBFILE, 0) & (copy | mask):
+            raise VideoError("several pages", f"the file has {image.n_frames}, expected one: save each as a file")
+    image.seek(0)
 
 
 def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
@@ -59,15 +88,46 @@ def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
     return upright(picture)
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The picture as it is meant to be seen: turned as its EXIF data says, 8 bits, mode RGB or RGBA.
+def upright(image: Image.Image, coding: Coding = UNKNOWN) -> Image.Image:
+    """The picture as it is meant to be seen: turned as its EXIF data says, in sRGB of 8 bits, mode RGB or RGBA.
 
     Raises:
         ValueError: it has floating-point pixels, which say nothing of what is white.
     """
+    profile = image.info.get("icc_profile")
     image = _eight_bits(ImageOps.exif_transpose(image))
     has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-    return image.convert("RGBA" if has_alpha else "RGB")
+    alpha = image.convert("RGBA").getchannel("A") if has_alpha else None
+    image = image.convert({"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
+    if coding.is_foreign:
+        pixels = np.asarray(image.convert("RGB")).astype(np.uint16) * 257
+        image = Image.fromarray(to_srgb(pixels, coding))
+    else:
+        image = _in_srgb(image, profile) if profile else image.convert("RGB")
+    if alpha is not None:
+        image.putalpha(alpha)
+    return image
+
+
+def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Colors by the picture's profile; one that is damaged, or made for another mode, is ignored as browsers do."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if not ImageCms.getProfileDescription(source).startswith("sRGB"):
+            target = ImageCms.createProfile("sRGB")
+            return cast(Image.Image, ImageCms.profileToProfile(image, source, target, outputMode="RGB"))
+    except (ImageCms.PyCMSError, OSError):
+        pass
+    return image.convert("RGB")
+
+
+def _coding(head: bytes) -> Coding:
+    """What an AVIF or a PNG says of its colors by numbers, which Pillow does not read."""
+    if head.startswith(b"\x89PNG"):
+        found, form = head.find(b"cICP") + 4, ">BB"
+    else:
+        found, form = head.find(b"colrnclx") + 8 if head[4:8] == b"ftyp" else -1, ">HH"
+    return Coding(*struct.unpack_from(form, head, found)) if 8 <= found < len(head) - 4 else UNKNOWN
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

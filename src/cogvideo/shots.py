@@ -197,18 +197,19 @@ def _shots(file: Content, head: bytes, start: float) -> Shots:
 
 def _is_picture(head: bytes) -> bool:
     """Whether the file is Pillow's: still images, WebP, PNG, AVIF."""
-    images = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
-    return head.startswith(images) or head[8:12] == b"WEBP" or head[4:12] in (b"ftypavif", b"ftypavis")
+    images = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    brands = head[8 : int.from_bytes(head[:4])] if head[4:8] == b"ftyp" else b""
+    return head.startswith(images) or head[8:12] == b"WEBP" or b"avif" in brands or b"avis" in brands
 
 
 def _is_cut(file: Content, head: bytes) -> bool:
     """Whether bytes are missing at the end, in the formats where decoders do not notice."""
     size = file.seek(0, 2)
-    if head.startswith(b"RIFF"):  # AVI; one byte of padding may be left out
-        return 8 + int.from_bytes(head[4:8], "little") > size + 1
+    if head.startswith(b"RIFF"):  # AVI, WebP; one byte of padding may be left out, all ones are a recorded stream
+        return size + 1 < 8 + int.from_bytes(head[4:8], "little") < 8 + 0xFFFFFFFF
     if head.startswith(b"GIF8"):
-        file.seek(max(0, size - 1024))
-        return not file.read().rstrip(b"\0\r\n").endswith(b"\x3b")  # the trailer of GIF
+        file.seek(0)
+        return _is_cut_gif(file.read())
     segment = head.find(b"\x18\x53\x80\x67") + 4
     if not head.startswith(b"\x1a\x45\xdf\xa3") or segment < 4 or not head[segment : segment + 1]:
         return False
@@ -216,6 +217,30 @@ def _is_cut(file: Content, head: bytes) -> bool:
     mask = (1 << 7 * width) - 1
     length = int.from_bytes(head[segment : segment + width]) & mask
     return length != mask and segment + width + length > size  # all ones: unknown, as in recordings of streams
+
+
+def _is_cut_gif(content: bytes) -> bool:
+    """Whether a GIF ends inside of a block. Its trailer may be missing, and anything may follow it."""
+    place = 13 + _palette_bytes(content[10:11])
+    while content[place : place + 1] in (b"\x21", b"\x2c"):  # an extension, a picture
+        if content[place] == 0x21:
+            place += 2
+        else:
+            place += 11 + _palette_bytes(content[place + 9 : place + 10])
+        while (length := content[place : place + 1]) and length != b"\0":
+            place += 1 + length[0]
+        place += 1
+    return place > len(content)
+
+
+def _palette_bytes(flags: bytes) -> int:
+    """Bytes of the palette that a GIF's flags announce."""
+    return 3 << (flags[0] & 7) + 1 if flags and flags[0] & 0x80 else 0
+
+
+def in_hundredths(shot: Shot) -> Shot:
+    """A frame of a format that counts hundredths of seconds: rounding made it and its end late by up to half of one."""
+    return shot._replace(begin=max(0.0, shot.begin - 0.005))
 
 
 def fitted_size(width: float, height: float, view: View) -> tuple[int, int]:
