@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -390,6 +391,15 @@ def test_images_are_a_sheet_alone(system: CogVideo, examples: list[Example], tmp
         written = write_samples(tmp_path / stage, 3, draw(stage, system, examples, seed=0))  # type: ignore[arg-type]
         assert written.video is None
         assert [each.name for each in (tmp_path / stage).iterdir()] == ["step-00000003.png"]
+
+
+def test_without_pyav_the_sheet_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards training on machines without PyAV, which need no videos."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.delitem(sys.modules, "cogvideo.ffmpeg", raising=False)
+    written = write_samples(tmp_path, 1, [Row("a", np.zeros((5, 16, 16, 3), np.uint8), 0, True)])
+    assert written.video is None
+    assert [each.name for each in tmp_path.iterdir()] == [written.sheet.name]
 
 
 @pytest.mark.parametrize(("label", "shown"), [("one\n two\tthree", "one two three"), ("i" * 111, "i" * 107 + "...")])

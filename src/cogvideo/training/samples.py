@@ -163,7 +163,7 @@ def draw(
 
 
 def write_samples(folder: Path, step: int, rows: Sequence[Row]) -> Written:
-    """`step-00000500.png`, and the same as `.mp4` where the rows are clips of one length.
+    """`step-00000500.png`, and the same as `.mp4` where the rows are clips of one length and PyAV is there.
 
     Args:
         folder: where; it is made if it is not there.
@@ -181,7 +181,10 @@ def write_samples(folder: Path, step: int, rows: Sequence[Row]) -> Written:
     shown = [_enlarged(row.frames) for row in rows]
     labels = [_short(row.label) for row in rows]
     if video is not None:
-        write_video(video, _side_by_side(rows, shown), FPS)
+        try:
+            write_video(video, _side_by_side(rows, shown), FPS)
+        except ModuleNotFoundError:  # of PyAV, without which a GPU machine still trains
+            video = None
     write_image(sheet, contact_sheet(shown, max(map(len, shown)), labels=labels))  # last: a sign that both are there
     return Written(sheet, video)
 
