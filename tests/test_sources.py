@@ -12,9 +12,15 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cogvideo import world
@@ -106,7 +112,7 @@ def test_folder_rejections(tmp_path: Path) -> None:
         "list.json": "[]",
     }
     names = ("none.mp4", "empty.mp4", "latin.mp4", "broken.mp4", "list.mp4", "keyless.mp4")
-    put_clips(put(tmp_path, texts | {"keyless.json": '{"text": "a cat"}'}), *names)
+    put_clips(put(tmp_path, texts | {"keyless.json": '{"words": "a cat"}'}), *names)
     assert reasons(listed(tmp_path)) == {
         "none.mp4": "missing caption",
         "empty.mp4": "empty caption",
@@ -258,6 +264,123 @@ def test_rejected_rows(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"metadata.csv": "file_name,text\nv/0.mp4,a cat\nv/1.mp4,a dog\n"},
+        {"metadata.jsonl": '{"file_name": "v/0.mp4", "text": "a cat"}\n{"file_name": "v/1.mp4", "text": "a dog"}'},
+        {"captions.csv": "path,text,num_frames\nv/0.mp4,a cat,\nv/1.mp4,a dog,\n"},
+        {"captions.tsv": "video\tprompt\nv/0.mp4\ta cat\nv/1.mp4\ta dog\n"},
+        {"videos.txt": "v/0.mp4\r\nv/1.mp4\r\n\r\n", "prompts.txt": "\ufeffa cat\na dog\n"},
+        {"v/0.txt": "a cat", "v/1.json": '{"text": "a dog"}'},
+    ],
+)
+def test_layouts_of_other_data_sets(layout: dict[str, str], tmp_path: Path) -> None:
+    """Guards data as Hugging Face, Open-Sora and tools for CogVideoX lay it out: it is taken as it is."""
+    put_clips(put(tmp_path, dict(layout)), "v/0.mp4", "v/1.mp4")
+    listing = listed(tmp_path)
+    assert listing.rejected == []
+    assert {item.id: item.captions for item in listing.items} == {"v/0.mp4": ("a cat",), "v/1.mp4": ("a dog",)}
+    assert all(item.attributes == {} for item in listing.items)
+
+
+def test_tables_in_folders_below(tmp_path: Path) -> None:
+    """Guards a folder of data sets: the table of each names its clips, others have captions beside them; a folder
+    called as a split is one; a table of other things says nothing, and a broken one is counted."""
+    put_clips(tmp_path, "train/0.mp4", "train/1.mp4", "val/0.mp4", "test/sub/0.mp4", "x/0.mp4", "y/0.mp4")
+    tables = {
+        "train/metadata.csv": "file_name,text\n0.mp4,a cat\n",
+        "train/1.txt": "a dog",
+        "val/metadata.csv": "file_name,text\n0.mp4,a fish\ngone.mp4,a bird\n",
+        "test/metadata.csv": "file_name,text,split\nsub/0.mp4,a cow,train\n",
+        "x/metadata.csv": "weather\nsun\n",
+        "x/0.txt": "a bee",
+        "y/videos.txt": "0.mp4\n",
+        "y/prompts.txt": "a fly\na moth\n",
+    }
+    listing = listed(put(tmp_path, tables), validation=0.0)
+    assert {item.id: (item.captions, item.split) for item in listing.items} == {
+        "test/sub/0.mp4": (("a cow",), "train"),
+        "train/0.mp4": (("a cat",), "train"),
+        "train/1.mp4": (("a dog",), "train"),
+        "val/0.mp4": (("a fish",), "validation"),
+        "x/0.mp4": (("a bee",), "train"),
+    }
+    assert reasons(listing) == {
+        "val/gone.mp4": "file is missing",
+        "y/videos.txt": "table cannot be read",
+        "y/0.mp4": "missing caption",
+    }
+    with pytest.raises(ValueError, match=r"videos.txt has 1 lines and prompts.txt 2, expected a caption for each"):
+        listed(tmp_path / "y")
+
+
+def test_captions_of_cogvideox_lie_in_labels(tmp_path: Path) -> None:
+    """Guards videos/x.mp4 with labels/x.txt."""
+    put_clips(put(tmp_path, {"labels/0.txt": "a cat"}), "videos/0.mp4", "other/0.mp4")
+    listing = listed(tmp_path)
+    assert [(item.id, item.captions) for item in listing.items] == [("videos/0.mp4", ("a cat",))]
+    assert reasons(listing) == {"other/0.mp4": "missing caption"}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_whose_accents_are_written_otherwise(form: Any, tmp_path: Path) -> None:
+    """Guards names that look alike: of Macs and old archives (NFD), of keyboards and tables (NFC)."""
+    there, told = (partial(normalize, each) for each in (form, "NFD" if form == "NFC" else "NFC"))
+    put_clips(tmp_path, there("é/café.mp4"))
+    put(tmp_path, {"captions.csv": f"file,caption\n{told('é/café.mp4')},a cat\n{there('é/café.mp4')},a dog\n"})
+    (item,) = listed(tmp_path).items
+    assert (item.id, item.captions) == (there("é/café.mp4"), ("a cat", "a dog"))
+    (tmp_path / "captions.csv").unlink()
+    put(tmp_path, {f"{there('é')}/{told('café.txt')}": "a cat"})
+    assert [each.captions for each in listed(tmp_path).items] == [("a cat",)]
+    assert [each.captions for each in listed(told(str(tmp_path / "é"))).items] == [("a cat",)]
+    tar = write_tar(tmp_path / "x.tar", [(there("ü.mp4"), CLIP), (told("ü.txt"), b"a cat")])
+    assert [each.captions for each in listed(tar).items] == [("a cat",)]
+    put_clips(tmp_path, there("é") + "/" + told("café.mp4"))
+    put(tmp_path, {"captions.csv": f"file,caption\n{told('é/café.mp4')},a cat\n"})
+    assert reasons(listed(tmp_path)) in ({}, {told("é/café.mp4"): "file is missing"}), "which one is meant is not known"
+
+
+@pytest.mark.parametrize("sign", "\v\f\x1c\x1d\x1e\x85\u2028\u2029")
+def test_signs_that_end_no_line(sign: str, tmp_path: Path) -> None:
+    """Guards captions with signs at which only `str.splitlines` ends a line; they are spaces."""
+    expected, caption = ("a cat on a mat",), f"a cat{sign}on a mat"
+    put(put_clips(tmp_path, "a.mp4"), {"a.txt": f"{caption}\r\n"})
+    assert listed(tmp_path).items[0].captions == expected
+    put(tmp_path, {"a.jsonl": json.dumps({"file": "a.mp4", "caption": caption}, ensure_ascii=False)})
+    put(tmp_path, {"a.csv": f"file,caption\na.mp4,{caption}\n", "a.tsv": f"file\tcaption\na.mp4\t{caption}\n"})
+    for table in ("a.jsonl", "a.csv", "a.tsv"):
+        assert listed(tmp_path / table).items[0].captions == expected
+
+
+def test_numbers_of_every_table(tmp_path: Path) -> None:
+    """Guards times as programs write them: whole, with a point, as text, with an exponent; a gap in a column of numbers
+    is none, and a truth is no time."""
+    put_clips(tmp_path, "a.mp4")
+    nan = float("nan")
+    for start, end, expected in (
+        (1, 2, "a.mp4#1-2"),
+        (1.0, 2.0, "a.mp4#1-2"),
+        ("1", "2.0", "a.mp4#1-2"),
+        ("1e0", 2e0, "a.mp4#1-2"),
+        (Decimal("1.50"), timedelta(seconds=2), "a.mp4#1.5-2"),
+        (nan, nan, "a.mp4"),
+        (None, None, "a.mp4"),
+        (True, None, None),
+    ):
+        row = {"file": ["a.mp4"], "caption": ["x"], "start": [start], "end": [end], "split": [nan], "other": [nan]}
+        pq.write_table(pa.table(row), tmp_path / "a.parquet")
+        tables = ["a.parquet"]
+        if not isinstance(start, Decimal):
+            put(tmp_path, {"a.jsonl": json.dumps({name: value for name, (value,) in row.items()})})
+            tables.append("a.jsonl")
+        for table in tables:
+            listing = listed(tmp_path / table, validation=0.0)
+            assert [item.id for item in listing.items] == ([] if expected is None else [expected]), (table, start)
+            assert all(item.split == "train" and item.attributes == {} for item in listing.items)
+
+
 def test_rows_of_one_clip_add_captions(tmp_path: Path) -> None:
     """Guards captions of tables with a row each, as many public ones have them."""
     put_clips(tmp_path, "a.mp4", "b.mp4")
@@ -308,8 +431,12 @@ def test_absolute_paths_and_those_above(tmp_path: Path) -> None:
         ("t.csv", "", "is empty"),
         ("t.csv", "file,caption\n", "is empty"),
         ("t.csv", "file,caption,caption\n", "column caption twice"),
-        ("t.csv", "file,text,length\na,b,c\n", "no column 'caption', it has file, text, length: .* --caption-columns"),
-        ("t.csv", "path,caption\na,b\n", "no column 'file', it has path, caption: choose with --file-column"),
+        (
+            "t.csv",
+            "file,words,fps\na,b,c\n",
+            "no column 'caption', it has file, words, fps: .* --caption-columns",
+        ),
+        ("t.csv", "name,caption\na,b\n", "no column 'file', it has name, caption: choose with --file-column"),
         ("t.csv", 'file,caption\na.mp4,x\nb.mp4,"y" z\n', "line 3: .*quotes in it are doubled"),
         ("t.csv", 'file,caption\na.mp4,x\nb.mp4,"never closed\nc.mp4,z\n', "line 3: "),
         ("t.csv", b"file,caption\na.mp4,caf\xe9\n", "not UTF-8"),
@@ -317,7 +444,7 @@ def test_absolute_paths_and_those_above(tmp_path: Path) -> None:
         ("t.jsonl", '{"file": "a", "caption": "b"}\n\n{"file": \n', "line 3: it is no JSON"),
         ("t.jsonl", "[1]\n", r"line 1: got \[1\]"),
         ("t.jsonl", "[" * 100_000, "line 1: it is no JSON"),
-        ("t.jsonl", '{"file": "a", "text": "b"}\n', "no column 'caption', it has file, text"),
+        ("t.jsonl", '{"file": "a", "words": "b"}\n', "no column 'caption', it has file, words"),
         ("t.parquet", "no parquet", "cannot read .*parquet"),
         ("t.xlsx", "x", "is no source, expected a folder, a table"),
         ("t.tar", "no tar" * 200, "is no tar"),

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from cogvideo.config import InputError, require
-from cogvideo.data.tables import TABLE_SUFFIXES, RowError, captions_of, clean, parse_json
+from cogvideo.data.tables import (
+    CAPTION_COLUMNS,
+    TABLE_SUFFIXES,
+    RowError,
+    captions_of,
+    clean,
+    lines_of,
+    meant,
+    parse_json,
+)
 
 MANIFESTS = tuple(f"{stem}{suffix}" for stem in ("captions", "metadata") for suffix in TABLE_SUFFIXES)
 """Tables that stand for the folder they lie in."""
+
+
+LISTS = ("videos.txt", "prompts.txt")
+"""Paths and captions line by line, as tools for CogVideoX take them; they stand for the folder they lie in, too."""
+LABELS = {"videos": "labels"}
+"""Folders of videos whose captions lie in a folder of that name next to them (CogVideoX)."""
 
 
 def find_manifest(folder: Path) -> Path | None:
@@ -64,6 +80,41 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
         raise InputError(f"cannot read the folder {folder}: {error.strerror}") from error
 
 
+def existing(path: Path) -> Path:
+    """The path, or the one that is there and differs in how accents are written alone.
+
+    Macs and old archives spell é in two signs (NFD), keyboards and tables in one (NFC): names that look alike. Where
+    several do, none is meant, and the path stays as it is.
+    """
+    if str(path).isascii() or os.path.lexists(path):
+        return path
+    found = Path(path.anchor)
+    for name in path.parts[1:] if path.anchor else path.parts:
+        if not os.path.lexists(found / name):
+            alike = _alike(found, name)
+            if len(alike) != 1:
+                return path
+            name = alike[0]
+        found /= name
+    return found
+
+
+def _alike(folder: Path, name: str) -> list[str]:
+    try:
+        return _names(folder, folder.stat().st_mtime_ns).get(normalize("NFC", name), [])
+    except OSError:  # no folder, or one that we may not read
+        return []
+
+
+@lru_cache(maxsize=64)
+def _names(folder: Path, changed: int) -> dict[str, list[str]]:
+    """Names in a folder by their NFC, as of a time of change."""
+    names: dict[str, list[str]] = {}
+    for name in os.listdir(folder):
+        names.setdefault(normalize("NFC", name), []).append(name)
+    return names
+
+
 class Notes(NamedTuple):
     """What stands beside a clip."""
 
@@ -73,7 +124,7 @@ class Notes(NamedTuple):
     """All that its `.json` says."""
 
 
-def notes(text: bytes | None, table: bytes | None, caption_columns: Iterable[str]) -> Notes:
+def notes(text: bytes | None, table: bytes | None, caption_columns: tuple[str, ...]) -> Notes:
     """Captions and more from the content of the files `x.txt` and `x.json` of a clip, None for one that is missing.
 
     Each line of the text that is not blank is a caption; without a text, the JSON holds them.
@@ -83,10 +134,24 @@ def notes(text: bytes | None, table: bytes | None, caption_columns: Iterable[str
     """
     values = {} if table is None else _table(table)
     if text is not None:
-        return Notes(clean(_decode(text).splitlines()), values)
+        return Notes(clean(lines_of(_decode(text))), values)
     if table is None:
         raise RowError("missing caption", "expected a .txt or .json of the same name beside it")
-    return Notes(captions_of(values, caption_columns), values)
+    return Notes(captions_of(values, meant(values, caption_columns, CAPTION_COLUMNS)), values)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text, without empty ones at its end.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        return lines_of(_decode(path.read_bytes()).rstrip())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except RowError as error:
+        raise InputError(f"cannot read {path}: {error.detail}") from error
 
 
 def read_beside(path: Path) -> bytes | None:
@@ -96,7 +161,7 @@ def read_beside(path: Path) -> bytes | None:
         RowError: it is there and cannot be read.
     """
     try:
-        return path.read_bytes()
+        return existing(path).read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:

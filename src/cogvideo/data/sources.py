@@ -3,15 +3,16 @@
 | source | what it lists |
 |---|---|
 | folder with a table `captions.*` or `metadata.*` directly inside | the rows of the table, nothing else |
-| any other folder | all videos below it in the order of their paths, and what is in tars below it |
+| folder with `videos.txt` and `prompts.txt` directly inside | the videos of the one with the captions of the other |
+| any other folder | all videos below it in the order of their paths, what is in tars, and what tables in it name |
 | `.csv`, `.tsv`, `.jsonl`, `.parquet` | its rows; paths start at its folder; rows of one clip add captions |
 | `.tar` (WebDataset) | its videos |
 | `world:COUNT`, `world:FIRST:END` | clips of the World by their index |
 | `world:simple:COUNT`, `world:simple:FIRST:END` | clips of its simple domain |
 
 Captions of `x.mp4` in a folder or tar are the lines of `x.txt` beside it, else those in `x.json`; whatever else that
-says is taken like the columns of a table. Hidden files and folders are left out. Listing opens tables and captions,
-never a video.
+says is taken like the columns of a table. `videos/x.mp4` may have them in `labels/x.txt`. Hidden files and folders are
+left out. Listing opens tables and captions, never a video.
 """
 
 from __future__ import annotations
@@ -19,21 +20,37 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from cogvideo import world
 from cogvideo.config import InputError, require
-from cogvideo.data.folders import find_manifest, notes, read_beside, walk
+from cogvideo.data.folders import (
+    LABELS,
+    LISTS,
+    MANIFESTS,
+    existing,
+    find_manifest,
+    notes,
+    read_beside,
+    read_lines,
+    walk,
+)
 from cogvideo.data.tables import (
+    CAPTION_COLUMNS,
+    FILE_COLUMNS,
     TABLE_SUFFIXES,
     Record,
     RowError,
     attributes_of,
     captions_of,
+    is_missing,
     is_table,
+    meant,
     read_columns,
     read_records,
     span_of,
@@ -42,6 +59,8 @@ from cogvideo.data.tars import Entry, read_bytes, read_index
 from cogvideo.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}  # what others call it
+SPLITS = ("train", "validation", "test", *_SPLITS)
+"""Names of folders that say which split their table is of."""
 _TARS = (".tar", ".tgz", ".tbz2", ".txz")
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
@@ -127,10 +146,11 @@ class Listing(NamedTuple):
 class SourceOptions:
     """How a source is listed."""
 
-    caption_columns: tuple[str, ...] = ("caption",)
-    """Columns of a table, or keys of a JSON file, with a caption or a list of captions."""
-    file_column: str = "file"
-    """Column of a table with the path of the video."""
+    caption_columns: tuple[str, ...] = CAPTION_COLUMNS[:1]
+    """Columns of a table, or keys of a JSON file, with a caption or a list of captions; without any, text or prompt."""
+    file_column: str = FILE_COLUMNS[0]
+    """Column of a table with the path of the video; without it, file_name, path, video, video_path or
+    video_file_name."""
     copies: int = 1
     """Each clip so many times; copies differ in what is drawn at random, such as the background."""
     images: bool = False
@@ -186,17 +206,26 @@ def list_source(source: str, options: SourceOptions) -> Listing:
     return listing
 
 
+def other_splits(items: Iterable[Item]) -> str:
+    """Where clips went that are not learnt from, for a message; nothing where all are of the split train."""
+    counts = Counter(item.split for item in items if item.split not in ("train", None) and not item.copy)
+    told = ", ".join(f"{count} of the split {split}" for split, count in counts.items())
+    return f"{told}; where the source names none, it is drawn from the file's name: --validation 0" if told else ""
+
+
 def _find(source: str, options: SourceOptions) -> Found:
     """The reader of the source, chosen by what it is."""
     if source.startswith("world:"):
         return _world(source)
-    path = Path(os.path.abspath(source))  # for workers that stand elsewhere
+    path = existing(Path(os.path.abspath(source)))  # for workers that stand elsewhere
     require(os.path.lexists(path), f"there is no {source}, expected a folder, a table, a tar or world:COUNT")
     if path.is_dir():
         manifest = find_manifest(path)
-        return _folder(path, options) if manifest is None else _table(manifest, options)
-    if is_table(path):
-        return _table(path, options)
+        if manifest is None and _is_manifest(path / LISTS[0]):
+            manifest = path / LISTS[0]
+        return _folder(path, options) if manifest is None else _table(manifest, path, options)
+    if is_table(path) or path.name == LISTS[0]:
+        return _table(path, path.parent, options)
     if _is_tar(path):
         return _tar(path, path.parent, options)
     kinds = f"a folder, a table ({', '.join(TABLE_SUFFIXES)}), a .tar or world:COUNT"
@@ -227,7 +256,7 @@ def _split(cell: Any) -> str:
     Raises:
         RowError: it is no word.
     """
-    split = str(cell or "").strip().lower()
+    split = "" if is_missing(cell) else str(cell or "").strip().lower()
     if split and not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", split):
         raise RowError("bad split", f"got {split!r:.40}, expected a word such as train or validation")
     return _SPLITS.get(split, split)
@@ -275,33 +304,61 @@ def _scene_item(index: int, domain: str) -> Item:
     return Item(f"{folder}/{index:06}", Rendering(index, domain), captions, attributes, split=world.split(scene))
 
 
-def _table(path: Path, options: SourceOptions) -> Found:
+def _table(path: Path, root: Path, options: SourceOptions) -> Found:
+    """The rows of a table; ids are paths below `root`."""
+    if path.name == LISTS[0]:
+        plain = replace(options, file_column=FILE_COLUMNS[0], caption_columns=CAPTION_COLUMNS[:1])
+        return _rows(_paired(path), path, root, plain)
     columns = read_columns(path)
+    options = _with_columns(columns, options)
     flags = dict.fromkeys(options.caption_columns, "--caption-columns") | {options.file_column: "--file-column"}
     for column, flag in flags.items():
         there = f"it has {', '.join(columns)}: choose with {flag}"
         if len(columns) == 1 and path.suffix.lower() == ".csv":
             there = f"its first line is {columns[0]!r:.80}: columns stand between commas"
         require(column in columns, f"{path} has no column {column!r}, {there}")
-    return _rows(path, options)
+    return _rows(read_records(path), path, root, options)
 
 
-def _rows(path: Path, options: SourceOptions) -> Found:
-    folder = str(path.parent)
+def _with_columns(columns: Collection[str], options: SourceOptions) -> SourceOptions:
+    """Options that name the columns that are meant in a table."""
+    (file,) = meant(columns, (options.file_column,), FILE_COLUMNS)
+    return replace(options, file_column=file, caption_columns=meant(columns, options.caption_columns, CAPTION_COLUMNS))
+
+
+def _paired(videos: Path) -> Iterator[Record]:
+    """The lines of `videos.txt` with those of `prompts.txt`.
+
+    Raises:
+        ValueError: they cannot be read, or are not equally many.
+    """
+    prompts = videos.with_name(LISTS[1])
+    files, captions = read_lines(videos), read_lines(prompts)
+    told = f"{videos} has {len(files)} lines and {prompts.name} {len(captions)}, expected a caption for each video"
+    require(len(files) == len(captions), told)
+    for number, (file, caption) in enumerate(zip(files, captions, strict=True), 1):
+        yield Record(f"line {number}", {FILE_COLUMNS[0]: file, CAPTION_COLUMNS[0]: caption})
+
+
+def _rows(records: Iterable[Record], table: Path, root: Path, options: SourceOptions) -> Found:
     number = 0
-    for number, record in enumerate(read_records(path), 1):  # noqa: B007 - asked for behind the loop
-        yield _row(record, path.name, folder, options)
-    require(number > 0, f"{path} is empty, expected rows below its column names")
+    place = os.path.relpath(table, root)
+    for number, record in enumerate(records, 1):  # noqa: B007 - asked for behind the loop
+        yield _row(record, place, str(root), options)
+    require(number > 0, f"{table} is empty, expected rows below its column names")
 
 
-def _row(record: Record, table: str, folder: str, options: SourceOptions) -> Item | Rejection:
+def _row(record: Record, table: str, root: str, options: SourceOptions) -> Item | Rejection:
+    """The item of a row; the table is a path below `root`."""
     file = record.values.get(options.file_column)
     where = f"{table}, {record.place}"
     if not isinstance(file, str) or not file.strip():
         return Rejection(where, "missing file name", f"got {file!r:.60}")
-    path = os.path.normpath(os.path.join(folder, file.strip()))
-    name = os.path.relpath(path, folder) if not path.startswith(folder + os.sep) else path[len(folder) + 1 :]
     try:
+        path = os.path.normpath(os.path.join(root, os.path.dirname(table), file.strip()))
+        if not path.isascii():
+            path = str(existing(Path(path)))
+        name = os.path.relpath(path, root) if not path.startswith(root + os.sep) else path[len(root) + 1 :]
         return _row_item(record, path, name, options)
     except RowError as error:
         return Rejection(_plain(name), error.reason, _plain(f"{where}: {error.detail}" if error.detail else where))
@@ -321,18 +378,54 @@ def _row_item(record: Record, path: str, name: str, options: SourceOptions) -> I
 
 
 def _folder(folder: Path, options: SourceOptions) -> Found:
-    for name in walk(folder):
+    names = walk(folder)
+    rows = [each for name in names if _is_manifest(folder / name) for each in _nested(folder / name, folder, options)]
+    yield from rows
+    named = {str(each.media.path) for each in rows if isinstance(each, Item) and isinstance(each.media, File)}
+    for name in names:
         path = folder / name
-        if path.suffix.lower() in options.suffixes:
+        if path.suffix.lower() in options.suffixes and str(path) not in named:
             yield _attempt(name, _file_item, path, name, options)
         elif _is_tar(path):
             yield from _tar_inside(path, folder, options)
 
 
+def _is_manifest(path: Path) -> bool:
+    """Whether a file names the clips of its folder."""
+    return path.name in MANIFESTS or (path.name == LISTS[0] and all(path.with_name(each).is_file() for each in LISTS))
+
+
+def _nested(table: Path, root: Path, options: SourceOptions) -> Found:
+    """Rows of a table in a folder below a source. One of other things says nothing of clips, and one that is broken is
+    counted, as a tar is. A folder called as a split is one (Hugging Face)."""
+    try:
+        columns = LISTS if table.name == LISTS[0] else read_columns(table)
+        if table.name != LISTS[0]:
+            known = _with_columns(columns, options)
+            if not {known.file_column, *known.caption_columns} <= set(columns):
+                return
+        split = table.parent.name.lower() if "split" not in columns else ""
+        for each in _table(table, root, options):
+            if isinstance(each, Item) and split in SPLITS:
+                yield replace(each, split=_SPLITS.get(split, split))
+            else:
+                yield each
+    except InputError as error:
+        yield Rejection(_plain(table.relative_to(root).as_posix()), "table cannot be read", str(error))
+
+
 def _file_item(path: Path, name: str, options: SourceOptions) -> Item:
-    text, table = (read_beside(path.with_suffix(suffix)) for suffix in (".txt", ".json"))
+    text, table = (_beside(path, suffix) for suffix in (".txt", ".json"))
     captions, values = notes(text, table, options.caption_columns)
-    return _item(name, File(path), captions, values, options)
+    return _item(name, File(path), captions, values, options if text else _with_columns(values, options))
+
+
+def _beside(path: Path, suffix: str) -> bytes | None:
+    """The content of a caption file of a video, where there is one."""
+    found = read_beside(path.with_suffix(suffix))
+    if found is None and path.parent.name in LABELS:
+        found = read_beside(path.parent.parent / LABELS[path.parent.name] / path.with_suffix(suffix).name)
+    return found
 
 
 def _is_tar(path: Path) -> bool:
@@ -351,7 +444,8 @@ def _tar_inside(path: Path, folder: Path, options: SourceOptions) -> Found:
 def _tar(path: Path, folder: Path, options: SourceOptions) -> Found:
     index = read_index(path)
     name = path.relative_to(folder).as_posix()
-    others = {entry.name: entry for entry in index.entries if entry.suffix in (".txt", ".json")}
+    notes = [entry for entry in index.entries if entry.suffix in (".txt", ".json")]
+    others = {normalize("NFC", entry.name): entry for entry in notes} | {entry.name: entry for entry in notes}
     for entry in sorted(index.entries, key=lambda each: each.name):
         if entry.suffix in options.suffixes:
             yield _attempt(f"{name}/{entry.name}", _member_item, path, name, entry, others, options)
@@ -363,9 +457,16 @@ def _tar(path: Path, folder: Path, options: SourceOptions) -> Found:
 
 def _member_item(path: Path, tar: str, entry: Entry, others: dict[str, Entry], options: SourceOptions) -> Item:
     text, table = (
-        next((read_bytes(path, others[name]) for name in entry.beside(suffix) if name in others), None)
+        next((read_bytes(path, others[name]) for name in _names(entry, suffix) if name in others), None)
         for suffix in (".txt", ".json")
     )
     captions, values = notes(text, table, options.caption_columns)
     media = Member(path, entry.name, entry.offset, entry.num_bytes)
+    options = options if text else _with_columns(values, options)
     return _item(f"{tar}/{entry.name}", media, captions, values, options)
+
+
+def _names(entry: Entry, suffix: str) -> list[str]:
+    """Of a caption's file, also as others spell its accents."""
+    names = entry.beside(suffix)
+    return [*names, *(normalize("NFC", name) for name in names)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from decimal import Decimal
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,16 @@ from cogvideo.config import InputError, require
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 """Files that are read as tables."""
+
+FILE_COLUMNS = ("file", "file_name", "path", "video", "video_path", "video_file_name")
+CAPTION_COLUMNS = ("caption", "text", "prompt")
+"""Columns of our tables, and what they are called in other data sets; the first that there is counts."""
+
+SPACES = dict.fromkeys(map(ord, "\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
+"""Signs that word processors, chats and web pages put where a line goes on, for `str.translate`: tokenizers spell them
+in bytes."""
+LONGEST_NUMBER = 20
+"""Digits; larger ones are nowhere expected."""
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -82,14 +94,21 @@ def read_records(path: Path) -> Iterator[Record]:
     return _json_lines(path) if path.suffix.lower() == ".jsonl" else _csv_records(path)
 
 
+def meant(columns: Collection[str], asked: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns that are asked for, or where that is our own name, which is not there, another known one."""
+    found = [each for each in known if each in columns]
+    return tuple(found[:1]) if asked == known[:1] and found else asked
+
+
 def captions_of(values: dict[str, Any], columns: Iterable[str]) -> tuple[str, ...]:
     """The captions of a record, each once: of every column the text, or each text of a list.
 
     Raises:
         RowError: there is none, or something else stands in its place.
     """
-    cells = [values[column] for column in columns if values.get(column) is not None]
-    texts = [text for cell in cells for text in (cell if isinstance(cell, list) else [cell]) if text is not None]
+    cells = [values.get(column) for column in columns]
+    found = [text for cell in cells for text in (cell if isinstance(cell, list) else [cell])]
+    texts = [text for text in found if isinstance(text, str) or not is_missing(text)]
     if not texts:
         raise RowError("missing caption", f"nothing stands in {', '.join(columns)}")
     return clean(texts)
@@ -106,10 +125,32 @@ def clean(captions: Iterable[Any]) -> tuple[str, ...]:
         if not isinstance(caption, str) or not is_unicode(caption):
             raise RowError("caption is no text", f"got {caption!r:.60}")
         if is_visible(caption):
-            kept[caption.strip()] = None
+            kept[caption.translate(SPACES).strip()] = None
     if not kept:
         raise RowError("empty caption")
     return tuple(kept)
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text as editors count them; `str.splitlines` also ends one at the signs of `SPACES`."""
+    return re.split(r"\r\n|\r|\n", text)
+
+
+def is_missing(cell: Any) -> bool:
+    """Whether nothing stands in a cell: null, no text, or the NaN that other programs put into columns of numbers."""
+    return cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and cell != cell)
+
+
+def whole_number(cell: Any) -> int | None:
+    """The whole number in a cell, whatever format and program made of it: 7, 7.0, "7", "7.0" or "1e3"; None for another
+    value, and for a float beyond 2**53, which stands for several numbers."""
+    text = str(cell).strip()
+    if isinstance(cell, bool) or not re.fullmatch(r"[+-]?\d+(\.\d*)?([eE][+-]?\d{1,3})?", text, re.ASCII):
+        return None
+    number = Decimal(text)
+    if number.adjusted() > LONGEST_NUMBER or number != number.to_integral_value():
+        return None
+    return None if isinstance(cell, float) and abs(cell) > 2**53 else int(number)
 
 
 def attributes_of(values: dict[str, Any], known: frozenset[str]) -> dict[str, str]:
@@ -117,7 +158,10 @@ def attributes_of(values: dict[str, Any], known: frozenset[str]) -> dict[str, st
     nested = values.get("attributes")
     inner = nested if isinstance(nested, dict) else {}
     outer = {key: value for key, value in values.items() if key not in known and not (key == "attributes" and inner)}
-    return {_text(str(key)): _text(value) for key, value in (inner | outer).items() if value not in (None, "")}
+    said = {
+        key: value for key, value in (inner | outer).items() if value not in (None, "") and value == value
+    }  # no NaN
+    return {_text(str(key)): _text(value) for key, value in said.items()}
 
 
 def span_of(values: dict[str, Any]) -> tuple[float, float | None]:
@@ -134,7 +178,7 @@ def span_of(values: dict[str, Any]) -> tuple[float, float | None]:
 
 def _seconds(name: str, cell: Any) -> float | None:
     """Seconds as a number, `ss.s`, `mm:ss.s` or `hh:mm:ss.s`; None for an empty cell."""
-    if cell is None or (isinstance(cell, str) and not cell.strip()):
+    if is_missing(cell):
         return None
     try:
         parts = [float(part) for part in str(cell).split(":")]
@@ -173,7 +217,25 @@ def _reading(path: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"cannot read {path}: it is not UTF-8, save it as UTF-8") from error
+        raise InputError(f"cannot read {path}: line {_first_bad_line(path)} is not UTF-8, save it as UTF-8") from error
+
+
+def _first_bad_line(path: Path) -> int:
+    """The first line that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not is_utf8(line):
+                return number
+    return number
+
+
+def is_utf8(content: bytes) -> bool:
+    """Whether bytes are text in UTF-8."""
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 
 from cogvideo.config import require
 from cogvideo.data.frames import FrameSettings, read_item
-from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
+from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source, other_splits
 from cogvideo.files import replacing, write_text
 from cogvideo.video import VideoError
 
@@ -145,8 +145,10 @@ def _draw(
     ):
         counts.append(_write(folder / name, _chosen(groups, total, settings, rejected, tally)))
     reasons = Counter(each.reason for each in rejected)
-    found = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "they hold none"
-    require(bool(counts[0]), f"no clip of {', '.join(sources)} can be read: {found}")
+    found = [f"{count} {reason}" for reason, count in reasons.items()]
+    found += filter(None, [other_splits(item for listing in listings for item in listing.items)])
+    told = f"no clip of {', '.join(sources)} can be learnt from: {', '.join(found) or 'they hold none'}"
+    require(bool(counts[0]), told)
     return {
         "frames": [sum(each) for each in counts],
         "clips": sum(map(len, counts)),

@@ -20,7 +20,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from cogvideo import bundle
 from cogvideo.config import CogVideoConfig, TransformerConfig, preset, require
 from cogvideo.data.frames import BACKGROUNDS, FrameSettings, on_background
-from cogvideo.data.sources import SourceOptions, list_source
+from cogvideo.data.sources import SourceOptions, list_source, other_splits
 from cogvideo.storage import MANIFEST, Manifest
 from cogvideo.text import LINE_BREAK_PIECE, PAD_PIECE, TextTokenizer
 
@@ -102,8 +102,10 @@ def read_captions(sources: Iterable[str], options: SourceOptions) -> list[str]:
     listings = [list_source(source, options) for source in sources]
     items = [item for listing in listings for item in listing.items if item.split == "train" and item.copy == 0]
     rejected = Counter(rejection.reason for listing in listings for rejection in listing.rejected)
-    why = ", ".join(f"{reason} ({number})" for reason, number in rejected.most_common()) or "nothing"
-    require(len(items) > 0, f"no clip of the split train has a caption in {', '.join(sources)}; rejected: {why}")
+    found = [f"{number} {reason}" for reason, number in rejected.most_common()]
+    found += filter(None, [other_splits(item for listing in listings for item in listing.items)])
+    why = ", ".join(found) or "they hold none"
+    require(len(items) > 0, f"no clip of the split train has a caption in {', '.join(sources)}: {why}")
     return sorted(caption for item in items for caption in item.captions)
 
 
