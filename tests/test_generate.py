@@ -13,12 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from decimal import Decimal
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import av
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -30,8 +34,10 @@ from cogvideo.cli import main
 from cogvideo.generate import Maker
 from cogvideo.generation.hierarchy import Guidance, Settings
 from cogvideo.generation.sampling import Sampling
+from cogvideo.outputs import Folder
 from cogvideo.pictures import write_image
 from cogvideo.pipeline import CogVideoPipeline, Frame, Given, Upscaling
+from cogvideo.prompts import read_prompts
 from cogvideo.video import read_video, write_video
 from gallery import make_model
 from killing import kill_at
@@ -150,7 +156,7 @@ def test_the_settings_stand_beside_the_clip_and_in_it(model: str, inside: Path) 
         "file": "x.mp4",
         "prompt": "a cat runs",
         "seed": 7,
-        "model": model,
+        "model": "model",
         "image": "start.png",
         "extend": None,
         "first": None,
@@ -207,7 +213,7 @@ def test_a_sidecar_makes_its_clip_again(
         ({"rounds": 99}, "other.json: rounds is 99, expected 0 to 6"),
     ):
         (inside / "other.json").write_text(json.dumps(json.loads(sidecar.read_text()) | changed))
-        assert message in refused(capsys, "--from-sidecar", "other.json")
+        assert message in refused(capsys, "--from-sidecar", "other.json", "--model", model)
     (inside / "old.json").write_text('{"prompt": "a cat", "seed": 1}')
     assert "lacks clusters, dtype, " in refused(capsys, "--from-sidecar", "old.json")
     (inside / "none.json").write_text("[")
@@ -216,7 +222,7 @@ def test_a_sidecar_makes_its_clip_again(
     for option in (("a cat",), ("--seed", "1"), ("--rounds", "1"), ("--samples", "2")):
         assert "got --from-sidecar with a prompt" in refused(capsys, *option, "--from-sidecar", str(sidecar))
     (inside / "other.json").write_text(json.dumps(json.loads(sidecar.read_text()) | {"codes": "0", "torch": "1.0"}))
-    run("--from-sidecar", "other.json", "--output", "z", status=1)
+    run("--from-sidecar", "other.json", "--model", model, "--output", "z", status=1)
     assert "these are other codes than those of other.json, which torch 1.0 on cpu made" in capsys.readouterr().err
 
 
@@ -359,7 +365,7 @@ def test_an_image_starts_to_move(model: str, inside: Path) -> None:
         run("a cat runs", "--model", model, "--image", name, "--format", "png", "--output", name[:-4], *QUICK)
         square = read_video(inside / name, 1, SIDE, max_frames=1).frames
         codes = pipeline.encode(square)
-        expected = pipeline._pixels(codes)
+        expected = pipeline._pixels(pipeline.model.autoencoder, codes)
         frames = frames_of(inside / name[:-4] / "a-cat-runs")
         assert np.array_equal(frames[0], expected[0]), name
         assert not np.array_equal(frames[1], frames[0])
@@ -377,7 +383,7 @@ def test_a_video_goes_on(number: int, context: int, start: int, model: str, insi
     assert len(found) == start + 9
     pipeline = CogVideoPipeline.from_pretrained(model)
     codes = pipeline.encode(read_video(inside / "old.webp", 2, SIDE).frames)
-    assert np.array_equal(found[:number], pipeline._pixels(codes))
+    assert np.array_equal(found[:number], pipeline._pixels(pipeline.model.autoencoder, codes))
     alone = made(model, "a cat runs", 3, Given(codes[start::2][:context]), rounds=1) if context == 1 else None
     if alone is not None:
         assert np.array_equal(found[number:], alone[1:])
@@ -391,7 +397,8 @@ def test_what_lies_between_two_pictures(model: str, inside: Path) -> None:
     run("a cat runs", "--model", model, "--first", "a.png", "--last", "b.png", *options)
     found = frames_of(inside / "out" / "a-cat-runs")
     pipeline = CogVideoPipeline.from_pretrained(model)
-    ends = pipeline._pixels(pipeline.encode([np.asarray(Image.open(inside / name)) for name in ("a.png", "b.png")]))
+    codes = pipeline.encode([np.asarray(Image.open(inside / name)) for name in ("a.png", "b.png")])
+    ends = pipeline._pixels(pipeline.model.autoencoder, codes)
     assert len(found) == 9
     assert np.array_equal(found[[0, -1]], ends)
 
@@ -476,9 +483,16 @@ def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.Cap
     ("name", "content", "message"),
     [
         ("x.txt", b"\n \n", "x.txt has no prompts, expected one a line"),
-        ("x.txt", b"\xff", "x.txt is no text in UTF-8"),
-        ("x.csv", b"text\na cat\n", "x.csv has the columns text, expected prompt or caption"),
-        ("x.csv", b"prompt,seed\na cat,-1\n", "x.csv, line 2: seed is '-1', expected a number in"),
+        ("x.txt", b"a cat\n\xff", "x.txt, line 2: it is no text in UTF-8"),
+        ("x.tsv", b"prompt\na cat\n\xff", "cannot read x.tsv: line 3 is not UTF-8"),
+        ("x.csv", b"words\na cat\n", "x.csv has the columns words, expected prompt or caption or text"),
+        ("x.csv", b"prompt,seed\na cat,-2\n", "x.csv, line 2: seed is '-2', expected a whole number in"),
+        ("x.tsv", b"prompt\tseed\na cat\t1.5\n", "x.tsv, line 2: seed is '1.5', expected a whole number in"),
+        ("x.jsonl", b'{"prompt": "a", "seed": true}', "x.jsonl, line 1: seed is True, expected a whole number in"),
+        ("x.jsonl", b'{"prompt": "a", "seed": 1e18}', "x.jsonl, line 1: seed is 1e+18, expected a whole number in"),
+        ("x.txt", b"a cat\n\xe2\x80\x8b\n", "x.txt, line 2: the prompt is empty"),
+        ("x.txt", b"a cat\n" + b"a man pours water into a glass " * 40, "x.txt, line 2: the prompt has"),
+        ("x.csv", b"prompt,seed\n" + b"a man pours water into a glass " * 40, "x.csv, line 2: the prompt has"),
         ("x.csv", b"prompt,seed\n,1\n", "x.csv, line 2: prompt is '', expected a text"),
         ("x.jsonl", b'{"prompt": 3}\n', "x.jsonl, line 1: prompt is 3, expected a text"),
         (
@@ -504,6 +518,121 @@ def test_a_bad_list_is_refused(
     if content is not None:
         (inside / name).write_bytes(content)
     assert message in refused(capsys, "--prompts", name, "--model", model)
+
+
+def test_seeds_of_every_table(tmp_path: Path) -> None:
+    """Guards seeds as programs write them: text, whole floats of columns with gaps, exponents; -1 and gaps are any."""
+    values = [7, 7.0, "7", "7.0", "1e3", None, "", float("nan"), -1]
+    rows = [{"prompt": "a cat", "seed": value} for value in values]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected = [7, 7, 7, 7, 1000, None, None, None, None]
+    assert [each.seed for each in read_prompts(tmp_path / "x.jsonl")] == expected
+    for suffix, comma in ((".csv", ","), (".tsv", "\t")):
+        told = [f"a cat{comma}{value}" for value in ("7", "7.0", "1e3", "", "-1")]
+        (tmp_path / f"x{suffix}").write_text("\n".join([f"prompt{comma}seed", *told]))
+        assert [each.seed for each in read_prompts(tmp_path / f"x{suffix}")] == [7, 7, 1000, None, None]
+    for column in ([7.0, None], [7.0, float("nan")], ["7", ""], [7, -1], [Decimal("7.00"), None]):
+        pq.write_table(pa.table({"prompt": ["a cat"] * 2, "seed": column}), tmp_path / "x.parquet")
+        assert [each.seed for each in read_prompts(tmp_path / "x.parquet")] == [7, None], column
+
+
+def test_a_misspelt_column_of_seeds_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards seeds that are not read, since their column is called nearly so; other columns are the user's."""
+    for column, told in (("Seed", True), ("seeds", True), ("sed", True), ("scene", False), ("id", False)):
+        (tmp_path / "x.csv").write_text(f"prompt,{column}\na cat,7\n")
+        assert [each.seed for each in read_prompts(tmp_path / "x.csv")] == [None]
+        assert (f"the column {column.lower()} is not read; did you mean seed?" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("sign", "\v\f\x1c\x1d\x1e\x85\u2028\u2029")
+def test_a_line_ends_where_editors_end_it(sign: str, tmp_path: Path) -> None:
+    """Guards prompts with signs at which only `str.splitlines` ends a line; they are spaces."""
+    (tmp_path / "x.txt").write_text(f"a cat,{sign}on a mat\r\nthe sun\rthe moon\n", encoding="utf-8", newline="")
+    assert [each.text for each in read_prompts(tmp_path / "x.txt")] == ["a cat, on a mat", "the sun", "the moon"]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": f"a cat,{sign}on a mat"}, ensure_ascii=False))
+    assert [each.text for each in read_prompts(tmp_path / "x.jsonl")] == ["a cat, on a mat"]
+    (tmp_path / "x.csv").write_text(f"prompt,seed\na cat{sign}runs,1\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "x.csv")[0][:2] == ("a cat runs", 1)
+
+
+def test_conventions_of_other_tools(model: str, inside: Path) -> None:
+    """Guards an empty negative prompt, which is none, and the seed -1, which is any."""
+    run("a cat", "--model", model, "--negative", "", "--seed", -1, "--output", "x.mp4", *QUICK)
+    record = record_of(inside / "x.mp4")
+    assert record["negative"] is None
+    assert record["seed"] >= 0
+
+
+def test_a_clip_names_no_folder_of_its_maker(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards what is sent to others: of files elsewhere the name alone; those that lie with the sidecar are found."""
+    private = inside.parent / "someone"
+    private.mkdir()
+    image = picture(private / "portrait.png")
+    for given in (image, "../someone/portrait.png"):
+        run("a cat", "--model", model, "--image", given, "--output", "x.mp4", "--seed", 3, *QUICK)
+        _, _, _, inner = read(inside / "x.mp4")
+        assert inner == record_of(inside / "x.mp4")
+        assert (inner["image"], inner["model"]) == ("portrait.png", "model")
+        assert str(inside.parent) not in json.dumps(inner)
+    (inside / "kept").mkdir()
+    for name in ("x.json", "x.mp4"):
+        (inside / name).rename(inside / "kept" / name)
+    again = ("--from-sidecar", "kept/x.json", "--output", "y.mp4")
+    assert "was made with portrait.png, which is not here" in refused(capsys, *again, "--model", model)
+    image.rename(inside / "kept" / "portrait.png")
+    (inside / "kept" / "model").symlink_to(model)
+    run(*again)
+    assert record_of(inside / "y.mp4")["codes"] == record_of(inside / "kept" / "x.mp4")["codes"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_files_whose_accents_are_written_otherwise_are_found(form: Any, model: str, inside: Path) -> None:
+    """Guards names that look alike: as a Mac writes them and as a keyboard types them."""
+    other = "NFD" if form == "NFC" else "NFC"
+    picture(inside / normalize(form, "café.png"))
+    (inside / normalize(form, "é")).mkdir()
+    (inside / normalize(form, "é") / normalize(form, "liste_é.txt")).write_text("a cat")
+    names = (normalize(other, name) for name in ("é/liste_é.txt", "café.png"))
+    run("--prompts", next(names), "--image", next(names), "--model", model, *QUICK)
+    assert len(list((inside / "out").glob("*.mp4"))) == 1
+
+
+def test_a_sidecar_is_checked_before_weights_are_read(
+    model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards the time to the refusal of another model or picture."""
+    picture(inside / "start.png")
+    run("a cat", "--model", model, "--image", "start.png", "--output", "x.mp4", *QUICK)
+    record = record_of(inside / "x.mp4")
+    monkeypatch.setattr(_Source, "load", lambda *each: pytest.fail("weights were read"))
+    for change in ({"bundle": "0"}, {"sha256": {"image": "0"}}):
+        (inside / "y.json").write_text(json.dumps(record | change))
+        told = refused(capsys, "--from-sidecar", "y.json", "--model", model, "--output", "z.mp4")
+        assert "y.json was made with another" in told
+
+
+class Looks(set[str]):
+    """Names that are taken; counts how often they are looked at."""
+
+    number = 0
+
+    def __rand__(self, other: Any) -> set[str]:
+        self.number += 1
+        return set(other) & set(self)
+
+
+def test_names_of_many_clips_take_no_longer_each(tmp_path: Path) -> None:
+    """Guards lists of thousands: a name, and the search for a clip that is there, do not look at all others."""
+    folder = Folder(tmp_path, "mp4")
+    assert [folder.name("A cat").name for _ in range(3)] == ["A-cat.mp4", "A-cat-2.mp4", "A-cat-3.mp4"]
+    assert folder.name("a cat").name == "a-cat-4.mp4", "where case does not count"
+    assert folder.name("a cat 5").name == "a-cat-5.mp4"
+    assert [folder.name("a cat").name for _ in range(2)] == ["a-cat-6.mp4", "a-cat-7.mp4"]
+    assert [folder.name(normalize(form, "é")).stem for form in ("NFC", "NFD")] == ["é", "é-2"]
+    folder._taken = looks = Looks(folder._taken)
+    for _ in range(100):
+        folder.name("a cat")
+    assert looks.number < 250
 
 
 def test_lists_of_other_kinds(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -680,7 +809,7 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--samples", "0"), "samples is 0, expected 1 to 100000"),
         (("--batch", "0"), "batch is 0, expected a positive number"),
         (("--fps", "0"), "fps is 0.0, expected a number in"),
-        (("--image", "nowhere.png"), "No such file or directory: nowhere.png"),
+        (("--image", "nowhere.png"), "--image: No such file or directory: nowhere.png"),
         (("--image", "file"), "file: "),
         (("--extend", "file"), "file: "),
         (("--first", "file"), "got one of --first and --last, expected both"),
@@ -709,7 +838,7 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--output", "x.png"), "cannot write x.png: expected a folder, or a file that ends in .mp4"),
         (("--output", "x.mp4", "--format", "gif"), "output is x.mp4 and format gif, expected one format"),
         (("--output", "x" * 201), "the name xxxxxxxxxxxxxxxxxxxx... has 201 bytes, expected 200 at most"),
-        (("--seed", "-1"), "seed is -1, expected a number in"),
+        (("--seed", "-2"), "seed is -2, expected a number in"),
         (("--device", "abacus"), "cannot use the device 'abacus'"),
         (("--model", "nowhere"), "there is no folder nowhere: pass the folder of a bundle"),
         (("--model", "."), "cannot use bundle.json: No such file or directory, expected the folder of a bundle"),
@@ -939,8 +1068,9 @@ def test_a_sidecar_is_good_elsewhere(model: str, inside: Path, capsys: pytest.Ca
     (inside / "new").mkdir()
     (inside / "start.png").rename(inside / "new" / "there.png")
     picture(inside / "new" / "other.png", seed=1)
-    again = ("--from-sidecar", "x.json", "--output", "z.mp4")
-    assert "No such file or directory: start.png" in refused(capsys, *again)
+    again = ("--from-sidecar", "x.json", "--output", "z.mp4", "--model", model)
+    lost = "x.json was made with start.png, which is not here: say with --image where it lies"
+    assert lost in refused(capsys, *again)
     assert "x.json was made with another file than" in refused(capsys, *again, "--image", "new/other.png")
     run(*again, "--image", "new/there.png")
     assert record_of(inside / "z.mp4")["codes"] == record_of(inside / "x.mp4")["codes"]
@@ -954,9 +1084,9 @@ def test_a_model_that_does_not_fit_is_refused(
     monkeypatch.setattr(machine, "free_memory", lambda _: 1 << 20)
     told = refused(capsys, "a cat", "--model", model, "--batch", "100000", "--samples", "4")
     assert re.search(
-        r"this needs \d+\.\d GiB of memory on cpu, where 0.0 GiB are free; what helps: --batch 2,", told
+        r"this needs \d+\.\d GiB of memory on cpu, where 0.0 GiB are free; what helps: a batch of 2,", told
     ), "of four clips"
-    assert "--offload, --dtype bfloat16, --rounds 0, a smaller model" in told
+    assert "offload, dtype bfloat16, rounds 0, a smaller model" in told
     monkeypatch.setattr(machine, "free_memory", lambda _: 1 << 30)
     run("a cat", "--model", model, *QUICK)
 
@@ -971,7 +1101,7 @@ def test_offloading_makes_the_same_clip(model: str, inside: Path, monkeypatch: p
     stages, seen, load = {"sequential", "interpolation", "superres"}, [], _Source.load
 
     def watched(source: _Source, component: str) -> Any:
-        seen.append((component, stages & pipeline.model._parts.keys()))
+        seen.append((component, stages & (pipeline.model._parts.keys() | pipeline._kept.keys())))
         return load(source, component)
 
     monkeypatch.setattr(_Source, "load", watched)

@@ -248,6 +248,16 @@ def test_two_runs_in_one_folder_are_refused(clips: Path, tokenizer: str, tmp_pat
     assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1) == 0
 
 
+def test_locks_of_a_process_have_one_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards long processes: hooks of forks stay for ever, so that each lock must not bring another one."""
+    hooks: list[object] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **each: hooks.append(each))
+    for _ in range(3):
+        with alone_in(tmp_path):
+            pass
+    assert len(hooks) <= 1
+
+
 def test_changed_shard_is_refused(clips: Path, tokenizer: str, tmp_path: Path) -> None:
     """Guards against a second run that takes a damaged shard for good and gives it a new hash."""
     prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)

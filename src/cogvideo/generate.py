@@ -7,6 +7,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from json import dumps
 from pathlib import Path
 from types import UnionType
@@ -22,9 +23,11 @@ from torch import Tensor
 import cogvideo
 from cogvideo.bundle import POCKET
 from cogvideo.config import DrawingConfig, InputError, require
+from cogvideo.data.folders import existing
+from cogvideo.data.tables import SPACES
 from cogvideo.devices import usable
 from cogvideo.generation.hierarchy import Settings
-from cogvideo.machine import require_memory, slowness
+from cogvideo.machine import slowness
 from cogvideo.outputs import (
     Folder,
     Format,
@@ -33,12 +36,13 @@ from cogvideo.outputs import (
     check_writable,
     is_file,
     make_frames_folder,
+    public,
     read_record,
     write_clip,
     write_frame,
 )
 from cogvideo.pipeline import CogVideoPipeline, Drawing, Frame, Given, Upscaling, collect, default_dtype
-from cogvideo.prompts import LARGEST_SEED, Prompt, read_prompts
+from cogvideo.prompts import ANY_SEED, LARGEST_SEED, Prompt, read_prompts
 from cogvideo.video import check_rate, read_video
 
 Type = Literal["auto", "float32", "bfloat16", "float16"]
@@ -68,7 +72,8 @@ class Choices(Drawing):
     loop: bool = False
     """End where the clip begins, so that it can be repeated without a jump."""
     negative: str | None = None
-    """What to move away from, in place of the model's unconditional text. It acts where there is guidance."""
+    """What to move away from, in place of the model's unconditional text, which an empty one is, too. It acts where
+    there is guidance."""
     rounds: int = 3
     """Of interpolation: 0 to 3 give 5, 9, 17, 33 frames of four seconds; up to 6, each doubles the rate."""
     superres: bool = True
@@ -85,18 +90,26 @@ class Choices(Drawing):
         end = "--last" if self.last else "--extend"
         require(not (self.loop and (self.last or self.extend)), f"got --loop and {end}, expected one end")
 
+    def found(self) -> Choices:
+        """The same, with files by the names that they have on disk."""
+        paths: dict[str, Any] = {name: path for name in FILES if (path := getattr(self, name)) is not None}
+        paths = {name: existing(path) for name, path in paths.items()}
+        return replace(self, **paths)
+
     def settings(self, own: DrawingConfig) -> Settings:
         """Of the stages."""
         drawn = super().settings(own)
-        return replace(drawn, rounds=self.rounds, guidance=replace(drawn.guidance, negative=self.negative))
+        return replace(drawn, rounds=self.rounds, guidance=replace(drawn.guidance, negative=self.negative or None))
 
     @property
     def record(self) -> Record:
-        """All of them; of a file its content, since another one may come to have its name."""
+        """All of them, for whoever gets the clip: of paths on this machine the name alone, and of a file its content,
+        since another one may come to have its name."""
         paths = {name: path for name in FILES if (path := getattr(self, name)) is not None}
         for path in (Path(self.model), *paths.values()):
             check_name(path)  # the record is UTF-8
-        found = asdict(self) | {name: str(path) for name, path in paths.items()}
+        found = asdict(self) | {name: public(path) for name, path in paths.items()}
+        found |= {"model": public(Path(self.model)), "negative": self.negative or None}
         return found | {"sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}}
 
 
@@ -151,7 +164,7 @@ def generate(
         prompt: one or several texts. Write -- before those that begin with a dash.
         prompts: a file of prompts: a line each, or a table (.csv, .tsv, .jsonl, .parquet) with the column prompt and,
             if wanted, seed. What is finished in the output folder is not made again.
-        seed: of the noise of the first clip; the next has the next number. Random, and recorded, unless given.
+        seed: of the noise of the first clip; the next has the next number. Random, and recorded, unless given, or -1.
         samples: clips of each prompt.
         from_sidecar: make the clip of a sidecar again: the same codes, or status 1. Other
             options that decide a clip are refused, but for those that say what is the default anyway.
@@ -164,6 +177,9 @@ def generate(
         OSError: something cannot be read or written.
     """
     before: Record = {}
+    seed = None if seed == ANY_SEED else seed
+    prompts, from_sidecar = (None if path is None else existing(path) for path in (prompts, from_sidecar))
+    choices = choices.found()
     if from_sidecar is None:
         listed = _listed(prompt, prompts, seed, samples)
     else:
@@ -182,14 +198,14 @@ def generate(
     to_file = is_file(files.output, len(listed))
     suits = not to_file or files.format in ("mp4", files.output.suffix.lower()[1:])
     require(suits, f"output is {files.output} and format {files.format}, expected one format")
-    maker = Maker(choices, execution, len(listed))
+    maker = Maker(choices, execution)
     _check_origin(from_sidecar, before, maker.record)
     fps = before.get("fps", maker.fps) if files.fps is None else files.fps
     check_rate(files.output.suffix if to_file else f".{files.format}", fps)
     record = maker.record | {"fps": fps}
     folder = Folder(files.output, files.format)
     if to_file:
-        wanted = [Wanted(listed[0].text, _seed(listed[0]), files.output)]
+        wanted = [Wanted(listed[0].text, _seed(listed[0]), files.output, listed[0].where)]
     else:
         wanted = list(_wanted(listed, record, folder, skip=prompts is not None))
     same = True
@@ -216,22 +232,25 @@ class Wanted(NamedTuple):
     prompt: str
     seed: int
     path: Path
+    where: str
+    """Place in a list, for messages."""
 
 
 def _listed(prompt: tuple[str, ...], path: Path | None, seed: int | None, samples: int) -> list[Prompt]:
     """Each prompt as often as it is wanted, with its seed where one is given."""
-    require(seed is None or 0 <= seed <= LARGEST_SEED, f"seed is {seed}, expected a number in [0, {LARGEST_SEED}]")
+    fits = seed is None or 0 <= seed <= LARGEST_SEED
+    require(fits, f"seed is {seed}, expected a number in [0, {LARGEST_SEED}], or -1 for any")
     require(0 < samples <= MOST_SAMPLES, f"samples is {samples}, expected 1 to {MOST_SAMPLES}")
     require(path is None or not prompt, "got prompts and a file of prompts, expected one of them")
     require(path is not None or len(prompt) > 0, "there is no prompt, expected one or several texts, or --prompts FILE")
-    listed = list(map(Prompt, prompt)) if path is None else read_prompts(path)
+    listed = [Prompt(each.translate(SPACES)) for each in prompt] if path is None else read_prompts(path)
     found = []
     for place, each in enumerate(listed):
         first = each.seed if seed is None or each.seed is not None else seed + place * samples
         last = (first or 0) + samples - 1
         require(last <= LARGEST_SEED, f"the seed of the last clip would be {last}, expected {LARGEST_SEED} at most")
         for number in range(samples):
-            found.append(Prompt(each.text, None if first is None else first + number))
+            found.append(each._replace(seed=None if first is None else first + number))
     return found
 
 
@@ -245,12 +264,11 @@ def _wanted(listed: Sequence[Prompt], record: Record, folder: Folder, skip: bool
     there = set()
     # Those with a seed first: any clip of its prompt will do for one without.
     for place, each in sorted(enumerate(listed), key=lambda pair: pair[1].seed is None):
-        own = {"prompt": each.text} | ({} if each.seed is None else {"seed": each.seed})
-        if skip and folder.take(alike | own):
+        if skip and folder.take(alike, each.text, each.seed):
             there.add(place)
     for place, each in enumerate(listed):
         if place not in there:
-            yield Wanted(each.text, _seed(each), folder.name(each.text))
+            yield Wanted(each.text, _seed(each), folder.name(each.text), each.where)
 
 
 # From a sidecar
@@ -280,11 +298,22 @@ def _choices(path: Path, record: Record, named: Record) -> Choices:
         require(_fits(record[name], hint), f"{path}: {name} is {record[name]!r:.60}, expected {_in_words(hint)}")
     found: dict[str, Any] = {name: record[name] for name in hints}
     found |= {name: value for name, value in named.items() if value != getattr(Choices, name)}
-    found |= {name: Path(found[name]) for name in FILES if found[name] is not None}
+    for name in FILES:
+        found[name] = None if found[name] is None else _lies(path, name, found[name])
+    if found["model"] != POCKET and "/" not in found["model"]:  # no id on the Hub
+        found["model"] = str(_lies(path, "model", found["model"]))
     try:
         return Choices(**found)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _lies(sidecar: Path, option: str, name: str | Path) -> Path:
+    """Where a file or folder of a sidecar lies: seen from here, else from its own folder."""
+    found = [path for folder in (Path(), sidecar.parent) if (path := existing(folder / name)).exists()]
+    told = f"{sidecar} was made with {name}, which is not here: say with --{option} where it lies"
+    require(len(found) > 0, told)
+    return found[0]
 
 
 def _in_words(hint: Any) -> str:
@@ -337,14 +366,13 @@ class Maker:
     Args:
         choices: what decides them.
         execution: how the work is done.
-        clips: how many, at most.
 
     Raises:
-        ValueError: the model, a file or a setting cannot be used, or there is too little memory.
+        ValueError: the model, a file or a setting cannot be used.
         OSError: a file cannot be read.
     """
 
-    def __init__(self, choices: Choices, execution: Execution, clips: int) -> None:
+    def __init__(self, choices: Choices, execution: Execution) -> None:
         self.device = usable(execution.device)
         if choices.dtype == "auto":
             choices = replace(choices, dtype=NAMES[default_dtype(self.device)])
@@ -356,11 +384,10 @@ class Maker:
         self.record = self.choices.record | {"bundle": model.fingerprint}
         """What decides all clips."""
         self.fps = self.pipeline.fps(self.settings)
-        require_memory(model, self.settings, dtype, self.device, min(execution.batch, clips), execution.offload)
-        self.given = self._given()
 
-    def _given(self) -> Given:
-        """Frames of the files."""
+    @cached_property
+    def given(self) -> Given:
+        """Frames of the files; a part of the model is loaded for them."""
         choices, size = self.choices, self.pipeline.model.config.frame_side
 
         def codes(path: Path | None, most: int | None = 1) -> Int64[Tensor, "frames slots"] | None:
@@ -373,20 +400,35 @@ class Maker:
         return Given(first, None if last is None else last[0], choices.loop)
 
     def make(self, wanted: Sequence[Wanted], fps: float, preview: bool) -> Iterator[Made]:
-        """Clips as they are finished. All prompts are looked at, and folders made, before the first of them."""
+        """Clips as they are finished. All prompts are looked at, and folders made, before the first of them.
+
+        Raises:
+            ValueError: a prompt cannot be used, or there is too little memory.
+        """
+        self._check(wanted)
         groups = [wanted[start : start + self.execution.batch] for start in range(0, len(wanted), self.execution.batch)]
-        streams = [self._stream(group) for group in groups]
         for folder in {each.path.parent for each in wanted}:
             folder.mkdir(parents=True, exist_ok=True)
             check_writable(folder)
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         if slow := slowness(getattr(torch, self.choices.dtype), self.device):
             console.print(slow)
-        for group, stream in zip(groups, streams, strict=True):
+        for group in groups:
+            stream = self._stream(group)
             watched = _watched(_previewed(stream, group) if preview else stream, console)
             clips = collect(watched, fps)
             for each, frames, codes in zip(group, clips.frames, clips.codes, strict=True):
-                yield Made(*each, frames, self._figures(frames, codes))
+                yield Made(each.prompt, each.seed, each.path, frames, self._figures(frames, codes))
+
+    def _check(self, wanted: Sequence[Wanted]) -> None:
+        """Refuse what cannot be made; a prompt of a list by its line."""
+        if wanted:
+            self.pipeline.check_memory(self.settings, min(self.execution.batch, len(wanted)))
+        for each in reversed({each.prompt: each for each in reversed(wanted)}.values()):  # the first of equal ones
+            try:
+                self._stream([each])
+            except InputError as error:
+                raise InputError(f"{each.where}: {error}" if each.where else str(error)) from error
 
     def _stream(self, group: Sequence[Wanted]) -> Iterator[Frame]:
         generators = [torch.Generator().manual_seed(each.seed) for each in group]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -12,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Literal
+from unicodedata import normalize
 
 import numpy as np
 from jaxtyping import UInt8
@@ -72,6 +74,13 @@ def check_name(path: Path) -> None:
     require(is_unicode(str(path)), f"the name {str(path)!r} is no text in UTF-8, expected one: rename it")
 
 
+def public(path: Path) -> str:
+    """A path as records have it, which go to others with the clips: as it was given, if it is below the folder where
+    the command ran and says so; else its name alone, without the folders of this machine and its users."""
+    is_inside = not path.is_absolute() and ".." not in path.parts
+    return str(path) if is_inside else path.name
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder in which no file can be made, for whatever reason."""
     try:
@@ -91,38 +100,55 @@ class Folder:
 
     def __init__(self, path: Path, format: Format) -> None:
         self.path, self.format = path, format
-        self._taken = {each.stem.casefold() for each in path.iterdir()} if path.is_dir() else set()
+        self._taken = {_key(each.stem) for each in path.iterdir()} if path.is_dir() else set()
+        self._numbers: dict[str, int] = {}
+        self._used: set[str] = set()
 
     @cached_property
-    def _records(self) -> dict[str, Record | None]:
-        """Of the clips that are there, by the name of the sidecar without its suffix; None once it is taken."""
-        return {each.stem.casefold(): read_record(each) for each in self.path.glob(f"*{SIDECAR}")}
+    def _records(self) -> dict[tuple[str, str], deque[tuple[str, Record]]]:
+        """Sidecars that are there, by their prompt and seed, and by their prompt alone."""
+        found: dict[tuple[str, str], deque[tuple[str, Record]]] = defaultdict(deque)
+        for path in sorted(self.path.glob(f"*{SIDECAR}")):
+            record = read_record(path) or {}
+            for seed in {record.get("seed"), None} if _is_seed(record.get("seed")) else ():
+                found[repr(record.get("prompt")), repr(seed)].append((path.stem, record))
+        return found
 
-    def take(self, wanted: Record) -> bool:
-        """Whether a finished clip of this format has all that is wanted of it, and was not taken before."""
-        for stem, record in self._records.items():
-            if record is not None and record.items() >= wanted.items() and self._is_there(record.get("file", stem)):
-                self._records[stem] = None
+    def take(self, alike: Record, prompt: str, seed: int | None) -> bool:
+        """Whether a finished clip of this format was made so, of this prompt and seed, and was not taken before.
+
+        Each sidecar is looked at once or twice, whatever the number of calls: `alike` is the same in all of them.
+        """
+        left = self._records.get((repr(prompt), repr(seed)), deque())
+        while left:
+            stem, record = left.popleft()
+            is_free = stem not in self._used and record.items() >= alike.items()
+            if is_free and self._is_there(record.get("file", stem)):
+                self._used.add(stem)
                 return True
         return False
 
     def name(self, prompt: str) -> Path:
         """A path for a clip, made from its prompt: never out of the folder, never that of another clip, also where
-        case does not count."""
-        words = re.sub(r"[^\w]+", "-", prompt).strip("-").encode()[:LONGEST_NAME].decode(errors="ignore")
+        neither case nor the way accents are written count."""
+        words = (
+            re.sub(r"[^\w]+", "-", normalize("NFC", prompt)).strip("-").encode()[:LONGEST_NAME].decode(errors="ignore")
+        )
         stem = words.strip("-") or "clip"
-        number, name = 1, stem
-        while {name.casefold(), f"{name}{FRAMES}".casefold()} & self._taken:
+        number = self._numbers.get(_key(stem), 1)
+        name = stem if number == 1 else f"{stem}-{number}"
+        while {_key(name), _key(f"{name}{FRAMES}")} & self._taken:
             number += 1
             name = f"{stem}-{number}"
-        self._taken |= {name.casefold(), f"{name}{FRAMES}".casefold()}
+        self._numbers[_key(stem)] = number
+        self._taken |= {_key(name), _key(f"{name}{FRAMES}")}
         return self.path / (name if self.format == "png" else f"{name}.{self.format}")
 
     def settled(self, path: Path) -> Path:
         """The path of a clip that is to be written now, or another one where somebody took it meanwhile."""
         if not path.exists() and not sidecar_of(path).exists():
             return path
-        self._taken |= {each.stem.casefold() for each in self.path.iterdir()}
+        self._taken |= {_key(each.stem) for each in self.path.iterdir()}
         return self.name(sidecar_of(path).stem)
 
     def _is_there(self, name: Any) -> bool:
@@ -130,6 +156,15 @@ class Folder:
         if self.format == "png":
             return path.is_dir() and any(path.iterdir())
         return path.suffix.lower() == f".{self.format}" and path.is_file() and path.stat().st_size > 0
+
+
+def _key(name: str) -> str:
+    """What is the same in names that file systems take for one."""
+    return normalize("NFC", name).casefold()
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def read_record(path: Path) -> Record | None:

@@ -310,20 +310,25 @@ class CogVideoPipeline:
         enlarges = upscaling.enabled and "superres" in there
         text = self._text(prompts, settings.truncate) if enlarges else None
         sampling = upscaling.sampling or superres_sampling(self.model.config.drawing)
-        self._check_memory(model, settings, len(prompts))
+        self.check_memory(settings, len(prompts))
         if self.offload:
             frames = _offloaded(model, frames)
         return self._frames(model, frames, text, sampling, enlarged)
 
-    def _packed(self) -> Packed:
-        return Packed(self.model, self._kept, self.offload)
+    def check_memory(self, settings: Settings, batch: int) -> None:
+        """Refuse clips that do not fit; each kind is computed once.
 
-    def _check_memory(self, model: Packed, settings: Settings, batch: int) -> None:
-        """Refuse clips that do not fit, once for each kind."""
+        Raises:
+            ValueError: too little memory is free; the message says what is needed and what helps.
+        """
         if (settings, batch) not in self._fitting:
             dtype = self.model.dtype or torch.bfloat16  # weights as they are stored have 16 bits at least
-            require_memory(self.model, settings, dtype, self.model.device, batch, self.offload, model.num_bytes)
+            held = self._packed().num_bytes
+            require_memory(self.model, settings, dtype, self.model.device, batch, self.offload, held)
             self._fitting.add((settings, batch))
+
+    def _packed(self) -> Packed:
+        return Packed(self.model, self._kept, self.offload)
 
     def _generate(
         self,

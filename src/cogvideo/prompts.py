@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cogvideo.config import InputError, require
-from cogvideo.data.tables import Record, is_table, is_unicode, read_columns, read_records
+from cogvideo.data.tables import (
+    SPACES,
+    Record,
+    is_missing,
+    is_table,
+    is_unicode,
+    lines_of,
+    read_columns,
+    read_records,
+    whole_number,
+)
 
-COLUMNS = ("prompt", "caption")
+COLUMNS = ("prompt", "caption", "text")
 """Columns of a table that may hold the prompts; the first that there is does."""
+SEED = "seed"
 LARGEST_SEED = 2**63 - 1
+ANY_SEED = -1
+"""What other tools take for a random seed."""
 
 
 class Prompt(NamedTuple):
@@ -20,13 +35,15 @@ class Prompt(NamedTuple):
     text: str
     seed: int | None = None
     """None where the list names none."""
+    where: str = ""
+    """Place in a list, for messages."""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file in their order: lines of a text (empty ones are left out), or rows of a table.
 
-    A table (.csv, .tsv, .jsonl, .parquet) has the column `prompt` or `caption`, and may have `seed`. All else is a
-    text, but for .json, which is refused.
+    A table (.csv, .tsv, .jsonl, .parquet) has the column `prompt`, `caption` or `text`, and may have `seed`. All else
+    is a text, but for .json, which is refused.
 
     Raises:
         ValueError: it cannot be read, has no prompts, or a row cannot be used; the message says which.
@@ -39,11 +56,15 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _lines(path: Path) -> Iterator[Prompt]:
+    content = path.read_bytes()
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
-    return (Prompt(line.strip()) for line in lines if line.strip())
+        place = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {place}: it is no text in UTF-8 ({error.reason}), save it as UTF-8") from error
+    for number, line in enumerate(lines_of(text), 1):
+        if line.strip():
+            yield Prompt(line.translate(SPACES).strip(), where=f"{path}, line {number}")
 
 
 def _rows(path: Path) -> Iterator[Prompt]:
@@ -52,7 +73,15 @@ def _rows(path: Path) -> Iterator[Prompt]:
     column = next((each for each in COLUMNS if each in there), None)
     require(column is not None, f"{path} has the columns {', '.join(there)}, expected {' or '.join(COLUMNS)}")
     assert column is not None
+    _warn_of_misspelling(path, there)
     return (_row(path, column, record) for record in read_records(path))
+
+
+def _warn_of_misspelling(path: Path, columns: Sequence[str]) -> None:
+    """Other columns are the user's own, but for one that is nearly called seed."""
+    near = get_close_matches(SEED, [name.strip().casefold() for name in columns], n=1, cutoff=0.7)
+    if SEED not in columns and near:
+        print(f"{path}: the column {near[0]} is not read; did you mean {SEED}?", file=sys.stderr)
 
 
 def _row(path: Path, column: str, record: Record) -> Prompt:
@@ -62,13 +91,13 @@ def _row(path: Path, column: str, record: Record) -> Prompt:
     require(isinstance(text, str) and text.strip() != "", f"{where}: {column} is {text!r:.60}, expected a text")
     assert isinstance(text, str)
     require(is_unicode(text), f"{where}: {column} is {text!r:.60}, which is no text in Unicode")
-    return Prompt(text.strip(), _seed(where, record.values.get("seed")))
+    return Prompt(text.translate(SPACES).strip(), _seed(where, record.values.get(SEED)), where)
 
 
 def _seed(where: str, cell: Any) -> int | None:
-    if cell is None or cell == "":
+    if is_missing(cell):
         return None
-    text = str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell).strip()
-    fits = text.isascii() and text.isdigit() and len(text) <= len(str(LARGEST_SEED)) and int(text) <= LARGEST_SEED
-    require(fits, f"{where}: seed is {cell!r:.60}, expected a number in [0, {LARGEST_SEED}]")
-    return int(text)
+    number = whole_number(cell)
+    fits = number is not None and ANY_SEED <= number <= LARGEST_SEED
+    require(fits, f"{where}: seed is {cell!r:.60}, expected a whole number in [0, {LARGEST_SEED}], or -1 for any")
+    return None if number == ANY_SEED else number
