@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,9 @@ from cogvideo.cli import COMMANDS, SPINS, main
 
 HEAVY = {"torch", "numpy", "tyro", "rich", "safetensors", "huggingface_hub"}
 MISTAKES = """
+import os
+import subprocess
+import sys
 import time
 
 from cogvideo.config import InputError
@@ -41,6 +45,14 @@ def wrapped():
         raise KeyboardInterrupt
     except KeyboardInterrupt as error:
         raise RuntimeError("Error calling __set_name__") from error
+
+def writes():
+    with open("clip", "wb") as file:
+        for number in (1, 2):
+            os.write(number, b"printed by a library")
+        program = "import os; os.write(1, b'printed'); os.write(2, b'printed')"
+        subprocess.run([sys.executable, "-c", program], check=True)
+        file.write(b"a clip")
 
 def slow():
     print("ready", flush=True)
@@ -224,6 +236,24 @@ def test_fault_of_ours_keeps_its_traceback(command: list[str], name: str) -> Non
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert re.search(r"^cogvideo: this is a fault of cogvideo .*: please report it", done.stderr, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("arguments", "status"), [("--version", 0), ("nonsense", 2)])
+def test_a_stream_may_be_missing(arguments: str, status: int, closed: str) -> None:
+    """Guards services, cron and pythonw: no traceback, errors never on standard output."""
+    program = f"'{sys.executable}' -m cogvideo {arguments} {closed}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert "Traceback" not in done.stderr
+    assert "error" not in done.stdout
+
+
+def test_files_do_not_get_what_is_printed(command: list[str], tmp_path: Path) -> None:
+    """Guards a clip against what a library prints, where its file takes the number of a stream that is closed."""
+    shell = f"{shlex.join([*command, 'writes'])} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", shell], cwd=tmp_path, check=False).returncode == 0
+    assert (tmp_path / "clip").read_text() == "a clip"
 
 
 def test_interrupt_is_quiet(command: list[str]) -> None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
 from errno import ENOSPC
 from functools import partial, wraps
 from importlib import import_module
 from io import StringIO, TextIOWrapper
+from itertools import pairwise
 from traceback import print_exception
 from typing import Any, NamedTuple
 
@@ -79,10 +80,12 @@ EXTRAS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status; mistakes of the user are one line on stderr."""
     _prepare_pytorch()
+    _open_missing_streams()
+    arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show ends no command
     try:
-        status = _run(sys.argv[1:] if arguments is None else arguments)
+        status = _run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -92,15 +95,15 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if _was_interrupted(error):
             return INTERRUPTED
-        status = _tell(error)
+        status = _tell(error, arguments)
         if isinstance(error, OSError) and error.errno == ENOSPC:
             _close_output()
     return status
 
 
-def _tell(error: Exception) -> int:
+def _tell(error: Exception, arguments: Sequence[str]) -> int:
     """Print a mistake of the user in one line, a fault of ours with its traceback; the exit status."""
-    line = _mistake(error)
+    line = _mistake(error, arguments)
     if line is None or os.environ.get("COGVIDEO_DEBUG") == "1":
         print_exception(error)
     if line is None:
@@ -115,6 +118,18 @@ def _was_interrupted(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+def _open_missing_streams() -> None:
+    """Open the null device for standard streams that are closed, as of services and pythonw.
+
+    Else the next files that are opened, such as a clip, get their numbers, and what libraries print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # noqa: SIM115 - as long as the process
+            os.set_inheritable(stream.fileno(), True)  # for processes that this one starts
+            setattr(sys, name, stream)
 
 
 def _prepare_pytorch() -> None:
@@ -207,7 +222,7 @@ def _close_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _mistake(error: Exception) -> str | None:
+def _mistake(error: Exception, arguments: Sequence[str]) -> str | None:
     """What the user did wrong, in one line; None where it was not the user.
 
     An OSError is the user's where it is about a path, or a full disk; others are the system's or ours.
@@ -218,5 +233,13 @@ def _mistake(error: Exception) -> str | None:
         return f"{error.name} is missing: pip install 'cogvideo[{EXTRAS[error.name]}]'"
     if isinstance(error, OSError) and (error.filename is not None or error.errno == ENOSPC):
         expected = next((what for kind, what in EXPECTED.items() if isinstance(error, kind)), "")
-        return f"{error.strerror}: {error.filename or 'the output'}{expected}"
+        return f"{_option(error.filename, arguments)}{error.strerror}: {error.filename or 'the output'}{expected}"
     return None
+
+
+def _option(path: Any, arguments: Sequence[str]) -> str:
+    """The option whose value a path is, for a message about it; nothing where it is none's."""
+    for before, each in pairwise(arguments):
+        if each == str(path) and before.startswith("--") and "=" not in before:
+            return f"{before}: "
+    return next((f"{each.partition('=')[0]}: " for each in arguments if each.endswith(f"={path}")), "")
