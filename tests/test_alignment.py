@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from cogvideo.config import InputError
 from cogvideo.data.frames import BACKGROUNDS, FrameSettings, background_of
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import alignment as module
 from cogvideo.evaluation.alignment import alignment, shown
 from cogvideo.evaluation.emoji_subject import EmojiSubject, unseen_background
-from cogvideo.evaluation.making import Making, generate, reduced
+from cogvideo.evaluation.making import Making, Shelf, generate, reduced
 from cogvideo.evaluation.reader import ATTRIBUTES, Reader, ReaderConfig
 from cogvideo.evaluation.subject import Clip, Prompt
 from cogvideo.pipeline import CogVideoPipeline
@@ -184,6 +185,14 @@ def test_clips_without_alpha_are_refused_before_anything_is_made(model: str, rea
     with pytest.raises(ValueError, match="has no alpha, expected animations on a transparent ground"):
         run(model, tmp_path / "out", reader, emoji=folder, world=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_clip_is_told(tmp_path: Path) -> None:
+    """Guards an evaluation that goes on after a full disk: the file is named, in one line."""
+    for content in (b"", b"PK", b"no zip"):
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(InputError, match=r"a.npz is damaged \(.*\): remove it"):
+            list(Shelf(tmp_path, [Prompt("a", "a cat", 1)]))
 
 
 def test_background_was_never_behind_the_clip(emoji: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cogvideo.config import InputError
 from cogvideo.data.frames import FrameSettings
 from cogvideo.data.sources import File, Item, SourceOptions
 from cogvideo.training import frame_store
@@ -136,6 +137,14 @@ def test_the_same_call_finds_its_frames(clips, tmp_path, monkeypatch):
     assert np.array_equal(first.held_out, again.held_out)
     with pytest.raises(ValueError, match="holds frames of other sources or settings"):
         fetch(tmp_path, [clips], EVERYTHING, settings(num_frames=8))
+
+
+def test_a_damaged_manifest_is_told(clips, tmp_path):
+    """A mistake of a disk is one line that names the file, as all that is not ours."""
+    fetch(tmp_path, [clips], EVERYTHING, settings())
+    (tmp_path / "frames.json").write_text("{")
+    with pytest.raises(InputError, match=r"cannot use .*frames.json \(.*\): remove its folder"):
+        fetch(tmp_path, [clips], EVERYTHING, settings())
 
 
 def test_equal_calls_draw_equal_frames(clips, tmp_path):

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from cogvideo.config import DrawingConfig, require
+from cogvideo.config import DrawingConfig, InputError, require
 from cogvideo.evaluation.reader import SIZE, resized
 from cogvideo.evaluation.subject import FPS, NUM_FRAMES, Clip, Prompt
 from cogvideo.files import replacing
@@ -110,7 +111,15 @@ class Shelf:
             on_clips(len(numbers))
 
     def __iter__(self) -> Iterator[Clip]:
-        """The clips in the order of the prompts."""
+        """The clips in the order of the prompts.
+
+        Raises:
+            ValueError: a file is damaged.
+        """
         for file in self._files:
-            with np.load(file) as arrays:
-                yield arrays["clip"]
+            try:
+                with np.load(file) as arrays:
+                    clip = arrays["clip"]
+            except (ValueError, KeyError, EOFError, BadZipFile) as error:
+                raise InputError(f"{file} is damaged ({error}): remove it, and it is made again") from error
+            yield clip

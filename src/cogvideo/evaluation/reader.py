@@ -167,7 +167,7 @@ class Reader(nn.Module):
             with safe_open(path, framework="pt") as file:
                 described = json.loads((file.metadata() or {}).get("reader", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, ValueError) as error:
             raise InputError(f"cannot use the reader {path}: {error}") from error
         require(described is not None, f"{path} is no reader, expected a file of `cogvideo train reader`")
         ours = json.loads(json.dumps(LABELS))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from cogvideo.config import require
+from cogvideo.config import InputError, require
 from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source, other_splits
 from cogvideo.files import replacing, write_text
@@ -103,7 +103,10 @@ def fetch(
     if not (folder / MANIFEST).exists():
         drawn = {"key": key} | _draw(folder, sources, options, settings, on_read)
         write_text(folder / MANIFEST, json.dumps(drawn, indent=2) + "\n")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"cannot use {folder / MANIFEST} ({error}): remove its folder and start again") from error
     require(
         manifest["key"] == key,
         f"{folder} holds frames of other sources or settings: give those of the run that made them, or remove it",
