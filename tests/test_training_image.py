@@ -260,6 +260,15 @@ def test_spans(text: TextTokenizer) -> None:
     assert 0.05 < float(often.min()) < float(often.max()) < 0.3
 
 
+def test_words_are_the_text_slots_with_loss(text: TextTokenizer) -> None:
+    """Guards the slots that go through the head of the vocabulary, which a GPU must not be asked for."""
+    task = replace(make_task(text), mixture=ImageMixture(0.4, 0.3))
+    batch = task.collate(mixed(9))
+    for words, targets in zip(batch.words, batch.targets[:, :SLOTS], strict=True):
+        expected = (targets != NOTHING).nonzero()[:, 0].tolist()
+        assert words.tolist() == expected + [NOTHING] * (batch.words.shape[1] - len(expected))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("words", ["a", CAPTION])
 def test_any_share_of_a_text(text: TextTokenizer, share: float, words: str) -> None:
@@ -308,8 +317,11 @@ def test_a_sample_is_the_same_in_every_batch(text: TextTokenizer) -> None:
     samples, model = mixed(9), large(make_model(task))
     whole, parts = task.collate(samples), [task.collate(samples[:4]), task.collate(samples[4:])]
     assert set(kinds(whole)) == set(ALWAYS)
-    for ours, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+    for ours, pieces in zip(whole[:-1], zip(*(part[:-1] for part in parts), strict=True), strict=True):
         assert torch.equal(ours, torch.cat(pieces))
+    assert [row[row != NOTHING].tolist() for row in whole.words] == [
+        row[row != NOTHING].tolist() for part in parts for row in part.words
+    ]
     halves = [task.losses(model, part) for part in parts]
     for ours, pieces in zip(task.losses(model, whole), zip(*halves, strict=True), strict=True):
         torch.testing.assert_close(ours, torch.cat(pieces), equal_nan=True, rtol=1e-12, atol=0)

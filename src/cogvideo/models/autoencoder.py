@@ -221,6 +221,8 @@ class SelfAttention(nn.Module):
             rearrange(project(normed), "batch channels height width -> batch 1 (height width) channels")
             for project in (self.q, self.k, self.v)
         )
+        if q.is_cuda:  # its kernels want the values of a cell side by side, and make a table of all scores otherwise
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = rearrange(mixed, "batch 1 (height width) channels -> batch channels height width", height=x.shape[2])
         return x + self.output(mixed)
@@ -265,7 +267,7 @@ def _norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 def _channels(values: tuple[float, float, float], like: Tensor) -> Float[Tensor, "3 1 1"]:
-    return like.new_tensor(values).view(3, 1, 1)
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True).view(3, 1, 1)
 
 
 def _passes(tensor: Float[Tensor, "batch ..."], chunk: int | None) -> tuple[Float[Tensor, "part ..."], ...]:

@@ -377,7 +377,7 @@ def to_frames(
 ) -> Float[Tensor, "batch 3 size size"]:
     """Pixels as the model takes them, in [0, 1]."""
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    frames = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2)
+    frames = torch.from_numpy(np.array(pixels)).to(device, non_blocking=True).permute(0, 3, 1, 2)
     return frames.to(torch.float32, memory_format=layout) / 255
 
 

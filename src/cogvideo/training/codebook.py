@@ -63,7 +63,7 @@ class MovingCodebook(nn.Module):
         self, dead: Bool[Tensor, " codes"], vectors: Float[Tensor, "many embedding"], even: float, by: torch.Generator
     ) -> None:
         """Every code draws a vector, only dead ones take it: the device need not tell the host which they are."""
-        drawn = torch.randint(len(vectors), (len(dead),), generator=by).to(vectors.device)
+        drawn = torch.randint(len(vectors), (len(dead),), generator=by).to(vectors.device, non_blocking=True)
         self.counts.masked_fill_(dead, even)
         self.sums.copy_(torch.where(dead[:, None], vectors[drawn] * even, self.sums))
 
@@ -72,7 +72,7 @@ def totals(
     vectors: Float[Tensor, "many embedding"], codes: Int64[Tensor, " many"], num_codes: int
 ) -> tuple[Float[Tensor, " codes"], Float[Tensor, "codes embedding"]]:
     """Number and sum of the vectors of each code."""
-    counts = codes.bincount(minlength=num_codes).to(vectors.dtype)
+    counts = vectors.new_zeros(num_codes).index_add_(0, codes, vectors.new_ones(len(codes)))  # no wait, as in bincount
     return counts, vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, codes, vectors)
 
 

@@ -88,6 +88,8 @@ class ImageBatch(NamedTuple):
     """What is predicted; `NOTHING` where there is no loss."""
     parts: Int64[Tensor, "batch slots"]
     """Which of `PARTS` a slot with loss belongs to."""
+    words: Int64[Tensor, "batch words"]
+    """Text slots that carry loss; `NOTHING` after the last one of a sample that has fewer than another."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,10 @@ class ImageTask:
 
         A sample without a caption is always text to image, with the unconditional text.
         """
-        return ImageBatch(*map(torch.stack, zip(*map(self._row, samples), strict=True)))
+        tokens, positions, sees, targets, parts = map(torch.stack, zip(*map(self._row, samples), strict=True))
+        learnt = targets[:, : self.layout.text_slots] != NOTHING
+        words = learnt.int().argsort(dim=1, descending=True, stable=True)[:, : int(learnt.sum(1).max())]
+        return ImageBatch(tokens, positions, sees, targets, parts, words.where(learnt.gather(1, words), NOTHING))
 
     def _row(self, sample: ClipSample) -> tuple[Tensor, ...]:
         random = np.random.default_rng(sample.seed)
@@ -154,21 +159,17 @@ class ImageTask:
         """Cross entropy over the image codes, or over the rest of the vocabulary for text."""
         assert isinstance(model, Transformer)
         hidden = model(batch.tokens, batch.positions, _pass(batch.sees, self.layout.text_slots))
-        places = (batch.targets.flatten() != NOTHING).nonzero()[:, 0]
-        rows, targets = hidden.flatten(0, 1).index_select(0, places), batch.targets.flatten()[places]
-        image = (targets < self.text.num_codes).nonzero()[:, 0]
-        words = (targets >= self.text.num_codes).nonzero()[:, 0]
-        losses = torch.cat(
-            [
-                cross_entropy(model.base.logits(rows.index_select(0, image)[None]), targets[image][None])[0],
-                cross_entropy(
-                    model.base.text_logits(rows.index_select(0, words)[None]),
-                    targets[words][None] - self.text.num_codes,
-                )[0],
-            ]
+        image, words = slice(self.layout.text_slots, None), batch.words.clamp(min=0)
+        rows = hidden.gather(1, words[..., None].expand(-1, -1, hidden.shape[-1]))
+        codes, tokens = batch.targets[:, image], batch.targets.gather(1, words) - self.text.num_codes
+        losses = [
+            cross_entropy(model.base.logits(hidden[:, image]), codes.clamp(min=0)),
+            cross_entropy(model.base.text_logits(rows), tokens.clamp(min=0)),
+        ]
+        learnt = torch.cat([codes != NOTHING, batch.words != NOTHING], dim=1)
+        return _by_sample(
+            torch.cat(losses, dim=1), learnt, torch.cat([batch.parts[:, image], batch.parts.gather(1, words)], dim=1)
         )
-        order = places[torch.cat([image, words])]
-        return _by_sample(losses, order // self.layout.length, batch.parts.flatten()[order], len(batch.tokens))
 
 
 def _pass(sees: Bool[Tensor, "batch slots slots"], num_text: int) -> Pass:
@@ -177,14 +178,12 @@ def _pass(sees: Bool[Tensor, "batch slots slots"], num_text: int) -> Pass:
 
 
 def _by_sample(
-    losses: Float[Tensor, " losses"], samples: Int64[Tensor, " losses"], parts: Int64[Tensor, " losses"], batch: int
+    losses: Float[Tensor, "batch places"], learnt: Bool[Tensor, "batch places"], parts: Int64[Tensor, "batch places"]
 ) -> Measured:
-    """Mean over each sample, and over each of its parts."""
-    ones = torch.ones_like(losses)
-    total, count = (losses.new_zeros(batch).index_add(0, samples, each) for each in (losses, ones))
-    places = samples * len(PARTS) + parts
-    sums, counts = (losses.new_zeros(batch * len(PARTS)).index_add(0, places, each) for each in (losses.detach(), ones))
-    return Measured(total / count.clamp(min=1), (sums / counts).view(batch, len(PARTS)))
+    """Mean over what each sample learns, and over each of its parts."""
+    total = losses.where(learnt, 0).sum(1) / learnt.sum(1).clamp(min=1)
+    each = learnt[:, None] & (parts[:, None] == torch.arange(len(PARTS), device=parts.device)[:, None])
+    return Measured(total, losses.detach()[:, None].where(each, 0).sum(2) / each.sum(2))
 
 
 class _Row:
