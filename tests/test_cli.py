@@ -131,21 +131,25 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_command_explains_itself(name: str) -> None:
+def test_command_explains_itself(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Guards the table: each command's function exists, is documented, and its signature makes a command line."""
     module, function = COMMANDS[name].target.split(":")
     summary = getattr(import_module(module), function).__doc__.splitlines()[0]
-    done = cogvideo(name, "--help", COLUMNS="200")
-    assert done.returncode == 0
-    assert f"usage: cogvideo {name}" in done.stdout
-    assert summary in done.stdout
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        main([*name.split(), "--help"])
+    assert end.value.code in (0, None)
+    told = capsys.readouterr().out
+    assert f"usage: cogvideo {name}" in told
+    assert summary in told
 
 
-def test_command_gets_its_arguments() -> None:
-    """Guards the way from the shell to the function: positional, flag and value."""
-    done = cogvideo("info", "pocket", "--json", "--batch", "3")
-    assert done.returncode == 0
-    assert '"batch": 3' in done.stdout
+def test_command_gets_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the way from the command line to the function: positional, flag and value."""
+    assert main(["info", "tiny", "--json", "--batch", "3"]) == 0
+    assert '"batch": 3' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("width", [40, 120])
@@ -167,6 +171,7 @@ def test_command_gets_its_arguments() -> None:
         ("train image", "missing: --out, --data; `cogvideo train image --help` explains them"),
         ("data prepare", "missing: STR, --out, --tokenizer; `cogvideo data prepare --help` explains them"),
         ("train image --out x --data y --rates a", "--rates is 'a', expected [FLOAT [FLOAT ...]]"),
+        ("info pokcet", "got 'pokcet', expected a preset (tiny, pocket, small, cogvideo) or the folder of a bundle"),
     ],
 )
 def test_wrong_options_are_one_line(
@@ -191,7 +196,7 @@ def test_a_full_disk_is_one_line() -> None:
     """Guards output that goes to a file where there is no room."""
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "cogvideo", "info"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "cogvideo", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert (done.returncode, done.stderr) == (2, "cogvideo: error: No space left on device: the output\n")
 
@@ -201,10 +206,6 @@ def test_a_full_disk_is_one_line() -> None:
     [
         (("inof",), "unknown command 'inof', did you mean 'info'?"),
         (("xyzzy",), "unknown command 'xyzzy', expected one of " + ", ".join(COMMANDS)),
-        (
-            ("info", "pokcet"),
-            "got 'pokcet', expected a preset (tiny, pocket, small, cogvideo) or the folder of a bundle",
-        ),
     ],
 )
 def test_mistake_is_one_line(arguments: tuple[str, ...], message: str) -> None:
@@ -262,7 +263,7 @@ def test_interrupt_is_quiet(command: list[str]) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert (process.returncode, errors) == (130, "")
 
 
@@ -280,5 +281,5 @@ def test_closed_pipe_is_quiet(command: list[str]) -> None:
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=300) == 1
     process.stderr.close()
