@@ -76,11 +76,11 @@ def steps(model: Transformer, bandwidth: float, rounds: int = 100) -> Figures:
     tokens = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
     for rank, slot in ((1, 0), (4, 0)):
         slots = torch.full((1, 1), slot, device=DEVICE)
-        run.draft(rank, slots, tokens)
+        run.rectangle(rank, slots, tokens)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(rounds):
-            run.draft(rank, slots, tokens)
+            run.rectangle(rank, slots, tokens)
         torch.cuda.synchronize()
         seconds = (time.perf_counter() - start) / rounds
         floor = step_bytes(run, rank, slot) / bandwidth

@@ -72,11 +72,11 @@ def text(tokens: int, slots: int, codes: int = NUM_CODES, batch: int = 1) -> Pad
     return PaddedText(torch.full((batch, slots), codes + 2), (torch.arange(slots) >= slots - tokens).expand(batch, -1))
 
 
-def decoder(model: Transformer, layout: SequenceLayout, batch: int = 1) -> Decoder:
-    """A guided run with its first frames given."""
+def decoder(model: Transformer, layout: SequenceLayout, batch: int = 1, guided: bool = True) -> Decoder:
+    """A run with its first frames given."""
     codes, slots = model.base.config.num_codes, layout.text_slots
     texts = [text(min(each, slots), slots, codes, batch) for each in (TEXT_TOKENS, GUIDE_TOKENS)]
-    run = Decoder(model, layout, Condition(*texts, SCALE))
+    run = Decoder(model, layout, Condition(*texts, SCALE) if guided else Condition(texts[0]))
     run.prefill(torch.randint(0, codes, (batch, max(1, layout.num_bidirectional), layout.frame_slots)))
     return run
 
@@ -169,6 +169,33 @@ def batches(rounds: int = 6) -> Figures:
         name: {"milliseconds": each["median"], "a sample": each["median"] / int(name.split()[1])}
         for name, each in times.items()
     }
+
+
+def drafts(rounds: int = 15) -> Figures:
+    """Passes of drafts over one-by-one steps of as many samples, sizes of `pocket`, in the middle of the last frame."""
+    figures: Figures = {}
+    for grid in (8, 12, 16):
+        layout = LayoutConfig(grid, num_frames=5, text_slots=48, image_text_slots=48, frame_position=64)
+        key_frames, between = (packed(build(256, 8, 4, each, torch.float32, layout, 1024)) for each in (0, 4))
+        runs = {"key frames, guided": decoder(key_frames, SequenceLayout.sequential(layout))}
+        for batch in (2, 8):
+            run = decoder(between, SequenceLayout.interpolation(layout), batch, guided=False)
+            runs[f"interpolation, batch {batch}"] = run
+        for name, run in runs.items():
+            calls = {"step": stepper(run, 4, grid * grid // 2)}
+            calls |= {f"{width} a sample": _drafting(run, width) for width in (1, 2, 4, 8)}
+            times = alternate(calls, rounds)
+            best = {call: each["best"] / times["step"]["best"] for call, each in times.items()}
+            figures[f"{grid} x {grid}, {name}"] = {"step, ms": times["step"]["best"]} | best
+    return figures
+
+
+def _drafting(run: Decoder, width: int) -> Callable[[], object]:
+    """A pass of drafts; each sample is two slots further than the next."""
+    slots, batch = run.layout.frame_slots, len(run.condition.text.tokens)
+    fed = torch.zeros(batch, slots + 1, dtype=torch.int64)
+    starts = [slots // 2 - 2 * sample for sample in range(batch)]
+    return lambda: run.draft(4, [range(start, start + width) for start in starts], fed)
 
 
 def frames() -> Figures:
@@ -294,6 +321,7 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
     "guided_steps": guided_steps,
     "host_overhead": host_overhead,
     "batches": batches,
+    "drafts": drafts,
     "frames": frames,
     "superres": superres,
     "passes": passes,

@@ -50,7 +50,9 @@ def _pass(model: Transformer, context: PlainContext, token: Tensor, position: in
             if cache is context.spatial:
                 keys = torch.cat([keys[..., : context.num_text, :], keys[..., context.num_text + frame_start :, :]], 3)
             elif model.window:
-                keys = keys[..., _window_keys(context.num_text, keys.shape[3], grid, model.window, layer), :]
+                shift = model.window // 2 if layer % 2 else 0
+                text, frames = keys.split((context.num_text, keys.shape[3] - context.num_text), dim=3)
+                keys = torch.cat([text, frames[..., _window_keys(frames.shape[3], grid, model.window, shift), :]], 3)
             scores = q @ keys[0].transpose(-1, -2) / math.sqrt(q.shape[-1])
             both.append((scores.softmax(-1) @ keys[1]).transpose(1, 2).flatten(2))
         gate = own.gate.sigmoid()
@@ -62,16 +64,19 @@ def _pass(model: Transformer, context: PlainContext, token: Tensor, position: in
     return F.linear(base.norm(x), base.words.weight)[..., : base.config.num_codes]
 
 
-def _window_keys(num_text: int, num_keys: int, grid: int, window: int, layer: int) -> list[int]:
-    """Text and the last key's window in every frame, found anew for every layer as the released code does."""
-    shift = window // 2 if layer % 2 else 0
+def _window_keys(num_keys: int, grid: int, window: int, shift: int) -> Tensor:
+    """The last key's window in every frame, found anew for every layer as the released code does."""
+    row, column = divmod((num_keys - 1) % grid**2, grid)
+    inside = [
+        each * grid + other for each in _span(row, grid, window, shift) for other in _span(column, grid, window, shift)
+    ]
+    keys = (torch.arange(0, num_keys, grid**2)[:, None] + torch.tensor(inside)).flatten()
+    return keys[keys < num_keys]
 
-    def cell(slot: int) -> tuple[int, int]:
-        row, column = divmod(slot % grid**2, grid)
-        return (row + shift) // window, (column + shift) // window
 
-    own = cell(num_keys - 1 - num_text)
-    return [key for key in range(num_keys) if key < num_text or cell(key - num_text) == own]
+def _span(at: int, grid: int, window: int, shift: int) -> range:
+    first = (at + shift) // window * window - shift
+    return range(max(first, 0), min(first + window, grid))
 
 
 def _linear(layer: torch.nn.Linear, x: Tensor) -> Tensor:

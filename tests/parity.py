@@ -51,7 +51,7 @@ INTERPOLATION_WINDOW = 10
 EXTRA_POSITIONS = "mixins.extra_position_embedding.position_embeddings.weight"
 PROBED_EVERY = {"infer_first": 37, "infer_stage1": 97, "infer_stage2": 61}
 """Generated slots between two probed ones."""
-DECODERS = ("Decoder", "GraphedDecoder")
+DECODERS = ("Decoder", "MaskedDecoder", "GraphedDecoder")
 CPU, ONE_BY_ONE = torch.device("cpu"), Passes()
 
 
@@ -219,14 +219,16 @@ class Watched(Decoder):
             self._of(row.rank, logits)[:, row.slot] = logits[:, column]
         return logits
 
-    def draft(self, rank: int, slots: Tensor, tokens: Tensor) -> Tensor:
+    def draft(self, rank: int, runs: Sequence[range], fed: Tensor) -> Tensor:
         """See `Decoder`."""
-        logits = super().draft(rank, slots, tokens)
-        self._of(rank, logits).scatter_(1, slots[..., None].expand(logits.shape), logits)
+        logits = super().draft(rank, runs, fed)
+        parts = logits.split([len(run) for run in runs])
+        for sample, (run, own) in enumerate(zip(runs, parts, strict=True)):
+            self._of(rank, logits)[sample, run.start : run.stop] = own
         return logits
 
     def _of(self, rank: int, logits: Tensor) -> Tensor:
-        shape = (len(logits), self.layout.frame_slots, logits.shape[-1])
+        shape = (len(self.condition.text.tokens), self.layout.frame_slots, logits.shape[-1])
         return self.seen.setdefault(rank, logits.new_full(shape, torch.nan))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cogvideo.generation import decode as decoding
 from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.sampling import Clusters, GumbelNoise, Sampling, log_probabilities
@@ -166,10 +168,9 @@ class Channel:
     def __init__(self, where: CacheMap, total: int, batch: int) -> None:
         self.cache = Cache((where,), 1, batch, 1, total, torch.empty(0, dtype=torch.float64))
 
-    def see(self, slots: Sequence[int], plan: Plan | None, write: Write) -> Tensor | None:
+    def see(self, slots: Sequence[int], plan: Plan | None, write: Write, batch: int = 2) -> Tensor | None:
         """Write slots, then which slots each of them sees, (batch, rows, total)."""
         total = self.cache.layers[0].shape[-1]
-        batch = self.cache.layers[0].shape[1]
         self.cache.writes, self.cache.complete = (write,), plan is None
         stored = self.cache.store(0, one_hot(slots, total, batch))
         if plan is None:
@@ -177,7 +178,7 @@ class Channel:
         return attend(torch.zeros(batch, 1, len(slots), total, dtype=torch.float64), stored, plan) > 1e-9
 
 
-@pytest.mark.parametrize("way", ["step", "parallel", "draft"])
+@pytest.mark.parametrize("way", ["step", "parallel", "alike", "runs", "masked"])
 @pytest.mark.parametrize(
     "run",
     [IMAGE, FULL, WINDOWED, BETWEEN, BETWEEN_FULL, Run("sequential", 6, 2, 3, 1), Run("sequential", 4, 4, 4, 2)],
@@ -210,12 +211,30 @@ def test_cached_rows_see_the_rule(make_system: MakeSystem, make_text: MakeText, 
                 assert ours is not None
                 assert torch.equal(ours[sample], expected)
 
-    if way == "draft":
+    def check_runs(rank: int, runs: list[range]) -> None:
+        plan, writes = plans.runs(rank, runs)
+        rows = [(sample, frames[rank][slot]) for sample, run in enumerate(runs) for slot in run]
+        for number, (channel, write) in enumerate(zip(channels, writes, strict=True)):
+            own = plan.temporal[number - 1] if number else plan.spatial
+            ours = channel.see([slot for _, slot in rows], own, write, batch=1)
+            assert ours is not None
+            for row, (sample, slot) in enumerate(rows):
+                mask = tuple(text.mask[sample].tolist())
+                seen = visible(run.stage, layout.num_frames, run.grid, run.window, number == 2, mask)
+                assert torch.equal(ours[0, row], (seen.temporal if number else seen.spatial)[slot])
+
+    if way == "runs":  # drafts of five and three slots, of which two and one are kept; the second sample ends alone
+        for rank in range(first, layout.num_frames):
+            for start in range(area):
+                check_runs(rank, [range(min(2 * start, area), min(2 * start + 5, area)), range(start, area)[:3]])
+        return
+    if way in ("alike", "masked"):
         for rank in range(first, layout.num_frames):
             for start in range(0, area, 2):  # each pass drafts five slots and keeps two
-                slots = list(range(start, min(start + 5, area)))
+                slots = range(start, min(start + 5, area))
                 rows = torch.tensor(slots).expand(2, -1)
-                check([frames[rank][slot] for slot in slots], *plans.draft(rank, rows))
+                plan = plans.runs(rank, [slots] * 2) if way == "alike" else plans.masked(rank, rows)
+                check([frames[rank][slot] for slot in slots], *plan)
         return
     count = layout.num_frames - first
     for tick in range((count - 1) * behind + area):
@@ -270,16 +289,51 @@ def test_fewer_passes_with_every_sampler(
     assert torch.equal(generate(system, text, given, noise, sampling, passes).codes, reference.codes)
 
 
+@pytest.fixture
+def all_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode as on a CUDA device, where every pass drafts as many slots as it may."""
+    monkeypatch.setattr(decoding, "_kind", lambda model, passes: decoding.MaskedDecoder)
+
+
+@pytest.mark.usefixtures("all_drafts")
 @pytest.mark.parametrize("width", [1, 2, 5, 16, 20])
 def test_passes_of_a_draft_that_is_always_right(make_system: MakeSystem, make_text: MakeText, width: int) -> None:
     """Guards the guesses for slots ahead: where noise alone decides, a pass completes as many codes as it drafts."""
-    system = FULL.system(make_system)
-    given, noise = inputs(system, 1, 2)
+    system = IMAGE.system(make_system)
+    given, noise = inputs(system, 0, 2)
     ours = generate(system, make_text((1, 4)), given, noise, Sampling(temperature=1e9), Passes(draft=width))
-    first = 1  # the first pass of a frame has nothing to guess from: it completes one code
-    each = 16 if width == 1 else first + -(-(16 - first) // width)
-    assert [frame.passes for frame in ours.frames] == [each * (number + 1) for number in range(4)]
+    first = 1  # the first pass has nothing to guess from: it completes one code
+    assert ours.frames[0].passes == (16 if width == 1 else first + -(-(16 - first) // width))
     assert torch.equal(ours.codes, noise.argmax(-1))
+
+
+@pytest.mark.usefixtures("all_drafts")
+@pytest.mark.parametrize("run", [FULL, BETWEEN], ids=name)
+def test_drafts_start_from_the_frame_before(make_system: MakeSystem, make_text: MakeText, run: Run) -> None:
+    """Guards the first drafts of a frame: of one that repeats the frame before in time, all are right."""
+    system = run.system(make_system)
+    given, noise = inputs(system, run.num_given, 2)
+    noise = noise[:, :1].expand_as(noise)
+    given[:] = noise[:, :1].argmax(-1)
+    ours = generate(system, make_text((1, 4)), given, noise, Sampling(temperature=1e9), Passes(draft=8))
+    assert [frame.passes for frame in ours.frames] == [2 * (number + 1) for number in range(len(ours.frames))]
+
+
+@pytest.mark.usefixtures("all_drafts")
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("run", [IMAGE, FULL, BETWEEN], ids=name)
+def test_masks_give_the_same_codes(
+    make_system: MakeSystem, make_text: MakeText, run: Run, guided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the passes of CUDA devices: fixed shapes, masks in place of slices, slots that are fed again."""
+    system, text = run.system(make_system), make_text((1, 4, TEXT_SLOTS))
+    given, noise = inputs(system, run.num_given, 3)
+    condition = {"unconditional": make_text((2, 1, 5), seed=1), "scale": 3.0} if guided else {"text_bonus": 1.4}
+    ours = generate(system, text, given, noise, Sampling(temperature=0.7), Passes(draft=7), **condition)
+    monkeypatch.undo()
+    reference = generate(system, text, given, noise, Sampling(temperature=0.7), **condition)
+    assert torch.equal(ours.codes, reference.codes)
+    torch.testing.assert_close(ours.logits, reference.logits, rtol=0, atol=1e-10)
 
 
 def test_drafting_saves_passes_with_noise_that_decides_often(make_system: MakeSystem, make_text: MakeText) -> None:
@@ -287,7 +341,23 @@ def test_drafting_saves_passes_with_noise_that_decides_often(make_system: MakeSy
     system = FULL.system(make_system)
     given, noise = inputs(system, 1, 2)
     ours = generate(system, make_text((1, 4)), given, noise, Sampling(temperature=4), Passes(draft=8))
-    assert ours.frames[-1].passes < 0.7 * 64
+    assert ours.frames[-1].passes < 0.9 * 64
+
+
+@pytest.mark.parametrize("run", [FULL, WINDOWED, BETWEEN], ids=name)
+def test_any_pace_gives_the_same_codes(
+    make_system: MakeSystem, make_text: MakeText, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards runs that grow and shrink from pass to pass, other ones in every sample."""
+    widths = random.Random(0)
+    monkeypatch.setattr(decoding.Pace, "width", property(lambda pace: widths.randint(1, 9)))
+    system, text = run.system(make_system), make_text((1, 4, TEXT_SLOTS))
+    given, noise = inputs(system, run.num_given, 3)
+    sampling = Sampling(temperature=0.7)
+    reference = generate(system, text, given, noise, sampling)
+    ours = generate(system, text, given, noise, sampling, Passes(draft=9))
+    assert torch.equal(ours.codes, reference.codes)
+    torch.testing.assert_close(ours.logits, reference.logits, rtol=0, atol=1e-10)
 
 
 # A sample is independent of its batch

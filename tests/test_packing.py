@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +15,7 @@ from cogvideo.layout import SequenceLayout
 from cogvideo.models.packing import PackedLinear, can_pack, pack
 from cogvideo.models.plans import Rows
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, initialize
-from cogvideo.text import pad_left
+from cogvideo.text import PaddedText, pad_left
 from reference import relative_error
 
 SHAPE = (768, 256)
@@ -52,31 +55,72 @@ def test_rows_do_not_depend_on_their_number(dtype: torch.dtype, shape: tuple[int
         assert torch.equal(packed(x[7 : rows + 7]), whole[7 : rows + 7])
 
 
+class Packed(NamedTuple):
+    """A packed video stage with five texts."""
+
+    model: Transformer
+    sequence: SequenceLayout
+    texts: Callable[[slice], list[PaddedText]]
+    given: torch.Tensor
+
+    @classmethod
+    def of(cls, dtype: torch.dtype, window: int) -> Packed:
+        """Random weights, a text of another length for every sample."""
+        needs_packing(dtype)
+        config, layout = TransformerConfig(num_layers=2), LayoutConfig(grid=4)
+        channel = TemporalChannel(config, layout, StageConfig(window))
+        parts = Base(config), channel
+        for part in parts:
+            initialize(part, 2, torch.Generator().manual_seed(0))
+            pack(part.to(dtype).requires_grad_(False))
+        rows = [[1100 + number] * (3 + 5 * number) for number in range(5)]
+
+        def texts(samples: slice) -> list[PaddedText]:
+            return [pad_left(each[samples], layout.text_slots, config.pad) for each in (rows, [[1200, 1201]] * 5)]
+
+        given = torch.arange(5)[:, None, None].expand(-1, 2, 16) * 7
+        return cls(Transformer(*parts), SequenceLayout.sequential(layout), texts, given)
+
+    def run(self, samples: slice) -> Decoder:
+        """A guided run of some of the samples, with two frames given."""
+        run = Decoder(self.model, self.sequence, Condition(*self.texts(samples), 3.0))
+        run.prefill(self.given[samples])
+        return run
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [0, 2])
 def test_logits_do_not_depend_on_the_batch(dtype: torch.dtype, window: int) -> None:
     """Guards the promise that is made for packed models: a sample's logits are the same bits alone and in a batch."""
-    needs_packing(dtype)
-    config, layout = TransformerConfig(num_layers=2), LayoutConfig(grid=4)
-    channel = TemporalChannel(config, layout, StageConfig(window))
-    parts = Base(config), channel
-    for part in parts:
-        initialize(part, 2, torch.Generator().manual_seed(0))
-        pack(part.to(dtype).requires_grad_(False))
-    model, sequence = Transformer(*parts), SequenceLayout.sequential(layout)
-    rows = [[1100 + number] * (3 + 5 * number) for number in range(5)]
-    given = torch.arange(5)[:, None, None].expand(-1, 2, 16) * 7
-    tokens = torch.arange(5)[:, None] + 40
+    packed, tokens = Packed.of(dtype, window), torch.arange(5)[:, None] + 40
 
     def logits(samples: slice) -> torch.Tensor:
-        texts = [pad_left(each[samples], layout.text_slots, config.pad) for each in (rows, [[1200, 1201]] * 5)]
-        run = Decoder(model, sequence, Condition(*texts, 3.0))
-        run.prefill(given[samples])
+        run = packed.run(samples)
         return torch.stack([run.step([Rows(2, slot, 0)], tokens[samples]) for slot in range(4)], 1)
 
     whole = logits(slice(None))
     for sample in range(5):
         assert torch.equal(logits(slice(sample, sample + 1)), whole[sample : sample + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [0, 2])
+def test_drafts_do_not_depend_on_the_batch(dtype: torch.dtype, window: int) -> None:
+    """Guards the same promise for drafts: a sample's runs are the same bits, however many slots the others draft."""
+    packed, fed = Packed.of(dtype, window), torch.arange(5 * 17).view(5, 17) + 40
+    passes = [
+        [range(3)] * 5,
+        [range(1, 9), range(2, 3), range(1, 3), range(3, 7), range(3, 8)],
+        [range(2, 3), range(3, 4), range(2, 10), range(16, 16), range(4, 16)],
+    ]
+    run = packed.run(slice(None))
+    whole = [run.draft(2, runs, fed).split([len(each) for each in runs]) for runs in passes]
+    for sample in range(5):
+        run = packed.run(slice(sample, sample + 1))
+        for runs, found in zip(passes, whole, strict=True):
+            if runs[sample]:
+                alone = run.draft(2, [runs[sample]], fed[sample : sample + 1])
+                assert torch.equal(alone, found[sample])
 
 
 def test_pack_replaces_large_layers_and_the_head() -> None:

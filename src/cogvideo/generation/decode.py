@@ -15,11 +15,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cogvideo.config import require
-from cogvideo.generation.decoder import Condition, Decoder
+from cogvideo.generation.decoder import Condition, Decoder, MaskedDecoder
 from cogvideo.generation.graphs import GraphedDecoder
+from cogvideo.generation.pace import Pace
 from cogvideo.generation.sampling import Clusters, Sampling, log_probabilities
 from cogvideo.layout import SequenceLayout, lag
-from cogvideo.models.plans import Rows
+from cogvideo.models.plans import Rows, owners
 from cogvideo.models.transformer import Transformer
 
 Noise = Callable[[int], Float[Tensor, "batch slots codes"]]
@@ -33,7 +34,8 @@ class Passes:
     parallel_frames: bool = False
     """Decode several frames at once, each trailing the one before as far as the masks require."""
     draft: int = 1
-    """Slots of a frame that are drafted and verified in one pass (fixed-noise Jacobi decoding); 1 is one by one."""
+    """Most slots of a frame that are drafted and verified in one pass (fixed-noise Jacobi decoding); 1 is one by one.
+    Each sample drafts as many as are worth it, by the drafts that came true before; on CUDA devices all of them."""
     graphs: bool = False
     """Replay each pass as a CUDA graph; needs a CUDA device."""
 
@@ -90,15 +92,15 @@ def decode(
     batch = len(condition.text.tokens)
     require(len(given) == batch, f"got given frames of {len(given)} clips for {batch} texts")
     draw = _Draw(sampling, labels, noise, len(given), layout.frame_slots, decoder.device)
-    if passes.draft > 1 or passes.graphs:
+    if passes.draft > 1:
         return _drafted(decoder, draw, given, passes.draft)
     return _lockstep(decoder, draw, given, behind)
 
 
 def _kind(model: Transformer, passes: Passes) -> type[Decoder]:
-    if not passes.graphs:
-        return Decoder
     device = model.base.words.weight.device
+    if not passes.graphs:
+        return MaskedDecoder if device.type == "cuda" else Decoder
     require(device.type == "cuda", f"graphs need a CUDA device, the model is on {device}")
     return GraphedDecoder
 
@@ -118,7 +120,7 @@ class _Draw:
             return torch.zeros(self.batch, self.slots, 1, device=self.device)
         return self.noise(rank).to(self.device)
 
-    def scores(self, logits: Float[Tensor, "batch rows codes"]) -> Float[Tensor, "batch rows codes"]:
+    def scores(self, logits: Float[Tensor, "*rows codes"]) -> Float[Tensor, "*rows codes"]:
         """What noise is added to."""
         return log_probabilities(logits, self.sampling, self.clusters)
 
@@ -145,38 +147,52 @@ def _lockstep(decoder: Decoder, draw: _Draw, given: Tensor, behind: int) -> Iter
             yield Frame(layout.order[first + frame], codes[:, frame, 1:].clone(), decoder.passes)
 
 
-def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, width: int) -> Iterator[Frame]:
-    """Fixed-noise Jacobi decoding: `width` slots a pass; the prefix whose drafts come out as they went in is kept.
+def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, most: int) -> Iterator[Frame]:
+    """Fixed-noise Jacobi decoding: some slots a pass; the prefix whose drafts come out as they went in is kept.
 
     With the noise of every slot fixed, a code is a function of the codes before it. A pass over drafted codes therefore
-    yields the true code of the first slot, and of each next one as long as the drafts before it were true.
+    yields the true code of the first slot, and of each next one as long as the drafts before it were true. Drafts start
+    from the frame before in time.
     """
-    layout, start, first = decoder.layout, decoder.model.base.config.start_of_image, given.shape[1]
+    layout, first = decoder.layout, given.shape[1]
     decoder.prefill(given)
-    slots, window = layout.frame_slots, torch.arange(width, device=decoder.device)
+    paces = [Pace(most, free=decoder.rows_are_free) for _ in range(draw.batch)]
+    frames = dict(zip(layout.order, given.to(decoder.device).unbind(1), strict=False))
     for rank in range(first, layout.num_frames):
-        noise = draw.start(rank)
-        codes = torch.full((draw.batch, slots + width + 1), start, device=decoder.device)  # column j is fed at slot j
-        done = torch.zeros(draw.batch, dtype=torch.int64, device=decoder.device)
-        least = 0
-        while least < slots:
-            at = (done[:, None] + window).clamp(max=slots - 1)
-            scores = draw.scores(decoder.draft(rank, at, codes.gather(1, at)))
-            drawn = (scores + _rows(noise, at)).argmax(-1)
-            true = (drawn == codes.gather(1, at + 1))[:, :-1].cumprod(1).sum(1) + 1
-            codes.scatter_(1, at + 1, drawn)
-            done = (done + true).clamp(max=slots)
-            ahead = (at[:, -1:] + 1 + window).clamp(
-                max=slots - 1
-            )  # first guess: the last row's scores, their own noise
-            guess = (scores[:, -1:] + _rows(noise, ahead)).argmax(-1)
-            fresh = ahead > at[:, -1:]
-            codes.scatter_(1, ahead + 1, torch.where(fresh, guess, codes.gather(1, ahead + 1)))
-            least = least + 1 if width == 1 else int(done.min())  # which waits for a GPU
-        yield Frame(layout.order[rank], codes[:, 1 : slots + 1].clone(), decoder.passes)
+        place = layout.order[rank]
+        frames[place] = _draft_frame(decoder, draw, rank, frames.get(place - 1), paces)
+        yield Frame(place, frames[place].clone(), decoder.passes)
 
 
-def _rows(
-    noise: Float[Tensor, "batch slots codes"], at: Int64[Tensor, "batch rows"]
-) -> Float[Tensor, "batch rows codes"]:
-    return noise.gather(1, at[..., None].expand(-1, -1, noise.shape[-1]))
+def _draft_frame(
+    decoder: Decoder, draw: _Draw, rank: int, before: Int64[Tensor, "batch slots"] | None, paces: list[Pace]
+) -> Int64[Tensor, "batch slots"]:
+    """The codes of one frame. Slots that no draft is known for are guessed: the last row's scores, their own noise."""
+    most = paces[0].most
+    slots, device, noise = decoder.layout.frame_slots, decoder.device, draw.start(rank)
+    start = decoder.model.base.config.start_of_image
+    fed = torch.full((draw.batch, slots + 1), start, device=device)  # column j is fed at slot j
+    if before is not None:
+        fed[:, 1:] = before
+    done = [0] * draw.batch
+    known = [0 if before is None else slots] * draw.batch  # later slots have no draft
+    while min(done) < slots:
+        runs = [range(at, min(at + pace.width, slots)) for at, pace in zip(done, paces, strict=True)]
+        samples = owners(runs, device)
+        at = torch.tensor([slot for run in runs for slot in run], device=device)
+        scores = draw.scores(decoder.draft(rank, runs, fed))
+        drawn = (scores + noise[samples, at]).argmax(-1)
+        as_drafted = (drawn == fed[samples, at + 1]).tolist()
+        fed[samples, at + 1] = drawn
+        row = 0
+        for sample, run in enumerate(runs):
+            if run:
+                right = [*as_drafted[row : row + len(run)], False].index(False)
+                row += len(run)
+                paces[sample].saw(right, len(run))
+                done[sample] += min(right + 1, len(run))
+                known[sample] = max(known[sample], run.stop)
+                if known[sample] < slots:
+                    ahead = slice(known[sample], known[sample] + most)
+                    fed[sample, 1:][ahead] = (scores[row - 1] + noise[sample, ahead]).argmax(-1)
+    return fed[:, 1:]

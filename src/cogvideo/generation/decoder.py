@@ -1,4 +1,5 @@
-"""One run of cached decoding: a model, its caches and what its rows see. Prefill and step are small functions of it."""
+"""One run of cached decoding: a model, its caches and what its rows see. Prefill, step and draft are small functions of
+it."""
 
 from __future__ import annotations
 
@@ -49,6 +50,9 @@ class Decoder:
         lanes: frames that are decoded at once.
         cache_dtype: of keys and values; float32 for a bfloat16 model on the CPU by default, else the model's.
     """
+
+    rows_are_free = False
+    """Whether a pass of many rows takes as long as one of few."""
 
     def __init__(
         self,
@@ -102,13 +106,17 @@ class Decoder:
         return self._logits(tokens, positions[None], *self.plans.step(rows))
 
     @torch.inference_mode()
-    def draft(
-        self, rank: int, slots: Int64[Tensor, "batch rows"], tokens: Int64[Tensor, "batch rows"]
-    ) -> Float[Tensor, "batch rows codes"]:
-        """Feed any slots of one frame, other ones in every sample."""
-        slots = self._all_rows(slots)
-        positions = self.positions[rank * self.layout.frame_slots + slots]
-        return self._logits(tokens, positions, *self.plans.draft(rank, slots))
+    def draft(self, rank: int, runs: Sequence[range], fed: Int64[Tensor, "batch _"]) -> Float[Tensor, "rows codes"]:
+        """Feed consecutive slots of one frame, a run a sample, which may be empty; the logits of all, one sample after
+        another. `fed` has in column j what slot j is fed."""
+        first, alike = rank * self.layout.frame_slots, len(set(runs)) == 1
+        used = runs[:1] if alike else runs
+        positions = torch.cat([self.positions[first + run.start : first + run.stop] for run in used])
+        if alike:
+            tokens = fed[:, runs[0].start : runs[0].stop]
+        else:
+            tokens = torch.cat([row[run.start : run.stop] for row, run in zip(fed, runs, strict=True)])[None]
+        return self._logits(tokens, positions[None], *self.plans.runs(rank, runs)).flatten(0, 1)
 
     def _logits(
         self, tokens: Tensor, positions: Tensor, plan: Pass, writes: tuple[Write, ...]
@@ -133,6 +141,35 @@ class Decoder:
     def _all_rows(self, x: Tensor) -> Tensor:
         """Guidance runs every sample twice."""
         return x if self.condition.unconditional is None else torch.cat([x, x])
+
+
+class MaskedDecoder(Decoder):
+    """A `Decoder` for devices where starting kernels takes longer than reading keys in vain: all samples draft as many
+    slots as the longest run, in one attention with a mask. Same arguments, same results up to rounding."""
+
+    rows_are_free = True
+    width = 1
+    """Slots of a draft, the most that were asked for so far: shapes change as seldom as can be."""
+
+    @torch.inference_mode()
+    def draft(self, rank: int, runs: Sequence[range], fed: Int64[Tensor, "batch _"]) -> Float[Tensor, "rows codes"]:
+        """See `Decoder.draft`. Where a run is too short, the last slot of the frame is fed again, as before."""
+        self.width = max(self.width, *map(len, runs))
+        last = self.layout.frame_slots - 1
+        slots = torch.tensor([[min(run.start + row, last) for row in range(self.width)] for run in runs])
+        slots = slots.to(self.device)
+        logits = self.rectangle(rank, slots, fed.gather(1, slots)).flatten(0, 1)
+        asked = [sample * self.width + row for sample, run in enumerate(runs) for row in range(len(run))]
+        return logits if len(asked) == len(logits) else logits[asked]
+
+    @torch.inference_mode()
+    def rectangle(
+        self, rank: int, slots: Int64[Tensor, "batch rows"], tokens: Int64[Tensor, "batch rows"]
+    ) -> Float[Tensor, "batch rows codes"]:
+        """Feed any slots of one frame, as many in every sample."""
+        slots = self._all_rows(slots)
+        positions = self.positions[rank * self.layout.frame_slots + slots]
+        return self._logits(tokens, positions, *self.plans.masked(rank, slots))
 
 
 def _maps(layout: SequenceLayout, model: Transformer, lanes: int) -> tuple[tuple[CacheMap, ...], tuple[CacheMap, ...]]:

@@ -6,6 +6,7 @@ is captured at the first pass and replayed for all others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cogvideo.generation.decoder import Decoder
+from cogvideo.generation.decoder import MaskedDecoder
+from cogvideo.models.plans import Rows
 
 
 class _Captured(NamedTuple):
@@ -23,19 +25,28 @@ class _Captured(NamedTuple):
     logits: Float[Tensor, "batch rows codes"]
 
 
-class GraphedDecoder(Decoder):
-    """A `Decoder` on a CUDA device whose drafting passes are replayed. Same arguments, same results."""
+class GraphedDecoder(MaskedDecoder):
+    """A `MaskedDecoder` on a CUDA device whose drafting passes are replayed. Same arguments, same results."""
 
     @cached_property
     def _captured(self) -> dict[tuple[int, int], _Captured]:
         """By rank and width."""
         return {}
 
+    @cached_property
+    def _slots(self) -> Int64[Tensor, " slots"]:
+        return torch.arange(self.layout.frame_slots, device=self.device)
+
+    def step(self, rows: Sequence[Rows], tokens: Int64[Tensor, "batch rows"]) -> Float[Tensor, "batch rows codes"]:
+        """See `Decoder.step`: one slot of one frame, without waiting for the device. Valid until the next call."""
+        ((rank, slot, _),) = rows
+        return self.rectangle(rank, self._slots[slot : slot + 1].expand(len(tokens), 1), tokens)
+
     @torch.inference_mode()
-    def draft(
+    def rectangle(
         self, rank: int, slots: Int64[Tensor, "batch rows"], tokens: Int64[Tensor, "batch rows"]
     ) -> Float[Tensor, "batch rows codes"]:
-        """See `Decoder.draft`. Valid until the next call."""
+        """See `MaskedDecoder`. Valid until the next call."""
         key = rank, slots.shape[1]
         if key not in self._captured:
             self._captured[key] = self._capture(rank, slots, tokens)
@@ -52,10 +63,10 @@ class GraphedDecoder(Decoder):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries set themselves up outside the graph; the same keys are written again
             for _ in range(3):
-                super().draft(rank, slots, tokens)
+                super().rectangle(rank, slots, tokens)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = super().draft(rank, slots, tokens)
+            logits = super().rectangle(rank, slots, tokens)
         self.passes = passes
         return _Captured(graph, slots, tokens, logits)

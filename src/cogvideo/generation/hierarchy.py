@@ -101,7 +101,7 @@ class Settings:
     """Sequences of a round (two gaps each) that are decoded as one batch; 0 is all. Fewer need less memory and more
     passes, and give the same clip."""
     passes: Passes = Passes(draft=8)  # noqa: RUF009  # frozen
-    """How many slots go through the model at once; changes the speed alone. Drafts of 8 need a third of the passes."""
+    """How many slots go through the model at once; changes the speed alone. Drafts of up to 8 need half the passes."""
     truncate: bool = False
     """Cut prompts that are longer than the text slots, instead of refusing them."""
 

@@ -29,6 +29,9 @@ class Chunk(NamedTuple):
     """Keys inside each cell; None: all."""
     mask: Tensor | None = None
     """For (batch, 1, 1 or rows, keys): true where a key is seen, or what is added to scores; None: all are seen."""
+    owner: slice | None = None
+    """Whose keys, in the batch of the cache, where rows of several samples stand in one row of the pass; None: each
+    row of the batch reads its own."""
 
 
 class Group(NamedTuple):
@@ -51,7 +54,7 @@ class Plan(NamedTuple):
 
 def attend(
     q: Float[Tensor, "batch heads rows head_dim"],
-    kv: Float[Tensor, "2 batch heads keys head_dim"],
+    kv: Float[Tensor, "2 samples heads keys head_dim"],
     plan: Plan,
 ) -> Float[Tensor, "batch rows heads*head_dim"]:
     """Softmax attention of every row over the keys that the plan gives it, scaled by 1 / sqrt(head_dim)."""
@@ -80,7 +83,13 @@ def _attend_chunks(q: Tensor, kv: Tensor, chunks: tuple[Chunk, ...]) -> Float[Te
     rows, keys = [chunk.rows for chunk in chunks], [chunk.keys for chunk in chunks]
     parts = zip(_runs(q, rows), *(_runs(each, keys) for each in kv.unbind(0)), chunks, strict=True)
     # kernels write row by row, all heads of a row side by side
-    return _joined([_softmax_attention(q, k, v, chunk.mask).transpose(1, 2) for q, k, v, chunk in parts])
+    return _joined([_attend_chunk(*part).transpose(1, 2) for part in parts])
+
+
+def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk) -> Float[Tensor, "batch heads rows head_dim"]:
+    if chunk.owner is None:
+        return _softmax_attention(q, k, v, chunk.mask)
+    return _softmax_attention(q, k[chunk.owner], v[chunk.owner], chunk.mask)
 
 
 def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

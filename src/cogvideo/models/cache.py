@@ -24,6 +24,8 @@ class Write(NamedTuple):
     rows: Int64[Tensor, " kept"] | None
     """Rows of the pass; None: all."""
     places: range | Int64[Tensor, " kept"] | Int64[Tensor, "batch kept"]
+    samples: Int64[Tensor, " kept"] | None = None
+    """Sample of each row, where rows of several stand in one row of the pass; None: the batch of both is the same."""
 
 
 class KeyStore(Protocol):
@@ -131,14 +133,18 @@ class Cache:
 
     def store(self, layer: int, kv: Tensor) -> Tensor:
         """See `KeyStore`."""
-        rows, places = self.writes[layer % len(self.writes)]
-        _write(self.layers[layer], kv if rows is None else kv[:, :, :, rows], places)
+        write = self.writes[layer % len(self.writes)]
+        _write(self.layers[layer], kv if write.rows is None else kv[:, :, :, write.rows], write)
         return kv if self.complete else self.layers[layer]
 
 
-def _write(buffer: Tensor, rows: Float[Tensor, "2 batch heads kept head_dim"], places: range | Tensor) -> None:
+def _write(buffer: Tensor, rows: Float[Tensor, "2 batch heads kept head_dim"], write: Write) -> None:
+    places = write.places
     if isinstance(places, range):
         buffer.narrow(3, places.start, len(places)).copy_(rows)
+    elif write.samples is not None:
+        apart = buffer.view(2, rows.shape[1], -1, *buffer.shape[2:]).permute(2, 4, 0, 1, 3, 5)  # (sample, place, ...)
+        apart[write.samples, places] = rows.permute(3, 0, 1, 2, 4).to(buffer.dtype)
     elif places.ndim == 1:
         buffer.index_copy_(3, places, rows.to(buffer.dtype))
     else:

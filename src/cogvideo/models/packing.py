@@ -48,7 +48,7 @@ class PackedLinear(nn.Module):
     def _few(self, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         """As many as go into the operator at once, or more copies of them."""
         copies = FASTEST_ROWS // len(rows)
-        return self._product(rows) if copies < 2 else self._product(rows.repeat(copies, 1))[: len(rows)]
+        return self._product(rows) if copies < 2 else self._product(torch.cat([rows] * copies))[: len(rows)]
 
     def _product(self, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")

@@ -1,14 +1,15 @@
 """What the rows of each pass see, from the layout: the masks of the paper as slices of cells (docs/sequence.md).
 
 `full_pass` is for training and prefill: text and whole frames, complete in itself. `CachedPlans` are for decoding,
-where rows read the cache: `step` one slot of each of a few frames, the same in every sample, by contiguous slices
-without masks; `draft` any slots, other ones in every sample, by comparing two integers a key.
+where rows read the cache: `step` one slot of each of a few frames, the same in every sample, and `runs` consecutive
+slots of a frame, other ones in every sample, by contiguous slices; `masked` the same by comparing two integers a key.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -242,12 +243,20 @@ class CachedPlans:
         others = [view.step([(row.rank, row.slot) for row in rows]) for view in temporal]
         return Pass(0, own[0], tuple(plan for plan, _ in others)), (own[1], *(write for _, write in others))
 
-    def draft(self, rank: int, slots: Int64[Tensor, "batch rows"]) -> tuple[Pass, tuple[Write, ...]]:
-        """Any slots of one frame, other ones in every sample. The keys of the whole frame are read, whatever the slots:
-        how many there are, which kernels round by, must not depend on the other samples."""
+    def runs(self, rank: int, runs: Sequence[range]) -> tuple[Pass, tuple[Write, ...]]:
+        """Consecutive slots of one frame, a run a sample, which may be empty: the rows of all samples stand one after
+        another, in one row of the pass, unless the runs are all the same. Each sample reads its own cells alone."""
         spatial, *temporal = self.views
-        own = spatial.draft(0, slots)
-        others = [view.draft(rank, slots) for view in temporal]
+        own = spatial.runs(0, runs)
+        others = [view.runs(rank, runs) for view in temporal]
+        return Pass(0, own[0], tuple(plan for plan, _ in others)), (own[1], *(write for _, write in others))
+
+    def masked(self, rank: int, slots: Int64[Tensor, "batch rows"]) -> tuple[Pass, tuple[Write, ...]]:
+        """Any slots of one frame, other ones in every sample, from tensors alone: the shapes are those of every pass of
+        the frame, so that it can be captured. The keys of all cells are read."""
+        spatial, *temporal = self.views
+        own = spatial.masked(0, slots)
+        others = [view.masked(rank, slots) for view in temporal]
         return Pass(0, own[0], tuple(plan for plan, _ in others)), (own[1], *(write for _, write in others))
 
 
@@ -280,9 +289,33 @@ class _CacheView:
         index: range | Tensor = range(places[0], places[0] + 1)
         if len(rows) > 1:
             index = torch.stack([self.device_places[rank, slot] for rank, slot in rows])
-        return Plan((Group(None, None, tuple(chunks)),)), Write(None, index)
+        return _plan(chunks), Write(None, index)
 
-    def draft(self, rank: int, slots: Tensor) -> tuple[Plan, Write]:
+    def runs(self, rank: int, runs: Sequence[range]) -> tuple[Plan, Write]:
+        """A chunk for each stretch of a run that lies in one cell: its keys are those up to its last row."""
+        if len(set(runs)) == 1:
+            chunks = list(self._stretches(rank, runs[0], 0, None))
+            return _plan(chunks), Write(None, self.device_places[rank, runs[0].start : runs[0].stop])
+        chunks, first = [], 0
+        for sample, run in enumerate(runs):
+            chunks += self._stretches(rank, run, first, slice(sample, None, len(runs)))
+            first += len(run)
+        places = torch.cat([self.device_places[rank, run.start : run.stop] for run in runs])
+        return _plan(chunks), Write(None, places, owners(runs, places.device))
+
+    def _stretches(self, rank: int, run: range, first: int, owner: slice | None) -> Iterator[Chunk]:
+        for cell, group in groupby(run, self.cell.__getitem__):
+            slots = list(group)
+            start, stop = self.starts[cell], self.places[rank][slots[-1]] + 1
+            mask = None if self.prefix is None else self.prefix[owner or slice(None), ..., : stop - start]
+            if len(slots) > 1:
+                later = torch.full((len(slots), stop - start), -torch.inf, dtype=self.keys_mask.dtype)
+                later = later.triu_(stop - start - len(slots) + 1).to(self.device_places.device)
+                mask = later if mask is None else mask + later
+            yield Chunk(range(first, first + len(slots)), range(start, stop), mask, owner)
+            first += len(slots)
+
+    def masked(self, rank: int, slots: Tensor) -> tuple[Plan, Write]:
         """A key is seen in the row's own cell, if it is text or was fed no later than the row."""
         keys = self.places[rank][-1] + 1 if self.num_cells == 1 else len(self.key_order)
         order = rank * len(self.cell) + slots
@@ -290,9 +323,16 @@ class _CacheView:
         if self.num_cells > 1:
             seen &= self.key_cell[:keys] == self.device_cell[slots][..., None]
         mask = self.keys_mask[..., :keys].masked_fill(~seen[:, None], -torch.inf)
-        return Plan((Group(None, None, (Chunk(None, range(keys), mask),)),)), Write(
-            None, self.device_places[rank][slots]
-        )
+        return _plan([Chunk(None, range(keys), mask)]), Write(None, self.device_places[rank][slots])
+
+
+def owners(runs: Sequence[range], device: torch.device) -> Int64[Tensor, " rows"]:
+    """The sample of each row, for one run a sample."""
+    return torch.tensor([sample for sample, run in enumerate(runs) for _ in run], device=device)
+
+
+def _plan(chunks: list[Chunk]) -> Plan:
+    return Plan((Group(None, None, tuple(chunks)),))
 
 
 def _spread(text: Tensor | None, where: CacheMap) -> Float[Tensor, "#batch 1 1 keys"]:

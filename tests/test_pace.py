@@ -1,0 +1,47 @@
+"""How many slots a sample drafts."""
+
+from __future__ import annotations
+
+import pytest
+
+from cogvideo.generation.pace import Pace, worth
+
+
+def learned(right: int, most: int = 16, passes: int = 40) -> int:
+    """The width after many passes, each with so many right drafts from the first on."""
+    pace = Pace(most)
+    for _ in range(passes):
+        pace.saw(min(right, pace.width), pace.width)
+    return pace.width
+
+
+def test_width_follows_the_drafts_that_come_true() -> None:
+    """Guards both ends: drafts that are never right cost nothing, those that always are fill a pass."""
+    widths = [learned(right) for right in (0, 1, 2, 4, 16)]
+    assert widths == sorted(widths)
+    assert widths[0] == 1
+    assert 1 < widths[1] < 8
+    assert widths[-1] == 16
+
+
+def test_width_recovers() -> None:
+    """Guards against a pace that stays at one slot a pass, which has no draft to be right about but the next code."""
+    pace = Pace(8)
+    for right in [0] * 40 + [1] * 40:
+        pace.saw(min(right, pace.width), pace.width)
+    assert pace.width > 1
+
+
+@pytest.mark.parametrize("most", [1, 8])
+def test_where_rows_are_free(most: int) -> None:
+    """Guards passes of one shape on devices that replay them."""
+    pace = Pace(most, free=True)
+    pace.saw(0, most)
+    assert pace.width == most
+
+
+def test_worth() -> None:
+    """Guards the rule against the sum written out: two of three right, four slots give 2.4 codes for 1.6 passes."""
+    assert worth(0, 8) == 1
+    assert worth(100, 8) == 8
+    assert worth(66, 8) == 4
