@@ -132,10 +132,10 @@ def cluster_log_probabilities(
         k: clusters that are kept.
         temperature: of the second draw.
     """
-    kept = keep_top_k(_log_sum_by(logits, clusters), k).log_softmax(-1)[..., clusters.labels]
+    labels, least = clusters.labels, torch.finfo(logits.dtype).min
+    kept = keep_top_k(_log_sum_by(logits, clusters), k).log_softmax(-1)
     inside = logits / temperature
-    whole = _log_sum_by(inside, clusters)[..., clusters.labels]
-    return kept + inside - whole.clamp(min=torch.finfo(logits.dtype).min)
+    return kept[..., labels] + inside - _log_sum_by(inside, clusters)[..., labels].clamp(min=least)
 
 
 def _log_sum_by(logits: Float[Tensor, "*rows codes"], clusters: Clusters) -> Float[Tensor, "*rows clusters"]:

@@ -55,7 +55,7 @@ def _added(
 
 def extend(text: Tensor, keys: int) -> Tensor:
     """The mask of [text | keys], every one of those keys seen, from that of the text."""
-    return F.pad(text, (0, keys))
+    return F.pad(text, (0, keys)) if keys else text
 
 
 def full_pass(
