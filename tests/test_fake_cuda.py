@@ -1,0 +1,266 @@
+"""The hot loops on a pretended GPU: what they wait for, and what they copy to it, a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cogvideo.bundle import CogVideo
+from cogvideo.config import TextConfig, preset
+from cogvideo.data.loader import ClipSample
+from cogvideo.generation.decode import Passes, decode
+from cogvideo.generation.decoder import Condition, Decoder
+from cogvideo.generation.sampling import Sampling
+from cogvideo.generation.upscale import slot_noise, upscale
+from cogvideo.layout import SequenceLayout, UpscaleLayout
+from cogvideo.models import plans, upscaler
+from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.models.plans import Rows
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer
+from cogvideo.models.upscaler import UpscaleChannel, Upscaler
+from cogvideo.pipeline import CogVideoPipeline
+from cogvideo.text import PaddedText, TextTokenizer
+from cogvideo.training import video
+from cogvideo.training.autoencoder import TokenizerSettings
+from cogvideo.training.autoencoder import Trainer as TokenizerTrainer
+from cogvideo.training.image import ImageMixture, ImageTask
+from cogvideo.training.optim import Optimization
+from cogvideo.training.parallel import ALONE, ParallelSettings
+from cogvideo.training.superres import SuperresTask
+from cogvideo.training.task import Objective
+from cogvideo.training.trainer import Execution, Trainer
+from cogvideo.training.video import VideoTask
+from fake_cuda import CUDA, FakeCuda, pretended
+from lessons import random_codes, sample
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reaches into the libraries of Linux builds")
+
+TINY = preset("tiny")
+SIZES = replace(TINY.transformer, num_layers=2)
+LAYOUTS = {
+    "image": SequenceLayout.text_to_image(TINY.layout),
+    "sequential": SequenceLayout.sequential(TINY.layout),
+    "interpolation": SequenceLayout.interpolation(TINY.layout),
+}
+GIVEN = {"image": 0, "sequential": 1, "interpolation": 3}
+LABELS = torch.arange(SIZES.num_codes) % 16
+
+
+@pytest.fixture(autouse=True)
+def own_caches() -> Iterator[None]:
+    """No plan of a pretended GPU outlives it."""
+    yield
+    for cached in (plans._structure, video._places, upscaler.neighbourhoods):
+        cached.cache_clear()
+
+
+def model_of(stage: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A small model of a stage on the pretended GPU."""
+    with CUDA:
+        base = Base(SIZES).to(dtype)
+        if stage == "image":
+            return Transformer(base)
+        base.requires_grad_(False)
+        if stage == "superres":
+            return Upscaler(base, UpscaleChannel(SIZES, TINY.layout, TINY.upscaler).to(dtype))
+        return Transformer(base, TemporalChannel(SIZES, TINY.layout, getattr(TINY, stage)).to(dtype))
+
+
+def words(slots: int, real: int, batch: int = 2) -> PaddedText:
+    """Text with pads."""
+    return PaddedText(
+        torch.full((batch, slots), SIZES.pad + 1), (torch.arange(slots) >= slots - real).expand(batch, -1)
+    )
+
+
+def some_samples(frames: int) -> list[ClipSample]:
+    """Samples that are given to any stage, with captions of several lengths."""
+    grid, ratio = TINY.layout.grid, TINY.upscaler.ratio
+    codes = [random_codes(frames, grid, grid, num_codes=SIZES.num_codes, seed=seed) for seed in range(6)]
+    high = random_codes(grid * ratio, grid * ratio, num_codes=SIZES.num_codes)
+    return [sample(each, "a cat " * (1 + seed), seed, 1.0, high) for seed, each in enumerate(codes)]
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    ("stage", "frames", "tensors"), [("image", 1, 6), ("sequential", 5, 3), ("interpolation", 5, 3), ("superres", 1, 4)]
+)
+def test_a_training_step_waits_for_nothing(text_model: bytes, stage: str, frames: int, tensors: int) -> None:
+    """Guards against devices that meet, against a host that waits, and against copies of more than the batch."""
+    text = TextTokenizer(text_model, TextConfig(), SIZES.num_codes)
+    task: Any = {
+        "image": lambda: ImageTask(LAYOUTS["image"], text, ImageMixture(0.4, 0.2)),
+        "superres": lambda: SuperresTask(UpscaleLayout.of(TINY.layout, TINY.upscaler), text),
+    }.get(stage, lambda: VideoTask(LAYOUTS[stage], text))()
+    batch = task.collate(some_samples(frames))
+    settings = Optimization(batch=6, precision="bfloat16", ema=0.9)
+    with pretended() as gpu:
+        trainer = Trainer(
+            Objective(model_of(stage), task), settings, Execution(), ParallelSettings(), ALONE._replace(device=CUDA)
+        )
+        trainer.step(0, batch)
+        gpu.forget()
+        trainer.step(1, batch)
+        assert not gpu.waits
+        assert gpu.copies == {"training/trainer.py": tensors}
+
+
+def test_a_step_of_the_tokenizer_waits_for_nothing() -> None:
+    """The same with codes and an adversary: a step copies its frames, and which vectors dead codes would take."""
+    pixels = np.zeros((8, 32, 32, 3), np.uint8)
+    settings = TokenizerSettings(steps=8, batch=4, precision="bfloat16", plain_steps=0, adversary_start=0)
+    initial = Autoencoder(TINY.autoencoder)
+    with pretended() as gpu:
+        trainer = TokenizerTrainer(TINY.autoencoder, settings, 0, None, CUDA, initial)
+        trainer.step(0, pixels)
+        gpu.forget()
+        trainer.step(1, pixels)
+        assert not gpu.waits
+        assert gpu.copies == {"training/autoencoder.py": 1, "training/codebook.py": 1, "models/autoencoder.py": 4}
+
+
+# Decoding
+
+
+def condition(layout: SequenceLayout) -> Condition:
+    return Condition(words(layout.text_slots, 9), words(layout.text_slots, 4), 2.0)
+
+
+@pytest.mark.parametrize("stage", list(LAYOUTS))
+def test_a_pass_waits_for_nothing(stage: str) -> None:
+    """Guards steps, several frames at once and drafts against copies of indices; prefill copies its text and codes."""
+    layout, given = LAYOUTS[stage], torch.zeros(2, GIVEN[stage], LAYOUTS[stage].frame_slots, dtype=torch.int64)
+    with pretended() as gpu:
+        run = Decoder(model_of(stage, torch.bfloat16), layout, condition(layout), lanes=2)
+        gpu.forget()
+        run.prefill(given)
+        assert gpu.copies.total() < 20
+        first = GIVEN[stage]
+        tokens = torch.zeros(2, 2, dtype=torch.int64, device=CUDA)
+        slots = torch.zeros(2, 2, dtype=torch.int64, device=CUDA)
+        rows = [Rows(first, 3, 0), Rows(min(first + 1, layout.num_frames - 1), 0, 1)]
+        gpu.forget()
+        assert run.step(rows[:1], tokens[:, :1]).shape == (2, 1, SIZES.num_codes)
+        assert run.step(rows, tokens).shape == run.draft(first, slots, tokens).shape == (2, 2, SIZES.num_codes)
+        assert not gpu.waits
+        assert not gpu.copies
+
+
+@pytest.mark.parametrize(("passes", "most"), [(Passes(), 1), (Passes(parallel_frames=True), 1), (Passes(draft=4), 3)])
+def test_a_frame_waits_for_its_noise_and_its_drafts(passes: Passes, most: int) -> None:
+    """Guards the sampler: a frame copies its noise, a draft waits once for how many codes are true, nothing else."""
+    layout, numbers = LAYOUTS["sequential"], count(1)
+
+    def answer(file: str) -> float:
+        return 16 * (next(numbers) % 2 == 0)  # a frame ends with its second pass of drafts
+
+    with pretended(answer) as gpu:
+        model, given = model_of("sequential", torch.bfloat16), torch.zeros(2, 1, 16, dtype=torch.int64)
+        noise = torch.zeros(2, 16, SIZES.num_codes)
+        sampling = Sampling(top_k=50, top_p=0.9, clusters=3)
+        frames = decode(model, layout, condition(layout), given, lambda rank: noise, sampling, LABELS, passes)
+        next(frames)
+        gpu.forget()
+        next(frames)
+        assert gpu.copies.total() <= 1
+        assert gpu.waits.total() <= most
+
+
+def test_super_resolution_waits_for_its_frames_alone() -> None:
+    """Guards the sampler of many slots: what is copied is text, codes and labels, whatever the number of portions."""
+    with pretended() as gpu:
+        model = model_of("superres", torch.bfloat16)
+        layout = model.channel.layout
+        low = torch.zeros(2, layout.low_slots, dtype=torch.int64)
+        noise = [slot_noise(torch.Generator(), layout.high_slots, SIZES.num_codes, CUDA) for _ in low]
+        text = words(layout.text_slots, 5)
+        upscale(model, text, low, noise, Sampling(clusters=3), LABELS)
+        gpu.forget()
+        noise = [slot_noise(torch.Generator(), layout.high_slots, SIZES.num_codes, CUDA) for _ in low]
+        high = upscale(model, text, low, noise, Sampling(clusters=3), LABELS, frames_per_pass=2)
+        assert high.device == CUDA
+        assert gpu.waits == gpu.copies == {"generation/upscale.py": 3, "generation/sampling.py": 1}
+
+
+def test_the_autoencoder_attends_without_a_table_of_scores() -> None:
+    """Guards against attention of 3,600 x 3,600 scores in memory, which only `pretended` can see here."""
+    with pretended() as gpu:
+        model = Autoencoder(TINY.autoencoder).to(CUDA, torch.bfloat16)
+        gpu.forget()
+        codes = model.encode(torch.zeros(2, 3, 32, 32, device=CUDA))
+        assert model.decode(codes).device == CUDA
+        assert gpu.waits.total() <= 2  # the range of the codes
+        assert gpu.copies.total() <= 4  # means and spreads of the colours
+
+
+def test_the_pipeline_on_a_gpu() -> None:
+    """Guards the whole way from a prompt to pixels against devices and types that meet."""
+    numbers = count(1)
+
+    def answer(file: str) -> float:
+        return 10**6 * (next(numbers) % 2 == 0) if file == "generation/decode.py" else 0
+
+    box = CogVideo.from_pretrained("pocket")
+    config = replace(box.config, transformer=replace(box.config.transformer, num_layers=2))
+    sizes, layout = config.transformer, config.layout
+    with pretended(answer):
+        with CUDA:
+            parts: dict[str, Any] = {
+                "base": Base(sizes),
+                "sequential": TemporalChannel(sizes, layout, config.sequential),
+                "interpolation": TemporalChannel(sizes, layout, config.interpolation),
+                "superres": UpscaleChannel(sizes, layout, config.upscaler),
+                "image_tokenizer": Autoencoder(config.autoencoder),
+            }
+        parts = {name: part.bfloat16() for name, part in parts.items()}
+        pipeline = CogVideoPipeline(CogVideo(config, text=box.text, cluster_labels=box.cluster_labels, **parts))
+        settings = replace(pipeline.settings, rounds=1)
+        clips = pipeline("a red heart beats", generator=torch.Generator().manual_seed(7), settings=settings)
+        assert clips.frames.shape == (1, 9, 192, 192, 3)
+
+
+def test_a_bundle_is_loaded_to_a_gpu() -> None:
+    """Guards weights that stay on the CPU, and a GPU that is not set up when a pipeline moves there."""
+    with pretended():
+        pipeline = CogVideoPipeline.from_pretrained("pocket", torch.bfloat16, "cuda")
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert {each.device for each in pipeline.model.sequential.parameters()} == {CUDA}
+
+
+def test_the_pretended_gpu_notices() -> None:
+    """Guards this file: what it is to find is found."""
+    with pretended() as gpu:
+        there, here = torch.zeros(3, device=CUDA), torch.arange(3)
+        with pytest.raises(RuntimeError, match="same device"):
+            _ = there + here
+        with pytest.raises(AssertionError, match="indexes a tensor on CUDA by one on the CPU"):
+            _ = there[here]
+        with pytest.raises(AssertionError, match="asks a GPU how large"):
+            there.nonzero()
+        assert (there.sum() > 0).item() is False
+        assert here.to(CUDA, non_blocking=True).device == CUDA
+        assert there.cpu().device.type == "cpu"
+        assert (gpu.waits.total(), gpu.copies.total()) == (2, 1)
+
+
+def test_a_real_device_is_left_as_it_was() -> None:
+    """Guards the tests that follow: nothing of the pretended GPU is left."""
+    generator = torch.Generator
+    with pretended() as gpu:
+        assert isinstance(gpu, FakeCuda)
+    assert torch.Generator is generator
+    loss = torch.ones(2, requires_grad=True).sum()
+    loss.backward()
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.ones(1, device="cuda" if not torch.cuda.is_available() else "cuda:99")
