@@ -1,163 +1,392 @@
-"""The released size on a CUDA GPU: `python -m benchmarks.cuda` prints a table and writes benchmarks/results/.
+"""A GPU, measured in eight minutes: `python -m benchmarks.cuda [SECTION ...]` prints and writes benchmarks/results/.
 
-Random bfloat16 weights of the `cogvideo` preset. Codes a second against the floor (bytes that a step must read over the
-bandwidth of a large copy, measured in the same run), and one whole clip of 33 frames of 480 x 480, stage by stage.
+Random bfloat16 weights of the `cogvideo` preset for decoding and a whole clip, of `pocket` for training. A section that
+fails says why, and the next one begins; every figure is on disk as soon as it is measured. `--device cpu` rehearses at
+toy sizes. PyTorch, numpy, einops, safetensors, jaxtyping and sentencepiece are enough.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from benchmarks.decode import Figures, show, step_bytes, text
-from benchmarks.machine import write
-from cogvideo.config import preset
+from benchmarks.decode import step_bytes, text
+from benchmarks.machine import RESULTS, write
+from cogvideo.config import CogVideoConfig, TransformerConfig, preset
+from cogvideo.devices import usable
 from cogvideo.generation.decode import Passes, decode
-from cogvideo.generation.decoder import Condition
+from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.graphs import GraphedDecoder
 from cogvideo.generation.sampling import GumbelNoise, Sampling
 from cogvideo.generation.upscale import slot_noise, upscale
-from cogvideo.layout import SequenceLayout
+from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler, inherit_upscaler
+from cogvideo.text import PaddedText, TextTokenizer
+from cogvideo.training.image import ImageBatch, ImageTask
+from cogvideo.training.optim import Optimization
+from cogvideo.training.parallel import ALONE, ParallelSettings
+from cogvideo.training.superres import SuperresBatch, SuperresTask
+from cogvideo.training.task import Objective
+from cogvideo.training.trainer import Execution, Trainer
+from cogvideo.training.video import VideoBatch, VideoTask
 
-CONFIG = preset("cogvideo")
-PASSES = Passes(graphs=True)
-DEVICE = torch.device("cuda")
+Result = tuple[str, dict[str, Any]]
+"""A name, and what was measured under it."""
 
-
-def copy_bandwidth(num_bytes: int = 4 << 30, rounds: int = 10) -> float:
-    """Bytes a second of a device-to-device copy, read and written ones together."""
-    source, target = (torch.empty(num_bytes, dtype=torch.uint8, device=DEVICE).random_() for _ in range(2))
-    times = []
-    for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return 2 * num_bytes / sorted(times)[len(times) // 2]
+MOST_SECONDS = 420
+"""After which no section begins; the longest one takes less than the minute that is left."""
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+STAGES = ("image", "sequential", "interpolation", "superres")
 
 
-def models() -> tuple[Transformer, Transformer, Transformer, Upscaler]:
-    """Image model, both video stages and super-resolution around one base, built on the device."""
-    transformer, layers = CONFIG.transformer, CONFIG.transformer.num_layers
-    torch.set_default_dtype(torch.bfloat16)
-    with DEVICE:
-        base = Base(transformer)
-        channels = [
-            TemporalChannel(transformer, CONFIG.layout, stage) for stage in (CONFIG.sequential, CONFIG.interpolation)
-        ]
-        added = UpscaleChannel(transformer, CONFIG.layout, CONFIG.upscaler)
-    torch.set_default_dtype(torch.float32)
-    initialize(base, layers)
-    for channel in channels:
-        inherit(channel, base)
-    inherit_upscaler(added, base)
-    stages = [Transformer(base), *(Transformer(base, channel) for channel in channels)]
-    for stage in stages:
-        stage.requires_grad_(False)
-    return stages[0], stages[1], stages[2], Upscaler(base, added).requires_grad_(False)
+@dataclass(frozen=True)
+class Bench:
+    """What is measured: a device and the sizes that it is for."""
+
+    device: torch.device
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether this is no rehearsal."""
+        return self.device.type == "cuda"
+
+    @property
+    def released(self) -> CogVideoConfig:
+        """Sizes of decoding and of a clip."""
+        return preset("cogvideo") if self.is_gpu else preset("tiny")
+
+    @property
+    def trained(self) -> CogVideoConfig:
+        """Sizes of training."""
+        return preset("pocket") if self.is_gpu else preset("tiny")
+
+    def wait(self) -> None:
+        """Until the device has done all that it was asked for."""
+        if self.is_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def milliseconds(self, call: Callable[[], object], rounds: int = 20) -> float:
+        """Median of a call, after one that sets everything up."""
+        times = []
+        for _ in range(1 + (rounds if self.is_gpu else 1)):
+            self.wait()
+            start = time.perf_counter()
+            call()
+            self.wait()
+            times.append((time.perf_counter() - start) * 1e3)
+        return sorted(times[1:])[len(times[1:]) // 2]
+
+    def peak_gib(self) -> float:
+        """Most memory that tensors had since the last time that this was asked."""
+        if not self.is_gpu:
+            return 0.0
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def bandwidth(self) -> float:
+        """Bytes a second of a large copy, read and written ones together."""
+        size = (4 << 30) if self.is_gpu else (1 << 24)
+        source, target = (torch.ones(size, dtype=torch.uint8, device=self.device) for _ in range(2))
+        return 2 * size / self.milliseconds(lambda: target.copy_(source)) * 1e3
 
 
-def steps(model: Transformer, bandwidth: float, rounds: int = 100) -> Figures:
-    """Guided codes a second of the sequential stage, batch 1."""
-    layout, figures = SequenceLayout.sequential(CONFIG.layout), {}
-    codes = CONFIG.transformer.num_codes
-    texts = [text(each, layout.text_slots, codes) for each in (20, 6)]
-    run = GraphedDecoder(model, layout, Condition(*texts, 3.0))
-    run.prefill(torch.zeros(1, 1, layout.frame_slots, dtype=torch.int64))
-    tokens = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
-    for rank, slot in ((1, 0), (4, 0)):
-        slots = torch.full((1, 1), slot, device=DEVICE)
-        run.rectangle(rank, slots, tokens)
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(rounds):
-            run.rectangle(rank, slots, tokens)
-        torch.cuda.synchronize()
-        seconds = (time.perf_counter() - start) / rounds
-        floor = step_bytes(run, rank, slot) / bandwidth
-        figures[f"position {rank * layout.frame_slots + slot}"] = {
-            "milliseconds": seconds * 1e3,
-            "guided codes a second": 1 / seconds,
-            "share of floor's speed": floor / seconds,
-        }
-    return figures
+# Sections
 
 
-@contextmanager
-def timed(figures: Figures, name: str) -> Iterator[None]:
-    """Seconds of a stage, and the peak of memory up to its end."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    yield
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    figures[name] = {"seconds": time.perf_counter() - start, "peak GiB so far": peak}
+def machine(bench: Bench) -> Iterator[Result]:
+    """Bandwidth and matrix rate."""
+    yield "copy", {"GB/s": bench.bandwidth() / 1e9}
+    side = 8192 if bench.is_gpu else 256
+    for dtype in (torch.bfloat16, torch.float32):
+        one, other = (torch.randn(side, side, device=bench.device, dtype=dtype) for _ in range(2))
+        yield f"matrix product, {dtype}", {"TFLOP/s": 2 * side**3 / bench.milliseconds(lambda: one @ other) / 1e9}  # noqa: B023
 
 
-def clip(image: Transformer, sequential: Transformer, interpolation: Transformer, upscaler: Upscaler) -> Figures:
-    """One clip: 33 frames of 480 x 480 over 4 seconds; the shapes of generation, without its texts."""
-    figures: Figures = {}
-    codes = CONFIG.transformer.num_codes
-    labels = torch.arange(codes) % 500
+def parity(bench: Bench) -> Iterator[Result]:
+    """Cases of the released system on this device, in float64; the image tokenizer in float32."""
+    from tests.parity import cases, check
 
-    def draw(
-        model: Transformer, layout: SequenceLayout, given: torch.Tensor, scale: float, clusters: int
-    ) -> torch.Tensor:
-        words = text(20, layout.text_slots, codes, len(given))
-        condition = Condition(words, words if scale != 1 else None, scale)
-        noise = GumbelNoise([torch.Generator()] * len(given), layout.num_frames, layout.frame_slots, codes)
-        drawn = decode(model, layout, condition, given, noise, Sampling(1.05, clusters=clusters), labels, PASSES)
-        return torch.stack([frame.codes.cpu() for frame in drawn], 1)
+    torch.backends.cudnn.allow_tf32 = False
+    for path in cases(GOLDEN) if bench.is_gpu else cases(GOLDEN)[:1]:
+        outcome = check(path, device=bench.device)
+        yield outcome.name, {"passed": outcome.passed, "worst error": outcome.error, "codes": outcome.equal}
+    torch.backends.cudnn.allow_tf32 = True
 
-    with timed(figures, "first frame"):
-        frames = draw(
-            image, SequenceLayout.text_to_image(CONFIG.layout), torch.empty(1, 0, 400, dtype=torch.int64), 1.0, 16
+
+ATTENTION = {
+    "image, small": (8, 12, 320, 320),
+    "temporal, pocket": (32, 4, 320, 368),
+    "temporal, cogvideo": (2, 48, 2000, 2064),
+    "draft of 8, cogvideo": (2, 48, 8, 2064),
+    "step, cogvideo": (2, 48, 1, 469),
+}
+"""Batch, heads, rows and keys."""
+
+
+def attention(bench: Bench) -> Iterator[Result]:
+    """Attention with a mask in bfloat16 against float64, values and gradients, without cuDNN and with it."""
+    for name, (batch, heads, rows, keys) in ATTENTION.items():
+        size = (batch, heads) if bench.is_gpu else (1, 1)
+        rows, keys = (rows, keys) if bench.is_gpu else (min(rows, 40), min(keys, 80))
+        generator = torch.Generator(bench.device).manual_seed(0)
+        q, k, v = (
+            torch.randn(*size, slots, 64, generator=generator, device=bench.device, dtype=torch.bfloat16)
+            for slots in (rows, keys, keys)
         )
-    with timed(figures, "key frames"):
-        frames = torch.cat([frames, draw(sequential, SequenceLayout.sequential(CONFIG.layout), frames, 3.0, 12)], 1)
-    for number in range(3):
-        with timed(figures, f"interpolation round {number + 1}"):
-            triples = frames[0].unfold(0, 3, 2).transpose(1, 2)
-            between = draw(interpolation, SequenceLayout.interpolation(CONFIG.layout), triples, 1.0, 12).flatten(0, 1)
-            wider = frames.new_zeros(1, 2 * frames.shape[1] - 1, frames.shape[2])
-            wider[:, ::2], wider[0, 1::2], frames = frames, between, wider
-    with timed(figures, "super-resolution"):
-        low, layout = frames[0], upscaler.channel.layout
-        noise = [slot_noise(torch.Generator(), layout.high_slots, codes, DEVICE) for _ in low]
-        words, sampling = text(20, layout.text_slots, codes, len(low)), Sampling(clusters=6, cluster_temperature=0.6)
-        high = upscale(upscaler, words, low, noise, sampling, labels, frames_per_pass=4)
-    with timed(figures, "pixels"):
-        autoencoder = Autoencoder(CONFIG.autoencoder).to(DEVICE, torch.bfloat16)
-        autoencoder.decode(high.view(-1, layout.high_grid, layout.high_grid).to(DEVICE), chunk=4)
-    figures["whole clip"] = {"seconds": sum(stage["seconds"] for stage in figures.values())}
+        seen = torch.ones(rows, keys, dtype=torch.bool, device=bench.device).tril(keys - rows)
+        truth = _attended([each.double() for each in (q, k, v)], seen)
+        for way, enabled in (("default", False), ("cuDNN", True)) if bench.is_gpu else (("default", False),):
+            torch.backends.cuda.enable_cudnn_sdp(enabled)
+            found = _attended([q, k, v], seen)
+            errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
+            milliseconds = bench.milliseconds(lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=seen))  # noqa: B023
+            yield f"{name}, {way}", {"ms forward": milliseconds, "worst error": max(errors)}
+        usable(bench.device)
+
+
+def _attended(operands: list[Tensor], seen: Tensor) -> list[Tensor]:
+    leaves = [each.detach().requires_grad_() for each in operands]
+    out = F.scaled_dot_product_attention(*leaves, attn_mask=seen)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+
+
+def decoding(bench: Bench) -> Iterator[Result]:
+    """Guided passes of the sequential stage, batch 1, against the bandwidth floor, eager and as CUDA graphs."""
+    config, bandwidth = bench.released, bench.bandwidth()
+    model = _stages(config, bench.device, ("sequential",))["sequential"]
+    layout, codes = SequenceLayout.sequential(config.layout), config.transformer.num_codes
+    slots = layout.text_slots
+    condition = Condition(text(min(20, slots), slots, codes), text(min(6, slots), slots, codes), 3.0)
+    kinds = {"eager": Decoder} | ({"graphs": GraphedDecoder} if bench.is_gpu else {})
+    for name, kind in kinds.items():
+        run = kind(model, layout, condition)
+        run.prefill(torch.zeros(1, 1, layout.frame_slots, dtype=torch.int64))
+        for width in (1, 8):
+            for rank in (1, layout.num_frames - 1):
+                at = torch.arange(width, device=bench.device)[None]
+                tokens = torch.zeros(1, width, dtype=torch.int64, device=bench.device)
+                milliseconds = bench.milliseconds(lambda: run.draft(rank, at, tokens))  # noqa: B023
+                floor = step_bytes(run, rank, 0) / bandwidth * 1e3
+                values = {"ms": milliseconds, "floor ms": floor, "share of floor's speed": floor / milliseconds}
+                yield f"{name}, {width} slots, frame {rank}", values
+    yield "memory", {"peak GiB": bench.peak_gib()}
+
+
+def clip(bench: Bench) -> Iterator[Result]:
+    """One whole clip, stage by stage, without its texts; graphs on a GPU."""
+    config = bench.released
+    models = _stages(config, bench.device, STAGES)
+    passes, frames = Passes(draft=8, graphs=bench.is_gpu), torch.empty(1, 0, config.layout.grid**2, dtype=torch.int64)
+    start = time.perf_counter()
+
+    def figures() -> dict[str, float]:
+        bench.wait()
+        return {"seconds so far": time.perf_counter() - start, "peak GiB": bench.peak_gib()}
+
+    for stage in ("image", "sequential"):
+        drawn = _draw(models[stage], _layout(config, stage), frames, passes, 3.0 if stage == "sequential" else 1.0)
+        frames = torch.cat([frames, drawn], 1)
+        yield f"{stage} stage", figures()
+    for number in range(3 if bench.is_gpu else 1):
+        triples = frames[0].unfold(0, 3, 2).transpose(1, 2)
+        between = _draw(models["interpolation"], _layout(config, "interpolation"), triples, passes, 1.0).flatten(0, 1)
+        wider = frames.new_zeros(1, 2 * frames.shape[1] - 1, frames.shape[2])
+        wider[:, ::2], wider[0, 1::2], frames = frames, between, wider
+        yield f"interpolation round {number + 1}", figures()
+    low, layout, codes = frames[0], models["superres"].channel.layout, config.transformer.num_codes
+    noise = [slot_noise(torch.Generator(), layout.high_slots, codes, bench.device) for _ in low]
+    words = text(min(20, layout.text_slots), layout.text_slots, codes, len(low))
+    sampling = Sampling(clusters=6, cluster_temperature=0.6)
+    high = upscale(models["superres"], words, low, noise, sampling, torch.arange(codes) % 500, frames_per_pass=4)
+    yield "super-resolution", figures()
+    autoencoder = Autoencoder(config.autoencoder).to(bench.device, torch.bfloat16)
+    with torch.inference_mode():
+        autoencoder.decode(high.view(-1, layout.high_grid, layout.high_grid).to(bench.device), chunk=4)
+    yield "pixels", figures()
+
+
+def _draw(model: Transformer, layout: SequenceLayout, given: Tensor, passes: Passes, scale: float) -> Tensor:
+    codes = model.base.config.num_codes
+    words = text(min(20, layout.text_slots), layout.text_slots, codes, len(given))
+    generators = [torch.Generator().manual_seed(number) for number in range(len(given))]
+    noise = GumbelNoise(generators, layout.num_frames, layout.frame_slots, codes)
+    condition, sampling = Condition(words, words if scale != 1 else None, scale), Sampling(1.05, clusters=12)
+    drawn = decode(model, layout, condition, given, noise, sampling, torch.arange(codes) % 500, passes)
+    return torch.stack([frame.codes.cpu() for frame in drawn], 1)
+
+
+def training(bench: Bench) -> Iterator[Result]:
+    """Steps of every stage in bfloat16, the batch already there as a loader would hand it over."""
+    for batch in (32, 256) if bench.is_gpu else (2,):
+        for stage in STAGES:
+            trainer, data = trainer_of(stage, bench.trained, batch, bench.device)
+            bench.peak_gib()
+            milliseconds = bench.milliseconds(lambda: trainer.step(0, data), 30)  # noqa: B023
+            values = {"ms": milliseconds, "samples a second": batch / milliseconds * 1e3}
+            yield f"{stage}, batch {batch}", values | {"loss": trainer.figures(1).loss, "peak GiB": bench.peak_gib()}
+
+
+SECTIONS: dict[str, Callable[[Bench], Iterator[Result]]] = {
+    "machine": machine,
+    "parity": parity,
+    "attention": attention,
+    "training": training,
+    "decoding": decoding,
+    "clip": clip,
+}
+
+
+# Models and batches
+
+
+def _layout(config: CogVideoConfig, stage: str) -> SequenceLayout:
+    make = {"image": SequenceLayout.text_to_image, "sequential": SequenceLayout.sequential}
+    return make.get(stage, SequenceLayout.interpolation)(config.layout)
+
+
+def _channel(config: CogVideoConfig, stage: str, base: Base) -> nn.Module:
+    """What a stage adds to the base, on its device and in its type, as training starts it."""
+    like = base.words.weight
+    with like.device:
+        if stage == "superres":
+            channel: Any = UpscaleChannel(config.transformer, config.layout, config.upscaler).to(like.dtype)
+            inherit_upscaler(channel, base)
+        else:
+            channel = TemporalChannel(config.transformer, config.layout, getattr(config, stage)).to(like.dtype)
+            inherit(channel, base, torch.Generator(like.device).manual_seed(1))
+    return channel
+
+
+def _base(config: CogVideoConfig, device: torch.device, dtype: torch.dtype) -> Base:
+    torch.set_default_dtype(dtype)
+    with device:
+        base = Base(config.transformer)
+    torch.set_default_dtype(torch.float32)
+    initialize(base, config.transformer.num_layers, torch.Generator(device).manual_seed(0))
+    return base
+
+
+def _stages(config: CogVideoConfig, device: torch.device, names: tuple[str, ...]) -> dict[str, Any]:
+    """Models around one base in bfloat16, for inference."""
+    base = _base(config, device, torch.bfloat16)
+    models = {}
+    for name in names:
+        channel = None if name == "image" else _channel(config, name, base)
+        model = Upscaler(base, channel) if isinstance(channel, UpscaleChannel) else Transformer(base, channel)
+        models[name] = model.requires_grad_(False)
+    return models
+
+
+def trainer_of(stage: str, config: CogVideoConfig, batch: int, device: torch.device) -> tuple[Trainer, Any]:
+    """A stage in training from random weights, and a batch of random codes."""
+    base = _base(config, device, torch.float32)
+    sizes, text_rows = config.transformer, _words(config, batch)
+    tokens = _Ids(sizes)
+    random = torch.Generator().manual_seed(0)
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randint(sizes.num_codes, (batch, *shape), generator=random)
+
+    channel = None if stage == "image" else _channel(config, stage, base)
+    if stage != "image":
+        for each in base.requires_grad_(False).parameters():
+            each.data = each.data.to(torch.bfloat16 if each.ndim > 1 else torch.float32)
+    if stage == "superres":
+        layout = UpscaleLayout.of(config.layout, config.upscaler)
+        model: nn.Module = Upscaler(base, channel)
+        task: Any = SuperresTask(layout, tokens)
+        data: Any = SuperresBatch(text_rows(layout.text_slots), codes(layout.low_slots), codes(layout.high_slots))
+    else:
+        sequence = _layout(config, stage)
+        model = Transformer(base, channel)
+        task = ImageTask(sequence, tokens) if stage == "image" else VideoTask(sequence, tokens)
+        data = _image_batch(sequence, codes, batch)
+        if stage != "image":
+            data = VideoBatch(text_rows(sequence.text_slots), codes(sequence.num_frames, sequence.frame_slots))
+    settings = Optimization(batch=batch, precision="bfloat16", learning_rate=1e-5)
+    ranks = ALONE._replace(device=device)
+    return Trainer(Objective(model, task), settings, Execution(), ParallelSettings(), ranks), data
+
+
+class _Ids(TextTokenizer):
+    """What a loss needs of a text tokenizer."""
+
+    def __init__(self, sizes: TransformerConfig) -> None:
+        self.num_codes, self.pad, self.start_of_image = sizes.num_codes, sizes.pad, sizes.start_of_image
+
+
+def _words(config: CogVideoConfig, batch: int) -> Callable[[int], PaddedText]:
+    return lambda slots: text(min(20, slots), slots, config.transformer.num_codes, batch)
+
+
+def _image_batch(layout: SequenceLayout, codes: Callable[..., Tensor], batch: int) -> ImageBatch:
+    """Images that are learnt from their text, as most samples are."""
+    targets = F.pad(codes(layout.frame_slots), (layout.text_slots, 0), value=-1)
+    sees = torch.ones(layout.length, layout.length, dtype=torch.bool).tril().expand(batch, -1, -1)
+    places = torch.arange(layout.length).expand(batch, -1)
+    nothing = torch.empty(batch, 0, dtype=torch.int64)
+    return ImageBatch(targets.clamp(min=0), places, sees, targets, torch.zeros_like(targets), nothing)
+
+
+# The command
+
+
+def measure(bench: Bench, names: list[str], folder: Path) -> dict[str, Any]:
+    """All figures; they are on disk as they come."""
+    figures: dict[str, Any] = {}
+    begin = time.perf_counter()
+    for name in names:
+        print(f"{name}: {SECTIONS[name].__doc__}", flush=True)
+        figures[name] = {}
+        if time.perf_counter() - begin > MOST_SECONDS:
+            figures[name]["did not run: the time was over"] = {}
+        else:
+            _run(bench, name, figures, folder)
+        write("cuda", figures, folder)
     return figures
 
 
-def main() -> None:
-    """Measure and write."""
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks.cuda: no CUDA device here; benchmarks.decode measures the CPU")
-    bandwidth = copy_bandwidth()
-    image, sequential, interpolation, upscaler = models()
-    figures: Figures = {"copy": {"bandwidth": {"GB/s": bandwidth / 1e9}}}
-    with torch.inference_mode():
-        figures["steps"] = steps(sequential, bandwidth)
-        show(figures["steps"])
-        torch.cuda.reset_peak_memory_stats()
-        clip(image, sequential, interpolation, upscaler)  # graphs and libraries set themselves up
-        figures["clip"] = clip(image, sequential, interpolation, upscaler)
-        show(figures["clip"])
-    print("written to", write("cuda", figures))
+def _run(bench: Bench, name: str, figures: dict[str, Any], folder: Path) -> None:
+    start = time.perf_counter()
+    try:
+        for entry, values in SECTIONS[name](bench):
+            figures[name][entry] = values
+            print(f"  {entry}: {', '.join(f'{key} {value:.4g}' for key, value in values.items())}", flush=True)
+            write("cuda", figures, folder)
+    except Exception:  # whatever it is, the other sections are worth their time
+        figures[name]["failed"] = {"traceback": traceback.format_exc()}
+        print(figures[name]["failed"]["traceback"], flush=True)
+    figures[name]["section"] = {"seconds": time.perf_counter() - start}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and write; 1 if a section failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("section", nargs="*", help=f"any of {', '.join(SECTIONS)}; all by default")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal at toy sizes")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the figures")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.section) - set(SECTIONS):
+        parser.error(f"unknown section {', '.join(sorted(unknown))}, expected any of {', '.join(SECTIONS)}")
+    try:
+        device = usable(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    figures = measure(Bench(device), options.section or list(SECTIONS), options.out)
+    return int(any("failed" in section for section in figures.values()))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -44,10 +44,10 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int 
     return {name: {"median": statistics.median(each), "best": min(each)} for name, each in times.items()}
 
 
-def write(name: str, figures: dict[str, Any]) -> Path:
+def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
     """The figures as a dated JSON under benchmarks/results/; other sections of the same day and machine are kept."""
-    RESULTS.mkdir(exist_ok=True)
-    path, here = RESULTS / f"{name}-{datetime.now(UTC):%Y-%m-%d}.json", machine()
+    folder.mkdir(exist_ok=True, parents=True)
+    path, here = folder / f"{name}-{datetime.now(UTC):%Y-%m-%d}.json", machine()
     before = json.loads(path.read_text()) if path.exists() else {"machine": here}
     kept = before if before["machine"] == here else {}
     temporary = path.with_suffix(".part")
