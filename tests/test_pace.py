@@ -45,3 +45,13 @@ def test_worth() -> None:
     assert worth(0, 8) == 1
     assert worth(100, 8) == 8
     assert worth(66, 8) == 4
+
+
+@pytest.mark.parametrize(("repeated", "share"), [(0, 0.01), (1, 0.99)])
+def test_repeats(repeated: int, share: float) -> None:
+    """Guards the share of codes that are those of the frame before: it is learned, and has a logarithm."""
+    pace = Pace(8)
+    assert pace.repeats == 0.5
+    for _ in range(80):
+        pace.saw(0, 1, repeated)
+    assert pace.repeats == share

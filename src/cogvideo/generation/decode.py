@@ -6,6 +6,7 @@ reference. Parallel frames and drafting need fewer passes and give the same code
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -167,15 +168,14 @@ def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, most: int) -> Iterato
 def _draft_frame(
     decoder: Decoder, draw: _Draw, rank: int, before: Int64[Tensor, "batch slots"] | None, paces: list[Pace]
 ) -> Int64[Tensor, "batch slots"]:
-    """The codes of one frame. Slots that no draft is known for are guessed: the last row's scores, their own noise."""
-    most = paces[0].most
+    """The codes of one frame. Slots that have not been drawn yet are guessed from the frame before and the last row."""
     slots, device, noise = decoder.layout.frame_slots, decoder.device, draw.start(rank)
     start = decoder.model.base.config.start_of_image
     fed = torch.full((draw.batch, slots + 1), start, device=device)  # column j is fed at slot j
     if before is not None:
         fed[:, 1:] = before
     done = [0] * draw.batch
-    known = [0 if before is None else slots] * draw.batch  # later slots have no draft
+    drafted = [0] * draw.batch  # later slots have not been drawn yet, rightly or wrongly
     while min(done) < slots:
         runs = [range(at, min(at + pace.width, slots)) for at, pace in zip(done, paces, strict=True)]
         samples = owners(runs, device)
@@ -183,16 +183,37 @@ def _draft_frame(
         scores = draw.scores(decoder.draft(rank, runs, fed))
         drawn = (scores + noise[samples, at]).argmax(-1)
         as_drafted = (drawn == fed[samples, at + 1]).tolist()
+        as_before = [] if before is None else (drawn == before[samples, at]).tolist()
         fed[samples, at + 1] = drawn
         row = 0
         for sample, run in enumerate(runs):
             if run:
-                right = [*as_drafted[row : row + len(run)], False].index(False)
+                pace, own = paces[sample], slice(row, row + len(run))
                 row += len(run)
-                paces[sample].saw(right, len(run))
-                done[sample] += min(right + 1, len(run))
-                known[sample] = max(known[sample], run.stop)
-                if known[sample] < slots:
-                    ahead = slice(known[sample], known[sample] + most)
-                    fed[sample, 1:][ahead] = (scores[row - 1] + noise[sample, ahead]).argmax(-1)
+                right = [*as_drafted[own], False].index(False)
+                kept = min(right + 1, len(run))
+                pace.saw(right, len(run), sum(as_before[own][:kept]))
+                done[sample] += kept
+                drafted[sample] = max(drafted[sample], run.stop)
+                ahead = range(drafted[sample], min(done[sample] + pace.width, slots))
+                if ahead:
+                    part = slice(ahead.start, ahead.stop)
+                    old = None if before is None else before[sample, part]
+                    fed[sample, 1:][part] = _guess(scores[row - 1], noise[sample, part], old, pace.repeats)
     return fed[:, 1:]
+
+
+def _guess(
+    scores: Float[Tensor, " codes"],
+    noise: Float[Tensor, "_ _"],
+    before: Int64[Tensor, " _"] | None,
+    repeats: float,
+) -> Int64[Tensor, " _"]:
+    """Codes as they would be drawn, with their own noise, if they repeated the frame before with this probability and
+    followed the scores of the last row otherwise."""
+    if before is None:
+        return (scores + noise).argmax(-1)
+    mixed = (scores.log_softmax(-1) + math.log(1 - repeats)).repeat(len(before), 1)
+    own = mixed.gather(1, before[:, None])
+    mixed.scatter_(1, before[:, None], torch.logaddexp(own, own.new_tensor(math.log(repeats))))
+    return (mixed + noise).argmax(-1)

@@ -25,16 +25,26 @@ class Pace:
     def __init__(self, most: int, free: bool = False) -> None:
         self.most, self.free = most, free
         self.right, self.tried = 1.0, 2.0
+        self.repeated, self.kept = 1.0, 2.0
 
     @property
     def width(self) -> int:
         """Slots of the next pass."""
         return self.most if self.free else worth(round(100 * self.right / self.tried), self.most)
 
-    def saw(self, right: int, width: int) -> None:
-        """Drafts that came true before the first that did not, of a pass of `width` slots."""
+    @property
+    def repeats(self) -> float:
+        """The share of codes that are those of the frame before, never none or all."""
+        return min(max(self.repeated / self.kept, 0.01), 0.99)
+
+    def saw(self, right: int, width: int, repeated: int = 0) -> None:
+        """Drafts that came true before the first that did not, of a pass of `width` slots, and how many of the codes
+        that are kept are those of the frame before."""
+        kept = min(right + 1, width)
         self.right = MEMORY * self.right + right
-        self.tried = MEMORY * self.tried + min(right + 1, width)
+        self.tried = MEMORY * self.tried + kept
+        self.repeated = MEMORY * self.repeated + repeated
+        self.kept = MEMORY * self.kept + kept
 
 
 @lru_cache(maxsize=4096)
