@@ -24,7 +24,7 @@ from benchmarks.machine import RESULTS, write
 from cogvideo.config import CogVideoConfig, TransformerConfig, preset
 from cogvideo.devices import usable
 from cogvideo.generation.decode import Passes, decode
-from cogvideo.generation.decoder import Condition, Decoder
+from cogvideo.generation.decoder import Condition, MaskedDecoder
 from cogvideo.generation.graphs import GraphedDecoder
 from cogvideo.generation.sampling import GumbelNoise, Sampling
 from cogvideo.generation.upscale import slot_noise, upscale
@@ -169,7 +169,7 @@ def decoding(bench: Bench) -> Iterator[Result]:
     layout, codes = SequenceLayout.sequential(config.layout), config.transformer.num_codes
     slots = layout.text_slots
     condition = Condition(text(min(20, slots), slots, codes), text(min(6, slots), slots, codes), 3.0)
-    kinds = {"eager": Decoder} | ({"graphs": GraphedDecoder} if bench.is_gpu else {})
+    kinds = {"eager": MaskedDecoder} | ({"graphs": GraphedDecoder} if bench.is_gpu else {})
     for name, kind in kinds.items():
         run = kind(model, layout, condition)
         run.prefill(torch.zeros(1, 1, layout.frame_slots, dtype=torch.int64))
@@ -177,7 +177,7 @@ def decoding(bench: Bench) -> Iterator[Result]:
             for rank in (1, layout.num_frames - 1):
                 at = torch.arange(width, device=bench.device)[None]
                 tokens = torch.zeros(1, width, dtype=torch.int64, device=bench.device)
-                milliseconds = bench.milliseconds(lambda: run.draft(rank, at, tokens))  # noqa: B023
+                milliseconds = bench.milliseconds(lambda: run.rectangle(rank, at, tokens))  # noqa: B023
                 floor = step_bytes(run, rank, 0) / bandwidth * 1e3
                 values = {"ms": milliseconds, "floor ms": floor, "share of floor's speed": floor / milliseconds}
                 yield f"{name}, {width} slots, frame {rank}", values

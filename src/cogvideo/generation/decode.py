@@ -21,7 +21,7 @@ from cogvideo.generation.graphs import GraphedDecoder
 from cogvideo.generation.pace import Pace
 from cogvideo.generation.sampling import Clusters, Sampling, log_probabilities
 from cogvideo.layout import SequenceLayout, lag
-from cogvideo.models.plans import Rows, owners
+from cogvideo.models.plans import Rows
 from cogvideo.models.transformer import Transformer
 
 Noise = Callable[[int], Float[Tensor, "batch slots codes"]]
@@ -178,12 +178,12 @@ def _draft_frame(
     drafted = [0] * draw.batch  # later slots have not been drawn yet, rightly or wrongly
     while min(done) < slots:
         runs = [range(at, min(at + pace.width, slots)) for at, pace in zip(done, paces, strict=True)]
-        samples = owners(runs, device)
-        at = torch.tensor([slot for run in runs for slot in run], device=device)
+        rows = [(sample, slot) for sample, run in enumerate(runs) for slot in run]
+        samples, at = torch.tensor(rows).T.to(device)  # copied at once
         scores = draw.scores(decoder.draft(rank, runs, fed))
         drawn = (scores + noise[samples, at]).argmax(-1)
-        as_drafted = (drawn == fed[samples, at + 1]).tolist()
-        as_before = [] if before is None else (drawn == before[samples, at]).tolist()
+        compared = [fed[samples, at + 1]] if before is None else [fed[samples, at + 1], before[samples, at]]
+        as_drafted, *as_before = (drawn == torch.stack(compared)).cpu().tolist()  # waited for at once
         fed[samples, at + 1] = drawn
         row = 0
         for sample, run in enumerate(runs):
@@ -192,7 +192,7 @@ def _draft_frame(
                 row += len(run)
                 right = [*as_drafted[own], False].index(False)
                 kept = min(right + 1, len(run))
-                pace.saw(right, len(run), sum(as_before[own][:kept]))
+                pace.saw(right, len(run), sum(sum(each[own][:kept]) for each in as_before))
                 done[sample] += kept
                 drafted[sample] = max(drafted[sample], run.stop)
                 ahead = range(drafted[sample], min(done[sample] + pace.width, slots))
@@ -215,5 +215,5 @@ def _guess(
         return (scores + noise).argmax(-1)
     mixed = (scores.log_softmax(-1) + math.log(1 - repeats)).repeat(len(before), 1)
     own = mixed.gather(1, before[:, None])
-    mixed.scatter_(1, before[:, None], torch.logaddexp(own, own.new_tensor(math.log(repeats))))
+    mixed.scatter_(1, before[:, None], torch.logaddexp(own, torch.full_like(own, math.log(repeats))))
     return (mixed + noise).argmax(-1)
