@@ -12,6 +12,7 @@ import torch
 
 from cogvideo.bundle import CogVideo, update
 from cogvideo.config import CogVideoConfig
+from cogvideo.files import LOCK
 from cogvideo.storage import MODULES, Manifest
 from gallery import loud, make_model, make_parts
 from killing import kill_at
@@ -49,7 +50,7 @@ def test_components_come_and_go(folder: Path, config: CogVideoConfig) -> None:
     left = hashes(folder)
     assert left == {name: each for name, each in added.items() if name not in ("sequential", "superres")}
     files = {entry.file for entry in Manifest.read(folder).components.values()}
-    assert {each.name for each in folder.iterdir()} == files | {"bundle.json"}
+    assert {each.name for each in folder.iterdir()} == files | {"bundle.json", LOCK}
     loaded = CogVideo.from_pretrained(folder).interpolation.channel
     assert loaded is not None
     assert all(torch.equal(each, loaded.state_dict()[name]) for name, each in channel.state_dict().items())

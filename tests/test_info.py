@@ -63,9 +63,9 @@ GIB = 2**30
 CASES = [(stage, guided) for stage in STAGES for guided in (False, True)]
 PAPER = preset("cogvideo")
 SMALL = replace(
-    preset("pocket"),
+    CogVideoConfig(),
     transformer=replace(TransformerConfig(), num_layers=3, hidden=64, num_heads=2),
-    layout=replace(preset("pocket").layout, grid=4, num_frames=5, text_slots=6, image_text_slots=9),
+    layout=replace(CogVideoConfig().layout, grid=4, num_frames=5, text_slots=6, image_text_slots=9),
     sequential=StageConfig(window=2),
 )
 
@@ -293,7 +293,7 @@ def test_phases_are_those_of_a_clip(text_model: bytes, monkeypatch: pytest.Monke
 GENERATE = """
 import torch
 from dataclasses import replace
-from cogvideo.config import LayoutConfig, TransformerConfig, preset
+from cogvideo.config import CogVideoConfig, LayoutConfig, TransformerConfig
 from cogvideo.generation.decode import decode
 from cogvideo.generation.decoder import Condition
 from cogvideo.generation.hierarchy import Settings
@@ -304,7 +304,7 @@ from cogvideo.text import PaddedText
 
 def run(hidden, layers):
     config = replace(
-        preset("pocket"),
+        CogVideoConfig(),
         transformer=replace(TransformerConfig(), hidden=hidden, num_layers=layers),
         layout=replace(LayoutConfig(), num_frames=3),
     )
@@ -334,7 +334,7 @@ def test_memory_of_a_process_that_generates() -> None:
     """Guards the expected peak: a real process (8 guided samples, float32) takes 0.8 to 1.4 times as much."""
     printed = subprocess.run([sys.executable, "-c", GENERATE], capture_output=True, text=True, check=True).stdout
     config = replace(
-        preset("pocket"),
+        CogVideoConfig(),
         transformer=replace(TransformerConfig(), hidden=512, num_layers=4),
         layout=replace(LayoutConfig(), num_frames=3),
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogvideo.config import LayoutConfig, StageConfig, TextConfig, TransformerConfig, preset
+from cogvideo.config import CogVideoConfig, LayoutConfig, StageConfig, TextConfig, TransformerConfig, preset
 from cogvideo.data.loader import ClipSample
 from cogvideo.generation.hierarchy import Guidance, Settings, collect, generate
 from cogvideo.generation.sampling import Sampling
@@ -205,12 +205,12 @@ def generated(text: TextTokenizer, base: Base, rounds: int, **stages: Transforme
     system = SimpleNamespace(
         components=("base", "text", *stages),
         config=replace(
-            preset("pocket"),
+            CogVideoConfig(),
             transformer=base.config,
             layout=SIZES,
             interpolation=StageConfig(2),
-            autoencoder=replace(preset("pocket").autoencoder, num_codes=NUM_CODES),
-            upscaler=replace(preset("pocket").upscaler, text_slots=SLOTS, low_position=SLOTS),
+            autoencoder=replace(CogVideoConfig().autoencoder, num_codes=NUM_CODES),
+            upscaler=replace(CogVideoConfig().upscaler, text_slots=SLOTS, low_position=SLOTS),
         ),
         image_model=Transformer(base),
         text=text,
