@@ -40,7 +40,7 @@ def test_animations_become_clips(tmp_path: Path) -> None:
     path = source / name.with_suffix(".gif").name
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=500, loop=0, disposal=2)
     done = subprocess.run(
-        [sys.executable, RECIPE / "layout.py", source, tmp_path / "out"], capture_output=True, text=True, timeout=100
+        [sys.executable, RECIPE / "layout.py", source, tmp_path / "out"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 1
     assert "705 animations are missing" in done.stderr

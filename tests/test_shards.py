@@ -324,7 +324,7 @@ with replacing(Path(sys.argv[1])) as file:
 def test_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
     """A process killed while it writes: what it leaves must not have a shard's name, and be removable."""
     path = tmp_path / shard_name(0)
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=300, check=False)
     assert ended.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.name.endswith(TEMPORARY_SUFFIX)
