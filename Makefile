@@ -4,13 +4,16 @@ BIN := .venv/bin
 # A thread that waits for others soon sleeps: beside a busy program, PyTorch is up to nine times faster then.
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: demo test check format bench setup
+.PHONY: demo test soak check format bench setup
 
 demo: .venv/installed ## three clips with the model in the box, into out/
 	$(BIN)/python examples/demo.py
 
-test: setup ## the whole test suite
-	$(BIN)/python -m pytest -n auto --dist worksteal
+test: setup ## the test suite, but for what takes minutes
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not soak"
+
+soak: setup ## the tests that take minutes: the demo, and the whole chain of training
+	$(BIN)/python -m pytest -n auto -m soak
 
 check: setup ## what continuous integration checks beside the tests
 	$(BIN)/ruff check .

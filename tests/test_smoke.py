@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from cogvideo.bundle import CogVideo
 from cogvideo.video import read_video
@@ -18,6 +19,7 @@ FALLS = {"image": 1 / 2, "sequential": 1 / 4, "interpolation": 1 / 10, "superres
 """Share by which the loss falls at least; the recipe says the same in words."""
 
 
+@pytest.mark.soak
 def test_the_whole_chain(tmp_path: Path) -> None:
     """Guards the way that a user goes: each command finds what the one before left, and what is trained learns."""
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
