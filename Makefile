@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A thread that waits for others soon sleeps: beside a busy program, PyTorch is up to nine times faster then.
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: demo test soak check format bench setup
+.PHONY: demo test soak matrix check format bench setup
 
 demo: .venv/installed ## three clips with the model in the box, into out/
 	$(BIN)/python examples/demo.py
@@ -14,6 +14,9 @@ test: setup ## the test suite, but for what takes minutes
 
 soak: setup ## the tests that take minutes: the demo, and the whole chain of training
 	$(BIN)/python -m pytest -n auto -m soak
+
+matrix: ## the tests on the oldest and the newest Python, each with the oldest and the newest dependencies
+	scripts/matrix.sh -n auto --dist worksteal -m "not soak"
 
 check: setup ## what continuous integration checks beside the tests
 	$(BIN)/ruff check .
