@@ -17,6 +17,8 @@ from cogvideo.pipeline import CogVideoPipeline, Upscaling
 from cogvideo.storage import Manifest
 
 MIB = 1 << 20
+CONFIG = Manifest.read(locate(POCKET)).config
+SIDE, RATIO = CONFIG.frame_side, CONFIG.upscaler.ratio
 
 
 def test_it_is_small_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +55,7 @@ def test_it_tells_backgrounds_apart() -> None:
     frames = list(pipeline.stream(prompts, seeds, Settings(rounds=0), Upscaling(False)))
     first = np.stack([frame.pixels for frame in frames])[0].astype(float)
     white, black = first[:, :4].mean((1, 2, 3))
-    assert first.shape == (2, 64, 64, 3)
+    assert first.shape == (2, SIDE, SIDE, 3)
     assert white > 200
     assert black < 60
 
@@ -69,8 +71,8 @@ def test_its_large_frames_are_its_small_ones() -> None:
         return next(pipeline.stream(prompts, seeds, upscaling=upscaling)).pixels.astype(float)
 
     small, large = first(Upscaling(False)), first(Upscaling())
-    assert large.shape == (2, 192, 192, 3)
-    again = reduce(large, "clip (row down) (column right) rgb -> clip row column rgb", "mean", down=3, right=3)
+    assert large.shape == (2, RATIO * SIDE, RATIO * SIDE, 3)
+    again = reduce(large, "clip (row down) (column right) rgb -> clip row column rgb", "mean", down=RATIO, right=RATIO)
     off = [[np.abs(one - other).mean() for other in small] for one in again]
     assert max(off[0][0], off[1][1]) < 25, off
     assert min(off[0][1], off[1][0]) > 50, off
