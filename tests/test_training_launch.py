@@ -33,6 +33,26 @@ from gallery import loud
 from workshop import make_bundle, make_data
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+RATE = 1e-3
+PATIENCE = 300
+"""Seconds after which a process hangs, however busy the machine is."""
+
+
+PAUSED = """
+import sys, time
+from cogvideo.cli import main
+from cogvideo.training.trainer import Trainer
+
+def pausing(trainer, done):
+    if done == step:
+        print("paused", flush=True)
+        time.sleep(1000)
+    return figures(trainer, done)
+
+step, figures, Trainer.figures = int(sys.argv[1]), Trainer.figures, pausing
+sys.exit(main(sys.argv[2:]))
+"""
+"""Arguments: the step after which it waits, and those of `python -m cogvideo`."""
 
 
 class Place:
@@ -47,7 +67,7 @@ class Place:
         """Arguments of a run of a few small steps; later options win."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
         return [sys.executable, *launcher, "-m", "cogvideo", "train", stage, "--data", "data", "--out", out,
-            "--steps", "8", "--batch", "4", "--warmup", "2", "--learning-rate", "1e-3", "--report-every", "1",
+            "--steps", "8", "--batch", "4", "--warmup", "2", "--learning-rate", str(RATE), "--report-every", "1",
             "--evaluate-every", "4", "--checkpoint-every", "2", "--sample-every", "0", *options]  # fmt: skip
 
     def run(self, stage: str, *options: str, out: str = "model", ranks: int = 1) -> subprocess.CompletedProcess[str]:
@@ -58,7 +78,7 @@ class Place:
             env=ENVIRONMENT,
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=PATIENCE,
         )
 
     def here(self, stage: str, *options: str, out: str) -> tuple[int, str]:
@@ -82,12 +102,13 @@ class Place:
         assert re.search(message, said), said
         assert len(said.strip().splitlines()) == 1, said
 
-    def until_saved(self, *options: str, out: str) -> subprocess.Popen[bytes]:
-        """A run of the sequential stage that goes on, and has written a checkpoint."""
+    def paused(self, step: int, *options: str, out: str) -> subprocess.Popen[str]:
+        """A run of the sequential stage that has made a step, and waits to be killed."""
         command = self.command("sequential", *options, out=out)
-        process = subprocess.Popen(command, cwd=self.folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(self.checkpoints(out).glob("step-*")):
-            time.sleep(0.002)
+        command[1:3] = ["-c", PAUSED, str(step)]
+        process = subprocess.Popen(command, cwd=self.folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert "paused\n" in process.stdout, "the run ended"
         return process
 
     def checkpoints(self, out: str) -> Path:
@@ -110,13 +131,26 @@ class Place:
         return {step: mean_loss(held) for step, held in rows.items()}  # type: ignore[arg-type]
 
 
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL; its loading processes, which have its pipe, may live on."""
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], limit: float = 1e-5) -> None:
-    worst = max(float((one[name] - other[name]).abs().max()) for name in one)
-    assert worst < limit, worst
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Weights of two runs are the same but for rounding: what is left is a hundredth of a step, taken over all.
+
+    A weight whose gradient is hardly more than rounding may go another way: Adam moves it by a whole learning rate.
+    """
+    assert one.keys() == other.keys()
+    apart = torch.cat([(one[name] - other[name]).flatten() for name in one])
+    assert apart.square().mean().sqrt() < 0.01 * RATE
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +165,7 @@ def test_the_chain_becomes_a_bundle_that_generates(train_text_model: Callable[..
     """Guards the way from two tokenizers to a clip: every stage finds what it needs and leaves what the next needs."""
     place = Place(tmp_path, train_text_model(), base=False)
     for stage in ("image", "sequential", "interpolation", "superres"):
-        done = place.run(stage, "--sample-every", "8")
-        assert done.returncode == 0, done.stderr[-3000:]
+        place.succeed(stage, "--sample-every", "8")
         run = tmp_path / "model" / f".{stage}-run"
         assert (run / "samples" / "step-00000008.png").exists()
         assert [row["step"] for row in place.rows(stage) if "loss" in row] == list(range(1, 9))
@@ -141,25 +174,15 @@ def test_the_chain_becomes_a_bundle_that_generates(train_text_model: Callable[..
     assert {"base", "sequential", "interpolation", "superres"} <= set(model.components)
     card = (tmp_path / "model" / "README.md").read_text()
     assert all(f"## Training: {name}" in card for name in ("base", "sequential", "interpolation", "superres"))
-    made = subprocess.run(
-        [sys.executable, "-m", "cogvideo", "generate", "clip 1 moves", "--model", "model", "--output", "a.mp4",
-            "--rounds", "1", "--seed", "3", "--clusters", "4"],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
+    options = ("--model", "model", "--output", "a.mp4", "--rounds", "1", "--seed", "3", "--clusters", "4")
+    assert place.call("generate", "clip 1 moves", *options) == (0, "")
     assert (tmp_path / "a.mp4").stat().st_size > 0
 
 
 def test_a_killed_run_continues_to_the_same_bits(place: Place) -> None:
-    """Guards resuming: SIGKILL anywhere, then the same command, gives the weights of the run that was not killed."""
-    command = place.command("sequential", "--init", "model", out="killed")
-    metrics = place.folder / "killed" / ".sequential-run" / "metrics.jsonl"
+    """Guards resuming: SIGKILL, then the same command, gives the weights of the run that was not killed."""
     for step in (3, 6):
-        process = subprocess.Popen(command, cwd=place.folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
-        while process.poll() is None and f'"step": {step}' not in (metrics.read_text() if metrics.exists() else ""):
-            time.sleep(0.002)
-        process.kill()
-        process.wait()
+        kill(place.paused(step, "--init", "model", out="killed"))
     assert not (place.folder / "killed" / "sequential.safetensors").exists()
     status, said = place.here("sequential", "--init", "model", out="killed")
     assert status == 0, said
@@ -173,57 +196,52 @@ def test_a_killed_run_continues_to_the_same_bits(place: Place) -> None:
     assert ours == theirs
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_asked_to_stop_saves_first(place: Place, number: signal.Signals, status: int) -> None:
-    """Guards preemption: nothing is lost between the last regular checkpoint and the signal."""
-    out = f"asked-{status}"
-    command = place.command("sequential", "--init", "model", "--checkpoint-every", "1000", "--steps", "2000", out=out)
-    metrics = place.folder / out / ".sequential-run" / "metrics.jsonl"
+def test_a_run_that_is_asked_to_stop_saves_first(place: Place) -> None:
+    """Guards preemption: nothing is lost between the last regular checkpoint and the signal; and the choice of the
+    best: a checkpoint knows the loss of its own step, and keeps none of an earlier one."""
+    options = ("--init", "model", "--checkpoint-every", "100000", "--steps", "100000", "--evaluate-every", "3")
+    command = place.command("sequential", *options, out="asked")
+    metrics = place.folder / "asked" / ".sequential-run" / "metrics.jsonl"
     process = subprocess.Popen(command, cwd=place.folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+    while process.poll() is None and not (metrics.exists() and place.measured("asked")):
         time.sleep(0.002)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == status, said
-    last = max(int(row["step"]) for row in place.rows("sequential", out))  # type: ignore[call-overload]
-    saved = [each.name for each in (metrics.parent / "checkpoints").iterdir()]
-    assert saved == [f"step-{last:08}"]
+    process.terminate()
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 143, said
+    last = max(int(row["step"]) for row in place.rows("sequential", "asked"))  # type: ignore[call-overload]
+    (saved,) = place.checkpoints("asked").iterdir()
+    assert saved.name == f"step-{last:08}"
+    assert json.loads((saved / "state.json").read_text())["held_out"] == place.measured("asked").get(last)
     assert "the same command continues" in said
 
 
-def test_a_checkpoint_knows_the_loss_of_its_own_step(place: Place) -> None:
-    """Guards the choice of the best: a run that stops at a step without measuring keeps no loss of an earlier one."""
-    options = ("--init", "model", "--checkpoint-every", "1000", "--steps", "2000", "--evaluate-every", "1")
-    run = place.folder / "judged" / ".sequential-run"
-    process = subprocess.Popen(place.command("sequential", *options, out="judged"), cwd=place.folder, env=ENVIRONMENT)
-    while process.poll() is None and not ((run / "metrics.jsonl").exists() and place.measured("judged")):
-        time.sleep(0.002)
-    process.terminate()
-    assert process.wait(60) == 143
-    (state,) = (run / "checkpoints").glob("step-*/state.json")
-    saved = json.loads(state.read_text())
-    assert saved["held_out"] == place.measured("judged").get(saved["step"])
-
-
 def test_a_second_run_in_the_folder_is_refused(place: Place) -> None:
-    """Guards two runs that would write each other's checkpoints: the second one ends at once, the first one goes on."""
-    options = ("--init", "model", "--steps", "2000", "--num-workers", "1")
-    process = place.until_saved(*options, out="twice")
+    """Guards two runs that would write each other's checkpoints: the second one ends at once, the first one goes on,
+    and saves what it has at Ctrl-C."""
+    options = ("--init", "model", "--steps", "100000", "--num-workers", "1")
+    command = place.command("sequential", *options, out="twice")
+    process = subprocess.Popen(command, cwd=place.folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(place.checkpoints("twice").glob("step-*")):
+        time.sleep(0.002)
     place.fails(r"another process is writing to twice/\.sequential-run: wait", "sequential", *options, out="twice")
     assert process.poll() is None
-    process.terminate()
-    assert process.wait(60) == 143
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 130
     steps = [row["step"] for row in place.rows("sequential", "twice") if "loss" in row]
     assert steps == list(range(1, len(steps) + 1))
     assert (place.checkpoints("twice") / f"step-{len(steps):08}").exists()
 
 
 def test_a_run_continues_wherever_it_lies(place: Place) -> None:
-    """Guards models that are moved while they learn: what counts is what they start from, not where that lies."""
+    """Guards models that are moved while they learn: what counts is what they start from, not where that lies; and a
+    killed run's loading processes, which outlive it for seconds: the lock is free at once."""
     shutil.copytree(place.folder / "model", place.folder / "home", ignore=shutil.ignore_patterns(".*"))
-    process = place.until_saved(out="home")
-    process.kill()
-    process.wait()
+    process = place.paused(3, "--num-workers", "2", out="home")
+    loader, *_ = _children(process.pid)
+    kill(process)
+    os.kill(loader, 0)  # it is there still
+    with alone_in(place.folder / "home" / ".sequential-run"):
+        pass
     (place.folder / "home").rename(place.folder / "away")
     assert main(["train", "export", str(place.folder / "away/.sequential-run"), "--out", str(place.folder / "x")]) == 0
     place.succeed("sequential", out="away")
@@ -249,19 +267,6 @@ def test_what_is_trained_on_is_a_parent(place: Place) -> None:
     }
 
 
-def test_a_killed_run_leaves_no_lock(place: Place) -> None:
-    """Guards against loading processes that outlive the run for seconds: the same command continues at once."""
-    options = ("--init", "model", "--num-workers", "2")
-    process = place.until_saved(*options, out="freed")
-    (loader, *_), _ = _children(process.pid), process.kill()
-    process.wait()
-    os.kill(loader, 0)  # it is there still
-    with alone_in(place.folder / "freed" / ".sequential-run"):
-        pass
-    place.succeed("sequential", *options, out="freed")
-    assert equal(place.weights("sequential", "freed"), place.weights("sequential", "whole"))
-
-
 def _children(process: int) -> list[int]:
     text = Path(f"/proc/{process}/task/{process}/children").read_text()
     return [int(each) for each in text.split()]
@@ -269,30 +274,18 @@ def _children(process: int) -> list[int]:
 
 @pytest.mark.parametrize("sharding", ["replicated", "sharded"])
 def test_two_ranks_train_as_one(place: Place, sharding: str) -> None:
-    """Guards the division of a batch: two processes give the weights of one, with DDP and with FSDP2."""
+    """Guards the division of a batch, and resuming with another number of ranks: two processes give the weights of one,
+    with DDP from the first step, with FSDP2 from a checkpoint of one process."""
     out = f"ranks-{sharding}"
+    if sharding == "sharded":
+        run = shutil.copytree(place.folder / "whole" / ".sequential-run", place.folder / out / ".sequential-run")
+        (run / "report.json").unlink()
+        shutil.rmtree(run / "checkpoints" / "step-00000008")
     done = place.run("sequential", "--init", "model", "--sharding", sharding, out=out, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_close(place.trained(out), place.trained("whole"))
     assert place.weights("base", out).keys() == place.weights("base").keys()
     assert equal(place.weights("base", out), place.weights("base"))
-
-
-def test_a_run_continues_with_another_number_of_ranks(place: Place) -> None:
-    """Guards resuming on another machine: two sharded ranks are stopped, one goes on alone."""
-    options = ("--init", "model", "--steps", "8")
-    command = place.command("sequential", *options, "--sharding", "sharded", out="fewer", ranks=2)
-    checkpoint = place.folder / "fewer" / ".sequential-run" / "checkpoints" / "step-00000004"
-    process = subprocess.Popen(
-        command, cwd=place.folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    while process.poll() is None and not checkpoint.exists():
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    done = place.run("sequential", *options, out="fewer")  # it takes seconds to start: until then, the ranks are gone
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_close(place.trained("fewer"), place.trained("whole"))
 
 
 def test_ways_to_compute_give_the_same_weights(place: Place) -> None:
@@ -444,7 +437,7 @@ def test_out_of_memory_says_what_helps(place: Place) -> None:
     command = place.command("sequential", "--init", "model", "--batch", "3000", "--micro-batch", "1500", out="large")
     done = subprocess.run(
         ["bash", "-c", 'ulimit -v 2500000; exec "$@"', "bash", *command],
-        cwd=place.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200,
+        cwd=place.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
@@ -488,15 +481,16 @@ def test_mistakes_are_one_line(place: Place, train_text_model: Callable[..., byt
         other.fails(message, stage, "--init", "model", *options, out=f"out-{number}")
 
 
-def test_data_that_holds_nothing_out(place: Place) -> None:
+def test_data_that_holds_nothing_out(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards small datasets: the default split may be absent, which is said, and the run goes without it."""
     make_data(place.folder / "all", place.folder / "model", held_out=0)
-    done = place.run("sequential", "--init", "model", "--data", "all", "--steps", "2", "--batch", "99", out="unjudged")
-    assert done.returncode == 0, done.stderr
+    options = ("--init", "model", "--data", "all", "--steps", "2", "--batch", "99")
+    status, told = place.here("sequential", *options, out="unjudged")
+    assert status == 0, told
     said = "Nothing is held out: no clip of the split validation is there and long enough."
-    assert done.stderr.splitlines().count(said) == 1
-    assert re.search(r"^A batch of 99 is larger than the \d\d? clips: it repeats them\.$", done.stderr, re.MULTILINE)
-    assert "held out: nothing" in done.stdout
+    assert told.splitlines().count(said) == 1
+    assert re.search(r"^A batch of 99 is larger than the \d\d? clips: it repeats them\.$", told, re.MULTILINE)
+    assert "held out: nothing" in capsys.readouterr().out
     assert place.measured("unjudged") == {2: None}
 
 
