@@ -1,12 +1,11 @@
-"""A rank of the multi-rank tests, as a program of its own: `python parallel_worker.py JOB FOLDER`, with torchrun's
-environment. Each job writes what the tests look at into the folder.
+"""A rank of the multi-rank tests, as a program of its own, in torchrun's environment: `python parallel_worker.py JOB
+FOLDER PORT ...`. Each job writes what the tests look at into its folder.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import TCPStore
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -47,8 +47,12 @@ TEXT, GRID, CODES, START, VOCABULARY = 4, 4, 24, 37, 40
 SETTINGS = Optimization(learning_rate=1e-2, ema=0.9)
 SHARDED, REPLICATED = ParallelSettings("sharded"), ParallelSettings("replicated")
 VARIANTS = (("sequential", "frozen"), ("sequential", "trained"), ("superres", "frozen"), ("superres", "trained"))
-WAYS = {"replicated": REPLICATED, "sharded": SHARDED, "tensor": ParallelSettings(tensor_parallel=2)}
-CROSSED = ParallelSettings("sharded", tensor_parallel=2)
+WAYS = {
+    "replicated": REPLICATED,
+    "sharded": SHARDED,
+    "tensor": ParallelSettings(tensor_parallel=2),
+    "crossed": ParallelSettings("sharded", tensor_parallel=2),
+}
 
 
 def make_sizes(hidden: int = 16) -> tuple[TransformerConfig, LayoutConfig]:
@@ -227,7 +231,7 @@ def resume(folder: Path, ranks: Ranks, settings: ParallelSettings = SHARDED) -> 
     loaded = everything(run.state())
     after = run.step(2)
     if ranks.rank == 0:
-        torch.save((loaded, after), folder / "resumed.pt")
+        torch.save((loaded, after), folder / f"resumed-{ranks.world_size}-{settings.sharding}.pt")
 
 
 def background(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
@@ -305,15 +309,14 @@ JOBS = {
 
 
 @contextmanager
-def started(job: str, folder: Path, world_size: int = 2) -> Iterator[list[subprocess.Popen[str]]]:
-    """The ranks of a job as processes; those that still run at the end are killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def started(*jobs: tuple[str, Path], world_size: int = 2) -> Iterator[list[subprocess.Popen[str]]]:
+    """Ranks that do one job after the other; those that still run at the end are killed."""
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in jobs]  # they hold their ports
+    words = [str(each) for job, store in zip(jobs, stores, strict=True) for each in (*job, store.port)]
+    common = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", __file__, job, str(folder)],
+            [sys.executable, "-X", "faulthandler", __file__, *words],
             env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)},
             stderr=subprocess.PIPE,
             text=True,
@@ -328,24 +331,27 @@ def started(job: str, folder: Path, world_size: int = 2) -> Iterator[list[subpro
             process.wait()
 
 
-def run_ranks(job: str, folder: Path, world_size: int = 2) -> None:
-    """A job from start to end; a rank that fails shows its traceback."""
-    with started(job, folder, world_size) as processes:
+def run_ranks(*jobs: tuple[str, Path], world_size: int = 2) -> None:
+    """Jobs from start to end; a rank that fails shows its traceback."""
+    with started(*jobs, world_size=world_size) as processes:
         for process in processes:
-            _, errors = process.communicate(timeout=120)
+            _, errors = process.communicate(timeout=1200)
             assert process.returncode == 0, errors
 
 
 def main() -> None:
-    """One rank of a job."""
-    job, folder = sys.argv[1], Path(sys.argv[2])
+    """One rank of the jobs."""
+    for job, folder, port in zip(sys.argv[1::3], sys.argv[2::3], sys.argv[3::3], strict=True):
+        os.environ["MASTER_PORT"] = port
+        perform(job, Path(folder))
+
+
+def perform(job: str, folder: Path) -> None:
+    """One job, with the ranks in a new process group."""
     cpu = torch.device("cpu")
     if job in WAYS:
         with process_group(cpu, WAYS[job]) as ranks:
             equality(folder, ranks, WAYS[job], job)
-    elif job == "crossed":
-        with process_group(cpu, CROSSED) as ranks:
-            equality(folder, ranks, CROSSED, "crossed")
     else:
         settings = REPLICATED if job.endswith("-replicated") else SHARDED
         with process_group(cpu, settings) as ranks:
