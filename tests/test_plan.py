@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def memory_for(config: CogVideoConfig, stage: Stage, **options: Any) -> float:
 
 def test_bytes_are_those_of_real_ranks(tmp_path: Path) -> None:
     """Guards: shards without what pads them, a state or the average left out, two bytes for four."""
-    run_ranks("weigh", tmp_path, 3)
+    run_ranks(("weigh", tmp_path), world_size=3)
     real = [torch.load(tmp_path / f"weigh-{rank}.pt", weights_only=True) for rank in range(3)]
     found = held(SMALL, "sequential", "sharded", groups=3, tensor=1, ema=SETTINGS.ema)
     for name in ("weights", "gradients", "optimizer"):
@@ -316,16 +316,10 @@ def test_torchrun_takes_no_option_of_ours() -> None:
     assert (given.training_script, given.module, given.nproc_per_node) == ("cogvideo", True, "8")
 
 
-def cogvideo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `cogvideo` in a process of its own."""
-    command = [sys.executable, "-m", "cogvideo", *arguments]
-    environment = os.environ | {"COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
 def test_in_a_process() -> None:
     """Guards the printed plan: every stage, its speed and its command, no warning of PyTorch's, nothing cut off."""
-    done = cogvideo("plan", "tiny", "--gpus", "4", "--gpu-memory", "16")
+    command = [sys.executable, "-m", "cogvideo", "plan", "tiny", "--gpus", "4", "--gpu-memory", "16"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"}, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     for stage in STAGES:
         assert f"train {stage} --data DATA --out MODEL" in done.stdout
@@ -437,13 +431,16 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
         Machines(**{"gpus": 8, "gpu_memory": 80.0} | options)
 
 
-def test_refusals_in_a_process() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pokcet --gpus 8", r"got 'pokcet', expected a preset \(tiny, pocket, small, cogvideo\)"),
+        ("tiny --gpus 0", "gpus is 0, expected a positive number"),
+    ],
+)
+def test_refusals_of_the_command(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the exit status of mistakes, and that they are told in a line."""
-    wrong = partial(cogvideo, "plan")
-    unknown = wrong("pokcet", "--gpus", "8", "--gpu-memory", "80")
-    assert unknown.returncode == 2
-    assert unknown.stderr.startswith("cogvideo: error: got 'pokcet', expected a preset (tiny, pocket, small, cogvideo)")
-    assert unknown.stderr.count("\n") == 1
-    none = wrong("tiny", "--gpus", "0", "--gpu-memory", "80")
-    assert none.returncode == 2
-    assert "gpus is 0, expected a positive number" in none.stderr
+    assert cli.main(["plan", *arguments.split(), "--gpu-memory", "80"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert re.fullmatch(rf"cogvideo: error: .*{message}.*\n", told.err)
