@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +18,7 @@ import pytest
 import torch
 
 from cogvideo.bundle import CogVideo
-from cogvideo.cli import COMMANDS
+from cogvideo.cli import COMMANDS, main
 from cogvideo.config import (
     AutoencoderConfig,
     CogVideoConfig,
@@ -104,7 +107,7 @@ def test_example_with_checkpoints(tmp_path: Path, text_model: bytes) -> None:
     assert shape == "(1, 9, 48, 48, 3)"
 
 
-def test_own_clips(tmp_path: Path) -> None:
+def test_own_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the way from a folder of clips to one's own videos: the commands of the page, but smaller and shorter."""
     section = README.read_text().partition("## Your own clips")[2].partition("\n## ")[0]
     shown = [each.arguments for each in shown_commands(section)]
@@ -113,11 +116,12 @@ def test_own_clips(tmp_path: Path) -> None:
     assert [arguments[1] for arguments in shown[:-1]] == said
     few = ["--steps", "2", "--batch", "2", "--sample-every", "0", "--evaluate-samples", "2"]
     fewer = dict.fromkeys(stages, few) | {
-        "tokenizer": ["--preset", "tiny", "--steps", "6", "--plain-steps", "2", "--batch", "4", "--start-vectors", "1"]
+        "tokenizer": ["--preset", "tiny", "--steps", "6", "--plain-steps", "2", "--batch", "4", "--start-vectors", "1"],
+        "prepare": ["--workers", "1"],
     }
+    monkeypatch.chdir(tmp_path)
     for arguments in shown:
-        options = [*arguments, *fewer.get(arguments[1], [])]
-        run(f"import sys; from cogvideo.cli import main; sys.exit(main({options!r}))", tmp_path)
+        assert main([*arguments, *fewer.get(arguments[1], [])]) == 0, arguments
     assert "my-data" in (tmp_path / "my-data" / "report.html").read_text()
     assert "superres" in (tmp_path / "report.html").read_text()
     assert len(read_video(tmp_path / "ball.mp4", 8).frames) == 33
@@ -179,25 +183,20 @@ def test_shown_commands_exist() -> None:
     """Guards against commands and options that were renamed, or were never there."""
     shown = shown_commands() + shown_commands(TRAINING) + shown_commands(EVALUATION)
     assert {each.name for each in shown} == set(COMMANDS)
-    help_of = dict(zip(COMMANDS, run(HELPS, ROOT).split("\f")[1:], strict=True))
     for each in shown + shown_commands(DATA):
         for option in [argument for argument in each.arguments if argument.startswith("--")]:
-            assert re.search(rf"{option}\b", help_of[each.name]), option
+            assert re.search(rf"{option}\b", help_of(each.name)), option
     pages = README.read_text() + PAPER_MAP.read_text() + TRAINING.read_text()
     mentioned = re.findall(r"`cogvideo ([a-z]+(?: [a-z]+)?)", pages)
     assert {each for each in mentioned if each not in COMMANDS and each.split()[0] not in COMMANDS} == set()
 
 
-HELPS = """
-from cogvideo.cli import COMMANDS, main
-for name in COMMANDS:
-    print(end="\\f")
-    try:
+@cache
+def help_of(name: str) -> str:
+    """What a command says of itself."""
+    with redirect_stdout(io.StringIO()) as told, pytest.raises(SystemExit):
         main([*name.split(), "--help"])
-    except SystemExit as end:
-        assert not end.code
-"""
-"""Prints what every command says of itself, a page each."""
+    return told.getvalue()
 
 
 def test_shown_output_is_real(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
