@@ -1,15 +1,14 @@
-"""The public animated emoji as clips to train on: `python recipes/pocket/layout.py GIFS OUT`.
+"""The public animated emoji as clips to train on: `python recipes/pocket/layout.py GIFS OUT [--all]`.
 
 GIFS is the folder `google-noto-emoji-gifs` of github.com/DeLTa-X-Tunisia/noto-emoji-animation-GIF (commit 9d8c6eaf),
 whose files are called such as `001_smile.gif`. OUT gets `clips/001_smile.webp`, 128 x 128 pixels with alpha, and
-`captions.csv`, our captions. Art: Animated Noto Emoji by Google (googlefonts.github.io/noto-emoji-animation), CC BY
-4.0.
+`captions.csv`, our captions: those of the column `pocket`, which a small model can tell apart, or all 706. Art:
+Animated Noto Emoji by Google (googlefonts.github.io/noto-emoji-animation), CC BY 4.0.
 """
 
 from __future__ import annotations
 
 import csv
-import shutil
 import sys
 from pathlib import Path
 
@@ -19,20 +18,29 @@ CAPTIONS = Path(__file__).parent / "captions.csv"
 SIDE = 128
 
 
-def layout(source: Path, out: Path) -> list[str]:
-    """Write all clips that a caption names; the names of those that are missing are returned."""
+def layout(source: Path, out: Path, has_all: bool = False) -> list[str]:
+    """Write the clips that are chosen, or all; the names of those that are missing are returned."""
     (out / "clips").mkdir(parents=True, exist_ok=True)
     missing = []
-    with CAPTIONS.open(encoding="utf-8", newline="") as file:
-        names = [Path(row["file"]) for row in csv.DictReader(file)]
-    for name in names:
+    rows = chosen(has_all)
+    for row in rows:
+        name = Path(row["file"])
         path = source / name.with_suffix(".gif").name
         if path.exists():
             convert(path, out / name)
         else:
             missing.append(path.name)
-    shutil.copyfile(CAPTIONS, out / "captions.csv")
+    with (out / "captions.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
     return missing
+
+
+def chosen(has_all: bool) -> list[dict[str, str]]:
+    """Rows of the captions."""
+    with CAPTIONS.open(encoding="utf-8", newline="") as file:
+        return [row for row in csv.DictReader(file) if has_all or row["pocket"] == "yes"]
 
 
 def convert(path: Path, target: Path) -> None:
@@ -45,8 +53,9 @@ def convert(path: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python recipes/pocket/layout.py GIFS OUT")
-    missing = layout(Path(sys.argv[1]), Path(sys.argv[2]))
+    arguments = [each for each in sys.argv[1:] if each != "--all"]
+    if len(arguments) != 2:
+        sys.exit("usage: python recipes/pocket/layout.py GIFS OUT [--all]")
+    missing = layout(Path(arguments[0]), Path(arguments[1]), "--all" in sys.argv)
     if missing:
-        sys.exit(f"{len(missing)} animations are missing in {sys.argv[1]}: {', '.join(missing[:5])} ...")
+        sys.exit(f"{len(missing)} animations are missing in {arguments[0]}: {', '.join(missing[:5])} ...")
