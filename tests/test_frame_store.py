@@ -148,11 +148,12 @@ def test_a_damaged_manifest_is_told(clips, tmp_path):
 
 
 def test_equal_calls_draw_equal_frames(clips, tmp_path):
-    """Two machines with the same seed must train the same tokenizer."""
+    """Two machines with the same seed must train the same tokenizer, however many clips are read at a time."""
     stores = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        stores.append(fetch(tmp_path / name, [clips], EVERYTHING, settings(num_frames=9)))
+    for readers in (0, 3):
+        folder = tmp_path / str(readers)
+        folder.mkdir()
+        stores.append(fetch(folder, [clips], EVERYTHING, settings(num_frames=9), readers=readers))
     assert np.array_equal(stores[0].train, stores[1].train)
 
 

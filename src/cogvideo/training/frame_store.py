@@ -16,6 +16,7 @@ import torch
 from jaxtyping import UInt8
 
 from cogvideo.config import InputError, require
+from cogvideo.data.encoding import ahead
 from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source, other_splits
 from cogvideo.files import replacing, write_text
@@ -85,6 +86,7 @@ def fetch(
     options: SourceOptions,
     settings: StoreSettings,
     on_read: OnRead = lambda reading: None,
+    readers: int = 0,
 ) -> FrameStore:
     """The frames in `folder`, drawn from the sources unless the same call already did.
 
@@ -94,6 +96,7 @@ def fetch(
         options: of `list_source`.
         settings: which frames are taken; their size is given.
         on_read: called behind each clip.
+        readers: threads that read clips ahead; with none, one clip is read after another.
 
     Raises:
         ValueError: a source is refused, no clip can be read, or the folder holds frames of another call.
@@ -101,7 +104,7 @@ def fetch(
     """
     key = _key(sources, options, settings)
     if not (folder / MANIFEST).exists():
-        drawn = {"key": key} | _draw(folder, sources, options, settings, on_read)
+        drawn = {"key": key} | _draw(folder, sources, options, settings, on_read, readers)
         write_text(folder / MANIFEST, json.dumps(drawn, indent=2) + "\n")
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -136,6 +139,7 @@ def _draw(
     options: SourceOptions,
     settings: StoreSettings,
     on_read: OnRead,
+    readers: int,
 ) -> dict[str, Any]:
     """Write the files of pixels; returns what there is to say about them."""
     listings = [list_source(source, options) for source in sources]
@@ -146,7 +150,7 @@ def _draw(
     for name, groups, total in zip(
         FILES, zip(*parts, strict=True), (settings.num_frames, settings.num_held_out), strict=True
     ):
-        counts.append(_write(folder / name, _chosen(groups, total, settings, rejected, tally)))
+        counts.append(_write(folder / name, _chosen(groups, total, settings, rejected, tally, readers)))
     reasons = Counter(each.reason for each in rejected)
     found = [f"{count} {reason}" for reason, count in reasons.items()]
     found += filter(None, [other_splits(item for listing in listings for item in listing.items)])
@@ -209,34 +213,52 @@ def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
 
 
 def _chosen(
-    groups: Sequence[Sequence[Item]], total: int, settings: StoreSettings, rejected: list[Rejection], tally: _Tally
+    groups: Sequence[Sequence[Item]],
+    total: int,
+    settings: StoreSettings,
+    rejected: list[Rejection],
+    tally: _Tally,
+    readers: int,
 ) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
     """Frames of one clip after another, `total` in all; what a source lacks is taken from those behind it."""
     for place, items in enumerate(groups):
         share = total // (len(groups) - place)
-        for frames in _of_source(items, share, settings, rejected, tally):
+        for frames in _of_source(items, share, settings, rejected, tally, readers):
             total -= len(frames)
             yield frames
 
 
 def _of_source(
-    items: Sequence[Item], total: int, settings: StoreSettings, rejected: list[Rejection], tally: _Tally
+    items: Sequence[Item],
+    total: int,
+    settings: StoreSettings,
+    rejected: list[Rejection],
+    tally: _Tally,
+    readers: int,
 ) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
     """As many frames of each clip as it must give for `total`, or `frames_per_clip`; clips that fail are skipped."""
-    for place, item in enumerate(items):
-        if total <= 0:
-            return
+    if total <= 0:
+        return
+    for (place, item), read in ahead(lambda each: _frames(*each, settings), enumerate(items), readers):
         quota = min(total, max(settings.frames_per_clip, math.ceil(total / (len(items) - place))))
-        try:
-            frames = read_item(item, _zoomed(settings, place)).frames
-        except VideoError as error:
-            rejected.append(Rejection(item.id, error.reason, str(error)))
+        if isinstance(read, VideoError):
+            rejected.append(Rejection(item.id, read.reason, str(read)))
             tally.add(0)
             continue
-        chosen = _squares(frames[_evenly(len(frames), quota)], settings, place)
+        chosen = _squares(read[_evenly(len(read), quota)], settings, place)
         total -= len(chosen)
         tally.add(len(chosen))
         yield chosen
+        if total <= 0:
+            return
+
+
+def _frames(place: int, item: Item, settings: StoreSettings) -> UInt8[np.ndarray, "_ height width 3"] | VideoError:
+    """All frames of a clip, or why there are none."""
+    try:
+        return read_item(item, _zoomed(settings, place)).frames
+    except VideoError as error:
+        return error
 
 
 def _zoomed(settings: StoreSettings, place: int) -> FrameSettings:

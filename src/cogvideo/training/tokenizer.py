@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -106,7 +107,7 @@ def tokenizer(
         identity = _identity(sources, whole, settings, frames, options, initial, weights)
         folder.claim(identity, {TYPED: init})
         if folder.summary is None:
-            store = _fetch(folder, sources, options, frames, settings, console)
+            store = _fetch(folder, sources, options, frames, settings, place, console)
             known = None if initial is None else initial.autoencoder
             trainer = Trainer(whole.autoencoder, settings, frames.clips.seed, model, place, known)
             _learn(trainer, store, folder, evaluate_every, checkpoint_every, console)
@@ -228,6 +229,7 @@ def _fetch(
     options: SourceOptions,
     frames: StoreSettings,
     settings: TokenizerSettings,
+    place: torch.device,
     console: Console,
 ) -> FrameStore:
     with ProgressLine(console, 0, 1, "clip") as line:
@@ -236,7 +238,8 @@ def _fetch(
             line.total = reading.total
             line.advance(reading.clips, lambda: f"{reading.frames:,} frames")
 
-        store = frame_store.fetch(folder.path, sources, options, frames, show)
+        readers = (os.cpu_count() or 1) if place.type == "cuda" else 0  # a GPU waits for them meanwhile
+        store = frame_store.fetch(folder.path, sources, options, frames, show, readers)
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(store.rejected.items())) or "none"
     console.print(
         f"{len(store.train):,} frames to learn from and {len(store.held_out):,} held out, of {store.clips:,} clips; "
