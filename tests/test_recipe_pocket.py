@@ -1,16 +1,22 @@
-"""The recipe of the model in the box: its captions, and the public animations laid out as clips."""
+"""The recipe of the model in the box: its captions, the public animations laid out as clips, and the training."""
 
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
+import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
+from cogvideo.bundle import CogVideo
+from cogvideo.config import preset
 from cogvideo.video import read_video
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "pocket"
@@ -62,3 +68,115 @@ def test_animations_become_clips(tmp_path: Path, options: tuple[str, ...], numbe
     for place, frame in enumerate(video.frames):
         assert np.abs(frame[64, 32 * place + 16].astype(int) - (250, 0, 0)).max() < 9
         assert np.abs(frame[64, (32 * place + 80) % 128].astype(int) - (0, 0, 250)).max() < 9
+
+
+BARE = """
+import sys
+
+LACKS = {"av", "beartype", "huggingface_hub", "tensorboard", "ray", "wandb"}
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in LACKS:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+"""Leaves the packages that `gpu.sh` asks for; those that travel as wheels among them."""
+TOY = """
+[data]
+tokenizer = [1, 4]
+text = [1, 400]
+frames = [1, 6]
+moves = [1, 2]
+large = [1, 2]
+
+[tokenizer]
+preset = "tiny"
+steps = 3
+batch = 2
+plain-steps = 1
+start-vectors = 1
+num-frames = 8
+num-held-out = 4
+
+[prepare]
+workers = 1
+"""
+STAGES = {"image": 60, "sequential": 2, "interpolation": 2, "superres": 2}
+STAGE = """
+[{name}]
+steps = {steps}
+batch = 2
+num-workers = 0
+checkpoint-every = 1000
+evaluate-every = 1000
+evaluate-samples = 1
+report-every = 1
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A folder for gpu.sh: two animations, a recipe that takes seconds, and what the bare machine lacks."""
+    (tmp_path / "emoji" / "clips").mkdir(parents=True)
+    lines = ["file,caption", "clips/a.webp,a disc turns left", "clips/b.webp,a disc sinks"]
+    (tmp_path / "emoji" / "captions.csv").write_text("\n".join(lines) + "\n")
+    for place, name in enumerate("ab"):
+        frames = [Image.new("RGBA", (128, 128), (40 * shade, 90 * place, 200, 128 * (shade % 2))) for shade in range(4)]
+        path = tmp_path / "emoji" / "clips" / f"{name}.webp"
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=400, loop=0, lossless=True)
+    toy = TOY + "".join(STAGE.format(name=name, steps=steps) for name, steps in STAGES.items())
+    (tmp_path / "toy.toml").write_text(toy)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "sitecustomize.py").write_text(BARE)
+    return tmp_path
+
+
+def start(toy: Path, work: str) -> subprocess.Popen[str]:
+    """A piece of the training."""
+    environment = {"PYTHON": sys.executable, "PYTHONPATH": str(toy / "bare"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [RECIPE / "gpu.sh", "emoji", work, "results", "900", toy / "toy.toml"],
+        cwd=toy,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def stop(piece: subprocess.Popen[str]) -> None:
+    """Ask the training, and nothing around it, to stop, as a limit of time does."""
+    for process in psutil.Process(piece.pid).children(recursive=True):
+        if "run.py" in " ".join(process.cmdline()) and process.name() != "timeout":
+            process.terminate()
+
+
+def test_a_gpu_trains_the_model_in_pieces(toy: Path) -> None:
+    """Guards the only minutes that a GPU is there: every stage runs without what it lacks, what is reached in a piece
+    fits what may come back, and another machine goes on from it."""
+    piece = start(toy, "work")
+    while not (toy / "work/model/.image-run/metrics.jsonl").exists():
+        assert piece.poll() is None, piece.communicate()
+        time.sleep(0.02)
+    stop(piece)
+    _, told = piece.communicate(timeout=600)
+    assert piece.returncode == 75, told
+    parts = list((toy / "results").iterdir())
+    assert len(parts) <= 8
+    assert all(each.stat().st_size <= 15_000_000 for each in parts)
+    piece = start(toy, "other")
+    _, told = piece.communicate(timeout=600)
+    assert piece.returncode == 0, told
+    assert "Continuing after step" in told
+    assert "-- tokenizer" not in told
+    assert CogVideo.from_pretrained(toy / "other" / "model").config == preset("tiny")
+    assert {"base", *STAGES} - {"image"} <= set(CogVideo.from_pretrained(toy / "other" / "model").components)
+
+
+def test_recipes_name_the_same_parts() -> None:
+    """Guards against differences for a part that there is not."""
+    tables, changes = (tomllib.loads((RECIPE / name).read_text()) for name in ("recipe.toml", "gpu.toml"))
+    assert set(changes) <= set(tables)
+    assert tables["tokenizer"]["preset"] == "pocket"

@@ -1,0 +1,93 @@
+"""Trains the model in the box: `python recipes/pocket/run.py OUT EMOJI [DIFFERENCES ...]`.
+
+EMOJI is the folder that layout.py writes; OUT gets the codes, the bundle `model` and `report.html`. Killed and called
+again, it continues; parts that are done are passed over. DIFFERENCES are TOML files whose values replace those of
+recipe.toml, such as gpu.toml. All parts run in this process, which imports PyTorch once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cogvideo.cli import main as cogvideo
+from cogvideo.files import write_text
+
+RECIPE = Path(__file__).with_name("recipe.toml")
+KEY_FRAMES = ("--fps", "1", "--max-seconds", "5", "--loop-to", "5")
+"""The five frames that the image model and key frames learn from; super-resolution takes them one by one."""
+WHOLE = ("--fps", "8", "--max-seconds", "4.125", "--loop-to", "4.125")
+"""All frames of a clip, which interpolation learns from."""
+
+Recipe = dict[str, dict[str, Any]]
+
+
+def parts(out: str, emoji: str, data: dict[str, tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
+    """Name and command of each part, in their order. Codes are made before the first stage that learns from them."""
+    model = f"{out}/model"
+    copies, scenes = data["tokenizer"]
+    sources = (emoji, f"world:simple:{scenes}")
+    yield "tokenizer", ["train", "tokenizer", *sources, "--out", model, "--copies", str(copies)]
+    yield "text", ["train", "text", emoji, f"world:simple:{data['text'][1]}", "--out", model]
+    for name, time, stages in (
+        ("frames", KEY_FRAMES, ("image", "sequential")),
+        ("moves", WHOLE, ("interpolation",)),
+        ("large", (*KEY_FRAMES, "--superres"), ("superres",)),
+    ):
+        copies, scenes = data[name]
+        folders = [f"{out}/{name}-emoji", f"{out}/{name}-world"]
+        for folder, source in zip(folders, (emoji, f"world:simple:{scenes}"), strict=True):
+            number = ("--copies", str(copies)) if source == emoji else ()
+            made = ("--out", folder, "--tokenizer", model)
+            yield Path(folder).name, ["data", "prepare", source, *made, *time, *number]
+        for stage in stages:
+            yield stage, ["train", stage, "--data", *folders, "--out", model]
+    yield "report", ["train", "report", model, "--out", f"{out}/report.html"]
+
+
+def merged(paths: Sequence[Path]) -> Recipe:
+    """Tables of the first file, with the values of the others in place of its own."""
+    tables: Recipe = {}
+    for path in paths:
+        for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
+            tables[name] = tables.get(name, {}) | table
+    return tables
+
+
+def written(recipe: Recipe) -> str:
+    """The recipe as TOML, which writes texts, numbers, truth values and lists of them as JSON does."""
+    lines = [
+        line
+        for name, table in recipe.items()
+        for line in (f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items()))
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(out: str, emoji: str, differences: Sequence[str]) -> int:
+    """All parts that are left; the exit status of the first one that fails, else 0."""
+    recipe, path = merged([RECIPE, *map(Path, differences)]), Path(out) / "recipe.toml"
+    (Path(out) / "done").mkdir(parents=True, exist_ok=True)
+    write_text(path, written(recipe))
+    for name, command in parts(out, emoji, recipe["data"]):
+        table = recipe.get(command[1])
+        made = hashlib.sha256(json.dumps([command, table]).encode()).hexdigest()
+        mark = Path(out) / "done" / name
+        if mark.exists() and mark.read_text() == made:
+            continue
+        print(f"-- {name}", file=sys.stderr, flush=True)
+        if status := cogvideo([*command, *(("--recipe", str(path)) if table is not None else ())]):
+            return status
+        write_text(mark, made)
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python recipes/pocket/run.py OUT EMOJI [DIFFERENCES ...]")
+    sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))
