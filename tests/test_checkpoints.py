@@ -283,7 +283,7 @@ def test_what_does_not_fit_in_memory_is_not_damaged(tmp_path: Path, hashed: bool
     def refused() -> bool:
         state = state_of(0, size)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + (4 << 20)
+        limit = pages * resource.getpagesize() + (24 << 20)  # room for threads, not for the weights
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
             checkpoints.load(1, state)

@@ -514,7 +514,16 @@ def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.Cap
         ("x.jsonl", b"", "x.jsonl is empty, expected lines"),
         ("x.jsonl", b"[1]", 'x.jsonl, line 1: got [1], expected {"name": value'),
         ("x.jsonl", b'{"prompt": "\\ud800"}', "x.jsonl, line 1: prompt is '\\ud800', which is no text in Unicode"),
-        ("x.json", b'[{"prompt": "a cat"}]', "x.json is no list of prompts, expected JSON lines"),
+        ("x.json", b'[{"prompt": "a cat"}]', "x.json is no list of prompts, expected a text, .csv"),
+        ("x.xlsx", b"PK", "x.xlsx is no list of prompts, expected a text, .csv"),
+        ("x.txt", b"a cat\na red\0heart", "x.txt, line 2: it holds a zero byte"),
+        ("x.csv", b"prompt\na red\0heart", "x.csv, line 2: prompt is 'a red\\x00heart', which is no text in Unicode"),
+        ("x.csv", b"prompt\n" + b"a" * 200_000, "(a cell is too long)"),
+        (
+            "x.jsonl",
+            b'{"seed": ' + b"1" * 5000 + b"}",
+            "x.jsonl, line 1: it is no JSON (Exceeds the limit (4300 digits)",
+        ),
         ("x.jsonl", b"{", "x.jsonl"),
         ("x.csv", None, "No such file or directory: x.csv"),
         ("x.txt", None, "No such file or directory: x.txt"),
@@ -531,10 +540,10 @@ def test_a_bad_list_is_refused(
 
 def test_seeds_of_every_table(tmp_path: Path) -> None:
     """Guards seeds as programs write them: text, whole floats of columns with gaps, exponents; -1 and gaps are any."""
-    values = [7, 7.0, "7", "7.0", "1e3", None, "", float("nan"), -1]
+    values = [7, 7.0, "7", "7.0", "1e3", None, "", float("nan"), "NaN", -1]
     rows = [{"prompt": "a cat", "seed": value} for value in values]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    expected = [7, 7, 7, 7, 1000, None, None, None, None]
+    expected = [7, 7, 7, 7, 1000, None, None, None, None, None]
     assert [each.seed for each in read_prompts(tmp_path / "x.jsonl")] == expected
     for suffix, comma in ((".csv", ","), (".tsv", "\t")):
         told = [f"a cat{comma}{value}" for value in ("7", "7.0", "1e3", "", "-1")]
@@ -908,7 +917,7 @@ def test_what_is_there_outlasts_a_full_disk(model: str, inside: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"{code}; sys.exit(main({arguments}))"], capture_output=True, text=True, timeout=300
     )
-    assert (done.returncode, done.stderr) == (2, "cogvideo: error: File too large: x.mp4\n")
+    assert (done.returncode, done.stderr) == (2, "cogvideo: error: --output: File too large: x.mp4\n")
     assert {name: (inside / name).read_bytes() for name in tree(inside)} == before
 
 

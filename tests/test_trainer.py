@@ -271,5 +271,5 @@ def test_adam_is_fused_on_a_gpu_alone() -> None:
 
     with FakeTensorMode():
         modules = {device: torch.nn.ParameterList([torch.empty(2, 2, device=device)]) for device in ("cpu", "cuda")}
-    fused = {device: adamw(each, Optimization()).defaults["fused"] for device, each in modules.items()}
+    fused = {device: adamw(list(each), Optimization()).defaults["fused"] for device, each in modules.items()}
     assert fused == {"cpu": None, "cuda": True}

@@ -228,7 +228,7 @@ def test_captions_of_several_sources(table: Path, tmp_path: Path) -> None:
     assert len(read_captions([str(table)], SourceOptions(copies=3))) == len(once) == 30
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "a.mp4").touch()
-    with pytest.raises(ValueError, match=r"no clip .* has a caption .* rejected: missing caption \(1\)"):
+    with pytest.raises(ValueError, match=r"no clip .* has a caption .*: 1 missing caption"):
         read_captions([str(tmp_path / "none")], SourceOptions())
 
 

@@ -230,10 +230,10 @@ class CogVideoPipeline:
         if negative_prompt is not None:
             guidance = replace(guidance, negative=negative_prompt or None)
         settings = replace(settings, guidance=guidance)
-        is_number = isinstance(num_samples, int) and num_samples > 0
+        is_number = isinstance(num_samples, int) and not isinstance(num_samples, bool) and num_samples > 0
         require(is_number, f"num_samples is {num_samples!r}, expected a positive whole number")
         texts = [prompt] if isinstance(prompt, str) else prompt
-        are_texts = isinstance(texts, Sequence) and all(isinstance(each, str) for each in texts)
+        are_texts = isinstance(texts, Sequence) and len(texts) > 0 and all(isinstance(each, str) for each in texts)
         require(are_texts, f"prompt is {prompt!r:.60}, expected a text or a sequence of texts")
         prompts = [each for each in texts for _ in range(num_samples)]
         require(image is None or video is None, "got an image and a video to start from, expected one of them")
@@ -467,10 +467,11 @@ def export_to_video(
 
 
 def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, clips: int) -> list[torch.Generator]:
+    expected = f"generator is {generator!r:.60}, expected one torch.Generator a clip"
     if isinstance(generator, Sequence):
+        require(len(generator) > 0 and all(isinstance(each, torch.Generator) for each in generator), expected)
         return list(generator)
-    is_one = generator is None or isinstance(generator, torch.Generator)
-    require(is_one, f"generator is {generator!r:.60}, expected a torch.Generator, or one a clip")
+    require(generator is None or isinstance(generator, torch.Generator), expected)
     if generator is None:
         generator = torch.Generator()
         generator.seed()

@@ -25,6 +25,8 @@ COLUMNS = ("prompt", "caption", "text")
 """Columns of a table that may hold the prompts; the first that there is does."""
 SEED = "seed"
 LARGEST_SEED = 2**63 - 1
+NO_LISTS = (".json", ".xlsx", ".xls", ".ods", ".gz", ".zip")
+"""Suffixes of files that are neither a text nor a table that is read."""
 ANY_SEED = -1
 """What other tools take for a random seed."""
 
@@ -43,13 +45,14 @@ def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file in their order: lines of a text (empty ones are left out), or rows of a table.
 
     A table (.csv, .tsv, .jsonl, .parquet) has the column `prompt`, `caption` or `text`, and may have `seed`. All else
-    is a text, but for .json, which is refused.
+    is a text, but for spreadsheets, archives and .json, which are refused.
 
     Raises:
         ValueError: it cannot be read, has no prompts, or a row cannot be used; the message says which.
         OSError: there is no such file.
     """
-    require(path.suffix.lower() != ".json", f"{path} is no list of prompts, expected JSON lines (.jsonl) or a text")
+    kind = path.suffix.lower()
+    require(kind not in NO_LISTS, f"{path} is no list of prompts, expected a text, .csv, .tsv, .jsonl or .parquet")
     found = list(_rows(path) if is_table(path) else _lines(path))
     require(len(found) > 0, f"{path} has no prompts, expected one a line, or a table with the column prompt")
     return found
@@ -64,7 +67,9 @@ def _lines(path: Path) -> Iterator[Prompt]:
         raise InputError(f"{path}, line {place}: it is no text in UTF-8 ({error.reason}), save it as UTF-8") from error
     for number, line in enumerate(lines_of(text), 1):
         if line.strip():
-            yield Prompt(line.translate(SPACES).strip(), where=f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            require("\0" not in line, f"{where}: it holds a zero byte, expected a text file")
+            yield Prompt(line.translate(SPACES).strip(), where=where)
 
 
 def _rows(path: Path) -> Iterator[Prompt]:
@@ -90,7 +95,7 @@ def _row(path: Path, column: str, record: Record) -> Prompt:
     require(not record.surplus, f'{where}: {record.surplus} cells have no column: a prompt with commas stands in "..."')
     require(isinstance(text, str) and text.strip() != "", f"{where}: {column} is {text!r:.60}, expected a text")
     assert isinstance(text, str)
-    require(is_unicode(text), f"{where}: {column} is {text!r:.60}, which is no text in Unicode")
+    require(is_unicode(text) and "\0" not in text, f"{where}: {column} is {text!r:.60}, which is no text in Unicode")
     return Prompt(text.translate(SPACES).strip(), _seed(where, record.values.get(SEED)), where)
 
 

@@ -138,7 +138,9 @@ def lines_of(text: str) -> list[str]:
 
 def is_missing(cell: Any) -> bool:
     """Whether nothing stands in a cell: null, no text, or the NaN that other programs put into columns of numbers."""
-    return cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and cell != cell)
+    if isinstance(cell, str):
+        return cell.strip().lower() in ("", "nan")
+    return cell is None or (isinstance(cell, float) and cell != cell)
 
 
 def whole_number(cell: Any) -> int | None:
@@ -251,6 +253,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 start = reader.line_num + 1
         except csv.Error as error:
             hint = 'a cell with quotes or commas stands in "...", quotes in it are doubled'
+            hint = "a cell is too long" if "limit" in str(error) else hint
             raise InputError(f"{path}, line {start}: {error} ({hint})") from error
 
 
@@ -280,7 +283,8 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: it is no JSON ({error})") from error
+        reason = str(error).partition(";")[0]  # what follows is advice to programmers
+        raise InputError(f"{where}: it is no JSON ({reason})") from error
     require(isinstance(values, dict), f'{where}: got {values!r:.40}, expected {{"name": value, ...}}')
     return values
 

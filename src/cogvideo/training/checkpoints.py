@@ -44,7 +44,7 @@ WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-class DamagedError(ValueError):
+class DamagedError(InputError):
     """A checkpoint that is not what was written; an earlier one may be whole."""
 
     def __init__(self, path: Path, reason: str) -> None:
