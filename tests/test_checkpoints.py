@@ -11,6 +11,7 @@ import resource
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -274,7 +275,7 @@ def test_what_cannot_be_opened_is_not_damaged(tmp_path: Path, hashed: bool) -> N
 @pytest.mark.parametrize("hashed", [True, False])
 def test_what_does_not_fit_in_memory_is_not_damaged(tmp_path: Path, hashed: bool) -> None:
     """Guards a healthy checkpoint where memory is short: the run ends, and says so."""
-    size = 6 << 20  # 48 MiB: malloc has no free block of that size, whatever ran before
+    size = 6 << 20  # 48 MiB
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state_of(1, size))
     if not hashed:
@@ -282,9 +283,14 @@ def test_what_does_not_fit_in_memory_is_not_damaged(tmp_path: Path, hashed: bool
 
     def refused() -> bool:
         state = state_of(0, size)
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + (24 << 20)  # room for threads, not for the weights
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used, hard))
+        held = []
+        with suppress(MemoryError):
+            while True:  # take what earlier tests left free inside the process
+                held.append(bytearray(8 << 20))
+        resource.setrlimit(resource.RLIMIT_AS, (used + (24 << 20), hard))  # room for threads, not for the weights
         try:
             checkpoints.load(1, state)
         except (MemoryError, RuntimeError) as error:
