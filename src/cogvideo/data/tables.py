@@ -138,9 +138,7 @@ def lines_of(text: str) -> list[str]:
 
 def is_missing(cell: Any) -> bool:
     """Whether nothing stands in a cell: null, no text, or the NaN that other programs put into columns of numbers."""
-    if isinstance(cell, str):
-        return cell.strip().lower() in ("", "nan")
-    return cell is None or (isinstance(cell, float) and cell != cell)
+    return cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and cell != cell)
 
 
 def whole_number(cell: Any) -> int | None:
