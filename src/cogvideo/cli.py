@@ -223,7 +223,7 @@ def _close_output() -> None:
 
 
 def _mistake(error: Exception, arguments: Sequence[str]) -> str | None:
-    """What the user did wrong, in one line; None where it was not the user.
+    """Mistake of the user, in one line; None where it was not the user.
 
     An OSError is the user's where it is about a path, or a full disk; others are the system's or ours.
     """

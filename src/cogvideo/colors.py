@@ -27,7 +27,7 @@ class Coding(NamedTuple):
     """How colors are coded, by the numbers of H.273."""
 
     primaries: int = 2
-    """Of red, green and blue; 2 is unknown."""
+    """Code of red, green and blue; 2 is unknown."""
     transfer: int = 2
     """From levels to light; 2 is unknown."""
 
@@ -37,7 +37,7 @@ class Coding(NamedTuple):
         return self.transfer in (PQ, HLG) or self.primaries in _TO_BT709
 
     def or_else(self, other: Coding) -> Coding:
-        """What is unknown is taken from another one."""
+        """These colors, with what is unknown taken from another one."""
         return Coding(*(theirs if own == 2 else own for own, theirs in zip(self, other, strict=True)))
 
 

@@ -59,7 +59,7 @@ class _Source(NamedTuple):
     stream: VideoStream
     decoder: VideoCodecContext
     coding: Coding
-    """Of colors, as the container says; what frames say of theirs counts more."""
+    """Colors as the container says; what frames say of theirs counts more."""
 
 
 def decode(file: Content, start: float) -> Shots:
@@ -198,7 +198,7 @@ def _deinterlacer(frame: av.VideoFrame) -> av.filter.Graph:
 
 
 def _pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
-    """What has come out of the filter so far."""
+    """Frames that have come out of the filter so far."""
     while True:
         try:
             yield cast(av.VideoFrame, graph.pull())

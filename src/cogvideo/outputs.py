@@ -159,7 +159,7 @@ class Folder:
 
 
 def _key(name: str) -> str:
-    """What is the same in names that file systems take for one."""
+    """Form that is the same in names that file systems take for one."""
     return normalize("NFC", name).casefold()
 
 

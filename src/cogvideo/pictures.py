@@ -122,7 +122,7 @@ def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _coding(head: bytes) -> Coding:
-    """What an AVIF or a PNG says of its colors by numbers, which Pillow does not read."""
+    """Colors of an AVIF or a PNG by their numbers, which Pillow does not read."""
     if head.startswith(b"\x89PNG"):
         found, form = head.find(b"cICP") + 4, ">BB"
     else:

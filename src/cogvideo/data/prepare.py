@@ -226,7 +226,7 @@ def write_rejected(path: Path, rejected: Sequence[Rejection]) -> None:
 
 
 def summary(folder: Path, card: Card) -> str:
-    """What was made, in some lines."""
+    """Summary of what was made, in some lines."""
     splits = ", ".join(f"{count:,} {split}" for split, count in card.splits.items())
     lines = [f"{folder}: {sum(card.splits.values()):,} clips ({splits or 'none'}), {card.num_frames:,} frames"]
     if card.rejected:

@@ -467,6 +467,6 @@ def _member_item(path: Path, tar: str, entry: Entry, others: dict[str, Entry], o
 
 
 def _names(entry: Entry, suffix: str) -> list[str]:
-    """Of a caption's file, also as others spell its accents."""
+    """Name of a caption's file, also as others spell its accents."""
     names = entry.beside(suffix)
     return [*names, *(normalize("NFC", name) for name in names)]

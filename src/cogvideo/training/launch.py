@@ -216,7 +216,7 @@ def _begin(options: Options, delivery: Delivery, run: RunFolder, identity: dict[
 def _notes(
     options: Options, delivery: Delivery, stream: ClipStream, entries: list[HeldOut], draw: Preview
 ) -> Iterator[str]:
-    """What the run goes without, and what may surprise."""
+    """Lines about what the run goes without, and what may surprise."""
     if told := left_out(delivery):
         yield told
     if "image_tokenizer" not in delivery.source.components:
