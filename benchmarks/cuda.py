@@ -33,13 +33,13 @@ from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler, inherit_upscaler
 from cogvideo.text import PaddedText, TextTokenizer
-from cogvideo.training.image import ImageBatch, ImageTask
+from cogvideo.training.objectives.image import ImageBatch, ImageTask
+from cogvideo.training.objectives.superres import SuperresBatch, SuperresTask
+from cogvideo.training.objectives.task import Objective
+from cogvideo.training.objectives.video import VideoBatch, VideoTask
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ALONE, ParallelSettings
-from cogvideo.training.superres import SuperresBatch, SuperresTask
-from cogvideo.training.task import Objective
 from cogvideo.training.trainer import Execution, Trainer
-from cogvideo.training.video import VideoBatch, VideoTask
 
 Result = tuple[str, dict[str, Any]]
 """A name, and what was measured under it."""

@@ -19,15 +19,15 @@ from benchmarks.loading import loading
 from benchmarks.machine import alternate, write
 from benchmarks.reading import measure_reading, moving_picture, resident_mebibytes
 from benchmarks.rendering import rendering
-from cogvideo import bundle
+from cogvideo.bundle import model as bundle
+from cogvideo.bundle.format import Manifest
 from cogvideo.config import preset
 from cogvideo.data.encoding import Job, PrepareSettings, Worker, encode_clips
 from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.prepare import complete, plan, shard_info
 from cogvideo.data.sources import SourceOptions, list_source
+from cogvideo.media.video import write_video
 from cogvideo.models.autoencoder import Autoencoder
-from cogvideo.storage import Manifest
-from cogvideo.video import write_video
 
 PREPARE_GOAL = 0.9
 

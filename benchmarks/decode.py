@@ -28,10 +28,10 @@ from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.sampling import GumbelNoise, Sampling
 from cogvideo.layout import SequenceLayout
-from cogvideo.models.packing import pack
 from cogvideo.models.plans import Rows, full_pass, text_masks
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
+from cogvideo.packing import pack
 from cogvideo.text import PaddedText
 
 Figures = dict[str, Any]

@@ -25,13 +25,13 @@ import torch
 
 from benchmarks.decode import show
 from benchmarks.machine import alternate, write
-from cogvideo.bundle import POCKET
+from cogvideo.bundle.model import POCKET
 from cogvideo.cli import SPINS
-from cogvideo.costs import Phase, clip
+from cogvideo.devices import matrix_rate
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.hierarchy import Settings
 from cogvideo.pipeline import CogVideoPipeline, Upscaling
-from cogvideo.training.recorder import matrix_rate
+from cogvideo.planning.costs import Phase, clip
 
 Figures = dict[str, Any]
 

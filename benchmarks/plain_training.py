@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Transformer
-from cogvideo.training.video import VideoBatch
+from cogvideo.training.objectives.video import VideoBatch
 
 RELAXED = 16
 """Scores are divided by it before their maximum is subtracted, and multiplied after, so that float16 would do."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import alternate
-from cogvideo.video import read_video, write_video
+from cogvideo.media.video import read_video, write_video
 
 WIDTH, HEIGHT, SECONDS = 640, 360, 5
 FPS = 8

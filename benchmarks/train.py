@@ -25,18 +25,19 @@ from benchmarks.machine import alternate, write
 from benchmarks.plain_training import DenseMasks, dense_masks, plain_attention, plain_loss
 from benchmarks.reading import resident_mebibytes
 from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig, preset
-from cogvideo.costs import training
-from cogvideo.dry_run import dry_run
+from cogvideo.devices import matrix_rate
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.attention import attend, split_heads
 from cogvideo.models.plans import full_pass, text_masks
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
+from cogvideo.planning.costs import training
+from cogvideo.planning.dry_run import dry_run
+from cogvideo.training.objectives.task import Objective
+from cogvideo.training.objectives.video import VideoBatch, VideoTask
 from cogvideo.training.optim import Optimization, trained
 from cogvideo.training.parallel import ALONE, ParallelSettings, clip_gradients
-from cogvideo.training.recorder import flops_a_position, matrix_rate
-from cogvideo.training.task import Objective
+from cogvideo.training.recorder import flops_a_position
 from cogvideo.training.trainer import Execution, Trainer
-from cogvideo.training.video import VideoBatch, VideoTask
 
 Stage = Literal["sequential", "interpolation"]
 Precision = Literal["float32", "bfloat16"]

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from cogvideo.pictures import contact_sheet, write_image
+from cogvideo.media.images import contact_sheet, write_image
 from cogvideo.pipeline import CogVideoPipeline, export_to_video
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "out")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cogvideo.pictures import contact_sheet, write_image
+from cogvideo.media.images import contact_sheet, write_image
 from cogvideo.pipeline import CogVideoPipeline
 
 PROMPTS = (

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.format import MODULES
+from cogvideo.bundle.model import CogVideo
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.autoencoder import Autoencoder
-from cogvideo.storage import MODULES
 from cogvideo.text import TextTokenizer
-from cogvideo.training.image import ImageMixture, ImageTask
+from cogvideo.training.objectives.image import ImageMixture, ImageTask
+from cogvideo.training.objectives.superres import SuperresTask
+from cogvideo.training.objectives.task import Objective, Task
+from cogvideo.training.objectives.video import VideoTask
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ALONE, ParallelSettings
 from cogvideo.training.start import Choice, StageName, build
-from cogvideo.training.superres import SuperresTask
-from cogvideo.training.task import Objective, Task
 from cogvideo.training.trainer import Execution, Trainer
-from cogvideo.training.video import VideoTask
 from workshop import NUM_CODES, small_config
 
 STAGES = ("base", "sequential", "interpolation", "superres")

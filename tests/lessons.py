@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cogvideo.data.loader import ClipSample
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
-from cogvideo.training.task import Objective, Task
+from cogvideo.training.objectives.task import Objective, Task
 
 
 def sample(

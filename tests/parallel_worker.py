@@ -25,6 +25,9 @@ from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.text import PaddedText, TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints, restore, training_state
+from cogvideo.training.objectives.superres import SuperresBatch, SuperresTask
+from cogvideo.training.objectives.task import Objective
+from cogvideo.training.objectives.video import VideoBatch, VideoTask
 from cogvideo.training.optim import Average, Optimization, adamw, trained
 from cogvideo.training.parallel import (
     ParallelSettings,
@@ -37,10 +40,7 @@ from cogvideo.training.parallel import (
     mean_over_ranks,
     process_group,
 )
-from cogvideo.training.superres import SuperresBatch, SuperresTask
-from cogvideo.training.task import Objective
 from cogvideo.training.trainer import cut
-from cogvideo.training.video import VideoBatch, VideoTask
 
 BATCH, STEPS, CLIP = 8, 3, 0.5
 TEXT, GRID, CODES, START, VOCABULARY = 4, 4, 24, 37, 40

@@ -27,8 +27,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
+from cogvideo.bundle.convert import released_autoencoder_names, released_base_names, released_channel_names
 from cogvideo.config import AutoencoderConfig, LayoutConfig, StageConfig, TransformerConfig, UpscalerConfig, preset
-from cogvideo.convert import released_autoencoder_names, released_base_names, released_channel_names
 from cogvideo.generation import decode as decoding
 from cogvideo.generation.decode import Frame, Passes
 from cogvideo.generation.decoder import Condition, Decoder

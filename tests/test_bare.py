@@ -27,15 +27,15 @@ import cogvideo.data.loader
 import cogvideo.pipeline
 import cogvideo.training.autoencoder
 import cogvideo.training.export
-import cogvideo.training.frame_store
-import cogvideo.training.image
+import cogvideo.data.frame_store
+import cogvideo.training.objectives.image
 import cogvideo.training.preview
 import cogvideo.training.run
 import cogvideo.training.samples
 import cogvideo.training.stages
-import cogvideo.training.superres
+import cogvideo.training.objectives.superres
 import cogvideo.training.text
-import cogvideo.training.video
+import cogvideo.training.objectives.video
 """
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import COMMANDS, main
 from cogvideo.config import (
     AutoencoderConfig,
@@ -28,12 +28,12 @@ from cogvideo.config import (
     TransformerConfig,
     UpscalerConfig,
 )
-from cogvideo.info import info
+from cogvideo.media.video import read_video
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel, initialize
 from cogvideo.models.upscaler import UpscaleChannel
+from cogvideo.planning.info import info
 from cogvideo.text import TextTokenizer
-from cogvideo.video import read_video
 from reference import visible
 
 ROOT = Path(__file__).parents[1]
@@ -214,8 +214,8 @@ def test_shown_output_is_real(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def tree() -> list[str]:
-    """Paths of the README's tree: two spaces a level, folders end with a slash and may have words behind them."""
-    (text,) = [block for block in blocks(README, "text") if "README.md" in block]
+    """Paths of the tree in CONTRIBUTING: two spaces a level; folders end with a slash."""
+    (text,) = [block for block in blocks(ROOT / "CONTRIBUTING.md", "text") if "README.md" in block]
     paths: list[str] = []
     folders: list[str] = []
     for line in text.splitlines():
@@ -234,7 +234,7 @@ def test_tree_lists_every_file() -> None:
         for file in [file for pattern in patterns for file in (ROOT / folder).rglob(pattern)]:
             path = file.relative_to(ROOT).as_posix()
             needs_no_line = file.name == "__init__.py" and file.parent != ROOT / "src/cogvideo"
-            assert needs_no_line or path in listed, f"README's tree lacks {path}"
+            assert needs_no_line or path in listed, f"the tree in CONTRIBUTING.md lacks {path}"
 
 
 def test_tree_lists_no_other_files() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogvideo.video import read_video
+from cogvideo.media.video import read_video
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

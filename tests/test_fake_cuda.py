@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.model import CogVideo
 from cogvideo.config import TextConfig, preset
 from cogvideo.data.loader import ClipSample
 from cogvideo.generation.decode import Passes, decode
@@ -28,16 +28,16 @@ from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.text import PaddedText, TextTokenizer
-from cogvideo.training import video
 from cogvideo.training.autoencoder import TokenizerSettings
 from cogvideo.training.autoencoder import Trainer as TokenizerTrainer
-from cogvideo.training.image import ImageMixture, ImageTask
+from cogvideo.training.objectives import video
+from cogvideo.training.objectives.image import ImageMixture, ImageTask
+from cogvideo.training.objectives.superres import SuperresTask
+from cogvideo.training.objectives.task import Objective
+from cogvideo.training.objectives.video import VideoTask
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ALONE, ParallelSettings
-from cogvideo.training.superres import SuperresTask
-from cogvideo.training.task import Objective
 from cogvideo.training.trainer import Execution, Trainer
-from cogvideo.training.video import VideoTask
 from fake_cuda import CUDA, FakeCuda, pretended
 from lessons import random_codes, sample
 

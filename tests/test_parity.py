@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import parity
-from cogvideo.convert import released_base_names, released_channel_names
+from cogvideo.bundle.convert import released_base_names, released_channel_names
 from cogvideo.generation.decode import Passes
 from reference import Oracle, Prompt, Stage
 

@@ -15,17 +15,17 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor, nn
 
-from cogvideo import machine
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.format import MODULES
+from cogvideo.bundle.model import CogVideo
 from cogvideo.config import UpscalerConfig
 from cogvideo.generation.hierarchy import Guidance, Settings, collect, generate
 from cogvideo.generation.sampling import Sampling, spawn
 from cogvideo.generation.upscale import slot_noise, upscale
-from cogvideo.models.packing import PackedLinear
+from cogvideo.media.video import read_video
+from cogvideo.packing import PackedLinear
 from cogvideo.pipeline import CogVideoPipeline, Frame, Upscaling, export_to_video
-from cogvideo.storage import MODULES
+from cogvideo.planning import memory
 from cogvideo.text import PaddedText
-from cogvideo.video import read_video
 from gallery import loud, make_model, make_parts
 from workshop import GRID, NUM_CODES, RATIO, small_config
 
@@ -135,14 +135,14 @@ def test_a_generator_goes_on(folder: Path) -> None:
 def test_memory_is_computed_before_weights_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards calls in Python against being killed while loading; clips that fit are computed once."""
     pipeline, batch = CogVideoPipeline.from_pretrained(folder), 4000
-    monkeypatch.setattr(machine, "free_memory", lambda _: 1 << 20)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 1 << 20)
     with pytest.raises(ValueError, match=r"this needs \d+\.\d GiB of memory on cpu, .*; what helps: a batch of 2000,"):
         pipeline("a cat", num_samples=batch)
     assert not pipeline._kept
-    monkeypatch.setattr(machine, "free_memory", lambda _: 1 << 40)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 1 << 40)
     for _ in range(2):
         pipeline.stream(["a cat"], generators(1))
-        monkeypatch.setattr(machine, "free_memory", lambda _: pytest.fail("computed again"))
+        monkeypatch.setattr(memory, "free_memory", lambda _: pytest.fail("computed again"))
 
 
 def spawned(seed: int) -> torch.Generator:

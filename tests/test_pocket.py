@@ -10,11 +10,11 @@ import torch
 from einops import reduce
 from safetensors import safe_open
 
-from cogvideo.bundle import POCKET, locate
-from cogvideo.doctor import doctor
+from cogvideo.bundle.format import Manifest
+from cogvideo.bundle.model import POCKET, locate
 from cogvideo.generation.hierarchy import Settings
 from cogvideo.pipeline import CogVideoPipeline, Upscaling
-from cogvideo.storage import Manifest
+from cogvideo.planning.doctor import doctor
 
 MIB = 1 << 20
 CONFIG = Manifest.read(locate(POCKET)).config
@@ -33,7 +33,7 @@ def test_it_is_small_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: 
         if entry.file.endswith(".safetensors") and entry.file != "cluster_labels.safetensors":
             with safe_open(locate(POCKET) / entry.file, framework="pt") as file:
                 assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}, entry.file  # noqa: SIM118
-    monkeypatch.setattr("cogvideo.doctor.PRESETS", {})
+    monkeypatch.setattr("cogvideo.planning.doctor.PRESETS", {})
     assert doctor() == 0
     assert "pocket: all files are what was saved" in capsys.readouterr().out
 

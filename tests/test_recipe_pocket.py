@@ -15,9 +15,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.model import CogVideo
 from cogvideo.config import preset
-from cogvideo.video import read_video
+from cogvideo.media.video import read_video
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "pocket"
 

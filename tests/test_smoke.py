@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogvideo.bundle import CogVideo
-from cogvideo.video import read_video
+from cogvideo.bundle.model import CogVideo
+from cogvideo.media.video import read_video
 
 ROOT = Path(__file__).parents[1]
 FALLS = {"image": 1 / 2, "sequential": 1 / 4, "interpolation": 1 / 10, "superres": 1 / 3}

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.format import Manifest
+from cogvideo.bundle.model import CogVideo
 from cogvideo.config import (
     AutoencoderConfig,
     CogVideoConfig,
@@ -22,7 +23,6 @@ from cogvideo.data.dataset import make_card, write_card
 from cogvideo.data.shards import Row, ShardInfo, digest, shard_name, write_shard
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, initialize
-from cogvideo.storage import Manifest
 from cogvideo.text import TextTokenizer
 
 NUM_CODES, GRID, RATIO = 40, 4, 2

@@ -19,15 +19,15 @@ from einops import rearrange
 from jaxtyping import UInt8
 
 from cogvideo import world
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.model import CogVideo
 from cogvideo.data.frames import BACKGROUNDS, on_background
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import retrieval
 from cogvideo.evaluation.emoji_subject import TEMPLATE, read, unseen_background
-from cogvideo.evaluation.metrics import psnr
 from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, SIZE, Reader, resized
 from cogvideo.generation import hierarchy
-from cogvideo.pictures import contact_sheet, evenly, write_image
+from cogvideo.media.images import contact_sheet, evenly, write_image
+from cogvideo.media.metrics import psnr
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.training.autoencoder import reconstruct
 

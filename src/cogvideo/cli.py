@@ -42,15 +42,15 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "generate": Command("cogvideo.generate:generate", "Prompts to video files."),
+    "generate": Command("cogvideo.commands.generate:generate", "Prompts to video files."),
     "doctor": Command(
-        "cogvideo.doctor:doctor", "What this machine can run, and whether the model in the box is whole."
+        "cogvideo.planning.doctor:doctor", "What this machine can run, and whether the model in the box is whole."
     ),
-    "info": Command("cogvideo.info:info", "Parameters, memory and work of a preset or a bundle."),
-    "plan": Command("cogvideo.training.plan:plan", "What training needs of so many GPUs."),
-    "convert": Command("cogvideo.convert:convert", "Released checkpoints of 2022 to a bundle."),
+    "info": Command("cogvideo.planning.info:info", "Parameters, memory and work of a preset or a bundle."),
+    "plan": Command("cogvideo.planning.plan:plan", "What training needs of so many GPUs."),
+    "convert": Command("cogvideo.bundle.convert:convert", "Released checkpoints of 2022 to a bundle."),
     "data prepare": Command("cogvideo.data.prepare:prepare", "Captioned clips to shards of codes."),
-    "data world": Command("cogvideo.world.command:world", "Synthetic captioned clips to look at or to train on."),
+    "data world": Command("cogvideo.commands.world:world", "Synthetic captioned clips to look at or to train on."),
     "data report": Command("cogvideo.report.data:report", "A page about prepared data."),
     "train tokenizer": Command("cogvideo.training.tokenizer:tokenizer", "The image tokenizer, from any clips."),
     "train text": Command("cogvideo.training.text:train_text", "The text tokenizer, from captions."),
@@ -180,7 +180,7 @@ def _call(name: str, arguments: list[str]) -> int:
 
     Functions return nothing, which is success, or a status.
     """
-    from cogvideo.recipes import expand
+    from cogvideo.commands.recipes import expand
 
     module, function = COMMANDS[name].target.split(":")
     call = _parse(name, getattr(import_module(module), function), expand(name, arguments))
@@ -191,7 +191,7 @@ def _parse(name: str, function: Callable[..., int | None], arguments: list[str])
     """The call that the arguments ask for. Values that a configuration refuses are one line, as everywhere."""
     import tyro  # neither help nor version need it
 
-    from cogvideo.usage import one_line
+    from cogvideo.commands.usage import one_line
 
     @wraps(function)
     def deferred(*values: Any, **options: Any) -> Callable[[], int | None]:

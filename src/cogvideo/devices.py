@@ -1,8 +1,13 @@
-"""The device that a program asks for: found, tried, and set up."""
+"""Devices: found, tried and set up; their memory, their speed, and the types that are slow on them."""
 
 from __future__ import annotations
 
 import os
+import sys
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -10,6 +15,12 @@ from cogvideo.config import InputError, require
 
 CUDNN_ATTENTION = "COGVIDEO_CUDNN_ATTENTION"
 """Variable of the environment: 1 lets PyTorch choose cuDNN's attention."""
+
+
+MEASURED_SECONDS = 0.3
+"""That measuring the matrix rate takes, about."""
+SMALLEST_SIDE, LARGEST_SIDE, LEAST_SECONDS = 256, 8192, 0.01
+"""Matrices grow until one product takes this long, but not beyond the largest side."""
 
 
 def usable(device: str | torch.device) -> torch.device:
@@ -42,3 +53,120 @@ def set_up(device: torch.device) -> None:
     """
     if device.type == "cuda" and os.environ.get(CUDNN_ATTENTION) != "1":
         torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Of weights, where nothing else is asked for."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def slowness(dtype: torch.dtype, device: torch.device) -> str | None:
+    """What to say of a type that takes far longer than float32; None where it does not.
+
+    PyTorch emulates 16 bit where an x86 processor has no AVX-512, as in most laptops: products take 7 to 70 times as
+    long as in float32 (AMD EPYC with AVX2, PyTorch 2.13).
+    """
+    emulated = device.type == "cpu" and dtype.itemsize == 2 and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    name = str(dtype).removeprefix("torch.")
+    return f"{name} is emulated on this processor, which has no AVX-512: float32 is far faster" if emulated else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no more memory; PyTorch's own are RuntimeErrors."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still get there, also inside of a container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return min([int(psutil.virtual_memory().available), *cgroup_memory()])
+
+
+def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes that each control group of this process which has a limit still leaves it.
+
+    Args:
+        root: where control groups are mounted, version 2 or 1.
+        groups: the file that names those of the process.
+    """
+    folders = _cgroups(root, groups.read_text()) if groups.exists() else ()
+    return [left for folder in folders for left in [_left(folder)] if left is not None]
+
+
+def _cgroups(root: Path, groups: str) -> Iterator[Path]:
+    """Folders of the groups and of all above them: each may limit. A container sees its own one as the root."""
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        folder = root / "memory" if controllers else root
+        yield folder
+        for part in Path(path).parts[1:]:
+            folder /= part
+            yield folder
+
+
+def _left(folder: Path) -> int | None:
+    """Limit less usage, in which files that the system may drop count as free; None without a limit."""
+    for limit, usage, droppable in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            free = int((folder / limit).read_text()) - int((folder / usage).read_text())
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # another version, or the limit is "max"
+            continue
+        return max(0, free + int(statistics.get(droppable, 0)))
+    return None
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory so far: of the GPU's tensors, or all of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on every system that trains on a GPU
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@lru_cache(maxsize=8)
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: what utilisation is a share of.
+
+    Square matrices of random numbers grow until one product takes 10 ms (or they have 8,192 rows); the best of the
+    products of a third of a second counts. Measured once for each device and type, with the threads and the precision
+    of float32 products (TF32) that are set then.
+
+    Args:
+        device: of the training.
+        dtype: of its matrix products.
+    """
+    side = SMALLEST_SIDE
+    while side < LARGEST_SIDE and _product_seconds(side, device, dtype) < LEAST_SECONDS:
+        side *= 2
+    return 2 * side**3 / _product_seconds(side, device, dtype, time.monotonic() + MEASURED_SECONDS)
+
+
+@torch.no_grad()
+def _product_seconds(side: int, device: torch.device, dtype: torch.dtype, end: float = 0.0) -> float:
+    """Of the fastest product of two such matrices, the first one not counted; at least one, and more until `end`."""
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay where they are
+    left, right = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
+    out = torch.mm(left, right)
+    times: list[float] = []
+    while not times or time.monotonic() < end:
+        _wait(device)
+        begin = time.perf_counter()
+        torch.mm(left, right, out=out)
+        _wait(device)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -14,18 +14,18 @@ from einops import rearrange
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.model import CogVideo
+from cogvideo.bundle.packed import Packed, Parts
 from cogvideo.config import DrawingConfig, require
-from cogvideo.devices import usable
+from cogvideo.devices import default_dtype, usable
 from cogvideo.generation.hierarchy import Settings, generate
 from cogvideo.generation.sampling import Sampling, spawn
 from cogvideo.generation.upscale import slot_noise, superres_sampling, upscale
-from cogvideo.machine import require_memory
+from cogvideo.media.shots import View
+from cogvideo.media.video import write_video
 from cogvideo.models.autoencoder import Autoencoder, to_pixels
-from cogvideo.packed import Packed, Parts
-from cogvideo.shots import View
+from cogvideo.planning.memory import require_memory
 from cogvideo.text import PaddedText, fit, pad_left
-from cogvideo.video import write_video
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -270,7 +270,7 @@ class CogVideoPipeline:
         Raises:
             ValueError: the model has no image tokenizer.
         """
-        from cogvideo.pictures import as_image, look  # only pictures need Pillow
+        from cogvideo.media.images import as_image, look  # only pictures need Pillow
 
         view = View(self.model.config.frame_side)
         seen = [look(as_image(each), view).pixels for each in pictures]
@@ -428,11 +428,6 @@ class _Coded(NamedTuple):
     place: int
     num_frames: int
     codes: Int64[Tensor, "batch slots"]
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Of weights, where nothing else is asked for."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def collect(frames: Iterable[Frame], fps: float) -> Clips:

@@ -17,7 +17,6 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from cogvideo.config import InputError, TextConfig, TransformerConfig, require
-from cogvideo.data.tables import is_unicode, is_visible
 from cogvideo.layout import check_code_range
 
 PAD_PIECE = "<pad>"
@@ -233,3 +232,17 @@ def _load(model: bytes) -> SentencePieceProcessor:
     except RuntimeError as error:
         raise InputError(f"expected a SentencePiece model, got {len(model)} bytes that are none") from error
     return processor
+
+
+def is_unicode(text: str) -> bool:
+    """False for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def is_visible(text: str) -> bool:
+    """Whether it has a sign that is seen. SentencePiece's own sign for a space (U+2581) is none."""
+    return any(each.isprintable() and not each.isspace() and each != "\u2581" for each in text)

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from jaxtyping import UInt8, UInt16
 
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.model import CogVideo
 from cogvideo.config import require
 from cogvideo.data.frames import FrameSettings, Pictures, read_item, shrink
 from cogvideo.data.shards import Row, ShardInfo, write_shard
 from cogvideo.data.sources import File, Item, Member, Rejection
-from cogvideo.video import VideoError
+from cogvideo.media.video import VideoError
 
 T = TypeVar("T")
 U = TypeVar("U")

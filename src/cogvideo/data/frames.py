@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from cogvideo import world
 from cogvideo.config import InputError, require
 from cogvideo.data.sources import File, Item, Member, Rendering
-from cogvideo.video import MAX_FPS, Video, VideoError, read_video
+from cogvideo.media.video import MAX_FPS, Video, VideoError, read_video
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "red": (214, 48, 49),

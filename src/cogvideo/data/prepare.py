@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
 from rich.text import Text
 
-from cogvideo.bundle import locate
+from cogvideo.bundle.format import Manifest
+from cogvideo.bundle.model import locate
 from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.data.dataset import REJECTED, Card, check_hashes, make_card, write_card
 from cogvideo.data.encoding import Job, PrepareSettings, Worker
@@ -28,7 +29,6 @@ from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
 from cogvideo.data.shards import ShardInfo, digest, read_info, shard_name
 from cogvideo.data.sources import File, Item, Member, Rejection, SourceOptions, list_source
 from cogvideo.files import alone_in, remove_leftovers, write_text
-from cogvideo.storage import Manifest
 
 NO_SPLIT = "one in twenty clips becomes validation unless --validation says otherwise"
 """Why few clips may give no validation split."""

@@ -56,7 +56,7 @@ from cogvideo.data.tables import (
     span_of,
 )
 from cogvideo.data.tars import Entry, read_bytes, read_index
-from cogvideo.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from cogvideo.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}  # what others call it
 SPLITS = ("train", "validation", "test", *_SPLITS)

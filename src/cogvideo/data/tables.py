@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cogvideo.config import InputError, require
+from cogvideo.text import is_unicode, is_visible
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 """Files that are read as tables."""
@@ -193,20 +194,6 @@ def _seconds(name: str, cell: Any) -> float | None:
 def _text(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return text.encode(errors="backslashreplace").decode()
-
-
-def is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def is_visible(text: str) -> bool:
-    """Whether it has a sign that is seen. SentencePiece's own sign for a space (U+2581) is none."""
-    return any(each.isprintable() and not each.isspace() and each != "\u2581" for each in text)
 
 
 @contextmanager

@@ -24,9 +24,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import cogvideo
-from cogvideo.bundle import locate
+from cogvideo.bundle.format import Manifest
+from cogvideo.bundle.model import locate
 from cogvideo.config import require
-from cogvideo.devices import usable
+from cogvideo.devices import slowness, usable
 from cogvideo.evaluation.emoji_subject import EmojiSubject
 from cogvideo.evaluation.making import Making, Shelf, generate, reduced, start, through_codes
 from cogvideo.evaluation.motion import STATIC, Movement, measure, movement
@@ -34,10 +35,8 @@ from cogvideo.evaluation.reader import FILE
 from cogvideo.evaluation.subject import Clip, Subject, Verdict
 from cogvideo.evaluation.world_subject import WorldSubject
 from cogvideo.files import alone_in, write_text
-from cogvideo.machine import slowness
-from cogvideo.pictures import contact_sheet, evenly, write_image
+from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.pipeline import CogVideoPipeline
-from cogvideo.storage import Manifest
 from cogvideo.training.run_folder import RunFolder
 
 GENERATED, RECONSTRUCTION, REAL = ROWS = ("generated", "reconstruction", "real")

@@ -22,7 +22,7 @@ from cogvideo.evaluation.reader import FPS as SLOW_FPS
 from cogvideo.evaluation.reader import SIZE as KEPT_SIZE
 from cogvideo.evaluation.reader import resized
 from cogvideo.evaluation.subject import FPS, NUM_FRAMES, Clip, Prompt, Verdict
-from cogvideo.pictures import evenly
+from cogvideo.media.images import evenly
 
 TEMPLATE = "{caption}, on {article} {background} background"
 """The prompt, as `--background-template` words captions."""

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cogvideo import world
+from cogvideo.bundle.format import Entry
 from cogvideo.evaluation.attributes import ALL, PROMPTED, accuracies, right, unseen_scenes
 from cogvideo.evaluation.reader import ATTRIBUTES, Reader, readable
 from cogvideo.evaluation.subject import FPS, NUM_FRAMES, Clip, Prompt, Verdict
-from cogvideo.storage import Entry
 
 
 class WorldSubject:

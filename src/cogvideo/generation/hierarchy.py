@@ -18,13 +18,12 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from cogvideo.config import CogVideoConfig, DrawingConfig, require
-from cogvideo.data.tables import is_visible
 from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition
 from cogvideo.generation.sampling import GumbelNoise, Sampling, spawn
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Transformer
-from cogvideo.text import PaddedText, TextTokenizer, fit, pad_left
+from cogvideo.text import PaddedText, TextTokenizer, fit, is_visible, pad_left
 
 
 class System(Protocol):

@@ -12,17 +12,17 @@ from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from cogvideo.bundle import CogVideo, locate
+from cogvideo.bundle.format import Manifest
+from cogvideo.bundle.model import CogVideo, locate
 from cogvideo.config import InputError
 from cogvideo.data.dataset import Card
 from cogvideo.data.frames import FrameSettings, read_item, shrink
 from cogvideo.data.shards import Row
 from cogvideo.data.sources import Item, Rendering, SourceOptions, list_source
-from cogvideo.evaluation.metrics import psnr
+from cogvideo.media.images import evenly
+from cogvideo.media.metrics import psnr
+from cogvideo.media.video import VideoError
 from cogvideo.models.autoencoder import Autoencoder, to_pixels
-from cogvideo.pictures import evenly
-from cogvideo.storage import Manifest
-from cogvideo.video import VideoError
 
 TOKENIZER = "image_tokenizer"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from cogvideo.pictures import contact_sheet
+from cogvideo.media.images import contact_sheet
 from cogvideo.report.clips import Clip
 from cogvideo.report.page import (
     Column,

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int64
 
 from cogvideo.data.dataset import Dataset
-from cogvideo.evaluation.metrics import code_usage, perplexity
+from cogvideo.media.metrics import code_usage, perplexity
 
 NUM_ROWS = 20_000
 """Rows that are looked at, so that five million take no longer than these."""

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from cogvideo.config import AutoencoderConfig, require
-from cogvideo.evaluation.metrics import code_usage, count_codes, perplexity, psnr, ssim
+from cogvideo.media.metrics import code_usage, count_codes, perplexity, psnr, ssim
 from cogvideo.models.adversary import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from cogvideo.models.autoencoder import Autoencoder, Decoder, to_pixels
 from cogvideo.models.perceptual import Lpips, edge_distance, pyramid_distance

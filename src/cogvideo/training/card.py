@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cogvideo.bundle.format import COMPONENTS, Manifest
 from cogvideo.config import CogVideoConfig, InputError
 from cogvideo.files import write_text
 from cogvideo.report.page import file_size
-from cogvideo.storage import COMPONENTS, Manifest
 
 REPORTS = "training.json"
 CARD = "README.md"

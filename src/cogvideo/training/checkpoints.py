@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from cogvideo.config import InputError, require
+from cogvideo.devices import is_out_of_memory
 from cogvideo.files import write_text
-from cogvideo.machine import is_out_of_memory
 from cogvideo.training.parallel import Share, any_rank, raised_by_all, wait_for_all
 
 STATE, METADATA = "state.json", ".metadata"

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cogvideo import bundle
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.format import MANIFEST, MODULES, Entry, Manifest, check_tensors, in_half
+from cogvideo.bundle.model import CogVideo
+from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, InputError, from_dict, require
 from cogvideo.files import turn_in
-from cogvideo.storage import MANIFEST, MODULES, Entry, Manifest, check_tensors, in_half
 from cogvideo.training.card import read_reports, write_card
 from cogvideo.training.checkpoints import Checkpoints, read_weights
 from cogvideo.training.run_folder import RunFolder
@@ -158,7 +158,7 @@ def _deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mappi
     parts |= {name: in_half(name, module, delivery.config) for name, module in trained.items()}
     known = {} if source.folder is None else read_reports(source.folder)
     copied = {name: known[name] for name in lacking if name in known}
-    bundle.update(out, delivery.config, without={special} & there.keys() - parts.keys(), **parts)
+    update_bundle(out, delivery.config, without={special} & there.keys() - parts.keys(), **parts)
     write_card(out, copied | read_reports(out) | {own(stage, delivery.choice)[0]: report})
 
 

@@ -10,8 +10,8 @@ import torch
 from cogvideo.config import InputError
 from cogvideo.data.clips import ClipSampling
 from cogvideo.data.loader import ClipSample, ClipStream
+from cogvideo.training.objectives.task import Measured
 from cogvideo.training.parallel import mean_over_ranks
-from cogvideo.training.task import Measured
 from cogvideo.training.trainer import Trainer, part_means, part_sums
 
 ALL = "all"

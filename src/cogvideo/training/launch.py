@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 import torch
 
 import cogvideo
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, InputError, require
-from cogvideo.costs import training
 from cogvideo.data.clips import ClipSampling, FrameRates, Mode
 from cogvideo.data.dataset import read_card
 from cogvideo.data.loader import ClipStream
-from cogvideo.devices import usable
+from cogvideo.devices import is_out_of_memory, usable
 from cogvideo.files import alone_in
-from cogvideo.machine import is_out_of_memory
+from cogvideo.planning.costs import training
 from cogvideo.text import TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.export import (
@@ -37,6 +36,7 @@ from cogvideo.training.export import (
     report_of,
 )
 from cogvideo.training.held_out import HeldOut, held_out
+from cogvideo.training.objectives.task import Objective, Task
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ParallelSettings, Ranks, any_rank, full_state, process_group
 from cogvideo.training.preview import PROMPTED, Preview
@@ -44,7 +44,6 @@ from cogvideo.training.recorder import Recorder
 from cogvideo.training.run import Job, Watching, learn
 from cogvideo.training.run_folder import TYPED, RunFolder
 from cogvideo.training.start import Choice, StageName, build, configured, continued, own, parents
-from cogvideo.training.task import Objective, Task
 from cogvideo.training.trainer import Execution, Trainer
 
 

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from cogvideo.config import require
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
-from cogvideo.training.task import Objective
+from cogvideo.training.objectives.task import Objective
 
 T = TypeVar("T")
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.format import MODULES, Component
+from cogvideo.bundle.model import CogVideo
 from cogvideo.data.loader import ClipStream
 from cogvideo.models.transformer import Base
-from cogvideo.storage import MODULES, Component
 from cogvideo.training import samples
 from cogvideo.training.export import Delivery, modules
 from cogvideo.training.parallel import any_rank, full_state

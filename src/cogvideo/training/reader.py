@@ -26,11 +26,10 @@ from torch import Tensor
 
 from cogvideo import world
 from cogvideo.config import require
-from cogvideo.devices import usable
+from cogvideo.devices import slowness, usable
 from cogvideo.evaluation.attributes import READER_LEARNS, READER_TEST, accuracies, unseen_scenes
 from cogvideo.evaluation.reader import ATTRIBUTES, BATCH, SIZE, Reader, ReaderConfig, labels, render, to_input
 from cogvideo.files import alone_in
-from cogvideo.machine import slowness
 from cogvideo.training.autoencoder import generator
 from cogvideo.training.loop import ProgressLine, Window, interrupts
 from cogvideo.training.optim import groups_by_decay, has_fused, trained

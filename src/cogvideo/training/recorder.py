@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import re
 import secrets
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from cogvideo.config import InputError
@@ -27,11 +24,6 @@ from cogvideo.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import rich.console
-
-MEASURED_SECONDS = 0.3
-"""That measuring the matrix rate takes, about."""
-SMALLEST_SIDE, LARGEST_SIDE, LEAST_SECONDS = 256, 8192, 0.01
-"""Matrices grow until one product takes this long, but not beyond the largest side."""
 
 
 class Recorder:
@@ -226,45 +218,6 @@ class _Wandb:
 
 def _lacking(package: str, extra: str) -> str:
     return f"the package {package} is missing: pip install 'cogvideo[{extra}]', or leave --{package} out"
-
-
-@lru_cache(maxsize=8)
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: what utilisation is a share of.
-
-    Square matrices of random numbers grow until one product takes 10 ms (or they have 8,192 rows); the best of the
-    products of a third of a second counts. Measured once for each device and type, with the threads and the precision
-    of float32 products (TF32) that are set then.
-
-    Args:
-        device: of the training.
-        dtype: of its matrix products.
-    """
-    side = SMALLEST_SIDE
-    while side < LARGEST_SIDE and _product_seconds(side, device, dtype) < LEAST_SECONDS:
-        side *= 2
-    return 2 * side**3 / _product_seconds(side, device, dtype, time.monotonic() + MEASURED_SECONDS)
-
-
-@torch.no_grad()
-def _product_seconds(side: int, device: torch.device, dtype: torch.dtype, end: float = 0.0) -> float:
-    """Of the fastest product of two such matrices, the first one not counted; at least one, and more until `end`."""
-    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay where they are
-    left, right = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
-    out = torch.mm(left, right)
-    times: list[float] = []
-    while not times or time.monotonic() < end:
-        _wait(device)
-        begin = time.perf_counter()
-        torch.mm(left, right, out=out)
-        _wait(device)
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def flops_a_position(model: nn.Module) -> float:

@@ -17,12 +17,12 @@ import torch
 
 from cogvideo.config import require
 from cogvideo.data.loader import ClipStream, Loader
-from cogvideo.machine import slowness
+from cogvideo.devices import matrix_rate, peak_bytes, slowness
 from cogvideo.training.checkpoints import Checkpoints, DamagedError, restore, training_state
 from cogvideo.training.held_out import HeldOut, measure
 from cogvideo.training.loop import interrupts
 from cogvideo.training.parallel import any_rank, largest
-from cogvideo.training.recorder import Recorder, flops_a_position, matrix_rate
+from cogvideo.training.recorder import Recorder, flops_a_position
 from cogvideo.training.trainer import Execution, Trainer, check_finite
 
 
@@ -281,12 +281,3 @@ def _sample(job: Job, done: int, recorder: Recorder) -> None:
     sheet = job.draw(done)
     if sheet is not None:
         recorder.picture(done, sheet)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Most memory so far: of the GPU's tensors, or all of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every system that trains on a GPU
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from cogvideo.config import InputError, require
+from cogvideo.devices import is_out_of_memory
 from cogvideo.files import replacing, write_text
-from cogvideo.machine import is_out_of_memory
 
 if TYPE_CHECKING:
     import rich.console

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor, nn
 
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.model import CogVideo
 from cogvideo.config import require
 from cogvideo.data.loader import ClipSample, hash_numbers
 from cogvideo.generation.decode import Passes, decode
@@ -27,12 +27,12 @@ from cogvideo.generation.hierarchy import Guidance, Settings
 from cogvideo.generation.sampling import GumbelNoise
 from cogvideo.generation.upscale import slot_noise, superres_sampling, upscale
 from cogvideo.layout import SequenceLayout
+from cogvideo.media.video import write_video
 from cogvideo.models.autoencoder import to_pixels
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.text import PaddedText, fit, pad_left
 from cogvideo.training.start import StageName
-from cogvideo.video import write_video
 
 PLAIN = Settings(guidance=Guidance(1.0, 1.0, 1.0, text_bonus=0.0), passes=Passes(parallel_frames=True))
 """The distribution that is learnt, without guidance: a young model's unconditional text says nothing yet."""
@@ -173,7 +173,7 @@ def write_samples(folder: Path, step: int, rows: Sequence[Row]) -> Written:
     Raises:
         OSError: they cannot be written.
     """
-    from cogvideo.pictures import contact_sheet, write_image  # only files need Pillow
+    from cogvideo.media.images import contact_sheet, write_image  # only files need Pillow
 
     folder.mkdir(parents=True, exist_ok=True)
     sheet = sheet_of(folder, step)

@@ -8,12 +8,12 @@ from typing import Literal
 from cogvideo.config import CogVideoConfig
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.text import TextTokenizer
-from cogvideo.training.image import ImageMixture, ImageTask
 from cogvideo.training.launch import Options, Plan, train
+from cogvideo.training.objectives.image import ImageMixture, ImageTask
+from cogvideo.training.objectives.superres import SuperresTask
+from cogvideo.training.objectives.task import Task
+from cogvideo.training.objectives.video import VideoTask
 from cogvideo.training.start import BaseChoice, Choice
-from cogvideo.training.superres import SuperresTask
-from cogvideo.training.task import Task
-from cogvideo.training.video import VideoTask
 
 DURATIONS = (4.0, 2.0, 1.0, 0.5)
 """Seconds from the first to the last of five frames, at 1, 2, 4 and 8 a second."""

@@ -19,11 +19,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from cogvideo.bundle import CogVideo
+from cogvideo.bundle.format import MODULES
+from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, StageConfig, require
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler, inherit_upscaler
-from cogvideo.storage import MODULES
 
 StageName = Literal["image", "sequential", "interpolation", "superres"]
 STAGES: tuple[StageName, ...] = get_args(StageName)

@@ -17,11 +17,11 @@ from typing import Literal, NamedTuple
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from cogvideo import bundle
+from cogvideo.bundle.format import MANIFEST, Manifest
+from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, TransformerConfig, preset, require
 from cogvideo.data.frames import BACKGROUNDS, FrameSettings, on_background
 from cogvideo.data.sources import SourceOptions, list_source, other_splits
-from cogvideo.storage import MANIFEST, Manifest
 from cogvideo.text import LINE_BREAK_PIECE, PAD_PIECE, TextTokenizer
 
 Normalization = Literal["nfkc", "nfkc_cf", "identity"]
@@ -89,7 +89,7 @@ def train_text(
     used = spread(_on_backgrounds(captions, background_template), max_captions)
     model = train_model(used, config.transformer, normalization)
     tokenizer = TextTokenizer(model, config.text, config.transformer.num_codes)
-    bundle.update(out, config, text=tokenizer)
+    update_bundle(out, config, text=tokenizer)
     _print(out, tokenizer, len(captions), used, config)
 
 

@@ -12,25 +12,25 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from cogvideo import bundle, config
-from cogvideo.bundle import CODES_PER_CLUSTER, CogVideo
+from cogvideo import config
+from cogvideo.bundle.format import MANIFEST, MODULES, Entry, Manifest, in_half
+from cogvideo.bundle.model import CODES_PER_CLUSTER, CogVideo
+from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, require
+from cogvideo.data import frame_store
+from cogvideo.data.frame_store import FrameStore, Reading, StoreSettings
 from cogvideo.data.prepare import NO_SPLIT
 from cogvideo.data.sources import SourceOptions
-from cogvideo.devices import usable
-from cogvideo.evaluation.metrics import WINDOW
+from cogvideo.devices import slowness, usable
 from cogvideo.evaluation.networks.cache import fetched
 from cogvideo.files import alone_in
-from cogvideo.machine import slowness
+from cogvideo.media.images import contact_sheet, evenly, write_image
+from cogvideo.media.metrics import WINDOW
 from cogvideo.models.adversary import PatchDiscriminator
 from cogvideo.models.perceptual import NETWORKS, Lpips, load_lpips
 from cogvideo.models.quantizer import cluster_codes
-from cogvideo.pictures import contact_sheet, evenly, write_image
-from cogvideo.storage import MANIFEST, MODULES, Entry, Manifest, in_half
-from cogvideo.training import frame_store
 from cogvideo.training.autoencoder import Quality, TokenizerSettings, Trainer, evaluate, generator, reconstruct
 from cogvideo.training.card import read_reports
-from cogvideo.training.frame_store import FrameStore, Reading, StoreSettings
 from cogvideo.training.loop import ProgressLine, Window, interrupts
 from cogvideo.training.run_folder import TYPED, Checkpoint, RunFolder
 
@@ -325,7 +325,7 @@ def _deliver(trainer: Trainer, store: FrameStore, folder: RunFolder, out: Path, 
     rows = autoencoder.state_dict()["codebook.embedding"].float()
     num_clusters = max(1, len(rows) // CODES_PER_CLUSTER)
     labels = cluster_codes(rows, num_clusters, generator(trainer.seed, "clusters"))
-    bundle.update(out, whole, image_tokenizer=autoencoder, cluster_labels=labels)
+    update_bundle(out, whole, image_tokenizer=autoencoder, cluster_labels=labels)
     folder.finish(
         {
             "steps": trainer.settings.steps,

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cogvideo.config import InputError, require
+from cogvideo.training.objectives.task import Measured, Objective
 from cogvideo.training.optim import Average, Optimization, make_optimizers, trained
 from cogvideo.training.parallel import (
     ParallelSettings,
@@ -29,7 +30,6 @@ from cogvideo.training.parallel import (
     local,
     mean_over_ranks,
 )
-from cogvideo.training.task import Measured, Objective
 
 MOST_WORKERS = 4
 """Of a rank, unless more are asked for."""

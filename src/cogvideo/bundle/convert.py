@@ -1,0 +1,356 @@
+"""Released checkpoints to a bundle, through one table of names that is strict both ways.
+
+Every released tensor is used, or dropped by name, and every one of ours is filled. Checkpoints are memory-mapped, one
+file at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from tyro.conf import Suppress
+
+from cogvideo.bundle.format import BundleWriter, check_tensors, few, read_tensor, writing
+from cogvideo.config import AutoencoderConfig, CogVideoConfig, InputError, TransformerConfig, preset, require
+from cogvideo.models.autoencoder import Autoencoder
+
+COMPARED_AT_ONCE = 1 << 18
+"""Elements of two tensors that are compared at once, in float64: 2 MiB each."""
+
+
+class Conversion(NamedTuple):
+    """What `convert` has made."""
+
+    components: tuple[str, ...]
+    """Components of the bundle."""
+    differing: dict[str, dict[str, float]]
+    """Stages with a base of their own: largest difference from the shared base of every tensor that differs."""
+
+    def summary(self) -> str:
+        """What was stored and why, for people."""
+        lines = [f"components: {', '.join(self.components)}"]
+        for stage, tensors in self.differing.items():
+            lines.append(f"{stage} keeps a base of its own: {len(tensors)} tensors differ from the shared one")
+            lines += [f"  {name}: by at most {largest:.3g}" for name, largest in tensors.items()]
+        return "\n".join(lines)
+
+
+def convert(
+    out: Path,
+    /,
+    *,
+    stage1: Path | None = None,
+    stage2: Path | None = None,
+    dsr: Path | None = None,
+    ice: Path | None = None,
+    clusters: Path | None = None,
+    config: Suppress[CogVideoConfig | None] = None,
+) -> Conversion:
+    """Convert the released checkpoints, or some of them, to a bundle, and print what was stored.
+
+    The frozen bases are compared; where they are equal, one is stored. Host memory stays below the largest file plus
+    its largest tensor.
+
+    Args:
+        out: folder of the bundle; one that is there is replaced when the new one is complete.
+        stage1: folder of the sequential stage (`cogvideo-stage1`).
+        stage2: folder of the interpolation stage (`cogvideo-stage2`).
+        dsr: folder of super-resolution (`cogview2-dsr`).
+        ice: folder of the tokenizers, with `ice_text.model` and `ice_image.pt`.
+        clusters: file with the cluster of each image code (`cluster_label2.npy`).
+        config: sizes; those of the checkpoints, and of the preset `cogvideo` what they do not tell, unless given.
+
+    Raises:
+        ValueError: no folder is given, or a file is missing or not of the released format.
+        OSError: the bundle cannot be written.
+    """
+    folders = {"sequential": stage1, "interpolation": stage2, "superres": dsr}
+    stages = [Checkpoint.find(component, folder) for component, folder in folders.items() if folder is not None]
+    require(bool(stages) or ice is not None, "nothing to convert, expected at least one of stage1, stage2, dsr, ice")
+    config = _derive(stages) if config is None else config
+    for stage in stages:
+        stage.check(config)
+    with writing(out, config) as writer:
+        if clusters is not None:
+            writer.add("cluster_labels", {"labels": _read_labels(clusters)}, clusters)
+        if ice is not None:
+            _add_tokenizers(writer, ice)
+        differing = {stage.component: _add_stage(writer, stage) for stage in stages}
+    conversion = Conversion(writer.components, {stage: tensors for stage, tensors in differing.items() if tensors})
+    print(conversion.summary())
+    return conversion
+
+
+class Stage(NamedTuple):
+    """Memory-mapped tensors by our names."""
+
+    base: dict[str, Tensor]
+    added: dict[str, Tensor]
+    """The temporal channel, or that of super-resolution."""
+
+
+class Checkpoint(NamedTuple):
+    """A released folder: `model_config.json`, `latest` and `<iteration>/mp_rank_00_model_states.pt`."""
+
+    component: str
+    """What its added tensors are to us."""
+    file: Path
+    """The tensors."""
+    settings: dict[str, Any]
+    """`model_config.json`."""
+
+    @classmethod
+    def find(cls, component: str, folder: Path) -> Checkpoint:
+        """The checkpoint in a folder.
+
+        Raises:
+            ValueError: a file is missing or unreadable, or the model is split in several.
+        """
+        settings = _read_settings(folder / "model_config.json")
+        iteration = folder / _read(folder / "latest").decode(errors="replace").strip()
+        files = sorted(iteration.glob("mp_rank_*_model_states.pt"))
+        require(bool(files), f"there is no file {iteration / 'mp_rank_00_model_states.pt'}")
+        require(
+            len(files) == 1,
+            f"{iteration} holds a model split in {len(files)} files, expected {files[0].name} alone: merge them first, "
+            "with the tool that split them (SwissArmyTransformer)",
+        )
+        return cls(component, files[0], settings)
+
+    def sizes(self) -> TransformerConfig:
+        """Sizes from tensors and settings; tokens are those of the preset `cogvideo`.
+
+        Raises:
+            ValueError: an embedding is missing, or the sizes cannot be.
+        """
+        tensors = _read_module(self.file)
+        names = [f"transformer.{kind}_embeddings.weight" for kind in ("word", "position")]
+        missing = [name for name in names if name not in tensors or tensors[name].ndim != 2]
+        require(not missing, f"{self.file} has no matrix {few(missing)}")
+        (vocab_size, hidden), (num_positions, _) = (tensors[name].shape for name in names)
+        layers = {match[1] for name in tensors if (match := re.match(r"transformer\.layers\.(\d+)\.", name))}
+        sizes = {"num_layers": len(layers), "hidden": hidden, "num_heads": self.settings["num_attention_heads"]}
+        try:
+            return replace(preset("cogvideo").transformer, vocab_size=vocab_size, num_positions=num_positions, **sizes)
+        except InputError as error:
+            raise InputError(f"{self.file} is no released checkpoint: {error}") from error
+
+    def check(self, config: CogVideoConfig) -> None:
+        """Refuse a checkpoint of other sizes.
+
+        Raises:
+            ValueError: its settings or tensors are not those of the configuration.
+        """
+        for key, ours in _SETTINGS.items():
+            got, expected = self.settings.get(key), getattr(config.transformer, ours)
+            where = self.file.parent.parent / "model_config.json"
+            require(got is None or got == expected, f"{key} is {got} in {where}, expected {expected}")
+        stage = self.load(config.transformer.num_layers)
+        check_tensors("base", stage.base, config, self.file)
+        check_tensors(self.component, stage.added, config, self.file)
+
+    def load(self, num_layers: int) -> Stage:
+        """All tensors that we use.
+
+        Raises:
+            ValueError: one is missing, or one is neither used nor dropped by name.
+        """
+        base, added = released_base_names(num_layers), released_channel_names(num_layers)
+        dropped = {name for name, ours in added.items() if ours.endswith(".gate") and self.component == "superres"}
+        added = {name: ours for name, ours in added.items() if name not in dropped}
+        tensors = _read_module(self.file)
+        _require_names(self.file, set(tensors), base.keys() | added.keys(), dropped)
+        return Stage(_rename(tensors, base), _rename(tensors, added))
+
+
+def _derive(stages: list[Checkpoint]) -> CogVideoConfig:
+    """Sizes that all checkpoints share, in the preset `cogvideo`."""
+    released = preset("cogvideo")
+    sizes = {stage.file: stage.sizes() for stage in stages}
+    different = [f"{file} is {size}" for file, size in sizes.items()] if len(set(sizes.values())) > 1 else []
+    require(not different, f"checkpoints of one model expected, got different ones: {'; '.join(different)}")
+    return replace(released, transformer=next(iter(sizes.values()), released.transformer))
+
+
+def _add_stage(writer: BundleWriter, stage: Checkpoint) -> dict[str, float]:
+    """Write what the stage adds, and its base unless that is stored already; give the tensors in which bases differ."""
+    base, added = stage.load(writer.config.transformer.num_layers)
+    writer.add(stage.component, added, stage.file)
+    if "base" not in writer.components:
+        writer.add("base", base, stage.file)
+        return {}
+    differences = {name: _largest_difference(read_tensor(writer.path("base"), name), base[name]) for name in base}
+    differing = {name: largest for name, largest in differences.items() if largest != 0}
+    if differing:
+        writer.add(f"{stage.component}_base", base, stage.file)
+    return differing
+
+
+def _largest_difference(first: Shaped[Tensor, "..."], second: Shaped[Tensor, "..."]) -> float:
+    """Not a number where either holds one, so that nothing broken passes for equal."""
+    pieces = (torch.split(tensor.flatten(), COMPARED_AT_ONCE) for tensor in (first, second))
+    return float(torch.stack([(a.double() - b.double()).abs().max() for a, b in zip(*pieces, strict=True)]).max())
+
+
+def _add_tokenizers(writer: BundleWriter, folder: Path) -> None:
+    file, names = folder / "ice_image.pt", released_autoencoder_names(writer.config.autoencoder)
+    tensors = _read_module(file)
+    _require_names(file, set(tensors), set(names), _RUNNING_AVERAGES)
+    writer.add_text(_read(folder / "ice_text.model"), folder / "ice_text.model")
+    writer.add("image_tokenizer", _rename(tensors, names), file)
+
+
+def _read_labels(file: Path) -> Shaped[Tensor, "..."]:
+    try:
+        labels = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"cannot read {file}: {_reason(error)}") from error
+    require(isinstance(labels, np.ndarray) and labels.dtype.kind in "iu", f"{file} is no array of whole numbers")
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def _read_module(file: Path) -> dict[str, Tensor]:
+    """The released tensors of a file, memory-mapped; no code in it is run."""
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"cannot read {file}: it holds more than tensors and numbers, which may be code") from error
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot read {file}: {_reason(error)}") from error
+    module = content.get("module") if isinstance(content, dict) else None
+    if not isinstance(module, dict):
+        raise InputError(f"{file} has no table 'module', expected a released checkpoint")
+    others = [str(name) for name, value in module.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    require(not others, f"{file} holds what is no tensor: {few(others)}")
+    return dict(module)
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    content = _read(file)
+    try:
+        settings = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"cannot use {file}: {error}") from error
+    heads = settings.get("num_attention_heads") if isinstance(settings, dict) else None
+    require(type(heads) is int, f"num_attention_heads is {heads!r} in {file}, expected a number")
+    return settings
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
+
+
+def _require_names(file: Path, got: set[str], used: set[str], dropped: set[str]) -> None:
+    missing, unknown = used - got, got - used - dropped
+    require(
+        not missing and not unknown,
+        f"{file} has other tensors than the released model: missing {few(missing)}; unknown {few(unknown)}",
+    )
+
+
+def _rename(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    return {ours: tensors[released] for released, ours in names.items()}
+
+
+_AUTOENCODER_WORDS = (
+    (r"^encoder\.levels\.", "enc.down."),
+    (r"^encoder\.", "enc."),
+    (r"^decoders\.", "decs."),
+    (r"^downsamplers\.(\d+)\.", r"down_samplers.\1.conv_down_sampler.conv."),
+    (r"^project\.", "quantize.proj."),
+    (r"^codebook\.embedding$", "quantize.embed.weight"),
+    (r"\.middle\.before\.", ".mid.block_1."),
+    (r"\.middle\.attention\.", ".mid.attn_1."),
+    (r"\.middle\.after\.", ".mid.block_2."),
+    (r"\.blocks\.", ".block."),
+    (r"\.shortcut\.", ".nin_shortcut."),
+    (r"\.attentions\.", ".attn."),
+    (r"\.output\.", ".proj_out."),
+    (r"\.(downsample|upsample)\.", r".\1.conv."),
+)
+"""Pattern of our name -> released words, applied in this order; `_released_level` does the decoders' levels."""
+
+
+def released_autoencoder_names(config: AutoencoderConfig) -> dict[str, str]:
+    """Released tensor name (`ice_image.pt`) -> our parameter name, for every parameter of `Autoencoder(config)`.
+
+    Not named are two tensors that we do not keep, the codebook's running averages `quantize.cluster_size` and
+    `quantize.embed_avg`. Shapes are equal.
+    """
+    with torch.device("meta"):
+        ours = list(Autoencoder(config).state_dict())
+    return {_released_autoencoder_name(name, config): name for name in ours}
+
+
+def _released_autoencoder_name(name: str, config: AutoencoderConfig) -> str:
+    name = re.sub(r"^decoders\.(\d+)\.levels\.(\d+)\.", lambda match: _released_level(match, config), name)
+    for pattern, replacement in _AUTOENCODER_WORDS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _released_level(match: re.Match[str], config: AutoencoderConfig) -> str:
+    """Our decoders' levels run from the coarsest, the released ones count from the finest."""
+    decoder, level = int(match[1]), int(match[2])
+    finest = len(config.decoder_multipliers[decoder]) - 1
+    return f"decs.{decoder}.up.{finest - level}."
+
+
+_BASE_NAMES = {
+    "word_embeddings": "words",
+    "position_embeddings": "positions",
+    "final_layernorm": "norm",
+}
+_BLOCK_NAMES = {
+    "input_layernorm": "norm1",
+    "post_attention_layernorm": "norm2",
+    "third_layernorm": "norm3",
+    "fourth_layernorm": "norm4",
+    "attention.query_key_value": "qkv",
+    "attention.dense": "out",
+    "mlp.dense_h_to_4h": "mlp_in",
+    "mlp.dense_4h_to_h": "mlp_out",
+}
+_RUNNING_AVERAGES = {"quantize.cluster_size", "quantize.embed_avg"}
+"""Of the codebook, for its training alone: dropped."""
+_SETTINGS = {"num_layers": "num_layers", "hidden_size": "hidden", "num_attention_heads": "num_heads"}
+"""What we read of `model_config.json` -> our field."""
+_CHANNEL_NAMES = {"query_key_value": "qkv", "dense": "out"}
+
+
+def released_base_names(num_layers: int) -> dict[str, str]:
+    """Released tensor name -> our parameter name of `Base`, for every parameter."""
+    names = {f"transformer.{released}.weight": f"{ours}.weight" for released, ours in _BASE_NAMES.items()}
+    names["transformer.final_layernorm.bias"] = "norm.bias"
+    for layer in range(num_layers):
+        for released, ours in _BLOCK_NAMES.items():
+            for kind in ("weight", "bias"):
+                names[f"transformer.layers.{layer}.{released}.{kind}"] = f"blocks.{layer}.{ours}.{kind}"
+    return names
+
+
+def released_channel_names(num_layers: int) -> dict[str, str]:
+    """Released tensor name -> our parameter name of `TemporalChannel`; super-resolution's has no gate."""
+    names = {"mixins.extra_position_embedding.position_embeddings.weight": "positions.weight"}
+    for layer in range(num_layers):
+        names[f"mixins.attention_plus.attn_distribution.{layer}"] = f"blocks.{layer}.gate"
+        for released, ours in _CHANNEL_NAMES.items():
+            for kind in ("weight", "bias"):
+                names[f"mixins.attention_plus.{released}.{layer}.{kind}"] = f"blocks.{layer}.{ours}.{kind}"
+    return names

@@ -1,0 +1,366 @@
+"""A model in memory, or on disk: the components of a bundle, each loaded when it is first used."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from jaxtyping import Int64
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cogvideo.bundle.format import (
+    COMPONENTS,
+    MANIFEST,
+    MODULES,
+    BundleWriter,
+    Component,
+    Manifest,
+    check_tensors,
+    read_tensor,
+    text_tokenizer,
+    writing,
+)
+from cogvideo.config import CogVideoConfig, InputError, require
+from cogvideo.devices import usable
+from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.models.quantizer import cluster_codes
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer
+from cogvideo.models.upscaler import UpscaleChannel, Upscaler
+from cogvideo.text import TextTokenizer
+
+T = TypeVar("T")
+
+CODES_PER_CLUSTER = 40
+"""Of clusters that are made here: the released tokenizer has 500 of its 20,000 codes."""
+
+POCKET = "pocket"
+"""Name of the model that comes with the package."""
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What weights can be loaded as."""
+
+
+class CogVideo:
+    """A whole system or a part of one: what it has is in `components`, and the rest is refused when it is asked for.
+
+    Everything that is loaded has `requires_grad` False: training turns on what it trains.
+
+    Args:
+        config: sizes of all components.
+        components: by their names in `COMPONENTS`: `Base`, `TemporalChannel`s (sequential and interpolation),
+            `UpscaleChannel` (superres), `Autoencoder` (image_tokenizer), int64 labels, `TextTokenizer`.
+
+    Raises:
+        ValueError: there is no component of such a name.
+    """
+
+    def __init__(self, config: CogVideoConfig, **components: Component) -> None:
+        _check_names(components)
+        self.config = config
+        self._parts = components
+        self._source: _Source | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | PathLike[str],
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        verify: bool = True,
+    ) -> CogVideo:
+        """The model in a folder, or else on the Hugging Face Hub; each component is loaded when it is first used.
+
+        On the CPU and in the stored dtype, weights stay memory-mapped. Else they are copied one tensor at a time: host
+        memory peaks at what is loaded plus one tensor.
+
+        Args:
+            name: folder of a bundle, id of one on the Hub (`owner/name`), or `pocket` for the one in the package.
+            dtype: of all weights; as stored unless given.
+            device: where tensors go.
+            verify: whether to compare the sha256 of a component's file before it is used.
+
+        Raises:
+            ValueError: there is no such bundle, it is incomplete or of a newer format, or dtype or device cannot be
+                used. What is wrong inside a component is refused when it is loaded.
+        """
+        folder = locate(name)
+        manifest = Manifest.complete(folder)
+        require(dtype is None or dtype in DTYPES, f"dtype is {dtype!r}, expected one of {DTYPES}")
+        model = cls(manifest.config)
+        model._source = _Source(folder, manifest, dtype, usable(device), verify)
+        return model
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write a bundle; one that is already in `folder` is replaced in one step, when the new one is complete.
+        Processes that write into one folder take turns.
+
+        Components that were not loaded, and keep their dtype, are copied as files.
+
+        Raises:
+            ValueError: `folder` is no folder, or a component does not fit the configuration.
+            OSError: it cannot be written.
+        """
+        with writing(Path(folder), self.config) as writer:
+            self._write(writer)
+
+    def _write(self, writer: BundleWriter) -> None:
+        for component in self.components:
+            self._save(component, writer)
+
+    def _save(self, component: str, writer: BundleWriter) -> None:
+        if component not in self._parts and self._source is not None and self._source.dtype is None:
+            writer.copy(component, self._source.folder, self._source.manifest.components[component])
+            return
+        part = self.component(component)
+        if isinstance(part, TextTokenizer):
+            require(part.config == self.config.text, f"text has {part.config}, expected {self.config.text}")
+            writer.add_text(part.model)
+        else:
+            writer.add(component, {"labels": part} if isinstance(part, Tensor) else part.state_dict())
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the components that this model has, loaded or not, in the order of `COMPONENTS`."""
+        stored = self._source.manifest.components if self._source is not None else {}
+        return tuple(each for each in COMPONENTS if each in self._parts or each in stored)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it was loaded from; None if it was not."""
+        return None if self._source is None else self._source.folder
+
+    def sha256(self, component: str) -> str | None:
+        """Hash of a component's file; None where it has none."""
+        entries = {} if self._source is None else self._source.manifest.components
+        return entries[component].sha256 if component in entries else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all components' files."""
+        entries = {} if self._source is None else self._source.manifest.components
+        return sum(entry.num_bytes for entry in entries.values())
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Hash of all components' files; None where they come from no bundle."""
+        if self._source is None:
+            return None
+        entries = self._source.manifest.components
+        listed = "".join(f"{name} {entries[name].sha256}\n" for name in sorted(entries))
+        return hashlib.sha256(listed.encode()).hexdigest()
+
+    def release(self) -> None:
+        """Forget the weights that were loaded from a bundle; each is loaded again when it is next used."""
+        if self._source is not None:
+            for component in self._source.manifest.components.keys() & self._parts.keys() - {"text", "cluster_labels"}:
+                del self._parts[component]
+            for name in ("base", "image_model", "sequential", "interpolation", "upscaler", "autoencoder"):
+                self.__dict__.pop(name, None)
+
+    @cached_property
+    def base(self) -> Base:
+        """Parameters of the image model, which the stages share."""
+        return self._get("base", Base)
+
+    @cached_property
+    def image_model(self) -> Transformer:
+        """Text to the first frame."""
+        return Transformer(self.base)
+
+    @cached_property
+    def sequential(self) -> Transformer:
+        """First frame to key frames."""
+        return Transformer(self._base_of("sequential"), self._get("sequential", TemporalChannel))
+
+    @cached_property
+    def interpolation(self) -> Transformer:
+        """Frames to those between them."""
+        return Transformer(self._base_of("interpolation"), self._get("interpolation", TemporalChannel))
+
+    @cached_property
+    def upscaler(self) -> Upscaler:
+        """Codes of a frame to those of a larger one."""
+        return Upscaler(self._base_of("superres"), self._get("superres", UpscaleChannel))
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        """Frames to codes and back."""
+        return self._get("image_tokenizer", Autoencoder)
+
+    @cached_property
+    def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
+        """Cluster of each code: stored ones, else k-means of the codebook; None where there is neither."""
+        if "cluster_labels" in self.components:
+            return self._get("cluster_labels", Tensor)
+        if "image_tokenizer" not in self.components:
+            return None
+        codes = self.autoencoder.codebook.embedding.detach().float().cpu()
+        return cluster_codes(codes, max(1, len(codes) // CODES_PER_CLUSTER), torch.Generator().manual_seed(0))
+
+    @cached_property
+    def text(self) -> TextTokenizer:
+        """Captions to tokens and back."""
+        return self._get("text", TextTokenizer)
+
+    def _base_of(self, stage: str) -> Base:
+        own = f"{stage}_base"
+        return self._get(own, Base) if own in self.components else self.base
+
+    def _get(self, component: str, kind: type[T]) -> T:
+        part = self.component(component)
+        if not isinstance(part, kind):
+            raise InputError(f"{component} is a {type(part).__name__}, expected a {kind.__name__}")
+        return part
+
+    def component(self, component: str) -> Component:
+        """A component by its name, loaded if it was not yet.
+
+        Raises:
+            ValueError: this model has none of that name, or its file cannot be used.
+        """
+        if component not in self._parts:
+            self._parts[component] = self.load(component)
+        return self._parts[component]
+
+    def is_loaded(self, component: str) -> bool:
+        """Whether a component is there already, and may have been changed since."""
+        return component in self._parts
+
+    def load(self, component: str) -> Component:
+        """A component as its file has it, which this model does not keep.
+
+        Raises:
+            ValueError: this model has no file of that name, or it cannot be used.
+        """
+        entries = {} if self._source is None else self._source.manifest.components
+        where = "this model" if self._source is None else f"the bundle {self._source.folder}"
+        there = ", ".join(self.components) or "nothing"
+        require(component in entries, f"{where} has no {component}, it has: {there}")
+        assert self._source is not None
+        return self._source.load(component)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Type that weights are loaded as; None for the one that they are stored in."""
+        return None if self._source is None else self._source.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights are loaded to."""
+        return torch.device("cpu") if self._source is None else self._source.device
+
+
+def update(
+    folder: str | PathLike[str], config: CogVideoConfig, without: Collection[str] = (), **components: Component
+) -> None:
+    """Write components into the bundle in `folder`, which keeps its others; a new bundle where there is none.
+
+    Args:
+        folder: of the bundle.
+        config: that it has, or is to have.
+        without: names of others that it loses.
+        components: by their names.
+
+    Raises:
+        ValueError: there is no component of such a name, the bundle there has another configuration, a component does
+            not fit it, or a file of those that are kept is missing.
+        OSError: it cannot be written.
+    """
+    _check_names([*components, *without])
+    model = CogVideo(config, **components)
+    with writing(Path(folder), config) as writer:  # nobody else changes the bundle meanwhile
+        if (Path(folder) / MANIFEST).exists():
+            there = Manifest.read(Path(folder))
+            same = there.config == config
+            require(same, f"the bundle {folder} has another configuration than the components to be written")
+            gone = {*components, *without}
+            kept = {name: entry for name, entry in there.components.items() if name not in gone}
+            model._source = _Source(Path(folder), Manifest(config, kept), None, torch.device("cpu"), verify=True)
+        model._write(writer)
+
+
+def _check_names(components: Collection[str]) -> None:
+    unknown = sorted(set(components) - set(COMPONENTS))
+    require(not unknown, f"got the components {unknown}, expected some of {list(COMPONENTS)}")
+
+
+class _Source(NamedTuple):
+    """Where components that are not loaded yet come from, and how they are to be loaded."""
+
+    folder: Path
+    manifest: Manifest
+    dtype: torch.dtype | None
+    device: torch.device
+    verify: bool
+
+    def load(self, component: str) -> Component:
+        """The component, refused if its file is not what was saved or does not fit the configuration."""
+        entry = self.manifest.components[component]
+        try:
+            return self._load(component, self.folder / entry.file)
+        except (ValueError, FileNotFoundError) as error:
+            if entry == Manifest.read(self.folder).components.get(component):
+                raise
+            raise InputError(f"{component} of the bundle {self.folder} was replaced: load the bundle again") from error
+
+    def _load(self, component: str, path: Path) -> Component:
+        config, entry = self.manifest.config, self.manifest.components[component]
+        entry.check(path)
+        if self.verify:
+            entry.verify(path)
+        if component == "text":
+            return text_tokenizer(path.read_bytes(), config, path)
+        tensors = self._read(component, path)
+        if component == "cluster_labels":
+            return tensors["labels"]
+        with torch.device("meta"):
+            module = MODULES[component](config)
+        module.load_state_dict(tensors, assign=True)
+        return module.eval().requires_grad_(False)
+
+    def _read(self, component: str, path: Path) -> dict[str, Tensor]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise InputError(f"{path} is no safetensors file: {error}") from error
+        check_tensors(component, tensors, self.manifest.config, path)
+        return {name: self._place(path, name, tensor) for name, tensor in tensors.items()}
+
+    def _place(self, path: Path, name: str, mapped: Tensor) -> Tensor:
+        """The memory-mapped tensor itself where it can stay as it is, else a copy."""
+        dtype = self.dtype if self.dtype is not None and mapped.is_floating_point() else mapped.dtype
+        if self.device.type == "cpu" and dtype == mapped.dtype:
+            return mapped
+        return read_tensor(path, name).to(self.device, dtype)
+
+
+def locate(name: str | PathLike[str]) -> Path:
+    """The folder of a bundle: that in the package for `pocket`, `name` itself, else a download of the Hub's bundle.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name == POCKET:
+        folder = Path(__file__).parents[1] / POCKET
+        require((folder / MANIFEST).exists(), f"the model in the box is missing, {folder}: install cogvideo again")
+        return folder
+    require(str(name) != "", "the model has no name, expected a folder, the id of a bundle, or pocket")
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    hint = "pass the folder of a bundle, the id of one on the Hugging Face Hub (owner/name), or pocket"
+    require(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None, f"there is no folder {folder}: {hint}")
+    from huggingface_hub import snapshot_download  # takes a third of a second, and most bundles are folders
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model"]))
+    except Exception as error:  # what it raises depends on its version and on the HTTP library that it uses
+        raise InputError(f"there is no folder {folder}, and none came from the Hub ({error}): {hint}") from error

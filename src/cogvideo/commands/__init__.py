@@ -1,0 +1,1 @@
+"""Commands whose functions belong to no other room, and what they share."""

@@ -1,0 +1,224 @@
+"""Files of generated clips: their names, their formats, and the record of how each was made, beside it and in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, Literal
+from unicodedata import normalize
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cogvideo.config import InputError, require
+from cogvideo.files import TEMPORARY_SUFFIX, replacing_by_name, write_text
+from cogvideo.media.images import write_image
+from cogvideo.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, write_video
+from cogvideo.text import is_unicode
+
+Format = Literal["mp4", "gif", "webp", "png"]
+SUFFIXES = (".mp4", ".gif", ".webp")
+"""Of the files that hold a clip; PNG frames are a folder."""
+LONGEST_NAME, LONGEST_GIVEN = 120, 200
+"""Bytes of a file name that is made from a prompt, and of one that is given: most file systems take 255, and a file
+that is written has a longer name."""
+SIDECAR = ".json"
+FRAMES = "-frames"
+"""Behind the name of a clip: the folder of its frames, which come while it is made."""
+
+Record = dict[str, Any]
+"""How a clip was made."""
+
+
+def is_file(output: Path, clips: int) -> bool:
+    """Whether an output names the file of a single clip; else it is a folder.
+
+    Raises:
+        ValueError: it can be neither.
+    """
+    suffix = output.suffix.lower()
+    check_name(output)
+    length = len(os.fsencode(output.name))
+    require(
+        length <= LONGEST_GIVEN, f"the name {output.name:.20}... has {length} bytes, expected {LONGEST_GIVEN} at most"
+    )
+    if suffix in SUFFIXES or (suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not output.is_dir()):
+        kinds = f"expected a folder, or a file that ends in {', '.join(SUFFIXES)}"
+        require(suffix in SUFFIXES, f"cannot write {output}: {kinds}")
+        require(not output.is_dir(), f"{output} is a folder, expected a file, or a folder without {suffix}")
+        require(clips == 1, f"output is the file {output} for {clips} clips, expected a folder")
+        _check_sidecar(output)
+        return True
+    require(output.is_dir() or not output.exists(), f"{output} is a file, expected a folder or a name with .mp4")
+    return False
+
+
+def _check_sidecar(output: Path) -> None:
+    """Refuse to replace a file that is not the record of the clip that is replaced."""
+    sidecar = sidecar_of(output)
+    record = read_record(sidecar) or {}
+    is_own = not sidecar.exists() or record.get("file") == output.name
+    require(is_own, f"{sidecar}, where the record of {output} belongs, holds something else: give another name")
+
+
+def check_name(path: Path) -> None:
+    """Refuse a name that a record cannot hold."""
+    require(is_unicode(str(path)), f"the name {str(path)!r} is no text in UTF-8, expected one: rename it")
+
+
+def public(path: Path) -> str:
+    """A path as records have it, which go to others with the clips: as it was given, if it is below the folder where
+    the command ran and says so; else its name alone, without the folders of this machine and its users."""
+    is_inside = not path.is_absolute() and ".." not in path.parts
+    return str(path) if is_inside else path.name
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder in which no file can be made, for whatever reason."""
+    try:
+        with NamedTemporaryFile(dir=folder, prefix=".clip-", suffix=TEMPORARY_SUFFIX):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write into {folder} ({error.strerror}), expected a folder for the clips") from error
+
+
+class Folder:
+    """An output folder: which clips are in it, and names for more.
+
+    Args:
+        path: the folder, which need not exist.
+        format: of the clips that are added.
+    """
+
+    def __init__(self, path: Path, format: Format) -> None:
+        self.path, self.format = path, format
+        self._taken = {_key(each.stem) for each in path.iterdir()} if path.is_dir() else set()
+        self._numbers: dict[str, int] = {}
+        self._used: set[str] = set()
+
+    @cached_property
+    def _records(self) -> dict[tuple[str, str], deque[tuple[str, Record]]]:
+        """Sidecars that are there, by their prompt and seed, and by their prompt alone."""
+        found: dict[tuple[str, str], deque[tuple[str, Record]]] = defaultdict(deque)
+        for path in sorted(self.path.glob(f"*{SIDECAR}")):
+            record = read_record(path) or {}
+            for seed in {record.get("seed"), None} if _is_seed(record.get("seed")) else ():
+                found[repr(record.get("prompt")), repr(seed)].append((path.stem, record))
+        return found
+
+    def take(self, alike: Record, prompt: str, seed: int | None) -> bool:
+        """Whether a finished clip of this format was made so, of this prompt and seed, and was not taken before.
+
+        Each sidecar is looked at once or twice, whatever the number of calls: `alike` is the same in all of them.
+        """
+        left = self._records.get((repr(prompt), repr(seed)), deque())
+        while left:
+            stem, record = left.popleft()
+            is_free = stem not in self._used and record.items() >= alike.items()
+            if is_free and self._is_there(record.get("file", stem)):
+                self._used.add(stem)
+                return True
+        return False
+
+    def name(self, prompt: str) -> Path:
+        """A path for a clip, made from its prompt: never out of the folder, never that of another clip, also where
+        neither case nor the way accents are written count."""
+        words = (
+            re.sub(r"[^\w]+", "-", normalize("NFC", prompt)).strip("-").encode()[:LONGEST_NAME].decode(errors="ignore")
+        )
+        stem = words.strip("-") or "clip"
+        number = self._numbers.get(_key(stem), 1)
+        name = stem if number == 1 else f"{stem}-{number}"
+        while {_key(name), _key(f"{name}{FRAMES}")} & self._taken:
+            number += 1
+            name = f"{stem}-{number}"
+        self._numbers[_key(stem)] = number
+        self._taken |= {_key(name), _key(f"{name}{FRAMES}")}
+        return self.path / (name if self.format == "png" else f"{name}.{self.format}")
+
+    def settled(self, path: Path) -> Path:
+        """The path of a clip that is to be written now, or another one where somebody took it meanwhile."""
+        if not path.exists() and not sidecar_of(path).exists():
+            return path
+        self._taken |= {_key(each.stem) for each in self.path.iterdir()}
+        return self.name(sidecar_of(path).stem)
+
+    def _is_there(self, name: Any) -> bool:
+        path = self.path / str(name)
+        if self.format == "png":
+            return path.is_dir() and any(path.iterdir())
+        return path.suffix.lower() == f".{self.format}" and path.is_file() and path.stat().st_size > 0
+
+
+def _key(name: str) -> str:
+    """Form that is the same in names that file systems take for one."""
+    return normalize("NFC", name).casefold()
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def read_record(path: Path) -> Record | None:
+    """The record in a sidecar; None where the file holds something else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def sidecar_of(path: Path) -> Path:
+    """Where the record of a clip stands."""
+    return path.with_name(f"{path.stem if path.suffix.lower() in SUFFIXES else path.name}{SIDECAR}")
+
+
+def make_frames_folder(path: Path) -> Path:
+    """Make a folder for frames of a clip while it is made, beside the clip. One that is there may be somebody's."""
+    for number in count(1):
+        folder = path.with_name(f"{path.stem}{FRAMES}{f'-{number}' if number > 1 else ''}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
+
+
+def write_clip(
+    path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, record: Mapping[str, Any]
+) -> None:
+    """Write a clip, then its record: whatever interrupts it, no record stands beside a clip that was made otherwise,
+    and a clip that is to be replaced goes, with its record, when the new one is whole.
+
+    Args:
+        path: a file by its suffix, or a folder for PNG frames.
+        frames: red, green and blue.
+        fps: frames a second.
+        record: how it was made; also stored in the file as a comment.
+
+    Raises:
+        OSError: something cannot be written.
+    """
+    text = json.dumps(record, ensure_ascii=path.suffix.lower() == ".webp")  # EXIF is ASCII
+    sidecar = sidecar_of(path)
+    if path.suffix.lower() in SUFFIXES:
+        with replacing_by_name(path) as temporary:
+            write_video(temporary, frames, fps, {"comment": text})
+            sidecar.unlink(missing_ok=True)
+    else:
+        path.mkdir(exist_ok=True)
+        for place, frame in enumerate(frames):
+            write_frame(path, place, frame, text)
+    write_text(sidecar, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_frame(folder: Path, place: int, frame: UInt8[np.ndarray, "height width 3"], comment: str = "") -> None:
+    """Write a frame of a clip as PNG, named by its place."""
+    write_image(folder / f"{place:03}.png", frame, {"comment": comment} if comment else None)

@@ -1,0 +1,88 @@
+"""`cogvideo data world`: clips of the World as files, to look at or to try the data tools on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from cogvideo import world as synthetic
+from cogvideo.config import require
+from cogvideo.files import write_text
+from cogvideo.world.scenes import Scene, Split
+
+FPS = 8.0
+"""Frames a second of the files."""
+SHEET_ROWS, SHEET_COLUMNS, SHEET_SIZE = 24, 9, 96
+"""Most clips and frames of each on the contact sheet, and their side there."""
+
+
+def world(
+    *,
+    out: Path,
+    clips: int = 24,
+    start: int = 0,
+    size: int = 192,
+    split: Split | Literal["all"] = "all",
+    domain: Literal["full", "simple"] = "full",
+) -> None:
+    """Write clips of the World: mp4 files, their captions and attributes in captions.jsonl, and a contact sheet.
+
+    The World is a synthetic source of captioned clips, each drawn from its number alone. To train on it, no files are
+    needed: `cogvideo data prepare world:100000` takes its first 100,000 clips directly, `world:5000:6000` a part,
+    `world:simple:20000` clips of the simple domain.
+    `cogvideo data prepare` also takes the folder that this command writes.
+
+    Args:
+        out: the folder, which is made if it does not exist; what an earlier call wrote there is replaced.
+        clips: how many.
+        start: number of the clip to begin with.
+        size: side of a frame in pixels, an even number.
+        split: which clips: those to train on, to validate with, with attribute pairs that training never sees, or all.
+        domain: all of the World, or the simple part that a small model can learn: one large figure a scene.
+
+    Raises:
+        ValueError: a number is out of range, or `out` is a file or has other files of these names.
+    """
+    from cogvideo.media.images import contact_sheet, write_image  # only a command needs codecs
+    from cogvideo.media.video import write_video
+
+    require(clips > 0, f"clips is {clips}, expected a positive number")
+    require(start >= 0, f"start is {start}, expected 0 or more")
+    require(size >= synthetic.MIN_SIZE, f"size is {size}, expected at least {synthetic.MIN_SIZE}")
+    require(size % 2 == 0, f"size is {size}, expected an even number")
+    require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
+    table, sheet = out / "captions.jsonl", out / "contact_sheet.png"
+    is_free = _is_ours(table) if table.exists() else not sheet.exists()
+    require(is_free, f"{out} has a captions.jsonl or contact_sheet.png of something else: give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    scenes = list(itertools.islice(synthetic.scenes(split, start, domain), clips))
+    for scene in scenes:
+        write_video(out / _name(scene), synthetic.render(scene, size, FPS), FPS)
+    write_text(table, "".join(json.dumps(_row(scene)) + "\n" for scene in scenes))
+    write_image(
+        sheet,
+        contact_sheet(
+            [synthetic.render(scene, SHEET_SIZE, FPS) for scene in scenes[:SHEET_ROWS]],
+            SHEET_COLUMNS,
+            labels=[synthetic.captions(scene)[0] for scene in scenes[:SHEET_ROWS]],
+        ),
+    )
+    print(f"{clips} clips, captions.jsonl and contact_sheet.png are in {out}")
+
+
+def _is_ours(table: Path) -> bool:
+    start = b'{"file": "world-'
+    with table.open("rb") as file:
+        return file.read(len(start)) == start
+
+
+def _name(scene: Scene) -> str:
+    return f"world-{scene.index:06}.mp4"
+
+
+def _row(scene: Scene) -> dict[str, Any]:
+    """A row of the table that `cogvideo data prepare` reads."""
+    row = {"file": _name(scene), "caption": list(synthetic.captions(scene)), "split": synthetic.split(scene)}
+    return row | synthetic.attributes(scene)

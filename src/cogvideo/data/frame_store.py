@@ -1,0 +1,294 @@
+"""Frames that the image tokenizer learns from: drawn evenly from the clips of any source, in one file on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from cogvideo.config import InputError, require
+from cogvideo.data.encoding import ahead
+from cogvideo.data.frames import FrameSettings, read_item
+from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source, other_splits
+from cogvideo.files import replacing, write_text
+from cogvideo.media.video import VideoError
+
+FILES = ("train.rgb", "held_out.rgb")
+"""Pixels, frame after frame, of what is learnt from and of what is only looked at."""
+HELD_OUT_SHARE = 0.05
+"""Of the clips, where no clip is of another split than `train`."""
+MANIFEST = "frames.json"
+"""Written last: without it the files are not whole."""
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """Which frames are taken from the sources."""
+
+    num_frames: int = 20_000
+    """Frames to learn from, shared evenly by the sources and their clips; fewer where the clips have no more."""
+    num_held_out: int = 512
+    """Frames to look at, from clips that nothing is learnt from."""
+    frames_per_clip: int = 8
+    """Frames taken from a clip at least, spread over it: so many clips need not be read."""
+    zoom: int = 1
+    """Every second clip is read at so many times the size, and a square of each frame is kept: what a tokenizer sees
+    that codes the frames of super-resolution too."""
+    clips: FrameSettings = FrameSettings(min_frames=1)  # noqa: RUF009  # frozen
+    """How clips become frames; an image is a clip of one frame."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "num_held_out", "frames_per_clip", "zoom"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+
+
+class FrameStore(NamedTuple):
+    """The frames, memory-mapped, and what became of the clips."""
+
+    train: UInt8[np.ndarray, "_ size size 3"]
+    """Frames to learn from."""
+    held_out: UInt8[np.ndarray, "_ size size 3"]
+    """Frames to look at; those of `train` where every clip that was held out is unreadable, or there is but one."""
+    clips: int
+    """How many clips were read."""
+    rejected: dict[str, int]
+    """How many were refused, by reason."""
+    has_split: bool
+    """Whether the sources have another split than `train`."""
+
+
+class Reading(NamedTuple):
+    """How far the clips are read."""
+
+    clips: int
+    """Read, or refused."""
+    total: int
+    """To be read: all that there are, or as many as the frames seem to need."""
+    frames: int
+    """Taken from them."""
+
+
+OnRead = Callable[[Reading], None]
+
+
+def fetch(
+    folder: Path,
+    sources: Sequence[str],
+    options: SourceOptions,
+    settings: StoreSettings,
+    on_read: OnRead = lambda reading: None,
+    readers: int = 0,
+) -> FrameStore:
+    """The frames in `folder`, drawn from the sources unless the same call already did.
+
+    Args:
+        folder: where the files are or will be.
+        sources: as `list_source` takes them.
+        options: of `list_source`.
+        settings: which frames are taken; their size is given.
+        on_read: called behind each clip.
+        readers: threads that read clips ahead; with none, one clip is read after another.
+
+    Raises:
+        ValueError: a source is refused, no clip can be read, or the folder holds frames of another call.
+        OSError: they cannot be written.
+    """
+    key = _key(sources, options, settings)
+    if not (folder / MANIFEST).exists():
+        drawn = {"key": key} | _draw(folder, sources, options, settings, on_read, readers)
+        write_text(folder / MANIFEST, json.dumps(drawn, indent=2) + "\n")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"cannot use {folder / MANIFEST} ({error}): remove its folder and start again") from error
+    require(
+        manifest["key"] == key,
+        f"{folder} holds frames of other sources or settings: give those of the run that made them, or remove it",
+    )
+    size = settings.clips.size
+    assert size is not None
+    train, held_out = (_map(folder / name, count, size) for name, count in zip(FILES, manifest["frames"], strict=True))
+    looked_at = held_out if len(held_out) else train
+    return FrameStore(train, looked_at, manifest["clips"], manifest["rejected"], manifest.get("has_split", True))
+
+
+def remove(folder: Path) -> None:
+    """Free the disk of the frames in `folder`."""
+    for name in (MANIFEST, *FILES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _key(sources: Sequence[str], options: SourceOptions, settings: StoreSettings) -> str:
+    """Hash of all that decides the frames, apart from what the sources hold."""
+    text = json.dumps([list(sources), asdict(options), asdict(settings)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _draw(
+    folder: Path,
+    sources: Sequence[str],
+    options: SourceOptions,
+    settings: StoreSettings,
+    on_read: OnRead,
+    readers: int,
+) -> dict[str, Any]:
+    """Write the files of pixels; returns what there is to say about them."""
+    listings = [list_source(source, options) for source in sources]
+    rejected = [each for listing in listings for each in listing.rejected]
+    parts = [divide(_shuffled(listing.items, settings.clips.seed)) for listing in listings]
+    tally = _Tally(sum(len(items) for part in parts for items in part), settings, on_read)
+    counts: list[list[int]] = []
+    for name, groups, total in zip(
+        FILES, zip(*parts, strict=True), (settings.num_frames, settings.num_held_out), strict=True
+    ):
+        counts.append(_write(folder / name, _chosen(groups, total, settings, rejected, tally, readers)))
+    reasons = Counter(each.reason for each in rejected)
+    found = [f"{count} {reason}" for reason, count in reasons.items()]
+    found += filter(None, [other_splits(item for listing in listings for item in listing.items)])
+    told = f"no clip of {', '.join(sources)} can be learnt from: {', '.join(found) or 'they hold none'}"
+    require(bool(counts[0]), told)
+    return {
+        "frames": [sum(each) for each in counts],
+        "clips": sum(map(len, counts)),
+        "rejected": reasons,
+        "has_split": any(item.split not in ("train", None) for listing in listings for item in listing.items),
+    }
+
+
+class _Tally:
+    """Counts what is read."""
+
+    def __init__(self, items: int, settings: StoreSettings, on_read: OnRead) -> None:
+        self._items, self._wanted = items, settings.num_frames + settings.num_held_out
+        self._on_read = on_read
+        self._clips = self._frames = 0
+
+    def add(self, frames: int) -> None:
+        """A clip gave so many."""
+        self._clips += 1
+        self._frames += frames
+        needed = math.ceil((self._wanted - self._frames) * self._clips / max(1, self._frames))
+        self._on_read(Reading(self._clips, min(self._items, self._clips + needed), self._frames))
+
+
+def _write(path: Path, clips: Iterable[UInt8[np.ndarray, "_ size size 3"]]) -> list[int]:
+    """The frames of clips, one after another; returns how many each has."""
+    counts = []
+    with replacing(path) as file:
+        for frames in clips:
+            file.write(frames.tobytes())
+            counts.append(len(frames))
+    return counts
+
+
+def divide(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
+    """Clips to learn from, and clips to look at: those of another split than `train`.
+
+    Where there are none, the first `HELD_OUT_SHARE` of the clips is held out: one at least, but never all.
+    """
+    train = [item for item in items if item.split in ("train", None)]
+    held_out = [item for item in items if item.split not in ("train", None)]
+    if held_out:
+        return train, held_out
+    media = list(dict.fromkeys(item.media for item in train))
+    left_out = set(media[: min(len(media) - 1, max(1, round(HELD_OUT_SHARE * len(media))))])
+    return (
+        [item for item in train if item.media not in left_out],
+        [item for item in train if item.media in left_out],  # with its copies on other backgrounds
+    )
+
+
+def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[place] for place in order.tolist()]
+
+
+def _chosen(
+    groups: Sequence[Sequence[Item]],
+    total: int,
+    settings: StoreSettings,
+    rejected: list[Rejection],
+    tally: _Tally,
+    readers: int,
+) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
+    """Frames of one clip after another, `total` in all; what a source lacks is taken from those behind it."""
+    for place, items in enumerate(groups):
+        share = total // (len(groups) - place)
+        for frames in _of_source(items, share, settings, rejected, tally, readers):
+            total -= len(frames)
+            yield frames
+
+
+def _of_source(
+    items: Sequence[Item],
+    total: int,
+    settings: StoreSettings,
+    rejected: list[Rejection],
+    tally: _Tally,
+    readers: int,
+) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
+    """As many frames of each clip as it must give for `total`, or `frames_per_clip`; clips that fail are skipped."""
+    if total <= 0:
+        return
+    for (place, item), read in ahead(lambda each: _frames(*each, settings), enumerate(items), readers):
+        quota = min(total, max(settings.frames_per_clip, math.ceil(total / (len(items) - place))))
+        if isinstance(read, VideoError):
+            rejected.append(Rejection(item.id, read.reason, str(read)))
+            tally.add(0)
+            continue
+        chosen = _squares(read[_evenly(len(read), quota)], settings, place)
+        total -= len(chosen)
+        tally.add(len(chosen))
+        yield chosen
+        if total <= 0:
+            return
+
+
+def _frames(place: int, item: Item, settings: StoreSettings) -> UInt8[np.ndarray, "_ height width 3"] | VideoError:
+    """All frames of a clip, or why there are none."""
+    try:
+        return read_item(item, _zoomed(settings, place)).frames
+    except VideoError as error:
+        return error
+
+
+def _zoomed(settings: StoreSettings, place: int) -> FrameSettings:
+    size = settings.clips.size
+    assert size is not None
+    return replace(settings.clips, size=size * settings.zoom) if place % 2 else settings.clips
+
+
+def _squares(
+    frames: UInt8[np.ndarray, "_ height width 3"], settings: StoreSettings, place: int
+) -> UInt8[np.ndarray, "_ size size 3"]:
+    """A square of each frame, where it is larger than it is to be."""
+    size = settings.clips.size
+    random = np.random.default_rng((settings.clips.seed, place))
+    corners = random.integers(0, frames.shape[1] - size + 1, (len(frames), 2)).tolist()
+    return np.stack(
+        [frame[top : top + size, left : left + size] for frame, (top, left) in zip(frames, corners, strict=True)]
+    )
+
+
+def _evenly(num_frames: int, count: int) -> np.ndarray:
+    """Places of `count` frames in the middle of equal parts of a clip; all where it has no more."""
+    count = min(num_frames, count)
+    return (2 * np.arange(count) + 1) * num_frames // (2 * count)
+
+
+def _map(path: Path, count: int, size: int) -> UInt8[np.ndarray, "_ size size 3"]:
+    expected = count * size * size * 3
+    got = path.stat().st_size if path.exists() else 0
+    require(got == expected, f"{path} has {got} bytes, expected {expected}: remove its folder and start again")
+    if count == 0:  # which no memory map can hold
+        return np.empty((0, size, size, 3), np.uint8)
+    return np.memmap(path, np.uint8, "r", shape=(count, size, size, 3))

@@ -1,0 +1,1 @@
+"""Videos and images: files to pixels and back."""

@@ -1,0 +1,308 @@
+"""Videos with FFmpeg, through PyAV: decoded frame by frame, whatever the codec, and encoded as H.264."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import av
+import av.filter
+import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+from jaxtyping import UInt8
+from PIL import Image
+
+from cogvideo.media.colors import Coding, to_srgb
+from cogvideo.media.images import look
+from cogvideo.media.shots import (
+    GRACE,
+    Content,
+    Library,
+    Seen,
+    Shot,
+    Shots,
+    VideoError,
+    View,
+    fitted_size,
+    in_hundredths,
+)
+
+SEEK_FROM = 1.0
+"""Seconds from which `start` is looked up in the file's index; what lies before it is not decoded."""
+
+DAMAGED_SHARE = 0.05
+"""Share of frames that the decoder may mark as repaired before the file counts as damaged."""
+
+JOINED = ("mpegts", "mpeg", "flv")
+"""Formats of broadcasts and streams, parts of which are often joined: times may jump, and no index is to be trusted."""
+
+BACK, AHEAD = 0.5, 10.0
+"""Seconds that times may go back, and ahead in joined formats, before another recording is taken to begin."""
+
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,ivf,h264,hevc,m4v,obu"
+)
+AUDIO_FORMATS = "mp3,wav,flac,aac,aiff"
+"""FFmpeg's readers that are used; not those of playlists, which open other files and addresses, and of text."""
+
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""FFmpeg's own decoders of these leave the alpha channel out."""
+
+_TITLES: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+"""Titles in unknown encodings are no reason to refuse a file; newer versions of PyAV need not be asked."""
+
+
+class _Source(NamedTuple):
+    """The main video stream of an open file, and its decoder."""
+
+    container: InputContainer
+    stream: VideoStream
+    decoder: VideoCodecContext
+    coding: Coding
+    """Colors as the container says; what frames say of theirs counts more."""
+
+
+def decode(file: Content, start: float) -> Shots:
+    """The frames of a video, from the last key frame before `start` where the file's index allows it."""
+    with Library(FFmpegError), _container(file) as container:
+        stream = _stream(container)
+        decoder = _decoder(stream)
+        named = stream.codec_context  # until its decoder overwrites it
+        source = _Source(container, stream, decoder, Coding(named.color_primaries, named.color_trc))
+        is_joined, is_gif = container.format.name in JOINED, container.format.name == "gif"
+        frames = _continuous(_timed(source, 0.0), AHEAD if is_joined else math.inf)
+        first = next(frames, None)
+        if first is None:
+            return
+        origin, landed = first.begin, first
+        if start > SEEK_FROM and not is_joined:
+            frames = _seek(source, origin + start)
+            landed = next(frames, None) or first._replace(begin=math.inf)
+        if landed.begin <= origin + start + GRACE:
+            for shot in chain([landed], frames):
+                shot = shot._replace(begin=shot.begin - origin)
+                yield in_hundredths(shot) if is_gif else shot
+            return
+    yield from decode(file, 0.0)  # the index was wrong
+
+
+@contextmanager
+def _container(file: Content) -> Iterator[InputContainer]:
+    file.seek(0)
+    options = {"format_whitelist": f"{FORMATS},{AUDIO_FORMATS}"}
+    try:
+        container = av.open(file, "r", container_options=options, **_TITLES)
+    except FFmpegError as error:
+        raise VideoError("no readable video or picture", error.strerror or "") from error
+    with container:
+        yield container
+
+
+def _stream(container: InputContainer) -> VideoStream:
+    """The main video stream; covers and thumbnails are none."""
+    still = Disposition.attached_pic | Disposition.timed_thumbnails
+    streams = [stream for stream in container.streams.video if not stream.disposition & still]
+    if not streams:
+        raise VideoError("no video stream")
+    if any(stream.disposition & Disposition.dependent for stream in streams):
+        raise VideoError("picture in tiles", "HEIC photos of several parts are not read: convert it to JPEG or PNG")
+    best = container.streams.best("video")
+    return next((stream for stream in streams if stream is best), streams[0])
+
+
+def _decoder(stream: VideoStream) -> VideoCodecContext:
+    """A decoder of one thread: files are read by many processes at a time."""
+    decoder = getattr(stream, "codec_context", None)
+    if decoder is None:
+        raise VideoError("cannot be decoded", "its codec is unknown")
+    if stream.metadata.get("alpha_mode") == "1" and decoder.name in ALPHA_DECODERS:
+        decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
+    decoder.thread_count = 1
+    return cast(VideoCodecContext, decoder)
+
+
+def _seek(source: _Source, seconds: float) -> Shots:
+    """The frames from the last key frame before that time; infinitely late ones where timestamps are missing."""
+    try:
+        source.container.seek(int(seconds / (source.stream.time_base or 1)), stream=source.stream)
+    except FFmpegError:
+        return
+    source.decoder.flush_buffers()
+    yield from _timed(source, math.inf)
+
+
+def _continuous(shots: Shots, ahead: float) -> Shots:
+    """Times that go on where those of the file begin again, or jump by more than that."""
+    shift, end, before = 0.0, 0.0, -math.inf
+    for shot in shots:
+        if not (before == -math.inf or -BACK <= shot.begin + shift - before <= ahead):
+            shift = end - shot.begin
+        before = shot.begin + shift
+        end = before + shot.duration
+        yield shot._replace(begin=before)
+
+
+def _timed(source: _Source, begin: float) -> Shots:
+    """Frames with their timestamps; one without gets the time after the one before, the first `begin`."""
+    stream = source.stream
+    step = 1 / (stream.average_rate or stream.guessed_rate or 25)
+    see: Callable[[av.VideoFrame, View], Seen] | None = None
+    for frame in _deinterlaced(_frames(source)):
+        aspect = float(stream.sample_aspect_ratio or 1)
+        see = see or partial(_see, VideoReformatter(), source.coding, aspect, _display_matrix(frame))
+        unit = frame.time_base or stream.time_base or Fraction(0)
+        begin = begin if frame.pts is None else float(frame.pts * unit)
+        yield Shot(begin, float(frame.duration * unit if frame.duration > 0 else 0), partial(see, frame))
+        begin += float(step)
+
+
+def _frames(source: _Source) -> Generator[av.VideoFrame, None, None]:
+    """Decoded frames; a file that ends in a packet, or of which much was repaired, is damaged."""
+    num_frames = num_damaged = 0
+    for packet in source.container.demux(source.stream):
+        if packet.is_corrupt and source.container.format.name not in JOINED:
+            raise VideoError("cannot be decoded", f"bytes are missing after {num_frames} frames")
+        num_damaged += packet.is_corrupt  # in a joined file, where the next part begins
+        for frame in source.decoder.decode(packet):
+            num_frames += 1
+            num_damaged += frame.is_corrupt
+            if num_damaged > 1 + DAMAGED_SHARE * num_frames:
+                raise VideoError("cannot be decoded", f"{num_damaged} of the first {num_frames} frames are damaged")
+            yield frame
+
+
+def _deinterlaced(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
+    """Frames as they are until one is interlaced, from there on through a filter that changes only such ones."""
+    graph: av.filter.Graph | None = None
+    for frame in frames:
+        if graph is None and frame.interlaced_frame:
+            graph = _deinterlacer(frame)
+        if graph is None:
+            yield frame
+        else:
+            graph.push(frame)
+            yield from _pulled(graph)
+    if graph is not None:
+        graph.push(None)
+        yield from _pulled(graph)
+
+
+def _deinterlacer(frame: av.VideoFrame) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    graph.threads = 1
+    size: dict[str, Any] = {"width": frame.width, "height": frame.height}
+    source = graph.add_buffer(**size, format=frame.format, time_base=frame.time_base)
+    graph.link_nodes(source, graph.add("bwdif", mode="send_frame", deint="interlaced"), graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def _pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
+    """Frames that have come out of the filter so far."""
+    while True:
+        try:
+            yield cast(av.VideoFrame, graph.pull())
+        except (BlockingIOError, EOFError):
+            return
+
+
+def _display_matrix(frame: av.VideoFrame) -> list[int]:
+    """Where a step to the right and a step down lead (x, y, _, x, y), which is how telephones say they were turned."""
+    # a frame that is asked for its side data refers to itself, and stays in memory for long: a tiny copy is asked
+    copy = frame.reformat(width=2, height=2, format="gray", interpolation=Interpolation.POINT, threads=1)
+    try:
+        matrix = copy.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # side data of a type that PyAV does not know, such as EXIF: mirrors stay unseen
+        turn = math.radians(-frame.rotation)
+        return [round(2**16 * each) for each in (math.cos(turn), -math.sin(turn), 0, math.sin(turn), math.cos(turn))]
+    return [1, 0, 0, 0, 1] if matrix is None else np.frombuffer(cast(memoryview, matrix), np.int32)[:5].tolist()
+
+
+def _see(
+    scaler: VideoReformatter, coding: Coding, aspect: float, matrix: list[int], frame: av.VideoFrame, view: View
+) -> Seen:
+    """An upright frame through a view; `aspect` is the width of a stored pixel over its height."""
+    with Library(FFmpegError):
+        image, aspect = _image(scaler, coding, aspect, frame, view)
+    across, turned_down, _, turned_across, down = matrix
+    if turns := abs(turned_down) > abs(across):
+        image, across, down = image.transpose(Image.Transpose.TRANSPOSE), turned_across, turned_down
+    if across < 0:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if down < 0:
+        image = image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return look(image, view, 1 / aspect if turns else aspect)
+
+
+def _image(
+    scaler: VideoReformatter, coding: Coding, aspect: float, frame: av.VideoFrame, view: View
+) -> tuple[Image.Image, float]:
+    """Full-range colours of a frame, and the width of a pixel over its height."""
+    layout = frame.format
+    if frame.colorspace in _UNKNOWN_SPACES:
+        raise VideoError("unknown colors", f"its color matrix is {frame.colorspace} of H.273, as in Dolby Vision")
+    opaque = not (layout.has_palette or any(part.is_alpha for part in layout.components))
+    coding = Coding(frame.color_primaries, frame.color_trc).or_else(coding)
+    stored = frame.width, frame.height
+    size = _reduced(stored, aspect, view) if opaque else stored
+    unnamed = frame.colorspace == 2 and not layout.is_rgb
+    converted = scaler.reformat(
+        frame,
+        *size,
+        format="rgba64le" if coding.is_foreign else "rgba",
+        src_colorspace=Colorspace.ITU709 if unnamed and min(stored) >= 720 else None,  # by custom
+        interpolation=_BICUBIC,
+        threads=1,
+    )
+    pixels: np.ndarray = converted.to_ndarray()
+    mode = "RGBX" if opaque else "RGBA"
+    if coding.is_foreign:
+        pixels = np.dstack([to_srgb(pixels[..., :3], coding), (pixels[..., 3] >> 8).astype(np.uint8)])
+    image = Image.frombuffer(mode, size, np.ascontiguousarray(pixels), "raw", mode, 0, 1)
+    return image, aspect if size == stored else 1.0
+
+
+_UNKNOWN_SPACES = (14, 15)
+"""ICtCp and IPT, which FFmpeg's scaler takes for something else."""
+
+_BICUBIC = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+"""FFmpeg's filter grows with the reduction. Without the flags it shares colours between neighbours and rounds down."""
+
+
+def _reduced(stored: tuple[int, int], aspect: float, view: View) -> tuple[int, int]:
+    """The size that an opaque frame is converted at: that in its view if it is smaller, which saves most work."""
+    if view.size is None:
+        return stored
+    width, height = fitted_size(stored[0] * aspect, stored[1], view)
+    return (width, height) if width <= stored[0] and height <= stored[1] else stored
+
+
+def write_mp4(
+    path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, metadata: Mapping[str, str]
+) -> None:
+    """Write H.264 with 4:2:0 colours and the metadata."""
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
+    flags = "+faststart+use_metadata_tags" if metadata else "+faststart"
+    absolute = path.absolute()  # else a name with a colon is taken for an address
+    with av.open(absolute, "w", container_options={"movflags": flags}) as container:
+        container.metadata.update(metadata)
+        stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options={"crf": "18"})
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.color_range, stream.colorspace = ColorRange.MPEG, Colorspace.ITU709
+        stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for pixels in frames:
+            frame = av.VideoFrame.from_ndarray(pixels)
+            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))

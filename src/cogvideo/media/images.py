@@ -1,0 +1,285 @@
+"""Pictures with Pillow: images and animations read and written, seen through a view, contact sheets of clips."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from functools import partial
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from PIL.TiffImagePlugin import TiffImageFile
+
+from cogvideo.config import require
+from cogvideo.files import replacing_by_name
+from cogvideo.media.colors import UNKNOWN, Coding, to_srgb
+from cogvideo.media.shots import Content, Library, Seen, Shot, Shots, VideoError, View, fitted_size, in_hundredths
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "AVIF")
+"""Pillow's readers that are used; that of JPEG reads MPO, whose first picture counts."""
+OPAQUE = 250
+"""Alpha from which a pixel counts as opaque: lossy codecs store 255 a little lower."""
+LEAST_TRANSPARENT = 0.01
+"""Share of a picture's pixels through which its background must show to be worth a word."""
+_SUBFILE = 254
+"""Tag of TIFF that tells what else a page is than the picture."""
+
+
+def read_pictures(file: Content) -> Shots:
+    """A still image, or an animation."""
+    file.seek(0)
+    coding = _coding(file.read(2**16))
+    file.seek(0)
+    with Library(), Image.open(file, formats=FORMATS) as image:
+        yield from _animation(image, coding)
+
+
+def _animation(image: Image.Image, coding: Coding) -> Shots:
+    if image.format == "TIFF":
+        _check_pages(cast(TiffImageFile, image))
+    num_frames = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "AVIF") else 1
+    begin, first = 0.0, int(image.info.get("default_image", False))  # which only programs without animations show
+    for number in range(first, num_frames):
+        image.seek(number)
+        image.load()
+        duration = image.info.get("duration", 0) / 1000 if num_frames > 1 else 0.0
+        if num_frames > 1 and duration <= 0.01:
+            duration = 0.1  # as browsers do
+        shot = Shot(begin, duration, partial(look, upright(image, coding)))
+        yield in_hundredths(shot) if num_frames > 1 and round(1000 * begin) % 10 == 0 else shot
+        begin += duration
+
+
+def _check_pages(image: TiffImageFile) -> None:
+    """Refuse what is only a thumbnail, as in raw photos, and documents; small copies and masks behind may be left.
+
+    Raises:
+        VideoError: the first page is not the picture.
+    """
+    copy, mask = 1, 4  # of NewSubfileType
+    if image.tag_v2.get(_SUBFILE, 0) & copy:
+        raise VideoError("raw photo", "its first picture is a thumbnail: convert it to JPEG or PNG")
+    for page in range(1, image.n_frames):
+        image.seek(page)
+        if not image.tag_v2.get(_SUBFILE, 0) & (copy | mask):
+            raise VideoError("several pages", f"the file has {image.n_frames}, expected one: save each as a file")
+    image.seek(0)
+
+
+def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
+    """A picture that a caller gives, as it is meant to be seen.
+
+    Raises:
+        ValueError: it is neither an image of Pillow nor an array of red, green and blue.
+    """
+    if isinstance(picture, np.ndarray):
+        is_picture = picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8 and picture.size > 0
+        got = f"{picture.dtype} of shape {picture.shape}"
+        require(is_picture, f"got a picture of type {got}, expected uint8 of shape (height, width, 3)")
+        return Image.fromarray(picture)
+    got = type(picture).__name__
+    require(isinstance(picture, Image.Image), f"got a {got}, expected an image of Pillow, or an array of type uint8")
+    return upright(picture)
+
+
+def upright(image: Image.Image, coding: Coding = UNKNOWN) -> Image.Image:
+    """The picture as it is meant to be seen: turned as its EXIF data says, in sRGB of 8 bits, mode RGB or RGBA.
+
+    Raises:
+        ValueError: it has floating-point pixels, which say nothing of what is white.
+    """
+    profile = image.info.get("icc_profile")
+    image = _eight_bits(ImageOps.exif_transpose(image))
+    has_alpha = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    alpha = image.convert("RGBA").getchannel("A") if has_alpha else None
+    image = image.convert({"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB"))
+    if coding.is_foreign:
+        pixels = np.asarray(image.convert("RGB")).astype(np.uint16) * 257
+        image = Image.fromarray(to_srgb(pixels, coding))
+    else:
+        image = _in_srgb(image, profile) if profile else image.convert("RGB")
+    if alpha is not None:
+        image.putalpha(alpha)
+    return image
+
+
+def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Colors by the picture's profile; one that is damaged, or made for another mode, is ignored as browsers do."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if not ImageCms.getProfileDescription(source).startswith("sRGB"):
+            target = ImageCms.createProfile("sRGB")
+            return cast(Image.Image, ImageCms.profileToProfile(image, source, target, outputMode="RGB"))
+    except (ImageCms.PyCMSError, OSError):
+        pass
+    return image.convert("RGB")
+
+
+def _coding(head: bytes) -> Coding:
+    """Colors of an AVIF or a PNG by their numbers, which Pillow does not read."""
+    if head.startswith(b"\x89PNG"):
+        found, form = head.find(b"cICP") + 4, ">BB"
+    else:
+        found, form = head.find(b"colrnclx") + 8 if head[4:8] == b"ftyp" else -1, ">HH"
+    return Coding(*struct.unpack_from(form, head, found)) if 8 <= found < len(head) - 4 else UNKNOWN
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey levels of 16 bits in 8; any other picture as it is."""
+    require(image.mode != "F", "the picture has floating-point pixels, expected 8 or 16 bits")
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+
+
+def look(image: Image.Image, view: View, pixel_aspect: float = 1.0) -> Seen:
+    """The picture on the view's background, antialiased to its square.
+
+    Transparent pictures are put on the background before they are resized: the same as resizing with premultiplied
+    alpha, so that the colour of invisible pixels never bleeds into an edge.
+
+    Args:
+        image: mode RGB, RGBA, or RGBX (three colours and a byte without meaning).
+        view: background and square.
+        pixel_aspect: width of a stored pixel over its height; ignored where the view has no size.
+    """
+    has_alpha = image.mode == "RGBA" and _shows_through(image.getchannel("A"), view)
+    if image.mode == "RGBA":
+        image = _on_background(image, view.background)
+    if view.size is not None:
+        image = _fitted(image, view.size, view, pixel_aspect)
+    return Seen(np.ascontiguousarray(np.asarray(image)[..., :3]), has_alpha)
+
+
+def _shows_through(alpha: Image.Image, view: View) -> bool:
+    """Whether enough of what is kept of the picture is transparent for one to speak of its background."""
+    if view.size is not None and view.fit == "crop":
+        side = min(alpha.size)
+        left, top = (alpha.width - side) // 2, (alpha.height - side) // 2
+        alpha = alpha.crop((left, top, left + side, top + side))
+    return float((np.asarray(alpha) < OPAQUE).mean()) >= LEAST_TRANSPARENT
+
+
+def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    canvas = Image.new("RGBA", image.size, (*background, 255))
+    canvas.alpha_composite(image)
+    return canvas.convert("RGB")
+
+
+def _fitted(image: Image.Image, size: int, view: View, pixel_aspect: float) -> Image.Image:
+    """Bicubic: Pillow's filter grows with the reduction, which is what antialiasing is."""
+    width, height = image.width * pixel_aspect, float(image.height)
+    if view.fit == "crop":
+        across, down = min(width, height) / pixel_aspect, min(width, height)
+        left, top = (image.width - across) / 2, (image.height - down) / 2
+        if across == down == size and left % 1 == top % 1 == 0:
+            return image.crop((int(left), int(top), int(left) + size, int(top) + size))
+        return image.resize((size, size), _BICUBIC, (left, top, left + across, top + down), reducing_gap=3.0)
+    inner = fitted_size(width, height, view)
+    canvas = Image.new(image.mode, (size, size), (*view.background, 255)[: len(image.getbands())])
+    canvas.paste(image.resize(inner, _BICUBIC, reducing_gap=3.0), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    return canvas
+
+
+_BICUBIC = Image.Resampling.BICUBIC
+
+
+def write_image(
+    path: Path, pixels: UInt8[np.ndarray, "height width 3"], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write an image in the format of its suffix (`.png`, `.jpg`, `.webp`, ...); metadata is for PNG alone.
+
+    Raises:
+        ValueError: the suffix is none of an image, or none that can hold the metadata.
+        OSError: the file cannot be written.
+    """
+    suffixes = Image.registered_extensions()
+    require(path.suffix.lower() in suffixes, f"cannot write {path}: expected a suffix such as .png, .jpg or .webp")
+    require(not metadata or path.suffix.lower() == ".png", f"cannot write metadata to {path}: expected the suffix .png")
+    texts = PngInfo()
+    for name, text in (metadata or {}).items():
+        texts.add_itxt(name, text)
+    with replacing_by_name(path) as temporary:
+        Image.fromarray(pixels).save(temporary, quality=95, pnginfo=texts)
+
+
+def write_animation(
+    path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, metadata: Mapping[str, str]
+) -> None:
+    """Write an animated GIF or WebP that starts again for ever, with a `comment` where the metadata has one."""
+    first, *others = map(Image.fromarray, frames)
+    is_gif = path.suffix.lower() == ".gif"
+    options: dict[str, Any] = {"lossless": True}
+    if "comment" in metadata:
+        exif = Image.Exif()
+        exif[ExifTags.Base.ImageDescription] = metadata["comment"]
+        options |= {"comment": metadata["comment"].encode()} if is_gif else {"exif": exif}
+    durations = _milliseconds(len(frames), fps, 10 if is_gif else 1)
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0, **options)
+
+
+def _milliseconds(num_frames: int, fps: float, unit: int) -> list[int]:
+    """Durations in whole units whose sums stay as near as they can to the rate."""
+    marks = [round(1000 * number / fps / unit) * unit for number in range(num_frames + 1)]
+    return [after - before for before, after in pairwise(marks)]
+
+
+def evenly(count: int, most: int) -> Int64[np.ndarray, " places"]:
+    """Places of at most so many of `count` things, evenly spread from the first to the last; none twice."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
+
+
+def contact_sheet(
+    rows: Sequence[UInt8[np.ndarray, "_ _ _ 3"]],
+    columns: int = 8,
+    *,
+    gap: int = 2,
+    labels: Sequence[str] | None = None,
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Clips as one picture: a row each, of evenly chosen frames from the first to the last.
+
+    Args:
+        rows: clips (frames, height, width, 3); their lengths and sizes may differ, frames keep theirs.
+        columns: frames of a row; a shorter clip shows all of its frames once.
+        gap: pixels between frames.
+        labels: a line of text above each row.
+        background: red, green and blue of gaps.
+
+    Raises:
+        ValueError: no rows, no columns, or another number of labels than rows.
+    """
+    require(
+        len(rows) > 0 and columns > 0, f"got {len(rows)} clips and {columns} columns, expected at least one of each"
+    )
+    require(all(len(clip) > 0 for clip in rows), "a clip has no frames, expected at least one")
+    require(
+        labels is None or len(labels) == len(rows),
+        f"got {len(labels or ())} labels, expected one for each of {len(rows)} clips",
+    )
+    cell_width = max(clip.shape[2] for clip in rows)
+    heights = [clip.shape[1] + (_LABEL_HEIGHT if labels else 0) for clip in rows]
+    size = columns * (cell_width + gap) - gap, sum(heights) + gap * (len(rows) - 1)
+    sheet, top = Image.new("RGB", size, background), 0
+    for number, clip in enumerate(rows):
+        if labels:
+            _write_label(sheet, labels[number], top, background)
+        for column, frame in enumerate(clip[evenly(len(clip), columns)]):
+            below = top + heights[number] - clip.shape[1]
+            sheet.paste(Image.fromarray(frame), (column * (cell_width + gap), below))
+        top += heights[number] + gap
+    return np.array(sheet)
+
+
+_LABEL_HEIGHT = 14
+
+
+def _write_label(sheet: Image.Image, text: str, top: int, background: tuple[int, int, int]) -> None:
+    ink = (0, 0, 0) if sum(background) > 384 else (255, 255, 255)
+    ImageDraw.Draw(sheet).text((1, top + 1), text, fill=ink, font=ImageFont.load_default(10))

@@ -1,0 +1,193 @@
+"""Video files as pixels and back: frames at a rate and a size, whatever the file's own rate, size, rotation and format.
+
+Time is read from timestamps, never counted. Only the frames that are kept are converted to pixels, one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cogvideo.config import require
+from cogvideo.files import replacing_by_name
+from cogvideo.media.shots import GRACE, Content, Naming, Seen, Shots, VideoError, View, opened, read_shots
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "MAX_FPS",
+    "VIDEO_SUFFIXES",
+    "Video",
+    "VideoError",
+    "check_rate",
+    "read_video",
+    "write_video",
+]
+
+MIN_FPS, MAX_FPS = 0.01, 500
+"""Frames a second that files can be written with; any rate up to the second can be read."""
+
+VIDEO_SUFFIXES = frozenset(
+    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp")
+)
+"""Files that may move. What a file is, its content decides; the suffixes say what to look for in a folder."""
+
+IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif"))
+"""Still images, read as one frame (an animated PNG as all of its frames)."""
+
+
+class Video(NamedTuple):
+    """The frames that were asked for."""
+
+    frames: UInt8[np.ndarray, "frames height width 3"]
+    """Red, green and blue."""
+    has_alpha: bool
+    """Whether the background shows through somewhere."""
+
+
+def read_video(
+    file: Path | Content,
+    fps: float,
+    size: int | None = None,
+    *,
+    fit: Literal["crop", "letterbox"] = "crop",
+    start: float = 0.0,
+    end: float | None = None,
+    max_frames: int | None = None,
+    loop_to: float = 0.0,
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> Video:
+    """The frames of a file at a rate of our choice.
+
+    Frame k is what is on screen `start + k / fps` seconds after the first frame: the last one whose timestamp is not
+    later. k runs as long as that time lies before `end` and the end of the last frame.
+
+    Args:
+        file: path, or a file open for reading and seeking.
+        fps: frames a second of the result.
+        size: side of the square result, antialiased; None for the stored size. Rotation is applied in both cases.
+        fit: cut what is not square to its centre, or put bars in the background's colour beside it.
+        start: seconds after the first frame.
+        end: seconds after the first frame; None for the end of the file.
+        max_frames: nothing is read beyond that many frames.
+        loop_to: a shorter clip starts again until it lasts so many seconds.
+        background: red, green and blue behind transparent pixels and in bars.
+
+    Raises:
+        VideoError: the file cannot be read, or does not have the part that was asked for.
+        ValueError: a setting is refused.
+    """
+    view = View(size, fit, background)
+    _check(fps, max_frames, loop_to)
+    limit = sys.maxsize if max_frames is None else max_frames
+    part = (math.inf if end is None else end) - start
+    wanted = min(limit, _num_frames(part, fps))
+    if not (0 <= start < math.inf and wanted > 0):
+        raise VideoError("no such part", f"it goes from {start:g} to {'the end' if end is None else end} seconds")
+    with Naming(file), opened(file) as content:
+        shots = partial(read_shots, content, start, 1 / fps)
+        seen, clip_end = _look_at(shots(), (start + number / fps for number in range(wanted)), view)
+        if not seen:
+            raise VideoError("no such part", f"it starts at {start:g} seconds, the clip ends at {clip_end:.3f}")
+        length = clip_end - start if len(seen) < wanted else part
+        missing = range(len(seen), min(limit, _num_frames(loop_to, fps)))
+        if missing:
+            seen += _look_again(shots(), [number / fps for number in missing], start, length, view)
+        return _video(seen)
+
+
+def _check(fps: float, max_frames: int | None, loop_to: float) -> None:
+    require(0 < fps <= MAX_FPS, f"fps is {fps}, expected a number of frames a second in (0, {MAX_FPS}]")
+    require(max_frames is None or max_frames > 0, f"max_frames is {max_frames}, expected a positive number")
+    require(0 <= loop_to < math.inf, f"loop_to is {loop_to}, expected 0 or more seconds")
+
+
+def _num_frames(seconds: float, fps: float) -> int:
+    """Frames whose time lies before the end of a clip of that length; none where it is no number."""
+    if not seconds > GRACE:
+        return 0
+    return sys.maxsize if seconds == math.inf else math.ceil((seconds - GRACE) * fps)
+
+
+def _video(seen: list[Seen]) -> Video:
+    if len({each.pixels.shape for each in seen}) > 1:
+        raise VideoError("changes its size", "frames of one size are had by giving one")
+    return Video(np.stack([each.pixels for each in seen]), any(each.has_alpha for each in seen))
+
+
+def _look_at(shots: Shots, times: Iterable[float], view: View) -> tuple[list[Seen], float]:
+    """What is on screen at ascending times, as far as the clip goes, and the end of the last shot that was read."""
+    seen: list[Seen] = []
+    awaited, end = iter(times), 0.0
+    time = next(awaited, None)
+    with closing(shots):
+        for shot in shots:
+            end, picture = shot.begin + shot.duration, None
+            while time is not None and time + GRACE < end:
+                picture = picture or shot.see(view)
+                seen.append(picture)
+                time = next(awaited, None)
+            if time is None:
+                break
+    return seen, end
+
+
+def _look_again(shots: Shots, times: list[float], start: float, length: float, view: View) -> list[Seen]:
+    """What is on screen at times behind the end of a part that is repeated, whatever its length."""
+    phases = [time - math.floor((time + GRACE) / length) * length for time in times]
+    order = sorted(range(len(times)), key=phases.__getitem__)
+    latest = length - 2 * GRACE  # whatever the rounding, no phase lies behind the end
+    seen, _ = _look_at(shots, (start + max(0.0, min(phases[index], latest)) for index in order), view)
+    return [each for _, each in sorted(zip(order, seen, strict=True), key=lambda pair: pair[0])]
+
+
+def write_video(
+    path: Path,
+    frames: UInt8[np.ndarray, "frames height width 3"],
+    fps: float,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a clip in the format of its suffix.
+
+    `.mp4` is H.264 with 4:2:0 colours that every player opens; odd sides grow by a repeated row or column, which that
+    format needs. `.gif` has 256 colours a frame, `.webp` is lossless; both start again for ever.
+
+    Args:
+        path: what to write; it appears when it is complete.
+        frames: red, green and blue.
+        fps: frames a second; at most 50 in a GIF, whose unit is 10 ms.
+        metadata: names and texts that are stored with it; a `.gif` and a `.webp` (EXIF image description) have only a
+            `comment`.
+
+    Raises:
+        ValueError: another suffix, no frames, or a rate that the format does not have.
+        OSError: the file cannot be written.
+    """
+    suffix, suffixes = path.suffix.lower(), (".mp4", ".gif", ".webp")
+    require(suffix in suffixes, f"cannot write {path}: expected one of the suffixes {', '.join(suffixes)}")
+    check_rate(suffix, fps)
+    kept = suffix == ".mp4" or not metadata or set(metadata) == {"comment"}
+    require(kept, f"cannot write the metadata {sorted(metadata or ())} to {path}: expected a comment alone, or an .mp4")
+    require(frames.size > 0, f"cannot write {path}: there are no frames")
+    with replacing_by_name(path) as temporary:
+        if suffix == ".mp4":
+            from cogvideo.media.ffmpeg import write_mp4
+
+            write_mp4(temporary, frames, fps, metadata or {})
+        else:
+            from cogvideo.media.images import write_animation
+
+            write_animation(temporary, frames, fps, metadata or {})
+
+
+def check_rate(suffix: str, fps: float) -> None:
+    """Refuse frames a second that a format cannot hold."""
+    fastest = 50 if suffix.lower() == ".gif" else MAX_FPS
+    require(MIN_FPS <= fps <= fastest, f"fps is {fps}, expected a number in [{MIN_FPS}, {fastest}] for {suffix}")

@@ -1,0 +1,1 @@
+"""What a model costs in memory and time, before it runs."""

@@ -1,0 +1,68 @@
+"""What this machine has: memory and devices, whether a clip fits, and which types are slow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cogvideo.bundle.model import CogVideo
+from cogvideo.config import CogVideoConfig, require
+from cogvideo.devices import free_memory
+from cogvideo.generation.hierarchy import Settings
+from cogvideo.planning.costs import Phase, clip, resident
+
+SURELY_ENOUGH = 20
+"""A model whose files are so many times smaller than the memory is not computed to the last byte, which takes
+seconds."""
+
+
+def needed_memory(
+    config: CogVideoConfig,
+    phases: Sequence[Phase],
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int = 1,
+    offload: bool = False,
+) -> int:
+    """Bytes of device memory that clips need.
+
+    Args:
+        config: of the model.
+        phases: of one clip, see `costs.clip`.
+        dtype: of the weights.
+        device: where they are.
+        batch: clips at once; weights count once, all else so many times.
+        offload: only the weights of the stage at work are there.
+    """
+    kind = "cpu_float32" if dtype.itemsize > 2 else "cpu_bfloat16" if device.type == "cpu" else "gpu_bfloat16"
+    memory = [phase.memory[kind] for phase in phases]
+    if offload:
+        return max(each.parts["weights"] + batch * (each.device - each.parts["weights"]) for each in memory)
+    return resident(config, phases)[kind] + (batch - 1) * max(each.device - each.parts["weights"] for each in memory)
+
+
+def require_memory(
+    model: CogVideo,
+    settings: Settings,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int,
+    offload: bool,
+    held: int = 0,
+) -> None:
+    """Refuse clips that do not fit, beside the bytes of weights that are held already.
+
+    Raises:
+        ValueError: too little memory is free; the message says what is needed and what helps.
+    """
+    free = free_memory(device)
+    if model.num_bytes * batch * SURELY_ENOUGH < free:
+        return
+    need = max(0, needed_memory(model.config, clip(model.config, settings), dtype, device, batch, offload) - held)
+    helps = [f"a batch of {batch // 2}"] if batch > 1 else []
+    helps += [] if offload else ["offload"]
+    helps += ["dtype bfloat16"] if dtype.itemsize > 2 else []
+    helps += ["rounds 0", "device cpu" if device.type == "cuda" else "a smaller model"]
+    got = f"this needs {need / 2**30:.1f} GiB of memory on {device}, where {free / 2**30:.1f} GiB are free"
+    require(need <= free, f"{got}; what helps: {', '.join(helps)}")

@@ -1,0 +1,1 @@
+"""What each stage learns: a batch to losses."""

@@ -1,0 +1,285 @@
+"""What the image model learns (CogLM, CogView2 section 3.1; spec section 2): one model for three tasks in one batch.
+
+| task | fed | learns |
+|---|---|---|
+| image | a caption that sees itself in full; an image behind it, causal | the image |
+| understanding | an image with masked squares of 4 x 4; a caption behind its language tag, causal | squares, caption |
+| text | a caption with masked spans | the spans |
+
+What is masked is learnt one by one, each from all that is not masked and from the masked ones before it. A caption that
+is learnt sees the whole image (but for its last code, which is never fed); an image with squares sees no caption.
+
+All are sequences of the same slots: a task is who sees whom, and which slots carry loss. An image slot is fed the code
+before the one that it predicts, as everywhere. So the slot that predicts the first column of a square is fed a code
+from left of it. If that code is not masked, all others see the slot, and it must see nothing masked: it would predict
+from less than the rest of its square. So first columns are not learnt, only seen. They are the last columns of CogLM,
+whose slots are named after what they are fed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from cogvideo.config import require
+from cogvideo.data.loader import ClipSample
+from cogvideo.layout import SequenceLayout
+from cogvideo.models.attention import Chunk, Group, Plan
+from cogvideo.models.transformer import Pass, Transformer
+from cogvideo.text import TextTokenizer, fit
+from cogvideo.training.objectives.task import Measured, cross_entropy
+
+SQUARE = 4
+"""Side of a masked square, in codes. If it does not divide the grid, squares at the right and lower edge are smaller; a
+strip of a single column has nothing to learn."""
+MEAN_SPAN = 3.0
+"""Mean length of a masked span, in tokens (Poisson)."""
+NOTHING = -1
+"""Target of a slot that carries no loss."""
+PARTS = ("image", "squares", "caption", "spans")
+CHINESE = range(0x3400, 0xA000)
+"""Characters whose captions are tagged as Chinese."""
+
+Kind = Literal["image", "understanding", "text"]
+
+
+@dataclass(frozen=True)
+class ImageMixture:
+    """Shares of the tasks; what is left is text to image."""
+
+    understanding: float = 0.3
+    """Share of samples with masked squares, whose caption is predicted."""
+    text: float = 0.05
+    """Share of samples of text alone."""
+    masked_squares: float = 0.8
+    """Share of an image that is masked."""
+    masked_text: float = 0.15
+    """Share of a text that is masked."""
+
+    def __post_init__(self) -> None:
+        for name in ("understanding", "text", "masked_squares", "masked_text"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"{name} is {value}, expected a share in [0, 1]")
+        both = self.understanding + self.text
+        require(both <= 1, f"understanding and text are {both:g} together, expected at most 1")
+
+    def kind(self, draw: float) -> Kind:
+        """The task of a sample, from a number of [0, 1)."""
+        if draw < self.understanding:
+            return "understanding"
+        return "text" if draw < self.understanding + self.text else "image"
+
+
+class ImageBatch(NamedTuple):
+    """Sequences side by side: text slots, then those of one image."""
+
+    tokens: Int64[Tensor, "batch slots"]
+    """What is fed."""
+    positions: Int64[Tensor, "batch slots"]
+    """Rows of the position table."""
+    sees: Bool[Tensor, "batch slots slots"]
+    """Whether a slot (second axis) sees another (third). Pads see themselves alone."""
+    targets: Int64[Tensor, "batch slots"]
+    """What is predicted; `NOTHING` where there is no loss."""
+    parts: Int64[Tensor, "batch slots"]
+    """Which of `PARTS` a slot with loss belongs to."""
+    words: Int64[Tensor, "batch words"]
+    """Text slots that carry loss; `NOTHING` after the last one of a sample that has fewer than another."""
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """The tasks of the image model."""
+
+    layout: SequenceLayout
+    """Text and one image."""
+    text: TextTokenizer
+    """For the captions."""
+    mixture: ImageMixture = field(default_factory=ImageMixture)
+    """How often each task."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Of each task."""
+        return PARTS
+
+    @property
+    def num_positions(self) -> int:
+        """Text slots and image slots."""
+        return self.layout.length
+
+    def collate(self, samples: list[ClipSample]) -> ImageBatch:
+        """Each sample in the task that its seed draws. Captions that do not fit lose their end.
+
+        A sample without a caption is always text to image, with the unconditional text.
+        """
+        tokens, positions, sees, targets, parts = map(torch.stack, zip(*map(self._row, samples), strict=True))
+        learnt = targets[:, : self.layout.text_slots] != NOTHING
+        words = learnt.int().argsort(dim=1, descending=True, stable=True)[:, : int(learnt.sum(1).max())]
+        return ImageBatch(tokens, positions, sees, targets, parts, words.where(learnt.gather(1, words), NOTHING))
+
+    def _row(self, sample: ClipSample) -> tuple[Tensor, ...]:
+        random = np.random.default_rng(sample.seed)
+        kind = self.mixture.kind(random.random())
+        if sample.caption is None and kind != "image":
+            kind = "image"  # without its caption, there is nothing to understand
+        row = _Row(self.layout, self.text)
+        if kind == "image":
+            row.put_text(self._caption(sample))
+            row.put_image(sample.codes)
+            row.learn_image()
+        elif kind == "understanding":
+            assert sample.caption is not None
+            row.put_text([self._language(sample.caption), *self.text.encode(sample.caption)])
+            row.put_image(sample.codes)
+            row.learn_squares(_squares(self.layout.grid, self.mixture.masked_squares, random))
+            row.learn_caption()
+        else:
+            row.put_text(self._caption(sample))
+            row.learn_spans(_spans(row.num_text, self.mixture.masked_text, random))
+        return row.finished()
+
+    def _caption(self, sample: ClipSample) -> list[int]:
+        """In the template of the video stages where it has a duration."""
+        text, caption, duration = self.text, sample.caption, sample.duration
+        if duration > 0:
+            return text.encode_unconditional(duration) if caption is None else text.encode_caption(caption, duration)
+        return text.encode_unconditional_image() if caption is None else text.encode_image_caption(caption)
+
+    def _language(self, caption: str) -> int:
+        chinese = any(ord(each) in CHINESE for each in caption)
+        return self.text.start_of_chinese if chinese else self.text.start_of_english
+
+    def losses(self, model: nn.Module, batch: ImageBatch) -> Measured:
+        """Cross entropy over the image codes, or over the rest of the vocabulary for text."""
+        assert isinstance(model, Transformer)
+        hidden = model(batch.tokens, batch.positions, _pass(batch.sees, self.layout.text_slots))
+        image, words = slice(self.layout.text_slots, None), batch.words.clamp(min=0)
+        rows = hidden.gather(1, words[..., None].expand(-1, -1, hidden.shape[-1]))
+        codes, tokens = batch.targets[:, image], batch.targets.gather(1, words) - self.text.num_codes
+        losses = [
+            cross_entropy(model.base.logits(hidden[:, image]), codes.clamp(min=0)),
+            cross_entropy(model.base.text_logits(rows), tokens.clamp(min=0)),
+        ]
+        learnt = torch.cat([codes != NOTHING, batch.words != NOTHING], dim=1)
+        return _by_sample(
+            torch.cat(losses, dim=1), learnt, torch.cat([batch.parts[:, image], batch.parts.gather(1, words)], dim=1)
+        )
+
+
+def _pass(sees: Bool[Tensor, "batch slots slots"], num_text: int) -> Pass:
+    plan = Plan((Group(None, None, (Chunk(None, None, sees[:, None]),)),))
+    return Pass(num_text, plan, ())
+
+
+def _by_sample(
+    losses: Float[Tensor, "batch places"], learnt: Bool[Tensor, "batch places"], parts: Int64[Tensor, "batch places"]
+) -> Measured:
+    """Mean over what each sample learns, and over each of its parts."""
+    total = losses.where(learnt, 0).sum(1) / learnt.sum(1).clamp(min=1)
+    each = learnt[:, None] & (parts[:, None] == torch.arange(len(PARTS), device=parts.device)[:, None])
+    return Measured(total, losses.detach()[:, None].where(each, 0).sum(2) / each.sum(2))
+
+
+class _Row:
+    """One sequence in the making. What no task says stays as it is: pads, which see themselves and learn nothing."""
+
+    def __init__(self, layout: SequenceLayout, text: TextTokenizer) -> None:
+        self.layout, self.text = layout, text
+        self.tokens = torch.full((layout.length,), text.pad)
+        self.sees = torch.eye(layout.length, dtype=torch.bool)
+        self.targets = torch.full((layout.length,), NOTHING)
+        self.parts = torch.zeros(layout.length, dtype=torch.int64)
+        self.num_text = 0
+        self.image = slice(layout.text_slots, layout.length)
+        self.codes = torch.zeros(layout.frame_slots, dtype=torch.int64)
+
+    @property
+    def words(self) -> slice:
+        """Slots of real text."""
+        return slice(self.layout.text_slots - self.num_text, self.layout.text_slots)
+
+    def put_text(self, tokens: list[int]) -> None:
+        """Tokens at the end of the text slots."""
+        tokens = fit(tokens, self.layout.text_slots, truncate=True)
+        self.num_text = len(tokens)
+        self.tokens[self.words] = torch.tensor(tokens, dtype=torch.int64)
+
+    def put_image(self, codes: np.ndarray) -> None:
+        """Codes behind the start of an image."""
+        self.codes = torch.from_numpy(codes.astype(np.int64)).flatten()
+        self.tokens[self.image] = self.layout.feed(self.codes[None, None], self.text.start_of_image)[0]
+
+    def learn_image(self) -> None:
+        """Text to image."""
+        self.sees[self.words, self.words] = True
+        self.sees[self.image, self.words] = True
+        self.sees[self.image, self.image] = _causal(self.layout.frame_slots)
+        self._learn(self.image, self.codes, torch.ones(self.layout.frame_slots, dtype=torch.bool), "image")
+
+    def learn_squares(self, masked: Bool[Tensor, "grid grid"]) -> None:
+        """Masked codes, but for those in the first column of their square."""
+        held = masked.flatten().roll(1)  # an image slot holds the code before its own
+        held[0] = False  # the first one holds the start
+        self.sees[self.image, self.image] = _infilling(held)
+        learnt = masked & (torch.arange(self.layout.grid) % SQUARE != 0)
+        self._learn(self.image, self.codes, learnt.flatten(), "squares")
+
+    def learn_caption(self) -> None:
+        """Each token from the image and from the tokens before."""
+        self.sees[self.words, self.words] = _causal(self.num_text)
+        self.sees[self.words, self.image] = True
+        before = slice(self.words.start, self.words.stop - 1)
+        self._learn(before, self.tokens[self.words][1:], torch.ones(self.num_text - 1, dtype=torch.bool), "caption")
+
+    def learn_spans(self, masked: Bool[Tensor, " tokens"]) -> None:
+        """Masked tokens; never the first one, for which no slot is left."""
+        self.sees[self.words, self.words] = _infilling(masked)
+        before = slice(self.words.start, self.words.stop - 1)
+        self._learn(before, self.tokens[self.words][1:], masked[1:], "spans")
+
+    def _learn(self, slots: slice, targets: Int64[Tensor, " slots"], learnt: Bool[Tensor, " slots"], part: str) -> None:
+        self.targets[slots] = targets.where(learnt, self.targets[slots])
+        self.parts[slots] = PARTS.index(part)
+
+    def finished(self) -> tuple[Tensor, ...]:
+        """The tensors of `ImageBatch`."""
+        layout = self.layout
+        mask = torch.arange(layout.text_slots) >= layout.text_slots - self.num_text
+        positions = torch.cat([layout.text_positions(mask[None])[0], layout.frame_positions(range(1))])
+        return self.tokens, positions, self.sees, self.targets, self.parts
+
+
+def _causal(slots: int) -> Bool[Tensor, "slots slots"]:
+    return torch.ones(slots, slots, dtype=torch.bool).tril()
+
+
+def _infilling(masked: Bool[Tensor, " slots"]) -> Bool[Tensor, "slots slots"]:
+    """All slots see those that hold nothing masked; masked ones also see masked ones before them, and themselves."""
+    return ~masked | (masked[:, None] & masked & _causal(len(masked)))
+
+
+def _squares(grid: int, share: float, random: np.random.Generator) -> Bool[Tensor, "grid grid"]:
+    """So many of the squares that the grid is cut into, at least one."""
+    side = -(-grid // SQUARE)
+    chosen = np.zeros(side * side, bool)
+    chosen[random.permutation(side * side)[: max(1, round(share * side * side))]] = True
+    large = torch.from_numpy(chosen.reshape(side, side)).repeat_interleave(SQUARE, 0).repeat_interleave(SQUARE, 1)
+    return large[:grid, :grid]
+
+
+def _spans(num_tokens: int, share: float, random: np.random.Generator) -> Bool[Tensor, " tokens"]:
+    """Spans of Poisson length, at least one token in all; never the first token. The last span is cut to the share."""
+    masked = np.zeros(num_tokens, bool)
+    missing = min(max(1, round(share * num_tokens)), num_tokens - 1)
+    while missing > 0:
+        start = random.integers(1, num_tokens)
+        span = slice(start, start + min(missing, max(1, random.poisson(MEAN_SPAN))))
+        missing -= int((~masked[span]).sum())
+        masked[span] = True
+    return torch.from_numpy(masked)

@@ -1,0 +1,94 @@
+"""What super-resolution learns: all high codes of a frame in one pass, from its low codes and caption (spec section 4).
+
+No high slot is fed a high code, so none can leak: every slot learns its code from the low ones and from its place. Low
+codes are those of a true frame here and samples with faults when a video is generated, so some are replaced at random.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from cogvideo.config import require
+from cogvideo.data.loader import ClipSample
+from cogvideo.layout import UpscaleLayout
+from cogvideo.models.upscaler import Upscaler
+from cogvideo.text import PaddedText, TextTokenizer, fit, pad_left
+from cogvideo.training.objectives.task import Measured, cross_entropy
+
+
+class SuperresBatch(NamedTuple):
+    """Frames side by side."""
+
+    text: PaddedText
+    """Captions without a frame rate."""
+    low: Int64[Tensor, "batch low"]
+    """Low codes, some of them replaced."""
+    high: Int64[Tensor, "batch high"]
+    """What is learnt."""
+
+
+@dataclass(frozen=True)
+class SuperresTask:
+    """The task of super-resolution."""
+
+    layout: UpscaleLayout
+    """The two grids."""
+    text: TextTokenizer
+    """For the captions."""
+    corruption: float = 0.05
+    """Share of the low codes that is replaced by random ones."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.corruption <= 1, f"corruption is {self.corruption}, expected a share in [0, 1]")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """There is but one."""
+        return ("codes",)
+
+    @property
+    def num_positions(self) -> int:
+        """Text slots, low codes and high slots."""
+        return self.layout.text_slots + self.layout.low_slots + self.layout.high_slots
+
+    def collate(self, samples: list[ClipSample]) -> SuperresBatch:
+        """Captions that do not fit lose their end; those that were dropped are the unconditional one.
+
+        Raises:
+            ValueError: a caption was dropped, and the unconditional text has no token.
+        """
+        slots = self.layout.text_slots
+        rows = [fit(self._tokens(sample), slots, truncate=True) for sample in samples]
+        require(all(rows), "the unconditional text is empty, and super-resolution needs text: use --caption-dropout 0")
+        low = torch.stack([self._corrupted(sample) for sample in samples])
+        high = torch.stack([_flat(sample.high_codes) for sample in samples])
+        return SuperresBatch(pad_left(rows, slots, self.text.pad), low, high)
+
+    def _tokens(self, sample: ClipSample) -> list[int]:
+        if sample.caption is None:
+            return self.text.encode_unconditional_image()
+        return self.text.encode_image_caption(sample.caption)
+
+    def _corrupted(self, sample: ClipSample) -> Int64[Tensor, " low"]:
+        random = np.random.default_rng(sample.seed)
+        codes = _flat(sample.codes)
+        replaced = torch.from_numpy(random.random(len(codes)) < self.corruption)
+        return torch.from_numpy(random.integers(0, self.text.num_codes, len(codes))).where(replaced, codes)
+
+    def losses(self, model: nn.Module, batch: SuperresBatch) -> Measured:
+        """Cross entropy over the image codes."""
+        assert isinstance(model, Upscaler)
+        hidden = model(batch.text.tokens, batch.text.mask, batch.low)
+        loss = cross_entropy(model.base.logits(hidden), batch.high).mean(1)
+        return Measured(loss, loss.detach()[:, None])
+
+
+def _flat(codes: np.ndarray | None) -> Int64[Tensor, " slots"]:
+    assert codes is not None, "the sampling asks for high codes"
+    return torch.from_numpy(codes.astype(np.int64)).flatten()

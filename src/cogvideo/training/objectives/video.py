@@ -1,0 +1,100 @@
+"""What the video stages learn: the codes of later frames from their caption, its frame rate and the frames before.
+
+Only what carries loss goes through the head: slots of frames 1 to 4 in the sequential stage, of frames 1 and 3 in
+interpolation, and image codes alone (spec section 3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from cogvideo.data.loader import ClipSample
+from cogvideo.layout import SequenceLayout
+from cogvideo.models.plans import full_pass, text_masks
+from cogvideo.models.transformer import Transformer
+from cogvideo.text import PaddedText, TextTokenizer, fit, pad_left
+from cogvideo.training.objectives.task import Measured, cross_entropy
+
+
+class VideoBatch(NamedTuple):
+    """Sequences side by side."""
+
+    text: PaddedText
+    """Frame rate prefix and caption."""
+    codes: Int64[Tensor, "batch frames slots"]
+    """Image codes of the frames, by place."""
+
+
+@dataclass(frozen=True)
+class VideoTask:
+    """The task of a video stage."""
+
+    layout: SequenceLayout
+    """The stage's sequence, which says which frames carry loss."""
+    text: TextTokenizer
+    """For the captions."""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """One a frame that carries loss, by its place."""
+        return tuple(f"frame_{place}" for place in self.layout.loss_places)
+
+    @property
+    def num_positions(self) -> int:
+        """Text slots and frame slots."""
+        return self.layout.length
+
+    def collate(self, samples: list[ClipSample]) -> VideoBatch:
+        """Captions that do not fit lose their end; those that were dropped are the unconditional one."""
+        slots = self.layout.text_slots
+        rows = [fit(self._tokens(sample), slots, truncate=True) for sample in samples]
+        codes = torch.stack([torch.from_numpy(sample.codes.astype("int64")).flatten(1) for sample in samples])
+        return VideoBatch(pad_left(rows, slots, self.text.pad), codes)
+
+    def _tokens(self, sample: ClipSample) -> list[int]:
+        if sample.caption is None:
+            return self.text.encode_unconditional(sample.duration)
+        return self.text.encode_caption(sample.caption, sample.duration)
+
+    def losses(self, model: nn.Module, batch: VideoBatch) -> Measured:
+        """Cross entropy over the image codes, of each frame that carries loss."""
+        assert isinstance(model, Transformer)
+        parts = self._cross_entropy(model, batch)
+        return Measured(parts.mean(1), parts.detach())
+
+    def _cross_entropy(self, model: Transformer, batch: VideoBatch) -> Float[Tensor, "batch parts"]:
+        layout, places = self.layout, _places(self.layout, batch.codes.device)
+        codes = batch.codes.index_select(1, places.order)
+        text = text_masks(batch.text.mask, 0.0, model.base.words.weight.dtype)
+        plan = full_pass(layout, model.window, text, layout.num_frames, True, codes.device)
+        tokens = torch.cat([batch.text.tokens, layout.feed(codes, self.text.start_of_image)], dim=1)
+        positions = torch.cat([layout.text_positions(batch.text.mask), places.frames.expand(len(tokens), -1)], dim=1)
+        hidden = model(tokens, positions, plan)
+        logits = model.base.logits(hidden.index_select(1, layout.text_slots + places.loss))
+        losses = cross_entropy(logits, codes.flatten(1).index_select(1, places.loss))
+        return rearrange(losses, "batch (parts slots) -> batch parts slots", parts=len(self.parts)).mean(2)
+
+
+class _Places(NamedTuple):
+    """Where things stand in a sequence, as tensors on the device of the batch."""
+
+    order: Int64[Tensor, " frames"]
+    """Place of the frame of each rank."""
+    frames: Int64[Tensor, " slots"]
+    """Positions of the frame slots."""
+    loss: Int64[Tensor, " learnt"]
+    """Frame slots that carry loss."""
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # what is made while measuring must also serve in training
+def _places(layout: SequenceLayout, device: torch.device) -> _Places:
+    order, frames = torch.tensor(layout.order), layout.frame_positions(range(layout.num_frames))
+    return _Places(order.to(device), frames.to(device), layout.loss_slots().to(device))

@@ -1,0 +1,1104 @@
+"""`cogvideo generate`: a file for each prompt, which every player opens, with its settings beside it; mistakes in one
+line, before anything is made.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from decimal import Decimal
+from itertools import count
+from pathlib import Path
+from typing import Any
+from unicodedata import normalize
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import cogvideo
+from cogvideo.bundle.model import CogVideo, _Source
+from cogvideo.cli import main
+from cogvideo.commands.generate import Maker
+from cogvideo.commands.outputs import Folder
+from cogvideo.commands.prompts import read_prompts
+from cogvideo.generation.hierarchy import Guidance, Settings
+from cogvideo.generation.sampling import Sampling
+from cogvideo.media.images import write_image
+from cogvideo.media.video import read_video, write_video
+from cogvideo.pipeline import CogVideoPipeline, Frame, Given, Upscaling
+from cogvideo.planning import memory
+from gallery import make_model
+from killing import kill_at
+from workshop import RATIO
+
+SIDE = 16
+QUICK = ("--rounds", "0", "--no-superres", "--guidance", "1")
+
+
+@pytest.fixture(scope="module")
+def model(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a whole model."""
+    folder = tmp_path_factory.mktemp("generate") / "model"
+    make_model(folder, train_text_model())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def record(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The record of a clip."""
+    path = tmp_path_factory.mktemp("record") / "x.mp4"
+    run("a cat", "--model", model, "--output", path, *QUICK)
+    return record_of(path)
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, empty, deep inside one that shows what leaves it."""
+    folder = tmp_path / "a" / "b" / "c"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def run(*arguments: object, status: int = 0) -> None:
+    """The command, in this process."""
+    assert main(["generate", *map(str, arguments)]) == status
+
+
+def read(path: Path) -> tuple[np.ndarray, float, float, dict[str, Any]]:
+    """Frames, rate, seconds and record of an mp4, as a player finds them."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264"
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert stream.average_rate is not None
+        assert stream.duration is not None
+        assert stream.time_base is not None
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        record = json.loads(container.metadata["comment"])
+        return np.stack(frames), float(stream.average_rate), float(stream.duration * stream.time_base), record
+
+
+def record_of(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return found
+
+
+def frames_of(folder: Path) -> np.ndarray:
+    """Those of a folder of PNG files, exactly."""
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that a mistake is told in."""
+    capsys.readouterr()
+    assert main(["generate", *arguments]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert len(told.err.strip().splitlines()) == 1, told.err
+    return told.err
+
+
+def tree(folder: Path) -> list[str]:
+    """All files below."""
+    return sorted(str(each.relative_to(folder)) for each in folder.rglob("*") if each.is_file())
+
+
+def made(model: str, prompt: str, seed: int, given: Given | None = None, **options: Any) -> np.ndarray:
+    """Pixels of a clip as the pipeline makes it."""
+    upscaling = options.pop("upscaling", None) or Upscaling(options.pop("superres", False))
+    stream = CogVideoPipeline.from_pretrained(model).stream(
+        [prompt], [torch.Generator().manual_seed(seed)], Settings(**options), upscaling, given
+    )
+    return np.stack([frame.pixels[0] for frame in sorted(stream, key=lambda frame: frame.place)])
+
+
+def picture(path: Path, seed: int = 0, side: int = 40) -> Path:
+    """A picture with a pattern of its own."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    write_image(path, coarse.repeat(side // 4, 0).repeat(side // 4, 1))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rounds", "number", "rate", "superres"), [(0, 5, 1, False), (1, 9, 2, True), (2, 17, 4, False), (3, 33, 8, False)]
+)
+def test_a_clip_is_a_video(rounds: int, number: int, rate: int, superres: bool, model: str, inside: Path) -> None:
+    """Guards the file: its frames in order of time, four seconds from the first to the last, for every player."""
+    options = ("--seed", 3, "--rounds", rounds, "--superres" if superres else "--no-superres")
+    run("a cat runs", "--model", model, "--output", "x.mp4", *options)
+    frames, found, seconds, _ = read(inside / "x.mp4")
+    side = SIDE * RATIO if superres else SIDE
+    assert (frames.shape, found, seconds) == ((number, side, side, 3), rate, number / rate)
+    if superres:
+        expected = made(model, "a cat runs", 3, rounds=rounds, superres=True)
+        differences = abs(frames.astype(float)[:, None] - expected[None]).mean((2, 3, 4))
+        assert (differences.argmin(1) == np.arange(number)).mean() > 0.8, "colours are stored at half the resolution"
+
+
+def test_the_settings_stand_beside_the_clip_and_in_it(model: str, inside: Path) -> None:
+    """Guards reproduction: the record names every setting and what was made with which versions."""
+    write_image(inside / "start.png", np.zeros((8, 8, 3), np.uint8))
+    options = ("--rounds", 0, "--guidance", 2.5, "--temperature", 0.9, "--clusters", 5, "--no-superres")
+    more = ("--negative", "the sun", "--dtype", "bfloat16", "--image", "start.png")
+    run("a cat runs", "--model", model, "--output", "x.mp4", "--seed", 7, *options, *more)
+    _, _, _, inner = read(inside / "x.mp4")
+    record = record_of(inside / "x.mp4")
+    assert record == inner
+    codes, sums = record.pop("codes"), record.pop("sha256")
+    assert re.fullmatch(r"[0-9a-f]{64}", codes)
+    assert list(sums) == ["image"]
+    assert record == {
+        "file": "x.mp4",
+        "prompt": "a cat runs",
+        "seed": 7,
+        "model": "model",
+        "image": "start.png",
+        "extend": None,
+        "first": None,
+        "last": None,
+        "loop": False,
+        "negative": "the sun",
+        "guidance": 2.5,
+        "temperature": 0.9,
+        "clusters": 5,
+        "first_temperature": 1.0,
+        "first_clusters": 16,
+        "first_guidance": 1.0,
+        "text_bonus": 1.4,
+        "superres_temperature": 1.0,
+        "superres_clusters": 6,
+        "rounds": 0,
+        "superres": False,
+        "dtype": "bfloat16",
+        "bundle": CogVideo.from_pretrained(model).fingerprint,
+        "fps": 1.0,
+        "frames": 5,
+        "width": SIDE,
+        "height": SIDE,
+        "device": "cpu",
+        "torch": torch.__version__,
+        "cogvideo": cogvideo.__version__,
+    }
+
+
+def test_a_sidecar_makes_its_clip_again(
+    model: str, inside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards reproduction: the same pixels, wherever the model lies now; and what changed meanwhile is told."""
+    picture(inside / "start.png")
+    more = ("--negative", "the sun", "--image", "start.png", "--temperature", 2.0, "--guidance", 2.0, "--rounds", 1)
+    run("a cat runs", "--model", model, "--output", "x", "--format", "png", "--seed", 7, *more)
+    frames = frames_of(inside / "x" / "a-cat-runs")
+    moved = inside / "moved"
+    os.symlink(model, moved)
+    sidecar = inside / "x" / "a-cat-runs.json"
+    run("--from-sidecar", sidecar, "--model", "moved", "--output", "y", "--format", "png")
+    assert np.array_equal(frames_of(inside / "y" / "a-cat-runs"), frames)
+    assert (
+        json.loads((inside / "y" / "a-cat-runs.json").read_text())["codes"] == json.loads(sidecar.read_text())["codes"]
+    )
+
+    for changed, message in (
+        ({"bundle": "0"}, "was made with another model than"),
+        ({"sha256": {"image": "0"}}, "was made with another file than start.png"),
+        ({"prompt": 3}, "other.json: prompt is 3, expected a text"),
+        ({"superres": "no"}, "other.json: superres is 'no', expected true or false"),
+        ({"image": 3}, "other.json: image is 3, expected a path or null"),
+        ({"dtype": "int8"}, "other.json: dtype is 'int8', expected auto or float32 or bfloat16 or float16"),
+        ({"rounds": 99}, "other.json: rounds is 99, expected 0 to 6"),
+    ):
+        (inside / "other.json").write_text(json.dumps(json.loads(sidecar.read_text()) | changed))
+        assert message in refused(capsys, "--from-sidecar", "other.json", "--model", model)
+    (inside / "old.json").write_text('{"prompt": "a cat", "seed": 1}')
+    assert "lacks clusters, dtype, " in refused(capsys, "--from-sidecar", "old.json")
+    (inside / "none.json").write_text("[")
+    assert "is no sidecar" in refused(capsys, "--from-sidecar", "none.json")
+    assert "No such file" in refused(capsys, "--from-sidecar", "nowhere.json")
+    for option in (("a cat",), ("--seed", "1"), ("--rounds", "1"), ("--samples", "2")):
+        assert "got --from-sidecar with a prompt" in refused(capsys, *option, "--from-sidecar", str(sidecar))
+    (inside / "other.json").write_text(json.dumps(json.loads(sidecar.read_text()) | {"codes": "0", "torch": "1.0"}))
+    run("--from-sidecar", "other.json", "--model", model, "--output", "z", status=1)
+    assert "these are other codes than those of other.json, which torch 1.0 on cpu made" in capsys.readouterr().err
+
+
+def test_options_mean_what_they_say(model: str, inside: Path) -> None:
+    """Guards the way from options to settings: guidance, sampler and negative text are those of later frames."""
+    options = ("--rounds", 1, "--guidance", 2.5, "--temperature", 0.9, "--clusters", 5, "--negative", "the sun")
+    run("a cat runs", "--model", model, "--format", "png", "--seed", 7, *options)
+    expected = made(
+        model,
+        "a cat runs",
+        7,
+        rounds=1,
+        later=Sampling(0.9, clusters=5),
+        guidance=Guidance(sequential=2.5, negative="the sun"),
+        superres=True,
+    )
+    assert np.array_equal(frames_of(inside / "out" / "a-cat-runs"), expected)
+
+
+def test_a_model_has_values_of_its_own(model: str, inside: Path) -> None:
+    """Guards the samplers and guidance of a model: they are taken and recorded unless a call says otherwise, and a
+    sidecar keeps them when the model's values change."""
+    own = shutil.copytree(model, inside / "own")
+    manifest = json.loads((own / "bundle.json").read_text())
+    values = {"first_temperature": 0.7, "first_clusters": 2, "temperature": 0.9, "clusters": 5}
+    values |= {"first_guidance": 1.5, "guidance": 2.5, "text_bonus": 0.3}
+    values |= {"superres_temperature": 0.8, "superres_clusters": 3}
+    assert manifest["config"]["drawing"].keys() == values.keys()
+    manifest["config"]["drawing"] = values
+    (own / "bundle.json").write_text(json.dumps(manifest))
+    expected = made(
+        model,
+        "a cat runs",
+        7,
+        rounds=1,
+        first=Sampling(0.7, clusters=2),
+        later=Sampling(0.9, clusters=5),
+        guidance=Guidance(1.5, 2.5, text_bonus=0.3),
+        upscaling=Upscaling(True, Sampling(0.8, clusters=3, cluster_temperature=0.6)),
+    )
+    plain = ("--format", "png")
+    run("a cat runs", "--model", own, "--seed", 7, "--rounds", 1, *plain)
+    assert np.array_equal(frames_of(inside / "out" / "a-cat-runs"), expected)
+    assert values.items() <= record_of(inside / "out" / "a-cat-runs.png").items()
+
+    options = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
+    run("a cat runs", "--model", model, "--seed", 7, "--rounds", 1, *plain, *options, "--output", "given")
+    assert np.array_equal(frames_of(inside / "given" / "a-cat-runs"), expected)
+    run("--from-sidecar", "out/a-cat-runs.json", "--model", model, "--output", "again", "--format", "png")
+    assert np.array_equal(frames_of(inside / "again" / "a-cat-runs"), expected)
+
+
+def test_each_option_changes_the_clip(model: str, inside: Path) -> None:
+    """Guards options against being read and forgotten."""
+    plain = ("a cat runs", "--model", model, "--format", "png", "--seed", 7, "--rounds", 0, "--no-superres")
+    picture(inside / "start.png")
+    changes = [
+        (),
+        ("--seed", 8),
+        ("--guidance", 1),
+        ("--temperature", 3),
+        ("--clusters", 1),
+        ("--first-temperature", 3),
+        ("--first-clusters", 1),
+        ("--first-guidance", 5),
+        ("--text-bonus", 5),
+        ("--negative", "the sun"),
+        ("--image", "start.png"),
+        ("--loop",),
+        ("--rounds", 1),
+        ("--superres",),
+        ("--superres", "--superres-temperature", 0),
+        ("--superres", "--superres-clusters", 1),
+        ("--dtype", "bfloat16"),
+    ]
+    seen = []
+    for number, change in enumerate(changes):
+        run(*plain, *change, "--output", number)
+        seen.append(frames_of(inside / str(number) / "a-cat-runs"))
+    for first in range(len(seen)):
+        for other in range(first):
+            assert not np.array_equal(seen[first], seen[other]), (changes[first], changes[other])
+    run(*plain, "--output", "again")
+    assert np.array_equal(frames_of(inside / "again" / "a-cat-runs"), seen[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "milliseconds"), [("x.gif", 500), ("x.webp", 500), ("X.GIF", 500), ("X.WEBP", 500), ("X.MP4", None)]
+)
+def test_other_formats(name: str, milliseconds: int | None, model: str, inside: Path) -> None:
+    """Guards GIF and WebP: the clip moves at its rate, its settings stand beside it and in it."""
+    run("a 猫 runs", "--model", model, "--output", name, "--seed", 3, "--rounds", 1, "--no-superres")
+    assert tree(inside) == sorted([name, f"{name[0]}.json"])
+    assert record_of(inside / name)["seed"] == 3
+    if milliseconds is not None:
+        with Image.open(inside / name) as image:
+            image.load()
+            assert (image.n_frames, image.size, image.info["duration"]) == (9, (SIDE, SIDE), milliseconds)
+            is_gif = name.lower().endswith("gif")
+            comment = image.info["comment"].decode() if is_gif else image.getexif()[0x010E]
+            assert json.loads(comment) == record_of(inside / name)
+
+
+def test_frames_are_a_folder_of_pictures(model: str, inside: Path) -> None:
+    """Guards PNG: every pixel as it was made, the record in each, nothing else in the folder."""
+    run("a cat runs", "--model", model, "--format", "png", "--seed", 3, *QUICK)
+    names = [f"out/a-cat-runs/{place:03}.png" for place in range(5)]
+    assert tree(inside) == ["out/a-cat-runs.json", *names]
+    expected = made(model, "a cat runs", 3, rounds=0, guidance=Guidance(sequential=1))
+    assert np.array_equal(frames_of(inside / "out" / "a-cat-runs"), expected)
+    with Image.open(inside / names[2]) as image:
+        assert json.loads(image.text["comment"])["seed"] == 3  # type: ignore[attr-defined]
+
+
+def test_frames_can_be_played_at_another_rate(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards --fps: the same codes, faster; a rate that the format lacks is refused before anything is made."""
+    run("a cat runs", "--model", model, "--output", "a.mp4", "--seed", 3, *QUICK)
+    run("a cat runs", "--model", model, "--output", "b.mp4", "--seed", 3, "--fps", 5, *QUICK)
+    (slow, rate, _, one), (fast, other, seconds, two) = read(inside / "a.mp4"), read(inside / "b.mp4")
+    assert (rate, other, seconds) == (1, 5, 1)
+    assert len(slow) == len(fast) == 5
+    assert one["codes"] == two["codes"]
+    told = refused(capsys, "a cat", "--model", model, "--output", "x.gif", "--rounds", "6")
+    assert "fps is 64.0, expected a number in [0.01, 50] for .gif" in told
+
+
+# Frames that are given
+
+
+def test_an_image_starts_to_move(model: str, inside: Path) -> None:
+    """Guards image-to-video: frame 0 is what the image tokenizer makes of the middle of the picture."""
+    wide = np.zeros((40, 100, 3), np.uint8)
+    wide[:, 30:70] = np.asarray(Image.open(picture(inside / "square.png")))
+    write_image(inside / "wide.png", wide)
+    with Image.open(inside / "square.png") as image:
+        image.convert("L").save(inside / "gray.jpg")
+        image.convert("RGBA").save(inside / "alpha.webp", lossless=True)
+    pipeline = CogVideoPipeline.from_pretrained(model)
+    for name in ("square.png", "wide.png", "gray.jpg", "alpha.webp"):
+        run("a cat runs", "--model", model, "--image", name, "--format", "png", "--output", name[:-4], *QUICK)
+        square = read_video(inside / name, 1, SIDE, max_frames=1).frames
+        codes = pipeline.encode(square)
+        expected = pipeline._pixels(pipeline.model.autoencoder, codes)
+        frames = frames_of(inside / name[:-4] / "a-cat-runs")
+        assert np.array_equal(frames[0], expected[0]), name
+        assert not np.array_equal(frames[1], frames[0])
+    assert np.array_equal(*(frames_of(inside / name / "a-cat-runs")[0] for name in ("square", "wide")))
+
+
+@pytest.mark.parametrize(("number", "context", "start"), [(1, 1, 0), (2, 1, 1), (3, 2, 0), (12, 2, 9)])
+def test_a_video_goes_on(number: int, context: int, start: int, model: str, inside: Path) -> None:
+    """Guards extension: what was there stays, frame by frame, and what follows comes from its last second."""
+    frames = np.random.default_rng(1).integers(0, 256, (number, 2, 2, 3), np.uint8).repeat(20, 1).repeat(20, 2)
+    write_video(inside / "old.webp", frames, 2)
+    options = ("--rounds", 1, "--no-superres", "--format", "png", "--seed", 3)
+    run("a cat runs", "--model", model, "--extend", "old.webp", *options)
+    found = frames_of(inside / "out" / "a-cat-runs")
+    assert len(found) == start + 9
+    pipeline = CogVideoPipeline.from_pretrained(model)
+    codes = pipeline.encode(read_video(inside / "old.webp", 2, SIDE).frames)
+    assert np.array_equal(found[:number], pipeline._pixels(pipeline.model.autoencoder, codes))
+    alone = made(model, "a cat runs", 3, Given(codes[start::2][:context]), rounds=1) if context == 1 else None
+    if alone is not None:
+        assert np.array_equal(found[number:], alone[1:])
+
+
+def test_what_lies_between_two_pictures(model: str, inside: Path) -> None:
+    """Guards in-between: the clip begins with one picture and ends with the other."""
+    picture(inside / "a.png", 1)
+    picture(inside / "b.png", 2)
+    options = ("--rounds", 1, "--no-superres", "--format", "png")
+    run("a cat runs", "--model", model, "--first", "a.png", "--last", "b.png", *options)
+    found = frames_of(inside / "out" / "a-cat-runs")
+    pipeline = CogVideoPipeline.from_pretrained(model)
+    codes = pipeline.encode([np.asarray(Image.open(inside / name)) for name in ("a.png", "b.png")])
+    ends = pipeline._pixels(pipeline.model.autoencoder, codes)
+    assert len(found) == 9
+    assert np.array_equal(found[[0, -1]], ends)
+
+
+def test_a_loop_ends_where_it_begins(model: str, inside: Path) -> None:
+    """Guards loops: the frame after the last is the first, so it is not shown twice; key frames before it are drawn as
+    without a loop."""
+    options = ("--model", model, "--no-superres", "--format", "png", "--seed", 3)
+    run("a cat runs", *options, "--rounds", 0, "--output", "open")
+    run("a cat runs", *options, "--rounds", 0, "--loop", "--output", "keys")
+    run("a cat runs", *options, "--rounds", 1, "--loop", "--output", "loop")
+    found, keys, loop = (frames_of(inside / name / "a-cat-runs") for name in ("open", "keys", "loop"))
+    assert np.array_equal(keys, found[:4])
+    assert len(loop) == 8
+    assert np.array_equal(loop[::2], keys)
+
+
+# Many clips
+
+
+def test_a_seed_is_drawn_and_told(model: str, inside: Path) -> None:
+    """Guards clips that someone wants again: each has a seed of its own, which gives it alone, too."""
+    run("a cat runs", "the sun", "a cat runs", "--model", model, "--format", "png", *QUICK)
+    names = ["a-cat-runs", "the-sun", "a-cat-runs-2"]
+    records = [json.loads((inside / "out" / f"{name}.json").read_text()) for name in names]
+    assert [each["prompt"] for each in records] == ["a cat runs", "the sun", "a cat runs"]
+    assert len({each["seed"] for each in records}) == 3
+    run("a cat runs", "--model", model, "--format", "png", "--output", "alone", "--seed", records[2]["seed"], *QUICK)
+    assert np.array_equal(frames_of(inside / "alone" / "a-cat-runs"), frames_of(inside / "out" / "a-cat-runs-2"))
+
+
+def test_samples_and_batches(model: str, inside: Path) -> None:
+    """Guards numbers of clips: each has the seed after the one before, and is the same whatever is made beside it."""
+    options = ("a cat runs", "the sun", "--model", model, "--format", "png", "--seed", 5, "--samples", 2, *QUICK)
+    run(*options)
+    run(*options, "--batch", 3, "--output", "batch")
+    names = ["a-cat-runs", "a-cat-runs-2", "the-sun", "the-sun-2"]
+    for seed, name in enumerate(names, 5):
+        record = json.loads((inside / "out" / f"{name}.json").read_text())
+        assert record["seed"] == seed
+        assert json.loads((inside / "batch" / f"{name}.json").read_text()) == record
+        frames = frames_of(inside / "out" / name)
+        assert np.array_equal(frames_of(inside / "batch" / name), frames)
+        expected = made(model, record["prompt"], seed, rounds=0, guidance=Guidance(sequential=1))
+        assert np.array_equal(frames, expected)
+
+
+def test_a_list_is_gone_on_with(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards long lists: what is finished is not made again, unless it is wanted otherwise; what is half there is."""
+    (inside / "list.csv").write_text('prompt,seed\na cat runs,7\nthe sun,\n"a cat, runs",9\n', encoding="utf-8")
+    options = ("--prompts", "list.csv", "--model", model, *QUICK)
+    run(*options)
+    names = ["a-cat-runs.mp4", "the-sun.mp4", "a-cat-runs-2.mp4"]
+    assert capsys.readouterr().out.split() == [f"out/{name}" for name in names]
+    assert [record_of(inside / "out" / name)["seed"] for name in names][::2] == [7, 9]
+    before = {name: (inside / "out" / name).stat().st_mtime_ns for name in names}
+    (inside / "out" / "a-cat-runs-2.json").unlink()  # as a kill leaves it: no record, so it is not finished
+    run(*options)
+    told = capsys.readouterr()
+    assert told.out.split() == ["out/a-cat-runs-3.mp4"]
+    assert told.err == "2 of 3 clips were there already\n"
+    assert {name: (inside / "out" / name).stat().st_mtime_ns for name in names} == before
+    run(*options, "--samples", "2")
+    assert len(capsys.readouterr().out.split()) == 3, "one more of each"
+    run(*options, "--temperature", 2)
+    assert len(capsys.readouterr().out.split()) == 3, "all of them otherwise"
+
+
+def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards a row with a seed against its clip being counted for a row that takes any."""
+    run("a cat", "--seed", 7, "--model", model, *QUICK)
+    capsys.readouterr()
+    (inside / "list.csv").write_text("prompt,seed\na cat,\na cat,7\na cat,\n", encoding="utf-8")
+    for number in (2, 0):
+        run("--prompts", "list.csv", "--model", model, *QUICK)
+        assert len(capsys.readouterr().out.split()) == number
+    seeds = [json.loads(each.read_text())["seed"] for each in (inside / "out").glob("*.json")]
+    assert seeds.count(7) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.txt", b"\n \n", "x.txt has no prompts, expected one a line"),
+        ("x.txt", b"a cat\n\xff", "x.txt, line 2: it is no text in UTF-8"),
+        ("x.tsv", b"prompt\na cat\n\xff", "cannot read x.tsv: line 3 is not UTF-8"),
+        ("x.csv", b"words\na cat\n", "x.csv has the columns words, expected prompt or caption or text"),
+        ("x.csv", b"prompt,seed\na cat,-2\n", "x.csv, line 2: seed is '-2', expected a whole number in"),
+        ("x.tsv", b"prompt\tseed\na cat\t1.5\n", "x.tsv, line 2: seed is '1.5', expected a whole number in"),
+        ("x.jsonl", b'{"prompt": "a", "seed": true}', "x.jsonl, line 1: seed is True, expected a whole number in"),
+        ("x.jsonl", b'{"prompt": "a", "seed": 1e18}', "x.jsonl, line 1: seed is 1e+18, expected a whole number in"),
+        ("x.txt", b"a cat\n\xe2\x80\x8b\n", "x.txt, line 2: the prompt is empty"),
+        ("x.txt", b"a cat\n" + b"a man pours water into a glass " * 40, "x.txt, line 2: the prompt has"),
+        ("x.csv", b"prompt,seed\n" + b"a man pours water into a glass " * 40, "x.csv, line 2: the prompt has"),
+        ("x.csv", b"prompt,seed\n,1\n", "x.csv, line 2: prompt is '', expected a text"),
+        ("x.jsonl", b'{"prompt": 3}\n', "x.jsonl, line 1: prompt is 3, expected a text"),
+        (
+            "x.csv",
+            b"prompt\na cat, on a mat\n",
+            "x.csv, line 2: 1 cells have no column: a prompt with commas",
+        ),
+        ("x.csv", b"prompt,seed\na cat," + b"1" * 5000, "x.csv, line 2: seed is '1111"),
+        ("x.csv", b"", "x.csv is empty, expected names of columns"),
+        ("x.jsonl", b"", "x.jsonl is empty, expected lines"),
+        ("x.jsonl", b"[1]", 'x.jsonl, line 1: got [1], expected {"name": value'),
+        ("x.jsonl", b'{"prompt": "\\ud800"}', "x.jsonl, line 1: prompt is '\\ud800', which is no text in Unicode"),
+        ("x.json", b'[{"prompt": "a cat"}]', "x.json is no list of prompts, expected a text, .csv"),
+        ("x.xlsx", b"PK", "x.xlsx is no list of prompts, expected a text, .csv"),
+        ("x.txt", b"a cat\na red\0heart", "x.txt, line 2: it holds a zero byte"),
+        ("x.csv", b"prompt\na red\0heart", "x.csv, line 2: prompt is 'a red\\x00heart', which is no text in Unicode"),
+        ("x.csv", b"prompt\n" + b"a" * 200_000, "(a cell is too long)"),
+        (
+            "x.jsonl",
+            b'{"seed": ' + b"1" * 5000 + b"}",
+            "x.jsonl, line 1: it is no JSON (Exceeds the limit (4300 digits)",
+        ),
+        ("x.jsonl", b"{", "x.jsonl"),
+        ("x.csv", None, "No such file or directory: x.csv"),
+        ("x.txt", None, "No such file or directory: x.txt"),
+    ],
+)
+def test_a_bad_list_is_refused(
+    name: str, content: bytes | None, message: str, model: str, inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards lists against silent losses."""
+    if content is not None:
+        (inside / name).write_bytes(content)
+    assert message in refused(capsys, "--prompts", name, "--model", model)
+
+
+def test_seeds_of_every_table(tmp_path: Path) -> None:
+    """Guards seeds as programs write them: text, whole floats of columns with gaps, exponents; -1 and gaps are any."""
+    values = [7, 7.0, "7", "7.0", "1e3", None, "", float("nan"), -1]
+    rows = [{"prompt": "a cat", "seed": value} for value in values]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected = [7, 7, 7, 7, 1000, None, None, None, None]
+    assert [each.seed for each in read_prompts(tmp_path / "x.jsonl")] == expected
+    for suffix, comma in ((".csv", ","), (".tsv", "\t")):
+        told = [f"a cat{comma}{value}" for value in ("7", "7.0", "1e3", "", "-1")]
+        (tmp_path / f"x{suffix}").write_text("\n".join([f"prompt{comma}seed", *told]))
+        assert [each.seed for each in read_prompts(tmp_path / f"x{suffix}")] == [7, 7, 1000, None, None]
+    for column in ([7.0, None], [7.0, float("nan")], ["7", ""], [7, -1], [Decimal("7.00"), None]):
+        pq.write_table(pa.table({"prompt": ["a cat"] * 2, "seed": column}), tmp_path / "x.parquet")
+        assert [each.seed for each in read_prompts(tmp_path / "x.parquet")] == [7, None], column
+
+
+def test_a_misspelt_column_of_seeds_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards seeds that are not read, since their column is called nearly so; other columns are the user's."""
+    for column, told in (("Seed", True), ("seeds", True), ("sed", True), ("scene", False), ("id", False)):
+        (tmp_path / "x.csv").write_text(f"prompt,{column}\na cat,7\n")
+        assert [each.seed for each in read_prompts(tmp_path / "x.csv")] == [None]
+        assert (f"the column {column.lower()} is not read; did you mean seed?" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("sign", "\v\f\x1c\x1d\x1e\x85\u2028\u2029")
+def test_a_line_ends_where_editors_end_it(sign: str, tmp_path: Path) -> None:
+    """Guards prompts with signs at which only `str.splitlines` ends a line; they are spaces."""
+    (tmp_path / "x.txt").write_text(f"a cat,{sign}on a mat\r\nthe sun\rthe moon\n", encoding="utf-8", newline="")
+    assert [each.text for each in read_prompts(tmp_path / "x.txt")] == ["a cat, on a mat", "the sun", "the moon"]
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": f"a cat,{sign}on a mat"}, ensure_ascii=False))
+    assert [each.text for each in read_prompts(tmp_path / "x.jsonl")] == ["a cat, on a mat"]
+    (tmp_path / "x.csv").write_text(f"prompt,seed\na cat{sign}runs,1\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "x.csv")[0][:2] == ("a cat runs", 1)
+
+
+def test_conventions_of_other_tools(model: str, inside: Path) -> None:
+    """Guards an empty negative prompt, which is none, and the seed -1, which is any."""
+    run("a cat", "--model", model, "--negative", "", "--seed", -1, "--output", "x.mp4", *QUICK)
+    record = record_of(inside / "x.mp4")
+    assert record["negative"] is None
+    assert record["seed"] >= 0
+
+
+def test_a_clip_names_no_folder_of_its_maker(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards what is sent to others: of files elsewhere the name alone; those that lie with the sidecar are found."""
+    private = inside.parent / "someone"
+    private.mkdir()
+    image = picture(private / "portrait.png")
+    for given in (image, "../someone/portrait.png"):
+        run("a cat", "--model", model, "--image", given, "--output", "x.mp4", "--seed", 3, *QUICK)
+        _, _, _, inner = read(inside / "x.mp4")
+        assert inner == record_of(inside / "x.mp4")
+        assert (inner["image"], inner["model"]) == ("portrait.png", "model")
+        assert str(inside.parent) not in json.dumps(inner)
+    (inside / "kept").mkdir()
+    for name in ("x.json", "x.mp4"):
+        (inside / name).rename(inside / "kept" / name)
+    again = ("--from-sidecar", "kept/x.json", "--output", "y.mp4")
+    assert "was made with portrait.png, which is not here" in refused(capsys, *again, "--model", model)
+    image.rename(inside / "kept" / "portrait.png")
+    (inside / "kept" / "model").symlink_to(model)
+    run(*again)
+    assert record_of(inside / "y.mp4")["codes"] == record_of(inside / "kept" / "x.mp4")["codes"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_files_whose_accents_are_written_otherwise_are_found(form: Any, model: str, inside: Path) -> None:
+    """Guards names that look alike: as a Mac writes them and as a keyboard types them."""
+    other = "NFD" if form == "NFC" else "NFC"
+    picture(inside / normalize(form, "café.png"))
+    (inside / normalize(form, "é")).mkdir()
+    (inside / normalize(form, "é") / normalize(form, "liste_é.txt")).write_text("a cat")
+    names = (normalize(other, name) for name in ("é/liste_é.txt", "café.png"))
+    run("--prompts", next(names), "--image", next(names), "--model", model, *QUICK)
+    assert len(list((inside / "out").glob("*.mp4"))) == 1
+
+
+def test_a_sidecar_is_checked_before_weights_are_read(
+    model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards the time to the refusal of another model or picture."""
+    picture(inside / "start.png")
+    run("a cat", "--model", model, "--image", "start.png", "--output", "x.mp4", *QUICK)
+    record = record_of(inside / "x.mp4")
+    monkeypatch.setattr(_Source, "load", lambda *each: pytest.fail("weights were read"))
+    for change in ({"bundle": "0"}, {"sha256": {"image": "0"}}):
+        (inside / "y.json").write_text(json.dumps(record | change))
+        told = refused(capsys, "--from-sidecar", "y.json", "--model", model, "--output", "z.mp4")
+        assert "y.json was made with another" in told
+
+
+class Looks(set[str]):
+    """Names that are taken; counts how often they are looked at."""
+
+    number = 0
+
+    def __rand__(self, other: Any) -> set[str]:
+        self.number += 1
+        return set(other) & set(self)
+
+
+def test_names_of_many_clips_take_no_longer_each(tmp_path: Path) -> None:
+    """Guards lists of thousands: a name, and the search for a clip that is there, do not look at all others."""
+    folder = Folder(tmp_path, "mp4")
+    assert [folder.name("A cat").name for _ in range(3)] == ["A-cat.mp4", "A-cat-2.mp4", "A-cat-3.mp4"]
+    assert folder.name("a cat").name == "a-cat-4.mp4", "where case does not count"
+    assert folder.name("a cat 5").name == "a-cat-5.mp4"
+    assert [folder.name("a cat").name for _ in range(2)] == ["a-cat-6.mp4", "a-cat-7.mp4"]
+    assert [folder.name(normalize(form, "é")).stem for form in ("NFC", "NFD")] == ["é", "é-2"]
+    folder._taken = looks = Looks(folder._taken)
+    for _ in range(100):
+        folder.name("a cat")
+    assert looks.number < 250
+
+
+def test_lists_of_other_kinds(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards texts with a line a prompt, and JSON lines; both may be told as JSON."""
+    (inside / "x.txt").write_text("\ufeffa cat runs\n\n  the sun  \r\n", encoding="utf-8")
+    (inside / "x.jsonl").write_text('{"caption": "a cat", "seed": 4}\n{"caption": "the sun"}\n', encoding="utf-8")
+    run("--prompts", "x.txt", "--model", model, "--output", "texts", *QUICK)
+    assert capsys.readouterr().out.split() == ["texts/a-cat-runs.mp4", "texts/the-sun.mp4"]
+    run("--prompts", "x.jsonl", "--model", model, "--output", "lines", "--json", *QUICK)
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(each["file"], each["prompt"]) for each in records] == [("a-cat.mp4", "a cat"), ("the-sun.mp4", "the sun")]
+    assert records[0]["seed"] == 4
+    assert records == [record_of(inside / "lines" / each["file"]) for each in records]
+
+
+# Early looks, and early ends
+
+
+def test_frames_are_there_before_the_clip(
+    model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards --preview and Ctrl-C: what was shown stays, and clips before it; nothing half-made looks like a clip."""
+    stream = CogVideoPipeline.stream
+
+    def interrupted(self: CogVideoPipeline, prompts: Any, *rest: Any) -> Any:
+        frames = stream(self, prompts, *rest)
+
+        def some() -> Any:
+            yield next(frames)
+            yield next(frames)
+            raise KeyboardInterrupt
+
+        return some() if prompts == ["the sun"] else frames
+
+    monkeypatch.setattr(CogVideoPipeline, "stream", interrupted)
+    arguments = ("a cat runs", "the sun", "the sun", "--model", model, "--seed", 3, "--preview", *QUICK)
+    run(*arguments, status=130)
+    assert tree(inside / "out") == [
+        *(f"a-cat-runs-frames/{place:03}.png" for place in range(5)),
+        "a-cat-runs.json",
+        "a-cat-runs.mp4",
+        "the-sun-frames/000.png",
+        "the-sun-frames/001.png",
+    ]
+    expected = made(model, "a cat runs", 3, rounds=0, guidance=Guidance(sequential=1))
+    assert np.array_equal(frames_of(inside / "out" / "a-cat-runs-frames"), expected)
+    assert capsys.readouterr().out == "out/a-cat-runs.mp4\n"
+
+
+def test_control_c_ends_a_real_process(model: str, inside: Path) -> None:
+    """Guards a whole process: it ends at once, with status 130, without a traceback, and keeps its frames."""
+    arguments = ["a cat runs", "--model", model, "--samples", "500", "--preview", "--rounds", "3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cogvideo", "generate", *arguments],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until = time.monotonic() + 300
+    while not list(inside.glob("out/*-frames/002.png")) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 130, told
+    assert "Traceback" not in told
+    assert list(inside.glob("out/*-frames/002.png"))
+    assert not [each for each in tree(inside) if ".tmp" in each]
+
+
+# Odd prompts, mistakes
+
+
+ODD = {
+    "🐈‍⬛": "clip",
+    "一只猫在草地": "一只猫在草地",
+    "a\x01\t\nb\x1b[31m": "a-b-31m",
+    "\"'\\ `x`": "x",
+    "../../../x": "x-2",
+    "/etc/x": "etc-x",
+    "$(rm y);*|&": "rm-y",
+    "C:\\nul.mp4": "C-nul-mp4",
+    "..": "clip-2",
+    "{x} %s %00": "x-s-00",
+    "_": "_",
+    "ñ é": "ñ-é",
+}
+
+
+def test_odd_prompts_stay_inside(model: str, inside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the file system against prompts: plain names in the output folder; each record has the prompt itself."""
+    run("--model", model, *QUICK, "--", *ODD)
+    assert capsys.readouterr().out.splitlines() == [f"out/{name}.mp4" for name in ODD.values()]
+    files = [f"a/b/c/out/{name}.{kind}" for name in ODD.values() for kind in ("json", "mp4")]
+    assert tree(tmp_path) == sorted(files)
+    for prompt, name in ODD.items():
+        assert record_of(inside / "out" / f"{name}.mp4")["prompt"] == prompt
+        assert read(inside / "out" / f"{name}.mp4")[3]["prompt"] == prompt
+
+
+def test_a_prompt_may_look_like_an_option(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards prompts that begin with a dash: two dashes end the options, and nothing is read from a prompt."""
+    run("--model", model, "--seed", 1, "--output", "o", *QUICK, "--", "-rf /", "$HOME")
+    assert capsys.readouterr() == ("o/rf.mp4\no/HOME.mp4\n", "")
+    assert [record_of(inside / "o" / name)["prompt"] for name in ("rf.mp4", "HOME.mp4")] == ["-rf /", "$HOME"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "names"),
+    [
+        (("a b", "a-b", "a b!", "a b 2"), ["a-b", "a-b-2", "a-b-3", "a-b-2-2"]),
+        (("A cat", "a Cat", "a cat"), ["A-cat", "a-Cat-2", "a-cat-3"]),
+        (("x" * 200, "x" * 300), ["x" * 120, "x" * 120 + "-2"]),
+        (("猫" * 100,), ["猫" * 40]),
+        (("\U00020000" * 60, "?", "!"), ["\U00020000" * 30, "clip", "clip-2"]),
+    ],
+)
+def test_every_prompt_has_a_file_of_its_own(
+    prompts: tuple[str, ...], names: list[str], model: str, inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against clips that replace each other, also where a file system knows no case, and against names that it
+    does not take."""
+    codes, pixels = torch.zeros(1, SIDE, dtype=torch.int64), np.zeros((1, SIDE, SIDE, 3), np.uint8)
+    frames = [Frame("image", place, 5, codes, pixels) for place in range(5)]
+    monkeypatch.setattr(CogVideoPipeline, "stream", lambda *_: iter(frames))  # names alone are looked at
+    run("--model", model, "--seed", 1, *QUICK, "--", *prompts)
+    assert tree(inside / "out") == sorted(f"{name}{suffix}" for name in names for suffix in (".json", ".mp4"))
+    for prompt, name in zip(prompts, names, strict=True):
+        assert record_of(inside / "out" / f"{name}.mp4")["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (("",), "the prompt is empty: ''"),
+        (("a cat", " \t\n"), "the prompt is empty"),
+        (("\u200b\u2060",), "the prompt is empty"),
+        (("\x01\x02",), "the prompt is empty"),
+        (("a cat", "x" * 10_000), r"the prompt has \d+ tokens, 16 fit"),
+        (("a cat", "\udc80"), "is no text in Unicode"),
+        ((), "there is no prompt, expected one or several texts"),
+    ],
+)
+def test_one_bad_prompt_is_found_before_the_first_clip(
+    prompts: tuple[str, ...], message: str, model: str, inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards lists of prompts: nothing is made, and no folder, where one of them cannot be used."""
+    assert re.search(message, refused(capsys, "--model", model, "--rounds", "0", "--", *prompts))
+    assert list(inside.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rounds", "-1"), "rounds is -1, expected 0 to 6"),
+        (("--rounds", "7"), "rounds is 7, expected 0 to 6"),
+        (("--samples", "0"), "samples is 0, expected 1 to 100000"),
+        (("--batch", "0"), "batch is 0, expected a positive number"),
+        (("--fps", "0"), "fps is 0.0, expected a number in"),
+        (("--image", "nowhere.png"), "--image: No such file or directory: nowhere.png"),
+        (("--image", "file"), "file: "),
+        (("--extend", "file"), "file: "),
+        (("--first", "file"), "got one of --first and --last, expected both"),
+        (("--image", "file", "--extend", "file"), "got --image and --extend, expected one start"),
+        (("--extend", "file", "--loop"), "got --loop and --extend, expected one end"),
+        (("--prompts", "file"), "got prompts and a file of prompts, expected one of them"),
+        (("--device", "cuda"), "cannot use the device 'cuda'"),
+        (("--model", "nobody/nothing"), "there is no folder nobody/nothing, and none came from the Hub"),
+        (("--guidance", "nan"), " guidance is nan, expected 0 to 100"),
+        (("--guidance", "1e30"), " guidance is 1e\\+30, expected 0 to 100"),
+        (("--temperature", "-1"), " temperature is -1.0, expected 0 to 100"),
+        (("--first-temperature", "inf"), "first_temperature is inf, expected 0 to 100"),
+        (("--text-bonus", "nan"), "text_bonus is nan, expected -100 to 100"),
+        (("--superres-temperature", "-1"), "superres_temperature is -1.0, expected 0 to 100"),
+        (("--superres-clusters", "-1"), "superres_clusters is -1, expected 0 to 1000000"),
+        (("--clusters", "9999999"), " clusters is 9999999, expected 0 to 1000000"),
+        (("--samples", "300000000"), "samples is 300000000, expected 1 to 100000"),
+        (("--samples", "2", "--seed", str(2**63 - 1)), f"the seed of the last clip would be {2**63}, expected"),
+        (("--negative", " "), "the negative prompt is empty: ' '"),
+        (("--device", "cpu:3"), "there is no device cpu:3, expected cpu"),
+        (("--device", "mps"), r"cannot use the device 'mps' \(.{1,90}\), expected auto, cpu, or a GPU"),
+        (("--image", "folder.mp4"), "Is a directory: folder.mp4, expected a file"),
+        (("--fps", "0.005"), "fps is 0.005, expected a number in"),
+        (("--device", "meta"), "cannot use the device 'meta'"),
+        (("--model", ""), "the model has no name"),
+        (("--output", "x.png"), "cannot write x.png: expected a folder, or a file that ends in .mp4"),
+        (("--output", "x.mp4", "--format", "gif"), "output is x.mp4 and format gif, expected one format"),
+        (("--output", "x" * 201), "the name xxxxxxxxxxxxxxxxxxxx... has 201 bytes, expected 200 at most"),
+        (("--seed", "-2"), "seed is -2, expected a number in"),
+        (("--device", "abacus"), "cannot use the device 'abacus'"),
+        (("--model", "nowhere"), "there is no folder nowhere: pass the folder of a bundle"),
+        (("--model", "."), "cannot use bundle.json: No such file or directory, expected the folder of a bundle"),
+        (("--output", "x.avi"), r"cannot write x.avi: expected a folder, or a file that ends in .mp4, .gif, .webp"),
+        (("--output", "file"), "file is a file, expected a folder"),
+        (("--output", "folder.mp4"), "folder.mp4 is a folder, expected a file, or a folder without .mp4"),
+        (("--output", "file/x.mp4"), "(File exists|Not a directory): file"),
+        (("--output", "file/deeper/out"), "Not a directory: file/deeper"),
+        (("--output", "/proc/out"), "No such file or directory: /proc/out"),
+        (("--output", "/proc/x.mp4"), r"cannot write into /proc \(.+\), expected a folder"),
+        (("--output", "\udcff.mp4"), r"the name '\\udcff.mp4' is no text in UTF-8, expected one: rename it"),
+        (("--image", "\udcff.png"), r"the name '\\udcff.png' is no text in UTF-8, expected one: rename it"),
+    ],
+)
+def test_mistakes_are_one_line(
+    options: tuple[str, ...], message: str, model: str, inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards what a user sees who asks for what cannot be; nothing was made meanwhile."""
+    (inside / "file").touch()
+    (inside / "folder.mp4").mkdir()
+    assert re.search(message, refused(capsys, "a cat", "--model", model, "--rounds", "0", *options))
+    assert sorted(each.name for each in inside.iterdir()) == ["file", "folder.mp4"]
+
+
+def test_a_file_is_for_one_prompt(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against all prompts but one being lost."""
+    told = refused(capsys, "a cat", "the sun", "--model", model, "--output", "x.mp4")
+    assert "output is the file x.mp4 for 2 clips, expected a folder" in told
+    assert list(inside.iterdir()) == []
+
+
+def test_a_damaged_model_is_refused(
+    train_text_model: Callable[..., bytes], inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards incomplete copies of a model."""
+    make_model(inside / "model", train_text_model())
+    with (inside / "model" / "sequential.safetensors").open("ab") as file:
+        file.write(b"x")
+    assert "sequential.safetensors has" in refused(capsys, "a cat", "--model", "model")
+
+
+def test_what_is_there_is_replaced_as_a_whole(model: str, inside: Path) -> None:
+    """Guards a file that is made again by name: whenever the process is killed, there is the old clip or the new one,
+    and beside it its own settings or none."""
+
+    def make(seed: int) -> None:
+        run("a cat", "--model", model, "--output", "x.mp4", "--seed", seed, *QUICK)
+
+    path = Path("x.mp4")
+    make(1)
+    old = path.read_bytes()
+    make(2)
+    new = path.read_bytes()
+    assert old != new
+    make(1)
+    seen = set()
+    for number in count(1):
+        killed = kill_at(number, lambda: make(2))
+        assert path.read_bytes() in (old, new)
+        seed = read(path)[3]["seed"]
+        has = path.with_suffix(".json").exists()
+        assert not has or record_of(path)["seed"] == seed
+        seen.add((seed, has))
+        if not killed:
+            break
+    assert seen == {(1, True), (1, False), (2, False), (2, True)}
+    assert (path.read_bytes(), record_of(path)["seed"]) == (new, 2)
+
+
+def test_what_is_there_outlasts_a_full_disk(model: str, inside: Path) -> None:
+    """Guards the old clip and its record where the new one cannot be written: the limit is that of a real process."""
+    run("a cat", "--model", model, "--output", "x.mp4", "--seed", 1, *QUICK)
+    before = {name: (inside / name).read_bytes() for name in tree(inside)}
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); from cogvideo.cli import main"
+    )
+    arguments = ["generate", "a cat", "--model", model, "--output", "x.mp4", "--seed", "2", *QUICK]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; sys.exit(main({arguments}))"], capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (2, "cogvideo: error: --output: File too large: x.mp4\n")
+    assert {name: (inside / name).read_bytes() for name in tree(inside)} == before
+
+
+def test_what_is_read_is_not_replaced(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards a user's own clip and list against a command that writes where it reads."""
+    write_video(inside / "x.mp4", np.zeros((3, SIDE, SIDE, 3), np.uint8), 1)
+    os.symlink("x.mp4", inside / "y.mp4")
+    (inside / "list.mp4").write_text("a cat")
+    before = {name: (inside / name).read_bytes() for name in tree(inside)}
+    for options in (("a cat", "--extend", "x.mp4"), ("a cat", "--image", "y.mp4"), ("--prompts", "list.mp4")):
+        name = options[-1].replace("y", "x")
+        told = refused(capsys, *options, "--model", model, "--output", name, *QUICK)
+        assert f"output is {name}, which is read, too: give another name" in told
+    assert {name: (inside / name).read_bytes() for name in tree(inside)} == before
+
+
+def test_names_that_an_output_cannot_show(model: str, inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards lists against an end after their first clip, where the terminal has no such letters."""
+    prompts = ["猫", "\U0001f600 é"]
+    for options in ((), ("--json",)):
+        printed = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+        run(*prompts, "--model", model, "--seed", 1, *QUICK, *options)
+        if options:
+            assert [json.loads(line)["prompt"] for line in printed.getvalue().splitlines()] == prompts
+        else:
+            assert printed.getvalue() == b"out/\\u732b.mp4\nout/\\xe9.mp4\n"
+
+
+def test_nothing_in_a_folder_is_replaced(model: str, inside: Path) -> None:
+    """Guards clips of an earlier day: the same prompt gets another name, whatever has the first."""
+    for _ in range(2):
+        run("a cat", "--model", model, "--seed", 1, *QUICK)
+    (inside / "out" / "A-CAT-3.txt").touch()
+    run("a cat", "--model", model, "--seed", 2, *QUICK)
+    assert [record_of(inside / "out" / f"a-cat{each}.mp4")["seed"] for each in ("", "-2", "-4")] == [1, 1, 2]
+
+
+def test_another_process_may_add_to_the_folder(
+    model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards clips that came into the folder while one was made: they had no name when this one got its own."""
+    make = Maker.make
+
+    def beside(self: Maker, *arguments: Any) -> Any:
+        for clip in make(self, *arguments):
+            clip.path.write_text("of somebody else")
+            yield clip
+
+    monkeypatch.setattr(Maker, "make", beside)
+    run("a cat", "--model", model, *QUICK)
+    assert capsys.readouterr().out == "out/a-cat-2.mp4\n"
+    assert (inside / "out" / "a-cat.mp4").read_text() == "of somebody else"
+    assert record_of(inside / "out" / "a-cat-2.mp4")["file"] == "a-cat-2.mp4"
+
+
+def test_frames_of_a_stopped_run_stay(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards what --preview left, also from a prompt that is called like its folder, and says which seed was shown."""
+    (inside / "out" / "a-cat-frames").mkdir(parents=True)
+    (inside / "out" / "a-cat-frames" / "000.png").write_text("old")
+    run("a cat", "a cat frames", "--model", model, "--preview", "--format", "png", "--seed", 4, *QUICK)
+    told = capsys.readouterr()
+    assert told.out.split() == ["out/a-cat-2", "out/a-cat-frames-2"]
+    assert told.err == "out/a-cat-2-frames: frames of seed 4\nout/a-cat-frames-2-frames: frames of seed 5\n"
+    assert (inside / "out" / "a-cat-frames" / "000.png").read_text() == "old"
+
+
+def test_frames_never_replace_others(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards pictures of a user's own, and those of an earlier look, in a folder that is called like that of frames."""
+    (inside / "x-frames").mkdir()
+    (inside / "x-frames" / "2019.png").write_text("mine")
+    for number in (2, 3):
+        run("a cat", "--model", model, "--output", "x.mp4", "--preview", "--seed", 4, *QUICK)
+        assert capsys.readouterr().err == f"x-frames-{number}: frames of seed 4\n"
+        assert len(frames_of(inside / f"x-frames-{number}")) == 5
+    assert tree(inside / "x-frames") == ["2019.png"]
+
+
+def test_a_foreign_file_is_no_record(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards a JSON file that has the name of the record, be it of another clip or of something else."""
+    run("a cat", "--model", model, "--output", "x.mp4", *QUICK)
+    before = (inside / "x.json").read_text()
+    told = refused(capsys, "a cat", "--model", model, "--output", "x.gif", *QUICK)
+    assert "x.json, where the record of x.gif belongs, holds something else: give another name" in told
+    assert (inside / "x.json").read_text() == before
+
+
+def test_a_list_is_made_in_every_format(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the second run over a list: a clip in another format, or an empty file, is not the one that is wanted."""
+    (inside / "x.txt").write_text("a cat\n")
+    options = ("--prompts", "x.txt", "--model", model, *QUICK)
+    for names in ("a-cat.mp4", "a-cat-2.gif", "a-cat-3"):
+        suffix = Path(names).suffix[1:] or "png"
+        run(*options, "--format", suffix)
+        run(*options, "--format", suffix)
+        told = capsys.readouterr()
+        assert (told.out, told.err) == (f"out/{names}\n", "1 of 1 clips were there already\n")
+    (inside / "out" / "a-cat.mp4").write_bytes(b"")
+    run(*options)
+    assert capsys.readouterr().out == "out/a-cat-4.mp4\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("rounds", "0"),
+        ("rounds", None),
+        ("rounds", True),
+        ("guidance", "abc"),
+        ("guidance", 10**400),
+        ("temperature", float("nan")),
+        ("text_bonus", float("inf")),
+        ("model", "a\0b"),
+        ("seed", "7"),
+        ("clusters", 1.5),
+        ("model", 5),
+        ("image", ["a"]),
+        ("dtype", "float8"),
+        ("superres", "x"),
+        ("negative", 5),
+        ("loop", "no"),
+        ("seed", 2**63),
+        ("seed", -1),
+        ("fps", "fast"),
+        ("sha256", []),
+    ],
+)
+def test_an_edited_sidecar_is_refused(
+    field: str, value: object, record: dict[str, Any], inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against tracebacks, and against values that an option would not take."""
+    (inside / "y.json").write_text(json.dumps(record | {field: value}))
+    assert f"y.json: {field} is " in refused(capsys, "--from-sidecar", "y.json", "--output", "z.mp4")
+    assert not (inside / "z.mp4").exists()
+
+
+def test_a_sidecar_is_good_elsewhere(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards clips that are made again in another folder: with the picture where it lies now, at the rate they had."""
+    picture(inside / "start.png")
+    options = ("--image", "start.png", "--fps", 3, "--rounds", 0, "--no-superres")
+    run("a cat", "--model", model, "--output", "x.mp4", *options)
+    (inside / "new").mkdir()
+    (inside / "start.png").rename(inside / "new" / "there.png")
+    picture(inside / "new" / "other.png", seed=1)
+    again = ("--from-sidecar", "x.json", "--output", "z.mp4", "--model", model)
+    lost = "x.json was made with start.png, which is not here: say with --image where it lies"
+    assert lost in refused(capsys, *again)
+    assert "x.json was made with another file than" in refused(capsys, *again, "--image", "new/other.png")
+    run(*again, "--image", "new/there.png")
+    assert record_of(inside / "z.mp4")["codes"] == record_of(inside / "x.mp4")["codes"]
+    assert read(inside / "z.mp4")[1] == 3
+
+
+def test_a_model_that_does_not_fit_is_refused(
+    model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against being killed while loading: what is needed is said before, and what helps."""
+    monkeypatch.setattr(memory, "free_memory", lambda _: 1 << 20)
+    told = refused(capsys, "a cat", "--model", model, "--batch", "100000", "--samples", "4")
+    assert re.search(
+        r"this needs \d+\.\d GiB of memory on cpu, where 0.0 GiB are free; what helps: a batch of 2,", told
+    ), "of four clips"
+    assert "offload, dtype bfloat16, rounds 0, a smaller model" in told
+    monkeypatch.setattr(memory, "free_memory", lambda _: 1 << 30)
+    run("a cat", "--model", model, *QUICK)
+
+
+def test_offloading_makes_the_same_clip(model: str, inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards --offload: the same pixels, and at no time the weights of two stages."""
+    options = ("a cat runs", "--model", model, "--rounds", 1, "--seed", 3, "--format", "png")
+    run(*options)
+    run(*options, "--offload", "--output", "other")
+    assert np.array_equal(*(frames_of(inside / name / "a-cat-runs") for name in ("out", "other")))
+    pipeline = CogVideoPipeline.from_pretrained(model, offload=True)
+    stages, seen, load = {"sequential", "interpolation", "superres"}, [], _Source.load
+
+    def watched(source: _Source, component: str) -> Any:
+        seen.append((component, stages & (pipeline.model._parts.keys() | pipeline._kept.keys())))
+        return load(source, component)
+
+    monkeypatch.setattr(_Source, "load", watched)
+    list(pipeline.stream(["a cat"], [torch.Generator()], Settings(rounds=1)))
+    assert {name for name, _ in seen} >= stages
+    assert all(not there for name, there in seen if name in stages), seen

@@ -1,0 +1,421 @@
+"""What `cogvideo info` says against what really happens: modules, caches, operations, files and a process's memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from cogvideo.bundle.model import CogVideo
+from cogvideo.config import (
+    PRESETS,
+    AutoencoderConfig,
+    CogVideoConfig,
+    LayoutConfig,
+    StageConfig,
+    TextConfig,
+    TransformerConfig,
+    UpscalerConfig,
+    from_dict,
+    preset,
+)
+from cogvideo.generation import hierarchy
+from cogvideo.generation.decode import Frame, Passes, decode
+from cogvideo.generation.decoder import Condition, Decoder
+from cogvideo.generation.hierarchy import Settings
+from cogvideo.generation.sampling import Sampling
+from cogvideo.layout import SequenceLayout, UpscaleLayout
+from cogvideo.models.attention import Plan
+from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.models.plans import Rows, full_pass, text_masks
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer
+from cogvideo.models.upscaler import UpscaleChannel, Upscaler, neighbourhoods
+from cogvideo.planning.costs import (
+    STAGES,
+    Stage,
+    cache_size,
+    clip,
+    components,
+    decoding,
+    layout_of,
+    rendering,
+    resident,
+    sums,
+    training,
+    training_states,
+    upscaling,
+    work,
+)
+from cogvideo.planning.info import info, report
+from cogvideo.text import PaddedText, TextTokenizer
+
+GIB = 2**30
+CASES = [(stage, guided) for stage in STAGES for guided in (False, True)]
+PAPER = preset("cogvideo")
+SMALL = replace(
+    CogVideoConfig(),
+    transformer=replace(TransformerConfig(), num_layers=3, hidden=64, num_heads=2),
+    layout=replace(CogVideoConfig().layout, grid=4, num_frames=5, text_slots=6, image_text_slots=9),
+    sequential=StageConfig(window=2),
+)
+
+
+def real_model(config: CogVideoConfig, stage: Stage) -> Transformer:
+    """The modules of a stage, with memory and some values."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = Base(config.transformer)
+        channel = None
+        if stage != "image":
+            channel = TemporalChannel(config.transformer, config.layout, getattr(config, stage))
+            for block in channel.blocks:
+                nn.init.zeros_(block.gate)
+        return Transformer(base, channel)
+
+
+def text(rows: int, slots: int) -> PaddedText:
+    """Text without pads."""
+    return PaddedText(torch.ones(rows, slots, dtype=torch.int64), torch.ones(rows, slots, dtype=torch.bool))
+
+
+def real_decoder(
+    config: CogVideoConfig, stage: Stage, guided: bool, samples: int = 1, cache_dtype: torch.dtype = torch.float32
+) -> Decoder:
+    """The decoder of a stage, with memory."""
+    layout = layout_of(config, stage)
+    words = text(samples, layout.text_slots)
+    condition = Condition(words, words if guided else None)
+    return Decoder(real_model(config, stage), layout, condition, cache_dtype=cache_dtype)
+
+
+def drawn_ranks(layout: SequenceLayout) -> range:
+    """Ranks that a stage draws."""
+    given = 0 if layout.num_frames == 1 else max(1, layout.num_bidirectional)
+    return range(given, layout.num_frames)
+
+
+# The released sizes
+
+
+def test_released_sizes() -> None:
+    """Guards the figures of the paper's model (spec section 1): 5.90 B, 1.82 B, 7.72 B, 9.54 B parameters."""
+    sizes = {each.name: each.parameters for each in (*components(PAPER), *sums(PAPER))}
+    billions = {name: round(size / 1e9, 2) for name, size in sizes.items()}
+    assert billions["base"] == 5.90
+    assert billions["sequential"] == billions["interpolation"] == 1.82
+    assert billions["base with one stage"] == 7.72
+    assert billions["base with both stages"] == 9.54
+
+
+def test_released_traffic_and_training() -> None:
+    """Guards bytes a step and training memory at the released sizes, worked out elsewhere by hand, to 1.5 %."""
+    assert report("cogvideo", PAPER).bytes_a_token["bfloat16"] == 2 * 2 * 48 * 3072
+    by_hand = {"first frame": 11.1, "key frames": 16.4, "to 9 frames": 15.4, "to 33 frames": 17.8}
+    read = {each.name: each.work.bytes_moved["gpu_bfloat16"] / 1e9 for each in clip(PAPER)}
+    assert {name: read[name] for name in by_hand} == pytest.approx(by_hand, rel=0.015)
+    states = training_states(PAPER, "sequential")
+    assert round(sum(states.values()) / GIB, 1) == 41.5
+    assert training(PAPER, "sequential").flops_a_position == pytest.approx(35e9, rel=0.05)
+
+
+# Against real modules, caches, operations
+
+
+@pytest.mark.parametrize("config", [SMALL, preset("pocket")], ids=["small", "pocket"])
+def test_parameters_are_those_of_the_modules(config: CogVideoConfig) -> None:
+    """Guards against a component that is forgotten or counted twice."""
+    sizes, layout = config.transformer, config.layout
+    modules = {
+        "base": Base(sizes),
+        "sequential": TemporalChannel(sizes, layout, config.sequential),
+        "interpolation": TemporalChannel(sizes, layout, config.interpolation),
+        "superres": UpscaleChannel(sizes, layout, config.upscaler),
+        "image_tokenizer": Autoencoder(config.autoencoder),
+    }
+    counted = {name: sum(each.numel() for each in module.parameters()) for name, module in modules.items()}
+    assert {each.name: each.parameters for each in components(config)} == counted
+
+
+@pytest.mark.parametrize(("stage", "guided"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cache_is_what_the_decoder_allocates(stage: Stage, guided: bool, dtype: torch.dtype) -> None:
+    """Guards cache bytes: text copies of windows, the single frame of the spatial channel, guidance, dtype, samples."""
+    decoder, size = real_decoder(SMALL, stage, guided, samples=3, cache_dtype=dtype), cache_size(SMALL, stage, guided)
+    kind = str(dtype).removeprefix("torch.")
+    spatial, *temporal = decoder.caches
+    assert spatial.num_bytes == 3 * size.spatial[kind]
+    assert sum(each.num_bytes for each in temporal) == 3 * size.temporal[kind]
+
+
+@pytest.mark.parametrize(("stage", "guided"), CASES)
+def test_operations_are_those_of_all_steps(stage: Stage, guided: bool) -> None:
+    """Guards the mean work of a pass: PyTorch's own counter over every cached step of the stage agrees exactly."""
+    decoder, samples = real_decoder(SMALL, stage, guided, samples=2), 2
+    layout, ranks = decoder.layout, drawn_ranks(decoder.layout)
+    decoder.prefill(torch.zeros(samples, ranks.start, layout.frame_slots, dtype=torch.int64))
+    token = torch.zeros(samples, 1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        for rank in ranks:
+            for slot in range(layout.frame_slots):
+                decoder.step([Rows(rank, slot, 0)], token)
+    mean = work(SMALL, stage, samples, guided)
+    assert mean.rows == samples * (1 + guided)
+    assert mean.flops == pytest.approx(counter.get_total_flops() / (len(ranks) * layout.frame_slots), rel=1e-9)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bytes_moved_are_those_of_the_tensors_that_a_step_reads(stage: Stage) -> None:
+    """Guards traffic: weights with a gradient after one step (the tied head apart), and the keys that plans slice."""
+    decoder = real_decoder(SMALL, stage, guided=True)
+    layout, sizes = decoder.layout, SMALL.transformer
+    model = decoder.model
+    codes = torch.zeros(1, layout.num_frames, layout.frame_slots, dtype=torch.int64)
+    _full_logits(model, layout, codes).sum().backward()
+    used = [each for name, each in model.named_parameters() if each.grad is not None and "ositions" not in name]
+    weights = sum(each.numel() for each in used) - model.base.words.weight.numel() + sizes.num_codes * sizes.hidden
+    keys, steps = 0, [(rank, slot) for rank in drawn_ranks(layout) for slot in range(layout.frame_slots)]
+    for rank, slot in steps:
+        plan, _ = decoder.plans.step([Rows(rank, slot, 0)])
+        channels = [plan.spatial, *(plan.temporal[layer % len(plan.temporal)] for layer in range(3) if plan.temporal)]
+        keys += sum(_num_keys(each) * (3 if number == 0 else 1) for number, each in enumerate(channels))
+    read = 4 * (weights + 2 * 2 * sizes.hidden * keys / len(steps))  # two rows, keys and values
+    assert work(SMALL, stage, 1, guided=True).bytes_moved["cpu_float32"] == pytest.approx(read, rel=1e-9)
+
+
+def _num_keys(plan: Plan) -> int:
+    """Keys that the one row of a step sees."""
+    ((_, _, (chunk,)),) = plan.groups
+    assert chunk.keys is not None
+    return len(chunk.keys)
+
+
+def _full_logits(model: Transformer, layout: SequenceLayout, codes: Tensor) -> Tensor:
+    """An ordinary training pass over whole sequences."""
+    words = text(len(codes), layout.text_slots)
+    masks = text_masks(words.mask, 0.0, model.base.words.weight.dtype)
+    video = model.channel is not None
+    plan = full_pass(layout, model.window, masks, layout.num_frames, video, torch.device("cpu"))
+    fed = layout.feed(codes, model.base.config.start_of_image)
+    frames = layout.frame_positions(range(layout.num_frames)).expand(len(codes), -1)
+    tokens = torch.cat([words.tokens, fed], 1)
+    positions = torch.cat([layout.text_positions(words.mask), frames], 1)
+    return model.base.logits(model(tokens, positions, plan)[:, layout.text_slots :][:, layout.loss_slots()])
+
+
+def test_operations_of_whole_frames_are_those_of_the_modules() -> None:
+    """Guards super-resolution and pixels: PyTorch's own counter over a real pass of each agrees exactly."""
+    layout = UpscaleLayout.of(SMALL.layout, SMALL.upscaler)
+    words, vectors = (
+        text(1, layout.text_slots),
+        torch.zeros(1, SMALL.autoencoder.embedding_dim, *[layout.high_grid] * 2),
+    )
+    upscaler = Upscaler(Base(SMALL.transformer), UpscaleChannel(SMALL.transformer, SMALL.layout, SMALL.upscaler))
+    model = Autoencoder(SMALL.autoencoder)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as high:
+            codes = torch.zeros(1, layout.low_slots, dtype=torch.int64)
+            upscaler.base.logits(upscaler(words.tokens, words.mask, codes))
+        with FlopCounterMode(display=False) as pixels:
+            model.render(vectors, SMALL.autoencoder.rate)
+    assert upscaling(SMALL, 7).work.flops == pytest.approx(high.get_total_flops(), rel=1e-9)
+    assert rendering(SMALL, 7).work.flops == pytest.approx(pixels.get_total_flops(), rel=1e-9)
+    assert upscaling(SMALL, 7).passes == rendering(SMALL, 7).passes == 7
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_activations_are_what_autograd_keeps(stage: Stage) -> None:
+    """Guards training memory: at least what a real forward pass saves for backward, at most a third more."""
+    config = replace(SMALL, transformer=replace(SMALL.transformer, num_layers=16))
+    model, layout, batch = real_model(config, stage).bfloat16(), layout_of(config, stage), 4
+    if model.channel is not None:
+        model.base.requires_grad_(False)
+    own, kept = {each.untyped_storage().data_ptr() for each in model.parameters()}, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    codes = torch.zeros(batch, layout.num_frames, layout.frame_slots, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = _full_logits(model, layout, codes).float().flatten(0, 1)
+        nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
+    saved, expected = sum(each.nbytes() for each in kept.values()), training(config, stage, batch)
+    assert saved <= expected.activations <= 1.33 * saved
+    assert expected.activations_checkpointed < expected.activations
+
+
+def test_phases_are_those_of_a_clip(text_model: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards rows and passes of each phase: those that the real hierarchy runs, with its default guidance."""
+    tokenizer = TextTokenizer(text_model, TextConfig(), 24)
+    sizes = TransformerConfig(2, 16, 2, tokenizer.num_tokens, 24, tokenizer.start_of_image, tokenizer.pad, 40)
+    layout = LayoutConfig(grid=2, num_frames=5, text_slots=32, image_text_slots=32, frame_position=32)
+    config = replace(
+        CogVideoConfig(),
+        transformer=sizes,
+        layout=layout,
+        sequential=StageConfig(2),
+        interpolation=StageConfig(2),
+        upscaler=UpscalerConfig(text_slots=32, low_position=33),
+        autoencoder=replace(AutoencoderConfig(), num_codes=24),
+    )
+    base, channel = Base(sizes), TemporalChannel(sizes, layout, StageConfig(2))
+    for parameter in (*base.parameters(), *channel.parameters()):
+        nn.init.constant_(parameter, 0.1)
+    system = CogVideo(config, base=base, sequential=channel, interpolation=channel, text=tokenizer)
+    runs: list[tuple[int, int]] = []
+
+    def spy(model: Transformer, layout: SequenceLayout, condition: Condition, *args: Any) -> Iterator[Frame]:
+        frames = list(decode(model, layout, condition, *args))
+        runs.append((len(condition.rows.tokens), frames[-1].passes))
+        return iter(frames)
+
+    monkeypatch.setattr(hierarchy, "decode", spy)
+    settings = Settings(rounds=2, first=Sampling(temperature=0), later=Sampling(temperature=0), passes=Passes())
+    list(hierarchy.generate(system, ["a cat"], [torch.Generator()], settings))
+    *drawn, upscaled, rendered = clip(config, settings)
+    assert [(each.work.rows, each.passes) for each in drawn] == runs
+    assert upscaled.passes == rendered.passes == 17
+
+
+# Memory of a process
+
+GENERATE = """
+import torch
+from dataclasses import replace
+from cogvideo.config import CogVideoConfig, LayoutConfig, TransformerConfig
+from cogvideo.generation.decode import decode
+from cogvideo.generation.decoder import Condition
+from cogvideo.generation.hierarchy import Settings
+from cogvideo.generation.sampling import GumbelNoise, Sampling
+from cogvideo.layout import SequenceLayout
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer
+from cogvideo.text import PaddedText
+
+def run(hidden, layers):
+    config = replace(
+        CogVideoConfig(),
+        transformer=replace(TransformerConfig(), hidden=hidden, num_layers=layers),
+        layout=replace(LayoutConfig(), num_frames=3),
+    )
+    layout = SequenceLayout.sequential(config.layout)
+    model = Transformer(Base(config.transformer), TemporalChannel(config.transformer, config.layout, config.sequential))
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 0.01)
+    text = PaddedText(*(torch.ones(8, layout.text_slots, dtype=kind) for kind in (torch.int64, torch.bool)))
+    noise = GumbelNoise([torch.Generator() for _ in range(8)], 3, layout.frame_slots, config.transformer.num_codes)
+    given = torch.zeros(8, 1, layout.frame_slots, dtype=torch.int64)
+    list(decode(model, layout, Condition(text, text, 3.0), given, noise, Sampling(), passes=Settings().passes))
+
+def peak():  # not ru_maxrss, which a process inherits from the one that started it
+    (line,) = [each for each in open("/proc/self/status") if each.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+torch.set_num_threads(1)
+run(32, 2)
+before = peak()
+run(512, 4)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
+def test_memory_of_a_process_that_generates() -> None:
+    """Guards the expected peak: a real process (8 guided samples, float32) takes 0.8 to 1.4 times as much."""
+    printed = subprocess.run([sys.executable, "-c", GENERATE], capture_output=True, text=True, check=True).stdout
+    config = replace(
+        CogVideoConfig(),
+        transformer=replace(TransformerConfig(), hidden=512, num_layers=4),
+        layout=replace(LayoutConfig(), num_frames=3),
+    )
+    expected = decoding(config, "", "sequential", 8, True).memory["cpu_float32"]
+    assert sum(expected.parts.values()) == expected.device == expected.host
+    assert 0.8 * expected.device <= int(printed) <= 1.4 * expected.device
+
+
+def test_resident_memory_is_the_largest_phase_with_all_weights() -> None:
+    """Guards the figure for a clip that never unloads: not the sum of the phases, and not one phase's weights."""
+    phases, everything = clip(SMALL), sums(SMALL)[-1].bytes["float32"]
+    rest = [each.memory["cpu_float32"].device - each.memory["cpu_float32"].parts["weights"] for each in phases]
+    assert resident(SMALL, phases)["cpu_float32"] == everything + max(rest)
+
+
+# The command
+
+
+@pytest.mark.parametrize("name", ["pocket", "cogvideo"])
+def test_report_of_a_preset(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the printed report: every section is there, and no figure is cut off in 80 columns."""
+    info(name)
+    printed = capsys.readouterr().out
+    for section in ("Parameters", "Cache of a sample", "Operations", "One clip: work", "One clip: memory", "Training"):
+        assert section in printed
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_presets_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the table without a target: one column a preset, with the paper's sizes."""
+    info()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in PRESETS)
+    assert all(figure in printed for figure in ("5.90 B", "1.82 B", "9.54 B", "16.4 GB", "41.5 GiB"))
+
+
+def test_json_is_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the figures that programs read: all of the report, and a configuration that can be restored from it."""
+    info("pocket", json=True, batch=2)
+    (printed,) = json.loads(capsys.readouterr().out)
+    expected = report("pocket", preset("pocket"), batch=2)
+    assert printed == json.loads(json.dumps(asdict(expected)))
+    assert from_dict(CogVideoConfig, printed["config"]) == preset("pocket")
+    assert [each["batch"] for each in printed["training"]] == [2, 2, 2]
+
+
+def test_figures_do_not_depend_on_what_ran_before() -> None:
+    """Guards against indices that are kept from pass to pass, and counted where a pass happens to make them."""
+    neighbourhoods.cache_clear()
+    cold = clip(SMALL)
+    assert clip(SMALL) == cold
+
+
+def test_bundle_files_have_the_expected_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards bytes of checkpoints: a file is the component's bytes and its header, and the report says its size."""
+    base = Base(SMALL.transformer)
+    channel = TemporalChannel(SMALL.transformer, SMALL.layout, SMALL.sequential).bfloat16()
+    labels = torch.zeros(SMALL.transformer.num_codes, dtype=torch.int64)
+    CogVideo(SMALL, base=base, sequential=channel, cluster_labels=labels).save_pretrained(tmp_path)
+    sizes = {each.name: each.bytes for each in components(SMALL)}
+    for name, kind in (("base", "float32"), ("sequential", "bfloat16")):
+        content = (tmp_path / f"{name}.safetensors").read_bytes()
+        assert len(content) == 8 + int.from_bytes(content[:8], "little") + sizes[name][kind]
+    info(str(tmp_path))
+    printed = capsys.readouterr().out
+    assert "on disk" in printed
+    assert "cluster_labels" in printed
+
+
+@pytest.mark.parametrize(
+    ("target", "batch", "message"),
+    [
+        ("pokcet", 1, r"got 'pokcet', expected a preset \(tiny, pocket, small, cogvideo\) or the folder of a bundle"),
+        ("tests", 1, r"bundle\.json"),
+        ("pocket", 0, "batch is 0, expected 1 to 1000000"),
+        ("pocket", 10**20, "batch is 100000000000000000000, expected 1 to 1000000"),
+    ],
+)
+def test_refusals(target: str, batch: int, message: str) -> None:
+    """Guards against a traceback or nonsense for a wrong name, a folder without a bundle, an impossible batch."""
+    target = str(Path(__file__).parent) if target == "tests" else target
+    with pytest.raises(ValueError, match=message):
+        info(target, batch=batch)

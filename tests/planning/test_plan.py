@@ -1,0 +1,455 @@
+"""`cogvideo plan` against real ranks, PyTorch's own tracker of FSDP's memory, `cogvideo info`, and sums by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.run import parse_args
+from torch.overrides import TorchFunctionMode
+
+from cogvideo import cli
+from cogvideo.config import AutoencoderConfig, CogVideoConfig, StageConfig, UpscalerConfig, preset
+from cogvideo.layout import cells
+from cogvideo.models import plans
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer
+from cogvideo.planning import plan
+from cogvideo.planning.costs import STAGES, Stage, layout_of, training, training_states
+from cogvideo.planning.plan import Machines, StagePlan, Way, held, report, stage_plan
+from cogvideo.text import PaddedText, TextTokenizer
+from cogvideo.training import parallel, stages
+from cogvideo.training.launch import Options, Plan
+from cogvideo.training.objectives import video
+from cogvideo.training.objectives.task import Objective
+from cogvideo.training.objectives.video import VideoBatch, VideoTask
+from cogvideo.training.optim import Optimization, adamw, trained
+from parallel_worker import CODES, SETTINGS, TEXT, make_sizes, run_ranks
+
+GIB, DAY = 2**30, 86_400
+SIZES, LAYOUT = make_sizes()
+SMALL = CogVideoConfig(
+    SIZES,
+    LAYOUT,
+    StageConfig(2),
+    StageConfig(2),
+    UpscalerConfig(text_slots=TEXT, low_position=TEXT),
+    replace(AutoencoderConfig(), num_codes=CODES),
+)
+PAPER, TINY = preset("cogvideo"), preset("tiny")
+
+
+def memory_for(config: CogVideoConfig, stage: Stage, **options: Any) -> float:
+    """GiB with which a stage just fits if nothing is reserved, in the way that needs least."""
+    ways = stage_plan(config, stage, Machines(gpu_memory=1e-9, reserve=0, **options)).ways
+    return min(way.needs for way in ways) / GIB
+
+
+# Memory of a rank
+
+
+def test_bytes_are_those_of_real_ranks(tmp_path: Path) -> None:
+    """Guards: shards without what pads them, a state or the average left out, two bytes for four."""
+    run_ranks(("weigh", tmp_path), world_size=3)
+    real = [torch.load(tmp_path / f"weigh-{rank}.pt", weights_only=True) for rank in range(3)]
+    found = held(SMALL, "sequential", "sharded", groups=3, tensor=1, ema=SETTINGS.ema)
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(found, name) == real[0][name] == max(each[name] for each in real)
+    padded = [-(-rows // 3) * 3 * (other[0] if other else 1) for _, (rows, *other) in real[0]["kept"]]
+    assert {kind for kind, _ in real[0]["kept"]} == {torch.float32}
+    assert found.accumulated == 4 * sum(padded)
+    (root, root_trained), *blocks = real[0]["units"]
+    layer, layer_trained = (sum(sizes) // SIZES.num_layers for sizes in zip(*blocks, strict=True))
+    assert found.gathered == max(2 * (root + 2 * layer) + 4 * max(root_trained, layer_trained), 2 * 2 * root)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_gpu_is_what_info_says(stage: Stage) -> None:
+    """Guards against two answers to one question: to the byte, for the one GPU and for a shard that is all of it."""
+    states = training_states(PAPER if stage == "sequential" else TINY, stage)
+    config = PAPER if stage == "sequential" else TINY
+    for found in (held(config, stage, "replicated", 9, 1), held(config, stage, "sharded", 1, 1)):
+        assert found.weights == found.start == states["frozen weights"] + states["master weights"]
+        assert (found.gradients, found.optimizer) == (states["gradients"], states["moments"])
+    whole = held(config, stage, "replicated", 1, 1)
+    assert whole.gathered == states["working copy"]
+    assert sum(whole[:4]) == sum(states.values())
+    if config is PAPER:
+        assert round(sum(whole[:4]) / GIB, 1) == 41.5
+
+
+def test_many_gpus_hold_their_share() -> None:
+    """Guards the paper's 13 x 8 GPUs: a hundredth of one GPU's states each, and 1 % of padding at most."""
+    one, many = (held(PAPER, "sequential", "sharded", groups, 1) for groups in (1, 104))
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(one, name) <= 104 * getattr(many, name) <= 1.01 * getattr(one, name)
+    assert many.start == one.start
+
+
+def test_tensor_parallel_ranks_share_the_products_of_blocks() -> None:
+    """Guards against a cut that is counted for what every rank has: embeddings, norms, biases behind a sum, gates."""
+    hidden, layers, codes = SIZES.hidden, SIZES.num_layers, SIZES.vocab_size + SIZES.num_positions
+    qkv, out, mlp = 3 * hidden**2, hidden**2, 8 * hidden**2
+    frozen_vectors = layers * (4 * 2 * hidden + 3 * hidden // 2 + hidden + 4 * hidden // 2 + hidden) + 2 * hidden
+    frozen_matrices = layers * (qkv + out + mlp) // 2 + codes * hidden
+    added = layers * ((qkv + out) // 2 + 3 * hidden // 2 + hidden + hidden) + 5 * 16 * hidden
+    found = held(SMALL, "sequential", "replicated", groups=1, tensor=2)
+    assert found.weights == 4 * (frozen_vectors + added) + 2 * frozen_matrices
+    assert (found.gradients, found.optimizer, found.gathered) == (4 * added, 8 * added, 2 * added)
+
+
+class _NoPads(TorchFunctionMode):
+    """Fake tensors have no values: a question about them is answered with no."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return False if function is torch.Tensor.__bool__ else function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pass_is_no_more_than_planned(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the whole sum against PyTorch's tracker of FSDP2's memory, over two real steps with tensors of no values.
+
+    Those run on a CPU, so the type that GPUs gather in is asked for here, and norms stay in bfloat16.
+    """
+    config, samples = replace(SMALL, transformer=replace(SIZES, num_layers=8, hidden=256)), 2
+
+    def narrow(module: Any, mp_policy: Any, **options: Any) -> Any:
+        return shard(module, mp_policy=replace(mp_policy, param_dtype=torch.bfloat16), **options)
+
+    shard = parallel.fully_shard
+    monkeypatch.setattr(parallel, "fully_shard", narrow)
+    with plan._fake_ranks(4, 1) as ranks, FakeTensorMode(allow_non_fake_inputs=True):
+        _forget()  # real tensors must not meet those without values, here or in later tests
+        real = _tracked(config, samples, checkpointing, ranks._replace(device=torch.device("cpu")))
+        _forget()
+    rank, step = held(config, "sequential", "sharded", 4, 1), training(config, "sequential", samples)
+    activations = step.activations_checkpointed if checkpointing else step.activations
+    planned = rank.weights + rank.gradients + rank.optimizer + rank.gathered + activations
+    assert real <= planned <= (1.5 if checkpointing else 1.25) * real
+
+
+def _forget() -> None:
+    """Clear what is kept of layouts."""
+    for kept in (cells, plans._structure, video._places):
+        kept.cache_clear()
+
+
+def _tracked(config: CogVideoConfig, samples: int, checkpointing: bool, ranks: parallel.Ranks) -> int:
+    """Bytes of a rank at the peak of two steps."""
+    text = object.__new__(TextTokenizer)
+    text.start_of_image = config.transformer.start_of_image
+    base = Base(config.transformer).requires_grad_(False)
+    for name, each in list(base.named_parameters()):
+        owner, _, last = name.rpartition(".")
+        wide = torch.nn.Parameter(each.to(torch.bfloat16 if each.ndim > 1 else torch.float32), requires_grad=False)
+        setattr(base.get_submodule(owner), last, wide)
+    channel = TemporalChannel(config.transformer, config.layout, config.sequential)
+    objective = Objective(Transformer(base, channel), VideoTask(layout_of(config, "sequential"), text))
+    settings = parallel.ParallelSettings("sharded")
+    module = parallel.distribute(objective, settings, ranks, precision="bfloat16", checkpointing=checkpointing)
+    optimizer, layout = adamw(trained(objective), Optimization()), objective.task.layout
+    words = PaddedText(*(torch.ones(samples, layout.text_slots, dtype=kind) for kind in (torch.int64, torch.bool)))
+    codes = torch.zeros(samples, layout.num_frames, layout.frame_slots, dtype=torch.int64)
+    tracker = FSDPMemTracker(module, optimizer)
+    with tracker, _NoPads():
+        for _ in range(2):
+            module(VideoBatch(words, codes)).loss.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tracker.reset_mod_stats()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    return peak["Total"]
+
+
+# Ways to run
+
+
+def test_as_many_samples_as_fit() -> None:
+    """Guards the choice: one sample more, or the next larger piece of a step, would not fit; and what it needs does."""
+    needs = [memory_for(SMALL, "sequential", gpus=gpus) for gpus in (4, 8)]
+    for memory in (each * factor for each in needs for factor in (1, 1.5, 2, 4)):
+        machines = Machines(gpus=8, gpu_memory=memory, reserve=0)
+        for way in stage_plan(SMALL, "sequential", machines).ways:
+            assert way.fits == (way.needs <= memory * GIB)
+            assert way.needs == max(way.peaks.values()) >= way.peaks["in a pass"] == sum(way.memory.values())
+            assert way.passes == -(-52 // way.micro_batch)
+            if way.fits and way.micro_batch < 52:
+                assert _needs_with(way, way.micro_batch + 1) > memory * GIB
+
+
+def _needs_with(way: Way, samples: int) -> int:
+    """Of the same way with other pieces of a step, in the small sequential stage on 8 GPUs."""
+    rank, step = held(SMALL, "sequential", way.sharding, 8, 1), training(SMALL, "sequential", samples, autocast=True)
+    activations = step.activations_checkpointed if way.checkpointing else step.activations
+    kept = rank.accumulated if samples < 52 else 0
+    return rank.weights + rank.gradients + rank.optimizer + rank.gathered + activations + kept
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_activations_grow_evenly_with_the_samples(stage: Stage) -> None:
+    """Guards the line through one and two samples, by which all other pieces of a step are judged."""
+    steps = [training(TINY, stage, samples, autocast=True) for samples in (1, 2, 7)]
+    for name in ("activations", "activations_checkpointed"):
+        one, two, seven = (getattr(each, name) for each in steps)
+        assert one + 6 * (two - one) == pytest.approx(seven, rel=0.04)  # masks are there once
+
+
+def test_autocast_has_wide_norms() -> None:
+    """Guards what GPUs add to `info`'s figures: inputs of blocks in four bytes, and of each block its four norms."""
+    narrow, wide = (training(PAPER, "sequential", 1, autocast=autocast) for autocast in (False, True))
+    values = layout_of(PAPER, "sequential").length * PAPER.transformer.hidden
+    assert wide.activations_checkpointed - narrow.activations_checkpointed == pytest.approx(47 * 2 * values, rel=0.15)
+    assert wide.activations - narrow.activations == pytest.approx(48 * 4 * 2 * values, rel=0.15)
+    assert wide.states == narrow.states
+
+
+def test_what_is_chosen() -> None:
+    """Guards the order: whole models where they fit, else few passes, since each gathers all; then nothing twice."""
+    least = memory_for(SMALL, "sequential", gpus=8)
+    seen = []
+    for factor in (100, 1.02, 0.98):
+        found = stage_plan(SMALL, "sequential", Machines(gpus=8, gpu_memory=least * factor, reserve=0))
+        seen.append(None if found.best is None else (found.best.sharding, found.best.checkpointing))
+        if found.best is not None and found.best.sharding == "sharded":
+            others = [way for way in found.ways if way.fits and way.sharding == "sharded"]
+            assert found.best.passes == min(way.passes for way in others)
+    assert seen[0] == ("replicated", False)
+    assert seen[2] is None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tensor", "expected"),
+    [(1, 1, ["replicated"]), (2, 2, ["replicated"]), (4, 2, ["sharded"]), (4, 1, ["replicated", "sharded"])],
+)
+def test_ways_are_those_that_training_accepts(gpus: int, tensor: int, expected: list[str]) -> None:
+    """Guards against a command that `cogvideo train` refuses."""
+    found = stage_plan(SMALL, "sequential", Machines(gpus=gpus, gpu_memory=1, tensor_parallel=tensor))
+    assert [way.sharding for way in found.ways] == [name for name in expected for _ in range(2)]
+    assert [way.checkpointing for way in found.ways] == [False, True] * len(expected)
+
+
+# Time
+
+
+def test_days_of_the_authors() -> None:
+    """Guards tokens a second and days, by hand: 104 A100 at 5 % are 478 positions a second each, and some 17 days."""
+    machines = Machines(gpus=104, gpu_memory=40, tflops=312, utilisation=0.05)
+    matrices = 48 * 12 * 3072**2 * 4 + 48 * 4 * 3072**2 * 6 + 20_000 * 3072 * 4
+    days = []
+    for stage, steps, batch in (("sequential", 76_000, 416), ("interpolation", 15_000, 160)):
+        found = stage_plan(PAPER, stage, machines)
+        assert found.flops_a_position == matrices
+        assert found.tokens_per_second == pytest.approx(104 * 312e12 * 0.05 / matrices)
+        assert found.days == pytest.approx(steps * batch * 2064 * matrices / (104 * 312e12 * 0.05) / DAY)
+        days.append(found.days)
+    assert found.tokens_per_second / 104 == pytest.approx(478, rel=0.02)
+    assert sum(days) == pytest.approx(16.5, rel=0.02)
+
+
+def test_no_schedule_for_the_image_model() -> None:
+    """Guards against days that no paper stands behind."""
+    found = stage_plan(SMALL, "image", Machines(gpus=2, gpu_memory=1))
+    assert found.days is None
+    assert found.steps is None
+    assert found.command is not None
+    assert "--steps" not in found.command
+
+
+@pytest.mark.parametrize(("gpus", "batch"), [(64, 384), (104, 416), (1000, 1000), (32, 416)])
+def test_batches_that_ranks_can_share(gpus: int, batch: int) -> None:
+    """Guards against a batch that the loader refuses, and against another number of samples than the paper's."""
+    found = stage_plan(SMALL, "sequential", Machines(gpus=gpus, gpu_memory=1))
+    assert found.batch == batch
+    assert found.batch % gpus == 0
+    assert found.steps is not None
+    assert 0 <= found.steps * found.batch - 76_000 * 416 < found.batch
+
+
+# The command
+
+
+def chosen(found: StagePlan) -> Way:
+    """What the command is to run."""
+    assert found.best is not None
+    return found.best
+
+
+@pytest.mark.parametrize(
+    ("machines", "launcher"),
+    [
+        (Machines(1, 80), []),
+        (Machines(8, 1), ["torchrun", "--nproc-per-node", "8", "-m", "--"]),
+        (
+            Machines(20, 1e-3, tensor_parallel=2),
+            shlex.split("torchrun --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --nproc-per-node 5 -m --"),
+        ),
+    ],
+)
+def test_the_command_runs_what_was_planned(
+    machines: Machines, launcher: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against options that do not exist, or that mean another way than the one that was weighed."""
+    started: list[tuple[Plan, Options]] = []
+    monkeypatch.setattr(stages, "train", lambda *given: started.append(given))
+    for found in report("small", SMALL, machines, ema=0.5).stages:
+        way, words = chosen(found), shlex.split(str(found.command))
+        assert words[: len(launcher) + 1] == [*launcher, "cogvideo"]
+        assert cli.main(words[len(launcher) + 1 :]) == 0
+        wanted, options = started.pop()
+        assert wanted.stage == found.stage
+        assert options.parallel == parallel.ParallelSettings(way.sharding, machines.tensor_parallel)
+        assert options.execution.checkpointing == way.checkpointing
+        assert options.execution.micro_batch == way.micro_batch
+        settings = options.optimization
+        assert (settings.batch, settings.ema, settings.precision) == (found.batch, 0.5, "bfloat16")
+        assert found.steps in (None, settings.steps)
+
+
+def test_torchrun_takes_no_option_of_ours() -> None:
+    """Guards `--start` and others, which torchrun finds ambiguous where `--` does not end its own options."""
+    launcher, _, command = str(report("small", SMALL, Machines(8, 1)).stages[1].command).partition(" cogvideo ")
+    ours = [*shlex.split(command), "--start", "continue", "--no-checkpointing", "--log", "1", "--run", "2"]
+    given = parse_args([*shlex.split(launcher)[1:], "cogvideo", *ours])
+    assert given.training_script_args == ours
+    assert (given.training_script, given.module, given.nproc_per_node) == ("cogvideo", True, "8")
+
+
+def test_in_a_process() -> None:
+    """Guards the printed plan: every stage, its speed and its command, no warning of PyTorch's, nothing cut off."""
+    command = [sys.executable, "-m", "cogvideo", "plan", "tiny", "--gpus", "4", "--gpu-memory", "16"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"}, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    for stage in STAGES:
+        assert f"train {stage} --data DATA --out MODEL" in done.stdout
+    for words in ("gathered", "activations", "chosen", "tokens/s", "the paper's 76,000 steps", "Assumed: 989 TFLOP/s"):
+        assert words in done.stdout
+    assert "…" not in done.stdout
+
+
+def test_nothing_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards: too little memory is an answer with the least that is needed and what would help, not an error."""
+    monkeypatch.setattr(plan, "STAGES", ("sequential",))
+    plan.plan("tiny", machines=Machines(2, 1e-4))
+    printed = capsys.readouterr().out
+    least = memory_for(TINY, "sequential", gpus=2)
+    assert f"Nothing fits: sharded with --checkpointing takes least, {least:#.3g} of 9.00e-05 GiB." in printed
+    assert "What helps: more or larger GPUs" in printed
+    assert "train sequential" not in printed
+    assert "tokens/s" not in printed
+    assert "days" not in printed
+    assert printed.endswith("Super-resolution is not planned.\n")
+    with pytest.raises(ValueError, match="gpus is 1000000, expected 4,096 at most"):
+        Machines(1_000_000, 80)
+
+
+def test_a_gpu_must_hold_the_model_once() -> None:
+    """Guards many small GPUs: a rank loads all weights before it cuts them, so more of them do not help."""
+    ways = stage_plan(PAPER, "sequential", Machines(512, 16)).ways
+    assert not any(way.fits for way in ways)
+    assert min(way.needs for way in ways) == held(PAPER, "sequential", "sharded", 1, 1).weights
+    assert min(way.peaks["in a pass"] for way in ways) < 16 * 0.9 * GIB
+
+
+def test_json_is_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the figures that programs read."""
+    machines = Machines(4, 16, utilisation=0.3)
+    plan.plan("tiny", machines=machines, json=True)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["machines"]["utilisation"] == 0.3
+    expected = report("tiny", TINY, machines).stages
+    assert [each["days"] for each in printed["stages"]] == [each.days for each in expected]
+    assert [way["memory"] for way in printed["stages"][1]["ways"]] == [way.memory for way in expected[1].ways]
+
+
+def test_shown_output_is_real(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the memory and the days that the page on training shows."""
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    session = page.split("$ cogvideo plan cogvideo --gpus 64 --gpu-memory 80\n")[1].split("```")[0]
+    lines = [line.strip() for line in session.splitlines() if line.strip() not in ("", "...")]
+    assert len(lines) > 15
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(plan, "STAGES", ("sequential",))
+    plan.plan(machines=Machines(64, 80))
+    real = {line.strip() for line in capsys.readouterr().out.splitlines()}
+    assert [line for line in lines if line not in real] == []
+
+
+AFTERWARDS = """
+import torch.distributed as dist
+from cogvideo.config import preset
+from cogvideo.planning.plan import Machines, report
+assert not dist.is_initialized()
+report("tiny", preset("tiny"), Machines(6, 1.0, tensor_parallel=2))
+assert not dist.is_initialized()
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+import torch
+total = torch.ones(1)
+dist.all_reduce(total)
+print(total.item(), dist.get_backend(), dist.get_world_size())
+dist.destroy_process_group()
+"""
+
+
+def test_no_process_group_is_left() -> None:
+    """Guards programs that plan and then train: importing starts no group, planning ends its own, a real one works."""
+    done = subprocess.run([sys.executable, "-c", AFTERWARDS], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("1.0 gloo 1\n", "")
+
+
+def test_ranks_do_not_plan() -> None:
+    """Guards a real process group from being replaced, and one that failed from being left behind."""
+    with pytest.raises(ValueError, match="tensor_parallel is 3, expected a divisor of the width 64 of mlp_in"):
+        stage_plan(SMALL, "sequential", Machines(3, 1, tensor_parallel=3))
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="one of several ranks"):
+            held(SMALL, "sequential", "sharded", 2, 1)
+        assert dist.get_backend() == "gloo"
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpus": 0}, "gpus is 0, expected a positive number"),
+        ({"gpu_memory": 0.0}, r"gpu_memory is 0\.0, expected a positive number"),
+        ({"gpu_memory": float("nan")}, "gpu_memory is nan"),
+        ({"gpus_per_machine": 0}, "gpus_per_machine is 0"),
+        ({"tensor_parallel": 3}, "tensor_parallel is 3 for 8 GPUs, expected a divisor"),
+        ({"reserve": 1.0}, r"reserve is 1\.0, expected a share"),
+        ({"utilisation": 40.0}, r"utilisation is 40\.0, expected a share"),
+        ({"tflops": -1.0}, r"tflops is -1\.0"),
+    ],
+)
+def test_refusals(options: dict[str, Any], message: str) -> None:
+    """Guards against a plan for machines that cannot be."""
+    with pytest.raises(ValueError, match=message):
+        Machines(**{"gpus": 8, "gpu_memory": 80.0} | options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pokcet --gpus 8", r"got 'pokcet', expected a preset \(tiny, pocket, small, cogvideo\)"),
+        ("tiny --gpus 0", "gpus is 0, expected a positive number"),
+    ],
+)
+def test_refusals_of_the_command(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the exit status of mistakes, and that they are told in a line."""
+    assert cli.main(["plan", *arguments.split(), "--gpu-memory", "80"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert re.fullmatch(rf"cogvideo: error: .*{message}.*\n", told.err)

@@ -1,0 +1,576 @@
+"""The report on prepared data: one page that is whole, safe and true, whatever the data holds or lacks."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cogvideo.bundle import model as bundle
+from cogvideo.bundle.format import Manifest
+from cogvideo.config import AutoencoderConfig, CogVideoConfig
+from cogvideo.data.dataset import Dataset, make_card, read_card, write_card
+from cogvideo.data.frames import FrameSettings, read_item
+from cogvideo.data.shards import Row, ShardInfo, digest, write_shard
+from cogvideo.data.sources import Listing, SourceOptions, list_source
+from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.report import clips as report_clips
+from cogvideo.report import data as report_module
+from cogvideo.report.clips import find_origin, read_as_encoded
+from cogvideo.report.content import frequencies
+from cogvideo.report.data import report
+from cogvideo.report.page import Html, element, escape, middle, percent, shorten
+from cogvideo.report.sample import quantile, spread, take_sample, words_of
+from cogvideo.report.sections import training_rates
+
+SMALL = AutoencoderConfig(
+    channels=8, groups=4, encoder_multipliers=(1, 1, 1), decoder_multipliers=((1, 1, 1),), embedding_dim=8, rate=4
+)
+SIZE, GRID, FPS = 16, 4, 8.0
+FRAMES = FrameSettings(fps=FPS, size=SIZE)
+LENGTHS = {"a": 34, "b": 18, "c": 6, "d": 12}
+NASTY = "<script>alert('x')</script> \"quoted\" & \x1b[31mred\x00 \u202egnp.exe </title></style>"
+VOID = ("img", "meta")
+
+
+class Page(HTMLParser):
+    """A page as a browser sees it: elements with their attributes, texts, tables."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.headings: list[tuple[str, str]] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert self.open == [], "an element is not closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        if tag in ("h1", "h2", "h3"):
+            self.headings.append((tag, ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"{tag} is closed inside another element"
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        self.texts.append(data)
+        if "td" in self.open or "th" in self.open:
+            self.tables[-1][-1][-1] += data
+        if self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.headings[-1] = (self.open[-1], self.headings[-1][1] + data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def rows(self) -> dict[str, list[str]]:
+        """Rows of all tables by their first cell, the first of each name."""
+        return {row[0]: row[1:] for table in reversed(self.tables) for row in reversed(table)}
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a small image tokenizer of random weights."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    config = replace(CogVideoConfig(), autoencoder=SMALL)
+    torch.manual_seed(0)
+    bundle.update(folder, config, image_tokenizer=Autoencoder(SMALL))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def autoencoder(tokenizer: Path) -> Autoencoder:
+    return bundle.CogVideo.from_pretrained(tokenizer).autoencoder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Four small GIFs of a moving square; one caption is nasty, one clip has two."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number, (name, length) in enumerate(LENGTHS.items()):
+        pictures = [np.full((20, 24 + 8 * (number % 2), 3), 60 * number, np.uint8) for _ in range(length // 2)]
+        for place, picture in enumerate(pictures):
+            picture[5:12, place % 16 : place % 16 + 6] = (255, 7 * place, 40)
+        first, *others = map(Image.fromarray, pictures)
+        first.save(folder / f"{name}.gif", save_all=True, append_images=others, duration=250)
+        caption = NASTY if name == "a" else f"The {name} square moves\nanother of {name}" if name == "b" else "It moves"
+        (folder / f"{name}.txt").write_bytes(caption.replace("\x00", "").encode())
+    return folder
+
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path, source: Path, tokenizer: Path, autoencoder: Autoencoder) -> Make:
+    """A dataset made with the shards' own functions, of the source unless `rows` are given."""
+
+    def build(
+        rows: list[Row] | None = None,
+        rejected: dict[str, list[tuple[str, str]]] | None = None,
+        origin: str = "",
+        tokenizer_sha256: str = "",
+        place: str = str(tokenizer),
+        frames: FrameSettings = FRAMES,
+        fps: float = FPS,
+        high_grid: int = 0,
+    ) -> Path:
+        folder = tmp_path / "data"
+        folder.mkdir()
+        made = {"frames": asdict(frames), "superres": high_grid > 0, "source": asdict(SourceOptions())}
+        sha256 = tokenizer_sha256 or Manifest.read(tokenizer).components["image_tokenizer"].sha256
+        info = ShardInfo(GRID, SMALL.num_codes, fps, sha256, digest(made), "", (), high_grid)
+        rows = list(encoded(source, autoencoder)) if rows is None else rows
+        parts = [rows[:2], rows[2:]]
+        for number, part in enumerate(parts):
+            write_shard(folder / f"shard-{number:05d}.arrow", part, info)
+        files = [f"shard-{number:05d}.arrow" for number in range(len(parts))]
+        card = make_card(folder, files, source=origin or str(source), tokenizer=place, settings=made)
+        counts = {reason: len(clips) for reason, clips in (rejected or {}).items()}
+        write_card(folder, replace(card, rejected=counts))
+        return folder
+
+    return build
+
+
+def encoded(source: Path, autoencoder: Autoencoder) -> Iterator[Row]:
+    for item in list_source(str(source), SourceOptions()).items:
+        frames = read_item(item, FRAMES).frames
+        pixels = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255
+        codes = autoencoder.encode(pixels).numpy().astype(np.uint16)
+        attributes = {"letter": item.id[0], "kind<b>": NASTY if item.id == "a.gif" else "plain"}
+        yield Row(item.id, item.captions, attributes, FPS, codes, item.split or "train")
+
+
+def write_csv(folder: Path, rejected: dict[str, list[tuple[str, str]]]) -> None:
+    import csv
+
+    with (folder / "rejected.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(("id", "reason", "detail"))
+        table.writerows((id, reason, detail) for reason, clips in rejected.items() for id, detail in clips)
+
+
+def written(folder: Path, **options: Any) -> Page:
+    report(folder, **options)
+    return Page(folder / "report.html")
+
+
+def test_page_is_whole_and_needs_nothing_else(make: Make) -> None:
+    """Broken HTML, a picture or style from elsewhere, a script, or a page that a screen reader cannot use."""
+    page = written(make())
+    assert page.source.startswith("<!DOCTYPE html>")
+    without_pictures = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", page.source)
+    assert re.search(r"https?://|//[a-z]|@import|url\(", without_pictures) is None
+    assert not page.all("script")
+    assert not page.all("link")
+    assert all((each["src"] or "").startswith("data:image/png;base64,") for each in page.all("img"))
+    assert all((attributes.get("href") or "#").startswith("#") for _, attributes in page.elements)
+    assert all(each["alt"] for each in page.all("img"))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert {each["href"] for each in page.all("a")} <= {f"#{id}" for id in ids}
+    assert [level for level, _ in page.headings].count("h1") == 1
+    assert "lang" in page.all("html")[0]
+    assert all(name.strip() for _, name in page.headings)
+    policy = next(each["content"] for each in page.all("meta") if each.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert "default-src 'none'" in policy
+
+
+def test_counts_are_those_of_the_dataset(make: Make) -> None:
+    """A table that shows other numbers than the rows have: splits, lengths, rates, captions, attributes, codes."""
+    folder = make()
+    dataset, page = Dataset(folder), written(folder)
+    rows, shown = [dataset.row(number) for number in range(len(dataset))], page.rows()
+    for split, clips in Counter(row.split for row in rows).items():
+        assert shown[split][1] == str(clips)
+    assert shown["34 frames (4.25 s)"][1] == "1"
+    assert {name: row[1] for name, row in shown.items() if name.endswith("a second")} == {
+        "1 a second": "1",  # 33 frames or more
+        "2 a second": "2",  # 17 or more
+        "4 a second": "3",  # 9 or more
+        "8 a second": "4",  # 5 or more
+    }
+    assert [shown[f"{rate} a second"][3] for rate in (1, 2, 4, 8)] == ["1", "1", "1", "1"]
+    captions = [caption for row in rows for caption in row.captions]
+    assert shown["captions"] == [str(len(captions))]
+    assert shown["distinct captions"][0].startswith(f"{len(set(captions))} (")
+    assert shown["2 captions"][1] == "1"
+    assert shown["plain"][1] == "3"
+    codes = np.concatenate([row.codes.reshape(-1) for row in rows])
+    used = np.unique(codes)
+    assert shown["codes that occur"][0].startswith(f"{len(used)} (")
+    shares = np.unique(codes, return_counts=True)[1] / len(codes)
+    assert float(shown["perplexity"][0]) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), abs=0.051)
+    assert shown["places counted"] == [f"{len(codes):,}"]
+    assert shown["never"] == [f"{SMALL.num_codes - len(used):,}"]
+    assert shown["24 × 20"][1] == "2"
+    assert shown["32 × 20"][1] == "2"
+
+
+def test_words_are_counted_once_a_caption_without_function_words(make: Make) -> None:
+    """A word that is said twice counted twice, or `the` at the top of the list."""
+    page = written(make())
+    words = dict(re.findall(r"<bdi>([^<]*)</bdi><span class=\"count\">(\d+)<", page.source))
+    assert words["moves"] == "3"
+    assert words["square"] == "1"
+    assert "the" not in words
+
+
+def test_psnr_is_that_of_the_pictures(make: Make, autoencoder: Autoencoder) -> None:
+    """A PSNR between other frames than those shown, or of values that no viewer sees (below 0, above 1)."""
+    folder = make()
+    page, values = written(folder), []
+    items = {item.id: item for item in list_source(read_card(folder).source, SourceOptions()).items}
+    dataset = Dataset(folder)
+    for row in map(dataset.row, range(len(dataset))):
+        places = np.linspace(0, len(row.codes) - 1, min(8, len(row.codes))).round().astype(int)
+        original = read_item(items[row.id], FRAMES).frames[places] / 255
+        decoded = autoencoder.decode(torch.from_numpy(row.codes[places].astype(np.int64))).clamp(0, 1)
+        errors = (decoded.permute(0, 2, 3, 1).numpy() - original) ** 2
+        values.append(np.mean([10 * np.log10(1 / error.mean()) for error in errors]))
+        assert f"{values[-1]:.1f} dB" in page.text
+    assert f"{np.mean(values):.1f} dB" in page.text
+    assert len(page.all("img")) == 4
+
+
+def test_users_texts_stay_texts(make: Make) -> None:
+    """A caption, attribute, name or reason that becomes an element, or ends one."""
+    bad = "<img src=x onerror=alert(1)>"
+    rejected = {"too <b>short": [(bad, f"detail {bad}")]}
+    folder = make(rejected=rejected, origin=f"/nowhere/{bad}", place=f"/nothing/{bad}")
+    write_csv(folder, rejected)
+    page = written(folder)
+    assert not page.all("script")
+    assert not any("onerror" in attributes for _, attributes in page.elements)
+    assert not page.all("b")
+    plain = NASTY.replace("\x00", "").replace("\x1b", "␛")
+    assert plain in page.text
+    assert any(bad in cell for table in page.tables for row in table for cell in row)
+    assert "kind<b>" in [name for _, name in page.headings]
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page.source)
+
+
+@given(st.text(st.characters(codec=None)))
+@settings(max_examples=200, deadline=None)
+def test_any_text_survives_escaping(text: str) -> None:
+    """A character that ends an attribute or element, or that no file can hold."""
+    made = str(element("p", text, title=text))
+    assert made.encode()
+    assert re.fullmatch(r'<p title="[^"<>]*">[^<>]*</p>', made)
+    assert "script" not in escape("<script>") or "&lt;script&gt;" in escape("<script>")
+    assert escape(Html("<b>")) == "<b>"
+
+
+def test_long_texts_are_cut_where_they_say_least(make: Make) -> None:
+    """A caption of a million letters that makes the page a million letters long."""
+    assert len(shorten("x" * 10**6)) == 300
+    assert middle("a" * 50 + "end", 20).endswith("end")
+    assert len(middle("a" * 50, 20)) == 20
+    rows = [
+        Row(f"{'y' * 10**5}{n}", ("z" * 10**5,), {"k" * 10**5: "v" * 10**5}, FPS, codes(3), "train") for n in (1, 2)
+    ]
+    assert len(written(make(rows=rows)).source) < 100_000
+
+
+def codes(num_frames: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, SMALL.num_codes, (num_frames, GRID, GRID)).astype(np.uint16)
+
+
+def test_missing_source_is_said(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback, or a page that is silent, where the videos were moved: reconstructions can still be seen."""
+    page = written(make(origin="/nowhere/clips"))
+    assert "What cannot be shown" in page.text
+    assert "there is no /nowhere/clips" in page.text
+    assert "/nowhere/clips" in capsys.readouterr().out
+    assert "dB" not in page.text
+    assert all("reconstruction" in (each["alt"] or "") for each in page.all("img"))
+    assert len(page.all("img")) == 4
+
+
+@pytest.mark.parametrize("case", ["gone", "other", "no tokenizer", "damaged"])
+def test_missing_tokenizer_is_said(make: Make, tmp_path: Path, tokenizer: Path, case: str) -> None:
+    """Pictures decoded with another tokenizer than made the codes, or a traceback where there is none."""
+    place, sha256 = tmp_path / "other", ""
+    if case == "no tokenizer":
+        bundle.CogVideo(replace(CogVideoConfig(), autoencoder=SMALL)).save_pretrained(place)
+    elif case == "damaged":
+        bundle.CogVideo.from_pretrained(tokenizer).save_pretrained(place)
+        file = place / "image_tokenizer.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif case == "other":
+        place, sha256 = tokenizer, "0" * 64
+    page = written(make(place=str(place), tokenizer_sha256=sha256))
+    assert "Reconstructions:" in page.text
+    assert {"gone": "there is no folder", "other": "another image tokenizer", "damaged": "content was changed"}.get(
+        case, "has no image_tokenizer"
+    ) in page.text
+    assert "dB" not in page.text
+    assert all((each["alt"] or "").endswith("the original") for each in page.all("img"))
+    assert len(page.all("img")) == 4
+
+
+def test_tokenizer_can_be_named(make: Make, tokenizer: Path) -> None:
+    """A moved bundle that cannot be used any more, or one of another hash that is used because it was named."""
+    folder = make(place="/nowhere/bundle")
+    page = written(folder, tokenizer=str(tokenizer))
+    assert "What cannot be shown" not in page.text
+    assert "dB" in page.text
+
+
+def test_nothing_but_the_dataset(make: Make) -> None:
+    """An error where both source and tokenizer are gone: captions, lengths and codes are still there."""
+    page = written(make(origin="/nowhere/clips", place="/nowhere/bundle"))
+    assert not page.all("img")
+    assert "It moves" in page.text
+    assert page.rows()["places counted"]
+
+
+def test_changed_clips_are_not_compared(make: Make, source: Path) -> None:
+    """A PSNR between frames of a clip that was replaced and codes of the old one; one that vanished; one that broke."""
+    folder = make()
+    (source / "a.gif").write_bytes((source / "c.gif").read_bytes())
+    (source / "b.gif").unlink()
+    (source / "d.gif").write_bytes(b"GIF89a, but nothing more")
+    page = written(folder)
+    assert "the source has changed: it gives 6 frames, the dataset has 34" in page.text
+    assert "the source has no such clip any more" in page.text
+    assert "it cannot be read any more" in page.text
+    assert page.text.count("dB") == 2  # the clip that is left, and the mean
+    assert len(page.all("img")) == 4
+
+
+def test_empty_dataset(make: Make) -> None:
+    """A division by zero or a missing bound where no clip is left."""
+    rejected = {"file is missing": [("a.mp4", "there is no a.mp4")], "too short": [("b.mp4", "1 frame")]}
+    folder = make(rows=[], rejected=rejected)
+    write_csv(folder, rejected)
+    page = written(folder)
+    assert page.rows()["file is missing"][1] == "1"
+    assert "there is no a.mp4" in page.text
+    assert "100.0 % of all clips" in page.text
+    assert not page.all("img")
+
+
+def test_dataset_without_shards(make: Make) -> None:
+    """The card of a source in which nothing could be listed."""
+    folder = make()
+    card = read_card(folder)
+    for path in folder.glob("shard-*"):
+        path.unlink()
+    write_card(folder, replace(card, shards=(), splits={}, lengths={}, num_frames=0))
+    assert "The dataset has no clips." in written(folder).text
+
+
+def test_rejected_counts_and_examples(make: Make) -> None:
+    """Reasons with other counts than the card's, more examples than can be read, or a table that is not there."""
+    rejected = {
+        "too short": [(f"clip {n}.mp4", "1 frame") for n in range(9)],
+        "no caption": [('x, "y".mp4', "line\n2")],
+    }
+    folder = make(rejected=rejected)
+    page = written(folder)
+    assert "there is no rejected.csv" in page.text
+    write_csv(folder, rejected)
+    page = written(folder)
+    assert page.rows()["too short"][1:] == ["9", "90.0 %"]
+    examples = [row for table in page.tables for row in table if row[0] == "too short" and len(row) == 3]
+    assert [row[1] for row in examples] == [f"clip {n}.mp4" for n in range(5)]
+    assert ["no caption", 'x, "y".mp4', "line\n2"] in [row for table in page.tables for row in table]
+    assert "do not agree" not in page.text
+    write_csv(folder, {"too short": rejected["too short"]})
+    assert "do not agree" in written(folder).text
+    (folder / "rejected.csv").write_text("something,else\n1,2\n")
+    with pytest.raises(ValueError, match="expected a table with the columns id, reason, detail"):
+        report(folder)
+
+
+def test_same_bytes_in_every_process(make: Make) -> None:
+    """Counts in an order that depends on the hash of texts, or a time or temporary name on the page."""
+    folder = make()
+    report(folder)
+    first = (folder / "report.html").read_bytes()
+    report(folder)
+    assert (folder / "report.html").read_bytes() == first
+    command = [sys.executable, "-c", "from cogvideo.cli import main; main()", "data", "report", str(folder)]
+    environment = os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(folder / "other.html")], check=True, env=environment, timeout=300)
+    assert (folder / "other.html").read_bytes() == first
+
+
+def test_seed_chooses_clips(make: Make) -> None:
+    """The same clips for every seed, or more than were asked for."""
+    folder = make()
+    shown = set()
+    for seed in range(6):
+        page = written(folder, clips=1, seed=seed)
+        assert len(page.all("img")) == 1
+        shown.add(page.all("img")[0]["alt"])
+    assert len(shown) > 1
+    assert not written(folder, clips=0).all("img")
+
+
+def test_large_datasets_are_sampled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five million rows read one by one, or a sample that is not called one."""
+    folder = make()
+    monkeypatch.setattr(report_module, "NUM_ROWS", 2)
+    page = written(folder, seed=3)
+    assert "Counted over 2 of 4 clips, drawn at random (seed 3)." in page.text
+    assert page.rows()["train"][1] == str(read_card(folder).splits["train"])  # what the card knows stays exact
+    sample = take_sample(Dataset(folder), 3, 2)
+    assert sample.num_rows == 2
+    assert page.rows()["places counted"] == [f"{sample.codes.sum():,}"]
+
+
+def test_large_worlds_are_not_listed(make: Make, monkeypatch: pytest.MonkeyPatch, tokenizer: Path) -> None:
+    """Captions of five million clips made to show twelve."""
+    rows = [Row(f"world/{index:06}", ("x",), {}, FPS, codes(33), "train") for index in (3, 4_999_999)]
+    card = read_card(make(rows=rows, origin="world:5000000"))
+    asked = []
+
+    def listed(source: str, options: SourceOptions) -> Listing:
+        asked.append(source)
+        assert source != "world:5000000"
+        return list_source(source, options)
+
+    monkeypatch.setattr(report_clips, "list_source", listed)
+    origin = find_origin(card, "", ["world/000003", "world/4999999"])
+    assert set(origin.items) == {"world/000003", "world/4999999"}
+    assert asked == ["world:3:4", "world:4999999:5000000"]
+
+
+def test_superres_originals_are_means_of_large_frames(make: Make, source: Path) -> None:
+    """A PSNR against frames that the encoder never saw: it saw means of frames in the size of super-resolution."""
+    card = read_card(make(high_grid=3 * GRID))
+    item = next(item for item in list_source(str(source), SourceOptions()).items if item.id == "b.gif")
+    large = read_item(item, replace(FRAMES, size=3 * SIZE)).frames.astype(np.float64)
+    expected = sum(large[:, row::3, column::3] for row in range(3) for column in range(3)) / 9
+    assert np.abs(read_as_encoded(item, FRAMES, card) - expected).max() <= 0.5 + 1e-6
+
+
+def test_settings_of_another_version(make: Make) -> None:
+    """A traceback where the card has settings that this version does not know, or lacks some."""
+    folder = make()
+    card = read_card(folder)
+    for changed in ({}, {"frames": 3}, {"frames": {"speed": 2}}, card.settings | {"source": None}):
+        path = folder / "shard-00000.arrow"
+        rows = [row for number in range(2) for row in [Dataset(folder).shard(0).row(number)]]
+        info = replace(Dataset(folder).shard(0).info, settings_sha256=digest(changed))
+        other = folder.parent / "other"
+        other.mkdir(exist_ok=True)
+        write_shard(other / path.name, rows, info)
+        described = make_card(other, [path.name], source=card.source, tokenizer=card.tokenizer, settings=changed)
+        write_card(other, described)
+        page = written(other)
+        assert "not those of this version" in page.text
+        assert len(page.all("img")) == 2
+
+
+@pytest.mark.parametrize(("out", "message"), [("", "is a folder"), ("none/page.html", "there is no folder")])
+def test_places_that_cannot_be_written(make: Make, tmp_path: Path, out: str, message: str) -> None:
+    """A traceback, or minutes of work, before it is seen that the page has no place."""
+    with pytest.raises(ValueError, match=message):
+        report(make(), out=tmp_path / out)
+
+
+def test_bad_input_is_one_line(tmp_path: Path, make: Make) -> None:
+    """A traceback for a folder without data, a damaged shard or a negative number."""
+    with pytest.raises(ValueError, match="no whole dataset"):
+        report(tmp_path)
+    folder = make()
+    with pytest.raises(ValueError, match="clips is -1, expected 0 or more"):
+        report(folder, clips=-1)
+    (folder / "shard-00001.arrow").write_bytes(b"")
+    with pytest.raises(ValueError, match="incomplete"):
+        report(folder)
+
+
+def test_old_page_stays_until_the_new_one_is_whole(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a page, or none, where a report is interrupted."""
+    folder = make()
+    before = written(folder).source
+    monkeypatch.setattr(report_module, "page", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report(folder, seed=5)
+    assert (folder / "report.html").read_text(encoding="utf-8") == before
+    assert not list(folder.glob(".*"))
+
+
+@given(st.dictionaries(st.integers(0, 3000), st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 40))
+@settings(max_examples=100, deadline=None)
+def test_ranges_hold_everything_once(counts: dict[int, int], limit: int) -> None:
+    """A length that is in no column or in two, or more columns than fit."""
+    ranges = spread(Counter(counts), limit)
+    assert len(ranges) <= limit
+    assert sum(each.total for each in ranges) == sum(counts.values())
+    for each in ranges:
+        inside = [n for value, n in counts.items() if each.low <= value and (each.high is None or value <= each.high)]
+        assert each.total == sum(inside)
+    values = sorted(value for value, n in counts.items() for _ in range(n))
+    assert quantile(Counter(counts), 0.5) == values[(len(values) + 1) // 2 - 1]
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=50).filter(any))
+@settings(max_examples=50, deadline=None)
+def test_every_code_has_one_frequency(counts: list[int]) -> None:
+    """Columns on the logarithmic scale that overlap or leave a gap."""
+    columns = list(frequencies(np.array(counts, np.int64)))
+    assert sum(each.height for each in columns) == len(counts)
+    assert columns[0].height == counts.count(0)
+    assert columns[-1].height > 0
+
+
+def test_words_of_any_language() -> None:
+    """A sentence without spaces as one word, or words cut at an apostrophe."""
+    assert words_of("A dog's Ear, 3.5 re-opens_It") == ["a", "dog's", "ear", "3", "5", "re-opens", "it"]
+    assert words_of("一只猫 runs") == ["一", "只", "猫", "runs"]
+    assert words_of("Été à Ñandú") == ["été", "à", "ñandú"]
+
+
+def test_rates_of_any_base() -> None:
+    """A page that cannot be made because the base rate is no multiple of the usual rates."""
+    assert training_rates(8.0).rates == (1.0, 2.0, 4.0, 8.0)
+    assert training_rates(24.0).rates == (1.0, 2.0, 4.0, 8.0)
+    assert training_rates(10.0).rates == (1.25, 2.5, 5.0, 10.0)
+
+
+def test_small_shares_are_not_zero() -> None:
+    """One rejected clip of a million shown as none."""
+    assert percent(1, 10**6) == "0.0001 %"
+    assert percent(0, 10) == "0.0 %"
+    assert percent(1, 0) == "0.0 %"

@@ -1,0 +1,606 @@
+"""The report on training runs: every figure and every point of a curve is that of the files, in whatever state."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_report import Page
+
+from cogvideo.bundle.model import CogVideo
+from cogvideo.cli import main
+from cogvideo.data.frame_store import StoreSettings
+from cogvideo.data.frames import FrameSettings
+from cogvideo.media.images import write_image
+from cogvideo.report.curves import Axis, running_mean, thinned
+from cogvideo.report.runs import Curve
+from cogvideo.report.training import training
+from cogvideo.training.autoencoder import TokenizerSettings
+from cogvideo.training.run_folder import RunFolder
+from cogvideo.training.tokenizer import tokenizer
+from workshop import make_bundle, make_data, small_config
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+NASTY = "<script>alert('x')</script>&\"quoted\""
+
+
+class Plot:
+    """A plot as a reader sees it: its points are read off by the labels of its axes."""
+
+    def __init__(self, figure: str) -> None:
+        root = ElementTree.fromstring(figure)
+        self.caption = "".join(root.findtext("figcaption") or "")
+        self.legend = {entry.findtext("bdi"): entry.findtext("b") for entry in root.iter("li")}
+        self.colours = {line.findtext("title"): line.get("class") for line in root.iter("g")}
+        swatches = {entry.findtext("bdi"): (entry[0].get("class") or "")[len("swatch ") :] for entry in root.iter("li")}
+        assert swatches == self.colours, "the legend has other colours than the lines"
+        ticks = {kind: [each for each in root.iter("span") if each.get("class") == f"tick {kind}"] for kind in "xy"}
+        self.across, self.up = ([(place(each), value(each.text or "")) for each in ticks[kind]] for kind in "xy")
+        self.is_logarithmic = "Logarithmic" in self.caption
+        (grid,) = [each.get("d") or "" for each in root.iter("path") if each.get("class") == "grid"]
+        heights = [1 - float(each) / 1000 for each in re.findall(r"M0 ([\d.]+)h1000", grid)]
+        np.testing.assert_allclose(heights, [at for at, _ in self.up], atol=2e-4, err_msg="labels beside their lines")
+        self.lines = {
+            line.findtext("title"): {
+                each.get("class"): self.read(re.findall(r"[\d.]+,-?[\d.]+", each.get("points") or ""))
+                for each in line.iter("polyline")
+            }
+            for line in root.iter("g")
+        }
+        self.dots = {
+            line.findtext("title"): self.read([each.replace(" ", ",") for each in re.findall(r"M([\d. ]+)h", path)])
+            for line in root.iter("g")
+            for path in [each.get("d") or "" for each in line.iter("path")]
+        }
+
+    def read(self, points: Iterable[str]) -> np.ndarray:
+        """Steps and values of `x,y`, of an area of 1000 x 1000 with y downwards."""
+        pairs = [[float(each) / 1000 for each in point.split(",")] for point in points]
+        return np.array([[along(x, self.across), self.height(1 - y)] for x, y in pairs])
+
+    def height(self, share: float) -> float:
+        if not self.is_logarithmic:
+            return along(share, self.up)
+        return math.exp(along(share, [(at, math.log(figure)) for at, figure in self.up]))
+
+    def assert_is(self, name: str, kind: str, steps: Iterable[float], values: Iterable[float]) -> None:
+        """A line goes through these points and no others, as exactly as can be seen."""
+        points, steps, values = self.lines[name][kind], np.array(list(steps)), np.array(list(values))
+        assert points.shape == (len(steps), 2)
+        np.testing.assert_allclose(points[:, 0], steps, atol=3e-4 * steps.max())
+        room = max(values.max() - values.min(), 1e-6 * abs(values).max())
+        tolerance = {"rtol": 5e-3} if self.is_logarithmic else {"atol": 2e-3 * room, "rtol": 1e-4}
+        np.testing.assert_allclose(points[:, 1], values, **tolerance)
+
+
+def place(tick: ElementTree.Element) -> float:
+    return float((tick.get("style") or "").split(":")[1].rstrip("%")) / 100
+
+
+def value(label: str) -> float:
+    units = {"k": 1e3, "M": 1e6}
+    return float(label[:-1]) * units[label[-1]] if label[-1] in units else float(label)
+
+
+def along(share: float, ticks: list[tuple[float, float]]) -> float:
+    (low, first), (high, last) = min(ticks), max(ticks)
+    return first + (share - low) / (high - low) * (last - first)
+
+
+def plots(page: Page, section: str) -> dict[str, Plot]:
+    """Of a section, by their headings."""
+    return {
+        title: Plot(figure)
+        for title, figure in re.findall(r"<h3>([^<]*)</h3>(<figure>.*?</figure>)", part(page, section))
+    }
+
+
+def part(page: Page, section: str) -> str:
+    found = re.search(rf'<section id="{section}".*?</section>', page.source, re.DOTALL)
+    assert found is not None, f"there is no section {section}"
+    return found[0]
+
+
+def make_run(
+    folder: Path,
+    rows: Iterable[Mapping[str, Any]] = (),
+    stage: str = "sequential",
+    steps: int = 100,
+    finished: bool = False,
+    **settings: Any,
+) -> Path:
+    """A run's folder in the format of its own class; `rows` as the recorder takes them."""
+    run = RunFolder(folder)
+    identity = {"stage": stage, "optimization": {"steps": steps, "batch": 16} | settings, "from": "model", "data": "ab"}
+    run.claim(identity)
+    for row in rows:
+        run.report(row)
+    if finished:
+        held = [row["held_out"] for row in run.rows() if "held_out" in row]
+        run.finish(
+            {"steps": steps, "held_out": held[-1], "time": {"seconds": 4000.5}, "memory": {"peak_bytes": 2_500_000_000}}
+        )
+    return folder
+
+
+def row(step: int, loss: float, **more: float) -> dict[str, float]:
+    course = {"learning_rate": 1e-4 * step, "gradient_norm": 1 + 1 / step, "tokens_per_second": 1000.5 + step}
+    rest = {"utilisation": 0.25 + step / 1000, "seconds": 2.5 * step, "peak_bytes": 2_000_000_000 + step}
+    return {"step": step, "loss": loss} | course | rest | more
+
+
+def held(step: int, **losses: float) -> dict[str, Any]:
+    names = {name.replace("_", " ").strip(): loss for name, loss in losses.items()}
+    return {
+        "step": step,
+        "held_out": {name.lstrip("r"): {"loss": loss, "frame_1": 9.0} for name, loss in names.items()},
+    }
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def written(out: Path, *folders: Path) -> Page:
+    training(folders, out=out)
+    return Page(out)
+
+
+def overview(page: Page) -> dict[tuple[str, str], dict[str, str]]:
+    """The table of all runs, by name and stage."""
+    head, *rows = page.tables[0]
+    return {(each[0], each[1]): dict(zip(head, each, strict=True)) for each in rows}
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", "").split()[0])
+
+
+# Real runs
+
+
+@pytest.fixture(scope="module")
+def real(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a bundle in which the sequential stage and a tokenizer were trained, for a few steps."""
+    folder = tmp_path_factory.mktemp("real")
+    make_bundle(folder / "start", train_text_model())
+    make_data(folder / "data", folder / "start")
+    options = "--steps 8 --batch 4 --report-every 1 --evaluate-every 4 --sample-every 4 --checkpoint-every 8"
+    places = ["--data", str(folder / "data"), "--init", str(folder / "start"), "--out", str(folder / "model")]
+    assert main(["train", "sequential", *places, *options.split()]) == 0
+    CogVideo(small_config(train_text_model())).save_pretrained(folder / "codes")
+    few = StoreSettings(num_frames=12, num_held_out=4, frames_per_clip=4, clips=FrameSettings(min_frames=1, size=24))
+    quick = TokenizerSettings(
+        steps=8, batch=2, warmup=1, plain_steps=2, start_vectors=2, adversary_start=4, adversary_width=4
+    )
+    tokenizer(("world:12",), out=folder / "codes", settings=quick, frames=few, evaluate_every=4, checkpoint_every=2)
+    return folder
+
+
+def test_a_real_run_is_shown_as_it_is_in_its_files(
+    real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards every figure of a run that the program itself made: table, curves, held-out losses, settings, sheet."""
+    capsys.readouterr()
+    assert main(["train", "report", str(real / "model"), "--out", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out == f"written: {tmp_path / 'page.html'}, with 1 run\n"
+    page, run = Page(tmp_path / "page.html"), real / "model" / ".sequential-run"
+    rows, report = lines(run), json.loads((run / "report.json").read_text())
+    trained, held_out = [each for each in rows if "loss" in each], [each for each in rows if "held_out" in each]
+    assert len(trained) == 8
+    shown = overview(page)["model", "sequential"]
+    assert shown["steps"] == "8 of 8"
+    assert shown["finished"] == "yes"
+    assert number(shown["loss"]) == pytest.approx(trained[-1]["loss"], abs=1e-4)
+    means = [np.mean([rate["loss"] for rate in each["held_out"].values()]) for each in held_out]
+    assert number(shown["held out"]) == pytest.approx(means[-1], abs=1e-4)
+    assert number(shown["best"]) == pytest.approx(min(means), abs=1e-4)
+    assert shown["best"].endswith(f" at {(4, 8)[int(np.argmin(means))]}")
+    assert number(shown["tokens/s"]) == pytest.approx(trained[-1]["tokens_per_second"], rel=1e-3)
+    assert number(shown["utilisation"]) == pytest.approx(100 * trained[-1]["utilisation"], abs=0.06)
+    assert number(shown["time"]) == pytest.approx(report["time"]["seconds"], rel=5e-3)
+    scale = {"MB": 1e6, "GB": 1e9}[shown["memory"].split()[1]]
+    assert number(shown["memory"]) * scale == pytest.approx(report["memory"]["peak_bytes"], rel=5e-3)
+    drawn, steps = plots(page, "sequential"), [each["step"] for each in trained]
+    parts = [name for name in trained[0] if name.startswith("frame")]
+    assert len(parts) == 4
+    named = {f"Loss, {name.replace('_', ' ')}": name for name in parts}
+    named |= {"Loss": "loss", "Learning rate": "learning_rate", "Norm of the gradient": "gradient_norm"}
+    named |= {"Tokens a second": "tokens_per_second"}
+    for title, name in named.items():
+        drawn[title].assert_is("model", "thick", steps, [each[name] for each in trained])
+        assert number(drawn[title].legend["model"] or "") == pytest.approx(trained[-1][name], rel=1e-3)
+    for rate in held_out[0]["held_out"]:
+        losses = [each["held_out"][rate]["loss"] for each in held_out]
+        drawn[f"Held out, {rate}"].assert_is("model", "thick", [4, 8], losses)
+    assert page.rows()["optimization.batch"] == ["4"]
+    (sheet,) = page.all("img")
+    assert sheet["alt"] == "Contact sheet of model after 8 steps"
+    with Image.open(run / "samples" / "step-00000008.png") as picture:
+        assert (int(sheet["width"] or 0), int(sheet["height"] or 0)) == picture.size
+        seen = Image.open(io.BytesIO(base64.b64decode((sheet["src"] or "").partition(",")[2])))
+        assert np.abs(np.asarray(seen, float) - np.asarray(picture.convert("RGB"), float)).mean() < 8
+
+
+def test_a_tokenizer_is_judged_by_its_quality(real: Path, tmp_path: Path) -> None:
+    """Guards runs without one loss: PSNR in its place, the highest is best, the last one in report.json alone."""
+    page, run = written(tmp_path / "page.html", real / "codes"), real / "codes" / ".tokenizer-run"
+    rows, report = lines(run), json.loads((run / "report.json").read_text())
+    trained, held_out = [each for each in rows if "psnr" in each], [each for each in rows if "held_out" in each]
+    values = [*(each["held_out"]["psnr"] for each in held_out), report["held_out"]["psnr"]]
+    shown, drawn = overview(page)["codes", "tokenizer"], plots(page, "tokenizer")
+    assert shown["steps"] == "8 of 8"
+    assert number(shown["loss"]) == pytest.approx(trained[-1]["psnr"], rel=1e-4)
+    assert number(shown["held out"]) == pytest.approx(values[-1], rel=1e-4)
+    assert number(shown["best"]) == pytest.approx(max(values), rel=1e-4)
+    drawn["Held out, PSNR in dB"].assert_is("codes", "thick", [4, 8], values)
+    drawn["PSNR in dB"].assert_is("codes", "thick", [2, 4, 6, 8], [each["psnr"] for each in trained])
+    some = [(each["step"], each["adversary"]) for each in trained if "adversary" in each]
+    drawn["Adversary"].assert_is("codes", "thick", *zip(*some, strict=True))
+    assert page.all("img")[0]["alt"] == "Contact sheet of codes after 8 steps"
+
+
+def test_page_is_whole_and_needs_nothing_else(real: Path, tmp_path: Path) -> None:
+    """Broken HTML, a script, picture, style or font from elsewhere, or pictures that nobody describes."""
+    page = written(tmp_path / "page.html", real)
+    assert {name for _, name in overview(page)} == {"sequential", "tokenizer"}
+    without_pictures = re.sub(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+", "", page.source)
+    assert re.search(r"https?:|//[a-z]|@import|url\(", without_pictures) is None
+    assert not page.all("script")
+    assert not page.all("link")
+    assert all((each["src"] or "").startswith("data:image/jpeg;base64,") for each in page.all("img"))
+    assert all(each["alt"] for each in page.all("img"))
+    pictures = [each for _, each in page.elements if each.get("role") == "img"]
+    assert len(pictures) > 15
+    assert all(each["aria-label"] for each in pictures)
+    ids = [each["id"] for _, each in page.elements if "id" in each]
+    assert {each["href"] for each in page.all("a")} <= {f"#{id}" for id in ids}
+    assert "prefers-color-scheme: dark" in page.source
+
+
+def test_same_bytes_in_every_process(real: Path, tmp_path: Path) -> None:
+    """A time, a temporary name or an order that depends on hashes on the page; the command as users call it."""
+    training((real,), out=tmp_path / "one.html")
+    command = [sys.executable, "-m", "cogvideo", "train", "report", str(real), "--out", "other.html"]
+    environment = ENVIRONMENT | {"PYTHONHASHSEED": "7"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "written: other.html, with 2 runs\n", "")
+    assert (tmp_path / "other.html").read_bytes() == (tmp_path / "one.html").read_bytes()
+
+
+# Several runs
+
+
+def test_runs_of_a_stage_share_plots_and_stages_do_not(tmp_path: Path) -> None:
+    """Losses of different stages in one plot, or curves that have the name or colour of another run."""
+    losses = {"a": 3.0, "b": 2.5, "c": 2.0}
+    for number, (name, loss) in enumerate(losses.items()):
+        rows = [row(step, loss + 4 / step) for step in range(10, 20 * number + 40, 10)]
+        make_run(tmp_path / name / ".sequential-run", rows)
+    make_run(tmp_path / "b" / ".image-run", [row(10, 9.0), row(20, 8.5)], stage="image")
+    page = written(tmp_path / "page.html", tmp_path)
+    assert list(overview(page)) == [("b", "image"), ("a", "sequential"), ("b", "sequential"), ("c", "sequential")]
+    assert list(plots(page, "image")["Loss"].lines) == ["b"]
+    for title in ("Loss", "Learning rate", "Norm of the gradient", "Tokens a second"):
+        plot = plots(page, "sequential")[title]
+        assert plot.colours == {"a": "line-0", "b": "line-1", "c": "line-2"}
+    plot = plots(page, "sequential")["Loss"]
+    for number, (name, loss) in enumerate(losses.items()):
+        steps = range(10, 20 * number + 40, 10)
+        plot.assert_is(name, "thick", steps, [loss + 4 / step for step in steps])
+
+
+def test_a_colour_stays_with_its_run(tmp_path: Path) -> None:
+    """A run without a figure that shifts the colours of others; a ninth run that cannot be told from the first."""
+    for number in range(10):
+        rows = [row(10, 3.0), held(10, r2_fps=3.0) if number == 9 else row(20, 2.9)]
+        make_run(tmp_path / f"run-{number}" / ".sequential-run", rows)
+    page = written(tmp_path / "page.html", tmp_path)
+    drawn = plots(page, "sequential")
+    assert drawn["Held out, 2 fps"].colours == {"run-9": "line-1 dashed"}
+    assert len(set(drawn["Loss"].colours.values())) == 10
+    assert drawn["Held out, 2 fps"].dots["run-9"].shape == (1, 2), "a single point that nobody sees"
+
+
+def test_held_out_losses_by_rate_and_their_mean(tmp_path: Path) -> None:
+    """A best step that is that of one frame rate, a mean over other rates, or the last of two equal ones."""
+    rows = [held(10, r1_fps=3.0, r2_fps=5.0), held(20, r1_fps=2.0, r2_fps=4.0), held(30, r1_fps=1.0, r2_fps=5.0)]
+    page = written(tmp_path / "page.html", make_run(tmp_path / ".sequential-run", [row(10, 4.0), *rows]))
+    (shown,) = overview(page).values()
+    assert (shown["held out"], shown["best"]) == ("3", "3 at 20")
+    drawn = plots(page, "sequential")
+    name = tmp_path.name
+    drawn["Held out, mean over the frame rates"].assert_is(name, "thick", [10, 20, 30], [4, 3, 3])
+    drawn["Held out, 1 fps"].assert_is(name, "thick", [10, 20, 30], [3, 2, 1])
+    np.testing.assert_allclose(drawn["Held out, 2 fps"].dots[name][:, 1], [5, 4, 5], atol=1e-2)
+
+
+def test_what_differs_is_told(tmp_path: Path) -> None:
+    """Runs compared without a word about what was compared, or settings that are equal among those that differ."""
+    make_run(tmp_path / "a" / ".sequential-run", learning_rate=3e-4, seed=0)
+    make_run(tmp_path / "b" / ".sequential-run", learning_rate=1e-4, seed=0, ema=0.9)
+    page = written(tmp_path / "page.html", tmp_path)
+    heads, *rows = page.tables[1]
+    assert heads == ["", "a", "b"]
+    assert rows == [["optimization.learning_rate", "0.0003", "0.0001"], ["optimization.ema", "–", "0.9"]]
+    assert ["optimization.seed", "0"] in page.tables[2]
+    make_run(tmp_path / "c" / ".image-run", stage="image")
+    make_run(tmp_path / "d" / ".image-run", stage="image")
+    assert "They have the same settings." in part(written(tmp_path / "page.html", tmp_path), "image")
+
+
+def test_a_run_is_shown_once(tmp_path: Path) -> None:
+    """A run that is named itself, in its bundle, in the folder above and by a link, as four runs."""
+    run = make_run(tmp_path / "all" / "model" / ".sequential-run", [row(10, 3.0)])
+    (tmp_path / "link").symlink_to(run)
+    page = written(tmp_path / "page.html", run, run.parent, run.parents[1], tmp_path / "link", run)
+    assert list(overview(page)) == [("model", "sequential")]
+
+
+def test_names_tell_runs_apart(tmp_path: Path) -> None:
+    """Two runs of one name; and a name that has to be long because another stage has the same."""
+    for path in ("x/model/.sequential-run", "y/model/.sequential-run"):
+        make_run(tmp_path / path)
+    page = written(tmp_path / "page.html", tmp_path / "x", tmp_path / "y")
+    assert list(overview(page)) == [("x/model", "sequential"), ("y/model", "sequential")]
+    make_run(tmp_path / "x/model/.image-run", stage="image")
+    page = written(tmp_path / "page.html", tmp_path / "x")
+    assert list(overview(page)) == [("model", "image"), ("model", "sequential")]
+
+
+def test_users_texts_stay_texts(tmp_path: Path) -> None:
+    """The name of a folder, frame rate, figure or setting that becomes an element."""
+    name = NASTY.replace("/", "")
+    rows = [row(10, 3.0, **{NASTY: 1.0, "frame_1": 2.0}), {"step": 10, "held_out": {NASTY: {"loss": 2.0}}}]
+    make_run(tmp_path / name / ".sequential-run", rows, **{NASTY: NASTY})
+    make_run(tmp_path / "other" / ".sequential-run")
+    page = written(tmp_path / "page.html", tmp_path)
+    assert not page.all("script")
+    assert overview(page)[name, "sequential"]["loss"] == "3"
+    assert f"Held out, {NASTY}" in [heading for _, heading in page.headings]
+    assert page.rows()[f"optimization.{NASTY}"] == [json.dumps(NASTY), "–"]
+
+
+# Curves
+
+
+def test_long_runs_are_small_quick_and_keep_what_stands_out(tmp_path: Path) -> None:
+    """A page of a hundred thousand points a curve, minutes to make one, or a spike of one step that vanishes."""
+    generator, num = np.random.default_rng(0), 100_000
+    losses = 2 + 3 * np.exp(-np.arange(num) / 2e4) + generator.normal(0, 0.1, num)
+    losses[61_803] = 9.5
+    run = make_run(tmp_path / ".sequential-run", steps=num)
+    rows = (row(step, loss, frame_1=loss, frame_2=loss) for step, loss in enumerate(losses.tolist(), 1))
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+    began = time.process_time()
+    page = written(tmp_path / "page.html", run)
+    assert time.process_time() - began < 20  # 2 seconds where nothing else runs
+    assert len(page.source) < 200_000
+    plot = plots(page, "sequential")["Loss"]
+    thin, thick = plot.lines[tmp_path.name]["thin"], plot.lines[tmp_path.name]["thick"]
+    assert max(len(thin), len(thick)) < 1000
+    peak = thin[thin[:, 1].argmax()]
+    np.testing.assert_allclose(peak, [61_804, 9.5], rtol=2e-3)
+    assert "mean over 2,000 steps" in plot.caption
+    for step, height in thick[::50]:  # of steps at most 1,000 away
+        near = losses[max(round(step) - 1001, 0) : round(step) + 1000]
+        assert height == pytest.approx(near.mean(), abs=0.03)
+    np.testing.assert_allclose(thick[[0, -1], 0], [1, num], atol=30)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=300), st.integers(1, 40), st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_thinning_keeps_the_extremes_of_every_column(heights: list[float], columns: int, every: int) -> None:
+    """A curve that looks another way after thinning: an extreme that is lost, points in another order."""
+    steps = np.arange(1, len(heights) + 1) * every
+    end = int(steps[-1]) + 5
+    kept = thinned(Curve(steps, np.array(heights)), end, columns)
+    points = list(zip(steps.tolist(), heights, strict=True))
+    chosen = list(zip(kept.steps.tolist(), kept.values.tolist(), strict=True))
+    assert [each for each in points if each in set(chosen)] == chosen
+    assert len(chosen) <= 2 * columns + 2
+    assert (chosen[0], chosen[-1]) == (points[0], points[-1])
+    for column in range(columns):
+        inside, left = (
+            [height for step, height in them if step * columns // (end + 1) == column] for them in (points, chosen)
+        )
+        assert not inside or (min(inside), max(inside)) == (min(left), max(left))
+
+
+@given(st.lists(st.tuples(st.integers(0, 500), st.floats(-1e3, 1e3)), min_size=1, max_size=80), st.integers(1, 300))
+@settings(max_examples=100, deadline=None)
+def test_running_mean_is_that_of_the_points_near(points: list[tuple[int, float]], window: int) -> None:
+    """A mean over points that are further away, or over equally many points where runs report unequally often."""
+    points.sort()
+    steps, heights = zip(*points, strict=True)
+    means = running_mean(Curve(np.array(steps), np.array(heights)), window).values
+    for step, mean in zip(steps, means, strict=True):
+        near = [height for other, height in points if abs(other - step) <= window / 2]
+        assert mean == pytest.approx(sum(near) / len(near), abs=1e-6)
+
+
+@given(st.lists(st.floats(-1e12, 1e12, allow_subnormal=False), min_size=1, max_size=5), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_axes_of_any_values(heights: list[float], from_zero: bool) -> None:
+    """A value outside of the plot, labels outside of it, none, or so many that they cover each other."""
+    axis = Axis.around(np.array(heights), from_zero)
+    shares, ticks = axis.share(np.array(heights)), axis.ticks()
+    assert ((shares >= -1e-9) & (shares <= 1 + 1e-9)).all()
+    assert 2 <= len(ticks) <= 16
+    assert ticks == sorted(ticks)
+    assert axis.low <= ticks[0] <= ticks[-1] <= axis.high
+    assert not axis.is_logarithmic or min(heights) > 0
+
+
+def test_axes_by_what_they_show(tmp_path: Path) -> None:
+    """Speeds on an axis that does not begin at zero; gradients from 0.01 to 100 on a linear one."""
+    norms = [100.0, 10.0, 0.5, 0.01]
+    rows = [row(10 * place, 3.0, gradient_norm=norm) for place, norm in enumerate(norms, 1)]
+    drawn = plots(written(tmp_path / "page.html", make_run(tmp_path / ".image-run", rows, "image")), "image")
+    assert min(figure for _, figure in drawn["Tokens a second"].up) == 0
+    assert not drawn["Loss"].is_logarithmic
+    assert drawn["Norm of the gradient"].is_logarithmic
+    drawn["Norm of the gradient"].assert_is(tmp_path.name, "thick", [10, 20, 30, 40], norms)
+
+
+def test_figures_that_are_none_are_left_out(tmp_path: Path) -> None:
+    """A diverged figure that makes an axis without ends, or is drawn at zero."""
+    rows = [row(10, 3.0), row(20, math.nan), row(30, math.inf), row(40, 2.0)]
+    page = written(tmp_path / "page.html", make_run(tmp_path / ".image-run", rows, "image"))
+    plots(page, "image")["Loss"].assert_is(tmp_path.name, "thick", [10, 40], [3, 2])
+
+
+# Runs in any state
+
+
+def test_a_killed_run_is_shown_as_far_as_it_went(tmp_path: Path) -> None:
+    """A traceback at a half-written line, or a run that is called finished although it is not."""
+    run = make_run(tmp_path / ".sequential-run", [row(10, 3.0), row(20, 2.5)])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "lo')
+    page = written(tmp_path / "page.html", run)
+    (shown,) = overview(page).values()
+    assert (shown["steps"], shown["loss"], shown["finished"]) == ("20 of 100", "2.5000", "no")
+    assert (shown["held out"], shown["best"], shown["memory"]) == ("–", "–", "2 GB")
+    assert shown["time"] == "50 s"
+    assert "Held out" not in plots(page, "sequential")
+
+
+def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
+    """A division by zero, or an axis of nothing, before the first line; and with one line alone."""
+    run = make_run(tmp_path / ".sequential-run")
+    page = written(tmp_path / "page.html", run)
+    (shown,) = overview(page).values()
+    assert (shown["steps"], shown["loss"], shown["finished"]) == ("0 of 100", "–", "no")
+    assert "Nothing is measured yet." in page.text
+    assert plots(page, "sequential") == {}
+    RunFolder(run).report(row(1, 3.25))
+    drawn = plots(written(tmp_path / "page.html", run), "sequential")["Loss"]
+    np.testing.assert_allclose(drawn.dots[tmp_path.name], [[1, 3.25]], rtol=1e-3)
+
+
+def test_a_finished_run_takes_what_its_report_says(tmp_path: Path) -> None:
+    """Time of the last line in place of the whole run's, or memory in another unit."""
+    rows = [row(100, 3.0), held(100, rall=2.5)]
+    page = written(tmp_path / "page.html", make_run(tmp_path / ".image-run", rows, "image", finished=True))
+    (shown,) = overview(page).values()
+    assert (shown["time"], shown["memory"], shown["finished"]) == ("66.7 min", "2.5 GB", "yes")
+    assert "Held out" in plots(page, "image")
+
+
+def test_the_last_contact_sheet_is_shown(tmp_path: Path) -> None:
+    """An older sheet, one that is last by name but not by number, or one so large that nobody can load the page."""
+    run = make_run(tmp_path / ".image-run", [row(10, 3.0)], "image")
+    (run / "samples").mkdir()
+    for step, colour in ((99_999_999, 10), (100_000_000, 200)):
+        write_image(run / "samples" / f"step-{step:08}.png", np.full((3000, 1500, 3), colour, np.uint8))
+    (run / "samples" / "step-999999999.mp4").write_bytes(b"")
+    page = written(tmp_path / "page.html", run)
+    (sheet,) = page.all("img")
+    assert sheet["alt"] == f"Contact sheet of {tmp_path.name} after 100,000,000 steps"
+    assert (sheet["width"], sheet["height"]) == ("1000", "2000")
+    picture = Image.open(io.BytesIO(base64.b64decode((sheet["src"] or "").partition(",")[2])))
+    assert abs(np.asarray(picture).mean() - 200) < 2
+    assert len(page.source) < 200_000
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("run.json", b"{", "Expecting"),
+        ("run.json", b"\xff\xfe", "decode"),
+        ("run.json", b'{"stage": "cooking"}', "it is a run of 'cooking', expected one of tokenizer, image"),
+        ("run.json", b'{"stage": "image"}', "'optimization' is missing"),
+        ("metrics.jsonl", b'{"step": 1}\nnonsense\n{"step": 3}\n', "Expecting"),
+        ("metrics.jsonl", b"\xff\xfe\n", "decode"),
+        ("metrics.jsonl", b'{"loss": 1}\n', "expected the number of a step in every line"),
+        ("metrics.jsonl", b'{"step": 1, "loss": "low"}\n', "could not convert string to float: 'low'"),
+        ("metrics.jsonl", b'{"step": 1, "held_out": {"all": {}}}\n', "'loss' is missing"),
+        ("report.json", b'{"steps": 8, ', "Expecting"),
+        ("report.json", b'{"steps": 8}', "'held_out' is missing"),
+        ("samples/step-00000010.png", b"\x89PNG\r\n\x1a\nnothing", "cannot identify image file"),
+    ],
+)
+def test_damaged_files_are_named_in_one_line(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+    """A traceback, or an error that does not say which of many files it is; and a page that is replaced by none."""
+    run = make_run(tmp_path / ".image-run", [row(10, 3.0)], "image")
+    before = written(tmp_path / "page.html", tmp_path).source
+    (run / file).parent.mkdir(exist_ok=True)
+    (run / file).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        training((tmp_path,), out=tmp_path / "page.html")
+    assert str(error.value).count(f"cannot use {run / file}: ") == 1
+    assert len(str(error.value).splitlines()) == 1
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == before
+
+
+def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No page at all for the sake of one file."""
+    runs = [make_run(tmp_path / name / ".image-run", [row(10, 3.0)], "image") for name in "ab"]
+    (runs[0] / "report.json").write_text("{")
+    assert len(overview(written(tmp_path / "page.html", *runs))) == 1
+    told = capsys.readouterr().err
+    assert re.fullmatch(rf"One run is left out: cannot use {re.escape(str(runs[0]))}/report.json: .*\n", told)
+
+
+def cut(png: bytes) -> bytes:
+    return png[:9000]
+
+
+def with_another_length(png: bytes) -> bytes:
+    """Of the pixels' chunk, which Pillow calls a SyntaxError."""
+    return png[:35] + b"\0\x20" + png[37:]
+
+
+@pytest.mark.parametrize("damage", [cut, with_another_length])
+def test_damaged_pictures_are_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    """Half a contact sheet, or one with a changed byte, neither of which its header tells."""
+    run = make_run(tmp_path / ".image-run", [row(10, 3.0)], "image")
+    sheet = run / "samples" / "step-00000010.png"
+    sheet.parent.mkdir()
+    write_image(sheet, np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8))
+    sheet.write_bytes(damage(sheet.read_bytes()))
+    with pytest.raises(ValueError, match=re.escape(f"cannot use {sheet}: ")):
+        training((run,), out=tmp_path / "page.html")
+
+
+def test_old_page_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    """A page that is written over the old one, so that a reader or a full disk has half of each."""
+    out, run = tmp_path / "page.html", make_run(tmp_path / ".image-run", stage="image")
+    before = written(out, run).source
+    (tmp_path / "opened.html").hardlink_to(out)
+    RunFolder(run).report(row(10, 3.0))
+    assert written(out, run).source != before
+    assert (tmp_path / "opened.html").read_text(encoding="utf-8") == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".image-run", "opened.html", "page.html"]
+
+
+def test_folders_without_runs(tmp_path: Path) -> None:
+    """An empty page, or an error that does not say what was expected."""
+    (tmp_path / "empty").mkdir()
+    run = make_run(tmp_path / "model" / ".image-run", stage="image")
+    for folder, message in (("empty", "there is no run in"), ("nowhere", "there is no folder")):
+        with pytest.raises(ValueError, match=rf"{message} .*{folder}, expected the folder of a run, such as"):
+            training((run, tmp_path / folder), out=tmp_path / "page.html")
+    with pytest.raises(ValueError, match="there is no run, expected one or several folders"):
+        training((), out=tmp_path / "page.html")
+    for out, message in ((tmp_path, "is a folder"), (tmp_path / "none" / "page.html", "there is no folder")):
+        with pytest.raises(ValueError, match=message):
+            training((run,), out=out)
+    assert not (tmp_path / "page.html").exists()

@@ -1,0 +1,67 @@
+"""The order of the rooms: imports point downwards."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "src" / "cogvideo"
+FLOORS = (
+    {"config", "layout", "text", "files", "devices"},
+    {"world", "media"},
+    {"models"},
+    {"packing", "bundle"},
+    {"data"},
+    {"generation"},
+    {"planning"},
+    {"pipeline"},
+    {"evaluation"},
+    {"training"},
+    {"report"},
+    {"commands"},
+    {"cli"},
+)
+"""From the bottom to the top."""
+EXCEPTIONS = {
+    ("planning.plan", "training"),
+    ("evaluation.making", "training"),
+    ("evaluation.alignment", "training"),
+    ("training.card", "report"),
+}
+"""Module and the higher room that it imports."""
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module of the package by its name inside of it."""
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        if name not in ("", "__main__"):
+            yield name, path
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Modules of the package that a file imports anywhere, by their names inside of it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            parts = node.module.split(".")
+            if parts[0] == "cogvideo":
+                yield from [".".join(parts[1:])] if parts[1:] else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("cogvideo.") for alias in node.names if alias.name[:9] == "cogvideo.")
+
+
+def floor(room: str) -> int:
+    """Height of a room."""
+    return next(height for height, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def test_imports_point_downwards() -> None:
+    """Guards the house: whoever changes a room needs to know only those below it."""
+    upwards = set()
+    for name, path in modules():
+        room = name.split(".")[0]
+        for other in imported(path):
+            if not other.startswith("__") and floor(other.split(".")[0]) > floor(room):
+                upwards.add((name, other.split(".")[0]))
+    assert upwards == EXCEPTIONS

@@ -1,0 +1,412 @@
+"""Samples of a stage in training: they are what generation draws, always the same, and training never notices."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cogvideo.bundle.model import CogVideo
+from cogvideo.data.loader import hash_numbers
+from cogvideo.generation.decode import decode
+from cogvideo.generation.decoder import Condition
+from cogvideo.generation.hierarchy import Guidance, Settings
+from cogvideo.generation.sampling import GumbelNoise, Sampling
+from cogvideo.generation.upscale import slot_noise, upscale
+from cogvideo.layout import SequenceLayout
+from cogvideo.models.transformer import Transformer
+from cogvideo.text import PaddedText
+from cogvideo.training.samples import Example, Row, draw, from_clips, from_prompts, missing, write_samples
+from cogvideo.training.start import StageName
+from gallery import STAGES, loud, make_model, make_parts
+from lessons import random_codes, sample
+from workshop import GRID, NUM_CODES, RATIO, small_config
+
+SLOTS, HIGH_SLOTS, SIDE = GRID**2, (GRID * RATIO) ** 2, 16
+FIRST, LATER, LARGER = (
+    Sampling(1.0, clusters=8, cluster_temperature=0.89),
+    Sampling(1.05, clusters=8, cluster_temperature=0.89),
+    Sampling(1.0, clusters=6, cluster_temperature=0.6),
+)
+"""As released (spec section 3), with the 8 clusters that there are."""
+ODD_PROMPTS = (
+    "x" * 10_000,
+    "🐈‍⬛🎉",
+    "一只猫在草地上奔跑",
+    "a\nb\tc\x01\x1b[31m",
+    "{caption} {0} %s",
+    "<pad><n>",
+    "../../x",
+    "‮abc",
+)
+
+
+@pytest.fixture(scope="module")
+def system(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> CogVideo:
+    return make_model(tmp_path_factory.mktemp("samples") / "model", train_text_model())
+
+
+@pytest.fixture
+def examples() -> list[Example]:
+    """Two clips of different rates."""
+    return [
+        Example(
+            f"clip {number} moves",
+            duration,
+            random_codes(5, SLOTS, num_codes=NUM_CODES, seed=number),
+            random_codes(5, HIGH_SLOTS, num_codes=NUM_CODES, seed=10 + number),
+        )
+        for number, duration in enumerate((4.0, 1.0))
+    ]
+
+
+def same(one: list[Row], other: list[Row]) -> bool:
+    return len(one) == len(other) and all(
+        mine.label == theirs.label and np.array_equal(mine.frames, theirs.frames)
+        for mine, theirs in zip(one, other, strict=True)
+    )
+
+
+def generator(seed: int, place: int, variant: int = 0) -> torch.Generator:
+    """Of a variant of an example, as the documentation has it: it depends on seed and place alone."""
+    return torch.Generator().manual_seed(int(hash_numbers(seed, place, variant)[0] >> np.uint64(1)))
+
+
+def padded(tokens: list[int], pad: int) -> PaddedText:
+    """One row of 16 slots; what is too long loses its end."""
+    tokens = tokens[:16]
+    row = [pad] * (16 - len(tokens)) + tokens
+    return PaddedText(torch.tensor([row]), torch.arange(16)[None] >= 16 - len(tokens))
+
+
+def drawn(
+    system: CogVideo,
+    model: Transformer,
+    layout: SequenceLayout,
+    tokens: list[int],
+    given: Tensor,
+    seed: torch.Generator,
+) -> Tensor:
+    """The frames that follow given ones, of one sample, one slot after another."""
+    noise = GumbelNoise([seed], layout.num_frames, SLOTS, NUM_CODES)
+    text = Condition(padded(tokens, system.text.pad), text_bonus=0.0)
+    sampler = FIRST if model.channel is None else LATER
+    return torch.cat(
+        [frame.codes for frame in decode(model, layout, text, given[None], noise, sampler, system.cluster_labels)]
+    )
+
+
+@torch.no_grad()
+def pixels(system: CogVideo, codes: Tensor) -> np.ndarray:
+    """Codes (frames, slots) as pixels, frame by frame."""
+    side = round(codes.shape[1] ** 0.5)
+    frames = [system.autoencoder.decode(each.view(1, side, side))[0] for each in codes]
+    return np.stack([(frame.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy() for frame in frames])
+
+
+def test_images_are_what_the_image_model_draws(system: CogVideo, examples: list[Example]) -> None:
+    """Guards against a sheet of another text, sampler or noise: four images of each prompt behind the truth."""
+    layout, none = SequenceLayout.text_to_image(system.config.layout), torch.empty(0, SLOTS, dtype=torch.int64)
+    rows = draw("image", system, examples, seed=3)
+    assert [(row.example, row.is_clip) for row in rows] == [(0, False), (1, False)]
+    for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
+        tokens = system.text.encode_image_caption(example.prompt)
+        images = [
+            drawn(system, system.image_model, layout, tokens, none, generator(3, place, variant))
+            for variant in range(4)
+        ]
+        assert example.codes is not None
+        assert np.array_equal(row.frames, pixels(system, torch.cat([example.codes[:1], *images])))
+        assert row.label == f"truth, then drawn: {example.prompt}"
+        assert len({image.numpy().tobytes() for image in images}) == 4
+
+
+@pytest.mark.parametrize("from_real", [False, True])
+def test_key_frames_are_what_the_stage_draws(system: CogVideo, examples: list[Example], from_real: bool) -> None:
+    """Guards the chain of a young stage: its first frame by the base or a true one, its frame rate, its order."""
+    none = torch.empty(0, SLOTS, dtype=torch.int64)
+    image, layout = (make(system.config.layout) for make in (SequenceLayout.text_to_image, SequenceLayout.sequential))
+    rows = draw("sequential", system, examples, seed=4, from_real=from_real)
+    assert [row.example for row in rows] == [0, 0, 1, 1]
+    for place, example in enumerate(examples):
+        assert example.codes is not None
+        words = system.text.encode_image_caption(example.prompt)
+        own = drawn(system, system.image_model, image, words, none, generator(4, place))
+        first = example.codes[:1] if from_real else own
+        words = system.text.encode_caption(example.prompt, example.duration)
+        later = drawn(system, system.sequential, layout, words, first, generator(4, place))
+        assert np.array_equal(rows[2 * place].frames, pixels(system, torch.cat([first, later])))
+        assert np.array_equal(rows[2 * place + 1].frames, pixels(system, example.codes))
+        assert rows[2 * place + 1].label == "truth"
+        start = "from the true first frame" if from_real else "drawn"
+        assert rows[2 * place].label == f"{start}, {example.duration:g} s: {example.prompt}"
+
+
+def test_frames_between_are_what_the_stage_draws(system: CogVideo, examples: list[Example]) -> None:
+    """Guards the order of places: given frames stay where they are, drawn ones come between."""
+    layout = SequenceLayout.interpolation(system.config.layout)
+    rows = draw("interpolation", system, examples, seed=5)
+    for place, example in enumerate(examples):
+        assert example.codes is not None
+        words = system.text.encode_caption(example.prompt, example.duration)
+        between = drawn(system, system.interpolation, layout, words, example.codes[[0, 2, 4]], generator(5, place))
+        codes = example.codes.clone()
+        codes[1], codes[3] = between[0], between[1]
+        assert np.array_equal(rows[2 * place].frames, pixels(system, codes))
+        assert rows[2 * place].label == f"frames 1 and 3 drawn, {example.duration:g} s: {example.prompt}"
+
+
+def test_larger_frames_are_what_super_resolution_draws(system: CogVideo, examples: list[Example]) -> None:
+    """Guards the sampler of super-resolution, which is not that of frames, and the three pictures side by side."""
+    rows = draw("superres", system, examples, seed=6)
+    for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
+        assert example.codes is not None
+        assert example.high_codes is not None
+        text = padded(system.text.encode_image_caption(example.prompt), system.text.pad)
+        noise = slot_noise(generator(6, place), HIGH_SLOTS, NUM_CODES, torch.device("cpu"))
+        high = upscale(system.upscaler, text, example.codes[:1], [noise], LARGER, system.cluster_labels)
+        small = pixels(system, example.codes[:1]).repeat(RATIO, 1).repeat(RATIO, 2)
+        large = pixels(system, torch.cat([high, example.high_codes[:1]]))
+        assert np.array_equal(row.frames, np.concatenate([small, large]))
+        assert not row.is_clip
+
+
+def test_guidance_is_that_of_the_settings(system: CogVideo) -> None:
+    """Guards samples of a stage that is meant to be guided: the unconditional text has the same rate."""
+    settings = Settings(guidance=Guidance(image=1.0, sequential=3.0))
+    example = Example("clip 0 moves", 2.0)
+    frames = draw("sequential", system, [example], seed=4, settings=settings)[0].frames
+    layout, none = SequenceLayout.sequential(system.config.layout), torch.empty(1, 0, SLOTS, dtype=torch.int64)
+    image = SequenceLayout.text_to_image(system.config.layout)
+    text, pad = system.text, system.text.pad
+    noise = GumbelNoise([generator(4, 0)], 1, SLOTS, NUM_CODES)
+    condition = Condition(padded(text.encode_image_caption(example.prompt), pad), text_bonus=1.4)
+    first = next(iter(decode(system.image_model, image, condition, none, noise, FIRST, system.cluster_labels))).codes
+    words = (text.encode_caption(example.prompt, 2.0), text.encode_unconditional(2.0))
+    condition = Condition(*(padded(each, pad) for each in words), 3.0)
+    noise = GumbelNoise([generator(4, 0)], 5, SLOTS, NUM_CODES)
+    later = decode(system.sequential, layout, condition, first[None], noise, LATER, system.cluster_labels)
+    codes = torch.cat([first, *(frame.codes for frame in later)])
+    assert np.array_equal(frames, pixels(system, codes))
+
+
+@pytest.mark.parametrize("stage", ["image", "sequential", "interpolation", "superres"])
+def test_one_seed_is_one_sheet_whatever_else_is_drawn(
+    stage: StageName, system: CogVideo, examples: list[Example]
+) -> None:
+    """Guards the comparison of steps: a row depends on weights, seed, example and place, on nothing else."""
+    rows = draw(stage, system, examples, seed=1)
+    each = len(rows) // 2
+    assert same(draw(stage, system, examples, seed=1), rows)
+    assert same(draw(stage, system, examples[:1], seed=1), rows[:each])
+    others = [examples[0]._replace(prompt="a man pours water"), examples[1]]
+    assert same(draw(stage, system, others, seed=1)[each:], rows[each:])
+    assert not np.array_equal(draw(stage, system, examples, seed=2)[0].frames, rows[0].frames)
+    assert not np.array_equal(draw(stage, system, others, seed=1)[0].frames, rows[0].frames)
+
+
+@pytest.mark.parametrize("stage", ["image", "sequential", "interpolation", "superres"])
+def test_training_notices_nothing(
+    stage: StageName, train_text_model: Callable[..., bytes], examples: list[Example]
+) -> None:
+    """Guards the run beside its samples: random numbers, modes, gradients and weights, also where drawing fails."""
+    parts = make_parts(train_text_model())
+    live = CogVideo(small_config(train_text_model()), **parts)
+    for name in STAGES:
+        parts[name].train()
+        next(iter(parts[name].modules())).eval()  # a mixture of modes, as a frozen base may have
+    modules = [module for name in (*STAGES, "image_tokenizer") for module in parts[name].modules()]
+    parameters = [each for module in modules for each in module.parameters(recurse=False)]
+    for each in parameters:
+        each.grad = torch.ones_like(each)
+
+    def everything() -> tuple[object, ...]:
+        return (
+            torch.get_rng_state().tolist(),
+            str(np.random.get_state()),  # noqa: NPY002
+            [module.training for module in modules],
+            [(each.requires_grad, float(each.detach().double().sum()), float(each.grad.sum())) for each in parameters],  # type: ignore[union-attr]
+            torch.is_grad_enabled(),
+            torch.is_autocast_enabled("cpu"),
+        )
+
+    before = everything()
+    with torch.autograd.graph.saved_tensors_hooks(lambda _: 1 / 0, lambda each: each):  # nothing is kept for gradients
+        draw(stage, live, examples, seed=1)
+    assert everything() == before
+    live.autoencoder.decode = lambda *_, **__: 1 / 0  # type: ignore[method-assign, assignment]
+    with pytest.raises(ZeroDivisionError):
+        draw(stage, live, examples, seed=1)
+    assert everything() == before
+
+
+@pytest.mark.parametrize("stage", ["image", "sequential", "interpolation", "superres"])
+def test_a_base_in_bfloat16_draws(
+    stage: StageName, train_text_model: Callable[..., bytes], examples: list[Example]
+) -> None:
+    """Guards runs that store frozen matrices in two bytes: products of two types would fail."""
+    parts = make_parts(train_text_model())
+    for each in parts["base"].parameters():
+        if each.ndim > 1:
+            each.data = each.data.bfloat16()
+    rows = draw(stage, CogVideo(small_config(train_text_model()), **parts), examples, seed=1)
+    assert all(row.frames.dtype == np.uint8 for row in rows)
+
+
+@pytest.mark.parametrize("prompt", ODD_PROMPTS)
+def test_odd_prompts_are_drawn(prompt: str, system: CogVideo, tmp_path: Path) -> None:
+    """Guards runs of days against one caption of the data."""
+    written = write_samples(tmp_path, 1, draw("image", system, from_prompts([prompt]), seed=0))
+    with Image.open(written.sheet) as sheet:
+        sheet.load()
+
+
+def test_an_empty_prompt_is_refused(system: CogVideo) -> None:
+    """Guards the message: it says what is wrong."""
+    with pytest.raises(ValueError, match="the prompt is empty: '  '"):
+        draw("image", system, from_prompts(["  "]), seed=0)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_few_clusters_are_enough(number: int, train_text_model: Callable[..., bytes], examples: list[Example]) -> None:
+    """Guards small codebooks, which have fewer clusters than the released samplers keep: that is all of them."""
+    parts = make_parts(train_text_model()) | {"cluster_labels": torch.arange(NUM_CODES) % number}
+    system = CogVideo(small_config(train_text_model()), **parts)
+    layout, none = SequenceLayout.text_to_image(system.config.layout), torch.empty(0, SLOTS, dtype=torch.int64)
+    for stage in ("image", "sequential", "interpolation", "superres"):
+        rows = draw(stage, system, examples, seed=0)  # type: ignore[arg-type]
+        if stage == "image":
+            tokens = system.text.encode_image_caption(examples[0].prompt)
+            codes = drawn(system, system.image_model, layout, tokens, none, generator(0, 0))
+            assert np.array_equal(rows[0].frames[1:2], pixels(system, codes))
+
+
+def test_clusters_are_made_where_there_are_none(
+    train_text_model: Callable[..., bytes], examples: list[Example]
+) -> None:
+    """Guards bundles without labels: they come from the codebook, and the global generator stays."""
+    parts = make_parts(train_text_model())
+    del parts["cluster_labels"]
+    state = torch.get_rng_state()
+    draw("image", CogVideo(small_config(train_text_model()), **parts), examples, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_base_of_its_own_is_used(system: CogVideo, train_text_model: Callable[..., bytes]) -> None:
+    """Guards stages whose base was trained too: key frames are drawn with it, the first frame with the shared one."""
+    parts = make_parts(train_text_model())
+    own = loud(make_parts(train_text_model())["base"], 99)
+    special = CogVideo(system.config, **parts, sequential_base=own)
+    usual, changed = (
+        draw("sequential", each, from_prompts(["clip 1"]), seed=0)[0].frames for each in (system, special)
+    )
+    assert np.array_equal(usual[0], changed[0])
+    assert not np.array_equal(usual[1:], changed[1:])
+    del parts["base"]
+    alone = CogVideo(system.config, **parts, sequential_base=own)
+    assert missing("sequential", alone.components, from_prompts(["clip 1"])) == ""
+    assert not np.array_equal(draw("sequential", alone, from_prompts(["clip 1"]), seed=0)[0].frames[0], usual[0])
+
+
+def test_what_is_missing_is_said_once(train_text_model: Callable[..., bytes], examples: list[Example]) -> None:
+    """Guards runs that cannot draw: a sentence in place of an error, for each stage and each thing that may lack."""
+    config, parts = small_config(train_text_model()), make_parts(train_text_model())
+
+    def told(stage: StageName, given: list[Example], without: tuple[str, ...] = ()) -> str:
+        return missing(stage, parts.keys() - set(without), given)
+
+    for stage in ("image", "sequential", "interpolation", "superres"):
+        assert told(stage, examples) == ""  # type: ignore[arg-type]
+        assert "neither a prompt nor a clip" in told(stage, [])  # type: ignore[arg-type]
+        assert told(stage, examples, ("image_tokenizer",)).endswith("the model has no image_tokenizer.")  # type: ignore[arg-type]
+        lacks = told(stage, examples, ("base", "text"))  # type: ignore[arg-type]
+        assert lacks == "No samples are drawn while training: the model has no base, text."
+    assert told("sequential", from_prompts(["a"])) == ""
+    assert "there are prompts alone" in told("interpolation", from_prompts(["a"]))
+    assert "there are prompts alone" in told("superres", [each._replace(high_codes=None) for each in examples])
+    with pytest.raises(ValueError, match="there are prompts alone"):
+        draw("interpolation", CogVideo(config, **parts), from_prompts(["a"]), seed=0)
+
+
+def test_clips_become_examples() -> None:
+    """Guards the truth beside what is drawn: codes in order, and no clip whose caption was dropped."""
+    codes, high = (random_codes(5, side, side, num_codes=NUM_CODES) for side in (GRID, GRID * RATIO))
+    clips = [sample(codes, "a", duration=2.0, high=high), sample(codes, None), sample(codes, "b")]
+    first, second = from_clips(clips)
+    assert (first.prompt, first.duration, second.prompt) == ("a", 2.0, "b")
+    assert first.codes is not None
+    assert torch.equal(first.codes, codes.view(5, -1))
+    assert first.high_codes is not None
+    assert torch.equal(first.high_codes, high.view(5, -1))
+    assert second.high_codes is None
+
+
+def frames_of(path: Path) -> tuple[list[np.ndarray], float]:
+    """Pixels and rate of a video."""
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate is not None
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)], float(stream.average_rate)
+
+
+@pytest.mark.parametrize(("number", "across", "down"), [(1, 1, 1), (3, 3, 1), (5, 4, 2)])
+def test_clips_are_written_as_a_sheet_and_a_video(
+    number: int, across: int, down: int, system: CogVideo, examples: list[Example], tmp_path: Path
+) -> None:
+    """Guards what a person looks at: each frame of each row on the sheet, enlarged; the clips side by side in time."""
+    many = [examples[place % 2]._replace(prompt=f"clip {place}") for place in range(number)]
+    rows = draw("interpolation", system, many, seed=0)
+    written = write_samples(tmp_path / "not" / "there", 500, rows)
+    assert (written.sheet.name, written.video and written.video.name) == ("step-00000500.png", "step-00000500.mp4")
+    times, label, gap = 96 // SIDE, 14, 2
+    sheet = np.asarray(Image.open(written.sheet))
+    for place, row in enumerate(rows):
+        for time, frame in enumerate(row.frames):
+            top, left = place * (96 + label + gap) + label, time * (96 + gap)
+            cell = sheet[top : top + 96, left : left + 96]
+            assert np.array_equal(cell, frame.repeat(times, 0).repeat(times, 1))
+    assert written.video is not None
+    frames, rate = frames_of(written.video)
+    assert (len(frames), rate, frames[0].shape) == (5, 2.0, (down * 192, across * 96, 3))
+    for place, row in enumerate(rows):
+        example, below = divmod(place, 2)
+        top, left = (example // across) * 192 + below * 96, (example % across) * 96
+        for time, frame in enumerate(row.frames):
+            cell = frames[time][top : top + 96, left : left + 96].astype(float)
+            assert abs(cell - frame.repeat(times, 0).repeat(times, 1)).mean() < 12  # colours at half the resolution
+    if number == 5:
+        assert frames[0][192:, 104:].min() > 240
+
+
+def test_images_are_a_sheet_alone(system: CogVideo, examples: list[Example], tmp_path: Path) -> None:
+    """Guards against a video of pictures that do not follow each other."""
+    for stage in ("image", "superres"):
+        written = write_samples(tmp_path / stage, 3, draw(stage, system, examples, seed=0))  # type: ignore[arg-type]
+        assert written.video is None
+        assert [each.name for each in (tmp_path / stage).iterdir()] == ["step-00000003.png"]
+
+
+def test_without_pyav_the_sheet_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards training on machines without PyAV, which need no videos."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.delitem(sys.modules, "cogvideo.media.ffmpeg", raising=False)
+    written = write_samples(tmp_path, 1, [Row("a", np.zeros((5, 16, 16, 3), np.uint8), 0, True)])
+    assert written.video is None
+    assert [each.name for each in tmp_path.iterdir()] == [written.sheet.name]
+
+
+@pytest.mark.parametrize(("label", "shown"), [("one\n two\tthree", "one two three"), ("i" * 111, "i" * 107 + "...")])
+def test_labels_are_one_line(label: str, shown: str, tmp_path: Path) -> None:
+    """Guards sheets against prompts of many lines, which would run over frames, or of any length."""
+    frames = np.zeros((5, 96, 96, 3), np.uint8)
+    sheets = [
+        write_samples(tmp_path, step, [Row(each, frames, 0, False)]).sheet for step, each in enumerate((label, shown))
+    ]
+    assert np.array_equal(*(np.asarray(Image.open(sheet)) for sheet in sheets))

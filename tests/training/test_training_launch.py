@@ -1,0 +1,508 @@
+"""Whole runs of `cogvideo train STAGE`, in processes of their own: chains, kills, ranks, variants, mistakes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cogvideo.bundle import model as bundle
+from cogvideo.bundle.format import Manifest
+from cogvideo.bundle.model import CogVideo
+from cogvideo.cli import main
+from cogvideo.config import require
+from cogvideo.files import alone_in
+from cogvideo.models.transformer import Base
+from cogvideo.training.checkpoints import Checkpoints, read_weights
+from cogvideo.training.run import mean_loss
+from cogvideo.training.trainer import Figures, Trainer
+from gallery import loud
+from workshop import make_bundle, make_data
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+RATE = 1e-3
+PATIENCE = 300
+"""Seconds after which a process hangs, however busy the machine is."""
+
+
+PAUSED = """
+import sys, time
+from cogvideo.cli import main
+from cogvideo.training.trainer import Trainer
+
+def pausing(trainer, done):
+    if done == step:
+        print("paused", flush=True)
+        time.sleep(1000)
+    return figures(trainer, done)
+
+step, figures, Trainer.figures = int(sys.argv[1]), Trainer.figures, pausing
+sys.exit(main(sys.argv[2:]))
+"""
+"""Arguments: the step after which it waits, and those of `python -m cogvideo`."""
+
+
+class Place:
+    """A folder with a bundle and data, in which commands are run."""
+
+    def __init__(self, folder: Path, text_model: bytes, base: bool = True) -> None:
+        self.folder = folder
+        make_bundle(folder / "model", text_model, base)
+        make_data(folder / "data", folder / "model")
+
+    def command(self, stage: str, *options: str, out: str = "model", ranks: int = 1) -> list[str]:
+        """Arguments of a run of a few small steps; later options win."""
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        return [sys.executable, *launcher, "-m", "cogvideo", "train", stage, "--data", "data", "--out", out,
+            "--steps", "8", "--batch", "4", "--warmup", "2", "--learning-rate", str(RATE), "--report-every", "1",
+            "--evaluate-every", "4", "--checkpoint-every", "2", "--sample-every", "0", *options]  # fmt: skip
+
+    def run(self, stage: str, *options: str, out: str = "model", ranks: int = 1) -> subprocess.CompletedProcess[str]:
+        """A run in a process of its own, until it ends."""
+        return subprocess.run(
+            self.command(stage, *options, out=out, ranks=ranks),
+            cwd=self.folder,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+
+    def here(self, stage: str, *options: str, out: str) -> tuple[int, str]:
+        """Status and messages of a run in this process, which is seconds quicker; a traceback is an exception."""
+        command = self.command(stage, *options, out=out)
+        return self.call(*command[command.index("train") :])
+
+    def call(self, *arguments: str) -> tuple[int, str]:
+        """The same of any command."""
+        said = io.StringIO()
+        with contextlib.chdir(self.folder), contextlib.redirect_stderr(said):
+            return main(list(arguments)), said.getvalue()
+
+    def succeed(self, stage: str, *options: str, out: str = "model") -> None:
+        status, said = self.here(stage, *options, out=out)
+        assert status == 0, said[-3000:]
+
+    def fails(self, message: str, stage: str, *options: str, out: str = "model") -> None:
+        status, said = self.here(stage, *options, out=out)
+        assert status == 2, said[-3000:]
+        assert re.search(message, said), said
+        assert len(said.strip().splitlines()) == 1, said
+
+    def paused(self, step: int, *options: str, out: str) -> subprocess.Popen[str]:
+        """A run of the sequential stage that has made a step, and waits to be killed."""
+        command = self.command("sequential", *options, out=out)
+        command[1:3] = ["-c", PAUSED, str(step)]
+        process = subprocess.Popen(command, cwd=self.folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert "paused\n" in process.stdout, "the run ended"
+        return process
+
+    def checkpoints(self, out: str) -> Path:
+        return self.folder / out / ".sequential-run" / "checkpoints"
+
+    def weights(self, component: str, out: str = "model") -> dict[str, torch.Tensor]:
+        return load_file(self.folder / out / Manifest.read(self.folder / out).components[component].file)
+
+    def trained(self, out: str) -> dict[str, torch.Tensor]:
+        """What the sequential stage has learnt at its end, before it is rounded for the bundle."""
+        return read_weights(self.checkpoints(out) / "step-00000008", averaged=False)
+
+    def rows(self, stage: str, out: str = "model") -> list[dict[str, object]]:
+        lines = (self.folder / out / f".{stage}-run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def measured(self, out: str) -> dict[object, float | None]:
+        """Of the sequential stage: the mean loss on held-out clips, by step; None where nothing is held out."""
+        rows = {row["step"]: row["held_out"] for row in self.rows("sequential", out) if "held_out" in row}
+        return {step: mean_loss(held) for step, held in rows.items()}  # type: ignore[arg-type]
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL; its loading processes, which have its pipe, may live on."""
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Weights of two runs are the same but for rounding: what is left is a hundredth of a step, taken over all.
+
+    A weight whose gradient is hardly more than rounding may go another way: Adam moves it by a whole learning rate.
+    """
+    assert one.keys() == other.keys()
+    apart = torch.cat([(one[name] - other[name]).flatten() for name in one])
+    assert apart.square().mean().sqrt() < 0.01 * RATE
+
+
+@pytest.fixture(scope="module")
+def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """With a sequential stage that was trained in one piece, by one process."""
+    made = Place(tmp_path_factory.mktemp("launch"), train_text_model())
+    made.succeed("sequential", "--init", "model", out="whole")
+    return made
+
+
+def test_the_chain_becomes_a_bundle_that_generates(train_text_model: Callable[..., bytes], tmp_path: Path) -> None:
+    """Guards the way from two tokenizers to a clip: every stage finds what it needs and leaves what the next needs."""
+    place = Place(tmp_path, train_text_model(), base=False)
+    for stage in ("image", "sequential", "interpolation", "superres"):
+        place.succeed(stage, "--sample-every", "8")
+        run = tmp_path / "model" / f".{stage}-run"
+        assert (run / "samples" / "step-00000008.png").exists()
+        assert [row["step"] for row in place.rows(stage) if "loss" in row] == list(range(1, 9))
+        assert [row["step"] for row in place.rows(stage) if "held_out" in row] == [4, 8]
+    model = CogVideo.from_pretrained(tmp_path / "model")
+    assert {"base", "sequential", "interpolation", "superres"} <= set(model.components)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert all(f"## Training: {name}" in card for name in ("base", "sequential", "interpolation", "superres"))
+    options = ("--model", "model", "--output", "a.mp4", "--rounds", "1", "--seed", "3", "--clusters", "4")
+    assert place.call("generate", "clip 1 moves", *options) == (0, "")
+    assert (tmp_path / "a.mp4").stat().st_size > 0
+
+
+def test_a_killed_run_continues_to_the_same_bits(place: Place) -> None:
+    """Guards resuming: SIGKILL, then the same command, gives the weights of the run that was not killed."""
+    for step in (3, 6):
+        kill(place.paused(step, "--init", "model", out="killed"))
+    assert not (place.folder / "killed" / "sequential.safetensors").exists()
+    status, said = place.here("sequential", "--init", "model", out="killed")
+    assert status == 0, said
+    assert re.search(r"^Continuing after step [2-6] of 8\.$", said, re.MULTILINE), said
+    assert equal(place.weights("sequential", "killed"), place.weights("sequential", "whole"))
+    assert [row["step"] for row in place.rows("sequential", "killed") if "loss" in row] == list(range(1, 9))
+    ours, theirs = (
+        [(row["step"], row["loss"]) for row in place.rows("sequential", out) if "loss" in row]
+        for out in ("killed", "whole")
+    )
+    assert ours == theirs
+
+
+def test_a_run_that_is_asked_to_stop_saves_first(place: Place) -> None:
+    """Guards preemption: nothing is lost between the last regular checkpoint and the signal; and the choice of the
+    best: a checkpoint knows the loss of its own step, and keeps none of an earlier one."""
+    options = ("--init", "model", "--checkpoint-every", "100000", "--steps", "100000", "--evaluate-every", "3")
+    command = place.command("sequential", *options, out="asked")
+    metrics = place.folder / "asked" / ".sequential-run" / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=place.folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (metrics.exists() and place.measured("asked")):
+        time.sleep(0.002)
+    process.terminate()
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 143, said
+    last = max(int(row["step"]) for row in place.rows("sequential", "asked"))  # type: ignore[call-overload]
+    (saved,) = place.checkpoints("asked").iterdir()
+    assert saved.name == f"step-{last:08}"
+    assert json.loads((saved / "state.json").read_text())["held_out"] == place.measured("asked").get(last)
+    assert "the same command continues" in said
+
+
+def test_a_second_run_in_the_folder_is_refused(place: Place) -> None:
+    """Guards two runs that would write each other's checkpoints: the second one ends at once, the first one goes on,
+    and saves what it has at Ctrl-C."""
+    options = ("--init", "model", "--steps", "100000", "--num-workers", "1")
+    command = place.command("sequential", *options, out="twice")
+    process = subprocess.Popen(command, cwd=place.folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(place.checkpoints("twice").glob("step-*")):
+        time.sleep(0.002)
+    place.fails(r"another process is writing to twice/\.sequential-run: wait", "sequential", *options, out="twice")
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(PATIENCE) == 130
+    steps = [row["step"] for row in place.rows("sequential", "twice") if "loss" in row]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (place.checkpoints("twice") / f"step-{len(steps):08}").exists()
+
+
+def test_a_run_continues_wherever_it_lies(place: Place) -> None:
+    """Guards models that are moved while they learn: what counts is what they start from, not where that lies; and a
+    killed run's loading processes, which outlive it for seconds: the lock is free at once."""
+    shutil.copytree(place.folder / "model", place.folder / "home", ignore=shutil.ignore_patterns(".*"))
+    process = place.paused(3, "--num-workers", "2", out="home")
+    loader, *_ = _children(process.pid)
+    kill(process)
+    os.kill(loader, 0)  # it is there still
+    with alone_in(place.folder / "home" / ".sequential-run"):
+        pass
+    (place.folder / "home").rename(place.folder / "away")
+    assert main(["train", "export", str(place.folder / "away/.sequential-run"), "--out", str(place.folder / "x")]) == 0
+    place.succeed("sequential", out="away")
+    assert equal(place.weights("sequential", "away"), place.weights("sequential", "whole"))
+    written = (place.folder / "away" / "sequential.safetensors").stat().st_mtime_ns
+    place.succeed("sequential", "--init", "model", out="away")
+    assert (place.folder / "away" / "sequential.safetensors").stat().st_mtime_ns == written
+    shutil.copytree(place.folder / "model", place.folder / "other", ignore=shutil.ignore_patterns(".*"))
+    config = CogVideo.from_pretrained(place.folder / "other").config
+    bundle.update(place.folder / "other", config, base=loud(Base(config.transformer), 5))
+    place.fails("different components base: choose another --out", "sequential", "--init", "other", out="away")
+    (place.folder / "away" / ".sequential-run" / "report.json").unlink()
+    place.fails(r"another run began in .*: parents\.base was", "sequential", "--init", "other", out="away")
+
+
+def test_what_is_trained_on_is_a_parent(place: Place) -> None:
+    """Guards --start continue: a channel from another bundle makes another run."""
+    options, run = ("--start", "continue", "--steps", "1"), place.folder / "on" / ".sequential-run" / "run.json"
+    place.succeed("sequential", "--init", "whole", *options, out="on")
+    manifest = Manifest.read(place.folder / "whole").components
+    assert json.loads(run.read_text())["parents"] == {
+        name: manifest[name].sha256 for name in ("base", "sequential", "text")
+    }
+
+
+def _children(process: int) -> list[int]:
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    return [int(each) for each in text.split()]
+
+
+@pytest.mark.parametrize("sharding", ["replicated", "sharded"])
+def test_two_ranks_train_as_one(place: Place, sharding: str) -> None:
+    """Guards the division of a batch, and resuming with another number of ranks: two processes give the weights of one,
+    with DDP from the first step, with FSDP2 from a checkpoint of one process."""
+    out = f"ranks-{sharding}"
+    if sharding == "sharded":
+        run = shutil.copytree(place.folder / "whole" / ".sequential-run", place.folder / out / ".sequential-run")
+        (run / "report.json").unlink()
+        shutil.rmtree(run / "checkpoints" / "step-00000008")
+    done = place.run("sequential", "--init", "model", "--sharding", sharding, out=out, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_close(place.trained(out), place.trained("whole"))
+    assert place.weights("base", out).keys() == place.weights("base").keys()
+    assert equal(place.weights("base", out), place.weights("base"))
+
+
+def test_ways_to_compute_give_the_same_weights(place: Place) -> None:
+    """Guards the switches that save memory: micro-batches, recomputed activations, loading processes."""
+    options = ("--micro-batch", "1", "--checkpointing", "--num-workers", "1", "--asynchronous")
+    place.succeed("sequential", "--init", "model", *options, out="frugal")
+    assert_close(place.trained("frugal"), place.trained("whole"))
+
+
+def test_variants_for_comparison(place: Place) -> None:
+    """Guards the ablations: each is trained, and a base that is trained becomes the stage's own."""
+    place.succeed("sequential", "--init", "model", "--base", "random", "--start", "random", out="random")
+    model = CogVideo.from_pretrained(place.folder / "random")
+    assert not torch.equal(model.sequential.base.words.weight, model.base.words.weight)
+    assert equal(place.weights("base", "random"), place.weights("base"))
+    place.succeed("interpolation", "--init", "whole", "--fixed-rate", "8", "--window", "4", out="one-rate")
+    assert [row["held_out"].keys() for row in place.rows("interpolation", "one-rate") if "held_out" in row] == [
+        {"8 fps"}
+    ] * 2  # type: ignore[attr-defined]
+    assert CogVideo.from_pretrained(place.folder / "one-rate").config.interpolation.window == 4
+    place.succeed("sequential", "--init", "whole", "--start", "continue", "--precision", "bfloat16", out="more")
+    assert equal(place.weights("base", "more"), place.weights("base"))
+
+
+def test_a_checkpoint_becomes_a_bundle(place: Place) -> None:
+    """Guards exports on demand: the last checkpoint is what the run delivered, an earlier one is not."""
+    run = str(place.folder / "whole" / ".sequential-run")
+    for out, options in (("last", ()), ("best", ("--best",)), ("early", ("--step", "6"))):
+        assert place.call("train", "export", run, "--out", out, *options) == (0, "")
+    assert equal(place.weights("sequential", "last"), place.weights("sequential", "whole"))
+    assert not equal(place.weights("sequential", "early"), place.weights("sequential", "whole"))
+    assert CogVideo.from_pretrained(place.folder / "early").components == (
+        CogVideo.from_pretrained(place.folder / "whole").components
+    )
+
+
+def test_the_average_is_exported(place: Place) -> None:
+    """Guards the running average: it survives a resume, and is what the bundle gets."""
+    place.succeed("sequential", "--init", "model", "--ema", "0.9", out="average")
+    assert not equal(place.weights("sequential", "average"), place.weights("sequential", "whole"))
+
+
+def test_a_finished_run_is_left_alone(place: Place) -> None:
+    """Guards against training again, or replacing a stage, by mistake."""
+    before = (place.folder / "whole" / "sequential.safetensors").stat().st_mtime_ns
+    place.succeed("sequential", "--init", "model", out="whole")
+    assert (place.folder / "whole" / "sequential.safetensors").stat().st_mtime_ns == before
+    message = r"another run ended in .*: optimization.steps was 8 and is 9; pass --overwrite"
+    place.fails(message, "sequential", "--init", "model", "--steps", "9", out="whole")
+    copy = place.folder / "copy"
+    shutil.copytree(place.folder / "whole", copy, ignore=shutil.ignore_patterns(".*"))
+    place.fails("has sequential already: pass --overwrite to replace it, or another --out", "sequential", out="copy")
+    place.succeed("sequential", "--overwrite", "--steps", "2", out="copy")
+
+
+def test_what_the_messages_advise_works(place: Place) -> None:
+    """Guards the way on from a run that ended: --overwrite begins another one, and keeps the folder of the old one;
+    other windows need another bundle; a run that did not end stays."""
+    whole, runs = place.folder / "whole", lambda: sorted(each.name for each in (place.folder / "next").glob(".*-run*"))
+    shutil.copytree(whole, place.folder / "next")
+    options = ("--start", "continue", "--steps", "2", "--checkpoint-every", "1")
+    place.fails("another run ended .* pass --overwrite", "sequential", *options, out="next")
+    place.fails("another configuration .* --out, and pass --init next", "sequential", "--window", "4", out="next")
+    place.succeed("sequential", *options, "--overwrite", out="next")
+    assert runs() == [".sequential-run", ".sequential-run-1"]
+    assert not equal(place.weights("sequential", "next"), place.weights("sequential", "whole"))
+    written = (place.folder / "next" / "bundle.json").stat().st_mtime_ns
+    place.succeed("sequential", *options, "--overwrite", out="next")
+    assert (place.folder / "next" / "bundle.json").stat().st_mtime_ns == written, "the same run is over"
+    (place.folder / "next" / ".sequential-run" / "report.json").unlink()
+    place.fails("another run began in .*: choice.start", "sequential", "--overwrite", out="next")
+    assert runs() == [".sequential-run", ".sequential-run-1"]
+    place.succeed("sequential", "--init", "next", "--window", "4", "--steps", "2", out="windows")
+
+
+def test_a_run_that_ended_is_delivered_again(place: Place) -> None:
+    """Guards a bundle that was removed, in part or in whole, while the folder of the run stayed."""
+    shutil.copytree(place.folder / "whole", place.folder / "again")
+    for names in (["sequential.safetensors"], ["bundle.json", "base.safetensors", "sequential.safetensors"]):
+        for name in names:
+            (place.folder / "again" / name).unlink()
+        place.succeed("sequential", "--init", "model", out="again")
+        assert equal(place.weights("sequential", "again"), place.weights("sequential", "whole"))
+        assert CogVideo.from_pretrained(place.folder / "again").sha256("base")
+    assert [row["step"] for row in place.rows("sequential", "again") if "loss" in row] == list(range(1, 9))
+
+
+def test_divergence_keeps_the_last_good_checkpoint(place: Place) -> None:
+    """Guards runs of days: a loss that is no number ends the run, says where, and no checkpoint holds it."""
+    place.succeed("sequential", "--init", "model", "--steps", "4", out="diverges")
+    shutil.rmtree(place.folder / "diverges" / ".sequential-run" / "report.json", ignore_errors=True)
+    options = ("--init", "model", "--learning-rate", "1e30", "--clip", "1e30", "--warmup", "0")
+    for steps in (("--steps", "1"), ("--checkpoint-every", "1")):
+        status, said = place.here("sequential", *options, *steps, out=f"update{steps[0]}")
+        assert status == 2, said
+        assert re.search(r"training diverged: (a weight|the loss) is nan after step 1;", said)
+        assert not list(place.checkpoints(f"update{steps[0]}").glob("step-*"))
+        assert not (place.folder / f"update{steps[0]}" / "sequential.safetensors").exists()
+    status, said = place.here("sequential", *options, out="explodes")
+    assert status == 2, said
+    assert re.search(r"training diverged: the (loss|norm of the gradient) is \w+ at step \d+", said)
+    step = int(re.search(r"at step (\d+)", said)[1])  # type: ignore[index]
+    folder = place.folder / "explodes" / ".sequential-run" / "checkpoints"
+    assert all(int(each.name[5:]) < step for each in folder.glob("step-*"))
+
+
+def test_a_run_goes_on_from_the_newest_whole_checkpoint(place: Place) -> None:
+    """Guards runs whose disk failed: what is damaged is told and set aside, and the weights come out the same."""
+    run = place.folder / "failing" / ".sequential-run"
+    shutil.copytree(place.folder / "whole" / ".sequential-run", run)
+    (run / "report.json").unlink()
+    (run / "checkpoints" / "step-00000008" / "__0_0.distcp").write_bytes(b"no tensors")
+    status, said = place.here("sequential", "--init", "model", out="failing")
+    assert status == 0, said
+    told = r"step-00000008 is damaged \(its content is cut short or was changed\): an earlier one is taken.\n"
+    assert re.search(told, said)
+    assert equal(place.weights("sequential", "failing"), place.weights("sequential", "whole"))
+    assert sorted(each.name for each in (run / "checkpoints").iterdir())[0] == "damaged-step-00000008"
+    for each in (run / "checkpoints").glob("step-*/.metadata"):
+        each.unlink()
+    (run / "report.json").unlink()
+    status, said = place.here("sequential", "--init", "model", out="failing")
+    assert status == 2, said
+    assert re.search(r"error: .*step-\d+ is damaged \(No such file or directory\); remove it", said)
+
+
+def test_divergence_publishes_the_checkpoint_that_is_being_written(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards asynchronous checkpoints: one that had not got its name yet would be lost with the run."""
+    figures = Trainer.figures
+
+    def diverging(trainer: Trainer, done: int) -> Figures:
+        require(done < 4, "training diverged: the loss is nan")
+        return figures(trainer, done)
+
+    monkeypatch.setattr(Trainer, "figures", diverging)
+    monkeypatch.setattr(Checkpoints, "settle", lambda checkpoints: None)  # a disk that is slower than two steps
+    monkeypatch.chdir(place.folder)
+    command = place.command("sequential", "--init", "model", "--asynchronous", out="unsettled")
+    assert main(command[command.index("train") :]) == 2
+    assert "training diverged" in capsys.readouterr().err
+    checkpoints = Checkpoints(place.folder / "unsettled" / ".sequential-run" / "checkpoints", keep=0)
+    assert checkpoints.steps() == [2]
+
+
+def test_out_of_memory_says_what_helps(place: Place) -> None:
+    """Guards the most frequent end of a run: what was expected and which switch helps, in one line; the run is kept."""
+    command = place.command("sequential", "--init", "model", "--batch", "3000", "--micro-batch", "1500", out="large")
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -v 2500000; exec "$@"', "bash", *command],
+        cwd=place.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]  # after that the data are fewer than a batch
+    assert re.search(
+        r"out of memory with 1500 samples a pass; `cogvideo info` expects [\d.]+ GiB with --precision bfloat16, and "
+        r"[\d.]+ GiB with --checkpointing too\. What helps: a smaller --micro-batch, --checkpointing",
+        line,
+    ), line
+    assert (place.folder / "large" / ".sequential-run" / "run.json").exists()
+
+
+def test_mistakes_are_one_line(place: Place, train_text_model: Callable[..., bytes], tmp_path: Path) -> None:
+    """Guards what a user sees who trains on the wrong thing."""
+    other = Place(tmp_path, train_text_model())
+    torch.manual_seed(5)
+    for number, (message, stage, options) in enumerate(
+        [
+            ("there is no folder .*nowhere", "sequential", ("--init", "nowhere")),
+            ("there is no folder .*nothing", "sequential", ("--data", "nothing")),
+            ("has no sequential", "interpolation", ()),
+            ("no clip is long enough for the mode sequential", "sequential", ("--data", str(tmp_path / "short"))),
+            ("codes of another image tokenizer", "sequential", ("--data", str(tmp_path / "foreign"))),
+            ("is not divisible by the sequential window", "sequential", ("--window", "6")),
+            ("no codes of super-resolution", "superres", ("--data", str(tmp_path / "low"))),
+            (
+                "held_out_split is 'validaton', expected one that the data has: train, validation",
+                "sequential",
+                ("--held-out-split", "validaton"),
+            ),
+            ("--prompts says nothing to superres", "superres", ("--prompts", "a ball")),
+            ("tensor_parallel is 2 for 1 ranks", "sequential", ("--tensor-parallel", "2")),
+            ("cannot use the device 'cuda:7'|cannot use the device", "sequential", ("--device", "cuda:7")),
+        ]
+    ):
+        if number == 0:
+            make_data(tmp_path / "short", tmp_path / "model", num_frames=4)
+            make_data(tmp_path / "low", tmp_path / "model", high=False)
+            make_bundle(tmp_path / "stranger", train_text_model())
+            foreign = make_data(tmp_path / "foreign", tmp_path / "model")
+            _disguise(foreign)
+        other.fails(message, stage, "--init", "model", *options, out=f"out-{number}")
+
+
+def test_data_that_holds_nothing_out(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards small datasets: the default split may be absent, which is said, and the run goes without it."""
+    make_data(place.folder / "all", place.folder / "model", held_out=0)
+    options = ("--init", "model", "--data", "all", "--steps", "2", "--batch", "99")
+    status, told = place.here("sequential", *options, out="unjudged")
+    assert status == 0, told
+    said = "Nothing is held out: no clip of the split validation is there and long enough."
+    assert told.splitlines().count(said) == 1
+    assert re.search(r"^A batch of 99 is larger than the \d\d? clips: it repeats them\.$", told, re.MULTILINE)
+    assert "held out: nothing" in capsys.readouterr().out
+    assert place.measured("unjudged") == {2: None}
+
+
+def _disguise(data: Path) -> None:
+    """The same shards as another tokenizer would have made them."""
+    from cogvideo.data.dataset import Dataset, make_card, write_card
+    from cogvideo.data.shards import digest, write_shard
+
+    dataset = Dataset(data)
+    rows, shard = [dataset.row(number) for number in range(len(dataset))], dataset.card.shards[0].file
+    from dataclasses import replace
+
+    info = replace(dataset.shard(0).info, tokenizer_sha256="0" * 64, settings_sha256=digest({}))
+    write_shard(data / shard, rows, info)
+    write_card(data, make_card(data, [shard], source="", tokenizer="elsewhere", settings={}))

@@ -1,0 +1,551 @@
+"""Training of the image tokenizer: one step, whole runs, and runs that are killed, in processes of their own."""
+
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import save_file
+
+from cogvideo.bundle.model import CogVideo, update
+from cogvideo.cli import main
+from cogvideo.config import AutoencoderConfig, CogVideoConfig, LayoutConfig, TransformerConfig, UpscalerConfig
+from cogvideo.data.frame_store import StoreSettings
+from cogvideo.data.frames import FrameSettings
+from cogvideo.data.sources import SourceOptions
+from cogvideo.media.metrics import psnr, ssim
+from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.models.perceptual import file_name
+from cogvideo.models.transformer import Base
+from cogvideo.training import autoencoder as learning
+from cogvideo.training.autoencoder import TokenizerSettings, Trainer, batch_places, evaluate, reconstruct
+from cogvideo.training.tokenizer import tokenizer
+
+CPU = torch.device("cpu")
+SIDE = 24
+SIZES = AutoencoderConfig(
+    channels=8,
+    encoder_multipliers=(1, 2),
+    encoder_blocks=1,
+    decoder_multipliers=((1, 1, 2),),
+    embedding_dim=8,
+    num_codes=40,
+    rate=4,
+    groups=4,
+    nominal_resolution=32,
+    attention_resolution=8,
+)
+SMALL = CogVideoConfig(
+    transformer=TransformerConfig(1, 8, 1, 64, 40, 50, 40, 40),
+    layout=LayoutConfig(grid=6, text_slots=4, image_text_slots=4, frame_position=4),
+    interpolation=replace(CogVideoConfig().interpolation, window=2),
+    upscaler=UpscalerConfig(text_slots=4, low_position=4),
+    autoencoder=SIZES,
+)
+QUICK = TokenizerSettings(
+    steps=8, batch=2, warmup=1, plain_steps=2, start_vectors=2, adversary_start=4, adversary_width=4
+)
+FEW = StoreSettings(num_frames=12, num_held_out=4, frames_per_clip=4, clips=FrameSettings(min_frames=1))
+
+
+def pictures(count, seed=0):
+    """Frames with large shapes: smooth colours and a square each."""
+    generator = np.random.default_rng(seed)
+    ramps = np.linspace(0, 255, SIDE)[None, :, None, None] * generator.random((count, 1, 1, 3))
+    frames = np.broadcast_to(ramps, (count, SIDE, SIDE, 3)).copy()
+    for frame in frames:
+        top, left = generator.integers(0, SIDE // 2, 2)
+        frame[top : top + 10, left : left + 10] = generator.integers(0, 256, 3)
+    return frames.astype(np.uint8)
+
+
+def trainer(settings=QUICK, sizes=SIZES, seed=0, lpips=None):
+    return Trainer(sizes, settings, seed, lpips, CPU)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# One step
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_tiny_set_is_learnt(optimizer):
+    """Whatever is wrong in losses, gradients or codebook, eight frames would not come back from their codes."""
+    settings = replace(QUICK, steps=150, batch=8, learning_rate=4e-3, warmup=10, plain_steps=20, adversary_weight=0)
+    settings = replace(settings, optimizer=optimizer)
+    model, frames = trainer(settings), pictures(8)
+    before = evaluate(model.autoencoder, frames, 8, CPU)
+    for step in range(settings.steps):
+        measured = model.step(step, frames)
+    after = evaluate(model.autoencoder, frames, 8, CPU)
+    assert after.psnr > before.psnr + 10
+    assert after.psnr > 20
+    assert after.ssim > 0.6
+    assert after.code_usage > 0.6
+    assert measured.keys() == {"pixels", "edges", "commitment", "squared_error", "gradient", "restarted"}
+
+
+def test_the_adversary_begins_at_its_step_and_changes_weights():
+    """It must not run before, must learn itself, and its gradient must reach the decoder."""
+    frames = pictures(8)
+    with_it, without = trainer(), trainer(replace(QUICK, adversary_weight=0))
+    for step in range(QUICK.steps):
+        judge = weights(with_it.discriminator)
+        measured, plain = with_it.step(step, frames), without.step(step, frames)
+        started = step >= QUICK.adversary_start
+        assert ("adversary" in measured, "discriminator" in measured) == (started, started)
+        assert "adversary" not in plain
+        moved = any(not torch.equal(judge[name], now) for name, now in with_it.discriminator.state_dict().items())
+        assert moved == started
+        same = torch.equal(*(each.autoencoder.decoders[0].conv_out.weight for each in (with_it, without)))
+        assert same == (not started)
+
+
+def test_the_codebook_starts_after_the_plain_steps():
+    """K-means of vectors that were never learnt, or no codes at all, would go unnoticed in the loss."""
+    model, frames = trainer(), pictures(8)
+    rows = model.autoencoder.codebook.embedding
+    first = rows.clone()
+    for step in range(QUICK.plain_steps):
+        assert "commitment" not in model.step(step, frames)
+        assert torch.equal(rows, first)
+    measured = model.step(QUICK.plain_steps, frames)
+    assert not torch.equal(rows, first)
+    assert 0 < measured["commitment"] < 1
+
+
+def test_commitment_is_the_distance_from_the_rows():
+    """Its gradient must pull vectors to rows, and its weight must be that of the settings."""
+    model, frames = trainer(), pictures(8)
+    for step in range(3):
+        model.step(step, frames)
+    batch = learning.to_frames(frames[batch_places(3, 2, 8, 0).numpy()], CPU)
+    with torch.no_grad():
+        features = model.autoencoder.features(batch, 4)
+        rows = model.autoencoder.codebook.lookup(model.autoencoder.encode(batch))
+        expected = (rearrange(features, "batch dim rows columns -> batch rows columns dim") - rows).square().mean()
+    assert model.step(3, frames)["commitment"].item() == pytest.approx(0.25 * expected.item(), rel=1e-4)
+
+
+def test_lpips_is_used_where_it_is_given():
+    """A perceptual loss that is loaded and forgotten would look like one that is used."""
+    with torch.device("meta"):
+        model = learning.Lpips()
+    model = model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.normal_(0, 0.05, generator=generator)
+    frames = pictures(4)
+    measured = trainer(lpips=model).step(0, frames)
+    assert measured["perceptual"] != 0
+    assert "perceptual" not in trainer(replace(QUICK, perceptual_weight=0), lpips=model).step(0, frames)
+
+
+def test_rates_take_turns():
+    """A decoder that never learns would be delivered with its first weights."""
+    sizes = replace(SIZES, decoder_multipliers=((1, 1, 2), (1, 2)))
+    model, frames = trainer(sizes=sizes), pictures(4)
+    for step in range(4):
+        before = [weights(decoder) for decoder in model.autoencoder.decoders]
+        model.step(step, frames)
+        moved = [
+            any(not torch.equal(old[name], now) for name, now in decoder.state_dict().items())
+            for old, decoder in zip(before, model.autoencoder.decoders, strict=True)
+        ]
+        assert moved[step % 2]
+
+
+def test_bfloat16_learns_alike():
+    """Half precision must not reach weights, codes or losses."""
+    frames = pictures(8)
+    models = [trainer(replace(QUICK, precision=precision)) for precision in ("float32", "bfloat16")]
+    for step in range(6):
+        losses = [model.step(step, frames) for model in models]
+    assert losses[1]["pixels"].item() == pytest.approx(losses[0]["pixels"].item(), rel=0.1)
+    assert {tensor.dtype for tensor in models[1].autoencoder.state_dict().values()} == {torch.float32}
+
+
+def test_a_step_depends_on_its_number_alone():
+    """Nothing may come from the global generator, or a run could not be continued."""
+    frames, results = pictures(8), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = trainer(replace(QUICK, restart_below=0.9))  # with codes that are drawn anew
+        for step in range(6):
+            model.step(step, frames)
+        results.append(weights(model.autoencoder))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    other = trainer(seed=1)
+    other.step(0, frames)
+    assert not torch.equal(other.autoencoder.encoder.conv_in.weight, results[0]["encoder.conv_in.weight"])
+
+
+@pytest.mark.parametrize(("at", "optimizer"), [(1, "adam"), (2, "adam"), (3, "muon"), (5, "adam")])
+def test_a_state_is_all_that_counts(at, optimizer):
+    """What a checkpoint forgets (averages, moments, the adversary) would change the steps after it."""
+    settings = replace(QUICK, optimizer=optimizer)
+    frames, whole = pictures(8), trainer(settings)
+    for step in range(7):
+        whole.step(step, frames)
+    first, second = trainer(settings), trainer(settings)
+    for step in range(at):
+        first.step(step, frames)
+    second.load_state_dict(first.state_dict())
+    for step in range(at, 7):
+        second.step(step, frames)
+    for part in ("autoencoder", "discriminator", "codebook"):
+        expected, got = (getattr(each, part).state_dict() for each in (whole, second))
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("num_frames", "batch"), [(10, 3), (4, 4), (3, 8)])
+def test_every_frame_comes_once_an_epoch(num_frames, batch):
+    """Frames that are drawn twice are learnt at the cost of others; epochs must differ in their order."""
+    steps = 3 * num_frames
+    drawn = torch.cat([batch_places(step, batch, num_frames, seed=5) for step in range(steps)]).tolist()
+    epochs = [tuple(drawn[start : start + num_frames]) for start in range(0, len(drawn), num_frames)]
+    assert all(sorted(epoch) == list(range(num_frames)) for epoch in epochs)
+    assert len(set(epochs)) > 1
+
+
+def test_the_learning_rate_rises_and_falls():
+    """A warm-up that is left out breaks the first steps; a rate that does not fall keeps the last ones noisy."""
+    settings = replace(QUICK, steps=100, warmup=10, learning_rate=1e-3)
+    rates = [settings.rate_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(1e-3 / 11)
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[11:] == sorted(rates[11:], reverse=True)
+    assert rates[50] == pytest.approx(5e-4)
+    assert 0 < rates[99] < 1e-6
+
+
+def test_phases_follow_the_number_of_steps():
+    """A short run without codes or without the adversary would be another recipe than a long one."""
+    for steps, codes_from in ((3, 0), (100, 25), (20_000, 1000)):
+        settings = TokenizerSettings(steps=steps)
+        assert settings.codes_from == codes_from
+        assert [settings.has_adversary(step) for step in (steps // 2 - 1, steps // 2)] == [False, True]
+    given = replace(settings, plain_steps=0, adversary_start=7)
+    assert (given.codes_from, given.has_adversary(6), given.has_adversary(7)) == (0, False, True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "steps is 0, expected a positive number"),
+        ({"batch": -1}, "batch is -1"),
+        ({"warmup": -1}, "warmup is -1, expected 0 or more"),
+        ({"codebook_decay": 1.0}, "codebook_decay is 1.0, expected a number between 0 and 1"),
+        ({"restart_below": 0.0}, "restart_below is 0.0"),
+        ({"adversary_weight": -0.1}, "adversary_weight is -0.1"),
+        ({"steps": 5, "plain_steps": 5}, "plain_steps is 5, expected less than the 5 steps"),
+        ({"learning_rate": math.nan}, "learning_rate is nan"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong, message):
+    """They would be found after hours, or never."""
+    with pytest.raises(ValueError, match=message):
+        TokenizerSettings(**wrong)
+
+
+# Figures
+
+
+def test_quality_is_that_of_each_frame():
+    """Batches of unequal size must not weigh differently; frames are clamped as they are shown."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Autoencoder(SIZES)
+    frames = pictures(5)
+    shown = reconstruct(model, frames, CPU)
+    x, y = (torch.from_numpy(each).permute(0, 3, 1, 2).double() / 255 for each in (frames, shown))
+    codes = model.encode(x.float()).flatten().tolist()
+    shares = np.array([codes.count(code) for code in set(codes)]) / len(codes)
+    quality = evaluate(model, frames, 2, CPU)
+    assert quality.psnr == pytest.approx(psnr(x, y).mean().item(), abs=0.02)  # shown frames are rounded
+    assert quality.ssim == pytest.approx(ssim(x, y).mean().item(), abs=1e-3)
+    assert quality.code_usage == pytest.approx(len(set(codes)) / 40)
+    assert quality.perplexity == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
+
+
+# Runs
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A bundle that has sizes and nothing else yet."""
+    CogVideo(SMALL).save_pretrained(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def run(out, sources=("world:12",), settings=QUICK, frames=FEW, **options):
+    tokenizer(tuple(sources), out=out, settings=settings, frames=frames, device="cpu", **options)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / ".tokenizer-run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_delivers_a_tokenizer(out, capsys):
+    """All that the command promises: weights, clusters, sheets, metrics and what it says."""
+    run(out, evaluate_every=4, checkpoint_every=3)
+    model = CogVideo.from_pretrained(out)
+    assert model.components == ("image_tokenizer", "cluster_labels")
+    assert model.cluster_labels.tolist() == [0] * 40  # 40 codes a cluster
+    assert model.autoencoder.decode(model.autoencoder.encode(torch.rand(1, 3, 24, 24))).shape == (1, 3, 24, 24)
+    folder = out / ".tokenizer-run"
+    for name in ("before.png", "after.png"):
+        with Image.open(folder / name) as sheet:
+            assert sheet.height == 2 * SIDE + 2
+    assert [row["step"] for row in rows(out)] == [3, 4, 6, 8]
+    assert set(rows(out)[1]["held_out"]) == {"psnr", "ssim", "code_usage", "perplexity"}
+    assert {"psnr", "learning_rate", "images_per_second", "pixels"} <= set(rows(out)[0])
+    report = json.loads((folder / "report.json").read_text())
+    assert report["frames"] == {"train": 12, "held_out": 4}
+    assert not (folder / "train.rgb").exists()
+    said = capsys.readouterr()
+    assert "No LPIPS weights are given" in said.err
+    assert "12 frames to learn from and 4 held out" in said.err
+    assert "PSNR" in said.out
+
+
+def test_a_run_that_is_over_is_left_alone(out):
+    """Calling the command once more must not spend hours, nor change weights."""
+    run(out)
+    before = (out / "bundle.json").read_bytes()
+    run(out)
+    assert (out / "bundle.json").read_bytes() == before
+
+
+def test_another_run_in_the_folder_is_refused(out):
+    """Weights of two recipes must not mix."""
+    run(out)
+    with pytest.raises(ValueError, match=r"another run began in .*settings.batch was 2 and is 3"):
+        run(out, settings=replace(QUICK, batch=3))
+    with pytest.raises(ValueError, match=r"another run began in .*sources"):
+        run(out, sources=("world:13",))
+
+
+def test_a_tokenizer_is_trained_on(out, tmp_path, capsys):
+    """Guards --init: weights, rows and codes of the start are those that training goes on from, and stay what they are
+    where it hardly moves; a run is tied to its start."""
+    run(out)
+    before = CogVideo.from_pretrained(out).autoencoder
+    still = replace(QUICK, learning_rate=1e-12, adversary_weight=0, codebook_decay=0.999999, restart_below=1e-9)
+    run(tmp_path / "still", init=str(out), settings=still)
+    after = CogVideo.from_pretrained(tmp_path / "still")
+    assert after.config == SMALL
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(after.autoencoder.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
+    assert "commitment" in rows(tmp_path / "still")[0], "codes from the first step"
+    assert "by k-means" in capsys.readouterr().err
+    run(tmp_path / "moved", init=str(out))
+    assert "by k-means" not in capsys.readouterr().err
+    moved = CogVideo.from_pretrained(tmp_path / "moved").autoencoder
+    assert not torch.equal(moved.codebook.embedding, before.codebook.embedding)
+    typed = re.escape(str(out))
+    with pytest.raises(ValueError, match=rf"another run began in .*init was {typed} \(sha256 \w{{12}}\) and is None"):
+        run(tmp_path / "moved")
+    with pytest.raises(ValueError, match="have other sizes"):
+        run(tmp_path / "other", init=str(out), preset="pocket")
+    CogVideo(SMALL).save_pretrained(tmp_path / "empty")
+    with pytest.raises(ValueError, match="has no image tokenizer to start from"):
+        run(tmp_path / "other", init=str(tmp_path / "empty"))
+
+
+def test_a_tokenizer_is_not_replaced_unasked(out):
+    """Models that learnt its codes would see noise."""
+    CogVideo(SMALL, image_tokenizer=Autoencoder(SIZES)).save_pretrained(out)
+    with pytest.raises(ValueError, match=r"has an image tokenizer.*--overwrite"):
+        run(out)
+    run(out, overwrite=True)
+    assert CogVideo.from_pretrained(out).components == ("image_tokenizer", "cluster_labels")
+
+
+def test_no_tokenizer_is_put_under_a_stage_unasked(out):
+    """A stage that was trained without its tokenizer in the bundle knows the codes of another one."""
+    update(out, SMALL, base=Base(SMALL.transformer))
+    (out / "training.json").write_text(json.dumps({"base": {"tokenizer": "f" * 64}}))
+    with pytest.raises(ValueError, match=r"has base, which learnt .* another image tokenizer \(sha256 f{12}\): take"):
+        run(out)
+    assert not (out / ".tokenizer-run" / "train.rgb").exists()
+    run(out, overwrite=True)
+    assert "image_tokenizer" in CogVideo.from_pretrained(out).components
+
+
+def test_what_may_surprise_is_said(out, tmp_path, capsys):
+    """Few clips give no validation split, and a batch may be larger than all frames: both were taken without a word."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for number, frame in enumerate(pictures(3)):
+        Image.fromarray(frame).save(clips / f"{number}.png")
+        (clips / f"{number}.txt").write_text(f"picture {number}")
+    run(out, [str(clips)], settings=replace(QUICK, batch=5), options=SourceOptions(validation=0.0))
+    said = capsys.readouterr().err
+    assert "The sources have no split but train (one in twenty clips becomes validation" in said
+    assert "A batch of 5 is larger than the 2 frames: it repeats them." in said
+    CogVideo(SMALL).save_pretrained(tmp_path / "other")
+    run(tmp_path / "other")
+    said = capsys.readouterr().err
+    assert "no split but train" not in said
+    assert "is larger than" not in said
+
+
+def test_divergence_keeps_the_last_checkpoint(out, monkeypatch):
+    """Weights that are not finite must neither be saved nor delivered."""
+    real = Trainer.step
+
+    def step(self, number, pixels):
+        measured = real(self, number, pixels)
+        return measured | {"pixels": measured["pixels"] * math.nan} if number == 6 else measured
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(ValueError, match="training diverged: pixels is nan at step 7"):
+        run(out, checkpoint_every=3)
+    checkpoint = torch.load(out / ".tokenizer-run" / "checkpoint.pt", weights_only=True)
+    assert checkpoint[0] == 6
+    assert CogVideo.from_pretrained(out).components == ()
+
+
+def test_ctrl_c_saves_and_continues(out, tmp_path, monkeypatch):
+    """An hour of work must not be lost to an early Ctrl-C, and the result must be that of one run."""
+    CogVideo(SMALL).save_pretrained(tmp_path / "whole")
+    run(tmp_path / "whole")
+    real = Trainer.step
+
+    def step(self, number, pixels):
+        if number == 4:
+            os.kill(os.getpid(), 2)
+        return real(self, number, pixels)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        run(out)
+    monkeypatch.undo()
+    assert torch.load(out / ".tokenizer-run" / "checkpoint.pt", weights_only=True)[0] == 5
+    run(out)
+    assert same_files(out, tmp_path / "whole")
+
+
+def same_files(one, other):
+    names = ("image_tokenizer.safetensors", "cluster_labels.safetensors")
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def command_of(out):
+    """Of a run of 60 steps, in a process of its own."""
+    options = {"steps": 60, "batch": 2, "warmup": 1, "plain-steps": 2, "start-vectors": 2, "adversary-start": 4}
+    options |= {"adversary-width": 4, "num-frames": 12, "num-held-out": 4, "frames-per-clip": 4}
+    options |= {"checkpoint-every": 5, "device": "cpu", "out": out}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "cogvideo", "train", "tokenizer", "world:12", *words]
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(out):
+    """A checkpoint that cannot be written must leave the last one, which the same command goes on from."""
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # between the frames and a checkpoint
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command, checkpoint = command_of(out), out / ".tokenizer-run" / "checkpoint.pt"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"cogvideo: error: File too large: {checkpoint}"
+    assert "Traceback" not in done.stderr
+    assert "step 1 of 60: loss " in done.stderr, "the log says where it stands"
+    assert not checkpoint.exists()
+    assert main(command[3:]) == 0
+
+
+def test_a_killed_process_continues_to_the_same_bits(out, tmp_path, capsys):
+    """A checkpoint that is half-written, or lacks anything, gives another tokenizer than an uninterrupted run."""
+    settings = replace(QUICK, steps=60)
+    CogVideo(SMALL).save_pretrained(tmp_path / "whole")
+    run(tmp_path / "whole", settings=settings)
+    command = command_of(out)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    while not (out / ".tokenizer-run" / "checkpoint.pt").exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    killed_at = torch.load(out / ".tokenizer-run" / "checkpoint.pt", weights_only=True)[0]
+    assert killed_at < 60
+    capsys.readouterr()
+    assert main(command[3:]) == 0
+    assert f"Continuing after step {killed_at}" in capsys.readouterr().err
+    assert same_files(out, tmp_path / "whole")
+    assert [row["step"] for row in rows(out)] == list(range(5, 61, 5))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sources": ()}, "there is no source"),
+        ({"evaluate_every": 0}, "evaluate_every is 0"),
+        ({"checkpoint_every": -1}, "checkpoint_every is -1"),
+        ({"preset": "pocket"}, "another configuration than the preset pocket"),
+        ({"preset": "large"}, "unknown preset 'large'"),
+        ({"device": "abacus"}, "cannot use the device 'abacus'"),
+        ({"sources": ("world:0",)}, "expected world:COUNT"),
+        ({"frames": replace(FEW, clips=FrameSettings(size=30))}, "size is 30, expected a multiple of 4"),
+        ({"frames": replace(FEW, clips=FrameSettings(size=20))}, "size is 20, expected at least 24"),
+        ({"settings": replace(QUICK, pyramid_levels=7)}, "size is 24, expected at least 64"),
+    ],
+)
+def test_mistakes_are_refused_at_once(out, options, message):
+    """Whatever is wrong must be said before clips are read, and leave no run behind."""
+    with pytest.raises(ValueError, match=message):
+        tokenizer(
+            options.pop("sources", ("world:12",)),
+            out=out,
+            **{"settings": QUICK, "frames": FEW, "device": "cpu"} | options,
+        )
+    assert not (out / ".tokenizer-run" / "train.rgb").exists()
+
+
+def test_lpips_needs_both_files(out, tmp_path):
+    """One file alone would be ignored in silence, or fail as a missing key."""
+    with pytest.raises(ValueError, match="LPIPS needs two files"):
+        run(out, vgg=tmp_path / "vgg16.pth")
+    with pytest.raises(ValueError, match=r"cannot read .*vgg16.pth"):
+        run(out, vgg=tmp_path / "vgg16.pth", lpips=tmp_path / "vgg.pth")
+
+
+def test_lpips_is_taken_from_the_cache(out, tmp_path, monkeypatch, capsys):
+    """Guards recipes that say `perceptual = "lpips"`: weights that were fetched are used, others are asked for."""
+    monkeypatch.setenv("COGVIDEO_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="expected the weights that `cogvideo fetch lpips` puts there"):
+        run(out, perceptual="lpips")
+    with pytest.raises(ValueError, match="expected no --vgg and no --lpips"):
+        run(out, perceptual="lpips", vgg=tmp_path / "vgg16.pth", lpips=tmp_path / "vgg.pth")
+    model = learning.Lpips()
+    path = tmp_path / "networks" / "lpips-vgg.safetensors"
+    path.parent.mkdir()
+    save_file({file_name(name): tensor for name, tensor in model.state_dict().items()}, path)
+    run(out, perceptual="lpips")
+    assert f"LPIPS with the weights {path}" in capsys.readouterr().err
+    assert json.loads((out / ".tokenizer-run/report.json").read_text())["perceptual"] == "pyramid, edges and LPIPS"
+
+
+def test_out_may_not_be_a_file(tmp_path):
+    """It would be found when the tokenizer is to be written."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file, expected a folder"):
+        run(tmp_path / "file")
