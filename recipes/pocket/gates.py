@@ -23,6 +23,7 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.data.frames import BACKGROUNDS, on_background
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import retrieval
+from cogvideo.evaluation.attributes import PROMPTED, unseen_scenes
 from cogvideo.evaluation.emoji_subject import TEMPLATE, read, unseen_background
 from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, SIZE, Reader, resized
 from cogvideo.generation import hierarchy
@@ -31,20 +32,7 @@ from cogvideo.media.metrics import psnr
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.training.autoencoder import reconstruct
 
-FIRST = 500_000
-"""Number of the first scene that is looked at."""
 Frames = UInt8[np.ndarray, "frames height width 3"]
-
-
-def unseen(number: int) -> list[world.Scene]:
-    """Scenes of the simple World: half with held-out pairs, half of the validation split, no picture twice."""
-    found: dict[world.Scene, world.Scene] = {}
-    for split, share in (("held_out", number // 2), ("validation", number)):
-        for scene in world.scenes(split, FIRST, "simple"):
-            if len(found) == share:
-                break
-            found.setdefault(replace(scene, index=0), scene)
-    return list(found.values())
 
 
 def shares(read: Sequence[dict[str, str]], scenes: Sequence[world.Scene], names: Sequence[str]) -> str:
@@ -131,7 +119,11 @@ def main(
         limit: number of emoji, evenly spread; all unless given.
         sheet: PNG with real pictures above the model's.
     """
-    pipeline, reader, chosen = CogVideoPipeline.from_pretrained(model), Reader.load(), unseen(scenes)
+    pipeline, reader, chosen = (
+        CogVideoPipeline.from_pretrained(model),
+        Reader.load(),
+        unseen_scenes(scenes, PROMPTED, "simple"),
+    )
     side = pipeline.model.config.frame_side
     fps, num_frames = {"tokenizer": (FPS, NUM_FRAMES), "image": (1.0, 1), "sequential": (1.0, 5)}[gate]
     names = ("object", "colour", "background") if gate == "image" else ATTRIBUTES

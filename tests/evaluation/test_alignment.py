@@ -18,7 +18,7 @@ from cogvideo.config import InputError
 from cogvideo.data.frames import BACKGROUNDS, FrameSettings, background_of
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import alignment as module
-from cogvideo.evaluation.alignment import alignment, shown
+from cogvideo.evaluation.alignment import alignment, shown, wilson
 from cogvideo.evaluation.emoji_subject import EmojiSubject, unseen_background
 from cogvideo.evaluation.making import Making, Shelf, generate, reduced
 from cogvideo.evaluation.reader import ATTRIBUTES, Reader, ReaderConfig
@@ -136,6 +136,8 @@ def test_protocol_says_what_was_measured(model: str, reader: Path, emoji: Path, 
     assert results["emoji"]["real"]["shares"]["all clips"]["rank 1"] == 1
     assert set(results["world"]["real"]["shares"]) == {"all clips", "held-out pairs", "other clips"}
     assert set(results["world"]["real"]["clips"][0]) == set(ATTRIBUTES)
+    ends = results["world"]["generated"]["intervals"]["held-out pairs"]["object"]
+    assert ends == list(wilson(results["world"]["generated"]["shares"]["held-out pairs"]["object"], 2))
 
 
 def test_super_resolution_is_drawn_as_asked(model: str) -> None:
@@ -145,6 +147,17 @@ def test_super_resolution_is_drawn_as_asked(model: str) -> None:
     changes = ({}, {"superres": False}, {"superres_temperature": 0.0}, {"superres_clusters": 1})
     clips = [generate(pipeline, prompts, replace(plain, **change))[0] for change in changes]
     assert not any(np.array_equal(one, other) for one, other in combinations(clips, 2))
+
+
+def test_intervals_are_wilsons() -> None:
+    """Guards what a share is worth: with few clips, or none that is right, the interval is wide and stays in [0, 1]."""
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    for right in range(21):  # its definition: shares whose own standard error reaches as far as the measured one
+        share = right / 20
+        for end in wilson(share, 20):
+            assert (share - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / 20, abs=1e-12)
 
 
 def test_another_model_is_refused(model: str, reader: Path, tmp_path: Path) -> None:

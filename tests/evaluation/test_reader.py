@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from cogvideo import world
+from cogvideo.evaluation import attributes
 from cogvideo.evaluation import reader as module
 from cogvideo.evaluation.attributes import ALL, PROMPTED, READER_LEARNS, accuracies, unseen_scenes
 from cogvideo.evaluation.reader import ATTRIBUTES, FILE, LABELS, Reader, ReaderConfig, labels, readable, render, resized
@@ -92,6 +94,17 @@ def test_unseen_scenes_are_of_both_kinds() -> None:
     assert [world.split(scene) for scene in scenes] == ["held_out"] * 20 + ["validation"] * 20
     assert len({scene.index for scene in scenes}) == 40
     assert all(PROMPTED <= scene.index < READER_LEARNS for scene in scenes)
+
+
+def test_unseen_simple_scenes_look_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the figures of small worlds, in which many numbers show one picture: each counts once."""
+    scenes = unseen_scenes(120, PROMPTED, "simple")
+    assert {scene.domain for scene in scenes} == {"simple"}
+    assert [world.split(scene) for scene in scenes] == ["held_out"] * 60 + ["validation"] * 60
+    assert len({replace(scene, index=0) for scene in scenes}) == 120
+    monkeypatch.setattr(attributes, "SEARCHED", 300)
+    with pytest.raises(ValueError, match=r"the World has \d+ unseen simple scenes of held_out, expected 2500"):
+        unseen_scenes(5000, PROMPTED, "simple")
 
 
 def test_accuracies_count_what_is_right() -> None:

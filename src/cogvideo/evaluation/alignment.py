@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from math import sqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ from cogvideo.training.run_folder import RunFolder
 
 GENERATED, RECONSTRUCTION, REAL = ROWS = ("generated", "reconstruction", "real")
 """What is judged."""
+Z95 = 1.959964
+"""Quantile of the normal distribution that a 95 % interval ends at."""
 SHOWN, FAILURES, COLUMNS = 6, 4, 11
 """Clips of a subject on the contact sheet whatever became of them, more of them that failed, and frames of a row."""
 
@@ -59,6 +62,7 @@ def alignment(
     model: str,
     out: Path,
     world: int = 500,
+    domain: Literal["full", "simple"] = "full",
     emoji: Path | None = None,
     emoji_limit: int | None = None,
     emoji_seed: int = 0,
@@ -77,6 +81,7 @@ def alignment(
         model: folder of a bundle, or its id on the Hugging Face Hub.
         out: folder of the results.
         world: prompts about the World, half with pairs that training never shows; 0 for none.
+        domain: part of the World that they are about; `simple` is what the model in the box learns.
         emoji: a folder with captions.csv or a table of animations with alpha, such as emoji.
         emoji_limit: only so many prompts about them, evenly spread; they are compared with all.
         emoji_seed: the seed that their data was prepared with, which decides the backgrounds that were never seen.
@@ -97,7 +102,7 @@ def alignment(
     bundle = {name: entry.sha256 for name, entry in Manifest.read(locate(model)).components.items()}
     pipeline = CogVideoPipeline.from_pretrained(model, getattr(torch, making.dtype), usable(device))
     making = making.of(pipeline.model.config.drawing)
-    subjects: list[Subject] = [WorldSubject(world, making.seed, reader or FILE)] if world else []
+    subjects: list[Subject] = [WorldSubject(world, domain, making.seed, reader or FILE)] if world else []
     if emoji is not None:
         subjects.append(EmojiSubject(emoji, emoji_limit, making.seed, emoji_seed))
     else:
@@ -158,15 +163,16 @@ def _progress(text: str, total: int, missing: int) -> Iterator[Any]:
 
 
 def tables(results: dict[str, dict[str, Judged]]) -> Iterator[Table]:
-    """A table of shares a subject, and one of movement."""
+    """A table of shares for each subject, with half the width of their 95 % intervals, and one of movement."""
     for subject, rows in results.items():
-        table = Table(title=f"{subject}: share that is right (%)")
+        table = Table(title=f"{subject}: share that is right (%, 95 % interval)")
         measures = list(next(iter(rows[REAL].verdict.shares.values())))
         for column in ("", "", *measures):
             table.add_column(column, justify="right" if column else "left")
         for row, judged in rows.items():
             for group, shares in judged.verdict.shares.items():
-                table.add_row(row, group, *(f"{100 * shares[name]:.1f}" for name in measures))
+                count = judged.verdict.counts[group]
+                table.add_row(row, group, *(_percent(shares[name], count) for name in measures))
         yield table
     table = Table(title="movement, against real clips of the same prompts")
     for column in ("", "", "energy ratio", "static (%)", "flicker (levels)"):
@@ -175,6 +181,19 @@ def tables(results: dict[str, dict[str, Judged]]) -> Iterator[Table]:
         for row, (_, (ratio, static, flicker)) in rows.items():
             table.add_row(subject, row, f"{ratio:.2f}", f"{100 * static:.1f}", f"{flicker:.2f}")
     yield table
+
+
+def _percent(share: float, count: int) -> str:
+    low, high = wilson(share, count)
+    return f"{100 * share:.1f} ±{50 * (high - low):.1f}"
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share of independent clips, by Wilson's score (1927)."""
+    spread = Z95**2 / count
+    middle = share + spread / 2
+    half = Z95 * sqrt(share * (1 - share) / count + spread / (4 * count))
+    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def _protocol(model: str, bundle: dict[str, str], making: Making, subjects: Sequence[Subject]) -> dict[str, Any]:
@@ -200,12 +219,25 @@ def _write_json(path: Path, protocol: dict[str, Any], results: dict[str, dict[st
     """The protocol, shares and movement by subject and row, and findings clip by clip."""
     told = {
         subject: {
-            row: {"shares": each.verdict.shares, "movement": each.movement._asdict(), "clips": each.verdict.findings}
+            row: {
+                "shares": each.verdict.shares,
+                "intervals": _intervals(each.verdict),
+                "movement": each.movement._asdict(),
+                "clips": each.verdict.findings,
+            }
             for row, each in rows.items()
         }
         for subject, rows in results.items()
     }
     write_text(path, json.dumps({"protocol": protocol, "results": told}, indent=1, ensure_ascii=False) + "\n")
+
+
+def _intervals(verdict: Verdict) -> dict[str, dict[str, tuple[float, float]]]:
+    """The 95 % interval of every share."""
+    return {
+        group: {name: wilson(share, verdict.counts[group]) for name, share in shares.items()}
+        for group, shares in verdict.shares.items()
+    }
 
 
 def _write_sheet(out: Path, subjects: Sequence[Subject], results: dict[str, dict[str, Judged]]) -> None:

@@ -77,6 +77,7 @@ class EmojiSubject:
         found = list(zip(ranks, nearest, borders, strict=True))
         return Verdict(
             {"all clips": shares},
+            {"all clips": len(clips)},
             [{"rank": rank, "nearest": caption, "background": border} for rank, caption, border in found],
             [rank == 1 and each for rank, each in zip(ranks, named, strict=True)],
             [f"rank {rank}, background {border}; nearest: {caption}" for rank, caption, border in found],

@@ -36,6 +36,8 @@ class Verdict(NamedTuple):
 
     shares: dict[str, dict[str, float]]
     """Share of the clips by group and measure, each in [0, 1]."""
+    counts: dict[str, int]
+    """Clips of each group."""
     findings: list[dict[str, Any]]
     """What was found about each clip, for the record."""
     right: list[bool]

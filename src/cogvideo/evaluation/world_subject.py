@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 
 from cogvideo import world
 from cogvideo.bundle.format import Entry
-from cogvideo.evaluation.attributes import ALL, PROMPTED, accuracies, right, unseen_scenes
+from cogvideo.evaluation.attributes import ALL, PROMPTED, accuracies, groups, right, unseen_scenes
 from cogvideo.evaluation.reader import ATTRIBUTES, Reader, readable
 from cogvideo.evaluation.subject import FPS, NUM_FRAMES, Clip, Prompt, Verdict
 
@@ -21,6 +21,7 @@ class WorldSubject:
 
     Args:
         number: of prompts.
+        domain: of the World, "full" or "simple".
         seed: of clips; the clip of a scene has this plus the scene's number.
         reader: file of the reader.
 
@@ -28,10 +29,9 @@ class WorldSubject:
         ValueError: there are too many prompts, or the reader cannot be used.
     """
 
-    name = "world"
-
-    def __init__(self, number: int, seed: int, reader: Path) -> None:
-        self._scenes = unseen_scenes(number, PROMPTED)
+    def __init__(self, number: int, domain: str, seed: int, reader: Path) -> None:
+        self.name = "world" if domain == "full" else f"world-{domain}"
+        self._scenes = unseen_scenes(number, PROMPTED, domain)
         self._reader, self._sha256 = Reader.load(reader), Entry.of(reader).sha256
         self.prompts = [Prompt.of(self.name, each.index, world.captions(each)[0], seed) for each in self._scenes]
 
@@ -45,6 +45,7 @@ class WorldSubject:
         results = [right(reading, scene) for reading, scene in zip(readings, self._scenes, strict=True)]
         return Verdict(
             accuracies(readings, self._scenes),
+            {name: len(places) for name, places in groups(self._scenes).items()},
             [{name: reading[name] for name in ATTRIBUTES} for reading in readings],
             [result[ALL] for result in results],
             [_words(reading, result) for reading, result in zip(readings, results, strict=True)],
