@@ -43,6 +43,7 @@ from cogvideo.models.upscaler import UpscaleChannel, Upscaler, neighbourhoods
 from cogvideo.planning.costs import (
     STAGES,
     Stage,
+    bytes_a_token,
     cache_size,
     clip,
     components,
@@ -119,7 +120,7 @@ def test_released_sizes() -> None:
 
 def test_released_traffic_and_training() -> None:
     """Guards bytes a step and training memory at the released sizes, worked out elsewhere by hand, to 1.5 %."""
-    assert report("cogvideo", PAPER).bytes_a_token["bfloat16"] == 2 * 2 * 48 * 3072
+    assert bytes_a_token(PAPER)["bfloat16"] == 2 * 2 * 48 * 3072
     by_hand = {"first frame": 11.1, "key frames": 16.4, "to 9 frames": 15.4, "to 33 frames": 17.8}
     read = {each.name: each.work.bytes_moved["gpu_bfloat16"] / 1e9 for each in clip(PAPER)}
     assert {name: read[name] for name in by_hand} == pytest.approx(by_hand, rel=0.015)
