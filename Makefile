@@ -12,7 +12,7 @@ demo: .venv/installed ## three clips with the model in the box, into out/
 test: setup ## the test suite, but for what takes minutes
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not soak"
 
-soak: setup ## the tests that take minutes: the demo, and the whole chain of training
+soak: setup ## the tests that take minutes: the demo, the whole chain of training, a cluster of Ray
 	$(BIN)/python -m pytest -n auto -m soak
 
 matrix: ## the tests on the oldest and the newest Python, each with the oldest and the newest dependencies
