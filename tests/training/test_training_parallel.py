@@ -14,11 +14,11 @@ import torch
 from cogvideo.training.checkpoints import Checkpoints, read_weights
 from cogvideo.training.parallel import ALONE
 from parallel_worker import (
+    CASES,
     CLIP,
     SETTINGS,
     SHARDED,
     STEPS,
-    VARIANTS,
     WAYS,
     make_batch,
     make_objective,
@@ -40,7 +40,7 @@ AFTER = {
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with what all ranks wrote. The same two processes do all that two ranks do: they start slowly."""
+    """The folder with what all ranks wrote. The same two processes do all that two ranks do."""
     folder = tmp_path_factory.mktemp("ranks")
     for name in (*BEFORE, "background"):
         (folder / name).mkdir()
@@ -91,8 +91,7 @@ def alone(stage: str, base: str) -> dict[str, Any]:
     return figures
 
 
-@pytest.mark.parametrize(("stage", "base"), VARIANTS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "stage", "base"), CASES)
 class TestEquality:
     """DDP, FSDP2, tensor parallelism and both of these at once, of a frozen and of a trained base."""
 
@@ -156,8 +155,8 @@ def test_checkpoints_in_the_background_are_of_their_moment(results: Path) -> Non
 def test_ranks_that_are_killed_leave_whole_checkpoints(tmp_path: Path) -> None:
     """Guards the rename: whenever two writing ranks die, what has a name can be loaded."""
     for seconds in (0.0, 0.05):
-        with started(("endless", tmp_path)) as processes:
-            while not list(tmp_path.glob("step-*")) and all(each.poll() is None for each in processes):
+        with started(("endless", tmp_path)) as ranks:
+            while not list(tmp_path.glob("step-*")) and ranks.poll() is None:
                 time.sleep(0.01)
             time.sleep(seconds)
         checkpoints = Checkpoints(tmp_path)
