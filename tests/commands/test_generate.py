@@ -495,6 +495,7 @@ def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.Cap
         ("x.txt", b"a cat\n\xff", "x.txt, line 2: it is no text in UTF-8"),
         ("x.tsv", b"prompt\na cat\n\xff", "cannot read x.tsv: line 3 is not UTF-8"),
         ("x.csv", b"words\na cat\n", "x.csv has the columns words, expected prompt or caption or text"),
+        ("x.csv", b"Prompt,seed\na cat,1\n", "or text; unknown column 'Prompt', did you mean 'prompt'?"),
         ("x.csv", b"prompt,seed\na cat,-2\n", "x.csv, line 2: seed is '-2', expected a whole number in"),
         ("x.tsv", b"prompt\tseed\na cat\t1.5\n", "x.tsv, line 2: seed is '1.5', expected a whole number in"),
         ("x.jsonl", b'{"prompt": "a", "seed": true}', "x.jsonl, line 1: seed is True, expected a whole number in"),
@@ -559,7 +560,7 @@ def test_a_misspelt_column_of_seeds_is_told(tmp_path: Path, capsys: pytest.Captu
     for column, told in (("Seed", True), ("seeds", True), ("sed", True), ("scene", False), ("id", False)):
         (tmp_path / "x.csv").write_text(f"prompt,{column}\na cat,7\n")
         assert [each.seed for each in read_prompts(tmp_path / "x.csv")] == [None]
-        assert (f"the column {column.lower()} is not read; did you mean seed?" in capsys.readouterr().err) == told
+        assert (f"x.csv: unknown column {column!r}, did you mean 'seed'?\n" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("sign", "\v\f\x1c\x1d\x1e\x85\u2028\u2029")

@@ -437,6 +437,8 @@ def test_absolute_paths_and_those_above(tmp_path: Path) -> None:
             "no column 'caption', it has file, words, fps: .* --caption-columns",
         ),
         ("t.csv", "name,caption\na,b\n", "no column 'file', it has name, caption: choose with --file-column"),
+        ("t.csv", "file,Text\na,b\n", r"choose with --caption-columns; unknown column 'Text', did you mean 'text'\?$"),
+        ("t.csv", "Path,caption\na,b\n", r"choose with --file-column; unknown column 'Path', did you mean 'path'\?$"),
         ("t.csv", 'file,caption\na.mp4,x\nb.mp4,"y" z\n', "line 3: .*quotes in it are doubled"),
         ("t.csv", 'file,caption\na.mp4,x\nb.mp4,"never closed\nc.mp4,z\n', "line 3: "),
         ("t.csv", b"file,caption\na.mp4,caf\xe9\n", "not UTF-8"),
@@ -457,6 +459,16 @@ def test_one_clear_error(tmp_path: Path, name: str, content: str | bytes, messag
     put(tmp_path, {name: content})
     with pytest.raises(ValueError, match=message):
         listed(tmp_path / name.split("/")[0])
+
+
+def test_a_misspelt_column_of_times_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards parts of clips and splits that are not read, since their columns are called nearly so."""
+    put_clips(put(tmp_path, {"t.csv": "file,caption,Start,end,splits,trend\na.mp4,x,1,2,test,up\n"}), "a.mp4")
+    (item,) = listed(tmp_path / "t.csv", validation=0).items
+    assert (item.start, item.end, item.split) == (0, 2, "train")
+    told = [("Start", "start"), ("splits", "split")]
+    lines = [f"{tmp_path / 't.csv'}: unknown column {got!r}, did you mean {meant!r}?\n" for got, meant in told]
+    assert capsys.readouterr().err == "".join(lines)
 
 
 def test_no_such_source(tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from cogvideo.config import InputError, require
 from cogvideo.data.tables import (
     SPACES,
     Record,
+    hints,
     is_missing,
     is_table,
     lines_of,
@@ -76,17 +76,12 @@ def _rows(path: Path) -> Iterator[Prompt]:
     path.stat()  # a file that does not exist is an OSError for texts and tables alike
     there = read_columns(path)
     column = next((each for each in COLUMNS if each in there), None)
-    require(column is not None, f"{path} has the columns {', '.join(there)}, expected {' or '.join(COLUMNS)}")
+    message = f"{path} has the columns {', '.join(there)}, expected {' or '.join(COLUMNS)}"
+    require(column is not None, "; ".join([message, *hints(there, COLUMNS)]))
     assert column is not None
-    _warn_of_misspelling(path, there)
+    for hint in hints(there, (SEED,)):  # other columns are the user's own
+        print(f"{path}: {hint}", file=sys.stderr)
     return (_row(path, column, record) for record in read_records(path))
-
-
-def _warn_of_misspelling(path: Path, columns: Sequence[str]) -> None:
-    """Other columns are the user's own, but for one that is nearly called seed."""
-    near = get_close_matches(SEED, [name.strip().casefold() for name in columns], n=1, cutoff=0.7)
-    if SEED not in columns and near:
-        print(f"{path}: the column {near[0]} is not read; did you mean {SEED}?", file=sys.stderr)
 
 
 def _row(path: Path, column: str, record: Record) -> Prompt:

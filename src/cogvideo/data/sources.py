@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -43,11 +44,13 @@ from cogvideo.data.folders import (
 from cogvideo.data.tables import (
     CAPTION_COLUMNS,
     FILE_COLUMNS,
+    OPTIONAL_COLUMNS,
     TABLE_SUFFIXES,
     Record,
     RowError,
     attributes_of,
     captions_of,
+    hints,
     is_missing,
     is_table,
     meant,
@@ -245,7 +248,7 @@ def _item(name: str, media: Media, captions: tuple[str, ...], values: dict[str, 
     """
     start, end = span_of(values)
     part = f"#{_number(start)}-{'' if end is None else _number(end)}" if start or end is not None else ""
-    known = frozenset((options.file_column, *options.caption_columns, "start", "end", "split"))
+    known = frozenset((options.file_column, *options.caption_columns, *OPTIONAL_COLUMNS))
     split = _split(values.get("split")) or _draw_split(name, options.validation)
     return Item(_plain(name) + part, media, captions, attributes_of(values, known), start, end, split)
 
@@ -313,10 +316,13 @@ def _table(path: Path, root: Path, options: SourceOptions) -> Found:
     options = _with_columns(columns, options)
     flags = dict.fromkeys(options.caption_columns, "--caption-columns") | {options.file_column: "--file-column"}
     for column, flag in flags.items():
-        there = f"it has {', '.join(columns)}: choose with {flag}"
+        known = FILE_COLUMNS if column == options.file_column else CAPTION_COLUMNS
+        there = "; ".join([f"it has {', '.join(columns)}: choose with {flag}", *hints(columns, (column, *known))])
         if len(columns) == 1 and path.suffix.lower() == ".csv":
             there = f"its first line is {columns[0]!r:.80}: columns stand between commas"
         require(column in columns, f"{path} has no column {column!r}, {there}")
+    for hint in hints(columns, OPTIONAL_COLUMNS):
+        print(f"{path}: {hint}", file=sys.stderr)
     return _rows(read_records(path), path, root, options)
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
+from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 FILE_COLUMNS = ("file", "file_name", "path", "video", "video_path", "video_file_name")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 """Columns of our tables, and what they are called in other data sets; the first that there is counts."""
+OPTIONAL_COLUMNS = ("start", "end", "split")
 
 SPACES = dict.fromkeys(map(ord, "\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
 """Signs that word processors, chats and web pages put where a line goes on, for `str.translate`: tokenizers spell them
@@ -99,6 +101,13 @@ def meant(columns: Collection[str], asked: tuple[str, ...], known: tuple[str, ..
     """The columns that are asked for, or where that is our own name, which is not there, another known one."""
     found = [each for each in known if each in columns]
     return tuple(found[:1]) if asked == known[:1] and found else asked
+
+
+def hints(columns: Collection[str], expected: Iterable[str]) -> list[str]:
+    """Which columns may stand for expected ones that are missing: those called nearly so, or in capitals."""
+    folded = {column.strip().casefold(): column for column in columns}
+    near = {name: get_close_matches(name, folded, n=1, cutoff=0.85) for name in expected if name not in columns}
+    return [f"unknown column {folded[each]!r}, did you mean {name!r}?" for name in near for each in near[name]]
 
 
 def captions_of(values: dict[str, Any], columns: Iterable[str]) -> tuple[str, ...]:
