@@ -570,10 +570,20 @@ def test_bad_files_have_counted_reasons(tmp_path: Path, kind: str) -> None:
         read_video(path, 8, 32)
     assert caught.value.reason.startswith(reason)
     assert "\n" not in str(caught.value)
+    assert "<" not in str(caught.value), "an object of Python"
     if path.is_file() and kind != "forbidden":
         with pytest.raises(VideoError) as again:
             read_video(io.BytesIO(path.read_bytes()), 8, 32)
         assert again.value.reason == caught.value.reason
+
+
+@pytest.mark.parametrize("text", ["no video\n" * 200, "猫と犬", "\0\0\0\0"])
+def test_a_file_of_another_kind_says_what_was_got(tmp_path: Path, text: str) -> None:
+    """Guards against "Invalid argument" and nothing else for a text that is given in place of a picture."""
+    (tmp_path / "a.png").write_text(text, encoding="utf-8")
+    with pytest.raises(VideoError) as caught:
+        read_video(tmp_path / "a.png", 8, 32)
+    assert f"a.png: it begins with {text.encode()[:24].decode()!r}, expected a video such as mp4" in str(caught.value)
 
 
 def test_names_and_titles_in_other_encodings(tmp_path: Path) -> None:
@@ -956,10 +966,19 @@ def test_times_that_begin_again_go_on(tmp_path: Path, name: str, codec: str) -> 
     assert numbers(read_video(tmp_path / name, 25, 32, start=1.4, max_frames=3).frames) == found[35:38]
 
 
-def test_long_stills_in_a_recording_stay(tmp_path: Path) -> None:
-    """Guards against taking the pauses of screen recordings for another recording."""
+def test_long_stills_in_a_recording_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against taking the pauses of screen recordings for another recording, and against stills without a word,
+    which a jump of the timestamps makes; a still whose length the file states needs none."""
     path = record(tmp_path / "a.mkv", clip(3), "mpeg4", pause=30.0)
     assert numbers(read_video(path, 0.1, 32).frames) == [0, 1, 1, 1]
+    told = "its times jump from 0.040 to 30.080 seconds: one frame is held till then\n"
+    assert capsys.readouterr().err == f"{path}: {told}"
+    read_video(io.BytesIO(path.read_bytes()), 0.1, 32)
+    assert capsys.readouterr().err == f"a video in an archive: {told}"
+    read_video(path, 25, 32, end=0.04)
+    slides = encode(tmp_path / "b.mkv", clip(3), times=[0, 12_000, 24_000])
+    assert numbers(read_video(slides, 0.1, 32).frames) == [0, 0, 1]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

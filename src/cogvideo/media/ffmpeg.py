@@ -15,7 +15,7 @@ import av
 import av.filter
 import numpy as np
 from av.container import InputContainer
-from av.error import FFmpegError
+from av.error import ArgumentError, FFmpegError
 from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
@@ -104,9 +104,17 @@ def _container(file: Content) -> Iterator[InputContainer]:
     try:
         container = av.open(file, "r", container_options=options, **_TITLES)
     except FFmpegError as error:
-        raise VideoError("no readable video or picture", error.strerror or "") from error
+        raise VideoError("no readable video or picture", _refusal(file, error)) from error
     with container:
         yield container
+
+
+def _refusal(file: Content, error: FFmpegError) -> str:
+    """What was got, since FFmpeg calls a file of another kind, such as a text, an invalid argument."""
+    file.seek(0)
+    begin = file.read(24).decode(errors="backslashreplace")
+    why = "" if isinstance(error, ArgumentError) else f"{error.strerror}; "
+    return f"{why}it begins with {begin!r}, expected a video such as mp4 or webm, or a picture such as png or jpg"
 
 
 def _stream(container: InputContainer) -> VideoStream:

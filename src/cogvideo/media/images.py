@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int64, UInt8
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -36,8 +36,15 @@ def read_pictures(file: Content) -> Shots:
     file.seek(0)
     coding = _coding(file.read(2**16))
     file.seek(0)
-    with Library(), Image.open(file, formats=FORMATS) as image:
+    with Library(), _opened(file) as image:
         yield from _animation(image, coding)
+
+
+def _opened(file: Content) -> Image.Image:
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise VideoError("cannot be decoded", "its first bytes are those of a picture, but no more of it") from error
 
 
 def _animation(image: Image.Image, coding: Coding) -> Shots:

@@ -6,6 +6,7 @@ PyAV decodes; Pillow reads what PyAV cannot: animated WebP and PNG, still images
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from cogvideo.config import InputError, require
 
 GRACE = 0.001
 """Seconds by which a frame may come late: Matroska and WebM round timestamps to milliseconds."""
+
+
+STILL = 10.0
+"""Seconds by which a frame may outlast what the file says of it, without a word."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def read_shots(file: Content, start: float, unknown: float) -> Shots:
     """All shots from the one on screen at `start` seconds, times from the first of the file, each with its end.
 
     A shot lasts until the next one appears, the last as long as the file says, or else as long as the one before; where
-    nothing is known it lasts `unknown` seconds.
+    nothing is known it lasts `unknown` seconds. The first that lasts much longer than the file says is told of.
     """
     file.seek(0)
     head = file.read(4096)
@@ -172,9 +177,13 @@ def read_shots(file: Content, start: float, unknown: float) -> Shots:
     if _is_cut(file, head):
         raise VideoError("is cut short", "bytes are missing at its end")
     held: Shot | None = None
+    has_told = False
     for shot in _shots(file, head, start):
         if held is not None:
             begin = max(held.begin, shot.begin)
+            if begin > held.begin + held.duration + STILL and not has_told:
+                _tell_of_jump(file, held.begin, begin)
+                has_told = True
             unknown = begin - held.begin or unknown
             yield held._replace(duration=begin - held.begin)
             shot = shot._replace(begin=begin)
@@ -182,6 +191,12 @@ def read_shots(file: Content, start: float, unknown: float) -> Shots:
     if held is None:
         raise VideoError("no frames")
     yield held._replace(duration=held.duration or unknown)
+
+
+def _tell_of_jump(file: Content, here: float, there: float) -> None:
+    name = getattr(file, "name", "a video in an archive")
+    told = f"its times jump from {here:.3f} to {there:.3f} seconds: one frame is held till then"
+    print(f"{name}: {told}", file=sys.stderr)
 
 
 def _shots(file: Content, head: bytes, start: float) -> Shots:
