@@ -380,29 +380,36 @@ def test_dead_worker_process_is_said(tokenizer: str, tmp_path: Path) -> None:
     """Guards against a hang, or a traceback, when the system kills a worker for its memory."""
     arguments = command("world:2000", "--out", tmp_path, "--tokenizer", tokenizer, "--workers", 2, "--device", "cpu")
     process = subprocess.Popen([*arguments, "--shard-clips", "4"], stderr=subprocess.PIPE, text=True)
-    while not any(tmp_path.glob("shard-*")):
+    while process.poll() is None and not any(tmp_path.glob("shard-*")):
         time.sleep(0.05)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, check=True)
-    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    os.kill(workers_of(process)[-1], signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "a worker process died" in errors
     assert "Traceback" not in errors
 
 
-def test_interrupt_is_quiet_and_quick(tokenizer: str, tmp_path: Path) -> None:
-    """Guards Ctrl-C: all processes end at once, without tracebacks, and whole shards stay."""
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_interrupt_is_quiet_and_quick(tokenizer: str, tmp_path: Path, has_begun: bool) -> None:
+    """Guards Ctrl-C: all processes end at once, without tracebacks, also those that are being started, and whole shards
+    stay."""
     arguments = command("world:20000", "--out", tmp_path, "--tokenizer", tokenizer, "--workers", 2, "--device", "cpu")
     process = subprocess.Popen(
         [*arguments, "--shard-clips", "4"], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not any(tmp_path.glob("shard-*")):
+    while process.poll() is None and not (any(tmp_path.glob("shard-*")) if has_begun else workers_of(process)):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert list(tmp_path.glob("shard-*.arrow"))
+    assert any(tmp_path.glob("shard-*.arrow")) == has_begun
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """Numbers of the worker processes, from when they are started."""
+    command = ["pgrep", "-P", str(process.pid), "-f", "spawn_main"]
+    return [int(each) for each in subprocess.run(command, capture_output=True, check=False).stdout.split()]
 
 
 def test_pairs_for_super_resolution(clips: Path, tokenizer: str, tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_cli
         ProcessPoolExecutor(len(places), context, _start, (worker, devices, clips, len(places))) as pool,
     ):
         try:
-            for future in as_completed([pool.submit(_make, job) for job in jobs]):
+            with _uninterrupted():
+                futures = [pool.submit(_make, job) for job in jobs]
+            for future in as_completed(futures):
                 future.result()
         except BrokenProcessPool as error:
             raise InputError(
@@ -97,13 +99,22 @@ def _counting(clips: SimpleQueue[bool], on_clip: OnClip) -> Iterator[None]:
     counter.join()
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Keep Ctrl-C, which reaches all processes, from those that are started here, for ever: this one ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _process: tuple[Worker, Encode, OnClip]
 """Of a worker process: what `_start` made."""
 
 
 def _start(worker: Worker, devices: SimpleQueue[str], clips: SimpleQueue[bool], num_workers: int) -> None:
     global _process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # processes share the cores
     worker = _at(worker, devices.get(), num_workers)
