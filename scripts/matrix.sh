@@ -2,6 +2,7 @@
 # The test suite on the oldest and the newest Python, with the oldest and the newest dependencies that pyproject.toml
 # allows. What follows is passed to pytest; environment variables choose a part of it:
 #   PYTHONS="python3.11 python3.13"   DEPENDENCIES="oldest newest"   MATRIX=.matrix (about 7 GB an environment)
+# An environment that is there is brought up to date. What was installed in it is listed in $MATRIX/NAME.txt.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 matrix=${MATRIX:-.matrix}
@@ -22,17 +23,24 @@ for name, version in re.findall(r"^([\w-]+)(?:\[\w+\])?>=([\d.]+)", "\n".join(re
 END
 : > "$matrix/newest.txt"
 
+# Makes or updates an environment, and tests in it: its name, its Python, its constraints, arguments of pytest.
+tested() {
+    local environment=$matrix/$1 python=$2 constraints=$3
+    local bin=$environment/bin
+    shift 3
+    { [ -x "$bin/pip" ] || "$python" -m venv --clear "$environment"; } &&
+        "$bin/python" -m pip install --quiet --disable-pip-version-check -e ".[dev]" \
+            --upgrade --upgrade-strategy eager --constraint "$constraints" &&
+        "$bin/python" -m pip freeze --exclude-editable > "$environment.txt" &&
+        "$bin/python" -m pytest "$@"
+}
+
 failed=()
 for python in $pythons; do
     for dependencies in ${DEPENDENCIES:-oldest newest}; do
         name=$(basename "$python")-$dependencies
-        bin=$matrix/$name/bin
         echo "== $name"
-        [ -x "$bin/python" ] || "$python" -m venv "$matrix/$name"
-        "$bin/python" -m pip install --quiet --disable-pip-version-check -e ".[dev]" \
-            --upgrade --constraint "$matrix/$dependencies.txt"
-        "$bin/python" -m pip freeze --exclude-editable > "$matrix/$name.txt"
-        "$bin/python" -m pytest "$@" || failed+=("$name")
+        tested "$name" "$python" "$matrix/$dependencies.txt" "$@" || failed+=("$name")
     done
 done
 echo "failed: ${failed[*]:-none}"
