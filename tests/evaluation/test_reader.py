@@ -124,7 +124,7 @@ def test_accuracies_count_what_is_right() -> None:
 @pytest.mark.skipif(not FILE.exists(), reason="the package's reader is not trained yet")
 def test_packaged_reader_reads_unseen_clips() -> None:
     """Guards the judge itself: clips of prompts, which it never saw, half with held-out pairs; also blurred."""
-    scenes, reader = unseen_scenes(120, PROMPTED), Reader.load()
+    scenes, reader = unseen_scenes(60, PROMPTED), Reader.load()
     clips = drawn(scenes)
     soft = np.stack([resized(resized(clip, 40), 64) for clip in clips])
     for seen in (clips, soft):
