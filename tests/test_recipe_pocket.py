@@ -153,9 +153,8 @@ def stop(piece: subprocess.Popen[str]) -> None:
             process.terminate()
 
 
-def test_a_gpu_trains_the_model_in_pieces(toy: Path) -> None:
-    """Guards the only minutes that a GPU is there: every stage runs without what it lacks, what is reached in a piece
-    fits what may come back, and another machine goes on from it."""
+def first_piece(toy: Path) -> None:
+    """Train into the image model; then what is reached fits what may come back."""
     piece = start(toy, "work")
     while not (toy / "work/model/.image-run/metrics.jsonl").exists():
         assert piece.poll() is None, piece.communicate()
@@ -166,6 +165,29 @@ def test_a_gpu_trains_the_model_in_pieces(toy: Path) -> None:
     parts = list((toy / "results").iterdir())
     assert len(parts) <= 8
     assert all(each.stat().st_size <= 15_000_000 for each in parts)
+
+
+def test_another_gpu_goes_on(toy: Path) -> None:
+    """Guards the only minutes that a GPU is there: a fresh machine goes on in the stage that the last one was in."""
+    first_piece(toy)
+    piece = start(toy, "other")
+    assert piece.stderr is not None
+    told = ""
+    for line in piece.stderr:
+        told += line
+        if "Continuing after step" in line:
+            break
+    stop(piece)
+    told += piece.communicate(timeout=600)[1]
+    assert piece.returncode == 75, told
+    assert "Continuing after step" in told
+    assert "-- tokenizer" not in told
+
+
+@pytest.mark.soak
+def test_a_gpu_trains_the_model_in_pieces(toy: Path) -> None:
+    """Guards the same to the end: every stage runs without what the machine lacks."""
+    first_piece(toy)
     piece = start(toy, "other")
     _, told = piece.communicate(timeout=600)
     assert piece.returncode == 0, told
