@@ -39,7 +39,7 @@ from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.video import VideoBatch, VideoTask
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ALONE, ParallelSettings
-from cogvideo.training.trainer import Execution, Trainer
+from cogvideo.training.step import Execution, Trainer
 
 Result = tuple[str, dict[str, Any]]
 """A name, and what was measured under it."""

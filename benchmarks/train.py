@@ -37,7 +37,7 @@ from cogvideo.training.objectives.video import VideoBatch, VideoTask
 from cogvideo.training.optim import Optimization, trained
 from cogvideo.training.parallel import ALONE, ParallelSettings, clip_gradients
 from cogvideo.training.recorder import flops_a_position
-from cogvideo.training.trainer import Execution, Trainer
+from cogvideo.training.step import Execution, Trainer
 
 Stage = Literal["sequential", "interpolation"]
 Precision = Literal["float32", "bfloat16"]

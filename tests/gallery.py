@@ -22,7 +22,7 @@ from cogvideo.training.objectives.video import VideoTask
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ALONE, ParallelSettings
 from cogvideo.training.start import Choice, StageName, build
-from cogvideo.training.trainer import Execution, Trainer
+from cogvideo.training.step import Execution, Trainer
 from workshop import NUM_CODES, small_config
 
 STAGES = ("base", "sequential", "interpolation", "superres")

@@ -43,7 +43,7 @@ from cogvideo.training.parallel import (
     mean_over_ranks,
     process_group,
 )
-from cogvideo.training.trainer import cut
+from cogvideo.training.step import cut
 
 BATCH, STEPS, CLIP = 8, 2, 0.5
 TEXT, GRID, CODES, START, VOCABULARY = 4, 4, 24, 37, 40

@@ -37,7 +37,7 @@ from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.video import VideoTask
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ALONE, ParallelSettings
-from cogvideo.training.trainer import Execution, Trainer
+from cogvideo.training.step import Execution, Trainer
 from fake_cuda import CUDA, FakeCuda, pretended
 from lessons import random_codes, sample
 
@@ -112,7 +112,7 @@ def test_a_training_step_waits_for_nothing(text_model: bytes, stage: str, frames
         gpu.forget()
         trainer.step(1, batch)
         assert not gpu.waits
-        assert gpu.copies == {"training/trainer.py": tensors}
+        assert gpu.copies == {"training/step.py": tensors}
 
 
 def test_a_step_of_the_tokenizer_waits_for_nothing() -> None:

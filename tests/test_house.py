@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cogvideo"
 FLOORS = (
-    {"config", "layout", "text", "files", "devices"},
+    {"config", "layout", "text", "files", "devices", "runs"},
     {"world", "media"},
     {"models"},
     {"packing", "bundle"},
@@ -25,9 +25,6 @@ FLOORS = (
 """From the bottom to the top."""
 EXCEPTIONS = {
     ("planning.plan", "training"),
-    ("evaluation.making", "training"),
-    ("evaluation.alignment", "training"),
-    ("training.card", "report"),
 }
 """Module and the higher room that it imports."""
 

@@ -29,8 +29,8 @@ from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, SIZE, Reader
 from cogvideo.generation import hierarchy
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.media.metrics import psnr
+from cogvideo.models.autoencoder import reconstruct
 from cogvideo.pipeline import CogVideoPipeline
-from cogvideo.training.autoencoder import reconstruct
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
 
@@ -136,7 +136,7 @@ def main(
         )
     draw: Draw = first_frames if gate == "image" else key_frames
     if gate == "tokenizer":
-        through = partial(reconstruct, pipeline.model.autoencoder, device=torch.device("cpu"))
+        through = partial(reconstruct, pipeline.model.autoencoder)
         made = list(map(through, real))
     else:
         made = list(drawn(pipeline, draw, [world.captions(scene)[0] for scene in chosen]))
@@ -160,7 +160,7 @@ def _emoji(pipeline: CogVideoPipeline, gate: str, folder: Path, limit: int | Non
     grounds = [unseen_background(items[place], 0) for place in places]
     real = [read(items[place], ground, side)[cut] for place, ground in zip(places, grounds, strict=True)]
     if gate == "tokenizer":
-        made = [reconstruct(pipeline.model.autoencoder, frames, torch.device("cpu")) for frames in real]
+        made = [reconstruct(pipeline.model.autoencoder, frames) for frames in real]
     else:
         prompts = [
             on_background(items[place].captions[0], ground, TEMPLATE)

@@ -31,8 +31,8 @@ from cogvideo.media.images import write_image
 from cogvideo.report.curves import Axis, running_mean, thinned
 from cogvideo.report.runs import Curve
 from cogvideo.report.training import training
+from cogvideo.runs import RunFolder
 from cogvideo.training.autoencoder import TokenizerSettings
-from cogvideo.training.run_folder import RunFolder
 from cogvideo.training.tokenizer import tokenizer
 from workshop import make_bundle, make_data, small_config
 

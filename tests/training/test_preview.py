@@ -21,7 +21,7 @@ from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import full_state
 from cogvideo.training.preview import Preview
 from cogvideo.training.start import Choice, StageName
-from cogvideo.training.trainer import Execution
+from cogvideo.training.step import Execution
 from gallery import assert_same, make_model, make_trainer
 from workshop import make_data
 

@@ -21,9 +21,9 @@ from cogvideo.config import CogVideoConfig
 from cogvideo.devices import matrix_rate
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
+from cogvideo.runs import RunFolder
 from cogvideo.training import recorder as module
 from cogvideo.training.recorder import Recorder, flops_a_position
-from cogvideo.training.run_folder import RunFolder
 
 ROW = {
     "step": 10,

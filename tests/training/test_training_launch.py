@@ -28,7 +28,7 @@ from cogvideo.files import alone_in
 from cogvideo.models.transformer import Base
 from cogvideo.training.checkpoints import Checkpoints, read_weights
 from cogvideo.training.run import mean_loss
-from cogvideo.training.trainer import Figures, Trainer
+from cogvideo.training.step import Figures, Trainer
 from gallery import loud
 from workshop import make_bundle, make_data
 
@@ -41,7 +41,7 @@ PATIENCE = 300
 PAUSED = """
 import sys, time
 from cogvideo.cli import main
-from cogvideo.training.trainer import Trainer
+from cogvideo.training.step import Trainer
 
 def pausing(trainer, done):
     if done == step:

@@ -25,11 +25,11 @@ from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings
 from cogvideo.data.sources import SourceOptions
 from cogvideo.media.metrics import psnr, ssim
-from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.models.autoencoder import Autoencoder, reconstruct, to_frames
 from cogvideo.models.perceptual import file_name
 from cogvideo.models.transformer import Base
 from cogvideo.training import autoencoder as learning
-from cogvideo.training.autoencoder import TokenizerSettings, Trainer, batch_places, evaluate, reconstruct
+from cogvideo.training.autoencoder import TokenizerSettings, Trainer, batch_places, evaluate
 from cogvideo.training.tokenizer import tokenizer
 
 CPU = torch.device("cpu")
@@ -132,7 +132,7 @@ def test_commitment_is_the_distance_from_the_rows():
     model, frames = trainer(), pictures(8)
     for step in range(3):
         model.step(step, frames)
-    batch = learning.to_frames(frames[batch_places(3, 2, 8, 0).numpy()], CPU)
+    batch = to_frames(torch.from_numpy(frames[batch_places(3, 2, 8, 0).numpy()]))
     with torch.no_grad():
         features = model.autoencoder.features(batch, 4)
         rows = model.autoencoder.codebook.lookup(model.autoencoder.encode(batch))
@@ -270,7 +270,7 @@ def test_quality_is_that_of_each_frame():
         torch.manual_seed(0)
         model = Autoencoder(SIZES)
     frames = pictures(5)
-    shown = reconstruct(model, frames, CPU)
+    shown = reconstruct(model, frames)
     x, y = (torch.from_numpy(each).permute(0, 3, 1, 2).double() / 255 for each in (frames, shown))
     codes = model.encode(x.float()).flatten().tolist()
     shares = np.array([codes.count(code) for code in set(codes)]) / len(codes)

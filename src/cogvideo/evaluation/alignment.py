@@ -38,7 +38,7 @@ from cogvideo.evaluation.world_subject import WorldSubject
 from cogvideo.files import alone_in, write_text
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.pipeline import CogVideoPipeline
-from cogvideo.training.run_folder import RunFolder
+from cogvideo.runs import RunFolder
 
 GENERATED, RECONSTRUCTION, REAL = ROWS = ("generated", "reconstruction", "real")
 """What is judged."""

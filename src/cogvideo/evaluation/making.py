@@ -20,8 +20,8 @@ from cogvideo.evaluation.reader import SIZE, resized
 from cogvideo.evaluation.subject import FPS, NUM_FRAMES, Clip, Prompt
 from cogvideo.files import replacing
 from cogvideo.generation.hierarchy import Settings
+from cogvideo.models.autoencoder import reconstruct
 from cogvideo.pipeline import CogVideoPipeline, Drawing, Frame, Upscaling, collect
-from cogvideo.training.autoencoder import reconstruct
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def through_codes(
     pipeline: CogVideoPipeline, clip: UInt8[np.ndarray, "33 side side 3"]
 ) -> UInt8[np.ndarray, "33 side side 3"]:
     """A real clip as the image tokenizer gives it back: the best that a model of its codes can do."""
-    autoencoder = pipeline.model.autoencoder
-    return reconstruct(autoencoder, clip, autoencoder.codebook.embedding.device)
+    return reconstruct(pipeline.model.autoencoder, clip)
 
 
 def reduced(clip: UInt8[np.ndarray, "33 height width 3"]) -> Clip:

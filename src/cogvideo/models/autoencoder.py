@@ -105,10 +105,25 @@ class Autoencoder(nn.Module):
         return rate
 
 
+def to_frames(pixels: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
+    """Pixels as `Autoencoder.encode` takes them, in [0, 1]; on CUDA with the channels of a pixel side by side."""
+    memory_format = torch.channels_last if pixels.is_cuda else torch.contiguous_format
+    return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format) / 255
+
+
 def to_pixels(frames: Float[Tensor, "batch 3 height width"]) -> UInt8[np.ndarray, "batch height width 3"]:
     """Frames as `Autoencoder.decode` gives them as they are shown: clamped to [0, 1], rounded to the nearest of 256."""
     pixels = (frames.float().clamp(0, 1) * 255).round().byte()
     return rearrange(pixels, "batch colours height width -> batch height width colours").cpu().numpy()
+
+
+@torch.inference_mode()
+def reconstruct(
+    autoencoder: Autoencoder, pixels: UInt8[np.ndarray, "batch height width 3"]
+) -> UInt8[np.ndarray, "batch height width 3"]:
+    """Frames as they come back from their codes."""
+    given = torch.from_numpy(np.array(pixels)).to(autoencoder.project.weight.device)
+    return to_pixels(autoencoder.decode(autoencoder.encode(to_frames(given))))
 
 
 class Encoder(nn.Module):

@@ -33,7 +33,7 @@ from cogvideo.training.optim import Optimization, trained
 from cogvideo.training.parallel import ParallelSettings, Ranks, local
 from cogvideo.training.recorder import flops_a_position
 from cogvideo.training.start import Choice, StartChoice, build
-from cogvideo.training.trainer import Execution, Trainer
+from cogvideo.training.step import Execution, Trainer
 
 Sharding = Literal["replicated", "sharded"]
 GIB = 2**30

@@ -16,7 +16,7 @@ from jaxtyping import Float64, Int64
 
 from cogvideo.config import InputError, require
 from cogvideo.report.page import flat
-from cogvideo.training.run_folder import RunFolder
+from cogvideo.runs import RunFolder
 from cogvideo.training.start import STAGES
 
 TOKENIZER = "tokenizer"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cogvideo.config import AutoencoderConfig, require
 from cogvideo.media.metrics import code_usage, count_codes, perplexity, psnr, ssim
 from cogvideo.models.adversary import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from cogvideo.models.autoencoder import Autoencoder, Decoder, to_pixels
+from cogvideo.models.autoencoder import Autoencoder, Decoder, to_frames
 from cogvideo.models.perceptual import Lpips, edge_distance, pyramid_distance
 from cogvideo.training.codebook import MovingCodebook, straight_through
 from cogvideo.training.optim import has_fused
@@ -200,7 +200,7 @@ class Trainer:
 
     def _batch(self, number: int, pixels: UInt8[np.ndarray, "_ size size 3"]) -> Float[Tensor, "batch 3 size size"]:
         places = batch_places(number, self.settings.batch, len(pixels), self.seed)
-        return to_frames(pixels[places.numpy()], self.device)
+        return to_device(pixels[places.numpy()], self.device)
 
     def _half(self) -> AbstractContextManager[Any]:
         enabled = self.settings.precision == "bfloat16"
@@ -355,7 +355,7 @@ def evaluate(
     counts = torch.zeros(autoencoder.config.num_codes, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, len(pixels), batch):
-        frames = to_frames(pixels[start : start + batch], device)
+        frames = to_device(pixels[start : start + batch], device)
         codes = autoencoder.encode(frames)
         made = autoencoder.decode(codes).clamp(0, 1)
         counts += count_codes(codes, len(counts))
@@ -364,21 +364,11 @@ def evaluate(
     return Quality(means[0], means[1], code_usage(counts), perplexity(counts))
 
 
-@torch.inference_mode()
-def reconstruct(
-    autoencoder: Autoencoder, pixels: UInt8[np.ndarray, "_ size size 3"], device: torch.device
-) -> UInt8[np.ndarray, "_ size size 3"]:
-    """Frames as they come back from their codes."""
-    return to_pixels(autoencoder.decode(autoencoder.encode(to_frames(pixels, device))))
-
-
-def to_frames(
+def to_device(
     pixels: UInt8[np.ndarray, "batch size size 3"], device: torch.device
 ) -> Float[Tensor, "batch 3 size size"]:
-    """Pixels as the model takes them, in [0, 1]."""
-    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-    frames = torch.from_numpy(np.array(pixels)).to(device, non_blocking=True).permute(0, 3, 1, 2)
-    return frames.to(torch.float32, memory_format=layout) / 255
+    """Pixels as the model takes them, on a device."""
+    return to_frames(torch.from_numpy(np.array(pixels)).to(device, non_blocking=True))
 
 
 def batch_places(step: int, batch: int, num_frames: int, seed: int) -> Int64[Tensor, " batch"]:

@@ -13,7 +13,6 @@ from typing import Any
 from cogvideo.bundle.format import COMPONENTS, Manifest
 from cogvideo.config import CogVideoConfig, InputError
 from cogvideo.files import write_text
-from cogvideo.report.page import file_size
 
 REPORTS = "training.json"
 CARD = "README.md"
@@ -58,7 +57,7 @@ def _lines(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> Iterator[s
     yield from _table(
         ("component", "file", "size", "sha256"),
         [
-            (name, entry.file, file_size(entry.num_bytes), f"`{entry.sha256[:12]}`")
+            (name, entry.file, f"{entry.num_bytes / 1e6:.3g} MB", f"`{entry.sha256[:12]}`")
             for name, entry in manifest.components.items()
         ],
     )

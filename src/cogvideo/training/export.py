@@ -16,9 +16,9 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, InputError, from_dict, require
 from cogvideo.files import turn_in
+from cogvideo.runs import RunFolder
 from cogvideo.training.card import read_reports, write_card
 from cogvideo.training.checkpoints import Checkpoints, read_weights
-from cogvideo.training.run_folder import RunFolder
 from cogvideo.training.start import STAGES, Choice, StageName, base_of, own, relying
 
 SHARED = ("base", "text", "image_tokenizer")

@@ -12,7 +12,7 @@ from cogvideo.data.clips import ClipSampling
 from cogvideo.data.loader import ClipSample, ClipStream
 from cogvideo.training.objectives.task import Measured
 from cogvideo.training.parallel import mean_over_ranks
-from cogvideo.training.trainer import Trainer, part_means, part_sums
+from cogvideo.training.step import Trainer, part_means, part_sums
 
 ALL = "all"
 """Name of the figures of stages that have no frame rate."""

@@ -23,6 +23,7 @@ from cogvideo.data.loader import ClipStream
 from cogvideo.devices import is_out_of_memory, usable
 from cogvideo.files import alone_in
 from cogvideo.planning.costs import training
+from cogvideo.runs import TYPED, RunFolder
 from cogvideo.text import TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.export import (
@@ -42,9 +43,8 @@ from cogvideo.training.parallel import ParallelSettings, Ranks, any_rank, full_s
 from cogvideo.training.preview import PROMPTED, Preview
 from cogvideo.training.recorder import Recorder
 from cogvideo.training.run import Job, Watching, learn
-from cogvideo.training.run_folder import TYPED, RunFolder
 from cogvideo.training.start import Choice, StageName, build, configured, continued, own, parents
-from cogvideo.training.trainer import Execution, Trainer
+from cogvideo.training.step import Execution, Trainer
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from cogvideo.training import samples
 from cogvideo.training.export import Delivery, modules
 from cogvideo.training.parallel import any_rank, full_state
 from cogvideo.training.start import base_of, own
-from cogvideo.training.trainer import Trainer
+from cogvideo.training.step import Trainer
 
 SHOWN = 4
 """Clips of a contact sheet."""

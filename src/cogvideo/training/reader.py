@@ -30,10 +30,10 @@ from cogvideo.devices import slowness, usable
 from cogvideo.evaluation.attributes import READER_LEARNS, READER_TEST, accuracies, unseen_scenes
 from cogvideo.evaluation.reader import ATTRIBUTES, BATCH, SIZE, Reader, ReaderConfig, labels, render, to_input
 from cogvideo.files import alone_in
+from cogvideo.runs import Checkpoint, RunFolder
 from cogvideo.training.autoencoder import generator
 from cogvideo.training.loop import ProgressLine, Window, interrupts
 from cogvideo.training.optim import groups_by_decay, has_fused, trained
-from cogvideo.training.run_folder import Checkpoint, RunFolder
 
 STILLS = 100_000_000
 """First number of the clips that stills are taken from."""

@@ -19,8 +19,8 @@ from cogvideo.config import InputError
 from cogvideo.files import write_text
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
+from cogvideo.runs import RunFolder
 from cogvideo.training.loop import ProgressLine
-from cogvideo.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import rich.console

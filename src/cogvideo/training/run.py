@@ -23,7 +23,7 @@ from cogvideo.training.held_out import HeldOut, measure
 from cogvideo.training.loop import interrupts
 from cogvideo.training.parallel import any_rank, largest
 from cogvideo.training.recorder import Recorder, flops_a_position
-from cogvideo.training.trainer import Execution, Trainer, check_finite
+from cogvideo.training.step import Execution, Trainer, check_finite
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,13 @@ from cogvideo.files import alone_in
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.media.metrics import WINDOW
 from cogvideo.models.adversary import PatchDiscriminator
+from cogvideo.models.autoencoder import reconstruct
 from cogvideo.models.perceptual import NETWORKS, Lpips, load_lpips
 from cogvideo.models.quantizer import cluster_codes
-from cogvideo.training.autoencoder import Quality, TokenizerSettings, Trainer, evaluate, generator, reconstruct
+from cogvideo.runs import TYPED, Checkpoint, RunFolder
+from cogvideo.training.autoencoder import Quality, TokenizerSettings, Trainer, evaluate, generator
 from cogvideo.training.card import read_reports
 from cogvideo.training.loop import ProgressLine, Window, interrupts
-from cogvideo.training.run_folder import TYPED, Checkpoint, RunFolder
 
 RUN = ".tokenizer-run"
 """Folder of the run inside that of the bundle."""
@@ -313,7 +314,7 @@ def _words(quality: Quality) -> str:
 def _write_sheet(trainer: Trainer, store: FrameStore, path: Path) -> None:
     """Frames that were held out, above their reconstructions."""
     frames = np.array(store.held_out[evenly(len(store.held_out), SHOWN)])
-    rows = [frames, reconstruct(trainer.autoencoder, frames, trainer.device)]
+    rows = [frames, reconstruct(trainer.autoencoder, frames)]
     write_image(path, contact_sheet(rows, columns=len(frames)))
 
 

@@ -17,7 +17,7 @@ from cogvideo.data.clips import ClipSampling, FrameRates
 from cogvideo.data.loader import ClipStream
 from cogvideo.training.optim import Optimization, adamw, trained
 from cogvideo.training.start import StageName
-from cogvideo.training.trainer import Execution, Trainer, cut
+from cogvideo.training.step import Execution, Trainer, cut
 from gallery import make_model, make_trainer
 from workshop import make_data
 

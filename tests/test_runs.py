@@ -12,8 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
+from cogvideo.runs import TYPED, Checkpoint, RunFolder
 from cogvideo.training.loop import ProgressLine, Window, interrupts, means
-from cogvideo.training.run_folder import TYPED, Checkpoint, RunFolder
 
 
 def number(value):

@@ -1,4 +1,4 @@
-"""The folder of a training run: what it is a run of, its last checkpoint, and what was measured.
+"""The folder of a run: what it is a run of, its last checkpoint, and what was measured.
 
 Whatever interrupts the run, each file is the old one or the new one.
 """
