@@ -32,11 +32,11 @@ from cogvideo.models.plans import full_pass, text_masks
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.planning.costs import training
 from cogvideo.planning.dry_run import dry_run
+from cogvideo.planning.work import flops_a_position
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.video import VideoBatch, VideoTask
 from cogvideo.training.optim import Optimization, trained
 from cogvideo.training.parallel import ALONE, ParallelSettings, clip_gradients
-from cogvideo.training.recorder import flops_a_position
 from cogvideo.training.step import Execution, Trainer
 
 Stage = Literal["sequential", "interpolation"]

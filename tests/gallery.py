@@ -12,20 +12,17 @@ from torch import Tensor, nn
 
 from cogvideo.bundle.format import MODULES
 from cogvideo.bundle.model import CogVideo
-from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.text import TextTokenizer
-from cogvideo.training.objectives.image import ImageMixture, ImageTask
-from cogvideo.training.objectives.superres import SuperresTask
+from cogvideo.training.objectives.image import ImageMixture
 from cogvideo.training.objectives.task import Objective, Task
-from cogvideo.training.objectives.video import VideoTask
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ALONE, ParallelSettings
-from cogvideo.training.start import Choice, StageName, build
+from cogvideo.training.stages import STAGES, Choice, StageName, build
 from cogvideo.training.step import Execution, Trainer
 from workshop import NUM_CODES, small_config
 
-STAGES = ("base", "sequential", "interpolation", "superres")
+COMPONENTS = ("base", "sequential", "interpolation", "superres")
 
 
 @torch.no_grad()
@@ -41,7 +38,7 @@ def make_parts(text_model: bytes, hidden: int = 32) -> dict[str, Any]:
     """Every component by its name."""
     config = small_config(text_model, hidden)
     torch.manual_seed(0)  # the autoencoder's own start
-    stages = {name: loud(MODULES[name](config), seed) for seed, name in enumerate(STAGES)}
+    stages = {name: loud(MODULES[name](config), seed) for seed, name in enumerate(COMPONENTS)}
     return stages | {
         "image_tokenizer": Autoencoder(config.autoencoder),
         "cluster_labels": torch.arange(NUM_CODES) // 5,
@@ -58,12 +55,9 @@ def make_model(folder: Path, text_model: bytes, hidden: int = 32, without: tuple
 
 def make_task(stage: StageName, source: CogVideo) -> Task:
     """What a stage learns; the image model all of its kinds about equally often."""
-    layout, text = source.config.layout, source.text
-    if stage == "image":
-        return ImageTask(SequenceLayout.text_to_image(layout), text, ImageMixture(0.4, 0.3))
-    if stage == "superres":
-        return SuperresTask(UpscaleLayout.of(layout, source.config.upscaler), text, 0.1)
-    return VideoTask(getattr(SequenceLayout, stage)(layout), text)
+    settings: Any = {"image": {"mixture": ImageMixture(0.4, 0.3)}, "superres": {"corruption": 0.1}}
+    row = STAGES[stage]
+    return row.task(row.layout(source.config), source.text, **settings.get(stage, {}))
 
 
 def make_trainer(

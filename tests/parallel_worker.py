@@ -16,13 +16,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import TCPStore
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig, UpscalerConfig
+from cogvideo.config import AutoencoderConfig, LayoutConfig, StageConfig, TransformerConfig, UpscalerConfig
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
@@ -30,6 +31,7 @@ from cogvideo.text import PaddedText, TextTokenizer
 from cogvideo.training.checkpoints import Checkpoints, restore, training_state
 from cogvideo.training.objectives.superres import SuperresBatch, SuperresTask
 from cogvideo.training.objectives.task import Objective
+from cogvideo.training.objectives.tokenizer import FrameStream, TokenizerObjective, TokenizerSettings
 from cogvideo.training.objectives.video import VideoBatch, VideoTask
 from cogvideo.training.optim import Average, Optimization, adamw, trained
 from cogvideo.training.parallel import (
@@ -43,7 +45,7 @@ from cogvideo.training.parallel import (
     mean_over_ranks,
     process_group,
 )
-from cogvideo.training.step import cut
+from cogvideo.training.step import Trainer, cut
 
 BATCH, STEPS, CLIP = 8, 2, 0.5
 TEXT, GRID, CODES, START, VOCABULARY = 4, 4, 24, 37, 40
@@ -308,7 +310,23 @@ def _whole_unit(unit: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
 
 
+def frames(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
+    """The image tokenizer, whose frames the ranks share: before the adversary begins, and after."""
+    sizes = AutoencoderConfig(8, (1, 2), 1, ((1, 1, 2), (1, 2)), 1, 8, 40, rate=4, groups=4)
+    recipe = TokenizerSettings(6, 4, "muon", 1e-3, warmup=1, plain_steps=1, start_vectors=2, adversary_start=4)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 24, 3), np.uint8)
+    stream = FrameStream(pixels, recipe.batch, 0, ranks)
+    objective = TokenizerObjective(sizes, recipe, 0, stream)
+    trainer = Trainer(objective, recipe.optimization, parallel=settings, ranks=ranks)
+    states = []
+    for step in range(recipe.steps):
+        trainer.step(step, stream[step])
+        states.append({name: each.clone() for name, each in objective.state_dict().items()})
+    torch.save((states[3], states[5]), folder / f"frames-{ranks.rank}-of-{ranks.world_size}.pt")
+
+
 JOBS = {
+    "frames": frames,
     "talk": talk,
     "save": save,
     "resume": resume,

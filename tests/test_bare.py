@@ -25,14 +25,13 @@ import benchmarks.train
 import cogvideo.data.encoding
 import cogvideo.data.loader
 import cogvideo.pipeline
-import cogvideo.training.autoencoder
 import cogvideo.training.export
 import cogvideo.data.frame_store
 import cogvideo.training.objectives.image
+import cogvideo.training.launch
+import cogvideo.training.objectives.tokenizer
 import cogvideo.training.preview
-import cogvideo.training.run
 import cogvideo.training.samples
-import cogvideo.training.stages
 import cogvideo.training.objectives.superres
 import cogvideo.training.text
 import cogvideo.training.objectives.video

@@ -29,7 +29,9 @@ from cogvideo.models.attention import Chunk, Group, Plan, attend
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.pipeline import CogVideoPipeline
-from cogvideo.training.autoencoder import TokenizerSettings, Trainer
+from cogvideo.training.objectives.tokenizer import FrameStream, TokenizerObjective, TokenizerSettings
+from cogvideo.training.parallel import ALONE
+from cogvideo.training.step import Trainer
 from conftest import MakeSystem, MakeText
 
 DEVICE = torch.device(os.environ.get("COGVIDEO_TEST_DEVICE", "cuda"))
@@ -158,9 +160,12 @@ def test_a_step_of_the_tokenizer() -> None:
     """Guards convolutions with channels side by side, codes and the adversary in bfloat16."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     settings = TokenizerSettings(steps=4, batch=4, precision="bfloat16", plain_steps=0, adversary_start=1)
-    trainer = Trainer(TINY.autoencoder, settings, 0, None, DEVICE)
+    stream = FrameStream(pixels, settings.batch, 0)
+    objective = TokenizerObjective(TINY.autoencoder, settings, 0, stream, device=DEVICE)
+    trainer = Trainer(objective, settings.optimization, ranks=ALONE._replace(device=DEVICE))
     for number in range(3):
-        assert all(bool(each.isfinite()) for each in trainer.step(number, pixels).values())
+        trainer.step(number, stream[number])
+    trainer.figures(3)  # refuses what is not finite
 
 
 # The other models

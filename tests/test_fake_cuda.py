@@ -28,12 +28,11 @@ from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.text import PaddedText, TextTokenizer
-from cogvideo.training.autoencoder import TokenizerSettings
-from cogvideo.training.autoencoder import Trainer as TokenizerTrainer
 from cogvideo.training.objectives import video
 from cogvideo.training.objectives.image import ImageMixture, ImageTask
 from cogvideo.training.objectives.superres import SuperresTask
 from cogvideo.training.objectives.task import Objective
+from cogvideo.training.objectives.tokenizer import FrameStream, TokenizerObjective, TokenizerSettings
 from cogvideo.training.objectives.video import VideoTask
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ALONE, ParallelSettings
@@ -121,12 +120,14 @@ def test_a_step_of_the_tokenizer_waits_for_nothing() -> None:
     settings = TokenizerSettings(steps=8, batch=4, precision="bfloat16", plain_steps=0, adversary_start=0)
     initial = Autoencoder(TINY.autoencoder)
     with pretended() as gpu:
-        trainer = TokenizerTrainer(TINY.autoencoder, settings, 0, None, CUDA, initial)
-        trainer.step(0, pixels)
+        stream = FrameStream(pixels, settings.batch, 0)
+        objective = TokenizerObjective(TINY.autoencoder, settings, 0, stream, None, CUDA, initial)
+        trainer = Trainer(objective, settings.optimization, ranks=ALONE._replace(device=CUDA))
+        trainer.step(0, stream[0])
         gpu.forget()
-        trainer.step(1, pixels)
+        trainer.step(1, stream[1])
         assert not gpu.waits
-        assert gpu.copies == {"training/autoencoder.py": 1, "training/codebook.py": 1, "models/autoencoder.py": 4}
+        assert gpu.copies == {"training/step.py": 1, "training/codebook.py": 1, "models/autoencoder.py": 4}
 
 
 # Decoding

@@ -1,4 +1,4 @@
-"""The folder of a run: what it is a run of, its last checkpoint, and what was measured.
+"""The folder of a run: what it is a run of, and what was measured.
 
 Whatever interrupts the run, each file is the old one or the new one.
 """
@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from io import BytesIO
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from cogvideo.config import InputError, require
 from cogvideo.devices import is_out_of_memory
-from cogvideo.files import replacing, write_text
-
-if TYPE_CHECKING:
-    import rich.console
+from cogvideo.files import write_text
 
 TYPED = "typed"
 """Fact: what the user typed for the bundle to start from, whose hashes are the identity."""
@@ -97,54 +93,22 @@ class RunFolder:
         self.path.mkdir()
         return aside
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Replace the checkpoint.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        content = BytesIO()  # where a file cannot be written, `torch.save` raises errors of its own that say nothing
-        torch.save(tuple(checkpoint), content)
-        with replacing(self._checkpoint) as file:
-            file.write(content.getbuffer())
-
-    def load(self) -> Checkpoint | None:
-        """The checkpoint, on the CPU; None where there is none yet.
+    def old_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint of an earlier version's tokenizer or reader, which had a format of its own; None without one.
 
         Raises:
             ValueError: it is damaged.
             OSError: it cannot be read.
         """
-        if not self._checkpoint.exists():
+        path = self.path / "checkpoint.pt"
+        if not path.exists():
             return None
         try:
-            return Checkpoint(*torch.load(self._checkpoint, map_location="cpu", weights_only=True))
+            return Checkpoint(*torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # what is raised by bytes that mean nothing depends on the bytes
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
-            raise InputError(f"cannot use {self._checkpoint}: it is no checkpoint of this version") from error
-
-    def resume(self, load: Callable[[dict[str, Any]], None], steps: int, console: rich.console.Console) -> int:
-        """Take up the last checkpoint, and forget what was reported behind it.
-
-        Args:
-            load: puts a checkpoint's state where it belongs.
-            steps: of the whole run.
-            console: where it is said.
-
-        Returns:
-            how many steps were made.
-
-        Raises:
-            ValueError: the checkpoint cannot be read.
-        """
-        checkpoint = self.load()
-        first = 0 if checkpoint is None else checkpoint.step
-        self.forget_after(first)
-        if checkpoint is not None:
-            load(checkpoint.state)
-            console.print(f"Continuing after step {first:,} of {steps:,}.")
-        return first
+            raise InputError(f"cannot use {path}: it is no checkpoint of this version") from error
 
     def report(self, row: Mapping[str, Any]) -> None:
         """Add a line to `metrics.jsonl`; it names the step.
@@ -210,10 +174,6 @@ class RunFolder:
     @property
     def _about(self) -> Path:
         return self.path / "about.json"
-
-    @property
-    def _checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
 
     @property
     def _metrics(self) -> Path:

@@ -32,7 +32,8 @@ from cogvideo.report.curves import Axis, running_mean, thinned
 from cogvideo.report.runs import Curve
 from cogvideo.report.training import training
 from cogvideo.runs import RunFolder
-from cogvideo.training.autoencoder import TokenizerSettings
+from cogvideo.training.objectives.tokenizer import TokenizerSettings
+from cogvideo.training.session import LoggingConfig
 from cogvideo.training.tokenizer import tokenizer
 from workshop import make_bundle, make_data, small_config
 
@@ -189,7 +190,7 @@ def real(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPa
     quick = TokenizerSettings(
         steps=8, batch=2, warmup=1, plain_steps=2, start_vectors=2, adversary_start=4, adversary_width=4
     )
-    tokenizer(("world:12",), out=folder / "codes", settings=quick, frames=few, evaluate_every=4, checkpoint_every=2)
+    tokenizer(("world:12",), out=folder / "codes", settings=quick, frames=few, logging=LoggingConfig(evaluate_every=4))
     return folder
 
 

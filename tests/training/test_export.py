@@ -20,13 +20,12 @@ from cogvideo.bundle.format import MODULES, Manifest
 from cogvideo.bundle.model import CogVideo, update
 from cogvideo.config import StageConfig
 from cogvideo.models.transformer import Base
-from cogvideo.training import stages
+from cogvideo.training import launch
 from cogvideo.training.card import read_reports, write_card
-from cogvideo.training.export import Delivery, check_codes, check_target, deliver, export, left_out, modules
-from cogvideo.training.launch import Clips, Options
+from cogvideo.training.export import ExportTarget, check_codes, check_target, deliver, export, left_out, modules
 from cogvideo.training.optim import Optimization
-from cogvideo.training.run import Watching
-from cogvideo.training.start import Choice, StageName
+from cogvideo.training.options import Clips, Options, StageLogging
+from cogvideo.training.stages import Choice, StageName
 from gallery import assert_same, loud, make_model, make_parts
 from workshop import make_data, small_config
 
@@ -41,15 +40,15 @@ def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempP
     make_model(folder / "whole", train_text_model())
     make_data(folder / "data", folder / "model")
     (folder / "model" / "training.json").write_text('{"base": {"steps": 77}, "interpolation": {"steps": 1}}')
-    stages.sequential(options_of(folder, folder / "trained"))
+    launch.sequential(options_of(folder, folder / "trained"))
     return folder
 
 
 def options_of(place: Path, out: Path, sample_every: int = 0) -> Options:
     """Of the run."""
     settings = Optimization(steps=STEPS, batch=2, warmup=0, learning_rate=1e-2, ema=0.5)
-    watching = Watching(1, 1, 4, checkpoint_every=1, keep=9, sample_every=sample_every)
-    return Options(Clips((place / "data",)), out, str(place / "model"), optimization=settings, watching=watching)
+    logging = StageLogging(1, 1, 1, keep=9, evaluate_samples=4, sample_every=sample_every)
+    return Options(Clips((place / "data",)), out, str(place / "model"), optimization=settings, logging=logging)
 
 
 def run_of(place: Path) -> Path:
@@ -105,7 +104,7 @@ def test_the_run_itself_delivers_the_last_average(place: Path, tmp_path: Path) -
 def test_a_run_that_was_killed_behind_its_last_step_ends_as_it_would_have(place: Path, tmp_path: Path) -> None:
     """Guards the report of a run that makes no step any more: every figure is there, and the same bundle."""
     copy_of(run_of(place), tmp_path / "out" / ".sequential-run", STEPS)
-    stages.sequential(options_of(place, tmp_path / "out"))
+    launch.sequential(options_of(place, tmp_path / "out"))
     for name in ("sequential.safetensors", "base.safetensors", "bundle.json"):
         assert (tmp_path / "out" / name).read_bytes() == (place / "trained" / name).read_bytes()
     ours, theirs = (
@@ -117,7 +116,7 @@ def test_a_run_that_was_killed_behind_its_last_step_ends_as_it_would_have(place:
     assert ours["loss"] > 0
     assert not (tmp_path / "out" / ".sequential-run" / "samples").exists()
     (tmp_path / "out" / ".sequential-run" / "report.json").unlink()
-    stages.sequential(options_of(place, tmp_path / "out", sample_every=STEPS))
+    launch.sequential(options_of(place, tmp_path / "out", sample_every=STEPS))
     assert (tmp_path / "out" / ".sequential-run" / "samples" / f"step-{STEPS:08}.png").exists()
 
 
@@ -267,8 +266,8 @@ def test_a_bundle_that_does_not_fit_is_refused(
     assert [each.name for each in (tmp_path / "fresh").iterdir()] == ["training.json"]
 
 
-def delivery_of(source: CogVideo, out: Path, stage: StageName, choice: Choice) -> Delivery:
-    return Delivery(out, source, source.config, stage, choice)
+def delivery_of(source: CogVideo, out: Path, stage: StageName, choice: Choice) -> ExportTarget:
+    return ExportTarget(out, source, source.config, stage, choice)
 
 
 def test_a_base_of_its_own_comes_and_goes_with_its_stage(

@@ -19,7 +19,7 @@ from cogvideo.training import held_out as module
 from cogvideo.training.held_out import HeldOut, held_out, measure
 from cogvideo.training.objectives.task import Measured
 from cogvideo.training.optim import Optimization
-from cogvideo.training.start import StageName
+from cogvideo.training.stages import StageName
 from cogvideo.training.step import Trainer
 from gallery import make_model, make_trainer
 from workshop import make_data

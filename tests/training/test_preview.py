@@ -16,11 +16,11 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.data.clips import ClipSampling
 from cogvideo.data.loader import ClipStream
 from cogvideo.training import samples
-from cogvideo.training.export import Delivery, modules
+from cogvideo.training.export import ExportTarget, modules
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import full_state
 from cogvideo.training.preview import Preview
-from cogvideo.training.start import Choice, StageName
+from cogvideo.training.stages import Choice, StageName
 from cogvideo.training.step import Execution
 from gallery import assert_same, make_model, make_trainer
 from workshop import make_data
@@ -48,7 +48,9 @@ def preview_of(
             each.add_(torch.randn(each.shape, generator=torch.Generator().manual_seed(seed)), alpha=0.05)
     mode = "image" if stage in ("image", "superres") else stage
     stream = ClipStream([place / "data"], "validation", ClipSampling(mode, high_codes=stage == "superres"))  # type: ignore[arg-type]
-    return Preview(Delivery(folder, model, model.config, stage, Choice("continue")), trainer, stream, prompts, folder)
+    return Preview(
+        ExportTarget(folder, model, model.config, stage, Choice("continue")), trainer, stream, prompts, folder
+    )
 
 
 def test_what_is_lacking_is_known(place: Path, tmp_path: Path) -> None:

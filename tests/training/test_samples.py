@@ -24,7 +24,7 @@ from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Transformer
 from cogvideo.text import PaddedText
 from cogvideo.training.samples import Example, Row, draw, from_clips, from_prompts, missing, write_samples
-from cogvideo.training.start import StageName
+from cogvideo.training.stages import StageName
 from gallery import STAGES, loud, make_model, make_parts
 from lessons import random_codes, sample
 from workshop import GRID, NUM_CODES, RATIO, small_config

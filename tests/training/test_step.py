@@ -16,7 +16,7 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.data.clips import ClipSampling, FrameRates
 from cogvideo.data.loader import ClipStream
 from cogvideo.training.optim import Optimization, adamw, trained
-from cogvideo.training.start import StageName
+from cogvideo.training.stages import StageName
 from cogvideo.training.step import Execution, Trainer, cut
 from gallery import make_model, make_trainer
 from workshop import make_data

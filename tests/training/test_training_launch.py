@@ -27,7 +27,7 @@ from cogvideo.config import require
 from cogvideo.files import alone_in
 from cogvideo.models.transformer import Base
 from cogvideo.training.checkpoints import Checkpoints, read_weights
-from cogvideo.training.run import mean_loss
+from cogvideo.training.held_out import mean_loss
 from cogvideo.training.step import Figures, Trainer
 from gallery import loud
 from workshop import make_bundle, make_data

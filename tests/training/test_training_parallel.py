@@ -16,10 +16,12 @@ from cogvideo.training.parallel import ALONE
 from parallel_worker import (
     CASES,
     CLIP,
+    REPLICATED,
     SETTINGS,
     SHARDED,
     STEPS,
     WAYS,
+    frames,
     make_batch,
     make_objective,
     resume,
@@ -48,7 +50,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     equalities = [(way, folder) for way in WAYS if way != "crossed"]
     checkpoints = [(job, folder / job) for job in ("save", "save-replicated", "background")]
     resumed = [(job, folder / before) for before in BEFORE for job in AFTER if job != "alone"]
-    run_ranks(*equalities, ("talk", folder), *checkpoints, *resumed)
+    frames(folder, ALONE, REPLICATED)
+    run_ranks(*equalities, ("talk", folder), ("frames-replicated", folder), *checkpoints, *resumed)
     run_ranks(("crossed", folder), world_size=4)
     return folder
 
@@ -126,6 +129,19 @@ def test_ranks_agree(results: Path) -> None:
         found = torch.load(results / f"talk-{rank}.pt", weights_only=True)
         assert found["any"] == [False, True, True]
         torch.testing.assert_close(found["mean"], torch.tensor([0.5, 1.0]))
+
+
+def test_ranks_share_the_frames_of_the_tokenizer(results: Path) -> None:
+    """Guards gradients, codebook and k-means of two ranks, which are those of one but for rounding; and ranks that
+    drift apart once the adversary sees only its own rank's frames."""
+    one, two, other = (
+        torch.load(results / f"frames-{name}.pt", weights_only=True) for name in ("0-of-1", "0-of-2", "1-of-2")
+    )
+    assert one[0].keys() == two[0].keys()
+    for name, each in one[0].items():
+        torch.testing.assert_close(two[0][name], each, atol=1e-4, rtol=1e-3, msg=name)
+    assert equal(two[1], other[1])
+    assert not equal(two[0], two[1])
 
 
 @pytest.mark.parametrize("before", BEFORE)

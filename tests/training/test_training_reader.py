@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from cogvideo.evaluation.attributes import READER_LEARNS, READER_TEST, unseen_sc
 from cogvideo.evaluation.reader import Reader, ReaderConfig, render
 from cogvideo.files import alone_in
 from cogvideo.training import reader as module
-from cogvideo.training.reader import ReaderSettings, Trainer, augment, clips, stills, train_reader
+from cogvideo.training.objectives.reader import ReaderObjective, ReaderSettings, augment, batches, clips, stills
+from cogvideo.training.reader import train_reader
+from cogvideo.training.session import LoggingConfig
+from cogvideo.training.step import Trainer
 
 SMALL = ReaderConfig((4, 8, 8, 16), (0, 1, 1, 1), 16)
 
@@ -71,24 +75,30 @@ def test_augmentation_follows_from_its_generator() -> None:
 
 def test_it_learns() -> None:
     """Guards the step: a few of them on the same clips lower the loss by far."""
-    trainer = Trainer(SMALL, replace(settings(100), learning_rate=5e-3), torch.device("cpu"))
-    losses = [float(trainer.step(1)["loss"]) for _ in range(20)]
+    recipe = replace(settings(100), learning_rate=5e-3)
+    trainer = Trainer(ReaderObjective(SMALL, recipe, torch.device("cpu")), recipe.optimization)
+    batch = next(batches(recipe, 1))
+    losses = []
+    for _ in range(20):
+        trainer.step(1, batch)
+        losses.append(trainer.figures(2).loss)
     assert losses[-1] < 0.6 * losses[0]
 
 
 def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards checkpoints: stopped after two steps and called again, the file is that of a run that was not stopped."""
-    options = {"settings": settings(), "config": SMALL, "test_clips": 8, "checkpoint_every": 1, "device": "cpu"}
-    options["evaluate_every"] = 3
+    """Guards checkpoints: stopped after two steps and called again, the file is that of a run that was not stopped; so
+    is that of a run that began when the reader had a format of its own."""
+    logging = LoggingConfig(evaluate_every=3, checkpoint_every=1)
+    options = {"settings": settings(), "config": SMALL, "test_clips": 8, "logging": logging, "device": "cpu"}
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
     monkeypatch.setattr(module, "WATCHED", 8)
     train_reader(out=whole, **options)
     real = Trainer.step
 
-    def step(self: Trainer, number: int) -> dict[str, torch.Tensor]:
+    def step(self: Trainer, number: int, batch: object) -> None:
         if number == 2:
             raise KeyboardInterrupt
-        return real(self, number)
+        real(self, number, batch)
 
     monkeypatch.setattr(Trainer, "step", step)
     with pytest.raises(KeyboardInterrupt):
@@ -100,6 +110,15 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: py
     assert Reader.load(killed).config == SMALL
     with pytest.raises(ValueError, match="another run"):
         train_reader(out=killed, **(options | {"settings": settings(5)}))
+    shutil.rmtree(tmp_path / ".killed-run" / "checkpoints")
+    trainer = Trainer(ReaderObjective(SMALL, settings(), torch.device("cpu")), settings().optimization)
+    for number, batch in zip(range(2), batches(settings(), 0), strict=False):
+        trainer.step(number, batch)
+    state = {"model": trainer.objective.model.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}
+    torch.save((2, state), tmp_path / ".killed-run" / "checkpoint.pt")
+    killed.unlink()
+    train_reader(out=killed, **options)
+    assert killed.read_bytes() == whole.read_bytes()
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,18 +22,21 @@ from safetensors.torch import save_file
 from cogvideo.bundle.model import CogVideo, update
 from cogvideo.cli import main
 from cogvideo.config import AutoencoderConfig, CogVideoConfig, LayoutConfig, TransformerConfig, UpscalerConfig
+from cogvideo.data import frame_store
 from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings
 from cogvideo.data.sources import SourceOptions
 from cogvideo.media.metrics import psnr, ssim
 from cogvideo.models.autoencoder import Autoencoder, reconstruct, to_frames
-from cogvideo.models.perceptual import file_name
+from cogvideo.models.perceptual import Lpips, file_name
 from cogvideo.models.transformer import Base
-from cogvideo.training import autoencoder as learning
-from cogvideo.training.autoencoder import TokenizerSettings, Trainer, batch_places, evaluate
-from cogvideo.training.tokenizer import tokenizer
+from cogvideo.training.checkpoints import Checkpoints, restore, training_state
+from cogvideo.training.objectives.task import Measured
+from cogvideo.training.objectives.tokenizer import FrameStream, TokenizerObjective, TokenizerSettings, batch_places
+from cogvideo.training.session import LoggingConfig
+from cogvideo.training.step import Trainer
+from cogvideo.training.tokenizer import evaluate, tokenizer
 
-CPU = torch.device("cpu")
 SIDE = 24
 SIZES = AutoencoderConfig(
     channels=8,
@@ -57,6 +61,8 @@ QUICK = TokenizerSettings(
     steps=8, batch=2, warmup=1, plain_steps=2, start_vectors=2, adversary_start=4, adversary_width=4
 )
 FEW = StoreSettings(num_frames=12, num_held_out=4, frames_per_clip=4, clips=FrameSettings(min_frames=1))
+SIZED = replace(FEW, clips=FrameSettings(min_frames=1, size=SIDE))
+OPTIONS = SourceOptions(images=True)
 
 
 def pictures(count, seed=0):
@@ -70,8 +76,15 @@ def pictures(count, seed=0):
     return frames.astype(np.uint8)
 
 
-def trainer(settings=QUICK, sizes=SIZES, seed=0, lpips=None):
-    return Trainer(sizes, settings, seed, lpips, CPU)
+def trainer(frames, settings=QUICK, sizes=SIZES, seed=0, lpips=None):
+    stream = FrameStream(frames, settings.batch, seed)
+    return Trainer(TokenizerObjective(sizes, settings, seed, stream, lpips), settings.optimization)
+
+
+def make_step(model, number):
+    """The figures of a step."""
+    model.step(number, model.objective.stream[number])
+    return model.figures(number + 1).parts
 
 
 def weights(model):
@@ -85,97 +98,129 @@ def weights(model):
 def test_a_tiny_set_is_learnt(optimizer):
     """Whatever is wrong in losses, gradients or codebook, eight frames would not come back from their codes."""
     settings = replace(QUICK, steps=150, batch=8, learning_rate=4e-3, warmup=10, plain_steps=20, adversary_weight=0)
-    settings = replace(settings, optimizer=optimizer)
-    model, frames = trainer(settings), pictures(8)
-    before = evaluate(model.autoencoder, frames, 8, CPU)
+    frames = pictures(8)
+    model = trainer(frames, replace(settings, optimizer=optimizer))
+    before = evaluate(model.objective.model, frames, 8)
     for step in range(settings.steps):
-        measured = model.step(step, frames)
-    after = evaluate(model.autoencoder, frames, 8, CPU)
+        measured = make_step(model, step)
+    after = evaluate(model.objective.model, frames, 8)
     assert after.psnr > before.psnr + 10
     assert after.psnr > 20
     assert after.ssim > 0.6
     assert after.code_usage > 0.6
-    assert measured.keys() == {"pixels", "edges", "commitment", "squared_error", "gradient", "restarted"}
+    assert measured.keys() == {"pixels", "edges", "commitment", "psnr", "restarted"}
 
 
 def test_the_adversary_begins_at_its_step_and_changes_weights():
     """It must not run before, must learn itself, and its gradient must reach the decoder."""
     frames = pictures(8)
-    with_it, without = trainer(), trainer(replace(QUICK, adversary_weight=0))
+    with_it, without = trainer(frames), trainer(frames, replace(QUICK, adversary_weight=0))
     for step in range(QUICK.steps):
-        judge = weights(with_it.discriminator)
-        measured, plain = with_it.step(step, frames), without.step(step, frames)
+        judge = weights(with_it.objective.discriminator)
+        measured, plain = make_step(with_it, step), make_step(without, step)
         started = step >= QUICK.adversary_start
         assert ("adversary" in measured, "discriminator" in measured) == (started, started)
         assert "adversary" not in plain
-        moved = any(not torch.equal(judge[name], now) for name, now in with_it.discriminator.state_dict().items())
-        assert moved == started
-        same = torch.equal(*(each.autoencoder.decoders[0].conv_out.weight for each in (with_it, without)))
+        now = with_it.objective.discriminator.state_dict()
+        assert any(not torch.equal(judge[name], now[name]) for name in judge) == started
+        same = torch.equal(*(each.objective.model.decoders[0].conv_out.weight for each in (with_it, without)))
         assert same == (not started)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_one_backward_pass_is_that_of_two(optimizer):
+    """The adversary and the autoencoder must each learn from their own losses alone, as in two passes."""
+    settings, frames = replace(QUICK, adversary_start=0, plain_steps=0, optimizer=optimizer), pictures(8)
+    model, plain = trainer(frames, settings), trainer(frames, settings)
+    objective = plain.objective
+    generating, *_, judging = objective.optimizers(settings.optimization)
+    for step in range(1 if optimizer == "muon" else 3):
+        model.step(step, model.objective.stream[step])
+        objective.begin(step)
+        batch = to_frames(objective.stream[step].pixels)
+        made, vectors, codes, commitment = objective._pass(batch, 4, True)
+        losses = objective._image_losses(made, batch)
+        whole = sum(losses.values()) + objective._adversary_loss(made, sum(losses.values()), 4) + 0.25 * commitment
+        whole.backward()
+        torch.nn.utils.clip_grad_norm_(objective.model.parameters(), 1.0)
+        assert all(each.grad is None for each in objective.discriminator.parameters())
+        generating.param_groups[0]["lr"] = judging.param_groups[0]["lr"] = settings.optimization.rate_at(step)
+        generating.step()
+        objective.model.zero_grad()
+        objective._discriminator_loss(made.detach(), batch).backward()
+        judging.step()
+        objective.discriminator.zero_grad()
+        objective._move_codebook(vectors, codes)
+    for part in ("discriminator", "codebook"):
+        ours, theirs = (weights(getattr(each.objective, part)) for each in (model, plain))
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name])
+    bias, expected = (each.objective.model.project.bias for each in (model, plain))
+    torch.testing.assert_close(bias, expected)
 
 
 def test_the_codebook_starts_after_the_plain_steps():
     """K-means of vectors that were never learnt, or no codes at all, would go unnoticed in the loss."""
-    model, frames = trainer(), pictures(8)
-    rows = model.autoencoder.codebook.embedding
+    model = trainer(pictures(8))
+    rows = model.objective.model.codebook.embedding
     first = rows.clone()
     for step in range(QUICK.plain_steps):
-        assert "commitment" not in model.step(step, frames)
+        assert "commitment" not in make_step(model, step)
         assert torch.equal(rows, first)
-    measured = model.step(QUICK.plain_steps, frames)
+    measured = make_step(model, QUICK.plain_steps)
     assert not torch.equal(rows, first)
     assert 0 < measured["commitment"] < 1
 
 
 def test_commitment_is_the_distance_from_the_rows():
     """Its gradient must pull vectors to rows, and its weight must be that of the settings."""
-    model, frames = trainer(), pictures(8)
+    frames = pictures(8)
+    model = trainer(frames)
     for step in range(3):
-        model.step(step, frames)
+        make_step(model, step)
+    autoencoder = model.objective.model
     batch = to_frames(torch.from_numpy(frames[batch_places(3, 2, 8, 0).numpy()]))
     with torch.no_grad():
-        features = model.autoencoder.features(batch, 4)
-        rows = model.autoencoder.codebook.lookup(model.autoencoder.encode(batch))
+        features = autoencoder.features(batch, 4)
+        rows = autoencoder.codebook.lookup(autoencoder.encode(batch))
         expected = (rearrange(features, "batch dim rows columns -> batch rows columns dim") - rows).square().mean()
-    assert model.step(3, frames)["commitment"].item() == pytest.approx(0.25 * expected.item(), rel=1e-4)
+    assert make_step(model, 3)["commitment"] == pytest.approx(0.25 * expected.item(), rel=1e-4)
 
 
 def test_lpips_is_used_where_it_is_given():
     """A perceptual loss that is loaded and forgotten would look like one that is used."""
     with torch.device("meta"):
-        model = learning.Lpips()
-    model = model.to_empty(device="cpu")
+        network = Lpips()
+    network = network.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
+    for parameter in network.parameters():
         parameter.normal_(0, 0.05, generator=generator)
     frames = pictures(4)
-    measured = trainer(lpips=model).step(0, frames)
-    assert measured["perceptual"] != 0
-    assert "perceptual" not in trainer(replace(QUICK, perceptual_weight=0), lpips=model).step(0, frames)
+    assert make_step(trainer(frames, lpips=network), 0)["perceptual"] != 0
+    assert "perceptual" not in make_step(trainer(frames, replace(QUICK, perceptual_weight=0), lpips=network), 0)
 
 
 def test_rates_take_turns():
     """A decoder that never learns would be delivered with its first weights."""
-    sizes = replace(SIZES, decoder_multipliers=((1, 1, 2), (1, 2)))
-    model, frames = trainer(sizes=sizes), pictures(4)
+    model = trainer(pictures(4), sizes=replace(SIZES, decoder_multipliers=((1, 1, 2), (1, 2))))
+    decoders = model.objective.model.decoders
     for step in range(4):
-        before = [weights(decoder) for decoder in model.autoencoder.decoders]
-        model.step(step, frames)
+        before = [weights(decoder) for decoder in decoders]
+        make_step(model, step)
         moved = [
             any(not torch.equal(old[name], now) for name, now in decoder.state_dict().items())
-            for old, decoder in zip(before, model.autoencoder.decoders, strict=True)
+            for old, decoder in zip(before, decoders, strict=True)
         ]
         assert moved[step % 2]
 
 
 def test_bfloat16_learns_alike():
     """Half precision must not reach weights, codes or losses."""
-    frames = pictures(8)
-    models = [trainer(replace(QUICK, precision=precision)) for precision in ("float32", "bfloat16")]
+    models = [trainer(pictures(8), replace(QUICK, precision=precision)) for precision in ("float32", "bfloat16")]
     for step in range(6):
-        losses = [model.step(step, frames) for model in models]
-    assert losses[1]["pixels"].item() == pytest.approx(losses[0]["pixels"].item(), rel=0.1)
-    assert {tensor.dtype for tensor in models[1].autoencoder.state_dict().values()} == {torch.float32}
+        losses = [make_step(model, step) for model in models]
+    assert losses[1]["pixels"] == pytest.approx(losses[0]["pixels"], rel=0.1)
+    assert {tensor.dtype for tensor in models[1].objective.model.state_dict().values()} == {torch.float32}
 
 
 def test_a_step_depends_on_its_number_alone():
@@ -183,31 +228,37 @@ def test_a_step_depends_on_its_number_alone():
     frames, results = pictures(8), []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        model = trainer(replace(QUICK, restart_below=0.9))  # with codes that are drawn anew
+        model = trainer(frames, replace(QUICK, restart_below=0.9))  # with codes that are drawn anew
         for step in range(6):
-            model.step(step, frames)
-        results.append(weights(model.autoencoder))
+            make_step(model, step)
+        results.append(weights(model.objective))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
-    other = trainer(seed=1)
-    other.step(0, frames)
-    assert not torch.equal(other.autoencoder.encoder.conv_in.weight, results[0]["encoder.conv_in.weight"])
+    other = trainer(frames, seed=1)
+    make_step(other, 0)
+    assert not torch.equal(other.objective.model.encoder.conv_in.weight, results[0]["model.encoder.conv_in.weight"])
 
 
 @pytest.mark.parametrize(("at", "optimizer"), [(1, "adam"), (2, "adam"), (3, "muon"), (5, "adam")])
-def test_a_state_is_all_that_counts(at, optimizer):
-    """What a checkpoint forgets (averages, moments, the adversary) would change the steps after it."""
-    settings = replace(QUICK, optimizer=optimizer)
-    frames, whole = pictures(8), trainer(settings)
+def test_a_state_is_all_that_counts(at, optimizer, tmp_path):
+    """What a checkpoint forgets (averages, moments, the adversary), or adds to an optimizer that has not begun, would
+    change the steps after it."""
+    settings, frames = replace(QUICK, optimizer=optimizer), pictures(8)
+    sizes = replace(SIZES, decoder_multipliers=((1, 1, 2), (1, 2)))
+    whole, first, second = (trainer(frames, settings, sizes) for _ in range(3))
+    checkpoints = Checkpoints(tmp_path)
     for step in range(7):
-        whole.step(step, frames)
-    first, second = trainer(settings), trainer(settings)
+        make_step(whole, step)
     for step in range(at):
-        first.step(step, frames)
-    second.load_state_dict(first.state_dict())
+        make_step(first, step)
+    checkpoints.save(at, training_state(first.module, first.optimizers, None))
+    blank = training_state(second.module, second.optimizers, None)
+    restore(second.module, second.optimizers, checkpoints.load(at, blank))
     for step in range(at, 7):
-        second.step(step, frames)
-    for part in ("autoencoder", "discriminator", "codebook"):
-        expected, got = (getattr(each, part).state_dict() for each in (whole, second))
+        make_step(first, step)
+        make_step(second, step)
+    expected = weights(whole.objective)
+    for model in (first, second):
+        got = weights(model.objective)
         assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
@@ -219,17 +270,6 @@ def test_every_frame_comes_once_an_epoch(num_frames, batch):
     epochs = [tuple(drawn[start : start + num_frames]) for start in range(0, len(drawn), num_frames)]
     assert all(sorted(epoch) == list(range(num_frames)) for epoch in epochs)
     assert len(set(epochs)) > 1
-
-
-def test_the_learning_rate_rises_and_falls():
-    """A warm-up that is left out breaks the first steps; a rate that does not fall keeps the last ones noisy."""
-    settings = replace(QUICK, steps=100, warmup=10, learning_rate=1e-3)
-    rates = [settings.rate_at(step) for step in range(100)]
-    assert rates[0] == pytest.approx(1e-3 / 11)
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[11:] == sorted(rates[11:], reverse=True)
-    assert rates[50] == pytest.approx(5e-4)
-    assert 0 < rates[99] < 1e-6
 
 
 def test_phases_follow_the_number_of_steps():
@@ -274,7 +314,7 @@ def test_quality_is_that_of_each_frame():
     x, y = (torch.from_numpy(each).permute(0, 3, 1, 2).double() / 255 for each in (frames, shown))
     codes = model.encode(x.float()).flatten().tolist()
     shares = np.array([codes.count(code) for code in set(codes)]) / len(codes)
-    quality = evaluate(model, frames, 2, CPU)
+    quality = evaluate(model, frames, 2)
     assert quality.psnr == pytest.approx(psnr(x, y).mean().item(), abs=0.02)  # shown frames are rounded
     assert quality.ssim == pytest.approx(ssim(x, y).mean().item(), abs=1e-3)
     assert quality.code_usage == pytest.approx(len(set(codes)) / 40)
@@ -301,7 +341,7 @@ def rows(out):
 
 def test_a_run_delivers_a_tokenizer(out, capsys):
     """All that the command promises: weights, clusters, sheets, metrics and what it says."""
-    run(out, evaluate_every=4, checkpoint_every=3)
+    run(out, logging=LoggingConfig(evaluate_every=4, checkpoint_every=3, tensorboard=True))
     model = CogVideo.from_pretrained(out)
     assert model.components == ("image_tokenizer", "cluster_labels")
     assert model.cluster_labels.tolist() == [0] * 40  # 40 codes a cluster
@@ -310,9 +350,12 @@ def test_a_run_delivers_a_tokenizer(out, capsys):
     for name in ("before.png", "after.png"):
         with Image.open(folder / name) as sheet:
             assert sheet.height == 2 * SIDE + 2
-    assert [row["step"] for row in rows(out)] == [3, 4, 6, 8]
-    assert set(rows(out)[1]["held_out"]) == {"psnr", "ssim", "code_usage", "perplexity"}
-    assert {"psnr", "learning_rate", "images_per_second", "pixels"} <= set(rows(out)[0])
+    learnt, measured = ([row for row in rows(out) if ("held_out" in row) == held] for held in (False, True))
+    assert [row["step"] for row in learnt] == [3, 4, 6, 8]
+    assert {"loss", "psnr", "learning_rate", "gradient_norm", "images_per_second", "pixels"} <= set(learnt[0])
+    assert [row["step"] for row in measured] == [4, 8]
+    assert set(measured[0]["held_out"]) == {"psnr", "ssim", "code_usage", "perplexity"}
+    assert list((folder / "tensorboard").iterdir())
     report = json.loads((folder / "report.json").read_text())
     assert report["frames"] == {"train": 12, "held_out": 4}
     assert not (folder / "train.rgb").exists()
@@ -404,19 +447,23 @@ def test_what_may_surprise_is_said(out, tmp_path, capsys):
     assert "is larger than" not in said
 
 
+def steps_of(out):
+    """Steps of the checkpoints that there are."""
+    return Checkpoints(out / ".tokenizer-run" / "checkpoints", keep=0).steps()
+
+
 def test_divergence_keeps_the_last_checkpoint(out, monkeypatch):
     """Weights that are not finite must neither be saved nor delivered."""
-    real = Trainer.step
+    real = TokenizerObjective.forward
 
-    def step(self, number, pixels):
-        measured = real(self, number, pixels)
-        return measured | {"pixels": measured["pixels"] * math.nan} if number == 6 else measured
+    def forward(self, batch):
+        loss, parts = real(self, batch)
+        return Measured(loss * math.nan if self._step == 6 else loss, parts)
 
-    monkeypatch.setattr(Trainer, "step", step)
-    with pytest.raises(ValueError, match="training diverged: pixels is nan at step 7"):
-        run(out, checkpoint_every=3)
-    checkpoint = torch.load(out / ".tokenizer-run" / "checkpoint.pt", weights_only=True)
-    assert checkpoint[0] == 6
+    monkeypatch.setattr(TokenizerObjective, "forward", forward)
+    with pytest.raises(ValueError, match="training diverged: the loss is nan at step 7"):
+        run(out, logging=LoggingConfig(checkpoint_every=3))
+    assert steps_of(out) == [3, 6]
     assert CogVideo.from_pretrained(out).components == ()
 
 
@@ -424,19 +471,47 @@ def test_ctrl_c_saves_and_continues(out, tmp_path, monkeypatch):
     """An hour of work must not be lost to an early Ctrl-C, and the result must be that of one run."""
     CogVideo(SMALL).save_pretrained(tmp_path / "whole")
     run(tmp_path / "whole")
-    real = Trainer.step
+    real = TokenizerObjective.begin
 
-    def step(self, number, pixels):
-        if number == 4:
+    def begin(self, step):
+        if step == 4:
             os.kill(os.getpid(), 2)
-        return real(self, number, pixels)
+        real(self, step)
 
-    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(TokenizerObjective, "begin", begin)
     with pytest.raises(KeyboardInterrupt):
         run(out)
     monkeypatch.undo()
-    assert torch.load(out / ".tokenizer-run" / "checkpoint.pt", weights_only=True)[0] == 5
+    assert steps_of(out) == [5]
     run(out)
+    assert same_files(out, tmp_path / "whole")
+
+
+def test_an_old_checkpoint_continues(out, tmp_path):
+    """Runs that began when the tokenizer had a format of its own must not be lost."""
+    CogVideo(SMALL).save_pretrained(tmp_path / "whole")
+    settings = replace(QUICK, optimizer="muon", adversary_start=2)
+    run(tmp_path / "whole", settings=settings)
+    folder = out / ".tokenizer-run"
+    shutil.copytree(tmp_path / "whole" / ".tokenizer-run", folder)
+    (folder / "report.json").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    frames = np.array(frame_store.fetch(folder, ("world:12",), OPTIONS, SIZED).train)
+    model = trainer(frames, settings)
+    for step in range(5):
+        make_step(model, step)
+    adam, muon, judging = (each.state_dict() for each in model.optimizers)
+    objective = model.objective
+    averages = {name: each for name, each in objective.codebook.state_dict().items() if name != "rows"}
+    state = {
+        "autoencoder": objective.model.state_dict(),
+        "discriminator": objective.discriminator.state_dict(),
+        "codebook": averages | {"codebook.embedding": objective.codebook.rows},
+        "optimizer": adam | {"muon": [muon]},
+        "adversary_optimizer": judging,
+    }
+    torch.save((5, state), folder / "checkpoint.pt")
+    run(out, settings=settings)
     assert same_files(out, tmp_path / "whole")
 
 
@@ -462,13 +537,14 @@ def test_a_full_disk_is_one_line_and_loses_nothing(out):
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # between the frames and a checkpoint
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command, checkpoint = command_of(out), out / ".tokenizer-run" / "checkpoint.pt"
+    command, checkpoints = command_of(out), out / ".tokenizer-run" / "checkpoints"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=limit)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == f"cogvideo: error: File too large: {checkpoint}"
+    last = f"the checkpoint cannot be written (File too large): {checkpoints / '.step-00000005'}"
+    assert done.stderr.splitlines()[-1] == f"cogvideo: error: {last}"
     assert "Traceback" not in done.stderr
-    assert "step 1 of 60: loss " in done.stderr, "the log says where it stands"
-    assert not checkpoint.exists()
+    assert "step 1 of 60: " in done.stderr, "the log says where it stands"
+    assert steps_of(out) == []
     assert main(command[3:]) == 0
 
 
@@ -480,26 +556,24 @@ def test_a_killed_process_continues_to_the_same_bits(out, tmp_path, capsys):
     command = command_of(out)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    while not (out / ".tokenizer-run" / "checkpoint.pt").exists():
+    while not steps_of(out):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.002)
     process.kill()
     process.communicate()
-    killed_at = torch.load(out / ".tokenizer-run" / "checkpoint.pt", weights_only=True)[0]
+    killed_at = steps_of(out)[-1]
     assert killed_at < 60
     capsys.readouterr()
     assert main(command[3:]) == 0
     assert f"Continuing after step {killed_at}" in capsys.readouterr().err
     assert same_files(out, tmp_path / "whole")
-    assert [row["step"] for row in rows(out)] == list(range(5, 61, 5))
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(5, 61, 5))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"sources": ()}, "there is no source"),
-        ({"evaluate_every": 0}, "evaluate_every is 0"),
-        ({"checkpoint_every": -1}, "checkpoint_every is -1"),
         ({"preset": "pocket"}, "another configuration than the preset pocket"),
         ({"preset": "large"}, "unknown preset 'large'"),
         ({"device": "abacus"}, "cannot use the device 'abacus'"),
@@ -535,7 +609,7 @@ def test_lpips_is_taken_from_the_cache(out, tmp_path, monkeypatch, capsys):
         run(out, perceptual="lpips")
     with pytest.raises(ValueError, match="expected no --vgg and no --lpips"):
         run(out, perceptual="lpips", vgg=tmp_path / "vgg16.pth", lpips=tmp_path / "vgg.pth")
-    model = learning.Lpips()
+    model = Lpips()
     path = tmp_path / "networks" / "lpips-vgg.safetensors"
     path.parent.mkdir()
     save_file({file_name(name): tensor for name, tensor in model.state_dict().items()}, path)

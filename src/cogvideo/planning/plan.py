@@ -28,11 +28,11 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.planning.costs import STAGES, Stage, layout_of, training
 from cogvideo.planning.dry_run import META, WithoutValues
+from cogvideo.planning.work import flops_a_position
 from cogvideo.training.objectives.task import Objective, Task
 from cogvideo.training.optim import Optimization, trained
 from cogvideo.training.parallel import ParallelSettings, Ranks, local
-from cogvideo.training.recorder import flops_a_position
-from cogvideo.training.start import Choice, StartChoice, build
+from cogvideo.training.stages import Choice, StartChoice, build
 from cogvideo.training.step import Execution, Trainer
 
 Sharding = Literal["replicated", "sharded"]

@@ -17,7 +17,7 @@ from jaxtyping import Float64, Int64
 from cogvideo.config import InputError, require
 from cogvideo.report.page import flat
 from cogvideo.runs import RunFolder
-from cogvideo.training.start import STAGES
+from cogvideo.training.stages import STAGES
 
 TOKENIZER = "tokenizer"
 ORDER = (TOKENIZER, *STAGES)

@@ -35,12 +35,14 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from cogvideo.config import InputError, require
 from cogvideo.devices import is_out_of_memory
 from cogvideo.files import write_text
-from cogvideo.training.parallel import Share, any_rank, raised_by_all, wait_for_all
+from cogvideo.training.parallel import Share, any_rank, is_first, raised_by_all, wait_for_all
 
 STATE, METADATA = "state.json", ".metadata"
 CHANGED = "its content is cut short or was changed"
 WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 """Tables of a checkpoint."""
+UNTOUCHED = "untouched"
+"""What a loaded state adds: names of parameters that had no gradient so far."""
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -56,7 +58,9 @@ class DamagedError(InputError):
 
 
 def training_state(
-    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Mapping[str, Tensor] | None
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    average: Mapping[str, Tensor] | None,
 ) -> dict[str, Any]:
     """What a checkpoint holds: trained weights, the optimizers' state, the running average. Frozen weights do not.
 
@@ -65,19 +69,26 @@ def training_state(
         optimizers: which share what is trained of it.
         average: running average of that, if there is one.
     """
-    weights, states = get_state_dict(module, optimizers, options=TRAINED)
+    # PyTorch gives an optimizer without a state one, by a step of zeros: good before a run, to load into, and only then
+    begun = [each for each in optimizers if each.state] or optimizers
+    weights, states = get_state_dict(module, begun, options=TRAINED)
     return {WEIGHTS: weights, OPTIMIZER: states} | ({} if average is None else {AVERAGE: dict(average)})
 
 
 def restore(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Any]) -> None:
-    """Put a loaded state back; the average was filled in place. The kernel of AdamW stays that of this device, whatever
-    the run had before."""
+    """Put a state back that `Checkpoints.load` returned; the average was filled in place. The kernel of AdamW stays
+    that of this device, whatever the run had before. Parameters that never had a gradient get no state."""
     for saved in state[OPTIMIZER]["param_groups"]:
         if "fused" in saved:
             saved["fused"] = optimizers[0].defaults["fused"]
     set_state_dict(
         module, optimizers, model_state_dict=state[WEIGHTS], optim_state_dict=state[OPTIMIZER], options=TRAINED
     )
+    names: dict[Tensor, str] = {each: name.removeprefix("module.") for name, each in module.named_parameters()}
+    for optimizer in optimizers:
+        for parameter in list(optimizer.state):
+            if names[parameter] in state[UNTOUCHED]:
+                del optimizer.state[parameter]
 
 
 class Checkpoints:
@@ -98,7 +109,7 @@ class Checkpoints:
         self._writing: Future[Any] | None = None
         self._publish: Callable[[], None] = lambda: None
         self._damaged: set[int] = set()
-        if keep and _is_first():
+        if keep and is_first():
             for leftover in folder.glob(".step-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
@@ -146,7 +157,7 @@ class Checkpoints:
         """
         self.wait()
         aside = self.folder / f".step-{step:08}"
-        if _is_first():
+        if is_first():
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             write_text(aside / STATE, json.dumps({"step": step, "held_out": held_out}) + "\n")
@@ -183,7 +194,7 @@ class Checkpoints:
     def _rename(self, aside: Path, step: int) -> None:
         _write_hashes(aside)
         wait_for_all()
-        if _is_first():
+        if is_first():
             if step in self.steps():
                 self._remove(step)
             aside.rename(self.path(step))
@@ -198,7 +209,7 @@ class Checkpoints:
 
     def set_aside(self, step: int) -> None:
         """Take its name from one that is damaged: it is no longer counted, and stays to be looked at."""
-        if _is_first():
+        if is_first():
             aside = self.folder / f"damaged-{self.path(step).name}"
             shutil.rmtree(aside, ignore_errors=True)
             self.path(step).rename(aside)
@@ -219,7 +230,9 @@ class Checkpoints:
         with _reading(path, known):  # what never had a gradient has no state of the optimizer there, and needs none
             planner, alone = DefaultLoadPlanner(allow_partial_load=True), not dist.is_initialized()
             load(state, storage_reader=FileSystemReader(path), planner=planner, no_dist=alone)
-        return state
+        begun = {name.rpartition(".")[0] for name in _metadata(path, known)}
+        names = state.get(OPTIMIZER, {}).get("state", {})
+        return state | {UNTOUCHED: {name for name in names if f"{OPTIMIZER}.state.{name}" not in begun}}
 
 
 def read_weights(path: Path, averaged: bool) -> dict[str, Tensor]:
@@ -360,10 +373,6 @@ def _cause(error: BaseException) -> BaseException:
 def _damage(error: BaseException) -> str:
     """What is damaged, in words: what PyTorch and pickle say of bytes that mean nothing helps nobody."""
     return "No such file or directory" if isinstance(error, FileNotFoundError) else CHANGED
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _line(error: BaseException) -> str:

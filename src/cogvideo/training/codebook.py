@@ -21,12 +21,11 @@ class MovingCodebook(nn.Module):
 
     def __init__(self, codebook: Codebook, decay: float, restart_below: float) -> None:
         super().__init__()
-        rows = codebook.embedding
-        self.codebook = codebook
         self.decay = decay
         self.restart_below = restart_below
-        self.counts = nn.Buffer(torch.ones_like(rows[:, 0]))
-        self.sums = nn.Buffer(rows.detach().clone())
+        self.rows = nn.Buffer(codebook.embedding.detach())  # the same memory
+        self.counts = nn.Buffer(torch.ones_like(self.rows[:, 0]))
+        self.sums = nn.Buffer(self.rows.clone())
 
     @torch.no_grad()
     def start(self, vectors: Float[Tensor, "many embedding"], per_step: int, generator: torch.Generator) -> None:
@@ -34,13 +33,13 @@ class MovingCodebook(nn.Module):
         rows, counts = cluster_means(vectors, len(self.counts), generator)
         self.counts.copy_(counts * (per_step / len(vectors)))
         self.sums.copy_(rows * self.counts[:, None])
-        self.codebook.embedding.copy_(rows)
+        self.rows.copy_(rows)
 
     @torch.no_grad()
     def take_up(self, per_step: int) -> None:
         """Go on from the rows as they are, each used evenly before; `per_step` vectors come in each step."""
         self.counts.fill_(per_step / len(self.counts))
-        self.sums.copy_(self.codebook.embedding * self.counts[:, None])
+        self.sums.copy_(self.rows * self.counts[:, None])
 
     @torch.no_grad()
     def update(
@@ -56,7 +55,7 @@ class MovingCodebook(nn.Module):
         even = len(vectors) / len(self.counts)
         dead = self.counts < self.restart_below * even
         self._restart(dead, vectors, even, generator)
-        self.codebook.embedding.copy_(self.sums / self.counts[:, None])
+        self.rows.copy_(self.sums / self.counts[:, None])
         return dead.sum()
 
     def _restart(

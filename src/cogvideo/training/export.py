@@ -19,13 +19,13 @@ from cogvideo.files import turn_in
 from cogvideo.runs import RunFolder
 from cogvideo.training.card import read_reports, write_card
 from cogvideo.training.checkpoints import Checkpoints, read_weights
-from cogvideo.training.start import STAGES, Choice, StageName, base_of, own, relying
+from cogvideo.training.stages import STAGES, Choice, StageName, base_of, own, relying
 
 SHARED = ("base", "text", "image_tokenizer")
 """Components that the stages of a bundle have in common."""
 
 
-class Delivery(NamedTuple):
+class ExportTarget(NamedTuple):
     """Where the components of a stage go."""
 
     out: Path
@@ -43,58 +43,58 @@ class Delivery(NamedTuple):
         return self.source.folder is not None and self.source.folder.resolve() == self.out.resolve()
 
 
-def check_target(delivery: Delivery, overwrite: bool) -> None:
+def check_target(target: ExportTarget, overwrite: bool) -> None:
     """Refuse a bundle that the stage could not be put into, before anything is trained.
 
     Args:
-        delivery: what is to be put where.
+        target: what is to be put where.
         overwrite: whether the stage may be replaced.
 
     Raises:
         ValueError: it has another configuration or other shared components, the stage is there already, or its
             `training.json` cannot be read.
     """
-    out, stage = delivery.out, delivery.stage
-    for folder in {out, delivery.source.folder or out}:
+    out, stage = target.out, target.stage
+    for folder in {out, target.source.folder or out}:
         read_reports(folder)
     if not (out / MANIFEST).exists():
         return
     there = Manifest.read(out)
     require(
-        there.config == delivery.config,
+        there.config == target.config,
         f"the bundle {out} has another configuration than the one to be trained: choose another --out"
-        + (f", and pass --init {out}" if delivery.in_place else ""),
+        + (f", and pass --init {out}" if target.in_place else ""),
     )
     known = there.components
-    on_base = relying(stage, known) if stage == "image" else ()
+    on_base = relying(stage, known) if STAGES[stage].is_base else ()
     require(
         not on_base,
         f"{', '.join(on_base)} in the bundle {out} rely on its base, which would be replaced: choose another --out",
     )
-    replaced = [name for name in own(stage, delivery.choice) if name in known]
+    replaced = [name for name in own(stage, target.choice) if name in known]
     require(
         overwrite or not replaced,
         f"the bundle {out} has {' and '.join(replaced)} already: pass --overwrite to replace it, or another --out",
     )
     for name in SHARED:
-        if name in known and name not in own(stage, delivery.choice):
-            same = known[name].sha256 == (delivery.source.sha256(name) or known[name].sha256)
-            where = delivery.source.folder
+        if name in known and name not in own(stage, target.choice):
+            same = known[name].sha256 == (target.source.sha256(name) or known[name].sha256)
+            where = target.source.folder
             require(same, f"the bundles {out} and {where} have different components {name}: choose another --out")
 
 
-def check_codes(delivery: Delivery, names: Sequence[str], tokenizer: str) -> None:
+def check_codes(target: ExportTarget, names: Sequence[str], tokenizer: str) -> None:
     """Refuse data whose codes are not those that the start of a stage has learnt.
 
     Args:
-        delivery: the stage, and the bundle that it starts from.
+        target: the stage, and the bundle that it starts from.
         names: components that the start is made from.
         tokenizer: hash of the image tokenizer that the data was made with.
 
     Raises:
         ValueError: a component was trained on codes of another one, as far as its bundle knows.
     """
-    folder = delivery.source.folder
+    folder = target.source.folder
     reports = {} if folder is None else read_reports(folder)
     for name in names:
         learnt = reports.get(name.removesuffix("_base"), {}).get("tokenizer", tokenizer)
@@ -105,21 +105,21 @@ def check_codes(delivery: Delivery, names: Sequence[str], tokenizer: str) -> Non
         )
 
 
-def left_out(delivery: Delivery) -> str:
+def left_out(target: ExportTarget) -> str:
     """What of the bundle to start from does not go along, since it was trained on what is replaced; empty if all does.
 
     Raises:
         ValueError: the bundle that is there cannot be read.
     """
-    names = [each for each in relying(delivery.stage, delivery.source.components) if each not in _there(delivery.out)]
-    new = "base" if delivery.stage == "image" else delivery.stage
-    return f"{delivery.out} goes without {', '.join(names)}: trained on another {new}." if names else ""
+    names = [each for each in relying(target.stage, target.source.components) if each not in _there(target.out)]
+    new = STAGES[target.stage].trains
+    return f"{target.out} goes without {', '.join(names)}: trained on another {new}." if names else ""
 
 
-def delivered(delivery: Delivery) -> bool:
+def delivered(target: ExportTarget) -> bool:
     """Whether the bundle has what the stage trains, in whole files."""
-    found = [_there(delivery.out).get(name) for name in own(delivery.stage, delivery.choice)]
-    paths = {entry: delivery.out / entry.file for entry in found if entry is not None}
+    found = [_there(target.out).get(name) for name in own(target.stage, target.choice)]
+    paths = {entry: target.out / entry.file for entry in found if entry is not None}
     whole = [path.exists() and path.stat().st_size == entry.num_bytes for entry, path in paths.items()]
     return len(whole) == len(found) and all(whole)
 
@@ -129,11 +129,11 @@ def _there(out: Path) -> Mapping[str, Entry]:
     return Manifest.read(out).components if (out / MANIFEST).exists() else {}
 
 
-def deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
+def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
     """Put the trained components into the bundle, with what else it needs, and write its card.
 
     Args:
-        delivery: what goes where.
+        target: what goes where.
         trained: components by name; they are stored in float16.
         report: of the run, for the card.
 
@@ -141,25 +141,25 @@ def deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mappin
         ValueError: the bundle changed meanwhile and no longer fits.
         OSError: it cannot be written.
     """
-    delivery.out.mkdir(parents=True, exist_ok=True)
-    with turn_in(delivery.out):  # what is read here is changed by no other stage that ends now
-        _deliver(delivery, trained, report)
+    target.out.mkdir(parents=True, exist_ok=True)
+    with turn_in(target.out):  # what is read here is changed by no other stage that ends now
+        _deliver(target, trained, report)
 
 
-def _deliver(delivery: Delivery, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
-    out, source, stage = delivery.out, delivery.source, delivery.stage
+def _deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
+    out, source, stage = target.out, target.source, target.stage
     there, special = _there(out), f"{stage}_base"
     foreign = {special, *relying(stage, source.components)}
     lacking = [name for name in source.components if name not in there and name not in foreign]
     parts: dict[str, Any] = {name: source.component(name) for name in lacking}
-    if stage != "image" and delivery.choice.base == "frozen":
-        base = base_of(stage, delivery.choice, source)
+    if not STAGES[stage].is_base and target.choice.base == "frozen":
+        base = base_of(stage, target.choice, source)
         parts |= {} if base == "base" else {special: source.component(base)}  # inherited with the channel
-    parts |= {name: in_half(name, module, delivery.config) for name, module in trained.items()}
+    parts |= {name: in_half(name, module, target.config) for name, module in trained.items()}
     known = {} if source.folder is None else read_reports(source.folder)
     copied = {name: known[name] for name in lacking if name in known}
-    update_bundle(out, delivery.config, without={special} & there.keys() - parts.keys(), **parts)
-    write_card(out, copied | read_reports(out) | {own(stage, delivery.choice)[0]: report})
+    update_bundle(out, target.config, without={special} & there.keys() - parts.keys(), **parts)
+    write_card(out, copied | read_reports(out) | {own(stage, target.choice)[0]: report})
 
 
 def modules(
@@ -209,12 +209,12 @@ def export(
     require(step is None or not best, "got both --step and --best, expected one of them")
     checkpoints = Checkpoints(run / "checkpoints", keep=0)
     chosen = _choose(run, checkpoints, step, best)
-    delivery = Delivery(out, _source(run, identity, stage, choice), config, stage, choice)
-    check_target(delivery, overwrite)
-    if told := left_out(delivery):
+    target = ExportTarget(out, _source(run, identity, stage, choice), config, stage, choice)
+    check_target(target, overwrite)
+    if told := left_out(target):
         print(told, file=sys.stderr)
     weights = read_weights(checkpoints.path(chosen), averaged=identity["optimization"]["ema"] > 0)
-    deliver(delivery, modules(stage, choice, config, weights), report_of(RunFolder(run), chosen))
+    deliver(target, modules(stage, choice, config, weights), report_of(RunFolder(run), chosen))
     print(f"{out}: {stage} after {chosen:,} steps")
 
 
@@ -235,7 +235,7 @@ def _source(run: Path, identity: Mapping[str, Any], stage: StageName, choice: Ch
         source = CogVideo.from_pretrained((run / identity["from"]).resolve())
     except InputError as error:
         raise InputError(f"the bundle that the run started from cannot be used: {error}") from error
-    relies = ("text",) if stage == "image" or choice.base != "frozen" else ("text", base_of(stage, choice, source))
+    relies = ("text",) if STAGES[stage].is_base or choice.base != "frozen" else ("text", base_of(stage, choice, source))
     for name in relies:
         got, expected = source.sha256(name), identity["parents"].get(name)
         require(

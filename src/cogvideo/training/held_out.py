@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,8 @@ from cogvideo.data.clips import ClipSampling
 from cogvideo.data.loader import ClipSample, ClipStream
 from cogvideo.training.objectives.task import Measured
 from cogvideo.training.parallel import mean_over_ranks
-from cogvideo.training.step import Trainer, part_means, part_sums
+from cogvideo.training.session import Evaluation
+from cogvideo.training.step import Trainer, check_finite, part_means, part_sums
 
 ALL = "all"
 """Name of the figures of stages that have no frame rate."""
@@ -59,6 +60,24 @@ def _kinds(trained: ClipStream) -> list[tuple[str, ClipSampling]]:
     if plain.mode == "image":
         return [(ALL, plain)]
     return [(f"{rate:g} fps", replace(plain, fixed_rate=rate)) for rate in trained.rates]
+
+
+def judged(trainer: Trainer, entries: Sequence[HeldOut]) -> Callable[[int], Evaluation]:
+    """What judges a trainer after a step by such entries; it refuses a loss that is not finite."""
+
+    def judge(step: int) -> Evaluation:
+        held = measure(trainer, entries, trainer.micro_batch)
+        for name, row in held.items():
+            check_finite(row["loss"], f"the held-out loss ({name})", f"after step {step:,}")
+        losses = [f"{row['loss']:.4f}" if name == ALL else f"{name} {row['loss']:.4f}" for name, row in held.items()]
+        return Evaluation({"held_out": held}, f"held out {', '.join(losses)}" if losses else "", mean_loss(held))
+
+    return judge
+
+
+def mean_loss(held: Mapping[str, Mapping[str, float]]) -> float | None:
+    """What the best checkpoint is chosen by: the mean over the frame rates; None where nothing is held out."""
+    return sum(row["loss"] for row in held.values()) / len(held) if held else None
 
 
 @torch.no_grad()

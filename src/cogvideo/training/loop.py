@@ -1,160 +1,223 @@
-"""What every training loop needs around its steps: figures that are watched, a progress line, an orderly end."""
+"""The training loop: steps, figures, held-out losses, samples, checkpoints, and an orderly end.
+
+Batches are a function of the step, so a checkpoint is weights, optimizers and average alone.
+"""
 
 from __future__ import annotations
 
-import math
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
-
-import torch
-from jaxtyping import Float
-from torch import Tensor
+from typing import Any, NoReturn
 
 from cogvideo.config import InputError
-
-if TYPE_CHECKING:
-    import rich.console
-
-Measured = Mapping[str, Float[Tensor, ""]]
-
-MOVING_SECONDS, PLAIN_SECONDS = 0.25, 30.0
-"""Between two looks at the words of a moving line, and between two plain lines."""
+from cogvideo.devices import matrix_rate, peak_bytes, slowness
+from cogvideo.training.checkpoints import Checkpoints, DamagedError, restore, training_state
+from cogvideo.training.parallel import any_rank, is_first, largest
+from cogvideo.training.recorder import Recorder
+from cogvideo.training.session import Evaluation, Session
+from cogvideo.training.step import Trainer
 
 
-class Window:
-    """What the last steps measured, left on the device so that the host need not wait for it after each of them.
-
-    Args:
-        batch: samples of a step.
-        unit: what they are, for the speed.
-    """
-
-    def __init__(self, batch: int, unit: str = "images") -> None:
-        self._batch, self._unit = batch, unit
-        self._steps: list[Measured] = []
-        self._since = time.monotonic()
-
-    def add(self, measured: Measured) -> None:
-        """Figures of one step."""
-        self._steps.append(measured)
-
-    def row(self, done: int) -> dict[str, float]:
-        """Means of the steps, of which `done` are made in all; the next row begins anew.
-
-        Raises:
-            ValueError: a figure is not finite.
-        """
-        row = self.glance(done)
-        self._steps, self._since = [], time.monotonic()
-        return row
-
-    def glance(self, done: int) -> dict[str, float]:
-        """The row as it is so far, while it goes on.
-
-        Raises:
-            ValueError: a figure is not finite.
-        """
-        values = means(self._steps, done - len(self._steps) + 1)
-        seconds = max(time.monotonic() - self._since, 1e-9)
-        return {"step": done, **values, f"{self._unit}_per_second": round(len(self._steps) * self._batch / seconds, 1)}
-
-
-def means(steps: Sequence[Measured], first: int) -> dict[str, float]:
-    """Mean of each figure over the steps that have it; `first` is the number of the first step, for messages.
+def learn(session: Session) -> None:
+    """Make all steps that are left.
 
     Raises:
-        ValueError: a figure is not finite.
+        ValueError: a checkpoint cannot be used, or training diverged.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was written.
+        SystemExit: SIGTERM; a checkpoint was written.
     """
-    result = {}
-    for name in dict.fromkeys(name for step in steps for name in step):
-        numbers = [first + place for place, step in enumerate(steps) if name in step]
-        values = torch.stack([step[name] for step in steps if name in step]).tolist()
-        for number, value in zip(numbers, values, strict=True):
-            if not math.isfinite(value):
-                raise InputError(
-                    f"training diverged: {name} is {value} at step {number:,}; the last checkpoint is from before. "
-                    "Remove the run's folder and begin again with a smaller learning rate"
-                )
-        result[name] = sum(values) / len(values)
-    return result
+    trainer, logging, steps = session.trainer, session.logging, session.trainer.settings.steps
+    checkpoints = session.checkpoints()
+    first, seconds = _resume(session, checkpoints)
+    with _recorder(session, first) as record, interrupts() as interrupt:
+        _greet(session, first, record)
+        clock = Clock(trainer, seconds)
+        for done, batch in zip(range(first + 1, steps + 1), session.batches(first), strict=False):
+            trainer.step(done - 1, batch)
+            clock.step()
+            stops = any_rank(interrupt.is_set())
+            measures = done == steps or (done % logging.evaluate_every == 0 and not stops)
+            saves = stops or done == steps or done % logging.checkpoint_every == 0
+            if saves or measures or done % logging.report_every == 0:
+                with _published(checkpoints):
+                    _report(trainer, done, clock, record)
+                checkpoints.settle()
+            else:
+                record.advance(done)
+            paused = time.monotonic()
+            held_out = None
+            with _published(checkpoints):
+                if saves:
+                    trainer.check(done, batch)
+                if measures:
+                    held_out = session.evaluate(done)
+                    _record(held_out, done, record)
+            if saves:
+                state = _state(trainer, clock.seconds)
+                checkpoints.save(done, state, None if held_out is None else held_out.loss)
+            if session.has_sample(done) and not stops:
+                _sample(session, done, record)
+            if stops:
+                checkpoints.wait()
+                record.say(f"Stopped after step {done:,}; the same command continues.")
+                interrupt.leave()
+            clock.pause(time.monotonic() - paused)
+        checkpoints.wait()
 
 
-class ProgressLine:
-    """How far something is: a moving line on a terminal, else a plain one every so often. A context manager.
+def _recorder(session: Session, first: int) -> Recorder:
+    logging = session.logging
+    if is_first():
+        session.folder.forget_after(first)
+    return Recorder(
+        session.folder,
+        done=first,
+        steps=session.trainer.settings.steps,
+        settings=session.identity,
+        tensorboard=logging.tensorboard,
+        wandb=logging.wandb,
+        is_first=is_first(),
+    )
+
+
+def _greet(session: Session, first: int, record: Recorder) -> None:
+    """Say where the run stands, and draw the samples that a killed run owes."""
+    settings, device = session.trainer.settings, session.trainer.ranks.device
+    if first:
+        record.say(f"Continuing after step {first:,} of {settings.steps:,}.")
+    if first and session.has_sample(first) and session.preview is not None and session.preview.lacks(first):
+        _sample(session, first, record)
+    if slow := slowness(settings.dtype, device):
+        record.say(slow)
+
+
+def _resume(session: Session, checkpoints: Checkpoints) -> tuple[int, float]:
+    """Take up the newest checkpoint that is whole; returns how many steps were made, and in how many seconds.
+
+    Raises:
+        ValueError: there are some, and none is whole.
+        OSError: one cannot be read.
+    """
+    trainer, steps = session.trainer, checkpoints.steps()
+    for step in reversed(steps):
+        try:
+            loaded = checkpoints.load(step, _state(trainer, 0.0))
+        except DamagedError as error:
+            if step == steps[0]:
+                raise
+            if is_first():
+                print(f"{error.path} is damaged ({error.reason}): an earlier one is taken.", file=sys.stderr)
+            continue
+        restore(trainer.module, trainer.optimizers, loaded)
+        for damaged in steps[steps.index(step) + 1 :]:
+            checkpoints.set_aside(damaged)
+        return step, float(loaded["seconds"])
+    old = session.folder.old_checkpoint()
+    if old is None:
+        return 0, 0.0
+    trainer.objective.load_old(old.state, trainer.optimizers)
+    return old.step, 0.0
+
+
+def _state(trainer: Trainer, seconds: float) -> dict[str, Any]:
+    average = None if trainer.average is None else trainer.average.state
+    return training_state(trainer.module, trainer.optimizers, average) | {"seconds": seconds}
+
+
+@contextmanager
+def _published(checkpoints: Checkpoints) -> Iterator[None]:
+    """If training turns out to have diverged, which all ranks find alike, every checkpoint gets its name first: the one
+    that is being written is from before, and good."""
+    try:
+        yield
+    except InputError:
+        checkpoints.wait()
+        raise
+
+
+def _report(trainer: Trainer, done: int, clock: Clock, recorder: Recorder) -> None:
+    """Record the steps since the last report.
+
+    Raises:
+        ValueError: training diverged.
+    """
+    figures = trainer.figures(done)
+    row = {
+        "step": done,
+        "loss": figures.loss,
+        **figures.parts,
+        "learning_rate": trainer.settings.rate_at(done - 1),
+        "gradient_norm": figures.gradient_norm,
+    }
+    recorder.record(row | clock.row() | {"peak_bytes": largest(peak_bytes(trainer.ranks.device))})
+
+
+def _record(found: Evaluation, done: int, recorder: Recorder) -> None:
+    recorder.record({"step": done, **found.row}, found.told)
+
+
+def _sample(session: Session, done: int, recorder: Recorder) -> None:
+    assert session.preview is not None
+    sheet = session.preview(done)
+    if sheet is not None:
+        recorder.picture(done, sheet)
+
+
+class Clock:
+    """Time and work between reports.
 
     Args:
-        console: where it is shown.
-        done: steps that were made before.
-        total: of all steps.
-        unit: one step, in a word.
+        trainer: whose work it is.
+        seconds: that an earlier run took.
     """
 
-    def __init__(self, console: rich.console.Console, done: int, total: int, unit: str = "step") -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    def __init__(self, trainer: Trainer, seconds: float) -> None:
+        objective, ranks, settings = trainer.objective, trainer.ranks, trainer.settings
+        self._unit = objective.unit
+        self._work = settings.batch * objective.num_positions
+        self._flops = objective.flops()
+        self._rate = matrix_rate(ranks.device, settings.dtype) * ranks.world_size if self._flops else 0.0
+        self._began = time.monotonic() - seconds
+        self._last, self._steps = time.monotonic(), 0
 
-        self._console, self._unit, self.total = console, unit, total
-        self._first = done
-        self._since = self._shown = time.monotonic()
-        columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task("", total=total, completed=done, text="")
-        self._pause = MOVING_SECONDS if console.is_terminal else PLAIN_SECONDS
+    @property
+    def seconds(self) -> float:
+        """Seconds since the run began, without what a killed part lost."""
+        return time.monotonic() - self._began
 
-    def __enter__(self) -> ProgressLine:
-        """Steps are timed from here."""
-        self._since, self._shown = time.monotonic(), -PLAIN_SECONDS
-        self._bar.start()
-        return self
+    def step(self) -> None:
+        """Count a step."""
+        self._steps += 1
 
-    def __exit__(self, *_: object) -> None:
-        """The line stays where it is."""
-        self._bar.stop()
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was spent on other things than steps."""
+        self._last += seconds
 
-    def say(self, text: str) -> None:
-        """A line of its own."""
-        self._console.print(text, markup=False)
-
-    def advance(self, done: int, words: Callable[[], str]) -> None:
-        """Show how many steps are made, and words that are only asked for when they are shown."""
+    def row(self) -> dict[str, float]:
+        """Speed of the steps since the last call."""
         now = time.monotonic()
-        if now - self._shown < self._pause and done < self.total:
-            return
-        self._shown = now
-        text = f"{words()}  {self._remaining(done)}".strip()
-        self._bar.update(self._task, completed=done, total=self.total, text=text)
-        if not self._console.is_terminal:
-            self.say(f"{self._unit} {done:,} of {self.total:,}: {text}")
-
-    def _remaining(self, done: int) -> str:
-        """By the mean pace since the start, with all that is not steps."""
-        made, left = done - self._first, self.total - done
-        if made <= 0 or left <= 0:
-            return ""
-        return f"{_duration((time.monotonic() - self._since) / made * left)} left"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        rate = self._steps * self._work / max(now - self._last, 1e-9)
+        self._last, self._steps = now, 0
+        used = {"utilisation": round(rate * self._flops / self._rate, 4)} if self._flops else {}
+        return {f"{self._unit}_per_second": round(rate, 1), **used, "seconds": round(self.seconds, 1)}
 
 
 class Interrupt:
-    """Whether the run was asked to stop, and by what."""
+    """A request to stop the run: whether there is one, and by which signal."""
 
     def __init__(self) -> None:
         self._signal: int | None = None
 
     def set(self, number: int) -> None:
-        """A signal came."""
+        """Note a signal."""
         self._signal = number
 
     def is_set(self) -> bool:
-        """Whether one came."""
+        """Whether a signal came."""
         return self._signal is not None
 
     def leave(self) -> NoReturn:

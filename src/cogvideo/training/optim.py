@@ -22,31 +22,31 @@ LARGEST = 1e30
 
 @dataclass(frozen=True)
 class Optimization:
-    """What decides the weights, beside the data and the start."""
+    """Everything that decides the weights, apart from the data and the start."""
 
     steps: int = 1000
     """Updates of the weights."""
     batch: int = 16
     """Samples of a step, over all ranks."""
     learning_rate: float = 2e-4
-    """The highest of the run (paper: 2e-4)."""
+    """Highest learning rate of the run (paper: 2e-4)."""
     warmup: int = 100
-    """Steps over which the rate rises to it, in a straight line."""
+    """Steps over which the rate rises to its maximum, in a straight line."""
     final_rate: float = 0.1
-    """The rate at the end, as a share of the highest; between them it falls as half a cosine."""
+    """Rate at the end, as a share of the highest; between them it falls as half a cosine."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Optimizer of the blocks' matrices; all else has AdamW. Muon needs about half the steps for the same loss."""
     weight_decay: float = 0.01
-    """Of matrices; biases, norms and gates have none."""
+    """Weight decay of matrices; biases, norms and gates have none."""
     clip: float = 1.0
-    """Longest gradient, by its norm over all that is trained; longer ones are shortened."""
+    """Maximum gradient norm."""
     ema: float = 0.0
     """Share of the running average that a step keeps, such as 0.999; the average is what is measured and exported.
     0 for none."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; bfloat16 also stores frozen matrices in it. Trained weights are float32 in any case."""
+    """Precision of matrix products; bfloat16 also stores frozen matrices in it. Trained weights are always float32."""
     seed: int = 0
-    """Of the random start, of the order of samples and of what is drawn in them."""
+    """Seed of the random start, of the order of samples and of what is drawn in them."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "learning_rate", "clip"):

@@ -34,7 +34,6 @@ from torch.utils.checkpoint import checkpoint
 from cogvideo.config import require
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
-from cogvideo.training.objectives.task import Objective
 
 T = TypeVar("T")
 
@@ -52,9 +51,9 @@ class ParallelSettings:
     """How ranks share a model; torchrun says how many there are."""
 
     sharding: Literal["replicated", "sharded"] = "replicated"
-    """replicated: a whole model on each rank (DDP); sharded: each has a part of every block (FSDP2)."""
+    """Whole model on each rank (replicated, DDP), or a part of every block (sharded, FSDP2)."""
     tensor_parallel: int = 1
-    """Neighbouring ranks that share each matrix product and see the same samples."""
+    """Number of neighboring ranks that share each matrix product and see the same samples."""
 
     def __post_init__(self) -> None:
         require(self.tensor_parallel > 0, f"tensor_parallel is {self.tensor_parallel}, expected a positive number")
@@ -116,7 +115,7 @@ def process_group(device: torch.device, settings: ParallelSettings) -> Iterator[
 
 
 def distribute(
-    objective: Objective,
+    objective: nn.Module,
     settings: ParallelSettings,
     ranks: Ranks,
     *,
@@ -127,7 +126,7 @@ def distribute(
     """The objective, changed in place, and wrapped where ranks replicate it.
 
     Args:
-        objective: on the device of the rank; what has no gradient stays frozen.
+        objective: a model with its loss, on the device of the rank; what has no gradient stays frozen.
         settings: how ranks share it.
         ranks: who this process is.
         precision: bfloat16 gathers trained weights in it on GPUs; gradients are added up in float32.
@@ -137,10 +136,9 @@ def distribute(
     Raises:
         ValueError: a matrix cannot be cut into as many parts.
     """
-    blocks = list(_blocks(objective))
     if settings.tensor_parallel > 1:
         _share_products(objective, settings.tensor_parallel, ranks)
-    for block in blocks:
+    for block in _blocks(objective) if checkpointing or compile else ():
         if checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         if compile:
@@ -152,21 +150,20 @@ def distribute(
     if ranks.data_size == 1:
         return objective
     devices = [ranks.device] if ranks.device.type == "cuda" else None
-    # nothing reads the last low level of super-resolution, so where its base is trained, parts of that have no gradient
-    unused = isinstance(objective.model, Upscaler) and any(p.requires_grad for p in objective.model.base.parameters())
+    unused = bool(objective.has_unused_parameters)
     return DistributedDataParallel(
         objective, device_ids=devices, gradient_as_bucket_view=True, find_unused_parameters=unused
     )
 
 
-def _blocks(objective: Objective) -> Iterator[nn.Module]:
+def _blocks(objective: nn.Module) -> Iterator[nn.Module]:
     """What is called once a layer, and calls all else of it."""
     model = objective.model
     assert isinstance(model, Transformer | Upscaler)
     yield from model.channel.blocks if isinstance(model, Upscaler) else model.base.blocks
 
 
-def _share_products(objective: Objective, tensor: int, ranks: Ranks) -> None:
+def _share_products(objective: nn.Module, tensor: int, ranks: Ranks) -> None:
     assert ranks.mesh is not None
     for owner in objective.modules():
         layers = {name: style for name, style in SHARED_PRODUCTS.items() if hasattr(owner, name)}
@@ -179,7 +176,7 @@ def _share_products(objective: Objective, tensor: int, ranks: Ranks) -> None:
             parallelize_module(owner, ranks.mesh["tensor"], layers)
 
 
-def _sharded(objective: Objective, mesh: DeviceMesh, device: torch.device, precision: str) -> nn.Module:
+def _sharded(objective: nn.Module, mesh: DeviceMesh, device: torch.device, precision: str) -> nn.Module:
     """A unit a block and channel block; super-resolution calls a base block's parts one by one, so there the base
     belongs to the root, which is gathered during a step and a part on each rank between them.
 
@@ -273,6 +270,15 @@ def largest(value: int) -> int:
     return int(seen)
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, in the order of the ranks; each has equally many."""
+    if not dist.is_initialized():
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
 def mean_over_ranks(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The mean of what each rank has."""
     if not dist.is_initialized():
@@ -280,6 +286,11 @@ def mean_over_ranks(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     total = values.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def is_first() -> bool:
+    """Whether this is the rank that speaks and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def wait_for_all() -> None:

@@ -14,15 +14,13 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.data.loader import ClipStream
 from cogvideo.models.transformer import Base
 from cogvideo.training import samples
-from cogvideo.training.export import Delivery, modules
+from cogvideo.training.export import ExportTarget, modules
 from cogvideo.training.parallel import any_rank, full_state
-from cogvideo.training.start import base_of, own
+from cogvideo.training.stages import STAGES, base_of, own
 from cogvideo.training.step import Trainer
 
 SHOWN = 4
 """Clips of a contact sheet."""
-PROMPTED = ("image", "sequential")
-"""Stages that need no more than a prompt."""
 
 
 class Preview:
@@ -40,14 +38,14 @@ class Preview:
     """
 
     def __init__(
-        self, delivery: Delivery, trainer: Trainer, stream: ClipStream, prompts: Sequence[str], folder: Path
+        self, delivery: ExportTarget, trainer: Trainer, stream: ClipStream, prompts: Sequence[str], folder: Path
     ) -> None:
         self.delivery = delivery
         self.trainer = trainer
         self.folder = folder
         clips = [stream[place] for place in range(min(SHOWN, len(stream)))]
         self.examples = samples.from_clips(clips)
-        if prompts and delivery.stage in PROMPTED:
+        if prompts and STAGES[delivery.stage].is_prompted:
             self.examples = samples.from_prompts(prompts)
             for prompt in prompts:
                 delivery.source.text.encode_image_caption(prompt)  # else refused after the steps to the first sheet

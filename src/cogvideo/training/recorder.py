@@ -1,29 +1,33 @@
-"""Where the figures of a run go: metrics.jsonl, a progress line, and TensorBoard or Weights & Biases where asked for.
-
-Also what utilisation is made of: the machine's measured matrix rate, and the work of a position.
-"""
+"""Where the figures of a run go: metrics.jsonl, a progress line, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
 from cogvideo.config import InputError
 from cogvideo.files import write_text
-from cogvideo.models.transformer import Transformer
-from cogvideo.models.upscaler import Upscaler
 from cogvideo.runs import RunFolder
-from cogvideo.training.loop import ProgressLine
 
 if TYPE_CHECKING:
     import rich.console
+
+MOVING_SECONDS, PLAIN_SECONDS = 0.25, 30.0
+"""Seconds between two updates of a moving line, and between two plain lines."""
+
+
+def standard_error() -> rich.console.Console:
+    """Console for messages and progress."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Recorder:
@@ -60,7 +64,7 @@ class Recorder:
     ) -> None:
         self.folder = folder
         self._is_first = is_first
-        self._line = ProgressLine(console or _standard_error(), done, steps)
+        self._line = ProgressLine(console or standard_error(), done, steps)
         self._words = ""
         self._trackers: list[_TensorBoard | _Wandb] = []
         if is_first and tensorboard:
@@ -84,8 +88,12 @@ class Recorder:
         if self._is_first:
             self._line.advance(done, lambda: self._words)
 
-    def record(self, row: Mapping[str, Any]) -> None:
-        """A row of training, or of held-out losses.
+    def record(self, row: Mapping[str, Any], told: str = "") -> None:
+        """Record a row of training, or what was measured on held-out samples.
+
+        Args:
+            row: figures; it names the step.
+            told: the figures in words, for a line of their own. The progress line shows rows without such words.
 
         Raises:
             OSError: it cannot be written.
@@ -93,18 +101,14 @@ class Recorder:
         if not self._is_first:
             return
         self.folder.report(row)
-        self._show(row)
+        if told:
+            self.say(f"step {row['step']:,}: {told}")
+        elif "learning_rate" in row:
+            self._words = _words(row)
+            self.advance(row["step"])
         figures = dict(_figures(row))
         for tracker in self._trackers:
             tracker.add(row["step"], figures)
-
-    def _show(self, row: Mapping[str, Any]) -> None:
-        """Held-out losses are told on a line of their own."""
-        if "held_out" not in row:
-            self._words = _words(row)
-            self.advance(row["step"])
-        elif told := _held_out(row["held_out"]):
-            self.say(f"step {row['step']:,}: held out {told}")
 
     def say(self, text: str) -> None:
         """A line above the progress line."""
@@ -131,28 +135,77 @@ def _tag(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name)
 
 
-def _standard_error() -> rich.console.Console:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, soft_wrap=True)
-
-
 def _words(row: Mapping[str, Any]) -> str:
-    """Those of the figures that a person watches, as far as the row has them."""
+    """Figures that a person watches, as far as the row has them."""
     words = []
     if "loss" in row:
         words.append(f"loss {row['loss']:.4f}")
-    if "tokens_per_second" in row:
-        words.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if "psnr" in row:
+        words.append(f"PSNR {row['psnr']:.1f} dB")
+    words += [f"{row[name]:,.0f} {name.partition('_')[0]}/s" for name in row if name.endswith("_per_second")]
     if "utilisation" in row:
         words.append(f"utilisation {row['utilisation']:.1%}")
     return "  ".join(words)
 
 
-def _held_out(entries: Mapping[str, Mapping[str, float]]) -> str:
-    """The losses by name, the part of all without one."""
-    losses = {name: figures["loss"] for name, figures in entries.items() if "loss" in figures}
-    return ", ".join(f"{loss:.4f}" if name == "all" else f"{name} {loss:.4f}" for name, loss in losses.items())
+class ProgressLine:
+    """How far something is: a moving line on a terminal, else a plain one every so often. A context manager.
+
+    Args:
+        console: where it is shown.
+        done: steps that were made before.
+        total: of all steps.
+        unit: one step, in a word.
+    """
+
+    def __init__(self, console: rich.console.Console, done: int, total: int, unit: str = "step") -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._console, self._unit, self.total = console, unit, total
+        self._first = done
+        self._since = self._shown = time.monotonic()
+        columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=total, completed=done, text="")
+        self._pause = MOVING_SECONDS if console.is_terminal else PLAIN_SECONDS
+
+    def __enter__(self) -> ProgressLine:
+        """Steps are timed from here."""
+        self._since, self._shown = time.monotonic(), -PLAIN_SECONDS
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The line stays where it is."""
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress line."""
+        self._console.print(text, markup=False)
+
+    def advance(self, done: int, words: Callable[[], str]) -> None:
+        """Show how many steps are made, and words that are only asked for when they are shown."""
+        now = time.monotonic()
+        if now - self._shown < self._pause and done < self.total:
+            return
+        self._shown = now
+        text = f"{words()}  {self._remaining(done)}".strip()
+        self._bar.update(self._task, completed=done, total=self.total, text=text)
+        if not self._console.is_terminal:
+            self.say(f"{self._unit} {done:,} of {self.total:,}: {text}")
+
+    def _remaining(self, done: int) -> str:
+        """By the mean pace since the start, with all that is not steps."""
+        made, left = done - self._first, self.total - done
+        if made <= 0 or left <= 0:
+            return ""
+        return f"{_duration((time.monotonic() - self._since) / made * left)} left"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class _TensorBoard:
@@ -218,42 +271,3 @@ class _Wandb:
 
 def _lacking(package: str, extra: str) -> str:
     return f"the package {package} is missing: pip install 'cogvideo[{extra}]', or leave --{package} out"
-
-
-def flops_a_position(model: nn.Module) -> float:
-    """Floating-point operations of a training step for each position that goes through the model, by convention.
-
-    6 for each trained parameter and 4 for each frozen one of the matrices that a position goes through: two in the
-    forward pass, two for the gradient of what comes in, two for that of the weights. Counted are the linear layers and
-    the code head, the latter at every position; not counted are embedding lookups, biases, norms and the products of
-    attention's scores. Recomputing activations counts nothing more: utilisation is of work that is needed.
-
-    Positions of super-resolution differ, and the result is their mean. Text and low codes go through the base's blocks
-    alone; if those are frozen nothing before them learns, and they cost 2 a parameter. High slots go through their own
-    attention, the base's feed-forward layers and the code head.
-
-    Args:
-        model: `Transformer` or `Upscaler`, before or after it was sharded.
-    """
-    if isinstance(model, Upscaler):
-        layout = model.channel.layout
-        low, high = layout.text_slots + layout.low_slots, layout.high_slots
-        base = _work(model.base.blocks, 2)
-        own = _work(model.channel.blocks) + _work(model.base.blocks, among="mlp") + _head(model)
-        return (low * base + high * own) / (low + high)
-    assert isinstance(model, Transformer)
-    added = 0 if model.channel is None else _work(model.channel.blocks)
-    return float(_work(model.base.blocks) + added + _head(model))
-
-
-def _work(blocks: nn.Module, frozen: int = 4, among: str = "") -> int:
-    """Of the linear layers whose name starts with `among`."""
-    layers = ((name.rpartition(".")[2], each) for name, each in blocks.named_modules() if isinstance(each, nn.Linear))
-    weights = [each.weight for name, each in layers if name.startswith(among)]
-    return sum((6 if weight.requires_grad else frozen) * weight.numel() for weight in weights)
-
-
-def _head(model: Transformer | Upscaler) -> int:
-    """Of the product with the code rows of the word embedding."""
-    config = model.base.config
-    return (6 if model.base.words.weight.requires_grad else 4) * config.hidden * config.num_codes

@@ -32,7 +32,7 @@ from cogvideo.models.autoencoder import to_pixels
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.text import PaddedText, fit, pad_left
-from cogvideo.training.start import StageName
+from cogvideo.training.stages import StageName
 
 PLAIN = Settings(guidance=Guidance(1.0, 1.0, 1.0, text_bonus=0.0), passes=Passes(parallel_frames=True))
 """The distribution that is learnt, without guidance: a young model's unconditional text says nothing yet."""

@@ -1,109 +1,245 @@
-"""`cogvideo train image|sequential|interpolation|superres`: what each learns and where it starts."""
+"""The table of stages, and where a stage starts from: what it inherits, what is random, trained or frozen.
+
+| stage | trained | starts from |
+|---|---|---|
+| image | the base | random weights |
+| sequential | its channel | the base's attention and positions (paper section 3.2) |
+| interpolation | its channel | that of the sequential stage (spec section 1) |
+| superres | its channel | the base's attention, and the positions of the low codes |
+
+All else is a variant for comparison, which `Choice` says.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Literal
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
-from cogvideo.config import CogVideoConfig
+import torch
+from torch import Tensor, nn
+
+from cogvideo.bundle.format import MODULES
+from cogvideo.bundle.model import CogVideo
+from cogvideo.config import CogVideoConfig, StageConfig, require
+from cogvideo.data.clips import Mode
 from cogvideo.layout import SequenceLayout, UpscaleLayout
-from cogvideo.text import TextTokenizer
-from cogvideo.training.launch import Options, Plan, train
-from cogvideo.training.objectives.image import ImageMixture, ImageTask
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
+from cogvideo.models.upscaler import UpscaleChannel, Upscaler, inherit_upscaler
+from cogvideo.training.objectives.image import ImageTask
 from cogvideo.training.objectives.superres import SuperresTask
 from cogvideo.training.objectives.task import Task
 from cogvideo.training.objectives.video import VideoTask
-from cogvideo.training.start import BaseChoice, Choice
 
-DURATIONS = (4.0, 2.0, 1.0, 0.5)
-"""Seconds from the first to the last of five frames, at 1, 2, 4 and 8 a second."""
+StageName = Literal["image", "sequential", "interpolation", "superres"]
+BaseChoice = Literal["frozen", "trained", "random"]
+StartChoice = Literal["inherit", "sequential", "random", "continue"]
 
 
-def image(
-    run: Options,
-    mixture: ImageMixture = ImageMixture(),  # noqa: B008  # frozen
-    durations: tuple[float, ...] = DURATIONS,
-    start: Literal["random", "continue"] = "random",
-) -> None:
-    """Train the image model on single frames of clips and on images: text to image, image to text, text alone.
+class Stage(NamedTuple):
+    """A row of the table."""
 
-    Half of the frames are the first of their clips, which is what the image model draws of a video. The others are
-    later ones, with the text that the video stages give them: so these find what they need in the frozen base.
+    trains: str
+    """The component that it adds."""
+    parents: tuple[str, ...]
+    """Components that are made before, and that it is trained on or starts from."""
+    mode: Mode
+    """How clips become its samples."""
+    layout: Callable[[CogVideoConfig], SequenceLayout | UpscaleLayout]
+    """Its sequence."""
+    task: Callable[..., Task]
+    """What it learns, made from its layout, the text tokenizer and settings of its own."""
+    is_prompted: bool = False
+    """Whether its samples need nothing but a prompt."""
+    has_high_codes: bool = False
+    """Whether it learns codes of super-resolution."""
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it trains the base, which all others share."""
+        return self.trains == "base"
+
+
+STAGES: dict[StageName, Stage] = {
+    "image": Stage(
+        trains="base",
+        parents=(),
+        mode="image",
+        layout=lambda config: SequenceLayout.text_to_image(config.layout),
+        task=ImageTask,
+        is_prompted=True,
+    ),
+    "sequential": Stage(
+        trains="sequential",
+        parents=("base",),
+        mode="sequential",
+        layout=lambda config: SequenceLayout.sequential(config.layout),
+        task=VideoTask,
+        is_prompted=True,
+    ),
+    "interpolation": Stage(
+        trains="interpolation",
+        parents=("base", "sequential"),
+        mode="interpolation",
+        layout=lambda config: SequenceLayout.interpolation(config.layout),
+        task=VideoTask,
+    ),
+    "superres": Stage(
+        trains="superres",
+        parents=("base",),
+        mode="image",
+        layout=lambda config: UpscaleLayout.of(config.layout, config.upscaler),
+        task=SuperresTask,
+        has_high_codes=True,
+    ),
+}
+"""In the order in which a bundle gets them."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a stage begins with."""
+
+    start: StartChoice
+    """Start of what the stage adds. inherit: from the base; sequential: from that stage's channel; random; continue:
+    from what the bundle has for this stage."""
+    base: BaseChoice = "frozen"
+    """frozen; trained too (full fine-tuning); random: trained from random weights, as the paper's ablation."""
+    window: int | None = None
+    """Side of the temporal windows in place of the configuration's; 0 is full attention."""
+
+
+def configured(config: CogVideoConfig, stage: StageName, choice: Choice) -> CogVideoConfig:
+    """The configuration with the stage's window in place.
+
+    Raises:
+        ValueError: the grid cannot be cut into such windows.
+    """
+    if choice.window is None:
+        return config
+    changes: dict[str, Any] = {stage: StageConfig(choice.window)}
+    return replace(config, **changes)
+
+
+def parents(stage: StageName, choice: Choice, source: CogVideo) -> tuple[str, ...]:
+    """Components that the start is made from, except the stage's own.
+
+    Raises:
+        ValueError: the bundle lacks one.
+    """
+    names = [] if STAGES[stage].is_base or choice.base == "random" else [base_of(stage, choice, source)]
+    if choice.start == "sequential":
+        names.append("sequential")
+    there = ", ".join(source.components) or "nothing"
+    for name in (*names, *continued(stage, choice)):
+        known = name in source.components
+        require(known, f"the bundle to start from has no {name}, it has: {there}; {_advice(name)}")
+    return tuple(names)
+
+
+def own(stage: StageName, choice: Choice) -> tuple[str, ...]:
+    """Components that the stage trains."""
+    trains = STAGES[stage].trains
+    return (trains,) if choice.base == "frozen" else (trains, f"{stage}_base")
+
+
+def base_of(stage: StageName, choice: Choice, source: CogVideo) -> str:
+    """The component that the stage's base is read from."""
+    parent = "sequential" if choice.start == "sequential" else stage
+    special = f"{parent}_base"
+    return special if choice.start in ("sequential", "continue") and special in source.components else "base"
+
+
+def relying(stage: StageName, components: Collection[str]) -> tuple[str, ...]:
+    """Those of the components that were trained on what a stage replaces, or that belong to such a stage.
+
+    A stage with a base of its own does not rely on the shared one.
+    """
+    names = []
+    for follower, row in STAGES.items():
+        special = f"{follower}_base"
+        if STAGES[stage].trains not in row.parents or (STAGES[stage].is_base and special in components):
+            continue
+        names += [each for each in (row.trains, special) if each in components]
+    return tuple(names)
+
+
+def continued(stage: StageName, choice: Choice) -> tuple[str, ...]:
+    """Components of the stage's own that it begins with."""
+    return (STAGES[stage].trains,) if choice.start == "continue" else ()
+
+
+def _advice(name: str) -> str:
+    made_by = {row.trains: stage for stage, row in STAGES.items()}
+    stage = made_by.get(name.removesuffix("_base"))
+    return f"`cogvideo train {stage}` makes it" if stage else "expected a bundle with it"
+
+
+def build(
+    stage: StageName, choice: Choice, source: CogVideo, config: CogVideoConfig, dtype: torch.dtype, seed: int
+) -> Transformer | Upscaler:
+    """The model of a stage at its start, on the CPU: what is trained in float32, frozen matrices in `dtype`.
 
     Args:
-        run: what all stages have.
-        mixture: shares of the tasks.
-        durations: seconds in the text of later frames, one of these each: those of the key frames and of the rounds.
-            With no number, all frames are alike and have the text of images.
-        start: random weights, or the base that the bundle has.
+        stage: which one.
+        choice: what it begins with.
+        source: has its `parents`.
+        config: sizes.
+        dtype: of frozen matrices; frozen vectors are float32.
+        seed: of what is random.
     """
-
-    def task(config: CogVideoConfig, text: TextTokenizer) -> Task:
-        return ImageTask(SequenceLayout.text_to_image(config.layout), text, mixture)
-
-    frames = {"durations": durations}
-    train(Plan("image", Choice(start), "image", task, asdict(mixture) | frames, frames), run)
-
-
-def sequential(
-    run: Options,
-    start: Literal["inherit", "random", "continue"] = "inherit",
-    base: BaseChoice = "frozen",
-    window: int | None = None,
-) -> None:
-    """Train key frames: a temporal channel on the frozen image model, at the lowest frame rate that a clip fills.
-
-    Args:
-        run: what all stages have.
-        start: of the channel: the base's attention (inherit), random weights, or what the bundle has (continue).
-        base: frozen, trained too, or trained from random weights; for comparison.
-        window: side of the temporal windows in codes, 0 for full attention; the configuration's unless given.
-    """
-
-    def task(config: CogVideoConfig, text: TextTokenizer) -> Task:
-        return VideoTask(SequenceLayout.sequential(config.layout), text)
-
-    train(Plan("sequential", Choice(start, base, window), "sequential", task), run)
+    generator = torch.Generator().manual_seed(seed)
+    base = _base(stage, choice, source, config, dtype, generator)
+    if STAGES[stage].is_base:
+        return Transformer(base)
+    channel = MODULES[stage](config)
+    if choice.start == "random":
+        initialize(channel, config.transformer.num_layers, generator)
+    elif choice.start != "inherit":
+        _copy(source.component(stage if choice.start == "continue" else "sequential"), channel)
+    if isinstance(channel, UpscaleChannel):
+        if choice.start == "inherit":
+            inherit_upscaler(channel, base)
+        return Upscaler(base, channel)
+    assert isinstance(channel, TemporalChannel)
+    if choice.start == "inherit":
+        inherit(channel, base, generator)
+    return Transformer(base, channel)
 
 
-def interpolation(
-    run: Options,
-    start: Literal["sequential", "inherit", "random", "continue"] = "sequential",
-    base: BaseChoice = "frozen",
-    window: int | None = None,
-) -> None:
-    """Train frames between frames: a temporal channel that sees given frames whole, at the faster frame rates.
-
-    Args:
-        run: what all stages have.
-        start: of the channel: that of key frames (sequential), the base's attention (inherit), random weights, or what
-            the bundle has (continue).
-        base: frozen, trained too, or trained from random weights; for comparison.
-        window: side of the temporal windows in codes, 0 for full attention; the configuration's unless given.
-    """
-
-    def task(config: CogVideoConfig, text: TextTokenizer) -> Task:
-        return VideoTask(SequenceLayout.interpolation(config.layout), text)
-
-    train(Plan("interpolation", Choice(start, base, window), "interpolation", task), run)
+def _base(
+    stage: StageName,
+    choice: Choice,
+    source: CogVideo,
+    config: CogVideoConfig,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> Base:
+    base = Base(config.transformer)
+    if choice.base == "random" or (STAGES[stage].is_base and choice.start == "random"):
+        initialize(base, config.transformer.num_layers, generator)
+        return base
+    stored = source.component(base_of(stage, choice, source))
+    if STAGES[stage].is_base or choice.base == "trained":
+        _copy(stored, base)
+        return base
+    return _frozen(stored, config, dtype)
 
 
-def superres(
-    run: Options,
-    corruption: float = 0.05,
-    start: Literal["inherit", "random", "continue"] = "inherit",
-    base: BaseChoice = "frozen",
-) -> None:
-    """Train super-resolution: codes of a frame to those of the same frame at a larger size, all in one pass.
+@torch.no_grad()
+def _copy(stored: object, module: nn.Module) -> None:
+    assert isinstance(stored, nn.Module)
+    module.load_state_dict(stored.state_dict())
 
-    Args:
-        run: what all stages have.
-        corruption: share of the low codes that is replaced by random ones, since generated codes have faults.
-        start: of the added attention: the base's (inherit), random weights, or what the bundle has (continue).
-        base: frozen, trained too, or trained from random weights; for comparison.
-    """
 
-    def task(config: CogVideoConfig, text: TextTokenizer) -> Task:
-        return SuperresTask(UpscaleLayout.of(config.layout, config.upscaler), text, corruption)
+def _frozen(stored: object, config: CogVideoConfig, dtype: torch.dtype) -> Base:
+    """The base without gradients; tensors that already have their type stay memory-mapped."""
+    assert isinstance(stored, Base)
+    with torch.device("meta"):
+        base = Base(config.transformer)
 
-    train(Plan("superres", Choice(start, base), "image", task, {"corruption": corruption}, {"high_codes": True}), run)
+    def converted(each: Tensor) -> Tensor:
+        return each.to(dtype if each.ndim > 1 else torch.float32)
+
+    base.load_state_dict({name: converted(each) for name, each in stored.state_dict().items()}, assign=True)
+    return base.requires_grad_(False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from cogvideo.config import InputError, require
 from cogvideo.training.objectives.task import Measured, Objective
-from cogvideo.training.optim import Average, Optimization, make_optimizers, trained
+from cogvideo.training.optim import Average, Optimization, trained
 from cogvideo.training.parallel import (
+    ALONE,
     ParallelSettings,
     Ranks,
     accumulating,
@@ -40,14 +42,14 @@ class Execution:
     """How a step is computed; it changes speed and memory, and results by no more than rounding."""
 
     micro_batch: int = 0
-    """Samples of one forward and backward pass; smaller ones need less memory. 0: all that a rank has of a batch."""
+    """Samples of one forward and backward pass; fewer need less memory. 0 for all that a rank has of a batch."""
     checkpointing: bool = False
     """Compute each block's activations again in the backward pass: far less memory, a third more work."""
     compile: bool = False
     """Compile each block with torch.compile; for GPUs."""
     num_workers: int | None = None
-    """Processes a rank that load samples ahead; 4 on a GPU, or fewer where a rank has fewer cores, and else 0, unless
-    given."""
+    """Processes of a rank that load samples ahead; unless given, 4 on a GPU, or fewer where a rank has fewer cores, and
+    else 0."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "num_workers"):
@@ -74,7 +76,7 @@ class Figures(NamedTuple):
 
 
 class Trainer:
-    """A stage in training.
+    """One step of training after another, whatever the objective.
 
     Args:
         objective: model and task, on the ranks' device; what has no gradient is frozen.
@@ -88,17 +90,18 @@ class Trainer:
         self,
         objective: Objective,
         settings: Optimization,
-        execution: Execution,
-        parallel: ParallelSettings,
-        ranks: Ranks,
+        execution: Execution = Execution(),  # frozen
+        parallel: ParallelSettings = ParallelSettings(),  # noqa: B008
+        ranks: Ranks = ALONE,
     ) -> None:
         whole = parallel.sharding == "replicated" and parallel.tensor_parallel == 1
         require(whole or settings.optimizer == "adamw", "muon needs whole matrices on every rank: use adamw here")
         self.objective = objective
         self.settings = settings
         self.ranks = ranks
-        self.share = settings.batch // ranks.data_size
-        self.micro_batch = min(execution.micro_batch or self.share, self.share)
+        share = settings.batch // ranks.data_size
+        self.micro_batch = min(execution.micro_batch or share, share)
+        self._pass = execution.micro_batch or sys.maxsize
         self.module = distribute(
             objective,
             parallel,
@@ -107,7 +110,7 @@ class Trainer:
             checkpointing=execution.checkpointing,
             compile=execution.compile,
         )
-        self.optimizers = make_optimizers(objective, settings)
+        self.optimizers = objective.optimizers(settings)
         self.average = Average(objective, settings.ema) if settings.ema > 0 else None
         self._steps: list[Tensor] = []
 
@@ -118,19 +121,21 @@ class Trainer:
             number: how many steps were made before.
             batch: this rank's share.
         """
-        pieces = list(cut(batch, self.micro_batch))
+        self.objective.begin(number)
+        pieces = list(cut(batch, self._pass))
         measured = []
         for piece in pieces:
             with accumulating(self.module, piece is pieces[-1]):
                 figures = self.measure(piece)
-                (figures.loss.sum() / self.share).backward()  # type: ignore[no-untyped-call]
+                num_losses = len(figures.loss) * _length(batch) / _length(piece)  # of the share
+                (figures.loss.sum() / num_losses).backward()  # type: ignore[no-untyped-call]
                 measured.append(Measured(figures.loss.detach(), figures.parts))
-        norm = clip_gradients(trained(self.objective), self.settings.clip)
+        norm = clip_gradients(self.objective.clipped(), self.settings.clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.settings.rate_at(number)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.objective.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(number + 1)
         self._steps.append(_row(measured, norm))
@@ -183,7 +188,7 @@ class Trainer:
             for name, value in (("the loss", loss), ("the norm of the gradient", norm)):
                 check_finite(value, name, f"at step {number:,}")
         columns = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        return Figures(columns[0], part_means(self.objective.task.parts, columns[2:]), columns[1])
+        return Figures(columns[0], part_means(self.objective.parts, columns[2:]), columns[1])
 
 
 def check_finite(value: float, name: str, when: str) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from rich.console import Console
 
 from cogvideo import config
@@ -21,28 +22,28 @@ from cogvideo.data import frame_store
 from cogvideo.data.frame_store import FrameStore, Reading, StoreSettings
 from cogvideo.data.prepare import NO_SPLIT
 from cogvideo.data.sources import SourceOptions
-from cogvideo.devices import slowness, usable
+from cogvideo.devices import usable
 from cogvideo.evaluation.networks.cache import fetched
-from cogvideo.files import alone_in
 from cogvideo.media.images import contact_sheet, evenly, write_image
-from cogvideo.media.metrics import WINDOW
+from cogvideo.media.metrics import WINDOW, code_usage, count_codes, perplexity, psnr, ssim
 from cogvideo.models.adversary import PatchDiscriminator
-from cogvideo.models.autoencoder import reconstruct
+from cogvideo.models.autoencoder import Autoencoder, reconstruct, to_frames
 from cogvideo.models.perceptual import NETWORKS, Lpips, load_lpips
 from cogvideo.models.quantizer import cluster_codes
-from cogvideo.runs import TYPED, Checkpoint, RunFolder
-from cogvideo.training.autoencoder import Quality, TokenizerSettings, Trainer, evaluate, generator
+from cogvideo.runs import TYPED, RunFolder
 from cogvideo.training.card import read_reports
-from cogvideo.training.loop import ProgressLine, Window, interrupts
+from cogvideo.training.loop import learn
+from cogvideo.training.objectives.task import generator
+from cogvideo.training.objectives.tokenizer import FrameStream, TokenizerObjective, TokenizerSettings
+from cogvideo.training.parallel import ParallelSettings, is_first, process_group, wait_for_all
+from cogvideo.training.recorder import ProgressLine, standard_error
+from cogvideo.training.session import Evaluation, LoggingConfig, Session, claimed
+from cogvideo.training.step import Trainer
 
 RUN = ".tokenizer-run"
 """Folder of the run inside that of the bundle."""
-REPORT_EVERY = 50
-"""Steps of one line of `metrics.jsonl`."""
 SHOWN = 12
 """Frames of a contact sheet."""
-LOSSES = ("pixels", "edges", "perceptual", "commitment", "adversary")
-"""What the autoencoder minimises."""
 
 
 def tokenizer(
@@ -59,15 +60,15 @@ def tokenizer(
     vgg: Path | None = None,
     lpips: Path | None = None,
     device: str = "auto",
-    evaluate_every: int = 1000,
-    checkpoint_every: int = 500,
+    logging: LoggingConfig = LoggingConfig(evaluate_every=1000),  # noqa: B008
     overwrite: bool = False,
     recipe: Path | None = None,  # read by the command line
 ) -> None:
     """Train the image tokenizer on frames of clips. Killed and called again, it continues.
 
     The folder `.tokenizer-run` inside OUT has metrics.jsonl, contact sheets from before and after (frames above their
-    reconstructions) and at the end report.json. The bundle gets the tokenizer and clusters of its codes.
+    reconstructions) and at the end report.json. The bundle gets the tokenizer and clusters of its codes. Ranks that
+    torchrun starts share each batch.
 
     Args:
         sources: one or several: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic clips.
@@ -82,8 +83,7 @@ def tokenizer(
         vgg: torchvision's weights of VGG-16, for LPIPS from files.
         lpips: LPIPS's heads for VGG (version 0.1).
         device: cpu, cuda, cuda:0, or auto.
-        evaluate_every: steps between measurements on the frames held out.
-        checkpoint_every: steps between checkpoints, which is what is lost when a run is killed.
+        logging: what the run reports and keeps.
         overwrite: replace the tokenizer that the bundle has; models that learnt its codes cannot use another.
         recipe: a TOML file with a table for this command: options as they stand here. Those given here win.
 
@@ -92,31 +92,42 @@ def tokenizer(
         OSError: something cannot be written.
     """
     require(len(sources) > 0, "there is no source, expected one or several, such as a folder of videos or world:2000")
-    for name, value in {"evaluate_every": evaluate_every, "checkpoint_every": checkpoint_every}.items():
-        require(value > 0, f"{name} is {value}, expected a positive number of steps")
-    place, console = usable(device), Console(stderr=True, highlight=False, soft_wrap=True)
-    if slow := slowness(getattr(torch, settings.precision), place):
-        console.print(slow)
-    initial = None if init is None else _initial(init)
-    whole = _config(out, preset, overwrite, initial)
-    settings = settings if initial is None else replace(settings, plain_steps=0)
-    frames, options = _complete(frames, options, settings, whole)
-    weights = _lpips_files(perceptual, vgg, lpips)
-    model = _lpips(weights, console)
-    folder = RunFolder(out / RUN)
-    with alone_in(folder.path):
-        identity = _identity(sources, whole, settings, frames, options, initial, weights)
-        folder.claim(identity, {TYPED: init})
-        if folder.summary is None:
-            store = _fetch(folder, sources, options, frames, settings, place, console)
-            known = None if initial is None else initial.autoencoder
-            trainer = Trainer(whole.autoencoder, settings, frames.clips.seed, model, place, known)
-            _learn(trainer, store, folder, evaluate_every, checkpoint_every, console)
-            _deliver(trainer, store, folder, out, whole)
-            frame_store.remove(folder.path)
-    assert folder.summary is not None
-    quality = Quality(**folder.summary["held_out"])
-    print(f"{out}: image tokenizer after {settings.steps:,} steps: {_words(quality)}; {folder.path / 'after.png'}")
+    with process_group(usable(device), ParallelSettings()) as ranks:
+        initial = None if init is None else _initial(init)
+        whole = _config(out, preset, overwrite, initial)
+        settings = settings if initial is None else replace(settings, plain_steps=0)
+        frames, options = _complete(frames, options, settings, whole)
+        weights = _lpips_files(perceptual, vgg, lpips)
+        network = _lpips(weights)
+        folder = RunFolder(out / RUN)
+        identity = {
+            "init": None if initial is None else initial.sha256("image_tokenizer"),
+            "sources": sources,
+            "autoencoder": asdict(whole.autoencoder),
+            "settings": asdict(settings),
+            "frames": asdict(frames),
+            "options": asdict(options),
+            "lpips": [Entry.of(path).sha256 for path in weights],
+        }
+        with claimed(folder, identity, {TYPED: init}) as is_open:
+            if is_open:
+                store = _fetch(folder, sources, options, frames, settings.batch, ranks.device)
+                seed = frames.clips.seed
+                stream = FrameStream(store.train, settings.batch, seed, ranks)
+                known = None if initial is None else initial.autoencoder
+                objective = TokenizerObjective(whole.autoencoder, settings, seed, stream, network, ranks.device, known)
+                trainer = Trainer(objective, settings.optimization, ranks=ranks)
+                session = Session(folder, trainer, stream.after, logging, _judge(objective, store, settings), identity)
+                before = folder.path / "before.png"
+                if is_first() and not before.exists():
+                    _write_sheet(objective.model, store, before)
+                learn(session)
+                if is_first():
+                    _deliver(objective, store, folder, out, whole)
+    if is_first():
+        assert folder.summary is not None
+        quality = Quality(**folder.summary["held_out"])
+        print(f"{out}: image tokenizer after {settings.steps:,} steps: {quality}; {folder.path / 'after.png'}")
 
 
 def _initial(init: str) -> CogVideo:
@@ -190,38 +201,17 @@ def _lpips_files(name: str | None, vgg: Path | None, heads: Path | None) -> tupl
     return (fetched("lpips-vgg"),)
 
 
-def _lpips(files: tuple[Path, ...], console: Console) -> Lpips | None:
+def _lpips(files: tuple[Path, ...]) -> Lpips | None:
     """LPIPS if it has weights; says what is used."""
-    if not files:
-        console.print(
-            "No LPIPS weights are given (--perceptual lpips): differences of pixels at several sizes and of edges "
+    model = load_lpips(*files) if files else None
+    if is_first():
+        standard_error().print(
+            f"The perceptual distance is LPIPS with the weights {' and '.join(map(str, files))}."
+            if files
+            else "No LPIPS weights are given (--perceptual lpips): differences of pixels at several sizes and of edges "
             "stand for the perceptual distance."
         )
-        return None
-    model = load_lpips(*files)
-    console.print(f"The perceptual distance is LPIPS with the weights {' and '.join(map(str, files))}.")
     return model
-
-
-def _identity(
-    sources: tuple[str, ...],
-    whole: CogVideoConfig,
-    settings: TokenizerSettings,
-    frames: StoreSettings,
-    options: SourceOptions,
-    initial: CogVideo | None,
-    weights: tuple[Path, ...],
-) -> dict[str, Any]:
-    """All that decides the weights, except what the sources hold."""
-    return {
-        "init": None if initial is None else initial.sha256("image_tokenizer"),
-        "sources": sources,
-        "autoencoder": asdict(whole.autoencoder),
-        "settings": asdict(settings),
-        "frames": asdict(frames),
-        "options": asdict(options),
-        "lpips": [Entry.of(path).sha256 for path in weights],
-    }
 
 
 def _fetch(
@@ -229,18 +219,27 @@ def _fetch(
     sources: tuple[str, ...],
     options: SourceOptions,
     frames: StoreSettings,
-    settings: TokenizerSettings,
-    place: torch.device,
-    console: Console,
+    batch: int,
+    device: torch.device,
 ) -> FrameStore:
-    with ProgressLine(console, 0, 1, "clip") as line:
+    """The frames, which the first rank reads."""
+    readers = (os.cpu_count() or 1) if device.type == "cuda" else 0  # a GPU waits for them meanwhile
+    if is_first():
+        console = standard_error()
+        with ProgressLine(console, 0, 1, "clip") as line:
 
-        def show(reading: Reading) -> None:
-            line.total = reading.total
-            line.advance(reading.clips, lambda: f"{reading.frames:,} frames")
+            def show(reading: Reading) -> None:
+                line.total = reading.total
+                line.advance(reading.clips, lambda: f"{reading.frames:,} frames")
 
-        readers = (os.cpu_count() or 1) if place.type == "cuda" else 0  # a GPU waits for them meanwhile
-        store = frame_store.fetch(folder.path, sources, options, frames, show, readers)
+            store = frame_store.fetch(folder.path, sources, options, frames, show, readers)
+        _say_frames(store, batch, console)
+    wait_for_all()
+    return frame_store.fetch(folder.path, sources, options, frames)
+
+
+def _say_frames(store: FrameStore, batch: int, console: Console) -> None:
+    """Say how many frames there are, and what may surprise."""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(store.rejected.items())) or "none"
     console.print(
         f"{len(store.train):,} frames to learn from and {len(store.held_out):,} held out, of {store.clips:,} clips; "
@@ -250,91 +249,81 @@ def _fetch(
         console.print("No clip could be held out: all figures are those of frames that are learnt from.")
     elif not store.has_split:
         console.print(f"The sources have no split but train ({NO_SPLIT}): some of their clips are held out here.")
-    if settings.batch > len(store.train):
-        console.print(f"A batch of {settings.batch:,} is larger than the {len(store.train):,} frames: it repeats them.")
-    return store
+    if batch > len(store.train):
+        console.print(f"A batch of {batch:,} is larger than the {len(store.train):,} frames: it repeats them.")
 
 
-def _learn(
-    trainer: Trainer,
-    store: FrameStore,
-    folder: RunFolder,
-    evaluate_every: int,
-    checkpoint_every: int,
-    console: Console,
-) -> None:
-    """All steps that are left."""
-    steps = trainer.settings.steps
-    first = folder.resume(trainer.load_state_dict, steps, console)
-    if first == 0:
-        _write_sheet(trainer, store, folder.path / "before.png")
-    window = Window(trainer.settings.batch)
-    with ProgressLine(console, first, steps) as line, interrupts() as interrupt:
-        for done in range(first + 1, steps + 1):
-            if trainer.starts_codebook and done == trainer.settings.codes_from + 1:
-                console.print(f"Step {done:,}: the codebook starts, by k-means; this takes a while.")
-            window.add(trainer.step(done - 1, store.train))
-            line.advance(done, lambda done=done: _shown(window.glance(done)))  # type: ignore[misc]
-            saves = done % checkpoint_every == 0 or done == steps or interrupt.is_set()
-            if saves or done % REPORT_EVERY == 0:
-                row = window.row(done)
-                folder.report(row | {"psnr": _decibel(row), "learning_rate": trainer.settings.rate_at(done - 1)})
-            if saves:
-                folder.save(Checkpoint(done, trainer.state_dict()))
-            if interrupt.is_set():
-                console.print(f"Stopped after step {done:,}; the same command continues.")
-                interrupt.leave()
-            if done % evaluate_every == 0 and done < steps:
-                quality = _measure(trainer, store)
-                folder.report({"step": done, "held_out": quality._asdict()})
-                console.print(f"step {done:,}: {_words(quality)}")
+def _judge(
+    objective: TokenizerObjective, store: FrameStore, settings: TokenizerSettings
+) -> Callable[[int], Evaluation]:
+    def judge(step: int) -> Evaluation:
+        quality = evaluate(objective.model, store.held_out, settings.batch)
+        return Evaluation({"held_out": quality._asdict()}, str(quality))
+
+    return judge
 
 
-def _shown(row: dict[str, float]) -> str:
-    """A line beside the bar."""
-    loss = sum(row.get(name, 0.0) for name in LOSSES)
-    return f"loss {loss:.4f}  PSNR {_decibel(row):.1f} dB  {row['images_per_second']:.0f} images/s"
-
-
-def _decibel(row: dict[str, float]) -> float:
-    return -10 * math.log10(max(row["squared_error"], 1e-10))
-
-
-def _measure(trainer: Trainer, store: FrameStore) -> Quality:
-    return evaluate(trainer.autoencoder, store.held_out, trainer.settings.batch, trainer.device)
-
-
-def _words(quality: Quality) -> str:
-    return (
-        f"PSNR {quality.psnr:.2f} dB, SSIM {quality.ssim:.3f}, {quality.code_usage:.1%} of the codes used, "
-        f"perplexity {quality.perplexity:,.0f}"
-    )
-
-
-def _write_sheet(trainer: Trainer, store: FrameStore, path: Path) -> None:
+def _write_sheet(autoencoder: Autoencoder, store: FrameStore, path: Path) -> None:
     """Frames that were held out, above their reconstructions."""
     frames = np.array(store.held_out[evenly(len(store.held_out), SHOWN)])
-    rows = [frames, reconstruct(trainer.autoencoder, frames)]
-    write_image(path, contact_sheet(rows, columns=len(frames)))
+    write_image(path, contact_sheet([frames, reconstruct(autoencoder, frames)], columns=len(frames)))
 
 
-def _deliver(trainer: Trainer, store: FrameStore, folder: RunFolder, out: Path, whole: CogVideoConfig) -> None:
-    """The last figures, and the tokenizer in the bundle; the report goes last, as a sign that all is there."""
-    quality = _measure(trainer, store)
-    _write_sheet(trainer, store, folder.path / "after.png")
-    autoencoder = in_half("image_tokenizer", trainer.autoencoder, whole)
+def _deliver(
+    objective: TokenizerObjective, store: FrameStore, folder: RunFolder, out: Path, whole: CogVideoConfig
+) -> None:
+    """Put the tokenizer into the bundle; the report goes last, as a sign that all is there."""
+    _write_sheet(objective.model, store, folder.path / "after.png")
+    autoencoder = in_half("image_tokenizer", objective.model, whole)
     rows = autoencoder.state_dict()["codebook.embedding"].float()
     num_clusters = max(1, len(rows) // CODES_PER_CLUSTER)
-    labels = cluster_codes(rows, num_clusters, generator(trainer.seed, "clusters"))
+    labels = cluster_codes(rows, num_clusters, generator(objective.seed, "clusters"))
     update_bundle(out, whole, image_tokenizer=autoencoder, cluster_labels=labels)
+    measured = [row["held_out"] for row in folder.rows() if "held_out" in row]
     folder.finish(
         {
-            "steps": trainer.settings.steps,
-            "held_out": quality._asdict(),
+            "steps": objective.settings.steps,
+            "held_out": measured[-1],
             "clusters": num_clusters,
             "frames": {"train": len(store.train), "held_out": len(store.held_out)},
             "clips": store.clips,
             "rejected": store.rejected,
-            "perceptual": "pyramid and edges" if trainer.lpips is None else "pyramid, edges and LPIPS",
+            "perceptual": "pyramid and edges" if objective.lpips is None else "pyramid, edges and LPIPS",
         }
     )
+    frame_store.remove(folder.path)
+
+
+class Quality(NamedTuple):
+    """How well frames survive being codes."""
+
+    psnr: float
+    """Mean of the frames, dB."""
+    ssim: float
+    """Mean of the frames."""
+    code_usage: float
+    """Share of the codes that occur."""
+    perplexity: float
+    """Codes that would be as even."""
+
+    def __str__(self) -> str:
+        return (
+            f"PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.3f}, {self.code_usage:.1%} of the codes used, "
+            f"perplexity {self.perplexity:,.0f}"
+        )
+
+
+@torch.inference_mode()
+def evaluate(autoencoder: Autoencoder, pixels: UInt8[np.ndarray, "_ size size 3"], batch: int) -> Quality:
+    """Quality of the frames' reconstructions, which are clamped to what can be shown."""
+    device = autoencoder.codebook.embedding.device
+    counts = torch.zeros(autoencoder.config.num_codes, dtype=torch.int64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for start in range(0, len(pixels), batch):
+        frames = to_frames(torch.from_numpy(np.array(pixels[start : start + batch])).to(device))
+        codes = autoencoder.encode(frames)
+        made = autoencoder.decode(codes).clamp(0, 1)
+        counts += count_codes(codes, len(counts))
+        sums += torch.stack([psnr(made, frames).sum(), ssim(made, frames).sum()])
+    means = (sums / len(pixels)).tolist()
+    return Quality(means[0], means[1], code_usage(counts), perplexity(counts))

@@ -6,6 +6,8 @@ the gradients of its pieces still add up to that of the whole.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cogvideo.data.loader import ClipSample
+from cogvideo.models.upscaler import Upscaler
+from cogvideo.planning.work import flops_a_position
+from cogvideo.training.optim import Optimization, make_optimizers, trained
 
 
 class Measured(NamedTuple):
@@ -54,14 +59,65 @@ class Objective(nn.Module):
         task: what it learns.
     """
 
-    def __init__(self, model: nn.Module, task: Task) -> None:
+    unit = "tokens"
+    """Name of what the speed counts: the positions of a sample."""
+
+    def __init__(self, model: nn.Module, task: Any) -> None:
         super().__init__()
         self.model = model
         self.task = task
 
     def forward(self, batch: Any) -> Measured:
         """The losses of a batch."""
-        return self.task.losses(self.model, batch)
+        measured: Measured = self.task.losses(self.model, batch)
+        return measured
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the columns of `Measured.parts`."""
+        return tuple(self.task.parts)
+
+    @property
+    def num_positions(self) -> int:
+        """Number of `unit` in a sample."""
+        return int(self.task.num_positions)
+
+    @property
+    def has_unused_parameters(self) -> bool:
+        """Whether a step leaves some trained parameters without a gradient.
+
+        Nothing reads the last low level of super-resolution, so parts of its base have none where that is trained.
+        """
+        return isinstance(self.model, Upscaler) and any(each.requires_grad for each in self.model.base.parameters())
+
+    def flops(self) -> float:
+        """Floating-point operations of a training step for each position; 0 where they are not known."""
+        return flops_a_position(self.model)
+
+    def begin(self, step: int) -> None:
+        """Prepare for a step, counted from 0."""
+
+    def optimizers(self, settings: Optimization) -> list[torch.optim.Optimizer]:
+        """Optimizers that share what is trained."""
+        return make_optimizers(self, settings)
+
+    def clipped(self) -> list[nn.Parameter]:
+        """Parameters whose gradient is clipped, by its norm over all of them."""
+        return trained(self)
+
+    def load_old(self, state: dict[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Take up the state of a run that began when its objective had a checkpoint format of its own."""
+        raise NotImplementedError
+
+
+def generator(seed: int, *purpose: str | int, device: torch.device | None = None) -> torch.Generator:
+    """Random numbers for one purpose, the same whenever they are drawn."""
+    return torch.Generator(device or "cpu").manual_seed(key(seed, *purpose))
+
+
+def key(*parts: str | int) -> int:
+    """A seed that follows from numbers and words."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
 
 
 def cross_entropy(

@@ -11,7 +11,7 @@ import torch
 from cogvideo.bundle.model import CogVideo
 from cogvideo.models.transformer import Base, TemporalChannel, initialize
 from cogvideo.models.upscaler import Upscaler
-from cogvideo.training.start import Choice, StageName, base_of, build, configured, own, parents
+from cogvideo.training.stages import Choice, StageName, base_of, build, configured, own, parents
 from workshop import make_bundle
 
 

@@ -1,0 +1,217 @@
+"""What the World reader learns: attributes of clips that are drawn on the fly, and shapes from single frames first.
+
+Unlike models, which learn from the split `train`, the reader learns from all splits: it must read held-out pairs as
+well as others. What it never sees are clips numbered below `attributes.READER_LEARNS`. Shapes are learnt last, and from
+single frames in a tenth of the time: the first steps have stills of one figure alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from cogvideo import world
+from cogvideo.config import require
+from cogvideo.evaluation.attributes import READER_LEARNS
+from cogvideo.evaluation.reader import ATTRIBUTES, LABELS, SIZE, Reader, ReaderConfig, labels, render, to_input
+from cogvideo.training.objectives.task import Measured, Objective, generator
+from cogvideo.training.optim import Optimization, groups_by_decay, has_fused, trained
+
+STILLS = 100_000_000
+"""First number of the clips that stills are taken from."""
+STILL_FROM, STILL_TO = 1.0, 2.0
+"""Seconds between which figures are in the picture, or mostly."""
+SHIFT, BRIGHTNESS, TINT, NOISE = 3, 0.08, 0.03, 0.04
+"""Largest changes of a clip: pixels, relative brightness of all and of one colour, deviation of noise."""
+BETAS = (0.9, 0.98)
+"""Decay rates of AdamW's averages."""
+
+
+@dataclass(frozen=True)
+class ReaderSettings:
+    """What decides the weights of the reader."""
+
+    steps: int = 5000
+    """Steps, each on clips that no step before it had."""
+    batch: int = 16
+    """Clips a step."""
+    still_steps: int = 1500
+    """Number of first steps that have single frames in place of clips."""
+    stills: int = 64
+    """Frames of such a step."""
+    learning_rate: float = 2e-3
+    """Largest learning rate of AdamW."""
+    warmup: int = 200
+    """Steps in which the learning rate rises to its maximum; then it falls to zero along half a cosine."""
+    weight_decay: float = 0.05
+    """Weight decay of AdamW."""
+    largest_gradient: float = 1.0
+    """Maximum gradient norm."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the layers in a step (autocast)."""
+    seed: int = 0
+    """Seed of weights and augmentation."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "stills", "learning_rate", "largest_gradient"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("still_steps", "warmup", "weight_decay", "seed"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+
+    @property
+    def optimization(self) -> Optimization:
+        """The schedule of every training run, which falls to zero here."""
+        return Optimization(
+            steps=self.steps,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            final_rate=0.0,
+            weight_decay=self.weight_decay,
+            clip=self.largest_gradient,
+            precision=self.precision,
+            seed=self.seed,
+        )
+
+
+class ReaderBatch(NamedTuple):
+    """Clips, or stills as clips of one frame."""
+
+    pixels: Float[Tensor, "batch 3 frames 64 64"]
+    """What is seen, in [0, 1]."""
+    truth: Int64[Tensor, "batch attributes"]
+    """Places of what is true among the labels of each attribute."""
+
+
+class ReaderObjective(Objective):
+    """A reader that learns to read every attribute.
+
+    Args:
+        config: sizes.
+        settings: the recipe.
+        device: where it is.
+    """
+
+    unit = "clips"
+    model: Reader
+
+    def __init__(self, config: ReaderConfig, settings: ReaderSettings, device: torch.device) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            model = Reader(config).to(device)
+        super().__init__(model, None)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Shares that are read right."""
+        return ATTRIBUTES
+
+    @property
+    def num_positions(self) -> int:
+        """A sample is one clip."""
+        return 1
+
+    def flops(self) -> float:
+        """Operations are not counted."""
+        return 0.0
+
+    def optimizers(self, settings: Optimization) -> list[torch.optim.Optimizer]:
+        """AdamW with weight decay for matrices alone."""
+        groups, fused = groups_by_decay(trained(self), settings.weight_decay), has_fused(trained(self))
+        return [torch.optim.AdamW(groups, settings.learning_rate, betas=BETAS, fused=fused)]
+
+    def load_old(self, state: dict[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Take up a checkpoint.pt."""
+        self.model.load_state_dict(state["model"])
+        optimizers[0].load_state_dict(state["optimizer"])
+
+    def forward(self, batch: ReaderBatch) -> Measured:
+        """Cross entropy over all attributes that can be seen."""
+        is_still = batch.pixels.shape[2] == 1
+        scores = self.model.looks(batch.pixels) if is_still else self.model(batch.pixels)
+        truth = dict(zip(LABELS, batch.truth.unbind(1), strict=True))
+        losses = [F.cross_entropy(each.float(), truth[name], reduction="none") for name, each in scores.items()]
+        unseen = torch.full_like(losses[0], torch.nan)
+        right = [(scores[name].argmax(-1) == truth[name]).float() if name in scores else unseen for name in ATTRIBUTES]
+        return Measured(torch.stack(losses).sum(0), torch.stack(right, 1).detach())
+
+
+def batches(settings: ReaderSettings, step: int) -> Iterator[ReaderBatch]:
+    """What is learnt from when `step` steps are made."""
+    for number in count(step):
+        is_still = number < settings.still_steps
+        drawn = stills(number, settings.stills) if is_still else clips(number, settings.batch)
+        seen = augment(drawn.pixels, generator(settings.seed, "augment", number))
+        yield ReaderBatch(seen, torch.stack([*labels(drawn.scenes).values()], 1))
+
+
+class Drawn(NamedTuple):
+    """What a step learns from."""
+
+    scenes: list[world.Scene]
+    """What is true."""
+    pixels: UInt8[np.ndarray, "batch frames 64 64 3"]
+    """What is seen."""
+
+
+def clips(step: int, batch: int) -> Drawn:
+    """Those of a step: clips that no step before it had, none of those kept for tests."""
+    scenes = [world.scene(READER_LEARNS + number) for number in range(step * batch, (step + 1) * batch)]
+    return Drawn(scenes, np.stack([render(scene) for scene in scenes]))
+
+
+def stills(step: int, number: int) -> Drawn:
+    """Single frames of other clips, of one figure alone, since one frame does not tell which of two acts."""
+    begin = STILLS + step * number * 4  # two clips of three have one figure
+    alone = (scene for scene in world.scenes("all", begin) if not scene.other_object)
+    scenes = list(islice(alone, number))
+    moments = np.linspace(STILL_FROM, STILL_TO, number).tolist()
+    frames = [world.render(scene, SIZE, 1 / moment, 2)[1:] for scene, moment in zip(scenes, moments, strict=True)]
+    return Drawn(scenes, np.stack(frames))
+
+
+def augment(
+    clips: UInt8[np.ndarray, "batch frames size size 3"], generator: torch.Generator
+) -> Float[Tensor, "batch 3 frames size size"]:
+    """Clips as a tokenizer might give them back, all labels still true: no mirroring, no large change of a colour.
+
+    Each clip as a whole is shifted by up to 3 pixels, every second one blurred, its brightness and colours changed a
+    little; noise comes in squares of 2 x 2 pixels, new in every frame. The generator says where the result is.
+    """
+    device = generator.device
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(len(clips), *shape, 1, 1, 1, generator=generator, device=device)
+
+    pixels = to_input(_shifted(clips, generator), device)
+    pixels[::2] = torch.lerp(pixels[::2], _blurred(_blurred(pixels[::2])), uniform(0, 1, 1)[::2])
+    pixels = pixels * ((1 + uniform(-BRIGHTNESS, BRIGHTNESS, 1)) * (1 + uniform(-TINT, TINT, 3)))
+    cells = *pixels.shape[:3], pixels.shape[3] // 2, pixels.shape[4] // 2
+    noise = torch.randn(cells, generator=generator, device=device) * uniform(0, NOISE, 1)
+    return (pixels + noise.repeat_interleave(2, 3).repeat_interleave(2, 4)).clamp_(0, 1)
+
+
+def _shifted(
+    clips: UInt8[np.ndarray, "batch frames size size 3"], generator: torch.Generator
+) -> UInt8[np.ndarray, "batch frames size size 3"]:
+    """The outermost pixels are repeated where nothing is known."""
+    offsets = torch.randint(-SHIFT, SHIFT + 1, (len(clips), 2, 1), generator=generator, device=generator.device)
+    places = (offsets.cpu().numpy() + np.arange(clips.shape[2])).clip(0, clips.shape[2] - 1)
+    return np.stack([clip[:, rows][:, :, columns] for clip, (rows, columns) in zip(clips, places, strict=True)])
+
+
+def _blurred(pixels: Float[Tensor, "*planes rows columns"]) -> Float[Tensor, "*planes rows columns"]:
+    """Weights 1, 2, 1 across and down; the outermost pixels stay."""
+    made = pixels.clone()
+    made[..., 1:-1] += pixels[..., :-2].add(pixels[..., 2:]).sub_(pixels[..., 1:-1], alpha=2).mul_(0.25)
+    pixels = made.clone()
+    made[..., 1:-1, :] += pixels[..., :-2, :].add(pixels[..., 2:, :]).sub_(pixels[..., 1:-1, :], alpha=2).mul_(0.25)
+    return made

@@ -1,0 +1,422 @@
+"""What the image tokenizer learns: its settings, its losses, and the codebook that follows the encoder.
+
+The recipe is that of taming-transformers (arXiv 2012.09841) with a codebook of running averages (arXiv 1711.00937): the
+autoencoder minimises differences of pixels, a perceptual distance, the commitment to its codes and, later, what an
+adversary sees. Where LPIPS's weights are not given, pyramids and edges stand for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
+from typing import Any, Literal, NamedTuple, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+
+from cogvideo.config import AutoencoderConfig, require
+from cogvideo.models.adversary import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from cogvideo.models.autoencoder import Autoencoder, Decoder, to_frames
+from cogvideo.models.perceptual import Lpips, edge_distance, pyramid_distance
+from cogvideo.training.codebook import MovingCodebook, straight_through
+from cogvideo.training.objectives.task import Measured, Objective, generator, key
+from cogvideo.training.optim import Optimization, has_fused, trained
+from cogvideo.training.parallel import ALONE, Ranks, gathered, is_first
+
+M = TypeVar("M", bound=nn.Module)
+
+SMALLEST_MATRIX = 16
+"""Rows and columns of a kernel that Muon takes; smaller ones, of pixels, stay with Adam."""
+PARTS = ("pixels", "edges", "perceptual", "adversary", "commitment", "psnr", "discriminator", "restarted")
+"""Figures of a step: weighted losses, PSNR of the reconstructions, the adversary's own loss, restarted codes."""
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What decides the weights of a tokenizer, apart from its configuration and its frames."""
+
+    steps: int = 20_000
+    """Steps of the autoencoder."""
+    batch: int = 32
+    """Frames of a step, over all ranks."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """Optimizer of convolution kernels, which Muon takes as matrices; all else has Adam. Muon needs about a third of
+    the steps for the same loss, at some five times the learning rate."""
+    learning_rate: float = 5e-4
+    """Largest learning rate."""
+    warmup: int = 200
+    """Steps in which the learning rate rises to its maximum; then it falls to zero along half a cosine."""
+    largest_gradient: float = 1.0
+    """Maximum gradient norm of the autoencoder."""
+    commitment: float = 0.25
+    """Weight of the distance of the encoder's vectors from their codebook rows (beta of VQ-VAE)."""
+    codebook_decay: float = 0.95
+    """Share that the running averages of the codebook keep in a step. With 0.99 rows lag behind an encoder that begins
+    to use codes, and most die before they are restarted."""
+    restart_below: float = 0.1
+    """Share of an even use below which a code is dead, and starts again at one of the vectors."""
+    plain_steps: int | None = None
+    """Steps without codes, before the codebook starts at the k-means of the encoder's vectors; a quarter of the
+    steps, but at most 1,000, unless given."""
+    start_vectors: int = 16
+    """Vectors a code for that k-means."""
+    pyramid_levels: int = 3
+    """Sizes at which pixels are compared, each half the one before."""
+    edge_weight: float = 0.5
+    """Weight of differences between the edges; 0 leaves them out."""
+    perceptual_weight: float = 1.0
+    """Weight of LPIPS where its weights are given."""
+    adversary_weight: float = 0.1
+    """Share of the adversary's gradient in the last layer over that of the other differences; 0 leaves it out."""
+    adversary_start: int | None = None
+    """Step at which the adversary begins; half of the steps unless given."""
+    adversary_width: int = 32
+    """Channels of the adversary's first layer."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the layers in a step (autocast); losses, weights and codes are float32."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch",
+            "learning_rate",
+            "largest_gradient",
+            "start_vectors",
+            "pyramid_levels",
+            "adversary_width",
+        ):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+        for name in ("warmup", "commitment", "edge_weight", "perceptual_weight", "adversary_weight"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("plain_steps", "adversary_start"):
+            step = getattr(self, name)
+            require(step is None or step >= 0, f"{name} is {step}, expected 0 or more")
+        for name in ("codebook_decay", "restart_below"):
+            value = getattr(self, name)
+            require(0 < value < 1, f"{name} is {value}, expected a number between 0 and 1")
+        require(
+            self.codes_from < self.steps,
+            f"plain_steps is {self.plain_steps}, expected less than the {self.steps} steps: codes must be learnt",
+        )
+
+    @property
+    def optimization(self) -> Optimization:
+        """The schedule of every training run, which falls to zero here."""
+        return Optimization(
+            steps=self.steps,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            final_rate=0.0,
+            clip=self.largest_gradient,
+            precision=self.precision,
+        )
+
+    @property
+    def codes_from(self) -> int:
+        """First step with codes."""
+        return min(1000, self.steps // 4) if self.plain_steps is None else self.plain_steps
+
+    def has_adversary(self, step: int) -> bool:
+        """Whether there is one at a step."""
+        start = self.steps // 2 if self.adversary_start is None else self.adversary_start
+        return self.adversary_weight > 0 and step >= start
+
+
+class FrameBatch(NamedTuple):
+    """Frames to reconstruct."""
+
+    pixels: UInt8[Tensor, "batch size size 3"]
+    """Red, green and blue."""
+
+
+class FrameStream:
+    """Batches of frames as a function of the step: every frame once an epoch, in another order each time.
+
+    Args:
+        pixels: all frames to learn from.
+        batch: frames of a step, over all ranks.
+        seed: of the order.
+        ranks: which share of a batch is this process's: ranks have neighboring parts.
+
+    Raises:
+        ValueError: the batch cannot be shared among the ranks.
+    """
+
+    def __init__(self, pixels: UInt8[np.ndarray, "_ size size 3"], batch: int, seed: int, ranks: Ranks = ALONE) -> None:
+        divides = batch % ranks.data_size == 0
+        require(divides, f"batch is {batch}, expected a multiple of the {ranks.data_size} ranks that share it")
+        self.pixels, self.batch, self.seed = pixels, batch, seed
+        share = batch // ranks.data_size
+        self._part = slice(ranks.data_rank * share, (ranks.data_rank + 1) * share)
+
+    def __getitem__(self, step: int) -> FrameBatch:
+        """This rank's share of a step's batch."""
+        places = batch_places(step, self.batch, len(self.pixels), self.seed)[self._part]
+        return FrameBatch(torch.from_numpy(self.pixels[places.numpy()]))
+
+    def after(self, step: int) -> Iterator[FrameBatch]:
+        """The batches that follow when `step` steps are made."""
+        return (self[each] for each in count(step))
+
+
+class TokenizerObjective(Objective):
+    """An autoencoder with its adversary and the running averages of its codebook.
+
+    A step depends on the state, the settings and the number of the step alone. Where the autoencoder has several rates,
+    they take turns. The adversary's loss is part of the step's backward pass, and reaches nothing but the adversary.
+
+    Args:
+        config: sizes of the autoencoder.
+        settings: the recipe.
+        seed: of everything drawn at random.
+        stream: frames to learn from, which the codebook starts from too.
+        lpips: with weights, or None.
+        device: where everything is.
+        initial: weights and codebook to go on from, in place of random ones and k-means.
+    """
+
+    unit = "images"
+    model: Autoencoder
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        settings: TokenizerSettings,
+        seed: int,
+        stream: FrameStream,
+        lpips: Lpips | None = None,
+        device: torch.device = ALONE.device,
+        initial: Autoencoder | None = None,
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(seed, "weights"))
+            autoencoder = _placed(Autoencoder(config), device)
+            discriminator = _placed(PatchDiscriminator(settings.adversary_width), device)
+        if initial is not None:
+            autoencoder.load_state_dict(initial.state_dict())
+        super().__init__(autoencoder, None)
+        self.settings, self.seed, self.stream = settings, seed, stream
+        self.discriminator = discriminator
+        self.codebook = MovingCodebook(autoencoder.codebook, settings.codebook_decay, settings.restart_below)
+        self.lpips = None if lpips is None else lpips.to(device)
+        self.has_initial = initial is not None
+        self._step = 0
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Figures of a step."""
+        return PARTS
+
+    @property
+    def num_positions(self) -> int:
+        """A sample is one image."""
+        return 1
+
+    @property
+    def has_unused_parameters(self) -> bool:
+        """Rates take turns, and the adversary begins late."""
+        return True
+
+    def flops(self) -> float:
+        """Operations are not counted."""
+        return 0.0
+
+    def clipped(self) -> list[nn.Parameter]:
+        """The autoencoder's parameters."""
+        return trained(self.model)
+
+    def optimizers(self, settings: Optimization) -> list[torch.optim.Optimizer]:
+        """Adam; Muon for convolution kernels if it is chosen; Adam of the adversary."""
+        kernels = [each for each in trained(self.model) if self.settings.optimizer == "muon" and _is_kernel(each)]
+        known = set(map(id, kernels))
+        rest = [each for each in trained(self.model) if id(each) not in known]
+        judges = trained(self.discriminator)
+        muon = [self._muon(kernels)] if kernels else []
+        return [
+            torch.optim.Adam(rest, betas=(0.9, 0.99), fused=has_fused(rest)),
+            *muon,
+            torch.optim.Adam(judges, betas=(0.5, 0.9), fused=has_fused(judges)),
+        ]
+
+    def _muon(self, kernels: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """Muon of kernels as matrices of outputs by inputs, which share the kernels' memory."""
+        self.matrices = nn.ParameterList(_matrix(each.detach(), like=each) for each in kernels)
+        muon = torch.optim.Muon(self.matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+        def take_gradients(*_: Any) -> None:
+            for kernel, matrix in zip(kernels, self.matrices, strict=True):
+                if kernel.grad is not None:
+                    matrix.grad = _matrix(kernel.grad, like=kernel)
+
+        muon.register_step_pre_hook(take_gradients)
+        return muon
+
+    def load_old(self, state: dict[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Take up a checkpoint.pt."""
+        self.model.load_state_dict(state["autoencoder"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.codebook.counts.copy_(state["codebook"]["counts"])
+        self.codebook.sums.copy_(state["codebook"]["sums"])
+        adam = {name: each for name, each in state["optimizer"].items() if name != "muon"}
+        muon = state["optimizer"].get("muon", [])  # older ones are of Adam alone
+        for optimizer, each in zip(optimizers, [adam, *muon, state["adversary_optimizer"]], strict=True):
+            optimizer.load_state_dict(each)
+
+    def begin(self, step: int) -> None:
+        """Note the number of the step, and start the codebook at the first one with codes."""
+        self._step = step
+        if step == self.settings.codes_from and not self.has_initial:
+            if is_first():
+                said = f"Step {step + 1:,}: the codebook starts, by k-means; this takes a while."
+                print(said, file=sys.stderr)
+            self._start_codebook()
+
+    @torch.no_grad()
+    def _start_codebook(self) -> None:
+        """K-means of the vectors of the coming batches."""
+        device = self.model.codebook.embedding.device
+        needed = self.settings.start_vectors * len(self.codebook.counts)
+        vectors: list[Tensor] = []
+        while sum(map(len, vectors)) < needed:
+            pixels = self.stream[self._step + len(vectors)].pixels.to(device, non_blocking=True)
+            found = self._pass(to_frames(pixels), self.model.config.rate, is_quantized=False)
+            vectors.append(gathered(found.vectors))
+        by = generator(self.seed, "k-means", device=device)
+        self.codebook.start(torch.cat(vectors), per_step=len(vectors[0]), generator=by)
+
+    def forward(self, batch: FrameBatch) -> Measured:
+        """The loss of a batch as a whole; while training, the codebook moves along."""
+        with torch.autocast(batch.pixels.device.type, enabled=False):
+            return self._losses(to_frames(batch.pixels))
+
+    def _losses(self, frames: Float[Tensor, "batch 3 size size"]) -> Measured:
+        settings, step = self.settings, self._step
+        rates = self.model.config.rates
+        rate = rates[step % len(rates)]
+        is_quantized = step >= settings.codes_from
+        has_adversary = self.training and settings.has_adversary(step)
+        made, vectors, codes, commitment = self._pass(frames, rate, is_quantized)
+        losses = self._image_losses(made, frames)
+        if has_adversary:
+            losses["adversary"] = self._adversary_loss(made, torch.stack([*losses.values()]).sum(), rate)
+        if is_quantized:
+            losses["commitment"] = settings.commitment * commitment
+        loss = torch.stack([*losses.values()]).sum()
+        squared_error = F.mse_loss(made.detach().clamp(0, 1), frames)
+        figures = {"psnr": -10 * squared_error.clamp(min=1e-10).log10()}
+        if has_adversary:
+            figures["discriminator"] = self._discriminator_loss(made.detach(), frames)
+            loss = loss + (figures["discriminator"] - figures["discriminator"].detach())  # a gradient, and no value
+        if is_quantized and self.training:
+            figures["restarted"] = self._move_codebook(vectors, codes)
+        parts = losses | figures
+        nothing = loss.new_full((), torch.nan)
+        return Measured(loss[None], torch.stack([parts.get(name, nothing).detach().float() for name in PARTS])[None])
+
+    def _half(self) -> AbstractContextManager[Any]:
+        enabled = self.settings.precision == "bfloat16"
+        return torch.autocast(self.model.codebook.embedding.device.type, torch.bfloat16, enabled=enabled)
+
+    def _pass(self, frames: Float[Tensor, "batch 3 size size"], rate: int, is_quantized: bool) -> _Pass:
+        """Frames through the encoder, the codebook and a decoder; the codes are left out if not `is_quantized`."""
+        with self._half():
+            features = self.model.features(frames, rate).float()
+            vectors = rearrange(features.detach(), "batch embedding rows columns -> (batch rows columns) embedding")
+            codes = self.model.codebook.nearest(vectors)
+            chosen = F.embedding(codes, self.model.codebook.embedding)
+            chosen = chosen.view(len(features), *features.shape[2:], -1).permute(0, 3, 1, 2)
+            inner = straight_through(features, chosen) if is_quantized else features
+            made = self.model.render(inner, rate).float()
+        return _Pass(made, vectors, codes, F.mse_loss(features, chosen))
+
+    def _image_losses(
+        self, made: Float[Tensor, "batch 3 size size"], frames: Float[Tensor, "batch 3 size size"]
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The weighted differences of reconstructions from frames."""
+        settings = self.settings
+        losses = {"pixels": pyramid_distance(made, frames, settings.pyramid_levels)}
+        if settings.edge_weight > 0:
+            losses["edges"] = settings.edge_weight * edge_distance(made, frames)
+        if self.lpips is not None and settings.perceptual_weight > 0:
+            with self._half():
+                losses["perceptual"] = settings.perceptual_weight * self.lpips(made, frames).mean()
+        return losses
+
+    def _adversary_loss(
+        self, made: Float[Tensor, "batch 3 size size"], image_loss: Float[Tensor, ""], rate: int
+    ) -> Float[Tensor, ""]:
+        """What the adversary sees, with a gradient for the autoencoder alone."""
+        fixed = {name: each.detach() for name, each in self.discriminator.named_parameters()}
+        with self._half():
+            loss = generator_loss(torch.func.functional_call(self.discriminator, fixed, (made,)).float())
+        last = cast(Decoder, self.model.decoders[self.model.config.rates.index(rate)]).conv_out.weight
+        return self.settings.adversary_weight * adaptive_weight(image_loss, loss, last) * loss
+
+    def _discriminator_loss(
+        self, made: Float[Tensor, "batch 3 size size"], frames: Float[Tensor, "batch 3 size size"]
+    ) -> Float[Tensor, ""]:
+        with self._half():
+            return discriminator_loss(self.discriminator(frames).float(), self.discriminator(made).float())
+
+    @torch.no_grad()
+    def _move_codebook(self, vectors: Float[Tensor, "many dim"], codes: Int64[Tensor, " many"]) -> Int64[Tensor, ""]:
+        """Follow the vectors of all ranks; returns how many codes were restarted."""
+        vectors, codes = gathered(vectors), gathered(codes)
+        if self.has_initial and self._step == self.settings.codes_from:
+            self.codebook.take_up(len(vectors))
+        return self.codebook.update(vectors, codes, generator(self.seed, "codes", self._step))
+
+
+class _Pass(NamedTuple):
+    """What a step sees."""
+
+    made: Float[Tensor, "batch 3 size size"]
+    """Reconstructions."""
+    vectors: Float[Tensor, "many embedding"]
+    """Of the encoder, without a gradient."""
+    codes: Int64[Tensor, " many"]
+    """Nearest rows."""
+    commitment: Float[Tensor, ""]
+    """Mean squared distance of the vectors from their rows."""
+
+
+def _is_kernel(parameter: nn.Parameter) -> bool:
+    """Whether it is worth being taken as a matrix."""
+    return parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) >= SMALLEST_MATRIX
+
+
+def _matrix(kernel: Tensor, like: Tensor) -> Tensor:
+    """A kernel, or its gradient, as outputs by inputs: a view of what has the memory format of `like`."""
+    return kernel.flatten(1) if like.is_contiguous() else kernel.permute(0, 2, 3, 1).flatten(1)
+
+
+def _placed(module: M, device: torch.device) -> M:
+    """On a GPU with the channels of a pixel side by side, which its convolutions are faster with; a CPU's norms not."""
+    module = module.to(device)
+    return cast(M, cast(Any, module).to(memory_format=torch.channels_last)) if device.type == "cuda" else module
+
+
+def batch_places(step: int, batch: int, num_frames: int, seed: int) -> Int64[Tensor, " batch"]:
+    """Which frames a step learns from: every frame once an epoch, in another order each time."""
+    places = torch.arange(step * batch, (step + 1) * batch)
+    epochs = places // num_frames
+    return torch.cat(
+        [
+            _order(num_frames, seed, epoch)[places[epochs == epoch] % num_frames]
+            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+        ]
+    )
+
+
+@lru_cache(maxsize=2)
+def _order(num_frames: int, seed: int, epoch: int) -> Int64[Tensor, " frames"]:
+    return torch.randperm(num_frames, generator=generator(seed, "order", epoch))
