@@ -25,10 +25,10 @@ TYPED = "typed"
 
 
 class Checkpoint(NamedTuple):
-    """Where a run stands."""
+    """Position of a run."""
 
     step: int
-    """How many steps were made."""
+    """Number of steps made."""
     state: dict[str, Any]
     """All that the next one depends on: tables of tensors and numbers."""
 
@@ -70,7 +70,7 @@ class RunFolder:
         return self._identity.exists()
 
     def changes(self, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})) -> str:
-        """How a run differs from the one that began here, in words; empty if it does not, or none began.
+        """Differences of a run from the one that began here, in words; empty if there are none, or none began.
 
         Raises:
             ValueError: the identity of that one cannot be read.
@@ -83,7 +83,7 @@ class RunFolder:
         return "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
 
     def set_aside(self) -> Path:
-        """Make room for another run: the folder gets a number behind its name, which is returned, and a new one begins.
+        """Make room for another run: the folder gets a numbered name, which is returned, and a new one is made.
 
         Raises:
             OSError: it cannot be renamed.
@@ -123,7 +123,7 @@ class RunFolder:
             raise OSError(error.errno, error.strerror, str(self._metrics)) from error
 
     def forget_after(self, step: int) -> None:
-        """Drop lines that a killed run reported behind its last checkpoint, which are made again."""
+        """Drop the lines that a killed run reported after its last checkpoint; they are made again."""
         if self._metrics.exists():
             kept = [row for row in self.rows() if row["step"] <= step]
             write_text(self._metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
@@ -146,7 +146,7 @@ class RunFolder:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What `describe` wrote, if it did.
+        """Facts that `describe` wrote, if it did.
 
         Raises:
             ValueError: it is damaged.
@@ -155,7 +155,7 @@ class RunFolder:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What `finish` wrote; None while the run is not over.
+        """Summary that `finish` wrote; None while the run is not over.
 
         Raises:
             ValueError: it is damaged.
@@ -181,7 +181,7 @@ class RunFolder:
 
 
 def _plain(values: Any) -> Any:
-    """As JSON gives it back."""
+    """Values as JSON gives them back."""
     return json.loads(json.dumps(values))
 
 
@@ -207,7 +207,7 @@ def _naming(path: Path) -> Iterator[None]:
 def _changes(
     there: Any, here: Any, typed: tuple[Any, Any], name: str = "", ignored: Collection[str] = ()
 ) -> Iterator[str]:
-    """What differs between two nested tables, in words, apart from some keys of the outermost."""
+    """Differences of two nested tables, in words, apart from some keys of the outermost."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted((there.keys() | here.keys()) - set(ignored)):
             yield from _changes(there.get(key), here.get(key), typed, f"{name}.{key}" if name else key)

@@ -35,13 +35,13 @@ def flops_a_position(model: nn.Module) -> float:
 
 
 def _work(blocks: nn.Module, frozen: int = 4, among: str = "") -> int:
-    """Of the linear layers whose name starts with `among`."""
+    """Operations of the linear layers whose name starts with `among`."""
     layers = ((name.rpartition(".")[2], each) for name, each in blocks.named_modules() if isinstance(each, nn.Linear))
     weights = [each.weight for name, each in layers if name.startswith(among)]
     return sum((6 if weight.requires_grad else frozen) * weight.numel() for weight in weights)
 
 
 def _head(model: Transformer | Upscaler) -> int:
-    """Of the product with the code rows of the word embedding."""
+    """Operations of the product with the code rows of the word embedding."""
     config = model.base.config
     return (6 if model.base.words.weight.requires_grad else 4) * config.hidden * config.num_codes

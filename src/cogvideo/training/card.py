@@ -20,7 +20,7 @@ _SIGN = "<!-- written by cogvideo; remove this line to keep your own text -->"
 
 
 def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the runs of a bundle reported, by component; nothing where none is known.
+    """Reports of the runs of a bundle, by component; nothing where none is known.
 
     Raises:
         ValueError: the file cannot be read.

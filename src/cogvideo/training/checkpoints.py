@@ -42,7 +42,7 @@ CHANGED = "its content is cut short or was changed"
 WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 """Tables of a checkpoint."""
 UNTOUCHED = "untouched"
-"""What a loaded state adds: names of parameters that had no gradient so far."""
+"""Entry that loading adds to a state: names of parameters that had no gradient so far."""
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -62,7 +62,7 @@ def training_state(
     optimizers: Sequence[torch.optim.Optimizer],
     average: Mapping[str, Tensor] | None,
 ) -> dict[str, Any]:
-    """What a checkpoint holds: trained weights, the optimizers' state, the running average. Frozen weights do not.
+    """Content of a checkpoint: trained weights, the optimizers' state, the running average, and no frozen weights.
 
     Args:
         module: that is trained.
@@ -96,7 +96,8 @@ class Checkpoints:
 
     Args:
         folder: of the run's checkpoints; it is made when something is saved.
-        keep: how many of the last stay, beside the best. 0 to look at them alone, while a run may be writing there.
+        keep: number of last checkpoints that stay, in addition to the best. 0 to look at them alone, while a run may be
+            writing there.
         asynchronous: whether `save` returns when the state is copied, and writes while training goes on.
     """
 
@@ -104,7 +105,7 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self.asynchronous = asynchronous
-        # the writing thread talks to its like beside training, which must not meet it in one queue of messages
+        # the writing threads of the ranks talk while training does, and need a queue of messages of their own
         self._group = dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
         self._writing: Future[Any] | None = None
         self._publish: Callable[[], None] = lambda: None
@@ -118,7 +119,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08}"
 
     def steps(self) -> list[int]:
-        """Those that are whole, in order."""
+        """Steps of the whole checkpoints, in order."""
         found = [re.fullmatch(r"step-(\d{8,})", each.name) for each in self.folder.glob("step-*")]
         return sorted(int(each[1]) for each in found if each)
 
@@ -174,7 +175,7 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until what is being written is whole and has its name; then older ones are removed.
+        """Wait until what is being written is whole and has its name; then remove older ones.
 
         Raises:
             OSError: it could not be written.
@@ -320,7 +321,7 @@ def _check_structure(path: Path, state: Mapping[str, Any], known: bool) -> None:
 
 @contextmanager
 def _reading(path: Path, known: bool) -> Iterator[None]:
-    """What is raised by bytes that mean nothing depends on the bytes, and what ranks raise is no Exception.
+    """Translate errors: bytes that mean nothing may raise anything, and what ranks raise is no Exception.
 
     Args:
         path: of the checkpoint.
@@ -361,8 +362,7 @@ def _without_warnings() -> AbstractContextManager[None]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong on the first rank where something did: what the system said, if PyTorch's error is only what
-    followed from that."""
+    """Error of the first rank that has one: that of the system, if PyTorch's only followed from it."""
     first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
     cause: BaseException | None = first
     while cause is not None and not isinstance(cause, OSError):
@@ -371,7 +371,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _damage(error: BaseException) -> str:
-    """What is damaged, in words: what PyTorch and pickle say of bytes that mean nothing helps nobody."""
+    """Words for damage; PyTorch's own for bytes that mean nothing help nobody."""
     return "No such file or directory" if isinstance(error, FileNotFoundError) else CHANGED
 
 

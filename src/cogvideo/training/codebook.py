@@ -1,4 +1,4 @@
-"""How the codebook learns: a k-means start, running averages of the vectors of each code, restarts of dead codes.
+"""The moving codebook: a k-means start, running averages of the vectors of each code, restarts of dead codes.
 
 VQ-VAE (arXiv 1711.00937, appendix A.1); restarts as in Jukebox (arXiv 2005.00341, section 3).
 """

@@ -1,4 +1,4 @@
-"""What a stage learnt, into a bundle: at the end of its run, or from any of its checkpoints."""
+"""Export of a stage into a bundle: at the end of its run, or from any of its checkpoints."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SHARED = ("base", "text", "image_tokenizer")
 
 
 class ExportTarget(NamedTuple):
-    """Where the components of a stage go."""
+    """Stage to export, and the bundle that gets it."""
 
     out: Path
     """The bundle that gets them."""
     source: CogVideo
-    """What the stage starts from."""
+    """Bundle that the stage starts from."""
     config: CogVideoConfig
-    """Of the bundle."""
+    """Configuration of the bundle."""
     stage: StageName
     choice: Choice
 
@@ -106,7 +106,7 @@ def check_codes(target: ExportTarget, names: Sequence[str], tokenizer: str) -> N
 
 
 def left_out(target: ExportTarget) -> str:
-    """What of the bundle to start from does not go along, since it was trained on what is replaced; empty if all does.
+    """A line about components that do not go along, as they were trained on what is replaced; empty if all do.
 
     Raises:
         ValueError: the bundle that is there cannot be read.
@@ -230,7 +230,7 @@ def _choose(run: Path, checkpoints: Checkpoints, step: int | None, best: bool) -
 
 
 def _source(run: Path, identity: Mapping[str, Any], stage: StageName, choice: Choice) -> CogVideo:
-    """What the run started from, as long as what the stage relies on is still what it was."""
+    """Bundle that the run started from, if the components that the stage relies on are still the same."""
     try:
         source = CogVideo.from_pretrained((run / identity["from"]).resolve())
     except InputError as error:
@@ -247,7 +247,7 @@ def _source(run: Path, identity: Mapping[str, Any], stage: StageName, choice: Ch
 
 
 def report_of(run: RunFolder, step: int) -> dict[str, Any]:
-    """What a run came to at a step, for its card: everything that its folder knows.
+    """Result of a run at a step, for its card: everything that its folder knows.
 
     Raises:
         ValueError: the folder is that of no stage, or a file is damaged.

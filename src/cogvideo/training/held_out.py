@@ -26,13 +26,13 @@ class HeldOut:
     name: str
     """The frame rate, such as "2 fps", or `ALL`."""
     stream: ClipStream
-    """Where they come from."""
+    """Stream of the samples."""
     number: int
-    """How many: the first ones of the stream."""
+    """Number of samples: the first ones of the stream."""
 
 
 def held_out(trained: ClipStream, split: str, limit: int) -> list[HeldOut]:
-    """What a stage is measured on: one entry a frame rate that it is trained at and some held-out clip fills.
+    """Entries that a stage is measured on: one for each frame rate that it is trained at and some held-out clip fills.
 
     Nothing is left to chance: clips start at their first frame and keep their captions.
 
@@ -63,7 +63,7 @@ def _kinds(trained: ClipStream) -> list[tuple[str, ClipSampling]]:
 
 
 def judged(trainer: Trainer, entries: Sequence[HeldOut]) -> Callable[[int], Evaluation]:
-    """What judges a trainer after a step by such entries; it refuses a loss that is not finite."""
+    """A function that measures the trainer after a step, and refuses a loss that is not finite."""
 
     def judge(step: int) -> Evaluation:
         held = measure(trainer, entries, trainer.micro_batch)
@@ -76,7 +76,7 @@ def judged(trainer: Trainer, entries: Sequence[HeldOut]) -> Callable[[int], Eval
 
 
 def mean_loss(held: Mapping[str, Mapping[str, float]]) -> float | None:
-    """What the best checkpoint is chosen by: the mean over the frame rates; None where nothing is held out."""
+    """Mean over the frame rates, which the best checkpoint has the lowest of; None where nothing is held out."""
     return sum(row["loss"] for row in held.values()) / len(held) if held else None
 
 

@@ -236,7 +236,7 @@ def _train(run: StageRun, ranks: Ranks) -> None:
 
 
 def _too_large(run: StageRun, ranks: Ranks) -> str:
-    """What was expected, and which switches help."""
+    """A message with the memory that was expected, and switches that help."""
     options = run.options
     is_narrow = options.optimization.precision == "bfloat16"
     share = options.optimization.batch // ranks.data_size
@@ -307,7 +307,7 @@ def _notes(
 
 
 def _data(run: StageRun, source: CogVideo, config: CogVideoConfig) -> tuple[ClipStream, list[HeldOut]]:
-    """To learn from, and to be judged by."""
+    """Clips to learn from, and clips to validate on."""
     options, row = run.options, STAGES[run.stage]
     clips, grid = options.clips, config.layout.grid
     special = {"high_codes": row.has_high_codes, **run.sampling}
@@ -354,7 +354,7 @@ def _finish(target: ExportTarget, folder: RunFolder, trainer: Trainer) -> None:
 
 
 def _about(trainer: Trainer, stream: ClipStream, entries: Sequence[HeldOut]) -> dict[str, Any]:
-    """What cards say of a run that its settings do not. Folders have their names alone: cards are published."""
+    """Facts for the card that settings do not say. Folders have their names alone: cards are published."""
     count = {True: 0, False: 0}
     for parameter in trainer.objective.parameters():
         count[parameter.requires_grad] += parameter.numel()

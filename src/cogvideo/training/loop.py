@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 
 from cogvideo.config import InputError
 from cogvideo.devices import matrix_rate, peak_bytes, slowness
+from cogvideo.models.transformer import Transformer
+from cogvideo.models.upscaler import Upscaler
+from cogvideo.planning.work import flops_a_position
 from cogvideo.training.checkpoints import Checkpoints, DamagedError, restore, training_state
 from cogvideo.training.parallel import any_rank, is_first, largest
 from cogvideo.training.recorder import Recorder
@@ -130,8 +133,8 @@ def _state(trainer: Trainer, seconds: float) -> dict[str, Any]:
 
 @contextmanager
 def _published(checkpoints: Checkpoints) -> Iterator[None]:
-    """If training turns out to have diverged, which all ranks find alike, every checkpoint gets its name first: the one
-    that is being written is from before, and good."""
+    """Publish the checkpoint that is being written before an error of divergence, which all ranks find alike, ends the
+    run: it is from before, and good."""
     try:
         yield
     except InputError:
@@ -179,7 +182,8 @@ class Clock:
         objective, ranks, settings = trainer.objective, trainer.ranks, trainer.settings
         self._unit = objective.unit
         self._work = settings.batch * objective.num_positions
-        self._flops = objective.flops()
+        is_known = isinstance(objective.model, Transformer | Upscaler)
+        self._flops = flops_a_position(objective.model) if is_known else 0.0
         self._rate = matrix_rate(ranks.device, settings.dtype) * ranks.world_size if self._flops else 0.0
         self._began = time.monotonic() - seconds
         self._last, self._steps = time.monotonic(), 0

@@ -15,9 +15,9 @@ from cogvideo.config import require
 from cogvideo.training.parallel import local
 
 BETAS = (0.9, 0.95)
-"""Of the paper and of the released training code."""
+"""Decay rates of the paper and of the released training code."""
 LARGEST = 1e30
-"""Number of the recipe: what is made of it must be one in float32, which ends at 3e38."""
+"""Largest number of the recipe: products of it must stay finite in float32, which ends at 3e38."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Optimization:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of matrix products."""
+        """Type of matrix products."""
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
 
@@ -144,7 +144,7 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the module has the average as its weights."""
+        """Give the module the average as its weights inside the block."""
         self._swap()
         try:
             yield

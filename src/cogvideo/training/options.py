@@ -17,7 +17,7 @@ from cogvideo.training.step import Execution
 
 @dataclass(frozen=True)
 class Clips:
-    """How clips become samples."""
+    """Clips, and how they become samples."""
 
     data: tuple[Path, ...]
     """Folders of `cogvideo data prepare`."""
@@ -40,7 +40,7 @@ class Clips:
         return {name: value for name, value in asdict(self).items() if name != "data"}
 
     def sampling(self, mode: Mode, seed: int, num_frames: int, **special: Any) -> ClipSampling:
-        """The same as the loader takes it, which has some more settings for some stages."""
+        """Settings of the loader, which has some more for some stages."""
         rates = FrameRates(read_card(self.data[0]).fps, self.rates, num_frames)
         fixed, offset, dropout = self.fixed_rate, self.random_offset, self.caption_dropout
         return ClipSampling(mode, rates, fixed, offset, dropout, seed=seed, **special)
@@ -48,7 +48,7 @@ class Clips:
 
 @dataclass(frozen=True)
 class StageLogging(LoggingConfig):
-    """What the run of a stage reports, draws and keeps while it goes on. It has no say in the weights."""
+    """Reports, samples and checkpoints of a stage's run. They have no say in the weights."""
 
     report_every: int = 20
     """Steps between lines of metrics.jsonl."""

@@ -43,12 +43,12 @@ SHARED_PRODUCTS = {
     "qkv": ColwiseParallel(output_layouts=Replicate()),
     "out": RowwiseParallel(input_layouts=Replicate()),
 }
-"""How the layers of a block are cut among tensor-parallel ranks."""
+"""Cuts of the layers of a block among tensor-parallel ranks."""
 
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How ranks share a model; torchrun says how many there are."""
+    """Division of a model among the ranks that torchrun starts."""
 
     sharding: Literal["replicated", "sharded"] = "replicated"
     """Whole model on each rank (replicated, DDP), or a part of every block (sharded, FSDP2)."""
@@ -60,18 +60,18 @@ class ParallelSettings:
 
 
 class Ranks(NamedTuple):
-    """Who this process is."""
+    """The place of this process among the ranks."""
 
     rank: int
-    """Among all."""
+    """Number of this rank among all."""
     world_size: int
-    """How many there are."""
+    """Number of ranks."""
     device: torch.device
-    """Where this rank computes."""
+    """Device of this rank."""
     data_rank: int
-    """Among the groups that see different samples."""
+    """Number of this rank's group among those that see different samples."""
     data_size: int
-    """How many groups there are."""
+    """Number of groups."""
     mesh: DeviceMesh | None = None
     """`data` x `tensor` ranks; None for a process alone."""
 
@@ -157,7 +157,7 @@ def distribute(
 
 
 def _blocks(objective: nn.Module) -> Iterator[nn.Module]:
-    """What is called once a layer, and calls all else of it."""
+    """Modules that are called once a layer, and call all else of it."""
     model = objective.model
     assert isinstance(model, Transformer | Upscaler)
     yield from model.channel.blocks if isinstance(model, Upscaler) else model.base.blocks
@@ -199,7 +199,7 @@ def _sharded(objective: nn.Module, mesh: DeviceMesh, device: torch.device, preci
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Around the micro-batches of a step: ranks exchange gradients after the last one alone."""
+    """Context of a micro-batch: ranks exchange gradients after the last one of a step alone."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     if isinstance(module, DistributedDataParallel) and not last:
@@ -227,7 +227,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it, as a view."""
+    """The part that this rank holds, as a view."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -262,7 +262,7 @@ def raised_by_all(work: Callable[[Share], T]) -> T:
 
 
 def largest(value: int) -> int:
-    """Of what each rank has."""
+    """Largest of the ranks' values."""
     if not dist.is_initialized():
         return value
     seen = torch.tensor(value)
@@ -294,13 +294,13 @@ def is_first() -> bool:
 
 
 def wait_for_all() -> None:
-    """Until every rank is here."""
+    """Wait until every rank is here."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """What is trained, by the names in the objective: whole tensors on the CPU of the first rank, nothing on others."""
+    """Trained tensors by their names in the objective: whole, on the CPU of the first rank; nothing on others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     # cloned, since in one process these are the weights themselves
     state = get_model_state_dict(module, options=options)

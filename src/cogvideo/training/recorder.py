@@ -1,4 +1,4 @@
-"""Where the figures of a run go: metrics.jsonl, a progress line, TensorBoard, Weights & Biases."""
+"""Records of a run: metrics.jsonl, a progress line, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _words(row: Mapping[str, Any]) -> str:
 
 
 class ProgressLine:
-    """How far something is: a moving line on a terminal, else a plain one every so often. A context manager.
+    """A progress line: a moving one on a terminal, else a plain one from time to time. A context manager.
 
     Args:
         console: where it is shown.
@@ -195,7 +195,7 @@ class ProgressLine:
             self.say(f"{self._unit} {done:,} of {self.total:,}: {text}")
 
     def _remaining(self, done: int) -> str:
-        """By the mean pace since the start, with all that is not steps."""
+        """Time left, by the mean pace since the start, with all that is not steps."""
         made, left = done - self._first, self.total - done
         if made <= 0 or left <= 0:
             return ""
@@ -209,7 +209,7 @@ def _duration(seconds: float) -> str:
 
 
 class _TensorBoard:
-    """Event files. Those of a run that was killed behind its last checkpoint are hidden by what is made again."""
+    """Event files. What a killed run wrote after its last checkpoint is hidden by what is made again."""
 
     def __init__(self, folder: Path, done: int) -> None:
         try:

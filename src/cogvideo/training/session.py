@@ -19,7 +19,7 @@ from cogvideo.training.step import Trainer
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """What a run reports and keeps while it goes on. It has no say in the weights."""
+    """Reports and checkpoints of a run. They have no say in the weights."""
 
     report_every: int = 50
     """Steps between lines of metrics.jsonl."""
@@ -47,9 +47,9 @@ class Evaluation(NamedTuple):
     row: Mapping[str, Any]
     """Figures for metrics.jsonl."""
     told: str
-    """The same in words."""
+    """Figures in words."""
     loss: float | None = None
-    """What the best checkpoint is chosen by; None where nothing is held out."""
+    """Loss that the best checkpoint has the lowest of; None where nothing is held out."""
 
 
 class Preview(Protocol):

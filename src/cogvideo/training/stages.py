@@ -44,11 +44,11 @@ class Stage(NamedTuple):
     parents: tuple[str, ...]
     """Components that are made before, and that it is trained on or starts from."""
     mode: Mode
-    """How clips become its samples."""
+    """Mode of sampling clips."""
     layout: Callable[[CogVideoConfig], SequenceLayout | UpscaleLayout]
     """Its sequence."""
     task: Callable[..., Task]
-    """What it learns, made from its layout, the text tokenizer and settings of its own."""
+    """Task, made from its layout, the text tokenizer and settings of its own."""
     is_prompted: bool = False
     """Whether its samples need nothing but a prompt."""
     has_high_codes: bool = False
@@ -93,12 +93,12 @@ STAGES: dict[StageName, Stage] = {
         has_high_codes=True,
     ),
 }
-"""In the order in which a bundle gets them."""
+"""Stages in the order in which a bundle gets them."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a stage begins with."""
+    """Start of a stage, and what of it is trained."""
 
     start: StartChoice
     """Start of what the stage adds. inherit: from the base; sequential: from that stage's channel; random; continue:
@@ -151,7 +151,7 @@ def base_of(stage: StageName, choice: Choice, source: CogVideo) -> str:
 
 
 def relying(stage: StageName, components: Collection[str]) -> tuple[str, ...]:
-    """Those of the components that were trained on what a stage replaces, or that belong to such a stage.
+    """Components that were trained on what a stage replaces, or that belong to such a stage.
 
     A stage with a base of its own does not rely on the shared one.
     """

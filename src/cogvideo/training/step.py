@@ -34,12 +34,12 @@ from cogvideo.training.parallel import (
 )
 
 MOST_WORKERS = 4
-"""Of a rank, unless more are asked for."""
+"""Loading processes of a rank, unless more are asked for."""
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a step is computed; it changes speed and memory, and results by no more than rounding."""
+    """Computation of a step; it changes speed and memory, and results by no more than rounding."""
 
     micro_batch: int = 0
     """Samples of one forward and backward pass; fewer need less memory. 0 for all that a rank has of a batch."""
@@ -65,7 +65,7 @@ class Execution:
 
 
 class Figures(NamedTuple):
-    """What some steps measured, over all ranks."""
+    """Means over some steps and all ranks."""
 
     loss: float
     """Mean over the samples."""
@@ -152,7 +152,7 @@ class Trainer:
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the weights are those that are measured and exported: the running average if there is one."""
+        """Give the objective the weights that are measured and exported: the running average if there is one."""
         return nullcontext() if self.average is None else self.average.applied()
 
     @torch.no_grad()
@@ -223,7 +223,7 @@ def part_means(names: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
 
 
 def cut(batch: Any, size: int) -> Iterator[Any]:
-    """Pieces of at most so many samples, views of the batch."""
+    """Pieces of at most `size` samples, views of the batch."""
     for start in range(0, _length(batch), size):
         yield _each(batch, lambda tensor, start=start: tensor[start : start + size])
 

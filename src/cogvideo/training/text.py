@@ -25,7 +25,7 @@ from cogvideo.data.sources import SourceOptions, list_source, other_splits
 from cogvideo.text import LINE_BREAK_PIECE, PAD_PIECE, TextTokenizer
 
 Normalization = Literal["nfkc", "nfkc_cf", "identity"]
-"""What SentencePiece does to a text first: NFKC, the same without capital letters, or nothing but to spaces."""
+"""Normalization of a text: NFKC, the same without capital letters, or of spaces alone."""
 
 COUNTED = 20_000
 """Captions of which tokens are counted, evenly spaced where there are more."""
@@ -41,7 +41,7 @@ _ASCII = "".join(map(chr, range(0x21, 0x7F)))
 
 
 class Figures(NamedTuple):
-    """How a tokenizer does on captions."""
+    """Figures of a tokenizer on captions."""
 
     captions: int
     """Different captions that were counted."""
@@ -75,7 +75,7 @@ def train_text(
         options: how the sources are read; take those of `data prepare`, so that validation captions stay unseen.
         normalization: nfkc, nfkc_cf (which also makes capital letters small), or identity (only spaces).
         background_template: the one of `data prepare`, put around every caption with each background in turn.
-        max_captions: of more captions, so many are used, evenly spaced in their sorted order.
+        max_captions: maximum number of captions; of more, some are used, evenly spaced in their sorted order.
         recipe: a TOML file with a table for this command: options as they stand here. Those given here win.
 
     Raises:
@@ -110,7 +110,7 @@ def read_captions(sources: Iterable[str], options: SourceOptions) -> list[str]:
 
 
 def spread(captions: Sequence[str], number: int) -> list[str]:
-    """At most so many captions, evenly spaced."""
+    """Captions evenly spaced, at most `number` of them."""
     kept = min(number, len(captions))
     return [captions[index * len(captions) // kept] for index in range(kept)]
 
@@ -140,7 +140,7 @@ def train_model(captions: Iterable[str], config: TransformerConfig, normalizatio
 
 
 def fill(model: bytes, num_pieces: int) -> bytes:
-    """The model with pieces that no text has behind its own, so that it has exactly `num_pieces`.
+    """The model with unused pieces after its own, so that it has exactly `num_pieces`.
 
     A model is a protocol buffer, whose lists grow by what is appended to its bytes. Names of new pieces hold digits, so
     they are none of the old ones.
@@ -154,7 +154,7 @@ def fill(model: bytes, num_pieces: int) -> bytes:
 
 
 def figures(tokenizer: TextTokenizer, captions: Iterable[str], slots: int) -> Figures:
-    """How many tokens captions have, each counted once."""
+    """Numbers of tokens of captions, each counted once."""
     byte_tokens = {tokenizer.num_codes + piece for piece in _byte_pieces(tokenizer.model)}
     rows = [tokenizer.encode_caption(caption, PREFIX_SECONDS) for caption in sorted(set(captions))]
     lengths = [len(row) for row in rows]

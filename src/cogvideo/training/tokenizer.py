@@ -138,7 +138,7 @@ def _initial(init: str) -> CogVideo:
 
 
 def _config(out: Path, preset: str | None, overwrite: bool, initial: CogVideo | None) -> CogVideoConfig:
-    """That of the bundle, else of the preset, else of the bundle that is started from."""
+    """Configuration of the bundle, else of the preset, else of the bundle that is started from."""
     found = _own_config(out, None if initial is None else initial.config, preset, overwrite)
     same = initial is None or initial.config.autoencoder == found.autoencoder
     require(same, "the image tokenizers of init and of out have other sizes: leave preset out, or give another out")
@@ -170,7 +170,7 @@ def _own_config(out: Path, start: CogVideoConfig | None, preset: str | None, ove
 
 
 def _known(out: Path) -> str:
-    """Which one, where the stages of a bundle say it."""
+    """Hashes of the image tokenizer that stages learnt the codes of, as far as the bundle says."""
     hashes = sorted({f"{each['tokenizer']:.12}" for each in read_reports(out).values() if "tokenizer" in each})
     return f" (sha256 {', '.join(hashes)})" if hashes else ""
 
@@ -295,7 +295,7 @@ def _deliver(
 
 
 class Quality(NamedTuple):
-    """How well frames survive being codes."""
+    """Quality of frames that were codes."""
 
     psnr: float
     """Mean of the frames, dB."""

@@ -1,1 +1,1 @@
-"""What each stage learns: a batch to losses."""
+"""Objectives: a batch to losses."""

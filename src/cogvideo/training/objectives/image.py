@@ -1,4 +1,4 @@
-"""What the image model learns (CogLM, CogView2 section 3.1; spec section 2): one model for three tasks in one batch.
+"""Objective of the image model (CogLM, CogView2 section 3.1; spec section 2): three tasks in one batch.
 
 | task | fed | learns |
 |---|---|---|
@@ -79,15 +79,15 @@ class ImageBatch(NamedTuple):
     """Sequences side by side: text slots, then those of one image."""
 
     tokens: Int64[Tensor, "batch slots"]
-    """What is fed."""
+    """Tokens to feed."""
     positions: Int64[Tensor, "batch slots"]
     """Rows of the position table."""
     sees: Bool[Tensor, "batch slots slots"]
     """Whether a slot (second axis) sees another (third). Pads see themselves alone."""
     targets: Int64[Tensor, "batch slots"]
-    """What is predicted; `NOTHING` where there is no loss."""
+    """Tokens to predict; `NOTHING` where there is no loss."""
     parts: Int64[Tensor, "batch slots"]
-    """Which of `PARTS` a slot with loss belongs to."""
+    """Number of the part (`PARTS`) that a slot with loss belongs to."""
     words: Int64[Tensor, "batch words"]
     """Text slots that carry loss; `NOTHING` after the last one of a sample that has fewer than another."""
 
@@ -101,11 +101,11 @@ class ImageTask:
     text: TextTokenizer
     """For the captions."""
     mixture: ImageMixture = field(default_factory=ImageMixture)
-    """How often each task."""
+    """Shares of the tasks."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Of each task."""
+        """Losses of each task."""
         return PARTS
 
     @property
@@ -145,7 +145,7 @@ class ImageTask:
         return row.finished()
 
     def _caption(self, sample: ClipSample) -> list[int]:
-        """In the template of the video stages where it has a duration."""
+        """Tokens of the caption, in the template of the video stages where it has a duration."""
         text, caption, duration = self.text, sample.caption, sample.duration
         if duration > 0:
             return text.encode_unconditional(duration) if caption is None else text.encode_caption(caption, duration)
@@ -211,7 +211,7 @@ class _Row:
         self.tokens[self.words] = torch.tensor(tokens, dtype=torch.int64)
 
     def put_image(self, codes: np.ndarray) -> None:
-        """Codes behind the start of an image."""
+        """Codes after the start of an image."""
         self.codes = torch.from_numpy(codes.astype(np.int64)).flatten()
         self.tokens[self.image] = self.layout.feed(self.codes[None, None], self.text.start_of_image)[0]
 
@@ -265,7 +265,7 @@ def _infilling(masked: Bool[Tensor, " slots"]) -> Bool[Tensor, "slots slots"]:
 
 
 def _squares(grid: int, share: float, random: np.random.Generator) -> Bool[Tensor, "grid grid"]:
-    """So many of the squares that the grid is cut into, at least one."""
+    """A share of the squares that the grid is cut into, at least one."""
     side = -(-grid // SQUARE)
     chosen = np.zeros(side * side, bool)
     chosen[random.permutation(side * side)[: max(1, round(share * side * side))]] = True

@@ -1,4 +1,4 @@
-"""What the World reader learns: attributes of clips that are drawn on the fly, and shapes from single frames first.
+"""Objective of the World reader: attributes of clips that are drawn on the fly, of single frames first.
 
 Unlike models, which learn from the split `train`, the reader learns from all splits: it must read held-out pairs as
 well as others. What it never sees are clips numbered below `attributes.READER_LEARNS`. Shapes are learnt last, and from
@@ -37,7 +37,7 @@ BETAS = (0.9, 0.98)
 
 @dataclass(frozen=True)
 class ReaderSettings:
-    """What decides the weights of the reader."""
+    """Everything that decides the weights of the reader."""
 
     steps: int = 5000
     """Steps, each on clips that no step before it had."""
@@ -61,10 +61,10 @@ class ReaderSettings:
     """Seed of weights and augmentation."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "stills", "learning_rate", "largest_gradient"):
+        for name in ("stills", "largest_gradient"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("still_steps", "warmup", "weight_decay", "seed"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
+        require(self.still_steps >= 0, f"still_steps is {self.still_steps}, expected 0 or more")
+        _ = self.optimization  # which refuses what it cannot use
 
     @property
     def optimization(self) -> Optimization:
@@ -86,7 +86,7 @@ class ReaderBatch(NamedTuple):
     """Clips, or stills as clips of one frame."""
 
     pixels: Float[Tensor, "batch 3 frames 64 64"]
-    """What is seen, in [0, 1]."""
+    """Red, green and blue in [0, 1]."""
     truth: Int64[Tensor, "batch attributes"]
     """Places of what is true among the labels of each attribute."""
 
@@ -100,28 +100,15 @@ class ReaderObjective(Objective):
         device: where it is.
     """
 
-    unit = "clips"
     model: Reader
+    parts = ATTRIBUTES
+    unit, num_positions = "clips", 1
 
     def __init__(self, config: ReaderConfig, settings: ReaderSettings, device: torch.device) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             model = Reader(config).to(device)
         super().__init__(model, None)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Shares that are read right."""
-        return ATTRIBUTES
-
-    @property
-    def num_positions(self) -> int:
-        """A sample is one clip."""
-        return 1
-
-    def flops(self) -> float:
-        """Operations are not counted."""
-        return 0.0
 
     def optimizers(self, settings: Optimization) -> list[torch.optim.Optimizer]:
         """AdamW with weight decay for matrices alone."""
@@ -145,7 +132,7 @@ class ReaderObjective(Objective):
 
 
 def batches(settings: ReaderSettings, step: int) -> Iterator[ReaderBatch]:
-    """What is learnt from when `step` steps are made."""
+    """Batches that follow when `step` steps are made."""
     for number in count(step):
         is_still = number < settings.still_steps
         drawn = stills(number, settings.stills) if is_still else clips(number, settings.batch)
@@ -154,16 +141,16 @@ def batches(settings: ReaderSettings, step: int) -> Iterator[ReaderBatch]:
 
 
 class Drawn(NamedTuple):
-    """What a step learns from."""
+    """Clips of a step."""
 
     scenes: list[world.Scene]
-    """What is true."""
+    """Scenes that the clips show."""
     pixels: UInt8[np.ndarray, "batch frames 64 64 3"]
-    """What is seen."""
+    """Frames of the clips."""
 
 
 def clips(step: int, batch: int) -> Drawn:
-    """Those of a step: clips that no step before it had, none of those kept for tests."""
+    """Clips that no step before it had, none of those kept for tests."""
     scenes = [world.scene(READER_LEARNS + number) for number in range(step * batch, (step + 1) * batch)]
     return Drawn(scenes, np.stack([render(scene) for scene in scenes]))
 

@@ -1,4 +1,4 @@
-"""What super-resolution learns: all high codes of a frame in one pass, from its low codes and caption (spec section 4).
+"""Objective of super-resolution: all high codes of a frame in one pass, from low codes and caption (spec section 4).
 
 No high slot is fed a high code, so none can leak: every slot learns its code from the low ones and from its place. Low
 codes are those of a true frame here and samples with faults when a video is generated, so some are replaced at random.
@@ -30,7 +30,7 @@ class SuperresBatch(NamedTuple):
     low: Int64[Tensor, "batch low"]
     """Low codes, some of them replaced."""
     high: Int64[Tensor, "batch high"]
-    """What is learnt."""
+    """High codes to learn."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a stage learns, seen from the loop: samples become a batch, and a batch becomes losses.
+"""Objectives as the loop sees them: samples become a batch, and a batch becomes losses.
 
 Losses are means over what one sample predicts. So a batch may be cut anywhere, into micro-batches or among ranks, and
 the gradients of its pieces still add up to that of the whole.
@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 from cogvideo.data.loader import ClipSample
 from cogvideo.models.upscaler import Upscaler
-from cogvideo.planning.work import flops_a_position
 from cogvideo.training.optim import Optimization, make_optimizers, trained
 
 
@@ -25,13 +24,13 @@ class Measured(NamedTuple):
     """The losses of a batch, in nats a predicted token."""
 
     loss: Float[Tensor, " batch"]
-    """Of each sample: what is minimised."""
+    """Loss of each sample, which is minimised."""
     parts: Float[Tensor, "batch parts"]
-    """Of each named part of it, without a graph; nan where a sample has no such part."""
+    """Value of each named part, without a graph; nan where a sample has no such part."""
 
 
 class Task(Protocol):
-    """What a stage learns. It can be pickled: loading processes call `collate`.
+    """Task of a stage. It can be pickled: loading processes call `collate`.
 
     What is random in it comes from the samples' seeds, so a sample is the same whatever stands beside it.
     """
@@ -90,10 +89,6 @@ class Objective(nn.Module):
         """
         return isinstance(self.model, Upscaler) and any(each.requires_grad for each in self.model.base.parameters())
 
-    def flops(self) -> float:
-        """Floating-point operations of a training step for each position; 0 where they are not known."""
-        return flops_a_position(self.model)
-
     def begin(self, step: int) -> None:
         """Prepare for a step, counted from 0."""
 
@@ -123,6 +118,6 @@ def key(*parts: str | int) -> int:
 def cross_entropy(
     logits: Float[Tensor, "batch slots classes"], targets: Int64[Tensor, "batch slots"]
 ) -> Float[Tensor, "batch slots"]:
-    """Of each slot, in float32 at least, whatever the logits are in."""
+    """Cross entropy of each slot, in float32 at least, whatever the logits are in."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)

@@ -1,4 +1,4 @@
-"""What the image tokenizer learns: its settings, its losses, and the codebook that follows the encoder.
+"""Objective of the image tokenizer: its settings, its losses, and the codebook that follows the encoder.
 
 The recipe is that of taming-transformers (arXiv 2012.09841) with a codebook of running averages (arXiv 1711.00937): the
 autoencoder minimises differences of pixels, a perceptual distance, the commitment to its codes and, later, what an
@@ -41,7 +41,7 @@ PARTS = ("pixels", "edges", "perceptual", "adversary", "commitment", "psnr", "di
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """What decides the weights of a tokenizer, apart from its configuration and its frames."""
+    """Everything that decides the weights of a tokenizer, apart from its configuration and its frames."""
 
     steps: int = 20_000
     """Steps of the autoencoder."""
@@ -84,17 +84,9 @@ class TokenizerSettings:
     """Precision of the layers in a step (autocast); losses, weights and codes are float32."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch",
-            "learning_rate",
-            "largest_gradient",
-            "start_vectors",
-            "pyramid_levels",
-            "adversary_width",
-        ):
+        for name in ("steps", "batch", "largest_gradient", "start_vectors", "pyramid_levels", "adversary_width"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
-        for name in ("warmup", "commitment", "edge_weight", "perceptual_weight", "adversary_weight"):
+        for name in ("commitment", "edge_weight", "perceptual_weight", "adversary_weight"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
         for name in ("plain_steps", "adversary_start"):
             step = getattr(self, name)
@@ -106,6 +98,7 @@ class TokenizerSettings:
             self.codes_from < self.steps,
             f"plain_steps is {self.plain_steps}, expected less than the {self.steps} steps: codes must be learnt",
         )
+        _ = self.optimization  # which refuses what it cannot use
 
     @property
     def optimization(self) -> Optimization:
@@ -184,8 +177,10 @@ class TokenizerObjective(Objective):
         initial: weights and codebook to go on from, in place of random ones and k-means.
     """
 
-    unit = "images"
     model: Autoencoder
+    parts = PARTS
+    unit, num_positions = "images", 1
+    has_unused_parameters = True  # rates take turns, and the adversary begins late
 
     def __init__(
         self,
@@ -210,25 +205,6 @@ class TokenizerObjective(Objective):
         self.lpips = None if lpips is None else lpips.to(device)
         self.has_initial = initial is not None
         self._step = 0
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Figures of a step."""
-        return PARTS
-
-    @property
-    def num_positions(self) -> int:
-        """A sample is one image."""
-        return 1
-
-    @property
-    def has_unused_parameters(self) -> bool:
-        """Rates take turns, and the adversary begins late."""
-        return True
-
-    def flops(self) -> float:
-        """Operations are not counted."""
-        return 0.0
 
     def clipped(self) -> list[nn.Parameter]:
         """The autoencoder's parameters."""
@@ -354,7 +330,7 @@ class TokenizerObjective(Objective):
     def _adversary_loss(
         self, made: Float[Tensor, "batch 3 size size"], image_loss: Float[Tensor, ""], rate: int
     ) -> Float[Tensor, ""]:
-        """What the adversary sees, with a gradient for the autoencoder alone."""
+        """Loss that the adversary gives, with a gradient for the autoencoder alone."""
         fixed = {name: each.detach() for name, each in self.discriminator.named_parameters()}
         with self._half():
             loss = generator_loss(torch.func.functional_call(self.discriminator, fixed, (made,)).float())
@@ -377,12 +353,12 @@ class TokenizerObjective(Objective):
 
 
 class _Pass(NamedTuple):
-    """What a step sees."""
+    """Results of a forward pass."""
 
     made: Float[Tensor, "batch 3 size size"]
     """Reconstructions."""
     vectors: Float[Tensor, "many embedding"]
-    """Of the encoder, without a gradient."""
+    """Vectors of the encoder, without a gradient."""
     codes: Int64[Tensor, " many"]
     """Nearest rows."""
     commitment: Float[Tensor, ""]
@@ -400,13 +376,13 @@ def _matrix(kernel: Tensor, like: Tensor) -> Tensor:
 
 
 def _placed(module: M, device: torch.device) -> M:
-    """On a GPU with the channels of a pixel side by side, which its convolutions are faster with; a CPU's norms not."""
+    """The module on its device; on a GPU with channels last, which is faster there, but not for a CPU's norms."""
     module = module.to(device)
     return cast(M, cast(Any, module).to(memory_format=torch.channels_last)) if device.type == "cuda" else module
 
 
 def batch_places(step: int, batch: int, num_frames: int, seed: int) -> Int64[Tensor, " batch"]:
-    """Which frames a step learns from: every frame once an epoch, in another order each time."""
+    """Places of the frames of a step: every frame once an epoch, in another order each time."""
     places = torch.arange(step * batch, (step + 1) * batch)
     epochs = places // num_frames
     return torch.cat(

@@ -1,4 +1,4 @@
-"""What the video stages learn: the codes of later frames from their caption, its frame rate and the frames before.
+"""Objective of the video stages: the codes of later frames from caption, frame rate and the frames before.
 
 Only what carries loss goes through the head: slots of frames 1 to 4 in the sequential stage, of frames 1 and 3 in
 interpolation, and image codes alone (spec section 3).
@@ -83,7 +83,7 @@ class VideoTask:
 
 
 class _Places(NamedTuple):
-    """Where things stand in a sequence, as tensors on the device of the batch."""
+    """Places in a sequence, as tensors on the device of the batch."""
 
     order: Int64[Tensor, " frames"]
     """Place of the frame of each rank."""
