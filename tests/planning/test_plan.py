@@ -34,7 +34,7 @@ from cogvideo.training.objectives import video
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.video import VideoBatch, VideoTask
 from cogvideo.training.optim import Optimization, adamw, trained
-from cogvideo.training.options import Options
+from cogvideo.training.session import Options
 from parallel_worker import CODES, SETTINGS, TEXT, make_sizes, run_ranks
 
 GIB, DAY = 2**30, 86_400

@@ -24,7 +24,7 @@ from cogvideo.training import launch
 from cogvideo.training.card import read_reports, write_card
 from cogvideo.training.export import ExportTarget, check_codes, check_target, deliver, export, left_out, modules
 from cogvideo.training.optim import Optimization
-from cogvideo.training.options import Clips, Options, StageLogging
+from cogvideo.training.session import Clips, Options, StageLogging
 from cogvideo.training.stages import Choice, StageName
 from gallery import assert_same, loud, make_model, make_parts
 from workshop import make_data, small_config

@@ -57,7 +57,7 @@ def _lines(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> Iterator[s
     yield from _table(
         ("component", "file", "size", "sha256"),
         [
-            (name, entry.file, f"{entry.num_bytes / 1e6:.3g} MB", f"`{entry.sha256[:12]}`")
+            (name, entry.file, f"{entry.num_bytes / 1e6:,.1f} MB", f"`{entry.sha256[:12]}`")
             for name, entry in manifest.components.items()
         ],
     )

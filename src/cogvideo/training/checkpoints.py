@@ -227,11 +227,12 @@ class Checkpoints:
         """
         path = self.path(step)
         known = raised_by_all(lambda share: _check_files(path, share))
-        _check_structure(path, state, known)
+        stored = _metadata(path, known)
+        _check_structure(path, state, stored)
         with _reading(path, known):  # what never had a gradient has no state of the optimizer there, and needs none
             planner, alone = DefaultLoadPlanner(allow_partial_load=True), not dist.is_initialized()
             load(state, storage_reader=FileSystemReader(path), planner=planner, no_dist=alone)
-        begun = {name.rpartition(".")[0] for name in _metadata(path, known)}
+        begun = {name.rpartition(".")[0] for name in stored}
         names = state.get(OPTIMIZER, {}).get("state", {})
         return state | {UNTOUCHED: {name for name in names if f"{OPTIMIZER}.state.{name}" not in begun}}
 
@@ -249,12 +250,8 @@ def read_weights(path: Path, averaged: bool) -> dict[str, Tensor]:
     """
     known = _check_files(path)
     table = AVERAGE if averaged else WEIGHTS
-    entries = {name: each for name, each in _metadata(path, known).items() if isinstance(each, TensorStorageMetadata)}
-    state = {
-        name.removeprefix(f"{table}."): torch.empty(each.size, dtype=each.properties.dtype)
-        for name, each in entries.items()
-        if name.startswith(f"{table}.")
-    }
+    tensors = _tensors(_metadata(path, known), table)
+    state = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in tensors.items()}
     require(len(state) > 0, f"{path} has no {table}")
     with _reading(path, known):
         load({table: state}, storage_reader=FileSystemReader(path), no_dist=True)
@@ -300,15 +297,20 @@ def _metadata(path: Path, known: bool) -> Mapping[str, Any]:
         return FileSystemReader(path).read_metadata().state_dict_metadata
 
 
-def _check_structure(path: Path, state: Mapping[str, Any], known: bool) -> None:
+def _tensors(stored: Mapping[str, Any], table: str) -> dict[str, TensorStorageMetadata]:
+    """Entries of a table of a checkpoint, by their names in it."""
+    prefix = f"{table}."
+    return {
+        name.removeprefix(prefix): each
+        for name, each in stored.items()
+        if name.startswith(prefix) and isinstance(each, TensorStorageMetadata)
+    }
+
+
+def _check_structure(path: Path, state: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose trained weights have other names or shapes."""
-    stored = _metadata(path, known)
     for table in (WEIGHTS, AVERAGE):
-        there = {
-            name.removeprefix(f"{table}."): tuple(each.size)
-            for name, each in stored.items()
-            if name.startswith(f"{table}.") and isinstance(each, TensorStorageMetadata)
-        }
+        there = {name: tuple(each.size) for name, each in _tensors(stored, table).items()}
         here = {name: tuple(each.shape) for name, each in state.get(table, {}).items()}
         odd = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
         if odd:

@@ -35,10 +35,9 @@ from cogvideo.training.held_out import HeldOut, held_out, judged
 from cogvideo.training.loop import learn
 from cogvideo.training.objectives.image import ImageMixture
 from cogvideo.training.objectives.task import Objective
-from cogvideo.training.options import Clips, Options
 from cogvideo.training.parallel import Ranks, any_rank, full_state, process_group
 from cogvideo.training.preview import Preview
-from cogvideo.training.session import Session
+from cogvideo.training.session import Clips, Options, Session
 from cogvideo.training.stages import (
     STAGES,
     BaseChoice,
@@ -57,7 +56,7 @@ DURATIONS = (4.0, 2.0, 1.0, 0.5)
 
 
 def image(
-    run: Options,
+    options: Options,
     mixture: ImageMixture = ImageMixture(),  # noqa: B008  # frozen
     durations: tuple[float, ...] = DURATIONS,
     start: Literal["random", "continue"] = "random",
@@ -68,17 +67,17 @@ def image(
     later ones, with the text that the video stages give them: so these find what they need in the frozen base.
 
     Args:
-        run: options of all stages.
+        options: options of all stages.
         mixture: shares of the tasks.
         durations: seconds in the text of later frames, one of these each: those of the key frames and of the rounds.
             With no number, all frames are alike and have the text of images.
         start: random weights, or the base that the bundle has.
     """
-    train("image", Choice(start), run, {"mixture": mixture}, {"durations": durations})
+    train("image", Choice(start), options, {"mixture": mixture}, {"durations": durations})
 
 
 def sequential(
-    run: Options,
+    options: Options,
     start: Literal["inherit", "random", "continue"] = "inherit",
     base: BaseChoice = "frozen",
     window: int | None = None,
@@ -86,16 +85,16 @@ def sequential(
     """Train key frames: a temporal channel on the frozen image model, at the lowest frame rate that a clip fills.
 
     Args:
-        run: options of all stages.
+        options: options of all stages.
         start: start of the channel: the base's attention (inherit), random weights, or what the bundle has (continue).
         base: frozen, trained too, or trained from random weights; for comparison.
         window: side of the temporal windows in codes, 0 for full attention; the configuration's unless given.
     """
-    train("sequential", Choice(start, base, window), run)
+    train("sequential", Choice(start, base, window), options)
 
 
 def interpolation(
-    run: Options,
+    options: Options,
     start: Literal["sequential", "inherit", "random", "continue"] = "sequential",
     base: BaseChoice = "frozen",
     window: int | None = None,
@@ -103,17 +102,17 @@ def interpolation(
     """Train frames between frames: a temporal channel that sees given frames whole, at the faster frame rates.
 
     Args:
-        run: options of all stages.
+        options: options of all stages.
         start: start of the channel: that of key frames (sequential), the base's attention (inherit), random weights, or
             what the bundle has (continue).
         base: frozen, trained too, or trained from random weights; for comparison.
         window: side of the temporal windows in codes, 0 for full attention; the configuration's unless given.
     """
-    train("interpolation", Choice(start, base, window), run)
+    train("interpolation", Choice(start, base, window), options)
 
 
 def superres(
-    run: Options,
+    options: Options,
     corruption: float = 0.05,
     start: Literal["inherit", "random", "continue"] = "inherit",
     base: BaseChoice = "frozen",
@@ -121,12 +120,12 @@ def superres(
     """Train super-resolution: codes of a frame to those of the same frame at a larger size, all in one pass.
 
     Args:
-        run: options of all stages.
+        options: options of all stages.
         corruption: share of the low codes that is replaced by random ones, since generated codes have faults.
         start: start of the added attention: the base's (inherit), random weights, or what the bundle has (continue).
         base: frozen, trained too, or trained from random weights; for comparison.
     """
-    train("superres", Choice(start, base), run, {"corruption": corruption})
+    train("superres", Choice(start, base), options, {"corruption": corruption})
 
 
 class StageRun(NamedTuple):
