@@ -41,8 +41,6 @@ STATE, METADATA = "state.json", ".metadata"
 CHANGED = "its content is cut short or was changed"
 WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 """Tables of a checkpoint."""
-UNTOUCHED = "untouched"
-"""Entry that loading adds to a state: names of parameters that had no gradient so far."""
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -76,19 +74,14 @@ def training_state(
 
 
 def restore(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Any]) -> None:
-    """Put a state back that `Checkpoints.load` returned; the average was filled in place. The kernel of AdamW stays
-    that of this device, whatever the run had before. Parameters that never had a gradient get no state."""
+    """Put a loaded state back; the average was filled in place. The kernel of AdamW stays that of this device, whatever
+    the run had before."""
     for saved in state[OPTIMIZER]["param_groups"]:
         if "fused" in saved:
             saved["fused"] = optimizers[0].defaults["fused"]
     set_state_dict(
         module, optimizers, model_state_dict=state[WEIGHTS], optim_state_dict=state[OPTIMIZER], options=TRAINED
     )
-    names: dict[Tensor, str] = {each: name.removeprefix("module.") for name, each in module.named_parameters()}
-    for optimizer in optimizers:
-        for parameter in list(optimizer.state):
-            if names[parameter] in state[UNTOUCHED]:
-                del optimizer.state[parameter]
 
 
 class Checkpoints:
@@ -219,6 +212,8 @@ class Checkpoints:
     def load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint, into a state of the same structure, whose tensors are filled in place.
 
+        Parameters that never had a gradient have no state of the optimizer there, and lose it here.
+
         Raises:
             DamagedError: it is damaged; on every rank, as the others.
             ValueError: it is of another configuration.
@@ -229,12 +224,14 @@ class Checkpoints:
         known = raised_by_all(lambda share: _check_files(path, share))
         stored = _metadata(path, known)
         _check_structure(path, state, stored)
-        with _reading(path, known):  # what never had a gradient has no state of the optimizer there, and needs none
+        with _reading(path, known):
             planner, alone = DefaultLoadPlanner(allow_partial_load=True), not dist.is_initialized()
             load(state, storage_reader=FileSystemReader(path), planner=planner, no_dist=alone)
         begun = {name.rpartition(".")[0] for name in stored}
-        names = state.get(OPTIMIZER, {}).get("state", {})
-        return state | {UNTOUCHED: {name for name in names if f"{OPTIMIZER}.state.{name}" not in begun}}
+        states = state.get(OPTIMIZER, {}).get("state", {})
+        for name in [each for each in states if f"{OPTIMIZER}.state.{each}" not in begun]:
+            del states[name]
+        return state
 
 
 def read_weights(path: Path, averaged: bool) -> dict[str, Tensor]:
