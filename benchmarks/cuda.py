@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from benchmarks.decode import step_bytes, text
 from benchmarks.machine import RESULTS, write
-from cogvideo.config import CogVideoConfig, TransformerConfig, preset
+from cogvideo.config import CogVideoConfig, SamplingConfig, TransformerConfig, preset
 from cogvideo.devices import usable
 from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition, MaskedDecoder
 from cogvideo.generation.graphs import GraphedDecoder
-from cogvideo.generation.sampling import GumbelNoise, Sampling
+from cogvideo.generation.sampling import GumbelNoise
 from cogvideo.generation.upscale import slot_noise, upscale
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.autoencoder import Autoencoder
@@ -208,7 +208,7 @@ def clip(bench: Bench) -> Iterator[Result]:
     low, layout, codes = frames[0], models["superres"].channel.layout, config.transformer.num_codes
     noise = [slot_noise(torch.Generator(), layout.high_slots, codes, bench.device) for _ in low]
     words = text(min(20, layout.text_slots), layout.text_slots, codes, len(low))
-    sampling = Sampling(clusters=6, cluster_temperature=0.6)
+    sampling = SamplingConfig(clusters=6, cluster_temperature=0.6)
     high = upscale(models["superres"], words, low, noise, sampling, torch.arange(codes) % 500, frames_per_pass=4)
     yield "super-resolution", figures()
     autoencoder = Autoencoder(config.autoencoder).to(bench.device, torch.bfloat16)
@@ -222,7 +222,7 @@ def _draw(model: Transformer, layout: SequenceLayout, given: Tensor, passes: Pas
     words = text(min(20, layout.text_slots), layout.text_slots, codes, len(given))
     generators = [torch.Generator().manual_seed(number) for number in range(len(given))]
     noise = GumbelNoise(generators, layout.num_frames, layout.frame_slots, codes)
-    condition, sampling = Condition(words, words if scale != 1 else None, scale), Sampling(1.05, clusters=12)
+    condition, sampling = Condition(words, words if scale != 1 else None, scale), SamplingConfig(1.05, clusters=12)
     drawn = decode(model, layout, condition, given, noise, sampling, torch.arange(codes) % 500, passes)
     return torch.stack([frame.codes.cpu() for frame in drawn], 1)
 

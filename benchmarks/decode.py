@@ -23,10 +23,10 @@ import torch
 from benchmarks.machine import alternate, write
 from benchmarks.plain import PlainContext, plain_step
 from benchmarks.toy import toy_stages
-from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig, preset
+from cogvideo.config import LayoutConfig, SamplingConfig, StageConfig, TransformerConfig, preset
 from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition, Decoder
-from cogvideo.generation.sampling import GumbelNoise, Sampling
+from cogvideo.generation.sampling import GumbelNoise
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.plans import Rows, full_pass, text_masks
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
@@ -285,7 +285,7 @@ def passes() -> Figures:
                 model.base.config.num_codes,
             )
             start = time.perf_counter()
-            drawn = list(decode(model, layout, condition, given, noise, Sampling(), passes=way))
+            drawn = list(decode(model, layout, condition, given, noise, SamplingConfig(), passes=way))
             seconds = time.perf_counter() - start
             codes[name] = torch.stack([frame.codes for frame in drawn])
             drawn_slots = len(drawn) * layout.frame_slots

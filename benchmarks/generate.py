@@ -17,9 +17,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -29,8 +31,11 @@ from cogvideo.bundle.model import POCKET
 from cogvideo.cli import SPINS
 from cogvideo.devices import matrix_rate
 from cogvideo.generation.decode import Passes
-from cogvideo.generation.hierarchy import Settings
-from cogvideo.pipeline import CogVideoPipeline, Upscaling
+from cogvideo.generation.hierarchy import generate
+from cogvideo.generation.request import Settings
+from cogvideo.generation.upscale import enlarge
+from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.planning.costs import Phase, clip
 
 Figures = dict[str, Any]
@@ -116,7 +121,7 @@ def ways(model: str, rounds: int = 3) -> Figures:
     codes: dict[str, torch.Tensor] = {}
 
     def draw(name: str) -> None:
-        frames = list(_stream(pipeline, replace(pipeline.settings, passes=WAYS[name]), Upscaling(False)))
+        frames = list(_stream(pipeline, replace(pipeline.settings, passes=WAYS[name], should_enlarge=False)))
         ordered = sorted(frames, key=lambda frame: frame.place)
         codes[name] = torch.stack([frame.codes for frame in ordered])
 
@@ -135,7 +140,7 @@ def parts(model: str, rounds: int = 3) -> Figures:
     """Seconds of each part of a clip whose codes are drawn one by one, beside its floor."""
     pipeline = CogVideoPipeline.from_pretrained(model)
     config, settings = pipeline.model.config, replace(pipeline.settings, passes=Passes())
-    list(_stream(pipeline, settings, Upscaling(False)))
+    list(_stream(pipeline, replace(settings, should_enlarge=False)))
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, took in _timed(pipeline, settings).items():
@@ -152,8 +157,8 @@ def parts(model: str, rounds: int = 3) -> Figures:
     return found
 
 
-def _stream(pipeline: CogVideoPipeline, settings: Settings, upscaling: Upscaling) -> Iterator[Any]:
-    return pipeline.stream([PROMPT], [torch.Generator().manual_seed(1)], settings, upscaling)
+def _stream(pipeline: CogVideoPipeline, settings: Settings) -> Iterator[Any]:
+    return pipeline.stream([PROMPT], [torch.Generator().manual_seed(1)], settings)
 
 
 def _timed(pipeline: CogVideoPipeline, settings: Settings) -> dict[str, float]:
@@ -166,26 +171,23 @@ def _timed(pipeline: CogVideoPipeline, settings: Settings) -> dict[str, float]:
         found[name] = found.get(name, 0.0) + time.perf_counter() - start
         return result
 
-    small, upscale, pixels = pipeline._generate, pipeline._upscale, pipeline._pixels
-    number = iter(range(1 << 20))
+    phases = [phase.name for phase in clip(pipeline.model.config, settings)]
+    pixels = Autoencoder.decode_pixels
 
-    def generate(*arguments: Any) -> Iterator[Any]:
-        frames, phases = small(*arguments), [phase.name for phase in clip(pipeline.model.config, settings)]
-        while True:
-            place = next(number)
+    def generated(*arguments: Any) -> Iterator[Any]:
+        frames = generate(*arguments)
+        for place in count():
             frame = clocked(phases[_phase(place)], next, frames, None)
             if frame is None:
                 return
             yield frame
 
-    pipeline._generate = generate  # type: ignore[method-assign]
-    pipeline._upscale = lambda *each: clocked("super-resolution", upscale, *each)  # type: ignore[method-assign]
-    pipeline._pixels = lambda *each: clocked("pixels", pixels, *each)  # type: ignore[method-assign]
-    try:
-        list(_stream(pipeline, settings, Upscaling()))
-    finally:
-        for name in ("_generate", "_upscale", "_pixels"):
-            delattr(pipeline, name)
+    with (
+        patch("cogvideo.pipeline.generate", generated),
+        patch("cogvideo.pipeline.enlarge", partial(clocked, "super-resolution", enlarge)),
+        patch.object(Autoencoder, "decode_pixels", lambda *each: clocked("pixels", pixels, *each)),
+    ):
+        list(_stream(pipeline, settings))
     return found
 
 

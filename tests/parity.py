@@ -28,11 +28,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogvideo.bundle.convert import released_autoencoder_names, released_base_names, released_channel_names
-from cogvideo.config import AutoencoderConfig, LayoutConfig, StageConfig, TransformerConfig, UpscalerConfig, preset
+from cogvideo.config import (
+    AutoencoderConfig,
+    LayoutConfig,
+    SamplingConfig,
+    StageConfig,
+    TransformerConfig,
+    UpscalerConfig,
+    preset,
+)
 from cogvideo.generation import decode as decoding
 from cogvideo.generation.decode import Frame, Passes
 from cogvideo.generation.decoder import Condition, Decoder
-from cogvideo.generation.sampling import Sampling
 from cogvideo.generation.upscale import SLOTS_PER_DRAW, upscale
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.autoencoder import Autoencoder
@@ -282,7 +289,7 @@ def check_generation(case: Case, passes: Passes) -> Outcome:
         condition,
         first,
         lambda rank: noise[rank - first.shape[1]],
-        Sampling(temperature=float(meta.get("temperature", 1))),
+        SamplingConfig(temperature=float(meta.get("temperature", 1))),
         passes=passes,
     )
     tally.same(ours.codes, expected)
@@ -337,7 +344,7 @@ def check_upscaling(case: Case, passes: Passes) -> Outcome:
     model, text, codes = Upscaler(base, channel), pad(given["text"].tolist(), words), given["image_tokens"]
     rng = np.random.default_rng(meta["noise_seed"])
     noise = torch.from_numpy(rng.gumbel(size=(*given["upsampled"].shape, config.num_codes)))
-    drawn = upscale(model, text, codes, [iter(frame.split(SLOTS_PER_DRAW)) for frame in noise], Sampling())
+    drawn = upscale(model, text, codes, [iter(frame.split(SLOTS_PER_DRAW)) for frame in noise], SamplingConfig())
     tally.same(drawn, given["upsampled"])
     tally.close(base.logits(model(*text, codes)[:, given["probe"]]), given["logits"])
     return Outcome(case.name, tally.error, tally.equal, tally.total)

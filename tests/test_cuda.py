@@ -18,11 +18,11 @@ from benchmarks.cuda import STAGES, trainer_of
 from torch import Tensor, nn
 
 import parity
-from cogvideo.config import preset
+from cogvideo.config import SamplingConfig, preset
 from cogvideo.devices import usable
 from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition
-from cogvideo.generation.sampling import GumbelNoise, Sampling
+from cogvideo.generation.sampling import GumbelNoise
 from cogvideo.generation.upscale import slot_noise, upscale
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.attention import Chunk, Group, Plan, attend
@@ -125,7 +125,7 @@ def test_graphs_give_the_codes_of_eager_passes(make_system: MakeSystem, make_tex
         generators = [torch.Generator().manual_seed(number) for number in range(2)]
         noise = GumbelNoise(generators, system.layout.num_frames, 16, model.base.config.num_codes)
         labels = torch.arange(model.base.config.num_codes) % 6
-        frames = decode(model, system.layout, condition, given, noise, Sampling(clusters=3), labels, passes)
+        frames = decode(model, system.layout, condition, given, noise, SamplingConfig(clusters=3), labels, passes)
         return torch.stack([frame.codes.cpu() for frame in frames])
 
     for width in (1, 4):
@@ -189,7 +189,7 @@ def test_super_resolution() -> None:
 
     def drawn() -> Tensor:
         noise = [slot_noise(torch.Generator(), there.channel.layout.high_slots, codes, DEVICE) for _ in batch.low]
-        return upscale(there, batch.text, batch.low, noise, Sampling(clusters=3), torch.arange(codes) % 16)
+        return upscale(there, batch.text, batch.low, noise, SamplingConfig(clusters=3), torch.arange(codes) % 16)
 
     assert torch.equal(drawn(), drawn())
 

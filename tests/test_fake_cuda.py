@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from cogvideo.bundle.model import CogVideo
-from cogvideo.config import TextConfig, preset
+from cogvideo.config import SamplingConfig, TextConfig, preset
 from cogvideo.data.loader import ClipSample
 from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition, MaskedDecoder
-from cogvideo.generation.sampling import Sampling
 from cogvideo.generation.upscale import slot_noise, upscale
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models import plans, upscaler
@@ -171,7 +170,7 @@ def test_a_frame_waits_for_its_noise_and_its_drafts(passes: Passes, copies: int,
     with pretended(answer) as gpu:
         model, given = model_of("sequential", torch.bfloat16), torch.zeros(2, 1, 16, dtype=torch.int64)
         noise = torch.zeros(2, 16, SIZES.num_codes)
-        sampling = Sampling(top_k=50, top_p=0.9, clusters=3)
+        sampling = SamplingConfig(top_k=50, top_p=0.9, clusters=3)
         frames = decode(model, layout, condition(layout), given, lambda rank: noise, sampling, LABELS, passes)
         before = next(frames).passes
         gpu.forget()
@@ -188,10 +187,10 @@ def test_super_resolution_waits_for_its_frames_alone() -> None:
         low = torch.zeros(2, layout.low_slots, dtype=torch.int64)
         noise = [slot_noise(torch.Generator(), layout.high_slots, SIZES.num_codes, CUDA) for _ in low]
         text = words(layout.text_slots, 5)
-        upscale(model, text, low, noise, Sampling(clusters=3), LABELS)
+        upscale(model, text, low, noise, SamplingConfig(clusters=3), LABELS)
         gpu.forget()
         noise = [slot_noise(torch.Generator(), layout.high_slots, SIZES.num_codes, CUDA) for _ in low]
-        high = upscale(model, text, low, noise, Sampling(clusters=3), LABELS, frames_per_pass=2)
+        high = upscale(model, text, low, noise, SamplingConfig(clusters=3), LABELS, frames_per_pass=2)
         assert high.device == CUDA
         assert gpu.waits == gpu.copies == {"generation/upscale.py": 3, "generation/sampling.py": 1}
 

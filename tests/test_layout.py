@@ -16,6 +16,7 @@ from cogvideo.config import (
     AutoencoderConfig,
     CogVideoConfig,
     LayoutConfig,
+    SamplingConfig,
     StageConfig,
     TransformerConfig,
     UpscalerConfig,
@@ -274,13 +275,26 @@ def test_faults_of_stored_configurations(change, message: str) -> None:
         from_dict(CogVideoConfig, values)
 
 
-def test_fields_that_came_later() -> None:
-    """Guards models that were trained before super-resolution had a sampler in the file: it was the released one."""
+def test_samplers_of_older_files() -> None:
+    """Guards models that were trained when samplers were one flat table, at first without those of super-resolution."""
     values = as_json(preset("pocket"))
-    for name in ("superres_temperature", "superres_clusters"):
-        del values["drawing"][name]
-    drawing = from_dict(CogVideoConfig, values).drawing
-    assert drawing == replace(preset("pocket").drawing, superres_temperature=1.0, superres_clusters=6)
+    for name in ("first_sampling", "later_sampling", "superres_sampling", "text_bonus"):
+        del values[name]
+    old = {"first_temperature": 0.4, "first_clusters": 0, "temperature": 0.6, "clusters": 0}
+    old |= {"first_guidance": 1.5, "guidance": 2.5, "text_bonus": 0.0}
+    superres = {"superres_temperature": 0.0, "superres_clusters": 0}
+    assert from_dict(CogVideoConfig, values | {"drawing": old | superres}) == preset("pocket")
+    older = from_dict(CogVideoConfig, values | {"drawing": old})
+    assert older == replace(preset("pocket"), superres_sampling=CogVideoConfig.superres_sampling)
+    assert older.superres_sampling == SamplingConfig(1.0, clusters=6, cluster_temperature=0.6)
+    for wrong, message in (
+        (old | {"clusters": "0"}, r"SamplingConfig\.clusters is '0', expected int"),
+        (old | {"clutter": 1}, r"drawing has the unknown fields \['clutter'\]"),
+        ({name: value for name, value in old.items() if name != "guidance"}, r"SamplingConfig\.guidance is None"),
+        (3, r"unknown \['drawing'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_dict(CogVideoConfig, values | {"drawing": wrong})
 
 
 @pytest.mark.usefixtures("without_shape_checks")

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from cogvideo.bundle.format import MODULES
 from cogvideo.bundle.model import CogVideo
-from cogvideo.config import UpscalerConfig
-from cogvideo.generation.hierarchy import Guidance, Settings, collect, generate
-from cogvideo.generation.sampling import Sampling, spawn
+from cogvideo.config import SamplingConfig, UpscalerConfig
+from cogvideo.generation.hierarchy import collect, generate
+from cogvideo.generation.request import Request, Settings
+from cogvideo.generation.sampling import spawn
 from cogvideo.generation.upscale import slot_noise, upscale
 from cogvideo.media.video import read_video
 from cogvideo.packing import PackedLinear
-from cogvideo.pipeline import CogVideoPipeline, Frame, Upscaling, export_to_video
+from cogvideo.pipeline import CogVideoPipeline, Frame, export_to_video
 from cogvideo.planning import memory
 from cogvideo.text import PaddedText
 from gallery import loud, make_model, make_parts
@@ -33,6 +34,7 @@ WIDE = 256
 """Hidden width from which every matrix is packed."""
 SIDE, PROMPTS = 16, ("a cat runs", "一只猫")
 ONE = Settings(rounds=1)
+SMALL = Settings(rounds=1, should_enlarge=False)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +66,9 @@ def run(
     prompts: tuple[str, ...],
     seeds: tuple[int, ...],
     settings: Settings = ONE,
-    upscaling: Upscaling | None = None,
 ) -> list[Frame]:
     """All frames in order of time."""
-    frames = pipeline.stream(prompts, generators(*seeds), settings, upscaling)
+    frames = pipeline.stream(prompts, generators(*seeds), settings)
     return sorted(frames, key=lambda frame: frame.place)
 
 
@@ -82,7 +83,7 @@ def pixels_of(frames: list[Frame]) -> np.ndarray:
 def test_weights_are_packed_and_draw_what_they_did(wide: CogVideoPipeline, tmp_path: Path) -> None:
     """Guards the fast layout: the same codes as without it, in float32, and super-resolution can use that base too.
     What is loaded for it is in memory once, packed, and kept for the next clip."""
-    plain = collect(generate(wide.model, PROMPTS[:1], [spawned(5)], ONE))
+    plain = collect(generate(wide.model, Request(PROMPTS[:1], [spawned(5)], ONE)))
     wide.model.save_pretrained(tmp_path / "model")
     pipeline = CogVideoPipeline.from_pretrained(tmp_path / "model")
     assert torch.equal(codes_of(run(pipeline, PROMPTS[:1], (5,))), plain)
@@ -125,7 +126,7 @@ def test_the_callers_model_stays_as_it_is(wide: CogVideoPipeline, tmp_path: Path
 def test_a_generator_goes_on(folder: Path) -> None:
     """Guards several samples of one generator: a second call makes other clips, a fresh generator the same again."""
     pipeline, generator = CogVideoPipeline.from_pretrained(folder), torch.Generator().manual_seed(5)
-    options: dict[str, Any] = {"num_samples": 3, "settings": Settings(rounds=0), "upscaling": Upscaling(False)}
+    options: dict[str, Any] = {"num_samples": 3, "settings": Settings(rounds=0, should_enlarge=False)}
     first, second = (pipeline(PROMPTS[0], generator=generator, **options).codes for _ in range(2))
     for one in first:
         assert not any(torch.equal(one, other) for other in second)
@@ -175,7 +176,8 @@ def test_prompt_and_seed_make_a_clip(folder: Path) -> None:
 def test_rounds_are_frames(rounds: int, number: int, folder: Path) -> None:
     """Guards the places: each once, the first ones first, and a round only adds to what was there."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
-    frames = list(pipeline.stream(PROMPTS[:1], generators(1), Settings(rounds=rounds), Upscaling(False)))
+    settings = Settings(rounds=rounds, should_enlarge=False)
+    frames = list(pipeline.stream(PROMPTS[:1], generators(1), settings))
     assert sorted(frame.place for frame in frames) == list(range(number))
     assert all(frame.num_frames == number for frame in frames)
     step = 2**rounds
@@ -185,10 +187,10 @@ def test_rounds_are_frames(rounds: int, number: int, folder: Path) -> None:
     ]
     assert all(frame.stage == "interpolation" for frame in frames[5:])
     ordered = sorted(frames, key=lambda frame: frame.place)
-    expected = collect(generate(pipeline.model, PROMPTS[:1], [spawned(1)], Settings(rounds=rounds)))
+    expected = collect(generate(pipeline.model, Request(PROMPTS[:1], [spawned(1)], settings)))
     assert torch.equal(codes_of(ordered), expected)
     if rounds:
-        fewer = run(pipeline, PROMPTS[:1], (1,), Settings(rounds=rounds - 1), Upscaling(False))
+        fewer = run(pipeline, PROMPTS[:1], (1,), replace(settings, rounds=rounds - 1))
         assert torch.equal(codes_of(fewer), expected[:, ::2])
 
 
@@ -203,7 +205,7 @@ def decoded(model: CogVideo, codes: Tensor) -> np.ndarray:
 def test_frames_are_what_the_tokenizer_decodes(folder: Path) -> None:
     """Guards pixels: of the codes beside them, in the right axes and colours, in whole numbers."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
-    for frame in run(pipeline, PROMPTS[:2], (1, 2), ONE, Upscaling(False)):
+    for frame in run(pipeline, PROMPTS[:2], (1, 2), SMALL):
         assert frame.pixels.shape == (2, SIDE, SIDE, 3)
         for sample in range(2):
             assert np.array_equal(frame.pixels[sample], decoded(pipeline.model, frame.codes[sample]))
@@ -213,10 +215,10 @@ def test_frames_are_enlarged(folder: Path) -> None:
     """Guards super-resolution in the chain: its released sampler, the caption without a rate, noise for each place.
     The codes stay those of the clip."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
-    model, small = pipeline.model, run(pipeline, PROMPTS[:2], (1, 2), ONE, Upscaling(False))
+    model, small = pipeline.model, run(pipeline, PROMPTS[:2], (1, 2), SMALL)
     large = run(pipeline, PROMPTS[:2], (1, 2), ONE)
     assert torch.equal(codes_of(large), codes_of(small))
-    slots, sampling = (GRID * RATIO) ** 2, Sampling(1.0, clusters=6, cluster_temperature=0.6)
+    slots, sampling = (GRID * RATIO) ** 2, SamplingConfig(1.0, clusters=6, cluster_temperature=0.6)
     for sample, prompt in enumerate(PROMPTS[:2]):
         noise = spawn(spawn(torch.Generator().manual_seed(sample + 1), 1)[0], len(large))
         tokens = model.text.encode_image_caption(prompt)
@@ -228,7 +230,7 @@ def test_frames_are_enlarged(folder: Path) -> None:
                 model.upscaler, text, frame.codes[sample : sample + 1], [own], sampling, model.cluster_labels
             )
             assert np.array_equal(frame.pixels[sample], decoded(model, high[0]))
-    greedy = run(pipeline, PROMPTS[:2], (1, 2), ONE, Upscaling(True, Sampling(0.0)))
+    greedy = run(pipeline, PROMPTS[:2], (1, 2), replace(ONE, superres=SamplingConfig(0.0)))
     assert not np.array_equal(pixels_of(greedy), pixels_of(large))
 
 
@@ -338,7 +340,7 @@ def test_prompts_that_super_resolution_cannot_take_are_refused_at_the_call(
     assert 4 < len(pipeline.model.text.encode_image_caption(prompt)) <= 12
     with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, 4 fit"):
         pipeline.stream([prompt], generators(1), ONE)
-    pipeline.stream([prompt], generators(1), ONE, Upscaling(False))
+    pipeline.stream([prompt], generators(1), SMALL)
 
 
 def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
@@ -357,7 +359,7 @@ def test_a_call_gives_the_clips_of_the_command(folder: Path, tmp_path: Path) -> 
     generator = torch.Generator().manual_seed(5)
     options: dict[str, Any] = {"guidance_scale": 2.0, "settings": ONE}
     clips = pipeline(PROMPTS, num_samples=2, generator=generator, callback=seen.append, **options)
-    settings = replace(ONE, guidance=Guidance(sequential=2.0))
+    settings = replace(ONE, later=ONE.later | {"guidance": 2.0})
     prompts = (PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1])
     expected = run(pipeline, prompts, (5, 6, 7, 8), settings)
     assert np.array_equal(clips.frames, pixels_of(expected))
@@ -374,7 +376,7 @@ def test_a_call_gives_the_clips_of_the_command(folder: Path, tmp_path: Path) -> 
 
     assert export_to_video(one.frames[0], str(tmp_path / "x.webp"), fps=one.fps) == str(tmp_path / "x.webp")
     assert np.array_equal(read_video(tmp_path / "x.webp", 2).frames, one.frames[0])
-    away = replace(ONE, guidance=Guidance(sequential=2.0, negative="the sun"))
+    away = replace(settings, negative="the sun")
     moved = run(pipeline, PROMPTS[:1], (5,), away)
     for asked in ({"settings": away}, {"settings": settings, "negative_prompt": "the sun"}):
         assert torch.equal(pipeline(PROMPTS[0], generator=generators(5), **asked).codes, codes_of(moved))
@@ -451,7 +453,7 @@ def test_what_is_no_clip_is_not_exported(frames: Any, message: str, tmp_path: Pa
         ({"prompt": []}, r"prompt is \[\], expected a text or a sequence of texts"),
         ({"prompt": 5}, "prompt is 5, expected a text or a sequence of texts"),
         ({"prompt": ["a cat", 5]}, r"prompt is \['a cat', 5\], expected a text or a sequence of texts"),
-        ({"guidance_scale": "x"}, "guidance of the sequential stage is 'x', expected 0 or more"),
+        ({"guidance_scale": "x"}, "guidance is 'x', expected 0 to 100"),
         ({"video": 3}, "video is 3, expected frames"),
         ({"loop": "yes"}, "loop is 'yes', expected True or False"),
         ({"settings": 3}, "settings is 3, expected Settings"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from safetensors import safe_open
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import POCKET, locate
-from cogvideo.generation.hierarchy import Settings
-from cogvideo.pipeline import CogVideoPipeline, Upscaling
+from cogvideo.generation.request import Settings
+from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.planning.doctor import doctor
 
 MIB = 1 << 20
@@ -52,7 +53,7 @@ def test_it_tells_backgrounds_apart() -> None:
     pipeline = CogVideoPipeline.from_pretrained(POCKET)
     prompts = [f"a red heart beats, on a {colour} background" for colour in ("white", "black")]
     seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    first = next(pipeline.stream(prompts, seeds, Settings(rounds=0), Upscaling(False))).pixels.astype(float)
+    first = next(pipeline.stream(prompts, seeds, Settings(rounds=0, should_enlarge=False))).pixels.astype(float)
     white, black = first[:, :4].mean((1, 2, 3))
     assert first.shape == (2, SIDE, SIDE, 3)
     assert white > 200
@@ -65,11 +66,12 @@ def test_its_large_frames_are_its_small_ones() -> None:
     pipeline = CogVideoPipeline.from_pretrained(POCKET)
     prompts = ["a red heart beats, on a white background", "a green crocodile snaps its jaws, on a pink background"]
 
-    def first(upscaling: Upscaling) -> np.ndarray:
+    def first(should_enlarge: bool) -> np.ndarray:
         seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        return next(pipeline.stream(prompts, seeds, upscaling=upscaling)).pixels.astype(float)
+        settings = replace(pipeline.settings, should_enlarge=should_enlarge)
+        return next(pipeline.stream(prompts, seeds, settings)).pixels.astype(float)
 
-    small, large = first(Upscaling(False)), first(Upscaling())
+    small, large = first(False), first(True)
     assert large.shape == (2, RATIO * SIDE, RATIO * SIDE, 3)
     again = reduce(large, "clip (row down) (column right) rgb -> clip row column rgb", "mean", down=RATIO, right=RATIO)
     off = [[np.abs(one - other).mean() for other in small] for one in again]

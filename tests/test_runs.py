@@ -7,11 +7,13 @@ import os
 import resource
 import signal
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
 from rich.console import Console
 
+from cogvideo.config import CogVideoConfig, with_samplers
 from cogvideo.runs import TYPED, RunFolder
 from cogvideo.training.loop import interrupts
 from cogvideo.training.recorder import ProgressLine
@@ -38,6 +40,19 @@ def test_a_folder_makes_room(tmp_path):
         assert folder.set_aside() == tmp_path / f".run-{steps}"
         assert list(folder.path.iterdir()) == []
     assert json.loads((tmp_path / ".run-2" / "run.json").read_text()) == {"steps": 2}
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """A run whose configuration was stored with other names of the samplers is the same run."""
+    config = json.loads(json.dumps(asdict(CogVideoConfig())))
+    old = {name: value for name, value in config.items() if name != "text_bonus" and "_sampling" not in name}
+    old["drawing"] = {"first_temperature": 1.0, "first_clusters": 16, "temperature": 1.05, "clusters": 12}
+    old["drawing"] |= {"first_guidance": 1.0, "guidance": 3.0, "text_bonus": 1.4}
+    RunFolder(tmp_path).claim({"config": old})
+    RunFolder(tmp_path).claim({"config": config})
+    old["drawing"]["guidance"] = 2.0
+    with pytest.raises(ValueError, match=r"config\.later_sampling\.guidance was 3\.0 and is 2\.0"):
+        RunFolder(tmp_path).claim({"config": with_samplers(old)})
 
 
 def test_facts_may_change(tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,9 +26,9 @@ from cogvideo.evaluation.attributes import PROMPTED, unseen_scenes
 from cogvideo.evaluation.emoji_subject import TEMPLATE, read, unseen_background
 from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, SIZE, Reader, resized
 from cogvideo.generation import hierarchy
+from cogvideo.generation.request import Request
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.media.metrics import psnr
-from cogvideo.models.autoencoder import reconstruct
 from cogvideo.pipeline import CogVideoPipeline
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
@@ -56,37 +55,24 @@ def held(frames: Frames) -> Frames:
 
 def pixels(model: CogVideo, codes: torch.Tensor) -> UInt8[np.ndarray, "batch frames height width 3"]:
     """Pictures of codes, `(batch, frames, slots)`."""
-    side = model.config.layout.grid
-    squares = rearrange(codes, "batch frames (rows columns) -> (batch frames) rows columns", rows=side)
-    with torch.inference_mode():
-        made = model.autoencoder.decode(squares, chunk=8).clamp(0, 1)
-    made = rearrange(made, "(batch frames) colours h w -> batch frames h w colours", batch=len(codes))
-    return (made * 255).round().byte().numpy()
+    made = model.autoencoder.decode_pixels(codes.flatten(0, 1), chunk=8)
+    return made.reshape(*codes.shape[:2], *made.shape[1:])
 
 
-class ImageAlone:
-    """A model of which generation draws the first frame and no more; it asks for the key frames' parts by name."""
-
-    def __init__(self, model: CogVideo) -> None:
-        self._model = model
-        self.components = (*model.components, "sequential", "interpolation")
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._model, name)
+def request(pipeline: CogVideoPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> Request:
+    """Key frames for each prompt."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return Request(prompts, generators, replace(pipeline.settings, rounds=0))
 
 
 def first_frames(pipeline: CogVideoPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
     """Codes of first frames, `(prompts, 1, slots)`."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    frames = hierarchy.generate(ImageAlone(pipeline.model), prompts, generators, pipeline.settings)  # type: ignore[arg-type]
-    return next(iter(frames)).codes[:, None]
+    return hierarchy.first_frames(pipeline.model, request(pipeline, prompts, seeds))[:, None]
 
 
 def key_frames(pipeline: CogVideoPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
     """Codes of key frames, `(prompts, frames, slots)`."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    settings = replace(pipeline.settings, rounds=0)
-    return hierarchy.collect(hierarchy.generate(pipeline.model, prompts, generators, settings))
+    return hierarchy.collect(hierarchy.generate(pipeline.model, request(pipeline, prompts, seeds)))
 
 
 Draw = Callable[[CogVideoPipeline, Sequence[str], Sequence[int]], torch.Tensor]
@@ -136,8 +122,7 @@ def main(
         )
     draw: Draw = first_frames if gate == "image" else key_frames
     if gate == "tokenizer":
-        through = partial(reconstruct, pipeline.model.autoencoder)
-        made = list(map(through, real))
+        made = list(map(pipeline.model.autoencoder.reconstruct, real))
     else:
         made = list(drawn(pipeline, draw, [world.captions(scene)[0] for scene in chosen]))
     print(f"{len(chosen)} scenes, real:  {shares(readings, chosen, names)}")
@@ -160,7 +145,7 @@ def _emoji(pipeline: CogVideoPipeline, gate: str, folder: Path, limit: int | Non
     grounds = [unseen_background(items[place], 0) for place in places]
     real = [read(items[place], ground, side)[cut] for place, ground in zip(places, grounds, strict=True)]
     if gate == "tokenizer":
-        made = [reconstruct(pipeline.model.autoencoder, frames) for frames in real]
+        made = [pipeline.model.autoencoder.reconstruct(frames) for frames in real]
     else:
         prompts = [
             on_background(items[place].captions[0], ground, TEMPLATE)

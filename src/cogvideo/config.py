@@ -10,6 +10,7 @@ import dataclasses
 import re
 import string
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -17,14 +18,12 @@ T = TypeVar("T")
 
 MOST_LAYERS = 1000
 LARGEST = 100
-"""Of temperatures, guidance and bonuses; useful ones are far smaller."""
-MOST_CLUSTERS = 1_000_000
+"""Limit of temperatures, guidance and bonuses; useful ones are far smaller."""
+MOST_KEPT = 1_000_000
+"""Limit of counts of codes and clusters."""
 
 DURATION_FORMAT = r"(\.\d)?[fg]?"
 """How templates of texts may write a duration: 4.0, 4 (g), 4.00 (.2f)."""
-
-LATER = {"later": True}
-"""Marks a field that bundles written before it lack: they mean its default."""
 
 
 class InputError(ValueError):
@@ -254,33 +253,49 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class DrawingConfig:
-    """How codes are drawn where a call asks for nothing else. The defaults are the released ones (spec section 3)."""
+class SamplingConfig:
+    """Sampling of codes. Filters apply in this order: temperature, top-k, top-p, clusters."""
 
-    first_temperature: float = 1.0
-    """Divides the logits of the first frame; 0 is greedy."""
-    first_clusters: int = 16
-    """Clusters of codes that the first frame is drawn from; 0 is all codes."""
-    temperature: float = 1.05
-    """Of all other frames."""
-    clusters: int = 12
-    """Of all other frames."""
-    first_guidance: float = 1.0
-    """How strongly the first frame follows the prompt; 1 is no guidance, and no second row."""
-    guidance: float = 3.0
-    """How strongly the other key frames do."""
-    text_bonus: float = 1.4
-    """Added to text scores in stages that are not guided."""
-    superres_temperature: float = field(default=1.0, metadata=LATER)
-    """Divides the logits of super-resolution; 0 is greedy."""
-    superres_clusters: int = field(default=6, metadata=LATER)
-    """Clusters of codes that super-resolution draws from; 0 is all codes."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy: the most likely code, whatever the noise."""
+    top_k: int = 0
+    """Keep the k most likely codes; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the fewest codes whose probabilities add up to p; 1 keeps all."""
+    clusters: int = 0
+    """Keep the k most likely clusters of codes (CogView2, CogVideo); 0 keeps all codes."""
+    cluster_temperature: float = 0.89
+    """Divides the logits once more inside the chosen cluster."""
+    guidance: float = 1.0
+    """Guidance scale; 1 disables guidance and halves the compute."""
 
     def __post_init__(self) -> None:
-        for each in dataclasses.fields(self):
-            value, least = getattr(self, each.name), -LARGEST if each.name == "text_bonus" else 0
-            most = MOST_CLUSTERS if each.name.endswith("clusters") else LARGEST
-            require(least <= value <= most, f"{each.name} is {value!r:.20}, expected {least} to {most}")
+        self._check("temperature", 0, LARGEST)
+        self._check("guidance", 0, LARGEST)
+        self._check("top_k", 0, MOST_KEPT)
+        self._check("clusters", 0, MOST_KEPT)
+        for name in ("top_p", "cluster_temperature"):
+            value = getattr(self, name)
+            require(is_number(value, 0, LARGEST) and value > 0, f"{name} is {value!r:.60}, expected a positive number")
+        require(self.top_p <= 1, f"top_p is {self.top_p}, expected above 0, at most 1")
+
+    def _check(self, name: str, least: float, most: float) -> None:
+        value = getattr(self, name)
+        require(is_number(value, least, most), f"{name} is {value!r:.60}, expected {least} to {most}")
+
+    def __or__(self, given: Mapping[str, Any]) -> SamplingConfig:
+        """These values, but for those that are given."""
+        return replace(self, **given)
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if no noise is added."""
+        return self.temperature == 0
+
+
+def is_number(value: object, least: float, most: float) -> bool:
+    """Tell a number in a range from anything else."""
+    return isinstance(value, int | float) and least <= value <= most
 
 
 @dataclass(frozen=True)
@@ -294,7 +309,14 @@ class CogVideoConfig:
     upscaler: UpscalerConfig = field(default_factory=UpscalerConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    drawing: DrawingConfig = field(default_factory=DrawingConfig)
+    first_sampling: SamplingConfig = SamplingConfig(clusters=16)  # frozen
+    """Sampler and guidance of the first frame."""
+    later_sampling: SamplingConfig = SamplingConfig(1.05, clusters=12, guidance=3.0)
+    """Sampler of all other frames, guidance of the key frames among them."""
+    superres_sampling: SamplingConfig = SamplingConfig(clusters=6, cluster_temperature=0.6)
+    """Sampler of super-resolution, which is not guided."""
+    text_bonus: float = 1.4
+    """Added to the attention scores of text where there is no guidance."""
 
     @property
     def frame_side(self) -> int:
@@ -318,36 +340,34 @@ class CogVideoConfig:
             self.transformer.num_positions >= needed,
             f"num_positions is {self.transformer.num_positions}, expected at least {needed}: text and one frame",
         )
+        guidance, bonus = self.superres_sampling.guidance, self.text_bonus
+        require(guidance == 1, f"guidance of super-resolution is {guidance}, expected 1: it has none")
+        require(is_number(bonus, -LARGEST, LARGEST), f"text_bonus is {bonus}, expected {-LARGEST} to {LARGEST}")
 
 
 _RELEASED_MEAN = (0.79093, 0.76271, 0.75340)
 _RELEASED_STD = (0.30379, 0.32279, 0.32800)
 
-_CALM = {
-    "first_temperature": 0.4,
-    "first_clusters": 0,
-    "temperature": 0.6,
-    "clusters": 0,
-    "first_guidance": 1.5,
-    "guidance": 2.5,
+_CALM: dict[str, Any] = {
+    "first_sampling": {"temperature": 0.4, "clusters": 0, "guidance": 1.5},
+    "later_sampling": {"temperature": 0.6, "clusters": 0, "guidance": 2.5},
+    "superres_sampling": {"temperature": 0.0, "clusters": 0},
     "text_bonus": 0.0,
-    "superres_temperature": 0.0,
-    "superres_clusters": 0,
 }
-"""What small models need. With the released samplers, clips of `pocket` move five times as much as real ones, its first
-frames show what is asked for less often, and its large frames have speckles."""
+"""Samplers of small models: with the released ones, clips of `pocket` move five times as much as real ones, its first
+frames show the prompt less often, and its large frames have speckles."""
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "tiny": {
-        "drawing": _CALM,
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": _CALM
+    | {
         "transformer": {"num_layers": 4, "hidden": 128, "vocab_size": 1024, "num_codes": 256}
         | {"pad": 256, "start_of_image": 1021, "num_positions": 80},
         "layout": {"grid": 4},
         "interpolation": {"window": 2},
         "autoencoder": {"channels": 16, "embedding_dim": 32, "num_codes": 256},
     },
-    "pocket": {
-        "drawing": _CALM,
+    "pocket": _CALM
+    | {
         "transformer": {"vocab_size": 5120, "num_codes": 2048, "pad": 2048, "start_of_image": 5117},
         "layout": {"grid": 12},
         "interpolation": {"window": 6},
@@ -355,8 +375,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "autoencoder": {"channels": 16, "encoder_multipliers": (1, 2, 8), "encoder_blocks": 1, "num_codes": 2048}
         | {"decoder_multipliers": ((1, 2, 4, 8),)},
     },
-    "small": {
-        "drawing": _CALM,
+    "small": _CALM
+    | {
         "transformer": {"num_layers": 12, "hidden": 768, "num_heads": 12, "vocab_size": 16384, "num_codes": 4096}
         | {"pad": 4096, "start_of_image": 16381, "num_positions": 512},
         "layout": {"grid": 16, "text_slots": 64, "image_text_slots": 64, "frame_position": 64},
@@ -389,9 +409,24 @@ def preset(name: str) -> CogVideoConfig:
         ValueError: no preset is called that.
     """
     require(name in PRESETS, f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
-    base = CogVideoConfig()
-    parts = {part: replace(getattr(base, part), **changes) for part, changes in PRESETS[name].items()}
+    base, parts = CogVideoConfig(), {}
+    for part, change in PRESETS[name].items():
+        parts[part] = replace(getattr(base, part), **change) if isinstance(change, dict) else change
     return replace(base, **parts)
+
+
+def with_samplers(values: dict[str, Any]) -> dict[str, Any]:
+    """The table of a configuration as it is now, from one whose samplers were a flat table `drawing`."""
+    if not isinstance(values.get("drawing"), dict):
+        return values
+    new, own = {name: value for name, value in values.items() if name != "drawing"}, CogVideoConfig()
+    old = {"superres_temperature": 1.0, "superres_clusters": 6, "superres_guidance": 1.0} | values["drawing"]
+    for stage, prefix in (("first", "first_"), ("later", ""), ("superres", "superres_")):
+        changes = {name: old.pop(f"{prefix}{name}", None) for name in ("temperature", "clusters", "guidance")}
+        new[f"{stage}_sampling"] = dataclasses.asdict(getattr(own, f"{stage}_sampling")) | changes
+    new["text_bonus"] = old.pop("text_bonus", None)
+    require(not old, f"drawing has the unknown fields {sorted(old)}")
+    return new
 
 
 def from_dict(kind: type[T], values: dict[str, Any]) -> T:
@@ -401,9 +436,10 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
         ValueError: a field is missing, unknown or of another shape, or its value is refused.
     """
     require(isinstance(values, dict), f"{kind.__name__} is {values!r}, expected a table of its fields")
+    values = with_samplers(values) if kind is CogVideoConfig else values
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(typing.cast(Any, kind))
-    missing = {each.name for each in fields if each.metadata != LATER} - values.keys()
+    missing = {each.name for each in fields} - values.keys()
     unknown = values.keys() - {each.name for each in fields}
     require(
         not missing and not unknown,

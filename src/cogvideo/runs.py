@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, require, with_samplers
 from cogvideo.devices import is_out_of_memory
 from cogvideo.files import write_text
 
@@ -78,6 +78,8 @@ class RunFolder:
         if not self.began:
             return ""
         there = _read(self._identity)
+        if isinstance(there.get("config"), dict):
+            there["config"] = with_samplers(there["config"])
         typed = there.get(TYPED), facts.get(TYPED)
         changes = list(_changes(there, _plain(identity), typed, ignored={TYPED, *facts}))
         return "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")

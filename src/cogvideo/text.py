@@ -139,6 +139,33 @@ class TextTokenizer:
         """Tokens of the unconditional rows of guidance in the image model; may be none at all."""
         return self._encode_template(self.config.image_template, caption=self.config.unconditional_caption)
 
+    def batch(
+        self, captions: Sequence[str | None], durations: Sequence[float] | None, slots: int, truncate: bool = False
+    ) -> PaddedText:
+        """Captions as rows of `slots` tokens, padded on the left.
+
+        Args:
+            captions: texts; None is the unconditional one.
+            durations: seconds that the frames of each sequence span; None for the image model, whose texts have no
+                frame rate.
+            slots: tokens of a row.
+            truncate: cut captions that are longer, instead of refusing them.
+
+        Raises:
+            ValueError: a caption is empty or too long, or a duration is no positive number.
+        """
+        if durations is None:
+            rows = [
+                self.encode_unconditional_image() if caption is None else self.encode_image_caption(caption)
+                for caption in captions
+            ]
+        else:
+            rows = [
+                self.encode_unconditional(seconds) if caption is None else self.encode_caption(caption, seconds)
+                for caption, seconds in zip(captions, durations, strict=True)
+            ]
+        return pad_left([fit(row, slots, truncate) for row in rows], slots, self.pad)
+
     def _encode_duration(self, caption: str, duration: float) -> list[int]:
         require(0 < duration < math.inf, f"duration is {duration}, expected a positive number of seconds")
         return self._encode_template(self.config.duration_template, caption=caption, duration=float(duration))

@@ -312,13 +312,13 @@ def test_verification_can_be_left_out(folder: Path, parts: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values: values.update(format_version=2), r"format_version is 2, expected at most 1.* upgrade"),
-        (lambda values: values.update(format_version=2, more=1), r"format_version is 2, expected at most 1"),
+        (lambda values: values.update(format_version=3), r"format_version is 3, expected at most 2.* upgrade"),
+        (lambda values: values.update(format_version=3, more=1), r"format_version is 3, expected at most 2"),
         (lambda values: values.update(format_version="1"), r"format_version is '1', expected a positive number"),
         (lambda values: values.pop("format_version"), r"format_version is None"),
         (
             lambda values: values.update(format_version=0),
-            r"is 0, expected 1: a cogvideo too old to be read wrote it, m",
+            r"is 0, expected 2: a cogvideo too old to be read wrote it, m",
         ),
         (lambda values: values.pop("config"), r"fields \['components', 'format_version'\], expected \['components'"),
         (lambda values: values.update(more=1), r"it has the fields .*'more'"),

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import cogvideo
 from cogvideo.bundle.model import CogVideo, _Source
@@ -34,17 +35,19 @@ from cogvideo.cli import main
 from cogvideo.commands.generate import Maker
 from cogvideo.commands.outputs import Folder
 from cogvideo.commands.prompts import read_prompts
-from cogvideo.generation.hierarchy import Guidance, Settings
-from cogvideo.generation.sampling import Sampling
+from cogvideo.config import SamplingConfig
+from cogvideo.generation.request import ADDED, Request, Settings
 from cogvideo.media.images import write_image
 from cogvideo.media.video import read_video, write_video
-from cogvideo.pipeline import CogVideoPipeline, Frame, Given, Upscaling
+from cogvideo.pipeline import CogVideoPipeline, Frame
 from cogvideo.planning import memory
 from gallery import make_model
 from killing import kill_at
 from workshop import RATIO
 
 SIDE = 16
+STAGES = ("", "first_", "superres_")
+UNGUIDED = Settings().later | {"guidance": 1.0}
 QUICK = ("--rounds", "0", "--no-superres", "--guidance", "1")
 
 
@@ -117,12 +120,11 @@ def tree(folder: Path) -> list[str]:
     return sorted(str(each.relative_to(folder)) for each in folder.rglob("*") if each.is_file())
 
 
-def made(model: str, prompt: str, seed: int, given: Given | None = None, **options: Any) -> np.ndarray:
+def made(model: str, prompt: str, seed: int, given: Tensor | None = None, **options: Any) -> np.ndarray:
     """Pixels of a clip as the pipeline makes it."""
-    upscaling = options.pop("upscaling", None) or Upscaling(options.pop("superres", False))
-    stream = CogVideoPipeline.from_pretrained(model).stream(
-        [prompt], [torch.Generator().manual_seed(seed)], Settings(**options), upscaling, given
-    )
+    settings = Settings(**{"should_enlarge": False} | options)
+    request = Request([prompt], [torch.Generator().manual_seed(seed)], settings, given)
+    stream = CogVideoPipeline.from_pretrained(model).frames(request)
     return np.stack([frame.pixels[0] for frame in sorted(stream, key=lambda frame: frame.place)])
 
 
@@ -144,7 +146,7 @@ def test_a_clip_is_a_video(rounds: int, number: int, rate: int, superres: bool, 
     side = SIDE * RATIO if superres else SIDE
     assert (frames.shape, found, seconds) == ((number, side, side, 3), rate, number / rate)
     if superres:
-        expected = made(model, "a cat runs", 3, rounds=rounds, superres=True)
+        expected = made(model, "a cat runs", 3, rounds=rounds, should_enlarge=True)
         differences = abs(frames.astype(float)[:, None] - expected[None]).mean((2, 3, 4))
         assert (differences.argmin(1) == np.arange(number)).mean() > 0.8, "colours are stored at half the resolution"
 
@@ -179,8 +181,12 @@ def test_the_settings_stand_beside_the_clip_and_in_it(model: str, inside: Path) 
         "first_clusters": 16,
         "first_guidance": 1.0,
         "text_bonus": 1.4,
+        **{f"{stage}{name}": value for stage in STAGES for name, value in (("top_k", 0), ("top_p", 1.0))},
+        "cluster_temperature": 0.89,
+        "first_cluster_temperature": 0.89,
         "superres_temperature": 1.0,
         "superres_clusters": 6,
+        "superres_cluster_temperature": 0.6,
         "rounds": 0,
         "superres": False,
         "dtype": "bfloat16",
@@ -215,10 +221,10 @@ def test_a_sidecar_makes_its_clip_again(
     for changed, message in (
         ({"bundle": "0"}, "was made with another model than"),
         ({"sha256": {"image": "0"}}, "was made with another file than start.png"),
-        ({"prompt": 3}, "other.json: prompt is 3, expected a text"),
-        ({"superres": "no"}, "other.json: superres is 'no', expected true or false"),
-        ({"image": 3}, "other.json: image is 3, expected a path or null"),
-        ({"dtype": "int8"}, "other.json: dtype is 'int8', expected auto or float32 or bfloat16 or float16"),
+        ({"prompt": 3}, "other.json: prompt is 3: Expected `str`, got `int`"),
+        ({"superres": "no"}, "other.json: superres is 'no': Expected `bool`, got `str`"),
+        ({"image": 3}, "other.json: image is 3: Expected a path"),
+        ({"dtype": "int8"}, "other.json: dtype is 'int8': Invalid enum value 'int8'"),
         ({"rounds": 99}, "other.json: rounds is 99, expected 0 to 6"),
     ):
         (inside / "other.json").write_text(json.dumps(json.loads(sidecar.read_text()) | changed))
@@ -235,6 +241,21 @@ def test_a_sidecar_makes_its_clip_again(
     assert "these are other codes than those of other.json, which torch 1.0 on cpu made" in capsys.readouterr().err
 
 
+def test_a_sidecar_of_an_older_version_makes_its_clip_again(model: str, inside: Path) -> None:
+    """Guards clips that were made before top-k and top-p were options: they had none, and they are not made twice."""
+    (inside / "x.txt").write_text("a cat runs")
+    options = ("--model", model, "--rounds", 0, "--no-superres", "--prompts", "x.txt")
+    run(*options)
+    sidecar = inside / "out" / "a-cat-runs.json"
+    record = json.loads(sidecar.read_text())
+    assert ADDED.items() <= record.items()
+    sidecar.write_text(json.dumps({name: value for name, value in record.items() if name not in ADDED}))
+    run("--from-sidecar", sidecar, "--model", model, "--output", "y.mp4")
+    assert record_of(inside / "y.mp4") == record | {"file": "y.mp4"}
+    run(*options)
+    assert len(list((inside / "out").glob("*.mp4"))) == 1
+
+
 def test_options_mean_what_they_say(model: str, inside: Path) -> None:
     """Guards the way from options to settings: guidance, sampler and negative text are those of later frames."""
     options = ("--rounds", 1, "--guidance", 2.5, "--temperature", 0.9, "--clusters", 5, "--negative", "the sun")
@@ -244,9 +265,9 @@ def test_options_mean_what_they_say(model: str, inside: Path) -> None:
         "a cat runs",
         7,
         rounds=1,
-        later=Sampling(0.9, clusters=5),
-        guidance=Guidance(sequential=2.5, negative="the sun"),
-        superres=True,
+        later=SamplingConfig(0.9, clusters=5, guidance=2.5),
+        negative="the sun",
+        should_enlarge=True,
     )
     assert np.array_equal(frames_of(inside / "out" / "a-cat-runs"), expected)
 
@@ -256,22 +277,26 @@ def test_a_model_has_values_of_its_own(model: str, inside: Path) -> None:
     sidecar keeps them when the model's values change."""
     own = shutil.copytree(model, inside / "own")
     manifest = json.loads((own / "bundle.json").read_text())
-    values = {"first_temperature": 0.7, "first_clusters": 2, "temperature": 0.9, "clusters": 5}
-    values |= {"first_guidance": 1.5, "guidance": 2.5, "text_bonus": 0.3}
-    values |= {"superres_temperature": 0.8, "superres_clusters": 3}
-    assert manifest["config"]["drawing"].keys() == values.keys()
-    manifest["config"]["drawing"] = values
+    first = {"temperature": 0.7, "clusters": 2, "guidance": 1.5, "top_p": 0.9}
+    later = {"temperature": 0.9, "clusters": 5, "guidance": 2.5, "top_k": 20}
+    superres = {"temperature": 0.8, "clusters": 3, "cluster_temperature": 0.5}
+    for stage, values in (("first", first), ("later", later), ("superres", superres)):
+        manifest["config"][f"{stage}_sampling"] |= values
+    manifest["config"]["text_bonus"] = 0.3
     (own / "bundle.json").write_text(json.dumps(manifest))
     expected = made(
         model,
         "a cat runs",
         7,
         rounds=1,
-        first=Sampling(0.7, clusters=2),
-        later=Sampling(0.9, clusters=5),
-        guidance=Guidance(1.5, 2.5, text_bonus=0.3),
-        upscaling=Upscaling(True, Sampling(0.8, clusters=3, cluster_temperature=0.6)),
+        first=SamplingConfig(**first),
+        later=SamplingConfig(**later),
+        superres=SamplingConfig(**superres),
+        text_bonus=0.3,
+        should_enlarge=True,
     )
+    values = later | {f"first_{name}": value for name, value in first.items()} | {"text_bonus": 0.3}
+    values |= {f"superres_{name}": value for name, value in superres.items()}
     plain = ("--format", "png")
     run("a cat runs", "--model", own, "--seed", 7, "--rounds", 1, *plain)
     assert np.array_equal(frames_of(inside / "out" / "a-cat-runs"), expected)
@@ -294,8 +319,14 @@ def test_each_option_changes_the_clip(model: str, inside: Path) -> None:
         ("--guidance", 1),
         ("--temperature", 3),
         ("--clusters", 1),
+        ("--top-k", 2),
+        ("--top-p", 0.3),
+        ("--cluster-temperature", 3),
         ("--first-temperature", 3),
         ("--first-clusters", 1),
+        ("--first-top-k", 2),
+        ("--first-top-p", 0.3),
+        ("--first-cluster-temperature", 3),
         ("--first-guidance", 5),
         ("--text-bonus", 5),
         ("--negative", "the sun"),
@@ -305,6 +336,9 @@ def test_each_option_changes_the_clip(model: str, inside: Path) -> None:
         ("--superres",),
         ("--superres", "--superres-temperature", 0),
         ("--superres", "--superres-clusters", 1),
+        ("--superres", "--superres-top-k", 1),
+        ("--superres", "--superres-top-p", 0.1),
+        ("--superres", "--superres-cluster-temperature", 5),
         ("--dtype", "bfloat16"),
     ]
     seen = []
@@ -340,7 +374,7 @@ def test_frames_are_a_folder_of_pictures(model: str, inside: Path) -> None:
     run("a cat runs", "--model", model, "--format", "png", "--seed", 3, *QUICK)
     names = [f"out/a-cat-runs/{place:03}.png" for place in range(5)]
     assert tree(inside) == ["out/a-cat-runs.json", *names]
-    expected = made(model, "a cat runs", 3, rounds=0, guidance=Guidance(sequential=1))
+    expected = made(model, "a cat runs", 3, rounds=0, later=UNGUIDED)
     assert np.array_equal(frames_of(inside / "out" / "a-cat-runs"), expected)
     with Image.open(inside / names[2]) as image:
         assert json.loads(image.text["comment"])["seed"] == 3  # type: ignore[attr-defined]
@@ -374,7 +408,7 @@ def test_an_image_starts_to_move(model: str, inside: Path) -> None:
         run("a cat runs", "--model", model, "--image", name, "--format", "png", "--output", name[:-4], *QUICK)
         square = read_video(inside / name, 1, SIDE, max_frames=1).frames
         codes = pipeline.encode(square)
-        expected = pipeline._pixels(pipeline.model.autoencoder, codes)
+        expected = pipeline.model.autoencoder.decode_pixels(codes)
         frames = frames_of(inside / name[:-4] / "a-cat-runs")
         assert np.array_equal(frames[0], expected[0]), name
         assert not np.array_equal(frames[1], frames[0])
@@ -392,8 +426,8 @@ def test_a_video_goes_on(number: int, context: int, start: int, model: str, insi
     assert len(found) == start + 9
     pipeline = CogVideoPipeline.from_pretrained(model)
     codes = pipeline.encode(read_video(inside / "old.webp", 2, SIDE).frames)
-    assert np.array_equal(found[:number], pipeline._pixels(pipeline.model.autoencoder, codes))
-    alone = made(model, "a cat runs", 3, Given(codes[start::2][:context]), rounds=1) if context == 1 else None
+    assert np.array_equal(found[:number], pipeline.model.autoencoder.decode_pixels(codes))
+    alone = made(model, "a cat runs", 3, codes[start::2][:context], rounds=1) if context == 1 else None
     if alone is not None:
         assert np.array_equal(found[number:], alone[1:])
 
@@ -407,7 +441,7 @@ def test_what_lies_between_two_pictures(model: str, inside: Path) -> None:
     found = frames_of(inside / "out" / "a-cat-runs")
     pipeline = CogVideoPipeline.from_pretrained(model)
     codes = pipeline.encode([np.asarray(Image.open(inside / name)) for name in ("a.png", "b.png")])
-    ends = pipeline._pixels(pipeline.model.autoencoder, codes)
+    ends = pipeline.model.autoencoder.decode_pixels(codes)
     assert len(found) == 9
     assert np.array_equal(found[[0, -1]], ends)
 
@@ -451,7 +485,7 @@ def test_samples_and_batches(model: str, inside: Path) -> None:
         assert json.loads((inside / "batch" / f"{name}.json").read_text()) == record
         frames = frames_of(inside / "out" / name)
         assert np.array_equal(frames_of(inside / "batch" / name), frames)
-        expected = made(model, record["prompt"], seed, rounds=0, guidance=Guidance(sequential=1))
+        expected = made(model, record["prompt"], seed, rounds=0, later=UNGUIDED)
         assert np.array_equal(frames, expected)
 
 
@@ -674,19 +708,19 @@ def test_frames_are_there_before_the_clip(
     model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards --preview and Ctrl-C: what was shown stays, and clips before it; nothing half-made looks like a clip."""
-    stream = CogVideoPipeline.stream
+    stream = CogVideoPipeline.frames
 
-    def interrupted(self: CogVideoPipeline, prompts: Any, *rest: Any) -> Any:
-        frames = stream(self, prompts, *rest)
+    def interrupted(self: CogVideoPipeline, request: Request) -> Any:
+        frames = stream(self, request)
 
         def some() -> Any:
             yield next(frames)
             yield next(frames)
             raise KeyboardInterrupt
 
-        return some() if prompts == ["the sun"] else frames
+        return some() if request.prompts == ["the sun"] else frames
 
-    monkeypatch.setattr(CogVideoPipeline, "stream", interrupted)
+    monkeypatch.setattr(CogVideoPipeline, "frames", interrupted)
     arguments = ("a cat runs", "the sun", "the sun", "--model", model, "--seed", 3, "--preview", *QUICK)
     run(*arguments, status=130)
     assert tree(inside / "out") == [
@@ -696,7 +730,7 @@ def test_frames_are_there_before_the_clip(
         "the-sun-frames/000.png",
         "the-sun-frames/001.png",
     ]
-    expected = made(model, "a cat runs", 3, rounds=0, guidance=Guidance(sequential=1))
+    expected = made(model, "a cat runs", 3, rounds=0, later=UNGUIDED)
     assert np.array_equal(frames_of(inside / "out" / "a-cat-runs-frames"), expected)
     assert capsys.readouterr().out == "out/a-cat-runs.mp4\n"
 
@@ -773,7 +807,7 @@ def test_every_prompt_has_a_file_of_its_own(
     does not take."""
     codes, pixels = torch.zeros(1, SIDE, dtype=torch.int64), np.zeros((1, SIDE, SIDE, 3), np.uint8)
     frames = [Frame("image", place, 5, codes, pixels) for place in range(5)]
-    monkeypatch.setattr(CogVideoPipeline, "stream", lambda *_: iter(frames))  # names alone are looked at
+    monkeypatch.setattr(CogVideoPipeline, "frames", lambda *_: iter(frames))  # names alone are looked at
     run("--model", model, "--seed", 1, *QUICK, "--", *prompts)
     assert tree(inside / "out") == sorted(f"{name}{suffix}" for name in names for suffix in (".json", ".mp4"))
     for prompt, name in zip(prompts, names, strict=True):
@@ -825,6 +859,9 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--superres-temperature", "-1"), "superres_temperature is -1.0, expected 0 to 100"),
         (("--superres-clusters", "-1"), "superres_clusters is -1, expected 0 to 1000000"),
         (("--clusters", "9999999"), " clusters is 9999999, expected 0 to 1000000"),
+        (("--top-k", "-1"), " top_k is -1, expected 0 to 1000000"),
+        (("--first-top-p", "1.5"), "first_top_p is 1.5, expected above 0, at most 1"),
+        (("--superres-cluster-temperature", "0"), "superres_cluster_temperature is 0.0, expected a positive number"),
         (("--samples", "300000000"), "samples is 300000000, expected 1 to 100000"),
         (("--samples", "2", "--seed", str(2**63 - 1)), f"the seed of the last clip would be {2**63}, expected"),
         (("--negative", " "), "the negative prompt is empty: ' '"),
@@ -965,7 +1002,7 @@ def test_another_process_may_add_to_the_folder(
 
     def beside(self: Maker, *arguments: Any) -> Any:
         for clip in make(self, *arguments):
-            clip.path.write_text("of somebody else")
+            clip[0].path.write_text("of somebody else")
             yield clip
 
     monkeypatch.setattr(Maker, "make", beside)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from cogvideo.config import SamplingConfig
 from cogvideo.generation import decode as decoding
 from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition, Decoder
-from cogvideo.generation.sampling import Clusters, GumbelNoise, Sampling, log_probabilities
+from cogvideo.generation.sampling import Clusters, GumbelNoise, log_probabilities
 from cogvideo.layout import SequenceLayout, lag
 from cogvideo.models.attention import Plan, attend
 from cogvideo.models.cache import Cache, CacheMap, Write
@@ -25,7 +26,7 @@ from parity import Watch, watch
 from reference import TEXT, Slot, all_slots, cluster_probabilities, top_k, top_p, visible
 
 CPU = torch.device("cpu")
-PLAIN, ONE_BY_ONE = Sampling(), Passes()
+PLAIN, ONE_BY_ONE = SamplingConfig(), Passes()
 FEWER = [Passes(parallel_frames=True), *(Passes(draft=width) for width in (2, 7, 21))]
 SOME = [ONE_BY_ONE, Passes(parallel_frames=True), Passes(draft=7)]
 LABELS = torch.arange(NUM_CODES) % 6
@@ -48,7 +49,7 @@ class Run(NamedTuple):
         return make_system(*sizes, dtype=dtype)
 
 
-def name(value: Run | Passes | Sampling) -> str:
+def name(value: Run | Passes | SamplingConfig) -> str:
     """For the names of tests."""
     if isinstance(value, Run):
         return f"{value.stage}-grid{value.grid}-window{value.window}-{value.num_given}of{value.num_frames}"
@@ -87,7 +88,7 @@ def generate(
     text: PaddedText,
     given: Tensor,
     noise: Tensor,
-    sampling: Sampling = PLAIN,
+    sampling: SamplingConfig = PLAIN,
     passes: Passes = ONE_BY_ONE,
     **condition,
 ) -> Watch:
@@ -123,7 +124,7 @@ def test_decoding_equals_full_passes(
     system, text, other = run.system(make_system), make_text((3, TEXT_SLOTS)), make_text((1, 4), seed=1)
     given, noise = inputs(system, run.num_given, 2)
     condition = {"unconditional": other, "scale": 3.0} if guided else {}
-    ours = generate(system, text, given, noise, Sampling(temperature=1.05), text_bonus=bonus, **condition)
+    ours = generate(system, text, given, noise, SamplingConfig(temperature=1.05), text_bonus=bonus, **condition)
     places = system.layout.order[run.num_given :]
     assert tuple(frame.place for frame in ours.frames) == places
     for sample in range(2):
@@ -260,7 +261,7 @@ def test_fewer_passes_give_the_same_codes(
     system, text = run.system(make_system), make_text((1, 4, TEXT_SLOTS))
     given, noise = inputs(system, run.num_given, 3)
     condition = {"unconditional": make_text((2, 1, 5), seed=1), "scale": 3.0} if guided else {"text_bonus": 1.4}
-    sampling = Sampling(temperature=0.7)
+    sampling = SamplingConfig(temperature=0.7)
     reference = generate(system, text, given, noise, sampling, **condition)
     ours = generate(system, text, given, noise, sampling, passes, **condition)
     assert torch.equal(ours.codes, reference.codes)
@@ -277,10 +278,12 @@ def test_fewer_passes_give_the_same_codes(
 
 @pytest.mark.parametrize("passes", FEWER, ids=name)
 @pytest.mark.parametrize(
-    "sampling", [Sampling(temperature=0), Sampling(top_k=4), Sampling(top_p=0.8), Sampling(clusters=2)], ids=name
+    "sampling",
+    [SamplingConfig(temperature=0), SamplingConfig(top_k=4), SamplingConfig(top_p=0.8), SamplingConfig(clusters=2)],
+    ids=name,
 )
 def test_fewer_passes_with_every_sampler(
-    make_system: MakeSystem, make_text: MakeText, sampling: Sampling, passes: Passes
+    make_system: MakeSystem, make_text: MakeText, sampling: SamplingConfig, passes: Passes
 ) -> None:
     """Guards samplers that look at more than their own row."""
     system, text = WINDOWED.system(make_system), make_text((1, 4))
@@ -301,7 +304,7 @@ def test_passes_of_a_draft_that_is_always_right(make_system: MakeSystem, make_te
     """Guards the guesses for slots ahead: where noise alone decides, a pass completes as many codes as it drafts."""
     system = IMAGE.system(make_system)
     given, noise = inputs(system, 0, 2)
-    ours = generate(system, make_text((1, 4)), given, noise, Sampling(temperature=1e9), Passes(draft=width))
+    ours = generate(system, make_text((1, 4)), given, noise, SamplingConfig(temperature=100), Passes(draft=width))
     first = 1  # the first pass has nothing to guess from: it completes one code
     assert ours.frames[0].passes == (16 if width == 1 else first + -(-(16 - first) // width))
     assert torch.equal(ours.codes, noise.argmax(-1))
@@ -315,7 +318,7 @@ def test_drafts_start_from_the_frame_before(make_system: MakeSystem, make_text: 
     given, noise = inputs(system, run.num_given, 2)
     noise = noise[:, :1].expand_as(noise)
     given[:] = noise[:, :1].argmax(-1)
-    ours = generate(system, make_text((1, 4)), given, noise, Sampling(temperature=1e9), Passes(draft=8))
+    ours = generate(system, make_text((1, 4)), given, noise, SamplingConfig(temperature=100), Passes(draft=8))
     assert [frame.passes for frame in ours.frames] == [2 * (number + 1) for number in range(len(ours.frames))]
 
 
@@ -329,9 +332,9 @@ def test_masks_give_the_same_codes(
     system, text = run.system(make_system), make_text((1, 4, TEXT_SLOTS))
     given, noise = inputs(system, run.num_given, 3)
     condition = {"unconditional": make_text((2, 1, 5), seed=1), "scale": 3.0} if guided else {"text_bonus": 1.4}
-    ours = generate(system, text, given, noise, Sampling(temperature=0.7), Passes(draft=7), **condition)
+    ours = generate(system, text, given, noise, SamplingConfig(temperature=0.7), Passes(draft=7), **condition)
     monkeypatch.undo()
-    reference = generate(system, text, given, noise, Sampling(temperature=0.7), **condition)
+    reference = generate(system, text, given, noise, SamplingConfig(temperature=0.7), **condition)
     assert torch.equal(ours.codes, reference.codes)
     torch.testing.assert_close(ours.logits, reference.logits, rtol=0, atol=1e-10)
 
@@ -340,7 +343,7 @@ def test_drafting_saves_passes_with_noise_that_decides_often(make_system: MakeSy
     """Guards against drafts that are verified but never kept."""
     system = FULL.system(make_system)
     given, noise = inputs(system, 1, 2)
-    ours = generate(system, make_text((1, 4)), given, noise, Sampling(temperature=4), Passes(draft=8))
+    ours = generate(system, make_text((1, 4)), given, noise, SamplingConfig(temperature=4), Passes(draft=8))
     assert ours.frames[-1].passes < 0.9 * 64
 
 
@@ -353,7 +356,7 @@ def test_any_pace_gives_the_same_codes(
     monkeypatch.setattr(decoding.Pace, "width", property(lambda pace: widths.randint(1, 9)))
     system, text = run.system(make_system), make_text((1, 4, TEXT_SLOTS))
     given, noise = inputs(system, run.num_given, 3)
-    sampling = Sampling(temperature=0.7)
+    sampling = SamplingConfig(temperature=0.7)
     reference = generate(system, text, given, noise, sampling)
     ours = generate(system, text, given, noise, sampling, Passes(draft=9))
     assert torch.equal(ours.codes, reference.codes)
@@ -386,7 +389,7 @@ def test_a_sample_does_not_depend_on_its_batch(
             condition,
             given[samples],
             lambda rank: noise(rank - run.num_given),
-            Sampling(clusters=3),
+            SamplingConfig(clusters=3),
             LABELS,
             passes,
         )
@@ -403,9 +406,10 @@ def test_a_sample_does_not_depend_on_its_batch(
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(temperature=0.8), Sampling(top_k=4), Sampling(top_p=0.8), Sampling(clusters=2)]
+    "sampling",
+    [SamplingConfig(temperature=0.8), SamplingConfig(top_k=4), SamplingConfig(top_p=0.8), SamplingConfig(clusters=2)],
 )
-def test_codes_are_the_largest_scores(make_system: MakeSystem, make_text: MakeText, sampling: Sampling) -> None:
+def test_codes_are_the_largest_scores(make_system: MakeSystem, make_text: MakeText, sampling: SamplingConfig) -> None:
     """Guards against noise of another slot, frame or sample, and against codes that the sampler excludes."""
     system = WINDOWED.system(make_system)
     given, noise = inputs(system, 1, 2)
@@ -425,7 +429,7 @@ def test_greedy_needs_no_noise(make_system: MakeSystem, make_text: MakeText) -> 
     """Guards against noise that is drawn, or added, where the most likely code is wanted."""
     system = FULL.system(make_system)
     given, noise = inputs(system, 1, 2)
-    ours = generate(system, make_text((1, 4)), given, noise * torch.nan, Sampling(temperature=0))
+    ours = generate(system, make_text((1, 4)), given, noise * torch.nan, SamplingConfig(temperature=0))
     assert torch.equal(ours.logits.argmax(-1), ours.codes)
 
 
@@ -541,9 +545,9 @@ def test_cuda_gives_the_same_codes(make_system: MakeSystem, make_text: MakeText,
     system = run.system(make_system)
     given, noise = inputs(system, run.num_given, 2)
     condition = {"unconditional": make_text((2, 5), seed=1), "scale": 1.5, "text_bonus": 1.4}
-    expected = generate(system, make_text((1, 4)), given, noise, Sampling(clusters=3), Passes(), **condition)
+    expected = generate(system, make_text((1, 4)), given, noise, SamplingConfig(clusters=3), Passes(), **condition)
     there = System(copy.deepcopy(system.model).cuda(), system.layout, system.oracle)
-    ours = generate(there, make_text((1, 4)), given, noise, Sampling(clusters=3), passes, **condition)
+    ours = generate(there, make_text((1, 4)), given, noise, SamplingConfig(clusters=3), passes, **condition)
     assert torch.equal(ours.codes.cpu(), expected.codes)
 
 
@@ -559,7 +563,7 @@ def test_a_frame_of_one_code(make_system: MakeSystem, make_text: MakeText) -> No
 # What is refused
 
 
-def start(system: System, condition: Condition, given: Tensor, sampling: Sampling = PLAIN) -> None:
+def start(system: System, condition: Condition, given: Tensor, sampling: SamplingConfig = PLAIN) -> None:
     """Decode up to the first frame."""
     noise = torch.zeros(2, system.layout.frame_slots, NUM_CODES)
     next(decode(system.model, system.layout, condition, given, lambda rank: noise, sampling))
@@ -658,7 +662,7 @@ def test_clusters_without_labels(make_system: MakeSystem, make_text: MakeText) -
     """Guards against cluster sampling without clusters."""
     system = FULL.system(make_system)
     with pytest.raises(ValueError, match="no cluster labels"):
-        start(system, Condition(make_text((2, 3))), system.codes(2, 1), Sampling(clusters=3))
+        start(system, Condition(make_text((2, 3))), system.codes(2, 1), SamplingConfig(clusters=3))
 
 
 def test_a_window_that_does_not_divide_the_grid(make_system: MakeSystem, make_text: MakeText) -> None:

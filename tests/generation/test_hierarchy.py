@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from cogvideo.config import CogVideoConfig, LayoutConfig, StageConfig, TransformerConfig, preset
+from cogvideo.config import CogVideoConfig, LayoutConfig, SamplingConfig, StageConfig, TransformerConfig, preset
 from cogvideo.generation import hierarchy
 from cogvideo.generation.decode import Passes
-from cogvideo.generation.hierarchy import Guidance, Settings, collect, generate
-from cogvideo.generation.sampling import Sampling
+from cogvideo.generation.hierarchy import between, collect, first_frames, generate
+from cogvideo.generation.request import Request, Settings
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, initialize
 from cogvideo.text import TextTokenizer
 
@@ -57,29 +58,33 @@ def system(text_model: bytes) -> SimpleNamespace:
 
 def settings(**changes: object) -> Settings:
     """One round, small samplers."""
-    return replace(Settings(rounds=1, first=Sampling(clusters=4), later=Sampling(1.05, clusters=3)), **changes)
+    first, later = SamplingConfig(clusters=4), SamplingConfig(1.05, clusters=3, guidance=3.0)
+    return replace(Settings(rounds=1, first=first, later=later), **changes)
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def clip(system: SimpleNamespace, prompts: list[str], seeds: list[int], **options: object) -> Int64[Tensor, "b f s"]:
+def request(prompts: list[str], *seeds: int, **options: Any) -> Request:
+    return Request(prompts, generators(*seeds), options.pop("settings", settings()), **options)
+
+
+def clip(system: SimpleNamespace, prompts: list[str], seeds: list[int], **options: Any) -> Int64[Tensor, "b f s"]:
     """All frames of a run."""
-    how = options.pop("settings", settings())
-    return collect(generate(system, prompts, generators(*seeds), how, **options))
+    return collect(generate(system, request(prompts, *seeds, **options)))
 
 
-def some_frames(batch: int, frames: int) -> Int64[Tensor, "b f s"]:
-    return torch.randint(0, 32, (batch, frames, SLOTS), generator=torch.Generator().manual_seed(5))
+def some_frames(frames: int) -> Int64[Tensor, "f s"]:
+    return torch.randint(0, 32, (frames, SLOTS), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize(("rounds", "frames"), [(0, 5), (1, 9), (2, 17)])
 def test_rounds_double_the_frames(system: SimpleNamespace, rounds: int, frames: int) -> None:
-    """Guards the count of frames and their times: one new frame in every gap, no frame twice."""
-    events = list(generate(system, PROMPTS[:1], generators(0), settings(rounds=rounds)))
-    times = sorted(event.time for event in events)
-    assert times == [4.0 * number / (frames - 1) for number in range(frames)]
+    """Guards the count of frames and their places: one new frame in every gap, no frame twice."""
+    events = list(generate(system, request(PROMPTS[:1], 0, settings=settings(rounds=rounds))))
+    assert sorted(event.place for event in events) == list(range(frames))
+    assert {event.num_frames for event in events} == {frames}
     assert all(event.codes.shape == (1, SLOTS) for event in events)
 
 
@@ -96,27 +101,27 @@ def test_sample_does_not_depend_on_its_batch(system: SimpleNamespace) -> None:
 @pytest.mark.parametrize("passes", [Passes(parallel_frames=True), Passes(draft=5)])
 def test_ways_to_decode_give_the_same_clip(system: SimpleNamespace, passes: Passes) -> None:
     """Guards that fewer passes change nothing, through all stages and with guidance in all of them."""
-    guidance = Guidance(2.0, 3.0, 1.5)
-    expected = clip(system, PROMPTS, [3, 4], settings=settings(guidance=guidance))
-    assert torch.equal(clip(system, PROMPTS, [3, 4], settings=settings(guidance=guidance, passes=passes)), expected)
+    first = settings().first | {"guidance": 2.0}
+    how = settings(first=first, interpolation_guidance=1.5)
+    expected = clip(system, PROMPTS, [3, 4], settings=how)
+    assert torch.equal(clip(system, PROMPTS, [3, 4], settings=replace(how, passes=passes)), expected)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_leading_frames_are_kept(system: SimpleNamespace, count: int) -> None:
-    """Guards image-to-video and extension: given frames are the leading key frames, untouched."""
-    given = some_frames(2, count)
+@pytest.mark.parametrize(("count", "number"), [(1, 9), (2, 10), (3, 9), (7, 13)])
+def test_leading_frames_are_kept(system: SimpleNamespace, count: int, number: int) -> None:
+    """Guards image-to-video and extension: given frames stay untouched, and up to two of them are key frames."""
+    given = some_frames(count)
     frames = clip(system, PROMPTS, [3, 4], given=given)
-    assert frames.shape == (2, 9, SLOTS)
-    assert torch.equal(frames[:, : 2 * count : 2], given)
+    assert frames.shape == (2, number, SLOTS)
+    assert torch.equal(frames[:, :count], given.expand(2, -1, -1))
 
 
 def test_first_and_last_frames_are_kept(system: SimpleNamespace) -> None:
     """Guards in-between: two more rounds make the key frames, the ends are untouched."""
-    given, last = some_frames(2, 1), some_frames(2, 2)[:, 1]
+    given, last = some_frames(2)[:1], some_frames(2)[1]
     frames = clip(system, PROMPTS, [3, 4], given=given, last=last)
     assert frames.shape == (2, 9, SLOTS)
-    assert torch.equal(frames[:, 0], given[:, 0])
-    assert torch.equal(frames[:, -1], last)
+    assert torch.equal(frames[:, [0, -1]], torch.stack([given[0], last]).expand(2, -1, -1))
 
 
 def test_durations_are_told_to_each_stage(system: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +137,11 @@ def test_durations_are_told_to_each_stage(system: SimpleNamespace, monkeypatch: 
     clip(system, PROMPTS[:1], [0], settings=settings(rounds=2))
     assert durations == [4.0, 2.0, 1.0] * 2  # once to check all texts before any work, once to use them
     durations.clear()
-    clip(system, PROMPTS[:1], [0], given=some_frames(1, 1), last=some_frames(1, 1)[:, 0])
+    clip(system, PROMPTS[:1], [0], given=some_frames(1), last=some_frames(1)[0])
     assert durations[-3:] == [8.0, 4.0, 2.0]
+    durations.clear()
+    clip(system, PROMPTS, [0, 1], durations=[1.0, 4.0])
+    assert durations == [1.0, 4.0, 0.5, 2.0] * 2
 
 
 def test_gaps_of_a_round_are_one_batch(system: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +172,7 @@ def test_sequences_fill_every_gap_once(frames: int, width: int, expected: list[i
 @pytest.mark.parametrize("sequences_at_once", [1, 3])
 def test_smaller_batches_give_the_same_clip(system: SimpleNamespace, sequences_at_once: int) -> None:
     """Guards the way to less memory: the rounds of a clip in parts, with a last sequence that overlaps."""
-    given, last = some_frames(2, 1), some_frames(2, 2)[:, 1]
+    given, last = some_frames(2)[:1], some_frames(2)[1]
     expected = clip(system, PROMPTS, [3, 4], given=given, last=last)
     how = settings(sequences_at_once=sequences_at_once)
     assert torch.equal(clip(system, PROMPTS, [3, 4], given=given, last=last, settings=how), expected)
@@ -182,9 +190,9 @@ def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: SimpleNa
         run(),
         run(PROMPTS[1]),
         run(seed=4),
-        run(guidance=Guidance(sequential=1.0)),
-        run(guidance=Guidance(negative="blurred")),
-        run(guidance=Guidance(text_bonus=0.0)),
+        run(later=settings().later | {"guidance": 1.0}),
+        run(negative="blurred"),
+        run(text_bonus=0.0),
         run(duration=2.0),
     ]
     assert all(not torch.equal(one, other) for place, one in enumerate(clips) for other in clips[:place])
@@ -198,12 +206,11 @@ def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: SimpleNa
         ({"prompts": ["word " * 200]}, "tokens, 40 fit"),
         ({"prompts": "a cat"}, "expected a list of texts"),
         ({"seeds": [1, 2]}, "2 generators for 1 prompts"),
-        ({"given": some_frames(1, 5)}, "5 given frames, expected 0 to 4"),
-        ({"given": some_frames(2, 1)}, "2 clips for 1 prompts"),
-        ({"given": some_frames(1, 1) + 32}, "expected \\[0, 32\\)"),
-        ({"given": some_frames(1, 1)[..., :-1]}, "15"),
-        ({"given": some_frames(1, 2), "last": some_frames(1, 1)[:, 0]}, "and a last one, expected 1"),
-        ({"last": some_frames(1, 1)[:, 0]}, "and a last one, expected 1"),
+        ({"durations": [1.0, 2.0]}, "2 durations for 1 prompts"),
+        ({"given": some_frames(1) + 32}, "expected \\[0, 32\\)"),
+        ({"given": some_frames(1)[..., :-1]}, "15"),
+        ({"given": some_frames(2), "last": some_frames(1)[0]}, "got a last frame and 2 leading ones, expected one"),
+        ({"last": some_frames(1)[0]}, "got a last frame and 0 leading ones, expected one"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(system: SimpleNamespace, change: dict[str, object], message: str) -> None:
@@ -232,17 +239,29 @@ def test_incomplete_models_are_refused_at_the_call(system: SimpleNamespace, lost
     idle = SimpleNamespace(config=system.config, text=system.text)
     idle.components = tuple(each for each in system.components if each != lost)
     with pytest.raises(ValueError, match=message):
-        generate(idle, PROMPTS[:1], generators(1), settings())
+        generate(idle, request(PROMPTS[:1], 1))
 
 
 def test_samples_that_share_a_generator_are_refused(system: SimpleNamespace) -> None:
     """Guards against a sample that depends on its place in the batch."""
     with pytest.raises(ValueError, match="expected one each"):
-        generate(system, PROMPTS, generators(1) * 2, settings())
+        generate(system, Request(PROMPTS, generators(1) * 2, settings()))
 
 
 @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
 def test_guidance_that_cannot_be_is_refused(scale: float) -> None:
     """Guards against a whole clip of noise."""
-    with pytest.raises(ValueError, match="sequential stage is"):
-        Guidance(sequential=scale)
+    with pytest.raises(ValueError, match=r"guidance is .*, expected 0 to 100"):
+        SamplingConfig(guidance=scale)
+
+
+def test_stages_alone_give_what_the_hierarchy_does(system: SimpleNamespace) -> None:
+    """Guards samples of a stage that has no others yet: the first frame, and a round between given frames."""
+    frames = list(generate(system, request(PROMPTS, 3, 4)))
+    alone = SimpleNamespace(**vars(system) | {"components": ("base", "text", "cluster_labels")})
+    assert torch.equal(first_frames(alone, request(PROMPTS, 3, 4)), frames[0].codes)
+    alone.components += ("interpolation",)
+    given = torch.stack([some_frames(5), some_frames(5).flip(0)])
+    codes = between(alone, request(PROMPTS, 3, 4), given)
+    assert torch.equal(codes[:, ::2], given)
+    assert torch.equal(between(alone, request(PROMPTS[1:], 4), given[1:]), codes[1:])

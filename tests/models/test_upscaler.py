@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from cogvideo.bundle.convert import released_base_names, released_channel_names
-from cogvideo.config import LayoutConfig, TransformerConfig, UpscalerConfig
-from cogvideo.generation.sampling import Clusters, Sampling, log_probabilities
+from cogvideo.config import LayoutConfig, SamplingConfig, TransformerConfig, UpscalerConfig
+from cogvideo.generation.sampling import Clusters, log_probabilities
 from cogvideo.generation.upscale import SLOTS_PER_DRAW, slot_noise, upscale
 from cogvideo.layout import UpscaleLayout
 from cogvideo.models.attention import attend
@@ -25,7 +25,7 @@ from reference import relative_error
 GOLDEN = Path(__file__).parents[1] / "golden"
 CPU = torch.device("cpu")
 GRID, RATIO, NUM_CODES = 6, 3, 32
-ONE_BY_ONE = Sampling()
+ONE_BY_ONE = SamplingConfig()
 
 
 def seeded(seed=0):
@@ -191,7 +191,7 @@ def test_text_reaches_high_slots_through_low_codes_only():
 def test_codes_do_not_depend_on_how_they_are_portioned():
     """Guards against noise or logits that are misplaced between portions of slots."""
     model, (text, codes) = make(), inputs()
-    labels, sampling = torch.arange(NUM_CODES) % 8, Sampling(clusters=3, cluster_temperature=0.6)
+    labels, sampling = torch.arange(NUM_CODES) % 8, SamplingConfig(clusters=3, cluster_temperature=0.6)
     assert model.channel.layout.high_slots > SLOTS_PER_DRAW
     ours = upscale(model, text, codes, noise_of(model, 2), sampling, labels)
     with torch.no_grad():
@@ -230,7 +230,7 @@ def test_greedy_takes_the_most_likely_code():
     model, (text, codes) = make(), inputs()
     with torch.no_grad():
         expected = model.base.logits(model(*text, codes)).argmax(-1)
-    assert torch.equal(upscale(model, text, codes, noise_of(model, 2), Sampling(temperature=0.0)), expected)
+    assert torch.equal(upscale(model, text, codes, noise_of(model, 2), SamplingConfig(temperature=0.0)), expected)
 
 
 def test_training_changes_the_channel_alone():

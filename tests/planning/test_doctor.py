@@ -12,7 +12,7 @@ import torch
 from cogvideo import devices
 from cogvideo.cli import main
 from cogvideo.config import preset
-from cogvideo.generation.hierarchy import Settings
+from cogvideo.generation.request import Settings
 from cogvideo.planning.costs import clip, resident
 from cogvideo.planning.doctor import GIB
 from cogvideo.planning.memory import needed_memory

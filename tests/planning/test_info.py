@@ -22,6 +22,7 @@ from cogvideo.config import (
     AutoencoderConfig,
     CogVideoConfig,
     LayoutConfig,
+    SamplingConfig,
     StageConfig,
     TextConfig,
     TransformerConfig,
@@ -32,8 +33,7 @@ from cogvideo.config import (
 from cogvideo.generation import hierarchy
 from cogvideo.generation.decode import Frame, Passes, decode
 from cogvideo.generation.decoder import Condition, Decoder
-from cogvideo.generation.hierarchy import Settings
-from cogvideo.generation.sampling import Sampling
+from cogvideo.generation.request import Request, Settings
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.attention import Plan
 from cogvideo.models.autoencoder import Autoencoder
@@ -282,8 +282,10 @@ def test_phases_are_those_of_a_clip(text_model: bytes, monkeypatch: pytest.Monke
         return iter(frames)
 
     monkeypatch.setattr(hierarchy, "decode", spy)
-    settings = Settings(rounds=2, first=Sampling(temperature=0), later=Sampling(temperature=0), passes=Passes())
-    list(hierarchy.generate(system, ["a cat"], [torch.Generator()], settings))
+    settings = Settings(
+        rounds=2, first=SamplingConfig(temperature=0), later=SamplingConfig(temperature=0), passes=Passes()
+    )
+    list(hierarchy.generate(system, Request(["a cat"], [torch.Generator()], settings)))
     *drawn, upscaled, rendered = clip(config, settings)
     assert [(each.work.rows, each.passes) for each in drawn] == runs
     assert upscaled.passes == rendered.passes == 17
@@ -297,8 +299,9 @@ from dataclasses import replace
 from cogvideo.config import CogVideoConfig, LayoutConfig, TransformerConfig
 from cogvideo.generation.decode import decode
 from cogvideo.generation.decoder import Condition
-from cogvideo.generation.hierarchy import Settings
-from cogvideo.generation.sampling import GumbelNoise, Sampling
+from cogvideo.generation.request import Request, Settings
+from cogvideo.config import SamplingConfig
+from cogvideo.generation.sampling import GumbelNoise
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.text import PaddedText
@@ -316,7 +319,7 @@ def run(hidden, layers):
     text = PaddedText(*(torch.ones(8, layout.text_slots, dtype=kind) for kind in (torch.int64, torch.bool)))
     noise = GumbelNoise([torch.Generator() for _ in range(8)], 3, layout.frame_slots, config.transformer.num_codes)
     given = torch.zeros(8, 1, layout.frame_slots, dtype=torch.int64)
-    list(decode(model, layout, Condition(text, text, 3.0), given, noise, Sampling(), passes=Settings().passes))
+    list(decode(model, layout, Condition(text, text, 3.0), given, noise, SamplingConfig(), passes=Settings().passes))
 
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     (line,) = [each for each in open("/proc/self/status") if each.startswith("VmHWM")]

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from cogvideo.bundle.model import CogVideo
+from cogvideo.config import SamplingConfig
 from cogvideo.data.loader import hash_numbers
 from cogvideo.generation.decode import decode
 from cogvideo.generation.decoder import Condition
-from cogvideo.generation.hierarchy import Guidance, Settings
-from cogvideo.generation.sampling import GumbelNoise, Sampling
+from cogvideo.generation.sampling import GumbelNoise, spawn
 from cogvideo.generation.upscale import slot_noise, upscale
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Transformer
@@ -31,9 +31,9 @@ from workshop import GRID, NUM_CODES, RATIO, small_config
 
 SLOTS, HIGH_SLOTS, SIDE = GRID**2, (GRID * RATIO) ** 2, 16
 FIRST, LATER, LARGER = (
-    Sampling(1.0, clusters=8, cluster_temperature=0.89),
-    Sampling(1.05, clusters=8, cluster_temperature=0.89),
-    Sampling(1.0, clusters=6, cluster_temperature=0.6),
+    SamplingConfig(1.0, clusters=8, cluster_temperature=0.89),
+    SamplingConfig(1.05, clusters=8, cluster_temperature=0.89),
+    SamplingConfig(1.0, clusters=6, cluster_temperature=0.6),
 )
 """As released (spec section 3), with the 8 clusters that there are."""
 ODD_PROMPTS = (
@@ -79,6 +79,11 @@ def generator(seed: int, place: int, variant: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int(hash_numbers(seed, place, variant)[0] >> np.uint64(1)))
 
 
+def stream(generator: torch.Generator, stage: str) -> torch.Generator:
+    """The part of a sample's generator that a stage draws from."""
+    return spawn(generator, 3)[("image", "sequential", "interpolation").index(stage)]
+
+
 def padded(tokens: list[int], pad: int) -> PaddedText:
     """One row of 16 slots; what is too long loses its end."""
     tokens = tokens[:16]
@@ -119,7 +124,7 @@ def test_images_are_what_the_image_model_draws(system: CogVideo, examples: list[
     for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
         tokens = system.text.encode_image_caption(example.prompt)
         images = [
-            drawn(system, system.image_model, layout, tokens, none, generator(3, place, variant))
+            drawn(system, system.image_model, layout, tokens, none, stream(generator(3, place, variant), "image"))
             for variant in range(4)
         ]
         assert example.codes is not None
@@ -128,25 +133,22 @@ def test_images_are_what_the_image_model_draws(system: CogVideo, examples: list[
         assert len({image.numpy().tobytes() for image in images}) == 4
 
 
-@pytest.mark.parametrize("from_real", [False, True])
-def test_key_frames_are_what_the_stage_draws(system: CogVideo, examples: list[Example], from_real: bool) -> None:
-    """Guards the chain of a young stage: its first frame by the base or a true one, its frame rate, its order."""
+def test_key_frames_are_what_the_stage_draws(system: CogVideo, examples: list[Example]) -> None:
+    """Guards the chain of a young stage: its first frame by the base, its frame rate, its order, no guidance."""
     none = torch.empty(0, SLOTS, dtype=torch.int64)
     image, layout = (make(system.config.layout) for make in (SequenceLayout.text_to_image, SequenceLayout.sequential))
-    rows = draw("sequential", system, examples, seed=4, from_real=from_real)
+    rows = draw("sequential", system, examples, seed=4)
     assert [row.example for row in rows] == [0, 0, 1, 1]
     for place, example in enumerate(examples):
         assert example.codes is not None
         words = system.text.encode_image_caption(example.prompt)
-        own = drawn(system, system.image_model, image, words, none, generator(4, place))
-        first = example.codes[:1] if from_real else own
+        first = drawn(system, system.image_model, image, words, none, stream(generator(4, place), "image"))
         words = system.text.encode_caption(example.prompt, example.duration)
-        later = drawn(system, system.sequential, layout, words, first, generator(4, place))
+        later = drawn(system, system.sequential, layout, words, first, stream(generator(4, place), "sequential"))
         assert np.array_equal(rows[2 * place].frames, pixels(system, torch.cat([first, later])))
         assert np.array_equal(rows[2 * place + 1].frames, pixels(system, example.codes))
         assert rows[2 * place + 1].label == "truth"
-        start = "from the true first frame" if from_real else "drawn"
-        assert rows[2 * place].label == f"{start}, {example.duration:g} s: {example.prompt}"
+        assert rows[2 * place].label == f"drawn, {example.duration:g} s: {example.prompt}"
 
 
 def test_frames_between_are_what_the_stage_draws(system: CogVideo, examples: list[Example]) -> None:
@@ -156,7 +158,8 @@ def test_frames_between_are_what_the_stage_draws(system: CogVideo, examples: lis
     for place, example in enumerate(examples):
         assert example.codes is not None
         words = system.text.encode_caption(example.prompt, example.duration)
-        between = drawn(system, system.interpolation, layout, words, example.codes[[0, 2, 4]], generator(5, place))
+        seed = spawn(stream(generator(5, place), "interpolation"), 1)[0]
+        between = drawn(system, system.interpolation, layout, words, example.codes[[0, 2, 4]], seed)
         codes = example.codes.clone()
         codes[1], codes[3] = between[0], between[1]
         assert np.array_equal(rows[2 * place].frames, pixels(system, codes))
@@ -176,25 +179,6 @@ def test_larger_frames_are_what_super_resolution_draws(system: CogVideo, example
         large = pixels(system, torch.cat([high, example.high_codes[:1]]))
         assert np.array_equal(row.frames, np.concatenate([small, large]))
         assert not row.is_clip
-
-
-def test_guidance_is_that_of_the_settings(system: CogVideo) -> None:
-    """Guards samples of a stage that is meant to be guided: the unconditional text has the same rate."""
-    settings = Settings(guidance=Guidance(image=1.0, sequential=3.0))
-    example = Example("clip 0 moves", 2.0)
-    frames = draw("sequential", system, [example], seed=4, settings=settings)[0].frames
-    layout, none = SequenceLayout.sequential(system.config.layout), torch.empty(1, 0, SLOTS, dtype=torch.int64)
-    image = SequenceLayout.text_to_image(system.config.layout)
-    text, pad = system.text, system.text.pad
-    noise = GumbelNoise([generator(4, 0)], 1, SLOTS, NUM_CODES)
-    condition = Condition(padded(text.encode_image_caption(example.prompt), pad), text_bonus=1.4)
-    first = next(iter(decode(system.image_model, image, condition, none, noise, FIRST, system.cluster_labels))).codes
-    words = (text.encode_caption(example.prompt, 2.0), text.encode_unconditional(2.0))
-    condition = Condition(*(padded(each, pad) for each in words), 3.0)
-    noise = GumbelNoise([generator(4, 0)], 5, SLOTS, NUM_CODES)
-    later = decode(system.sequential, layout, condition, first[None], noise, LATER, system.cluster_labels)
-    codes = torch.cat([first, *(frame.codes for frame in later)])
-    assert np.array_equal(frames, pixels(system, codes))
 
 
 @pytest.mark.parametrize("stage", ["image", "sequential", "interpolation", "superres"])
@@ -284,7 +268,7 @@ def test_few_clusters_are_enough(number: int, train_text_model: Callable[..., by
         rows = draw(stage, system, examples, seed=0)  # type: ignore[arg-type]
         if stage == "image":
             tokens = system.text.encode_image_caption(examples[0].prompt)
-            codes = drawn(system, system.image_model, layout, tokens, none, generator(0, 0))
+            codes = drawn(system, system.image_model, layout, tokens, none, stream(generator(0, 0), "image"))
             assert np.array_equal(rows[0].frames[1:2], pixels(system, codes))
 
 

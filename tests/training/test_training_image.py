@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogvideo.config import LayoutConfig, TextConfig, TransformerConfig, preset
+from cogvideo.config import LayoutConfig, SamplingConfig, TextConfig, TransformerConfig, preset
 from cogvideo.data.loader import ClipSample
 from cogvideo.generation.decode import decode
 from cogvideo.generation.decoder import Condition
-from cogvideo.generation.sampling import Sampling
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.plans import full_pass, text_masks
 from cogvideo.models.transformer import Base, Transformer, initialize
@@ -397,7 +396,9 @@ def test_learns_by_heart(text: TextTokenizer) -> None:
     assert learn(model, task, samples, steps=200) < 0.05
     padded = pad_left([text.encode_image_caption(str(each.caption)) for each in samples], SLOTS, text.pad)
     nothing = torch.empty(8, 0, 16, dtype=torch.int64)
-    (frame,) = decode(model, task.layout, Condition(PaddedText(*padded)), nothing, lambda _: nothing, Sampling(0.0))
+    (frame,) = decode(
+        model, task.layout, Condition(PaddedText(*padded)), nothing, lambda _: nothing, SamplingConfig(0.0)
+    )
     assert frame.codes.tolist() == [each.codes.flatten().tolist() for each in samples]
 
 

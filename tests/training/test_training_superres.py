@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogvideo.config import LayoutConfig, TextConfig, TransformerConfig, UpscalerConfig
+from cogvideo.config import LayoutConfig, SamplingConfig, TextConfig, TransformerConfig, UpscalerConfig
 from cogvideo.data.loader import ClipSample
-from cogvideo.generation.sampling import Sampling
 from cogvideo.generation.upscale import upscale
 from cogvideo.layout import UpscaleLayout
 from cogvideo.models.transformer import Base, initialize
@@ -171,6 +170,6 @@ def test_learns_by_heart(text: TextTokenizer) -> None:
     samples = [some_sample(seed, f"{seed} birds fly") for seed in range(8)]
     assert learn(model, task, samples, 300, 8e-3) < 0.2
     batch = task.collate(samples)
-    drawn = upscale(model, batch.text, batch.low, [iter([])] * 8, Sampling(0.0))
+    drawn = upscale(model, batch.text, batch.low, [iter([])] * 8, SamplingConfig(0.0))
     expected: list[Tensor] = [torch.from_numpy(each.high_codes.astype("int64")).flatten() for each in samples]
     assert torch.equal(drawn, torch.stack(expected))

@@ -27,7 +27,7 @@ from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings
 from cogvideo.data.sources import SourceOptions
 from cogvideo.media.metrics import psnr, ssim
-from cogvideo.models.autoencoder import Autoencoder, reconstruct, to_frames
+from cogvideo.models.autoencoder import Autoencoder, to_frames
 from cogvideo.models.perceptual import Lpips, file_name
 from cogvideo.models.transformer import Base
 from cogvideo.training.checkpoints import Checkpoints, restore, training_state
@@ -310,7 +310,7 @@ def test_quality_is_that_of_each_frame():
         torch.manual_seed(0)
         model = Autoencoder(SIZES)
     frames = pictures(5)
-    shown = reconstruct(model, frames)
+    shown = model.reconstruct(frames)
     x, y = (torch.from_numpy(each).permute(0, 3, 1, 2).double() / 255 for each in (frames, shown))
     codes = model.encode(x.float()).flatten().tolist()
     shares = np.array([codes.count(code) for code in set(codes)]) / len(codes)

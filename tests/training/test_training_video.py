@@ -11,10 +11,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogvideo.config import CogVideoConfig, LayoutConfig, StageConfig, TextConfig, TransformerConfig, preset
+from cogvideo.config import (
+    CogVideoConfig,
+    LayoutConfig,
+    SamplingConfig,
+    StageConfig,
+    TextConfig,
+    TransformerConfig,
+    preset,
+)
 from cogvideo.data.loader import ClipSample
-from cogvideo.generation.hierarchy import Guidance, Settings, collect, generate
-from cogvideo.generation.sampling import Sampling
+from cogvideo.generation.hierarchy import collect, generate
+from cogvideo.generation.request import Request, Settings
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.text import TextTokenizer, pad_left
@@ -217,9 +225,9 @@ def generated(text: TextTokenizer, base: Base, rounds: int, **stages: Transforme
         cluster_labels=None,
         **stages,
     )
-    guidance = Guidance(sequential=1.0, text_bonus=0.0)  # as in training: neither guidance nor bonus
-    settings = Settings(rounds, first=Sampling(0.0), later=Sampling(0.0), guidance=guidance)
-    return collect(generate(system, CAPTIONS, [torch.Generator() for _ in CAPTIONS], settings))
+    # As in training: neither guidance nor bonus.
+    settings = Settings(rounds, first=SamplingConfig(0.0), later=SamplingConfig(0.0), text_bonus=0.0)
+    return collect(generate(system, Request(CAPTIONS, [torch.Generator() for _ in CAPTIONS], settings)))
 
 
 def test_sequential_learns_by_heart(text: TextTokenizer, base: Base, sequential: Transformer, clips: Tensor) -> None:

@@ -34,7 +34,7 @@ from cogvideo.models.transformer import Base, TemporalChannel
 from cogvideo.models.upscaler import UpscaleChannel
 from cogvideo.text import TextTokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 SAVING = ".saving-"
 """Begins the name of the folder of a bundle in the making, inside the bundle that it is to replace."""

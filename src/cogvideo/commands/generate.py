@@ -6,12 +6,11 @@ import hashlib
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from json import dumps
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,121 +20,55 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import cogvideo
-from cogvideo.bundle.model import POCKET
+from cogvideo.commands.choices import FILES, Choices, Sidecar, Type
 from cogvideo.commands.outputs import (
     Folder,
     Format,
     Record,
-    check_name,
     check_writable,
     is_file,
     make_frames_folder,
-    public,
-    read_record,
     write_clip,
     write_frame,
 )
 from cogvideo.commands.prompts import ANY_SEED, LARGEST_SEED, Prompt, read_prompts
-from cogvideo.config import DrawingConfig, InputError, require
+from cogvideo.config import InputError, require
 from cogvideo.data.folders import existing
 from cogvideo.data.tables import SPACES
 from cogvideo.devices import default_dtype, slowness, usable
-from cogvideo.generation.hierarchy import Settings
+from cogvideo.generation.request import Request
 from cogvideo.media.video import check_rate, read_video
-from cogvideo.pipeline import CogVideoPipeline, Drawing, Frame, Given, Upscaling, collect
+from cogvideo.pipeline import CogVideoPipeline, Frame, collect
 
-Type = Literal["auto", "float32", "bfloat16", "float16"]
 NAMES: dict[torch.dtype, Type] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 MOST_SAMPLES = 100_000
-MOST_ROUNDS = 6
-"""Of interpolation: 257 frames of four seconds."""
-FILES = ("image", "extend", "first", "last")
-"""Choices that name a file."""
-
-
-@dataclass(frozen=True)
-class Choices(Drawing):
-    """What decides a clip beside its prompt and its seed."""
-
-    model: str = POCKET
-    """Folder of a bundle, its id on the Hugging Face Hub, or pocket, the one in the box."""
-    image: Path | None = None
-    """A picture that starts to move: the first frame. Of a video, its first frame is taken."""
-    extend: Path | None = None
-    """A video that goes on: its frames, at the rate of the clip (8 a second with three rounds), stay, and up to four
-    seconds follow."""
-    first: Path | None = None
-    """The first frame, together with --last."""
-    last: Path | None = None
-    """The last frame, together with --first: what is between is made."""
-    loop: bool = False
-    """End where the clip begins, so that it can be repeated without a jump."""
-    negative: str | None = None
-    """What to move away from, in place of the model's unconditional text, which an empty one is, too. It acts where
-    there is guidance."""
-    rounds: int = 3
-    """Of interpolation: 0 to 3 give 5, 9, 17, 33 frames of four seconds; up to 6, each doubles the rate."""
-    superres: bool = True
-    """Enlarge the frames, where the model can."""
-    dtype: Type = "auto"
-    """Of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.rounds <= MOST_ROUNDS, f"rounds is {self.rounds}, expected 0 to {MOST_ROUNDS}")
-        starts = [name for name in ("image", "extend", "first") if getattr(self, name) is not None]
-        require(len(starts) < 2, f"got --{' and --'.join(starts)}, expected one start")
-        pair = (self.first is None) == (self.last is None)
-        require(pair, "got one of --first and --last, expected both; --image is a first frame alone")
-        end = "--last" if self.last else "--extend"
-        require(not (self.loop and (self.last or self.extend)), f"got --loop and {end}, expected one end")
-
-    def found(self) -> Choices:
-        """The same, with files by the names that they have on disk."""
-        paths: dict[str, Any] = {name: path for name in FILES if (path := getattr(self, name)) is not None}
-        paths = {name: existing(path) for name, path in paths.items()}
-        return replace(self, **paths)
-
-    def settings(self, own: DrawingConfig) -> Settings:
-        """Of the stages."""
-        drawn = super().settings(own)
-        return replace(drawn, rounds=self.rounds, guidance=replace(drawn.guidance, negative=self.negative or None))
-
-    @property
-    def record(self) -> Record:
-        """All of them, for whoever gets the clip: of paths on this machine the name alone, and of a file its content,
-        since another one may come to have its name."""
-        paths = {name: path for name in FILES if (path := getattr(self, name)) is not None}
-        for path in (Path(self.model), *paths.values()):
-            check_name(path)  # the record is UTF-8
-        found = asdict(self) | {name: public(path) for name, path in paths.items()}
-        found |= {"model": public(Path(self.model)), "negative": self.negative or None}
-        return found | {"sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()}}
+Pixels = UInt8[np.ndarray, "frames height width 3"]
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where clips go, and how they are told."""
+    """Files of clips, and what is printed."""
 
     output: Path = Path("out")
-    """A file (.mp4, .gif, .webp) for a single clip, which is replaced, else a folder, in which nothing is."""
+    """File (.mp4, .gif, .webp) of a single clip, which is replaced, else a folder, in which nothing is replaced."""
     format: Format = "mp4"
-    """Of clips in a folder; png is a folder of frames."""
+    """Format of clips in a folder; png is a folder of frames."""
     fps: float | None = None
     """Frames a second of the files, to play the same frames faster or slower."""
     preview: bool = False
-    """Write each frame as PNG as soon as it is finished, into a new folder NAME-frames beside the clip."""
+    """Write each frame as PNG as soon as it is finished, into a new folder NAME-frames next to the clip."""
     json: bool = False
-    """Print the record of each clip, a line each, instead of its path."""
+    """Print the record of each clip in one line, instead of its path."""
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How the work is done, which changes its speed and its memory."""
+    """Device, batch and memory, which change no clip but for its rounding."""
 
     device: str = "auto"
-    """cpu, cuda, cuda:0, or auto."""
+    """Device to run on: cpu, cuda, cuda:0, or auto."""
     batch: int = 1
-    """Clips that are made at once."""
+    """Number of clips that are made at once."""
     offload: bool = False
     """Keep in memory only the weights at work: slower, for large models."""
 
@@ -151,78 +84,74 @@ def generate(
     seed: int | None = None,
     samples: int = 1,
     from_sidecar: Path | None = None,
-    choices: Choices = Choices(),  # frozen
+    choices: Choices = Choices(),  # noqa: B008  # frozen
     files: Files = Files(),
     execution: Execution = Execution(),
 ) -> int:
-    """Make clips of prompts. A JSON file beside each, its sidecar, says how it was made, and so does the clip itself.
+    """Make clips of prompts. Each clip, and a JSON file next to it, its sidecar, record how it was made.
 
     Ctrl-C keeps what is finished and ends with status 130.
 
     Args:
-        prompt: one or several texts. Write -- before those that begin with a dash.
-        prompts: a file of prompts: a line each, or a table (.csv, .tsv, .jsonl, .parquet) with the column prompt and,
-            if wanted, seed. What is finished in the output folder is not made again.
-        seed: of the noise of the first clip; the next has the next number. Random, and recorded, unless given, or -1.
-        samples: clips of each prompt.
-        from_sidecar: make the clip of a sidecar again: the same codes, or status 1. Other
-            options that decide a clip are refused, but for those that say what is the default anyway.
-        choices: what decides a clip beside its prompt and its seed.
-        files: where clips go.
-        execution: how the work is done.
+        prompt: Prompts, each a text. Write -- before those that begin with a dash.
+        prompts: File of prompts: one on each line, or a table (.csv, .tsv, .jsonl, .parquet) with the column prompt
+            and, if wanted, seed. Clips that are finished in the output folder are not made again.
+        seed: Seed of the first clip; each further clip has the next number. Random, and recorded, if absent or -1.
+        samples: Number of clips of each prompt.
+        from_sidecar: Sidecar of a clip to make again, with status 1 if the codes differ. Cannot be combined with other
+            options that decide a clip, unless they have their default values.
+        choices: Options that decide a clip, as the prompt and the seed do.
+        files: Files of clips, and what is printed.
+        execution: Device, batch and memory.
 
     Raises:
         ValueError: a prompt, the model or a setting cannot be used.
         OSError: something cannot be read or written.
     """
-    before: Record = {}
-    seed = None if seed == ANY_SEED else seed
+    sidecar = None
     prompts, from_sidecar = (None if path is None else existing(path) for path in (prompts, from_sidecar))
     choices = choices.found()
     if from_sidecar is None:
-        listed = _listed(prompt, prompts, seed, samples)
+        listed = _listed(prompt, prompts, None if seed == ANY_SEED else seed, samples)
     else:
-        alone = not prompt and prompts is None and seed is None and samples == 1
-        named = {name: getattr(choices, name) for name in ("model", *FILES)}
+        alone = not prompt and prompts is None and seed in (None, ANY_SEED) and samples == 1
         require(
-            alone and choices == Choices(**named),
+            alone and choices == Choices(**choices.places),
             "got --from-sidecar with a prompt, --seed, --samples or an option that decides a clip, which the sidecar "
             "brings; expected none but --model, --image, --extend, --first and --last, where these lie elsewhere now",
         )
-        before = _sidecar(from_sidecar)
-        listed, choices = [Prompt(before["prompt"], before["seed"])], _choices(from_sidecar, before, named)
-    for path in (prompts, from_sidecar, *(getattr(choices, name) for name in FILES)):
+        sidecar = Sidecar(from_sidecar)
+        listed, choices = [sidecar.prompt], sidecar.choices(choices.places)
+    for path in (prompts, from_sidecar, *choices.files.values()):
         is_other = path is None or not (path.exists() and files.output.exists() and path.samefile(files.output))
         require(is_other, f"output is {files.output}, which is read, too: give another name")
     to_file = is_file(files.output, len(listed))
     suits = not to_file or files.format in ("mp4", files.output.suffix.lower()[1:])
     require(suits, f"output is {files.output} and format {files.format}, expected one format")
     maker = Maker(choices, execution)
-    _check_origin(from_sidecar, before, maker.record)
-    fps = before.get("fps", maker.fps) if files.fps is None else files.fps
+    if sidecar is not None:
+        sidecar.check_origin(maker.record)
+    rates = [files.fps, None if sidecar is None else sidecar.fps, maker.fps]
+    fps = next(rate for rate in rates if rate is not None)
     check_rate(files.output.suffix if to_file else f".{files.format}", fps)
-    record = maker.record | {"fps": fps}
-    folder = Folder(files.output, files.format)
+    record, folder = maker.record | {"fps": fps}, Folder(files.output, files.format)
     if to_file:
         wanted = [Wanted(listed[0].text, _seed(listed[0]), files.output, listed[0].where)]
     else:
         wanted = list(_wanted(listed, record, folder, skip=prompts is not None))
     same = True
-    for clip in maker.make(wanted, fps, files.preview):
+    for clip, pixels, figures in maker.make(wanted, fps, files.preview):
         path = clip.path if to_file else folder.settled(clip.path)
-        made = {"file": path.name, "prompt": clip.prompt, "seed": clip.seed} | record | clip.figures
-        write_clip(path, clip.frames, fps, made)
+        made: Record = {"file": path.name, "prompt": clip.prompt, "seed": clip.seed} | record | figures
+        write_clip(path, pixels, fps, made)
         print(dumps(made) if files.json else path, flush=True)
-        same = same and made["codes"] == before.get("codes", made["codes"])
+        same = sidecar is None or sidecar.is_again(made["codes"])
     if len(wanted) < len(listed):
         print(f"{len(listed) - len(wanted)} of {len(listed)} clips were there already", file=sys.stderr)
-    if not same:
-        there = f"torch {before.get('torch')} on {before.get('device')}"
-        print(f"these are other codes than those of {from_sidecar}, which {there} made", file=sys.stderr)
     return int(not same)
 
 
-# What is to be made
+# Clips that are to be made
 
 
 class Wanted(NamedTuple):
@@ -270,101 +199,15 @@ def _wanted(listed: Sequence[Prompt], record: Record, folder: Folder, skip: bool
             yield Wanted(each.text, _seed(each), folder.name(each.text), each.where)
 
 
-# From a sidecar
-
-
-def _sidecar(path: Path) -> Record:
-    found = read_record(path)
-    told = f"{path} is no sidecar, expected the JSON file beside a clip"
-    if found is None:
-        path.stat()  # if it is missing, say that
-        raise InputError(told)
-    require("prompt" in found and "seed" in found, told)
-    require(isinstance(found["prompt"], str), f"{path}: prompt is {found['prompt']!r:.60}, expected a text")
-    fits = type(found["seed"]) is int and 0 <= found["seed"] <= LARGEST_SEED
-    require(fits, f"{path}: seed is {found['seed']!r:.60}, expected a number in [0, {LARGEST_SEED}]")
-    require(isinstance(found.get("sha256", {}), dict), f"{path}: sha256 is no table of hashes")
-    require(_fits(found.get("fps", 8.0), float), f"{path}: fps is {found.get('fps')!r:.60}, expected a number")
-    return found
-
-
-def _choices(path: Path, record: Record, named: Record) -> Choices:
-    """What decided the clip. A model or a file that is named beside the sidecar is where its own lies now."""
-    hints = get_type_hints(Choices)
-    missing = sorted(hints.keys() - record.keys())
-    require(not missing, f"{path} lacks {', '.join(missing)}: another version of cogvideo wrote it")
-    for name, hint in hints.items():
-        require(_fits(record[name], hint), f"{path}: {name} is {record[name]!r:.60}, expected {_in_words(hint)}")
-    found: dict[str, Any] = {name: record[name] for name in hints}
-    found |= {name: value for name, value in named.items() if value != getattr(Choices, name)}
-    for name in FILES:
-        found[name] = None if found[name] is None else _lies(path, name, found[name])
-    if found["model"] != POCKET and "/" not in found["model"]:  # no id on the Hub
-        found["model"] = str(_lies(path, "model", found["model"]))
-    try:
-        return Choices(**found)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def _lies(sidecar: Path, option: str, name: str | Path) -> Path:
-    """Where a file or folder of a sidecar lies: seen from here, else from its own folder."""
-    found = [path for folder in (Path(), sidecar.parent) if (path := existing(folder / name)).exists()]
-    told = f"{sidecar} was made with {name}, which is not here: say with --{option} where it lies"
-    require(len(found) > 0, told)
-    return found[0]
-
-
-def _in_words(hint: Any) -> str:
-    """What a value of a sidecar is to be."""
-    if get_args(hint):
-        return " or ".join(map(_in_words, get_args(hint)))
-    words = {Path: "a path", str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
-    return words.get(hint, "null" if hint is type(None) else str(hint))
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of a sidecar is one of a choice's type."""
-    if hint is Path:
-        return isinstance(value, str) and "\0" not in value
-    if get_origin(hint) is Literal:
-        return isinstance(value, str) and value in get_args(hint)
-    if get_origin(hint) is UnionType:
-        return any(_fits(value, each) for each in get_args(hint))
-    if hint is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is hint and "\0" not in str(value)
-
-
-def _check_origin(path: Path | None, before: Record, record: Record) -> None:
-    """Refuse a model or files that are not those of the sidecar."""
-    if path is not None:
-        same = before.get("bundle") == record["bundle"]
-        require(same, f"{path} was made with another model than {record['model']}: say with --model where it lies")
-        changed = [name for name, value in record["sha256"].items() if before.get("sha256", {}).get(name) != value]
-        require(not changed, f"{path} was made with another file than {', '.join(record[name] for name in changed)}")
-
-
-# Making it
-
-
-class Made(NamedTuple):
-    """A finished clip."""
-
-    prompt: str
-    seed: int
-    path: Path
-    frames: UInt8[np.ndarray, "frames height width 3"]
-    figures: Record
-    """For its record."""
+# Making them
 
 
 class Maker:
     """A model that makes clips with one set of choices.
 
     Args:
-        choices: what decides them.
-        execution: how the work is done.
+        choices: options that decide them.
+        execution: device, batch and memory.
 
     Raises:
         ValueError: the model, a file or a setting cannot be used.
@@ -372,34 +215,32 @@ class Maker:
     """
 
     def __init__(self, choices: Choices, execution: Execution) -> None:
-        self.device = usable(execution.device)
+        self.device, self.execution = usable(execution.device), execution
         if choices.dtype == "auto":
             choices = replace(choices, dtype=NAMES[default_dtype(self.device)])
-        dtype = getattr(torch, choices.dtype)
-        self.pipeline = CogVideoPipeline.from_pretrained(choices.model, dtype, self.device, execution.offload)
+        self.choices, self.dtype = choices, getattr(torch, choices.dtype)
+        self.pipeline = CogVideoPipeline.from_pretrained(choices.model, self.dtype, self.device, execution.offload)
         model = self.pipeline.model
-        self.choices, self.execution = choices.of(model.config.drawing), execution
-        self.settings = choices.settings(model.config.drawing)
-        self.record = self.choices.record | {"bundle": model.fingerprint}
-        """What decides all clips."""
+        self.settings = choices.settings(model.config)
+        self.record = choices.record(self.settings) | {"bundle": model.fingerprint}
+        """Choices and hashes, the same for all clips."""
         self.fps = self.pipeline.fps(self.settings)
 
     @cached_property
-    def given(self) -> Given:
-        """Frames of the files; a part of the model is loaded for them."""
-        choices, size = self.choices, self.pipeline.model.config.frame_side
+    def request(self) -> Request:
+        """A request without prompts, with the frames of the files; a part of the model is loaded for them."""
+        choices = self.choices
+        first = self._codes(choices.extend or choices.image or choices.first, None if choices.extend else 1)
+        last = self._codes(choices.last, 1)
+        return Request((), (), self.settings, first, None if last is None else last[0], choices.loop)
 
-        def codes(path: Path | None, most: int | None = 1) -> Int64[Tensor, "frames slots"] | None:
-            if path is None:
-                return None
-            return self.pipeline.encode(read_video(path, self.fps, size, max_frames=most).frames)
+    def _codes(self, path: Path | None, most: int | None) -> Int64[Tensor, "frames slots"] | None:
+        size = self.pipeline.model.config.frame_side
+        return None if path is None else self.pipeline.encode(read_video(path, self.fps, size, max_frames=most).frames)
 
-        first = codes(choices.extend, None) if choices.extend else codes(choices.image or choices.first)
-        last = codes(choices.last)
-        return Given(first, None if last is None else last[0], choices.loop)
-
-    def make(self, wanted: Sequence[Wanted], fps: float, preview: bool) -> Iterator[Made]:
-        """Clips as they are finished. All prompts are looked at, and folders made, before the first of them.
+    def make(self, wanted: Sequence[Wanted], fps: float, preview: bool) -> Iterator[tuple[Wanted, Pixels, Record]]:
+        """Clips as they are finished, with figures for their records. All prompts are looked at, and folders made,
+        before the first of them.
 
         Raises:
             ValueError: a prompt cannot be used, or there is too little memory.
@@ -410,14 +251,14 @@ class Maker:
             folder.mkdir(parents=True, exist_ok=True)
             check_writable(folder)
         console = Console(stderr=True, highlight=False, soft_wrap=True)
-        if slow := slowness(getattr(torch, self.choices.dtype), self.device):
+        if slow := slowness(self.dtype, self.device):
             console.print(slow)
         for group in groups:
-            stream = self._stream(group)
-            watched = _watched(_previewed(stream, group) if preview else stream, console)
+            frames = self._frames(group)
+            watched = _watched(_previewed(frames, group) if preview else frames, console)
             clips = collect(watched, fps)
-            for each, frames, codes in zip(group, clips.frames, clips.codes, strict=True):
-                yield Made(each.prompt, each.seed, each.path, frames, self._figures(frames, codes))
+            for each, pixels, codes in zip(group, clips.frames, clips.codes, strict=True):
+                yield each, pixels, self._figures(pixels, codes)
 
     def _check(self, wanted: Sequence[Wanted]) -> None:
         """Refuse what cannot be made; a prompt of a list by its line."""
@@ -425,18 +266,16 @@ class Maker:
             self.pipeline.check_memory(self.settings, min(self.execution.batch, len(wanted)))
         for each in reversed({each.prompt: each for each in reversed(wanted)}.values()):  # the first of equal ones
             try:
-                self._stream([each])
+                self._frames([each])
             except InputError as error:
                 raise InputError(f"{each.where}: {error}" if each.where else str(error)) from error
 
-    def _stream(self, group: Sequence[Wanted]) -> Iterator[Frame]:
+    def _frames(self, group: Sequence[Wanted]) -> Iterator[Frame]:
         generators = [torch.Generator().manual_seed(each.seed) for each in group]
-        upscaling = Upscaling(self.choices.superres, self.choices.superres_sampling(self.pipeline.model.config.drawing))
-        return self.pipeline.stream([each.prompt for each in group], generators, self.settings, upscaling, self.given)
+        prompts = [each.prompt for each in group]
+        return self.pipeline.frames(replace(self.request, prompts=prompts, generators=generators))
 
-    def _figures(
-        self, frames: UInt8[np.ndarray, "frames height width 3"], codes: Int64[Tensor, "frames slots"]
-    ) -> Record:
+    def _figures(self, frames: Pixels, codes: Int64[Tensor, "frames slots"]) -> Record:
         return {
             "frames": len(frames),
             "width": frames.shape[2],

@@ -1,4 +1,4 @@
-"""Files of generated clips: their names, their formats, and the record of how each was made, beside it and in it."""
+"""Files of generated clips: their names, their formats, and the record of how each was made, next to it and in it."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from jaxtyping import UInt8
 
 from cogvideo.config import InputError, require
 from cogvideo.files import TEMPORARY_SUFFIX, replacing_by_name, write_text
+from cogvideo.generation.request import ADDED
 from cogvideo.media.images import write_image
 from cogvideo.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, write_video
 from cogvideo.text import is_unicode
 
 Format = Literal["mp4", "gif", "webp", "png"]
 SUFFIXES = (".mp4", ".gif", ".webp")
-"""Of the files that hold a clip; PNG frames are a folder."""
+"""Suffixes of files that hold a clip; PNG frames are a folder."""
 LONGEST_NAME, LONGEST_GIVEN = 120, 200
 """Bytes of a file name that is made from a prompt, and of one that is given: most file systems take 255, and a file
 that is written has a longer name."""
 SIDECAR = ".json"
 FRAMES = "-frames"
-"""Behind the name of a clip: the folder of its frames, which come while it is made."""
+"""Suffix of a folder of frames, which are written while their clip is made."""
 
 Record = dict[str, Any]
-"""How a clip was made."""
+"""Record of how a clip was made."""
 
 
 def is_file(output: Path, clips: int) -> bool:
-    """Whether an output names the file of a single clip; else it is a folder.
+    """Tell the file of a single clip (True) from a folder.
 
     Raises:
         ValueError: it can be neither.
@@ -111,11 +112,11 @@ class Folder:
         for path in sorted(self.path.glob(f"*{SIDECAR}")):
             record = read_record(path) or {}
             for seed in {record.get("seed"), None} if _is_seed(record.get("seed")) else ():
-                found[repr(record.get("prompt")), repr(seed)].append((path.stem, record))
+                found[repr(record.get("prompt")), repr(seed)].append((path.stem, ADDED | record))
         return found
 
     def take(self, alike: Record, prompt: str, seed: int | None) -> bool:
-        """Whether a finished clip of this format was made so, of this prompt and seed, and was not taken before.
+        """Take a finished clip of this format that was made so, of this prompt and seed; False if none is left.
 
         Each sidecar is looked at once or twice, whatever the number of calls: `alike` is the same in all of them.
         """
@@ -146,10 +147,10 @@ class Folder:
 
     def settled(self, path: Path) -> Path:
         """The path of a clip that is to be written now, or another one where somebody took it meanwhile."""
-        if not path.exists() and not sidecar_of(path).exists():
-            return path
-        self._taken |= {_key(each.stem) for each in self.path.iterdir()}
-        return self.name(sidecar_of(path).stem)
+        stem = sidecar_of(path).stem
+        while path.exists() or sidecar_of(path).exists():
+            path = self.name(stem)
+        return path
 
     def _is_there(self, name: Any) -> bool:
         path = self.path / str(name)
@@ -177,12 +178,12 @@ def read_record(path: Path) -> Record | None:
 
 
 def sidecar_of(path: Path) -> Path:
-    """Where the record of a clip stands."""
+    """Path of the record of a clip."""
     return path.with_name(f"{path.stem if path.suffix.lower() in SUFFIXES else path.name}{SIDECAR}")
 
 
 def make_frames_folder(path: Path) -> Path:
-    """Make a folder for frames of a clip while it is made, beside the clip. One that is there may be somebody's."""
+    """Make a new folder next to a clip, for its frames while it is made. An existing one may be somebody's."""
     for number in count(1):
         folder = path.with_name(f"{path.stem}{FRAMES}{f'-{number}' if number > 1 else ''}")
         with suppress(FileExistsError):
@@ -194,7 +195,7 @@ def make_frames_folder(path: Path) -> Path:
 def write_clip(
     path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, record: Mapping[str, Any]
 ) -> None:
-    """Write a clip, then its record: whatever interrupts it, no record stands beside a clip that was made otherwise,
+    """Write a clip, then its record: whatever interrupts it, no clip has the record of another one,
     and a clip that is to be replaced goes, with its record, when the new one is whole.
 
     Args:

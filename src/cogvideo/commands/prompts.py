@@ -1,4 +1,4 @@
-"""Lists of prompts: a text file with a line each, or a table."""
+"""Lists of prompts: a text file with one on each line, or a table."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ LARGEST_SEED = 2**63 - 1
 NO_LISTS = (".json", ".xlsx", ".xls", ".ods", ".gz", ".zip")
 """Suffixes of files that are neither a text nor a table that is read."""
 ANY_SEED = -1
-"""What other tools take for a random seed."""
+"""Random seed, as other tools spell it."""
 
 
 class Prompt(NamedTuple):
-    """What is to be made."""
+    """A clip that is wanted."""
 
     text: str
     seed: int | None = None

@@ -79,13 +79,12 @@ class Worker:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in PyTorch's stubs
         halved = self.settings.precision == "bfloat16"
 
-        @torch.inference_mode()
         def encode(
             frames: UInt8[np.ndarray, "frames size size 3"],
         ) -> UInt16[np.ndarray, "frames grid grid"]:
-            pixels = torch.from_numpy(frames).to(self.device).permute(0, 3, 1, 2).float() / 255
             with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=halved):
-                return model.encode(pixels).cpu().numpy().astype(np.uint16)
+                codes = model.encode_pixels(frames, chunk=None)
+            return codes.numpy().astype(np.uint16).reshape(len(frames), frames.shape[1] // model.config.rate, -1)
 
         return encode
 

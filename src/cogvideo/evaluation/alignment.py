@@ -12,7 +12,6 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from math import sqrt
 from pathlib import Path
@@ -101,7 +100,7 @@ def alignment(
         console.print(slow)
     bundle = {name: entry.sha256 for name, entry in Manifest.read(locate(model)).components.items()}
     pipeline = CogVideoPipeline.from_pretrained(model, getattr(torch, making.dtype), usable(device))
-    making = making.of(pipeline.model.config.drawing)
+    record = making.record(pipeline.model.config)
     subjects: list[Subject] = [WorldSubject(world, domain, making.seed, reader or FILE)] if world else []
     if emoji is not None:
         subjects.append(EmojiSubject(emoji, emoji_limit, making.seed, emoji_seed))
@@ -112,10 +111,10 @@ def alignment(
         start(pipeline, subject.prompts, making)  # what cannot be used is refused now
     folder = RunFolder(out)
     with alone_in(out):
-        folder.claim({"bundle": bundle, "making": asdict(making)})
+        folder.claim({"bundle": bundle, "making": record})
         results = {subject.name: _judge(subject, pipeline, out, making, batch) for subject in subjects}
         _write_sheet(out, subjects, results)
-        _write_json(out / "alignment.json", _protocol(model, bundle, making, subjects), results)
+        _write_json(out / "alignment.json", _protocol(model, bundle, record, subjects), results)
     for table in tables(results):
         console.print(table)
     print(f"{out / 'alignment.json'}, {out / 'alignment.png'}")
@@ -196,7 +195,9 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
-def _protocol(model: str, bundle: dict[str, str], making: Making, subjects: Sequence[Subject]) -> dict[str, Any]:
+def _protocol(
+    model: str, bundle: dict[str, str], making: dict[str, Any], subjects: Sequence[Subject]
+) -> dict[str, Any]:
     """All that somebody needs to measure the same again."""
     return {
         "command": shlex.join(["cogvideo", *sys.argv[1:]]),
@@ -208,7 +209,7 @@ def _protocol(model: str, bundle: dict[str, str], making: Making, subjects: Sequ
         },
         "model": model,
         "bundle_sha256": bundle,
-        "making": asdict(making),
+        "making": making,
         "static_below": STATIC,
         "subjects": {subject.name: subject.record() for subject in subjects},
         "seeds": {subject.name: [prompt.seed for prompt in subject.prompts] for subject in subjects},

@@ -6,43 +6,47 @@ All clips are kept as 33 frames, 8 a second, of 64 x 64 pixels, whatever the mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from cogvideo.config import DrawingConfig, InputError, require
+from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.evaluation.reader import SIZE, resized
 from cogvideo.evaluation.subject import FPS, NUM_FRAMES, Clip, Prompt
 from cogvideo.files import replacing
-from cogvideo.generation.hierarchy import Settings
-from cogvideo.models.autoencoder import reconstruct
-from cogvideo.pipeline import CogVideoPipeline, Drawing, Frame, Upscaling, collect
+from cogvideo.generation.request import ADDED, SamplingOptions, Settings
+from cogvideo.pipeline import CogVideoPipeline, Frame, collect
 
 
 @dataclass(frozen=True)
-class Making(Drawing):
-    """How clips are made; the defaults are the model's."""
+class Making(SamplingOptions):
+    """Options of the clips; the defaults are the model's."""
 
     superres: bool = False
     """Enlarge the frames by super-resolution before they are reduced again."""
     truncate: bool = False
     """Cut prompts that are longer than the model's text slots, instead of refusing them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights."""
+    """Type of the weights."""
     seed: int = 0
-    """Of clip number 0; clip n has this number plus n."""
+    """Seed of clip number 0; clip n has this number plus n."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**62, f"seed is {self.seed}, expected a number in [0, 2**62)")
 
-    def settings(self, own: DrawingConfig) -> Settings:
-        """The same as the pipeline takes it."""
-        return replace(super().settings(own), truncate=self.truncate)
+    def settings(self, own: CogVideoConfig) -> Settings:
+        """Settings of clips by a model."""
+        return replace(super().settings(own), truncate=self.truncate, should_enlarge=self.superres)
+
+    def record(self, own: CogVideoConfig) -> dict[str, Any]:
+        """All values that decide clips of a model, but for options that came later and are at rest."""
+        found = asdict(self) | self.settings(own).sampling_options
+        return {name: value for name, value in found.items() if name not in ADDED or value != ADDED[name]}
 
 
 def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> Iterator[Frame]:
@@ -51,12 +55,11 @@ def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making)
     Raises:
         ValueError: a prompt or a setting cannot be used, or the model makes other clips than of 33 frames.
     """
-    settings = making.settings(pipeline.model.config.drawing)
+    settings = making.settings(pipeline.model.config)
     num_frames = pipeline.num_frames(settings)
     require(num_frames == NUM_FRAMES, f"the model makes clips of {num_frames} frames, expected {NUM_FRAMES}")
     generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
-    upscaling = Upscaling(making.superres, making.superres_sampling(pipeline.model.config.drawing))
-    return pipeline.stream([prompt.text for prompt in prompts], generators, settings, upscaling)
+    return pipeline.stream([prompt.text for prompt in prompts], generators, settings)
 
 
 def generate(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> list[Clip]:
@@ -68,7 +71,7 @@ def through_codes(
     pipeline: CogVideoPipeline, clip: UInt8[np.ndarray, "33 side side 3"]
 ) -> UInt8[np.ndarray, "33 side side 3"]:
     """A real clip as the image tokenizer gives it back: the best that a model of its codes can do."""
-    return reconstruct(pipeline.model.autoencoder, clip)
+    return pipeline.model.autoencoder.reconstruct(clip)
 
 
 def reduced(clip: UInt8[np.ndarray, "33 height width 3"]) -> Clip:

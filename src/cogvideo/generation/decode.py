@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cogvideo.config import require
+from cogvideo.config import SamplingConfig, require
 from cogvideo.generation.decoder import Condition, Decoder, MaskedDecoder
 from cogvideo.generation.graphs import GraphedDecoder
 from cogvideo.generation.pace import Pace
-from cogvideo.generation.sampling import Clusters, Sampling, log_probabilities
+from cogvideo.generation.sampling import Clusters, check_clusters, log_probabilities
 from cogvideo.layout import SequenceLayout, lag
 from cogvideo.models.plans import Rows
 from cogvideo.models.transformer import Transformer
@@ -64,7 +64,7 @@ def decode(
     condition: Condition,
     given: Int64[Tensor, "batch frames slots"],
     noise: Noise,
-    sampling: Sampling,
+    sampling: SamplingConfig,
     labels: Int64[Tensor, " codes"] | None = None,
     passes: Passes = Passes(),
     cache_dtype: torch.dtype | None = None,
@@ -86,7 +86,7 @@ def decode(
         ValueError: text, given frames or codes cannot be right, or clusters are asked for without labels. At the call:
             the first frame need not be asked for.
     """
-    sampling.check(labels, model.base.config.num_codes)
+    check_clusters(sampling, labels, model.base.config.num_codes)
     layout.check_given(given, model.base.config.num_codes)
     behind = max(1, lag(layout.grid, model.window)) if passes.parallel_frames else layout.frame_slots
     decoder = _kind(model, passes)(model, layout, condition, -(-layout.frame_slots // behind), cache_dtype)
@@ -110,14 +110,20 @@ class _Draw:
     """The sampler of a run, with the noise of the frames in flight."""
 
     def __init__(
-        self, sampling: Sampling, labels: Tensor | None, noise: Noise, batch: int, slots: int, device: torch.device
+        self,
+        sampling: SamplingConfig,
+        labels: Tensor | None,
+        noise: Noise,
+        batch: int,
+        slots: int,
+        device: torch.device,
     ) -> None:
         self.sampling, self.noise, self.batch, self.slots, self.device = sampling, noise, batch, slots, device
         self.clusters = None if labels is None else Clusters.of(labels, device)
 
     def start(self, rank: int) -> Float[Tensor, "batch slots #codes"]:
         """The noise of a frame."""
-        if self.sampling.greedy:
+        if self.sampling.is_greedy:
             return torch.zeros(self.batch, self.slots, 1, device=self.device)
         return self.noise(rank).to(self.device)
 

@@ -1,425 +1,259 @@
 """The hierarchy of generation: key frames, then rounds of recursive interpolation (paper section 3.1, spec section 3).
 
 `generate` is one generator for the command line, the web and the tests: it yields every frame as it is finished, with
-its time in the clip; `collect` puts them in order. Given frames are never changed.
+its place in the clip; `collect` puts them in order. Given frames are never changed.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice, pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Int64
 from torch import Tensor
 
-from cogvideo.config import CogVideoConfig, DrawingConfig, require
-from cogvideo.generation.decode import Passes, decode
+from cogvideo.config import SamplingConfig, require
+from cogvideo.generation.decode import decode
 from cogvideo.generation.decoder import Condition
-from cogvideo.generation.sampling import GumbelNoise, Sampling, spawn
+from cogvideo.generation.request import MOST_CONTEXT, Request, System
+from cogvideo.generation.sampling import GumbelNoise, spawn
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Transformer
-from cogvideo.text import PaddedText, TextTokenizer, fit, is_visible, pad_left
+from cogvideo.text import PaddedText
 
-
-class System(Protocol):
-    """What generation needs of a model; `bundle.CogVideo` is one, and loads each part when it is first used."""
-
-    @property
-    def config(self) -> CogVideoConfig:
-        """Sizes and templates."""
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """Names of the parts that there are."""
-
-    @property
-    def image_model(self) -> Transformer:
-        """Draws the first frame."""
-
-    @property
-    def sequential(self) -> Transformer:
-        """Draws the other key frames."""
-
-    @property
-    def interpolation(self) -> Transformer:
-        """Draws the frames between."""
-
-    @property
-    def text(self) -> TextTokenizer:
-        """Of captions."""
-
-    @property
-    def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
-        """Cluster of each code, for cluster sampling."""
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How strongly a stage is guided; the defaults are those of the released pipeline (spec section 3)."""
-
-    image: float = DrawingConfig.first_guidance
-    """Of the first frame; 1 is no guidance, and no second row."""
-    sequential: float = DrawingConfig.guidance
-    """Of the other key frames."""
-    interpolation: float = 1.0
-    """Of the frames between."""
-    negative: str | None = None
-    """Caption to move away from, instead of the model's own unconditional one."""
-    text_bonus: float = DrawingConfig.text_bonus
-    """Added to text scores in stages that are not guided."""
-
-    def __post_init__(self) -> None:
-        for name in ("image", "sequential", "interpolation"):
-            scale = getattr(self, name)
-            fits = isinstance(scale, int | float) and 0 <= scale < math.inf
-            require(fits, f"guidance of the {name} stage is {scale!r:.60}, expected 0 or more")
-        require(self.negative is None or is_visible(self.negative), f"the negative prompt is empty: {self.negative!r}")
-        require(math.isfinite(self.text_bonus), f"text_bonus is {self.text_bonus}, expected a number")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides a clip beside its prompt, its seed and given frames."""
-
-    rounds: int = 3
-    """Rounds of interpolation: 5 key frames become 9, 17, 33, ..."""
-    duration: float = 4.0
-    """Seconds from the first to the last key frame."""
-    first: Sampling = Sampling(DrawingConfig.first_temperature, clusters=DrawingConfig.first_clusters)  # noqa: RUF009
-    """Sampler of the first frame."""
-    later: Sampling = Sampling(DrawingConfig.temperature, clusters=DrawingConfig.clusters)  # noqa: RUF009  # frozen
-    """Sampler of all other frames."""
-    guidance: Guidance = Guidance()  # frozen
-    """Guidance of each stage."""
-    sequences_at_once: int = 0
-    """Sequences of a round (two gaps each) that are decoded as one batch; 0 is all. Fewer need less memory and more
-    passes, and give the same clip."""
-    passes: Passes = Passes(draft=8)  # noqa: RUF009  # frozen
-    """How many slots go through the model at once; changes the speed alone. Drafts of up to 8 need half the passes."""
-    truncate: bool = False
-    """Cut prompts that are longer than the text slots, instead of refusing them."""
-
-    def __post_init__(self) -> None:
-        require(self.rounds >= 0, f"rounds is {self.rounds}, expected 0 or more")
-        require(self.sequences_at_once >= 0, f"sequences_at_once is {self.sequences_at_once}, expected 0 (all) or more")
-        require(self.duration > 0, f"duration is {self.duration}, expected a positive number of seconds")
-
-    @classmethod
-    def of(cls, drawing: DrawingConfig) -> Settings:
-        """Those of a model, from its configuration.
-
-        Raises:
-            ValueError: a value cannot be used.
-        """
-        return cls(
-            first=Sampling(drawing.first_temperature, clusters=drawing.first_clusters),
-            later=Sampling(drawing.temperature, clusters=drawing.clusters),
-            guidance=Guidance(drawing.first_guidance, drawing.guidance, text_bonus=drawing.text_bonus),
-        )
+Codes = Int64[Tensor, "batch frames slots"]
 
 
 class Finished(NamedTuple):
-    """A frame of every sample of a batch that will not change any more."""
+    """A frame of every clip of a batch that will not change any more."""
 
     stage: str
     """`given`, `image`, `sequential` or `interpolation`."""
-    time: float
-    """Seconds from the start of the clip."""
+    place: int
+    """Its place in the clip, of `num_frames`."""
+    num_frames: int
+    """Frames of the whole clip."""
     codes: Int64[Tensor, "batch slots"]
-    passes: int
-    """Passes of the model for the frames of this stage (of this round), up to here."""
 
 
-class Clip(NamedTuple):
-    """Frames in order of time, equally spaced."""
-
-    codes: Int64[Tensor, "batch frames slots"]
-    spacing: float
-    """Seconds between neighbours."""
-
-
-class _Streams(NamedTuple):
-    """A generator a sample for each stage, so that one stage's draws do not depend on whether another ran."""
-
-    image: list[torch.Generator]
-    sequential: list[torch.Generator]
-    interpolation: list[torch.Generator]
-
-    @classmethod
-    def of(cls, generators: Sequence[torch.Generator]) -> _Streams:
-        children = [spawn(generator, len(cls._fields)) for generator in generators]
-        return cls(*(list(stage) for stage in zip(*children, strict=True)))
-
-
-Frames = Generator[Finished, None, Clip]
-"""Yields frames as they are finished and returns the clip so far."""
-
-
-def generate(
-    system: System,
-    prompts: Sequence[str],
-    generators: Sequence[torch.Generator],
-    settings: Settings | None = None,
-    given: Int64[Tensor, "batch frames slots"] | None = None,
-    last: Int64[Tensor, "batch slots"] | None = None,
-    loop: bool = False,
-) -> Frames:
-    """A clip for each prompt, all in one batch, from nothing or from given frames.
-
-    Args:
-        system: models and text tokenizer.
-        prompts: captions.
-        generators: one CPU generator a sample, advanced here; a sample depends on nothing else in the batch.
-        settings: all other choices; the model's own unless given.
-        given: leading key frames: one continues an image, several continue a clip.
-        last: last key frame; the clip then goes from `given`, which must be one frame, to this.
-        loop: the last key frame is the first one again.
+def generate(system: System, request: Request) -> Iterator[Finished]:
+    """Frames as they are finished, given ones first.
 
     Raises:
         ValueError: a prompt is empty or too long, counts differ, given frames cannot be right, or the model lacks a
-            part that these settings need. At the call, before anything heavy: models are not even loaded.
+            part that is needed. At the call, before anything heavy: models are not even loaded.
     """
-    config = system.config
-    settings = settings or Settings.of(config.drawing)
-    given = _check(config, prompts, generators, given, last)
-    require(not (loop and last is not None), "a loop ends with its first frame, expected no other last frame")
-    _check_parts(system.components, settings, image=not given.shape[1], key_frames=last is None)
-    texts = _Texts(system, prompts, settings)
-    spacing = settings.duration / (config.layout.num_frames - 1)
-    rounds = settings.rounds if last is None else settings.rounds + _rounds_between(config)
-    texts.check(not given.shape[1], spacing, settings.duration if last is not None else spacing, rounds)
-    return _generate(system, texts, _Streams.of(generators), given, last, loop, spacing, rounds)
+    run = _Run(system, request)
+    run.check(request.given is None, request.last is None, run.rounds)
+    return run.frames()
 
 
-def _generate(
-    system: System,
-    texts: _Texts,
-    streams: _Streams,
-    given: Tensor,
-    last: Tensor | None,
-    loop: bool,
-    spacing: float,
-    rounds: int,
-) -> Frames:
-    if last is None:
-        clip = yield from _key_frames(system, texts, streams, given, loop, spacing)
-    else:
-        clip = Clip(torch.stack([given[:, 0], last], 1), texts.settings.duration)
-        yield from _finished("given", clip)
-    noise = [spawn(generator, rounds) for generator in streams.interpolation]
-    for number in range(rounds):
-        clip = yield from _interpolate(system, texts, [each[number] for each in noise], clip)
-    return clip
+def first_frames(system: System, request: Request) -> Int64[Tensor, "batch slots"]:
+    """First frames alone, for which a model needs no video stage; raises what `generate` raises."""
+    run = _Run(system, request)
+    run.check(image=True, key_frames=False, rounds=0)
+    (frame,) = run.image()
+    return frame.codes
 
 
-def collect(frames: Iterable[Finished]) -> Int64[Tensor, "batch frames slots"]:
+def between(system: System, request: Request, frames: Codes) -> Codes:
+    """One round: the frames, with a new one in every gap; raises what `generate` raises.
+
+    Args:
+        system: the model.
+        request: its durations are those of a sequence of the interpolation stage.
+        frames: in order of time; the given frames of the request are not read.
+    """
+    run = _Run(system, request)
+    run.check(image=False, key_frames=False, rounds=1)
+    spacing = 2
+    codes = frames.new_zeros(len(frames), spacing * (frames.shape[1] - 1) + 1, frames.shape[2])
+    codes[:, ::spacing] = frames
+    for frame in run.interpolate(frames, run.streams["interpolation"], 1.0, spacing):
+        codes[:, frame.place] = frame.codes
+    return codes
+
+
+def collect(frames: Iterable[Finished]) -> Codes:
     """All frames that were yielded, in order of time."""
-    return torch.stack([frame.codes for frame in sorted(frames, key=lambda frame: frame.time)], 1)
+    return torch.stack([frame.codes for frame in sorted(frames, key=lambda frame: frame.place)], 1)
 
 
-def _check(
-    config: CogVideoConfig,
-    prompts: Sequence[str],
-    generators: Sequence[torch.Generator],
-    given: Tensor | None,
-    last: Tensor | None,
-) -> Int64[Tensor, "batch frames slots"]:
-    """The given frames, none as an empty tensor."""
-    layout, batch = SequenceLayout.sequential(config.layout), len(prompts)
-    require(not isinstance(prompts, str), f"got the text {prompts!r} as prompts, expected a list of texts")
-    require(batch > 0, "got no prompt, expected at least one")
-    require(len(generators) == batch, f"got {len(generators)} generators for {batch} prompts, expected one each")
-    require(len(set(map(id, generators))) == batch, "got one generator for several samples, expected one each")
-    given = torch.empty(batch, 0, layout.frame_slots, dtype=torch.int64) if given is None else given
-    num_given = layout.check_given(given, config.transformer.num_codes)
-    if last is not None:
-        require(num_given == 1, f"got {num_given} given frames and a last one, expected 1")
-        layout.check_given(last[:, None], config.transformer.num_codes)
-    for codes in [given] if last is None else [given, last]:
-        require(len(codes) == batch, f"got given frames of {len(codes)} clips for {batch} prompts")
-    return given
+class _Run:
+    """A request on its way through the stages.
 
-
-def _check_parts(components: Sequence[str], settings: Settings, image: bool, key_frames: bool) -> None:
-    """Refuse a model that would be found incomplete half-way."""
-    drawn = [settings.first] * image + [settings.later]
-    needed = {"base": True, "text": True, "sequential": key_frames, "interpolation": settings.rounds or not key_frames}
-    missing = [name for name, needs in needed.items() if needs and name not in components]
-    require(
-        not missing,
-        f"this model has no {', '.join(missing)}, which these settings need; it has {', '.join(components)}",
-    )
-    clusters = max(sampling.clusters for sampling in drawn)
-    require(
-        not clusters or "cluster_labels" in components or "image_tokenizer" in components,
-        f"the samplers keep {clusters} clusters, but this model has neither cluster labels nor an image tokenizer to "
-        "make them from: choose samplers with clusters=0",
-    )
-
-
-def _rounds_between(config: CogVideoConfig) -> int:
-    """Rounds from two frames to as many as there are key frames."""
-    gaps = config.layout.num_frames - 1
-    require(gaps & (gaps - 1) == 0, f"{gaps} gaps between key frames are no power of two: in-between is not possible")
-    return gaps.bit_length() - 1
-
-
-class _Texts:
-    """The texts of each stage, encoded once."""
-
-    def __init__(self, system: System, prompts: Sequence[str], settings: Settings) -> None:
-        self.system, self.prompts, self.settings = system, prompts, settings
-        self.layout, self.tokenizer = system.config.layout, system.text
-
-    def check(self, image: bool, spacing: float, start: float, rounds: int) -> None:
-        """Encode every text that will be needed, so that one too long is refused before any work."""
-        if image:
-            self.image()
-        self.sequential(spacing)
-        for number in range(rounds):
-            self.interpolation(start / 2 ** (number + 1))
-
-    def image(self) -> Condition:
-        """Of the first frame: no frame rate prefix."""
-        tokenizer, negative = self.tokenizer, self.settings.guidance.negative
-        rows = [tokenizer.encode_image_caption(prompt) for prompt in self.prompts]
-        other = tokenizer.encode_unconditional_image() if negative is None else tokenizer.encode_image_caption(negative)
-        return self._condition(rows, other, self.settings.guidance.image, self.layout.image_text_slots)
-
-    def sequential(self, spacing: float) -> Condition:
-        """Of the key frames."""
-        return self._video(spacing, self.settings.guidance.sequential)
-
-    def interpolation(self, spacing: float) -> Condition:
-        """Of a round after which frames are `spacing` seconds apart."""
-        return self._video(spacing, self.settings.guidance.interpolation)
-
-    def _video(self, spacing: float, scale: float) -> Condition:
-        duration, negative = spacing * (self.layout.num_frames - 1), self.settings.guidance.negative
-        rows = [self.tokenizer.encode_caption(prompt, duration) for prompt in self.prompts]
-        if negative is None:
-            other = self.tokenizer.encode_unconditional(duration)
-        else:
-            other = self.tokenizer.encode_caption(negative, duration)
-        return self._condition(rows, other, scale, self.layout.text_slots)
-
-    def _condition(self, rows: list[list[int]], other: list[int], scale: float, slots: int) -> Condition:
-        text = self._pad(rows, slots)
-        if scale == 1:
-            return Condition(text, text_bonus=self.settings.guidance.text_bonus)
-        return Condition(text, self._pad([other] * len(rows), slots), scale)
-
-    def _pad(self, rows: list[list[int]], slots: int) -> PaddedText:
-        rows = [fit(row, slots, self.settings.truncate) for row in rows]
-        return pad_left(rows, slots, self.tokenizer.pad)
-
-
-def _finished(stage: str, clip: Clip) -> Generator[Finished, None, None]:
-    for number in range(clip.codes.shape[1]):
-        yield Finished(stage, number * clip.spacing, clip.codes[:, number], 0)
-
-
-def _key_frames(system: System, texts: _Texts, streams: _Streams, given: Tensor, loop: bool, spacing: float) -> Frames:
-    """The first frame by the image model alone, the others by the sequential stage."""
-    yield from _finished("given", Clip(given, spacing))
-    if not given.shape[1]:
-        layout = SequenceLayout.text_to_image(system.config.layout)
-        given = yield from _decode(system.image_model, layout, texts.image(), given, streams.image, texts, "image", 0)
-    layout, again = SequenceLayout.sequential(system.config.layout), given[:, : int(loop)]
-    codes, wanted = given, layout.num_frames - given.shape[1] - again.shape[1]
-    if wanted:
-        model, condition, streamed = system.sequential, texts.sequential(spacing), streams.sequential
-        drawn = _decode(model, layout, condition, given, streamed, texts, "sequential", spacing)
-        codes = torch.cat([given, (yield from _first(drawn, wanted))], 1)
-    if loop:
-        yield Finished("given", (layout.num_frames - 1) * spacing, again[:, 0], 0)
-    return Clip(torch.cat([codes, again], 1), spacing)
-
-
-def _first(frames: Iterable[Finished], number: int) -> Generator[Finished, None, Int64[Tensor, "batch frames slots"]]:
-    """Yield so many frames and return their codes; what follows is never drawn."""
-    codes = []
-    for frame in islice(frames, number):
-        codes.append(frame.codes)
-        yield frame
-    return torch.stack(codes, 1)
-
-
-def _decode(
-    model: Transformer,
-    layout: SequenceLayout,
-    condition: Condition,
-    given: Int64[Tensor, "batch frames slots"],
-    generators: Sequence[torch.Generator],
-    texts: _Texts,
-    stage: str,
-    spacing: float,
-) -> Generator[Finished, None, Int64[Tensor, "batch frames slots"]]:
-    """Yield the frames that a stage adds; return them."""
-    settings = texts.settings
-    sampling = settings.first if stage == "image" else settings.later
-    noise = GumbelNoise(generators, layout.num_frames, layout.frame_slots, model.base.config.num_codes)
-    frames = []
-    for frame in decode(model, layout, condition, given, noise, sampling, texts.system.cluster_labels, settings.passes):
-        frames.append(frame.codes.cpu())
-        yield Finished(stage, frame.place * spacing, frames[-1], frame.passes)
-    return torch.stack(frames, 1)
-
-
-def _interpolate(system: System, texts: _Texts, generators: Sequence[torch.Generator], clip: Clip) -> Frames:
-    """One frame into every gap: the sequences of the round, (samples x sequences) rows, are one batch or a few.
-
-    A sequence takes neighbouring frames, the first of the next being the last of this one. Where the gaps do not come
-    out even, the last sequence overlaps the one before, and what it draws for that one's gap is dropped.
+    Places of frames count from the first key frame that the new frames follow, in the spacing of the finished clip.
     """
-    num_frames, spacing = clip.codes.shape[1], clip.spacing / 2
-    most = SequenceLayout.interpolation(system.config.layout).num_bidirectional
-    layout = SequenceLayout.interpolation(system.config.layout, min(most, num_frames))
-    spans = _spans(num_frames, layout.num_bidirectional)
-    streams = [spawn(generator, len(spans)) for generator in generators]
-    codes = clip.codes.new_zeros(len(clip.codes), 2 * num_frames - 1, clip.codes.shape[2])
-    codes[:, ::2] = clip.codes
-    at_once = texts.settings.sequences_at_once or len(spans)
-    for first in range(0, len(spans), at_once):
-        part = slice(first, first + at_once)
-        rows = [generator for stream in streams for generator in stream[part]]
-        for frame in _fill(system, texts, layout, clip, spans[part], rows):
-            codes[:, round(frame.time / spacing)] = frame.codes
-            yield frame
-    return Clip(codes, spacing)
 
+    def __init__(self, system: System, request: Request) -> None:
+        request.check(system.config)
+        self.system, self.request, self.settings = system, request, request.settings
+        self.layout, self.gaps = system.config.layout, system.config.layout.num_frames - 1
+        self.rounds = self.settings.rounds
+        if request.last is not None:
+            power = self.gaps & (self.gaps - 1) == 0
+            require(power, f"{self.gaps} gaps between key frames are no power of two: in-between is not possible")
+            self.rounds += self.gaps.bit_length() - 1
+        # A generator a sample for each stage, so that one stage's draws do not depend on whether another ran.
+        names = ("image", "sequential", "interpolation")
+        children = [spawn(generator, len(names)) for generator in request.generators]
+        self.streams = dict(zip(names, map(list, zip(*children, strict=True)), strict=True))
 
-def _fill(
-    system: System,
-    texts: _Texts,
-    layout: SequenceLayout,
-    clip: Clip,
-    spans: list[_Span],
-    rows: Sequence[torch.Generator],
-) -> Generator[Finished, None, None]:
-    """The frames that some sequences add to the gaps of a clip."""
-    spacing, width = clip.spacing / 2, layout.num_bidirectional
-    given = torch.stack([clip.codes[:, span.start : span.start + width] for span in spans], 1)
-    for frame in _decode(
-        system.interpolation,
-        layout,
-        _repeat(texts.interpolation(spacing), len(spans)),
-        rearrange(given, "batch spans frames slots -> (batch spans) frames slots"),
-        rows,
-        texts,
-        "interpolation",
-        spacing,
-    ):
-        drawn = rearrange(frame.codes, "(batch spans) slots -> batch spans slots", spans=len(spans))
-        for number, span in enumerate(spans):
-            time = frame.time + span.start * clip.spacing
-            if time > span.filled * clip.spacing:
-                yield Finished("interpolation", time, drawn[:, number], frame.passes)
+    def check(self, image: bool, key_frames: bool, rounds: int) -> None:
+        """Refuse a model that would be found incomplete half-way, and texts that are too long, before any work."""
+        there, settings = self.system.components, self.settings
+        needed = {"base": True, "text": True, "sequential": key_frames, "interpolation": rounds > 0}
+        missing = [name for name, needs in needed.items() if needs and name not in there]
+        require(
+            not missing,
+            f"this model has no {', '.join(missing)}, which these settings need; it has {', '.join(there)}",
+        )
+        clusters = max(settings.first.clusters * image, settings.later.clusters * (key_frames or rounds > 0))
+        require(
+            not clusters or "cluster_labels" in there or "image_tokenizer" in there,
+            f"the samplers keep {clusters} clusters, but this model has neither cluster labels nor an image tokenizer "
+            "to make them from: choose samplers with clusters=0",
+        )
+        if image:
+            self.condition(None, settings.first.guidance)
+        if key_frames:
+            self.condition(1.0, settings.later.guidance)
+        for number in range(rounds):
+            self.condition(self.share(number), settings.interpolation_guidance)
+
+    def share(self, number: int) -> float:
+        """Seconds that a sequence of a round spans, over those from the first to the last key frame."""
+        return (1 if self.request.last is None else self.gaps) / 2 ** (number + 1)
+
+    def condition(self, share: float | None, guidance: float) -> Condition:
+        """Texts of a stage: with the seconds that a sequence spans, as a share of the duration, or without."""
+        text, settings, prompts = self.system.text, self.settings, self.request.prompts
+        durations = None if share is None else [seconds * share for seconds in self.request.seconds]
+        slots = self.layout.image_text_slots if share is None else self.layout.text_slots
+        rows = text.batch(prompts, durations, slots, settings.truncate)
+        if guidance == 1:
+            return Condition(rows, text_bonus=settings.text_bonus)
+        others = text.batch([settings.negative] * len(prompts), durations, slots, settings.truncate)
+        return Condition(rows, others, guidance)
+
+    def frames(self) -> Iterator[Finished]:
+        """All frames: those that are given, then new ones; what lies between given ones is not drawn anew."""
+        request, step = self.request, 2**self.settings.rounds
+        given = self.nothing()[0] if request.given is None else request.given
+        context = min(MOST_CONTEXT, 1 + (len(given) - 1) // step) if len(given) else 0
+        start = len(given) - 1 - (context - 1) * step if len(given) else 0
+        num_frames = start + self.gaps * step + 1 - request.loop
+        for place, codes in enumerate(given):
+            yield Finished("given", place, num_frames, codes.expand(len(request.prompts), -1))
+        for frame in self.new(given[start::step].expand(len(request.prompts), -1, -1), step):
+            place = start + frame.place
+            if len(given) <= place < num_frames:
+                yield frame._replace(place=place, num_frames=num_frames)
+
+    def nothing(self) -> Codes:
+        """No frame of any clip."""
+        return torch.empty(len(self.request.prompts), 0, self.layout.grid**2, dtype=torch.int64)
+
+    def new(self, given: Codes, step: int) -> Iterator[Finished]:
+        """Frames that follow given key frames, which are `step` places apart, or lie between two."""
+        last = self.request.last
+        if last is None:
+            codes = yield from self.key_frames(given, step)
+        else:
+            step *= self.gaps
+            codes = torch.stack([given[:, 0], last.expand(len(given), -1)], 1)
+            yield Finished("given", step, 0, codes[:, 1])
+        noise = [spawn(generator, self.rounds) for generator in self.streams["interpolation"]]
+        for number in range(self.rounds):
+            longer = codes.new_zeros(len(codes), 2 * codes.shape[1] - 1, codes.shape[2])
+            longer[:, ::2] = codes
+            for frame in self.interpolate(codes, [each[number] for each in noise], self.share(number), step):
+                longer[:, 2 * frame.place // step] = frame.codes
+                yield frame
+            codes, step = longer, step // 2
+
+    def key_frames(self, given: Codes, step: int) -> Generator[Finished, None, Codes]:
+        """The first frame by the image model alone, the others by the sequential stage; returns all of them."""
+        if not given.shape[1]:
+            for first in self.image():
+                given = first.codes[:, None]
+                yield first
+        layout, again = SequenceLayout.sequential(self.layout), given[:, : int(self.request.loop)]
+        codes = [*given.unbind(1)]
+        wanted = layout.num_frames - len(codes) - again.shape[1]
+        if wanted:
+            model, condition = self.system.sequential, self.condition(1.0, self.settings.later.guidance)
+            drawn = self.decode(model, layout, condition, given, self.streams["sequential"], self.settings.later)
+            for place, frame in islice(drawn, wanted):  # what follows is never drawn
+                codes.append(frame)
+                yield Finished("sequential", place * step, 0, frame)
+        return torch.cat([torch.stack(codes, 1), again], 1)
+
+    def image(self) -> Iterator[Finished]:
+        """The first frame."""
+        model, layout = self.system.image_model, SequenceLayout.text_to_image(self.layout)
+        condition, first = self.condition(None, self.settings.first.guidance), self.settings.first
+        for place, codes in self.decode(model, layout, condition, self.nothing(), self.streams["image"], first):
+            yield Finished("image", place, 0, codes)
+
+    def decode(
+        self,
+        model: Transformer,
+        layout: SequenceLayout,
+        condition: Condition,
+        given: Codes,
+        generators: Sequence[torch.Generator],
+        sampling: SamplingConfig,
+    ) -> Iterator[tuple[int, Int64[Tensor, "batch slots"]]]:
+        """Frames that a stage adds, with their places in its sequence."""
+        noise = GumbelNoise(generators, layout.num_frames, layout.frame_slots, model.base.config.num_codes)
+        labels, passes = self.system.cluster_labels, self.settings.passes
+        for frame in decode(model, layout, condition, given, noise, sampling, labels, passes):
+            yield frame.place, frame.codes.cpu()
+
+    def interpolate(
+        self, codes: Codes, generators: Sequence[torch.Generator], share: float, step: int
+    ) -> Iterator[Finished]:
+        """One frame into every gap: the sequences of the round, (samples x sequences) rows, are one batch or a few.
+
+        A sequence takes neighbouring frames, the first of the next being the last of this one. Where the gaps do not
+        come out even, the last sequence overlaps the one before, and what it draws for that one's gap is dropped.
+        """
+        most = SequenceLayout.interpolation(self.layout).num_bidirectional
+        layout = SequenceLayout.interpolation(self.layout, min(most, codes.shape[1]))
+        spans = _spans(codes.shape[1], layout.num_bidirectional)
+        streams = [spawn(generator, len(spans)) for generator in generators]
+        condition = self.condition(share, self.settings.interpolation_guidance)
+        at_once = self.settings.sequences_at_once or len(spans)
+        for first in range(0, len(spans), at_once):
+            part = slice(first, first + at_once)
+            rows = [generator for stream in streams for generator in stream[part]]
+            for number, place, drawn in self.fill(layout, condition, codes, spans[part], rows):
+                span = spans[first + number]
+                place += 2 * span.start
+                if place > 2 * span.filled:
+                    yield Finished("interpolation", place * step // 2, 0, drawn)
+
+    def fill(
+        self,
+        layout: SequenceLayout,
+        condition: Condition,
+        codes: Codes,
+        spans: list[_Span],
+        rows: Sequence[torch.Generator],
+    ) -> Iterator[tuple[int, int, Int64[Tensor, "batch slots"]]]:
+        """Frames that some sequences add: the number of the sequence, the place in it, and codes."""
+        given = torch.stack([codes[:, span.start : span.start + layout.num_bidirectional] for span in spans], 1)
+        given = rearrange(given, "batch spans frames slots -> (batch spans) frames slots")
+        model, condition = self.system.interpolation, _repeat(condition, len(spans))
+        for place, drawn in self.decode(model, layout, condition, given, rows, self.settings.later):
+            of_spans = rearrange(drawn, "(batch spans) slots -> spans batch slots", spans=len(spans))
+            for number, each in enumerate(of_spans):
+                yield number, place, each
 
 
 class _Span(NamedTuple):
@@ -439,7 +273,7 @@ def _spans(num_frames: int, width: int) -> list[_Span]:
 
 
 def _repeat(condition: Condition, times: int) -> Condition:
-    """Every row so many times in a row."""
+    """Every row several times in a row."""
 
     def repeat(text: PaddedText) -> PaddedText:
         return PaddedText(*(part.repeat_interleave(times, 0) for part in text))

@@ -1,4 +1,4 @@
-"""How many slots a sample drafts in a pass: as many as the drafts that came true before make worth their time.
+"""Number of slots that a sample drafts in a pass: as many as its earlier drafts make worth their time.
 
 A pace follows from the drafts of its sample alone. So the rows of a sample go through the model in the same portions,
 and are rounded in the same way, whatever else is in the batch.
@@ -11,7 +11,7 @@ from functools import lru_cache
 PRICE = 0.15
 """Cost of one more row over that of a pass without any (measured on CPUs: 0.05 to 0.25, more in larger batches)."""
 MEMORY = 0.9
-"""Weight of what was seen before, a pass later."""
+"""Weight of earlier passes, one pass later."""
 
 
 class Pace:
@@ -49,7 +49,7 @@ class Pace:
 
 @lru_cache(maxsize=4096)
 def worth(percent: int, most: int) -> int:
-    """The number of slots that gives the most codes for its cost, where so many drafts of a hundred come true.
+    """Number of slots that gives the most codes for its cost, where `percent` of all drafts come true.
 
     A slot is kept if all drafts before it were right: `width` slots give `1 + p + p^2 + ...` codes.
     """

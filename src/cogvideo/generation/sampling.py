@@ -7,7 +7,6 @@ once can change a clip.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
-from cogvideo.config import require
+from cogvideo.config import SamplingConfig, require
 
 FIXED_POINT = 2.0**40
 """One, as an integer: sums of up to 8 million exponentials fit into 64 bits."""
@@ -28,7 +27,7 @@ class Clusters:
     labels: Int64[Tensor, " codes"]
     """Cluster of each code."""
     count: int
-    """How many there are, counted once: a GPU would have to be waited for in every pass."""
+    """Number of clusters, counted once: a GPU would have to be waited for in every pass."""
 
     @classmethod
     def of(cls, labels: Int64[Tensor, " codes"], device: torch.device) -> Clusters:
@@ -36,49 +35,22 @@ class Clusters:
         return cls(labels.to(device), int(labels.max()) + 1)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How codes are drawn. Filters apply in this order: temperature, top-k, top-p, clusters."""
+def check_clusters(sampling: SamplingConfig, labels: Int64[Tensor, " codes"] | None, num_codes: int) -> None:
+    """Refuse cluster sampling without the labels that it needs.
 
-    temperature: float = 1.0
-    """Divides the logits; 0 is greedy: the most likely code, whatever the noise."""
-    top_k: int = 0
-    """Keep the k most likely codes; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the fewest codes whose probabilities add up to p."""
-    clusters: int = 0
-    """Keep the k most likely clusters of codes (CogView2, CogVideo); 0 is no clusters."""
-    cluster_temperature: float = 0.89
-    """Divides the logits once more inside the chosen cluster."""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.temperature < math.inf, f"temperature is {self.temperature}, expected 0 (greedy) or more")
-        require(self.top_k >= 0, f"top_k is {self.top_k}, expected 0 (all) or more")
-        require(0 < self.top_p <= 1, f"top_p is {self.top_p}, expected above 0, at most 1")
-        require(self.clusters >= 0, f"clusters is {self.clusters}, expected 0 (none) or more")
-        require(self.cluster_temperature > 0, f"cluster_temperature is {self.cluster_temperature}, expected above 0")
-
-    def check(self, labels: Int64[Tensor, " codes"] | None, num_codes: int) -> None:
-        """Refuse cluster sampling without the labels that it needs.
-
-        Raises:
-            ValueError: clusters are asked for, and there is not a label for every code.
-        """
-        got = "no cluster labels" if labels is None else f"{len(labels)} cluster labels"
-        require(
-            not self.clusters or (labels is not None and len(labels) == num_codes),
-            f"sampling keeps {self.clusters} clusters, but there are {got}, expected {num_codes}: pass labels "
-            "(models.quantizer.cluster_codes makes them from a codebook), or Sampling(clusters=0)",
-        )
-
-    @property
-    def greedy(self) -> bool:
-        """Whether no noise is added."""
-        return self.temperature == 0
+    Raises:
+        ValueError: clusters are asked for, and there is not a label for every code.
+    """
+    got = "no cluster labels" if labels is None else f"{len(labels)} cluster labels"
+    require(
+        not sampling.clusters or (labels is not None and len(labels) == num_codes),
+        f"sampling keeps {sampling.clusters} clusters, but there are {got}, expected {num_codes}: pass labels "
+        "(models.quantizer.cluster_codes makes them from a codebook), or SamplingConfig(clusters=0)",
+    )
 
 
 def log_probabilities(
-    logits: Float[Tensor, "*rows codes"], sampling: Sampling, clusters: Clusters | None = None
+    logits: Float[Tensor, "*rows codes"], sampling: SamplingConfig, clusters: Clusters | None = None
 ) -> Float[Tensor, "*rows codes"]:
     """Log-probabilities of the sampler's distribution; -inf for codes that cannot be drawn.
 
@@ -91,7 +63,7 @@ def log_probabilities(
         ValueError: clusters are asked for and there are none.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    if sampling.greedy:
+    if sampling.is_greedy:
         return logits
     logits = logits / sampling.temperature
     if sampling.top_k:
@@ -100,7 +72,7 @@ def log_probabilities(
         logits = keep_top_p(logits, sampling.top_p)
     if not sampling.clusters:
         return logits.log_softmax(-1)
-    sampling.check(None if clusters is None else clusters.labels, logits.shape[-1])
+    check_clusters(sampling, None if clusters is None else clusters.labels, logits.shape[-1])
     assert clusters is not None
     return cluster_log_probabilities(logits, clusters, sampling.clusters, sampling.cluster_temperature)
 

@@ -8,29 +8,18 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cogvideo.config import DrawingConfig, require
-from cogvideo.generation.sampling import Clusters, Sampling, log_probabilities, spawn
+from cogvideo.config import SamplingConfig, require
+from cogvideo.generation.request import System
+from cogvideo.generation.sampling import Clusters, check_clusters, log_probabilities, spawn
 from cogvideo.layout import check_code_range
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.text import PaddedText, check_text
 
-CLUSTER_TEMPERATURE = 0.6
-"""Inside a cluster of high codes, in the released pipeline (spec section 3)."""
 SLOTS_PER_DRAW = 240
 """High slots whose logits and noise exist at once. Noise is drawn in these portions: another number, other codes."""
 
 SlotNoise = Iterator[Float[Tensor, "slots codes"]]
 """Noise of the high slots of one frame, `SLOTS_PER_DRAW` after another."""
-
-
-def superres_sampling(drawing: DrawingConfig) -> Sampling:
-    """The sampler of the high codes, as a model has it.
-
-    Raises:
-        ValueError: a value cannot be used.
-    """
-    temperature, clusters = drawing.superres_temperature, drawing.superres_clusters
-    return Sampling(temperature, clusters=clusters, cluster_temperature=CLUSTER_TEMPERATURE)
 
 
 def slot_noise(generator: torch.Generator, num_slots: int, num_codes: int, device: torch.device) -> SlotNoise:
@@ -53,13 +42,31 @@ def _gumbel(num_slots: int, num_codes: int, generator: torch.Generator) -> Float
     return draws.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()
 
 
+def enlarge(
+    system: System,
+    text: PaddedText,
+    codes: Int64[Tensor, "batch low"],
+    generators: Sequence[torch.Generator],
+    sampling: SamplingConfig,
+) -> Int64[Tensor, "batch high"]:
+    """The high codes of frames by a model's super-resolution, with the noise of one generator a frame.
+
+    Raises:
+        ValueError: text or low codes cannot be right, or the model has no super-resolution.
+    """
+    model = system.upscaler
+    slots, words = model.channel.layout.high_slots, model.base.words.weight
+    noise = [slot_noise(each, slots, model.base.config.num_codes, words.device) for each in generators]
+    return upscale(model, text, codes, noise, sampling, system.cluster_labels)
+
+
 @torch.inference_mode()
 def upscale(
     model: Upscaler,
     text: PaddedText,
     codes: Int64[Tensor, "batch low"],
     noise: Sequence[SlotNoise],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     labels: Int64[Tensor, " codes"] | None = None,
     frames_per_pass: int = 1,
 ) -> Int64[Tensor, "batch high"]:
@@ -70,7 +77,7 @@ def upscale(
         text: caption of each frame, left-padded; without a frame rate.
         codes: low codes of each frame.
         noise: of each frame, see `slot_noise`; not read by a greedy sampler.
-        sampling: which sampler, such as `superres_sampling` of a model.
+        sampling: which sampler.
         labels: clusters of the codebook, for cluster sampling.
         frames_per_pass: frames that go through the model at once: more memory, fewer passes, the same codes.
 
@@ -78,7 +85,7 @@ def upscale(
         ValueError: text, low codes, noise or frames per pass cannot be right.
     """
     _check(model, text, codes, noise, frames_per_pass)
-    sampling.check(labels, model.base.config.num_codes)
+    check_clusters(sampling, labels, model.base.config.num_codes)
     device = model.base.words.weight.device
     clusters = None if labels is None else Clusters.of(labels, device)
     passes = []
@@ -94,11 +101,11 @@ def _draw(
     model: Upscaler,
     high: Float[Tensor, "frames slots hidden"],
     noise: Sequence[SlotNoise],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     clusters: Clusters | None,
 ) -> Int64[Tensor, "frames slots"]:
     scores = log_probabilities(model.base.logits(high), sampling, clusters)
-    if sampling.greedy:
+    if sampling.is_greedy:
         return scores.argmax(-1)
     portions = [next(each, None) for each in noise]
     slots = [0 if portion is None else len(portion) for portion in portions]

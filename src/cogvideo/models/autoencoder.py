@@ -71,6 +71,30 @@ class Autoencoder(nn.Module):
         vectors = rearrange(self.codebook.lookup(codes), "batch rows columns embedding -> batch embedding rows columns")
         return torch.cat([self.render(part, rate) for part in _passes(vectors, chunk)])
 
+    @torch.inference_mode()
+    def encode_pixels(
+        self, pixels: UInt8[np.ndarray, "frames height width 3"], chunk: int | None = 1
+    ) -> Int64[Tensor, "frames slots"]:
+        """Codes of pictures, on the CPU; raises what `encode` raises."""
+        like = self.codebook.embedding
+        frames = rearrange(torch.from_numpy(pixels), "frames height width rgb -> frames rgb height width")
+        return self.encode(frames.to(like.device).to(like.dtype) / 255, chunk=chunk).flatten(1).cpu()
+
+    @torch.inference_mode()
+    def decode_pixels(
+        self, codes: Int64[Tensor, "frames slots"], chunk: int | None = 1
+    ) -> UInt8[np.ndarray, "frames height width 3"]:
+        """Pictures of the codes of squares; raises what `decode` raises."""
+        device, side = self.codebook.embedding.device, round(codes.shape[1] ** 0.5)
+        with torch.autocast(device.type, enabled=False):
+            return to_pixels(self.decode(codes.to(device).view(-1, side, side), chunk=chunk))
+
+    def reconstruct(
+        self, pixels: UInt8[np.ndarray, "frames side side 3"], chunk: int | None = 1
+    ) -> UInt8[np.ndarray, "frames side side 3"]:
+        """Pictures as they come back from their codes."""
+        return self.decode_pixels(self.encode_pixels(pixels, chunk), chunk)
+
     def features(
         self, frames: Float[Tensor, "batch 3 height width"], rate: int
     ) -> Float[Tensor, "batch embedding rows columns"]:
@@ -115,15 +139,6 @@ def to_pixels(frames: Float[Tensor, "batch 3 height width"]) -> UInt8[np.ndarray
     """Frames as `Autoencoder.decode` gives them as they are shown: clamped to [0, 1], rounded to the nearest of 256."""
     pixels = (frames.float().clamp(0, 1) * 255).round().byte()
     return rearrange(pixels, "batch colours height width -> batch height width colours").cpu().numpy()
-
-
-@torch.inference_mode()
-def reconstruct(
-    autoencoder: Autoencoder, pixels: UInt8[np.ndarray, "batch height width 3"]
-) -> UInt8[np.ndarray, "batch height width 3"]:
-    """Frames as they come back from their codes."""
-    given = torch.from_numpy(np.array(pixels)).to(autoencoder.project.weight.device)
-    return to_pixels(autoencoder.decode(autoencoder.encode(to_frames(given))))
 
 
 class Encoder(nn.Module):

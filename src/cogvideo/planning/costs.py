@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from cogvideo.config import CogVideoConfig
+from cogvideo.config import CogVideoConfig, SamplingConfig
 from cogvideo.generation.decoder import Condition, Decoder
-from cogvideo.generation.hierarchy import Settings
-from cogvideo.generation.sampling import Sampling
+from cogvideo.generation.request import Settings
 from cogvideo.generation.upscale import SLOTS_PER_DRAW, upscale
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.autoencoder import Autoencoder
@@ -265,16 +264,17 @@ def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phas
 
     Passes are counted as if codes were drawn one by one, which is the most: drafts need fewer, with more rows each.
     """
-    settings = settings or Settings.of(config.drawing)
-    guidance, frames = settings.guidance, config.layout.num_frames
+    settings = settings or Settings.of(config)
+    frames = config.layout.num_frames
     gaps = SequenceLayout.interpolation(config.layout).num_bidirectional - 1
     phases = [
-        decoding(config, "first frame", "image", 1, guidance.image != 1),
-        decoding(config, "key frames", "sequential", 1, guidance.sequential != 1),
+        decoding(config, "first frame", "image", 1, settings.first.guidance != 1),
+        decoding(config, "key frames", "sequential", 1, settings.later.guidance != 1),
     ]
     for _ in range(settings.rounds):
         sequences, frames = -(-(frames - 1) // gaps), 2 * frames - 1
-        phases.append(decoding(config, f"to {frames} frames", "interpolation", sequences, guidance.interpolation != 1))
+        guided = settings.interpolation_guidance != 1
+        phases.append(decoding(config, f"to {frames} frames", "interpolation", sequences, guided))
     return *phases, upscaling(config, frames), rendering(config, frames)
 
 
@@ -315,7 +315,7 @@ def upscaling(config: CogVideoConfig, frames: int) -> Phase:
     def run(sizes: CogVideoConfig) -> DryRun:
         shallow = _modules(sizes, torch.bfloat16)
         model = Upscaler(shallow.base, shallow.superres)
-        return dry_run(lambda: upscale(model, text, codes, [iter(())], Sampling(temperature=0)))
+        return dry_run(lambda: upscale(model, text, codes, [iter(())], SamplingConfig(temperature=0)))
 
     noise = min(SLOTS_PER_DRAW, layout.high_slots) * config.transformer.num_codes * torch.float32.itemsize
     weights = _weights_read(modules.base, modules.superres)

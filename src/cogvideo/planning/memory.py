@@ -9,7 +9,7 @@ import torch
 from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.devices import free_memory
-from cogvideo.generation.hierarchy import Settings
+from cogvideo.generation.request import Settings
 from cogvideo.planning.costs import Phase, clip, resident
 
 SURELY_ENOUGH = 20

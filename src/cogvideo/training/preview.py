@@ -66,7 +66,7 @@ class Preview:
         return samples.write_samples(self.folder, step, rows).sheet
 
     def lacks(self, step: int) -> bool:
-        """Whether the contact sheet of a step could be drawn, and is not there."""
+        """True if the contact sheet of a step could be drawn, and is not there."""
         absent = self.trainer.ranks.rank == 0 and not samples.sheet_of(self.folder, step).exists()
         return not self.problem and any_rank(absent)
 

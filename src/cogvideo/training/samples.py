@@ -1,4 +1,4 @@
-"""What a stage draws while it learns: the same prompts with the same noise every time, so that sheets can be compared.
+"""Samples of a stage while it learns: the same prompts with the same noise every time, so that sheets compare.
 
 The live modules generate, in whatever precision they are trained, and are left as they were: without gradients, in the
 mode they were in, and no global random generator moves. What a row of a sheet is, its label says.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,29 +18,30 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor, nn
 
 from cogvideo.bundle.model import CogVideo
-from cogvideo.config import require
+from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.loader import ClipSample, hash_numbers
-from cogvideo.generation.decode import Passes, decode
-from cogvideo.generation.decoder import Condition
-from cogvideo.generation.hierarchy import Guidance, Settings
-from cogvideo.generation.sampling import GumbelNoise
-from cogvideo.generation.upscale import slot_noise, superres_sampling, upscale
+from cogvideo.generation.decode import Passes
+from cogvideo.generation.hierarchy import between, collect, first_frames, generate
+from cogvideo.generation.request import Request, Settings
+from cogvideo.generation.upscale import enlarge
 from cogvideo.layout import SequenceLayout
 from cogvideo.media.video import write_video
-from cogvideo.models.autoencoder import to_pixels
-from cogvideo.models.transformer import Transformer
-from cogvideo.models.upscaler import Upscaler
-from cogvideo.text import PaddedText, fit, pad_left
 from cogvideo.training.stages import StageName
 
-PLAIN = Settings(guidance=Guidance(1.0, 1.0, 1.0, text_bonus=0.0), passes=Passes(parallel_frames=True))
+PLAIN = Settings(
+    rounds=0,
+    later=CogVideoConfig.later_sampling | {"guidance": 1.0},
+    text_bonus=0.0,
+    passes=Passes(parallel_frames=True),
+    truncate=True,
+)
 """The distribution that is learnt, without guidance: a young model's unconditional text says nothing yet."""
 VARIANTS = 4
 """Images of one prompt."""
 LEAST_SIDE = 96
 """Pixels of a side of a frame on a sheet, at least; smaller frames are shown enlarged."""
 MOST_LETTERS = 110
-"""Of a label."""
+"""Letters of a label."""
 FPS = 2.0
 """Frames a second of the mp4: sequences of all rates are watched at one pace."""
 ACROSS = 4
@@ -49,7 +49,7 @@ ACROSS = 4
 
 
 class Example(NamedTuple):
-    """What is drawn from, the same at every step."""
+    """A prompt or a clip to start from, the same at every step."""
 
     prompt: str
     """Its text."""
@@ -65,13 +65,13 @@ class Row(NamedTuple):
     """Frames side by side."""
 
     label: str
-    """What they are."""
+    """Description of the frames."""
     frames: UInt8[np.ndarray, "frames height width 3"]
     """Red, green and blue."""
     example: int
     """Place of the example that they are of."""
     is_clip: bool
-    """Whether they follow each other in time."""
+    """True if they follow each other in time."""
 
 
 class Written(NamedTuple):
@@ -94,7 +94,7 @@ def from_clips(samples: Sequence[ClipSample]) -> list[Example]:
 
 
 def from_prompts(prompts: Sequence[str], duration: float = 4.0) -> list[Example]:
-    """Prompts as examples, of clips of so many seconds."""
+    """Prompts as examples, of clips of `duration` seconds."""
     return [Example(prompt, duration) for prompt in prompts]
 
 
@@ -119,47 +119,35 @@ def missing(stage: StageName, has: Collection[str], examples: Sequence[Example])
     return ""
 
 
-def draw(
-    stage: StageName,
-    system: CogVideo,
-    examples: Sequence[Example],
-    seed: int,
-    *,
-    settings: Settings = PLAIN,
-    from_real: bool = False,
-) -> list[Row]:
-    """What the stage makes of the examples now, beside the truth.
+def draw(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
+    """Samples of the stage as it is now, next to the truth.
 
-    | stage | from | drawn |
+    | stage | from | sampled |
     |---|---|---|
     | image | prompt | some images of it |
-    | sequential | prompt, or with `from_real` the clip's first frame too | first frame by the base, then key frames |
+    | sequential | prompt | first frame by the base, then key frames |
     | interpolation | prompt, frames at even places of the clip | the frames between |
     | superres | prompt, low codes of the clip's first frame | its high codes |
 
     Args:
-        stage: what learns.
+        stage: the one that learns.
         system: the live modules with both tokenizers, in any precision and on any device. Where the base is stored in
             bfloat16, it runs under autocast.
-        examples: what is drawn from.
+        examples: prompts and clips to start from.
         seed: of all noise. An example's noise depends on this and on its place among the examples alone.
-        settings: samplers and guidance; rounds and duration are not read.
-        from_real: start the sequential stage from true first frames, where examples have them: for a base that draws
-            nothing yet.
 
     Raises:
         ValueError: something is missing, see `missing`.
     """
     problem = missing(stage, system.components, examples)
     require(not problem, problem)
-    model = _model(stage, system)
+    if "base" not in system.components:
+        parts = {name: system.component(name) for name in system.components}
+        system = CogVideo(system.config, **parts, base=parts[f"{stage}_base"])
+    drawers = {"image": _images, "sequential": _key_frames, "interpolation": _between, "superres": _larger}
+    model = getattr(system, {"image": "image_model", "superres": "upscaler"}.get(stage, stage))
     with _borrowed([model, system.autoencoder]):
-        drawing = _Drawing(system, list(examples), seed, settings)
-        if isinstance(model, Upscaler):
-            return _larger(drawing, model)
-        if stage == "image":
-            return _images(drawing, model)
-        return _between(drawing, model) if stage == "interpolation" else _key_frames(drawing, model, from_real)
+        return drawers[stage](system, examples, seed)
 
 
 def write_samples(folder: Path, step: int, rows: Sequence[Row]) -> Written:
@@ -190,16 +178,8 @@ def write_samples(folder: Path, step: int, rows: Sequence[Row]) -> Written:
 
 
 def sheet_of(folder: Path, step: int) -> Path:
-    """Where the contact sheet of a step is, or will be."""
+    """Path of the contact sheet of a step."""
     return folder / f"step-{step:08}.png"
-
-
-def _model(stage: StageName, system: CogVideo) -> Transformer | Upscaler:
-    if stage == "image":
-        return system.image_model
-    if stage == "superres":
-        return system.upscaler
-    return system.sequential if stage == "sequential" else system.interpolation
 
 
 @contextmanager
@@ -222,129 +202,60 @@ def _borrowed(models: Sequence[nn.Module]) -> Iterator[None]:
                 module.training = training
 
 
-@dataclass(frozen=True)
-class _Drawing:
-    """What the stages need to draw."""
-
-    system: CogVideo
-    examples: list[Example]
-    seed: int
-    settings: Settings
-
-    def generators(self, each: int = 1) -> list[torch.Generator]:
-        """So many for each example, fresh ones."""
-        numbers = range(len(self.examples) * each)
-        seeds = [int(hash_numbers(self.seed, number // each, number % each)[0] >> np.uint64(1)) for number in numbers]
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def pad(self, rows: list[list[int]], slots: int) -> PaddedText:
-        """Texts that are too long lose their end."""
-        text = self.system.text
-        return pad_left([fit(row, slots, truncate=True) for row in rows], slots, text.pad)
-
-    def decode(
-        self,
-        model: Transformer,
-        layout: SequenceLayout,
-        given: Int64[Tensor, "batch frames slots"],
-        generators: list[torch.Generator],
-        scale: float,
-    ) -> Int64[Tensor, "batch drawn slots"]:
-        """The frames that follow the given ones, in the order in which they are drawn, guided by `scale`."""
-        image = model.channel is None
-        noise = GumbelNoise(generators, layout.num_frames, layout.frame_slots, model.base.config.num_codes)
-        condition = self._condition(layout.text_slots, image, len(generators) // len(self.examples), scale)
-        sampling = self.settings.first if image else self.settings.later
-        labels = self.system.cluster_labels
-        frames = decode(model, layout, condition, given, noise, sampling, labels, self.settings.passes)
-        return torch.stack([frame.codes.cpu() for frame in frames], 1)
-
-    def _condition(self, slots: int, image: bool, each: int, scale: float) -> Condition:
-        """Texts of the examples, each so many times."""
-        text = self.system.text
-        examples = [example for example in self.examples for _ in range(each)]
-        if image:
-            rows = [text.encode_image_caption(example.prompt) for example in examples]
-            others = [text.encode_unconditional_image()] * len(rows)
-        else:
-            rows = [text.encode_caption(example.prompt, example.duration) for example in examples]
-            others = [text.encode_unconditional(example.duration) for example in examples]
-        if scale == 1:
-            return Condition(self.pad(rows, slots), text_bonus=self.settings.guidance.text_bonus)
-        return Condition(self.pad(rows, slots), self.pad(others, slots), scale)
-
-    def pixels(self, codes: Int64[Tensor, "frames slots"]) -> UInt8[np.ndarray, "frames height width 3"]:
-        """Frames of codes, one at a time through the decoder."""
-        autoencoder, side = self.system.autoencoder, round(codes.shape[1] ** 0.5)
-        device = next(autoencoder.parameters()).device
-        squares = codes.view(-1, side, side).to(device)
-        with torch.autocast(device.type, enabled=False):
-            return to_pixels(autoencoder.decode(squares, chunk=1))
+def _request(examples: Sequence[Example], seed: int, variants: int = 1) -> Request:
+    """Clips of each example, with noise of their own."""
+    each = [(place, variant) for place in range(len(examples)) for variant in range(variants)]
+    seeds = [int(hash_numbers(seed, place, variant)[0] >> np.uint64(1)) for place, variant in each]
+    generators = [torch.Generator().manual_seed(number) for number in seeds]
+    prompts = [examples[place].prompt for place, _ in each]
+    return Request(prompts, generators, PLAIN, durations=[examples[place].duration for place, _ in each])
 
 
-def _first_frames(drawing: _Drawing, model: Transformer, each: int = 1) -> Int64[Tensor, "batch 1 slots"]:
-    layout = SequenceLayout.text_to_image(drawing.system.config.layout)
-    generators = drawing.generators(each)
-    nothing = torch.empty(len(generators), 0, layout.frame_slots, dtype=torch.int64)
-    return drawing.decode(model, layout, nothing, generators, drawing.settings.guidance.image)
-
-
-def _images(drawing: _Drawing, model: Transformer) -> list[Row]:
-    drawn = torch.split(_first_frames(drawing, model, VARIANTS)[:, 0], VARIANTS)
+def _images(system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
+    drawn = torch.split(first_frames(system, _request(examples, seed, VARIANTS)), VARIANTS)
     rows = []
-    for place, (example, codes) in enumerate(zip(drawing.examples, drawn, strict=True)):
+    for place, (example, codes) in enumerate(zip(examples, drawn, strict=True)):
         truth = codes[:0] if example.codes is None else example.codes[:1]
         label = "drawn" if example.codes is None else "truth, then drawn"
-        rows.append(Row(f"{label}: {example.prompt}", drawing.pixels(torch.cat([truth, codes])), place, False))
+        pixels = system.autoencoder.decode_pixels(torch.cat([truth, codes]))
+        rows.append(Row(f"{label}: {example.prompt}", pixels, place, False))
     return rows
 
 
-def _key_frames(drawing: _Drawing, model: Transformer, from_real: bool) -> list[Row]:
-    examples, has_base = drawing.examples, "base" in drawing.system.components
-    real = [example.codes for example in examples if example.codes is not None]
-    if from_real and len(real) == len(examples):
-        first, label = torch.stack(real)[:, :1], "from the true first frame"
-    else:
-        base = drawing.system.image_model if has_base else Transformer(model.base)
-        first, label = _first_frames(drawing, base), "drawn"
-    layout = SequenceLayout.sequential(drawing.system.config.layout)
-    later = drawing.decode(model, layout, first, drawing.generators(), drawing.settings.guidance.sequential)
-    return _beside_truth(drawing, torch.cat([first, later], 1), label)
+def _key_frames(system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
+    return _beside_truth(system, examples, collect(generate(system, _request(examples, seed))), "drawn")
 
 
-def _between(drawing: _Drawing, model: Transformer) -> list[Row]:
-    layout = SequenceLayout.interpolation(drawing.system.config.layout)
-    real = torch.stack([example.codes for example in drawing.examples if example.codes is not None])
-    given = real[:, list(layout.order[: layout.num_bidirectional])]
-    codes, drawn = real.clone(), list(layout.loss_places)
-    scale = drawing.settings.guidance.interpolation
-    codes[:, drawn] = drawing.decode(model, layout, given, drawing.generators(), scale)
-    return _beside_truth(drawing, codes, f"frames {' and '.join(map(str, drawn))} drawn")
+def _between(system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
+    layout = SequenceLayout.interpolation(system.config.layout)
+    real = torch.stack([example.codes for example in examples if example.codes is not None])
+    codes = between(system, _request(examples, seed), real[:, sorted(layout.order[: layout.num_bidirectional])])
+    label = f"frames {' and '.join(map(str, layout.loss_places))} drawn"
+    return _beside_truth(system, examples, codes, label)
 
 
-def _beside_truth(drawing: _Drawing, codes: Int64[Tensor, "batch frames slots"], label: str) -> list[Row]:
-    rows = []
-    for place, (example, each) in enumerate(zip(drawing.examples, codes, strict=True)):
-        told = f"{label}, {example.duration:g} s: {example.prompt}"
-        rows.append(Row(told, drawing.pixels(each), place, True))
+def _beside_truth(
+    system: CogVideo, examples: Sequence[Example], codes: Int64[Tensor, "batch frames slots"], label: str
+) -> list[Row]:
+    rows, pixels = [], system.autoencoder.decode_pixels
+    for place, (example, each) in enumerate(zip(examples, codes, strict=True)):
+        words = f"{label}, {example.duration:g} s: {example.prompt}"
+        rows.append(Row(words, pixels(each), place, True))
         if example.codes is not None:
-            rows.append(Row("truth", drawing.pixels(example.codes), place, True))
+            rows.append(Row("truth", pixels(example.codes), place, True))
     return rows
 
 
-def _larger(drawing: _Drawing, model: Upscaler) -> list[Row]:
-    low = torch.stack([example.codes[0] for example in drawing.examples if example.codes is not None])
-    layout, text = model.channel.layout, drawing.system.text
-    captions = drawing.pad([text.encode_image_caption(each.prompt) for each in drawing.examples], layout.text_slots)
-    device, num_codes = model.base.words.weight.device, model.base.config.num_codes
-    noise = [slot_noise(each, layout.high_slots, num_codes, device) for each in drawing.generators()]
-    sampling, labels = superres_sampling(drawing.system.config.drawing), drawing.system.cluster_labels
-    high = upscale(model, captions, low, noise, sampling, labels).cpu()
+def _larger(system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
+    low = torch.stack([example.codes[0] for example in examples if example.codes is not None])
+    request, layout, pixels = _request(examples, seed), system.upscaler.channel.layout, system.autoencoder.decode_pixels
+    text = system.text.batch(request.prompts, None, layout.text_slots, truncate=True)
+    high = enlarge(system, text, low, request.generators, system.config.superres_sampling).cpu()
     rows = []
-    for place, (example, few, many) in enumerate(zip(drawing.examples, low, high, strict=True)):
+    for place, (example, few, many) in enumerate(zip(examples, low, high, strict=True)):
         assert example.high_codes is not None
-        large = drawing.pixels(torch.stack([many, example.high_codes[0]]))
-        small = _repeated(drawing.pixels(few[None]), layout.ratio)
+        large = pixels(torch.stack([many, example.high_codes[0]]))
+        small = _repeated(pixels(few[None]), layout.ratio)
         rows.append(Row(f"low, drawn, truth: {example.prompt}", np.concatenate([small, large]), place, False))
     return rows
 
@@ -371,18 +282,13 @@ def _side_by_side(
     rows: Sequence[Row], shown: Sequence[UInt8[np.ndarray, "frames _ _ 3"]]
 ) -> UInt8[np.ndarray, "frames height width 3"]:
     """Clips as one: those of an example below each other, the examples side by side, what is left over white."""
-    by_example: dict[int, list[np.ndarray]] = {}
-    for row, frames in zip(rows, shown, strict=True):
-        by_example.setdefault(row.example, []).append(frames)
-    blocks = [np.concatenate(clips, axis=1) for clips in by_example.values()]
-    height, across = max(block.shape[1] for block in blocks), min(ACROSS, len(blocks))
-    blocks += [blocks[0][:, :0]] * (-len(blocks) % across)
-    full = [_padded(block, height, shown[0].shape[2]) for block in blocks]
-    lines = [np.concatenate(full[start : start + across], axis=2) for start in range(0, len(full), across)]
-    return np.concatenate(lines, axis=1)
+    from cogvideo.media.images import contact_sheet
 
-
-def _padded(block: UInt8[np.ndarray, "frames _ _ 3"], height: int, width: int) -> UInt8[np.ndarray, "frames _ _ 3"]:
-    canvas = np.full((len(block), height, width, 3), 255, np.uint8)
-    canvas[:, : block.shape[1]] = block
-    return canvas
+    kinds = sum(row.example == rows[0].example for row in rows)
+    across = min(ACROSS, len(rows) // kinds)
+    lines = [
+        np.stack(shown[start + kind : start + across * kinds : kinds])
+        for start in range(0, len(rows), across * kinds)
+        for kind in range(kinds)
+    ]
+    return np.stack([contact_sheet([line[:, time] for line in lines], across, gap=0) for time in range(len(shown[0]))])

@@ -27,7 +27,7 @@ from cogvideo.evaluation.networks.cache import fetched
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.media.metrics import WINDOW, code_usage, count_codes, perplexity, psnr, ssim
 from cogvideo.models.adversary import PatchDiscriminator
-from cogvideo.models.autoencoder import Autoencoder, reconstruct, to_frames
+from cogvideo.models.autoencoder import Autoencoder, to_frames
 from cogvideo.models.perceptual import NETWORKS, Lpips, load_lpips
 from cogvideo.models.quantizer import cluster_codes
 from cogvideo.runs import TYPED, RunFolder
@@ -266,7 +266,7 @@ def _judge(
 def _write_sheet(autoencoder: Autoencoder, store: FrameStore, path: Path) -> None:
     """Frames that were held out, above their reconstructions."""
     frames = np.array(store.held_out[evenly(len(store.held_out), SHOWN)])
-    write_image(path, contact_sheet([frames, reconstruct(autoencoder, frames)], columns=len(frames)))
+    write_image(path, contact_sheet([frames, autoencoder.reconstruct(frames)], columns=len(frames)))
 
 
 def _deliver(

@@ -18,7 +18,7 @@ from cogvideo.config import require
 from cogvideo.data.loader import ClipSample
 from cogvideo.layout import UpscaleLayout
 from cogvideo.models.upscaler import Upscaler
-from cogvideo.text import PaddedText, TextTokenizer, fit, pad_left
+from cogvideo.text import PaddedText, TextTokenizer
 from cogvideo.training.objectives.task import Measured, cross_entropy
 
 
@@ -63,17 +63,12 @@ class SuperresTask:
         Raises:
             ValueError: a caption was dropped, and the unconditional text has no token.
         """
-        slots = self.layout.text_slots
-        rows = [fit(self._tokens(sample), slots, truncate=True) for sample in samples]
-        require(all(rows), "the unconditional text is empty, and super-resolution needs text: use --caption-dropout 0")
+        text = self.text.batch([each.caption for each in samples], None, self.layout.text_slots, truncate=True)
+        has_text = bool(text.mask.any(1).all())
+        require(has_text, "the unconditional text is empty, and super-resolution needs text: use --caption-dropout 0")
         low = torch.stack([self._corrupted(sample) for sample in samples])
         high = torch.stack([_flat(sample.high_codes) for sample in samples])
-        return SuperresBatch(pad_left(rows, slots, self.text.pad), low, high)
-
-    def _tokens(self, sample: ClipSample) -> list[int]:
-        if sample.caption is None:
-            return self.text.encode_unconditional_image()
-        return self.text.encode_image_caption(sample.caption)
+        return SuperresBatch(text, low, high)
 
     def _corrupted(self, sample: ClipSample) -> Int64[Tensor, " low"]:
         random = np.random.default_rng(sample.seed)

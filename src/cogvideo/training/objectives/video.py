@@ -19,7 +19,7 @@ from cogvideo.data.loader import ClipSample
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.plans import full_pass, text_masks
 from cogvideo.models.transformer import Transformer
-from cogvideo.text import PaddedText, TextTokenizer, fit, pad_left
+from cogvideo.text import PaddedText, TextTokenizer
 from cogvideo.training.objectives.task import Measured, cross_entropy
 
 
@@ -53,15 +53,10 @@ class VideoTask:
 
     def collate(self, samples: list[ClipSample]) -> VideoBatch:
         """Captions that do not fit lose their end; those that were dropped are the unconditional one."""
-        slots = self.layout.text_slots
-        rows = [fit(self._tokens(sample), slots, truncate=True) for sample in samples]
+        captions, durations = [each.caption for each in samples], [each.duration for each in samples]
+        text = self.text.batch(captions, durations, self.layout.text_slots, truncate=True)
         codes = torch.stack([torch.from_numpy(sample.codes.astype("int64")).flatten(1) for sample in samples])
-        return VideoBatch(pad_left(rows, slots, self.text.pad), codes)
-
-    def _tokens(self, sample: ClipSample) -> list[int]:
-        if sample.caption is None:
-            return self.text.encode_unconditional(sample.duration)
-        return self.text.encode_caption(sample.caption, sample.duration)
+        return VideoBatch(text, codes)
 
     def losses(self, model: nn.Module, batch: VideoBatch) -> Measured:
         """Cross entropy over the image codes, of each frame that carries loss."""

@@ -1,0 +1,235 @@
+"""Inputs of generation: a model, settings, and a request for a batch of clips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Protocol
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from cogvideo.config import LARGEST, CogVideoConfig, InputError, SamplingConfig, is_number, require
+from cogvideo.generation.decode import Passes
+from cogvideo.layout import SequenceLayout, check_code_range
+from cogvideo.models.transformer import Transformer
+from cogvideo.models.upscaler import Upscaler
+from cogvideo.text import TextTokenizer, is_visible
+
+MOST_CONTEXT = 2
+"""Key frames of a clip that is extended which the new ones follow: with two, the model sees how things move."""
+ADDED: dict[str, float] = {"top_k": 0, "top_p": 1.0, "cluster_temperature": 0.89}
+ADDED |= {f"first_{name}": value for name, value in ADDED.items()}
+ADDED |= {"superres_top_k": 0, "superres_top_p": 1.0, "superres_cluster_temperature": 0.6}
+"""Sampling options that older records lack, with the values that their clips were made with."""
+
+
+class System(Protocol):
+    """Parts of a model that generation needs; `bundle.CogVideo` loads each when it is first used."""
+
+    @property
+    def config(self) -> CogVideoConfig:
+        """Sizes and templates."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the parts that there are."""
+
+    @property
+    def image_model(self) -> Transformer:
+        """Model of the first frame."""
+
+    @property
+    def sequential(self) -> Transformer:
+        """Model of the other key frames."""
+
+    @property
+    def interpolation(self) -> Transformer:
+        """Model of the frames between."""
+
+    @property
+    def upscaler(self) -> Upscaler:
+        """Model of larger frames."""
+
+    @property
+    def text(self) -> TextTokenizer:
+        """Captions to tokens."""
+
+    @property
+    def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
+        """Cluster of each code, for cluster sampling."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a clip except its prompt, its seed and given frames."""
+
+    rounds: int = 3
+    """Rounds of interpolation: 5 key frames become 9, 17, 33, ..."""
+    duration: float = 4.0
+    """Seconds from the first to the last key frame."""
+    first: SamplingConfig = CogVideoConfig.first_sampling
+    """Sampler and guidance of the first frame."""
+    later: SamplingConfig = CogVideoConfig.later_sampling
+    """Sampler of all other frames, guidance of the key frames among them."""
+    superres: SamplingConfig = CogVideoConfig.superres_sampling
+    """Sampler of super-resolution."""
+    should_enlarge: bool = True
+    """Enlarge the frames by super-resolution, where the model has it."""
+    interpolation_guidance: float = 1.0
+    """Guidance scale of the frames between key frames."""
+    negative: str | None = None
+    """Caption to move away from, instead of the model's own unconditional one."""
+    text_bonus: float = CogVideoConfig.text_bonus
+    """Added to the attention scores of text where there is no guidance."""
+    sequences_at_once: int = 0
+    """Sequences of a round (two gaps each) that are decoded as one batch; 0 is all. Fewer need less memory and more
+    passes, and give the same clip."""
+    passes: Passes = Passes(draft=8)  # noqa: RUF009  # frozen
+    """Slots that go through the model at once. They change the speed alone: drafts of up to 8 need half the passes."""
+    truncate: bool = False
+    """Cut prompts that are longer than the text slots, instead of refusing them."""
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 0, f"rounds is {self.rounds}, expected 0 or more")
+        require(self.sequences_at_once >= 0, f"sequences_at_once is {self.sequences_at_once}, expected 0 (all) or more")
+        require(self.duration > 0, f"duration is {self.duration}, expected a positive number of seconds")
+        require(self.negative is None or is_visible(self.negative), f"the negative prompt is empty: {self.negative!r}")
+        for name, least in (("interpolation_guidance", 0), ("text_bonus", -LARGEST)):
+            value = getattr(self, name)
+            require(is_number(value, least, LARGEST), f"{name} is {value!r:.60}, expected {least} to {LARGEST}")
+
+    @classmethod
+    def of(cls, config: CogVideoConfig) -> Settings:
+        """The settings of a model's own configuration."""
+        return cls(
+            first=config.first_sampling,
+            later=config.later_sampling,
+            superres=config.superres_sampling,
+            text_bonus=config.text_bonus,
+        )
+
+    @property
+    def sampling_options(self) -> dict[str, float]:
+        """Values of all `SamplingOptions` that give these settings."""
+        values = {"text_bonus": self.text_bonus}
+        for prefix, sampling in (("", self.later), ("first_", self.first), ("superres_", self.superres)):
+            values |= {f"{prefix}{name}": value for name, value in asdict(sampling).items()}
+        return {each.name: values[each.name] for each in fields(SamplingOptions)}
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Sampling as commands offer it. An option that is not given is the model's own."""
+
+    guidance: float | None = None
+    """Guidance scale of key frames; 1 disables guidance and halves the compute. The model has its own value of this
+    and of each of the following options."""
+    temperature: float | None = None
+    """Sampling temperature of later frames; lower values give calmer motion."""
+    top_k: int | None = None
+    """Number of most likely codes that later frames are sampled from; 0 is all codes."""
+    top_p: float | None = None
+    """Probability of the most likely codes that later frames are sampled from; 1 is all codes."""
+    clusters: int | None = None
+    """Number of code clusters that later frames are sampled from; fewer give calmer motion, 0 is all codes."""
+    cluster_temperature: float | None = None
+    """Sampling temperature of later frames inside a cluster."""
+    first_guidance: float | None = None
+    """Guidance scale of the first frame; 1 disables guidance."""
+    first_temperature: float | None = None
+    """Sampling temperature of the first frame; lower values give likelier, less varied pictures."""
+    first_top_k: int | None = None
+    """Number of most likely codes that the first frame is sampled from; 0 is all codes."""
+    first_top_p: float | None = None
+    """Probability of the most likely codes that the first frame is sampled from; 1 is all codes."""
+    first_clusters: int | None = None
+    """Number of code clusters that the first frame is sampled from; 0 is all codes."""
+    first_cluster_temperature: float | None = None
+    """Sampling temperature of the first frame inside a cluster."""
+    text_bonus: float | None = None
+    """Number added to the attention scores of text where there is no guidance."""
+    superres_temperature: float | None = None
+    """Sampling temperature of super-resolution; 0 takes the most likely codes."""
+    superres_top_k: int | None = None
+    """Number of most likely codes that super-resolution samples from; 0 is all codes."""
+    superres_top_p: float | None = None
+    """Probability of the most likely codes that super-resolution samples from; 1 is all codes."""
+    superres_clusters: int | None = None
+    """Number of code clusters that super-resolution samples from; 0 is all codes."""
+    superres_cluster_temperature: float | None = None
+    """Sampling temperature of super-resolution inside a cluster."""
+
+    def settings(self, own: CogVideoConfig) -> Settings:
+        """The settings of a model, but for what is given here.
+
+        Raises:
+            ValueError: a value cannot be used.
+        """
+        return Settings(
+            first=self._merged(own.first_sampling, "first_"),
+            later=self._merged(own.later_sampling, ""),
+            superres=self._merged(own.superres_sampling, "superres_"),
+            text_bonus=own.text_bonus if self.text_bonus is None else self.text_bonus,
+        )
+
+    def _merged(self, own: SamplingConfig, prefix: str) -> SamplingConfig:
+        given = {each.name: getattr(self, f"{prefix}{each.name}", None) for each in fields(own)}
+        try:
+            return own | {name: value for name, value in given.items() if value is not None}
+        except InputError as error:
+            raise InputError(f"{prefix}{error}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Clips that are generated as one batch."""
+
+    prompts: Sequence[str]
+    """Captions."""
+    generators: Sequence[torch.Generator]
+    """CPU generators, one a clip, which are advanced; a clip depends on nothing else in the batch."""
+    settings: Settings
+    """All other choices."""
+    given: Int64[Tensor, "frames slots"] | None = None
+    """Leading frames at the rate of the finished clip, which are kept: one is an image that starts to move, more are a
+    clip that is extended from its last second."""
+    last: Int64[Tensor, " slots"] | None = None
+    """The last frame; then `given` is one, the first."""
+    loop: bool = False
+    """End with the first frame again. It is left out of the clip, which then repeats without a jump."""
+    durations: Sequence[float] = ()
+    """Seconds that the key frames of each clip span; those of the settings unless given."""
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.loop, bool), f"loop is {self.loop!r:.60}, expected True or False")
+        number = 0 if self.given is None else len(self.given)
+        require(not (self.loop and self.last is not None), "a loop ends with its first frame, expected no last frame")
+        require(not (self.loop and number > 1), "a clip that is extended does not end where it began: expected no loop")
+        require(self.last is None or number == 1, f"got a last frame and {number} leading ones, expected one")
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds that the key frames of each clip span."""
+        return list(self.durations) or [self.settings.duration] * len(self.prompts)
+
+    def check(self, config: CogVideoConfig) -> None:
+        """Refuse a request that a model of this configuration cannot take.
+
+        Raises:
+            ValueError: there is no prompt, counts differ, or given frames are none of this model.
+        """
+        batch, generators = len(self.prompts), self.generators
+        require(
+            not isinstance(self.prompts, str), f"got the text {self.prompts!r} as prompts, expected a list of texts"
+        )
+        require(batch > 0, "got no prompt, expected at least one")
+        require(len(generators) == batch, f"got {len(generators)} generators for {batch} prompts, expected one each")
+        require(len(set(map(id, generators))) == batch, "got one generator for several samples, expected one each")
+        require(len(self.seconds) == batch, f"got {len(self.seconds)} durations for {batch} prompts, expected one each")
+        layout = SequenceLayout.sequential(config.layout)
+        for frames in (self.given, None if self.last is None else self.last[None]):
+            if frames is not None:
+                layout.check_given(frames[None, :1], config.transformer.num_codes)
+                check_code_range(frames, config.transformer.num_codes)
