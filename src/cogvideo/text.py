@@ -154,17 +154,15 @@ class TextTokenizer:
         Raises:
             ValueError: a caption is empty or too long, or a duration is no positive number.
         """
-        if durations is None:
-            rows = [
-                self.encode_unconditional_image() if caption is None else self.encode_image_caption(caption)
-                for caption in captions
-            ]
-        else:
-            rows = [
-                self.encode_unconditional(seconds) if caption is None else self.encode_caption(caption, seconds)
-                for caption, seconds in zip(captions, durations, strict=True)
-            ]
+        seconds = [None] * len(captions) if durations is None else durations
+        rows = [self.row(*each) for each in zip(captions, seconds, strict=True)]
         return pad_left([fit(row, slots, truncate) for row in rows], slots, self.pad)
+
+    def row(self, caption: str | None, duration: float | None) -> list[int]:
+        """Tokens of one caption, as in `batch`; raises what `batch` raises, but for length."""
+        if duration is None:
+            return self.encode_unconditional_image() if caption is None else self.encode_image_caption(caption)
+        return self.encode_unconditional(duration) if caption is None else self.encode_caption(caption, duration)
 
     def _encode_duration(self, caption: str, duration: float) -> list[int]:
         require(0 < duration < math.inf, f"duration is {duration}, expected a positive number of seconds")

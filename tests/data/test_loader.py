@@ -34,7 +34,7 @@ from cogvideo.data.loader import (
     permute,
 )
 from cogvideo.data.shards import Row, ShardInfo, digest, shard_name, write_shard
-from cogvideo.text import PaddedText, TextTokenizer, fit, pad_left
+from cogvideo.text import PaddedText, TextTokenizer
 
 GRID, NUM_CODES = 2, 60_000
 LENGTHS = (33, 5, 1, 40, 2, 9, 4, 12, 33, 20, 5, 64, 8)
@@ -453,13 +453,8 @@ def test_captions_become_tokens_in_a_collate(stream: ClipStream, text_model: byt
     text, slots = TextTokenizer(text_model, TextConfig(), 24), 40
 
     def collate_tokens(samples: list[ClipSample]) -> tuple[PaddedText, Tensor]:
-        rows = [
-            text.encode_unconditional(each.duration)
-            if each.caption is None
-            else text.encode_caption(each.caption, each.duration)
-            for each in samples
-        ]
-        return pad_left([fit(row, slots, truncate=True) for row in rows], slots, text.pad), collate(samples).codes
+        batch = collate(samples)
+        return text.batch(batch.captions, batch.durations, slots, truncate=True), batch.codes
 
     tokens, codes = next(iter(Loader(stream, 12, collate=collate_tokens)))
     samples = stream.__getitems__(range(12))

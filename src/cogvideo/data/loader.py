@@ -325,13 +325,8 @@ def collate(samples: list[ClipSample]) -> Batch:
     """Samples to a batch. Training passes a function of its own that also tokenises and pads the captions:
 
         def collate_tokens(samples: list[ClipSample]) -> tuple[PaddedText, Tensor]:
-            rows = [
-                text.encode_unconditional(each.duration)
-                if each.caption is None
-                else text.encode_caption(each.caption, each.duration)
-                for each in samples
-            ]
-            return pad_left([fit(row, slots, truncate=True) for row in rows], slots, text.pad), collate(samples).codes
+            batch = collate(samples)
+            return text.batch(batch.captions, batch.durations, slots, truncate=True), batch.codes
 
     It runs in the workers, which must be able to pickle it where processes are spawned.
     """

@@ -146,10 +146,7 @@ class ImageTask:
 
     def _caption(self, sample: ClipSample) -> list[int]:
         """Tokens of the caption, in the template of the video stages where it has a duration."""
-        text, caption, duration = self.text, sample.caption, sample.duration
-        if duration > 0:
-            return text.encode_unconditional(duration) if caption is None else text.encode_caption(caption, duration)
-        return text.encode_unconditional_image() if caption is None else text.encode_image_caption(caption)
+        return self.text.row(sample.caption, sample.duration if sample.duration > 0 else None)
 
     def _language(self, caption: str) -> int:
         chinese = any(ord(each) in CHINESE for each in caption)
