@@ -336,8 +336,8 @@ def test_each_option_changes_the_clip(model: str, inside: Path) -> None:
         ("--superres",),
         ("--superres", "--superres-temperature", 0),
         ("--superres", "--superres-clusters", 1),
-        ("--superres", "--superres-top-k", 1),
-        ("--superres", "--superres-top-p", 0.1),
+        ("--superres", "--superres-top-k", 2),
+        ("--superres", "--superres-top-p", 0.5),
         ("--superres", "--superres-cluster-temperature", 5),
         ("--dtype", "bfloat16"),
     ]
@@ -686,6 +686,16 @@ def test_names_of_many_clips_take_no_longer_each(tmp_path: Path) -> None:
     for _ in range(100):
         folder.name("a cat")
     assert looks.number < 250
+
+
+def test_names_that_are_taken_meanwhile_take_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards two processes that write the same long list into one folder: neither reads the folder for each clip."""
+    folder = Folder(tmp_path, "mp4")
+    path = folder.name("a cat")
+    for name in ("a-cat.mp4", "a-cat-2.json"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(Path, "iterdir", lambda _: pytest.fail("all files were looked at"))
+    assert folder.settled(path).name == "a-cat-3.mp4"
 
 
 def test_lists_of_other_kinds(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
