@@ -38,17 +38,14 @@ from reference import visible
 
 ROOT = Path(__file__).parents[1]
 README, SEQUENCE, PAPER_MAP = ROOT / "README.md", ROOT / "docs/sequence.md", ROOT / "docs/paper_map.md"
+GENERATION, RELEASED = ROOT / "docs/generation.md", ROOT / "docs/released.md"
 DATA, TRAINING = ROOT / "docs/data.md", ROOT / "docs/training.md"
-EVALUATION = ROOT / "docs/evaluation.md"
+GUIDES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [
-    README,
-    DATA,
-    TRAINING,
-    EVALUATION,
-    SEQUENCE,
-    PAPER_MAP,
+    *GUIDES,
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "recipes/pocket/README.md",
     ROOT / "tests/golden/README.md",
 ]
 GRID, NUM_CODES = 4, 24
@@ -68,8 +65,13 @@ def blocks(page: Path | str, language: str) -> list[str]:
     return [block.text for block in found if block.language == language]
 
 
+def section(page: Path, heading: str) -> str:
+    """The text of a page below a heading, up to the next one of its kind."""
+    return page.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
 def run(code: str, folder: Path) -> str:
-    """Run Python as a stranger would, in a process and folder of its own; what it printed."""
+    """Run Python as a stranger would, in a new process and folder; returns its output."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -81,7 +83,7 @@ def run(code: str, folder: Path) -> str:
 
 
 def printed_comments(code: str) -> list[str]:
-    """What an example says that it prints: `print(...)  # this: explanation`."""
+    """Output that an example announces: `print(...)  # this: explanation`."""
     return re.findall(r"^print\(.*\)  # ([^:\n]*):", code, re.MULTILINE)
 
 
@@ -89,45 +91,66 @@ def printed_comments(code: str) -> list[str]:
 
 
 @pytest.mark.soak
-def test_first_clips(tmp_path: Path) -> None:
-    """Guards the first thing that strangers try in Python: it runs, and prints what the page says."""
-    code = blocks(README, "python")[0]
-    said = printed_comments(code)
-    assert len(said) == 2
-    assert run(code, tmp_path).splitlines() == said
+def test_python_examples(tmp_path: Path) -> None:
+    """Guards the first thing that strangers try in Python: it runs, and prints what the pages say."""
+    (readme,), (generation,) = blocks(README, "python"), blocks(GENERATION, "python")
+    expected = [*printed_comments(readme), *printed_comments(generation)]
+    assert len(expected) == 2
+    assert run(readme + generation, tmp_path).splitlines() == expected
     assert len(read_video(tmp_path / "heart.mp4", 8).frames) == 33
 
 
 def test_examples_on_a_small_model(tmp_path: Path, text_model: bytes) -> None:
-    """Guards the way from prompt to pixels, with a small bundle of random weights in the place of the real ones."""
-    first, second = blocks(README, "python")
+    """Guards the way from prompt to pixels, on a small bundle of random weights in place of the real one."""
+    (readme,), (generation,), (released,) = (blocks(page, "python") for page in (README, GENERATION, RELEASED))
     small_bundle(text_model).save_pretrained(tmp_path / "cogvideo-bundle")
-    first = first.replace('"pocket"', '"cogvideo-bundle"')
-    clip, stage, *stages, shape = run(first + second, tmp_path).splitlines()
-    assert [clip.replace("48", "192"), stage] == printed_comments(first)
+    readme = readme.replace('"pocket"', '"cogvideo-bundle"')
+    clip, stage, *stages, shape = run(readme + generation + released, tmp_path).splitlines()
+    assert [clip.replace("48", "192"), stage] == [*printed_comments(readme), *printed_comments(generation)]
     assert len(read_video(tmp_path / "heart.mp4", 8).frames) == 33
     assert stages == ["image", *["sequential"] * 4, *["interpolation"] * 4]
     assert shape == "(1, 9, 48, 48, 3)"
 
 
+def test_first_commands(tmp_path: Path, text_model: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the examples of the README: each finds the files that the ones before it wrote."""
+    small_bundle(text_model).save_pretrained(tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    shown = shown_commands(section(README, "Generate clips"))
+    assert len(shown) == 5
+    for command in shown:
+        shorter = [] if "--from-sidecar" in command.arguments else ["--rounds", "0"]
+        assert main([*command.arguments, "--model", "small", *shorter]) == 0, command.arguments
+    lengths = {name: len(read_video(tmp_path / name, 1).frames) for name in ("heart.mp4", "again.mp4", "longer.mp4")}
+    assert lengths == {"heart.mp4": 5, "again.mp4": 5, "longer.mp4": 8}
+    assert len(list((tmp_path / "fish").glob("*.mp4"))) == 4
+    assert len(list((tmp_path / "out").glob("*.gif"))) == 1
+
+
 def test_own_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the way from a folder of clips to one's own videos: the commands of the page, but smaller and shorter."""
-    section = README.read_text().partition("## Your own clips")[2].partition("\n## ")[0]
-    shown = [each.arguments for each in shown_commands(section)]
-    stages = ["image", "sequential", "interpolation", "superres"]
-    said = ["world", "tokenizer", "text", "prepare", "report", *stages, "report"]
-    assert [arguments[1] for arguments in shown[:-1]] == said
+    """Guards the way from a folder of clips to a model: the commands of the pages, but smaller and shorter."""
+    first = [each.arguments for each in shown_commands(section(README, "Train on your own clips"))]
+    every_stage = [each.arguments for each in shown_commands(TRAINING.read_text().partition("\n## ")[0])]
+    then = [arguments for arguments in every_stage if arguments not in first]
+    report = shown_commands(DATA)[-1].arguments
+    shown = [["data", "world", "--out", "clips", "--clips", "24"], *first, *then, report]
+    names = ["world", "tokenizer", "text", "prepare", "image", "sequential", "generate"]
+    names += ["interpolation", "superres", "report", "generate", "report"]
+    assert [next(word for word in arguments if word in names) for arguments in shown] == names
     few = ["--steps", "2", "--batch", "2", "--sample-every", "0", "--evaluate-samples", "2"]
-    fewer = dict.fromkeys(stages, few) | {
+    fewer = dict.fromkeys(["image", "sequential", "interpolation", "superres"], few) | {
         "tokenizer": ["--preset", "tiny", "--steps", "6", "--plain-steps", "2", "--batch", "4", "--start-vectors", "1"],
         "prepare": ["--workers", "1"],
     }
+    lengths = []
     monkeypatch.chdir(tmp_path)
-    for arguments in shown:
-        assert main([*arguments, *fewer.get(arguments[1], [])]) == 0, arguments
+    for arguments, name in zip(shown, names, strict=True):
+        assert main([*arguments, *fewer.get(name, [])]) == 0, arguments
+        if name == "generate":
+            lengths.append(len(read_video(tmp_path / "ball.mp4", 8).frames))
+    assert lengths == [40, 33]  # five frames of a second each, read eight times a second; then all rounds
     assert "my-data" in (tmp_path / "my-data" / "report.html").read_text()
     assert "superres" in (tmp_path / "report.html").read_text()
-    assert len(read_video(tmp_path / "ball.mp4", 8).frames) == 33
     (code,) = blocks(DATA, "python")
     run(code, tmp_path)
 
@@ -169,12 +192,12 @@ class Shown(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the command: its first two words, or the first one."""
+        """Name of the command: its first two words, or the first one."""
         two = " ".join(self.arguments[:2])
         return two if two in COMMANDS else self.arguments[0]
 
 
-def shown_commands(page: Path | str = README) -> list[Shown]:
+def shown_commands(page: Path | str) -> list[Shown]:
     """Every `$ cogvideo ...` of a page, or of a text from one."""
     sessions = "\n".join(blocks(page, "console")).replace("\\\n", " ")
     parts = re.split(r"^\$ ", sessions, flags=re.MULTILINE)[1:]
@@ -184,28 +207,40 @@ def shown_commands(page: Path | str = README) -> list[Shown]:
 
 def test_shown_commands_exist() -> None:
     """Guards against commands and options that were renamed, or were never there."""
-    shown = shown_commands() + shown_commands(TRAINING) + shown_commands(EVALUATION)
+    shown = [each for page in GUIDES for each in shown_commands(page)]
     assert {each.name for each in shown} == set(COMMANDS)
-    for each in shown + shown_commands(DATA):
+    for each in shown:
         for option in [argument for argument in each.arguments if argument.startswith("--")]:
             assert re.search(rf"{option}\b", help_of(each.name)), option
-    pages = README.read_text() + PAPER_MAP.read_text() + TRAINING.read_text()
-    mentioned = re.findall(r"`cogvideo ([a-z]+(?: [a-z]+)?)", pages)
+    mentioned = re.findall(r"`cogvideo ([a-z]+(?: [a-z]+)?)", "".join(page.read_text() for page in GUIDES))
     assert {each for each in mentioned if each not in COMMANDS and each.split()[0] not in COMMANDS} == set()
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_mentioned_options_exist(page: Path) -> None:
+    """Guards against options in running text that no command has."""
+    mentioned = set(re.findall(r"`(--[a-z][a-z0-9-]*)", page.read_text()))
+    assert {option for option in mentioned if not re.search(rf"{option}\b", every_help())} == set()
+
+
+@cache
+def every_help() -> str:
+    """All commands' help."""
+    return "".join(help_of(name) for name in COMMANDS)
 
 
 @cache
 def help_of(name: str) -> str:
-    """What a command says of itself."""
-    with redirect_stdout(io.StringIO()) as told, pytest.raises(SystemExit):
+    """A command's help."""
+    with redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
         main([*name.split(), "--help"])
-    return told.getvalue()
+    return printed.getvalue()
 
 
 def test_shown_output_is_real(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the memory that users plan with: every shown line is one that the command prints."""
     monkeypatch.setenv("COLUMNS", "80")
-    (shown,) = [each for each in shown_commands() if each.arguments[0] == "info"]
+    (shown,) = [each for each in shown_commands(RELEASED) if each.name == "info"]
     info(*shown.arguments[1:])
     real = {line.strip() for line in capsys.readouterr().out.splitlines()}
     lines = [line.strip() for line in shown.output if line.strip() not in ("", "...")]
