@@ -1,10 +1,18 @@
-"""The order of the rooms: imports point downwards."""
+"""The house: imports point downwards, and every option explains itself."""
 
 from __future__ import annotations
 
 import ast
+import re
+import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+
+import pytest
+import tyro
+
+from cogvideo.cli import COMMANDS
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cogvideo"
 FLOORS = (
@@ -62,3 +70,31 @@ def test_imports_point_downwards() -> None:
             if not other.startswith("__") and floor(other.split(".")[0]) > floor(room):
                 upwards.add((name, other.split(".")[0]))
     assert upwards == EXCEPTIONS
+
+
+PLAIN = (tyro.conf.OmitArgPrefixes,)
+FRAGMENTS = r"(of|that|between|what|how|whether|which|where|behind|beside|only|so|for|with|from|in|as)\b"
+"""Beginnings of a help text that is no sentence by itself."""
+FRAGMENTARY = {
+    "clips", "clusters", "dtype", "first-clusters", "first-guidance", "first-temperature", "format", "gpus",
+    "gpus-per-machine", "guidance", "held-out-split", "max-captions", "negative", "precision", "prompts", "rounds",
+    "seed", "split", "start", "step", "still-steps", "superres-clusters", "superres-temperature", "temperature",
+    "weight-decay",
+}  # fmt: skip
+"""Options whose help begins so, or has no end: to be mended, none to be added."""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_explains_itself(name: str) -> None:
+    """Guards readers of one line of help: it begins with a noun or a verb, and stands alone."""
+    module, function = COMMANDS[name].target.split(":")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        parser = tyro.extras.get_parser(getattr(import_module(module), function), config=PLAIN)
+    actions = [action for action in parser._actions if action.dest != "help"]
+    texts = {  # by options, without "(default: 1)"
+        (action.option_strings or [action.dest])[0].lstrip("-"): str(action.help).rpartition(" (")[0]
+        for action in actions
+    }
+    found = {option for option, text in texts.items() if re.match(FRAGMENTS, text, re.I) or not text.endswith(".")}
+    assert found <= FRAGMENTARY

@@ -339,7 +339,7 @@ def test_failures_of_the_system_are_no_rejections(
 
 def test_source_is_no_place_for_shards(clips: Path, tokenizer: str) -> None:
     """Guards a user's clips from files among them."""
-    with pytest.raises(ValueError, match="is the source: give another one with --out"):
+    with pytest.raises(ValueError, match="is the source: pass another one with --out"):
         prepare(str(clips), clips, tokenizer, SETTINGS, workers=1)
 
 

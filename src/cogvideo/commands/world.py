@@ -29,18 +29,17 @@ def world(
 ) -> None:
     """Write clips of the World: mp4 files, their captions and attributes in captions.jsonl, and a contact sheet.
 
-    The World is a synthetic source of captioned clips, each drawn from its number alone. To train on it, no files are
-    needed: `cogvideo data prepare world:100000` takes its first 100,000 clips directly, `world:5000:6000` a part,
-    `world:simple:20000` clips of the simple domain.
-    `cogvideo data prepare` also takes the folder that this command writes.
+    The World is a synthetic source of captioned clips; each follows from its number alone. To train on it, no files are
+    needed: `cogvideo data prepare world:100000` reads its first 100,000 clips directly, `world:5000:6000` a part of
+    them, and `world:simple:20000` clips of the simple domain. The folder that this command writes is a source, too.
 
     Args:
-        out: the folder, which is made if it does not exist; what an earlier call wrote there is replaced.
-        clips: how many.
-        start: number of the clip to begin with.
-        size: side of a frame in pixels, an even number.
-        split: which clips: those to train on, to validate with, with attribute pairs that training never sees, or all.
-        domain: all of the World, or the simple part that a small model can learn: one large figure a scene.
+        out: Folder for the files; created if missing. Files of an earlier call are replaced.
+        clips: Number of clips.
+        start: Number of the first clip.
+        size: Side of a frame in pixels, an even number.
+        split: Split of the clips: for training, for validation, with attribute pairs that training never shows, or all.
+        domain: Part of the World: all of it, or simple scenes with one large figure, which a small model can learn.
 
     Raises:
         ValueError: a number is out of range, or `out` is a file or has other files of these names.
@@ -55,7 +54,7 @@ def world(
     require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
     table, sheet = out / "captions.jsonl", out / "contact_sheet.png"
     is_free = _is_ours(table) if table.exists() else not sheet.exists()
-    require(is_free, f"{out} has a captions.jsonl or contact_sheet.png of something else: give another folder")
+    require(is_free, f"{out} has a captions.jsonl or contact_sheet.png of something else: pass another folder")
     out.mkdir(parents=True, exist_ok=True)
     scenes = list(itertools.islice(synthetic.scenes(split, start, domain), clips))
     for scene in scenes:

@@ -29,18 +29,18 @@ Encode = Callable[[UInt8[np.ndarray, "frames size size 3"]], UInt16[np.ndarray, 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """What decides the content of shards, apart from the source and the tokenizer."""
+    """Settings that determine the content of shards, in addition to the source and the tokenizer."""
 
     frames: FrameSettings = field(default_factory=FrameSettings)
     """How clips become frames."""
     superres: bool = False
-    """Also store the codes of every frame in the size of super-resolution, to train it."""
+    """Also store the codes of every frame at the size of super-resolution, to train that stage."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the encoder's layers; bfloat16 is twice as fast and moves some codes to a neighbour."""
+    """Precision of the encoder's layers; bfloat16 is twice as fast and changes some codes to similar ones."""
     batch: int = 32
-    """Frames in one pass of the encoder. It changes results in the last place, which may move a code."""
+    """Frames per pass of the encoder. It changes rounding, which may change a few codes."""
     shard_clips: int = 128
-    """Items of one shard, which is what is lost when a run is killed."""
+    """Items per shard; an interruption loses at most one shard per worker."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "shard_clips"):

@@ -32,17 +32,17 @@ MANIFEST = "frames.json"
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """Which frames are taken from the sources."""
+    """Frames that are taken from the sources."""
 
     num_frames: int = 20_000
-    """Frames to learn from, shared evenly by the sources and their clips; fewer where the clips have no more."""
+    """Frames to train on, evenly from the sources and their clips; fewer if the clips have fewer."""
     num_held_out: int = 512
-    """Frames to look at, from clips that nothing is learnt from."""
+    """Held-out frames for validation, from clips that are not trained on."""
     frames_per_clip: int = 8
-    """Frames taken from a clip at least, spread over it: so many clips need not be read."""
+    """Minimum number of frames per clip, spread over it; higher values read fewer clips."""
     zoom: int = 1
-    """Every second clip is read at so many times the size, and a square of each frame is kept: what a tokenizer sees
-    that codes the frames of super-resolution too."""
+    """Magnification of every second clip, of whose frames a square is kept: prepares the tokenizer for the frames of
+    super-resolution."""
     clips: FrameSettings = FrameSettings(min_frames=1)  # noqa: RUF009  # frozen
     """How clips become frames; an image is a clip of one frame."""
 

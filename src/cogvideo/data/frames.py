@@ -43,28 +43,28 @@ class FrameSettings:
     """How clips become frames."""
 
     fps: float = 8.0
-    """Base rate: frames a second that are kept. Slower rates are later taken from these."""
+    """Frames kept per second. Training takes its lower frame rates from these."""
     size: int | None = None
-    """Side of a frame in pixels; that of the model unless given."""
+    """Side of a frame in pixels; the model's by default."""
     fit: Literal["crop", "letterbox"] = "crop"
-    """What happens to frames that are not square: cut to the centre, or bars in the background's colour."""
+    """Treatment of frames that are not square: crop to the center, or add bars in the background color."""
     max_seconds: float = 16.0
-    """Longer clips are cut there; `start` and `end` in a table choose another part."""
+    """Maximum length in seconds; longer clips are cut. `start` and `end` in a table select another part."""
     min_frames: int = 2
-    """Shorter clips are rejected; 1 is the same as taking images."""
+    """Minimum number of frames; shorter clips are rejected. 1 also allows images."""
     loop_to: float = 0.0
-    """Clips that end earlier start again until they last so many seconds, for animations that are loops."""
+    """Length in seconds to which shorter clips are repeated, for animations that are loops."""
     background: str = "white"
-    """Behind clips with alpha and in bars: a colour's name, or `random` for any. Copies of a clip get one after
-    another: twelve have twelve, and for eleven there is one that is never seen."""
+    """Color name, or `random`, for transparent areas and bars. With `random`, copies of a clip get different colors:
+    twelve copies use all twelve, and eleven leave one that is never seen."""
     background_template: str = ""
-    """Caption of a clip with alpha, such as "{caption}, on {article} {background} background"; empty leaves it."""
+    """Caption of clips with alpha, such as "{caption}, on {article} {background} background"; empty for no change."""
     smallest: float = 1.0
-    """Clips with alpha are shrunk to a random share of the frame, this one or more, and put at a random place of it."""
+    """Minimum size of clips with alpha, as a share of the frame; below 1, their size and position are random."""
     mirror: bool = False
-    """Every second copy of a clip with alpha whose caption says left or right is mirrored, and says the other."""
+    """Mirror every second copy of a clip with alpha whose caption says left or right, and swap these words."""
     seed: int = 0
-    """Of what is drawn at random."""
+    """Seed of all random choices."""
 
     def __post_init__(self) -> None:
         for name in ("fps", "size", "max_seconds", "min_frames"):

@@ -50,23 +50,23 @@ def prepare(
     max_rejected: int = 0,
     recipe: Path | None = None,  # read by the command line
 ) -> int:
-    """Turn captioned clips into shards of codes. Killed and called again, it continues.
+    """Turn captioned clips into shards of codes. Run an interrupted command again to continue.
 
-    Exit status 1 says that more clips were rejected than allowed; `rejected.csv` says which and why.
+    Exit status 1 means that more clips were rejected than allowed; `rejected.csv` lists them with the reasons.
 
     Args:
-        source: a folder of videos with x.txt beside x.mp4, a table (CSV, JSONL, Parquet) with the columns file and
+        source: Folder of videos with x.txt next to x.mp4, table (CSV, JSONL, Parquet) with the columns file and
             caption, WebDataset tars, or world:NUMBER for clips of the synthetic World.
-        out: folder of the shards.
-        tokenizer: bundle with the image tokenizer: a folder, or its id on the Hugging Face Hub.
-        settings: how clips become codes.
-        options: how the source is read.
-        device: cpu, cuda for all GPUs, cuda:0, or auto.
-        engine: processes on this machine, or Ray Data (needs the extra ray).
-        workers: processes; 0 for one a core, or one a GPU.
-        ray_address: of a running Ray cluster that sees the same folders; a local one is started unless given.
-        max_rejected: how many clips may be rejected before the exit status is 1.
-        recipe: a TOML file with a table for this command: options as they stand here. Those given here win.
+        out: Folder for the shards.
+        tokenizer: Bundle with the image tokenizer: a folder, or its ID on the Hugging Face Hub.
+        settings: How clips become codes.
+        options: How the source is read.
+        device: Device to run on: cpu, cuda for all GPUs, cuda:0, or auto.
+        engine: Processes on this machine, or Ray Data (needs the extra ray).
+        workers: Number of processes; 0 for one per core, or one per GPU.
+        ray_address: Address of a Ray cluster that shares the folders; a local one is started by default.
+        max_rejected: Number of rejected clips that is allowed; more give exit status 1.
+        recipe: TOML file with a table of options for this command. Options on the command line take precedence.
 
     Returns:
         The exit status: 0, or 1 for too many rejected.
@@ -76,7 +76,7 @@ def prepare(
         OSError: shards cannot be written.
     """
     require(max_rejected >= 0, f"max_rejected is {max_rejected}, expected 0 or more")
-    require(out.resolve() != Path(source).resolve(), f"the folder {out} is the source: give another one with --out")
+    require(out.resolve() != Path(source).resolve(), f"the folder {out} is the source: pass another one with --out")
     if engine == "ray":
         import_module("ray")  # if it is missing, that is said before anything is written
     bundle = locate(tokenizer)

@@ -150,19 +150,18 @@ class SourceOptions:
     """How a source is listed."""
 
     caption_columns: tuple[str, ...] = CAPTION_COLUMNS[:1]
-    """Columns of a table, or keys of a JSON file, with a caption or a list of captions; without any, text or prompt."""
+    """Columns of a table, or keys of a JSON file, with captions; otherwise text or prompt."""
     file_column: str = FILE_COLUMNS[0]
-    """Column of a table with the path of the video; without it, file_name, path, video, video_path or
-    video_file_name."""
+    """Column of a table with the path of the video; otherwise file_name, path, video, video_path or video_file_name."""
     copies: int = 1
-    """Each clip so many times; copies differ in what is drawn at random, such as the background."""
+    """Copies of each clip. They differ in random choices, such as the background."""
     images: bool = False
-    """Also take still images from folders and tars, as clips of one frame; tables say themselves what they mean."""
+    """Also read still images in folders and tars, as clips of one frame. Tables may always name images."""
     validation: float = 0.05
-    """Share of the clips that become the split `validation` where the source names none. All parts and copies of one
-    file are in one split, which depends on the file's path below the source alone."""
+    """Share of clips in the split `validation`, if the source names no split. All parts and copies of a file are in the
+    same split, which depends only on its relative path."""
     limit: int | None = None
-    """Only so many clips, the first ones; copies are not counted."""
+    """Maximum number of clips, not counting copies; the first ones are used."""
 
     def __post_init__(self) -> None:
         require(len(self.caption_columns) > 0, "caption_columns is empty, expected one column or more")
@@ -172,7 +171,7 @@ class SourceOptions:
 
     @property
     def suffixes(self) -> frozenset[str]:
-        """Of files that are listed."""
+        """Suffixes of files that are listed."""
         return frozenset(VIDEO_SUFFIXES) | frozenset(IMAGE_SUFFIXES if self.images else ())
 
 

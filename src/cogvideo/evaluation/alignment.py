@@ -71,24 +71,24 @@ def alignment(
     device: str = "auto",
     recipe: Path | None = None,  # read by the command line
 ) -> None:
-    """Measure how well clips show what their prompts say. Killed and called again, it continues.
+    """Measure how well clips show what their prompts say. Run an interrupted command again to continue.
 
-    Prints tables; writes alignment.json (results, what was found about each clip, and the protocol) and alignment.png
-    (real clips above generated ones, failures among them). Generated clips stay in the folder.
+    Prints tables and writes alignment.json (results, findings for each clip, and the protocol) and alignment.png (real
+    clips above generated ones, some failures among them). Generated clips stay in the folder.
 
     Args:
-        model: folder of a bundle, or its id on the Hugging Face Hub.
-        out: folder of the results.
-        world: prompts about the World, half with pairs that training never shows; 0 for none.
-        domain: part of the World that they are about; `simple` is what the model in the box learns.
-        emoji: a folder with captions.csv or a table of animations with alpha, such as emoji.
-        emoji_limit: only so many prompts about them, evenly spread; they are compared with all.
-        emoji_seed: the seed that their data was prepared with, which decides the backgrounds that were never seen.
-        making: how clips are made.
-        batch: clips that are made at once, which changes the speed alone.
-        reader: file of the World reader; that of the package unless given.
-        device: cpu, cuda, cuda:0, or auto.
-        recipe: a TOML file with a table for this command: options as they stand here. Those given here win.
+        model: Folder of a bundle, or its ID on the Hugging Face Hub.
+        out: Folder for the results.
+        world: Number of prompts about the World, half of them with pairs that training never shows; 0 for none.
+        domain: Part of the World that prompts are about; the model in the box learns `simple`.
+        emoji: Folder with captions.csv, or table, of animations with alpha, such as emoji.
+        emoji_limit: Maximum number of prompts about the animations, evenly spread; clips are compared with all.
+        emoji_seed: Seed of the animations' data preparation, which determines the backgrounds that were never seen.
+        making: How clips are made.
+        batch: Clips per pass; affects only the speed.
+        reader: File of the World reader; the package's by default.
+        device: Device to run on: cpu, cuda, cuda:0, or auto.
+        recipe: TOML file with a table of options for this command. Options on the command line take precedence.
 
     Raises:
         ValueError: the model, a source or a setting cannot be used, or the folder holds another evaluation.

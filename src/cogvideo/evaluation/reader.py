@@ -59,9 +59,9 @@ class ReaderConfig:
     widths: tuple[int, int, int, int] = (32, 64, 128, 160)
     """Channels at 32 x 32, 16 x 16, 8 x 8 and 4 x 4 places of a frame."""
     blocks: tuple[int, int, int, int] = (0, 2, 2, 1)
-    """Residual blocks there."""
+    """Residual blocks at these sizes."""
     hidden: int = 128
-    """Width of the layer that sees one moment after another."""
+    """Width of the hidden layer that reads all moments in order."""
 
     def __post_init__(self) -> None:
         require(min(self.widths) > 0, f"widths are {self.widths}, expected positive numbers")
