@@ -104,9 +104,10 @@ def test_examples_on_a_small_model(tmp_path: Path, text_model: bytes) -> None:
     """Guards the way from prompt to pixels, on a small bundle of random weights in place of the real one."""
     (readme,), (generation,), (released,) = (blocks(page, "python") for page in (README, GENERATION, RELEASED))
     small_bundle(text_model).save_pretrained(tmp_path / "cogvideo-bundle")
-    readme = readme.replace('"pocket"', '"cogvideo-bundle"')
-    clip, stage, *stages, shape = run(readme + generation + released, tmp_path).splitlines()
-    assert [clip.replace("48", "192"), stage] == [*printed_comments(readme), *printed_comments(generation)]
+    code = (readme + generation).replace('"pocket"', '"cogvideo-bundle"')
+    clip, stage, *stages, shape = run(code + released, tmp_path).splitlines()
+    expected = [*printed_comments(readme), *printed_comments(generation)]
+    assert [clip, stage] == [each.replace("192", "48") for each in expected]
     assert len(read_video(tmp_path / "heart.mp4", 8).frames) == 33
     assert stages == ["image", *["sequential"] * 4, *["interpolation"] * 4]
     assert shape == "(1, 9, 48, 48, 3)"
