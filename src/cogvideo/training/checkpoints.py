@@ -157,7 +157,8 @@ class Checkpoints:
             write_text(aside / STATE, json.dumps({"step": step, "held_out": held_out}) + "\n")
         wait_for_all()
         self._publish = lambda: self._rename(aside, step)
-        writer, alone = FileSystemWriter(aside), not dist.is_initialized()
+        writer = FileSystemWriter(aside)
+        alone = not dist.is_initialized()
         with _writing(aside):
             if self.asynchronous:
                 writing = async_save(state, storage_writer=writer, process_group=self._group, no_dist=alone)
@@ -225,8 +226,8 @@ class Checkpoints:
         stored = _metadata(path, known)
         _check_structure(path, state, stored)
         with _reading(path, known):
-            planner, alone = DefaultLoadPlanner(allow_partial_load=True), not dist.is_initialized()
-            load(state, storage_reader=FileSystemReader(path), planner=planner, no_dist=alone)
+            planner = DefaultLoadPlanner(allow_partial_load=True)
+            load(state, storage_reader=FileSystemReader(path), planner=planner, no_dist=not dist.is_initialized())
         begun = {name.rpartition(".")[0] for name in stored}
         states = state.get(OPTIMIZER, {}).get("state", {})
         for name in [each for each in states if f"{OPTIMIZER}.state.{each}" not in begun]:

@@ -148,7 +148,8 @@ def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapp
 
 def _deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
     out, source, stage = target.out, target.source, target.stage
-    there, special = _there(out), f"{stage}_base"
+    there = _there(out)
+    special = f"{stage}_base"
     foreign = {special, *relying(stage, source.components)}
     lacking = [name for name in source.components if name not in there and name not in foreign]
     parts: dict[str, Any] = {name: source.component(name) for name in lacking}
@@ -237,7 +238,8 @@ def _source(run: Path, identity: Mapping[str, Any], stage: StageName, choice: Ch
         raise InputError(f"the bundle that the run started from cannot be used: {error}") from error
     relies = ("text",) if STAGES[stage].is_base or choice.base != "frozen" else ("text", base_of(stage, choice, source))
     for name in relies:
-        got, expected = source.sha256(name), identity["parents"].get(name)
+        got = source.sha256(name)
+        expected = identity["parents"].get(name)
         require(
             expected in (None, got),
             f"{name} of the bundle {source.folder} is another than the run started from: got the sha256 {got}, "
@@ -273,7 +275,8 @@ def _course(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Time, speed and memory of a run from its rows, whatever processes made them."""
     if not rows:
         return {}
-    steps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
+    ends = [row["step"] for row in rows]
+    steps = [end - before for end, before in zip(ends, [0, *ends[:-1]], strict=True)]
     slowness = sum(made / max(row["tokens_per_second"], 0.1) for made, row in zip(steps, rows, strict=True))
     return {
         "time": {"seconds": rows[-1]["seconds"], "positions_per_second": round(sum(steps) / slowness)},

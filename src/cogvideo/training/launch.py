@@ -267,7 +267,8 @@ def _begin(
     locks.enter_context(alone_in(folder.path))
     assert target.source.folder is not None
     facts = {"from": ".." if target.in_place else str(target.source.folder.resolve()), TYPED: run.name}
-    changes, ended = folder.changes(identity, facts), folder.summary is not None
+    changes = folder.changes(identity, facts)
+    ended = folder.summary is not None
     if ended and not changes and delivered(target):
         advice = "With --overwrite, and other settings such as --seed, a new one begins."
         print(f"This run is over. {advice}", file=sys.stderr)
@@ -314,9 +315,11 @@ def _data(run: StageRun, source: CogVideo, config: CogVideoConfig) -> tuple[Clip
     tokenizer = source.sha256("image_tokenizer") if "image_tokenizer" in source.components else None
     stream = ClipStream(clips.data, clips.split, sampling, tokenizer, grid)
     if row.has_high_codes:
-        side, got = grid * config.upscaler.ratio, stream.datasets[0].card.high_grid
+        side = grid * config.upscaler.ratio
+        got = stream.datasets[0].card.high_grid
         require(got == side, f"{clips.data[0]} has high codes of side {got}, expected {side}")
-    split, known = clips.held_out_split, sorted({name for each in stream.datasets for name in each.card.splits})
+    split = clips.held_out_split
+    known = sorted({name for each in stream.datasets for name in each.card.splits})
     absent = f"held_out_split is {split!r}, expected one that the data has: {', '.join(known)}"
     require(split in known or split == Clips.held_out_split, absent)
     return stream, held_out(stream, split, options.logging.evaluate_samples)

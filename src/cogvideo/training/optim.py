@@ -105,8 +105,8 @@ def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 def adamw(parameters: Sequence[nn.Parameter], settings: Optimization) -> torch.optim.AdamW:
     """AdamW with weight decay for matrices alone."""
-    groups, fused = groups_by_decay(parameters, settings.weight_decay), has_fused(parameters)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, fused=fused)
+    groups = groups_by_decay(parameters, settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, fused=has_fused(parameters))
 
 
 def has_fused(parameters: Sequence[nn.Parameter]) -> bool | None:
@@ -116,7 +116,8 @@ def has_fused(parameters: Sequence[nn.Parameter]) -> bool | None:
 
 def groups_by_decay(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Groups for an optimizer: matrices with weight decay, vectors without."""
-    matrices, vectors = ([each for each in parameters if (each.ndim > 1) == many] for many in (True, False))
+    matrices = [each for each in parameters if each.ndim > 1]
+    vectors = [each for each in parameters if each.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
@@ -139,7 +140,8 @@ class Average:
     def update(self, done: int) -> None:
         """Take in the weights after step number `done`, which counts from 1."""
         keep = min(self.keep, (1 + done) / (10 + done))
-        values, weights = ([local(each.detach()) for each in them] for them in (self._values, self._trained))
+        values = [local(each.detach()) for each in self._values]
+        weights = [local(each.detach()) for each in self._trained]
         torch._foreach_lerp_(values, weights, 1 - keep)
 
     @contextmanager

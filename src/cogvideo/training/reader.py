@@ -86,8 +86,10 @@ def train_reader(
 
 def tested(reader: Reader, scenes: Sequence[world.Scene]) -> dict[str, dict[str, float]]:
     """Accuracies on real renders of some scenes."""
-    parts = (scenes[start : start + BATCH] for start in range(0, len(scenes), BATCH))
-    readings = [reading for part in parts for reading in reader.read(np.stack([render(scene) for scene in part]))]
+    readings: list[dict[str, str]] = []
+    for start in range(0, len(scenes), BATCH):
+        clips = [render(scene) for scene in scenes[start : start + BATCH]]
+        readings += reader.read(np.stack(clips))
     return accuracies(readings, scenes)
 
 

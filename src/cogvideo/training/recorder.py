@@ -245,16 +245,14 @@ class _Wandb:
         if not note.exists():
             write_text(note, secrets.token_hex(8))
         name = f"{folder.resolve().parent.name}/{folder.name}"
-        self._image, self._run = (
-            wandb.Image,
-            wandb.init(
-                project="cogvideo",
-                name=name,
-                id=note.read_text(encoding="utf-8").strip(),
-                resume="allow",
-                dir=str(folder),
-                config=settings,
-            ),
+        self._image = wandb.Image
+        self._run = wandb.init(
+            project="cogvideo",
+            name=name,
+            id=note.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(folder),
+            config=settings,
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

@@ -156,9 +156,11 @@ class ImageTask:
         """Cross entropy over the image codes, or over the rest of the vocabulary for text."""
         assert isinstance(model, Transformer)
         hidden = model(batch.tokens, batch.positions, _pass(batch.sees, self.layout.text_slots))
-        image, words = slice(self.layout.text_slots, None), batch.words.clamp(min=0)
+        image = slice(self.layout.text_slots, None)
+        words = batch.words.clamp(min=0)
         rows = hidden.gather(1, words[..., None].expand(-1, -1, hidden.shape[-1]))
-        codes, tokens = batch.targets[:, image], batch.targets.gather(1, words) - self.text.num_codes
+        codes = batch.targets[:, image]
+        tokens = batch.targets.gather(1, words) - self.text.num_codes
         losses = [
             cross_entropy(model.base.logits(hidden[:, image]), codes.clamp(min=0)),
             cross_entropy(model.base.text_logits(rows), tokens.clamp(min=0)),

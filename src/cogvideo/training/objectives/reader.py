@@ -112,8 +112,8 @@ class ReaderObjective(Objective):
 
     def optimizers(self, settings: Optimization) -> list[torch.optim.Optimizer]:
         """AdamW with weight decay for matrices alone."""
-        groups, fused = groups_by_decay(trained(self), settings.weight_decay), has_fused(trained(self))
-        return [torch.optim.AdamW(groups, settings.learning_rate, betas=BETAS, fused=fused)]
+        groups = groups_by_decay(trained(self), settings.weight_decay)
+        return [torch.optim.AdamW(groups, settings.learning_rate, betas=BETAS, fused=has_fused(trained(self)))]
 
     def load_old(self, state: dict[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Take up a checkpoint.pt."""

@@ -65,7 +65,8 @@ class VideoTask:
         return Measured(parts.mean(1), parts.detach())
 
     def _cross_entropy(self, model: Transformer, batch: VideoBatch) -> Float[Tensor, "batch parts"]:
-        layout, places = self.layout, _places(self.layout, batch.codes.device)
+        layout = self.layout
+        places = _places(layout, batch.codes.device)
         codes = batch.codes.index_select(1, places.order)
         text = text_masks(batch.text.mask, 0.0, model.base.words.weight.dtype)
         plan = full_pass(layout, model.window, text, layout.num_frames, True, codes.device)
@@ -91,5 +92,6 @@ class _Places(NamedTuple):
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # what is made while measuring must also serve in training
 def _places(layout: SequenceLayout, device: torch.device) -> _Places:
-    order, frames = torch.tensor(layout.order), layout.frame_positions(range(layout.num_frames))
+    order = torch.tensor(layout.order)
+    frames = layout.frame_positions(range(layout.num_frames))
     return _Places(order.to(device), frames.to(device), layout.loss_slots().to(device))
