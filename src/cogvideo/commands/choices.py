@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -150,6 +151,7 @@ class Sidecar:
         value = self.record[name]
         got = f"{self.path}: {name} is {value!r:.60}"
         require("\0" not in str(value), f"{got}, expected no zero byte")
+        require(not isinstance(value, float) or math.isfinite(value), f"{got}, expected a number")
         try:
             return msgspec.convert(value, hint, dec_hook=_path)
         except msgspec.ValidationError as error:
