@@ -154,7 +154,7 @@ def _emoji(pipeline: CogVideoPipeline, gate: str, folder: Path, limit: int | Non
         made = list(drawn(pipeline, first_frames if gate == "image" else key_frames, prompts))
     for name, clips in (("real", real), ("model", made)):
         ranks = retrieval.ranks(retrieval.distances(np.stack(list(map(small, clips))), gallery), places)
-        borders = [retrieval.nearest_name(retrieval.border_colour(clip), BACKGROUNDS) for clip in clips]
+        borders = [retrieval.nearest_name(retrieval.border_color(clip), BACKGROUNDS) for clip in clips]
         right = 100 * np.mean([border == ground for border, ground in zip(borders, grounds, strict=True)])
         first, five = (100 * (ranks <= most).float().mean().item() for most in (1, 5))
         print(f"{len(clips)} emoji, {name}: rank 1 {first:.1f}  rank 5 {five:.1f}  background {right:.1f}")

@@ -135,7 +135,7 @@ def peak_bytes(device: torch.device) -> int:
 
 @lru_cache(maxsize=8)
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: what utilisation is a share of.
+    """FLOP/s of a large matrix product: what utilization is a share of.
 
     Square matrices of random numbers grow until one product takes 10 ms (or they have 8,192 rows); the best of the
     products of a third of a second counts. Measured once for each device and type, with the threads and the precision

@@ -26,7 +26,7 @@ LOCK = ".lock"
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the `with` block ends without an error, and else vanishes.
 
-    Until then it has a name of its own beside it, which ends in `.tmp` and only a killed process leaves behind.
+    Until then it has another name in the same folder, which ends in `.tmp` and remains only if the process is killed.
 
     Raises:
         OSError: it cannot be written; the error names `path`.

@@ -36,7 +36,7 @@ class SequenceLayout:
 
     @classmethod
     def text_to_image(cls, config: LayoutConfig) -> SequenceLayout:
-        """One causal frame behind its text."""
+        """One causal frame after its text."""
         return cls(config.image_text_slots, config.grid, config.frame_position, order=(0,))
 
     @classmethod

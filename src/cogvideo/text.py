@@ -1,6 +1,6 @@
 """Captions as tokens of the joint vocabulary: image codes, SentencePiece pieces, special tokens.
 
-The frame rate is told to the video stages in text before the caption (paper section 3.1, multi-frame-rate training).
+The video stages get the frame rate as text before the caption (paper section 3.1, multi-frame-rate training).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cogvideo.layout import check_code_range
 PAD_PIECE = "<pad>"
 LINE_BREAK_PIECE = "<n>"
 SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
-"""Appended behind the last piece, in this order; the text model does not know them."""
+"""Appended after the last piece, in this order; the text model does not know them."""
 
 
 class TextTokenizer:
@@ -32,7 +32,7 @@ class TextTokenizer:
     the pieces of its characters, never the token of that name.
 
     Args:
-        model: a serialised SentencePiece model with the pieces `<pad>` and `<n>` (released: `ice_text.model`).
+        model: a serialized SentencePiece model with the pieces `<pad>` and `<n>` (released: `ice_text.model`).
         config: the templates that captions are put in.
         num_codes: image codes in front of the pieces.
 
@@ -94,10 +94,10 @@ class TextTokenizer:
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, special tokens left out; what the model normalises away in `encode` stays lost.
+        """The text of tokens, special tokens left out; what the model normalizes away in `encode` stays lost.
 
         Raises:
-            ValueError: a token is an image code or lies behind the vocabulary.
+            ValueError: a token is an image code or outside the vocabulary.
         """
         lines: list[list[int]] = [[]]
         for token in tokens:
@@ -178,7 +178,7 @@ class TextTokenizer:
 
     def _strip(self, caption: str) -> str:
         require(is_unicode(caption), f"the prompt {caption!r:.60} is no text in Unicode")
-        # Judged by what the model would see of it: normalisation also removes, say, zero-width spaces.
+        # Judged by what the model would see of it: normalization also removes, say, zero-width spaces.
         seen = is_visible(caption) and self.decode(self.encode(caption)).strip() != ""
         require(seen, f"the prompt is empty: {caption!r:.60}")
         return caption.strip()
@@ -238,7 +238,7 @@ def check_text(text: PaddedText, batch: int, slots: int, vocab_size: int) -> Non
     """Refuse padded text that cannot go through a model.
 
     Raises:
-        ValueError: its shape is not (batch, slots), a row has no real token, or a token lies behind the vocabulary.
+        ValueError: its shape is not (batch, slots), a row has no real token, or a token is outside the vocabulary.
     """
     shape = (batch, slots)
     require(

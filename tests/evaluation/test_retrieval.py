@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cogvideo.data.frames import BACKGROUNDS
-from cogvideo.evaluation.retrieval import WEIGHT, border_colour, distances, gallery, nearest_name, ranks
+from cogvideo.evaluation.retrieval import WEIGHT, border_color, distances, gallery, nearest_name, ranks
 
 NUM_CLIPS, SHAPE = 40, (17, 32, 32)
 
@@ -94,4 +94,4 @@ def test_border_has_the_background_that_is_named(animations: Animations) -> None
     for name, colour in BACKGROUNDS.items():
         clip = animations.on(colour)[0]
         clip[:, :, :8] = 200
-        assert nearest_name(border_colour(clip), BACKGROUNDS) == name
+        assert nearest_name(border_color(clip), BACKGROUNDS) == name

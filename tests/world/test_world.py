@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from cogvideo import world
-from cogvideo.world.captions import COLOUR_WORDS, OBJECT_WORDS, PLACE_WORDS, SPEED_PHRASES, SPEED_WORDS
+from cogvideo.world.captions import COLOR_WORDS, OBJECT_WORDS, PLACE_WORDS, SPEED_PHRASES, SPEED_WORDS
 from cogvideo.world.motion import Cast
 from cogvideo.world.places import background
-from cogvideo.world.scenes import held_out_action, held_out_colour
+from cogvideo.world.scenes import held_out_action, held_out_color
 
 MANY = 2_000
 STILL = world.Scene(0, "ball", "red", "large", "vanish", "right", "slowly", "gray", "soft", 0.0, 0.0, "right")
@@ -78,7 +78,7 @@ def test_simple_scenes_are_a_part_of_the_world() -> None:
     simple = world.DOMAINS["simple"]
     for scene in scenes:
         assert scene.object in simple.objects
-        assert scene.colour in simple.colours
+        assert scene.colour in simple.colors
         assert scene.action in simple.actions
         assert scene.background in simple.backgrounds
         still = (scene.size, scene.shading, scene.delay, scene.shift, scene.other_object)
@@ -107,7 +107,7 @@ def test_every_attribute_is_drawn_everywhere(scenes: list[world.Scene]) -> None:
     """Guards against a value that never occurs, or so rarely that nobody can learn it."""
     vocabularies = {
         "object": world.OBJECTS,
-        "colour": tuple(world.COLOURS),
+        "colour": tuple(world.COLORS),
         "size": world.SIZES,
         "action": tuple(world.ACTS),
         "speed": world.SPEEDS,
@@ -148,14 +148,14 @@ def test_frames_belong_to_times() -> None:
         assert world.render(scene, 48, 5, 1).shape == (1, 48, 48, 3)
 
 
-@pytest.mark.parametrize("colour", world.COLOURS)
+@pytest.mark.parametrize("colour", world.COLORS)
 def test_colours_look_like_their_names(colour: str) -> None:
     """Guards against shading, outline or a wrong table that makes a colour look like another."""
     for shading in world.SHADINGS:
         frame = world.render(replace(STILL, object="heart", colour=colour, shading=shading), 96)[-1].astype(int)
         heart = frame[np.abs(frame - background("gray", 96)[0]).max(-1) > 24]
-        nearest = np.linalg.norm(heart[:, None] - list(world.COLOURS.values()), axis=-1).argmin(1)
-        assert list(world.COLOURS)[np.bincount(nearest).argmax()] == colour
+        nearest = np.linalg.norm(heart[:, None] - list(world.COLORS.values()), axis=-1).argmin(1)
+        assert list(world.COLORS)[np.bincount(nearest).argmax()] == colour
 
 
 def test_figures_are_told_from_each_other_and_from_the_background() -> None:
@@ -253,7 +253,7 @@ def test_up_is_up_and_clockwise_is_clockwise() -> None:
 def test_what_is_behind_is_hidden() -> None:
     """Guards against the relation being drawn in the wrong order."""
     middle = {each: world.render(one("pass", relation=each))[14:18] for each in ("behind", "in front of")}
-    fish, parcel = (np.array(world.COLOURS[colour]) for colour in ("red", "blue"))
+    fish, parcel = (np.array(world.COLORS[colour]) for colour in ("red", "blue"))
     near = {
         name: [int((np.abs(frames - colour).max(-1) < 60).sum()) for colour in (fish, parcel)]
         for name, frames in middle.items()
@@ -331,7 +331,7 @@ def mentions(text: str, words: tuple[str, ...]) -> bool:
 
 
 def says_figure(text: str, colour: str, kind: str) -> bool:
-    return any(f" {hue} {noun}" in f" {text}" for hue in COLOUR_WORDS[colour] for noun in OBJECT_WORDS[kind])
+    return any(f" {hue} {noun}" in f" {text}" for hue in COLOR_WORDS[colour] for noun in OBJECT_WORDS[kind])
 
 
 def test_captions_know_left_from_right(scenes: list[world.Scene]) -> None:
@@ -349,7 +349,7 @@ def test_captions_know_left_from_right(scenes: list[world.Scene]) -> None:
 
 def test_a_tenth_of_the_pairs_is_held_out() -> None:
     """Guards against a rule that holds out more or less than it says, or all of one value."""
-    for rule, seconds in ((held_out_colour, list(world.COLOURS)), (held_out_action, list(world.ACTS))):
+    for rule, seconds in ((held_out_color, list(world.COLORS)), (held_out_action, list(world.ACTS))):
         table = np.array([[rule(kind, second) for second in seconds] for kind in world.OBJECTS])
         assert table.mean() == pytest.approx(0.1, abs=0.005)
         assert table.any(0).all()
@@ -362,9 +362,9 @@ def test_training_never_sees_a_held_out_pair(scenes: list[world.Scene]) -> None:
     """Guards against leaks, also by way of the second figure, and against values that training lacks."""
     train = [scene for scene in scenes if world.split(scene) == "train"]
     for scene in train:
-        assert not held_out_colour(scene.object, scene.colour)
+        assert not held_out_color(scene.object, scene.colour)
         assert not held_out_action(scene.object, scene.action)
-        assert not scene.other_object or not held_out_colour(scene.other_object, scene.other_colour)
+        assert not scene.other_object or not held_out_color(scene.other_object, scene.other_colour)
     for name in ("object", "colour", "action", "direction", "speed", "background", "other_object", "other_colour"):
         assert {getattr(scene, name) for scene in train} == {getattr(scene, name) for scene in scenes}
 

@@ -136,7 +136,7 @@ class ClipSampling:
 
 
 def filled_rates(num_frames: int, rates: FrameRates) -> tuple[float, ...]:
-    """The rates at which a clip of so many stored frames gives a whole sequence, lowest first; maybe none."""
+    """Rates at which a clip with this number of stored frames gives a whole sequence, lowest first; may be empty."""
     return tuple(rate for rate in rates.rates if rates.span(rate) <= num_frames)
 
 
@@ -154,7 +154,7 @@ def interpolation_rates(num_frames: int, rates: FrameRates) -> tuple[float, ...]
 
 
 def sampled_rates(num_frames: int, sampling: ClipSampling) -> tuple[float, ...]:
-    """The rates that samples of a clip of so many stored frames have, lowest first; none in mode image."""
+    """Rates of samples from a clip with this number of stored frames, lowest first; empty in mode image."""
     if sampling.mode == "image" or num_frames < sampling.min_frames:
         return ()
     if sampling.fixed_rate is not None:

@@ -24,7 +24,7 @@ from cogvideo.devices import usable
 OnClip = Callable[[], None]
 
 GPU_READERS = 4
-"""Cores that an actor of Ray asks for beside its GPU."""
+"""Cores that an actor of Ray requests in addition to its GPU."""
 
 
 def local_devices(device: str, workers: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What lies in a folder of clips: all files below it in a fixed order, and the captions beside each clip."""
+"""Contents of a folder of clips: all files below it in a fixed order, and the captions next to each clip."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _names(folder: Path, changed: int) -> dict[str, list[str]]:
 
 
 class Notes(NamedTuple):
-    """What stands beside a clip."""
+    """Captions and attributes from the files next to a clip."""
 
     captions: tuple[str, ...]
     """One or several, none empty."""
@@ -136,7 +136,7 @@ def notes(text: bytes | None, table: bytes | None, caption_columns: tuple[str, .
     if text is not None:
         return Notes(clean(lines_of(_decode(text))), values)
     if table is None:
-        raise RowError("missing caption", "expected a .txt or .json of the same name beside it")
+        raise RowError("missing caption", "expected a .txt or .json of the same name next to it")
     return Notes(captions_of(values, meant(values, caption_columns, CAPTION_COLUMNS)), values)
 
 
@@ -170,7 +170,7 @@ def read_beside(path: Path) -> bytes | None:
 
 def _table(content: bytes) -> dict[str, Any]:
     try:
-        return parse_json(_decode(content), "the .json beside it")
+        return parse_json(_decode(content), "the .json next to it")
     except RowError:
         raise
     except InputError as error:

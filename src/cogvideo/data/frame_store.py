@@ -23,7 +23,7 @@ from cogvideo.files import replacing, write_text
 from cogvideo.media.video import VideoError
 
 FILES = ("train.rgb", "held_out.rgb")
-"""Pixels, frame after frame, of what is learnt from and of what is only looked at."""
+"""Pixels, frame after frame, of the frames to train on and of the held-out ones."""
 HELD_OUT_SHARE = 0.05
 """Of the clips, where no clip is of another split than `train`."""
 MANIFEST = "frames.json"
@@ -55,9 +55,9 @@ class FrameStore(NamedTuple):
     """The frames, memory-mapped, and what became of the clips."""
 
     train: UInt8[np.ndarray, "_ size size 3"]
-    """Frames to learn from."""
+    """Frames to train on."""
     held_out: UInt8[np.ndarray, "_ size size 3"]
-    """Frames to look at; those of `train` where every clip that was held out is unreadable, or there is but one."""
+    """Held-out frames; those of `train` where every clip that was held out is unreadable, or there is but one."""
     clips: int
     """How many clips were read."""
     rejected: dict[str, int]
@@ -95,7 +95,7 @@ def fetch(
         sources: as `list_source` takes them.
         options: of `list_source`.
         settings: which frames are taken; their size is given.
-        on_read: called behind each clip.
+        on_read: called after each clip.
         readers: threads that read clips ahead; with none, one clip is read after another.
 
     Raises:
@@ -154,7 +154,7 @@ def _draw(
     reasons = Counter(each.reason for each in rejected)
     found = [f"{count} {reason}" for reason, count in reasons.items()]
     found += filter(None, [other_splits(item for listing in listings for item in listing.items)])
-    told = f"no clip of {', '.join(sources)} can be learnt from: {', '.join(found) or 'they hold none'}"
+    told = f"no clip of {', '.join(sources)} can be trained on: {', '.join(found) or 'they hold none'}"
     require(bool(counts[0]), told)
     return {
         "frames": [sum(each) for each in counts],
@@ -173,7 +173,7 @@ class _Tally:
         self._clips = self._frames = 0
 
     def add(self, frames: int) -> None:
-        """A clip gave so many."""
+        """Count the frames of a clip."""
         self._clips += 1
         self._frames += frames
         needed = math.ceil((self._wanted - self._frames) * self._clips / max(1, self._frames))
@@ -220,7 +220,7 @@ def _chosen(
     tally: _Tally,
     readers: int,
 ) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
-    """Frames of one clip after another, `total` in all; what a source lacks is taken from those behind it."""
+    """Frames of one clip after another, `total` in all; what a source lacks is taken from those after it."""
     for place, items in enumerate(groups):
         share = total // (len(groups) - place)
         for frames in _of_source(items, share, settings, rejected, tally, readers):

@@ -33,7 +33,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (15, 15, 15),
     "white": (255, 255, 255),
 }
-"""Colours behind clips with alpha, by the name that captions call them."""
+"""Background colors for clips with alpha, by their names in captions."""
 
 _SIDES = re.compile(r"\b(?:[Ll]eft|[Rr]ight)(?=\b|wards?\b)")
 
@@ -98,7 +98,7 @@ class Pictures(NamedTuple):
     captions: tuple[str, ...]
     """What they show."""
     attributes: dict[str, str]
-    """Other things known about it, the background that was put behind it among them."""
+    """Other attributes, including the background that it was put on."""
 
 
 def read_item(item: Item, settings: FrameSettings) -> Pictures:
@@ -145,7 +145,7 @@ def shrink(
     frames: UInt8[np.ndarray, "frames high_size high_size 3"], ratio: int
 ) -> UInt8[np.ndarray, "frames size size 3"]:
     """Frames at one `ratio`th of their size: means of squares of pixels."""
-    pattern = "frames (rows down) (columns across) colours -> frames rows columns colours"
+    pattern = "frames (rows down) (columns across) colors -> frames rows columns colors"
     return reduce(frames.astype(np.float32), pattern, "mean", down=ratio, across=ratio).round().astype(np.uint8)
 
 
@@ -172,7 +172,7 @@ def _check_length(num_frames: int, settings: FrameSettings) -> None:
 
 
 def background_of(item: Item, settings: FrameSettings) -> str:
-    """Name of the colour behind an item if it has alpha; a random one depends on the item and the seed alone."""
+    """Name of the background color of an item with alpha; a random one depends only on the item and the seed."""
     if settings.background != "random":
         return settings.background
     first = int.from_bytes(_key(item.id.removesuffix(f"~{item.copy}"), settings)[:8], "little")
@@ -190,10 +190,10 @@ def _place(item: Item, settings: FrameSettings, size: int) -> tuple[int, int, in
 
 
 def _placed(
-    frames: UInt8[np.ndarray, "frames side side 3"], size: int, top: int, left: int, colour: tuple[int, int, int]
+    frames: UInt8[np.ndarray, "frames side side 3"], size: int, top: int, left: int, color: tuple[int, int, int]
 ) -> UInt8[np.ndarray, "frames size size 3"]:
     canvas = np.empty((len(frames), size, size, 3), np.uint8)
-    canvas[:] = colour
+    canvas[:] = color
     canvas[:, top : top + frames.shape[1], left : left + frames.shape[2]] = frames
     return canvas
 
@@ -209,7 +209,7 @@ def _key(id: str, settings: FrameSettings) -> bytes:
 
 
 def on_background(caption: str, background: str, template: str) -> str:
-    """The caption of a clip with alpha on a colour of that name; an empty template leaves it as it is."""
+    """The caption of a clip with alpha on a color of that name; an empty template leaves it as it is."""
     if not template:
         return caption
     article = "an" if background[0] in "aeiou" else "a"

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = 8
-_DRAWS = 4  # of a sample, beside its seed: rate, offset, caption, dropout
+_DRAWS = 4  # of a sample, in addition to its seed: rate, offset, caption, dropout
 
 
 def mix(values: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
@@ -362,7 +362,7 @@ class Positions:
     world_size: int = 1
     """How many ranks share a batch."""
     end: int | None = None
-    """Position behind the last one; None for an endless stream."""
+    """Position after the last one; None for an endless stream."""
 
     def __post_init__(self) -> None:
         require(self.start >= 0, f"the position is {self.start}, expected 0 or more")
@@ -433,7 +433,7 @@ class Loader(Generic[T]):
         self.pin_memory = pin_memory
 
     def __iter__(self) -> Iterator[T]:
-        """Batches from `position` on, which has moved behind a batch when it is yielded, whatever was loaded ahead."""
+        """Batches from `position` on, which has moved past a batch when it is yielded, whatever was loaded ahead."""
         sampler = Positions(self.position, self.batch_size, self.rank, self.world_size, self.end)
         batches = DataLoader(
             self.stream,
@@ -453,7 +453,7 @@ class Loader(Generic[T]):
         return {"position": self.position, "stream": self.stream.identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the sample behind the last one that was taken when the state was.
+        """Continue at the sample after the last one that had been taken at the time of the state.
 
         Raises:
             ValueError: the state is of other datasets, another split or other sampling, or is none.

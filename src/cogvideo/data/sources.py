@@ -10,7 +10,7 @@
 | `world:COUNT`, `world:FIRST:END` | clips of the World by their index |
 | `world:simple:COUNT`, `world:simple:FIRST:END` | clips of its simple domain |
 
-Captions of `x.mp4` in a folder or tar are the lines of `x.txt` beside it, else those in `x.json`; whatever else that
+Captions of `x.mp4` in a folder or tar are the lines of `x.txt` next to it, else those in `x.json`; whatever else that
 says is taken like the columns of a table. `videos/x.mp4` may have them in `labels/x.txt`. Hidden files and folders are
 left out. Listing opens tables and captions, never a video.
 """
@@ -209,7 +209,7 @@ def list_source(source: str, options: SourceOptions) -> Listing:
 
 
 def other_splits(items: Iterable[Item]) -> str:
-    """Where clips went that are not learnt from, for a message; nothing where all are of the split train."""
+    """Splits of clips that are not trained on, for a message; empty if all are in the split train."""
     counts = Counter(item.split for item in items if item.split not in ("train", None) and not item.copy)
     told = ", ".join(f"{count} of the split {split}" for split, count in counts.items())
     return f"{told}; where the source names none, it is drawn from the file's name: --validation 0" if told else ""
@@ -348,7 +348,7 @@ def _paired(videos: Path) -> Iterator[Record]:
 def _rows(records: Iterable[Record], table: Path, root: Path, options: SourceOptions) -> Found:
     number = 0
     place = os.path.relpath(table, root)
-    for number, record in enumerate(records, 1):  # noqa: B007 - asked for behind the loop
+    for number, record in enumerate(records, 1):  # noqa: B007 - asked for after the loop
         yield _row(record, place, str(root), options)
     require(number > 0, f"{table} is empty, expected rows below its column names")
 

@@ -56,7 +56,7 @@ class Record(NamedTuple):
     values: dict[str, Any]
     """Its cells by their column; of a CSV all are text, else what JSON or Arrow has."""
     surplus: int = 0
-    """Cells behind the last column, which no column names."""
+    """Cells after the last column, which have no column name."""
 
 
 def is_table(path: Path) -> bool:
@@ -178,7 +178,7 @@ def span_of(values: dict[str, Any]) -> tuple[float, float | None]:
     """`start` and `end` of a record in seconds; from the first frame to the last unless it says otherwise.
 
     Raises:
-        RowError: they are no times, or the end is not behind the start.
+        RowError: they are no times, or the end is not after the start.
     """
     start, end = (_seconds(name, values.get(name)) for name in ("start", "end"))
     if end is not None and end <= (start or 0.0):

@@ -1,6 +1,6 @@
 """`cogvideo evaluate alignment`: do clips show what their prompts say, and do they move like real ones?
 
-Generated clips are judged beside real ones of the same prompts, and beside what the image tokenizer makes of these: a
+Generated clips are judged together with real ones of the same prompts, and their reconstructions by the tokenizer: a
 model of its codes can do no better. Everything that was made stays in the folder; a killed evaluation goes on.
 """
 

@@ -32,8 +32,8 @@ def frechet_distance(
 ) -> float:
     """Squared Frechet distance of the Gaussians with the moments of two sets of features, in float64.
 
-    `|m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2)`. With centred features `X = QR`, the covariance is `R'R`, and the
-    last trace is the sum of the singular values of `R1 R2'`: no covariance is formed, and no root of one.
+    `|m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2)`. With centered features `X = QR`, the covariance is `R'R`, and
+    the last trace is the sum of the singular values of `R1 R2'`: no covariance is formed, and no root of one.
 
     Args:
         real: features of real clips; FVD takes I3D's logits.
@@ -124,8 +124,8 @@ def inception_score(
 
 def _factor(features: Float[Tensor, "clips features"], ddof: int) -> Float[Tensor, "rows features"]:
     """R with the covariance R'R."""
-    centred = (features - features.mean(0)) / (len(features) - ddof) ** 0.5
-    return torch.linalg.qr(centred, mode="r").R
+    centered = (features - features.mean(0)) / (len(features) - ddof) ** 0.5
+    return torch.linalg.qr(centered, mode="r").R
 
 
 def _root(matrix: Float[Tensor, "features features"]) -> Float[Tensor, "features features"]:

@@ -1,6 +1,6 @@
 """Captioned animations with alpha, such as animated emoji: is a clip nearest to the one that its caption is about?
 
-Each stands on a background that training never put behind it. Twelve colours take turns as copies of a clip are made
+Each is on a background on which training never showed it. Twelve colors take turns as copies of a clip are made
 (`background_of`), so data prepared with `--background random --copies 11` or fewer never shows copy number 11.
 """
 
@@ -32,7 +32,7 @@ SECONDS = NUM_FRAMES / FPS
 
 
 class EmojiSubject:
-    """The first caption of every clip of a source, on the one background that training never puts behind it.
+    """The first caption of every clip of a source, on the one background on which training never shows it.
 
     Args:
         source: a folder with captions.csv or a table, as `cogvideo data prepare` takes it.
@@ -63,11 +63,11 @@ class EmojiSubject:
         return read(self._items[self._places[number]], self._backgrounds[number], size)
 
     def judge(self, clips: Sequence[Clip]) -> Verdict:
-        """Ranks of the right animations among all, and whether the border has the colour that is named."""
+        """Ranks of the right animations among all, and whether the border has the color that is named."""
         distances = retrieval.distances(np.stack([_small(clip) for clip in clips]), self._gallery)
         ranks = retrieval.ranks(distances, self._places).tolist()
         nearest = [self._items[each].captions[0] for each in distances.argmin(1).tolist()]
-        borders = [retrieval.nearest_name(retrieval.border_colour(clip), BACKGROUNDS) for clip in clips]
+        borders = [retrieval.nearest_name(retrieval.border_color(clip), BACKGROUNDS) for clip in clips]
         named = [border == background for border, background in zip(borders, self._backgrounds, strict=True)]
         shares = {
             "rank 1": float(np.mean([rank == 1 for rank in ranks])),
@@ -97,7 +97,7 @@ class EmojiSubject:
 
 
 def unseen_background(item: Item, data_seed: int) -> str:
-    """The colour that comes last as copies of a clip are made: that of copy 11, counted from 0."""
+    """The color that comes last as copies of a clip are made: that of copy 11, counted from 0."""
     last = len(BACKGROUNDS) - 1
     settings = FrameSettings(background="random", seed=data_seed)
     return background_of(replace(item, id=f"{item.id}~{last}", copy=last), settings)

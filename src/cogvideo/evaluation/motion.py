@@ -17,7 +17,7 @@ class Motion(NamedTuple):
     """What is measured of one clip."""
 
     energy: float
-    """Mean squared difference of neighbouring frames, pixels in [0, 1]."""
+    """Mean squared difference of neighboring frames, pixels in [0, 1]."""
     flicker: float
     """Unrest where the clip is calmest, in levels of 255; see `flicker`."""
 
@@ -43,7 +43,7 @@ def flicker(pixels: Float32[np.ndarray, "frames height width 3"]) -> float:
     """Unrest of what should be still, in levels of 255.
 
     The second difference in time, `x[t - 1] - 2 x[t] + x[t + 1]`, is zero for what is still or changes evenly. Its mean
-    square is taken for each pixel over time and colours, then the mean over the calmer half of the clip's pixels, then
+    square is taken for each pixel over time and colors, then the mean over the calmer half of the clip's pixels, then
     the root: what moves through the picture is in the other half.
     """
     unrest = np.square(np.diff(pixels, 2, axis=0)).mean((0, 3)).flatten()

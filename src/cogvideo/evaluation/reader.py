@@ -1,7 +1,7 @@
 """The World reader: a small classifier that says what a clip of the World shows, to compare it with its caption.
 
-It reads who acts, its colour, the action, direction, speed and background, and beside them what helps to tell these
-apart: the size, and object and colour of a second figure. `cogvideo train reader` makes it; its weights come with the
+It reads who acts, its color, the action, direction, speed and background, and in addition what helps to tell these
+apart: the size, and object and color of a second figure. `cogvideo train reader` makes it; its weights come with the
 package. Input is what all clips have in common: 17 frames, 4 a second, of 64 x 64 pixels.
 """
 
@@ -32,14 +32,14 @@ ATTRIBUTES = ("object", "colour", "action", "direction", "speed", "background")
 """What clips are judged by."""
 LABELS: dict[str, tuple[str, ...]] = {
     "object": world.OBJECTS,
-    "colour": tuple(world.COLOURS),
+    "colour": tuple(world.COLORS),
     "action": tuple(world.ACTS),
     "direction": tuple(dict.fromkeys(chain.from_iterable(act.directions for act in world.ACTS.values()))),
     "speed": world.SPEEDS,
     "background": tuple(world.PLACES),
     "size": world.SIZES,
     "other_object": ("", *world.OBJECTS),
-    "other_colour": ("", *world.COLOURS),
+    "other_colour": ("", *world.COLORS),
 }
 """What each attribute can be; empty for a second figure that is not there."""
 EVENTS = ("action", "direction", "speed")
@@ -70,7 +70,7 @@ class ReaderConfig:
 
 
 class Block(nn.Module):
-    """A residual block that looks at neighbours in space, then in time: a (2+1)D convolution (arXiv 1711.11248).
+    """A residual block that looks at neighbors in space, then in time: a (2+1)D convolution (arXiv 1711.11248).
 
     Args:
         width: channels.
@@ -191,7 +191,7 @@ def to_input(
 ) -> Float[Tensor, "batch 3 frames size size"]:
     """Pixels as the reader takes them, in [0, 1]."""
     pixels = torch.from_numpy(clips).to(device, torch.float32) / 255
-    return rearrange(pixels, "batch frames rows columns colours -> batch colours frames rows columns")
+    return rearrange(pixels, "batch frames rows columns colors -> batch colors frames rows columns")
 
 
 def readable(frames: UInt8[np.ndarray, "frames height width 3"], fps: float = 8.0) -> UInt8[np.ndarray, "17 64 64 3"]:
@@ -213,9 +213,9 @@ def resized(
     """Frames at another size: means of the pixels that a new one covers."""
     if frames.shape[1:3] == (size, size):
         return np.ascontiguousarray(frames)
-    pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)).float(), "t h w colours -> t colours h w")
+    pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)).float(), "t h w colors -> t colors h w")
     made = F.interpolate(pixels, (size, size), mode="area").round().byte()
-    return rearrange(made, "t colours h w -> t h w colours").contiguous().numpy()
+    return rearrange(made, "t colors h w -> t h w colors").contiguous().numpy()
 
 
 def labels(scenes: Sequence[world.Scene]) -> dict[str, Int64[Tensor, " scenes"]]:

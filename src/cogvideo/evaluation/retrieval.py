@@ -1,8 +1,8 @@
 """Which of many real clips a clip is nearest to, whatever it stands on: pure functions.
 
-Real clips have alpha. To compare one with a clip, it is put on the colour that the clip's border has: so a wrong
+Real clips have alpha. To compare one with a clip, it is put on the color that the clip's border has: so a wrong
 background is no difference, and a yellow face on yellow is as hard to see on both sides. The distance is the mean
-squared difference of the pixels, plus `WEIGHT` times how unlike the differences of neighbouring frames are: one less
+squared difference of the pixels, plus `WEIGHT` times how unlike the differences of neighboring frames are: one less
 their cosine, so that a clip that moves too much is no nearer to calm ones. Clips are compared as 17 frames of 32 x 32
 pixels, 4 a second, in [0, 1].
 """
@@ -32,21 +32,21 @@ AT_ONCE = 64
 
 
 class Features(NamedTuple):
-    """What is compared of clips, flat, by colour; both are linear in the pixels."""
+    """What is compared of clips, flat, by color; both are linear in the pixels."""
 
-    pixels: Float[Tensor, "clips colours features"]
+    pixels: Float[Tensor, "clips colors features"]
     """All of them."""
-    moves: Float[Tensor, "clips colours features"]
-    """Differences of neighbouring frames."""
+    moves: Float[Tensor, "clips colors features"]
+    """Differences of neighboring frames."""
 
 
 class Gallery(NamedTuple):
-    """Real clips with alpha: a clip on a colour is `on_black + transparency * colour`, and so are its features."""
+    """Real clips with alpha: a clip on a color is `on_black + transparency * color`, and so are its features."""
 
     on_black: Features
     """Of the clips on black."""
     transparency: Features
-    """Of what shows through of the background; one for all colours."""
+    """Of what shows through of the background; one for all colors."""
 
 
 def gallery(
@@ -57,9 +57,9 @@ def gallery(
     return Gallery(features(torch.from_numpy(on_black).float() / 255), features(through / 255))
 
 
-def features(pixels: Float[Tensor, "clips frames height width colours"]) -> Features:
+def features(pixels: Float[Tensor, "clips frames height width colors"]) -> Features:
     """What is compared of clips."""
-    flat = "clips frames height width colours -> clips colours (frames height width)"
+    flat = "clips frames height width colors -> clips colors (frames height width)"
     return Features(rearrange(pixels, flat), rearrange(pixels.diff(dim=1), flat))
 
 
@@ -69,7 +69,7 @@ def distances(clips: UInt8[np.ndarray, "clips frames size size 3"], real: Galler
 
 
 def _distances(clips: UInt8[np.ndarray, "clips frames size size 3"], real: Gallery) -> Float[Tensor, "clips real"]:
-    grounds = torch.tensor(np.stack([border_colour(clip) for clip in clips])).float() / 255
+    grounds = torch.tensor(np.stack([border_color(clip) for clip in clips])).float() / 255
     pixels, moves = (
         _products(*each, grounds) for each in zip(features(torch.from_numpy(clips).float() / 255), *real, strict=True)
     )
@@ -95,10 +95,10 @@ def _products(
     transparency: Float[Tensor, "real 1 features"],
     grounds: Float[Tensor, "clips 3"],
 ) -> _Products:
-    """With r = b + c a for b on black, a of the transparency and colour c, multiplied out: products of matrices."""
+    """With r = b + c a for b on black, a of the transparency and color c, multiplied out: products of matrices."""
     a, both, real = transparency[:, 0], torch.zeros(len(clips), len(on_black)), torch.zeros(len(clips), len(on_black))
-    for colour in range(3):
-        q, b, c = clips[:, colour], on_black[:, colour], grounds[:, colour, None]
+    for color in range(3):
+        q, b, c = clips[:, color], on_black[:, color], grounds[:, color, None]
         both += q @ b.T + c * (q @ a.T)
         real += _dot(b, b) + 2 * c * _dot(a, b) + c**2 * _dot(a, a)
     return _Products(clips.square().sum((1, 2))[:, None], both, real)
@@ -119,7 +119,7 @@ def ranks(distances: Float[Tensor, "clips real"], right: Sequence[int]) -> Int64
     return 1 + (distances < own).sum(1)
 
 
-def border_colour(clip: UInt8[np.ndarray, "frames height width 3"]) -> UInt8[np.ndarray, "3"]:
+def border_color(clip: UInt8[np.ndarray, "frames height width 3"]) -> UInt8[np.ndarray, "3"]:
     """Median of the border's pixels in all frames, for each of red, green and blue."""
     width = max(1, round(clip.shape[1] * BORDER))
     inside = np.zeros(clip.shape[1:3], bool)
@@ -127,6 +127,6 @@ def border_colour(clip: UInt8[np.ndarray, "frames height width 3"]) -> UInt8[np.
     return np.median(clip[:, ~inside].reshape(-1, 3), 0).astype(np.uint8)
 
 
-def nearest_name(colour: UInt8[np.ndarray, "3"], names: dict[str, tuple[int, int, int]]) -> str:
-    """The name of the nearest of some colours."""
-    return min(names, key=lambda name: float(np.square(colour.astype(float) - names[name]).sum()))
+def nearest_name(color: UInt8[np.ndarray, "3"], names: dict[str, tuple[int, int, int]]) -> str:
+    """The name of the nearest of some colors."""
+    return min(names, key=lambda name: float(np.square(color.astype(float) - names[name]).sum()))

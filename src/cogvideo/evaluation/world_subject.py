@@ -17,7 +17,7 @@ from cogvideo.evaluation.subject import FPS, NUM_FRAMES, Clip, Prompt, Verdict
 
 
 class WorldSubject:
-    """The first captions of scenes that no model and no reader learnt from: half of them hold held-out pairs.
+    """First captions of scenes that no model or reader was trained on; half of them have held-out pairs.
 
     Args:
         number: of prompts.

@@ -256,7 +256,7 @@ def _see(
 def _image(
     scaler: VideoReformatter, coding: Coding, aspect: float, frame: av.VideoFrame, view: View
 ) -> tuple[Image.Image, float]:
-    """Full-range colours of a frame, and the width of a pixel over its height."""
+    """Full-range colors of a frame, and the width of a pixel over its height."""
     layout = frame.format
     if frame.colorspace in _UNKNOWN_SPACES:
         raise VideoError("unknown colors", f"its color matrix is {frame.colorspace} of H.273, as in Dolby Vision")
@@ -285,7 +285,7 @@ _UNKNOWN_SPACES = (14, 15)
 """ICtCp and IPT, which FFmpeg's scaler takes for something else."""
 
 _BICUBIC = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-"""FFmpeg's filter grows with the reduction. Without the flags it shares colours between neighbours and rounds down."""
+"""FFmpeg's filter grows with the reduction. Without the flags it shares colors between neighbors and rounds down."""
 
 
 def _reduced(stored: tuple[int, int], aspect: float, view: View) -> tuple[int, int]:
@@ -299,7 +299,7 @@ def _reduced(stored: tuple[int, int], aspect: float, view: View) -> tuple[int, i
 def write_mp4(
     path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, metadata: Mapping[str, str]
 ) -> None:
-    """Write H.264 with 4:2:0 colours and the metadata."""
+    """Write H.264 with 4:2:0 colors and the metadata."""
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
     flags = "+faststart+use_metadata_tags" if metadata else "+faststart"
     absolute = path.absolute()  # else a name with a colon is taken for an address

@@ -138,7 +138,7 @@ def _coding(head: bytes) -> Coding:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 bits in 8; any other picture as it is."""
+    """Gray levels of 16 bits in 8; any other picture as it is."""
     require(image.mode != "F", "the picture has floating-point pixels, expected 8 or 16 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
@@ -149,10 +149,10 @@ def look(image: Image.Image, view: View, pixel_aspect: float = 1.0) -> Seen:
     """The picture on the view's background, antialiased to its square.
 
     Transparent pictures are put on the background before they are resized: the same as resizing with premultiplied
-    alpha, so that the colour of invisible pixels never bleeds into an edge.
+    alpha, so that the color of invisible pixels never bleeds into an edge.
 
     Args:
-        image: mode RGB, RGBA, or RGBX (three colours and a byte without meaning).
+        image: mode RGB, RGBA, or RGBX (three colors and a byte without meaning).
         view: background and square.
         pixel_aspect: width of a stored pixel over its height; ignored where the view has no size.
     """
@@ -238,7 +238,7 @@ def _milliseconds(num_frames: int, fps: float, unit: int) -> list[int]:
 
 
 def evenly(count: int, most: int) -> Int64[np.ndarray, " places"]:
-    """Places of at most so many of `count` things, evenly spread from the first to the last; none twice."""
+    """Places of a limited number of `count` things, evenly spread from the first to the last; none twice."""
     return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
 
 

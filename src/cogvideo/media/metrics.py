@@ -20,7 +20,7 @@ def psnr(
 ) -> Float[Tensor, " batch"]:
     """Peak signal-to-noise ratio of each frame in dB: `10 log10(peak^2 / mean squared error)`.
 
-    The mean is over the frame's pixels and colours; equal frames have infinity. `peak` is the difference between white
+    The mean is over the frame's pixels and colors; equal frames have infinity. `peak` is the difference between white
     and black. Values are taken as they are: clamp reconstructions first, as a viewer would.
     """
     errors = (_wide(frames) - _wide(others)).square().mean((1, 2, 3))
@@ -33,7 +33,7 @@ def ssim(
     """Structural similarity of each frame in [-1, 1], 1 for equal ones (Wang et al. 2004).
 
     Means, variances and covariance are weighted by a Gaussian window of 11 x 11 pixels with a standard deviation of
-    1.5. The mean is over the colours and all places where the window lies inside the frame.
+    1.5. The mean is over the colors and all places where the window lies inside the frame.
 
     Raises:
         ValueError: the frames are smaller than the window.

@@ -34,7 +34,7 @@ class View:
     size: int | None = None
     """Side of the square in pixels; None leaves pictures as they are."""
     fit: Literal["crop", "letterbox"] = "crop"
-    """What happens to pictures that are not square: cut to the centre, or bars in the background's colour."""
+    """Treatment of pictures that are not square: crop to the center, or add bars in the background color."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Red, green and blue behind transparent pixels and in bars."""
 

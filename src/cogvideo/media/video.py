@@ -73,11 +73,11 @@ def read_video(
         file: path, or a file open for reading and seeking.
         fps: frames a second of the result.
         size: side of the square result, antialiased; None for the stored size. Rotation is applied in both cases.
-        fit: cut what is not square to its centre, or put bars in the background's colour beside it.
+        fit: crop pictures that are not square to the center, or add bars in the background color.
         start: seconds after the first frame.
         end: seconds after the first frame; None for the end of the file.
         max_frames: nothing is read beyond that many frames.
-        loop_to: a shorter clip starts again until it lasts so many seconds.
+        loop_to: length in seconds to which shorter clips are repeated.
         background: red, green and blue behind transparent pixels and in bars.
 
     Raises:
@@ -140,10 +140,10 @@ def _look_at(shots: Shots, times: Iterable[float], view: View) -> tuple[list[See
 
 
 def _look_again(shots: Shots, times: list[float], start: float, length: float, view: View) -> list[Seen]:
-    """What is on screen at times behind the end of a part that is repeated, whatever its length."""
+    """Frames on screen at times after the end of a part that is repeated, whatever its length."""
     phases = [time - math.floor((time + GRACE) / length) * length for time in times]
     order = sorted(range(len(times)), key=phases.__getitem__)
-    latest = length - 2 * GRACE  # whatever the rounding, no phase lies behind the end
+    latest = length - 2 * GRACE  # whatever the rounding, no phase lies after the end
     seen, _ = _look_at(shots, (start + max(0.0, min(phases[index], latest)) for index in order), view)
     return [each for _, each in sorted(zip(order, seen, strict=True), key=lambda pair: pair[0])]
 
@@ -156,8 +156,8 @@ def write_video(
 ) -> None:
     """Write a clip in the format of its suffix.
 
-    `.mp4` is H.264 with 4:2:0 colours that every player opens; odd sides grow by a repeated row or column, which that
-    format needs. `.gif` has 256 colours a frame, `.webp` is lossless; both start again for ever.
+    `.mp4` is H.264 with 4:2:0 colors that every player opens; odd sides grow by a repeated row or column, which that
+    format needs. `.gif` has 256 colors a frame, `.webp` is lossless; both start again for ever.
 
     Args:
         path: what to write; it appears when it is complete.

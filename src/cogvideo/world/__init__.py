@@ -1,13 +1,13 @@
 """The World: captioned clips of small things that act, drawn from their number alone.
 
-A clip shows an action of four seconds that fills it from start to end in phases, so that single neighbouring frames do
+A clip shows an action of four seconds that fills it from start to end in phases, so that single neighboring frames do
 not tell what happens. Scenes, captions and attributes are the same everywhere. Pixels are computed in single precision
 with operations that IEEE 754 defines to the last bit, so that they agree between processes and, as far as the sines of
 the motion do (they are rounded once more), between machines.
 """
 
 from cogvideo.world.captions import captions
-from cogvideo.world.figures import COLOURS, SHADINGS
+from cogvideo.world.figures import COLORS, SHADINGS
 from cogvideo.world.places import PLACES
 from cogvideo.world.rendering import MIN_SIZE, SECONDS, phases, render
 from cogvideo.world.scenes import (
@@ -26,7 +26,7 @@ from cogvideo.world.scenes import (
 
 __all__ = [
     "ACTS",
-    "COLOURS",
+    "COLORS",
     "DOMAINS",
     "MIN_SIZE",
     "OBJECTS",

@@ -8,7 +8,7 @@ from cogvideo.world.scenes import Draws, Scene
 
 NUM_CAPTIONS = 3
 """Captions of a clip. The first says everything; the others leave out each of direction, speed and background in one
-case of four, where the action does not need it. Object, colour and action are always named, and a second figure too."""
+case of four, where the action does not need it. Object, color and action are always named, and a second figure too."""
 
 OBJECT_WORDS: dict[str, tuple[str, ...]] = {
     "ball": ("ball",),
@@ -28,7 +28,7 @@ OBJECT_WORDS: dict[str, tuple[str, ...]] = {
     "tree": ("tree",),
 }
 
-COLOUR_WORDS: dict[str, tuple[str, ...]] = {
+COLOR_WORDS: dict[str, tuple[str, ...]] = {
     "red": ("red",),
     "orange": ("orange",),
     "yellow": ("yellow",),
@@ -58,7 +58,7 @@ SPEED_PHRASES: dict[str, tuple[str, ...]] = {
     "slowly": ("all slowly", "at a slow pace", "taking its time"),
     "quickly": ("all quickly", "at a fast pace", "in a hurry", "at high speed"),
 }
-"""Words for the speed behind what the figure does."""
+"""Words for the speed, after what the figure does."""
 
 PLACE_WORDS: dict[str, tuple[str, ...]] = {
     "meadow": ("in a meadow", "on a green meadow", "on the grass"),
@@ -188,10 +188,10 @@ def _caption(scene: Scene, number: int) -> str:
     return text if draws.number(3) == 0 else f"{text[0].upper()}{text[1:]}."
 
 
-def _figure(draws: Draws, size: str, colour: str, name: str) -> str:
+def _figure(draws: Draws, size: str, color: str, name: str) -> str:
     """Such as `a small red ball`."""
     words = draws.choose(SIZE_WORDS[size]) if draws.number(2) else ""
-    phrase = f"{words} {draws.choose(COLOUR_WORDS[colour])} {draws.choose(OBJECT_WORDS[name])}".strip()
+    phrase = f"{words} {draws.choose(COLOR_WORDS[color])} {draws.choose(OBJECT_WORDS[name])}".strip()
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 

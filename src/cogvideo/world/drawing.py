@@ -1,4 +1,4 @@
-"""Antialiased shapes in numpy: signed distances become coverage, and coverage mixes colours.
+"""Antialiased shapes in numpy: signed distances become coverage, and coverage mixes colors.
 
 Pixels see only additions, products, quotients, square roots and comparisons, which IEEE 754 rounds alike everywhere.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Float32, UInt8
 
 Plane = Float32[np.ndarray, "..."]
 """A number for each pixel of a stack of patches (frames, height, width), or what broadcasts to it."""
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 """Red, green and blue from 0 to 255."""
 
 CHUNK = 14_000
@@ -23,10 +23,10 @@ CHUNK = 14_000
 class Brush:
     """Paints shapes over each other into a stack of patches.
 
-    Shapes are signed distances (negative inside) in the units of `x` and `y`. The colour is premultiplied by the alpha.
+    Shapes are signed distances (negative inside) in the units of `x` and `y`. The color is premultiplied by the alpha.
 
     Args:
-        x: places of the pixels' centres, to the right.
+        x: places of the pixels' centers, to the right.
         y: the same, upwards.
         pixel: side of a pixel in the same units.
         outlined: whether to remember the outline of all shapes together.
@@ -37,7 +37,7 @@ class Brush:
         self.y = y
         self.sharpness = np.float32(1) / pixel
         shape = np.broadcast_shapes(x.shape, y.shape)
-        self.colour = [np.zeros(shape, np.float32) for _ in range(3)]
+        self.color = [np.zeros(shape, np.float32) for _ in range(3)]
         self.alpha = np.zeros(shape, np.float32)
         self.nearest = np.full(shape, 9, np.float32) if outlined else None
 
@@ -47,29 +47,29 @@ class Brush:
         inside += np.float32(0.5)
         return np.clip(inside, np.float32(0), np.float32(1), out=inside)
 
-    def fill(self, distance: Plane, colour: Colour, opacity: float = 1.0) -> None:
+    def fill(self, distance: Plane, color: Color, opacity: float = 1.0) -> None:
         """Paint a shape over what is there."""
         if self.nearest is not None:
             np.minimum(self.nearest, distance, out=self.nearest)
-        self.mix(self.coverage(distance), colour, opacity)
+        self.mix(self.coverage(distance), color, opacity)
 
-    def mix(self, coverage: Plane, colour: Colour, opacity: float = 1.0) -> None:
-        """Paint a colour over what is there, as thick as `coverage` says."""
+    def mix(self, coverage: Plane, color: Color, opacity: float = 1.0) -> None:
+        """Paint a color over what is there, as thick as `coverage` says."""
         if opacity != 1:
             coverage = coverage * np.float32(opacity)
-        for plane, value in zip((*self.colour, self.alpha), (*colour, 1.0), strict=True):
+        for plane, value in zip((*self.color, self.alpha), (*color, 1.0), strict=True):
             plane += coverage * (np.float32(value) - plane)
 
-    def outline(self, width: float, colour: Colour) -> None:
+    def outline(self, width: float, color: Color) -> None:
         """Paint a line around everything that was filled."""
         assert self.nearest is not None
         rest = self.coverage(self.nearest - np.float32(width)) * (np.float32(1) - self.alpha)
-        for plane, value in zip((*self.colour, self.alpha), (*colour, 1.0), strict=True):
+        for plane, value in zip((*self.color, self.alpha), (*color, 1.0), strict=True):
             plane += rest * np.float32(value)
 
-    def tint(self, coverage: Plane, colour: Colour) -> None:
-        """Mix a colour into what is there, without painting where nothing is."""
-        for plane, value in zip(self.colour, colour, strict=True):
+    def tint(self, coverage: Plane, color: Color) -> None:
+        """Mix a color into what is there, without painting where nothing is."""
+        for plane, value in zip(self.color, color, strict=True):
             plane += coverage * (np.float32(value) * self.alpha - plane)
 
 
@@ -171,7 +171,7 @@ class Boxes(NamedTuple):
             yield there, (slice(above - top, below - top), slice(before - left, behind - left))
 
     def places(self, size: int) -> tuple[Plane, Plane]:
-        """Centres of the pixels in a frame that is [-1, 1] wide and high: (boxes, 1, width) and (boxes, height, 1)."""
+        """Centers of the pixels in a frame that is [-1, 1] wide and high: (boxes, 1, width) and (boxes, height, 1)."""
         columns = np.array(self.lefts)[:, None, None] + np.arange(self.width)[None, None]
         rows = np.array(self.tops)[:, None, None] + np.arange(self.height)[None, :, None]
         x, y = (columns * 2 + 1) / size - 1, 1 - (rows * 2 + 1) / size
@@ -196,10 +196,10 @@ def boxes(
         yield part, Boxes(chosen, top, left, rows, columns)
 
 
-def blend(frames: UInt8[np.ndarray, "frames size size 3"], where: Boxes, colour: list[Plane], alpha: Plane) -> None:
-    """Put a premultiplied colour over the frames."""
+def blend(frames: UInt8[np.ndarray, "frames size size 3"], where: Boxes, color: list[Plane], alpha: Plane) -> None:
+    """Put a premultiplied color over the frames."""
     patches = where.gather(frames)
     keep = np.float32(1) - alpha
-    for channel, plane in enumerate(colour):
+    for channel, plane in enumerate(color):
         patches[..., channel] = patches[..., channel] * keep + (plane + np.float32(0.5))
     where.scatter(patches, frames)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cogvideo.world.drawing import Brush, Colour, Plane, box, disc, ellipse, polygon, segment, star
+from cogvideo.world.drawing import Brush, Color, Plane, box, disc, ellipse, polygon, segment, star
 
-COLOURS: dict[str, Colour] = {
+COLORS: dict[str, Color] = {
     "red": (224, 52, 48),
     "orange": (250, 140, 24),
     "yellow": (253, 216, 53),
@@ -21,46 +21,46 @@ COLOURS: dict[str, Colour] = {
     "white": (250, 250, 248),
     "black": (50, 48, 58),
 }
-"""What colours look like in full light."""
+"""What colors look like in full light."""
 
 SHADINGS = ("soft", "flat", "outlined")
 """Round with a highlight; in two tones; in one tone with a dark outline."""
 
-INK: Colour = (38, 32, 44)
-CREAM: Colour = (250, 238, 214)
-GLASS: Colour = (196, 230, 250)
+INK: Color = (38, 32, 44)
+CREAM: Color = (250, 238, 214)
+GLASS: Color = (196, 230, 250)
 
 
-def toward(colour: Colour, goal: float, part: float) -> Colour:
-    """A colour on its way to black (`goal` 0) or white (255)."""
-    red, green, blue = (value + part * (goal - value) for value in colour)
+def toward(color: Color, goal: float, part: float) -> Color:
+    """A color on its way to black (`goal` 0) or white (255)."""
+    red, green, blue = (value + part * (goal - value) for value in color)
     return red, green, blue
 
 
-def darker(colour: Colour) -> Colour:
+def darker(color: Color) -> Color:
     """For second parts of a figure; black, which cannot be darker, gets lighter."""
-    return toward(colour, 255, 0.22) if sum(colour) < 240 else toward(colour, 0, 0.25)
+    return toward(color, 255, 0.22) if sum(color) < 240 else toward(color, 0, 0.25)
 
 
-def lighter(colour: Colour) -> Colour:
+def lighter(color: Color) -> Color:
     """For marks on a figure; white gets darker."""
-    return toward(colour, 0, 0.14) if sum(colour) > 720 else toward(colour, 255, 0.55)
+    return toward(color, 0, 0.14) if sum(color) > 720 else toward(color, 255, 0.55)
 
 
-def _eyes(brush: Brush, x: float, y: float, apart: float, main: Colour) -> None:
+def _eyes(brush: Brush, x: float, y: float, apart: float, main: Color) -> None:
     """Two dots that look to the right."""
     ink = CREAM if sum(main) < 240 else INK
     brush.fill(disc(np.abs(brush.x - np.float32(x)) - np.float32(apart), brush.y - np.float32(y), 0.1), ink)
 
 
-def ball(brush: Brush, main: Colour) -> None:
+def ball(brush: Brush, main: Color) -> None:
     """With a light band, so that one sees it roll."""
     whole = disc(brush.x, brush.y, 0.95)
     brush.fill(whole, main)
     brush.fill(np.maximum(whole + np.float32(0.02), np.abs(brush.y) - np.float32(0.2)), lighter(main))
 
 
-def cube(brush: Brush, main: Colour) -> None:
+def cube(brush: Brush, main: Color) -> None:
     """A parcel with a lid and a ribbon."""
     brush.fill(box(brush.x, brush.y + np.float32(0.15), 0.8, 0.8, 0.12), main)
     brush.fill(box(brush.x, brush.y - np.float32(0.5), 0.92, 0.24, 0.1), darker(main))
@@ -69,13 +69,13 @@ def cube(brush: Brush, main: Colour) -> None:
     brush.fill(bow, lighter(main))
 
 
-def five_points(brush: Brush, main: Colour) -> None:
+def five_points(brush: Brush, main: Color) -> None:
     """A star with a face."""
     brush.fill(star(brush.x, brush.y + np.float32(0.05), 1.02, 0.5) - np.float32(0.1), main)
     _eyes(brush, 0.08, 0.02, 0.2, main)
 
 
-def heart(brush: Brush, main: Colour) -> None:
+def heart(brush: Brush, main: Color) -> None:
     """Two discs and a corner."""
     x = np.abs(brush.x)
     lobe = disc(x - np.float32(0.44), brush.y - np.float32(0.32), 0.53)
@@ -83,7 +83,7 @@ def heart(brush: Brush, main: Colour) -> None:
     brush.fill(np.minimum(lobe, tip), main)
 
 
-def pyramid(brush: Brush, main: Colour) -> None:
+def pyramid(brush: Brush, main: Color) -> None:
     """With a face in the light and one in the shade."""
     x, y = brush.x, brush.y
     whole = np.maximum(polygon(x, y, (-0.98, -0.92), (0.0, 0.94), (0.98, -0.92)), y - np.float32(0.88))
@@ -92,7 +92,7 @@ def pyramid(brush: Brush, main: Colour) -> None:
     brush.fill(np.maximum(whole, np.float32(0.3) - x - (y + np.float32(0.95)) * np.float32(0.16)), darker(main))
 
 
-def ring(brush: Brush, main: Colour) -> None:
+def ring(brush: Brush, main: Color) -> None:
     """With four light marks, so that one sees it roll."""
     around = np.abs(disc(brush.x, brush.y, 0.7)) - np.float32(0.26)
     brush.fill(around, main)
@@ -100,20 +100,20 @@ def ring(brush: Brush, main: Colour) -> None:
     brush.fill(np.maximum(around + np.float32(0.03), marks), lighter(main))
 
 
-def flower(brush: Brush, main: Colour) -> None:
+def flower(brush: Brush, main: Color) -> None:
     """Six petals on a stem with two leaves."""
-    green: Colour = (58, 140, 60)
+    green: Color = (58, 140, 60)
     x, y = np.abs(brush.x), brush.y - np.float32(0.22)
     brush.fill(box(brush.x, brush.y + np.float32(0.5), 0.08, 0.46), green)
     brush.fill(ellipse(x - np.float32(0.3), brush.y + np.float32(0.76) - x * np.float32(0.4), 0.3, 0.14), green)
     y = np.abs(y)
     petals = np.minimum(disc(x - np.float32(0.46), y, 0.33), disc(x - np.float32(0.23), y - np.float32(0.4), 0.33))
     brush.fill(petals, main)
-    heart_colour: Colour = CREAM if COLOURS["yellow"] == main else (255, 208, 64)
-    brush.fill(disc(x, y, 0.27), heart_colour)
+    heart_color: Color = CREAM if COLORS["yellow"] == main else (255, 208, 64)
+    brush.fill(disc(x, y, 0.27), heart_color)
 
 
-def fish(brush: Brush, main: Colour) -> None:
+def fish(brush: Brush, main: Color) -> None:
     """With a tail, a fin and an eye."""
     x, y = brush.x, brush.y
     tail = polygon(x, np.abs(y), (-0.84, 0.0), (-1.06, 0.54), (-0.94, 0.62), (-0.3, 0.0))
@@ -126,7 +126,7 @@ def fish(brush: Brush, main: Colour) -> None:
     brush.fill(disc(x - np.float32(0.62), y - np.float32(0.14), 0.1), INK)
 
 
-def bird(brush: Brush, main: Colour) -> None:
+def bird(brush: Brush, main: Color) -> None:
     """A chick-like bird with beak, wing and tail."""
     x, y = brush.x, brush.y
     brush.fill(segment(np.abs(x + np.float32(0.05)), y, (0.2, -0.6), (0.2, -0.9), 0.06), (214, 120, 30))
@@ -139,7 +139,7 @@ def bird(brush: Brush, main: Colour) -> None:
     brush.fill(disc(x - np.float32(0.54), y - np.float32(0.42), 0.095), INK)
 
 
-def car(brush: Brush, main: Colour) -> None:
+def car(brush: Brush, main: Color) -> None:
     """With windows, wheels and a lamp."""
     x, y = brush.x, brush.y
     brush.fill(box(x + np.float32(0.1), y - np.float32(0.22), 0.6, 0.42, 0.26), main)
@@ -151,7 +151,7 @@ def car(brush: Brush, main: Colour) -> None:
     brush.fill(disc(wheel, high, 0.13), (206, 206, 212))
 
 
-def balloon(brush: Brush, main: Colour) -> None:
+def balloon(brush: Brush, main: Color) -> None:
     """With a knot and a piece of string."""
     x, y = brush.x, brush.y
     brush.fill(segment(x, y, (0.0, -0.6), (0.07, -0.98), 0.035), INK)
@@ -160,7 +160,7 @@ def balloon(brush: Brush, main: Colour) -> None:
     brush.fill(ellipse(x * taper, y - np.float32(0.2), 0.72, 0.82), main)
 
 
-def mushroom(brush: Brush, main: Colour) -> None:
+def mushroom(brush: Brush, main: Color) -> None:
     """A dotted cap on a light stem."""
     x, y = brush.x, brush.y
     brush.fill(box(x, y + np.float32(0.45), 0.36, 0.5, 0.16), CREAM)
@@ -173,7 +173,7 @@ def mushroom(brush: Brush, main: Colour) -> None:
     brush.fill(spots, lighter(main))
 
 
-def moon(brush: Brush, main: Colour) -> None:
+def moon(brush: Brush, main: Color) -> None:
     """A crescent with an eye."""
     x, y = brush.x, brush.y
     whole, bite = disc(x, y, 0.95), disc(x - np.float32(0.52), y - np.float32(0.16), 0.68)
@@ -181,7 +181,7 @@ def moon(brush: Brush, main: Colour) -> None:
     brush.fill(disc(x + np.float32(0.5), y - np.float32(0.2), 0.1), CREAM if sum(main) < 240 else INK)
 
 
-def house(brush: Brush, main: Colour) -> None:
+def house(brush: Brush, main: Color) -> None:
     """With a roof, a door and a window."""
     x, y = brush.x, brush.y
     brush.fill(box(x - np.float32(0.5), y - np.float32(0.6), 0.13, 0.3), darker(darker(main)))
@@ -192,7 +192,7 @@ def house(brush: Brush, main: Colour) -> None:
     brush.fill(box(x - np.float32(0.32), y + np.float32(0.36), 0.2, 0.2, 0.04), GLASS)
 
 
-def tree(brush: Brush, main: Colour) -> None:
+def tree(brush: Brush, main: Color) -> None:
     """A round crown on a trunk."""
     x, y = brush.x, brush.y
     brush.fill(box(x, y + np.float32(0.55), 0.15, 0.4, 0.04), (96, 62, 42))
@@ -202,8 +202,8 @@ def tree(brush: Brush, main: Colour) -> None:
     brush.fill(leaves, lighter(main))
 
 
-Figure = Callable[[Brush, Colour], None]
-"""Paints something in a colour."""
+Figure = Callable[[Brush, Color], None]
+"""Paints something in a color."""
 
 FIGURES: dict[str, Figure] = {
     "ball": ball,
@@ -225,23 +225,23 @@ FIGURES: dict[str, Figure] = {
 """What paints which object."""
 
 
-def shard(brush: Brush, main: Colour) -> None:
+def shard(brush: Brush, main: Color) -> None:
     """A piece of something that has burst."""
     brush.fill(polygon(brush.x, brush.y, (-0.8, -0.6), (-0.2, 0.8), (0.9, -0.3)) - np.float32(0.1), main)
 
 
-def paint(brush: Brush, figure: Figure, colour: Colour, shading: str, x: Plane, y: Plane) -> None:
+def paint(brush: Brush, figure: Figure, color: Color, shading: str, x: Plane, y: Plane) -> None:
     """Paint a figure.
 
     Args:
         brush: in the coordinates of the figure.
         figure: one of `FIGURES`, or `shard`.
-        colour: of its main part.
+        color: of its main part.
         shading: one of `SHADINGS`.
         x: the coordinates before the figure was turned: light comes from above, whatever it does.
         y: likewise.
     """
-    figure(brush, colour)
+    figure(brush, color)
     if shading == "soft":
         slope = np.clip(np.float32(0.30) - np.float32(0.24) * y + np.float32(0.10) * x, 0, np.float32(0.5))
         brush.tint(slope * slope * np.float32(1.2), (50, 20, 60))

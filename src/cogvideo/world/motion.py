@@ -90,7 +90,7 @@ def glide(phase: Series, times: tuple[float, ...], values: tuple[float, ...]) ->
 
 
 def leaps(phase: Series, times: tuple[float, ...], heights: tuple[float, ...]) -> Series:
-    """Height over the ground: a parabola between each pair of neighbouring times, 0 before and after."""
+    """Height over the ground: a parabola between each pair of neighboring times, 0 before and after."""
     height = np.zeros_like(phase)
     for start, end, most in zip(times[:-1], times[1:], heights, strict=True):
         part = (phase - start) / (end - start)

@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from cogvideo.world.drawing import Brush, Colour, Plane, box, disc, ellipse, polygon, segment
+from cogvideo.world.drawing import Brush, Color, Plane, box, disc, ellipse, polygon, segment
 
 HORIZON = -0.4
 """Height at which ground and sky meet in the middle of the picture."""
 
-WHITE: Colour = (255, 255, 255)
+WHITE: Color = (255, 255, 255)
 
 
 def _at(brush: Brush, x: float, y: float) -> tuple[Plane, Plane]:
@@ -22,30 +22,30 @@ def _at(brush: Brush, x: float, y: float) -> tuple[Plane, Plane]:
     return brush.x - np.float32(x), brush.y - np.float32(y)
 
 
-def _cloud(brush: Brush, x: float, y: float, size: float, colour: Colour = WHITE) -> None:
+def _cloud(brush: Brush, x: float, y: float, size: float, color: Color = WHITE) -> None:
     across, along = _at(brush, x, y)
     puffs = [disc(across, along, 0.17 * size), disc(across - np.float32(0.2 * size), along, 0.12 * size)]
     puffs.append(disc(across + np.float32(0.19 * size), along, 0.11 * size))
     base = box(across, along + np.float32(0.06 * size), 0.36 * size, 0.07 * size, 0.07 * size)
-    brush.fill(np.minimum.reduce([*puffs, base]), colour, 0.85)
+    brush.fill(np.minimum.reduce([*puffs, base]), color, 0.85)
 
 
-def _hill(brush: Brush, x: float, width: float, height: float, colour: Colour) -> None:
+def _hill(brush: Brush, x: float, width: float, height: float, color: Color) -> None:
     """Half an ellipse that stands on the horizon."""
-    brush.fill(ellipse(*_at(brush, x, HORIZON - 0.05), width, height + 0.05), colour)
+    brush.fill(ellipse(*_at(brush, x, HORIZON - 0.05), width, height + 0.05), color)
 
 
-def _fir(brush: Brush, x: float, height: float, colour: Colour) -> None:
+def _fir(brush: Brush, x: float, height: float, color: Color) -> None:
     across, along = _at(brush, x, HORIZON - 0.04)
     for low, high, width in ((0.0, 0.6, 0.3), (0.4, 1.0, 0.22)):
         corners = ((-width * height, low * height), (0.0, high * height), (width * height, low * height))
-        brush.fill(polygon(across, along, *corners), colour)
+        brush.fill(polygon(across, along, *corners), color)
 
 
-def _dots(brush: Brush, places: tuple[tuple[float, float, float], ...], colour: Colour, opacity: float = 1.0) -> None:
+def _dots(brush: Brush, places: tuple[tuple[float, float, float], ...], color: Color, opacity: float = 1.0) -> None:
     """Discs at (x, y) of some radius; the smallest fade instead of falling between pixels."""
     for x, y, radius in places:
-        brush.fill(disc(*_at(brush, x, y), radius), colour, opacity)
+        brush.fill(disc(*_at(brush, x, y), radius), color, opacity)
 
 
 def _meadow(brush: Brush) -> None:
@@ -179,9 +179,9 @@ def _nothing(brush: Brush) -> None:
 class Place(NamedTuple):
     """One background."""
 
-    sky: tuple[Colour, Colour]
+    sky: tuple[Color, Color]
     """From the top to the horizon."""
-    ground: tuple[Colour, Colour]
+    ground: tuple[Color, Color]
     """From the horizon to the bottom."""
     rise: float
     """How much higher the ground is in the middle than at the sides."""
@@ -190,7 +190,7 @@ class Place(NamedTuple):
     near: Callable[[Brush], None]
     """Paints what lies on the ground."""
     clashes: tuple[str, ...]
-    """Colours that would not be seen well here: no figure has them."""
+    """Colors that would not be seen well here: no figure has them."""
 
 
 PLACES: dict[str, Place] = {
@@ -262,7 +262,7 @@ def background(name: str, size: int) -> UInt8[np.ndarray, "1 size size 3"]:
     below = _whole(size)
     _gradient(below, place.ground, HORIZON, -1.0)
     place.near(below)
-    planes = [above + ground * (under - above) for above, under in zip(brush.colour, below.colour, strict=True)]
+    planes = [above + ground * (under - above) for above, under in zip(brush.color, below.color, strict=True)]
     picture = np.stack(planes, -1) + np.float32(0.5)
     pixels = np.clip(picture, 0, 255).astype(np.uint8)
     pixels.flags.writeable = False
@@ -287,8 +287,8 @@ def _ground(brush: Brush, place: Place) -> Plane:
     return brush.coverage(brush.y - height)
 
 
-def _gradient(brush: Brush, colours: tuple[Colour, Colour], high: float, low: float) -> None:
+def _gradient(brush: Brush, colors: tuple[Color, Color], high: float, low: float) -> None:
     part = np.clip((np.float32(high) - brush.y) * np.float32(1 / (high - low)), 0, 1)
-    for plane, start, end in zip(brush.colour, *colours, strict=True):
+    for plane, start, end in zip(brush.color, *colors, strict=True):
         plane += np.float32(start) + part * np.float32(end - start)
     brush.alpha += np.float32(1)

@@ -7,7 +7,7 @@ from jaxtyping import UInt8
 
 from cogvideo.config import require
 from cogvideo.world.drawing import Boxes, Brush, Plane, blend, boxes
-from cogvideo.world.figures import COLOURS, FIGURES, Figure, paint, shard
+from cogvideo.world.figures import COLORS, FIGURES, Figure, paint, shard
 from cogvideo.world.motion import FOOT, GROUND, TOP, Cast, Play, Track
 from cogvideo.world.places import background, sky
 from cogvideo.world.scenes import (
@@ -82,8 +82,8 @@ def _draw(frames: np.ndarray, scene: Scene, cast: Cast, play: Play) -> None:
     if play.hangs:
         _string(frames, play.actor, cast.radius)
     visible = sky(scene.background, frames.shape[1]) if play.low else None
-    for track, kind, colour, radius in figures:
-        _figure(frames, track, FIGURES[kind], colour, scene.shading, radius, visible)
+    for track, kind, color, radius in figures:
+        _figure(frames, track, FIGURES[kind], color, scene.shading, radius, visible)
     for piece in play.pieces:
         _figure(frames, piece, shard, scene.colour, scene.shading, cast.radius, None)
 
@@ -92,7 +92,7 @@ def _figure(
     frames: np.ndarray,
     track: Track,
     figure: Figure,
-    colour: str,
+    color: str,
     shading: str,
     radius: float,
     visible: np.ndarray | None,
@@ -105,8 +105,8 @@ def _figure(
     numbers = np.flatnonzero(seen)
     for part, where in boxes(size, numbers, track.x[numbers], track.y[numbers], reach, reach):
         brush, x, y = _figure_brush(where, track, numbers[part], radius, size, shading == "outlined")
-        paint(brush, figure, COLOURS[colour], shading, x, y)
-        planes, alpha = brush.colour, brush.alpha
+        paint(brush, figure, COLORS[color], shading, x, y)
+        planes, alpha = brush.color, brush.alpha
         if visible is not None:
             mask = where.gather(visible)
             planes, alpha = [plane * mask for plane in planes], alpha * mask
@@ -166,4 +166,4 @@ def _string(frames: np.ndarray, track: Track, radius: float) -> None:
         brush = Brush(*where.places(size), np.full((1, 1, 1), 2 / size, np.float32))
         away = np.abs((brush.x - pivot) * across + (brush.y - np.float32(TOP)) * along) - np.float32(0.02)
         brush.fill(np.maximum(away, end - brush.y), STRING)
-        blend(frames, where, brush.colour, brush.alpha)
+        blend(frames, where, brush.color, brush.alpha)

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from cogvideo.config import require
 from cogvideo.world import motion
-from cogvideo.world.figures import COLOURS, FIGURES, SHADINGS
+from cogvideo.world.figures import COLORS, FIGURES, SHADINGS
 from cogvideo.world.places import PLACES
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ ROLLING = ("ball", "ring")
 """Objects that turn as they move along the ground."""
 
 VALIDATION_EVERY = 20
-"""One of so many clips that are not held out is in the split `validation`."""
+"""Number of clips that are not held out, of which one is in the split `validation`."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ class Domain:
     """Start of the text that a scene's draws follow from."""
     objects: tuple[str, ...] = OBJECTS
     """Figures."""
-    colours: tuple[str, ...] = tuple(COLOURS)
-    """Colours of figures, less those that clash with the background."""
+    colors: tuple[str, ...] = tuple(COLORS)
+    """Colors of figures, less those that clash with the background."""
     sizes: tuple[str, ...] = SIZES
     """Sizes of the actor."""
     actions: tuple[str, ...] = tuple(ACTS)
@@ -96,7 +96,7 @@ DOMAINS: dict[str, Domain] = {
     "simple": Domain(
         "cogvideo world 1 simple",
         objects=("ball", "box", "star", "heart", "pyramid", "fish", "car", "mushroom"),
-        colours=("red", "orange", "yellow", "green", "blue", "purple", "pink", "white"),
+        colors=("red", "orange", "yellow", "green", "blue", "purple", "pink", "white"),
         sizes=("large",),
         actions=("bounce", "rise and set", "burst", "topple", "drop", "launch", "swing", "vanish"),
         backgrounds=("meadow", "beach", "night", "snow", "sea", "room"),
@@ -118,7 +118,7 @@ class Scene:
     object: str
     """Who acts, one of `OBJECTS`."""
     colour: str
-    """Its colour."""
+    """Its color."""
     size: str
     """Its size, one of `SIZES`."""
     action: str
@@ -140,7 +140,7 @@ class Scene:
     other_object: str = ""
     """The second figure of actions of two, else empty; its size is between small and medium."""
     other_colour: str = ""
-    """Its colour."""
+    """Its color."""
     relation: str = ""
     """How the actor stands to it, such as `behind`."""
     domain: str = field(default="full", repr=False)
@@ -161,7 +161,7 @@ class Scene:
         two = bool(act.relations)
         return {
             "object": OBJECTS,
-            "colour": tuple(COLOURS),
+            "colour": tuple(COLORS),
             "size": SIZES,
             "direction": act.directions,
             "speed": SPEEDS,
@@ -169,7 +169,7 @@ class Scene:
             "shading": SHADINGS,
             "facing": ("left", "right"),
             "other_object": OBJECTS if two else ("",),
-            "other_colour": tuple(COLOURS) if two else ("",),
+            "other_colour": tuple(COLORS) if two else ("",),
             "relation": act.relations or ("",),
         }
 
@@ -206,14 +206,14 @@ def scene(index: int, domain: str = "full") -> Scene:
     draws = Draws(f"{choices.key} {index}")
     action = draws.choose(choices.actions)
     act, place = ACTS[action], draws.choose(choices.backgrounds)
-    colours = [each for each in choices.colours if each not in PLACES[place].clashes]
+    colors = [each for each in choices.colors if each not in PLACES[place].clashes]
     kind = draws.choose([each for each in choices.objects if each not in act.unfit])
-    colour = draws.choose(colours)
+    color = draws.choose(colors)
     two = bool(act.relations)
     return Scene(  # in the order of the draws
         index,
         object=kind,
-        colour=colour,
+        colour=color,
         size=draws.choose(choices.sizes),
         action=action,
         direction=draws.choose(act.directions),
@@ -224,7 +224,7 @@ def scene(index: int, domain: str = "full") -> Scene:
         shift=(draws.number(2 * choices.shifts + 1) - choices.shifts) / 128,
         facing=draws.choose(("left", "right")),
         other_object=draws.choose([each for each in choices.objects if each != kind]) if two else "",
-        other_colour=draws.choose([each for each in colours if each != colour]) if two else "",
+        other_colour=draws.choose([each for each in colors if each != color]) if two else "",
         relation=draws.choose(act.relations) if two else "",
         domain=domain,
     )
@@ -237,9 +237,9 @@ def attributes(scene: Scene) -> dict[str, str]:
     return {name: getattr(scene, name) for name in names}
 
 
-def held_out_colour(object: str, colour: str) -> bool:
-    """Whether no object of this kind has this colour in `train`: a tenth of the pairs, spread over all of both."""
-    return (7 * OBJECTS.index(object) + list(COLOURS).index(colour)) % 10 == 3
+def held_out_color(object: str, color: str) -> bool:
+    """Whether no object of this kind has this color in `train`: a tenth of the pairs, spread over all of both."""
+    return (7 * OBJECTS.index(object) + list(COLORS).index(color)) % 10 == 3
 
 
 def held_out_action(object: str, action: str) -> bool:
@@ -248,11 +248,11 @@ def held_out_action(object: str, action: str) -> bool:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene holds a held-out pair: object and colour of either figure, or object and action of the actor."""
+    """Whether a scene holds a held-out pair: object and color of either figure, or object and action of the actor."""
     return (
-        held_out_colour(scene.object, scene.colour)
+        held_out_color(scene.object, scene.colour)
         or held_out_action(scene.object, scene.action)
-        or (scene.other_object != "" and held_out_colour(scene.other_object, scene.other_colour))
+        or (scene.other_object != "" and held_out_color(scene.other_object, scene.other_colour))
     )
 
 

@@ -96,7 +96,7 @@ class I3D(nn.Module):
 
 
 class _Norm(nn.Module):
-    """Normalisation by moving statistics, with a shift and no scale."""
+    """Normalization by moving statistics, with a shift and no scale."""
 
     moving_mean: Tensor
     moving_variance: Tensor
@@ -113,7 +113,7 @@ class _Norm(nn.Module):
 
 
 class _Unit(nn.Module):
-    """Convolution, normalisation, ReLU."""
+    """Convolution, normalization, ReLU."""
 
     def __init__(self, before: int, width: int, eps: float, kernel: int = 1, stride: int = 1) -> None:
         super().__init__()
