@@ -25,7 +25,7 @@ from cogvideo.models.transformer import Transformer
 from cogvideo.text import PaddedText
 from cogvideo.training.samples import Example, Row, draw, from_clips, from_prompts, missing, write_samples
 from cogvideo.training.stages import StageName
-from gallery import STAGES, loud, make_model, make_parts
+from gallery import COMPONENTS, loud, make_model, make_parts
 from lessons import random_codes, sample
 from workshop import GRID, NUM_CODES, RATIO, small_config
 
@@ -203,10 +203,10 @@ def test_training_notices_nothing(
     """Guards the run beside its samples: random numbers, modes, gradients and weights, also where drawing fails."""
     parts = make_parts(train_text_model())
     live = CogVideo(small_config(train_text_model()), **parts)
-    for name in STAGES:
+    for name in COMPONENTS:
         parts[name].train()
         next(iter(parts[name].modules())).eval()  # a mixture of modes, as a frozen base may have
-    modules = [module for name in (*STAGES, "image_tokenizer") for module in parts[name].modules()]
+    modules = [module for name in (*COMPONENTS, "image_tokenizer") for module in parts[name].modules()]
     parameters = [each for module in modules for each in module.parameters(recurse=False)]
     for each in parameters:
         each.grad = torch.ones_like(each)
