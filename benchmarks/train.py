@@ -31,7 +31,6 @@ from cogvideo.models.attention import attend, split_heads
 from cogvideo.models.plans import full_pass, text_masks
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.planning.costs import training
-from cogvideo.planning.dry_run import dry_run
 from cogvideo.planning.work import flops_a_position
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.video import VideoBatch, VideoTask
@@ -262,7 +261,7 @@ def _frozen(case: Case) -> dict[str, float]:
 
 
 def memory() -> Figures:
-    """Peak of the first step above the weights, in MiB: of a fresh process, and of the tensors alone (computed).
+    """Peak of the first step above the weights in a fresh process, in MiB.
 
     It includes gradients and the optimizer's moments, which both ways have alike, and the plain step's masks.
     """
@@ -285,10 +284,13 @@ def _peaks(stage: Stage, window: int, precision: Precision, plainly: bool) -> di
     case = make(stage, window, precision)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
     before = resident_mebibytes()
-    meter = dry_run(lambda: case.plain_step(case.masks()) if plainly else case.step())  # it counts real tensors too
+    if plainly:
+        case.plain_step(case.masks())
+    else:
+        case.step()
     lines = Path("/proc/self/status").read_text().splitlines()
     (peak,) = (int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-    return {"process": peak - before, "tensors": meter.peak / 2**20}
+    return {"process": peak - before}
 
 
 # GPUs

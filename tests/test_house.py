@@ -31,10 +31,6 @@ FLOORS = (
     {"cli"},
 )
 """From the bottom to the top."""
-EXCEPTIONS = {
-    ("planning.plan", "training"),
-}
-"""Module and the higher room that it imports."""
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -69,7 +65,7 @@ def test_imports_point_downwards() -> None:
         for other in imported(path):
             if not other.startswith("__") and floor(other.split(".")[0]) > floor(room):
                 upwards.add((name, other.split(".")[0]))
-    assert upwards == EXCEPTIONS
+    assert upwards == set()
 
 
 PLAIN = (tyro.conf.OmitArgPrefixes,)

@@ -39,7 +39,7 @@ from cogvideo.models.attention import Plan
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.plans import Rows, full_pass, text_masks
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
-from cogvideo.models.upscaler import UpscaleChannel, Upscaler, neighbourhoods
+from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.planning.costs import (
     STAGES,
     Stage,
@@ -49,6 +49,7 @@ from cogvideo.planning.costs import (
     components,
     decoding,
     layout_of,
+    pairs,
     rendering,
     resident,
     sums,
@@ -62,6 +63,7 @@ from cogvideo.text import PaddedText, TextTokenizer
 
 GIB = 2**30
 CASES = [(stage, guided) for stage in STAGES for guided in (False, True)]
+CPU = torch.device("cpu")
 PAPER = preset("cogvideo")
 SMALL = replace(
     CogVideoConfig(),
@@ -172,6 +174,50 @@ def test_operations_are_those_of_all_steps(stage: Stage, guided: bool) -> None:
     mean = work(SMALL, stage, samples, guided)
     assert mean.rows == samples * (1 + guided)
     assert mean.flops == pytest.approx(counter.get_total_flops() / (len(ranks) * layout.frame_slots), rel=1e-9)
+
+
+@pytest.mark.parametrize(("stage", "guided"), CASES)
+def test_operations_of_prefill(stage: Stage, guided: bool) -> None:
+    """Guards the work before the first code: PyTorch's own counter over text and given frames agrees exactly."""
+    decoder = real_decoder(SMALL, stage, guided, samples=2)
+    given = torch.zeros(2, drawn_ranks(decoder.layout).start, decoder.layout.frame_slots, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        decoder.prefill(given)
+    assert decoding(SMALL, "", stage, 2, guided).prefill_flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_operations_of_training(stage: Stage) -> None:
+    """Guards the work of a step: PyTorch's own counter over a real pass, whose attention computes no scores again."""
+    model, layout = real_model(SMALL, stage), layout_of(SMALL, stage)
+    model.base.requires_grad_(stage == "image")
+    codes = torch.zeros(1, layout.num_frames, layout.frame_slots, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        _full_logits(model, layout, codes).sum().backward()
+    again = 2 * SMALL.transformer.hidden * pairs(SMALL, stage, layout.num_frames)
+    expected = training(SMALL, stage).flops_a_position * layout.length - again
+    assert expected == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def test_large_causal_frames_are_scored_in_parts() -> None:
+    """Guards the pairs of a frame with more rows than go into one matrix of scores: those of the real plan."""
+    config = replace(
+        SMALL,
+        layout=replace(SMALL.layout, grid=20),
+        sequential=StageConfig(0),
+        transformer=replace(SMALL.transformer, num_positions=512),
+    )
+    layout = layout_of(config, "sequential")
+    plan = full_pass(layout, 0, text_masks(text(1, layout.text_slots).mask, 0.0, torch.float32), 2, True, CPU)
+    scored = 0
+    for channel, layers in ((plan.spatial, 3), (plan.temporal[0], 3)):
+        for group in channel.groups:
+            frames = 1 if group.rows is None else len(group.rows)
+            for chunk in group.chunks:
+                rows = group.rows.shape[1] if chunk.rows is None else len(chunk.rows)
+                keys = group.keys.shape[1] if chunk.keys is None else len(chunk.keys)
+                scored += layers * frames * rows * keys
+    assert pairs(config, "sequential", 2) == scored
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -384,13 +430,6 @@ def test_json_is_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed == json.loads(json.dumps(asdict(expected)))
     assert from_dict(CogVideoConfig, printed["config"]) == preset("pocket")
     assert [each["batch"] for each in printed["training"]] == [2, 2, 2]
-
-
-def test_figures_do_not_depend_on_what_ran_before() -> None:
-    """Guards against indices that are kept from pass to pass, and counted where a pass happens to make them."""
-    neighbourhoods.cache_clear()
-    cold = clip(SMALL)
-    assert clip(SMALL) == cold
 
 
 def test_bundle_files_have_the_expected_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,60 +1,60 @@
-"""What a model costs, from its configuration alone: parameters, memory, floating-point operations, bytes moved.
+"""Memory and work of a model, from its configuration alone: parameters, bytes, floating-point operations.
 
-Nothing is loaded. The package's own modules, decoder and forward passes run dry, on the meta device, where tensors have
-shapes and no values; a meter reads off what they allocate and compute. Not counted is what Python, PyTorch and a CUDA
-context need for themselves.
+Parameters are counted in the package's modules on the meta device, where tensors have shapes and no values. All else
+follows from formulas, which tests compare with real passes. Not counted is what Python, PyTorch and a CUDA context need
+for themselves.
+
+Letters: h hidden width, C image codes, T text slots, S slots of a frame, F frames, N = F S frame rows, R = T + N rows,
+A slots of a cell (a window of the temporal channel, or a frame).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from cogvideo.config import CogVideoConfig, SamplingConfig
-from cogvideo.generation.decoder import Condition, Decoder
+from cogvideo.bundle.format import MODULES
+from cogvideo.config import CogVideoConfig
 from cogvideo.generation.request import Settings
-from cogvideo.generation.upscale import SLOTS_PER_DRAW, upscale
-from cogvideo.layout import SequenceLayout, UpscaleLayout
+from cogvideo.generation.upscale import SLOTS_PER_DRAW
+from cogvideo.layout import Cells, SequenceLayout, UpscaleLayout, cells
 from cogvideo.models.autoencoder import Autoencoder
-from cogvideo.models.cache import Cache
-from cogvideo.models.plans import full_pass, text_masks
-from cogvideo.models.transformer import Base, TemporalChannel, Transformer
-from cogvideo.models.upscaler import UpscaleChannel, Upscaler, neighbourhoods
-from cogvideo.planning.dry_run import META, DryRun, WithoutValues, dry_run
-from cogvideo.text import PaddedText
+from cogvideo.models.plans import CAUSAL_ROWS
+from cogvideo.models.upscaler import TILE
 
 Stage = Literal["image", "sequential", "interpolation"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NARROW, WIDE = torch.bfloat16.itemsize, torch.float32.itemsize
 
 
 class Precision(NamedTuple):
-    """Where a run takes place, and in which types."""
+    """Device and types of a run."""
 
     device: str
-    weights: torch.dtype
-    cache: torch.dtype
+    weights: int
+    """Bytes of a value."""
+    cache: str
+    """Name of its type."""
 
 
 PRECISIONS = {
-    "gpu_bfloat16": Precision("gpu", torch.bfloat16, torch.bfloat16),  # float16 needs the same
-    "cpu_float32": Precision("cpu", torch.float32, torch.float32),
-    "cpu_bfloat16": Precision("cpu", torch.bfloat16, torch.float32),  # as generation/decode.py chooses
+    "gpu_bfloat16": Precision("gpu", NARROW, "bfloat16"),  # float16 needs the same
+    "cpu_float32": Precision("cpu", WIDE, "float32"),
+    "cpu_bfloat16": Precision("cpu", NARROW, "float32"),  # as generation/decoder.py chooses
 }
-GPU = PRECISIONS["gpu_bfloat16"]
 
 
-def _by_dtype(count: int) -> dict[str, int]:
-    """Bytes of so many values."""
-    return {name: count * dtype.itemsize for name, dtype in DTYPES.items()}
+def _by_dtype(count: float) -> dict[str, int]:
+    """Bytes of a number of values."""
+    return {name: int(count) * dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 # Parameters
@@ -69,62 +69,125 @@ class Component:
     bytes: dict[str, int]
     """By dtype."""
 
-    @classmethod
-    def of(cls, name: str, parameters: int) -> Component:
-        """The component with so many parameters."""
-        return cls(name, parameters, _by_dtype(parameters))
-
-
-class _Modules(NamedTuple):
-    base: Base
-    sequential: TemporalChannel
-    interpolation: TemporalChannel
-    superres: UpscaleChannel
-    image_tokenizer: Autoencoder
-
 
 @lru_cache(maxsize=16)
-def _modules(config: CogVideoConfig, dtype: torch.dtype = torch.float32) -> _Modules:
-    transformer, layout = config.transformer, config.layout
-    with META:
-        return _Modules(
-            Base(transformer).to(dtype),
-            TemporalChannel(transformer, layout, config.sequential).to(dtype),
-            TemporalChannel(transformer, layout, config.interpolation).to(dtype),
-            UpscaleChannel(transformer, layout, config.upscaler).to(dtype),
-            Autoencoder(config.autoencoder).to(dtype),
-        )
+def modules(config: CogVideoConfig) -> dict[str, nn.Module]:
+    """Every component with parameters, without memory."""
+    with torch.device("meta"):
+        return {name: make(config) for name, make in MODULES.items() if not name.endswith("_base")}
 
 
 def components(config: CogVideoConfig) -> tuple[Component, ...]:
     """Every component with parameters."""
-    return tuple(Component.of(name, _count(module)) for name, module in _modules(config)._asdict().items())
+    return tuple(_component(name, count(module)) for name, module in modules(config).items())
 
 
 def sums(config: CogVideoConfig) -> tuple[Component, ...]:
     """The sums that papers and users speak of."""
-    sizes = {each.name: each.parameters for each in components(config)}
+    sizes = {name: count(module) for name, module in modules(config).items()}
     stage = sizes["base"] + sizes["sequential"]
     return (
-        Component.of("base with one stage", stage),
-        Component.of("base with both stages", stage + sizes["interpolation"]),
-        Component.of("everything", sum(sizes.values())),
+        _component("base with one stage", stage),
+        _component("base with both stages", stage + sizes["interpolation"]),
+        _component("everything", sum(sizes.values())),
     )
 
 
-def _count(module: nn.Module) -> int:
+def _component(name: str, parameters: int) -> Component:
+    return Component(name, parameters, _by_dtype(parameters))
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _by_layers(config: CogVideoConfig, run: Callable[[CogVideoConfig], DryRun]) -> DryRun:
-    """The dry run of a deep model from two of shallow ones: every pair of blocks, one of each kind, adds the same."""
-    pairs = config.transformer.num_layers / 2
-    few, more = (run(_shallow(config, layers)) for layers in (2, 4))
-    return DryRun(*(round(two + (pairs - 1) * (four - two)) for two, four in zip(few, more, strict=True)))
+def products(config: CogVideoConfig, stage: Stage) -> tuple[int, int]:
+    """Weights of the matrices that a row goes through in all blocks: those of the base, and those that a stage adds.
+
+    In each block of the base 12 h^2 (q, k and v 3, output 1, feed-forward layer 8), of a temporal channel 4 h^2.
+    """
+    square = config.transformer.num_layers * config.transformer.hidden**2
+    return 12 * square, 0 if stage == "image" else 4 * square
 
 
-def _shallow(config: CogVideoConfig, num_layers: int) -> CogVideoConfig:
-    return replace(config, transformer=replace(config.transformer, num_layers=num_layers))
+# What rows see
+
+
+def layout_of(config: CogVideoConfig, stage: Stage) -> SequenceLayout:
+    """The sequence of a stage."""
+    if stage == "image":
+        return SequenceLayout.text_to_image(config.layout)
+    make = SequenceLayout.sequential if stage == "sequential" else SequenceLayout.interpolation
+    return make(config.layout)
+
+
+def _num_given(layout: SequenceLayout) -> int:
+    """Frames that a stage does not draw."""
+    return layout.num_frames - len(layout.loss_places)
+
+
+def _window(config: CogVideoConfig, stage: Stage) -> int:
+    return 0 if stage == "image" else getattr(config, stage).window
+
+
+def _kinds(config: CogVideoConfig, stage: Stage) -> list[Cells]:
+    """Cells of the temporal channel, of each kind of block; blocks take turns."""
+    window = _window(config, stage)
+    shifts = () if stage == "image" else (False, True) if window else (False,)
+    return [cells(config.layout.grid, window, shifted) for shifted in shifts]
+
+
+def _num_cells(kind: Cells) -> int:
+    return sum(len(part) for part in kind)
+
+
+def _over_layers(config: CogVideoConfig, values: Sequence[float]) -> float:
+    """Sum over all layers of a value that differs by kind of block."""
+    return sum(values[layer % len(values)] for layer in range(config.transformer.num_layers) if values)
+
+
+def _causal_pairs(rows: int) -> int:
+    """Pairs that are scored among the rows of a causal frame or cell: `CAUSAL_ROWS` at once, with all rows so far."""
+    whole, rest = divmod(rows, CAUSAL_ROWS)
+    return CAUSAL_ROWS**2 * whole * (whole + 1) // 2 + rest * rows
+
+
+def _spatial_pairs(layout: SequenceLayout, frames: int) -> int:
+    """Pairs of a row and a key of a full pass in the spatial channel: T^2 + N T, and of each frame S^2 or fewer."""
+    both = min(layout.num_bidirectional, frames)
+    text, slots = layout.text_slots, layout.frame_slots
+    return text**2 + frames * slots * text + both * slots**2 + (frames - both) * _causal_pairs(slots)
+
+
+def _temporal_pairs(layout: SequenceLayout, frames: int, kind: Cells) -> int:
+    """Pairs of a full pass in a temporal block: N T, and of each cell its frames with themselves and all before."""
+    both = min(layout.num_bidirectional, frames)
+    before = both**2 + sum(range(both, frames))
+    inside = sum(
+        len(part) * (before * part.shape[1] ** 2 + (frames - both) * _causal_pairs(part.shape[1])) for part in kind
+    )
+    return frames * layout.frame_slots * layout.text_slots + inside
+
+
+def pairs(config: CogVideoConfig, stage: Stage, frames: int) -> float:
+    """Pairs of a full pass of text and the first frames, in all layers and both channels."""
+    layout = layout_of(config, stage)
+    temporal = [_temporal_pairs(layout, frames, kind) for kind in _kinds(config, stage)]
+    return config.transformer.num_layers * _spatial_pairs(layout, frames) + _over_layers(config, temporal)
+
+
+def _keys_read(config: CogVideoConfig, stage: Stage) -> float:
+    """Keys that a row reads when codes are drawn one by one, in all layers together: the mean over the stage.
+
+    In a cell with A slots, those of frame r read T + r A + (A + 1) / 2 on average. Spatial cells are one frame.
+    """
+    layout = layout_of(config, stage)
+    text, slots = layout.text_slots, layout.frame_slots
+    frames = (_num_given(layout) + layout.num_frames) / 2
+    areas = [sum(len(part) * part.shape[1] ** 2 for part in kind) / slots for kind in _kinds(config, stage)]
+    temporal = [text + frames * area + 0.5 for area in areas]
+    return config.transformer.num_layers * (text + slots / 2 + 0.5) + _over_layers(config, temporal)
 
 
 # Decoding
@@ -144,7 +207,7 @@ class CacheSize:
 
 @dataclass(frozen=True)
 class Work:
-    """One pass of a model. Of a stage: the mean of all passes that draw codes one by one, prefill not counted."""
+    """One pass of a model. For a stage: the mean of all passes that draw codes one by one, prefill not counted."""
 
     stage: str
     rows: int
@@ -154,80 +217,40 @@ class Work:
     """Weights and cache that are read, by precision."""
 
 
-def layout_of(config: CogVideoConfig, stage: Stage) -> SequenceLayout:
-    """The sequence of a stage."""
-    if stage == "image":
-        return SequenceLayout.text_to_image(config.layout)
-    make = SequenceLayout.sequential if stage == "sequential" else SequenceLayout.interpolation
-    return make(config.layout)
-
-
 def bytes_a_token(config: CogVideoConfig) -> dict[str, int]:
-    """Keys and values of one slot in all layers, a channel and row, by dtype."""
+    """Keys and values of one slot in all layers, a channel and row, by dtype: 2 h values a layer."""
     return _by_dtype(2 * config.transformer.num_layers * config.transformer.hidden)
 
 
 def cache_size(config: CogVideoConfig, stage: Stage, guided: bool = False) -> CacheSize:
-    """What the decoder allocates for one sample, frame by frame (frames in parallel have a spatial cache each)."""
-    spatial, *temporal = _decoder(config, stage, 1, guided, PRECISIONS["cpu_float32"]).caches
-    return CacheSize(stage, guided, _cache_bytes([spatial]), _cache_bytes(temporal))
-
-
-def _cache_bytes(caches: list[Cache]) -> dict[str, int]:
-    return _by_dtype(sum(each.num_bytes for each in caches) // torch.float32.itemsize)
+    """Cache of one sample, frame by frame: T + S keys a layer; in the temporal channel T for each cell, and N."""
+    layout = layout_of(config, stage)
+    values = 2 * config.transformer.hidden * (1 + guided)
+    spatial = config.transformer.num_layers * (layout.text_slots + layout.frame_slots)
+    frame_keys = layout.num_frames * layout.frame_slots
+    temporal = [_num_cells(kind) * layout.text_slots + frame_keys for kind in _kinds(config, stage)]
+    return CacheSize(stage, guided, _by_dtype(values * spatial), _by_dtype(values * _over_layers(config, temporal)))
 
 
 def work(config: CogVideoConfig, stage: Stage, samples: int = 1, guided: bool = False) -> Work:
-    """The mean pass of a stage: all rows share one reading of the weights, each reads the keys that it sees."""
-    decoder, sizes, rows = _decoder(config, stage, samples, guided, GPU), config.transformer, samples * (1 + guided)
-    base, channel = decoder.model.base, decoder.model.channel
-    linear = [layer for blocks in _blocks(base, channel) for layer in blocks.modules() if isinstance(layer, nn.Linear)]
-    products = sum(layer.weight.numel() for layer in linear) + sizes.num_codes * sizes.hidden
-    keys = sum(_keys_read(cache, decoder.layout, sizes.num_layers) for cache in decoder.caches)
-    cached = 2 * sizes.hidden * keys
+    """The mean pass of a stage: all rows share one reading of the weights, each reads the keys that it sees.
+
+    A row takes two operations for each weight of a matrix, the C h of the code head among them, and 4 h for each key.
+    """
+    rows, head = samples * (1 + guided), config.transformer.num_codes * config.transformer.hidden
+    cached = 2 * config.transformer.hidden * _keys_read(config, stage)
+    names = ["base"] if stage == "image" else ["base", stage]
+    weights = _weights_read(config, names)
     moved = {
-        name: _weights_read(base, channel) * kind.weights.itemsize + rows * cached * kind.cache.itemsize
-        for name, kind in PRECISIONS.items()
+        name: weights * kind.weights + rows * cached * DTYPES[kind.cache].itemsize for name, kind in PRECISIONS.items()
     }
-    return Work(stage, rows, rows * 2 * (products + cached), moved)
+    return Work(stage, rows, rows * 2 * (sum(products(config, stage)) + head + cached), moved)
 
 
-def _blocks(base: Base, channel: TemporalChannel | UpscaleChannel | None) -> list[nn.Module]:
-    return [base.blocks] if channel is None else [base.blocks, channel.blocks]
-
-
-def _weights_read(base: Base, channel: TemporalChannel | UpscaleChannel | None) -> int:
+def _weights_read(config: CogVideoConfig, names: Iterable[str]) -> int:
     """Weights of all blocks, the final norm and the codes' rows of the word embedding."""
-    head = base.config.num_codes * base.config.hidden
-    return sum(_count(blocks) for blocks in _blocks(base, channel)) + _count(base.norm) + head
-
-
-def _keys_read(cache: Cache, layout: SequenceLayout, num_layers: int) -> float:
-    """Keys that a row reads, in all layers together: the mean over all slots that are drawn."""
-    means = []
-    for where in cache.maps:
-        drawn = where.frame_places[_num_given(layout) if where.frames > 1 else 0 :]
-        first = torch.tensor(where.starts)[where.cell_of_slot]
-        means.append((drawn - first + 1).double().mean().item())
-    return sum(means[layer % len(means)] for layer in range(num_layers))
-
-
-def _num_given(layout: SequenceLayout) -> int:
-    """Frames that a stage does not draw."""
-    return layout.num_frames - len(layout.loss_places)
-
-
-def _decoder(config: CogVideoConfig, stage: Stage, samples: int, guided: bool, precision: Precision) -> Decoder:
-    """The real one, without memory."""
-    layout, modules = layout_of(config, stage), _modules(config, precision.weights)
-    model = Transformer(modules.base, None if stage == "image" else getattr(modules, stage))
-    text = _text(samples, layout.text_slots)
-    with WithoutValues():
-        return Decoder(model, layout, Condition(text, text if guided else None), cache_dtype=precision.cache)
-
-
-def _text(rows: int, slots: int) -> PaddedText:
-    return PaddedText(torch.zeros(rows, slots, dtype=torch.int64), torch.ones(rows, slots, dtype=torch.bool))
+    blocks = sum(count(modules(config)[name].get_submodule("blocks")) for name in names)
+    return blocks + (2 + config.transformer.num_codes) * config.transformer.hidden
 
 
 # Generation
@@ -252,9 +275,9 @@ class Phase:
     name: str
     passes: int
     work: Work
-    """Of one pass."""
+    """Work of one pass."""
     prefill_flops: int
-    """Of text and given frames, before the first pass."""
+    """Work for text and given frames, before the first pass."""
     memory: dict[str, Memory]
     """By precision, with the weights of this phase alone."""
 
@@ -282,77 +305,134 @@ def resident(config: CogVideoConfig, phases: Iterable[Phase]) -> dict[str, int]:
     """Device memory of a clip for which all weights stay loaded, by precision."""
     parameters = sum(each.parameters for each in components(config))
     return {
-        name: parameters * kind.weights.itemsize
+        name: parameters * kind.weights
         + max(phase.memory[name].device - phase.memory[name].parts["weights"] for phase in phases)
         for name, kind in PRECISIONS.items()
     }
 
 
 def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guided: bool) -> Phase:
-    """A stage draws the frames of so many sequences at once."""
-    layout, cache, modules = layout_of(config, stage), cache_size(config, stage, guided), _modules(config)
-    used = [modules.base] if stage == "image" else [modules.base, getattr(modules, stage)]
-    mean, fed = work(config, stage, samples, guided), _prefill(config, stage)
-    noise = samples * layout.frame_slots * config.transformer.num_codes * torch.float32.itemsize
+    """The frames of some sequences, drawn at once by a stage.
+
+    Prefill feeds R rows, those of text and given frames, and is busiest inside a feed-forward layer: what came in and
+    its norm, q, k and v (3), attention, the sum and its norm, 4 h before and 4 h after GELU make 16 R h values. With
+    small windows it is busier while keys and values are copied for the cache: 9 R h and 2 h for each of its keys.
+    """
+    layout, cache, mean = (
+        layout_of(config, stage),
+        cache_size(config, stage, guided),
+        work(config, stage, samples, guided),
+    )
+    hidden, given = config.transformer.hidden, _num_given(layout)
+    frame_rows = given * layout.frame_slots
+    rows = layout.text_slots + frame_rows
+    base, added = products(config, stage)
+    linear = rows * base + (3 * rows + frame_rows) * added // 4  # text has no temporal output
+    flops = 2 * linear + round(4 * hidden * pairs(config, stage, given))
+    written = [_num_cells(kind) * layout.text_slots + frame_rows for kind in _kinds(config, stage)]
+    fed = hidden * max(16 * rows, 9 * rows + 2 * max(written, default=0))
+    noise = samples * layout.frame_slots * config.transformer.num_codes * WIDE
     keys = {kind: samples * (cache.spatial[kind] + cache.temporal[kind]) for kind in DTYPES}
-    memory = _memories(used, noise, mean.rows * fed.peak, keys)
-    return Phase(name, len(layout.loss_places) * layout.frame_slots, mean, mean.rows * fed.flops, memory)
-
-
-def _prefill(config: CogVideoConfig, stage: Stage) -> DryRun:
-    """Feeding text and given frames: one row in 16 bit; every further row adds the same."""
-    layout = layout_of(config, stage)
-    given = torch.zeros(1, _num_given(layout), layout.frame_slots, dtype=torch.int64)
-    return _by_layers(config, lambda sizes: dry_run(partial(_decoder(sizes, stage, 1, False, GPU).prefill, given)))
+    used = ["base"] if stage == "image" else ["base", stage]
+    memory = _memories(config, used, noise, mean.rows * fed, keys)
+    return Phase(name, len(layout.loss_places) * layout.frame_slots, mean, mean.rows * flops, memory)
 
 
 def upscaling(config: CogVideoConfig, frames: int) -> Phase:
-    """Super-resolution, one frame a pass."""
-    layout, modules = UpscaleLayout.of(config.layout, config.upscaler), _modules(config)
-    text, codes = _text(1, layout.text_slots), torch.zeros(1, layout.low_slots, dtype=torch.int64)
-    neighbourhoods(layout, config.upscaler, META)  # kept from pass to pass: made in one, they would count as its own
+    """Super-resolution, one frame a pass: T + S low rows through the base, H high ones through 12 h^2 of their own.
 
-    def run(sizes: CogVideoConfig) -> DryRun:
-        shallow = _modules(sizes, torch.bfloat16)
-        model = Upscaler(shallow.base, shallow.superres)
-        return dry_run(lambda: upscale(model, text, codes, [iter(())], SamplingConfig(temperature=0)))
+    It is busiest inside the feed-forward layer of the high slots: 17 H h values (see `decoding`; keys and values are
+    there twice), beside 5 (T + S) h of the low rows.
+    """
+    layout, hidden = UpscaleLayout.of(config.layout, config.upscaler), config.transformer.hidden
+    text, low, high = layout.text_slots, layout.low_slots, layout.high_slots
+    pairs = text * (text + low) + low * (text + low) - text * low + _neighbours(config)
+    head = config.transformer.num_codes * hidden
+    layers = config.transformer.num_layers
+    flops = 2 * products(config, "image")[0] * (text + low + high) + 2 * high * head + 4 * hidden * pairs * layers
+    noise = min(SLOTS_PER_DRAW, high) * config.transformer.num_codes * WIDE
+    activations = (17 * high + 5 * text + 7 * low) * hidden
+    used = ["base", "superres"]
+    read = _weights_read(config, used)
+    return _frame_by_frame(config, "super-resolution", frames, flops, read, used, activations, noise)
 
-    noise = min(SLOTS_PER_DRAW, layout.high_slots) * config.transformer.num_codes * torch.float32.itemsize
-    weights = _weights_read(modules.base, modules.superres)
-    used = [modules.base, modules.superres]
-    return _frame_by_frame("super-resolution", "superres", frames, _by_layers(config, run), weights, used, noise)
+
+def _neighbours(config: CogVideoConfig) -> int:
+    """Pairs that high slots score: those of a tile with every key that any of them sees.
+
+    Both neighbourhoods are rectangles, so the sum over tiles is a product of sums over bands of rows and of columns.
+    """
+    sizes, layout = config.upscaler, UpscaleLayout.of(config.layout, config.upscaler)
+    bands = [(start, min(start + TILE, layout.low_grid)) for start in range(0, layout.low_grid, TILE)]
+
+    def seen(reach: int, scale: int) -> int:
+        grid = layout.low_grid * scale
+        keys = [min(stop * scale + reach, grid) - max(start * scale - reach, 0) for start, stop in bands]
+        return sum((stop - start) * layout.ratio * each for (start, stop), each in zip(bands, keys, strict=True))
+
+    high = seen(sizes.high_rows // 2, layout.ratio) * seen(sizes.high_columns // 2, layout.ratio)
+    return high + seen(sizes.low_side // 2, 1) ** 2
 
 
 def rendering(config: CogVideoConfig, frames: int) -> Phase:
-    """Codes to pixels, one frame a pass."""
+    """Codes to pixels, one frame a pass; PyTorch counts the operations of a pass without values."""
     side, rate = UpscaleLayout.of(config.layout, config.upscaler).high_grid, config.autoencoder.rate
-    model = _modules(config, torch.bfloat16).image_tokenizer
-    vectors = torch.empty(1, config.autoencoder.embedding_dim, side, side, dtype=torch.bfloat16, device=META)
-    with torch.no_grad():
-        measured = dry_run(lambda: model.render(vectors, rate))
-    weights = _count(model.decoders[config.autoencoder.rates.index(rate)])
-    return _frame_by_frame("pixels", "image_tokenizer", frames, measured, weights, [model])
+    model = modules(config)["image_tokenizer"]
+    assert isinstance(model, Autoencoder)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.render(torch.empty(1, config.autoencoder.embedding_dim, side, side, device="meta"), rate)
+    number = config.autoencoder.rates.index(rate)
+    read, activations = count(model.decoders[number]), _decoder_activations(config, number, side)
+    used = ["image_tokenizer"]
+    return _frame_by_frame(config, "pixels", frames, counter.get_total_flops(), read, used, activations)
+
+
+def _decoder_activations(config: CogVideoConfig, number: int, side: int) -> int:
+    """Values at the peak of a decoder, over its levels.
+
+    The first level's input stays throughout. A residual block holds its input, a norm and an activation of it, or in
+    its second half its input, what the first half left, a norm and an activation of that; an upsampling its input, the
+    enlarged one and its output.
+    """
+    multipliers = config.autoencoder.decoder_multipliers[number]
+    widths = [config.autoencoder.channels * each for each in (multipliers[-1], *reversed(multipliers))]
+    peak = 0
+    for level, (before, after) in enumerate(pairwise(widths)):
+        area = (side * 2**level) ** 2
+        peak = max(peak, 3 * before * area, (before + 3 * after) * area)
+        if level < len(multipliers) - 1:
+            peak = max(peak, 9 * after * area)
+    return widths[0] * side**2 + peak
 
 
 def _frame_by_frame(
-    name: str, component: str, frames: int, measured: DryRun, read: int, used: list[nn.Module], noise: int = 0
+    config: CogVideoConfig,
+    name: str,
+    frames: int,
+    flops: float,
+    read: int,
+    used: list[str],
+    activations: int,
+    noise: int = 0,
 ) -> Phase:
     """A phase without a cache; `read` are the weights that a pass reads."""
-    moved = {kind: float(read * precision.weights.itemsize) for kind, precision in PRECISIONS.items()}
-    memory = _memories(used, noise, measured.peak, _by_dtype(0))
-    return Phase(name, frames, Work(component, 1, float(measured.flops), moved), 0, memory)
+    moved = {kind: float(read * precision.weights) for kind, precision in PRECISIONS.items()}
+    memory = _memories(config, used, noise, activations, _by_dtype(0))
+    return Phase(name, frames, Work(used[-1], 1, float(flops), moved), 0, memory)
 
 
-def _memories(modules: Iterable[nn.Module], noise: int, activations: int, cache: dict[str, int]) -> dict[str, Memory]:
-    """By precision; activations are those in 16 bit."""
-    sizes = [parameter.numel() for module in modules for parameter in module.parameters()]
+def _memories(
+    config: CogVideoConfig, used: Iterable[str], noise: int, activations: int, cache: dict[str, int]
+) -> dict[str, Memory]:
+    """By precision; activations are numbers of values."""
+    sizes = [parameter.numel() for name in used for parameter in modules(config)[name].parameters()]
     memories = {}
     for name, kind in PRECISIONS.items():
-        width = kind.weights.itemsize
-        parts = {"weights": sum(sizes) * width, "cache": cache[str(kind.cache).removeprefix("torch.")], "noise": noise}
-        parts["activations"] = activations * width // torch.bfloat16.itemsize
+        parts = {"weights": sum(sizes) * kind.weights, "cache": cache[kind.cache], "noise": noise}
+        parts["activations"] = activations * kind.weights
         device = sum(parts.values())
-        memories[name] = Memory(parts, device, 2 * noise + max(sizes) * width if kind.device == "gpu" else device)
+        host = 2 * noise + max(sizes) * kind.weights if kind.device == "gpu" else device
+        memories[name] = Memory(parts, device, host)
     return memories
 
 
@@ -368,7 +448,7 @@ class Training:
     states: dict[str, int]
     """Bytes that stay from step to step, by what they are for."""
     activations: int
-    """Bytes at the peak of a step, at most, if all are kept for the backward pass."""
+    """Bytes at the peak of a step, if all are kept for the backward pass."""
     activations_checkpointed: int
     """The same if only the blocks' inputs are kept, and each block is computed again."""
     total: int
@@ -381,7 +461,6 @@ class Training:
     """Forward and backward, nothing computed again."""
 
 
-@lru_cache(maxsize=64)
 def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: bool = False) -> Training:
     """What a step of a stage needs. The image model trains its base; a video stage its channel, on a frozen base.
 
@@ -391,69 +470,94 @@ def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: boo
         batch: sequences of a forward and backward pass.
         autocast: norms, and so what runs through the blocks, in float32, as torch.autocast has them on GPUs.
     """
-    states, length, hidden = training_states(config, stage), layout_of(config, stage).length, config.transformer.hidden
-    step = partial(_step, stage=stage, batch=batch, autocast=autocast)
-    stream = (torch.float32 if autocast else GPU.weights).itemsize
-    two, four = (step(_shallow(config, layers), backward=False).peak for layers in (2, 4))
-    one, others = step(_shallow(config, 1)).peak, config.transformer.num_layers - 1
-    kept = one + others * (four - two) // 2
-    checkpointed = one + others * batch * length * hidden * stream
+    states = training_states(config, stage)
+    kept, checkpointed = activations(config, stage, batch, autocast)
     resting, saved = sum(states.values()), states["master weights"] + states["moments"]
-    flops = _by_layers(config, step).flops / (batch * length)
+    flops = _training_flops(config, stage) / layout_of(config, stage).length
     return Training(stage, batch, states, kept, checkpointed, resting + kept, resting + checkpointed, saved, flops)
+
+
+def activations(config: CogVideoConfig, stage: Stage, batch: int, autocast: bool = False) -> tuple[int, int]:
+    """Bytes at the peak of a step beside the states, without and with checkpointing.
+
+    All blocks keep theirs until the loss is known, or their inputs alone and one block all. In the image model the
+    gradient of the words waits from the code head on, and at the end that of the embedding comes, and their sum.
+    """
+    layers, sizes = _layer_activations(config, stage, autocast), config.transformer
+    inputs = (len(layers) - 1) * layout_of(config, stage).length * sizes.hidden * (WIDE if autocast else NARROW)
+    last = _last_activations(config, stage)
+    words = NARROW * sizes.vocab_size * sizes.hidden if stage == "image" else 0
+    kept, checkpointed = (
+        max(batch * (blocks + last) + words, 3 * words) for blocks in (sum(layers), inputs + max(layers))
+    )
+    return kept, checkpointed
 
 
 def training_states(config: CogVideoConfig, stage: Stage) -> dict[str, int]:
     """Bytes that training a stage keeps: frozen weights once, five values of every trained one."""
-    modules = _modules(config)
-    trained = _by_dtype(_count(modules.base if stage == "image" else getattr(modules, stage)))
-    frozen = () if stage == "image" else modules.base.parameters()
+    trained = count(modules(config)["base" if stage == "image" else stage])
+    frozen = () if stage == "image" else modules(config)["base"].parameters()
     return {
-        "frozen weights": sum(each.numel() * (2 if each.ndim > 1 else 4) for each in frozen),  # as start.py has them
-        "working copy": trained["bfloat16"],
-        "master weights": trained["float32"],
-        "gradients": trained["float32"],
-        "moments": 2 * trained["float32"],
+        "frozen weights": sum(each.numel() * (NARROW if each.ndim > 1 else WIDE) for each in frozen),
+        "working copy": NARROW * trained,
+        "master weights": WIDE * trained,
+        "gradients": WIDE * trained,
+        "moments": 2 * WIDE * trained,
     }
 
 
-def _step(config: CogVideoConfig, stage: Stage, batch: int, autocast: bool = False, backward: bool = True) -> DryRun:
-    """Forward and backward; gradients are dropped when they are complete, `training_states` counts them."""
-    layout = layout_of(config, stage)
-    with META:
-        base = Base(config.transformer).bfloat16().requires_grad_(stage == "image")
-        channel = None
-        if stage != "image":
-            channel = TemporalChannel(config.transformer, config.layout, getattr(config, stage)).bfloat16()
-        tokens = torch.zeros(batch, layout.length, dtype=torch.int64)
-        mask = torch.ones(batch, layout.text_slots, dtype=torch.bool)
-    model = Transformer(base, channel)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+def _layer_activations(config: CogVideoConfig, stage: Stage, autocast: bool) -> list[int]:
+    """Bytes that each block keeps of a sample for its backward pass.
 
-    def run() -> None:
-        texts = text_masks(mask, 0.0, torch.bfloat16)
-        plan = full_pass(layout, model.window, texts, layout.num_frames, channel is not None, META)
-        with _Autocast() if autocast else nullcontext():
-            hidden = model(tokens, tokens, plan)[:, layout.text_slots :][:, layout.loss_slots().to(META)]
-            logits = base.logits(hidden).float().flatten(0, 1)
-        loss = F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=META))
-        if backward:
-            torch.autograd.backward(loss)
+    | kept | image model | video stage |
+    |---|---|---|
+    | inputs of the four norms, first norm | 5 R | 5 R |
+    | spatial q and attention, keys and values | 2 R + 2 (T + F (T + S)) | the same |
+    | input of the output projection, second norm | 2 R | its output, R |
+    | around GELU | 8 R | 4 R |
+    | temporal q, k, v without windows | | 3 R |
+    | with windows, where cells gather them | | N + 2 (cells T + N) |
+    | temporal attention, its parts joined, its output | | 3 N |
 
-    return dry_run(run)
-
-
-class _Autocast(TorchFunctionMode):
-    """What torch.autocast does on a GPU, since the meta device has none: products in bfloat16, norms in float32."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = {F.linear: torch.bfloat16, F.layer_norm: torch.float32}.get(function)
-        if kind is not None:
-            args = [each.to(kind) if isinstance(each, Tensor) else each for each in args]
-        return function(*args, **(kwargs or {}))
+    All are rows of h values in two bytes; autocast adds two bytes to inputs of norms. Attention keeps a number in
+    float32 for each head and row.
+    """
+    layout, sizes = layout_of(config, stage), config.transformer
+    text, frame_rows, rows = layout.text_slots, layout.length - layout.text_slots, layout.length
+    spatial_keys = text + layout.num_frames * (text + layout.frame_slots)
+    common = 7 * rows + 2 * spatial_keys
+    wider = 4 * rows if autocast else 0
+    if stage == "image":
+        layer = NARROW * sizes.hidden * (common + 10 * rows + wider) + WIDE * sizes.num_heads * rows
+        return [layer] * sizes.num_layers
+    scores = WIDE * sizes.num_heads * (rows + frame_rows)
+    gathered = [3 * rows]
+    if _window(config, stage):
+        gathered = [3 * frame_rows + 2 * _num_cells(kind) * text for kind in _kinds(config, stage)]
+    kinds = [NARROW * sizes.hidden * (common + 5 * rows + each + 3 * frame_rows + wider) + scores for each in gathered]
+    return [kinds[layer % len(kinds)] for layer in range(sizes.num_layers)]
 
 
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
+def _last_activations(config: CogVideoConfig, stage: Stage) -> int:
+    """Bytes of a sample at the turn of a step, beside what blocks keep.
+
+    Either the loss is at work, with logits in float32, their probabilities and gradients of both, or the last block,
+    with gradients of 8 R h values, while the first two still wait. Masks of both channels are there throughout.
+    """
+    layout, sizes = layout_of(config, stage), config.transformer
+    logits = WIDE * len(layout.loss_places) * layout.frame_slots * sizes.num_codes
+    masked = layout.length if stage == "image" else 2 * layout.length - layout.text_slots
+    masks = NARROW * layout.length * masked
+    return masks + max(4 * logits, 2 * logits + 8 * NARROW * layout.length * sizes.hidden)
+
+
+def _training_flops(config: CogVideoConfig, stage: Stage) -> int:
+    """Operations of a sample, forward and backward: 6 for each trained weight of a matrix and row, 4 for each frozen
+    one, 14 h for each pair of a row and a key (whose scores are computed again)."""
+    layout, sizes = layout_of(config, stage), config.transformer
+    rows, frame_rows = layout.length, layout.length - layout.text_slots
+    base, added = products(config, stage)
+    head = len(layout.loss_places) * layout.frame_slots * sizes.num_codes * sizes.hidden
+    shared = (6 if stage == "image" else 4) * (rows * base + head)
+    own = 6 * (3 * rows + frame_rows) * added // 4  # text has no temporal output
+    return shared + own + round(14 * sizes.hidden * pairs(config, stage, layout.num_frames))

@@ -37,7 +37,7 @@ MOST_BATCH = 1_000_000
 
 
 @dataclass(frozen=True)
-class Report:
+class Costs:
     """Everything about one configuration."""
 
     name: str
@@ -57,10 +57,10 @@ class Report:
     training: tuple[Training, ...]
 
 
-def report(name: str, config: CogVideoConfig, files: dict[str, int] | None = None, batch: int = 1) -> Report:
+def report(name: str, config: CogVideoConfig, files: dict[str, int] | None = None, batch: int = 1) -> Costs:
     """The report on a configuration; `batch` is that of training."""
     phases, cases = clip(config), [(stage, guided) for stage in STAGES for guided in (False, True)]
-    return Report(
+    return Costs(
         name,
         config,
         files or {},
@@ -124,7 +124,7 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> 
 _PRECISION_NAMES = ("GPU 16 bit", "CPU float32", "CPU bfloat16")
 
 
-def _tables(report: Report) -> Iterator[Table | str]:
+def _tables(report: Costs) -> Iterator[Table | str]:
     sizes, grid = report.config.transformer, report.config.layout.grid
     shape = f"{sizes.num_layers} layers, hidden {sizes.hidden}, {sizes.num_heads} heads, {grid} x {grid} codes a frame"
     yield f"[bold]{report.name}[/bold]: {shape}\n"
@@ -143,7 +143,7 @@ def _tables(report: Report) -> Iterator[Table | str]:
     yield table(title, ["", *STAGES], _training_rows(report.training))
 
 
-def _parameter_rows(report: Report) -> Iterator[list[str]]:
+def _parameter_rows(report: Costs) -> Iterator[list[str]]:
     for each in (*report.components, *report.sums):
         row = [each.name, _count_text(each.parameters), _binary(each.bytes["float32"]), _binary(each.bytes["bfloat16"])]
         yield [*row, _binary(report.files.get(each.name, 0))] if report.files else row
@@ -172,7 +172,7 @@ def _phase_row(phase: Phase) -> list[str]:
     return [phase.name, str(work.rows), str(phase.passes), moved, _decimal(total, "FLOP")]
 
 
-def _memory_rows(report: Report) -> Iterator[list[str]]:
+def _memory_rows(report: Costs) -> Iterator[list[str]]:
     for phase in report.clip:
         devices = (_binary(phase.memory[kind].device) for kind in PRECISIONS)
         yield [phase.name, *devices, _binary(phase.memory["gpu_bfloat16"].host)]

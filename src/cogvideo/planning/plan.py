@@ -1,46 +1,41 @@
 """`cogvideo plan`: what training a stage needs of so many GPUs, and how long it takes, without having one of them.
 
-The code that trains builds the stage, on the meta device, and cuts it among ranks that PyTorch's fake process group
-pretends; what the first rank then holds is weighed. A pass adds what FSDP2 gathers and the activations. Not counted are
-drawing samples and the host's memory. Super-resolution is left out: `costs` does not know its activations.
+A rank holds its part of every weight, gradient and state of the optimizer; a pass adds what FSDP2 gathers and the
+activations. Not counted are drawing samples and the host's memory. Super-resolution is left out: `costs` does not know
+its activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from json import dumps
-from typing import Literal, NamedTuple, cast
+from math import prod
+from typing import Literal, NamedTuple
 
-import torch
-import torch.distributed as dist
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 
-from cogvideo.bundle.format import MODULES, Manifest
-from cogvideo.bundle.model import CogVideo
+from cogvideo.bundle.format import Manifest
 from cogvideo.config import CogVideoConfig, require
-from cogvideo.planning.costs import STAGES, Stage, layout_of, training
-from cogvideo.planning.dry_run import META, WithoutValues
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer
+from cogvideo.planning.costs import (
+    NARROW,
+    STAGES,
+    WIDE,
+    Stage,
+    activations,
+    layout_of,
+    modules,
+    training_states,
+)
 from cogvideo.planning.work import flops_a_position
-from cogvideo.training.objectives.task import Objective, Task
-from cogvideo.training.optim import Optimization, trained
-from cogvideo.training.parallel import ParallelSettings, Ranks, local
-from cogvideo.training.stages import Choice, StartChoice, build
-from cogvideo.training.step import Execution, Trainer
 
 Sharding = Literal["replicated", "sharded"]
 GIB = 2**30
-MOST_GPUS = 4096
-"""That are planned: each tensor is cut among as many pretended ranks, which takes a minute for these."""
-NARROW, WIDE = torch.bfloat16.itemsize, torch.float32.itemsize
-STARTS: dict[Stage, StartChoice] = {"image": "random", "sequential": "inherit", "interpolation": "sequential"}
+BY_ROWS, BY_COLUMNS = ("qkv", "mlp_in"), ("out", "mlp_out")
+"""Layers of a block whose weights tensor-parallel ranks share, as in training/parallel.py."""
 
 
 class Schedule(NamedTuple):
@@ -83,7 +78,6 @@ class Machines:
         for name in ("gpus", "gpu_memory", "gpus_per_machine", "tensor_parallel", "tflops"):
             value = getattr(self, name)
             require(0 < value < float("inf"), f"{name} is {value}, expected a positive number")
-        require(self.gpus <= MOST_GPUS, f"gpus is {self.gpus}, expected {MOST_GPUS:,} at most: each one is pretended")
         require(0 <= self.reserve < 1, f"reserve is {self.reserve}, expected a share in [0, 1)")
         require(0 < self.utilisation <= 1, f"utilisation is {self.utilisation}, expected a share in (0, 1]")
         divides = self.gpus % self.tensor_parallel == 0
@@ -116,11 +110,11 @@ class Held(NamedTuple):
     weights: int
     """Frozen and trained ones."""
     gradients: int
-    """Of a step in one pass."""
+    """Gradients of a step in one pass."""
     optimizer: int
     """Adam's moments, and the running average if there is one."""
     gathered: int
-    """In bfloat16 during a pass: sharded, what is whole for a moment; replicated, a copy of the trained weights."""
+    """Weights in bfloat16 during a pass: sharded, those whole for a moment; replicated, a copy of the trained ones."""
     accumulated: int
     """Gradients of a step in several passes: FSDP2 keeps them whole until the last one."""
     update: int
@@ -129,87 +123,84 @@ class Held(NamedTuple):
     """All weights, which a rank has before it cuts them."""
 
 
-@lru_cache(maxsize=64)
+class Part(NamedTuple):
+    """A rank's part of one parameter."""
+
+    values: int
+    num_bytes: int
+    is_trained: bool
+    is_in_block: bool
+
+
 def held(config: CogVideoConfig, stage: Stage, sharding: Sharding, groups: int, tensor: int, ema: float = 0.0) -> Held:
-    """What the code that trains puts on the first of `groups x tensor` ranks.
+    """Memory of the first of `groups x tensor` ranks.
+
+    Trained weights have four bytes, and as many for the gradient, for each of two moments and for an average; frozen
+    matrices have two.
 
     Args:
         config: sizes.
         stage: which one.
         sharding: how the groups share the weights.
-        groups: of ranks that see different samples. What is replicated is the same for any number.
+        groups: groups of ranks that see different samples. What is replicated is the same for any number.
         tensor: ranks of a group.
-        ema: of the running average.
+        ema: share of the running average.
 
     Raises:
-        ValueError: a matrix cannot be cut into so many parts, or this process already is one of several.
+        ValueError: a matrix cannot be cut into so many parts.
     """
-    groups, layers = groups if sharding == "sharded" else 1, config.transformer.num_layers
-    settings = Optimization(batch=groups, precision="bfloat16", ema=ema)
-    objective = Objective(_model(config, stage), cast(Task, None))  # no sample is seen
-    start = _bytes(objective.parameters())
-    with _fake_ranks(groups, tensor) as ranks:
-        trainer = Trainer(objective, settings, Execution(), ParallelSettings(sharding, tensor), ranks)
-        own = trained(objective)
-        for parameter in own:
-            parameter.grad = torch.zeros_like(parameter)
-        (optimizer,) = trainer.optimizers
-        optimizer.step()
-        states = [each for state in optimizer.state.values() for each in state.values()]
-        average = [] if trainer.average is None else trainer.average.state.values()
-        wide = WIDE * _count(own)
-        return Held(
-            weights=_bytes(objective.parameters()),
-            gradients=_bytes(each.grad for each in own if each.grad is not None),
-            optimizer=_bytes([*states, *average]),
-            gathered=_gathered(trainer.module, layers, groups) if sharding == "sharded" else NARROW * _count(own),
-            accumulated=groups * wide if sharding == "sharded" else 0,
-            update=wide,
-            start=start,
-        )
+    groups = groups if sharding == "sharded" else 1
+    parts = list(_parts(config, stage, groups, tensor))
+    trained = WIDE * sum(each.values for each in parts if each.is_trained)
+    states = training_states(config, stage)
+    return Held(
+        weights=sum(each.num_bytes for each in parts),
+        gradients=trained,
+        optimizer=(3 if ema > 0 else 2) * trained,
+        gathered=groups * _gathered(parts, config) if sharding == "sharded" else trained * NARROW // WIDE,
+        accumulated=groups * trained if sharding == "sharded" else 0,
+        update=trained,
+        start=states["frozen weights"] + states["master weights"],
+    )
 
 
-def _model(config: CogVideoConfig, stage: Stage) -> nn.Module:
-    """The stage at its start, without memory."""
-    with META, WithoutValues():
-        source = CogVideo(config, base=MODULES["base"](config), sequential=MODULES["sequential"](config))
-        return build(stage, Choice(STARTS[stage]), source, config, torch.bfloat16, seed=0)
+def _parts(config: CogVideoConfig, stage: Stage, groups: int, tensor: int) -> Iterator[Part]:
+    """Every parameter: tensor-parallel ranks cut matrices of blocks, then groups cut the rows of all that is left."""
+    own = "base" if stage == "image" else stage
+    for component in dict.fromkeys(("base", own)):
+        for name, parameter in modules(config)[component].named_parameters():
+            layer, kind = name.split(".")[-2:]
+            rows, *others = parameter.shape
+            if layer in BY_ROWS:
+                rows = _cut(rows, tensor, layer)
+            elif layer in BY_COLUMNS and kind == "weight":
+                others = [_cut(others[0], tensor, layer)]
+            values = -(-rows // groups) * prod(others)
+            is_trained = component == own
+            width = WIDE if is_trained or parameter.ndim == 1 else NARROW
+            yield Part(values, values * width, is_trained, "blocks" in name)
 
 
-@contextmanager
-def _fake_ranks(groups: int, tensor: int) -> Iterator[Ranks]:
-    """The first of so many ranks, none of which exists: what it sends goes nowhere."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # importing it registers the backend
-
-    require(not dist.is_initialized(), "this process is one of several ranks, expected one alone, without torchrun")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=groups * tensor)
-    try:
-        mesh = init_device_mesh("cpu", (groups, tensor), mesh_dim_names=("data", "tensor"))
-        yield Ranks(0, groups * tensor, META, 0, groups, mesh)
-    finally:
-        dist.destroy_process_group()
+def _cut(width: int, tensor: int, layer: str) -> int:
+    require(width % tensor == 0, f"tensor_parallel is {tensor}, expected a divisor of the width {width} of {layer}")
+    return width // tensor
 
 
-def _gathered(module: nn.Module, num_layers: int, groups: int) -> int:
-    """Bytes that FSDP2 has whole for a moment.
+def _gathered(parts: list[Part], config: CogVideoConfig) -> int:
+    """A rank's share of what FSDP2 has whole for a moment.
 
     The root is whole throughout a pass, and there twice while it arrives, before the backward pass. Of the blocks one
     layer computes while the next one arrives, and the gradients of the largest unit are on their way in float32.
     """
-    blocks = nn.ModuleList(each for each in module.modules() if isinstance(each, FSDPModule) and each is not module)
-    layer, learnt = (_count(each) // num_layers for each in (blocks.parameters(), trained(blocks)))
-    root, root_learnt = _count(module.parameters()) - num_layers * layer, _count(trained(module)) - num_layers * learnt
-    within = NARROW * (root + 2 * layer) + WIDE * max(root_learnt, learnt)
-    return groups * max(within, 2 * NARROW * root)
 
+    def values(is_in_block: bool, trained_only: bool) -> int:
+        chosen = (each for each in parts if each.is_in_block == is_in_block and (each.is_trained or not trained_only))
+        return sum(each.values for each in chosen)
 
-def _count(tensors: Iterable[Tensor]) -> int:
-    return sum(local(each).numel() for each in tensors)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """On the rank's device: Adam counts its steps on the CPU."""
-    return sum(local(each).nbytes for each in tensors if each.is_meta)
+    layers, root = config.transformer.num_layers, values(False, False)
+    layer, layer_trained = values(True, False) // layers, values(True, True) // layers
+    within = NARROW * (root + 2 * layer) + WIDE * max(values(False, True), layer_trained)
+    return max(within, 2 * NARROW * root)
 
 
 # Ways to run
@@ -241,7 +232,7 @@ class StagePlan:
 
     stage: Stage
     positions: int
-    """Of a sample."""
+    """Positions of a sample."""
     batch: int
     """Samples of a step: what the groups can share that is nearest to the paper's."""
     steps: int | None
@@ -257,21 +248,6 @@ class StagePlan:
     """For the paper's schedule, if it says how long and something fits."""
     command: str | None
     """That runs the best way."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """All stages of a model."""
-
-    name: str
-    machines: Machines
-    ema: float
-    stages: tuple[StagePlan, ...]
-
-
-def report(name: str, config: CogVideoConfig, machines: Machines, ema: float = 0.0) -> Report:
-    """The plan for a configuration."""
-    return Report(name, machines, ema, tuple(stage_plan(config, stage, machines, ema) for stage in STAGES))
 
 
 def stage_plan(config: CogVideoConfig, stage: Stage, machines: Machines, ema: float = 0.0) -> StagePlan:
@@ -291,35 +267,31 @@ def stage_plan(config: CogVideoConfig, stage: Stage, machines: Machines, ema: fl
     )
 
 
+def _model(config: CogVideoConfig, stage: Stage) -> Transformer:
+    """The stage without memory, its base frozen unless it is what is trained."""
+    with torch.device("meta"):
+        base = Base(config.transformer).requires_grad_(stage == "image")
+        channel = None
+        if stage != "image":
+            channel = TemporalChannel(config.transformer, config.layout, getattr(config, stage))
+    return Transformer(base, channel)
+
+
 def _effort(way: Way) -> tuple[int, bool]:
     """Sharded, every pass gathers all weights; replicated, none does."""
     return way.passes if way.sharding == "sharded" else 0, way.checkpointing
 
 
 def _ways(config: CogVideoConfig, stage: Stage, machines: Machines, share: int, ema: float) -> Iterator[Way]:
-    activations = _activations(config, stage, share)
+    needed = [activations(config, stage, samples, autocast=True) for samples in range(1, share + 1)]
     for sharding in machines.shardings:
         rank = held(config, stage, sharding, machines.groups, machines.tensor_parallel, ema)
         for checkpointing in (False, True):
             ways = [
-                _way(rank, sharding, checkpointing, share, samples, activations[checkpointing][samples - 1], machines)
+                _way(rank, sharding, checkpointing, share, samples, needed[samples - 1][checkpointing], machines)
                 for samples in range(share, 0, -1)
             ]
             yield next((each for each in ways if each.fits), min(ways, key=lambda each: each.needs))
-
-
-def _activations(config: CogVideoConfig, stage: Stage, share: int) -> tuple[list[int], list[int]]:
-    """Bytes for 1 to `share` samples a pass, without and with checkpointing, on a line between both ends.
-
-    A peak is the largest of several moments, each of which grows evenly with the samples, so it lies below the line.
-    """
-    least, most = (training(config, stage, samples, autocast=True) for samples in (1, share))
-
-    def line(first: int, last: int) -> list[int]:
-        return [first + (last - first) * step // max(share - 1, 1) for step in range(share)]
-
-    kept = line(least.activations, most.activations)
-    return kept, line(least.activations_checkpointed, most.activations_checkpointed)
 
 
 def _way(
@@ -375,26 +347,29 @@ def plan(target: str = "cogvideo", /, *, machines: Machines, json: bool = False,
     Raises:
         ValueError: `target` is neither, or the GPUs cannot share its matrices.
     """
-    found = report(target, Manifest.of(target).config, machines, ema)
+    config = Manifest.of(target).config
+    plans = [stage_plan(config, stage, machines, ema) for stage in STAGES]
     if json:
-        print(dumps(asdict(found), indent=2, ensure_ascii=False))
+        stages = [asdict(each) for each in plans]
+        report = {"name": target, "machines": asdict(machines), "ema": ema, "stages": stages}
+        print(dumps(report, indent=2, ensure_ascii=False))
         return
     console = Console(highlight=False)
-    for part in _parts(found):
+    for part in _printed(target, machines, plans):
         console.print(part, soft_wrap=isinstance(part, str))
 
 
-def _parts(found: Report) -> Iterator[Table | str]:
-    yield _header(found.name, found.machines)
-    for each in found.stages:
+def _printed(target: str, machines: Machines, plans: list[StagePlan]) -> Iterator[Table | str]:
+    yield _header(target, machines)
+    for each in plans:
         shape = f"a step is {each.batch:,} samples of {each.positions:,} positions"
         yield f"\n[bold]{each.stage}[/bold], GiB a rank; {shape}"
         yield _table(each)
         if each.tokens_per_second is not None:
             yield f"{each.tokens_per_second:,.0f} tokens/s{_duration(each)}"
         if (wanted := PAPER[each.stage].batch) != each.batch:
-            yield f"{wanted} samples cannot be shared by {found.machines.groups:,}, so it is {each.batch:,}"
-        yield each.command or _too_little(each.ways, found.machines)
+            yield f"{wanted} samples cannot be shared by {machines.groups:,}, so it is {each.batch:,}"
+        yield each.command or _too_little(each.ways, machines)
     yield "\nSuper-resolution is not planned."
 
 
