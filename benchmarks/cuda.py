@@ -2,7 +2,7 @@
 
 Random bfloat16 weights of the `cogvideo` preset for decoding and a whole clip, of `pocket` for training. A section that
 fails says why, and the next one begins; every figure is on disk as soon as it is measured. `--device cpu` rehearses at
-toy sizes. PyTorch, numpy, einops, safetensors, jaxtyping and sentencepiece are enough.
+toy sizes. PyTorch, numpy, einops, safetensors, jaxtyping, msgspec and sentencepiece are enough.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import msgspec
+
 T = TypeVar("T")
 
 MOST_LAYERS = 1000
@@ -415,9 +417,9 @@ def preset(name: str) -> CogVideoConfig:
     return replace(base, **parts)
 
 
-def with_samplers(values: dict[str, Any]) -> dict[str, Any]:
+def with_samplers(values: Any) -> Any:
     """The table of a configuration as it is now, from one whose samplers were a flat table `drawing`."""
-    if not isinstance(values.get("drawing"), dict):
+    if not isinstance(values, dict) or not isinstance(values.get("drawing"), dict):
         return values
     new, own = {name: value for name, value in values.items() if name != "drawing"}, CogVideoConfig()
     old = {"superres_temperature": 1.0, "superres_clusters": 6, "superres_guidance": 1.0} | values["drawing"]
@@ -429,37 +431,48 @@ def with_samplers(values: dict[str, Any]) -> dict[str, Any]:
     return new
 
 
-def from_dict(kind: type[T], values: dict[str, Any]) -> T:
-    """A configuration of class `kind` from what `dataclasses.asdict` and JSON made of it.
+def from_dict(kind: type[T], values: Any) -> T:
+    """An object of `kind` from what `dataclasses.asdict` and JSON made of it.
 
     Raises:
-        ValueError: a field is missing, unknown or of another shape, or its value is refused.
+        ValueError: a field is missing, unknown or of another type, or its value is refused.
     """
-    require(isinstance(values, dict), f"{kind.__name__} is {values!r}, expected a table of its fields")
     values = with_samplers(values) if kind is CogVideoConfig else values
-    hints = typing.get_type_hints(kind)
-    fields = dataclasses.fields(typing.cast(Any, kind))
-    missing = {each.name for each in fields} - values.keys()
-    unknown = values.keys() - {each.name for each in fields}
-    require(
-        not missing and not unknown,
-        f"{kind.__name__} has the wrong fields: missing {sorted(missing)}, unknown {sorted(unknown)}",
-    )
-    return kind(**{name: _restore(f"{kind.__name__}.{name}", hints[name], value) for name, value in values.items()})
+    _check_fields(kind.__name__, kind, values)
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        what, _, path = str(error).replace("`", "").partition(" - at $")
+        raise InputError(f"{kind.__name__}{path}: {what[0].lower()}{what[1:]}") from error
 
 
-def _restore(name: str, hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast(type, hint), value)
-    if typing.get_origin(hint) is tuple:
-        require(isinstance(value, list | tuple), f"{name} is {value!r}, expected a list")
-        kinds = typing.get_args(hint)
-        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
-        require(len(value) == len(kinds), f"{name} is {value!r}, expected {len(kinds)} values")
-        return tuple(_restore(name, kind, each) for kind, each in zip(kinds, value, strict=True))
-    accepted = (int, float) if hint is float else hint
-    require(
-        isinstance(value, accepted) and (hint is bool or not isinstance(value, bool)),
-        f"{name} is {value!r}, expected {hint.__name__}",
-    )
-    return value
+def _check_fields(name: str, kind: Any, values: Any) -> None:
+    """Refuse tables that lack a field, which would get its default, or have one that nothing reads."""
+    inner = typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(values, dict):
+        fields = {each.name for each in dataclasses.fields(kind)}
+        missing, unknown = sorted(fields - values.keys()), sorted(values.keys() - fields)
+        require(not missing and not unknown, f"{name} has the wrong fields: missing {missing}, unknown {unknown}")
+        hints = typing.get_type_hints(kind)
+        for key, value in values.items():
+            _check_fields(f"{name}.{key}", hints[key], value)
+    elif isinstance(values, dict) and inner:
+        for key, value in values.items():
+            _check_fields(f"{name}.{key}", inner[-1], value)
+    elif isinstance(values, list) and inner:
+        for number, value in enumerate(values):
+            _check_fields(f"{name}[{number}]", inner[0], value)
+
+
+def check_version(values: Any, newest: int) -> dict[str, Any]:
+    """The other fields of a table that begins with its format version.
+
+    Raises:
+        ValueError: it is no such table, or a newer version wrote it.
+    """
+    require(isinstance(values, dict), f"it holds {values!r:.40}, expected a table")
+    version = values.get("format_version")
+    require(type(version) is int and version > 0, f"format_version is {version!r}, expected a positive number")
+    newer = f"format_version is {version}, expected at most {newest}: a newer cogvideo wrote it, upgrade"
+    require(version <= newest, newer)
+    return {name: value for name, value in values.items() if name != "format_version"}

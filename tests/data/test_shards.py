@@ -258,11 +258,11 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None], batches: int =
         (lambda values: values.update(format_version=2), "newer cogvideo"),
         (lambda values: values.pop("work_sha256"), r"missing \['work_sha256'\]"),
         (lambda values: values.update(extra=1), r"unknown \['extra'\]"),
-        (lambda values: values.update(fps="8"), "fps is '8'"),
-        (lambda values: values.update(rejected=[["a"]]), "expected a list of id, reason"),
+        (lambda values: values.update(fps="8"), r"ShardInfo\.fps: expected float, got str"),
+        (lambda values: values.update(rejected=[["a"]]), r"rejected\[0\]: expected array of length 3, got 1"),
         (lambda values: values.update(grid=5), "columns are not"),
         (lambda values: values.update(high_grid=12), "columns are not"),
-        (lambda values: values.update(grid=True), "grid is True"),
+        (lambda values: values.update(grid=True), r"\.grid: expected int, got bool"),
     ],
 )
 def test_changed_metadata_is_refused(shard: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
@@ -443,12 +443,13 @@ def test_exchanged_shards_are_refused(make_dataset: MakeDataset) -> None:
         ({"format_version": "1"}, "format_version is '1'"),
         ({"grid": None}, r"missing \['grid'\]"),
         ({"extra": 1}, r"unknown \['extra'\]"),
-        ({"fps": "8"}, "fps is '8', expected float"),
-        ({"grid": True}, "grid is True"),
-        ({"splits": {"train": "7"}}, "splits is"),
+        ({"fps": "8"}, r"Card\.fps: expected float, got str"),
+        ({"grid": True}, r"Card\.grid: expected int, got bool"),
+        ({"splits": {"train": "7"}}, r"splits\[\.\.\.\]: expected int, got str"),
+        ({"splits": {"train": -1}}, r"splits\[\.\.\.\]: expected int >= 0"),
         ({"splits": {"train": 9}}, "its shards have 8 clips, its splits 9"),
         ({"settings": {"size": 33}}, "changed by hand"),
-        ({"shards": {}}, "expected a list"),
+        ({"shards": {}}, "shards: expected array, got object"),
         ({"shards": [{"file": "x"}]}, "missing"),
         ({"shards": [{"file": "../x", "num_rows": 8, "num_bytes": 1, "sha256": ""}]}, "plain name"),
     ],
@@ -485,3 +486,15 @@ def test_digest_is_of_the_content() -> None:
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
     assert digest({"a": (1, 2)}) == digest({"a": [1, 2]})
+
+
+def test_a_dataset_of_the_first_format() -> None:
+    """What version 0.1.0 wrote, in November 2026: the card, a shard, and the codes of both sizes."""
+    data = Dataset(Path(__file__).parent / "files")
+    data.verify()
+    assert (len(data), data.card.splits, data.card.grid) == (4, {"train": 3, "validation": 1}, 4)
+    row = data.row(3)
+    assert (row.captions, row.split, row.codes.shape) == (("clip 3 moves",), "validation", (9, 4, 4))
+    assert row.high_codes is not None
+    assert row.high_codes.shape == (9, 8, 8)
+    assert data.shard(0).info.rejected == ()

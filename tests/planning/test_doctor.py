@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,6 @@ def test_it_says_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     """Guards the table: what fits as it is, with options, or not at all, by the memory that is free."""
     config = preset("small")
     phases = clip(config, Settings())
-    monkeypatch.setattr("cogvideo.planning.doctor.clip", cache(clip))  # takes seconds
     cpu, wide, narrow = torch.device("cpu"), torch.float32, torch.bfloat16
     need = needed_memory(config, phases, wide, cpu)
     assert need == resident(config, phases)["cpu_float32"]

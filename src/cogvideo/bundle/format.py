@@ -27,7 +27,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cogvideo.config import PRESETS, CogVideoConfig, InputError, from_dict, preset, require
+from cogvideo.config import (
+    PRESETS,
+    CogVideoConfig,
+    InputError,
+    check_version,
+    from_dict,
+    preset,
+    require,
+    with_samplers,
+)
 from cogvideo.files import sync, turn_in, write_text
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel
@@ -142,23 +151,11 @@ class Manifest:
 
     @classmethod
     def _parse(cls, values: Any) -> Manifest:
-        require(isinstance(values, dict), f"it holds {values!r:.40}, expected a table")
-        version = values.get("format_version")
-        require(type(version) is int, f"format_version is {version!r}, expected a positive number")
-        older = f"format_version is {version}, expected {FORMAT_VERSION}: a cogvideo too old to be read wrote it"
-        require(version > 0, f"{older}, make or convert the bundle again")
-        newer = f"format_version is {version}, expected at most {FORMAT_VERSION}: a newer cogvideo wrote it, upgrade"
-        require(version <= FORMAT_VERSION, newer)
-        fields = {"format_version", "config", "components"}
-        require(values.keys() == fields, f"it has the fields {sorted(values)}, expected {sorted(fields)}")
-        entries = values["components"]
-        require(isinstance(entries, dict), f"components is {entries!r:.40}, expected a table")
-        unknown = sorted(entries.keys() - set(COMPONENTS))
+        fields = check_version(values, FORMAT_VERSION)
+        manifest = from_dict(cls, fields | {"config": with_samplers(fields.get("config"))})
+        unknown = sorted(manifest.components.keys() - set(COMPONENTS))
         require(not unknown, f"it has the components {unknown}, expected some of {list(COMPONENTS)}")
-        return cls(
-            from_dict(CogVideoConfig, values["config"]),
-            {component: from_dict(Entry, entry) for component, entry in entries.items()},
-        )
+        return manifest
 
     def write(self, folder: Path) -> None:
         """Write `bundle.json` into `folder`."""

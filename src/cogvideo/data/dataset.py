@@ -13,24 +13,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from jaxtyping import Int32, Int64, UInt16
 
 import cogvideo
-from cogvideo.config import InputError, from_dict, require
+from cogvideo.config import InputError, check_version, from_dict, require
 from cogvideo.data.shards import (
     FORMAT_VERSION,
     Row,
     Shard,
     ShardInfo,
     canonical_json,
-    check_version,
     digest,
     read_info,
     reason,
-    typed,
 )
 from cogvideo.data.sources import Rejection
 from cogvideo.files import TEMPORARY_SUFFIX, write_text
@@ -38,6 +37,9 @@ from cogvideo.files import TEMPORARY_SUFFIX, write_text
 CARD = "dataset.json"
 REJECTED = "rejected.csv"
 """Table of the clips that were left out: id, reason, detail."""
+
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,13 @@ class Card:
     """Base rate, in frames a second."""
     high_grid: int
     """Side of a frame in codes of super-resolution; 0 for none."""
-    splits: dict[str, int]
+    splits: dict[str, Count]
     """Clips of each split."""
-    rejected: dict[str, int]
+    rejected: dict[str, Count]
     """Clips left out, by reason."""
     num_frames: int
     """Frames of all clips."""
-    lengths: dict[str, int]
+    lengths: dict[str, Count]
     """Clips of each length in frames."""
     shards: tuple[ShardEntry, ...]
     """The files."""
@@ -303,14 +305,7 @@ class Dataset:
 
 
 def _parse_card(values: Any) -> Card:
-    values = check_version(values)
-    for name in ("splits", "rejected", "lengths"):
-        table = values.get(name)
-        counts = isinstance(table, dict) and all(type(count) is int and count >= 0 for count in table.values())
-        require(counts, f"{name} is {table!r:.40}, expected a table of counts")
-    shards = values.get("shards")
-    require(isinstance(shards, list), f"shards is {shards!r:.40}, expected a list")
-    card = typed(Card, values | {"shards": tuple(from_dict(ShardEntry, each) for each in values["shards"])})
+    card = from_dict(Card, check_version(values, FORMAT_VERSION))
     num_rows = sum(entry.num_rows for entry in card.shards)
     in_splits = sum(card.splits.values())
     require(num_rows == in_splits, f"its shards have {num_rows} clips, its splits {in_splits}")

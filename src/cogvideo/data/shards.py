@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import typing
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt16
 
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, check_version, from_dict, require
 from cogvideo.data.sources import Rejection
 from cogvideo.files import replacing
 
@@ -310,35 +309,6 @@ def reason(error: BaseException) -> str:
 
 
 def _parse_info(metadata: bytes | None) -> ShardInfo:
-    require(metadata is not None, "it is an Arrow file that cogvideo did not write")
-    values = check_version(json.loads(typing.cast(bytes, metadata)))
-    rejected = values.pop("rejected", None)
-    rows = isinstance(rejected, list) and all(
-        isinstance(each, list) and len(each) == 3 and all(isinstance(text, str) for text in each) for each in rejected
-    )
-    require(rows, f"rejected is {rejected!r:.40}, expected a list of id, reason and detail")
-    parsed = tuple(Rejection(*each) for each in typing.cast(list[list[str]], rejected))
-    return typed(ShardInfo, values | {"rejected": parsed})
-
-
-def check_version(values: Any) -> dict[str, Any]:
-    """The other fields of a table that begins with its format version."""
-    require(isinstance(values, dict), f"it holds {values!r:.40}, expected a table")
-    version = values.get("format_version")
-    require(type(version) is int and version > 0, f"format_version is {version!r}, expected a positive number")
-    newer = f"format_version is {version}, expected at most {FORMAT_VERSION}: a newer cogvideo wrote it, upgrade"
-    require(version <= FORMAT_VERSION, newer)
-    return {name: value for name, value in values.items() if name != "format_version"}
-
-
-def typed(kind: type[Any], values: dict[str, Any]) -> Any:
-    """An object of a dataclass whose fields have exactly these names, single values of the right type."""
-    names = {each.name for each in fields(kind)}
-    missing, unknown = sorted(names - values.keys()), sorted(values.keys() - names)
-    require(not missing and not unknown, f"it has the wrong fields: missing {missing}, unknown {unknown}")
-    for name, hint in typing.get_type_hints(kind).items():
-        accepted: Any = {float: (int, float), dict[str, Any]: dict}.get(hint, hint)
-        single = typing.get_origin(hint) is None or accepted is dict
-        fits = not single or (isinstance(values[name], accepted) and not isinstance(values[name], bool))
-        require(fits, f"{name} is {values[name]!r:.40}, expected {getattr(hint, '__name__', hint)}")
-    return kind(**values)
+    if metadata is None:
+        raise InputError("it is an Arrow file that cogvideo did not write")
+    return from_dict(ShardInfo, check_version(json.loads(metadata), FORMAT_VERSION))

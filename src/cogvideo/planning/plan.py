@@ -13,6 +13,7 @@ from json import dumps
 from math import prod
 from typing import Literal, NamedTuple
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
