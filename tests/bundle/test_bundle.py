@@ -722,8 +722,11 @@ def test_a_folder_that_cannot_be_written_is_named(folder: Path, config: CogVideo
     assert_whole(folder, parts)
 
 
-def test_what_was_replaced_meanwhile_is_said(folder: Path, config: CogVideoConfig, parts: dict[str, Any]) -> None:
-    """A model that was opened before an update, and then takes other weights, or calls the new bundle damaged."""
+def test_what_was_replaced_meanwhile_is_said(
+    folder: Path, config: CogVideoConfig, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that was opened before an update, and then takes other weights, or calls the new bundle damaged; also
+    between the moments when safetensors and PyTorch open a file."""
     model = CogVideo.from_pretrained(folder)
     update(folder, config, base=versioned(config, "base", 1), superres=versioned(config, "superres", 1))
     with pytest.raises(ValueError, match=r"base of the bundle .* was replaced: load the bundle again"):
@@ -732,6 +735,16 @@ def test_what_was_replaced_meanwhile_is_said(folder: Path, config: CogVideoConfi
     with pytest.raises(ValueError, match=r"superres of the bundle .* was replaced"):
         model.component("superres")
     assert_same(model.component("sequential"), parts["sequential"])
+    model, from_file = CogVideo.from_pretrained(folder), torch.UntypedStorage.from_file
+
+    def late(*arguments: Any, **settings: Any) -> Any:
+        monkeypatch.undo()
+        update(folder, config, sequential=versioned(config, "sequential", 1))
+        return from_file(*arguments, **settings)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", staticmethod(late))
+    with pytest.raises(ValueError, match=r"sequential of the bundle .* was replaced"):
+        model.component("sequential")
 
 
 def test_failed_first_save_leaves_no_bundle(

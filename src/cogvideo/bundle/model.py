@@ -305,7 +305,7 @@ class _Source(NamedTuple):
         entry = self.manifest.components[component]
         try:
             return self._load(component, self.folder / entry.file)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, RuntimeError) as error:  # PyTorch opens it once more by its name
             if entry == Manifest.read(self.folder).components.get(component):
                 raise
             raise InputError(f"{component} of the bundle {self.folder} was replaced: load the bundle again") from error
