@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import filter as matching
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
@@ -113,9 +114,24 @@ def _held(lock: BaseFileLock, folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def named(folder: Path, pattern: str) -> list[Path]:
+    """What a folder holds by its name, in order; nothing where there is no such folder.
+
+    `Path.glob` takes a folder that cannot be read for an empty one, from Python 3.13 on.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(matching(names, pattern))]
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that killed processes left in `folder`. No other process may be writing there."""
-    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+    for path in named(folder, f".*{TEMPORARY_SUFFIX}"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -37,7 +37,7 @@ from cogvideo.config import (
     require,
     with_samplers,
 )
-from cogvideo.files import sync, turn_in, write_text
+from cogvideo.files import named, sync, turn_in, write_text
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel
 from cogvideo.models.upscaler import UpscaleChannel
@@ -282,7 +282,7 @@ def writing(folder: Path, config: CogVideoConfig) -> Iterator[BundleWriter]:
 def _clear(folder: Path) -> None:
     """Remove what saves left, whatever ended them: their folders, and those of the files that they replaced or put in
     place that the bundle does not have."""
-    for leftover in folder.glob(f"{SAVING}*"):
+    for leftover in named(folder, f"{SAVING}*"):
         if (leftover / TOUCHED).exists():
             names = (leftover / TOUCHED).read_text(encoding="utf-8").splitlines()
             for name in _not_needed(folder, names):

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cogvideo.config import InputError, require
-from cogvideo.files import TEMPORARY_SUFFIX, replacing_by_name, write_text
+from cogvideo.files import TEMPORARY_SUFFIX, named, replacing_by_name, write_text
 from cogvideo.generation.request import ADDED
 from cogvideo.media.images import write_image
 from cogvideo.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, write_video
@@ -109,7 +109,7 @@ class Folder:
     def _records(self) -> dict[tuple[str, str], deque[tuple[str, Record]]]:
         """Sidecars that are there, by their prompt and seed, and by their prompt alone."""
         found: dict[tuple[str, str], deque[tuple[str, Record]]] = defaultdict(deque)
-        for path in sorted(self.path.glob(f"*{SIDECAR}")):
+        for path in named(self.path, f"*{SIDECAR}"):
             record = read_record(path) or {}
             for seed in {record.get("seed"), None} if _is_seed(record.get("seed")) else ():
                 found[repr(record.get("prompt")), repr(seed)].append((path.stem, ADDED | record))

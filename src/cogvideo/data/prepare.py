@@ -28,7 +28,7 @@ from cogvideo.data.encoding import Job, PrepareSettings, Worker
 from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
 from cogvideo.data.shards import ShardInfo, digest, read_info, shard_name
 from cogvideo.data.sources import File, Item, Member, Rejection, SourceOptions, list_source
-from cogvideo.files import alone_in, remove_leftovers, write_text
+from cogvideo.files import alone_in, named, remove_leftovers, write_text
 
 NO_SPLIT = "one in twenty clips becomes validation unless --validation says otherwise"
 """Why few clips may give no validation split."""
@@ -179,7 +179,7 @@ def remaining(jobs: Sequence[Job], folder: Path) -> list[Job]:
         OSError: a leftover cannot be removed.
     """
     ours = {job.path: job.info for job in jobs}
-    for path in sorted(folder.glob("shard-*.arrow")):
+    for path in named(folder, "shard-*.arrow"):
         change = _change(read_info(path), ours.get(path))
         advice = "give this run another folder with --out, or remove the old one"
         require(not change, f"{path} was made {change}: {advice}")
