@@ -117,7 +117,7 @@ def _held(lock: BaseFileLock, folder: Path) -> Iterator[None]:
 def named(folder: Path, pattern: str) -> list[Path]:
     """What a folder holds by its name, in order; nothing where there is no such folder.
 
-    `Path.glob` takes a folder that cannot be read for an empty one, from Python 3.13 on.
+    `Path.glob` takes a folder that cannot be read for an empty one, from Python 3.12 on.
 
     Raises:
         OSError: the folder cannot be read.
