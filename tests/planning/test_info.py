@@ -53,12 +53,11 @@ from cogvideo.planning.costs import (
     rendering,
     resident,
     sums,
-    training,
-    training_states,
     upscaling,
     work,
 )
 from cogvideo.planning.info import info, report
+from cogvideo.planning.training import training, training_states
 from cogvideo.text import PaddedText, TextTokenizer
 
 GIB = 2**30

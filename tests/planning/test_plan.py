@@ -29,8 +29,9 @@ from cogvideo.layout import cells
 from cogvideo.models import plans
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.planning import plan
-from cogvideo.planning.costs import STAGES, Stage, layout_of, training, training_states
+from cogvideo.planning.costs import STAGES, Stage, layout_of
 from cogvideo.planning.plan import BY_COLUMNS, BY_ROWS, Machines, StagePlan, Way, held, stage_plan
+from cogvideo.planning.training import training, training_states
 from cogvideo.text import PaddedText, TextTokenizer
 from cogvideo.training import launch, parallel
 from cogvideo.training.objectives import video

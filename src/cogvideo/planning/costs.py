@@ -127,18 +127,16 @@ def _num_given(layout: SequenceLayout) -> int:
     return layout.num_frames - len(layout.loss_places)
 
 
-def _window(config: CogVideoConfig, stage: Stage) -> int:
-    return 0 if stage == "image" else getattr(config, stage).window
+def kinds_of(config: CogVideoConfig, stage: Stage) -> list[Cells]:
+    """Cells of the temporal channel, of each kind of block: with windows there are two, which take turns."""
+    if stage == "image":
+        return []
+    window = getattr(config, stage).window
+    return [cells(config.layout.grid, window, is_shifted) for is_shifted in ((False, True) if window else (False,))]
 
 
-def _kinds(config: CogVideoConfig, stage: Stage) -> list[Cells]:
-    """Cells of the temporal channel, of each kind of block; blocks take turns."""
-    window = _window(config, stage)
-    shifts = () if stage == "image" else (False, True) if window else (False,)
-    return [cells(config.layout.grid, window, shifted) for shifted in shifts]
-
-
-def _num_cells(kind: Cells) -> int:
+def num_cells(kind: Cells) -> int:
+    """Cells of a frame."""
     return sum(len(part) for part in kind)
 
 
@@ -153,28 +151,23 @@ def _causal_pairs(rows: int) -> int:
     return CAUSAL_ROWS**2 * whole * (whole + 1) // 2 + rest * rows
 
 
-def _spatial_pairs(layout: SequenceLayout, frames: int) -> int:
-    """Pairs of a row and a key of a full pass in the spatial channel: T^2 + N T, and of each frame S^2 or fewer."""
-    both = min(layout.num_bidirectional, frames)
+def pairs(config: CogVideoConfig, stage: Stage, frames: int) -> float:
+    """Pairs of a row and a key in a full pass of text and the first frames, in all layers and both channels.
+
+    Spatial: T^2 + N T, and in each frame S^2, or fewer where it is causal. Temporal: N T, and in each cell the pairs of
+    its frames with those before and with themselves.
+    """
+    layout = layout_of(config, stage)
     text, slots = layout.text_slots, layout.frame_slots
-    return text**2 + frames * slots * text + both * slots**2 + (frames - both) * _causal_pairs(slots)
-
-
-def _temporal_pairs(layout: SequenceLayout, frames: int, kind: Cells) -> int:
-    """Pairs of a full pass in a temporal block: N T, and of each cell its frames with themselves and all before."""
     both = min(layout.num_bidirectional, frames)
     before = both**2 + sum(range(both, frames))
-    inside = sum(
-        len(part) * (before * part.shape[1] ** 2 + (frames - both) * _causal_pairs(part.shape[1])) for part in kind
-    )
-    return frames * layout.frame_slots * layout.text_slots + inside
-
-
-def pairs(config: CogVideoConfig, stage: Stage, frames: int) -> float:
-    """Pairs of a full pass of text and the first frames, in all layers and both channels."""
-    layout = layout_of(config, stage)
-    temporal = [_temporal_pairs(layout, frames, kind) for kind in _kinds(config, stage)]
-    return config.transformer.num_layers * _spatial_pairs(layout, frames) + _over_layers(config, temporal)
+    spatial = text**2 + frames * slots * text + both * slots**2 + (frames - both) * _causal_pairs(slots)
+    temporal = []
+    for kind in kinds_of(config, stage):
+        sizes = [(len(part), part.shape[1]) for part in kind]
+        inside = sum(num * (before * area**2 + (frames - both) * _causal_pairs(area)) for num, area in sizes)
+        temporal.append(frames * slots * text + inside)
+    return config.transformer.num_layers * spatial + _over_layers(config, temporal)
 
 
 def _keys_read(config: CogVideoConfig, stage: Stage) -> float:
@@ -185,7 +178,7 @@ def _keys_read(config: CogVideoConfig, stage: Stage) -> float:
     layout = layout_of(config, stage)
     text, slots = layout.text_slots, layout.frame_slots
     frames = (_num_given(layout) + layout.num_frames) / 2
-    areas = [sum(len(part) * part.shape[1] ** 2 for part in kind) / slots for kind in _kinds(config, stage)]
+    areas = [sum(len(part) * part.shape[1] ** 2 for part in kind) / slots for kind in kinds_of(config, stage)]
     temporal = [text + frames * area + 0.5 for area in areas]
     return config.transformer.num_layers * (text + slots / 2 + 0.5) + _over_layers(config, temporal)
 
@@ -228,7 +221,7 @@ def cache_size(config: CogVideoConfig, stage: Stage, guided: bool = False) -> Ca
     values = 2 * config.transformer.hidden * (1 + guided)
     spatial = config.transformer.num_layers * (layout.text_slots + layout.frame_slots)
     frame_keys = layout.num_frames * layout.frame_slots
-    temporal = [_num_cells(kind) * layout.text_slots + frame_keys for kind in _kinds(config, stage)]
+    temporal = [num_cells(kind) * layout.text_slots + frame_keys for kind in kinds_of(config, stage)]
     return CacheSize(stage, guided, _by_dtype(values * spatial), _by_dtype(values * _over_layers(config, temporal)))
 
 
@@ -329,7 +322,7 @@ def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guid
     base, added = products(config, stage)
     linear = rows * base + (3 * rows + frame_rows) * added // 4  # text has no temporal output
     flops = 2 * linear + round(4 * hidden * pairs(config, stage, given))
-    written = [_num_cells(kind) * layout.text_slots + frame_rows for kind in _kinds(config, stage)]
+    written = [num_cells(kind) * layout.text_slots + frame_rows for kind in kinds_of(config, stage)]
     fed = hidden * max(16 * rows, 9 * rows + 2 * max(written, default=0))
     noise = samples * layout.frame_slots * config.transformer.num_codes * WIDE
     keys = {kind: samples * (cache.spatial[kind] + cache.temporal[kind]) for kind in DTYPES}
@@ -406,18 +399,11 @@ def _decoder_activations(config: CogVideoConfig, number: int, side: int) -> int:
 
 
 def _frame_by_frame(
-    config: CogVideoConfig,
-    name: str,
-    frames: int,
-    flops: float,
-    read: int,
-    used: list[str],
-    activations: int,
-    noise: int = 0,
+    config: CogVideoConfig, name: str, frames: int, flops: int, read: int, used: list[str], values: int, noise: int = 0
 ) -> Phase:
-    """A phase without a cache; `read` are the weights that a pass reads."""
+    """A phase without a cache; `read` are the weights that a pass reads, `values` those at its peak."""
     moved = {kind: float(read * precision.weights) for kind, precision in PRECISIONS.items()}
-    memory = _memories(config, used, noise, activations, _by_dtype(0))
+    memory = _memories(config, used, noise, values, _by_dtype(0))
     return Phase(name, frames, Work(used[-1], 1, float(flops), moved), 0, memory)
 
 
@@ -434,130 +420,3 @@ def _memories(
         host = 2 * noise + max(sizes) * kind.weights if kind.device == "gpu" else device
         memories[name] = Memory(parts, device, host)
     return memories
-
-
-# Training
-
-
-@dataclass(frozen=True)
-class Training:
-    """One optimizer step of a stage on one GPU, in bfloat16 with float32 master weights and Adam."""
-
-    stage: str
-    batch: int
-    states: dict[str, int]
-    """Bytes that stay from step to step, by what they are for."""
-    activations: int
-    """Bytes at the peak of a step, if all are kept for the backward pass."""
-    activations_checkpointed: int
-    """The same if only the blocks' inputs are kept, and each block is computed again."""
-    total: int
-    """States and activations."""
-    total_checkpointed: int
-    """States and activations if only the blocks' inputs are kept."""
-    saved: int
-    """Bytes of master weights and moments, on disk and, while they are written, in the host's memory."""
-    flops_a_position: float
-    """Forward and backward, nothing computed again."""
-
-
-def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: bool = False) -> Training:
-    """What a step of a stage needs. The image model trains its base; a video stage its channel, on a frozen base.
-
-    Args:
-        config: sizes.
-        stage: which one.
-        batch: sequences of a forward and backward pass.
-        autocast: norms, and so what runs through the blocks, in float32, as torch.autocast has them on GPUs.
-    """
-    states = training_states(config, stage)
-    kept, checkpointed = activations(config, stage, batch, autocast)
-    resting, saved = sum(states.values()), states["master weights"] + states["moments"]
-    flops = _training_flops(config, stage) / layout_of(config, stage).length
-    return Training(stage, batch, states, kept, checkpointed, resting + kept, resting + checkpointed, saved, flops)
-
-
-def activations(config: CogVideoConfig, stage: Stage, batch: int, autocast: bool = False) -> tuple[int, int]:
-    """Bytes at the peak of a step beside the states, without and with checkpointing.
-
-    All blocks keep theirs until the loss is known, or their inputs alone and one block all. In the image model the
-    gradient of the words waits from the code head on, and at the end that of the embedding comes, and their sum.
-    """
-    layers, sizes = _layer_activations(config, stage, autocast), config.transformer
-    inputs = (len(layers) - 1) * layout_of(config, stage).length * sizes.hidden * (WIDE if autocast else NARROW)
-    last = _last_activations(config, stage)
-    words = NARROW * sizes.vocab_size * sizes.hidden if stage == "image" else 0
-    kept, checkpointed = (
-        max(batch * (blocks + last) + words, 3 * words) for blocks in (sum(layers), inputs + max(layers))
-    )
-    return kept, checkpointed
-
-
-def training_states(config: CogVideoConfig, stage: Stage) -> dict[str, int]:
-    """Bytes that training a stage keeps: frozen weights once, five values of every trained one."""
-    trained = count(modules(config)["base" if stage == "image" else stage])
-    frozen = () if stage == "image" else modules(config)["base"].parameters()
-    return {
-        "frozen weights": sum(each.numel() * (NARROW if each.ndim > 1 else WIDE) for each in frozen),
-        "working copy": NARROW * trained,
-        "master weights": WIDE * trained,
-        "gradients": WIDE * trained,
-        "moments": 2 * WIDE * trained,
-    }
-
-
-def _layer_activations(config: CogVideoConfig, stage: Stage, autocast: bool) -> list[int]:
-    """Bytes that each block keeps of a sample for its backward pass.
-
-    | kept | image model | video stage |
-    |---|---|---|
-    | inputs of the four norms, first norm | 5 R | 5 R |
-    | spatial q and attention, keys and values | 2 R + 2 (T + F (T + S)) | the same |
-    | input of the output projection, second norm | 2 R | its output, R |
-    | around GELU | 8 R | 4 R |
-    | temporal q, k, v without windows | | 3 R |
-    | with windows, where cells gather them | | N + 2 (cells T + N) |
-    | temporal attention, its parts joined, its output | | 3 N |
-
-    All are rows of h values in two bytes; autocast adds two bytes to inputs of norms. Attention keeps a number in
-    float32 for each head and row.
-    """
-    layout, sizes = layout_of(config, stage), config.transformer
-    text, frame_rows, rows = layout.text_slots, layout.length - layout.text_slots, layout.length
-    spatial_keys = text + layout.num_frames * (text + layout.frame_slots)
-    common = 7 * rows + 2 * spatial_keys
-    wider = 4 * rows if autocast else 0
-    if stage == "image":
-        layer = NARROW * sizes.hidden * (common + 10 * rows + wider) + WIDE * sizes.num_heads * rows
-        return [layer] * sizes.num_layers
-    scores = WIDE * sizes.num_heads * (rows + frame_rows)
-    gathered = [3 * rows]
-    if _window(config, stage):
-        gathered = [3 * frame_rows + 2 * _num_cells(kind) * text for kind in _kinds(config, stage)]
-    kinds = [NARROW * sizes.hidden * (common + 5 * rows + each + 3 * frame_rows + wider) + scores for each in gathered]
-    return [kinds[layer % len(kinds)] for layer in range(sizes.num_layers)]
-
-
-def _last_activations(config: CogVideoConfig, stage: Stage) -> int:
-    """Bytes of a sample at the turn of a step, beside what blocks keep.
-
-    Either the loss is at work, with logits in float32, their probabilities and gradients of both, or the last block,
-    with gradients of 8 R h values, while the first two still wait. Masks of both channels are there throughout.
-    """
-    layout, sizes = layout_of(config, stage), config.transformer
-    logits = WIDE * len(layout.loss_places) * layout.frame_slots * sizes.num_codes
-    masked = layout.length if stage == "image" else 2 * layout.length - layout.text_slots
-    masks = NARROW * layout.length * masked
-    return masks + max(4 * logits, 2 * logits + 8 * NARROW * layout.length * sizes.hidden)
-
-
-def _training_flops(config: CogVideoConfig, stage: Stage) -> int:
-    """Operations of a sample, forward and backward: 6 for each trained weight of a matrix and row, 4 for each frozen
-    one, 14 h for each pair of a row and a key (whose scores are computed again)."""
-    layout, sizes = layout_of(config, stage), config.transformer
-    rows, frame_rows = layout.length, layout.length - layout.text_slots
-    base, added = products(config, stage)
-    head = len(layout.loss_places) * layout.frame_slots * sizes.num_codes * sizes.hidden
-    shared = (6 if stage == "image" else 4) * (rows * base + head)
-    own = 6 * (3 * rows + frame_rows) * added // 4  # text has no temporal output
-    return shared + own + round(14 * sizes.hidden * pairs(config, stage, layout.num_frames))

@@ -19,7 +19,6 @@ from cogvideo.planning.costs import (
     CacheSize,
     Component,
     Phase,
-    Training,
     Work,
     bytes_a_token,
     cache_size,
@@ -28,10 +27,9 @@ from cogvideo.planning.costs import (
     decoding,
     resident,
     sums,
-    training,
-    training_states,
     work,
 )
+from cogvideo.planning.training import Training, training, training_states
 
 MOST_BATCH = 1_000_000
 

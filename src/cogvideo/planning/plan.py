@@ -21,16 +21,8 @@ from rich.table import Table
 from cogvideo.bundle.format import Manifest
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
-from cogvideo.planning.costs import (
-    NARROW,
-    STAGES,
-    WIDE,
-    Stage,
-    activations,
-    layout_of,
-    modules,
-    training_states,
-)
+from cogvideo.planning.costs import NARROW, STAGES, WIDE, Stage, layout_of, modules
+from cogvideo.planning.training import activations, training_states
 from cogvideo.planning.work import flops_a_position
 
 Sharding = Literal["replicated", "sharded"]
@@ -118,8 +110,6 @@ class Held(NamedTuple):
     """Weights in bfloat16 during a pass: sharded, those whole for a moment; replicated, a copy of the trained ones."""
     accumulated: int
     """Gradients of a step in several passes: FSDP2 keeps them whole until the last one."""
-    update: int
-    """One more value of every trained weight, which AdamW's list kernels need while they work."""
     start: int
     """All weights, which a rank has before it cuts them."""
 
@@ -160,7 +150,6 @@ def held(config: CogVideoConfig, stage: Stage, sharding: Sharding, groups: int, 
         optimizer=(3 if ema > 0 else 2) * trained,
         gathered=groups * _gathered(parts, config) if sharding == "sharded" else trained * NARROW // WIDE,
         accumulated=groups * trained if sharding == "sharded" else 0,
-        update=trained,
         start=states["frozen weights"] + states["master weights"],
     )
 
@@ -306,7 +295,7 @@ def _way(
         "gathered": rank.gathered,
         "activations": activations,
     }
-    update = rank.weights + rank.gradients + rank.optimizer + rank.update
+    update = rank.weights + 2 * rank.gradients + rank.optimizer  # AdamW's list kernels need one more value of each
     peaks = {"in a pass": sum(memory.values()), "in the update": update, "at the start": rank.start}
     needs = max(peaks.values())
     return Way(sharding, checkpointing, samples, passes, memory, peaks, needs, needs <= machines.budget)

@@ -19,7 +19,7 @@ from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.data.loader import ClipStream, Loader
 from cogvideo.devices import is_out_of_memory, usable
 from cogvideo.files import alone_in
-from cogvideo.planning.costs import training
+from cogvideo.planning.training import training
 from cogvideo.runs import TYPED, RunFolder
 from cogvideo.training.export import (
     ExportTarget,

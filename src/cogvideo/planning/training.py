@@ -1,0 +1,143 @@
+"""Memory and work of a training step, from the configuration alone. `costs` explains the letters of the formulas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cogvideo.config import CogVideoConfig
+from cogvideo.planning.costs import (
+    NARROW,
+    WIDE,
+    Stage,
+    count,
+    kinds_of,
+    layout_of,
+    modules,
+    num_cells,
+    pairs,
+    products,
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One optimizer step of a stage on one GPU, in bfloat16 with float32 master weights and Adam."""
+
+    stage: str
+    batch: int
+    states: dict[str, int]
+    """Bytes that stay from step to step, by what they are for."""
+    activations: int
+    """Bytes at the peak of a step, if all are kept for the backward pass."""
+    activations_checkpointed: int
+    """The same if only the blocks' inputs are kept, and each block is computed again."""
+    total: int
+    """States and activations."""
+    total_checkpointed: int
+    """States and activations if only the blocks' inputs are kept."""
+    saved: int
+    """Bytes of master weights and moments, on disk and, while they are written, in the host's memory."""
+    flops_a_position: float
+    """Forward and backward, nothing computed again."""
+
+
+def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: bool = False) -> Training:
+    """What a step of a stage needs. The image model trains its base; a video stage its channel, on a frozen base.
+
+    Args:
+        config: sizes.
+        stage: which one.
+        batch: sequences of a forward and backward pass.
+        autocast: norms, and so what runs through the blocks, in float32, as torch.autocast has them on GPUs.
+    """
+    states = training_states(config, stage)
+    kept, checkpointed = activations(config, stage, batch, autocast)
+    resting, saved = sum(states.values()), states["master weights"] + states["moments"]
+    flops = _training_flops(config, stage) / layout_of(config, stage).length
+    return Training(stage, batch, states, kept, checkpointed, resting + kept, resting + checkpointed, saved, flops)
+
+
+def activations(config: CogVideoConfig, stage: Stage, batch: int, autocast: bool = False) -> tuple[int, int]:
+    """Bytes at the peak of a step beside the states, without and with checkpointing.
+
+    All blocks keep theirs until the loss is known, or their inputs alone and one block all. In the image model the
+    gradient of the words waits from the code head on, and at the end that of the embedding comes, and their sum.
+    """
+    layers, sizes = _layer_activations(config, stage, autocast), config.transformer
+    inputs = (len(layers) - 1) * layout_of(config, stage).length * sizes.hidden * (WIDE if autocast else NARROW)
+    last = _last_activations(config, stage)
+    words = NARROW * sizes.vocab_size * sizes.hidden if stage == "image" else 0
+    kept, checkpointed = (
+        max(batch * (blocks + last) + words, 3 * words) for blocks in (sum(layers), inputs + max(layers))
+    )
+    return kept, checkpointed
+
+
+def training_states(config: CogVideoConfig, stage: Stage) -> dict[str, int]:
+    """Bytes that training a stage keeps: frozen weights once, five values of every trained one."""
+    trained = count(modules(config)["base" if stage == "image" else stage])
+    frozen = () if stage == "image" else modules(config)["base"].parameters()
+    return {
+        "frozen weights": sum(each.numel() * (NARROW if each.ndim > 1 else WIDE) for each in frozen),
+        "working copy": NARROW * trained,
+        "master weights": WIDE * trained,
+        "gradients": WIDE * trained,
+        "moments": 2 * WIDE * trained,
+    }
+
+
+def _layer_activations(config: CogVideoConfig, stage: Stage, autocast: bool) -> list[int]:
+    """Bytes that each block keeps of a sample for its backward pass.
+
+    | kept | image model | video stage |
+    |---|---|---|
+    | inputs of the four norms, first norm | 5 R | 5 R |
+    | spatial q and attention, keys and values | 2 R + 2 (T + F (T + S)) | the same |
+    | input of the output projection, second norm | 2 R | its output, R |
+    | around GELU | 8 R | 4 R |
+    | temporal q, k, v without windows | | 3 R |
+    | with windows, where cells gather them | | N + 2 (cells T + N) |
+    | temporal attention, its parts joined, its output | | 3 N |
+
+    All are rows of h values in two bytes; autocast adds two bytes to inputs of norms. Attention keeps a number in
+    float32 for each head and row.
+    """
+    layout, sizes = layout_of(config, stage), config.transformer
+    text, frame_rows, rows = layout.text_slots, layout.length - layout.text_slots, layout.length
+    spatial_keys = text + layout.num_frames * (text + layout.frame_slots)
+    common = 7 * rows + 2 * spatial_keys
+    wider = 4 * rows if autocast else 0
+    if stage == "image":
+        layer = NARROW * sizes.hidden * (common + 10 * rows + wider) + WIDE * sizes.num_heads * rows
+        return [layer] * sizes.num_layers
+    scores = WIDE * sizes.num_heads * (rows + frame_rows)
+    gathered = [3 * rows]
+    if len(kinds_of(config, stage)) > 1:
+        gathered = [3 * frame_rows + 2 * num_cells(kind) * text for kind in kinds_of(config, stage)]
+    kinds = [NARROW * sizes.hidden * (common + 5 * rows + each + 3 * frame_rows + wider) + scores for each in gathered]
+    return [kinds[layer % len(kinds)] for layer in range(sizes.num_layers)]
+
+
+def _last_activations(config: CogVideoConfig, stage: Stage) -> int:
+    """Bytes of a sample at the turn of a step, beside what blocks keep.
+
+    Either the loss is at work, with logits in float32, their probabilities and gradients of both, or the last block,
+    with gradients of 8 R h values, while the first two still wait. Masks of both channels are there throughout.
+    """
+    layout, sizes = layout_of(config, stage), config.transformer
+    logits = WIDE * len(layout.loss_places) * layout.frame_slots * sizes.num_codes
+    masked = layout.length if stage == "image" else 2 * layout.length - layout.text_slots
+    masks = NARROW * layout.length * masked
+    return masks + max(4 * logits, 2 * logits + 8 * NARROW * layout.length * sizes.hidden)
+
+
+def _training_flops(config: CogVideoConfig, stage: Stage) -> int:
+    """Operations of a sample, forward and backward: 6 for each trained weight of a matrix and row, 4 for each frozen
+    one, 14 h for each pair of a row and a key (whose scores are computed again)."""
+    layout, sizes = layout_of(config, stage), config.transformer
+    rows, frame_rows = layout.length, layout.length - layout.text_slots
+    base, added = products(config, stage)
+    head = len(layout.loss_places) * layout.frame_slots * sizes.num_codes * sizes.hidden
+    shared = (6 if stage == "image" else 4) * (rows * base + head)
+    own = 6 * (3 * rows + frame_rows) * added // 4  # text has no temporal output
+    return shared + own + round(14 * sizes.hidden * pairs(config, stage, layout.num_frames))
