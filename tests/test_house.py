@@ -72,8 +72,8 @@ PLAIN = (tyro.conf.OmitArgPrefixes,)
 FRAGMENTS = r"(of|that|between|what|how|whether|which|where|behind|beside|only|so|for|with|from|in|as)\b"
 """Beginnings of a help text that is no sentence by itself."""
 FRAGMENTARY = {
-    "clips", "clusters", "dtype", "first-clusters", "first-guidance", "first-temperature", "format", "gpus",
-    "gpus-per-machine", "guidance", "held-out-split", "max-captions", "negative", "precision", "prompts", "rounds",
+    "clips", "clusters", "dtype", "first-clusters", "first-guidance", "first-temperature", "format",
+    "guidance", "held-out-split", "max-captions", "negative", "precision", "prompts", "rounds",
     "seed", "split", "start", "step", "still-steps", "superres-clusters", "superres-temperature", "temperature",
     "weight-decay",
 }  # fmt: skip

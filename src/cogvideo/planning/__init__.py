@@ -1,1 +1,1 @@
-"""What a model costs in memory and time, before it runs."""
+"""Memory and time of a model, before it runs."""

@@ -335,7 +335,7 @@ def upscaling(config: CogVideoConfig, frames: int) -> Phase:
     """Super-resolution, one frame a pass: T + S low rows through the base, H high ones through 12 h^2 of their own.
 
     It is busiest inside the feed-forward layer of the high slots: 17 H h values (see `decoding`; keys and values are
-    there twice), beside 5 (T + S) h of the low rows.
+    there twice), and 5 (T + S) h of the low rows.
     """
     layout, hidden = UpscaleLayout.of(config.layout, config.upscaler), config.transformer.hidden
     text, low, high = layout.text_slots, layout.low_slots, layout.high_slots

@@ -88,7 +88,7 @@ def _rows(devices: list[tuple[torch.device, str]]) -> Iterator[list[str]]:
 
 
 def _wrong(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the files of a bundle, in words."""
+    """Faults of the files of a bundle, in words."""
     for entry in manifest.components.values():
         try:
             entry.check(folder / entry.file)

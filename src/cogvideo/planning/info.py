@@ -48,7 +48,7 @@ class Costs:
     """Keys and values of one slot in all layers, a channel and row, by dtype."""
     caches: tuple[CacheSize, ...]
     work: tuple[Work, ...]
-    """Of one sample, each stage without and with guidance: a pass is a code."""
+    """Work of one sample in each stage, without and with guidance: a pass is a code."""
     clip: tuple[Phase, ...]
     resident: dict[str, int]
     """Device memory of the clip if all weights stay loaded, by precision."""

@@ -1,4 +1,4 @@
-"""What this machine has: memory and devices, whether a clip fits, and which types are slow."""
+"""Memory of clips: whether they fit into a device."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from cogvideo.generation.request import Settings
 from cogvideo.planning.costs import Phase, clip, resident
 
 SURELY_ENOUGH = 20
-"""A model whose files are so many times smaller than the memory is not computed to the last byte, which takes
-seconds."""
+"""Models whose files are as many times smaller than the memory are not computed to the last byte."""
 
 
 def needed_memory(
@@ -32,7 +31,7 @@ def needed_memory(
         phases: of one clip, see `costs.clip`.
         dtype: of the weights.
         device: where they are.
-        batch: clips at once; weights count once, all else so many times.
+        batch: clips at once; weights count once, all else once for each clip.
         offload: only the weights of the stage at work are there.
     """
     kind = "cpu_float32" if dtype.itemsize > 2 else "cpu_bfloat16" if device.type == "cpu" else "gpu_bfloat16"
@@ -51,7 +50,7 @@ def require_memory(
     offload: bool,
     held: int = 0,
 ) -> None:
-    """Refuse clips that do not fit, beside the bytes of weights that are held already.
+    """Refuse clips that do not fit, apart from the weights that are loaded already.
 
     Raises:
         ValueError: too little memory is free; the message says what is needed and what helps.

@@ -1,4 +1,4 @@
-"""`cogvideo plan`: what training a stage needs of so many GPUs, and how long it takes, without having one of them.
+"""`cogvideo plan`: memory and time of training on a number of GPUs, without having one of them.
 
 A rank holds its part of every weight, gradient and state of the optimizer; a pass adds what FSDP2 gathers and the
 activations. Not counted are drawing samples and the host's memory. Super-resolution is left out: `costs` does not know
@@ -32,7 +32,7 @@ BY_ROWS, BY_COLUMNS = ("qkv", "mlp_in"), ("out", "mlp_out")
 
 
 class Schedule(NamedTuple):
-    """How long a stage is trained."""
+    """Length of a stage's training."""
 
     batch: int
     """Samples of a step."""
@@ -50,14 +50,14 @@ PAPER: dict[Stage, Schedule] = {
 
 @dataclass(frozen=True)
 class Machines:
-    """What there is to train on."""
+    """Machines to train on."""
 
     gpus: int
-    """How many, over all machines."""
+    """Number of GPUs, over all machines."""
     gpu_memory: float
-    """GiB of each."""
+    """Memory of each GPU, in GiB."""
     gpus_per_machine: int = 8
-    """How many share a machine, at most."""
+    """Most GPUs that share a machine."""
     tensor_parallel: int = 1
     """GPUs that share each matrix product, as in `cogvideo train`."""
     reserve: float = 0.1
@@ -101,7 +101,7 @@ class Held(NamedTuple):
     """Bytes of the first rank, which has the largest part."""
 
     weights: int
-    """Frozen and trained ones."""
+    """Frozen and trained weights."""
     gradients: int
     """Gradients of a step in one pass."""
     optimizer: int
@@ -138,7 +138,7 @@ def held(config: CogVideoConfig, stage: Stage, sharding: Sharding, groups: int, 
         ema: share of the running average.
 
     Raises:
-        ValueError: a matrix cannot be cut into so many parts.
+        ValueError: a matrix cannot be cut into as many parts.
     """
     groups = groups if sharding == "sharded" else 1
     parts = list(_parts(config, stage, groups, tensor))
@@ -205,7 +205,7 @@ class Way:
     micro_batch: int
     """Samples of a pass."""
     passes: int
-    """Of a step."""
+    """Passes of a step."""
     memory: dict[str, int]
     """Bytes of a rank during a pass, by what they are for."""
     peaks: dict[str, int]
@@ -229,7 +229,7 @@ class StagePlan:
     """As many as see the paper's number of samples."""
     ways: tuple[Way, ...]
     best: Way | None
-    """Of those that fit: what sends least, then what computes least."""
+    """The way that fits and sends least, then computes least."""
     flops_a_position: float
     """Forward and backward, by the convention of utilisation: what is computed again counts nothing."""
     tokens_per_second: float | None
@@ -237,11 +237,11 @@ class StagePlan:
     days: float | None
     """For the paper's schedule, if it says how long and something fits."""
     command: str | None
-    """That runs the best way."""
+    """Command that runs the best way."""
 
 
 def stage_plan(config: CogVideoConfig, stage: Stage, machines: Machines, ema: float = 0.0) -> StagePlan:
-    """What a stage needs, and how long it takes."""
+    """Memory and time of a stage."""
     paper, groups, positions = PAPER[stage], machines.groups, layout_of(config, stage).length
     batch = groups * max(1, round(paper.batch / groups))
     steps = None if paper.steps is None else -(-paper.steps * paper.batch // batch)
@@ -323,14 +323,14 @@ def _launcher(machines: Machines) -> str:
 
 
 def plan(target: str = "cogvideo", /, *, machines: Machines, json: bool = False, ema: float = 0.0) -> None:
-    """What training needs of so many GPUs, and how long it takes, computed without one of them.
+    """Memory and time of training on a number of GPUs, computed without one of them.
 
-    Planned are the image model, key frames (sequential) and interpolation; super-resolution is not. Precision is
+    The plan covers the image model, key frames (sequential) and interpolation, not super-resolution. Precision is
     bfloat16, with float32 for what is trained. Memory is in GiB (2**30 bytes).
 
     Args:
         target: a preset, or the folder of a bundle.
-        machines: what there is to train on.
+        machines: machines to train on.
         json: print everything as JSON.
         ema: share of a running average of the weights, as in `cogvideo train`; 0 for none.
 
@@ -392,7 +392,7 @@ def _duration(each: StagePlan) -> str:
 
 
 def _too_little(ways: tuple[Way, ...], machines: Machines) -> str:
-    """What the least is, and what would help."""
+    """Name the least that is needed, and what would help."""
     least = min(ways, key=lambda way: way.needs)
     how = f"{least.sharding}{' with --checkpointing' if least.checkpointing else ''}"
     at_start = least.needs == least.peaks["at the start"]

@@ -42,7 +42,7 @@ class Training:
 
 
 def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: bool = False) -> Training:
-    """What a step of a stage needs. The image model trains its base; a video stage its channel, on a frozen base.
+    """Costs of a step of a stage. The image model trains its base; a video stage its channel, on a frozen base.
 
     Args:
         config: sizes.
@@ -58,7 +58,7 @@ def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: boo
 
 
 def activations(config: CogVideoConfig, stage: Stage, batch: int, autocast: bool = False) -> tuple[int, int]:
-    """Bytes at the peak of a step beside the states, without and with checkpointing.
+    """Bytes at the peak of a step, states aside, without and with checkpointing.
 
     All blocks keep theirs until the loss is known, or their inputs alone and one block all. In the image model the
     gradient of the words waits from the code head on, and at the end that of the embedding comes, and their sum.
@@ -119,7 +119,7 @@ def _layer_activations(config: CogVideoConfig, stage: Stage, autocast: bool) -> 
 
 
 def _last_activations(config: CogVideoConfig, stage: Stage) -> int:
-    """Bytes of a sample at the turn of a step, beside what blocks keep.
+    """Bytes of a sample at the turn of a step, apart from what blocks keep.
 
     Either the loss is at work, with logits in float32, their probabilities and gradients of both, or the last block,
     with gradients of 8 R h values, while the first two still wait. Masks of both channels are there throughout.
