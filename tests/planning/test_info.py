@@ -202,7 +202,7 @@ def test_large_causal_frames_are_scored_in_parts() -> None:
     """Guards the pairs of a frame with more rows than go into one matrix of scores: those of the real plan."""
     config = replace(
         SMALL,
-        layout=replace(SMALL.layout, grid=20),
+        layout=replace(SMALL.layout, grid=16),
         sequential=StageConfig(0),
         transformer=replace(SMALL.transformer, num_positions=512),
     )
