@@ -67,6 +67,8 @@ COMMANDS = {
 """A name of two words is a command of a group."""
 
 EXTRAS = {
+    "jinja2": "train",
+    "matplotlib": "train",
     "pyarrow": "train",
     "tensorboard": "train",
     "ray": "ray",

@@ -1,4 +1,4 @@
-"""What the folders of training runs hold: identities, figures by step, held-out losses, the last contact sheet."""
+"""Training runs, read from their folders: identity, figures by step, held-out losses, the last contact sheet."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from cogvideo.training.stages import STAGES
 TOKENIZER = "tokenizer"
 ORDER = (TOKENIZER, *STAGES)
 """Stages, in the order in which a bundle gets them."""
-IDENTITY, METRICS, REPORT = "run.json", "metrics.jsonl", "report.json"
+IDENTITY = "run.json"
 EXPECTED = f"expected the folder of a run, such as my-model/.sequential-run with {IDENTITY}, or one with runs inside"
+LARGEST = 1e300
+"""Bound of the values in a plot, which needs their differences."""
 
 
 class Curve(NamedTuple):
@@ -35,81 +37,67 @@ class Curve(NamedTuple):
     """Finite."""
 
 
-class Point(NamedTuple):
-    """Of a curve."""
-
-    step: int
-    value: float
-
-
-class Sheet(NamedTuple):
-    """A contact sheet."""
-
-    path: Path
-    step: int
-    """After which it was drawn."""
-
-
 @dataclass(frozen=True)
 class Run:
     """A run, as far as it went."""
 
     folder: Path
     name: str
-    """What tells it from the others of its stage."""
+    """Name that tells it from the others of its stage."""
     stage: str
-    """One of `ORDER`."""
     num_steps: int
-    """That it is to make."""
+    """Number of steps when it is finished."""
     settings: dict[str, str]
-    """All that decides the result, as JSON, by names such as `optimization.batch`."""
+    """Everything that decides the result, as JSON, by names such as `optimization.batch`."""
     figures: dict[str, Curve]
-    """Of training, by their names in metrics.jsonl."""
+    """Figures of training, by their names in metrics.jsonl."""
     held_out: dict[str, Curve]
-    """Losses by frame rate; of the tokenizer, measures of quality."""
-    judged: Curve | None
-    """What the best checkpoint is chosen by: the mean over the frame rates; of the tokenizer, its PSNR. None where
-    nothing was measured."""
+    """Losses by frame rate; measures of quality of a tokenizer."""
+    validation: Curve | None
+    """Mean loss over the frame rates, PSNR of a tokenizer: the best checkpoint is chosen by it. None if not measured.
+    """
     is_finished: bool
     seconds: float | None
-    """Of training."""
     peak_bytes: int | None
-    """The most that a process took: of the GPU, or of the whole process on a CPU."""
+    """Largest memory of a process: of the GPU, or of the whole process on a CPU."""
 
     @property
     def done(self) -> int:
-        """Steps that are reported."""
+        """Number of steps that were reported."""
         if self.is_finished:
             return self.num_steps
         return max((int(each.steps[-1]) for each in self.figures.values()), default=0)
 
     @property
-    def best(self) -> Point | None:
-        """The best point of `judged`, of equals the first."""
-        if self.judged is None:
+    def best(self) -> tuple[int, float] | None:
+        """Step and value of the best point of `validation`, the first of equal ones."""
+        if self.validation is None:
             return None
-        steps, values = self.judged
+        steps, values = self.validation
         place = values.argmax() if self.stage == TOKENIZER else values.argmin()
-        return Point(int(steps[place]), float(values[place]))
+        return int(steps[place]), float(values[place])
 
     @property
-    def sheet(self) -> Sheet | None:
-        """The last one; None where none was drawn."""
-        drawn = ((each, re.fullmatch(r"step-(\d+)\.png", each.name)) for each in self.folder.glob("samples/*"))
-        sheets = [Sheet(path, int(step[1])) for path, step in drawn if step]
+    def sheet(self) -> tuple[int, Path] | None:
+        """Step and file of the last contact sheet, if there is one."""
+        sheets = [
+            (int(found[1]), path)
+            for path in self.folder.glob("samples/*")
+            if (found := re.fullmatch(r"step-(\d+)\.png", path.name))
+        ]
         ends = {"before.png": 0, "after.png": self.num_steps} if self.stage == TOKENIZER else {}
-        sheets += [Sheet(self.folder / name, step) for name, step in ends.items() if (self.folder / name).exists()]
-        return max(sheets, key=lambda each: each.step, default=None)
+        sheets += [(step, self.folder / name) for name, step in ends.items() if (self.folder / name).exists()]
+        return max(sheets, default=None)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in some folders, each once, by stage and then in the order given. Damaged ones are left out with a line.
+    """Read the runs in some folders, each once, by stage and then in the order given; damaged ones are left out.
 
     Args:
         paths: folders of runs, of bundles with runs inside, or of such bundles.
 
     Raises:
-        ValueError: one has no run, or all are damaged.
+        ValueError: a folder has no run, or all runs are damaged.
     """
     folders = list(dict.fromkeys(folder for path in paths for folder in _find(path)))
     runs: list[Run] = []
@@ -137,7 +125,6 @@ def _find(path: Path) -> list[Path]:
 def _names(folders: Sequence[Path]) -> list[str]:
     """The last parts of their paths, as many as tell them apart; runs inside a bundle have its name."""
     places = [each.parent if re.fullmatch(r"\.\w+-run", each.name) else each for each in folders]
-    names: list[str] = []
     for depth in range(1, max(len(each.parts) for each in places) + 1):
         names = ["/".join(each.parts[-depth:]) for each in places]
         if len({(name, folder.name) for name, folder in zip(names, folders, strict=True)}) == len(folders):
@@ -146,18 +133,28 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Run:
+    run = RunFolder(folder)
     with _naming(folder / IDENTITY):
         identity = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
         stage, num_steps = _stage(identity)
-    with _naming(folder / REPORT):
-        end = _end(stage, RunFolder(folder).summary)
-    with _naming(folder / METRICS):
-        rows = [(_step(row), row) for row in RunFolder(folder).rows()]
+    seconds = peak_bytes = None
+    held_out = {}
+    with _naming(folder / "report.json"):
+        summary = run.summary
+        if summary is not None:
+            held_out[int(summary["steps"])] = _held_out(stage, summary["held_out"])
+        if summary is not None and stage != TOKENIZER:
+            seconds, peak_bytes = float(summary["time"]["seconds"]), int(summary["memory"]["peak_bytes"])
+    with _naming(folder / "metrics.jsonl"):
+        rows = [(_step(row), row) for row in run.rows()]
         figures = _curves((step, row) for step, row in rows if "held_out" not in row)
-        measured = {step: _held_out(stage, row["held_out"]) for step, row in rows if "held_out" in row}
-    measured = end.held_out | measured
-    held_out = _curves(measured.items())
-    last, peak = figures.get("seconds"), figures.get("peak_bytes")
+        held_out |= {step: _held_out(stage, row["held_out"]) for step, row in rows if "held_out" in row}
+        measured = _curves(held_out.items())
+        means = ((step, {"mean": sum(each.values()) / len(each)}) for step, each in held_out.items() if each)
+    if seconds is None and "seconds" in figures:
+        seconds = float(figures["seconds"].values[-1])
+    if peak_bytes is None and "peak_bytes" in figures:
+        peak_bytes = int(figures["peak_bytes"].values.max())
     return Run(
         folder=folder,
         name=name,
@@ -165,36 +162,17 @@ def _read(folder: Path, name: str) -> Run:
         num_steps=num_steps,
         settings=dict(flat(identity)),
         figures=figures,
-        held_out=held_out,
-        judged=held_out.get("psnr") if stage == TOKENIZER else _mean(measured),
-        is_finished=end.is_finished,
-        seconds=float(last.values[-1]) if end.seconds is None and last is not None else end.seconds,
-        peak_bytes=int(peak.values.max()) if end.peak_bytes is None and peak is not None else end.peak_bytes,
+        held_out=measured,
+        validation=measured.get("psnr") if stage == TOKENIZER else _curves(means).get("mean"),
+        is_finished=summary is not None,
+        seconds=seconds,
+        peak_bytes=peak_bytes,
     )
-
-
-class _End(NamedTuple):
-    """What a run reports when it is over."""
-
-    is_finished: bool
-    held_out: dict[int, dict[str, float]]
-    """By the last step. The tokenizer tells it here alone."""
-    seconds: float | None
-    peak_bytes: int | None
-
-
-def _end(stage: str, summary: Mapping[str, Any] | None) -> _End:
-    if summary is None:
-        return _End(False, {}, None, None)
-    last = {int(summary["steps"]): _held_out(stage, summary["held_out"])}
-    if stage == TOKENIZER:
-        return _End(True, last, None, None)
-    return _End(True, last, float(summary["time"]["seconds"]), int(summary["memory"]["peak_bytes"]))
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Whatever is wrong inside becomes one line that names the file."""
+    """Turn whatever is wrong inside into one line that names the file."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -203,7 +181,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _stage(identity: Mapping[str, Any]) -> tuple[str, int]:
-    """Which one, and of how many steps."""
+    """The stage and its number of steps."""
     if "stage" not in identity and "autoencoder" in identity:
         return TOKENIZER, int(identity["settings"]["steps"])
     stage = identity["stage"]
@@ -213,37 +191,26 @@ def _stage(identity: Mapping[str, Any]) -> tuple[str, int]:
 
 def _step(row: Any) -> int:
     step = row.get("step") if isinstance(row, dict) else None
-    if not isinstance(step, int) or step < 0:  # told only now: a hundred thousand rows are fine
+    if not isinstance(step, int) or step < 0:  # no `require`: its message would be made for every row
         raise InputError(f"expected the number of a step in every line, got {row!r:.60}")
     return step
 
 
 def _held_out(stage: str, entries: Mapping[str, Any]) -> dict[str, float]:
-    """Losses by frame rate; of the tokenizer, its measures."""
+    """Losses by frame rate; measures of quality of a tokenizer."""
     return {name: float(entry if stage == TOKENIZER else entry["loss"]) for name, entry in entries.items()}
 
 
-def _mean(held_out: Mapping[int, Mapping[str, float]]) -> Curve | None:
-    """Over the frame rates."""
-    means = ((step, {"mean": sum(each.values()) / len(each)}) for step, each in held_out.items() if each)
-    return _curves(means).get("mean")
-
-
 def _curves(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Curve]:
-    """Each figure over the steps that have it."""
-    points: dict[str, tuple[list[int], list[float]]] = {}
+    """Each figure over the steps that have it, without values that are not finite."""
+    points: dict[str, dict[int, float]] = {}
     for step, figures in rows:
         for name, value in figures.items():
-            steps, values = points.setdefault(name, ([], []))
-            steps.append(step)
-            values.append(float(value))
+            if abs(value := float(value)) < LARGEST:
+                points.setdefault(name, {})[step] = value
     points.pop("step", None)
-    curves = {name: _curve(*each) for name, each in points.items()}
-    return {name: curve for name, curve in curves.items() if len(curve.steps)}
-
-
-def _curve(steps: list[int], values: list[float]) -> Curve:
-    places, heights = np.array(steps, np.int64), np.array(values)
-    order = np.argsort(places, kind="stable")
-    kept = order[np.isfinite(heights[order])]
-    return Curve(places[kept], heights[kept])
+    curves = {}
+    for name, each in points.items():
+        steps = sorted(each)
+        curves[name] = Curve(np.array(steps, np.int64), np.array([each[step] for step in steps]))
+    return curves
