@@ -15,7 +15,7 @@ import torch
 from benchmarks.machine import alternate
 from cogvideo.data.clips import ClipSampling
 from cogvideo.data.dataset import make_card, write_card
-from cogvideo.data.loader import ClipStream, Loader
+from cogvideo.data.loader import ClipSample, ClipStream, Loader
 from cogvideo.data.shards import Row, ShardInfo, digest, shard_name, write_shard
 
 FRAMES, GRID, NUM_CODES, FPS = 33, 8, 1024, 8.0
@@ -39,7 +39,7 @@ def loading(num_rows: int = 12_800, shard_rows: int = 128, rounds: int = 5) -> d
         array = _write(path, num_rows, shard_rows)
         stream = ClipStream([path], sampling=ClipSampling())
         batches = num_rows // BATCH
-        alone, workers = iter(Loader(stream, BATCH)), iter(Loader(stream, BATCH, num_workers=2))
+        alone, workers = iter(Loader(stream, BATCH, collate)), iter(Loader(stream, BATCH, collate, num_workers=2))
         calls: dict[str, Callable[[], object]] = {
             "memory map, batch by batch": lambda: _index_batches(array, stream, batches),
             "memory map, row by row": lambda: _index_rows(array, stream, batches),
@@ -82,6 +82,11 @@ def _index_rows(array: np.ndarray, stream: ClipStream, batches: int) -> None:
         torch.from_numpy(np.stack([array[row, ::STRIDE] for row in rows.tolist()]).astype(np.int64))
 
 
+def collate(samples: list[ClipSample]) -> torch.Tensor:
+    """Codes side by side."""
+    return torch.from_numpy(np.stack([sample.codes for sample in samples], dtype=np.int64))
+
+
 def _take(batches: Iterator[object], count: int) -> None:
     for _ in islice(batches, count):
         pass
@@ -95,9 +100,9 @@ def _opening(folder: Path) -> float:
 
 def _growth(stream: ClipStream, num_rows: int) -> float:
     """MiB of memory that is no file's: mapped pages belong to the system, which takes them back when it needs them."""
-    _take(iter(Loader(stream, BATCH)), 100)
+    _take(iter(Loader(stream, BATCH, collate)), 100)
     before = _private()
-    _take(iter(Loader(stream, BATCH)), num_rows // BATCH)
+    _take(iter(Loader(stream, BATCH, collate)), num_rows // BATCH)
     return (_private() - before) / 1024
 
 

@@ -18,9 +18,8 @@ from cogvideo.data.clips import (
     choose_window,
     duration_of,
     filled_rates,
-    interpolation_rates,
     lowest_rate,
-    place_window,
+    sampled_rates,
 )
 
 DEFAULT = FrameRates()
@@ -87,13 +86,12 @@ def test_every_start_can_be_drawn(num_frames: int, setting: tuple[float, set[int
     rates = rates_of(setting)
     for rate in filled_rates(num_frames, rates):
         starts = starts_by_trial(num_frames, rates.stride(rate), rates.num_frames)
-        got = [
-            place_window(num_frames, rate, rates, offset)
-            for offset in [(index + 0.5) / len(starts) for index in range(len(starts))]
-        ]
+        sampling = ClipSampling(rates=rates, fixed_rate=rate)
+        offsets = [(index + 0.5) / len(starts) for index in range(len(starts))]
+        got = [choose_window(num_frames, sampling, 0.0, offset) for offset in offsets]
         assert [window.start for window in got if window] == starts
-        assert place_window(num_frames, rate, rates, LAST) == got[-1]
-        assert place_window(num_frames, rate, rates) == got[0]
+        assert choose_window(num_frames, sampling, 0.0, LAST) == got[-1]
+        assert choose_window(num_frames, sampling, 0.0, 0.0) == got[0]
 
 
 @given(st.integers(1, 300), settings, draws, draws)
@@ -127,10 +125,10 @@ def test_published_durations(num_frames: int, rate: float, duration: float) -> N
 
 def test_interpolation_has_the_durations_of_the_rounds() -> None:
     """Interpolation trained at 4.0 seconds, which no round has, or a short clip kept from the rates that it fills."""
-    assert interpolation_rates(33, DEFAULT) == (2.0, 4.0, 8.0)
-    assert interpolation_rates(17, DEFAULT) == (2.0, 4.0, 8.0)
-    assert interpolation_rates(5, DEFAULT) == (8.0,)
     sampling = ClipSampling("interpolation")
+    assert sampled_rates(33, sampling) == (2.0, 4.0, 8.0)
+    assert sampled_rates(17, sampling) == (2.0, 4.0, 8.0)
+    assert sampled_rates(5, sampling) == (8.0,)
     windows = [choose_window(33, sampling, (index + 0.5) / 3, 0.0) for index in range(3)]
     assert [window.duration(8.0) for window in windows if window] == [2.0, 1.0, 0.5]
 
@@ -214,6 +212,6 @@ def test_impossible_sampling_is_refused(change: dict[str, object], message: str,
 def test_unknown_rates_and_offsets_are_refused() -> None:
     """A rate that is none of the model's, or an offset that would start behind the clip."""
     with pytest.raises(ValueError, match="expected one of"):
-        place_window(33, 3.0, DEFAULT)
+        DEFAULT.span(3.0)
     with pytest.raises(ValueError, match=r"random number 1\.0"):
-        place_window(33, 1.0, DEFAULT, 1.0)
+        choose_window(33, ClipSampling(), 0.0, 1.0)

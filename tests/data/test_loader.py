@@ -14,27 +14,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from cogvideo.config import TextConfig
 from cogvideo.data.clips import ClipSampling, FrameRates, Mode, Window, choose_window
 from cogvideo.data.dataset import make_card, write_card
 from cogvideo.data.loader import (
-    Batch,
     ClipSample,
     ClipStream,
     Loader,
     Order,
-    Positions,
-    collate,
     hash_numbers,
     keyed_seeds,
     keyed_uniform,
     mix,
     permute,
+    shares,
 )
 from cogvideo.data.shards import Row, ShardInfo, digest, shard_name, write_shard
-from cogvideo.text import PaddedText, TextTokenizer
 
 GRID, NUM_CODES = 2, 60_000
 LENGTHS = (33, 5, 1, 40, 2, 9, 4, 12, 33, 20, 5, 64, 8)
@@ -326,15 +321,15 @@ def taken(loader: Loader[list[ClipSample]], num_batches: int | None = None) -> l
 @settings(max_examples=40, deadline=None)
 def test_ranks_together_are_the_stream(position: int, world_size: int, batch_size: int, num_batches: int) -> None:
     """Samples that two ranks share, or that none has, from any position on, across epochs."""
-    shares = [
-        [list(each) for each in islice(Positions(position, batch_size, rank, world_size), num_batches)]
+    dealt = [
+        [list(each) for each in islice(shares(position, batch_size, rank, world_size), num_batches)]
         for rank in range(world_size)
     ]
     for number in range(num_batches):
         first = position + number * batch_size
-        together = [place for share in shares for place in share[number]]
+        together = [place for share in dealt for place in share[number]]
         assert sorted(together) == list(range(first, first + batch_size))
-        assert {len(share[number]) for share in shares} == {batch_size // world_size}
+        assert {len(share[number]) for share in dealt} == {batch_size // world_size}
 
 
 @given(st.integers(1, 50), st.sampled_from([1, 2, 3, 4]), st.sampled_from([12, 24]))
@@ -344,7 +339,7 @@ def test_one_epoch_is_every_row_once(num_rows: int, world_size: int, batch_size:
     together = [
         place
         for rank in range(world_size)
-        for share in Positions(0, batch_size, rank, world_size, num_rows)
+        for share in shares(0, batch_size, rank, world_size, num_rows)
         for place in share
     ]
     assert sorted(together) == list(range(num_rows))
@@ -358,15 +353,14 @@ def test_resumed_runs_are_uninterrupted_ones(
     """A run that repeats or skips samples when it is continued, with the same or another number of ranks and batch."""
     batches = data.draw(st.sampled_from([6, 12]), "batch before"), data.draw(st.sampled_from([6, 12, 18]), "after")
     got: set[tuple[Any, ...]] = set()
-    states = []
+    positions = []
     for rank in range(before):
         loader = Loader(stream, batches[0], rank=rank, world_size=before, position=position, collate=keep)
         got |= {repr(each) for each in taken(loader, num_before)}
-        states.append(loader.state_dict())
-    assert states == states[:1] * before, "the state is the same on all ranks"
+        positions.append(loader.position)
+    assert positions == positions[:1] * before, "the position is the same on all ranks"
     for rank in range(after):
-        loader = Loader(stream, batches[1], rank=rank, world_size=after, collate=keep)
-        loader.load_state_dict(states[0])
+        loader = Loader(stream, batches[1], rank=rank, world_size=after, position=positions[0], collate=keep)
         got |= {repr(each) for each in taken(loader, 2)}
     end = position + num_before * batches[0] + 2 * batches[1]
     assert got == {repr(each) for each in plain(stream.__getitems__(range(position, end)))}
@@ -409,29 +403,6 @@ def test_evaluation_takes_one_epoch(stream: ClipStream, world_size: int) -> None
     assert sorted(clips_seen) == sorted(clips(len(LENGTHS)))
 
 
-def test_default_batch(stream: ClipStream) -> None:
-    """Tensors of another type or shape than training takes, or rows in another order than their captions."""
-    batch = next(iter(Loader(stream, 6)))
-    assert isinstance(batch, Batch)
-    samples = stream.__getitems__(range(6))
-    assert (batch.codes.dtype, tuple(batch.codes.shape)) == (torch.int64, (6, 5, GRID, GRID))
-    assert batch.codes.tolist() == [sample.codes.tolist() for sample in samples]
-    assert batch.captions == [sample.caption for sample in samples]
-    assert batch.durations == [sample.duration for sample in samples]
-    assert batch.positions == list(range(6))
-    assert batch.epochs == [sample.epoch for sample in samples]
-    assert batch.seeds == [sample.seed for sample in samples]
-    assert batch.high_codes is None
-
-
-def test_batch_with_high_codes(tmp_path: Path) -> None:
-    """High codes lost on the way to the batch."""
-    high = make_folder(tmp_path / "high", high_grid=3 * GRID)
-    batch = collate(ClipStream([high], sampling=ClipSampling("image", high_codes=True)).__getitems__(range(4)))
-    assert batch.high_codes is not None
-    assert tuple(batch.high_codes.shape) == (4, 1, 6, 6)
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("high", [False, True])
 def test_codes_out_of_range_are_named(num_workers: int, high: bool, tmp_path: Path) -> None:
@@ -444,24 +415,8 @@ def test_codes_out_of_range_are_named(num_workers: int, high: bool, tmp_path: Pa
     stream = ClipStream([folder], sampling=ClipSampling("image", high_codes=True))
     message = r"shard-00000.arrow is damaged: the clip '0' has the code 65535, expected codes in \[0, 60000\)"
     with pytest.raises(ValueError, match=message) as info:
-        next(iter(Loader(stream, 1, num_workers=num_workers)))
+        next(iter(Loader(stream, 1, keep, num_workers=num_workers)))
     assert "\n" not in str(info.value)
-
-
-def test_captions_become_tokens_in_a_collate(stream: ClipStream, text_model: bytes) -> None:
-    """The way that training takes: prefix and caption as tokens, dropped captions as the unconditional text."""
-    text, slots = TextTokenizer(text_model, TextConfig(), 24), 40
-
-    def collate_tokens(samples: list[ClipSample]) -> tuple[PaddedText, Tensor]:
-        batch = collate(samples)
-        return text.batch(batch.captions, batch.durations, slots, truncate=True), batch.codes
-
-    tokens, codes = next(iter(Loader(stream, 12, collate=collate_tokens)))
-    samples = stream.__getitems__(range(12))
-    assert any(sample.caption is None for sample in samples)
-    assert codes.shape[0] == tokens.tokens.shape[0] == 12
-    for sample, row, mask in zip(samples, tokens.tokens, tokens.mask, strict=True):
-        assert text.decode(row[mask].tolist()) == f"{sample.duration:g}s\n{sample.caption or ''}"
 
 
 # What is refused.
@@ -517,23 +472,15 @@ def test_datasets_must_agree(tmp_path: Path, folder: Path) -> None:
 def test_impossible_batches_are_refused(stream: ClipStream, change: dict[str, int], message: str) -> None:
     """A share that is no whole number of samples, or a rank that does not exist: before anything is loaded."""
     with pytest.raises(ValueError, match=message):
-        Loader(stream, **({"batch_size": 4} | change))
+        Loader(stream, **({"batch_size": 4, "collate": keep} | change))
 
 
-def test_state_of_other_data_is_refused(stream: ClipStream, folder: Path) -> None:
+def test_identity_is_that_of_data_and_sampling(stream: ClipStream, folder: Path) -> None:
     """A run continued on data that changed, where its position means nothing."""
-    state = Loader(stream, 4, position=17).state_dict()
     changed = [
         ClipStream([folder], "validation", ClipSampling("image")),
         ClipStream([folder]),
         ClipStream([folder], sampling=replace(stream.sampling, seed=6)),
     ]
-    for other in changed:
-        with pytest.raises(ValueError, match="on other data, another split or other sampling"):
-            Loader(other, 4).load_state_dict(state)
-    for position in (-1, None, "x"):
-        with pytest.raises(ValueError, match=f"position is {position!r}"):
-            Loader(stream, 4).load_state_dict(state | {"position": position})
-    loader = Loader(stream, 8)
-    loader.load_state_dict(state)
-    assert loader.position == 17
+    assert stream.identity not in [other.identity for other in changed]
+    assert ClipStream([folder], sampling=stream.sampling).identity == stream.identity

@@ -142,49 +142,22 @@ def filled_rates(num_frames: int, rates: FrameRates) -> tuple[float, ...]:
 
 def lowest_rate(num_frames: int, rates: FrameRates) -> float | None:
     """The rate of the sequential stage: the lowest that the clip fills (spec section 3); None if it fills none."""
-    return next((rate for rate in rates.rates if rates.span(rate) <= num_frames), None)
-
-
-def interpolation_rates(num_frames: int, rates: FrameRates) -> tuple[float, ...]:
-    """The rates of interpolation rounds that the clip fills: all but the lowest predefined one.
-
-    At the defaults they give the durations 2.0, 1.0 and 0.5. A clip too short for the lowest rate still has the others.
-    """
-    return tuple(rate for rate in filled_rates(num_frames, rates) if rate != rates.rates[0])
+    return next(iter(filled_rates(num_frames, rates)), None)
 
 
 def sampled_rates(num_frames: int, sampling: ClipSampling) -> tuple[float, ...]:
-    """Rates of samples from a clip with this number of stored frames, lowest first; empty in mode image."""
+    """Rates of samples from a clip with this number of stored frames, lowest first; empty in mode image.
+
+    Interpolation takes all but the lowest predefined one, which at the defaults have the durations 2.0, 1.0 and 0.5.
+    """
     if sampling.mode == "image" or num_frames < sampling.min_frames:
         return ()
     if sampling.fixed_rate is not None:
         return (sampling.fixed_rate,)
+    filled = filled_rates(num_frames, sampling.rates)
     if sampling.mode == "interpolation":
-        return interpolation_rates(num_frames, sampling.rates)
-    lowest = lowest_rate(num_frames, sampling.rates)
-    return () if lowest is None else (lowest,)
-
-
-def place_window(num_frames: int, rate: float, rates: FrameRates, offset: float = 0.0) -> Window | None:
-    """A sequence of a clip at one rate.
-
-    Args:
-        num_frames: stored frames of the clip.
-        rate: one of the predefined rates.
-        rates: all of them.
-        offset: where it starts: 0 is the first frame, numbers towards 1 the last start at which it still fits. A
-            uniform number of [0, 1) makes all starts equally likely.
-
-    Returns:
-        the window, or None if the clip does not fill the rate.
-
-    Raises:
-        ValueError: the rate is not predefined, or the offset outside [0, 1).
-    """
-    num_starts = num_frames - rates.span(rate) + 1
-    if num_starts < 1:
-        return None
-    return Window(_index(num_starts, offset), rates.stride(rate), rates.num_frames)
+        return tuple(rate for rate in filled if rate != sampling.rates.rates[0])
+    return filled[:1]
 
 
 def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, offset_draw: float) -> Window | None:
@@ -204,8 +177,12 @@ def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, off
     offset = offset_draw if sampling.random_offset else 0.0
     if sampling.mode == "image":
         return Window(_image_place(num_frames, sampling, offset), 1, 1)
-    rates = sampled_rates(num_frames, sampling)
-    return place_window(num_frames, rates[_index(len(rates), rate_draw)], sampling.rates, offset) if rates else None
+    filled, rates = sampled_rates(num_frames, sampling), sampling.rates
+    if not filled:
+        return None
+    rate = filled[_index(len(filled), rate_draw)]
+    num_starts = num_frames - rates.span(rate) + 1
+    return Window(_index(num_starts, offset), rates.stride(rate), rates.num_frames)
 
 
 def _image_place(num_frames: int, sampling: ClipSampling, offset: float) -> int:

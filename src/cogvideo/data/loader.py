@@ -19,7 +19,6 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 from jaxtyping import Float64, Int64, UInt16, UInt64
-from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
@@ -235,19 +234,13 @@ class ClipStream(MapDataset[ClipSample]):
         dropped = dropout_draw < self.sampling.caption_dropout
         caption = None if dropped else shard.caption(number, int(caption_draw * shard.num_captions(number)))
         high_codes = shard.high_codes(number) if self.sampling.high_codes else None
-        taken, high = codes[window.slice], None if high_codes is None else high_codes[window.slice]
-        for each in (taken,) if high is None else (taken, high):
-            shard.check(number, each)
-        return ClipSample(
-            taken,
-            caption,
-            duration_of(window, self.sampling, rate_draw),
-            position,
-            epoch,
-            row,
-            seed,
-            high,
-        )
+        duration = duration_of(window, self.sampling, rate_draw)
+        codes = codes[window.slice]
+        shard.check(number, codes)
+        if high_codes is not None:
+            high_codes = high_codes[window.slice]
+            shard.check(number, high_codes)
+        return ClipSample(codes, caption, duration, position, epoch, row, seed, high_codes)
 
     def _find(self, stored_row: int) -> tuple[Shard, int]:
         number = bisect_right(self._starts, stored_row) - 1
@@ -299,73 +292,53 @@ def _without_traces(batches: Iterable[T]) -> Iterator[T]:
         raise InputError(re.split(r"\n[\w.]*Error: ", str(error))[-1].strip()) from error
 
 
-class Batch(NamedTuple):
-    """Samples side by side, with their captions as text: what `collate` makes.
+def shares(position: int, batch_size: int, rank: int, world_size: int, end: int | None = None) -> Iterator[range]:
+    """Positions of each batch of one rank, from `position` on: the ranks' shares of a batch are dealt out in turn.
 
-    Only codes are tensors: each one costs a worker process 0.1 ms to hand over, lists of numbers nearly nothing.
+    Together they are every position once, up to `end` where there is one.
+    """
+    firsts = count(position, batch_size) if end is None else range(position, end, batch_size)
+    for first in firsts:
+        behind = first + batch_size if end is None else min(first + batch_size, end)
+        share = range(first + rank, behind, world_size)
+        if share:
+            yield share
+
+
+@dataclass
+class Loader(Generic[T]):
+    """Batches of a stream for one rank, and the position to continue from.
+
+    Training takes the endless stream, in which batches may straddle epochs. Evaluation takes `end=len(stream)`: exactly
+    one epoch, whose last batch is smaller. Ranks may then have one batch less than others: where they must keep step,
+    take the endless stream for `ceil(rows / batch_size)` batches and leave out samples of epoch 1.
+
+    Raises:
+        ValueError: the batch cannot be shared among the ranks, or a number is out of range.
     """
 
-    codes: Int64[Tensor, "batch frames grid grid"]
-    """Image codes."""
-    captions: list[str | None]
-    """Texts; None for the unconditional one."""
-    durations: list[float]
-    """Seconds from the first to the last frame."""
-    positions: list[int]
-    """Numbers in the stream."""
-    epochs: list[int]
-    """How often every row was drawn before."""
-    seeds: list[int]
-    """For what else is random."""
-    high_codes: Int64[Tensor, "batch frames high_grid high_grid"] | None
-    """Codes for super-resolution, if the settings ask for them."""
-
-
-def collate(samples: list[ClipSample]) -> Batch:
-    """Samples to a batch. Training passes a function of its own that also tokenises and pads the captions:
-
-        def collate_tokens(samples: list[ClipSample]) -> tuple[PaddedText, Tensor]:
-            batch = collate(samples)
-            return text.batch(batch.captions, batch.durations, slots, truncate=True), batch.codes
-
-    It runs in the workers, which must be able to pickle it where processes are spawned.
-    """
-    high = [each.high_codes for each in samples if each.high_codes is not None]
-    return Batch(
-        _stack([each.codes for each in samples]),
-        [each.caption for each in samples],
-        [each.duration for each in samples],
-        [each.position for each in samples],
-        [each.epoch for each in samples],
-        [each.seed for each in samples],
-        _stack(high) if high else None,
-    )
-
-
-def _stack(codes: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(codes, dtype=np.int64, casting="safe"))
-
-
-@dataclass(frozen=True)
-class Positions:
-    """The batch sampler: positions of each batch of one rank, from `start` on.
-
-    The ranks' shares of a batch are dealt out in turn. Together they are every position once.
-    """
-
-    start: int
-    """First position of the first batch."""
+    stream: ClipStream
+    """The samples."""
     batch_size: int
-    """Samples of a batch, over all ranks."""
+    """Samples of a batch over all ranks."""
+    collate: Callable[[list[ClipSample]], T]
+    """Samples of a share to what is yielded; runs in the workers, which may have to unpickle it."""
     rank: int = 0
-    """Whose share."""
+    """Whose share of each batch is loaded."""
     world_size: int = 1
-    """How many ranks share a batch."""
+    """How many ranks share it."""
+    position: int = 0
+    """Number of samples that were taken before, over all ranks."""
     end: int | None = None
     """Position after the last one; None for an endless stream."""
+    num_workers: int = 0
+    """Processes that load ahead; 0 loads in this one."""
+    pin_memory: bool = False
+    """Give tensors in memory that a GPU copies from asynchronously."""
 
     def __post_init__(self) -> None:
-        require(self.start >= 0, f"the position is {self.start}, expected 0 or more")
+        require(self.num_workers >= 0, f"num_workers is {self.num_workers}, expected 0 or more")
+        require(self.position >= 0, f"the position is {self.position}, expected 0 or more")
         require(self.batch_size > 0, f"batch_size is {self.batch_size}, expected a positive number")
         known = 0 <= self.rank < self.world_size
         require(known, f"rank is {self.rank} of {self.world_size} ranks, expected a number in [0, {self.world_size})")
@@ -374,70 +347,11 @@ class Positions:
             f"batch_size {self.batch_size} is not divisible by the {self.world_size} ranks that share a batch",
         )
 
-    def __iter__(self) -> Iterator[range]:
-        firsts = (
-            count(self.start, self.batch_size) if self.end is None else range(self.start, self.end, self.batch_size)
-        )
-        for first in firsts:
-            behind = first + self.batch_size if self.end is None else min(first + self.batch_size, self.end)
-            share = range(first + self.rank, behind, self.world_size)
-            if share:
-                yield share
-
-
-class Loader(Generic[T]):
-    """Batches of a stream for one rank, and the position to continue from.
-
-    Training takes the endless stream, in which batches may straddle epochs. Evaluation takes `end=len(stream)`: exactly
-    one epoch, whose last batch is smaller. Ranks may then have one batch less than others: where they must keep step,
-    take the endless stream for `ceil(rows / batch_size)` batches and leave out samples of epoch 1.
-
-    Args:
-        stream: the samples.
-        batch_size: samples of a batch over all ranks.
-        rank: whose share of each batch is loaded.
-        world_size: how many ranks share it.
-        position: number of samples that were taken before, over all ranks.
-        end: position to stop at; endless unless given.
-        num_workers: processes that load ahead; 0 loads in this one.
-        collate: samples of a share to what is yielded.
-        pin_memory: give tensors in memory that a GPU copies from asynchronously.
-
-    Raises:
-        ValueError: the batch cannot be shared among the ranks, or a number is out of range.
-    """
-
-    def __init__(
-        self,
-        stream: ClipStream,
-        batch_size: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        position: int = 0,
-        end: int | None = None,
-        num_workers: int = 0,
-        collate: Callable[[list[ClipSample]], T] = collate,  # type: ignore[assignment]  # T is Batch then
-        pin_memory: bool = False,
-    ) -> None:
-        require(num_workers >= 0, f"num_workers is {num_workers}, expected 0 or more")
-        Positions(position, batch_size, rank, world_size, end)  # refuses what cannot be
-        self.stream = stream
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.position = position
-        self.end = end
-        self.num_workers = num_workers
-        self.collate = collate
-        self.pin_memory = pin_memory
-
     def __iter__(self) -> Iterator[T]:
         """Batches from `position` on, which has moved past a batch when it is yielded, whatever was loaded ahead."""
-        sampler = Positions(self.position, self.batch_size, self.rank, self.world_size, self.end)
         batches = DataLoader(
             self.stream,
-            batch_sampler=cast(Any, sampler),
+            batch_sampler=cast(Any, shares(self.position, self.batch_size, self.rank, self.world_size, self.end)),
             num_workers=self.num_workers,
             collate_fn=self.collate,
             pin_memory=self.pin_memory,
@@ -447,21 +361,3 @@ class Loader(Generic[T]):
             behind = self.position + self.batch_size
             self.position = behind if self.end is None else min(behind, self.end)
             yield batch
-
-    def state_dict(self) -> dict[str, int | str]:
-        """What a checkpoint keeps: the same on all ranks, and good for any number of ranks, workers and batch size."""
-        return {"position": self.position, "stream": self.stream.identity}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the sample after the last one that had been taken at the time of the state.
-
-        Raises:
-            ValueError: the state is of other datasets, another split or other sampling, or is none.
-        """
-        position = state.get("position")
-        require(isinstance(position, int) and position >= 0, f"position is {position!r}, expected 0 or more")
-        require(
-            state.get("stream") == self.stream.identity,
-            "the run was on other data, another split or other sampling than here: give the same to continue it",
-        )
-        self.position = cast(int, position)
