@@ -4,43 +4,23 @@ from __future__ import annotations
 
 import re
 
-from cogvideo.world.scenes import Draws, Scene
+from cogvideo.world.figures import COLORS
+from cogvideo.world.scenes import OBJECTS, Draws, Scene
 
 NUM_CAPTIONS = 3
 """Captions of a clip. The first says everything; the others leave out each of direction, speed and background in one
 case of four, where the action does not need it. Object, color and action are always named, and a second figure too."""
 
-OBJECT_WORDS: dict[str, tuple[str, ...]] = {
-    "ball": ("ball",),
+OBJECT_WORDS: dict[str, tuple[str, ...]] = {name: (name,) for name in OBJECTS} | {
     "box": ("box", "parcel"),
-    "star": ("star",),
-    "heart": ("heart",),
-    "pyramid": ("pyramid",),
     "ring": ("ring", "hoop"),
-    "flower": ("flower",),
-    "fish": ("fish",),
-    "bird": ("bird",),
     "car": ("car", "toy car"),
-    "balloon": ("balloon",),
     "mushroom": ("mushroom", "toadstool"),
     "moon": ("moon", "crescent moon"),
     "house": ("house", "hut"),
-    "tree": ("tree",),
 }
 
-COLOR_WORDS: dict[str, tuple[str, ...]] = {
-    "red": ("red",),
-    "orange": ("orange",),
-    "yellow": ("yellow",),
-    "green": ("green",),
-    "turquoise": ("turquoise",),
-    "blue": ("blue",),
-    "purple": ("purple", "violet"),
-    "pink": ("pink",),
-    "brown": ("brown",),
-    "white": ("white",),
-    "black": ("black",),
-}
+COLOR_WORDS: dict[str, tuple[str, ...]] = {name: (name,) for name in COLORS} | {"purple": ("purple", "violet")}
 
 SIZE_WORDS: dict[str, tuple[str, ...]] = {
     "small": ("small", "little", "tiny"),

@@ -35,7 +35,7 @@ class Brush:
     def __init__(self, x: Plane, y: Plane, pixel: Plane, outlined: bool = False) -> None:
         self.x = x
         self.y = y
-        self.sharpness = np.float32(1) / pixel
+        self.sharpness = 1 / pixel
         shape = np.broadcast_shapes(x.shape, y.shape)
         self.color = [np.zeros(shape, np.float32) for _ in range(3)]
         self.alpha = np.zeros(shape, np.float32)
@@ -44,8 +44,8 @@ class Brush:
     def coverage(self, distance: Plane) -> Plane:
         """The part of each pixel that lies inside a shape, 0 to 1."""
         inside = distance * -self.sharpness
-        inside += np.float32(0.5)
-        return np.clip(inside, np.float32(0), np.float32(1), out=inside)
+        inside += 0.5
+        return np.clip(inside, 0, 1, out=inside)
 
     def fill(self, distance: Plane, color: Color, opacity: float = 1.0) -> None:
         """Paint a shape over what is there."""
@@ -56,53 +56,53 @@ class Brush:
     def mix(self, coverage: Plane, color: Color, opacity: float = 1.0) -> None:
         """Paint a color over what is there, as thick as `coverage` says."""
         if opacity != 1:
-            coverage = coverage * np.float32(opacity)
+            coverage = coverage * opacity
         for plane, value in zip((*self.color, self.alpha), (*color, 1.0), strict=True):
-            plane += coverage * (np.float32(value) - plane)
+            plane += coverage * (value - plane)
 
     def outline(self, width: float, color: Color) -> None:
         """Paint a line around everything that was filled."""
         assert self.nearest is not None
-        rest = self.coverage(self.nearest - np.float32(width)) * (np.float32(1) - self.alpha)
+        rest = self.coverage(self.nearest - width) * (1 - self.alpha)
         for plane, value in zip((*self.color, self.alpha), (*color, 1.0), strict=True):
-            plane += rest * np.float32(value)
+            plane += rest * value
 
     def tint(self, coverage: Plane, color: Color) -> None:
         """Mix a color into what is there, without painting where nothing is."""
         for plane, value in zip(self.color, color, strict=True):
-            plane += coverage * (np.float32(value) * self.alpha - plane)
+            plane += coverage * (value * self.alpha - plane)
 
 
 def disc(x: Plane, y: Plane, radius: float) -> Plane:
     """Distance to a circle around the origin."""
-    return np.sqrt(x * x + y * y) - np.float32(radius)
+    return np.sqrt(x * x + y * y) - radius
 
 
 def ellipse(x: Plane, y: Plane, width: float, height: float) -> Plane:
     """Distance to an ellipse with these half axes, to first order near its edge."""
-    across, along = x * np.float32(1 / width), y * np.float32(1 / height)
+    across, along = x * (1 / width), y * (1 / height)
     level = np.sqrt(across * across + along * along)
-    across, along = across * np.float32(1 / width), along * np.float32(1 / height)
-    slope = np.sqrt(across * across + along * along) + np.float32(1e-6)
-    return level * (level - np.float32(1)) / slope
+    across, along = across * (1 / width), along * (1 / height)
+    slope = np.sqrt(across * across + along * along) + 1e-6
+    return level * (level - 1) / slope
 
 
 def box(x: Plane, y: Plane, width: float, height: float, corner: float = 0.0) -> Plane:
     """Distance to a rectangle with these half sides and rounded corners."""
-    across = np.abs(x) - np.float32(width - corner)
-    along = np.abs(y) - np.float32(height - corner)
-    inside = np.minimum(np.maximum(across, along), np.float32(0))
-    across, along = np.maximum(across, np.float32(0)), np.maximum(along, np.float32(0))
-    return np.sqrt(across * across + along * along) + inside - np.float32(corner)
+    across = np.abs(x) - (width - corner)
+    along = np.abs(y) - (height - corner)
+    inside = np.minimum(np.maximum(across, along), 0)
+    across, along = np.maximum(across, 0), np.maximum(along, 0)
+    return np.sqrt(across * across + along * along) + inside - corner
 
 
 def segment(x: Plane, y: Plane, start: tuple[float, float], end: tuple[float, float], radius: float) -> Plane:
     """Distance to a line with round ends."""
     across, along = end[0] - start[0], end[1] - start[1]
-    x, y = x - np.float32(start[0]), y - np.float32(start[1])
-    part = (x * np.float32(across) + y * np.float32(along)) * np.float32(1 / (across**2 + along**2))
-    np.clip(part, np.float32(0), np.float32(1), out=part)
-    return disc(x - part * np.float32(across), y - part * np.float32(along), radius)
+    x, y = x - start[0], y - start[1]
+    part = (x * across + y * along) * (1 / (across**2 + along**2))
+    np.clip(part, 0, 1, out=part)
+    return disc(x - part * across, y - part * along, radius)
 
 
 def polygon(x: Plane, y: Plane, *corners: tuple[float, float]) -> Plane:
@@ -111,7 +111,7 @@ def polygon(x: Plane, y: Plane, *corners: tuple[float, float]) -> Plane:
     for (left, low), (right, high) in zip(corners, (*corners[1:], corners[0]), strict=True):
         length = float(np.hypot(right - left, high - low))
         across, along = (low - high) / length, (right - left) / length
-        side = x * np.float32(across) + (y * np.float32(along) - np.float32(left * across + low * along))
+        side = x * across + (y * along - (left * across + low * along))
         distance = side if distance is None else np.maximum(distance, side)
     assert distance is not None
     return distance
@@ -121,17 +121,15 @@ def star(x: Plane, y: Plane, radius: float, inner: float) -> Plane:
     """Distance to a star of five points, by folding the plane onto one half of a point."""
     x, y = np.abs(x), y
     for across, along in ((0.809017, -0.587785), (-0.809017, -0.587785)):
-        beyond = np.maximum(x * np.float32(across) + y * np.float32(along), np.float32(0))
-        beyond *= np.float32(2)
-        x, y = x - beyond * np.float32(across), y - beyond * np.float32(along)
-    x, y = np.abs(x), y - np.float32(radius)
+        beyond = np.maximum(x * across + y * along, 0)
+        beyond *= 2
+        x, y = x - beyond * across, y - beyond * along
+    x, y = np.abs(x), y - radius
     # The edge runs from the point (0, radius) to the notch between two points, at 36 degrees.
     notch = (0.587785 * inner, 0.809017 * inner - radius)
-    part = np.clip(
-        (x * np.float32(notch[0]) + y * np.float32(notch[1])) / np.float32(notch[0] ** 2 + notch[1] ** 2), 0, 1
-    )
-    away = disc(x - part * np.float32(notch[0]), y - part * np.float32(notch[1]), 0)
-    return np.copysign(away, x * np.float32(-notch[1]) + y * np.float32(notch[0]))
+    part = np.clip((x * notch[0] + y * notch[1]) / (notch[0] ** 2 + notch[1] ** 2), 0, 1)
+    away = disc(x - part * notch[0], y - part * notch[1], 0)
+    return np.copysign(away, x * -notch[1] + y * notch[0])
 
 
 class Boxes(NamedTuple):
@@ -199,7 +197,7 @@ def boxes(
 def blend(frames: UInt8[np.ndarray, "frames size size 3"], where: Boxes, color: list[Plane], alpha: Plane) -> None:
     """Put a premultiplied color over the frames."""
     patches = where.gather(frames)
-    keep = np.float32(1) - alpha
+    keep = 1 - alpha
     for channel, plane in enumerate(color):
-        patches[..., channel] = patches[..., channel] * keep + (plane + np.float32(0.5))
+        patches[..., channel] = patches[..., channel] * keep + (plane + 0.5)
     where.scatter(patches, frames)

@@ -50,35 +50,35 @@ def lighter(color: Color) -> Color:
 def _eyes(brush: Brush, x: float, y: float, apart: float, main: Color) -> None:
     """Two dots that look to the right."""
     ink = CREAM if sum(main) < 240 else INK
-    brush.fill(disc(np.abs(brush.x - np.float32(x)) - np.float32(apart), brush.y - np.float32(y), 0.1), ink)
+    brush.fill(disc(np.abs(brush.x - x) - apart, brush.y - y, 0.1), ink)
 
 
 def ball(brush: Brush, main: Color) -> None:
     """With a light band, so that one sees it roll."""
     whole = disc(brush.x, brush.y, 0.95)
     brush.fill(whole, main)
-    brush.fill(np.maximum(whole + np.float32(0.02), np.abs(brush.y) - np.float32(0.2)), lighter(main))
+    brush.fill(np.maximum(whole + 0.02, np.abs(brush.y) - 0.2), lighter(main))
 
 
 def cube(brush: Brush, main: Color) -> None:
     """A parcel with a lid and a ribbon."""
-    brush.fill(box(brush.x, brush.y + np.float32(0.15), 0.8, 0.8, 0.12), main)
-    brush.fill(box(brush.x, brush.y - np.float32(0.5), 0.92, 0.24, 0.1), darker(main))
-    brush.fill(box(brush.x, brush.y + np.float32(0.1), 0.16, 0.84), lighter(main))
-    bow = ellipse(np.abs(brush.x) - np.float32(0.22), brush.y - np.float32(0.84), 0.22, 0.14)
+    brush.fill(box(brush.x, brush.y + 0.15, 0.8, 0.8, 0.12), main)
+    brush.fill(box(brush.x, brush.y - 0.5, 0.92, 0.24, 0.1), darker(main))
+    brush.fill(box(brush.x, brush.y + 0.1, 0.16, 0.84), lighter(main))
+    bow = ellipse(np.abs(brush.x) - 0.22, brush.y - 0.84, 0.22, 0.14)
     brush.fill(bow, lighter(main))
 
 
 def five_points(brush: Brush, main: Color) -> None:
     """A star with a face."""
-    brush.fill(star(brush.x, brush.y + np.float32(0.05), 1.02, 0.5) - np.float32(0.1), main)
+    brush.fill(star(brush.x, brush.y + 0.05, 1.02, 0.5) - 0.1, main)
     _eyes(brush, 0.08, 0.02, 0.2, main)
 
 
 def heart(brush: Brush, main: Color) -> None:
     """Two discs and a corner."""
     x = np.abs(brush.x)
-    lobe = disc(x - np.float32(0.44), brush.y - np.float32(0.32), 0.53)
+    lobe = disc(x - 0.44, brush.y - 0.32, 0.53)
     tip = polygon(x, brush.y, (-0.4, 0.3), (0.0, 0.72), (0.44, 0.85), (0.83, -0.04), (0.0, -0.98), (-0.3, -0.7))
     brush.fill(np.minimum(lobe, tip), main)
 
@@ -86,28 +86,28 @@ def heart(brush: Brush, main: Color) -> None:
 def pyramid(brush: Brush, main: Color) -> None:
     """With a face in the light and one in the shade."""
     x, y = brush.x, brush.y
-    whole = np.maximum(polygon(x, y, (-0.98, -0.92), (0.0, 0.94), (0.98, -0.92)), y - np.float32(0.88))
-    whole -= np.float32(0.04)
+    whole = np.maximum(polygon(x, y, (-0.98, -0.92), (0.0, 0.94), (0.98, -0.92)), y - 0.88)
+    whole -= 0.04
     brush.fill(whole, main)
-    brush.fill(np.maximum(whole, np.float32(0.3) - x - (y + np.float32(0.95)) * np.float32(0.16)), darker(main))
+    brush.fill(np.maximum(whole, 0.3 - x - (y + 0.95) * 0.16), darker(main))
 
 
 def ring(brush: Brush, main: Color) -> None:
     """With four light marks, so that one sees it roll."""
-    around = np.abs(disc(brush.x, brush.y, 0.7)) - np.float32(0.26)
+    around = np.abs(disc(brush.x, brush.y, 0.7)) - 0.26
     brush.fill(around, main)
-    marks = np.minimum(np.abs(brush.x + brush.y), np.abs(brush.x - brush.y)) - np.float32(0.16)
-    brush.fill(np.maximum(around + np.float32(0.03), marks), lighter(main))
+    marks = np.minimum(np.abs(brush.x + brush.y), np.abs(brush.x - brush.y)) - 0.16
+    brush.fill(np.maximum(around + 0.03, marks), lighter(main))
 
 
 def flower(brush: Brush, main: Color) -> None:
     """Six petals on a stem with two leaves."""
     green: Color = (58, 140, 60)
-    x, y = np.abs(brush.x), brush.y - np.float32(0.22)
-    brush.fill(box(brush.x, brush.y + np.float32(0.5), 0.08, 0.46), green)
-    brush.fill(ellipse(x - np.float32(0.3), brush.y + np.float32(0.76) - x * np.float32(0.4), 0.3, 0.14), green)
+    x, y = np.abs(brush.x), brush.y - 0.22
+    brush.fill(box(brush.x, brush.y + 0.5, 0.08, 0.46), green)
+    brush.fill(ellipse(x - 0.3, brush.y + 0.76 - x * 0.4, 0.3, 0.14), green)
     y = np.abs(y)
-    petals = np.minimum(disc(x - np.float32(0.46), y, 0.33), disc(x - np.float32(0.23), y - np.float32(0.4), 0.33))
+    petals = np.minimum(disc(x - 0.46, y, 0.33), disc(x - 0.23, y - 0.4, 0.33))
     brush.fill(petals, main)
     heart_color: Color = CREAM if COLORS["yellow"] == main else (255, 208, 64)
     brush.fill(disc(x, y, 0.27), heart_color)
@@ -117,36 +117,36 @@ def fish(brush: Brush, main: Color) -> None:
     """With a tail, a fin and an eye."""
     x, y = brush.x, brush.y
     tail = polygon(x, np.abs(y), (-0.84, 0.0), (-1.06, 0.54), (-0.94, 0.62), (-0.3, 0.0))
-    brush.fill(tail - np.float32(0.04), darker(main))
-    brush.fill(polygon(x, y, (-0.35, 0.4), (-0.15, 0.85), (0.35, 0.45)) - np.float32(0.04), darker(main))
-    body = ellipse(x - np.float32(0.18), y, 0.82, 0.58)
+    brush.fill(tail - 0.04, darker(main))
+    brush.fill(polygon(x, y, (-0.35, 0.4), (-0.15, 0.85), (0.35, 0.45)) - 0.04, darker(main))
+    body = ellipse(x - 0.18, y, 0.82, 0.58)
     brush.fill(body, main)
-    brush.fill(np.maximum(body, np.abs(x + np.float32(0.05)) - np.float32(0.1)), lighter(main))
-    brush.fill(disc(x - np.float32(0.58), y - np.float32(0.14), 0.17), (255, 255, 255))
-    brush.fill(disc(x - np.float32(0.62), y - np.float32(0.14), 0.1), INK)
+    brush.fill(np.maximum(body, np.abs(x + 0.05) - 0.1), lighter(main))
+    brush.fill(disc(x - 0.58, y - 0.14, 0.17), (255, 255, 255))
+    brush.fill(disc(x - 0.62, y - 0.14, 0.1), INK)
 
 
 def bird(brush: Brush, main: Color) -> None:
     """A chick-like bird with beak, wing and tail."""
     x, y = brush.x, brush.y
-    brush.fill(segment(np.abs(x + np.float32(0.05)), y, (0.2, -0.6), (0.2, -0.9), 0.06), (214, 120, 30))
-    brush.fill(polygon(x, y, (-1.05, 0.2), (-0.95, 0.4), (-0.4, 0.1), (-0.5, -0.3)) - np.float32(0.04), darker(main))
-    brush.fill(polygon(x, y, (0.75, 0.12), (0.7, 0.5), (1.1, 0.28)) - np.float32(0.03), (246, 158, 40))
-    body = ellipse(x + np.float32(0.1), y + np.float32(0.15), 0.75, 0.6)
-    brush.fill(np.minimum(body, disc(x - np.float32(0.36), y - np.float32(0.34), 0.47)), main)
-    brush.fill(ellipse(x + np.float32(0.25), y + np.float32(0.12), 0.4, 0.28), darker(main))
-    brush.fill(disc(x - np.float32(0.5), y - np.float32(0.42), 0.16), (255, 255, 255))
-    brush.fill(disc(x - np.float32(0.54), y - np.float32(0.42), 0.095), INK)
+    brush.fill(segment(np.abs(x + 0.05), y, (0.2, -0.6), (0.2, -0.9), 0.06), (214, 120, 30))
+    brush.fill(polygon(x, y, (-1.05, 0.2), (-0.95, 0.4), (-0.4, 0.1), (-0.5, -0.3)) - 0.04, darker(main))
+    brush.fill(polygon(x, y, (0.75, 0.12), (0.7, 0.5), (1.1, 0.28)) - 0.03, (246, 158, 40))
+    body = ellipse(x + 0.1, y + 0.15, 0.75, 0.6)
+    brush.fill(np.minimum(body, disc(x - 0.36, y - 0.34, 0.47)), main)
+    brush.fill(ellipse(x + 0.25, y + 0.12, 0.4, 0.28), darker(main))
+    brush.fill(disc(x - 0.5, y - 0.42, 0.16), (255, 255, 255))
+    brush.fill(disc(x - 0.54, y - 0.42, 0.095), INK)
 
 
 def car(brush: Brush, main: Color) -> None:
     """With windows, wheels and a lamp."""
     x, y = brush.x, brush.y
-    brush.fill(box(x + np.float32(0.1), y - np.float32(0.22), 0.6, 0.42, 0.26), main)
-    brush.fill(box(x, y + np.float32(0.28), 1.05, 0.38, 0.2), main)
-    brush.fill(box(np.abs(x + np.float32(0.1)) - np.float32(0.26), y - np.float32(0.24), 0.2, 0.22, 0.08), GLASS)
-    brush.fill(disc(x - np.float32(0.92), y + np.float32(0.2), 0.1), (255, 240, 150))
-    wheel, high = np.abs(x) - np.float32(0.55), y + np.float32(0.65)
+    brush.fill(box(x + 0.1, y - 0.22, 0.6, 0.42, 0.26), main)
+    brush.fill(box(x, y + 0.28, 1.05, 0.38, 0.2), main)
+    brush.fill(box(np.abs(x + 0.1) - 0.26, y - 0.24, 0.2, 0.22, 0.08), GLASS)
+    brush.fill(disc(x - 0.92, y + 0.2, 0.1), (255, 240, 150))
+    wheel, high = np.abs(x) - 0.55, y + 0.65
     brush.fill(disc(wheel, high, 0.3), INK)
     brush.fill(disc(wheel, high, 0.13), (206, 206, 212))
 
@@ -156,49 +156,47 @@ def balloon(brush: Brush, main: Color) -> None:
     x, y = brush.x, brush.y
     brush.fill(segment(x, y, (0.0, -0.6), (0.07, -0.98), 0.035), INK)
     brush.fill(polygon(x, y, (-0.16, -0.74), (0.0, -0.5), (0.16, -0.74)), darker(main))
-    taper = np.float32(1) + np.float32(0.16) * (np.float32(0.2) - y)
-    brush.fill(ellipse(x * taper, y - np.float32(0.2), 0.72, 0.82), main)
+    taper = 1 + 0.16 * (0.2 - y)
+    brush.fill(ellipse(x * taper, y - 0.2, 0.72, 0.82), main)
 
 
 def mushroom(brush: Brush, main: Color) -> None:
     """A dotted cap on a light stem."""
     x, y = brush.x, brush.y
-    brush.fill(box(x, y + np.float32(0.45), 0.36, 0.5, 0.16), CREAM)
+    brush.fill(box(x, y + 0.45, 0.36, 0.5, 0.16), CREAM)
     _eyes(brush, 0.06, -0.42, 0.15, CREAM)
-    cap = np.maximum(ellipse(x, y + np.float32(0.1), 1.0, 1.0), -y - np.float32(0.08)) - np.float32(0.03)
+    cap = np.maximum(ellipse(x, y + 0.1, 1.0, 1.0), -y - 0.08) - 0.03
     brush.fill(cap, main)
-    spots = np.minimum(
-        disc(np.abs(x) - np.float32(0.52), y - np.float32(0.2), 0.15), disc(x, y - np.float32(0.52), 0.2)
-    )
+    spots = np.minimum(disc(np.abs(x) - 0.52, y - 0.2, 0.15), disc(x, y - 0.52, 0.2))
     brush.fill(spots, lighter(main))
 
 
 def moon(brush: Brush, main: Color) -> None:
     """A crescent with an eye."""
     x, y = brush.x, brush.y
-    whole, bite = disc(x, y, 0.95), disc(x - np.float32(0.52), y - np.float32(0.16), 0.68)
+    whole, bite = disc(x, y, 0.95), disc(x - 0.52, y - 0.16, 0.68)
     brush.fill(np.maximum(whole, -bite), main)
-    brush.fill(disc(x + np.float32(0.5), y - np.float32(0.2), 0.1), CREAM if sum(main) < 240 else INK)
+    brush.fill(disc(x + 0.5, y - 0.2, 0.1), CREAM if sum(main) < 240 else INK)
 
 
 def house(brush: Brush, main: Color) -> None:
     """With a roof, a door and a window."""
     x, y = brush.x, brush.y
-    brush.fill(box(x - np.float32(0.5), y - np.float32(0.6), 0.13, 0.3), darker(darker(main)))
-    brush.fill(box(x, y + np.float32(0.38), 0.72, 0.57, 0.04), main)
-    roof = polygon(x, y, (-0.98, 0.1), (0.0, 0.92), (0.98, 0.1)) - np.float32(0.05)
+    brush.fill(box(x - 0.5, y - 0.6, 0.13, 0.3), darker(darker(main)))
+    brush.fill(box(x, y + 0.38, 0.72, 0.57, 0.04), main)
+    roof = polygon(x, y, (-0.98, 0.1), (0.0, 0.92), (0.98, 0.1)) - 0.05
     brush.fill(roof, darker(darker(main)))
-    brush.fill(box(x + np.float32(0.32), y + np.float32(0.6), 0.2, 0.35, 0.06), lighter(lighter(main)))
-    brush.fill(box(x - np.float32(0.32), y + np.float32(0.36), 0.2, 0.2, 0.04), GLASS)
+    brush.fill(box(x + 0.32, y + 0.6, 0.2, 0.35, 0.06), lighter(lighter(main)))
+    brush.fill(box(x - 0.32, y + 0.36, 0.2, 0.2, 0.04), GLASS)
 
 
 def tree(brush: Brush, main: Color) -> None:
     """A round crown on a trunk."""
     x, y = brush.x, brush.y
-    brush.fill(box(x, y + np.float32(0.55), 0.15, 0.4, 0.04), (96, 62, 42))
-    sides = disc(np.abs(x) - np.float32(0.42), y + np.float32(0.02), 0.46)
-    brush.fill(np.minimum(sides, disc(x, y - np.float32(0.42), 0.55)), main)
-    leaves = np.minimum(disc(x + np.float32(0.25), y - np.float32(0.5), 0.13), disc(x - np.float32(0.32), y, 0.13))
+    brush.fill(box(x, y + 0.55, 0.15, 0.4, 0.04), (96, 62, 42))
+    sides = disc(np.abs(x) - 0.42, y + 0.02, 0.46)
+    brush.fill(np.minimum(sides, disc(x, y - 0.42, 0.55)), main)
+    leaves = np.minimum(disc(x + 0.25, y - 0.5, 0.13), disc(x - 0.32, y, 0.13))
     brush.fill(leaves, lighter(main))
 
 
@@ -227,7 +225,7 @@ FIGURES: dict[str, Figure] = {
 
 def shard(brush: Brush, main: Color) -> None:
     """A piece of something that has burst."""
-    brush.fill(polygon(brush.x, brush.y, (-0.8, -0.6), (-0.2, 0.8), (0.9, -0.3)) - np.float32(0.1), main)
+    brush.fill(polygon(brush.x, brush.y, (-0.8, -0.6), (-0.2, 0.8), (0.9, -0.3)) - 0.1, main)
 
 
 def paint(brush: Brush, figure: Figure, color: Color, shading: str, x: Plane, y: Plane) -> None:
@@ -243,16 +241,12 @@ def paint(brush: Brush, figure: Figure, color: Color, shading: str, x: Plane, y:
     """
     figure(brush, color)
     if shading == "soft":
-        slope = np.clip(np.float32(0.30) - np.float32(0.24) * y + np.float32(0.10) * x, 0, np.float32(0.5))
-        brush.tint(slope * slope * np.float32(1.2), (50, 20, 60))
-        gleam = np.maximum(np.float32(1) - (_square(x + np.float32(0.3)) + _square(y - np.float32(0.45))) * 3, 0)
-        brush.tint(np.float32(0.5) * gleam * gleam, (255, 255, 255))
+        slope = np.clip(0.30 - 0.24 * y + 0.10 * x, 0, 0.5)
+        brush.tint(slope * slope * 1.2, (50, 20, 60))
+        gleam = np.maximum(1 - (np.square(x + 0.3) + np.square(y - 0.45)) * 3, 0)
+        brush.tint(0.5 * gleam * gleam, (255, 255, 255))
     elif shading == "flat":
-        beyond = disc(x + np.float32(0.28), y - np.float32(0.36), 1.0)
-        brush.tint(np.float32(0.2) * brush.coverage(beyond * np.float32(-1)), (40, 10, 60))
+        beyond = disc(x + 0.28, y - 0.36, 1.0)
+        brush.tint(0.2 * brush.coverage(-beyond), (40, 10, 60))
     else:
         brush.outline(0.1, INK)
-
-
-def _square(x: Plane) -> Plane:
-    return x * x

@@ -19,14 +19,14 @@ WHITE: Color = (255, 255, 255)
 
 def _at(brush: Brush, x: float, y: float) -> tuple[Plane, Plane]:
     """The coordinates seen from a place."""
-    return brush.x - np.float32(x), brush.y - np.float32(y)
+    return brush.x - x, brush.y - y
 
 
 def _cloud(brush: Brush, x: float, y: float, size: float, color: Color = WHITE) -> None:
     across, along = _at(brush, x, y)
-    puffs = [disc(across, along, 0.17 * size), disc(across - np.float32(0.2 * size), along, 0.12 * size)]
-    puffs.append(disc(across + np.float32(0.19 * size), along, 0.11 * size))
-    base = box(across, along + np.float32(0.06 * size), 0.36 * size, 0.07 * size, 0.07 * size)
+    puffs = [disc(across, along, 0.17 * size), disc(across - 0.2 * size, along, 0.12 * size)]
+    puffs.append(disc(across + 0.19 * size, along, 0.11 * size))
+    base = box(across, along + 0.06 * size, 0.36 * size, 0.07 * size, 0.07 * size)
     brush.fill(np.minimum.reduce([*puffs, base]), color, 0.85)
 
 
@@ -63,7 +63,7 @@ def _meadow_ground(brush: Brush) -> None:
 def _beach(brush: Brush) -> None:
     brush.fill(disc(*_at(brush, 0.62, 0.62), 0.2), (255, 244, 190))
     _cloud(brush, -0.5, 0.6, 0.8)
-    brush.fill(brush.y - np.float32(-0.06), (46, 140, 196))
+    brush.fill(brush.y + 0.06, (46, 140, 196))
     brush.fill(box(*_at(brush, 0.1, -0.2), 1.2, 0.02, 0.02), (120, 192, 224), 0.7)
     x, y = _at(brush, -0.55, -0.08)
     brush.fill(polygon(x, y, (-0.02, 0.0), (-0.02, 0.34), (0.2, 0.0)), WHITE)
@@ -71,8 +71,8 @@ def _beach(brush: Brush) -> None:
 
 
 def _beach_ground(brush: Brush) -> None:
-    brush.fill(brush.y * np.float32(-1) + np.float32(HORIZON - 0.03), WHITE, 0.55)
-    brush.fill(brush.y - np.float32(HORIZON - 0.06), (238, 214, 160))
+    brush.fill(HORIZON - 0.03 - brush.y, WHITE, 0.55)
+    brush.fill(brush.y - (HORIZON - 0.06), (238, 214, 160))
     _dots(brush, ((-0.7, -0.82, 0.04), (0.3, -0.9, 0.03), (0.76, -0.7, 0.04)), (226, 186, 130))
 
 
@@ -97,20 +97,16 @@ def _desert(brush: Brush) -> None:
     brush.fill(disc(*_at(brush, -0.55, 0.6), 0.2), (255, 250, 226))
     _hill(brush, 0.5, 0.9, 0.2, (226, 168, 104))
     x, y = _at(brush, 0.7, HORIZON)
-    arms = (
-        ((0.0, 0.0), (0.0, 0.5)),
-        ((0.0, 0.2), (0.16, 0.26)),
-        ((0.16, 0.26), (0.16, 0.4)),
-        ((0.0, 0.12), (-0.14, 0.2)),
-    )
-    for start, end in (*arms, ((-0.14, 0.2), (-0.14, 0.32))):
+    right = (((0.0, 0.2), (0.16, 0.26)), ((0.16, 0.26), (0.16, 0.4)))
+    left = (((0.0, 0.12), (-0.14, 0.2)), ((-0.14, 0.2), (-0.14, 0.32)))
+    for start, end in (((0.0, 0.0), (0.0, 0.5)), *right, *left):
         brush.fill(segment(x, y, start, end, 0.055), (92, 140, 84))
 
 
 def _sea(brush: Brush) -> None:
     for x, width in ((-0.55, 0.12), (0.05, 0.2), (0.65, 0.1)):
-        slanted = brush.x - np.float32(x) + (np.float32(1) - brush.y) * np.float32(0.25)
-        brush.mix(brush.coverage(np.abs(slanted) - np.float32(width)), WHITE, 0.1)
+        slanted = brush.x - x + (1 - brush.y) * 0.25
+        brush.mix(brush.coverage(np.abs(slanted) - width), WHITE, 0.1)
     for x, height in ((-0.9, 0.5), (-0.76, 0.34), (0.84, 0.6), (0.94, 0.36)):
         brush.fill(segment(*_at(brush, x, HORIZON), (0.0, -0.1), (0.05, height), 0.04), (34, 132, 110))
     bubbles = ((-0.5, 0.3, 0.05), (-0.44, 0.5, 0.035), (-0.54, 0.66, 0.045), (0.5, 0.55, 0.04), (0.55, 0.8, 0.05))
@@ -119,15 +115,8 @@ def _sea(brush: Brush) -> None:
 
 def _room(brush: Brush) -> None:
     brush.fill(box(*_at(brush, -0.5, 0.42), 0.34, 0.34, 0.03), WHITE)
-    brush.fill(
-        box(
-            np.abs(brush.x + np.float32(0.5)) - np.float32(0.145),
-            np.abs(brush.y - np.float32(0.42)) - np.float32(0.145),
-            0.115,
-            0.115,
-        ),
-        (158, 212, 244),
-    )
+    across, along = _at(brush, -0.5, 0.42)
+    brush.fill(box(np.abs(across) - 0.145, np.abs(along) - 0.145, 0.115, 0.115), (158, 212, 244))
     brush.fill(box(*_at(brush, 0.55, 0.46), 0.22, 0.27), (150, 106, 72))
     brush.fill(box(*_at(brush, 0.55, 0.46), 0.17, 0.22), (246, 240, 228))
     brush.fill(disc(*_at(brush, 0.55, 0.46), 0.1), (226, 130, 110))
@@ -148,32 +137,23 @@ def _sunset(brush: Brush) -> None:
 
 
 def _city(brush: Brush) -> None:
-    for x, width, height in (
-        (-0.85, 0.2, 0.7),
-        (-0.42, 0.18, 1.0),
-        (-0.02, 0.16, 0.56),
-        (0.4, 0.2, 0.86),
-        (0.84, 0.18, 0.6),
-    ):
+    towers = ((-0.85, 0.2, 0.7), (-0.42, 0.18, 1.0), (-0.02, 0.16, 0.56), (0.4, 0.2, 0.86), (0.84, 0.18, 0.6))
+    for x, width, height in towers:
         brush.fill(box(*_at(brush, x, HORIZON), width, height), (142, 158, 188))
-        windows = box(np.abs(brush.x - np.float32(x)) - np.float32(width / 2.2), _rows(brush.y), 0.045, 0.055)
+        windows = box(np.abs(brush.x - x) - width / 2.2, _rows(brush.y), 0.045, 0.055)
         inside = box(*_at(brush, x, HORIZON), width - 0.03, height - 0.06)
         brush.fill(np.maximum(windows, inside), (226, 234, 208))
 
 
 def _rows(y: Plane) -> Plane:
     """Height above the nearest of rows that are 0.2 apart."""
-    return y - np.round(y * np.float32(5)) * np.float32(0.2)
+    return y - np.round(y * 5) * 0.2
 
 
 def _city_ground(brush: Brush) -> None:
     brush.fill(box(*_at(brush, 0, HORIZON), 1.2, 0.06), (196, 198, 204))
     for x in (-0.75, -0.25, 0.25, 0.75):
         brush.fill(box(*_at(brush, x, -0.82), 0.14, 0.025), (240, 236, 214))
-
-
-def _nothing(brush: Brush) -> None:
-    """Walls and floors without anything on them."""
 
 
 class Place(NamedTuple):
@@ -185,69 +165,50 @@ class Place(NamedTuple):
     """From the horizon to the bottom."""
     rise: float
     """How much higher the ground is in the middle than at the sides."""
-    far: Callable[[Brush], None]
-    """Paints what stands before the sky."""
-    near: Callable[[Brush], None]
-    """Paints what lies on the ground."""
     clashes: tuple[str, ...]
     """Colors that would not be seen well here: no figure has them."""
+    far: Callable[[Brush], None] | None = None
+    """Paints what stands before the sky."""
+    near: Callable[[Brush], None] | None = None
+    """Paints what lies on the ground."""
 
 
 PLACES: dict[str, Place] = {
     "meadow": Place(
-        ((104, 184, 246), (206, 236, 252)), ((126, 196, 92), (84, 164, 70)), 0.06, _meadow, _meadow_ground, ("green",)
+        ((104, 184, 246), (206, 236, 252)), ((126, 196, 92), (84, 164, 70)), 0.06, ("green",), _meadow, _meadow_ground
     ),
     "beach": Place(
-        ((120, 202, 246), (222, 242, 250)), ((240, 216, 164), (230, 200, 140)), 0.0, _beach, _beach_ground, ("yellow",)
+        ((120, 202, 246), (222, 242, 250)), ((240, 216, 164), (230, 200, 140)), 0.0, ("yellow",), _beach, _beach_ground
     ),
-    "night": Place(((14, 18, 52), (46, 60, 120)), ((34, 58, 82), (20, 38, 60)), 0.05, _night, _nothing, ("black",)),
-    "snow": Place(
-        ((158, 190, 224), (214, 228, 242)), ((244, 248, 252), (220, 230, 244)), 0.08, _snow, _nothing, ("white",)
-    ),
+    "night": Place(((14, 18, 52), (46, 60, 120)), ((34, 58, 82), (20, 38, 60)), 0.05, ("black",), _night),
+    "snow": Place(((158, 190, 224), (214, 228, 242)), ((244, 248, 252), (220, 230, 244)), 0.08, ("white",), _snow),
     "desert": Place(
         ((250, 202, 138), (255, 232, 186)),
         ((236, 184, 112), (214, 152, 84)),
         -0.06,
-        _desert,
-        _nothing,
         ("orange", "yellow", "brown"),
+        _desert,
     ),
     "sea": Place(
-        ((64, 176, 222), (20, 92, 160)), ((196, 184, 146), (150, 142, 122)), 0.06, _sea, _nothing, ("blue", "turquoise")
+        ((64, 176, 222), (20, 92, 160)), ((196, 184, 146), (150, 142, 122)), 0.06, ("blue", "turquoise"), _sea
     ),
     "room": Place(
         ((250, 232, 204), (244, 220, 188)),
         ((196, 142, 92), (176, 122, 76)),
         0.0,
+        ("brown", "white"),
         _room,
         _room_ground,
-        ("brown", "white"),
     ),
     "sunset": Place(
-        ((96, 66, 150), (255, 158, 96)),
-        ((98, 48, 88), (64, 32, 70)),
-        0.04,
-        _sunset,
-        _nothing,
-        ("orange", "purple", "black"),
+        ((96, 66, 150), (255, 158, 96)), ((98, 48, 88), (64, 32, 70)), 0.04, ("orange", "purple", "black"), _sunset
     ),
     "city": Place(
-        ((170, 210, 238), (226, 236, 242)), ((128, 132, 142), (106, 110, 120)), 0.0, _city, _city_ground, ("black",)
+        ((170, 210, 238), (226, 236, 242)), ((128, 132, 142), (106, 110, 120)), 0.0, ("black",), _city, _city_ground
     ),
-    "gray": Place(
-        ((208, 210, 214), (188, 190, 196)), ((160, 162, 168), (176, 178, 184)), 0.0, _nothing, _nothing, ("white",)
-    ),
-    "pink": Place(
-        ((255, 204, 218), (250, 186, 206)), ((236, 160, 186), (242, 172, 196)), 0.0, _nothing, _nothing, ("pink", "red")
-    ),
-    "yellow": Place(
-        ((255, 240, 168), (252, 230, 138)),
-        ((238, 208, 104), (244, 216, 118)),
-        0.0,
-        _nothing,
-        _nothing,
-        ("yellow", "orange"),
-    ),
+    "gray": Place(((208, 210, 214), (188, 190, 196)), ((160, 162, 168), (176, 178, 184)), 0.0, ("white",)),
+    "pink": Place(((255, 204, 218), (250, 186, 206)), ((236, 160, 186), (242, 172, 196)), 0.0, ("pink", "red")),
+    "yellow": Place(((255, 240, 168), (252, 230, 138)), ((238, 208, 104), (244, 216, 118)), 0.0, ("yellow", "orange")),
 }
 """Backgrounds by name."""
 
@@ -258,12 +219,14 @@ def background(name: str, size: int) -> UInt8[np.ndarray, "1 size size 3"]:
     place, brush = PLACES[name], _whole(size)
     ground = _ground(brush, place)
     _gradient(brush, place.sky, 1.0, HORIZON)
-    place.far(brush)
+    if place.far:
+        place.far(brush)
     below = _whole(size)
     _gradient(below, place.ground, HORIZON, -1.0)
-    place.near(below)
+    if place.near:
+        place.near(below)
     planes = [above + ground * (under - above) for above, under in zip(brush.color, below.color, strict=True)]
-    picture = np.stack(planes, -1) + np.float32(0.5)
+    picture = np.stack(planes, -1) + 0.5
     pixels = np.clip(picture, 0, 255).astype(np.uint8)
     pixels.flags.writeable = False
     return pixels
@@ -272,7 +235,7 @@ def background(name: str, size: int) -> UInt8[np.ndarray, "1 size size 3"]:
 @lru_cache(maxsize=32)
 def sky(name: str, size: int) -> Float32[np.ndarray, "1 size size"]:
     """The part of each pixel that lies above the ground."""
-    part = np.float32(1) - _ground(_whole(size), PLACES[name])
+    part = 1 - _ground(_whole(size), PLACES[name])
     part.flags.writeable = False
     return part
 
@@ -283,12 +246,12 @@ def _whole(size: int) -> Brush:
 
 
 def _ground(brush: Brush, place: Place) -> Plane:
-    height = np.float32(HORIZON) + np.float32(place.rise) * (np.float32(0.5) - brush.x * brush.x)
+    height = HORIZON + place.rise * (0.5 - brush.x * brush.x)
     return brush.coverage(brush.y - height)
 
 
 def _gradient(brush: Brush, colors: tuple[Color, Color], high: float, low: float) -> None:
-    part = np.clip((np.float32(high) - brush.y) * np.float32(1 / (high - low)), 0, 1)
+    part = np.clip((high - brush.y) * (1 / (high - low)), 0, 1)
     for plane, start, end in zip(brush.color, *colors, strict=True):
-        plane += np.float32(start) + part * np.float32(end - start)
-    brush.alpha += np.float32(1)
+        plane += start + part * (end - start)
+    brush.alpha += 1

@@ -10,11 +10,7 @@ from cogvideo.world.drawing import Boxes, Brush, Plane, blend, boxes
 from cogvideo.world.figures import COLORS, FIGURES, Figure, paint, shard
 from cogvideo.world.motion import FOOT, GROUND, TOP, Cast, Play, Track
 from cogvideo.world.places import background, sky
-from cogvideo.world.scenes import (
-    ACTS,
-    ROLLING,
-    Scene,
-)
+from cogvideo.world.scenes import ACTS, ROLLING, Scene
 
 SECONDS = 4.0
 """Time from the first to the last frame of a whole clip."""
@@ -127,7 +123,7 @@ def _figure_brush(
     y = (y - column(track.y)) / column(unit * track.stretch)
     cosine, sine = column(np.cos(track.angle)), column(np.sin(track.angle))
     turned_x, turned_y = cosine * x + sine * y, cosine * y - sine * x
-    brush = Brush(turned_x * column(track.facing), turned_y, np.float32(2 / size) / column(unit), outlined)
+    brush = Brush(turned_x * column(track.facing), turned_y, (2 / size) / column(unit), outlined)
     return brush, x, y
 
 
@@ -146,10 +142,10 @@ def _shadow(frames: np.ndarray, track: Track, radius: float) -> None:
         x, y = where.places(size)
         narrow = (1 / (1.1 * widths[which]))[:, None, None].astype(np.float32)
         across = (x - track.x[which, None, None].astype(np.float32)) * narrow
-        along = (y - feet[which, None, None].astype(np.float32)) * narrow * np.float32(1 / 0.28)
-        depth = np.maximum(np.float32(1) - across * across - along * along, np.float32(0))
+        along = (y - feet[which, None, None].astype(np.float32)) * narrow * (1 / 0.28)
+        depth = np.maximum(1 - across * across - along * along, 0)
         depth *= (0.42 * (1 - height[which]))[:, None, None].astype(np.float32)
-        blend(frames, where, [depth * np.float32(value) for value in (16, 14, 40)], depth)
+        blend(frames, where, [depth * value for value in (16, 14, 40)], depth)
 
 
 def _string(frames: np.ndarray, track: Track, radius: float) -> None:
@@ -164,6 +160,6 @@ def _string(frames: np.ndarray, track: Track, radius: float) -> None:
             each[part, None, None].astype(np.float32) for each in (top_x, hand_y, cosine, sine)
         )
         brush = Brush(*where.places(size), np.full((1, 1, 1), 2 / size, np.float32))
-        away = np.abs((brush.x - pivot) * across + (brush.y - np.float32(TOP)) * along) - np.float32(0.02)
+        away = np.abs((brush.x - pivot) * across + (brush.y - TOP) * along) - 0.02
         brush.fill(np.maximum(away, end - brush.y), STRING)
         blend(frames, where, brush.color, brush.alpha)
