@@ -101,25 +101,29 @@ class Worker:
         """
         rejected: list[Rejection] = []
         clips, sources = tee(self._read(job.items, rejected, on_clip))
-        codes = encode_clips((self._low(each.pictures.frames) for each in sources), encode, self.settings.batch)
-        rows = []
-        for clip_codes, clip in zip(codes, clips, strict=False):  # codes first: they pull whole batches of clips
-            rows.append(self._row(clip, clip_codes, self._high(clip.pictures.frames, encode)))
+        codes = encode_clips((self._low(each.frames) for _, each in sources), encode, self.settings.batch)
+        rows, fps = [], self.settings.frames.fps
+        for clip_codes, (item, pictures) in zip(codes, clips, strict=False):  # codes first: they pull whole batches
+            assert item.split is not None
+            high_codes = self._high(pictures.frames, encode)
+            rows.append(Row(item.id, pictures.captions, pictures.attributes, fps, clip_codes, item.split, high_codes))
             on_clip()
         write_shard(job.path, rows, replace(job.info, rejected=tuple(rejected)))
 
-    def _read(self, items: Iterable[Item], rejected: list[Rejection], on_clip: Callable[[], None]) -> Iterator[_Clip]:
+    def _read(
+        self, items: Iterable[Item], rejected: list[Rejection], on_clip: Callable[[], None]
+    ) -> Iterator[tuple[Item, Pictures]]:
         """Items that can be read, in their order; the others are added to `rejected`."""
         settings = self.settings.frames
         assert settings.size is not None
         if self.settings.superres:
             settings = replace(settings, size=settings.size * self.ratio)
-        for item, result in ahead(lambda item: _attempt(item, settings), items, self.readers):
+        for item, result in ahead(lambda item: read_item(item, settings), items, self.readers):
             if isinstance(result, VideoError):
                 rejected.append(Rejection(item.id, result.reason, _without_folder(result.detail, item)))
                 on_clip()
             else:
-                yield _Clip(item, result)
+                yield item, result
 
     def _low(
         self, frames: UInt8[np.ndarray, "frames high_size high_size 3"]
@@ -134,19 +138,6 @@ class Worker:
         if not self.settings.superres:
             return None
         return next(encode_clips([frames], encode, max(1, self.settings.batch // self.ratio**2)))
-
-    def _row(
-        self, clip: _Clip, codes: UInt16[np.ndarray, "frames grid grid"], high_codes: UInt16[np.ndarray, "..."] | None
-    ) -> Row:
-        item, pictures = clip
-        assert item.split is not None
-        fps = self.settings.frames.fps
-        return Row(item.id, pictures.captions, pictures.attributes, fps, codes, item.split, high_codes)
-
-
-class _Clip(NamedTuple):
-    item: Item
-    pictures: Pictures
 
 
 def encode_clips(
@@ -167,13 +158,20 @@ def encode_clips(
         yield np.stack([first, *islice(codes, lengths.popleft() - 1)])
 
 
-def ahead(function: Callable[[T], U], values: Iterable[T], threads: int) -> Iterator[tuple[T, U]]:
-    """Each value with its result, in order; `threads` work on those that come next, none means one after another."""
+def ahead(function: Callable[[T], U], values: Iterable[T], threads: int) -> Iterator[tuple[T, U | VideoError]]:
+    """Each value with its result or error, in order; `threads` work on those that come next, none means in turn."""
+
+    def attempt(value: T) -> U | VideoError:
+        try:
+            return function(value)
+        except VideoError as error:
+            return error
+
     if threads == 0:
-        yield from ((value, function(value)) for value in values)
+        yield from ((value, attempt(value)) for value in values)
         return
     with ThreadPoolExecutor(threads) as pool:
-        stream = ((value, pool.submit(function, value)) for value in values)
+        stream = ((value, pool.submit(attempt, value)) for value in values)
         waiting = deque(islice(stream, 2 * threads))
         while waiting:
             value, future = waiting.popleft()
@@ -187,10 +185,3 @@ def _without_folder(detail: str, item: Item) -> str:
         case File(path) | Member(path):
             return detail.replace(f"{path.parent}{os.sep}", "")
     return detail
-
-
-def _attempt(item: Item, settings: FrameSettings) -> Pictures | VideoError:
-    try:
-        return read_item(item, settings)
-    except VideoError as error:
-        return error

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from cogvideo.config import InputError, require
 from cogvideo.data.encoding import ahead
 from cogvideo.data.frames import FrameSettings, read_item
-from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source, other_splits
+from cogvideo.data.sources import Item, SourceOptions, list_source, other_splits
 from cogvideo.files import replacing, write_text
 from cogvideo.media.video import VideoError
 
@@ -143,41 +143,23 @@ def _draw(
 ) -> dict[str, Any]:
     """Write the files of pixels; returns what there is to say about them."""
     listings = [list_source(source, options) for source in sources]
-    rejected = [each for listing in listings for each in listing.rejected]
+    items = [item for listing in listings for item in listing.items]
+    drawing = _Drawing(settings, len(items), on_read, readers)
+    drawing.reasons.update(each.reason for listing in listings for each in listing.rejected)
     parts = [divide(_shuffled(listing.items, settings.clips.seed)) for listing in listings]
-    tally = _Tally(sum(len(items) for part in parts for items in part), settings, on_read)
-    counts: list[list[int]] = []
-    for name, groups, total in zip(
-        FILES, zip(*parts, strict=True), (settings.num_frames, settings.num_held_out), strict=True
-    ):
-        counts.append(_write(folder / name, _chosen(groups, total, settings, rejected, tally, readers)))
-    reasons = Counter(each.reason for each in rejected)
-    found = [f"{count} {reason}" for reason, count in reasons.items()]
-    found += filter(None, [other_splits(item for listing in listings for item in listing.items)])
-    told = f"no clip of {', '.join(sources)} can be trained on: {', '.join(found) or 'they hold none'}"
-    require(bool(counts[0]), told)
+    to_train, to_hold_out = zip(*parts, strict=True)
+    train = _write(folder / FILES[0], drawing.frames(to_train, settings.num_frames))
+    held_out = _write(folder / FILES[1], drawing.frames(to_hold_out, settings.num_held_out))
+    if not train:
+        found = [f"{count} {reason}" for reason, count in drawing.reasons.items()]
+        told = ", ".join(filter(None, [*found, other_splits(items)])) or "they hold none"
+        raise InputError(f"no clip of {', '.join(sources)} can be trained on: {told}")
     return {
-        "frames": [sum(each) for each in counts],
-        "clips": sum(map(len, counts)),
-        "rejected": reasons,
-        "has_split": any(item.split not in ("train", None) for listing in listings for item in listing.items),
+        "frames": [sum(train), sum(held_out)],
+        "clips": len(train) + len(held_out),
+        "rejected": drawing.reasons,
+        "has_split": any(item.split not in ("train", None) for item in items),
     }
-
-
-class _Tally:
-    """Counts what is read."""
-
-    def __init__(self, items: int, settings: StoreSettings, on_read: OnRead) -> None:
-        self._items, self._wanted = items, settings.num_frames + settings.num_held_out
-        self._on_read = on_read
-        self._clips = self._frames = 0
-
-    def add(self, frames: int) -> None:
-        """Count the frames of a clip."""
-        self._clips += 1
-        self._frames += frames
-        needed = math.ceil((self._wanted - self._frames) * self._clips / max(1, self._frames))
-        self._on_read(Reading(self._clips, min(self._items, self._clips + needed), self._frames))
 
 
 def _write(path: Path, clips: Iterable[UInt8[np.ndarray, "_ size size 3"]]) -> list[int]:
@@ -212,59 +194,58 @@ def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
     return [items[place] for place in order.tolist()]
 
 
-def _chosen(
-    groups: Sequence[Sequence[Item]],
-    total: int,
-    settings: StoreSettings,
-    rejected: list[Rejection],
-    tally: _Tally,
-    readers: int,
-) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
-    """Frames of one clip after another, `total` in all; what a source lacks is taken from those after it."""
-    for place, items in enumerate(groups):
-        share = total // (len(groups) - place)
-        for frames in _of_source(items, share, settings, rejected, tally, readers):
-            total -= len(frames)
-            yield frames
+@dataclass
+class _Drawing:
+    """Takes frames from clips, and counts what is read."""
 
+    settings: StoreSettings
+    num_items: int
+    on_read: OnRead
+    readers: int
+    clips_read: int = 0
+    frames_taken: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why clips were refused."""
 
-def _of_source(
-    items: Sequence[Item],
-    total: int,
-    settings: StoreSettings,
-    rejected: list[Rejection],
-    tally: _Tally,
-    readers: int,
-) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
-    """As many frames of each clip as it must give for `total`, or `frames_per_clip`; clips that fail are skipped."""
-    if total <= 0:
-        return
-    for (place, item), read in ahead(lambda each: _frames(*each, settings), enumerate(items), readers):
-        quota = min(total, max(settings.frames_per_clip, math.ceil(total / (len(items) - place))))
-        if isinstance(read, VideoError):
-            rejected.append(Rejection(item.id, read.reason, str(read)))
-            tally.add(0)
-            continue
-        chosen = _squares(read[_evenly(len(read), quota)], settings, place)
-        total -= len(chosen)
-        tally.add(len(chosen))
-        yield chosen
+    def frames(self, groups: Sequence[Sequence[Item]], total: int) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
+        """Frames of one clip after another, `total` in all; what a source lacks is taken from those after it."""
+        for place, items in enumerate(groups):
+            share = total // (len(groups) - place)
+            for frames in self._of_source(items, share):
+                total -= len(frames)
+                yield frames
+
+    def _of_source(self, items: Sequence[Item], total: int) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
+        """As many frames of each clip as are needed for `total`, or `frames_per_clip`; clips that fail are skipped."""
         if total <= 0:
             return
+        for (place, _), read in ahead(self._read, enumerate(items), self.readers):
+            quota = min(total, max(self.settings.frames_per_clip, math.ceil(total / (len(items) - place))))
+            if isinstance(read, VideoError):
+                self.reasons[read.reason] += 1
+                self._count(0)
+                continue
+            chosen = _squares(read[_middles(len(read), quota)], self.settings, place)
+            total -= len(chosen)
+            self._count(len(chosen))
+            yield chosen
+            if total <= 0:
+                return
 
+    def _read(self, numbered: tuple[int, Item]) -> UInt8[np.ndarray, "_ height width 3"]:
+        """All frames of a clip, those of every second one zoomed."""
+        place, item = numbered
+        clips = self.settings.clips
+        assert clips.size is not None
+        return read_item(item, replace(clips, size=clips.size * self.settings.zoom) if place % 2 else clips).frames
 
-def _frames(place: int, item: Item, settings: StoreSettings) -> UInt8[np.ndarray, "_ height width 3"] | VideoError:
-    """All frames of a clip, or why there are none."""
-    try:
-        return read_item(item, _zoomed(settings, place)).frames
-    except VideoError as error:
-        return error
-
-
-def _zoomed(settings: StoreSettings, place: int) -> FrameSettings:
-    size = settings.clips.size
-    assert size is not None
-    return replace(settings.clips, size=size * settings.zoom) if place % 2 else settings.clips
+    def _count(self, frames: int) -> None:
+        """Count the frames of a clip."""
+        self.clips_read += 1
+        self.frames_taken += frames
+        left = self.settings.num_frames + self.settings.num_held_out - self.frames_taken
+        needed = math.ceil(left * self.clips_read / max(1, self.frames_taken))
+        self.on_read(Reading(self.clips_read, min(self.num_items, self.clips_read + needed), self.frames_taken))
 
 
 def _squares(
@@ -279,8 +260,8 @@ def _squares(
     )
 
 
-def _evenly(num_frames: int, count: int) -> np.ndarray:
-    """Places of `count` frames in the middle of equal parts of a clip; all where it has no more."""
+def _middles(num_frames: int, count: int) -> np.ndarray:
+    """Middles of `count` equal parts of a clip; all of its frames where it has no more."""
     count = min(num_frames, count)
     return (2 * np.arange(count) + 1) * num_frames // (2 * count)
 
