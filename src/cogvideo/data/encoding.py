@@ -19,7 +19,8 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.config import require
 from cogvideo.data.frames import FrameSettings, Pictures, read_item, shrink
 from cogvideo.data.shards import Row, ShardInfo, write_shard
-from cogvideo.data.sources import File, Item, Member, Rejection
+from cogvideo.data.sources import File, Item, Rejection
+from cogvideo.data.tars import Member
 from cogvideo.media.video import VideoError
 
 T = TypeVar("T")

@@ -6,27 +6,13 @@ import os
 from collections import deque
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from cogvideo.config import InputError, require
-from cogvideo.data.tables import (
-    CAPTION_COLUMNS,
-    TABLE_SUFFIXES,
-    RowError,
-    captions_of,
-    clean,
-    lines_of,
-    meant,
-    parse_json,
-)
+from cogvideo.data.tables import LISTS, TABLE_SUFFIXES, RowError
 
 MANIFESTS = tuple(f"{stem}{suffix}" for stem in ("captions", "metadata") for suffix in TABLE_SUFFIXES)
 """Tables that stand for the folder they lie in."""
-
-
-LISTS = ("videos.txt", "prompts.txt")
-"""Paths and captions line by line, as tools for CogVideoX take them; they stand for the folder they lie in, too."""
 LABELS = {"videos": "labels"}
 """Folders of videos whose captions lie in a folder of that name next to them (CogVideoX)."""
 
@@ -40,7 +26,12 @@ def find_manifest(folder: Path) -> Path | None:
     tables = [folder / name for name in MANIFESTS if (folder / name).is_file()]
     names = " and ".join(table.name for table in tables)
     require(len(tables) < 2, f"{folder} has {names}: pass the one that is meant as the source")
-    return tables[0] if tables else None
+    return next((path for path in (*tables, folder / LISTS[0]) if is_manifest(path)), None)
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file names the clips of its folder."""
+    return path.name in MANIFESTS or (path.name == LISTS[0] and all(path.with_name(each).is_file() for each in LISTS))
 
 
 def walk(folder: Path) -> list[str]:
@@ -115,45 +106,6 @@ def _names(folder: Path, changed: int) -> dict[str, list[str]]:
     return names
 
 
-class Notes(NamedTuple):
-    """Captions and attributes from the files next to a clip."""
-
-    captions: tuple[str, ...]
-    """One or several, none empty."""
-    values: dict[str, Any]
-    """All that its `.json` says."""
-
-
-def notes(text: bytes | None, table: bytes | None, caption_columns: tuple[str, ...]) -> Notes:
-    """Captions and more from the content of the files `x.txt` and `x.json` of a clip, None for one that is missing.
-
-    Each line of the text that is not blank is a caption; without a text, the JSON holds them.
-
-    Raises:
-        RowError: there is no caption, or a file is not what it should be.
-    """
-    values = {} if table is None else _table(table)
-    if text is not None:
-        return Notes(clean(lines_of(_decode(text))), values)
-    if table is None:
-        raise RowError("missing caption", "expected a .txt or .json of the same name next to it")
-    return Notes(captions_of(values, meant(values, caption_columns, CAPTION_COLUMNS)), values)
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text, without empty ones at its end.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        return lines_of(_decode(path.read_bytes()).rstrip())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except RowError as error:
-        raise InputError(f"cannot read {path}: {error.detail}") from error
-
-
 def read_beside(path: Path) -> bytes | None:
     """The content of a file that may be missing.
 
@@ -166,19 +118,3 @@ def read_beside(path: Path) -> bytes | None:
         return None
     except OSError as error:
         raise RowError("caption cannot be read", f"{path}: {error.strerror}") from error
-
-
-def _table(content: bytes) -> dict[str, Any]:
-    try:
-        return parse_json(_decode(content), "the .json next to it")
-    except RowError:
-        raise
-    except InputError as error:
-        raise RowError("caption cannot be read", str(error)) from error
-
-
-def _decode(content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RowError("caption is no text", f"byte {error.start} of its file is not UTF-8") from error

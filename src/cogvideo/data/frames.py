@@ -16,7 +16,8 @@ from jaxtyping import UInt8
 
 from cogvideo import world
 from cogvideo.config import InputError, require
-from cogvideo.data.sources import File, Item, Member, Rendering
+from cogvideo.data.sources import File, Item, Rendering
+from cogvideo.data.tars import Member
 from cogvideo.media.video import MAX_FPS, Video, VideoError, read_video
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {

@@ -27,7 +27,8 @@ from cogvideo.data.dataset import REJECTED, Card, check_hashes, make_card, write
 from cogvideo.data.encoding import Job, PrepareSettings, Worker
 from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
 from cogvideo.data.shards import ShardInfo, digest, read_info, shard_name
-from cogvideo.data.sources import File, Item, Member, Rejection, SourceOptions, list_source
+from cogvideo.data.sources import File, Item, Rejection, SourceOptions, list_source
+from cogvideo.data.tars import Member
 from cogvideo.files import alone_in, named, remove_leftovers, write_text
 
 NO_SPLIT = "one in twenty clips becomes validation unless --validation says otherwise"

@@ -24,41 +24,36 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from cogvideo import world
 from cogvideo.config import InputError, require
-from cogvideo.data.folders import (
-    LABELS,
-    LISTS,
-    MANIFESTS,
-    existing,
-    find_manifest,
-    notes,
-    read_beside,
-    read_lines,
-    walk,
-)
+from cogvideo.data.folders import LABELS, existing, find_manifest, is_manifest, read_beside, walk
 from cogvideo.data.tables import (
     CAPTION_COLUMNS,
     FILE_COLUMNS,
+    LISTS,
     OPTIONAL_COLUMNS,
     TABLE_SUFFIXES,
     Record,
     RowError,
     attributes_of,
     captions_of,
+    clean,
     hints,
     is_missing,
     is_table,
+    lines_of,
     meant,
+    parse_json,
     read_columns,
     read_records,
     span_of,
 )
-from cogvideo.data.tars import Entry, read_bytes, read_index
+from cogvideo.data.tars import Member, read_index
 from cogvideo.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}  # what others call it
@@ -74,20 +69,6 @@ class File:
 
     path: Path
     """Where it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A video or image inside an uncompressed tar, where it is read without unpacking."""
-
-    archive: Path
-    """The tar."""
-    name: str
-    """Its name inside."""
-    offset: int
-    """First byte of its content in the archive."""
-    num_bytes: int
-    """Length of its content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +183,9 @@ def list_source(source: str, options: SourceOptions) -> Listing:
             clips[each.id] = replace(clips[each.id], captions=clips[each.id].captions + new)
         else:
             listing.rejected.append(Rejection(each.id, "named twice", "the same part of the file stands before it"))
-    listing.items.extend(copy for clip in clips.values() for copy in _copies(clip, options.copies))
+    for clip in clips.values():
+        listing.items.append(clip)
+        listing.items.extend(replace(clip, id=f"{clip.id}~{copy}", copy=copy) for copy in range(1, options.copies))
     nothing = f"{source} holds no clip, expected {', '.join(sorted(options.suffixes))} or .tar files"
     require(bool(listing.items or listing.rejected), nothing)
     return listing
@@ -223,8 +206,6 @@ def _find(source: str, options: SourceOptions) -> Found:
     require(os.path.lexists(path), f"there is no {source}, expected a folder, a table, a tar or world:COUNT")
     if path.is_dir():
         manifest = find_manifest(path)
-        if manifest is None and _is_manifest(path / LISTS[0]):
-            manifest = path / LISTS[0]
         return _folder(path, options) if manifest is None else _table(manifest, path, options)
     if is_table(path) or path.name == LISTS[0]:
         return _table(path, path.parent, options)
@@ -232,11 +213,6 @@ def _find(source: str, options: SourceOptions) -> Found:
         return _tar(path, path.parent, options)
     kinds = f"a folder, a table ({', '.join(TABLE_SUFFIXES)}), a .tar or world:COUNT"
     raise InputError(f"{source} is no source, expected {kinds}")
-
-
-def _copies(item: Item, number: int) -> Iterable[Item]:
-    copies = (replace(item, id=f"{item.id}~{copy}", copy=copy) for copy in range(1, number))
-    return [item, *copies]
 
 
 def _item(name: str, media: Media, captions: tuple[str, ...], values: dict[str, Any], options: SourceOptions) -> Item:
@@ -278,14 +254,6 @@ def _plain(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def _attempt(name: str, make: Callable[..., Item], *arguments: Any) -> Item | Rejection:
-    """`make(*arguments)`, or why the clip of that name is refused."""
-    try:
-        return make(*arguments)
-    except RowError as error:
-        return Rejection(_plain(name), error.reason, _plain(error.detail))
-
-
 def _world(source: str) -> Found:
     bounds = source.split(":")[1:]
     domain = bounds.pop(0) if bounds[0] in world.DOMAINS else "full"
@@ -308,11 +276,8 @@ def _scene_item(index: int, domain: str) -> Item:
 
 def _table(path: Path, root: Path, options: SourceOptions) -> Found:
     """The rows of a table; ids are paths below `root`."""
-    if path.name == LISTS[0]:
-        plain = replace(options, file_column=FILE_COLUMNS[0], caption_columns=CAPTION_COLUMNS[:1])
-        return _rows(_paired(path), path, root, plain)
     columns = read_columns(path)
-    options = _with_columns(columns, options)
+    options = _with_columns(columns, options, path)
     flags = dict.fromkeys(options.caption_columns, "--caption-columns") | {options.file_column: "--file-column"}
     for column, flag in flags.items():
         known = FILE_COLUMNS if column == options.file_column else CAPTION_COLUMNS
@@ -322,35 +287,17 @@ def _table(path: Path, root: Path, options: SourceOptions) -> Found:
         require(column in columns, f"{path} has no column {column!r}, {there}")
     for hint in hints(columns, OPTIONAL_COLUMNS):
         print(f"{path}: {hint}", file=sys.stderr)
-    return _rows(read_records(path), path, root, options)
-
-
-def _with_columns(columns: Collection[str], options: SourceOptions) -> SourceOptions:
-    """Options that name the columns that are meant in a table."""
-    (file,) = meant(columns, (options.file_column,), FILE_COLUMNS)
-    return replace(options, file_column=file, caption_columns=meant(columns, options.caption_columns, CAPTION_COLUMNS))
-
-
-def _paired(videos: Path) -> Iterator[Record]:
-    """The lines of `videos.txt` with those of `prompts.txt`.
-
-    Raises:
-        ValueError: they cannot be read, or are not equally many.
-    """
-    prompts = videos.with_name(LISTS[1])
-    files, captions = read_lines(videos), read_lines(prompts)
-    told = f"{videos} has {len(files)} lines and {prompts.name} {len(captions)}, expected a caption for each video"
-    require(len(files) == len(captions), told)
-    for number, (file, caption) in enumerate(zip(files, captions, strict=True), 1):
-        yield Record(f"line {number}", {FILE_COLUMNS[0]: file, CAPTION_COLUMNS[0]: caption})
-
-
-def _rows(records: Iterable[Record], table: Path, root: Path, options: SourceOptions) -> Found:
-    number = 0
-    place = os.path.relpath(table, root)
-    for number, record in enumerate(records, 1):  # noqa: B007 - asked for after the loop
+    number, place = 0, os.path.relpath(path, root)
+    for number, record in enumerate(read_records(path), 1):  # noqa: B007 - asked for after the loop
         yield _row(record, place, str(root), options)
-    require(number > 0, f"{table} is empty, expected rows below its column names")
+    require(number > 0, f"{path} is empty, expected rows below its column names")
+
+
+def _with_columns(columns: Collection[str], options: SourceOptions, table: Path | None = None) -> SourceOptions:
+    """Options that name the columns that are meant in a table; `videos.txt` has our own, whatever is asked for."""
+    asked = SourceOptions() if table is not None and table.name == LISTS[0] else options
+    (file,) = meant(columns, (asked.file_column,), FILE_COLUMNS)
+    return replace(options, file_column=file, caption_columns=meant(columns, asked.caption_columns, CAPTION_COLUMNS))
 
 
 def _row(record: Record, table: str, root: str, options: SourceOptions) -> Item | Rejection:
@@ -364,65 +311,59 @@ def _row(record: Record, table: str, root: str, options: SourceOptions) -> Item 
         if not path.isascii():
             path = str(existing(Path(path)))
         name = os.path.relpath(path, root) if not path.startswith(root + os.sep) else path[len(root) + 1 :]
-        return _row_item(record, path, name, options)
+        if record.surplus:
+            detail = f'{record.surplus} cells have no column: a caption with commas stands in "..."'
+            raise RowError("more cells than columns", detail)
+        captions = captions_of(record.values, options.caption_columns)
+        item = _item(name, File(Path(path)), captions, record.values, options)
+        if not os.path.isfile(path):
+            raise RowError("file is missing", f"{path} is a folder" if os.path.isdir(path) else f"there is no {path}")
+        return item
     except RowError as error:
         return Rejection(_plain(name), error.reason, _plain(f"{where}: {error.detail}" if error.detail else where))
     except UnicodeEncodeError:
         return Rejection(where, "file name is no text", f"got {file!r:.60}")
 
 
-def _row_item(record: Record, path: str, name: str, options: SourceOptions) -> Item:
-    if record.surplus:
-        detail = f'{record.surplus} cells have no column: a caption with commas stands in "..."'
-        raise RowError("more cells than columns", detail)
-    captions = captions_of(record.values, options.caption_columns)
-    item = _item(name, File(Path(path)), captions, record.values, options)
-    if not os.path.isfile(path):
-        raise RowError("file is missing", f"{path} is a folder" if os.path.isdir(path) else f"there is no {path}")
-    return item
-
-
 def _folder(folder: Path, options: SourceOptions) -> Found:
-    names = walk(folder)
-    rows = [each for name in names if _is_manifest(folder / name) for each in _nested(folder / name, folder, options)]
-    yield from rows
-    named = {str(each.media.path) for each in rows if isinstance(each, Item) and isinstance(each.media, File)}
+    names, named = walk(folder), set()
+    for name in names:
+        if is_manifest(folder / name):
+            for each in _counted(name, "table cannot be read", _nested(folder / name, folder, options)):
+                yield each
+                if isinstance(each, Item) and isinstance(each.media, File):
+                    named.add(str(each.media.path))
     for name in names:
         path = folder / name
         if path.suffix.lower() in options.suffixes and str(path) not in named:
-            yield _attempt(name, _file_item, path, name, options)
+            yield _noted(name, File(path), partial(_beside, path), options)
         elif _is_tar(path):
-            yield from _tar_inside(path, folder, options)
+            yield from _counted(name, "tar cannot be read", _tar(path, folder, options))
 
 
-def _is_manifest(path: Path) -> bool:
-    """Whether a file names the clips of its folder."""
-    return path.name in MANIFESTS or (path.name == LISTS[0] and all(path.with_name(each).is_file() for each in LISTS))
+def _counted(name: str, reason: str, found: Found) -> Found:
+    """What is found; a file that cannot be read is counted, so that one bad tar of a thousand does not stop a run."""
+    try:
+        yield from found
+    except InputError as error:
+        yield Rejection(_plain(name), reason, str(error))
 
 
 def _nested(table: Path, root: Path, options: SourceOptions) -> Found:
-    """Rows of a table in a folder below a source. One of other things says nothing of clips, and one that is broken is
-    counted, as a tar is. A folder called as a split is one (Hugging Face)."""
-    try:
-        columns = LISTS if table.name == LISTS[0] else read_columns(table)
-        if table.name != LISTS[0]:
-            known = _with_columns(columns, options)
-            if not {known.file_column, *known.caption_columns} <= set(columns):
-                return
-        split = table.parent.name.lower() if "split" not in columns else ""
-        for each in _table(table, root, options):
-            if isinstance(each, Item) and split in SPLITS:
-                yield replace(each, split=_SPLITS.get(split, split))
-            else:
-                yield each
-    except InputError as error:
-        yield Rejection(_plain(table.relative_to(root).as_posix()), "table cannot be read", str(error))
+    """Rows of a table in a folder below a source. One of other things says nothing of clips.
 
-
-def _file_item(path: Path, name: str, options: SourceOptions) -> Item:
-    text, table = (_beside(path, suffix) for suffix in (".txt", ".json"))
-    captions, values = notes(text, table, options.caption_columns)
-    return _item(name, File(path), captions, values, options if text else _with_columns(values, options))
+    A folder called as a split is one (Hugging Face).
+    """
+    columns = read_columns(table)
+    known = _with_columns(columns, options, table)
+    if not {known.file_column, *known.caption_columns} <= set(columns):
+        return
+    split = table.parent.name.lower() if "split" not in columns else ""
+    for each in _table(table, root, options):
+        if isinstance(each, Item) and split in SPLITS:
+            yield replace(each, split=_SPLITS.get(split, split))
+        else:
+            yield each
 
 
 def _beside(path: Path, suffix: str) -> bytes | None:
@@ -433,45 +374,63 @@ def _beside(path: Path, suffix: str) -> bytes | None:
     return found
 
 
+def _noted(name: str, media: Media, beside: Callable[[str], bytes | None], options: SourceOptions) -> Item | Rejection:
+    """An item whose captions are the lines of its `.txt` that are not blank, else in its `.json`, which may say more.
+
+    Args:
+        name: path of its file below the source.
+        media: the file.
+        beside: content of the file of the same name with another suffix; None for one that is missing.
+        options: which columns are meant.
+    """
+    try:
+        text, table = beside(".txt"), beside(".json")
+        if text is None and table is None:
+            raise RowError("missing caption", "expected a .txt or .json of the same name next to it")
+        values = {} if table is None else _parsed(table)
+        if not text:
+            options = _with_columns(values, options)
+        captions = captions_of(values, options.caption_columns) if text is None else clean(lines_of(_decoded(text)))
+        return _item(name, media, captions, values, options)
+    except RowError as error:
+        return Rejection(_plain(name), error.reason, _plain(error.detail))
+
+
+def _parsed(table: bytes) -> dict[str, Any]:
+    text = _decoded(table)
+    try:
+        return parse_json(text, "the .json next to it")
+    except InputError as error:
+        raise RowError("caption cannot be read", str(error)) from error
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowError("caption is no text", f"byte {error.start} of its file is not UTF-8") from error
+
+
 def _is_tar(path: Path) -> bool:
     packed = path.suffix in _COMPRESSIONS and path.with_suffix("").suffix == ".tar"
     return path.suffix.lower() in _TARS or packed
 
 
-def _tar_inside(path: Path, folder: Path, options: SourceOptions) -> Found:
-    """A tar in a folder: what it lacks is counted, so that one bad tar of a thousand does not stop a run."""
-    try:
-        yield from _tar(path, folder, options)
-    except InputError as error:
-        yield Rejection(_plain(path.relative_to(folder).as_posix()), "tar cannot be read", str(error))
-
-
 def _tar(path: Path, folder: Path, options: SourceOptions) -> Found:
     index = read_index(path)
     name = path.relative_to(folder).as_posix()
-    notes = [entry for entry in index.entries if entry.suffix in (".txt", ".json")]
-    others = {normalize("NFC", entry.name): entry for entry in notes} | {entry.name: entry for entry in notes}
+    notes = {entry.name: entry for entry in index.entries if entry.suffix in (".txt", ".json")}
+    notes = {normalize("NFC", each): entry for each, entry in notes.items()} | notes
+
+    def beside(entry: Member, suffix: str) -> bytes | None:
+        names = entry.beside(suffix)
+        others = (normalize("NFC", each) for each in names)  # as others spell its accents
+        return next((notes[each].read() for each in (*names, *others) if each in notes), None)
+
     for entry in sorted(index.entries, key=lambda each: each.name):
         if entry.suffix in options.suffixes:
-            yield _attempt(f"{name}/{entry.name}", _member_item, path, name, entry, others, options)
+            yield _noted(f"{name}/{entry.name}", entry, partial(beside, entry), options)
     for entry in index.cut:
         yield Rejection(_plain(f"{name}/{entry.name}"), "cut off", f"{path} ends inside it")
     if index.damage:
         yield Rejection(_plain(name), "tar is damaged", f"{index.damage}; whole files before it are taken")
-
-
-def _member_item(path: Path, tar: str, entry: Entry, others: dict[str, Entry], options: SourceOptions) -> Item:
-    text, table = (
-        next((read_bytes(path, others[name]) for name in _names(entry, suffix) if name in others), None)
-        for suffix in (".txt", ".json")
-    )
-    captions, values = notes(text, table, options.caption_columns)
-    media = Member(path, entry.name, entry.offset, entry.num_bytes)
-    options = options if text else _with_columns(values, options)
-    return _item(f"{tar}/{entry.name}", media, captions, values, options)
-
-
-def _names(entry: Entry, suffix: str) -> list[str]:
-    """Name of a caption's file, also as others spell its accents."""
-    names = entry.beside(suffix)
-    return [*names, *(normalize("NFC", name) for name in names)]

@@ -24,6 +24,8 @@ FILE_COLUMNS = ("file", "file_name", "path", "video", "video_path", "video_file_
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 """Columns of our tables, and what they are called in other data sets; the first that there is counts."""
 OPTIONAL_COLUMNS = ("start", "end", "split")
+LISTS = ("videos.txt", "prompts.txt")
+"""Paths and captions line by line, as tools for CogVideoX take them: a table with our own names of columns."""
 
 SPACES = dict.fromkeys(map(ord, "\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
 """Signs that word processors, chats and web pages put where a line goes on, for `str.translate`: tokenizers spell them
@@ -70,6 +72,8 @@ def read_columns(path: Path) -> tuple[str, ...]:
     Raises:
         ValueError: it cannot be read, is empty, or two columns have one name.
     """
+    if path.name == LISTS[0]:
+        return FILE_COLUMNS[0], CAPTION_COLUMNS[0]
     if path.suffix.lower() == ".parquet":
         with _parquet(path) as file:
             names = tuple(file.schema_arrow.names)
@@ -77,10 +81,8 @@ def read_columns(path: Path) -> tuple[str, ...]:
         names = tuple(dict.fromkeys(chain.from_iterable(record.values for record in _json_lines(path))))
     else:
         names = tuple(_csv_columns(path))
-    require(
-        len(names) > 0,
-        f"{path} is empty, expected {'lines' if path.suffix.lower() == '.jsonl' else 'names of columns'}",
-    )
+    expected = "lines" if path.suffix.lower() == ".jsonl" else "names of columns"
+    require(len(names) > 0, f"{path} is empty, expected {expected}")
     twice = sorted({name for name in names if names.count(name) > 1})
     require(not twice, f"{path} has the column {', '.join(twice)} twice")
     return names
@@ -92,6 +94,8 @@ def read_records(path: Path) -> Iterator[Record]:
     Raises:
         ValueError: it cannot be read; the message says in which line.
     """
+    if path.name == LISTS[0]:
+        return _paired(path)
     if path.suffix.lower() == ".parquet":
         return _parquet_records(path)
     return _json_lines(path) if path.suffix.lower() == ".jsonl" else _csv_records(path)
@@ -168,10 +172,9 @@ def attributes_of(values: dict[str, Any], known: frozenset[str]) -> dict[str, st
     nested = values.get("attributes")
     inner = nested if isinstance(nested, dict) else {}
     outer = {key: value for key, value in values.items() if key not in known and not (key == "attributes" and inner)}
-    said = {
-        key: value for key, value in (inner | outer).items() if value not in (None, "") and value == value
-    }  # no NaN
-    return {_text(str(key)): _text(value) for key, value in said.items()}
+    said = inner | outer
+    is_empty = {key: value in (None, "") or value != value for key, value in said.items()}  # NaN is empty, too
+    return {_text(str(key)): _text(value) for key, value in said.items() if not is_empty[key]}
 
 
 def span_of(values: dict[str, Any]) -> tuple[float, float | None]:
@@ -218,20 +221,12 @@ def _reading(path: Path) -> Iterator[None]:
 
 def _first_bad_line(path: Path) -> int:
     """The first line that is not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not is_utf8(line):
-                return number
-    return number
-
-
-def is_utf8(content: bytes) -> bool:
-    """Whether bytes are text in UTF-8."""
+    content = path.read_bytes()
     try:
         content.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1
+    return 1
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -281,6 +276,19 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: it is no JSON ({reason})") from error
     require(isinstance(values, dict), f'{where}: got {values!r:.40}, expected {{"name": value, ...}}')
     return values
+
+
+def _paired(videos: Path) -> Iterator[Record]:
+    """The lines of `videos.txt` with those of `prompts.txt`; empty ones at their ends do not count."""
+    prompts = videos.with_name(LISTS[1])
+    with _reading(videos):
+        files = lines_of(videos.read_text("utf-8-sig").rstrip())
+    with _reading(prompts):
+        captions = lines_of(prompts.read_text("utf-8-sig").rstrip())
+    told = f"{videos} has {len(files)} lines and {prompts.name} {len(captions)}, expected a caption for each video"
+    require(len(files) == len(captions), told)
+    for number, cells in enumerate(zip(files, captions, strict=True), 1):
+        yield Record(f"line {number}", dict(zip(read_columns(videos), cells, strict=True)))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -13,13 +14,16 @@ from cogvideo.config import InputError, require
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-class Entry(NamedTuple):
-    """A file inside a tar."""
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file inside an uncompressed tar, where it is read without unpacking."""
 
+    archive: Path
+    """The tar."""
     name: str
-    """Its path there."""
+    """Its name inside."""
     offset: int
-    """First byte of its content."""
+    """First byte of its content in the archive."""
     num_bytes: int
     """Length of its content."""
 
@@ -34,13 +38,23 @@ class Entry(NamedTuple):
         stems = dict.fromkeys((path.stem, path.name.partition(".")[0]))
         return tuple(str(path.with_name(stem + suffix)) for stem in stems)
 
+    def read(self) -> bytes:
+        """Its content.
+
+        Raises:
+            ValueError: the tar cannot be read.
+        """
+        with _opened(self.archive) as file:
+            file.seek(self.offset)
+            return file.read(self.num_bytes)
+
 
 class Index(NamedTuple):
     """What is in a tar."""
 
-    entries: list[Entry]
+    entries: list[Member]
     """Whole files, in their order."""
-    cut: list[Entry]
+    cut: list[Member]
     """Files whose content goes past the end of the tar: a copy or download that stopped."""
     damage: str
     """Why what follows the last entry cannot be read, empty where nothing follows."""
@@ -64,31 +78,20 @@ def read_index(path: Path) -> Index:
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the file is closed above
         except tarfile.TarError as error:
             raise InputError(f"{path} is no tar: {error}") from error
-        entries, damage = _scan(tar)
+        entries, damage = _scan(path, tar)
         whole = [each for each in entries if each.offset + each.num_bytes <= size]
         cut = [each for each in entries if each.offset + each.num_bytes > size]
         return Index(whole, cut, damage or ("" if cut else _rest(file, tar.offset)))
 
 
-def read_bytes(path: Path, entry: Entry) -> bytes:
-    """The content of a file inside a tar.
-
-    Raises:
-        ValueError: the tar cannot be read.
-    """
-    with _opened(path) as file:
-        file.seek(entry.offset)
-        return file.read(entry.num_bytes)
-
-
-def _scan(tar: tarfile.TarFile) -> tuple[list[Entry], str]:
-    entries: list[Entry] = []
+def _scan(path: Path, tar: tarfile.TarFile) -> tuple[list[Member], str]:
+    entries: list[Member] = []
     try:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined] # else it keeps a large object for every file
             hidden = any(part.startswith(".") and part != "." for part in member.name.split("/"))
             if member.isreg() and not member.issparse() and not hidden:
-                entries.append(Entry(member.name.removeprefix("./"), member.offset_data, member.size))
+                entries.append(Member(path, member.name.removeprefix("./"), member.offset_data, member.size))
     except tarfile.TarError as error:
         return entries, str(error)
     return entries, ""
