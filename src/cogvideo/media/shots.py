@@ -1,14 +1,9 @@
-"""A video file as shots: its frames in the order of time, whatever its format, each with when it is on screen.
-
-PyAV decodes; Pillow reads what PyAV cannot: animated WebP and PNG, still images. Both are imported where needed.
-"""
+"""A frame of a file and how it is seen, and what becomes of errors: what readers of videos and of pictures share."""
 
 from __future__ import annotations
 
 import errno
-import sys
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -21,10 +16,6 @@ from cogvideo.config import InputError, require
 
 GRACE = 0.001
 """Seconds by which a frame may come late: Matroska and WebM round timestamps to milliseconds."""
-
-
-STILL = 10.0
-"""Seconds by which a frame may outlast what the file says of it, without a word."""
 
 
 @dataclass(frozen=True)
@@ -107,23 +98,6 @@ class Naming:
             raise VideoError(reason, ": ".join([*self._names, detail] if detail else self._names)) from error
 
 
-@contextmanager
-def opened(file: Path | Content) -> Iterator[Content]:
-    """The file, open.
-
-    Raises:
-        VideoError: it is a folder, a pipe, or else no file.
-        OSError: it cannot be opened.
-    """
-    if not isinstance(file, Path):
-        yield file
-        return
-    if file.exists() and not file.is_file():
-        raise VideoError("not a file")
-    with file.open("rb") as content:
-        yield content
-
-
 def _is_systems(error: Exception) -> bool:
     """Whether the system failed, say a network drive or a full table of open files: trying again may help."""
     ours = (VideoError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
@@ -162,95 +136,6 @@ class Library:
 
 
 _KEPT = (VideoError, OSError, MemoryError, AssertionError)
-
-
-def read_shots(file: Content, start: float, unknown: float) -> Shots:
-    """All shots from the one on screen at `start` seconds, times from the first of the file, each with its end.
-
-    A shot lasts until the next one appears, the last as long as the file says, or else as long as the one before; where
-    nothing is known it lasts `unknown` seconds. The first that lasts much longer than the file says is told of.
-    """
-    file.seek(0)
-    head = file.read(4096)
-    if not head:
-        raise VideoError("empty file")
-    if _is_cut(file, head):
-        raise VideoError("is cut short", "bytes are missing at its end")
-    held: Shot | None = None
-    has_told = False
-    for shot in _shots(file, head, start):
-        if held is not None:
-            begin = max(held.begin, shot.begin)
-            if begin > held.begin + held.duration + STILL and not has_told:
-                _tell_of_jump(file, held.begin, begin)
-                has_told = True
-            unknown = begin - held.begin or unknown
-            yield held._replace(duration=begin - held.begin)
-            shot = shot._replace(begin=begin)
-        held = shot
-    if held is None:
-        raise VideoError("no frames")
-    yield held._replace(duration=held.duration or unknown)
-
-
-def _tell_of_jump(file: Content, here: float, there: float) -> None:
-    name = getattr(file, "name", "a video in an archive")
-    told = f"its times jump from {here:.3f} to {there:.3f} seconds: one frame is held till then"
-    print(f"{name}: {told}", file=sys.stderr)
-
-
-def _shots(file: Content, head: bytes, start: float) -> Shots:
-    """The frames as Pillow or FFmpeg gives them."""
-    if _is_picture(head):
-        from cogvideo.media.images import read_pictures
-
-        return read_pictures(file)
-    from cogvideo.media.ffmpeg import decode
-
-    return decode(file, start)
-
-
-def _is_picture(head: bytes) -> bool:
-    """Whether the file is Pillow's: still images, WebP, PNG, AVIF."""
-    images = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-    brands = head[8 : int.from_bytes(head[:4])] if head[4:8] == b"ftyp" else b""
-    return head.startswith(images) or head[8:12] == b"WEBP" or b"avif" in brands or b"avis" in brands
-
-
-def _is_cut(file: Content, head: bytes) -> bool:
-    """Whether bytes are missing at the end, in the formats where decoders do not notice."""
-    size = file.seek(0, 2)
-    if head.startswith(b"RIFF"):  # AVI, WebP; one byte of padding may be left out, all ones are a recorded stream
-        return size + 1 < 8 + int.from_bytes(head[4:8], "little") < 8 + 0xFFFFFFFF
-    if head.startswith(b"GIF8"):
-        file.seek(0)
-        return _is_cut_gif(file.read())
-    segment = head.find(b"\x18\x53\x80\x67") + 4
-    if not head.startswith(b"\x1a\x45\xdf\xa3") or segment < 4 or not head[segment : segment + 1]:
-        return False
-    width = 9 - head[segment].bit_length()  # leading zeros say how long a number of Matroska is
-    mask = (1 << 7 * width) - 1
-    length = int.from_bytes(head[segment : segment + width]) & mask
-    return length != mask and segment + width + length > size  # all ones: unknown, as in recordings of streams
-
-
-def _is_cut_gif(content: bytes) -> bool:
-    """Whether a GIF ends inside of a block. Its trailer may be missing, and anything may follow it."""
-    place = 13 + _palette_bytes(content[10:11])
-    while content[place : place + 1] in (b"\x21", b"\x2c"):  # an extension, a picture
-        if content[place] == 0x21:
-            place += 2
-        else:
-            place += 11 + _palette_bytes(content[place + 9 : place + 10])
-        while (length := content[place : place + 1]) and length != b"\0":
-            place += 1 + length[0]
-        place += 1
-    return place > len(content)
-
-
-def _palette_bytes(flags: bytes) -> int:
-    """Bytes of the palette that a GIF's flags announce."""
-    return 3 << (flags[0] & 7) + 1 if flags and flags[0] & 0x80 else 0
 
 
 def in_hundredths(shot: Shot) -> Shot:

@@ -1,14 +1,15 @@
 """Video files as pixels and back: frames at a rate and a size, whatever the file's own rate, size, rotation and format.
 
 Time is read from timestamps, never counted. Only the frames that are kept are converted to pixels, one at a time.
+PyAV decodes; Pillow reads what PyAV cannot: animated WebP and PNG, still images. Both are imported where needed.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +19,7 @@ from jaxtyping import UInt8
 
 from cogvideo.config import require
 from cogvideo.files import replacing_by_name
-from cogvideo.media.shots import GRACE, Content, Naming, Seen, Shots, VideoError, View, opened, read_shots
+from cogvideo.media.shots import GRACE, Content, Naming, Seen, Shot, Shots, VideoError, View
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -33,6 +34,9 @@ __all__ = [
 
 MIN_FPS, MAX_FPS = 0.01, 500
 """Frames a second that files can be written with; any rate up to the second can be read."""
+
+STILL = 10.0
+"""Seconds by which a frame may outlast what the file says of it, without a word."""
 
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp")
@@ -91,8 +95,8 @@ def read_video(
     wanted = min(limit, _num_frames(part, fps))
     if not (0 <= start < math.inf and wanted > 0):
         raise VideoError("no such part", f"it goes from {start:g} to {'the end' if end is None else end} seconds")
-    with Naming(file), opened(file) as content:
-        shots = partial(read_shots, content, start, 1 / fps)
+    with Naming(file), _opened(file) as content:
+        shots = partial(_read_shots, content, start, 1 / fps)
         seen, clip_end = _look_at(shots(), (start + number / fps for number in range(wanted)), view)
         if not seen:
             raise VideoError("no such part", f"it starts at {start:g} seconds, the clip ends at {clip_end:.3f}")
@@ -114,6 +118,112 @@ def _num_frames(seconds: float, fps: float) -> int:
     if not seconds > GRACE:
         return 0
     return sys.maxsize if seconds == math.inf else math.ceil((seconds - GRACE) * fps)
+
+
+@contextmanager
+def _opened(file: Path | Content) -> Iterator[Content]:
+    """The file, open.
+
+    Raises:
+        VideoError: it is a folder, a pipe, or else no file.
+        OSError: it cannot be opened.
+    """
+    if not isinstance(file, Path):
+        yield file
+        return
+    if file.exists() and not file.is_file():
+        raise VideoError("not a file")
+    with file.open("rb") as content:
+        yield content
+
+
+def _read_shots(file: Content, start: float, unknown: float) -> Shots:
+    """All shots from the one on screen at `start` seconds, times from the first of the file, each with its end.
+
+    A shot lasts until the next one appears, the last as long as the file says, or else as long as the one before; where
+    nothing is known it lasts `unknown` seconds. The first that lasts much longer than the file says is told of.
+    """
+    file.seek(0)
+    head = file.read(4096)
+    if not head:
+        raise VideoError("empty file")
+    if _is_cut(file, head):
+        raise VideoError("is cut short", "bytes are missing at its end")
+    held: Shot | None = None
+    has_told = False
+    for shot in _decoded(file, head, start):
+        if held is not None:
+            begin = max(held.begin, shot.begin)
+            if begin > held.begin + held.duration + STILL and not has_told:
+                _tell_of_jump(file, held.begin, begin)
+                has_told = True
+            unknown = begin - held.begin or unknown
+            yield held._replace(duration=begin - held.begin)
+            shot = shot._replace(begin=begin)
+        held = shot
+    if held is None:
+        raise VideoError("no frames")
+    yield held._replace(duration=held.duration or unknown)
+
+
+def _tell_of_jump(file: Content, here: float, there: float) -> None:
+    name = getattr(file, "name", "a video in an archive")
+    told = f"its times jump from {here:.3f} to {there:.3f} seconds: one frame is held till then"
+    print(f"{name}: {told}", file=sys.stderr)
+
+
+def _decoded(file: Content, head: bytes, start: float) -> Shots:
+    """The frames as Pillow or FFmpeg gives them."""
+    if _is_picture(head):
+        from cogvideo.media.images import read_pictures
+
+        return read_pictures(file)
+    from cogvideo.media.ffmpeg import decode
+
+    return decode(file, start)
+
+
+def _is_picture(head: bytes) -> bool:
+    """Whether the file is Pillow's: still images, WebP, PNG, AVIF."""
+    images = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    brands = head[8 : int.from_bytes(head[:4])] if head[4:8] == b"ftyp" else b""
+    return head.startswith(images) or head[8:12] == b"WEBP" or b"avif" in brands or b"avis" in brands
+
+
+def _is_cut(file: Content, head: bytes) -> bool:
+    """Whether bytes are missing at the end, in the formats where decoders do not notice."""
+    size = file.seek(0, 2)
+    if head.startswith(b"RIFF"):  # AVI, WebP; one byte of padding may be left out, all ones are a recorded stream
+        return size + 1 < 8 + int.from_bytes(head[4:8], "little") < 8 + 0xFFFFFFFF
+    if head.startswith(b"GIF8"):
+        file.seek(0)
+        return _is_cut_gif(file.read())
+    segment = head.find(b"\x18\x53\x80\x67") + 4
+    if not head.startswith(b"\x1a\x45\xdf\xa3") or segment < 4 or not head[segment : segment + 1]:
+        return False
+    width = 9 - head[segment].bit_length()  # leading zeros say how long a number of Matroska is
+    mask = (1 << 7 * width) - 1
+    length = int.from_bytes(head[segment : segment + width]) & mask
+    return length != mask and segment + width + length > size  # all ones: unknown, as in recordings of streams
+
+
+def _is_cut_gif(content: bytes) -> bool:
+    """Whether a GIF ends inside of a block. Its trailer may be missing, and anything may follow it."""
+    place = 13 + _palette_bytes(content[10:11])
+    while content[place : place + 1] in (b"\x21", b"\x2c"):  # an extension, a picture
+        if content[place] == 0x21:
+            place += 2
+        else:
+            place += 11 + _palette_bytes(content[place + 9 : place + 10])
+        while (length := content[place : place + 1]) and length != b"\0":
+            place += 1 + length[0]
+        place += 1
+    return place > len(content)
+
+
+def _palette_bytes(flags: bytes) -> int:
+    """Bytes of the palette that a GIF's flags announce."""
+    return 3 << (flags[0] & 7) + 1 if flags and flags[0] & 0x80 else 0
 
 
 def _video(seen: list[Seen]) -> Video:
