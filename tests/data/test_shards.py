@@ -21,7 +21,7 @@ import polars
 import pyarrow as pa
 import pytest
 
-from cogvideo.data.dataset import CARD, Card, Dataset, make_card, read_card, write_card
+from cogvideo.data.dataset import CARD, Card, Dataset, check_hashes, make_card, read_card, write_card
 from cogvideo.data.shards import Row, Shard, ShardInfo, digest, read_info, shard_name, write_shard
 from cogvideo.data.sources import Rejection
 from cogvideo.files import TEMPORARY_SUFFIX, remove_leftovers
@@ -364,14 +364,13 @@ def test_dataset_rows_are_those_of_its_shards(make_dataset: MakeDataset) -> None
     data, expected = Dataset(make_dataset()), make_rows([33, 5, 1, 40, 2]) + make_rows([9, 17, 3], seed=2)
     assert len(data) == len(expected)
     assert all(same(data.row(index), row) for index, row in enumerate(expected))
-    assert all(np.array_equal(data.codes(index), row.codes) for index, row in enumerate(expected))
     assert data.num_frames().tolist() == [len(row.codes) for row in expected]
     assert data.rows().tolist() == list(range(8))
     assert data.rows("validation").tolist() == [3]
     assert data.rows("train").tolist() == [0, 1, 2, 4, 5, 6, 7]
     with pytest.raises(ValueError, match="no split 'test', expected one of train, validation"):
         data.rows("test")
-    data.verify()
+    check_hashes(data.folder)
 
 
 def test_pickled_dataset_carries_no_maps(make_dataset: MakeDataset) -> None:
@@ -432,8 +431,8 @@ def test_exchanged_shards_are_refused(make_dataset: MakeDataset) -> None:
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     path.write_bytes(flipped)
-    with pytest.raises(ValueError, match="sha256"):
-        Dataset(folder).verify()
+    with pytest.raises(ValueError, match="byte for byte"):
+        check_hashes(folder)
 
 
 @pytest.mark.parametrize(

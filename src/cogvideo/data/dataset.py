@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-from jaxtyping import Int32, Int64, UInt16
+from jaxtyping import Int32, Int64
 
 import cogvideo
 from cogvideo.config import InputError, check_version, from_dict, require
@@ -283,25 +283,10 @@ class Dataset:
         lengths = [self.shard(each).num_frames for each in range(len(self.card.shards))]
         return np.concatenate([np.zeros(0, np.int32), *lengths])
 
-    def codes(self, row: int) -> UInt16[np.ndarray, "frames grid grid"]:
-        """The codes of a clip: a view of the file."""
-        shard, number = self.find(row)
-        return shard.codes(number)
-
     def row(self, row: int) -> Row:
         """All of a clip."""
         shard, number = self.find(row)
         return shard.row(number)
-
-    def verify(self) -> None:
-        """Read every file and compare it with the card's hash.
-
-        Raises:
-            ValueError: a file is not, byte for byte, what was prepared.
-        """
-        for entry in self.card.shards:
-            got = _entry(self.folder / entry.file, entry.num_rows)
-            _check_equal(self.folder / entry.file, {"sha256": got.sha256}, {"sha256": entry.sha256})
 
 
 def _parse_card(values: Any) -> Card:
