@@ -15,7 +15,7 @@ import torch
 from benchmarks.machine import alternate
 from cogvideo.data.clips import ClipSampling
 from cogvideo.data.dataset import make_card, write_card
-from cogvideo.data.loader import ClipSample, ClipStream, Loader
+from cogvideo.data.loader import ClipSample, ClipStream, Loader, order
 from cogvideo.data.shards import Row, ShardInfo, digest, shard_name, write_shard
 
 FRAMES, GRID, NUM_CODES, FPS = 33, 8, 1024, 8.0
@@ -69,7 +69,7 @@ def _write(folder: Path, num_rows: int, shard_rows: int) -> np.ndarray:
 
 
 def _batches(stream: ClipStream, batches: int) -> list[np.ndarray]:
-    return list(stream.order(np.arange(batches * BATCH)).rows.reshape(batches, BATCH))
+    return list(order(len(stream), stream.sampling.seed, 0)[: batches * BATCH].reshape(batches, BATCH))
 
 
 def _index_batches(array: np.ndarray, stream: ClipStream, batches: int) -> None:

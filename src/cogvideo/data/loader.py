@@ -1,8 +1,8 @@
 """Batches of training samples, in an order that one number resumes exactly.
 
 Samples are an endless stream, epoch after epoch, and sample number `position` is a pure function of the data, the
-settings and that number: the epoch is `position // rows`, the row a keyed permutation of the rest, and what is drawn at
-random inside the sample is hashed from seed, epoch and row. A batch is the next positions of the stream, and each rank
+settings and that number: the epoch is `position // rows`, the rest a place in its order, and what is drawn at random
+inside the sample is hashed from seed, epoch and row. A batch is the next positions of the stream, and each rank
 takes its share of them. So the state of a run is the position alone, for any number of workers and ranks.
 """
 
@@ -12,6 +12,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -30,7 +31,6 @@ from cogvideo.data.shards import Shard, digest
 T = TypeVar("T")
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ROUNDS = 8
 _DRAWS = 4  # of a sample, in addition to its seed: rate, offset, caption, dropout
 
 
@@ -57,7 +57,8 @@ def keyed_uniform(
     seed: int, epochs: Int64[np.ndarray, " samples"], rows: Int64[np.ndarray, " samples"], num_draws: int
 ) -> Float64[np.ndarray, "samples draws"]:
     """Random numbers of [0, 1) that depend on seed, epoch and row alone, never on batch, worker or rank."""
-    bits = _stream(hash_numbers(seed, 1, epochs, rows), num_draws)
+    steps = np.arange(1, num_draws + 1, dtype=np.uint64) * _GOLDEN
+    bits = mix(hash_numbers(seed, 1, epochs, rows)[:, None] + steps)  # the next numbers of splitmix64
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
@@ -68,65 +69,10 @@ def keyed_seeds(
     return (hash_numbers(seed, 2, epochs, rows) >> np.uint64(1)).astype(np.int64)
 
 
-def _stream(states: UInt64[np.ndarray, " samples"], length: int) -> UInt64[np.ndarray, "samples length"]:
-    """The next numbers of splitmix64 generators in these states."""
-    return mix(states[:, None] + np.arange(1, length + 1, dtype=np.uint64) * _GOLDEN)
-
-
-def permute(
-    places: Int64[np.ndarray, " samples"], num_rows: int, keys: UInt64[np.ndarray, " samples"]
-) -> Int64[np.ndarray, " samples"]:
-    """The row at each place of a random order of `num_rows` rows, without making the order.
-
-    A Feistel network permutes the numbers of the next power of two; where it leads out of the rows it is applied again
-    until it leads back (cycle walking, Black and Rogaway 2002), at most two times on average but for a few rows.
-
-    Args:
-        places: in `[0, num_rows)`.
-        num_rows: how many rows there are.
-        keys: of the order, one a place; places with one key are permuted among themselves.
-    """
-    round_keys = _stream(keys, _ROUNDS)
-    bits = max(4, int(num_rows - 1).bit_length())
-    result = _feistel(places.astype(np.uint64), round_keys, bits)
-    while (outside := np.flatnonzero(result >= num_rows)).size:
-        result[outside] = _feistel(result[outside], round_keys[outside], bits)
-    return result.astype(np.int64)
-
-
-def _feistel(values: np.ndarray, round_keys: np.ndarray, bits: int) -> np.ndarray:
-    """Permute numbers of `bits` bits: halves take turns at being changed by a hash of the other one."""
-    low_bits = np.uint64(bits // 2)
-    low_mask, high_mask = np.uint64(2 ** (bits // 2) - 1), np.uint64(2 ** (bits - bits // 2) - 1)
-    low, high = values & low_mask, values >> low_bits
-    for number in range(0, _ROUNDS, 2):
-        low = low ^ (mix(high + round_keys[:, number]) & low_mask)
-        high = high ^ (mix(low + round_keys[:, number + 1]) & high_mask)
-    return (high << low_bits) | low
-
-
-class Draws(NamedTuple):
-    """What stands at some positions of a stream."""
-
-    epochs: Int64[np.ndarray, " samples"]
-    """How often every row was drawn before."""
-    rows: Int64[np.ndarray, " samples"]
-    """Which row it is, in `[0, num_rows)`."""
-
-
-@dataclass(frozen=True)
-class Order:
-    """The endless order of samples: every epoch holds every row once, each in an order of its own."""
-
-    num_rows: int
-    """Rows of an epoch."""
-    seed: int
-    """Of the orders."""
-
-    def __call__(self, positions: Int64[np.ndarray, " samples"]) -> Draws:
-        """Epoch and row at positions of the stream, which count from 0."""
-        epochs, places = np.divmod(positions, self.num_rows)
-        return Draws(epochs, permute(places, self.num_rows, hash_numbers(self.seed, 0, epochs)))
+@lru_cache(maxsize=2)
+def order(num_rows: int, seed: int, epoch: int) -> Int64[np.ndarray, " rows"]:
+    """The rows of an epoch in a random order of its own: sorted by their hashes, no two of which are equal."""
+    return np.argsort(hash_numbers(seed, 0, epoch, np.arange(num_rows)))
 
 
 class ClipSample(NamedTuple):
@@ -182,10 +128,9 @@ class ClipStream(MapDataset[ClipSample]):
         _check_cards(self.datasets, sampling, grid)
         self._starts = [0, *accumulate(len(dataset) for dataset in self.datasets)]
         self._rows = self._usable_rows()
-        self.order = Order(len(self._rows), sampling.seed)
         shards = [[entry.sha256 for entry in dataset.card.shards] for dataset in self.datasets]
-        self.identity = digest([shards, split, asdict(sampling)])
-        """Hash of all that decides which sample stands where."""
+        self.identity = f"samples in the second order, {digest([shards, split, asdict(sampling)])}"
+        """All that decides which sample stands where. The first order, of a Feistel network, is gone."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -217,11 +162,13 @@ class ClipStream(MapDataset[ClipSample]):
     def __getitems__(self, positions: Sequence[int]) -> list[ClipSample]:
         """The samples of a batch: what is random in them is made for all at once."""
         numbers = np.asarray(positions, np.int64)
-        epochs, rows = self.order(numbers)
+        epochs, places = np.divmod(numbers, len(self))
+        epoch_places = zip(epochs.tolist(), places.tolist(), strict=True)
+        rows = np.array([order(len(self), self.sampling.seed, epoch)[place] for epoch, place in epoch_places], np.int64)
         draws = keyed_uniform(self.sampling.seed, epochs, rows, _DRAWS).tolist()
         seeds = keyed_seeds(self.sampling.seed, epochs, rows).tolist()
-        places = (numbers.tolist(), epochs.tolist(), rows.tolist(), seeds)
-        return [self._sample(*each) for each in zip(*places, self._rows[rows].tolist(), draws, strict=True)]
+        where = (numbers.tolist(), epochs.tolist(), rows.tolist(), seeds)
+        return [self._sample(*each) for each in zip(*where, self._rows[rows].tolist(), draws, strict=True)]
 
     def _sample(
         self, position: int, epoch: int, row: int, seed: int, stored_row: int, draws: list[float]
