@@ -137,7 +137,7 @@ def test_one_backward_pass_is_that_of_two(optimizer):
     for step in range(1 if optimizer == "muon" else 3):
         model.step(step, model.objective.stream[step])
         objective.begin(step)
-        batch = to_frames(objective.stream[step].pixels)
+        batch = to_frames(objective.stream[step])
         made, vectors, codes, commitment = objective._pass(batch, 4, True)
         losses = objective._image_losses(made, batch)
         whole = sum(losses.values()) + objective._adversary_loss(made, sum(losses.values()), 4) + 0.25 * commitment

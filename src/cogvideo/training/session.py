@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from cogvideo.config import require
 from cogvideo.data.clips import ClipSampling, FrameRates, Mode
@@ -17,6 +17,7 @@ from cogvideo.runs import RunFolder
 from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.optim import Optimization
 from cogvideo.training.parallel import ParallelSettings, any_rank, is_first
+from cogvideo.training.preview import Preview
 from cogvideo.training.step import Execution, Trainer
 
 
@@ -124,16 +125,6 @@ class Evaluation(NamedTuple):
     """Figures in words."""
     loss: float | None = None
     """Loss that the best checkpoint has the lowest of; None where nothing is held out."""
-
-
-class Preview(Protocol):
-    """Samples of the model while it learns. All ranks call it."""
-
-    def __call__(self, step: int) -> Path | None:
-        """Draw samples after a step; the contact sheet on the first rank, None where nothing can be drawn."""
-
-    def lacks(self, step: int) -> bool:
-        """Whether the contact sheet of a step could be drawn, and is not there."""
 
 
 class Session(NamedTuple):

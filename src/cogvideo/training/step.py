@@ -234,12 +234,11 @@ def moved(batch: Any, device: torch.device) -> Any:
 
 
 def _length(batch: Any) -> int:
-    first = batch[0]
-    return len(first) if isinstance(first, Tensor) else _length(first)
+    return len(batch) if isinstance(batch, Tensor) else _length(batch[0])
 
 
 def _each(batch: Any, change: Any) -> Any:
-    """A batch of named tuples with each tensor changed."""
+    """A batch, a tensor or a named tuple of them, with each tensor changed."""
     if isinstance(batch, Tensor):
         return change(batch)
     return type(batch)(*(_each(part, change) for part in batch))

@@ -40,7 +40,7 @@ PREFIX_SECONDS = 0.5
 _ASCII = "".join(map(chr, range(0x21, 0x7F)))
 
 
-class Figures(NamedTuple):
+class CaptionFigures(NamedTuple):
     """Figures of a tokenizer on captions."""
 
     captions: int
@@ -153,7 +153,7 @@ def fill(model: bytes, num_pieces: int) -> bytes:
     return model + b"".join(map(_unused_piece, range(got, num_pieces)))
 
 
-def figures(tokenizer: TextTokenizer, captions: Iterable[str], slots: int) -> Figures:
+def figures(tokenizer: TextTokenizer, captions: Iterable[str], slots: int) -> CaptionFigures:
     """Numbers of tokens of captions, each counted once."""
     byte_tokens = {tokenizer.num_codes + piece for piece in _byte_pieces(tokenizer.model)}
     rows = [tokenizer.encode_caption(caption, PREFIX_SECONDS) for caption in sorted(set(captions))]
@@ -161,7 +161,7 @@ def figures(tokenizer: TextTokenizer, captions: Iterable[str], slots: int) -> Fi
     fitting = sum(length <= slots for length in lengths)
     with_bytes = sum(not byte_tokens.isdisjoint(row) for row in rows)
     share = 1 / len(rows)
-    return Figures(len(rows), sum(lengths) * share, max(lengths), fitting * share, with_bytes * share)
+    return CaptionFigures(len(rows), sum(lengths) * share, max(lengths), fitting * share, with_bytes * share)
 
 
 def _config(out: Path, name: str | None) -> CogVideoConfig:

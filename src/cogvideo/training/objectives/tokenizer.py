@@ -124,13 +124,6 @@ class TokenizerSettings:
         return self.adversary_weight > 0 and step >= start
 
 
-class FrameBatch(NamedTuple):
-    """Frames to reconstruct."""
-
-    pixels: UInt8[Tensor, "batch size size 3"]
-    """Red, green and blue."""
-
-
 class FrameStream:
     """Batches of frames as a function of the step: every frame once an epoch, in another order each time.
 
@@ -151,12 +144,12 @@ class FrameStream:
         share = batch // ranks.data_size
         self._part = slice(ranks.data_rank * share, (ranks.data_rank + 1) * share)
 
-    def __getitem__(self, step: int) -> FrameBatch:
+    def __getitem__(self, step: int) -> UInt8[Tensor, "batch size size 3"]:
         """This rank's share of a step's batch."""
         places = batch_places(step, self.batch, len(self.pixels), self.seed)[self._part]
-        return FrameBatch(torch.from_numpy(self.pixels[places.numpy()]))
+        return torch.from_numpy(self.pixels[places.numpy()])
 
-    def after(self, step: int) -> Iterator[FrameBatch]:
+    def after(self, step: int) -> Iterator[UInt8[Tensor, "batch size size 3"]]:
         """The batches that follow when `step` steps are made."""
         return (self[each] for each in count(step))
 
@@ -263,16 +256,16 @@ class TokenizerObjective(Objective):
         needed = self.settings.start_vectors * len(self.codebook.counts)
         vectors: list[Tensor] = []
         while sum(map(len, vectors)) < needed:
-            pixels = self.stream[self._step + len(vectors)].pixels.to(device, non_blocking=True)
+            pixels = self.stream[self._step + len(vectors)].to(device, non_blocking=True)
             found = self._pass(to_frames(pixels), self.model.config.rate, is_quantized=False)
             vectors.append(gathered(found.vectors))
         by = generator(self.seed, "k-means", device=device)
         self.codebook.start(torch.cat(vectors), per_step=len(vectors[0]), generator=by)
 
-    def forward(self, batch: FrameBatch) -> Measured:
+    def forward(self, batch: UInt8[Tensor, "batch size size 3"]) -> Measured:
         """The loss of a batch as a whole; while training, the codebook moves along."""
-        with torch.autocast(batch.pixels.device.type, enabled=False):
-            return self._losses(to_frames(batch.pixels))
+        with torch.autocast(batch.device.type, enabled=False):
+            return self._losses(to_frames(batch))
 
     def _losses(self, frames: Float[Tensor, "batch 3 size size"]) -> Measured:
         settings, step = self.settings, self._step
