@@ -1,4 +1,4 @@
-"""The work of training a position, which utilisation is measured by."""
+"""The work of training a position, which utilization is measured by."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def flops_a_position(model: nn.Module) -> float:
     6 for each trained parameter and 4 for each frozen one of the matrices that a position goes through: two in the
     forward pass, two for the gradient of what comes in, two for that of the weights. Counted are the linear layers and
     the code head, the latter at every position; not counted are embedding lookups, biases, norms and the products of
-    attention's scores. Recomputing activations counts nothing more: utilisation is of work that is needed.
+    attention's scores. Recomputing activations counts nothing more: utilization is of work that is needed.
 
     Positions of super-resolution differ, and the result is their mean. Text and low codes go through the base's blocks
     alone; if those are frozen nothing before them learns, and they cost 2 a parameter. High slots go through their own

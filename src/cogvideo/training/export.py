@@ -84,7 +84,7 @@ def check_target(target: ExportTarget, overwrite: bool) -> None:
 
 
 def check_codes(target: ExportTarget, names: Sequence[str], tokenizer: str) -> None:
-    """Refuse data whose codes are not those that the start of a stage has learnt.
+    """Refuse data whose codes are not those that the start of a stage has learned.
 
     Args:
         target: the stage, and the bundle that it starts from.
@@ -194,11 +194,11 @@ def export(
     """Put a checkpoint of a run into a bundle, while the run goes on or after it. The run is only looked at.
 
     Args:
-        run: folder of the run, such as my-model/.sequential-run.
-        out: the bundle; what it lacks comes from the bundle that the run started from.
-        step: of the checkpoint; the newest unless given.
-        best: the checkpoint with the lowest held-out loss.
-        overwrite: replace the stage where the bundle has it.
+        run: Folder of the run, such as my-model/.sequential-run.
+        out: Bundle that gets the stage; components that it lacks come from the bundle that the run started from.
+        step: Step of the checkpoint; the newest unless given.
+        best: Take the checkpoint with the lowest held-out loss.
+        overwrite: Replace the stage where the bundle has it.
 
     Raises:
         ValueError: the run, the checkpoint or the bundle cannot be used.

@@ -37,7 +37,7 @@ def held_out(trained: ClipStream, split: str, limit: int) -> list[HeldOut]:
     Nothing is left to chance: clips start at their first frame and keep their captions.
 
     Args:
-        trained: what is learnt from. Its clips decide the rates: key frames of long clips have the lowest one alone.
+        trained: what is learned from. Its clips decide the rates: key frames of long clips have the lowest one alone.
         split: that is held out.
         limit: samples an entry at most.
 
@@ -48,7 +48,7 @@ def held_out(trained: ClipStream, split: str, limit: int) -> list[HeldOut]:
     entries = []
     for name, each in _kinds(trained):
         try:
-            stream = ClipStream(there, split, each)  # of one tokenizer and grid, as those that are learnt from
+            stream = ClipStream(there, split, each)  # of one tokenizer and grid, as those that are learned from
         except InputError:  # the training split was accepted, so all that can be wrong is that nothing fits
             continue
         entries.append(HeldOut(name, stream, min(limit, len(stream))))

@@ -67,11 +67,11 @@ def image(
     later ones, with the text that the video stages give them: so these find what they need in the frozen base.
 
     Args:
-        options: options of all stages.
-        mixture: shares of the tasks.
-        durations: seconds in the text of later frames, one of these each: those of the key frames and of the rounds.
+        options: Options of all stages.
+        mixture: Shares of the tasks.
+        durations: Seconds in the text of later frames, one of these each: those of the key frames and of the rounds.
             With no number, all frames are alike and have the text of images.
-        start: random weights, or the base that the bundle has.
+        start: Random weights, or the base that the bundle has (continue).
     """
     train("image", Choice(start), options, {"mixture": mixture}, {"durations": durations})
 
@@ -85,10 +85,10 @@ def sequential(
     """Train key frames: a temporal channel on the frozen image model, at the lowest frame rate that a clip fills.
 
     Args:
-        options: options of all stages.
-        start: start of the channel: the base's attention (inherit), random weights, or what the bundle has (continue).
-        base: frozen, trained too, or trained from random weights; for comparison.
-        window: side of the temporal windows in codes, 0 for full attention; the configuration's unless given.
+        options: Options of all stages.
+        start: Start of the channel: the base's attention (inherit), random weights, or what the bundle has (continue).
+        base: Base: frozen, trained too, or trained from random weights; for comparison.
+        window: Side of the temporal windows in codes, 0 for full attention; the configuration's unless given.
     """
     train("sequential", Choice(start, base, window), options)
 
@@ -102,11 +102,11 @@ def interpolation(
     """Train frames between frames: a temporal channel that sees given frames whole, at the faster frame rates.
 
     Args:
-        options: options of all stages.
-        start: start of the channel: that of key frames (sequential), the base's attention (inherit), random weights, or
+        options: Options of all stages.
+        start: Start of the channel: that of key frames (sequential), the base's attention (inherit), random weights, or
             what the bundle has (continue).
-        base: frozen, trained too, or trained from random weights; for comparison.
-        window: side of the temporal windows in codes, 0 for full attention; the configuration's unless given.
+        base: Base: frozen, trained too, or trained from random weights; for comparison.
+        window: Side of the temporal windows in codes, 0 for full attention; the configuration's unless given.
     """
     train("interpolation", Choice(start, base, window), options)
 
@@ -120,10 +120,10 @@ def superres(
     """Train super-resolution: codes of a frame to those of the same frame at a larger size, all in one pass.
 
     Args:
-        options: options of all stages.
-        corruption: share of the low codes that is replaced by random ones, since generated codes have faults.
-        start: start of the added attention: the base's (inherit), random weights, or what the bundle has (continue).
-        base: frozen, trained too, or trained from random weights; for comparison.
+        options: Options of all stages.
+        corruption: Share of the low codes that is replaced by random ones, since generated codes have faults.
+        start: Start of the added attention: the base's (inherit), random weights, or what the bundle has (continue).
+        base: Base: frozen, trained too, or trained from random weights; for comparison.
     """
     train("superres", Choice(start, base), options, {"corruption": corruption})
 

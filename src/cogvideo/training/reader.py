@@ -46,13 +46,13 @@ def train_reader(
     attribute pairs that models never see in training, half of the split `validation`.
 
     Args:
-        out: the file, .safetensors; the folder of the run is next to it.
-        settings: the recipe.
-        config: sizes.
-        test_clips: clips of the test at the end.
-        logging: what the run reports and keeps.
-        device: cpu, cuda, cuda:0, or auto.
-        recipe: a TOML file with a table for this command: options as they stand here. Those given here win.
+        out: File of the reader, .safetensors; the folder of the run is next to it.
+        settings: Recipe.
+        config: Sizes.
+        test_clips: Number of clips of the test at the end.
+        logging: Reports and checkpoints.
+        device: Device: cpu, cuda, cuda:0, or auto.
+        recipe: TOML file with a table for this command: options as they stand here. Those given here win.
 
     Raises:
         ValueError: a setting cannot be used, the folder holds another run or one at work, or training diverged.

@@ -3,7 +3,7 @@
 Pieces are merged pairs (BPE): on captions that repeat one another, SentencePiece's unigram models keep few pieces and
 spell words letter by letter (measured on synthetic captions: 36 tokens a caption instead of 12). Nothing is
 unrepresentable: what no piece covers becomes bytes. Digits are pieces of their own, so that any frame rate prefix is a
-few tokens. Text is normalised by NFKC (one spelling for é, ｗｉｄｅ letters, ligatures) and spaces are single ones.
+few tokens. Text is normalized by NFKC (one spelling for é, ｗｉｄｅ letters, ligatures) and spaces are single ones.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ def train_text(
     """Train the text tokenizer on the captions of the split `train`, and put it into a bundle.
 
     Args:
-        source: folders, tables, tars or world:NUMBER, as for `data prepare`.
-        out: folder of the bundle; other components in it stay, an older text tokenizer is replaced.
-        preset: configuration of a new bundle (pocket unless given); a bundle that exists has its own.
-        options: how the sources are read; take those of `data prepare`, so that validation captions stay unseen.
-        normalization: nfkc, nfkc_cf (which also makes capital letters small), or identity (only spaces).
-        background_template: the one of `data prepare`, put around every caption with each background in turn.
-        max_captions: maximum number of captions; of more, some are used, evenly spaced in their sorted order.
-        recipe: a TOML file with a table for this command: options as they stand here. Those given here win.
+        source: Folders, tables, tars or world:NUMBER, as for `data prepare`.
+        out: Folder of the bundle; other components in it stay, an older text tokenizer is replaced.
+        preset: Preset with the configuration of a new bundle (pocket unless given); a bundle that exists has its own.
+        options: Ways to read sources; take those of `data prepare`, so that validation captions stay unseen.
+        normalization: Normalization of the text: nfkc, nfkc_cf (small letters too), or identity (only spaces).
+        background_template: Template of `data prepare`, put around every caption with each background in turn.
+        max_captions: Maximum number of captions; of more, some are used, evenly spaced in their sorted order.
+        recipe: TOML file with a table for this command: options as they stand here. Those given here win.
 
     Raises:
         ValueError: a source cannot be read, there is no caption, or the bundle in `out` is made for other text.
@@ -116,7 +116,7 @@ def spread(captions: Sequence[str], number: int) -> list[str]:
 
 
 def train_model(captions: Iterable[str], config: TransformerConfig, normalization: Normalization = "nfkc") -> bytes:
-    """A serialised SentencePiece model; equal captions give equal bytes, in whatever order.
+    """A serialized SentencePiece model; equal captions give equal bytes, in whatever order.
 
     Its pieces fill the ids between the image codes and `start_of_image`, with `<pad>` at `pad`. Where captions are too
     few for so many pieces, the last ones are unused: called `<unused_2000>` at the id 2000, and found in no text.

@@ -71,21 +71,22 @@ def tokenizer(
     torchrun starts share each batch.
 
     Args:
-        sources: one or several: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic clips.
-        out: the bundle, which keeps its other components.
-        init: a bundle whose image tokenizer is trained on, such as pocket: its folder, or its id on the Hugging Face
-            Hub. Random weights unless given.
-        preset: sizes of the model where there is no bundle yet; pocket unless given.
-        settings: the recipe.
-        frames: which frames of the clips it learns from.
-        options: how sources are read.
-        perceptual: lpips, for the perceptual distance LPIPS with the weights that `cogvideo fetch lpips` has fetched.
-        vgg: torchvision's weights of VGG-16, for LPIPS from files.
-        lpips: LPIPS's heads for VGG (version 0.1).
-        device: cpu, cuda, cuda:0, or auto.
-        logging: what the run reports and keeps.
-        overwrite: replace the tokenizer that the bundle has; models that learnt its codes cannot use another.
-        recipe: a TOML file with a table for this command: options as they stand here. Those given here win.
+        sources: Sources, one or several: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic
+            clips.
+        out: Bundle that gets the tokenizer, and keeps its other components.
+        init: Bundle whose image tokenizer is trained on, such as pocket: its folder, or its id on the Hugging Face Hub.
+            Random weights unless given.
+        preset: Preset with the sizes of the model where there is no bundle yet; pocket unless given.
+        settings: Recipe.
+        frames: Frames to learn from.
+        options: Ways to read sources.
+        perceptual: Network of the perceptual distance, with the weights that `cogvideo fetch lpips` has fetched.
+        vgg: Weights of VGG-16 from torchvision, for LPIPS from files.
+        lpips: Weights of the heads of LPIPS for VGG (version 0.1).
+        device: Device: cpu, cuda, cuda:0, or auto.
+        logging: Reports and checkpoints.
+        overwrite: Replace the tokenizer that the bundle has; models that learned its codes cannot use another.
+        recipe: TOML file with a table for this command: options as they stand here. Those given here win.
 
     Raises:
         ValueError: a source, a file or a setting cannot be used, OUT holds another run, or training diverged.
@@ -170,7 +171,7 @@ def _own_config(out: Path, start: CogVideoConfig | None, preset: str | None, ove
 
 
 def _known(out: Path) -> str:
-    """Hashes of the image tokenizer that stages learnt the codes of, as far as the bundle says."""
+    """Hashes of the image tokenizer that stages learned the codes of, as far as the bundle says."""
     hashes = sorted({f"{each['tokenizer']:.12}" for each in read_reports(out).values() if "tokenizer" in each})
     return f" (sha256 {', '.join(hashes)})" if hashes else ""
 

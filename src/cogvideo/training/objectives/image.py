@@ -6,13 +6,13 @@
 | understanding | an image with masked squares of 4 x 4; a caption behind its language tag, causal | squares, caption |
 | text | a caption with masked spans | the spans |
 
-What is masked is learnt one by one, each from all that is not masked and from the masked ones before it. A caption that
-is learnt sees the whole image (but for its last code, which is never fed); an image with squares sees no caption.
+What is masked is learned one by one, each from all that is not masked and from the masked ones before it. A caption
+that is learned sees the whole image (but for its last code, which is never fed); an image with squares sees no caption.
 
 All are sequences of the same slots: a task is who sees whom, and which slots carry loss. An image slot is fed the code
 before the one that it predicts, as everywhere. So the slot that predicts the first column of a square is fed a code
 from left of it. If that code is not masked, all others see the slot, and it must see nothing masked: it would predict
-from less than the rest of its square. So first columns are not learnt, only seen. They are the last columns of CogLM,
+from less than the rest of its square. So first columns are not learned, only seen. They are the last columns of CogLM,
 whose slots are named after what they are fed.
 """
 

@@ -1,8 +1,8 @@
 """Objective of the World reader: attributes of clips that are drawn on the fly, of single frames first.
 
 Unlike models, which learn from the split `train`, the reader learns from all splits: it must read held-out pairs as
-well as others. What it never sees are clips numbered below `attributes.READER_LEARNS`. Shapes are learnt last, and from
-single frames in a tenth of the time: the first steps have stills of one figure alone.
+well as others. What it never sees are clips numbered below `attributes.READER_LEARNS`. Shapes are learned last, and
+from single frames in a tenth of the time: the first steps have stills of one figure alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STILLS = 100_000_000
 STILL_FROM, STILL_TO = 1.0, 2.0
 """Seconds between which figures are in the picture, or mostly."""
 SHIFT, BRIGHTNESS, TINT, NOISE = 3, 0.08, 0.03, 0.04
-"""Largest changes of a clip: pixels, relative brightness of all and of one colour, deviation of noise."""
+"""Largest changes of a clip: pixels, relative brightness of all and of one color, deviation of noise."""
 BETAS = (0.9, 0.98)
 """Decay rates of AdamW's averages."""
 
@@ -168,9 +168,9 @@ def stills(step: int, number: int) -> Drawn:
 def augment(
     clips: UInt8[np.ndarray, "batch frames size size 3"], generator: torch.Generator
 ) -> Float[Tensor, "batch 3 frames size size"]:
-    """Clips as a tokenizer might give them back, all labels still true: no mirroring, no large change of a colour.
+    """Clips as a tokenizer might give them back, all labels still true: no mirroring, no large change of a color.
 
-    Each clip as a whole is shifted by up to 3 pixels, every second one blurred, its brightness and colours changed a
+    Each clip as a whole is shifted by up to 3 pixels, every second one blurred, its brightness and colors changed a
     little; noise comes in squares of 2 x 2 pixels, new in every frame. The generator says where the result is.
     """
     device = generator.device

@@ -24,7 +24,7 @@ class Measured(NamedTuple):
     """The losses of a batch, in nats a predicted token."""
 
     loss: Float[Tensor, " batch"]
-    """Loss of each sample, which is minimised."""
+    """Loss of each sample, which is minimized."""
     parts: Float[Tensor, "batch parts"]
     """Value of each named part, without a graph; nan where a sample has no such part."""
 

@@ -1,7 +1,7 @@
 """Objective of the image tokenizer: its settings, its losses, and the codebook that follows the encoder.
 
 The recipe is that of taming-transformers (arXiv 2012.09841) with a codebook of running averages (arXiv 1711.00937): the
-autoencoder minimises differences of pixels, a perceptual distance, the commitment to its codes and, later, what an
+autoencoder minimizes differences of pixels, a perceptual distance, the commitment to its codes and, later, what an
 adversary sees. Where LPIPS's weights are not given, pyramids and edges stand for it.
 """
 
