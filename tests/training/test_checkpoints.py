@@ -297,8 +297,9 @@ def test_what_does_not_fit_in_memory_is_not_damaged(tmp_path: Path, hashed: bool
     checkpoints.save(1, state_of(1, LARGE))
     if not hashed:
         old(checkpoints.path(1))
-    code = f"import test_checkpoints; test_checkpoints.load_with_little_memory({str(tmp_path)!r})"
     here = Path(__file__).parent
+    load = f"import test_checkpoints; test_checkpoints.load_with_little_memory({str(tmp_path)!r})"
+    code = f"import sys; sys.path.append({str(here.parent)!r}); {load}"
     done = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (0, "refused\n"), done.stderr
     assert checkpoints.steps() == [1]
