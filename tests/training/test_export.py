@@ -130,7 +130,7 @@ def test_what_float16_cannot_hold_stays_wide(
         with torch.no_grad():
             channel.positions.weight[0, 0] = largest
         out = tmp_path / str(dtype)
-        deliver(delivery_of(source, out, "sequential", Choice("inherit")), {"sequential": channel}, {})
+        deliver(target_of(source, out, "sequential", Choice("inherit")), {"sequential": channel}, {})
         stored = load_file(out / "sequential.safetensors")
         assert {each.dtype for each in stored.values()} == {dtype}
         assert stored["positions.weight"][0, 0] == largest
@@ -145,15 +145,15 @@ def test_codes_of_another_tokenizer_are_refused(place: Path, tmp_path: Path) -> 
     """Guards a bundle without an image tokenizer, whose stages would each learn the codes of another one."""
     shutil.copytree(place / "model", tmp_path / "model")
     source = CogVideo.from_pretrained(tmp_path / "model")
-    delivery = delivery_of(source, tmp_path / "out", "sequential", Choice("inherit"))
+    target = target_of(source, tmp_path / "out", "sequential", Choice("inherit"))
     for report, refused in (({"base": {}}, False), ({"base": {"tokenizer": "a" * 64}}, True)):
         (tmp_path / "model" / "training.json").write_text(json.dumps(report))
-        check_codes(delivery, ["base"], "a" * 64)
+        check_codes(target, ["base"], "a" * 64)
         if refused:
             with pytest.raises(ValueError, match=r"base of the bundle .*model learnt the codes of another image tok"):
-                check_codes(delivery, ["base"], "b" * 64)
+                check_codes(target, ["base"], "b" * 64)
         else:
-            check_codes(delivery, ["base"], "b" * 64)
+            check_codes(target, ["base"], "b" * 64)
     tokenizer = Manifest.read(place / "model").components["image_tokenizer"].sha256
     assert read_reports(place / "trained")["sequential"]["tokenizer"] == tokenizer
 
@@ -266,7 +266,7 @@ def test_a_bundle_that_does_not_fit_is_refused(
     assert [each.name for each in (tmp_path / "fresh").iterdir()] == ["training.json"]
 
 
-def delivery_of(source: CogVideo, out: Path, stage: StageName, choice: Choice) -> ExportTarget:
+def target_of(source: CogVideo, out: Path, stage: StageName, choice: Choice) -> ExportTarget:
     return ExportTarget(out, source, source.config, stage, choice)
 
 
@@ -279,22 +279,22 @@ def test_a_base_of_its_own_comes_and_goes_with_its_stage(
     source, out = CogVideo.from_pretrained(place / "model"), tmp_path / "out"
     own, channel = loud(Base(config.transformer), 8), loud(make_parts(train_text_model())["sequential"], 9)
     trained = {"sequential": channel, "sequential_base": own}
-    deliver(delivery_of(source, out, "sequential", Choice("inherit", "trained")), trained, {"steps": 1})
+    deliver(target_of(source, out, "sequential", Choice("inherit", "trained")), trained, {"steps": 1})
     model = CogVideo.from_pretrained(out)
     assert_same(model.sequential.base.state_dict(), own.half().state_dict())
     assert model.sha256("base") == source.sha256("base")
 
     choice = Choice("sequential")
-    deliver(delivery_of(model, out, "interpolation", choice), {"interpolation": parts["interpolation"]}, {"steps": 2})
+    deliver(target_of(model, out, "interpolation", choice), {"interpolation": parts["interpolation"]}, {"steps": 2})
     model = CogVideo.from_pretrained(out)
     assert model.sha256("interpolation_base") == model.sha256("sequential_base")
     assert_same(model.interpolation.base.state_dict(), own.state_dict())
 
-    delivery = delivery_of(model, out, "sequential", Choice("inherit"))
+    target = target_of(model, out, "sequential", Choice("inherit"))
     with pytest.raises(ValueError, match="has sequential already"):
-        check_target(delivery, overwrite=False)
-    check_target(delivery, overwrite=True)
-    deliver(delivery, {"sequential": parts["sequential"]}, {"steps": 3})
+        check_target(target, overwrite=False)
+    check_target(target, overwrite=True)
+    deliver(target, {"sequential": parts["sequential"]}, {"steps": 3})
     model = CogVideo.from_pretrained(out)
     assert "sequential_base" not in model.components
     assert "interpolation_base" in model.components
@@ -306,12 +306,12 @@ def test_a_base_that_others_rely_on_stays(place: Path, tmp_path: Path, train_tex
     """Guards a whole bundle against a new image model; a stage with a base of its own does not rely on it."""
     shutil.copytree(place / "model", tmp_path / "out")
     source = CogVideo.from_pretrained(tmp_path / "out")
-    delivery = delivery_of(source, tmp_path / "out", "image", Choice("random"))
+    target = target_of(source, tmp_path / "out", "image", Choice("random"))
     with pytest.raises(ValueError, match=r"superres in the bundle .* rely on its base"):
-        check_target(delivery, overwrite=True)
+        check_target(target, overwrite=True)
     config = small_config(train_text_model())
     update(tmp_path / "out", config, superres_base=loud(Base(config.transformer), 8))
-    check_target(delivery, overwrite=True)
+    check_target(target, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -325,18 +325,16 @@ def test_what_was_trained_on_another_component_stays_behind(
     shutil.copytree(place / "whole", tmp_path / "full")
     source, name = CogVideo.from_pretrained(tmp_path / "full"), "base" if stage == "image" else stage
     (tmp_path / "full" / "training.json").write_text('{"superres": {"steps": 1}, "interpolation": {"steps": 2}}')
-    delivery = delivery_of(source, tmp_path / "new", stage, Choice("random"))
-    assert left_out(delivery) == f"{tmp_path / 'new'} goes without {gone}: trained on another {name}."
-    deliver(delivery, {name: source.component(name)}, {"steps": 1})
+    target = target_of(source, tmp_path / "new", stage, Choice("random"))
+    assert left_out(target) == f"{tmp_path / 'new'} goes without {gone}: trained on another {name}."
+    deliver(target, {name: source.component(name)}, {"steps": 1})
     kept = set(source.components) - set(gone.split(", "))
     assert set(CogVideo.from_pretrained(tmp_path / "new").components) == kept
     assert read_reports(tmp_path / "new").keys() == {"superres", name} & kept
     shutil.copytree(place / "whole", tmp_path / "same")
-    delivery = delivery_of(
-        CogVideo.from_pretrained(tmp_path / "same"), tmp_path / "same", "sequential", Choice("inherit")
-    )
-    assert left_out(delivery) == ""
-    deliver(delivery, {"sequential": source.component("sequential")}, {"steps": 1})
+    target = target_of(CogVideo.from_pretrained(tmp_path / "same"), tmp_path / "same", "sequential", Choice("inherit"))
+    assert left_out(target) == ""
+    deliver(target, {"sequential": source.component("sequential")}, {"steps": 1})
     assert set(CogVideo.from_pretrained(tmp_path / "same").components) == set(source.components)
 
 
@@ -407,12 +405,10 @@ def test_reports_survive_a_copy(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "trained", tmp_path / "copy", ignore=shutil.ignore_patterns(".*"))
     before = read_reports(tmp_path / "copy")
     source = CogVideo.from_pretrained(tmp_path / "copy")
-    delivery = delivery_of(source, tmp_path / "copy", "interpolation", Choice("sequential"))
-    deliver(delivery, {"interpolation": loud(MODULES["interpolation"](source.config), 3)}, {"steps": 9})
+    target = target_of(source, tmp_path / "copy", "interpolation", Choice("sequential"))
+    deliver(target, {"interpolation": loud(MODULES["interpolation"](source.config), 3)}, {"steps": 9})
     assert read_reports(tmp_path / "copy") == before | {"interpolation": {"steps": 9}}
-    onward = delivery_of(
-        CogVideo.from_pretrained(tmp_path / "copy"), tmp_path / "onward", "superres", Choice("continue")
-    )
+    onward = target_of(CogVideo.from_pretrained(tmp_path / "copy"), tmp_path / "onward", "superres", Choice("continue"))
     deliver(onward, {}, {"steps": 10})
     assert read_reports(tmp_path / "onward") == before | {"interpolation": {"steps": 9}, "superres": {"steps": 10}}
 

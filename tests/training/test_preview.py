@@ -72,7 +72,7 @@ def test_what_a_preview_draws_with_stays_where_it_is(
 ) -> None:
     """Guards the bundle that a run starts from: its modules were moved to the GPU for good, and took memory there."""
     preview = preview_of("sequential", place, tmp_path / "samples")
-    source, weights = preview.delivery.source, full_state(preview.trainer.module)
+    source, weights = preview.target.source, full_state(preview.trainer.module)
     elsewhere = preview.trainer.ranks._replace(device=torch.device("meta"))
     monkeypatch.setattr(preview.trainer, "ranks", elsewhere)
     drawn = preview._system(weights)
@@ -109,13 +109,11 @@ def test_a_preview_draws_with_the_average(
     component = "base" if stage == "image" else stage
     prefix = "model.base." if stage == "image" else "model.channel."
     parts: dict[str, Any] = {
-        name: part for name in preview.delivery.source.components for part in [preview.delivery.source.component(name)]
+        name: part for name in preview.target.source.components for part in [preview.target.source.component(name)]
     }
-    live = modules(stage, Choice("continue"), preview.delivery.config, trainer.average.state)[component]
+    live = modules(stage, Choice("continue"), preview.target.config, trainer.average.state)[component]
     assert_same(live.state_dict(), {n.removeprefix(prefix): each for n, each in trainer.average.state.items()})
-    rows = samples.draw(
-        stage, CogVideo(preview.delivery.config, **(parts | {component: live})), preview.examples, seed=6
-    )
+    rows = samples.draw(stage, CogVideo(preview.target.config, **(parts | {component: live})), preview.examples, seed=6)
     expected = samples.write_samples(tmp_path / "expected", 20, rows).sheet
     assert np.array_equal(np.asarray(Image.open(sheet)), np.asarray(Image.open(expected)))
     assert len(preview.examples) == 4

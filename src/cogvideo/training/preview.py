@@ -27,7 +27,7 @@ class Preview:
     """Draws what the stage makes of the same clips, or prompts, at any step. All ranks call it.
 
     Args:
-        delivery: the stage, and the bundle that it starts from.
+        target: the stage, and the bundle that it starts from.
         trainer: what learns.
         stream: whose first clips are drawn.
         prompts: drawn instead, where a stage needs no more than a prompt.
@@ -38,19 +38,19 @@ class Preview:
     """
 
     def __init__(
-        self, delivery: ExportTarget, trainer: Trainer, stream: ClipStream, prompts: Sequence[str], folder: Path
+        self, target: ExportTarget, trainer: Trainer, stream: ClipStream, prompts: Sequence[str], folder: Path
     ) -> None:
-        self.delivery = delivery
+        self.target = target
         self.trainer = trainer
         self.folder = folder
         clips = [stream[place] for place in range(min(SHOWN, len(stream)))]
         self.examples = samples.from_clips(clips)
-        if prompts and STAGES[delivery.stage].is_prompted:
+        if prompts and STAGES[target.stage].is_prompted:
             self.examples = samples.from_prompts(prompts)
             for prompt in prompts:
-                delivery.source.text.encode_image_caption(prompt)  # else refused after the steps to the first sheet
-        has = {name for name in ("base", "text", "image_tokenizer") if name in delivery.source.components}
-        self.problem = samples.missing(delivery.stage, has.union(own(delivery.stage, delivery.choice)), self.examples)
+                target.source.text.encode_image_caption(prompt)  # else refused after the steps to the first sheet
+        has = {name for name in ("base", "text", "image_tokenizer") if name in target.source.components}
+        self.problem = samples.missing(target.stage, has.union(own(target.stage, target.choice)), self.examples)
         """Why nothing can be drawn, in a sentence; empty if it can."""
 
     def __call__(self, step: int) -> Path | None:
@@ -62,7 +62,7 @@ class Preview:
         if self.trainer.ranks.rank > 0:
             return None
         seed = self.trainer.settings.seed
-        rows = samples.draw(self.delivery.stage, self._system(weights), self.examples, seed)
+        rows = samples.draw(self.target.stage, self._system(weights), self.examples, seed)
         return samples.write_samples(self.folder, step, rows).sheet
 
     def lacks(self, step: int) -> bool:
@@ -72,17 +72,17 @@ class Preview:
 
     def _system(self, weights: dict[str, Tensor]) -> CogVideo:
         """The stage with these weights, and all that it draws with."""
-        stage, choice, source = self.delivery.stage, self.delivery.choice, self.delivery.source
+        stage, choice, source = self.target.stage, self.target.choice, self.target.source
         names = ("base", "text", "image_tokenizer", "cluster_labels")
         parts: dict[str, Component] = {name: source.component(name) for name in names if name in source.components}
-        if stage != "image" and choice.base == "frozen":
+        if not STAGES[stage].is_base and choice.base == "frozen":
             name, live = base_of(stage, choice, source), self.trainer.objective.model.base
             assert isinstance(live, Base)
             whole = not any(isinstance(each, DTensor) for each in live.parameters())
             parts["base" if name == "base" else f"{stage}_base"] = live if whole else source.component(name)
-        parts |= modules(stage, choice, self.delivery.config, weights)
+        parts |= modules(stage, choice, self.target.config, weights)
         placed = {name: self._placed(name, part) for name, part in parts.items()}
-        return CogVideo(self.delivery.config, **placed)
+        return CogVideo(self.target.config, **placed)
 
     def _placed(self, name: str, part: Component) -> Component:
         """The component on the device of training. One that lies elsewhere is copied, and stays where it is."""
@@ -90,6 +90,6 @@ class Preview:
             return part
         device = self.trainer.ranks.device
         with torch.device("meta"):
-            module = MODULES[name](self.delivery.config)
+            module = MODULES[name](self.target.config)
         module.load_state_dict({key: each.to(device) for key, each in part.state_dict().items()}, assign=True)
         return module.requires_grad_(False)

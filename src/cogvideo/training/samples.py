@@ -26,7 +26,7 @@ from cogvideo.generation.request import Request, Settings
 from cogvideo.generation.upscale import enlarge
 from cogvideo.layout import SequenceLayout
 from cogvideo.media.video import write_video
-from cogvideo.training.stages import StageName
+from cogvideo.training.stages import STAGES, StageName
 
 PLAIN = Settings(
     rounds=0,
@@ -107,7 +107,7 @@ def missing(stage: StageName, has: Collection[str], examples: Sequence[Example])
         examples: what would be drawn from.
     """
     base = "base" if f"{stage}_base" not in has else f"{stage}_base"
-    needed = [base, *([stage] if stage != "image" else []), "text", "image_tokenizer"]
+    needed = dict.fromkeys((base, STAGES[stage].trains, "text", "image_tokenizer"))
     lacks = [name for name in needed if name not in has]
     if lacks:
         return f"No samples are drawn while training: the model has no {', '.join(lacks)}."
