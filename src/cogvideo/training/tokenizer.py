@@ -280,11 +280,14 @@ def _deliver(
     num_clusters = max(1, len(rows) // CODES_PER_CLUSTER)
     labels = cluster_codes(rows, num_clusters, generator(objective.seed, "clusters"))
     update_bundle(out, whole, image_tokenizer=autoencoder, cluster_labels=labels)
-    measured = [row["held_out"] for row in folder.rows() if "held_out" in row]
+    steps = objective.settings.steps
+    measured = {row["step"]: row["held_out"] for row in folder.rows() if "held_out" in row}
+    if steps not in measured:  # an earlier version made the last step
+        measured[steps] = evaluate(objective.model, store.held_out, objective.settings.batch)._asdict()
     folder.finish(
         {
-            "steps": objective.settings.steps,
-            "held_out": measured[-1],
+            "steps": steps,
+            "held_out": measured[steps],
             "clusters": num_clusters,
             "frames": {"train": len(store.train), "held_out": len(store.held_out)},
             "clips": store.clips,
