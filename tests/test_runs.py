@@ -1,22 +1,16 @@
-"""What a killed run leaves behind, and what is watched while it runs."""
+"""Run folders: what a run is of, what a killed one leaves, and what it reports."""
 
 import errno
-import io
 import json
 import os
 import resource
-import signal
-import time
 from dataclasses import asdict
 
 import pytest
 import torch
-from rich.console import Console
 
 from cogvideo.config import CogVideoConfig, with_samplers
 from cogvideo.runs import TYPED, RunFolder
-from cogvideo.training.loop import interrupts
-from cogvideo.training.recorder import ProgressLine
 
 
 def test_a_run_is_claimed_once(tmp_path):
@@ -145,36 +139,3 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
     folder = RunFolder(tmp_path)
     with pytest.raises(ValueError, match=rf"cannot use .*{name}: "):
         assert folder.rows() or folder.summary
-
-
-def test_the_first_interrupt_waits_and_the_second_does_not():
-    """Ctrl-C must end a step in order, but a step that hangs must not hold the user."""
-    before = signal.getsignal(signal.SIGINT)
-    with interrupts() as interrupt:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert interrupt.is_set()
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_line_shows_the_first_step_and_asks_for_words_when_it_shows_them(monkeypatch, terminal):
-    """A log file that stays empty, a bar at zero for fifty steps, or figures fetched from a GPU after every step."""
-    now, asked = [1000.0], []
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    out = Console(file=io.StringIO(), force_terminal=terminal, width=160, soft_wrap=True)
-    with ProgressLine(out, 10, 300) as line:
-        for step in range(11, 75):
-            now[0] += 0.0625 if terminal else 1.0
-            line.advance(step, lambda step=step: f"loss {asked.append(step) or step}")
-    if terminal:
-        assert asked == list(range(11, 75, 4))
-        assert "71/300" in out.file.getvalue()
-    else:
-        assert asked == [11, 41, 71]
-        assert out.file.getvalue().splitlines() == [
-            "step 11 of 300: loss 11  5 min left",
-            "step 41 of 300: loss 41  4 min left",
-            "step 71 of 300: loss 71  4 min left",
-        ]

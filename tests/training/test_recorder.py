@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import sys
 import time
 import types
@@ -24,7 +26,8 @@ from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.planning.work import flops_a_position
 from cogvideo.runs import RunFolder
 from cogvideo.training import recorder as module
-from cogvideo.training.recorder import Recorder
+from cogvideo.training.loop import interrupts
+from cogvideo.training.recorder import ProgressLine, Recorder
 
 ROW = {
     "step": 10,
@@ -268,3 +271,39 @@ def test_work_is_what_runs() -> None:
     products = [torch.ops.aten.mm, torch.ops.aten.addmm]
     counted = sum(counter.get_flop_counts()["Global"].get(each, 0) for each in products)
     assert flops_a_position(model) * layout.length == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_line_shows_the_first_step_and_asks_for_words_when_it_shows_them(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    """A log file that stays empty, a bar at zero for fifty steps, or figures fetched from a GPU after every step."""
+    now = [1000.0]
+    asked: list[int] = []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    out = console(terminal)
+    with ProgressLine(out, 10, 300) as line:
+        for step in range(11, 75):
+            now[0] += 0.0625 if terminal else 1.0
+            line.advance(step, lambda step=step: f"loss {asked.append(step) or step}")
+    if terminal:
+        assert asked == list(range(11, 75, 4))
+        assert "71/300" in written(out)
+    else:
+        assert asked == [11, 41, 71]
+        assert written(out).splitlines() == [
+            "step 11 of 300: loss 11  5 min left",
+            "step 41 of 300: loss 41  4 min left",
+            "step 71 of 300: loss 71  4 min left",
+        ]
+
+
+def test_the_first_interrupt_waits_and_the_second_does_not() -> None:
+    """Ctrl-C must end a step in order, but a step that hangs must not hold the user."""
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
