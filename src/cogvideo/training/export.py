@@ -212,8 +212,8 @@ def export(
     chosen = _choose(run, checkpoints, step, best)
     target = ExportTarget(out, _source(run, identity, stage, choice), config, stage, choice)
     check_target(target, overwrite)
-    if told := left_out(target):
-        print(told, file=sys.stderr)
+    if line := left_out(target):
+        print(line, file=sys.stderr)
     weights = read_weights(checkpoints.path(chosen), averaged=identity["optimization"]["ema"] > 0)
     deliver(target, modules(stage, choice, config, weights), report_of(RunFolder(run), chosen))
     print(f"{out}: {stage} after {chosen:,} steps")

@@ -290,8 +290,8 @@ def _notes(
 ) -> Iterator[str]:
     """Lines about what the run goes without, and what may surprise."""
     options = run.options
-    if told := left_out(target):
-        yield told
+    if line := left_out(target):
+        yield line
     if "image_tokenizer" not in target.source.components:
         card = stream.datasets[0].card
         yield (

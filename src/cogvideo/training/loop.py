@@ -160,7 +160,7 @@ def _report(trainer: Trainer, done: int, clock: Clock, recorder: Recorder) -> No
 
 
 def _record(found: Evaluation, done: int, recorder: Recorder) -> None:
-    recorder.record({"step": done, **found.row}, found.told)
+    recorder.record({"step": done, **found.row}, found.words)
 
 
 def _sample(session: Session, done: int, recorder: Recorder) -> None:

@@ -70,8 +70,8 @@ def train_reader(
         def judge(step: int) -> Evaluation:
             right = tested(objective.model.eval(), watched)
             objective.model.train()
-            told = ", ".join(f"{name} {each:.1%}" for name, each in right["all clips"].items())
-            return Evaluation({"accuracy": right}, told)
+            words = ", ".join(f"{name} {each:.1%}" for name, each in right["all clips"].items())
+            return Evaluation({"accuracy": right}, words)
 
         trainer = Trainer(objective, settings.optimization, ranks=ranks)
         learn(Session(folder, trainer, partial(batches, settings), logging, judge, identity))

@@ -88,12 +88,12 @@ class Recorder:
         if self._is_first:
             self._line.advance(done, lambda: self._words)
 
-    def record(self, row: Mapping[str, Any], told: str = "") -> None:
+    def record(self, row: Mapping[str, Any], words: str = "") -> None:
         """Record a row of training, or what was measured on held-out samples.
 
         Args:
             row: figures; it names the step.
-            told: the figures in words, for a line of their own. The progress line shows rows without such words.
+            words: figures in words, for a line of their own. The progress line shows rows without such words.
 
         Raises:
             OSError: it cannot be written.
@@ -101,8 +101,8 @@ class Recorder:
         if not self._is_first:
             return
         self.folder.report(row)
-        if told:
-            self.say(f"step {row['step']:,}: {told}")
+        if words:
+            self.say(f"step {row['step']:,}: {words}")
         elif "learning_rate" in row:
             self._words = _words(row)
             self.advance(row["step"])

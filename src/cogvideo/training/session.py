@@ -121,7 +121,7 @@ class Evaluation(NamedTuple):
 
     row: Mapping[str, Any]
     """Figures for metrics.jsonl."""
-    told: str
+    words: str
     """Figures in words."""
     loss: float | None = None
     """Loss that the best checkpoint has the lowest of; None where nothing is held out."""
