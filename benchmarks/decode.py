@@ -28,7 +28,7 @@ from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.sampling import GumbelNoise
 from cogvideo.layout import SequenceLayout
-from cogvideo.models.plans import Rows, full_pass, text_masks
+from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.packing import pack
@@ -84,7 +84,7 @@ def decoder(model: Transformer, layout: SequenceLayout, batch: int = 1, guided: 
 def stepper(run: Decoder, rank: int, slot: int) -> Callable[[], object]:
     """One step at a position."""
     tokens = torch.zeros(len(run.condition.text.tokens), 1, dtype=torch.int64)
-    return lambda: run.step([Rows(rank, slot, 0)], tokens)
+    return lambda: run.step([rank * run.layout.frame_slots + slot], tokens)
 
 
 def step_bytes(run: Decoder, rank: int, slot: int) -> int:
@@ -93,13 +93,14 @@ def step_bytes(run: Decoder, rank: int, slot: int) -> int:
     assert model.channel is not None
     width = model.base.words.weight.element_size()
     weights = (12 + 4) * config.hidden**2 * config.num_layers + config.num_codes * config.hidden
-    cells = [run.plans.views[1 + layer % (len(run.plans.views) - 1)] for layer in range(config.num_layers)]
+    at = rank * run.layout.frame_slots + slot
     temporal = sum(
-        TEXT_TOKENS + GUIDE_TOKENS + 2 * (view.places[rank][slot] + 1 - view.starts[view.cell[slot]] - view.text_slots)
-        for view in cells
+        len(cache.layers)
+        * (TEXT_TOKENS + GUIDE_TOKENS + 2 * (cache.places[at] + 1 - cache.first_keys[at] - cache.map.text_slots))
+        for cache in run.temporal
     )
     spatial = config.num_layers * (TEXT_TOKENS + GUIDE_TOKENS + 2 * (slot + 1))
-    return weights * width + 2 * (temporal + spatial) * config.hidden * run.caches[0].layers[0].element_size()
+    return weights * width + 2 * (temporal + spatial) * config.hidden * run.spatial.layers[0].element_size()
 
 
 def guided_steps(rounds: int = 15) -> Figures:
@@ -217,7 +218,7 @@ def _whole_pass(window: int, count: int) -> tuple[float, float]:
     before, start = _peak_mebibytes(), time.perf_counter()
     with torch.inference_mode():
         words = text(TEXT_TOKENS, 64, 512)
-        plan = full_pass(sequence, window, text_masks(words.mask, 0.0, torch.float32), count, True, torch.device("cpu"))
+        plan = full_pass(sequence, window, words.mask, torch.float32, count)
         tokens = torch.cat([words.tokens, torch.zeros(1, count * 400, dtype=torch.int64)], 1)
         positions = torch.cat([sequence.text_positions(words.mask)[0], sequence.frame_positions(range(count))])
         model(tokens, positions[None], plan)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig
 from cogvideo.generation.decoder import Condition
 from cogvideo.layout import SequenceLayout
-from cogvideo.models.plans import full_pass, text_masks
+from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, initialize
 from cogvideo.text import PaddedText
 
@@ -66,9 +66,7 @@ def _train(model: Transformer, layout: SequenceLayout, steps: int, generator: to
     for _ in range(steps):
         words, clips = toy_clips(8, generator)
         codes = clips[:, list(layout.order)]
-        plan = full_pass(
-            layout, model.window, text_masks(words.mask, 0.0, torch.float32), layout.num_frames, True, codes.device
-        )
+        plan = full_pass(layout, model.window, words.mask, torch.float32, layout.num_frames)
         tokens = torch.cat([words.tokens, layout.feed(codes, CONFIG.start_of_image)], 1)
         frames = layout.frame_positions(range(layout.num_frames)).expand(len(tokens), -1)
         hidden = model(tokens, torch.cat([layout.text_positions(words.mask), frames], 1), plan)

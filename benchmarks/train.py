@@ -28,7 +28,7 @@ from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig, preset
 from cogvideo.devices import matrix_rate
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.attention import attend, split_heads
-from cogvideo.models.plans import full_pass, text_masks
+from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.planning.training import training
 from cogvideo.planning.work import flops_a_position
@@ -168,7 +168,7 @@ def _attention_calls(window: int, dtype: torch.dtype, heads: int = 4) -> dict[st
     """One block of each kind; the outputs and gradients of both ways are compared first."""
     layout, words = SequenceLayout.sequential(LAYOUT), text(TEXT_TOKENS, LAYOUT.text_slots)
     masks = dense_masks(layout, window, words.mask, dtype)
-    plan = full_pass(layout, window, text_masks(words.mask, 0.0, dtype), layout.num_frames, True, CPU)
+    plan = full_pass(layout, window, words.mask, dtype, layout.num_frames)
     fused = [torch.randn(1, layout.length, 3 * heads * 64, dtype=dtype).requires_grad_() for _ in range(2)]
 
     def ours(kind: int, both: bool) -> list[Tensor]:

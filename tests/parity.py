@@ -43,7 +43,7 @@ from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.upscale import SLOTS_PER_DRAW, upscale
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.autoencoder import Autoencoder
-from cogvideo.models.plans import full_pass, text_masks
+from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.text import PaddedText
@@ -196,7 +196,7 @@ def check_training(case: Case, passes: Passes) -> Outcome:
     positions = layout.frame_positions(range(layout.num_frames)).expand(batch, -1)
     tally.same(torch.cat([text_positions, in_places(positions)], 1), given["position_ids"])
 
-    plan = full_pass(layout, model.window, text_masks(mask, 0.0, torch.float64), layout.num_frames, True, CPU)
+    plan = full_pass(layout, model.window, mask, torch.float64, layout.num_frames)
     tokens = torch.cat([given["tokens"][:, :words], fed], 1)
     x = model(tokens, torch.cat([text_positions, positions], 1), plan)
     logits = model.base.logits(x[:, words:])
@@ -219,11 +219,12 @@ class Watched(Decoder):
     seen: ClassVar[dict[int, Tensor]]
     """Of the run; every run has a class of its own."""
 
-    def step(self, rows: Sequence[Any], tokens: Tensor) -> Tensor:
+    def step(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
         """See `Decoder`."""
-        logits = super().step(rows, tokens)
-        for column, row in enumerate(rows):
-            self._of(row.rank, logits)[:, row.slot] = logits[:, column]
+        logits = super().step(slots, tokens)
+        for column, slot in enumerate(slots):
+            rank, own = divmod(slot, self.layout.frame_slots)
+            self._of(rank, logits)[:, own] = logits[:, column]
         return logits
 
     def draft(self, rank: int, runs: Sequence[range], fed: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from cogvideo.generation.upscale import slot_noise, upscale
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models import plans, upscaler
 from cogvideo.models.autoencoder import Autoencoder
-from cogvideo.models.plans import Rows
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.pipeline import CogVideoPipeline
@@ -148,10 +147,11 @@ def test_a_pass_waits_for_nothing(stage: str) -> None:
         first = GIVEN[stage]
         tokens = torch.zeros(2, 2, dtype=torch.int64, device=CUDA)
         slots = torch.zeros(2, 2, dtype=torch.int64, device=CUDA)
-        rows = [Rows(first, 3, 0), Rows(min(first + 1, layout.num_frames - 1), 0, 1)]
+        area = layout.frame_slots
+        fed = [first * area + 3, min(first + 1, layout.num_frames - 1) * area]
         gpu.forget()
-        assert run.step(rows[:1], tokens[:, :1]).shape == (2, 1, SIZES.num_codes)
-        assert run.step(rows, tokens).shape == run.rectangle(first, slots, tokens).shape == (2, 2, SIZES.num_codes)
+        assert run.step(fed[:1], tokens[:, :1]).shape == (2, 1, SIZES.num_codes)
+        assert run.step(fed, tokens).shape == run.rectangle(first, slots, tokens).shape == (2, 2, SIZES.num_codes)
         assert not gpu.waits
         assert not gpu.copies
 

@@ -16,7 +16,7 @@ from cogvideo.cli import COMMANDS
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cogvideo"
 FLOORS = (
-    {"config", "layout", "text", "files", "devices", "runs"},
+    {"config", "layout", "text", "files", "devices", "kernels", "runs"},
     {"world", "media"},
     {"models"},
     {"packing", "bundle"},

@@ -196,6 +196,11 @@ def cells(grid: int, window: int, shifted: bool) -> Cells:
     return tuple(torch.stack([tile for tile in tiles if len(tile) == area]) for area in areas)
 
 
+def kinds(window: int) -> tuple[bool, ...]:
+    """Whether windows are shifted, in each kind of block of the temporal channel; blocks take turns."""
+    return (False, True) if window else (False,)
+
+
 def _cuts(grid: int, window: int, shifted: bool) -> list[tuple[int, int]]:
     if window == 0:
         return [(0, grid)]
@@ -209,4 +214,4 @@ def lag(grid: int, window: int) -> int:
     A slot may see every slot of its cell in an earlier frame. Those must have been fed in the same pass at the latest,
     so the frame trails by the largest distance from a slot to the last slot of its cell, over both kinds of blocks.
     """
-    return max(int((cell[:, -1:] - cell).max()) for shifted in (False, True) for cell in cells(grid, window, shifted))
+    return max(int((cell[:, -1:] - cell).max()) for shifted in kinds(window) for cell in cells(grid, window, shifted))

@@ -25,7 +25,7 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.config import AutoencoderConfig, CogVideoConfig, TextConfig, TransformerConfig, preset
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.autoencoder import Autoencoder
-from cogvideo.models.plans import full_pass, text_masks
+from cogvideo.models.plans import full_pass
 from cogvideo.text import TextTokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -210,7 +210,7 @@ def test_the_released_logits(tmp_path: Path) -> None:
     convert(tmp_path / "out", **given, config=config)
     model = CogVideo.from_pretrained(tmp_path / "out", dtype=torch.float64).sequential
     layout, mask = SequenceLayout.sequential(config.layout), case["text_mask"].bool()
-    plan = full_pass(layout, 0, text_masks(mask, 0.0, torch.float64), layout.num_frames, True, mask.device)
+    plan = full_pass(layout, 0, mask, torch.float64, layout.num_frames)
     hidden = model(case["tokens"].long(), case["position_ids"].long(), plan)[:, layout.text_slots :]
     logits = model.base.logits(hidden[:, case["probe"].long()])
     torch.testing.assert_close(logits, case["logits"].double(), rtol=0, atol=1e-4)

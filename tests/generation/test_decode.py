@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -17,9 +17,9 @@ from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.sampling import Clusters, GumbelNoise, log_probabilities
 from cogvideo.layout import SequenceLayout, lag
-from cogvideo.models.attention import Plan, attend
-from cogvideo.models.cache import Cache, CacheMap, Write
-from cogvideo.models.plans import CachedPlans, Rows, text_masks
+from cogvideo.models.attention import MaskPlan, attend
+from cogvideo.models.cache import Cache, CacheMap
+from cogvideo.models.plans import text_mask
 from cogvideo.text import PaddedText
 from conftest import NUM_CODES, START, TEXT_SLOTS, MakeSystem, MakeText, System
 from parity import Watch, watch
@@ -163,20 +163,10 @@ def one_hot(slots: Sequence[int], total: int, batch: int) -> Tensor:
     return torch.stack([torch.zeros_like(values), values])[:, None, None].expand(-1, batch, 1, -1, -1)
 
 
-class Channel:
-    """The cache of one channel and kind of block whose values name the slots that wrote them."""
-
-    def __init__(self, where: CacheMap, total: int, batch: int) -> None:
-        self.cache = Cache((where,), 1, batch, 1, total, torch.empty(0, dtype=torch.float64))
-
-    def see(self, slots: Sequence[int], plan: Plan | None, write: Write, batch: int = 2) -> Tensor | None:
-        """Write slots, then which slots each of them sees, (batch, rows, total)."""
-        total = self.cache.layers[0].shape[-1]
-        self.cache.writes, self.cache.complete = (write,), plan is None
-        stored = self.cache.store(0, one_hot(slots, total, batch))
-        if plan is None:
-            return None
-        return attend(torch.zeros(batch, 1, len(slots), total, dtype=torch.float64), stored, plan) > 1e-9
+def see(slots: Sequence[int], plan: MaskPlan, total: int, batch: int = 2) -> Tensor:
+    """Write slots, then which slots each of them sees, (batch, rows, total): values name the slots that wrote them."""
+    stored = plan.keys(one_hot(slots, total, batch), 0)
+    return attend(torch.zeros(batch, 1, len(slots), total, dtype=torch.float64), stored, plan) > 1e-9
 
 
 @pytest.mark.parametrize("way", ["step", "parallel", "alike", "runs", "masked"])
@@ -193,32 +183,28 @@ def test_cached_rows_see_the_rule(make_system: MakeSystem, make_text: MakeText, 
     lanes = -(-area // behind)
     kinds = () if run.stage == "image" else (False, True) if run.window else (False,)
     maps = [CacheMap.spatial(layout, lanes), *(CacheMap.temporal(layout, run.window, kind) for kind in kinds)]
-    plans = CachedPlans(layout, maps[0], tuple(maps[1:]), text_masks(text.mask, 0.0, torch.float64), CPU)
     natural = {slot: row for row, slot in enumerate(all_slots(TEXT_SLOTS, layout.num_frames, layout.grid))}
     words = [natural[Slot(TEXT, index)] for index in range(TEXT_SLOTS)]
     frames = [[natural[Slot(place, index)] for index in range(area)] for place in layout.order]
-    channels = [Channel(where, len(natural), 2) for where in maps]
+    total, added = len(natural), text_mask(text.mask, 0.0, torch.float64)
+    caches = [Cache(where, 1, added, (2, 1, total), torch.empty(0, dtype=torch.float64)) for where in maps]
     fed = words + [slot for frame in frames[:first] for slot in frame]
-    for channel, write in zip(channels, plans.prefill_writes(first), strict=True):
-        channel.see([fed[row] for row in range(len(fed))] if write.rows is None else fed, None, write)
+    for number, cache in enumerate(caches):
+        cache.keep(MaskPlan(()), first * area if number else 0).keys(one_hot(fed, total, 2), 0)
 
-    def check(slots: list[int], plan, writes: tuple[Write, ...]) -> None:
+    def check(slots: list[int], plan: Callable[[Cache], MaskPlan]) -> None:
         for sample in range(2):
             mask = tuple(text.mask[sample].tolist())
-            for number, (channel, write) in enumerate(zip(channels, writes, strict=True)):
+            for number, cache in enumerate(caches):
                 seen = visible(run.stage, layout.num_frames, run.grid, run.window, number == 2, mask)
                 expected = (seen.temporal if number else seen.spatial)[slots]
-                ours = channel.see(slots, plan.temporal[number - 1] if number else plan.spatial, write)
-                assert ours is not None
-                assert torch.equal(ours[sample], expected)
+                assert torch.equal(see(slots, plan(cache), total)[sample], expected)
 
     def check_runs(rank: int, runs: list[range]) -> None:
-        plan, writes = plans.runs(rank, runs)
         rows = [(sample, frames[rank][slot]) for sample, run in enumerate(runs) for slot in run]
-        for number, (channel, write) in enumerate(zip(channels, writes, strict=True)):
-            own = plan.temporal[number - 1] if number else plan.spatial
-            ours = channel.see([slot for _, slot in rows], own, write, batch=1)
-            assert ours is not None
+        for number, cache in enumerate(caches):
+            plan = cache.runs([range(rank * area + each.start, rank * area + each.stop) for each in runs])
+            ours = see([slot for _, slot in rows], plan, total, batch=1)
             for row, (sample, slot) in enumerate(rows):
                 mask = tuple(text.mask[sample].tolist())
                 seen = visible(run.stage, layout.num_frames, run.grid, run.window, number == 2, mask)
@@ -233,15 +219,18 @@ def test_cached_rows_see_the_rule(make_system: MakeSystem, make_text: MakeText, 
         for rank in range(first, layout.num_frames):
             for start in range(0, area, 2):  # each pass drafts five slots and keeps two
                 slots = range(start, min(start + 5, area))
-                rows = torch.tensor(slots).expand(2, -1)
-                plan = plans.runs(rank, [slots] * 2) if way == "alike" else plans.masked(rank, rows)
-                check([frames[rank][slot] for slot in slots], *plan)
+                frame, rows = range(rank * area, (rank + 1) * area), torch.tensor(slots).expand(2, -1)
+                shown = [frames[rank][slot] for slot in slots]
+                if way == "alike":
+                    check(shown, lambda cache: cache.runs([frame[slots.start : slots.stop]] * 2))  # noqa: B023
+                else:
+                    check(shown, lambda cache: cache.masked(frame, rows))  # noqa: B023
         return
     count = layout.num_frames - first
     for tick in range((count - 1) * behind + area):
         flying = [(frame, tick - frame * behind) for frame in range(count) if 0 <= tick - frame * behind < area]
-        rows = [Rows(first + frame, slot, frame % lanes) for frame, slot in flying]
-        check([frames[first + frame][slot] for frame, slot in flying], *plans.step(rows))
+        shown = [frames[first + frame][slot] for frame, slot in flying]
+        check(shown, lambda cache: cache.step([(first + frame) * area + slot for frame, slot in flying]))  # noqa: B023
 
 
 # Fewer passes, the same codes
@@ -523,14 +512,17 @@ def test_type_of_the_caches(
         assert all(frame.codes.max() < NUM_CODES for frame in frames)
         decoder = Decoder(model, exact.layout, condition, 1, cache_dtype)
         default = torch.float32 if dtype == torch.bfloat16 else dtype
-        assert {layer.dtype for cache in decoder.caches for layer in cache.layers} == {cache_dtype or default}
+        assert {layer.dtype for cache in (decoder.spatial, *decoder.temporal) for layer in cache.layers} == {
+            cache_dtype or default
+        }
 
 
 def test_memory_of_the_caches(make_system: MakeSystem, make_text: MakeText) -> None:
     """Guards against a spatial cache that holds more than text and the current frame."""
     for run, temporal in ((IMAGE, 0), (FULL, TEXT_SLOTS + 5 * 16)):
         system = run.system(make_system)
-        caches = Decoder(system.model, system.layout, Condition(make_text((4, 2)))).caches
+        decoder = Decoder(system.model, system.layout, Condition(make_text((4, 2))))
+        caches = (decoder.spatial, *decoder.temporal)
         keys = [cache.layers[0].shape[3] for cache in caches]
         assert keys == [TEXT_SLOTS + 16, *([temporal] if temporal else [])]
         sizes = sum(keys) * run.num_layers * 2 * 2 * 16 * 8  # layers, keys and values, samples, hidden, bytes

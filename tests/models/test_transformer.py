@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from cogvideo import kernels
 from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig, preset
 from cogvideo.layout import SequenceLayout
-from cogvideo.models import attention
-from cogvideo.models.attention import Chunk, Group, Plan, attend, split_heads
-from cogvideo.models.plans import _dense, _structure, _with_text, full_pass, text_masks
-from cogvideo.models.transformer import Base, Pass, TemporalChannel, Transformer, inherit, initialize
+from cogvideo.models.attention import Chunk, Group, MaskPlan, attend, split_heads
+from cogvideo.models.plans import _dense, _structure, _with_text, full_pass, text_mask
+from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.text import PaddedText
 from conftest import HEADS, NUM_CODES, START, TEXT_SLOTS, VOCAB_SIZE, MakeSystem, MakeText, System
 from reference import TEXT, Slot, all_slots, relative_error, visible
@@ -36,7 +36,7 @@ STAGES = [
 ]
 
 
-def weights_of(plan: Plan, num_rows: int, num_keys: int, batch: int) -> Tensor:
+def weights_of(plan: MaskPlan, num_rows: int, num_keys: int, batch: int) -> Tensor:
     """Attention that a plan gives to each key where all scores are 0, (batch, rows, keys): the values name the keys."""
     kv = torch.stack([torch.zeros(num_keys, num_keys), torch.eye(num_keys)]).double()
     q = torch.zeros(batch, 1, num_rows, num_keys, dtype=torch.float64)
@@ -54,11 +54,11 @@ def fed_slots(layout: SequenceLayout, num_frames: int) -> list[int]:
 def check_masks(stage: str, layout: SequenceLayout, window: int, mask: Tensor, num_frames: int) -> None:
     """A full pass shows every row the keys that the rule in words gives it, all with equal weight."""
     video = stage != "image"
-    plan = full_pass(layout, window, text_masks(mask, 0.0, torch.float64), num_frames, video, CPU)
+    plan = full_pass(layout, window if video else None, mask, torch.float64, num_frames)
     order, text, rows = fed_slots(layout, num_frames), layout.text_slots, num_frames * layout.frame_slots
-    assert len(plan.temporal) == (0 if not (video and num_frames) else 2 if window else 1)
+    assert len(plan.temporal) == (0 if not video else 2 if window else 1)
     spatial = weights_of(plan.spatial, text + rows, text + rows, len(mask))
-    temporal = [weights_of(each, rows, text + rows, len(mask)) for each in plan.temporal]
+    temporal = [weights_of(each, rows, text + rows, len(mask)) for each in plan.temporal if rows]
     for sample, real in enumerate(mask.tolist()):
         for block, ours in enumerate(temporal or [None]):
             seen = visible(stage, layout.num_frames, layout.grid, window, block == 1, tuple(real))
@@ -73,8 +73,7 @@ def run(system: System, text: PaddedText, codes: Tensor, bonus: float = 0.0) -> 
     """The rows of a full pass over text and the frames of `codes`, which come in the order of their ranks."""
     layout, num_frames = system.layout, codes.shape[1]
     dtype = system.model.base.words.weight.dtype
-    masks, video = text_masks(text.mask, bonus, dtype), system.model.channel is not None
-    plan = full_pass(layout, system.model.window, masks, num_frames, video, CPU)
+    plan = full_pass(layout, system.model.window, text.mask, dtype, num_frames, bonus)
     positions = layout.frame_positions(range(num_frames)).expand(len(codes), -1)
     return system.model(
         torch.cat([text.tokens, layout.feed(codes, START)], 1),
@@ -110,10 +109,10 @@ def test_the_plan_of_a_gpu_shows_the_same(
     """Guards the single mask that CUDA gets in place of cells and chunks, with pads and without."""
     layout = make_system(stage, grid, window, num_frames).layout
     text, rows = layout.text_slots, layout.num_frames * layout.frame_slots
-    masks = text_masks(make_text((2, TEXT_SLOTS) if padded else (TEXT_SLOTS, TEXT_SLOTS)).mask, 0.0, torch.float64)
-    for number, plan in enumerate(_structure(layout, window, layout.num_frames, stage != "image", CPU)):
+    mask = text_mask(make_text((2, TEXT_SLOTS) if padded else (TEXT_SLOTS, TEXT_SLOTS)).mask, 0.0, torch.float64)
+    for number, plan in enumerate(_structure(layout, None if stage == "image" else window, layout.num_frames, CPU)):
         own = rows if number else text + rows
-        cells, whole = (_with_text(each, masks.given) for each in (plan, _dense(plan, own, text + rows)))
+        cells, whole = (_with_text(each, mask) for each in (plan, _dense(plan, own, text + rows)))
         assert len(whole.groups) == len(whole.groups[0].chunks) == 1
         expected = weights_of(cells, own, text + rows, 2)
         torch.testing.assert_close(weights_of(whole, own, text + rows, 2), expected, rtol=0, atol=1e-12)
@@ -122,11 +121,10 @@ def test_the_plan_of_a_gpu_shows_the_same(
 def test_plans_are_made_once(make_system: MakeSystem, make_text: MakeText) -> None:
     """Guards against indices that each step copies anew, and a plan of generation that training cannot use."""
     system, text = make_system("interpolation", 4, 2), make_text((2, 4))
-    masks = text_masks(text.mask, 0.0, torch.float64)
     _structure.cache_clear()
     with torch.inference_mode():
-        first = full_pass(system.layout, 2, masks, 5, True, CPU)
-    second = full_pass(system.layout, 2, masks, 5, True, CPU)
+        first = full_pass(system.layout, 2, text.mask, torch.float64, 5)
+    second = full_pass(system.layout, 2, text.mask, torch.float64, 5)
     for one, other in zip(first.temporal, second.temporal, strict=True):
         assert one.restore is other.restore
         assert all(a.rows is b.rows for a, b in zip(one.groups, other.groups, strict=True))
@@ -158,7 +156,7 @@ def test_masks_of_any_sizes(data: st.DataObject) -> None:
 def test_text_bonus_of_a_full_pass(make_system: MakeSystem, make_text: MakeText, stage, window) -> None:
     """Guards the bonus while given frames are read in: on text keys, in the spatial channel alone."""
     layout, text, bonus = make_system(stage, 4, window).layout, make_text((3, TEXT_SLOTS)), 1.4
-    plan = full_pass(layout, window, text_masks(text.mask, bonus, torch.float64), 5, True, CPU)
+    plan = full_pass(layout, window, text.mask, torch.float64, 5, bonus)
     rows, words = layout.length, layout.text_slots
     spatial = weights_of(plan.spatial, rows, rows, 2)[:, words:]
     ratio = spatial[:, :, words - 1] / spatial[:, :, words:].amax(2)  # the last text slot is always real
@@ -432,9 +430,6 @@ def test_a_pass_of_text_alone(make_system: MakeSystem, make_text: MakeText) -> N
     none = torch.zeros(2, 0, 16, dtype=torch.int64)
     text = make_text((2, 5))
     torch.testing.assert_close(run(system, text, none), run(image, text, none), rtol=0, atol=1e-12)
-    plan = full_pass(system.layout, 2, text_masks(text.mask, 0.0, torch.float64), 0, True, CPU)
-    assert isinstance(plan, Pass)
-    assert plan.temporal == ()
 
 
 @pytest.mark.parametrize("bonus", [0.0, 1.4])
@@ -445,10 +440,10 @@ def test_gradients_of_attention(
 ) -> None:
     """Guards what is written by hand of the backward pass, runs of keys and few rows: it is what small differences
     give."""
-    monkeypatch.setattr(attention, "_is_short", lambda q: short)
+    monkeypatch.setattr(kernels, "_is_short", lambda q: short)
     layout = getattr(SequenceLayout, stage)(LayoutConfig(4, 5, 3, 3, 3))
-    text = text_masks(torch.tensor([[False, True, True], [True, True, True]]), bonus, torch.float64)
-    plan = full_pass(layout, window, text, 5, True, torch.device("cpu"))
+    mask = torch.tensor([[False, True, True], [True, True, True]])
+    plan = full_pass(layout, window, mask, torch.float64, 5, bonus)
     fused = torch.randn(2, layout.length, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def outputs(fused: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -458,14 +453,14 @@ def test_gradients_of_attention(
     torch.autograd.gradcheck(outputs, (fused.requires_grad_(),), fast_mode=True)
 
 
-@pytest.mark.parametrize("rows", [attention.SHORT - 1, attention.SHORT])
+@pytest.mark.parametrize("rows", [kernels.SHORT - 1, kernels.SHORT])
 def test_gradients_of_bfloat16_attention(rows: int) -> None:
     """Guards the two ways of the backward pass on CPUs: near what float64 gives, masks of both kinds or none."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, gradient = (torch.randn(2, 3, rows, 16, generator=generator).bfloat16() for _ in range(4))
     seen = torch.rand(2, 1, rows, rows, generator=generator) > 0.5
     for mask in (None, seen, seen * 1.5):
-        plan = Plan((Group(None, None, (Chunk(None, None, mask),)),))
+        plan = MaskPlan((Group(None, None, (Chunk(None, None, mask),)),))
         found = []
         for dtype in (torch.bfloat16, torch.float64):
             inputs = [each.to(dtype).requires_grad_() for each in (q, k, v)]

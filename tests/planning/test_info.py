@@ -35,9 +35,9 @@ from cogvideo.generation.decode import Frame, Passes, decode
 from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.request import Request, Settings
 from cogvideo.layout import SequenceLayout, UpscaleLayout
-from cogvideo.models.attention import Plan
+from cogvideo.models.attention import MaskPlan
 from cogvideo.models.autoencoder import Autoencoder
-from cogvideo.models.plans import Rows, full_pass, text_masks
+from cogvideo.models.plans import full_pass, text_mask
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.planning.costs import (
@@ -154,9 +154,8 @@ def test_cache_is_what_the_decoder_allocates(stage: Stage, guided: bool, dtype: 
     """Guards cache bytes: text copies of windows, the single frame of the spatial channel, guidance, dtype, samples."""
     decoder, size = real_decoder(SMALL, stage, guided, samples=3, cache_dtype=dtype), cache_size(SMALL, stage, guided)
     kind = str(dtype).removeprefix("torch.")
-    spatial, *temporal = decoder.caches
-    assert spatial.num_bytes == 3 * size.spatial[kind]
-    assert sum(each.num_bytes for each in temporal) == 3 * size.temporal[kind]
+    assert decoder.spatial.num_bytes == 3 * size.spatial[kind]
+    assert sum(each.num_bytes for each in decoder.temporal) == 3 * size.temporal[kind]
 
 
 @pytest.mark.parametrize(("stage", "guided"), CASES)
@@ -169,7 +168,7 @@ def test_operations_are_those_of_all_steps(stage: Stage, guided: bool) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         for rank in ranks:
             for slot in range(layout.frame_slots):
-                decoder.step([Rows(rank, slot, 0)], token)
+                decoder.step([rank * layout.frame_slots + slot], token)
     mean = work(SMALL, stage, samples, guided)
     assert mean.rows == samples * (1 + guided)
     assert mean.flops == pytest.approx(counter.get_total_flops() / (len(ranks) * layout.frame_slots), rel=1e-9)
@@ -207,7 +206,7 @@ def test_large_causal_frames_are_scored_in_parts() -> None:
         transformer=replace(SMALL.transformer, num_positions=512),
     )
     layout = layout_of(config, "sequential")
-    plan = full_pass(layout, 0, text_masks(text(1, layout.text_slots).mask, 0.0, torch.float32), 2, True, CPU)
+    plan = full_pass(layout, 0, text_mask(text(1, layout.text_slots).mask, 0.0, torch.float32), 2, True, CPU)
     scored = 0
     for channel, layers in ((plan.spatial, 3), (plan.temporal[0], 3)):
         for group in channel.groups:
@@ -231,14 +230,13 @@ def test_bytes_moved_are_those_of_the_tensors_that_a_step_reads(stage: Stage) ->
     weights = sum(each.numel() for each in used) - model.base.words.weight.numel() + sizes.num_codes * sizes.hidden
     keys, steps = 0, [(rank, slot) for rank in drawn_ranks(layout) for slot in range(layout.frame_slots)]
     for rank, slot in steps:
-        plan, _ = decoder.plans.step([Rows(rank, slot, 0)])
-        channels = [plan.spatial, *(plan.temporal[layer % len(plan.temporal)] for layer in range(3) if plan.temporal)]
-        keys += sum(_num_keys(each) * (3 if number == 0 else 1) for number, each in enumerate(channels))
+        for cache in (decoder.spatial, *decoder.temporal):
+            keys += len(cache.layers) * _num_keys(cache.step([rank * layout.frame_slots + slot]))
     read = 4 * (weights + 2 * 2 * sizes.hidden * keys / len(steps))  # two rows, keys and values
     assert work(SMALL, stage, 1, guided=True).bytes_moved["cpu_float32"] == pytest.approx(read, rel=1e-9)
 
 
-def _num_keys(plan: Plan) -> int:
+def _num_keys(plan: MaskPlan) -> int:
     """Keys that the one row of a step sees."""
     ((_, _, (chunk,)),) = plan.groups
     assert chunk.keys is not None
@@ -248,9 +246,7 @@ def _num_keys(plan: Plan) -> int:
 def _full_logits(model: Transformer, layout: SequenceLayout, codes: Tensor) -> Tensor:
     """An ordinary training pass over whole sequences."""
     words = text(len(codes), layout.text_slots)
-    masks = text_masks(words.mask, 0.0, model.base.words.weight.dtype)
-    video = model.channel is not None
-    plan = full_pass(layout, model.window, masks, layout.num_frames, video, torch.device("cpu"))
+    plan = full_pass(layout, model.window, words.mask, model.base.words.weight.dtype, layout.num_frames)
     fed = layout.feed(codes, model.base.config.start_of_image)
     frames = layout.frame_positions(range(layout.num_frames)).expand(len(codes), -1)
     tokens = torch.cat([words.tokens, fed], 1)

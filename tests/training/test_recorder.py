@@ -254,7 +254,7 @@ def test_work_is_what_runs() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     from cogvideo.layout import SequenceLayout
-    from cogvideo.models.plans import full_pass, text_masks
+    from cogvideo.models.plans import full_pass
 
     base, channel, _ = parts()
     base, channel = (each.to_empty(device="cpu") for each in (base, channel))
@@ -263,7 +263,7 @@ def test_work_is_what_runs() -> None:
     model = Transformer(base.requires_grad_(False), channel)
     layout = SequenceLayout.sequential(CONFIG.layout)
     mask = torch.ones(1, layout.text_slots, dtype=torch.bool)
-    plan = full_pass(layout, 0, text_masks(mask, 0.0, torch.float32), layout.num_frames, True, torch.device("cpu"))
+    plan = full_pass(layout, 0, mask, torch.float32, layout.num_frames)
     tokens = torch.randint(CONFIG.transformer.num_codes, (1, layout.length))
     positions = torch.cat([layout.text_positions(mask), layout.frame_positions(range(layout.num_frames))[None]], 1)
     with FlopCounterMode(display=False) as counter:

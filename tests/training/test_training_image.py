@@ -17,7 +17,7 @@ from cogvideo.data.loader import ClipSample
 from cogvideo.generation.decode import decode
 from cogvideo.generation.decoder import Condition
 from cogvideo.layout import SequenceLayout
-from cogvideo.models.plans import full_pass, text_masks
+from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Base, Transformer, initialize
 from cogvideo.text import PaddedText, TextTokenizer, pad_left
 from cogvideo.training.objectives.image import NOTHING, PARTS, ImageBatch, ImageMixture, ImageTask, Kind
@@ -164,7 +164,7 @@ def test_text_to_image_is_what_generation_runs(text: TextTokenizer) -> None:
     model = large(make_model(task))
     padded = pad_left([text.encode_image_caption(each.caption) for each in samples], layout.text_slots, text.pad)
     codes = torch.stack([torch.from_numpy(each.codes.astype(np.int64)).flatten(1) for each in samples])
-    plan = full_pass(layout, 0, text_masks(padded.mask, 0.0, torch.float64), 1, False, torch.device("cpu"))
+    plan = full_pass(layout, None, padded.mask, torch.float64, 1)
     places = torch.cat([layout.text_positions(padded.mask), layout.frame_positions(range(1)).expand(2, -1)], 1)
     rows = model(torch.cat([padded.tokens, layout.feed(codes, text.start_of_image)], 1), places, plan)
     logits = model.base.logits(rows[:, layout.text_slots :])

@@ -21,7 +21,6 @@ from cogvideo.generation.graphs import GraphedDecoder
 from cogvideo.generation.pace import Pace
 from cogvideo.generation.sampling import Clusters, check_clusters, log_probabilities
 from cogvideo.layout import SequenceLayout, lag
-from cogvideo.models.plans import Rows
 from cogvideo.models.transformer import Transformer
 
 Noise = Callable[[int], Float[Tensor, "batch slots codes"]]
@@ -88,7 +87,7 @@ def decode(
     """
     check_clusters(sampling, labels, model.base.config.num_codes)
     layout.check_given(given, model.base.config.num_codes)
-    behind = max(1, lag(layout.grid, model.window)) if passes.parallel_frames else layout.frame_slots
+    behind = max(1, lag(layout.grid, model.window or 0)) if passes.parallel_frames else layout.frame_slots
     decoder = _kind(model, passes)(model, layout, condition, -(-layout.frame_slots // behind), cache_dtype)
     batch = len(condition.text.tokens)
     require(len(given) == batch, f"got given frames of {len(given)} clips for {batch} texts")
@@ -137,15 +136,13 @@ def _lockstep(decoder: Decoder, draw: _Draw, given: Tensor, behind: int) -> Iter
     layout, start, first = decoder.layout, decoder.model.base.config.start_of_image, given.shape[1]
     decoder.prefill(given)
     slots, count = layout.frame_slots, layout.num_frames - first
-    lanes = -(-slots // behind)
     codes = torch.full((draw.batch, count, slots + 1), start, device=decoder.device)  # column j is fed at slot j
     noise: dict[int, Tensor] = {}
     for tick in range((count - 1) * behind + slots):
         flying = [(frame, tick - frame * behind) for frame in range(count) if 0 <= tick - frame * behind < slots]
-        rows = [Rows(first + frame, slot, frame % lanes) for frame, slot in flying]
         noise |= {frame: draw.start(first + frame) for frame, slot in flying if slot == 0}
         tokens = torch.stack([codes[:, frame, slot] for frame, slot in flying], 1)
-        scores = draw.scores(decoder.step(rows, tokens))
+        scores = draw.scores(decoder.step([(first + frame) * slots + slot for frame, slot in flying], tokens))
         for row, (frame, slot) in enumerate(flying):
             codes[:, frame, slot + 1] = (scores[:, row] + noise[frame][:, slot]).argmax(-1)
         frame, slot = flying[0]

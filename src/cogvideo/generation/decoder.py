@@ -1,19 +1,19 @@
-"""One run of cached decoding: a model, its caches and what its rows see. Prefill, step and draft are small functions of
-it."""
+"""One run of cached decoding: a model and its caches. Prefill, step and draft are small functions of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cogvideo.layout import SequenceLayout
-from cogvideo.models.cache import Cache, CacheMap, Write
-from cogvideo.models.plans import CachedPlans, Rows, full_pass, text_masks
-from cogvideo.models.transformer import Pass, Stores, Transformer
+from cogvideo.layout import SequenceLayout, kinds
+from cogvideo.models.attention import MaskPlan
+from cogvideo.models.cache import Cache, CacheMap
+from cogvideo.models.plans import full_pass, text_mask
+from cogvideo.models.transformer import Pass, Transformer
 from cogvideo.text import PaddedText, check_text
 
 
@@ -41,7 +41,7 @@ class Condition:
 
 
 class Decoder:
-    """One run: the model, its caches and what its rows see. `prefill` comes first.
+    """One run: the model and its caches. `prefill` comes first. Slots are counted over all frames in feed order.
 
     Args:
         model: image model or video stage; its device and dtype are those of the run.
@@ -70,11 +70,15 @@ class Decoder:
         self.device, self.passes = like.device, 0
         narrow = like.device.type == "cpu" and like.dtype == torch.bfloat16
         like = like.new_empty(0, dtype=cache_dtype or (torch.float32 if narrow else like.dtype))
-        masks = text_masks(text.mask.to(self.device), condition.text_bonus, like.dtype)
-        maps = _maps(layout, model, lanes)
-        sizes = (config.num_layers, len(text.tokens), config.num_heads, config.head_dim, like)
-        self.caches = tuple(Cache(each, *sizes) for each in maps if each)
-        self.plans = CachedPlans(layout, maps[0][0], maps[1], masks, self.device)
+        mask = text_mask(text.mask.to(self.device), condition.text_bonus, like.dtype)
+        shape = (len(text.tokens), config.num_heads, config.head_dim)
+        shifted = () if model.window is None else kinds(model.window)
+        maps = [CacheMap.temporal(layout, model.window or 0, each) for each in shifted]
+        self.spatial = Cache(CacheMap.spatial(layout, lanes), config.num_layers, mask, shape, like)
+        self.temporal = tuple(
+            Cache(where, len(range(kind, config.num_layers, len(maps))), mask, shape, like)
+            for kind, where in enumerate(maps)
+        )
         self.positions = layout.frame_positions(range(layout.num_frames)).to(self.device)
 
     @torch.inference_mode()
@@ -85,58 +89,51 @@ class Decoder:
         fed = layout.feed(self._all_rows(given.to(self.device)), self.model.base.config.start_of_image)
         positions = layout.text_positions(text.mask).to(self.device)
         frames = self.positions[: num_given * layout.frame_slots].expand(len(rows), -1)
-        masks = text_masks(text.mask.to(self.device), self.condition.text_bonus, self.model.base.words.weight.dtype)
-        plan = full_pass(layout, self.model.window, masks, num_given, self.model.channel is not None, self.device)
-        self._forward(
-            torch.cat([rows, fed], 1),
-            torch.cat([positions, frames], 1),
-            plan,
-            self.plans.prefill_writes(num_given),
-            True,
+        mask, dtype = text.mask.to(self.device), self.model.base.words.weight.dtype
+        plan = full_pass(layout, self.model.window, mask, dtype, num_given, self.condition.text_bonus)
+        plan = Pass(
+            plan.num_text,
+            self.spatial.keep(plan.spatial, 0),
+            tuple(
+                cache.keep(each, num_given * layout.frame_slots)
+                for cache, each in zip(self.temporal, plan.temporal, strict=True)
+            ),
         )
+        self.model(torch.cat([rows, fed], 1), torch.cat([positions, frames], 1), plan)
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[Rows], tokens: Int64[Tensor, "batch rows"]) -> Float[Tensor, "batch rows codes"]:
+    def step(self, slots: Sequence[int], tokens: Int64[Tensor, "batch rows"]) -> Float[Tensor, "batch rows codes"]:
         """Feed one slot of each of a few frames, the same in every sample; the logits of their codes, guided."""
-        slots = self.layout.frame_slots
-        first = rows[0].rank * slots + rows[0].slot
-        positions = self.positions[first : first + 1]
-        if len(rows) > 1:
-            positions = torch.stack([self.positions[row.rank * slots + row.slot] for row in rows])
-        return self._logits(tokens, positions[None], *self.plans.step(rows))
+        positions = self.positions[slots[0] : slots[0] + 1]
+        if len(slots) > 1:
+            positions = torch.stack([self.positions[slot] for slot in slots])
+        return self._logits(tokens, positions[None], lambda cache: cache.step(slots))
 
     @torch.inference_mode()
     def draft(self, rank: int, runs: Sequence[range], fed: Int64[Tensor, "batch _"]) -> Float[Tensor, "rows codes"]:
         """Feed consecutive slots of one frame, a run a sample, which may be empty; the logits of all, one sample after
         another. `fed` has in column j what slot j is fed."""
-        first, alike = rank * self.layout.frame_slots, len(set(runs)) == 1
-        used = runs[:1] if alike else runs
-        positions = torch.cat([self.positions[first + run.start : first + run.stop] for run in used])
-        if alike:
+        first = rank * self.layout.frame_slots
+        slots = [range(first + run.start, first + run.stop) for run in runs]
+        is_alike = len(set(runs)) == 1
+        used = slots[:1] if is_alike else slots
+        positions = torch.cat([self.positions[run.start : run.stop] for run in used])
+        if is_alike:
             tokens = fed[:, runs[0].start : runs[0].stop]
         else:
             tokens = torch.cat([row[run.start : run.stop] for row, run in zip(fed, runs, strict=True)])[None]
-        return self._logits(tokens, positions[None], *self.plans.runs(rank, runs)).flatten(0, 1)
+        return self._logits(tokens, positions[None], lambda cache: cache.runs(slots)).flatten(0, 1)
 
     def _logits(
-        self, tokens: Tensor, positions: Tensor, plan: Pass, writes: tuple[Write, ...]
+        self, tokens: Tensor, positions: Tensor, plan: Callable[[Cache], MaskPlan]
     ) -> Float[Tensor, "batch rows codes"]:
         self.passes += 1
-        hidden = self._forward(self._all_rows(tokens), positions, plan, writes, False)
-        logits = self.model.base.logits(hidden)
+        seen = Pass(0, plan(self.spatial), tuple(plan(cache) for cache in self.temporal))
+        logits = self.model.base.logits(self.model(self._all_rows(tokens), positions, seen))
         if self.condition.unconditional is None:
             return logits
         conditional, unconditional = logits.chunk(2)
         return unconditional + self.condition.scale * (conditional - unconditional)
-
-    def _forward(
-        self, tokens: Tensor, positions: Tensor, plan: Pass, writes: tuple[Write, ...], complete: bool
-    ) -> Float[Tensor, "batch rows hidden"]:
-        temporal = self.caches[-1]
-        self.caches[0].writes, temporal.writes = writes[:1], writes[1:] or writes[:1]
-        for cache in self.caches:
-            cache.complete = complete
-        return self.model(tokens, positions, plan, Stores(self.caches[0], temporal))
 
     def _all_rows(self, x: Tensor) -> Tensor:
         """Guidance runs every sample twice."""
@@ -167,14 +164,7 @@ class MaskedDecoder(Decoder):
         self, rank: int, slots: Int64[Tensor, "batch rows"], tokens: Int64[Tensor, "batch rows"]
     ) -> Float[Tensor, "batch rows codes"]:
         """Feed any slots of one frame, as many in every sample."""
+        area = self.layout.frame_slots
+        frame = range(rank * area, (rank + 1) * area)
         slots = self._all_rows(slots)
-        positions = self.positions[rank * self.layout.frame_slots + slots]
-        return self._logits(tokens, positions, *self.plans.masked(rank, slots))
-
-
-def _maps(layout: SequenceLayout, model: Transformer, lanes: int) -> tuple[tuple[CacheMap, ...], tuple[CacheMap, ...]]:
-    spatial = (CacheMap.spatial(layout, lanes),)
-    if model.channel is None:
-        return spatial, ()
-    kinds = (False, True) if model.window else (False,)
-    return spatial, tuple(CacheMap.temporal(layout, model.window, shifted) for shifted in kinds)
+        return self._logits(tokens, self.positions[frame.start + slots], lambda cache: cache.masked(frame, slots))

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cogvideo.generation.decoder import MaskedDecoder
-from cogvideo.models.plans import Rows
 
 
 class _Captured(NamedTuple):
@@ -37,9 +36,10 @@ class GraphedDecoder(MaskedDecoder):
     def _slots(self) -> Int64[Tensor, " slots"]:
         return torch.arange(self.layout.frame_slots, device=self.device)
 
-    def step(self, rows: Sequence[Rows], tokens: Int64[Tensor, "batch rows"]) -> Float[Tensor, "batch rows codes"]:
+    def step(self, slots: Sequence[int], tokens: Int64[Tensor, "batch rows"]) -> Float[Tensor, "batch rows codes"]:
         """See `Decoder.step`: one slot of one frame, without waiting for the device. Valid until the next call."""
-        ((rank, slot, _),) = rows
+        assert len(slots) == 1
+        rank, slot = divmod(slots[0], self.layout.frame_slots)
         return self.rectangle(rank, self._slots[slot : slot + 1].expand(len(tokens), 1), tokens)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Static key and value caches of both channels, preallocated for one layout.
+"""Static caches of keys and values, preallocated for one layout, and what the rows of the passes that read them see.
 
 A cache lies in cells, so that what a row sees is one contiguous run: every cell holds the text, then its slots of one
 frame after another. In the temporal channel the cells are those of the block's windows. In the spatial channel they are
@@ -7,40 +7,18 @@ lanes, each with one frame: a frame that is finished is overwritten by the next 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cogvideo.layout import Cells, SequenceLayout, cells
-
-
-class Write(NamedTuple):
-    """Which rows of a pass are kept, and where in the cache."""
-
-    rows: Int64[Tensor, " kept"] | None
-    """Rows of the pass; None: all."""
-    places: range | Int64[Tensor, " kept"] | Int64[Tensor, "batch kept"]
-    samples: Int64[Tensor, " kept"] | None = None
-    """Sample of each row, where rows of several stand in one row of the pass; None: the batch of both is the same."""
-
-
-class KeyStore(Protocol):
-    """Where a block's keys and values go, and which it then reads."""
-
-    def store(self, layer: int, kv: Tensor) -> Tensor:
-        """Take a pass's keys and values, (2, batch, heads, rows, head_dim), and give those that its rows read."""
-
-
-class NoCache:
-    """Training: a pass reads its own keys and values."""
-
-    def store(self, layer: int, kv: Tensor) -> Tensor:
-        """See `KeyStore`."""
-        return kv
+from cogvideo.models.attention import Chunk, Group, MaskPlan, Write
+from cogvideo.models.plans import extend
 
 
 @dataclass(frozen=True)
@@ -110,42 +88,124 @@ class CacheMap:
 
 
 class Cache:
-    """Keys and values of one channel in every layer; `writes` says where the rows of the next pass go.
+    """Keys and values of the layers with one kind of block, and the mask plans of passes that write and read them.
 
-    A pass that is complete in itself (prefill) reads its own keys, like training; any other reads the cache.
+    Slots are counted over all frames in feed order; a spatial cache keeps those of the last frames alone. `step` is one
+    slot of each of a few frames, the same in every sample, and `runs` consecutive slots of a frame, other ones in every
+    sample, both by contiguous slices; `masked` does the same by comparing two integers a key.
+
+    Args:
+        where: its map.
+        num_layers: with this kind of block.
+        text: what is added to the scores of text keys, see `text_mask`.
+        shape: samples, heads and size of a head.
+        like: whose dtype and device it has.
     """
 
-    def __init__(self, maps: tuple[CacheMap, ...], layers: int, batch: int, heads: int, head_dim: int, like: Tensor):
-        self.maps = maps
-        shapes = [(2, batch, heads, self.map(layer).num_keys, head_dim) for layer in range(layers)]
-        self.layers: list[Float[Tensor, "2 batch heads keys head_dim"]] = [like.new_zeros(shape) for shape in shapes]
-        self.writes: tuple[Write, ...] = ()
-        self.complete = False
-
-    def map(self, layer: int) -> CacheMap:
-        """The map of a layer: blocks take turns."""
-        return self.maps[layer % len(self.maps)]
+    def __init__(
+        self, where: CacheMap, num_layers: int, text: Tensor | None, shape: tuple[int, int, int], like: Tensor
+    ) -> None:
+        batch, heads, head_dim = shape
+        self.map = where
+        self.layers: list[Float[Tensor, "2 batch heads keys head_dim"]] = [
+            like.new_zeros(2, batch, heads, where.num_keys, head_dim) for _ in range(num_layers)
+        ]
+        cell = where.cell_of_slot.repeat(where.frames)
+        self.places: list[int] = where.frame_places.flatten().tolist()
+        self.first_keys: list[int] = torch.tensor(where.starts)[cell].tolist()
+        self.device_places, self.device_cell = where.frame_places.flatten().to(like.device), cell.to(like.device)
+        self.text_places = where.text_places.to(like.device)
+        self.key_order, self.key_cell = where.key_order.to(like.device), where.key_cell.to(like.device)
+        self.prefix = None if text is None else extend(text, where.num_keys - where.text_slots)
+        self.keys_mask = _spread(text, where).to(like.device)
 
     @property
     def num_bytes(self) -> int:
         """Memory of keys and values."""
         return sum(each.numel() * each.element_size() for each in self.layers)
 
-    def store(self, layer: int, kv: Tensor) -> Tensor:
-        """See `KeyStore`."""
-        write = self.writes[layer % len(self.writes)]
-        _write(self.layers[layer], kv if write.rows is None else kv[:, :, :, write.rows], write)
-        return kv if self.complete else self.layers[layer]
+    def keep(self, plan: MaskPlan, num_slots: int) -> MaskPlan:
+        """The plan of a pass that is complete in itself (prefill), which keeps its text and first frame slots."""
+        text_slots, device = self.map.text_slots, self.device_places.device
+        text = torch.arange(text_slots, device=device).repeat(len(self.map.starts))
+        frames = text_slots + torch.arange(num_slots, device=device)
+        places = torch.cat([self.text_places.flatten(), self.device_places[:num_slots]])
+        return plan._replace(write=Write(self.layers, places, torch.cat([text, frames]), is_complete=True))
+
+    def step(self, slots: Sequence[int]) -> MaskPlan:
+        """One slot of each of a few frames, the same in every sample: every row reads one run of the cache."""
+        held = [slot % len(self.places) for slot in slots]
+        chunks = []
+        for row, slot in enumerate(held):
+            keys = range(self.first_keys[slot], self.places[slot] + 1)
+            mask = None if self.prefix is None else self.prefix[..., : len(keys)]
+            chunks.append(Chunk(None if len(held) == 1 else range(row, row + 1), keys, mask))
+        first = self.places[held[0]]
+        places: range | Tensor = range(first, first + 1)
+        if len(held) > 1:
+            places = torch.stack([self.device_places[slot] for slot in held])
+        return _plan(chunks, Write(self.layers, places))
+
+    def runs(self, runs: Sequence[range]) -> MaskPlan:
+        """Consecutive slots of one frame, a run a sample, which may be empty: the rows of all samples stand one after
+        another, in one row of the pass, unless the runs are all the same. Each sample reads its own cells alone, and a
+        chunk is a stretch of a run in one of them: its keys are those up to its last row."""
+        if len(set(runs)) == 1:
+            return _plan(list(self._stretches(runs[0], 0, None)), Write(self.layers, self._places(runs[0])))
+        chunks: list[Chunk] = []
+        first = 0
+        for sample, run in enumerate(runs):
+            chunks += self._stretches(run, first, slice(sample, None, len(runs)))
+            first += len(run)
+        places = torch.cat([self._places(run) for run in runs])
+        samples = [sample for sample, run in enumerate(runs) for _ in run]
+        return _plan(chunks, Write(self.layers, places, samples=torch.tensor(samples, device=places.device)))
+
+    def _places(self, run: range) -> Int64[Tensor, " slots"]:
+        first = run.start % len(self.places)
+        return self.device_places[first : first + len(run)]
+
+    def _stretches(self, run: range, first: int, owner: slice | None) -> Iterator[Chunk]:
+        held = [slot % len(self.places) for slot in run]
+        for start, group in groupby(held, self.first_keys.__getitem__):
+            slots = list(group)
+            stop = self.places[slots[-1]] + 1
+            mask = None if self.prefix is None else self.prefix[owner or slice(None), ..., : stop - start]
+            if len(slots) > 1:
+                later = torch.full((len(slots), stop - start), -torch.inf, dtype=self.keys_mask.dtype)
+                later = later.triu_(stop - start - len(slots) + 1).to(self.device_places.device)
+                mask = later if mask is None else mask + later
+            yield Chunk(range(first, first + len(slots)), range(start, stop), mask, owner)
+            first += len(slots)
+
+    def masked(self, frame: range, slots: Int64[Tensor, "batch rows"]) -> MaskPlan:
+        """Any slots of one frame, other ones in every sample, from tensors alone: the shapes are those of every pass of
+        the frame, so that it can be captured. A key is seen in the row's own cell, if it is text or was fed no later
+        than the row.
+
+        Args:
+            frame: its slots.
+            slots: counted from the first of the frame.
+        """
+        first = frame.start % len(self.places)
+        held = first + slots
+        is_one_cell = len(self.map.starts) == 1
+        keys = self.places[first + len(frame) - 1] + 1 if is_one_cell else len(self.key_order)
+        seen = self.key_order[:keys] <= held[..., None]
+        if not is_one_cell:
+            seen &= self.key_cell[:keys] == self.device_cell[held][..., None]
+        mask = self.keys_mask[..., :keys].masked_fill(~seen[:, None], -torch.inf)
+        return _plan([Chunk(None, range(keys), mask)], Write(self.layers, self.device_places[held]))
 
 
-def _write(buffer: Tensor, rows: Float[Tensor, "2 batch heads kept head_dim"], write: Write) -> None:
-    places = write.places
-    if isinstance(places, range):
-        buffer.narrow(3, places.start, len(places)).copy_(rows)
-    elif write.samples is not None:
-        apart = buffer.view(2, rows.shape[1], -1, *buffer.shape[2:]).permute(2, 4, 0, 1, 3, 5)  # (sample, place, ...)
-        apart[write.samples, places] = rows.permute(3, 0, 1, 2, 4).to(buffer.dtype)
-    elif places.ndim == 1:
-        buffer.index_copy_(3, places, rows.to(buffer.dtype))
-    else:
-        buffer.scatter_(3, places[:, None, :, None].expand(rows.shape), rows.to(buffer.dtype))
+def _plan(chunks: list[Chunk], write: Write) -> MaskPlan:
+    return MaskPlan((Group(None, None, tuple(chunks)),), write=write)
+
+
+def _spread(text: Tensor | None, where: CacheMap) -> Float[Tensor, "#batch 1 1 keys"]:
+    """The text mask at every cell's copy of the text, nothing added to all other keys."""
+    if text is None:
+        return torch.zeros(1, 1, 1, where.num_keys)
+    spread = text.new_zeros(*text.shape[:-1], where.num_keys)
+    spread[..., where.text_places.to(text.device)] = text[..., None, :]
+    return spread

@@ -1,25 +1,21 @@
-"""What the rows of each pass see, from the layout: the masks of the paper as slices of cells (docs/sequence.md).
+"""What the rows of training and prefill see, from the layout: the masks of the paper as slices of cells.
 
-`full_pass` is for training and prefill: text and whole frames, complete in itself. `CachedPlans` are for decoding,
-where rows read the cache: `step` one slot of each of a few frames, the same in every sample, and `runs` consecutive
-slots of a frame, other ones in every sample, by contiguous slices; `masked` the same by comparing two integers a key.
+Such a pass is text and whole frames, complete in itself. Passes that read a cache are in `cache.py`; docs/sequence.md
+has the drawings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
-from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogvideo.layout import SequenceLayout, cells
-from cogvideo.models.attention import Chunk, Group, Plan
-from cogvideo.models.cache import CacheMap, Write
+from cogvideo.layout import SequenceLayout, cells, kinds
+from cogvideo.models.attention import Chunk, Group, MaskPlan
 from cogvideo.models.transformer import Pass
 
 CAUSAL_ROWS = 200
@@ -27,26 +23,10 @@ CAUSAL_ROWS = 200
 on, PyTorch's kernel for CPUs takes 64 at a time instead of 32, and is a fifth faster."""
 
 
-class TextMasks(NamedTuple):
-    """What is added to the scores of text keys, (batch, 1, 1, text): nothing, or -inf at pads; None: nothing at all."""
-
-    spatial: Tensor | None
-    given: Tensor | None
-    """In the temporal channel, by rows of given frames."""
-    drawn: Tensor | None
-    """In the temporal channel, by rows of frames that are being generated."""
-
-
-def text_masks(mask: Bool[Tensor, "batch text"], bonus: float, dtype: torch.dtype) -> TextMasks:
-    """Pads are never seen; `bonus` is added to text scores, in the temporal channel only by drawn slots (spec 3)."""
-    given = _added(mask, 0.0, dtype)
-    drawn = _added(mask, bonus, dtype)
-    return TextMasks(drawn, given, drawn)
-
-
-def _added(
+def text_mask(
     mask: Bool[Tensor, "batch text"], bonus: float, dtype: torch.dtype
 ) -> Float[Tensor, "batch 1 1 text"] | None:
+    """What is added to the scores of text keys: -inf at pads, `bonus` elsewhere; None: nothing at all."""
     if not bonus and mask.device.type == "cpu" and bool(mask.all()):  # another device would be waited for
         return None
     added = torch.full(mask.shape, bonus, dtype=dtype, device=mask.device)
@@ -59,40 +39,46 @@ def extend(text: Tensor, keys: int) -> Tensor:
 
 
 def full_pass(
-    layout: SequenceLayout, window: int, text: TextMasks, num_frames: int, video: bool, device: torch.device
+    layout: SequenceLayout,
+    window: int | None,
+    mask: Bool[Tensor, "batch text"],
+    dtype: torch.dtype,
+    num_frames: int,
+    bonus: float = 0.0,
 ) -> Pass:
     """Text and the first `num_frames` frames (in feed order), reading their own keys.
 
     Args:
         layout: the sequence.
-        window: side of the temporal windows, 0 for full attention.
-        text: how text keys are seen.
+        window: side of the temporal windows, 0 for full attention, None for no temporal channel.
+        mask: true for real text; its device is that of the pass.
+        dtype: of the keys.
         num_frames: leading ranks that are fed.
-        video: whether there is a temporal channel.
-        device: where the indices go.
+        bonus: added to text scores in the spatial channel; in the temporal one, drawn slots alone have it (spec 3).
     """
     # a dry run on the meta device counts all that it allocates, each time
-    structure = _structure.__wrapped__ if device.type == "meta" else _structure
-    spatial, *temporal = structure(layout, window, num_frames, video and num_frames > 0, device)
+    structure = _structure.__wrapped__ if mask.device.type == "meta" else _structure
+    spatial, *temporal = structure(layout, window, num_frames, mask.device)
+    text = text_mask(mask, 0.0, dtype)
     return Pass(
         layout.text_slots,
-        _with_text(spatial, text.spatial),
-        tuple(_with_text(plan, text.given) for plan in temporal),
+        _with_text(spatial, text_mask(mask, bonus, dtype) if bonus else text),
+        tuple(_with_text(plan, text) for plan in temporal),
     )
 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # what is made while generating must also serve in training
 def _structure(
-    layout: SequenceLayout, window: int, num_frames: int, video: bool, device: torch.device
-) -> tuple[Plan, ...]:
+    layout: SequenceLayout, window: int | None, num_frames: int, device: torch.device
+) -> tuple[MaskPlan, ...]:
     """Plans that see every text slot: of the spatial channel, then one a kind of temporal block.
 
     On CUDA each is one attention with a mask: starting many small ones takes longer than scoring pairs in vain.
     """
     plans = [_spatial(layout, num_frames)]
-    if video:
-        plans += [_temporal(layout, window, shifted, num_frames) for shifted in ((False, True) if window else (False,))]
+    if window is not None:
+        plans += [_temporal(layout, window, shifted, num_frames) for shifted in kinds(window)]
     if device.type == "cuda":
         frame_rows = num_frames * layout.frame_slots
         keys = layout.text_slots + frame_rows
@@ -100,7 +86,7 @@ def _structure(
     return tuple(_on(plan, device) for plan in plans)
 
 
-def _spatial(layout: SequenceLayout, num_frames: int) -> Plan:
+def _spatial(layout: SequenceLayout, num_frames: int) -> MaskPlan:
     """Text sees text; a frame sees text and itself, as a whole where it is bidirectional, else causally."""
     words = torch.arange(layout.text_slots)
     slots = layout.text_slots + torch.arange(num_frames * layout.frame_slots).view(num_frames, layout.frame_slots)
@@ -111,7 +97,7 @@ def _spatial(layout: SequenceLayout, num_frames: int) -> Plan:
         if len(frames):
             keys = torch.cat([words.expand(len(frames), -1), frames], dim=1)
             groups.append(Group(frames, keys, chunks))
-    return Plan(tuple(groups))
+    return MaskPlan(tuple(groups))
 
 
 def _causal(text_slots: int, frame: range) -> Iterator[Chunk]:
@@ -122,10 +108,10 @@ def _causal(text_slots: int, frame: range) -> Iterator[Chunk]:
         yield Chunk(rows, keys, torch.ones(len(rows), len(keys), dtype=torch.bool).tril(text_slots + start))
 
 
-def _temporal(layout: SequenceLayout, window: int, shifted: bool, num_frames: int) -> Plan:
+def _temporal(layout: SequenceLayout, window: int, shifted: bool, num_frames: int) -> MaskPlan:
     """Each cell of a frame sees text and the same cell of every frame fed before it; rows are counted without text."""
     if not window:  # one cell, whose rows need not be gathered
-        return Plan((Group(None, None, _frame_chunks(layout, layout.frame_slots, num_frames)),))
+        return MaskPlan((Group(None, None, _frame_chunks(layout, layout.frame_slots, num_frames)),))
     words, frames = torch.arange(layout.text_slots), torch.arange(num_frames) * layout.frame_slots
     groups: list[Group] = []
     places: list[Tensor] = []
@@ -134,7 +120,7 @@ def _temporal(layout: SequenceLayout, window: int, shifted: bool, num_frames: in
         keys = torch.cat([words.expand(len(rows), -1), layout.text_slots + rows], dim=1)
         groups.append(Group(rows, keys, _frame_chunks(layout, part.shape[1], num_frames)))
         places.append(rows.flatten())
-    return Plan(tuple(groups), restore=torch.cat(places).argsort())
+    return MaskPlan(tuple(groups), restore=torch.cat(places).argsort())
 
 
 def _frame_chunks(layout: SequenceLayout, area: int, num_frames: int) -> tuple[Chunk, ...]:
@@ -148,7 +134,7 @@ def _frame_chunks(layout: SequenceLayout, area: int, num_frames: int) -> tuple[C
     return tuple(chunks)
 
 
-def _dense(plan: Plan, num_rows: int, num_keys: int) -> Plan:
+def _dense(plan: MaskPlan, num_rows: int, num_keys: int) -> MaskPlan:
     """The same plan as one group of one cell and one chunk."""
     seen = torch.zeros(num_rows, num_keys, dtype=torch.bool)
     for group in plan.groups:
@@ -157,14 +143,14 @@ def _dense(plan: Plan, num_rows: int, num_keys: int) -> Plan:
         for chunk in group.chunks:
             inside, others = _part(rows, chunk.rows), _part(keys, chunk.keys)
             seen[inside[:, :, None], others[:, None]] = True if chunk.mask is None else chunk.mask
-    return Plan((Group(None, None, (Chunk(None, None, seen),)),))
+    return MaskPlan((Group(None, None, (Chunk(None, None, seen),)),))
 
 
 def _part(slots: Int64[Tensor, "cells slots"], run: range | None) -> Int64[Tensor, "cells part"]:
     return slots if run is None else slots[:, run.start : run.stop]
 
 
-def _on(plan: Plan, device: torch.device) -> Plan:
+def _on(plan: MaskPlan, device: torch.device) -> MaskPlan:
     """The plan with its tensors on a device."""
 
     def moved(tensor: Tensor | None) -> Tensor | None:
@@ -176,10 +162,10 @@ def _on(plan: Plan, device: torch.device) -> Plan:
         )
         for group in plan.groups
     )
-    return Plan(tuple(groups), moved(plan.restore))
+    return MaskPlan(tuple(groups), moved(plan.restore))
 
 
-def _with_text(plan: Plan, text: Tensor | None) -> Plan:
+def _with_text(plan: MaskPlan, text: Tensor | None) -> MaskPlan:
     """The plan where text keys are seen as the mask of the text says."""
     if text is None:
         return plan
@@ -196,149 +182,3 @@ def _masked(group: Group, chunk: Chunk, text: Tensor) -> Float[Tensor, "batch 1 
     keys = group.keys[0] if chunk.keys is None and group.keys is not None else chunk.keys
     assert keys is not None
     return extend(text, len(keys) - text.shape[-1])
-
-
-class Rows(NamedTuple):
-    """One slot of one frame, the same in every sample."""
-
-    rank: int
-    slot: int
-    lane: int
-
-
-class CachedPlans:
-    """Passes that read the caches of one decoding run, and where those passes write.
-
-    Args:
-        layout: the sequence.
-        spatial: map of the spatial cache.
-        temporal: maps of the temporal cache, one a kind of block; none for the image model.
-        text: how text keys are seen.
-        device: of the caches.
-    """
-
-    def __init__(
-        self,
-        layout: SequenceLayout,
-        spatial: CacheMap,
-        temporal: tuple[CacheMap, ...],
-        text: TextMasks,
-        device: torch.device,
-    ) -> None:
-        self.layout = layout
-        self.views = (
-            _CacheView(spatial, text.spatial, device),
-            *(_CacheView(each, text.drawn, device) for each in temporal),
-        )
-
-    def prefill_writes(self, num_frames: int) -> tuple[Write, ...]:
-        """What a full pass keeps: text in both channels, given frames in the temporal one."""
-        spatial, *temporal = self.views
-        return spatial.prefill(0), *(view.prefill(num_frames) for view in temporal)
-
-    def step(self, rows: Sequence[Rows]) -> tuple[Pass, tuple[Write, ...]]:
-        """One slot of each of a few frames, the same in every sample: every row reads one run of the cache."""
-        spatial, *temporal = self.views
-        own = spatial.step([(0, row.lane * self.layout.frame_slots + row.slot) for row in rows])
-        others = [view.step([(row.rank, row.slot) for row in rows]) for view in temporal]
-        return Pass(0, own[0], tuple(plan for plan, _ in others)), (own[1], *(write for _, write in others))
-
-    def runs(self, rank: int, runs: Sequence[range]) -> tuple[Pass, tuple[Write, ...]]:
-        """Consecutive slots of one frame, a run a sample, which may be empty: the rows of all samples stand one after
-        another, in one row of the pass, unless the runs are all the same. Each sample reads its own cells alone."""
-        spatial, *temporal = self.views
-        own = spatial.runs(0, runs)
-        others = [view.runs(rank, runs) for view in temporal]
-        return Pass(0, own[0], tuple(plan for plan, _ in others)), (own[1], *(write for _, write in others))
-
-    def masked(self, rank: int, slots: Int64[Tensor, "batch rows"]) -> tuple[Pass, tuple[Write, ...]]:
-        """Any slots of one frame, other ones in every sample, from tensors alone: the shapes are those of every pass of
-        the frame, so that it can be captured. The keys of all cells are read."""
-        spatial, *temporal = self.views
-        own = spatial.masked(0, slots)
-        others = [view.masked(rank, slots) for view in temporal]
-        return Pass(0, own[0], tuple(plan for plan, _ in others)), (own[1], *(write for _, write in others))
-
-
-class _CacheView:
-    """One cache's map on a device, with the text mask spread over its keys."""
-
-    def __init__(self, where: CacheMap, text: Tensor | None, device: torch.device) -> None:
-        self.text_slots, self.starts, self.num_cells = where.text_slots, where.starts, len(where.starts)
-        self.places: list[list[int]] = where.frame_places.tolist()
-        self.cell: list[int] = where.cell_of_slot.tolist()
-        self.device_places, self.device_cell = where.frame_places.to(device), where.cell_of_slot.to(device)
-        self.text_places = where.text_places.to(device)
-        self.key_order, self.key_cell = where.key_order.to(device), where.key_cell.to(device)
-        self.prefix = None if text is None else extend(text, where.num_keys - self.text_slots)
-        self.keys_mask = _spread(text, where).to(device)
-
-    def prefill(self, num_frames: int) -> Write:
-        text = torch.arange(self.text_slots, device=self.device_places.device).repeat(self.num_cells)
-        frames = self.text_slots + torch.arange(num_frames * len(self.cell), device=text.device)
-        places = torch.cat([self.text_places.flatten(), self.device_places[:num_frames].flatten()])
-        return Write(torch.cat([text, frames]), places)
-
-    def step(self, rows: list[tuple[int, int]]) -> tuple[Plan, Write]:
-        """Plan and write of rows, each given as (rank, slot)."""
-        places, chunks = [self.places[rank][slot] for rank, slot in rows], []
-        for row, (place, (_, slot)) in enumerate(zip(places, rows, strict=True)):
-            start = self.starts[self.cell[slot]]
-            mask = None if self.prefix is None else self.prefix[..., : place + 1 - start]
-            chunks.append(Chunk(None if len(rows) == 1 else range(row, row + 1), range(start, place + 1), mask))
-        index: range | Tensor = range(places[0], places[0] + 1)
-        if len(rows) > 1:
-            index = torch.stack([self.device_places[rank, slot] for rank, slot in rows])
-        return _plan(chunks), Write(None, index)
-
-    def runs(self, rank: int, runs: Sequence[range]) -> tuple[Plan, Write]:
-        """A chunk for each stretch of a run that lies in one cell: its keys are those up to its last row."""
-        if len(set(runs)) == 1:
-            chunks = list(self._stretches(rank, runs[0], 0, None))
-            return _plan(chunks), Write(None, self.device_places[rank, runs[0].start : runs[0].stop])
-        chunks, first = [], 0
-        for sample, run in enumerate(runs):
-            chunks += self._stretches(rank, run, first, slice(sample, None, len(runs)))
-            first += len(run)
-        places = torch.cat([self.device_places[rank, run.start : run.stop] for run in runs])
-        return _plan(chunks), Write(None, places, owners(runs, places.device))
-
-    def _stretches(self, rank: int, run: range, first: int, owner: slice | None) -> Iterator[Chunk]:
-        for cell, group in groupby(run, self.cell.__getitem__):
-            slots = list(group)
-            start, stop = self.starts[cell], self.places[rank][slots[-1]] + 1
-            mask = None if self.prefix is None else self.prefix[owner or slice(None), ..., : stop - start]
-            if len(slots) > 1:
-                later = torch.full((len(slots), stop - start), -torch.inf, dtype=self.keys_mask.dtype)
-                later = later.triu_(stop - start - len(slots) + 1).to(self.device_places.device)
-                mask = later if mask is None else mask + later
-            yield Chunk(range(first, first + len(slots)), range(start, stop), mask, owner)
-            first += len(slots)
-
-    def masked(self, rank: int, slots: Tensor) -> tuple[Plan, Write]:
-        """A key is seen in the row's own cell, if it is text or was fed no later than the row."""
-        keys = self.places[rank][-1] + 1 if self.num_cells == 1 else len(self.key_order)
-        order = rank * len(self.cell) + slots
-        seen = self.key_order[:keys] <= order[..., None]
-        if self.num_cells > 1:
-            seen &= self.key_cell[:keys] == self.device_cell[slots][..., None]
-        mask = self.keys_mask[..., :keys].masked_fill(~seen[:, None], -torch.inf)
-        return _plan([Chunk(None, range(keys), mask)]), Write(None, self.device_places[rank][slots])
-
-
-def owners(runs: Sequence[range], device: torch.device) -> Int64[Tensor, " rows"]:
-    """The sample of each row, for one run a sample."""
-    return torch.tensor([sample for sample, run in enumerate(runs) for _ in run], device=device)
-
-
-def _plan(chunks: list[Chunk]) -> Plan:
-    return Plan((Group(None, None, tuple(chunks)),))
-
-
-def _spread(text: Tensor | None, where: CacheMap) -> Float[Tensor, "#batch 1 1 keys"]:
-    """The text mask at every cell's copy of the text, nothing added to all other keys."""
-    if text is None:
-        return torch.zeros(1, 1, 1, where.num_keys)
-    spread = text.new_zeros(*text.shape[:-1], where.num_keys)
-    spread[..., where.text_places.to(text.device)] = text[..., None, :]
-    return spread

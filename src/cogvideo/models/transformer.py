@@ -1,8 +1,8 @@
 """The transformer of every stage: a frozen text-to-image base, and the temporal channel that a video stage adds.
 
 `Base` and `TemporalChannel` own parameters; `Transformer` joins them. One base in memory serves the image model and all
-stages. The same forward pass trains, prefills and decodes: what differs is which rows come in and what the plan lets
-them see.
+stages. The same forward pass trains, prefills and decodes: what differs is which rows come in, what the plan lets them
+see, and where it keeps their keys and values.
 """
 
 from __future__ import annotations
@@ -16,33 +16,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig
-from cogvideo.models.attention import Plan, attend, split_heads
-from cogvideo.models.cache import KeyStore, NoCache
+from cogvideo.models.attention import MaskPlan, attend, split_heads
 
 NORM_EPS = 1e-5
 INIT_STD = 0.02
 
 
 class Pass(NamedTuple):
-    """What the rows of one forward pass see. Text rows come first, frame rows follow."""
+    """What the rows of one forward pass see, and what is kept of them. Text rows come first, frame rows follow."""
 
     num_text: int
     """Text rows of the pass."""
-    spatial: Plan
+    spatial: MaskPlan
     """For all rows."""
-    temporal: tuple[Plan, ...]
+    temporal: tuple[MaskPlan, ...]
     """For frame rows, one a kind of block (blocks take turns); none for the image model."""
-
-
-class Stores(NamedTuple):
-    """Where the keys and values of both channels go."""
-
-    spatial: KeyStore
-    temporal: KeyStore
-
-
-UNCACHED = Stores(NoCache(), NoCache())
-"""Training: every pass reads its own keys."""
 
 
 class TemporalBlock(nn.Module):
@@ -56,20 +44,21 @@ class TemporalBlock(nn.Module):
         self.gate = nn.Parameter(torch.empty(config.hidden))
 
     def forward(
-        self, x: Float[Tensor, "batch rows hidden"], spatial: Tensor, layer: int, plan: Pass, store: KeyStore
+        self, x: Float[Tensor, "batch rows hidden"], spatial: Tensor, layer: int, plan: Pass
     ) -> Float[Tensor, "batch rows hidden"]:
         """Mix the spatial channel's output with that of attention over frames; text rows keep the spatial one."""
+        number, kind = divmod(layer, len(plan.temporal))
+        own = plan.temporal[kind]
         q, kv = split_heads(self.qkv(x), self.num_heads)
-        kv = store.store(layer, kv)
+        kv = own.keys(kv, number)
         if not plan.num_text:
-            return self.mix(q, kv, spatial, plan.temporal[layer % len(plan.temporal)])
+            return self.mix(q, kv, spatial, own)
         text, frames = spatial.tensor_split((plan.num_text,), dim=1)
         if not frames.shape[1]:
             return text
-        mixed = self.mix(q[:, :, plan.num_text :], kv, frames, plan.temporal[layer % len(plan.temporal)])
-        return torch.cat([text, mixed], dim=1)
+        return torch.cat([text, self.mix(q[:, :, plan.num_text :], kv, frames, own)], dim=1)
 
-    def mix(self, q: Tensor, kv: Tensor, spatial: Tensor, plan: Plan) -> Float[Tensor, "batch rows hidden"]:
+    def mix(self, q: Tensor, kv: Tensor, spatial: Tensor, plan: MaskPlan) -> Float[Tensor, "batch rows hidden"]:
         """Frame rows: `a * spatial + (1 - a) * temporal` with the gate `a`."""
         temporal = self.out(attend(q, kv, plan))
         return torch.lerp(temporal, spatial, self.gate.sigmoid().to(temporal.dtype))  # narrower under autocast
@@ -94,14 +83,13 @@ class Block(nn.Module):
         layer: int,
         temporal: TemporalBlock | None,
         plan: Pass,
-        stores: Stores,
     ) -> Float[Tensor, "batch rows hidden"]:
         """`x + LN3(Attention(LN1(x)))`, then `x + LN4(MLP(LN2(x)))`."""
         normed = self.norm1(x)
         q, kv = split_heads(self.qkv(normed), self.num_heads)
-        attention = self.out(attend(q, stores.spatial.store(layer, kv), plan.spatial))
+        attention = self.out(attend(q, plan.spatial.keys(kv, layer), plan.spatial))
         if temporal is not None:
-            attention = temporal(normed, attention, layer, plan, stores.temporal)
+            attention = temporal(normed, attention, layer, plan)
         return self.residual(x, attention)
 
     def residual(
@@ -166,22 +154,21 @@ class Transformer(nn.Module):
         self.channel = channel
 
     @property
-    def window(self) -> int:
-        """Side of the temporal windows; 0 is full attention (and the image model, which has none)."""
-        return 0 if self.channel is None else self.channel.stage.window
+    def window(self) -> int | None:
+        """Side of the temporal windows; 0 is full attention, None the image model, which has no temporal channel."""
+        return None if self.channel is None else self.channel.stage.window
 
     def forward(
         self,
         tokens: Int64[Tensor, "batch rows"],
         positions: Int64[Tensor, "#batch rows"],
         plan: Pass,
-        stores: Stores = UNCACHED,
     ) -> Float[Tensor, "batch rows hidden"]:
         """The rows of a pass after the last block, before the final norm (`Base.logits` applies it)."""
         x = self.base.words(tokens) + self.position(positions)
         temporal = [None] * len(self.base.blocks) if self.channel is None else self.channel.blocks
         for layer, (block, channel) in enumerate(zip(self.base.blocks, temporal, strict=True)):
-            x = block(x, layer, channel, plan, stores)
+            x = block(x, layer, channel, plan)
         return x
 
     def position(self, positions: Int64[Tensor, "#batch rows"]) -> Float[Tensor, "#batch rows hidden"]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from cogvideo.config import LayoutConfig, TransformerConfig, UpscalerConfig
 from cogvideo.layout import SequenceLayout, UpscaleLayout
-from cogvideo.models.attention import Chunk, Group, Plan, attend, split_heads
-from cogvideo.models.plans import full_pass, text_masks
+from cogvideo.models.attention import Chunk, Group, MaskPlan, attend, split_heads
+from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Base, Block
 
 TILE = 4
@@ -31,9 +31,9 @@ class Levels(NamedTuple):
 
     num_text: int
     """Rows of the low level before its low codes."""
-    low: Plan
+    low: MaskPlan
     """Of text and low codes, over themselves."""
-    high: Plan
+    high: MaskPlan
     """Of high slots, over [high slots | low codes]."""
 
 
@@ -103,7 +103,7 @@ class Upscaler(nn.Module):
 
     def _plan(self, mask: Bool[Tensor, "batch text"], device: torch.device) -> Levels:
         layout, kind = self.channel.layout, self.base.words.weight.dtype
-        low = full_pass(low_sequence(layout), 0, text_masks(mask, 0.0, kind), 1, False, device).spatial
+        low = full_pass(low_sequence(layout), None, mask, kind, 1).spatial
         return Levels(layout.text_slots, low, neighbourhoods(layout, self.channel.upscaler, device))
 
     def _embed_low(self, text: Tensor, mask: Tensor, codes: Tensor) -> Float[Tensor, "batch rows hidden"]:
@@ -142,7 +142,7 @@ def inherit_upscaler(channel: UpscaleChannel, base: Base) -> None:
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)  # what is made while generating must also serve in training
-def neighbourhoods(layout: UpscaleLayout, upscaler: UpscalerConfig, device: torch.device, tile: int = TILE) -> Plan:
+def neighbourhoods(layout: UpscaleLayout, upscaler: UpscalerConfig, device: torch.device, tile: int = TILE) -> MaskPlan:
     """Which keys, [high slots | low codes], each high slot sees: those around it, and those around its coarse place.
 
     The high frame is cut in tiles, which become cells of attention. A tile gathers the keys that any of its slots sees
@@ -163,7 +163,7 @@ def neighbourhoods(layout: UpscaleLayout, upscaler: UpscalerConfig, device: torc
         mask = seen[:, keys]
         groups.setdefault((mask.shape, mask.numpy().tobytes()), []).append((high, keys, mask))
     order = torch.cat([high for group in groups.values() for high, _, _ in group])
-    return Plan(tuple(_group(group, device) for group in groups.values()), restore=order.argsort().to(device))
+    return MaskPlan(tuple(_group(group, device) for group in groups.values()), restore=order.argsort().to(device))
 
 
 def _sees(layout: UpscaleLayout, upscaler: UpscalerConfig, high: Int64[Tensor, " rows"]) -> Bool[Tensor, "rows keys"]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from cogvideo.config import require
 from cogvideo.data.loader import ClipSample
 from cogvideo.layout import SequenceLayout
-from cogvideo.models.attention import Chunk, Group, Plan
+from cogvideo.models.attention import Chunk, Group, MaskPlan
 from cogvideo.models.transformer import Pass, Transformer
 from cogvideo.text import TextTokenizer, fit
 from cogvideo.training.objectives.task import Measured, cross_entropy
@@ -172,7 +172,7 @@ class ImageTask:
 
 
 def _pass(sees: Bool[Tensor, "batch slots slots"], num_text: int) -> Pass:
-    plan = Plan((Group(None, None, (Chunk(None, None, sees[:, None]),)),))
+    plan = MaskPlan((Group(None, None, (Chunk(None, None, sees[:, None]),)),))
     return Pass(num_text, plan, ())
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cogvideo.data.loader import ClipSample
 from cogvideo.layout import SequenceLayout
-from cogvideo.models.plans import full_pass, text_masks
+from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Transformer
 from cogvideo.text import PaddedText, TextTokenizer
 from cogvideo.training.objectives.task import Measured, cross_entropy
@@ -68,8 +68,8 @@ class VideoTask:
         layout = self.layout
         places = _places(layout, batch.codes.device)
         codes = batch.codes.index_select(1, places.order)
-        text = text_masks(batch.text.mask, 0.0, model.base.words.weight.dtype)
-        plan = full_pass(layout, model.window, text, layout.num_frames, True, codes.device)
+        dtype = model.base.words.weight.dtype
+        plan = full_pass(layout, model.window, batch.text.mask, dtype, layout.num_frames)
         tokens = torch.cat([batch.text.tokens, layout.feed(codes, self.text.start_of_image)], dim=1)
         positions = torch.cat([layout.text_positions(batch.text.mask), places.frames.expand(len(tokens), -1)], dim=1)
         hidden = model(tokens, positions, plan)
