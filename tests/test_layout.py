@@ -297,9 +297,9 @@ def test_samplers_of_older_files() -> None:
     assert older == replace(preset("pocket"), superres_sampling=CogVideoConfig.superres_sampling)
     assert older.superres_sampling == SamplingConfig(1.0, clusters=6, cluster_temperature=0.6)
     for wrong, message in (
-        (old | {"clusters": "0"}, r"SamplingConfig\.clusters is '0', expected int"),
+        (old | {"clusters": "0"}, r"later_sampling\.clusters: expected int, got str"),
         (old | {"clutter": 1}, r"drawing has the unknown fields \['clutter'\]"),
-        ({name: value for name, value in old.items() if name != "guidance"}, r"SamplingConfig\.guidance is None"),
+        ({name: value for name, value in old.items() if name != "guidance"}, r"later_sampling\.guidance: expected float, got null"),
         (3, r"unknown \['drawing'\]"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -37,7 +37,7 @@ from cogvideo.generation.request import Request, Settings
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.attention import MaskPlan
 from cogvideo.models.autoencoder import Autoencoder
-from cogvideo.models.plans import full_pass, text_mask
+from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.planning.costs import (
@@ -206,7 +206,7 @@ def test_large_causal_frames_are_scored_in_parts() -> None:
         transformer=replace(SMALL.transformer, num_positions=512),
     )
     layout = layout_of(config, "sequential")
-    plan = full_pass(layout, 0, text_mask(text(1, layout.text_slots).mask, 0.0, torch.float32), 2, True, CPU)
+    plan = full_pass(layout, 0, text(1, layout.text_slots).mask, torch.float32, 2)
     scored = 0
     for channel, layers in ((plan.spatial, 3), (plan.temporal[0], 3)):
         for group in channel.groups:
