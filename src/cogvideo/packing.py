@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cogvideo.models.transformer import Base
+from cogvideo.models.transformer import Base, Words
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -54,6 +54,20 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
 
 
+class PackedWords(Words):
+    """A word embedding for inference, with a packed copy of its code rows."""
+
+    def __init__(self, base: Base) -> None:
+        with torch.device("meta"):
+            super().__init__(base.config)
+        self.weight = base.words.weight
+        self.codes = PackedLinear(self.weight[: self.num_codes], None)
+
+    def code_logits(self, x: Float[Tensor, "batch rows hidden"]) -> Float[Tensor, "batch rows codes"]:
+        """The product with the rows of image codes."""
+        return self.codes(x)
+
+
 def can_pack(weight: Tensor) -> bool:
     """Whether oneDNN packs weights of this device and dtype here."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -88,5 +102,5 @@ def pack(module: nn.Module) -> None:
         for name, child in list(owner.named_children()):
             if isinstance(child, nn.Linear) and can_pack(child.weight):
                 setattr(owner, name, PackedLinear(child.weight, child.bias))
-    if isinstance(module, Base) and module.code_head is None and can_pack(module.words.weight):
-        module.code_head = PackedLinear(module.words.weight[: module.config.num_codes], None)
+    if isinstance(module, Base) and not isinstance(module.words, PackedWords) and can_pack(module.words.weight):
+        module.words = PackedWords(module)

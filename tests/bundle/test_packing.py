@@ -13,7 +13,7 @@ from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig
 from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, initialize
-from cogvideo.packing import PackedLinear, can_pack, pack
+from cogvideo.packing import PackedLinear, PackedWords, can_pack, pack
 from cogvideo.text import PaddedText, pad_left
 from reference import relative_error
 
@@ -130,12 +130,12 @@ def test_pack_replaces_large_layers_and_the_head() -> None:
     before = base.blocks[0].mlp(x), base.logits(x)
     pack(base)
     assert isinstance(base.blocks[0].qkv, PackedLinear)
-    head = base.code_head
-    assert isinstance(head, PackedLinear)
+    words = base.words
+    assert isinstance(words, PackedWords)
     for after, exact in zip((base.blocks[0].mlp(x), base.logits(x)), before, strict=True):
         assert relative_error(after, exact) < 1e-5
     pack(base)
-    assert base.code_head is head
+    assert base.words is words
 
 
 def test_other_dtypes_and_small_layers_stay() -> None:

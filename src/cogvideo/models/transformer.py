@@ -104,28 +104,40 @@ class Block(nn.Module):
         return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
 
 
+class Words(nn.Embedding):
+    """The word embedding, whose rows are the weights of the heads too (tied)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config.vocab_size, config.hidden)
+        self.num_codes = config.num_codes
+
+    def code_logits(self, x: Float[Tensor, "batch rows hidden"]) -> Float[Tensor, "batch rows codes"]:
+        """The product with the rows of image codes."""
+        return F.linear(x, self.weight[: self.num_codes])
+
+    def text_logits(self, x: Float[Tensor, "batch rows hidden"]) -> Float[Tensor, "batch rows words"]:
+        """The product with all other rows."""
+        return F.linear(x, self.weight[self.num_codes :])
+
+
 class Base(nn.Module):
     """The text-to-image model's parameters: embeddings, blocks and the final norm."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.words = nn.Embedding(config.vocab_size, config.hidden)
+        self.words = Words(config)
         self.positions = nn.Embedding(config.num_positions, config.hidden)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden, NORM_EPS)
-        self.code_head: nn.Module | None = None  # a packed copy of the code rows (models/packing.py), else tied
 
     def logits(self, x: Float[Tensor, "batch rows hidden"]) -> Float[Tensor, "batch rows codes"]:
-        """Logits of image codes: the product with the code rows of the word embedding (tied)."""
-        x = self.norm(x)
-        if self.code_head is not None:
-            return self.code_head(x)
-        return F.linear(x, self.words.weight[: self.config.num_codes])
+        """Logits of image codes."""
+        return self.words.code_logits(self.norm(x))
 
     def text_logits(self, x: Float[Tensor, "batch rows hidden"]) -> Float[Tensor, "batch rows words"]:
         """Logits of everything but image codes, for training: token `num_codes` first."""
-        return F.linear(self.norm(x), self.words.weight[self.config.num_codes :])
+        return self.words.text_logits(self.norm(x))
 
 
 class TemporalChannel(nn.Module):
