@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, UInt16
 
 import cogvideo
 from cogvideo.config import InputError, check_version, from_dict, require
@@ -282,6 +282,11 @@ class Dataset:
         """Frames of each row."""
         lengths = [self.shard(each).num_frames for each in range(len(self.card.shards))]
         return np.concatenate([np.zeros(0, np.int32), *lengths])
+
+    def codes(self, row: int) -> UInt16[np.ndarray, "frames grid grid"]:
+        """The codes of a clip: a view of the file."""
+        shard, number = self.find(row)
+        return shard.codes(number)
 
     def row(self, row: int) -> Row:
         """All of a clip."""
