@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogvideo.data.clips import ClipSampling, FrameRates, Mode, Window, choose_window
+from cogvideo.data.clips import ClipSampling, FrameRates, Mode, choose_window
 from cogvideo.data.dataset import make_card, write_card
 from cogvideo.data.loader import (
     ClipSample,
@@ -259,8 +259,8 @@ def test_window_of_a_sample_is_that_of_the_pure_function(stream: ClipStream) -> 
         draws = keyed_uniform(5, np.array([sample.epoch]), np.array([sample.row]), 2)[0].tolist()
         length = LENGTHS[clip_of(sample)]
         window = choose_window(length, stream.sampling, *draws)
-        assert isinstance(window, Window)
-        assert (sample.codes[:, 0, 0] % 100).tolist() == list(window.indices)
+        assert window is not None
+        assert (sample.codes[:, 0, 0] % 100).tolist() == list(window)
 
 
 def test_several_folders_are_one_stream(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from cogvideo.config import InputError, require
 
@@ -62,31 +62,6 @@ class FrameRates:
     @cached_property
     def _strides(self) -> dict[float, int]:
         return {rate: round(self.base / rate) for rate in self.rates}
-
-
-class Window(NamedTuple):
-    """The frames of a clip that make one sequence; `codes[window.slice]` takes them without copying."""
-
-    start: int
-    """Index of the first in the clip."""
-    stride: int
-    """Stored frames from one to the next."""
-    num_frames: int
-    """How many."""
-
-    @property
-    def indices(self) -> range:
-        """Indices of the frames in the clip."""
-        return range(self.start, self.start + self.num_frames * self.stride, self.stride)
-
-    @property
-    def slice(self) -> slice:
-        """The same for indexing."""
-        return slice(self.start, self.start + (self.num_frames - 1) * self.stride + 1, self.stride)
-
-    def duration(self, base: float) -> float:
-        """Seconds from the first frame to the last: what the text tokenizer puts before the caption."""
-        return (self.num_frames - 1) * self.stride / base
 
 
 @dataclass(frozen=True)
@@ -160,7 +135,7 @@ def sampled_rates(num_frames: int, sampling: ClipSampling) -> tuple[float, ...]:
     return filled[:1]
 
 
-def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, offset_draw: float) -> Window | None:
+def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, offset_draw: float) -> range | None:
     """The frames of a clip that make a sample.
 
     Args:
@@ -170,19 +145,20 @@ def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, off
         offset_draw: uniform in [0, 1), chooses the start, in mode image the frame; not used without `random_offset`.
 
     Returns:
-        the window, or None if the clip is shorter than `sampling.min_frames`.
+        indices of the frames, or None if the clip is shorter than `sampling.min_frames`.
     """
     if num_frames < sampling.min_frames:
         return None
     offset = offset_draw if sampling.random_offset else 0.0
     if sampling.mode == "image":
-        return Window(_image_place(num_frames, sampling, offset), 1, 1)
+        place = _image_place(num_frames, sampling, offset)
+        return range(place, place + 1)
     filled, rates = sampled_rates(num_frames, sampling), sampling.rates
     if not filled:
         return None
     rate = filled[_index(len(filled), rate_draw)]
-    num_starts = num_frames - rates.span(rate) + 1
-    return Window(_index(num_starts, offset), rates.stride(rate), rates.num_frames)
+    start, stride = _index(num_frames - rates.span(rate) + 1, offset), rates.stride(rate)
+    return range(start, start + rates.num_frames * stride, stride)
 
 
 def _image_place(num_frames: int, sampling: ClipSampling, offset: float) -> int:
@@ -192,8 +168,8 @@ def _image_place(num_frames: int, sampling: ClipSampling, offset: float) -> int:
     return 0 if offset < 0.5 else 1 + _index(num_frames - 1, 2 * offset - 1)
 
 
-def duration_of(window: Window, sampling: ClipSampling, rate_draw: float) -> float:
-    """Seconds that a sample is captioned with; 0 for none.
+def duration_of(window: range, sampling: ClipSampling, rate_draw: float) -> float:
+    """Seconds that a sample is captioned with, in videos from its first frame to its last; 0 for none.
 
     Args:
         window: the frames, as `choose_window` gave them.
@@ -203,7 +179,7 @@ def duration_of(window: Window, sampling: ClipSampling, rate_draw: float) -> flo
     if sampling.mode == "image":
         later = window.start > 0 and len(sampling.durations) > 0
         return sampling.durations[_index(len(sampling.durations), rate_draw)] if later else 0.0
-    return window.duration(sampling.rates.base)
+    return (window[-1] - window[0]) / sampling.rates.base
 
 
 def _index(count: int, draw: float) -> int:

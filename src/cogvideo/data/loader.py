@@ -182,10 +182,11 @@ class ClipStream(MapDataset[ClipSample]):
         caption = None if dropped else shard.caption(number, int(caption_draw * shard.num_captions(number)))
         high_codes = shard.high_codes(number) if self.sampling.high_codes else None
         duration = duration_of(window, self.sampling, rate_draw)
-        codes = codes[window.slice]
+        frames = slice(window.start, window.stop, window.step)
+        codes = codes[frames]
         shard.check(number, codes)
         if high_codes is not None:
-            high_codes = high_codes[window.slice]
+            high_codes = high_codes[frames]
             shard.check(number, high_codes)
         return ClipSample(codes, caption, duration, position, epoch, row, seed, high_codes)
 
