@@ -6,10 +6,11 @@ import os
 from collections import deque
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from unicodedata import normalize
 
 from cogvideo.config import InputError, require
-from cogvideo.data.tables import LISTS, TABLE_SUFFIXES, RowError
+from cogvideo.data.tables import LISTS, TABLE_SUFFIXES, RowError, lines_of, parse_json
 
 MANIFESTS = tuple(f"{stem}{suffix}" for stem in ("captions", "metadata") for suffix in TABLE_SUFFIXES)
 """Tables that stand for the folder they lie in."""
@@ -106,15 +107,52 @@ def _names(folder: Path, changed: int) -> dict[str, list[str]]:
     return names
 
 
-def read_beside(path: Path) -> bytes | None:
-    """The content of a file that may be missing.
+def read_beside(path: Path, suffix: str) -> bytes | None:
+    """The content of the file with captions of a video; None where there is none.
 
     Raises:
         RowError: it is there and cannot be read.
     """
+    file = path.with_suffix(suffix)
+    found = _content(file)
+    if found is None and path.parent.name in LABELS:
+        found = _content(path.parent.parent / LABELS[path.parent.name] / file.name)
+    return found
+
+
+def _content(path: Path) -> bytes | None:
     try:
         return existing(path).read_bytes()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise RowError("caption cannot be read", f"{path}: {error.strerror}") from error
+
+
+def lines_in(content: bytes) -> list[str]:
+    """Lines of a file with captions.
+
+    Raises:
+        RowError: it is not UTF-8.
+    """
+    return lines_of(_decoded(content))
+
+
+def table_in(content: bytes) -> dict[str, Any]:
+    """The table in a JSON file with captions.
+
+    Raises:
+        RowError: it is not UTF-8, or holds no such table.
+    """
+    text = _decoded(content)
+    try:
+        return parse_json(text, "the .json next to it")
+    except InputError as error:
+        raise RowError("caption cannot be read", str(error)) from error
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowError("caption is no text", f"byte {error.start} of its file is not UTF-8") from error

@@ -31,7 +31,7 @@ from unicodedata import normalize
 
 from cogvideo import world
 from cogvideo.config import InputError, require
-from cogvideo.data.folders import LABELS, existing, find_manifest, is_manifest, read_beside, walk
+from cogvideo.data.folders import existing, find_manifest, is_manifest, lines_in, read_beside, table_in, walk
 from cogvideo.data.tables import (
     CAPTION_COLUMNS,
     FILE_COLUMNS,
@@ -46,9 +46,7 @@ from cogvideo.data.tables import (
     hints,
     is_missing,
     is_table,
-    lines_of,
     meant,
-    parse_json,
     read_columns,
     read_records,
     span_of,
@@ -336,7 +334,7 @@ def _folder(folder: Path, options: SourceOptions) -> Found:
     for name in names:
         path = folder / name
         if path.suffix.lower() in options.suffixes and str(path) not in named:
-            yield _noted(name, File(path), partial(_beside, path), options)
+            yield _noted(name, File(path), partial(read_beside, path), options)
         elif _is_tar(path):
             yield from _counted(name, "tar cannot be read", _tar(path, folder, options))
 
@@ -366,14 +364,6 @@ def _nested(table: Path, root: Path, options: SourceOptions) -> Found:
             yield each
 
 
-def _beside(path: Path, suffix: str) -> bytes | None:
-    """The content of a caption file of a video, where there is one."""
-    found = read_beside(path.with_suffix(suffix))
-    if found is None and path.parent.name in LABELS:
-        found = read_beside(path.parent.parent / LABELS[path.parent.name] / path.with_suffix(suffix).name)
-    return found
-
-
 def _noted(name: str, media: Media, beside: Callable[[str], bytes | None], options: SourceOptions) -> Item | Rejection:
     """An item whose captions are the lines of its `.txt` that are not blank, else in its `.json`, which may say more.
 
@@ -387,28 +377,13 @@ def _noted(name: str, media: Media, beside: Callable[[str], bytes | None], optio
         text, table = beside(".txt"), beside(".json")
         if text is None and table is None:
             raise RowError("missing caption", "expected a .txt or .json of the same name next to it")
-        values = {} if table is None else _parsed(table)
+        values = {} if table is None else table_in(table)
         if not text:
             options = _with_columns(values, options)
-        captions = captions_of(values, options.caption_columns) if text is None else clean(lines_of(_decoded(text)))
+        captions = captions_of(values, options.caption_columns) if text is None else clean(lines_in(text))
         return _item(name, media, captions, values, options)
     except RowError as error:
         return Rejection(_plain(name), error.reason, _plain(error.detail))
-
-
-def _parsed(table: bytes) -> dict[str, Any]:
-    text = _decoded(table)
-    try:
-        return parse_json(text, "the .json next to it")
-    except InputError as error:
-        raise RowError("caption cannot be read", str(error)) from error
-
-
-def _decoded(content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RowError("caption is no text", f"byte {error.start} of its file is not UTF-8") from error
 
 
 def _is_tar(path: Path) -> bool:
