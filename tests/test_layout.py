@@ -285,7 +285,7 @@ def test_faults_of_stored_configurations(change, message: str) -> None:
 
 
 def test_samplers_of_older_files() -> None:
-    """Guards models that were trained when samplers were one flat table, at first without those of super-resolution."""
+    """Guards older models, whose samplers were one flat table, at first without those of super-resolution."""
     values = as_json(preset("pocket"))
     for name in ("first_sampling", "later_sampling", "superres_sampling", "text_bonus"):
         del values[name]
@@ -299,7 +299,10 @@ def test_samplers_of_older_files() -> None:
     for wrong, message in (
         (old | {"clusters": "0"}, r"later_sampling\.clusters: expected int, got str"),
         (old | {"clutter": 1}, r"drawing has the unknown fields \['clutter'\]"),
-        ({name: value for name, value in old.items() if name != "guidance"}, r"later_sampling\.guidance: expected float, got null"),
+        (
+            {name: value for name, value in old.items() if name != "guidance"},
+            r"later_sampling\.guidance: expected float, got null",
+        ),
         (3, r"unknown \['drawing'\]"),
     ):
         with pytest.raises(ValueError, match=message):
