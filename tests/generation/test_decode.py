@@ -293,6 +293,7 @@ def test_passes_of_a_draft_that_is_always_right(make_system: MakeSystem, make_te
     """Guards the guesses for slots ahead: where noise alone decides, a pass completes as many codes as it drafts."""
     system = IMAGE.system(make_system)
     given, noise = inputs(system, 0, 2)
+    noise = 1e6 * noise
     ours = generate(system, make_text((1, 4)), given, noise, SamplingConfig(temperature=100), Passes(draft=width))
     first = 1  # the first pass has nothing to guess from: it completes one code
     assert ours.frames[0].passes == (16 if width == 1 else first + -(-(16 - first) // width))
@@ -305,7 +306,7 @@ def test_drafts_start_from_the_frame_before(make_system: MakeSystem, make_text: 
     """Guards the first drafts of a frame: of one that repeats the frame before in time, all are right."""
     system = run.system(make_system)
     given, noise = inputs(system, run.num_given, 2)
-    noise = noise[:, :1].expand_as(noise)
+    noise = 1e6 * noise[:, :1].expand_as(noise)
     given[:] = noise[:, :1].argmax(-1)
     ours = generate(system, make_text((1, 4)), given, noise, SamplingConfig(temperature=100), Passes(draft=8))
     assert [frame.passes for frame in ours.frames] == [2 * (number + 1) for number in range(len(ours.frames))]
