@@ -61,12 +61,12 @@ def convert(
     its largest tensor.
 
     Args:
-        out: folder of the bundle; one that is there is replaced when the new one is complete.
-        stage1: folder of the sequential stage (`cogvideo-stage1`).
-        stage2: folder of the interpolation stage (`cogvideo-stage2`).
-        dsr: folder of super-resolution (`cogview2-dsr`).
-        ice: folder of the tokenizers, with `ice_text.model` and `ice_image.pt`.
-        clusters: file with the cluster of each image code (`cluster_label2.npy`).
+        out: Folder of the bundle; one that is there is replaced when the new one is complete.
+        stage1: Folder of the sequential stage (`cogvideo-stage1`).
+        stage2: Folder of the interpolation stage (`cogvideo-stage2`).
+        dsr: Folder of super-resolution (`cogview2-dsr`).
+        ice: Folder of the tokenizers, with `ice_text.model` and `ice_image.pt`.
+        clusters: File with the cluster of each image code (`cluster_label2.npy`).
         config: sizes; those of the checkpoints, and of the preset `cogvideo` what they do not tell, unless given.
 
     Raises:

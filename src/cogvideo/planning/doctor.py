@@ -29,7 +29,7 @@ def doctor(model: str = POCKET, /) -> int:
     Exit status 1 says that a file is not what was saved.
 
     Args:
-        model: folder of a bundle, its id on the Hugging Face Hub, or pocket, the one in the box.
+        model: Folder of a bundle, its id on the Hugging Face Hub, or pocket, the one in the box.
 
     Raises:
         ValueError: there is no such model.

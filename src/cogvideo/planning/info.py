@@ -79,9 +79,9 @@ def info(target: str = "", /, json: bool = False, batch: int = 1) -> None:
     Without a target, the presets side by side. Memory is counted in GiB (2**30 bytes), traffic in GB (10**9).
 
     Args:
-        target: a preset, or the folder of a bundle.
-        json: print everything as JSON.
-        batch: sequences in a step of training.
+        target: A preset, or the folder of a bundle.
+        json: Print everything as JSON.
+        batch: Sequences in a step of training.
 
     Raises:
         ValueError: `target` is neither, or `batch` is not positive.

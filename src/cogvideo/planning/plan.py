@@ -135,7 +135,7 @@ def held(config: CogVideoConfig, stage: Stage, sharding: Sharding, groups: int, 
         sharding: how the groups share the weights.
         groups: groups of ranks that see different samples. What is replicated is the same for any number.
         tensor: ranks of a group.
-        ema: share of the running average.
+        ema: Share of the running average.
 
     Raises:
         ValueError: a matrix cannot be cut into as many parts.
@@ -329,10 +329,10 @@ def plan(target: str = "cogvideo", /, *, machines: Machines, json: bool = False,
     bfloat16, with float32 for what is trained. Memory is in GiB (2**30 bytes).
 
     Args:
-        target: a preset, or the folder of a bundle.
+        target: A preset, or the folder of a bundle.
         machines: machines to train on.
-        json: print everything as JSON.
-        ema: share of a running average of the weights, as in `cogvideo train`; 0 for none.
+        json: Print everything as JSON.
+        ema: Share of a running average of the weights, as in `cogvideo train`; 0 for none.
 
     Raises:
         ValueError: `target` is neither, or the GPUs cannot share its matrices.

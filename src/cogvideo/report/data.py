@@ -68,11 +68,11 @@ def report(folder: Path, /, out: Path | None = None, tokenizer: str = "", clips:
     or the tokenizer is left out if they are no longer there, and the page says so. The same data gives the same bytes.
 
     Args:
-        folder: output of `cogvideo data prepare`.
-        out: file of the page; report.html in the folder unless given.
-        tokenizer: bundle with the image tokenizer, if it was moved since the data was prepared.
-        clips: number of random clips to show.
-        seed: seed of the clips to show, and of those to count if there are too many to count all.
+        folder: Output of `cogvideo data prepare`.
+        out: File of the page; report.html in the folder unless given.
+        tokenizer: Bundle with the image tokenizer, if it was moved since the data was prepared.
+        clips: Number of random clips to show.
+        seed: Seed of the clips to show, and of those to count if there are too many to count all.
 
     Raises:
         ValueError: the folder holds no dataset, or a damaged one, or an option cannot be used.

@@ -60,8 +60,8 @@ def training(runs: tuple[Path, ...], /, *, out: Path) -> None:
     Unfinished runs are shown as far as they went. The same files give the same bytes.
 
     Args:
-        runs: folders of runs (such as OUT/.sequential-run), or folders with runs inside.
-        out: file of the page.
+        runs: Folders of runs (such as OUT/.sequential-run), or folders with runs inside.
+        out: File of the page.
 
     Raises:
         ValueError: there is no run, or the files of all are damaged.
