@@ -87,9 +87,9 @@ TOY = """
 [data]
 tokenizer = [1, 4]
 text = [1, 400]
-frames = [1, 6]
-moves = [1, 2]
-large = [1, 2]
+frames = [1, 6, 2]
+moves = [1, 2, 1]
+large = [1, 2, 1]
 
 [tokenizer]
 preset = "tiny"

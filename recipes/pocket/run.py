@@ -27,7 +27,7 @@ WHOLE = ("--fps", "8", "--max-seconds", "4.125", "--loop-to", "4.125")
 Recipe = dict[str, dict[str, Any]]
 
 
-def parts(out: str, emoji: str, data: dict[str, tuple[int, int]]) -> Iterator[tuple[str, list[str]]]:
+def parts(out: str, emoji: str, data: dict[str, list[int]]) -> Iterator[tuple[str, list[str]]]:
     """Name and command of each part, in their order. Codes are made before the first stage that learns from them."""
     model = f"{out}/model"
     copies, scenes = data["tokenizer"]
@@ -39,14 +39,14 @@ def parts(out: str, emoji: str, data: dict[str, tuple[int, int]]) -> Iterator[tu
         ("moves", WHOLE, ("interpolation",)),
         ("large", (*KEY_FRAMES, "--superres"), ("superres",)),
     ):
-        copies, scenes = data[name]
+        copies, scenes, repeats = data[name]
         folders = [f"{out}/{name}-emoji", f"{out}/{name}-world"]
         for folder, source in zip(folders, (emoji, f"world:simple:{scenes}"), strict=True):
             number = ("--copies", str(copies)) if source == emoji else ()
             made = ("--out", folder, "--tokenizer", model)
             yield Path(folder).name, ["data", "prepare", source, *made, *time, *number]
-        for stage in stages:
-            yield stage, ["train", stage, "--data", *folders, "--out", model]
+        for stage in stages:  # a folder that is given several times counts several times
+            yield stage, ["train", stage, "--data", *[folders[0]] * repeats, folders[1], "--out", model]
     yield "report", ["train", "report", model, "--out", f"{out}/report.html"]
 
 
