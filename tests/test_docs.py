@@ -20,7 +20,6 @@ import torch
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import COMMANDS, main
 from cogvideo.config import (
-    AutoencoderConfig,
     CogVideoConfig,
     LayoutConfig,
     StageConfig,
@@ -35,6 +34,7 @@ from cogvideo.models.upscaler import UpscaleChannel
 from cogvideo.planning.info import info
 from cogvideo.text import TextTokenizer
 from reference import visible
+from workshop import small_autoencoder
 
 ROOT = Path(__file__).parents[1]
 README, SEQUENCE, PAPER_MAP = ROOT / "README.md", ROOT / "docs/sequence.md", ROOT / "docs/paper_map.md"
@@ -166,7 +166,7 @@ def small_bundle(text_model: bytes) -> CogVideo:
         StageConfig(0),
         StageConfig(2),
         UpscalerConfig(text_slots=64, low_position=65),
-        AutoencoderConfig(8, (1, 2), 1, ((1, 1, 2),), 1, 8, NUM_CODES, rate=4, groups=4),
+        small_autoencoder(NUM_CODES),
         words,
     )
     sizes = (config.transformer, config.layout)

@@ -37,16 +37,21 @@ def small_config(text_model: bytes, hidden: int = 32) -> CogVideoConfig:
         sequential=StageConfig(0),
         interpolation=StageConfig(2),
         upscaler=UpscalerConfig(ratio=RATIO, text_slots=16, low_position=17),
-        autoencoder=AutoencoderConfig(
-            channels=8,
-            encoder_multipliers=(1, 2),
-            encoder_blocks=1,
-            decoder_multipliers=((1, 1, 2),),
-            embedding_dim=8,
-            num_codes=NUM_CODES,
-            rate=4,
-            groups=4,
-        ),
+        autoencoder=small_autoencoder(NUM_CODES),
+    )
+
+
+def small_autoencoder(num_codes: int) -> AutoencoderConfig:
+    """Codes of 4 x 4 pixels, one residual block a level."""
+    return AutoencoderConfig(
+        channels=8,
+        encoder_multipliers=(1, 2),
+        encoder_blocks=1,
+        decoder_multipliers=((1, 1, 2),),
+        embedding_dim=8,
+        num_codes=num_codes,
+        rate=4,
+        groups=4,
     )
 
 

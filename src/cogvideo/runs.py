@@ -20,6 +20,8 @@ from cogvideo.config import InputError, require, with_samplers
 from cogvideo.devices import is_out_of_memory
 from cogvideo.files import write_text
 
+IDENTITY = "run.json"
+"""File that says what a folder holds a run of."""
 TYPED = "typed"
 """Fact: what the user typed for the bundle to start from, whose hashes are the identity."""
 
@@ -171,7 +173,7 @@ class RunFolder:
 
     @property
     def _identity(self) -> Path:
-        return self.path / "run.json"
+        return self.path / IDENTITY
 
     @property
     def _about(self) -> Path:

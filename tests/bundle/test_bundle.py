@@ -29,7 +29,6 @@ from cogvideo.bundle.format import COMPONENTS, MANIFEST, Entry, Manifest
 from cogvideo.bundle.model import CogVideo, update
 from cogvideo.cli import main
 from cogvideo.config import (
-    AutoencoderConfig,
     CogVideoConfig,
     LayoutConfig,
     StageConfig,
@@ -44,6 +43,7 @@ from cogvideo.models.upscaler import UpscaleChannel
 from cogvideo.packing import PackedLinear, pack
 from cogvideo.text import TextTokenizer
 from killing import kill_at
+from workshop import small_autoencoder
 
 NUM_CODES = 24
 FILES = {
@@ -66,16 +66,7 @@ def small_config(text_model: bytes) -> CogVideoConfig:
         sequential=StageConfig(0),
         interpolation=StageConfig(2),
         upscaler=UpscalerConfig(ratio=2, text_slots=6, low_position=9),
-        autoencoder=AutoencoderConfig(
-            channels=8,
-            encoder_multipliers=(1, 2),
-            encoder_blocks=1,
-            decoder_multipliers=((1, 1, 2),),
-            embedding_dim=8,
-            num_codes=NUM_CODES,
-            rate=4,
-            groups=4,
-        ),
+        autoencoder=small_autoencoder(NUM_CODES),
     )
 
 
@@ -841,7 +832,7 @@ OLD = Path(__file__).parent / "files"
 
 
 def test_a_bundle_and_a_sidecar_of_the_first_format(tmp_path: Path) -> None:
-    """What version 0.1.0 wrote, in November 2026: it loads, and its sidecar makes the very same codes again."""
+    """Guards files that version 0.1.0 wrote in November 2026: they load, and the sidecar makes the same codes again."""
     shutil.copytree(OLD, tmp_path / "old")
     model = CogVideo.from_pretrained(tmp_path / "old/model-1")
     assert sorted(model.components) == sorted(each for each in COMPONENTS if not each.endswith("_base"))

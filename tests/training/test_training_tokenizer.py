@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from cogvideo.bundle.model import CogVideo, update
 from cogvideo.cli import main
-from cogvideo.config import AutoencoderConfig, CogVideoConfig, LayoutConfig, TransformerConfig, UpscalerConfig
+from cogvideo.config import CogVideoConfig, LayoutConfig, TransformerConfig, UpscalerConfig
 from cogvideo.data import frame_store
 from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings
@@ -36,20 +36,10 @@ from cogvideo.training.objectives.tokenizer import FrameStream, TokenizerObjecti
 from cogvideo.training.session import LoggingConfig
 from cogvideo.training.step import Trainer
 from cogvideo.training.tokenizer import evaluate, tokenizer
+from workshop import small_autoencoder
 
 SIDE = 24
-SIZES = AutoencoderConfig(
-    channels=8,
-    encoder_multipliers=(1, 2),
-    encoder_blocks=1,
-    decoder_multipliers=((1, 1, 2),),
-    embedding_dim=8,
-    num_codes=40,
-    rate=4,
-    groups=4,
-    nominal_resolution=32,
-    attention_resolution=8,
-)
+SIZES = replace(small_autoencoder(40), nominal_resolution=32, attention_resolution=8)
 SMALL = CogVideoConfig(
     transformer=TransformerConfig(1, 8, 1, 64, 40, 50, 40, 40),
     layout=LayoutConfig(grid=6, text_slots=4, image_text_slots=4, frame_position=4),
@@ -240,8 +230,8 @@ def test_a_step_depends_on_its_number_alone():
 
 @pytest.mark.parametrize(("at", "optimizer"), [(1, "adam"), (2, "adam"), (3, "muon"), (5, "adam")])
 def test_a_state_is_all_that_counts(at, optimizer, tmp_path):
-    """What a checkpoint forgets (averages, moments, the adversary), or adds to an optimizer that has not begun, would
-    change the steps after it."""
+    """Guards the steps after a checkpoint: they would change if it forgot averages, moments or the adversary, or added
+    moments to an optimizer that has not begun."""
     settings, frames = replace(QUICK, optimizer=optimizer), pictures(8)
     sizes = replace(SIZES, decoder_multipliers=((1, 1, 2), (1, 2)))
     whole, first, second = (trainer(frames, settings, sizes) for _ in range(3))
@@ -521,7 +511,7 @@ def same_files(one, other):
 
 
 def command_of(out):
-    """Of a run of 60 steps, in a process of its own."""
+    """The command of a run of 60 steps, in a process of its own."""
     options = {"steps": 60, "batch": 2, "warmup": 1, "plain-steps": 2, "start-vectors": 2, "adversary-start": 4}
     options |= {"adversary-width": 4, "num-frames": 12, "num-held-out": 4, "frames-per-clip": 4}
     options |= {"checkpoint-every": 5, "device": "cpu", "out": out}

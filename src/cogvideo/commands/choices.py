@@ -23,6 +23,8 @@ MOST_ROUNDS = 6
 """Rounds of interpolation that give 257 frames of four seconds."""
 FILES = ("image", "extend", "first", "last")
 """Choices that name a file."""
+SEEDS = msgspec.Meta(ge=0, le=LARGEST_SEED)
+"""Bounds of the seed in a sidecar."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +165,6 @@ class Sidecar:
         absent = f"{self.path} was made with {name}, which is not here: say with --{option} where it lies"
         require(len(found) > 0, absent)
         return found[0]
-
-
-SEEDS = msgspec.Meta(ge=0, le=LARGEST_SEED)
 
 
 def _path(kind: type, value: Any) -> Path:

@@ -1,4 +1,4 @@
-"""What the rows of training and prefill see, from the layout: the masks of the paper as slices of cells.
+"""Visibility of the rows of training and prefill, from the layout: the masks of the paper as slices of cells.
 
 Such a pass is text and whole frames, complete in itself. Passes that read a cache are in `cache.py`; docs/sequence.md
 has the drawings.
@@ -26,7 +26,7 @@ on, PyTorch's kernel for CPUs takes 64 at a time instead of 32, and is a fifth f
 def text_mask(
     mask: Bool[Tensor, "batch text"], bonus: float, dtype: torch.dtype
 ) -> Float[Tensor, "batch 1 1 text"] | None:
-    """What is added to the scores of text keys: -inf at pads, `bonus` elsewhere; None: nothing at all."""
+    """Numbers added to the scores of text keys: -inf at pads, `bonus` elsewhere; None: nothing at all."""
     if not bonus and mask.device.type == "cpu" and bool(mask.all()):  # another device would be waited for
         return None
     added = torch.full(mask.shape, bonus, dtype=dtype, device=mask.device)
@@ -56,9 +56,7 @@ def full_pass(
         num_frames: leading ranks that are fed.
         bonus: added to text scores in the spatial channel; in the temporal one, drawn slots alone have it (spec 3).
     """
-    # a dry run on the meta device counts all that it allocates, each time
-    structure = _structure.__wrapped__ if mask.device.type == "meta" else _structure
-    spatial, *temporal = structure(layout, window, num_frames, mask.device)
+    spatial, *temporal = _structure(layout, window, num_frames, mask.device)
     text = text_mask(mask, 0.0, dtype)
     return Pass(
         layout.text_slots,

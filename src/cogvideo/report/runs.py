@@ -16,13 +16,12 @@ from jaxtyping import Float64, Int64
 
 from cogvideo.config import InputError, require
 from cogvideo.report.page import flat
-from cogvideo.runs import RunFolder
+from cogvideo.runs import IDENTITY, RunFolder
 from cogvideo.training.stages import STAGES
 
 TOKENIZER = "tokenizer"
 ORDER = (TOKENIZER, *STAGES)
 """Stages, in the order in which a bundle gets them."""
-IDENTITY = "run.json"
 EXPECTED = f"expected the folder of a run, such as my-model/.sequential-run with {IDENTITY}, or one with runs inside"
 LARGEST = 1e300
 """Bound of the values in a plot, which needs their differences."""

@@ -16,7 +16,7 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, InputError, from_dict, require
 from cogvideo.files import turn_in
-from cogvideo.runs import RunFolder
+from cogvideo.runs import IDENTITY, RunFolder
 from cogvideo.training.card import read_reports, write_card
 from cogvideo.training.checkpoints import Checkpoints, read_weights
 from cogvideo.training.stages import STAGES, Choice, StageName, base_of, own, relying
@@ -285,7 +285,7 @@ def _course(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _identity(run: Path) -> dict[str, Any]:
-    path = run / "run.json"
+    path = run / IDENTITY
     try:
         identity = json.loads(path.read_text(encoding="utf-8"))
         known = isinstance(identity, dict) and identity.get("stage") in STAGES
