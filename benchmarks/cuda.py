@@ -52,7 +52,7 @@ STAGES = ("image", "sequential", "interpolation", "superres")
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured: a device and the sizes that it is for."""
+    """Device to measure, and the sizes that it is for."""
 
     device: torch.device
 
@@ -257,7 +257,7 @@ def _layout(config: CogVideoConfig, stage: str) -> SequenceLayout:
 
 
 def _channel(config: CogVideoConfig, stage: str, base: Base) -> nn.Module:
-    """What a stage adds to the base, on its device and in its type, as training starts it."""
+    """Channel that a stage adds to the base, on its device and in its type, as training starts it."""
     like = base.words.weight
     with like.device:
         if stage == "superres":
@@ -321,7 +321,7 @@ def trainer_of(stage: str, config: CogVideoConfig, batch: int, device: torch.dev
 
 
 class _Ids(TextTokenizer):
-    """What a loss needs of a text tokenizer."""
+    """Special tokens of a text tokenizer, which are all that a loss needs of it."""
 
     def __init__(self, sizes: TransformerConfig) -> None:
         self.num_codes, self.pad, self.start_of_image = sizes.num_codes, sizes.pad, sizes.start_of_image

@@ -29,7 +29,7 @@ ATEN = torch.ops.aten
 CUDA = torch.device("cuda:0")
 PACKAGE = Path(cogvideo.__file__).parent
 CUDA_TYPE, META_TYPE = 1, 14
-"""Of c10::DeviceType."""
+"""Numbers of c10::DeviceType."""
 
 
 def place() -> str:

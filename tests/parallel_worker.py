@@ -64,7 +64,7 @@ CASES = [
     for variant in VARIANTS
     if way != "crossed" or variant in (("sequential", "trained"), ("superres", "frozen"))
 ]
-"""What is compared; four ranks take long for each variant."""
+"""Variants that are compared; four ranks take long for each."""
 
 
 def make_sizes(hidden: int = 16) -> tuple[TransformerConfig, LayoutConfig]:
@@ -379,7 +379,7 @@ def main() -> None:
 
 
 def work(rank: int) -> None:
-    """What a rank does."""
+    """Do the jobs of a rank."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     for job, folder, port in zip(sys.argv[2::3], sys.argv[3::3], sys.argv[4::3], strict=True):
         os.environ["MASTER_PORT"] = port

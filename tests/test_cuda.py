@@ -1,4 +1,4 @@
-"""What only a GPU can show: kernels in bfloat16 against float64, graphs, and every stage once.
+"""Tests that only a GPU can pass or fail: kernels in bfloat16 against float64, graphs, and every stage once.
 
 `COGVIDEO_TEST_DEVICE=cpu` rehearses the file without one.
 """

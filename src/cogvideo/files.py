@@ -115,7 +115,7 @@ def _held(lock: BaseFileLock, folder: Path) -> Iterator[None]:
 
 
 def named(folder: Path, pattern: str) -> list[Path]:
-    """What a folder holds by its name, in order; nothing where there is no such folder.
+    """Paths in a folder whose names match a pattern, in order; none where there is no such folder.
 
     `Path.glob` takes a folder that cannot be read for an empty one, from Python 3.12 on.
 

@@ -489,7 +489,7 @@ def test_digest_is_of_the_content() -> None:
 
 
 def test_a_dataset_of_the_first_format() -> None:
-    """What version 0.1.0 wrote, in November 2026: the card, a shard, and the codes of both sizes."""
+    """Guards files that version 0.1.0 wrote in November 2026: the card, a shard, and the codes of both sizes."""
     data = Dataset(Path(__file__).parent / "files")
     check_hashes(data.folder)
     assert (len(data), data.card.splits, data.card.grid) == (4, {"train": 3, "validation": 1}, 4)

@@ -819,7 +819,7 @@ def test_written_images_are_read_back(tmp_path: Path) -> None:
 
 
 def text_of(call: Callable[[], object]) -> str:
-    """What a file is refused with."""
+    """The words that a file is refused with."""
     with pytest.raises(VideoError) as caught:
         call()
     return str(caught.value)

@@ -118,7 +118,7 @@ class Place:
         return load_file(self.folder / out / Manifest.read(self.folder / out).components[component].file)
 
     def trained(self, out: str) -> dict[str, torch.Tensor]:
-        """What the sequential stage has learnt at its end, before it is rounded for the bundle."""
+        """Weights of the sequential stage at its end, before they are rounded for the bundle."""
         return read_weights(self.checkpoints(out) / "step-00000008", averaged=False)
 
     def rows(self, stage: str, out: str = "model") -> list[dict[str, object]]:

@@ -340,7 +340,7 @@ def _folder(folder: Path, options: SourceOptions) -> Found:
 
 
 def _counted(name: str, reason: str, found: Found) -> Found:
-    """What is found; a file that cannot be read is counted, so that one bad tar of a thousand does not stop a run."""
+    """Pass on items; a file that cannot be read is counted, so that one bad tar of a thousand does not stop a run."""
     try:
         yield from found
     except InputError as error:

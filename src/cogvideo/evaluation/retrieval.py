@@ -32,7 +32,7 @@ AT_ONCE = 64
 
 
 class Features(NamedTuple):
-    """What is compared of clips, flat, by color; both are linear in the pixels."""
+    """Features by which clips are compared, flat, by color; both are linear in the pixels."""
 
     pixels: Float[Tensor, "clips colors features"]
     """All of them."""
@@ -46,7 +46,7 @@ class Gallery(NamedTuple):
     on_black: Features
     """Of the clips on black."""
     transparency: Features
-    """Of what shows through of the background; one for all colors."""
+    """Features of how much background shows through; one for all colors."""
 
 
 def gallery(

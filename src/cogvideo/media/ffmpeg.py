@@ -110,7 +110,7 @@ def _container(file: Content) -> Iterator[InputContainer]:
 
 
 def _refusal(file: Content, error: FFmpegError) -> str:
-    """What was got, since FFmpeg calls a file of another kind, such as a text, an invalid argument."""
+    """Say what was got, since FFmpeg calls a file of another kind, such as a text, an invalid argument."""
     file.seek(0)
     begin = file.read(24).decode(errors="backslashreplace")
     why = "" if isinstance(error, ArgumentError) else f"{error.strerror}; "

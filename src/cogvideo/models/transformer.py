@@ -23,7 +23,7 @@ INIT_STD = 0.02
 
 
 class Pass(NamedTuple):
-    """What the rows of one forward pass see, and what is kept of them. Text rows come first, frame rows follow."""
+    """Masks of the rows of one forward pass, and what is kept of them. Text rows come first, frame rows follow."""
 
     num_text: int
     """Text rows of the pass."""

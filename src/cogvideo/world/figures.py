@@ -21,7 +21,7 @@ COLORS: dict[str, Color] = {
     "white": (250, 250, 248),
     "black": (50, 48, 58),
 }
-"""What colors look like in full light."""
+"""Colors in full light."""
 
 SHADINGS = ("soft", "flat", "outlined")
 """Round with a highlight; in two tones; in one tone with a dark outline."""
