@@ -550,7 +550,7 @@ def test_peak_memory(tmp_path: Path, bases: str) -> None:
     """Two released files in host memory at once: 30 GB where 16 GB must do.
 
     Measured in a fresh process: the peak of resident memory during the conversion of two stages, pages of memory-mapped
-    files included, less that after all imports. It may be one file's size and a fixed 64 MiB (PyTorch's threads).
+    files included, less that after all imports. It may be one file's size and a fixed 96 MiB (PyTorch's threads).
     """
     stages = {}
     for stage in ("stage1", "stage2"):
@@ -562,4 +562,4 @@ def test_peak_memory(tmp_path: Path, bases: str) -> None:
     size = (tmp_path / "stage1" / STATES).stat().st_size
     assert size > 1e8
     assert (len(list((tmp_path / "out").glob("*base*"))) == 2) == (bases == "different")
-    assert size / 2 < int(run.stdout.splitlines()[-1]) < size + 2**26
+    assert size / 2 < int(run.stdout.splitlines()[-1]) < size + 3 * 2**25
