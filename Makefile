@@ -1,30 +1,30 @@
 # Everything on a bare machine with Python 3.11+: each target makes its own environment in .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
-# A thread that waits for others soon sleeps: beside a busy program, PyTorch is up to nine times faster then.
+# Waiting threads soon sleep: next to a busy program, PyTorch is up to nine times faster that way.
 export GOMP_SPINCOUNT ?= 3000
 
 .PHONY: demo test soak matrix check format bench setup
 
-demo: .venv/installed ## three clips with the model in the box, into out/
+demo: .venv/installed ## generate three clips with the model in the box, into out/
 	$(BIN)/python examples/demo.py
 
-test: setup ## the test suite, but for what takes minutes
+test: setup ## run the tests, except those that take minutes
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not soak"
 
-soak: setup ## the tests that take minutes: the demo, the whole chain of training, a cluster of Ray
+soak: setup ## run the tests that take minutes: the demo, the whole training chain, a Ray cluster
 	$(BIN)/python -m pytest -n auto -m soak
 
-matrix: ## the tests on the oldest and the newest Python, each with the oldest and the newest dependencies
+matrix: ## run the tests on the oldest and the newest Python, each with the oldest and the newest dependencies
 	scripts/matrix.sh -n auto --dist worksteal -m "not soak"
 
-check: setup ## what continuous integration checks beside the tests
+check: setup ## run the checks of continuous integration: style, types, parity
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m tests.parity tests/golden
 
-format: setup ## rewrite the code in the house style
+format: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
