@@ -24,6 +24,7 @@ from torch.distributed.run import parse_args
 from torch.overrides import TorchFunctionMode
 
 from cogvideo import cli
+from cogvideo.commands import train as commands
 from cogvideo.config import AutoencoderConfig, CogVideoConfig, StageConfig, UpscalerConfig, preset
 from cogvideo.layout import cells
 from cogvideo.models import plans
@@ -33,7 +34,7 @@ from cogvideo.planning.costs import STAGES, Stage, layout_of
 from cogvideo.planning.plan import BY_COLUMNS, BY_ROWS, Machines, StagePlan, Way, held, stage_plan
 from cogvideo.planning.training import training, training_states
 from cogvideo.text import PaddedText, TextTokenizer
-from cogvideo.training import launch, parallel
+from cogvideo.training import parallel
 from cogvideo.training.objectives import video
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.video import VideoBatch, VideoTask
@@ -319,7 +320,7 @@ def test_the_command_runs_what_was_planned(
 ) -> None:
     """Guards against options that do not exist, or that mean another way than the one that was weighed."""
     started: list[tuple[str, Options]] = []
-    monkeypatch.setattr(launch, "train", lambda stage, choice, options, *_: started.append((stage, options)))
+    monkeypatch.setattr(commands, "train", lambda stage, choice, options, *_: started.append((stage, options)))
     for found in (stage_plan(SMALL, stage, machines, ema=0.5) for stage in STAGES):
         way, words = chosen(found), shlex.split(str(found.command))
         assert words[: len(launcher) + 1] == [*launcher, "cogvideo"]

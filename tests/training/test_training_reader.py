@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from cogvideo import world
+from cogvideo.commands.train import reader as train_reader
 from cogvideo.evaluation.attributes import READER_LEARNS, READER_TEST, unseen_scenes
 from cogvideo.evaluation.reader import Reader, ReaderConfig, render
 from cogvideo.files import alone_in
 from cogvideo.training import reader as module
 from cogvideo.training.objectives.reader import ReaderObjective, ReaderSettings, augment, batches, clips, stills
-from cogvideo.training.reader import train_reader
 from cogvideo.training.session import LoggingConfig
 from cogvideo.training.step import Trainer
 

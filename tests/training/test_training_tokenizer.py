@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from cogvideo.bundle.model import CogVideo, update
 from cogvideo.cli import main
+from cogvideo.commands.train import tokenizer
 from cogvideo.config import CogVideoConfig, LayoutConfig, TransformerConfig, UpscalerConfig
 from cogvideo.data import frame_store
 from cogvideo.data.frame_store import StoreSettings
@@ -35,7 +36,7 @@ from cogvideo.training.objectives.task import Measured
 from cogvideo.training.objectives.tokenizer import FrameStream, TokenizerObjective, TokenizerSettings, batch_places
 from cogvideo.training.session import LoggingConfig
 from cogvideo.training.step import Trainer
-from cogvideo.training.tokenizer import evaluate, tokenizer
+from cogvideo.training.tokenizer import evaluate
 from workshop import small_autoencoder
 
 SIDE = 24

@@ -183,22 +183,8 @@ def modules(
     return result
 
 
-def export(
-    run: Path,
-    /,
-    out: Path,
-    step: int | None = None,
-    best: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """Put a checkpoint of a run into a bundle, while the run goes on or after it. The run is only looked at.
-
-    Args:
-        run: Folder of the run, such as my-model/.sequential-run.
-        out: Bundle that gets the stage; components that it lacks come from the bundle that the run started from.
-        step: Step of the checkpoint; the newest unless given.
-        best: Take the checkpoint with the lowest held-out loss.
-        overwrite: Replace the stage where the bundle has it.
+def export_run(run: Path, out: Path, step: int | None = None, best: bool = False, overwrite: bool = False) -> None:
+    """Put a checkpoint of the run in a folder, the newest unless given, into a bundle.
 
     Raises:
         ValueError: the run, the checkpoint or the bundle cannot be used.

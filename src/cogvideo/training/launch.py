@@ -1,4 +1,4 @@
-"""`cogvideo train image|sequential|interpolation|superres`: from options to a run, and from the run to a bundle."""
+"""Training of a stage: from options to a run, and from the run to a bundle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,14 +33,12 @@ from cogvideo.training.export import (
 )
 from cogvideo.training.held_out import HeldOut, held_out, judged
 from cogvideo.training.loop import learn
-from cogvideo.training.objectives.image import ImageMixture
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.parallel import Ranks, any_rank, full_state, process_group
 from cogvideo.training.preview import Preview
 from cogvideo.training.session import Clips, Options, Session
 from cogvideo.training.stages import (
     STAGES,
-    BaseChoice,
     Choice,
     StageName,
     build,
@@ -50,82 +48,6 @@ from cogvideo.training.stages import (
     parents,
 )
 from cogvideo.training.step import Trainer
-
-DURATIONS = (4.0, 2.0, 1.0, 0.5)
-"""Seconds from the first to the last of five frames, at 1, 2, 4 and 8 a second."""
-
-
-def image(
-    options: Options,
-    mixture: ImageMixture = ImageMixture(),  # noqa: B008  # frozen
-    durations: tuple[float, ...] = DURATIONS,
-    start: Literal["random", "continue"] = "random",
-) -> None:
-    """Train the image model on single frames of clips and on images: text to image, image to text, text alone.
-
-    Half of the frames are the first of their clips, which is what the image model draws of a video. The others are
-    later ones, with the text that the video stages give them: so these find what they need in the frozen base.
-
-    Args:
-        options: Options of all stages.
-        mixture: Shares of the tasks.
-        durations: Seconds in the text of later frames, one of these each: those of the key frames and of the rounds.
-            With no number, all frames are alike and have the text of images.
-        start: Random weights, or the base that the bundle has (continue).
-    """
-    train("image", Choice(start), options, {"mixture": mixture}, {"durations": durations})
-
-
-def sequential(
-    options: Options,
-    start: Literal["inherit", "random", "continue"] = "inherit",
-    base: BaseChoice = "frozen",
-    window: int | None = None,
-) -> None:
-    """Train key frames: a temporal channel on the frozen image model, at the lowest frame rate that a clip fills.
-
-    Args:
-        options: Options of all stages.
-        start: Start of the channel: the base's attention (inherit), random weights, or what the bundle has (continue).
-        base: Base: frozen, trained too, or trained from random weights; for comparison.
-        window: Side of the temporal windows in codes, 0 for full attention; the configuration's unless given.
-    """
-    train("sequential", Choice(start, base, window), options)
-
-
-def interpolation(
-    options: Options,
-    start: Literal["sequential", "inherit", "random", "continue"] = "sequential",
-    base: BaseChoice = "frozen",
-    window: int | None = None,
-) -> None:
-    """Train frames between frames: a temporal channel that sees given frames whole, at the faster frame rates.
-
-    Args:
-        options: Options of all stages.
-        start: Start of the channel: that of key frames (sequential), the base's attention (inherit), random weights, or
-            what the bundle has (continue).
-        base: Base: frozen, trained too, or trained from random weights; for comparison.
-        window: Side of the temporal windows in codes, 0 for full attention; the configuration's unless given.
-    """
-    train("interpolation", Choice(start, base, window), options)
-
-
-def superres(
-    options: Options,
-    corruption: float = 0.05,
-    start: Literal["inherit", "random", "continue"] = "inherit",
-    base: BaseChoice = "frozen",
-) -> None:
-    """Train super-resolution: codes of a frame to those of the same frame at a larger size, all in one pass.
-
-    Args:
-        options: Options of all stages.
-        corruption: Share of the low codes that is replaced by random ones, since generated codes have faults.
-        start: Start of the added attention: the base's (inherit), random weights, or what the bundle has (continue).
-        base: Base: frozen, trained too, or trained from random weights; for comparison.
-    """
-    train("superres", Choice(start, base), options, {"corruption": corruption})
 
 
 class StageRun(NamedTuple):

@@ -1,4 +1,4 @@
-"""`cogvideo train reader`: the World reader, which judges clips. Killed and called again, it continues.
+"""Training of the World reader, which judges clips.
 
 It is tested on clips that it never saw, with held-out pairs reported separately; models are judged by others.
 """
@@ -11,14 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from cogvideo import world
 from cogvideo.config import require
 from cogvideo.devices import usable
 from cogvideo.evaluation.attributes import READER_TEST, accuracies, unseen_scenes
-from cogvideo.evaluation.reader import ATTRIBUTES, BATCH, Reader, ReaderConfig, render
+from cogvideo.evaluation.reader import BATCH, Reader, ReaderConfig, render
 from cogvideo.runs import RunFolder
 from cogvideo.training.loop import learn
 from cogvideo.training.objectives.reader import ReaderObjective, ReaderSettings, batches
@@ -31,28 +29,9 @@ WATCHED = 256
 
 
 def train_reader(
-    *,
-    out: Path,
-    settings: ReaderSettings = ReaderSettings(),  # noqa: B008  # frozen
-    config: ReaderConfig = ReaderConfig(),  # noqa: B008
-    test_clips: int = 2000,
-    logging: LoggingConfig = LoggingConfig(checkpoint_every=200),  # noqa: B008
-    device: str = "auto",
-    recipe: Path | None = None,  # read by the command line
-) -> None:
-    """Train the World reader, which judges clips. Killed and called again, it continues.
-
-    It learns from all splits of the World, and is tested on clips by numbers that it never saw: half of them with
-    attribute pairs that models never see in training, half of the split `validation`.
-
-    Args:
-        out: File of the reader, .safetensors; the folder of the run is next to it.
-        settings: Recipe.
-        config: Sizes.
-        test_clips: Number of clips of the test at the end.
-        logging: Reports and checkpoints.
-        device: Device: cpu, cuda, cuda:0, or auto.
-        recipe: TOML file with a table for this command: options as they stand here. Those given here win.
+    out: Path, settings: ReaderSettings, config: ReaderConfig, test_clips: int, logging: LoggingConfig, device: str
+) -> dict[str, dict[str, float]]:
+    """Train the World reader, or the rest of it; returns its accuracies on clips that it never saw.
 
     Raises:
         ValueError: a setting cannot be used, the folder holds another run or one at work, or training diverged.
@@ -80,8 +59,7 @@ def train_reader(
         scenes = unseen_scenes(test_clips, READER_TEST)
         right = tested(reader, scenes)
         folder.finish({"steps": settings.steps, "accuracy": right})
-    Console(highlight=False).print(_table(right, len(scenes)))
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB after {settings.steps:,} steps")
+    return right
 
 
 def tested(reader: Reader, scenes: Sequence[world.Scene]) -> dict[str, dict[str, float]]:
@@ -91,12 +69,3 @@ def tested(reader: Reader, scenes: Sequence[world.Scene]) -> dict[str, dict[str,
         clips = [render(scene) for scene in scenes[start : start + BATCH]]
         readings += reader.read(np.stack(clips))
     return accuracies(readings, scenes)
-
-
-def _table(right: dict[str, dict[str, float]], number: int) -> Table:
-    table = Table(title=f"Read right, of {number:,} clips that were never learnt from")
-    for name in ("", *ATTRIBUTES, "all"):
-        table.add_column(name, justify="left" if name == "" else "right")
-    for group, shares in right.items():
-        table.add_row(group, *(f"{each:.1%}" for each in shares.values()))
-    return table

@@ -1,4 +1,4 @@
-"""`cogvideo train text`: a SentencePiece model of the captions, with the pieces and ids that a configuration asks for.
+"""The text tokenizer: a SentencePiece model of captions, with the pieces and ids that a configuration asks for.
 
 Pieces are merged pairs (BPE): on captions that repeat one another, SentencePiece's unigram models keep few pieces and
 spell words letter by letter (measured on synthetic captions: 36 tokens a caption instead of 12). Nothing is
@@ -18,9 +18,8 @@ from typing import Literal, NamedTuple
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from cogvideo.bundle.format import MANIFEST, Manifest
-from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, TransformerConfig, preset, require
-from cogvideo.data.frames import BACKGROUNDS, FrameSettings, on_background
+from cogvideo.data.frames import BACKGROUNDS, on_background
 from cogvideo.data.sources import SourceOptions, list_source, other_splits
 from cogvideo.text import LINE_BREAK_PIECE, PAD_PIECE, TextTokenizer
 
@@ -53,44 +52,10 @@ class CaptionFigures(NamedTuple):
     """Share that fits in the text slots of the video stages, prefix included."""
     with_bytes: float
     """Share in which something is spelled in bytes."""
-
-
-def train_text(
-    source: tuple[str, ...],
-    /,
-    out: Path,
-    preset: str | None = None,
-    options: SourceOptions = SourceOptions(),  # noqa: B008  # frozen
-    normalization: Normalization = "nfkc",
-    background_template: str = "",
-    max_captions: int = 1_000_000,
-    recipe: Path | None = None,  # read by the command line
-) -> None:
-    """Train the text tokenizer on the captions of the split `train`, and put it into a bundle.
-
-    Args:
-        source: Folders, tables, tars or world:NUMBER, as for `data prepare`.
-        out: Folder of the bundle; other components in it stay, an older text tokenizer is replaced.
-        preset: Preset with the configuration of a new bundle (pocket unless given); a bundle that exists has its own.
-        options: Ways to read sources; take those of `data prepare`, so that validation captions stay unseen.
-        normalization: Normalization of the text: nfkc, nfkc_cf (small letters too), or identity (only spaces).
-        background_template: Template of `data prepare`, put around every caption with each background in turn.
-        max_captions: Maximum number of captions; of more, some are used, evenly spaced in their sorted order.
-        recipe: TOML file with a table for this command: options as they stand here. Those given here win.
-
-    Raises:
-        ValueError: a source cannot be read, there is no caption, or the bundle in `out` is made for other text.
-    """
-    require(len(source) > 0, "got no source, expected a folder, a table, a tar or world:NUMBER")
-    require(max_captions > 0, f"max_captions is {max_captions}, expected a positive number")
-    FrameSettings(background_template=background_template)  # refuses a template that does not work
-    config = _config(out, preset)
-    captions = read_captions(source, options)
-    used = spread(_on_backgrounds(captions, background_template), max_captions)
-    model = train_model(used, config.transformer, normalization)
-    tokenizer = TextTokenizer(model, config.text, config.transformer.num_codes)
-    update_bundle(out, config, text=tokenizer)
-    _print(out, tokenizer, len(captions), used, config)
+    pieces: int
+    """Pieces of the tokenizer."""
+    unused: int
+    """Pieces that stand for nothing."""
 
 
 def read_captions(sources: Iterable[str], options: SourceOptions) -> list[str]:
@@ -155,16 +120,24 @@ def fill(model: bytes, num_pieces: int) -> bytes:
 
 def figures(tokenizer: TextTokenizer, captions: Iterable[str], slots: int) -> CaptionFigures:
     """Numbers of tokens of captions, each counted once."""
-    byte_tokens = {tokenizer.num_codes + piece for piece in _byte_pieces(tokenizer.model)}
+    processor = _load(tokenizer.model)
+    pieces = range(processor.vocab_size())
+    byte_tokens = {tokenizer.num_codes + piece for piece in pieces if processor.is_byte(piece)}
     rows = [tokenizer.encode_caption(caption, PREFIX_SECONDS) for caption in sorted(set(captions))]
     lengths = [len(row) for row in rows]
-    fitting = sum(length <= slots for length in lengths)
-    with_bytes = sum(not byte_tokens.isdisjoint(row) for row in rows)
     share = 1 / len(rows)
-    return CaptionFigures(len(rows), sum(lengths) * share, max(lengths), fitting * share, with_bytes * share)
+    return CaptionFigures(
+        captions=len(rows),
+        mean=sum(lengths) * share,
+        longest=max(lengths),
+        fitting=sum(length <= slots for length in lengths) * share,
+        with_bytes=sum(not byte_tokens.isdisjoint(row) for row in rows) * share,
+        pieces=len(pieces),
+        unused=sum(processor.is_unused(piece) for piece in pieces),
+    )
 
 
-def _config(out: Path, name: str | None) -> CogVideoConfig:
+def bundle_config(out: Path, name: str | None) -> CogVideoConfig:
     """The configuration of the bundle in `out`, else the preset.
 
     Raises:
@@ -180,7 +153,7 @@ def _config(out: Path, name: str | None) -> CogVideoConfig:
     return manifest.config
 
 
-def _on_backgrounds(captions: Sequence[str], template: str) -> list[str]:
+def on_backgrounds(captions: Sequence[str], template: str) -> list[str]:
     """Each caption with one of the backgrounds, in turn."""
     names = list(BACKGROUNDS)
     chosen = (names[number % len(names)] for number in range(len(captions)))
@@ -234,24 +207,3 @@ def _load(model: bytes) -> SentencePieceProcessor:
     processor = SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     return processor
-
-
-def _byte_pieces(model: bytes) -> list[int]:
-    processor = _load(model)
-    return [piece for piece in range(processor.vocab_size()) if processor.is_byte(piece)]
-
-
-def _print(out: Path, tokenizer: TextTokenizer, found: int, used: Sequence[str], config: CogVideoConfig) -> None:
-    processor = _load(tokenizer.model)
-    num_pieces, slots = processor.vocab_size(), config.layout.text_slots
-    num_unused = sum(processor.is_unused(piece) for piece in range(num_pieces))
-    distinct = sorted(set(used))
-    counted = spread(distinct, COUNTED)
-    result = figures(tokenizer, counted, slots)
-    unused = f", of which {num_unused:,} unused: the captions have no more" if num_unused else ""
-    print(f"captions  {found:,} of the split train, {len(used):,} used, {len(distinct):,} different")
-    print(f"pieces    {num_pieces:,}{unused}")
-    print(f"tokens    {result.mean:.1f} a caption with its prefix, {result.longest} at most ({len(counted):,} counted)")
-    print(f"fitting   {result.fitting:.2%} of them in the {slots} text slots")
-    print(f"in bytes  {result.with_bytes:.2%} of them, in part")
-    print(f"wrote the text tokenizer into {out}")

@@ -1,4 +1,4 @@
-"""`cogvideo train tokenizer`: frames of any source become an image tokenizer, which can be killed and continued."""
+"""Training of the image tokenizer: frames of any source into a bundle."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from cogvideo.data.frame_store import FrameStore, Reading, StoreSettings
 from cogvideo.data.prepare import NO_SPLIT
 from cogvideo.data.sources import SourceOptions
 from cogvideo.devices import usable
-from cogvideo.evaluation.networks.cache import fetched
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.media.metrics import WINDOW, code_usage, count_codes, perplexity, psnr, ssim
 from cogvideo.models.adversary import PatchDiscriminator
@@ -46,47 +45,21 @@ SHOWN = 12
 """Frames of a contact sheet."""
 
 
-def tokenizer(
-    sources: tuple[str, ...] = (),
-    /,
-    *,
+def train_tokenizer(
+    sources: tuple[str, ...],
     out: Path,
+    settings: TokenizerSettings,
+    frames: StoreSettings,
+    options: SourceOptions,
+    *,
     init: str | None = None,
     preset: str | None = None,
-    settings: TokenizerSettings = TokenizerSettings(),  # noqa: B008  # frozen
-    frames: StoreSettings = StoreSettings(),  # noqa: B008
-    options: SourceOptions = SourceOptions(),  # noqa: B008
-    perceptual: Literal["lpips"] | None = None,
-    vgg: Path | None = None,
-    lpips: Path | None = None,
+    weights: tuple[Path, ...] = (),
     device: str = "auto",
-    logging: LoggingConfig = LoggingConfig(evaluate_every=1000),  # noqa: B008
+    logging: LoggingConfig = LoggingConfig(evaluate_every=1000),  # noqa: B008  # frozen
     overwrite: bool = False,
-    recipe: Path | None = None,  # read by the command line
 ) -> None:
-    """Train the image tokenizer on frames of clips. Killed and called again, it continues.
-
-    The folder `.tokenizer-run` inside OUT has metrics.jsonl, contact sheets from before and after (frames above their
-    reconstructions) and at the end report.json. The bundle gets the tokenizer and clusters of its codes. Ranks that
-    torchrun starts share each batch.
-
-    Args:
-        sources: Sources, one or several: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic
-            clips.
-        out: Bundle that gets the tokenizer, and keeps its other components.
-        init: Bundle whose image tokenizer is trained on, such as pocket: its folder, or its id on the Hugging Face Hub.
-            Random weights unless given.
-        preset: Preset with the sizes of the model where there is no bundle yet; pocket unless given.
-        settings: Recipe.
-        frames: Frames to learn from.
-        options: Ways to read sources.
-        perceptual: Network of the perceptual distance, with the weights that `cogvideo fetch lpips` has fetched.
-        vgg: Weights of VGG-16 from torchvision, for LPIPS from files.
-        lpips: Weights of the heads of LPIPS for VGG (version 0.1).
-        device: Device: cpu, cuda, cuda:0, or auto.
-        logging: Reports and checkpoints.
-        overwrite: Replace the tokenizer that the bundle has; models that learned its codes cannot use another.
-        recipe: TOML file with a table for this command: options as they stand here. Those given here win.
+    """Train an image tokenizer, or the rest of it, and put it into a bundle. `weights` are the files of LPIPS.
 
     Raises:
         ValueError: a source, a file or a setting cannot be used, OUT holds another run, or training diverged.
@@ -98,7 +71,6 @@ def tokenizer(
         whole = _config(out, preset, overwrite, initial)
         settings = settings if initial is None else replace(settings, plain_steps=0)
         frames, options = _complete(frames, options, settings, whole)
-        weights = _lpips_files(perceptual, vgg, lpips)
         network = _lpips(weights)
         folder = RunFolder(out / RUN)
         identity = {
@@ -190,16 +162,6 @@ def _complete(
     return replace(frames, clips=replace(frames.clips, size=size)), replace(
         options, images=frames.clips.min_frames == 1
     )
-
-
-def _lpips_files(name: str | None, vgg: Path | None, heads: Path | None) -> tuple[Path, ...]:
-    """Files with the weights of LPIPS; none if it is not asked for."""
-    given = tuple(path for path in (vgg, heads) if path is not None)
-    require(len(given) != 1, "LPIPS needs two files: --vgg (torchvision's VGG-16) and --lpips (its heads for VGG)")
-    if name is None:
-        return given
-    require(not given, f"--perceptual {name} takes the fetched weights, expected no --vgg and no --lpips with it")
-    return (fetched("lpips-vgg"),)
 
 
 def _lpips(files: tuple[Path, ...]) -> Lpips | None:
