@@ -7,6 +7,7 @@ import io
 import math
 import os
 import pickle
+import signal
 import struct
 import wave
 import zlib
@@ -750,6 +751,21 @@ def test_every_player_opens_mp4(tmp_path: Path) -> None:
         assert container.metadata["prompt"] == 'a cat: "jumps"'
         assert container.metadata["title"] == "猫"
     assert psnr(read_video(tmp_path / "a.mp4", 8).frames[:, :47, :63], frames) > 30
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_forked_process_can_write(tmp_path: Path) -> None:
+    """An endless wait for threads that stayed in the parent: PyAV converts all frames of a process with one scaler."""
+    frames = np.stack([numbered(number) for number in range(3)])
+    av.VideoFrame.from_ndarray(frames[0]).reformat(32, 32, "yuv420p", threads=2)
+    if not (process := os.fork()):
+        signal.alarm(30)  # ends it
+        with suppress(Exception):
+            write_video(tmp_path / "a.mp4", frames, 8)
+            os._exit(0)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    assert len(read_video(tmp_path / "a.mp4", 8).frames) == 3
 
 
 def test_written_colours_are_right(tmp_path: Path) -> None:

@@ -228,7 +228,8 @@ def _pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
 def _display_matrix(frame: av.VideoFrame) -> list[int]:
     """Where a step to the right and a step down lead (x, y, _, x, y), which is how telephones say they were turned."""
     # a frame that is asked for its side data refers to itself, and stays in memory for long: a tiny copy is asked
-    copy = frame.reformat(width=2, height=2, format="gray", interpolation=Interpolation.POINT, threads=1)
+    scaler = VideoReformatter()
+    copy = scaler.reformat(frame, width=2, height=2, format="gray", interpolation=Interpolation.POINT, threads=1)
     try:
         matrix = copy.side_data.get("DISPLAYMATRIX")
     except ValueError:  # side data of a type that PyAV does not know, such as EXIF: mirrors stay unseen
@@ -309,8 +310,9 @@ def write_mp4(
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.color_range, stream.colorspace = ColorRange.MPEG, Colorspace.ITU709
         stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        scaler = VideoReformatter()  # PyAV's own serves the whole process, and hangs in one that was forked
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(pixels)
-            frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1)
+            frame = scaler.reformat(frame, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
