@@ -1,4 +1,4 @@
-"""Programs that measure; each prints a table and writes a dated JSON under benchmarks/results/."""
+"""Benchmarks; each prints a table and writes a dated JSON file to benchmarks/results/."""
 
 import os
 

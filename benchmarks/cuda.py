@@ -1,8 +1,9 @@
-"""A GPU, measured in eight minutes: `python -m benchmarks.cuda [SECTION ...]` prints and writes benchmarks/results/.
+"""Benchmark of a GPU in eight minutes: `python -m benchmarks.cuda [SECTION ...]` writes to benchmarks/results/.
 
-Random bfloat16 weights of the `cogvideo` preset for decoding and a whole clip, of `pocket` for training. A section that
-fails says why, and the next one begins; every figure is on disk as soon as it is measured. `--device cpu` rehearses at
-toy sizes. PyTorch, numpy, einops, safetensors, jaxtyping, msgspec and sentencepiece are enough.
+Uses random bfloat16 weights of the `cogvideo` preset for decoding and a whole clip, and of `pocket` for training.
+If a section fails, it says why, and the next one starts. Every figure is saved as soon as it is measured.
+`--device cpu` is a rehearsal at toy sizes. It needs only PyTorch, numpy, einops, safetensors, jaxtyping, msgspec
+and sentencepiece.
 """
 
 from __future__ import annotations
@@ -45,20 +46,20 @@ Result = tuple[str, dict[str, Any]]
 """A name, and what was measured under it."""
 
 MOST_SECONDS = 420
-"""After which no section begins; the longest one takes less than the minute that is left."""
+"""Time after which no section starts; the longest one takes less than the minute that is left."""
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 STAGES = ("image", "sequential", "interpolation", "superres")
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Device to measure, and the sizes that it is for."""
+    """Device to measure, and the model sizes for it."""
 
     device: torch.device
 
     @property
     def is_gpu(self) -> bool:
-        """Whether this is no rehearsal."""
+        """True unless this is a rehearsal."""
         return self.device.type == "cuda"
 
     @property
@@ -72,12 +73,12 @@ class Bench:
         return preset("pocket") if self.is_gpu else preset("tiny")
 
     def wait(self) -> None:
-        """Until the device has done all that it was asked for."""
+        """Wait until the device has finished."""
         if self.is_gpu:
             torch.cuda.synchronize(self.device)
 
     def milliseconds(self, call: Callable[[], object], rounds: int = 20) -> float:
-        """Median of a call, after one that sets everything up."""
+        """Median time of a call, after a warm-up call."""
         times = []
         for _ in range(1 + (rounds if self.is_gpu else 1)):
             self.wait()
@@ -88,7 +89,7 @@ class Bench:
         return sorted(times[1:])[len(times[1:]) // 2]
 
     def peak_gib(self) -> float:
-        """Most memory that tensors had since the last time that this was asked."""
+        """Peak memory of tensors since the last call."""
         if not self.is_gpu:
             return 0.0
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -96,7 +97,7 @@ class Bench:
         return peak
 
     def bandwidth(self) -> float:
-        """Bytes a second of a large copy, read and written ones together."""
+        """Bytes per second, read and written, of a large copy."""
         size = (4 << 30) if self.is_gpu else (1 << 24)
         source, target = (torch.ones(size, dtype=torch.uint8, device=self.device) for _ in range(2))
         return 2 * size / self.milliseconds(lambda: target.copy_(source)) * 1e3
@@ -136,7 +137,7 @@ ATTENTION = {
 
 
 def attention(bench: Bench) -> Iterator[Result]:
-    """Attention with a mask in bfloat16 against float64, values and gradients, without cuDNN and with it."""
+    """Masked attention in bfloat16 against float64, values and gradients, without and with cuDNN."""
     for name, (batch, heads, rows, keys) in ATTENTION.items():
         size = (batch, heads) if bench.is_gpu else (1, 1)
         rows, keys = (rows, keys) if bench.is_gpu else (min(rows, 40), min(keys, 80))
@@ -185,7 +186,7 @@ def decoding(bench: Bench) -> Iterator[Result]:
 
 
 def clip(bench: Bench) -> Iterator[Result]:
-    """One whole clip, stage by stage, without its texts; graphs on a GPU."""
+    """A whole clip, stage by stage, without text encoding; with CUDA graphs on a GPU."""
     config = bench.released
     models = _stages(config, bench.device, STAGES)
     passes, frames = Passes(draft=8, graphs=bench.is_gpu), torch.empty(1, 0, config.layout.grid**2, dtype=torch.int64)
@@ -228,7 +229,7 @@ def _draw(model: Transformer, layout: SequenceLayout, given: Tensor, passes: Pas
 
 
 def training(bench: Bench) -> Iterator[Result]:
-    """Steps of every stage in bfloat16, the batch already there as a loader would hand it over."""
+    """Training steps of every stage in bfloat16, with the batch already loaded."""
     for batch in (32, 256) if bench.is_gpu else (2,):
         for stage in STAGES:
             trainer, data = trainer_of(stage, bench.trained, batch, bench.device)
@@ -257,7 +258,7 @@ def _layout(config: CogVideoConfig, stage: str) -> SequenceLayout:
 
 
 def _channel(config: CogVideoConfig, stage: str, base: Base) -> nn.Module:
-    """Channel that a stage adds to the base, on its device and in its type, as training starts it."""
+    """Channel that a stage adds to the base, initialized as in training, on the base's device and in its type."""
     like = base.words.weight
     with like.device:
         if stage == "superres":
@@ -290,7 +291,7 @@ def _stages(config: CogVideoConfig, device: torch.device, names: tuple[str, ...]
 
 
 def trainer_of(stage: str, config: CogVideoConfig, batch: int, device: torch.device) -> tuple[Trainer, Any]:
-    """A stage in training from random weights, and a batch of random codes."""
+    """Trainer of a stage with random weights, and a batch of random codes."""
     base = _base(config, device, torch.float32)
     sizes, text_rows = config.transformer, _words(config, batch)
     tokens = _Ids(sizes)
@@ -321,7 +322,7 @@ def trainer_of(stage: str, config: CogVideoConfig, batch: int, device: torch.dev
 
 
 class _Ids(TextTokenizer):
-    """Special tokens of a text tokenizer, which are all that a loss needs of it."""
+    """Special tokens of a text tokenizer, which is all that a loss needs."""
 
     def __init__(self, sizes: TransformerConfig) -> None:
         self.num_codes, self.pad, self.start_of_image = sizes.num_codes, sizes.pad, sizes.start_of_image
@@ -332,7 +333,7 @@ def _words(config: CogVideoConfig, batch: int) -> Callable[[int], PaddedText]:
 
 
 def _image_batch(layout: SequenceLayout, codes: Callable[..., Tensor], batch: int) -> ImageBatch:
-    """Images that are learnt from their text, as most samples are."""
+    """Batch of the text-to-image task, which most samples have."""
     targets = F.pad(codes(layout.frame_slots), (layout.text_slots, 0), value=-1)
     sees = torch.ones(layout.length, layout.length, dtype=torch.bool).tril().expand(batch, -1, -1)
     places = torch.arange(layout.length).expand(batch, -1)
@@ -344,7 +345,7 @@ def _image_batch(layout: SequenceLayout, codes: Callable[..., Tensor], batch: in
 
 
 def measure(bench: Bench, names: list[str], folder: Path) -> dict[str, Any]:
-    """All figures; they are on disk as they come."""
+    """Measure all figures, saving each at once."""
     figures: dict[str, Any] = {}
     begin = time.perf_counter()
     for name in names:
@@ -365,18 +366,18 @@ def _run(bench: Bench, name: str, figures: dict[str, Any], folder: Path) -> None
             figures[name][entry] = values
             print(f"  {entry}: {', '.join(f'{key} {value:.4g}' for key, value in values.items())}", flush=True)
             write("cuda", figures, folder)
-    except Exception:  # whatever it is, the other sections are worth their time
+    except Exception:  # the other sections may still succeed
         figures[name]["failed"] = {"traceback": traceback.format_exc()}
         print(figures[name]["failed"]["traceback"], flush=True)
     figures[name]["section"] = {"seconds": time.perf_counter() - start}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and write; 1 if a section failed."""
+    """Run the benchmark and write its results; returns 1 if a section failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("section", nargs="*", help=f"any of {', '.join(SECTIONS)}; all by default")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal at toy sizes")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the figures")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args(arguments)
     if unknown := set(options.section) - set(SECTIONS):
         parser.error(f"unknown section {', '.join(sorted(unknown))}, expected any of {', '.join(SECTIONS)}")

@@ -1,7 +1,7 @@
-"""Decoding, measured: `python -m benchmarks.decode [SECTION ...]` prints tables and writes benchmarks/results/.
+"""Benchmark of decoding: `python -m benchmarks.decode [SECTION ...]` writes to benchmarks/results/.
 
-Every figure that is judged is a ratio of things measured in turn in the same run: against the floor (bytes that a step
-must read, over the bandwidth at which this machine reads), or against the plain decoder of benchmarks/plain.py.
+Every figure with a goal is a ratio of alternating measurements in the same run: against the floor (bytes that a step
+must read, divided by the machine's bandwidth), or against the plain decoder of benchmarks/plain.py.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def packed(model: Transformer) -> Transformer:
 
 
 def text(tokens: int, slots: int, codes: int = NUM_CODES, batch: int = 1) -> PaddedText:
-    """So many real tokens, right-aligned."""
+    """Text with this number of real tokens, right-aligned."""
     return PaddedText(torch.full((batch, slots), codes + 2), (torch.arange(slots) >= slots - tokens).expand(batch, -1))
 
 
 def decoder(model: Transformer, layout: SequenceLayout, batch: int = 1, guided: bool = True) -> Decoder:
-    """A run with its first frames given."""
+    """Decoder whose first frames are given."""
     codes, slots = model.base.config.num_codes, layout.text_slots
     texts = [text(min(each, slots), slots, codes, batch) for each in (TEXT_TOKENS, GUIDE_TOKENS)]
     run = Decoder(model, layout, Condition(*texts, SCALE) if guided else Condition(texts[0]))
@@ -88,7 +88,7 @@ def stepper(run: Decoder, rank: int, slot: int) -> Callable[[], object]:
 
 
 def step_bytes(run: Decoder, rank: int, slot: int) -> int:
-    """Bytes that a step must read: weights of layers and head, and of the caches the text and slots that it sees."""
+    """Bytes that a step must read: weights of layers and head, and the visible part of the caches."""
     model, config = run.model, run.model.base.config
     assert model.channel is not None
     width = model.base.words.weight.element_size()
@@ -104,7 +104,7 @@ def step_bytes(run: Decoder, rank: int, slot: int) -> int:
 
 
 def guided_steps(rounds: int = 15) -> Figures:
-    """Guided decoding, hidden 1024, 12 layers, 16 heads, grid 20, batch 1: against the floor and the plain decoder."""
+    """Guided decoding, hidden 1024, 12 layers, 16 heads, grid 20, batch 1, against floor and plain decoder."""
     figures: Figures = {}
     for window in (0, 10):
         for position in (400, 1600):
@@ -123,7 +123,7 @@ def _guided_steps(window: int, position: int, rounds: int) -> Figures:
     plains = {"plain float32": plain, "plain bfloat16": copy.deepcopy(plain).bfloat16()}
     calls = {name: stepper(run, rank, slot) for name, run in runs.items()}
     calls |= {name: _plain_call(model, position) for name, model in plains.items()}
-    read = torch.ones(1 << 28)  # zeros would be one page, read again and again
+    read = torch.ones(1 << 28)  # zeros would share one page
     calls["read"] = read.sum
     with torch.inference_mode():
         times = alternate(calls, rounds)
@@ -151,7 +151,7 @@ def _plain_call(model: Transformer, position: int) -> Callable[[], object]:
 
 
 def host_overhead(rounds: int = 100) -> Figures:
-    """A step of a deep, narrow model on a tiny grid: what is left when there is nothing to compute."""
+    """Step of a deep, narrow model on a tiny grid, which leaves only the overhead."""
     layout = LayoutConfig(grid=4, num_frames=5, text_slots=16, image_text_slots=16, frame_position=16)
     run = decoder(packed(build(32, 48, 2, 0, torch.float32, layout, 512)), SequenceLayout.sequential(layout))
     threads = torch.get_num_threads()
@@ -162,7 +162,7 @@ def host_overhead(rounds: int = 100) -> Figures:
 
 
 def batches(rounds: int = 6) -> Figures:
-    """Cost against batch: guided steps at position 400."""
+    """Guided steps at position 400 by batch size."""
     model, sequential = packed(build(1024, 12, 16, 0, torch.float32)), SequenceLayout.sequential(LAYOUT)
     calls = {f"batch {batch}": stepper(decoder(model, sequential, batch), 1, 0) for batch in (1, 2, 4, 8)}
     times = alternate(calls, rounds)
@@ -173,7 +173,7 @@ def batches(rounds: int = 6) -> Figures:
 
 
 def drafts(rounds: int = 15) -> Figures:
-    """Passes of drafts over one-by-one steps of as many samples, sizes of `pocket`, in the middle of the last frame."""
+    """Drafting passes against single steps for the same number of samples, `pocket` sizes, middle of the last frame."""
     figures: Figures = {}
     for grid in (8, 12, 16):
         layout = LayoutConfig(grid, num_frames=5, text_slots=48, image_text_slots=48, frame_position=64)
@@ -192,7 +192,7 @@ def drafts(rounds: int = 15) -> Figures:
 
 
 def _drafting(run: Decoder, width: int) -> Callable[[], object]:
-    """A pass of drafts; each sample is two slots further than the next."""
+    """A drafting pass in which each sample is two slots ahead of the next."""
     slots, batch = run.layout.frame_slots, len(run.condition.text.tokens)
     fed = torch.zeros(batch, slots + 1, dtype=torch.int64)
     starts = [slots // 2 - 2 * sample for sample in range(batch)]
@@ -200,7 +200,7 @@ def _drafting(run: Decoder, width: int) -> Callable[[], object]:
 
 
 def frames() -> Figures:
-    """Cost and memory of a whole pass of the windowed stage against the number of frames, each in a fresh process."""
+    """Time and memory of a whole pass of the windowed stage by number of frames, each in a fresh process."""
     figures = {}
     for window in (10, 0):
         for count in (5, 9, 17, 33):
@@ -226,7 +226,7 @@ def _whole_pass(window: int, count: int) -> tuple[float, float]:
 
 
 def _reset_peak() -> None:
-    """Forget the peak of building the model."""
+    """Reset the peak memory after building the model."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -270,7 +270,7 @@ def _upscale(grid: int, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def passes() -> Figures:
-    """Passes a code of the ways to decode, on a small model trained for a minute so that its codes mean something."""
+    """Passes per code by way of decoding, on a small model trained for a minute so that its codes are meaningful."""
     figures: Figures = {}
     for stage, (model, layout, condition, given) in toy_stages().items():
         codes = {}
@@ -300,7 +300,7 @@ def passes() -> Figures:
 
 
 def imports(rounds: int = 7) -> Figures:
-    """Whole processes, from start to end."""
+    """Time of whole processes."""
     commands = {
         "python -c pass": ["-c", "pass"],
         "import cogvideo": ["-c", "import cogvideo"],
@@ -331,13 +331,13 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
 
 
 def show(figures: Figures) -> None:
-    """A section as lines."""
+    """Print the figures of a section."""
     for name, values in figures.items():
         print(f"  {name:32}", "  ".join(f"{key} {value:.3g}" for key, value in values.items()), flush=True)
 
 
 def main() -> None:
-    """Run the sections named on the command line, all by default."""
+    """Run the sections named on the command line; all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("section", nargs="*", default=list(SECTIONS), help=f"any of {', '.join(SECTIONS)}")
     chosen, figures = parser.parse_args().section, {}

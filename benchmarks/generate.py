@@ -1,9 +1,8 @@
-"""A clip, measured: `python -m benchmarks.generate [--model MODEL]` prints tables and writes benchmarks/results/.
+"""Benchmark of a whole clip: `python -m benchmarks.generate [--model MODEL]` writes to benchmarks/results/.
 
-A command is timed as a user waits for it: from its start to the first frame on disk, and to the finished mp4. The ways
-to decode are timed in turn, and each part of a clip is put beside its floor: the operations that it needs over the rate
-at which this machine multiplies matrices, or the bytes that it must read over the rate at which it reads them, the
-larger of both.
+The command is timed as a user waits for it: from its start to the first frame on disk, and to the finished mp4. The
+ways of decoding are timed in turn. Each part of a clip is compared with its floor: the operations that it needs divided
+by the machine's matrix rate, or the bytes that it must read divided by the bandwidth, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ WAYS = {
 
 
 def command(model: str, rounds: int = 5) -> Figures:
-    """Seconds that a user waits."""
+    """Seconds that a user waits for the command."""
     found: dict[str, list[float]] = {name: [] for name in GOALS}
     for _ in range(rounds):
         with TemporaryDirectory() as folder:
@@ -77,7 +76,7 @@ def command(model: str, rounds: int = 5) -> Figures:
 
 
 def _wait(model: str, folder: Path) -> tuple[float, float]:
-    """Until there is a frame, and until the command ends."""
+    """Time to the first frame, and to the end of the command."""
     arguments = ["generate", PROMPT, "--model", model, "--output", str(folder), "--seed", "1", "--preview"]
     start, first = time.perf_counter(), 0.0
     process = subprocess.Popen([sys.executable, "-m", "cogvideo", *arguments], stdout=subprocess.DEVNULL)
@@ -91,8 +90,8 @@ def _wait(model: str, folder: Path) -> tuple[float, float]:
 
 
 def waiting(model: str, rounds: int = 3) -> Figures:
-    """Seconds of a small clip, alone and beside a program that keeps one core busy: with threads that soon sleep while
-    they wait, as `cogvideo` sets it, and with OpenMP's own choice."""
+    """Seconds for a small clip, alone and next to a program that keeps one core busy: with waiting threads that soon
+    sleep, as `cogvideo` sets it, and with OpenMP's default."""
     arguments = ["generate", PROMPT, "--model", model, "--seed", "1", "--rounds", "1", "--no-superres", "--output"]
 
     def draw(spins: int) -> None:
@@ -116,7 +115,7 @@ def waiting(model: str, rounds: int = 3) -> Figures:
 
 
 def ways(model: str, rounds: int = 3) -> Figures:
-    """Seconds of all codes of a clip, and whether they are the same."""
+    """Seconds for all codes of a clip by way of decoding, and a check that the codes are the same."""
     pipeline = CogVideoPipeline.from_pretrained(model)
     codes: dict[str, torch.Tensor] = {}
 
@@ -137,7 +136,7 @@ def ways(model: str, rounds: int = 3) -> Figures:
 
 
 def parts(model: str, rounds: int = 3) -> Figures:
-    """Seconds of each part of a clip whose codes are drawn one by one, beside its floor."""
+    """Seconds for each part of a clip decoded one code at a time, against its floor."""
     pipeline = CogVideoPipeline.from_pretrained(model)
     config, settings = pipeline.model.config, replace(pipeline.settings, passes=Passes())
     list(_stream(pipeline, replace(settings, should_enlarge=False)))
@@ -162,7 +161,7 @@ def _stream(pipeline: CogVideoPipeline, settings: Settings) -> Iterator[Any]:
 
 
 def _timed(pipeline: CogVideoPipeline, settings: Settings) -> dict[str, float]:
-    """Of one clip: the parts take turns, so that each call is timed by itself."""
+    """Time the parts of one clip: they alternate, so each call is timed separately."""
     found: dict[str, float] = {}
 
     def clocked(name: str, call: Any, *arguments: Any) -> Any:
@@ -192,19 +191,19 @@ def _timed(pipeline: CogVideoPipeline, settings: Settings) -> dict[str, float]:
 
 
 def _phase(place: int) -> int:
-    """Phase of the frame that is finished at that place: 1 frame, 4 key frames, then 4, 8, 16 between them."""
+    """Phase of the n-th finished frame: 1 first frame, 4 key frames, then rounds of 4, 8 and 16."""
     return 0 if place == 0 else 1 if place < 5 else 2 if place < 9 else 3 if place < 17 else 4
 
 
 def _floor(phase: Phase) -> float:
-    """Seconds that no program for this machine can go below."""
+    """Least seconds that any program needs on this machine."""
     flops = phase.passes * phase.work.flops + phase.prefill_flops
     reads = phase.passes * phase.work.bytes_moved["cpu_float32"]
     return max(flops / matrix_rate(torch.device("cpu"), torch.float32), reads / read_rate())
 
 
 def read_rate(mebibytes: int = 512) -> float:
-    """Bytes a second of a sum over memory that no cache holds; a model that a cache holds is read faster."""
+    """Bytes per second of a sum over memory larger than any cache; a model that fits a cache is read faster."""
     values = torch.ones(mebibytes << 18)
     times = []
     for _ in range(5):
@@ -215,7 +214,7 @@ def read_rate(mebibytes: int = 512) -> float:
 
 
 def main() -> None:
-    """Print and write."""
+    """Run all sections, print the figures and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=POCKET, help="folder, id on the Hub, or pocket")
     model = parser.parse_args().model

@@ -1,4 +1,4 @@
-"""The loader against the least that any loader must do: `loading()` prints a table, for benchmarks/data.py."""
+"""Benchmark of the loader against the least that any loader must do, for benchmarks/data.py."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ BATCH, STRIDE = 64, 8
 
 
 def loading(num_rows: int = 12_800, shard_rows: int = 128, rounds: int = 5) -> dict[str, Any]:
-    """Rows a second of one process, in the order of the loader, and what memory of its own grows by in 100,000 rows.
+    """Rows per second of one process, and growth of its private memory over 100,000 rows.
 
-    The floor takes as many frames of the same rows from one memory-mapped array, as an int64 tensor: all of a batch in
-    one indexing, or row by row, as clips of different lengths need it. It has no shards, captions, random offsets or
-    protocol of workers. Starting the workers is not timed.
+    The floor takes the same number of frames of the same rows from one memory-mapped array, as an int64 tensor: a
+    whole batch in one indexing, or row by row, as clips of different lengths require. It has no shards, captions,
+    random offsets or worker protocol. Starting the workers is not timed.
 
     Args:
-        num_rows: clips of the dataset, 33 x 8 x 8 codes and one caption each.
-        shard_rows: clips of a shard.
-        rounds: how often each is timed.
+        num_rows: clips in the dataset, each with 33 x 8 x 8 codes and one caption.
+        shard_rows: clips per shard.
+        rounds: number of timed rounds.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
@@ -55,7 +55,7 @@ def loading(num_rows: int = 12_800, shard_rows: int = 128, rounds: int = 5) -> d
 
 
 def _write(folder: Path, num_rows: int, shard_rows: int) -> np.ndarray:
-    """The dataset, and the same codes as one plain memory-mapped array."""
+    """Write the dataset, and the same codes as one plain memory-mapped array."""
     codes = np.random.default_rng(0).integers(0, NUM_CODES, (num_rows, FRAMES, GRID, GRID), dtype=np.uint16)
     info = ShardInfo(GRID, NUM_CODES, FPS, "", digest({}), "")
     rows = [Row(f"{n}.mp4", (f"a clip numbered {n}",), {}, FPS, each, "train") for n, each in enumerate(codes)]
@@ -83,7 +83,7 @@ def _index_rows(array: np.ndarray, stream: ClipStream, batches: int) -> None:
 
 
 def collate(samples: list[ClipSample]) -> torch.Tensor:
-    """Codes side by side."""
+    """Stack the codes of samples."""
     return torch.from_numpy(np.stack([sample.codes for sample in samples], dtype=np.int64))
 
 
@@ -99,7 +99,7 @@ def _opening(folder: Path) -> float:
 
 
 def _growth(stream: ClipStream, num_rows: int) -> float:
-    """MiB of memory that is no file's: mapped pages belong to the system, which takes them back when it needs them."""
+    """Growth of private memory in MiB; mapped pages do not count, since the system can reclaim them."""
     _take(iter(Loader(stream, BATCH, collate)), 100)
     before = _private()
     _take(iter(Loader(stream, BATCH, collate)), num_rows // BATCH)

@@ -1,4 +1,4 @@
-"""What a benchmark says of the machine it ran on, how it times, and where its figures go."""
+"""Description of the machine, timing, and storage of results."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def machine() -> dict[str, Any]:
 
 
 def alternate(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
-    """Milliseconds of each call, taken in turn so that a drift of the machine meets all alike.
+    """Time calls in turn, in milliseconds, so that drift of the machine affects all equally.
 
-    `median` is for quoting; `best` is what the machine can do when nothing else runs on it.
+    `median` is for quoting; `best` is close to the time on an idle machine.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(warm_up + rounds):
@@ -45,7 +45,7 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int 
 
 
 def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """The figures as a dated JSON under benchmarks/results/; other sections of the same day and machine are kept."""
+    """Write figures to a dated JSON file, keeping other sections of the same day and machine."""
     folder.mkdir(exist_ok=True, parents=True)
     path, here = folder / f"{name}-{datetime.now(UTC):%Y-%m-%d}.json", machine()
     before = json.loads(path.read_text()) if path.exists() else {"machine": here}

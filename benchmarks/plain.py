@@ -1,7 +1,7 @@
-"""A plain guided decoder, to measure against: what the released pipeline does for one code, and nothing cleverer.
+"""A plain guided decoder as a baseline: one code at a time, as in the released pipeline.
 
-Two passes of the model for guidance, keys and values of both channels in caches that are concatenated anew in every
-layer, `F.linear`, scores written out, logits of the whole vocabulary. It computes what `Decoder.step` computes.
+It has two passes of the model for guidance, caches of both channels that are concatenated in every layer, `F.linear`,
+explicit scores, and logits of the whole vocabulary. It computes what `Decoder.step` computes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cogvideo.models.transformer import Transformer
 
 
 class PlainContext:
-    """One row's text and frames so far: keys and values of every layer, grown by concatenation."""
+    """Keys and values of one row's text and frames so far, grown by concatenation."""
 
     def __init__(self, model: Transformer, num_text: int, num_frame: int, dtype: torch.dtype) -> None:
         config = model.base.config
@@ -29,7 +29,7 @@ class PlainContext:
 def plain_step(
     model: Transformer, contexts: list[PlainContext], token: Tensor, position: int, frame_start: int, scale: float
 ) -> Tensor:
-    """Logits of the next code, guided: one whole pass after the other."""
+    """Guided logits of the next code, from two passes in turn."""
     conditional, unconditional = (_pass(model, context, token, position, frame_start) for context in contexts)
     return unconditional + scale * (conditional - unconditional)
 
@@ -65,7 +65,7 @@ def _pass(model: Transformer, context: PlainContext, token: Tensor, position: in
 
 
 def _window_keys(num_keys: int, grid: int, window: int, shift: int) -> Tensor:
-    """The last key's window in every frame, found anew for every layer as the released code does."""
+    """Keys in the last key's window in every frame, computed in every layer as in the released code."""
     row, column = divmod((num_keys - 1) % grid**2, grid)
     inside = [
         each * grid + other for each in _span(row, grid, window, shift) for other in _span(column, grid, window, shift)

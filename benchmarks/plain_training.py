@@ -1,8 +1,8 @@
-"""A plain training step, to measure against: dense float masks, scores written out, logits of the whole vocabulary.
+"""A plain training step as a baseline: dense float masks, explicit scores, logits of the whole vocabulary.
 
-Both channels attend over the whole sequence, as the equations of the paper are written down first: every score is made,
-multiplied by a mask of ones and zeros, moved by -10000 where that is zero, and kept for the backward pass. It computes
-what `VideoTask` computes, from the same weights. Like there, a frozen base has no gradients and AdamW does not know it.
+Both channels attend over the whole sequence, as in the equations of the paper: every score is computed, multiplied by a
+mask of ones and zeros, moved by -10000 where that is zero, and kept for the backward pass. It computes what `VideoTask`
+computes, from the same weights. A frozen base has no gradients and no optimizer state there either.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RELAXED = 16
 
 
 class DenseMasks(NamedTuple):
-    """One where a row sees a key, else zero, (batch, 1, rows, rows) over text and frames in the order they are fed."""
+    """Masks over text and frames in the order of feeding, (batch, 1, rows, rows): 1 where a key is seen, else 0."""
 
     spatial: Tensor
     temporal: tuple[Tensor, ...]
@@ -31,7 +31,7 @@ class DenseMasks(NamedTuple):
 
 
 def dense_masks(layout: SequenceLayout, window: int, text: Tensor, dtype: torch.dtype) -> DenseMasks:
-    """The masks of a batch, from its text's, block by block of two frames."""
+    """Build the masks of a batch from that of its text, for each pair of frames."""
     everywhere = torch.ones(layout.frame_slots, layout.frame_slots)
     kinds = [_same_window(layout.grid, window, shifted) for shifted in (False, True)] if window else [everywhere]
     spatial = _mask(layout, text, everywhere, across=False)
@@ -40,7 +40,7 @@ def dense_masks(layout: SequenceLayout, window: int, text: Tensor, dtype: torch.
 
 
 def _mask(layout: SequenceLayout, text: Tensor, same: Tensor, across: bool) -> Tensor:
-    """Text is seen by all; frames see themselves and, `across` them, those that were fed before."""
+    """All rows see text. Frames see themselves and, if `across`, earlier frames."""
     mask = torch.zeros(layout.length, layout.length)
     frames = mask[layout.text_slots :, layout.text_slots :].view(layout.num_frames, layout.frame_slots, -1)
     for rank, rows in enumerate(frames):

@@ -1,4 +1,4 @@
-"""Reading videos, measured against decoding alone, and the memory of a process that reads thousands of files."""
+"""Benchmark of reading videos against decoding alone, and memory of a process that reads thousands of files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FPS = 8
 
 
 def measure_reading(rounds: int = 10, num_reads: int = 10_000) -> dict[str, Any]:
-    """Frames of the file a second of `read_video` over those of PyAV's decoder alone, and memory over many reads."""
+    """Speed of `read_video` in frames of the file against PyAV's decoder alone, and memory over many reads."""
     with TemporaryDirectory() as folder:
         figures: dict[str, Any] = {f"{rate} fps": _rates(Path(folder), rate, rounds) for rate in (48, 60)}
         figures[f"{num_reads} small files"] = _memory(Path(folder), num_reads)
@@ -25,7 +25,7 @@ def measure_reading(rounds: int = 10, num_reads: int = 10_000) -> dict[str, Any]
 
 
 def _rates(folder: Path, rate: int, rounds: int) -> dict[str, float]:
-    """A second of `rate` frames, of which 8 are kept: at most a sixth."""
+    """Rates for a one-second file with `rate` frames, of which 8 are kept: at most a sixth."""
     path, num_frames = folder / f"{rate}.mp4", rate * SECONDS
     write_video(path, moving_picture(num_frames, HEIGHT, WIDTH), rate)
     calls = {
@@ -40,7 +40,7 @@ def _rates(folder: Path, rate: int, rounds: int) -> dict[str, float]:
 
 
 def _decode(path: Path) -> None:
-    """All frames, unconverted, by one thread as `read_video` has it."""
+    """Decode all frames without conversion, on one thread like `read_video`."""
     import av  # other benchmarks use this module without it
 
     with av.open(path) as container:
@@ -63,7 +63,7 @@ def _memory(folder: Path, num_reads: int) -> dict[str, float]:
 
 
 def moving_picture(num_frames: int, height: int, width: int) -> np.ndarray:
-    """A detailed picture through which the camera moves, with a little noise, (frames, height, width, 3)."""
+    """Camera motion over a detailed picture with a little noise, (frames, height, width, 3)."""
     random = np.random.default_rng(0)
     down, across = np.mgrid[:height, : width + 2 * num_frames].astype(np.float32)
     waves = [
@@ -78,5 +78,5 @@ def moving_picture(num_frames: int, height: int, width: int) -> np.ndarray:
 
 
 def resident_mebibytes() -> float:
-    """Memory of this process that is in RAM."""
+    """Resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20

@@ -1,4 +1,4 @@
-"""How fast the World renders: clips of 33 frames a second on one core."""
+"""Benchmark of rendering the World: clips of 33 frames per second on one core."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ GOAL = 200.0
 
 
 def rendering(clips: int = 300, rounds: int = 3) -> dict[str, Any]:
-    """Figures of rendering on one core, in CPU time: other processes of the machine matter little.
+    """Rendering speed on one core, in CPU time, so that other processes matter little.
 
     Args:
-        clips: how many are drawn at 64 x 64 in a round; a tenth of them at 192 x 192.
-        rounds: how often it is measured; the median counts.
+        clips: clips rendered at 64 x 64 per round; a tenth of them at 192 x 192.
+        rounds: number of rounds; the median counts.
     """
     scenes = [world.scene(index) for index in range(clips)]
     small = [_rate(lambda scene: world.render(scene, 64), scenes) for _ in range(rounds)]
@@ -33,7 +33,7 @@ def rendering(clips: int = 300, rounds: int = 3) -> dict[str, Any]:
 
 
 def _rate(call: Any, scenes: list[world.Scene]) -> float:
-    """Calls a second of CPU time; backgrounds, which are drawn once, are ready by then."""
+    """Calls per second of CPU time, after the backgrounds have been rendered."""
     for name in {scene.background: scene for scene in scenes}.values():
         call(name)
     start = time.process_time()

@@ -1,7 +1,7 @@
-"""Training, measured: `python -m benchmarks.train [SECTION ...]` prints tables and writes benchmarks/results/.
+"""Benchmark of training: `python -m benchmarks.train [SECTION ...]` writes to benchmarks/results/.
 
-Every figure that is judged is a ratio of things measured in turn in the same run: against the plain step of
-benchmarks/plain_training.py, which has the same weights and gives the same loss, or against the machine's matrix rate.
+Every figure with a goal is a ratio of alternating measurements in the same run: against the plain step of
+benchmarks/plain_training.py, which has the same weights and loss, or against the machine's matrix rate.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CPU = torch.device("cpu")
 
 
 class Case(NamedTuple):
-    """A stage that the package trains, and all that the plain step needs to do the same."""
+    """A stage in training, with everything that the plain step needs."""
 
     trainer: Trainer
     model: Transformer
@@ -72,25 +72,25 @@ class Case(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """Of a step."""
+        """Positions of a step."""
         return len(self.batch.codes) * self.layout.length
 
     def step(self) -> None:
-        """The package's."""
+        """Training step of the package."""
         self.trainer.step(0, self.batch)
 
     def masks(self) -> DenseMasks:
-        """For the plain step; they are made once, and do not count in its time."""
+        """Masks of the plain step, built once and not timed."""
         dtype = self.trainer.settings.dtype
         return dense_masks(self.layout, self.model.window, self.batch.text.mask, dtype)
 
     def plain_loss(self, masks: DenseMasks) -> Tensor:
-        """The same loss, plainly."""
+        """Loss of the plain step."""
         with self.trainer.precision():
             return plain_loss(self.model, self.layout, masks, self.batch)
 
     def plain_step(self, masks: DenseMasks) -> None:
-        """The same step, plainly, but for the optimizer, which is the same."""
+        """Plain training step with the same optimizer."""
         self.plain_loss(masks).backward()
         clip_gradients(trained(self.model), self.trainer.settings.clip)
         for optimizer in self.trainer.optimizers:
@@ -108,7 +108,7 @@ def make(
     compile: bool = False,
     device: torch.device = CPU,
 ) -> Case:
-    """A stage with random weights on a frozen base, stored as training stores it, and a random batch."""
+    """Make a stage with random weights on a frozen base, in the types of training, and a random batch."""
     settings = Optimization(batch=batch, precision=precision, learning_rate=1e-6)
     with device:
         base, channel = Base(sizes), TemporalChannel(sizes, layout, StageConfig(window))
@@ -127,7 +127,7 @@ def make(
 
 
 def times_faster(ours: dict[str, float], plain: dict[str, float], goal: float) -> dict[str, float]:
-    """Two things measured in turn, in milliseconds."""
+    """Time two calls in turn, in milliseconds."""
     return {
         "ms": ours["median"],
         "plain ms": plain["median"],
@@ -143,8 +143,8 @@ def times_faster(ours: dict[str, float], plain: dict[str, float], goal: float) -
 def attention(rounds: int = 7) -> Figures:
     """Attention of a block, forward and backward, from fused projections: 64 text + 5 x 400 slots, 4 heads of 64.
 
-    The temporal channel alone, and both channels, which is what a block has. With windows, the mean of both kinds. On
-    one thread: neighbours on the machine slow many short parallel loops down far more than a few long ones.
+    Measures the temporal channel alone, and both channels of a block. With windows, the mean over both kinds of blocks.
+    Uses one thread: other load slows many short parallel loops far more than a few long ones.
     """
     figures: Figures = {}
     threads = torch.get_num_threads()
@@ -165,7 +165,7 @@ def attention(rounds: int = 7) -> Figures:
 
 
 def _attention_calls(window: int, dtype: torch.dtype, heads: int = 4) -> dict[str, Callable[[], object]]:
-    """One block of each kind; the outputs and gradients of both ways are compared first."""
+    """Calls for one block of each kind, after a comparison of outputs and gradients."""
     layout, words = SequenceLayout.sequential(LAYOUT), text(TEXT_TOKENS, LAYOUT.text_slots)
     masks = dense_masks(layout, window, words.mask, dtype)
     plan = full_pass(layout, window, words.mask, dtype, layout.num_frames)
@@ -200,10 +200,10 @@ def _attention_calls(window: int, dtype: torch.dtype, heads: int = 4) -> dict[st
 
 
 def steps(rounds: int = 3) -> Figures:
-    """A step at hidden 512, 8 layers, grid 20, batch 1, on a frozen base; AdamW and clipping are the same in both.
+    """Training step at hidden 512, 8 layers, grid 20, batch 1, frozen base, with the same AdamW and clipping in both.
 
-    Utilisation: 6 operations for each trained and 4 for each frozen parameter of the matrices (the code head at every
-    position), times positions, over the matrix rate of the same run.
+    Utilization is 6 operations per trained and 4 per frozen parameter of the matrices (with the code head at every
+    position), times positions, divided by the matrix rate of the same run.
     """
     figures: Figures = {}
     for precision in PRECISIONS:
@@ -212,7 +212,7 @@ def steps(rounds: int = 3) -> Figures:
 
 
 def _steps(precision: Precision, rounds: int) -> Figures:
-    """The plain step is timed once a stage: windows change the values of its masks, and nothing else."""
+    """The plain step is timed once per stage, since windows only change the values of its masks."""
     cases = {name: make(*case, precision) for name, case in CASES.items()}
     calls: dict[str, Callable[[], object]] = {}
     rates: list[float] = []
@@ -245,7 +245,7 @@ def _speed(case: Case, seconds: float, rate: float) -> dict[str, float]:
 
 
 def _frozen(case: Case) -> dict[str, float]:
-    """Bytes that the frozen base costs beside its weights, after a step and another backward pass: none."""
+    """Bytes that the frozen base takes besides its weights after a step and another backward pass: none."""
     case.trainer.measure(case.batch).loss.mean().backward()
     parameters = [each for each in case.model.parameters() if not each.requires_grad]
     (used,) = case.trainer.optimizers
@@ -263,7 +263,7 @@ def _frozen(case: Case) -> dict[str, float]:
 def memory() -> Figures:
     """Peak of the first step above the weights in a fresh process, in MiB.
 
-    It includes gradients and the optimizer's moments, which both ways have alike, and the plain step's masks.
+    It includes gradients and optimizer moments, which are the same in both, and the masks of the plain step.
     """
     figures: Figures = {}
     for precision in PRECISIONS:
@@ -282,7 +282,7 @@ def _in_fresh_process(stage: Stage, window: int, precision: Precision, plainly: 
 
 def _peaks(stage: Stage, window: int, precision: Precision, plainly: bool) -> dict[str, float]:
     case = make(stage, window, precision)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak memory after building the model
     before = resident_mebibytes()
     if plainly:
         case.plain_step(case.masks())
@@ -297,7 +297,7 @@ def _peaks(stage: Stage, window: int, precision: Precision, plainly: bool) -> di
 
 
 def cuda(rounds: int = 10) -> Figures:
-    """On a CUDA GPU: steps of the sequential stage in bfloat16, `small`, and `cogvideo` with as many layers as fit."""
+    """Steps of the sequential stage on a CUDA GPU, bfloat16: `small`, and `cogvideo` with as many layers as fit."""
     if not torch.cuda.is_available():
         return {"did not run: there is no CUDA GPU here": {}}
     device, batch = torch.device("cuda"), 2
@@ -314,7 +314,7 @@ def cuda(rounds: int = 10) -> Figures:
 
 
 def _layers_that_fit(batch: int, device: torch.device) -> int:
-    """Of the `cogvideo` preset, by what a step is computed to need, with a tenth of the memory to spare."""
+    """Layers of the `cogvideo` preset that fit by the computed memory of a step, with a tenth to spare."""
     whole, free = preset("cogvideo"), 0.9 * torch.cuda.mem_get_info(device)[0]
     for layers in range(whole.transformer.num_layers, 2, -2):
         config = replace(whole, transformer=replace(whole.transformer, num_layers=layers))
@@ -326,9 +326,9 @@ def _layers_that_fit(batch: int, device: torch.device) -> int:
 def gpu_step(
     sizes: TransformerConfig, layout: LayoutConfig, batch: int, compile: bool, device: torch.device, rounds: int
 ) -> dict[str, float]:
-    """Speed of steps one after the other, the device's clock started and stopped with the host's."""
-    gc.collect()  # the model before
-    torch.compiler.reset()  # else sizes are taken to vary, and compiled as such
+    """Speed of consecutive steps, synchronized with the device at both ends."""
+    gc.collect()  # the previous model
+    torch.compiler.reset()  # otherwise sizes are treated as dynamic
     case = make("sequential", 0, "bfloat16", sizes, layout, batch, compile, device)
 
     def run() -> None:
@@ -352,7 +352,7 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
 
 
 def main() -> None:
-    """Run the sections named on the command line, all by default."""
+    """Run the sections named on the command line; all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("section", nargs="*", default=list(SECTIONS), help=f"any of {', '.join(SECTIONS)}")
     chosen: list[str] = parser.parse_args().section

@@ -1,9 +1,9 @@
-"""Three clips in a minute, on a CPU: `make demo`, or cell by cell in an editor that knows `# %%`.
+"""Three clips in a minute on a CPU: run `make demo`, or cell by cell in an editor that supports `# %%`.
 
 usage: python examples/demo.py [OUT] [MODEL]
 """
 
-# %% The model in the box; a folder, or an id on the Hugging Face Hub, would do as well.
+# %% Load the model in the box, or one from a folder or the Hugging Face Hub.
 import sys
 from pathlib import Path
 
@@ -19,7 +19,7 @@ model = sys.argv[2] if len(sys.argv) > 2 else "pocket"
 pipeline = CogVideoPipeline.from_pretrained(model)
 out.mkdir(parents=True, exist_ok=True)
 
-# %% What is to be seen: an emoji, a scene of the World, and the emoji's last frame, which goes on moving.
+# %% Generate an emoji, a scene of the World, and a clip that continues from the emoji's last frame.
 prompts = {
     "emoji": "a yellow face blinks, then opens its mouth into a happy smile, on a light blue background",
     "world": "a large red ball bounces in from the left, bounces twice and leaves on the right, on a beach, slowly",
@@ -35,13 +35,13 @@ with Progress(transient=True, console=Console(stderr=True)) as progress:
             generator=torch.Generator().manual_seed(number),
             callback=lambda frame, task=task: progress.advance(task),
         )
-        # `clips.frames` is (clips, frames, height, width, 3), in time; the callback saw each frame as it was finished.
+        # `clips.frames` is (clips, frames, height, width, 3) in order of time.
         path = export_to_video(clips.frames[0], out / f"{name}.mp4", fps=clips.fps)
         print(f"{path}: {prompt}")
         rows.append(clips.frames[0])
         image = clips.frames[0, -1] if name == "emoji" else image
 
-# %% All of them as one picture.
+# %% Combine them into one picture.
 sheet = out / "contact_sheet.png"
 write_image(sheet, contact_sheet(rows, 9, labels=list(prompts.values())))
-print(f"{sheet}: all three")
+print(f"{sheet}: all three clips")

@@ -1,6 +1,6 @@
-"""The picture on top of the README: `python examples/gallery.py docs/gallery.png [MODEL]`.
+"""The picture at the top of the README: `python examples/gallery.py docs/gallery.png [MODEL]`.
 
-Twelve prompts, the first seed each, nothing chosen afterwards: what fails is there too.
+It shows twelve prompts with the first seed of each, without selection, failures included.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ PROMPTS = (
 
 
 def main(path: Path, model: str) -> None:
-    """Write the picture."""
-    pipeline, rows = CogVideoPipeline.from_pretrained(model), []
+    """Generate the clips and write the picture."""
+    pipeline = CogVideoPipeline.from_pretrained(model)
+    rows = []
     for prompt in PROMPTS:
         clips = pipeline(prompt, generator=torch.Generator().manual_seed(1))
         rows.append(clips.frames[0])

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The test suite on the oldest and the newest Python, with the oldest and the newest dependencies that pyproject.toml
-# allows. What follows is passed to pytest; environment variables choose a part of it:
-#   PYTHONS="python3.11 python3.13"   DEPENDENCIES="oldest newest"   MATRIX=.matrix (about 7 GB an environment)
-# An environment that is there is brought up to date. What was installed in it is listed in $MATRIX/NAME.txt.
+# Runs the tests on the oldest and the newest Python, with the oldest and the newest dependencies that pyproject.toml
+# allows. Arguments are passed to pytest. Environment variables select a part of the matrix:
+#   PYTHONS="python3.11 python3.13"   DEPENDENCIES="oldest newest"   MATRIX=.matrix (about 7 GB per environment)
+# Existing environments are updated. $MATRIX/NAME.txt lists what is installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 matrix=${MATRIX:-.matrix}
 pythons=${PYTHONS:-python3.11 python3.13}
 mkdir -p "$matrix"
 
-# Lower bounds as exact versions; the newest need no file of constraints.
+# Lower bounds as exact versions; the newest versions need no constraints.
 "${pythons%% *}" - > "$matrix/oldest.txt" << 'END'
 import re
 import tomllib
@@ -18,13 +18,13 @@ from pathlib import Path
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 requirements = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
 for name, version in re.findall(r"^([\w-]+)(?:\[\w+\])?>=([\d.]+)", "\n".join(requirements), re.MULTILINE):
-    if not name.startswith("types-"):  # for mypy alone
+    if not name.startswith("types-"):  # only for mypy
         print(f"{name}=={version}")
 END
 : > "$matrix/newest.txt"
 
-# Makes or updates an environment, and tests in it: its name, its Python, its constraints, arguments of pytest.
-tested() {
+# run_tests NAME PYTHON CONSTRAINTS [ARGUMENT...]: makes or updates an environment, and runs pytest in it.
+run_tests() {
     local environment=$matrix/$1 python=$2 constraints=$3
     local bin=$environment/bin
     shift 3
@@ -40,7 +40,7 @@ for python in $pythons; do
     for dependencies in ${DEPENDENCIES:-oldest newest}; do
         name=$(basename "$python")-$dependencies
         echo "== $name"
-        tested "$name" "$python" "$matrix/$dependencies.txt" "$@" || failed+=("$name")
+        run_tests "$name" "$python" "$matrix/$dependencies.txt" "$@" || failed+=("$name")
     done
 done
 echo "failed: ${failed[*]:-none}"

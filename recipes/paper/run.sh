@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One step of the paper's training, on your own clips and from the released image model. A killed run continues with the
-# same command. `cogvideo plan` says what machines it takes; the number of GPUs must divide the batch (416, then 160).
+# Runs one step of the paper's training on your own clips, from the released image model. The same command continues an
+# interrupted run. `cogvideo plan` shows which machines are needed. The number of GPUs must divide the batch (416, 160).
 # usage: run.sh data BUNDLE CLIPS OUT          once, on any machine
 #        run.sh sequential BUNDLE CLIPS OUT    on every machine, with torchrun's options in TORCHRUN, such as
 #        run.sh interpolation BUNDLE CLIPS OUT "--nnodes 13 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400"
 #   BUNDLE  from `cogvideo convert`: the image model and both tokenizers
 #   CLIPS   captioned clips, as `cogvideo data prepare` takes them
-#   OUT     gets the codes and the model
+#   OUT     folder for the codes and the model
 set -euo pipefail
 
 usage="usage: run.sh data|sequential|interpolation BUNDLE CLIPS OUT"

@@ -1,7 +1,7 @@
-"""What each stage of the pocket model must reach before the next one is trained: `python recipes/pocket/gates.py`.
+"""Gates that a stage of the pocket model must pass before the next one is trained: `python recipes/pocket/gates.py`.
 
-Reads clips of the simple World that training never shows with the World reader, and ranks emoji among all of a folder.
-Each gate prints a row for real pictures, which is the ceiling, and one for the model's.
+Reads unseen clips of the simple World with the World reader, and ranks emoji among all in a folder. Each gate prints a
+row for real pictures, which is the ceiling, and one for the model's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Frames = UInt8[np.ndarray, "frames height width 3"]
 
 
 def shares(read: Sequence[dict[str, str]], scenes: Sequence[world.Scene], names: Sequence[str]) -> str:
-    """Percentages of clips whose attributes are right, all clips first, then held-out pairs."""
+    """Percentages of right attributes, for all clips and for held-out pairs."""
     rights = np.array(
         [[each[name] == getattr(scene, name) for name in names] for each, scene in zip(read, scenes, strict=True)]
     )
@@ -48,30 +48,30 @@ def shares(read: Sequence[dict[str, str]], scenes: Sequence[world.Scene], names:
 
 
 def held(frames: Frames) -> Frames:
-    """Key frames, or one, as the reader takes a clip: each held until the next."""
+    """Key frames as a clip for the reader: each is held until the next."""
     moments = np.linspace(0, len(frames) - 1, NUM_FRAMES) if len(frames) > 1 else np.zeros(NUM_FRAMES)
     return resized(frames, SIZE)[np.floor(moments + 1e-9).astype(int)]
 
 
 def pixels(model: CogVideo, codes: torch.Tensor) -> UInt8[np.ndarray, "batch frames height width 3"]:
-    """Pictures of codes, `(batch, frames, slots)`."""
+    """Decode codes, `(batch, frames, slots)`, to pictures."""
     made = model.autoencoder.decode_pixels(codes.flatten(0, 1), chunk=8)
     return made.reshape(*codes.shape[:2], *made.shape[1:])
 
 
 def request(pipeline: CogVideoPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> Request:
-    """Key frames for each prompt."""
+    """Request of key frames for each prompt."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return Request(prompts, generators, replace(pipeline.settings, rounds=0))
 
 
 def first_frames(pipeline: CogVideoPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
-    """Codes of first frames, `(prompts, 1, slots)`."""
+    """Generate codes of first frames, `(prompts, 1, slots)`."""
     return hierarchy.first_frames(pipeline.model, request(pipeline, prompts, seeds))[:, None]
 
 
 def key_frames(pipeline: CogVideoPipeline, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
-    """Codes of key frames, `(prompts, frames, slots)`."""
+    """Generate codes of key frames, `(prompts, frames, slots)`."""
     return hierarchy.collect(hierarchy.generate(pipeline.model, request(pipeline, prompts, seeds)))
 
 
@@ -79,7 +79,7 @@ Draw = Callable[[CogVideoPipeline, Sequence[str], Sequence[int]], torch.Tensor]
 
 
 def drawn(pipeline: CogVideoPipeline, draw: Draw, prompts: Sequence[str], batch: int = 16) -> Iterator[Frames]:
-    """Frames for each prompt; the seed is its number."""
+    """Generate frames for each prompt; the seed is the number of the prompt."""
     numbers = range(len(prompts))
     for start in range(0, len(prompts), batch):
         part = numbers[start : start + batch]
@@ -102,20 +102,18 @@ def main(
         gate: tokenizer (reconstructions of whole clips), image (first frames) or sequential (key frames).
         emoji: a folder of animations with alpha and captions.csv.
         scenes: number of scenes.
-        limit: number of emoji, evenly spread; all unless given.
-        sheet: PNG with real pictures above the model's.
+        limit: number of emoji, evenly spread; all by default.
+        sheet: PNG file to write, with real pictures above the model's.
     """
-    pipeline, reader, chosen = (
-        CogVideoPipeline.from_pretrained(model),
-        Reader.load(),
-        unseen_scenes(scenes, PROMPTED, "simple"),
-    )
+    pipeline = CogVideoPipeline.from_pretrained(model)
+    reader = Reader.load()
+    chosen = unseen_scenes(scenes, PROMPTED, "simple")
     side = pipeline.model.config.frame_side
     fps, num_frames = {"tokenizer": (FPS, NUM_FRAMES), "image": (1.0, 1), "sequential": (1.0, 5)}[gate]
     names = ("object", "colour", "background") if gate == "image" else ATTRIBUTES
     real = [world.render(scene, side, fps, num_frames) for scene in chosen]
     readings = reader.read(np.stack(list(map(held, real))))
-    if gate == "image":  # where the figure is in the picture
+    if gate == "image":  # only scenes whose figure is visible
         clear = [each["object"] == scene.object for each, scene in zip(readings, chosen, strict=True)]
         real, readings, chosen = (
             [one for one, is_clear in zip(row, clear, strict=True) if is_clear] for row in (real, readings, chosen)
@@ -135,7 +133,7 @@ def main(
 
 
 def _emoji(pipeline: CogVideoPipeline, gate: str, folder: Path, limit: int | None, sheet: Path | None) -> None:
-    """Ranks of the right emoji among all of the folder, each on the background that training never showed."""
+    """Rank emoji among all in the folder, each on the background that never occurs in training."""
     side = pipeline.model.config.frame_side
     cut = {"tokenizer": slice(0, None, 2), "image": slice(1), "sequential": slice(0, None, 8)}[gate]
     items = list_source(str(folder), SourceOptions()).items
@@ -164,19 +162,19 @@ def _emoji(pipeline: CogVideoPipeline, gate: str, folder: Path, limit: int | Non
 
 
 def small(frames: Frames) -> UInt8[np.ndarray, "17 32 32 3"]:
-    """Frames as emoji are compared."""
+    """Frames at the size at which emoji are compared."""
     return resized(held(frames), retrieval.SIZE)
 
 
 def pairs(real: Sequence[Frames], made: Sequence[Frames], number: int) -> UInt8[np.ndarray, "height width 3"]:
-    """A contact sheet: real frames above the model's."""
+    """Contact sheet with real frames above the model's."""
     rows = [
         frames[:: max(1, len(frames) // 5)][:5]
         for place in evenly(len(real), number)
         for frames in (real[place], made[place])
     ]
     across = 1 if len(rows[0]) > 1 else 8
-    if across > 1:  # single frames: some clips side by side
+    if across > 1:  # single frames: several clips per row
         tops = [np.concatenate([np.concatenate([rows[2 * i], rows[2 * i + 1]], 1)], 0) for i in range(len(rows) // 2)]
         rows = [np.concatenate(tops[i : i + across]) for i in range(0, len(tops), across)]
     return contact_sheet(rows, columns=max(map(len, rows)))

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Trains the model in the box on one GPU, a piece at a time.
 # usage: recipes/pocket/gpu.sh EMOJI WORK RESULTS [LIMIT [DIFFERENCES...]]
-# Goes on in the folder WORK for LIMIT seconds (480), then writes into RESULTS all that the next piece needs: at most 8
-# files part-NN of 15 MB. The same command continues, also on a fresh machine where RESULTS holds the parts of the last
-# piece. The exit status is 0 when the model is complete and 75 when another piece is needed.
-# What Python lacks may lie as wheels in the folder `wheels` next to this, as pack.sh puts it there; PyTorch, pyarrow,
-# numpy, einops, safetensors, jaxtyping and sentencepiece must be installed.
+# Works in the folder WORK for LIMIT seconds (480), then writes everything that the next piece needs to RESULTS: at most
+# 8 files part-NN of 15 MB. The same command continues, also on a fresh machine with the files of the last piece in
+# RESULTS. The exit status is 0 if the model is complete and 75 if another piece is needed.
+# PyTorch, pyarrow, numpy, einops, safetensors, jaxtyping and sentencepiece must be installed. Other missing packages
+# are installed from the folder `wheels` next to this script, which pack.sh fills.
 set -euo pipefail
 
 SECONDS=0 # bash counts
@@ -19,7 +19,7 @@ differences=("$here/gpu.toml")
 for each in "${@:5}"; do differences+=("$(realpath -e "$each")"); done
 mkdir -p "$work" "$results"
 
-# Checkpoints that no later piece needs: of stages that are done, and all but the newest of the others.
+# Checkpoints that no later piece needs: those of finished stages, and all but the newest of the others.
 needless() {
     local run
     for run in model/.*-run; do
@@ -31,17 +31,17 @@ needless() {
     done
 }
 
-# Parts of WORK in RESULTS. What is too much to travel is left out, checkpoints first, then codes: it is made again.
+# Packs WORK into the parts in RESULTS. Omits the emoji and, if the rest is too large, checkpoints, then codes.
 pack() {
     local less=()
     for more in --exclude=emoji --exclude='model/.*-run/checkpoints' --exclude='./*-emoji' --exclude='./*-world'; do
         less+=("$more")
-        [ "$more" != "--exclude=./*-emoji" ] || continue # with those of the World
+        [ "$more" != "--exclude=./*-emoji" ] || continue # together with those of the World
         rm -f "$results"/part-*
         needless | tar --exclude-from=- "${less[@]}" --exclude='*.rgb' --exclude=frames.json --exclude=./site -cf - . |
             gzip -1 | split -b "$size" -d -a 2 - "$results/part-"
         [ "$(find "$results" -name 'part-*' | wc -l)" -gt "$most" ] || return 0
-        echo "gpu.sh: more than $most parts: another try with less" >&2
+        echo "gpu.sh: more than $most parts: trying again with less" >&2
     done
     echo "gpu.sh: $results has more than $most parts" >&2
     return 1
@@ -59,9 +59,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 import importlib.util, sys
 needed = "torch pyarrow numpy einops safetensors jaxtyping sentencepiece PIL tyro rich psutil"
 lacks = [name for name in needed.split() if importlib.util.find_spec(name) is None]
-sys.exit(f"gpu.sh: this Python lacks {', '.join(lacks)}" if lacks else 0)
+sys.exit(f"gpu.sh: missing Python packages: {', '.join(lacks)}" if lacks else 0)
 PYTHON
-cd "$work" # for sources of the same name in every piece
+cd "$work" # so that sources have the same name in every piece
 ln -sfn "$emoji" emoji
 status=0
 timeout --foreground --kill-after=$((stopping / 2)) $((limit - stopping - SECONDS)) \
@@ -71,5 +71,5 @@ case $status in
 0) echo "complete after $SECONDS seconds: $work/model" ;;
 124 | 137 | 143) status=75 ;;
 esac
-[ $status != 75 ] || echo "stopped after $SECONDS seconds: call again" >&2
+[ $status != 75 ] || echo "stopped after $SECONDS seconds: run again to continue" >&2
 exit $status

@@ -1,9 +1,9 @@
-"""The public animated emoji as clips to train on: `python recipes/pocket/layout.py GIFS OUT [--all]`.
+"""Converter of the public animated emoji to training clips: `python recipes/pocket/layout.py GIFS OUT [--all]`.
 
 GIFS is the folder `google-noto-emoji-gifs` of github.com/DeLTa-X-Tunisia/noto-emoji-animation-GIF (commit 9d8c6eaf),
-whose files are called such as `001_smile.gif`. OUT gets `clips/001_smile.webp`, 128 x 128 pixels with alpha, and
-`captions.csv`, our captions: those of the column `pocket`, which a small model can tell apart, or all 706. Art:
-Animated Noto Emoji by Google (googlefonts.github.io/noto-emoji-animation), CC BY 4.0.
+with files such as `001_smile.gif`. Into OUT go clips such as `clips/001_smile.webp`, 128 x 128 pixels with alpha, and
+our captions, `captions.csv`: those marked `pocket`, which a small model can tell apart, or all 706. Art: Animated Noto
+Emoji by Google (googlefonts.github.io/noto-emoji-animation), CC BY 4.0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SIDE = 128
 
 
 def layout(source: Path, out: Path, has_all: bool = False) -> list[str]:
-    """Write the clips that are chosen, or all; the names of those that are missing are returned."""
+    """Write the chosen clips, or all; returns the names of missing ones."""
     (out / "clips").mkdir(parents=True, exist_ok=True)
     missing = []
     rows = chosen(has_all)
@@ -44,7 +44,7 @@ def chosen(has_all: bool) -> list[dict[str, str]]:
 
 
 def convert(path: Path, target: Path) -> None:
-    """One animation, frame by frame, each as long as it was."""
+    """Convert an animation and keep the duration of each frame."""
     with Image.open(path) as image:
         frames = [frame.convert("RGBA") for frame in ImageSequence.Iterator(image)]
         durations = [frame.info.get("duration", 67) for frame in ImageSequence.Iterator(image)]

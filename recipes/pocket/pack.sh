@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Collects all that gpu.sh needs on a machine that can load nothing: usage: recipes/pocket/pack.sh EMOJI OUT [PYTHON]
-# EMOJI is the folder that layout.py writes, PYTHON the version over there (3.12). OUT becomes one folder below 60 MB:
-# the package without the model in the box, this recipe, the emoji, and wheels of small packages. Over there:
-# bash OUT/recipes/pocket/gpu.sh OUT/emoji WORK RESULTS
+# Collects everything that gpu.sh needs on a machine without a network.
+# usage: recipes/pocket/pack.sh EMOJI OUT [PYTHON]
+# EMOJI is the folder that layout.py writes, PYTHON the Python version of that machine (3.12). OUT becomes a folder
+# below 60 MB with the package without the model in the box, this recipe, the emoji, and wheels of small packages.
+# Copy it, then run: bash OUT/recipes/pocket/gpu.sh OUT/emoji WORK RESULTS
 set -euo pipefail
 
 emoji=${1:?usage: pack.sh EMOJI OUT [PYTHON]} out=${2:?usage: pack.sh EMOJI OUT [PYTHON]}

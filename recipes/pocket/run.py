@@ -1,8 +1,8 @@
-"""Trains the model in the box: `python recipes/pocket/run.py OUT EMOJI [DIFFERENCES ...]`.
+"""Training of the model in the box: `python recipes/pocket/run.py OUT EMOJI [DIFFERENCES ...]`.
 
-EMOJI is the folder that layout.py writes; OUT gets the codes, the bundle `model` and `report.html`. Killed and called
-again, it continues; parts that are done are passed over. DIFFERENCES are TOML files whose values replace those of
-recipe.toml, such as gpu.toml. All parts run in this process, which imports PyTorch once.
+EMOJI is the folder that layout.py writes. Codes, the bundle `model` and `report.html` go into OUT. If interrupted, run
+it again: it skips finished parts and continues. DIFFERENCES are TOML files whose values replace those of recipe.toml,
+such as gpu.toml. All parts run in this process, so PyTorch is imported only once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Recipe = dict[str, dict[str, Any]]
 
 
 def parts(out: str, emoji: str, data: dict[str, list[int]]) -> Iterator[tuple[str, list[str]]]:
-    """Name and command of each part, in their order. Codes are made before the first stage that learns from them."""
+    """Yield name and command of each part in order. Codes are made before the first stage that needs them."""
     model = f"{out}/model"
     copies, scenes = data["tokenizer"]
     sources = (emoji, f"world:simple:{scenes}")
@@ -45,13 +45,13 @@ def parts(out: str, emoji: str, data: dict[str, list[int]]) -> Iterator[tuple[st
             number = ("--copies", str(copies)) if source == emoji else ()
             made = ("--out", folder, "--tokenizer", model)
             yield Path(folder).name, ["data", "prepare", source, *made, *time, *number]
-        for stage in stages:  # a folder that is given several times counts several times
+        for stage in stages:  # a repeated folder counts several times
             yield stage, ["train", stage, "--data", *[folders[0]] * repeats, folders[1], "--out", model]
     yield "report", ["train", "report", model, "--out", f"{out}/report.html"]
 
 
 def merged(paths: Sequence[Path]) -> Recipe:
-    """Tables of the first file, with the values of the others in place of its own."""
+    """Merge TOML files; values of later files replace those of earlier ones."""
     tables: Recipe = {}
     for path in paths:
         for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items():
@@ -60,7 +60,7 @@ def merged(paths: Sequence[Path]) -> Recipe:
 
 
 def written(recipe: Recipe) -> str:
-    """The recipe as TOML, which writes texts, numbers, truth values and lists of them as JSON does."""
+    """Format the recipe as TOML, in which strings, numbers, booleans and lists are written as in JSON."""
     lines = [
         line
         for name, table in recipe.items()
@@ -70,7 +70,7 @@ def written(recipe: Recipe) -> str:
 
 
 def main(out: str, emoji: str, differences: Sequence[str]) -> int:
-    """All parts that are left; the exit status of the first one that fails, else 0."""
+    """Run the remaining parts; returns the exit status of the first one that fails, otherwise 0."""
     recipe, path = merged([RECIPE, *map(Path, differences)]), Path(out) / "recipe.toml"
     (Path(out) / "done").mkdir(parents=True, exist_ok=True)
     write_text(path, written(recipe))
