@@ -177,7 +177,7 @@ def _same(model: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def test_super_resolution() -> None:
-    """Guards neighbourhoods and portions: logits near those of the CPU in float32, codes that are drawn repeatably."""
+    """Guards neighborhoods and portions: logits near those of the CPU in float32, codes that are drawn repeatably."""
     trainer, batch = trainer_of("superres", TINY, 2, CPU)
     here = trainer.objective.model.float()
     there = _same(here)

@@ -55,7 +55,7 @@ LABELS = torch.arange(SIZES.num_codes) % 16
 def own_caches() -> Iterator[None]:
     """No plan of a pretended GPU outlives it."""
     yield
-    for cached in (plans._structure, video._places, upscaler.neighbourhoods):
+    for cached in (plans._structure, video._places, upscaler.neighborhoods):
         cached.cache_clear()
 
 

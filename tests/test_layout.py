@@ -316,7 +316,7 @@ def test_samplers_of_older_files() -> None:
         (lambda: StageConfig(window=3), "window is 3, expected an even number"),
         (lambda: StageConfig(window=-2), "window is -2, expected 0"),
         (lambda: LayoutConfig(grid=0), "grid is 0, expected a positive number"),
-        (lambda: LayoutConfig(text_slots=60), "frame_position 48 lies inside the 60 text positions"),
+        (lambda: LayoutConfig(text_slots=60), "frame_position is 48, expected at least the 60 text slots"),
         (lambda: TransformerConfig(hidden=250), "hidden 250 is not divisible by num_heads 4"),
         (lambda: TransformerConfig(num_layers=0), "num_layers is 0, expected a positive number"),
         (lambda: TransformerConfig(num_layers=10**9), "num_layers is 1000000000, expected at most 1000"),

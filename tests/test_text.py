@@ -167,7 +167,7 @@ def test_unconditional_text_may_be_empty(tokenizer: TextTokenizer) -> None:
 
 def test_lone_surrogates_are_refused(tokenizer: TextTokenizer) -> None:
     """Guards against a RuntimeError of a library for half an emoji out of a JSON request."""
-    with pytest.raises(ValueError, match="is no text in Unicode"):
+    with pytest.raises(ValueError, match="is not valid Unicode"):
         tokenizer.encode_caption("\ud83d", 4.0)
 
 
@@ -181,9 +181,9 @@ def test_decode_leaves_special_tokens_out(tokenizer: TextTokenizer) -> None:
 @pytest.mark.parametrize("token", [-1, 0, NUM_CODES - 1])
 def test_decode_refuses_what_is_no_text(tokenizer: TextTokenizer, token: int) -> None:
     """Guards against image codes read as pieces, among them by negative ids."""
-    with pytest.raises(ValueError, match="is no text"):
+    with pytest.raises(ValueError, match="is not text"):
         tokenizer.decode([token])
-    with pytest.raises(ValueError, match="is no text"):
+    with pytest.raises(ValueError, match="is not text"):
         tokenizer.decode([tokenizer.num_tokens])
 
 

@@ -1,7 +1,6 @@
-"""Frozen configuration of every part of the model, refused on construction when it cannot work.
+"""Frozen configurations of all parts of the model, validated on construction.
 
-Presets are tables of differences: the sizes of `pocket` are the defaults, the others say what they change. `tiny` is
-for trying the whole chain in minutes.
+Presets are tables of differences from the defaults. `tiny` is for trying the whole chain in minutes.
 """
 
 from __future__ import annotations
@@ -25,39 +24,35 @@ MOST_KEPT = 1_000_000
 """Limit of counts of codes and clusters."""
 
 DURATION_FORMAT = r"(\.\d)?[fg]?"
-"""How templates of texts may write a duration: 4.0, 4 (g), 4.00 (.2f)."""
+"""Formats of a duration that text templates may use: 4.0, 4 (g), 4.00 (.2f)."""
 
 
 class InputError(ValueError):
-    """A mistake of the user. The command line prints it in one line; every other error keeps its traceback."""
+    """A user mistake. The command line prints it on one line; every other error keeps its traceback."""
 
 
 def require(condition: bool, message: str) -> None:
-    """Refuse a user's value: `message` says what was got and what was expected.
-
-    Raises:
-        InputError: the condition does not hold.
-    """
+    """Raise `InputError` unless the condition holds; `message` gives the value and what was expected."""
     if not condition:
         raise InputError(message)
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of the sandwich-LayerNorm transformer that all stages share (paper section 3, released shapes)."""
+    """Sizes of the sandwich-LayerNorm transformer shared by all stages (paper section 3, released shapes)."""
 
     num_layers: int = 8
     """Number of blocks."""
     hidden: int = 256
     """Width of the residual stream."""
     num_heads: int = 4
-    """Attention heads of each channel; the head width is `hidden / num_heads`."""
+    """Attention heads per channel; the head width is `hidden / num_heads`."""
     vocab_size: int = 4096
     """Rows of the word embedding: image codes first, then text pieces and special tokens."""
     num_codes: int = 1024
     """Image codes: tokens `[0, num_codes)`."""
     start_of_image: int = 4093
-    """Token that is fed at slot 0 of every frame."""
+    """Token fed at slot 0 of every frame."""
     pad: int = 1024
     """Token that fills unused text slots."""
     num_positions: int = 256
@@ -95,18 +90,18 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """Numbers that place text and frames in a sequence; `layout.SequenceLayout` is made from them."""
+    """Sizes and positions of text and frames in a sequence; the source of `layout.SequenceLayout`."""
 
     grid: int = 8
     """Side of a frame in codes."""
     num_frames: int = 5
-    """Frames of one sequence of the video stages."""
+    """Frames in a sequence of the video stages."""
     text_slots: int = 48
-    """Text slots of the video stages, frame rate prefix included."""
+    """Text slots of the video stages, including the frame rate prefix."""
     image_text_slots: int = 48
     """Text slots of the image model."""
     frame_position: int = 48
-    """Position of slot 0 of frame 0; text positions lie below it."""
+    """Position of slot 0 of frame 0, above all text positions."""
 
     def __post_init__(self) -> None:
         for name in ("grid", "num_frames", "text_slots", "image_text_slots"):
@@ -114,20 +109,20 @@ class LayoutConfig:
         longest = max(self.text_slots, self.image_text_slots)
         require(
             self.frame_position >= longest,
-            f"frame_position {self.frame_position} lies inside the {longest} text positions",
+            f"frame_position is {self.frame_position}, expected at least the {longest} text slots",
         )
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What a video stage adds to the image model: the temporal channel."""
+    """Temporal channel that a video stage adds to the image model."""
 
     window: int = 0
-    """Side of the temporal attention's windows, in codes; 0 is full attention. Odd blocks shift them by half."""
+    """Side of the temporal windows, in codes; 0 is full attention. Odd blocks shift the windows by half."""
 
     def __post_init__(self) -> None:
         require(self.window >= 0, f"window is {self.window}, expected 0 (full attention) or a positive number")
-        require(self.window % 2 == 0, f"window is {self.window}, expected an even number: odd blocks shift by half")
+        require(self.window % 2 == 0, f"window is {self.window}, expected an even number to shift by half")
 
 
 @dataclass(frozen=True)
@@ -135,21 +130,24 @@ class UpscalerConfig:
     """Super-resolution of code grids (CogView2 'direct', spec section 4)."""
 
     ratio: int = 3
-    """Side of the high grid over side of the low grid."""
+    """Side of the high grid divided by the side of the low grid."""
     text_slots: int = 48
-    """Text slots in front of the low codes."""
+    """Text slots before the low codes."""
     low_position: int = 49
     """Position of the first low code."""
     high_rows: int = 9
-    """Rows of high slots that a high slot sees, itself in the middle."""
+    """Rows of high slots that a high slot sees, centered on itself."""
     high_columns: int = 5
-    """Columns of high slots that a high slot sees."""
+    """Columns of high slots that a high slot sees, centered on itself."""
     low_side: int = 5
-    """Rows and columns of low codes that a high slot sees around its coarse place."""
+    """Rows and columns of low codes that a high slot sees, centered on its own low code."""
 
     def __post_init__(self) -> None:
         require(self.ratio >= 1, f"ratio is {self.ratio}, expected at least 1")
-        require(self.low_position >= self.text_slots, f"low_position {self.low_position} lies inside the text")
+        require(
+            self.low_position >= self.text_slots,
+            f"low_position is {self.low_position}, expected at least the {self.text_slots} text slots",
+        )
         for name in ("high_rows", "high_columns", "low_side"):
             size = getattr(self, name)
             require(size > 0 and size % 2 == 1, f"{name} is {size}, expected a positive odd number")
@@ -157,32 +155,32 @@ class UpscalerConfig:
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The VQ image autoencoder (ICE, spec section 5): one encoder, one codebook, one decoder a rate."""
+    """The VQ image autoencoder (ICE, spec section 5): one encoder, one codebook, one decoder per rate."""
 
     channels: int = 32
-    """Width that the multipliers multiply."""
+    """Base width, scaled by the multipliers."""
     encoder_multipliers: tuple[int, ...] = (1, 2, 4)
     """Widths of the encoder's levels; each level but the last halves the side."""
     encoder_blocks: int = 2
-    """Residual blocks a level of the encoder."""
+    """Residual blocks per level of the encoder."""
     decoder_multipliers: tuple[tuple[int, ...], ...] = ((1, 1, 2, 4),)
-    """Widths of each decoder's levels, coarsest rate first; a decoder of n levels enlarges by `2 ** (n - 1)`."""
+    """Widths of each decoder's levels, coarsest rate first; n levels enlarge by `2 ** (n - 1)`."""
     decoder_blocks: int = 1
-    """Residual blocks a level of a decoder."""
+    """Residual blocks per level of a decoder."""
     embedding_dim: int = 64
     """Width of a codebook row."""
     num_codes: int = 1024
     """Rows of the codebook."""
     num_downsamplers: int = 1
-    """Residual down-samplers behind the encoder, each halving the side."""
+    """Residual downsamplers after the encoder, each halving the side."""
     rate: int = 8
-    """Rate that the video model uses: pixels of a side of one code."""
+    """Rate used by the video model: side of a code in pixels."""
     groups: int = 8
-    """Groups of GroupNorm. As many as channels, each normalised alone, learn far worse."""
+    """Groups of GroupNorm. One group per channel learns far worse."""
     nominal_resolution: int = 256
     """Input side that `attention_resolution` refers to."""
     attention_resolution: int = 16
-    """Decoder levels whose nominal side is this have attention after their residual blocks."""
+    """Nominal side of the decoder levels that have attention after their residual blocks."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Mean of red, green and blue, for pixels in [0, 1]."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -194,7 +192,7 @@ class AutoencoderConfig:
         for multipliers in (self.encoder_multipliers, *self.decoder_multipliers):
             require(
                 len(multipliers) > 0 and all(factor > 0 for factor in multipliers),
-                f"multipliers are {multipliers}, expected one positive number a level",
+                f"multipliers are {multipliers}, expected one positive number per level",
             )
         require(
             self.rates == tuple(sorted(set(self.rates), reverse=True)),
@@ -205,7 +203,7 @@ class AutoencoderConfig:
         require(
             all(self.encoder_rate <= rate <= coarsest for rate in self.rates),
             f"decoders have the rates {self.rates}, expected rates in [{self.encoder_rate}, {coarsest}]: "
-            f"those of an encoder of rate {self.encoder_rate} with {self.num_downsamplers} down-samplers",
+            f"those of an encoder of rate {self.encoder_rate} with {self.num_downsamplers} downsamplers",
         )
         require(self.rate in self.rates, f"rate is {self.rate}, expected one of {self.rates}")
         require(
@@ -216,21 +214,21 @@ class AutoencoderConfig:
 
     @property
     def encoder_rate(self) -> int:
-        """Pixels a side of one cell of the encoder's output."""
+        """Side in pixels of one cell of the encoder's output."""
         return 2 ** (len(self.encoder_multipliers) - 1)
 
     @property
     def rates(self) -> tuple[int, ...]:
-        """Rates of the decoders, in their order (coarsest first)."""
+        """Rates of the decoders, coarsest first."""
         return tuple(2 ** (len(multipliers) - 1) for multipliers in self.decoder_multipliers)
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """How captions become text tokens. Token id = `num_codes` + SentencePiece id; special tokens follow the pieces."""
+    """Templates that captions are put into before they are tokenized."""
 
     duration_template: str = "{duration:g}s<n>{caption}"
-    """Text of the video stages; `duration` is the seconds that the sequence's frames span."""
+    """Text of the video stages; `duration` is the time in seconds that the frames of a sequence span."""
     image_template: str = "<n>{caption}"
     """Text of the image model."""
     unconditional_caption: str = ""
@@ -247,7 +245,7 @@ class TextConfig:
             found = sorted(part for _, part, _, _ in parts if part is not None)
             require(found == fields, f"{got}, expected a text with the fields {fields}, each once, got {found}")
             for _, part, form, conversion in parts:
-                # Templates come with bundles, and "{caption:>99999999}" takes 100 MB a prompt.
+                # Templates come with bundles, and "{caption:>99999999}" would take 100 MB per prompt.
                 fits = re.fullmatch(DURATION_FORMAT if part == "duration" else "", form or "") and not conversion
                 require(
                     bool(fits), f"{got}, expected {{caption}}, and a duration such as {{duration}} or {{duration:g}}"
@@ -263,11 +261,11 @@ class SamplingConfig:
     top_k: int = 0
     """Keep the k most likely codes; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the fewest codes whose probabilities add up to p; 1 keeps all."""
+    """Keep the smallest set of most likely codes whose probabilities add up to p; 1 keeps all."""
     clusters: int = 0
     """Keep the k most likely clusters of codes (CogView2, CogVideo); 0 keeps all codes."""
     cluster_temperature: float = 0.89
-    """Divides the logits once more inside the chosen cluster."""
+    """Divides the logits again within the chosen cluster."""
     guidance: float = 1.0
     """Guidance scale; 1 disables guidance and halves the compute."""
 
@@ -286,7 +284,7 @@ class SamplingConfig:
         require(is_number(value, least, most), f"{name} is {value!r:.60}, expected {least} to {most}")
 
     def __or__(self, given: Mapping[str, Any]) -> SamplingConfig:
-        """These values, but for those that are given."""
+        """Replace the values that are given."""
         return replace(self, **given)
 
     @property
@@ -296,7 +294,7 @@ class SamplingConfig:
 
 
 def is_number(value: object, least: float, most: float) -> bool:
-    """Tell a number in a range from anything else."""
+    """Return True for a number in the range."""
     return isinstance(value, int | float) and least <= value <= most
 
 
@@ -314,7 +312,7 @@ class CogVideoConfig:
     first_sampling: SamplingConfig = SamplingConfig(clusters=16)  # frozen
     """Sampler and guidance of the first frame."""
     later_sampling: SamplingConfig = SamplingConfig(1.05, clusters=12, guidance=3.0)
-    """Sampler of all other frames, guidance of the key frames among them."""
+    """Sampler of all later frames, and guidance of the key frames among them."""
     superres_sampling: SamplingConfig = SamplingConfig(clusters=6, cluster_temperature=0.6)
     """Sampler of super-resolution, which is not guided."""
     text_bonus: float = 1.4
@@ -322,7 +320,7 @@ class CogVideoConfig:
 
     @property
     def frame_side(self) -> int:
-        """Pixels of a side of a frame, before super-resolution."""
+        """Side of a frame in pixels, before super-resolution."""
         return self.layout.grid * self.autoencoder.rate
 
     def __post_init__(self) -> None:
@@ -343,7 +341,7 @@ class CogVideoConfig:
             f"num_positions is {self.transformer.num_positions}, expected at least {needed}: text and one frame",
         )
         guidance, bonus = self.superres_sampling.guidance, self.text_bonus
-        require(guidance == 1, f"guidance of super-resolution is {guidance}, expected 1: it has none")
+        require(guidance == 1, f"guidance of super-resolution is {guidance}, expected 1: it is not guided")
         require(is_number(bonus, -LARGEST, LARGEST), f"text_bonus is {bonus}, expected {-LARGEST} to {LARGEST}")
 
 
@@ -356,8 +354,8 @@ _CALM: dict[str, Any] = {
     "superres_sampling": {"temperature": 0.0, "clusters": 0},
     "text_bonus": 0.0,
 }
-"""Samplers of small models: with the released ones, clips of `pocket` move five times as much as real ones, its first
-frames show the prompt less often, and its large frames have speckles."""
+"""Samplers of small models. With the released samplers, clips of `pocket` move five times as much as real
+ones, first frames show the prompt less often, and enlarged frames have speckles."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": _CALM
@@ -405,10 +403,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> CogVideoConfig:
-    """The configuration of that name.
+    """Configuration of a preset.
 
     Raises:
-        ValueError: no preset is called that.
+        ValueError: there is no such preset.
     """
     require(name in PRESETS, f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
     base, parts = CogVideoConfig(), {}
@@ -418,7 +416,7 @@ def preset(name: str) -> CogVideoConfig:
 
 
 def with_samplers(values: Any) -> Any:
-    """The table of a configuration as it is now, from one whose samplers were a flat table `drawing`."""
+    """Upgrade the table of a configuration whose samplers were one flat table, `drawing`."""
     if not isinstance(values, dict) or not isinstance(values.get("drawing"), dict):
         return values
     new, own = {name: value for name, value in values.items() if name != "drawing"}, CogVideoConfig()
@@ -432,10 +430,10 @@ def with_samplers(values: Any) -> Any:
 
 
 def from_dict(kind: type[T], values: Any) -> T:
-    """An object of `kind` from what `dataclasses.asdict` and JSON made of it.
+    """Build an object of `kind` from the JSON form of `dataclasses.asdict`.
 
     Raises:
-        ValueError: a field is missing, unknown or of another type, or its value is refused.
+        ValueError: a field is missing, unknown, of the wrong type, or has a bad value.
     """
     values = with_samplers(values) if kind is CogVideoConfig else values
     _check_fields(kind.__name__, kind, values)
@@ -447,7 +445,7 @@ def from_dict(kind: type[T], values: Any) -> T:
 
 
 def _check_fields(name: str, kind: Any, values: Any) -> None:
-    """Refuse tables that lack a field, which would get its default, or have one that nothing reads."""
+    """Refuse tables with a missing field, which would get its default, or with an unknown one."""
     inner = typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(values, dict):
         fields = {each.name for each in dataclasses.fields(kind)}
@@ -465,14 +463,14 @@ def _check_fields(name: str, kind: Any, values: Any) -> None:
 
 
 def check_version(values: Any, newest: int) -> dict[str, Any]:
-    """The other fields of a table that begins with its format version.
+    """Check the format version of a table and return its other fields.
 
     Raises:
-        ValueError: it is no such table, or a newer version wrote it.
+        ValueError: there is no valid version, or a newer version of the package wrote the table.
     """
     require(isinstance(values, dict), f"it holds {values!r:.40}, expected a table")
     version = values.get("format_version")
     require(type(version) is int and version > 0, f"format_version is {version!r}, expected a positive number")
-    newer = f"format_version is {version}, expected at most {newest}: a newer cogvideo wrote it, upgrade"
+    newer = f"format_version is {version}, expected at most {newest}: a newer cogvideo wrote it; upgrade"
     require(version <= newest, newer)
     return {name: value for name, value in values.items() if name != "format_version"}

@@ -1,4 +1,4 @@
-"""Operations that PyTorch does slowly on some devices, done in another way with the same result."""
+"""Faster equivalents of operations that are slow in PyTorch on some devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SHORT = 192
-"""Rows below which PyTorch's bfloat16 kernel for CPUs takes blocks of 32, and is slow backward."""
+"""Number of rows below which PyTorch's bfloat16 CPU kernel uses blocks of 32 and has a slow backward pass."""
 
 
 def softmax_attention(
@@ -21,16 +21,16 @@ def softmax_attention(
     v: Float[Tensor, "batch heads keys head_dim"],
     mask: Tensor | None,
 ) -> Float[Tensor, "batch heads rows head_dim"]:
-    """`scaled_dot_product_attention`, with a quick backward pass where few rows are in bfloat16 on a CPU.
+    """`scaled_dot_product_attention` with a fast backward pass for few rows in bfloat16 on a CPU.
 
     Args:
         q: queries.
         k: keys.
         v: values.
-        mask: true where a key is seen, or what is added to scores; None: all are seen.
+        mask: true where a key is seen, or numbers added to the scores; None if all keys are seen.
     """
     if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)  # under autocast, scores are narrower than weights
+        mask = mask.to(q.dtype)  # under autocast, scores have fewer bits than weights
     if _is_short(q) and torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v)):
         return _Short.apply(q, k, v, mask)  # type: ignore[no-untyped-call]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -41,7 +41,7 @@ def _is_short(q: Float[Tensor, "batch heads rows head_dim"]) -> bool:
 
 
 class _Short(torch.autograd.Function):
-    """Attention of few rows in bfloat16 on a CPU: PyTorch's kernel forward, whole matrix products backward."""
+    """PyTorch's attention kernel in the forward pass, whole matrix products in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -65,14 +65,14 @@ class _Short(torch.autograd.Function):
 def narrow(
     x: Float[Tensor, "batch heads slots head_dim"], runs: list[range | None]
 ) -> Sequence[Float[Tensor, "batch heads _ head_dim"]]:
-    """Views of runs of slots; None: of all."""
+    """Views of runs of slots; None stands for all slots."""
     if x.requires_grad and len(runs) > 1:
         return _Runs.apply(x, runs)  # type: ignore[no-untyped-call]
     return [x if run is None else x.narrow(2, run.start, len(run)) for run in runs]
 
 
 class _Runs(torch.autograd.Function):
-    """Views whose gradients add up in one tensor, where those of `narrow` would each be as large as the whole."""
+    """Views whose gradients are summed in one tensor; gradients of `narrow` would each be as large as `x`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, runs: list[range]) -> tuple[Tensor, ...]:
@@ -82,7 +82,7 @@ class _Runs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         batch, heads, slots, dim = ctx.shape
-        total = gradients[0].new_zeros(batch, slots, heads, dim).transpose(1, 2)  # as kernels lay them out
+        total = gradients[0].new_zeros(batch, slots, heads, dim).transpose(1, 2)  # the kernels' memory layout
         for run, gradient in zip(ctx.runs, gradients, strict=True):
             total.narrow(2, run.start, len(run)).add_(gradient)
         return total, None

@@ -1,7 +1,7 @@
-"""Where everything stands in a sequence: the only place that knows text length, frame size, frame order and positions.
+"""Layout of a sequence: the only module that knows text length, frame size, frame order and positions.
 
-Two words for one frame: its `place` is its place in the clip (and decides positions), its `rank` the order in which it
-is fed. docs/sequence.md has the drawings.
+The `place` of a frame is its position in the clip, which determines its position embeddings. Its `rank` is
+its position in the order of feeding. docs/sequence.md has diagrams.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cogvideo.config import LayoutConfig, UpscalerConfig, require
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Text slots, then frames of `grid x grid` codes in raster order (spec: layout (64, 464, 2064))."""
+    """Text slots, then frames of `grid x grid` codes in raster order (released sizes: (64, 464, 2064))."""
 
     text_slots: int
     """Slots of left-padded text."""
@@ -28,30 +28,30 @@ class SequenceLayout:
     frame_position: int
     """Position of slot 0 of the frame at place 0."""
     order: tuple[int, ...]
-    """Place of the frame of each rank: the order in which frames are fed."""
+    """Places of the frames in the order of feeding, one per rank."""
     num_bidirectional: int = 0
-    """Leading ranks that see themselves and each other in full; all later ranks are causal."""
+    """Number of leading ranks that see themselves and each other in full; later ranks are causal."""
     loss_places: tuple[int, ...] = (0,)
     """Places of the frames that carry loss in training."""
 
     @classmethod
     def text_to_image(cls, config: LayoutConfig) -> SequenceLayout:
-        """One causal frame after its text."""
+        """Layout of one causal frame after its text."""
         return cls(config.image_text_slots, config.grid, config.frame_position, order=(0,))
 
     @classmethod
     def sequential(cls, config: LayoutConfig) -> SequenceLayout:
-        """Frames in their natural order, all causal; frame 0 belongs to the image model and carries no loss."""
+        """Layout of causal frames in order of time. Frame 0, the image model's, carries no loss."""
         places = tuple(range(config.num_frames))
         return cls(config.text_slots, config.grid, config.frame_position, places, loss_places=places[1:])
 
     @classmethod
     def interpolation(cls, config: LayoutConfig, num_given: int | None = None) -> SequenceLayout:
-        """Frames at even places first, seen in both directions, then those at odd places, which are generated.
+        """Layout of bidirectional frames at even places, then generated, causal frames at odd places.
 
         Args:
             config: sizes.
-            num_given: frames at even places; as many as `config.num_frames` holds by default.
+            num_given: frames at even places; by default, all of `config.num_frames`.
         """
         most = (config.num_frames + 1) // 2
         num_given = most if num_given is None else num_given
@@ -63,22 +63,22 @@ class SequenceLayout:
 
     @property
     def num_frames(self) -> int:
-        """Frames of the sequence."""
+        """Number of frames of the sequence."""
         return len(self.order)
 
     @property
     def frame_slots(self) -> int:
-        """Slots of one frame."""
+        """Number of slots of one frame."""
         return self.grid**2
 
     @property
     def length(self) -> int:
-        """Slots of text and all frames."""
+        """Number of slots of text and all frames."""
         return self.text_slots + self.num_frames * self.frame_slots
 
     @property
     def first_extra_position(self) -> int:
-        """Positions from here on use the video channel's own table."""
+        """First position that uses the video channel's own table."""
         return self.frame_position + self.frame_slots
 
     def loss_slots(self) -> Int64[Tensor, " slots"]:
@@ -87,11 +87,11 @@ class SequenceLayout:
         return torch.cat([torch.arange(self.frame_slots) + rank * self.frame_slots for rank in ranks])
 
     def text_positions(self, mask: Bool[Tensor, "batch text"]) -> Int64[Tensor, "batch text"]:
-        """Positions from 0 at the first real token; pads stand at 0."""
+        """Positions of text, counted from 0 at the first real token; padding has position 0."""
         return (mask.cumsum(1) - 1).clamp(min=0)
 
     def frame_positions(self, ranks: range) -> Int64[Tensor, " slots"]:
-        """Positions of all slots of the frames of these ranks."""
+        """Positions of all slots of the frames with these ranks."""
         places = torch.tensor([self.order[rank] for rank in ranks], dtype=torch.int64)
         slots = self.frame_position + torch.arange(self.frame_slots)
         return (places[:, None] * self.frame_slots + slots).flatten()
@@ -103,15 +103,15 @@ class SequenceLayout:
     def feed(
         self, codes: Int64[Tensor, "batch frames slots"], start_of_image: int
     ) -> Int64[Tensor, "batch frames*slots"]:
-        """The input shift: slot 0 of every frame is fed `<start_of_image>`, slot j > 0 the frame's code j - 1."""
+        """Input shift: slot 0 of every frame is fed `<start_of_image>`, slot j > 0 the frame's code j - 1."""
         start = codes.new_full((*codes.shape[:2], 1), start_of_image)
         return torch.cat([start, codes[..., :-1]], dim=2).flatten(1)
 
     def check_given(self, codes: Int64[Tensor, "batch frames slots"], num_codes: int) -> int:
-        """How many frames are given, as the leading ranks.
+        """Check given frames, which are the leading ranks, and return their number.
 
         Raises:
-            ValueError: the shape is wrong, there are too few or too many frames, or a code is no row of the codebook.
+            ValueError: the shape is wrong, there are too few or too many frames, or a code is out of range.
         """
         require(
             codes.ndim == 3 and codes.shape[2] == self.frame_slots,
@@ -125,20 +125,20 @@ class SequenceLayout:
 
 @dataclass(frozen=True)
 class UpscaleLayout:
-    """Text, the low codes of one frame (fed as themselves) and its high slots (spec section 4: (96, 496, 4096))."""
+    """Text, the unshifted low codes of one frame, and its high slots (spec section 4: (96, 496, 4096))."""
 
     text_slots: int
     """Slots of left-padded text."""
     low_grid: int
     """Side of the low frame in codes."""
     ratio: int
-    """High slots a side of one low code."""
+    """Side of one low code in high slots."""
     low_position: int
     """Position of the first low code."""
 
     @classmethod
     def of(cls, layout: LayoutConfig, upscaler: UpscalerConfig) -> UpscaleLayout:
-        """The layout of super-resolution for these sizes."""
+        """Layout of super-resolution for these sizes."""
         return cls(upscaler.text_slots, layout.grid, upscaler.ratio, upscaler.low_position)
 
     @property
@@ -148,12 +148,12 @@ class UpscaleLayout:
 
     @property
     def low_slots(self) -> int:
-        """Low codes of a frame."""
+        """Number of low codes of a frame."""
         return self.low_grid**2
 
     @property
     def high_slots(self) -> int:
-        """High codes of a frame."""
+        """Number of high codes of a frame."""
         return self.high_grid**2
 
     def low_positions(self, device: torch.device | None = None) -> Int64[Tensor, " low"]:
@@ -162,7 +162,7 @@ class UpscaleLayout:
 
 
 def check_code_range(codes: Tensor, num_codes: int) -> None:
-    """Refuse codes that are no row of the codebook."""
+    """Refuse codes outside the codebook."""
     require(codes.dtype == torch.int64, f"got codes of type {codes.dtype}, expected torch.int64")
     if codes.numel():
         low, high = codes.min().item(), codes.max().item()
@@ -170,20 +170,20 @@ def check_code_range(codes: Tensor, num_codes: int) -> None:
 
 
 Cells = tuple[Tensor, ...]
-"""A partition of a frame's slots into cells; each entry is (cells, area): cells of one size, slots ascending."""
+"""Partition of a frame's slots into cells. Each entry, (cells, area), has cells of one size, slots sorted."""
 
 
 @lru_cache(maxsize=64)
 def cells(grid: int, window: int, shifted: bool) -> Cells:
-    """The slots that see each other in one block of the temporal channel (paper, shifted-window attention).
+    """Group the slots that see each other in one temporal block (paper, shifted-window attention).
 
-    Cyclically shifted windows whose parts may only see the same unrolled region are nothing but another partition: the
-    cuts move by half a window and the first and last strip are half as wide. So no mask is needed inside a cell.
+    Cyclically shifted windows whose slots only see their own unrolled region are just another partition: cuts
+    move by half a window, and the outer strips are half as wide. So no mask is needed inside a cell.
 
     Args:
         grid: side of a frame.
-        window: side of a window; 0 is one cell for the whole frame.
-        shifted: whether the block shifts its windows by half (odd blocks do).
+        window: side of a window; 0 makes the whole frame one cell.
+        shifted: shift the windows by half, as odd blocks do.
 
     Raises:
         ValueError: `grid` is not divisible by `window`.
@@ -197,7 +197,7 @@ def cells(grid: int, window: int, shifted: bool) -> Cells:
 
 
 def kinds(window: int) -> tuple[bool, ...]:
-    """Whether windows are shifted, in each kind of block of the temporal channel; blocks take turns."""
+    """Values of `shifted` in the kinds of temporal blocks, which alternate."""
     return (False, True) if window else (False,)
 
 
@@ -209,9 +209,9 @@ def _cuts(grid: int, window: int, shifted: bool) -> list[tuple[int, int]]:
 
 
 def lag(grid: int, window: int) -> int:
-    """Slots by which a frame of a stage must trail the frame before it when both are decoded at once.
+    """Number of slots by which a frame must trail the previous frame when both are decoded in parallel.
 
-    A slot may see every slot of its cell in an earlier frame. Those must have been fed in the same pass at the latest,
-    so the frame trails by the largest distance from a slot to the last slot of its cell, over both kinds of blocks.
+    A slot may see every slot of its cell in an earlier frame, and those must be fed in the same pass or
+    before. So the lag is the largest distance from a slot to the last slot of its cell, in any kind of block.
     """
     return max(int((cell[:, -1:] - cell).max()) for shifted in kinds(window) for cell in cells(grid, window, shifted))

@@ -1,8 +1,8 @@
-"""Weights packed for the CPU: oneDNN's own layout reads three times faster than `F.linear` at a few rows.
+"""Weights packed for the CPU: with few rows, oneDNN's own layout is three times faster than `F.linear`.
 
-The operators are private to PyTorch, but what its own compiler emits when it freezes weights (2.11 to 2.13). Where they
-do not exist or do not apply, `pack` leaves a layer as it is. A packed layer computes every row in the same way whatever
-the number of rows, so that a sample does not depend on its batch to the last bit.
+The operators are private to PyTorch, but its compiler emits them when it freezes weights (2.11 to 2.13).
+`pack` skips layers if the operators are missing or do not apply. A packed layer computes each row the same
+way for any number of rows, so a sample does not depend on its batch, to the last bit.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from cogvideo.models.transformer import Base, Words
 M = TypeVar("M", bound=nn.Module)
 
 WORTH_PACKING = 1 << 16
-"""Elements of a weight from which reading it takes longer than starting oneDNN's operator (measured)."""
+"""Number of weights from which reading them takes longer than starting oneDNN's operator (measured)."""
 
 FASTEST_ROWS = 6
-"""Rows at which oneDNN reads packed weights fastest, by a third faster than at one or two (measured), as many as a step
-of decoding has. So one to three rows are repeated up to it."""
+"""Number of rows at which oneDNN reads packed weights fastest: a third faster than at one or two, the rows of
+a decoding step (measured). So one to three rows are repeated up to this number."""
 
 ALIKE_ROWS = 32
-"""Rows up to which oneDNN adds up every row in the same order in bfloat16 with AMX, wherever it stands; with more, the
-order depends on how many there are (measured for 256 to 12,288 inputs). So more are computed in pieces."""
+"""Number of rows up to which oneDNN sums every row in the same order, in bfloat16 with AMX; beyond it, the
+order depends on their number (measured for 256 to 12,288 inputs). So more rows are computed in pieces."""
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for inference alone: it has no parameters to train or to save."""
+    """Linear layer for inference only, without parameters to train or save."""
 
     def __init__(self, weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class PackedLinear(nn.Module):
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(*x.shape[:2], -1)
 
     def _few(self, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
-        """As many as go into the operator at once, or more copies of them."""
+        """Product of rows, repeated up to `FASTEST_ROWS` if they are few."""
         copies = FASTEST_ROWS // len(rows)
         return self._product(rows) if copies < 2 else self._product(torch.cat([rows] * copies))[: len(rows)]
 
@@ -55,7 +55,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedWords(Words):
-    """A word embedding for inference, with a packed copy of its code rows."""
+    """Word embedding for inference, with a packed copy of its code rows."""
 
     def __init__(self, base: Base) -> None:
         with torch.device("meta"):
@@ -64,12 +64,12 @@ class PackedWords(Words):
         self.codes = PackedLinear(self.weight[: self.num_codes], None)
 
     def code_logits(self, x: Float[Tensor, "batch rows hidden"]) -> Float[Tensor, "batch rows codes"]:
-        """The product with the rows of image codes."""
+        """Logits of image codes."""
         return self.codes(x)
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN packs weights of this device and dtype here."""
+    """Return True if oneDNN can pack weights of this device and dtype on this machine."""
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
@@ -81,21 +81,21 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def sharing(module: M) -> M:
-    """A copy that has the same parameters in memory: what is then replaced in it stays as it is in `module`."""
+    """Copy a module that shares its parameters; replacing layers of the copy does not change `module`."""
     tensors = [*module.parameters(), *module.buffers()]
     return deepcopy(module, {id(each): each for each in tensors})
 
 
 def num_bytes(module: nn.Module) -> int:
-    """Memory of its weights, packed ones too."""
+    """Memory of a module's weights in bytes, including packed ones."""
     packed = [each.packed for each in module.modules() if isinstance(each, PackedLinear)]
     return sum(each.numel() * each.dtype.itemsize for each in [*module.parameters(), *module.buffers(), *packed])
 
 
 def pack(module: nn.Module) -> None:
-    """Replace the linear layers of a base or a channel by packed ones, in place, each layer's weights freed at once.
+    """Replace the linear layers of a base or a channel by packed ones, in place, freeing weights as it goes.
 
-    The module can then neither be trained nor saved: pack one of your own, or a copy (`sharing`). Packing twice does
+    The module can then be neither trained nor saved: pack your own, or a copy (`sharing`). Packing again does
     nothing.
     """
     for owner in list(module.modules()):

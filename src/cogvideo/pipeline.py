@@ -1,4 +1,4 @@
-"""Text to video: the stages in a chain, one generator of finished frames for whoever shows them."""
+"""Text to video: the chain of stages as one generator of finished frames."""
 
 from __future__ import annotations
 
@@ -30,42 +30,42 @@ if TYPE_CHECKING:
     import PIL.Image
 
 Picture = Union["PIL.Image.Image", UInt8[np.ndarray, "_ _ 3"]]
-"""An image: of Pillow, or red, green and blue."""
+"""A Pillow image, or an RGB array."""
 
 
 class Frame(NamedTuple):
-    """A frame of every clip of a batch, which will not change any more."""
+    """A finished frame of every clip of a batch."""
 
     stage: str
     """`given`, `image`, `sequential` or `interpolation`."""
     place: int
-    """Its place in the clip, of `num_frames`."""
+    """Place in the clip, from 0."""
     num_frames: int
-    """Frames of the whole clip."""
+    """Number of frames of the whole clip."""
     codes: Int64[Tensor, "batch slots"]
     pixels: UInt8[np.ndarray, "batch height width 3"]
-    """Red, green and blue."""
+    """RGB pixels."""
 
 
 class Clips(NamedTuple):
     """Finished clips."""
 
     frames: UInt8[np.ndarray, "batch frames height width 3"]
-    """Red, green and blue."""
+    """RGB pixels."""
     codes: Int64[Tensor, "batch frames slots"]
     fps: float
-    """Frames a second."""
+    """Frames per second."""
 
 
 class CogVideoPipeline:
     """Text to video with one model.
 
     Args:
-        model: with base, sequential stage, text and image tokenizer; interpolation and super-resolution where wanted.
-            It stays as it is: what it has not loaded, the pipeline loads for itself, in the order that a CPU reads
-            fastest. Of weights that it has loaded on a CPU there is a second copy in that order while clips are made.
-        offload: keep in memory only the weights of the part at work, and read them again for every clip. Frames are
-            then shown at the end, since they become pixels when all codes are there.
+        model: a model with base, sequential stage, text and image tokenizer, and optionally interpolation and
+            super-resolution. It is never changed. The pipeline loads missing weights for itself, packed for
+            the CPU. Weights that the model has loaded on a CPU are in memory twice during generation.
+        offload: keep only the weights of the current phase in memory, and load them again for every clip. All
+            frames are then shown at the end, since they are decoded to pixels once all codes are there.
     """
 
     def __init__(self, model: CogVideo, offload: bool = False) -> None:
@@ -82,12 +82,12 @@ class CogVideoPipeline:
         device: str | torch.device = "cpu",
         offload: bool = False,
     ) -> CogVideoPipeline:
-        """The pipeline of a bundle in a folder, of one on the Hugging Face Hub, or of the `pocket` model in the box.
+        """Load a bundle from a folder or the Hugging Face Hub, or the model in the box (`pocket`).
 
         Args:
             name: folder, id (`owner/name`), or `pocket`.
-            dtype: of the weights; unless given, float32 on a CPU, which is exact, and bfloat16 on a GPU.
-            device: where the model is.
+            dtype: type of the weights; by default float32 on a CPU and bfloat16 on a GPU.
+            device: device of the model.
             offload: see the class.
 
         Raises:
@@ -111,25 +111,26 @@ class CogVideoPipeline:
         callback: Callable[[Frame], None] | None = None,
         settings: Settings | None = None,
     ) -> Clips:
-        """Clips of one prompt or several.
+        """Generate clips from one or more prompts.
 
         Args:
-            prompt: text, or several.
-            image: the first frame, cut to a square.
-            video: frames to go on from, at the rate of the clip (8 a second with three rounds).
-            last_image: the last frame, from `image` on.
-            loop: end where the clip began.
-            negative_prompt: text to move away from, instead of the unconditional one; empty for that. As in
-                `settings` unless given.
-            num_samples: clips of each prompt.
-            generator: one a clip, on the CPU. A single one makes the first clip; the next clips get the seeds that
-                follow its own, or, where it was drawn from before, seeds that it draws. Random unless given.
-            guidance_scale: guidance of key frames; 1 disables it and halves the compute. As in `settings` unless given.
+            prompt: a text, or a sequence of texts.
+            image: the first frame, cropped to a square.
+            video: frames to continue, at the rate of the clip (8 per second with three rounds).
+            last_image: the last frame; needs `image`.
+            loop: end the clip where it began.
+            negative_prompt: text that replaces the unconditional text of guidance; empty for none. By
+                default, that of `settings`.
+            num_samples: clips per prompt.
+            generator: one CPU generator per clip. A single one generates the first clip; later clips get the
+                seeds after its own or, if it has been used before, seeds that it draws. Random by default.
+            guidance_scale: guidance of key frames; 1 disables it and halves the compute. By default, that of
+                `settings`.
             callback: called with each frame when it is finished.
-            settings: all else that decides a clip; the model's own unless given.
+            settings: all other choices; by default, the model's own.
 
         Raises:
-            ValueError: something cannot be used, or the model lacks a part.
+            ValueError: an argument cannot be used, or the model lacks a component.
         """
         settings = self.settings if settings is None else settings
         require(isinstance(settings, Settings), f"settings is {settings!r:.60}, expected Settings")
@@ -145,7 +146,7 @@ class CogVideoPipeline:
         are_texts = isinstance(texts, Sequence) and len(texts) > 0 and all(isinstance(each, str) for each in texts)
         require(are_texts, f"prompt is {prompt!r:.60}, expected a text or a sequence of texts")
         prompts = [each for each in texts for _ in range(num_samples)]
-        require(image is None or video is None, "got an image and a video to start from, expected one of them")
+        require(image is None or video is None, "got an image and a video to start from, expected only one")
         first = [image] if image is not None else video
         given = None if first is None else self.encode(first)
         last = None if last_image is None else self.encode([last_image])[0]
@@ -159,19 +160,19 @@ class CogVideoPipeline:
 
     @property
     def settings(self) -> Settings:
-        """The model's own."""
+        """Settings of the model's own configuration."""
         return Settings.of(self.model.config)
 
     def fps(self, settings: Settings) -> float:
-        """Frames a second of a clip that is made with these settings."""
+        """Frames per second of a clip with these settings."""
         return (self.num_frames(settings) - 1) / settings.duration
 
     def num_frames(self, settings: Settings) -> int:
-        """Frames of a clip that is made with these settings."""
+        """Number of frames of a clip with these settings."""
         return (self.model.config.layout.num_frames - 1) * 2**settings.rounds + 1
 
     def encode(self, pictures: Iterable[Picture]) -> Int64[Tensor, "frames slots"]:
-        """Codes of pictures, cut to squares of the model's size.
+        """Encode pictures, cropped to squares of the model's size.
 
         Raises:
             ValueError: the model has no image tokenizer.
@@ -180,27 +181,27 @@ class CogVideoPipeline:
 
         view = View(self.model.config.frame_side)
         seen = [look(as_image(each), view).pixels for each in pictures]
-        require(len(seen) > 0, "got no pictures, expected one or several")
+        require(len(seen) > 0, "got no pictures, expected one or more")
         return self._packed().autoencoder.encode_pixels(np.stack(seen))
 
     def stream(
         self, prompts: Sequence[str], generators: Sequence[torch.Generator], settings: Settings | None = None
     ) -> Iterator[Frame]:
-        """Frames as they are finished, not in order of time; see `frames`.
+        """Yield frames as they are finished, not in order of time; see `frames`.
 
         Args:
-            prompts: one a clip.
-            generators: one CPU generator a clip.
-            settings: all else that decides a clip; the model's own unless given.
+            prompts: one per clip.
+            generators: one CPU generator per clip.
+            settings: all other choices; by default, the model's own.
         """
         return self.frames(Request(prompts, generators, settings or self.settings))
 
     def frames(self, request: Request) -> Iterator[Frame]:
-        """Frames as they are finished, not in order of time. A clip depends on its prompt, generator and settings.
+        """Yield frames as they are finished, not in order of time.
 
         Raises:
-            ValueError: a prompt or a setting cannot be used, the model lacks a part, or there is too little memory. At
-                the call, before weights are loaded.
+            ValueError: a prompt or setting cannot be used, the model lacks a component, or there is too
+                little memory. Raised at the call, before weights are loaded.
         """
         there, settings = self.model.components, request.settings
         require("image_tokenizer" in there, f"this model has no image_tokenizer for pixels; it has {', '.join(there)}")
@@ -216,13 +217,13 @@ class CogVideoPipeline:
         return _shown(model, frames, text, settings.superres, own)
 
     def check_memory(self, settings: Settings, batch: int) -> None:
-        """Refuse clips that do not fit; each kind is computed once.
+        """Refuse clips that do not fit into memory; results are cached.
 
         Raises:
-            ValueError: too little memory is free; the message says what is needed and what helps.
+            ValueError: too little memory is free; the message says how much is needed and what helps.
         """
         if (settings, batch) not in self._fitting:
-            dtype = self.model.dtype or torch.bfloat16  # weights as they are stored have 16 bits at least
+            dtype = self.model.dtype or torch.bfloat16  # stored weights have at least 16 bits
             held = self._packed().num_bytes
             require_memory(self.model, settings, dtype, self.model.device, batch, self.offload, held)
             self._fitting.add((settings, batch))
@@ -238,7 +239,7 @@ def _shown(
     sampling: SamplingConfig,
     generators: list[torch.Generator],
 ) -> Iterator[Frame]:
-    """Pixels of the frames, enlarged where there is a text to do it with."""
+    """Decode frames to pixels, enlarged first if there is a text for super-resolution."""
     noise: list[list[torch.Generator]] = []
     for frame in frames:
         noise = noise or [spawn(generator, frame.num_frames) for generator in generators]
@@ -249,14 +250,14 @@ def _shown(
 
 
 def _offloaded(model: Packed, frames: Iterator[Finished]) -> Iterator[Finished]:
-    """All codes first, without the weights that drew them afterwards."""
+    """Compute all codes, release the weights, then yield the frames."""
     found = list(frames)
     model.release()
     yield from found
 
 
 def collect(frames: Iterable[Frame], fps: float) -> Clips:
-    """All frames of a batch in order of time."""
+    """Arrange the frames of a batch in order of time."""
     ordered = sorted(frames, key=lambda frame: frame.place)
     return Clips(
         np.stack([frame.pixels for frame in ordered], 1), torch.stack([frame.codes for frame in ordered], 1), fps
@@ -268,10 +269,10 @@ def export_to_video(
     output_video_path: str | PathLike[str],
     fps: float = 8,
 ) -> str:
-    """Write one clip as mp4, gif or webp, by the suffix of the path; the path is returned.
+    """Write one clip as mp4, gif or webp, by the suffix of the path, and return the path.
 
     Raises:
-        ValueError: another suffix, no frames or others than those of one clip, or a rate that the format does not have.
+        ValueError: the suffix is unknown, the frames are not those of one clip, or the format lacks the rate.
         OSError: the file cannot be written.
     """
     pictures = [np.asarray(each) for each in video_frames]
@@ -287,7 +288,7 @@ def export_to_video(
 
 
 def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, clips: int) -> list[torch.Generator]:
-    expected = f"generator is {generator!r:.60}, expected one torch.Generator a clip"
+    expected = f"generator is {generator!r:.60}, expected one torch.Generator per clip"
     if isinstance(generator, Sequence):
         require(len(generator) > 0 and all(isinstance(each, torch.Generator) for each in generator), expected)
         return list(generator)
@@ -299,4 +300,4 @@ def _one_each(generator: torch.Generator | Sequence[torch.Generator] | None, cli
     fresh = [torch.Generator().manual_seed((first + number) % 2**63) for number in range(clips)]
     if torch.equal(generator.get_state(), fresh[0].get_state()):
         return [generator, *fresh[1:]]
-    return [generator, *spawn(generator, clips - 1)]  # one that was drawn from goes on, and so do the others
+    return [generator, *spawn(generator, clips - 1)]  # a used generator continues

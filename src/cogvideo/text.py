@@ -22,22 +22,22 @@ from cogvideo.layout import check_code_range
 PAD_PIECE = "<pad>"
 LINE_BREAK_PIECE = "<n>"
 SPECIAL_TOKENS = ("<start_of_image>", "<start_of_english>", "<start_of_chinese>")
-"""Appended after the last piece, in this order; the text model does not know them."""
+"""Tokens that follow the last piece, in this order; the text model does not know them."""
 
 
 class TextTokenizer:
-    """Text to tokens and back: token = `num_codes` + SentencePiece id, the special tokens follow the last piece.
+    """Text to tokens and back: token = `num_codes` + SentencePiece id; special tokens follow the last piece.
 
-    A line break is the token `<n>`. Whatever else stands in a text is text: a caption that spells `<pad>` or `<n>` gets
-    the pieces of its characters, never the token of that name.
+    A line break is the token `<n>`. Everything else is plain text: a caption that spells `<pad>` or `<n>`
+    gets the pieces of its characters, never the token of that name.
 
     Args:
-        model: a serialized SentencePiece model with the pieces `<pad>` and `<n>` (released: `ice_text.model`).
-        config: the templates that captions are put in.
-        num_codes: image codes in front of the pieces.
+        model: serialized SentencePiece model with the pieces `<pad>` and `<n>` (released: `ice_text.model`).
+        config: the templates that captions are put into.
+        num_codes: number of image codes, which precede the pieces.
 
     Raises:
-        ValueError: `model` is no SentencePiece model, or one of the two pieces is missing.
+        ValueError: `model` is not a SentencePiece model, or lacks one of the two pieces.
     """
 
     def __init__(self, model: bytes, config: TextConfig, num_codes: int) -> None:
@@ -55,10 +55,10 @@ class TextTokenizer:
 
     @classmethod
     def from_file(cls, path: str | PathLike[str], config: TextConfig, num_codes: int) -> TextTokenizer:
-        """The tokenizer whose SentencePiece model is the file `path`.
+        """Load the tokenizer from a SentencePiece model file.
 
         Raises:
-            ValueError: the file cannot be read or is no usable text model.
+            ValueError: the file cannot be read or is not a usable text model.
         """
         try:
             return cls(Path(path).read_bytes(), config, num_codes)
@@ -67,10 +67,10 @@ class TextTokenizer:
             raise InputError(f"cannot use the text model {path}: {reason}") from error
 
     def check(self, transformer: TransformerConfig) -> None:
-        """Refuse a transformer that was not made for this vocabulary.
+        """Refuse a transformer that does not fit this vocabulary.
 
         Raises:
-            ValueError: the image codes or a token that both name differ, or the word embedding has too few rows.
+            ValueError: the image codes or a special token differ, or the word embedding has too few rows.
         """
         for name in ("num_codes", "pad", "start_of_image"):
             ours, theirs = getattr(self, name), getattr(transformer, name)
@@ -82,10 +82,10 @@ class TextTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text; lines are encoded one by one, as the released pipeline does with prefix and caption.
+        """Encode a text line by line, as the released pipeline does with prefix and caption.
 
         Raises:
-            ValueError: the text holds lone surrogates, which are no characters.
+            ValueError: the text has lone surrogates, which are not characters.
         """
         first, *others = text.replace("\r\n", "\n").split("\n")
         tokens = self._encode_line(first)
@@ -94,7 +94,7 @@ class TextTokenizer:
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, special tokens left out; what the model normalizes away in `encode` stays lost.
+        """Decode tokens to text without special tokens; normalization in `encode` is not undone.
 
         Raises:
             ValueError: a token is an image code or outside the vocabulary.
@@ -103,7 +103,7 @@ class TextTokenizer:
         for token in tokens:
             require(
                 self.num_codes <= token < self.num_tokens,
-                f"token {token} is no text, expected an id in [{self.num_codes}, {self.num_tokens})",
+                f"token {token} is not text, expected an id in [{self.num_codes}, {self.num_tokens})",
             )
             if token == self.line_break:
                 lines.append([])
@@ -112,54 +112,53 @@ class TextTokenizer:
         return "\n".join(self._processor.decode(line) for line in lines)
 
     def encode_caption(self, caption: str, duration: float) -> list[int]:
-        """Tokens for the video stages: `duration_template` with the seconds that the frames of a sequence span.
+        """Encode a caption for the video stages, with the seconds that the frames of a sequence span.
 
         Raises:
-            ValueError: nothing of the caption is left for the model, or `duration` is no positive number.
+            ValueError: normalization leaves nothing of the caption, or `duration` is not a positive number.
         """
         return self._encode_duration(self._strip(caption), duration)
 
     def encode_unconditional(self, duration: float) -> list[int]:
-        """Tokens of the unconditional rows of guidance in the video stages, at the same duration.
+        """Encode the unconditional text of the video stages, with a duration.
 
         Raises:
-            ValueError: `duration` is no positive number.
+            ValueError: `duration` is not a positive number.
         """
         return self._encode_duration(self.config.unconditional_caption, duration)
 
     def encode_image_caption(self, caption: str) -> list[int]:
-        """Tokens for the image model: `image_template`, which says no frame rate.
+        """Encode a caption for the image model, without a duration.
 
         Raises:
-            ValueError: nothing of the caption is left for the model.
+            ValueError: normalization leaves nothing of the caption.
         """
         return self._encode_template(self.config.image_template, caption=self._strip(caption))
 
     def encode_unconditional_image(self) -> list[int]:
-        """Tokens of the unconditional rows of guidance in the image model; may be none at all."""
+        """Encode the unconditional text of the image model; may be empty."""
         return self._encode_template(self.config.image_template, caption=self.config.unconditional_caption)
 
     def batch(
         self, captions: Sequence[str | None], durations: Sequence[float] | None, slots: int, truncate: bool = False
     ) -> PaddedText:
-        """Captions as rows of `slots` tokens, padded on the left.
+        """Encode captions as rows of `slots` tokens, padded on the left.
 
         Args:
-            captions: texts; None is the unconditional one.
-            durations: seconds that the frames of each sequence span; None for the image model, whose texts have no
-                frame rate.
-            slots: tokens of a row.
-            truncate: cut captions that are longer, instead of refusing them.
+            captions: texts; None is the unconditional text.
+            durations: seconds that the frames of each sequence span; None for the image model.
+            slots: tokens per row.
+            truncate: cut captions that are too long, instead of refusing them.
 
         Raises:
-            ValueError: a caption is empty or too long, or a duration is no positive number.
+            ValueError: a caption is empty or too long, or a duration is not a positive number.
         """
         seconds = [None] * len(captions) if durations is None else durations
         rows = [self.row(*each) for each in zip(captions, seconds, strict=True)]
         return pad_left([fit(row, slots, truncate) for row in rows], slots, self.pad)
 
     def row(self, caption: str | None, duration: float | None) -> list[int]:
-        """Tokens of one caption, as in `batch`; raises what `batch` raises, but for length."""
+        """Encode one caption as in `batch`, with any number of tokens."""
         if duration is None:
             return self.encode_unconditional_image() if caption is None else self.encode_image_caption(caption)
         return self.encode_unconditional(duration) if caption is None else self.encode_caption(caption, duration)
@@ -172,13 +171,13 @@ class TextTokenizer:
         return self.encode(template.replace(LINE_BREAK_PIECE, "\n").format(**values))
 
     def _encode_line(self, line: str) -> list[int]:
-        # As bytes: Python then refuses lone surrogates with a ValueError, SentencePiece would with a RuntimeError.
+        # As bytes: Python refuses lone surrogates with a ValueError, SentencePiece with a RuntimeError.
         tokens = [self.num_codes + piece for piece in self._processor.encode(line.encode())]
         return [each for token in tokens for each in self._spelled.get(token, [token])]
 
     def _strip(self, caption: str) -> str:
-        require(is_unicode(caption), f"the prompt {caption!r:.60} is no text in Unicode")
-        # Judged by what the model would see of it: normalization also removes, say, zero-width spaces.
+        require(is_unicode(caption), f"the prompt {caption!r:.60} is not valid Unicode")
+        # Judged by what the model would see: normalization also removes, for example, zero-width spaces.
         seen = is_visible(caption) and self.decode(self.encode(caption)).strip() != ""
         require(seen, f"the prompt is empty: {caption!r:.60}")
         return caption.strip()
@@ -189,14 +188,14 @@ class TextTokenizer:
         return self.num_codes + index
 
     def _spell(self, piece: str) -> list[int]:
-        """Tokens of the single characters of an ASCII piece, as bytes where the model has no such characters."""
+        """Tokens of the characters of an ASCII piece; bytes for characters that the model does not have."""
         processor = self._processor
         singles = [(processor.piece_to_id(each), processor.piece_to_id(f"<0x{ord(each):02X}>")) for each in piece]
         return [self.num_codes + (byte if single == processor.unk_id() else single) for single, byte in singles]
 
 
 def fit(tokens: list[int], slots: int, truncate: bool = False) -> list[int]:
-    """The tokens if they fit in `slots`; the first `slots` of them if `truncate` allows to cut.
+    """Return the first `slots` tokens.
 
     Raises:
         ValueError: there are more tokens than slots and `truncate` is False.
@@ -209,16 +208,16 @@ def fit(tokens: list[int], slots: int, truncate: bool = False) -> list[int]:
 
 
 class PaddedText(NamedTuple):
-    """Rows of text in equally many slots."""
+    """Rows of text, padded to equal length."""
 
     tokens: Int64[Tensor, "batch text"]
-    """Token of each slot."""
+    """Token in each slot."""
     mask: Bool[Tensor, "batch text"]
-    """True where a slot holds real text."""
+    """True for real text."""
 
 
 def pad_left(rows: list[list[int]], slots: int, pad: int) -> PaddedText:
-    """Rows right-aligned in `slots` slots, `pad` in front of them (spec: text is padded on the left).
+    """Right-align rows in `slots` slots, with `pad` before them (spec: text is padded on the left).
 
     Raises:
         ValueError: a row is longer than `slots`; `fit` cuts rows.
@@ -235,10 +234,11 @@ def pad_left(rows: list[list[int]], slots: int, pad: int) -> PaddedText:
 
 
 def check_text(text: PaddedText, batch: int, slots: int, vocab_size: int) -> None:
-    """Refuse padded text that cannot go through a model.
+    """Refuse padded text that a model cannot take.
 
     Raises:
-        ValueError: its shape is not (batch, slots), a row has no real token, or a token is outside the vocabulary.
+        ValueError: its shape is not (batch, slots), a row has no real token, or a token is outside the
+            vocabulary.
     """
     shape = (batch, slots)
     require(
@@ -252,15 +252,16 @@ def check_text(text: PaddedText, batch: int, slots: int, vocab_size: int) -> Non
 def _load(model: bytes) -> SentencePieceProcessor:
     processor = SentencePieceProcessor()
     try:
-        # Not the constructor: it takes empty bytes for "no model" and fails at the first use.
+        # Not the constructor: it takes empty bytes as "no model" and fails at the first use.
         processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
-        raise InputError(f"expected a SentencePiece model, got {len(model)} bytes that are none") from error
+        message = f"expected a SentencePiece model, got {len(model)} bytes that are not one"
+        raise InputError(message) from error
     return processor
 
 
 def is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    """Return False for text with lone surrogates, which JSON can represent but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -269,5 +270,5 @@ def is_unicode(text: str) -> bool:
 
 
 def is_visible(text: str) -> bool:
-    """Whether it has a sign that is seen. SentencePiece's own sign for a space (U+2581) is none."""
+    """Return True if there is a visible character. SentencePiece's mark for a space (U+2581) is not one."""
     return any(each.isprintable() and not each.isspace() and each != "\u2581" for each in text)

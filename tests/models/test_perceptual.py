@@ -213,9 +213,9 @@ class Evil:
             lambda heads: heads | {"lin0.model.1.weight": torch.zeros(1, 64)},
             r"shape \(1, 64\), expected \(1, 64, 1, 1\)",
         ),
-        (lambda heads: {"state": heads}, "holds no table of tensors"),
-        (lambda heads: [1, 2], "holds no table of tensors"),
-        (lambda heads: {"a": Evil()}, "it is no file of tensors"),
+        (lambda heads: {"state": heads}, "does not hold a table of tensors"),
+        (lambda heads: [1, 2], "does not hold a table of tensors"),
+        (lambda heads: {"a": Evil()}, "it is not a file of tensors"),
     ],
 )
 def test_files_with_something_else_are_refused(files, heads, content, message, tmp_path, capsys):

@@ -18,7 +18,7 @@ from cogvideo.generation.upscale import SLOTS_PER_DRAW, slot_noise, upscale
 from cogvideo.layout import UpscaleLayout
 from cogvideo.models.attention import attend
 from cogvideo.models.transformer import Base, initialize
-from cogvideo.models.upscaler import UpscaleChannel, Upscaler, inherit_upscaler, neighbourhoods
+from cogvideo.models.upscaler import UpscaleChannel, Upscaler, inherit_upscaler, neighborhoods
 from cogvideo.text import PaddedText
 from reference import relative_error
 
@@ -74,7 +74,7 @@ def seen_by(slot, layout, upscaler):
     return keys
 
 
-def neighbourhood_attention(q, k, v, layout, upscaler):
+def neighborhood_attention(q, k, v, layout, upscaler):
     """Attention slot by slot over the keys that the oracle names, (batch, high, heads * head_dim)."""
     outs = []
     for slot in range(layout.high_slots):
@@ -129,27 +129,27 @@ def test_released_codes_and_logits(released):
     ("grid", "ratio", "tile"), [(4, 1, 4), (5, 2, 4), (6, 3, 4), (7, 3, 2), (8, 2, 3), (8, 4, 4), (1, 3, 4), (11, 1, 4)]
 )
 def test_tiles_equal_attention_slot_by_slot(grid, ratio, tile):
-    """Guards against a wrong neighbourhood, above all at borders and where tiles do not divide the frame."""
+    """Guards against a wrong neighborhood, above all at borders and where tiles do not divide the frame."""
     upscaler, layout = UpscalerConfig(ratio=ratio), UpscaleLayout(4, grid, ratio, 5)
     q = torch.randn(2, 2, layout.high_slots, 4, dtype=torch.float64, generator=seeded())
     kv = torch.randn(2, 2, 2, layout.high_slots + layout.low_slots, 4, dtype=torch.float64, generator=seeded(1))
-    ours = attend(q, kv, neighbourhoods(layout, upscaler, CPU, tile))
-    torch.testing.assert_close(ours, neighbourhood_attention(q, *kv, layout, upscaler))
+    ours = attend(q, kv, neighborhoods(layout, upscaler, CPU, tile))
+    torch.testing.assert_close(ours, neighborhood_attention(q, *kv, layout, upscaler))
 
 
-def test_other_neighbourhoods():
-    """Guards against sizes of the neighbourhood that are taken from the released ones instead of the configuration."""
+def test_other_neighborhoods():
+    """Guards against sizes of the neighborhood that are taken from the released ones instead of the configuration."""
     upscaler, layout = UpscalerConfig(ratio=2, high_rows=3, high_columns=7, low_side=1), UpscaleLayout(4, 5, 2, 5)
     q = torch.randn(1, 2, layout.high_slots, 4, dtype=torch.float64, generator=seeded())
     kv = torch.randn(2, 1, 2, layout.high_slots + layout.low_slots, 4, dtype=torch.float64, generator=seeded(1))
-    ours = attend(q, kv, neighbourhoods(layout, upscaler, CPU))
-    torch.testing.assert_close(ours, neighbourhood_attention(q, *kv, layout, upscaler))
+    ours = attend(q, kv, neighborhoods(layout, upscaler, CPU))
+    torch.testing.assert_close(ours, neighborhood_attention(q, *kv, layout, upscaler))
 
 
 def test_memory_is_linear_in_slots():
     """Guards against masks or gathers that grow with the square of the frame."""
     upscaler = UpscalerConfig()
-    small, large = (neighbourhoods(UpscaleLayout(4, grid, 3, 5), upscaler, CPU).groups for grid in (12, 24))
+    small, large = (neighborhoods(UpscaleLayout(4, grid, 3, 5), upscaler, CPU).groups for grid in (12, 24))
     keys = [sum(group.keys.numel() for group in groups) for groups in (small, large)]
     masks = [sum(group.chunks[0].mask.numel() for group in groups) for groups in (small, large)]
     assert keys[1] < 5 * keys[0]
@@ -157,7 +157,7 @@ def test_memory_is_linear_in_slots():
 
 
 @pytest.mark.parametrize("slot", [0, 17, 160, 305, 323])
-def test_one_block_sees_exactly_the_neighbourhood(slot):
+def test_one_block_sees_exactly_the_neighborhood(slot):
     """Guards against high slots that miss a neighbour or see a stranger in the whole model."""
     model, (text, codes) = make(num_layers=1), inputs(batch=1)
     layout, upscaler = model.channel.layout, model.channel.upscaler
@@ -236,7 +236,7 @@ def test_greedy_takes_the_most_likely_code():
 def test_training_changes_the_channel_alone():
     """Guards against gradients that miss an added parameter or reach the base, also after generating."""
     model, (text, codes) = make(), inputs()
-    neighbourhoods.cache_clear()
+    neighborhoods.cache_clear()
     upscale(model, text, codes, noise_of(model, 2), ONE_BY_ONE)  # caches the plan in inference mode
     model.base.requires_grad_(False)
     logits = model.base.logits(model(*text, codes))

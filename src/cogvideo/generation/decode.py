@@ -1,7 +1,7 @@
 """Cached decoding of frames: prefill, then one slot after another, or several at once with the same result.
 
-`decode` is the generator that everything else consumes: it yields each frame when it is finished. One by one is the
-reference. Parallel frames and drafting need fewer passes and give the same codes (docs/sequence.md).
+`decode` yields each frame when it is finished. Decoding one slot at a time is the reference. Parallel frames
+and drafting give the same codes in fewer passes (docs/sequence.md).
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from cogvideo.layout import SequenceLayout, lag
 from cogvideo.models.transformer import Transformer
 
 Noise = Callable[[int], Float[Tensor, "batch slots codes"]]
-"""Noise of the frame of a rank, asked for once a frame."""
+"""Noise of the frame with a given rank; called once per frame."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How many slots go through the model at once. Whatever is chosen, the codes are the same."""
+    """Number of slots that go through the model in one pass. It does not change the codes."""
 
     parallel_frames: bool = False
-    """Decode several frames at once, each trailing the one before as far as the masks require."""
+    """Decode several frames at once, each trailing the one before by the lag that the masks require."""
     draft: int = 1
-    """Most slots of a frame that are drafted and verified in one pass (fixed-noise Jacobi decoding); 1 is one by one.
-    Each sample drafts as many as are worth it, by the drafts that came true before; on CUDA devices all of them."""
+    """Maximum number of slots of a frame that are drafted and verified in one pass (fixed-noise Jacobi
+    decoding); 1 disables drafting. Each sample drafts as many as pay off, judging by earlier drafts; on CUDA
+    devices always the maximum."""
     graphs: bool = False
     """Replay each pass as a CUDA graph; needs a CUDA device."""
 
@@ -51,10 +52,10 @@ class Frame(NamedTuple):
     """A finished frame."""
 
     place: int
-    """Place in the sequence's clip."""
+    """Place in the sequence."""
     codes: Int64[Tensor, "batch slots"]
     passes: int
-    """Passes of the model since decoding began, prefill not counted."""
+    """Number of passes of the model so far, without prefill."""
 
 
 def decode(
@@ -68,22 +69,21 @@ def decode(
     passes: Passes = Passes(),
     cache_dtype: torch.dtype | None = None,
 ) -> Iterator[Frame]:
-    """Generate the frames that follow the given ones in the layout's order, each yielded when it is finished.
+    """Generate the frames that follow the given ones in the order of the layout.
 
     Args:
         model: image model or video stage.
-        layout: of the sequence.
+        layout: layout of the sequence.
         condition: texts and guidance.
-        given: codes of the leading ranks, none (batch, 0, slots) to all but one of them.
-        noise: of every frame to generate.
-        sampling: which sampler.
-        labels: clusters of the codebook, for cluster sampling.
-        passes: how many slots go through the model at once.
-        cache_dtype: of keys and values, see `Decoder`.
+        given: codes of the leading ranks: none (batch, 0, slots) to all but one.
+        noise: noise of every frame to generate.
+        sampling: the sampler.
+        labels: cluster of each code, for cluster sampling.
+        passes: number of slots that go through the model at once.
+        cache_dtype: type of keys and values, see `Decoder`.
 
     Raises:
-        ValueError: text, given frames or codes cannot be right, or clusters are asked for without labels. At the call:
-            the first frame need not be asked for.
+        ValueError: text, given frames or codes are invalid, or labels are missing. Raised at the call.
     """
     check_clusters(sampling, labels, model.base.config.num_codes)
     layout.check_given(given, model.base.config.num_codes)
@@ -106,7 +106,7 @@ def _kind(model: Transformer, passes: Passes) -> type[Decoder]:
 
 
 class _Draw:
-    """The sampler of a run, with the noise of the frames in flight."""
+    """The sampler and noise of a run."""
 
     def __init__(
         self,
@@ -121,18 +121,18 @@ class _Draw:
         self.clusters = None if labels is None else Clusters.of(labels, device)
 
     def start(self, rank: int) -> Float[Tensor, "batch slots #codes"]:
-        """The noise of a frame."""
+        """Noise of a frame."""
         if self.sampling.is_greedy:
             return torch.zeros(self.batch, self.slots, 1, device=self.device)
         return self.noise(rank).to(self.device)
 
     def scores(self, logits: Float[Tensor, "*rows codes"]) -> Float[Tensor, "*rows codes"]:
-        """What noise is added to."""
+        """Scores that noise is added to."""
         return log_probabilities(logits, self.sampling, self.clusters)
 
 
 def _lockstep(decoder: Decoder, draw: _Draw, given: Tensor, behind: int) -> Iterator[Frame]:
-    """One slot of every frame in flight a pass; each frame trails the one before by `behind` slots."""
+    """Decode one slot of every frame in flight per pass; each trails the frame before by `behind` slots."""
     layout, start, first = decoder.layout, decoder.model.base.config.start_of_image, given.shape[1]
     decoder.prefill(given)
     slots, count = layout.frame_slots, layout.num_frames - first
@@ -152,11 +152,11 @@ def _lockstep(decoder: Decoder, draw: _Draw, given: Tensor, behind: int) -> Iter
 
 
 def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, most: int) -> Iterator[Frame]:
-    """Fixed-noise Jacobi decoding: some slots a pass; the prefix whose drafts come out as they went in is kept.
+    """Decode several slots per pass by fixed-noise Jacobi iteration, keeping the prefix of confirmed drafts.
 
-    With the noise of every slot fixed, a code is a function of the codes before it. A pass over drafted codes therefore
-    yields the true code of the first slot, and of each next one as long as the drafts before it were true. Drafts start
-    from the frame before in time.
+    With the noise of every slot fixed, a code is a function of the codes before it. So a pass over drafted
+    codes yields the true code of the first slot, and of each next one as long as all drafts before it were
+    true. Drafts start from the previous frame in time.
     """
     layout, first = decoder.layout, given.shape[1]
     decoder.prefill(given)
@@ -171,22 +171,22 @@ def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, most: int) -> Iterato
 def _draft_frame(
     decoder: Decoder, draw: _Draw, rank: int, before: Int64[Tensor, "batch slots"] | None, paces: list[Pace]
 ) -> Int64[Tensor, "batch slots"]:
-    """The codes of one frame. Slots that have not been drawn yet are guessed from the frame before and the last row."""
+    """Decode one frame. Slots without a draft get one from the previous frame and the last row."""
     slots, device, noise = decoder.layout.frame_slots, decoder.device, draw.start(rank)
     start = decoder.model.base.config.start_of_image
     fed = torch.full((draw.batch, slots + 1), start, device=device)  # column j is fed at slot j
     if before is not None:
         fed[:, 1:] = before
     done = [0] * draw.batch
-    drafted = [0] * draw.batch  # later slots have not been drawn yet, rightly or wrongly
+    drafted = [0] * draw.batch  # later slots have not been drawn yet, not even wrongly
     while min(done) < slots:
         runs = [range(at, min(at + pace.width, slots)) for at, pace in zip(done, paces, strict=True)]
         rows = [(sample, slot) for sample, run in enumerate(runs) for slot in run]
-        samples, at = torch.tensor(rows).T.to(device)  # copied at once
+        samples, at = torch.tensor(rows).T.to(device)  # one copy to the device
         scores = draw.scores(decoder.draft(rank, runs, fed))
         drawn = (scores + noise[samples, at]).argmax(-1)
         compared = [fed[samples, at + 1]] if before is None else [fed[samples, at + 1], before[samples, at]]
-        as_drafted, *as_before = (drawn == torch.stack(compared)).cpu().tolist()  # waited for at once
+        as_drafted, *as_before = (drawn == torch.stack(compared)).cpu().tolist()  # one synchronization
         fed[samples, at + 1] = drawn
         row = 0
         for sample, run in enumerate(runs):
@@ -212,8 +212,8 @@ def _guess(
     before: Int64[Tensor, " _"] | None,
     repeats: float,
 ) -> Int64[Tensor, " _"]:
-    """Codes as they would be drawn, with their own noise, if they repeated the frame before with this probability and
-    followed the scores of the last row otherwise."""
+    """Sample codes, with their own noise, from a mixture: the code of the frame before with probability
+    `repeats`, otherwise the distribution of the last row."""
     if before is None:
         return (scores + noise).argmax(-1)
     mixed = (scores.log_softmax(-1) + math.log(1 - repeats)).repeat(len(before), 1)

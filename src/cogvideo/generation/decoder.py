@@ -1,4 +1,4 @@
-"""One run of cached decoding: a model and its caches. Prefill, step and draft are small functions of it."""
+"""A run of cached decoding: a model with its caches."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from cogvideo.text import PaddedText, check_text
 
 @dataclass(frozen=True)
 class Condition:
-    """What a batch is generated from."""
+    """Texts that a batch is conditioned on."""
 
     text: PaddedText
     unconditional: PaddedText | None = None
-    """PaddedText of the rows that guidance moves away from; None is no guidance."""
+    """Texts that guidance moves away from; None disables guidance."""
     scale: float = 1.0
-    """Guidance: `unconditional + scale * (conditional - unconditional)`."""
+    """Guidance scale: `unconditional + scale * (conditional - unconditional)`."""
     text_bonus: float = 0.0
-    """Added to text scores (spec section 3: 1.4 in the released pipeline where there is no guidance)."""
+    """Added to the scores of text (spec section 3: 1.4 in the released pipeline without guidance)."""
 
     @property
     def texts(self) -> tuple[PaddedText, ...]:
-        """The text, and the unconditional one if there is guidance."""
+        """The conditional text, and the unconditional one if there is guidance."""
         return (self.text,) if self.unconditional is None else (self.text, self.unconditional)
 
     @property
     def rows(self) -> PaddedText:
-        """Texts of all rows of a pass: the conditional ones, then the unconditional ones."""
+        """Texts of all rows of a pass: conditional rows, then unconditional ones."""
         return PaddedText(*(torch.cat(parts) for parts in zip(*self.texts, strict=True)))
 
 
 class Decoder:
-    """One run: the model and its caches. `prefill` comes first. Slots are counted over all frames in feed order.
+    """A decoding run. Call `prefill` first. Slots are counted over all frames in the order of feeding.
 
     Args:
-        model: image model or video stage; its device and dtype are those of the run.
-        layout: of the sequence.
+        model: image model or video stage; the run uses its device and dtype.
+        layout: layout of the sequence.
         condition: texts and guidance.
-        lanes: frames that are decoded at once.
-        cache_dtype: of keys and values; float32 for a bfloat16 model on the CPU by default, else the model's.
+        lanes: number of frames decoded in parallel.
+        cache_dtype: type of keys and values; by default the model's, but float32 for bfloat16 on a CPU.
     """
 
     rows_are_free = False
-    """Whether a pass of many rows takes as long as one of few."""
+    """True if a pass of many rows takes as long as one of few."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int], tokens: Int64[Tensor, "batch rows"]) -> Float[Tensor, "batch rows codes"]:
-        """Feed one slot of each of a few frames, the same in every sample; the logits of their codes, guided."""
+        """Feed one slot of each of a few frames, the same in every sample; return guided logits."""
         positions = self.positions[slots[0] : slots[0] + 1]
         if len(slots) > 1:
             positions = torch.stack([self.positions[slot] for slot in slots])
@@ -111,8 +111,8 @@ class Decoder:
 
     @torch.inference_mode()
     def draft(self, rank: int, runs: Sequence[range], fed: Int64[Tensor, "batch _"]) -> Float[Tensor, "rows codes"]:
-        """Feed consecutive slots of one frame, a run a sample, which may be empty; the logits of all, one sample after
-        another. `fed` has in column j what slot j is fed."""
+        """Feed consecutive slots of one frame: one run per sample, which may be empty. Column j of `fed`
+        holds the tokens for slot j. Returns the guided logits of all runs, one after another."""
         first = rank * self.layout.frame_slots
         slots = [range(first + run.start, first + run.stop) for run in runs]
         is_alike = len(set(runs)) == 1
@@ -136,21 +136,21 @@ class Decoder:
         return unconditional + self.condition.scale * (conditional - unconditional)
 
     def _all_rows(self, x: Tensor) -> Tensor:
-        """Guidance runs every sample twice."""
+        """Repeat the samples for the unconditional rows of guidance."""
         return x if self.condition.unconditional is None else torch.cat([x, x])
 
 
 class MaskedDecoder(Decoder):
-    """A `Decoder` for devices where starting kernels takes longer than reading keys in vain: all samples draft as many
-    slots as the longest run, in one attention with a mask. Same arguments, same results up to rounding."""
+    """A `Decoder` for devices where launching kernels costs more than reading unneeded keys: all samples
+    draft as many slots as the longest run, in one masked attention. Results are the same, up to rounding."""
 
     rows_are_free = True
     width = 1
-    """Slots of a draft, the most that were asked for so far: shapes change as seldom as can be."""
+    """Slots of a draft: the largest number so far, so that shapes rarely change."""
 
     @torch.inference_mode()
     def draft(self, rank: int, runs: Sequence[range], fed: Int64[Tensor, "batch _"]) -> Float[Tensor, "rows codes"]:
-        """See `Decoder.draft`. Where a run is too short, the last slot of the frame is fed again, as before."""
+        """See `Decoder.draft`. Short runs are padded with the slots that follow, at most the frame's last."""
         self.width = max(self.width, *map(len, runs))
         last = self.layout.frame_slots - 1
         slots = torch.tensor([[min(run.start + row, last) for row in range(self.width)] for run in runs])
@@ -163,7 +163,7 @@ class MaskedDecoder(Decoder):
     def rectangle(
         self, rank: int, slots: Int64[Tensor, "batch rows"], tokens: Int64[Tensor, "batch rows"]
     ) -> Float[Tensor, "batch rows codes"]:
-        """Feed any slots of one frame, as many in every sample."""
+        """Feed any slots of one frame, the same number in every sample; return guided logits."""
         area = self.layout.frame_slots
         frame = range(rank * area, (rank + 1) * area)
         slots = self._all_rows(slots)

@@ -1,7 +1,7 @@
-"""CUDA graphs: a pass of decoding is thousands of small kernels, and starting them takes longer than running them.
+"""Decoding with CUDA graphs: a pass has thousands of small kernels, which take longer to launch than to run.
 
-A drafting pass has static shapes, since what its rows see follows from tensors alone. So one graph a frame (and width)
-is captured at the first pass and replayed for all others.
+A drafting pass has static shapes, since the visibility of its rows is computed from tensors. So one graph per
+frame and width is captured at the first pass and replayed for the others.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class _Captured(NamedTuple):
 
 
 class GraphedDecoder(MaskedDecoder):
-    """A `MaskedDecoder` on a CUDA device whose drafting passes are replayed. Same arguments, same results."""
+    """A `MaskedDecoder` whose passes are replayed as CUDA graphs. The results are the same."""
 
     @cached_property
     def _captured(self) -> dict[tuple[int, int], _Captured]:
-        """By rank and width."""
+        """Graphs by rank and width."""
         return {}
 
     @cached_property
@@ -37,7 +37,7 @@ class GraphedDecoder(MaskedDecoder):
         return torch.arange(self.layout.frame_slots, device=self.device)
 
     def step(self, slots: Sequence[int], tokens: Int64[Tensor, "batch rows"]) -> Float[Tensor, "batch rows codes"]:
-        """See `Decoder.step`: one slot of one frame, without waiting for the device. Valid until the next call."""
+        """See `Decoder.step`, for one frame, without device synchronization. Valid until the next call."""
         assert len(slots) == 1
         rank, slot = divmod(slots[0], self.layout.frame_slots)
         return self.rectangle(rank, self._slots[slot : slot + 1].expand(len(tokens), 1), tokens)
@@ -46,7 +46,7 @@ class GraphedDecoder(MaskedDecoder):
     def rectangle(
         self, rank: int, slots: Int64[Tensor, "batch rows"], tokens: Int64[Tensor, "batch rows"]
     ) -> Float[Tensor, "batch rows codes"]:
-        """See `MaskedDecoder`. Valid until the next call."""
+        """See `MaskedDecoder.rectangle`. Valid until the next call."""
         key = rank, slots.shape[1]
         if key not in self._captured:
             self._captured[key] = self._capture(rank, slots, tokens)
@@ -61,7 +61,7 @@ class GraphedDecoder(MaskedDecoder):
         slots, tokens = slots.clone(), tokens.clone()
         passes, side = self.passes, torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries set themselves up outside the graph; the same keys are written again
+        with torch.cuda.stream(side):  # warm-up outside the graph; the same keys are written again
             for _ in range(3):
                 super().rectangle(rank, slots, tokens)
         torch.cuda.current_stream().wait_stream(side)

@@ -1,7 +1,7 @@
-"""The hierarchy of generation: key frames, then rounds of recursive interpolation (paper section 3.1, spec section 3).
+"""Hierarchical generation: key frames, then rounds of recursive interpolation (paper section 3.1, spec 3).
 
-`generate` is one generator for the command line, the web and the tests: it yields every frame as it is finished, with
-its place in the clip; `collect` puts them in order. Given frames are never changed.
+`generate` yields each frame when it is finished, with its place in the clip; `collect` sorts them. Given
+frames are never changed.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ Codes = Int64[Tensor, "batch frames slots"]
 
 
 class Finished(NamedTuple):
-    """A frame of every clip of a batch that will not change any more."""
+    """A finished frame of every clip of a batch."""
 
     stage: str
     """`given`, `image`, `sequential` or `interpolation`."""
     place: int
-    """Its place in the clip, of `num_frames`."""
+    """Place in the clip, from 0."""
     num_frames: int
-    """Frames of the whole clip."""
+    """Number of frames of the whole clip."""
     codes: Int64[Tensor, "batch slots"]
 
 
 def generate(system: System, request: Request) -> Iterator[Finished]:
-    """Frames as they are finished, given ones first.
+    """Yield frames as they are finished, given ones first.
 
     Raises:
-        ValueError: a prompt is empty or too long, counts differ, given frames cannot be right, or the model lacks a
-            part that is needed. At the call, before anything heavy: models are not even loaded.
+        ValueError: a prompt is empty or too long, counts differ, given frames are invalid, or the model lacks
+            a component. Raised at the call, before models are loaded.
     """
     run = _Run(system, request)
     run.check(request.given is None, request.last is None, run.rounds)
@@ -53,7 +53,7 @@ def generate(system: System, request: Request) -> Iterator[Finished]:
 
 
 def first_frames(system: System, request: Request) -> Int64[Tensor, "batch slots"]:
-    """First frames alone, for which a model needs no video stage; raises what `generate` raises."""
+    """Generate only first frames, which needs no video stage; raises what `generate` raises."""
     run = _Run(system, request)
     run.check(image=True, key_frames=False, rounds=0)
     (frame,) = run.image()
@@ -61,12 +61,12 @@ def first_frames(system: System, request: Request) -> Int64[Tensor, "batch slots
 
 
 def between(system: System, request: Request, frames: Codes) -> Codes:
-    """One round: the frames, with a new one in every gap; raises what `generate` raises.
+    """Run one round of interpolation, which adds a frame in every gap; raises what `generate` raises.
 
     Args:
         system: the model.
-        request: its durations are those of a sequence of the interpolation stage.
-        frames: in order of time; the given frames of the request are not read.
+        request: a request whose durations are those of a sequence of the interpolation stage.
+        frames: frames in order of time; the given frames of the request are ignored.
     """
     run = _Run(system, request)
     run.check(image=False, key_frames=False, rounds=1)
@@ -79,14 +79,14 @@ def between(system: System, request: Request, frames: Codes) -> Codes:
 
 
 def collect(frames: Iterable[Finished]) -> Codes:
-    """All frames that were yielded, in order of time."""
+    """Arrange yielded frames in order of time."""
     return torch.stack([frame.codes for frame in sorted(frames, key=lambda frame: frame.place)], 1)
 
 
 class _Run:
-    """A request on its way through the stages.
+    """A request in progress.
 
-    Places of frames count from the first key frame that the new frames follow, in the spacing of the finished clip.
+    Places count from the first key frame that new frames build on, in the spacing of the finished clip.
     """
 
     def __init__(self, system: System, request: Request) -> None:
@@ -95,16 +95,18 @@ class _Run:
         self.layout, self.gaps = system.config.layout, system.config.layout.num_frames - 1
         self.rounds = self.settings.rounds
         if request.last is not None:
-            power = self.gaps & (self.gaps - 1) == 0
-            require(power, f"{self.gaps} gaps between key frames are no power of two: in-between is not possible")
+            require(
+                self.gaps.bit_count() == 1,
+                f"{self.gaps} gaps between key frames are not a power of two: a last frame cannot be used",
+            )
             self.rounds += self.gaps.bit_length() - 1
-        # A generator a sample for each stage, so that one stage's draws do not depend on whether another ran.
+        # One generator per sample and stage, so that a stage's draws do not depend on the other stages.
         names = ("image", "sequential", "interpolation")
         children = [spawn(generator, len(names)) for generator in request.generators]
         self.streams = dict(zip(names, map(list, zip(*children, strict=True)), strict=True))
 
     def check(self, image: bool, key_frames: bool, rounds: int) -> None:
-        """Refuse a model that would be found incomplete half-way, and texts that are too long, before any work."""
+        """Refuse incomplete models and long texts before any work."""
         there, settings = self.system.components, self.settings
         needed = {"base": True, "text": True, "sequential": key_frames, "interpolation": rounds > 0}
         missing = [name for name, needs in needed.items() if needs and name not in there]
@@ -126,11 +128,11 @@ class _Run:
             self.condition(self.share(number), settings.interpolation_guidance)
 
     def share(self, number: int) -> float:
-        """Seconds that a sequence of a round spans, over those from the first to the last key frame."""
+        """Duration of a sequence in a round, relative to the time from the first to the last key frame."""
         return (1 if self.request.last is None else self.gaps) / 2 ** (number + 1)
 
     def condition(self, share: float | None, guidance: float) -> Condition:
-        """Texts of a stage: with the seconds that a sequence spans, as a share of the duration, or without."""
+        """Texts of a stage, with the duration of a sequence as a share of the clip's, or without one."""
         text, settings, prompts = self.system.text, self.settings, self.request.prompts
         durations = None if share is None else [seconds * share for seconds in self.request.seconds]
         slots = self.layout.image_text_slots if share is None else self.layout.text_slots
@@ -141,7 +143,7 @@ class _Run:
         return Condition(rows, others, guidance)
 
     def frames(self) -> Iterator[Finished]:
-        """All frames: those that are given, then new ones; what lies between given ones is not drawn anew."""
+        """Yield given frames, then new ones; frames between given ones are not generated."""
         request, step = self.request, 2**self.settings.rounds
         given = self.nothing()[0] if request.given is None else request.given
         context = min(MOST_CONTEXT, 1 + (len(given) - 1) // step) if len(given) else 0
@@ -155,11 +157,11 @@ class _Run:
                 yield frame._replace(place=place, num_frames=num_frames)
 
     def nothing(self) -> Codes:
-        """No frame of any clip."""
+        """Codes of no frames."""
         return torch.empty(len(self.request.prompts), 0, self.layout.grid**2, dtype=torch.int64)
 
     def new(self, given: Codes, step: int) -> Iterator[Finished]:
-        """Frames that follow given key frames, which are `step` places apart, or lie between two."""
+        """Generate frames that follow given key frames, `step` places apart, or lie between two."""
         last = self.request.last
         if last is None:
             codes = yield from self.key_frames(given, step)
@@ -177,7 +179,7 @@ class _Run:
             codes, step = longer, step // 2
 
     def key_frames(self, given: Codes, step: int) -> Generator[Finished, None, Codes]:
-        """The first frame by the image model alone, the others by the sequential stage; returns all of them."""
+        """Generate the first frame by the image model and the others by the sequential stage; returns all."""
         if not given.shape[1]:
             for first in self.image():
                 given = first.codes[:, None]
@@ -188,13 +190,13 @@ class _Run:
         if wanted:
             model, condition = self.system.sequential, self.condition(1.0, self.settings.later.guidance)
             drawn = self.decode(model, layout, condition, given, self.streams["sequential"], self.settings.later)
-            for place, frame in islice(drawn, wanted):  # what follows is never drawn
+            for place, frame in islice(drawn, wanted):  # later frames are never generated
                 codes.append(frame)
                 yield Finished("sequential", place * step, 0, frame)
         return torch.cat([torch.stack(codes, 1), again], 1)
 
     def image(self) -> Iterator[Finished]:
-        """The first frame."""
+        """Generate the first frame."""
         model, layout = self.system.image_model, SequenceLayout.text_to_image(self.layout)
         condition, first = self.condition(None, self.settings.first.guidance), self.settings.first
         for place, codes in self.decode(model, layout, condition, self.nothing(), self.streams["image"], first):
@@ -209,7 +211,7 @@ class _Run:
         generators: Sequence[torch.Generator],
         sampling: SamplingConfig,
     ) -> Iterator[tuple[int, Int64[Tensor, "batch slots"]]]:
-        """Frames that a stage adds, with their places in its sequence."""
+        """Generate the frames that a stage adds, with their places in its sequence."""
         noise = GumbelNoise(generators, layout.num_frames, layout.frame_slots, model.base.config.num_codes)
         labels, passes = self.system.cluster_labels, self.settings.passes
         for frame in decode(model, layout, condition, given, noise, sampling, labels, passes):
@@ -218,10 +220,10 @@ class _Run:
     def interpolate(
         self, codes: Codes, generators: Sequence[torch.Generator], share: float, step: int
     ) -> Iterator[Finished]:
-        """One frame into every gap: the sequences of the round, (samples x sequences) rows, are one batch or a few.
+        """Generate one frame for every gap; the sequences of the round are decoded as one batch or a few.
 
-        A sequence takes neighbouring frames, the first of the next being the last of this one. Where the gaps do not
-        come out even, the last sequence overlaps the one before, and what it draws for that one's gap is dropped.
+        A sequence takes neighboring frames; its last frame is the first of the next sequence. If the gaps
+        cannot be divided evenly, the last sequence overlaps the one before, and duplicate frames are dropped.
         """
         most = SequenceLayout.interpolation(self.layout).num_bidirectional
         layout = SequenceLayout.interpolation(self.layout, min(most, codes.shape[1]))
@@ -246,7 +248,7 @@ class _Run:
         spans: list[_Span],
         rows: Sequence[torch.Generator],
     ) -> Iterator[tuple[int, int, Int64[Tensor, "batch slots"]]]:
-        """Frames that some sequences add: the number of the sequence, the place in it, and codes."""
+        """Generate the frames that some sequences add: number of the sequence, place in it, codes."""
         given = torch.stack([codes[:, span.start : span.start + layout.num_bidirectional] for span in spans], 1)
         given = rearrange(given, "batch spans frames slots -> (batch spans) frames slots")
         model, condition = self.system.interpolation, _repeat(condition, len(spans))
@@ -257,23 +259,23 @@ class _Run:
 
 
 class _Span(NamedTuple):
-    """A sequence among the frames of a clip."""
+    """A sequence of neighboring frames of a clip."""
 
     start: int
-    """Its first frame."""
+    """First frame."""
     filled: int
-    """Gaps before this frame belong to earlier sequences."""
+    """Frame up to which the gaps belong to earlier sequences."""
 
 
 def _spans(num_frames: int, width: int) -> list[_Span]:
-    """Sequences of `width` neighbours whose gaps are all gaps."""
+    """Sequences of `width` neighboring frames that cover all gaps."""
     last = num_frames - width
     starts = [*range(0, last, width - 1), last]
     return [_Span(start, before + width - 1) for before, start in pairwise([1 - width, *starts])]
 
 
 def _repeat(condition: Condition, times: int) -> Condition:
-    """Every row several times in a row."""
+    """Repeat each row several times in place."""
 
     def repeat(text: PaddedText) -> PaddedText:
         return PaddedText(*(part.repeat_interleave(times, 0) for part in text))

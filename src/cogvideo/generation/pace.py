@@ -1,7 +1,7 @@
-"""Number of slots that a sample drafts in a pass: as many as its earlier drafts make worth their time.
+"""Number of slots that a sample drafts per pass: as many as pay off, judging by its earlier drafts.
 
-A pace follows from the drafts of its sample alone. So the rows of a sample go through the model in the same portions,
-and are rounded in the same way, whatever else is in the batch.
+A pace depends only on the drafts of its own sample. So the rows of a sample go through the model in the same
+portions, and are rounded in the same way, in any batch.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 from functools import lru_cache
 
 PRICE = 0.15
-"""Cost of one more row over that of a pass without any (measured on CPUs: 0.05 to 0.25, more in larger batches)."""
+"""Cost of a row relative to a pass without rows (measured on CPUs: 0.05 to 0.25, more in larger batches)."""
 MEMORY = 0.9
-"""Weight of earlier passes, one pass later."""
+"""Factor by which the weight of earlier passes decays in each pass."""
 
 
 class Pace:
     """The pace of one sample.
 
     Args:
-        most: slots of a pass.
-        free: rows cost nothing, so that every pass takes the most.
+        most: maximum number of slots per pass.
+        free: rows cost nothing, so every pass has the maximum.
     """
 
     def __init__(self, most: int, free: bool = False) -> None:
@@ -29,17 +29,17 @@ class Pace:
 
     @property
     def width(self) -> int:
-        """Slots of the next pass."""
+        """Number of slots of the next pass."""
         return self.most if self.free else worth(round(100 * self.right / self.tried), self.most)
 
     @property
     def repeats(self) -> float:
-        """The share of codes that are those of the frame before, never none or all."""
+        """Share of codes that repeat the frame before, strictly between 0 and 1."""
         return min(max(self.repeated / self.kept, 0.01), 0.99)
 
     def saw(self, right: int, width: int, repeated: int = 0) -> None:
-        """Drafts that came true before the first that did not, of a pass of `width` slots, and how many of the codes
-        that are kept are those of the frame before."""
+        """Record a pass of `width` slots: the number of drafts that came true before the first that did not,
+        and the number of kept codes that repeat the frame before."""
         kept = min(right + 1, width)
         self.right = MEMORY * self.right + right
         self.tried = MEMORY * self.tried + kept
@@ -49,9 +49,9 @@ class Pace:
 
 @lru_cache(maxsize=4096)
 def worth(percent: int, most: int) -> int:
-    """Number of slots that gives the most codes for its cost, where `percent` of all drafts come true.
+    """Number of slots with the most codes for their cost, if `percent` of all drafts come true.
 
-    A slot is kept if all drafts before it were right: `width` slots give `1 + p + p^2 + ...` codes.
+    A slot is kept if all drafts before it were right, so `width` slots give `1 + p + p^2 + ...` codes.
     """
 
     def codes_for_cost(width: int) -> float:

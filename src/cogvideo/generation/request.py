@@ -18,15 +18,15 @@ from cogvideo.models.upscaler import Upscaler
 from cogvideo.text import TextTokenizer, is_visible
 
 MOST_CONTEXT = 2
-"""Key frames of a clip that is extended which the new ones follow: with two, the model sees how things move."""
+"""Number of last key frames of an extended clip that new ones continue; two frames show the model motion."""
 ADDED: dict[str, float] = {"top_k": 0, "top_p": 1.0, "cluster_temperature": 0.89}
 ADDED |= {f"first_{name}": value for name, value in ADDED.items()}
 ADDED |= {"superres_top_k": 0, "superres_top_p": 1.0, "superres_cluster_temperature": 0.6}
-"""Sampling options that older records lack, with the values that their clips were made with."""
+"""Sampling options that older sidecars lack, with the values that their clips were made with."""
 
 
 class System(Protocol):
-    """Parts of a model that generation needs; `bundle.CogVideo` loads each when it is first used."""
+    """Components of a model that generation needs; `bundle.CogVideo` loads each on first use."""
 
     @property
     def config(self) -> CogVideoConfig:
@@ -34,7 +34,7 @@ class System(Protocol):
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of the parts that there are."""
+        """Names of the available components."""
 
     @property
     def image_model(self) -> Transformer:
@@ -46,11 +46,11 @@ class System(Protocol):
 
     @property
     def interpolation(self) -> Transformer:
-        """Model of the frames between."""
+        """Model of the frames between key frames."""
 
     @property
     def upscaler(self) -> Upscaler:
-        """Model of larger frames."""
+        """Super-resolution model."""
 
     @property
     def text(self) -> TextTokenizer:
@@ -63,7 +63,7 @@ class System(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a clip except its prompt, its seed and given frames."""
+    """Everything that determines a clip except its prompt, seed and given frames."""
 
     rounds: int = 3
     """Rounds of interpolation: 5 key frames become 9, 17, 33, ..."""
@@ -72,24 +72,24 @@ class Settings:
     first: SamplingConfig = CogVideoConfig.first_sampling
     """Sampler and guidance of the first frame."""
     later: SamplingConfig = CogVideoConfig.later_sampling
-    """Sampler of all other frames, guidance of the key frames among them."""
+    """Sampler of all later frames, and guidance of the key frames among them."""
     superres: SamplingConfig = CogVideoConfig.superres_sampling
     """Sampler of super-resolution."""
     should_enlarge: bool = True
-    """Enlarge the frames by super-resolution, where the model has it."""
+    """Enlarge frames by super-resolution, if the model has it."""
     interpolation_guidance: float = 1.0
     """Guidance scale of the frames between key frames."""
     negative: str | None = None
-    """Caption to move away from, instead of the model's own unconditional one."""
+    """Negative prompt, which replaces the model's unconditional text."""
     text_bonus: float = CogVideoConfig.text_bonus
     """Added to the attention scores of text where there is no guidance."""
     sequences_at_once: int = 0
-    """Sequences of a round (two gaps each) that are decoded as one batch; 0 is all. Fewer need less memory and more
-    passes, and give the same clip."""
+    """Number of sequences of a round (two gaps each) decoded as one batch; 0 is all. Fewer need less memory
+    and more passes, and give the same clip."""
     passes: Passes = Passes(draft=8)  # noqa: RUF009  # frozen
-    """Slots that go through the model at once. They change the speed alone: drafts of up to 8 need half the passes."""
+    """Slots per pass, which only affect the speed: drafts of up to 8 need half the passes."""
     truncate: bool = False
-    """Cut prompts that are longer than the text slots, instead of refusing them."""
+    """Cut prompts that are too long, instead of refusing them."""
 
     def __post_init__(self) -> None:
         require(self.rounds >= 0, f"rounds is {self.rounds}, expected 0 or more")
@@ -102,7 +102,7 @@ class Settings:
 
     @classmethod
     def of(cls, config: CogVideoConfig) -> Settings:
-        """The settings of a model's own configuration."""
+        """Settings of a model's own configuration."""
         return cls(
             first=config.first_sampling,
             later=config.later_sampling,
@@ -112,7 +112,7 @@ class Settings:
 
     @property
     def sampling_options(self) -> dict[str, float]:
-        """Values of all `SamplingOptions` that give these settings."""
+        """Values of all `SamplingOptions` that result in these settings."""
         values = {"text_bonus": self.text_bonus}
         for prefix, sampling in (("", self.later), ("first_", self.first), ("superres_", self.superres)):
             values |= {f"{prefix}{name}": value for name, value in asdict(sampling).items()}
@@ -124,8 +124,8 @@ class SamplingOptions:
     """Sampling as commands offer it. An option that is not given is the model's own."""
 
     guidance: float | None = None
-    """Guidance scale of key frames; 1 disables guidance and halves the compute. The model has its own value of this
-    and of each of the following options."""
+    """Guidance scale of key frames; 1 disables guidance and halves the compute. The model has its own value
+    of this and of each of the following options."""
     temperature: float | None = None
     """Sampling temperature of later frames; lower values give calmer motion."""
     top_k: int | None = None
@@ -162,7 +162,7 @@ class SamplingOptions:
     """Sampling temperature of super-resolution inside a cluster."""
 
     def settings(self, own: CogVideoConfig) -> Settings:
-        """The settings of a model, but for what is given here.
+        """Settings of a model, with the options given here replaced.
 
         Raises:
             ValueError: a value cannot be used.
@@ -189,24 +189,25 @@ class Request:
     prompts: Sequence[str]
     """Captions."""
     generators: Sequence[torch.Generator]
-    """CPU generators, one a clip, which are advanced; a clip depends on nothing else in the batch."""
+    """CPU generators, one per clip, which are advanced; a clip depends on nothing else in the batch."""
     settings: Settings
     """All other choices."""
     given: Int64[Tensor, "frames slots"] | None = None
-    """Leading frames at the rate of the finished clip, which are kept: one is an image that starts to move, more are a
-    clip that is extended from its last second."""
+    """Leading frames at the rate of the finished clip, which are kept: one is an image to animate, more are a
+    clip to extend from its last second."""
     last: Int64[Tensor, " slots"] | None = None
-    """The last frame; then `given` is one, the first."""
+    """The last frame; `given` must then be one frame, the first."""
     loop: bool = False
     """End with the first frame again. It is left out of the clip, which then repeats without a jump."""
     durations: Sequence[float] = ()
-    """Seconds that the key frames of each clip span; those of the settings unless given."""
+    """Seconds that the key frames of each clip span; by default, the duration of the settings."""
 
     def __post_init__(self) -> None:
         require(isinstance(self.loop, bool), f"loop is {self.loop!r:.60}, expected True or False")
         number = 0 if self.given is None else len(self.given)
-        require(not (self.loop and self.last is not None), "a loop ends with its first frame, expected no last frame")
-        require(not (self.loop and number > 1), "a clip that is extended does not end where it began: expected no loop")
+        if self.loop:
+            require(self.last is None, "a loop ends with its first frame: expected no last frame")
+            require(number <= 1, "an extended clip cannot end where it began: expected no loop")
         require(self.last is None or number == 1, f"got a last frame and {number} leading ones, expected one")
 
     @property
@@ -218,7 +219,7 @@ class Request:
         """Refuse a request that a model of this configuration cannot take.
 
         Raises:
-            ValueError: there is no prompt, counts differ, or given frames are none of this model.
+            ValueError: there is no prompt, counts differ, or given frames do not fit this model.
         """
         batch, generators = len(self.prompts), self.generators
         require(

@@ -1,8 +1,8 @@
-"""From logits to codes: every sampler flattens the log-probabilities, then adds noise that was fixed beforehand.
+"""Sampling of codes from logits by the Gumbel-max trick, with noise that is fixed in advance.
 
-Drawing from a distribution is taking the largest of log-probability plus Gumbel noise. The noise of every slot of every
-frame follows from the sample's generator alone, so neither the batch, nor the order, nor the number of slots drafted at
-once can change a clip.
+The argmax of log-probability plus Gumbel noise is a sample of the distribution. The noise of every slot of
+every frame depends only on the sample's generator, so neither the batch, nor its order, nor the number of
+slots drafted at once can change a clip.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from cogvideo.config import SamplingConfig, require
 
 FIXED_POINT = 2.0**40
-"""One, as an integer: sums of up to 8 million exponentials fit into 64 bits."""
+"""Fixed-point representation of 1: sums of up to 8 million exponentials fit into 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Clusters:
     labels: Int64[Tensor, " codes"]
     """Cluster of each code."""
     count: int
-    """Number of clusters, counted once: a GPU would have to be waited for in every pass."""
+    """Number of clusters, counted once to avoid a GPU synchronization in every pass."""
 
     @classmethod
     def of(cls, labels: Int64[Tensor, " codes"], device: torch.device) -> Clusters:
@@ -36,11 +36,7 @@ class Clusters:
 
 
 def check_clusters(sampling: SamplingConfig, labels: Int64[Tensor, " codes"] | None, num_codes: int) -> None:
-    """Refuse cluster sampling without the labels that it needs.
-
-    Raises:
-        ValueError: clusters are asked for, and there is not a label for every code.
-    """
+    """Refuse cluster sampling without a label for every code."""
     got = "no cluster labels" if labels is None else f"{len(labels)} cluster labels"
     require(
         not sampling.clusters or (labels is not None and len(labels) == num_codes),
@@ -55,12 +51,12 @@ def log_probabilities(
     """Log-probabilities of the sampler's distribution; -inf for codes that cannot be drawn.
 
     Args:
-        logits: of any float type; float64 stays, everything else becomes float32.
-        sampling: which sampler.
-        clusters: of the codebook, needed where `sampling.clusters` is set.
+        logits: of any float type; all but float64 are converted to float32.
+        sampling: the sampler.
+        clusters: clusters of the codebook, needed if `sampling.clusters` is set.
 
     Raises:
-        ValueError: clusters are asked for and there are none.
+        ValueError: the sampler needs clusters and there are none.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if sampling.is_greedy:
@@ -78,13 +74,13 @@ def log_probabilities(
 
 
 def keep_top_k(logits: Float[Tensor, "*rows codes"], k: int) -> Float[Tensor, "*rows codes"]:
-    """-inf for all but the k largest."""
+    """Set all but the k largest logits to -inf."""
     least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
     return logits.masked_fill(logits < least, -torch.inf)
 
 
 def keep_top_p(logits: Float[Tensor, "*rows codes"], p: float) -> Float[Tensor, "*rows codes"]:
-    """-inf for all but the fewest, most likely ones whose probabilities add up to p."""
+    """Set all logits to -inf but the smallest set of most likely ones whose probabilities add up to p."""
     ordered, index = logits.softmax(-1).sort(-1, descending=True)
     dropped = ordered.cumsum(-1) - ordered >= p
     return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, index, dropped), -torch.inf)
@@ -95,14 +91,14 @@ def cluster_log_probabilities(
 ) -> Float[Tensor, "*rows codes"]:
     """Cluster sampling in closed form (spec section 3).
 
-    Draw one of the k most likely clusters by its share of the probability, then a code inside it:
-    `P(code) = P(cluster of code | best k) * softmax in the cluster(logits / temperature)`.
+    The distribution of drawing one of the k most likely clusters by probability, then a code in it:
+    `P(code) = P(cluster of code | best k) * softmax within the cluster(logits / temperature)`.
 
     Args:
         logits: already divided by the temperature of the first draw.
-        clusters: of the codes; every one holds a code.
-        k: clusters that are kept.
-        temperature: of the second draw.
+        clusters: clusters of the codes, none of them empty.
+        k: number of clusters to keep.
+        temperature: temperature of the second draw.
     """
     labels, least = clusters.labels, torch.finfo(logits.dtype).min
     kept = keep_top_k(_log_sum_by(logits, clusters), k).log_softmax(-1)
@@ -111,10 +107,10 @@ def cluster_log_probabilities(
 
 
 def _log_sum_by(logits: Float[Tensor, "*rows codes"], clusters: Clusters) -> Float[Tensor, "*rows clusters"]:
-    """Log of the sum of exponentials over each cluster."""
+    """Log-sum-exp over each cluster."""
     index = clusters.labels.expand(logits.shape)
     most = logits.new_full((*logits.shape[:-1], clusters.count), -torch.inf).scatter_reduce(-1, index, logits, "amax")
-    shift = most.clamp(min=torch.finfo(logits.dtype).min)  # a cluster with nothing left stays at -inf
+    shift = most.clamp(min=torch.finfo(logits.dtype).min)  # a cluster without kept codes stays at -inf
     shares = (logits - shift[..., clusters.labels]).exp()
     add = _add_exactly if shares.is_cuda else _add
     return add(shares, index, clusters.count).log() + shift
@@ -123,32 +119,32 @@ def _log_sum_by(logits: Float[Tensor, "*rows codes"], clusters: Clusters) -> Flo
 def _add(
     shares: Num[Tensor, "*rows codes"], index: Int64[Tensor, "*rows codes"], count: int
 ) -> Num[Tensor, "*rows clusters"]:
-    """Sums of the shares of each cluster, in the order of the codes on a CPU."""
+    """Sum of the shares of each cluster; on a CPU, in the order of the codes."""
     return shares.new_zeros(*shares.shape[:-1], count).scatter_add(-1, index, shares)
 
 
 def _add_exactly(
     shares: Float[Tensor, "*rows codes"], index: Int64[Tensor, "*rows codes"], count: int
 ) -> Float[Tensor, "*rows clusters"]:
-    """The same sums in any order: a GPU adds in another one each time, and sums of integers do not depend on it."""
+    """Sum in integers, whose result does not depend on the order of addition, which varies on a GPU."""
     fixed = (shares * FIXED_POINT).to(torch.int64)
     return _add(fixed, index, count).to(shares.dtype) / FIXED_POINT
 
 
 def spawn(generator: torch.Generator, count: int) -> list[torch.Generator]:
-    """Independent generators that follow from one: those of frames, gaps and stages of a sample."""
+    """Derive independent generators from one, for the stages, frames and gaps of a sample."""
     seeds = torch.randint(0, 2**63 - 1, (count,), generator=generator).tolist()
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 class GumbelNoise:
-    """Noise of every slot of every frame, fixed by one generator a sample.
+    """Noise of every slot of every frame, fixed by one generator per sample.
 
     Args:
-        generators: one a sample, on the CPU; each is advanced once, here.
-        num_frames: frames of the sequence, in feed order.
+        generators: one CPU generator per sample; each is advanced once, here.
+        num_frames: frames of the sequence.
         num_slots: slots of a frame.
-        num_codes: image codes.
+        num_codes: number of image codes.
     """
 
     def __init__(self, generators: Sequence[torch.Generator], num_frames: int, num_slots: int, num_codes: int) -> None:
@@ -156,7 +152,7 @@ class GumbelNoise:
         self._shape = (num_slots, num_codes)
 
     def __call__(self, rank: int) -> Float[Tensor, "batch slots codes"]:
-        """Noise of the frame of that rank; it can be asked for once."""
+        """Noise of the frame with this rank; call once per rank."""
         draws = [
             torch.empty(self._shape, dtype=torch.float32).exponential_(generator=each[rank])
             for each in self._generators

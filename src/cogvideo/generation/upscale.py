@@ -1,4 +1,4 @@
-"""From low codes to high codes: one pass of the upscaler, then one draw a slot (spec section 4)."""
+"""Super-resolution of codes: one pass of the upscaler, then one draw per slot (spec section 4)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from cogvideo.models.upscaler import Upscaler
 from cogvideo.text import PaddedText, check_text
 
 SLOTS_PER_DRAW = 240
-"""High slots whose logits and noise exist at once. Noise is drawn in these portions: another number, other codes."""
+"""High slots whose logits and noise are in memory at once. The codes depend on this number."""
 
 SlotNoise = Iterator[Float[Tensor, "slots codes"]]
-"""Noise of the high slots of one frame, `SLOTS_PER_DRAW` after another."""
+"""Noise of the high slots of one frame, in portions of `SLOTS_PER_DRAW`."""
 
 
 def slot_noise(generator: torch.Generator, num_slots: int, num_codes: int, device: torch.device) -> SlotNoise:
-    """Gumbel noise of one frame, drawn where it is used: at the released sizes 72 million numbers, 1.5 s on a CPU core.
-
+    """Gumbel noise of one frame: at the released sizes 72 million numbers, or 1.5 s on a CPU core.
     Args:
-        generator: of the frame, on the CPU; it is advanced once, here.
-        num_slots: high slots.
-        num_codes: image codes.
-        device: of the model. Another kind of device draws other numbers.
+        generator: CPU generator of the frame; it is advanced once, here.
+        num_slots: number of high slots.
+        num_codes: number of image codes.
+        device: device of the model. Other kinds of devices draw other numbers.
     """
     own = torch.Generator(device).manual_seed(spawn(generator, 1)[0].initial_seed())
     return (_gumbel(len(slots), num_codes, own) for slots in torch.split(torch.arange(num_slots), SLOTS_PER_DRAW))
@@ -49,10 +48,10 @@ def enlarge(
     generators: Sequence[torch.Generator],
     sampling: SamplingConfig,
 ) -> Int64[Tensor, "batch high"]:
-    """The high codes of frames by a model's super-resolution, with the noise of one generator a frame.
+    """Compute the high codes of frames, with one generator per frame.
 
     Raises:
-        ValueError: text or low codes cannot be right, or the model has no super-resolution.
+        ValueError: text or low codes are invalid, or the model has no super-resolution.
     """
     model = system.upscaler
     slots, words = model.channel.layout.high_slots, model.base.words.weight
@@ -70,19 +69,19 @@ def upscale(
     labels: Int64[Tensor, " codes"] | None = None,
     frames_per_pass: int = 1,
 ) -> Int64[Tensor, "batch high"]:
-    """The high codes of frames. Those of a frame depend on its own text, low codes and noise alone.
+    """Compute the high codes of frames. Those of a frame depend only on its own text, low codes and noise.
 
     Args:
-        model: its device and dtype are those of the run.
-        text: caption of each frame, left-padded; without a frame rate.
+        model: the upscaler; the run uses its device and dtype.
+        text: caption of each frame, left-padded, without a duration.
         codes: low codes of each frame.
-        noise: of each frame, see `slot_noise`; not read by a greedy sampler.
-        sampling: which sampler.
-        labels: clusters of the codebook, for cluster sampling.
+        noise: noise of each frame, see `slot_noise`; not read by a greedy sampler.
+        sampling: the sampler.
+        labels: cluster of each code, for cluster sampling.
         frames_per_pass: frames that go through the model at once: more memory, fewer passes, the same codes.
 
     Raises:
-        ValueError: text, low codes, noise or frames per pass cannot be right.
+        ValueError: text, low codes, noise or frames per pass are invalid.
     """
     _check(model, text, codes, noise, frames_per_pass)
     check_clusters(sampling, labels, model.base.config.num_codes)
@@ -111,7 +110,7 @@ def _draw(
     slots = [0 if portion is None else len(portion) for portion in portions]
     require(
         slots == [high.shape[1]] * len(slots),
-        f"got noise of {slots} slots, expected {high.shape[1]} a frame: each needs a fresh `slot_noise` of its own",
+        f"got noise of {slots} slots, expected {high.shape[1]} per frame: each needs a fresh `slot_noise`",
     )
     return (scores + torch.stack([each.to(scores.device) for each in portions if each is not None])).argmax(-1)
 

@@ -1,6 +1,6 @@
-"""The adversary of the image tokenizer: a discriminator of patches, its hinge loss, and its weight beside the others.
+"""The adversary of the image tokenizer: a patch discriminator, its hinge loss, and its adaptive weight.
 
-The recipe is that of taming-transformers (arXiv 2012.09841, section 3.1), the network PatchGAN (arXiv 1611.07004).
+Method: taming-transformers (arXiv 2012.09841, section 3.1). Network: PatchGAN (arXiv 1611.07004).
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from torch import Tensor, nn
 from cogvideo.config import require
 
 SLOPE = 0.2
-"""Of LeakyReLU below zero."""
+"""Negative slope of LeakyReLU."""
 WIDEST = 8
-"""The layers' widths double up to this multiple of the first."""
+"""Largest width of a layer, as a multiple of the first; widths double up to it."""
 MOST_WEIGHT = 1e4
-"""Bound of the adaptive weight, for an adversary whose gradient vanishes."""
+"""Limit of the adaptive weight when the adversary's gradient vanishes."""
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches of a frame: positive for real ones, negative for reconstructions.
+    """Judge of overlapping patches of a frame: positive for real ones, negative for reconstructions.
 
-    Convolutions of 4 x 4: `num_layers` that halve the side and two that keep it (less one), with batch norm between
-    the first and the last and LeakyReLU after all but the last. It has no running statistics: it is only ever trained.
-    Weights start as N(0, 0.02), those of norms as N(1, 0.02), biases as zero.
+    It has 4 x 4 convolutions: `num_layers` that halve the side and two that keep it (minus one), with batch
+    norm between the first and the last, and LeakyReLU after all but the last. There are no running
+    statistics, since it is only used in training. Weights start as N(0, 0.02), those of norms as N(1, 0.02),
+    biases as zero.
     """
 
     def __init__(self, width: int = 64, num_layers: int = 3) -> None:
-        """`width` is that of the first layer.
+        """Create a discriminator whose first layer has `width` channels.
 
         Raises:
             ValueError: a number is not positive.
@@ -49,7 +50,7 @@ class PatchDiscriminator(nn.Module):
         self.apply(_start)
 
     def forward(self, frames: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1 rows columns"]:
-        """Judgements of the patches of frames in [0, 1].
+        """Judge the patches of frames in [0, 1].
 
         Raises:
             ValueError: the frames are too small to hold a patch.
@@ -61,29 +62,29 @@ class PatchDiscriminator(nn.Module):
 
     @property
     def least_side(self) -> int:
-        """Side of the smallest frame that it can judge: the two layers that keep the side take one cell each."""
+        """Side of the smallest frame it can judge: the two layers that keep the side use up one cell each."""
         return 3 * 2 ** len(self.middle)
 
 
 def discriminator_loss(
     real: Float[Tensor, "batch 1 rows columns"], made: Float[Tensor, "batch 1 rows columns"]
 ) -> Float[Tensor, ""]:
-    """Hinge loss of the judgements of real frames and reconstructions: 0 where they are beyond 1 and -1."""
+    """Hinge loss of the judgments of real frames and reconstructions: 0 beyond 1 and -1, respectively."""
     return (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
 
 
 def generator_loss(made: Float[Tensor, "batch 1 rows columns"]) -> Float[Tensor, ""]:
-    """What the autoencoder minimises: the negative mean judgement of its reconstructions."""
+    """Negative mean judgment of reconstructions, which the autoencoder minimizes."""
     return -made.mean()
 
 
 def adaptive_weight(
     reconstruction: Float[Tensor, ""], adversary: Float[Tensor, ""], last_layer: Tensor
 ) -> Float[Tensor, ""]:
-    """Ratio of the gradients' norms at the decoder's last layer, so that neither loss drowns the other.
+    """Ratio of gradient norms at the decoder's last layer, which balances the two losses.
 
-    `|d reconstruction / d last_layer| / (|d adversary / d last_layer| + 1e-4)`, at most `MOST_WEIGHT`, without a
-    gradient of its own (arXiv 2012.09841, equation 7). Both losses keep their graphs.
+    `|d reconstruction / d last_layer| / (|d adversary / d last_layer| + 1e-4)`, at most `MOST_WEIGHT`,
+    detached (arXiv 2012.09841, equation 7). Both losses keep their graphs.
     """
     norms = [
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()

@@ -1,7 +1,8 @@
-"""Attention that follows the structure of a sequence: cells (frames or windows) become batch dimensions.
+"""Attention by the structure of a sequence: cells (frames or windows) become batch dimensions.
 
-A `MaskPlan` says which rows (queries) see which keys. It is made of groups of equal-sized cells, each cell a gather of
-rows and keys, and of chunks: runs of the gathered rows and keys that go through one `scaled_dot_product_attention`.
+A `MaskPlan` says which rows (queries) see which keys. It consists of groups of equal-sized cells, which
+gather rows and keys. Each group has chunks: runs of the gathered rows and keys that share one
+`scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -21,42 +22,43 @@ class Chunk(NamedTuple):
     """Rows of a group that see the same keys."""
 
     rows: range | None
-    """Rows inside each cell; None: all."""
+    """Rows in each cell; None is all."""
     keys: range | None
-    """Keys inside each cell; None: all."""
+    """Keys in each cell; None is all."""
     mask: Tensor | None = None
-    """For (batch, 1, 1 or rows, keys): true where a key is seen, or what is added to scores; None: all are seen."""
+    """Mask of shape (batch, 1, 1 or rows, keys): true where a key is seen, or numbers added to scores; None
+    if all keys are seen."""
     owner: slice | None = None
-    """Whose keys, in the batch of the cache, where rows of several samples stand in one row of the pass; None: each
-    row of the batch reads its own."""
+    """Samples of the cache whose keys are read, if one row of the pass holds rows of several samples; None if
+    each row of the batch reads its own."""
 
 
 class Group(NamedTuple):
     """Cells of equal size."""
 
     rows: Int64[Tensor, "cells rows"] | None
-    """Rows of the pass that each cell gathers; None: one cell with all rows."""
+    """Rows of the pass that each cell gathers; None is one cell with all rows."""
     keys: Int64[Tensor, "cells keys"] | None
-    """Keys that each cell gathers; None: one cell with all keys."""
+    """Keys that each cell gathers; None is one cell with all keys."""
     chunks: tuple[Chunk, ...]
 
 
 class Write(NamedTuple):
-    """Which rows of a pass are kept, and where in a cache."""
+    """Rows of a pass to keep, and their places in a cache."""
 
     cache: Sequence[Float[Tensor, "2 samples heads slots head_dim"]]
     """Keys and values of each layer with this kind of block."""
     places: range | Int64[Tensor, " kept"] | Int64[Tensor, "batch kept"]
-    """Where each row goes."""
+    """Place of each row in the cache."""
     rows: Int64[Tensor, " kept"] | None = None
-    """Rows of the pass; None: all."""
+    """Rows of the pass; None is all."""
     samples: Int64[Tensor, " kept"] | None = None
-    """Sample of each row, where rows of several stand in one row of the pass; None: the batch of both is the same."""
+    """Sample of each row, if one row of the pass holds rows of several samples; None if the batches match."""
     is_complete: bool = False
-    """Whether the pass reads its own keys, like training (prefill); any other reads the cache."""
+    """True if the pass reads its own keys, as in training (prefill); other passes read the cache."""
 
     def store(self, kv: Float[Tensor, "2 batch heads rows head_dim"], layer: int) -> Tensor:
-        """Write keys and values of a pass, and give those that its rows read."""
+        """Write keys and values of a pass, and return those that its rows read."""
         cached = self.cache[layer]
         self._write(cached, kv if self.rows is None else kv[:, :, :, self.rows])
         return kv if self.is_complete else cached
@@ -77,20 +79,20 @@ class Write(NamedTuple):
 
 
 class MaskPlan(NamedTuple):
-    """Which rows see which keys in one channel of one kind of block, and which rows are kept for later passes."""
+    """Visibility of keys in one channel of one kind of block, and the rows to keep for later passes."""
 
     groups: tuple[Group, ...]
     restore: Int64[Tensor, " rows"] | None = None
-    """Where each row of the pass stands among the groups' outputs; None: they are in order."""
+    """Index of each row of the pass in the groups' outputs; None if they are in order."""
     write: Write | None = None
-    """Where keys and values go before the rows read; None: nowhere (training)."""
+    """Write of keys and values, which happens before rows read; None in training."""
 
     def keys(self, kv: Float[Tensor, "2 batch heads rows head_dim"], layer: int) -> Tensor:
-        """Keys and values that the rows of a pass read, from those of the pass.
+        """Write keys and values of a pass, if planned, and return those that its rows read.
 
         Args:
-            kv: of all rows of the pass.
-            layer: among those with this kind of block.
+            kv: keys and values of all rows of the pass.
+            layer: index among the layers with this kind of block.
         """
         return kv if self.write is None else self.write.store(kv, layer)
 
@@ -100,9 +102,9 @@ def attend(
     kv: Float[Tensor, "2 samples heads keys head_dim"],
     plan: MaskPlan,
 ) -> Float[Tensor, "batch rows heads*head_dim"]:
-    """Softmax attention of every row over the keys that the plan gives it, scaled by 1 / sqrt(head_dim)."""
+    """Softmax attention of each row over the keys that it sees, scaled by 1 / sqrt(head_dim)."""
     kind = q.dtype
-    q = q.to(kv.dtype)  # caches may be wider than the weights
+    q = q.to(kv.dtype)  # caches may have more bits than the weights
     out = _joined([_attend_group(q, kv, group) for group in plan.groups])
     out = out if plan.restore is None else out.index_select(1, plan.restore)
     return out.flatten(2).to(kind)
@@ -116,7 +118,7 @@ def _attend_group(q: Tensor, kv: Tensor, group: Group) -> Float[Tensor, "batch r
 
 
 def _gather(x: Tensor, index: Int64[Tensor, "cells slots"]) -> Tensor:
-    # index_select: the gradient of x[..., index, :] adds up element by element, some hundred times slower
+    # index_select: the gradient of x[..., index, :] is added element by element, about a hundred times slower
     cells, slots = index.shape
     gathered = x.index_select(-2, index.flatten())
     return gathered.reshape(*x.shape[:-3], x.shape[-3] * cells, slots, x.shape[-1])
@@ -125,7 +127,7 @@ def _gather(x: Tensor, index: Int64[Tensor, "cells slots"]) -> Tensor:
 def _attend_chunks(q: Tensor, kv: Tensor, chunks: tuple[Chunk, ...]) -> Float[Tensor, "batch rows heads head_dim"]:
     rows, keys = [chunk.rows for chunk in chunks], [chunk.keys for chunk in chunks]
     parts = zip(narrow(q, rows), *(narrow(each, keys) for each in kv.unbind(0)), chunks, strict=True)
-    # kernels write row by row, all heads of a row side by side
+    # kernels write row by row, with all heads of a row adjacent
     return _joined([_attend_chunk(*part).transpose(1, 2) for part in parts])
 
 
@@ -144,6 +146,6 @@ def split_heads(
 ) -> tuple[Float[Tensor, "batch heads rows head_dim"], Float[Tensor, "2 batch heads rows head_dim"]]:
     """Queries, and keys with values, from the fused projection [q | k | v]."""
     batch, rows, width = fused.shape
-    # split: gradients of its parts are joined once, those of slices would be filled up to the whole and added
+    # split: gradients of its parts are joined once; those of slices would be padded to the whole and added
     q, kv = fused.view(batch, rows, 3, heads, width // (3 * heads)).split_with_sizes((1, 2), 2)
     return q.squeeze(2).transpose(1, 2), kv.permute(2, 0, 3, 1, 4)

@@ -1,7 +1,7 @@
 """The VQ image autoencoder (ICE): frames to codes and back, at every rate that has a decoder.
 
-A code at rate `r` stands for `r x r` pixels: `rows = height / r`, `columns = width / r`. The layers are those of
-taming-transformers (arXiv 2012.09841); coarser rates than the encoder's come from a chain of down-samplers behind it.
+A code at rate `r` represents `r x r` pixels: `rows = height / r`, `columns = width / r`. The layers are those
+of taming-transformers (arXiv 2012.09841); downsamplers after the encoder produce coarser rates.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from cogvideo.models.quantizer import Codebook
 
 
 class Autoencoder(nn.Module):
-    """One encoder, one codebook, one decoder a rate.
+    """The image tokenizer: one encoder, one codebook, one decoder per rate.
 
-    Convolutions and norms start as PyTorch starts them, the codebook as `Codebook` says.
+    Convolutions and norms have PyTorch's initialization; see `Codebook` for the codebook's.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -38,15 +38,15 @@ class Autoencoder(nn.Module):
     def encode(
         self, frames: Float[Tensor, "batch 3 height width"], rate: int | None = None, chunk: int | None = None
     ) -> Int64[Tensor, "batch rows columns"]:
-        """Codes of frames.
+        """Encode frames.
 
         Args:
-            frames: red, green and blue in [0, 1]; converted to the model's dtype.
-            rate: pixels of a side of one code; the configuration's `rate` unless given.
-            chunk: frames in one pass, all of them unless given. It bounds the memory; the result does not depend on it.
+            frames: RGB in [0, 1]; converted to the model's dtype.
+            rate: side of a code in pixels; by default, the configuration's `rate`.
+            chunk: frames per pass; by default, all. It bounds the memory and does not affect the result.
 
         Raises:
-            ValueError: the rate has no decoder, frames have another shape or are not floating point, or a side is not
+            ValueError: the rate has no decoder, frames have a wrong shape or dtype, or a side is not
                 divisible by the rate.
         """
         rate = self._known_rate(rate)
@@ -56,15 +56,15 @@ class Autoencoder(nn.Module):
     def decode(
         self, codes: Int64[Tensor, "batch rows columns"], rate: int | None = None, chunk: int | None = None
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Frames of codes: red, green and blue, 0 black and 1 white, NOT clamped (values a little outside occur).
+        """Decode codes to RGB frames, 0 black and 1 white, NOT clamped (values slightly outside occur).
 
         Args:
             codes: ids in `[0, num_codes)`.
-            rate: pixels of a side of one code; the configuration's `rate` unless given.
-            chunk: frames in one pass, all of them unless given. It bounds the memory; the result does not depend on it.
+            rate: side of a code in pixels; by default, the configuration's `rate`.
+            chunk: frames per pass; by default, all. It bounds the memory and does not affect the result.
 
         Raises:
-            ValueError: the rate has no decoder, or codes have another shape or dtype or an id out of range.
+            ValueError: the rate has no decoder, or codes have a wrong shape or dtype or an id out of range.
         """
         rate = self._known_rate(rate)
         require(codes.ndim == 3, f"codes have shape {tuple(codes.shape)}, expected (batch, rows, columns)")
@@ -75,7 +75,7 @@ class Autoencoder(nn.Module):
     def encode_pixels(
         self, pixels: UInt8[np.ndarray, "frames height width 3"], chunk: int | None = 1
     ) -> Int64[Tensor, "frames slots"]:
-        """Codes of pictures, on the CPU; raises what `encode` raises."""
+        """Encode pictures to codes on the CPU; raises what `encode` raises."""
         like = self.codebook.embedding
         frames = rearrange(torch.from_numpy(pixels), "frames height width rgb -> frames rgb height width")
         return self.encode(frames.to(like.device).to(like.dtype) / 255, chunk=chunk).flatten(1).cpu()
@@ -84,7 +84,7 @@ class Autoencoder(nn.Module):
     def decode_pixels(
         self, codes: Int64[Tensor, "frames slots"], chunk: int | None = 1
     ) -> UInt8[np.ndarray, "frames height width 3"]:
-        """Pictures of the codes of squares; raises what `decode` raises."""
+        """Decode the codes of square pictures; raises what `decode` raises."""
         device, side = self.codebook.embedding.device, round(codes.shape[1] ** 0.5)
         with torch.autocast(device.type, enabled=False):
             return to_pixels(self.decode(codes.to(device).view(-1, side, side), chunk=chunk))
@@ -92,13 +92,13 @@ class Autoencoder(nn.Module):
     def reconstruct(
         self, pixels: UInt8[np.ndarray, "frames side side 3"], chunk: int | None = 1
     ) -> UInt8[np.ndarray, "frames side side 3"]:
-        """Pictures as they come back from their codes."""
+        """Encode and decode pictures."""
         return self.decode_pixels(self.encode_pixels(pixels, chunk), chunk)
 
     def features(
         self, frames: Float[Tensor, "batch 3 height width"], rate: int
     ) -> Float[Tensor, "batch embedding rows columns"]:
-        """Vectors that codes are chosen for, before quantisation. Differentiable; raises what `encode` raises."""
+        """Vectors before quantization. Differentiable; raises what `encode` raises."""
         _require_frames(frames, self._known_rate(rate))
         x = frames.to(self.project.weight.dtype)
         x = self.encoder((x - _channels(self.config.mean, x)) / _channels(self.config.std, x))
@@ -110,7 +110,7 @@ class Autoencoder(nn.Module):
     def render(
         self, vectors: Float[Tensor, "batch embedding rows columns"], rate: int
     ) -> Float[Tensor, "batch 3 height width"]:
-        """Frames, as `decode` gives them, of codebook rows. Differentiable.
+        """Decode codebook rows to frames, as `decode` does. Differentiable.
 
         Raises:
             ValueError: the rate has no decoder.
@@ -130,19 +130,19 @@ class Autoencoder(nn.Module):
 
 
 def to_frames(pixels: UInt8[Tensor, "batch height width 3"]) -> Float[Tensor, "batch 3 height width"]:
-    """Pixels as `Autoencoder.encode` takes them, in [0, 1]; on CUDA with the channels of a pixel side by side."""
+    """Convert pixels to the input of `Autoencoder.encode`, in [0, 1]; on CUDA, in channels-last format."""
     memory_format = torch.channels_last if pixels.is_cuda else torch.contiguous_format
     return pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format) / 255
 
 
 def to_pixels(frames: Float[Tensor, "batch 3 height width"]) -> UInt8[np.ndarray, "batch height width 3"]:
-    """Frames as `Autoencoder.decode` gives them as they are shown: clamped to [0, 1], rounded to the nearest of 256."""
+    """Convert the output of `Autoencoder.decode` to pixels: clamped to [0, 1] and rounded to 256 levels."""
     pixels = (frames.float().clamp(0, 1) * 255).round().byte()
-    return rearrange(pixels, "batch colours height width -> batch height width colours").cpu().numpy()
+    return rearrange(pixels, "batch rgb height width -> batch height width rgb").cpu().numpy()
 
 
 class Encoder(nn.Module):
-    """Normalised frames -> cells of `embedding_dim` values, each level but the last halving the side."""
+    """Normalized frames -> cells of `embedding_dim` values; each level but the last halves the side."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Encoder(nn.Module):
 
 
 class EncoderLevel(nn.Module):
-    """Residual blocks of one side, then the halving where there is one."""
+    """Residual blocks of one size, then an optional downsampling."""
 
     def __init__(self, config: AutoencoderConfig, before: int, after: int, shrinks: bool) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class EncoderLevel(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codebook rows -> normalised frames. `levels` run from the coarsest; each but the last doubles the side."""
+    """Codebook rows -> normalized frames, from the coarsest level; each but the last doubles the side."""
 
     def __init__(self, config: AutoencoderConfig, multipliers: tuple[int, ...]) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
 
 
 class DecoderLevel(nn.Module):
-    """Residual blocks of one side, each followed by attention where there is any, then the doubling likewise."""
+    """Residual blocks of one size, each with optional attention, then an optional upsampling."""
 
     def __init__(self, config: AutoencoderConfig, before: int, after: int, doublings_left: int) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class DecoderLevel(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """`x + conv(swish(norm(conv(swish(norm(x))))))`; `x` goes through a 1 x 1 convolution where the width changes."""
+    """`x + conv(swish(norm(conv(swish(norm(x))))))`; a 1 x 1 convolution adapts the width of `x`."""
 
     def __init__(self, before: int, after: int, groups: int) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of one head between all cells of a frame, added to its input; projections are 1 x 1 convolutions."""
+    """Single-head attention among all cells of a frame, with a residual connection."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class SelfAttention(nn.Module):
             rearrange(project(normed), "batch channels height width -> batch 1 (height width) channels")
             for project in (self.q, self.k, self.v)
         )
-        if q.is_cuda:  # its kernels want the values of a cell side by side, and make a table of all scores otherwise
+        if q.is_cuda:  # fused kernels need the values of a cell to be adjacent
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = rearrange(mixed, "batch 1 (height width) channels -> batch channels height width", height=x.shape[2])
@@ -259,7 +259,7 @@ class SelfAttention(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Convolution that halves the side: 3 x 3, stride 2, padded by one cell on the right and at the bottom only."""
+    """Convolution that halves the side: 3 x 3, stride 2, padded by one cell at the right and bottom only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, kernel_size=3, stride=2)
@@ -269,7 +269,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Doubling of the side: every cell repeated, then a 3 x 3 convolution."""
+    """Nearest-neighbor upsampling by 2, then a 3 x 3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, kernel_size=3, padding=1)

@@ -1,8 +1,8 @@
-"""Static caches of keys and values, preallocated for one layout, and what the rows of the passes that read them see.
+"""Static caches of keys and values, preallocated for one layout, and mask plans of the passes that read them.
 
-A cache lies in cells, so that what a row sees is one contiguous run: every cell holds the text, then its slots of one
-frame after another. In the temporal channel the cells are those of the block's windows. In the spatial channel they are
-lanes, each with one frame: a frame that is finished is overwritten by the next of its lane.
+A cache is laid out in cells, so a row sees one contiguous run: every cell holds the text, then its slots of
+one frame after another. In the temporal channel the cells are those of the block's windows. In the spatial
+channel they are lanes with one frame each; a finished frame is overwritten by the next one of its lane.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from cogvideo.models.plans import extend
 
 @dataclass(frozen=True)
 class CacheMap:
-    """Where each key of a cache lies: `cell_slots` are the frame slots of each cell, in the cache's order."""
+    """Place of each key in a cache."""
 
     text_slots: int
     cell_slots: tuple[Int64[Tensor, " _"], ...]
+    """Frame slots of each cell, in the order of the cache."""
     frames: int
-    """Frames that a cell holds one after another."""
+    """Number of frames in a cell, one after another."""
 
     @classmethod
     def temporal(cls, layout: SequenceLayout, window: int, shifted: bool) -> CacheMap:
-        """Cells of the block's windows, all frames in each."""
+        """Map of the temporal channel: the cells of the block's windows, with all frames in each."""
         parts: Cells = cells(layout.grid, window, shifted)
         return cls(layout.text_slots, tuple(cell for part in parts for cell in part), layout.num_frames)
 
     @classmethod
     def spatial(cls, layout: SequenceLayout, lanes: int) -> CacheMap:
-        """Lanes of one frame each, side by side like the cells of one wide frame: slot `lane * frame_slots + slot`."""
+        """Map of the spatial channel: one frame per lane, at slots `lane * frame_slots + slot`."""
         return cls(layout.text_slots, tuple(torch.arange(lanes * layout.frame_slots).view(lanes, -1)), 1)
 
     @cached_property
@@ -49,12 +50,12 @@ class CacheMap:
 
     @cached_property
     def num_keys(self) -> int:
-        """Keys of the whole cache."""
+        """Number of keys in the whole cache."""
         return len(self.cell_slots) * self.text_slots + self.frames * sum(len(slots) for slots in self.cell_slots)
 
     @cached_property
     def text_places(self) -> Int64[Tensor, "cells text"]:
-        """Keys that hold the text: every cell has its own copy."""
+        """Keys of the text; every cell has its own copy."""
         return torch.tensor(self.starts)[:, None] + torch.arange(self.text_slots)
 
     @cached_property
@@ -76,30 +77,31 @@ class CacheMap:
 
     @cached_property
     def key_order(self) -> Int64[Tensor, " keys"]:
-        """When each key is fed, counted in slots over all frames; text comes before everything, at -1."""
+        """Slot at which each key is fed, counted over all frames; -1 for text."""
         order = torch.full((self.num_keys,), -1, dtype=torch.int64)
         order[self.frame_places] = torch.arange(self.frame_places.numel()).view_as(self.frame_places)
         return order
 
     @cached_property
     def key_cell(self) -> Int64[Tensor, " keys"]:
-        """Cell that each key lies in."""
+        """Cell of each key."""
         return (torch.arange(self.num_keys)[:, None] >= torch.tensor(self.starts)).sum(1) - 1
 
 
 class Cache:
-    """Keys and values of the layers with one kind of block, and the mask plans of passes that write and read them.
+    """Keys and values of the layers with one kind of block, and mask plans of the passes that use them.
 
-    Slots are counted over all frames in feed order; a spatial cache keeps those of the last frames alone. `step` is one
-    slot of each of a few frames, the same in every sample, and `runs` consecutive slots of a frame, other ones in every
-    sample, both by contiguous slices; `masked` does the same by comparing two integers a key.
+    Slots are counted over all frames in the order of feeding; a spatial cache keeps only those of the last
+    frames. `step` feeds one slot of each of a few frames, the same in every sample. `runs` feeds consecutive
+    slots of a frame, different ones in every sample. Both read contiguous slices; `masked` compares two
+    integers per key instead.
 
     Args:
-        where: its map.
-        num_layers: with this kind of block.
-        text: what is added to the scores of text keys, see `text_mask`.
+        where: place of each key.
+        num_layers: number of layers with this kind of block.
+        text: numbers added to the scores of text keys, see `text_mask`.
         shape: samples, heads and size of a head.
-        like: whose dtype and device it has.
+        like: a tensor with the dtype and device of the cache.
     """
 
     def __init__(
@@ -121,11 +123,11 @@ class Cache:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of keys and values."""
+        """Memory of keys and values, in bytes."""
         return sum(each.numel() * each.element_size() for each in self.layers)
 
     def keep(self, plan: MaskPlan, num_slots: int) -> MaskPlan:
-        """The plan of a pass that is complete in itself (prefill), which keeps its text and first frame slots."""
+        """Make the plan of a prefill pass keep its text and first `num_slots` frame slots."""
         text_slots, device = self.map.text_slots, self.device_places.device
         text = torch.arange(text_slots, device=device).repeat(len(self.map.starts))
         frames = text_slots + torch.arange(num_slots, device=device)
@@ -133,7 +135,7 @@ class Cache:
         return plan._replace(write=Write(self.layers, places, torch.cat([text, frames]), is_complete=True))
 
     def step(self, slots: Sequence[int]) -> MaskPlan:
-        """One slot of each of a few frames, the same in every sample: every row reads one run of the cache."""
+        """Plan for one slot of each of a few frames, the same in all samples; a row reads one run of keys."""
         held = [slot % len(self.places) for slot in slots]
         chunks = []
         for row, slot in enumerate(held):
@@ -147,9 +149,10 @@ class Cache:
         return _plan(chunks, Write(self.layers, places))
 
     def runs(self, runs: Sequence[range]) -> MaskPlan:
-        """Consecutive slots of one frame, a run a sample, which may be empty: the rows of all samples stand one after
-        another, in one row of the pass, unless the runs are all the same. Each sample reads its own cells alone, and a
-        chunk is a stretch of a run in one of them: its keys are those up to its last row."""
+        """Plan for consecutive slots of one frame, with one run per sample, which may be empty. Unless all
+        runs are equal, the rows of all samples follow each other in one row of the pass. Each sample reads
+        only its own cells. A chunk is a stretch of a run in one cell, and reads the keys up to its last
+        row."""
         if len(set(runs)) == 1:
             return _plan(list(self._stretches(runs[0], 0, None)), Write(self.layers, self._places(runs[0])))
         chunks: list[Chunk] = []
@@ -179,13 +182,13 @@ class Cache:
             first += len(slots)
 
     def masked(self, frame: range, slots: Int64[Tensor, "batch rows"]) -> MaskPlan:
-        """Any slots of one frame, other ones in every sample, from tensors alone: the shapes are those of every pass of
-        the frame, so that it can be captured. A key is seen in the row's own cell, if it is text or was fed no later
-        than the row.
+        """Plan for any slots of one frame, different ones in every sample, computed from tensors. All passes
+        of the frame have the same shapes, so they can be captured. A row sees a key of its own cell if the
+        key is text or was fed no later than the row.
 
         Args:
-            frame: its slots.
-            slots: counted from the first of the frame.
+            frame: slots of the frame.
+            slots: slots to feed, counted from the first of the frame.
         """
         first = frame.start % len(self.places)
         held = first + slots
@@ -203,7 +206,7 @@ def _plan(chunks: list[Chunk], write: Write) -> MaskPlan:
 
 
 def _spread(text: Tensor | None, where: CacheMap) -> Float[Tensor, "#batch 1 1 keys"]:
-    """The text mask at every cell's copy of the text, nothing added to all other keys."""
+    """The text mask at every cell's copy of the text, and zero at all other keys."""
     if text is None:
         return torch.zeros(1, 1, 1, where.num_keys)
     spread = text.new_zeros(*text.shape[:-1], where.num_keys)

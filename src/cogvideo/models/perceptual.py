@@ -1,7 +1,8 @@
-"""How far a reconstruction looks from its frame: LPIPS where its weights are given, else pyramids and edges.
+"""Perceptual distances between frames: LPIPS if its weights are given, and pyramids and edges.
 
-LPIPS (arXiv 1801.03924, version 0.1) compares features of VGG-16 or AlexNet with learned weights. These may not be
-bundled: `cogvideo fetch lpips` gets them, or users bring torchvision's file and LPIPS's linear heads for it.
+LPIPS (arXiv 1801.03924, version 0.1) compares features of VGG-16 or AlexNet with learned weights, which
+cannot be redistributed: `cogvideo fetch lpips` gets them, or users provide torchvision's file and the LPIPS
+heads for it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 from cogvideo.config import InputError, require
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-"""How LPIPS normalises red, green and blue of [-1, 1]."""
+"""Normalization of RGB in [-1, 1] by LPIPS."""
 CLASSIFIER = "classifier."
-"""Beginning of the names in torchvision's files that LPIPS has no use for."""
+"""Prefix of names in torchvision's files that LPIPS does not need."""
 
 Network = Literal["vgg", "alexnet"]
 
@@ -63,15 +64,15 @@ class Features:
     """A network whose features LPIPS compares."""
 
     title: str
-    """Its name in messages."""
+    """Name in messages."""
     build: Callable[[], nn.Sequential]
-    """Layers, numbered as in torchvision's `features`."""
+    """Constructor of the layers, numbered as in torchvision's `features`."""
     compared: tuple[int, ...]
     """Layers whose outputs are compared: the last ReLU of each level."""
     widths: tuple[int, ...]
-    """Channels there."""
+    """Channels of these layers."""
     least_side: int
-    """Side of the smallest frame whose last level has a cell."""
+    """Side of the smallest frame whose last level is not empty."""
 
 
 NETWORKS: dict[Network, Features] = {
@@ -81,7 +82,7 @@ NETWORKS: dict[Network, Features] = {
 
 
 class Lpips(nn.Module):
-    """Learned perceptual distance; its parameters are fixed. `load_lpips` fills them."""
+    """Learned perceptual distance with fixed parameters; `load_lpips` loads them."""
 
     def __init__(self, network: Network = "vgg") -> None:
         super().__init__()
@@ -93,14 +94,14 @@ class Lpips(nn.Module):
     def forward(
         self, frames: Float[Tensor, "batch 3 height width"], others: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, " batch"]:
-        """Distance of each frame in [0, 1] from another: 0 for equal ones. Differentiable in both.
+        """Distance of each frame in [0, 1] from another; 0 for equal ones. Differentiable in both.
 
         Raises:
             ValueError: a side is shorter than the network's `least_side`.
         """
         side, least = min(frames.shape[2:]), self.network.least_side
         require(side >= least, f"frames have a side of {side} pixels, expected at least {least} for LPIPS")
-        x = _normalise(torch.cat([frames, others]))
+        x = _normalize(torch.cat([frames, others]))
         heads = dict(zip(self.network.compared, self.heads, strict=True))
         distance = x.new_zeros(len(frames))
         for index, layer in enumerate(self.features):
@@ -112,15 +113,15 @@ class Lpips(nn.Module):
 
 
 def load_lpips(*files: Path, network: Network = "vgg") -> Lpips:
-    """LPIPS with the weights of files, `.safetensors` or what `torch.save` wrote of a table of tensors.
+    """Load LPIPS from files: `.safetensors`, or tables of tensors by `torch.save`.
 
     Args:
-        files: which together hold torchvision's network, with or without its classifier, and LPIPS's linear heads for
-            it, by the names that torchvision and LPIPS give them.
-        network: the one that the weights are for.
+        files: files that together hold torchvision's network, with or without its classifier, and the LPIPS
+            heads for it, under the names used by torchvision and LPIPS.
+        network: network that the weights are for.
 
     Raises:
-        ValueError: a file cannot be read, or they lack a tensor, have another one, or one of another shape.
+        ValueError: a file cannot be read, or a tensor is missing, unexpected or of the wrong shape.
     """
     with torch.device("meta"):
         model = Lpips(network)
@@ -134,7 +135,7 @@ def load_lpips(*files: Path, network: Network = "vgg") -> Lpips:
 
 
 def file_name(name: str) -> str:
-    """Name in torchvision's and LPIPS's files of a tensor of `Lpips`."""
+    """Name of an `Lpips` tensor in torchvision's and LPIPS's files."""
     part, _, rest = name.partition(".")
     return f"lin{rest.removesuffix('.weight')}.model.1.weight" if part == "heads" else name
 
@@ -142,9 +143,9 @@ def file_name(name: str) -> str:
 def pyramid_distance(
     frames: Float[Tensor, "batch 3 height width"], others: Float[Tensor, "batch 3 height width"], num_levels: int
 ) -> Float[Tensor, ""]:
-    """Mean absolute difference, averaged over the frames and `num_levels - 1` halvings of them (means of 2 x 2).
+    """Mean absolute difference, averaged over the frames and `num_levels - 1` halvings of them (2 x 2 means).
 
-    Coarser levels weigh shapes and colours of areas more than the noise of single pixels.
+    Coarser levels emphasize shapes and colors of areas over the noise of single pixels.
     """
     difference, distances = frames - others, []  # pooling is linear
     for level in range(num_levels):
@@ -156,12 +157,12 @@ def pyramid_distance(
 def edge_distance(
     frames: Float[Tensor, "batch 3 height width"], others: Float[Tensor, "batch 3 height width"]
 ) -> Float[Tensor, ""]:
-    """Mean absolute difference of the steps between neighbouring pixels, down and across: blurred edges cost."""
+    """Mean absolute difference of vertical and horizontal pixel gradients, which penalizes blurred edges."""
     difference = frames - others
     return (difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()) / 2
 
 
-def _normalise(frames: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+def _normalize(frames: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
     shift, scale = (frames.new_tensor(values).view(3, 1, 1) for values in (SHIFT, SCALE))
     return (2 * frames - 1 - shift) / scale
 
@@ -177,15 +178,15 @@ def _check(prefix: str, tensors: Mapping[str, Tensor], expected: Mapping[str, tu
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that may come from anywhere: nothing in it is executed."""
+    """Read the tensors of an untrusted file, without executing anything in it."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # what is raised by bytes that mean nothing depends on the bytes
-        raise InputError(f"cannot read {path}: it is no file of tensors") from error
+    except Exception as error:  # invalid bytes raise all kinds of errors
+        raise InputError(f"cannot read {path}: it is not a file of tensors") from error
     tensors = isinstance(values, Mapping) and all(isinstance(each, Tensor) for each in values.values())
-    require(tensors, f"cannot read {path}: it holds no table of tensors")
+    require(tensors, f"cannot read {path}: it does not hold a table of tensors")
     return dict(values)

@@ -1,7 +1,7 @@
-"""Visibility of the rows of training and prefill, from the layout: the masks of the paper as slices of cells.
+"""Mask plans of training and prefill: the masks of the paper as slices of cells.
 
-Such a pass is text and whole frames, complete in itself. Passes that read a cache are in `cache.py`; docs/sequence.md
-has the drawings.
+Such a pass has text and whole frames, and reads only its own keys. Passes that read a cache are in
+`cache.py`; docs/sequence.md has diagrams.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from cogvideo.models.attention import Chunk, Group, MaskPlan
 from cogvideo.models.transformer import Pass
 
 CAUSAL_ROWS = 200
-"""Rows of a frame that are causal in one matrix of scores: of more, half of the scores would be made in vain. From 192
-on, PyTorch's kernel for CPUs takes 64 at a time instead of 32, and is a fifth faster."""
+"""Maximum number of causal rows in one matrix of scores, half of which are wasted. From 192 rows on,
+PyTorch's CPU kernel takes 64 rows at a time instead of 32, and is a fifth faster."""
 
 
 def text_mask(
     mask: Bool[Tensor, "batch text"], bonus: float, dtype: torch.dtype
 ) -> Float[Tensor, "batch 1 1 text"] | None:
-    """Numbers added to the scores of text keys: -inf at pads, `bonus` elsewhere; None: nothing at all."""
-    if not bonus and mask.device.type == "cpu" and bool(mask.all()):  # another device would be waited for
+    """Numbers added to the scores of text keys: -inf for padding, `bonus` elsewhere; None if all are zero."""
+    if not bonus and mask.device.type == "cpu" and bool(mask.all()):  # other devices would synchronize
         return None
     added = torch.full(mask.shape, bonus, dtype=dtype, device=mask.device)
     return added.masked_fill(~mask, -torch.inf)[:, None, None]
 
 
 def extend(text: Tensor, keys: int) -> Tensor:
-    """The mask of [text | keys], every one of those keys seen, from that of the text."""
+    """Extend the mask of text to [text | keys], where all further keys are seen."""
     return F.pad(text, (0, keys)) if keys else text
 
 
@@ -46,15 +46,16 @@ def full_pass(
     num_frames: int,
     bonus: float = 0.0,
 ) -> Pass:
-    """Text and the first `num_frames` frames (in feed order), reading their own keys.
+    """Masks of a pass of text and the first `num_frames` frames in the order of feeding.
 
     Args:
-        layout: the sequence.
-        window: side of the temporal windows, 0 for full attention, None for no temporal channel.
-        mask: true for real text; its device is that of the pass.
-        dtype: of the keys.
-        num_frames: leading ranks that are fed.
-        bonus: added to text scores in the spatial channel; in the temporal one, drawn slots alone have it (spec 3).
+        layout: layout of the sequence.
+        window: side of the temporal windows; 0 for full attention, None for no temporal channel.
+        mask: true for real text, on the device of the pass.
+        dtype: type of the keys.
+        num_frames: number of leading ranks that are fed.
+        bonus: added to text scores in the spatial channel; in the temporal one, only drawn slots have it
+            (spec 3).
     """
     spatial, *temporal = _structure(layout, window, num_frames, mask.device)
     text = text_mask(mask, 0.0, dtype)
@@ -66,13 +67,13 @@ def full_pass(
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # what is made while generating must also serve in training
+@torch.inference_mode(False)  # tensors cached during generation must also work in training
 def _structure(
     layout: SequenceLayout, window: int | None, num_frames: int, device: torch.device
 ) -> tuple[MaskPlan, ...]:
-    """Plans that see every text slot: of the spatial channel, then one a kind of temporal block.
+    """Plans in which every text slot is seen: the spatial channel's, then one per kind of temporal block.
 
-    On CUDA each is one attention with a mask: starting many small ones takes longer than scoring pairs in vain.
+    On CUDA each is one masked attention: launching many small ones takes longer than computing wasted scores.
     """
     plans = [_spatial(layout, num_frames)]
     if window is not None:
@@ -85,7 +86,7 @@ def _structure(
 
 
 def _spatial(layout: SequenceLayout, num_frames: int) -> MaskPlan:
-    """Text sees text; a frame sees text and itself, as a whole where it is bidirectional, else causally."""
+    """Text sees text; a frame sees text and itself, in full if bidirectional, otherwise causally."""
     words = torch.arange(layout.text_slots)
     slots = layout.text_slots + torch.arange(num_frames * layout.frame_slots).view(num_frames, layout.frame_slots)
     both = min(layout.num_bidirectional, num_frames)
@@ -99,7 +100,7 @@ def _spatial(layout: SequenceLayout, num_frames: int) -> MaskPlan:
 
 
 def _causal(text_slots: int, frame: range) -> Iterator[Chunk]:
-    """Each row of a frame sees text, all rows before it and itself; keys are [text | rows]."""
+    """Each row of a frame sees text, itself and all rows before it; keys are [text | rows]."""
     for start in frame[::CAUSAL_ROWS]:
         rows = range(start, min(start + CAUSAL_ROWS, frame.stop))
         keys = range(text_slots + rows.stop)
@@ -107,8 +108,8 @@ def _causal(text_slots: int, frame: range) -> Iterator[Chunk]:
 
 
 def _temporal(layout: SequenceLayout, window: int, shifted: bool, num_frames: int) -> MaskPlan:
-    """Each cell of a frame sees text and the same cell of every frame fed before it; rows are counted without text."""
-    if not window:  # one cell, whose rows need not be gathered
+    """Each cell of a frame sees text, itself, and the same cell of all earlier frames; rows exclude text."""
+    if not window:  # one cell, whose rows need no gathering
         return MaskPlan((Group(None, None, _frame_chunks(layout, layout.frame_slots, num_frames)),))
     words, frames = torch.arange(layout.text_slots), torch.arange(num_frames) * layout.frame_slots
     groups: list[Group] = []
@@ -122,7 +123,7 @@ def _temporal(layout: SequenceLayout, window: int, shifted: bool, num_frames: in
 
 
 def _frame_chunks(layout: SequenceLayout, area: int, num_frames: int) -> tuple[Chunk, ...]:
-    """Bidirectional frames see each other in full; each later one sees all before it in full and itself causally."""
+    """Bidirectional frames see each other in full; later ones see all before and themselves causally."""
     both = min(layout.num_bidirectional, num_frames)
     chunks = []
     if both:
@@ -133,7 +134,7 @@ def _frame_chunks(layout: SequenceLayout, area: int, num_frames: int) -> tuple[C
 
 
 def _dense(plan: MaskPlan, num_rows: int, num_keys: int) -> MaskPlan:
-    """The same plan as one group of one cell and one chunk."""
+    """Merge a plan into one group with one cell and one chunk."""
     seen = torch.zeros(num_rows, num_keys, dtype=torch.bool)
     for group in plan.groups:
         rows = torch.arange(num_rows)[None] if group.rows is None else group.rows
@@ -149,7 +150,7 @@ def _part(slots: Int64[Tensor, "cells slots"], run: range | None) -> Int64[Tenso
 
 
 def _on(plan: MaskPlan, device: torch.device) -> MaskPlan:
-    """The plan with its tensors on a device."""
+    """Move the tensors of a plan to a device."""
 
     def moved(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device)
@@ -164,7 +165,7 @@ def _on(plan: MaskPlan, device: torch.device) -> MaskPlan:
 
 
 def _with_text(plan: MaskPlan, text: Tensor | None) -> MaskPlan:
-    """The plan where text keys are seen as the mask of the text says."""
+    """Apply the mask of the text to a plan."""
     if text is None:
         return plan
     groups = (

@@ -1,8 +1,7 @@
-"""The transformer of every stage: a frozen text-to-image base, and the temporal channel that a video stage adds.
+"""Transformer of all stages: a frozen text-to-image base, and the temporal channel that a video stage adds.
 
-`Base` and `TemporalChannel` own parameters; `Transformer` joins them. One base in memory serves the image model and all
-stages. The same forward pass trains, prefills and decodes: what differs is which rows come in, what the plan lets them
-see, and where it keeps their keys and values.
+`Base` and `TemporalChannel` own parameters; `Transformer` joins them. One base in memory serves the image
+model and all stages. The same forward pass trains, prefills and decodes, with different rows and mask plans.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ INIT_STD = 0.02
 
 
 class Pass(NamedTuple):
-    """Masks of the rows of one forward pass, and what is kept of them. Text rows come first, frame rows follow."""
+    """Mask plans of one forward pass. Text rows come first, then frame rows."""
 
     num_text: int
-    """Text rows of the pass."""
+    """Number of text rows."""
     spatial: MaskPlan
-    """For all rows."""
+    """Plan of the spatial channel, for all rows."""
     temporal: tuple[MaskPlan, ...]
-    """For frame rows, one a kind of block (blocks take turns); none for the image model."""
+    """Plans of the temporal channel, for frame rows: one per kind of block, or none in the image model."""
 
 
 class TemporalBlock(nn.Module):
-    """What a video stage adds to one block (paper section 3.2): attention over frames and the gate."""
+    """Attention over frames and gate that a video stage adds to a block (paper section 3.2)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -46,7 +45,7 @@ class TemporalBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch rows hidden"], spatial: Tensor, layer: int, plan: Pass
     ) -> Float[Tensor, "batch rows hidden"]:
-        """Mix the spatial channel's output with that of attention over frames; text rows keep the spatial one."""
+        """Mix the spatial channel's output with attention over frames; text rows keep the spatial output."""
         number, kind = divmod(layer, len(plan.temporal))
         own = plan.temporal[kind]
         q, kv = split_heads(self.qkv(x), self.num_heads)
@@ -61,11 +60,11 @@ class TemporalBlock(nn.Module):
     def mix(self, q: Tensor, kv: Tensor, spatial: Tensor, plan: MaskPlan) -> Float[Tensor, "batch rows hidden"]:
         """Frame rows: `a * spatial + (1 - a) * temporal` with the gate `a`."""
         temporal = self.out(attend(q, kv, plan))
-        return torch.lerp(temporal, spatial, self.gate.sigmoid().to(temporal.dtype))  # narrower under autocast
+        return torch.lerp(temporal, spatial, self.gate.sigmoid().to(temporal.dtype))  # for autocast
 
 
 class Block(nn.Module):
-    """A block of the base: sandwich-LayerNorm attention and feed-forward layer."""
+    """Block of the base: sandwich-LayerNorm attention and feed-forward layer."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -95,7 +94,7 @@ class Block(nn.Module):
     def residual(
         self, x: Float[Tensor, "batch rows hidden"], attention: Float[Tensor, "batch rows hidden"]
     ) -> Float[Tensor, "batch rows hidden"]:
-        """What follows attention: both norms of the sandwich and the feed-forward layer."""
+        """Add the attention and the feed-forward layer, each through its second norm."""
         x = x + self.norm3(attention)
         return x + self.norm4(self.mlp(self.norm2(x)))
 
@@ -105,23 +104,23 @@ class Block(nn.Module):
 
 
 class Words(nn.Embedding):
-    """The word embedding, whose rows are the weights of the heads too (tied)."""
+    """Word embedding, whose rows are also the weights of the output heads (tied)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config.vocab_size, config.hidden)
         self.num_codes = config.num_codes
 
     def code_logits(self, x: Float[Tensor, "batch rows hidden"]) -> Float[Tensor, "batch rows codes"]:
-        """The product with the rows of image codes."""
+        """Logits of image codes."""
         return F.linear(x, self.weight[: self.num_codes])
 
     def text_logits(self, x: Float[Tensor, "batch rows hidden"]) -> Float[Tensor, "batch rows words"]:
-        """The product with all other rows."""
+        """Logits of all other tokens."""
         return F.linear(x, self.weight[self.num_codes :])
 
 
 class Base(nn.Module):
-    """The text-to-image model's parameters: embeddings, blocks and the final norm."""
+    """Parameters of the text-to-image model: embeddings, blocks and the final norm."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -136,12 +135,12 @@ class Base(nn.Module):
         return self.words.code_logits(self.norm(x))
 
     def text_logits(self, x: Float[Tensor, "batch rows hidden"]) -> Float[Tensor, "batch rows words"]:
-        """Logits of everything but image codes, for training: token `num_codes` first."""
+        """Logits of all other tokens, from token `num_codes` on; for training."""
         return self.words.text_logits(self.norm(x))
 
 
 class TemporalChannel(nn.Module):
-    """What a video stage adds: temporal attention and gate of every block, and positions of further frames."""
+    """Parameters that a video stage adds: temporal attention and gates, and positions of later frames."""
 
     def __init__(self, config: TransformerConfig, layout: LayoutConfig, stage: StageConfig) -> None:
         super().__init__()
@@ -156,8 +155,8 @@ class Transformer(nn.Module):
     """Image model or video stage.
 
     Args:
-        base: shared by all stages, and frozen in a video stage.
-        channel: what a video stage adds; None is the image model.
+        base: the base, which all stages share and video stages freeze.
+        channel: parameters that a video stage adds; None for the image model.
     """
 
     def __init__(self, base: Base, channel: TemporalChannel | None = None) -> None:
@@ -167,7 +166,7 @@ class Transformer(nn.Module):
 
     @property
     def window(self) -> int | None:
-        """Side of the temporal windows; 0 is full attention, None the image model, which has no temporal channel."""
+        """Side of the temporal windows; 0 is full attention, None no temporal channel (image model)."""
         return None if self.channel is None else self.channel.stage.window
 
     def forward(
@@ -176,7 +175,7 @@ class Transformer(nn.Module):
         positions: Int64[Tensor, "#batch rows"],
         plan: Pass,
     ) -> Float[Tensor, "batch rows hidden"]:
-        """The rows of a pass after the last block, before the final norm (`Base.logits` applies it)."""
+        """Run a pass; returns its rows after the last block, before the final norm (see `Base.logits`)."""
         x = self.base.words(tokens) + self.position(positions)
         temporal = [None] * len(self.base.blocks) if self.channel is None else self.channel.blocks
         for layer, (block, channel) in enumerate(zip(self.base.blocks, temporal, strict=True)):
@@ -184,7 +183,7 @@ class Transformer(nn.Module):
         return x
 
     def position(self, positions: Int64[Tensor, "#batch rows"]) -> Float[Tensor, "#batch rows hidden"]:
-        """Position embedding: the base's table, from the second frame on the channel's own."""
+        """Position embeddings: the base's for text and the first frame, the channel's for later frames."""
         if self.channel is None:
             return self.base.positions(positions)
         extra = positions - self.channel.first_position
@@ -194,15 +193,15 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def initialize(module: nn.Module, num_layers: int, generator: torch.Generator | None = None) -> None:
-    """Random start of a base or a channel (spec section 1).
+    """Initialize a base or a channel (spec section 1).
 
-    | parameter | start |
+    | parameter | initial value |
     |---|---|
     | linear and embedding weights | N(0, 0.02) |
     | output projections of the base (`out`, `mlp_out`) | N(0, 0.02 / sqrt(2 x layers)) |
     | biases | 0 |
     | LayerNorm | weight 1, bias 0 |
-    | gates | 0, so that both channels weigh one half |
+    | gates | 0, so both channels have weight 1/2 |
     """
     for name, parameter in module.named_parameters():
         owner, kind = name.split(".")[-2:] if "." in name else ("", name)
@@ -217,10 +216,10 @@ def initialize(module: nn.Module, num_layers: int, generator: torch.Generator | 
 
 @torch.no_grad()
 def inherit(channel: TemporalChannel, base: Base, generator: torch.Generator | None = None) -> None:
-    """Start a video stage from the image model (paper section 3.2; spec section 1, Inheritance).
+    """Initialize a video stage from the image model (paper section 3.2; spec section 1, Inheritance).
 
-    Temporal q, k and v are the base's; the output projection is fresh; further frames start with the positions of
-    the first one; gates are 0.
+    Temporal q, k and v are copied from the base, and the positions of later frames from the first frame. The
+    output projection is random, and gates are 0.
     """
     initialize(channel, len(channel.blocks), generator)
     base_weights, own_weights = base.state_dict(), channel.state_dict()

@@ -1,8 +1,8 @@
-"""Super-resolution of code grids in one pass (CogView2 "direct"; spec section 4): every high slot is drawn at once.
+"""Super-resolution of code grids in one pass (CogView2 "direct"; spec section 4).
 
-Two levels run side by side. The low level, text and low codes, is the image model itself with its frame seen in both
-directions. The high slots share its norms, feed-forward layers and embeddings; their attention is added: each sees the
-high slots around it and the low codes around its coarse place, never the text.
+Two levels run in parallel. The low level, text and low codes, is the image model itself with a bidirectional
+frame. The high slots share its norms, feed-forward layers and embeddings but have their own attention: each
+sees the high slots around it and the low codes around its own low code, never the text.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Base, Block
 
 TILE = 4
-"""Rows and columns of low codes whose high slots are one cell of attention. Larger cells score more pairs in vain,
-smaller ones gather every key more often (released sizes: 2.1 times on average, 4 times with cells of 2)."""
+"""Side, in low codes, of an attention cell of high slots. Larger cells compute more wasted scores, smaller
+ones gather each key more often (released sizes: 2.1 times on average, 4 times with cells of 2)."""
 
 
 class Levels(NamedTuple):
-    """What the rows of each level see."""
+    """Mask plans of both levels."""
 
     num_text: int
-    """Rows of the low level before its low codes."""
+    """Number of text rows of the low level."""
     low: MaskPlan
-    """Of text and low codes, over themselves."""
+    """Plan of text and low codes, over themselves."""
     high: MaskPlan
-    """Of high slots, over [high slots | low codes]."""
+    """Plan of high slots, over [high slots | low codes]."""
 
 
 class UpscaleBlock(nn.Module):
-    """What super-resolution adds to one block: the attention of the high slots."""
+    """Attention of the high slots that super-resolution adds to a block."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class UpscaleBlock(nn.Module):
         high: Float[Tensor, "batch high hidden"],
         plan: Levels,
     ) -> tuple[Float[Tensor, "batch rows hidden"], Float[Tensor, "batch high hidden"]]:
-        """Both levels through a block; high slots see the low codes' keys and values as the base computes them."""
+        """Run both levels through a block; high slots see the base's keys and values of the low codes."""
         q, kv = split_heads(block.qkv(block.norm1(low)), block.num_heads)
         own_q, own_kv = split_heads(self.qkv(block.norm1(high)), self.num_heads)
         seen = torch.cat([own_kv, kv[:, :, :, plan.num_text :]], dim=3)
@@ -63,7 +63,7 @@ class UpscaleBlock(nn.Module):
 
 
 class UpscaleChannel(nn.Module):
-    """What super-resolution adds to the base: attention of every block, and positions of the high slots."""
+    """Parameters that super-resolution adds to the base: attention, and positions of the high slots."""
 
     def __init__(self, config: TransformerConfig, layout: LayoutConfig, upscaler: UpscalerConfig) -> None:
         super().__init__()
@@ -74,11 +74,11 @@ class UpscaleChannel(nn.Module):
 
 
 class Upscaler(nn.Module):
-    """Low codes and their caption to high codes.
+    """Super-resolution: low codes and their caption to high codes.
 
     Args:
-        base: that of the image model, and frozen.
-        channel: what super-resolution adds.
+        base: the frozen base of the image model.
+        channel: parameters that super-resolution adds.
     """
 
     def __init__(self, base: Base, channel: UpscaleChannel) -> None:
@@ -89,12 +89,12 @@ class Upscaler(nn.Module):
     def forward(
         self, text: Int64[Tensor, "batch text"], mask: Bool[Tensor, "batch text"], codes: Int64[Tensor, "batch low"]
     ) -> Float[Tensor, "batch high hidden"]:
-        """The high slots after the last block, before the final norm (`Base.logits` applies it, to as many as fit).
+        """Run a pass; returns the high slots after the last block, before the final norm (see `Base.logits`).
 
         Args:
             text: left-padded tokens.
-            mask: true for real text, at least one a row.
-            codes: of the low frame.
+            mask: true for real text, at least one token per row.
+            codes: codes of the low frame.
         """
         plan, low, high = self._plan(mask, codes.device), self._embed_low(text, mask, codes), self._embed_high(codes)
         for block, added in zip(self.base.blocks, self.channel.blocks, strict=True):
@@ -104,34 +104,34 @@ class Upscaler(nn.Module):
     def _plan(self, mask: Bool[Tensor, "batch text"], device: torch.device) -> Levels:
         layout, kind = self.channel.layout, self.base.words.weight.dtype
         low = full_pass(low_sequence(layout), None, mask, kind, 1).spatial
-        return Levels(layout.text_slots, low, neighbourhoods(layout, self.channel.upscaler, device))
+        return Levels(layout.text_slots, low, neighborhoods(layout, self.channel.upscaler, device))
 
     def _embed_low(self, text: Tensor, mask: Tensor, codes: Tensor) -> Float[Tensor, "batch rows hidden"]:
-        """Text and low codes, each fed as itself."""
+        """Embed text and low codes, unshifted."""
         layout = self.channel.layout
         frame = layout.low_positions(codes.device).expand_as(codes)
         positions = torch.cat([low_sequence(layout).text_positions(mask), frame], dim=1)
         return self.base.words(torch.cat([text, codes], dim=1)) + self.base.positions(positions)
 
     def _embed_high(self, codes: Tensor) -> Float[Tensor, "batch high hidden"]:
-        """Every high slot is fed `<start_of_image>`: only its position tells it from the others."""
+        """Embed high slots: each is fed `<start_of_image>`, so they differ only in position."""
         slots = torch.arange(self.channel.layout.high_slots, device=codes.device).expand(len(codes), -1)
         start = torch.full_like(slots, self.base.config.start_of_image)
         return self.base.words(start) + self.channel.positions(slots)
 
 
 def low_sequence(layout: UpscaleLayout) -> SequenceLayout:
-    """The low level as a sequence of the image model: text sees text, the low codes see text and each other."""
+    """Layout of the low level: text sees text, and the low codes see text and each other."""
     return SequenceLayout(layout.text_slots, layout.low_grid, layout.low_position, order=(0,), num_bidirectional=1)
 
 
 @torch.no_grad()
 def inherit_upscaler(channel: UpscaleChannel, base: Base) -> None:
-    """Start super-resolution from the image model: its attention, and every high slot at the position of its low code.
+    """Initialize super-resolution from the image model: attention, and positions from the low codes.
 
-    Unlike a temporal channel, the added attention stands in for the base's, so the output projection is inherited too.
-    The released training copies the attention too, but repeats the low positions like tiles: high slot (r, c) starts at
-    that of (r % grid, c % grid), far from the low codes it sees.
+    The added attention replaces the base's, so unlike in a temporal channel, the output projection is copied
+    too. The released training also copies the attention but repeats the low positions as tiles: high slot (r,
+    c) starts at that of (r % grid, c % grid), far from the low codes that it sees.
     """
     base_weights, layout = base.state_dict(), channel.layout
     channel.blocks.load_state_dict({name: base_weights[f"blocks.{name}"] for name in channel.blocks.state_dict()})
@@ -141,19 +141,24 @@ def inherit_upscaler(channel: UpscaleChannel, base: Base) -> None:
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # what is made while generating must also serve in training
-def neighbourhoods(layout: UpscaleLayout, upscaler: UpscalerConfig, device: torch.device, tile: int = TILE) -> MaskPlan:
-    """Which keys, [high slots | low codes], each high slot sees: those around it, and those around its coarse place.
+@torch.inference_mode(False)  # tensors cached during generation must also work in training
+def neighborhoods(
+    layout: UpscaleLayout,
+    upscaler: UpscalerConfig,
+    device: torch.device,
+    tile: int = TILE,
+) -> MaskPlan:
+    """Mask plan of high slots over [high slots | low codes]: each sees those around it and its low code.
 
-    The high frame is cut in tiles, which become cells of attention. A tile gathers the keys that any of its slots sees
-    (keys outside the image do not exist) and masks the rest. Tiles whose masks are equal are one group, so the masks of
-    a frame of any size are those of its corners, edges and middle.
+    The high frame is cut into tiles, which become cells of attention. A tile gathers the keys that any of its
+    slots sees (keys outside the image do not exist) and masks the rest. Tiles with equal masks form a group,
+    so a frame of any size has only the masks of its corners, edges and middle.
 
     Args:
-        layout: the two grids.
-        upscaler: sizes of the neighbourhoods.
-        device: where the indices go.
-        tile: side of a tile in low codes; a tile at the right or lower edge may be smaller.
+        layout: layout with the two grids.
+        upscaler: sizes of the neighborhoods.
+        device: device of the indices.
+        tile: side of a tile in low codes; tiles at the right and lower edges may be smaller.
     """
     slots, side = torch.arange(layout.high_slots).view(layout.high_grid, -1), tile * layout.ratio
     groups: dict[tuple[torch.Size, bytes], list[tuple[Tensor, Tensor, Tensor]]] = {}
@@ -167,7 +172,7 @@ def neighbourhoods(layout: UpscaleLayout, upscaler: UpscalerConfig, device: torc
 
 
 def _sees(layout: UpscaleLayout, upscaler: UpscalerConfig, high: Int64[Tensor, " rows"]) -> Bool[Tensor, "rows keys"]:
-    """The rule itself, for some high slots and all keys (spec section 4)."""
+    """The visibility rule for some high slots and all keys (spec section 4)."""
     row, column = high[:, None] // layout.high_grid, high[:, None] % layout.high_grid
     coarse = upscaler.low_side, upscaler.low_side
     return torch.cat(
@@ -180,7 +185,7 @@ def _sees(layout: UpscaleLayout, upscaler: UpscalerConfig, high: Int64[Tensor, "
 
 
 def _near(row: Tensor, column: Tensor, grid: int, rows: int, columns: int) -> Bool[Tensor, "places slots"]:
-    """Slots of a grid that lie in the `rows x columns` around a place."""
+    """Slots of a grid in the `rows x columns` around a place."""
     slots = torch.arange(grid**2)
     return ((slots // grid - row).abs() <= rows // 2) & ((slots % grid - column).abs() <= columns // 2)
 
