@@ -38,7 +38,7 @@ from cogvideo.training.objectives.image import ImageBatch, ImageTask
 from cogvideo.training.objectives.superres import SuperresBatch, SuperresTask
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.video import VideoBatch, VideoTask
-from cogvideo.training.optim import Optimization
+from cogvideo.training.optim import StageOptimization
 from cogvideo.training.parallel import ALONE, ParallelSettings
 from cogvideo.training.step import Execution, Trainer
 
@@ -316,7 +316,7 @@ def trainer_of(stage: str, config: CogVideoConfig, batch: int, device: torch.dev
         data = _image_batch(sequence, codes, batch)
         if stage != "image":
             data = VideoBatch(text_rows(sequence.text_slots), codes(sequence.num_frames, sequence.frame_slots))
-    settings = Optimization(batch=batch, precision="bfloat16", learning_rate=1e-5)
+    settings = StageOptimization(batch=batch, precision="bfloat16", learning_rate=1e-5)
     ranks = ALONE._replace(device=device)
     return Trainer(Objective(model, task), settings, Execution(), ParallelSettings(), ranks), data
 

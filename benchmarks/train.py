@@ -34,7 +34,7 @@ from cogvideo.planning.training import training
 from cogvideo.planning.work import flops_a_position
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.video import VideoBatch, VideoTask
-from cogvideo.training.optim import Optimization, trained
+from cogvideo.training.optim import StageOptimization, trained
 from cogvideo.training.parallel import ALONE, ParallelSettings, clip_gradients
 from cogvideo.training.step import Execution, Trainer
 
@@ -109,7 +109,7 @@ def make(
     device: torch.device = CPU,
 ) -> Case:
     """Make a stage with random weights on a frozen base, in the types of training, and a random batch."""
-    settings = Optimization(batch=batch, precision=precision, learning_rate=1e-6)
+    settings = StageOptimization(batch=batch, precision=precision, learning_rate=1e-6)
     with device:
         base, channel = Base(sizes), TemporalChannel(sizes, layout, StageConfig(window))
     generator = torch.Generator(device).manual_seed(0)

@@ -16,7 +16,7 @@ from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.text import TextTokenizer
 from cogvideo.training.objectives.image import ImageMixture
 from cogvideo.training.objectives.task import Objective, Task
-from cogvideo.training.optim import Optimization
+from cogvideo.training.optim import StageOptimization
 from cogvideo.training.parallel import ALONE, ParallelSettings
 from cogvideo.training.stages import STAGES, Choice, StageName, build
 from cogvideo.training.step import Execution, Trainer
@@ -63,7 +63,7 @@ def make_task(stage: StageName, source: CogVideo) -> Task:
 def make_trainer(
     stage: StageName,
     source: CogVideo,
-    settings: Optimization,
+    settings: StageOptimization,
     execution: Execution = Execution(),  # noqa: B008  # frozen
     wide: bool = False,
 ) -> Trainer:

@@ -33,7 +33,7 @@ from cogvideo.training.objectives.superres import SuperresBatch, SuperresTask
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.tokenizer import FrameStream, TokenizerObjective, TokenizerSettings
 from cogvideo.training.objectives.video import VideoBatch, VideoTask
-from cogvideo.training.optim import Average, Optimization, adamw, trained
+from cogvideo.training.optim import Average, StageOptimization, adamw, trained
 from cogvideo.training.parallel import (
     ParallelSettings,
     Ranks,
@@ -49,7 +49,7 @@ from cogvideo.training.step import Trainer, cut
 
 BATCH, STEPS, CLIP = 8, 2, 0.5
 TEXT, GRID, CODES, START, VOCABULARY = 4, 4, 24, 37, 40
-SETTINGS = Optimization(learning_rate=1e-2, ema=0.9)
+SETTINGS = StageOptimization(learning_rate=1e-2, ema=0.9)
 SHARDED, REPLICATED = ParallelSettings("sharded"), ParallelSettings("replicated")
 VARIANTS = (("sequential", "frozen"), ("sequential", "trained"), ("superres", "frozen"), ("superres", "trained"))
 WAYS = {
@@ -317,7 +317,7 @@ def frames(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 24, 3), np.uint8)
     stream = FrameStream(pixels, recipe.batch, 0, ranks)
     objective = TokenizerObjective(sizes, recipe, 0, stream)
-    trainer = Trainer(objective, recipe.optimization, parallel=settings, ranks=ranks)
+    trainer = Trainer(objective, recipe, parallel=settings, ranks=ranks)
     states = []
     for step in range(recipe.steps):
         trainer.step(step, stream[step])

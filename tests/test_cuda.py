@@ -162,7 +162,7 @@ def test_a_step_of_the_tokenizer() -> None:
     settings = TokenizerSettings(steps=4, batch=4, precision="bfloat16", plain_steps=0, adversary_start=1)
     stream = FrameStream(pixels, settings.batch, 0)
     objective = TokenizerObjective(TINY.autoencoder, settings, 0, stream, device=DEVICE)
-    trainer = Trainer(objective, settings.optimization, ranks=ALONE._replace(device=DEVICE))
+    trainer = Trainer(objective, settings, ranks=ALONE._replace(device=DEVICE))
     for number in range(3):
         trainer.step(number, stream[number])
     trainer.figures(3)  # refuses what is not finite

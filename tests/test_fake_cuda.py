@@ -32,7 +32,7 @@ from cogvideo.training.objectives.superres import SuperresTask
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.tokenizer import FrameStream, TokenizerObjective, TokenizerSettings
 from cogvideo.training.objectives.video import VideoTask
-from cogvideo.training.optim import Optimization
+from cogvideo.training.optim import StageOptimization
 from cogvideo.training.parallel import ALONE, ParallelSettings
 from cogvideo.training.step import Execution, Trainer
 from fake_cuda import CUDA, FakeCuda, pretended
@@ -100,7 +100,7 @@ def test_a_training_step_waits_for_nothing(text_model: bytes, stage: str, frames
         "superres": lambda: SuperresTask(UpscaleLayout.of(TINY.layout, TINY.upscaler), text),
     }.get(stage, lambda: VideoTask(LAYOUTS[stage], text))()
     batch = task.collate(some_samples(frames))
-    settings = Optimization(batch=6, precision="bfloat16", ema=0.9)
+    settings = StageOptimization(batch=6, precision="bfloat16", ema=0.9)
     with pretended() as gpu:
         trainer = Trainer(
             Objective(model_of(stage), task), settings, Execution(), ParallelSettings(), ALONE._replace(device=CUDA)
@@ -120,7 +120,7 @@ def test_a_step_of_the_tokenizer_waits_for_nothing() -> None:
     with pretended() as gpu:
         stream = FrameStream(pixels, settings.batch, 0)
         objective = TokenizerObjective(TINY.autoencoder, settings, 0, stream, None, CUDA, initial)
-        trainer = Trainer(objective, settings.optimization, ranks=ALONE._replace(device=CUDA))
+        trainer = Trainer(objective, settings, ranks=ALONE._replace(device=CUDA))
         trainer.step(0, stream[0])
         gpu.forget()
         trainer.step(1, stream[1])

@@ -38,7 +38,7 @@ from cogvideo.training import parallel
 from cogvideo.training.objectives import video
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.video import VideoBatch, VideoTask
-from cogvideo.training.optim import Optimization, adamw, trained
+from cogvideo.training.optim import StageOptimization, adamw, trained
 from cogvideo.training.session import Options
 from parallel_worker import CODES, SETTINGS, TEXT, make_sizes, run_ranks
 
@@ -177,7 +177,7 @@ def _tracked(config: CogVideoConfig, samples: int, checkpointing: bool, ranks: p
     objective = Objective(Transformer(base, channel), VideoTask(layout_of(config, "sequential"), text))
     settings = parallel.ParallelSettings("sharded")
     module = parallel.distribute(objective, settings, ranks, precision="bfloat16", checkpointing=checkpointing)
-    optimizer, layout = adamw(trained(objective), Optimization()), objective.task.layout
+    optimizer, layout = adamw(trained(objective), StageOptimization()), objective.task.layout
     words = PaddedText(*(torch.ones(samples, layout.text_slots, dtype=kind) for kind in (torch.int64, torch.bool)))
     codes = torch.zeros(samples, layout.num_frames, layout.frame_slots, dtype=torch.int64)
     tracker = FSDPMemTracker(module, optimizer)

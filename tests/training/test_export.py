@@ -23,7 +23,7 @@ from cogvideo.config import StageConfig
 from cogvideo.models.transformer import Base
 from cogvideo.training.card import read_reports, write_card
 from cogvideo.training.export import ExportTarget, check_codes, check_target, deliver, left_out, modules
-from cogvideo.training.optim import Optimization
+from cogvideo.training.optim import StageOptimization
 from cogvideo.training.session import Clips, Options, StageLogging
 from cogvideo.training.stages import Choice, StageName
 from gallery import assert_same, loud, make_model, make_parts
@@ -46,7 +46,7 @@ def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempP
 
 def options_of(place: Path, out: Path, sample_every: int = 0) -> Options:
     """Of the run."""
-    settings = Optimization(steps=STEPS, batch=2, warmup=0, learning_rate=1e-2, ema=0.5)
+    settings = StageOptimization(steps=STEPS, batch=2, warmup=0, learning_rate=1e-2, ema=0.5)
     logging = StageLogging(1, 1, 1, keep=9, evaluate_samples=4, sample_every=sample_every)
     return Options(Clips((place / "data",)), out, str(place / "model"), optimization=settings, logging=logging)
 

@@ -18,7 +18,7 @@ from cogvideo.data.loader import ClipStream
 from cogvideo.training import held_out as module
 from cogvideo.training.held_out import HeldOut, held_out, measure
 from cogvideo.training.objectives.task import Measured
-from cogvideo.training.optim import Optimization
+from cogvideo.training.optim import StageOptimization
 from cogvideo.training.stages import StageName
 from cogvideo.training.step import Trainer
 from gallery import make_model, make_trainer
@@ -117,7 +117,7 @@ def test_every_clip_is_measured_once_from_its_first_frame(stage: StageName, plac
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_are_those_of_a_plain_loop(stage: StageName, place: Path, source: CogVideo) -> None:
     """Guards the means: each sample counts once, each part over the samples that have it, for any size of batch."""
-    trainer, entries = make_trainer(stage, source, Optimization(batch=4)), entries_of(stage, [place / "data"])
+    trainer, entries = make_trainer(stage, source, StageOptimization(batch=4)), entries_of(stage, [place / "data"])
     task, model = trainer.objective.task, trainer.objective.model
     expected = {}
     for entry in entries:
@@ -140,7 +140,7 @@ def test_losses_are_those_of_a_plain_loop(stage: StageName, place: Path, source:
 @pytest.mark.parametrize("num_ranks", [2, 3, 7])
 def test_ranks_share_the_clips(num_ranks: int, place: Path, source: CogVideo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the shares of ranks: together every clip once, equally many passes each, those past the end uncounted."""
-    trainer, entries = make_trainer("image", source, Optimization(batch=4)), entries_of("image", [place / "data"])
+    trainer, entries = make_trainer("image", source, StageOptimization(batch=4)), entries_of("image", [place / "data"])
     expected = measure(trainer, entries, 1)
     for batch in (1, 2):
         sums: list[torch.Tensor] = []
@@ -164,7 +164,7 @@ def test_ranks_share_the_clips(num_ranks: int, place: Path, source: CogVideo, mo
 
 def test_the_average_is_what_is_measured(place: Path, source: CogVideo) -> None:
     """Guards the choice of the best checkpoint, whose average is exported; training goes on as if nothing was."""
-    trainer = make_trainer("sequential", source, Optimization(batch=4, ema=0.5))
+    trainer = make_trainer("sequential", source, StageOptimization(batch=4, ema=0.5))
     entries = entries_of("sequential", [place / "data"])
     live = measure(trainer, entries, 2)
     assert trainer.average is not None
@@ -179,7 +179,7 @@ def test_the_average_is_what_is_measured(place: Path, source: CogVideo) -> None:
     assert all(torch.equal(each, average[name]) for name, each in trainer.average.state.items())
     assert all(each.grad is None for each in trainer.objective.parameters())
     assert all(each.training for each in trainer.objective.modules())
-    plain = make_trainer("sequential", source, Optimization(batch=4))
+    plain = make_trainer("sequential", source, StageOptimization(batch=4))
     plain.objective.load_state_dict(weights | average)
     assert measured == measure(plain, entries, 2)
     assert measured != live
@@ -187,7 +187,7 @@ def test_the_average_is_what_is_measured(place: Path, source: CogVideo) -> None:
 
 def test_clips_beyond_the_limit_are_left_out(place: Path, source: CogVideo) -> None:
     """Guards the time that a measurement takes: the first clips of the stream, and no others, decide."""
-    trainer = make_trainer("sequential", source, Optimization(batch=4))
+    trainer = make_trainer("sequential", source, StageOptimization(batch=4))
     entry = entries_of("sequential", [place / "data"], limit=3)[0]
     samples = [entry.stream[position] for position in range(3)]
     with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cogvideo.training.optim import Average, Optimization, adamw, make_optimizers, trained
+from cogvideo.training.optim import Average, StageOptimization, adamw, make_optimizers, trained
 
 
 def small() -> nn.Module:
@@ -21,19 +21,19 @@ def small() -> nn.Module:
 
 def test_rate_rises_and_falls() -> None:
     """Guards the schedule: a straight line up, half a cosine down to the stated share, no step at rate 0."""
-    settings = Optimization(steps=110, warmup=10, learning_rate=1.0, final_rate=0.2)
+    settings = StageOptimization(steps=110, warmup=10, learning_rate=1.0, final_rate=0.2)
     assert [settings.rate_at(step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert settings.rate_at(10) == 1.0
     assert settings.rate_at(60) == pytest.approx(0.6)  # half-way between 1 and 0.2
     assert settings.rate_at(109) == pytest.approx(0.2, abs=1e-3)
     assert settings.rate_at(10_000) == pytest.approx(0.2)
-    assert Optimization(steps=5, warmup=0).rate_at(0) == 2e-4
+    assert StageOptimization(steps=5, warmup=0).rate_at(0) == 2e-4
 
 
 def test_only_matrices_decay_and_frozen_ones_are_unknown() -> None:
     """Guards against decaying norms and biases, and against optimizer states of frozen weights."""
     module = small()
-    optimizer = adamw(trained(module), Optimization(weight_decay=0.1))
+    optimizer = adamw(trained(module), StageOptimization(weight_decay=0.1))
     decays = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
     assert decays == {id(each): 0.1 if each.ndim > 1 else 0.0 for each in trained(module)}
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
@@ -45,7 +45,7 @@ def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest() -> None:
     blocks = nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)])
     module = nn.ModuleDict({"embedding": nn.Embedding(8, 4), "blocks": blocks})
     blocks[0].bias.requires_grad_(False)
-    adam, muon = make_optimizers(module, Optimization(optimizer="muon", learning_rate=0.1))
+    adam, muon = make_optimizers(module, StageOptimization(optimizer="muon", learning_rate=0.1))
     names = {each: name for name, each in module.named_parameters()}
     owned = [{names[each] for group in one.param_groups for each in group["params"]} for one in (adam, muon)]
     assert owned == [{"embedding.weight", "blocks.1.weight", "blocks.1.bias"}, {"blocks.0.weight"}]
@@ -95,6 +95,6 @@ def test_average_is_that_of_the_formula() -> None:
 def test_bad_settings_are_refused(name: str, value: float) -> None:
     """Guards against settings that would fail, or train nothing, after an hour."""
     with pytest.raises(ValueError, match=re.escape(f"{name} is {value}")):
-        Optimization(**{name: value})
+        StageOptimization(**{name: value})
     with pytest.raises(ValueError, match=r"learning_rate 1e\+20, weight_decay 1e\+20: expected 1e\+30 at most"):
-        Optimization(learning_rate=1e20, weight_decay=1e20)
+        StageOptimization(learning_rate=1e20, weight_decay=1e20)

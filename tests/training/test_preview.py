@@ -17,7 +17,7 @@ from cogvideo.data.clips import ClipSampling
 from cogvideo.data.loader import ClipStream
 from cogvideo.training import samples
 from cogvideo.training.export import ExportTarget, modules
-from cogvideo.training.optim import Optimization
+from cogvideo.training.optim import StageOptimization
 from cogvideo.training.parallel import full_state
 from cogvideo.training.preview import Preview
 from cogvideo.training.stages import Choice, StageName
@@ -40,7 +40,7 @@ def preview_of(
 ) -> Preview:
     """Of a stage in training, which moved a little from where it started."""
     model = CogVideo.from_pretrained(place / source)
-    settings = Optimization(batch=2, ema=0.5, seed=6, precision=options.pop("precision", "float32"))
+    settings = StageOptimization(batch=2, ema=0.5, seed=6, precision=options.pop("precision", "float32"))
     trainer = make_trainer(stage, model, settings, Execution(**options))
     assert trainer.average is not None
     with torch.no_grad():

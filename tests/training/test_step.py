@@ -15,14 +15,14 @@ from torch import Tensor
 from cogvideo.bundle.model import CogVideo
 from cogvideo.data.clips import ClipSampling, FrameRates
 from cogvideo.data.loader import ClipStream
-from cogvideo.training.optim import Optimization, adamw, trained
+from cogvideo.training.optim import StageOptimization, adamw, trained
 from cogvideo.training.stages import StageName
 from cogvideo.training.step import Execution, Trainer, cut
 from gallery import make_model, make_trainer
 from workshop import make_data
 
 BATCH = 5
-SETTINGS = Optimization(steps=4, batch=BATCH, learning_rate=1e-2, warmup=2, clip=0.5, weight_decay=0.1)
+SETTINGS = StageOptimization(steps=4, batch=BATCH, learning_rate=1e-2, warmup=2, clip=0.5, weight_decay=0.1)
 STAGES: tuple[StageName, ...] = ("image", "sequential", "interpolation", "superres")
 
 
@@ -119,7 +119,7 @@ def test_figures_are_of_the_steps_since_the_last_ones(place: Path, source: CogVi
 def test_weights_that_an_update_broke_are_refused(broken: str, message: str, place: Path, source: CogVideo) -> None:
     """Guards checkpoints, and models that are delivered: the loss of a step is from before its update."""
     rate = 1e30 if broken == "update" else 1e-3
-    trainer = make_trainer("sequential", source, Optimization(batch=BATCH, learning_rate=rate, warmup=0, ema=0.5))
+    trainer = make_trainer("sequential", source, StageOptimization(batch=BATCH, learning_rate=rate, warmup=0, ema=0.5))
     batch = batch_of(trainer, "sequential", place)
     trainer.step(0, batch)
     assert math.isfinite(trainer.figures(1).loss)
@@ -148,7 +148,7 @@ def test_recomputed_activations_change_nothing(stage: StageName, place: Path, so
 @pytest.mark.parametrize("stage", ["sequential", "interpolation", "superres"])
 def test_the_frozen_base_costs_nothing(stage: StageName, place: Path, source: CogVideo) -> None:
     """Guards the memory of a frozen base: no gradient, no state of the optimizer, no average, and the same bits."""
-    trainer = make_trainer(stage, source, Optimization(batch=BATCH, learning_rate=1e-2, ema=0.9))
+    trainer = make_trainer(stage, source, StageOptimization(batch=BATCH, learning_rate=1e-2, ema=0.9))
     before = {name: each.detach().clone() for name, each in trainer.objective.named_parameters()}
     for step in range(2):
         trainer.step(step, batch_of(trainer, stage, place, step))
@@ -170,7 +170,7 @@ def test_the_frozen_base_costs_nothing(stage: StageName, place: Path, source: Co
 )
 def test_divergence_names_its_step(name: str, told: str, place: Path, source: CogVideo) -> None:
     """Guards a run of days that went wrong: the first bad step, what went wrong in it, and what to try."""
-    trainer = make_trainer("sequential", source, Optimization(batch=BATCH, learning_rate=1e-30, warmup=0))
+    trainer = make_trainer("sequential", source, StageOptimization(batch=BATCH, learning_rate=1e-30, warmup=0))
     gate = trainer.objective.model.channel.blocks[0].gate
     for step in range(12):
         if step == 9 and name == "weight":
@@ -187,7 +187,7 @@ def test_divergence_names_its_step(name: str, told: str, place: Path, source: Co
 def test_the_average_comes_and_goes_without_a_trace(place: Path, source: CogVideo) -> None:
     """Guards what is exported, the average over all steps, and what training continues with: the same bits, also where
     something fails meanwhile."""
-    trainer = make_trainer("sequential", source, Optimization(batch=BATCH, learning_rate=1e-2, ema=0.2))
+    trainer = make_trainer("sequential", source, StageOptimization(batch=BATCH, learning_rate=1e-2, ema=0.2))
     assert trainer.average is not None
     expected = {name: each.clone() for name, each in trainer.average.state.items()}
     for step in range(3):
@@ -236,7 +236,7 @@ def test_products_are_in_the_precision_of_the_settings(place: Path, source: CogV
     """Guards bfloat16: it is used where asked for, and what is trained stays in float32."""
     losses = []
     for precision in ("float32", "bfloat16"):
-        trainer = make_trainer("sequential", source, Optimization(batch=BATCH, precision=precision))  # type: ignore[arg-type]
+        trainer = make_trainer("sequential", source, StageOptimization(batch=BATCH, precision=precision))  # type: ignore[arg-type]
         for step in range(2):
             trainer.step(step, batch_of(trainer, "sequential", place, step))
         assert all(each.dtype == torch.float32 for each in trainer.objective.parameters() if each.requires_grad)
@@ -271,5 +271,5 @@ def test_adam_is_fused_on_a_gpu_alone() -> None:
 
     with FakeTensorMode():
         modules = {device: torch.nn.ParameterList([torch.empty(2, 2, device=device)]) for device in ("cpu", "cuda")}
-    fused = {device: adamw(list(each), Optimization()).defaults["fused"] for device, each in modules.items()}
+    fused = {device: adamw(list(each), StageOptimization()).defaults["fused"] for device, each in modules.items()}
     assert fused == {"cpu": None, "cuda": True}

@@ -76,7 +76,7 @@ def test_augmentation_follows_from_its_generator() -> None:
 def test_it_learns() -> None:
     """Guards the step: a few of them on the same clips lower the loss by far."""
     recipe = replace(settings(100), learning_rate=5e-3)
-    trainer = Trainer(ReaderObjective(SMALL, recipe, torch.device("cpu")), recipe.optimization)
+    trainer = Trainer(ReaderObjective(SMALL, recipe, torch.device("cpu")), recipe)
     batch = next(batches(recipe, 1))
     losses = []
     for _ in range(20):
@@ -111,7 +111,7 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: py
     with pytest.raises(ValueError, match="another run"):
         train_reader(out=killed, **(options | {"settings": settings(5)}))
     shutil.rmtree(tmp_path / ".killed-run" / "checkpoints")
-    trainer = Trainer(ReaderObjective(SMALL, settings(), torch.device("cpu")), settings().optimization)
+    trainer = Trainer(ReaderObjective(SMALL, settings(), torch.device("cpu")), settings())
     for number, batch in zip(range(2), batches(settings(), 0), strict=False):
         trainer.step(number, batch)
     state = {"model": trainer.objective.model.state_dict(), "optimizer": trainer.optimizers[0].state_dict()}

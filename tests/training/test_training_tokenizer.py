@@ -69,7 +69,7 @@ def pictures(count, seed=0):
 
 def trainer(frames, settings=QUICK, sizes=SIZES, seed=0, lpips=None):
     stream = FrameStream(frames, settings.batch, seed)
-    return Trainer(TokenizerObjective(sizes, settings, seed, stream, lpips), settings.optimization)
+    return Trainer(TokenizerObjective(sizes, settings, seed, stream, lpips), settings)
 
 
 def make_step(model, number):
@@ -124,7 +124,7 @@ def test_one_backward_pass_is_that_of_two(optimizer):
     settings, frames = replace(QUICK, adversary_start=0, plain_steps=0, optimizer=optimizer), pictures(8)
     model, plain = trainer(frames, settings), trainer(frames, settings)
     objective = plain.objective
-    generating, *_, judging = objective.optimizers(settings.optimization)
+    generating, *_, judging = objective.optimizers(settings)
     for step in range(1 if optimizer == "muon" else 3):
         model.step(step, model.objective.stream[step])
         objective.begin(step)
@@ -135,7 +135,7 @@ def test_one_backward_pass_is_that_of_two(optimizer):
         whole.backward()
         torch.nn.utils.clip_grad_norm_(objective.model.parameters(), 1.0)
         assert all(each.grad is None for each in objective.discriminator.parameters())
-        generating.param_groups[0]["lr"] = judging.param_groups[0]["lr"] = settings.optimization.rate_at(step)
+        generating.param_groups[0]["lr"] = judging.param_groups[0]["lr"] = settings.rate_at(step)
         generating.step()
         objective.model.zero_grad()
         objective._discriminator_loss(made.detach(), batch).backward()

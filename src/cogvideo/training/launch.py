@@ -34,7 +34,7 @@ from cogvideo.training.export import (
 from cogvideo.training.held_out import HeldOut, held_out, judged
 from cogvideo.training.loop import learn
 from cogvideo.training.objectives.task import Objective
-from cogvideo.training.parallel import Ranks, any_rank, full_state, process_group
+from cogvideo.training.parallel import ParallelSettings, Ranks, any_rank, full_state, process_group
 from cogvideo.training.preview import Preview
 from cogvideo.training.session import Clips, Options, Session
 from cogvideo.training.stages import (
@@ -102,6 +102,9 @@ def train(
     require(len(options.clips.data) > 0, "there is no data, expected a folder of `cogvideo data prepare` with --data")
     shown = STAGES[stage].is_prompted or not options.logging.prompts
     require(shown, f"--prompts says nothing to {stage}, which starts from frames: its samples are held-out clips")
+    is_whole = options.parallel == ParallelSettings()
+    is_adamw = options.optimization.optimizer == "adamw"
+    require(is_whole or is_adamw, "muon needs whole matrices on every rank: use adamw here")
     run = StageRun(stage, choice, options, task, sampling)
     with process_group(usable(options.device), options.parallel) as ranks:
         try:

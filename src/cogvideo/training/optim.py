@@ -22,7 +22,7 @@ LARGEST = 1e30
 
 @dataclass(frozen=True)
 class Optimization:
-    """Everything that decides the weights, apart from the data and the start."""
+    """Updates of the weights, whatever learns."""
 
     steps: int = 1000
     """Updates of the weights."""
@@ -32,38 +32,41 @@ class Optimization:
     """Highest learning rate of the run (paper: 2e-4)."""
     warmup: int = 100
     """Steps over which the rate rises to its maximum, in a straight line."""
-    final_rate: float = 0.1
-    """Rate at the end, as a share of the highest; between them it falls as half a cosine."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Optimizer of the blocks' matrices; all else has AdamW. Muon needs about half the steps for the same loss."""
-    weight_decay: float = 0.01
-    """Weight decay of matrices; biases, norms and gates have none."""
-    clip: float = 1.0
-    """Maximum gradient norm."""
-    ema: float = 0.0
-    """Share of the running average that a step keeps, such as 0.999; the average is what is measured and exported.
-    0 for none."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products; bfloat16 also stores frozen matrices in it. Trained weights are always float32."""
-    seed: int = 0
-    """Seed of the random start, of the order of samples and of what is drawn in them."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "learning_rate", "clip"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"{name} is {value}, expected a positive number")
             require(value <= LARGEST, f"{name} is {value:g}, expected {LARGEST:g} at most")
-        for name in ("warmup", "weight_decay"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"{name} is {value}, expected 0 or more")
-        decay = self.learning_rate * self.weight_decay
-        expected = f"expected {LARGEST:g} at most as their product"
+        require(0 <= self.warmup < math.inf, f"warmup is {self.warmup}, expected 0 or more")
+        require(0 <= self.weight_decay < math.inf, f"weight_decay is {self.weight_decay}, expected 0 or more")
         require(
-            decay <= LARGEST, f"learning_rate {self.learning_rate:g}, weight_decay {self.weight_decay:g}: {expected}"
+            self.learning_rate * self.weight_decay <= LARGEST,
+            f"learning_rate {self.learning_rate:g}, weight_decay {self.weight_decay:g}: "
+            f"expected {LARGEST:g} at most as their product",
         )
-        require(0 <= self.final_rate <= 1, f"final_rate is {self.final_rate}, expected a share in [0, 1]")
-        require(0 <= self.ema < 1, f"ema is {self.ema}, expected a share in [0, 1)")
-        require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
+
+    @property
+    def final_rate(self) -> float:
+        """Rate at the end, as a share of the highest."""
+        return 0.0
+
+    @property
+    def clip(self) -> float:
+        """Maximum gradient norm."""
+        return 1.0
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay of matrices."""
+        return 0.0
+
+    @property
+    def ema(self) -> float:
+        """Share of the running average that a step keeps; 0 for no average."""
+        return 0.0
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step; they count from 0."""
@@ -79,12 +82,37 @@ class Optimization:
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
 
+@dataclass(frozen=True)
+class StageOptimization(Optimization):
+    """Everything that decides the weights of a stage, apart from the data and the start."""
+
+    final_rate: float = 0.1
+    """Rate at the end, as a share of the highest; between them it falls as half a cosine."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of the blocks' matrices; all else has AdamW. Muon needs about half the steps for the same loss."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices; biases, norms and gates have none."""
+    clip: float = 1.0
+    """Maximum gradient norm."""
+    ema: float = 0.0
+    """Share of the running average that a step keeps, such as 0.999; the average is what is measured and exported.
+    0 for none."""
+    seed: int = 0
+    """Seed of the random start, of the order of samples and of what is drawn in them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.final_rate <= 1, f"final_rate is {self.final_rate}, expected a share in [0, 1]")
+        require(0 <= self.ema < 1, f"ema is {self.ema}, expected a share in [0, 1)")
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
+
+
 def trained(module: nn.Module) -> list[nn.Parameter]:
     """Parameters that have a gradient, each once."""
     return [each for each in module.parameters() if each.requires_grad]
 
 
-def make_optimizers(module: nn.Module, settings: Optimization) -> list[torch.optim.Optimizer]:
+def make_optimizers(module: nn.Module, settings: StageOptimization) -> list[torch.optim.Optimizer]:
     """Optimizers that share the trained parameters; frozen ones are unknown to them and cost nothing.
 
     Muon's updates have the size of AdamW's (`match_rms_adamw`), so that one learning rate serves both.
@@ -103,7 +131,7 @@ def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and "blocks" in name.split(".")
 
 
-def adamw(parameters: Sequence[nn.Parameter], settings: Optimization) -> torch.optim.AdamW:
+def adamw(parameters: Sequence[nn.Parameter], settings: StageOptimization) -> torch.optim.AdamW:
     """AdamW with weight decay for matrices alone."""
     groups = groups_by_decay(parameters, settings.weight_decay)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, fused=has_fused(parameters))

@@ -52,7 +52,7 @@ def train_reader(
             words = ", ".join(f"{name} {each:.1%}" for name, each in right["all clips"].items())
             return Evaluation({"accuracy": right}, words)
 
-        trainer = Trainer(objective, settings.optimization, ranks=ranks)
+        trainer = Trainer(objective, settings, ranks=ranks)
         learn(Session(folder, trainer, partial(batches, settings), logging, judge, identity))
         objective.model.save(out)
         reader = Reader.load(out).to(ranks.device)

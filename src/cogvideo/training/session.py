@@ -15,7 +15,7 @@ from cogvideo.data.dataset import read_card
 from cogvideo.files import alone_in
 from cogvideo.runs import RunFolder
 from cogvideo.training.checkpoints import Checkpoints
-from cogvideo.training.optim import Optimization
+from cogvideo.training.optim import StageOptimization
 from cogvideo.training.parallel import ParallelSettings, any_rank, is_first
 from cogvideo.training.preview import Preview
 from cogvideo.training.step import Execution, Trainer
@@ -110,7 +110,7 @@ class Options:
     """Device: cpu, cuda, cuda:0, or auto."""
     overwrite: bool = False
     """Replace the stage where the bundle has it."""
-    optimization: Optimization = field(default_factory=Optimization)
+    optimization: StageOptimization = field(default_factory=StageOptimization)
     execution: Execution = field(default_factory=Execution)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     logging: StageLogging = field(default_factory=StageLogging)

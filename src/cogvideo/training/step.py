@@ -94,8 +94,6 @@ class Trainer:
         parallel: ParallelSettings = ParallelSettings(),  # noqa: B008
         ranks: Ranks = ALONE,
     ) -> None:
-        whole = parallel.sharding == "replicated" and parallel.tensor_parallel == 1
-        require(whole or settings.optimizer == "adamw", "muon needs whole matrices on every rank: use adamw here")
         self.objective = objective
         self.settings = settings
         self.ranks = ranks

@@ -89,7 +89,7 @@ def train_tokenizer(
                 stream = FrameStream(store.train, settings.batch, seed, ranks)
                 known = None if initial is None else initial.autoencoder
                 objective = TokenizerObjective(whole.autoencoder, settings, seed, stream, network, ranks.device, known)
-                trainer = Trainer(objective, settings.optimization, ranks=ranks)
+                trainer = Trainer(objective, settings, ranks=ranks)
                 session = Session(folder, trainer, stream.after, logging, _judge(objective, store, settings), identity)
                 before = folder.path / "before.png"
                 if is_first() and not before.exists():

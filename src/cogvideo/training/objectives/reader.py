@@ -36,27 +36,27 @@ BETAS = (0.9, 0.98)
 
 
 @dataclass(frozen=True)
-class ReaderSettings:
+class ReaderSettings(Optimization):
     """Everything that decides the weights of the reader."""
 
     steps: int = 5000
     """Steps, each on clips that no step before it had."""
     batch: int = 16
     """Clips a step."""
-    still_steps: int = 1500
-    """Number of first steps that have single frames in place of clips."""
-    stills: int = 64
-    """Frames of such a step."""
     learning_rate: float = 2e-3
     """Largest learning rate of AdamW."""
     warmup: int = 200
     """Steps in which the learning rate rises to its maximum; then it falls to zero along half a cosine."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the layers in a step (autocast)."""
+    still_steps: int = 1500
+    """Number of first steps that have single frames in place of clips."""
+    stills: int = 64
+    """Frames of such a step."""
     weight_decay: float = 0.05
     """Weight decay of AdamW."""
     largest_gradient: float = 1.0
     """Maximum gradient norm."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the layers in a step (autocast)."""
     seed: int = 0
     """Seed of weights and augmentation."""
 
@@ -64,22 +64,13 @@ class ReaderSettings:
         for name in ("stills", "largest_gradient"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
         require(self.still_steps >= 0, f"still_steps is {self.still_steps}, expected 0 or more")
-        _ = self.optimization  # which refuses what it cannot use
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
+        super().__post_init__()
 
     @property
-    def optimization(self) -> Optimization:
-        """The schedule of every training run, which falls to zero here."""
-        return Optimization(
-            steps=self.steps,
-            batch=self.batch,
-            learning_rate=self.learning_rate,
-            warmup=self.warmup,
-            final_rate=0.0,
-            weight_decay=self.weight_decay,
-            clip=self.largest_gradient,
-            precision=self.precision,
-            seed=self.seed,
-        )
+    def clip(self) -> float:
+        """Maximum gradient norm."""
+        return self.largest_gradient
 
 
 class ReaderBatch(NamedTuple):
@@ -110,7 +101,7 @@ class ReaderObjective(Objective):
             model = Reader(config).to(device)
         super().__init__(model, None)
 
-    def optimizers(self, settings: Optimization) -> list[torch.optim.Optimizer]:
+    def optimizers(self, settings: Any) -> list[torch.optim.Optimizer]:
         """AdamW with weight decay for matrices alone."""
         groups = groups_by_decay(trained(self), settings.weight_decay)
         return [torch.optim.AdamW(groups, settings.learning_rate, betas=BETAS, fused=has_fused(trained(self)))]

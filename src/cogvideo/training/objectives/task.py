@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from cogvideo.data.loader import ClipSample
 from cogvideo.models.upscaler import Upscaler
-from cogvideo.training.optim import Optimization, make_optimizers, trained
+from cogvideo.training.optim import make_optimizers, trained
 
 
 class Measured(NamedTuple):
@@ -92,7 +92,7 @@ class Objective(nn.Module):
     def begin(self, step: int) -> None:
         """Prepare for a step, counted from 0."""
 
-    def optimizers(self, settings: Optimization) -> list[torch.optim.Optimizer]:
+    def optimizers(self, settings: Any) -> list[torch.optim.Optimizer]:
         """Optimizers that share what is trained."""
         return make_optimizers(self, settings)
 

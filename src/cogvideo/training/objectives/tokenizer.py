@@ -40,20 +40,22 @@ PARTS = ("pixels", "edges", "perceptual", "adversary", "commitment", "psnr", "di
 
 
 @dataclass(frozen=True)
-class TokenizerSettings:
+class TokenizerSettings(Optimization):
     """Everything that decides the weights of a tokenizer, apart from its configuration and its frames."""
 
     steps: int = 20_000
     """Steps of the autoencoder."""
     batch: int = 32
     """Frames of a step, over all ranks."""
-    optimizer: Literal["adam", "muon"] = "adam"
-    """Optimizer of convolution kernels, which Muon takes as matrices; all else has Adam. Muon needs about a third of
-    the steps for the same loss, at some five times the learning rate."""
     learning_rate: float = 5e-4
     """Largest learning rate."""
     warmup: int = 200
     """Steps in which the learning rate rises to its maximum; then it falls to zero along half a cosine."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the layers in a step (autocast); losses, weights and codes are float32."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """Optimizer of convolution kernels, which Muon takes as matrices; all else has Adam. Muon needs about a third of
+    the steps for the same loss, at some five times the learning rate."""
     largest_gradient: float = 1.0
     """Maximum gradient norm of the autoencoder."""
     commitment: float = 0.25
@@ -80,12 +82,11 @@ class TokenizerSettings:
     """Step at which the adversary begins; half of the steps unless given."""
     adversary_width: int = 32
     """Channels of the adversary's first layer."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the layers in a step (autocast); losses, weights and codes are float32."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "largest_gradient", "start_vectors", "pyramid_levels", "adversary_width"):
+        for name in ("largest_gradient", "start_vectors", "pyramid_levels", "adversary_width"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+        super().__post_init__()
         for name in ("commitment", "edge_weight", "perceptual_weight", "adversary_weight"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
         for name in ("plain_steps", "adversary_start"):
@@ -98,20 +99,11 @@ class TokenizerSettings:
             self.codes_from < self.steps,
             f"plain_steps is {self.plain_steps}, expected less than the {self.steps} steps: codes must be learnt",
         )
-        _ = self.optimization  # which refuses what it cannot use
 
     @property
-    def optimization(self) -> Optimization:
-        """The schedule of every training run, which falls to zero here."""
-        return Optimization(
-            steps=self.steps,
-            batch=self.batch,
-            learning_rate=self.learning_rate,
-            warmup=self.warmup,
-            final_rate=0.0,
-            clip=self.largest_gradient,
-            precision=self.precision,
-        )
+    def clip(self) -> float:
+        """Maximum gradient norm."""
+        return self.largest_gradient
 
     @property
     def codes_from(self) -> int:
@@ -203,7 +195,7 @@ class TokenizerObjective(Objective):
         """The autoencoder's parameters."""
         return trained(self.model)
 
-    def optimizers(self, settings: Optimization) -> list[torch.optim.Optimizer]:
+    def optimizers(self, settings: Any) -> list[torch.optim.Optimizer]:
         """Adam; Muon for convolution kernels if it is chosen; Adam of the adversary."""
         kernels = [each for each in trained(self.model) if self.settings.optimizer == "muon" and _is_kernel(each)]
         known = set(map(id, kernels))
