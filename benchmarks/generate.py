@@ -197,8 +197,8 @@ def _phase(place: int) -> int:
 
 def _floor(phase: Phase) -> float:
     """Least seconds that any program needs on this machine."""
-    flops = phase.passes * phase.work.flops + phase.prefill_flops
-    reads = phase.passes * phase.work.bytes_moved["cpu_float32"]
+    flops = phase.passes * phase.flops + phase.prefill_flops
+    reads = phase.passes * phase.bytes_moved("cpu_float32")
     return max(flops / matrix_rate(torch.device("cpu"), torch.float32), reads / read_rate())
 
 

@@ -30,8 +30,7 @@ from cogvideo.layout import SequenceLayout
 from cogvideo.models.attention import attend, split_heads
 from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
-from cogvideo.planning.training import training
-from cogvideo.planning.work import flops_a_position
+from cogvideo.planning.training import flops_a_position, training
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.video import VideoBatch, VideoTask
 from cogvideo.training.optim import StageOptimization, trained

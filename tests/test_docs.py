@@ -19,6 +19,7 @@ import torch
 
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import COMMANDS, main
+from cogvideo.commands.info import info
 from cogvideo.config import (
     CogVideoConfig,
     LayoutConfig,
@@ -31,7 +32,6 @@ from cogvideo.media.video import read_video
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel, initialize
 from cogvideo.models.upscaler import UpscaleChannel
-from cogvideo.planning.info import info
 from cogvideo.text import TextTokenizer
 from reference import visible
 from workshop import small_autoencoder

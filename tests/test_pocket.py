@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import POCKET, locate
+from cogvideo.commands.doctor import doctor
 from cogvideo.generation.request import Settings
 from cogvideo.pipeline import CogVideoPipeline
-from cogvideo.planning.doctor import doctor
 
 MIB = 1 << 20
 CONFIG = Manifest.read(locate(POCKET)).config
@@ -34,7 +34,7 @@ def test_it_is_small_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: 
         if entry.file.endswith(".safetensors") and entry.file != "cluster_labels.safetensors":
             with safe_open(locate(POCKET) / entry.file, framework="pt") as file:
                 assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}, entry.file  # noqa: SIM118
-    monkeypatch.setattr("cogvideo.planning.doctor.PRESETS", {})
+    monkeypatch.setattr("cogvideo.commands.doctor.PRESETS", {})
     assert doctor() == 0
     assert "pocket: all files are what was saved" in capsys.readouterr().out
 

@@ -44,10 +44,10 @@ class Command(NamedTuple):
 COMMANDS = {
     "generate": Command("cogvideo.commands.generate:generate", "Prompts to video files."),
     "doctor": Command(
-        "cogvideo.planning.doctor:doctor", "A check of what this machine can run and of the files of a model."
+        "cogvideo.commands.doctor:doctor", "A check of what this machine can run and of the files of a model."
     ),
-    "info": Command("cogvideo.planning.info:info", "Parameters, memory and work of a preset or a bundle."),
-    "plan": Command("cogvideo.planning.plan:plan", "Memory and time of training on a number of GPUs."),
+    "info": Command("cogvideo.commands.info:info", "Parameters, memory and work of a preset or a bundle."),
+    "plan": Command("cogvideo.commands.plan:plan", "Memory and time of training on a number of GPUs."),
     "convert": Command("cogvideo.bundle.convert:convert", "Released checkpoints of 2022 to a bundle."),
     "data prepare": Command("cogvideo.data.prepare:prepare", "Captioned clips to shards of codes."),
     "data world": Command("cogvideo.commands.world:world", "Synthetic captioned clips to look at or to train on."),

@@ -10,10 +10,10 @@ import torch
 
 from cogvideo import devices
 from cogvideo.cli import main
+from cogvideo.commands.doctor import GIB
 from cogvideo.config import preset
 from cogvideo.generation.request import Settings
 from cogvideo.planning.costs import clip, resident
-from cogvideo.planning.doctor import GIB
 from cogvideo.planning.memory import needed_memory
 from gallery import make_model
 
@@ -31,7 +31,7 @@ def test_it_says_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     phases = clip(config, Settings())
     cpu, wide, narrow = torch.device("cpu"), torch.float32, torch.bfloat16
     need = needed_memory(config, phases, wide, cpu)
-    assert need == resident(config, phases)["cpu_float32"]
+    assert need == resident(config, phases, "cpu_float32")
     half = needed_memory(config, phases, narrow, cpu)
     least = needed_memory(config, phases, narrow, cpu, offload=True)
     assert least < half < need
@@ -41,8 +41,8 @@ def test_it_says_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         (half - 1, f"fits with --dtype bfloat16 --offload: {least / GIB:.2f} GiB"),
         (least - 1, f"too large: {least / GIB:.1f} GiB"),
     ):
-        monkeypatch.setattr("cogvideo.planning.doctor.free_memory", lambda _, free=free: free)
-        monkeypatch.setattr("cogvideo.planning.doctor.PRESETS", {"small": {}})
+        monkeypatch.setattr("cogvideo.commands.doctor.free_memory", lambda _, free=free: free)
+        monkeypatch.setattr("cogvideo.commands.doctor.PRESETS", {"small": {}})
         assert main(["doctor", str(model)]) == 0
         told = capsys.readouterr().out
         row = next(line for line in told.splitlines() if line.strip().startswith("small"))
@@ -55,7 +55,7 @@ def test_it_finds_changed_files(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards the hashes: a changed byte and a missing file are told apart, both at once, with status 1."""
-    monkeypatch.setattr("cogvideo.planning.doctor.PRESETS", {})
+    monkeypatch.setattr("cogvideo.commands.doctor.PRESETS", {})
     path = model / "base.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

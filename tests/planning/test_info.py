@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo
+from cogvideo.commands.info import by_dtype, info, report
 from cogvideo.config import (
     PRESETS,
     AutoencoderConfig,
@@ -43,7 +45,6 @@ from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.planning.costs import (
     STAGES,
     Stage,
-    bytes_a_token,
     cache_size,
     clip,
     components,
@@ -54,9 +55,7 @@ from cogvideo.planning.costs import (
     resident,
     sums,
     upscaling,
-    work,
 )
-from cogvideo.planning.info import info, report
 from cogvideo.planning.training import training, training_states
 from cogvideo.text import PaddedText, TextTokenizer
 
@@ -111,7 +110,7 @@ def drawn_ranks(layout: SequenceLayout) -> range:
 
 def test_released_sizes() -> None:
     """Guards the figures of the paper's model (spec section 1): 5.90 B, 1.82 B, 7.72 B, 9.54 B parameters."""
-    sizes = {each.name: each.parameters for each in (*components(PAPER), *sums(PAPER))}
+    sizes = components(PAPER) | sums(PAPER)
     billions = {name: round(size / 1e9, 2) for name, size in sizes.items()}
     assert billions["base"] == 5.90
     assert billions["sequential"] == billions["interpolation"] == 1.82
@@ -121,9 +120,9 @@ def test_released_sizes() -> None:
 
 def test_released_traffic_and_training() -> None:
     """Guards bytes a step and training memory at the released sizes, worked out elsewhere by hand, to 1.5 %."""
-    assert bytes_a_token(PAPER)["bfloat16"] == 2 * 2 * 48 * 3072
+    assert report("cogvideo", Manifest.of("cogvideo"))["bytes_a_token"]["bfloat16"] == 2 * 2 * 48 * 3072
     by_hand = {"first frame": 11.1, "key frames": 16.4, "to 9 frames": 15.4, "to 33 frames": 17.8}
-    read = {each.name: each.work.bytes_moved["gpu_bfloat16"] / 1e9 for each in clip(PAPER)}
+    read = {each.name: each.bytes_moved("gpu_bfloat16") / 1e9 for each in clip(PAPER)}
     assert {name: read[name] for name in by_hand} == pytest.approx(by_hand, rel=0.015)
     states = training_states(PAPER, "sequential")
     assert round(sum(states.values()) / GIB, 1) == 41.5
@@ -145,17 +144,18 @@ def test_parameters_are_those_of_the_modules(config: CogVideoConfig) -> None:
         "image_tokenizer": Autoencoder(config.autoencoder),
     }
     counted = {name: sum(each.numel() for each in module.parameters()) for name, module in modules.items()}
-    assert {each.name: each.parameters for each in components(config)} == counted
+    assert components(config) == counted
 
 
 @pytest.mark.parametrize(("stage", "guided"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cache_is_what_the_decoder_allocates(stage: Stage, guided: bool, dtype: torch.dtype) -> None:
     """Guards cache bytes: text copies of windows, the single frame of the spatial channel, guidance, dtype, samples."""
-    decoder, size = real_decoder(SMALL, stage, guided, samples=3, cache_dtype=dtype), cache_size(SMALL, stage, guided)
-    kind = str(dtype).removeprefix("torch.")
-    assert decoder.spatial.num_bytes == 3 * size.spatial[kind]
-    assert sum(each.num_bytes for each in decoder.temporal) == 3 * size.temporal[kind]
+    decoder = real_decoder(SMALL, stage, guided, samples=3, cache_dtype=dtype)
+    spatial, temporal = cache_size(SMALL, stage, guided)
+    assert decoder.spatial.num_bytes == 3 * spatial * dtype.itemsize
+    assert sum(each.num_bytes for each in decoder.temporal) == 3 * temporal * dtype.itemsize
+    assert decoding(SMALL, "", stage, 3, guided).cache == 3 * (spatial + temporal)
 
 
 @pytest.mark.parametrize(("stage", "guided"), CASES)
@@ -169,7 +169,7 @@ def test_operations_are_those_of_all_steps(stage: Stage, guided: bool) -> None:
         for rank in ranks:
             for slot in range(layout.frame_slots):
                 decoder.step([rank * layout.frame_slots + slot], token)
-    mean = work(SMALL, stage, samples, guided)
+    mean = decoding(SMALL, "", stage, samples, guided)
     assert mean.rows == samples * (1 + guided)
     assert mean.flops == pytest.approx(counter.get_total_flops() / (len(ranks) * layout.frame_slots), rel=1e-9)
 
@@ -197,27 +197,6 @@ def test_operations_of_training(stage: Stage) -> None:
     assert expected == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
-def test_large_causal_frames_are_scored_in_parts() -> None:
-    """Guards the pairs of a frame with more rows than go into one matrix of scores: those of the real plan."""
-    config = replace(
-        SMALL,
-        layout=replace(SMALL.layout, grid=16),
-        sequential=StageConfig(0),
-        transformer=replace(SMALL.transformer, num_positions=512),
-    )
-    layout = layout_of(config, "sequential")
-    plan = full_pass(layout, 0, text(1, layout.text_slots).mask, torch.float32, 2)
-    scored = 0
-    for channel, layers in ((plan.spatial, 3), (plan.temporal[0], 3)):
-        for group in channel.groups:
-            frames = 1 if group.rows is None else len(group.rows)
-            for chunk in group.chunks:
-                rows = group.rows.shape[1] if chunk.rows is None else len(chunk.rows)
-                keys = group.keys.shape[1] if chunk.keys is None else len(chunk.keys)
-                scored += layers * frames * rows * keys
-    assert pairs(config, "sequential", 2) == scored
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_bytes_moved_are_those_of_the_tensors_that_a_step_reads(stage: Stage) -> None:
     """Guards traffic: weights with a gradient after one step (the tied head apart), and the keys that plans slice."""
@@ -233,7 +212,7 @@ def test_bytes_moved_are_those_of_the_tensors_that_a_step_reads(stage: Stage) ->
         for cache in (decoder.spatial, *decoder.temporal):
             keys += len(cache.layers) * _num_keys(cache.step([rank * layout.frame_slots + slot]))
     read = 4 * (weights + 2 * 2 * sizes.hidden * keys / len(steps))  # two rows, keys and values
-    assert work(SMALL, stage, 1, guided=True).bytes_moved["cpu_float32"] == pytest.approx(read, rel=1e-9)
+    assert decoding(SMALL, "", stage, 1, guided=True).bytes_moved("cpu_float32") == pytest.approx(read, rel=1e-9)
 
 
 def _num_keys(plan: MaskPlan) -> int:
@@ -269,8 +248,8 @@ def test_operations_of_whole_frames_are_those_of_the_modules() -> None:
             upscaler.base.logits(upscaler(words.tokens, words.mask, codes))
         with FlopCounterMode(display=False) as pixels:
             model.render(vectors, SMALL.autoencoder.rate)
-    assert upscaling(SMALL, 7).work.flops == pytest.approx(high.get_total_flops(), rel=1e-9)
-    assert rendering(SMALL, 7).work.flops == pytest.approx(pixels.get_total_flops(), rel=1e-9)
+    assert upscaling(SMALL, 7).flops == pytest.approx(high.get_total_flops(), rel=1e-9)
+    assert rendering(SMALL, 7).flops == pytest.approx(pixels.get_total_flops(), rel=1e-9)
     assert upscaling(SMALL, 7).passes == rendering(SMALL, 7).passes == 7
 
 
@@ -328,7 +307,7 @@ def test_phases_are_those_of_a_clip(text_model: bytes, monkeypatch: pytest.Monke
     )
     list(hierarchy.generate(system, Request(["a cat"], [torch.Generator()], settings)))
     *drawn, upscaled, rendered = clip(config, settings)
-    assert [(each.work.rows, each.passes) for each in drawn] == runs
+    assert [(each.rows, each.passes) for each in drawn] == runs
     assert upscaled.passes == rendered.passes == 17
 
 
@@ -383,16 +362,17 @@ def test_memory_of_a_process_that_generates() -> None:
         transformer=replace(TransformerConfig(), hidden=512, num_layers=4),
         layout=replace(LayoutConfig(), num_frames=3),
     )
-    expected = decoding(config, "", "sequential", 8, True).memory["cpu_float32"]
-    assert sum(expected.parts.values()) == expected.device == expected.host
-    assert 0.8 * expected.device <= int(printed) <= 1.4 * expected.device
+    phase = decoding(config, "", "sequential", 8, True)
+    expected = phase.device("cpu_float32")
+    assert sum(phase.memory("cpu_float32").values()) == expected == phase.host("cpu_float32")
+    assert 0.8 * expected <= int(printed) <= 1.4 * expected
 
 
 def test_resident_memory_is_the_largest_phase_with_all_weights() -> None:
     """Guards the figure for a clip that never unloads: not the sum of the phases, and not one phase's weights."""
-    phases, everything = clip(SMALL), sums(SMALL)[-1].bytes["float32"]
-    rest = [each.memory["cpu_float32"].device - each.memory["cpu_float32"].parts["weights"] for each in phases]
-    assert resident(SMALL, phases)["cpu_float32"] == everything + max(rest)
+    phases, everything = clip(SMALL), 4 * sums(SMALL)["everything"]
+    rest = [each.device("cpu_float32") - each.memory("cpu_float32")["weights"] for each in phases]
+    assert resident(SMALL, phases, "cpu_float32") == everything + max(rest)
 
 
 # The command
@@ -421,8 +401,7 @@ def test_json_is_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the figures that programs read: all of the report, and a configuration that can be restored from it."""
     info("pocket", json=True, batch=2)
     (printed,) = json.loads(capsys.readouterr().out)
-    expected = report("pocket", preset("pocket"), batch=2)
-    assert printed == json.loads(json.dumps(asdict(expected)))
+    assert printed == json.loads(json.dumps(report("pocket", Manifest.of("pocket"), batch=2)))
     assert from_dict(CogVideoConfig, printed["config"]) == preset("pocket")
     assert [each["batch"] for each in printed["training"]] == [2, 2, 2]
 
@@ -433,7 +412,7 @@ def test_bundle_files_have_the_expected_bytes(tmp_path: Path, capsys: pytest.Cap
     channel = TemporalChannel(SMALL.transformer, SMALL.layout, SMALL.sequential).bfloat16()
     labels = torch.zeros(SMALL.transformer.num_codes, dtype=torch.int64)
     CogVideo(SMALL, base=base, sequential=channel, cluster_labels=labels).save_pretrained(tmp_path)
-    sizes = {each.name: each.bytes for each in components(SMALL)}
+    sizes = {name: by_dtype(each) for name, each in components(SMALL).items()}
     for name, kind in (("base", "float32"), ("sequential", "bfloat16")):
         content = (tmp_path / f"{name}.safetensors").read_bytes()
         assert len(content) == 8 + int.from_bytes(content[:8], "little") + sizes[name][kind]

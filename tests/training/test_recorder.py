@@ -23,7 +23,7 @@ from cogvideo.config import CogVideoConfig
 from cogvideo.devices import matrix_rate
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
-from cogvideo.planning.work import flops_a_position
+from cogvideo.planning.training import flops_a_position
 from cogvideo.runs import RunFolder
 from cogvideo.training import recorder as module
 from cogvideo.training.loop import interrupts

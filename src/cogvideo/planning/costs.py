@@ -1,4 +1,4 @@
-"""Memory and work of a model, from its configuration alone: parameters, bytes, floating-point operations.
+"""Memory and work of a model, from its configuration alone: parameters, values in memory, floating-point operations.
 
 Parameters are counted in the package's modules on the meta device, where tensors have shapes and no values. All else
 follows from formulas, which tests compare with real passes. Not counted is what Python, PyTorch and a CUDA context need
@@ -14,60 +14,45 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideo.bundle.format import MODULES
 from cogvideo.config import CogVideoConfig
 from cogvideo.generation.request import Settings
 from cogvideo.generation.upscale import SLOTS_PER_DRAW
-from cogvideo.layout import Cells, SequenceLayout, UpscaleLayout, cells
+from cogvideo.layout import Cells, SequenceLayout, UpscaleLayout, cells, kinds
+from cogvideo.models.attention import MaskPlan
 from cogvideo.models.autoencoder import Autoencoder
-from cogvideo.models.plans import CAUSAL_ROWS
-from cogvideo.models.upscaler import TILE
+from cogvideo.models.plans import full_pass
+from cogvideo.models.upscaler import low_sequence, neighbourhoods
 
 Stage = Literal["image", "sequential", "interpolation"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NARROW, WIDE = torch.bfloat16.itemsize, torch.float32.itemsize
+DTYPES = {"float32": WIDE, "bfloat16": NARROW, "float16": NARROW}
+"""Bytes of a value."""
 
 
 class Precision(NamedTuple):
-    """Device and types of a run."""
+    """Bytes of a value, by its use."""
 
-    device: str
     weights: int
-    """Bytes of a value."""
-    cache: str
-    """Name of its type."""
+    cache: int
 
 
+GPU = "gpu_bfloat16"
 PRECISIONS = {
-    "gpu_bfloat16": Precision("gpu", NARROW, "bfloat16"),  # float16 needs the same
-    "cpu_float32": Precision("cpu", WIDE, "float32"),
-    "cpu_bfloat16": Precision("cpu", NARROW, "float32"),  # as generation/decoder.py chooses
+    GPU: Precision(NARROW, NARROW),  # float16 needs the same
+    "cpu_float32": Precision(WIDE, WIDE),
+    "cpu_bfloat16": Precision(NARROW, WIDE),  # as generation/decoder.py chooses
 }
 
 
-def _by_dtype(count: float) -> dict[str, int]:
-    """Bytes of a number of values."""
-    return {name: int(count) * dtype.itemsize for name, dtype in DTYPES.items()}
-
-
 # Parameters
-
-
-@dataclass(frozen=True)
-class Component:
-    """A part that has a file of its own in a bundle, or a sum of them."""
-
-    name: str
-    parameters: int
-    bytes: dict[str, int]
-    """By dtype."""
 
 
 @lru_cache(maxsize=16)
@@ -77,29 +62,25 @@ def modules(config: CogVideoConfig) -> dict[str, nn.Module]:
         return {name: make(config) for name, make in MODULES.items() if not name.endswith("_base")}
 
 
-def components(config: CogVideoConfig) -> tuple[Component, ...]:
-    """Every component with parameters."""
-    return tuple(_component(name, count(module)) for name, module in modules(config).items())
-
-
-def sums(config: CogVideoConfig) -> tuple[Component, ...]:
-    """The sums that papers and users speak of."""
-    sizes = {name: count(module) for name, module in modules(config).items()}
-    stage = sizes["base"] + sizes["sequential"]
-    return (
-        _component("base with one stage", stage),
-        _component("base with both stages", stage + sizes["interpolation"]),
-        _component("everything", sum(sizes.values())),
-    )
-
-
-def _component(name: str, parameters: int) -> Component:
-    return Component(name, parameters, _by_dtype(parameters))
-
-
 def count(module: nn.Module) -> int:
     """Parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def components(config: CogVideoConfig) -> dict[str, int]:
+    """Parameters of every component."""
+    return {name: count(module) for name, module in modules(config).items()}
+
+
+def sums(config: CogVideoConfig) -> dict[str, int]:
+    """Parameters of the sums that papers and users speak of."""
+    sizes = components(config)
+    stage = sizes["base"] + sizes["sequential"]
+    return {
+        "base with one stage": stage,
+        "base with both stages": stage + sizes["interpolation"],
+        "everything": sum(sizes.values()),
+    }
 
 
 def products(config: CogVideoConfig, stage: Stage) -> tuple[int, int]:
@@ -111,7 +92,7 @@ def products(config: CogVideoConfig, stage: Stage) -> tuple[int, int]:
     return 12 * square, 0 if stage == "image" else 4 * square
 
 
-# What rows see
+# Visible rows
 
 
 def layout_of(config: CogVideoConfig, stage: Stage) -> SequenceLayout:
@@ -122,17 +103,12 @@ def layout_of(config: CogVideoConfig, stage: Stage) -> SequenceLayout:
     return make(config.layout)
 
 
-def _num_given(layout: SequenceLayout) -> int:
-    """Frames that a stage does not draw."""
-    return layout.num_frames - len(layout.loss_places)
-
-
 def kinds_of(config: CogVideoConfig, stage: Stage) -> list[Cells]:
-    """Cells of the temporal channel, of each kind of block: with windows there are two, which take turns."""
+    """Cells of the temporal channel, by kind of block: with windows there are two, which take turns."""
     if stage == "image":
         return []
     window = getattr(config, stage).window
-    return [cells(config.layout.grid, window, is_shifted) for is_shifted in ((False, True) if window else (False,))]
+    return [cells(config.layout.grid, window, is_shifted) for is_shifted in kinds(window)]
 
 
 def num_cells(kind: Cells) -> int:
@@ -145,29 +121,31 @@ def _over_layers(config: CogVideoConfig, values: Sequence[float]) -> float:
     return sum(values[layer % len(values)] for layer in range(config.transformer.num_layers) if values)
 
 
-def _causal_pairs(rows: int) -> int:
-    """Pairs that are scored among the rows of a causal frame or cell: `CAUSAL_ROWS` at once, with all rows so far."""
-    whole, rest = divmod(rows, CAUSAL_ROWS)
-    return CAUSAL_ROWS**2 * whole * (whole + 1) // 2 + rest * rows
-
-
 def pairs(config: CogVideoConfig, stage: Stage, frames: int) -> float:
-    """Pairs of a row and a key in a full pass of text and the first frames, in all layers and both channels.
-
-    Spatial: T^2 + N T, and in each frame S^2, or fewer where it is causal. Temporal: N T, and in each cell the pairs of
-    its frames with those before and with themselves.
-    """
+    """Pairs of a row and a key that a full pass of text and the first frames scores, in all layers and channels."""
     layout = layout_of(config, stage)
-    text, slots = layout.text_slots, layout.frame_slots
-    both = min(layout.num_bidirectional, frames)
-    before = both**2 + sum(range(both, frames))
-    spatial = text**2 + frames * slots * text + both * slots**2 + (frames - both) * _causal_pairs(slots)
-    temporal = []
-    for kind in kinds_of(config, stage):
-        sizes = [(len(part), part.shape[1]) for part in kind]
-        inside = sum(num * (before * area**2 + (frames - both) * _causal_pairs(area)) for num, area in sizes)
-        temporal.append(frames * slots * text + inside)
-    return config.transformer.num_layers * spatial + _over_layers(config, temporal)
+    window = None if stage == "image" else getattr(config, stage).window
+    plan = full_pass(layout, window, _text(layout.text_slots), torch.float32, frames)
+    temporal = [_scored(each) for each in plan.temporal]
+    return config.transformer.num_layers * _scored(plan.spatial) + _over_layers(config, temporal)
+
+
+def _text(slots: int) -> Tensor:
+    """The mask of a text without pads."""
+    return torch.ones(1, slots, dtype=torch.bool)
+
+
+def _scored(plan: MaskPlan) -> int:
+    """Pairs that one layer scores, masked ones included."""
+    total = 0
+    for group in plan.groups:
+        for chunk in group.chunks:
+            rows = chunk.rows if group.rows is None or chunk.rows is not None else group.rows[0]
+            keys = chunk.keys if group.keys is None or chunk.keys is not None else group.keys[0]
+            assert rows is not None
+            assert keys is not None
+            total += (1 if group.rows is None else len(group.rows)) * len(rows) * len(keys)
+    return total
 
 
 def _keys_read(config: CogVideoConfig, stage: Stage) -> float:
@@ -177,106 +155,89 @@ def _keys_read(config: CogVideoConfig, stage: Stage) -> float:
     """
     layout = layout_of(config, stage)
     text, slots = layout.text_slots, layout.frame_slots
-    frames = (_num_given(layout) + layout.num_frames) / 2
+    frames = layout.num_frames - len(layout.loss_places) / 2
     areas = [sum(len(part) * part.shape[1] ** 2 for part in kind) / slots for kind in kinds_of(config, stage)]
     temporal = [text + frames * area + 0.5 for area in areas]
     return config.transformer.num_layers * (text + slots / 2 + 0.5) + _over_layers(config, temporal)
 
 
-# Decoding
+def cache_size(config: CogVideoConfig, stage: Stage, guided: bool = False) -> tuple[int, int]:
+    """Values of the spatial and of the temporal cache of one sample, decoded frame by frame.
 
-
-@dataclass(frozen=True)
-class CacheSize:
-    """Bytes of the keys and values of one sample, by dtype."""
-
-    stage: str
-    guided: bool
-    spatial: dict[str, int]
-    """Text and one frame."""
-    temporal: dict[str, int]
-    """All frames, and in every window the text."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """One pass of a model. For a stage: the mean of all passes that draw codes one by one, prefill not counted."""
-
-    stage: str
-    rows: int
-    """Samples, twice as many with guidance."""
-    flops: float
-    bytes_moved: dict[str, float]
-    """Weights and cache that are read, by precision."""
-
-
-def bytes_a_token(config: CogVideoConfig) -> dict[str, int]:
-    """Keys and values of one slot in all layers, a channel and row, by dtype: 2 h values a layer."""
-    return _by_dtype(2 * config.transformer.num_layers * config.transformer.hidden)
-
-
-def cache_size(config: CogVideoConfig, stage: Stage, guided: bool = False) -> CacheSize:
-    """Cache of one sample, frame by frame: T + S keys a layer; in the temporal channel T for each cell, and N."""
+    There are T + S keys a layer; in the temporal channel T for each cell, and N.
+    """
     layout = layout_of(config, stage)
     values = 2 * config.transformer.hidden * (1 + guided)
     spatial = config.transformer.num_layers * (layout.text_slots + layout.frame_slots)
     frame_keys = layout.num_frames * layout.frame_slots
     temporal = [num_cells(kind) * layout.text_slots + frame_keys for kind in kinds_of(config, stage)]
-    return CacheSize(stage, guided, _by_dtype(values * spatial), _by_dtype(values * _over_layers(config, temporal)))
-
-
-def work(config: CogVideoConfig, stage: Stage, samples: int = 1, guided: bool = False) -> Work:
-    """The mean pass of a stage: all rows share one reading of the weights, each reads the keys that it sees.
-
-    A row takes two operations for each weight of a matrix, the C h of the code head among them, and 4 h for each key.
-    """
-    rows, head = samples * (1 + guided), config.transformer.num_codes * config.transformer.hidden
-    cached = 2 * config.transformer.hidden * _keys_read(config, stage)
-    names = ["base"] if stage == "image" else ["base", stage]
-    weights = _weights_read(config, names)
-    moved = {
-        name: weights * kind.weights + rows * cached * DTYPES[kind.cache].itemsize for name, kind in PRECISIONS.items()
-    }
-    return Work(stage, rows, rows * 2 * (sum(products(config, stage)) + head + cached), moved)
-
-
-def _weights_read(config: CogVideoConfig, names: Iterable[str]) -> int:
-    """Weights of all blocks, the final norm and the codes' rows of the word embedding."""
-    blocks = sum(count(modules(config)[name].get_submodule("blocks")) for name in names)
-    return blocks + (2 + config.transformer.num_codes) * config.transformer.hidden
+    return values * spatial, int(values * _over_layers(config, temporal))
 
 
 # Generation
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that a run needs at its peak."""
-
-    parts: dict[str, int]
-    """By what they are for."""
-    device: int
-    """All parts together."""
-    host: int
-    """The same on a CPU; with a GPU, noise while it is drawn and the largest tensor on its way (files are mapped)."""
-
-
-@dataclass(frozen=True)
 class Phase:
-    """A part of the generation of one clip."""
+    """A part of the generation of a clip: passes of some components. Sizes are numbers of values."""
 
     name: str
+    stage: str
+    """Stage, or the component that does the work."""
     passes: int
-    work: Work
-    """Work of one pass."""
-    prefill_flops: int
+    weights: int
+    """Weights in memory."""
+    largest: int
+    """Size of the largest tensor among them."""
+    weights_read: int
+    """Weights that a pass reads."""
+    flops: float
+    """Work of the mean pass."""
+    activations: int
+    """Values at the peak of the phase."""
+    noise: int = 0
+    """Random numbers at once, in float32."""
+    rows: int = 1
+    """Samples of a pass, twice as many with guidance."""
+    prefill_flops: int = 0
     """Work for text and given frames, before the first pass."""
-    memory: dict[str, Memory]
-    """By precision, with the weights of this phase alone."""
+    cache: int = 0
+    """Size of the cache."""
+    cache_read: float = 0.0
+    """Keys and values that the mean pass reads."""
+
+    def bytes_moved(self, precision: str) -> float:
+        """Weights and cache that the mean pass reads."""
+        kind = PRECISIONS[precision]
+        return self.weights_read * kind.weights + self.cache_read * kind.cache
+
+    def memory(self, precision: str) -> dict[str, int]:
+        """Bytes of device memory at the peak, by their use."""
+        kind = PRECISIONS[precision]
+        return {
+            "weights": self.weights * kind.weights,
+            "cache": self.cache * kind.cache,
+            "noise": self.noise * WIDE,
+            "activations": self.activations * kind.weights,
+        }
+
+    def device(self, precision: str) -> int:
+        """Bytes of device memory at the peak."""
+        return sum(self.memory(precision).values())
+
+    def beside_weights(self, precision: str) -> int:
+        """Bytes of device memory at the peak, apart from weights."""
+        return self.device(precision) - self.memory(precision)["weights"]
+
+    def host(self, precision: str) -> int:
+        """Bytes of host memory: for a GPU, noise while it is drawn and the largest tensor on its way from its file."""
+        if precision != GPU:
+            return self.device(precision)
+        return 2 * self.noise * WIDE + self.largest * PRECISIONS[precision].weights
 
 
 def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phase, ...]:
-    """The phases of a clip, from a prompt to pixels; made as the model does by itself, unless settings are given.
+    """The phases of a clip, from a prompt to pixels; with the model's own settings unless others are given.
 
     Passes are counted as if codes were drawn one by one, which is the most: drafts need fewer, with more rows each.
     """
@@ -294,41 +255,45 @@ def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phas
     return *phases, upscaling(config, frames), rendering(config, frames)
 
 
-def resident(config: CogVideoConfig, phases: Iterable[Phase]) -> dict[str, int]:
-    """Device memory of a clip for which all weights stay loaded, by precision."""
-    parameters = sum(each.parameters for each in components(config))
-    return {
-        name: parameters * kind.weights
-        + max(phase.memory[name].device - phase.memory[name].parts["weights"] for phase in phases)
-        for name, kind in PRECISIONS.items()
-    }
+def resident(config: CogVideoConfig, phases: Iterable[Phase], precision: str) -> int:
+    """Bytes of device memory of a clip for which all weights stay loaded."""
+    weights = sum(components(config).values()) * PRECISIONS[precision].weights
+    return weights + max(phase.beside_weights(precision) for phase in phases)
 
 
 def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guided: bool) -> Phase:
     """The frames of some sequences, drawn at once by a stage.
 
+    All rows share one reading of the weights. A row takes two operations for each weight of a matrix, the C h of the
+    code head among them, and 4 h for each key that it sees.
+
     Prefill feeds R rows, those of text and given frames, and is busiest inside a feed-forward layer: what came in and
     its norm, q, k and v (3), attention, the sum and its norm, 4 h before and 4 h after GELU make 16 R h values. With
     small windows it is busier while keys and values are copied for the cache: 9 R h and 2 h for each of its keys.
     """
-    layout, cache, mean = (
-        layout_of(config, stage),
-        cache_size(config, stage, guided),
-        work(config, stage, samples, guided),
-    )
-    hidden, given = config.transformer.hidden, _num_given(layout)
-    frame_rows = given * layout.frame_slots
-    rows = layout.text_slots + frame_rows
+    layout, sizes = layout_of(config, stage), config.transformer
+    num_drawn = len(layout.loss_places)
+    given_rows = (layout.num_frames - num_drawn) * layout.frame_slots
+    fed = layout.text_slots + given_rows
+    rows = samples * (1 + guided)
     base, added = products(config, stage)
-    linear = rows * base + (3 * rows + frame_rows) * added // 4  # text has no temporal output
-    flops = 2 * linear + round(4 * hidden * pairs(config, stage, given))
-    written = [num_cells(kind) * layout.text_slots + frame_rows for kind in kinds_of(config, stage)]
-    fed = hidden * max(16 * rows, 9 * rows + 2 * max(written, default=0))
-    noise = samples * layout.frame_slots * config.transformer.num_codes * WIDE
-    keys = {kind: samples * (cache.spatial[kind] + cache.temporal[kind]) for kind in DTYPES}
-    used = ["base"] if stage == "image" else ["base", stage]
-    memory = _memories(config, used, noise, mean.rows * fed, keys)
-    return Phase(name, len(layout.loss_places) * layout.frame_slots, mean, mean.rows * flops, memory)
+    linear = fed * base + (3 * fed + given_rows) * added // 4  # text has no temporal output
+    attended = round(4 * sizes.hidden * pairs(config, stage, layout.num_frames - num_drawn))
+    written = [num_cells(kind) * layout.text_slots + given_rows for kind in kinds_of(config, stage)]
+    cached = 2 * sizes.hidden * _keys_read(config, stage)
+    return _phase(
+        config,
+        name,
+        stage,
+        passes=num_drawn * layout.frame_slots,
+        rows=rows,
+        flops=rows * 2 * (base + added + sizes.num_codes * sizes.hidden + cached),
+        prefill_flops=rows * (2 * linear + attended),
+        cache=samples * sum(cache_size(config, stage, guided)),
+        cache_read=rows * cached,
+        noise=samples * layout.frame_slots * sizes.num_codes,
+        activations=rows * sizes.hidden * max(16 * fed, 9 * fed + 2 * max(written, default=0)),
+    )
 
 
 def upscaling(config: CogVideoConfig, frames: int) -> Phase:
@@ -337,86 +302,60 @@ def upscaling(config: CogVideoConfig, frames: int) -> Phase:
     It is busiest inside the feed-forward layer of the high slots: 17 H h values (see `decoding`; keys and values are
     there twice), and 5 (T + S) h of the low rows.
     """
-    layout, hidden = UpscaleLayout.of(config.layout, config.upscaler), config.transformer.hidden
+    layout, sizes = UpscaleLayout.of(config.layout, config.upscaler), config.transformer
     text, low, high = layout.text_slots, layout.low_slots, layout.high_slots
-    pairs = text * (text + low) + low * (text + low) - text * low + _neighbours(config)
-    head = config.transformer.num_codes * hidden
-    layers = config.transformer.num_layers
-    flops = 2 * products(config, "image")[0] * (text + low + high) + 2 * high * head + 4 * hidden * pairs * layers
-    noise = min(SLOTS_PER_DRAW, high) * config.transformer.num_codes * WIDE
-    activations = (17 * high + 5 * text + 7 * low) * hidden
-    used = ["base", "superres"]
-    read = _weights_read(config, used)
-    return _frame_by_frame(config, "super-resolution", frames, flops, read, used, activations, noise)
-
-
-def _neighbours(config: CogVideoConfig) -> int:
-    """Pairs that high slots score: those of a tile with every key that any of them sees.
-
-    Both neighbourhoods are rectangles, so the sum over tiles is a product of sums over bands of rows and of columns.
-    """
-    sizes, layout = config.upscaler, UpscaleLayout.of(config.layout, config.upscaler)
-    bands = [(start, min(start + TILE, layout.low_grid)) for start in range(0, layout.low_grid, TILE)]
-
-    def seen(reach: int, scale: int) -> int:
-        grid = layout.low_grid * scale
-        keys = [min(stop * scale + reach, grid) - max(start * scale - reach, 0) for start, stop in bands]
-        return sum((stop - start) * layout.ratio * each for (start, stop), each in zip(bands, keys, strict=True))
-
-    high = seen(sizes.high_rows // 2, layout.ratio) * seen(sizes.high_columns // 2, layout.ratio)
-    return high + seen(sizes.low_side // 2, 1) ** 2
+    matrices = products(config, "image")[0] * (text + low + high) + high * sizes.num_codes * sizes.hidden
+    scored = _scored(full_pass(low_sequence(layout), None, _text(text), torch.float32, 1).spatial)
+    scored += _scored(neighbourhoods(layout, config.upscaler, torch.device("cpu")))
+    return _phase(
+        config,
+        "super-resolution",
+        "superres",
+        passes=frames,
+        flops=2.0 * matrices + 4 * sizes.hidden * scored * sizes.num_layers,
+        noise=min(SLOTS_PER_DRAW, high) * sizes.num_codes,
+        activations=(17 * high + 5 * text + 7 * low) * sizes.hidden,
+    )
 
 
 def rendering(config: CogVideoConfig, frames: int) -> Phase:
-    """Codes to pixels, one frame a pass; PyTorch counts the operations of a pass without values."""
-    side, rate = UpscaleLayout.of(config.layout, config.upscaler).high_grid, config.autoencoder.rate
-    model = modules(config)["image_tokenizer"]
+    """Codes to pixels, one frame a pass; PyTorch counts the operations of a pass without values.
+
+    At the peak, the first level's input is there throughout. A residual block holds its input, a norm and an activation
+    of it, or in its second half its input, the first half's output, a norm and an activation of that; an upsampling its
+    input, the enlarged one and its output.
+    """
+    sizes, side = config.autoencoder, UpscaleLayout.of(config.layout, config.upscaler).high_grid
+    model, number = modules(config)["image_tokenizer"], sizes.rates.index(sizes.rate)
     assert isinstance(model, Autoencoder)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.render(torch.empty(1, config.autoencoder.embedding_dim, side, side, device="meta"), rate)
-    number = config.autoencoder.rates.index(rate)
-    read, activations = count(model.decoders[number]), _decoder_activations(config, number, side)
-    used = ["image_tokenizer"]
-    return _frame_by_frame(config, "pixels", frames, counter.get_total_flops(), read, used, activations)
-
-
-def _decoder_activations(config: CogVideoConfig, number: int, side: int) -> int:
-    """Values at the peak of a decoder, over its levels.
-
-    The first level's input stays throughout. A residual block holds its input, a norm and an activation of it, or in
-    its second half its input, what the first half left, a norm and an activation of that; an upsampling its input, the
-    enlarged one and its output.
-    """
-    multipliers = config.autoencoder.decoder_multipliers[number]
-    widths = [config.autoencoder.channels * each for each in (multipliers[-1], *reversed(multipliers))]
-    peak = 0
+        model.render(torch.empty(1, sizes.embedding_dim, side, side, device="meta"), sizes.rate)
+    multipliers = sizes.decoder_multipliers[number]
+    widths = [sizes.channels * each for each in (multipliers[-1], *reversed(multipliers))]
+    peaks = []
     for level, (before, after) in enumerate(pairwise(widths)):
-        area = (side * 2**level) ** 2
-        peak = max(peak, 3 * before * area, (before + 3 * after) * area)
-        if level < len(multipliers) - 1:
-            peak = max(peak, 9 * after * area)
-    return widths[0] * side**2 + peak
+        upsampled = 9 * after if level < len(multipliers) - 1 else 0
+        peaks.append(max(3 * before, before + 3 * after, upsampled) * (side * 2**level) ** 2)
+    return _phase(
+        config,
+        "pixels",
+        "image_tokenizer",
+        passes=frames,
+        weights_read=count(model.decoders[number]),
+        flops=float(counter.get_total_flops()),
+        activations=widths[0] * side**2 + max(peaks),
+    )
 
 
-def _frame_by_frame(
-    config: CogVideoConfig, name: str, frames: int, flops: int, read: int, used: list[str], values: int, noise: int = 0
-) -> Phase:
-    """A phase without a cache; `read` are the weights that a pass reads, `values` those at its peak."""
-    moved = {kind: float(read * precision.weights) for kind, precision in PRECISIONS.items()}
-    memory = _memories(config, used, noise, values, _by_dtype(0))
-    return Phase(name, frames, Work(used[-1], 1, float(flops), moved), 0, memory)
+def _phase(config: CogVideoConfig, name: str, stage: str, *, weights_read: int | None = None, **costs: Any) -> Phase:
+    """A phase with the weights of its components.
 
-
-def _memories(
-    config: CogVideoConfig, used: Iterable[str], noise: int, activations: int, cache: dict[str, int]
-) -> dict[str, Memory]:
-    """By precision; activations are numbers of values."""
-    sizes = [parameter.numel() for name in used for parameter in modules(config)[name].parameters()]
-    memories = {}
-    for name, kind in PRECISIONS.items():
-        parts = {"weights": sum(sizes) * kind.weights, "cache": cache[kind.cache], "noise": noise}
-        parts["activations"] = activations * kind.weights
-        device = sum(parts.values())
-        host = 2 * noise + max(sizes) * kind.weights if kind.device == "gpu" else device
-        memories[name] = Memory(parts, device, host)
-    return memories
+    A pass of a transformer reads all blocks, the final norm and the codes' rows of the word embedding.
+    """
+    used = {"image": ["base"], "image_tokenizer": ["image_tokenizer"]}.get(stage, ["base", stage])
+    parts = [modules(config)[each] for each in used]
+    sizes = [parameter.numel() for part in parts for parameter in part.parameters()]
+    if weights_read is None:
+        blocks = sum(count(part.get_submodule("blocks")) for part in parts)
+        weights_read = blocks + (2 + config.transformer.num_codes) * config.transformer.hidden
+    return Phase(name, stage, weights=sum(sizes), largest=max(sizes), weights_read=weights_read, **costs)

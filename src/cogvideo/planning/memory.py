@@ -10,10 +10,10 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.devices import free_memory
 from cogvideo.generation.request import Settings
-from cogvideo.planning.costs import Phase, clip, resident
+from cogvideo.planning.costs import GPU, Phase, clip, resident
 
 SURELY_ENOUGH = 20
-"""Models whose files are as many times smaller than the memory are not computed to the last byte."""
+"""Ratio of memory to a model's files from which no bytes are computed."""
 
 
 def needed_memory(
@@ -27,18 +27,17 @@ def needed_memory(
     """Bytes of device memory that clips need.
 
     Args:
-        config: of the model.
-        phases: of one clip, see `costs.clip`.
-        dtype: of the weights.
+        config: sizes of the model.
+        phases: phases of one clip, see `costs.clip`.
+        dtype: type of the weights.
         device: where they are.
         batch: clips at once; weights count once, all else once for each clip.
         offload: only the weights of the stage at work are there.
     """
-    kind = "cpu_float32" if dtype.itemsize > 2 else "cpu_bfloat16" if device.type == "cpu" else "gpu_bfloat16"
-    memory = [phase.memory[kind] for phase in phases]
+    kind = "cpu_float32" if dtype.itemsize > 2 else "cpu_bfloat16" if device.type == "cpu" else GPU
     if offload:
-        return max(each.parts["weights"] + batch * (each.device - each.parts["weights"]) for each in memory)
-    return resident(config, phases)[kind] + (batch - 1) * max(each.device - each.parts["weights"] for each in memory)
+        return max(each.device(kind) + (batch - 1) * each.beside_weights(kind) for each in phases)
+    return resident(config, phases, kind) + (batch - 1) * max(each.beside_weights(kind) for each in phases)
 
 
 def require_memory(

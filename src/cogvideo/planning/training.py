@@ -1,10 +1,14 @@
-"""Memory and work of a training step, from the configuration alone. `costs` explains the letters of the formulas."""
+"""Memory and work of a training step. `costs` explains the letters of the formulas."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from cogvideo.config import CogVideoConfig
+from cogvideo.models.transformer import Transformer
+from cogvideo.models.upscaler import Upscaler
 from cogvideo.planning.costs import (
     NARROW,
     WIDE,
@@ -21,24 +25,23 @@ from cogvideo.planning.costs import (
 
 @dataclass(frozen=True)
 class Training:
-    """One optimizer step of a stage on one GPU, in bfloat16 with float32 master weights and Adam."""
+    """One optimizer step of a stage on one GPU, in bfloat16 with float32 master weights and Adam; sizes in bytes."""
 
     stage: str
     batch: int
     states: dict[str, int]
-    """Bytes that stay from step to step, by what they are for."""
+    """Memory that stays from step to step, by its use."""
     activations: int
-    """Bytes at the peak of a step, if all are kept for the backward pass."""
+    """Activations at the peak of a step, if all are kept for the backward pass."""
     activations_checkpointed: int
     """The same if only the blocks' inputs are kept, and each block is computed again."""
     total: int
     """States and activations."""
     total_checkpointed: int
-    """States and activations if only the blocks' inputs are kept."""
     saved: int
-    """Bytes of master weights and moments, on disk and, while they are written, in the host's memory."""
+    """Master weights and moments, on disk and, while they are written, in the host's memory."""
     flops_a_position: float
-    """Forward and backward, nothing computed again."""
+    """Forward and backward, without recomputation."""
 
 
 def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: bool = False) -> Training:
@@ -46,7 +49,7 @@ def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: boo
 
     Args:
         config: sizes.
-        stage: which one.
+        stage: stage to train.
         batch: sequences of a forward and backward pass.
         autocast: norms, and so what runs through the blocks, in float32, as torch.autocast has them on GPUs.
     """
@@ -55,6 +58,19 @@ def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: boo
     resting, saved = sum(states.values()), states["master weights"] + states["moments"]
     flops = _training_flops(config, stage) / layout_of(config, stage).length
     return Training(stage, batch, states, kept, checkpointed, resting + kept, resting + checkpointed, saved, flops)
+
+
+def training_states(config: CogVideoConfig, stage: Stage) -> dict[str, int]:
+    """Bytes that training a stage keeps: frozen weights once, five values of every trained one."""
+    trained = count(modules(config)["base" if stage == "image" else stage])
+    frozen = () if stage == "image" else modules(config)["base"].parameters()
+    return {
+        "frozen weights": sum(each.numel() * (NARROW if each.ndim > 1 else WIDE) for each in frozen),
+        "working copy": NARROW * trained,
+        "master weights": WIDE * trained,
+        "gradients": WIDE * trained,
+        "moments": 2 * WIDE * trained,
+    }
 
 
 def activations(config: CogVideoConfig, stage: Stage, batch: int, autocast: bool = False) -> tuple[int, int]:
@@ -71,19 +87,6 @@ def activations(config: CogVideoConfig, stage: Stage, batch: int, autocast: bool
         max(batch * (blocks + last) + words, 3 * words) for blocks in (sum(layers), inputs + max(layers))
     )
     return kept, checkpointed
-
-
-def training_states(config: CogVideoConfig, stage: Stage) -> dict[str, int]:
-    """Bytes that training a stage keeps: frozen weights once, five values of every trained one."""
-    trained = count(modules(config)["base" if stage == "image" else stage])
-    frozen = () if stage == "image" else modules(config)["base"].parameters()
-    return {
-        "frozen weights": sum(each.numel() * (NARROW if each.ndim > 1 else WIDE) for each in frozen),
-        "working copy": NARROW * trained,
-        "master weights": WIDE * trained,
-        "gradients": WIDE * trained,
-        "moments": 2 * WIDE * trained,
-    }
 
 
 def _layer_activations(config: CogVideoConfig, stage: Stage, autocast: bool) -> list[int]:
@@ -103,19 +106,21 @@ def _layer_activations(config: CogVideoConfig, stage: Stage, autocast: bool) -> 
     float32 for each head and row.
     """
     layout, sizes = layout_of(config, stage), config.transformer
-    text, frame_rows, rows = layout.text_slots, layout.length - layout.text_slots, layout.length
-    spatial_keys = text + layout.num_frames * (text + layout.frame_slots)
-    common = 7 * rows + 2 * spatial_keys
-    wider = 4 * rows if autocast else 0
-    if stage == "image":
-        layer = NARROW * sizes.hidden * (common + 10 * rows + wider) + WIDE * sizes.num_heads * rows
-        return [layer] * sizes.num_layers
-    scores = WIDE * sizes.num_heads * (rows + frame_rows)
-    gathered = [3 * rows]
-    if len(kinds_of(config, stage)) > 1:
-        gathered = [3 * frame_rows + 2 * num_cells(kind) * text for kind in kinds_of(config, stage)]
-    kinds = [NARROW * sizes.hidden * (common + 5 * rows + each + 3 * frame_rows + wider) + scores for each in gathered]
-    return [kinds[layer % len(kinds)] for layer in range(sizes.num_layers)]
+    text, rows = layout.text_slots, layout.length
+    frame_rows = rows - text
+    common = 7 * rows + 2 * (text + layout.num_frames * (text + layout.frame_slots))
+    if autocast:
+        common += 4 * rows
+    kinds = kinds_of(config, stage)
+    if not kinds:
+        kept, scores = [common + 10 * rows], rows
+    else:
+        gathered = [3 * rows]
+        if len(kinds) > 1:
+            gathered = [3 * frame_rows + 2 * num_cells(kind) * text for kind in kinds]
+        kept, scores = [common + 5 * rows + each + 3 * frame_rows for each in gathered], rows + frame_rows
+    layers = [NARROW * sizes.hidden * each + WIDE * sizes.num_heads * scores for each in kept]
+    return [layers[layer % len(layers)] for layer in range(sizes.num_layers)]
 
 
 def _last_activations(config: CogVideoConfig, stage: Stage) -> int:
@@ -141,3 +146,37 @@ def _training_flops(config: CogVideoConfig, stage: Stage) -> int:
     shared = (6 if stage == "image" else 4) * (rows * base + head)
     own = 6 * (3 * rows + frame_rows) * added // 4  # text has no temporal output
     return shared + own + round(14 * sizes.hidden * pairs(config, stage, layout.num_frames))
+
+
+def flops_a_position(model: nn.Module) -> float:
+    """Floating-point operations of a training step for each position that goes through the model, by convention.
+
+    6 for each trained parameter and 4 for each frozen one of the matrices that a position goes through: two in the
+    forward pass, two for the gradient of what comes in, two for that of the weights. Counted are the linear layers and
+    the code head, the latter at every position; not counted are embedding lookups, biases, norms, the products of
+    attention's scores and recomputed activations.
+
+    Positions of super-resolution differ, and the result is their mean. Text and low codes go through the base's blocks
+    alone; if those are frozen nothing before them learns, and they cost 2 a parameter. High slots go through their own
+    attention, the base's feed-forward layers and the code head.
+
+    Args:
+        model: `Transformer` or `Upscaler`, before or after it was sharded.
+    """
+    assert isinstance(model, Upscaler | Transformer)
+    sizes = model.base.config
+    head = (6 if model.base.words.weight.requires_grad else 4) * sizes.hidden * sizes.num_codes
+    if isinstance(model, Upscaler):
+        layout = model.channel.layout
+        low, high = layout.text_slots + layout.low_slots, layout.high_slots
+        own = _linear_flops(model.channel.blocks) + _linear_flops(model.base.blocks, among="mlp") + head
+        return (low * _linear_flops(model.base.blocks, 2) + high * own) / (low + high)
+    added = 0 if model.channel is None else _linear_flops(model.channel.blocks)
+    return float(_linear_flops(model.base.blocks) + added + head)
+
+
+def _linear_flops(blocks: nn.Module, frozen: int = 4, among: str = "") -> int:
+    """Operations of the linear layers whose name starts with `among`."""
+    layers = ((name.rpartition(".")[2], each) for name, each in blocks.named_modules() if isinstance(each, nn.Linear))
+    weights = [each.weight for name, each in layers if name.startswith(among)]
+    return sum((6 if weight.requires_grad else frozen) * weight.numel() for weight in weights)

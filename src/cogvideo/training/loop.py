@@ -17,7 +17,7 @@ from cogvideo.config import InputError
 from cogvideo.devices import matrix_rate, peak_bytes, slowness
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
-from cogvideo.planning.work import flops_a_position
+from cogvideo.planning.training import flops_a_position
 from cogvideo.training.checkpoints import Checkpoints, DamagedError, restore, training_state
 from cogvideo.training.parallel import any_rank, is_first, largest
 from cogvideo.training.recorder import Recorder

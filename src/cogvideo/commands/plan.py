@@ -1,0 +1,91 @@
+"""`cogvideo plan`: memory and time of training on a number of GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from json import dumps
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from cogvideo.bundle.format import Manifest
+from cogvideo.planning.costs import STAGES
+from cogvideo.planning.plan import GIB, PAPER, Machines, StagePlan, stage_plan
+
+
+def plan(target: str = "cogvideo", /, *, machines: Machines, json: bool = False, ema: float = 0.0) -> None:
+    """Memory and time of training on a number of GPUs, computed without one of them.
+
+    The plan covers the image model, key frames (sequential) and interpolation, not super-resolution. Precision is
+    bfloat16, with float32 for what is trained. Memory is in GiB (2**30 bytes).
+
+    Args:
+        target: A preset, or the folder of a bundle.
+        machines: machines to train on.
+        json: Print everything as JSON.
+        ema: Share of a running average of the weights, as in `cogvideo train`; 0 for none.
+
+    Raises:
+        ValueError: `target` is neither, or the GPUs cannot share its matrices.
+    """
+    config = Manifest.of(target).config
+    plans = [stage_plan(config, stage, machines, ema) for stage in STAGES]
+    if json:
+        stages = [asdict(each) for each in plans]
+        report = {"name": target, "machines": asdict(machines), "ema": ema, "stages": stages}
+        print(dumps(report, indent=2, ensure_ascii=False))
+        return
+    console = Console(highlight=False)
+    some = f"{machines.gpus:,} GPU{'s' * (machines.gpus > 1)} of {machines.gpu_memory:g} GiB"
+    free = f"{machines.reserve:.0%} stay free for CUDA, NCCL, fragmentation: {_gib(machines.budget)}"
+    peak = f"{machines.tflops:g} TFLOP/s a GPU at its peak"
+    console.print(f"[bold]{target}[/bold] on {some}; {free}", soft_wrap=True)
+    console.print(f"Assumed: {peak}, of which training reaches {machines.utilisation:.0%}", soft_wrap=True)
+    for each in plans:
+        for part in _parts(each, machines):
+            console.print(part, soft_wrap=isinstance(part, str))
+    console.print("\nSuper-resolution is not planned.")
+
+
+def _parts(plan: StagePlan, machines: Machines) -> Iterator[Table | str]:
+    samples, steps = PAPER[plan.stage]
+    shape = f"a step is {plan.batch:,} samples of {plan.positions:,} positions"
+    yield f"\n[bold]{plan.stage}[/bold], GiB a rank; {shape}"
+    yield _table(plan)
+    if plan.tokens_per_second is not None:
+        takes = "" if steps is None else f"; the paper's {steps:,} steps of {samples} samples take {plan.days:.3g} days"
+        yield f"{plan.tokens_per_second:,.0f} tokens/s{takes}"
+    if samples != plan.batch:
+        yield f"{samples} samples cannot be shared by {machines.groups:,}, so it is {plan.batch:,}"
+    yield plan.command or _too_little(plan, machines)
+
+
+def _table(plan: StagePlan) -> Table:
+    """A table with a column for each way."""
+    table = Table("", box=SIMPLE_HEAD, pad_edge=False)
+    for way in plan.ways:
+        table.add_column(f"{way.sharding},\ncheckpointing" if way.checkpointing else way.sharding, justify="right")
+    table.add_row("samples a pass", *(str(way.micro_batch) for way in plan.ways))
+    for name in plan.ways[0].memory:
+        table.add_row(name, *(_gib(way.memory[name]) for way in plan.ways))
+    for name in plan.ways[0].peaks:
+        table.add_row(f"all {name}", *(_gib(way.peaks[name]) for way in plan.ways))
+    table.add_row("fits", *("chosen" if way == plan.best else "yes" if way.fits else "no" for way in plan.ways))
+    return table
+
+
+def _too_little(plan: StagePlan, machines: Machines) -> str:
+    """The least that is needed, and what would help."""
+    least = min(plan.ways, key=lambda way: way.needs)
+    way = f"{least.sharding}{' with --checkpointing' if least.checkpointing else ''}"
+    at_start = least.needs == least.peaks["at the start"]
+    helps = "larger GPUs, since a rank has the whole model before it cuts it" if at_start else "more or larger GPUs"
+    return f"Nothing fits: {way} takes least, {_gib(least.needs)} of {_gib(machines.budget)} GiB. What helps: {helps}"
+
+
+def _gib(num_bytes: int) -> str:
+    """Three figures."""
+    gib = num_bytes / GIB
+    return f"{gib:,.0f}" if gib >= 1000 else f"{gib:#.3g}".rstrip(".")
