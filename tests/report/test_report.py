@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from PIL import Image
 
 from cogvideo.bundle import model as bundle
 from cogvideo.bundle.format import Manifest
+from cogvideo.commands.report import data as report
 from cogvideo.config import AutoencoderConfig, CogVideoConfig
 from cogvideo.data.dataset import Dataset, make_card, read_card, write_card
 from cogvideo.data.frames import FrameSettings, read_item
@@ -32,9 +34,10 @@ from cogvideo.data.sources import Listing, SourceOptions, list_source
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.report import clips as report_clips
 from cogvideo.report import data as report_module
+from cogvideo.report import page as page_module
 from cogvideo.report.clips import find_origin, read_as_encoded
-from cogvideo.report.data import frequencies, report, training_rates
-from cogvideo.report.page import Name, Panel, Picture, Section, middle, percent, shorten, write_page
+from cogvideo.report.data import frequencies, training_rates
+from cogvideo.report.page import Name, environment, middle, percent, shorten, write_page
 from cogvideo.report.sample import ranges, summary, take_sample, words_of
 
 SMALL = AutoencoderConfig(
@@ -286,19 +289,29 @@ def test_users_texts_stay_texts(make: Make) -> None:
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page.source)
 
 
-def test_any_text_survives_escaping(tmp_path: Path) -> None:
+EVERY_PART = """{% extends "page.html" %}
+{% from "parts.html" import panel, picture, section %}
+{% set titles = {text: text} %}
+{% block main %}
+{% call section(text, titles, [text], [text]) %}
+{{ panel(text, [text, text, ""], [[text, text, 0.5], [name, text, 0.0]], text, plot, [[name, text]], kind=text) }}
+{{ picture(pixels, text, text, [text], [[text, text]], [text], text) }}
+{% endcall %}
+{% endblock %}"""
+
+
+def test_any_text_survives_escaping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A character that ends an attribute or element, or that no file can hold, in any place of the page."""
+    template = environment().from_string(EVERY_PART)
+    monkeypatch.setattr(page_module, "environment", lambda: Mock(get_template=lambda _: template))
 
     @given(st.text(st.characters(codec=None), max_size=15))
     @settings(max_examples=50, deadline=None)
     def check(text: str) -> None:
         text = f"{text}\"'></title><script>"
-        row, name, pixels = (text, text, 0.5), Name(text, 0), np.zeros((1, 1, 3), np.uint8)
-        panel = Panel(
-            text, Markup("<svg></svg>"), [(name, text)], (text, text, ""), [row, (name, text, 0.0)], text, kind=text
-        )
-        picture = Picture(pixels, text, text, [text], [(text, text)], [text], text)
-        write_page(tmp_path / "page.html", text, text, text, [Section(text, text, [text], [panel], [picture], [text])])
+        facts = {"text": text, "name": Name(text, 0), "plot": Markup("<svg></svg>")}
+        facts["pixels"] = np.zeros((1, 1, 3), np.uint8)
+        write_page(tmp_path / "page.html", text, text, text, "every part", facts)
         page = Page(tmp_path / "page.html")
         assert not page.all("script")
         assert page.text.count("<script>") == 24
@@ -535,7 +548,7 @@ def test_old_page_stays_until_the_new_one_is_whole(make: Make, monkeypatch: pyte
     """Half a page, or none, where a report is interrupted."""
     folder = make()
     before = written(folder).source
-    monkeypatch.setattr(report_module, "gather", lambda *_: 1 / 0)
+    monkeypatch.setattr(report_module, "facts", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         report(folder, seed=5)
     assert (folder / "report.html").read_text(encoding="utf-8") == before

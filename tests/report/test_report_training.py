@@ -26,6 +26,7 @@ from test_report import Page
 
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
+from cogvideo.commands.report import training
 from cogvideo.commands.train import tokenizer
 from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings
@@ -33,7 +34,6 @@ from cogvideo.media.images import write_image
 from cogvideo.report.page import Name
 from cogvideo.report.plots import curves, running_mean
 from cogvideo.report.runs import Curve
-from cogvideo.report.training import training
 from cogvideo.runs import RunFolder
 from cogvideo.training.objectives.tokenizer import TokenizerSettings
 from cogvideo.training.session import LoggingConfig

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, UInt8
-from torch import Tensor
+from jaxtyping import UInt8
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo, locate
-from cogvideo.config import InputError
+from cogvideo.config import InputError, require
 from cogvideo.data.dataset import Card
 from cogvideo.data.frames import FrameSettings, read_item, shrink
 from cogvideo.data.shards import Row
@@ -35,11 +34,11 @@ class Clip(NamedTuple):
     """A row with some of its frames, evenly spaced."""
 
     row: Row
-    original: Frames | None
+    original: Frames | None = None
     """Frames as the encoder saw them; None where the source no longer has them."""
-    decoded: Frames | None
+    decoded: Frames | None = None
     """Frames as the tokenizer decodes the codes; None without the tokenizer."""
-    psnr: float | None
+    psnr: float | None = None
     """Mean over the frames in dB; None unless both are there."""
     problem: str = ""
     """Why the original is missing although the source is there."""
@@ -69,39 +68,49 @@ class Origin:
     items: dict[str, Item] = field(default_factory=dict)
     """Items of the source that are needed, by id."""
     frames: FrameSettings | None = None
-    """How they became frames; None without the source."""
+    """Settings that made frames of them; None without the source."""
     autoencoder: Autoencoder | None = None
     missing: list[str] = field(default_factory=list)
     """Descriptions of what is not there."""
 
+    @torch.inference_mode()
     def clip(self, row: Row, columns: int) -> Clip:
         """A row with `columns` of its frames, or all where there are no more."""
         places = evenly(len(row.codes), columns)
-        frames, problem = self._original(row)
-        original = None if frames is None else frames[places]
-        if self.autoencoder is None:
-            return Clip(row, original, None, None, problem)
-        decoded = _decode(self.autoencoder, row.codes[places])
-        if original is None:
-            return Clip(row, None, to_pixels(decoded), None, problem)
-        if original.shape[1:3] != decoded.shape[2:]:
-            problem = f"the source has frames of {original.shape[1]} pixels, the codes of {decoded.shape[2]}"
-            return Clip(row, None, to_pixels(decoded), None, problem)
-        pixels = torch.from_numpy(rearrange(original, "frames height width c -> frames c height width") / 255).float()
-        return Clip(row, original, to_pixels(decoded), psnr(pixels, decoded).mean().item())
-
-    def _original(self, row: Row) -> tuple[Frames | None, str]:
-        if self.frames is None:
-            return None, ""
-        if row.id not in self.items:
-            return None, "the source no longer has this clip"
+        clip = Clip(row)
         try:
-            frames = read_as_encoded(self.items[row.id], self.frames, self.card)
+            if self.frames is not None:
+                clip = clip._replace(original=self._original(row, self.frames)[places])
+        except InputError as error:
+            clip = clip._replace(problem=str(error))
+        if self.autoencoder is None:
+            return clip
+        codes = torch.from_numpy(row.codes[places].astype(np.int64))
+        decoded = self.autoencoder.decode(codes, chunk=1).float().clamp(0, 1)
+        clip = clip._replace(decoded=to_pixels(decoded))
+        if clip.original is None:
+            return clip
+        size, other = clip.original.shape[1], decoded.shape[2]
+        if size != other:
+            problem = f"the source has frames of {size} pixels, the codes of {other}"
+            return clip._replace(original=None, problem=problem)
+        pixels = torch.from_numpy(rearrange(clip.original, "frames height width c -> frames c height width") / 255)
+        return clip._replace(psnr=psnr(pixels.float(), decoded).mean().item())
+
+    def _original(self, row: Row, settings: FrameSettings) -> Frames:
+        """All frames of a row that were encoded.
+
+        Raises:
+            ValueError: the source no longer has them.
+        """
+        require(row.id in self.items, "the source no longer has this clip")
+        try:
+            frames = read_as_encoded(self.items[row.id], settings, self.card)
         except VideoError as error:
-            return None, f"it can no longer be read ({error})"
-        if len(frames) != len(row.codes):
-            return None, f"the source has changed: it gives {len(frames)} frames, the dataset has {len(row.codes)}"
-        return frames, ""
+            raise InputError(f"it can no longer be read ({error})") from error
+        got, expected = len(frames), len(row.codes)
+        require(got == expected, f"the source has changed: it gives {got} frames, the dataset has {expected}")
+        return frames
 
     def sizes(self, ids: Iterable[str]) -> list[tuple[int, int]]:
         """Width and height of items as they are stored, from the first frame of each that can be read."""
@@ -124,7 +133,7 @@ def find_origin(card: Card, tokenizer: str, ids: Iterable[str]) -> Origin:
 
     Args:
         card: card of the dataset.
-        tokenizer: where to look for the tokenizer; empty for the place on the card.
+        tokenizer: place to look for the tokenizer; empty for the place on the card.
         ids: ids of the clips that are needed.
     """
     origin = Origin(card)
@@ -137,7 +146,7 @@ def find_origin(card: Card, tokenizer: str, ids: Iterable[str]) -> Origin:
     except (InputError, OSError) as error:
         origin.missing.append(f"Originals: {error}.")
     try:
-        origin.autoencoder = load_tokenizer(card, tokenizer or card.tokenizer)
+        origin.autoencoder = _load_tokenizer(card, tokenizer or card.tokenizer)
     except (InputError, OSError) as error:
         hint = "" if tokenizer else " If it was moved, pass --tokenizer."
         origin.missing.append(f"Reconstructions: {error}.{hint}")
@@ -168,23 +177,15 @@ def _world_source(id: str) -> str:
     return f"{folder.replace('-', ':')}:{number}:{number + 1}"
 
 
-def load_tokenizer(card: Card, name: str) -> Autoencoder:
-    """The tokenizer that made the codes of a dataset.
-
-    Args:
-        card: card of the dataset.
-        name: folder of a bundle, or its id on the Hugging Face Hub.
-
-    Raises:
-        ValueError: there is no such bundle, it is damaged, or it has another image tokenizer.
-    """
+def _load_tokenizer(card: Card, name: str) -> Autoencoder:
+    """The tokenizer that made the codes of a dataset, from a folder or an id on the Hugging Face Hub."""
     folder = locate(name)
     entry = Manifest.read(folder).components.get(TOKENIZER)
     if entry is None:
         raise InputError(f"the bundle {folder} has no {TOKENIZER}")
-    if entry.sha256 != card.tokenizer_sha256:
-        expected = f"the codes were made with the one of sha256 {card.tokenizer_sha256:.12}"
-        raise InputError(f"{folder} holds another image tokenizer (sha256 {entry.sha256:.12}), {expected}")
+    expected = f"the codes were made with the one of sha256 {card.tokenizer_sha256:.12}"
+    got = f"{folder} holds another image tokenizer (sha256 {entry.sha256:.12})"
+    require(entry.sha256 == card.tokenizer_sha256, f"{got}, {expected}")
     return CogVideo.from_pretrained(folder).autoencoder
 
 
@@ -198,8 +199,3 @@ def read_as_encoded(item: Item, settings: FrameSettings, card: Card) -> Frames:
     if ratio < 2 or settings.size is None:
         return read_item(item, settings).frames
     return shrink(read_item(item, replace(settings, size=settings.size * ratio)).frames, ratio)
-
-
-@torch.inference_mode()
-def _decode(autoencoder: Autoencoder, codes: np.ndarray) -> Float[Tensor, "frames 3 size size"]:
-    return autoencoder.decode(torch.from_numpy(codes.astype(np.int64)), chunk=1).float().clamp(0, 1)

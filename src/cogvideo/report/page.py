@@ -1,4 +1,4 @@
-"""Pages of HTML: what they are made of, the numbers in them, and the file that a template makes of both."""
+"""Pages of HTML: the file that a template makes of facts, and the filters that templates use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from cogvideo import __version__
@@ -31,49 +32,12 @@ class Name(NamedTuple):
     place: int
 
 
-class Panel(NamedTuple):
-    """A card with a heading. Parts that are empty are left out."""
+class Column(NamedTuple):
+    """A column of a histogram."""
 
-    title: str
-    plot: str = ""
-    """SVG of `plots`."""
-    legend: Sequence[tuple[Name, str]] = ()
-    """Lines of the plot with their last values."""
-    heads: Sequence[str] = ()
-    """Heads of the table; ">" before the head of a column of numbers."""
-    rows: Sequence[Sequence[str | float | Name]] = ()
-    """Rows of the table: the first cell names the row, a float is the length of a bar."""
-    note: str = ""
-    is_wide: bool = False
-    is_folded: bool = False
-    """Whether the table has to be unfolded."""
-    kind: str = ""
-    """Name of the table in the style sheet."""
-
-
-class Picture(NamedTuple):
-    """An image and what belongs to it."""
-
-    pixels: UInt8[np.ndarray, "height width colors"] | None
-    alt: str
-    caption: str | Name
-    facts: Sequence[str] = ()
-    chips: Sequence[tuple[str, str]] = ()
-    more: Sequence[str] = ()
-    """Texts to unfold."""
-    note: str = ""
-    is_lossless: bool = True
-
-
-class Section(NamedTuple):
-    """A part of the page."""
-
-    key: str
-    title: str
-    notes: Sequence[str] = ()
-    panels: Sequence[Panel] = ()
-    pictures: Sequence[Picture] = ()
-    warnings: Sequence[str] = ()
+    label: str
+    meaning: str
+    height: int
 
 
 def check_place(out: Path) -> None:
@@ -86,52 +50,56 @@ def check_place(out: Path) -> None:
     require(out.parent.is_dir(), f"there is no folder {out.parent} for the page")
 
 
-def write_page(out: Path, command: str, title: str, lead: str, sections: Sequence[Section]) -> None:
+def write_page(out: Path, command: str, title: str, lead: str, template: str, facts: dict[str, Any]) -> None:
     """Write a page. Every text but the SVG of plots is escaped.
 
     Raises:
         OSError: the page cannot be written.
     """
     made_by = f"cogvideo {command}, version {__version__}"
-    page = _template().render(title=title, lead=lead, sections=sections, made_by=made_by)
+    page = environment().get_template(template).render(facts, title=title, lead=lead, made_by=made_by)
     with replacing(out) as file:
         file.write(page.translate(_VISIBLE).encode(errors="replace"))
 
 
 @cache
-def _template() -> Template:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates, with the following functions as filters."""
+    found = Environment(
         loader=PackageLoader("cogvideo.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"count": count, "embedded": embedded, "shorten": shorten}
-    return environment.get_template("page.html")
+    filters = (count, duration, embedded, file_size, flat, histogram, middle, number, percent, shares, shorten)
+    found.filters |= {each.__name__: each for each in filters}
+    return found
 
 
-def bars(title: str, heads: tuple[str, str], counts: Iterable[tuple[str, int]], whole: int, note: str = "") -> Panel:
-    """Counts with a bar for each, as long as its share of the largest, and its share of the whole.
+def shares(counts: Iterable[Sequence[Any]], whole: int) -> list[tuple[str, float, int, str]]:
+    """Rows with a bar for each count, as long as its share of the largest, and its share of the whole.
 
     Args:
-        title: heading of the panel.
-        heads: what it is counted by, and what is counted: ("split", "clips").
-        counts: names and counts in their order.
-        whole: what shares are of.
-        note: text below.
+        counts: names and counts in their order, the last two of each entry.
+        whole: count of everything.
     """
-    pairs = list(counts)
+    pairs = [each[-2:] for each in counts]
     largest = max((total for _, total in pairs), default=0) or 1
-    rows = [(middle(name), total / largest, number(total), percent(total, whole)) for name, total in pairs]
-    return Panel(title, heads=(heads[0], "", f">{heads[1]}", ">share"), rows=rows, note=note)
+    return [(middle(name), total / largest, total, percent(total, whole)) for name, total in pairs]
 
 
-def embedded(picture: Picture) -> str:
+def histogram(columns: Sequence[Column], is_wide: bool) -> Markup:
+    """A plot of columns."""
+    from cogvideo.report.plots import histogram  # matplotlib takes a second to import
+
+    return histogram(columns, is_wide)
+
+
+def embedded(pixels: UInt8[np.ndarray, "height width colors"], is_lossless: bool) -> str:
     """The address of an image that is inside the page."""
-    assert picture.pixels is not None
     file = io.BytesIO()
-    Image.fromarray(picture.pixels).save(file, "webp", lossless=picture.is_lossless, quality=85)
+    Image.fromarray(pixels).save(file, "webp", lossless=is_lossless, quality=85)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -14,9 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
-from cogvideo.report.page import Name, Panel, precise
+from cogvideo.report.page import Column, Name, precise
 from cogvideo.report.runs import Curve
-from cogvideo.report.sample import Column
 
 LOGARITHMIC_FROM = 20.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
@@ -63,6 +62,17 @@ _NEEDLESS = re.compile(
 """Parts of matplotlib's SVG that mean nothing inside a page, and digits that nobody sees."""
 
 
+class Plot(NamedTuple):
+    """Curves, and what belongs to them."""
+
+    title: str
+    svg: Markup
+    legend: list[tuple[Name, str]]
+    """Lines with their last values."""
+    note: str
+    is_wide: bool
+
+
 def curves(
     stage: str,
     title: str,
@@ -71,7 +81,7 @@ def curves(
     is_wide: bool = False,
     from_zero: bool = False,
     is_smooth: bool = True,
-) -> Panel:
+) -> Plot:
     """Draw curves over steps, with a legend that gives the last value of each.
 
     Args:
@@ -88,12 +98,14 @@ def curves(
         figure = Figure(figsize=(11.0, 3.4) if is_wide else (5.4, 2.4), layout="constrained")
         axes = figure.subplots()
         for name, curve in curves.items():
+            look: dict[str, Any] = {"color": _COLORS[f"line-{name.place % NUM_COLORS}"], "clip_on": False}
+            look["linestyle"] = "--" if name.place >= NUM_COLORS else "-"
             if is_smooth and len(curve.steps) > SMOOTHED_FROM:
-                _draw(axes, name.place, curve, linewidth=0.8, alpha=0.35)
-                _draw(axes, name.place, running_mean(curve, window))
+                axes.plot(*curve, linewidth=0.8, alpha=0.35, **look)
+                axes.plot(*running_mean(curve, window), **look)
                 note = f"Thick line: mean over {max(round(window), 1):,} steps. "
             else:
-                _draw(axes, name.place, curve, marker="o" if len(curve.steps) <= DOTTED_UP_TO else "")
+                axes.plot(*curve, marker="o" if len(curve.steps) <= DOTTED_UP_TO else "", **look)
         if _scale(axes, np.concatenate([each.values for each in curves.values()]), from_zero):
             note += "Logarithmic scale."
         axes.set_xlim(0, end)
@@ -101,13 +113,7 @@ def curves(
         axes.xaxis.set_major_formatter(_tick)
         axes.grid(axis="y", clip_on=False)
         legend = [(name, precise(float(curve.values[-1]))) for name, curve in curves.items()]
-        return Panel(title, plot=_svg(figure), legend=legend, note=note, is_wide=is_wide)
-
-
-def _draw(axes: Axes, place: int, curve: Curve, **options: Any) -> None:
-    dashes = "--" if place >= NUM_COLORS else "-"
-    color = _COLORS[f"line-{place % NUM_COLORS}"]
-    axes.plot(curve.steps, curve.values, linestyle=dashes, color=color, clip_on=False, **options)
+        return Plot(title, _svg(figure), legend, note, is_wide)
 
 
 def _scale(axes: Axes, values: np.ndarray, from_zero: bool) -> bool:
@@ -140,7 +146,9 @@ def histogram(columns: Sequence[Column], is_wide: bool) -> Markup:
         figure = Figure(figsize=(11.0, 2.8) if is_wide else (5.4, 2.8), layout="constrained")
         axes = figure.subplots()
         bars = axes.bar(places, heights, width=0.94, color=_COLORS["fill"], clip_on=False)
-        axes.bar_label(bars, [_short(height) if height else "" for height in heights], padding=2, fontsize=7)
+        axes.bar_label(
+            bars, [_tick(float(f"{height:.3g}")) if height else "" for height in heights], padding=2, fontsize=7
+        )
         axes.set_xticks(shown, [columns[each].label for each in shown])
         axes.set_xlim(-0.5, max(len(columns), NUM_LABELS) - 0.5)
         axes.set_yticks([])
@@ -150,11 +158,6 @@ def histogram(columns: Sequence[Column], is_wide: bool) -> Markup:
 def _tick(value: float, _: float = 0) -> str:
     """`0.05`, `1.5k`."""
     return EngFormatter(sep="")(value) if abs(value) >= 1000 else f"{value:g}"
-
-
-def _short(value: int) -> str:
-    """Three digits and a unit."""
-    return _tick(float(f"{value:.3g}"))
 
 
 def _svg(figure: Figure) -> Markup:

@@ -45,7 +45,7 @@ class Run:
     """Name that tells it from the others of its stage."""
     stage: str
     num_steps: int
-    """Number of steps when it is finished."""
+    """Steps of the whole run."""
     settings: dict[str, str]
     """Everything that decides the result, as JSON, by names such as `optimization.batch`."""
     figures: dict[str, Curve]
@@ -53,8 +53,7 @@ class Run:
     held_out: dict[str, Curve]
     """Losses by frame rate; measures of quality of a tokenizer."""
     validation: Curve | None
-    """Mean loss over the frame rates, PSNR of a tokenizer: the best checkpoint is chosen by it. None if not measured.
-    """
+    """Mean loss over the frame rates, PSNR of a tokenizer: what the best checkpoint is chosen by; None if unknown."""
     is_finished: bool
     seconds: float | None
     peak_bytes: int | None
@@ -136,14 +135,14 @@ def _read(folder: Path, name: str) -> Run:
     with _naming(folder / IDENTITY):
         identity = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
         stage, num_steps = _stage(identity)
-    seconds = peak_bytes = None
     held_out = {}
     with _naming(folder / "report.json"):
         summary = run.summary
+        seconds = peak_bytes = None
         if summary is not None:
             held_out[int(summary["steps"])] = _held_out(stage, summary["held_out"])
-        if summary is not None and stage != TOKENIZER:
-            seconds, peak_bytes = float(summary["time"]["seconds"]), int(summary["memory"]["peak_bytes"])
+            if stage != TOKENIZER:
+                seconds, peak_bytes = float(summary["time"]["seconds"]), int(summary["memory"]["peak_bytes"])
     with _naming(folder / "metrics.jsonl"):
         rows = [(_step(row), row) for row in run.rows()]
         figures = _curves((step, row) for step, row in rows if "held_out" not in row)
@@ -154,18 +153,10 @@ def _read(folder: Path, name: str) -> Run:
         seconds = float(figures["seconds"].values[-1])
     if peak_bytes is None and "peak_bytes" in figures:
         peak_bytes = int(figures["peak_bytes"].values.max())
+    validation = measured.get("psnr") if stage == TOKENIZER else _curves(means).get("mean")
+    is_finished, settings = summary is not None, dict(flat(identity))
     return Run(
-        folder=folder,
-        name=name,
-        stage=stage,
-        num_steps=num_steps,
-        settings=dict(flat(identity)),
-        figures=figures,
-        held_out=measured,
-        validation=measured.get("psnr") if stage == TOKENIZER else _curves(means).get("mean"),
-        is_finished=summary is not None,
-        seconds=seconds,
-        peak_bytes=peak_bytes,
+        folder, name, stage, num_steps, settings, figures, measured, validation, is_finished, seconds, peak_bytes
     )
 
 
@@ -196,7 +187,6 @@ def _step(row: Any) -> int:
 
 
 def _held_out(stage: str, entries: Mapping[str, Any]) -> dict[str, float]:
-    """Losses by frame rate; measures of quality of a tokenizer."""
     return {name: float(entry if stage == TOKENIZER else entry["loss"]) for name, entry in entries.items()}
 
 

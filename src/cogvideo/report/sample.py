@@ -7,14 +7,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Int64
 
 from cogvideo.data.dataset import Dataset
-from cogvideo.media.metrics import perplexity
+from cogvideo.report.page import Column
 
 _FUNCTION_WORDS = (
     "a an and are as at be been but by for from had has have he her his in into is it its of off on onto or out over "
@@ -35,7 +33,7 @@ class Sample:
     """Rows of the whole dataset."""
     seed: int
     codes: Int64[np.ndarray, " codes"]
-    """How often each code occurs."""
+    """Occurrences of each code."""
     words: Counter[str] = field(default_factory=Counter)
     """Captions with each word, in lower case, without `FUNCTION_WORDS`."""
     lengths: Counter[int] = field(default_factory=Counter)
@@ -46,11 +44,6 @@ class Sample:
     """Clips by number of captions."""
     attributes: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     """Clips by value of each attribute."""
-
-    @property
-    def perplexity(self) -> float:
-        """Perplexity of the frequencies of codes; 0 where there are none."""
-        return perplexity(torch.from_numpy(self.codes)) if self.codes.any() else 0.0
 
 
 def draw_rows(dataset: Dataset, number: int, seed: int) -> list[int]:
@@ -90,14 +83,6 @@ def top(counts: Mapping[str, int], limit: int | None = None) -> list[tuple[str, 
     return sorted(counts.items(), key=lambda each: (-each[1], each[0]))[:limit]
 
 
-class Column(NamedTuple):
-    """A column of a histogram."""
-
-    label: str
-    meaning: str
-    height: int
-
-
 def ranges(counts: Counter[int], limit: int) -> list[Column]:
     """Counts in at most `limit` ranges of equal width; the last one is open if half a percent lies far beyond.
 
@@ -119,12 +104,8 @@ def summary(counts: Counter[int]) -> list[tuple[str, float]]:
     """The shortest, median, mean and longest of lengths that were counted, of which there is at least one."""
     values = _expand(counts)
     mean = round(float(values.mean()), 1)
-    return [
-        ("shortest", int(values[0])),
-        ("median", _quantile(values, 0.5)),
-        ("mean", mean),
-        ("longest", int(values[-1])),
-    ]
+    figures = (int(values[0]), _quantile(values, 0.5), mean, int(values[-1]))
+    return list(zip(("shortest", "median", "mean", "longest"), figures, strict=True))
 
 
 def _expand(counts: Counter[int]) -> Int64[np.ndarray, " values"]:
