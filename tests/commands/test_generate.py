@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 import cogvideo
-from cogvideo.bundle.model import CogVideo, _Source
+from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
 from cogvideo.commands.generate import Maker
 from cogvideo.commands.outputs import Folder
@@ -657,7 +657,7 @@ def test_a_sidecar_is_checked_before_weights_are_read(
     picture(inside / "start.png")
     run("a cat", "--model", model, "--image", "start.png", "--output", "x.mp4", *QUICK)
     record = record_of(inside / "x.mp4")
-    monkeypatch.setattr(_Source, "load", lambda *each: pytest.fail("weights were read"))
+    monkeypatch.setattr(CogVideo, "load", lambda *each: pytest.fail("weights were read"))
     for change in ({"bundle": "0"}, {"sha256": {"image": "0"}}):
         (inside / "y.json").write_text(json.dumps(record | change))
         told = refused(capsys, "--from-sidecar", "y.json", "--model", model, "--output", "z.mp4")
@@ -1140,13 +1140,13 @@ def test_offloading_makes_the_same_clip(model: str, inside: Path, monkeypatch: p
     run(*options, "--offload", "--output", "other")
     assert np.array_equal(*(frames_of(inside / name / "a-cat-runs") for name in ("out", "other")))
     pipeline = CogVideoPipeline.from_pretrained(model, offload=True)
-    stages, seen, load = {"sequential", "interpolation", "superres"}, [], _Source.load
+    stages, seen, load = {"sequential", "interpolation", "superres"}, [], CogVideo.load
 
-    def watched(source: _Source, component: str) -> Any:
+    def watched(model: CogVideo, component: str) -> Any:
         seen.append((component, stages & (pipeline.model._parts.keys() | pipeline._kept.keys())))
-        return load(source, component)
+        return load(model, component)
 
-    monkeypatch.setattr(_Source, "load", watched)
+    monkeypatch.setattr(CogVideo, "load", watched)
     list(pipeline.stream(["a cat"], [torch.Generator()], Settings(rounds=1)))
     assert {name for name, _ in seen} >= stages
     assert all(not there for name, there in seen if name in stages), seen

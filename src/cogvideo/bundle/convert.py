@@ -28,15 +28,14 @@ COMPARED_AT_ONCE = 1 << 18
 
 
 class Conversion(NamedTuple):
-    """What `convert` has made."""
+    """Result of `convert`."""
 
     components: tuple[str, ...]
-    """Components of the bundle."""
     differing: dict[str, dict[str, float]]
     """Stages with a base of their own: largest difference from the shared base of every tensor that differs."""
 
     def summary(self) -> str:
-        """What was stored and why, for people."""
+        """Description of what was stored, and why."""
         lines = [f"components: {', '.join(self.components)}"]
         for stage, tensors in self.differing.items():
             lines.append(f"{stage} keeps a base of its own: {len(tensors)} tensors differ from the shared one")
@@ -67,7 +66,7 @@ def convert(
         dsr: Folder of super-resolution (`cogview2-dsr`).
         ice: Folder of the tokenizers, with `ice_text.model` and `ice_image.pt`.
         clusters: File with the cluster of each image code (`cluster_label2.npy`).
-        config: sizes; those of the checkpoints, and of the preset `cogvideo` what they do not tell, unless given.
+        config: sizes; by default those of the checkpoints, and otherwise those of the preset `cogvideo`.
 
     Raises:
         ValueError: no folder is given, or a file is missing or not of the released format.
@@ -90,31 +89,17 @@ def convert(
     return conversion
 
 
-class Stage(NamedTuple):
-    """Memory-mapped tensors by our names."""
-
-    base: dict[str, Tensor]
-    added: dict[str, Tensor]
-    """The temporal channel, or that of super-resolution."""
-
-
 class Checkpoint(NamedTuple):
     """A released folder: `model_config.json`, `latest` and `<iteration>/mp_rank_00_model_states.pt`."""
 
     component: str
-    """What its added tensors are to us."""
+    """Our component that its added tensors make."""
     file: Path
-    """The tensors."""
     settings: dict[str, Any]
-    """`model_config.json`."""
 
     @classmethod
     def find(cls, component: str, folder: Path) -> Checkpoint:
-        """The checkpoint in a folder.
-
-        Raises:
-            ValueError: a file is missing or unreadable, or the model is split in several.
-        """
+        """The checkpoint in a folder; refused if a file is missing, or the model is split in several."""
         settings = _read_settings(folder / "model_config.json")
         iteration = folder / _read(folder / "latest").decode(errors="replace").strip()
         files = sorted(iteration.glob("mp_rank_*_model_states.pt"))
@@ -127,11 +112,7 @@ class Checkpoint(NamedTuple):
         return cls(component, files[0], settings)
 
     def sizes(self) -> TransformerConfig:
-        """Sizes from tensors and settings; tokens are those of the preset `cogvideo`.
-
-        Raises:
-            ValueError: an embedding is missing, or the sizes cannot be.
-        """
+        """Sizes from tensors and settings; tokens are those of the preset `cogvideo`."""
         tensors = _read_module(self.file)
         names = [f"transformer.{kind}_embeddings.weight" for kind in ("word", "position")]
         missing = [name for name in names if name not in tensors or tensors[name].ndim != 2]
@@ -145,31 +126,23 @@ class Checkpoint(NamedTuple):
             raise InputError(f"{self.file} is no released checkpoint: {error}") from error
 
     def check(self, config: CogVideoConfig) -> None:
-        """Refuse a checkpoint of other sizes.
-
-        Raises:
-            ValueError: its settings or tensors are not those of the configuration.
-        """
+        """Refuse a checkpoint whose settings or tensors are not those of the configuration."""
         for key, ours in _SETTINGS.items():
             got, expected = self.settings.get(key), getattr(config.transformer, ours)
             where = self.file.parent.parent / "model_config.json"
             require(got is None or got == expected, f"{key} is {got} in {where}, expected {expected}")
-        stage = self.load(config.transformer.num_layers)
-        check_tensors("base", stage.base, config, self.file)
-        check_tensors(self.component, stage.added, config, self.file)
+        base, added = self.load(config.transformer.num_layers)
+        check_tensors("base", base, config, self.file)
+        check_tensors(self.component, added, config, self.file)
 
-    def load(self, num_layers: int) -> Stage:
-        """All tensors that we use.
-
-        Raises:
-            ValueError: one is missing, or one is neither used nor dropped by name.
-        """
+    def load(self, num_layers: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Memory-mapped tensors of the base and of the added channel, by our names; all must be used or dropped."""
         base, added = released_base_names(num_layers), released_channel_names(num_layers)
         dropped = {name for name, ours in added.items() if ours.endswith(".gate") and self.component == "superres"}
         added = {name: ours for name, ours in added.items() if name not in dropped}
         tensors = _read_module(self.file)
         _require_names(self.file, set(tensors), base.keys() | added.keys(), dropped)
-        return Stage(_rename(tensors, base), _rename(tensors, added))
+        return _rename(tensors, base), _rename(tensors, added)
 
 
 def _derive(stages: list[Checkpoint]) -> CogVideoConfig:
@@ -219,7 +192,7 @@ def _read_labels(file: Path) -> Shaped[Tensor, "..."]:
 
 
 def _read_module(file: Path) -> dict[str, Tensor]:
-    """The released tensors of a file, memory-mapped; no code in it is run."""
+    """The released tensors of a file, memory-mapped; code in it does not run."""
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -284,7 +257,7 @@ _AUTOENCODER_WORDS = (
     (r"\.output\.", ".proj_out."),
     (r"\.(downsample|upsample)\.", r".\1.conv."),
 )
-"""Pattern of our name -> released words, applied in this order; `_released_level` does the decoders' levels."""
+"""Pattern of our name -> released words, applied in this order, after the levels of decoders."""
 
 
 def released_autoencoder_names(config: AutoencoderConfig) -> dict[str, str]:
@@ -293,23 +266,21 @@ def released_autoencoder_names(config: AutoencoderConfig) -> dict[str, str]:
     Not named are two tensors that we do not keep, the codebook's running averages `quantize.cluster_size` and
     `quantize.embed_avg`. Shapes are equal.
     """
+
+    def released_level(match: re.Match[str]) -> str:
+        """Our decoders' levels run from the coarsest, the released ones count from the finest."""
+        finest = len(config.decoder_multipliers[int(match[1])]) - 1
+        return f"decs.{match[1]}.up.{finest - int(match[2])}."
+
+    names = {}
     with torch.device("meta"):
         ours = list(Autoencoder(config).state_dict())
-    return {_released_autoencoder_name(name, config): name for name in ours}
-
-
-def _released_autoencoder_name(name: str, config: AutoencoderConfig) -> str:
-    name = re.sub(r"^decoders\.(\d+)\.levels\.(\d+)\.", lambda match: _released_level(match, config), name)
-    for pattern, replacement in _AUTOENCODER_WORDS:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _released_level(match: re.Match[str], config: AutoencoderConfig) -> str:
-    """Our decoders' levels run from the coarsest, the released ones count from the finest."""
-    decoder, level = int(match[1]), int(match[2])
-    finest = len(config.decoder_multipliers[decoder]) - 1
-    return f"decs.{decoder}.up.{finest - level}."
+    for name in ours:
+        released = re.sub(r"^decoders\.(\d+)\.levels\.(\d+)\.", released_level, name)
+        for pattern, replacement in _AUTOENCODER_WORDS:
+            released = re.sub(pattern, replacement, released)
+        names[released] = name
+    return names
 
 
 _BASE_NAMES = {
@@ -328,9 +299,9 @@ _BLOCK_NAMES = {
     "mlp.dense_4h_to_h": "mlp_out",
 }
 _RUNNING_AVERAGES = {"quantize.cluster_size", "quantize.embed_avg"}
-"""Of the codebook, for its training alone: dropped."""
+"""Tensors for the training of the codebook: dropped."""
 _SETTINGS = {"num_layers": "num_layers", "hidden_size": "hidden", "num_attention_heads": "num_heads"}
-"""What we read of `model_config.json` -> our field."""
+"""Key of `model_config.json` -> our field."""
 _CHANNEL_NAMES = {"query_key_value": "qkv", "dense": "out"}
 
 

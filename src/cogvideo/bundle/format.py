@@ -76,11 +76,10 @@ class Entry:
     """The file of one component."""
 
     file: str
-    """Its name in the bundle's folder."""
+    """Name in the bundle's folder."""
     num_bytes: int
-    """Its size."""
     sha256: str
-    """Hash of its content, in hexadecimal."""
+    """Hash of the content, in hexadecimal."""
 
     def __post_init__(self) -> None:
         plain = PLAIN_NAME.fullmatch(self.file) is not None
@@ -93,41 +92,29 @@ class Entry:
             return cls(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
     def check(self, path: Path) -> None:
-        """Refuse a file that is missing or incomplete.
-
-        Raises:
-            ValueError: no file, or another size.
-        """
+        """Refuse a file that is missing or of another size."""
         require(path.is_file(), f"the bundle is incomplete: there is no file {path}")
         got = path.stat().st_size
         require(got == self.num_bytes, f"{path} has {got} bytes, expected {self.num_bytes}: the copy is incomplete")
 
     def verify(self, path: Path) -> None:
-        """Refuse a file that is not, byte for byte, what was saved.
-
-        Raises:
-            ValueError: another hash.
-        """
+        """Refuse a file that is not, byte for byte, what was saved."""
         got = Entry.of(path).sha256
         require(got == self.sha256, f"{path} has the sha256 {got}, expected {self.sha256}: its content was changed")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `bundle.json` says."""
+    """Content of `bundle.json`."""
 
     config: CogVideoConfig
-    """Sizes of all components, also of those that the bundle lacks."""
+    """Sizes of all components, also of missing ones."""
     components: dict[str, Entry]
     """File of each component, by its name in `COMPONENTS`."""
 
     @classmethod
     def of(cls, target: str) -> Manifest:
-        """The manifest of the bundle in a folder, or of a preset, which has no components.
-
-        Raises:
-            ValueError: `target` is neither, or its `bundle.json` cannot be used.
-        """
+        """The manifest of the bundle in a folder, or of a preset, which has no components."""
         if target in PRESETS:
             return cls(preset(target), {})
         expected = f"expected a preset ({', '.join(PRESETS)}) or the folder of a bundle"
@@ -193,26 +180,29 @@ def check_tensors(component: str, tensors: Mapping[str, Tensor], config: CogVide
     Args:
         component: one of `COMPONENTS` except `text`.
         tensors: by their names in the module's state; the one of `cluster_labels` is called `labels`.
-        config: what names and shapes follow from.
-        where: what the message calls the tensors.
+        config: configuration that names and shapes follow from.
+        where: name of the tensors in messages.
 
     Raises:
         ValueError: tensors are missing, unexpected, or of another shape or type, or labels are out of range.
     """
-    expected, got = _shapes(component, config), {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    is_labels = component == "cluster_labels"
+    if is_labels:
+        expected = {"labels": (config.transformer.num_codes,)}
+    else:
+        with torch.device("meta"):
+            state = MODULES[component](config).state_dict()
+        expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    got = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     prefix = f"{where} does not fit the configuration as {component}"
     missing, extra = few(expected.keys() - got.keys()), few(got.keys() - expected.keys())
     require(expected.keys() == got.keys(), f"{prefix}: missing tensors: {missing}; unexpected tensors: {extra}")
     wrong = [f"{name} {got[name]}, expected {shape}" for name, shape in expected.items() if got[name] != shape]
     require(not wrong, f"{prefix}: wrong shapes: {few(wrong)}")
-    labels = component == "cluster_labels"
-    odd = [
-        f"{name} {each.dtype}"
-        for name, each in tensors.items()
-        if not (each.dtype == torch.int64 if labels else each.is_floating_point())
-    ]
-    require(not odd, f"{prefix}: wrong types: {few(odd)}, expected {'torch.int64' if labels else 'floating point'}")
-    if labels:
+    types = {name: each.dtype for name, each in tensors.items()}
+    odd = [f"{name} {kind}" for name, kind in types.items() if not _is_right(kind, is_labels)]
+    require(not odd, f"{prefix}: wrong types: {few(odd)}, expected {'torch.int64' if is_labels else 'floating point'}")
+    if is_labels:
         low, high = (int(bound) for bound in tensors["labels"].aminmax())
         end = config.transformer.num_codes
         require(low >= 0 and high < end, f"{prefix}: labels lie in [{low}, {high}], expected [0, {end})")
@@ -232,16 +222,12 @@ def in_half(component: str, module: nn.Module, config: CogVideoConfig) -> nn.Mod
     return copy.requires_grad_(False)
 
 
-def _shapes(component: str, config: CogVideoConfig) -> dict[str, tuple[int, ...]]:
-    if component == "cluster_labels":
-        return {"labels": (config.transformer.num_codes,)}
-    with torch.device("meta"):
-        state = MODULES[component](config).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+def _is_right(dtype: torch.dtype, is_labels: bool) -> bool:
+    return dtype == torch.int64 if is_labels else dtype.is_floating_point
 
 
 def few(names: Iterable[str]) -> str:
-    """The first of what may be many names, for a message."""
+    """The first of many names, for a message."""
     first, *others = sorted(names) or ["none"]
     shown = ", ".join([first, *others[:2]])
     return shown if len(others) < 3 else f"{shown} and {len(others) - 2} more"
@@ -260,7 +246,7 @@ def text_tokenizer(model: bytes, config: CogVideoConfig, where: object) -> TextT
 def writing(folder: Path, config: CogVideoConfig) -> Iterator[BundleWriter]:
     """A bundle in the making, which replaces the one in `folder` if the `with` block ends without an error.
 
-    Until then it is in a folder `.saving-*` inside, which only a killed process leaves behind. Others that write the
+    Until then it is in a folder `.saving-*` inside, which remains only if the process is killed. Others that write the
     same bundle wait.
 
     Raises:
@@ -280,35 +266,27 @@ def writing(folder: Path, config: CogVideoConfig) -> Iterator[BundleWriter]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what saves left, whatever ended them: their folders, and those of the files that they replaced or put in
-    place that the bundle does not have."""
+    """Remove what saves left, whatever ended them: their folders, and the files that they touched which the bundle does
+    not have, unless it cannot be read."""
     for leftover in named(folder, f"{SAVING}*"):
-        if (leftover / TOUCHED).exists():
-            names = (leftover / TOUCHED).read_text(encoding="utf-8").splitlines()
-            for name in _not_needed(folder, names):
+        touched, files = leftover / TOUCHED, _files(folder)
+        if touched.exists() and (files or not (folder / MANIFEST).exists()):
+            names = touched.read_text(encoding="utf-8").splitlines()
+            for name in sorted({name for name in names if PLAIN_NAME.fullmatch(name)} - files):
                 (folder / name).unlink(missing_ok=True)
         shutil.rmtree(leftover)
-
-
-def _not_needed(folder: Path, names: Iterable[str]) -> list[str]:
-    """Those that the bundle in `folder` does not have; none where there is one that we cannot read."""
-    if (folder / MANIFEST).exists() and not _files(folder):
-        return []
-    return sorted({name for name in names if PLAIN_NAME.fullmatch(name)} - _files(folder))
 
 
 class BundleWriter:
     """The files of a new bundle; `writing` makes one."""
 
     def __init__(self, target: Path, temporary: Path, config: CogVideoConfig) -> None:
-        self.target = target
-        self.temporary = temporary
-        self.config = config
+        self.target, self.temporary, self.config = target, temporary, config
         self._written: dict[str, Entry] = {}
         self._kept: dict[str, Entry] = {}
 
     def path(self, component: str) -> Path:
-        """Where the file of a component is until the bundle is complete."""
+        """File of a component until the bundle is complete."""
         return self.temporary / f"{component}.{'model' if component == 'text' else 'safetensors'}"
 
     @property
@@ -317,15 +295,10 @@ class BundleWriter:
         return tuple(each for each in COMPONENTS if each in self._written or each in self._kept)
 
     def add(self, component: str, tensors: Mapping[str, Tensor], where: object = "the model") -> None:
-        """Write tensors, which may be memory-mapped: none is copied unless it is strided.
-
-        Args:
-            component: one of `COMPONENTS` except `text`.
-            tensors: all that belong to it.
-            where: what messages call them.
+        """Write the tensors of a component, which may be memory-mapped: none is copied unless it is strided.
 
         Raises:
-            ValueError: they are not those of the component.
+            ValueError: they are not those of the component; the message calls them `where`.
             OSError: they cannot be written.
         """
         check_tensors(component, tensors, self.config, where)
@@ -336,21 +309,13 @@ class BundleWriter:
         self._written[component] = Entry.of(self.path(component))
 
     def add_text(self, model: bytes, where: object = "the model") -> None:
-        """Write a serialised SentencePiece model.
-
-        Raises:
-            ValueError: it is none, or not that of the configuration.
-        """
+        """Write a serialized SentencePiece model, refused unless it is that of the configuration."""
         text_tokenizer(model, self.config, where)
         self.path("text").write_bytes(model)
         self._written["text"] = Entry.of(self.path("text"))
 
     def copy(self, component: str, folder: Path, entry: Entry) -> None:
-        """Take over a file of another bundle, or leave it where it is if the bundle is being replaced itself.
-
-        Raises:
-            ValueError: the file is missing or not what was saved.
-        """
+        """Take over a file of another bundle, or leave it where it is if the bundle is being replaced itself."""
         entry.check(folder / entry.file)
         if folder.samefile(self.target):
             self._kept[component] = entry
@@ -379,7 +344,7 @@ class BundleWriter:
 
 
 def _files(folder: Path) -> set[str]:
-    """Files of the bundle in a folder; none if there is no bundle, or one that we cannot read."""
+    """Files of the bundle in a folder; none if there is no readable bundle."""
     try:
         return {entry.file for entry in Manifest.read(folder).components.values()}
     except InputError:

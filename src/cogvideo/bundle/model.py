@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Int64
@@ -21,6 +22,7 @@ from cogvideo.bundle.format import (
     MODULES,
     BundleWriter,
     Component,
+    Entry,
     Manifest,
     check_tensors,
     read_tensor,
@@ -38,16 +40,65 @@ from cogvideo.text import TextTokenizer
 T = TypeVar("T")
 
 CODES_PER_CLUSTER = 40
-"""Of clusters that are made here: the released tokenizer has 500 of its 20,000 codes."""
+"""Size of clusters that are made here, that of the released tokenizer: 500 for its 20,000 codes."""
 
 POCKET = "pocket"
 """Name of the model that comes with the package."""
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""What weights can be loaded as."""
+"""Types that weights can be loaded as."""
 
 
-class CogVideo:
+class Stages(ABC):
+    """The models of a system, put together from its components."""
+
+    config: CogVideoConfig
+
+    @property
+    @abstractmethod
+    def components(self) -> tuple[str, ...]:
+        """Names of the components that there are, loaded or not, in the order of `COMPONENTS`."""
+
+    @abstractmethod
+    def part(self, component: str, kind: type[T]) -> T:
+        """A component of a kind."""
+
+    def base_of(self, stage: str) -> Base:
+        """The base of a stage, which differs from the shared one where the stage has a base of its own."""
+        return self.part(self.base_name(stage), Base)
+
+    def base_name(self, stage: str) -> str:
+        """The component that is the base of a stage."""
+        own = f"{stage}_base"
+        return own if own in self.components else "base"
+
+    @property
+    def image_model(self) -> Transformer:
+        """Text to the first frame."""
+        return Transformer(self.base_of("image"))
+
+    @property
+    def sequential(self) -> Transformer:
+        """First frame to key frames."""
+        return Transformer(self.base_of("sequential"), self.part("sequential", TemporalChannel))
+
+    @property
+    def interpolation(self) -> Transformer:
+        """Frames to those between them."""
+        return Transformer(self.base_of("interpolation"), self.part("interpolation", TemporalChannel))
+
+    @property
+    def upscaler(self) -> Upscaler:
+        """Codes of a frame to those of a larger one."""
+        return Upscaler(self.base_of("superres"), self.part("superres", UpscaleChannel))
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Frames to codes and back."""
+        return self.part("image_tokenizer", Autoencoder)
+
+
+class CogVideo(Stages):
     """A whole system or a part of one: what it has is in `components`, and the rest is refused when it is asked for.
 
     Everything that is loaded has `requires_grad` False: training turns on what it trains.
@@ -64,8 +115,14 @@ class CogVideo:
     def __init__(self, config: CogVideoConfig, **components: Component) -> None:
         _check_names(components)
         self.config = config
-        self._parts = components
-        self._source: _Source | None = None
+        self.folder: Path | None = None
+        """Folder that it was loaded from; None if it was not."""
+        self.dtype: torch.dtype | None = None
+        """Type that weights are loaded as; None for the one that they are stored in."""
+        self.device = torch.device("cpu")
+        """Device that weights are loaded to."""
+        self._parts, self._entries = components, dict[str, Entry]()
+        self._verify = True
 
     @classmethod
     def from_pretrained(
@@ -82,9 +139,9 @@ class CogVideo:
 
         Args:
             name: folder of a bundle, id of one on the Hub (`owner/name`), or `pocket` for the one in the package.
-            dtype: of all weights; as stored unless given.
-            device: where tensors go.
-            verify: whether to compare the sha256 of a component's file before it is used.
+            dtype: type of all weights; as stored unless given.
+            device: device of the tensors.
+            verify: compare the sha256 of a component's file before it is used.
 
         Raises:
             ValueError: there is no such bundle, it is incomplete or of a newer format, or dtype or device cannot be
@@ -94,7 +151,8 @@ class CogVideo:
         manifest = Manifest.complete(folder)
         require(dtype is None or dtype in DTYPES, f"dtype is {dtype!r}, expected one of {DTYPES}")
         model = cls(manifest.config)
-        model._source = _Source(folder, manifest, dtype, usable(device), verify)
+        model.folder, model.dtype, model.device = folder, dtype, usable(device)
+        model._entries, model._verify = manifest.components, verify
         return model
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
@@ -112,108 +170,69 @@ class CogVideo:
 
     def _write(self, writer: BundleWriter) -> None:
         for component in self.components:
-            self._save(component, writer)
-
-    def _save(self, component: str, writer: BundleWriter) -> None:
-        if component not in self._parts and self._source is not None and self._source.dtype is None:
-            writer.copy(component, self._source.folder, self._source.manifest.components[component])
-            return
-        part = self.component(component)
-        if isinstance(part, TextTokenizer):
-            require(part.config == self.config.text, f"text has {part.config}, expected {self.config.text}")
-            writer.add_text(part.model)
-        else:
-            writer.add(component, {"labels": part} if isinstance(part, Tensor) else part.state_dict())
+            if component not in self._parts and self.folder is not None and self.dtype is None:
+                writer.copy(component, self.folder, self._entries[component])
+                continue
+            part = self.component(component)
+            if isinstance(part, TextTokenizer):
+                require(part.config == self.config.text, f"text has {part.config}, expected {self.config.text}")
+                writer.add_text(part.model)
+            else:
+                writer.add(component, {"labels": part} if isinstance(part, Tensor) else part.state_dict())
 
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the components that this model has, loaded or not, in the order of `COMPONENTS`."""
-        stored = self._source.manifest.components if self._source is not None else {}
-        return tuple(each for each in COMPONENTS if each in self._parts or each in stored)
-
-    @property
-    def folder(self) -> Path | None:
-        """Where it was loaded from; None if it was not."""
-        return None if self._source is None else self._source.folder
+        return tuple(each for each in COMPONENTS if each in self._parts or each in self._entries)
 
     def sha256(self, component: str) -> str | None:
         """Hash of a component's file; None where it has none."""
-        entries = {} if self._source is None else self._source.manifest.components
-        return entries[component].sha256 if component in entries else None
+        return self._entries[component].sha256 if component in self._entries else None
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all components' files."""
-        entries = {} if self._source is None else self._source.manifest.components
-        return sum(entry.num_bytes for entry in entries.values())
+        return sum(entry.num_bytes for entry in self._entries.values())
 
     @property
     def fingerprint(self) -> str | None:
         """Hash of all components' files; None where they come from no bundle."""
-        if self._source is None:
+        if self.folder is None:
             return None
-        entries = self._source.manifest.components
-        listed = "".join(f"{name} {entries[name].sha256}\n" for name in sorted(entries))
+        listed = "".join(f"{name} {entry.sha256}\n" for name, entry in sorted(self._entries.items()))
         return hashlib.sha256(listed.encode()).hexdigest()
 
     def release(self) -> None:
         """Forget the weights that were loaded from a bundle; each is loaded again when it is next used."""
-        if self._source is not None:
-            for component in self._source.manifest.components.keys() & self._parts.keys() - {"text", "cluster_labels"}:
-                del self._parts[component]
-            for name in ("base", "image_model", "sequential", "interpolation", "upscaler", "autoencoder"):
-                self.__dict__.pop(name, None)
+        for component in self._entries.keys() & self._parts.keys() - {"text", "cluster_labels"}:
+            del self._parts[component]
 
-    @cached_property
+    @property
     def base(self) -> Base:
         """Parameters of the image model, which the stages share."""
-        return self._get("base", Base)
-
-    @cached_property
-    def image_model(self) -> Transformer:
-        """Text to the first frame."""
-        return Transformer(self.base)
-
-    @cached_property
-    def sequential(self) -> Transformer:
-        """First frame to key frames."""
-        return Transformer(self._base_of("sequential"), self._get("sequential", TemporalChannel))
-
-    @cached_property
-    def interpolation(self) -> Transformer:
-        """Frames to those between them."""
-        return Transformer(self._base_of("interpolation"), self._get("interpolation", TemporalChannel))
-
-    @cached_property
-    def upscaler(self) -> Upscaler:
-        """Codes of a frame to those of a larger one."""
-        return Upscaler(self._base_of("superres"), self._get("superres", UpscaleChannel))
-
-    @cached_property
-    def autoencoder(self) -> Autoencoder:
-        """Frames to codes and back."""
-        return self._get("image_tokenizer", Autoencoder)
+        return self.part("base", Base)
 
     @cached_property
     def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
         """Cluster of each code: stored ones, else k-means of the codebook; None where there is neither."""
         if "cluster_labels" in self.components:
-            return self._get("cluster_labels", Tensor)
+            return self.part("cluster_labels", Tensor)
         if "image_tokenizer" not in self.components:
             return None
         codes = self.autoencoder.codebook.embedding.detach().float().cpu()
         return cluster_codes(codes, max(1, len(codes) // CODES_PER_CLUSTER), torch.Generator().manual_seed(0))
 
-    @cached_property
+    @property
     def text(self) -> TextTokenizer:
         """Captions to tokens and back."""
-        return self._get("text", TextTokenizer)
+        return self.part("text", TextTokenizer)
 
-    def _base_of(self, stage: str) -> Base:
-        own = f"{stage}_base"
-        return self._get(own, Base) if own in self.components else self.base
+    def part(self, component: str, kind: type[T]) -> T:
+        """A component of a kind, loaded if it was not yet.
 
-    def _get(self, component: str, kind: type[T]) -> T:
+        Raises:
+            ValueError: this model has none of that name, it is of another kind, or its file cannot be used.
+        """
         part = self.component(component)
         if not isinstance(part, kind):
             raise InputError(f"{component} is a {type(part).__name__}, expected a {kind.__name__}")
@@ -237,24 +256,47 @@ class CogVideo:
         """A component as its file has it, which this model does not keep.
 
         Raises:
-            ValueError: this model has no file of that name, or it cannot be used.
+            ValueError: this model has no file of that name, it is not what was saved, or it does not fit the
+                configuration.
         """
-        entries = {} if self._source is None else self._source.manifest.components
-        where = "this model" if self._source is None else f"the bundle {self._source.folder}"
+        where = "this model" if self.folder is None else f"the bundle {self.folder}"
         there = ", ".join(self.components) or "nothing"
-        require(component in entries, f"{where} has no {component}, it has: {there}")
-        assert self._source is not None
-        return self._source.load(component)
+        require(component in self._entries, f"{where} has no {component}, it has: {there}")
+        assert self.folder is not None
+        entry = self._entries[component]
+        try:
+            return self._load(component, entry, self.folder / entry.file)
+        except (ValueError, FileNotFoundError, RuntimeError) as error:  # PyTorch opens it once more by its name
+            if entry == Manifest.read(self.folder).components.get(component):
+                raise
+            raise InputError(f"{component} of the bundle {self.folder} was replaced: load the bundle again") from error
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Type that weights are loaded as; None for the one that they are stored in."""
-        return None if self._source is None else self._source.dtype
+    def _load(self, component: str, entry: Entry, path: Path) -> Component:
+        entry.check(path)
+        if self._verify:
+            entry.verify(path)
+        if component == "text":
+            return text_tokenizer(path.read_bytes(), self.config, path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise InputError(f"{path} is no safetensors file: {error}") from error
+        check_tensors(component, tensors, self.config, path)
+        tensors = {name: self._place(path, name, tensor) for name, tensor in tensors.items()}
+        if component == "cluster_labels":
+            return tensors["labels"]
+        with torch.device("meta"):
+            module = MODULES[component](self.config)
+        module.load_state_dict(tensors, assign=True)
+        return module.eval().requires_grad_(False)
 
-    @property
-    def device(self) -> torch.device:
-        """Where weights are loaded to."""
-        return torch.device("cpu") if self._source is None else self._source.device
+    def _place(self, path: Path, name: str, mapped: Tensor) -> Tensor:
+        """The memory-mapped tensor itself where it can stay as it is, else a copy."""
+        dtype = self.dtype if self.dtype is not None and mapped.is_floating_point() else mapped.dtype
+        if self.device.type == "cpu" and dtype == mapped.dtype:
+            return mapped
+        return read_tensor(path, name).to(self.device, dtype)
 
 
 def update(
@@ -263,10 +305,10 @@ def update(
     """Write components into the bundle in `folder`, which keeps its others; a new bundle where there is none.
 
     Args:
-        folder: of the bundle.
-        config: that it has, or is to have.
-        without: names of others that it loses.
-        components: by their names.
+        folder: folder of the bundle.
+        config: configuration of the bundle.
+        without: names of other components that it loses.
+        components: new components by their names.
 
     Raises:
         ValueError: there is no component of such a name, the bundle there has another configuration, a component does
@@ -274,72 +316,21 @@ def update(
         OSError: it cannot be written.
     """
     _check_names([*components, *without])
-    model = CogVideo(config, **components)
-    with writing(Path(folder), config) as writer:  # nobody else changes the bundle meanwhile
-        if (Path(folder) / MANIFEST).exists():
-            there = Manifest.read(Path(folder))
+    model, folder = CogVideo(config, **components), Path(folder)
+    with writing(folder, config) as writer:  # nobody else changes the bundle meanwhile
+        if (folder / MANIFEST).exists():
+            there = Manifest.read(folder)
             same = there.config == config
             require(same, f"the bundle {folder} has another configuration than the components to be written")
             gone = {*components, *without}
             kept = {name: entry for name, entry in there.components.items() if name not in gone}
-            model._source = _Source(Path(folder), Manifest(config, kept), None, torch.device("cpu"), verify=True)
+            model.folder, model._entries = folder, kept
         model._write(writer)
 
 
 def _check_names(components: Collection[str]) -> None:
     unknown = sorted(set(components) - set(COMPONENTS))
     require(not unknown, f"got the components {unknown}, expected some of {list(COMPONENTS)}")
-
-
-class _Source(NamedTuple):
-    """Where components that are not loaded yet come from, and how they are to be loaded."""
-
-    folder: Path
-    manifest: Manifest
-    dtype: torch.dtype | None
-    device: torch.device
-    verify: bool
-
-    def load(self, component: str) -> Component:
-        """The component, refused if its file is not what was saved or does not fit the configuration."""
-        entry = self.manifest.components[component]
-        try:
-            return self._load(component, self.folder / entry.file)
-        except (ValueError, FileNotFoundError, RuntimeError) as error:  # PyTorch opens it once more by its name
-            if entry == Manifest.read(self.folder).components.get(component):
-                raise
-            raise InputError(f"{component} of the bundle {self.folder} was replaced: load the bundle again") from error
-
-    def _load(self, component: str, path: Path) -> Component:
-        config, entry = self.manifest.config, self.manifest.components[component]
-        entry.check(path)
-        if self.verify:
-            entry.verify(path)
-        if component == "text":
-            return text_tokenizer(path.read_bytes(), config, path)
-        tensors = self._read(component, path)
-        if component == "cluster_labels":
-            return tensors["labels"]
-        with torch.device("meta"):
-            module = MODULES[component](config)
-        module.load_state_dict(tensors, assign=True)
-        return module.eval().requires_grad_(False)
-
-    def _read(self, component: str, path: Path) -> dict[str, Tensor]:
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise InputError(f"{path} is no safetensors file: {error}") from error
-        check_tensors(component, tensors, self.manifest.config, path)
-        return {name: self._place(path, name, tensor) for name, tensor in tensors.items()}
-
-    def _place(self, path: Path, name: str, mapped: Tensor) -> Tensor:
-        """The memory-mapped tensor itself where it can stay as it is, else a copy."""
-        dtype = self.dtype if self.dtype is not None and mapped.is_floating_point() else mapped.dtype
-        if self.device.type == "cpu" and dtype == mapped.dtype:
-            return mapped
-        return read_tensor(path, name).to(self.device, dtype)
 
 
 def locate(name: str | PathLike[str]) -> Path:
