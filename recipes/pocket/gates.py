@@ -23,8 +23,8 @@ from cogvideo.data.frames import BACKGROUNDS, on_background
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import retrieval
 from cogvideo.evaluation.attributes import PROMPTED, unseen_scenes
-from cogvideo.evaluation.emoji_subject import TEMPLATE, read, unseen_background
 from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, SIZE, Reader, resized
+from cogvideo.evaluation.subjects import TEMPLATE, read_animation, unseen_background
 from cogvideo.generation import hierarchy
 from cogvideo.generation.request import Request
 from cogvideo.media.images import contact_sheet, evenly, write_image
@@ -137,11 +137,13 @@ def _emoji(pipeline: CogVideoPipeline, gate: str, folder: Path, limit: int | Non
     side = pipeline.model.config.frame_side
     cut = {"tokenizer": slice(0, None, 2), "image": slice(1), "sequential": slice(0, None, 8)}[gate]
     items = list_source(str(folder), SourceOptions()).items
-    looks = [np.stack([small(read(each, ground, SIZE)[cut]) for each in items]) for ground in ("black", "white")]
+    looks = [
+        np.stack([small(read_animation(each, ground, SIZE)[cut]) for each in items]) for ground in ("black", "white")
+    ]
     gallery = retrieval.gallery(*looks)
     places = evenly(len(items), limit or len(items)).tolist()
     grounds = [unseen_background(items[place], 0) for place in places]
-    real = [read(items[place], ground, side)[cut] for place, ground in zip(places, grounds, strict=True)]
+    real = [read_animation(items[place], ground, side)[cut] for place, ground in zip(places, grounds, strict=True)]
     if gate == "tokenizer":
         made = [pipeline.model.autoencoder.reconstruct(frames) for frames in real]
     else:

@@ -19,10 +19,9 @@ from cogvideo.data.frames import BACKGROUNDS, FrameSettings, background_of
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import alignment as module
 from cogvideo.evaluation.alignment import alignment, shown, wilson
-from cogvideo.evaluation.emoji_subject import EmojiSubject, unseen_background
-from cogvideo.evaluation.making import Making, Shelf, generate, reduced
-from cogvideo.evaluation.reader import ATTRIBUTES, Reader, ReaderConfig
-from cogvideo.evaluation.subject import Clip, Prompt
+from cogvideo.evaluation.making import Making, Shelf, generate
+from cogvideo.evaluation.reader import ATTRIBUTES, SIZE, Reader, ReaderConfig, resized
+from cogvideo.evaluation.subjects import Clip, EmojiSubject, Prompt, unseen_background
 from cogvideo.pipeline import CogVideoPipeline
 from gallery import make_model
 
@@ -109,7 +108,7 @@ def test_real_clips_are_the_ceiling(
     subject = EmojiSubject(emoji, None, 0, 0)
 
     def perfect(pipeline: CogVideoPipeline, prompts: list[Prompt], making: Making) -> list[Clip]:
-        return [reduced(subject.real(subject.prompts.index(prompt), 16)) for prompt in prompts]
+        return [resized(subject.real(subject.prompts.index(prompt), 16), SIZE) for prompt in prompts]
 
     monkeypatch.setattr(module, "generate", perfect)
     told = run(model, tmp_path / "out", reader, world=0, emoji=emoji)

@@ -28,19 +28,17 @@ from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import locate
 from cogvideo.config import require
 from cogvideo.devices import slowness, usable
-from cogvideo.evaluation.emoji_subject import EmojiSubject
-from cogvideo.evaluation.making import Making, Shelf, generate, reduced, start, through_codes
+from cogvideo.evaluation.making import Making, Shelf, generate, start
 from cogvideo.evaluation.motion import STATIC, Movement, measure, movement
-from cogvideo.evaluation.reader import FILE
-from cogvideo.evaluation.subject import Clip, Subject, Verdict
-from cogvideo.evaluation.world_subject import WorldSubject
+from cogvideo.evaluation.reader import FILE, SIZE, resized
+from cogvideo.evaluation.subjects import Clip, EmojiSubject, Subject, Verdict, WorldSubject
 from cogvideo.files import alone_in, write_text
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.runs import RunFolder
 
 GENERATED, RECONSTRUCTION, REAL = ROWS = ("generated", "reconstruction", "real")
-"""What is judged."""
+"""Clips that are judged."""
 Z95 = 1.959964
 """Quantile of the normal distribution that a 95 % interval ends at."""
 SHOWN, FAILURES, COLUMNS = 6, 4, 11
@@ -48,12 +46,11 @@ SHOWN, FAILURES, COLUMNS = 6, 4, 11
 
 
 class Judged(NamedTuple):
-    """What was found about one row of a subject."""
+    """Findings about one row of a subject."""
 
     verdict: Verdict
-    """Of its judge."""
     movement: Movement
-    """Of the clips, against real ones."""
+    """Movement of the clips, against real ones."""
 
 
 def alignment(
@@ -94,7 +91,10 @@ def alignment(
         ValueError: the model, a source or a setting cannot be used, or the folder holds another evaluation.
         OSError: something cannot be written.
     """
-    _check(out, world, emoji_limit, batch)
+    require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
+    require(world >= 0, f"world is {world}, expected 0 or more prompts")
+    require(emoji_limit is None or emoji_limit > 0, f"emoji_limit is {emoji_limit}, expected a positive number")
+    require(batch > 0, f"batch is {batch}, expected a positive number of clips")
     console = Console(highlight=False)
     if slow := slowness(getattr(torch, making.dtype), usable(device)):
         console.print(slow)
@@ -120,36 +120,25 @@ def alignment(
     print(f"{out / 'alignment.json'}, {out / 'alignment.png'}")
 
 
-def _check(out: Path, world: int, emoji_limit: int | None, batch: int) -> None:
-    require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
-    require(world >= 0, f"world is {world}, expected 0 or more prompts")
-    require(emoji_limit is None or emoji_limit > 0, f"emoji_limit is {emoji_limit}, expected a positive number")
-    require(batch > 0, f"batch is {batch}, expected a positive number of clips")
-
-
 def _judge(subject: Subject, pipeline: CogVideoPipeline, out: Path, making: Making, batch: int) -> dict[str, Judged]:
-    """Every row of a subject."""
-    size = pipeline.model.config.frame_side
+    """Every row of a subject; a reconstruction is the best that a model of the tokenizer's codes can do."""
+    size, prompts = pipeline.model.config.frame_side, subject.prompts
 
     def made(numbers: list[int]) -> list[Clip]:
-        return generate(pipeline, [subject.prompts[number] for number in numbers], making)
+        return generate(pipeline, [prompts[number] for number in numbers], making)
 
     def reconstructed(numbers: list[int]) -> list[Clip]:
-        return [reduced(through_codes(pipeline, subject.real(number, size))) for number in numbers]
+        decoded = (pipeline.model.autoencoder.reconstruct(subject.real(number, size)) for number in numbers)
+        return [resized(clip, SIZE) for clip in decoded]
 
-    shelves = {name: shelf(out, subject, name) for name in (GENERATED, RECONSTRUCTION)}
+    clips = {REAL: [resized(subject.real(number, size), SIZE) for number in range(len(prompts))]}
     for name, make in ((GENERATED, made), (RECONSTRUCTION, reconstructed)):
-        with _progress(f"{subject.name}: {name}", len(subject.prompts), len(shelves[name].missing)) as advance:
-            shelves[name].fill(make, batch, advance)
-    clips = {REAL: [reduced(subject.real(number, size)) for number in range(len(subject.prompts))]}
-    clips |= {name: list(each) for name, each in shelves.items()}
+        shelf = Shelf(out / name, prompts)
+        with _progress(f"{subject.name}: {name}", len(prompts), len(shelf.missing)) as advance:
+            shelf.fill(make, batch, advance)
+        clips[name] = list(shelf)
     motions = {name: [measure(clip) for clip in each] for name, each in clips.items()}
     return {name: Judged(subject.judge(clips[name]), movement(motions[name], motions[REAL])) for name in ROWS}
-
-
-def shelf(out: Path, subject: Subject, row: str) -> Shelf:
-    """Where the clips of a row are kept."""
-    return Shelf(out / row, subject.prompts)
 
 
 @contextmanager
@@ -198,7 +187,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 def _protocol(
     model: str, bundle: dict[str, str], making: dict[str, Any], subjects: Sequence[Subject]
 ) -> dict[str, Any]:
-    """All that somebody needs to measure the same again."""
+    """Everything that is needed to measure the same again."""
     return {
         "command": shlex.join(["cogvideo", *sys.argv[1:]]),
         "versions": {
@@ -218,27 +207,17 @@ def _protocol(
 
 def _write_json(path: Path, protocol: dict[str, Any], results: dict[str, dict[str, Judged]]) -> None:
     """The protocol, shares and movement by subject and row, and findings clip by clip."""
-    told = {
-        subject: {
-            row: {
-                "shares": each.verdict.shares,
-                "intervals": _intervals(each.verdict),
-                "movement": each.movement._asdict(),
-                "clips": each.verdict.findings,
+    told: dict[str, dict[str, Any]] = {}
+    for subject, rows in results.items():
+        told[subject] = {}
+        for row, (verdict, moved) in rows.items():
+            intervals = {
+                group: {name: wilson(share, verdict.counts[group]) for name, share in shares.items()}
+                for group, shares in verdict.shares.items()
             }
-            for row, each in rows.items()
-        }
-        for subject, rows in results.items()
-    }
+            figures = {"shares": verdict.shares, "intervals": intervals, "movement": moved._asdict()}
+            told[subject][row] = figures | {"clips": verdict.findings}
     write_text(path, json.dumps({"protocol": protocol, "results": told}, indent=1, ensure_ascii=False) + "\n")
-
-
-def _intervals(verdict: Verdict) -> dict[str, dict[str, tuple[float, float]]]:
-    """The 95 % interval of every share."""
-    return {
-        group: {name: wilson(share, verdict.counts[group]) for name, share in shares.items()}
-        for group, shares in verdict.shares.items()
-    }
 
 
 def _write_sheet(out: Path, subjects: Sequence[Subject], results: dict[str, dict[str, Judged]]) -> None:
@@ -246,9 +225,9 @@ def _write_sheet(out: Path, subjects: Sequence[Subject], results: dict[str, dict
     rows, labels = [], []
     for subject in subjects:
         verdict = results[subject.name][GENERATED].verdict
-        generated = list(shelf(out, subject, GENERATED))
+        generated = list(Shelf(out / GENERATED, subject.prompts))
         for number in shown(verdict.right):
-            rows += [reduced(subject.real(number, generated[number].shape[1])), generated[number]]
+            rows += [resized(subject.real(number, SIZE), SIZE), generated[number]]
             labels += [subject.prompts[number].text, verdict.words[number]]
     write_image(out / "alignment.png", contact_sheet(rows, COLUMNS, labels=labels))
 

@@ -1,4 +1,4 @@
-"""What is read off clips of the World, against what is true of them; and which clips are kept for such questions.
+"""Attributes that are read off clips of the World, against true ones; and the clips that are kept for such questions.
 
 Models learn from the split `train` alone. The reader learns from all splits, but from no clip numbered below
 `READER_LEARNS`: what it is tested on, and what models are judged by, lies below.
@@ -53,8 +53,8 @@ def accuracies(readings: Sequence[Mapping[str, str]], scenes: Sequence[world.Sce
     """Share of the clips that is right, by group of scenes and attribute; groups without a clip are left out.
 
     Args:
-        readings: what was read off each clip, by attribute.
-        scenes: what each clip should show.
+        readings: attributes as they were read off each clip.
+        scenes: scenes that the clips should show.
     """
     results = [right(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
     return {name: _shares([results[place] for place in places]) for name, places in groups(scenes).items()}

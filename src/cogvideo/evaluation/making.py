@@ -1,4 +1,4 @@
-"""Clips to be judged: what a model makes of prompts, kept in a folder so that a killed evaluation goes on.
+"""Clips to be judged: made by a model from prompts, and kept in a folder so that a killed evaluation goes on.
 
 All clips are kept as 33 frames, 8 a second, of 64 x 64 pixels, whatever the model's own size.
 """
@@ -13,11 +13,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 
 from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.evaluation.reader import SIZE, resized
-from cogvideo.evaluation.subject import FPS, NUM_FRAMES, Clip, Prompt
+from cogvideo.evaluation.subjects import FPS, NUM_FRAMES, Clip, Prompt
 from cogvideo.files import replacing
 from cogvideo.generation.request import ADDED, SamplingOptions, Settings
 from cogvideo.pipeline import CogVideoPipeline, Frame, collect
@@ -64,27 +63,15 @@ def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making)
 
 def generate(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> list[Clip]:
     """The clips of some prompts, made as one batch."""
-    return [reduced(clip) for clip in collect(start(pipeline, prompts, making), FPS).frames]
-
-
-def through_codes(
-    pipeline: CogVideoPipeline, clip: UInt8[np.ndarray, "33 side side 3"]
-) -> UInt8[np.ndarray, "33 side side 3"]:
-    """A real clip as the image tokenizer gives it back: the best that a model of its codes can do."""
-    return pipeline.model.autoencoder.reconstruct(clip)
-
-
-def reduced(clip: UInt8[np.ndarray, "33 height width 3"]) -> Clip:
-    """A clip as it is kept and judged."""
-    return resized(clip, SIZE)
+    return [resized(clip, SIZE) for clip in collect(start(pipeline, prompts, making), FPS).frames]
 
 
 class Shelf:
     """A folder of clips by the names of their prompts; each file is whole or not there.
 
     Args:
-        folder: it is made if it is not there.
-        prompts: of all clips.
+        folder: folder, which is made if it is not there.
+        prompts: prompts of all clips.
     """
 
     def __init__(self, folder: Path, prompts: Sequence[Prompt]) -> None:
@@ -100,7 +87,7 @@ class Shelf:
         """Make the clips that are missing.
 
         Args:
-            make: the clips of the prompts with some numbers.
+            make: function of the numbers of some prompts that makes their clips.
             batch: clips that are made at once.
             on_clips: called with the number of clips that were added.
         """

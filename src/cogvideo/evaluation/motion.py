@@ -1,4 +1,4 @@
-"""How much clips move, against real clips of the same prompts: pure functions of pixels at one size and rate."""
+"""Movement of clips, against real clips of the same prompts: pure functions of pixels at one size and rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ The calmest clip of the World has twenty times as much."""
 
 
 class Motion(NamedTuple):
-    """What is measured of one clip."""
+    """Measures of one clip."""
 
     energy: float
     """Mean squared difference of neighboring frames, pixels in [0, 1]."""
@@ -23,7 +23,7 @@ class Motion(NamedTuple):
 
 
 class Movement(NamedTuple):
-    """What is measured of many clips, against real ones of the same prompts."""
+    """Measures of many clips, against real ones of the same prompts."""
 
     energy_ratio: float
     """Their mean energy over that of the real clips; 1 is as much motion, less is calmer."""

@@ -1,4 +1,4 @@
-"""The World reader: a small classifier that says what a clip of the World shows, to compare it with its caption.
+"""The World reader: a small classifier of what a clip of the World shows, to compare it with its caption.
 
 It reads who acts, its color, the action, direction, speed and background, and in addition what helps to tell these
 apart: the size, and object and color of a second figure. `cogvideo train reader` makes it; its weights come with the
@@ -29,7 +29,7 @@ from cogvideo.files import replacing
 NUM_FRAMES, FPS, SIZE = 17, 4.0, 64
 """Frames of a clip, their rate, and their side in pixels."""
 ATTRIBUTES = ("object", "colour", "action", "direction", "speed", "background")
-"""What clips are judged by."""
+"""Attributes that clips are judged by."""
 LABELS: dict[str, tuple[str, ...]] = {
     "object": world.OBJECTS,
     "colour": tuple(world.COLORS),
@@ -41,13 +41,13 @@ LABELS: dict[str, tuple[str, ...]] = {
     "other_object": ("", *world.OBJECTS),
     "other_colour": ("", *world.COLORS),
 }
-"""What each attribute can be; empty for a second figure that is not there."""
+"""Values of each attribute; empty for a second figure that is not there."""
 EVENTS = ("action", "direction", "speed")
-"""What takes time to see."""
+"""Attributes that take time to see."""
 FILE = Path(__file__).with_name("world_reader.safetensors")
 """The weights that come with the package."""
 MOMENTS = 5
-"""What is left of the frames where attributes are read."""
+"""Length in time where attributes are read."""
 BATCH = 32
 """Clips that are read at once."""
 
@@ -70,11 +70,7 @@ class ReaderConfig:
 
 
 class Block(nn.Module):
-    """A residual block that looks at neighbors in space, then in time: a (2+1)D convolution (arXiv 1711.11248).
-
-    Args:
-        width: channels.
-    """
+    """A residual block that looks at neighbors in space, then in time: a (2+1)D convolution (arXiv 1711.11248)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -84,20 +80,16 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch width time rows columns"]
     ) -> Float[Tensor, "batch width time rows columns"]:
-        """The input and what is added to it."""
         return x + self.time(self.space(x))
 
 
 class Reader(nn.Module):
-    """Scores of what each attribute can be.
+    """Scores of the values of each attribute.
 
     Convolutions halve frames four times, with residual blocks between; time is halved by the first and the last, from
     17 frames to 9 and 5 moments. What figures and places look like is read from mean and maximum over space and time,
     what happens from a hidden layer that sees those over space, moment after moment. Norms of batches learn shapes in
     half as many steps as norms of groups; when it reads, their statistics are fixed, and no clip depends on another.
-
-    Args:
-        config: sizes.
     """
 
     def __init__(self, config: ReaderConfig) -> None:
@@ -125,7 +117,7 @@ class Reader(nn.Module):
         return self._looks(features) | {name: self.heads[name](happens) for name in EVENTS}
 
     def looks(self, clips: Float[Tensor, "batch 3 frames 64 64"]) -> dict[str, Float[Tensor, "batch _"]]:
-        """Scores of what does not take time to see, from clips of any length, also single frames."""
+        """Scores of attributes that take no time to see, from clips of any length, also single frames."""
         return self._looks(self.body(2 * clips - 1))
 
     def _looks(self, features: Float[Tensor, "batch width time rows columns"]) -> dict[str, Float[Tensor, "batch _"]]:
@@ -134,7 +126,7 @@ class Reader(nn.Module):
 
     @torch.inference_mode()
     def read(self, clips: UInt8[np.ndarray, "batch 17 64 64 3"]) -> list[dict[str, str]]:
-        """What each clip shows most likely, by attribute."""
+        """The most likely values of each clip, by attribute."""
         device = self.hidden.weight.device
         chosen: dict[str, list[int]] = {name: [] for name in LABELS}
         for start in range(0, len(clips), BATCH):
@@ -144,11 +136,7 @@ class Reader(nn.Module):
         return [{name: LABELS[name][chosen[name][clip]] for name in LABELS} for clip in range(len(clips))]
 
     def save(self, path: Path) -> None:
-        """Write weights in half precision and sizes; the file is whole or not there.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write weights in half precision and sizes; the file is whole or not there."""
         state = {name: each.detach().cpu().contiguous() for name, each in self.state_dict().items()}
         tensors = {name: each.half() if each.is_floating_point() else each for name, each in state.items()}
         described = {"reader": json.dumps({"config": asdict(self.config), "labels": LABELS})}
@@ -189,7 +177,7 @@ def _halving(before: int, after: int, halves_time: bool) -> nn.Conv3d:
 def to_input(
     clips: UInt8[np.ndarray, "batch frames size size 3"], device: torch.device
 ) -> Float[Tensor, "batch 3 frames size size"]:
-    """Pixels as the reader takes them, in [0, 1]."""
+    """Pixels in [0, 1]."""
     pixels = torch.from_numpy(clips).to(device, torch.float32) / 255
     return rearrange(pixels, "batch frames rows columns colors -> batch colors frames rows columns")
 
@@ -219,7 +207,7 @@ def resized(
 
 
 def labels(scenes: Sequence[world.Scene]) -> dict[str, Int64[Tensor, " scenes"]]:
-    """Places of what is true of the scenes among the labels, by attribute."""
+    """Places of the true values of scenes among the labels, by attribute."""
     return {
         name: torch.tensor([LABELS[name].index(getattr(scene, name)) for scene in scenes], dtype=torch.int64)
         for name in LABELS
