@@ -1,11 +1,10 @@
-"""Devices: found, tried and set up; their memory, their speed, and the types that are slow on them."""
+"""Devices: set-up, memory, speed, and the types that are slow on them."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from cogvideo.config import InputError, require
 CUDNN_ATTENTION = "COGVIDEO_CUDNN_ATTENTION"
 """Variable of the environment: 1 lets PyTorch choose cuDNN's attention."""
 
-
 MEASURED_SECONDS = 0.3
-"""That measuring the matrix rate takes, about."""
+"""Time to measure the matrix rate, about."""
 SMALLEST_SIDE, LARGEST_SIDE, LEAST_SECONDS = 256, 8192, 0.01
 """Matrices grow until one product takes this long, but not beyond the largest side."""
 
@@ -56,12 +54,12 @@ def set_up(device: torch.device) -> None:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Of weights, where nothing else is asked for."""
+    """Default type of weights."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def slowness(dtype: torch.dtype, device: torch.device) -> str | None:
-    """What to say of a type that takes far longer than float32; None where it does not.
+    """Warning about a type that takes far longer than float32; None where it does not.
 
     PyTorch emulates 16 bit where an x86 processor has no AVX-512, as in most laptops: products take 7 to 70 times as
     long as in float32 (AMD EPYC with AVX2, PyTorch 2.13).
@@ -86,27 +84,21 @@ def free_memory(device: torch.device) -> int:
 
 
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Bytes that each control group of this process which has a limit still leaves it.
+    """Bytes that this process may still get by each limit of its control groups and of all above them.
 
     Args:
-        root: where control groups are mounted, version 2 or 1.
-        groups: the file that names those of the process.
+        root: folder where control groups are mounted, version 2 or 1. A container sees its own group as the root.
+        groups: file that names those of the process.
     """
-    folders = _cgroups(root, groups.read_text()) if groups.exists() else ()
-    return [left for folder in folders for left in [_left(folder)] if left is not None]
-
-
-def _cgroups(root: Path, groups: str) -> Iterator[Path]:
-    """Folders of the groups and of all above them: each may limit. A container sees its own one as the root."""
-    for line in groups.splitlines():
+    left: list[int | None] = []
+    for line in groups.read_text().splitlines() if groups.exists() else ():
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
         folder = root / "memory" if controllers else root
-        yield folder
-        for part in Path(path).parts[1:]:
-            folder /= part
-            yield folder
+        parts = Path(path).parts[1:]
+        left += [_left(folder.joinpath(*parts[:depth])) for depth in range(len(parts) + 1)]
+    return [each for each in left if each is not None]
 
 
 def _left(folder: Path) -> int | None:
@@ -125,7 +117,7 @@ def _left(folder: Path) -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory so far: of the GPU's tensors, or all of the process on a CPU."""
+    """Peak memory so far: of the GPU's tensors, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on every system that trains on a GPU
@@ -135,15 +127,11 @@ def peak_bytes(device: torch.device) -> int:
 
 @lru_cache(maxsize=8)
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: what utilization is a share of.
+    """FLOP/s of a large matrix product, of which utilization is a share.
 
     Square matrices of random numbers grow until one product takes 10 ms (or they have 8,192 rows); the best of the
     products of a third of a second counts. Measured once for each device and type, with the threads and the precision
     of float32 products (TF32) that are set then.
-
-    Args:
-        device: of the training.
-        dtype: of its matrix products.
     """
     side = SMALLEST_SIDE
     while side < LARGEST_SIDE and _product_seconds(side, device, dtype) < LEAST_SECONDS:
@@ -153,7 +141,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def _product_seconds(side: int, device: torch.device, dtype: torch.dtype, end: float = 0.0) -> float:
-    """Of the fastest product of two such matrices, the first one not counted; at least one, and more until `end`."""
+    """Seconds of the fastest product of two matrices, the first one not counted; at least one, and more until `end`."""
     generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay where they are
     left, right = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.mm(left, right)

@@ -1,4 +1,4 @@
-"""The folder of a run: what it is a run of, and what was measured.
+"""The folder of a run: its identity, and what was measured.
 
 Whatever interrupts the run, each file is the old one or the new one.
 """
@@ -21,40 +21,34 @@ from cogvideo.devices import is_out_of_memory
 from cogvideo.files import write_text
 
 IDENTITY = "run.json"
-"""File that says what a folder holds a run of."""
+"""File with the identity of a run."""
 TYPED = "typed"
-"""Fact: what the user typed for the bundle to start from, whose hashes are the identity."""
+"""Fact: the bundle to start from as the user typed it; its hashes are the identity."""
 
 
 class Checkpoint(NamedTuple):
     """Position of a run."""
 
     step: int
-    """Number of steps made."""
     state: dict[str, Any]
-    """All that the next one depends on: tables of tensors and numbers."""
+    """Everything that the next step depends on: tables of tensors and numbers."""
 
 
 class RunFolder:
-    """The files of one run.
-
-    Args:
-        path: the folder; it is made if it is not there.
-
-    Raises:
-        OSError: it cannot be made.
-    """
+    """The files of one run; the folder is made if it is not there."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._identity, self._about = path / IDENTITY, path / "about.json"
+        self._metrics, self._summary = path / "metrics.jsonl", path / "report.json"
         path.mkdir(parents=True, exist_ok=True)
 
     def claim(self, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Say what this is a run of, or check that it is the same that began here.
+        """Write the identity of the run, or check that it is that of the run that began here.
 
         Args:
             identity: settings and whatever else decides the result, in nested tables.
-            facts: what is also to be known, and may be another when the run continues.
+            facts: further facts, which may be others when the run continues.
 
         Raises:
             ValueError: another run began here, or its identity cannot be read.
@@ -72,11 +66,7 @@ class RunFolder:
         return self._identity.exists()
 
     def changes(self, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})) -> str:
-        """Differences of a run from the one that began here, in words; empty if there are none, or none began.
-
-        Raises:
-            ValueError: the identity of that one cannot be read.
-        """
+        """Differences of a run from the one that began here, in words; empty if there are none, or none began."""
         if not self.began:
             return ""
         there = _read(self._identity)
@@ -87,11 +77,7 @@ class RunFolder:
         return "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
 
     def set_aside(self) -> Path:
-        """Make room for another run: the folder gets a numbered name, which is returned, and a new one is made.
-
-        Raises:
-            OSError: it cannot be renamed.
-        """
+        """Make room for another run: the folder gets a numbered name, which is returned, and a new one is made."""
         numbered = (self.path.with_name(f"{self.path.name}-{number}") for number in count(1))
         aside = self.path.rename(next(each for each in numbered if not each.exists()))
         self.path.mkdir()
@@ -102,7 +88,6 @@ class RunFolder:
 
         Raises:
             ValueError: it is damaged.
-            OSError: it cannot be read.
         """
         path = self.path / "checkpoint.pt"
         if not path.exists():
@@ -115,11 +100,7 @@ class RunFolder:
             raise InputError(f"cannot use {path}: it is no checkpoint of this version") from error
 
     def report(self, row: Mapping[str, Any]) -> None:
-        """Add a line to `metrics.jsonl`; it names the step.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Add a line to `metrics.jsonl`; it names the step."""
         try:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -145,43 +126,22 @@ class RunFolder:
             return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def describe(self, facts: Mapping[str, Any]) -> None:
-        """Write `about.json`: what is known from the start and decides nothing, for reports."""
+        """Write `about.json`: facts for reports, which are known from the start and decide nothing."""
         write_text(self._about, json.dumps(facts, indent=2) + "\n")
 
     @property
     def about(self) -> dict[str, Any]:
-        """Facts that `describe` wrote, if it did.
-
-        Raises:
-            ValueError: it is damaged.
-        """
+        """Facts that `describe` wrote, if it did."""
         return dict(_read(self._about)) if self._about.exists() else {}
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write `report.json`, with which the run is over."""
+        write_text(self._summary, json.dumps(summary, indent=2) + "\n")
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """Summary that `finish` wrote; None while the run is not over.
-
-        Raises:
-            ValueError: it is damaged.
-        """
-        path = self.path / "report.json"
-        return _read(path) if path.exists() else None
-
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write `report.json`, which says that the run is over."""
-        write_text(self.path / "report.json", json.dumps(summary, indent=2) + "\n")
-
-    @property
-    def _identity(self) -> Path:
-        return self.path / IDENTITY
-
-    @property
-    def _about(self) -> Path:
-        return self.path / "about.json"
-
-    @property
-    def _metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        """Summary that `finish` wrote; None while the run is not over."""
+        return _read(self._summary) if self._summary.exists() else None
 
 
 def _plain(values: Any) -> Any:
@@ -190,18 +150,14 @@ def _plain(values: Any) -> Any:
 
 
 def _read(path: Path) -> Any:
-    """A file of JSON.
-
-    Raises:
-        ValueError: it is none; the error names it.
-    """
+    """Content of a file of JSON."""
     with _naming(path):
         return json.loads(path.read_bytes())
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Bytes that are neither text nor JSON become one line that names their file."""
+    """Turn an error about bytes that are neither text nor JSON into one line that names their file."""
     try:
         yield
     except ValueError as error:

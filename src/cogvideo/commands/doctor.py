@@ -79,7 +79,7 @@ def _free(free: int, total: int) -> str:
 
 
 def _answer(name: str, device: torch.device) -> str:
-    """How a preset fits into the memory of a device."""
+    """Answer whether a preset fits into the memory of a device."""
     config, phases = preset(name), clip(preset(name))
     free = free_memory(device)
     for dtype, offload, option in WAYS:

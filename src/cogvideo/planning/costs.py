@@ -225,7 +225,7 @@ class Phase:
         """Bytes of device memory at the peak."""
         return sum(self.memory(precision).values())
 
-    def beside_weights(self, precision: str) -> int:
+    def apart_from_weights(self, precision: str) -> int:
         """Bytes of device memory at the peak, apart from weights."""
         return self.device(precision) - self.memory(precision)["weights"]
 
@@ -258,7 +258,7 @@ def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phas
 def resident(config: CogVideoConfig, phases: Iterable[Phase], precision: str) -> int:
     """Bytes of device memory of a clip for which all weights stay loaded."""
     weights = sum(components(config).values()) * PRECISIONS[precision].weights
-    return weights + max(phase.beside_weights(precision) for phase in phases)
+    return weights + max(phase.apart_from_weights(precision) for phase in phases)
 
 
 def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guided: bool) -> Phase:

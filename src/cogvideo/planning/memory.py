@@ -30,14 +30,14 @@ def needed_memory(
         config: sizes of the model.
         phases: phases of one clip, see `costs.clip`.
         dtype: type of the weights.
-        device: where they are.
+        device: device of the model.
         batch: clips at once; weights count once, all else once for each clip.
         offload: only the weights of the stage at work are there.
     """
     kind = "cpu_float32" if dtype.itemsize > 2 else "cpu_bfloat16" if device.type == "cpu" else GPU
     if offload:
-        return max(each.device(kind) + (batch - 1) * each.beside_weights(kind) for each in phases)
-    return resident(config, phases, kind) + (batch - 1) * max(each.beside_weights(kind) for each in phases)
+        return max(each.device(kind) + (batch - 1) * each.apart_from_weights(kind) for each in phases)
+    return resident(config, phases, kind) + (batch - 1) * max(each.apart_from_weights(kind) for each in phases)
 
 
 def require_memory(

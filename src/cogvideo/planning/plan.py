@@ -102,7 +102,7 @@ def held(config: CogVideoConfig, stage: Stage, sharding: Sharding, groups: int, 
     Args:
         config: sizes.
         stage: stage to train.
-        sharding: how the groups share the weights.
+        sharding: way in which the groups share the weights.
         groups: groups of ranks that see different samples. What is replicated is the same for any number.
         tensor: ranks of a group.
         ema: share of the running average.
