@@ -28,7 +28,7 @@ from cogvideo.layout import Cells, SequenceLayout, UpscaleLayout, cells, kinds
 from cogvideo.models.attention import MaskPlan
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.plans import full_pass
-from cogvideo.models.upscaler import low_sequence, neighbourhoods
+from cogvideo.models.upscaler import low_sequence, neighborhoods
 
 Stage = Literal["image", "sequential", "interpolation"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -306,7 +306,7 @@ def upscaling(config: CogVideoConfig, frames: int) -> Phase:
     text, low, high = layout.text_slots, layout.low_slots, layout.high_slots
     matrices = products(config, "image")[0] * (text + low + high) + high * sizes.num_codes * sizes.hidden
     scored = _scored(full_pass(low_sequence(layout), None, _text(text), torch.float32, 1).spatial)
-    scored += _scored(neighbourhoods(layout, config.upscaler, torch.device("cpu")))
+    scored += _scored(neighborhoods(layout, config.upscaler, torch.device("cpu")))
     return _phase(
         config,
         "super-resolution",
