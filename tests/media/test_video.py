@@ -541,7 +541,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "sound with cover": (lambda path: write_sound(path, cover=True), "no video stream"),
     "wave": (write_wave, "no video stream"),
     "no frames": (lambda path: encode_nothing(path), "no"),
-    "half image": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)), "cannot be decoded"),
+    "half image": (lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)), "no readable video or picture"),
     "half WebP": (lambda path: path.write_bytes(b"RIFF\x00\x10\x00\x00WEBPVP8L" + bytes(100)), "is cut short"),
     "no WebP": (lambda path: path.write_bytes(b"RIFF\x60\x00\x00\x00WEBPVP8L" + bytes(100)), "cannot be decoded"),
     "forbidden": (lambda path: (path.write_bytes(b"x"), path.chmod(0)), "cannot be opened"),

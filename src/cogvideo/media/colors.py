@@ -24,7 +24,7 @@ _TO_BT709 = {
 
 
 class Coding(NamedTuple):
-    """How colors are coded, by the numbers of H.273."""
+    """Coding of colors, by the numbers of H.273."""
 
     primaries: int = 2
     """Code of red, green and blue; 2 is unknown."""
@@ -33,7 +33,7 @@ class Coding(NamedTuple):
 
     @property
     def is_foreign(self) -> bool:
-        """Whether pixels have to be converted."""
+        """True if pixels have to be converted."""
         return self.transfer in (PQ, HLG) or self.primaries in _TO_BT709
 
     def or_else(self, other: Coding) -> Coding:

@@ -25,21 +25,10 @@ from PIL import Image
 
 from cogvideo.media.colors import Coding, to_srgb
 from cogvideo.media.images import look
-from cogvideo.media.shots import (
-    GRACE,
-    Content,
-    Library,
-    Seen,
-    Shot,
-    Shots,
-    VideoError,
-    View,
-    fitted_size,
-    in_hundredths,
-)
+from cogvideo.media.shots import GRACE, Content, Seen, Shot, Shots, VideoError, View
 
 SEEK_FROM = 1.0
-"""Seconds from which `start` is looked up in the file's index; what lies before it is not decoded."""
+"""Seconds from which `start` is looked up in the file's index, so that frames before it are not decoded."""
 
 DAMAGED_SHARE = 0.05
 """Share of frames that the decoder may mark as repaired before the file counts as damaged."""
@@ -54,10 +43,10 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,ivf,h264,hevc,m4v,obu"
 )
 AUDIO_FORMATS = "mp3,wav,flac,aac,aiff"
-"""FFmpeg's readers that are used; not those of playlists, which open other files and addresses, and of text."""
+"""Readers of FFmpeg that are used; not those of playlists, which open other files and addresses, and of text."""
 
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-"""FFmpeg's own decoders of these leave the alpha channel out."""
+"""Decoders that keep the alpha channel, unlike FFmpeg's own."""
 
 _TITLES: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 """Titles in unknown encodings are no reason to refuse a file; newer versions of PyAV need not be asked."""
@@ -70,12 +59,12 @@ class _Source(NamedTuple):
     stream: VideoStream
     decoder: VideoCodecContext
     coding: Coding
-    """Colors as the container says; what frames say of theirs counts more."""
+    """Colors of the container; those of frames take precedence."""
 
 
 def decode(file: Content, start: float) -> Shots:
     """The frames of a video, from the last key frame before `start` where the file's index allows it."""
-    with Library(FFmpegError), _container(file) as container:
+    with _container(file) as container:
         stream = _stream(container)
         decoder = _decoder(stream)
         named = stream.codec_context  # until its decoder overwrites it
@@ -92,7 +81,7 @@ def decode(file: Content, start: float) -> Shots:
         if landed.begin <= origin + start + GRACE:
             for shot in chain([landed], frames):
                 shot = shot._replace(begin=shot.begin - origin)
-                yield in_hundredths(shot) if is_gif else shot
+                yield shot.in_hundredths() if is_gif else shot
             return
     yield from decode(file, 0.0)  # the index was wrong
 
@@ -104,17 +93,14 @@ def _container(file: Content) -> Iterator[InputContainer]:
     try:
         container = av.open(file, "r", container_options=options, **_TITLES)
     except FFmpegError as error:
-        raise VideoError("no readable video or picture", _refusal(file, error)) from error
+        file.seek(0)
+        begin = file.read(24).decode(errors="backslashreplace")
+        got = f"it begins with {begin!r}, expected a video such as mp4 or webm, or a picture such as png or jpg"
+        if not isinstance(error, ArgumentError):  # which FFmpeg calls files of another kind, such as texts
+            got = f"{error.strerror}; {got}"
+        raise VideoError("no readable video or picture", got) from error
     with container:
         yield container
-
-
-def _refusal(file: Content, error: FFmpegError) -> str:
-    """Say what was got, since FFmpeg calls a file of another kind, such as a text, an invalid argument."""
-    file.seek(0)
-    begin = file.read(24).decode(errors="backslashreplace")
-    why = "" if isinstance(error, ArgumentError) else f"{error.strerror}; "
-    return f"{why}it begins with {begin!r}, expected a video such as mp4 or webm, or a picture such as png or jpg"
 
 
 def _stream(container: InputContainer) -> VideoStream:
@@ -191,7 +177,7 @@ def _frames(source: _Source) -> Generator[av.VideoFrame, None, None]:
 
 
 def _deinterlaced(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """Frames as they are until one is interlaced, from there on through a filter that changes only such ones."""
+    """Frames, from the first interlaced one on through a filter that changes only such ones."""
     graph: av.filter.Graph | None = None
     for frame in frames:
         if graph is None and frame.interlaced_frame:
@@ -226,7 +212,7 @@ def _pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
 
 
 def _display_matrix(frame: av.VideoFrame) -> list[int]:
-    """Where a step to the right and a step down lead (x, y, _, x, y), which is how telephones say they were turned."""
+    """Ends of a step to the right and a step down (x, y, _, x, y): how a telephone was turned."""
     # a frame that is asked for its side data refers to itself, and stays in memory for long: a tiny copy is asked
     scaler = VideoReformatter()
     copy = scaler.reformat(frame, width=2, height=2, format="gray", interpolation=Interpolation.POINT, threads=1)
@@ -242,8 +228,7 @@ def _see(
     scaler: VideoReformatter, coding: Coding, aspect: float, matrix: list[int], frame: av.VideoFrame, view: View
 ) -> Seen:
     """An upright frame through a view; `aspect` is the width of a stored pixel over its height."""
-    with Library(FFmpegError):
-        image, aspect = _image(scaler, coding, aspect, frame, view)
+    image, aspect = _image(scaler, coding, aspect, frame, view)
     across, turned_down, _, turned_across, down = matrix
     if turns := abs(turned_down) > abs(across):
         image, across, down = image.transpose(Image.Transpose.TRANSPOSE), turned_across, turned_down
@@ -290,10 +275,10 @@ _BICUBIC = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.
 
 
 def _reduced(stored: tuple[int, int], aspect: float, view: View) -> tuple[int, int]:
-    """The size that an opaque frame is converted at: that in its view if it is smaller, which saves most work."""
+    """Size of an opaque frame's conversion: that in its view if it is smaller, which saves most work."""
     if view.size is None:
         return stored
-    width, height = fitted_size(stored[0] * aspect, stored[1], view)
+    width, height = view.fitted(stored[0] * aspect, stored[1])
     return (width, height) if width <= stored[0] and height <= stored[1] else stored
 
 

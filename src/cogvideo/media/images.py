@@ -19,32 +19,28 @@ from PIL.TiffImagePlugin import TiffImageFile
 from cogvideo.config import require
 from cogvideo.files import replacing_by_name
 from cogvideo.media.colors import UNKNOWN, Coding, to_srgb
-from cogvideo.media.shots import Content, Library, Seen, Shot, Shots, VideoError, View, fitted_size, in_hundredths
+from cogvideo.media.shots import Content, Seen, Shot, Shots, VideoError, View
 
+_LABEL_HEIGHT = 14
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "AVIF")
-"""Pillow's readers that are used; that of JPEG reads MPO, whose first picture counts."""
+"""Readers of Pillow that are used; that of JPEG reads MPO, whose first picture counts."""
 OPAQUE = 250
 """Alpha from which a pixel counts as opaque: lossy codecs store 255 a little lower."""
 LEAST_TRANSPARENT = 0.01
 """Share of a picture's pixels through which its background must show to be worth a word."""
 _SUBFILE = 254
-"""Tag of TIFF that tells what else a page is than the picture."""
+"""Tag of TIFF for the kind of a page."""
 
 
-def read_pictures(file: Content) -> Shots:
-    """A still image, or an animation."""
+def read_pictures(file: Content) -> Shots | None:
+    """A still image, or an animation; None if Pillow does not know the file."""
     file.seek(0)
     coding = _coding(file.read(2**16))
     file.seek(0)
-    with Library(), _opened(file) as image:
-        yield from _animation(image, coding)
-
-
-def _opened(file: Content) -> Image.Image:
     try:
-        return Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise VideoError("cannot be decoded", "its first bytes are those of a picture, but no more of it") from error
+        return _animation(Image.open(file, formats=FORMATS), coding)
+    except UnidentifiedImageError:
+        return None
 
 
 def _animation(image: Image.Image, coding: Coding) -> Shots:
@@ -59,16 +55,12 @@ def _animation(image: Image.Image, coding: Coding) -> Shots:
         if num_frames > 1 and duration <= 0.01:
             duration = 0.1  # as browsers do
         shot = Shot(begin, duration, partial(look, upright(image, coding)))
-        yield in_hundredths(shot) if num_frames > 1 and round(1000 * begin) % 10 == 0 else shot
+        yield shot.in_hundredths() if num_frames > 1 and round(1000 * begin) % 10 == 0 else shot
         begin += duration
 
 
 def _check_pages(image: TiffImageFile) -> None:
-    """Refuse what is only a thumbnail, as in raw photos, and documents; small copies and masks behind may be left.
-
-    Raises:
-        VideoError: the first page is not the picture.
-    """
+    """Refuse thumbnails, as in raw photos, and documents; small copies and masks may follow the picture."""
     copy, mask = 1, 4  # of NewSubfileType
     if image.tag_v2.get(_SUBFILE, 0) & copy:
         raise VideoError("raw photo", "its first picture is a thumbnail: convert it to JPEG or PNG")
@@ -80,7 +72,7 @@ def _check_pages(image: TiffImageFile) -> None:
 
 
 def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
-    """A picture that a caller gives, as it is meant to be seen.
+    """A picture of a caller, as it is meant to be seen.
 
     Raises:
         ValueError: it is neither an image of Pillow nor an array of red, green and blue.
@@ -99,7 +91,7 @@ def upright(image: Image.Image, coding: Coding = UNKNOWN) -> Image.Image:
     """The picture as it is meant to be seen: turned as its EXIF data says, in sRGB of 8 bits, mode RGB or RGBA.
 
     Raises:
-        ValueError: it has floating-point pixels, which say nothing of what is white.
+        ValueError: it has floating-point pixels, for which white is unknown.
     """
     profile = image.info.get("icc_profile")
     image = _eight_bits(ImageOps.exif_transpose(image))
@@ -110,17 +102,17 @@ def upright(image: Image.Image, coding: Coding = UNKNOWN) -> Image.Image:
         pixels = np.asarray(image.convert("RGB")).astype(np.uint16) * 257
         image = Image.fromarray(to_srgb(pixels, coding))
     else:
-        image = _in_srgb(image, profile) if profile else image.convert("RGB")
+        image = _in_srgb(image, profile)
     if alpha is not None:
         image.putalpha(alpha)
     return image
 
 
-def _in_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Colors by the picture's profile; one that is damaged, or made for another mode, is ignored as browsers do."""
     try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
-        if not ImageCms.getProfileDescription(source).startswith("sRGB"):
+        source = ImageCms.ImageCmsProfile(BytesIO(profile)) if profile else None
+        if source is not None and not ImageCms.getProfileDescription(source).startswith("sRGB"):
             target = ImageCms.createProfile("sRGB")
             return cast(Image.Image, ImageCms.profileToProfile(image, source, target, outputMode="RGB"))
     except (ImageCms.PyCMSError, OSError):
@@ -158,25 +150,21 @@ def look(image: Image.Image, view: View, pixel_aspect: float = 1.0) -> Seen:
     """
     has_alpha = image.mode == "RGBA" and _shows_through(image.getchannel("A"), view)
     if image.mode == "RGBA":
-        image = _on_background(image, view.background)
+        canvas = Image.new("RGBA", image.size, (*view.background, 255))
+        canvas.alpha_composite(image)
+        image = canvas.convert("RGB")
     if view.size is not None:
         image = _fitted(image, view.size, view, pixel_aspect)
     return Seen(np.ascontiguousarray(np.asarray(image)[..., :3]), has_alpha)
 
 
 def _shows_through(alpha: Image.Image, view: View) -> bool:
-    """Whether enough of what is kept of the picture is transparent for one to speak of its background."""
+    """True if enough of the visible part is transparent for a caption to name the background."""
     if view.size is not None and view.fit == "crop":
         side = min(alpha.size)
         left, top = (alpha.width - side) // 2, (alpha.height - side) // 2
         alpha = alpha.crop((left, top, left + side, top + side))
     return float((np.asarray(alpha) < OPAQUE).mean()) >= LEAST_TRANSPARENT
-
-
-def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    canvas = Image.new("RGBA", image.size, (*background, 255))
-    canvas.alpha_composite(image)
-    return canvas.convert("RGB")
 
 
 def _fitted(image: Image.Image, size: int, view: View, pixel_aspect: float) -> Image.Image:
@@ -188,7 +176,7 @@ def _fitted(image: Image.Image, size: int, view: View, pixel_aspect: float) -> I
         if across == down == size and left % 1 == top % 1 == 0:
             return image.crop((int(left), int(top), int(left) + size, int(top) + size))
         return image.resize((size, size), _BICUBIC, (left, top, left + across, top + down), reducing_gap=3.0)
-    inner = fitted_size(width, height, view)
+    inner = view.fitted(width, height)
     canvas = Image.new(image.mode, (size, size), (*view.background, 255)[: len(image.getbands())])
     canvas.paste(image.resize(inner, _BICUBIC, reducing_gap=3.0), ((size - inner[0]) // 2, (size - inner[1]) // 2))
     return canvas
@@ -250,7 +238,7 @@ def contact_sheet(
     labels: Sequence[str] | None = None,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Clips as one picture: a row each, of evenly chosen frames from the first to the last.
+    """Clips as one picture: a row of evenly chosen frames each, from the first to the last.
 
     Args:
         rows: clips (frames, height, width, 3); their lengths and sizes may differ, frames keep theirs.
@@ -260,33 +248,22 @@ def contact_sheet(
         background: red, green and blue of gaps.
 
     Raises:
-        ValueError: no rows, no columns, or another number of labels than rows.
+        ValueError: no rows, no columns, no frames, or another number of labels than rows.
     """
-    require(
-        len(rows) > 0 and columns > 0, f"got {len(rows)} clips and {columns} columns, expected at least one of each"
-    )
+    got = f"got {len(rows)} clips and {columns} columns"
+    require(len(rows) > 0 and columns > 0, f"{got}, expected at least one of each")
     require(all(len(clip) > 0 for clip in rows), "a clip has no frames, expected at least one")
-    require(
-        labels is None or len(labels) == len(rows),
-        f"got {len(labels or ())} labels, expected one for each of {len(rows)} clips",
-    )
+    names = [""] * len(rows) if labels is None else labels
+    require(len(names) == len(rows), f"got {len(names)} labels, expected one for each of {len(rows)} clips")
     cell_width = max(clip.shape[2] for clip in rows)
     heights = [clip.shape[1] + (_LABEL_HEIGHT if labels else 0) for clip in rows]
     size = columns * (cell_width + gap) - gap, sum(heights) + gap * (len(rows) - 1)
     sheet, top = Image.new("RGB", size, background), 0
-    for number, clip in enumerate(rows):
-        if labels:
-            _write_label(sheet, labels[number], top, background)
-        for column, frame in enumerate(clip[evenly(len(clip), columns)]):
-            below = top + heights[number] - clip.shape[1]
-            sheet.paste(Image.fromarray(frame), (column * (cell_width + gap), below))
-        top += heights[number] + gap
-    return np.array(sheet)
-
-
-_LABEL_HEIGHT = 14
-
-
-def _write_label(sheet: Image.Image, text: str, top: int, background: tuple[int, int, int]) -> None:
     ink = (0, 0, 0) if sum(background) > 384 else (255, 255, 255)
-    ImageDraw.Draw(sheet).text((1, top + 1), text, fill=ink, font=ImageFont.load_default(10))
+    for clip, height, text in zip(rows, heights, names, strict=True):
+        if text:
+            ImageDraw.Draw(sheet).text((1, top + 1), text, fill=ink, font=ImageFont.load_default(10))
+        for column, frame in enumerate(clip[evenly(len(clip), columns)]):
+            sheet.paste(Image.fromarray(frame), (column * (cell_width + gap), top + height - clip.shape[1]))
+        top += height + gap
+    return np.array(sheet)

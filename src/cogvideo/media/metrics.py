@@ -1,4 +1,4 @@
-"""How near frames are to others, and how evenly codes are used: pure functions."""
+"""Likeness of frames, and usage of codes: pure functions."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def ssim(
 
 
 def count_codes(codes: Int64[Tensor, "*positions"], num_codes: int) -> Int64[Tensor, " codes"]:
-    """How often each code occurs."""
+    """Occurrences of each code."""
     return codes.flatten().bincount(minlength=num_codes)
 
 
@@ -67,7 +67,7 @@ def perplexity(counts: Int64[Tensor, " codes"]) -> float:
 
 
 def _wide(frames: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-    """In float32 at least: differences of half precision are too coarse."""
+    """The frames in float32 at least: differences of half precision are too coarse."""
     return frames.to(torch.promote_types(frames.dtype, torch.float32))
 
 

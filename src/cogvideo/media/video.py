@@ -1,15 +1,15 @@
 """Video files as pixels and back: frames at a rate and a size, whatever the file's own rate, size, rotation and format.
 
 Time is read from timestamps, never counted. Only the frames that are kept are converted to pixels, one at a time.
-PyAV decodes; Pillow reads what PyAV cannot: animated WebP and PNG, still images. Both are imported where needed.
+Pillow reads animated WebP and PNG and still images, PyAV everything else. Both are imported where needed.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,41 +19,29 @@ from jaxtyping import UInt8
 
 from cogvideo.config import require
 from cogvideo.files import replacing_by_name
-from cogvideo.media.shots import GRACE, Content, Naming, Seen, Shot, Shots, VideoError, View
-
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "MAX_FPS",
-    "VIDEO_SUFFIXES",
-    "Video",
-    "VideoError",
-    "check_rate",
-    "read_video",
-    "write_video",
-]
+from cogvideo.media.shots import GRACE, Content, Naming, Seen, Shot, Shots, View
+from cogvideo.media.shots import VideoError as VideoError
 
 MIN_FPS, MAX_FPS = 0.01, 500
 """Frames a second that files can be written with; any rate up to the second can be read."""
 
 STILL = 10.0
-"""Seconds by which a frame may outlast what the file says of it, without a word."""
+"""Seconds by which a frame may outlast its duration in the file without a warning."""
 
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp")
 )
-"""Files that may move. What a file is, its content decides; the suffixes say what to look for in a folder."""
+"""Files that may move. Suffixes say what to look for in a folder; a file is read by its content."""
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif"))
 """Still images, read as one frame (an animated PNG as all of its frames)."""
 
 
 class Video(NamedTuple):
-    """The frames that were asked for."""
+    """Red, green and blue of frames, and whether the background shows through somewhere."""
 
     frames: UInt8[np.ndarray, "frames height width 3"]
-    """Red, green and blue."""
     has_alpha: bool
-    """Whether the background shows through somewhere."""
 
 
 def read_video(
@@ -68,7 +56,7 @@ def read_video(
     loop_to: float = 0.0,
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Video:
-    """The frames of a file at a rate of our choice.
+    """Frames of a file at a given rate.
 
     Frame k is what is on screen `start + k / fps` seconds after the first frame: the last one whose timestamp is not
     later. k runs as long as that time lies before `end` and the end of the last frame.
@@ -82,14 +70,16 @@ def read_video(
         end: seconds after the first frame; None for the end of the file.
         max_frames: nothing is read beyond that many frames.
         loop_to: length in seconds to which shorter clips are repeated.
-        background: red, green and blue behind transparent pixels and in bars.
+        background: red, green and blue under transparent pixels and in bars.
 
     Raises:
         VideoError: the file cannot be read, or does not have the part that was asked for.
         ValueError: a setting is refused.
     """
     view = View(size, fit, background)
-    _check(fps, max_frames, loop_to)
+    require(0 < fps <= MAX_FPS, f"fps is {fps}, expected a number of frames a second in (0, {MAX_FPS}]")
+    require(max_frames is None or max_frames > 0, f"max_frames is {max_frames}, expected a positive number")
+    require(0 <= loop_to < math.inf, f"loop_to is {loop_to}, expected 0 or more seconds")
     limit = sys.maxsize if max_frames is None else max_frames
     part = (math.inf if end is None else end) - start
     wanted = min(limit, _num_frames(part, fps))
@@ -104,44 +94,31 @@ def read_video(
         missing = range(len(seen), min(limit, _num_frames(loop_to, fps)))
         if missing:
             seen += _look_again(shots(), [number / fps for number in missing], start, length, view)
-        return _video(seen)
-
-
-def _check(fps: float, max_frames: int | None, loop_to: float) -> None:
-    require(0 < fps <= MAX_FPS, f"fps is {fps}, expected a number of frames a second in (0, {MAX_FPS}]")
-    require(max_frames is None or max_frames > 0, f"max_frames is {max_frames}, expected a positive number")
-    require(0 <= loop_to < math.inf, f"loop_to is {loop_to}, expected 0 or more seconds")
+        if len({each.pixels.shape for each in seen}) > 1:
+            raise VideoError("changes its size", "give one size to get frames of it")
+        return Video(np.stack([each.pixels for each in seen]), any(each.has_alpha for each in seen))
 
 
 def _num_frames(seconds: float, fps: float) -> int:
-    """Frames whose time lies before the end of a clip of that length; none where it is no number."""
+    """Frames before the end of a clip of that length; none where it is not a number."""
     if not seconds > GRACE:
         return 0
     return sys.maxsize if seconds == math.inf else math.ceil((seconds - GRACE) * fps)
 
 
-@contextmanager
-def _opened(file: Path | Content) -> Iterator[Content]:
-    """The file, open.
-
-    Raises:
-        VideoError: it is a folder, a pipe, or else no file.
-        OSError: it cannot be opened.
-    """
+def _opened(file: Path | Content) -> AbstractContextManager[Content]:
     if not isinstance(file, Path):
-        yield file
-        return
+        return nullcontext(file)
     if file.exists() and not file.is_file():
         raise VideoError("not a file")
-    with file.open("rb") as content:
-        yield content
+    return file.open("rb")
 
 
 def _read_shots(file: Content, start: float, unknown: float) -> Shots:
     """All shots from the one on screen at `start` seconds, times from the first of the file, each with its end.
 
     A shot lasts until the next one appears, the last as long as the file says, or else as long as the one before; where
-    nothing is known it lasts `unknown` seconds. The first that lasts much longer than the file says is told of.
+    nothing is known it lasts `unknown` seconds. The first that lasts much longer than the file says is reported.
     """
     file.seek(0)
     head = file.read(4096)
@@ -151,11 +128,13 @@ def _read_shots(file: Content, start: float, unknown: float) -> Shots:
         raise VideoError("is cut short", "bytes are missing at its end")
     held: Shot | None = None
     has_told = False
-    for shot in _decoded(file, head, start):
+    for shot in _decoded(file, start):
         if held is not None:
             begin = max(held.begin, shot.begin)
             if begin > held.begin + held.duration + STILL and not has_told:
-                _tell_of_jump(file, held.begin, begin)
+                name = getattr(file, "name", "a video in an archive")
+                told = f"its times jump from {held.begin:.3f} to {begin:.3f} seconds: one frame is held till then"
+                print(f"{name}: {told}", file=sys.stderr)
                 has_told = True
             unknown = begin - held.begin or unknown
             yield held._replace(duration=begin - held.begin)
@@ -166,32 +145,20 @@ def _read_shots(file: Content, start: float, unknown: float) -> Shots:
     yield held._replace(duration=held.duration or unknown)
 
 
-def _tell_of_jump(file: Content, here: float, there: float) -> None:
-    name = getattr(file, "name", "a video in an archive")
-    told = f"its times jump from {here:.3f} to {there:.3f} seconds: one frame is held till then"
-    print(f"{name}: {told}", file=sys.stderr)
+def _decoded(file: Content, start: float) -> Shots:
+    """Frames by Pillow where it knows the file, else by FFmpeg."""
+    from cogvideo.media.images import read_pictures
 
+    shots = read_pictures(file)
+    if shots is None:
+        from cogvideo.media.ffmpeg import decode
 
-def _decoded(file: Content, head: bytes, start: float) -> Shots:
-    """The frames as Pillow or FFmpeg gives them."""
-    if _is_picture(head):
-        from cogvideo.media.images import read_pictures
-
-        return read_pictures(file)
-    from cogvideo.media.ffmpeg import decode
-
-    return decode(file, start)
-
-
-def _is_picture(head: bytes) -> bool:
-    """Whether the file is Pillow's: still images, WebP, PNG, AVIF."""
-    images = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-    brands = head[8 : int.from_bytes(head[:4])] if head[4:8] == b"ftyp" else b""
-    return head.startswith(images) or head[8:12] == b"WEBP" or b"avif" in brands or b"avis" in brands
+        shots = decode(file, start)
+    return shots
 
 
 def _is_cut(file: Content, head: bytes) -> bool:
-    """Whether bytes are missing at the end, in the formats where decoders do not notice."""
+    """True if bytes are missing at the end, in the formats where decoders do not notice."""
     size = file.seek(0, 2)
     if head.startswith(b"RIFF"):  # AVI, WebP; one byte of padding may be left out, all ones are a recorded stream
         return size + 1 < 8 + int.from_bytes(head[4:8], "little") < 8 + 0xFFFFFFFF
@@ -208,7 +175,7 @@ def _is_cut(file: Content, head: bytes) -> bool:
 
 
 def _is_cut_gif(content: bytes) -> bool:
-    """Whether a GIF ends inside of a block. Its trailer may be missing, and anything may follow it."""
+    """True if a GIF ends inside of a block. Its trailer may be missing, and anything may follow it."""
     place = 13 + _palette_bytes(content[10:11])
     while content[place : place + 1] in (b"\x21", b"\x2c"):  # an extension, a picture
         if content[place] == 0x21:
@@ -226,14 +193,8 @@ def _palette_bytes(flags: bytes) -> int:
     return 3 << (flags[0] & 7) + 1 if flags and flags[0] & 0x80 else 0
 
 
-def _video(seen: list[Seen]) -> Video:
-    if len({each.pixels.shape for each in seen}) > 1:
-        raise VideoError("changes its size", "frames of one size are had by giving one")
-    return Video(np.stack([each.pixels for each in seen]), any(each.has_alpha for each in seen))
-
-
 def _look_at(shots: Shots, times: Iterable[float], view: View) -> tuple[list[Seen], float]:
-    """What is on screen at ascending times, as far as the clip goes, and the end of the last shot that was read."""
+    """Pictures on screen at ascending times, as far as the clip goes, and the end of the last shot that was read."""
     seen: list[Seen] = []
     awaited, end = iter(times), 0.0
     time = next(awaited, None)
@@ -273,8 +234,7 @@ def write_video(
         path: what to write; it appears when it is complete.
         frames: red, green and blue.
         fps: frames a second; at most 50 in a GIF, whose unit is 10 ms.
-        metadata: names and texts that are stored with it; a `.gif` and a `.webp` (EXIF image description) have only a
-            `comment`.
+        metadata: names and texts to store; a `.gif` and a `.webp` (EXIF image description) have only a `comment`.
 
     Raises:
         ValueError: another suffix, no frames, or a rate that the format does not have.
@@ -283,8 +243,8 @@ def write_video(
     suffix, suffixes = path.suffix.lower(), (".mp4", ".gif", ".webp")
     require(suffix in suffixes, f"cannot write {path}: expected one of the suffixes {', '.join(suffixes)}")
     check_rate(suffix, fps)
-    kept = suffix == ".mp4" or not metadata or set(metadata) == {"comment"}
-    require(kept, f"cannot write the metadata {sorted(metadata or ())} to {path}: expected a comment alone, or an .mp4")
+    fits = suffix == ".mp4" or not metadata or set(metadata) == {"comment"}
+    require(fits, f"cannot write the metadata {sorted(metadata or ())} to {path}: expected a comment alone, or an .mp4")
     require(frames.size > 0, f"cannot write {path}: there are no frames")
     with replacing_by_name(path) as temporary:
         if suffix == ".mp4":
