@@ -9,7 +9,7 @@ the motion do (they are rounded once more), between machines.
 from cogvideo.world.captions import captions
 from cogvideo.world.figures import COLORS, SHADINGS
 from cogvideo.world.places import PLACES
-from cogvideo.world.rendering import MIN_SIZE, SECONDS, phases, render
+from cogvideo.world.rendering import MIN_SIZE, SECONDS, render
 from cogvideo.world.scenes import (
     ACTS,
     DOMAINS,
@@ -39,7 +39,6 @@ __all__ = [
     "attributes",
     "captions",
     "is_held_out",
-    "phases",
     "render",
     "scene",
     "scenes",

@@ -147,7 +147,7 @@ CLAUSES: dict[str, tuple[str, ...]] = {
         "goes round and round {other}[ {end}]",
     ),
 }
-"""What happens, by action. Brackets hold what only some captions say."""
+"""Clauses of each action. Brackets hold parts that only some captions have."""
 
 LIKE = {"up": "like a bubble", "down": "like a leaf"}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}

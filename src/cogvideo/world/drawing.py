@@ -136,18 +136,14 @@ class Boxes(NamedTuple):
     """Equal rectangles of pixels, one in each of some frames; they may reach beyond the frame."""
 
     numbers: tuple[int, ...]
-    """Which frames."""
+    """Numbers of the frames."""
     tops: tuple[int, ...]
-    """First row in each."""
     lefts: tuple[int, ...]
-    """First column in each."""
     height: int
-    """Rows."""
     width: int
-    """Columns."""
 
     def gather(self, frames: np.ndarray) -> np.ndarray:
-        """What the boxes hold, (boxes, height, width, ...), and zeros beyond the frame; one frame serves all boxes."""
+        """Content of the boxes, (boxes, height, width, ...), zero beyond the frame; one frame serves all boxes."""
         shape = (len(self.numbers), self.height, self.width, *frames.shape[3:])
         patches = np.zeros(shape, frames.dtype)
         for patch, number, (there, here) in zip(patches, self.numbers, self._slices(frames), strict=True):
@@ -160,7 +156,7 @@ class Boxes(NamedTuple):
             frames[number][there] = patch[here]
 
     def _slices(self, frames: np.ndarray) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-        """Of each box, the part inside the frame: in the frame and in the patch."""
+        """Part of each box inside the frame: in the frame and in the patch."""
         rows, columns = frames.shape[1:3]
         for top, left in zip(self.tops, self.lefts, strict=True):
             above, before = max(top, 0), max(left, 0)
@@ -181,8 +177,7 @@ def boxes(
 ) -> Iterator[tuple[slice, Boxes]]:
     """Boxes around places (x, y) in the frames `numbers`, with half sides `width` and `height`, a few at a time.
 
-    Yields:
-        Which of the places, and their boxes.
+    Yields: the places as a slice, and their boxes.
     """
     rows, columns = (2 * (int(np.ceil(half * size / 2)) + 1) for half in (height, width))
     tops = np.floor((1 - y) * size / 2).astype(int) - rows // 2

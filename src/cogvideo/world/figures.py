@@ -1,4 +1,4 @@
-"""How the World's figures look: each paints itself into [-1, 1], looking to the right and standing at -0.95."""
+"""Figures of the World: each paints itself into [-1, 1], looking to the right and standing at -0.95."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cogvideo.world.drawing import Brush, Color, Plane, box, disc, ellipse, polygon, segment, star
+from cogvideo.world.drawing import Brush, Color, Plane, disc, ellipse, polygon, segment
+from cogvideo.world.drawing import box as rectangle
+from cogvideo.world.drawing import star as five_points
 
 COLORS: dict[str, Color] = {
     "red": (224, 52, 48),
@@ -31,6 +33,9 @@ CREAM: Color = (250, 238, 214)
 GLASS: Color = (196, 230, 250)
 
 
+Figure = Callable[[Brush, Plane, Plane, Color], None]
+
+
 def toward(color: Color, goal: float, part: float) -> Color:
     """A color on its way to black (`goal` 0) or white (255)."""
     red, green, blue = (value + part * (goal - value) for value in color)
@@ -38,12 +43,12 @@ def toward(color: Color, goal: float, part: float) -> Color:
 
 
 def darker(color: Color) -> Color:
-    """For second parts of a figure; black, which cannot be darker, gets lighter."""
+    """The color of second parts of a figure; black, which cannot be darker, gets lighter."""
     return toward(color, 255, 0.22) if sum(color) < 240 else toward(color, 0, 0.25)
 
 
 def lighter(color: Color) -> Color:
-    """For marks on a figure; white gets darker."""
+    """The color of marks on a figure; white gets darker."""
     return toward(color, 0, 0.14) if sum(color) > 720 else toward(color, 255, 0.55)
 
 
@@ -53,69 +58,61 @@ def _eyes(brush: Brush, x: float, y: float, apart: float, main: Color) -> None:
     brush.fill(disc(np.abs(brush.x - x) - apart, brush.y - y, 0.1), ink)
 
 
-def ball(brush: Brush, main: Color) -> None:
-    """With a light band, so that one sees it roll."""
-    whole = disc(brush.x, brush.y, 0.95)
+def ball(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
+    """A ball with a light band, so that one sees it roll."""
+    whole = disc(x, y, 0.95)
     brush.fill(whole, main)
-    brush.fill(np.maximum(whole + 0.02, np.abs(brush.y) - 0.2), lighter(main))
+    brush.fill(np.maximum(whole + 0.02, np.abs(y) - 0.2), lighter(main))
 
 
-def cube(brush: Brush, main: Color) -> None:
-    """A parcel with a lid and a ribbon."""
-    brush.fill(box(brush.x, brush.y + 0.15, 0.8, 0.8, 0.12), main)
-    brush.fill(box(brush.x, brush.y - 0.5, 0.92, 0.24, 0.1), darker(main))
-    brush.fill(box(brush.x, brush.y + 0.1, 0.16, 0.84), lighter(main))
-    bow = ellipse(np.abs(brush.x) - 0.22, brush.y - 0.84, 0.22, 0.14)
+def box(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
+    brush.fill(rectangle(x, y + 0.15, 0.8, 0.8, 0.12), main)
+    brush.fill(rectangle(x, y - 0.5, 0.92, 0.24, 0.1), darker(main))
+    brush.fill(rectangle(x, y + 0.1, 0.16, 0.84), lighter(main))
+    bow = ellipse(np.abs(x) - 0.22, y - 0.84, 0.22, 0.14)
     brush.fill(bow, lighter(main))
 
 
-def five_points(brush: Brush, main: Color) -> None:
-    """A star with a face."""
-    brush.fill(star(brush.x, brush.y + 0.05, 1.02, 0.5) - 0.1, main)
+def star(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
+    brush.fill(five_points(x, y + 0.05, 1.02, 0.5) - 0.1, main)
     _eyes(brush, 0.08, 0.02, 0.2, main)
 
 
-def heart(brush: Brush, main: Color) -> None:
-    """Two discs and a corner."""
-    x = np.abs(brush.x)
-    lobe = disc(x - 0.44, brush.y - 0.32, 0.53)
-    tip = polygon(x, brush.y, (-0.4, 0.3), (0.0, 0.72), (0.44, 0.85), (0.83, -0.04), (0.0, -0.98), (-0.3, -0.7))
+def heart(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
+    x = np.abs(x)
+    lobe = disc(x - 0.44, y - 0.32, 0.53)
+    tip = polygon(x, y, (-0.4, 0.3), (0.0, 0.72), (0.44, 0.85), (0.83, -0.04), (0.0, -0.98), (-0.3, -0.7))
     brush.fill(np.minimum(lobe, tip), main)
 
 
-def pyramid(brush: Brush, main: Color) -> None:
-    """With a face in the light and one in the shade."""
-    x, y = brush.x, brush.y
+def pyramid(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
     whole = np.maximum(polygon(x, y, (-0.98, -0.92), (0.0, 0.94), (0.98, -0.92)), y - 0.88)
     whole -= 0.04
     brush.fill(whole, main)
     brush.fill(np.maximum(whole, 0.3 - x - (y + 0.95) * 0.16), darker(main))
 
 
-def ring(brush: Brush, main: Color) -> None:
-    """With four light marks, so that one sees it roll."""
-    around = np.abs(disc(brush.x, brush.y, 0.7)) - 0.26
+def ring(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
+    """A ring with four light marks, so that one sees it roll."""
+    around = np.abs(disc(x, y, 0.7)) - 0.26
     brush.fill(around, main)
-    marks = np.minimum(np.abs(brush.x + brush.y), np.abs(brush.x - brush.y)) - 0.16
+    marks = np.minimum(np.abs(x + y), np.abs(x - y)) - 0.16
     brush.fill(np.maximum(around + 0.03, marks), lighter(main))
 
 
-def flower(brush: Brush, main: Color) -> None:
-    """Six petals on a stem with two leaves."""
+def flower(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
     green: Color = (58, 140, 60)
-    x, y = np.abs(brush.x), brush.y - 0.22
-    brush.fill(box(brush.x, brush.y + 0.5, 0.08, 0.46), green)
-    brush.fill(ellipse(x - 0.3, brush.y + 0.76 - x * 0.4, 0.3, 0.14), green)
-    y = np.abs(y)
+    brush.fill(rectangle(x, y + 0.5, 0.08, 0.46), green)
+    x = np.abs(x)
+    brush.fill(ellipse(x - 0.3, y + 0.76 - x * 0.4, 0.3, 0.14), green)
+    y = np.abs(y - 0.22)
     petals = np.minimum(disc(x - 0.46, y, 0.33), disc(x - 0.23, y - 0.4, 0.33))
     brush.fill(petals, main)
     heart_color: Color = CREAM if COLORS["yellow"] == main else (255, 208, 64)
     brush.fill(disc(x, y, 0.27), heart_color)
 
 
-def fish(brush: Brush, main: Color) -> None:
-    """With a tail, a fin and an eye."""
-    x, y = brush.x, brush.y
+def fish(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
     tail = polygon(x, np.abs(y), (-0.84, 0.0), (-1.06, 0.54), (-0.94, 0.62), (-0.3, 0.0))
     brush.fill(tail - 0.04, darker(main))
     brush.fill(polygon(x, y, (-0.35, 0.4), (-0.15, 0.85), (0.35, 0.45)) - 0.04, darker(main))
@@ -126,9 +123,7 @@ def fish(brush: Brush, main: Color) -> None:
     brush.fill(disc(x - 0.62, y - 0.14, 0.1), INK)
 
 
-def bird(brush: Brush, main: Color) -> None:
-    """A chick-like bird with beak, wing and tail."""
-    x, y = brush.x, brush.y
+def bird(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
     brush.fill(segment(np.abs(x + 0.05), y, (0.2, -0.6), (0.2, -0.9), 0.06), (214, 120, 30))
     brush.fill(polygon(x, y, (-1.05, 0.2), (-0.95, 0.4), (-0.4, 0.1), (-0.5, -0.3)) - 0.04, darker(main))
     brush.fill(polygon(x, y, (0.75, 0.12), (0.7, 0.5), (1.1, 0.28)) - 0.03, (246, 158, 40))
@@ -139,31 +134,25 @@ def bird(brush: Brush, main: Color) -> None:
     brush.fill(disc(x - 0.54, y - 0.42, 0.095), INK)
 
 
-def car(brush: Brush, main: Color) -> None:
-    """With windows, wheels and a lamp."""
-    x, y = brush.x, brush.y
-    brush.fill(box(x + 0.1, y - 0.22, 0.6, 0.42, 0.26), main)
-    brush.fill(box(x, y + 0.28, 1.05, 0.38, 0.2), main)
-    brush.fill(box(np.abs(x + 0.1) - 0.26, y - 0.24, 0.2, 0.22, 0.08), GLASS)
+def car(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
+    brush.fill(rectangle(x + 0.1, y - 0.22, 0.6, 0.42, 0.26), main)
+    brush.fill(rectangle(x, y + 0.28, 1.05, 0.38, 0.2), main)
+    brush.fill(rectangle(np.abs(x + 0.1) - 0.26, y - 0.24, 0.2, 0.22, 0.08), GLASS)
     brush.fill(disc(x - 0.92, y + 0.2, 0.1), (255, 240, 150))
     wheel, high = np.abs(x) - 0.55, y + 0.65
     brush.fill(disc(wheel, high, 0.3), INK)
     brush.fill(disc(wheel, high, 0.13), (206, 206, 212))
 
 
-def balloon(brush: Brush, main: Color) -> None:
-    """With a knot and a piece of string."""
-    x, y = brush.x, brush.y
+def balloon(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
     brush.fill(segment(x, y, (0.0, -0.6), (0.07, -0.98), 0.035), INK)
     brush.fill(polygon(x, y, (-0.16, -0.74), (0.0, -0.5), (0.16, -0.74)), darker(main))
     taper = 1 + 0.16 * (0.2 - y)
     brush.fill(ellipse(x * taper, y - 0.2, 0.72, 0.82), main)
 
 
-def mushroom(brush: Brush, main: Color) -> None:
-    """A dotted cap on a light stem."""
-    x, y = brush.x, brush.y
-    brush.fill(box(x, y + 0.45, 0.36, 0.5, 0.16), CREAM)
+def mushroom(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
+    brush.fill(rectangle(x, y + 0.45, 0.36, 0.5, 0.16), CREAM)
     _eyes(brush, 0.06, -0.42, 0.15, CREAM)
     cap = np.maximum(ellipse(x, y + 0.1, 1.0, 1.0), -y - 0.08) - 0.03
     brush.fill(cap, main)
@@ -171,61 +160,39 @@ def mushroom(brush: Brush, main: Color) -> None:
     brush.fill(spots, lighter(main))
 
 
-def moon(brush: Brush, main: Color) -> None:
-    """A crescent with an eye."""
-    x, y = brush.x, brush.y
+def moon(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
     whole, bite = disc(x, y, 0.95), disc(x - 0.52, y - 0.16, 0.68)
     brush.fill(np.maximum(whole, -bite), main)
     brush.fill(disc(x + 0.5, y - 0.2, 0.1), CREAM if sum(main) < 240 else INK)
 
 
-def house(brush: Brush, main: Color) -> None:
-    """With a roof, a door and a window."""
-    x, y = brush.x, brush.y
-    brush.fill(box(x - 0.5, y - 0.6, 0.13, 0.3), darker(darker(main)))
-    brush.fill(box(x, y + 0.38, 0.72, 0.57, 0.04), main)
+def house(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
+    brush.fill(rectangle(x - 0.5, y - 0.6, 0.13, 0.3), darker(darker(main)))
+    brush.fill(rectangle(x, y + 0.38, 0.72, 0.57, 0.04), main)
     roof = polygon(x, y, (-0.98, 0.1), (0.0, 0.92), (0.98, 0.1)) - 0.05
     brush.fill(roof, darker(darker(main)))
-    brush.fill(box(x + 0.32, y + 0.6, 0.2, 0.35, 0.06), lighter(lighter(main)))
-    brush.fill(box(x - 0.32, y + 0.36, 0.2, 0.2, 0.04), GLASS)
+    brush.fill(rectangle(x + 0.32, y + 0.6, 0.2, 0.35, 0.06), lighter(lighter(main)))
+    brush.fill(rectangle(x - 0.32, y + 0.36, 0.2, 0.2, 0.04), GLASS)
 
 
-def tree(brush: Brush, main: Color) -> None:
-    """A round crown on a trunk."""
-    x, y = brush.x, brush.y
-    brush.fill(box(x, y + 0.55, 0.15, 0.4, 0.04), (96, 62, 42))
+def tree(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
+    brush.fill(rectangle(x, y + 0.55, 0.15, 0.4, 0.04), (96, 62, 42))
     sides = disc(np.abs(x) - 0.42, y + 0.02, 0.46)
     brush.fill(np.minimum(sides, disc(x, y - 0.42, 0.55)), main)
     leaves = np.minimum(disc(x + 0.25, y - 0.5, 0.13), disc(x - 0.32, y, 0.13))
     brush.fill(leaves, lighter(main))
 
 
-Figure = Callable[[Brush, Color], None]
-"""Paints something in a color."""
-
-FIGURES: dict[str, Figure] = {
-    "ball": ball,
-    "box": cube,
-    "star": five_points,
-    "heart": heart,
-    "pyramid": pyramid,
-    "ring": ring,
-    "flower": flower,
-    "fish": fish,
-    "bird": bird,
-    "car": car,
-    "balloon": balloon,
-    "mushroom": mushroom,
-    "moon": moon,
-    "house": house,
-    "tree": tree,
+FIGURES = {
+    each.__name__: each
+    for each in (ball, box, star, heart, pyramid, ring, flower, fish, bird, car, balloon, mushroom, moon, house, tree)
 }
-"""What paints which object."""
+"""Functions that paint an object in a color, by its name."""
 
 
-def shard(brush: Brush, main: Color) -> None:
+def shard(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
     """A piece of something that has burst."""
-    brush.fill(polygon(brush.x, brush.y, (-0.8, -0.6), (-0.2, 0.8), (0.9, -0.3)) - 0.1, main)
+    brush.fill(polygon(x, y, (-0.8, -0.6), (-0.2, 0.8), (0.9, -0.3)) - 0.1, main)
 
 
 def paint(brush: Brush, figure: Figure, color: Color, shading: str, x: Plane, y: Plane) -> None:
@@ -234,12 +201,11 @@ def paint(brush: Brush, figure: Figure, color: Color, shading: str, x: Plane, y:
     Args:
         brush: in the coordinates of the figure.
         figure: one of `FIGURES`, or `shard`.
-        color: of its main part.
+        color: color of its main part.
         shading: one of `SHADINGS`.
-        x: the coordinates before the figure was turned: light comes from above, whatever it does.
-        y: likewise.
+        x, y: coordinates before the figure was turned: light always comes from above.
     """
-    figure(brush, color)
+    figure(brush, brush.x, brush.y, color)
     if shading == "soft":
         slope = np.clip(0.30 - 0.24 * y + 0.10 * x, 0, 0.5)
         brush.tint(slope * slope * 1.2, (50, 20, 60))

@@ -1,4 +1,4 @@
-"""The World's actions: where things are at each moment, as pure functions of the phase, which runs from 0 to 1.
+"""Actions of the World: places of things at each moment, as pure functions of the phase, which runs from 0 to 1.
 
 The picture is [-1, 1] wide and high, y upwards. `way` is +1 for actions to the right (or clockwise, or up), -1 for left
 (counterclockwise, down): an action to the left is the mirror image of the one to the right.
@@ -7,7 +7,6 @@ The picture is [-1, 1] wide and high, y upwards. `way` is +1 for actions to the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,33 +23,41 @@ TOP = 1.15
 """Height that swinging things hang from, just above the picture."""
 
 
-@dataclass(frozen=True)
 class Track:
-    """How a figure moves."""
+    """The way of a figure; constants hold all the time.
 
-    x: Series
-    """Its middle, to the right."""
-    y: Series
-    """Its middle, upwards."""
-    angle: Series
-    """How far it is turned counterclockwise, in radians."""
-    scale: Series
-    """Its size as a multiple of its radius."""
-    stretch: Series
-    """Its height as a multiple of its own, and its width as one part of that: below 1 it is squashed."""
-    facing: Series
-    """+1 where it looks to the right, -1 to the left."""
+    Args:
+        phase: the moments.
+        x: its middle, to the right.
+        y: its middle, upwards.
+        angle: its turn counterclockwise, in radians.
+        scale: its size as a multiple of its radius.
+        stretch: its height as a multiple of its own, and the inverse for its width: below 1 it is squashed.
+        facing: +1 where it looks to the right, -1 to the left.
+    """
+
+    def __init__(
+        self,
+        phase: Series,
+        x: Series | float,
+        y: Series | float,
+        angle: Series | float = 0.0,
+        scale: Series | float = 1.0,
+        stretch: Series | float = 1.0,
+        facing: Series | float = 1.0,
+    ) -> None:
+        values = (x, y, angle, scale, stretch, facing)
+        series = (np.broadcast_to(np.asarray(value, float), phase.shape) for value in values)
+        self.x, self.y, self.angle, self.scale, self.stretch, self.facing = series
 
 
 class Play(NamedTuple):
-    """What happens in a clip."""
+    """Figures of a clip."""
 
     actor: Track
-    """The figure that acts."""
     other: Track | None = None
-    """The second figure."""
     pieces: tuple[Track, ...] = ()
-    """What is left of the actor after it has burst."""
+    """Pieces of the actor after it has burst."""
     hangs: bool = False
     """A string holds the actor from above."""
     low: bool = False
@@ -60,20 +67,18 @@ class Play(NamedTuple):
 
 
 class Cast(NamedTuple):
-    """What an action must know of the figures."""
+    """Facts about the figures that an action needs; radii are in units of the picture."""
 
     way: float
-    """+1 or -1, see above; for actions without direction, where the figure looks."""
+    """+1 or -1, see above; for actions without direction, the side that the figure looks to."""
     radius: float
-    """Of the actor, in units of the picture."""
     other_radius: float
-    """Of the second figure."""
     rolls: bool
     """The actor is round: it turns as it moves along the ground."""
     behind: bool
     """It passes behind the other figure, not in front of it."""
     shift: float
-    """Where in the picture, from -1 to 1; a little variety between clips."""
+    """Place in the picture, from -1 to 1; a little variety between clips."""
 
 
 Action = Callable[[Series, Cast], Play]
@@ -109,22 +114,8 @@ def standing(radius: float, stretch: Series | float = 1.0, scale: Series | float
     return GROUND + FOOT * radius * stretch * scale
 
 
-def track(
-    phase: Series,
-    x: Series | float,
-    y: Series | float,
-    angle: Series | float = 0.0,
-    scale: Series | float = 1.0,
-    stretch: Series | float = 1.0,
-    facing: Series | float = 1.0,
-) -> Track:
-    """A track whose constants hold all the time."""
-    values = (x, y, angle, scale, stretch, facing)
-    return Track(*(np.broadcast_to(np.asarray(value, float), phase.shape) for value in values))
-
-
 def outside(radius: float) -> float:
-    """Where a figure has just left the picture."""
+    """Place of a figure that has just left the picture."""
     return 1.08 + 1.15 * radius
 
 
@@ -142,7 +133,7 @@ def bounce(phase: Series, cast: Cast) -> Play:
     x = cast.way * np.interp(phase, (0, 1), (-0.95, outside(cast.radius)))
     stretch = squash(phase, times)
     y = standing(cast.radius, stretch) + leaps(phase, times, (0.75, 0.5))
-    return Play(track(phase, x, y, _rolling(cast, x), stretch=stretch, facing=cast.way))
+    return Play(Track(phase, x, y, _rolling(cast, x), stretch=stretch, facing=cast.way))
 
 
 def arc(phase: Series, cast: Cast) -> Play:
@@ -150,7 +141,7 @@ def arc(phase: Series, cast: Cast) -> Play:
     turn = np.pi * (0.02 + 0.96 * phase)
     x = -0.62 * cast.way * np.cos(turn)
     y = -0.42 + 0.95 * np.sin(turn)
-    return Play(track(phase, x, y, -0.35 * x, facing=cast.way), low=True)
+    return Play(Track(phase, x, y, -0.35 * x, facing=cast.way), low=True)
 
 
 def burst(phase: Series, cast: Cast) -> Play:
@@ -159,7 +150,7 @@ def burst(phase: Series, cast: Cast) -> Play:
     scale = glide(phase, (0, 0.12, 0.2, 0.34, 0.42, 0.56, 1), (0.65, 0.88, 0.82, 1.15, 1.08, 1.45, 1.5))
     tremble = 0.03 * np.sin(phase * 150) * ((phase > 0.5) & (phase < end))
     x, y = 0.35 * cast.shift, standing(cast.radius, scale=scale) + 0.12
-    whole = track(phase, x + tremble, y, scale=np.where(phase < end, scale, 0.0), facing=cast.way)
+    whole = Track(phase, x + tremble, y, scale=np.where(phase < end, scale, 0.0), facing=cast.way)
     return Play(whole, pieces=tuple(_piece(phase, cast, end, number) for number in range(9)))
 
 
@@ -170,7 +161,7 @@ def _piece(phase: Series, cast: Cast, start: float, number: int) -> Track:
     x = 0.35 * cast.shift + np.cos(turn) * (cast.radius * 0.7 + since * speed)
     y = GROUND + cast.radius * 1.4 + 0.12 + np.sin(turn) * (cast.radius * 0.7 + since * speed) - 1.1 * since**2
     scale = np.where(phase < start, 0.0, (0.3 + 0.05 * (number % 4)) * (1 - since))
-    return track(phase, x, y, angle=6 * since, scale=scale)
+    return Track(phase, x, y, angle=6 * since, scale=scale)
 
 
 def topple(phase: Series, cast: Cast) -> Play:
@@ -182,7 +173,7 @@ def topple(phase: Series, cast: Cast) -> Play:
     stretch = squash(phase, (0.04, 0.6), 0.18)
     y = standing(cast.radius, stretch) + leaps(phase, (0.06, 0.58), (0.55,))
     x = 0.3 * cast.shift - 0.25 * cast.way + cast.way * cast.radius * 0.9 * fallen
-    return Play(track(phase, x, y, spin + fall, stretch=stretch, facing=cast.way))
+    return Play(Track(phase, x, y, spin + fall, stretch=stretch, facing=cast.way))
 
 
 def hop(phase: Series, cast: Cast) -> Play:
@@ -190,9 +181,9 @@ def hop(phase: Series, cast: Cast) -> Play:
     times = (0.04, 0.35, 0.66, 0.97)
     stretch = squash(phase, times)
     steps = (-0.72, -0.24, 0.24, 0.72)
-    x = cast.way * (np.interp(phase, times, steps))
+    x = cast.way * np.interp(phase, times, steps)
     y = standing(cast.radius, stretch) + leaps(phase, times, (0.55, 0.55, 0.55))
-    return Play(track(phase, x, y, stretch=stretch, facing=cast.way))
+    return Play(Track(phase, x, y, stretch=stretch, facing=cast.way))
 
 
 def drop(phase: Series, cast: Cast) -> Play:
@@ -202,7 +193,7 @@ def drop(phase: Series, cast: Cast) -> Play:
     stretch = squash(phase, times[:3], 0.2)
     y = standing(cast.radius, stretch) + falling + leaps(phase, times, (0.75, 0.38, 0.16))
     x = cast.shift * 0.25 + 0.3 * cast.shift * np.minimum(phase / times[-1], 1)
-    return Play(track(phase, x, y, stretch=stretch, facing=-cast.way))
+    return Play(Track(phase, x, y, stretch=stretch, facing=-cast.way))
 
 
 def launch(phase: Series, cast: Cast) -> Play:
@@ -213,7 +204,7 @@ def launch(phase: Series, cast: Cast) -> Play:
     stretch = squash(phase, times) - crouch
     rising = np.maximum(phase - start, 0) / (1 - start)
     y = standing(cast.radius, stretch) + leaps(phase, times, (0.22, 0.5)) + (1.75 + 1.2 * cast.radius) * rising**1.6
-    return Play(track(phase, 0.45 * cast.shift, y, stretch=stretch, facing=cast.way))
+    return Play(Track(phase, 0.45 * cast.shift, y, stretch=stretch, facing=cast.way))
 
 
 def loop(phase: Series, cast: Cast) -> Play:
@@ -222,7 +213,7 @@ def loop(phase: Series, cast: Cast) -> Play:
     along = np.interp(phase, (0, 0.3, 0.7, 1), (-0.95, -0.12, 0.12, outside(cast.radius)))
     x = cast.way * (along + 0.42 * np.sin(turn))
     y = -0.28 + 0.06 * cast.shift + 0.42 * (1 - np.cos(turn))
-    return Play(track(phase, x, y, cast.way * turn, facing=cast.way))
+    return Play(Track(phase, x, y, cast.way * turn, facing=cast.way))
 
 
 def visit(phase: Series, cast: Cast) -> Play:
@@ -230,7 +221,7 @@ def visit(phase: Series, cast: Cast) -> Play:
     times, middle = (0, 0.36, 0.62, 1), 0.1 * cast.shift
     x = cast.way * glide(phase, times, (-0.95, middle, middle, -outside(cast.radius)))
     stretch = squash(phase, (0.44, 0.55), 0.2, 0.05)
-    return Play(track(phase, x, standing(cast.radius, stretch), _rolling(cast, x), stretch=stretch, facing=cast.way))
+    return Play(Track(phase, x, standing(cast.radius, stretch), _rolling(cast, x), stretch=stretch, facing=cast.way))
 
 
 def swing(phase: Series, cast: Cast) -> Play:
@@ -238,7 +229,7 @@ def swing(phase: Series, cast: Cast) -> Play:
     turn = -0.62 * cast.way * np.cos(3.5 * np.pi * phase) * (1 - 0.8 * phase)
     length = TOP + 0.12
     x, y = length * np.sin(turn) + 0.1 * cast.shift, TOP - length * np.cos(turn)
-    return Play(track(phase, x, y, turn, facing=cast.way), hangs=True)
+    return Play(Track(phase, x, y, turn, facing=cast.way), hangs=True)
 
 
 def vanish(phase: Series, cast: Cast) -> Play:
@@ -247,7 +238,7 @@ def vanish(phase: Series, cast: Cast) -> Play:
     x = cast.way * np.where(phase < 0.5, -0.52, 0.52)
     turn = -cast.way * np.pi * glide(phase, (0.12, 0.4, 0.6, 0.88), (0, 1, 1, 2))
     y = standing(cast.radius) + 0.35 * glide(phase, (0.12, 0.4, 0.6, 0.88), (0, 1, 1, 0))
-    return Play(track(phase, x, y, turn, scale, facing=cast.way))
+    return Play(Track(phase, x, y, turn, scale, facing=cast.way))
 
 
 def zigzag(phase: Series, cast: Cast) -> Play:
@@ -256,7 +247,7 @@ def zigzag(phase: Series, cast: Cast) -> Play:
     sway = np.sin(5 * np.pi * along) * np.sqrt(np.maximum(0.0, 1 - along**4))
     high = 0.98 if cast.way < 0 else outside(cast.radius)
     y = high + np.minimum(along / 0.98, 1) * (standing(cast.radius) - high)
-    return Play(track(phase, 0.2 * cast.shift + 0.5 * sway, y, -0.4 * sway))
+    return Play(Track(phase, 0.2 * cast.shift + 0.5 * sway, y, -0.4 * sway))
 
 
 # Two figures
@@ -270,14 +261,21 @@ def meet(phase: Series, cast: Cast) -> Play:
     x = glide(phase, (0, 0.42, 0.58, 1), (-0.95, middle - gap / 2, middle - gap / 2 - 0.05, -outside(cast.radius)))
     facing = cast.way * np.where(phase < 0.55, 1.0, -1.0)
     y = standing(cast.radius, stretch)
-    actor = track(phase, cast.way * x, y, _rolling(cast, cast.way * x), stretch=stretch, facing=facing)
+    actor = Track(phase, cast.way * x, y, _rolling(cast, cast.way * x), stretch=stretch, facing=facing)
     there = glide(phase, (0, 0.42, 0.55, 1), (0.95, middle + gap / 2, middle + gap / 2 + 0.04, 0.3))
     return Play(actor, _stands(phase, cast, cast.way * there, stretch, -cast.way))
 
 
-def _stands(phase: Series, cast: Cast, x: Series | float, stretch: Series | float = 1.0, facing: float = 1.0) -> Track:
+def _stands(
+    phase: Series,
+    cast: Cast,
+    x: Series | float,
+    stretch: Series | float = 1.0,
+    facing: float = 1.0,
+    angle: Series | float = 0.0,
+) -> Track:
     """The other figure, upright on the ground."""
-    return track(phase, x, standing(cast.other_radius, stretch), stretch=stretch, facing=facing)
+    return Track(phase, x, standing(cast.other_radius, stretch), angle, stretch=stretch, facing=facing)
 
 
 def chase(phase: Series, cast: Cast) -> Play:
@@ -286,8 +284,8 @@ def chase(phase: Series, cast: Cast) -> Play:
     flight = np.interp(phase, (0, 0.72), (-0.95 + cast.radius + cast.other_radius + 0.08, outside(cast.other_radius)))
     times = (0.0, 0.18, 0.36, 0.54, 0.72)
     y = standing(cast.other_radius) + leaps(phase, times, (0.28,) * 4)
-    actor = track(phase, x, standing(cast.radius), _rolling(cast, x), facing=cast.way)
-    return Play(actor, track(phase, cast.way * flight, y, facing=cast.way))
+    actor = Track(phase, x, standing(cast.radius), _rolling(cast, x), facing=cast.way)
+    return Play(actor, Track(phase, cast.way * flight, y, facing=cast.way))
 
 
 def overtake(phase: Series, cast: Cast) -> Play:
@@ -295,7 +293,7 @@ def overtake(phase: Series, cast: Cast) -> Play:
     x = cast.way * np.interp(phase, (0, 1), (-0.95, outside(cast.radius)))
     depth = 0.16 if cast.behind else -0.16
     y = standing(cast.radius) + depth
-    actor = track(phase, x, y, _rolling(cast, x), facing=cast.way)
+    actor = Track(phase, x, y, _rolling(cast, x), facing=cast.way)
     return Play(actor, _stands(phase, cast, 0.1 * cast.shift, facing=-cast.way), behind=cast.behind)
 
 
@@ -306,7 +304,7 @@ def jump(phase: Series, cast: Cast) -> Play:
     stretch = squash(phase, times)
     height = 2 * FOOT * cast.other_radius + 0.3
     y = standing(cast.radius, stretch) + leaps(phase, times, (height,))
-    actor = track(phase, x, y, _rolling(cast, x), stretch=stretch, facing=cast.way)
+    actor = Track(phase, x, y, _rolling(cast, x), stretch=stretch, facing=cast.way)
     return Play(actor, _stands(phase, cast, 0.0, squash(phase, (0.5,), 0.18, 0.16), -cast.way))
 
 
@@ -316,14 +314,14 @@ def push(phase: Series, cast: Cast) -> Play:
     end = outside(cast.other_radius)
     there = np.interp(phase, (0, hit, 0.95), (0.12, 0.12, end))
     x = np.interp(phase, (0, hit, 0.95, 1), (-0.95, 0.12 - gap, end - gap, end - gap))
-    actor = track(phase, cast.way * x, standing(cast.radius), _rolling(cast, cast.way * x), facing=cast.way)
+    actor = Track(phase, cast.way * x, standing(cast.radius), _rolling(cast, cast.way * x), facing=cast.way)
     tilt = -cast.way * 0.12 * (phase > hit)
-    return Play(actor, replace(_stands(phase, cast, cast.way * there, facing=-cast.way), angle=tilt))
+    return Play(actor, _stands(phase, cast, cast.way * there, facing=-cast.way, angle=tilt))
 
 
 def orbit(phase: Series, cast: Cast) -> Play:
     """The actor goes round the other figure, which floats in the middle, almost one and a half times."""
     turn = cast.way * 2 * np.pi * 1.4 * phase + 2 * np.pi * (0.75 + 0.1 * cast.shift)
     x, y = 0.66 * np.sin(turn), 0.06 + 0.6 * np.cos(turn)
-    middle = track(phase, 0.0, 0.06 + 0.03 * np.sin(4 * np.pi * phase))
-    return Play(track(phase, x, y, facing=np.where(cast.way * y > 0, 1.0, -1.0)), middle)
+    middle = Track(phase, 0.0, 0.06 + 0.03 * np.sin(4 * np.pi * phase))
+    return Play(Track(phase, x, y, facing=np.where(cast.way * y > 0, 1.0, -1.0)), middle)

@@ -1,4 +1,4 @@
-"""The World's backgrounds: a sky or wall, a ground or floor, and a few things that belong there."""
+"""Backgrounds of the World: a sky or wall, a ground or floor, and a few things that belong there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHITE: Color = (255, 255, 255)
 
 
 def _at(brush: Brush, x: float, y: float) -> tuple[Plane, Plane]:
-    """The coordinates seen from a place."""
+    """Coordinates relative to a place."""
     return brush.x - x, brush.y - y
 
 
@@ -157,20 +157,18 @@ def _city_ground(brush: Brush) -> None:
 
 
 class Place(NamedTuple):
-    """One background."""
+    """One background: colors from the top to the horizon, and from there to the bottom, and things on them."""
 
     sky: tuple[Color, Color]
-    """From the top to the horizon."""
     ground: tuple[Color, Color]
-    """From the horizon to the bottom."""
     rise: float
-    """How much higher the ground is in the middle than at the sides."""
+    """Height of the ground in the middle over that at the sides."""
     clashes: tuple[str, ...]
     """Colors that would not be seen well here: no figure has them."""
     far: Callable[[Brush], None] | None = None
-    """Paints what stands before the sky."""
+    """Paints things in front of the sky."""
     near: Callable[[Brush], None] | None = None
-    """Paints what lies on the ground."""
+    """Paints things on the ground."""
 
 
 PLACES: dict[str, Place] = {
@@ -215,7 +213,7 @@ PLACES: dict[str, Place] = {
 
 @lru_cache(maxsize=32)
 def background(name: str, size: int) -> UInt8[np.ndarray, "1 size size 3"]:
-    """The picture behind everything, drawn once and read-only."""
+    """The picture of a background, drawn once and read-only."""
     place, brush = PLACES[name], _whole(size)
     ground = _ground(brush, place)
     _gradient(brush, place.sky, 1.0, HORIZON)

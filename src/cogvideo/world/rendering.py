@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from cogvideo.config import require
-from cogvideo.world.drawing import Boxes, Brush, Plane, blend, boxes
+from cogvideo.world.drawing import Brush, Plane, blend, boxes
 from cogvideo.world.figures import COLORS, FIGURES, Figure, paint, shard
 from cogvideo.world.motion import FOOT, GROUND, TOP, Cast, Play, Track
 from cogvideo.world.places import background, sky
@@ -19,7 +19,7 @@ RADII = {"small": 0.26, "medium": 0.33, "large": 0.41}
 """Half the size of a figure that is alone, in units of half the picture."""
 
 CROWDED = 0.82
-"""How much smaller figures are in actions of two."""
+"""Size of figures in actions of two, as a share of the usual one."""
 
 STRING = (150.0, 140.0, 140.0)
 
@@ -33,7 +33,7 @@ MIN_SIZE = 16
 def render(
     scene: Scene, size: int = 64, fps: float = 8.0, num_frames: int = 33
 ) -> UInt8[np.ndarray, "frames {size} {size} 3"]:
-    """The frames of a scene, red, green and blue: frame k is what is seen at `k / fps` seconds.
+    """Frames of a scene, red, green and blue: frame k shows the moment `k / fps` seconds.
 
     After `SECONDS` the picture stays as it is. Each size shows the same picture, antialiased.
 
@@ -51,7 +51,7 @@ def render(
 
 
 def phases(scene: Scene, seconds: np.ndarray) -> np.ndarray:
-    """How much of the action is over at some moments, from 0 to 1."""
+    """Share of the action that is over at some moments."""
     return np.clip((seconds - scene.delay) / DURATIONS[scene.speed], 0, 1)
 
 
@@ -94,13 +94,20 @@ def _figure(
     visible: np.ndarray | None,
 ) -> None:
     """Draw a figure in all frames where it is to be seen."""
-    size = frames.shape[1]
+    size, unit = frames.shape[1], radius * track.scale
     tall = track.scale * np.maximum(track.stretch, 1 / track.stretch)
     reach = radius * 1.22 * float(tall.max(initial=0))
     seen = (track.scale > 0.02) & (np.abs(track.x) < 1 + reach) & (np.abs(track.y) < 1 + reach)
     numbers = np.flatnonzero(seen)
     for part, where in boxes(size, numbers, track.x[numbers], track.y[numbers], reach, reach):
-        brush, x, y = _figure_brush(where, track, numbers[part], radius, size, shading == "outlined")
+        which = numbers[part]
+        x, y = where.places(size)
+        x = (x - _planes(track.x, which)) / _planes(unit / track.stretch, which)
+        y = (y - _planes(track.y, which)) / _planes(unit * track.stretch, which)
+        cosine, sine = _planes(np.cos(track.angle), which), _planes(np.sin(track.angle), which)
+        across, along = cosine * x + sine * y, cosine * y - sine * x
+        pixel = (2 / size) / _planes(unit, which)
+        brush = Brush(across * _planes(track.facing, which), along, pixel, shading == "outlined")
         paint(brush, figure, COLORS[color], shading, x, y)
         planes, alpha = brush.color, brush.alpha
         if visible is not None:
@@ -109,22 +116,9 @@ def _figure(
         blend(frames, where, planes, alpha)
 
 
-def _figure_brush(
-    where: Boxes, track: Track, numbers: np.ndarray, radius: float, size: int, outlined: bool
-) -> tuple[Brush, Plane, Plane]:
-    """A brush in the coordinates of the figure, and these coordinates before the figure was turned."""
-
-    def column(values: np.ndarray) -> Plane:
-        return values[numbers, None, None].astype(np.float32)
-
-    x, y = where.places(size)
-    unit = radius * track.scale
-    x = (x - column(track.x)) / column(unit / track.stretch)
-    y = (y - column(track.y)) / column(unit * track.stretch)
-    cosine, sine = column(np.cos(track.angle)), column(np.sin(track.angle))
-    turned_x, turned_y = cosine * x + sine * y, cosine * y - sine * x
-    brush = Brush(turned_x * column(track.facing), turned_y, (2 / size) / column(unit), outlined)
-    return brush, x, y
+def _planes(values: np.ndarray, numbers: np.ndarray | slice) -> Plane:
+    """Values of some frames, to be broadcast over the pixels of their boxes."""
+    return values[numbers, None, None].astype(np.float32)
 
 
 def _shadow(frames: np.ndarray, track: Track, radius: float) -> None:
@@ -140,11 +134,11 @@ def _shadow(frames: np.ndarray, track: Track, radius: float) -> None:
     for part, where in boxes(size, numbers, track.x[numbers], feet[numbers], wide, wide * 0.3):
         which = numbers[part]
         x, y = where.places(size)
-        narrow = (1 / (1.1 * widths[which]))[:, None, None].astype(np.float32)
-        across = (x - track.x[which, None, None].astype(np.float32)) * narrow
-        along = (y - feet[which, None, None].astype(np.float32)) * narrow * (1 / 0.28)
+        narrow = _planes(1 / (1.1 * widths[which]), slice(None))
+        across = (x - _planes(track.x, which)) * narrow
+        along = (y - _planes(feet, which)) * narrow * (1 / 0.28)
         depth = np.maximum(1 - across * across - along * along, 0)
-        depth *= (0.42 * (1 - height[which]))[:, None, None].astype(np.float32)
+        depth *= _planes(0.42 * (1 - height), which)
         blend(frames, where, [depth * value for value in (16, 14, 40)], depth)
 
 
@@ -156,9 +150,7 @@ def _string(frames: np.ndarray, track: Track, radius: float) -> None:
     width, height = np.abs(top_x - hand_x).max() / 2 + 0.05, (TOP - hand_y).max() / 2
     numbers = np.arange(len(frames))
     for part, where in boxes(size, numbers, (top_x + hand_x) / 2, (TOP + hand_y) / 2, width, height):
-        pivot, end, across, along = (
-            each[part, None, None].astype(np.float32) for each in (top_x, hand_y, cosine, sine)
-        )
+        pivot, end, across, along = (_planes(each, part) for each in (top_x, hand_y, cosine, sine))
         brush = Brush(*where.places(size), np.full((1, 1, 1), 2 / size, np.float32))
         away = np.abs((brush.x - pivot) * across + (brush.y - TOP) * along) - 0.02
         brush.fill(np.maximum(away, end - brush.y), STRING)

@@ -1,4 +1,4 @@
-"""What happens in each clip of the World: attributes drawn from its number, and the rule that holds pairs out.
+"""Scenes of the World: attributes drawn from the number of a clip, and the rule that holds pairs out.
 
 Everything is integer arithmetic on a BLAKE2 hash of the number: the same on every machine and in every process.
 """
@@ -24,11 +24,10 @@ class Act(NamedTuple):
     """One action."""
 
     play: motion.Action
-    """Who is where at which moment."""
     directions: tuple[str, ...]
-    """Where the actor first moves; the first is the `way` +1 of the play, the second -1."""
+    """First directions of the actor; the first is the `way` +1 of the play, the second -1."""
     relations: tuple[str, ...] = ()
-    """How the actor stands to the second figure, for actions of two."""
+    """Relations of the actor to the second figure, for actions of two."""
     unfit: tuple[str, ...] = ()
     """Objects that cannot do it, or not so that one sees it."""
 
@@ -72,19 +71,15 @@ class Domain:
     """Attributes that scenes are drawn from, each as likely as the others."""
 
     key: str
-    """Start of the text that a scene's draws follow from."""
+    """Start of the text that a scene's choices follow from."""
     objects: tuple[str, ...] = OBJECTS
-    """Figures."""
     colors: tuple[str, ...] = tuple(COLORS)
     """Colors of figures, less those that clash with the background."""
     sizes: tuple[str, ...] = SIZES
     """Sizes of the actor."""
     actions: tuple[str, ...] = tuple(ACTS)
-    """Actions."""
     backgrounds: tuple[str, ...] = tuple(PLACES)
-    """Places."""
     shadings: tuple[str, ...] = SHADINGS
-    """Styles of drawing."""
     delays: int = 17
     """Number of possible delays, in steps of 1/80 of a second from 0."""
     shifts: int = 128
@@ -109,57 +104,43 @@ DOMAINS: dict[str, Domain] = {
 actions look different in five key frames: what a small model can be right about."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scene:
     """Everything that decides a clip and its captions."""
 
     index: int
     """Number of the clip; it chooses the wording of the captions."""
     object: str
-    """Who acts, one of `OBJECTS`."""
+    """The actor, one of `OBJECTS`."""
     colour: str
-    """Its color."""
     size: str
-    """Its size, one of `SIZES`."""
     action: str
-    """What it does, one of `ACTS`."""
     direction: str
-    """Where it first moves: left, right, up, down, clockwise, counterclockwise, or none."""
+    """Its first direction: left, right, up, down, clockwise, counterclockwise, or none."""
     speed: str
     """`slowly`: the action fills the four seconds; `quickly`: it is over soon after two."""
     background: str
-    """Where it is, one of the `PLACES`."""
+    """One of the `PLACES`."""
     shading: str
-    """How figures are drawn, one of `SHADINGS`."""
+    """Style of drawing, one of `SHADINGS`."""
     delay: float
     """Seconds before the action starts, up to 0.2."""
     shift: float
-    """Where in the picture it happens, -1 to 1."""
+    """Place in the picture, -1 to 1."""
     facing: str
-    """Where the actor looks if the action does not say it: left or right."""
+    """Side that the actor looks to if the action does not say it: left or right."""
     other_object: str = ""
     """The second figure of actions of two, else empty; its size is between small and medium."""
     other_colour: str = ""
-    """Its color."""
     relation: str = ""
-    """How the actor stands to it, such as `behind`."""
+    """Relation of the actor to it, such as `behind`."""
     domain: str = field(default="full", repr=False)
     """Name of the domain that it was drawn from; numbers count within a domain."""
 
     def __post_init__(self) -> None:
-        act = ACTS.get(self.action)
-        require(act is not None, f"action is {self.action!r}, expected one of {', '.join(ACTS)}")
-        assert act is not None
-        for name, allowed in self._choices(act).items():
-            value = getattr(self, name)
-            require(value in allowed, f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
-        require(self.index >= 0, f"index is {self.index}, expected 0 or more")
-        require(0 <= self.delay <= 0.2, f"delay is {self.delay}, expected 0 to 0.2 seconds")
-        require(-1 <= self.shift <= 1, f"shift is {self.shift}, expected -1 to 1")
-
-    def _choices(self, act: Act) -> dict[str, Sequence[str]]:
-        two = bool(act.relations)
-        return {
+        require(self.action in ACTS, f"action is {self.action!r}, expected one of {', '.join(ACTS)}")
+        act = ACTS[self.action]
+        choices: dict[str, Sequence[str]] = {
             "object": OBJECTS,
             "colour": tuple(COLORS),
             "size": SIZES,
@@ -168,18 +149,20 @@ class Scene:
             "background": tuple(PLACES),
             "shading": SHADINGS,
             "facing": ("left", "right"),
-            "other_object": OBJECTS if two else ("",),
-            "other_colour": tuple(COLORS) if two else ("",),
+            "other_object": OBJECTS if act.relations else ("",),
+            "other_colour": tuple(COLORS) if act.relations else ("",),
             "relation": act.relations or ("",),
         }
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            require(value in allowed, f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+        require(self.index >= 0, f"index is {self.index}, expected 0 or more")
+        require(0 <= self.delay <= 0.2, f"delay is {self.delay}, expected 0 to 0.2 seconds")
+        require(-1 <= self.shift <= 1, f"shift is {self.shift}, expected -1 to 1")
 
 
 class Draws:
-    """Choices that follow from a text alone.
-
-    Args:
-        key: the text.
-    """
+    """Choices that follow from a text alone."""
 
     def __init__(self, key: str) -> None:
         self._bits = int.from_bytes(hashlib.blake2b(key.encode()).digest(), "little")
@@ -231,24 +214,24 @@ def scene(index: int, domain: str = "full") -> Scene:
 
 
 def attributes(scene: Scene) -> dict[str, str]:
-    """What is true of a clip; `other_object`, `other_colour` and `relation` only for actions of two."""
+    """Facts about a clip; `other_object`, `other_colour` and `relation` only for actions of two."""
     names = ["object", "colour", "size", "action", "direction", "speed", "background"]
     names += ["other_object", "other_colour", "relation"] if scene.other_object else []
     return {name: getattr(scene, name) for name in names}
 
 
 def held_out_color(object: str, color: str) -> bool:
-    """Whether no object of this kind has this color in `train`: a tenth of the pairs, spread over all of both."""
+    """True if no object of this kind has this color in `train`: a tenth of the pairs, spread over all of both."""
     return (7 * OBJECTS.index(object) + list(COLORS).index(color)) % 10 == 3
 
 
 def held_out_action(object: str, action: str) -> bool:
-    """Whether this object never does this in `train`: a tenth of the pairs, spread over all of both."""
+    """True if this object never does this in `train`: a tenth of the pairs, spread over all of both."""
     return (3 * OBJECTS.index(object) + list(ACTS).index(action)) % 10 == 6
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene holds a held-out pair: object and color of either figure, or object and action of the actor."""
+    """True if a scene holds a held-out pair: object and color of either figure, or object and action of the actor."""
     return (
         held_out_color(scene.object, scene.colour)
         or held_out_action(scene.object, scene.action)
