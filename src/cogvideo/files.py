@@ -1,14 +1,16 @@
-"""Files that are never half there: each takes its name when it is whole."""
+"""Files that are never half-written: each takes its name when it is whole.
+
+Where one cannot be written, OSError names the file that it was to become, or the folder.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from fnmatch import filter as matching
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,51 +26,16 @@ LOCK = ".lock"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the `with` block ends without an error, and else vanishes.
-
-    Until then it has another name in the same folder, which ends in `.tmp` and remains only if the process is killed.
-
-    Raises:
-        OSError: it cannot be written; the error names `path`.
-    """
-    temporary = path.parent / f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, in UTF-8, that takes the place of `path` when it is whole.
-
-    Raises:
-        OSError: it cannot be written; the error names `path`.
-    """
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
-@contextmanager
 def replacing_by_name(path: Path) -> Iterator[Path]:
-    """The same for writers that open their file by name: a temporary name with the suffix of `path`.
+    """A temporary name, with the suffix of `path`, of a file that replaces `path` when the `with` block ends.
 
-    Raises:
-        OSError: it cannot be written; the error names `path`.
+    After an error it vanishes. It lies in a folder whose name ends in `.tmp`, which remains if the process is killed.
     """
     try:
         with TemporaryDirectory(prefix=f".{path.name}-", suffix=TEMPORARY_SUFFIX, dir=path.parent) as folder:
             temporary = Path(folder) / f"new{path.suffix}"
             yield temporary
-            with temporary.open("r+b") as file:
-                os.fsync(file.fileno())
+            sync(temporary)
             temporary.replace(path)
             sync(path.parent)
     except OSError as error:
@@ -76,28 +43,32 @@ def replacing_by_name(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes that call this out of a folder; however this one ends, the folder is free again.
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file, open for writing, that replaces `path` when the `with` block ends without an error."""
+    with replacing_by_name(path) as temporary, temporary.open("xb") as file:
+        yield file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 that replaces `path` when it is whole."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def alone_in(folder: Path) -> AbstractContextManager[None]:
+    """Keeps other processes that call this out of a folder; however this one ends, the folder is free again.
 
     Children that are forked meanwhile do not count: they may work for this process, and may outlive it for a moment.
 
     Raises:
         ValueError: another one is in there.
-        OSError: the folder cannot be written to.
     """
-    with _held(FileLock(folder / LOCK, timeout=0), folder):
-        yield
+    return _held(FileLock(folder / LOCK, timeout=0), folder)
 
 
-@contextmanager
-def turn_in(folder: Path) -> Iterator[None]:
-    """The same, but wait until the folder is free. Calls inside of each other are one turn.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
-    with _held(FileLock(folder / LOCK, is_singleton=True), folder):
-        yield
+def turn_in(folder: Path) -> AbstractContextManager[None]:
+    """Waits until the folder is free, then keeps others out; calls inside of each other are one turn."""
+    return _held(FileLock(folder / LOCK, is_singleton=True), folder)
 
 
 @contextmanager
