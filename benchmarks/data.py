@@ -43,12 +43,12 @@ def preparing(num_clips: int = 12, rounds: int = 5) -> dict[str, Any]:
         path = Path(folder)
         _write_clips(path / "clips", num_clips)
         worker, job = _work(path, str(path / "clips"), FrameSettings())
-        encode, batch = worker.encoder(), worker.settings.batch
+        batch = worker.settings.batch
         clips = [read_item(item, worker.settings.frames).frames for item in job.items]
         times = alternate(
             {
-                "encoder alone": lambda: list(encode_clips(clips, encode, batch)),
-                "prepare": lambda: worker.make(job, encode),
+                "encoder alone": lambda: list(encode_clips(clips, worker.encode, batch)),
+                "prepare": lambda: worker.make(job),
             },
             rounds,
             warm_up=1,
@@ -78,9 +78,9 @@ def memory(num_clips: int = 10_000) -> dict[str, Any]:
         rows = (f"{names[row % 3]},a clip,{row / num_clips:.4f}" for row in range(num_clips))
         (path / "clips.csv").write_text("\n".join(["file,caption,start", *rows]))
         worker, job = _work(path, str(path / "clips.csv"), FrameSettings(size=16, max_seconds=1))
-        encode, size = worker.encoder(), num_clips // 100
+        size = num_clips // 100
         for done in range(size, num_clips + 1, size):
-            worker.make(job._replace(items=job.items[done - size : done]), encode)
+            worker.make(job._replace(items=job.items[done - size : done]))
             marks[done] = resident_mebibytes()
     return {"MiB after a tenth": marks[num_clips // 10], "MiB after all": marks[num_clips]}
 

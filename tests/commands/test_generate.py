@@ -557,7 +557,7 @@ def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.Cap
         (
             "x.jsonl",
             b'{"seed": ' + b"1" * 5000 + b"}",
-            "x.jsonl, line 1: it is no JSON (Exceeds the limit (4300 digits)",
+            "x.jsonl, line 1: it is not JSON (Exceeds the limit (4300 digits)",
         ),
         ("x.jsonl", b"{", "x.jsonl"),
         ("x.csv", None, "No such file or directory: x.csv"),

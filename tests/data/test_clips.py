@@ -181,8 +181,8 @@ def test_later_frames_have_durations() -> None:
         ({"rates": (2.0, 1.0)}, "lowest first"),
         ({"rates": (2.0, 2.0)}, "lowest first"),
         ({"rates": (-1.0, 2.0)}, "positive"),
-        ({"rates": (3.0,)}, "no multiple of the rate 3"),
-        ({"rates": (8.0, 16.0)}, "no multiple of the rate 16"),
+        ({"rates": (3.0,)}, "not a multiple of the rate 3"),
+        ({"rates": (8.0, 16.0)}, "not a multiple of the rate 16"),
     ],
 )
 def test_impossible_rates_are_refused(change: dict[str, object], message: str) -> None:

@@ -11,7 +11,7 @@ from cogvideo.config import InputError
 from cogvideo.data import frame_store
 from cogvideo.data.frame_store import StoreSettings, divide, fetch, remove
 from cogvideo.data.frames import FrameSettings
-from cogvideo.data.sources import File, Item, SourceOptions
+from cogvideo.data.sources import Item, SourceOptions
 from cogvideo.media.video import write_video
 
 SIDE = 16
@@ -195,7 +195,7 @@ def test_removing_frees_the_disk(clips, tmp_path):
 
 
 def item(name, split, copy=0):
-    return Item(f"{name}~{copy}", File(Path(name)), ("a",), split=split, copy=copy)
+    return Item(f"{name}~{copy}", Path(name), ("a",), split=split, copy=copy)
 
 
 def test_splits_of_the_source_are_kept():

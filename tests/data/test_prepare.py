@@ -85,12 +85,12 @@ def test_rows_hold_the_codes_of_their_clips(clips: Path, tokenizer: str, tmp_pat
         frames = [read_item(item, replace(SETTINGS.frames, size=64)).frames for item in items[first : first + 3]]
         pixels = torch.from_numpy(np.concatenate(frames)).movedim(-1, 1) / 255
         expected = torch.cat([encode(pixels[start : start + 16]) for start in range(0, len(pixels), 16)]).numpy()
-        got = np.concatenate([dataset.codes(row) for row in range(first, min(first + 3, 7))])
+        got = np.concatenate([dataset.row(row).codes for row in range(first, min(first + 3, 7))])
         assert got.shape == expected.shape
         assert (got == expected).mean() > 0.999  # another memory layout may move a code between equal rows
         for row, item, clip in zip(range(first, 7), items[first:], frames, strict=False):
             assert dataset.row(row).captions == item.captions
-            assert len(dataset.codes(row)) == len(clip)
+            assert len(dataset.row(row).codes) == len(clip)
     assert [len(dataset.row(row).captions) for row in range(7)] == [1, 1, 1, 2, 1, 1, 1]
 
 
@@ -103,7 +103,7 @@ def test_tokenizer_of_half_precision(
     for name, bundle_path in (("whole", tokenizer), ("halved", tmp_path / "half")):
         prepare(str(clips), tmp_path / name, str(bundle_path), replace(SETTINGS, precision=precision), workers=1)
     whole, halved = Dataset(tmp_path / "whole"), Dataset(tmp_path / "halved")
-    equal = [(whole.codes(row) == halved.codes(row)).mean() for row in range(len(whole))]
+    equal = [(whole.row(row).codes == halved.row(row).codes).mean() for row in range(len(whole))]
     assert np.mean(equal) > 0.9
 
 
@@ -297,7 +297,7 @@ def test_changed_shard_is_refused(clips: Path, tokenizer: str, tmp_path: Path) -
     """Guards against a second run that takes a damaged shard for good and gives it a new hash."""
     prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
     shard, whole = tmp_path / "shard-00001.arrow", (tmp_path / "shard-00001.arrow").read_bytes()
-    codes = Dataset(tmp_path).codes(3).tobytes()
+    codes = Dataset(tmp_path).row(3).codes.tobytes()
     place = whole.index(codes) + len(codes) // 2
     shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     with pytest.raises(ValueError, match=r"shard-00001.arrow is not, byte for byte, what was prepared"):

@@ -25,7 +25,7 @@ import pytest
 
 from cogvideo import world
 from cogvideo.data import folders
-from cogvideo.data.sources import File, Item, Listing, Rendering, SourceOptions, list_source
+from cogvideo.data.sources import Item, Listing, SourceOptions, list_source
 from cogvideo.data.tars import Member, read_index
 
 CLIP = b"no real video: listing never opens one"
@@ -72,7 +72,7 @@ def test_folder_lists_clips_with_their_captions(tmp_path: Path) -> None:
         ("b.mp4", ("a bee", "a wasp")),
         ("in/side/a.WEBM", ("a cat",)),
     ]
-    assert items[0].media == File(tmp_path / "b.mp4")
+    assert items[0].media == tmp_path / "b.mp4"
 
 
 def test_folder_order_is_that_of_the_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_folder_rejections(tmp_path: Path) -> None:
     assert reasons(listed(tmp_path)) == {
         "none.mp4": "missing caption",
         "empty.mp4": "empty caption",
-        "latin.mp4": "caption is no text",
+        "latin.mp4": "caption is not text",
         "broken.mp4": "caption cannot be read",
         "list.mp4": "caption cannot be read",
         "keyless.mp4": "missing caption",
@@ -128,9 +128,7 @@ def test_json_beside_a_clip(tmp_path: Path) -> None:
     table = {"caption": ["a cat", "a pet"], "start": 1, "end": "0:02.5", "split": "test", "attributes": {"n": 3}}
     files = {"a.mp4": CLIP, "a.json": json.dumps(table), "b.mp4": CLIP, "b.json": json.dumps(table), "b.txt": "a bee"}
     first, second = listed(put(tmp_path, files)).items
-    assert first == Item(
-        "a.mp4#1-2.5", File(tmp_path / "a.mp4"), ("a cat", "a pet"), {"n": "3"}, 1.0, 2.5, "test", copy=0
-    )
+    assert first == Item("a.mp4#1-2.5", tmp_path / "a.mp4", ("a cat", "a pet"), {"n": "3"}, 1.0, 2.5, "test", copy=0)
     assert (second.captions, second.split) == (("a bee",), "test")
 
 
@@ -171,8 +169,8 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9" + suffix)).write_bytes(content)
     (item,) = listed(tmp_path).items
     assert item.id.encode()
-    assert isinstance(item.media, File)
-    assert item.media.path.read_bytes() == CLIP
+    assert isinstance(item.media, Path)
+    assert item.media.read_bytes() == CLIP
 
 
 # ---- tables
@@ -207,7 +205,7 @@ def test_every_kind_of_table_says_the_same(tmp_path: Path, name: str, content: s
         put(tmp_path, {name: content})
     put_clips(tmp_path, "a.mp4")
     (item,) = listed(tmp_path / name, validation=0).items
-    assert item == Item("a.mp4#0.5-", File(tmp_path / "a.mp4"), ("a, b",), {"n": "1"}, 0.5, None, "train", 0)
+    assert item == Item("a.mp4#0.5-", tmp_path / "a.mp4", ("a, b",), {"n": "1"}, 0.5, None, "train", 0)
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -443,13 +441,13 @@ def test_absolute_paths_and_those_above(tmp_path: Path) -> None:
         ("t.csv", 'file,caption\na.mp4,x\nb.mp4,"never closed\nc.mp4,z\n', "line 3: "),
         ("t.csv", b"file,caption\na.mp4,caf\xe9\n", "not UTF-8"),
         ("t.jsonl", "", "is empty"),
-        ("t.jsonl", '{"file": "a", "caption": "b"}\n\n{"file": \n', "line 3: it is no JSON"),
+        ("t.jsonl", '{"file": "a", "caption": "b"}\n\n{"file": \n', "line 3: it is not JSON"),
         ("t.jsonl", "[1]\n", r"line 1: got \[1\]"),
-        ("t.jsonl", "[" * 100_000, "line 1: it is no JSON"),
+        ("t.jsonl", "[" * 100_000, "line 1: it is not JSON"),
         ("t.jsonl", '{"file": "a", "words": "b"}\n', "no column 'caption', it has file, words"),
         ("t.parquet", "no parquet", "cannot read .*parquet"),
-        ("t.xlsx", "x", "is no source, expected a folder, a table"),
-        ("t.tar", "no tar" * 200, "is no tar"),
+        ("t.xlsx", "x", "is not a source, expected a folder, a table"),
+        ("t.tar", "no tar" * 200, "is not a tar"),
         ("t.tar.gz", gzip.compress(b"x", mtime=0), "is compressed with gzip, expected a plain tar"),
         ("folder/readme.md", "x", "holds no clip, expected .*mp4"),
     ],
@@ -489,7 +487,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_lone_surrogates_are_no_text(tmp_path: Path) -> None:
     """Guards against captions that JSON can spell and no file can hold."""
     put_clips(put(tmp_path, {"t.jsonl": '{"file": "a.mp4", "caption": "\\ud83d"}'}), "a.mp4")
-    assert reasons(listed(tmp_path / "t.jsonl")) == {"a.mp4": "caption is no text"}
+    assert reasons(listed(tmp_path / "t.jsonl")) == {"a.mp4": "caption is not text"}
 
 
 LIST = """import sys, time
@@ -526,7 +524,7 @@ def test_split_is_drawn_by_the_file(tmp_path: Path) -> None:
         put(tmp_path / place, {"t.csv": table.read_text() + lines})
         items = listed(table, copies=2, validation=0.25).items
         assert len({item.id for item in items}) == len(items) == 1600
-        by_file = {(str(item.media.path.name), item.split) for item in items if isinstance(item.media, File)}
+        by_file = {(item.media.name, item.split) for item in items if isinstance(item.media, Path)}
         assert len(by_file) == 200
         splits.append(by_file)
     assert splits[0] == splits[1]
@@ -645,11 +643,11 @@ def test_world_is_listed_by_index() -> None:
     assert items == listed("world:60").items[40:]
     for index, item in zip(range(40, 60), items, strict=True):
         scene = world.scene(index)
-        assert (item.id, item.media) == (f"world/{index:06}", Rendering(index))
+        assert (item.id, item.media) == (f"world/{index:06}", scene)
         assert (item.captions, item.attributes) == (world.captions(scene), world.attributes(scene))
         assert item.split in ("train", "validation", "held_out")
     (item,) = listed("world:simple:7:8").items
-    assert (item.id, item.media) == ("world-simple/000007", Rendering(7, "simple"))
+    assert (item.id, item.media) == ("world-simple/000007", world.scene(7, "simple"))
     assert item.captions == world.captions(world.scene(7, "simple"))
 
 

@@ -1,1 +1,1 @@
-"""From a user's clips to shards of codes, and from shards to batches."""
+"""Data: clips of a user to shards of codes, and shards to batches."""

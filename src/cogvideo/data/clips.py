@@ -1,8 +1,8 @@
-"""Multi-frame-rate sampling: which of a clip's base-rate frames make one training sequence (paper section 3.1).
+"""Multi-frame-rate sampling: the choice of a clip's base-rate frames for one training sequence (paper section 3.1).
 
 Every sequence has equally many frames. A clip gives them at the lowest predefined rate that it still fills, so that
-they cover as much of the action as possible; interpolation is trained at the faster rates, which its rounds have when a
-video is generated. Nothing here is random: what is drawn at random comes in as numbers of [0, 1).
+they cover as much of the action as possible; interpolation is trained at the faster rates of its rounds. Nothing here
+is random: random choices come in as numbers of [0, 1).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 from cogvideo.config import InputError, require
 
 Mode = Literal["sequential", "interpolation", "image"]
-"""What sequences are for: the two video stages, or the image model, which takes single frames."""
+"""Use of the sequences: the two video stages, or the image model, which takes single frames."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,9 @@ class FrameRates:
         require(len(self.rates) > 0 and ascending and positive, message)
         for rate in self.rates:
             steps = self.base / rate
-            require(
-                round(steps) >= 1 and math.isclose(steps, round(steps), rel_tol=1e-9),
-                f"the base rate {self.base:g} is no multiple of the rate {rate:g}: frames between two codes do not "
-                "exist",
-            )
+            is_multiple = round(steps) >= 1 and math.isclose(steps, round(steps), rel_tol=1e-9)
+            message = f"the base rate {self.base:g} is not a multiple of the rate {rate:g}"
+            require(is_multiple, f"{message}: frames between two codes do not exist")
 
     def stride(self, rate: float) -> int:
         """Stored frames from one frame of a sequence to the next.
@@ -66,7 +64,7 @@ class FrameRates:
 
 @dataclass(frozen=True)
 class ClipSampling:
-    """How clips become training samples."""
+    """Choice of training samples from clips."""
 
     mode: Mode = "sequential"
     """sequential: at the lowest rate that the clip fills; interpolation: at one of the faster rates; image: one frame.
@@ -76,7 +74,7 @@ class ClipSampling:
     fixed_rate: float | None = None
     """One rate for all clips in place of the rule, for comparison runs; clips that do not fill it are left out."""
     random_offset: bool = True
-    """Start anywhere that the sequence fits, else at the clip's first frame."""
+    """Start anywhere that the sequence fits, rather than at the clip's first frame."""
     caption_dropout: float = 0.0
     """Share of samples without their caption, which teaches the unconditional text of guidance."""
     high_codes: bool = False
@@ -85,7 +83,7 @@ class ClipSampling:
     """Mode image: half of the samples are a clip's first frame, the others a later one with one of these durations, as
     sequences of the video stages have them. Where there are none, samples are any frame, without a duration."""
     seed: int = 0
-    """Of the order of samples and of what is drawn in them."""
+    """Seed of the order of samples and of the random choices in them."""
 
     def __post_init__(self) -> None:
         modes = ("sequential", "interpolation", "image")
@@ -116,7 +114,7 @@ def filled_rates(num_frames: int, rates: FrameRates) -> tuple[float, ...]:
 
 
 def lowest_rate(num_frames: int, rates: FrameRates) -> float | None:
-    """The rate of the sequential stage: the lowest that the clip fills (spec section 3); None if it fills none."""
+    """The rate of the sequential stage: the lowest that the clip fills; None if it fills none."""
     return next(iter(filled_rates(num_frames, rates)), None)
 
 
@@ -136,11 +134,11 @@ def sampled_rates(num_frames: int, sampling: ClipSampling) -> tuple[float, ...]:
 
 
 def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, offset_draw: float) -> range | None:
-    """The frames of a clip that make a sample.
+    """Frames of a clip that make a sample.
 
     Args:
         num_frames: stored frames of the clip.
-        sampling: the mode and the rates.
+        sampling: mode and rates.
         rate_draw: uniform in [0, 1), chooses among the rates of interpolation.
         offset_draw: uniform in [0, 1), chooses the start, in mode image the frame; not used without `random_offset`.
 
@@ -151,7 +149,9 @@ def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, off
         return None
     offset = offset_draw if sampling.random_offset else 0.0
     if sampling.mode == "image":
-        place = _image_place(num_frames, sampling, offset)
+        place = _index(num_frames, offset)
+        if sampling.durations and num_frames > 1:  # half of the samples are the first frame
+            place = 0 if offset < 0.5 else 1 + _index(num_frames - 1, 2 * offset - 1)
         return range(place, place + 1)
     filled, rates = sampled_rates(num_frames, sampling), sampling.rates
     if not filled:
@@ -161,29 +161,23 @@ def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, off
     return range(start, start + rates.num_frames * stride, stride)
 
 
-def _image_place(num_frames: int, sampling: ClipSampling, offset: float) -> int:
-    """With durations, offsets below a half are the first frame, if there is another."""
-    if not sampling.durations or num_frames == 1:
-        return _index(num_frames, offset)
-    return 0 if offset < 0.5 else 1 + _index(num_frames - 1, 2 * offset - 1)
-
-
 def duration_of(window: range, sampling: ClipSampling, rate_draw: float) -> float:
-    """Seconds that a sample is captioned with, in videos from its first frame to its last; 0 for none.
+    """Seconds in the caption of a sample, in videos from its first frame to its last; 0 for none.
 
     Args:
-        window: the frames, as `choose_window` gave them.
-        sampling: the mode and the rates.
+        window: frames from `choose_window`.
+        sampling: mode and rates.
         rate_draw: uniform in [0, 1), chooses among the durations of single frames.
     """
     if sampling.mode == "image":
-        later = window.start > 0 and len(sampling.durations) > 0
-        return sampling.durations[_index(len(sampling.durations), rate_draw)] if later else 0.0
+        if window.start == 0 or not sampling.durations:
+            return 0.0
+        return sampling.durations[_index(len(sampling.durations), rate_draw)]
     return (window[-1] - window[0]) / sampling.rates.base
 
 
 def _index(count: int, draw: float) -> int:
-    """One of `count` things, all equally likely if `draw` is uniform. The product of a double below 1 stays below."""
+    """One of `count` places, all equally likely if `draw` is uniform in [0, 1)."""
     if not 0 <= draw < 1:
         raise InputError(f"got the random number {draw}, expected one in [0, 1)")
     return int(draw * count)

@@ -1,7 +1,4 @@
-"""A dataset: a folder of shards and the card `dataset.json` that says what they are.
-
-The card is written last: a folder with one is whole.
-"""
+"""A dataset: a folder of shards and the card `dataset.json`, which is written last: a folder with one is whole."""
 
 from __future__ import annotations
 
@@ -10,27 +7,18 @@ import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-from jaxtyping import Int32, Int64, UInt16
+from jaxtyping import Int32, Int64
 
 import cogvideo
 from cogvideo.config import InputError, check_version, from_dict, require
-from cogvideo.data.shards import (
-    FORMAT_VERSION,
-    Row,
-    Shard,
-    ShardInfo,
-    canonical_json,
-    digest,
-    read_info,
-    reason,
-)
+from cogvideo.data.shards import FORMAT_VERSION, Row, Shard, ShardInfo, canonical_json, digest, read_info, reason
 from cogvideo.data.sources import Rejection
 from cogvideo.files import TEMPORARY_SUFFIX, write_text
 
@@ -38,22 +26,17 @@ CARD = "dataset.json"
 REJECTED = "rejected.csv"
 """Table of the clips that were left out: id, reason, detail."""
 
-
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A shard as its card knows it."""
+    """A shard on the card: its name in the folder, its clips, its size, and the hash of its content."""
 
     file: str
-    """Its name in the folder."""
     num_rows: int
-    """Its clips."""
     num_bytes: int
-    """Its size."""
     sha256: str
-    """Hash of its content, in hexadecimal."""
 
     def __post_init__(self) -> None:
         require(self.file == Path(self.file).name, f"the shard {self.file!r} is refused, expected a plain name")
@@ -61,18 +44,16 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Card:
-    """What `dataset.json` says. It holds no times: equal datasets have equal cards."""
+    """Content of `dataset.json`. It holds no times: equal datasets have equal cards."""
 
     cogvideo: str
     """Version that made the dataset."""
     source: str
-    """Where the clips came from: a path in full, or `world:COUNT`."""
+    """Origin of the clips: a path in full, or `world:COUNT`."""
     tokenizer: str
-    """Where the image tokenizer came from: a folder in full, or an id on the Hub."""
+    """Origin of the image tokenizer: a folder in full, or an id on the Hub."""
     tokenizer_sha256: str
-    """Hash of the image tokenizer."""
     settings: dict[str, Any]
-    """Settings of the preparation."""
     settings_sha256: str
     """Their `digest`."""
     grid: int
@@ -96,15 +77,11 @@ class Card:
 
     @property
     def num_rejected(self) -> int:
-        """Clips left out, for whatever reason."""
+        """Clips left out."""
         return sum(self.rejected.values())
 
     def check_tokenizer(self, sha256: str, where: object) -> None:
-        """Refuse codes of another image tokenizer.
-
-        Args:
-            sha256: hash of the tokenizer that is to be used with the codes.
-            where: what the message calls the dataset.
+        """Refuse a dataset, which the message calls `where`, for a tokenizer with another hash.
 
         Raises:
             ValueError: the codes were made with another one.
@@ -125,14 +102,14 @@ def make_card(
     settings: dict[str, Any],
     rejected: Sequence[Rejection] = (),
 ) -> Card:
-    """The card of the shards in `folder`, from what they hold.
+    """The card of the shards in `folder`, from their content.
 
     Args:
-        folder: of the dataset.
+        folder: folder of the dataset.
         files: names of its shards, in order; at least one.
-        source: where the clips came from.
-        tokenizer: where the image tokenizer came from.
-        settings: of the preparation.
+        source: origin of the clips.
+        tokenizer: origin of the image tokenizer.
+        settings: settings of the preparation.
         rejected: clips that were left out before the shards were made.
 
     Raises:
@@ -144,10 +121,7 @@ def make_card(
     entries = []
     for file in files:
         shard = Shard(folder / file)
-        _check_equal(folder / file, _made_with(shard.info), _made_with(first))
-        _check_equal(
-            folder / file, {"settings_sha256": shard.info.settings_sha256}, {"settings_sha256": settings_sha256}
-        )
+        _check_equal(shard, replace(first, settings_sha256=settings_sha256))
         splits.update(shard.splits)
         lengths.update(shard.num_frames.tolist())
         reasons.update(each.reason for each in shard.info.rejected)
@@ -185,8 +159,7 @@ def read_card(folder: Path) -> Card:
     """The card of the dataset in `folder`.
 
     Raises:
-        ValueError: the folder holds no dataset or an incomplete one, a newer version wrote it, or the card does not say
-            what it should.
+        ValueError: the folder holds no dataset or an incomplete one, or its card is damaged or of a newer version.
     """
     path = folder / CARD
     require(folder.is_dir(), f"there is no folder {folder}, expected a dataset of `cogvideo data prepare`")
@@ -195,7 +168,12 @@ def read_card(folder: Path) -> Card:
         why = "prepare was interrupted: run the same command again" if begun else "expected the output of prepare"
         raise InputError(f"{folder} holds no whole dataset (no {CARD}); {why}")
     try:
-        return _parse_card(json.loads(path.read_bytes()))
+        card = from_dict(Card, check_version(json.loads(path.read_bytes()), FORMAT_VERSION))
+        num_rows, in_splits = sum(entry.num_rows for entry in card.shards), sum(card.splits.values())
+        require(num_rows == in_splits, f"its shards have {num_rows} clips, its splits {in_splits}")
+        is_changed = digest(card.settings) != card.settings_sha256
+        require(not is_changed, "its settings are not those of settings_sha256: they were changed by hand")
+        return card
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot use {path}: {reason(error)}") from error
 
@@ -210,10 +188,9 @@ def check_hashes(folder: Path) -> None:
         return
     for entry in read_card(folder).shards:
         path = folder / entry.file
-        same = not path.exists() or _entry(path, entry.num_rows).sha256 == entry.sha256
-        require(
-            same, f"{path} is not, byte for byte, what was prepared: remove it, and the same command makes it again"
-        )
+        is_same = not path.exists() or _entry(path, entry.num_rows) == entry
+        advice = "remove it, and the same command makes it again"
+        require(is_same, f"{path} is not, byte for byte, what was prepared: {advice}")
 
 
 class Dataset:
@@ -223,7 +200,7 @@ class Dataset:
 
     Args:
         folder: output of `cogvideo data prepare`.
-        tokenizer_sha256: of the image tokenizer that the codes must be of; any unless given.
+        tokenizer_sha256: hash of the image tokenizer that must have made the codes; any unless given.
 
     Raises:
         ValueError: the dataset is incomplete, damaged or of another image tokenizer.
@@ -235,7 +212,10 @@ class Dataset:
         if tokenizer_sha256 is not None:
             self.card.check_tokenizer(tokenizer_sha256, folder)
         for entry in self.card.shards:
-            _check_size(folder / entry.file, entry)
+            path = folder / entry.file
+            require(path.is_file(), f"the dataset is incomplete: there is no file {path}")
+            got = f"{path} has {path.stat().st_size} bytes, expected {entry.num_bytes}"
+            require(path.stat().st_size == entry.num_bytes, f"{got}: the copy is incomplete")
         self._starts = [0, *accumulate(entry.num_rows for entry in self.card.shards)]
         self._opened: dict[int, Shard] = {}
 
@@ -253,10 +233,10 @@ class Dataset:
         """
         if number not in self._opened:
             entry = self.card.shards[number]
-            path = self.folder / entry.file
-            shard = Shard(path)
-            _check_equal(path, _made_with(shard.info), _made_with(self.card))
-            _check_equal(path, {"num_rows": len(shard)}, {"num_rows": entry.num_rows})
+            shard = Shard(self.folder / entry.file)
+            _check_equal(shard, self.card)
+            got = f"{shard.path} has num_rows {len(shard)}, expected {entry.num_rows}"
+            require(len(shard) == entry.num_rows, f"{got}: it does not belong to this dataset")
             self._opened[number] = shard
         return self._opened[number]
 
@@ -265,14 +245,12 @@ class Dataset:
         number = bisect_right(self._starts, row) - 1
         return self.shard(number), row - self._starts[number]
 
-    def rows(self, split: str | None = None) -> Int64[np.ndarray, " rows"]:
-        """The rows of a split, or all.
+    def rows(self, split: str) -> Int64[np.ndarray, " rows"]:
+        """The rows of a split.
 
         Raises:
             ValueError: there is no such split.
         """
-        if split is None:
-            return np.arange(len(self))
         known = ", ".join(self.card.splits) or "none: it is empty"
         require(split in self.card.splits, f"{self.folder} has no split {split!r}, expected one of {known}")
         shards = range(len(self.card.shards))
@@ -283,46 +261,19 @@ class Dataset:
         lengths = [self.shard(each).num_frames for each in range(len(self.card.shards))]
         return np.concatenate([np.zeros(0, np.int32), *lengths])
 
-    def codes(self, row: int) -> UInt16[np.ndarray, "frames grid grid"]:
-        """The codes of a clip: a view of the file."""
-        shard, number = self.find(row)
-        return shard.codes(number)
-
     def row(self, row: int) -> Row:
         """All of a clip."""
         shard, number = self.find(row)
         return shard.row(number)
 
 
-def _parse_card(values: Any) -> Card:
-    card = from_dict(Card, check_version(values, FORMAT_VERSION))
-    num_rows = sum(entry.num_rows for entry in card.shards)
-    in_splits = sum(card.splits.values())
-    require(num_rows == in_splits, f"its shards have {num_rows} clips, its splits {in_splits}")
-    changed = digest(card.settings) != card.settings_sha256
-    require(not changed, "its settings are not those of settings_sha256: they were changed by hand")
-    return card
-
-
-def _made_with(made: ShardInfo | Card) -> dict[str, Any]:
-    names = ("grid", "num_codes", "fps", "high_grid", "tokenizer_sha256", "settings_sha256")
-    return {name: getattr(made, name) for name in names}
-
-
-def _check_equal(path: Path, got: dict[str, Any], expected: dict[str, Any]) -> None:
-    for name, value in got.items():
-        require(
-            value == expected[name],
-            f"{path} has {name} {value}, expected {expected[name]}: it does not belong to this dataset",
-        )
+def _check_equal(shard: Shard, expected: ShardInfo | Card) -> None:
+    for name in ("grid", "num_codes", "fps", "high_grid", "tokenizer_sha256", "settings_sha256"):
+        got, wanted = getattr(shard.info, name), getattr(expected, name)
+        where = f"{shard.path} has {name} {got}, expected {wanted}"
+        require(got == wanted, f"{where}: it does not belong to this dataset")
 
 
 def _entry(path: Path, num_rows: int) -> ShardEntry:
     with path.open("rb") as file:
         return ShardEntry(path.name, num_rows, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def _check_size(path: Path, entry: ShardEntry) -> None:
-    require(path.is_file(), f"the dataset is incomplete: there is no file {path}")
-    got = path.stat().st_size
-    require(got == entry.num_bytes, f"{path} has {got} bytes, expected {entry.num_bytes}: the copy is incomplete")

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -19,9 +20,10 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.config import require
 from cogvideo.data.frames import FrameSettings, Pictures, read_item, shrink
 from cogvideo.data.shards import Row, ShardInfo, write_shard
-from cogvideo.data.sources import File, Item, Rejection
+from cogvideo.data.sources import Item, Rejection
 from cogvideo.data.tars import Member
 from cogvideo.media.video import VideoError
+from cogvideo.models.autoencoder import Autoencoder
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -33,7 +35,7 @@ class PrepareSettings:
     """Settings that determine the content of shards, in addition to the source and the tokenizer."""
 
     frames: FrameSettings = field(default_factory=FrameSettings)
-    """How clips become frames."""
+    """Settings of the frames."""
     superres: bool = False
     """Also store the codes of every frame at the size of super-resolution, to train that stage."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -49,14 +51,11 @@ class PrepareSettings:
 
 
 class Job(NamedTuple):
-    """One shard to be made."""
+    """A shard to be made from items; rejections are added to its info."""
 
     path: Path
-    """The file that it becomes."""
     items: tuple[Item, ...]
-    """What it is made from."""
     info: ShardInfo
-    """What the file will say about itself; rejections are added."""
 
 
 @dataclass(frozen=True)
@@ -64,50 +63,47 @@ class Worker:
     """Makes shards: the tokenizer on one device, and threads that read ahead of it."""
 
     bundle: Path
-    """Where the tokenizer is."""
+    """Folder with the tokenizer."""
     settings: PrepareSettings
-    """As above; the frames' size is given."""
+    """Settings with a frame size."""
     ratio: int = 3
     """Side of a frame for super-resolution over that of a frame."""
     device: str = "cpu"
-    """Where the encoder runs."""
+    """Device of the encoder."""
     readers: int = 0
     """Threads that read clips while the encoder works; with none, reading and encoding take turns."""
 
-    def encoder(self) -> Encode:
-        """The function from pixels to codes; loads the tokenizer."""
+    @cached_property
+    def _tokenizer(self) -> Autoencoder:
         model = CogVideo.from_pretrained(self.bundle, torch.float32, self.device).autoencoder
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in PyTorch's stubs
-        halved = self.settings.precision == "bfloat16"
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-        def encode(
-            frames: UInt8[np.ndarray, "frames size size 3"],
-        ) -> UInt16[np.ndarray, "frames grid grid"]:
-            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=halved):
-                codes = model.encode_pixels(frames, chunk=None)
-            return codes.numpy().astype(np.uint16).reshape(len(frames), frames.shape[1] // model.config.rate, -1)
+    def encode(self, frames: UInt8[np.ndarray, "frames size size 3"]) -> UInt16[np.ndarray, "frames grid grid"]:
+        """Codes of frames, in one pass; the first call loads the tokenizer."""
+        is_halved = self.settings.precision == "bfloat16"
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=is_halved):
+            codes = self._tokenizer.encode_pixels(frames, chunk=None)
+        grid = frames.shape[1] // self._tokenizer.config.rate
+        return codes.numpy().astype(np.uint16).reshape(len(frames), grid, -1)
 
-        return encode
-
-    def make(self, job: Job, encode: Encode, on_clip: Callable[[], None] = lambda: None) -> None:
+    def make(self, job: Job, on_clip: Callable[[], None] = lambda: None) -> None:
         """Write the shard of a job: rows in the order of its items, and why the others have none.
 
-        Args:
-            job: what to make.
-            encode: from `encoder`, loaded once for many shards.
-            on_clip: called after each item.
-
-        Raises:
-            OSError: the file cannot be written.
+        `on_clip` is called after each item.
         """
+        settings = self.settings
         rejected: list[Rejection] = []
         clips, sources = tee(self._read(job.items, rejected, on_clip))
-        codes = encode_clips((self._low(each.frames) for _, each in sources), encode, self.settings.batch)
-        rows, fps = [], self.settings.frames.fps
-        for clip_codes, (item, pictures) in zip(codes, clips, strict=False):  # codes first: they pull whole batches
+        frames = (shrink(each.frames, self.ratio) if settings.superres else each.frames for _, each in sources)
+        rows = []
+        # Codes first: they pull whole batches.
+        for codes, (item, pictures) in zip(encode_clips(frames, self.encode, settings.batch), clips, strict=False):
             assert item.split is not None
-            high_codes = self._high(pictures.frames, encode)
-            rows.append(Row(item.id, pictures.captions, pictures.attributes, fps, clip_codes, item.split, high_codes))
+            high = None
+            if settings.superres:  # with as many pixels in a pass as the other frames
+                (high,) = encode_clips([pictures.frames], self.encode, max(1, settings.batch // self.ratio**2))
+            captions, attributes = pictures.captions, pictures.attributes
+            rows.append(Row(item.id, captions, attributes, settings.frames.fps, codes, item.split, high))
             on_clip()
         write_shard(job.path, rows, replace(job.info, rejected=tuple(rejected)))
 
@@ -125,20 +121,6 @@ class Worker:
                 on_clip()
             else:
                 yield item, result
-
-    def _low(
-        self, frames: UInt8[np.ndarray, "frames high_size high_size 3"]
-    ) -> UInt8[np.ndarray, "frames size size 3"]:
-        """Frames in the size of the video stages."""
-        return shrink(frames, self.ratio) if self.settings.superres else frames
-
-    def _high(
-        self, frames: UInt8[np.ndarray, "frames high_size high_size 3"], encode: Encode
-    ) -> UInt16[np.ndarray, "frames high_grid high_grid"] | None:
-        """Codes for super-resolution: as many pixels in a pass as for the video stages."""
-        if not self.settings.superres:
-            return None
-        return next(encode_clips([frames], encode, max(1, self.settings.batch // self.ratio**2)))
 
 
 def encode_clips(
@@ -182,7 +164,5 @@ def ahead(function: Callable[[T], U], values: Iterable[T], threads: int) -> Iter
 
 def _without_folder(detail: str, item: Item) -> str:
     """A shard must not depend on where its source lies."""
-    match item.media:
-        case File(path) | Member(path):
-            return detail.replace(f"{path.parent}{os.sep}", "")
-    return detail
+    path = item.media.archive if isinstance(item.media, Member) else item.media
+    return detail.replace(f"{path.parent}{os.sep}", "") if isinstance(path, Path) else detail

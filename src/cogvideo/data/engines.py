@@ -1,4 +1,4 @@
-"""Where shards are made: in this process, in processes of this machine, or by Ray on a cluster."""
+"""Engines that make shards: this process, processes of this machine, or Ray on a cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cogvideo.config import InputError, require
-from cogvideo.data.encoding import Encode, Job, Worker
+from cogvideo.data.encoding import Job, Worker
 from cogvideo.devices import usable
 
 OnClip = Callable[[], None]
@@ -28,11 +28,11 @@ GPU_READERS = 4
 
 
 def local_devices(device: str, workers: int) -> list[str]:
-    """The device of each worker process.
+    """The device of each worker process, of which 0 means one a GPU or core.
 
     Args:
         device: `cpu`, `cuda` for all GPUs, one GPU such as `cuda:1`, or `auto`: the GPUs if there are any.
-        workers: how many processes; 0 for one a GPU, or one a core.
+        workers: number of processes.
 
     Raises:
         ValueError: there is no such device, or `workers` is negative.
@@ -56,9 +56,8 @@ def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_cli
     """
     if len(places) == 1 or len(jobs) == 1:
         worker = _at(worker, places[0], 1)
-        encode = worker.encoder()
         for job in jobs:
-            worker.make(job, encode, on_clip)
+            worker.make(job, on_clip)
         return
     context = multiprocessing.get_context("spawn")
     devices, clips = context.SimpleQueue(), context.SimpleQueue()
@@ -101,7 +100,7 @@ def _counting(clips: SimpleQueue[bool], on_clip: OnClip) -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Keep Ctrl-C, which reaches all processes, from those that are started here, for ever: this one ends them."""
+    """Keep Ctrl-C, which reaches all processes, from those that are started here: this one ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -109,20 +108,24 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_process: tuple[Worker, Encode, OnClip]
-"""Of a worker process: what `_start` made."""
+_worker: Worker
+_clips: SimpleQueue[bool]
+"""Set by `_start` in a worker process."""
 
 
 def _start(worker: Worker, devices: SimpleQueue[str], clips: SimpleQueue[bool], num_workers: int) -> None:
-    global _process
+    global _worker, _clips
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # processes share the cores
-    worker = _at(worker, devices.get(), num_workers)
-    _process = worker, worker.encoder(), lambda: clips.put(True)
+    _worker, _clips = _at(worker, devices.get(), num_workers), clips
+
+
+def _make(job: Job) -> None:
+    _worker.make(job, lambda: _clips.put(True))
 
 
 def _at(worker: Worker, device: str, num_workers: int) -> Worker:
-    """The worker on a device; before a GPU, its share of the cores reads ahead."""
+    """The worker on a device; its share of the cores reads ahead of a GPU."""
     readers = 0 if device == "cpu" else max(1, (os.cpu_count() or 1) // num_workers)
     return replace(worker, device=device, readers=readers)
 
@@ -135,11 +138,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _make(job: Job) -> None:
-    worker, encode, on_clip = _process
-    worker.make(job, encode, on_clip)
-
-
 def run_ray(
     jobs: Sequence[Job], worker: Worker, device: str, address: str | None, workers: int, on_clip: OnClip
 ) -> None:
@@ -147,14 +145,11 @@ def run_ray(
 
     Args:
         jobs: shards to be made.
-        worker: what an actor does.
+        worker: copied to each actor.
         device: `cpu`, `cuda` for one GPU an actor, or `auto`: GPUs if the cluster has any.
-        address: of a cluster; a local one is started unless given.
-        workers: actors; 0 for one a core or GPU of the cluster.
+        address: address of a cluster; a local one is started unless given.
+        workers: number of actors; 0 for one a core or GPU of the cluster.
         on_clip: called after each item, when its shard is whole.
-
-    Raises:
-        OSError: a shard cannot be written.
     """
     import ray
     from ray.data import DataContext, from_items
@@ -184,14 +179,13 @@ def run_ray(
 
 
 class _Maker:
-    """What an actor of Ray Data does with one row."""
+    """An actor of Ray Data: makes the shard of one row."""
 
     def __init__(self, worker: Worker) -> None:
         torch.set_num_threads(1)
         self.worker = worker
-        self.encode = worker.encoder()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, int]:
         job: Job = pickle.loads(row["job"])
-        self.worker.make(job, self.encode)
+        self.worker.make(job)
         return {"num_clips": len(job.items)}

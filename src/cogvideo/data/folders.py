@@ -6,11 +6,10 @@ import os
 from collections import deque
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from unicodedata import normalize
 
 from cogvideo.config import InputError, require
-from cogvideo.data.tables import LISTS, TABLE_SUFFIXES, RowError, lines_of, parse_json
+from cogvideo.data.tables import LISTS, TABLE_SUFFIXES, RowError
 
 MANIFESTS = tuple(f"{stem}{suffix}" for stem in ("captions", "metadata") for suffix in TABLE_SUFFIXES)
 """Tables that stand for the folder they lie in."""
@@ -31,15 +30,14 @@ def find_manifest(folder: Path) -> Path | None:
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a file names the clips of its folder."""
+    """True if a file names the clips of its folder."""
     return path.name in MANIFESTS or (path.name == LISTS[0] and all(path.with_name(each).is_file() for each in LISTS))
 
 
 def walk(folder: Path) -> list[str]:
     """Paths of all files below a folder, relative to it and sorted, without hidden ones.
 
-    Each folder is read once, so that links in a circle end; one that can be reached by a link and without is named
-    without.
+    Each folder is read once, so that circles of links end; a path without links is preferred.
 
     Raises:
         ValueError: a folder cannot be read.
@@ -56,10 +54,10 @@ def walk(folder: Path) -> list[str]:
         seen.add(real)
         for entry in _entries(path):
             below = os.path.join(inner, entry.name)
-            linked = entry.is_symlink()
-            if os.path.isdir(entry.path) if linked else entry.is_dir():  # entry.is_dir() raises on links in a circle
-                (pending.append if linked else pending.appendleft)(below)
-            elif linked or entry.is_file():  # no pipes: opening one waits for ever
+            is_link = entry.is_symlink()
+            if os.path.isdir(entry.path) if is_link else entry.is_dir():  # entry.is_dir() raises on links in a circle
+                (pending.append if is_link else pending.appendleft)(below)
+            elif is_link or entry.is_file():  # no pipes: opening one waits for ever
                 names.append(below)
     return sorted(names)
 
@@ -73,10 +71,9 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def existing(path: Path) -> Path:
-    """The path, or the one that is there and differs in how accents are written alone.
+    """The path, or the only one that is there and differs in how accents are written alone.
 
-    Macs and old archives spell é in two signs (NFD), keyboards and tables in one (NFC): names that look alike. Where
-    several do, none is meant, and the path stays as it is.
+    Macs and old archives spell é with two signs (NFD), keyboards and tables with one (NFC).
     """
     if str(path).isascii() or os.path.lexists(path):
         return path
@@ -108,51 +105,16 @@ def _names(folder: Path, changed: int) -> dict[str, list[str]]:
 
 
 def read_beside(path: Path, suffix: str) -> bytes | None:
-    """The content of the file with captions of a video; None where there is none.
-
-    Raises:
-        RowError: it is there and cannot be read.
-    """
+    """The content of the file with captions of a video; None where there is none."""
     file = path.with_suffix(suffix)
-    found = _content(file)
-    if found is None and path.parent.name in LABELS:
-        found = _content(path.parent.parent / LABELS[path.parent.name] / file.name)
-    return found
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        return existing(path).read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise RowError("caption cannot be read", f"{path}: {error.strerror}") from error
-
-
-def lines_in(content: bytes) -> list[str]:
-    """Lines of a file with captions.
-
-    Raises:
-        RowError: it is not UTF-8.
-    """
-    return lines_of(_decoded(content))
-
-
-def table_in(content: bytes) -> dict[str, Any]:
-    """The table in a JSON file with captions.
-
-    Raises:
-        RowError: it is not UTF-8, or holds no such table.
-    """
-    text = _decoded(content)
-    try:
-        return parse_json(text, "the .json next to it")
-    except InputError as error:
-        raise RowError("caption cannot be read", str(error)) from error
-
-
-def _decoded(content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RowError("caption is no text", f"byte {error.start} of its file is not UTF-8") from error
+    places = [file]
+    if path.parent.name in LABELS:
+        places.append(path.parent.parent / LABELS[path.parent.name] / file.name)
+    for place in places:
+        try:
+            return existing(place).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise RowError("caption cannot be read", f"{place}: {error.strerror}") from error
+    return None

@@ -1,4 +1,4 @@
-"""Frames that the image tokenizer learns from: drawn evenly from the clips of any source, in one file on disk."""
+"""Training frames of the image tokenizer: drawn evenly from the clips of any source, in one file on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cogvideo.media.video import VideoError
 FILES = ("train.rgb", "held_out.rgb")
 """Pixels, frame after frame, of the frames to train on and of the held-out ones."""
 HELD_OUT_SHARE = 0.05
-"""Of the clips, where no clip is of another split than `train`."""
+"""Share of the clips, where all clips are of the split `train`."""
 MANIFEST = "frames.json"
 """Written last: without it the files are not whole."""
 
@@ -44,7 +44,7 @@ class StoreSettings:
     """Magnification of every second clip, of whose frames a square is kept: prepares the tokenizer for the frames of
     super-resolution."""
     clips: FrameSettings = FrameSettings(min_frames=1)  # noqa: RUF009  # frozen
-    """How clips become frames; an image is a clip of one frame."""
+    """Settings of the frames; an image is a clip of one frame."""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "num_held_out", "frames_per_clip", "zoom"):
@@ -52,29 +52,26 @@ class StoreSettings:
 
 
 class FrameStore(NamedTuple):
-    """The frames, memory-mapped, and what became of the clips."""
+    """Memory-mapped frames, and what became of the clips."""
 
     train: UInt8[np.ndarray, "_ size size 3"]
     """Frames to train on."""
     held_out: UInt8[np.ndarray, "_ size size 3"]
     """Held-out frames; those of `train` where every clip that was held out is unreadable, or there is but one."""
     clips: int
-    """How many clips were read."""
+    """Number of clips that were read."""
     rejected: dict[str, int]
-    """How many were refused, by reason."""
+    """Clips that were refused, by reason."""
     has_split: bool
-    """Whether the sources have another split than `train`."""
+    """True if the sources have another split than `train`."""
 
 
 class Reading(NamedTuple):
-    """How far the clips are read."""
+    """Progress: clips that were read or refused, of all that seem to be needed, and frames taken from them."""
 
     clips: int
-    """Read, or refused."""
     total: int
-    """To be read: all that there are, or as many as the frames seem to need."""
     frames: int
-    """Taken from them."""
 
 
 OnRead = Callable[[Reading], None]
@@ -91,10 +88,10 @@ def fetch(
     """The frames in `folder`, drawn from the sources unless the same call already did.
 
     Args:
-        folder: where the files are or will be.
+        folder: folder of the files.
         sources: as `list_source` takes them.
-        options: of `list_source`.
-        settings: which frames are taken; their size is given.
+        options: options of `list_source`.
+        settings: settings with a frame size.
         on_read: called after each clip.
         readers: threads that read clips ahead; with none, one clip is read after another.
 
@@ -110,15 +107,18 @@ def fetch(
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"cannot use {folder / MANIFEST} ({error}): remove its folder and start again") from error
-    require(
-        manifest["key"] == key,
-        f"{folder} holds frames of other sources or settings: give those of the run that made them, or remove it",
-    )
+    other = f"{folder} holds frames of other sources or settings"
+    require(manifest["key"] == key, f"{other}: give those of the run that made them, or remove it")
     size = settings.clips.size
     assert size is not None
     train, held_out = (_map(folder / name, count, size) for name, count in zip(FILES, manifest["frames"], strict=True))
-    looked_at = held_out if len(held_out) else train
-    return FrameStore(train, looked_at, manifest["clips"], manifest["rejected"], manifest.get("has_split", True))
+    return FrameStore(
+        train,
+        held_out if len(held_out) else train,
+        manifest["clips"],
+        manifest["rejected"],
+        manifest.get("has_split", True),
+    )
 
 
 def remove(folder: Path) -> None:
@@ -128,7 +128,7 @@ def remove(folder: Path) -> None:
 
 
 def _key(sources: Sequence[str], options: SourceOptions, settings: StoreSettings) -> str:
-    """Hash of all that decides the frames, apart from what the sources hold."""
+    """Hash of all that decides the frames, apart from the content of the sources."""
     text = json.dumps([list(sources), asdict(options), asdict(settings)])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -141,15 +141,14 @@ def _draw(
     on_read: OnRead,
     readers: int,
 ) -> dict[str, Any]:
-    """Write the files of pixels; returns what there is to say about them."""
+    """Write the files of pixels; returns the entries of the manifest."""
     listings = [list_source(source, options) for source in sources]
     items = [item for listing in listings for item in listing.items]
     drawing = _Drawing(settings, len(items), on_read, readers)
     drawing.reasons.update(each.reason for listing in listings for each in listing.rejected)
     parts = [divide(_shuffled(listing.items, settings.clips.seed)) for listing in listings]
-    to_train, to_hold_out = zip(*parts, strict=True)
-    train = _write(folder / FILES[0], drawing.frames(to_train, settings.num_frames))
-    held_out = _write(folder / FILES[1], drawing.frames(to_hold_out, settings.num_held_out))
+    train = _write(folder / FILES[0], drawing.frames([each for each, _ in parts], settings.num_frames))
+    held_out = _write(folder / FILES[1], drawing.frames([each for _, each in parts], settings.num_held_out))
     if not train:
         found = [f"{count} {reason}" for reason, count in drawing.reasons.items()]
         told = ", ".join(filter(None, [*found, other_splits(items)])) or "they hold none"
@@ -163,7 +162,7 @@ def _draw(
 
 
 def _write(path: Path, clips: Iterable[UInt8[np.ndarray, "_ size size 3"]]) -> list[int]:
-    """The frames of clips, one after another; returns how many each has."""
+    """Write the frames of clips, one after another; returns the number of each."""
     counts = []
     with replacing(path) as file:
         for frames in clips:
@@ -173,20 +172,17 @@ def _write(path: Path, clips: Iterable[UInt8[np.ndarray, "_ size size 3"]]) -> l
 
 
 def divide(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """Clips to learn from, and clips to look at: those of another split than `train`.
+    """Clips to train on, and held-out clips: those of another split than `train`.
 
-    Where there are none, the first `HELD_OUT_SHARE` of the clips is held out: one at least, but never all.
+    Where there are none, the first `HELD_OUT_SHARE` of the clips is held out: one at least, but never all. Copies of a
+    clip stay together.
     """
     train = [item for item in items if item.split in ("train", None)]
-    held_out = [item for item in items if item.split not in ("train", None)]
-    if held_out:
-        return train, held_out
+    if len(train) < len(items):
+        return train, [item for item in items if item.split not in ("train", None)]
     media = list(dict.fromkeys(item.media for item in train))
     left_out = set(media[: min(len(media) - 1, max(1, round(HELD_OUT_SHARE * len(media))))])
-    return (
-        [item for item in train if item.media not in left_out],
-        [item for item in train if item.media in left_out],  # with its copies on other backgrounds
-    )
+    return [item for item in train if item.media not in left_out], [item for item in train if item.media in left_out]
 
 
 def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
@@ -208,23 +204,22 @@ class _Drawing:
     """Why clips were refused."""
 
     def frames(self, groups: Sequence[Sequence[Item]], total: int) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
-        """Frames of one clip after another, `total` in all; what a source lacks is taken from those after it."""
+        """Frames of one clip after another, `total` in all; a shortage of a source is made up by those after it."""
         for place, items in enumerate(groups):
-            share = total // (len(groups) - place)
-            for frames in self._of_source(items, share):
+            for frames in self._of_source(items, total // (len(groups) - place)):
                 total -= len(frames)
                 yield frames
 
     def _of_source(self, items: Sequence[Item], total: int) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
-        """As many frames of each clip as are needed for `total`, or `frames_per_clip`; clips that fail are skipped."""
+        """Frames of each clip: its share of `total`, at least `frames_per_clip`; clips that fail are skipped."""
         if total <= 0:
             return
         for (place, _), read in ahead(self._read, enumerate(items), self.readers):
-            quota = min(total, max(self.settings.frames_per_clip, math.ceil(total / (len(items) - place))))
             if isinstance(read, VideoError):
                 self.reasons[read.reason] += 1
                 self._count(0)
                 continue
+            quota = min(total, max(self.settings.frames_per_clip, math.ceil(total / (len(items) - place))))
             chosen = _squares(read[_middles(len(read), quota)], self.settings, place)
             total -= len(chosen)
             self._count(len(chosen))
@@ -240,7 +235,6 @@ class _Drawing:
         return read_item(item, replace(clips, size=clips.size * self.settings.zoom) if place % 2 else clips).frames
 
     def _count(self, frames: int) -> None:
-        """Count the frames of a clip."""
         self.clips_read += 1
         self.frames_taken += frames
         left = self.settings.num_frames + self.settings.num_held_out - self.frames_taken
@@ -251,13 +245,13 @@ class _Drawing:
 def _squares(
     frames: UInt8[np.ndarray, "_ height width 3"], settings: StoreSettings, place: int
 ) -> UInt8[np.ndarray, "_ size size 3"]:
-    """A square of each frame, where it is larger than it is to be."""
+    """A random square of each frame that is larger than `settings.clips.size`."""
     size = settings.clips.size
+    assert size is not None
     random = np.random.default_rng((settings.clips.seed, place))
     corners = random.integers(0, frames.shape[1] - size + 1, (len(frames), 2)).tolist()
-    return np.stack(
-        [frame[top : top + size, left : left + size] for frame, (top, left) in zip(frames, corners, strict=True)]
-    )
+    cut = zip(frames, corners, strict=True)
+    return np.stack([frame[top : top + size, left : left + size] for frame, (top, left) in cut])
 
 
 def _middles(num_frames: int, count: int) -> np.ndarray:

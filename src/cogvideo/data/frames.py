@@ -1,4 +1,4 @@
-"""The frames of an item: read or rendered, at one rate and size, on a background that its caption may name."""
+"""Frames of an item: read or rendered, at one rate and size, on a background that its caption may name."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -16,9 +16,9 @@ from jaxtyping import UInt8
 
 from cogvideo import world
 from cogvideo.config import InputError, require
-from cogvideo.data.sources import File, Item, Rendering
+from cogvideo.data.sources import Item
 from cogvideo.data.tars import Member
-from cogvideo.media.video import MAX_FPS, Video, VideoError, read_video
+from cogvideo.media.video import MAX_FPS, VideoError, read_video
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "red": (214, 48, 49),
@@ -41,7 +41,7 @@ _SIDES = re.compile(r"\b(?:[Ll]eft|[Rr]ight)(?=\b|wards?\b)")
 
 @dataclass(frozen=True)
 class FrameSettings:
-    """How clips become frames."""
+    """Rate, size and background of the frames of clips."""
 
     fps: float = 8.0
     """Frames kept per second. Training takes its lower frame rates from these."""
@@ -74,10 +74,8 @@ class FrameSettings:
         require(self.fps <= MAX_FPS, f"fps is {self.fps}, expected at most {MAX_FPS}")
         require(0.1 <= self.smallest <= 1, f"smallest is {self.smallest}, expected a share in [0.1, 1]")
         require(0 <= self.loop_to < math.inf, f"loop_to is {self.loop_to}, expected 0 or more seconds")
-        require(
-            self.background == "random" or self.background in BACKGROUNDS,
-            f"background is {self.background!r}, expected random or one of {', '.join(BACKGROUNDS)}",
-        )
+        expected = f"expected random or one of {', '.join(BACKGROUNDS)}"
+        require(self.background in ("random", *BACKGROUNDS), f"background is {self.background!r}, {expected}")
         template = self.background_template
         wrong = f"background_template is {template!r}, expected {{caption}}, and {{article}} {{background}} if you like"
         try:
@@ -92,14 +90,11 @@ class FrameSettings:
 
 
 class Pictures(NamedTuple):
-    """An item as it is seen."""
+    """An item as it is seen; the attributes include the background that it was put on."""
 
     frames: UInt8[np.ndarray, "frames size size 3"]
-    """Red, green and blue."""
     captions: tuple[str, ...]
-    """What they show."""
     attributes: dict[str, str]
-    """Other attributes, including the background that it was put on."""
 
 
 def read_item(item: Item, settings: FrameSettings) -> Pictures:
@@ -109,30 +104,18 @@ def read_item(item: Item, settings: FrameSettings) -> Pictures:
         VideoError: it cannot be read, or is too short.
         OSError: the system failed: another try may succeed.
     """
-    if isinstance(item.media, Rendering):
-        return _render(item, item.media, settings)
+    if isinstance(item.media, world.Scene):
+        assert settings.size is not None
+        num_frames = min(settings.max_frames, round(world.SECONDS * settings.fps) + 1)
+        _check_length(num_frames, settings)
+        frames = world.render(item.media, settings.size, settings.fps, num_frames)
+        return Pictures(frames, item.captions, item.attributes)
     background, size = background_of(item, settings), settings.size
     side, top, left = (None, 0, 0) if size is None else _place(item, settings, size)
-    video = _read(item, settings, side, background)
-    _check_length(len(video.frames), settings)
-    if not video.has_alpha:
-        video = video if side == size else _read(item, settings, size, background)
-        return Pictures(video.frames, item.captions, item.attributes)
-    frames, captions = video.frames, item.captions
-    if settings.mirror and item.copy % 2 and any(_SIDES.search(caption) for caption in captions):
-        frames, captions = frames[:, :, ::-1], tuple(map(_other_side, captions))
-    if size is not None and side != size:
-        frames = _placed(frames, size, top, left, BACKGROUNDS[background])
-    captions = tuple(on_background(caption, background, settings.background_template) for caption in captions)
-    return Pictures(np.ascontiguousarray(frames), captions, item.attributes | {"background": background})
-
-
-def _read(item: Item, settings: FrameSettings, size: int | None, background: str) -> Video:
-    assert not isinstance(item.media, Rendering)
-    return read_video(
-        _open(item.media),
+    read = partial(
+        read_video,
+        BytesIO(item.media.read()) if isinstance(item.media, Member) else item.media,
         settings.fps,
-        size,
         fit=settings.fit,
         start=item.start,
         end=item.end,
@@ -140,6 +123,20 @@ def _read(item: Item, settings: FrameSettings, size: int | None, background: str
         loop_to=settings.loop_to,
         background=BACKGROUNDS[background],
     )
+    frames, has_alpha = read(side)
+    _check_length(len(frames), settings)
+    if not has_alpha:
+        return Pictures(frames if side == size else read(size).frames, item.captions, item.attributes)
+    captions = item.captions
+    if settings.mirror and item.copy % 2 and any(_SIDES.search(caption) for caption in captions):
+        frames, captions = frames[:, :, ::-1], tuple(map(_other_side, captions))
+    if size is not None and side is not None and side != size:
+        canvas = np.empty((len(frames), size, size, 3), np.uint8)
+        canvas[:] = BACKGROUNDS[background]
+        canvas[:, top : top + side, left : left + side] = frames
+        frames = canvas
+    captions = tuple(on_background(caption, background, settings.background_template) for caption in captions)
+    return Pictures(np.ascontiguousarray(frames), captions, item.attributes | {"background": background})
 
 
 def shrink(
@@ -148,22 +145,6 @@ def shrink(
     """Frames at one `ratio`th of their size: means of squares of pixels."""
     pattern = "frames (rows down) (columns across) colors -> frames rows columns colors"
     return reduce(frames.astype(np.float32), pattern, "mean", down=ratio, across=ratio).round().astype(np.uint8)
-
-
-def _render(item: Item, clip: Rendering, settings: FrameSettings) -> Pictures:
-    assert settings.size is not None
-    num_frames = min(settings.max_frames, round(world.SECONDS * settings.fps) + 1)
-    _check_length(num_frames, settings)
-    frames = world.render(world.scene(clip.index, clip.domain), settings.size, settings.fps, num_frames)
-    return Pictures(frames, item.captions, item.attributes)
-
-
-def _open(media: File | Member) -> Path | BytesIO:
-    if isinstance(media, File):
-        return media.path
-    with media.archive.open("rb") as archive:
-        archive.seek(media.offset)
-        return BytesIO(archive.read(media.num_bytes))
 
 
 def _check_length(num_frames: int, settings: FrameSettings) -> None:
@@ -188,15 +169,6 @@ def _place(item: Item, settings: FrameSettings, size: int) -> tuple[int, int, in
     side = round(size * random.uniform(settings.smallest, 1))
     top, left = random.integers(0, size - side, 2, endpoint=True)
     return side, int(top), int(left)
-
-
-def _placed(
-    frames: UInt8[np.ndarray, "frames side side 3"], size: int, top: int, left: int, color: tuple[int, int, int]
-) -> UInt8[np.ndarray, "frames size size 3"]:
-    canvas = np.empty((len(frames), size, size, 3), np.uint8)
-    canvas[:] = color
-    canvas[:, top : top + frames.shape[1], left : left + frames.shape[2]] = frames
-    return canvas
 
 
 def _other_side(caption: str) -> str:

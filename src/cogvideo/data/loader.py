@@ -1,9 +1,9 @@
 """Batches of training samples, in an order that one number resumes exactly.
 
-Samples are an endless stream, epoch after epoch, and sample number `position` is a pure function of the data, the
-settings and that number: the epoch is `position // rows`, the rest a place in its order, and what is drawn at random
-inside the sample is hashed from seed, epoch and row. A batch is the next positions of the stream, and each rank
-takes its share of them. So the state of a run is the position alone, for any number of workers and ranks.
+Samples are an endless stream, epoch after epoch. Sample number `position` is a pure function of the data, the settings
+and that number: the epoch is `position // rows`, the rest a place in its order, and random choices inside the sample
+are hashed from seed, epoch and row. A batch is the next positions of the stream, shared among the ranks. So the state
+of a run is the position alone, for any number of workers and ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.utils.data import Dataset as MapDataset
 from cogvideo.config import InputError, require
 from cogvideo.data.clips import ClipSampling, choose_window, duration_of, sampled_rates
 from cogvideo.data.dataset import Dataset
-from cogvideo.data.shards import Shard, digest
+from cogvideo.data.shards import digest
 
 T = TypeVar("T")
 
@@ -42,11 +42,7 @@ def mix(values: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
 
 
 def hash_numbers(*numbers: int | Int64[np.ndarray, " values"]) -> UInt64[np.ndarray, " values"]:
-    """64 random-looking bits for each tuple of numbers, the same everywhere and always.
-
-    Args:
-        numbers: whole numbers of at least 0; those given once count for all.
-    """
+    """64 random-looking bits for each tuple of whole numbers of at least 0; those given once count for all."""
     state = np.zeros(1, np.uint64)
     for each in numbers:
         state = mix((state ^ np.atleast_1d(np.asarray(each, np.uint64))) + _GOLDEN)
@@ -65,7 +61,7 @@ def keyed_uniform(
 def keyed_seeds(
     seed: int, epochs: Int64[np.ndarray, " samples"], rows: Int64[np.ndarray, " samples"]
 ) -> Int64[np.ndarray, " samples"]:
-    """A seed of 63 bits for each sample, for whatever else it needs at random."""
+    """A seed of 63 bits for each sample."""
     return (hash_numbers(seed, 2, epochs, rows) >> np.uint64(1)).astype(np.int64)
 
 
@@ -87,11 +83,9 @@ class ClipSample(NamedTuple):
     position: int
     """Its number in the stream."""
     epoch: int
-    """How often every row was drawn before."""
     row: int
-    """Which row of the stream it is."""
     seed: int
-    """Of 63 bits, from seed, epoch and row: for what else is random in the sample, such as masks."""
+    """63 bits from seed, epoch and row, for other random choices in the sample, such as masks."""
     high_codes: UInt16[np.ndarray, "frames high_grid high_grid"] | None = None
     """Codes of the same frames for super-resolution, if the settings ask for them."""
 
@@ -103,10 +97,10 @@ class ClipStream(MapDataset[ClipSample]):
 
     Args:
         folders: outputs of `cogvideo data prepare`, one after another; a folder given twice counts twice.
-        split: the part of each that is used.
-        sampling: how clips become samples.
-        tokenizer_sha256: of the image tokenizer that the codes must be of; any unless given, but the same for all.
-        grid: side of a frame in codes that the model has; any unless given, but the same for all.
+        split: split of each that is used.
+        sampling: settings of the samples.
+        tokenizer_sha256: hash of the image tokenizer of the codes; any unless given, but the same for all.
+        grid: side of a frame of the model, in codes; any unless given, but the same for all.
 
     Raises:
         ValueError: a dataset is incomplete, of another tokenizer, grid or base rate, lacks the split or the codes of
@@ -130,7 +124,7 @@ class ClipStream(MapDataset[ClipSample]):
         self._rows = self._usable_rows()
         shards = [[entry.sha256 for entry in dataset.card.shards] for dataset in self.datasets]
         self.identity = f"samples in the second order, {digest([shards, split, asdict(sampling)])}"
-        """All that decides which sample stands where. The first order, of a Feistel network, is gone."""
+        """Hash of all that decides the order of samples. The first order, of a Feistel network, is gone."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -160,60 +154,49 @@ class ClipStream(MapDataset[ClipSample]):
         return self.__getitems__([position])[0]
 
     def __getitems__(self, positions: Sequence[int]) -> list[ClipSample]:
-        """The samples of a batch: what is random in them is made for all at once."""
+        """The samples of a batch, with their random numbers drawn at once."""
         numbers = np.asarray(positions, np.int64)
         epochs, places = np.divmod(numbers, len(self))
-        epoch_places = zip(epochs.tolist(), places.tolist(), strict=True)
-        rows = np.array([order(len(self), self.sampling.seed, epoch)[place] for epoch, place in epoch_places], np.int64)
-        draws = keyed_uniform(self.sampling.seed, epochs, rows, _DRAWS).tolist()
-        seeds = keyed_seeds(self.sampling.seed, epochs, rows).tolist()
-        where = (numbers.tolist(), epochs.tolist(), rows.tolist(), seeds)
-        return [self._sample(*each) for each in zip(*where, self._rows[rows].tolist(), draws, strict=True)]
+        seed = self.sampling.seed
+        in_order = zip(epochs.tolist(), places.tolist(), strict=True)
+        rows = np.array([order(len(self), seed, epoch)[place] for epoch, place in in_order], np.int64)
+        draws = keyed_uniform(seed, epochs, rows, _DRAWS).tolist()
+        where = (numbers, epochs, rows, keyed_seeds(seed, epochs, rows), self._rows[rows])
+        return [self._sample(*each) for each in zip(*(each.tolist() for each in where), draws, strict=True)]
 
     def _sample(
         self, position: int, epoch: int, row: int, seed: int, stored_row: int, draws: list[float]
     ) -> ClipSample:
-        shard, number = self._find(stored_row)
+        number = bisect_right(self._starts, stored_row) - 1
+        shard, place = self.datasets[number].find(stored_row - self._starts[number])
         rate_draw, offset_draw, caption_draw, dropout_draw = draws
-        codes = shard.codes(number)
+        codes, high_codes = shard.codes(place), None
         window = choose_window(len(codes), self.sampling, rate_draw, offset_draw)
         assert window is not None, "the index holds rows that are long enough"
-        dropped = dropout_draw < self.sampling.caption_dropout
-        caption = None if dropped else shard.caption(number, int(caption_draw * shard.num_captions(number)))
-        high_codes = shard.high_codes(number) if self.sampling.high_codes else None
-        duration = duration_of(window, self.sampling, rate_draw)
+        is_dropped = dropout_draw < self.sampling.caption_dropout
+        caption = None if is_dropped else shard.caption(place, int(caption_draw * shard.num_captions(place)))
         frames = slice(window.start, window.stop, window.step)
         codes = codes[frames]
-        shard.check(number, codes)
-        if high_codes is not None:
-            high_codes = high_codes[frames]
-            shard.check(number, high_codes)
+        shard.check(place, codes)
+        if self.sampling.high_codes and (stored := shard.high_codes(place)) is not None:
+            high_codes = stored[frames]
+            shard.check(place, high_codes)
+        duration = duration_of(window, self.sampling, rate_draw)
         return ClipSample(codes, caption, duration, position, epoch, row, seed, high_codes)
-
-    def _find(self, stored_row: int) -> tuple[Shard, int]:
-        number = bisect_right(self._starts, stored_row) - 1
-        return self.datasets[number].find(stored_row - self._starts[number])
 
     def _usable_rows(self) -> Int64[np.ndarray, " rows"]:
         """Rows of the split that are long enough, numbered over all datasets."""
-        rows = np.concatenate(
-            [start + each.rows(self.split) for start, each in zip(self._starts, self.datasets, strict=False)]
-        )
+        starts = zip(self._starts, self.datasets, strict=False)
+        rows = np.concatenate([start + each.rows(self.split) for start, each in starts])
         lengths = np.concatenate([each.num_frames() for each in self.datasets])[rows]
-        usable = rows[lengths >= self.sampling.min_frames]
-        if len(usable) == 0:
-            raise InputError(self._nothing_usable(lengths))
-        return usable
-
-    def _nothing_usable(self, lengths: np.ndarray) -> str:
         where = f"{', '.join(str(each.folder) for each in self.datasets)}, split {self.split!r}"
-        if len(lengths) == 0:
-            return f"{where}: there is no clip, expected at least one"
-        needed, rates = self.sampling.min_frames, self.sampling.rates
-        return (
-            f"{where}: no clip is long enough for the mode {self.sampling.mode}: expected {needed} frames at "
-            f"{rates.base:g} a second, got clips of {lengths.min()} to {lengths.max()}"
-        )
+        require(len(lengths) > 0, f"{where}: there is no clip, expected at least one")
+        needed, mode = self.sampling.min_frames, self.sampling.mode
+        usable = rows[lengths >= needed]
+        expected = f"expected {needed} frames at {self.sampling.rates.base:g} a second"
+        got = f"got clips of {lengths.min()} to {lengths.max()}"
+        require(len(usable) > 0, f"{where}: no clip is long enough for the mode {mode}: {expected}, {got}")
+        return usable
 
 
 def _check_cards(datasets: Sequence[Dataset], sampling: ClipSampling, grid: int | None) -> None:
@@ -233,7 +216,7 @@ def _check_cards(datasets: Sequence[Dataset], sampling: ClipSampling, grid: int 
 
 
 def _without_traces(batches: Iterable[T]) -> Iterator[T]:
-    """A worker's mistakes come with its traceback as their text; their last line is what it said."""
+    """Errors of a worker without its traceback, which ends with their message."""
     try:
         yield from batches
     except InputError as error:
@@ -241,15 +224,11 @@ def _without_traces(batches: Iterable[T]) -> Iterator[T]:
 
 
 def shares(position: int, batch_size: int, rank: int, world_size: int, end: int | None = None) -> Iterator[range]:
-    """Positions of each batch of one rank, from `position` on: the ranks' shares of a batch are dealt out in turn.
-
-    Together they are every position once, up to `end` where there is one.
-    """
+    """Positions of each batch of one rank, from `position` on and up to `end`; ranks take turns within a batch."""
     firsts = count(position, batch_size) if end is None else range(position, end, batch_size)
     for first in firsts:
-        behind = first + batch_size if end is None else min(first + batch_size, end)
-        share = range(first + rank, behind, world_size)
-        if share:
+        last = first + batch_size if end is None else min(first + batch_size, end)
+        if share := range(first + rank, last, world_size):
             yield share
 
 
@@ -258,23 +237,19 @@ class Loader(Generic[T]):
     """Batches of a stream for one rank, and the position to continue from.
 
     Training takes the endless stream, in which batches may straddle epochs. Evaluation takes `end=len(stream)`: exactly
-    one epoch, whose last batch is smaller. Ranks may then have one batch less than others: where they must keep step,
-    take the endless stream for `ceil(rows / batch_size)` batches and leave out samples of epoch 1.
+    one epoch, whose last batch is smaller, and where ranks may have one batch less than others.
 
     Raises:
         ValueError: the batch cannot be shared among the ranks, or a number is out of range.
     """
 
     stream: ClipStream
-    """The samples."""
     batch_size: int
     """Samples of a batch over all ranks."""
     collate: Callable[[list[ClipSample]], T]
-    """Samples of a share to what is yielded; runs in the workers, which may have to unpickle it."""
+    """Samples of a share to a batch; runs in the workers, which may have to unpickle it."""
     rank: int = 0
-    """Whose share of each batch is loaded."""
     world_size: int = 1
-    """How many ranks share it."""
     position: int = 0
     """Number of samples that were taken before, over all ranks."""
     end: int | None = None
@@ -288,12 +263,10 @@ class Loader(Generic[T]):
         require(self.num_workers >= 0, f"num_workers is {self.num_workers}, expected 0 or more")
         require(self.position >= 0, f"the position is {self.position}, expected 0 or more")
         require(self.batch_size > 0, f"batch_size is {self.batch_size}, expected a positive number")
-        known = 0 <= self.rank < self.world_size
-        require(known, f"rank is {self.rank} of {self.world_size} ranks, expected a number in [0, {self.world_size})")
-        require(
-            self.batch_size % self.world_size == 0,
-            f"batch_size {self.batch_size} is not divisible by the {self.world_size} ranks that share a batch",
-        )
+        ranks = self.world_size
+        require(0 <= self.rank < ranks, f"rank is {self.rank} of {ranks} ranks, expected a number in [0, {ranks})")
+        message = f"batch_size {self.batch_size} is not divisible by the {ranks} ranks that share a batch"
+        require(self.batch_size % ranks == 0, message)
 
     def __iter__(self) -> Iterator[T]:
         """Batches from `position` on, which has moved past a batch when it is yielded, whatever was loaded ahead."""
@@ -306,6 +279,7 @@ class Loader(Generic[T]):
             generator=torch.Generator(),  # the loader draws a seed that nothing uses: not from the global generator
         )
         for batch in _without_traces(batches):
-            behind = self.position + self.batch_size
-            self.position = behind if self.end is None else min(behind, self.end)
+            self.position += self.batch_size
+            if self.end is not None:
+                self.position = min(self.position, self.end)
             yield batch

@@ -9,10 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from cogvideo.data.dataset import REJECTED, Card, check_hashes, make_card, write
 from cogvideo.data.encoding import Job, PrepareSettings, Worker
 from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
 from cogvideo.data.shards import ShardInfo, digest, read_info, shard_name
-from cogvideo.data.sources import File, Item, Rejection, SourceOptions, list_source
+from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
 from cogvideo.data.tars import Member
 from cogvideo.files import alone_in, named, remove_leftovers, write_text
 
@@ -100,14 +101,22 @@ def prepare(
                 run_ray(left, worker, device, ray_address, workers, on_clip)
             elif left:
                 run_local(left, worker, places, on_clip)
-        write_rejected(out / REJECTED, [*listing.rejected, *_rejected(jobs)])
+        in_shards = (read_info(job.path).rejected for job in jobs)
+        _write_rejected(out / REJECTED, chain(listing.rejected, *in_shards))
         if not jobs:
-            raise InputError(_nothing_left(source, out, listing.rejected))
-        files = [job.path.name for job in jobs]
-        places_of = {"source": _in_full(source), "tokenizer": _in_full(tokenizer)}
-        card = make_card(out, files, **places_of, settings=described, rejected=listing.rejected)
+            first, *others = listing.rejected
+            more = f", and {len(others)} more in {out / REJECTED}" if others else ""
+            raise InputError(f"no clip of {source} can be used: {first.id}: {first.reason}{more}")
+        card = make_card(
+            out,
+            [job.path.name for job in jobs],
+            source=_in_full(source),
+            tokenizer=_in_full(tokenizer),
+            settings=described,
+            rejected=listing.rejected,
+        )
         write_card(out, card)
-    print(summary(out, card))
+    print(_summary(out, card))
     return TOO_MANY_REJECTED if card.num_rejected > max_rejected else 0
 
 
@@ -115,22 +124,20 @@ def complete(settings: PrepareSettings, config: CogVideoConfig) -> PrepareSettin
     """The settings with the frame size that the model works at, where they name none.
 
     Raises:
-        ValueError: the size is no multiple of the pixels of a code, or codes do not fit in 16 bits.
+        ValueError: the size is not a multiple of the pixels of a code, or codes do not fit in 16 bits.
     """
     rate, num_codes = config.autoencoder.rate, config.autoencoder.num_codes
     size = settings.frames.size or config.frame_side
     require(size % rate == 0, f"size is {size}, expected a multiple of {rate}: the pixels of a side of one code")
-    require(
-        num_codes <= 2**16, f"the tokenizer has {num_codes} codes, expected at most {2**16}: they are stored as uint16"
-    )
-    frames = settings.frames
-    seconds, loop_to = float(frames.max_seconds), float(frames.loop_to)  # 8 and 8.0 are the same settings
-    frames = replace(frames, size=size, fps=float(frames.fps), max_seconds=seconds, loop_to=loop_to)
-    return replace(settings, frames=frames)
+    expected = f"expected at most {2**16}: they are stored as uint16"
+    require(num_codes <= 2**16, f"the tokenizer has {num_codes} codes, {expected}")
+    names = ("fps", "max_seconds", "loop_to")
+    floats: dict[str, Any] = {name: float(getattr(settings.frames, name)) for name in names}  # 8 is the same as 8.0
+    return replace(settings, frames=replace(settings.frames, size=size, **floats))
 
 
 def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: str) -> ShardInfo:
-    """What all shards of a run say about themselves.
+    """Facts that all shards of a run share.
 
     Raises:
         ValueError: the bundle has no image tokenizer.
@@ -152,28 +159,27 @@ def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: s
 
 
 def plan(items: Sequence[Item], folder: Path, info: ShardInfo, size: int) -> list[Job]:
-    """The items cut into shards of `size`, each with the hash of what it is made from."""
-    made_with = [info.tokenizer_sha256, info.settings_sha256]
-    parts = [tuple(items[start : start + size]) for start in range(0, len(items), size)]
-    works = (digest([*made_with, *map(_identity, part)]) for part in parts)
-    return [
-        Job(folder / shard_name(index), part, replace(info, work_sha256=work))
-        for index, (part, work) in enumerate(zip(parts, works, strict=True))
-    ]
+    """The items cut into shards of `size`, each with the hash of its inputs."""
+    jobs = []
+    for index, start in enumerate(range(0, len(items), size)):
+        part = tuple(items[start : start + size])
+        work = digest([info.tokenizer_sha256, info.settings_sha256, *map(_identity, part)])
+        jobs.append(Job(folder / shard_name(index), part, replace(info, work_sha256=work)))
+    return jobs
 
 
 def _identity(item: Item) -> Any:
-    """What an item's row depends on, wherever its source lies; the size of a file stands for its content."""
+    """Values that an item's row depends on, wherever its source lies; the size of a file stands for its content."""
     media = item.media
-    if isinstance(media, File):
-        content = media.path.stat().st_size if media.path.is_file() else None
+    if isinstance(media, Path):
+        content = media.stat().st_size if media.is_file() else None
     else:
         content = media.num_bytes if isinstance(media, Member) else media.index
     return [content, item.id, item.captions, item.attributes, item.start, item.end, item.split, item.copy]
 
 
 def remaining(jobs: Sequence[Job], folder: Path) -> list[Job]:
-    """Jobs whose shards are not there yet. What a killed run left half-written is removed.
+    """Jobs whose shards are not there yet; leftovers of a killed run are removed.
 
     Raises:
         ValueError: a shard in the folder was made from other clips, or with other settings.
@@ -181,44 +187,26 @@ def remaining(jobs: Sequence[Job], folder: Path) -> list[Job]:
     """
     ours = {job.path: job.info for job in jobs}
     for path in named(folder, "shard-*.arrow"):
-        change = _change(read_info(path), ours.get(path))
+        there, here = read_info(path), ours.get(path)
+        if here is not None and there.work_sha256 == here.work_sha256:
+            continue
+        change = "from other clips"
+        if here is not None and there.tokenizer_sha256 != here.tokenizer_sha256:
+            change = "with another tokenizer"
+        elif here is not None and there.settings_sha256 != here.settings_sha256:
+            change = "with other settings"
         advice = "give this run another folder with --out, or remove the old one"
-        require(not change, f"{path} was made {change}: {advice}")
+        raise InputError(f"{path} was made {change}: {advice}")
     remove_leftovers(folder)
     return [job for job in jobs if not job.path.exists()]
 
 
-def _change(there: ShardInfo, here: ShardInfo | None) -> str:
-    """What a shard was made with that is not ours, in words; nothing if all is the same."""
-    if here is None or there.work_sha256 == here.work_sha256:
-        return "" if here else "from other clips"
-    if there.tokenizer_sha256 != here.tokenizer_sha256:
-        return "with another tokenizer"
-    return "with other settings" if there.settings_sha256 != here.settings_sha256 else "from other clips"
-
-
 def _in_full(name: str) -> str:
-    """A path that means the same from everywhere; what is no path stays as it is."""
+    """The absolute form of a path; other names stay."""
     return os.path.abspath(name) if os.path.exists(name) else name
 
 
-def _nothing_left(source: str, out: Path, rejected: Sequence[Rejection]) -> str:
-    first, *others = rejected
-    more = f", and {len(others)} more in {out / REJECTED}" if others else ""
-    return f"no clip of {source} can be used: {first.id}: {first.reason}{more}"
-
-
-def _rejected(jobs: Sequence[Job]) -> Iterator[Rejection]:
-    for job in jobs:
-        yield from read_info(job.path).rejected
-
-
-def write_rejected(path: Path, rejected: Sequence[Rejection]) -> None:
-    """The rejected clips as a table with the columns id, reason and detail.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+def _write_rejected(path: Path, rejected: Iterable[Rejection]) -> None:
     text = io.StringIO(newline="")
     table = csv.writer(text)
     table.writerow(Rejection._fields)
@@ -226,8 +214,7 @@ def write_rejected(path: Path, rejected: Sequence[Rejection]) -> None:
     write_text(path, text.getvalue())
 
 
-def summary(folder: Path, card: Card) -> str:
-    """Summary of what was made, in some lines."""
+def _summary(folder: Path, card: Card) -> str:
     splits = ", ".join(f"{count:,} {split}" for split, count in card.splits.items())
     lines = [f"{folder}: {sum(card.splits.values()):,} clips ({splits or 'none'}), {card.num_frames:,} frames"]
     if card.rejected:

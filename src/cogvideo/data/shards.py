@@ -1,8 +1,8 @@
 """Shards: Arrow files with one row a clip.
 
 A shard is an Arrow IPC file (random access) with one record batch, so that it can be memory-mapped and a clip's codes
-are a view of the file. `pandas.read_feather`, `polars.read_ipc` and `datasets.load_dataset("arrow")` open it too. What
-it was made with stands in the schema metadata. Bytes depend on the content alone.
+are a view of the file. `pandas.read_feather`, `polars.read_ipc` and `datasets.load_dataset("arrow")` open it too. The
+schema metadata holds its `ShardInfo`. Bytes depend on the content alone.
 
 pyarrow is imported where a shard is read or written: training steps and benchmarks run without it.
 """
@@ -36,24 +36,20 @@ class Row(NamedTuple):
     """One clip."""
 
     id: str
-    """Name in its source."""
     captions: tuple[str, ...]
     """One or several, none empty."""
     attributes: dict[str, str]
-    """Other things known about it."""
     fps: float
     """Base rate: frames a second of the codes."""
     codes: UInt16[np.ndarray, "frames grid grid"]
-    """Image codes."""
     split: str
-    """The part of the dataset it belongs to."""
     high_codes: UInt16[np.ndarray, "frames high_grid high_grid"] | None = None
     """Codes of the same frames for super-resolution."""
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What a shard was made with."""
+    """Inputs that a shard was made with."""
 
     grid: int
     """Side of a frame in codes."""
@@ -62,11 +58,11 @@ class ShardInfo:
     fps: float
     """Base rate of all rows, in frames a second."""
     tokenizer_sha256: str
-    """Of the image tokenizer that made the codes."""
+    """Hash of the image tokenizer that made the codes."""
     settings_sha256: str
-    """Of the settings of the preparation, see `digest`."""
+    """`digest` of the settings of the preparation."""
     work_sha256: str
-    """Of the list of clips that the shard was made from."""
+    """Hash of the list of clips that the shard was made from."""
     rejected: tuple[Rejection, ...] = ()
     """Clips of that list that are not in it."""
     high_grid: int = 0
@@ -97,17 +93,22 @@ def write_shard(path: Path, rows: Sequence[Row], info: ShardInfo) -> None:
     for row in rows:
         _check_row(row, info)
     schema = _schema(info)
-    batch = pa.record_batch(_columns(rows, info), schema=schema)
+    columns: dict[str, Any] = {
+        "id": [row.id for row in rows],
+        "captions": [list(row.captions) for row in rows],
+        "attributes": [canonical_json(row.attributes) for row in rows],
+        "fps": [row.fps for row in rows],
+        "codes": _code_column([row.codes for row in rows], info.grid),
+        "split": [row.split for row in rows],
+    }
+    if info.high_grid:
+        columns["high_codes"] = _code_column([row.high_codes for row in rows], info.high_grid)
     with replacing(path) as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_batch(batch)
+        writer.write_batch(pa.RecordBatch.from_pydict(columns, schema))
 
 
 def read_info(path: Path) -> ShardInfo:
-    """What a shard was made with.
-
-    Raises:
-        ValueError: the file is missing, truncated or no shard.
-    """
+    """Inputs that a shard was made with; errors are those of `Shard`."""
     return _read(path)[0]
 
 
@@ -121,22 +122,19 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.info, batch = _read(path)
-        self._splits = batch.column("split")
-        self._ids, self._attributes, self._split = (
-            _Texts(batch.column(each)) for each in ("id", "attributes", "split")
-        )
+        self._batch = batch
         captions = batch.column("captions")
-        self._caption_offsets, self._captions = captions.offsets.to_numpy(), _Texts(captions.values)
+        self._caption_offsets, self._captions = captions.offsets.to_numpy(), captions.values
         self._codes = _Codes(batch.column("codes"), self.info.grid)
         self._high = _Codes(batch.column("high_codes"), self.info.high_grid) if self.info.high_grid else None
 
     def __len__(self) -> int:
-        return len(self._splits)
+        return len(self._batch)
 
     @property
     def splits(self) -> list[str]:
         """The split of each row."""
-        return self._splits.to_pylist()
+        return self._batch.column("split").to_pylist()  # type: ignore[no-any-return]
 
     @property
     def num_frames(self) -> Int32[np.ndarray, " rows"]:
@@ -145,9 +143,7 @@ class Shard:
 
     def rows(self, split: str) -> Int64[np.ndarray, " rows"]:
         """The rows of a split."""
-        import pyarrow.compute as pc
-
-        return np.flatnonzero(pc.equal(self._splits, split).to_numpy(zero_copy_only=False))
+        return np.flatnonzero([each == split for each in self.splits])
 
     def codes(self, row: int) -> UInt16[np.ndarray, "frames grid grid"]:
         """The codes of a clip: a view of the file."""
@@ -159,44 +155,40 @@ class Shard:
         return codes if codes is not None and len(codes) else None
 
     def check(self, row: int, codes: UInt16[np.ndarray, "..."]) -> None:
-        """Refuse codes of a clip that no tokenizer gives. What a disk changes within their range, hashes alone find.
+        """Refuse codes of a clip that no tokenizer gives; only hashes find damage within their range.
 
         Raises:
             ValueError: one is out of range.
         """
         if codes.max() >= self.info.num_codes:  # no `require`: its message would be made for every sample
-            raise InputError(
-                f"{self.path} is damaged: the clip {self._ids[row]!r} has the code {codes.max()}, expected codes in "
-                f"[0, {self.info.num_codes}); the command that prepared the data finds what was changed"
-            )
+            got = f"the clip {self._text('id', row)!r} has the code {codes.max()}"
+            expected = f"expected codes in [0, {self.info.num_codes})"
+            advice = "the command that prepared the data finds what was changed"
+            raise InputError(f"{self.path} is damaged: {got}, {expected}; {advice}")
 
     def num_captions(self, row: int) -> int:
-        """How many captions a clip has."""
+        """Number of captions of a clip."""
         return int(self._caption_offsets[row + 1]) - int(self._caption_offsets[row])
 
     def caption(self, row: int, number: int) -> str:
         """One caption of a clip, without reading the others."""
-        return self._captions[int(self._caption_offsets[row]) + number]
+        return str(self._captions[int(self._caption_offsets[row]) + number])
 
     def row(self, row: int) -> Row:
         """All of a clip."""
         captions = tuple(self.caption(row, number) for number in range(self.num_captions(row)))
-        attributes = json.loads(self._attributes[row])
-        codes, high = self.codes(row), self.high_codes(row)
-        return Row(self._ids[row], captions, attributes, self.info.fps, codes, self._split[row], high)
+        return Row(
+            self._text("id", row),
+            captions,
+            json.loads(self._text("attributes", row)),
+            self.info.fps,
+            self.codes(row),
+            self._text("split", row),
+            self.high_codes(row),
+        )
 
-
-class _Texts:
-    """A column of strings, each decoded when it is asked for (pyarrow's scalars take ten times as long)."""
-
-    def __init__(self, column: Any) -> None:
-        _, offsets, data = column.buffers()
-        # Arrow allows the buffers of a column without rows to be missing.
-        self._offsets = np.frombuffer(offsets, np.int32) if offsets else np.zeros(1, np.int32)
-        self._data = memoryview(data) if data else memoryview(b"")
-
-    def __getitem__(self, index: int) -> str:
-        return str(self._data[self._offsets[index] : self._offsets[index + 1]], "utf-8")
+    def _text(self, column: str, row: int) -> str:
+        return str(self._batch.column(column)[row])
 
 
 class _Codes:
@@ -217,18 +209,19 @@ def canonical_json(values: Any) -> str:
 def _schema(info: ShardInfo) -> Any:
     import pyarrow as pa
 
-    metadata = {"format_version": FORMAT_VERSION, **asdict(info)}
-    high = [pa.field("high_codes", _code_type(info.high_grid))] if info.high_grid else []
-    columns = [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("captions", pa.list_(pa.string()), nullable=False),
-        pa.field("attributes", pa.string(), nullable=False),
-        pa.field("fps", pa.float64(), nullable=False),
-        pa.field("codes", _code_type(info.grid), nullable=False),
-        pa.field("split", pa.string(), nullable=False),
-        *high,
-    ]
-    return pa.schema(columns, metadata={_KEY: canonical_json(metadata).encode()})
+    columns = {
+        "id": pa.string(),
+        "captions": pa.list_(pa.string()),
+        "attributes": pa.string(),
+        "fps": pa.float64(),
+        "codes": _code_type(info.grid),
+        "split": pa.string(),
+    }
+    fields = [pa.field(name, kind, nullable=False) for name, kind in columns.items()]
+    if info.high_grid:
+        fields.append(pa.field("high_codes", _code_type(info.high_grid)))
+    metadata = canonical_json({"format_version": FORMAT_VERSION, **asdict(info)})
+    return pa.schema(fields, metadata={_KEY: metadata.encode()})
 
 
 def _code_type(grid: int) -> Any:
@@ -236,20 +229,6 @@ def _code_type(grid: int) -> Any:
     import pyarrow as pa
 
     return pa.list_(pa.list_(pa.list_(pa.uint16(), grid), grid))
-
-
-def _columns(rows: Sequence[Row], info: ShardInfo) -> list[Any]:
-    import pyarrow as pa
-
-    return [
-        pa.array([row.id for row in rows], pa.string()),
-        pa.array([list(row.captions) for row in rows], pa.list_(pa.string())),
-        pa.array([canonical_json(row.attributes) for row in rows], pa.string()),
-        pa.array([row.fps for row in rows], pa.float64()),
-        _code_column([row.codes for row in rows], info.grid),
-        pa.array([row.split for row in rows], pa.string()),
-        *([_code_column([row.high_codes for row in rows], info.high_grid)] if info.high_grid else []),
-    ]
 
 
 def _code_column(clips: Sequence[np.ndarray | None], grid: int) -> Any:
@@ -275,7 +254,7 @@ def _check_row(row: Row, info: ShardInfo) -> None:
     try:
         "".join((row.id, row.split, *row.captions)).encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where} has a text that is no Unicode: {error.reason}") from error
+        raise InputError(f"{where} has a text that is not Unicode: {error.reason}") from error
 
 
 def _check_codes(where: str, codes: np.ndarray, grid: int, num_codes: int) -> None:
@@ -286,13 +265,15 @@ def _check_codes(where: str, codes: np.ndarray, grid: int, num_codes: int) -> No
 
 
 def _read(path: Path) -> tuple[ShardInfo, Any]:
-    """What a shard was made with, and its rows in a memory map that lives as long as they do; the file is closed."""
+    """The info of a shard, and its rows in a memory map that lives as long as they do; the file is closed."""
     import pyarrow as pa
 
     try:
         # From a buffer of the map: reads of the map itself take turns with pyarrow's threads for slow files.
         with pa.memory_map(str(path)) as file, pa.ipc.open_file(file.read_buffer()) as reader:
-            info = _parse_info((reader.schema.metadata or {}).get(_KEY))
+            metadata = (reader.schema.metadata or {}).get(_KEY, b"")
+            require(metadata != b"", "it is an Arrow file that cogvideo did not write")
+            info = from_dict(ShardInfo, check_version(json.loads(metadata), FORMAT_VERSION))
             require(reader.schema.equals(_schema(info)), "its columns are not those of a shard")
             batches = reader.num_record_batches
             require(batches == 1, f"it has {batches} record batches, expected 1")
@@ -306,9 +287,3 @@ def _read(path: Path) -> tuple[ShardInfo, Any]:
 def reason(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.partition("\n")[0]
-
-
-def _parse_info(metadata: bytes | None) -> ShardInfo:
-    if metadata is None:
-        raise InputError("it is an Arrow file that cogvideo did not write")
-    return from_dict(ShardInfo, check_version(json.loads(metadata), FORMAT_VERSION))

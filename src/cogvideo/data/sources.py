@@ -1,18 +1,18 @@
 """A source of captioned clips as a list of items: a folder, a table, WebDataset tars or the synthetic World.
 
-| source | what it lists |
+| source | clips |
 |---|---|
 | folder with a table `captions.*` or `metadata.*` directly inside | the rows of the table, nothing else |
 | folder with `videos.txt` and `prompts.txt` directly inside | the videos of the one with the captions of the other |
-| any other folder | all videos below it in the order of their paths, what is in tars, and what tables in it name |
+| any other folder | all videos below it in the order of their paths, those in tars, and those in its tables |
 | `.csv`, `.tsv`, `.jsonl`, `.parquet` | its rows; paths start at its folder; rows of one clip add captions |
 | `.tar` (WebDataset) | its videos |
 | `world:COUNT`, `world:FIRST:END` | clips of the World by their index |
 | `world:simple:COUNT`, `world:simple:FIRST:END` | clips of its simple domain |
 
-Captions of `x.mp4` in a folder or tar are the lines of `x.txt` next to it, else those in `x.json`; whatever else that
-says is taken like the columns of a table. `videos/x.mp4` may have them in `labels/x.txt`. Hidden files and folders are
-left out. Listing opens tables and captions, never a video.
+Captions of `x.mp4` in a folder or tar are the lines of `x.txt` next to it, else those in `x.json`, whose other keys are
+taken like the columns of a table. `videos/x.mp4` may have them in `labels/x.txt`. Hidden files and folders are left
+out. Listing opens tables and captions, never a video.
 """
 
 from __future__ import annotations
@@ -31,55 +31,20 @@ from unicodedata import normalize
 
 from cogvideo import world
 from cogvideo.config import InputError, require
-from cogvideo.data.folders import existing, find_manifest, is_manifest, lines_in, read_beside, table_in, walk
-from cogvideo.data.tables import (
-    CAPTION_COLUMNS,
-    FILE_COLUMNS,
-    LISTS,
-    OPTIONAL_COLUMNS,
-    TABLE_SUFFIXES,
-    Record,
-    RowError,
-    attributes_of,
-    captions_of,
-    clean,
-    hints,
-    is_missing,
-    is_table,
-    meant,
-    read_columns,
-    read_records,
-    span_of,
-)
+from cogvideo.data import tables
+from cogvideo.data.folders import existing, find_manifest, is_manifest, read_beside, walk
+from cogvideo.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, LISTS, OPTIONAL_COLUMNS, Record, RowError
 from cogvideo.data.tars import Member, read_index
 from cogvideo.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
-_SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}  # what others call it
+_SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}  # names in other data sets
 SPLITS = ("train", "validation", "test", *_SPLITS)
 """Names of folders that say which split their table is of."""
 _TARS = (".tar", ".tgz", ".tbz2", ".txz")
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A video or image on disk."""
-
-    path: Path
-    """Where it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rendering:
-    """A clip of the synthetic World."""
-
-    index: int
-    """Number of the scene."""
-    domain: str = "full"
-    """Part of the World that the number counts in."""
-
-
-Media = File | Member | Rendering
+Media = Path | Member | world.Scene
+"""Origin of frames: a video or image on disk or in a tar, or a scene to be drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,46 +52,39 @@ class Item:
     """One clip of a source, before it is read."""
 
     id: str
-    """Name that no other item of the source has: the path below the source, with what part of it is meant."""
+    """Name that no other item of the source has: the path below the source, with the part of the file."""
     media: Media
-    """Where its frames come from."""
     captions: tuple[str, ...]
     """One caption or several, none empty."""
     attributes: dict[str, str] = field(default_factory=dict)
-    """Other things that the source says about it."""
     start: float = 0.0
-    """Seconds from the first frame to the part that is meant."""
+    """Seconds from the first frame of the file to that of the clip."""
     end: float | None = None
-    """Seconds from the first frame to its end; None for the end of the file."""
+    """Seconds from the first frame of the file to the end of the clip; None for the end of the file."""
     split: str | None = None
     """The split it belongs to where the source says so."""
     copy: int = 0
-    """Counts the copies of one clip, which differ in what is drawn at random (background)."""
+    """Counts the copies of one clip, which differ in random choices."""
 
 
 class Rejection(NamedTuple):
-    """Why a clip of the source is not in the result."""
+    """A clip that is left out: its id or place in the source, a few fixed words, which are counted, and the details."""
 
     id: str
-    """Of the item, or where it stands in the source."""
     reason: str
-    """A few fixed words, which are counted."""
     detail: str
-    """What exactly was found."""
 
 
 class Listing(NamedTuple):
-    """What a source holds, in an order that depends on its content alone."""
+    """Clips of a source that can be read, and those that cannot; the order depends on the content alone."""
 
     items: list[Item]
-    """Clips that can be read."""
     rejected: list[Rejection]
-    """Clips that are refused before they are read."""
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How a source is listed."""
+    """Columns of a source, and treatment of its clips."""
 
     caption_columns: tuple[str, ...] = CAPTION_COLUMNS[:1]
     """Columns of a table, or keys of a JSON file, with captions; otherwise text or prompt."""
@@ -158,35 +116,38 @@ Found = Iterator[Item | Rejection]
 
 
 def list_source(source: str, options: SourceOptions) -> Listing:
-    """The clips of a source.
+    """Clips of a source.
 
     Args:
         source: a path, or `world:COUNT` or `world:FIRST:END`; a file called so is `./world:5`.
-        options: which columns are meant, and what becomes of the clips.
+        options: columns, and treatment of the clips.
 
     Raises:
         ValueError: there is no such source, it cannot be read as a whole (a folder without permission, a table with
             broken quoting, no caption column), or it holds no clip.
     """
-    listing = Listing([], [])
+    rejected: list[Rejection] = []
     clips: dict[str, Item] = {}
     for each in _find(source, options):
         if isinstance(each, Rejection):
-            listing.rejected.append(each)
-        elif each.id not in clips:
+            rejected.append(each)
+            continue
+        known = clips.get(each.id)
+        if known is None:
             if len(clips) == options.limit:
                 break
             clips[each.id] = each
-        elif new := tuple(caption for caption in each.captions if caption not in clips[each.id].captions):
-            clips[each.id] = replace(clips[each.id], captions=clips[each.id].captions + new)
+        elif new := tuple(caption for caption in each.captions if caption not in known.captions):
+            clips[each.id] = replace(known, captions=known.captions + new)
         else:
-            listing.rejected.append(Rejection(each.id, "named twice", "the same part of the file stands before it"))
+            rejected.append(Rejection(each.id, "named twice", "the same part of the file stands before it"))
+    items = []
     for clip in clips.values():
-        listing.items.append(clip)
-        listing.items.extend(replace(clip, id=f"{clip.id}~{copy}", copy=copy) for copy in range(1, options.copies))
+        items.append(clip)
+        items.extend(replace(clip, id=f"{clip.id}~{copy}", copy=copy) for copy in range(1, options.copies))
     nothing = f"{source} holds no clip, expected {', '.join(sorted(options.suffixes))} or .tar files"
-    require(bool(listing.items or listing.rejected), nothing)
-    return listing
+    require(bool(items or rejected), nothing)
+    return Listing(items, rejected)
 
 
 def other_splits(items: Iterable[Item]) -> str:
@@ -197,7 +158,6 @@ def other_splits(items: Iterable[Item]) -> str:
 
 
 def _find(source: str, options: SourceOptions) -> Found:
-    """The reader of the source, chosen by what it is."""
     if source.startswith("world:"):
         return _world(source)
     path = existing(Path(os.path.abspath(source)))  # for workers that stand elsewhere
@@ -205,51 +165,12 @@ def _find(source: str, options: SourceOptions) -> Found:
     if path.is_dir():
         manifest = find_manifest(path)
         return _folder(path, options) if manifest is None else _table(manifest, path, options)
-    if is_table(path) or path.name == LISTS[0]:
+    if tables.is_table(path) or path.name == LISTS[0]:
         return _table(path, path.parent, options)
     if _is_tar(path):
         return _tar(path, path.parent, options)
-    kinds = f"a folder, a table ({', '.join(TABLE_SUFFIXES)}), a .tar or world:COUNT"
-    raise InputError(f"{source} is no source, expected {kinds}")
-
-
-def _item(name: str, media: Media, captions: tuple[str, ...], values: dict[str, Any], options: SourceOptions) -> Item:
-    """An item from its file's name below the source and from what else is said about it.
-
-    Raises:
-        RowError: start or end is no time.
-    """
-    start, end = span_of(values)
-    part = f"#{_number(start)}-{'' if end is None else _number(end)}" if start or end is not None else ""
-    known = frozenset((options.file_column, *options.caption_columns, *OPTIONAL_COLUMNS))
-    split = _split(values.get("split")) or _draw_split(name, options.validation)
-    return Item(_plain(name) + part, media, captions, attributes_of(values, known), start, end, split)
-
-
-def _split(cell: Any) -> str:
-    """A split by its usual name, in small letters; nothing for an empty cell.
-
-    Raises:
-        RowError: it is no word.
-    """
-    split = "" if is_missing(cell) else str(cell or "").strip().lower()
-    if split and not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", split):
-        raise RowError("bad split", f"got {split!r:.40}, expected a word such as train or validation")
-    return _SPLITS.get(split, split)
-
-
-def _draw_split(name: str, validation: float) -> str:
-    key = hashlib.blake2b(_plain(name).encode(), digest_size=8).digest()
-    return "validation" if int.from_bytes(key, "little") < validation * 2**64 else "train"
-
-
-def _number(seconds: float) -> str:
-    return f"{seconds:.6f}".rstrip("0").rstrip(".")
-
-
-def _plain(name: str) -> str:
-    """A path as text that can be written: bytes that are no UTF-8 are spelled out."""
-    return name.encode(errors="backslashreplace").decode()
+    kinds = f"a folder, a table ({', '.join(tables.TABLE_SUFFIXES)}), a .tar or world:COUNT"
+    raise InputError(f"{source} is not a source, expected {kinds}")
 
 
 def _world(source: str) -> Found:
@@ -259,43 +180,67 @@ def _world(source: str) -> Found:
         first, end = (0, *map(int, bounds))[-2:]
     except ValueError:
         first, end = 0, 0
-    good = len(bounds) <= 2 and 0 <= first < end
     forms = "world:COUNT or world:FIRST:END with numbers, such as world:100000 or world:simple:20000"
-    require(good, f"got {source!r}, expected {forms}")
-    return (_scene_item(index, domain) for index in range(first, end))
-
-
-def _scene_item(index: int, domain: str) -> Item:
-    scene = world.scene(index, domain)
-    captions, attributes = world.captions(scene), world.attributes(scene)
+    require(len(bounds) <= 2 and 0 <= first < end, f"got {source!r}, expected {forms}")
     folder = "world" if domain == "full" else f"world-{domain}"
-    return Item(f"{folder}/{index:06}", Rendering(index, domain), captions, attributes, split=world.split(scene))
+    for scene in (world.scene(index, domain) for index in range(first, end)):
+        captions, attributes = world.captions(scene), world.attributes(scene)
+        yield Item(f"{folder}/{scene.index:06}", scene, captions, attributes, split=world.split(scene))
+
+
+def _item(name: str, media: Media, captions: tuple[str, ...], values: dict[str, Any], options: SourceOptions) -> Item:
+    """An item from its file's name below the source and the other values that the source has for it."""
+    name = _plain(name)
+    start, end = tables.span_of(values)
+    part = f"#{_number(start)}-{'' if end is None else _number(end)}" if start or end is not None else ""
+    split = values.get("split")
+    split = "" if tables.is_missing(split) else str(split or "").strip().lower()
+    if not split:  # drawn from the name of the file
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+        split = "validation" if key < options.validation * 2**64 else "train"
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", split):
+        raise RowError("bad split", f"got {split!r:.40}, expected a word such as train or validation")
+    known = frozenset((options.file_column, *options.caption_columns, *OPTIONAL_COLUMNS))
+    attributes = tables.attributes_of(values, known)
+    return Item(name + part, media, captions, attributes, start, end, _SPLITS.get(split, split))
+
+
+def _number(seconds: float) -> str:
+    return f"{seconds:.6f}".rstrip("0").rstrip(".")
+
+
+def _plain(name: str) -> str:
+    """A path as text that can be written: bytes that are not UTF-8 are spelled out."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def _table(path: Path, root: Path, options: SourceOptions) -> Found:
     """The rows of a table; ids are paths below `root`."""
-    columns = read_columns(path)
+    columns = tables.read_columns(path)
     options = _with_columns(columns, options, path)
     flags = dict.fromkeys(options.caption_columns, "--caption-columns") | {options.file_column: "--file-column"}
     for column, flag in flags.items():
         known = FILE_COLUMNS if column == options.file_column else CAPTION_COLUMNS
-        there = "; ".join([f"it has {', '.join(columns)}: choose with {flag}", *hints(columns, (column, *known))])
+        hints = tables.hints(columns, (column, *known))
+        there = "; ".join([f"it has {', '.join(columns)}: choose with {flag}", *hints])
         if len(columns) == 1 and path.suffix.lower() == ".csv":
             there = f"its first line is {columns[0]!r:.80}: columns stand between commas"
         require(column in columns, f"{path} has no column {column!r}, {there}")
-    for hint in hints(columns, OPTIONAL_COLUMNS):
+    for hint in tables.hints(columns, OPTIONAL_COLUMNS):
         print(f"{path}: {hint}", file=sys.stderr)
-    number, place = 0, os.path.relpath(path, root)
-    for number, record in enumerate(read_records(path), 1):  # noqa: B007 - asked for after the loop
+    is_empty, place = True, os.path.relpath(path, root)
+    for record in tables.read_records(path):
+        is_empty = False
         yield _row(record, place, str(root), options)
-    require(number > 0, f"{path} is empty, expected rows below its column names")
+    require(not is_empty, f"{path} is empty, expected rows below its column names")
 
 
 def _with_columns(columns: Collection[str], options: SourceOptions, table: Path | None = None) -> SourceOptions:
     """Options that name the columns that are meant in a table; `videos.txt` has our own, whatever is asked for."""
     asked = SourceOptions() if table is not None and table.name == LISTS[0] else options
-    (file,) = meant(columns, (asked.file_column,), FILE_COLUMNS)
-    return replace(options, file_column=file, caption_columns=meant(columns, asked.caption_columns, CAPTION_COLUMNS))
+    (file,) = tables.meant(columns, (asked.file_column,), FILE_COLUMNS)
+    captions = tables.meant(columns, asked.caption_columns, CAPTION_COLUMNS)
+    return replace(options, file_column=file, caption_columns=captions)
 
 
 def _row(record: Record, table: str, root: str, options: SourceOptions) -> Item | Rejection:
@@ -312,83 +257,88 @@ def _row(record: Record, table: str, root: str, options: SourceOptions) -> Item 
         if record.surplus:
             detail = f'{record.surplus} cells have no column: a caption with commas stands in "..."'
             raise RowError("more cells than columns", detail)
-        captions = captions_of(record.values, options.caption_columns)
-        item = _item(name, File(Path(path)), captions, record.values, options)
+        captions = tables.captions_of(record.values, options.caption_columns)
+        item = _item(name, Path(path), captions, record.values, options)
         if not os.path.isfile(path):
             raise RowError("file is missing", f"{path} is a folder" if os.path.isdir(path) else f"there is no {path}")
         return item
     except RowError as error:
         return Rejection(_plain(name), error.reason, _plain(f"{where}: {error.detail}" if error.detail else where))
     except UnicodeEncodeError:
-        return Rejection(where, "file name is no text", f"got {file!r:.60}")
+        return Rejection(where, "file name is not text", f"got {file!r:.60}")
 
 
 def _folder(folder: Path, options: SourceOptions) -> Found:
     names, named = walk(folder), set()
     for name in names:
         if is_manifest(folder / name):
-            for each in _counted(name, "table cannot be read", _nested(folder / name, folder, options)):
+            for each in _nested(name, folder, options):
                 yield each
-                if isinstance(each, Item) and isinstance(each.media, File):
-                    named.add(str(each.media.path))
+                if isinstance(each, Item):
+                    named.add(each.media)
     for name in names:
         path = folder / name
-        if path.suffix.lower() in options.suffixes and str(path) not in named:
-            yield _noted(name, File(path), partial(read_beside, path), options)
+        if path.suffix.lower() in options.suffixes and path not in named:
+            yield _noted(name, path, partial(read_beside, path), options)
         elif _is_tar(path):
-            yield from _counted(name, "tar cannot be read", _tar(path, folder, options))
+            try:  # one bad tar of a thousand does not stop a run
+                yield from _tar(path, folder, options)
+            except InputError as error:
+                yield Rejection(_plain(name), "tar cannot be read", str(error))
 
 
-def _counted(name: str, reason: str, found: Found) -> Found:
-    """Pass on items; a file that cannot be read is counted, so that one bad tar of a thousand does not stop a run."""
+def _nested(name: str, root: Path, options: SourceOptions) -> Found:
+    """Rows of a table in a folder below a source, if it has the columns; the folder may be called as a split."""
+    table = root / name
     try:
-        yield from found
+        columns = tables.read_columns(table)
+        known = _with_columns(columns, options, table)
+        if not {known.file_column, *known.caption_columns} <= set(columns):
+            return
+        split = table.parent.name.lower()
+        is_split = split in SPLITS and "split" not in columns
+        for each in _table(table, root, options):
+            yield replace(each, split=_SPLITS.get(split, split)) if is_split and isinstance(each, Item) else each
     except InputError as error:
-        yield Rejection(_plain(name), reason, str(error))
-
-
-def _nested(table: Path, root: Path, options: SourceOptions) -> Found:
-    """Rows of a table in a folder below a source. One of other things says nothing of clips.
-
-    A folder called as a split is one (Hugging Face).
-    """
-    columns = read_columns(table)
-    known = _with_columns(columns, options, table)
-    if not {known.file_column, *known.caption_columns} <= set(columns):
-        return
-    split = table.parent.name.lower() if "split" not in columns else ""
-    for each in _table(table, root, options):
-        if isinstance(each, Item) and split in SPLITS:
-            yield replace(each, split=_SPLITS.get(split, split))
-        else:
-            yield each
+        yield Rejection(_plain(name), "table cannot be read", str(error))
 
 
 def _noted(name: str, media: Media, beside: Callable[[str], bytes | None], options: SourceOptions) -> Item | Rejection:
-    """An item whose captions are the lines of its `.txt` that are not blank, else in its `.json`, which may say more.
-
-    Args:
-        name: path of its file below the source.
-        media: the file.
-        beside: content of the file of the same name with another suffix; None for one that is missing.
-        options: which columns are meant.
-    """
+    """An item with the captions in its `.txt`, else in its `.json`; `beside` reads a file by its suffix."""
     try:
         text, table = beside(".txt"), beside(".json")
         if text is None and table is None:
             raise RowError("missing caption", "expected a .txt or .json of the same name next to it")
-        values = {} if table is None else table_in(table)
+        values = {} if table is None else _json(table)
         if not text:
             options = _with_columns(values, options)
-        captions = captions_of(values, options.caption_columns) if text is None else clean(lines_in(text))
+        if text is None:
+            captions = tables.captions_of(values, options.caption_columns)
+        else:
+            captions = tables.clean(tables.lines_of(_decoded(text)))
         return _item(name, media, captions, values, options)
     except RowError as error:
         return Rejection(_plain(name), error.reason, _plain(error.detail))
 
 
+def _json(content: bytes) -> dict[str, Any]:
+    text = _decoded(content)
+    try:
+        return tables.parse_json(text, "the .json next to it")
+    except InputError as error:
+        raise RowError("caption cannot be read", str(error)) from error
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowError("caption is not text", f"byte {error.start} of its file is not UTF-8") from error
+
+
 def _is_tar(path: Path) -> bool:
-    packed = path.suffix in _COMPRESSIONS and path.with_suffix("").suffix == ".tar"
-    return path.suffix.lower() in _TARS or packed
+    is_packed = path.suffix in _COMPRESSIONS and path.with_suffix("").suffix == ".tar"
+    return path.suffix.lower() in _TARS or is_packed
 
 
 def _tar(path: Path, folder: Path, options: SourceOptions) -> Found:
@@ -400,7 +350,9 @@ def _tar(path: Path, folder: Path, options: SourceOptions) -> Found:
     def beside(entry: Member, suffix: str) -> bytes | None:
         names = entry.beside(suffix)
         others = (normalize("NFC", each) for each in names)  # as others spell its accents
-        return next((notes[each].read() for each in (*names, *others) if each in notes), None)
+        note = next((notes[each] for each in (*names, *others) if each in notes), None)
+        with tables.reading(path):
+            return None if note is None else note.read()
 
     for entry in sorted(index.entries, key=lambda each: each.name):
         if entry.suffix in options.suffixes:

@@ -1,4 +1,7 @@
-"""Tables of clips as records: CSV, TSV, JSON lines and Parquet, and what stands in their cells."""
+"""Tables of clips as records: CSV, TSV, JSON lines and Parquet, and the values of their cells.
+
+A table that cannot be read raises InputError, which names the file and the line; a record that cannot be used RowError.
+"""
 
 from __future__ import annotations
 
@@ -10,51 +13,37 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
 from difflib import get_close_matches
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cogvideo.config import InputError, require
+from cogvideo.media.shots import VideoError
 from cogvideo.text import is_unicode, is_visible
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 """Files that are read as tables."""
-
 FILE_COLUMNS = ("file", "file_name", "path", "video", "video_path", "video_file_name")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
-"""Columns of our tables, and what they are called in other data sets; the first that there is counts."""
+"""Columns of our tables, followed by their names in other data sets; the first that exists counts."""
 OPTIONAL_COLUMNS = ("start", "end", "split")
 LISTS = ("videos.txt", "prompts.txt")
 """Paths and captions line by line, as tools for CogVideoX take them: a table with our own names of columns."""
-
 SPACES = dict.fromkeys(map(ord, "\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
-"""Signs that word processors, chats and web pages put where a line goes on, for `str.translate`: tokenizers spell them
-in bytes."""
+"""Line separators of word processors, chats and web pages, for `str.translate`: tokenizers spell them in bytes."""
 LONGEST_NUMBER = 20
 """Digits; larger ones are nowhere expected."""
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
-
-class RowError(InputError):
-    """A record that cannot be used; the others can.
-
-    Args:
-        reason: a few fixed words, which are counted.
-        detail: what exactly was found.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
+class RowError(VideoError):
+    """A record that cannot be used; the others can."""
 
 
 class Record(NamedTuple):
     """One row of a table."""
 
     place: str
-    """Where it stands, for messages: `line 7`."""
+    """Place in the table, for messages: `line 7`."""
     values: dict[str, Any]
     """Its cells by their column; of a CSV all are text, else what JSON or Arrow has."""
     surplus: int = 0
@@ -62,38 +51,31 @@ class Record(NamedTuple):
 
 
 def is_table(path: Path) -> bool:
-    """Whether the name of a file is that of a table."""
+    """True if a file is a table by its suffix."""
     return path.suffix.lower() in TABLE_SUFFIXES
 
 
 def read_columns(path: Path) -> tuple[str, ...]:
-    """Names of a table's columns; those of JSON lines are all keys that occur.
-
-    Raises:
-        ValueError: it cannot be read, is empty, or two columns have one name.
-    """
+    """Names of a table's columns; those of JSON lines are all keys that occur."""
     if path.name == LISTS[0]:
         return FILE_COLUMNS[0], CAPTION_COLUMNS[0]
-    if path.suffix.lower() == ".parquet":
+    kind = path.suffix.lower()
+    if kind == ".parquet":
         with _parquet(path) as file:
-            names = tuple(file.schema_arrow.names)
-    elif path.suffix.lower() == ".jsonl":
-        names = tuple(dict.fromkeys(chain.from_iterable(record.values for record in _json_lines(path))))
+            names = file.schema_arrow.names
+    elif kind == ".jsonl":
+        names = list(dict.fromkeys(name for record in _json_lines(path) for name in record.values))
     else:
-        names = tuple(_csv_columns(path))
-    expected = "lines" if path.suffix.lower() == ".jsonl" else "names of columns"
+        names = _csv_columns(path)
+    expected = "lines" if kind == ".jsonl" else "names of columns"
     require(len(names) > 0, f"{path} is empty, expected {expected}")
     twice = sorted({name for name in names if names.count(name) > 1})
     require(not twice, f"{path} has the column {', '.join(twice)} twice")
-    return names
+    return tuple(names)
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The rows of a table in their order, one at a time.
-
-    Raises:
-        ValueError: it cannot be read; the message says in which line.
-    """
+    """The rows of a table in their order, one at a time."""
     if path.name == LISTS[0]:
         return _paired(path)
     if path.suffix.lower() == ".parquet":
@@ -102,24 +84,20 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def meant(columns: Collection[str], asked: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    """The columns that are asked for, or where that is our own name, which is not there, another known one."""
+    """Columns that are asked for; our own name also stands for the first known one that exists."""
     found = [each for each in known if each in columns]
     return tuple(found[:1]) if asked == known[:1] and found else asked
 
 
 def hints(columns: Collection[str], expected: Iterable[str]) -> list[str]:
-    """Which columns may stand for expected ones that are missing: those called nearly so, or in capitals."""
+    """Hints at columns that may stand for expected ones that are missing: names with a typo, or in capitals."""
     folded = {column.strip().casefold(): column for column in columns}
     near = {name: get_close_matches(name, folded, n=1, cutoff=0.85) for name in expected if name not in columns}
     return [f"unknown column {folded[each]!r}, did you mean {name!r}?" for name in near for each in near[name]]
 
 
 def captions_of(values: dict[str, Any], columns: Iterable[str]) -> tuple[str, ...]:
-    """The captions of a record, each once: of every column the text, or each text of a list.
-
-    Raises:
-        RowError: there is none, or something else stands in its place.
-    """
+    """The captions of a record, each once: the text of every column, or each text of a list."""
     cells = [values.get(column) for column in columns]
     found = [text for cell in cells for text in (cell if isinstance(cell, list) else [cell])]
     texts = [text for text in found if isinstance(text, str) or not is_missing(text)]
@@ -129,15 +107,11 @@ def captions_of(values: dict[str, Any], columns: Iterable[str]) -> tuple[str, ..
 
 
 def clean(captions: Iterable[Any]) -> tuple[str, ...]:
-    """Captions without space around them, each once and none empty.
-
-    Raises:
-        RowError: none is left, or one is no text.
-    """
+    """Captions without space around them, each once and none empty."""
     kept: dict[str, None] = {}
     for caption in captions:
         if not isinstance(caption, str) or not is_unicode(caption):
-            raise RowError("caption is no text", f"got {caption!r:.60}")
+            raise RowError("caption is not text", f"got {caption!r:.60}")
         if is_visible(caption):
             kept[caption.translate(SPACES).strip()] = None
     if not kept:
@@ -146,18 +120,17 @@ def clean(captions: Iterable[Any]) -> tuple[str, ...]:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of a text as editors count them; `str.splitlines` also ends one at the signs of `SPACES`."""
+    """Lines of a text as editors count them; `str.splitlines` also ends one at the signs of `SPACES`."""
     return re.split(r"\r\n|\r|\n", text)
 
 
 def is_missing(cell: Any) -> bool:
-    """Whether nothing stands in a cell: null, no text, or the NaN that other programs put into columns of numbers."""
+    """True if a cell is empty: null, no text, or the NaN that other programs put into columns of numbers."""
     return cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and cell != cell)
 
 
 def whole_number(cell: Any) -> int | None:
-    """The whole number in a cell, whatever format and program made of it: 7, 7.0, "7", "7.0" or "1e3"; None for another
-    value, and for a float beyond 2**53, which stands for several numbers."""
+    """The whole number in a cell such as 7, 7.0, "7.0" or "1e3"; None for others, and for a float beyond 2**53."""
     text = str(cell).strip()
     if isinstance(cell, bool) or not re.fullmatch(r"[+-]?\d+(\.\d*)?([eE][+-]?\d{1,3})?", text, re.ASCII):
         return None
@@ -168,25 +141,24 @@ def whole_number(cell: Any) -> int | None:
 
 
 def attributes_of(values: dict[str, Any], known: frozenset[str]) -> dict[str, str]:
-    """What else a record says, as text: other columns, and the keys of a table called `attributes`."""
-    nested = values.get("attributes")
-    inner = nested if isinstance(nested, dict) else {}
-    outer = {key: value for key, value in values.items() if key not in known and not (key == "attributes" and inner)}
-    said = inner | outer
+    """Other columns of a record, and the keys of a table called `attributes`, as text; empty ones are left out."""
+    inner = values.get("attributes")
+    if isinstance(inner, dict) and inner:
+        known |= {"attributes"}
+    else:
+        inner = {}
+    said = inner | {key: value for key, value in values.items() if key not in known}
     is_empty = {key: value in (None, "") or value != value for key, value in said.items()}  # NaN is empty, too
     return {_text(str(key)): _text(value) for key, value in said.items() if not is_empty[key]}
 
 
 def span_of(values: dict[str, Any]) -> tuple[float, float | None]:
-    """`start` and `end` of a record in seconds; from the first frame to the last unless it says otherwise.
-
-    Raises:
-        RowError: they are no times, or the end is not after the start.
-    """
-    start, end = (_seconds(name, values.get(name)) for name in ("start", "end"))
-    if end is not None and end <= (start or 0.0):
-        raise RowError("bad start or end", f"the clip ends at {end:g} s and starts at {start or 0.0:g} s")
-    return start or 0.0, end
+    """`start` and `end` of a record in seconds; 0 and None by default."""
+    start = _seconds("start", values.get("start")) or 0.0
+    end = _seconds("end", values.get("end"))
+    if end is not None and end <= start:
+        raise RowError("bad start or end", f"the clip ends at {end:g} s and starts at {start:g} s")
+    return start, end
 
 
 def _seconds(name: str, cell: Any) -> float | None:
@@ -197,8 +169,8 @@ def _seconds(name: str, cell: Any) -> float | None:
         parts = [float(part) for part in str(cell).split(":")]
     except ValueError:
         parts = [math.nan]
-    good = len(parts) <= 3 and all(0 <= part < math.inf for part in parts) and all(part < 60 for part in parts[1:])
-    if not good or isinstance(cell, bool):
+    is_time = len(parts) <= 3 and all(0 <= part < math.inf for part in parts) and all(part < 60 for part in parts[1:])
+    if not is_time or isinstance(cell, bool):
         raise RowError("bad start or end", f"{name} is {cell!r:.40}, expected seconds or hh:mm:ss")
     return sum(part * 60**power for power, part in enumerate(reversed(parts)))
 
@@ -209,8 +181,8 @@ def _text(value: Any) -> str:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Errors of reading as errors of the user, in one line that names the file."""
+def reading(path: Path) -> Iterator[None]:
+    """Turns errors of reading a file into ones of the user, in one line that names it."""
     try:
         yield
     except OSError as error:
@@ -220,7 +192,6 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _first_bad_line(path: Path) -> int:
-    """The first line that is not UTF-8."""
     content = path.read_bytes()
     try:
         content.decode()
@@ -231,8 +202,8 @@ def _first_bad_line(path: Path) -> int:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Rows that are not blank with the line they start in; quoted cells may go on over several lines."""
-    delimiter = _DELIMITERS[path.suffix.lower()]
-    with _reading(path), path.open(newline="", encoding="utf-8-sig") as file:
+    delimiter = "," if path.suffix.lower() == ".csv" else "\t"
+    with reading(path), path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, delimiter=delimiter, skipinitialspace=delimiter == ",", strict=True)
         start = 1
         try:
@@ -257,36 +228,33 @@ def _csv_records(path: Path) -> Iterator[Record]:
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
-    with _reading(path), path.open(newline="\n", encoding="utf-8-sig") as file:
+    with reading(path), path.open(newline="\n", encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield Record(f"line {number}", parse_json(line, f"{path}, line {number}"))
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """The table that a JSON text holds; messages call it `where`.
-
-    Raises:
-        ValueError: it holds something else or is no JSON.
-    """
+    """The table that a JSON text holds; messages call it `where`."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error).partition(";")[0]  # what follows is advice to programmers
-        raise InputError(f"{where}: it is no JSON ({reason})") from error
+        raise InputError(f"{where}: it is not JSON ({reason})") from error
     require(isinstance(values, dict), f'{where}: got {values!r:.40}, expected {{"name": value, ...}}')
     return values
 
 
 def _paired(videos: Path) -> Iterator[Record]:
-    """The lines of `videos.txt` with those of `prompts.txt`; empty ones at their ends do not count."""
+    """Lines of `videos.txt` with those of `prompts.txt`; empty ones at their ends do not count."""
     prompts = videos.with_name(LISTS[1])
-    with _reading(videos):
-        files = lines_of(videos.read_text("utf-8-sig").rstrip())
-    with _reading(prompts):
-        captions = lines_of(prompts.read_text("utf-8-sig").rstrip())
-    told = f"{videos} has {len(files)} lines and {prompts.name} {len(captions)}, expected a caption for each video"
-    require(len(files) == len(captions), told)
+    columns = []
+    for path in (videos, prompts):
+        with reading(path):
+            columns.append(lines_of(path.read_text("utf-8-sig").rstrip()))
+    files, captions = columns
+    got = f"{videos} has {len(files)} lines and {prompts.name} {len(captions)}"
+    require(len(files) == len(captions), f"{got}, expected a caption for each video")
     for number, cells in enumerate(zip(files, captions, strict=True), 1):
         yield Record(f"line {number}", dict(zip(read_columns(videos), cells, strict=True)))
 
@@ -298,7 +266,7 @@ def _parquet(path: Path) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise InputError(f"{path} needs pyarrow: pip install 'cogvideo[train]'") from error
-    with _reading(path):
+    with reading(path):
         try:
             with ParquetFile(path) as file:
                 yield file
@@ -308,6 +276,8 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 def _parquet_records(path: Path) -> Iterator[Record]:
     with _parquet(path) as file:
-        rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-        for number, values in enumerate(rows, 1):
-            yield Record(f"row {number}", values)
+        number = 0
+        for batch in file.iter_batches(1024):
+            for values in batch.to_pylist():
+                number += 1
+                yield Record(f"row {number}", values)

@@ -1,35 +1,30 @@
-"""WebDataset tars: where each member lies, found from the headers alone."""
+"""WebDataset tars: the place of each member, found from the headers alone."""
 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from cogvideo.config import InputError, require
+from cogvideo.data.tables import reading
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file inside an uncompressed tar, where it is read without unpacking."""
+    """A file inside an uncompressed tar, read without unpacking: `num_bytes` bytes from `offset` on."""
 
     archive: Path
-    """The tar."""
     name: str
-    """Its name inside."""
     offset: int
-    """First byte of its content in the archive."""
     num_bytes: int
-    """Length of its content."""
 
     @property
     def suffix(self) -> str:
-        """What follows the last dot, with it and in small letters."""
+        """Suffix in small letters, with its dot."""
         return PurePosixPath(self.name).suffix.lower()
 
     def beside(self, suffix: str) -> tuple[str, ...]:
@@ -39,18 +34,18 @@ class Member:
         return tuple(str(path.with_name(stem + suffix)) for stem in stems)
 
     def read(self) -> bytes:
-        """Its content.
+        """Content of the file.
 
         Raises:
-            ValueError: the tar cannot be read.
+            OSError: the tar cannot be read.
         """
-        with _opened(self.archive) as file:
+        with self.archive.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.num_bytes)
 
 
 class Index(NamedTuple):
-    """What is in a tar."""
+    """Contents of a tar."""
 
     entries: list[Member]
     """Whole files, in their order."""
@@ -61,15 +56,14 @@ class Index(NamedTuple):
 
 
 def read_index(path: Path) -> Index:
-    """Where the files of an uncompressed tar lie; their content is not read.
+    """Places of the files of an uncompressed tar, without hidden ones, links and folders; no content is read.
 
-    Hidden files are left out, as are links and folders. After damage nothing is taken: a tar has no other way to find
-    the next header than the length in the one before.
+    Nothing is taken after damage: only the length in a header leads to the next one.
 
     Raises:
-        ValueError: it is no tar, is compressed, or cannot be read.
+        ValueError: it is not a tar, is compressed, or cannot be read.
     """
-    with _opened(path) as file:
+    with reading(path), path.open("rb") as file:
         start, size = file.read(8), file.seek(0, 2)
         compression = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), "")
         require(not compression, f"{path} is compressed with {compression}, expected a plain tar: unpack or repack it")
@@ -77,10 +71,10 @@ def read_index(path: Path) -> Index:
         try:
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - the file is closed above
         except tarfile.TarError as error:
-            raise InputError(f"{path} is no tar: {error}") from error
+            raise InputError(f"{path} is not a tar: {error}") from error
         entries, damage = _scan(path, tar)
-        whole = [each for each in entries if each.offset + each.num_bytes <= size]
         cut = [each for each in entries if each.offset + each.num_bytes > size]
+        whole = [each for each in entries if each not in cut]
         return Index(whole, cut, damage or ("" if cut else _rest(file, tar.offset)))
 
 
@@ -89,8 +83,8 @@ def _scan(path: Path, tar: tarfile.TarFile) -> tuple[list[Member], str]:
     try:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined] # else it keeps a large object for every file
-            hidden = any(part.startswith(".") and part != "." for part in member.name.split("/"))
-            if member.isreg() and not member.issparse() and not hidden:
+            is_hidden = any(part.startswith(".") and part != "." for part in member.name.split("/"))
+            if member.isreg() and not member.issparse() and not is_hidden:
                 entries.append(Member(path, member.name.removeprefix("./"), member.offset_data, member.size))
     except tarfile.TarError as error:
         return entries, str(error)
@@ -98,7 +92,7 @@ def _scan(path: Path, tar: tarfile.TarFile) -> tuple[list[Member], str]:
 
 
 def _rest(file: BinaryIO, offset: int) -> str:
-    """What is wrong where tarfile found no further header: it says nothing of headers that are broken or cut."""
+    """Damage where tarfile found no further header: it is silent about headers that are broken or cut."""
     file.seek(offset)
     blocks = file.read(2 * tarfile.RECORDSIZE)
     if not blocks:
@@ -106,12 +100,3 @@ def _rest(file: BinaryIO, offset: int) -> str:
     if blocks[: tarfile.BLOCKSIZE].strip(b"\0"):
         return "a header is damaged or cut"
     return "something follows the end of the tar: are two in one file?" if blocks.strip(b"\0") else ""
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error

@@ -17,11 +17,12 @@ from cogvideo.config import InputError, require
 from cogvideo.data.dataset import Card
 from cogvideo.data.frames import FrameSettings, read_item, shrink
 from cogvideo.data.shards import Row
-from cogvideo.data.sources import Item, Rendering, SourceOptions, list_source
+from cogvideo.data.sources import Item, SourceOptions, list_source
 from cogvideo.media.images import evenly
 from cogvideo.media.metrics import psnr
 from cogvideo.media.video import VideoError
 from cogvideo.models.autoencoder import Autoencoder, to_pixels
+from cogvideo.world.scenes import Scene
 
 TOKENIZER = "image_tokenizer"
 GAP = 2
@@ -119,7 +120,7 @@ class Origin:
         settings = replace(self.frames, size=None, min_frames=1, max_seconds=1 / self.frames.fps, loop_to=0.0)
         found = []
         for item in (self.items[id] for id in ids if id in self.items):
-            if not isinstance(item.media, Rendering):
+            if not isinstance(item.media, Scene):
                 try:
                     _, height, width, _ = read_item(item, settings).frames.shape
                 except VideoError:
