@@ -57,7 +57,9 @@ def loading(num_rows: int = 12_800, shard_rows: int = 128, rounds: int = 5) -> d
 def _write(folder: Path, num_rows: int, shard_rows: int) -> np.ndarray:
     """Write the dataset, and the same codes as one plain memory-mapped array."""
     codes = np.random.default_rng(0).integers(0, NUM_CODES, (num_rows, FRAMES, GRID, GRID), dtype=np.uint16)
-    info = ShardInfo(GRID, NUM_CODES, FPS, "", digest({}), "")
+    info = ShardInfo(
+        grid=GRID, num_codes=NUM_CODES, fps=FPS, tokenizer_sha256="", settings_sha256=digest({}), work_sha256=""
+    )
     rows = [Row(f"{n}.mp4", (f"a clip numbered {n}",), {}, FPS, each, "train") for n, each in enumerate(codes)]
     files = []
     for number, first in enumerate(range(0, num_rows, shard_rows)):

@@ -28,7 +28,14 @@ from cogvideo.files import TEMPORARY_SUFFIX, remove_leftovers
 
 GRID, NUM_CODES, FPS = 4, 1024, 8.0
 SETTINGS = {"size": 32, "background": "weiß", "nested": {"b": 1, "a": 2.5}}
-INFO = ShardInfo(GRID, NUM_CODES, FPS, "1" * 64, digest(SETTINGS), "3" * 64)
+INFO = ShardInfo(
+    grid=GRID,
+    num_codes=NUM_CODES,
+    fps=FPS,
+    tokenizer_sha256="1" * 64,
+    settings_sha256=digest(SETTINGS),
+    work_sha256="3" * 64,
+)
 REJECTED = (Rejection("bad.mp4", "cannot be decoded", 'line 1\nand "more"'), Rejection("short.gif", "too short", ""))
 
 

@@ -154,7 +154,15 @@ def make(tmp_path: Path, source: Path, tokenizer: Path, autoencoder: Autoencoder
         folder.mkdir()
         made = {"frames": asdict(frames), "superres": high_grid > 0, "source": asdict(SourceOptions())}
         sha256 = tokenizer_sha256 or Manifest.read(tokenizer).components["image_tokenizer"].sha256
-        info = ShardInfo(GRID, SMALL.num_codes, fps, sha256, digest(made), "", (), high_grid)
+        info = ShardInfo(
+            grid=GRID,
+            num_codes=SMALL.num_codes,
+            fps=fps,
+            high_grid=high_grid,
+            tokenizer_sha256=sha256,
+            settings_sha256=digest(made),
+            work_sha256="",
+        )
         rows = list(encoded(source, autoencoder)) if rows is None else rows
         parts = [rows[:2], rows[2:]]
         for number, part in enumerate(parts):

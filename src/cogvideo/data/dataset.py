@@ -7,7 +7,7 @@ import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from jaxtyping import Int32, Int64
 
 import cogvideo
 from cogvideo.config import InputError, check_version, from_dict, require
-from cogvideo.data.shards import FORMAT_VERSION, Row, Shard, ShardInfo, canonical_json, digest, read_info, reason
+from cogvideo.data.shards import FORMAT_VERSION, CodeInfo, Row, Shard, canonical_json, digest, read_info, reason
 from cogvideo.data.sources import Rejection
 from cogvideo.files import TEMPORARY_SUFFIX, write_text
 
@@ -42,8 +42,8 @@ class ShardEntry:
         require(self.file == Path(self.file).name, f"the shard {self.file!r} is refused, expected a plain name")
 
 
-@dataclass(frozen=True)
-class Card:
+@dataclass(frozen=True, kw_only=True)
+class Card(CodeInfo):
     """Content of `dataset.json`. It holds no times: equal datasets have equal cards."""
 
     cogvideo: str
@@ -52,18 +52,8 @@ class Card:
     """Origin of the clips: a path in full, or `world:COUNT`."""
     tokenizer: str
     """Origin of the image tokenizer: a folder in full, or an id on the Hub."""
-    tokenizer_sha256: str
     settings: dict[str, Any]
-    settings_sha256: str
-    """Their `digest`."""
-    grid: int
-    """Side of a frame in codes."""
-    num_codes: int
-    """Codes lie in `[0, num_codes)`."""
-    fps: float
-    """Base rate, in frames a second."""
-    high_grid: int
-    """Side of a frame in codes of super-resolution; 0 for none."""
+    """Settings of the preparation."""
     splits: dict[str, Count]
     """Clips of each split."""
     rejected: dict[str, Count]
@@ -116,27 +106,23 @@ def make_card(
         ValueError: a shard is missing or damaged, or was made with other settings or another tokenizer than the rest.
     """
     require(len(files) > 0, f"{folder} has no shards to describe, expected at least one")
-    first, settings_sha256 = read_info(folder / files[0]), digest(settings)
+    info = read_info(folder / files[0])
+    same = {each.name: getattr(info, each.name) for each in fields(CodeInfo)} | {"settings_sha256": digest(settings)}
     splits, lengths, reasons = Counter[str](), Counter[int](), Counter(each.reason for each in rejected)
     entries = []
     for file in files:
         shard = Shard(folder / file)
-        _check_equal(shard, replace(first, settings_sha256=settings_sha256))
+        _check_equal(shard, same)
         splits.update(shard.splits)
         lengths.update(shard.num_frames.tolist())
         reasons.update(each.reason for each in shard.info.rejected)
         entries.append(_entry(folder / file, len(shard)))
     return Card(
+        **same,
         cogvideo=cogvideo.__version__,
         source=source,
         tokenizer=tokenizer,
-        tokenizer_sha256=first.tokenizer_sha256,
         settings=json.loads(canonical_json(settings)),
-        settings_sha256=settings_sha256,
-        grid=first.grid,
-        num_codes=first.num_codes,
-        fps=first.fps,
-        high_grid=first.high_grid,
         splits=dict(sorted(splits.items())),
         rejected=dict(sorted(reasons.items())),
         num_frames=sum(length * count for length, count in lengths.items()),
@@ -234,7 +220,7 @@ class Dataset:
         if number not in self._opened:
             entry = self.card.shards[number]
             shard = Shard(self.folder / entry.file)
-            _check_equal(shard, self.card)
+            _check_equal(shard, {each.name: getattr(self.card, each.name) for each in fields(CodeInfo)})
             got = f"{shard.path} has num_rows {len(shard)}, expected {entry.num_rows}"
             require(len(shard) == entry.num_rows, f"{got}: it does not belong to this dataset")
             self._opened[number] = shard
@@ -267,11 +253,11 @@ class Dataset:
         return shard.row(number)
 
 
-def _check_equal(shard: Shard, expected: ShardInfo | Card) -> None:
-    for name in ("grid", "num_codes", "fps", "high_grid", "tokenizer_sha256", "settings_sha256"):
-        got, wanted = getattr(shard.info, name), getattr(expected, name)
-        where = f"{shard.path} has {name} {got}, expected {wanted}"
-        require(got == wanted, f"{where}: it does not belong to this dataset")
+def _check_equal(shard: Shard, expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        got = getattr(shard.info, name)
+        message = f"{shard.path} has {name} {got}, expected {value}: it does not belong to this dataset"
+        require(got == value, message)
 
 
 def _entry(path: Path, num_rows: int) -> ShardEntry:

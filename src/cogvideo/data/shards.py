@@ -47,9 +47,9 @@ class Row(NamedTuple):
     """Codes of the same frames for super-resolution."""
 
 
-@dataclass(frozen=True)
-class ShardInfo:
-    """Inputs that a shard was made with."""
+@dataclass(frozen=True, kw_only=True)
+class CodeInfo:
+    """Form and inputs of codes, equal for all shards of a dataset."""
 
     grid: int
     """Side of a frame in codes."""
@@ -57,23 +57,29 @@ class ShardInfo:
     """Codes lie in `[0, num_codes)`."""
     fps: float
     """Base rate of all rows, in frames a second."""
+    high_grid: int = 0
+    """Side of a frame in codes of super-resolution; 0 for none."""
     tokenizer_sha256: str
     """Hash of the image tokenizer that made the codes."""
     settings_sha256: str
     """`digest` of the settings of the preparation."""
-    work_sha256: str
-    """Hash of the list of clips that the shard was made from."""
-    rejected: tuple[Rejection, ...] = ()
-    """Clips of that list that are not in it."""
-    high_grid: int = 0
-    """Side of a frame in codes of super-resolution; 0 for none."""
 
     def __post_init__(self) -> None:
         require(self.grid > 0, f"grid is {self.grid}, expected a positive number")
         require(0 < self.num_codes <= 2**16, f"num_codes is {self.num_codes}, expected a number in [1, {2**16}]")
         require(self.fps > 0, f"fps is {self.fps}, expected a positive number")
-        whole = self.high_grid >= 0 and self.high_grid % self.grid == 0
-        require(whole, f"high_grid is {self.high_grid}, expected a multiple of the grid {self.grid}")
+        is_multiple = self.high_grid >= 0 and self.high_grid % self.grid == 0
+        require(is_multiple, f"high_grid is {self.high_grid}, expected a multiple of the grid {self.grid}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo(CodeInfo):
+    """Inputs that a shard was made with."""
+
+    work_sha256: str
+    """Hash of the list of clips that the shard was made from."""
+    rejected: tuple[Rejection, ...] = ()
+    """Clips of that list that are not in it."""
 
 
 def digest(values: Any) -> str:
@@ -134,7 +140,7 @@ class Shard:
     @property
     def splits(self) -> list[str]:
         """The split of each row."""
-        return self._batch.column("split").to_pylist()  # type: ignore[no-any-return]
+        return self._batch.column("split").to_pylist()
 
     @property
     def num_frames(self) -> Int32[np.ndarray, " rows"]:

@@ -55,99 +55,63 @@ PLACE_WORDS: dict[str, tuple[str, ...]] = {
     "yellow": ("on a yellow background", "before a yellow wall"),
 }
 
-CLAUSES: dict[str, tuple[str, ...]] = {
-    "bounce": (
-        "{moves} in[ from the {start}], bounces twice and leaves[ on the {end}]",
-        "enters[ from the {start}], bounces two times and disappears",
-        "bounces twice on its way[ from {start} to {end}] through the picture",
-    ),
-    "rise and set": (
-        "rises[ on the {start}] and sets[ on the {end}]",
-        "comes up[ on the {start}], moves in a high arc and goes down",
-        "rises high up and sinks again[, moving {end}]",
-    ),
-    "burst": (
-        "grows and bursts",
-        "swells up bit by bit until it pops",
-        "gets bigger and bigger, then bursts into pieces",
-    ),
-    "topple": (
-        "leaps up, spins around once and falls over[ to the {end}]",
-        "spins in the air, lands and topples over[ to the {end}]",
-        "does a full turn, lands upright and tips over[ to the {end}]",
-    ),
-    "hop": (
-        "crosses the picture[ from {start} to {end}] in three hops",
-        "makes three hops[ to the {end}]",
-        "jumps three times[, moving {end}]",
-    ),
-    "drop": (
-        "falls down, bounces and comes to rest",
-        "drops from above, bounces lower and lower and lies still",
-        "falls from high up, bounces a few times and stops",
-    ),
-    "launch": (
-        "jumps twice, then shoots up and away",
-        "hops on the spot two times and takes off upwards",
-        "makes two small jumps and flies up like a rocket",
-    ),
-    "loop": (
-        "flies[ from {start} to {end}] with a loop in the middle",
-        "flies in[ from the {start}], does a loop and flies on",
-        "flies a loop[ on its way {end}]",
-    ),
-    "visit": (
-        "{moves} in[ from the {start}], stops and goes back out",
-        "comes in[ from the {start}], nods and goes away again",
-        "appears[ on the {start}], stops in the middle and goes back",
-    ),
-    "swing": (
-        "swings on a string like a pendulum[, first to the {end}]",
-        "hangs on a string and swings less and less[, starting to the {end}]",
-        "swings back and forth[, first {end}], until it hangs still",
-    ),
-    "vanish": (
-        "vanishes[ on the {start}] and appears again[ on the {end}]",
-        "shrinks away[ on the {start}] and comes back[ on the {end}]",
-        "disappears[ on the {start}] and shows up[ on the {end}]",
-    ),
-    "zigzag": (
-        "zigzags {end} {like}",
-        "floats {end} in a zigzag",
-        "drifts {end}, swaying from side to side {like}",
-    ),
-    "meet": (
-        "comes in[ from the {start}], meets {other} and turns back",
-        "goes up to {other} and turns back[ to the {start}]",
-        "comes[ from the {start}], greets {other} and turns back",
-    ),
-    "chase": (
-        "chases {other}[ to the {end}] until it escapes",
-        "runs after {other}[, moving {end}], but cannot catch it",
-        "chases {other} out of the picture[ on the {end}]",
-    ),
-    "pass": (
-        "passes {relation} {other}[ from {start} to {end}]",
-        "moves along {relation} {other}[, to the {end}]",
-        "crosses the picture {relation} {other}[ from {start} to {end}]",
-    ),
-    "jump": (
-        "jumps over {other}[ from {start} to {end}]",
-        "comes[ from the {start}] and leaps over {other}",
-        "runs up and jumps over {other}[ to the {end}]",
-    ),
-    "push": (
-        "comes in[ from the {start}] and pushes {other} away",
-        "pushes {other} out of the picture[ on the {end}]",
-        "runs into {other} and shoves it away[ to the {end}]",
-    ),
-    "orbit": (
-        "circles around {other}[ {end}]",
-        "flies[ {end}] around {other}",
-        "goes round and round {other}[ {end}]",
-    ),
-}
-"""Clauses of each action. Brackets hold parts that only some captions have."""
+CLAUSES = (
+    ("bounce", "{moves} in[ from the {start}], bounces twice and leaves[ on the {end}]"),
+    ("bounce", "enters[ from the {start}], bounces two times and disappears"),
+    ("bounce", "bounces twice on its way[ from {start} to {end}] through the picture"),
+    ("rise and set", "rises[ on the {start}] and sets[ on the {end}]"),
+    ("rise and set", "comes up[ on the {start}], moves in a high arc and goes down"),
+    ("rise and set", "rises high up and sinks again[, moving {end}]"),
+    ("burst", "grows and bursts"),
+    ("burst", "swells up bit by bit until it pops"),
+    ("burst", "gets bigger and bigger, then bursts into pieces"),
+    ("topple", "leaps up, spins around once and falls over[ to the {end}]"),
+    ("topple", "spins in the air, lands and topples over[ to the {end}]"),
+    ("topple", "does a full turn, lands upright and tips over[ to the {end}]"),
+    ("hop", "crosses the picture[ from {start} to {end}] in three hops"),
+    ("hop", "makes three hops[ to the {end}]"),
+    ("hop", "jumps three times[, moving {end}]"),
+    ("drop", "falls down, bounces and comes to rest"),
+    ("drop", "drops from above, bounces lower and lower and lies still"),
+    ("drop", "falls from high up, bounces a few times and stops"),
+    ("launch", "jumps twice, then shoots up and away"),
+    ("launch", "hops on the spot two times and takes off upwards"),
+    ("launch", "makes two small jumps and flies up like a rocket"),
+    ("loop", "flies[ from {start} to {end}] with a loop in the middle"),
+    ("loop", "flies in[ from the {start}], does a loop and flies on"),
+    ("loop", "flies a loop[ on its way {end}]"),
+    ("visit", "{moves} in[ from the {start}], stops and goes back out"),
+    ("visit", "comes in[ from the {start}], nods and goes away again"),
+    ("visit", "appears[ on the {start}], stops in the middle and goes back"),
+    ("swing", "swings on a string like a pendulum[, first to the {end}]"),
+    ("swing", "hangs on a string and swings less and less[, starting to the {end}]"),
+    ("swing", "swings back and forth[, first {end}], until it hangs still"),
+    ("vanish", "vanishes[ on the {start}] and appears again[ on the {end}]"),
+    ("vanish", "shrinks away[ on the {start}] and comes back[ on the {end}]"),
+    ("vanish", "disappears[ on the {start}] and shows up[ on the {end}]"),
+    ("zigzag", "zigzags {end} {like}"),
+    ("zigzag", "floats {end} in a zigzag"),
+    ("zigzag", "drifts {end}, swaying from side to side {like}"),
+    ("meet", "comes in[ from the {start}], meets {other} and turns back"),
+    ("meet", "goes up to {other} and turns back[ to the {start}]"),
+    ("meet", "comes[ from the {start}], greets {other} and turns back"),
+    ("chase", "chases {other}[ to the {end}] until it escapes"),
+    ("chase", "runs after {other}[, moving {end}], but cannot catch it"),
+    ("chase", "chases {other} out of the picture[ on the {end}]"),
+    ("pass", "passes {relation} {other}[ from {start} to {end}]"),
+    ("pass", "moves along {relation} {other}[, to the {end}]"),
+    ("pass", "crosses the picture {relation} {other}[ from {start} to {end}]"),
+    ("jump", "jumps over {other}[ from {start} to {end}]"),
+    ("jump", "comes[ from the {start}] and leaps over {other}"),
+    ("jump", "runs up and jumps over {other}[ to the {end}]"),
+    ("push", "comes in[ from the {start}] and pushes {other} away"),
+    ("push", "pushes {other} out of the picture[ on the {end}]"),
+    ("push", "runs into {other} and shoves it away[ to the {end}]"),
+    ("orbit", "circles around {other}[ {end}]"),
+    ("orbit", "flies[ {end}] around {other}"),
+    ("orbit", "goes round and round {other}[ {end}]"),
+)
+"""Actions and clauses for them. Brackets hold parts that only some captions have."""
 
 LIKE = {"up": "like a bubble", "down": "like a leaf"}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
@@ -176,7 +140,7 @@ def _figure(draws: Draws, size: str, color: str, name: str) -> str:
 
 
 def _clause(draws: Draws, scene: Scene, says_direction: bool) -> str:
-    template = draws.choose(CLAUSES[scene.action])
+    template = draws.choose([clause for action, clause in CLAUSES if action == scene.action])
     template = re.sub(r"\[(.*?)\]", r"\1" if says_direction else "", template)
     other = _figure(draws, "medium", scene.other_colour, scene.other_object) if scene.other_object else ""
     return template.format(

@@ -48,19 +48,16 @@ def _dots(brush: Brush, places: tuple[tuple[float, float, float], ...], color: C
         brush.fill(disc(*_at(brush, x, y), radius), color, opacity)
 
 
-def _meadow(brush: Brush) -> None:
+def _meadow(brush: Brush, ground: Brush) -> None:
     _cloud(brush, -0.55, 0.68, 0.9)
     _cloud(brush, 0.5, 0.42, 0.7)
     _hill(brush, -0.6, 0.9, 0.26, (150, 206, 120))
     _hill(brush, 0.7, 0.8, 0.2, (134, 196, 108))
+    _dots(ground, ((-0.8, -0.55, 0.035), (-0.1, -0.9, 0.045), (0.55, -0.84, 0.04), (0.86, -0.5, 0.03)), WHITE)
+    _dots(ground, ((-0.5, -0.84, 0.045), (0.2, -0.52, 0.03), (0.9, -0.92, 0.045)), (255, 226, 90))
 
 
-def _meadow_ground(brush: Brush) -> None:
-    _dots(brush, ((-0.8, -0.55, 0.035), (-0.1, -0.9, 0.045), (0.55, -0.84, 0.04), (0.86, -0.5, 0.03)), WHITE)
-    _dots(brush, ((-0.5, -0.84, 0.045), (0.2, -0.52, 0.03), (0.9, -0.92, 0.045)), (255, 226, 90))
-
-
-def _beach(brush: Brush) -> None:
+def _beach(brush: Brush, ground: Brush) -> None:
     brush.fill(disc(*_at(brush, 0.62, 0.62), 0.2), (255, 244, 190))
     _cloud(brush, -0.5, 0.6, 0.8)
     brush.fill(brush.y + 0.06, (46, 140, 196))
@@ -68,15 +65,12 @@ def _beach(brush: Brush) -> None:
     x, y = _at(brush, -0.55, -0.08)
     brush.fill(polygon(x, y, (-0.02, 0.0), (-0.02, 0.34), (0.2, 0.0)), WHITE)
     brush.fill(polygon(x, y, (-0.16, -0.02), (0.2, -0.02), (0.12, -0.1), (-0.08, -0.1)), (150, 84, 60))
+    ground.fill(HORIZON - 0.03 - ground.y, WHITE, 0.55)
+    ground.fill(ground.y - (HORIZON - 0.06), (238, 214, 160))
+    _dots(ground, ((-0.7, -0.82, 0.04), (0.3, -0.9, 0.03), (0.76, -0.7, 0.04)), (226, 186, 130))
 
 
-def _beach_ground(brush: Brush) -> None:
-    brush.fill(HORIZON - 0.03 - brush.y, WHITE, 0.55)
-    brush.fill(brush.y - (HORIZON - 0.06), (238, 214, 160))
-    _dots(brush, ((-0.7, -0.82, 0.04), (0.3, -0.9, 0.03), (0.76, -0.7, 0.04)), (226, 186, 130))
-
-
-def _night(brush: Brush) -> None:
+def _night(brush: Brush, ground: Brush) -> None:
     bright = ((-0.8, 0.8), (-0.42, 0.5), (-0.1, 0.86), (0.24, 0.62), (0.62, 0.84), (0.85, 0.5), (-0.75, 0.25))
     faint = ((-0.55, 0.95), (0.05, 0.4), (0.45, 0.3), (-0.3, 0.18), (0.92, 0.2), (-0.95, 0.5), (0.4, 0.95))
     _dots(brush, tuple((x, y, 0.03) for x, y in bright), (255, 250, 214))
@@ -85,7 +79,7 @@ def _night(brush: Brush) -> None:
     _hill(brush, 0.6, 0.7, 0.28, (26, 38, 78))
 
 
-def _snow(brush: Brush) -> None:
+def _snow(brush: Brush, ground: Brush) -> None:
     _hill(brush, 0.1, 1.1, 0.3, (226, 234, 244))
     for x, height in ((-0.82, 0.62), (-0.5, 0.4), (0.6, 0.46), (0.88, 0.7)):
         _fir(brush, x, height, (70, 116, 112))
@@ -93,7 +87,7 @@ def _snow(brush: Brush) -> None:
     _dots(brush, tuple((x, y, 0.03) for x, y in flakes), WHITE)
 
 
-def _desert(brush: Brush) -> None:
+def _desert(brush: Brush, ground: Brush) -> None:
     brush.fill(disc(*_at(brush, -0.55, 0.6), 0.2), (255, 250, 226))
     _hill(brush, 0.5, 0.9, 0.2, (226, 168, 104))
     x, y = _at(brush, 0.7, HORIZON)
@@ -103,7 +97,7 @@ def _desert(brush: Brush) -> None:
         brush.fill(segment(x, y, start, end, 0.055), (92, 140, 84))
 
 
-def _sea(brush: Brush) -> None:
+def _sea(brush: Brush, ground: Brush) -> None:
     for x, width in ((-0.55, 0.12), (0.05, 0.2), (0.65, 0.1)):
         slanted = brush.x - x + (1 - brush.y) * 0.25
         brush.mix(brush.coverage(np.abs(slanted) - width), WHITE, 0.1)
@@ -113,7 +107,7 @@ def _sea(brush: Brush) -> None:
     _dots(brush, bubbles, WHITE, 0.4)
 
 
-def _room(brush: Brush) -> None:
+def _room(brush: Brush, ground: Brush) -> None:
     brush.fill(box(*_at(brush, -0.5, 0.42), 0.34, 0.34, 0.03), WHITE)
     across, along = _at(brush, -0.5, 0.42)
     brush.fill(box(np.abs(across) - 0.145, np.abs(along) - 0.145, 0.115, 0.115), (158, 212, 244))
@@ -121,14 +115,11 @@ def _room(brush: Brush) -> None:
     brush.fill(box(*_at(brush, 0.55, 0.46), 0.17, 0.22), (246, 240, 228))
     brush.fill(disc(*_at(brush, 0.55, 0.46), 0.1), (226, 130, 110))
     brush.fill(box(*_at(brush, 0, HORIZON + 0.03), 1.2, 0.05), WHITE)
-
-
-def _room_ground(brush: Brush) -> None:
     for y in (-0.5, -0.64, -0.82):
-        brush.fill(box(*_at(brush, 0, y), 1.2, 0.012), (160, 110, 70), 0.6)
+        ground.fill(box(*_at(ground, 0, y), 1.2, 0.012), (160, 110, 70), 0.6)
 
 
-def _sunset(brush: Brush) -> None:
+def _sunset(brush: Brush, ground: Brush) -> None:
     brush.fill(disc(*_at(brush, 0.0, HORIZON + 0.1), 0.36), (255, 236, 150))
     for x, y, width in ((-0.5, 0.5, 0.4), (0.6, 0.32, 0.32), (0.3, 0.74, 0.3)):
         brush.fill(box(*_at(brush, x, y), width, 0.035, 0.035), (255, 190, 160), 0.7)
@@ -136,24 +127,17 @@ def _sunset(brush: Brush) -> None:
     _hill(brush, 0.85, 0.6, 0.3, (120, 56, 100))
 
 
-def _city(brush: Brush) -> None:
+def _city(brush: Brush, ground: Brush) -> None:
     towers = ((-0.85, 0.2, 0.7), (-0.42, 0.18, 1.0), (-0.02, 0.16, 0.56), (0.4, 0.2, 0.86), (0.84, 0.18, 0.6))
+    above = brush.y - np.round(brush.y * 5) * 0.2  # the nearest of rows of windows
     for x, width, height in towers:
         brush.fill(box(*_at(brush, x, HORIZON), width, height), (142, 158, 188))
-        windows = box(np.abs(brush.x - x) - width / 2.2, _rows(brush.y), 0.045, 0.055)
+        windows = box(np.abs(brush.x - x) - width / 2.2, above, 0.045, 0.055)
         inside = box(*_at(brush, x, HORIZON), width - 0.03, height - 0.06)
         brush.fill(np.maximum(windows, inside), (226, 234, 208))
-
-
-def _rows(y: Plane) -> Plane:
-    """Height above the nearest of rows that are 0.2 apart."""
-    return y - np.round(y * 5) * 0.2
-
-
-def _city_ground(brush: Brush) -> None:
-    brush.fill(box(*_at(brush, 0, HORIZON), 1.2, 0.06), (196, 198, 204))
+    ground.fill(box(*_at(ground, 0, HORIZON), 1.2, 0.06), (196, 198, 204))
     for x in (-0.75, -0.25, 0.25, 0.75):
-        brush.fill(box(*_at(brush, x, -0.82), 0.14, 0.025), (240, 236, 214))
+        ground.fill(box(*_at(ground, x, -0.82), 0.14, 0.025), (240, 236, 214))
 
 
 class Place(NamedTuple):
@@ -165,19 +149,13 @@ class Place(NamedTuple):
     """Height of the ground in the middle over that at the sides."""
     clashes: tuple[str, ...]
     """Colors that would not be seen well here: no figure has them."""
-    far: Callable[[Brush], None] | None = None
-    """Paints things in front of the sky."""
-    near: Callable[[Brush], None] | None = None
-    """Paints things on the ground."""
+    things: Callable[[Brush, Brush], None] = lambda brush, ground: None
+    """Paints things in front of the sky and on the ground."""
 
 
 PLACES: dict[str, Place] = {
-    "meadow": Place(
-        ((104, 184, 246), (206, 236, 252)), ((126, 196, 92), (84, 164, 70)), 0.06, ("green",), _meadow, _meadow_ground
-    ),
-    "beach": Place(
-        ((120, 202, 246), (222, 242, 250)), ((240, 216, 164), (230, 200, 140)), 0.0, ("yellow",), _beach, _beach_ground
-    ),
+    "meadow": Place(((104, 184, 246), (206, 236, 252)), ((126, 196, 92), (84, 164, 70)), 0.06, ("green",), _meadow),
+    "beach": Place(((120, 202, 246), (222, 242, 250)), ((240, 216, 164), (230, 200, 140)), 0.0, ("yellow",), _beach),
     "night": Place(((14, 18, 52), (46, 60, 120)), ((34, 58, 82), (20, 38, 60)), 0.05, ("black",), _night),
     "snow": Place(((158, 190, 224), (214, 228, 242)), ((244, 248, 252), (220, 230, 244)), 0.08, ("white",), _snow),
     "desert": Place(
@@ -190,20 +168,11 @@ PLACES: dict[str, Place] = {
     "sea": Place(
         ((64, 176, 222), (20, 92, 160)), ((196, 184, 146), (150, 142, 122)), 0.06, ("blue", "turquoise"), _sea
     ),
-    "room": Place(
-        ((250, 232, 204), (244, 220, 188)),
-        ((196, 142, 92), (176, 122, 76)),
-        0.0,
-        ("brown", "white"),
-        _room,
-        _room_ground,
-    ),
+    "room": Place(((250, 232, 204), (244, 220, 188)), ((196, 142, 92), (176, 122, 76)), 0.0, ("brown", "white"), _room),
     "sunset": Place(
         ((96, 66, 150), (255, 158, 96)), ((98, 48, 88), (64, 32, 70)), 0.04, ("orange", "purple", "black"), _sunset
     ),
-    "city": Place(
-        ((170, 210, 238), (226, 236, 242)), ((128, 132, 142), (106, 110, 120)), 0.0, ("black",), _city, _city_ground
-    ),
+    "city": Place(((170, 210, 238), (226, 236, 242)), ((128, 132, 142), (106, 110, 120)), 0.0, ("black",), _city),
     "gray": Place(((208, 210, 214), (188, 190, 196)), ((160, 162, 168), (176, 178, 184)), 0.0, ("white",)),
     "pink": Place(((255, 204, 218), (250, 186, 206)), ((236, 160, 186), (242, 172, 196)), 0.0, ("pink", "red")),
     "yellow": Place(((255, 240, 168), (252, 230, 138)), ((238, 208, 104), (244, 216, 118)), 0.0, ("yellow", "orange")),
@@ -214,15 +183,11 @@ PLACES: dict[str, Place] = {
 @lru_cache(maxsize=32)
 def background(name: str, size: int) -> UInt8[np.ndarray, "1 size size 3"]:
     """The picture of a background, drawn once and read-only."""
-    place, brush = PLACES[name], _whole(size)
+    place, brush, below = PLACES[name], _whole(size), _whole(size)
     ground = _ground(brush, place)
     _gradient(brush, place.sky, 1.0, HORIZON)
-    if place.far:
-        place.far(brush)
-    below = _whole(size)
     _gradient(below, place.ground, HORIZON, -1.0)
-    if place.near:
-        place.near(below)
+    place.things(brush, below)
     planes = [above + ground * (under - above) for above, under in zip(brush.color, below.color, strict=True)]
     picture = np.stack(planes, -1) + 0.5
     pixels = np.clip(picture, 0, 255).astype(np.uint8)
