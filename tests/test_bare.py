@@ -9,7 +9,7 @@ from pathlib import Path
 JOB = """
 import sys
 
-LACKS = {"av", "rich", "psutil", "tyro", "PIL", "beartype", "pyarrow", "huggingface_hub", "tensorboard"}
+LACKS = {"av", "rich", "psutil", "docstring_parser", "PIL", "beartype", "pyarrow", "huggingface_hub", "tensorboard"}
 
 class Missing:
     def find_spec(self, name, path=None, target=None):

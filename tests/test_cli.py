@@ -16,7 +16,7 @@ import pytest
 from cogvideo import __version__
 from cogvideo.cli import COMMANDS, SPINS, main
 
-HEAVY = {"torch", "numpy", "tyro", "rich", "safetensors", "huggingface_hub"}
+HEAVY = {"torch", "numpy", "argparse", "rich", "safetensors", "huggingface_hub"}
 MISTAKES = """
 import os
 import subprocess
@@ -152,43 +152,33 @@ def test_command_gets_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert '"batch": 3' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("width", [40, 120])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("info --jsno", "unknown option --jsno, did you mean --json?"),
-        ("generate x --samplse 3", "unknown option --samplse, did you mean --samples?"),
-        ("info --x --y", "unknown option --x, --y; `cogvideo info --help` lists what there is"),
+        ("info --jsno", "unknown option --jsno; did you mean --json?"),
+        ("generate x --samplse 3", "unknown option --samplse; did you mean --samples?"),
+        ("info --x=1 --y", "unknown option --x; `cogvideo info --help` lists what there is"),
         ("info pocket b", "unknown argument b; `cogvideo info --help` lists what there is"),
-        ("generate -rf", "unknown option -rf; texts that begin with a dash stand at the end, behind --"),
-        ("generate x --seed", "--seed has no value, expected one behind it"),
-        ("generate x --seed 1e5", "--seed is '1e5', expected a whole number"),
-        ("generate x --guidance abc", "--guidance is 'abc', expected a number"),
-        ("generate x --fps abc", "--fps is 'abc', expected a number"),
-        ("generate x --samples 1.5", "--samples is '1.5', expected a whole number"),
-        ("generate x --dtype int8", "--dtype is 'int8', expected auto, float32, bfloat16, float16"),
+        ("generate -rf", "unknown option -rf; write -- before texts that begin with a dash"),
+        ("generate x --seed", "--seed: expected one argument"),
+        ("generate x --seed 1e5", "--seed: got '1e5', expected a whole number"),
+        ("generate x --guidance abc", "--guidance: got 'abc', expected a number"),
+        ("generate x --text-bonus=-1e-", "--text-bonus: got '-1e-', expected a number"),
+        ("generate x --text-bonus -1e-3 --batch 0", "batch is 0, expected a positive number"),
+        ("generate x --dtype int8", "--dtype: got 'int8', expected one of auto, float32, bfloat16, float16"),
+        ("fetch x", "NETWORK: got 'x', expected one of i3d, lpips"),
         ("data world", "missing: --out; `cogvideo data world --help` explains them"),
-        ("train image", "missing: --out, --data; `cogvideo train image --help` explains them"),
-        ("data prepare", "missing: STR, --out, --tokenizer; `cogvideo data prepare --help` explains them"),
-        ("train image --out x --data y --rates a", "--rates is 'a', expected [FLOAT [FLOAT ...]]"),
+        ("train image", "missing: --data, --out; `cogvideo train image --help` explains them"),
+        ("data prepare", "missing: SOURCE, --out, --tokenizer; `cogvideo data prepare --help` explains them"),
+        ("train image --out x --data y --rates a", "--rates: got 'a', expected a number"),
+        ("train reader --out x --widths 1 2", "--widths: expected 4 arguments"),
         ("info pokcet", "got 'pokcet', expected a preset (tiny, pocket, small, cogvideo) or the folder of a bundle"),
     ],
 )
-def test_wrong_options_are_one_line(
-    arguments: str, message: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Guards against options that are silently ignored, and against boxes of several lines."""
-    monkeypatch.setenv("COLUMNS", str(width))
+def test_wrong_options_are_one_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against options that are silently ignored: what was got, what was expected, and where to look."""
     assert main(arguments.split()) == 2
     assert capsys.readouterr() == ("", f"cogvideo: error: {message}\n")
-
-
-def test_wrong_options_are_one_line_in_any_terminal() -> None:
-    """Guards boxes that are drawn with letters, where a terminal has no lines."""
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    call = [sys.executable, "-m", "cogvideo", "data", "world"]
-    done = subprocess.run(call, capture_output=True, text=True, check=False, env=environment)
-    assert done.stderr == "cogvideo: error: missing: --out; `cogvideo data world --help` explains them\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")

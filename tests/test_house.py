@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
-import tyro
 
 from cogvideo.cli import COMMANDS
+from cogvideo.commands.options import options
 
 PACKAGE = Path(__file__).parents[1] / "src" / "cogvideo"
 FLOORS = (
@@ -68,7 +67,6 @@ def test_imports_point_downwards() -> None:
     assert upwards == set()
 
 
-PLAIN = (tyro.conf.OmitArgPrefixes,)
 FRAGMENTS = r"(of|that|between|what|how|whether|which|where|behind|beside|only|so|for|with|from|in|as)\b"
 """Beginnings of a help text that is no sentence by itself."""
 
@@ -77,15 +75,7 @@ FRAGMENTS = r"(of|that|between|what|how|whether|which|where|behind|beside|only|s
 def test_every_option_explains_itself(name: str) -> None:
     """Guards readers of one line of help: it begins with a noun or a verb, and stands alone."""
     module, function = COMMANDS[name].target.split(":")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        parser = tyro.extras.get_parser(getattr(import_module(module), function), config=PLAIN)
-    actions = [action for action in parser._actions if action.dest != "help"]
-    texts = {  # by options, without "(default: 1)"
-        (action.option_strings or [action.dest])[0].lstrip("-"): str(action.help).rpartition(" (")[0]
-        for action in actions
-    }
-    for option, text in texts.items():
-        assert text[0].isupper(), option
-        assert text.endswith("."), option
-        assert not re.match(FRAGMENTS, text, re.IGNORECASE), option
+    for option in options(getattr(import_module(module), function)):
+        assert option.help[0].isupper(), option
+        assert option.help.endswith("."), option
+        assert not re.match(FRAGMENTS, option.help, re.IGNORECASE), option

@@ -6,6 +6,7 @@ row for real pictures, which is the ceiling, and one for the model's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from einops import rearrange
 from jaxtyping import UInt8
 
 from cogvideo import world
 from cogvideo.bundle.model import CogVideo
+from cogvideo.commands.options import parse
 from cogvideo.data.frames import BACKGROUNDS, on_background
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import retrieval
@@ -194,4 +195,4 @@ def decibels(made: Sequence[Frames], real: Sequence[Frames]) -> str:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    parse("gates", main, sys.argv[1:])()

@@ -1,18 +1,17 @@
 """The command line: a table of commands, each a typed function that is imported when it is called.
 
-The function's signature and docstring are its options and help (tyro): parameters before `/` are positional.
+Its signature and docstring are its options and help; see `commands.options`.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from errno import ENOSPC
-from functools import partial, wraps
 from importlib import import_module
-from io import StringIO, TextIOWrapper
+from io import TextIOWrapper
 from itertools import pairwise
 from traceback import print_exception
 from typing import Any, NamedTuple
@@ -178,35 +177,15 @@ def _help(names: set[str]) -> str:
 
 
 def _call(name: str, arguments: list[str]) -> int:
-    """Import the command's function and call it with what its signature makes of the arguments; its exit status.
+    """Import a command's function and call it with what its signature makes of the arguments; its exit status.
 
-    Functions return nothing, which is success, or a status.
+    Functions return an exit status, or anything else for success.
     """
-    from cogvideo.commands.recipes import expand
+    from cogvideo.commands.options import parse
 
     module, function = COMMANDS[name].target.split(":")
-    call = _parse(name, getattr(import_module(module), function), expand(name, arguments))
-    return call() or 0
-
-
-def _parse(name: str, function: Callable[..., int | None], arguments: list[str]) -> Callable[[], int | None]:
-    """The call that the arguments ask for. Values that a configuration refuses are one line, as everywhere."""
-    import tyro  # neither help nor version need it
-
-    from cogvideo.commands.usage import one_line
-
-    @wraps(function)
-    def deferred(*values: Any, **options: Any) -> Callable[[], int | None]:
-        return partial(function, *values, **options)
-
-    told = StringIO()
-    try:
-        with redirect_stderr(told):
-            return tyro.cli(deferred, prog=f"cogvideo {name}", args=arguments, config=(tyro.conf.OmitArgPrefixes,))
-    except SystemExit as error:
-        if not error.code:  # help
-            raise
-        raise InputError(one_line(told.getvalue(), f"cogvideo {name}")) from None
+    status = parse(name, getattr(import_module(module), function), arguments)()
+    return status if isinstance(status, int) else 0
 
 
 def _unknown(name: str) -> str:

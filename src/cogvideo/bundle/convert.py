@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from tyro.conf import Suppress
 
 from cogvideo.bundle.format import BundleWriter, check_tensors, few, read_tensor, writing
 from cogvideo.config import AutoencoderConfig, CogVideoConfig, InputError, TransformerConfig, preset, require
@@ -52,7 +51,7 @@ def convert(
     dsr: Path | None = None,
     ice: Path | None = None,
     clusters: Path | None = None,
-    config: Suppress[CogVideoConfig | None] = None,
+    config: CogVideoConfig | None = None,
 ) -> Conversion:
     """Convert the released checkpoints, or some of them, to a bundle, and print what was stored.
 

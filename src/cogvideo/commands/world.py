@@ -10,7 +10,7 @@ from typing import Any, Literal
 from cogvideo import world as synthetic
 from cogvideo.config import require
 from cogvideo.files import write_text
-from cogvideo.world.scenes import Scene, Split
+from cogvideo.world.scenes import Scene
 
 FPS = 8.0
 """Frames a second of the files."""
@@ -24,7 +24,7 @@ def world(
     clips: int = 24,
     start: int = 0,
     size: int = 192,
-    split: Split | Literal["all"] = "all",
+    split: Literal["train", "validation", "held_out", "all"] = "all",
     domain: Literal["full", "simple"] = "full",
 ) -> None:
     """Write clips of the World: mp4 files, their captions and attributes in captions.jsonl, and a contact sheet.

