@@ -298,6 +298,12 @@ def write_mp4(
         scaler = VideoReformatter()  # PyAV's own serves the whole process, and hangs in one that was forked
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(pixels)
-            frame = scaler.reformat(frame, format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", threads=1)
+            frame = scaler.reformat(
+                frame,
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                threads=1,
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

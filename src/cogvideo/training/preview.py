@@ -15,6 +15,7 @@ from cogvideo.data.loader import ClipStream
 from cogvideo.models.transformer import Base
 from cogvideo.training import samples
 from cogvideo.training.export import ExportTarget, modules
+from cogvideo.training.optim import StageOptimization
 from cogvideo.training.parallel import any_rank, full_state
 from cogvideo.training.stages import STAGES, base_of, own
 from cogvideo.training.step import Trainer
@@ -61,8 +62,9 @@ class Preview:
             weights = full_state(self.trainer.module)
         if self.trainer.ranks.rank > 0:
             return None
-        seed = self.trainer.settings.seed
-        rows = samples.draw(self.target.stage, self._system(weights), self.examples, seed)
+        settings = self.trainer.settings
+        assert isinstance(settings, StageOptimization)
+        rows = samples.draw(self.target.stage, self._system(weights), self.examples, settings.seed)
         return samples.write_samples(self.folder, step, rows).sheet
 
     def lacks(self, step: int) -> bool:
