@@ -30,7 +30,6 @@ import cogvideo.data.frame_store
 import cogvideo.training.objectives.image
 import cogvideo.training.launch
 import cogvideo.training.objectives.tokenizer
-import cogvideo.training.preview
 import cogvideo.training.samples
 import cogvideo.training.objectives.superres
 import cogvideo.training.text

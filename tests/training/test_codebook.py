@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cogvideo.models.quantizer import Codebook, nearest_rows
-from cogvideo.training.codebook import MovingCodebook, cluster_means, straight_through
+from cogvideo.training.objectives.codebook import MovingCodebook, straight_through
 
 
 def seeded(seed=0):
@@ -100,16 +100,6 @@ def test_k_means_starts_at_the_clusters():
     assert moving.counts.tolist() == pytest.approx([4.0] * 5)  # what a step of 20 vectors brings
     moving.update(given, nearest_rows(given, moving.rows), seeded())
     torch.testing.assert_close(moving.rows.detach(), rows)  # they are where averages keep them
-
-
-def test_cluster_means_are_means():
-    """Sums divided by other clusters' sizes would be no centres."""
-    given = vectors(30)
-    rows, counts = cluster_means(given, 4, seeded())
-    labels = torch.cdist(given, rows).argmin(1)
-    assert counts.tolist() == labels.bincount(minlength=4).tolist()
-    for cluster in range(4):
-        torch.testing.assert_close(rows[cluster], given[labels == cluster].mean(0))
 
 
 def test_gradients_go_straight_through():

@@ -150,7 +150,7 @@ def test_codes_of_another_tokenizer_are_refused(place: Path, tmp_path: Path) -> 
         (tmp_path / "model" / "training.json").write_text(json.dumps(report))
         check_codes(target, ["base"], "a" * 64)
         if refused:
-            with pytest.raises(ValueError, match=r"base of the bundle .*model learnt the codes of another image tok"):
+            with pytest.raises(ValueError, match=r"base of the bundle .*model learned the codes of another image tok"):
                 check_codes(target, ["base"], "b" * 64)
         else:
             check_codes(target, ["base"], "b" * 64)

@@ -19,7 +19,7 @@ from cogvideo.training import samples
 from cogvideo.training.export import ExportTarget, modules
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.parallel import full_state
-from cogvideo.training.preview import Preview
+from cogvideo.training.samples import Preview
 from cogvideo.training.stages import Choice, StageName
 from cogvideo.training.step import Execution
 from gallery import assert_same, make_model, make_trainer
@@ -49,7 +49,7 @@ def preview_of(
     mode = "image" if stage in ("image", "superres") else stage
     stream = ClipStream([place / "data"], "validation", ClipSampling(mode, high_codes=stage == "superres"))  # type: ignore[arg-type]
     return Preview(
-        ExportTarget(folder, model, model.config, stage, Choice("continue")), trainer, stream, prompts, folder
+        ExportTarget(folder, model, model.config, stage, Choice("continue")), trainer, stream, prompts, folder, 6
     )
 
 
@@ -114,7 +114,7 @@ def test_a_preview_draws_with_the_average(
     live = modules(stage, Choice("continue"), preview.target.config, trainer.average.state)[component]
     assert_same(live.state_dict(), {n.removeprefix(prefix): each for n, each in trainer.average.state.items()})
     rows = samples.draw(stage, CogVideo(preview.target.config, **(parts | {component: live})), preview.examples, seed=6)
-    expected = samples.write_samples(tmp_path / "expected", 20, rows).sheet
+    expected = samples.write_samples(tmp_path / "expected", 20, rows)
     assert np.array_equal(np.asarray(Image.open(sheet)), np.asarray(Image.open(expected)))
     assert len(preview.examples) == 4
 

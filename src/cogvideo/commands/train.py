@@ -154,10 +154,6 @@ def tokenizer(
         logging: Reports and checkpoints.
         overwrite: Replace the tokenizer that the bundle has; models that learned its codes cannot use another.
         recipe: TOML file with a table for this command: options as they stand here. Those given here win.
-
-    Raises:
-        ValueError: a source, a file or a setting cannot be used, OUT holds another run, or training diverged.
-        OSError: something cannot be written.
     """
     train_tokenizer(
         sources,
@@ -207,10 +203,6 @@ def reader(
         logging: Reports and checkpoints.
         device: Device: cpu, cuda, cuda:0, or auto.
         recipe: TOML file with a table for this command: options as they stand here. Those given here win.
-
-    Raises:
-        ValueError: a setting cannot be used, the folder holds another run or one at work, or training diverged.
-        OSError: something cannot be written.
     """
     right = train_reader(out, settings, config, test_clips, logging, device)
     Console(highlight=False).print(_table(right, test_clips))
@@ -218,7 +210,7 @@ def reader(
 
 
 def _table(right: dict[str, dict[str, float]], number: int) -> Table:
-    table = Table(title=f"Read right, of {number:,} clips that were never learnt from")
+    table = Table(title=f"Read right, of {number:,} clips that were never trained on")
     for name in ("", *ATTRIBUTES, "all"):
         table.add_column(name, justify="left" if name == "" else "right")
     for group, shares in right.items():
@@ -248,9 +240,6 @@ def text(
         background_template: Template of `data prepare`, put around every caption with each background in turn.
         max_captions: Maximum number of captions; of more, some are used, evenly spaced in their sorted order.
         recipe: TOML file with a table for this command: options as they stand here. Those given here win.
-
-    Raises:
-        ValueError: a source cannot be read, there is no caption, or the bundle in `out` is made for other text.
     """
     require(len(source) > 0, "got no source, expected a folder, a table, a tar or world:NUMBER")
     require(max_captions > 0, f"max_captions is {max_captions}, expected a positive number")
@@ -290,9 +279,5 @@ def export(
         step: Step of the checkpoint; the newest unless given.
         best: Take the checkpoint with the lowest held-out loss.
         overwrite: Replace the stage where the bundle has it.
-
-    Raises:
-        ValueError: the run, the checkpoint or the bundle cannot be used.
-        OSError: the bundle cannot be written.
     """
     export_run(run, out, step, best, overwrite)

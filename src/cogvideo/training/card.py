@@ -1,6 +1,6 @@
-"""The model card: README.md of a bundle, written from what its training runs reported.
+"""Reports of training runs, and the model card that is made of them: README.md of a bundle.
 
-`training.json` beside it holds the reports themselves, one a component, and goes along when a bundle is copied.
+`training.json` next to it holds the reports themselves, one for each component; a copied bundle keeps it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cogvideo.bundle.format import COMPONENTS, Manifest
-from cogvideo.config import CogVideoConfig, InputError
+from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.files import write_text
+from cogvideo.runs import IDENTITY, RunFolder
+from cogvideo.training.stages import STAGES
 
 REPORTS = "training.json"
 CARD = "README.md"
@@ -33,6 +35,55 @@ def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
         return {name: dict(report) for name, report in reports.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"cannot use {path}: {error}; remove it to do without") from error
+
+
+def report_of(run: RunFolder, step: int) -> dict[str, Any]:
+    """Result of a run at a step, for its card: everything that its folder knows.
+
+    Raises:
+        ValueError: the folder is that of no stage, or a file is damaged.
+    """
+    identity, about = identity_of(run.path), run.about
+    rows = [row for row in run.rows() if row["step"] <= step]
+    measured: dict[str, Any] = {
+        name: row[name] for row in rows if row["step"] == step for name in ("loss", "held_out") if name in row
+    }
+    start = {name: value for name, value in identity["choice"].items() if value is not None}
+    settings = {name: identity[name] for name in ("task", "optimization", "clips")}
+    course = _course([row for row in rows if "loss" in row])
+    return {"steps": step, **measured, **course, **about, "start": start, **settings}
+
+
+def _course(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Time, speed and memory of a run from its rows, whatever processes made them."""
+    if not rows:
+        return {}
+    ends = [row["step"] for row in rows]
+    steps = [end - before for end, before in zip(ends, [0, *ends[:-1]], strict=True)]
+    slowness = sum(made / max(row["tokens_per_second"], 0.1) for made, row in zip(steps, rows, strict=True))
+    return {
+        "time": {"seconds": rows[-1]["seconds"], "positions_per_second": round(sum(steps) / slowness)},
+        "memory": {"peak_bytes": max(row.get("peak_bytes", 0) for row in rows)},
+    }
+
+
+def identity_of(run: Path) -> dict[str, Any]:
+    """All that decides the result of a run of a stage.
+
+    Raises:
+        ValueError: the folder is that of no stage, or its file is damaged.
+    """
+    path = run / IDENTITY
+    try:
+        identity = json.loads(path.read_text(encoding="utf-8"))
+        known = isinstance(identity, dict) and identity.get("stage") in STAGES
+        require(known, f"it names no stage, expected one of {', '.join(STAGES)}")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(
+            f"{run} is no run of a stage ({path.name}: {reason}): pass such a folder as .sequential-run"
+        ) from error
+    return identity
 
 
 def write_card(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints of a run: folders of PyTorch's distributed format, whole or not there, for any number of ranks.
 
-A checkpoint is written aside and renamed when every rank has written its part; one that goes is renamed before it is
-removed. So whatever kills a run, a folder with the name of a checkpoint is whole. Each rank adds the hashes of its
-files: damaged is what differs from them. A checkpoint that cannot be read for another reason is not.
+A checkpoint is written aside and renamed when every rank has written its part; one that goes is renamed before
+it is removed. So whatever kills a run, a folder with the name of a checkpoint is whole. Each rank adds the hashes
+of its files: damaged is what differs from them. A checkpoint that cannot be read for another reason is not.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,10 +35,10 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from cogvideo.config import InputError, require
 from cogvideo.devices import is_out_of_memory
 from cogvideo.files import named, write_text
-from cogvideo.training.parallel import Share, any_rank, is_first, raised_by_all, wait_for_all
+from cogvideo.training.parallel import any_rank, is_first, raised_by_all, wait_for_all
 
 STATE, METADATA = "state.json", ".metadata"
-CHANGED = "its content is cut short or was changed"
+CHANGED, ABSENT = "its content is cut short or was changed", "No such file or directory"
 WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 """Tables of a checkpoint."""
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -56,17 +56,9 @@ class DamagedError(InputError):
 
 
 def training_state(
-    module: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    average: Mapping[str, Tensor] | None,
+    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:
-    """Content of a checkpoint: trained weights, the optimizers' state, the running average, and no frozen weights.
-
-    Args:
-        module: that is trained.
-        optimizers: which share what is trained of it.
-        average: running average of that, if there is one.
-    """
+    """Content of a checkpoint: trained weights, the optimizers' state, the running average if there is one."""
     # PyTorch gives an optimizer without a state one, by a step of zeros: good before a run, to load into, and only then
     begun = [each for each in optimizers if each.state] or optimizers
     weights, states = get_state_dict(module, begun, options=TRAINED)
@@ -74,8 +66,7 @@ def training_state(
 
 
 def restore(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Any]) -> None:
-    """Put a loaded state back; the average was filled in place. The kernel of AdamW stays that of this device, whatever
-    the run had before."""
+    """Put a loaded state back; the average was filled in place. AdamW keeps the kernel of this device."""
     for saved in state[OPTIMIZER]["param_groups"]:
         if "fused" in saved:
             saved["fused"] = optimizers[0].defaults["fused"]
@@ -87,11 +78,8 @@ def restore(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], stat
 class Checkpoints:
     """The checkpoints in a folder. Every rank calls every function.
 
-    Args:
-        folder: of the run's checkpoints; it is made when something is saved.
-        keep: number of last checkpoints that stay, in addition to the best. 0 to look at them alone, while a run may be
-            writing there.
-        asynchronous: whether `save` returns when the state is copied, and writes while training goes on.
+    The last `keep` stay, and the best; 0 is for those who only look, while a run may be writing there.
+    If it is `asynchronous`, `save` returns when the state is copied, and writes while training goes on.
     """
 
     def __init__(self, folder: Path, keep: int = 2, asynchronous: bool = False) -> None:
@@ -101,7 +89,7 @@ class Checkpoints:
         # the writing threads of the ranks talk while training does, and need a queue of messages of their own
         self._group = dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
         self._writing: Future[Any] | None = None
-        self._publish: Callable[[], None] = lambda: None
+        self._unnamed: int | None = None
         self._damaged: set[int] = set()
         if keep and is_first():
             for leftover in named(folder, ".step-*"):
@@ -139,34 +127,29 @@ class Checkpoints:
             return None
 
     def save(self, step: int, state: dict[str, Any], held_out: float | None = None) -> None:
-        """Write a checkpoint; one of the same step is replaced.
+        """Write a checkpoint with its loss on held-out clips; one of the same step is replaced.
 
-        Args:
-            step: how many were made.
-            state: nested tables of tensors and numbers; tensors may be spread over ranks.
-            held_out: loss on held-out clips.
+        A state is nested tables of tensors and numbers; tensors may be spread over ranks.
 
         Raises:
             OSError: it cannot be written.
         """
         self.wait()
-        aside = self.folder / f".step-{step:08}"
+        aside = self._aside(step)
         if is_first():
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
             write_text(aside / STATE, json.dumps({"step": step, "held_out": held_out}) + "\n")
         wait_for_all()
-        self._publish = lambda: self._rename(aside, step)
-        writer = FileSystemWriter(aside)
-        alone = not dist.is_initialized()
+        self._unnamed = step
+        writer, alone = FileSystemWriter(aside), not dist.is_initialized()
         with _writing(aside):
             if self.asynchronous:
                 writing = async_save(state, storage_writer=writer, process_group=self._group, no_dist=alone)
                 self._writing = cast("Future[Any]", writing)
-            else:
-                save(state, storage_writer=writer, no_dist=alone)
-        if not self.asynchronous:
-            self.wait()
+                return
+            save(state, storage_writer=writer, no_dist=alone)
+        self.wait()
 
     def wait(self) -> None:
         """Wait until what is being written is whole and has its name; then remove older ones.
@@ -178,15 +161,20 @@ class Checkpoints:
             with _writing(self.folder):
                 self._writing.result()
             self._writing = None
-        self._publish()
-        self._publish = lambda: None
+        if self._unnamed is not None:
+            self._rename(self._unnamed)
+            self._unnamed = None
 
     def settle(self) -> None:
         """Give what is whole by now its name, without waiting for what is not."""
         if self._writing is not None and not any_rank(not self._writing.done()):
             self.wait()
 
-    def _rename(self, aside: Path, step: int) -> None:
+    def _aside(self, step: int) -> Path:
+        return self.folder / f".step-{step:08}"
+
+    def _rename(self, step: int) -> None:
+        aside = self._aside(step)
         _write_hashes(aside)
         wait_for_all()
         if is_first():
@@ -222,12 +210,15 @@ class Checkpoints:
             MemoryError: or PyTorch's own, which is a RuntimeError.
         """
         path = self.path(step)
-        known = raised_by_all(lambda share: _check_files(path, share))
-        stored = _metadata(path, known)
-        _check_structure(path, state, stored)
-        with _reading(path, known):
+        has_hashes = raised_by_all(lambda rank, world_size: _check_files(path, rank, world_size))
+        with _reading(path, has_hashes):
+            reader = FileSystemReader(path)
+            stored = reader.read_metadata().state_dict_metadata
+        for table in (WEIGHTS, AVERAGE):
+            _check_structure(path, table, state.get(table, {}), stored)
+        with _reading(path, has_hashes):
             planner = DefaultLoadPlanner(allow_partial_load=True)
-            load(state, storage_reader=FileSystemReader(path), planner=planner, no_dist=not dist.is_initialized())
+            load(state, storage_reader=reader, planner=planner, no_dist=not dist.is_initialized())
         begun = {name.rpartition(".")[0] for name in stored}
         states = state.get(OPTIMIZER, {}).get("state", {})
         for name in [each for each in states if f"{OPTIMIZER}.state.{each}" not in begun]:
@@ -236,52 +227,43 @@ class Checkpoints:
 
 
 def read_weights(path: Path, averaged: bool) -> dict[str, Tensor]:
-    """The trained weights of a checkpoint, whole, in one process.
-
-    Args:
-        path: folder of the checkpoint.
-        averaged: the running average in their place.
+    """The trained weights of a checkpoint, or their running average, whole, in one process.
 
     Raises:
         ValueError: it is damaged, or has none.
         OSError: it cannot be read.
     """
-    known = _check_files(path)
     table = AVERAGE if averaged else WEIGHTS
-    tensors = _tensors(_metadata(path, known), table)
-    state = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in tensors.items()}
+    with _reading(path, _check_files(path)):
+        reader = FileSystemReader(path)
+        tensors = _tensors(reader.read_metadata().state_dict_metadata, table)
+        state = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in tensors.items()}
+        if state:
+            load({table: state}, storage_reader=reader, no_dist=True)
     require(len(state) > 0, f"{path} has no {table}")
-    with _reading(path, known):
-        load({table: state}, storage_reader=FileSystemReader(path), no_dist=True)
     return state
 
 
 def _write_hashes(folder: Path) -> None:
     """Note what this rank has written."""
     rank = dist.get_rank() if dist.is_initialized() else 0
-    paths = [*named(folder, f"__{rank}_*"), *([] if rank else [folder / METADATA])]
+    paths = named(folder, f"__{rank}_*") + ([] if rank else [folder / METADATA])
     table = {path.name: _sha256(path) for path in sorted(paths)}
     write_text(folder / f"hashes-{rank}.json", json.dumps(table, indent=2) + "\n")
 
 
-def _check_files(path: Path, share: Share = Share(0, 1)) -> bool:  # noqa: B008  # a tuple
-    """Compare the files of a checkpoint, or this rank's share of them, with their hashes; whether it has any.
-
-    Raises:
-        DamagedError: a file is missing or changed.
-        OSError: one cannot be read.
-    """
+def _check_files(path: Path, rank: int = 0, world_size: int = 1) -> bool:
+    """Compare a rank's share of the files with their hashes; whether there are any, as older checkpoints have none."""
     hashes: dict[str, str] = {}
     try:
         for table in named(path, "hashes-*.json"):
             hashes = {**hashes, **json.loads(table.read_bytes())}
-        for name in sorted(hashes)[share.rank :: share.world_size]:
-            if _sha256(path / name) != hashes[name]:
-                raise DamagedError(path, CHANGED)
-    except FileNotFoundError as error:
+        share = sorted(hashes)[rank::world_size]
+        is_whole = all(_sha256(path / name) == hashes[name] for name in share)
+    except (FileNotFoundError, ValueError, TypeError) as error:
         raise DamagedError(path, _damage(error)) from error
-    except (ValueError, TypeError) as error:
-        raise DamagedError(path, CHANGED) from error
+    if not is_whole:
+        raise DamagedError(path, CHANGED)
     return bool(hashes)
 
 
@@ -290,75 +272,53 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _metadata(path: Path, known: bool) -> Mapping[str, Any]:
-    with _reading(path, known):
-        return FileSystemReader(path).read_metadata().state_dict_metadata
-
-
 def _tensors(stored: Mapping[str, Any], table: str) -> dict[str, TensorStorageMetadata]:
     """Entries of a table of a checkpoint, by their names in it."""
+    tensors = {name: each for name, each in stored.items() if isinstance(each, TensorStorageMetadata)}
     prefix = f"{table}."
-    return {
-        name.removeprefix(prefix): each
-        for name, each in stored.items()
-        if name.startswith(prefix) and isinstance(each, TensorStorageMetadata)
-    }
+    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
 
 
-def _check_structure(path: Path, state: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+def _check_structure(path: Path, table: str, tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose trained weights have other names or shapes."""
-    for table in (WEIGHTS, AVERAGE):
-        there = {name: tuple(each.size) for name, each in _tensors(stored, table).items()}
-        here = {name: tuple(each.shape) for name, each in state.get(table, {}).items()}
-        odd = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-        if odd:
-            name = odd[0]
-            raise InputError(
-                f"{path} is of another configuration: {table} {name} is {there.get(name, 'absent')} there and "
-                f"{here.get(name, 'absent')} here"
-            )
+    there = {name: tuple(each.size) for name, each in _tensors(stored, table).items()}
+    here = {name: tuple(each.shape) for name, each in tensors.items()}
+    for name in sorted(there.keys() | here.keys()):
+        theirs, ours = there.get(name, "absent"), here.get(name, "absent")
+        same = f"{path} is of another configuration: {table} {name} is {theirs} there and {ours} here"
+        require(theirs == ours, same)
 
 
 @contextmanager
-def _reading(path: Path, known: bool) -> Iterator[None]:
+def _reading(path: Path, has_hashes: bool) -> Iterator[None]:
     """Translate errors: bytes that mean nothing may raise anything, and what ranks raise is no Exception.
 
-    Args:
-        path: of the checkpoint.
-        known: whether its files were compared with their hashes. Older checkpoints have none: what is raised by them is
-            damage, but for what the system says and for memory.
+    Files without hashes may be damaged: that is what they raise, but for what the system says and for memory.
     """
     try:
-        with _without_warnings():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # PyTorch warns of a process alone
             yield
     except (Exception, CheckpointException) as error:
         cause = _cause(error)
-        if not known and (isinstance(cause, FileNotFoundError) or not _is_of_the_system(cause)):
+        is_system = isinstance(cause, OSError) and cause.errno is not None
+        is_absent = isinstance(cause, FileNotFoundError)
+        if not has_hashes and (is_absent or not (is_system or is_out_of_memory(cause))):
             raise DamagedError(path, _damage(cause)) from error
-        if isinstance(cause, OSError) and cause.errno is not None:
-            reason = f"the checkpoint cannot be read ({cause.strerror})"
-            raise OSError(cause.errno, reason, str(path)) from error
+        if isinstance(cause, OSError) and is_system:
+            raise OSError(cause.errno, f"the checkpoint cannot be read ({cause.strerror})", str(path)) from error
         raise cause from error
-
-
-def _is_of_the_system(error: BaseException) -> bool:
-    return (isinstance(error, OSError) and error.errno is not None) or is_out_of_memory(error)
 
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
-        with _without_warnings():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             yield
     except CheckpointException as error:
         cause = _cause(error)
-        number, reason = (cause.errno, cause.strerror) if isinstance(cause, OSError) else (None, _line(cause))
-        raise OSError(number or errno.EIO, f"the checkpoint cannot be written ({reason})", str(path)) from error
-
-
-def _without_warnings() -> AbstractContextManager[None]:
-    """PyTorch says that there are no ranks, which is what was asked for."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
+        number = (isinstance(cause, OSError) and cause.errno) or errno.EIO
+        reason = cause.strerror if isinstance(cause, OSError) else f"{type(cause).__name__}: {cause}"[:160]
+        raise OSError(number, f"the checkpoint cannot be written ({reason})", str(path)) from error
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -372,8 +332,4 @@ def _cause(error: BaseException) -> BaseException:
 
 def _damage(error: BaseException) -> str:
     """Words for damage; PyTorch's own for bytes that mean nothing help nobody."""
-    return "No such file or directory" if isinstance(error, FileNotFoundError) else CHANGED
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return ABSENT if isinstance(error, FileNotFoundError) else CHANGED

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 
 from cogvideo.config import InputError
-from cogvideo.data.clips import ClipSampling
 from cogvideo.data.loader import ClipSample, ClipStream
-from cogvideo.training.objectives.task import Measured
 from cogvideo.training.parallel import mean_over_ranks
 from cogvideo.training.session import Evaluation
 from cogvideo.training.step import Trainer, check_finite, part_means, part_sums
@@ -21,45 +20,32 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Samples of one kind."""
+    """Samples of one kind from a stream."""
 
     name: str
-    """The frame rate, such as "2 fps", or `ALL`."""
+    """Frame rate, such as "2 fps", or `ALL`."""
     stream: ClipStream
-    """Stream of the samples."""
     number: int
     """Number of samples: the first ones of the stream."""
 
 
 def held_out(trained: ClipStream, split: str, limit: int) -> list[HeldOut]:
-    """Entries that a stage is measured on: one for each frame rate that it is trained at and some held-out clip fills.
+    """Entries of at most `limit` samples: one for each rate that is trained at and that some held-out clip fills.
 
-    Nothing is left to chance: clips start at their first frame and keep their captions.
-
-    Args:
-        trained: what is learned from. Its clips decide the rates: key frames of long clips have the lowest one alone.
-        split: that is held out.
-        limit: samples an entry at most.
-
-    Returns:
-        the entries, of the datasets that have the split; none where it has only clips that are too short.
+    Nothing is left to chance: clips start at their first frame and keep their captions. The clips that are trained
+    on decide the rates: key frames of long clips have the lowest one alone.
     """
     there = [each.folder for each in trained.datasets if split in each.card.splits]
-    entries = []
-    for name, each in _kinds(trained):
-        try:
-            stream = ClipStream(there, split, each)  # of one tokenizer and grid, as those that are learned from
-        except InputError:  # the training split was accepted, so all that can be wrong is that nothing fits
-            continue
-        entries.append(HeldOut(name, stream, min(limit, len(stream))))
-    return entries
-
-
-def _kinds(trained: ClipStream) -> list[tuple[str, ClipSampling]]:
     plain = replace(trained.sampling, random_offset=False, caption_dropout=0.0)
-    if plain.mode == "image":
-        return [(ALL, plain)]
-    return [(f"{rate:g} fps", replace(plain, fixed_rate=rate)) for rate in trained.rates]
+    kinds = {ALL: plain}
+    if plain.mode != "image":
+        kinds = {f"{rate:g} fps": replace(plain, fixed_rate=rate) for rate in trained.rates}
+    entries = []
+    for name, each in kinds.items():
+        with suppress(InputError):  # the training split was accepted, so all that can be wrong is that nothing fits
+            stream = ClipStream(there, split, each)
+            entries.append(HeldOut(name, stream, min(limit, len(stream))))
+    return entries
 
 
 def judged(trainer: Trainer, entries: Sequence[HeldOut]) -> Callable[[int], Evaluation]:
@@ -84,10 +70,7 @@ def mean_loss(held: Mapping[str, Mapping[str, float]]) -> float | None:
 def measure(trainer: Trainer, entries: Sequence[HeldOut], batch: int) -> dict[str, dict[str, float]]:
     """Mean loss and parts of each entry, over all ranks, with the weights that would be exported.
 
-    Args:
-        trainer: what is measured.
-        entries: on what.
-        batch: samples of a pass.
+    A pass has `batch` samples of a rank.
     """
     trainer.module.eval()
     with trainer.averaged():
@@ -99,19 +82,16 @@ def measure(trainer: Trainer, entries: Sequence[HeldOut], batch: int) -> dict[st
 def _row(trainer: Trainer, entry: HeldOut, batch: int) -> dict[str, float]:
     """Ranks keep step: each takes equally many samples, and those past the end count for nothing."""
     ranks, task = trainer.ranks, trainer.objective.task
-    passes = -(-entry.number // (batch * ranks.data_size))
+    at_once = batch * ranks.data_size
     sums = torch.zeros(2 + 2 * len(task.parts), dtype=torch.float64)
-    for number in range(passes):
-        first = number * batch * ranks.data_size + ranks.data_rank
-        positions = range(first, first + batch * ranks.data_size, ranks.data_size)
+    for start in range(0, entry.number, at_once):
+        positions = range(start + ranks.data_rank, start + ranks.data_rank + at_once, ranks.data_size)
         samples: list[ClipSample] = entry.stream.__getitems__(list(positions))
         measured = trainer.measure(task.collate(samples))
         counted = sum(position < entry.number for position in positions)
-        sums += _sums(Measured(measured.loss[:counted], measured.parts[:counted])).cpu()
-    loss, count, *parts = mean_over_ranks(sums).tolist()
-    return {"loss": loss / count, **part_means(task.parts, parts)}
-
-
-def _sums(measured: Measured) -> torch.Tensor:
-    loss = measured.loss.double()
-    return torch.cat([torch.stack([loss.sum(), torch.full_like(loss, 1).sum()]), part_sums([measured.parts]).double()])
+        loss = measured.loss[:counted].double()
+        sums[0] += loss.sum().cpu()
+        sums[1] += counted
+        sums[2:] += part_sums([measured.parts[:counted]]).double().cpu()
+    total, count, *parts = mean_over_ranks(sums).tolist()
+    return {"loss": total / count, **part_means(task.parts, parts)}

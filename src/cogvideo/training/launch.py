@@ -6,21 +6,22 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 import cogvideo
 from cogvideo.bundle.model import CogVideo
-from cogvideo.config import CogVideoConfig, InputError, require
+from cogvideo.config import InputError, require
 from cogvideo.data.loader import ClipStream, Loader
 from cogvideo.devices import is_out_of_memory, usable
 from cogvideo.files import alone_in
 from cogvideo.planning.training import training
 from cogvideo.runs import TYPED, RunFolder
+from cogvideo.training.card import report_of
 from cogvideo.training.export import (
     ExportTarget,
     check_codes,
@@ -29,13 +30,13 @@ from cogvideo.training.export import (
     delivered,
     left_out,
     modules,
-    report_of,
 )
 from cogvideo.training.held_out import HeldOut, held_out, judged
 from cogvideo.training.loop import learn
+from cogvideo.training.objectives.image import ImageMixture
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.parallel import ParallelSettings, Ranks, any_rank, full_state, process_group
-from cogvideo.training.preview import Preview
+from cogvideo.training.samples import Preview
 from cogvideo.training.session import Clips, Options, Session
 from cogvideo.training.stages import (
     STAGES,
@@ -43,40 +44,9 @@ from cogvideo.training.stages import (
     StageName,
     build,
     configured,
-    continued,
-    own,
     parents,
 )
 from cogvideo.training.step import Trainer
-
-
-class StageRun(NamedTuple):
-    """A stage to be trained."""
-
-    stage: StageName
-    choice: Choice
-    options: Options
-    task: Mapping[str, Any]
-    """Settings of what it learns."""
-    sampling: Mapping[str, Any]
-    """Settings of sampling that this stage alone has."""
-
-    @property
-    def name(self) -> str:
-        """Bundle to start from."""
-        return str(self.options.out if self.options.init is None else self.options.init)
-
-    def source(self) -> CogVideo:
-        """The bundle to start from.
-
-        Raises:
-            ValueError: there is none.
-        """
-        try:
-            return CogVideo.from_pretrained(self.name)
-        except InputError as error:
-            hint = "; --init names a bundle to start from, and `train tokenizer` makes one"
-            raise InputError(f"{error}{hint if self.options.init is None else ''}") from error
 
 
 def train(
@@ -88,12 +58,7 @@ def train(
 ) -> None:
     """Train a stage, or the rest of it, and put it into the bundle.
 
-    Args:
-        stage: which one.
-        choice: what it begins with.
-        options: of all stages.
-        task: settings of what it learns.
-        sampling: settings of sampling that this stage alone has.
+    Settings of the task and of the sampling are those that this stage alone has.
 
     Raises:
         ValueError: data, bundle or a setting cannot be used, another run began in the folder, or training diverged.
@@ -105,34 +70,49 @@ def train(
     is_whole = options.parallel == ParallelSettings()
     is_adamw = options.optimization.optimizer == "adamw"
     require(is_whole or is_adamw, "muon needs whole matrices on every rank: use adamw here")
-    run = StageRun(stage, choice, options, task, sampling)
     with process_group(usable(options.device), options.parallel) as ranks:
+        source = _source(options)
+        target = ExportTarget(options.out, source, configured(source.config, stage, choice), stage, choice)
         try:
-            _train(run, ranks)
+            _train(target, options, task, sampling, ranks)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise InputError(_too_large(run, ranks)) from error
+            raise InputError(_too_large(target, options, ranks)) from error
 
 
-def _train(run: StageRun, ranks: Ranks) -> None:
-    stage, choice, options, settings = run.stage, run.choice, run.options, run.options.optimization
-    source = run.source()
-    config = configured(source.config, stage, choice)
+def _source(options: Options) -> CogVideo:
+    try:
+        return CogVideo.from_pretrained(_typed(options))
+    except InputError as error:
+        hint = "; --init names a bundle to start from, and `train tokenizer` makes one"
+        raise InputError(f"{error}{hint if options.init is None else ''}") from error
+
+
+def _typed(options: Options) -> str:
+    """Name of the bundle to start from, as the user gave it."""
+    return str(options.out if options.init is None else options.init)
+
+
+def _train(
+    target: ExportTarget, options: Options, task: Mapping[str, Any], sampling: Mapping[str, Any], ranks: Ranks
+) -> None:
+    stage, choice, source, config = target.stage, target.choice, target.source, target.config
+    settings, row = options.optimization, STAGES[stage]
     named = parents(stage, choice, source)
-    stream, entries = _data(run, source, config)
+    stream, entries = _data(target, options, sampling)
     folder = RunFolder(options.out / f".{stage}-run")
-    target = ExportTarget(options.out, source, config, stage, choice)
-    check_codes(target, (*named, *continued(stage, choice)), stream.tokenizer_sha256)
-    identity = _identity(run, target, named, stream)
+    check_codes(target, named, stream.tokenizer_sha256)
+    identity = _identity(target, options, {**sampling, **task}, (*named, "text"), stream)
     with ExitStack() as locks:
-        if any_rank(ranks.rank == 0 and _begin(run, target, folder, identity, locks)):
-            task = STAGES[stage].task(STAGES[stage].layout(config), source.text, **run.task)
+        if any_rank(ranks.rank == 0 and _begin(target, options, folder, identity, locks)):
+            learned = row.task(row.layout(config), source.text, **task)
             model = build(stage, choice, source, config, settings.dtype, settings.seed)
-            objective = Objective(model, task).to(ranks.device)
+            objective = Objective(model, learned).to(ranks.device)
             trainer = Trainer(objective, settings, options.execution, options.parallel, ranks)
             seen = entries[0].stream if entries else stream
-            preview = Preview(target, trainer, seen, options.logging.prompts, folder.path / "samples")
+            samples = folder.path / "samples"
+            preview = Preview(target, trainer, seen, options.logging.prompts, samples, settings.seed)
 
             def batches(step: int) -> Iterable[Any]:
                 return Loader(
@@ -142,13 +122,13 @@ def _train(run: StageRun, ranks: Ranks) -> None:
                     world_size=ranks.data_size,
                     position=step * settings.batch,
                     num_workers=options.execution.workers(ranks.device),
-                    collate=task.collate,
+                    collate=learned.collate,
                     pin_memory=ranks.device.type == "cuda",
                 )
 
             if ranks.rank == 0:
                 folder.describe(_about(trainer, stream, entries))
-                for line in _notes(run, target, stream, entries, preview.problem):
+                for line in _notes(target, options, stream, entries, preview.problem):
                     print(line, file=sys.stderr)
             judge = judged(trainer, entries)
             every = options.logging.sample_every
@@ -159,30 +139,31 @@ def _train(run: StageRun, ranks: Ranks) -> None:
         print(f"{options.out}: {stage} after {settings.steps:,} steps: {_words(folder.summary)}")
 
 
-def _too_large(run: StageRun, ranks: Ranks) -> str:
+def _too_large(target: ExportTarget, options: Options, ranks: Ranks) -> str:
     """A message with the memory that was expected, and switches that help."""
-    options = run.options
     is_narrow = options.optimization.precision == "bfloat16"
     share = options.optimization.batch // ranks.data_size
     samples_a_pass = min(options.execution.micro_batch or share, share)
-    switches = ["a smaller --micro-batch"] if samples_a_pass > 1 else []
-    switches += [] if options.execution.checkpointing else ["--checkpointing"]
-    switches += [] if is_narrow else ["--precision bfloat16"]
-    switches += [] if options.parallel.sharding == "sharded" else ["--sharding sharded with torchrun on more GPUs"]
+    switches = {
+        "a smaller --micro-batch": samples_a_pass > 1,
+        "--checkpointing": not options.execution.checkpointing,
+        "--precision bfloat16": not is_narrow,
+        "--sharding sharded with torchrun on more GPUs": options.parallel.sharding != "sharded",
+    }
     expected = ""
-    if run.stage != "superres":  # `costs` does not know its activations
-        need = training(configured(run.source().config, run.stage, run.choice), run.stage, samples_a_pass)
+    if target.stage != "superres":  # `costs` does not know its activations
+        need = training(target.config, target.stage, samples_a_pass)
         expected = (
             f"; `cogvideo info` expects {need.total / 2**30:.1f} GiB{'' if is_narrow else ' with --precision bfloat16'}"
             f", and {need.total_checkpointed / 2**30:.1f} GiB with --checkpointing too"
         )
-    helps = ", ".join(switches) or "a smaller model"
+    helps = ", ".join(name for name, is_off in switches.items() if is_off) or "a smaller model"
     got = f"out of memory with {samples_a_pass} samples a pass{expected}"
     return f"{got}. What helps: {helps}. The last checkpoint is kept"
 
 
 def _begin(
-    run: StageRun, target: ExportTarget, folder: RunFolder, identity: Mapping[str, Any], locks: ExitStack
+    target: ExportTarget, options: Options, folder: RunFolder, identity: Mapping[str, Any], locks: ExitStack
 ) -> bool:
     """Lock the folder and make it that of this run; whether there is anything to do.
 
@@ -191,7 +172,7 @@ def _begin(
     """
     locks.enter_context(alone_in(folder.path))
     assert target.source.folder is not None
-    facts = {"from": ".." if target.in_place else str(target.source.folder.resolve()), TYPED: run.name}
+    facts = {"from": ".." if target.in_place else str(target.source.folder.resolve()), TYPED: _typed(options)}
     changes = folder.changes(identity, facts)
     ended = folder.summary is not None
     if ended and not changes and delivered(target):
@@ -200,10 +181,10 @@ def _begin(
         return False
     if ended or not folder.began:
         goes_on = target.in_place and target.choice.start == "continue"
-        check_target(target, ended or run.options.overwrite or goes_on)
+        check_target(target, ended or options.overwrite or goes_on)
     if ended and changes:
         advice = "pass --overwrite to replace its stage, or another --out, with --init for the bundle to start from"
-        require(run.options.overwrite, f"another run ended in {folder.path}: {changes}; {advice}")
+        require(options.overwrite, f"another run ended in {folder.path}: {changes}; {advice}")
         print(f"The run that ended in {folder.path} is now in {folder.set_aside()}.", file=sys.stderr)
         locks.enter_context(alone_in(folder.path))  # the other lock went with the other folder
     folder.claim(identity, facts)
@@ -211,16 +192,15 @@ def _begin(
 
 
 def _notes(
-    run: StageRun, target: ExportTarget, stream: ClipStream, entries: Sequence[HeldOut], problem: str
+    target: ExportTarget, options: Options, stream: ClipStream, entries: Sequence[HeldOut], problem: str
 ) -> Iterator[str]:
     """Lines about what the run goes without, and what may surprise."""
-    options = run.options
     if line := left_out(target):
         yield line
     if "image_tokenizer" not in target.source.components:
         card = stream.datasets[0].card
         yield (
-            f"The bundle has no image tokenizer: {run.stage} learns the codes of {card.tokenizer} "
+            f"The bundle has no image tokenizer: {target.stage} learns the codes of {card.tokenizer} "
             f"(sha256 {card.tokenizer_sha256:.12}), and needs it to be drawn."
         )
     if options.optimization.batch > len(stream):
@@ -231,12 +211,12 @@ def _notes(
         yield problem
 
 
-def _data(run: StageRun, source: CogVideo, config: CogVideoConfig) -> tuple[ClipStream, list[HeldOut]]:
+def _data(target: ExportTarget, options: Options, special: Mapping[str, Any]) -> tuple[ClipStream, list[HeldOut]]:
     """Clips to learn from, and clips to validate on."""
-    options, row = run.options, STAGES[run.stage]
-    clips, grid = options.clips, config.layout.grid
-    special = {"high_codes": row.has_high_codes, **run.sampling}
-    sampling = clips.sampling(row.mode, options.optimization.seed, config.layout.num_frames, **special)
+    row, config, source = STAGES[target.stage], target.config, target.source
+    clips, grid, seed = options.clips, config.layout.grid, options.optimization.seed
+    num_frames = config.layout.num_frames
+    sampling = clips.sampling(row.mode, seed, num_frames, high_codes=row.has_high_codes, **special)
     tokenizer = source.sha256("image_tokenizer") if "image_tokenizer" in source.components else None
     stream = ClipStream(clips.data, clips.split, sampling, tokenizer, grid)
     if row.has_high_codes:
@@ -250,21 +230,22 @@ def _data(run: StageRun, source: CogVideo, config: CogVideoConfig) -> tuple[Clip
     return stream, held_out(stream, split, options.logging.evaluate_samples)
 
 
-def _identity(run: StageRun, target: ExportTarget, named: tuple[str, ...], stream: ClipStream) -> dict[str, Any]:
+def _identity(
+    target: ExportTarget, options: Options, special: Mapping[str, Any], starts: Sequence[str], stream: ClipStream
+) -> dict[str, Any]:
     """All that decides the weights, wherever it lies."""
-    replaced = own(run.stage, run.choice) if target.in_place else ()
-    starts = (*named, *continued(run.stage, run.choice), "text")
-    task = dict(run.sampling)
-    for name, value in run.task.items():
-        task |= asdict(value) if is_dataclass(value) and not isinstance(value, type) else {name: value}
+    replaced = target.own if target.in_place else ()
+    task: dict[str, Any] = {}
+    for name, value in special.items():
+        task |= asdict(value) if isinstance(value, ImageMixture) else {name: value}
     return {
-        "stage": run.stage,
-        "choice": asdict(run.choice),
+        "stage": target.stage,
+        "choice": asdict(target.choice),
         "task": task,
         "config": asdict(target.config),
         "parents": {name: target.source.sha256(name) for name in starts if name not in replaced},
-        "optimization": asdict(run.options.optimization),
-        "clips": run.options.clips.settings,
+        "optimization": asdict(options.optimization),
+        "clips": options.clips.settings,
         "data": stream.identity,
     }
 
@@ -282,23 +263,20 @@ def _finish(target: ExportTarget, folder: RunFolder, trainer: Trainer) -> None:
 
 def _about(trainer: Trainer, stream: ClipStream, entries: Sequence[HeldOut]) -> dict[str, Any]:
     """Facts for the card that settings do not say. Folders have their names alone: cards are published."""
-    count = {True: 0, False: 0}
+    sizes = Counter[bool]()
     for parameter in trainer.objective.parameters():
-        count[parameter.requires_grad] += parameter.numel()
-    held: Counter[Path] = Counter()
+        sizes[parameter.requires_grad] += parameter.numel()
+    held = Counter[Path]()
     for entry in entries:  # a rate has all clips that fill it
-        here = {each.folder: clips for each, clips in zip(entry.stream.datasets, entry.stream.num_clips, strict=True)}
-        held |= Counter(here)
+        counts = zip(entry.stream.datasets, entry.stream.num_clips, strict=True)
+        held |= Counter({each.folder: clips for each, clips in counts})
+    data = {}
+    for each, clips in zip(stream.datasets, stream.num_clips, strict=True):
+        facts = {"trained_on": clips, "held_out": held[each.folder], "source": Path(each.card.source).name}
+        data[each.folder.resolve().name] = facts
     return {
-        "parameters": {"trained": count[True], "frozen": count[False]},
-        "data": {
-            each.folder.resolve().name: {
-                "trained_on": clips,
-                "held_out": held[each.folder],
-                "source": Path(each.card.source).name,
-            }
-            for each, clips in zip(stream.datasets, stream.num_clips, strict=True)
-        },
+        "parameters": {"trained": sizes[True], "frozen": sizes[False]},
+        "data": data,
         "samples_an_epoch": len(stream),
         "tokenizer": stream.tokenizer_sha256,
         "ranks": trainer.ranks.world_size,

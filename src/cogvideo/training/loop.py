@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 from cogvideo.config import InputError
 from cogvideo.devices import matrix_rate, peak_bytes, slowness
@@ -21,7 +21,7 @@ from cogvideo.planning.training import flops_a_position
 from cogvideo.training.checkpoints import Checkpoints, DamagedError, restore, training_state
 from cogvideo.training.parallel import any_rank, is_first, largest
 from cogvideo.training.recorder import Recorder
-from cogvideo.training.session import Evaluation, Session
+from cogvideo.training.session import Session
 from cogvideo.training.step import Trainer
 
 
@@ -34,15 +34,27 @@ def learn(session: Session) -> None:
         SystemExit: SIGTERM; a checkpoint was written.
     """
     trainer, logging, steps = session.trainer, session.logging, session.trainer.settings.steps
-    checkpoints = session.checkpoints()
+    folder = session.folder.path / "checkpoints"
+    checkpoints = Checkpoints(folder, logging.keep, logging.asynchronous)
     first, seconds = _resume(session, checkpoints)
-    with _recorder(session, first) as record, interrupts() as interrupt:
+    if is_first():
+        session.folder.forget_after(first)
+    recorder = Recorder(
+        session.folder,
+        done=first,
+        steps=steps,
+        settings=session.identity,
+        tensorboard=logging.tensorboard,
+        wandb=logging.wandb,
+        is_first=is_first(),
+    )
+    with recorder as record, interrupts() as caught:
         _greet(session, first, record)
         clock = Clock(trainer, seconds)
         for done, batch in zip(range(first + 1, steps + 1), session.batches(first), strict=False):
             trainer.step(done - 1, batch)
             clock.step()
-            stops = any_rank(interrupt.is_set())
+            stops = any_rank(bool(caught))
             measures = done == steps or (done % logging.evaluate_every == 0 and not stops)
             saves = stops or done == steps or done % logging.checkpoint_every == 0
             if saves or measures or done % logging.report_every == 0:
@@ -58,53 +70,35 @@ def learn(session: Session) -> None:
                     trainer.check(done, batch)
                 if measures:
                     held_out = session.evaluate(done)
-                    _record(held_out, done, record)
+                    record.record({"step": done, **held_out.row}, held_out.words)
             if saves:
                 state = _state(trainer, clock.seconds)
                 checkpoints.save(done, state, None if held_out is None else held_out.loss)
-            if session.has_sample(done) and not stops:
-                _sample(session, done, record)
+            if session.preview is not None and session.has_sample(done) and not stops:
+                record.picture(done, session.preview(done))
             if stops:
                 checkpoints.wait()
                 record.say(f"Stopped after step {done:,}; the same command continues.")
-                interrupt.leave()
+                if signal.SIGTERM in caught:
+                    raise SystemExit(128 + signal.SIGTERM)
+                raise KeyboardInterrupt  # here or on another rank
             clock.pause(time.monotonic() - paused)
         checkpoints.wait()
 
 
-def _recorder(session: Session, first: int) -> Recorder:
-    logging = session.logging
-    if is_first():
-        session.folder.forget_after(first)
-    return Recorder(
-        session.folder,
-        done=first,
-        steps=session.trainer.settings.steps,
-        settings=session.identity,
-        tensorboard=logging.tensorboard,
-        wandb=logging.wandb,
-        is_first=is_first(),
-    )
-
-
 def _greet(session: Session, first: int, record: Recorder) -> None:
     """Say where the run stands, and draw the samples that a killed run owes."""
-    settings, device = session.trainer.settings, session.trainer.ranks.device
+    settings, preview = session.trainer.settings, session.preview
     if first:
         record.say(f"Continuing after step {first:,} of {settings.steps:,}.")
-    if first and session.has_sample(first) and session.preview is not None and session.preview.lacks(first):
-        _sample(session, first, record)
-    if slow := slowness(settings.dtype, device):
+        if preview is not None and session.has_sample(first) and preview.lacks(first):
+            record.picture(first, preview(first))
+    if slow := slowness(settings.dtype, session.trainer.ranks.device):
         record.say(slow)
 
 
 def _resume(session: Session, checkpoints: Checkpoints) -> tuple[int, float]:
-    """Take up the newest checkpoint that is whole; returns how many steps were made, and in how many seconds.
-
-    Raises:
-        ValueError: there are some, and none is whole.
-        OSError: one cannot be read.
-    """
+    """Take up the newest whole checkpoint; returns the number of steps made, and their seconds."""
     trainer, steps = session.trainer, checkpoints.steps()
     for step in reversed(steps):
         try:
@@ -133,8 +127,7 @@ def _state(trainer: Trainer, seconds: float) -> dict[str, Any]:
 
 @contextmanager
 def _published(checkpoints: Checkpoints) -> Iterator[None]:
-    """Publish the checkpoint that is being written before an error of divergence, which all ranks find alike, ends the
-    run: it is from before, and good."""
+    """Publish the checkpoint that is being written, which is good, before an error of divergence ends the run."""
     try:
         yield
     except InputError:
@@ -143,11 +136,7 @@ def _published(checkpoints: Checkpoints) -> Iterator[None]:
 
 
 def _report(trainer: Trainer, done: int, clock: Clock, recorder: Recorder) -> None:
-    """Record the steps since the last report.
-
-    Raises:
-        ValueError: training diverged.
-    """
+    """Record the steps since the last report."""
     figures = trainer.figures(done)
     row = {
         "step": done,
@@ -159,24 +148,8 @@ def _report(trainer: Trainer, done: int, clock: Clock, recorder: Recorder) -> No
     recorder.record(row | clock.row() | {"peak_bytes": largest(peak_bytes(trainer.ranks.device))})
 
 
-def _record(found: Evaluation, done: int, recorder: Recorder) -> None:
-    recorder.record({"step": done, **found.row}, found.words)
-
-
-def _sample(session: Session, done: int, recorder: Recorder) -> None:
-    assert session.preview is not None
-    sheet = session.preview(done)
-    if sheet is not None:
-        recorder.picture(done, sheet)
-
-
 class Clock:
-    """Time and work between reports.
-
-    Args:
-        trainer: whose work it is.
-        seconds: that an earlier run took.
-    """
+    """Time and work between reports; `seconds` is what an earlier run took."""
 
     def __init__(self, trainer: Trainer, seconds: float) -> None:
         objective, ranks, settings = trainer.objective, trainer.ranks, trainer.settings
@@ -210,47 +183,21 @@ class Clock:
         return {f"{self._unit}_per_second": round(rate, 1), **used, "seconds": round(self.seconds, 1)}
 
 
-class Interrupt:
-    """A request to stop the run: whether there is one, and by which signal."""
-
-    def __init__(self) -> None:
-        self._signal: int | None = None
-
-    def set(self, number: int) -> None:
-        """Note a signal."""
-        self._signal = number
-
-    def is_set(self) -> bool:
-        """Whether a signal came."""
-        return self._signal is not None
-
-    def leave(self) -> NoReturn:
-        """End as the signal asks: Ctrl-C as an interrupt, SIGTERM with its usual exit status.
-
-        Raises:
-            KeyboardInterrupt: Ctrl-C, here or on another rank.
-            SystemExit: SIGTERM.
-        """
-        if self._signal == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt
-
-
 @contextmanager
-def interrupts() -> Iterator[Interrupt]:
-    """Ctrl-C and SIGTERM are noted instead of breaking off a step; the second one breaks off as usual."""
-    interrupt = Interrupt()
+def interrupts() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM instead of breaking off a step; the second one breaks off as usual."""
+    caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main one may handle signals
-        yield interrupt
+        yield caught
         return
 
     def handle(number: int, frame: Any) -> None:
         signal.signal(number, before[signal.Signals(number)])
-        interrupt.set(number)
+        caught.append(number)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield interrupt
+        yield caught
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -119,16 +119,15 @@ def make_optimizers(module: nn.Module, settings: StageOptimization) -> list[torc
     """
     if settings.optimizer == "adamw":
         return [adamw(trained(module), settings)]
-    matrices = [each for name, each in module.named_parameters() if each.requires_grad and _is_block_matrix(name, each)]
-    known = set(map(id, matrices))
-    muon = torch.optim.Muon(
-        matrices, lr=settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [adamw([each for each in trained(module) if id(each) not in known], settings), muon]
-
-
-def _is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
-    return parameter.ndim == 2 and "blocks" in name.split(".")
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, each in module.named_parameters():
+        if each.requires_grad:
+            is_matrix = each.ndim == 2 and "blocks" in name.split(".")
+            (matrices if is_matrix else others).append(each)
+    rate, decay = settings.learning_rate, settings.weight_decay
+    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    return [adamw(others, settings), muon]
 
 
 def adamw(parameters: Sequence[nn.Parameter], settings: StageOptimization) -> torch.optim.AdamW:
@@ -138,7 +137,7 @@ def adamw(parameters: Sequence[nn.Parameter], settings: StageOptimization) -> to
 
 
 def has_fused(parameters: Sequence[nn.Parameter]) -> bool | None:
-    """Whether Adam updates them in one kernel: on CUDA. None leaves the choice to PyTorch, as everywhere else."""
+    """True if Adam updates them in one kernel: on CUDA. None leaves the choice to PyTorch, as everywhere else."""
     return True if all(each.device.type == "cuda" for each in parameters) else None
 
 
@@ -153,9 +152,7 @@ def groups_by_decay(parameters: Sequence[nn.Parameter], weight_decay: float) -> 
 class Average:
     """A running average of what is trained, as exponentially smaller shares of older steps.
 
-    Args:
-        module: whose trained parameters are averaged.
-        keep: share of the average that a step keeps. Early steps keep less, so that the start is soon forgotten.
+    A step keeps the share `keep` of it; early steps keep less, so that the start is soon forgotten.
     """
 
     def __init__(self, module: nn.Module, keep: float) -> None:

@@ -60,18 +60,14 @@ class ParallelSettings:
 
 
 class Ranks(NamedTuple):
-    """The place of this process among the ranks."""
+    """The place of this process among the ranks, and among the groups of ranks that see different samples."""
 
     rank: int
-    """Number of this rank among all."""
     world_size: int
-    """Number of ranks."""
     device: torch.device
-    """Device of this rank."""
     data_rank: int
     """Number of this rank's group among those that see different samples."""
     data_size: int
-    """Number of groups."""
     mesh: DeviceMesh | None = None
     """`data` x `tensor` ranks; None for a process alone."""
 
@@ -82,11 +78,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"), 0, 1)
 
 @contextmanager
 def process_group(device: torch.device, settings: ParallelSettings) -> Iterator[Ranks]:
-    """The ranks that torchrun started, or this process alone.
-
-    Args:
-        device: cpu or cuda; with several ranks each takes the GPU of its local rank.
-        settings: how they share.
+    """The ranks that torchrun started, each with the GPU of its local rank, or this process alone.
 
     Raises:
         ValueError: the ranks cannot be divided as the settings ask.
@@ -123,15 +115,9 @@ def distribute(
     checkpointing: bool = False,
     compile: bool = False,
 ) -> nn.Module:
-    """The objective, changed in place, and wrapped where ranks replicate it.
+    """The objective, a model with its loss on the device of the rank: changed in place, and perhaps wrapped.
 
-    Args:
-        objective: a model with its loss, on the device of the rank; what has no gradient stays frozen.
-        settings: how ranks share it.
-        ranks: who this process is.
-        precision: bfloat16 gathers trained weights in it on GPUs; gradients are added up in float32.
-        checkpointing: compute each block's activations again in the backward pass.
-        compile: compile each block.
+    With bfloat16, GPUs gather trained weights in it; gradients are added up in float32.
 
     Raises:
         ValueError: a matrix cannot be cut into as many parts.
@@ -169,18 +155,16 @@ def _share_products(objective: nn.Module, tensor: int, ranks: Ranks) -> None:
         layers = {name: style for name, style in SHARED_PRODUCTS.items() if hasattr(owner, name)}
         for name in layers:
             width = getattr(owner, name).weight.shape[1 if name in ("out", "mlp_out") else 0]
-            require(
-                width % tensor == 0, f"tensor_parallel is {tensor}, expected a divisor of the width {width} of {name}"
-            )
+            expected = f"expected a divisor of the width {width} of {name}"
+            require(width % tensor == 0, f"tensor_parallel is {tensor}, {expected}")
         if layers:
             parallelize_module(owner, ranks.mesh["tensor"], layers)
 
 
 def _sharded(objective: nn.Module, mesh: DeviceMesh, device: torch.device, precision: str) -> nn.Module:
-    """A unit a block and channel block; super-resolution calls a base block's parts one by one, so there the base
-    belongs to the root, which is gathered during a step and a part on each rank between them.
+    """Shards by block. Super-resolution calls a base block's parts one by one, so there the base belongs to the root.
 
-    The root is cut again after every forward pass too: else one without a backward pass, which measures the running
+    The root is cut again after every forward pass too: one without a backward pass, which measures the running
     average, would leave its whole weights to the next step."""
     narrow = torch.bfloat16 if precision == "bfloat16" and device.type == "cuda" else None
     shard = partial(
@@ -191,7 +175,8 @@ def _sharded(objective: nn.Module, mesh: DeviceMesh, device: torch.device, preci
     )
     model = objective.model
     assert isinstance(model, Transformer | Upscaler)
-    for owner in (None if isinstance(model, Upscaler) else model.base, model.channel):
+    owners = [model.channel] if isinstance(model, Upscaler) else [model.base, model.channel]
+    for owner in owners:
         for block in [] if owner is None else owner.blocks:
             shard(block)
     shard(objective)
@@ -232,25 +217,18 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is true on some rank."""
+    """True if it is true on some rank."""
     return bool(largest(int(flag)))
 
 
-class Share(NamedTuple):
-    """A rank among those that share work."""
-
-    rank: int
-    world_size: int
-
-
-def raised_by_all(work: Callable[[Share], T]) -> T:
-    """Do this rank's share of some work; what one rank raises, all raise."""
+def raised_by_all(work: Callable[[int, int], T]) -> T:
+    """Do this rank's share of some work, by its number and theirs; what one rank raises, all raise."""
     if not dist.is_initialized():
-        return work(Share(0, 1))
+        return work(0, 1)
     result: T | None = None
     error: Exception | None = None
     try:
-        result = work(Share(dist.get_rank(), dist.get_world_size()))
+        result = work(dist.get_rank(), dist.get_world_size())
     except Exception as raised:
         error = raised
     errors: list[Exception | None] = [None] * dist.get_world_size()
@@ -289,7 +267,7 @@ def mean_over_ranks(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def is_first() -> bool:
-    """Whether this is the rank that speaks and writes."""
+    """True on the rank that speaks and writes."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

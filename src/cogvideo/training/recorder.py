@@ -36,15 +36,9 @@ class Recorder:
     A row of training is {"step", "loss", each part, "learning_rate", "gradient_norm", "tokens_per_second",
     "utilisation", "seconds", "peak_bytes"}, one of held-out clips {"step", "held_out": {name: {"loss", each part}}}.
 
-    Args:
-        folder: of the run.
-        done: steps that an earlier run made.
-        steps: of the whole run.
-        settings: what this is a run of, in nested tables, for Weights & Biases.
-        tensorboard: write event files into `tensorboard` in the run's folder (extra `train`).
-        wandb: report to Weights & Biases (extra `wandb`), whose own environment variables say to whom and how.
-        console: for the progress line; stderr unless given.
-        is_first: whether this is the rank that records.
+    An earlier run made the `done` of all `steps`. TensorBoard has event files in the folder (extra `train`); Weights &
+    Biases gets the settings (extra `wandb`), and its own environment variables say to whom and how. The progress line
+    is on stderr unless there is a console.
 
     Raises:
         ValueError: a package is missing; the message names the extra that brings it.
@@ -63,8 +57,7 @@ class Recorder:
         is_first: bool = True,
     ) -> None:
         self.folder = folder
-        self._is_first = is_first
-        self._line = ProgressLine(console or standard_error(), done, steps)
+        self._line = ProgressLine(console or standard_error(), done, steps) if is_first else None
         self._words = ""
         self._trackers: list[_TensorBoard | _Wandb] = []
         if is_first and tensorboard:
@@ -73,32 +66,29 @@ class Recorder:
             self._trackers.append(_Wandb(folder.path, dict(settings or {})))
 
     def __enter__(self) -> Recorder:
-        if self._is_first:
+        if self._line is not None:
             self._line.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with ExitStack() as stack:  # whatever fails to close, the others are closed
-            stack.push(self._line)
+            if self._line is not None:
+                stack.push(self._line)
             for tracker in self._trackers:
                 stack.callback(tracker.close, kind is not None)
 
     def advance(self, done: int) -> None:
-        """A step was made."""
-        if self._is_first:
+        """Count a step."""
+        if self._line is not None:
             self._line.advance(done, lambda: self._words)
 
     def record(self, row: Mapping[str, Any], words: str = "") -> None:
-        """Record a row of training, or what was measured on held-out samples.
-
-        Args:
-            row: figures; it names the step.
-            words: figures in words, for a line of their own. The progress line shows rows without such words.
+        """Record a row of training, or what was measured on held-out samples, which has words for a line of its own.
 
         Raises:
             OSError: it cannot be written.
         """
-        if not self._is_first:
+        if self._line is None:
             return
         self.folder.report(row)
         if words:
@@ -111,13 +101,13 @@ class Recorder:
             tracker.add(row["step"], figures)
 
     def say(self, text: str) -> None:
-        """A line above the progress line."""
-        if self._is_first:
+        """Print a line above the progress line."""
+        if self._line is not None:
             self._line.say(text)
 
-    def picture(self, step: int, sheet: Path) -> None:
-        """A contact sheet that was written, for those who show pictures."""
-        if self._is_first:
+    def picture(self, step: int, sheet: Path | None) -> None:
+        """Show a contact sheet, if one was written."""
+        if sheet is not None:
             for tracker in self._trackers:
                 tracker.picture(step, sheet)
 
@@ -137,26 +127,15 @@ def _tag(name: str) -> str:
 
 def _words(row: Mapping[str, Any]) -> str:
     """Figures that a person watches, as far as the row has them."""
-    words = []
-    if "loss" in row:
-        words.append(f"loss {row['loss']:.4f}")
-    if "psnr" in row:
-        words.append(f"PSNR {row['psnr']:.1f} dB")
+    words = [f"loss {row['loss']:.4f}"] if "loss" in row else []
+    words += [f"PSNR {row['psnr']:.1f} dB"] if "psnr" in row else []
     words += [f"{row[name]:,.0f} {name.partition('_')[0]}/s" for name in row if name.endswith("_per_second")]
-    if "utilisation" in row:
-        words.append(f"utilisation {row['utilisation']:.1%}")
+    words += [f"utilisation {row['utilisation']:.1%}"] if "utilisation" in row else []
     return "  ".join(words)
 
 
 class ProgressLine:
-    """A progress line: a moving one on a terminal, else a plain one from time to time. A context manager.
-
-    Args:
-        console: where it is shown.
-        done: steps that were made before.
-        total: of all steps.
-        unit: one step, in a word.
-    """
+    """A progress line: a moving one on a terminal, else a plain one from time to time. A context manager."""
 
     def __init__(self, console: rich.console.Console, done: int, total: int, unit: str = "step") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -170,13 +149,11 @@ class ProgressLine:
         self._pause = MOVING_SECONDS if console.is_terminal else PLAIN_SECONDS
 
     def __enter__(self) -> ProgressLine:
-        """Steps are timed from here."""
         self._since, self._shown = time.monotonic(), -PLAIN_SECONDS
         self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """The line stays where it is."""
         self._bar.stop()
 
     def say(self, text: str) -> None:
@@ -184,7 +161,7 @@ class ProgressLine:
         self._console.print(text, markup=False)
 
     def advance(self, done: int, words: Callable[[], str]) -> None:
-        """Show how many steps are made, and words that are only asked for when they are shown."""
+        """Show how many steps are made, with words that are only asked for when they are shown."""
         now = time.monotonic()
         if now - self._shown < self._pause and done < self.total:
             return
@@ -199,13 +176,10 @@ class ProgressLine:
         made, left = done - self._first, self.total - done
         if made <= 0 or left <= 0:
             return ""
-        return f"{_duration((time.monotonic() - self._since) / made * left)} left"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        seconds = (time.monotonic() - self._since) / made * left
+        if seconds < 90:
+            return f"{seconds:.0f} s left"
+        return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"
 
 
 class _TensorBoard:

@@ -1,14 +1,12 @@
 """Samples of a stage while it learns: the same prompts with the same noise every time, so that sheets compare.
 
-The live modules generate, in whatever precision they are trained, and are left as they were: without gradients, in the
-mode they were in, and no global random generator moves. What a row of a sheet is, its label says.
+Generation draws them, with the weights that would be exported. A row's label says what it shows.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,17 +14,23 @@ import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from cogvideo.bundle.format import MODULES, Component
 from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, require
-from cogvideo.data.loader import ClipSample, hash_numbers
+from cogvideo.data.loader import ClipSample, ClipStream, hash_numbers
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.hierarchy import between, collect, first_frames, generate
 from cogvideo.generation.request import Request, Settings
 from cogvideo.generation.upscale import enlarge
 from cogvideo.layout import SequenceLayout
 from cogvideo.media.video import write_video
+from cogvideo.models.transformer import Base
+from cogvideo.training.export import ExportTarget, modules
+from cogvideo.training.parallel import any_rank, full_state
 from cogvideo.training.stages import STAGES, StageName
+from cogvideo.training.step import Trainer
 
 PLAIN = Settings(
     rounds=0,
@@ -35,7 +39,9 @@ PLAIN = Settings(
     passes=Passes(parallel_frames=True),
     truncate=True,
 )
-"""The distribution that is learnt, without guidance: a young model's unconditional text says nothing yet."""
+"""The distribution that is learned, without guidance: a young model's unconditional text says nothing yet."""
+SHOWN = 4
+"""Clips of a contact sheet."""
 VARIANTS = 4
 """Images of one prompt."""
 LEAST_SIDE = 96
@@ -49,74 +55,125 @@ ACROSS = 4
 
 
 class Example(NamedTuple):
-    """A prompt or a clip to start from, the same at every step."""
+    """A prompt or a clip with its true codes to start from, the same at every step."""
 
     prompt: str
-    """Its text."""
     duration: float = 4.0
     """Seconds from the first frame to the last."""
     codes: Int64[Tensor, "frames slots"] | None = None
-    """The true frames, where it is a clip."""
     high_codes: Int64[Tensor, "frames high_slots"] | None = None
-    """Those of super-resolution."""
 
 
 class Row(NamedTuple):
-    """Frames side by side."""
+    """Frames side by side, and the number of the example that they are of."""
 
     label: str
-    """Description of the frames."""
     frames: UInt8[np.ndarray, "frames height width 3"]
-    """Red, green and blue."""
     example: int
-    """Place of the example that they are of."""
     is_clip: bool
     """True if they follow each other in time."""
 
 
-class Written(NamedTuple):
-    """Files of one step."""
+class Preview:
+    """Draws what the stage makes of the same clips at any step, into a folder. All ranks call it.
 
-    sheet: Path
-    """The contact sheet, a PNG."""
-    video: Path | None
-    """An mp4 of the same, for the stages that draw clips."""
+    The clips are the first of a stream, or prompts where a stage needs no more than a prompt.
+
+    Raises:
+        ValueError: a prompt says nothing.
+    """
+
+    def __init__(
+        self,
+        target: ExportTarget,
+        trainer: Trainer,
+        stream: ClipStream,
+        prompts: Sequence[str],
+        folder: Path,
+        seed: int,
+    ) -> None:
+        self.target = target
+        self.trainer = trainer
+        self.folder = folder
+        self.seed = seed
+        self.examples = from_clips([stream[place] for place in range(min(SHOWN, len(stream)))])
+        if prompts and STAGES[target.stage].is_prompted:
+            self.examples = [Example(prompt) for prompt in prompts]
+            for prompt in prompts:
+                target.source.text.encode_image_caption(prompt)  # else refused after the steps to the first sheet
+        has = {name for name in ("base", "text", "image_tokenizer") if name in target.source.components}
+        self.problem = missing(target.stage, has.union(target.own), self.examples)
+        """Why nothing can be drawn, in a sentence; empty if it can."""
+
+    def __call__(self, step: int) -> Path | None:
+        """The contact sheet of a step, on the first rank; None where nothing can be drawn."""
+        if self.problem:
+            return None
+        with self.trainer.averaged():
+            weights = full_state(self.trainer.module)
+        if self.trainer.ranks.rank > 0:
+            return None
+        rows = draw(self.target.stage, self._system(weights), self.examples, self.seed)
+        return write_samples(self.folder, step, rows)
+
+    def lacks(self, step: int) -> bool:
+        """True if the contact sheet of a step could be drawn, and is not there."""
+        is_absent = self.trainer.ranks.rank == 0 and not _sheet(self.folder, step).exists()
+        return not self.problem and any_rank(is_absent)
+
+    def _system(self, weights: dict[str, Tensor]) -> CogVideo:
+        """The stage with these weights, and all that it draws with."""
+        stage, choice, source = self.target.stage, self.target.choice, self.target.source
+        names = ("base", "text", "image_tokenizer", "cluster_labels")
+        parts: dict[str, Component] = {name: source.component(name) for name in names if name in source.components}
+        if name := self.target.frozen_base:
+            live = self.trainer.objective.model.base
+            assert isinstance(live, Base)
+            is_whole = not any(isinstance(each, DTensor) for each in live.parameters())
+            parts["base" if name == "base" else f"{stage}_base"] = live if is_whole else source.component(name)
+        parts |= modules(stage, choice, self.target.config, weights)
+        return CogVideo(self.target.config, **{name: self._placed(name, part) for name, part in parts.items()})
+
+    def _placed(self, name: str, part: Component) -> Component:
+        """The component on the device of training. One that lies elsewhere is copied, and stays where it is."""
+        if not isinstance(part, nn.Module):
+            return part
+        device = self.trainer.ranks.device
+        with torch.device("meta"):
+            module = MODULES[name](self.target.config)
+        module.load_state_dict({key: each.to(device) for key, each in part.state_dict().items()}, assign=True)
+        return module.requires_grad_(False)
 
 
 def from_clips(samples: Sequence[ClipSample]) -> list[Example]:
     """Clips as examples; those whose caption was dropped are left out."""
-    return [
-        Example(each.caption, each.duration, _flat(each.codes), None if high is None else _flat(high))
-        for each in samples
-        if each.caption is not None
-        for high in [each.high_codes]
-    ]
 
+    def flat(codes: np.ndarray) -> Int64[Tensor, "frames slots"]:
+        return torch.from_numpy(codes.astype(np.int64)).flatten(1)
 
-def from_prompts(prompts: Sequence[str], duration: float = 4.0) -> list[Example]:
-    """Prompts as examples, of clips of `duration` seconds."""
-    return [Example(prompt, duration) for prompt in prompts]
+    examples = []
+    for each in samples:
+        if each.caption is not None:
+            high = None if each.high_codes is None else flat(each.high_codes)
+            examples.append(Example(each.caption, each.duration, flat(each.codes), high))
+    return examples
 
 
 def missing(stage: StageName, has: Collection[str], examples: Sequence[Example]) -> str:
-    """Why nothing can be drawn, in a sentence to be shown once; empty if it can.
-
-    Args:
-        stage: what learns.
-        has: names of the components that there are.
-        examples: what would be drawn from.
-    """
+    """Why nothing can be drawn with the components that there are, in a sentence; empty if it can."""
     base = "base" if f"{stage}_base" not in has else f"{stage}_base"
     needed = dict.fromkeys((base, STAGES[stage].trains, "text", "image_tokenizer"))
     lacks = [name for name in needed if name not in has]
-    if lacks:
-        return f"No samples are drawn while training: the model has no {', '.join(lacks)}."
-    if not examples:
-        return "No samples are drawn while training: there is neither a prompt nor a clip that was held out."
     starts_from = {"interpolation": "codes", "superres": "high_codes"}.get(stage)
-    if starts_from is not None and any(getattr(each, starts_from) is None for each in examples):
-        return f"No samples are drawn while training: {stage} starts from clips, and there are prompts alone."
-    return ""
+    if lacks:
+        reason = f"the model has no {', '.join(lacks)}"
+    elif not examples:
+        reason = "there is neither a prompt nor a clip that was held out"
+    elif starts_from is not None and any(getattr(each, starts_from) is None for each in examples):
+        reason = f"{stage} starts from clips, and there are prompts alone"
+    else:
+        return ""
+    return f"No samples are drawn while training: {reason}."
 
 
 def draw(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
@@ -129,12 +186,8 @@ def draw(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: 
     | interpolation | prompt, frames at even places of the clip | the frames between |
     | superres | prompt, low codes of the clip's first frame | its high codes |
 
-    Args:
-        stage: the one that learns.
-        system: the live modules with both tokenizers, in any precision and on any device. Where the base is stored in
-            bfloat16, it runs under autocast.
-        examples: prompts and clips to start from.
-        seed: of all noise. An example's noise depends on this and on its place among the examples alone.
+    An example's noise depends on the seed and on its place among the examples alone. Where the base is stored in
+    bfloat16, it runs under autocast.
 
     Raises:
         ValueError: something is missing, see `missing`.
@@ -144,62 +197,12 @@ def draw(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: 
     if "base" not in system.components:
         parts = {name: system.component(name) for name in system.components}
         system = CogVideo(system.config, **parts, base=parts[f"{stage}_base"])
-    drawers = {"image": _images, "sequential": _key_frames, "interpolation": _between, "superres": _larger}
-    model = getattr(system, {"image": "image_model", "superres": "upscaler"}.get(stage, stage))
-    with _borrowed([model, system.autoencoder]):
-        return drawers[stage](system, examples, seed)
-
-
-def write_samples(folder: Path, step: int, rows: Sequence[Row]) -> Written:
-    """`step-00000500.png`, and the same as `.mp4` where the rows are clips of one length and PyAV is there.
-
-    Args:
-        folder: where; it is made if it is not there.
-        step: number of steps made.
-        rows: what `draw` gave.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    from cogvideo.media.images import contact_sheet, write_image  # only files need Pillow
-
-    folder.mkdir(parents=True, exist_ok=True)
-    sheet = sheet_of(folder, step)
-    video = sheet.with_suffix(".mp4") if all(row.is_clip for row in rows) else None
-    shown = [_enlarged(row.frames) for row in rows]
-    labels = [_short(row.label) for row in rows]
-    if video is not None:
-        try:
-            write_video(video, _side_by_side(rows, shown), FPS)
-        except ModuleNotFoundError:  # of PyAV, without which a GPU machine still trains
-            video = None
-    write_image(sheet, contact_sheet(shown, max(map(len, shown)), labels=labels))  # last: a sign that both are there
-    return Written(sheet, video)
-
-
-def sheet_of(folder: Path, step: int) -> Path:
-    """Path of the contact sheet of a step."""
-    return folder / f"step-{step:08}.png"
-
-
-@contextmanager
-def _borrowed(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside, the modules generate; afterwards they are as before."""
-    modules = {module: module.training for model in models for module in model.modules()}
-    device = next(models[0].parameters()).device
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if any(each.dtype == torch.bfloat16 for each in models[0].parameters()):
-            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-        if "torch._dynamo" in sys.modules:  # blocks may be compiled, and would be again for the shapes of decoding
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in modules:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, training in modules.items():
-                module.training = training
+    model: nn.Module = getattr(system, {"image": "image_model", "superres": "upscaler"}.get(stage, stage))
+    types = {each.dtype for each in model.parameters()}
+    device = next(model.parameters()).device
+    drawer = {"image": _images, "superres": _larger}.get(stage, _clips)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=torch.bfloat16 in types):
+        return drawer(stage, system, examples, seed)
 
 
 def _request(examples: Sequence[Example], seed: int, variants: int = 1) -> Request:
@@ -211,7 +214,7 @@ def _request(examples: Sequence[Example], seed: int, variants: int = 1) -> Reque
     return Request(prompts, generators, PLAIN, durations=[examples[place].duration for place, _ in each])
 
 
-def _images(system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
+def _images(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
     drawn = torch.split(first_frames(system, _request(examples, seed, VARIANTS)), VARIANTS)
     rows = []
     for place, (example, codes) in enumerate(zip(examples, drawn, strict=True)):
@@ -222,33 +225,28 @@ def _images(system: CogVideo, examples: Sequence[Example], seed: int) -> list[Ro
     return rows
 
 
-def _key_frames(system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
-    return _beside_truth(system, examples, collect(generate(system, _request(examples, seed))), "drawn")
-
-
-def _between(system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
-    layout = SequenceLayout.interpolation(system.config.layout)
-    real = torch.stack([example.codes for example in examples if example.codes is not None])
-    codes = between(system, _request(examples, seed), real[:, sorted(layout.order[: layout.num_bidirectional])])
-    label = f"frames {' and '.join(map(str, layout.loss_places))} drawn"
-    return _beside_truth(system, examples, codes, label)
-
-
-def _beside_truth(
-    system: CogVideo, examples: Sequence[Example], codes: Int64[Tensor, "batch frames slots"], label: str
-) -> list[Row]:
-    rows, pixels = [], system.autoencoder.decode_pixels
-    for place, (example, each) in enumerate(zip(examples, codes, strict=True)):
+def _clips(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
+    request, label = _request(examples, seed), "drawn"
+    if stage == "sequential":
+        drawn = collect(generate(system, request))
+    else:
+        layout = SequenceLayout.interpolation(system.config.layout)
+        real = torch.stack([example.codes for example in examples if example.codes is not None])
+        drawn = between(system, request, real[:, sorted(layout.order[: layout.num_bidirectional])])
+        label = f"frames {' and '.join(map(str, layout.loss_places))} drawn"
+    rows = []
+    for place, (example, codes) in enumerate(zip(examples, drawn, strict=True)):
         words = f"{label}, {example.duration:g} s: {example.prompt}"
-        rows.append(Row(words, pixels(each), place, True))
+        rows.append(Row(words, system.autoencoder.decode_pixels(codes), place, True))
         if example.codes is not None:
-            rows.append(Row("truth", pixels(example.codes), place, True))
+            rows.append(Row("truth", system.autoencoder.decode_pixels(example.codes), place, True))
     return rows
 
 
-def _larger(system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
+def _larger(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
     low = torch.stack([example.codes[0] for example in examples if example.codes is not None])
-    request, layout, pixels = _request(examples, seed), system.upscaler.channel.layout, system.autoencoder.decode_pixels
+    request, layout = _request(examples, seed), system.upscaler.channel.layout
+    pixels = system.autoencoder.decode_pixels
     text = system.text.batch(request.prompts, None, layout.text_slots, truncate=True)
     high = enlarge(system, text, low, request.generators, system.config.superres_sampling).cpu()
     rows = []
@@ -260,22 +258,32 @@ def _larger(system: CogVideo, examples: Sequence[Example], seed: int) -> list[Ro
     return rows
 
 
-def _flat(codes: np.ndarray) -> Int64[Tensor, "frames slots"]:
-    return torch.from_numpy(codes.astype(np.int64)).flatten(1)
+def _sheet(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08}.png"
 
 
-def _short(label: str) -> str:
-    """One line that fits above five frames."""
-    label = " ".join(label.split())
-    return label if len(label) <= MOST_LETTERS else f"{label[: MOST_LETTERS - 3]}..."
+def write_samples(folder: Path, step: int, rows: Sequence[Row]) -> Path:
+    """`step-00000500.png`, which is returned, and an mp4 where the rows are clips of one length and PyAV is there.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    from cogvideo.media.images import contact_sheet, write_image  # only files need Pillow
+
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet = _sheet(folder, step)
+    shown = [_repeated(row.frames, max(1, -(-LEAST_SIDE // row.frames.shape[1]))) for row in rows]
+    labels = [" ".join(row.label.split()) for row in rows]
+    short = [each if len(each) <= MOST_LETTERS else f"{each[: MOST_LETTERS - 3]}..." for each in labels]
+    if all(row.is_clip for row in rows):
+        with suppress(ModuleNotFoundError):  # a GPU machine still trains without PyAV
+            write_video(sheet.with_suffix(".mp4"), _side_by_side(rows, shown), FPS)
+    write_image(sheet, contact_sheet(shown, max(map(len, shown)), labels=short))  # last: a sign that both are there
+    return sheet
 
 
 def _repeated(frames: UInt8[np.ndarray, "frames _ _ 3"], times: int) -> UInt8[np.ndarray, "frames _ _ 3"]:
     return frames.repeat(times, 1).repeat(times, 2)
-
-
-def _enlarged(frames: UInt8[np.ndarray, "frames _ _ 3"]) -> UInt8[np.ndarray, "frames _ _ 3"]:
-    return _repeated(frames, max(1, -(-LEAST_SIDE // frames.shape[1])))
 
 
 def _side_by_side(
@@ -286,9 +294,8 @@ def _side_by_side(
 
     kinds = sum(row.example == rows[0].example for row in rows)
     across = min(ACROSS, len(rows) // kinds)
-    lines = [
-        np.stack(shown[start + kind : start + across * kinds : kinds])
-        for start in range(0, len(rows), across * kinds)
-        for kind in range(kinds)
-    ]
+    lines = []
+    for start in range(0, len(rows), across * kinds):
+        for kind in range(kinds):
+            lines.append(np.stack(shown[start + kind : start + across * kinds : kinds]))
     return np.stack([contact_sheet([line[:, time] for line in lines], across, gap=0) for time in range(len(shown[0]))])

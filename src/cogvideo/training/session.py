@@ -14,10 +14,9 @@ from cogvideo.data.clips import ClipSampling, FrameRates, Mode
 from cogvideo.data.dataset import read_card
 from cogvideo.files import alone_in
 from cogvideo.runs import RunFolder
-from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.parallel import ParallelSettings, any_rank, is_first
-from cogvideo.training.preview import Preview
+from cogvideo.training.samples import Preview
 from cogvideo.training.step import Execution, Trainer
 
 
@@ -120,9 +119,7 @@ class Evaluation(NamedTuple):
     """A measurement on held-out data."""
 
     row: Mapping[str, Any]
-    """Figures for metrics.jsonl."""
     words: str
-    """Figures in words."""
     loss: float | None = None
     """Loss that the best checkpoint has the lowest of; None where nothing is held out."""
 
@@ -136,34 +133,22 @@ class Session(NamedTuple):
     """This rank's shares of the batches, from a step on."""
     logging: LoggingConfig
     evaluate: Callable[[int], Evaluation]
-    """Measures the model after a step, on held-out data."""
     identity: Mapping[str, Any]
-    """Everything that decides the result, in nested tables."""
     preview: Preview | None = None
     sample_every: int = 0
     """Steps between contact sheets; 0 for none."""
 
-    def checkpoints(self) -> Checkpoints:
-        """The checkpoints of the run."""
-        return Checkpoints(self.folder.path / "checkpoints", self.logging.keep, self.logging.asynchronous)
-
     def has_sample(self, step: int) -> bool:
-        """Whether a contact sheet belongs to a step."""
-        if self.preview is None or self.sample_every == 0:
-            return False
-        return step == self.trainer.settings.steps or step % self.sample_every == 0
+        """True if a contact sheet belongs to a step."""
+        is_last = step == self.trainer.settings.steps
+        return self.sample_every > 0 and (is_last or step % self.sample_every == 0)
 
 
 @contextmanager
 def claimed(
     folder: RunFolder, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})
 ) -> Iterator[bool]:
-    """Keep other processes out of a run's folder; yields whether the run is to be done, or is over.
-
-    Args:
-        folder: of the run.
-        identity: all that decides the result.
-        facts: what is also to be known of it.
+    """Keep other processes out of the folder of a run with this identity; yields whether the run is to be done.
 
     Raises:
         ValueError: another run began there, or one is at work.

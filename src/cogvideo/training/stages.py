@@ -37,26 +37,23 @@ StartChoice = Literal["inherit", "sequential", "random", "continue"]
 
 
 class Stage(NamedTuple):
-    """A row of the table."""
+    """A row of the table: what it trains on which clips, in which sequence."""
 
     trains: str
-    """The component that it adds."""
     parents: tuple[str, ...]
     """Components that are made before, and that it is trained on or starts from."""
     mode: Mode
-    """Mode of sampling clips."""
     layout: Callable[[CogVideoConfig], SequenceLayout | UpscaleLayout]
-    """Its sequence."""
     task: Callable[..., Task]
     """Task, made from its layout, the text tokenizer and settings of its own."""
     is_prompted: bool = False
-    """Whether its samples need nothing but a prompt."""
+    """True if its samples need nothing but a prompt."""
     has_high_codes: bool = False
-    """Whether it learns codes of super-resolution."""
+    """True if it learns codes of super-resolution."""
 
     @property
     def is_base(self) -> bool:
-        """Whether it trains the base, which all others share."""
+        """True if it trains the base, which all others share."""
         return self.trains == "base"
 
 
@@ -122,18 +119,20 @@ def configured(config: CogVideoConfig, stage: StageName, choice: Choice) -> CogV
 
 
 def parents(stage: StageName, choice: Choice, source: CogVideo) -> tuple[str, ...]:
-    """Components that the start is made from, except the stage's own.
+    """Components that the start is made from, the stage's own among them where it continues.
 
     Raises:
         ValueError: the bundle lacks one.
     """
-    names = [] if STAGES[stage].is_base or choice.base == "random" else [base_of(stage, choice, source)]
-    if choice.start == "sequential":
-        names.append("sequential")
+    row = STAGES[stage]
+    names = [] if row.is_base or choice.base == "random" else [base_of(stage, choice, source)]
+    names += {"sequential": ["sequential"], "continue": [row.trains]}.get(choice.start, [])
     there = ", ".join(source.components) or "nothing"
-    for name in (*names, *continued(stage, choice)):
+    made_by = {each.trains: f"`cogvideo train {name}` makes it" for name, each in STAGES.items()}
+    for name in names:
+        advice = made_by.get(name.removesuffix("_base"), "expected a bundle with it")
         known = name in source.components
-        require(known, f"the bundle to start from has no {name}, it has: {there}; {_advice(name)}")
+        require(known, f"the bundle to start from has no {name}, it has: {there}; {advice}")
     return tuple(names)
 
 
@@ -164,29 +163,12 @@ def relying(stage: StageName, components: Collection[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def continued(stage: StageName, choice: Choice) -> tuple[str, ...]:
-    """Components of the stage's own that it begins with."""
-    return (STAGES[stage].trains,) if choice.start == "continue" else ()
-
-
-def _advice(name: str) -> str:
-    made_by = {row.trains: stage for stage, row in STAGES.items()}
-    stage = made_by.get(name.removesuffix("_base"))
-    return f"`cogvideo train {stage}` makes it" if stage else "expected a bundle with it"
-
-
 def build(
     stage: StageName, choice: Choice, source: CogVideo, config: CogVideoConfig, dtype: torch.dtype, seed: int
 ) -> Transformer | Upscaler:
     """The model of a stage at its start, on the CPU: what is trained in float32, frozen matrices in `dtype`.
 
-    Args:
-        stage: which one.
-        choice: what it begins with.
-        source: has its `parents`.
-        config: sizes.
-        dtype: of frozen matrices; frozen vectors are float32.
-        seed: of what is random.
+    `source` has the `parents`; `seed` decides what is random.
     """
     generator = torch.Generator().manual_seed(seed)
     base = _base(stage, choice, source, config, dtype, generator)
@@ -196,7 +178,7 @@ def build(
     if choice.start == "random":
         initialize(channel, config.transformer.num_layers, generator)
     elif choice.start != "inherit":
-        _copy(source.component(stage if choice.start == "continue" else "sequential"), channel)
+        channel.load_state_dict(_state(source, stage if choice.start == "continue" else "sequential"))
     if isinstance(channel, UpscaleChannel):
         if choice.start == "inherit":
             inherit_upscaler(channel, base)
@@ -219,27 +201,19 @@ def _base(
     if choice.base == "random" or (STAGES[stage].is_base and choice.start == "random"):
         initialize(base, config.transformer.num_layers, generator)
         return base
-    stored = source.component(base_of(stage, choice, source))
+    stored = _state(source, base_of(stage, choice, source))
     if STAGES[stage].is_base or choice.base == "trained":
-        _copy(stored, base)
+        base.load_state_dict(stored)
         return base
-    return _frozen(stored, config, dtype)
-
-
-@torch.no_grad()
-def _copy(stored: object, module: nn.Module) -> None:
-    assert isinstance(stored, nn.Module)
-    module.load_state_dict(stored.state_dict())
-
-
-def _frozen(stored: object, config: CogVideoConfig, dtype: torch.dtype) -> Base:
-    """The base without gradients; tensors that already have their type stay memory-mapped."""
-    assert isinstance(stored, Base)
+    types = {name: dtype if each.ndim > 1 else torch.float32 for name, each in stored.items()}
     with torch.device("meta"):
-        base = Base(config.transformer)
+        frozen = Base(config.transformer)
+    # tensors that already have their type stay memory-mapped
+    frozen.load_state_dict({name: each.to(types[name]) for name, each in stored.items()}, assign=True)
+    return frozen.requires_grad_(False)
 
-    def converted(each: Tensor) -> Tensor:
-        return each.to(dtype if each.ndim > 1 else torch.float32)
 
-    base.load_state_dict({name: converted(each) for name, each in stored.state_dict().items()}, assign=True)
-    return base.requires_grad_(False)
+def _state(source: CogVideo, name: str) -> dict[str, Tensor]:
+    stored = source.component(name)
+    assert isinstance(stored, nn.Module)
+    return stored.state_dict()

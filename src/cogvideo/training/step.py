@@ -65,26 +65,16 @@ class Execution:
 
 
 class Figures(NamedTuple):
-    """Means over some steps and all ranks."""
+    """Means over some steps and all ranks: the loss, and each part over the samples that have it."""
 
     loss: float
-    """Mean over the samples."""
     parts: dict[str, float]
-    """Mean of each part over the samples that have it."""
     gradient_norm: float
     """Mean over the steps, before clipping."""
 
 
 class Trainer:
-    """One step of training after another, whatever the objective.
-
-    Args:
-        objective: model and task, on the ranks' device; what has no gradient is frozen.
-        settings: what decides the weights.
-        execution: how it is computed.
-        parallel: how ranks share the work.
-        ranks: who this process is.
-    """
+    """One step of training after another, whatever the objective, which is on the ranks' device."""
 
     def __init__(
         self,
@@ -113,12 +103,7 @@ class Trainer:
         self._steps: list[Tensor] = []
 
     def step(self, number: int, batch: Any) -> None:
-        """Update the weights.
-
-        Args:
-            number: how many steps were made before.
-            batch: this rank's share.
-        """
+        """Update the weights after `number` steps, with this rank's share of a batch."""
         self.objective.begin(number)
         pieces = list(cut(batch, self._pass))
         measured = []
@@ -155,14 +140,11 @@ class Trainer:
 
     @torch.no_grad()
     def check(self, done: int, batch: Any) -> None:
-        """Refuse weights that are worth no checkpoint: an update may be what breaks them, which no loss shows yet.
-
-        Args:
-            done: how many steps were made.
-            batch: this rank's share of the last one, some of whose samples are looked at again.
+        """Refuse weights that are worth no checkpoint: an update may break them, which no loss shows yet.
 
         Raises:
-            ValueError: on every rank: a weight is not finite, in the average or in what is trained, or the loss.
+            ValueError: on every rank: a weight is not finite, in the average or in what is trained, or the loss
+                of some samples of the last batch.
         """
         averages = [] if self.average is None else self.average.state.values()
         weights = [local(each.detach()) for each in (*trained(self.objective), *averages)]

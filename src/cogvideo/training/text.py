@@ -40,12 +40,10 @@ _ASCII = "".join(map(chr, range(0x21, 0x7F)))
 
 
 class CaptionFigures(NamedTuple):
-    """Figures of a tokenizer on captions."""
+    """Figures of a tokenizer with a number of pieces, some of them unused, on captions."""
 
-    captions: int
-    """Different captions that were counted."""
     mean: float
-    """Tokens of one with its prefix."""
+    """Tokens of a caption with its prefix."""
     longest: int
     """Tokens of the longest."""
     fitting: float
@@ -53,9 +51,7 @@ class CaptionFigures(NamedTuple):
     with_bytes: float
     """Share in which something is spelled in bytes."""
     pieces: int
-    """Pieces of the tokenizer."""
     unused: int
-    """Pieces that stand for nothing."""
 
 
 def read_captions(sources: Iterable[str], options: SourceOptions) -> list[str]:
@@ -83,13 +79,9 @@ def spread(captions: Sequence[str], number: int) -> list[str]:
 def train_model(captions: Iterable[str], config: TransformerConfig, normalization: Normalization = "nfkc") -> bytes:
     """A serialized SentencePiece model; equal captions give equal bytes, in whatever order.
 
-    Its pieces fill the ids between the image codes and `start_of_image`, with `<pad>` at `pad`. Where captions are too
-    few for so many pieces, the last ones are unused: called `<unused_2000>` at the id 2000, and found in no text.
-
-    Args:
-        captions: what the pieces are found in.
-        config: whose vocabulary the tokenizer is for.
-        normalization: see `Normalization`.
+    Its pieces fill the ids between the image codes and `start_of_image` of a configuration, with `<pad>` at `pad`.
+    Where captions are too few for so many pieces, the last ones are unused: called `<unused_2000>` at the id 2000,
+    and found in no text.
 
     Raises:
         ValueError: the vocabulary has too little room, or there is no caption.
@@ -127,7 +119,6 @@ def figures(tokenizer: TextTokenizer, captions: Iterable[str], slots: int) -> Ca
     lengths = [len(row) for row in rows]
     share = 1 / len(rows)
     return CaptionFigures(
-        captions=len(rows),
         mean=sum(lengths) * share,
         longest=max(lengths),
         fitting=sum(length <= slots for length in lengths) * share,

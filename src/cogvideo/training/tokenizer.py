@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -90,17 +89,21 @@ def train_tokenizer(
                 known = None if initial is None else initial.autoencoder
                 objective = TokenizerObjective(whole.autoencoder, settings, seed, stream, network, ranks.device, known)
                 trainer = Trainer(objective, settings, ranks=ranks)
-                session = Session(folder, trainer, stream.after, logging, _judge(objective, store, settings), identity)
+
+                def judge(step: int) -> Evaluation:
+                    quality = evaluate(objective.model, store.held_out, settings.batch)
+                    return Evaluation({"held_out": quality._asdict()}, str(quality))
+
                 before = folder.path / "before.png"
                 if is_first() and not before.exists():
                     _write_sheet(objective.model, store, before)
-                learn(session)
+                learn(Session(folder, trainer, stream.after, logging, judge, identity))
                 if is_first():
                     _deliver(objective, store, folder, out, whole)
-    if is_first():
-        assert folder.summary is not None
-        quality = Quality(**folder.summary["held_out"])
-        print(f"{out}: image tokenizer after {settings.steps:,} steps: {quality}; {folder.path / 'after.png'}")
+        if is_first():
+            assert folder.summary is not None
+            quality = Quality(**folder.summary["held_out"])
+            print(f"{out}: image tokenizer after {settings.steps:,} steps: {quality}; {folder.path / 'after.png'}")
 
 
 def _initial(init: str) -> CogVideo:
@@ -124,19 +127,18 @@ def _own_config(out: Path, start: CogVideoConfig | None, preset: str | None, ove
     if not (out / MANIFEST).exists():
         return chosen or config.preset("pocket")
     manifest = Manifest.read(out)
+    other = f"the bundle {out} has another configuration than the preset {preset}: leave --preset out"
+    require(preset is None or chosen == manifest.config, other)
+    has_tokenizer = "image_tokenizer" in manifest.components
     require(
-        preset is None or chosen == manifest.config,
-        f"the bundle {out} has another configuration than the preset {preset}: leave --preset out",
-    )
-    require(
-        overwrite or (out / RUN).exists() or "image_tokenizer" not in manifest.components,
-        f"the bundle {out} has an image tokenizer, and models that learnt its codes cannot use another: "
+        overwrite or (out / RUN).exists() or not has_tokenizer,
+        f"the bundle {out} has an image tokenizer, and models that learned its codes cannot use another: "
         "pass --overwrite to replace it, or another folder",
     )
-    learnt = [name for name in manifest.components if name in MODULES and name != "image_tokenizer"]
+    learned = [name for name in manifest.components if name in MODULES and name != "image_tokenizer"]
     require(
-        overwrite or "image_tokenizer" in manifest.components or not learnt,
-        f"the bundle {out} has {', '.join(learnt)}, which learnt the codes of another image tokenizer"
+        overwrite or has_tokenizer or not learned,
+        f"the bundle {out} has {', '.join(learned)}, which learned the codes of another image tokenizer"
         f"{_known(out)}: take another folder, or pass --overwrite if they are to be trained anew",
     )
     return manifest.config
@@ -159,9 +161,8 @@ def _complete(
     if settings.adversary_weight > 0:
         least = max(least, PatchDiscriminator(1).least_side)
     require(size >= least, f"size is {size}, expected at least {least} pixels")
-    return replace(frames, clips=replace(frames.clips, size=size)), replace(
-        options, images=frames.clips.min_frames == 1
-    )
+    sized = replace(frames, clips=replace(frames.clips, size=size))
+    return sized, replace(options, images=frames.clips.min_frames == 1)
 
 
 def _lpips(files: tuple[Path, ...]) -> Lpips | None:
@@ -204,26 +205,16 @@ def _fetch(
 def _say_frames(store: FrameStore, batch: int, console: Console) -> None:
     """Say how many frames there are, and what may surprise."""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(store.rejected.items())) or "none"
+    learned, held_out = len(store.train), len(store.held_out)
     console.print(
-        f"{len(store.train):,} frames to learn from and {len(store.held_out):,} held out, of {store.clips:,} clips; "
-        f"rejected: {reasons}"
+        f"{learned:,} frames to learn from and {held_out:,} held out, of {store.clips:,} clips; rejected: {reasons}"
     )
     if store.held_out is store.train:
-        console.print("No clip could be held out: all figures are those of frames that are learnt from.")
+        console.print("No clip could be held out: all figures are those of frames that are learned from.")
     elif not store.has_split:
         console.print(f"The sources have no split but train ({NO_SPLIT}): some of their clips are held out here.")
-    if batch > len(store.train):
-        console.print(f"A batch of {batch:,} is larger than the {len(store.train):,} frames: it repeats them.")
-
-
-def _judge(
-    objective: TokenizerObjective, store: FrameStore, settings: TokenizerSettings
-) -> Callable[[int], Evaluation]:
-    def judge(step: int) -> Evaluation:
-        quality = evaluate(objective.model, store.held_out, settings.batch)
-        return Evaluation({"held_out": quality._asdict()}, str(quality))
-
-    return judge
+    if batch > learned:
+        console.print(f"A batch of {batch:,} is larger than the {learned:,} frames: it repeats them.")
 
 
 def _write_sheet(autoencoder: Autoencoder, store: FrameStore, path: Path) -> None:
@@ -261,16 +252,12 @@ def _deliver(
 
 
 class Quality(NamedTuple):
-    """Quality of frames that were codes."""
+    """Quality of frames that were codes: means of the frames, share of the codes that occur, how even they are."""
 
     psnr: float
-    """Mean of the frames, dB."""
     ssim: float
-    """Mean of the frames."""
     code_usage: float
-    """Share of the codes that occur."""
     perplexity: float
-    """Codes that would be as even."""
 
     def __str__(self) -> str:
         return (

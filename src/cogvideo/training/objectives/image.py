@@ -79,11 +79,10 @@ class ImageBatch(NamedTuple):
     """Sequences side by side: text slots, then those of one image."""
 
     tokens: Int64[Tensor, "batch slots"]
-    """Tokens to feed."""
     positions: Int64[Tensor, "batch slots"]
     """Rows of the position table."""
     sees: Bool[Tensor, "batch slots slots"]
-    """Whether a slot (second axis) sees another (third). Pads see themselves alone."""
+    """True where a slot (second axis) sees another (third). Pads see themselves alone."""
     targets: Int64[Tensor, "batch slots"]
     """Tokens to predict; `NOTHING` where there is no loss."""
     parts: Int64[Tensor, "batch slots"]
@@ -97,11 +96,8 @@ class ImageTask:
     """The tasks of the image model."""
 
     layout: SequenceLayout
-    """Text and one image."""
     text: TextTokenizer
-    """For the captions."""
     mixture: ImageMixture = field(default_factory=ImageMixture)
-    """Shares of the tasks."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -119,9 +115,9 @@ class ImageTask:
         A sample without a caption is always text to image, with the unconditional text.
         """
         tokens, positions, sees, targets, parts = map(torch.stack, zip(*map(self._row, samples), strict=True))
-        learnt = targets[:, : self.layout.text_slots] != NOTHING
-        words = learnt.int().argsort(dim=1, descending=True, stable=True)[:, : int(learnt.sum(1).max())]
-        return ImageBatch(tokens, positions, sees, targets, parts, words.where(learnt.gather(1, words), NOTHING))
+        learned = targets[:, : self.layout.text_slots] != NOTHING
+        words = learned.int().argsort(dim=1, descending=True, stable=True)[:, : int(learned.sum(1).max())]
+        return ImageBatch(tokens, positions, sees, targets, parts, words.where(learned.gather(1, words), NOTHING))
 
     def _row(self, sample: ClipSample) -> tuple[Tensor, ...]:
         random = np.random.default_rng(sample.seed)
@@ -155,7 +151,8 @@ class ImageTask:
     def losses(self, model: nn.Module, batch: ImageBatch) -> Measured:
         """Cross entropy over the image codes, or over the rest of the vocabulary for text."""
         assert isinstance(model, Transformer)
-        hidden = model(batch.tokens, batch.positions, _pass(batch.sees, self.layout.text_slots))
+        plan = MaskPlan((Group(None, None, (Chunk(None, None, batch.sees[:, None]),)),))
+        hidden = model(batch.tokens, batch.positions, Pass(self.layout.text_slots, plan, ()))
         image = slice(self.layout.text_slots, None)
         words = batch.words.clamp(min=0)
         rows = hidden.gather(1, words[..., None].expand(-1, -1, hidden.shape[-1]))
@@ -165,23 +162,17 @@ class ImageTask:
             cross_entropy(model.base.logits(hidden[:, image]), codes.clamp(min=0)),
             cross_entropy(model.base.text_logits(rows), tokens.clamp(min=0)),
         ]
-        learnt = torch.cat([codes != NOTHING, batch.words != NOTHING], dim=1)
-        return _by_sample(
-            torch.cat(losses, dim=1), learnt, torch.cat([batch.parts[:, image], batch.parts.gather(1, words)], dim=1)
-        )
-
-
-def _pass(sees: Bool[Tensor, "batch slots slots"], num_text: int) -> Pass:
-    plan = MaskPlan((Group(None, None, (Chunk(None, None, sees[:, None]),)),))
-    return Pass(num_text, plan, ())
+        learned = torch.cat([codes != NOTHING, batch.words != NOTHING], dim=1)
+        parts = torch.cat([batch.parts[:, image], batch.parts.gather(1, words)], dim=1)
+        return _by_sample(torch.cat(losses, dim=1), learned, parts)
 
 
 def _by_sample(
-    losses: Float[Tensor, "batch places"], learnt: Bool[Tensor, "batch places"], parts: Int64[Tensor, "batch places"]
+    losses: Float[Tensor, "batch places"], learned: Bool[Tensor, "batch places"], parts: Int64[Tensor, "batch places"]
 ) -> Measured:
     """Mean over what each sample learns, and over each of its parts."""
-    total = losses.where(learnt, 0).sum(1) / learnt.sum(1).clamp(min=1)
-    each = learnt[:, None] & (parts[:, None] == torch.arange(len(PARTS), device=parts.device)[:, None])
+    total = losses.where(learned, 0).sum(1) / learned.sum(1).clamp(min=1)
+    each = learned[:, None] & (parts[:, None] == torch.arange(len(PARTS), device=parts.device)[:, None])
     return Measured(total, losses.detach()[:, None].where(each, 0).sum(2) / each.sum(2))
 
 
@@ -226,8 +217,8 @@ class _Row:
         held = masked.flatten().roll(1)  # an image slot holds the code before its own
         held[0] = False  # the first one holds the start
         self.sees[self.image, self.image] = _infilling(held)
-        learnt = masked & (torch.arange(self.layout.grid) % SQUARE != 0)
-        self._learn(self.image, self.codes, learnt.flatten(), "squares")
+        learned = masked & (torch.arange(self.layout.grid) % SQUARE != 0)
+        self._learn(self.image, self.codes, learned.flatten(), "squares")
 
     def learn_caption(self) -> None:
         """Each token from the image and from the tokens before."""
@@ -242,8 +233,10 @@ class _Row:
         before = slice(self.words.start, self.words.stop - 1)
         self._learn(before, self.tokens[self.words][1:], masked[1:], "spans")
 
-    def _learn(self, slots: slice, targets: Int64[Tensor, " slots"], learnt: Bool[Tensor, " slots"], part: str) -> None:
-        self.targets[slots] = targets.where(learnt, self.targets[slots])
+    def _learn(
+        self, slots: slice, targets: Int64[Tensor, " slots"], learned: Bool[Tensor, " slots"], part: str
+    ) -> None:
+        self.targets[slots] = targets.where(learned, self.targets[slots])
         self.parts[slots] = PARTS.index(part)
 
     def finished(self) -> tuple[Tensor, ...]:

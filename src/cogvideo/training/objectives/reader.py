@@ -83,13 +83,7 @@ class ReaderBatch(NamedTuple):
 
 
 class ReaderObjective(Objective):
-    """A reader that learns to read every attribute.
-
-    Args:
-        config: sizes.
-        settings: the recipe.
-        device: where it is.
-    """
+    """A reader that learns to read every attribute."""
 
     model: Reader
     parts = ATTRIBUTES
@@ -135,9 +129,7 @@ class Drawn(NamedTuple):
     """Clips of a step."""
 
     scenes: list[world.Scene]
-    """Scenes that the clips show."""
     pixels: UInt8[np.ndarray, "batch frames 64 64 3"]
-    """Frames of the clips."""
 
 
 def clips(step: int, batch: int) -> Drawn:

@@ -30,7 +30,6 @@ class SuperresBatch(NamedTuple):
     low: Int64[Tensor, "batch low"]
     """Low codes, some of them replaced."""
     high: Int64[Tensor, "batch high"]
-    """High codes to learn."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +37,15 @@ class SuperresTask:
     """The task of super-resolution."""
 
     layout: UpscaleLayout
-    """The two grids."""
     text: TextTokenizer
-    """For the captions."""
     corruption: float = 0.05
-    """Share of the low codes that is replaced by random ones."""
 
     def __post_init__(self) -> None:
         require(0 <= self.corruption <= 1, f"corruption is {self.corruption}, expected a share in [0, 1]")
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """There is but one."""
+        """Name of the only loss."""
         return ("codes",)
 
     @property

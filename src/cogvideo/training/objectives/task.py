@@ -51,12 +51,7 @@ class Task(Protocol):
 
 
 class Objective(nn.Module):
-    """A model with its task: the module whose forward pass is a loss, as data parallelism wants it.
-
-    Args:
-        model: what is trained, or partly trained.
-        task: what it learns.
-    """
+    """A model, perhaps partly frozen, with its task: its forward pass is a loss, as data parallelism wants it."""
 
     unit = "tokens"
     """Name of what the speed counts: the positions of a sample."""
@@ -83,7 +78,7 @@ class Objective(nn.Module):
 
     @property
     def has_unused_parameters(self) -> bool:
-        """Whether a step leaves some trained parameters without a gradient.
+        """True if a step leaves some trained parameters without a gradient.
 
         Nothing reads the last low level of super-resolution, so parts of its base have none where that is trained.
         """

@@ -26,7 +26,7 @@ from cogvideo.config import AutoencoderConfig, require
 from cogvideo.models.adversary import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from cogvideo.models.autoencoder import Autoencoder, Decoder, to_frames
 from cogvideo.models.perceptual import Lpips, edge_distance, pyramid_distance
-from cogvideo.training.codebook import MovingCodebook, straight_through
+from cogvideo.training.objectives.codebook import MovingCodebook, straight_through
 from cogvideo.training.objectives.task import Measured, Objective, generator, key
 from cogvideo.training.optim import Optimization, has_fused, trained
 from cogvideo.training.parallel import ALONE, Ranks, gathered, is_first
@@ -97,7 +97,7 @@ class TokenizerSettings(Optimization):
             require(0 < value < 1, f"{name} is {value}, expected a number between 0 and 1")
         require(
             self.codes_from < self.steps,
-            f"plain_steps is {self.plain_steps}, expected less than the {self.steps} steps: codes must be learnt",
+            f"plain_steps is {self.plain_steps}, expected less than the {self.steps} steps: codes must be learned",
         )
 
     @property
@@ -111,7 +111,7 @@ class TokenizerSettings(Optimization):
         return min(1000, self.steps // 4) if self.plain_steps is None else self.plain_steps
 
     def has_adversary(self, step: int) -> bool:
-        """Whether there is one at a step."""
+        """True if the adversary learns at a step."""
         start = self.steps // 2 if self.adversary_start is None else self.adversary_start
         return self.adversary_weight > 0 and step >= start
 
@@ -119,11 +119,7 @@ class TokenizerSettings(Optimization):
 class FrameStream:
     """Batches of frames as a function of the step: every frame once an epoch, in another order each time.
 
-    Args:
-        pixels: all frames to learn from.
-        batch: frames of a step, over all ranks.
-        seed: of the order.
-        ranks: which share of a batch is this process's: ranks have neighboring parts.
+    Ranks have neighboring parts of a batch.
 
     Raises:
         ValueError: the batch cannot be shared among the ranks.
@@ -151,15 +147,7 @@ class TokenizerObjective(Objective):
 
     A step depends on the state, the settings and the number of the step alone. Where the autoencoder has several rates,
     they take turns. The adversary's loss is part of the step's backward pass, and reaches nothing but the adversary.
-
-    Args:
-        config: sizes of the autoencoder.
-        settings: the recipe.
-        seed: of everything drawn at random.
-        stream: frames to learn from, which the codebook starts from too.
-        lpips: with weights, or None.
-        device: where everything is.
-        initial: weights and codebook to go on from, in place of random ones and k-means.
+    The codebook starts from frames of the stream too, or is that of an initial autoencoder, like the weights.
     """
 
     model: Autoencoder
@@ -192,7 +180,7 @@ class TokenizerObjective(Objective):
         self._step = 0
 
     def clipped(self) -> list[nn.Parameter]:
-        """The autoencoder's parameters."""
+        """Parameters of the autoencoder."""
         return trained(self.model)
 
     def optimizers(self, settings: Any) -> list[torch.optim.Optimizer]:
@@ -341,9 +329,7 @@ class _Pass(NamedTuple):
     """Results of a forward pass."""
 
     made: Float[Tensor, "batch 3 size size"]
-    """Reconstructions."""
     vectors: Float[Tensor, "many embedding"]
-    """Vectors of the encoder, without a gradient."""
     codes: Int64[Tensor, " many"]
     """Nearest rows."""
     commitment: Float[Tensor, ""]
@@ -351,7 +337,7 @@ class _Pass(NamedTuple):
 
 
 def _is_kernel(parameter: nn.Parameter) -> bool:
-    """Whether it is worth being taken as a matrix."""
+    """True if it is worth being taken as a matrix."""
     return parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) >= SMALLEST_MATRIX
 
 

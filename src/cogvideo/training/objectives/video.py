@@ -27,7 +27,6 @@ class VideoBatch(NamedTuple):
     """Sequences side by side."""
 
     text: PaddedText
-    """Frame rate prefix and caption."""
     codes: Int64[Tensor, "batch frames slots"]
     """Image codes of the frames, by place."""
 
@@ -37,13 +36,11 @@ class VideoTask:
     """The task of a video stage."""
 
     layout: SequenceLayout
-    """The stage's sequence, which says which frames carry loss."""
     text: TextTokenizer
-    """For the captions."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """One a frame that carries loss, by its place."""
+        """Losses of the frames that carry loss, by their places."""
         return tuple(f"frame_{place}" for place in self.layout.loss_places)
 
     @property
@@ -85,7 +82,7 @@ class _Places(NamedTuple):
     """Place of the frame of each rank."""
     frames: Int64[Tensor, " slots"]
     """Positions of the frame slots."""
-    loss: Int64[Tensor, " learnt"]
+    loss: Int64[Tensor, " learned"]
     """Frame slots that carry loss."""
 
 

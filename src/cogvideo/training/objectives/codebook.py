@@ -6,7 +6,7 @@ VQ-VAE (arXiv 1711.00937, appendix A.1); restarts as in Jukebox (arXiv 2005.0034
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from cogvideo.models.quantizer import Codebook, cluster_codes
@@ -30,7 +30,9 @@ class MovingCodebook(nn.Module):
     @torch.no_grad()
     def start(self, vectors: Float[Tensor, "many embedding"], per_step: int, generator: torch.Generator) -> None:
         """Rows from k-means of vectors, of which there are at least as many as rows; `per_step` come in each step."""
-        rows, counts = cluster_means(vectors, len(self.counts), generator)
+        labels = cluster_codes(vectors, len(self.counts), generator)
+        counts, sums = totals(vectors, labels, len(self.counts))
+        rows = sums / counts[:, None]  # k-means leaves no cluster empty
         self.counts.copy_(counts * (per_step / len(vectors)))
         self.sums.copy_(rows * self.counts[:, None])
         self.rows.copy_(rows)
@@ -54,17 +56,12 @@ class MovingCodebook(nn.Module):
         self.sums.lerp_(sums, 1 - self.decay)
         even = len(vectors) / len(self.counts)
         dead = self.counts < self.restart_below * even
-        self._restart(dead, vectors, even, generator)
-        self.rows.copy_(self.sums / self.counts[:, None])
-        return dead.sum()
-
-    def _restart(
-        self, dead: Bool[Tensor, " codes"], vectors: Float[Tensor, "many embedding"], even: float, by: torch.Generator
-    ) -> None:
-        """Every code draws a vector, only dead ones take it: the device need not tell the host which they are."""
-        drawn = torch.randint(len(vectors), (len(dead),), generator=by).to(vectors.device, non_blocking=True)
+        # every code draws a vector, only dead ones take it: the device need not tell the host which they are
+        drawn = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device, non_blocking=True)
         self.counts.masked_fill_(dead, even)
         self.sums.copy_(torch.where(dead[:, None], vectors[drawn] * even, self.sums))
+        self.rows.copy_(self.sums / self.counts[:, None])
+        return dead.sum()
 
 
 def totals(
@@ -73,15 +70,6 @@ def totals(
     """Number and sum of the vectors of each code."""
     counts = vectors.new_zeros(num_codes).index_add_(0, codes, vectors.new_ones(len(codes)))  # no wait, as in bincount
     return counts, vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, codes, vectors)
-
-
-def cluster_means(
-    vectors: Float[Tensor, "many embedding"], num_clusters: int, generator: torch.Generator
-) -> tuple[Float[Tensor, "clusters embedding"], Float[Tensor, " clusters"]]:
-    """Means and sizes of the clusters that k-means finds; none is empty."""
-    labels = cluster_codes(vectors, num_clusters, generator)
-    counts, sums = totals(vectors, labels, num_clusters)
-    return sums / counts[:, None], counts
 
 
 def straight_through(
