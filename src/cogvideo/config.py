@@ -409,7 +409,8 @@ def preset(name: str) -> CogVideoConfig:
         ValueError: there is no such preset.
     """
     require(name in PRESETS, f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
-    base, parts = CogVideoConfig(), {}
+    base = CogVideoConfig()
+    parts = {}
     for part, change in PRESETS[name].items():
         parts[part] = replace(getattr(base, part), **change) if isinstance(change, dict) else change
     return replace(base, **parts)
@@ -419,7 +420,8 @@ def with_samplers(values: Any) -> Any:
     """Upgrade the table of a configuration whose samplers were one flat table, `drawing`."""
     if not isinstance(values, dict) or not isinstance(values.get("drawing"), dict):
         return values
-    new, own = {name: value for name, value in values.items() if name != "drawing"}, CogVideoConfig()
+    new = {name: value for name, value in values.items() if name != "drawing"}
+    own = CogVideoConfig()
     old = {"superres_temperature": 1.0, "superres_clusters": 6, "superres_guidance": 1.0} | values["drawing"]
     for stage, prefix in (("first", "first_"), ("later", ""), ("superres", "superres_")):
         changes = {name: old.pop(f"{prefix}{name}", None) for name in ("temperature", "clusters", "guidance")}

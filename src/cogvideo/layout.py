@@ -56,7 +56,8 @@ class SequenceLayout:
         most = (config.num_frames + 1) // 2
         num_given = most if num_given is None else num_given
         require(2 <= num_given <= most, f"got {num_given} given frames to interpolate, expected 2 to {most}")
-        given, inserted = tuple(range(0, 2 * num_given - 1, 2)), tuple(range(1, 2 * num_given - 1, 2))
+        given = tuple(range(0, 2 * num_given - 1, 2))
+        inserted = tuple(range(1, 2 * num_given - 1, 2))
         return cls(
             config.text_slots, config.grid, config.frame_position, given + inserted, num_given, loss_places=inserted
         )
@@ -191,9 +192,12 @@ def cells(grid: int, window: int, shifted: bool) -> Cells:
     require(window == 0 or grid % window == 0, f"grid {grid} is not divisible by window {window}")
     cuts = _cuts(grid, window, shifted)
     slots = torch.arange(grid * grid).view(grid, grid)
-    tiles = [slots[top:bottom, left:right].flatten() for top, bottom in cuts for left, right in cuts]
-    areas = sorted({len(tile) for tile in tiles}, reverse=True)
-    return tuple(torch.stack([tile for tile in tiles if len(tile) == area]) for area in areas)
+    tiles: dict[int, list[Tensor]] = {}
+    for top, bottom in cuts:
+        for left, right in cuts:
+            tile = slots[top:bottom, left:right].flatten()
+            tiles.setdefault(len(tile), []).append(tile)
+    return tuple(torch.stack(tiles[area]) for area in sorted(tiles, reverse=True))
 
 
 def kinds(window: int) -> tuple[bool, ...]:

@@ -203,10 +203,12 @@ class CogVideoPipeline:
             ValueError: a prompt or setting cannot be used, the model lacks a component, or there is too
                 little memory. Raised at the call, before weights are loaded.
         """
-        there, settings = self.model.components, request.settings
+        there = self.model.components
+        settings = request.settings
         require("image_tokenizer" in there, f"this model has no image_tokenizer for pixels; it has {', '.join(there)}")
         own = [spawn(generator, 1)[0] for generator in request.generators]
-        model, text = self._packed(), None
+        model = self._packed()
+        text = None
         frames = generate(model, request)
         if settings.should_enlarge and "superres" in there:
             slots = self.model.config.upscaler.text_slots

@@ -91,7 +91,8 @@ def decode(
     decoder = _kind(model, passes)(model, layout, condition, -(-layout.frame_slots // behind), cache_dtype)
     batch = len(condition.text.tokens)
     require(len(given) == batch, f"got given frames of {len(given)} clips for {batch} texts")
-    draw = _Draw(sampling, labels, noise, len(given), layout.frame_slots, decoder.device)
+    clusters = None if labels is None else Clusters.of(labels, decoder.device)
+    draw = _Draw(sampling, clusters, noise, batch, layout.frame_slots, decoder.device)
     if passes.draft > 1:
         return _drafted(decoder, draw, given, passes.draft)
     return _lockstep(decoder, draw, given, behind)
@@ -105,20 +106,16 @@ def _kind(model: Transformer, passes: Passes) -> type[Decoder]:
     return GraphedDecoder
 
 
+@dataclass(frozen=True)
 class _Draw:
     """The sampler and noise of a run."""
 
-    def __init__(
-        self,
-        sampling: SamplingConfig,
-        labels: Tensor | None,
-        noise: Noise,
-        batch: int,
-        slots: int,
-        device: torch.device,
-    ) -> None:
-        self.sampling, self.noise, self.batch, self.slots, self.device = sampling, noise, batch, slots, device
-        self.clusters = None if labels is None else Clusters.of(labels, device)
+    sampling: SamplingConfig
+    clusters: Clusters | None
+    noise: Noise
+    batch: int
+    slots: int
+    device: torch.device
 
     def start(self, rank: int) -> Float[Tensor, "batch slots #codes"]:
         """Noise of a frame."""
@@ -133,9 +130,12 @@ class _Draw:
 
 def _lockstep(decoder: Decoder, draw: _Draw, given: Tensor, behind: int) -> Iterator[Frame]:
     """Decode one slot of every frame in flight per pass; each trails the frame before by `behind` slots."""
-    layout, start, first = decoder.layout, decoder.model.base.config.start_of_image, given.shape[1]
+    layout = decoder.layout
+    start = decoder.model.base.config.start_of_image
+    first = given.shape[1]
     decoder.prefill(given)
-    slots, count = layout.frame_slots, layout.num_frames - first
+    slots = layout.frame_slots
+    count = layout.num_frames - first
     codes = torch.full((draw.batch, count, slots + 1), start, device=decoder.device)  # column j is fed at slot j
     noise: dict[int, Tensor] = {}
     for tick in range((count - 1) * behind + slots):
@@ -158,11 +158,11 @@ def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, most: int) -> Iterato
     codes yields the true code of the first slot, and of each next one as long as all drafts before it were
     true. Drafts start from the previous frame in time.
     """
-    layout, first = decoder.layout, given.shape[1]
+    layout = decoder.layout
     decoder.prefill(given)
     paces = [Pace(most, free=decoder.rows_are_free) for _ in range(draw.batch)]
     frames = dict(zip(layout.order, given.to(decoder.device).unbind(1), strict=False))
-    for rank in range(first, layout.num_frames):
+    for rank in range(given.shape[1], layout.num_frames):
         place = layout.order[rank]
         frames[place] = _draft_frame(decoder, draw, rank, frames.get(place - 1), paces)
         yield Frame(place, frames[place].clone(), decoder.passes)
@@ -172,7 +172,9 @@ def _draft_frame(
     decoder: Decoder, draw: _Draw, rank: int, before: Int64[Tensor, "batch slots"] | None, paces: list[Pace]
 ) -> Int64[Tensor, "batch slots"]:
     """Decode one frame. Slots without a draft get one from the previous frame and the last row."""
-    slots, device, noise = decoder.layout.frame_slots, decoder.device, draw.start(rank)
+    slots = decoder.layout.frame_slots
+    device = decoder.device
+    noise = draw.start(rank)
     start = decoder.model.base.config.start_of_image
     fed = torch.full((draw.batch, slots + 1), start, device=device)  # column j is fed at slot j
     if before is not None:
@@ -191,7 +193,8 @@ def _draft_frame(
         row = 0
         for sample, run in enumerate(runs):
             if run:
-                pace, own = paces[sample], slice(row, row + len(run))
+                pace = paces[sample]
+                own = slice(row, row + len(run))
                 row += len(run)
                 right = [*as_drafted[own], False].index(False)
                 kept = min(right + 1, len(run))

@@ -62,12 +62,16 @@ class Decoder:
         lanes: int = 1,
         cache_dtype: torch.dtype | None = None,
     ) -> None:
-        self.model, self.layout, self.condition = model, layout, condition
-        config, like = model.base.config, model.base.words.weight
+        self.model = model
+        self.layout = layout
+        self.condition = condition
+        config = model.base.config
+        like = model.base.words.weight
         for each in condition.texts:
             check_text(each, len(condition.text.tokens), layout.text_slots, config.vocab_size)
         text = condition.rows
-        self.device, self.passes = like.device, 0
+        self.device = like.device
+        self.passes = 0
         narrow = like.device.type == "cpu" and like.dtype == torch.bfloat16
         like = like.new_empty(0, dtype=cache_dtype or (torch.float32 if narrow else like.dtype))
         mask = text_mask(text.mask.to(self.device), condition.text_bonus, like.dtype)
@@ -84,12 +88,15 @@ class Decoder:
     @torch.inference_mode()
     def prefill(self, given: Int64[Tensor, "batch frames slots"]) -> None:
         """Feed text and the given frames, the leading ranks."""
-        layout, text = self.layout, self.condition.rows
-        num_given, rows = given.shape[1], text.tokens.to(self.device)
+        layout = self.layout
+        text = self.condition.rows
+        num_given = given.shape[1]
+        rows = text.tokens.to(self.device)
         fed = layout.feed(self._all_rows(given.to(self.device)), self.model.base.config.start_of_image)
         positions = layout.text_positions(text.mask).to(self.device)
         frames = self.positions[: num_given * layout.frame_slots].expand(len(rows), -1)
-        mask, dtype = text.mask.to(self.device), self.model.base.words.weight.dtype
+        mask = text.mask.to(self.device)
+        dtype = self.model.base.words.weight.dtype
         plan = full_pass(layout, self.model.window, mask, dtype, num_given, self.condition.text_bonus)
         plan = Pass(
             plan.num_text,
@@ -153,8 +160,8 @@ class MaskedDecoder(Decoder):
         """See `Decoder.draft`. Short runs are padded with the slots that follow, at most the frame's last."""
         self.width = max(self.width, *map(len, runs))
         last = self.layout.frame_slots - 1
-        slots = torch.tensor([[min(run.start + row, last) for row in range(self.width)] for run in runs])
-        slots = slots.to(self.device)
+        starts = torch.tensor([run.start for run in runs])
+        slots = (starts[:, None] + torch.arange(self.width)).clamp(max=last).to(self.device)
         logits = self.rectangle(rank, slots, fed.gather(1, slots)).flatten(0, 1)
         asked = [sample * self.width + row for sample, run in enumerate(runs) for row in range(len(run))]
         return logits if len(asked) == len(logits) else logits[asked]

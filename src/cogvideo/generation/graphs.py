@@ -59,7 +59,8 @@ class GraphedDecoder(MaskedDecoder):
 
     def _capture(self, rank: int, slots: Tensor, tokens: Tensor) -> _Captured:
         slots, tokens = slots.clone(), tokens.clone()
-        passes, side = self.passes, torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        passes = self.passes
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # warm-up outside the graph; the same keys are written again
             for _ in range(3):

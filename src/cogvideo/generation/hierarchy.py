@@ -91,8 +91,11 @@ class _Run:
 
     def __init__(self, system: System, request: Request) -> None:
         request.check(system.config)
-        self.system, self.request, self.settings = system, request, request.settings
-        self.layout, self.gaps = system.config.layout, system.config.layout.num_frames - 1
+        self.system = system
+        self.request = request
+        self.settings = request.settings
+        self.layout = system.config.layout
+        self.gaps = self.layout.num_frames - 1
         self.rounds = self.settings.rounds
         if request.last is not None:
             require(
@@ -103,11 +106,12 @@ class _Run:
         # One generator per sample and stage, so that a stage's draws do not depend on the other stages.
         names = ("image", "sequential", "interpolation")
         children = [spawn(generator, len(names)) for generator in request.generators]
-        self.streams = dict(zip(names, map(list, zip(*children, strict=True)), strict=True))
+        self.streams = dict(zip(names, zip(*children, strict=True), strict=True))
 
     def check(self, image: bool, key_frames: bool, rounds: int) -> None:
         """Refuse incomplete models and long texts before any work."""
-        there, settings = self.system.components, self.settings
+        there = self.system.components
+        settings = self.settings
         needed = {"base": True, "text": True, "sequential": key_frames, "interpolation": rounds > 0}
         missing = [name for name, needs in needed.items() if needs and name not in there]
         require(
@@ -133,21 +137,26 @@ class _Run:
 
     def condition(self, share: float | None, guidance: float) -> Condition:
         """Texts of a stage, with the duration of a sequence as a share of the clip's, or without one."""
-        text, settings, prompts = self.system.text, self.settings, self.request.prompts
+        text = self.system.text
+        prompts = self.request.prompts
         durations = None if share is None else [seconds * share for seconds in self.request.seconds]
         slots = self.layout.image_text_slots if share is None else self.layout.text_slots
-        rows = text.batch(prompts, durations, slots, settings.truncate)
+        rows = text.batch(prompts, durations, slots, self.settings.truncate)
         if guidance == 1:
-            return Condition(rows, text_bonus=settings.text_bonus)
-        others = text.batch([settings.negative] * len(prompts), durations, slots, settings.truncate)
+            return Condition(rows, text_bonus=self.settings.text_bonus)
+        negatives = [self.settings.negative] * len(prompts)
+        others = text.batch(negatives, durations, slots, self.settings.truncate)
         return Condition(rows, others, guidance)
 
     def frames(self) -> Iterator[Finished]:
         """Yield given frames, then new ones; frames between given ones are not generated."""
-        request, step = self.request, 2**self.settings.rounds
+        request = self.request
+        step = 2**self.settings.rounds
         given = self.nothing()[0] if request.given is None else request.given
-        context = min(MOST_CONTEXT, 1 + (len(given) - 1) // step) if len(given) else 0
-        start = len(given) - 1 - (context - 1) * step if len(given) else 0
+        start = 0
+        if len(given):
+            context = min(MOST_CONTEXT, 1 + (len(given) - 1) // step)
+            start = len(given) - 1 - (context - 1) * step
         num_frames = start + self.gaps * step + 1 - request.loop
         for place, codes in enumerate(given):
             yield Finished("given", place, num_frames, codes.expand(len(request.prompts), -1))
@@ -161,7 +170,7 @@ class _Run:
         return torch.empty(len(self.request.prompts), 0, self.layout.grid**2, dtype=torch.int64)
 
     def new(self, given: Codes, step: int) -> Iterator[Finished]:
-        """Generate frames that follow given key frames, `step` places apart, or lie between two."""
+        """Generate frames after given key frames, `step` places apart, or between two of them."""
         last = self.request.last
         if last is None:
             codes = yield from self.key_frames(given, step)
@@ -184,11 +193,13 @@ class _Run:
             for first in self.image():
                 given = first.codes[:, None]
                 yield first
-        layout, again = SequenceLayout.sequential(self.layout), given[:, : int(self.request.loop)]
+        layout = SequenceLayout.sequential(self.layout)
+        again = given[:, : int(self.request.loop)]
         codes = [*given.unbind(1)]
         wanted = layout.num_frames - len(codes) - again.shape[1]
         if wanted:
-            model, condition = self.system.sequential, self.condition(1.0, self.settings.later.guidance)
+            model = self.system.sequential
+            condition = self.condition(1.0, self.settings.later.guidance)
             drawn = self.decode(model, layout, condition, given, self.streams["sequential"], self.settings.later)
             for place, frame in islice(drawn, wanted):  # later frames are never generated
                 codes.append(frame)
@@ -197,8 +208,10 @@ class _Run:
 
     def image(self) -> Iterator[Finished]:
         """Generate the first frame."""
-        model, layout = self.system.image_model, SequenceLayout.text_to_image(self.layout)
-        condition, first = self.condition(None, self.settings.first.guidance), self.settings.first
+        model = self.system.image_model
+        layout = SequenceLayout.text_to_image(self.layout)
+        first = self.settings.first
+        condition = self.condition(None, first.guidance)
         for place, codes in self.decode(model, layout, condition, self.nothing(), self.streams["image"], first):
             yield Finished("image", place, 0, codes)
 
@@ -213,7 +226,8 @@ class _Run:
     ) -> Iterator[tuple[int, Int64[Tensor, "batch slots"]]]:
         """Generate the frames that a stage adds, with their places in its sequence."""
         noise = GumbelNoise(generators, layout.num_frames, layout.frame_slots, model.base.config.num_codes)
-        labels, passes = self.system.cluster_labels, self.settings.passes
+        labels = self.system.cluster_labels
+        passes = self.settings.passes
         for frame in decode(model, layout, condition, given, noise, sampling, labels, passes):
             yield frame.place, frame.codes.cpu()
 
@@ -251,7 +265,8 @@ class _Run:
         """Generate the frames that some sequences add: number of the sequence, place in it, codes."""
         given = torch.stack([codes[:, span.start : span.start + layout.num_bidirectional] for span in spans], 1)
         given = rearrange(given, "batch spans frames slots -> (batch spans) frames slots")
-        model, condition = self.system.interpolation, _repeat(condition, len(spans))
+        model = self.system.interpolation
+        condition = _repeat(condition, len(spans))
         for place, drawn in self.decode(model, layout, condition, given, rows, self.settings.later):
             of_spans = rearrange(drawn, "(batch spans) slots -> spans batch slots", spans=len(spans))
             for number, each in enumerate(of_spans):

@@ -23,9 +23,12 @@ class Pace:
     """
 
     def __init__(self, most: int, free: bool = False) -> None:
-        self.most, self.free = most, free
-        self.right, self.tried = 1.0, 2.0
-        self.repeated, self.kept = 1.0, 2.0
+        self.most = most
+        self.free = free
+        self.right = 1.0
+        self.tried = 2.0
+        self.repeated = 1.0
+        self.kept = 2.0
 
     @property
     def width(self) -> int:

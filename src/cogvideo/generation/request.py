@@ -221,7 +221,8 @@ class Request:
         Raises:
             ValueError: there is no prompt, counts differ, or given frames do not fit this model.
         """
-        batch, generators = len(self.prompts), self.generators
+        batch = len(self.prompts)
+        generators = self.generators
         require(
             not isinstance(self.prompts, str), f"got the text {self.prompts!r} as prompts, expected a list of texts"
         )

@@ -100,7 +100,8 @@ def cluster_log_probabilities(
         k: number of clusters to keep.
         temperature: temperature of the second draw.
     """
-    labels, least = clusters.labels, torch.finfo(logits.dtype).min
+    labels = clusters.labels
+    least = torch.finfo(logits.dtype).min
     kept = keep_top_k(_log_sum_by(logits, clusters), k).log_softmax(-1)
     inside = logits / temperature
     return kept[..., labels] + inside - _log_sum_by(inside, clusters)[..., labels].clamp(min=least)

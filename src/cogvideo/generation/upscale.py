@@ -54,7 +54,8 @@ def enlarge(
         ValueError: text or low codes are invalid, or the model has no super-resolution.
     """
     model = system.upscaler
-    slots, words = model.channel.layout.high_slots, model.base.words.weight
+    slots = model.channel.layout.high_slots
+    words = model.base.words.weight
     noise = [slot_noise(each, slots, model.base.config.num_codes, words.device) for each in generators]
     return upscale(model, text, codes, noise, sampling, system.cluster_labels)
 
@@ -90,7 +91,8 @@ def upscale(
     passes = []
     for frames in torch.split(torch.arange(len(codes)), frames_per_pass):
         rows = [each[frames].to(device) for each in (text.tokens, text.mask, codes)]
-        high, own = model(*rows), [noise[frame] for frame in frames.tolist()]
+        high = model(*rows)
+        own = [noise[frame] for frame in frames.tolist()]
         parts = [_draw(model, part, own, sampling, clusters) for part in torch.split(high, SLOTS_PER_DRAW, dim=1)]
         passes.append(torch.cat(parts, dim=1))
     return torch.cat(passes)
@@ -116,7 +118,8 @@ def _draw(
 
 
 def _check(model: Upscaler, text: PaddedText, codes: Tensor, noise: Sequence[SlotNoise], frames_per_pass: int) -> None:
-    layout, config = model.channel.layout, model.base.config
+    layout = model.channel.layout
+    config = model.base.config
     require(
         codes.ndim == 2 and len(codes) > 0 and codes.shape[1] == layout.low_slots,
         f"got low codes of shape {tuple(codes.shape)}, expected (batch, {layout.low_slots}) and at least one frame",

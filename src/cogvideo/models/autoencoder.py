@@ -85,7 +85,8 @@ class Autoencoder(nn.Module):
         self, codes: Int64[Tensor, "frames slots"], chunk: int | None = 1
     ) -> UInt8[np.ndarray, "frames height width 3"]:
         """Decode the codes of square pictures; raises what `decode` raises."""
-        device, side = self.codebook.embedding.device, round(codes.shape[1] ** 0.5)
+        device = self.codebook.embedding.device
+        side = round(codes.shape[1] ** 0.5)
         with torch.autocast(device.type, enabled=False):
             return to_pixels(self.decode(codes.to(device).view(-1, side, side), chunk=chunk))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from jaxtyping import Float, Int64
@@ -46,7 +46,7 @@ class CacheMap:
     def starts(self) -> tuple[int, ...]:
         """First key of each cell."""
         sizes = [self.text_slots + self.frames * len(slots) for slots in self.cell_slots]
-        return tuple(sum(sizes[:cell]) for cell in range(len(sizes)))
+        return tuple(accumulate(sizes[:-1], initial=0))
 
     @cached_property
     def num_keys(self) -> int:
@@ -115,9 +115,11 @@ class Cache:
         cell = where.cell_of_slot.repeat(where.frames)
         self.places: list[int] = where.frame_places.flatten().tolist()
         self.first_keys: list[int] = torch.tensor(where.starts)[cell].tolist()
-        self.device_places, self.device_cell = where.frame_places.flatten().to(like.device), cell.to(like.device)
+        self.device_places = where.frame_places.flatten().to(like.device)
+        self.device_cell = cell.to(like.device)
         self.text_places = where.text_places.to(like.device)
-        self.key_order, self.key_cell = where.key_order.to(like.device), where.key_cell.to(like.device)
+        self.key_order = where.key_order.to(like.device)
+        self.key_cell = where.key_cell.to(like.device)
         self.prefix = None if text is None else extend(text, where.num_keys - where.text_slots)
         self.keys_mask = _spread(text, where).to(like.device)
 
@@ -128,7 +130,8 @@ class Cache:
 
     def keep(self, plan: MaskPlan, num_slots: int) -> MaskPlan:
         """Make the plan of a prefill pass keep its text and first `num_slots` frame slots."""
-        text_slots, device = self.map.text_slots, self.device_places.device
+        text_slots = self.map.text_slots
+        device = self.device_places.device
         text = torch.arange(text_slots, device=device).repeat(len(self.map.starts))
         frames = text_slots + torch.arange(num_slots, device=device)
         places = torch.cat([self.text_places.flatten(), self.device_places[:num_slots]])

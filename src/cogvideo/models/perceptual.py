@@ -99,7 +99,8 @@ class Lpips(nn.Module):
         Raises:
             ValueError: a side is shorter than the network's `least_side`.
         """
-        side, least = min(frames.shape[2:]), self.network.least_side
+        side = min(frames.shape[2:])
+        least = self.network.least_side
         require(side >= least, f"frames have a side of {side} pixels, expected at least {least} for LPIPS")
         x = _normalize(torch.cat([frames, others]))
         heads = dict(zip(self.network.compared, self.heads, strict=True))
@@ -147,7 +148,8 @@ def pyramid_distance(
 
     Coarser levels emphasize shapes and colors of areas over the noise of single pixels.
     """
-    difference, distances = frames - others, []  # pooling is linear
+    difference = frames - others  # pooling is linear
+    distances = []
     for level in range(num_levels):
         difference = F.avg_pool2d(difference, 2) if level else difference
         distances.append(difference.abs().mean())

@@ -81,7 +81,8 @@ def _structure(
     if device.type == "cuda":
         frame_rows = num_frames * layout.frame_slots
         keys = layout.text_slots + frame_rows
-        plans = [_dense(plan, rows, keys) for plan, rows in zip(plans, (keys, frame_rows, frame_rows), strict=False)]
+        spatial, *temporal = plans
+        plans = [_dense(spatial, keys, keys), *(_dense(plan, frame_rows, keys) for plan in temporal)]
     return tuple(_on(plan, device) for plan in plans)
 
 
@@ -111,7 +112,8 @@ def _temporal(layout: SequenceLayout, window: int, shifted: bool, num_frames: in
     """Each cell of a frame sees text, itself, and the same cell of all earlier frames; rows exclude text."""
     if not window:  # one cell, whose rows need no gathering
         return MaskPlan((Group(None, None, _frame_chunks(layout, layout.frame_slots, num_frames)),))
-    words, frames = torch.arange(layout.text_slots), torch.arange(num_frames) * layout.frame_slots
+    words = torch.arange(layout.text_slots)
+    frames = torch.arange(num_frames) * layout.frame_slots
     groups: list[Group] = []
     places: list[Tensor] = []
     for part in cells(layout.grid, window, shifted):
@@ -155,12 +157,10 @@ def _on(plan: MaskPlan, device: torch.device) -> MaskPlan:
     def moved(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device)
 
-    groups = (
-        Group(
-            moved(group.rows), moved(group.keys), tuple(each._replace(mask=moved(each.mask)) for each in group.chunks)
-        )
-        for group in plan.groups
-    )
+    groups = []
+    for group in plan.groups:
+        chunks = tuple(chunk._replace(mask=moved(chunk.mask)) for chunk in group.chunks)
+        groups.append(Group(moved(group.rows), moved(group.keys), chunks))
     return MaskPlan(tuple(groups), moved(plan.restore))
 
 
@@ -168,10 +168,10 @@ def _with_text(plan: MaskPlan, text: Tensor | None) -> MaskPlan:
     """Apply the mask of the text to a plan."""
     if text is None:
         return plan
-    groups = (
-        group._replace(chunks=tuple(chunk._replace(mask=_masked(group, chunk, text)) for chunk in group.chunks))
-        for group in plan.groups
-    )
+    groups = []
+    for group in plan.groups:
+        chunks = tuple(chunk._replace(mask=_masked(group, chunk, text)) for chunk in group.chunks)
+        groups.append(group._replace(chunks=chunks))
     return plan._replace(groups=tuple(groups))
 
 

@@ -43,7 +43,7 @@ class Codebook(nn.Module):
             least, most = (int(bound) for bound in codes.aminmax())
             require(
                 least >= 0 and most < num_codes,
-                f"codes lie in [{least}, {most}], expected ids in [0, {num_codes})",
+                f"codes are in [{least}, {most}], expected ids in [0, {num_codes})",
             )
         return F.embedding(codes, self.embedding)
 

@@ -96,13 +96,16 @@ class Upscaler(nn.Module):
             mask: true for real text, at least one token per row.
             codes: codes of the low frame.
         """
-        plan, low, high = self._plan(mask, codes.device), self._embed_low(text, mask, codes), self._embed_high(codes)
+        plan = self._plan(mask, codes.device)
+        low = self._embed_low(text, mask, codes)
+        high = self._embed_high(codes)
         for block, added in zip(self.base.blocks, self.channel.blocks, strict=True):
             low, high = added(block, low, high, plan)
         return high
 
     def _plan(self, mask: Bool[Tensor, "batch text"], device: torch.device) -> Levels:
-        layout, kind = self.channel.layout, self.base.words.weight.dtype
+        layout = self.channel.layout
+        kind = self.base.words.weight.dtype
         low = full_pass(low_sequence(layout), None, mask, kind, 1).spatial
         return Levels(layout.text_slots, low, neighborhoods(layout, self.channel.upscaler, device))
 
@@ -133,7 +136,8 @@ def inherit_upscaler(channel: UpscaleChannel, base: Base) -> None:
     too. The released training also copies the attention but repeats the low positions as tiles: high slot (r,
     c) starts at that of (r % grid, c % grid), far from the low codes that it sees.
     """
-    base_weights, layout = base.state_dict(), channel.layout
+    base_weights = base.state_dict()
+    layout = channel.layout
     channel.blocks.load_state_dict({name: base_weights[f"blocks.{name}"] for name in channel.blocks.state_dict()})
     rows = base.positions(layout.low_positions(base.positions.weight.device))
     square = "(row column) hidden -> (row down column right) hidden"
@@ -160,13 +164,16 @@ def neighborhoods(
         device: device of the indices.
         tile: side of a tile in low codes; tiles at the right and lower edges may be smaller.
     """
-    slots, side = torch.arange(layout.high_slots).view(layout.high_grid, -1), tile * layout.ratio
+    slots = torch.arange(layout.high_slots).view(layout.high_grid, -1)
+    side = tile * layout.ratio
     groups: dict[tuple[torch.Size, bytes], list[tuple[Tensor, Tensor, Tensor]]] = {}
-    for high in (part.flatten() for band in torch.split(slots, side) for part in torch.split(band, side, dim=1)):
-        seen = _sees(layout, upscaler, high)
-        keys = seen.any(0).nonzero()[:, 0]
-        mask = seen[:, keys]
-        groups.setdefault((mask.shape, mask.numpy().tobytes()), []).append((high, keys, mask))
+    for band in torch.split(slots, side):
+        for part in torch.split(band, side, dim=1):
+            high = part.flatten()
+            seen = _sees(layout, upscaler, high)
+            keys = seen.any(0).nonzero()[:, 0]
+            mask = seen[:, keys]
+            groups.setdefault((mask.shape, mask.numpy().tobytes()), []).append((high, keys, mask))
     order = torch.cat([high for group in groups.values() for high, _, _ in group])
     return MaskPlan(tuple(_group(group, device) for group in groups.values()), restore=order.argsort().to(device))
 
