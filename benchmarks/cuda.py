@@ -165,9 +165,11 @@ def _attended(operands: list[Tensor], seen: Tensor) -> list[Tensor]:
 
 def decoding(bench: Bench) -> Iterator[Result]:
     """Guided passes of the sequential stage, batch 1, against the bandwidth floor, eager and as CUDA graphs."""
-    config, bandwidth = bench.released, bench.bandwidth()
+    config = bench.released
+    bandwidth = bench.bandwidth()
     model = _stages(config, bench.device, ("sequential",))["sequential"]
-    layout, codes = SequenceLayout.sequential(config.layout), config.transformer.num_codes
+    layout = SequenceLayout.sequential(config.layout)
+    codes = config.transformer.num_codes
     slots = layout.text_slots
     condition = Condition(text(min(20, slots), slots, codes), text(min(6, slots), slots, codes), 3.0)
     kinds = {"eager": MaskedDecoder} | ({"graphs": GraphedDecoder} if bench.is_gpu else {})
@@ -189,7 +191,8 @@ def clip(bench: Bench) -> Iterator[Result]:
     """A whole clip, stage by stage, without text encoding; with CUDA graphs on a GPU."""
     config = bench.released
     models = _stages(config, bench.device, STAGES)
-    passes, frames = Passes(draft=8, graphs=bench.is_gpu), torch.empty(1, 0, config.layout.grid**2, dtype=torch.int64)
+    passes = Passes(draft=8, graphs=bench.is_gpu)
+    frames = torch.empty(1, 0, config.layout.grid**2, dtype=torch.int64)
     start = time.perf_counter()
 
     def figures() -> dict[str, float]:
@@ -206,7 +209,9 @@ def clip(bench: Bench) -> Iterator[Result]:
         wider = frames.new_zeros(1, 2 * frames.shape[1] - 1, frames.shape[2])
         wider[:, ::2], wider[0, 1::2], frames = frames, between, wider
         yield f"interpolation round {number + 1}", figures()
-    low, layout, codes = frames[0], models["superres"].channel.layout, config.transformer.num_codes
+    low = frames[0]
+    layout = models["superres"].channel.layout
+    codes = config.transformer.num_codes
     noise = [slot_noise(torch.Generator(), layout.high_slots, codes, bench.device) for _ in low]
     words = text(min(20, layout.text_slots), layout.text_slots, codes, len(low))
     sampling = SamplingConfig(clusters=6, cluster_temperature=0.6)
@@ -223,7 +228,8 @@ def _draw(model: Transformer, layout: SequenceLayout, given: Tensor, passes: Pas
     words = text(min(20, layout.text_slots), layout.text_slots, codes, len(given))
     generators = [torch.Generator().manual_seed(number) for number in range(len(given))]
     noise = GumbelNoise(generators, layout.num_frames, layout.frame_slots, codes)
-    condition, sampling = Condition(words, words if scale != 1 else None, scale), SamplingConfig(1.05, clusters=12)
+    condition = Condition(words, words if scale != 1 else None, scale)
+    sampling = SamplingConfig(1.05, clusters=12)
     drawn = decode(model, layout, condition, given, noise, sampling, torch.arange(codes) % 500, passes)
     return torch.stack([frame.codes.cpu() for frame in drawn], 1)
 
@@ -235,7 +241,7 @@ def training(bench: Bench) -> Iterator[Result]:
             trainer, data = trainer_of(stage, bench.trained, batch, bench.device)
             bench.peak_gib()
             milliseconds = bench.milliseconds(lambda: trainer.step(0, data), 30)  # noqa: B023
-            values = {"ms": milliseconds, "samples a second": batch / milliseconds * 1e3}
+            values = {"ms": milliseconds, "samples per second": batch / milliseconds * 1e3}
             yield f"{stage}, batch {batch}", values | {"loss": trainer.figures(1).loss, "peak GiB": bench.peak_gib()}
 
 
@@ -293,7 +299,8 @@ def _stages(config: CogVideoConfig, device: torch.device, names: tuple[str, ...]
 def trainer_of(stage: str, config: CogVideoConfig, batch: int, device: torch.device) -> tuple[Trainer, Any]:
     """Trainer of a stage with random weights, and a batch of random codes."""
     base = _base(config, device, torch.float32)
-    sizes, text_rows = config.transformer, _words(config, batch)
+    sizes = config.transformer
+    text_rows = _words(config, batch)
     tokens = _Ids(sizes)
     random = torch.Generator().manual_seed(0)
 
@@ -325,7 +332,9 @@ class _Ids(TextTokenizer):
     """Special tokens of a text tokenizer, which is all that a loss needs."""
 
     def __init__(self, sizes: TransformerConfig) -> None:
-        self.num_codes, self.pad, self.start_of_image = sizes.num_codes, sizes.pad, sizes.start_of_image
+        self.num_codes = sizes.num_codes
+        self.pad = sizes.pad
+        self.start_of_image = sizes.start_of_image
 
 
 def _words(config: CogVideoConfig, batch: int) -> Callable[[int], PaddedText]:

@@ -57,8 +57,8 @@ def preparing(num_clips: int = 12, rounds: int = 5) -> dict[str, Any]:
     seconds = times["prepare"]["median"] / 1e3
     frames = sum(map(len, clips))
     return {
-        "clips a second and core": num_clips / seconds,
-        "frames a second and core": frames / seconds,
+        "clips per second and core": num_clips / seconds,
+        "frames per second and core": frames / seconds,
         "share of the encoder's speed": share,
         "goal": PREPARE_GOAL,
     }
@@ -71,7 +71,8 @@ def memory(num_clips: int = 10_000) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        path, marks = Path(folder), {}
+        path = Path(folder)
+        marks = {}
         names = [f"small{suffix}" for suffix in (".mp4", ".gif", ".webp")]
         for name in names:
             write_video(path / name, moving_picture(30, 48, 64), 10)
@@ -115,7 +116,8 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("section", nargs="*", default=list(SECTIONS), help=f"any of {', '.join(SECTIONS)}")
-    chosen, figures = parser.parse_args().section, {}
+    chosen = parser.parse_args().section
+    figures = {}
     if unknown := set(chosen) - set(SECTIONS):
         parser.error(f"unknown section {', '.join(sorted(unknown))}, expected any of {', '.join(SECTIONS)}")
     for name in chosen:

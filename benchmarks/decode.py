@@ -52,7 +52,8 @@ def build(
 ) -> Transformer:
     """A video stage with random weights."""
     config = TransformerConfig(layers, hidden, heads, codes + 200, codes, codes + 1, codes, 1024)
-    base, channel = Base(config), TemporalChannel(config, layout, StageConfig(window))
+    base = Base(config)
+    channel = TemporalChannel(config, layout, StageConfig(window))
     generator = torch.Generator().manual_seed(0)
     initialize(base, layers, generator)
     inherit(channel, base, generator)
@@ -74,7 +75,8 @@ def text(tokens: int, slots: int, codes: int = NUM_CODES, batch: int = 1) -> Pad
 
 def decoder(model: Transformer, layout: SequenceLayout, batch: int = 1, guided: bool = True) -> Decoder:
     """Decoder whose first frames are given."""
-    codes, slots = model.base.config.num_codes, layout.text_slots
+    codes = model.base.config.num_codes
+    slots = layout.text_slots
     texts = [text(min(each, slots), slots, codes, batch) for each in (TEXT_TOKENS, GUIDE_TOKENS)]
     run = Decoder(model, layout, Condition(*texts, SCALE) if guided else Condition(texts[0]))
     run.prefill(torch.randint(0, codes, (batch, max(1, layout.num_bidirectional), layout.frame_slots)))
@@ -89,7 +91,8 @@ def stepper(run: Decoder, rank: int, slot: int) -> Callable[[], object]:
 
 def step_bytes(run: Decoder, rank: int, slot: int) -> int:
     """Bytes that a step must read: weights of layers and head, and the visible part of the caches."""
-    model, config = run.model, run.model.base.config
+    model = run.model
+    config = run.model.base.config
     assert model.channel is not None
     width = model.base.words.weight.element_size()
     weights = (12 + 4) * config.hidden**2 * config.num_layers + config.num_codes * config.hidden
@@ -144,7 +147,8 @@ def _guided_steps(window: int, position: int, rounds: int) -> Figures:
 
 def _plain_call(model: Transformer, position: int) -> Callable[[], object]:
     slots = LAYOUT.grid**2
-    dtype, token = model.base.words.weight.dtype, torch.zeros(1, 1, dtype=torch.int64)
+    dtype = model.base.words.weight.dtype
+    token = torch.zeros(1, 1, dtype=torch.int64)
     contexts = [PlainContext(model, each, position, dtype) for each in (TEXT_TOKENS, GUIDE_TOKENS)]
     start = position // slots * slots
     return lambda: plain_step(model, contexts, token, LAYOUT.frame_position + position, start, SCALE)
@@ -163,7 +167,8 @@ def host_overhead(rounds: int = 100) -> Figures:
 
 def batches(rounds: int = 6) -> Figures:
     """Guided steps at position 400 by batch size."""
-    model, sequential = packed(build(1024, 12, 16, 0, torch.float32)), SequenceLayout.sequential(LAYOUT)
+    model = packed(build(1024, 12, 16, 0, torch.float32))
+    sequential = SequenceLayout.sequential(LAYOUT)
     calls = {f"batch {batch}": stepper(decoder(model, sequential, batch), 1, 0) for batch in (1, 2, 4, 8)}
     times = alternate(calls, rounds)
     return {
@@ -193,7 +198,8 @@ def drafts(rounds: int = 15) -> Figures:
 
 def _drafting(run: Decoder, width: int) -> Callable[[], object]:
     """A drafting pass in which each sample is two slots ahead of the next."""
-    slots, batch = run.layout.frame_slots, len(run.condition.text.tokens)
+    slots = run.layout.frame_slots
+    batch = len(run.condition.text.tokens)
     fed = torch.zeros(batch, slots + 1, dtype=torch.int64)
     starts = [slots // 2 - 2 * sample for sample in range(batch)]
     return lambda: run.draft(4, [range(start, start + width) for start in starts], fed)
@@ -213,9 +219,11 @@ def frames() -> Figures:
 
 def _whole_pass(window: int, count: int) -> tuple[float, float]:
     layout = LayoutConfig(grid=20, num_frames=count, text_slots=64, image_text_slots=64, frame_position=512)
-    model, sequence = build(256, 4, 4, window, torch.float32, layout, 512), SequenceLayout.sequential(layout)
+    model = build(256, 4, 4, window, torch.float32, layout, 512)
+    sequence = SequenceLayout.sequential(layout)
     _reset_peak()
-    before, start = _peak_mebibytes(), time.perf_counter()
+    before = _peak_mebibytes()
+    start = time.perf_counter()
     with torch.inference_mode():
         words = text(TEXT_TOKENS, 64, 512)
         plan = full_pass(sequence, window, words.mask, torch.float32, count)
@@ -256,7 +264,8 @@ def _upscale(grid: int, dtype: torch.dtype) -> tuple[float, float]:
     small = {"num_layers": 1, "vocab_size": 1000, "num_codes": 900, "pad": 900, "start_of_image": 901}
     config = replace(preset("cogvideo").transformer, **small)
     layout = LayoutConfig(grid, 5, 64, 64, 512)
-    base, channel = Base(config), UpscaleChannel(config, layout, preset("cogvideo").upscaler)
+    base = Base(config)
+    channel = UpscaleChannel(config, layout, preset("cogvideo").upscaler)
     model = Upscaler(base, channel).to(dtype).requires_grad_(False)
     words = text(TEXT_TOKENS, channel.layout.text_slots, 900)
     codes = torch.zeros(1, grid * grid, dtype=torch.int64)
@@ -340,7 +349,8 @@ def main() -> None:
     """Run the sections named on the command line; all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("section", nargs="*", default=list(SECTIONS), help=f"any of {', '.join(SECTIONS)}")
-    chosen, figures = parser.parse_args().section, {}
+    chosen = parser.parse_args().section
+    figures = {}
     if unknown := set(chosen) - set(SECTIONS):
         parser.error(f"unknown section {', '.join(sorted(unknown))}, expected any of {', '.join(SECTIONS)}")
     for name in chosen:

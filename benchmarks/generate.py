@@ -41,7 +41,7 @@ Figures = dict[str, Any]
 
 PROMPT = "a large red ball bounces in from the left, bounces twice and leaves on the right, on a beach, slowly"
 OPENMP_SPINS = 300_000
-"""Of GNU OpenMP where no more threads than cores are asked for."""
+"""Default spin count of GNU OpenMP with at most one thread per core."""
 GOALS = {"first frame": 3.0, "finished mp4": 12.0}
 WAYS = {
     "one by one": Passes(),
@@ -78,7 +78,8 @@ def command(model: str, rounds: int = 5) -> Figures:
 def _wait(model: str, folder: Path) -> tuple[float, float]:
     """Time to the first frame, and to the end of the command."""
     arguments = ["generate", PROMPT, "--model", model, "--output", str(folder), "--seed", "1", "--preview"]
-    start, first = time.perf_counter(), 0.0
+    start = time.perf_counter()
+    first = 0.0
     process = subprocess.Popen([sys.executable, "-m", "cogvideo", *arguments], stdout=subprocess.DEVNULL)
     while process.poll() is None:
         if not first and any(folder.glob("*-frames/[0-9]*.png")):
@@ -104,7 +105,7 @@ def waiting(model: str, rounds: int = 3) -> Figures:
     found = {"alone": alternate(calls, rounds, 0)}
     with subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) as busy:
         try:
-            found["beside a busy program"] = alternate(calls, rounds, 0)
+            found["next to a busy program"] = alternate(calls, rounds, 0)
         finally:
             busy.kill()
     return {
@@ -138,7 +139,8 @@ def ways(model: str, rounds: int = 3) -> Figures:
 def parts(model: str, rounds: int = 3) -> Figures:
     """Seconds for each part of a clip decoded one code at a time, against its floor."""
     pipeline = CogVideoPipeline.from_pretrained(model)
-    config, settings = pipeline.model.config, replace(pipeline.settings, passes=Passes())
+    config = pipeline.model.config
+    settings = replace(pipeline.settings, passes=Passes())
     list(_stream(pipeline, replace(settings, should_enlarge=False)))
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds):

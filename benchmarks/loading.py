@@ -48,7 +48,7 @@ def loading(num_rows: int = 12_800, shard_rows: int = 128, rounds: int = 5) -> d
         }
         times = alternate(calls, rounds, warm_up=1)
         rates = {name: {key: batches * BATCH / ms * 1e3 for key, ms in each.items()} for name, each in times.items()}
-        figures: dict[str, Any] = {"rows_a_second": rates, "opening_ms": _opening(path)}
+        figures: dict[str, Any] = {"rows_per_second": rates, "opening_ms": _opening(path)}
         figures |= {"private_memory_growth_mib": _growth(stream, 100_000), "rows": num_rows, "batch": BATCH}
     _print(figures)
     return figures
@@ -115,8 +115,8 @@ def _private() -> int:
 
 
 def _print(figures: dict[str, Any]) -> None:
-    print(f"{'rows a second, batch 64':32} {'median':>10} {'best':>10}")
-    for name, each in figures["rows_a_second"].items():
+    print(f"{'rows per second, batch 64':32} {'median':>10} {'best':>10}")
+    for name, each in figures["rows_per_second"].items():
         print(f"{name:32} {each['median']:10,.0f} {each['best']:10,.0f}")
     print(f"opening {figures['rows']:,} rows: {figures['opening_ms']:.0f} ms")
     print(f"memory growth in 100,000 rows: {figures['private_memory_growth_mib']:.1f} MiB")

@@ -47,7 +47,8 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int 
 def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Write figures to a dated JSON file, keeping other sections of the same day and machine."""
     folder.mkdir(exist_ok=True, parents=True)
-    path, here = folder / f"{name}-{datetime.now(UTC):%Y-%m-%d}.json", machine()
+    path = folder / f"{name}-{datetime.now(UTC):%Y-%m-%d}.json"
+    here = machine()
     before = json.loads(path.read_text()) if path.exists() else {"machine": here}
     kept = before if before["machine"] == here else {}
     temporary = path.with_suffix(".part")

@@ -35,9 +35,12 @@ def plain_step(
 
 
 def _pass(model: Transformer, context: PlainContext, token: Tensor, position: int, frame_start: int) -> Tensor:
-    base, channel, heads = model.base, model.channel, model.base.config.num_heads
+    base = model.base
+    channel = model.channel
+    heads = model.base.config.num_heads
     assert channel is not None
-    grid, extra = math.isqrt(channel.first_position - channel.frame_position), position - channel.first_position
+    grid = math.isqrt(channel.first_position - channel.frame_position)
+    extra = position - channel.first_position
     row = channel.positions.weight[extra] if extra >= 0 else base.positions.weight[position]
     x = base.words.weight[token] + row
     for layer, (block, own) in enumerate(zip(base.blocks, channel.blocks, strict=True)):

@@ -82,7 +82,8 @@ def plain_loss(model: Transformer, layout: SequenceLayout, masks: DenseMasks, ba
 
 
 def _blocks(model: Transformer, x: Tensor, masks: DenseMasks, text: int) -> Tensor:
-    heads, kinds = model.base.config.num_heads, len(masks.temporal)
+    heads = model.base.config.num_heads
+    kinds = len(masks.temporal)
     assert model.channel is not None
     for layer, (block, own) in enumerate(zip(model.base.blocks, model.channel.blocks, strict=True)):
         normed = block.norm1(x)

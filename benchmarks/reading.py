@@ -26,7 +26,8 @@ def measure_reading(rounds: int = 10, num_reads: int = 10_000) -> dict[str, Any]
 
 def _rates(folder: Path, rate: int, rounds: int) -> dict[str, float]:
     """Rates for a one-second file with `rate` frames, of which 8 are kept: at most a sixth."""
-    path, num_frames = folder / f"{rate}.mp4", rate * SECONDS
+    path = folder / f"{rate}.mp4"
+    num_frames = rate * SECONDS
     write_video(path, moving_picture(num_frames, HEIGHT, WIDTH), rate)
     calls = {
         "raw PyAV": lambda: _decode(path),
@@ -34,7 +35,7 @@ def _rates(folder: Path, rate: int, rounds: int) -> dict[str, float]:
         "size 160": lambda: read_video(path, FPS, 160),
     }
     times = {name: each["median"] / 1e3 for name, each in alternate(calls, rounds).items()}
-    return {f"{name}, frames a second": num_frames / seconds for name, seconds in times.items()} | {
+    return {f"{name}, frames per second": num_frames / seconds for name, seconds in times.items()} | {
         f"{name} over raw": times["raw PyAV"] / times[name] for name in ("size 64", "size 160")
     }
 
@@ -54,7 +55,8 @@ def _memory(folder: Path, num_reads: int) -> dict[str, float]:
     paths = [folder / f"small{suffix}" for suffix in (".mp4", ".gif", ".webp")]
     for path in paths:
         write_video(path, moving_picture(10, 48, 64), 10)
-    warm_up, marks = num_reads // 10, {}
+    warm_up = num_reads // 10
+    marks = {}
     for number in range(1, num_reads + 1):
         read_video(paths[number % len(paths)], FPS, 64)
         if number in (warm_up, num_reads):

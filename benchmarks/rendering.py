@@ -9,7 +9,7 @@ from typing import Any
 from cogvideo import world
 
 GOAL = 200.0
-"""Clips a second of 33 frames at 64 x 64."""
+"""Goal in clips of 33 frames per second at 64 x 64."""
 
 
 def rendering(clips: int = 300, rounds: int = 3) -> dict[str, Any]:

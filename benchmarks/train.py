@@ -41,7 +41,7 @@ Stage = Literal["sequential", "interpolation"]
 Precision = Literal["float32", "bfloat16"]
 PRECISIONS: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = replace(preset("cogvideo").transformer, num_layers=8, hidden=512, num_heads=8)
-"""Of the steps. The vocabulary is the released one, since the plain step makes logits of all of it."""
+"""Sizes of the steps, with the released vocabulary, whose logits the plain step computes in full."""
 WINDOW = 10
 CASES: dict[str, tuple[Stage, int]] = {
     "sequential": ("sequential", 0),
@@ -52,9 +52,9 @@ CASES: dict[str, tuple[Stage, int]] = {
 RELEASED = ("sequential", "interpolation, windowed")
 """Cases of the released model, whose memory is measured. That of key frames is the same with windows."""
 CLOSE = {"float32": 1e-4, "bfloat16": 1e-3}
-"""By how much the two losses may differ; they are near ten."""
+"""Allowed difference of the two losses, which are near ten."""
 ATTENTION_GOALS = {0: 2.5, WINDOW: 6.0}
-STEP_GOAL, MEMORY_GOAL, UTILISATION_GOAL = 2.0, 0.5, 0.4
+STEP_GOAL, MEMORY_GOAL, UTILIZATION_GOAL = 2.0, 0.5, 0.4
 CPU = torch.device("cpu")
 
 
@@ -110,13 +110,15 @@ def make(
     """Make a stage with random weights on a frozen base, in the types of training, and a random batch."""
     settings = StageOptimization(batch=batch, precision=precision, learning_rate=1e-6)
     with device:
-        base, channel = Base(sizes), TemporalChannel(sizes, layout, StageConfig(window))
+        base = Base(sizes)
+        channel = TemporalChannel(sizes, layout, StageConfig(window))
     generator = torch.Generator(device).manual_seed(0)
     initialize(base, sizes.num_layers, generator)
     inherit(channel, base, generator)
     for each in base.requires_grad_(False).parameters():
         each.data = each.data.to(settings.dtype if each.ndim > 1 else torch.float32)
-    model, sequence = Transformer(base, channel), getattr(SequenceLayout, stage)(layout)
+    model = Transformer(base, channel)
+    sequence = getattr(SequenceLayout, stage)(layout)
     task = VideoTask(sequence, SimpleNamespace(start_of_image=sizes.start_of_image))
     ranks = ALONE._replace(device=device)
     trainer = Trainer(Objective(model, task), settings, Execution(compile=compile), ParallelSettings(), ranks)
@@ -151,7 +153,8 @@ def attention(rounds: int = 7) -> Figures:
     for precision, dtype in PRECISIONS.items():
         for window, goal in ATTENTION_GOALS.items():
             calls = _attention_calls(window, dtype)
-            times, kinds = alternate(calls, rounds, 1), 2 if window else 1
+            times = alternate(calls, rounds, 1)
+            kinds = 2 if window else 1
             for channels in ("temporal channel", "both channels"):
                 ours, plain = (
                     {key: value / kinds for key, value in times[name].items()}
@@ -165,7 +168,8 @@ def attention(rounds: int = 7) -> Figures:
 
 def _attention_calls(window: int, dtype: torch.dtype, heads: int = 4) -> dict[str, Callable[[], object]]:
     """Calls for one block of each kind, after a comparison of outputs and gradients."""
-    layout, words = SequenceLayout.sequential(LAYOUT), text(TEXT_TOKENS, LAYOUT.text_slots)
+    layout = SequenceLayout.sequential(LAYOUT)
+    words = text(TEXT_TOKENS, LAYOUT.text_slots)
     masks = dense_masks(layout, window, words.mask, dtype)
     plan = full_pass(layout, window, words.mask, dtype, layout.num_frames)
     fused = [torch.randn(1, layout.length, 3 * heads * 64, dtype=dtype).requires_grad_() for _ in range(2)]
@@ -221,7 +225,8 @@ def _steps(precision: Precision, rounds: int) -> Figures:
         calls[name] = case.step
         calls.setdefault(f"plain {CASES[name][0]}", partial(case.plain_step, masks))
     calls["rate"] = lambda: rates.append(matrix_rate.__wrapped__(CPU, PRECISIONS[precision]))
-    times, rate = alternate(calls, rounds, 0), max(rates)
+    times = alternate(calls, rounds, 0)
+    rate = max(rates)
     return {
         f"{precision}, {name}": times_faster(times[name], times[f"plain {CASES[name][0]}"], STEP_GOAL)
         | _speed(case, times[name]["median"] / 1e3, rate)
@@ -232,7 +237,8 @@ def _steps(precision: Precision, rounds: int) -> Figures:
 
 def _check_losses(case: Case, masks: DenseMasks) -> None:
     with torch.no_grad():
-        ours, plain = float(case.trainer.measure(case.batch).loss.mean()), float(case.plain_loss(masks))
+        ours = float(case.trainer.measure(case.batch).loss.mean())
+        plain = float(case.plain_loss(masks))
     limit = CLOSE[case.trainer.settings.precision]
     assert abs(ours - plain) < limit, f"the losses are {ours} and {plain}, expected the same within {limit}"
 
@@ -240,7 +246,7 @@ def _check_losses(case: Case, masks: DenseMasks) -> None:
 def _speed(case: Case, seconds: float, rate: float) -> dict[str, float]:
     tokens = case.positions / seconds
     work = flops_a_position(case.model)
-    return {"tokens a second": tokens, "utilisation": tokens * work / rate, "matrix GFLOP/s": rate / 1e9}
+    return {"tokens per second": tokens, "utilization": tokens * work / rate, "matrix GFLOP/s": rate / 1e9}
 
 
 def _frozen(case: Case) -> dict[str, float]:
@@ -299,7 +305,8 @@ def cuda(rounds: int = 10) -> Figures:
     """Steps of the sequential stage on a CUDA GPU, bfloat16: `small`, and `cogvideo` with as many layers as fit."""
     if not torch.cuda.is_available():
         return {"did not run: there is no CUDA GPU here": {}}
-    device, batch = torch.device("cuda"), 2
+    device = torch.device("cuda")
+    batch = 2
     wide = replace(preset("cogvideo").transformer, num_layers=_layers_that_fit(batch, device))
     sizes = {
         "small": (preset("small").transformer, preset("small").layout, 32),
@@ -314,7 +321,8 @@ def cuda(rounds: int = 10) -> Figures:
 
 def _layers_that_fit(batch: int, device: torch.device) -> int:
     """Layers of the `cogvideo` preset that fit by the computed memory of a step, with a tenth to spare."""
-    whole, free = preset("cogvideo"), 0.9 * torch.cuda.mem_get_info(device)[0]
+    whole = preset("cogvideo")
+    free = 0.9 * torch.cuda.mem_get_info(device)[0]
     for layers in range(whole.transformer.num_layers, 2, -2):
         config = replace(whole, transformer=replace(whole.transformer, num_layers=layers))
         if training(config, "sequential", batch, autocast=True).total < free:
@@ -339,7 +347,7 @@ def gpu_step(
     seconds = alternate({"steps": run}, 1, 1)["steps"]["median"] / 1e3 / rounds
     speed = _speed(case, seconds, matrix_rate(device, torch.bfloat16))
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    return {"ms": seconds * 1e3, **speed, "goal": UTILISATION_GOAL, "peak GiB so far": peak}
+    return {"ms": seconds * 1e3, **speed, "goal": UTILIZATION_GOAL, "peak GiB so far": peak}
 
 
 SECTIONS: dict[str, Callable[[], Figures]] = {

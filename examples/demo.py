@@ -25,7 +25,8 @@ prompts = {
     "world": "a large red ball bounces in from the left, bounces twice and leaves on the right, on a beach, slowly",
     "moving-on": "a yellow face closes its eyes and laughs with an open mouth, on a light blue background",
 }
-image, rows = None, []
+image = None
+rows = []
 with Progress(transient=True, console=Console(stderr=True)) as progress:
     for number, (name, prompt) in enumerate(prompts.items()):
         task = progress.add_task(name, total=33)
