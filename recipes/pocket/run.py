@@ -20,9 +20,9 @@ from cogvideo.files import write_text
 
 RECIPE = Path(__file__).with_name("recipe.toml")
 KEY_FRAMES = ("--fps", "1", "--max-seconds", "5", "--loop-to", "5")
-"""The five frames that the image model and key frames learn from; super-resolution takes them one by one."""
+"""Five frames to train the image model and key frames on; super-resolution uses them one by one."""
 WHOLE = ("--fps", "8", "--max-seconds", "4.125", "--loop-to", "4.125")
-"""All frames of a clip, which interpolation learns from."""
+"""All frames of a clip, to train interpolation on."""
 
 Recipe = dict[str, dict[str, Any]]
 
