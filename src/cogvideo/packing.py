@@ -48,10 +48,9 @@ class PackedLinear(nn.Module):
     def _few(self, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
         """Product of rows, repeated up to `FASTEST_ROWS` if they are few."""
         copies = FASTEST_ROWS // len(rows)
-        return self._product(rows) if copies < 2 else self._product(torch.cat([rows] * copies))[: len(rows)]
-
-    def _product(self, rows: Float[Tensor, "rows in"]) -> Float[Tensor, "rows out"]:
-        return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
+        repeated = torch.cat([rows] * copies) if copies > 1 else rows
+        product = torch.ops.mkldnn._linear_pointwise(repeated, self.packed, self.bias, "none", [], "")
+        return product[: len(rows)]
 
 
 class PackedWords(Words):

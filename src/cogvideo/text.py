@@ -189,9 +189,13 @@ class TextTokenizer:
 
     def _spell(self, piece: str) -> list[int]:
         """Tokens of the characters of an ASCII piece; bytes for characters that the model does not have."""
-        processor = self._processor
-        singles = [(processor.piece_to_id(each), processor.piece_to_id(f"<0x{ord(each):02X}>")) for each in piece]
-        return [self.num_codes + (byte if single == processor.unk_id() else single) for single, byte in singles]
+        tokens = []
+        for character in piece:
+            index = self._processor.piece_to_id(character)
+            if index == self._processor.unk_id():
+                index = self._processor.piece_to_id(f"<0x{ord(character):02X}>")
+            tokens.append(self.num_codes + index)
+        return tokens
 
 
 def fit(tokens: list[int], slots: int, truncate: bool = False) -> list[int]:

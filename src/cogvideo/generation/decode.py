@@ -139,7 +139,8 @@ def _lockstep(decoder: Decoder, draw: _Draw, given: Tensor, behind: int) -> Iter
     codes = torch.full((draw.batch, count, slots + 1), start, device=decoder.device)  # column j is fed at slot j
     noise: dict[int, Tensor] = {}
     for tick in range((count - 1) * behind + slots):
-        flying = [(frame, tick - frame * behind) for frame in range(count) if 0 <= tick - frame * behind < slots]
+        reached = [(frame, tick - frame * behind) for frame in range(count)]
+        flying = [(frame, slot) for frame, slot in reached if 0 <= slot < slots]
         noise |= {frame: draw.start(first + frame) for frame, slot in flying if slot == 0}
         tokens = torch.stack([codes[:, frame, slot] for frame, slot in flying], 1)
         scores = draw.scores(decoder.step([(first + frame) * slots + slot for frame, slot in flying], tokens))
@@ -192,20 +193,21 @@ def _draft_frame(
         fed[samples, at + 1] = drawn
         row = 0
         for sample, run in enumerate(runs):
-            if run:
-                pace = paces[sample]
-                own = slice(row, row + len(run))
-                row += len(run)
-                right = [*as_drafted[own], False].index(False)
-                kept = min(right + 1, len(run))
-                pace.saw(right, len(run), sum(sum(each[own][:kept]) for each in as_before))
-                done[sample] += kept
-                drafted[sample] = max(drafted[sample], run.stop)
-                ahead = range(drafted[sample], min(done[sample] + pace.width, slots))
-                if ahead:
-                    part = slice(ahead.start, ahead.stop)
-                    old = None if before is None else before[sample, part]
-                    fed[sample, 1:][part] = _guess(scores[row - 1], noise[sample, part], old, pace.repeats)
+            if not run:
+                continue
+            pace = paces[sample]
+            own = slice(row, row + len(run))
+            row += len(run)
+            right = [*as_drafted[own], False].index(False)
+            kept = min(right + 1, len(run))
+            pace.saw(right, len(run), sum(sum(each[own][:kept]) for each in as_before))
+            done[sample] += kept
+            drafted[sample] = max(drafted[sample], run.stop)
+            ahead = range(drafted[sample], min(done[sample] + pace.width, slots))
+            if ahead:
+                part = slice(ahead.start, ahead.stop)
+                old = None if before is None else before[sample, part]
+                fed[sample, 1:][part] = _guess(scores[row - 1], noise[sample, part], old, pace.repeats)
     return fed[:, 1:]
 
 
