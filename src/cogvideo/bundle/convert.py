@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +102,8 @@ class Checkpoint(NamedTuple):
     def find(cls, component: str, folder: Path) -> Checkpoint:
         """The checkpoint in a folder; refused if a file is missing, or the model is split in several."""
         settings = _read_settings(folder / "model_config.json")
-        iteration = folder / _read(folder / "latest").decode(errors="replace").strip()
+        with _reading(folder / "latest"):
+            iteration = folder / (folder / "latest").read_text(errors="replace").strip()
         files = sorted(iteration.glob("mp_rank_*_model_states.pt"))
         require(bool(files), f"there is no file {iteration / 'mp_rank_00_model_states.pt'}")
         require(
@@ -177,27 +180,23 @@ def _add_tokenizers(writer: BundleWriter, folder: Path) -> None:
     file, names = folder / "ice_image.pt", released_autoencoder_names(writer.config.autoencoder)
     tensors = _read_module(file)
     _require_names(file, set(tensors), set(names), _RUNNING_AVERAGES)
-    writer.add_text(_read(folder / "ice_text.model"), folder / "ice_text.model")
+    with _reading(folder / "ice_text.model"):
+        text = (folder / "ice_text.model").read_bytes()
+    writer.add_text(text, folder / "ice_text.model")
     writer.add("image_tokenizer", _rename(tensors, names), file)
 
 
 def _read_labels(file: Path) -> Shaped[Tensor, "..."]:
-    try:
+    with _reading(file):
         labels = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"cannot read {file}: {_reason(error)}") from error
     require(isinstance(labels, np.ndarray) and labels.dtype.kind in "iu", f"{file} is no array of whole numbers")
     return torch.from_numpy(labels.astype(np.int64))
 
 
 def _read_module(file: Path) -> dict[str, Tensor]:
     """The released tensors of a file, memory-mapped; code in it does not run."""
-    try:
+    with _reading(file):
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"cannot read {file}: it holds more than tensors and numbers, which may be code") from error
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot read {file}: {_reason(error)}") from error
     module = content.get("module") if isinstance(content, dict) else None
     if not isinstance(module, dict):
         raise InputError(f"{file} has no table 'module', expected a released checkpoint")
@@ -207,25 +206,23 @@ def _read_module(file: Path) -> dict[str, Tensor]:
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    content = _read(file)
-    try:
-        settings = json.loads(content)
-    except ValueError as error:
-        raise InputError(f"cannot use {file}: {error}") from error
+    with _reading(file):
+        settings = json.loads(file.read_bytes())
     heads = settings.get("num_attention_heads") if isinstance(settings, dict) else None
     require(type(heads) is int, f"num_attention_heads is {heads!r} in {file}, expected a number")
     return settings
 
 
-def _read(file: Path) -> bytes:
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn errors of readers into one line that names the file."""
     try:
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
+        yield
+    except pickle.UnpicklingError as error:
+        raise InputError(f"cannot read {file}: it holds more than tensors and numbers, which may be code") from error
+    except (OSError, ValueError, EOFError, RuntimeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
+        raise InputError(f"cannot read {file}: {reason}") from error
 
 
 def _require_names(file: Path, got: set[str], used: set[str], dropped: set[str]) -> None:

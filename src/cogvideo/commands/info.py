@@ -126,8 +126,14 @@ def _tables(report: dict[str, Any]) -> Iterator[Table | str]:
     sizes, grid = report["config"]["transformer"], report["config"]["layout"]["grid"]
     shape = f"{sizes['num_layers']} layers, hidden {sizes['hidden']}, {sizes['num_heads']} heads"
     yield f"[bold]{report['name']}[/bold]: {shape}, {grid} x {grid} codes a frame\n"
-    on_disk = ["on disk"] if report["files"] else []
-    yield table("Parameters", ["component", "number", "float32", "16 bit", *on_disk], _parameter_rows(report))
+    files, rows = dict(report["files"]), []
+    on_disk = ["on disk"] if files else []
+    for each in (*report["components"], *report["sums"]):
+        name, sizes = each["name"], each["bytes"]
+        row = [name, _number(each["parameters"]), _binary(sizes["float32"]), _binary(sizes["bfloat16"])]
+        rows.append([*row, _binary(files.pop(name, 0))] if on_disk else row)
+    rows += [[name, "", "", "", _binary(num_bytes)] for name, num_bytes in files.items()]
+    yield table("Parameters", ["component", "number", "float32", "16 bit", *on_disk], rows)
     rows = []
     for each in report["caches"]:
         spatial, temporal = each["spatial"], each["temporal"]
@@ -153,16 +159,6 @@ def _tables(report: dict[str, Any]) -> Iterator[Table | str]:
     yield table("One clip: memory, with the weights of the phase alone", ["phase", *HEADS, "GPU's host"], memory)
     title = f"Training on one GPU, batch {report['training'][0]['batch']}"
     yield table(title, ["", *STAGES], _training_rows(report["training"]))
-
-
-def _parameter_rows(report: dict[str, Any]) -> Iterator[list[str]]:
-    files = dict(report["files"])
-    for each in (*report["components"], *report["sums"]):
-        row = [each["name"], _number(each["parameters"])]
-        row += [_binary(each["bytes"]["float32"]), _binary(each["bytes"]["bfloat16"])]
-        yield [*row, _binary(files.pop(each["name"], 0))] if report["files"] else row
-    for name, num_bytes in files.items():
-        yield [name, "", "", "", _binary(num_bytes)]
 
 
 def _case(work: dict[str, Any]) -> str:

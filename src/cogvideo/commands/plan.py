@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from json import dumps
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from cogvideo.bundle.format import Manifest
+from cogvideo.commands.info import table
 from cogvideo.planning.costs import STAGES
 from cogvideo.planning.plan import GIB, PAPER, Machines, StagePlan, stage_plan
 
@@ -23,7 +23,7 @@ def plan(target: str = "cogvideo", /, *, machines: Machines, json: bool = False,
 
     Args:
         target: A preset, or the folder of a bundle.
-        machines: machines to train on.
+        machines: Machines to train on.
         json: Print everything as JSON.
         ema: Share of a running average of the weights, as in `cogvideo train`; 0 for none.
 
@@ -64,16 +64,12 @@ def _parts(plan: StagePlan, machines: Machines) -> Iterator[Table | str]:
 
 def _table(plan: StagePlan) -> Table:
     """A table with a column for each way."""
-    table = Table("", box=SIMPLE_HEAD, pad_edge=False)
-    for way in plan.ways:
-        table.add_column(f"{way.sharding},\ncheckpointing" if way.checkpointing else way.sharding, justify="right")
-    table.add_row("samples a pass", *(str(way.micro_batch) for way in plan.ways))
-    for name in plan.ways[0].memory:
-        table.add_row(name, *(_gib(way.memory[name]) for way in plan.ways))
-    for name in plan.ways[0].peaks:
-        table.add_row(f"all {name}", *(_gib(way.peaks[name]) for way in plan.ways))
-    table.add_row("fits", *("chosen" if way == plan.best else "yes" if way.fits else "no" for way in plan.ways))
-    return table
+    heads = [f"{way.sharding},\ncheckpointing" if way.checkpointing else way.sharding for way in plan.ways]
+    rows = [["samples a pass", *(str(way.micro_batch) for way in plan.ways)]]
+    rows += [[name, *(_gib(way.memory[name]) for way in plan.ways)] for name in plan.ways[0].memory]
+    rows += [[f"all {name}", *(_gib(way.peaks[name]) for way in plan.ways)] for name in plan.ways[0].peaks]
+    rows.append(["fits", *("chosen" if way == plan.best else "yes" if way.fits else "no" for way in plan.ways)])
+    return table("", ["", *heads], rows)
 
 
 def _too_little(plan: StagePlan, machines: Machines) -> str:

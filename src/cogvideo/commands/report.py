@@ -31,9 +31,8 @@ def data(folder: Path, /, out: Path | None = None, tokenizer: str = "", clips: i
     """
     out = folder / "report.html" if out is None else out
     require(clips >= 0, f"clips is {clips}, expected 0 or more")
-    require(not out.is_dir(), f"{out} is a folder, expected the file of the page")
-    dataset = Dataset(folder)
     check_place(out)
+    dataset = Dataset(folder)
     facts = dataset_page.facts(dataset, tokenizer, clips, seed)
     source, made_with = middle(dataset.card.source, 120), middle(dataset.card.tokenizer, 120)
     lead = f"Clips from {source}, encoded with the image tokenizer of {made_with}."

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -281,10 +281,10 @@ def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guid
     attended = round(4 * sizes.hidden * pairs(config, stage, layout.num_frames - num_drawn))
     written = [num_cells(kind) * layout.text_slots + given_rows for kind in kinds_of(config, stage)]
     cached = 2 * sizes.hidden * _keys_read(config, stage)
-    return _phase(
-        config,
+    return Phase(
         name,
         stage,
+        **_weights(config, stage),
         passes=num_drawn * layout.frame_slots,
         rows=rows,
         flops=rows * 2 * (base + added + sizes.num_codes * sizes.hidden + cached),
@@ -307,10 +307,10 @@ def upscaling(config: CogVideoConfig, frames: int) -> Phase:
     matrices = products(config, "image")[0] * (text + low + high) + high * sizes.num_codes * sizes.hidden
     scored = _scored(full_pass(low_sequence(layout), None, _text(text), torch.float32, 1).spatial)
     scored += _scored(neighborhoods(layout, config.upscaler, torch.device("cpu")))
-    return _phase(
-        config,
+    return Phase(
         "super-resolution",
         "superres",
+        **_weights(config, "superres"),
         passes=frames,
         flops=2.0 * matrices + 4 * sizes.hidden * scored * sizes.num_layers,
         noise=min(SLOTS_PER_DRAW, high) * sizes.num_codes,
@@ -336,26 +336,20 @@ def rendering(config: CogVideoConfig, frames: int) -> Phase:
     for level, (before, after) in enumerate(pairwise(widths)):
         upsampled = 9 * after if level < len(multipliers) - 1 else 0
         peaks.append(max(3 * before, before + 3 * after, upsampled) * (side * 2**level) ** 2)
-    return _phase(
-        config,
+    return Phase(
         "pixels",
         "image_tokenizer",
+        **(_weights(config, "image_tokenizer") | {"weights_read": count(model.decoders[number])}),
         passes=frames,
-        weights_read=count(model.decoders[number]),
         flops=float(counter.get_total_flops()),
         activations=widths[0] * side**2 + max(peaks),
     )
 
 
-def _phase(config: CogVideoConfig, name: str, stage: str, *, weights_read: int | None = None, **costs: Any) -> Phase:
-    """A phase with the weights of its components.
-
-    A pass of a transformer reads all blocks, the final norm and the codes' rows of the word embedding.
-    """
+def _weights(config: CogVideoConfig, stage: str) -> dict[str, int]:
+    """Weights of a phase. A pass reads all blocks, the final norm and the codes' rows of the word embedding."""
     used = {"image": ["base"], "image_tokenizer": ["image_tokenizer"]}.get(stage, ["base", stage])
-    parts = [modules(config)[each] for each in used]
-    sizes = [parameter.numel() for part in parts for parameter in part.parameters()]
-    if weights_read is None:
-        blocks = sum(count(part.get_submodule("blocks")) for part in parts)
-        weights_read = blocks + (2 + config.transformer.num_codes) * config.transformer.hidden
-    return Phase(name, stage, weights=sum(sizes), largest=max(sizes), weights_read=weights_read, **costs)
+    sizes = {name: each.numel() for part in used for name, each in modules(config)[part].named_parameters(part)}
+    blocks = sum(size for name, size in sizes.items() if ".blocks." in name)
+    read = blocks + (2 + config.transformer.num_codes) * config.transformer.hidden
+    return {"weights": sum(sizes.values()), "largest": max(sizes.values()), "weights_read": read}
