@@ -58,7 +58,7 @@ def write_text(path: Path, text: str) -> None:
 def alone_in(folder: Path) -> AbstractContextManager[None]:
     """Keeps other processes that call this out of a folder; however this one ends, the folder is free again.
 
-    Children that are forked meanwhile do not count: they may work for this process, and may outlive it for a moment.
+    Children that are forked in the meantime do not count: they may work for this process, and outlive it for a moment.
 
     Raises:
         ValueError: another one is in there.

@@ -196,7 +196,7 @@ def test_datasets_opens_it(tmp_path: Path, shard: Path, rows: list[Row]) -> None
         ({"fps": 4.0}, "4 frames a second, expected 8"),
         ({"captions": ()}, "expected some text"),
         ({"captions": ("a", "")}, "expected some text"),
-        ({"captions": ("\ud800",)}, "no Unicode"),
+        ({"captions": ("\ud800",)}, "not Unicode"),
         ({"codes": np.zeros((5, GRID, GRID), np.int64)}, "int64 codes"),
         ({"codes": np.zeros((5, GRID, GRID + 1), np.uint16)}, r"shape \(5, 4, 5\)"),
         ({"codes": np.zeros((0, GRID, GRID), np.uint16)}, "at least one frame"),

@@ -144,7 +144,7 @@ def test_table_stands_for_its_folder(tmp_path: Path) -> None:
     put(tmp_path, {"a.mp4": CLIP, "b.mp4": CLIP, "a.txt": "from text", "captions.csv": "file,caption\na.mp4,a cat\n"})
     assert [(item.id, item.captions) for item in listed(tmp_path).items] == [("a.mp4", ("a cat",))]
     put(tmp_path, {"metadata.jsonl": "{}"})
-    with pytest.raises(ValueError, match=r"has captions\.csv and metadata\.jsonl: pass the one"):
+    with pytest.raises(ValueError, match=r"has captions\.csv and metadata\.jsonl: pass one of them"):
         listed(tmp_path)
 
 

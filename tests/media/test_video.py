@@ -812,7 +812,7 @@ def test_contact_sheet() -> None:
     """Guards against frames in the wrong cell, and first or last frames that are left out."""
     long = np.stack([np.full((10, 12, 3), number, np.uint8) for number in range(50, 61)])
     short = np.stack([np.full((8, 8, 3), number, np.uint8) for number in (100, 200)])
-    sheet = contact_sheet([long, short], 3, gap=2, background=(255, 255, 255))
+    sheet = contact_sheet([long, short], 3, gap=2)
     assert sheet.shape == (10 + 2 + 8, 3 * 12 + 2 * 2, 3)
     assert [sheet[5, column, 0] for column in (0, 11, 12, 14, 28, 39)] == [50, 50, 255, 55, 60, 60]
     assert [sheet[15, column, 0] for column in (0, 8, 14, 28)] == [100, 255, 200, 255]

@@ -25,7 +25,7 @@ def find_manifest(folder: Path) -> Path | None:
     """
     tables = [folder / name for name in MANIFESTS if (folder / name).is_file()]
     names = " and ".join(table.name for table in tables)
-    require(len(tables) < 2, f"{folder} has {names}: pass the one that is meant as the source")
+    require(len(tables) < 2, f"{folder} has {names}: pass one of them as the source")
     return next((path for path in (*tables, folder / LISTS[0]) if is_manifest(path)), None)
 
 
@@ -57,7 +57,7 @@ def walk(folder: Path) -> list[str]:
             is_link = entry.is_symlink()
             if os.path.isdir(entry.path) if is_link else entry.is_dir():  # entry.is_dir() raises on links in a circle
                 (pending.append if is_link else pending.appendleft)(below)
-            elif is_link or entry.is_file():  # no pipes: opening one waits for ever
+            elif is_link or entry.is_file():  # no pipes: opening one waits forever
                 names.append(below)
     return sorted(names)
 

@@ -146,7 +146,10 @@ def _draw(
     items = [item for listing in listings for item in listing.items]
     drawing = _Drawing(settings, len(items), on_read, readers)
     drawing.reasons.update(each.reason for listing in listings for each in listing.rejected)
-    parts = [divide(_shuffled(listing.items, settings.clips.seed)) for listing in listings]
+    parts = []
+    for listing in listings:
+        order = torch.randperm(len(listing.items), generator=torch.Generator().manual_seed(settings.clips.seed))
+        parts.append(divide([listing.items[place] for place in order.tolist()]))
     train = _write(folder / FILES[0], drawing.frames([each for each, _ in parts], settings.num_frames))
     held_out = _write(folder / FILES[1], drawing.frames([each for _, each in parts], settings.num_held_out))
     if not train:
@@ -185,14 +188,9 @@ def divide(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
     return [item for item in train if item.media not in left_out], [item for item in train if item.media in left_out]
 
 
-def _shuffled(items: Sequence[Item], seed: int) -> list[Item]:
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
-    return [items[place] for place in order.tolist()]
-
-
 @dataclass
 class _Drawing:
-    """Takes frames from clips, and counts what is read."""
+    """Takes frames from clips, and counts both."""
 
     settings: StoreSettings
     num_items: int

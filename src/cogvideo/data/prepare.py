@@ -1,7 +1,7 @@
 """`cogvideo data prepare`: a source of captioned clips becomes a folder of shards, which can be killed and continued.
 
 The list of items is cut into jobs, one a shard. A shard depends on its items, the settings and the tokenizer alone, and
-takes its place when it is whole: what is there need not be made again, whatever engine or machine makes the rest.
+takes its place when it is whole, so that it need not be made again, whatever engine or machine makes the rest.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -101,8 +101,10 @@ def prepare(
                 run_ray(left, worker, device, ray_address, workers, on_clip)
             elif left:
                 run_local(left, worker, places, on_clip)
+        rejections = io.StringIO(newline="")
         in_shards = (read_info(job.path).rejected for job in jobs)
-        _write_rejected(out / REJECTED, chain(listing.rejected, *in_shards))
+        csv.writer(rejections).writerows([Rejection._fields, *chain(listing.rejected, *in_shards)])
+        write_text(out / REJECTED, rejections.getvalue())
         if not jobs:
             first, *others = listing.rejected
             more = f", and {len(others)} more in {out / REJECTED}" if others else ""
@@ -204,14 +206,6 @@ def remaining(jobs: Sequence[Job], folder: Path) -> list[Job]:
 def _in_full(name: str) -> str:
     """The absolute form of a path; other names stay."""
     return os.path.abspath(name) if os.path.exists(name) else name
-
-
-def _write_rejected(path: Path, rejected: Iterable[Rejection]) -> None:
-    text = io.StringIO(newline="")
-    table = csv.writer(text)
-    table.writerow(Rejection._fields)
-    table.writerows(rejected)
-    write_text(path, text.getvalue())
 
 
 def _summary(folder: Path, card: Card) -> str:

@@ -236,7 +236,7 @@ def _table(path: Path, root: Path, options: SourceOptions) -> Found:
 
 
 def _with_columns(columns: Collection[str], options: SourceOptions, table: Path | None = None) -> SourceOptions:
-    """Options that name the columns that are meant in a table; `videos.txt` has our own, whatever is asked for."""
+    """Options with the names that the columns have in a table; `videos.txt` always has our own."""
     asked = SourceOptions() if table is not None and table.name == LISTS[0] else options
     (file,) = tables.meant(columns, (asked.file_column,), FILE_COLUMNS)
     captions = tables.meant(columns, asked.caption_columns, CAPTION_COLUMNS)

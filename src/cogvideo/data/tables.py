@@ -239,7 +239,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = str(error).partition(";")[0]  # what follows is advice to programmers
+        reason = str(error).partition(";")[0]  # the rest is advice to programmers
         raise InputError(f"{where}: it is not JSON ({reason})") from error
     require(isinstance(values, dict), f'{where}: got {values!r:.40}, expected {{"name": value, ...}}')
     return values

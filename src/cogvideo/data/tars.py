@@ -52,7 +52,7 @@ class Index(NamedTuple):
     cut: list[Member]
     """Files whose content goes past the end of the tar: a copy or download that stopped."""
     damage: str
-    """Why what follows the last entry cannot be read, empty where nothing follows."""
+    """Reason why nothing after the last entry can be read; empty where nothing follows."""
 
 
 def read_index(path: Path) -> Index:

@@ -13,7 +13,7 @@ BT2020, DISPLAY_P3 = 9, 12
 PQ, HLG = 16, 18
 """Transfer characteristics of HDR (H.273, table 3)."""
 WHITE = 203.0
-"""Candelas a square meter in HDR of what is white on ordinary screens (ITU-R BT.2408, table 1)."""
+"""Luminance of ordinary white in HDR, in candelas a square meter (ITU-R BT.2408, table 1)."""
 KNEE = 0.6
 """Share of ordinary white above which light is compressed, so that highlights keep their shape."""
 
@@ -37,7 +37,7 @@ class Coding(NamedTuple):
         return self.transfer in (PQ, HLG) or self.primaries in _TO_BT709
 
     def or_else(self, other: Coding) -> Coding:
-        """These colors, with what is unknown taken from another one."""
+        """This coding, with unknown codes taken from another one."""
         return Coding(*(theirs if own == 2 else own for own, theirs in zip(self, other, strict=True)))
 
 
@@ -45,7 +45,7 @@ UNKNOWN = Coding()
 
 
 def to_srgb(pixels: UInt16[np.ndarray, "height width 3"], coding: Coding) -> UInt8[np.ndarray, "height width 3"]:
-    """Red, green and blue in sRGB; what is brighter than its white is compressed, what is outside its gamut cut.
+    """Red, green and blue in sRGB; brighter light than its white is compressed, colors outside its gamut are cut.
 
     Args:
         pixels: red, green and blue, full range of 16 bits.

@@ -72,7 +72,7 @@ def _check_pages(image: TiffImageFile) -> None:
 
 
 def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
-    """A picture of a caller, as it is meant to be seen.
+    """A picture of a caller, upright and in sRGB.
 
     Raises:
         ValueError: it is neither an image of Pillow nor an array of red, green and blue.
@@ -88,7 +88,7 @@ def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
 
 
 def upright(image: Image.Image, coding: Coding = UNKNOWN) -> Image.Image:
-    """The picture as it is meant to be seen: turned as its EXIF data says, in sRGB of 8 bits, mode RGB or RGBA.
+    """The picture turned as its EXIF data says, in sRGB of 8 bits, mode RGB or RGBA.
 
     Raises:
         ValueError: it has floating-point pixels, for which white is unknown.
@@ -207,7 +207,7 @@ def write_image(
 def write_animation(
     path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, metadata: Mapping[str, str]
 ) -> None:
-    """Write an animated GIF or WebP that starts again for ever, with a `comment` where the metadata has one."""
+    """Write an animated GIF or WebP that loops forever, with a `comment` where the metadata has one."""
     first, *others = map(Image.fromarray, frames)
     is_gif = path.suffix.lower() == ".gif"
     options: dict[str, Any] = {"lossless": True}
@@ -215,14 +215,10 @@ def write_animation(
         exif = Image.Exif()
         exif[ExifTags.Base.ImageDescription] = metadata["comment"]
         options |= {"comment": metadata["comment"].encode()} if is_gif else {"exif": exif}
-    durations = _milliseconds(len(frames), fps, 10 if is_gif else 1)
+    unit = 10 if is_gif else 1
+    marks = [round(1000 * number / fps / unit) * unit for number in range(len(frames) + 1)]
+    durations = [after - before for before, after in pairwise(marks)]
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0, **options)
-
-
-def _milliseconds(num_frames: int, fps: float, unit: int) -> list[int]:
-    """Durations in whole units whose sums stay as near as they can to the rate."""
-    marks = [round(1000 * number / fps / unit) * unit for number in range(num_frames + 1)]
-    return [after - before for before, after in pairwise(marks)]
 
 
 def evenly(count: int, most: int) -> Int64[np.ndarray, " places"]:
@@ -236,16 +232,14 @@ def contact_sheet(
     *,
     gap: int = 2,
     labels: Sequence[str] | None = None,
-    background: tuple[int, int, int] = (255, 255, 255),
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Clips as one picture: a row of evenly chosen frames each, from the first to the last.
+    """Clips as one picture on white: a row of evenly chosen frames each, from the first to the last.
 
     Args:
         rows: clips (frames, height, width, 3); their lengths and sizes may differ, frames keep theirs.
         columns: frames of a row; a shorter clip shows all of its frames once.
         gap: pixels between frames.
         labels: a line of text above each row.
-        background: red, green and blue of gaps.
 
     Raises:
         ValueError: no rows, no columns, no frames, or another number of labels than rows.
@@ -258,11 +252,10 @@ def contact_sheet(
     cell_width = max(clip.shape[2] for clip in rows)
     heights = [clip.shape[1] + (_LABEL_HEIGHT if labels else 0) for clip in rows]
     size = columns * (cell_width + gap) - gap, sum(heights) + gap * (len(rows) - 1)
-    sheet, top = Image.new("RGB", size, background), 0
-    ink = (0, 0, 0) if sum(background) > 384 else (255, 255, 255)
+    sheet, top = Image.new("RGB", size, "white"), 0
     for clip, height, text in zip(rows, heights, names, strict=True):
         if text:
-            ImageDraw.Draw(sheet).text((1, top + 1), text, fill=ink, font=ImageFont.load_default(10))
+            ImageDraw.Draw(sheet).text((1, top + 1), text, fill="black", font=ImageFont.load_default(10))
         for column, frame in enumerate(clip[evenly(len(clip), columns)]):
             sheet.paste(Image.fromarray(frame), (column * (cell_width + gap), top + height - clip.shape[1]))
         top += height + gap

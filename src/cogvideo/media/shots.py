@@ -100,7 +100,7 @@ class Naming:
 
     Failures of the system stay, such as a network drive or a full table of open files: trying again may help.
 
-    No generator: where one replaces an error, it keeps the old one's frames in a cycle, and what they decoded.
+    A class, because a generator that replaces an error keeps the stack of the old one, with decoded frames, in a cycle.
     """
 
     def __init__(self, file: Path | Content) -> None:

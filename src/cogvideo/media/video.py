@@ -228,7 +228,7 @@ def write_video(
     """Write a clip in the format of its suffix.
 
     `.mp4` is H.264 with 4:2:0 colors that every player opens; odd sides grow by a repeated row or column, which that
-    format needs. `.gif` has 256 colors a frame, `.webp` is lossless; both start again for ever.
+    format needs. `.gif` has 256 colors a frame, `.webp` is lossless; both loop forever.
 
     Args:
         path: what to write; it appears when it is complete.
