@@ -313,7 +313,16 @@ def _whole_unit(unit: nn.Module) -> tuple[int, int]:
 def frames(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
     """The image tokenizer, whose frames the ranks share: before the adversary begins, and after."""
     sizes = AutoencoderConfig(8, (1, 2), 1, ((1, 1, 2), (1, 2)), 1, 8, 40, rate=4, groups=4)
-    recipe = TokenizerSettings(6, 4, "muon", 1e-3, warmup=1, plain_steps=1, start_vectors=2, adversary_start=4)
+    recipe = TokenizerSettings(
+        steps=6,
+        batch=4,
+        optimizer="muon",
+        learning_rate=1e-3,
+        warmup=1,
+        plain_steps=1,
+        start_vectors=2,
+        adversary_start=4,
+    )
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 24, 3), np.uint8)
     stream = FrameStream(pixels, recipe.batch, 0, ranks)
     objective = TokenizerObjective(sizes, recipe, 0, stream)
