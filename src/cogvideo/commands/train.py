@@ -48,15 +48,15 @@ def image(
 ) -> None:
     """Train the image model on single frames of clips and on images: text to image, image to text, text alone.
 
-    Half of the frames are the first of their clips, which is what the image model draws of a video. The others are
-    later ones, with the text that the video stages give them: so these find what they need in the frozen base.
+    Half of the frames are first frames of their clips, which the image model generates in a video. The others are later
+    frames with captions as in the video stages, so that the base is of use to these when it is frozen.
 
     Args:
         options: Options of all stages.
         mixture: Shares of the tasks.
-        durations: Seconds in the text of later frames, one of these each: those of the key frames and of the rounds.
-            With no number, all frames are alike and have the text of images.
-        start: Random weights, or the base that the bundle has (continue).
+        durations: Durations in seconds, one of which is in the text of each later frame: those of key frames and of
+            the rounds. Without any, all frames have the text of images.
+        start: Starting weights: random, or the base in the bundle (continue).
     """
     train("image", Choice(start), options, {"mixture": mixture}, {"durations": durations})
 
@@ -71,9 +71,9 @@ def sequential(
 
     Args:
         options: Options of all stages.
-        start: Start of the channel: the base's attention (inherit), random weights, or what the bundle has (continue).
-        base: Base: frozen, trained too, or trained from random weights; for comparison.
-        window: Side of the temporal windows in codes, 0 for full attention; the configuration's unless given.
+        start: Starting weights of the channel: the base's attention (inherit), random, or the bundle's (continue).
+        base: Base weights: frozen, trained too, or trained from random ones; the last two are for comparison.
+        window: Side of the temporal windows in codes; 0 is full attention. The configuration's unless given.
     """
     train("sequential", Choice(start, base, window), options)
 
@@ -88,10 +88,10 @@ def interpolation(
 
     Args:
         options: Options of all stages.
-        start: Start of the channel: that of key frames (sequential), the base's attention (inherit), random weights, or
-            what the bundle has (continue).
-        base: Base: frozen, trained too, or trained from random weights; for comparison.
-        window: Side of the temporal windows in codes, 0 for full attention; the configuration's unless given.
+        start: Starting weights of the channel: those of key frames (sequential), the base's attention (inherit),
+            random, or the bundle's (continue).
+        base: Base weights: frozen, trained too, or trained from random ones; the last two are for comparison.
+        window: Side of the temporal windows in codes; 0 is full attention. The configuration's unless given.
     """
     train("interpolation", Choice(start, base, window), options)
 
@@ -106,9 +106,9 @@ def superres(
 
     Args:
         options: Options of all stages.
-        corruption: Share of the low codes that is replaced by random ones, since generated codes have faults.
-        start: Start of the added attention: the base's (inherit), random weights, or what the bundle has (continue).
-        base: Base: frozen, trained too, or trained from random weights; for comparison.
+        corruption: Share of the low codes to replace with random ones, since generated codes have errors.
+        start: Starting weights of the added attention: the base's (inherit), random, or the bundle's (continue).
+        base: Base weights: frozen, trained too, or trained from random ones; the last two are for comparison.
     """
     train("superres", Choice(start, base), options, {"corruption": corruption})
 
@@ -138,22 +138,22 @@ def tokenizer(
     torchrun starts share each batch.
 
     Args:
-        sources: Sources, one or several: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic
+        sources: One or more sources: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic
             clips.
-        out: Bundle that gets the tokenizer, and keeps its other components.
-        init: Bundle whose image tokenizer is trained on, such as pocket: its folder, or its id on the Hugging Face Hub.
+        out: Bundle to put the tokenizer into; its other components stay.
+        init: Bundle whose image tokenizer to start from, such as pocket: a folder, or an id on the Hugging Face Hub.
             Random weights unless given.
-        preset: Preset with the sizes of the model where there is no bundle yet; pocket unless given.
-        settings: Recipe.
-        frames: Frames to learn from.
+        preset: Preset that sets the model's sizes if there is no bundle yet; pocket unless given.
+        settings: Training settings.
+        frames: Frames to train on.
         options: Ways to read sources.
-        perceptual: Network of the perceptual distance, with the weights that `cogvideo fetch lpips` has fetched.
-        vgg: Weights of VGG-16 from torchvision, for LPIPS from files.
-        lpips: Weights of the heads of LPIPS for VGG (version 0.1).
+        perceptual: Network for the perceptual distance, with weights from `cogvideo fetch lpips`.
+        vgg: VGG-16 weights from torchvision, for LPIPS from files.
+        lpips: Weights of the LPIPS heads for VGG (version 0.1).
         device: Device: cpu, cuda, cuda:0, or auto.
         logging: Reports and checkpoints.
-        overwrite: Replace the tokenizer that the bundle has; models that learned its codes cannot use another.
-        recipe: TOML file with a table for this command: options as they stand here. Those given here win.
+        overwrite: Replace the bundle's tokenizer; models that learned its codes cannot use another.
+        recipe: TOML file with a table of options for this command; those on the command line take precedence.
     """
     train_tokenizer(
         sources,
@@ -196,13 +196,13 @@ def reader(
     attribute pairs that models never see in training, half of the split `validation`.
 
     Args:
-        out: File of the reader, .safetensors; the folder of the run is next to it.
-        settings: Recipe.
-        config: Sizes.
-        test_clips: Number of clips of the test at the end.
+        out: File for the reader, .safetensors; the folder of the run is next to it.
+        settings: Training settings.
+        config: Sizes of the network.
+        test_clips: Number of clips in the final test.
         logging: Reports and checkpoints.
         device: Device: cpu, cuda, cuda:0, or auto.
-        recipe: TOML file with a table for this command: options as they stand here. Those given here win.
+        recipe: TOML file with a table of options for this command; those on the command line take precedence.
     """
     right = train_reader(out, settings, config, test_clips, logging, device)
     Console(highlight=False).print(_table(right, test_clips))
@@ -232,14 +232,14 @@ def text(
     """Train the text tokenizer on the captions of the split `train`, and put it into a bundle.
 
     Args:
-        source: Folders, tables, tars or world:NUMBER, as for `data prepare`.
-        out: Folder of the bundle; other components in it stay, an older text tokenizer is replaced.
-        preset: Preset with the configuration of a new bundle (pocket unless given); a bundle that exists has its own.
-        options: Ways to read sources; take those of `data prepare`, so that validation captions stay unseen.
-        normalization: Normalization of the text: nfkc, nfkc_cf (small letters too), or identity (only spaces).
-        background_template: Template of `data prepare`, put around every caption with each background in turn.
-        max_captions: Maximum number of captions; of more, some are used, evenly spaced in their sorted order.
-        recipe: TOML file with a table for this command: options as they stand here. Those given here win.
+        source: Sources: folders, tables, tars or world:NUMBER, as for `data prepare`.
+        out: Bundle to put the tokenizer into; other components stay, an older text tokenizer is replaced.
+        preset: Preset that configures a new bundle, pocket unless given; an existing bundle keeps its configuration.
+        options: Ways to read sources; use those of `data prepare` to keep validation captions unseen.
+        normalization: Text normalization: nfkc, nfkc_cf (also lowercases), or identity (spaces only).
+        background_template: Template as for `data prepare`, applied to every caption with each background in turn.
+        max_captions: Maximum number of captions; if there are more, evenly spaced ones are used.
+        recipe: TOML file with a table of options for this command; those on the command line take precedence.
     """
     require(len(source) > 0, "got no source, expected a folder, a table, a tar or world:NUMBER")
     require(max_captions > 0, f"max_captions is {max_captions}, expected a positive number")
@@ -275,9 +275,9 @@ def export(
 
     Args:
         run: Folder of the run, such as my-model/.sequential-run.
-        out: Bundle that gets the stage; components that it lacks come from the bundle that the run started from.
-        step: Step of the checkpoint; the newest unless given.
-        best: Take the checkpoint with the lowest held-out loss.
-        overwrite: Replace the stage where the bundle has it.
+        out: Bundle to put the stage into; missing components are copied from the bundle that the run started from.
+        step: Step of the checkpoint; the newest one unless given.
+        best: Use the checkpoint with the lowest held-out loss.
+        overwrite: Replace the stage if the bundle has it.
     """
     export_run(run, out, step, best, overwrite)

@@ -135,8 +135,11 @@ def _train(
             learn(Session(folder, trainer, batches, options.logging, judge, identity, preview, every))
             _finish(target, folder, trainer)
     if ranks.rank == 0:
-        assert folder.summary is not None
-        print(f"{options.out}: {stage} after {settings.steps:,} steps: {_words(folder.summary)}")
+        summary = folder.summary
+        assert summary is not None
+        held = [f"{name} {measured['loss']:.3f}" for name, measured in summary.get("held_out", {}).items()]
+        words = f"loss {summary['loss']:.3f}; held out: {', '.join(held) or 'nothing'}"
+        print(f"{options.out}: {stage} after {settings.steps:,} steps: {words}")
 
 
 def _too_large(target: ExportTarget, options: Options, ranks: Ranks) -> str:
@@ -167,8 +170,8 @@ def _begin(
 ) -> bool:
     """Lock the folder and make it that of this run; whether there is anything to do.
 
-    A run that ended is over as long as the bundle has its stage, else it is delivered again. If it was another one, and
-    its stage may be replaced, its folder is set aside.
+    A run that ended is over as long as the bundle has its stage, else it is delivered again. The folder of another one
+    is set aside if its stage may be replaced.
     """
     locks.enter_context(alone_in(folder.path))
     assert target.source.folder is not None
@@ -283,8 +286,3 @@ def _about(trainer: Trainer, stream: ClipStream, entries: Sequence[HeldOut]) -> 
         "torch": torch.__version__,
         "cogvideo": cogvideo.__version__,
     }
-
-
-def _words(summary: dict[str, Any]) -> str:
-    held = ", ".join(f"{name} {row['loss']:.3f}" for name, row in summary.get("held_out", {}).items())
-    return f"loss {summary['loss']:.3f}; held out: {held or 'nothing'}"

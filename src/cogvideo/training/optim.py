@@ -95,10 +95,9 @@ class StageOptimization(Optimization):
     clip: float = 1.0
     """Maximum gradient norm."""
     ema: float = 0.0
-    """Share of the running average that a step keeps, such as 0.999; the average is what is measured and exported.
-    0 for none."""
+    """Decay of a running average of the weights, such as 0.999, which is measured and exported; 0 for none."""
     seed: int = 0
-    """Seed of the random start, of the order of samples and of what is drawn in them."""
+    """Seed of the random weights, of the order of samples and of all draws in them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,11 +29,11 @@ class LoggingConfig:
     evaluate_every: int = 500
     """Steps between measurements on held-out data."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; a killed run loses what it did since the last one."""
+    """Steps between checkpoints; a killed run loses the work since the last one."""
     keep: int = 2
     """Number of last checkpoints to keep, in addition to the one with the lowest held-out loss."""
     asynchronous: bool = False
-    """Write checkpoints while training goes on; the host's memory then holds a copy of what is written."""
+    """Write checkpoints while training goes on; a copy of the weights is then in host memory."""
     tensorboard: bool = False
     """Also write TensorBoard event files (extra train)."""
     wandb: bool = False
@@ -55,13 +55,13 @@ class Clips:
     held_out_split: str = "validation"
     """Split to validate on; skipped when the data has no `validation`."""
     rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
-    """Frames a second that a sequence can have, lowest first: the rate of key frames, then those of the rounds."""
+    """Frame rates of sequences, lowest first: the rate of key frames, then those of the rounds."""
     fixed_rate: float | None = None
-    """One rate for all clips, as one stage in place of the hierarchy; for comparison."""
+    """Single frame rate for all clips, in place of the hierarchy; for comparison."""
     random_offset: bool = True
-    """Start anywhere in a clip that a sequence fits, else at its first frame."""
+    """Start sequences anywhere in a clip where they fit, instead of at its first frame."""
     caption_dropout: float = 0.1
-    """Share of samples with the unconditional text, which guidance needs."""
+    """Share of samples without their caption, which guidance needs."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -82,11 +82,11 @@ class StageLogging(LoggingConfig):
     report_every: int = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_samples: int = 256
-    """Maximum number of held-out clips of a measurement, for each frame rate."""
+    """Maximum number of held-out clips to measure at each frame rate."""
     sample_every: int = 500
     """Steps between contact sheets; 0 for none."""
     prompts: tuple[str, ...] = ()
-    """Prompts of the samples of the image model and of key frames; captions of held-out clips unless given."""
+    """Prompts for the samples of the image model and of key frames; captions of held-out clips unless given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,15 +100,15 @@ class Options:
 
     clips: Clips
     out: Path
-    """Bundle that gets the stage. A run that is killed continues with the same command."""
+    """Bundle to put the stage into. The same command continues a run that was killed."""
     init: str | None = None
     """Bundle to start from: a folder, or an id on the Hugging Face Hub; `out` unless given."""
     recipe: Path | None = None
-    """TOML file with a table for this command: options as they stand here. Those given here win."""
+    """TOML file with a table of options for this command; those on the command line take precedence."""
     device: str = "auto"
     """Device: cpu, cuda, cuda:0, or auto."""
     overwrite: bool = False
-    """Replace the stage where the bundle has it."""
+    """Replace the stage if the bundle has it."""
     optimization: StageOptimization = field(default_factory=StageOptimization)
     execution: Execution = field(default_factory=Execution)
     parallel: ParallelSettings = field(default_factory=ParallelSettings)

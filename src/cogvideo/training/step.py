@@ -39,12 +39,12 @@ MOST_WORKERS = 4
 
 @dataclass(frozen=True)
 class Execution:
-    """Computation of a step; it changes speed and memory, and results by no more than rounding."""
+    """Computation of a step, which changes speed and memory, and results only by rounding."""
 
     micro_batch: int = 0
-    """Samples of one forward and backward pass; fewer need less memory. 0 for all that a rank has of a batch."""
+    """Samples of one forward and backward pass; fewer need less memory. 0 is a rank's whole share of the batch."""
     checkpointing: bool = False
-    """Compute each block's activations again in the backward pass: far less memory, a third more work."""
+    """Recompute the activations of each block in the backward pass: far less memory, a third more work."""
     compile: bool = False
     """Compile each block with torch.compile; for GPUs."""
     num_workers: int | None = None

@@ -66,7 +66,9 @@ def train_tokenizer(
     """
     require(len(sources) > 0, "there is no source, expected one or several, such as a folder of videos or world:2000")
     with process_group(usable(device), ParallelSettings()) as ranks:
-        initial = None if init is None else _initial(init)
+        initial = None if init is None else CogVideo.from_pretrained(init, torch.float32)
+        has_start = initial is None or "image_tokenizer" in initial.components
+        require(has_start, f"{init} has no image tokenizer to start from")
         whole = _config(out, preset, overwrite, initial)
         settings = settings if initial is None else replace(settings, plain_steps=0)
         frames, options = _complete(frames, options, settings, whole)
@@ -104,13 +106,6 @@ def train_tokenizer(
             assert folder.summary is not None
             quality = Quality(**folder.summary["held_out"])
             print(f"{out}: image tokenizer after {settings.steps:,} steps: {quality}; {folder.path / 'after.png'}")
-
-
-def _initial(init: str) -> CogVideo:
-    """The bundle that is started from."""
-    found = CogVideo.from_pretrained(init, torch.float32)
-    require("image_tokenizer" in found.components, f"{init} has no image tokenizer to start from")
-    return found
 
 
 def _config(out: Path, preset: str | None, overwrite: bool, initial: CogVideo | None) -> CogVideoConfig:
@@ -153,7 +148,7 @@ def _known(out: Path) -> str:
 def _complete(
     frames: StoreSettings, options: SourceOptions, settings: TokenizerSettings, whole: CogVideoConfig
 ) -> tuple[StoreSettings, SourceOptions]:
-    """The frames' size where none is given, and images where a clip may have one frame."""
+    """Frames of a size, if none is given that of the configuration, and images where a clip may have one frame."""
     rate = max(whole.autoencoder.rates)
     size = frames.clips.size or whole.frame_side
     require(size % rate == 0, f"size is {size}, expected a multiple of {rate}: the pixels of a side of one code")
@@ -168,13 +163,11 @@ def _complete(
 def _lpips(files: tuple[Path, ...]) -> Lpips | None:
     """LPIPS if it has weights; says what is used."""
     model = load_lpips(*files) if files else None
-    if is_first():
-        standard_error().print(
-            f"The perceptual distance is LPIPS with the weights {' and '.join(map(str, files))}."
-            if files
-            else "No LPIPS weights are given (--perceptual lpips): differences of pixels at several sizes and of edges "
-            "stand for the perceptual distance."
-        )
+    if is_first() and files:
+        standard_error().print(f"The perceptual distance is LPIPS with the weights {' and '.join(map(str, files))}.")
+    elif is_first():
+        instead = "differences of pixels at several sizes and of edges stand for the perceptual distance"
+        standard_error().print(f"No LPIPS weights are given (--perceptual lpips): {instead}.")
     return model
 
 

@@ -57,9 +57,9 @@ class ImageMixture:
     text: float = 0.05
     """Share of samples of text alone."""
     masked_squares: float = 0.8
-    """Share of an image that is masked."""
+    """Share of an image to mask."""
     masked_text: float = 0.15
-    """Share of a text that is masked."""
+    """Share of a text to mask."""
 
     def __post_init__(self) -> None:
         for name in ("understanding", "text", "masked_squares", "masked_text"):

@@ -40,17 +40,17 @@ class ReaderSettings(Optimization):
     """Everything that decides the weights of the reader."""
 
     steps: int = 5000
-    """Steps, each on clips that no step before it had."""
+    """Number of steps, each on clips that no earlier step had."""
     batch: int = 16
-    """Clips a step."""
+    """Clips of a step."""
     learning_rate: float = 2e-3
-    """Largest learning rate of AdamW."""
+    """Highest learning rate of AdamW."""
     warmup: int = 200
-    """Steps in which the learning rate rises to its maximum; then it falls to zero along half a cosine."""
+    """Steps over which the rate rises to its maximum; then it falls to zero as half a cosine."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the layers in a step (autocast)."""
     still_steps: int = 1500
-    """Number of first steps that have single frames in place of clips."""
+    """Number of first steps that train on single frames in place of clips."""
     stills: int = 64
     """Frames of such a step."""
     weight_decay: float = 0.05

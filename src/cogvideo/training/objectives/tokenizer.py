@@ -48,9 +48,9 @@ class TokenizerSettings(Optimization):
     batch: int = 32
     """Frames of a step, over all ranks."""
     learning_rate: float = 5e-4
-    """Largest learning rate."""
+    """Highest learning rate of the run."""
     warmup: int = 200
-    """Steps in which the learning rate rises to its maximum; then it falls to zero along half a cosine."""
+    """Steps over which the rate rises to its maximum; then it falls to zero as half a cosine."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the layers in a step (autocast); losses, weights and codes are float32."""
     optimizer: Literal["adam", "muon"] = "adam"
@@ -59,27 +59,27 @@ class TokenizerSettings(Optimization):
     largest_gradient: float = 1.0
     """Maximum gradient norm of the autoencoder."""
     commitment: float = 0.25
-    """Weight of the distance of the encoder's vectors from their codebook rows (beta of VQ-VAE)."""
+    """Weight of the distance from the encoder's vectors to their codebook rows (beta of VQ-VAE)."""
     codebook_decay: float = 0.95
     """Share that the running averages of the codebook keep in a step. With 0.99 rows lag behind an encoder that begins
     to use codes, and most die before they are restarted."""
     restart_below: float = 0.1
-    """Share of an even use below which a code is dead, and starts again at one of the vectors."""
+    """Share of an even use below which a code is dead and restarts at one of the vectors."""
     plain_steps: int | None = None
     """Steps without codes, before the codebook starts at the k-means of the encoder's vectors; a quarter of the
     steps, but at most 1,000, unless given."""
     start_vectors: int = 16
-    """Vectors a code for that k-means."""
+    """Vectors for each code in that k-means."""
     pyramid_levels: int = 3
-    """Sizes at which pixels are compared, each half the one before."""
+    """Number of sizes at which pixels are compared, each half the one before."""
     edge_weight: float = 0.5
-    """Weight of differences between the edges; 0 leaves them out."""
+    """Weight of differences between edges; 0 disables them."""
     perceptual_weight: float = 1.0
-    """Weight of LPIPS where its weights are given."""
+    """Weight of LPIPS, if its network is given."""
     adversary_weight: float = 0.1
-    """Share of the adversary's gradient in the last layer over that of the other differences; 0 leaves it out."""
+    """Ratio of the adversary's gradient to that of the other losses in the last layer; 0 disables the adversary."""
     adversary_start: int | None = None
-    """Step at which the adversary begins; half of the steps unless given."""
+    """Step at which the adversary starts; half of the steps unless given."""
     adversary_width: int = 32
     """Channels of the adversary's first layer."""
 
