@@ -103,7 +103,7 @@ class Checkpoint(NamedTuple):
         """The checkpoint in a folder; refused if a file is missing, or the model is split in several."""
         settings = _read_settings(folder / "model_config.json")
         with _reading(folder / "latest"):
-            iteration = folder / (folder / "latest").read_text(errors="replace").strip()
+            iteration = folder / (folder / "latest").read_text("utf-8", "replace").strip()
         files = sorted(iteration.glob("mp_rank_*_model_states.pt"))
         require(bool(files), f"there is no file {iteration / 'mp_rank_00_model_states.pt'}")
         require(
