@@ -228,11 +228,7 @@ class CogVideo(Stages):
         return self.part("text", TextTokenizer)
 
     def part(self, component: str, kind: type[T]) -> T:
-        """A component of a kind, loaded if it was not yet.
-
-        Raises:
-            ValueError: this model has none of that name, it is of another kind, or its file cannot be used.
-        """
+        """A component, refused if it is of another kind; see `component`."""
         part = self.component(component)
         if not isinstance(part, kind):
             raise InputError(f"{component} is a {type(part).__name__}, expected a {kind.__name__}")

@@ -50,12 +50,7 @@ def right(reading: Mapping[str, str], scene: world.Scene) -> dict[str, bool]:
 
 
 def accuracies(readings: Sequence[Mapping[str, str]], scenes: Sequence[world.Scene]) -> dict[str, dict[str, float]]:
-    """Share of the clips that is right, by group of scenes and attribute; groups without a clip are left out.
-
-    Args:
-        readings: attributes as they were read off each clip.
-        scenes: scenes that the clips should show.
-    """
+    """Share of the readings that is right, by group of scenes and attribute; groups without a clip are left out."""
     results = [right(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
     return {name: _shares([results[place] for place in places]) for name, places in groups(scenes).items()}
 

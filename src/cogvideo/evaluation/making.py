@@ -67,12 +67,7 @@ def generate(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Maki
 
 
 class Shelf:
-    """A folder of clips by the names of their prompts; each file is whole or not there.
-
-    Args:
-        folder: folder, which is made if it is not there.
-        prompts: prompts of all clips.
-    """
+    """A folder of clips by the names of their prompts, made if it is not there; each file is whole or not there."""
 
     def __init__(self, folder: Path, prompts: Sequence[Prompt]) -> None:
         self._files = [folder / f"{prompt.name}.npz" for prompt in prompts]
@@ -84,13 +79,8 @@ class Shelf:
         return [number for number, file in enumerate(self._files) if not file.exists()]
 
     def fill(self, make: Callable[[list[int]], list[Clip]], batch: int, on_clips: Callable[[int], None]) -> None:
-        """Make the clips that are missing.
-
-        Args:
-            make: function of the numbers of some prompts that makes their clips.
-            batch: clips that are made at once.
-            on_clips: called with the number of clips that were added.
-        """
+        """Make the clips that are missing, a batch at once: `make` gets the numbers of some prompts, and `on_clips` the
+        number of clips that were added."""
         missing = self.missing
         for start in range(0, len(missing), batch):
             numbers = missing[start : start + batch]

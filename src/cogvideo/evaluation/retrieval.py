@@ -92,12 +92,7 @@ def _products(
 
 
 def ranks(distances: Float[Tensor, "clips real"], right: Sequence[int]) -> Int64[Tensor, " clips"]:
-    """Rank of the right real clip of each clip: 1 if no other one is nearer.
-
-    Args:
-        distances: distance of each clip from each real one.
-        right: number of the real clip that each clip should show.
-    """
+    """Rank of the right real clip of each clip, given by its number: 1 if no other one is nearer."""
     own = distances.gather(1, torch.tensor(right)[:, None])
     return 1 + (distances < own).sum(1)
 

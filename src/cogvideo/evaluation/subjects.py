@@ -80,13 +80,7 @@ class Subject(Protocol):
 class WorldSubject:
     """Clips of the World, judged by the reader: first captions of scenes that no model or reader was trained on.
 
-    Half of the scenes have held-out pairs.
-
-    Args:
-        number: number of prompts.
-        domain: domain of the World, "full" or "simple".
-        seed: seed of clips; the clip of a scene has this plus the scene's number.
-        reader: file of the reader.
+    Half of the scenes have held-out pairs. The clip of a scene has the seed plus the scene's number.
 
     Raises:
         ValueError: there are too many prompts, or the reader cannot be used.
@@ -133,7 +127,7 @@ class EmojiSubject:
 
     Args:
         source: a folder with captions.csv or a table, as `cogvideo data prepare` takes it.
-        limit: maximum number of prompts, evenly spread over the clips; all of these are compared with. None for all.
+        limit: maximum number of prompts, evenly spread; None for all. Clips are compared with all animations.
         seed: seed of clips; clip n has this plus n.
         data_seed: `--seed` of `cogvideo data prepare`, which decides the backgrounds.
 

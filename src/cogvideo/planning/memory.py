@@ -24,15 +24,10 @@ def needed_memory(
     batch: int = 1,
     offload: bool = False,
 ) -> int:
-    """Bytes of device memory that clips need.
+    """Bytes of device memory that clips need, from the phases of one (see `costs.clip`).
 
-    Args:
-        config: sizes of the model.
-        phases: phases of one clip, see `costs.clip`.
-        dtype: type of the weights.
-        device: device of the model.
-        batch: clips at once; weights count once, all else once for each clip.
-        offload: only the weights of the stage at work are there.
+    Weights count once, all else once for each clip of the batch. With `offload`, only the weights of the stage at work
+    are in memory.
     """
     kind = "cpu_float32" if dtype.itemsize > 2 else "cpu_bfloat16" if device.type == "cpu" else GPU
     if offload:

@@ -98,14 +98,7 @@ def held(config: CogVideoConfig, stage: Stage, sharding: Sharding, groups: int, 
 
     Trained weights have four bytes, and as many for the gradient, for each of two moments and for an average; frozen
     matrices have two. Tensor-parallel ranks cut matrices of blocks, then groups cut the rows of all that is left.
-
-    Args:
-        config: sizes.
-        stage: stage to train.
-        sharding: way in which the groups share the weights.
-        groups: groups of ranks that see different samples. What is replicated is the same for any number.
-        tensor: ranks of a group.
-        ema: share of the running average.
+    Groups see different samples; replicated weights are the same for any number of them.
 
     Raises:
         ValueError: a matrix cannot be cut into as many parts.

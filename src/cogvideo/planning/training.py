@@ -47,11 +47,7 @@ class Training:
 def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: bool = False) -> Training:
     """Costs of a step of a stage. The image model trains its base; a video stage its channel, on a frozen base.
 
-    Args:
-        config: sizes.
-        stage: stage to train.
-        batch: sequences of a forward and backward pass.
-        autocast: norms, and so what runs through the blocks, in float32, as torch.autocast has them on GPUs.
+    With `autocast`, norms, and so what runs through the blocks, are in float32, as torch.autocast has them on GPUs.
     """
     states = training_states(config, stage)
     kept, checkpointed = activations(config, stage, batch, autocast)
@@ -158,10 +154,7 @@ def flops_a_position(model: nn.Module) -> float:
 
     Positions of super-resolution differ, and the result is their mean. Text and low codes go through the base's blocks
     alone; if those are frozen nothing before them learns, and they cost 2 a parameter. High slots go through their own
-    attention, the base's feed-forward layers and the code head.
-
-    Args:
-        model: `Transformer` or `Upscaler`, before or after it was sharded.
+    attention, the base's feed-forward layers and the code head. The model may be sharded.
     """
     assert isinstance(model, Upscaler | Transformer)
     sizes = model.base.config

@@ -130,13 +130,7 @@ class Origin:
 
 
 def find_origin(card: Card, tokenizer: str, ids: Iterable[str]) -> Origin:
-    """Look for the source and the tokenizer of a dataset; `missing` describes what is not found.
-
-    Args:
-        card: card of the dataset.
-        tokenizer: place to look for the tokenizer; empty for the place on the card.
-        ids: ids of the clips that are needed.
-    """
+    """Look for some clips of the source, and for the tokenizer, which is that on the card unless another is given."""
     origin = Origin(card)
     try:
         frames = FrameSettings(**card.settings["frames"])

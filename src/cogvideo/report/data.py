@@ -32,11 +32,7 @@ NUM_COLUMNS, NUM_WORDS, NUM_VALUES, NUM_ATTRIBUTES, NUM_REASONS, NUM_EXAMPLES, N
 def facts(dataset: Dataset, tokenizer: str, num_shown: int, seed: int) -> dict[str, Any]:
     """Everything that the page says; `missing` describes what is not there.
 
-    Args:
-        dataset: prepared clips.
-        tokenizer: place to look for the image tokenizer; empty for the place on the card.
-        num_shown: random clips to show.
-        seed: seed of these, and of those that are counted.
+    An empty `tokenizer` is that on the card. The seed is that of the clips to show and of those that are counted.
 
     Raises:
         ValueError: a shard or the table of rejected clips is damaged.

@@ -80,9 +80,7 @@ def environment() -> Environment:
 def shares(counts: Iterable[Sequence[Any]], whole: int) -> list[tuple[str, float, int, str]]:
     """Rows with a bar for each count, as long as its share of the largest, and its share of the whole.
 
-    Args:
-        counts: names and counts in their order, the last two of each entry.
-        whole: count of everything.
+    Names and counts are the last two of each entry.
     """
     pairs = [each[-2:] for each in counts]
     largest = max((total for _, total in pairs), default=0) or 1

@@ -84,13 +84,8 @@ def curves(
 ) -> Plot:
     """Draw curves over steps, with a legend that gives the last value of each.
 
-    Args:
-        stage: stage of the runs; with the title it is unique on the page.
-        title: heading.
-        curves: at least one.
-        is_wide: draw it as wide as the page.
-        from_zero: begin the axis of the values at zero, so that heights can be compared.
-        is_smooth: draw long curves thin and their running mean thick.
+    The stage and the title are unique on the page. With `from_zero` the axis of the values begins at zero, so that
+    heights can be compared; with `is_smooth` long curves are thin and their running means thick.
     """
     end = max(int(each.steps[-1]) for each in curves.values()) or 1
     window, note = WINDOW * end, ""
