@@ -1,18 +1,8 @@
-"""A source of captioned clips as a list of items: a folder, a table, WebDataset tars or the synthetic World.
+"""A source of captioned clips as a list of items: a folder, a table, WebDataset tars or the World (docs/data.md).
 
-| source | clips |
-|---|---|
-| folder with a table `captions.*` or `metadata.*` directly inside | the rows of the table, nothing else |
-| folder with `videos.txt` and `prompts.txt` directly inside | the videos of the one with the captions of the other |
-| any other folder | all videos below it in the order of their paths, those in tars, and those in its tables |
-| `.csv`, `.tsv`, `.jsonl`, `.parquet` | its rows; paths start at its folder; rows of one clip add captions |
-| `.tar` (WebDataset) | its videos |
-| `world:COUNT`, `world:FIRST:END` | clips of the World by their index |
-| `world:simple:COUNT`, `world:simple:FIRST:END` | clips of its simple domain |
-
-Captions of `x.mp4` in a folder or tar are the lines of `x.txt` next to it, else those in `x.json`, whose other keys are
-taken like the columns of a table. `videos/x.mp4` may have them in `labels/x.txt`. Hidden files and folders are left
-out. Listing opens tables and captions, never a video.
+A table `captions.*` or `metadata.*` stands for its folder, as do `videos.txt` and `prompts.txt`. Captions of `x.mp4` in
+any other folder or a tar are the lines of `x.txt` next to it, else those in `x.json`, whose other keys are taken like
+the columns of a table. Hidden files and folders are left out. Listing opens tables and captions, never a video.
 """
 
 from __future__ import annotations

@@ -23,13 +23,8 @@ CHUNK = 14_000
 class Brush:
     """Paints shapes over each other into a stack of patches.
 
-    Shapes are signed distances (negative inside) in the units of `x` and `y`. The color is premultiplied by the alpha.
-
-    Args:
-        x: places of the pixels' centers, to the right.
-        y: the same, upwards.
-        pixel: side of a pixel in the same units.
-        outlined: whether to remember the outline of all shapes together.
+    Shapes are signed distances (negative inside) in the units of `x` and `y`, the centers of pixels to the right and
+    upwards, and of `pixel`, a pixel's side. Colors are premultiplied by alpha. An outlined brush remembers its edges.
     """
 
     def __init__(self, x: Plane, y: Plane, pixel: Plane, outlined: bool = False) -> None:

@@ -196,14 +196,9 @@ def shard(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
 
 
 def paint(brush: Brush, figure: Figure, color: Color, shading: str, x: Plane, y: Plane) -> None:
-    """Paint a figure.
+    """Paint a figure in the coordinates of the brush.
 
-    Args:
-        brush: in the coordinates of the figure.
-        figure: one of `FIGURES`, or `shard`.
-        color: color of its main part.
-        shading: one of `SHADINGS`.
-        x, y: coordinates before the figure was turned: light always comes from above.
+    `x` and `y` are the coordinates before the figure was turned: light always comes from above.
     """
     figure(brush, brush.x, brush.y, color)
     if shading == "soft":
