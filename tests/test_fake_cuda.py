@@ -125,7 +125,7 @@ def test_a_step_of_the_tokenizer_waits_for_nothing() -> None:
         gpu.forget()
         trainer.step(1, stream[1])
         assert not gpu.waits
-        assert gpu.copies == {"training/step.py": 1, "training/objectives/codebook.py": 1, "models/autoencoder.py": 4}
+        assert gpu.copies == {"training/step.py": 1, "objectives/codebook.py": 1, "models/autoencoder.py": 4}
 
 
 # Decoding

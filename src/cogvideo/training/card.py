@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cogvideo.bundle.format import COMPONENTS, Manifest
-from cogvideo.config import CogVideoConfig, InputError, require
+from cogvideo.config import InputError, require
 from cogvideo.files import write_text
 from cogvideo.runs import IDENTITY, RunFolder
 from cogvideo.training.stages import STAGES
@@ -104,7 +104,12 @@ def _lines(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> Iterator[s
     manifest = Manifest.read(folder)
     yield from ("---", "library_name: cogvideo", "pipeline_tag: text-to-video", "---", _SIGN, "")
     yield from (f"# {_plain(folder.resolve().name)}", "", "A model of cogvideo: text to video over VQ codes.", "")
-    yield from (_sizes(manifest.config), "", "## Components", "")
+    sizes, layout = manifest.config.transformer, manifest.config.layout
+    yield (
+        f"{sizes.num_layers} layers, hidden {sizes.hidden}, {sizes.num_heads} heads, vocabulary {sizes.vocab_size:,}; "
+        f"{layout.num_frames} frames of {layout.grid} x {layout.grid} codes a sequence."
+    )
+    yield from ("", "## Components", "")
     yield from _table(
         ("component", "file", "size", "sha256"),
         [
@@ -115,14 +120,6 @@ def _lines(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> Iterator[s
     for name, report in reports.items():
         yield from ("", f"## Training: {name}", "")
         yield from _table(("what", "value"), list(_facts(report)))
-
-
-def _sizes(config: CogVideoConfig) -> str:
-    sizes, layout = config.transformer, config.layout
-    return (
-        f"{sizes.num_layers} layers, hidden {sizes.hidden}, {sizes.num_heads} heads, vocabulary {sizes.vocab_size:,}; "
-        f"{layout.num_frames} frames of {layout.grid} x {layout.grid} codes a sequence."
-    )
 
 
 def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -248,7 +248,7 @@ def _identity(
         "config": asdict(target.config),
         "parents": {name: target.source.sha256(name) for name in starts if name not in replaced},
         "optimization": asdict(options.optimization),
-        "clips": options.clips.settings,
+        "clips": {name: value for name, value in asdict(options.clips).items() if name != "data"},
         "data": stream.identity,
     }
 

@@ -57,20 +57,24 @@ def learn(session: Session) -> None:
             stops = any_rank(bool(caught))
             measures = done == steps or (done % logging.evaluate_every == 0 and not stops)
             saves = stops or done == steps or done % logging.checkpoint_every == 0
-            if saves or measures or done % logging.report_every == 0:
-                with _published(checkpoints):
-                    _report(trainer, done, clock, record)
-                checkpoints.settle()
-            else:
-                record.advance(done)
-            paused = time.monotonic()
+            reports = saves or measures or done % logging.report_every == 0
             held_out = None
-            with _published(checkpoints):
+            try:
+                if reports:
+                    _report(trainer, done, clock, record)
+                else:
+                    record.advance(done)
+                paused = time.monotonic()
                 if saves:
                     trainer.check(done, batch)
                 if measures:
                     held_out = session.evaluate(done)
                     record.record({"step": done, **held_out.row}, held_out.words)
+            except InputError:  # training diverged: the checkpoint that is being written is from before, and good
+                checkpoints.wait()
+                raise
+            if reports:
+                checkpoints.settle()
             if saves:
                 state = _state(trainer, clock.seconds)
                 checkpoints.save(done, state, None if held_out is None else held_out.loss)
@@ -123,16 +127,6 @@ def _resume(session: Session, checkpoints: Checkpoints) -> tuple[int, float]:
 def _state(trainer: Trainer, seconds: float) -> dict[str, Any]:
     average = None if trainer.average is None else trainer.average.state
     return training_state(trainer.module, trainer.optimizers, average) | {"seconds": seconds}
-
-
-@contextmanager
-def _published(checkpoints: Checkpoints) -> Iterator[None]:
-    """Publish the checkpoint that is being written, which is good, before an error of divergence ends the run."""
-    try:
-        yield
-    except InputError:
-        checkpoints.wait()
-        raise
 
 
 def _report(trainer: Trainer, done: int, clock: Clock, recorder: Recorder) -> None:

@@ -199,16 +199,13 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Float
     for parameter in parameters:
         if (grad := parameter.grad) is not None:
             groups[(grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None].append(grad)
-    norms = [_whole(nn.utils.get_total_norm(grads)) for grads in groups.values()]
+    totals = [nn.utils.get_total_norm(grads) for grads in groups.values()]
+    norms = [each.full_tensor() if isinstance(each, DTensor) else each for each in totals]
     norm = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
     shorter = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grads in groups.values():
         torch._foreach_mul_([local(grad) for grad in grads], shorter)
     return norm
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -62,11 +62,6 @@ class Clips:
     """Start sequences anywhere in a clip where they fit, instead of at its first frame."""
     caption_dropout: float = 0.1
     """Share of samples without their caption, which guidance needs."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All but where the data is, which decides nothing."""
-        return {name: value for name, value in asdict(self).items() if name != "data"}
 
     def sampling(self, mode: Mode, seed: int, num_frames: int, **special: Any) -> ClipSampling:
         """Settings of the loader, which has some more for some stages."""

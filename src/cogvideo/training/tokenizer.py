@@ -131,18 +131,14 @@ def _own_config(out: Path, start: CogVideoConfig | None, preset: str | None, ove
         "pass --overwrite to replace it, or another folder",
     )
     learned = [name for name in manifest.components if name in MODULES and name != "image_tokenizer"]
+    hashes = sorted({f"{each['tokenizer']:.12}" for each in read_reports(out).values() if "tokenizer" in each})
+    known = f" (sha256 {', '.join(hashes)})" if hashes else ""
     require(
         overwrite or has_tokenizer or not learned,
         f"the bundle {out} has {', '.join(learned)}, which learned the codes of another image tokenizer"
-        f"{_known(out)}: take another folder, or pass --overwrite if they are to be trained anew",
+        f"{known}: take another folder, or pass --overwrite if they are to be trained anew",
     )
     return manifest.config
-
-
-def _known(out: Path) -> str:
-    """Hashes of the image tokenizer that stages learned the codes of, as far as the bundle says."""
-    hashes = sorted({f"{each['tokenizer']:.12}" for each in read_reports(out).values() if "tokenizer" in each})
-    return f" (sha256 {', '.join(hashes)})" if hashes else ""
 
 
 def _complete(
