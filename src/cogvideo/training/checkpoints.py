@@ -14,6 +14,7 @@ import math
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -318,7 +319,19 @@ def _writing(path: Path) -> Iterator[None]:
         cause = _cause(error)
         number = (isinstance(cause, OSError) and cause.errno) or errno.EIO
         reason = cause.strerror if isinstance(cause, OSError) else f"{type(cause).__name__}: {cause}"[:160]
+        _close_files(cause)
         raise OSError(number, f"the checkpoint cannot be written ({reason})", str(path)) from error
+
+
+def _close_files(error: BaseException | None) -> None:
+    """Close files that an error's frames hold. PyTorch's fail to close, which Python 3.13 would print at exit."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__context__
+    finally:
+        sys.unraisablehook = hook
 
 
 def _cause(error: BaseException) -> BaseException:
