@@ -397,8 +397,8 @@ def test_frames_can_be_played_at_another_rate(model: str, inside: Path, capsys: 
 
 def test_an_image_starts_to_move(model: str, inside: Path) -> None:
     """Guards image-to-video: frame 0 is what the image tokenizer makes of the middle of the picture."""
-    wide = np.zeros((40, 100, 3), np.uint8)
-    wide[:, 30:70] = np.asarray(Image.open(picture(inside / "square.png")))
+    wide = np.zeros((SIDE, 3 * SIDE, 3), np.uint8)
+    wide[:, SIDE : 2 * SIDE] = np.asarray(Image.open(picture(inside / "square.png", side=SIDE)))
     write_image(inside / "wide.png", wide)
     with Image.open(inside / "square.png") as image:
         image.convert("L").save(inside / "gray.jpg")
