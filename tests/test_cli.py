@@ -103,7 +103,7 @@ def test_help_and_version_import_nothing_heavy(option: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [({}, str(SPINS)), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+    [({}, SPINS), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
 )
 def test_threads_that_wait_sleep(given: dict[str, str], spins: str | None) -> None:
     """Guards clips beside a busy program, and what the user has said of OpenMP."""
@@ -194,8 +194,8 @@ def test_a_full_disk_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("inof",), "unknown command 'inof', did you mean 'info'?"),
-        (("xyzzy",), "unknown command 'xyzzy', expected one of " + ", ".join(COMMANDS)),
+        (("inof",), "unknown command 'inof'; did you mean 'info'?"),
+        (("xyzzy",), "unknown command 'xyzzy'; expected one of " + ", ".join(COMMANDS)),
     ],
 )
 def test_mistake_is_one_line(arguments: tuple[str, ...], message: str) -> None:
@@ -226,7 +226,7 @@ def test_fault_of_ours_keeps_its_traceback(command: list[str], name: str) -> Non
     done = subprocess.run([*command, name], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    assert re.search(r"^cogvideo: this is a fault of cogvideo .*: please report it", done.stderr, flags=re.MULTILINE)
+    assert re.search(r"^cogvideo: this is an error in cogvideo .*; please report it", done.stderr, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])

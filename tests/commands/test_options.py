@@ -82,7 +82,7 @@ def drawn(*arguments: str) -> dict[str, Any]:
 
 
 HELP = """\
-usage: cogvideo draw [OPTIONS] [PROMPT ...] --data PATH
+usage: cogvideo draw [PROMPT ...] --data PATH ... [OPTIONS]
 
 Draw clips.
 

@@ -55,13 +55,12 @@ def convert(
     clusters: Path | None = None,
     config: CogVideoConfig | None = None,
 ) -> Conversion:
-    """Convert the released checkpoints, or some of them, to a bundle, and print what was stored.
+    """Convert the released checkpoints, or some of them, to a bundle.
 
-    The frozen bases are compared; where they are equal, one is stored. Host memory stays below the largest file plus
-    its largest tensor.
+    Frozen bases that are equal are stored once. Host memory stays below the largest file plus its largest tensor.
 
     Args:
-        out: Folder of the bundle; one that is there is replaced when the new one is complete.
+        out: Folder for the bundle; an existing bundle is replaced once the new one is complete.
         stage1: Folder of the sequential stage (`cogvideo-stage1`).
         stage2: Folder of the interpolation stage (`cogvideo-stage2`).
         dsr: Folder of super-resolution (`cogview2-dsr`).

@@ -29,29 +29,29 @@ SEEDS = msgspec.Meta(ge=0, le=LARGEST_SEED)
 
 @dataclass(frozen=True)
 class Choices(SamplingOptions):
-    """All that decides a clip except its prompt and its seed."""
+    """Model and content. Sampling options default to the model's own values."""
 
     model: str = POCKET
-    """Folder of a bundle, its id on the Hugging Face Hub, or pocket, the one in the box."""
+    """Model: pocket, which comes with the package, the folder of a bundle, or its ID on the Hugging Face Hub."""
     image: Path | None = None
-    """Picture that starts to move: the first frame. Of a video, its first frame is taken."""
+    """Image to animate: the first frame of the clip. For a video, its first frame is used."""
     extend: Path | None = None
-    """Video to continue: its frames, at the rate of the clip (8 a second with three rounds), stay, and up to four
-    seconds follow."""
+    """Video to continue: its frames are kept, at the rate of the clip (8 per second with three rounds), and up to
+    four seconds follow."""
     first: Path | None = None
-    """First frame, together with --last."""
+    """Image for the first frame; requires --last."""
     last: Path | None = None
-    """Last frame, together with --first; the frames between are made."""
+    """Image for the last frame; requires --first."""
     loop: bool = False
-    """End where the clip begins, so that it can be repeated without a jump."""
+    """End the clip where it starts, so that it repeats without a jump."""
     negative: str | None = None
-    """Text to move away from, where there is guidance; empty for the model's own unconditional text."""
+    """Text to move away from by guidance; the model's own unconditional text if empty."""
     rounds: int = 3
-    """Rounds of interpolation: 0 to 3 give 5, 9, 17, 33 frames of four seconds; up to 6, each doubles the rate."""
+    """Rounds of interpolation: 0 to 3 give 5, 9, 17 or 33 frames in four seconds. Up to 6, each doubles the rate."""
     superres: bool = True
-    """Enlarge the frames, where the model can."""
+    """Enlarge the frames, if the model can."""
     dtype: Type = "auto"
-    """Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."""
+    """Data type of the weights; auto is float32 on CPUs and bfloat16 on GPUs."""
 
     def __post_init__(self) -> None:
         require(0 <= self.rounds <= MOST_ROUNDS, f"rounds is {self.rounds}, expected 0 to {MOST_ROUNDS}")

@@ -35,7 +35,7 @@ def doctor(model: str = POCKET, /) -> int:
     The exit status is 1 if a file is not what was saved.
 
     Args:
-        model: Folder of a bundle, its id on the Hugging Face Hub, or pocket, the one in the box.
+        model: Model: pocket, which comes with the package, the folder of a bundle, or its ID on the Hugging Face Hub.
 
     Raises:
         ValueError: there is no such model.

@@ -47,30 +47,30 @@ Pixels = UInt8[np.ndarray, "frames height width 3"]
 
 @dataclass(frozen=True)
 class Files:
-    """Files of clips, and what is printed."""
+    """Output."""
 
     output: Path = Path("out")
-    """File (.mp4, .gif, .webp) of a single clip, which is replaced, else a folder, in which nothing is replaced."""
+    """File for a single clip (.mp4, .gif, .webp), which is replaced, or a folder, in which no file is replaced."""
     format: Format = "mp4"
-    """Format of clips in a folder; png is a folder of frames."""
+    """Format of clips in a folder; png writes a folder of frames per clip."""
     fps: float | None = None
-    """Frames a second of the files, to play the same frames faster or slower."""
+    """Frames per second of the files; plays the same frames faster or slower."""
     preview: bool = False
-    """Write each frame as PNG as soon as it is finished, into a new folder NAME-frames next to the clip."""
+    """Write each frame as a PNG file as soon as it is finished, into a new folder NAME-frames next to the clip."""
     json: bool = False
-    """Print the record of each clip in one line, instead of its path."""
+    """Print the sidecar of each clip as one line of JSON, instead of its path."""
 
 
 @dataclass(frozen=True)
 class Execution:
-    """Device, batch and memory, which change no clip but for its rounding."""
+    """Device, batch and memory. They change clips by no more than rounding."""
 
     device: str = "auto"
     """Device to run on: cpu, cuda, cuda:0, or auto."""
     batch: int = 1
-    """Number of clips that are made at once."""
+    """Number of clips to generate at once."""
     offload: bool = False
-    """Keep in memory only the weights at work: slower, for large models."""
+    """Keep only the weights in use in memory: slower, for large models."""
 
     def __post_init__(self) -> None:
         require(self.batch > 0, f"batch is {self.batch}, expected a positive number")
@@ -88,20 +88,20 @@ def generate(
     files: Files = Files(),
     execution: Execution = Execution(),
 ) -> int:
-    """Make clips of prompts. Each clip, and a JSON file next to it, its sidecar, record how it was made.
+    """Generate clips from prompts. A JSON file next to each clip, its sidecar, records how it was made.
 
-    Ctrl-C keeps what is finished and ends with status 130.
+    Ctrl-C keeps finished clips and exits with status 130.
 
     Args:
-        prompt: Prompts, each a text. Write -- before those that begin with a dash.
-        prompts: File of prompts: one on each line, or a table (.csv, .tsv, .jsonl, .parquet) with the column prompt
-            and, if wanted, seed. Clips that are finished in the output folder are not made again.
-        seed: Seed of the first clip; each further clip has the next number. Random, and recorded, if absent or -1.
-        samples: Number of clips of each prompt.
-        from_sidecar: Sidecar of a clip to make again, with status 1 if the codes differ. Cannot be combined with other
-            options that decide a clip, unless they have their default values.
-        choices: Options that decide a clip, as the prompt and the seed do.
-        files: Files of clips, and what is printed.
+        prompt: Prompts, each in quotes. Write -- before prompts that start with a dash.
+        prompts: File of prompts: one per line, or a table (.csv, .tsv, .jsonl, .parquet) with a column prompt and an
+            optional column seed. Clips that the output folder already has are skipped.
+        seed: Seed of the first clip; each further clip has the next number. Random by default, or if -1.
+        samples: Number of clips per prompt.
+        from_sidecar: Sidecar of a clip to regenerate; the exit status is 1 if the codes differ. Cannot be combined
+            with a prompt, nor with options that change the clip.
+        choices: What the clips show.
+        files: Output.
         execution: Device, batch and memory.
 
     Raises:

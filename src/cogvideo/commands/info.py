@@ -36,14 +36,14 @@ HEADS = ("GPU 16 bit", "CPU float32", "CPU bfloat16")
 
 
 def info(target: str = "", /, json: bool = False, batch: int = 1) -> None:
-    """Parameters, memory and work of a model, computed from its configuration.
+    """Show parameters, memory and compute of a model, from its configuration.
 
-    Without a target, the presets side by side. Memory is counted in GiB (2**30 bytes), traffic in GB (10**9).
+    Without a target, show the presets side by side. Memory is counted in GiB (2**30 bytes), traffic in GB (10**9).
 
     Args:
-        target: A preset, or the folder of a bundle.
+        target: Preset, or folder of a bundle.
         json: Print everything as JSON.
-        batch: Sequences in a step of training.
+        batch: Sequences per training step.
 
     Raises:
         ValueError: `target` is neither, or `batch` is not positive.

@@ -177,17 +177,18 @@ def _filled(owner: Callable[..., Any], given: Mapping[str, Any], instance: Any =
 
 
 def _parser(command: str, function: Callable[..., Any], known: Sequence[Option]) -> argparse.ArgumentParser:
-    usage = [f"cogvideo {command}", "[OPTIONS]"]
+    usage = [f"cogvideo {command}"]
     for each in known:
-        if each.group == ARGUMENTS:
-            text = f"{each} ..." if each.nargs else str(each)
-            usage.append(text if each.default is REQUIRED else f"[{text}]")
-        elif each.default is REQUIRED:
-            usage.append(f"{each} {each.metavar}")
+        text = each.metavar if each.group == ARGUMENTS else f"{each} {each.metavar}"
+        text += " ..." if each.nargs else ""
+        if each.default is REQUIRED:
+            usage.append(text)
+        elif each.group == ARGUMENTS:
+            usage.append(f"[{text}]")
     paragraphs = (_docstring(function).description or "").split("\n\n")
     parser = argparse.ArgumentParser(
         prog=usage[0],
-        usage=" ".join(usage),
+        usage=" ".join([*usage, "[OPTIONS]"]),
         description="\n\n".join(fill(each, get_terminal_size().columns - 2) for each in paragraphs),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,

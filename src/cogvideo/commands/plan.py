@@ -16,16 +16,16 @@ from cogvideo.planning.plan import GIB, PAPER, Machines, StagePlan, stage_plan
 
 
 def plan(target: str = "cogvideo", /, *, machines: Machines, json: bool = False, ema: float = 0.0) -> None:
-    """Memory and time of training on a number of GPUs, computed without one of them.
+    """Estimate memory and time of training on a number of GPUs. None of them is needed.
 
     The plan covers the image model, key frames (sequential) and interpolation, not super-resolution. Precision is
     bfloat16, with float32 for what is trained. Memory is in GiB (2**30 bytes).
 
     Args:
-        target: A preset, or the folder of a bundle.
+        target: Preset, or folder of a bundle.
         machines: Machines to train on.
         json: Print everything as JSON.
-        ema: Share of a running average of the weights, as in `cogvideo train`; 0 for none.
+        ema: Decay of the running average of the weights, as in `cogvideo train`; 0 for none.
 
     Raises:
         ValueError: `target` is neither, or the GPUs cannot share its matrices.

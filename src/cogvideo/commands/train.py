@@ -67,7 +67,7 @@ def sequential(
     base: BaseChoice = "frozen",
     window: int | None = None,
 ) -> None:
-    """Train key frames: a temporal channel on the frozen image model, at the lowest frame rate that a clip fills.
+    """Train key frames: a temporal channel on the frozen image model, at the lowest frame rate that fits a clip.
 
     Args:
         options: Options of all stages.
@@ -84,7 +84,7 @@ def interpolation(
     base: BaseChoice = "frozen",
     window: int | None = None,
 ) -> None:
-    """Train frames between frames: a temporal channel that sees given frames whole, at the faster frame rates.
+    """Train interpolation: a temporal channel that sees all of the given frames, at the higher frame rates.
 
     Args:
         options: Options of all stages.
@@ -102,7 +102,7 @@ def superres(
     start: Literal["inherit", "random", "continue"] = "inherit",
     base: BaseChoice = "frozen",
 ) -> None:
-    """Train super-resolution: codes of a frame to those of the same frame at a larger size, all in one pass.
+    """Train super-resolution: from the codes of a frame to those of the same frame at a larger size, in one pass.
 
     Args:
         options: Options of all stages.
@@ -150,7 +150,7 @@ def tokenizer(
         perceptual: Network for the perceptual distance, with weights from `cogvideo fetch lpips`.
         vgg: VGG-16 weights from torchvision, for LPIPS from files.
         lpips: Weights of the LPIPS heads for VGG (version 0.1).
-        device: Device: cpu, cuda, cuda:0, or auto.
+        device: Device to run on: cpu, cuda, cuda:0, or auto.
         logging: Reports and checkpoints.
         overwrite: Replace the bundle's tokenizer; models that learned its codes cannot use another.
         recipe: TOML file with a table of options for this command; those on the command line take precedence.
@@ -201,7 +201,7 @@ def reader(
         config: Sizes of the network.
         test_clips: Number of clips in the final test.
         logging: Reports and checkpoints.
-        device: Device: cpu, cuda, cuda:0, or auto.
+        device: Device to run on: cpu, cuda, cuda:0, or auto.
         recipe: TOML file with a table of options for this command; those on the command line take precedence.
     """
     right = train_reader(out, settings, config, test_clips, logging, device)

@@ -29,17 +29,17 @@ def world(
 ) -> None:
     """Write clips of the World: mp4 files, their captions and attributes in captions.jsonl, and a contact sheet.
 
-    The World is a synthetic source of captioned clips; each follows from its number alone. To train on it, no files are
-    needed: `cogvideo data prepare world:100000` reads its first 100,000 clips directly, `world:5000:6000` a part of
-    them, and `world:simple:20000` clips of the simple domain. The folder that this command writes is a source, too.
+    The World is a synthetic source of captioned clips, each determined by its number. Training on it needs no files:
+    `cogvideo data prepare world:100000` reads its first 100,000 clips directly, `world:5000:6000` a part of them, and
+    `world:simple:20000` clips of the simple domain. The folder that this command writes is a source, too.
 
     Args:
-        out: Folder for the files; created if missing. Files of an earlier call are replaced.
+        out: Folder for the files, created if missing. Files of an earlier call are replaced.
         clips: Number of clips.
         start: Number of the first clip.
         size: Side of a frame in pixels, an even number.
-        split: Split of the clips: for training, for validation, with attribute pairs that training never shows, or all.
-        domain: Part of the World: all of it, or simple scenes with one large figure, which a small model can learn.
+        split: Split of the clips; held_out has pairs of attributes that training never shows.
+        domain: Part of the World: all of it, or simple scenes with one large figure, which small models can learn.
 
     Raises:
         ValueError: a number is out of range, or `out` is a file or has other files of these names.

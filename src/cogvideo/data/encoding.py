@@ -32,7 +32,7 @@ Encode = Callable[[UInt8[np.ndarray, "frames size size 3"]], UInt16[np.ndarray, 
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """Settings that determine the content of shards, in addition to the source and the tokenizer."""
+    """Content of shards. It also depends on the source and the tokenizer."""
 
     frames: FrameSettings = field(default_factory=FrameSettings)
     """Settings of the frames."""

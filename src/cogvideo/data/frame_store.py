@@ -32,7 +32,7 @@ MANIFEST = "frames.json"
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """Frames that are taken from the sources."""
+    """Frames to train on."""
 
     num_frames: int = 20_000
     """Frames to train on, evenly from the sources and their clips; fewer if the clips have fewer."""
@@ -41,7 +41,7 @@ class StoreSettings:
     frames_per_clip: int = 8
     """Minimum number of frames per clip, spread over it; higher values read fewer clips."""
     zoom: int = 1
-    """Magnification of every second clip, of whose frames a square is kept: prepares the tokenizer for the frames of
+    """Magnification of every second clip, from whose frames a square is cut: prepares the tokenizer for
     super-resolution."""
     clips: FrameSettings = FrameSettings(min_frames=1)  # noqa: RUF009  # frozen
     """Settings of the frames; an image is a clip of one frame."""

@@ -82,7 +82,7 @@ def alignment(
         emoji_limit: Maximum number of prompts about the animations, evenly spread; clips are compared with all.
         emoji_seed: Seed of the animations' data preparation, which determines the backgrounds that were never seen.
         making: How clips are made.
-        batch: Clips per pass; affects only the speed.
+        batch: Clips per pass; only affects the speed.
         reader: File of the World reader; the package's by default.
         device: Device to run on: cpu, cuda, cuda:0, or auto.
         recipe: TOML file with a table of options for this command. Options on the command line take precedence.

@@ -24,16 +24,16 @@ from cogvideo.pipeline import CogVideoPipeline, Frame, collect
 
 @dataclass(frozen=True)
 class Making(SamplingOptions):
-    """Options of the clips; the defaults are the model's."""
+    """Generated clips. Sampling options default to the model's own values."""
 
     superres: bool = False
     """Enlarge the frames by super-resolution before they are reduced again."""
     truncate: bool = False
     """Cut prompts that are longer than the model's text slots, instead of refusing them."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights."""
+    """Data type of the weights."""
     seed: int = 0
-    """Seed of clip number 0; clip n has this number plus n."""
+    """Seed of clip 0; clip n has this seed plus n."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**62, f"seed is {self.seed}, expected a number in [0, 2**62)")

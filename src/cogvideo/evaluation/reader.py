@@ -54,14 +54,14 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class ReaderConfig:
-    """Sizes of the reader."""
+    """Sizes."""
 
     widths: tuple[int, int, int, int] = (32, 64, 128, 160)
-    """Channels at 32 x 32, 16 x 16, 8 x 8 and 4 x 4 places of a frame."""
+    """Channels at 32 x 32, 16 x 16, 8 x 8 and 4 x 4 positions of a frame."""
     blocks: tuple[int, int, int, int] = (0, 2, 2, 1)
-    """Residual blocks at these sizes."""
+    """Number of residual blocks at these sizes."""
     hidden: int = 128
-    """Width of the hidden layer that reads all moments in order."""
+    """Width of the hidden layer that reads all frames in order."""
 
     def __post_init__(self) -> None:
         require(min(self.widths) > 0, f"widths are {self.widths}, expected positive numbers")

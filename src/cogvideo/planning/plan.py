@@ -32,22 +32,22 @@ key frames."""
 
 @dataclass(frozen=True)
 class Machines:
-    """Machines to train on."""
+    """Machines."""
 
     gpus: int
-    """Number of GPUs, over all machines."""
+    """Total number of GPUs."""
     gpu_memory: float
-    """Memory of each GPU, in GiB."""
+    """Memory of each GPU in GiB."""
     gpus_per_machine: int = 8
     """Maximum number of GPUs in a machine."""
     tensor_parallel: int = 1
     """GPUs that share each matrix product, as in `cogvideo train`."""
     reserve: float = 0.1
-    """Share of the memory that is kept free, for CUDA's context, NCCL's buffers and fragmentation."""
+    """Share of memory to keep free for CUDA's context, NCCL's buffers and fragmentation."""
     tflops: float = 989.0
-    """Peak of a GPU in TFLOP/s. An assumption: NVIDIA's data sheet for the H100 SXM, bfloat16 without sparsity."""
+    """Peak TFLOP/s of a GPU; by default that of an H100 SXM in bfloat16 without sparsity, by NVIDIA's data sheet."""
     utilisation: float = 0.4
-    """Share of the peak that training reaches. An assumption: the goal of this package."""
+    """Share of the peak that training reaches; by default the goal of this package."""
 
     def __post_init__(self) -> None:
         for name in ("gpus", "gpu_memory", "gpus_per_machine", "tensor_parallel", "tflops"):

@@ -48,10 +48,10 @@ SHARED_PRODUCTS = {
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """Division of a model among the ranks that torchrun starts."""
+    """Ranks, as started by torchrun."""
 
     sharding: Literal["replicated", "sharded"] = "replicated"
-    """Whole model on each rank (replicated, DDP), or a part of every block (sharded, FSDP2)."""
+    """Placement of the model: whole on each rank (replicated, DDP), or a part of every block (sharded, FSDP2)."""
     tensor_parallel: int = 1
     """Number of neighboring ranks that share each matrix product and see the same samples."""
 

@@ -22,16 +22,16 @@ from cogvideo.training.step import Execution, Trainer
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Reports and checkpoints of a run. They have no say in the weights."""
+    """Reports and checkpoints. They do not affect the weights."""
 
     report_every: int = 50
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 500
-    """Steps between measurements on held-out data."""
+    """Steps between evaluations on held-out data."""
     checkpoint_every: int = 500
     """Steps between checkpoints; a killed run loses the work since the last one."""
     keep: int = 2
-    """Number of last checkpoints to keep, in addition to the one with the lowest held-out loss."""
+    """Number of latest checkpoints to keep, in addition to the one with the lowest held-out loss."""
     asynchronous: bool = False
     """Write checkpoints while training goes on; a copy of the weights is then in host memory."""
     tensorboard: bool = False
@@ -46,10 +46,10 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class Clips:
-    """Clips, and how they become samples."""
+    """Clips and samples."""
 
     data: tuple[Path, ...]
-    """Folders of `cogvideo data prepare`."""
+    """Folders written by `cogvideo data prepare`."""
     split: str = "train"
     """Split to train on."""
     held_out_split: str = "validation"
@@ -72,14 +72,14 @@ class Clips:
 
 @dataclass(frozen=True)
 class StageLogging(LoggingConfig):
-    """Reports, samples and checkpoints of a stage's run. They have no say in the weights."""
+    """Reports, samples and checkpoints. They do not affect the weights."""
 
     report_every: int = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_samples: int = 256
     """Maximum number of held-out clips to measure at each frame rate."""
     sample_every: int = 500
-    """Steps between contact sheets; 0 for none."""
+    """Steps between contact sheets of samples; 0 for none."""
     prompts: tuple[str, ...] = ()
     """Prompts for the samples of the image model and of key frames; captions of held-out clips unless given."""
 
@@ -97,11 +97,11 @@ class Options:
     out: Path
     """Bundle to put the stage into. The same command continues a run that was killed."""
     init: str | None = None
-    """Bundle to start from: a folder, or an id on the Hugging Face Hub; `out` unless given."""
+    """Bundle to start from: a folder, or an ID on the Hugging Face Hub; that of --out by default."""
     recipe: Path | None = None
     """TOML file with a table of options for this command; those on the command line take precedence."""
     device: str = "auto"
-    """Device: cpu, cuda, cuda:0, or auto."""
+    """Device to run on: cpu, cuda, cuda:0, or auto."""
     overwrite: bool = False
     """Replace the stage if the bundle has it."""
     optimization: StageOptimization = field(default_factory=StageOptimization)
@@ -131,7 +131,7 @@ class Session(NamedTuple):
     identity: Mapping[str, Any]
     preview: Preview | None = None
     sample_every: int = 0
-    """Steps between contact sheets; 0 for none."""
+    """Steps between contact sheets of samples; 0 for none."""
 
     def has_sample(self, step: int) -> bool:
         """True if a contact sheet belongs to a step."""

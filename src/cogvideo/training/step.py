@@ -48,8 +48,7 @@ class Execution:
     compile: bool = False
     """Compile each block with torch.compile; for GPUs."""
     num_workers: int | None = None
-    """Processes of a rank that load samples ahead; unless given, 4 on a GPU, or fewer where a rank has fewer cores, and
-    else 0."""
+    """Loader processes per rank; by default 4 on a GPU, or fewer if a rank has fewer cores, and 0 on CPUs."""
 
     def __post_init__(self) -> None:
         for name in ("micro_batch", "num_workers"):

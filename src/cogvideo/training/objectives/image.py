@@ -50,12 +50,12 @@ Kind = Literal["image", "understanding", "text"]
 
 @dataclass(frozen=True)
 class ImageMixture:
-    """Shares of the tasks; what is left is text to image."""
+    """Tasks. The remaining share of samples is text to image."""
 
     understanding: float = 0.3
-    """Share of samples with masked squares, whose caption is predicted."""
+    """Share of samples that predict the caption of an image with masked squares."""
     text: float = 0.05
-    """Share of samples of text alone."""
+    """Share of samples that are text alone."""
     masked_squares: float = 0.8
     """Share of an image to mask."""
     masked_text: float = 0.15

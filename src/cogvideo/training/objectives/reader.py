@@ -37,7 +37,7 @@ BETAS = (0.9, 0.98)
 
 @dataclass(frozen=True)
 class ReaderSettings(Optimization):
-    """Everything that decides the weights of the reader."""
+    """Optimization. It determines the weights."""
 
     steps: int = 5000
     """Number of steps, each on clips that no earlier step had."""

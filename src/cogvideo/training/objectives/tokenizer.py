@@ -41,7 +41,7 @@ PARTS = ("pixels", "edges", "perceptual", "adversary", "commitment", "psnr", "di
 
 @dataclass(frozen=True)
 class TokenizerSettings(Optimization):
-    """Everything that decides the weights of a tokenizer, apart from its configuration and its frames."""
+    """Optimization. It determines the weights, apart from the configuration and the frames."""
 
     steps: int = 20_000
     """Steps of the autoencoder."""
@@ -61,13 +61,13 @@ class TokenizerSettings(Optimization):
     commitment: float = 0.25
     """Weight of the distance from the encoder's vectors to their codebook rows (beta of VQ-VAE)."""
     codebook_decay: float = 0.95
-    """Share that the running averages of the codebook keep in a step. With 0.99 rows lag behind an encoder that begins
-    to use codes, and most die before they are restarted."""
+    """Decay of the running averages of the codebook. With 0.99, rows lag behind an encoder that begins to use codes, and
+    most die before they are restarted."""
     restart_below: float = 0.1
     """Share of an even use below which a code is dead and restarts at one of the vectors."""
     plain_steps: int | None = None
-    """Steps without codes, before the codebook starts at the k-means of the encoder's vectors; a quarter of the
-    steps, but at most 1,000, unless given."""
+    """Steps without codes, before the codebook is initialized by k-means of the encoder's vectors; by default a quarter
+    of the steps, at most 1,000."""
     start_vectors: int = 16
     """Vectors for each code in that k-means."""
     pyramid_levels: int = 3
