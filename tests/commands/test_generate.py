@@ -221,10 +221,10 @@ def test_a_sidecar_makes_its_clip_again(
     for changed, message in (
         ({"bundle": "0"}, "was made with another model than"),
         ({"sha256": {"image": "0"}}, "was made with another file than start.png"),
-        ({"prompt": 3}, "other.json: prompt is 3: Expected `str`, got `int`"),
-        ({"superres": "no"}, "other.json: superres is 'no': Expected `bool`, got `str`"),
-        ({"image": 3}, "other.json: image is 3: Expected a path"),
-        ({"dtype": "int8"}, "other.json: dtype is 'int8': Invalid enum value 'int8'"),
+        ({"prompt": 3}, "other.json: Expected `str`, got `int` - at `$.prompt`"),
+        ({"superres": "no"}, "other.json: Expected `bool`, got `str` - at `$.superres`"),
+        ({"image": 3}, "other.json: Expected a path - at `$.image`"),
+        ({"dtype": "int8"}, "other.json: Invalid enum value 'int8' - at `$.dtype`"),
         ({"rounds": 99}, "other.json: rounds is 99, expected 0 to 6"),
     ):
         (inside / "other.json").write_text(json.dumps(json.loads(sidecar.read_text()) | changed))
@@ -232,13 +232,13 @@ def test_a_sidecar_makes_its_clip_again(
     (inside / "old.json").write_text('{"prompt": "a cat", "seed": 1}')
     assert "lacks clusters, dtype, " in refused(capsys, "--from-sidecar", "old.json")
     (inside / "none.json").write_text("[")
-    assert "is no sidecar" in refused(capsys, "--from-sidecar", "none.json")
+    assert "is not a sidecar" in refused(capsys, "--from-sidecar", "none.json")
     assert "No such file" in refused(capsys, "--from-sidecar", "nowhere.json")
     for option in (("a cat",), ("--seed", "1"), ("--rounds", "1"), ("--samples", "2")):
         assert "got --from-sidecar with a prompt" in refused(capsys, *option, "--from-sidecar", str(sidecar))
     (inside / "other.json").write_text(json.dumps(json.loads(sidecar.read_text()) | {"codes": "0", "torch": "1.0"}))
     run("--from-sidecar", "other.json", "--model", model, "--output", "z", status=1)
-    assert "these are other codes than those of other.json, which torch 1.0 on cpu made" in capsys.readouterr().err
+    assert "the codes differ from those of other.json, made by torch 1.0 on cpu" in capsys.readouterr().err
 
 
 def test_a_sidecar_of_an_older_version_makes_its_clip_again(model: str, inside: Path) -> None:
@@ -502,7 +502,7 @@ def test_a_list_is_gone_on_with(model: str, inside: Path, capsys: pytest.Capture
     run(*options)
     told = capsys.readouterr()
     assert told.out.split() == ["out/a-cat-runs-3.mp4"]
-    assert told.err == "2 of 3 clips were there already\n"
+    assert told.err == "skipped 2 of 3 clips, which exist already\n"
     assert {name: (inside / "out" / name).stat().st_mtime_ns for name in names} == before
     run(*options, "--samples", "2")
     assert len(capsys.readouterr().out.split()) == 3, "one more of each"
@@ -525,8 +525,8 @@ def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.txt", b"\n \n", "x.txt has no prompts, expected one a line"),
-        ("x.txt", b"a cat\n\xff", "x.txt, line 2: it is no text in UTF-8"),
+        ("x.txt", b"\n \n", "x.txt has no prompts, expected one per line"),
+        ("x.txt", b"a cat\n\xff", "x.txt, line 2: it is not UTF-8 text"),
         ("x.tsv", b"prompt\na cat\n\xff", "cannot read x.tsv: line 3 is not UTF-8"),
         ("x.csv", b"words\na cat\n", "x.csv has the columns words, expected prompt or caption or text"),
         ("x.csv", b"Prompt,seed\na cat,1\n", "or text; unknown column 'Prompt', did you mean 'prompt'?"),
@@ -542,17 +542,17 @@ def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.Cap
         (
             "x.csv",
             b"prompt\na cat, on a mat\n",
-            "x.csv, line 2: 1 cells have no column: a prompt with commas",
+            "x.csv, line 2: 1 cells have no column: quote prompts with commas",
         ),
         ("x.csv", b"prompt,seed\na cat," + b"1" * 5000, "x.csv, line 2: seed is '1111"),
         ("x.csv", b"", "x.csv is empty, expected names of columns"),
         ("x.jsonl", b"", "x.jsonl is empty, expected lines"),
         ("x.jsonl", b"[1]", 'x.jsonl, line 1: got [1], expected {"name": value'),
-        ("x.jsonl", b'{"prompt": "\\ud800"}', "x.jsonl, line 1: prompt is '\\ud800', which is no text in Unicode"),
-        ("x.json", b'[{"prompt": "a cat"}]', "x.json is no list of prompts, expected a text, .csv"),
-        ("x.xlsx", b"PK", "x.xlsx is no list of prompts, expected a text, .csv"),
+        ("x.jsonl", b'{"prompt": "\\ud800"}', "x.jsonl, line 1: prompt is '\\ud800', expected Unicode text"),
+        ("x.json", b'[{"prompt": "a cat"}]', "x.json is not a list of prompts, expected a text file, .csv"),
+        ("x.xlsx", b"PK", "x.xlsx is not a list of prompts, expected a text file, .csv"),
         ("x.txt", b"a cat\na red\0heart", "x.txt, line 2: it holds a zero byte"),
-        ("x.csv", b"prompt\na red\0heart", "x.csv, line 2: prompt is 'a red\\x00heart', which is no text in Unicode"),
+        ("x.csv", b"prompt\na red\0heart", "x.csv, line 2: prompt is 'a red\\x00heart', expected Unicode text"),
         ("x.csv", b"prompt\n" + b"a" * 200_000, "(a cell is too long)"),
         (
             "x.jsonl",
@@ -832,8 +832,8 @@ def test_every_prompt_has_a_file_of_its_own(
         (("\u200b\u2060",), "the prompt is empty"),
         (("\x01\x02",), "the prompt is empty"),
         (("a cat", "x" * 10_000), r"the prompt has \d+ tokens, 16 fit"),
-        (("a cat", "\udc80"), "is no text in Unicode"),
-        ((), "there is no prompt, expected one or several texts"),
+        (("a cat", "\udc80"), "is not valid Unicode"),
+        ((), "got no prompt, expected texts or --prompts FILE"),
     ],
 )
 def test_one_bad_prompt_is_found_before_the_first_clip(
@@ -895,8 +895,8 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--output", "file/deeper/out"), "Not a directory: file/deeper"),
         (("--output", "/proc/out"), "No such file or directory: /proc/out"),
         (("--output", "/proc/x.mp4"), r"cannot write into /proc \(.+\), expected a folder"),
-        (("--output", "\udcff.mp4"), r"the name '\\udcff.mp4' is no text in UTF-8, expected one: rename it"),
-        (("--image", "\udcff.png"), r"the name '\\udcff.png' is no text in UTF-8, expected one: rename it"),
+        (("--output", "\udcff.mp4"), r"the name '\\udcff.mp4' is not Unicode text: rename it"),
+        (("--image", "\udcff.png"), r"the name '\\udcff.png' is not Unicode text: rename it"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -978,7 +978,7 @@ def test_what_is_read_is_not_replaced(model: str, inside: Path, capsys: pytest.C
     for options in (("a cat", "--extend", "x.mp4"), ("a cat", "--image", "y.mp4"), ("--prompts", "list.mp4")):
         name = options[-1].replace("y", "x")
         told = refused(capsys, *options, "--model", model, "--output", name, *QUICK)
-        assert f"output is {name}, which is read, too: give another name" in told
+        assert f"output is {name}, which is also an input: give another name" in told
     assert {name: (inside / name).read_bytes() for name in tree(inside)} == before
 
 
@@ -1049,7 +1049,7 @@ def test_a_foreign_file_is_no_record(model: str, inside: Path, capsys: pytest.Ca
     run("a cat", "--model", model, "--output", "x.mp4", *QUICK)
     before = (inside / "x.json").read_text()
     told = refused(capsys, "a cat", "--model", model, "--output", "x.gif", *QUICK)
-    assert "x.json, where the record of x.gif belongs, holds something else: give another name" in told
+    assert "x.json is not the sidecar of x.gif: give the clip another name" in told
     assert (inside / "x.json").read_text() == before
 
 
@@ -1062,7 +1062,7 @@ def test_a_list_is_made_in_every_format(model: str, inside: Path, capsys: pytest
         run(*options, "--format", suffix)
         run(*options, "--format", suffix)
         told = capsys.readouterr()
-        assert (told.out, told.err) == (f"out/{names}\n", "1 of 1 clips were there already\n")
+        assert (told.out, told.err) == (f"out/{names}\n", "skipped 1 of 1 clips, which exist already\n")
     (inside / "out" / "a-cat.mp4").write_bytes(b"")
     run(*options)
     assert capsys.readouterr().out == "out/a-cat-4.mp4\n"
@@ -1111,7 +1111,7 @@ def test_a_sidecar_is_good_elsewhere(model: str, inside: Path, capsys: pytest.Ca
     (inside / "start.png").rename(inside / "new" / "there.png")
     picture(inside / "new" / "other.png", seed=1)
     again = ("--from-sidecar", "x.json", "--output", "z.mp4", "--model", model)
-    lost = "x.json was made with start.png, which is not here: say with --image where it lies"
+    lost = "x.json: it was made with start.png, which is not here: pass its place by --image"
     assert lost in refused(capsys, *again)
     assert "x.json was made with another file than" in refused(capsys, *again, "--image", "new/other.png")
     run(*again, "--image", "new/there.png")

@@ -1,30 +1,28 @@
-"""Options of `cogvideo generate` that decide a clip: from the command line, or from the sidecar of a clip."""
+"""Options of `cogvideo generate` that determine a clip: from the command line, or from the sidecar of a clip."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from cogvideo.bundle.model import POCKET
 from cogvideo.commands.outputs import Record, check_name, public, read_record
-from cogvideo.commands.prompts import LARGEST_SEED, Prompt
+from cogvideo.commands.prompts import LARGEST_SEED
 from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.data.folders import existing
 from cogvideo.generation.request import ADDED, SamplingOptions, Settings
 
 Type = Literal["auto", "float32", "bfloat16", "float16"]
+T = TypeVar("T")
 MOST_ROUNDS = 6
-"""Rounds of interpolation that give 257 frames of four seconds."""
+"""Rounds of interpolation that give 257 frames in four seconds."""
 FILES = ("image", "extend", "first", "last")
 """Choices that name a file."""
-SEEDS = msgspec.Meta(ge=0, le=LARGEST_SEED)
-"""Bounds of the seed in a sidecar."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +62,16 @@ class Choices(SamplingOptions):
 
     @property
     def files(self) -> dict[str, Path]:
-        """Files that are named."""
+        """Given files, by option."""
         return {name: path for name in FILES if (path := getattr(self, name)) is not None}
 
     @property
     def places(self) -> Record:
-        """Places of model and files, which change no clip."""
+        """Places of the model and of files, which do not change the clip."""
         return {"model": self.model, **self.files}
 
     def found(self) -> Choices:
-        """The same, with files by the names that they have on disk."""
+        """The same, with file names as they are on disk."""
         paths: dict[str, Any] = {name: existing(path) for name, path in self.files.items()}
         return replace(self, **paths)
 
@@ -83,8 +81,7 @@ class Choices(SamplingOptions):
         return replace(settings, rounds=self.rounds, negative=self.negative or None, should_enlarge=self.superres)
 
     def record(self, settings: Settings) -> Record:
-        """All of them, for whoever gets the clip: of paths on this machine the name alone, and of a file its content,
-        since another one may come to have its name."""
+        """All choices, to share with the clip: only the names of private paths, and a hash of each file."""
         for path in (Path(self.model), *self.files.values()):
             check_name(path)  # the record is UTF-8
         found = asdict(self) | {name: public(path) for name, path in self.files.items()}
@@ -93,42 +90,53 @@ class Choices(SamplingOptions):
         return found | {"sha256": hashes}
 
 
+@dataclass(frozen=True)
+class ClipRecord:
+    """What a sidecar says in addition to the choices."""
+
+    prompt: str
+    seed: int
+    fps: float | None
+    sha256: dict[str, str]
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed <= LARGEST_SEED, f"seed is {self.seed}, expected 0 to {LARGEST_SEED}")
+
+
 class Sidecar:
-    """The record of a clip that is to be made again.
+    """The record of a clip to regenerate.
 
     Args:
         path: the JSON file.
 
     Raises:
-        ValueError: it is no sidecar, or a value in it cannot be used.
+        InputError: it is not a sidecar, or a value in it cannot be used.
         OSError: there is no such file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, found = path, read_record(path)
         if found is None:
-            path.stat()  # if it is missing, say that
-        expected = f"{path} is no sidecar, expected the JSON file next to a clip"
-        require(found is not None and "prompt" in found and "seed" in found, expected)
-        assert found is not None
+            path.stat()  # a missing file is an OSError
+        if found is None or "prompt" not in found or "seed" not in found:
+            raise InputError(f"{path} is not a sidecar, expected the JSON file next to a clip")
+        for name, value in found.items():
+            require("\0" not in str(value), f"{path}: {name} has a zero byte, expected none")
         self.record: Record = {"fps": None, "sha256": {}} | ADDED | found
-        self.prompt = Prompt(self._value("prompt", str), self._value("seed", Annotated[int, SEEDS]))
-        self.fps: float | None = self._value("fps", float | None)
-        self.hashes: dict[str, str] = self._value("sha256", dict[str, str])
+        self.clip = self._converted(ClipRecord)
 
     def choices(self, places: Record) -> Choices:
-        """The clip's choices. A model or a file that is named here is where that of the clip lies now."""
-        hints = get_type_hints(Choices)
-        missing = sorted(hints.keys() - self.record.keys())
+        """The clip's choices, with the places of model and files that are given here."""
+        missing = sorted({each.name for each in fields(Choices)} - self.record.keys())
         require(not missing, f"{self.path} lacks {', '.join(missing)}: another version of cogvideo wrote it")
-        found = {name: self._value(name, hint) for name, hint in hints.items()}
-        found |= {name: value for name, value in places.items() if value != getattr(Choices, name)}
-        for name in FILES:
-            found[name] = None if found[name] is None else self._lies(name, found[name])
-        if found["model"] != POCKET and "/" not in found["model"]:  # no id on the Hub
-            found["model"] = str(self._lies("model", found["model"]))
+        choices = self._converted(Choices)
+        moved = {name: value for name, value in places.items() if value != getattr(Choices, name)}
         try:
-            choices = Choices(**found)
+            choices = replace(choices, **moved)
+            found: Record = {name: self._find(name, path) for name, path in choices.files.items()}
+            if choices.model != POCKET and "/" not in choices.model:  # no ID on the Hub
+                found["model"] = str(self._find("model", Path(choices.model)))
+            choices = replace(choices, **found)
             choices.settings(CogVideoConfig())  # all values are given, so this model's own do not matter
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
@@ -137,34 +145,32 @@ class Sidecar:
     def check_origin(self, record: Record) -> None:
         """Refuse a model or files that are not those of the clip."""
         same = self.record.get("bundle") == record["bundle"]
-        require(same, f"{self.path} was made with another model than {record['model']}: say with --model where it lies")
-        changed = [record[name] for name, value in record["sha256"].items() if self.hashes.get(name) != value]
+        require(same, f"{self.path} was made with another model than {record['model']}: pass its own by --model")
+        changed = [record[name] for name, value in record["sha256"].items() if self.clip.sha256.get(name) != value]
         require(not changed, f"{self.path} was made with another file than {', '.join(changed)}")
 
     def is_again(self, codes: str) -> bool:
-        """Compare the hash of new codes with that of the clip's; print a line if they differ."""
+        """Compare the hash of new codes with that of the clip; print a line if they differ."""
         if codes == self.record.get("codes", codes):
             return True
         maker = f"torch {self.record.get('torch')} on {self.record.get('device')}"
-        print(f"these are other codes than those of {self.path}, which {maker} made", file=sys.stderr)
+        print(f"the codes differ from those of {self.path}, made by {maker}", file=sys.stderr)
         return False
 
-    def _value(self, name: str, hint: Any) -> Any:
-        value = self.record[name]
-        got = f"{self.path}: {name} is {value!r:.60}"
-        require("\0" not in str(value), f"{got}, expected no zero byte")
-        require(not isinstance(value, float) or math.isfinite(value), f"{got}, expected a number")
+    def _converted(self, kind: type[T]) -> T:
+        """Values of the record as a dataclass."""
+        values = {each.name: self.record[each.name] for each in fields(kind)}  # type: ignore[arg-type]
         try:
-            return msgspec.convert(value, hint, dec_hook=_path)
+            return msgspec.convert(values, kind, dec_hook=_path)
         except msgspec.ValidationError as error:
-            raise InputError(f"{got}: {error}") from error
+            raise InputError(f"{self.path}: {error}") from error
 
-    def _lies(self, option: str, name: str | Path) -> Path:
-        """Path of a file or folder, from here, else from the sidecar's folder."""
-        found = [path for folder in (Path(), self.path.parent) if (path := existing(folder / name)).exists()]
-        absent = f"{self.path} was made with {name}, which is not here: say with --{option} where it lies"
-        require(len(found) > 0, absent)
-        return found[0]
+    def _find(self, option: str, path: Path) -> Path:
+        """A file or folder, here or in the sidecar's folder."""
+        for folder in (Path(), self.path.parent):
+            if (found := existing(folder / path)).exists():
+                return found
+        raise InputError(f"it was made with {path}, which is not here: pass its place by --{option}")
 
 
 def _path(kind: type, value: Any) -> Path:

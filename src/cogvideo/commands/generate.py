@@ -100,38 +100,37 @@ def generate(
         samples: Number of clips per prompt.
         from_sidecar: Sidecar of a clip to regenerate; the exit status is 1 if the codes differ. Cannot be combined
             with a prompt, nor with options that change the clip.
-        choices: What the clips show.
+        choices: Model and content.
         files: Output.
         execution: Device, batch and memory.
 
     Raises:
-        ValueError: a prompt, the model or a setting cannot be used.
-        OSError: something cannot be read or written.
+        InputError: a prompt, the model or a setting cannot be used.
+        OSError: a file cannot be read or written.
     """
-    sidecar = None
     prompts, from_sidecar = (None if path is None else existing(path) for path in (prompts, from_sidecar))
-    choices = choices.found()
+    choices, sidecar = choices.found(), None
     if from_sidecar is None:
         listed = _listed(prompt, prompts, None if seed == ANY_SEED else seed, samples)
     else:
-        alone = not prompt and prompts is None and seed in (None, ANY_SEED) and samples == 1
+        is_alone = not prompt and prompts is None and seed in (None, ANY_SEED) and samples == 1
         require(
-            alone and choices == Choices(**choices.places),
-            "got --from-sidecar with a prompt, --seed, --samples or an option that decides a clip, which the sidecar "
-            "brings; expected none but --model, --image, --extend, --first and --last, where these lie elsewhere now",
+            is_alone and choices == Choices(**choices.places),
+            "got --from-sidecar with a prompt or an option that the sidecar has, expected none, but for --model, "
+            "--image, --extend, --first and --last if these were moved",
         )
         sidecar = Sidecar(from_sidecar)
-        listed, choices = [sidecar.prompt], sidecar.choices(choices.places)
+        listed, choices = [Prompt(sidecar.clip.prompt, sidecar.clip.seed)], sidecar.choices(choices.places)
     for path in (prompts, from_sidecar, *choices.files.values()):
         is_other = path is None or not (path.exists() and files.output.exists() and path.samefile(files.output))
-        require(is_other, f"output is {files.output}, which is read, too: give another name")
+        require(is_other, f"output is {files.output}, which is also an input: give another name")
     to_file = is_file(files.output, len(listed))
     suits = not to_file or files.format in ("mp4", files.output.suffix.lower()[1:])
     require(suits, f"output is {files.output} and format {files.format}, expected one format")
     maker = Maker(choices, execution)
     if sidecar is not None:
         sidecar.check_origin(maker.record)
-    rates = [files.fps, None if sidecar is None else sidecar.fps, maker.fps]
+    rates = (files.fps, None if sidecar is None else sidecar.clip.fps, maker.fps)
     fps = next(rate for rate in rates if rate is not None)
     check_rate(files.output.suffix if to_file else f".{files.format}", fps)
     record, folder = maker.record | {"fps": fps}, Folder(files.output, files.format)
@@ -139,23 +138,20 @@ def generate(
         wanted = [Wanted(listed[0].text, _seed(listed[0]), files.output, listed[0].where)]
     else:
         wanted = list(_wanted(listed, record, folder, skip=prompts is not None))
-    same = True
+    is_same = True
     for clip, pixels, figures in maker.make(wanted, fps, files.preview):
         path = clip.path if to_file else folder.settled(clip.path)
         made: Record = {"file": path.name, "prompt": clip.prompt, "seed": clip.seed} | record | figures
         write_clip(path, pixels, fps, made)
         print(dumps(made) if files.json else path, flush=True)
-        same = sidecar is None or sidecar.is_again(made["codes"])
+        is_same = sidecar is None or sidecar.is_again(made["codes"])
     if len(wanted) < len(listed):
-        print(f"{len(listed) - len(wanted)} of {len(listed)} clips were there already", file=sys.stderr)
-    return int(not same)
-
-
-# Clips that are to be made
+        print(f"skipped {len(listed) - len(wanted)} of {len(listed)} clips, which exist already", file=sys.stderr)
+    return int(not is_same)
 
 
 class Wanted(NamedTuple):
-    """A clip that is to be made."""
+    """A clip to generate."""
 
     prompt: str
     seed: int
@@ -165,12 +161,12 @@ class Wanted(NamedTuple):
 
 
 def _listed(prompt: tuple[str, ...], path: Path | None, seed: int | None, samples: int) -> list[Prompt]:
-    """Each prompt as often as it is wanted, with its seed where one is given."""
+    """Each prompt, as often as there are samples of it, with its seed if one is given."""
     fits = seed is None or 0 <= seed <= LARGEST_SEED
     require(fits, f"seed is {seed}, expected a number in [0, {LARGEST_SEED}], or -1 for any")
     require(0 < samples <= MOST_SAMPLES, f"samples is {samples}, expected 1 to {MOST_SAMPLES}")
     require(path is None or not prompt, "got prompts and a file of prompts, expected one of them")
-    require(path is not None or len(prompt) > 0, "there is no prompt, expected one or several texts, or --prompts FILE")
+    require(path is not None or len(prompt) > 0, "got no prompt, expected texts or --prompts FILE")
     listed = [Prompt(each.translate(SPACES)) for each in prompt] if path is None else read_prompts(path)
     found = []
     for place, each in enumerate(listed):
@@ -187,10 +183,10 @@ def _seed(prompt: Prompt) -> int:
 
 
 def _wanted(listed: Sequence[Prompt], record: Record, folder: Folder, skip: bool) -> Iterator[Wanted]:
-    """The clips that the folder lacks. Which model has made one, its hash says, wherever it lay."""
+    """The clips that the folder lacks. The hash of the model identifies it, wherever it was."""
     alike = {name: value for name, value in record.items() if name not in ("model", *FILES)}
     there = set()
-    # Those with a seed first: any clip of its prompt will do for one without.
+    # Those with a seed first: for one without, any clip of its prompt will do.
     for place, each in sorted(enumerate(listed), key=lambda pair: pair[1].seed is None):
         if skip and folder.take(alike, each.text, each.seed):
             there.add(place)
@@ -199,18 +195,11 @@ def _wanted(listed: Sequence[Prompt], record: Record, folder: Folder, skip: bool
             yield Wanted(each.text, _seed(each), folder.name(each.text), each.where)
 
 
-# Making them
-
-
 class Maker:
-    """A model that makes clips with one set of choices.
-
-    Args:
-        choices: options that decide them.
-        execution: device, batch and memory.
+    """A model that generates clips with one set of choices.
 
     Raises:
-        ValueError: the model, a file or a setting cannot be used.
+        InputError: the model, a file or a setting cannot be used.
         OSError: a file cannot be read.
     """
 
@@ -228,7 +217,7 @@ class Maker:
 
     @cached_property
     def request(self) -> Request:
-        """A request without prompts, with the frames of the files; a part of the model is loaded for them."""
+        """A request without prompts, with the frames of the files, which the tokenizer encodes."""
         choices = self.choices
         first = self._codes(choices.extend or choices.image or choices.first, None if choices.extend else 1)
         last = self._codes(choices.last, 1)
@@ -239,14 +228,15 @@ class Maker:
         return None if path is None else self.pipeline.encode(read_video(path, self.fps, size, max_frames=most).frames)
 
     def make(self, wanted: Sequence[Wanted], fps: float, preview: bool) -> Iterator[tuple[Wanted, Pixels, Record]]:
-        """Clips as they are finished, with figures for their records. All prompts are looked at, and folders made,
+        """Clips as they are finished, with figures for their records. All prompts are checked, and folders created,
         before the first of them.
 
         Raises:
-            ValueError: a prompt cannot be used, or there is too little memory.
+            InputError: a prompt cannot be used, or there is too little memory.
         """
         self._check(wanted)
-        groups = [wanted[start : start + self.execution.batch] for start in range(0, len(wanted), self.execution.batch)]
+        size = self.execution.batch
+        groups = [wanted[start : start + size] for start in range(0, len(wanted), size)]
         for folder in {each.path.parent for each in wanted}:
             folder.mkdir(parents=True, exist_ok=True)
             check_writable(folder)
@@ -261,7 +251,7 @@ class Maker:
                 yield each, pixels, self._figures(pixels, codes)
 
     def _check(self, wanted: Sequence[Wanted]) -> None:
-        """Refuse what cannot be made; a prompt of a list by its line."""
+        """Refuse clips that cannot be generated; a prompt of a list by its line."""
         if wanted:
             self.pipeline.check_memory(self.settings, min(self.execution.batch, len(wanted)))
         for each in reversed({each.prompt: each for each in reversed(wanted)}.values()):  # the first of equal ones
@@ -288,7 +278,7 @@ class Maker:
 
 
 def _previewed(stream: Iterator[Frame], group: Sequence[Wanted]) -> Iterator[Frame]:
-    """The frames, each written before it is passed on."""
+    """Write each frame before it is passed on."""
     folders = [make_frames_folder(each.path) for each in group]
     for folder, each in zip(folders, group, strict=True):
         print(f"{folder}: frames of seed {each.seed}", file=sys.stderr)
@@ -299,7 +289,7 @@ def _previewed(stream: Iterator[Frame], group: Sequence[Wanted]) -> Iterator[Fra
 
 
 def _watched(stream: Iterator[Frame], console: Console) -> Iterator[Frame]:
-    """The frames, with a bar that says how far they are."""
+    """Show the progress of the frames."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None)

@@ -57,9 +57,8 @@ class Option(NamedTuple):
     @property
     def metavar(self) -> str:
         """Value in help."""
-        if self.group == ARGUMENTS:
-            return str(self)
-        return NAMES.get(self.kind) or f"{{{','.join(get_args(self.kind))}}}"
+        kind = NAMES.get(self.kind) or f"{{{','.join(get_args(self.kind))}}}"
+        return str(self) if self.group == ARGUMENTS else kind
 
     @property
     def note(self) -> str:
@@ -83,25 +82,13 @@ class Option(NamedTuple):
             expected = NOUNS[self.kind]
         raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
 
-    def add_to(self, group: argparse._ArgumentGroup) -> None:
-        """Add it to a group of a parser."""
-        text = f"{self.help}{self.note}".replace("%", "%%")
-        if self.kind is bool:
-            group.add_argument(str(self), dest=self.name, help=text, action=argparse.BooleanOptionalAction)
-            return
-        values: Any = {"type": self.value, "nargs": self.nargs, "metavar": self.metavar, "help": text}
-        if self.group == ARGUMENTS:
-            group.add_argument(self.name, **values | {"nargs": self.nargs or "?"})
-        else:
-            group.add_argument(str(self), dest=self.name, **values)
-
 
 def parse(command: str, function: Callable[..., Any], arguments: Sequence[str]) -> Callable[[], Any]:
-    """The call of a command's function that its arguments, and a recipe among them, ask for.
+    """The call of a function with the arguments of a command, and of a recipe that they name.
 
     Args:
         command: such as `train image`.
-        function: has the options.
+        function: its signature and docstring make the options.
         arguments: of the user, after the name of the command.
 
     Raises:
@@ -123,13 +110,7 @@ def parse(command: str, function: Callable[..., Any], arguments: Sequence[str]) 
 
 
 def options(owner: Callable[..., Any], instance: Any = None, group: str = OPTIONS) -> Iterator[Option]:
-    """Options of a function or a dataclass, in their order.
-
-    Args:
-        owner: function or dataclass.
-        instance: of the dataclass, with defaults in place of those of the class.
-        group: heading of the options.
-    """
+    """Options of a function or a dataclass; an instance of it has other defaults."""
     texts = _texts(owner)
     for name, kind, default, is_positional in _parameters(owner, instance):
         if _is_group(kind):
@@ -199,7 +180,14 @@ def _parser(command: str, function: Callable[..., Any], known: Sequence[Option])
     headings = (ARGUMENTS, OPTIONS, *(each.group for each in known))
     groups = {heading: parser.add_argument_group(heading) for heading in dict.fromkeys(headings)}
     for each in known:
-        each.add_to(groups[each.group])
+        names: dict[str, Any] = {"help": f"{each.help}{each.note}".replace("%", "%%")}
+        values = {"type": each.value, "nargs": each.nargs, "metavar": each.metavar} | names
+        if each.group == ARGUMENTS:
+            groups[ARGUMENTS].add_argument(each.name, **values | {"nargs": each.nargs or "?"})
+        elif each.kind is bool:
+            groups[each.group].add_argument(str(each), dest=each.name, action=argparse.BooleanOptionalAction, **names)
+        else:
+            groups[each.group].add_argument(str(each), dest=each.name, **values)
     groups[OPTIONS].add_argument("-h", "--help", action="help", help="Show this help.")
     return parser
 

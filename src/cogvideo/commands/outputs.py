@@ -1,4 +1,4 @@
-"""Files of generated clips: their names, their formats, and the record of how each was made, next to it and in it."""
+"""Files of generated clips: names, formats, and sidecars, which record how each was made."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ Format = Literal["mp4", "gif", "webp", "png"]
 SUFFIXES = (".mp4", ".gif", ".webp")
 """Suffixes of files that hold a clip; PNG frames are a folder."""
 LONGEST_NAME, LONGEST_GIVEN = 120, 200
-"""Bytes of a file name that is made from a prompt, and of one that is given: most file systems take 255, and a file
-that is written has a longer name."""
+"""Bytes of a file name made from a prompt, and of a given one. Most file systems allow 255, and temporary names are
+longer."""
 SIDECAR = ".json"
 FRAMES = "-frames"
-"""Suffix of a folder of frames, which are written while their clip is made."""
+"""Suffix of a folder of previews."""
 
 Record = dict[str, Any]
 """Record of how a clip was made."""
@@ -43,14 +43,12 @@ def is_file(output: Path, clips: int) -> bool:
     """Tell the file of a single clip (True) from a folder.
 
     Raises:
-        ValueError: it can be neither.
+        InputError: it can be neither.
     """
-    suffix = output.suffix.lower()
+    suffix, length = output.suffix.lower(), len(os.fsencode(output.name))
     check_name(output)
-    length = len(os.fsencode(output.name))
-    require(
-        length <= LONGEST_GIVEN, f"the name {output.name:.20}... has {length} bytes, expected {LONGEST_GIVEN} at most"
-    )
+    too_long = f"the name {output.name:.20}... has {length} bytes, expected {LONGEST_GIVEN} at most"
+    require(length <= LONGEST_GIVEN, too_long)
     if suffix in SUFFIXES or (suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not output.is_dir()):
         kinds = f"expected a folder, or a file that ends in {', '.join(SUFFIXES)}"
         require(suffix in SUFFIXES, f"cannot write {output}: {kinds}")
@@ -63,27 +61,26 @@ def is_file(output: Path, clips: int) -> bool:
 
 
 def _check_sidecar(output: Path) -> None:
-    """Refuse to replace a file that is not the record of the clip that is replaced."""
+    """Refuse to replace a file that is not the sidecar of the replaced clip."""
     sidecar = sidecar_of(output)
     record = read_record(sidecar) or {}
     is_own = not sidecar.exists() or record.get("file") == output.name
-    require(is_own, f"{sidecar}, where the record of {output} belongs, holds something else: give another name")
+    require(is_own, f"{sidecar} is not the sidecar of {output}: give the clip another name")
 
 
 def check_name(path: Path) -> None:
     """Refuse a name that a record cannot hold."""
-    require(is_unicode(str(path)), f"the name {str(path)!r} is no text in UTF-8, expected one: rename it")
+    require(is_unicode(str(path)), f"the name {str(path)!r} is not Unicode text: rename it")
 
 
 def public(path: Path) -> str:
-    """A path as records have it, which go to others with the clips: as it was given, if it is below the folder where
-    the command ran and says so; else its name alone, without the folders of this machine and its users."""
+    """A path for records, which are shared: only its name, unless it is relative and inside the working folder."""
     is_inside = not path.is_absolute() and ".." not in path.parts
     return str(path) if is_inside else path.name
 
 
 def check_writable(folder: Path) -> None:
-    """Refuse a folder in which no file can be made, for whatever reason."""
+    """Refuse a folder in which no file can be created, for whatever reason."""
     try:
         with NamedTemporaryFile(dir=folder, prefix=".clip-", suffix=TEMPORARY_SUFFIX):
             pass
@@ -92,12 +89,7 @@ def check_writable(folder: Path) -> None:
 
 
 class Folder:
-    """An output folder: which clips are in it, and names for more.
-
-    Args:
-        path: the folder, which need not exist.
-        format: of the clips that are added.
-    """
+    """An output folder, which need not exist: its clips, and names for more clips of a format."""
 
     def __init__(self, path: Path, format: Format) -> None:
         self.path, self.format = path, format
@@ -107,7 +99,7 @@ class Folder:
 
     @cached_property
     def _records(self) -> dict[tuple[str, str], deque[tuple[str, Record]]]:
-        """Sidecars that are there, by their prompt and seed, and by their prompt alone."""
+        """Sidecars, by prompt and seed, and by prompt alone."""
         found: dict[tuple[str, str], deque[tuple[str, Record]]] = defaultdict(deque)
         for path in named(self.path, f"*{SIDECAR}"):
             record = read_record(path) or {}
@@ -116,9 +108,9 @@ class Folder:
         return found
 
     def take(self, alike: Record, prompt: str, seed: int | None) -> bool:
-        """Take a finished clip of this format that was made so, of this prompt and seed; False if none is left.
+        """Take a finished clip with this record, prompt and seed; False if none is left.
 
-        Each sidecar is looked at once or twice, whatever the number of calls: `alike` is the same in all of them.
+        `alike` is the same in all calls, so each sidecar is checked at most twice.
         """
         left = self._records.get((repr(prompt), repr(seed)), deque())
         while left:
@@ -130,12 +122,9 @@ class Folder:
         return False
 
     def name(self, prompt: str) -> Path:
-        """A path for a clip, made from its prompt: never out of the folder, never that of another clip, also where
-        neither case nor the way accents are written count."""
-        words = (
-            re.sub(r"[^\w]+", "-", normalize("NFC", prompt)).strip("-").encode()[:LONGEST_NAME].decode(errors="ignore")
-        )
-        stem = words.strip("-") or "clip"
+        """A new path for a clip of a prompt, in this folder; case and the form of accents do not distinguish names."""
+        words = re.sub(r"\W+", "-", normalize("NFC", prompt)).strip("-")
+        stem = words.encode()[:LONGEST_NAME].decode(errors="ignore").strip("-") or "clip"
         number = self._numbers.get(_key(stem), 1)
         name = stem if number == 1 else f"{stem}-{number}"
         while {_key(name), _key(f"{name}{FRAMES}")} & self._taken:
@@ -146,7 +135,7 @@ class Folder:
         return self.path / (name if self.format == "png" else f"{name}.{self.format}")
 
     def settled(self, path: Path) -> Path:
-        """The path of a clip that is to be written now, or another one where somebody took it meanwhile."""
+        """The path of a clip to write now, or another one if it was taken in the meantime."""
         stem = sidecar_of(path).stem
         while path.exists() or sidecar_of(path).exists():
             path = self.name(stem)
@@ -160,7 +149,7 @@ class Folder:
 
 
 def _key(name: str) -> str:
-    """Form that is the same in names that file systems take for one."""
+    """Form of a name in which names that a file system takes for one are equal."""
     return normalize("NFC", name).casefold()
 
 
@@ -169,7 +158,7 @@ def _is_seed(value: Any) -> bool:
 
 
 def read_record(path: Path) -> Record | None:
-    """The record in a sidecar; None where the file holds something else."""
+    """The record in a sidecar; None if it is not one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -178,31 +167,32 @@ def read_record(path: Path) -> Record | None:
 
 
 def sidecar_of(path: Path) -> Path:
-    """Path of the record of a clip."""
+    """Path of the sidecar of a clip."""
     return path.with_name(f"{path.stem if path.suffix.lower() in SUFFIXES else path.name}{SIDECAR}")
 
 
 def make_frames_folder(path: Path) -> Path:
-    """Make a new folder next to a clip, for its frames while it is made. An existing one may be somebody's."""
+    """Create a new folder next to a clip, for previews of its frames. An existing one may be somebody's."""
     for number in count(1):
         folder = path.with_name(f"{path.stem}{FRAMES}{f'-{number}' if number > 1 else ''}")
         with suppress(FileExistsError):
             folder.mkdir()
-            break
-    return folder
+            return folder
+    raise AssertionError
 
 
 def write_clip(
     path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, record: Mapping[str, Any]
 ) -> None:
-    """Write a clip, then its record: whatever interrupts it, no clip has the record of another one,
-    and a clip that is to be replaced goes, with its record, when the new one is whole.
+    """Write a clip, then its sidecar. The record is also in the file, as a comment.
+
+    No interruption leaves a clip with the sidecar of another one. A clip is replaced when the new one is complete.
 
     Args:
         path: a file by its suffix, or a folder for PNG frames.
         frames: red, green and blue.
-        fps: frames a second.
-        record: how it was made; also stored in the file as a comment.
+        fps: frames per second.
+        record: how it was made.
 
     Raises:
         OSError: something cannot be written.
@@ -221,5 +211,5 @@ def write_clip(
 
 
 def write_frame(folder: Path, place: int, frame: UInt8[np.ndarray, "height width 3"], comment: str = "") -> None:
-    """Write a frame of a clip as PNG, named by its place."""
+    """Write a frame of a clip as a PNG file, named by its place."""
     write_image(folder / f"{place:03}.png", frame, {"comment": comment} if comment else None)

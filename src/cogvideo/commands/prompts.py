@@ -1,4 +1,4 @@
-"""Lists of prompts: a text file with one on each line, or a table."""
+"""Lists of prompts: a text file with one per line, or a table."""
 
 from __future__ import annotations
 
@@ -22,39 +22,35 @@ from cogvideo.data.tables import (
 from cogvideo.text import is_unicode
 
 COLUMNS = ("prompt", "caption", "text")
-"""Columns of a table that may hold the prompts; the first that there is does."""
+"""Columns of a table that may hold the prompts; the first one found does."""
 SEED = "seed"
 LARGEST_SEED = 2**63 - 1
-NO_LISTS = (".json", ".xlsx", ".xls", ".ods", ".gz", ".zip")
-"""Suffixes of files that are neither a text nor a table that is read."""
 ANY_SEED = -1
 """Random seed, as other tools spell it."""
+NO_LISTS = (".json", ".xlsx", ".xls", ".ods", ".gz", ".zip")
+"""Suffixes of files that are neither text nor a readable table."""
 
 
 class Prompt(NamedTuple):
-    """A clip that is wanted."""
+    """A requested clip."""
 
     text: str
     seed: int | None = None
-    """None where the list names none."""
     where: str = ""
     """Place in a list, for messages."""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file in their order: lines of a text (empty ones are left out), or rows of a table.
-
-    A table (.csv, .tsv, .jsonl, .parquet) has the column `prompt`, `caption` or `text`, and may have `seed`. All else
-    is a text, but for spreadsheets, archives and .json, which are refused.
+    """Prompts of a file, in order: nonempty lines of a text, or rows of a table (.csv, .tsv, .jsonl, .parquet).
 
     Raises:
-        ValueError: it cannot be read, has no prompts, or a row cannot be used; the message says which.
+        InputError: it cannot be read, has no prompts, or a row cannot be used.
         OSError: there is no such file.
     """
-    kind = path.suffix.lower()
-    require(kind not in NO_LISTS, f"{path} is no list of prompts, expected a text, .csv, .tsv, .jsonl or .parquet")
+    is_list = path.suffix.lower() not in NO_LISTS
+    require(is_list, f"{path} is not a list of prompts, expected a text file, .csv, .tsv, .jsonl or .parquet")
     found = list(_rows(path) if is_table(path) else _lines(path))
-    require(len(found) > 0, f"{path} has no prompts, expected one a line, or a table with the column prompt")
+    require(len(found) > 0, f"{path} has no prompts, expected one per line, or a table with the column prompt")
     return found
 
 
@@ -64,7 +60,7 @@ def _lines(path: Path) -> Iterator[Prompt]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         place = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {place}: it is no text in UTF-8 ({error.reason}), save it as UTF-8") from error
+        raise InputError(f"{path}, line {place}: it is not UTF-8 text ({error.reason}), save it as UTF-8") from error
     for number, line in enumerate(lines_of(text), 1):
         if line.strip():
             where = f"{path}, line {number}"
@@ -73,31 +69,28 @@ def _lines(path: Path) -> Iterator[Prompt]:
 
 
 def _rows(path: Path) -> Iterator[Prompt]:
-    path.stat()  # a file that does not exist is an OSError for texts and tables alike
+    path.stat()  # a missing file is an OSError, as for texts
     there = read_columns(path)
-    column = next((each for each in COLUMNS if each in there), None)
+    column = next((each for each in COLUMNS if each in there), "")
     message = f"{path} has the columns {', '.join(there)}, expected {' or '.join(COLUMNS)}"
-    require(column is not None, "; ".join([message, *hints(there, COLUMNS)]))
-    assert column is not None
+    require(column != "", "; ".join([message, *hints(there, COLUMNS)]))
     for hint in hints(there, (SEED,)):  # other columns are the user's own
         print(f"{path}: {hint}", file=sys.stderr)
-    return (_row(path, column, record) for record in read_records(path))
+    return (_row(f"{path}, {record.place}", column, record) for record in read_records(path))
 
 
-def _row(path: Path, column: str, record: Record) -> Prompt:
-    text = record.values.get(column)
-    where = f"{path}, {record.place}"
-    require(not record.surplus, f'{where}: {record.surplus} cells have no column: a prompt with commas stands in "..."')
-    require(isinstance(text, str) and text.strip() != "", f"{where}: {column} is {text!r:.60}, expected a text")
-    assert isinstance(text, str)
-    require(is_unicode(text) and "\0" not in text, f"{where}: {column} is {text!r:.60}, which is no text in Unicode")
-    return Prompt(text.translate(SPACES).strip(), _seed(where, record.values.get(SEED)), where)
+def _row(where: str, column: str, record: Record) -> Prompt:
+    require(not record.surplus, f'{where}: {record.surplus} cells have no column: quote prompts with commas ("...")')
+    text, cell = record.values.get(column), record.values.get(SEED)
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{where}: {column} is {text!r:.60}, expected a text")
+    require(is_unicode(text) and "\0" not in text, f"{where}: {column} is {text!r:.60}, expected Unicode text")
+    return Prompt(text.translate(SPACES).strip(), None if is_missing(cell) else _seed(where, cell), where)
 
 
 def _seed(where: str, cell: Any) -> int | None:
-    if is_missing(cell):
-        return None
     number = whole_number(cell)
-    fits = number is not None and ANY_SEED <= number <= LARGEST_SEED
-    require(fits, f"{where}: seed is {cell!r:.60}, expected a whole number in [0, {LARGEST_SEED}], or -1 for any")
+    if number is None or not ANY_SEED <= number <= LARGEST_SEED:
+        expected = f"expected a whole number in [0, {LARGEST_SEED}], or -1 for any"
+        raise InputError(f"{where}: seed is {cell!r:.60}, {expected}")
     return None if number == ANY_SEED else number

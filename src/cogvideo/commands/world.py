@@ -1,4 +1,4 @@
-"""`cogvideo data world`: clips of the World as files, to look at or to try the data tools on."""
+"""`cogvideo data world`: clips of the World as files."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cogvideo.files import write_text
 from cogvideo.world.scenes import Scene
 
 FPS = 8.0
-"""Frames a second of the files."""
+"""Frames per second of the files."""
 SHEET_ROWS, SHEET_COLUMNS, SHEET_SIZE = 24, 9, 96
-"""Most clips and frames of each on the contact sheet, and their side there."""
+"""Maximum number of clips and frames on the contact sheet, and their side."""
 
 
 def world(
@@ -42,7 +42,7 @@ def world(
         domain: Part of the World: all of it, or simple scenes with one large figure, which small models can learn.
 
     Raises:
-        ValueError: a number is out of range, or `out` is a file or has other files of these names.
+        InputError: a number is out of range, or `out` is a file or has other files of these names.
     """
     from cogvideo.media.images import contact_sheet, write_image  # only a command needs codecs
     from cogvideo.media.video import write_video
@@ -60,14 +60,9 @@ def world(
     for scene in scenes:
         write_video(out / _name(scene), synthetic.render(scene, size, FPS), FPS)
     write_text(table, "".join(json.dumps(_row(scene)) + "\n" for scene in scenes))
-    write_image(
-        sheet,
-        contact_sheet(
-            [synthetic.render(scene, SHEET_SIZE, FPS) for scene in scenes[:SHEET_ROWS]],
-            SHEET_COLUMNS,
-            labels=[synthetic.captions(scene)[0] for scene in scenes[:SHEET_ROWS]],
-        ),
-    )
+    shown = scenes[:SHEET_ROWS]
+    rows = [synthetic.render(scene, SHEET_SIZE, FPS) for scene in shown]
+    write_image(sheet, contact_sheet(rows, SHEET_COLUMNS, labels=[synthetic.captions(scene)[0] for scene in shown]))
     print(f"{clips} clips, captions.jsonl and contact_sheet.png are in {out}")
 
 
