@@ -84,7 +84,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class StageOptimization(Optimization):
-    """Everything that decides the weights of a stage, apart from the data and the start."""
+    """Optimization. It determines the weights of a stage, apart from the data and the start."""
 
     final_rate: float = 0.1
     """Rate at the end, as a share of the highest; between them it falls as half a cosine."""

@@ -39,7 +39,7 @@ MOST_WORKERS = 4
 
 @dataclass(frozen=True)
 class Execution:
-    """Computation of a step, which changes speed and memory, and results only by rounding."""
+    """Computation of a step. It changes speed and memory, and results only by rounding."""
 
     micro_batch: int = 0
     """Samples of one forward and backward pass; fewer need less memory. 0 is a rank's whole share of the batch."""

@@ -61,8 +61,8 @@ class TokenizerSettings(Optimization):
     commitment: float = 0.25
     """Weight of the distance from the encoder's vectors to their codebook rows (beta of VQ-VAE)."""
     codebook_decay: float = 0.95
-    """Decay of the running averages of the codebook. With 0.99, rows lag behind an encoder that begins to use codes, and
-    most die before they are restarted."""
+    """Decay of the running averages of the codebook. With 0.99, rows lag behind an encoder that begins to use codes,
+    and most die before they are restarted."""
     restart_below: float = 0.1
     """Share of an even use below which a code is dead and restarts at one of the vectors."""
     plain_steps: int | None = None
