@@ -152,7 +152,7 @@ def histogram(columns: Sequence[Column], is_wide: bool) -> Markup:
 
 def _tick(value: float, _: float = 0) -> str:
     """`0.05`, `1.5k`."""
-    return EngFormatter(sep="")(value) if abs(value) >= 1000 else f"{value:g}"
+    return EngFormatter(sep="")(value) if 1000 <= abs(value) < 1e15 else f"{value:g}"
 
 
 def _svg(figure: Figure) -> Markup:
