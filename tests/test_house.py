@@ -26,6 +26,7 @@ FLOORS = (
     {"evaluation"},
     {"training"},
     {"report"},
+    {"web"},
     {"commands"},
     {"cli"},
 )

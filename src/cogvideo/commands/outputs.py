@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +17,7 @@ from unicodedata import normalize
 import numpy as np
 from jaxtyping import UInt8
 
+from cogvideo.commands.prompts import stem_of
 from cogvideo.config import InputError, require
 from cogvideo.files import TEMPORARY_SUFFIX, named, replacing_by_name, write_text
 from cogvideo.generation.request import ADDED
@@ -28,9 +28,8 @@ from cogvideo.text import is_unicode
 Format = Literal["mp4", "gif", "webp", "png"]
 SUFFIXES = (".mp4", ".gif", ".webp")
 """Suffixes of files that hold a clip; PNG frames are a folder."""
-LONGEST_NAME, LONGEST_GIVEN = 120, 200
-"""Bytes of a file name made from a prompt, and of a given one. Most file systems allow 255, and temporary names are
-longer."""
+LONGEST_GIVEN = 200
+"""Bytes of a given file name. Most file systems allow 255, and temporary names are longer."""
 SIDECAR = ".json"
 FRAMES = "-frames"
 """Suffix of a folder of previews."""
@@ -123,8 +122,7 @@ class Folder:
 
     def name(self, prompt: str) -> Path:
         """A new path for a clip of a prompt, in this folder; case and the form of accents do not distinguish names."""
-        words = re.sub(r"\W+", "-", normalize("NFC", prompt)).strip("-")
-        stem = words.encode()[:LONGEST_NAME].decode(errors="ignore").strip("-") or "clip"
+        stem = stem_of(prompt)
         number = self._numbers.get(_key(stem), 1)
         name = stem if number == 1 else f"{stem}-{number}"
         while {_key(name), _key(f"{name}{FRAMES}")} & self._taken:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 from cogvideo.config import InputError, require
 from cogvideo.data.tables import (
@@ -25,6 +27,8 @@ COLUMNS = ("prompt", "caption", "text")
 """Columns of a table that may hold the prompts; the first one found does."""
 SEED = "seed"
 LARGEST_SEED = 2**63 - 1
+LONGEST_NAME = 120
+"""Bytes of a file name that is made from a prompt."""
 ANY_SEED = -1
 """Random seed, as other tools spell it."""
 NO_LISTS = (".json", ".xlsx", ".xls", ".ods", ".gz", ".zip")
@@ -52,6 +56,12 @@ def read_prompts(path: Path) -> list[Prompt]:
     found = list(_rows(path) if is_table(path) else _lines(path))
     require(len(found) > 0, f"{path} has no prompts, expected one per line, or a table with the column prompt")
     return found
+
+
+def stem_of(prompt: str) -> str:
+    """Name of a prompt's clip, without its suffix."""
+    words = re.sub(r"[^\w]+", "-", normalize("NFC", prompt)).strip("-").encode()[:LONGEST_NAME]
+    return words.decode(errors="ignore").strip("-") or "clip"
 
 
 def _lines(path: Path) -> Iterator[Prompt]:

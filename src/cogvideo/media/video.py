@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -97,6 +98,23 @@ def read_video(
         if len({each.pixels.shape for each in seen}) > 1:
             raise VideoError("changes its size", "give one size to get frames of it")
         return Video(np.stack([each.pixels for each in seen]), any(each.has_alpha for each in seen))
+
+
+def read_rate(file: Path) -> float:
+    """Usual frames a second of a file: pauses, where equal frames are stored as one, do not count; 25 where unknown.
+
+    Reading at this rate, from half a frame after the start, takes each frame once, also where times are rounded.
+
+    Raises:
+        VideoError: the file cannot be read.
+    """
+    with Naming(file), _opened(file) as content, closing(_read_shots(content, 0.0, 1 / 25)) as shots:
+        begins = [shot.begin for shot in shots]
+    steady = begins[1:] if len(begins) > 2 else begins  # where times are rounded, the first is not
+    gaps = [after - before for before, after in pairwise(steady) if after - before > 1 / MAX_FPS]
+    shortest = min(gaps, default=0.0)
+    usual = [gap for gap in gaps if gap < 1.8 * shortest]
+    return max(MIN_FPS, round(len(usual) / sum(usual), 3)) if usual else 25.0
 
 
 def _num_frames(seconds: float, fps: float) -> int:

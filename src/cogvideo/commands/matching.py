@@ -1,0 +1,90 @@
+"""Clips of a study and their prompts: by a table, by the names that `cogvideo generate` gives, or by numbers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from cogvideo.commands.prompts import read_prompts, stem_of
+from cogvideo.config import InputError, require
+from cogvideo.data.tables import (
+    CAPTION_COLUMNS,
+    FILE_COLUMNS,
+    RowError,
+    captions_of,
+    is_table,
+    read_columns,
+    read_records,
+)
+from cogvideo.media.video import VIDEO_SUFFIXES
+
+
+def read_texts(path: Path) -> tuple[list[str], list[str] | None]:
+    """Texts of the prompts, and the names of their clips if a table has them.
+
+    Raises:
+        ValueError: it is no list of prompts, or a row cannot be used.
+        OSError: there is no such file.
+    """
+    columns = read_columns(path) if path.is_file() and is_table(path) else ()
+    file = next((each for each in FILE_COLUMNS if each in columns), None)
+    text = next((each for each in CAPTION_COLUMNS if each in columns), None)
+    if file is None or text is None:
+        return [prompt.text for prompt in read_prompts(path)], None
+    texts, stems = [], []
+    for record in read_records(path):
+        where = f"{path}, {record.place}"
+        name = record.values.get(file)
+        require(isinstance(name, str) and name != "", f"{where}: {file} is {name!r}, expected the name of a clip")
+        stems.append(Path(str(name)).stem)
+        try:
+            texts.append(captions_of(record.values, (text,))[0])
+        except RowError as error:
+            raise InputError(f"{where}: {error}") from error
+    twice = [stem for stem, number in Counter(stems).items() if number > 1]
+    require(not twice, f"{path} has {' and '.join(map(repr, twice[:2]))} twice in {file}, expected each clip once")
+    return texts, stems
+
+
+def find_clips(folder: Path, texts: Sequence[str], stems: Sequence[str] | None) -> list[Path]:
+    """The clip of each prompt in a folder.
+
+    Raises:
+        ValueError: clips are missing, or it is unclear which prompt is theirs.
+    """
+    require(folder.is_dir(), f"{folder} is no folder, expected one with clips")
+    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES]
+    require(len(files) > 0, f"{folder} has no clips, expected files such as .mp4, .gif or .webp")
+    clips = {path.stem: path for path in files}
+    twice = [stem for stem, number in Counter(path.stem for path in files).items() if number > 1]
+    require(not twice, f"{folder} has several clips {twice[:1]}, expected one for each prompt")
+    wanted = stems if stems is not None else _generated(texts)
+    missing = [stem for stem in wanted if stem not in clips]
+    if not missing:
+        return [clips[stem] for stem in wanted]
+    lacks = f"{folder} lacks {len(missing)} of {len(texts)} clips, the first is {missing[0]!r}"
+    require(stems is None and all(map(_numbers, clips)), f"{lacks}; name them so, or pass a table with a column file")
+    require(len(clips) == len(texts), f"{folder} has {len(clips)} clips for {len(texts)} prompts, expected one of each")
+    order = sorted(clips, key=_numbers)
+    for one, other in pairwise(order):
+        require(_numbers(one) != _numbers(other), f"{folder}: {one!r} and {other!r} have one number, expected an order")
+    return [clips[stem] for stem in order]
+
+
+def _generated(texts: Sequence[str]) -> list[str]:
+    """Names that `cogvideo generate` gives to the clips of prompts in one folder."""
+    before: Counter[str] = Counter()
+    found = []
+    for text in texts:
+        stem = stem_of(text)
+        before[stem] += 1
+        found.append(stem if before[stem] == 1 else f"{stem}-{before[stem]}")
+    return found
+
+
+def _numbers(stem: str) -> list[int]:
+    """Numbers in a name."""
+    return [int(digits) for digits in re.findall(r"[0-9]{1,18}", stem)]

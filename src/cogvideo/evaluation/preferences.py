@@ -1,0 +1,161 @@
+"""Statistics of preferences: shares, strengths of systems, agreement of raters, sizes of samples. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from cogvideo.config import require
+
+Z = 1.959964
+"""Standard deviations of a normal distribution to each side that hold 95 %."""
+NUM_DRAWS = 1000
+"""Samples of a bootstrap."""
+
+
+class Interval(NamedTuple):
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Comparison(NamedTuple):
+    """Two systems, compared by a rater on a prompt."""
+
+    rater: int
+    prompt: int
+    first: str
+    second: str
+    outcome: int
+    """1 where the first is preferred, -1 where the second is, 0 where neither."""
+
+
+def share(successes: int, total: int) -> Interval:
+    """A share with its Wilson interval; 0 of 0 may be anything."""
+    if total == 0:
+        return Interval(math.nan, 0.0, 1.0)
+    part = successes / total
+    middle, half = _wilson(part, total)
+    return Interval(part, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def _wilson(part: float, total: float) -> tuple[float, float]:
+    """Middle and half width of the interval of a share."""
+    scale = 1 + Z**2 / total
+    half = Z / scale * math.sqrt(part * (1 - part) / total + Z**2 / (4 * total**2))
+    return (part + Z**2 / (2 * total)) / scale, half
+
+
+def sample_size(part: float, margin: float) -> int:
+    """Smallest number of answers whose Wilson interval of a share reaches at most `margin` to either side.
+
+    Raises:
+        ValueError: the margin is not in (0, 0.5).
+    """
+    require(0 < margin < 0.5, f"margin is {margin}, expected a share in (0, 0.5), such as 0.05")
+    low, high = 0, math.ceil((Z / (2 * margin)) ** 2) + 1  # where half of all are for it, more are needed than ever
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _wilson(part, middle)[1] <= margin else (middle, high)
+    return high
+
+
+def outcomes(
+    comparisons: Sequence[Comparison], systems: Sequence[str]
+) -> Float64[np.ndarray, "systems systems comparisons"]:
+    """For each comparison, 1 where the row's system won against the column's, half where neither did.
+
+    Times the weights of comparisons, it counts wins.
+    """
+    won = np.zeros((len(systems), len(systems), len(comparisons)))
+    for place, each in enumerate(comparisons):
+        first, second = systems.index(each.first), systems.index(each.second)
+        won[first, second, place] = (1 + each.outcome) / 2
+        won[second, first, place] = (1 - each.outcome) / 2
+    return won
+
+
+def strengths(
+    wins: Float64[np.ndarray, "systems systems"], start: Float64[np.ndarray, " systems"] | None = None
+) -> Float64[np.ndarray, " systems"]:
+    """Bradley-Terry strengths with mean 0: `strengths[i] - strengths[j]` is the log-odds that i is preferred to j.
+
+    Two systems that were compared get one more comparison, a tie: one that always won would be infinitely strong.
+
+    Args:
+        wins: how often the row's system won against the column's.
+        start: where to start looking, such as at strengths of nearly the same wins.
+
+    Raises:
+        ValueError: some systems were never compared, not even by way of others.
+    """
+    import choix  # takes two seconds
+
+    compared = (wins + wins.T) > 0
+    reached = np.linalg.matrix_power(compared + np.eye(len(wins)), len(wins)) > 0
+    require(bool(reached.all()), "some systems were never compared with the others, expected answers about all of them")
+    return choix.ilsr_pairwise_dense(wins + compared / 2, initial_params=start, max_iter=1000)
+
+
+def bootstrap(
+    estimate: Callable[[Float64[np.ndarray, " answers"]], Float64[np.ndarray, " values"]],
+    raters: Sequence[int],
+    prompts: Sequence[int],
+) -> list[Interval]:
+    """Values with intervals over raters and prompts, both of which are drawn again with replacement.
+
+    Where there is one rater, the interval is over prompts alone: other raters may think otherwise. One of a single
+    rater and prompt is not a number.
+
+    Args:
+        estimate: values of weighted answers; a ValueError leaves a draw out.
+        raters: rater of each answer.
+        prompts: its prompt.
+    """
+    values = estimate(np.ones(len(raters)))
+    random = np.random.default_rng(0)
+    draws = []
+    for _ in range(NUM_DRAWS):
+        weights = _drawn(raters, random) * _drawn(prompts, random)
+        try:
+            draws.append(estimate(weights))
+        except ValueError:
+            continue
+    if len(set(raters)) == len(set(prompts)) == 1 or not draws:
+        return [Interval(float(value), math.nan, math.nan) for value in values]
+    low, high = np.quantile(draws, (0.025, 0.975), axis=0)
+    return [Interval(*map(float, each)) for each in zip(values, low, high, strict=True)]
+
+
+def _drawn(groups: Sequence[int], random: np.random.Generator) -> Float64[np.ndarray, " answers"]:
+    """How often the group of each answer is drawn."""
+    names, places = np.unique(groups, return_inverse=True)
+    drawn = random.integers(len(names), size=len(names))
+    return np.bincount(drawn, minlength=len(names))[places].astype(float)
+
+
+def agreement(ratings: Sequence[tuple[int, object, int]]) -> float:
+    """Krippendorff's alpha of ordinal values: 1 is full agreement, 0 that of chance.
+
+    It is not a number where no two raters judged the same, or all answers are equal.
+
+    Args:
+        ratings: rater, what was judged, value.
+    """
+    import krippendorff
+
+    raters = {rater: row for row, rater in enumerate(sorted({each[0] for each in ratings}))}
+    units = {unit: column for column, unit in enumerate(dict.fromkeys(each[1] for each in ratings))}
+    table = np.full((len(raters), len(units)), np.nan)
+    for rater, unit, value in ratings:
+        table[raters[rater], units[unit]] = value
+    has_two = (np.isfinite(table).sum(0) > 1).any()
+    if not has_two or len({each[2] for each in ratings}) < 2:
+        return math.nan
+    return float(krippendorff.alpha(reliability_data=table, level_of_measurement="ordinal"))

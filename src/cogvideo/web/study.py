@@ -1,0 +1,183 @@
+"""The web page of raters. It never says which system made a clip, nor what kind a trial is."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cogvideo import report
+from cogvideo.config import InputError, require
+from cogvideo.evaluation.study import Rater, Study
+
+HOST = "127.0.0.1"
+STATIC = Path(__file__).parent / "static"
+FILES = {
+    "page.css": Path(report.__file__).parent / "templates" / "style.css",
+    "study.css": STATIC / "study.css",
+    "study.js": STATIC / "study.js",
+}
+LARGEST_ANSWER = 10_000
+"""Bytes."""
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; media-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "cache-control": "no-store",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+class Sent(msgspec.Struct, forbid_unknown_fields=True):
+    """An answer as the page sends it."""
+
+    place: int
+    values: dict[str, int]
+    seconds: float
+
+
+class Pages:
+    """What the page of a rater asks for. The token in the path is the rater's key.
+
+    Args:
+        study: a study with raters.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+
+    def page(self, request: Request) -> Response:
+        """The page itself, the same for all raters."""
+        self._rater(request)
+        return FileResponse(STATIC / "study.html")
+
+    def file(self, request: Request) -> Response:
+        """Its style sheets and its script."""
+        path = FILES.get(request.path_params["name"])
+        if path is None:
+            raise HTTPException(404)
+        return FileResponse(path)
+
+    def trial(self, request: Request) -> Response:
+        """Progress, and the trial that is next unless all are answered."""
+        return JSONResponse(self._state(self._rater(request)))
+
+    def clip(self, request: Request) -> Response:
+        """A clip of the trial that is next, by its number and side; no other can be had."""
+        shown = self.study.shown(self._rater(request).number)
+        side = request.path_params["side"]
+        if shown is None or shown.place != request.path_params["place"] or side >= len(shown.clips):
+            raise HTTPException(404)
+        if not shown.clips[side].is_file():
+            raise HTTPException(404)
+        return FileResponse(shown.clips[side], media_type="video/mp4")
+
+    async def answer(self, request: Request) -> Response:
+        """Store an answer, then send the next trial; 409 where another trial is next."""
+        rater = self._rater(request)
+        if int(request.headers.get("content-length", LARGEST_ANSWER)) >= LARGEST_ANSWER:
+            raise HTTPException(413)
+        try:
+            sent = msgspec.json.decode(await request.body(), type=Sent)
+            is_stored = self.study.answer(rater.number, sent.place, sent.values, sent.seconds)
+        except (msgspec.MsgspecError, InputError) as error:
+            raise HTTPException(422, str(error)) from error
+        if not is_stored:
+            raise HTTPException(409, "This trial is not the next one.")
+        return JSONResponse(self._state(self._rater(request)))
+
+    def _rater(self, request: Request) -> Rater:
+        rater = self.study.rater(request.path_params["token"])
+        if rater is None:
+            raise HTTPException(404, "This link belongs to no rater: ask for yours.")
+        return rater
+
+    def _state(self, rater: Rater) -> dict[str, Any]:
+        state: dict[str, Any] = {"answered": rater.num_answered, "total": rater.num_trials}
+        shown = self.study.shown(rater.number)
+        if shown is None:
+            return state
+        clips = [f"clips/{shown.place}/{side}" for side in range(len(shown.clips))]
+        questions = [asdict(question) for question in self.study.questions]
+        return state | {"place": shown.place, "prompt": shown.prompt, "clips": clips, "questions": questions}
+
+
+class AddHeaders:
+    """Middleware that adds `HEADERS` to every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+
+        async def send_more(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *own]}
+            await send(message)
+
+        await self._app(scope, receive, send_more)
+
+
+def application(study: Study) -> Starlette:
+    """The pages of a study as an ASGI application. Requests under another name of this machine are refused."""
+    pages = Pages(study)
+    routes = [
+        Route("/static/{name}", pages.file),
+        Route("/{token}/", pages.page),
+        Route("/{token}/trial", pages.trial),
+        Route("/{token}/clips/{place:int}/{side:int}", pages.clip),
+        Route("/{token}/answer", pages.answer, methods=["POST"]),
+    ]
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
+    return Starlette(routes=routes, middleware=[Middleware(AddHeaders), hosts])
+
+
+def serve(folder: Path, num_raters: int, port: int) -> None:
+    """Serve a study to this machine until the process is interrupted, and print the links of its raters.
+
+    Args:
+        folder: folder of the study.
+        num_raters: raters are added until there are that many.
+        port: port to listen at; 0 for any that is free.
+
+    Raises:
+        ValueError: there is no study, or a number is out of range.
+        OSError: the port is taken.
+    """
+    require(num_raters > 0, f"raters is {num_raters}, expected a positive number")
+    require(0 <= port < 65536, f"port is {port}, expected a number in [0, 65535]")
+    study = Study(folder)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+            listener.listen()  # links work as soon as they are printed
+        except OSError as error:
+            raise InputError(f"cannot listen at port {port} ({error.strerror}): pass another --port, or 0") from error
+        study.add_raters(num_raters)
+        address = f"http://{HOST}:{listener.getsockname()[1]}"
+        for rater in study.raters():
+            progress = f"{rater.num_answered} of {rater.num_trials} answered"
+            print(f"rater {rater.number + 1}: {address}/{rater.token}/ ({progress})")
+        print("Press Ctrl-C to stop. All answers are on disk; the links stay valid at the same port.", flush=True)
+        config = uvicorn.Config(
+            application(study), log_level="warning", server_header=False, timeout_graceful_shutdown=1
+        )
+        uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,157 @@
+"""`cogvideo study`: clips find their prompts, and mistakes are one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cogvideo.cli import main
+from cogvideo.evaluation.study import Study
+from cogvideo.media.video import read_video
+from rating import COLORS, make_folders
+
+New = Callable[..., int]
+
+
+@pytest.fixture
+def new(tmp_path: Path) -> New:
+    """`cogvideo study new` on three prompts; options are added."""
+    make_folders(tmp_path, 3, ("zebra", "walrus", "truth"))
+
+    def call(*more: str) -> int:
+        given = dict(zip(more[::2], more[1::2], strict=True))
+        default = {"--a": "zebra", "--b": "walrus", "--prompts": "prompts.txt"}
+        places = {name: str(tmp_path / value) for name, value in default.items()}
+        options = [word for each in (places | given).items() for word in each]
+        return main(["study", "new", str(tmp_path / "study"), *options])
+
+    return call
+
+
+def systems_shown(folder: Path) -> dict[str, str]:
+    """Text of each prompt, and the file of system a."""
+    study = Study(folder)
+    return {text: str(study.clips["a", number]) for number, text in enumerate(study.prompts)}
+
+
+def test_numbers_are_the_order_of_prompts(new: New, tmp_path: Path) -> None:
+    """Guards against clip 10 before clip 2, and against a missing or surplus clip."""
+    extra = tmp_path / "zebra" / "clip 10.mp4"
+    (tmp_path / "zebra" / "clip 2.mp4").rename(extra)
+    assert new() == 0
+    (tmp_path / "study").rename(tmp_path / "old")
+    extra.with_name("clip 11.mp4").write_bytes(extra.read_bytes())
+    assert new() == 2
+
+
+def test_names_of_a_table_count(new: New, tmp_path: Path) -> None:
+    """Guards clips of any name: the table says which text belongs to which, here in the opposite order."""
+    rows = [{"file": f"clip {number}.mp4", "caption": [f"it is {number}"]} for number in (3, 2)]
+    table = tmp_path / "table.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    assert new("--prompts", str(table)) == 0
+    assert list(systems_shown(tmp_path / "study")) == ["it is 3", "it is 2"]
+
+
+def test_names_that_generate_gives_count(new: New, tmp_path: Path) -> None:
+    """Guards clips of `cogvideo generate`, named by their prompts, against other clips in numbered order."""
+    texts = ["a red ball, rolling", "a cat", "a cat"]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    for number, stem in enumerate(("a-red-ball-rolling", "a-cat", "a-cat-2")):
+        (tmp_path / "walrus" / f"clip {number + 1}.mp4").rename(tmp_path / "walrus" / f"{stem}.mp4")
+    assert new() == 0
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_other_formats_become_mp4(suffix: str, tmp_path: Path) -> None:
+    """Guards clips of any system, cropped to one size, and studies of a single prompt."""
+    make_folders(tmp_path, 1, ("heron", "walrus"), suffix)
+    given = ["--a", str(tmp_path / "heron"), "--b", str(tmp_path / "walrus"), "--size", "16"]
+    assert main(["study", "new", str(tmp_path / "study"), *given, "--prompts", str(tmp_path / "prompts.txt")]) == 0
+    study = Study(tmp_path / "study")
+    for system, name in (("a", "heron"), ("b", "walrus")):
+        frames = read_video(study.clips[system, 0], 8).frames
+        assert frames.shape[1:] == (16, 16, 3)
+        assert frames.mean((0, 1, 2)) == pytest.approx(COLORS[name], abs=6)
+    assert [trial.kind for trial in study.design.trials(0)] == ["main", "catch"]
+
+
+def test_real_clips_are_for_catch_trials_alone(new: New, tmp_path: Path) -> None:
+    """Guards the comparison from the real clips, of which those are copied that are shown."""
+    assert new("--real", str(tmp_path / "truth"), "--catches", "2") == 0
+    shown = Study(tmp_path / "study").design.trials(0)
+    assert sum("real" in trial.systems for trial in shown) == sum(trial.kind == "catch" for trial in shown) == 2
+    assert len(list((tmp_path / "study" / "clips").iterdir())) == 3 * 2 + 2 * 2
+
+
+MISTAKES = [
+    (["--a", "missing"], "missing is no folder"),
+    (["--prompts", "missing.txt"], "No such file"),
+    (["--prompts", "few.txt"], "has 3 clips for 2 prompts"),
+    (["--prompts", "table.csv"], "lacks 1 of 1 clips, the first is 'other'"),
+    (["--prompts", "twice.csv"], "twice in file"),
+    (["--prompts", "gap.csv"], "expected the name of a clip"),
+    (["--a", "empty"], "empty has no clips"),
+    (["--a", "broken"], "broken/clip"),
+    (["--a", "double"], "several clips ['clip 1']"),
+    (["--a", "words"], "lacks 3 of 3 clips, the first is 'text-1'"),
+    (["--trials", "0"], "trials is 0"),
+    (["--catches", "-1"], "catches is -1"),
+    (["--size", "0"], "size is 0"),
+    (["--questions", "all"], "pairs"),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), MISTAKES)
+def test_mistakes_are_one_line(
+    new: New,
+    options: list[str],
+    told: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards users from tracebacks and from half a study."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "broken", "double", "words"):
+        Path(name).mkdir()
+    Path("few.txt").write_text("one\ntwo")
+    Path("table.csv").write_text("file,prompt\nother.mp4,a text")
+    Path("twice.csv").write_text("file,prompt\nclip 1.mp4,a text\nclip 1.mp4,a text")
+    Path("gap.csv").write_text("file,prompt\n,a text")
+    for number in (1, 2, 3):
+        Path(f"broken/clip {number}.mp4").write_bytes(b"no video")
+        Path(f"double/clip {number}.mp4").touch()
+        Path(f"words/{'x' * number}.mp4").touch()
+    Path("double/clip 1.gif").touch()
+    assert new(*options) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.count("\n") == 0
+    assert told in line
+    assert not Path("study").exists()
+    assert not list(tmp_path.glob(".study*"))
+
+
+def test_mistakes_of_server_and_report(new: New, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against servers without raters, and reports about nothing."""
+    study = str(tmp_path / "study")
+    assert new() == 0
+    cases = [
+        (["new", study, "--a", ".", "--b", ".", "--prompts", str(tmp_path / "prompts.txt")], "no clips"),
+        (["serve", str(tmp_path)], "holds no study"),
+        (["serve", study, "--raters", "0"], "raters is 0"),
+        (["serve", study, "--port", "70000"], "port is 70000"),
+        (["report", str(tmp_path)], "holds no study"),
+        (["report", study], "no answers yet"),
+        (["report", study, "--margin", "0.6"], "margin is 0.6"),
+        (["report", study, "--slips", "-1"], "slips is -1"),
+        (["report", study, "--out", str(tmp_path / "missing")], "missing"),
+    ]
+    capsys.readouterr()
+    for arguments, told in cases:
+        assert main(["study", *arguments]) == 2, arguments
+        line = capsys.readouterr().err.strip()
+        assert (told in line, line.count("\n")) == (True, 0), line
