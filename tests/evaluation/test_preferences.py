@@ -39,6 +39,12 @@ def test_wilson_as_published(successes: int, total: int, low: float, high: float
     assert share(successes, total) == pytest.approx((successes / total, low, high), abs=1e-4)
 
 
+def test_intervals_of_none_and_all_end_there() -> None:
+    """Guards tables from bounds such as 2.78e-15%."""
+    assert share(0, 6).low == 0
+    assert share(6, 6).high == 1
+
+
 def test_share_of_nothing_may_be_anything() -> None:
     """Guards reports without answers from a division by zero."""
     assert math.isnan(share(0, 0).value)

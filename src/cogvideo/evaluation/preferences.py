@@ -42,7 +42,8 @@ def share(successes: int, total: int) -> Interval:
         return Interval(math.nan, 0.0, 1.0)
     part = successes / total
     middle, half = _wilson(part, total)
-    return Interval(part, max(0.0, middle - half), min(1.0, middle + half))
+    low, high = round(middle - half, 12), round(middle + half, 12)  # 0 and 1, not nearly so
+    return Interval(part, max(0.0, low), min(1.0, high))
 
 
 def _wilson(part: float, total: float) -> tuple[float, float]:
