@@ -40,8 +40,7 @@ async function advance(path, body) {
 async function show(next) {
   trial = next;
   values = {};
-  find("progress").max = trial.total;
-  find("progress").value = trial.answered;
+  Object.assign(find("progress"), { max: trial.total, value: trial.answered });
   find("count").textContent = `${trial.answered} of ${trial.total}`;
   find("trial").hidden = !trial.clips;
   find("end").hidden = Boolean(trial.clips);
@@ -49,20 +48,20 @@ async function show(next) {
   find("prompt").textContent = trial.prompt;
   find("questions").replaceChildren(...trial.questions.map(makeQuestion));
   const sides = trial.clips.length > 1 ? ["Left", "Right"] : [""];
-  const videos = trial.clips.map((src, place) => makeVideo(src, `${sides[place]} clip`));
+  const options = { muted: true, playsInline: true, preload: "auto" };
+  const videos = trial.clips.map((src, place) => make("video", { ...options, src, ariaLabel: `${sides[place]} clip` }));
   find("clips").replaceChildren(...videos.map((video, place) => make("figure", {}, video, sides[place])));
   update();
   await Promise.all(videos.map(loaded));
-  for (const video of videos) video.onended = () => videos.every((each) => each.ended) && restart(videos);
+  for (const video of videos) {
+    video.onended = () => videos.every((each) => each.ended) && restart(videos);
+    video.ontimeupdate = () => keepStep(...videos);
+  }
   restart(videos);
   begin = performance.now();
 }
 
 // Clips
-
-function makeVideo(src, ariaLabel) {
-  return make("video", { src, ariaLabel, muted: true, playsInline: true, preload: "auto" });
-}
 
 function loaded(video) {
   return new Promise((resolve, reject) => {
@@ -76,6 +75,11 @@ async function restart(videos) {
   for (const video of videos) video.currentTime = 0;
   await Promise.all(rewound);
   for (const video of videos) video.play().catch(() => {}); // gone meanwhile
+}
+
+function keepStep(left, right = left) {
+  const lag = left.ended ? 0 : left.currentTime - right.currentTime; // of a busy machine
+  right.playbackRate = 1 + Math.max(-0.5, Math.min(0.5, 2 * lag));
 }
 
 function pauseOrPlay() {
