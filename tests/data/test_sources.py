@@ -550,7 +550,7 @@ def test_copies_and_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"copies": 0}, {"validation": 1.5}, {"limit": 0}, {"caption_columns": ()}],
+    [{"copies": 0}, {"validation": 1.5}, {"limit": 0}],
     ids=lambda each: next(iter(each)),
 )
 def test_bad_options(wrong: dict[str, Any]) -> None:

@@ -14,7 +14,10 @@ from torch import Tensor
 from cogvideo.evaluation.distribution import (
     frechet_distance,
     frechet_distance_float32,
+    halves,
     inception_score,
+    interval,
+    limit,
     polynomial_mmd,
 )
 
@@ -100,3 +103,39 @@ def test_too_few_clips_are_refused() -> None:
             metric(torch.zeros(1, 3), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="splits is 3, expected 1 to 2"):
         inception_score(torch.eye(2), 3)
+
+
+def gaussians(count: int, seed: int, width: int = 16) -> list[Tensor]:
+    """Two sets whose distance is 0.25 times the width."""
+    generator = torch.Generator().manual_seed(seed)
+    return [shift + torch.randn(count, width, generator=generator) for shift in (0.0, 0.5)]
+
+
+def test_the_limit_has_no_bias_and_its_error_says_how_far_it_is_off() -> None:
+    """Guards the comparison of figures at different N: 64 clips measure a quarter too much, the limit does not."""
+    found = [(frechet_distance(*sets), limit(frechet_distance, sets)) for sets in (gaussians(64, n) for n in range(20))]
+    values = np.array([value for value, _ in found])
+    limits, errors = np.array([each for _, each in found]).T
+    assert values.mean() > 4 * 1.2
+    assert limits.mean() == pytest.approx(4, rel=0.08)
+    assert errors.mean() == pytest.approx(limits.std(), rel=0.5)
+    assert limit(frechet_distance, gaussians(19, 0)) is None
+
+
+def test_the_interval_is_that_of_other_draws() -> None:
+    """Guards what is said of two models: an interval as wide as other clips of both would differ, around the figure."""
+    values = [frechet_distance(*gaussians(200, seed)) for seed in range(60)]
+    low, high = interval(frechet_distance, gaussians(200, 0))
+    assert low < frechet_distance(*gaussians(200, 0)) < high
+    assert high - low == pytest.approx(3.92 * np.std(values), rel=0.4)
+    assert interval(frechet_distance, gaussians(200, 0)) == (low, high)
+
+
+def test_halves_share_no_video() -> None:
+    """Guards the floor: two windows of one video in both halves would look alike."""
+    names = ["a", "b", "a", "c", "c", "a", "d", "d"]
+    one, other = halves(names, torch.arange(8.0)[:, None], 8)
+    sides = [{names[int(number)] for number in each} for each in (one, other)]
+    assert not sides[0] & sides[1]
+    assert len(one) == len(other) == 3
+    assert [len(each) for each in halves(names, torch.zeros(8, 1), 2)] == [2, 2]

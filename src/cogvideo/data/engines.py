@@ -1,4 +1,4 @@
-"""Engines that make shards: this process, processes of this machine, or Ray on a cluster."""
+"""Engines that encode clips: this process, processes of this machine, or Ray on a cluster."""
 
 from __future__ import annotations
 
@@ -11,17 +11,34 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import Field, replace
 from multiprocessing.queues import SimpleQueue
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from cogvideo.config import InputError, require
-from cogvideo.data.encoding import Job, Worker
 from cogvideo.devices import usable
 
 OnClip = Callable[[], None]
+
+
+class Job(Protocol):
+    """Clips that a worker encodes in one go; the result is kept."""
+
+    @property
+    def items(self) -> Sequence[Any]:
+        """The clips."""
+
+
+class Worker(Protocol):
+    """A frozen dataclass with the fields `device` and `readers`, which engines set; it is sent to processes."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def make(self, job: Any, on_clip: OnClip = ...) -> None:
+        """Do a job; `on_clip` is called after each item."""
+
 
 GPU_READERS = 4
 """Cores that an actor of Ray requests in addition to its GPU."""
@@ -48,11 +65,11 @@ def local_devices(device: str, workers: int) -> list[str]:
 
 
 def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_clip: OnClip) -> None:
-    """Make shards in one process a place; a single one is this process.
+    """Do jobs in one process a place; a single one is this process.
 
     Raises:
-        OSError: a shard cannot be written.
-        ValueError: a process died. Whole shards stay.
+        OSError: a file cannot be written.
+        ValueError: a process died. Finished jobs stay.
     """
     if len(places) == 1 or len(jobs) == 1:
         worker = _at(worker, places[0], 1)
@@ -74,7 +91,7 @@ def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_cli
                 future.result()
         except BrokenProcessPool as error:
             raise InputError(
-                "a worker process died, perhaps for want of memory: whole shards are kept; "
+                "a worker process died, perhaps for want of memory: finished jobs are kept; "
                 "run the same command again, with fewer --workers"
             ) from error
         finally:
@@ -141,15 +158,15 @@ def _end_with_parent() -> None:
 def run_ray(
     jobs: Sequence[Job], worker: Worker, device: str, address: str | None, workers: int, on_clip: OnClip
 ) -> None:
-    """Make shards with Ray Data; machines must share the folders of source, tokenizer and shards.
+    """Do jobs with Ray Data; machines must share all folders that the worker reads and writes.
 
     Args:
-        jobs: shards to be made.
+        jobs: jobs to be done.
         worker: copied to each actor.
         device: `cpu`, `cuda` for one GPU an actor, or `auto`: GPUs if the cluster has any.
         address: address of a cluster; a local one is started unless given.
         workers: number of actors; 0 for one a core or GPU of the cluster.
-        on_clip: called after each item, when its shard is whole.
+        on_clip: called after each item, when its job is done.
     """
     import ray
     from ray.data import DataContext, from_items
@@ -179,7 +196,7 @@ def run_ray(
 
 
 class _Maker:
-    """An actor of Ray Data: makes the shard of one row."""
+    """An actor of Ray Data: does the job of one row."""
 
     def __init__(self, worker: Worker) -> None:
         torch.set_num_threads(1)

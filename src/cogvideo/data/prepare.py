@@ -77,6 +77,7 @@ def prepare(
         ValueError: the source, the tokenizer or a setting cannot be used, or `out` holds other data.
         OSError: shards cannot be written.
     """
+    require(len(options.caption_columns) > 0, "caption_columns is empty, expected one column or more")
     require(max_rejected >= 0, f"max_rejected is {max_rejected}, expected 0 or more")
     require(out.resolve() != Path(source).resolve(), f"the folder {out} is the source: pass another one with --out")
     if engine == "ray":

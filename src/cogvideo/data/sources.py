@@ -45,7 +45,7 @@ class Item:
     """Name that no other item of the source has: the path below the source, with the part of the file."""
     media: Media
     captions: tuple[str, ...]
-    """One caption or several, none empty."""
+    """One caption or several, none empty; none where no `caption_columns` are asked for."""
     attributes: dict[str, str] = field(default_factory=dict)
     start: float = 0.0
     """Seconds from the first frame of the file to that of the clip."""
@@ -91,7 +91,6 @@ class SourceOptions:
     """Maximum number of clips, not counting copies; the first ones are used."""
 
     def __post_init__(self) -> None:
-        require(len(self.caption_columns) > 0, "caption_columns is empty, expected one column or more")
         require(self.copies > 0, f"copies is {self.copies}, expected a positive number")
         require(0 <= self.validation <= 1, f"validation is {self.validation}, expected a share in [0, 1]")
         require(self.limit is None or self.limit > 0, f"limit is {self.limit}, expected a positive number or none")
@@ -247,7 +246,7 @@ def _row(record: Record, table: str, root: str, options: SourceOptions) -> Item 
         if record.surplus:
             detail = f'{record.surplus} cells have no column: a caption with commas stands in "..."'
             raise RowError("more cells than columns", detail)
-        captions = tables.captions_of(record.values, options.caption_columns)
+        captions = tables.captions_of(record.values, options.caption_columns) if options.caption_columns else ()
         item = _item(name, Path(path), captions, record.values, options)
         if not os.path.isfile(path):
             raise RowError("file is missing", f"{path} is a folder" if os.path.isdir(path) else f"there is no {path}")
@@ -295,6 +294,8 @@ def _nested(name: str, root: Path, options: SourceOptions) -> Found:
 
 def _noted(name: str, media: Media, beside: Callable[[str], bytes | None], options: SourceOptions) -> Item | Rejection:
     """An item with the captions in its `.txt`, else in its `.json`; `beside` reads a file by its suffix."""
+    if not options.caption_columns:
+        return _item(name, media, (), {}, options)
     try:
         text, table = beside(".txt"), beside(".json")
         if text is None and table is None:

@@ -86,6 +86,12 @@ def decode(file: Content, start: float) -> Shots:
     yield from decode(file, 0.0)  # the index was wrong
 
 
+def codec_name(file: Content) -> str:
+    """What a video is coded by, such as h264."""
+    with _container(file) as container:
+        return _stream(container).codec_context.name
+
+
 @contextmanager
 def _container(file: Content) -> Iterator[InputContainer]:
     file.seek(0)

@@ -43,6 +43,15 @@ def read_pictures(file: Content) -> Shots | None:
         return None
 
 
+def format_name(file: Content) -> str | None:
+    """Format of a picture, such as webp; None if Pillow does not know the file."""
+    file.seek(0)
+    try:
+        return str(Image.open(file, formats=FORMATS).format).lower()
+    except UnidentifiedImageError:
+        return None
+
+
 def _animation(image: Image.Image, coding: Coding) -> Shots:
     if image.format == "TIFF":
         _check_pages(cast(TiffImageFile, image))

@@ -29,6 +29,9 @@ MIN_FPS, MAX_FPS = 0.01, 500
 STILL = 10.0
 """Seconds by which a frame may outlast its duration in the file without a warning."""
 
+ROUNDING = 0.006
+"""Seconds by which timestamps in hundredths may be off, a little more than half of one."""
+
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp")
 )
@@ -43,6 +46,21 @@ class Video(NamedTuple):
 
     frames: UInt8[np.ndarray, "frames height width 3"]
     has_alpha: bool
+
+
+class Facts(NamedTuple):
+    """A file as a whole."""
+
+    codec: str
+    """Codec or format, such as h264 or webp."""
+    height: int
+    """Rows of its frames, upright."""
+    width: int
+    """Columns of its frames."""
+    fps: float
+    """Frames a second, on average; rates near a whole number, or that over 1.001, are these."""
+    seconds: float
+    """Time from its first frame to the end of its last."""
 
 
 def read_video(
@@ -83,7 +101,7 @@ def read_video(
     require(0 <= loop_to < math.inf, f"loop_to is {loop_to}, expected 0 or more seconds")
     limit = sys.maxsize if max_frames is None else max_frames
     part = (math.inf if end is None else end) - start
-    wanted = min(limit, _num_frames(part, fps))
+    wanted = min(limit, count_frames(part, fps))
     if not (0 <= start < math.inf and wanted > 0):
         raise VideoError("no such part", f"it goes from {start:g} to {'the end' if end is None else end} seconds")
     with Naming(file), _opened(file) as content:
@@ -92,7 +110,7 @@ def read_video(
         if not seen:
             raise VideoError("no such part", f"it starts at {start:g} seconds, the clip ends at {clip_end:.3f}")
         length = clip_end - start if len(seen) < wanted else part
-        missing = range(len(seen), min(limit, _num_frames(loop_to, fps)))
+        missing = range(len(seen), min(limit, count_frames(loop_to, fps)))
         if missing:
             seen += _look_again(shots(), [number / fps for number in missing], start, length, view)
         if len({each.pixels.shape for each in seen}) > 1:
@@ -117,7 +135,42 @@ def read_rate(file: Path) -> float:
     return max(MIN_FPS, round(len(usual) / sum(usual), 3)) if usual else 25.0
 
 
-def _num_frames(seconds: float, fps: float) -> int:
+def examine(file: Path | Content) -> Facts:
+    """Facts about a file, whose frames are decoded for it, and all but the first one not converted to pixels.
+
+    Raises:
+        VideoError: the file cannot be read.
+    """
+    with Naming(file), _opened(file) as content:
+        with closing(_read_shots(content, 0.0, 1.0)) as shots:
+            first = last = next(shots)
+            height, width, _ = first.see(View()).pixels.shape
+            number = 0
+            for number, last in enumerate(shots, 1):  # noqa: B007 - asked for after the loop
+                pass
+        end = last.begin + last.duration
+        fps = _usual_rate(number, last.begin - first.begin) if number else _usual_rate(1, end)
+        return Facts(_codec(content), height, width, fps, end)
+
+
+def _codec(file: Content) -> str:
+    from cogvideo.media.images import format_name
+
+    if name := format_name(file):
+        return name
+    from cogvideo.media.ffmpeg import codec_name
+
+    return codec_name(file)
+
+
+def _usual_rate(steps: int, span: float) -> float:
+    """Frames a second of some steps from frame to frame, as it is meant: rounded timestamps do not add up to it."""
+    fps = steps / span
+    usual = min((round(fps), round(1.001 * fps) / 1.001), key=lambda each: abs(each - fps))
+    return usual if usual > 0 and abs(steps / usual - span) < ROUNDING + 0.005 * span else round(fps, 3)
+
+
+def count_frames(seconds: float, fps: float) -> int:
     """Frames before the end of a clip of that length; none where it is not a number."""
     if not seconds > GRACE:
         return 0

@@ -1,0 +1,173 @@
+"""`cogvideo evaluate distribution`: options to a comparison, its tables and its file."""
+
+from __future__ import annotations
+
+import json as json_format
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import cogvideo
+from cogvideo.config import require
+from cogvideo.evaluation.comparison import Comparing, Comparison, Networks
+from cogvideo.evaluation.features import Machines, c3d, i3d, lpips
+from cogvideo.evaluation.footage import Reading, Tokenizer
+from cogvideo.evaluation.networks.cache import fetched
+from cogvideo.evaluation.protocols import PROTOCOLS, RELIABLE, Protocol
+from cogvideo.files import write_text
+from cogvideo.models.perceptual import Network as Perceptual
+
+
+def distribution(
+    real: str,
+    generated: str,
+    /,
+    *,
+    protocol: Literal["tfhub", "tats", "stylegan-v"] = "tats",
+    clips: int | None = None,
+    frames: int | None = None,
+    step: int | None = None,
+    size: int | None = None,
+    fps: float | None = None,
+    seed: int = 0,
+    model: str | None = None,
+    network: Path | None = None,
+    unproven: bool = False,
+    c3d_weights: Path | None = None,
+    c3d_mean: Path | None = None,
+    pairs: Perceptual | None = None,
+    device: str = "auto",
+    engine: Literal["local", "ray"] = "local",
+    workers: int = 0,
+    ray_address: str | None = None,
+    json: Path | None = None,
+    recipe: Path | None = None,  # read by the command line
+) -> None:
+    """Compare clips with real ones: FVD, KVD, Inception Score, LPIPS. Run an interrupted command again to continue.
+
+    The network of FVD comes from `cogvideo fetch i3d`. Features are kept in the cache by the content of each clip.
+
+    Args:
+        real: Folder of videos, table, WebDataset tar or prepared data with the real clips.
+        generated: Folder, table, tar or prepared data with the clips to judge.
+        protocol: Implementation to agree with: tfhub (the first one), tats, or stylegan-v.
+        clips: Number of clips on each side; the protocol's by default, 2,048.
+        frames: Number of frames of a clip; the protocol's by default, 16.
+        step: Frames of the file from one frame to the next; the protocol's by default, 1.
+        size: Side in pixels to which clips are reduced first; the protocol's by default, 128 for tats, else the file's.
+        fps: Frames per second at which files are read; their own by default.
+        seed: Seed of all random choices.
+        model: Bundle whose image tokenizer decodes prepared data, and reconstructs real clips for another FVD.
+        network: File with the weights of I3D; the fetched ones by default.
+        unproven: Accept weights that are not those of FVD; their distance has another name.
+        c3d_weights: File with the weights of C3D (.npz), for Inception Score.
+        c3d_mean: File with the mean clip of C3D (.npz).
+        pairs: Network of LPIPS, vgg or alexnet, to compare clips of the same name.
+        device: Device to run on: cpu, cuda for all GPUs, cuda:0, or auto.
+        engine: Processes on this machine, or Ray Data (needs the extra ray).
+        workers: Number of processes; 0 for one per core, or one per GPU.
+        ray_address: Address of a Ray cluster that shares the folders and the cache; a local one is started by default.
+        json: File for the figures with everything that they depend on.
+        recipe: TOML file with a table of options for this command. Options on the command line take precedence.
+
+    Raises:
+        ValueError: a source, a network or a setting cannot be used.
+        OSError: the cache or the file cannot be written.
+    """
+    require((c3d_weights is None) == (c3d_mean is None), "got one of --c3d-weights and --c3d-mean, expected both")
+    require(json is None or not json.is_dir(), f"{json} is a folder, expected a file")
+    if engine == "ray":
+        import_module("ray")  # if it is missing, that is said before anything is done
+    given: dict[str, Any] = {"clips": clips, "frames": frames, "step": step, "size": size}
+    chosen = replace(PROTOCOLS[protocol], **{name: value for name, value in given.items() if value is not None})
+    networks = Networks(
+        i3d(network or fetched("i3d"), chosen, not unproven),
+        not unproven,
+        c3d(c3d_weights, c3d_mean) if c3d_weights and c3d_mean else None,
+        lpips(fetched(f"lpips-{pairs}"), pairs) if pairs else None,
+    )
+    reading = Reading(chosen, fps, Tokenizer.of(model) if model else None)
+    machines = Machines(device, engine, workers, ray_address)
+    result = Comparing(reading, networks, machines, seed).compare(real, generated)
+    _show(result, protocol, chosen)
+    if json is not None:
+        described = _described(result, protocol, chosen, networks, reading, seed)
+        write_text(json, json_format.dumps(described, indent=1, ensure_ascii=False) + "\n")
+        print(json)
+
+
+def _show(result: Comparison, name: str, protocol: Protocol) -> None:
+    """Print the figures, what they depend on, and warnings."""
+    console = Console(highlight=False)
+    console.print(f"real: {result.real}")
+    console.print(f"generated: {result.generated}")
+    size = "the size of the files" if protocol.size is None else f"{protocol.size} x {protocol.size} pixels"
+    console.print(f"protocol {name}: {protocol.frames} frames, step {protocol.step}, at {size}")
+    console.print(_table(result))
+    for warning in warnings(result):
+        console.print(f"warning: {warning}")
+
+
+def _table(result: Comparison) -> Table:
+    table = Table()
+    for column in ("figure", "clips", "N", "value", "95 % interval", "real / real", "N to infinity"):
+        table.add_column(column, justify="left" if column in ("figure", "clips") else "right")
+    for each in result.figures:
+        low, high = each.interval
+        floor = "-" if each.real is None else _number(each.real)
+        if each.real is not None and each.real_clips != each.clips:
+            floor += f" (N = {each.real_clips:,})"
+        limit = "-" if each.limit is None else f"{_number(each.limit.value)} ± {_number(each.limit.error)}"
+        between = f"{_number(low)} to {_number(high)}"
+        table.add_row(each.name, each.of, f"{each.clips:,}", _number(each.value), between, floor, limit)
+    return table
+
+
+def _number(value: float) -> str:
+    """Two decimals, or more for small figures such as KVD."""
+    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4f}"
+
+
+def warnings(result: Comparison) -> Iterator[str]:
+    """What makes the figures worth less."""
+    count = result.real.clips
+    if count < RELIABLE:
+        yield f"N is {count:,}, below {RELIABLE:,}: FVD is mostly bias, and comparable at this N alone"
+    if set(result.real.codecs) != set(result.generated.codecs):
+        yield "the files are coded differently, which alone moves FVD"
+
+
+def _described(
+    result: Comparison, name: str, protocol: Protocol, networks: Networks, reading: Reading, seed: int
+) -> dict[str, Any]:
+    """All that somebody needs to measure the same again, and the figures."""
+    return {
+        "command": shlex.join(["cogvideo", *sys.argv[1:]]),
+        "versions": {
+            "cogvideo": cogvideo.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "protocol": {"name": name, **asdict(protocol)},
+        "fps": reading.fps,
+        "seed": seed,
+        "i3d": networks.i3d.identity,
+        "c3d": networks.c3d.identity if networks.c3d else None,
+        "lpips": networks.lpips.identity if networks.lpips else None,
+        "tokenizer_sha256": reading.tokenizer.sha256 if reading.tokenizer else None,
+        "real": asdict(result.real),
+        "generated": asdict(result.generated),
+        "figures": [asdict(each) | {"limit": each.limit and each.limit._asdict()} for each in result.figures],
+        "warnings": list(warnings(result)),
+    }

@@ -1,0 +1,246 @@
+"""Two sets of clips compared: FVD and its kin, each with all that it depends on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from cogvideo.config import require
+from cogvideo.evaluation.distribution import Limit, Metric, Sets, halves, interval, limit
+from cogvideo.evaluation.features import Extractor, Judge, Machines, extract, one_thread
+from cogvideo.evaluation.footage import Drawn, Excerpt, Reading, draw
+from cogvideo.evaluation.protocols import Protocol
+
+SAME_RATE = 0.01
+"""Difference of rates that counts as none, as a share."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure, and what it is worth."""
+
+    name: str
+    """What is measured, such as FVD."""
+    of: str
+    """Which sets of clips."""
+    clips: int
+    """Clips of each set."""
+    value: float
+    """The figure."""
+    interval: tuple[float, float]
+    """95 % of it, by bootstrap over clips."""
+    real: float | None = None
+    """The same figure for real clips against other real ones; None where there are too few, or it has no meaning."""
+    real_clips: int = 0
+    """Clips of each of these sets."""
+    limit: Limit | None = None
+    """The figure at infinitely many clips; None for fewer than twenty."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Clips of a source, in words."""
+
+    source: str
+    """What the user named."""
+    clips: int
+    """Clips that are compared."""
+    of: int
+    """Clips of the source."""
+    short: int
+    """Clips that were left out for want of frames, as far as it was looked for them."""
+    fps: float
+    """Frames a second, before the protocol's step."""
+    resolutions: dict[str, int]
+    """Clips by the size of the file's frames."""
+    codecs: dict[str, int]
+    """Clips by what they are coded by."""
+
+    @classmethod
+    def of_excerpts(cls, source: str, drawn: Drawn, excerpts: Sequence[Excerpt]) -> Side:
+        """A side from what was drawn and what of it is compared."""
+        footage = [each.footage for each in excerpts]
+        sizes = Counter(f"{each.size[1]} x {each.size[0]}" for each in footage)
+        codecs = Counter(each.codec for each in footage)
+        short = drawn.num_short
+        return cls(source, len(excerpts), drawn.num_clips, short, footage[0].fps, dict(sizes), dict(codecs))
+
+    def __str__(self) -> str:
+        sizes, codecs = ", ".join(self.resolutions), ", ".join(self.codecs)
+        short = f" ({self.short} too short)" if self.short else ""
+        return f"{self.clips:,} clips of {self.of:,}{short}, {self.fps:g} frames a second, {sizes}, {codecs}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared, and what came out."""
+
+    real: Side
+    """The real clips."""
+    generated: Side
+    """The others."""
+    figures: list[Figure]
+    """In the order in which they are printed."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Networks that are there."""
+
+    i3d: Judge
+    """I3D."""
+    proven: bool
+    """Whether it is that of FVD."""
+    c3d: Judge | None = None
+    """That of Inception Score."""
+    lpips: Judge | None = None
+    """That of pairs."""
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the distances: FVD and KVD are those of one network alone."""
+        other = f"unproven I3D {self.i3d.identity[1]!s:.8}"
+        return ("FVD", "KVD") if self.proven else (f"Frechet distance ({other})", f"kernel distance ({other})")
+
+
+class Comparing:
+    """One comparison.
+
+    Args:
+        reading: how clips are read.
+        networks: the networks.
+        machines: where they run.
+        seed: of what is drawn at random.
+    """
+
+    def __init__(self, reading: Reading, networks: Networks, machines: Machines, seed: int) -> None:
+        self._reading, self._networks, self._machines, self._seed = reading, networks, machines, seed
+        self._protocol = reading.protocol
+        self._names: list[str] = []
+        self._count = 0
+
+    def compare(self, real: str, generated: str) -> Comparison:
+        """Compare the clips of two sources.
+
+        Raises:
+            ValueError: a source, a clip or a network cannot be used.
+            OSError: the cache cannot be written.
+        """
+        protocol, reading, seed = self._protocol, self._reading, self._seed
+        drawn = draw(real, reading, protocol.real, 2 * protocol.clips, seed)
+        made = draw(generated, reading, "start", protocol.clips, seed)
+        self._count = count = min(protocol.clips, len(drawn.excerpts), len(made.excerpts))
+        others = made.excerpts[:count]
+        self._names = [each.footage.id for each in drawn.excerpts]
+        check_alike([*drawn.excerpts, *others], protocol)
+        figures = self._distances(drawn.excerpts, others)
+        if self._networks.c3d is not None:
+            figures += self._scores(drawn.excerpts, others, self._networks.c3d)
+        if self._networks.lpips is not None:
+            figures.append(self._pairs(real, generated, self._networks.lpips))
+        real_side = Side.of_excerpts(real, drawn, drawn.excerpts[:count])
+        return Comparison(real_side, Side.of_excerpts(generated, made, others), figures)
+
+    def _features(self, title: str, judge: Judge, excerpts: Sequence[Excerpt]) -> Float[Tensor, "clips features"]:
+        extractor = Extractor(judge, self._reading, self._machines.kind)
+        return extract(title, [extractor.sample(each) for each in excerpts], extractor, self._machines)
+
+    def _distances(self, real: list[Excerpt], generated: list[Excerpt]) -> list[Figure]:
+        """FVD and KVD, also with reconstructions by the tokenizer in place of either side."""
+        judge = self._networks.i3d
+        true = self._features("real clips", judge, real)
+        sets = {"real": true[: self._count], "generated": self._features("generated clips", judge, generated)}
+        pairs = [("real", "generated")]
+        if self._reading.tokenizer is not None:
+            codes = [Excerpt(each.footage, each.first, through_codes=True) for each in real[: self._count]]
+            sets["reconstructed"] = self._features("reconstructions", judge, codes)
+            pairs += [("reconstructed", "generated"), ("real", "reconstructed")]
+        metrics = dict(zip(self._networks.names, (self._protocol.fvd, self._protocol.kvd), strict=True))
+        figures = []
+        for pair in pairs:
+            for name, metric in metrics.items():
+                figures.append(self._figure(name, " / ".join(pair), metric, [sets[each] for each in pair], true))
+        return figures
+
+    def _figure(self, name: str, of: str, metric: Metric, sets: Sets, real: Tensor) -> Figure:
+        with one_thread():
+            apart = halves(self._names, real, self._count)
+            floor = metric(*apart) if len(apart[0]) > 1 else None
+            found = limit(metric, sets, self._seed)
+            return Figure(
+                name, of, len(sets[0]), metric(*sets), interval(metric, sets, self._seed), floor, len(apart[0]), found
+            )
+
+    def _scores(self, real: list[Excerpt], generated: list[Excerpt], judge: Judge) -> list[Figure]:
+        """Inception Scores of real and generated clips."""
+        count, protocol = self._count, self._protocol
+        least = 2 * protocol.splits
+        require(count >= least, f"got {count} clips, expected {least} or more for Inception Score in this protocol")
+        sides = {"real": real[:count], "generated": generated}
+        logits = {name: self._features(f"C3D of {name} clips", judge, each) for name, each in sides.items()}
+
+        def score(logits: Tensor) -> float:
+            return protocol.inception_score(logits).mean
+
+        with one_thread():
+            of_real = score(logits["real"])
+            return [
+                Figure(
+                    "Inception Score",
+                    name,
+                    count,
+                    score(each),
+                    interval(score, [each], self._seed),
+                    of_real,
+                    count,
+                    limit(score, [each], self._seed) if count >= 4 * least else None,
+                )
+                for name, each in logits.items()
+            ]
+
+    def _pairs(self, real: str, generated: str, judge: Judge) -> Figure:
+        """LPIPS of clips of one name, from the first frame of both."""
+        sides = [_by_name(self._reading, source) for source in (real, generated)]
+        names = sorted(sides[0].keys() & sides[1].keys())[: self._protocol.clips]
+        require(len(names) > 0, f"{real} and {generated} have no clip of the same name, expected pairs for LPIPS")
+        extractor = Extractor(judge, self._reading, self._machines.kind)
+        pairs = [[side[name] for side in sides] for name in names]
+        check_alike([each for pair in pairs for each in pair], self._protocol)
+        distances = extract("pairs", [extractor.sample(*pair) for pair in pairs], extractor, self._machines)
+
+        def mean(distances: Tensor) -> float:
+            return distances.double().mean().item()
+
+        with one_thread():
+            around = interval(mean, [distances], self._seed)
+        return Figure(f"LPIPS ({judge.identity[1]})", "pairs of a name", len(names), mean(distances), around)
+
+
+def _by_name(reading: Reading, source: str) -> dict[str, Excerpt]:
+    """The beginnings of clips that are long enough, by their names without suffix."""
+    footage = reading.look(reading.find(source))
+    long = [each for each in footage if each.num_frames >= reading.protocol.span]
+    return {str(Path(each.id).with_suffix("")): Excerpt(each, 0) for each in long}
+
+
+def check_alike(excerpts: Sequence[Excerpt], protocol: Protocol) -> None:
+    """Refuse clips of several rates, and of several sizes where the protocol keeps these.
+
+    Raises:
+        ValueError: they differ.
+    """
+    footage = [each.footage for each in excerpts]
+    slow, fast = (key(footage, key=lambda each: each.fps) for key in (min, max))
+    told = f"{slow.id} has {slow.fps:g} frames a second and {fast.id} {fast.fps:g}"
+    require(fast.fps <= (1 + SAME_RATE) * slow.fps, f"{told}, expected one rate: pass --fps")
+    if protocol.size is None:
+        small, large = (key(footage, key=lambda each: each.size) for key in (min, max))
+        told = (
+            f"{small.id} has {small.size[1]} x {small.size[0]} pixels and {large.id} {large.size[1]} x {large.size[0]}"
+        )
+        require(small.size == large.size, f"{told}, expected one size: pass --size")

@@ -1,0 +1,287 @@
+"""Features of excerpts by the networks of metrics, kept in the cache by the content of clip and network.
+
+Bits depend on neither the number of processes nor that of devices: on a CPU each process has one thread, and all passes
+have one size. Features of CPUs and GPUs differ in the last bits, and are kept apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.backends import cudnn
+
+from cogvideo.data.encoding import ahead
+from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
+from cogvideo.data.shards import digest
+from cogvideo.evaluation.footage import Excerpt, Reading
+from cogvideo.evaluation.networks.c3d import load_c3d
+from cogvideo.evaluation.networks.cache import cache_folder
+from cogvideo.evaluation.networks.i3d import load_i3d
+from cogvideo.evaluation.protocols import Pixels, Protocol
+from cogvideo.files import replacing
+from cogvideo.media.video import VideoError
+from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.models.perceptual import Network as Perceptual
+from cogvideo.models.perceptual import load_lpips
+
+VERSION = 1
+"""Changed with whatever changes features."""
+CPU_BATCH, GPU_BATCH = 1, 16
+"""Clips of a pass."""
+JOB_BATCHES = 8
+"""Passes of a job, what a worker does in one go."""
+
+Clips = Sequence[tuple[Pixels, ...]]
+"""Excerpts that are looked at alone, or in pairs."""
+Encode = Callable[[Clips], Float[Tensor, "clips features"]]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A network and how clips are put into it."""
+
+    identity: tuple[object, ...]
+    """All that decides its features."""
+    load: Callable[[str], Encode]
+    """The function from clips to features on a device; it can be sent to processes."""
+
+
+def i3d(path: Path, protocol: Protocol, proven: bool = True) -> Judge:
+    """I3D, whose logits FVD compares.
+
+    Args:
+        path: its weights.
+        protocol: which normalization and resizing are meant.
+        proven: whether the weights must be those of FVD.
+
+    Raises:
+        ValueError: they are not, or cannot be read.
+    """
+    load_i3d(path, proven=proven)  # features in the cache prove nothing
+    identity = ("i3d", file_sha256(path), protocol.eps, protocol.resize)
+    return Judge(identity, partial(_load_i3d, path, protocol, proven))
+
+
+def c3d(weights: Path, mean: Path) -> Judge:
+    """C3D, whose logits Inception Score counts."""
+    return Judge(("c3d", file_sha256(weights), file_sha256(mean)), partial(_load_c3d, weights, mean))
+
+
+def lpips(path: Path, network: Perceptual) -> Judge:
+    """LPIPS of pairs of clips, averaged over their frames."""
+    return Judge(("lpips", network, file_sha256(path)), partial(_load_lpips, path, network))
+
+
+def _load_i3d(path: Path, protocol: Protocol, proven: bool, device: str) -> Encode:
+    model = load_i3d(path, protocol.eps, proven).to(device)
+    return lambda clips: model(torch.stack([protocol.to_i3d(frames) for (frames,) in clips]).to(device))
+
+
+def _load_c3d(weights: Path, mean: Path, device: str) -> Encode:
+    model = load_c3d(weights, mean).to(device)
+
+    def encode(clips: Clips) -> Tensor:
+        pixels = torch.stack([torch.from_numpy(frames).permute(3, 0, 1, 2) for (frames,) in clips])
+        return model(pixels.to(device) / 127.5 - 1)
+
+    return encode
+
+
+def _load_lpips(path: Path, network: Perceptual, device: str) -> Encode:
+    model = load_lpips(path, network=network).to(device)
+
+    def distance(real: Pixels, generated: Pixels) -> Tensor:
+        frames, others = (torch.from_numpy(each).permute(0, 3, 1, 2).to(device) / 255 for each in (real, generated))
+        return torch.cat([model(one[None], other[None]) for one, other in zip(frames, others, strict=True)]).mean()
+
+    return lambda clips: torch.stack([distance(*pair) for pair in clips])[:, None]
+
+
+class Sample(NamedTuple):
+    """What has one row of features."""
+
+    excerpts: tuple[Excerpt, ...]
+    """An excerpt, or a pair of them."""
+    file: Path
+    """Where the features are kept."""
+
+
+class Job(NamedTuple):
+    """Samples that a worker does in one go."""
+
+    items: tuple[Sample, ...]
+    """Their files are missing."""
+
+
+class Loaded(NamedTuple):
+    """What a worker loads once."""
+
+    encode: Encode
+    """The network."""
+    autoencoder: Autoencoder | None
+    """That of reconstructions and prepared data."""
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Makes the features of excerpts."""
+
+    judge: Judge
+    """The network."""
+    reading: Reading
+    """How excerpts become pixels."""
+    device: str = "cpu"
+    """Where the networks run."""
+    readers: int = 0
+    """Threads that read clips while the networks work."""
+
+    @cached_property
+    def _loaded(self) -> Loaded:
+        return Loaded(self.judge.load(self.device), self.reading.autoencoder(self.device))
+
+    def make(self, job: Job, on_clip: OnClip = lambda: None) -> None:
+        """Write the features of a job's samples.
+
+        Raises:
+            VideoError: a clip cannot be read.
+            OSError: a file cannot be written.
+        """
+        size = CPU_BATCH if self.device == "cpu" else GPU_BATCH
+        read = ahead(self._read, job.items, self.readers)
+        with one_thread(), cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            for start in range(0, len(job.items), size):
+                samples = job.items[start : start + size]
+                clips = [_or_error(clip) for _, clip in islice(read, size)]
+                for sample, features in zip(samples, _encode(clips, self._loaded.encode, size), strict=True):
+                    with replacing(sample.file) as file:
+                        np.save(file, features)
+                    on_clip()
+
+    def _read(self, sample: Sample) -> tuple[Pixels, ...]:
+        return tuple(self.reading.read(each, self._loaded.autoencoder) for each in sample.excerpts)
+
+    def sample(self, *excerpts: Excerpt) -> Sample:
+        """A sample, named by the content of all that decides its features."""
+        key = digest([VERSION, self.device, self.judge.identity, *map(self.reading.identity, excerpts)])
+        return Sample(excerpts, cache_folder() / "features" / key[:2] / f"{key}.npy")
+
+
+def _or_error(clip: tuple[Pixels, ...] | VideoError) -> tuple[Pixels, ...]:
+    if isinstance(clip, VideoError):
+        raise clip
+    return clip
+
+
+def _encode(clips: Clips, encode: Encode, size: int) -> NDArray[np.float32]:
+    """Features of clips by a pass of that size."""
+    padded = [*clips, *[clips[-1]] * (size - len(clips))]
+    with torch.inference_mode():
+        return encode(padded)[: len(clips)].float().cpu().numpy()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Make figures the same bits on any number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where features are made."""
+
+    device: str = "auto"
+    """Device to run on."""
+    engine: Literal["local", "ray"] = "local"
+    """Processes on this machine, or Ray Data."""
+    workers: int = 0
+    """Number of processes; 0 for one per core, or one per GPU."""
+    ray_address: str | None = None
+    """Address of a Ray cluster."""
+
+    @property
+    def kind(self) -> str:
+        """Kind of the devices."""
+        if self.engine == "ray":
+            return "cuda" if self.device == "cuda" else "cpu"
+        return local_devices(self.device, self.workers)[0].partition(":")[0]
+
+    def run(self, jobs: Sequence[Job], extractor: Extractor, on_clip: OnClip) -> None:
+        """Do jobs."""
+        if self.engine == "ray":
+            run_ray(jobs, extractor, self.kind, self.ray_address, self.workers, on_clip)
+        else:
+            run_local(jobs, extractor, local_devices(self.device, self.workers), on_clip)
+
+
+def extract(
+    title: str, samples: Sequence[Sample], extractor: Extractor, machines: Machines
+) -> Float[Tensor, "samples features"]:
+    """Features of samples, in their order; those that are not in the cache are made and kept.
+
+    Args:
+        title: what the progress line says.
+        samples: from `extractor.sample`.
+        extractor: the network; its device is the kind of the machines'.
+        machines: where it runs.
+
+    Raises:
+        ValueError: a clip cannot be read, or the network cannot be used.
+        OSError: the cache cannot be written.
+    """
+    missing = list({sample.file: sample for sample in samples if _kept(sample.file) is None}.values())
+    for folder in {sample.file.parent for sample in missing}:
+        folder.mkdir(parents=True, exist_ok=True)
+    size = JOB_BATCHES * (CPU_BATCH if machines.kind == "cpu" else GPU_BATCH)
+    jobs = [Job(tuple(missing[start : start + size])) for start in range(0, len(missing), size)]
+    if jobs:
+        with progress(title, len(samples), len(samples) - len(missing)) as on_clip:
+            machines.run(jobs, extractor, on_clip)
+    found = [_kept(sample.file) for sample in samples]
+    assert all(each is not None for each in found)
+    return torch.from_numpy(np.stack([each for each in found if each is not None]))
+
+
+def _kept(file: Path) -> NDArray[np.float32] | None:
+    """Features in a file; None where there is none, or none that can be read."""
+    try:
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+@contextmanager
+def progress(title: str, total: int, completed: int) -> Iterator[OnClip]:
+    """A bar over clips, of which some are done."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, completed=completed)
+        yield partial(bar.advance, task)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

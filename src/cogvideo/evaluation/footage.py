@@ -1,0 +1,274 @@
+"""Clips of any source as they are compared: which of their frames, and how these are read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from cogvideo.bundle.format import Manifest
+from cogvideo.bundle.model import CogVideo, locate
+from cogvideo.config import InputError, require
+from cogvideo.data.dataset import CARD, Dataset
+from cogvideo.data.encoding import ahead
+from cogvideo.data.frames import FrameSettings, read_item
+from cogvideo.data.sources import Item, SourceOptions, list_source
+from cogvideo.data.tars import Member
+from cogvideo.evaluation.protocols import Protocol
+from cogvideo.media.video import VideoError, count_frames, examine
+from cogvideo.models.autoencoder import Autoencoder
+from cogvideo.world.scenes import Scene
+
+READERS = 4
+"""Threads that examine files."""
+
+Where = Literal["start", "random", "anywhere"]
+"""Windows of clips: the first of each, one at random in each, or any of all windows of all clips."""
+
+
+class Row(NamedTuple):
+    """A clip of prepared data."""
+
+    dataset: Path
+    """Its folder."""
+    number: int
+    """Number of the clip there."""
+
+
+@dataclass(frozen=True)
+class Footage:
+    """A whole clip of a source."""
+
+    id: str
+    """Name in the source."""
+    media: Item | Row
+    """Where its frames come from."""
+    num_frames: int
+    """Frames at its rate."""
+    fps: float
+    """Frames a second at which it is read."""
+    size: tuple[int, int]
+    """Rows and columns of its frames."""
+    codec: str
+    """What it is coded by."""
+
+    @property
+    def content(self) -> str:
+        """Hash of what is read."""
+        if isinstance(self.media, Row):
+            codes = np.ascontiguousarray(_dataset(self.media.dataset).codes(self.media.number))
+            return hashlib.sha256(codes.tobytes()).hexdigest()
+        media = self.media.media
+        assert not isinstance(media, Scene)
+        if isinstance(media, Member):
+            return hashlib.sha256(media.read()).hexdigest()
+        return _sha256(media, media.stat().st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Frames of a clip that are compared."""
+
+    footage: Footage
+    """The clip."""
+    first: int
+    """Number of the first frame."""
+    through_codes: bool = False
+    """Whether the image tokenizer encodes and decodes them first."""
+
+
+class Tokenizer(NamedTuple):
+    """An image tokenizer, by which prepared data are decoded and clips are reconstructed."""
+
+    bundle: Path
+    """Bundle that has it."""
+    sha256: str
+    """Its hash."""
+    side: int
+    """Side of the frames that its model makes, in pixels."""
+    rate: int
+    """Pixels of a side of one code."""
+
+    @classmethod
+    def of(cls, model: str) -> Tokenizer:
+        """The one of a bundle.
+
+        Raises:
+            ValueError: there is no such bundle, or it has none.
+        """
+        bundle = locate(model)
+        manifest = Manifest.read(bundle)
+        entry = manifest.components.get("image_tokenizer")
+        if entry is None:
+            raise InputError(f"the bundle {bundle} has no image_tokenizer, it has: {', '.join(manifest.components)}")
+        return cls(bundle, entry.sha256, manifest.config.frame_side, manifest.config.autoencoder.rate)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How excerpts become pixels."""
+
+    protocol: Protocol
+    """Number, distance and size of frames."""
+    fps: float | None = None
+    """Frames a second at which files are read; their own by default."""
+    tokenizer: Tokenizer | None = None
+    """Tokenizer of prepared data and reconstructions."""
+
+    def find(self, source: str) -> list[Item | Row]:
+        """Clips of a source in the order of their names, before they are looked at.
+
+        Raises:
+            ValueError: there is no such source, or one of its clips cannot be used.
+        """
+        if (Path(source) / CARD).is_file():
+            return self._find_rows(Path(source))
+        listing = list_source(source, SourceOptions(caption_columns=(), validation=0))
+        if listing.rejected:
+            first, number = listing.rejected[0], len(listing.rejected)
+            raise InputError(f"{source}: clips that cannot be used: {number}, the first is {first.id}: {first.reason}")
+        rendered = any(isinstance(item.media, Scene) for item in listing.items)
+        require(not rendered, f"{source} is no file, expected clips: `cogvideo data world` writes these")
+        return [*sorted(listing.items, key=lambda item: item.id)]
+
+    def _find_rows(self, folder: Path) -> list[Item | Row]:
+        if self.tokenizer is None:
+            raise InputError(f"{folder} is prepared data, expected the bundle that decodes it: pass --model")
+        data = Dataset(folder, self.tokenizer.sha256)
+        stored = data.card.fps
+        require(self.fps in (None, stored), f"{folder} has {stored:g} frames a second, expected {self.fps}, from --fps")
+        return [Row(folder, number) for number in range(len(data))]
+
+    def look(self, found: Sequence[Item | Row]) -> Iterator[Footage]:
+        """Facts about clips, in their order. Files are decoded for it, some ahead.
+
+        Raises:
+            VideoError: a file cannot be read.
+        """
+        for _, footage in ahead(self._look, found, READERS):
+            if isinstance(footage, VideoError):
+                raise footage
+            yield footage
+
+    def _look(self, media: Item | Row) -> Footage:
+        if isinstance(media, Row):
+            assert self.tokenizer is not None
+            row = _dataset(media.dataset).row(media.number)
+            side = row.codes.shape[1] * self.tokenizer.rate
+            return Footage(row.id, media, len(row.codes), row.fps, (side, side), "codes")
+        assert not isinstance(media.media, Scene)
+        facts = examine(BytesIO(media.media.read()) if isinstance(media.media, Member) else media.media)
+        end = facts.seconds if media.end is None else min(media.end, facts.seconds)
+        fps = facts.fps if self.fps is None else self.fps
+        num_frames = count_frames(end - media.start, fps)
+        return Footage(media.id, media, num_frames, fps, (facts.height, facts.width), facts.codec)
+
+    def autoencoder(self, device: str) -> Autoencoder | None:
+        """The tokenizer's network, where there is one."""
+        if self.tokenizer is None:
+            return None
+        return CogVideo.from_pretrained(self.tokenizer.bundle, torch.float32, device).autoencoder
+
+    def read(self, excerpt: Excerpt, autoencoder: Autoencoder | None) -> UInt8[np.ndarray, "frames height width 3"]:
+        """The frames of an excerpt.
+
+        Raises:
+            VideoError: they cannot be read.
+        """
+        media, protocol = excerpt.footage.media, self.protocol
+        if isinstance(media, Row):
+            assert autoencoder is not None
+            codes = _dataset(media.dataset).codes(media.number)[excerpt.first :: protocol.step][: protocol.frames]
+            frames = autoencoder.decode_pixels(torch.from_numpy(codes.astype(np.int64)).flatten(1))
+        else:
+            frames = self._read_file(media, excerpt)
+        if excerpt.through_codes and isinstance(media, Item):
+            assert autoencoder is not None
+            assert self.tokenizer is not None
+            frames = autoencoder.reconstruct(replace(protocol, antialias=True).reduced(frames, self.tokenizer.side))
+        return protocol.reduced(frames, protocol.size)
+
+    def _read_file(self, item: Item, excerpt: Excerpt) -> UInt8[np.ndarray, "frames height width 3"]:
+        fps, expected = excerpt.footage.fps, self.protocol.frames
+        rate = fps / self.protocol.step
+        settings = FrameSettings(fps=rate, max_seconds=expected / rate, min_frames=1)
+        frames = read_item(replace(item, start=item.start + excerpt.first / fps), settings).frames
+        if len(frames) < expected:
+            raise VideoError("too short", f"{item.id} has {len(frames)} frames there, expected {expected}")
+        return frames
+
+    def identity(self, excerpt: Excerpt) -> list[object]:
+        """All that decides the pixels of an excerpt."""
+        protocol, media = self.protocol, excerpt.footage.media
+        part = [media.start, media.end] if isinstance(media, Item) else []
+        frames = [excerpt.first, protocol.frames, protocol.step, excerpt.footage.fps, *part]
+        decoded = self.tokenizer is not None and (excerpt.through_codes or isinstance(media, Row))
+        codes = [self.tokenizer.sha256, self.tokenizer.side] if self.tokenizer and decoded else []
+        return [excerpt.footage.content, frames, protocol.size, protocol.antialias, codes]
+
+
+class Drawn(NamedTuple):
+    """Excerpts of the clips of a source."""
+
+    excerpts: list[Excerpt]
+    """In the order in which they count."""
+    num_clips: int
+    """Clips of the source."""
+    num_short: int
+    """Those that were left out because they have too few frames, as far as they were looked at."""
+
+
+def draw(source: str, reading: Reading, where: Where, count: int, seed: int) -> Drawn:
+    """Excerpts of a source, at most `count`, by the rules of the protocol.
+
+    Raises:
+        ValueError: the source cannot be used, or fewer than two clips are long enough.
+    """
+    span, found = reading.protocol.span, reading.find(source)
+    random = np.random.default_rng(seed)
+    if reading.protocol.order == "shuffled":
+        found = [found[number] for number in random.permutation(len(found))]
+    long: list[Footage] = []
+    longest = num_short = 0
+    for footage in reading.look(found):
+        longest = max(longest, footage.num_frames)
+        if footage.num_frames < span:
+            num_short += 1
+            continue
+        long.append(footage)
+        if len(long) == count and where != "anywhere":
+            break
+    counted = f"{source} has {len(long)} {'clip' if len(long) == 1 else 'clips'} of {span} frames or more"
+    require(len(long) > 1, f"{counted} among {len(found)}, the longest has {longest}; expected at least 2 clips")
+    windows = [footage.num_frames - span + 1 for footage in long]
+    if where == "anywhere":
+        ends = np.cumsum(windows)
+        chosen = random.choice(ends[-1], min(count, int(ends[-1])), replace=False)
+        numbers = np.searchsorted(ends, chosen, "right")
+        firsts = chosen - (ends - windows)[numbers]
+        excerpts = [Excerpt(long[number], int(first)) for number, first in zip(numbers, firsts, strict=True)]
+    elif where == "random":
+        excerpts = [Excerpt(each, int(random.integers(size))) for each, size in zip(long, windows, strict=True)]
+    else:
+        excerpts = [Excerpt(each, 0) for each in long]
+    return Drawn(excerpts, len(found), num_short)
+
+
+@lru_cache(maxsize=8)
+def _dataset(folder: Path) -> Dataset:
+    return Dataset(folder)
+
+
+@lru_cache(maxsize=2**17)
+def _sha256(path: Path, changed: int) -> str:
+    """Hash of a file, as of a time of change."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

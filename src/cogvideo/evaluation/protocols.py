@@ -1,0 +1,158 @@
+"""How published implementations measure: one row each, all that moves their figures.
+
+Sources: google-research/frechet_video_distance (`tfhub`), songweige/TATS (`tats`), universome/stylegan-v.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from cogvideo.config import require
+from cogvideo.evaluation.distribution import (
+    Score,
+    frechet_distance,
+    frechet_distance_float32,
+    inception_score,
+    polynomial_mmd,
+)
+from cogvideo.evaluation.networks.i3d import LEAST_FRAMES, SIDE
+from cogvideo.evaluation.resizing import resize, resize_legacy
+
+RELIABLE = 2048
+"""Clips below which FVD says more of their number than of what they show."""
+
+Pixels = UInt8[np.ndarray, "frames height width 3"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Settings of one implementation."""
+
+    resize: Literal["legacy", "half-pixel"]
+    """How frames reach the 224 x 224 pixels of I3D: as TensorFlow 1 does it, or PyTorch. Both bilinear, without
+    antialiasing, whatever the aspect."""
+    eps: float
+    """Constant of I3D's normalization."""
+    ddof: int
+    """Covariances are divided by the number of clips less this."""
+    dtype: Literal["float32", "float64"]
+    """Precision of the Frechet distance."""
+    real: Literal["random", "anywhere"]
+    """Windows of real clips: one at random in each video, or drawn from all windows, where long videos count more."""
+    order: Literal["shuffled", "sorted"]
+    """Order of the videos, of which the first ones count."""
+    size: int | None
+    """Side in pixels to which clips are reduced first, cropped to the center; None keeps theirs."""
+    antialias: bool
+    """Whether this reduction averages over the pixels that it leaves out."""
+    splits: int
+    """Parts of the Inception Score."""
+    score_eps: float
+    """Constant under its logarithm."""
+    score_seed: int | None
+    """Seed that shuffles clips for it; None keeps their order."""
+    clips: int = RELIABLE
+    """Number of clips on each side."""
+    frames: int = 16
+    """Frames of a clip."""
+    step: int = 1
+    """Frames of the file from one frame of a clip to the next."""
+
+    def __post_init__(self) -> None:
+        require(self.clips > 1, f"clips is {self.clips}, expected 2 or more")
+        require(self.frames >= LEAST_FRAMES, f"frames is {self.frames}, expected {LEAST_FRAMES} or more, for I3D")
+        require(self.step > 0, f"step is {self.step}, expected a positive number of frames")
+        require(self.size is None or self.size > 0, f"size is {self.size}, expected a positive number of pixels")
+
+    @property
+    def span(self) -> int:
+        """Frames of the file from the first to the last of a clip, both counted."""
+        return (self.frames - 1) * self.step + 1
+
+    def reduced(self, frames: Pixels, size: int | None) -> Pixels:
+        """Frames in a square: the shorter side becomes `size`, and the longer one is cropped to its center."""
+        height, width = frames.shape[1:3]
+        if size is None or (height, width) == (size, size):
+            return frames
+        scale = size / min(height, width)
+        rows, columns = round(height * scale), round(width * scale)
+        top, left = (rows - size) // 2, (columns - size) // 2
+        whole = resize(_to_float(frames), (rows, columns), self.antialias)
+        square = whole[..., top : top + size, left : left + size].clamp(0, 255)
+        levels = square.round() if self.antialias else square  # TATS cuts fractions off
+        return rearrange(levels.byte(), "frames colors rows columns -> frames rows columns colors").contiguous().numpy()
+
+    def to_i3d(self, frames: Pixels) -> Float[Tensor, "3 frames 224 224"]:
+        """Frames as I3D takes them, in [-1, 1]."""
+        way = resize_legacy if self.resize == "legacy" else resize
+        pixels = way(_to_float(frames), (SIDE, SIDE)) / 127.5 - 1
+        return rearrange(pixels, "frames colors rows columns -> colors frames rows columns")
+
+    def fvd(self, real: Float[Tensor, "clips features"], generated: Float[Tensor, "clips features"]) -> float:
+        """Frechet video distance of I3D's logits."""
+        if self.dtype == "float32":
+            return frechet_distance_float32(real, generated)
+        return frechet_distance(real, generated, self.ddof)
+
+    def kvd(self, real: Float[Tensor, "clips features"], generated: Float[Tensor, "clips features"]) -> float:
+        """Kernel video distance of the same logits, which no published implementation changes."""
+        return polynomial_mmd(real, generated)
+
+    def inception_score(self, logits: Float[Tensor, "clips classes"]) -> Score:
+        """Inception Score of C3D's logits."""
+        return inception_score(torch.softmax(logits.double(), 1), self.splits, self.score_eps, self.score_seed)
+
+
+PROTOCOLS = {
+    "tfhub": Protocol(
+        resize="legacy",
+        eps=1e-3,
+        ddof=1,
+        dtype="float64",
+        real="random",
+        order="shuffled",
+        size=None,
+        antialias=True,
+        splits=1,
+        score_eps=1e-20,
+        score_seed=None,
+    ),
+    "tats": Protocol(
+        resize="half-pixel",
+        eps=1e-5,
+        ddof=1,
+        dtype="float32",
+        real="anywhere",
+        order="shuffled",
+        size=128,
+        antialias=False,
+        splits=1,
+        score_eps=1e-20,
+        score_seed=None,
+    ),
+    "stylegan-v": Protocol(
+        resize="half-pixel",
+        eps=1e-3,
+        ddof=0,
+        dtype="float64",
+        real="random",
+        order="sorted",
+        size=None,
+        antialias=True,
+        splits=10,
+        score_eps=0.0,
+        score_seed=42,
+    ),
+}
+"""By name. Inception Score is that of TGAN-v2 where the implementation has none."""
+
+
+def _to_float(frames: Pixels) -> Float[Tensor, "frames 3 height width"]:
+    return rearrange(torch.from_numpy(frames), "frames rows columns colors -> frames colors rows columns").float()
