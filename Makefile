@@ -33,6 +33,7 @@ bench: setup ## measure, about 20 minutes on two cores; writes benchmarks/result
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.generate
+	$(BIN)/python -m benchmarks.evaluate
 
 setup: .venv/ready
 

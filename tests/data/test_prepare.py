@@ -512,6 +512,8 @@ def test_size_must_fit_the_tokenizer(clips: Path, tokenizer: str, tmp_path: Path
     odd = replace(SETTINGS, frames=FrameSettings(size=60))
     with pytest.raises(ValueError, match="size is 60, expected a multiple of 8"):
         prepare(str(clips), tmp_path / "out", tokenizer, odd, workers=1)
+    with pytest.raises(ValueError, match="caption_columns is empty, expected one column or more"):
+        prepare(str(clips), tmp_path / "out", tokenizer, SETTINGS, SourceOptions(caption_columns=()))
     assert not (tmp_path / "out").exists()
 
 

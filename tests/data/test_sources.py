@@ -669,3 +669,14 @@ def test_bad_world(source: str) -> None:
     """Guards the message for a range without a clip."""
     with pytest.raises(ValueError, match="expected world:COUNT or world:FIRST:END"):
         listed(source)
+
+
+def test_clips_without_captions_are_listed_where_none_are_asked_for(tmp_path: Path) -> None:
+    """Guards the evaluation of clips from anywhere: folders without a text, tables with files alone."""
+    (tmp_path / "a.mp4").touch()
+    options = SourceOptions(caption_columns=())
+    assert [item.captions for item in list_source(str(tmp_path), options).items] == [()]
+    (tmp_path / "table.csv").write_text("path,start\na.mp4,1\n")
+    assert [(item.start, item.captions) for item in list_source(str(tmp_path / "table.csv"), options).items] == [
+        (1, ())
+    ]

@@ -180,7 +180,7 @@ def test_prepared_data_and_reconstructions(tmp_path: Path, train_text_model: Cal
     with pytest.raises(ValueError, match="is prepared data, expected the bundle that decodes it: pass --model"):
         compare(real, str(data))
     with pytest.raises(ValueError, match="8 frames a second, expected 4"):
-        compare(real, str(data), tokenizer=tokenizer, fps=4)
+        compare(str(data), real, tokenizer=tokenizer, fps=4)
 
 
 def test_pairs_are_compared_by_name(tmp_path: Path) -> None:

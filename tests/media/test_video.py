@@ -30,7 +30,7 @@ from cogvideo.media import ffmpeg, images
 from cogvideo.media.colors import UNKNOWN, Coding, to_srgb
 from cogvideo.media.images import contact_sheet, look, write_image
 from cogvideo.media.shots import View
-from cogvideo.media.video import VideoError, read_video, write_video
+from cogvideo.media.video import VideoError, examine, read_video, write_video
 
 CELLS = 4
 FAST = {
@@ -1142,3 +1142,16 @@ def test_names_like_addresses_are_written(tmp_path: Path, monkeypatch: pytest.Mo
     write_video(Path(name), np.stack(clip(3)), 8)
     assert numbers(read_video(Path(name), 8, 32).frames) == [0, 1, 2]
     assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def test_facts_of_a_file(tmp_path: Path) -> None:
+    """Guards comparisons of clips: rate, size, length and codec are those that were written, whatever the format."""
+    frames = np.random.default_rng(0).integers(0, 256, (12, 16, 24, 3), np.uint8)
+    for name, codec in {"a.mp4": "h264", "a.webp": "webp", "a.gif": "gif"}.items():
+        write_video(tmp_path / name, frames, 25)
+        assert examine(tmp_path / name) == (codec, 16, 24, 25, pytest.approx(12 / 25, abs=0.006))
+    write_video(tmp_path / "slow.mp4", frames[:1], 2)
+    assert examine(tmp_path / "slow.mp4").fps == 2
+    (tmp_path / "text.mp4").write_text("no video")
+    with pytest.raises(VideoError, match=r"text\.mp4"):
+        examine(tmp_path / "text.mp4")

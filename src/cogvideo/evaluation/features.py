@@ -88,7 +88,7 @@ def lpips(path: Path, network: Perceptual) -> Judge:
 
 def _load_i3d(path: Path, protocol: Protocol, proven: bool, device: str) -> Encode:
     model = load_i3d(path, protocol.eps, proven).to(device)
-    return lambda clips: model(torch.stack([protocol.to_i3d(frames) for (frames,) in clips]).to(device))
+    return lambda clips: model(torch.stack([protocol.to_i3d(frames, device) for (frames,) in clips]))
 
 
 def _load_c3d(weights: Path, mean: Path, device: str) -> Encode:

@@ -76,7 +76,7 @@ class Protocol:
         """Frames of the file from the first to the last of a clip, both counted."""
         return (self.frames - 1) * self.step + 1
 
-    def reduced(self, frames: Pixels, size: int | None) -> Pixels:
+    def reduced(self, frames: Pixels, size: int | None) -> UInt8[np.ndarray, "frames rows columns 3"]:
         """Frames in a square: the shorter side becomes `size`, and the longer one is cropped to its center."""
         height, width = frames.shape[1:3]
         if size is None or (height, width) == (size, size):
@@ -89,10 +89,10 @@ class Protocol:
         levels = square.round() if self.antialias else square  # TATS cuts fractions off
         return rearrange(levels.byte(), "frames colors rows columns -> frames rows columns colors").contiguous().numpy()
 
-    def to_i3d(self, frames: Pixels) -> Float[Tensor, "3 frames 224 224"]:
-        """Frames as I3D takes them, in [-1, 1]."""
+    def to_i3d(self, frames: Pixels, device: str = "cpu") -> Float[Tensor, "3 frames rows columns"]:
+        """Frames as I3D takes them, on a device, in [-1, 1]."""
         way = resize_legacy if self.resize == "legacy" else resize
-        pixels = way(_to_float(frames), (SIDE, SIDE)) / 127.5 - 1
+        pixels = way(_to_float(frames, device), (SIDE, SIDE)) / 127.5 - 1
         return rearrange(pixels, "frames colors rows columns -> colors frames rows columns")
 
     def fvd(self, real: Float[Tensor, "clips features"], generated: Float[Tensor, "clips features"]) -> float:
@@ -154,5 +154,6 @@ PROTOCOLS = {
 """By name. Inception Score is that of TGAN-v2 where the implementation has none."""
 
 
-def _to_float(frames: Pixels) -> Float[Tensor, "frames 3 height width"]:
-    return rearrange(torch.from_numpy(frames), "frames rows columns colors -> frames colors rows columns").float()
+def _to_float(frames: Pixels, device: str = "cpu") -> Float[Tensor, "frames 3 height width"]:
+    pixels = torch.from_numpy(frames).to(device)
+    return rearrange(pixels, "frames rows columns colors -> frames colors rows columns").float()

@@ -1,0 +1,101 @@
+"""Features for FVD, measured: `python -m benchmarks.evaluate` prints a table and writes benchmarks/results/.
+
+Whole extraction (files to features) is compared with the convolutions of I3D alone, each run on its own input, and with
+the rate of a large matrix product. Weights are random: their values change no time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.machine import write
+from cogvideo.devices import matrix_rate
+from cogvideo.evaluation.footage import Reading, draw
+from cogvideo.evaluation.networks.i3d import I3D
+from cogvideo.evaluation.protocols import PROTOCOLS
+from cogvideo.media.video import write_video
+
+CLIPS, SIZE, ROUNDS = 4, 128, 3
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Processor time of the best of some calls, the first one not counted: other programs use this machine too."""
+    times = []
+    for _ in range(1 + ROUNDS):
+        start = time.process_time()
+        call()
+        times.append(time.process_time() - start)
+    return min(times[1:])
+
+
+def network() -> I3D:
+    """I3D with random weights."""
+    torch.manual_seed(0)
+    return I3D().eval()
+
+
+def convolutions(model: I3D, clip: Tensor) -> tuple[float, float]:
+    """Seconds and operations of all convolutions of a pass, one after the other and nothing else."""
+    inputs: list[tuple[Tensor, Tensor, Any]] = []
+    plain = F.conv3d
+
+    def recorded(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        inputs.append((x, weight, others))
+        return plain(x, weight, *others)
+
+    F.conv3d = recorded
+    model(clip)
+    F.conv3d = plain
+    operations = sum(2 * plain(x, weight, *others).numel() * weight[0].numel() for x, weight, others in inputs)
+    return seconds(lambda: [plain(x, weight, *others) for x, weight, others in inputs]), operations
+
+
+def extraction(folder: Path) -> dict[str, Any]:
+    """Clips a second from files, and what they are compared with."""
+    random = np.random.default_rng(0)
+    for number in range(CLIPS):
+        frames = random.integers(0, 256, (16, SIZE // 8, SIZE // 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+        write_video(folder / f"{number}.mp4", frames, 25)
+    protocol, model = PROTOCOLS["tats"], network()
+    reading = Reading(protocol)
+    excerpts = draw(str(folder), reading, "start", CLIPS, 0).excerpts
+    clip = protocol.to_i3d(reading.read(excerpts[0], None))[None]
+
+    def whole() -> None:
+        for each in excerpts:
+            model(protocol.to_i3d(reading.read(each, None))[None])
+
+    alone, operations = convolutions(model, clip)
+    all_of_it, passes = seconds(whole) / CLIPS, seconds(lambda: model(clip))
+    rate = matrix_rate(torch.device("cpu"), torch.float32)
+    return {
+        "clips a second": 1 / all_of_it,
+        "a pass alone": 1 / passes,
+        "convolutions alone": 1 / alone,
+        "share of the convolutions' speed": alone / all_of_it,
+        "share of the matrix rate": operations / all_of_it / rate,
+        "GFLOP a clip": operations / 1e9,
+    }
+
+
+def main() -> None:
+    """Measure on one thread."""
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder, torch.inference_mode():
+        figures = extraction(Path(folder))
+    for name, value in figures.items():
+        print(f"  {name:34} {value:.3g}")
+    print("written to", write("evaluate", {"16 frames, 128 x 128, one thread": figures}))
+
+
+if __name__ == "__main__":
+    main()
