@@ -64,7 +64,7 @@ class Footage:
     def content(self) -> str:
         """Hash of what is read."""
         if isinstance(self.media, Row):
-            codes = np.ascontiguousarray(_dataset(self.media.dataset).codes(self.media.number))
+            codes = np.ascontiguousarray(_dataset(self.media.dataset).row(self.media.number).codes)
             return hashlib.sha256(codes.tobytes()).hexdigest()
         media = self.media.media
         assert not isinstance(media, Scene)
@@ -186,7 +186,7 @@ class Reading:
         media, protocol = excerpt.footage.media, self.protocol
         if isinstance(media, Row):
             assert autoencoder is not None
-            codes = _dataset(media.dataset).codes(media.number)[excerpt.first :: protocol.step][: protocol.frames]
+            codes = _dataset(media.dataset).row(media.number).codes[excerpt.first :: protocol.step][: protocol.frames]
             frames = autoencoder.decode_pixels(torch.from_numpy(codes.astype(np.int64)).flatten(1))
         else:
             frames = self._read_file(media, excerpt)
