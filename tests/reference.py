@@ -141,6 +141,7 @@ class Oracle:
         codes: Mapping[int, Sequence[int]],
         bonus: float = 0.0,
         drawn: Sequence[int] = (),
+        looks: list[Tensor] | None = None,
     ) -> tuple[list[Slot], Tensor]:
         """Every slot that can be fed, and its row after the last block (rows, hidden).
 
@@ -150,6 +151,7 @@ class Oracle:
                 slot j the code j - 1, so n known codes feed n + 1 slots, and the last code of a frame none.
             bonus: added to scores of text keys.
             drawn: places of frames that are being generated: only they have the bonus in the temporal channel.
+            looks: gets the attention of each layer's temporal channel, (heads, rows, rows).
         """
         slots, tokens, positions = self._rows(prompt, codes)
         x = torch.stack([self.base["words.weight"][token].double() for token in tokens])
@@ -165,7 +167,7 @@ class Oracle:
             spatial, temporal = (mask[known][:, known] for mask in masks)
             is_frame = torch.tensor([slot.place != TEXT for slot in slots])
             bonuses = bonus * to_text.expand(len(slots), -1), bonus * draws[:, None] * to_text
-            x = self._block(layer, x, is_frame, spatial, temporal, bonuses)
+            x = self._block(layer, x, is_frame, spatial, temporal, bonuses, looks)
         return slots, x
 
     def logits(self, x: Tensor, whole_vocabulary: bool = False) -> Tensor:
@@ -243,7 +245,14 @@ class Oracle:
         return self.channel["positions.weight"][extra]
 
     def _block(
-        self, layer: int, x: Tensor, is_frame: Tensor, spatial: Tensor, temporal: Tensor, bonuses: tuple[Tensor, Tensor]
+        self,
+        layer: int,
+        x: Tensor,
+        is_frame: Tensor,
+        spatial: Tensor,
+        temporal: Tensor,
+        bonuses: tuple[Tensor, Tensor],
+        looks: list[Tensor] | None,
     ) -> Tensor:
         base = {
             name.removeprefix(f"blocks.{layer}."): value.double()
@@ -264,23 +273,33 @@ class Oracle:
                 if name.startswith(prefix)
             }
             gate = 1 / (1 + torch.exp(-own["gate"]))
-            other = attention(normed, own, self.num_heads, temporal, bonuses[1])
+            other = attention(normed, own, self.num_heads, temporal, bonuses[1], looks)
             mixed = torch.where(is_frame[:, None], gate * mixed + (1 - gate) * other, mixed)
         x = x + norm(3, mixed)
         inner = gelu(norm(2, x) @ base["mlp_in.weight"].T + base["mlp_in.bias"])
         return x + norm(4, inner @ base["mlp_out.weight"].T + base["mlp_out.bias"])
 
 
-def attention(x: Tensor, weights: Mapping[str, Tensor], num_heads: int, seen: Tensor, bonus: Tensor) -> Tensor:
+def attention(
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    num_heads: int,
+    seen: Tensor,
+    bonus: Tensor,
+    looks: list[Tensor] | None = None,
+) -> Tensor:
     """Softmax attention, head by head; rows that see nothing give the bias alone."""
     hidden = x.shape[1]
     q, k, v = (x @ weights["qkv.weight"].T + weights["qkv.bias"]).split(hidden, dim=1)
-    width, heads = hidden // num_heads, []
+    width, heads, shares = hidden // num_heads, [], []
     for head in range(num_heads):
         own = slice(head * width, (head + 1) * width)
         scores = q[:, own] @ k[:, own].T / math.sqrt(width) + bonus
-        shares = torch.where(seen, torch.exp(scores - scores.max()), torch.zeros_like(scores))
-        heads.append(shares @ v[:, own] / shares.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny))
+        powers = torch.where(seen, torch.exp(scores - scores.max()), torch.zeros_like(scores))
+        shares.append(powers / powers.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny))
+        heads.append(shares[-1] @ v[:, own])
+    if looks is not None:
+        looks.append(torch.stack(shares))
     return torch.cat(heads, dim=1) @ weights["out.weight"].T + weights["out.bias"]
 
 

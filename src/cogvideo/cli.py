@@ -66,6 +66,9 @@ COMMANDS = {
     "study new": Command("cogvideo.commands.study:new", "Set up a blind study of clips from several systems."),
     "study serve": Command("cogvideo.commands.study:serve", "Serve the web page where raters compare clips."),
     "study report": Command("cogvideo.commands.study:report", "Write the results of a study as a page and tables."),
+    "inspect attention": Command(
+        "cogvideo.commands.inspect:attention", "Draw where the temporal channel looks in a generated clip."
+    ),
 }
 """A name of two words is a command of a group."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice, pairwise
 from typing import NamedTuple
 
@@ -94,6 +95,7 @@ class _Run:
         self.system = system
         self.request = request
         self.settings = request.settings
+        self.condition = partial(request.condition, system)
         self.layout = system.config.layout
         self.gaps = self.layout.num_frames - 1
         self.rounds = self.settings.rounds
@@ -134,19 +136,6 @@ class _Run:
     def share(self, number: int) -> float:
         """Duration of a sequence in a round, relative to the time from the first to the last key frame."""
         return (1 if self.request.last is None else self.gaps) / 2 ** (number + 1)
-
-    def condition(self, share: float | None, guidance: float) -> Condition:
-        """Texts of a stage, with the duration of a sequence as a share of the clip's, or without one."""
-        text = self.system.text
-        prompts = self.request.prompts
-        durations = None if share is None else [seconds * share for seconds in self.request.seconds]
-        slots = self.layout.image_text_slots if share is None else self.layout.text_slots
-        rows = text.batch(prompts, durations, slots, self.settings.truncate)
-        if guidance == 1:
-            return Condition(rows, text_bonus=self.settings.text_bonus)
-        negatives = [self.settings.negative] * len(prompts)
-        others = text.batch(negatives, durations, slots, self.settings.truncate)
-        return Condition(rows, others, guidance)
 
     def frames(self) -> Iterator[Finished]:
         """Yield given frames, then new ones; frames between given ones are not generated."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cogvideo.config import LARGEST, CogVideoConfig, InputError, SamplingConfig, is_number, require
 from cogvideo.generation.decode import Passes
+from cogvideo.generation.decoder import Condition
 from cogvideo.layout import SequenceLayout, check_code_range
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
@@ -214,6 +215,27 @@ class Request:
     def seconds(self) -> list[float]:
         """Seconds that the key frames of each clip span."""
         return list(self.durations) or [self.settings.duration] * len(self.prompts)
+
+    def condition(self, system: System, share: float | None, guidance: float) -> Condition:
+        """Texts of a stage, and their bonus or guidance.
+
+        Args:
+            system: the model.
+            share: seconds that a sequence spans, as a share of the duration; None for the image model, whose texts have
+                no frame rate.
+            guidance: scale; 1 is no guidance.
+
+        Raises:
+            ValueError: a prompt is empty or too long.
+        """
+        settings, layout = self.settings, system.config.layout
+        durations = None if share is None else [seconds * share for seconds in self.seconds]
+        slots = layout.image_text_slots if share is None else layout.text_slots
+        rows = system.text.batch(self.prompts, durations, slots, settings.truncate)
+        if guidance == 1:
+            return Condition(rows, text_bonus=settings.text_bonus)
+        others = system.text.batch([settings.negative] * len(self.prompts), durations, slots, settings.truncate)
+        return Condition(rows, others, guidance)
 
     def check(self, config: CogVideoConfig) -> None:
         """Refuse a request that a model of this configuration cannot take.

@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn import functional as F
 
 from cogvideo.kernels import narrow, softmax_attention
 
@@ -139,6 +140,19 @@ def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk) -> Float[Tensor
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def attention_weights(
+    q: Float[Tensor, "batch heads rows head_dim"],
+    k: Float[Tensor, "samples heads keys head_dim"],
+    plan: MaskPlan,
+) -> Float[Tensor, "batch heads rows keys"]:
+    """Probabilities of `attend`, zero for keys that a row does not see: its outputs for unit vectors as values."""
+    num_keys, width = k.shape[2:]
+    units = F.pad(torch.eye(num_keys).to(k), (0, -num_keys % width))
+    parts = [attend(q, torch.stack([k, unit.expand_as(k)]), plan) for unit in torch.split(units, width, dim=1)]
+    weights = [rearrange(part, "batch rows (heads keys) -> batch heads rows keys", keys=width) for part in parts]
+    return torch.cat(weights, dim=3)[..., :num_keys]
 
 
 def split_heads(

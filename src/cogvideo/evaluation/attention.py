@@ -1,0 +1,164 @@
+"""Attention of the temporal channel (paper, appendix A): where the slots of each frame look, layer by layer.
+
+A finished clip goes through a stage once more, in the passes of decoding: text and given frames, then each other frame
+as a whole. Every pass shows its queries, its keys (cached ones too) and its mask plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional as F
+
+from cogvideo.generation.decoder import Condition, Decoder
+from cogvideo.generation.request import Request, System
+from cogvideo.layout import SequenceLayout
+from cogvideo.models.attention import attention_weights, split_heads
+from cogvideo.models.transformer import Pass, TemporalBlock, Transformer
+
+See = Callable[[int, range, Float[Tensor, "heads rows keys"]], None]
+"""Called with a layer, the slots of the rows, and their attention to [text as a whole | slots]; slots are counted over
+all frames in feed order."""
+
+
+class StageAttention(NamedTuple):
+    """Attention in a stage for one clip. Frames are in order of time."""
+
+    name: str
+    """`sequential` or `interpolation`."""
+    layout: SequenceLayout
+    window: int
+    """Side of the temporal windows, 0 for full attention."""
+    shares: Float[Tensor, "layers heads frames targets"]
+    """Share of the attention of a frame's slots that goes to the text, then to each frame; the mean over slots."""
+    steps: Float[Tensor, "layers heads rows columns"]
+    """Share that goes to the codes of the frame before, by rows and columns from the place of the predicted code, which
+    is in the middle; the mean over slots of generated frames."""
+    gates: Float[Tensor, "layers hidden"]
+    """Share of the temporal channel in each channel of the output; the spatial channel has the rest."""
+
+    @property
+    def same_place(self) -> Float[Tensor, "layers heads"]:
+        """Share that goes to the code of the same place in the frame before."""
+        middle = self.layout.grid - 1
+        return self.steps[:, :, middle, middle]
+
+
+def stage_attention(system: System, request: Request, codes: Int64[Tensor, "1 frames slots"]) -> list[StageAttention]:
+    """Attention of the key frames, and of the first sequence of the first round of interpolation, as far as the model
+    has these stages.
+
+    Args:
+        system: the model.
+        request: of one clip.
+        codes: of that clip after one round of interpolation, or key frames where there is no such stage.
+    """
+    found, sizes, settings = [], system.config.layout, request.settings
+    if "interpolation" in system.components:
+        layout = SequenceLayout.interpolation(sizes)
+        condition = request.condition(system, 0.5, settings.interpolation_guidance)
+        found.append(measure("interpolation", system.interpolation, layout, condition, codes))
+        codes = codes[:, ::2]
+    layout = SequenceLayout.sequential(sizes)
+    condition = request.condition(system, 1.0, settings.later.guidance)
+    found.append(measure("sequential", system.sequential, layout, condition, codes))
+    return found[::-1]
+
+
+def measure(
+    name: str,
+    model: Transformer,
+    layout: SequenceLayout,
+    condition: Condition,
+    codes: Int64[Tensor, "1 frames slots"],
+) -> StageAttention:
+    """Attention in a stage.
+
+    Args:
+        name: of the stage.
+        model: of the stage.
+        layout: of its sequence.
+        condition: of the clip.
+        codes: in order of time, at least as many frames as the sequence has.
+    """
+    assert model.channel is not None
+    config, slots, frames, grid = model.base.config, layout.frame_slots, layout.num_frames, layout.grid
+    shares = torch.zeros(config.num_layers, config.num_heads, frames, 1 + frames)
+    steps = torch.zeros(config.num_layers, config.num_heads, 2 * grid - 1, 2 * grid - 1)
+    ranks = torch.tensor(layout.order).argsort()
+
+    def see(layer: int, rows: range, weights: Tensor) -> None:
+        for rank in range(rows.start // slots, rows.stop // slots):
+            place, own = layout.order[rank], weights[:, rank * slots - rows.start :][:, :slots]
+            targets = rearrange(own[:, :, 1:], "heads rows (ranks slots) -> ranks heads rows slots", slots=slots)[ranks]
+            shares[layer, :, place, 0] = own[:, :, 0].mean(1)
+            shares[layer, :, place, 1:] = targets.sum(3).mean(2).T
+            if place in layout.loss_places:
+                steps[layer] += _steps(targets[place - 1], grid) / len(layout.loss_places)
+
+    replay(model, layout, condition, codes[:, layout.order], see)
+    gates = [1 - values.sigmoid() for name, values in model.channel.named_parameters() if name.endswith(".gate")]
+    return StageAttention(name, layout, model.window or 0, shares, steps, torch.stack(gates).float().cpu())
+
+
+def _steps(weights: Float[Tensor, "heads slots keys"], grid: int) -> Float[Tensor, "heads rows columns"]:
+    """Attention to codes of one frame, by rows and columns from the code that is predicted; the mean over slots."""
+    codes = F.pad(weights[:, :, 1:], (0, 1))  # slot j predicts code j, and was fed code j - 1
+    squares = rearrange(codes, "heads slots (rows columns) -> heads slots rows columns", rows=grid)
+    found = weights.new_zeros(len(weights), 2 * grid - 1, 2 * grid - 1)
+    for slot in range(grid**2):
+        top, left = grid - 1 - slot // grid, grid - 1 - slot % grid
+        found[:, top : top + grid, left : left + grid] += squares[:, slot] / grid**2
+    return found
+
+
+def replay(
+    model: Transformer, layout: SequenceLayout, condition: Condition, codes: Int64[Tensor, "1 frames slots"], see: See
+) -> None:
+    """Feed the codes of a finished clip as decoding does, and show the attention of the temporal channel in every pass.
+
+    Args:
+        model: a video stage.
+        layout: of its sequence.
+        condition: of the clip; with guidance, the rows of its prompt are shown.
+        codes: in feed order.
+        see: called once for each pass and layer.
+    """
+    decoder = Decoder(model, layout, replace(condition, unconditional=None))
+    slots, num_given = layout.frame_slots, max(1, layout.num_bidirectional)
+    fed = layout.feed(codes, model.base.config.start_of_image).view_as(codes).to(decoder.device)
+    with _watched(decoder, range(num_given * slots), see):
+        decoder.prefill(codes[:, :num_given])
+    for rank in range(num_given, layout.num_frames):
+        with _watched(decoder, range(rank * slots, (rank + 1) * slots), see):
+            decoder.draft(rank, [range(slots)], fed[:, rank])
+
+
+@contextmanager
+def _watched(decoder: Decoder, rows: range, see: See) -> Iterator[None]:
+    """Show the attention of a pass, which feeds these slots."""
+
+    def hook(block: TemporalBlock, inputs: tuple[Tensor, Tensor, int, Pass], _: Any) -> None:
+        x, _, layer, plan = inputs
+        number, kind = divmod(layer, len(plan.temporal))
+        own = plan.temporal[kind]
+        q, kv = split_heads(block.qkv(x), block.num_heads)
+        weights = attention_weights(q[:, :, plan.num_text :], own.keys(kv, number)[0], own)[0]
+        order = decoder.temporal[kind].map.key_order
+        if own.write is not None and own.write.is_complete:
+            order = torch.arange(weights.shape[2]) - decoder.layout.text_slots
+        whole = weights.new_zeros(*weights.shape[:2], 1 + decoder.layout.num_frames * decoder.layout.frame_slots)
+        see(layer, rows, whole.index_add_(2, order.clamp(min=-1).to(whole.device) + 1, weights).cpu())
+
+    assert decoder.model.channel is not None
+    with ExitStack() as stack:
+        for block in decoder.model.channel.blocks:
+            stack.callback(block.register_forward_hook(hook).remove)
+        yield
