@@ -221,10 +221,10 @@ def test_a_sidecar_makes_its_clip_again(
     for changed, message in (
         ({"bundle": "0"}, "was made with another model than"),
         ({"sha256": {"image": "0"}}, "was made with another file than start.png"),
-        ({"prompt": 3}, "other.json: Expected `str`, got `int` - at `$.prompt`"),
-        ({"superres": "no"}, "other.json: Expected `bool`, got `str` - at `$.superres`"),
-        ({"image": 3}, "other.json: Expected a path - at `$.image`"),
-        ({"dtype": "int8"}, "other.json: Invalid enum value 'int8' - at `$.dtype`"),
+        ({"prompt": 3}, "other.json: prompt is 3: Expected `str`, got `int`"),
+        ({"superres": "no"}, "other.json: superres is 'no': Expected `bool`, got `str`"),
+        ({"image": 3}, "other.json: image is 3: Expected a path"),
+        ({"dtype": "int8"}, "other.json: dtype is 'int8': Invalid enum value 'int8'"),
         ({"rounds": 99}, "other.json: rounds is 99, expected 0 to 6"),
     ):
         (inside / "other.json").write_text(json.dumps(json.loads(sidecar.read_text()) | changed))

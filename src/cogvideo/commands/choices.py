@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 import msgspec
 
@@ -120,8 +121,6 @@ class Sidecar:
             path.stat()  # a missing file is an OSError
         if found is None or "prompt" not in found or "seed" not in found:
             raise InputError(f"{path} is not a sidecar, expected the JSON file next to a clip")
-        for name, value in found.items():
-            require("\0" not in str(value), f"{path}: {name} has a zero byte, expected none")
         self.record: Record = {"fps": None, "sha256": {}} | ADDED | found
         self.clip = self._converted(ClipRecord)
 
@@ -159,11 +158,21 @@ class Sidecar:
 
     def _converted(self, kind: type[T]) -> T:
         """Values of the record as a dataclass."""
-        values = {each.name: self.record[each.name] for each in fields(kind)}  # type: ignore[arg-type]
+        values = {name: self._value(name, hint) for name, hint in get_type_hints(kind).items()}
         try:
-            return msgspec.convert(values, kind, dec_hook=_path)
-        except msgspec.ValidationError as error:
+            return kind(**values)
+        except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
+
+    def _value(self, name: str, hint: Any) -> Any:
+        value = self.record[name]
+        got = f"{self.path}: {name} is {value!r:.60}"
+        require("\0" not in str(value), f"{got}, expected no zero byte")
+        require(not isinstance(value, float) or math.isfinite(value), f"{got}, expected a finite number")
+        try:
+            return msgspec.convert(value, hint, dec_hook=_path)
+        except msgspec.ValidationError as error:
+            raise InputError(f"{got}: {error}") from error
 
     def _find(self, option: str, path: Path) -> Path:
         """A file or folder, here or in the sidecar's folder."""
