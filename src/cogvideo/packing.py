@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from cogvideo.models.transformer import Base, Words
 
@@ -25,9 +26,11 @@ FASTEST_ROWS = 6
 """Number of rows at which oneDNN reads packed weights fastest: a third faster than at one or two, the rows of
 a decoding step (measured). So one to three rows are repeated up to this number."""
 
-ALIKE_ROWS = 32
-"""Number of rows up to which oneDNN sums every row in the same order, in bfloat16 with AMX; beyond it, the
-order depends on their number (measured for 256 to 12,288 inputs). So more rows are computed in pieces."""
+ALIKE_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 32}
+"""Number of rows up to which oneDNN sums every row in the same order; beyond it, the order depends on their
+number (measured for 64 to 12,288 inputs; bfloat16 with AMX). So more rows are computed in pieces."""
+if TorchVersion(torch.__version__) < "2.13":
+    ALIKE_ROWS[torch.float32] = 15
 
 
 class PackedLinear(nn.Module):
@@ -41,7 +44,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "batch rows in"]) -> Float[Tensor, "batch rows out"]:
         """`x @ weight.T + bias`."""
         rows = x.flatten(0, 1)
-        together = len(rows) if x.dtype != torch.bfloat16 else ALIKE_ROWS
+        together = ALIKE_ROWS.get(x.dtype, len(rows))
         pieces = [self._few(rows[start : start + together]) for start in range(0, len(rows), together)]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(*x.shape[:2], -1)
 

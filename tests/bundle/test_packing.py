@@ -41,7 +41,7 @@ def test_packed_equals_linear(dtype: torch.dtype, tolerance: float) -> None:
         assert relative_error(PackedLinear(linear.weight, bias)(x), expected) < tolerance
 
 
-@pytest.mark.parametrize("shape", [SHAPE, (256, 1024), (512, 2048)])
+@pytest.mark.parametrize("shape", [SHAPE, (256, 1024), (512, 2048), (1024, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_do_not_depend_on_their_number(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """Guards reproducibility across batches: a row is computed in the same way alone and among others, wherever it
