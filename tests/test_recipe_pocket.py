@@ -87,9 +87,9 @@ TOY = """
 [data]
 tokenizer = [1, 4]
 text = [1, 400]
-frames = [1, 6, 2]
-moves = [1, 2, 1]
-large = [1, 2, 1]
+frames = [1, 6, 2, 4]
+moves = [1, 2, 1, 0]
+large = [1, 2, 1, 0]
 
 [tokenizer]
 preset = "tiny"

@@ -31,22 +31,27 @@ def parts(out: str, emoji: str, data: dict[str, list[int]]) -> Iterator[tuple[st
     """Yield name and command of each part in order. Codes are made before the first stage that needs them."""
     model = f"{out}/model"
     copies, scenes = data["tokenizer"]
-    sources = (emoji, f"world:simple:{scenes}")
-    yield "tokenizer", ["train", "tokenizer", *sources, "--out", model, "--copies", str(copies)]
+    yield (
+        "tokenizer",
+        ["train", "tokenizer", emoji, f"world:simple:{scenes}", "--out", model, "--copies", str(copies)],
+    )
     yield "text", ["train", "text", emoji, f"world:simple:{data['text'][1]}", "--out", model]
     for name, time, stages in (
         ("frames", KEY_FRAMES, ("image", "sequential")),
         ("moves", WHOLE, ("interpolation",)),
         ("large", (*KEY_FRAMES, "--superres"), ("superres",)),
     ):
-        copies, scenes, repeats = data[name]
-        folders = [f"{out}/{name}-emoji", f"{out}/{name}-world"]
-        for folder, source in zip(folders, (emoji, f"world:simple:{scenes}"), strict=True):
+        copies, scenes, repeats, others = data[name]
+        sources = {f"{name}-emoji": emoji, f"{name}-world": f"world:simple:{scenes}"}
+        if others:
+            sources[f"{name}-others"] = f"world:{others}"
+        for folder, source in sources.items():
             number = ("--copies", str(copies)) if source == emoji else ()
-            made = ("--out", folder, "--tokenizer", model)
-            yield Path(folder).name, ["data", "prepare", source, *made, *time, *number]
+            made = ("--out", f"{out}/{folder}", "--tokenizer", model)
+            yield folder, ["data", "prepare", source, *made, *time, *number]
+        first, *rest = [f"{out}/{folder}" for folder in sources]
         for stage in stages:  # a repeated folder counts several times
-            yield stage, ["train", stage, "--data", *[folders[0]] * repeats, folders[1], "--out", model]
+            yield stage, ["train", stage, "--data", *[first] * repeats, *rest, "--out", model]
     yield "report", ["train", "report", model, "--out", f"{out}/report.html"]
 
 
