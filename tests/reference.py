@@ -252,7 +252,7 @@ class Oracle:
         spatial: Tensor,
         temporal: Tensor,
         bonuses: tuple[Tensor, Tensor],
-        looks: list[Tensor] | None,
+        looks: list[Tensor] | None = None,
     ) -> Tensor:
         base = {
             name.removeprefix(f"blocks.{layer}."): value.double()

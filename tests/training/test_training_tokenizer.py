@@ -413,7 +413,7 @@ def test_no_tokenizer_is_put_under_a_stage_unasked(out):
     """A stage that was trained without its tokenizer in the bundle knows the codes of another one."""
     update(out, SMALL, base=Base(SMALL.transformer))
     (out / "training.json").write_text(json.dumps({"base": {"tokenizer": "f" * 64}}))
-    with pytest.raises(ValueError, match=r"has base, which learnt .* another image tokenizer \(sha256 f{12}\): take"):
+    with pytest.raises(ValueError, match=r"has base, which learned .* another image tokenizer \(sha256 f{12}\): take"):
         run(out)
     assert not (out / ".tokenizer-run" / "train.rgb").exists()
     run(out, overwrite=True)
