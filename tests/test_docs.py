@@ -128,6 +128,7 @@ def test_first_commands(tmp_path: Path, text_model: bytes, monkeypatch: pytest.M
     assert len(list((tmp_path / "out").glob("*.gif"))) == 1
 
 
+@pytest.mark.soak
 def test_own_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the way from a folder of clips to a model: the commands of the pages, but smaller and shorter."""
     first = [each.arguments for each in shown_commands(section(README, "Train on your own clips"))]
