@@ -6,7 +6,10 @@ Whatever interrupts the run, each file is the old one or the new one.
 from __future__ import annotations
 
 import json
+import platform
 import re
+import shlex
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
@@ -14,8 +17,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
+import cogvideo
 from cogvideo.config import InputError, require, with_samplers
 from cogvideo.devices import is_out_of_memory
 from cogvideo.files import write_text
@@ -24,6 +29,19 @@ IDENTITY = "run.json"
 """File with the identity of a run."""
 TYPED = "typed"
 """Fact: the bundle to start from as the user typed it; its hashes are the identity."""
+
+
+def provenance() -> dict[str, Any]:
+    """Command line and versions, for a file of results that somebody may want to measure again."""
+    return {
+        "command": shlex.join(["cogvideo", *sys.argv[1:]]),
+        "versions": {
+            "cogvideo": cogvideo.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+    }
 
 
 class Checkpoint(NamedTuple):

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json as json_format
-import platform
-import shlex
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-import cogvideo
 from cogvideo.config import require
 from cogvideo.evaluation.comparison import Comparing, Comparison, Networks
 from cogvideo.evaluation.features import Machines, c3d, i3d, lpips
@@ -26,6 +20,7 @@ from cogvideo.evaluation.networks.cache import fetched
 from cogvideo.evaluation.protocols import PROTOCOLS, RELIABLE, Protocol
 from cogvideo.files import write_text
 from cogvideo.models.perceptual import Network as Perceptual
+from cogvideo.runs import provenance
 
 
 def distribution(
@@ -139,7 +134,7 @@ def _number(value: float) -> str:
 
 
 def warnings(result: Comparison) -> Iterator[str]:
-    """What makes the figures worth less."""
+    """Warnings about figures that mean less."""
     count = result.real.clips
     if count < RELIABLE:
         yield f"N is {count:,}, below {RELIABLE:,}: FVD is mostly bias, and comparable at this N alone"
@@ -152,13 +147,7 @@ def _described(
 ) -> dict[str, Any]:
     """All that somebody needs to measure the same again, and the figures."""
     return {
-        "command": shlex.join(["cogvideo", *sys.argv[1:]]),
-        "versions": {
-            "cogvideo": cogvideo.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        **provenance(),
         "protocol": {"name": name, **asdict(protocol)},
         "fps": reading.fps,
         "seed": seed,

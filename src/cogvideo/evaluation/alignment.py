@@ -7,9 +7,6 @@ model of its codes can do no better. Everything that was made stays in the folde
 from __future__ import annotations
 
 import json
-import platform
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,13 +14,11 @@ from math import sqrt
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-import cogvideo
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import locate
 from cogvideo.config import require
@@ -35,7 +30,7 @@ from cogvideo.evaluation.subjects import Clip, EmojiSubject, Subject, Verdict, W
 from cogvideo.files import alone_in, write_text
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.pipeline import CogVideoPipeline
-from cogvideo.runs import RunFolder
+from cogvideo.runs import RunFolder, provenance
 
 GENERATED, RECONSTRUCTION, REAL = ROWS = ("generated", "reconstruction", "real")
 """Clips that are judged."""
@@ -189,13 +184,7 @@ def _protocol(
 ) -> dict[str, Any]:
     """Everything that is needed to measure the same again."""
     return {
-        "command": shlex.join(["cogvideo", *sys.argv[1:]]),
-        "versions": {
-            "cogvideo": cogvideo.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        **provenance(),
         "model": model,
         "bundle_sha256": bundle,
         "making": making,
