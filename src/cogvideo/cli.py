@@ -37,7 +37,7 @@ class Command(NamedTuple):
     target: str
     """`module:function`."""
     help: str
-    """What it does, in one line."""
+    """Summary, in one line."""
 
 
 COMMANDS = {

@@ -409,7 +409,7 @@ def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempP
 def preview_of(
     stage: StageName, place: Path, folder: Path, prompts: tuple[str, ...] = (), source: str = "whole", **options: Any
 ) -> Preview:
-    """Of a stage in training, which moved a little from where it started."""
+    """Weights of a stage in training, which moved a little from where it started."""
     model = CogVideo.from_pretrained(place / source)
     settings = StageOptimization(batch=2, ema=0.5, seed=6, precision=options.pop("precision", "float32"))
     trainer = make_trainer(stage, model, settings, Execution(**options))

@@ -93,7 +93,7 @@ class Choices(SamplingOptions):
 
 @dataclass(frozen=True)
 class ClipRecord:
-    """What a sidecar says in addition to the choices."""
+    """Fields of a sidecar other than the choices."""
 
     prompt: str
     seed: int

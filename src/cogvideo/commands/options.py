@@ -193,7 +193,7 @@ def _parser(command: str, function: Callable[..., Any], known: Sequence[Option])
 
 
 def _read(parser: argparse.ArgumentParser, known: Sequence[Option], arguments: Sequence[str]) -> dict[str, Any]:
-    """What is given, by names of parameters."""
+    """Given values by parameter name."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     before = [f"{PLAIN}{each}" if EXPONENT.fullmatch(each) else each for each in arguments[:end]]
     after = [f"{PLAIN}{each}" for each in arguments[end + 1 :]]

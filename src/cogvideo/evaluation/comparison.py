@@ -25,7 +25,7 @@ class Figure:
     """One figure, and what it is worth."""
 
     name: str
-    """What is measured, such as FVD."""
+    """Name of the measure, such as FVD."""
     of: str
     """Which sets of clips."""
     clips: int
@@ -47,7 +47,7 @@ class Side:
     """Clips of a source, in words."""
 
     source: str
-    """What the user named."""
+    """Source as the user named it."""
     clips: int
     """Clips that are compared."""
     of: int
@@ -78,7 +78,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was compared, and what came out."""
+    """Inputs and results of a comparison."""
 
     real: Side
     """The real clips."""
@@ -97,9 +97,9 @@ class Networks:
     proven: bool
     """Whether it is that of FVD."""
     c3d: Judge | None = None
-    """That of Inception Score."""
+    """Network of the Inception Score."""
     lpips: Judge | None = None
-    """That of pairs."""
+    """Network of pairs."""
 
     @property
     def names(self) -> tuple[str, str]:

@@ -112,7 +112,7 @@ def _load_lpips(path: Path, network: Perceptual, device: str) -> Encode:
 
 
 class Sample(NamedTuple):
-    """What has one row of features."""
+    """Input of one row of features."""
 
     excerpts: tuple[Excerpt, ...]
     """An excerpt, or a pair of them."""
@@ -128,12 +128,12 @@ class Job(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """What a worker loads once."""
+    """Objects that a worker loads once."""
 
     encode: Encode
     """The network."""
     autoencoder: Autoencoder | None
-    """That of reconstructions and prepared data."""
+    """Tokenizer of reconstructions and prepared data."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Footage:
     size: tuple[int, int]
     """Rows and columns of its frames."""
     codec: str
-    """What it is coded by."""
+    """Codec or format."""
 
     @property
     def content(self) -> str:

@@ -87,7 +87,7 @@ def decode(file: Content, start: float) -> Shots:
 
 
 def codec_name(file: Content) -> str:
-    """What a video is coded by, such as h264."""
+    """Codec of a video, such as h264."""
     with _container(file) as container:
         return _stream(container).codec_context.name
 

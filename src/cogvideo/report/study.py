@@ -198,7 +198,7 @@ def _best(answers: Sequence[Answer], raters: str, systems: Sequence[str]) -> Ite
 
 
 def conduct(rater: Rater, answers: Sequence[Answer]) -> Conduct:
-    """What the answers of a rater say about the rater, who gave at least one."""
+    """Reliability of a rater with at least one answer."""
     own = [each for each in answers if each.rater == rater.number]
     checks = list(_checks(own))
     first = {(each.trial.prompt, frozenset(each.trial.systems)): each for each in own if each.trial.kind == "main"}

@@ -52,7 +52,7 @@ class Sent(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Pages:
-    """What the page of a rater asks for. The token in the path is the rater's key.
+    """Requests of a rater's page. The token in the path is the rater's key.
 
     Args:
         study: a study with raters.
