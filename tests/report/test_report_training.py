@@ -50,7 +50,7 @@ class Plot:
         svg = ElementTree.fromstring(re.search(r"<svg.*?</svg>", panel, re.DOTALL)[0].replace("xlink:", ""))
         (self.caption,) = re.findall(r'<p class="note">([^<]*)</p>', panel)
         entries = re.findall(r'class="swatch( dashed)?" style="color:(.*?)".*?<bdi>(.*?)</bdi> <b>(.*?)</b>', panel)
-        self.legend = {name: value for _, _, name, value in entries}
+        self.legend = {name: last for _, _, name, last in entries}
         self.colors = {name: f"{color}{dashed}" for dashed, color, name, _ in entries}
         labels = [(each, "middle" in (each.get("style") or "")) for each in svg.iter("text")]
         self.across = [(float(each.get("x") or ""), value(each.text or "")) for each, is_step in labels if is_step]
