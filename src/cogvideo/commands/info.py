@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cogvideo.bundle.format import Manifest
-from cogvideo.config import PRESETS, CogVideoConfig, preset, require
+from cogvideo.config import PRESETS, preset, require
 from cogvideo.planning.costs import (
     DTYPES,
     GPU,
@@ -49,16 +49,12 @@ def info(target: str = "", /, json: bool = False, batch: int = 1) -> None:
         ValueError: `target` is neither, or `batch` is not positive.
     """
     require(0 < batch <= MOST_BATCH, f"batch is {batch}, expected 1 to {MOST_BATCH}")
-    console = Console(highlight=False)
-    if not json and not target:
-        console.print(_presets())
-        return
-    reports = [report(name, Manifest.of(name), batch) for name in ([target] if target else PRESETS)]
     if json:
+        reports = [report(name, Manifest.of(name), batch) for name in ([target] if target else PRESETS)]
         print(dumps(reports, indent=2, ensure_ascii=False))
         return
-    for part in _tables(reports[0]):
-        console.print(part)
+    for part in _tables(report(target, Manifest.of(target), batch)) if target else [_presets()]:
+        Console(highlight=False).print(part)
 
 
 def report(name: str, manifest: Manifest, batch: int = 1) -> dict[str, Any]:
@@ -166,37 +162,35 @@ def _case(work: dict[str, Any]) -> str:
 
 
 def _training_rows(stages: list[dict[str, Any]]) -> Iterator[list[str]]:
-    rows = {name: [each["states"][name] for each in stages] for name in stages[0]["states"]}
-    rows["together"] = [sum(each["states"].values()) for each in stages]
+    for name in stages[0]["states"]:
+        yield [name, *(_binary(each["states"][name]) for each in stages)]
+    yield ["together", *(_binary(sum(each["states"].values())) for each in stages)]
     for name in ("activations", "activations_checkpointed", "total", "total_checkpointed"):
-        rows[name.replace("_", ", ")] = [each[name] for each in stages]
-    rows["saved, by way of the host"] = [each["saved"] for each in stages]
-    for name, sizes in rows.items():
-        yield [name, *map(_binary, sizes)]
+        yield [name.replace("_", ", "), *(_binary(each[name]) for each in stages)]
+    yield ["saved, by way of the host", *(_binary(each["saved"]) for each in stages)]
     yield ["operations a position", *(_decimal(each["flops_a_position"], "FLOP") for each in stages)]
 
 
 def _presets() -> Table:
-    columns = [_overview(preset(name)) for name in PRESETS]
-    rows = ([name, *(column[name] for column in columns)] for name in columns[0])
-    return table("Presets", ["", *PRESETS], rows)
-
-
-def _overview(config: CogVideoConfig) -> dict[str, str]:
     """The figures that decide whether one can run it."""
-    sizes, both = components(config), sums(config)["base with both stages"]
-    key_frames = decoding(config, "", "sequential", 1, True)
-    return {
-        "base": _number(sizes["base"]),
-        "a video stage adds": _number(sizes["sequential"]),
-        "base with both stages": _number(both),
-        "  in 16 bit": _binary(by_dtype(both)["bfloat16"]),
-        "a guided code of a key frame": _decimal(key_frames.flops, "FLOP"),
-        "  reads in 16 bit": _decimal(key_frames.bytes_moved(GPU), "B"),
-        "key frames, GPU 16 bit": _binary(key_frames.device(GPU)),
-        "key frames, CPU float32": _binary(key_frames.device("cpu_float32")),
-        "training a video stage": _binary(sum(training_states(config, "sequential").values())),
-    }
+    rows: dict[str, list[str]] = {}
+    for config in map(preset, PRESETS):
+        sizes, both = components(config), sums(config)["base with both stages"]
+        key_frames = decoding(config, "", "sequential", 1, True)
+        figures = {
+            "base": _number(sizes["base"]),
+            "a video stage adds": _number(sizes["sequential"]),
+            "base with both stages": _number(both),
+            "  in 16 bit": _binary(by_dtype(both)["bfloat16"]),
+            "a guided code of a key frame": _decimal(key_frames.flops, "FLOP"),
+            "  reads in 16 bit": _decimal(key_frames.bytes_moved(GPU), "B"),
+            "key frames, GPU 16 bit": _binary(key_frames.device(GPU)),
+            "key frames, CPU float32": _binary(key_frames.device("cpu_float32")),
+            "training a video stage": _binary(sum(training_states(config, "sequential").values())),
+        }
+        for name, figure in figures.items():
+            rows.setdefault(name, [name]).append(figure)
+    return table("Presets", ["", *PRESETS], rows.values())
 
 
 def _number(number: float) -> str:

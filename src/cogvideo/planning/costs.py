@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideo.bundle.format import MODULES
-from cogvideo.config import CogVideoConfig
+from cogvideo.config import CogVideoConfig, TransformerConfig
 from cogvideo.generation.request import Settings
 from cogvideo.generation.upscale import SLOTS_PER_DRAW
 from cogvideo.layout import Cells, SequenceLayout, UpscaleLayout, cells, kinds
@@ -37,22 +37,13 @@ DTYPES = {"float32": WIDE, "bfloat16": NARROW, "float16": NARROW}
 """Bytes of a value."""
 
 
-class Precision(NamedTuple):
-    """Bytes of a value, by its use."""
-
-    weights: int
-    cache: int
-
-
 GPU = "gpu_bfloat16"
 PRECISIONS = {
-    GPU: Precision(NARROW, NARROW),  # float16 needs the same
-    "cpu_float32": Precision(WIDE, WIDE),
-    "cpu_bfloat16": Precision(NARROW, WIDE),  # as generation/decoder.py chooses
+    GPU: (NARROW, NARROW),  # float16 needs the same
+    "cpu_float32": (WIDE, WIDE),
+    "cpu_bfloat16": (NARROW, WIDE),  # as generation/decoder.py chooses
 }
-
-
-# Parameters
+"""Bytes of a weight, and of a value in the cache."""
 
 
 @lru_cache(maxsize=16)
@@ -75,32 +66,33 @@ def components(config: CogVideoConfig) -> dict[str, int]:
 def sums(config: CogVideoConfig) -> dict[str, int]:
     """Parameters of the sums that papers and users speak of."""
     sizes = components(config)
-    stage = sizes["base"] + sizes["sequential"]
-    return {
-        "base with one stage": stage,
-        "base with both stages": stage + sizes["interpolation"],
-        "everything": sum(sizes.values()),
-    }
+    one = sizes["base"] + sizes["sequential"]
+    both = one + sizes["interpolation"]
+    return {"base with one stage": one, "base with both stages": both, "everything": sum(sizes.values())}
 
 
-def products(config: CogVideoConfig, stage: Stage) -> tuple[int, int]:
-    """Weights of the matrices that a row goes through in all blocks: those of the base, and those that a stage adds.
+class Matrices(NamedTuple):
+    """Weights of the matrices of all blocks and of the code head.
 
-    In each block of the base 12 h^2 (q, k and v 3, output 1, feed-forward layer 8), of a temporal channel 4 h^2.
+    A block of the base has 12 h^2 (attention 4, feed-forward layer 8); what a stage adds to it is attention, 4 h^2.
     """
-    square = config.transformer.num_layers * config.transformer.hidden**2
-    return 12 * square, 0 if stage == "image" else 4 * square
 
+    base: int
+    added: int
+    head: int
 
-# Visible rows
+    @classmethod
+    def of(cls, sizes: TransformerConfig, is_image: bool = False) -> Matrices:
+        """Those of a stage."""
+        square = sizes.num_layers * sizes.hidden**2
+        return cls(12 * square, 0 if is_image else 4 * square, sizes.num_codes * sizes.hidden)
 
 
 def layout_of(config: CogVideoConfig, stage: Stage) -> SequenceLayout:
     """The sequence of a stage."""
-    if stage == "image":
-        return SequenceLayout.text_to_image(config.layout)
-    make = SequenceLayout.sequential if stage == "sequential" else SequenceLayout.interpolation
-    return make(config.layout)
+    name = "text_to_image" if stage == "image" else stage
+    layout: SequenceLayout = getattr(SequenceLayout, name)(config.layout)
+    return layout
 
 
 def kinds_of(config: CogVideoConfig, stage: Stage) -> list[Cells]:
@@ -123,29 +115,31 @@ def _over_layers(config: CogVideoConfig, values: Sequence[float]) -> float:
 
 def pairs(config: CogVideoConfig, stage: Stage, frames: int) -> float:
     """Pairs of a row and a key that a full pass of text and the first frames scores, in all layers and channels."""
-    layout = layout_of(config, stage)
     window = None if stage == "image" else getattr(config, stage).window
-    plan = full_pass(layout, window, _text(layout.text_slots), torch.float32, frames)
-    temporal = [_scored(each) for each in plan.temporal]
-    return config.transformer.num_layers * _scored(plan.spatial) + _over_layers(config, temporal)
+    spatial, temporal = _scored_by_kind(layout_of(config, stage), window, frames)
+    return config.transformer.num_layers * spatial + _over_layers(config, temporal)
 
 
-def _text(slots: int) -> Tensor:
-    """The mask of a text without pads."""
-    return torch.ones(1, slots, dtype=torch.bool)
+def _scored_by_kind(layout: SequenceLayout, window: int | None, frames: int) -> tuple[int, list[int]]:
+    """Pairs that a layer scores with a text without pads: spatially, and temporally by kind of block."""
+    plan = full_pass(layout, window, torch.ones(1, layout.text_slots, dtype=torch.bool), torch.float32, frames)
+    return _scored(plan.spatial), [_scored(each) for each in plan.temporal]
 
 
 def _scored(plan: MaskPlan) -> int:
     """Pairs that one layer scores, masked ones included."""
     total = 0
-    for group in plan.groups:
-        for chunk in group.chunks:
-            rows = chunk.rows if group.rows is None or chunk.rows is not None else group.rows[0]
-            keys = chunk.keys if group.keys is None or chunk.keys is not None else group.keys[0]
-            assert rows is not None
-            assert keys is not None
-            total += (1 if group.rows is None else len(group.rows)) * len(rows) * len(keys)
+    for rows, keys, chunks in plan.groups:
+        num_cells = 1 if rows is None else len(rows)
+        total += num_cells * sum(_size(each.rows, rows) * _size(each.keys, keys) for each in chunks)
     return total
+
+
+def _size(part: range | None, cells: Tensor | None) -> int:
+    if part is not None:
+        return len(part)
+    assert cells is not None
+    return cells.shape[1]
 
 
 def _keys_read(config: CogVideoConfig, stage: Stage) -> float:
@@ -172,9 +166,6 @@ def cache_size(config: CogVideoConfig, stage: Stage, guided: bool = False) -> tu
     frame_keys = layout.num_frames * layout.frame_slots
     temporal = [num_cells(kind) * layout.text_slots + frame_keys for kind in kinds_of(config, stage)]
     return values * spatial, int(values * _over_layers(config, temporal))
-
-
-# Generation
 
 
 @dataclass(frozen=True)
@@ -208,32 +199,26 @@ class Phase:
 
     def bytes_moved(self, precision: str) -> float:
         """Weights and cache that the mean pass reads."""
-        kind = PRECISIONS[precision]
-        return self.weights_read * kind.weights + self.cache_read * kind.cache
+        weight, key = PRECISIONS[precision]
+        return self.weights_read * weight + self.cache_read * key
 
     def memory(self, precision: str) -> dict[str, int]:
         """Bytes of device memory at the peak, by their use."""
-        kind = PRECISIONS[precision]
+        weight, key = PRECISIONS[precision]
         return {
-            "weights": self.weights * kind.weights,
-            "cache": self.cache * kind.cache,
+            "weights": self.weights * weight,
+            "cache": self.cache * key,
             "noise": self.noise * WIDE,
-            "activations": self.activations * kind.weights,
+            "activations": self.activations * weight,
         }
 
-    def device(self, precision: str) -> int:
+    def device(self, precision: str, with_weights: bool = True) -> int:
         """Bytes of device memory at the peak."""
-        return sum(self.memory(precision).values())
-
-    def apart_from_weights(self, precision: str) -> int:
-        """Bytes of device memory at the peak, apart from weights."""
-        return self.device(precision) - self.memory(precision)["weights"]
+        return sum(size for use, size in self.memory(precision).items() if with_weights or use != "weights")
 
     def host(self, precision: str) -> int:
         """Bytes of host memory: for a GPU, noise while it is drawn and the largest tensor on its way from its file."""
-        if precision != GPU:
-            return self.device(precision)
-        return 2 * self.noise * WIDE + self.largest * PRECISIONS[precision].weights
+        return 2 * self.noise * WIDE + self.largest * NARROW if precision == GPU else self.device(precision)
 
 
 def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phase, ...]:
@@ -243,7 +228,7 @@ def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phas
     """
     settings = settings or Settings.of(config)
     frames = config.layout.num_frames
-    gaps = SequenceLayout.interpolation(config.layout).num_bidirectional - 1
+    gaps = layout_of(config, "interpolation").num_bidirectional - 1
     phases = [
         decoding(config, "first frame", "image", 1, settings.first.guidance != 1),
         decoding(config, "key frames", "sequential", 1, settings.later.guidance != 1),
@@ -257,8 +242,8 @@ def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phas
 
 def resident(config: CogVideoConfig, phases: Iterable[Phase], precision: str) -> int:
     """Bytes of device memory of a clip for which all weights stay loaded."""
-    weights = sum(components(config).values()) * PRECISIONS[precision].weights
-    return weights + max(phase.apart_from_weights(precision) for phase in phases)
+    weights = sum(components(config).values()) * PRECISIONS[precision][0]
+    return weights + max(phase.device(precision, with_weights=False) for phase in phases)
 
 
 def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guided: bool) -> Phase:
@@ -276,7 +261,7 @@ def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guid
     given_rows = (layout.num_frames - num_drawn) * layout.frame_slots
     fed = layout.text_slots + given_rows
     rows = samples * (1 + guided)
-    base, added = products(config, stage)
+    base, added, head = Matrices.of(sizes, stage == "image")
     linear = fed * base + (3 * fed + given_rows) * added // 4  # text has no temporal output
     attended = round(4 * sizes.hidden * pairs(config, stage, layout.num_frames - num_drawn))
     written = [num_cells(kind) * layout.text_slots + given_rows for kind in kinds_of(config, stage)]
@@ -287,7 +272,7 @@ def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guid
         **_weights(config, stage),
         passes=num_drawn * layout.frame_slots,
         rows=rows,
-        flops=rows * 2 * (base + added + sizes.num_codes * sizes.hidden + cached),
+        flops=rows * 2 * (base + added + head + cached),
         prefill_flops=rows * (2 * linear + attended),
         cache=samples * sum(cache_size(config, stage, guided)),
         cache_read=rows * cached,
@@ -304,15 +289,15 @@ def upscaling(config: CogVideoConfig, frames: int) -> Phase:
     """
     layout, sizes = UpscaleLayout.of(config.layout, config.upscaler), config.transformer
     text, low, high = layout.text_slots, layout.low_slots, layout.high_slots
-    matrices = products(config, "image")[0] * (text + low + high) + high * sizes.num_codes * sizes.hidden
-    scored = _scored(full_pass(low_sequence(layout), None, _text(text), torch.float32, 1).spatial)
+    base, _, head = Matrices.of(sizes)
+    scored = _scored_by_kind(low_sequence(layout), None, 1)[0]
     scored += _scored(neighborhoods(layout, config.upscaler, torch.device("cpu")))
     return Phase(
         "super-resolution",
         "superres",
         **_weights(config, "superres"),
         passes=frames,
-        flops=2.0 * matrices + 4 * sizes.hidden * scored * sizes.num_layers,
+        flops=2.0 * (base * (text + low + high) + head * high) + 4 * sizes.hidden * scored * sizes.num_layers,
         noise=min(SLOTS_PER_DRAW, high) * sizes.num_codes,
         activations=(17 * high + 5 * text + 7 * low) * sizes.hidden,
     )

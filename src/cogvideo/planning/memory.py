@@ -30,9 +30,10 @@ def needed_memory(
     are in memory.
     """
     kind = "cpu_float32" if dtype.itemsize > 2 else "cpu_bfloat16" if device.type == "cpu" else GPU
+    others = [(batch - 1) * each.device(kind, with_weights=False) for each in phases]
     if offload:
-        return max(each.device(kind) + (batch - 1) * each.apart_from_weights(kind) for each in phases)
-    return resident(config, phases, kind) + (batch - 1) * max(each.apart_from_weights(kind) for each in phases)
+        return max(each.device(kind) + more for each, more in zip(phases, others, strict=True))
+    return resident(config, phases, kind) + max(others)
 
 
 def require_memory(
@@ -44,11 +45,7 @@ def require_memory(
     offload: bool,
     held: int = 0,
 ) -> None:
-    """Refuse clips that do not fit, apart from the weights that are loaded already.
-
-    Raises:
-        ValueError: too little memory is free; the message says what is needed and what helps.
-    """
+    """Refuse clips that do not fit, apart from the weights that are loaded already, and say what helps."""
     free = free_memory(device)
     if model.num_bytes * batch * SURELY_ENOUGH < free:
         return

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Literal, NamedTuple
 
 from cogvideo.config import CogVideoConfig, require
-from cogvideo.planning.costs import NARROW, WIDE, Stage, layout_of, modules, products
-from cogvideo.planning.training import activations, training_states
+from cogvideo.planning.costs import NARROW, WIDE, Matrices, Stage, layout_of, modules
+from cogvideo.planning.training import activations, stage_flops, training_states
 
 Sharding = Literal["replicated", "sharded"]
 GIB = 2**30
@@ -105,11 +106,10 @@ def held(config: CogVideoConfig, stage: Stage, sharding: Sharding, groups: int, 
     """
     is_sharded = sharding == "sharded"
     cuts = groups if is_sharded else 1
-    own = "base" if stage == "image" else stage
     sizes = Counter[tuple[bool, bool]]()  # by whether they are in a block, and trained
     weights = 0
-    for component in dict.fromkeys(("base", own)):
-        is_trained = component == own
+    for component in ("base",) if stage == "image" else ("base", stage):
+        is_trained = stage in ("image", component)
         for name, parameter in modules(config)[component].named_parameters():
             rows, *others = _shape(name, list(parameter.shape), tensor)
             values = -(-rows // cuts) * prod(others)
@@ -168,6 +168,11 @@ class Way:
     """The largest of these."""
     fits: bool
 
+    @property
+    def gathers(self) -> int:
+        """How often a step gathers all weights: sharded, in every pass; replicated, never."""
+        return self.passes if self.sharding == "sharded" else 0
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -199,64 +204,48 @@ def stage_plan(config: CogVideoConfig, stage: Stage, machines: Machines, ema: fl
     batch = groups * max(1, round(samples / groups))
     steps = None if num_steps is None else -(-num_steps * samples // batch)
     ways = tuple(_ways(config, stage, machines, batch // groups, ema))
-    best = min((each for each in ways if each.fits), key=_effort, default=None)
-    base, added = products(config, stage)
-    head = config.transformer.num_codes * config.transformer.hidden
-    flops = float((6 if stage == "image" else 4) * (base + head) + 6 * added)
-    if best is None:
-        return StagePlan(stage, positions, batch, steps, ways, None, flops, None, None, None)
-    speed = machines.gpus * machines.tflops * 1e12 * machines.utilisation / flops
-    days = None if num_steps is None else num_steps * samples * positions / speed / 86_400
-    command = _command(stage, machines, batch, steps, best, ema)
+    best = min((each for each in ways if each.fits), key=lambda way: (way.gathers, way.checkpointing), default=None)
+    flops = stage_flops(Matrices.of(config.transformer, stage == "image"), stage == "image")
+    speed = None if best is None else machines.gpus * machines.tflops * 1e12 * machines.utilisation / flops
+    days = None if speed is None or num_steps is None else num_steps * samples * positions / speed / 86_400
+    command = None if best is None else _command(stage, machines, batch, steps, best, ema)
     return StagePlan(stage, positions, batch, steps, ways, best, flops, speed, days, command)
-
-
-def _effort(way: Way) -> tuple[int, bool]:
-    """Sharded, every pass gathers all weights; replicated, none does."""
-    return way.passes if way.sharding == "sharded" else 0, way.checkpointing
 
 
 def _ways(config: CogVideoConfig, stage: Stage, machines: Machines, share: int, ema: float) -> Iterator[Way]:
     needed = [activations(config, stage, samples, autocast=True) for samples in range(1, share + 1)]
-    for sharding in machines.shardings:
+    for sharding, checkpointing in product(machines.shardings, (False, True)):
         rank = held(config, stage, sharding, machines.groups, machines.tensor_parallel, ema)
-        for checkpointing in (False, True):
-            ways = []
-            for samples in range(share, 0, -1):
-                passes = -(-share // samples)
-                memory = {
-                    "weights": rank.weights,
-                    "gradients": rank.gradients + (rank.accumulated if passes > 1 else 0),
-                    "optimizer": rank.optimizer,
-                    "gathered": rank.gathered,
-                    "activations": needed[samples - 1][checkpointing],
-                }
-                peaks = {
-                    "in a pass": sum(memory.values()),
-                    # AdamW's list kernels need one more value of each
-                    "in the update": rank.weights + 2 * rank.gradients + rank.optimizer,
-                    "at the start": rank.start,
-                }
-                needs = max(peaks.values())
-                ways.append(
-                    Way(sharding, checkpointing, samples, passes, memory, peaks, needs, needs <= machines.budget)
-                )
-            yield next((each for each in ways if each.fits), min(ways, key=lambda each: each.needs))
+        ways = []
+        for samples in range(share, 0, -1):
+            passes = -(-share // samples)
+            memory = {
+                "weights": rank.weights,
+                "gradients": rank.gradients + (rank.accumulated if passes > 1 else 0),
+                "optimizer": rank.optimizer,
+                "gathered": rank.gathered,
+                "activations": needed[samples - 1][checkpointing],
+            }
+            # AdamW's list kernels need one more value of each in the update
+            update = rank.weights + 2 * rank.gradients + rank.optimizer
+            peaks = {"in a pass": sum(memory.values()), "in the update": update, "at the start": rank.start}
+            needs = max(peaks.values())
+            ways.append(Way(sharding, checkpointing, samples, passes, memory, peaks, needs, needs <= machines.budget))
+        yield next((each for each in ways if each.fits), min(ways, key=lambda each: each.needs))
 
 
 def _command(stage: Stage, machines: Machines, batch: int, steps: int | None, way: Way, ema: float) -> str:
     """Command to type; DATA, MODEL and HOST are for the user to fill in."""
-    options = [f"--batch {batch}", f"--micro-batch {way.micro_batch}", "--precision bfloat16"]
-    options += [f"--steps {steps}"] * (steps is not None) + ["--checkpointing"] * way.checkpointing
-    options += [f"--sharding {way.sharding}"] * (way.sharding == "sharded") + [f"--ema {ema}"] * (ema > 0)
-    options += [f"--tensor-parallel {machines.tensor_parallel}"] * (machines.tensor_parallel > 1)
-    return " ".join([_launcher(machines), f"train {stage} --data DATA --out MODEL", *options])
-
-
-def _launcher(machines: Machines) -> str:
-    """Program that starts the same number of ranks on every machine."""
-    if machines.gpus == 1:
-        return "cogvideo"
     each = max(n for n in range(1, machines.gpus_per_machine + 1) if machines.gpus % n == 0)
-    several = f"--nnodes {machines.gpus // each} --rdzv-backend c10d --rdzv-endpoint HOST:29400 "
-    return f"torchrun {several if machines.gpus > each else ''}--nproc-per-node {each} -m -- cogvideo"
+    several = f" --nnodes {machines.gpus // each} --rdzv-backend c10d --rdzv-endpoint HOST:29400"
+    parts = {
+        f"torchrun{several if machines.gpus > each else ''} --nproc-per-node {each} -m --": machines.gpus > 1,
+        f"cogvideo train {stage} --data DATA --out MODEL": True,
+        f"--batch {batch} --micro-batch {way.micro_batch} --precision bfloat16": True,
+        f"--steps {steps}": steps is not None,
+        "--checkpointing": way.checkpointing,
+        "--sharding sharded": way.sharding == "sharded",
+        f"--ema {ema}": ema > 0,
+        f"--tensor-parallel {machines.tensor_parallel}": machines.tensor_parallel > 1,
+    }
+    return " ".join(part for part, is_needed in parts.items() if is_needed)

@@ -12,6 +12,7 @@ from cogvideo.models.upscaler import Upscaler
 from cogvideo.planning.costs import (
     NARROW,
     WIDE,
+    Matrices,
     Stage,
     count,
     kinds_of,
@@ -19,7 +20,6 @@ from cogvideo.planning.costs import (
     modules,
     num_cells,
     pairs,
-    products,
 )
 
 
@@ -79,10 +79,8 @@ def activations(config: CogVideoConfig, stage: Stage, batch: int, autocast: bool
     inputs = (len(layers) - 1) * layout_of(config, stage).length * sizes.hidden * (WIDE if autocast else NARROW)
     last = _last_activations(config, stage)
     words = NARROW * sizes.vocab_size * sizes.hidden if stage == "image" else 0
-    kept, checkpointed = (
-        max(batch * (blocks + last) + words, 3 * words) for blocks in (sum(layers), inputs + max(layers))
-    )
-    return kept, checkpointed
+    kept, checkpointed = batch * (sum(layers) + last) + words, batch * (inputs + max(layers) + last) + words
+    return max(kept, 3 * words), max(checkpointed, 3 * words)
 
 
 def _layer_activations(config: CogVideoConfig, stage: Stage, autocast: bool) -> list[int]:
@@ -101,20 +99,14 @@ def _layer_activations(config: CogVideoConfig, stage: Stage, autocast: bool) -> 
     All are rows of h values in two bytes; autocast adds two bytes to inputs of norms. Attention keeps a number in
     float32 for each head and row.
     """
-    layout, sizes = layout_of(config, stage), config.transformer
+    layout, sizes, kinds = layout_of(config, stage), config.transformer, kinds_of(config, stage)
     text, rows = layout.text_slots, layout.length
     frame_rows = rows - text
-    common = 7 * rows + 2 * (text + layout.num_frames * (text + layout.frame_slots))
-    if autocast:
-        common += 4 * rows
-    kinds = kinds_of(config, stage)
-    if not kinds:
-        kept, scores = [common + 10 * rows], rows
-    else:
-        gathered = [3 * rows]
-        if len(kinds) > 1:
-            gathered = [3 * frame_rows + 2 * num_cells(kind) * text for kind in kinds]
-        kept, scores = [common + 5 * rows + each + 3 * frame_rows for each in gathered], rows + frame_rows
+    common = (11 if autocast else 7) * rows + 2 * (text + layout.num_frames * (text + layout.frame_slots))
+    kept, scores = [common + 10 * rows], rows
+    if kinds:
+        cells = [3 * frame_rows + 2 * num_cells(kind) * text for kind in kinds] if len(kinds) > 1 else [3 * rows]
+        kept, scores = [common + 5 * rows + each + 3 * frame_rows for each in cells], rows + frame_rows
     layers = [NARROW * sizes.hidden * each + WIDE * sizes.num_heads * scores for each in kept]
     return [layers[layer % len(layers)] for layer in range(sizes.num_layers)]
 
@@ -137,9 +129,8 @@ def _training_flops(config: CogVideoConfig, stage: Stage) -> int:
     one, 14 h for each pair of a row and a key (whose scores are computed again)."""
     layout, sizes = layout_of(config, stage), config.transformer
     rows, frame_rows = layout.length, layout.length - layout.text_slots
-    base, added = products(config, stage)
-    head = len(layout.loss_places) * layout.frame_slots * sizes.num_codes * sizes.hidden
-    shared = (6 if stage == "image" else 4) * (rows * base + head)
+    base, added, head = Matrices.of(sizes, stage == "image")
+    shared = (6 if stage == "image" else 4) * (rows * base + len(layout.loss_places) * layout.frame_slots * head)
     own = 6 * (3 * rows + frame_rows) * added // 4  # text has no temporal output
     return shared + own + round(14 * sizes.hidden * pairs(config, stage, layout.num_frames))
 
@@ -147,29 +138,25 @@ def _training_flops(config: CogVideoConfig, stage: Stage) -> int:
 def flops_a_position(model: nn.Module) -> float:
     """Floating-point operations of a training step for each position that goes through the model, by convention.
 
-    6 for each trained parameter and 4 for each frozen one of the matrices that a position goes through: two in the
-    forward pass, two for the gradient of what comes in, two for that of the weights. Counted are the linear layers and
-    the code head, the latter at every position; not counted are embedding lookups, biases, norms, the products of
-    attention's scores and recomputed activations.
+    6 for each trained weight and 4 for each frozen one of the matrices that a position goes through: two in the forward
+    pass, two for the gradient of what comes in, two for that of the weights. The code head counts at every position;
+    not counted are embedding lookups, biases, norms, the products of attention's scores and recomputed activations.
 
     Positions of super-resolution differ, and the result is their mean. Text and low codes go through the base's blocks
-    alone; if those are frozen nothing before them learns, and they cost 2 a parameter. High slots go through their own
-    attention, the base's feed-forward layers and the code head. The model may be sharded.
+    alone; if those are frozen nothing before them learns, and they cost 2 a weight. High slots go through their own
+    attention, the base's feed-forward layers and the code head.
     """
     assert isinstance(model, Upscaler | Transformer)
-    sizes = model.base.config
-    head = (6 if model.base.words.weight.requires_grad else 4) * sizes.hidden * sizes.num_codes
-    if isinstance(model, Upscaler):
-        layout = model.channel.layout
-        low, high = layout.text_slots + layout.low_slots, layout.high_slots
-        own = _linear_flops(model.channel.blocks) + _linear_flops(model.base.blocks, among="mlp") + head
-        return (low * _linear_flops(model.base.blocks, 2) + high * own) / (low + high)
-    added = 0 if model.channel is None else _linear_flops(model.channel.blocks)
-    return float(_linear_flops(model.base.blocks) + added + head)
+    is_trained = model.base.words.weight.requires_grad
+    if isinstance(model, Transformer):
+        return stage_flops(Matrices.of(model.base.config, model.channel is None), is_trained)
+    base, attention, head = Matrices.of(model.base.config)
+    layout = model.channel.layout
+    low, high = layout.text_slots + layout.low_slots, layout.high_slots
+    own = 6 * attention + (6 if is_trained else 4) * (base - attention + head)
+    return (low * (6 if is_trained else 2) * base + high * own) / (low + high)
 
 
-def _linear_flops(blocks: nn.Module, frozen: int = 4, among: str = "") -> int:
-    """Operations of the linear layers whose name starts with `among`."""
-    layers = ((name.rpartition(".")[2], each) for name, each in blocks.named_modules() if isinstance(each, nn.Linear))
-    weights = [each.weight for name, each in layers if name.startswith(among)]
-    return sum((6 if weight.requires_grad else frozen) * weight.numel() for weight in weights)
+def stage_flops(matrices: Matrices, is_base_trained: bool) -> float:
+    """Operations for a position of the image model or a video stage, see `flops_a_position`."""
+    return float((6 if is_base_trained else 4) * (matrices.base + matrices.head) + 6 * matrices.added)
