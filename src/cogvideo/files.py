@@ -59,9 +59,6 @@ def alone_in(folder: Path) -> AbstractContextManager[None]:
     """Keeps other processes that call this out of a folder; however this one ends, the folder is free again.
 
     Children that are forked in the meantime do not count: they may work for this process, and outlive it for a moment.
-
-    Raises:
-        ValueError: another one is in there.
     """
     return _held(FileLock(folder / LOCK, timeout=0), folder)
 
@@ -89,9 +86,6 @@ def named(folder: Path, pattern: str) -> list[Path]:
     """Paths in a folder whose names match a pattern, in order; none where there is no such folder.
 
     `Path.glob` takes a folder that cannot be read for an empty one, from Python 3.12 on.
-
-    Raises:
-        OSError: the folder cannot be read.
     """
     try:
         names = os.listdir(folder)

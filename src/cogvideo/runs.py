@@ -67,9 +67,6 @@ class RunFolder:
         Args:
             identity: settings and whatever else decides the result, in nested tables.
             facts: further facts, which may be others when the run continues.
-
-        Raises:
-            ValueError: another run began here, or its identity cannot be read.
         """
         changes = self.changes(identity, facts)
         advice = "pass the same as before to continue it, or remove the folder to start anew"
@@ -102,11 +99,7 @@ class RunFolder:
         return aside
 
     def old_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint of an earlier version's tokenizer or reader, which had a format of its own; None without one.
-
-        Raises:
-            ValueError: it is damaged.
-        """
+        """The checkpoint of a tokenizer or reader of an earlier version, in a format of its own; None without one."""
         path = self.path / "checkpoint.pt"
         if not path.exists():
             return None
@@ -132,11 +125,7 @@ class RunFolder:
             write_text(self._metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, without one that a killed run left half-written.
-
-        Raises:
-            ValueError: a line is none of ours.
-        """
+        """The lines of `metrics.jsonl`, without one that a killed run left half-written."""
         if not self._metrics.exists():
             return []
         with _naming(self._metrics):

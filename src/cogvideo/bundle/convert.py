@@ -67,10 +67,6 @@ def convert(
         ice: Folder of the tokenizers, with `ice_text.model` and `ice_image.pt`.
         clusters: File with the cluster of each image code (`cluster_label2.npy`).
         config: sizes; by default those of the checkpoints, and otherwise those of the preset `cogvideo`.
-
-    Raises:
-        ValueError: no folder is given, or a file is missing or not of the released format.
-        OSError: the bundle cannot be written.
     """
     folders = {"sequential": stage1, "interpolation": stage2, "superres": dsr}
     stages = [Checkpoint.find(component, folder) for component, folder in folders.items() if folder is not None]

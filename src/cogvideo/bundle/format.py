@@ -123,11 +123,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """The manifest of the bundle in `folder`.
-
-        Raises:
-            ValueError: there is no `bundle.json`, a newer version wrote it, or it does not say what it should.
-        """
+        """The manifest of the bundle in `folder`."""
         path = folder / MANIFEST
         try:
             return cls._parse(json.loads(path.read_bytes()))
@@ -151,11 +147,7 @@ class Manifest:
 
     @classmethod
     def complete(cls, folder: Path) -> Manifest:
-        """The manifest of a bundle whose files are all there: the new one, where an update replaced it meanwhile.
-
-        Raises:
-            ValueError: `bundle.json` cannot be used, or a file is missing or incomplete.
-        """
+        """The manifest of a bundle whose files are all there: the new one, where an update replaced it meanwhile."""
         manifest = cls.read(folder)
         while True:
             try:
@@ -182,9 +174,6 @@ def check_tensors(component: str, tensors: Mapping[str, Tensor], config: CogVide
         tensors: by their names in the module's state; the one of `cluster_labels` is called `labels`.
         config: configuration that names and shapes follow from.
         where: name of the tensors in messages.
-
-    Raises:
-        ValueError: tensors are missing, unexpected, or of another shape or type, or labels are out of range.
     """
     is_labels = component == "cluster_labels"
     if is_labels:
@@ -248,10 +237,6 @@ def writing(folder: Path, config: CogVideoConfig) -> Iterator[BundleWriter]:
 
     Until then it is in a folder `.saving-*` inside, which remains only if the process is killed. Others that write the
     same bundle wait.
-
-    Raises:
-        ValueError: `folder` is a file.
-        OSError: it cannot be written to.
     """
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -295,12 +280,7 @@ class BundleWriter:
         return tuple(each for each in COMPONENTS if each in self._written or each in self._kept)
 
     def add(self, component: str, tensors: Mapping[str, Tensor], where: object = "the model") -> None:
-        """Write the tensors of a component, which may be memory-mapped: none is copied unless it is strided.
-
-        Raises:
-            ValueError: they are not those of the component; the message calls them `where`.
-            OSError: they cannot be written.
-        """
+        """Write the tensors of a component, which may be memory-mapped: none is copied unless it is strided."""
         check_tensors(component, tensors, self.config, where)
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self.path(component))

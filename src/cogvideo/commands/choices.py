@@ -109,10 +109,6 @@ class Sidecar:
 
     Args:
         path: the JSON file.
-
-    Raises:
-        InputError: it is not a sidecar, or a value in it cannot be used.
-        OSError: there is no such file.
     """
 
     def __init__(self, path: Path) -> None:

@@ -36,9 +36,6 @@ def doctor(model: str = POCKET, /) -> int:
 
     Args:
         model: Model: pocket, which comes with the package, the folder of a bundle, or its ID on the Hugging Face Hub.
-
-    Raises:
-        ValueError: there is no such model.
     """
     folder = locate(model)
     manifest = Manifest.read(folder)

@@ -44,9 +44,6 @@ def info(target: str = "", /, json: bool = False, batch: int = 1) -> None:
         target: Preset, or folder of a bundle.
         json: Print everything as JSON.
         batch: Sequences per training step.
-
-    Raises:
-        ValueError: `target` is neither, or `batch` is not positive.
     """
     require(0 < batch <= MOST_BATCH, f"batch is {batch}, expected 1 to {MOST_BATCH}")
     if json:

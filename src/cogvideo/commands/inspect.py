@@ -43,10 +43,6 @@ def attention(
         output: PNG file for the picture. The JSON file is written next to it.
         seed: Seed of the clip.
         device: Device to run on: cpu, cuda, cuda:0, or auto.
-
-    Raises:
-        ValueError: the prompt or the model cannot be used.
-        OSError: something cannot be written.
     """
     require(output.suffix == ".png", f"output is {output}, expected a .png file")
     require(0 <= seed <= LARGEST_SEED, f"seed is {seed}, expected a number in [0, {LARGEST_SEED}]")

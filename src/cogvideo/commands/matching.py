@@ -23,12 +23,7 @@ from cogvideo.media.video import VIDEO_SUFFIXES
 
 
 def read_texts(path: Path) -> tuple[list[str], list[str] | None]:
-    """Texts of the prompts, and the names of their clips if a table has them.
-
-    Raises:
-        ValueError: it is no list of prompts, or a row cannot be used.
-        OSError: there is no such file.
-    """
+    """Texts of the prompts, and the names of their clips if a table has them."""
     columns = read_columns(path) if path.is_file() and is_table(path) else ()
     file = next((each for each in FILE_COLUMNS if each in columns), None)
     text = next((each for each in CAPTION_COLUMNS if each in columns), None)
@@ -50,11 +45,7 @@ def read_texts(path: Path) -> tuple[list[str], list[str] | None]:
 
 
 def find_clips(folder: Path, texts: Sequence[str], stems: Sequence[str] | None) -> list[Path]:
-    """The clip of each prompt in a folder.
-
-    Raises:
-        ValueError: clips are missing, or it is unclear which prompt is theirs.
-    """
+    """The clip of each prompt in a folder."""
     require(folder.is_dir(), f"{folder} is no folder, expected one with clips")
     files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES]
     require(len(files) > 0, f"{folder} has no clips, expected files such as .mp4, .gif or .webp")

@@ -90,10 +90,6 @@ def parse(command: str, function: Callable[..., Any], arguments: Sequence[str]) 
         command: such as `train image`.
         function: its signature and docstring make the options.
         arguments: of the user, after the name of the command.
-
-    Raises:
-        InputError: an option cannot be used, or is missing.
-        SystemExit: help was printed.
     """
     known = list(options(function))
     parser = _parser(command, function, known)

@@ -39,11 +39,7 @@ Record = dict[str, Any]
 
 
 def is_file(output: Path, clips: int) -> bool:
-    """Tell the file of a single clip (True) from a folder.
-
-    Raises:
-        InputError: it can be neither.
-    """
+    """Tell the file of a single clip (True) from a folder."""
     suffix, length = output.suffix.lower(), len(os.fsencode(output.name))
     check_name(output)
     too_long = f"the name {output.name:.20}... has {length} bytes, expected {LONGEST_GIVEN} at most"
@@ -191,9 +187,6 @@ def write_clip(
         frames: red, green and blue.
         fps: frames per second.
         record: how it was made.
-
-    Raises:
-        OSError: something cannot be written.
     """
     text = json.dumps(record, ensure_ascii=path.suffix.lower() == ".webp")  # EXIF is ASCII
     sidecar = sidecar_of(path)

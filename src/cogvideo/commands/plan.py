@@ -26,9 +26,6 @@ def plan(target: str = "cogvideo", /, *, machines: Machines, json: bool = False,
         machines: Machines to train on.
         json: Print everything as JSON.
         ema: Decay of the running average of the weights, as in `cogvideo train`; 0 for none.
-
-    Raises:
-        ValueError: `target` is neither, or the GPUs cannot share its matrices.
     """
     config = Manifest.of(target).config
     plans = [stage_plan(config, stage, machines, ema) for stage in STAGES]

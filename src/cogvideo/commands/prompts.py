@@ -45,12 +45,7 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts of a file, in order: nonempty lines of a text, or rows of a table (.csv, .tsv, .jsonl, .parquet).
-
-    Raises:
-        InputError: it cannot be read, has no prompts, or a row cannot be used.
-        OSError: there is no such file.
-    """
+    """Prompts of a file, in order: nonempty lines of a text, or rows of a table (.csv, .tsv, .jsonl, .parquet)."""
     is_list = path.suffix.lower() not in NO_LISTS
     require(is_list, f"{path} is not a list of prompts, expected a text file, .csv, .tsv, .jsonl or .parquet")
     found = list(_rows(path) if is_table(path) else _lines(path))

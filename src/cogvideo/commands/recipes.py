@@ -14,11 +14,7 @@ from cogvideo.config import InputError, require
 
 
 def recipe_arguments(path: Path, command: str) -> list[str]:
-    """The options of a command in a recipe, as arguments.
-
-    Raises:
-        InputError: the recipe cannot be read, or has no options for the command.
-    """
+    """The options of a command in a recipe, as arguments."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

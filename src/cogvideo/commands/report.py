@@ -24,10 +24,6 @@ def data(folder: Path, /, out: Path | None = None, tokenizer: str = "", clips: i
         tokenizer: Bundle with the image tokenizer, if it was moved since the data was prepared.
         clips: Number of random clips to show.
         seed: Seed of the clips to show, and of those to count if there are too many to count all.
-
-    Raises:
-        ValueError: the folder holds no dataset, or a damaged one, or an option cannot be used.
-        OSError: the page cannot be written.
     """
     out = folder / "report.html" if out is None else out
     require(clips >= 0, f"clips is {clips}, expected 0 or more")
@@ -49,10 +45,6 @@ def training(runs: tuple[Path, ...], /, *, out: Path) -> None:
     Args:
         runs: Folders of runs (such as OUT/.sequential-run), or folders with runs inside.
         out: File of the page.
-
-    Raises:
-        ValueError: there is no run, or the files of all are damaged.
-        OSError: the page cannot be written.
     """
     require(len(runs) > 0, "there is no run, expected one or several folders, such as my-model/.sequential-run")
     check_place(out)

@@ -45,10 +45,6 @@ def new(
         repeats: Trials that a rater sees a second time, with sides swapped.
         size: Side in pixels to which clips are cropped and scaled; their own size unless given.
         seed: Seed of the order of trials.
-
-    Raises:
-        ValueError: clips and prompts do not match, or a file or option cannot be used.
-        OSError: the study cannot be written.
     """
     from cogvideo.commands.matching import find_clips, read_texts  # tables need PyTorch, which takes seconds
 
@@ -73,9 +69,6 @@ def serve(name: Path, /, raters: int = 1, port: int = 8765) -> None:
         name: Folder of the study.
         raters: Number of raters; more can be added later.
         port: Port to listen at; 0 for any that is free.
-
-    Raises:
-        ValueError: there is no study, or a number is out of range.
     """
     from cogvideo.web import study
 
@@ -90,10 +83,6 @@ def report(name: Path, /, out: Path | None = None, margin: float = 0.05, slips: 
         out: Folder for the files; that of the study unless given.
         margin: Half width of the intervals for which the number of answers is given.
         slips: Number of wrong catch trials that a rater may have without failing.
-
-    Raises:
-        ValueError: there is no study, it has no answers, or an option is out of range.
-        OSError: a file cannot be written.
     """
     from cogvideo.report import study
 

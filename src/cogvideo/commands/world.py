@@ -40,9 +40,6 @@ def world(
         size: Side of a frame in pixels, an even number.
         split: Split of the clips; held_out has pairs of attributes that training never shows.
         domain: Part of the World: all of it, or simple scenes with one large figure, which small models can learn.
-
-    Raises:
-        InputError: a number is out of range, or `out` is a file or has other files of these names.
     """
     from cogvideo.media.images import contact_sheet, write_image  # only a command needs codecs
     from cogvideo.media.video import write_video

@@ -44,11 +44,7 @@ class FrameRates:
             require(is_multiple, f"{message}: frames between two codes do not exist")
 
     def stride(self, rate: float) -> int:
-        """Stored frames from one frame of a sequence to the next.
-
-        Raises:
-            ValueError: `rate` is none of `rates`.
-        """
+        """Stored frames from one frame of a sequence to the next."""
         if rate not in self._strides:  # no `require`: its message would be made for every sample
             raise InputError(f"the rate is {rate:g}, expected one of {self.rates}")
         return self._strides[rate]

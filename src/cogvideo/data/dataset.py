@@ -71,11 +71,7 @@ class Card(CodeInfo):
         return sum(self.rejected.values())
 
     def check_tokenizer(self, sha256: str, where: object) -> None:
-        """Refuse a dataset, which the message calls `where`, for a tokenizer with another hash.
-
-        Raises:
-            ValueError: the codes were made with another one.
-        """
+        """Refuse a dataset, which the message calls `where`, for a tokenizer with another hash."""
         require(
             sha256 == self.tokenizer_sha256,
             f"{where} holds codes of another image tokenizer ({self.tokenizer}, sha256 {self.tokenizer_sha256:.12}), "
@@ -101,9 +97,6 @@ def make_card(
         tokenizer: origin of the image tokenizer.
         settings: settings of the preparation.
         rejected: clips that were left out before the shards were made.
-
-    Raises:
-        ValueError: a shard is missing or damaged, or was made with other settings or another tokenizer than the rest.
     """
     require(len(files) > 0, f"{folder} has no shards to describe, expected at least one")
     info = read_info(folder / files[0])
@@ -132,21 +125,13 @@ def make_card(
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write `dataset.json`, which makes the folder a whole dataset.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write `dataset.json`, which makes the folder a whole dataset."""
     text = json.dumps({"format_version": FORMAT_VERSION, **asdict(card)}, indent=2, ensure_ascii=False)
     write_text(folder / CARD, f"{text}\n")
 
 
 def read_card(folder: Path) -> Card:
-    """The card of the dataset in `folder`.
-
-    Raises:
-        ValueError: the folder holds no dataset or an incomplete one, or its card is damaged or of a newer version.
-    """
+    """The card of the dataset in `folder`."""
     path = folder / CARD
     require(folder.is_dir(), f"there is no folder {folder}, expected a dataset of `cogvideo data prepare`")
     if not path.exists():
@@ -165,11 +150,7 @@ def read_card(folder: Path) -> Card:
 
 
 def check_hashes(folder: Path) -> None:
-    """Refuse a folder whose shards are not those of its card; one without a card is not whole yet and has none.
-
-    Raises:
-        ValueError: the card cannot be read, or a shard that is there was changed.
-    """
+    """Refuse a folder whose shards are not those of its card; one without a card is not whole yet and has none."""
     if not (folder / CARD).exists():
         return
     for entry in read_card(folder).shards:
@@ -187,9 +168,6 @@ class Dataset:
     Args:
         folder: output of `cogvideo data prepare`.
         tokenizer_sha256: hash of the image tokenizer that must have made the codes; any unless given.
-
-    Raises:
-        ValueError: the dataset is incomplete, damaged or of another image tokenizer.
     """
 
     def __init__(self, folder: Path, tokenizer_sha256: str | None = None) -> None:
@@ -212,11 +190,7 @@ class Dataset:
         return self._starts[-1]
 
     def shard(self, number: int) -> Shard:
-        """A shard by its number on the card. It stays mapped: address space, no memory of its own and no open file.
-
-        Raises:
-            ValueError: it is damaged, or not the one that the card means.
-        """
+        """A shard by its number on the card. It stays mapped: address space, no memory of its own and no open file."""
         if number not in self._opened:
             entry = self.card.shards[number]
             shard = Shard(self.folder / entry.file)
@@ -232,11 +206,7 @@ class Dataset:
         return self.shard(number), row - self._starts[number]
 
     def rows(self, split: str) -> Int64[np.ndarray, " rows"]:
-        """The rows of a split.
-
-        Raises:
-            ValueError: there is no such split.
-        """
+        """The rows of a split."""
         known = ", ".join(self.card.splits) or "none: it is empty"
         require(split in self.card.splits, f"{self.folder} has no split {split!r}, expected one of {known}")
         shards = range(len(self.card.shards))

@@ -50,9 +50,6 @@ def local_devices(device: str, workers: int) -> list[str]:
     Args:
         device: `cpu`, `cuda` for all GPUs, one GPU such as `cuda:1`, or `auto`: the GPUs if there are any.
         workers: number of processes.
-
-    Raises:
-        ValueError: there is no such device, or `workers` is negative.
     """
     require(workers >= 0, f"workers is {workers}, expected 0 (one a core or GPU) or more")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -65,12 +62,7 @@ def local_devices(device: str, workers: int) -> list[str]:
 
 
 def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_clip: OnClip) -> None:
-    """Do jobs in one process a place; a single one is this process.
-
-    Raises:
-        OSError: a file cannot be written.
-        ValueError: a process died. Finished jobs stay.
-    """
+    """Do jobs in one process a place; a single one is this process."""
     if len(places) == 1 or len(jobs) == 1:
         worker = _at(worker, places[0], 1)
         for job in jobs:

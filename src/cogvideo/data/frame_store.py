@@ -94,10 +94,6 @@ def fetch(
         settings: settings with a frame size.
         on_read: called after each clip.
         readers: threads that read clips ahead; with none, one clip is read after another.
-
-    Raises:
-        ValueError: a source is refused, no clip can be read, or the folder holds frames of another call.
-        OSError: they cannot be written.
     """
     key = _key(sources, options, settings)
     if not (folder / MANIFEST).exists():

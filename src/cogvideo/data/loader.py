@@ -101,10 +101,6 @@ class ClipStream(MapDataset[ClipSample]):
         sampling: settings of the samples.
         tokenizer_sha256: hash of the image tokenizer of the codes; any unless given, but the same for all.
         grid: side of a frame of the model, in codes; any unless given, but the same for all.
-
-    Raises:
-        ValueError: a dataset is incomplete, of another tokenizer, grid or base rate, lacks the split or the codes of
-            super-resolution, or no clip is long enough for the mode.
     """
 
     def __init__(
@@ -238,9 +234,6 @@ class Loader(Generic[T]):
 
     Training takes the endless stream, in which batches may straddle epochs. Evaluation takes `end=len(stream)`: exactly
     one epoch, whose last batch is smaller, and where ranks may have one batch less than others.
-
-    Raises:
-        ValueError: the batch cannot be shared among the ranks, or a number is out of range.
     """
 
     stream: ClipStream

@@ -88,12 +88,7 @@ def digest(values: Any) -> str:
 
 
 def write_shard(path: Path, rows: Sequence[Row], info: ShardInfo) -> None:
-    """Write a shard, whole or not at all; equal arguments give equal bytes.
-
-    Raises:
-        ValueError: a row does not fit `info`, or has no caption or an empty one.
-        OSError: it cannot be written, for instance because the disk is full; nothing is left of it.
-    """
+    """Write a shard, whole or not at all; equal arguments give equal bytes."""
     import pyarrow as pa
 
     for row in rows:
@@ -119,11 +114,7 @@ def read_info(path: Path) -> ShardInfo:
 
 
 class Shard:
-    """A memory-mapped shard. Views of its codes stay valid as long as they are used, and cannot be written.
-
-    Raises:
-        ValueError: the file is missing, truncated or no shard.
-    """
+    """A memory-mapped shard. Views of its codes stay valid as long as they are used, and cannot be written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,11 +152,7 @@ class Shard:
         return codes if codes is not None and len(codes) else None
 
     def check(self, row: int, codes: UInt16[np.ndarray, "..."]) -> None:
-        """Refuse codes of a clip that no tokenizer gives; only hashes find damage within their range.
-
-        Raises:
-            ValueError: one is out of range.
-        """
+        """Refuse codes of a clip that no tokenizer gives; only hashes find damage within their range."""
         if codes.max() >= self.info.num_codes:  # no `require`: its message would be made for every sample
             got = f"the clip {self._text('id', row)!r} has the code {codes.max()}"
             expected = f"expected codes in [0, {self.info.num_codes})"

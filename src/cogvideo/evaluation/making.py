@@ -49,11 +49,7 @@ class Making(SamplingOptions):
 
 
 def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> Iterator[Frame]:
-    """The frames of some prompts' clips, as one batch; what cannot be made is refused before anything heavy.
-
-    Raises:
-        ValueError: a prompt or a setting cannot be used, or the model makes other clips than of 33 frames.
-    """
+    """The frames of some prompts' clips, as one batch; what cannot be made is refused before anything heavy."""
     settings = making.settings(pipeline.model.config)
     num_frames = pipeline.num_frames(settings)
     require(num_frames == NUM_FRAMES, f"the model makes clips of {num_frames} frames, expected {NUM_FRAMES}")
@@ -90,11 +86,7 @@ class Shelf:
             on_clips(len(numbers))
 
     def __iter__(self) -> Iterator[Clip]:
-        """The clips in the order of the prompts.
-
-        Raises:
-            ValueError: a file is damaged.
-        """
+        """The clips in the order of the prompts."""
         for file in self._files:
             try:
                 with np.load(file) as arrays:

@@ -145,11 +145,7 @@ class Reader(nn.Module):
 
     @classmethod
     def load(cls, path: Path = FILE) -> Reader:
-        """The reader of a file, in single precision.
-
-        Raises:
-            ValueError: there is none, it is no reader, or it reads another World.
-        """
+        """The reader of a file, in single precision."""
         require(path.is_file(), f"there is no reader {path}: `cogvideo train reader --out {path}` makes one")
         try:
             with safe_open(path, framework="pt") as file:
@@ -183,11 +179,7 @@ def to_input(
 
 
 def readable(frames: UInt8[np.ndarray, "frames height width 3"], fps: float = 8.0) -> UInt8[np.ndarray, "17 64 64 3"]:
-    """A clip of four seconds as the reader takes it: 4 frames a second, each pixel the mean of those that it covers.
-
-    Raises:
-        ValueError: the rate is no multiple of 4 a second, or the clip is not four seconds long.
-    """
+    """A clip of four seconds as the reader takes it: 4 frames a second, each pixel the mean of those that it covers."""
     stride = round(fps / FPS)
     require(stride >= 1 and stride * FPS == fps, f"clips have {fps:g} frames a second, expected a multiple of {FPS:g}")
     expected = stride * (NUM_FRAMES - 1) + 1

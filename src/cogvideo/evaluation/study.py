@@ -86,9 +86,6 @@ class Study:
 
     Args:
         folder: output of `create`.
-
-    Raises:
-        ValueError: the folder holds no study, or clips of it are missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -148,11 +145,7 @@ class Study:
         return Shown(place, self.prompts[prompt], tuple(self.clips[system, prompt] for system in systems.split()))
 
     def answer(self, rater: int, place: int, values: Mapping[str, int], seconds: float) -> bool:
-        """Store a rater's answer, on disk when this returns; False if that trial is not the next one.
-
-        Raises:
-            ValueError: an answer is missing, or none of the choices.
-        """
+        """Store a rater's answer, on disk when this returns; False if that trial is not the next one."""
         names = [question.name for question in self.questions]
         require(sorted(values) == sorted(names), f"got answers to {sorted(values)}, expected {sorted(names)}")
         for question in self.questions:
@@ -224,10 +217,6 @@ def create(
         clips: files by system, those of each in the order of the prompts.
         sources: names of systems for the report.
         size: side in pixels of square clips; None keeps their size.
-
-    Raises:
-        ValueError: the folder exists, or a clip cannot be read.
-        OSError: the study cannot be written.
     """
     require(not folder.exists(), f"{folder} exists, expected a new name: each study has a folder of its own")
     require(folder.parent.is_dir(), f"there is no folder {folder.parent} for the study")

@@ -81,9 +81,6 @@ class WorldSubject:
     """Clips of the World, judged by the reader: first captions of scenes that no model or reader was trained on.
 
     Half of the scenes have held-out pairs. The clip of a scene has the seed plus the scene's number.
-
-    Raises:
-        ValueError: there are too many prompts, or the reader cannot be used.
     """
 
     def __init__(self, number: int, domain: str, seed: int, reader: Path) -> None:
@@ -130,9 +127,6 @@ class EmojiSubject:
         limit: maximum number of prompts, evenly spread; None for all. Clips are compared with all animations.
         seed: seed of clips; clip n has this plus n.
         data_seed: `--seed` of `cogvideo data prepare`, which decides the backgrounds.
-
-    Raises:
-        ValueError: the source cannot be used, or a clip has no alpha.
     """
 
     def __init__(self, source: Path, limit: int | None, seed: int, data_seed: int) -> None:
@@ -198,11 +192,7 @@ def unseen_background(item: Item, data_seed: int) -> str:
 
 
 def read_animation(item: Item, background: str, size: int) -> UInt8[np.ndarray, "33 {size} {size} 3"]:
-    """Four seconds of an animation on a background.
-
-    Raises:
-        ValueError: it cannot be read, or has no alpha.
-    """
+    """Four seconds of an animation on a background."""
     settings = FrameSettings(
         fps=FPS, size=size, max_seconds=SECONDS, min_frames=NUM_FRAMES, loop_to=SECONDS, background=background
     )

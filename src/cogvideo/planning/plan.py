@@ -100,9 +100,6 @@ def held(config: CogVideoConfig, stage: Stage, sharding: Sharding, groups: int, 
     Trained weights have four bytes, and as many for the gradient, for each of two moments and for an average; frozen
     matrices have two. Tensor-parallel ranks cut matrices of blocks, then groups cut the rows of all that is left.
     Groups see different samples; replicated weights are the same for any number of them.
-
-    Raises:
-        ValueError: a matrix cannot be cut into as many parts.
     """
     is_sharded = sharding == "sharded"
     cuts = groups if is_sharded else 1

@@ -99,11 +99,7 @@ class Origin:
         return clip._replace(psnr=psnr(pixels.float(), decoded).mean().item())
 
     def _original(self, row: Row, settings: FrameSettings) -> Frames:
-        """All frames of a row that were encoded.
-
-        Raises:
-            ValueError: the source no longer has them.
-        """
+        """All frames of a row that were encoded."""
         require(row.id in self.items, "the source no longer has this clip")
         try:
             frames = read_as_encoded(self.items[row.id], settings, self.card)
@@ -185,11 +181,7 @@ def _load_tokenizer(card: Card, name: str) -> Autoencoder:
 
 
 def read_as_encoded(item: Item, settings: FrameSettings, card: Card) -> Frames:
-    """The frames that were encoded. With codes for super-resolution, they are means of larger frames.
-
-    Raises:
-        VideoError: they cannot be read.
-    """
+    """The frames that were encoded. With codes for super-resolution, they are means of larger frames."""
     ratio = card.high_grid // card.grid
     if ratio < 2 or settings.size is None:
         return read_item(item, settings).frames

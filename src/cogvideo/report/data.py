@@ -33,9 +33,6 @@ def facts(dataset: Dataset, tokenizer: str, num_shown: int, seed: int) -> dict[s
     """Everything that the page says; `missing` describes what is not there.
 
     An empty `tokenizer` is that on the card. The seed is that of the clips to show and of those that are counted.
-
-    Raises:
-        ValueError: a shard or the table of rejected clips is damaged.
     """
     card, size = dataset.card, frame_size(dataset.card)
     shown = [dataset.row(row) for row in draw_rows(dataset, num_shown, seed)]
@@ -151,11 +148,7 @@ def frequencies(counts: Int64[np.ndarray, " codes"]) -> list[Column]:
 
 
 def read_rejected(path: Path) -> dict[str, list[tuple[str, str]]] | None:
-    """Id and detail of the rejected clips in a table, by reason; None if there is no table.
-
-    Raises:
-        ValueError: it is no such table.
-    """
+    """Id and detail of the rejected clips in a table, by reason; None if there is no table."""
     rejected: dict[str, list[tuple[str, str]]] = {}
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:

@@ -41,21 +41,13 @@ class Column(NamedTuple):
 
 
 def check_place(out: Path) -> None:
-    """Refuse a place where a page cannot be written.
-
-    Raises:
-        ValueError: it is a folder, or in none.
-    """
+    """Refuse a place where a page cannot be written."""
     require(not out.is_dir(), f"{out} is a folder, expected the file of the page")
     require(out.parent.is_dir(), f"there is no folder {out.parent} for the page")
 
 
 def write_page(out: Path, command: str, title: str, lead: str, template: str, facts: dict[str, Any]) -> None:
-    """Write a page. Every text but the SVG of plots is escaped.
-
-    Raises:
-        OSError: the page cannot be written.
-    """
+    """Write a page. Every text but the SVG of plots is escaped."""
     made_by = f"cogvideo {command}, version {__version__}"
     page = environment().get_template(template).render(facts, title=title, lead=lead, made_by=made_by)
     with replacing(out) as file:

@@ -93,9 +93,6 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
     Args:
         paths: folders of runs, of bundles with runs inside, or of such bundles.
-
-    Raises:
-        ValueError: a folder has no run, or all runs are damaged.
     """
     folders = list(dict.fromkeys(folder for path in paths for folder in _find(path)))
     runs: list[Run] = []

@@ -53,11 +53,7 @@ def draw_rows(dataset: Dataset, number: int, seed: int) -> list[int]:
 
 
 def take_sample(dataset: Dataset, seed: int, num_rows: int) -> Sample:
-    """Count what is in random rows.
-
-    Raises:
-        ValueError: a shard is damaged.
-    """
+    """Count what is in random rows."""
     rows = draw_rows(dataset, num_rows, seed)
     sample = Sample(len(rows), len(dataset), seed, np.zeros(dataset.card.num_codes, np.int64))
     for row in map(dataset.row, rows):

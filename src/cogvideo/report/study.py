@@ -66,10 +66,6 @@ def report(folder: Path, out: Path, margin: float, num_slips: int) -> None:
         out: folder for the files.
         margin: half width of intervals for which the size of the sample is given.
         num_slips: wrong catch trials that are forgiven.
-
-    Raises:
-        ValueError: there is no study, it has no answers, or an option is out of range.
-        OSError: a file cannot be written.
     """
     require(num_slips >= 0, f"slips is {num_slips}, expected 0 or more")
     sample_size(0.5, margin)

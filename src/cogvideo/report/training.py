@@ -40,11 +40,7 @@ NOTHING = "–"
 
 
 def facts(runs: Sequence[Run]) -> dict[str, Any]:
-    """Everything that the page says: an overview, then the runs of each stage.
-
-    Raises:
-        ValueError: a contact sheet is damaged.
-    """
+    """Everything that the page says: an overview, then the runs of each stage."""
     stages = [list(same) for _, same in groupby(runs, key=lambda run: run.stage)]
     return {
         "titles": {"runs": "Runs"} | {same[0].stage: TITLES[same[0].stage] for same in stages},

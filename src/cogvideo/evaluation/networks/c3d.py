@@ -59,9 +59,6 @@ class C3D(nn.Module):
 
         Args:
             clips: RGB in [-1, 1], 16 frames of any size.
-
-        Raises:
-            ValueError: clips have another number of frames.
         """
         require(clips.shape[2] == FRAMES, f"clips have {clips.shape[2]} frames, expected {FRAMES} for C3D")
         x = self.prepare(clips)
@@ -91,9 +88,6 @@ def load_c3d(weights: Path, mean: Path) -> C3D:
     Args:
         weights: arrays `conv1a/W`, `conv1a/b` to `fc8/b`; all names may begin with `c3d/`.
         mean: one array, the mean clip of 3 x 16 x 128 x 128.
-
-    Raises:
-        ValueError: a file cannot be read, or lacks an array, or has one of another shape.
     """
     arrays = {name.removeprefix("c3d/"): array for name, array in _read(weights).items()}
     means = [array for array in _read(mean).values() if array.size == np.prod(MEAN)]
@@ -108,9 +102,6 @@ def build_c3d(arrays: dict[str, NDArray[np.float32]], mean: NDArray[np.float32],
         arrays: its weights.
         mean: the mean clip.
         where: what messages call the arrays.
-
-    Raises:
-        ValueError: an array is missing, or has another shape.
     """
     with torch.device("meta"):
         model = C3D()

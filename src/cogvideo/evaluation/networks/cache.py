@@ -24,11 +24,7 @@ def network_path(name: str) -> Path:
 
 
 def fetched(name: str) -> Path:
-    """The same, for weights that must be there.
-
-    Raises:
-        ValueError: they were never fetched.
-    """
+    """The same, for weights that must be there."""
     path, command = network_path(name), f"cogvideo fetch {name.partition('-')[0]}"
     require(path.is_file(), f"there is no {path}, expected the weights that `{command}` puts there")
     return path

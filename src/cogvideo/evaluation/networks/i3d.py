@@ -81,9 +81,6 @@ class I3D(nn.Module):
 
         Args:
             clips: pixels in [-1, 1], 224 x 224, nine frames at least.
-
-        Raises:
-            ValueError: frames have another size, or are too few.
         """
         frames, height, width = clips.shape[2:]
         require((height, width) == (SIDE, SIDE), f"frames are {height} x {width} pixels, expected {SIDE} x {SIDE}")
@@ -178,9 +175,6 @@ def load_i3d(path: Path, eps: float = EPS, proven: bool = True) -> I3D:
         path: the file.
         eps: of the normalization.
         proven: whether the checksum of each tensor must be that of the official checkpoint.
-
-    Raises:
-        ValueError: the file cannot be read, or is not that checkpoint.
     """
     try:
         tensors = load_file(path)
@@ -209,11 +203,7 @@ def checkpoint_name(name: str) -> str:
 
 
 def check_i3d(tensors: Mapping[str, NDArray[np.float32]], where: object) -> None:
-    """Refuse tensors that are not, to the bit, those of the official checkpoint.
-
-    Raises:
-        ValueError: a tensor is missing, unexpected or another one; the message names it.
-    """
+    """Refuse tensors that are not, to the bit, those of the official checkpoint."""
     _check_names(tensors, where)
     expected = _checksums()
     changed = [name for name, checksum in expected.items() if masked_crc32c(tensors[name]) != checksum]

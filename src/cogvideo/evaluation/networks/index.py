@@ -48,10 +48,6 @@ class SourceDistribution:
         Args:
             path: the file.
             where: what messages call it.
-
-        Raises:
-            ValueError: another size or hash.
-            OSError: it cannot be read.
         """
         size, prefix = path.stat().st_size, f"{where} is not the source distribution {self.project} {self.version}"
         require(size == self.num_bytes, f"{prefix}: it has {size:,} bytes, expected {self.num_bytes:,}")
@@ -67,10 +63,6 @@ def download(wanted: SourceDistribution, path: Path, index: str | None = None) -
         wanted: the file; what arrives is checked against its size and hash.
         path: of the new file.
         index: the only index to ask; those of pip's environment and configuration unless given.
-
-    Raises:
-        ValueError: no index can be reached or has it, or what arrives is another file.
-        OSError: it cannot be written.
     """
     settings = pip_settings()
     reasons = []
@@ -113,12 +105,7 @@ def _indexes(settings: Mapping[str, str]) -> list[str]:
 
 
 def _download_from(url: str, wanted: SourceDistribution, path: Path, settings: Mapping[str, str]) -> None:
-    """Download from one index.
-
-    Raises:
-        LookupError: it cannot be reached, or lacks the file.
-        ValueError: it sends more bytes than the file has.
-    """
+    """Download from one index."""
     from pypi_simple import NoSuchProjectError, PyPISimple, UnsupportedContentTypeError, UnsupportedRepoVersionError
     from requests import RequestException
 

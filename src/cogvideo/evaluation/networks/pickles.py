@@ -23,9 +23,6 @@ def read_arrays(content: bytes, where: object) -> dict[str, NDArray[np.float32]]
     Args:
         content: the pickle.
         where: what messages call it.
-
-    Raises:
-        ValueError: it names anything but NumPy arrays, or is no pickle of nested dictionaries of such arrays.
     """
     try:
         return dict(_leaves(_Unpickler(io.BytesIO(content)).load(), ""))
