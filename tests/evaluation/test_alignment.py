@@ -14,12 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
+from cogvideo.commands.evaluate_alignment import alignment
 from cogvideo.config import InputError
 from cogvideo.data.frames import BACKGROUNDS, FrameSettings, background_of
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import alignment as module
-from cogvideo.evaluation.alignment import alignment, shown, wilson
+from cogvideo.evaluation.alignment import shown
 from cogvideo.evaluation.making import Making, Shelf, generate
+from cogvideo.evaluation.preferences import wilson
 from cogvideo.evaluation.reader import ATTRIBUTES, SIZE, Reader, ReaderConfig, resized
 from cogvideo.evaluation.subjects import Clip, EmojiSubject, Prompt, unseen_background
 from cogvideo.pipeline import CogVideoPipeline

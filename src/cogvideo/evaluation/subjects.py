@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -26,6 +26,7 @@ NUM_FRAMES, FPS = 33, 8.0
 """Frames of all clips, and their rate."""
 SECONDS = NUM_FRAMES / FPS
 """Length at which animations are cut, and up to which shorter ones start again."""
+GROUNDS = ("black", "white")
 TEMPLATE = "{caption}, on {article} {background} background"
 """The prompt of an animation, as `--background-template` words captions."""
 Clip = UInt8[np.ndarray, "33 64 64 3"]
@@ -52,29 +53,12 @@ class Verdict(NamedTuple):
     shares: dict[str, dict[str, float]]
     """Share of the clips by group and measure, each in [0, 1]."""
     counts: dict[str, int]
-    """Clips of each group."""
     findings: list[dict[str, Any]]
     """Findings about each clip, for the record."""
     right: list[bool]
     """Whether each clip shows its prompt."""
     words: list[str]
     """The findings about each clip in words."""
-
-
-class Subject(Protocol):
-    """Prompts and who judges them."""
-
-    name: str
-    prompts: list[Prompt]
-
-    def real(self, number: int, size: int) -> UInt8[np.ndarray, "33 {size} {size} 3"]:
-        """The real clip of the prompt with that number."""
-
-    def judge(self, clips: Sequence[Clip]) -> Verdict:
-        """Compare clips, one for each prompt, with what they should show."""
-
-    def record(self) -> dict[str, Any]:
-        """Facts for the protocol."""
 
 
 class WorldSubject:
@@ -140,11 +124,8 @@ class EmojiSubject:
             Prompt.of(self.name, place, on_background(self._items[place].captions[0], background, TEMPLATE), seed)
             for place, background in zip(self._places, self._backgrounds, strict=True)
         ]
-        looks = [
-            np.stack([_small(read_animation(item, ground, readers.SIZE)) for item in self._items])
-            for ground in ("black", "white")
-        ]
-        self._gallery = retrieval.gallery(*looks)  # now: what has no alpha is refused before a clip is made
+        drawn = ([_small(read_animation(item, ground, readers.SIZE)) for item in self._items] for ground in GROUNDS)
+        self._gallery = retrieval.gallery(*map(np.stack, drawn))  # now: refuses what has no alpha before clips are made
 
     def real(self, number: int, size: int) -> UInt8[np.ndarray, "33 {size} {size} 3"]:
         """The animation on its background."""
@@ -184,6 +165,10 @@ class EmojiSubject:
         }
 
 
+Subject = WorldSubject | EmojiSubject
+"""Prompts, their real clips, and who judges clips of them."""
+
+
 def unseen_background(item: Item, data_seed: int) -> str:
     """The color that comes last as copies of a clip are made: that of copy 11, counted from 0."""
     last = len(BACKGROUNDS) - 1
@@ -193,10 +178,8 @@ def unseen_background(item: Item, data_seed: int) -> str:
 
 def read_animation(item: Item, background: str, size: int) -> UInt8[np.ndarray, "33 {size} {size} 3"]:
     """Four seconds of an animation on a background."""
-    settings = FrameSettings(
-        fps=FPS, size=size, max_seconds=SECONDS, min_frames=NUM_FRAMES, loop_to=SECONDS, background=background
-    )
-    pictures = read_item(item, settings)
+    length: dict[str, Any] = {"max_seconds": SECONDS, "loop_to": SECONDS, "min_frames": NUM_FRAMES}
+    pictures = read_item(item, FrameSettings(fps=FPS, size=size, background=background, **length))
     require("background" in pictures.attributes, f"{item.id} has no alpha, expected animations on a transparent ground")
     return pictures.frames
 

@@ -1,0 +1,99 @@
+"""`cogvideo evaluate alignment`: options to subjects, and tables of what is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cogvideo.config import require
+from cogvideo.devices import slowness, usable
+from cogvideo.evaluation.alignment import REAL, Judged, evaluate
+from cogvideo.evaluation.making import Making
+from cogvideo.evaluation.preferences import wilson
+from cogvideo.evaluation.reader import FILE
+from cogvideo.evaluation.subjects import EmojiSubject, Subject, WorldSubject
+from cogvideo.pipeline import CogVideoPipeline
+
+
+def alignment(
+    *,
+    model: str,
+    out: Path,
+    world: int = 500,
+    domain: Literal["full", "simple"] = "full",
+    emoji: Path | None = None,
+    emoji_limit: int | None = None,
+    emoji_seed: int = 0,
+    making: Making = Making(),  # noqa: B008  # frozen
+    batch: int = 8,
+    reader: Path | None = None,
+    device: str = "auto",
+    recipe: Path | None = None,  # read by the command line
+) -> None:
+    """Measure how well clips show what their prompts say. Run an interrupted command again to continue.
+
+    Prints tables and writes alignment.json (results, findings for each clip, and the protocol) and alignment.png (real
+    clips above generated ones, some failures among them). Generated clips stay in the folder.
+
+    Args:
+        model: Folder of a bundle, or its ID on the Hugging Face Hub.
+        out: Folder for the results.
+        world: Number of prompts about the World, half of them with pairs that training never shows; 0 for none.
+        domain: Part of the World that prompts are about; the model in the box learns `simple`.
+        emoji: Folder with captions.csv, or table, of animations with alpha, such as emoji.
+        emoji_limit: Maximum number of prompts about the animations, evenly spread; clips are compared with all.
+        emoji_seed: Seed of the animations' data preparation, which determines the backgrounds that were never seen.
+        making: How clips are made.
+        batch: Clips per pass; only affects the speed.
+        reader: File of the World reader; the package's by default.
+        device: Device to run on: cpu, cuda, cuda:0, or auto.
+        recipe: TOML file with a table of options for this command. Options on the command line take precedence.
+    """
+    require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
+    require(world >= 0, f"world is {world}, expected 0 or more prompts")
+    require(emoji_limit is None or emoji_limit > 0, f"emoji_limit is {emoji_limit}, expected a positive number")
+    require(batch > 0, f"batch is {batch}, expected a positive number of clips")
+    console, dtype = Console(highlight=False), getattr(torch, making.dtype)
+    if slow := slowness(dtype, usable(device)):
+        console.print(slow)
+    pipeline = CogVideoPipeline.from_pretrained(model, dtype, usable(device))
+    subjects: list[Subject] = [WorldSubject(world, domain, making.seed, reader or FILE)] if world else []
+    if emoji is not None:
+        subjects.append(EmojiSubject(emoji, emoji_limit, making.seed, emoji_seed))
+    else:
+        console.print("No --emoji is given: animations are left out.")
+    require(len(subjects) > 0, "there is nothing to judge: world is 0 and there is no emoji, expected one of them")
+    for table in _tables(evaluate(pipeline, model, subjects, making, batch, out)):
+        console.print(table)
+    print(f"{out / 'alignment.json'}, {out / 'alignment.png'}")
+
+
+def _tables(results: dict[str, dict[str, Judged]]) -> Iterator[Table]:
+    """A table of shares for each subject, with half the width of their 95 % intervals, and one of movement."""
+    for subject, rows in results.items():
+        table = Table(title=f"{subject}: share that is right (%, 95 % interval)")
+        measures = list(next(iter(rows[REAL].verdict.shares.values())))
+        for column in ("", "", *measures):
+            table.add_column(column, justify="right" if column else "left")
+        for row, judged in rows.items():
+            for group, shares in judged.verdict.shares.items():
+                count = judged.verdict.counts[group]
+                table.add_row(row, group, *(_percent(shares[name], count) for name in measures))
+        yield table
+    table = Table(title="movement, against real clips of the same prompts")
+    for column in ("", "", "energy ratio", "static (%)", "flicker (levels)"):
+        table.add_column(column, justify="right" if column else "left")
+    for subject, rows in results.items():
+        for row, (_, (ratio, static, flicker)) in rows.items():
+            table.add_row(subject, row, f"{ratio:.2f}", f"{100 * static:.1f}", f"{flicker:.2f}")
+    yield table
+
+
+def _percent(share: float, count: int) -> str:
+    low, high = wilson(share, count)
+    return f"{100 * share:.1f} ±{50 * (high - low):.1f}"
