@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +10,13 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, LayoutConfig, SamplingConfig, StageConfig, TransformerConfig, preset
 from cogvideo.generation import hierarchy
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.hierarchy import between, collect, first_frames, generate
 from cogvideo.generation.request import Request, Settings
-from cogvideo.models.transformer import Base, TemporalChannel, Transformer, initialize
+from cogvideo.models.transformer import Base, TemporalChannel, initialize
 from cogvideo.text import TextTokenizer
 
 GRID, SLOTS = 4, 16
@@ -24,7 +24,7 @@ PROMPTS = ["a red ball rolls", "two birds"]
 
 
 @pytest.fixture(scope="module")
-def system(text_model: bytes) -> SimpleNamespace:
+def system(text_model: bytes) -> CogVideo:
     """A whole system of random weights, wide enough that its codes depend on everything they may depend on."""
     num_codes = 32
     text = TextTokenizer(text_model, preset("pocket").text, num_codes)
@@ -45,15 +45,14 @@ def system(text_model: bytes) -> SimpleNamespace:
         upscaler=replace(CogVideoConfig().upscaler, low_position=49),
     )
     base, channels = base.double(), [each.double() for each in channels]
-    return SimpleNamespace(
-        components=("base", "sequential", "interpolation", "cluster_labels", "text"),
-        config=config,
-        image_model=Transformer(base),
-        sequential=Transformer(base, channels[0]),
-        interpolation=Transformer(base, channels[1]),
-        text=text,
-        cluster_labels=torch.arange(num_codes) % 6,
-    )
+    parts = {"base": base, "sequential": channels[0], "interpolation": channels[1], "text": text}
+    return CogVideo(config, **parts, cluster_labels=torch.arange(num_codes) % 6)
+
+
+def without_weights(system: CogVideo, lost: str = "") -> CogVideo:
+    """A system that refuses to give any of its models, with all components but one."""
+    names = [each for each in system.components if each != lost]
+    return CogVideo(system.config, **{each: system.text if each == "text" else torch.zeros(0) for each in names})
 
 
 def settings(**changes: object) -> Settings:
@@ -70,7 +69,7 @@ def request(prompts: list[str], *seeds: int, **options: Any) -> Request:
     return Request(prompts, generators(*seeds), options.pop("settings", settings()), **options)
 
 
-def clip(system: SimpleNamespace, prompts: list[str], seeds: list[int], **options: Any) -> Int64[Tensor, "b f s"]:
+def clip(system: CogVideo, prompts: list[str], seeds: list[int], **options: Any) -> Int64[Tensor, "b f s"]:
     """All frames of a run."""
     return collect(generate(system, request(prompts, *seeds, **options)))
 
@@ -80,7 +79,7 @@ def some_frames(frames: int) -> Int64[Tensor, "f s"]:
 
 
 @pytest.mark.parametrize(("rounds", "frames"), [(0, 5), (1, 9), (2, 17)])
-def test_rounds_double_the_frames(system: SimpleNamespace, rounds: int, frames: int) -> None:
+def test_rounds_double_the_frames(system: CogVideo, rounds: int, frames: int) -> None:
     """Guards the count of frames and their places: one new frame in every gap, no frame twice."""
     events = list(generate(system, request(PROMPTS[:1], 0, settings=settings(rounds=rounds))))
     assert sorted(event.place for event in events) == list(range(frames))
@@ -88,7 +87,7 @@ def test_rounds_double_the_frames(system: SimpleNamespace, rounds: int, frames: 
     assert all(event.codes.shape == (1, SLOTS) for event in events)
 
 
-def test_sample_does_not_depend_on_its_batch(system: SimpleNamespace) -> None:
+def test_sample_does_not_depend_on_its_batch(system: CogVideo) -> None:
     """Guards the seed's promise: alone, in a batch and in another order of it, the clip is the same."""
     both = clip(system, PROMPTS, [3, 4])
     swapped = clip(system, PROMPTS[::-1], [4, 3])
@@ -99,7 +98,7 @@ def test_sample_does_not_depend_on_its_batch(system: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("passes", [Passes(parallel_frames=True), Passes(draft=5)])
-def test_ways_to_decode_give_the_same_clip(system: SimpleNamespace, passes: Passes) -> None:
+def test_ways_to_decode_give_the_same_clip(system: CogVideo, passes: Passes) -> None:
     """Guards that fewer passes change nothing, through all stages and with guidance in all of them."""
     first = settings().first | {"guidance": 2.0}
     how = settings(first=first, interpolation_guidance=1.5)
@@ -108,7 +107,7 @@ def test_ways_to_decode_give_the_same_clip(system: SimpleNamespace, passes: Pass
 
 
 @pytest.mark.parametrize(("count", "number"), [(1, 9), (2, 10), (3, 9), (7, 13)])
-def test_leading_frames_are_kept(system: SimpleNamespace, count: int, number: int) -> None:
+def test_leading_frames_are_kept(system: CogVideo, count: int, number: int) -> None:
     """Guards image-to-video and extension: given frames stay untouched, and up to two of them are key frames."""
     given = some_frames(count)
     frames = clip(system, PROMPTS, [3, 4], given=given)
@@ -116,7 +115,7 @@ def test_leading_frames_are_kept(system: SimpleNamespace, count: int, number: in
     assert torch.equal(frames[:, :count], given.expand(2, -1, -1))
 
 
-def test_first_and_last_frames_are_kept(system: SimpleNamespace) -> None:
+def test_first_and_last_frames_are_kept(system: CogVideo) -> None:
     """Guards in-between: two more rounds make the key frames, the ends are untouched."""
     given, last = some_frames(2)[:1], some_frames(2)[1]
     frames = clip(system, PROMPTS, [3, 4], given=given, last=last)
@@ -124,7 +123,7 @@ def test_first_and_last_frames_are_kept(system: SimpleNamespace) -> None:
     assert torch.equal(frames[:, [0, -1]], torch.stack([given[0], last]).expand(2, -1, -1))
 
 
-def test_durations_are_told_to_each_stage(system: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_durations_are_told_to_each_stage(system: CogVideo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the frame rate prefix: 4 seconds for key frames, half as many in every further round."""
     durations: list[float] = []
     encode = TextTokenizer.encode_caption
@@ -144,7 +143,7 @@ def test_durations_are_told_to_each_stage(system: SimpleNamespace, monkeypatch: 
     assert durations == [1.0, 4.0, 0.5, 2.0] * 2
 
 
-def test_gaps_of_a_round_are_one_batch(system: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gaps_of_a_round_are_one_batch(system: CogVideo, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the cost of a round: however many gaps, the interpolation stage runs once."""
     batches = []
     decode = hierarchy.decode
@@ -170,7 +169,7 @@ def test_sequences_fill_every_gap_once(frames: int, width: int, expected: list[i
 
 
 @pytest.mark.parametrize("sequences_at_once", [1, 3])
-def test_smaller_batches_give_the_same_clip(system: SimpleNamespace, sequences_at_once: int) -> None:
+def test_smaller_batches_give_the_same_clip(system: CogVideo, sequences_at_once: int) -> None:
     """Guards the way to less memory: the rounds of a clip in parts, with a last sequence that overlaps."""
     given, last = some_frames(2)[:1], some_frames(2)[1]
     expected = clip(system, PROMPTS, [3, 4], given=given, last=last)
@@ -180,7 +179,7 @@ def test_smaller_batches_give_the_same_clip(system: SimpleNamespace, sequences_a
     assert torch.equal(clip(system, PROMPTS, [3, 4], settings=replace(how, rounds=2)), whole)
 
 
-def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: SimpleNamespace) -> None:
+def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: CogVideo) -> None:
     """Guards options that are read and then dropped."""
 
     def run(prompt: str = PROMPTS[0], seed: int = 3, **changes: object) -> Tensor:
@@ -213,15 +212,15 @@ def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: SimpleNa
         ({"last": some_frames(1)[0]}, "got a last frame and 0 leading ones, expected one"),
     ],
 )
-def test_bad_input_is_refused_before_any_work(system: SimpleNamespace, change: dict[str, object], message: str) -> None:
+def test_bad_input_is_refused_before_any_work(system: CogVideo, change: dict[str, object], message: str) -> None:
     """Guards users from waiting for an error: no model is touched before everything is checked."""
-    idle = SimpleNamespace(config=system.config, text=system.text, components=system.components)
+    idle = without_weights(system)
     options = {"prompts": PROMPTS[:1], "seeds": [1]} | change
     with pytest.raises(ValueError, match=message):
         clip(idle, options.pop("prompts"), options.pop("seeds"), **options)
 
 
-def test_long_prompt_is_cut_on_request(system: SimpleNamespace) -> None:
+def test_long_prompt_is_cut_on_request(system: CogVideo) -> None:
     """Guards the way out that the refusal of a long prompt names."""
     assert clip(system, ["word " * 200], [1], settings=settings(truncate=True)).shape == (1, 9, SLOTS)
 
@@ -234,15 +233,13 @@ def test_long_prompt_is_cut_on_request(system: SimpleNamespace) -> None:
         ("cluster_labels", "keep 4 clusters, but this model has neither"),
     ],
 )
-def test_incomplete_models_are_refused_at_the_call(system: SimpleNamespace, lost: str, message: str) -> None:
+def test_incomplete_models_are_refused_at_the_call(system: CogVideo, lost: str, message: str) -> None:
     """Guards users of a partial bundle from key frames that are drawn in vain."""
-    idle = SimpleNamespace(config=system.config, text=system.text)
-    idle.components = tuple(each for each in system.components if each != lost)
     with pytest.raises(ValueError, match=message):
-        generate(idle, request(PROMPTS[:1], 1))
+        generate(without_weights(system, lost), request(PROMPTS[:1], 1))
 
 
-def test_samples_that_share_a_generator_are_refused(system: SimpleNamespace) -> None:
+def test_samples_that_share_a_generator_are_refused(system: CogVideo) -> None:
     """Guards against a sample that depends on its place in the batch."""
     with pytest.raises(ValueError, match="expected one each"):
         generate(system, Request(PROMPTS, generators(1) * 2, settings()))
@@ -255,12 +252,13 @@ def test_guidance_that_cannot_be_is_refused(scale: float) -> None:
         SamplingConfig(guidance=scale)
 
 
-def test_stages_alone_give_what_the_hierarchy_does(system: SimpleNamespace) -> None:
+def test_stages_alone_give_what_the_hierarchy_does(system: CogVideo) -> None:
     """Guards samples of a stage that has no others yet: the first frame, and a round between given frames."""
     frames = list(generate(system, request(PROMPTS, 3, 4)))
-    alone = SimpleNamespace(**vars(system) | {"components": ("base", "text", "cluster_labels")})
+    parts = {"base": system.base, "text": system.text, "cluster_labels": system.cluster_labels}
+    alone = CogVideo(system.config, **parts)
     assert torch.equal(first_frames(alone, request(PROMPTS, 3, 4)), frames[0].codes)
-    alone.components += ("interpolation",)
+    alone = CogVideo(system.config, **parts, interpolation=system.interpolation.channel)
     given = torch.stack([some_frames(5), some_frames(5).flip(0)])
     codes = between(alone, request(PROMPTS, 3, 4), given)
     assert torch.equal(codes[:, ::2], given)

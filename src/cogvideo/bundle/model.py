@@ -59,6 +59,16 @@ class Stages(ABC):
     def components(self) -> tuple[str, ...]:
         """Names of the components that there are, loaded or not, in the order of `COMPONENTS`."""
 
+    @property
+    @abstractmethod
+    def text(self) -> TextTokenizer:
+        """Captions to tokens and back."""
+
+    @property
+    @abstractmethod
+    def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
+        """Cluster of each code, for cluster sampling."""
+
     @abstractmethod
     def part(self, component: str, kind: type[T]) -> T:
         """A component of a kind."""

@@ -17,8 +17,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from cogvideo.bundle.model import Stages
 from cogvideo.generation.decoder import Condition, Decoder
-from cogvideo.generation.request import Request, System
+from cogvideo.generation.request import Request
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.attention import attention_weights, split_heads
 from cogvideo.models.transformer import Pass, TemporalBlock, Transformer
@@ -51,7 +52,7 @@ class StageAttention(NamedTuple):
         return self.steps[:, :, middle, middle]
 
 
-def stage_attention(system: System, request: Request, codes: Int64[Tensor, "1 frames slots"]) -> list[StageAttention]:
+def stage_attention(system: Stages, request: Request, codes: Int64[Tensor, "1 frames slots"]) -> list[StageAttention]:
     """Attention of the key frames, and of the first sequence of the first round of interpolation, as far as the model
     has these stages.
 

@@ -42,10 +42,8 @@ class Passes:
 
     def __post_init__(self) -> None:
         require(self.draft >= 1, f"draft is {self.draft}, expected at least 1")
-        require(
-            not self.parallel_frames or (self.draft == 1 and not self.graphs),
-            "choose one of parallel_frames, and draft or graphs, got both",
-        )
+        is_one = not self.parallel_frames or (self.draft == 1 and not self.graphs)
+        require(is_one, "choose one of parallel_frames, and draft or graphs, got both")
 
 
 class Frame(NamedTuple):
@@ -212,10 +210,7 @@ def _draft_frame(
 
 
 def _guess(
-    scores: Float[Tensor, " codes"],
-    noise: Float[Tensor, "_ _"],
-    before: Int64[Tensor, " _"] | None,
-    repeats: float,
+    scores: Float[Tensor, " codes"], noise: Float[Tensor, "_ _"], before: Int64[Tensor, " _"] | None, repeats: float
 ) -> Int64[Tensor, " _"]:
     """Sample codes, with their own noise, from a mixture: the code of the frame before with probability
     `repeats`, otherwise the distribution of the last row."""

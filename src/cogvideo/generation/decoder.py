@@ -89,24 +89,17 @@ class Decoder:
     def prefill(self, given: Int64[Tensor, "batch frames slots"]) -> None:
         """Feed text and the given frames, the leading ranks."""
         layout = self.layout
-        text = self.condition.rows
-        num_given = given.shape[1]
-        rows = text.tokens.to(self.device)
+        text, num_given = self.condition.rows, given.shape[1]
+        given_slots = num_given * layout.frame_slots
+        rows, mask = text.tokens.to(self.device), text.mask.to(self.device)
         fed = layout.feed(self._all_rows(given.to(self.device)), self.model.base.config.start_of_image)
-        positions = layout.text_positions(text.mask).to(self.device)
-        frames = self.positions[: num_given * layout.frame_slots].expand(len(rows), -1)
-        mask = text.mask.to(self.device)
+        frames = self.positions[:given_slots].expand(len(rows), -1)
         dtype = self.model.base.words.weight.dtype
-        plan = full_pass(layout, self.model.window, mask, dtype, num_given, self.condition.text_bonus)
-        plan = Pass(
-            plan.num_text,
-            self.spatial.keep(plan.spatial, 0),
-            tuple(
-                cache.keep(each, num_given * layout.frame_slots)
-                for cache, each in zip(self.temporal, plan.temporal, strict=True)
-            ),
-        )
-        self.model(torch.cat([rows, fed], 1), torch.cat([positions, frames], 1), plan)
+        full = full_pass(layout, self.model.window, mask, dtype, num_given, self.condition.text_bonus)
+        pairs = zip(self.temporal, full.temporal, strict=True)
+        temporal = tuple(cache.keep(plan, given_slots) for cache, plan in pairs)
+        plan = Pass(full.num_text, self.spatial.keep(full.spatial, 0), temporal)
+        self.model(torch.cat([rows, fed], 1), torch.cat([layout.text_positions(mask), frames], 1), plan)
 
     @torch.inference_mode()
     def step(self, slots: Sequence[int], tokens: Int64[Tensor, "batch rows"]) -> Float[Tensor, "batch rows codes"]:

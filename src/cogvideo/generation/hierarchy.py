@@ -17,10 +17,11 @@ from einops import rearrange
 from jaxtyping import Int64
 from torch import Tensor
 
+from cogvideo.bundle.model import Stages
 from cogvideo.config import SamplingConfig, require
 from cogvideo.generation.decode import decode
 from cogvideo.generation.decoder import Condition
-from cogvideo.generation.request import MOST_CONTEXT, Request, System
+from cogvideo.generation.request import MOST_CONTEXT, Request
 from cogvideo.generation.sampling import GumbelNoise, spawn
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Transformer
@@ -37,11 +38,10 @@ class Finished(NamedTuple):
     place: int
     """Place in the clip, from 0."""
     num_frames: int
-    """Number of frames of the whole clip."""
     codes: Int64[Tensor, "batch slots"]
 
 
-def generate(system: System, request: Request) -> Iterator[Finished]:
+def generate(system: Stages, request: Request) -> Iterator[Finished]:
     """Yield frames as they are finished, given ones first.
 
     Raises:
@@ -53,7 +53,7 @@ def generate(system: System, request: Request) -> Iterator[Finished]:
     return run.frames()
 
 
-def first_frames(system: System, request: Request) -> Int64[Tensor, "batch slots"]:
+def first_frames(system: Stages, request: Request) -> Int64[Tensor, "batch slots"]:
     """Generate only first frames, which needs no video stage; raises what `generate` raises."""
     run = _Run(system, request)
     run.check(image=True, key_frames=False, rounds=0)
@@ -61,7 +61,7 @@ def first_frames(system: System, request: Request) -> Int64[Tensor, "batch slots
     return frame.codes
 
 
-def between(system: System, request: Request, frames: Codes) -> Codes:
+def between(system: Stages, request: Request, frames: Codes) -> Int64[Tensor, "batch filled slots"]:
     """Run one round of interpolation, which adds a frame in every gap; raises what `generate` raises.
 
     Args:
@@ -90,7 +90,7 @@ class _Run:
     Places count from the first key frame that new frames build on, in the spacing of the finished clip.
     """
 
-    def __init__(self, system: System, request: Request) -> None:
+    def __init__(self, system: Stages, request: Request) -> None:
         request.check(system.config)
         self.system = system
         self.request = request
@@ -100,10 +100,8 @@ class _Run:
         self.gaps = self.layout.num_frames - 1
         self.rounds = self.settings.rounds
         if request.last is not None:
-            require(
-                self.gaps.bit_count() == 1,
-                f"{self.gaps} gaps between key frames are not a power of two: a last frame cannot be used",
-            )
+            got = f"{self.gaps} gaps between key frames are not a power of two"
+            require(self.gaps.bit_count() == 1, f"{got}: a last frame cannot be used")
             self.rounds += self.gaps.bit_length() - 1
         # One generator per sample and stage, so that a stage's draws do not depend on the other stages.
         names = ("image", "sequential", "interpolation")
@@ -116,16 +114,13 @@ class _Run:
         settings = self.settings
         needed = {"base": True, "text": True, "sequential": key_frames, "interpolation": rounds > 0}
         missing = [name for name, needs in needed.items() if needs and name not in there]
-        require(
-            not missing,
-            f"this model has no {', '.join(missing)}, which these settings need; it has {', '.join(there)}",
-        )
+        names = ", ".join(missing)
+        require(not missing, f"this model has no {names}, which these settings need; it has {', '.join(there)}")
         clusters = max(settings.first.clusters * image, settings.later.clusters * (key_frames or rounds > 0))
-        require(
-            not clusters or "cluster_labels" in there or "image_tokenizer" in there,
-            f"the samplers keep {clusters} clusters, but this model has neither cluster labels nor an image tokenizer "
-            "to make them from: choose samplers with clusters=0",
-        )
+        lacks = "but this model has neither cluster labels nor an image tokenizer to make them from"
+        has_labels = "cluster_labels" in there or "image_tokenizer" in there
+        advice = "choose samplers with clusters=0"
+        require(not clusters or has_labels, f"the samplers keep {clusters} clusters, {lacks}: {advice}")
         if image:
             self.condition(None, settings.first.guidance)
         if key_frames:
@@ -266,7 +261,6 @@ class _Span(NamedTuple):
     """A sequence of neighboring frames of a clip."""
 
     start: int
-    """First frame."""
     filled: int
     """Frame up to which the gaps belong to earlier sequences."""
 

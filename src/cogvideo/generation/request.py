@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Protocol
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from cogvideo.bundle.model import Stages
 from cogvideo.config import LARGEST, CogVideoConfig, InputError, SamplingConfig, is_number, require
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.decoder import Condition
 from cogvideo.layout import SequenceLayout, check_code_range
-from cogvideo.models.transformer import Transformer
-from cogvideo.models.upscaler import Upscaler
-from cogvideo.text import TextTokenizer, is_visible
+from cogvideo.text import is_visible
 
 MOST_CONTEXT = 2
 """Number of last key frames of an extended clip that new ones continue; two frames show the model motion."""
@@ -24,42 +22,6 @@ ADDED: dict[str, float] = {"top_k": 0, "top_p": 1.0, "cluster_temperature": 0.89
 ADDED |= {f"first_{name}": value for name, value in ADDED.items()}
 ADDED |= {"superres_top_k": 0, "superres_top_p": 1.0, "superres_cluster_temperature": 0.6}
 """Sampling options that older sidecars lack, with the values that their clips were made with."""
-
-
-class System(Protocol):
-    """Components of a model that generation needs; `bundle.CogVideo` loads each on first use."""
-
-    @property
-    def config(self) -> CogVideoConfig:
-        """Sizes and templates."""
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """Names of the available components."""
-
-    @property
-    def image_model(self) -> Transformer:
-        """Model of the first frame."""
-
-    @property
-    def sequential(self) -> Transformer:
-        """Model of the other key frames."""
-
-    @property
-    def interpolation(self) -> Transformer:
-        """Model of the frames between key frames."""
-
-    @property
-    def upscaler(self) -> Upscaler:
-        """Super-resolution model."""
-
-    @property
-    def text(self) -> TextTokenizer:
-        """Captions to tokens."""
-
-    @property
-    def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
-        """Cluster of each code, for cluster sampling."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +125,7 @@ class SamplingOptions:
     """Sampling temperature of super-resolution inside a cluster."""
 
     def settings(self, own: CogVideoConfig) -> Settings:
-        """Settings of a model, with the options given here replaced.
-
-        Raises:
-            ValueError: a value cannot be used.
-        """
+        """Settings of a model, with the options given here replaced."""
         return Settings(
             first=self._merged(own.first_sampling, "first_"),
             later=self._merged(own.later_sampling, ""),
@@ -188,7 +146,6 @@ class Request:
     """Clips that are generated as one batch."""
 
     prompts: Sequence[str]
-    """Captions."""
     generators: Sequence[torch.Generator]
     """CPU generators, one per clip, which are advanced; a clip depends on nothing else in the batch."""
     settings: Settings
@@ -216,17 +173,10 @@ class Request:
         """Seconds that the key frames of each clip span."""
         return list(self.durations) or [self.settings.duration] * len(self.prompts)
 
-    def condition(self, system: System, share: float | None, guidance: float) -> Condition:
-        """Texts of a stage, and their bonus or guidance.
+    def condition(self, system: Stages, share: float | None, guidance: float) -> Condition:
+        """Texts of a stage, and their bonus or guidance, of which 1 is none.
 
-        Args:
-            system: the model.
-            share: seconds that a sequence spans, as a share of the duration; None for the image model, whose texts have
-                no frame rate.
-            guidance: scale; 1 is no guidance.
-
-        Raises:
-            ValueError: a prompt is empty or too long.
+        A sequence spans `share` of the duration; None is for the image model, whose texts have no frame rate.
         """
         settings, layout = self.settings, system.config.layout
         durations = None if share is None else [seconds * share for seconds in self.seconds]
@@ -238,16 +188,10 @@ class Request:
         return Condition(rows, others, guidance)
 
     def check(self, config: CogVideoConfig) -> None:
-        """Refuse a request that a model of this configuration cannot take.
-
-        Raises:
-            ValueError: there is no prompt, counts differ, or given frames do not fit this model.
-        """
-        batch = len(self.prompts)
-        generators = self.generators
-        require(
-            not isinstance(self.prompts, str), f"got the text {self.prompts!r} as prompts, expected a list of texts"
-        )
+        """Refuse a request that a model of this configuration cannot take."""
+        batch, generators = len(self.prompts), self.generators
+        is_list = not isinstance(self.prompts, str)
+        require(is_list, f"got the text {self.prompts!r} as prompts, expected a list of texts")
         require(batch > 0, "got no prompt, expected at least one")
         require(len(generators) == batch, f"got {len(generators)} generators for {batch} prompts, expected one each")
         require(len(set(map(id, generators))) == batch, "got one generator for several samples, expected one each")

@@ -37,12 +37,10 @@ class Clusters:
 
 def check_clusters(sampling: SamplingConfig, labels: Int64[Tensor, " codes"] | None, num_codes: int) -> None:
     """Refuse cluster sampling without a label for every code."""
-    got = "no cluster labels" if labels is None else f"{len(labels)} cluster labels"
-    require(
-        not sampling.clusters or (labels is not None and len(labels) == num_codes),
-        f"sampling keeps {sampling.clusters} clusters, but there are {got}, expected {num_codes}: pass labels "
-        "(models.quantizer.cluster_codes makes them from a codebook), or SamplingConfig(clusters=0)",
-    )
+    found = "no cluster labels" if labels is None else f"{len(labels)} cluster labels"
+    got = f"sampling keeps {sampling.clusters} clusters, but there are {found}, expected {num_codes}"
+    advice = "pass labels (models.quantizer.cluster_codes makes them), or SamplingConfig(clusters=0)"
+    require(not sampling.clusters or (labels is not None and len(labels) == num_codes), f"{got}: {advice}")
 
 
 def log_probabilities(
@@ -138,6 +136,12 @@ def spawn(generator: torch.Generator, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+def gumbel(num_slots: int, num_codes: int, generator: torch.Generator) -> Float[Tensor, "slots codes"]:
+    """Gumbel noise, drawn on the generator's device."""
+    draws = torch.empty(num_slots, num_codes, dtype=torch.float32, device=generator.device)
+    return draws.exponential_(generator=generator).clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()
+
+
 class GumbelNoise:
     """Noise of every slot of every frame, fixed by one generator per sample.
 
@@ -154,8 +158,4 @@ class GumbelNoise:
 
     def __call__(self, rank: int) -> Float[Tensor, "batch slots codes"]:
         """Noise of the frame with this rank; call once per rank."""
-        draws = [
-            torch.empty(self._shape, dtype=torch.float32).exponential_(generator=each[rank])
-            for each in self._generators
-        ]
-        return torch.stack(draws).clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()
+        return torch.stack([gumbel(*self._shape, each[rank]) for each in self._generators])

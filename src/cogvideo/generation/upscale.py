@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from cogvideo.bundle.model import Stages
 from cogvideo.config import SamplingConfig, require
-from cogvideo.generation.request import System
-from cogvideo.generation.sampling import Clusters, check_clusters, log_probabilities, spawn
+from cogvideo.generation.sampling import Clusters, check_clusters, gumbel, log_probabilities, spawn
 from cogvideo.layout import check_code_range
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.text import PaddedText, check_text
@@ -24,6 +24,7 @@ SlotNoise = Iterator[Float[Tensor, "slots codes"]]
 
 def slot_noise(generator: torch.Generator, num_slots: int, num_codes: int, device: torch.device) -> SlotNoise:
     """Gumbel noise of one frame: at the released sizes 72 million numbers, or 1.5 s on a CPU core.
+
     Args:
         generator: CPU generator of the frame; it is advanced once, here.
         num_slots: number of high slots.
@@ -31,18 +32,11 @@ def slot_noise(generator: torch.Generator, num_slots: int, num_codes: int, devic
         device: device of the model. Other kinds of devices draw other numbers.
     """
     own = torch.Generator(device).manual_seed(spawn(generator, 1)[0].initial_seed())
-    return (_gumbel(len(slots), num_codes, own) for slots in torch.split(torch.arange(num_slots), SLOTS_PER_DRAW))
-
-
-def _gumbel(num_slots: int, num_codes: int, generator: torch.Generator) -> Float[Tensor, "slots codes"]:
-    draws = torch.empty(num_slots, num_codes, dtype=torch.float32, device=generator.device).exponential_(
-        generator=generator
-    )
-    return draws.clamp_(min=torch.finfo(torch.float32).tiny).log_().neg_()
+    return (gumbel(len(slots), num_codes, own) for slots in torch.split(torch.arange(num_slots), SLOTS_PER_DRAW))
 
 
 def enlarge(
-    system: System,
+    system: Stages,
     text: PaddedText,
     codes: Int64[Tensor, "batch low"],
     generators: Sequence[torch.Generator],
@@ -109,21 +103,17 @@ def _draw(
     if sampling.is_greedy:
         return scores.argmax(-1)
     portions = [next(each, None) for each in noise]
-    slots = [0 if portion is None else len(portion) for portion in portions]
-    require(
-        slots == [high.shape[1]] * len(slots),
-        f"got noise of {slots} slots, expected {high.shape[1]} per frame: each needs a fresh `slot_noise`",
-    )
+    slots, expected = [0 if portion is None else len(portion) for portion in portions], high.shape[1]
+    advice = "each needs a fresh `slot_noise`"
+    require({*slots} == {expected}, f"got noise of {slots} slots, expected {expected} per frame: {advice}")
     return (scores + torch.stack([each.to(scores.device) for each in portions if each is not None])).argmax(-1)
 
 
 def _check(model: Upscaler, text: PaddedText, codes: Tensor, noise: Sequence[SlotNoise], frames_per_pass: int) -> None:
-    layout = model.channel.layout
-    config = model.base.config
-    require(
-        codes.ndim == 2 and len(codes) > 0 and codes.shape[1] == layout.low_slots,
-        f"got low codes of shape {tuple(codes.shape)}, expected (batch, {layout.low_slots}) and at least one frame",
-    )
+    layout, config = model.channel.layout, model.base.config
+    fits = codes.ndim == 2 and len(codes) > 0 and codes.shape[1] == layout.low_slots
+    expected = f"expected (batch, {layout.low_slots}) and at least one frame"
+    require(fits, f"got low codes of shape {tuple(codes.shape)}, {expected}")
     check_text(text, len(codes), layout.text_slots, config.vocab_size)
     require(len(noise) == len(codes), f"got noise of {len(noise)} frames, expected {len(codes)}")
     require(frames_per_pass >= 1, f"frames_per_pass is {frames_per_pass}, expected at least 1")
