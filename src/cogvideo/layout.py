@@ -58,9 +58,8 @@ class SequenceLayout:
         require(2 <= num_given <= most, f"got {num_given} given frames to interpolate, expected 2 to {most}")
         given = tuple(range(0, 2 * num_given - 1, 2))
         inserted = tuple(range(1, 2 * num_given - 1, 2))
-        return cls(
-            config.text_slots, config.grid, config.frame_position, given + inserted, num_given, loss_places=inserted
-        )
+        sizes = config.text_slots, config.grid, config.frame_position
+        return cls(*sizes, given + inserted, num_given, loss_places=inserted)
 
     @property
     def num_frames(self) -> int:
@@ -114,10 +113,9 @@ class SequenceLayout:
         Raises:
             ValueError: the shape is wrong, there are too few or too many frames, or a code is out of range.
         """
-        require(
-            codes.ndim == 3 and codes.shape[2] == self.frame_slots,
-            f"got codes of shape {tuple(codes.shape)}, expected (batch, frames, {self.frame_slots})",
-        )
+        expected = f"expected (batch, frames, {self.frame_slots})"
+        fits = codes.ndim == 3 and codes.shape[2] == self.frame_slots
+        require(fits, f"got codes of shape {tuple(codes.shape)}, {expected}")
         least, most = self.num_bidirectional, self.num_frames - 1
         require(least <= codes.shape[1] <= most, f"got {codes.shape[1]} given frames, expected {least} to {most}")
         check_code_range(codes, num_codes)

@@ -207,10 +207,10 @@ def test_refused_frames(small, frames, arguments, message):
     [
         (torch.zeros(1, 2, 2, dtype=torch.int64), {"rate": 16}, r"rate is 16, expected one of \(8, 4, 2\)"),
         (torch.zeros(1, 2, 2, dtype=torch.int64), {"chunk": -1}, "chunk is -1, expected a positive number"),
-        (torch.full((1, 2, 2), 96), {}, r"codes are in \[96, 96\], expected ids in \[0, 96\)"),
-        (torch.tensor([[[0, -1]]]), {}, r"codes are in \[-1, 0\], expected ids in \[0, 96\)"),
+        (torch.full((1, 2, 2), 96), {}, r"got codes from 96 to 96, expected \[0, 96\)"),
+        (torch.tensor([[[0, -1]]]), {}, r"got codes from -1 to 0, expected \[0, 96\)"),
         (torch.zeros(4, dtype=torch.int64), {}, r"codes have shape \(4,\), expected \(batch, rows, columns\)"),
-        (torch.zeros(1, 2, 2), {}, "codes have dtype torch.float32, expected torch.int64"),
+        (torch.zeros(1, 2, 2), {}, "got codes of type torch.float32, expected torch.int64"),
     ],
 )
 def test_refused_codes(small, codes, arguments, message):

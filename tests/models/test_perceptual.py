@@ -207,7 +207,7 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda heads: heads | {"lin5.model.1.weight": torch.zeros(1)}, "got 1 others, the first is .'lin5"),
+        (lambda heads: heads | {"lin5.model.1.weight": torch.zeros(1)}, "it has 1 others, the first is .'lin5"),
         (lambda heads: dict(list(heads.items())[1:]), "1 tensors are missing, the first is .'lin0.model.1.weight"),
         (
             lambda heads: heads | {"lin0.model.1.weight": torch.zeros(1, 64)},
@@ -244,7 +244,7 @@ def test_missing_files_and_other_networks_are_refused(files, vgg, heads, tmp_pat
     """A file that was forgotten, and weights of the other network, are one clear line."""
     with pytest.raises(ValueError, match="No such file"):
         load_lpips(files[0], tmp_path / "none.pth")
-    with pytest.raises(ValueError, match="expected VGG-16 and LPIPS's heads for it, 5 tensors are missing"):
+    with pytest.raises(ValueError, match="is not VGG-16 with LPIPS's heads for it: 5 tensors are missing"):
         load_lpips(files[0])
     with pytest.raises(ValueError, match=r"AlexNet .* 6 tensors are missing, the first is .'features.3"):
         load_lpips(*files, network="alexnet")

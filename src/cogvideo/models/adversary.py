@@ -32,31 +32,21 @@ class PatchDiscriminator(nn.Module):
     """
 
     def __init__(self, width: int = 64, num_layers: int = 3) -> None:
-        """Create a discriminator whose first layer has `width` channels.
-
-        Raises:
-            ValueError: a number is not positive.
-        """
+        """Create a discriminator whose first layer has `width` channels."""
         super().__init__()
         for name, value in {"width": width, "num_layers": num_layers}.items():
             require(value > 0, f"{name} is {value}, expected a positive number")
         widths = [width * min(2**layer, WIDEST) for layer in range(num_layers + 1)]
         strides = [2] * (num_layers - 1) + [1]
         self.first = nn.Sequential(_convolution(3, widths[0], 2), nn.LeakyReLU(SLOPE))
-        self.middle = nn.Sequential(
-            *(_judged(before, after, by) for (before, after), by in zip(pairwise(widths), strides, strict=True))
-        )
+        layers = zip(pairwise(widths), strides, strict=True)
+        self.middle = nn.Sequential(*(_judged(before, after, stride) for (before, after), stride in layers))
         self.last = _convolution(widths[-1], 1, 1)
         self.apply(_start)
 
     def forward(self, frames: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1 rows columns"]:
-        """Judge the patches of frames in [0, 1].
-
-        Raises:
-            ValueError: the frames are too small to hold a patch.
-        """
-        least = self.least_side
-        side = min(frames.shape[2:])
+        """Judge the patches of frames in [0, 1], none of which has a side below `least_side`."""
+        least, side = self.least_side, min(frames.shape[2:])
         require(side >= least, f"frames have a side of {side} pixels, expected at least {least} for the adversary")
         return self.last(self.middle(self.first(2 * frames - 1)))
 

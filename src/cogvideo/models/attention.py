@@ -60,23 +60,19 @@ class Write(NamedTuple):
 
     def store(self, kv: Float[Tensor, "2 batch heads rows head_dim"], layer: int) -> Tensor:
         """Write keys and values of a pass, and return those that its rows read."""
-        cached = self.cache[layer]
-        self._write(cached, kv if self.rows is None else kv[:, :, :, self.rows])
-        return kv if self.is_complete else cached
-
-    def _write(self, cached: Tensor, kept: Float[Tensor, "2 batch heads kept head_dim"]) -> None:
-        places = self.places
+        cached, places = self.cache[layer], self.places
+        kept = kv if self.rows is None else kv[:, :, :, self.rows]
         if isinstance(places, range):
             cached.narrow(3, places.start, len(places)).copy_(kept)
         elif self.samples is not None:
-            apart = cached.view(2, kept.shape[1], -1, *cached.shape[2:]).permute(
-                2, 4, 0, 1, 3, 5
-            )  # (sample, place, ...)
-            apart[self.samples, places] = kept.permute(3, 0, 1, 2, 4).to(cached.dtype)
+            apart = cached.view(2, kept.shape[1], -1, *cached.shape[2:])
+            by_sample = apart.permute(2, 4, 0, 1, 3, 5)  # (sample, place, ...)
+            by_sample[self.samples, places] = kept.permute(3, 0, 1, 2, 4).to(cached.dtype)
         elif places.ndim == 1:
             cached.index_copy_(3, places, kept.to(cached.dtype))
         else:
             cached.scatter_(3, places[:, None, :, None].expand(kept.shape), kept.to(cached.dtype))
+        return kv if self.is_complete else cached
 
 
 class MaskPlan(NamedTuple):
@@ -89,12 +85,7 @@ class MaskPlan(NamedTuple):
     """Write of keys and values, which happens before rows read; None in training."""
 
     def keys(self, kv: Float[Tensor, "2 batch heads rows head_dim"], layer: int) -> Tensor:
-        """Write keys and values of a pass, if planned, and return those that its rows read.
-
-        Args:
-            kv: keys and values of all rows of the pass.
-            layer: index among the layers with this kind of block.
-        """
+        """Keys and values that the rows of a pass read, after a planned write; layers of this kind are counted."""
         return kv if self.write is None else self.write.store(kv, layer)
 
 
@@ -127,15 +118,12 @@ def _gather(x: Tensor, index: Int64[Tensor, "cells slots"]) -> Tensor:
 
 def _attend_chunks(q: Tensor, kv: Tensor, chunks: tuple[Chunk, ...]) -> Float[Tensor, "batch rows heads head_dim"]:
     rows, keys = [chunk.rows for chunk in chunks], [chunk.keys for chunk in chunks]
-    parts = zip(narrow(q, rows), *(narrow(each, keys) for each in kv.unbind(0)), chunks, strict=True)
-    # kernels write row by row, with all heads of a row adjacent
-    return _joined([_attend_chunk(*part).transpose(1, 2) for part in parts])
-
-
-def _attend_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk) -> Float[Tensor, "batch heads rows head_dim"]:
-    if chunk.owner is None:
-        return softmax_attention(q, k, v, chunk.mask)
-    return softmax_attention(q, k[chunk.owner], v[chunk.owner], chunk.mask)
+    parts = []
+    for own, k, v, chunk in zip(narrow(q, rows), *(narrow(each, keys) for each in kv), chunks, strict=True):
+        seen = (k, v) if chunk.owner is None else (k[chunk.owner], v[chunk.owner])
+        # kernels write row by row, with all heads of a row adjacent
+        parts.append(softmax_attention(own, *seen, chunk.mask).transpose(1, 2))
+    return _joined(parts)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

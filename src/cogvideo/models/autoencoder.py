@@ -7,6 +7,7 @@ of taming-transformers (arXiv 2012.09841); downsamplers after the encoder produc
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -51,7 +52,9 @@ class Autoencoder(nn.Module):
         """
         rate = self._known_rate(rate)
         _require_frames(frames, rate)
-        return torch.cat([self._nearest(self.features(part, rate)) for part in _passes(frames, chunk)])
+        order = "batch embedding rows columns -> batch rows columns embedding"
+        vectors = (rearrange(self.features(part, rate), order) for part in _passes(frames, chunk))
+        return torch.cat([self.codebook.nearest(each) for each in vectors])
 
     def decode(
         self, codes: Int64[Tensor, "batch rows columns"], rate: int | None = None, chunk: int | None = None
@@ -120,10 +123,6 @@ class Autoencoder(nn.Module):
         x = decoder(vectors)
         return x * _channels(self.config.std, x) + _channels(self.config.mean, x)
 
-    def _nearest(self, features: Float[Tensor, "batch embedding rows columns"]) -> Int64[Tensor, "batch rows columns"]:
-        vectors = rearrange(features, "batch embedding rows columns -> batch rows columns embedding")
-        return self.codebook.nearest(vectors)
-
     def _known_rate(self, rate: int | None) -> int:
         rate = self.config.rate if rate is None else rate
         require(rate in self.config.rates, f"rate is {rate}, expected one of {self.config.rates}")
@@ -150,12 +149,8 @@ class Encoder(nn.Module):
         widths = [config.channels, *(config.channels * factor for factor in config.encoder_multipliers)]
         halvings_left = reversed(range(len(config.encoder_multipliers)))
         self.conv_in = nn.Conv2d(3, config.channels, kernel_size=3, padding=1)
-        self.levels = nn.Sequential(
-            *(
-                EncoderLevel(config, before, after, shrinks=left > 0)
-                for left, (before, after) in zip(halvings_left, pairwise(widths), strict=True)
-            )
-        )
+        levels = zip(halvings_left, pairwise(widths), strict=True)
+        self.levels = nn.Sequential(*(EncoderLevel(config, *width, shrinks=left > 0) for left, width in levels))
         self.middle = _middle(widths[-1], config.groups)
         self.norm_out = _norm(widths[-1], config.groups)
         self.conv_out = nn.Conv2d(widths[-1], config.embedding_dim, kernel_size=3, padding=1)
@@ -186,12 +181,8 @@ class Decoder(nn.Module):
         doublings_left = reversed(range(len(multipliers)))
         self.conv_in = nn.Conv2d(config.embedding_dim, widths[0], kernel_size=3, padding=1)
         self.middle = _middle(widths[0], config.groups)
-        self.levels = nn.Sequential(
-            *(
-                DecoderLevel(config, before, after, doublings_left=left)
-                for left, (before, after) in zip(doublings_left, pairwise(widths), strict=True)
-            )
-        )
+        levels = zip(doublings_left, pairwise(widths), strict=True)
+        self.levels = nn.Sequential(*(DecoderLevel(config, *width, doublings_left=left) for left, width in levels))
         self.norm_out = _norm(widths[-1], config.groups)
         self.conv_out = nn.Conv2d(widths[-1], 3, kernel_size=3, padding=1)
 
@@ -207,9 +198,8 @@ class DecoderLevel(nn.Module):
         super().__init__()
         attends = config.nominal_resolution == config.attention_resolution * 2**doublings_left
         self.blocks = nn.ModuleList(_residual_blocks(before, after, config.decoder_blocks, config.groups))
-        self.attentions = nn.ModuleList(
-            SelfAttention(after, config.groups) if attends else nn.Identity() for _ in self.blocks
-        )
+        attentions = (SelfAttention(after, config.groups) if attends else nn.Identity() for _ in self.blocks)
+        self.attentions = nn.ModuleList(attentions)
         self.upsample = Upsample(after) if doublings_left > 0 else nn.Identity()
 
     def forward(self, x: Float[Tensor, "batch before rows columns"]) -> Float[Tensor, "batch after height width"]:
@@ -284,13 +274,8 @@ def _residual_blocks(before: int, after: int, num_blocks: int, groups: int) -> l
 
 
 def _middle(channels: int, groups: int) -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            before=ResidualBlock(channels, channels, groups),
-            attention=SelfAttention(channels, groups),
-            after=ResidualBlock(channels, channels, groups),
-        )
-    )
+    block = partial(ResidualBlock, channels, channels, groups)
+    return nn.Sequential(OrderedDict(before=block(), attention=SelfAttention(channels, groups), after=block()))
 
 
 def _norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -307,16 +292,10 @@ def _passes(tensor: Float[Tensor, "batch ..."], chunk: int | None) -> tuple[Floa
 
 
 def _require_frames(frames: Tensor, rate: int) -> None:
-    shape = tuple(frames.shape)
-    require(
-        len(shape) == 4 and shape[1] == 3,
-        f"frames have shape {shape}, expected (batch, 3, height, width)",
-    )
-    require(
-        frames.is_floating_point(),
-        f"frames have dtype {frames.dtype}, expected floating point values in [0, 1]",
-    )
-    require(
-        all(side > 0 and side % rate == 0 for side in shape[2:]),
-        f"frames are {shape[2]} x {shape[3]} pixels, expected sides divisible by the rate {rate}",
-    )
+    shape, kind = tuple(frames.shape), frames.dtype
+    are_images = len(shape) == 4 and shape[1] == 3
+    require(are_images, f"frames have shape {shape}, expected (batch, 3, height, width)")
+    require(kind.is_floating_point, f"frames have dtype {kind}, expected floating point values in [0, 1]")
+    are_divisible = all(side > 0 and side % rate == 0 for side in shape[2:])
+    expected = f"expected sides divisible by the rate {rate}"
+    require(are_divisible, f"frames are {shape[2]} x {shape[3]} pixels, {expected}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,20 +43,11 @@ def _vgg16() -> nn.Sequential:
 
 def _alexnet() -> nn.Sequential:
     """`features` of torchvision's AlexNet (arXiv 1404.5997) without the last pooling."""
-    return nn.Sequential(
-        nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(3, stride=2),
-        nn.Conv2d(64, 192, kernel_size=5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(3, stride=2),
-        nn.Conv2d(192, 384, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(384, 256, kernel_size=3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(256, 256, kernel_size=3, padding=1),
-        nn.ReLU(),
-    )
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, stride=2)]
+    layers += [nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, stride=2)]
+    for before, after in ((192, 384), (384, 256), (256, 256)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 @dataclass(frozen=True)
@@ -126,10 +117,11 @@ def load_lpips(*files: Path, network: Network = "vgg") -> Lpips:
     """
     with torch.device("meta"):
         model = Lpips(network)
-    tensors = {name: tensor for path in files for name, tensor in _read(path).items()}
+    read = (each for path in files for each in _read(path).items())
+    tensors = {name: tensor for name, tensor in read if not name.startswith(CLASSIFIER)}
     expected = {file_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    prefix = f"{' and '.join(map(str, files))}: expected {model.network.title} and LPIPS's heads for it"
-    _check(prefix, tensors, expected)
+    where = " and ".join(map(str, files))
+    check_shapes(f"{where} is not {model.network.title} with LPIPS's heads for it", tensors, expected)
     state = {name: tensors[file_name(name)].float() for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
@@ -169,14 +161,14 @@ def _normalize(frames: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "
     return (2 * frames - 1 - shift) / scale
 
 
-def _check(prefix: str, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    missing = sorted(expected.keys() - tensors.keys())
-    extra = sorted(name for name in tensors.keys() - expected.keys() if not name.startswith(CLASSIFIER))
-    require(not missing, f"{prefix}, {len(missing)} tensors are missing, the first is {missing[:1]}")
-    require(not extra, f"{prefix}, got {len(extra)} others, the first is {extra[:1]}")
+def check_shapes(prefix: str, tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors that have other names or shapes than expected."""
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    require(not missing, f"{prefix}: {len(missing)} tensors are missing, the first is {missing[:1]}")
+    require(not extra, f"{prefix}: it has {len(extra)} others, the first is {extra[:1]}")
     for name, shape in expected.items():
         got = tuple(tensors[name].shape)
-        require(got == shape, f"{prefix}, but {name} has the shape {got}, expected {shape}")
+        require(got == shape, f"{prefix}: {name} has the shape {got}, expected {shape}")
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from cogvideo.config import require
+from cogvideo.layout import check_code_range
 
 DISTANCES_PER_PASS = 2**24
 """Maximum number of distances in memory at once: 64 MiB in float32."""
@@ -32,19 +33,8 @@ class Codebook(nn.Module):
         return nearest_rows(vectors.flatten(0, -2), self.embedding).view(vectors.shape[:-1])
 
     def lookup(self, codes: Int64[Tensor, "*positions"]) -> Float[Tensor, "*positions embedding"]:
-        """Rows of the codes.
-
-        Raises:
-            ValueError: codes are not int64, or an id is outside `[0, num_codes)`.
-        """
-        num_codes = len(self.embedding)
-        require(codes.dtype == torch.int64, f"codes have dtype {codes.dtype}, expected torch.int64")
-        if codes.numel() > 0:
-            least, most = (int(bound) for bound in codes.aminmax())
-            require(
-                least >= 0 and most < num_codes,
-                f"codes are in [{least}, {most}], expected ids in [0, {num_codes})",
-            )
+        """Rows of the codes, which are refused outside `[0, num_codes)`."""
+        check_code_range(codes, len(self.embedding))
         return F.embedding(codes, self.embedding)
 
 
@@ -113,10 +103,7 @@ def _means(
     return sums / counts[:, None]
 
 
-def _assign(
-    points: Float[Tensor, "points dim"],
-    centers: Float[Tensor, "clusters dim"],
-) -> Int64[Tensor, " points"]:
+def _assign(points: Float[Tensor, "points dim"], centers: Float[Tensor, "clusters dim"]) -> Int64[Tensor, " points"]:
     """Assign points to the nearest center; an empty cluster takes the farthest point that is not alone."""
     labels = nearest_rows(points, centers)
     counts = labels.bincount(minlength=len(centers))

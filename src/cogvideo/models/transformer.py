@@ -25,7 +25,6 @@ class Pass(NamedTuple):
     """Mask plans of one forward pass. Text rows come first, then frame rows."""
 
     num_text: int
-    """Number of text rows."""
     spatial: MaskPlan
     """Plan of the spatial channel, for all rows."""
     temporal: tuple[MaskPlan, ...]
@@ -77,11 +76,7 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(config.mlp_hidden, hidden)
 
     def forward(
-        self,
-        x: Float[Tensor, "batch rows hidden"],
-        layer: int,
-        temporal: TemporalBlock | None,
-        plan: Pass,
+        self, x: Float[Tensor, "batch rows hidden"], layer: int, temporal: TemporalBlock | None, plan: Pass
     ) -> Float[Tensor, "batch rows hidden"]:
         """`x + LN3(Attention(LN1(x)))`, then `x + LN4(MLP(LN2(x)))`."""
         normed = self.norm1(x)
@@ -170,10 +165,7 @@ class Transformer(nn.Module):
         return None if self.channel is None else self.channel.stage.window
 
     def forward(
-        self,
-        tokens: Int64[Tensor, "batch rows"],
-        positions: Int64[Tensor, "#batch rows"],
-        plan: Pass,
+        self, tokens: Int64[Tensor, "batch rows"], positions: Int64[Tensor, "#batch rows"], plan: Pass
     ) -> Float[Tensor, "batch rows hidden"]:
         """Run a pass; returns its rows after the last block, before the final norm (see `Base.logits`)."""
         x = self.base.words(tokens) + self.position(positions)

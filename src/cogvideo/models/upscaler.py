@@ -96,18 +96,14 @@ class Upscaler(nn.Module):
             mask: true for real text, at least one token per row.
             codes: codes of the low frame.
         """
-        plan = self._plan(mask, codes.device)
+        layout = self.channel.layout
+        spatial = full_pass(low_sequence(layout), None, mask, self.base.words.weight.dtype, 1).spatial
+        plan = Levels(layout.text_slots, spatial, neighborhoods(layout, self.channel.upscaler, codes.device))
         low = self._embed_low(text, mask, codes)
         high = self._embed_high(codes)
         for block, added in zip(self.base.blocks, self.channel.blocks, strict=True):
             low, high = added(block, low, high, plan)
         return high
-
-    def _plan(self, mask: Bool[Tensor, "batch text"], device: torch.device) -> Levels:
-        layout = self.channel.layout
-        kind = self.base.words.weight.dtype
-        low = full_pass(low_sequence(layout), None, mask, kind, 1).spatial
-        return Levels(layout.text_slots, low, neighborhoods(layout, self.channel.upscaler, device))
 
     def _embed_low(self, text: Tensor, mask: Tensor, codes: Tensor) -> Float[Tensor, "batch rows hidden"]:
         """Embed text and low codes, unshifted."""
@@ -180,15 +176,10 @@ def neighborhoods(
 
 def _sees(layout: UpscaleLayout, upscaler: UpscalerConfig, high: Int64[Tensor, " rows"]) -> Bool[Tensor, "rows keys"]:
     """The visibility rule for some high slots and all keys (spec section 4)."""
-    row, column = high[:, None] // layout.high_grid, high[:, None] % layout.high_grid
-    coarse = upscaler.low_side, upscaler.low_side
-    return torch.cat(
-        [
-            _near(row, column, layout.high_grid, upscaler.high_rows, upscaler.high_columns),
-            _near(row // layout.ratio, column // layout.ratio, layout.low_grid, *coarse),
-        ],
-        dim=1,
-    )
+    row, column, side = high[:, None] // layout.high_grid, high[:, None] % layout.high_grid, upscaler.low_side
+    fine = _near(row, column, layout.high_grid, upscaler.high_rows, upscaler.high_columns)
+    coarse = _near(row // layout.ratio, column // layout.ratio, layout.low_grid, side, side)
+    return torch.cat([fine, coarse], dim=1)
 
 
 def _near(row: Tensor, column: Tensor, grid: int, rows: int, columns: int) -> Bool[Tensor, "places slots"]:

@@ -55,11 +55,7 @@ class C3D(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, clips: Float[Tensor, "batch 3 frames height width"]) -> Float[Tensor, "batch classes"]:
-        """Logits of clips.
-
-        Args:
-            clips: RGB in [-1, 1], 16 frames of any size.
-        """
+        """Logits of clips of 16 frames of any size, RGB in [-1, 1]."""
         require(clips.shape[2] == FRAMES, f"clips have {clips.shape[2]} frames, expected {FRAMES} for C3D")
         x = self.prepare(clips)
         for name, convolution in self.convolutions.items():
@@ -83,11 +79,9 @@ class C3D(nn.Module):
 
 
 def load_c3d(weights: Path, mean: Path) -> C3D:
-    """C3D with the weights of `.npz` files.
+    """C3D with the weights of `.npz` files: arrays `conv1a/W`, `conv1a/b` to `fc8/b`, and the mean clip alone.
 
-    Args:
-        weights: arrays `conv1a/W`, `conv1a/b` to `fc8/b`; all names may begin with `c3d/`.
-        mean: one array, the mean clip of 3 x 16 x 128 x 128.
+    All names may begin with `c3d/`.
     """
     arrays = {name.removeprefix("c3d/"): array for name, array in _read(weights).items()}
     means = [array for array in _read(mean).values() if array.size == np.prod(MEAN)]
@@ -96,25 +90,18 @@ def load_c3d(weights: Path, mean: Path) -> C3D:
 
 
 def build_c3d(arrays: dict[str, NDArray[np.float32]], mean: NDArray[np.float32], where: object) -> C3D:
-    """C3D with arrays by the names of Chainer's model.
-
-    Args:
-        arrays: its weights.
-        mean: the mean clip.
-        where: what messages call the arrays.
-    """
+    """C3D with arrays by the names of Chainer's model, called `where` in messages."""
     with torch.device("meta"):
         model = C3D()
     state = {"mean": torch.tensor(mean.reshape(MEAN))}
     for name, tensor in model.state_dict().items():
-        if name == "mean":
-            continue
-        _, layer, kind = name.split(".")
-        theirs = f"{layer}/{'W' if kind == 'weight' else 'b'}"
-        require(theirs in arrays, f"{where} is not C3D: {theirs} is missing")
-        got, expected = arrays[theirs].shape, tuple(tensor.shape)
-        require(got == expected, f"{where} is not C3D: {theirs} has the shape {got}, expected {expected}")
-        state[name] = torch.tensor(arrays[theirs])
+        if name != "mean":
+            _, layer, kind = name.split(".")
+            theirs = f"{layer}/{'W' if kind == 'weight' else 'b'}"
+            require(theirs in arrays, f"{where} is not C3D: {theirs} is missing")
+            got, expected = arrays[theirs].shape, tuple(tensor.shape)
+            require(got == expected, f"{where} is not C3D: {theirs} has the shape {got}, expected {expected}")
+            state[name] = torch.tensor(arrays[theirs])
     model.load_state_dict(state, assign=True)
     return model.float().eval().requires_grad_(False)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from importlib.resources import files
@@ -24,6 +25,7 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from cogvideo.config import InputError, require
+from cogvideo.models.perceptual import check_shapes
 
 SCOPE = "RGB/inception_i3d/"
 """Beginning of all names in the checkpoint."""
@@ -77,11 +79,7 @@ class I3D(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, clips: Float[Tensor, "batch 3 frames height width"]) -> Float[Tensor, "batch classes"]:
-        """Logits, averaged over time.
-
-        Args:
-            clips: pixels in [-1, 1], 224 x 224, nine frames at least.
-        """
+        """Logits of clips with pixels in [-1, 1], 224 x 224, nine frames at least, averaged over time."""
         frames, height, width = clips.shape[2:]
         require((height, width) == (SIDE, SIDE), f"frames are {height} x {width} pixels, expected {SIDE} x {SIDE}")
         require(frames >= LEAST_FRAMES, f"clips have {frames} frames, expected at least {LEAST_FRAMES} for I3D")
@@ -131,30 +129,16 @@ class _Mixed(nn.ModuleDict):
         super().__init__()
         plain, one_before, one, two_before, two, pooled = widths
         second = "Conv3d_0a_3x3" if name == "Mixed_5b" else "Conv3d_0b_3x3"  # a quirk of the checkpoint
-        self["Branch_0"] = _Branch(Conv3d_0a_1x1=_Unit(before, plain, eps))
-        self["Branch_1"] = _Branch(
-            Conv3d_0a_1x1=_Unit(before, one_before, eps), Conv3d_0b_3x3=_Unit(one_before, one, eps, kernel=3)
-        )
-        self["Branch_2"] = _Branch(
-            Conv3d_0a_1x1=_Unit(before, two_before, eps), **{second: _Unit(two_before, two, eps, kernel=3)}
-        )
-        self["Branch_3"] = _Branch(Conv3d_0b_1x1=_Unit(before, pooled, eps))
+        one_units = {"Conv3d_0a_1x1": _Unit(before, one_before, eps), "Conv3d_0b_3x3": _Unit(one_before, one, eps, 3)}
+        two_units = {"Conv3d_0a_1x1": _Unit(before, two_before, eps), second: _Unit(two_before, two, eps, 3)}
+        self["Branch_0"] = nn.Sequential(OrderedDict(Conv3d_0a_1x1=_Unit(before, plain, eps)))
+        self["Branch_1"] = nn.Sequential(OrderedDict(one_units))
+        self["Branch_2"] = nn.Sequential(OrderedDict(two_units))
+        self["Branch_3"] = nn.Sequential(OrderedDict(Conv3d_0b_1x1=_Unit(before, pooled, eps)))
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = _pool(x, (3, 3, 3), (1, 1, 1))
         return torch.cat([branch(pooled if name == "Branch_3" else x) for name, branch in self.items()], dim=1)
-
-
-class _Branch(nn.ModuleDict):
-    """Units one after the other."""
-
-    def __init__(self, **units: _Unit) -> None:
-        super().__init__(units)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for unit in self.values():
-            x = unit(x)
-        return x
 
 
 class _Logits(nn.Module):
@@ -171,19 +155,13 @@ class _Logits(nn.Module):
 def load_i3d(path: Path, eps: float = EPS, proven: bool = True) -> I3D:
     """I3D with the weights of a safetensors file by the names of the official checkpoint.
 
-    Args:
-        path: the file.
-        eps: of the normalization.
-        proven: whether the checksum of each tensor must be that of the official checkpoint.
+    If `proven`, each tensor must have the checksum of the official one. `eps` is that of the normalization.
     """
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
-    if proven:
-        check_i3d(tensors, path)
-    else:
-        _check_names(tensors, path)
+    (check_i3d if proven else _check_names)(tensors, path)
     return build_i3d(tensors, eps)
 
 
@@ -214,19 +192,10 @@ def check_i3d(tensors: Mapping[str, NDArray[np.float32]], where: object) -> None
 def _check_names(tensors: Mapping[str, NDArray[np.float32]], where: object) -> None:
     """Refuse tensors that have other names or shapes than those of the official checkpoint."""
     with torch.device("meta"):
-        state = I3D().state_dict()
-    expected = {checkpoint_name(name): _official_shape(tensor) for name, tensor in state.items()}
-    prefix = f"{where} is not the I3D of FVD"
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    require(not missing, f"{prefix}: {len(missing)} tensors are missing, the first is {missing[:1]}")
-    require(not extra, f"{prefix}: it has {len(extra)} others, the first is {extra[:1]}")
-    for name, shape in expected.items():
-        got = tensors[name].shape
-        require(got == shape, f"{prefix}: {name} has the shape {got}, expected {shape}")
-
-
-def _official_shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.permute(2, 3, 4, 1, 0).shape if tensor.ndim == 5 else tensor.shape)
+        state = I3D().state_dict().items()
+    official = {name: each.permute(2, 3, 4, 1, 0) if each.ndim == 5 else each for name, each in state}
+    shapes = {checkpoint_name(name): tuple(tensor.shape) for name, tensor in official.items()}
+    check_shapes(f"{where} is not the I3D of FVD", tensors, shapes)
 
 
 def masked_crc32c(tensor: NDArray[np.float32]) -> int:

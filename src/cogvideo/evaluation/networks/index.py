@@ -34,21 +34,12 @@ class SourceDistribution:
     """One file of a package index, known by its hash."""
 
     project: str
-    """Name of the package."""
     version: str
-    """Version of the package."""
     num_bytes: int
-    """Size of the file."""
     sha256: str
-    """Hash of the file, in hexadecimal."""
 
     def verify(self, path: Path, where: object) -> None:
-        """Refuse a file that is another one.
-
-        Args:
-            path: the file.
-            where: what messages call it.
-        """
+        """Refuse a file, which messages call `where`, that is another one."""
         size, prefix = path.stat().st_size, f"{where} is not the source distribution {self.project} {self.version}"
         require(size == self.num_bytes, f"{prefix}: it has {size:,} bytes, expected {self.num_bytes:,}")
         with path.open("rb") as file:
@@ -57,13 +48,7 @@ class SourceDistribution:
 
 
 def download(wanted: SourceDistribution, path: Path, index: str | None = None) -> None:
-    """Download a source distribution to `path`, from the first index that has it.
-
-    Args:
-        wanted: the file; what arrives is checked against its size and hash.
-        path: of the new file.
-        index: the only index to ask; those of pip's environment and configuration unless given.
-    """
+    """Download a source distribution to `path`, from the first of pip's indexes that has it, or from `index` alone."""
     settings = pip_settings()
     reasons = []
     for url in _indexes(settings) if index is None else [index]:
@@ -74,10 +59,8 @@ def download(wanted: SourceDistribution, path: Path, index: str | None = None) -
             continue
         wanted.verify(path, f"what {_public(url)} has")
         return
-    raise InputError(
-        f"cannot download {wanted.project} {wanted.version}: {'; '.join(reasons)}; "
-        "pass --index URL for another index, or --from FILE for the file itself"
-    )
+    advice = "pass --index URL for another index, or --from FILE for the file itself"
+    raise InputError(f"cannot download {wanted.project} {wanted.version}: {'; '.join(reasons)}; {advice}")
 
 
 def pip_settings() -> dict[str, str]:
@@ -142,17 +125,12 @@ def _credentials(index: str, file: str) -> tuple[str, str] | None:
 
 
 def _save(
-    client: PyPISimple,
-    url: str,
-    credentials: tuple[str, str] | None,
-    wanted: SourceDistribution,
-    path: Path,
-    timeout: float,
+    client: PyPISimple, url: str, login: tuple[str, str] | None, wanted: SourceDistribution, path: Path, timeout: float
 ) -> None:
     columns = (TextColumn(f"{wanted.project} {wanted.version}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with client.s.get(url, stream=True, timeout=timeout, auth=credentials) as answer, path.open("wb") as file, bar:
+    with client.s.get(url, stream=True, timeout=timeout, auth=login) as answer, path.open("wb") as file, bar:
         answer.raise_for_status()
         task = bar.add_task("", total=wanted.num_bytes)
         for chunk in answer.iter_content(CHUNK):

@@ -18,12 +18,7 @@ ARRAY_CLASS = "numpy.ndarray"
 
 
 def read_arrays(content: bytes, where: object) -> dict[str, NDArray[np.float32]]:
-    """The float32 arrays of pickled nested dictionaries, by their keys joined with `/`.
-
-    Args:
-        content: the pickle.
-        where: what messages call it.
-    """
+    """The float32 arrays of pickled nested dictionaries, by their keys joined with `/`."""
     try:
         return dict(_leaves(_Unpickler(io.BytesIO(content)).load(), ""))
     except _Refused as error:
@@ -62,16 +57,13 @@ class _Unpickler(pickle.Unpickler):
         """Stand-ins for the parts of a NumPy array, whose module has another name since NumPy 2."""
         match f"{module}.{name}":
             case "numpy.core.multiarray._reconstruct" | "numpy._core.multiarray._reconstruct":
-                return self._array
+                return lambda *_: _Array()
             case "numpy.ndarray":
                 return ARRAY_CLASS
             case "numpy.dtype":
                 return self._dtype
             case other:
                 raise _Refused(f"it names {other}, expected NumPy arrays alone")
-
-    def _array(self, _kind: Any, _shape: Any, _type: Any) -> _Array:
-        return _Array()
 
     def _dtype(self, kind: Any, *_flags: Any) -> _Dtype:
         if kind != "f4":
