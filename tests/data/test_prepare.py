@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,6 +30,7 @@ from cogvideo.bundle import model as bundle
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
 from cogvideo.config import AutoencoderConfig, CogVideoConfig
+from cogvideo.data import engines
 from cogvideo.data.dataset import Dataset
 from cogvideo.data.encoding import PrepareSettings, ahead, encode_clips
 from cogvideo.data.frames import BACKGROUNDS, FrameSettings, read_item
@@ -404,6 +406,25 @@ def test_interrupt_is_quiet_and_quick(tokenizer: str, tmp_path: Path, has_begun:
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert any(tmp_path.glob("shard-*.arrow")) == has_begun
+
+
+def test_interrupt_waits_until_workers_have_started() -> None:
+    """Guards workers that read what they are to do from the pipe: no thread may raise Ctrl-C while it is written."""
+    is_over, has_started = threading.Event(), threading.Event()
+
+    def start_workers() -> None:
+        with engines._uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            is_over.wait(0.1)
+            has_started.set()
+
+    other = threading.Thread(target=is_over.wait)
+    other.start()  # it does not block SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        start_workers()
+    is_over.set()
+    other.join()
+    assert has_started.is_set()
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
