@@ -246,7 +246,7 @@ def test_the_pretended_gpu_notices() -> None:
     """Guards this file: what it is to find is found."""
     with pretended() as gpu:
         there, here = torch.zeros(3, device=CUDA), torch.arange(3)
-        with pytest.raises(RuntimeError, match="same device|different devices"):
+        with pytest.raises(RuntimeError, match=r"same device|different devices"):
             _ = there + here
         with pytest.raises(AssertionError, match="indexes a tensor on CUDA by one on the CPU"):
             _ = there[here]

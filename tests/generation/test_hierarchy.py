@@ -106,6 +106,37 @@ def test_ways_to_decode_give_the_same_clip(system: CogVideo, passes: Passes) -> 
     assert torch.equal(clip(system, PROMPTS, [3, 4], settings=replace(how, passes=passes)), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"given": 3}, {"given": 1, "last": True}, {"loop": True}])
+def test_an_interrupted_run_goes_on(system: CogVideo, options: dict[str, Any]) -> None:
+    """Guards clips that survive their process: from any finished frames, the others come as if nothing had happened."""
+    some = some_frames(4)
+    given = {"given": some[: options["given"]]} if "given" in options else {}
+    asked = options | given | ({"last": some[3]} if "last" in options else {})
+    how = settings(later=SamplingConfig(1.05, clusters=3))  # text bonus in all stages
+    frames = list(generate(system, request(PROMPTS, 3, 4, settings=how, **asked)))
+    for count in range(2, len(frames), 3):
+        finished = {frame.place: frame.codes for frame in frames[:count]}
+        rest = list(generate(system, request(PROMPTS, 3, 4, settings=how, finished=finished, **asked)))
+        assert [frame.place for frame in rest] == [frame.place for frame in frames[count:]]
+        assert torch.equal(collect(rest), collect(frames[count:]))
+
+
+def test_finished_frames_are_not_generated_again(system: CogVideo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the time that an interruption costs: a stage decodes only what is missing."""
+    frames = list(generate(system, request(PROMPTS, 3, 4)))
+    starts = []
+
+    def watched(*given: Any, finished: torch.Tensor | None, own: Any = hierarchy.decode) -> Any:
+        starts.append(0 if finished is None else finished.shape[1])
+        return own(*given, finished=finished)
+
+    monkeypatch.setattr(hierarchy, "decode", watched)
+    for count in (3, 5, 7):
+        finished = {frame.place: frame.codes for frame in frames[:count]}
+        assert len(list(generate(system, request(PROMPTS, 3, 4, finished=finished)))) == 9 - count
+    assert starts == [2, 0, 0, 1]  # key frames and all gaps; all gaps; second gaps
+
+
 @pytest.mark.parametrize(("count", "number"), [(1, 9), (2, 10), (3, 9), (7, 13)])
 def test_leading_frames_are_kept(system: CogVideo, count: int, number: int) -> None:
     """Guards image-to-video and extension: given frames stay untouched, and up to two of them are key frames."""
@@ -148,9 +179,9 @@ def test_gaps_of_a_round_are_one_batch(system: CogVideo, monkeypatch: pytest.Mon
     batches = []
     decode = hierarchy.decode
 
-    def counted(model, layout, condition, given, *rest):  # type: ignore[no-untyped-def]
+    def counted(model, layout, condition, given, *rest, **options):  # type: ignore[no-untyped-def]
         batches.append((layout.order, len(given)))
-        return decode(model, layout, condition, given, *rest)
+        return decode(model, layout, condition, given, *rest, **options)
 
     monkeypatch.setattr(hierarchy, "decode", counted)
     clip(system, PROMPTS, [0, 1], settings=settings(rounds=2))

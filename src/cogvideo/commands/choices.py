@@ -13,15 +13,12 @@ import msgspec
 
 from cogvideo.bundle.model import POCKET
 from cogvideo.commands.outputs import Record, check_name, public, read_record
-from cogvideo.commands.prompts import LARGEST_SEED
 from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.data.folders import existing
-from cogvideo.generation.request import ADDED, SamplingOptions, Settings
+from cogvideo.generation.request import ADDED, LARGEST_SEED, MOST_ROUNDS, SamplingOptions, Settings
 
 Type = Literal["auto", "float32", "bfloat16", "float16"]
 T = TypeVar("T")
-MOST_ROUNDS = 6
-"""Rounds of interpolation that give 257 frames in four seconds."""
 FILES = ("image", "extend", "first", "last")
 """Choices that name a file."""
 

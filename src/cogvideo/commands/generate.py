@@ -31,12 +31,12 @@ from cogvideo.commands.outputs import (
     write_clip,
     write_frame,
 )
-from cogvideo.commands.prompts import ANY_SEED, LARGEST_SEED, Prompt, read_prompts
+from cogvideo.commands.prompts import ANY_SEED, Prompt, read_prompts
 from cogvideo.config import InputError, require
 from cogvideo.data.folders import existing
 from cogvideo.data.tables import SPACES
 from cogvideo.devices import default_dtype, slowness, usable
-from cogvideo.generation.request import Request
+from cogvideo.generation.request import LARGEST_SEED, Request
 from cogvideo.media.video import check_rate, read_video
 from cogvideo.pipeline import CogVideoPipeline, Frame, collect
 

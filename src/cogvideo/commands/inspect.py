@@ -12,12 +12,11 @@ import torch
 
 import cogvideo
 from cogvideo.commands.outputs import public
-from cogvideo.commands.prompts import LARGEST_SEED
 from cogvideo.config import require
 from cogvideo.devices import usable
 from cogvideo.evaluation.attention import StageAttention, stage_attention
 from cogvideo.files import write_text
-from cogvideo.generation.request import Request
+from cogvideo.generation.request import LARGEST_SEED, Request
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.report.attention import write_picture
 

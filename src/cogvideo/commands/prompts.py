@@ -21,12 +21,12 @@ from cogvideo.data.tables import (
     read_records,
     whole_number,
 )
+from cogvideo.generation.request import LARGEST_SEED
 from cogvideo.text import is_unicode
 
 COLUMNS = ("prompt", "caption", "text")
 """Columns of a table that may hold the prompts; the first one found does."""
 SEED = "seed"
-LARGEST_SEED = 2**63 - 1
 LONGEST_NAME = 120
 """Bytes of a file name that is made from a prompt."""
 ANY_SEED = -1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from typing import NamedTuple
 
 import torch
@@ -107,6 +107,7 @@ class _Run:
         names = ("image", "sequential", "interpolation")
         children = [spawn(generator, len(names)) for generator in request.generators]
         self.streams = dict(zip(names, zip(*children, strict=True), strict=True))
+        self.finished: dict[int, Int64[Tensor, "batch slots"]] = {}
 
     def check(self, image: bool, key_frames: bool, rounds: int) -> None:
         """Refuse incomplete models and long texts before any work."""
@@ -133,7 +134,7 @@ class _Run:
         return (1 if self.request.last is None else self.gaps) / 2 ** (number + 1)
 
     def frames(self) -> Iterator[Finished]:
-        """Yield given frames, then new ones; frames between given ones are not generated."""
+        """Yield given frames, then new ones; frames between given ones, and finished ones, are not yielded."""
         request = self.request
         step = 2**self.settings.rounds
         given = self.nothing()[0] if request.given is None else request.given
@@ -142,11 +143,13 @@ class _Run:
             context = min(MOST_CONTEXT, 1 + (len(given) - 1) // step)
             start = len(given) - 1 - (context - 1) * step
         num_frames = start + self.gaps * step + 1 - request.loop
+        self.finished = {place - start: codes for place, codes in request.finished.items()}
         for place, codes in enumerate(given):
-            yield Finished("given", place, num_frames, codes.expand(len(request.prompts), -1))
+            if place not in request.finished:
+                yield Finished("given", place, num_frames, codes.expand(len(request.prompts), -1))
         for frame in self.new(given[start::step].expand(len(request.prompts), -1, -1), step):
             place = start + frame.place
-            if len(given) <= place < num_frames:
+            if len(given) <= place < num_frames and place not in request.finished:
                 yield frame._replace(place=place, num_frames=num_frames)
 
     def nothing(self) -> Codes:
@@ -167,7 +170,7 @@ class _Run:
             longer = codes.new_zeros(len(codes), 2 * codes.shape[1] - 1, codes.shape[2])
             longer[:, ::2] = codes
             for frame in self.interpolate(codes, [each[number] for each in noise], self.share(number), step):
-                longer[:, 2 * frame.place // step] = frame.codes
+                longer[:, 2 * frame.place // step] = self.finished.get(frame.place, frame.codes)
                 yield frame
             codes, step = longer, step // 2
 
@@ -180,11 +183,16 @@ class _Run:
         layout = SequenceLayout.sequential(self.layout)
         again = given[:, : int(self.request.loop)]
         codes = [*given.unbind(1)]
-        wanted = layout.num_frames - len(codes) - again.shape[1]
+        count = layout.num_frames - again.shape[1]
+        known = takewhile(self.finished.__contains__, range(len(codes) * step, count * step, step))
+        finished = [self.finished[place] for place in known]
+        codes += finished
+        wanted = count - len(codes)
         if wanted:
             model = self.system.sequential
             condition = self.condition(1.0, self.settings.later.guidance)
-            drawn = self.decode(model, layout, condition, given, self.streams["sequential"], self.settings.later)
+            streams = self.streams["sequential"]
+            drawn = self.decode(model, layout, condition, given, streams, self.settings.later, finished)
             for place, frame in islice(drawn, wanted):  # later frames are never generated
                 codes.append(frame)
                 yield Finished("sequential", place * step, 0, frame)
@@ -192,6 +200,9 @@ class _Run:
 
     def image(self) -> Iterator[Finished]:
         """Generate the first frame."""
+        if 0 in self.finished:
+            yield Finished("image", 0, 0, self.finished[0])
+            return
         model = self.system.image_model
         layout = SequenceLayout.text_to_image(self.layout)
         first = self.settings.first
@@ -207,12 +218,14 @@ class _Run:
         given: Codes,
         generators: Sequence[torch.Generator],
         sampling: SamplingConfig,
+        finished: Sequence[Int64[Tensor, "batch slots"]] = (),
     ) -> Iterator[tuple[int, Int64[Tensor, "batch slots"]]]:
-        """Generate the frames that a stage adds, with their places in its sequence."""
+        """Generate the frames that a stage adds after finished ones, with their places in its sequence."""
         noise = GumbelNoise(generators, layout.num_frames, layout.frame_slots, model.base.config.num_codes)
         labels = self.system.cluster_labels
         passes = self.settings.passes
-        for frame in decode(model, layout, condition, given, noise, sampling, labels, passes):
+        done = torch.stack([*finished], 1) if finished else None
+        for frame in decode(model, layout, condition, given, noise, sampling, labels, passes, finished=done):
             yield frame.place, frame.codes.cpu()
 
     def interpolate(
@@ -232,11 +245,10 @@ class _Run:
         for first in range(0, len(spans), at_once):
             part = slice(first, first + at_once)
             rows = [generator for stream in streams for generator in stream[part]]
-            for number, place, drawn in self.fill(layout, condition, codes, spans[part], rows):
+            for number, place, drawn in self.fill(layout, condition, codes, spans[part], rows, step):
                 span = spans[first + number]
-                place += 2 * span.start
-                if place > 2 * span.filled:
-                    yield Finished("interpolation", place * step // 2, 0, drawn)
+                if place > span.repeated:
+                    yield Finished("interpolation", (2 * span.start + place) * step // 2, 0, drawn)
 
     def fill(
         self,
@@ -245,13 +257,24 @@ class _Run:
         codes: Codes,
         spans: list[_Span],
         rows: Sequence[torch.Generator],
+        step: int,
     ) -> Iterator[tuple[int, int, Int64[Tensor, "batch slots"]]]:
         """Generate the frames that some sequences add: number of the sequence, place in it, codes."""
         given = torch.stack([codes[:, span.start : span.start + layout.num_bidirectional] for span in spans], 1)
+        finished: list[Tensor] = []
+        for place in layout.order[layout.num_bidirectional :]:
+            places = [(2 * span.start + place) * step // 2 for span in spans]
+            if not self.finished.keys() >= set(places) or any(place <= span.repeated for span in spans):
+                break
+            known = [self.finished[each] for each in places]
+            yield from ((number, place, each) for number, each in enumerate(known))
+            finished.append(rearrange(known, "spans batch slots -> (batch spans) slots"))
+        if layout.num_bidirectional + len(finished) == layout.num_frames:
+            return
         given = rearrange(given, "batch spans frames slots -> (batch spans) frames slots")
         model = self.system.interpolation
         condition = _repeat(condition, len(spans))
-        for place, drawn in self.decode(model, layout, condition, given, rows, self.settings.later):
+        for place, drawn in self.decode(model, layout, condition, given, rows, self.settings.later, finished):
             of_spans = rearrange(drawn, "(batch spans) slots -> spans batch slots", spans=len(spans))
             for number, each in enumerate(of_spans):
                 yield number, place, each
@@ -263,6 +286,11 @@ class _Span(NamedTuple):
     start: int
     filled: int
     """Frame up to which the gaps belong to earlier sequences."""
+
+    @property
+    def repeated(self) -> int:
+        """Place in the sequence up to which new frames repeat those of earlier sequences."""
+        return 2 * (self.filled - self.start)
 
 
 def _spans(num_frames: int, width: int) -> list[_Span]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from jaxtyping import Int64
@@ -18,6 +18,9 @@ from cogvideo.text import is_visible
 
 MOST_CONTEXT = 2
 """Number of last key frames of an extended clip that new ones continue; two frames show the model motion."""
+MOST_ROUNDS = 6
+"""Rounds of interpolation that give 257 frames in four seconds."""
+LARGEST_SEED = 2**63 - 1
 ADDED: dict[str, float] = {"top_k": 0, "top_p": 1.0, "cluster_temperature": 0.89}
 ADDED |= {f"first_{name}": value for name, value in ADDED.items()}
 ADDED |= {"superres_top_k": 0, "superres_top_p": 1.0, "superres_cluster_temperature": 0.6}
@@ -159,6 +162,9 @@ class Request:
     """End with the first frame again. It is left out of the clip, which then repeats without a jump."""
     durations: Sequence[float] = ()
     """Seconds that the key frames of each clip span; by default, the duration of the settings."""
+    finished: Mapping[int, Int64[Tensor, "batch slots"]] = field(default_factory=dict)
+    """Frames of an interrupted run of the same request, by place. The others are generated as if there had been no
+    interruption; these are not generated again."""
 
     def __post_init__(self) -> None:
         require(isinstance(self.loop, bool), f"loop is {self.loop!r:.60}, expected True or False")
