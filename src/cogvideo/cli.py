@@ -65,6 +65,10 @@ COMMANDS = {
     "evaluate distribution": Command(
         "cogvideo.commands.evaluate_distribution:distribution", "Compare clips with real ones: FVD and its kin."
     ),
+    "evaluate ucf101": Command(
+        "cogvideo.commands.evaluate_paper:ucf101", "Measure FVD and Inception Score on UCF-101."
+    ),
+    "evaluate kinetics600": Command("cogvideo.commands.evaluate_paper:kinetics600", "Measure FVD on Kinetics-600."),
     "study new": Command("cogvideo.commands.study:new", "Set up a blind study of clips from several systems."),
     "study serve": Command("cogvideo.commands.study:serve", "Serve the web page where raters compare clips."),
     "study report": Command("cogvideo.commands.study:report", "Write the results of a study as a page and tables."),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,10 +40,7 @@ def distribution(
     c3d_weights: Path | None = None,
     c3d_mean: Path | None = None,
     pairs: Perceptual | None = None,
-    device: str = "auto",
-    engine: Literal["local", "ray"] = "local",
-    workers: int = 0,
-    ray_address: str | None = None,
+    machines: Machines = Machines(),  # noqa: B008  # frozen
     json: Path | None = None,
     recipe: Path | None = None,  # read by the command line
 ) -> None:
@@ -68,10 +64,7 @@ def distribution(
         c3d_weights: File with the weights of C3D (.npz), for Inception Score.
         c3d_mean: File with the mean clip of C3D (.npz).
         pairs: Network of LPIPS, vgg or alexnet, to compare clips of the same name.
-        device: Device to run on: cpu, cuda for all GPUs, cuda:0, or auto.
-        engine: Processes on this machine, or Ray Data (needs the extra ray).
-        workers: Number of processes; 0 for one per core, or one per GPU.
-        ray_address: Address of a Ray cluster that shares the folders and the cache; a local one is started by default.
+        machines: Devices and processes.
         json: File for the figures with everything that they depend on.
         recipe: TOML file with a table of options for this command. Options on the command line take precedence.
 
@@ -79,29 +72,39 @@ def distribution(
         ValueError: a source, a network or a setting cannot be used.
         OSError: the cache or the file cannot be written.
     """
-    require((c3d_weights is None) == (c3d_mean is None), "got one of --c3d-weights and --c3d-mean, expected both")
     require(json is None or not json.is_dir(), f"{json} is a folder, expected a file")
-    if engine == "ray":
-        import_module("ray")  # if it is missing, that is said before anything is done
-    given: dict[str, Any] = {"clips": clips, "frames": frames, "step": step, "size": size}
+    given: dict[str, Any] = {"clips": clips, "score_clips": clips, "frames": frames, "step": step, "size": size}
     chosen = replace(PROTOCOLS[protocol], **{name: value for name, value in given.items() if value is not None})
-    networks = Networks(
-        i3d(network or fetched("i3d"), chosen, not unproven),
-        not unproven,
-        c3d(c3d_weights, c3d_mean) if c3d_weights and c3d_mean else None,
-        lpips(fetched(f"lpips-{pairs}"), pairs) if pairs else None,
-    )
+    networks = load_networks(chosen, network, unproven, c3d_weights, c3d_mean)
+    if pairs is not None:
+        networks = replace(networks, lpips=lpips(fetched(f"lpips-{pairs}"), pairs))
     reading = Reading(chosen, fps, Tokenizer.of(model) if model else None)
-    machines = Machines(device, engine, workers, ray_address)
     result = Comparing(reading, networks, machines, seed).compare(real, generated)
-    _show(result, protocol, chosen)
+    show(result, protocol, chosen)
     if json is not None:
-        described = _described(result, protocol, chosen, networks, reading, seed)
-        write_text(json, json_format.dumps(described, indent=1, ensure_ascii=False) + "\n")
-        print(json)
+        write_json(json, describe(result, protocol, networks, reading, seed))
 
 
-def _show(result: Comparison, name: str, protocol: Protocol) -> None:
+def load_networks(
+    protocol: Protocol, network: Path | None, unproven: bool, c3d_weights: Path | None, c3d_mean: Path | None
+) -> Networks:
+    """I3D, and C3D if its files are given.
+
+    Raises:
+        ValueError: a network cannot be used, or one of the files of C3D is missing.
+    """
+    require((c3d_weights is None) == (c3d_mean is None), "got one of --c3d-weights and --c3d-mean, expected both")
+    judge = i3d(network or fetched("i3d"), protocol, not unproven)
+    return Networks(judge, not unproven, c3d(c3d_weights, c3d_mean) if c3d_weights and c3d_mean else None)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write figures with all that they depend on."""
+    write_text(path, json_format.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    print(path)
+
+
+def show(result: Comparison, name: str, protocol: Protocol) -> None:
     """Print the figures, what they depend on, and warnings."""
     console = Console(highlight=False)
     console.print(f"real: {result.real}")
@@ -142,13 +145,11 @@ def warnings(result: Comparison) -> Iterator[str]:
         yield "the files are coded differently, which alone moves FVD"
 
 
-def _described(
-    result: Comparison, name: str, protocol: Protocol, networks: Networks, reading: Reading, seed: int
-) -> dict[str, Any]:
+def describe(result: Comparison, name: str, networks: Networks, reading: Reading, seed: int) -> dict[str, Any]:
     """All that somebody needs to measure the same again, and the figures."""
     return {
         **provenance(),
-        "protocol": {"name": name, **asdict(protocol)},
+        "protocol": {"name": name, **asdict(reading.protocol)},
         "fps": reading.fps,
         "seed": seed,
         "i3d": networks.i3d.identity,

@@ -16,6 +16,7 @@ from cogvideo.evaluation.features import Extractor, Judge, Machines, extract, on
 from cogvideo.evaluation.footage import Drawn, Excerpt, Reading, draw
 from cogvideo.evaluation.protocols import Protocol
 
+INCEPTION_SCORE = "Inception Score"
 SAME_RATE = 0.01
 """Difference of rates that counts as none, as a share."""
 
@@ -132,18 +133,21 @@ class Comparing:
             OSError: the cache cannot be written.
         """
         protocol, reading, seed = self._protocol, self._reading, self._seed
-        drawn = draw(real, reading, protocol.real, 2 * protocol.clips, seed)
-        made = draw(generated, reading, "start", protocol.clips, seed)
-        self._count = count = min(protocol.clips, len(drawn.excerpts), len(made.excerpts))
-        others = made.excerpts[:count]
-        self._names = [each.footage.id for each in drawn.excerpts]
-        check_alike([*drawn.excerpts, *others], protocol)
-        figures = self._distances(drawn.excerpts, others)
+        scored = 0 if self._networks.c3d is None else protocol.score_clips
+        drawn = draw(real, reading, protocol.real, max(2 * protocol.clips, scored), seed)
+        made = draw(generated, reading, "start", max(protocol.clips, scored), seed)
+        check_alike([*drawn.excerpts, *made.excerpts], protocol)
+        true = drawn.excerpts[: 2 * protocol.clips]
+        self._count = min(protocol.clips, len(true), len(made.excerpts))
+        others = made.excerpts[: self._count]
+        self._names = [each.footage.id for each in true]
+        figures = self._distances(true, others)
         if self._networks.c3d is not None:
-            figures += self._scores(drawn.excerpts, others, self._networks.c3d)
+            count = min(scored, len(drawn.excerpts), len(made.excerpts))
+            figures += self._scores(drawn.excerpts[:count], made.excerpts[:count], self._networks.c3d)
         if self._networks.lpips is not None:
             figures.append(self._pairs(real, generated, self._networks.lpips))
-        real_side = Side.of_excerpts(real, drawn, drawn.excerpts[:count])
+        real_side = Side.of_excerpts(real, drawn, true[: self._count])
         return Comparison(real_side, Side.of_excerpts(generated, made, others), figures)
 
     def _features(self, title: str, judge: Judge, excerpts: Sequence[Excerpt]) -> Float[Tensor, "clips features"]:
@@ -178,10 +182,10 @@ class Comparing:
 
     def _scores(self, real: list[Excerpt], generated: list[Excerpt], judge: Judge) -> list[Figure]:
         """Inception Scores of real and generated clips."""
-        count, protocol = self._count, self._protocol
+        count, protocol = len(real), self._protocol
         least = 2 * protocol.splits
         require(count >= least, f"got {count} clips, expected {least} or more for Inception Score in this protocol")
-        sides = {"real": real[:count], "generated": generated}
+        sides = {"real": real, "generated": generated}
         logits = {name: self._features(f"C3D of {name} clips", judge, each) for name, each in sides.items()}
 
         def score(logits: Tensor) -> float:
@@ -191,7 +195,7 @@ class Comparing:
             of_real = score(logits["real"])
             return [
                 Figure(
-                    "Inception Score",
+                    INCEPTION_SCORE,
                     name,
                     count,
                     score(each),

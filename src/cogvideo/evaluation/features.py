@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -206,16 +207,20 @@ def one_thread() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Machines:
-    """Where features are made."""
+    """Devices and processes."""
 
     device: str = "auto"
-    """Device to run on."""
+    """Device to run on: cpu, cuda for all GPUs, cuda:0, or auto."""
     engine: Literal["local", "ray"] = "local"
-    """Processes on this machine, or Ray Data."""
+    """Processes on this machine, or Ray Data (needs the extra ray)."""
     workers: int = 0
     """Number of processes; 0 for one per core, or one per GPU."""
     ray_address: str | None = None
-    """Address of a Ray cluster."""
+    """Address of a Ray cluster that shares the folders and the cache; a local one is started by default."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "ray":
+            import_module("ray")  # if it is missing, that is said before anything is done
 
     @property
     def kind(self) -> str:
@@ -269,7 +274,7 @@ def _kept(file: Path) -> NDArray[np.float32] | None:
 
 
 @contextmanager
-def progress(title: str, total: int, completed: int) -> Iterator[OnClip]:
+def progress(title: str, total: int, completed: int) -> Iterator[Callable[..., None]]:
     """A bar over clips, of which some are done."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

@@ -122,6 +122,8 @@ class Reading:
     """Frames a second at which files are read; their own by default."""
     tokenizer: Tokenizer | None = None
     """Tokenizer of prepared data and reconstructions."""
+    caption_columns: tuple[str, ...] = ()
+    """Columns of a table with captions; by default, captions are not read."""
 
     def find(self, source: str) -> list[Item | Row]:
         """Clips of a source in the order of their names, before they are looked at.
@@ -131,7 +133,7 @@ class Reading:
         """
         if (Path(source) / CARD).is_file():
             return self._find_rows(Path(source))
-        listing = list_source(source, SourceOptions(caption_columns=(), validation=0))
+        listing = list_source(source, SourceOptions(self.caption_columns, validation=0))
         if listing.rejected:
             first, number = listing.rejected[0], len(listing.rejected)
             raise InputError(f"{source}: clips that cannot be used: {number}, the first is {first.id}: {first.reason}")
@@ -251,7 +253,7 @@ def draw(source: str, reading: Reading, where: Where, count: int, seed: int) -> 
     windows = [footage.num_frames - span + 1 for footage in long]
     if where == "anywhere":
         ends = np.cumsum(windows)
-        chosen = random.choice(ends[-1], min(count, int(ends[-1])), replace=False)
+        chosen = random.permutation(ends[-1])[:count]  # more clips begin with the same ones
         numbers = np.searchsorted(ends, chosen, "right")
         firsts = chosen - (ends - windows)[numbers]
         excerpts = [Excerpt(long[number], int(first)) for number, first in zip(numbers, firsts, strict=True)]

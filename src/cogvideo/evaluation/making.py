@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
@@ -20,6 +20,8 @@ from cogvideo.evaluation.subjects import FPS, NUM_FRAMES, Clip, Prompt
 from cogvideo.files import replacing
 from cogvideo.generation.request import ADDED, SamplingOptions, Settings
 from cogvideo.pipeline import CogVideoPipeline, Frame, collect
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,40 @@ def generate(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Maki
     return [resized(clip, SIZE) for clip in collect(start(pipeline, prompts, making), FPS).frames]
 
 
+def fill(
+    files: Sequence[Path],
+    make: Callable[[list[int]], list[T]],
+    write: Callable[[Path, T], None],
+    batch: int,
+    on_clips: Callable[[int], None],
+) -> None:
+    """Make the files that are missing.
+
+    Batches are those of all files, whatever is missing, so that an interrupted call and a later one write the same bits
+    as one call, on any device.
+
+    Args:
+        files: one for each clip.
+        make: clips of some numbers of files.
+        write: writes a file that is whole or not there.
+        batch: clips made at once.
+        on_clips: called with the number of files that were added.
+    """
+    for start in range(0, len(files), batch):
+        numbers = list(range(start, min(start + batch, len(files))))
+        missing = [number for number in numbers if not files[number].exists()]
+        if missing:
+            clips = dict(zip(numbers, make(numbers), strict=True))
+            for number in missing:
+                write(files[number], clips[number])
+            on_clips(len(missing))
+
+
+def _write(path: Path, clip: Clip) -> None:
+    with replacing(path) as file:
+        np.savez_compressed(file, clip=clip)
+
+
 class Shelf:
     """A folder of clips by the names of their prompts, made if it is not there; each file is whole or not there."""
 
@@ -75,15 +111,8 @@ class Shelf:
         return [number for number, file in enumerate(self._files) if not file.exists()]
 
     def fill(self, make: Callable[[list[int]], list[Clip]], batch: int, on_clips: Callable[[int], None]) -> None:
-        """Make the clips that are missing, a batch at once: `make` gets the numbers of some prompts, and `on_clips` the
-        number of clips that were added."""
-        missing = self.missing
-        for start in range(0, len(missing), batch):
-            numbers = missing[start : start + batch]
-            for number, clip in zip(numbers, make(numbers), strict=True):
-                with replacing(self._files[number]) as file:
-                    np.savez_compressed(file, clip=clip)
-            on_clips(len(numbers))
+        """Make the clips that are missing; see `fill`."""
+        fill(self._files, make, _write, batch, on_clips)
 
     def __iter__(self) -> Iterator[Clip]:
         """The clips in the order of the prompts."""

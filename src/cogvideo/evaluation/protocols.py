@@ -60,6 +60,8 @@ class Protocol:
     """Seed that shuffles clips for it; None keeps their order."""
     clips: int = RELIABLE
     """Number of clips on each side."""
+    score_clips: int = RELIABLE
+    """Number of clips of the Inception Score."""
     frames: int = 16
     """Frames of a clip."""
     step: int = 1
@@ -67,6 +69,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         require(self.clips > 1, f"clips is {self.clips}, expected 2 or more")
+        require(self.score_clips > 1, f"score_clips is {self.score_clips}, expected 2 or more")
         require(self.frames >= LEAST_FRAMES, f"frames is {self.frames}, expected {LEAST_FRAMES} or more, for I3D")
         require(self.step > 0, f"step is {self.step}, expected a positive number of frames")
         require(self.size is None or self.size > 0, f"size is {self.size}, expected a positive number of pixels")
@@ -136,6 +139,7 @@ PROTOCOLS = {
         splits=1,
         score_eps=1e-20,
         score_seed=None,
+        score_clips=10_000,
     ),
     "stylegan-v": Protocol(
         resize="half-pixel",

@@ -1,0 +1,112 @@
+"""Official lists of the data sets that the paper measures on: real videos, and texts of their classes.
+
+UCF-101 has `classInd.txt`, `trainlist01.txt` and `testlist01.txt` (to 03), and videos `CLASS/v_CLASS_g01_c01.avi`.
+Kinetics-600 has a CSV with `label,youtube_id,time_start,time_end,split`, and videos `LABEL/ID_000010_000020.mp4`.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from cogvideo.config import InputError, require
+
+Split = Literal["train", "test", "all"]
+Language = Literal["english", "chinese"]
+COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+"""Columns of Kinetics that are read."""
+SUFFIXES = (".mp4", ".webm", ".mkv", ".avi")
+"""Suffixes of Kinetics' videos, which depend on who downloaded them."""
+CHINESE = Path(__file__).with_name("ucf101_chinese.tsv")
+"""Names of UCF-101's classes in Chinese."""
+
+
+class Listed(NamedTuple):
+    """A video of a list."""
+
+    file: Path
+    text: str
+    """Text of its class."""
+
+
+def read_ucf101(lists: Path, videos: Path, split: Split, division: int, language: Language) -> list[Listed]:
+    """Videos of UCF-101. All must be there: none vanish, as they come in one archive.
+
+    Args:
+        lists: folder with the official lists.
+        videos: folder of the classes' folders.
+        split: part of the data set; all is both.
+        division: number of the official division, 1 to 3.
+        language: language of the texts.
+
+    Raises:
+        ValueError: a list is none, names an unknown class, or a video is missing.
+        OSError: a list is missing.
+    """
+    classes = lists / "classInd.txt"
+    texts = _texts(classes, language)
+    found = []
+    for part in ("train", "test") if split == "all" else (split,):
+        path = lists / f"{part}list{division:02}.txt"
+        for line in _lines(path):
+            name = line.split()[0]
+            category = name.partition("/")[0]
+            require(category in texts, f"{path} has {name!r:.80}, expected CLASS/FILE.avi with a class of {classes}")
+            found.append(Listed(videos / name, texts[category]))
+    missing = [str(each.file) for each in found if not each.file.is_file()]
+    first = next(iter(missing), "")
+    require(not missing, f"{videos} lacks {len(missing)} of {len(found)} listed videos, the first is {first}")
+    return found
+
+
+def _texts(classes: Path, language: Language) -> dict[str, str]:
+    """Texts of classes by their official names, such as HorseRiding."""
+    names = [line.split()[-1] for line in _lines(classes)]
+    if language == "english":
+        return {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in names}
+    chinese = dict(line.split("\t") for line in _lines(CHINESE))
+    unknown = sorted(set(names) - chinese.keys())
+    require(not unknown, f"{classes} has {', '.join(unknown)}, expected classes of UCF-101")
+    return {name: chinese[name] for name in names}
+
+
+def read_kinetics(table: Path, videos: Path) -> tuple[list[Listed], int]:
+    """Videos of Kinetics that are there, and the number of others, as many vanished from the web.
+
+    Args:
+        table: official CSV, such as that of the test split.
+        videos: folder of the videos, or of the labels' folders.
+
+    Raises:
+        ValueError: the table is none, or none of its videos is there.
+        OSError: the table is missing.
+    """
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        lacking = [each for each in COLUMNS if each not in (rows.fieldnames or ())]
+        require(not lacking, f"{table} has no column {', '.join(lacking)}, expected {', '.join(COLUMNS)}")
+        listed = [_kinetics(table, videos, rows.line_num, row) for row in rows]
+    found = [each for each in listed if each.file.is_file()]
+    first = f", the first is {listed[0].file}" if listed else ""
+    require(len(found) > 0, f"{videos} has none of the {len(listed)} listed videos{first}")
+    return found, len(listed) - len(found)
+
+
+def _kinetics(table: Path, videos: Path, line: int, row: dict[str, str]) -> Listed:
+    try:
+        start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
+    except (ValueError, OverflowError, TypeError):
+        got = f"time_start {row['time_start']!r:.20} and time_end {row['time_end']!r:.20}"
+        raise InputError(f"{table}, line {line}: got {got}, expected seconds") from None
+    stem = f"{row['youtube_id']}_{start:06}_{end:06}"
+    places = [folder / f"{stem}{suffix}" for folder in (videos / row["label"], videos) for suffix in SUFFIXES]
+    return Listed(next((each for each in places if each.is_file()), places[0]), row["label"])
+
+
+def _lines(path: Path) -> Iterator[str]:
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        if line.strip():
+            yield line

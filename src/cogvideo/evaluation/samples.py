@@ -1,0 +1,115 @@
+"""Clips by the paper's protocols: from the names of classes, or as continuations of real clips."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from cogvideo.config import require
+from cogvideo.data.sources import Item
+from cogvideo.evaluation.footage import Reading, draw
+from cogvideo.evaluation.lists import Listed
+from cogvideo.evaluation.making import Making
+from cogvideo.evaluation.protocols import Pixels, Protocol
+from cogvideo.evaluation.subjects import Prompt
+from cogvideo.files import write_text
+from cogvideo.generation.request import Request
+from cogvideo.media.video import read_video
+from cogvideo.pipeline import CogVideoPipeline, collect
+
+GIVEN = 5
+"""Leading frames that prediction is given."""
+ROUNDS = 2
+"""Rounds of interpolation: 17 frames, of which the first 16 count."""
+
+
+def of_classes(texts: Sequence[str], count: int, seed: int) -> list[Prompt]:
+    """Clips of classes, each about equally often; clip n has the seed `seed + n`."""
+    return [Prompt.of("class", number, texts[number % len(texts)], seed) for number in range(count)]
+
+
+def of_videos(items: Sequence[Item], seed: int) -> list[Prompt]:
+    """Clips that continue real ones; clip n has the seed `seed + n`."""
+    return [Prompt(Path(str(item.media)).stem, item.captions[0], seed + n) for n, item in enumerate(items)]
+
+
+def write_table(path: Path, listed: Iterable[Listed]) -> None:
+    """Write a table of whole videos."""
+    _write_rows(path, [{"file": str(each.file.resolve()), "caption": each.text} for each in listed])
+
+
+def write_windows(path: Path, videos: Path, reading: Reading, seed: int) -> None:
+    """Write a table of the parts of real videos that are continued: a random one of each; short ones are left out.
+
+    Args:
+        path: table to write.
+        videos: table of whole videos.
+        reading: how they are read, with captions.
+        seed: of the choice.
+
+    Raises:
+        ValueError: a video cannot be read, or fewer than two are long enough.
+    """
+    span = reading.protocol.span
+    rows = []
+    for excerpt in draw(str(videos), reading, "random", reading.protocol.clips, seed).excerpts:
+        item, fps = excerpt.footage.media, excerpt.footage.fps
+        assert isinstance(item, Item)
+        start, end = excerpt.first / fps, (excerpt.first + span) / fps
+        rows.append({"file": str(item.media), "caption": item.captions[0], "start": start, "end": end})
+    _write_rows(path, rows)
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+class Maker:
+    """A model that generates clips of a protocol.
+
+    Args:
+        pipeline: the model.
+        making: how clips are made.
+        protocol: their frames and size.
+        fps: frames per second.
+
+    Raises:
+        ValueError: the model generates too few frames.
+    """
+
+    def __init__(self, pipeline: CogVideoPipeline, making: Making, protocol: Protocol, fps: float) -> None:
+        settings = replace(making.settings(pipeline.model.config), rounds=ROUNDS)
+        got, expected = pipeline.num_frames(settings), protocol.frames
+        require(got >= expected, f"the model generates {got} frames in {ROUNDS} rounds, expected {expected} or more")
+        self._pipeline, self._protocol, self._fps = pipeline, protocol, fps
+        self._settings = replace(settings, duration=(got - 1) / fps)
+
+    def generate(self, prompts: Sequence[Prompt], given: Int64[Tensor, "given slots"] | None = None) -> list[Pixels]:
+        """The first frames of some prompts' clips, generated as one batch.
+
+        Raises:
+            ValueError: a prompt cannot be used, or there is too little memory.
+        """
+        generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+        request = Request([prompt.text for prompt in prompts], generators, self._settings, given)
+        return [*collect(self._pipeline.frames(request), self._fps).frames[:, : self._protocol.frames]]
+
+    def predict(self, prompt: Prompt, real: Item) -> Pixels:
+        """The first frames of a real clip and their continuation, at the protocol's size.
+
+        Raises:
+            VideoError: the real clip cannot be read.
+        """
+        protocol = self._protocol
+        assert isinstance(real.media, Path)
+        first = read_video(real.media, self._fps, start=real.start, end=real.end, max_frames=GIVEN).frames
+        (clip,) = self.generate([prompt], self._pipeline.encode(first))
+        return np.concatenate([protocol.reduced(each, protocol.size) for each in (first, clip[GIVEN:])])
