@@ -65,6 +65,9 @@ COMMANDS = {
     "evaluate distribution": Command(
         "cogvideo.commands.evaluate_distribution:distribution", "Compare clips with real ones: FVD and its kin."
     ),
+    "evaluate text": Command(
+        "cogvideo.commands.evaluate_text:text", "Measure how well frames match captions: CLIPSIM."
+    ),
     "evaluate ucf101": Command(
         "cogvideo.commands.evaluate_paper:ucf101", "Measure FVD and Inception Score on UCF-101."
     ),
@@ -80,7 +83,7 @@ COMMANDS = {
 
 PACKAGES = {
     "train": ("jinja2", "matplotlib", "pyarrow", "tensorboard"),
-    "eval": ("choix", "google_crc32c", "krippendorff", "pypi_simple"),
+    "eval": ("choix", "google_crc32c", "krippendorff", "pypi_simple", "transformers"),
     "web": ("starlette", "uvicorn"),
     "ray": ("ray",),
     "wandb": ("wandb",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -354,10 +354,24 @@ def locate(name: str | PathLike[str]) -> Path:
     if folder.is_dir():
         return folder
     hint = "pass the folder of a bundle, the id of one on the Hugging Face Hub (owner/name), or pocket"
-    require(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None, f"there is no folder {folder}: {hint}")
+    return download(str(name), ("*.json", "*.safetensors", "*.model"), hint)
+
+
+def download(name: str, patterns: Sequence[str], hint: str) -> Path:
+    """A folder with files of a model on the Hugging Face Hub.
+
+    Args:
+        name: id of the model, owner/name.
+        patterns: names of the files.
+        hint: end of the error message.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    require(re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None, f"there is no folder {name}: {hint}")
     from huggingface_hub import snapshot_download  # takes a third of a second, and most bundles are folders
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # what it raises depends on its version and on the HTTP library that it uses
-        raise InputError(f"there is no folder {folder}, and none came from the Hub ({error}): {hint}") from error
+        raise InputError(f"there is no folder {name}, and none came from the Hub ({error}): {hint}") from error

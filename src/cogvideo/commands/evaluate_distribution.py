@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cogvideo.config import require
-from cogvideo.evaluation.comparison import Comparing, Comparison, Networks
+from cogvideo.evaluation.comparison import Comparing, Comparison, Figure, Networks
 from cogvideo.evaluation.features import Machines, c3d, i3d, lpips
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.networks.cache import fetched
@@ -111,16 +111,17 @@ def show(result: Comparison, name: str, protocol: Protocol) -> None:
     console.print(f"generated: {result.generated}")
     size = "the size of the files" if protocol.size is None else f"{protocol.size} x {protocol.size} pixels"
     console.print(f"protocol {name}: {protocol.frames} frames, step {protocol.step}, at {size}")
-    console.print(_table(result))
+    console.print(figures_table(result.figures))
     for warning in warnings(result):
         console.print(f"warning: {warning}")
 
 
-def _table(result: Comparison) -> Table:
+def figures_table(figures: Sequence[Figure]) -> Table:
+    """A row for each figure."""
     table = Table()
     for column in ("figure", "clips", "N", "value", "95 % interval", "real / real", "N to infinity"):
         table.add_column(column, justify="left" if column in ("figure", "clips") else "right")
-    for each in result.figures:
+    for each in figures:
         low, high = each.interval
         floor = "-" if each.real is None else _number(each.real)
         if each.real is not None and each.real_clips != each.clips:

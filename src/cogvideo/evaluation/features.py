@@ -25,13 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.backends import cudnn
 
+from cogvideo.config import require
 from cogvideo.data.encoding import ahead
 from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
 from cogvideo.data.shards import digest
 from cogvideo.evaluation.footage import Excerpt, Reading
 from cogvideo.evaluation.networks.c3d import load_c3d
 from cogvideo.evaluation.networks.cache import cache_folder
-from cogvideo.evaluation.networks.i3d import load_i3d
+from cogvideo.evaluation.networks.i3d import LEAST_FRAMES, load_i3d
 from cogvideo.evaluation.protocols import Pixels, Protocol
 from cogvideo.files import replacing
 from cogvideo.media.video import VideoError
@@ -70,8 +71,10 @@ def i3d(path: Path, protocol: Protocol, proven: bool = True) -> Judge:
         proven: whether the weights must be those of FVD.
 
     Raises:
-        ValueError: they are not, or cannot be read.
+        ValueError: they are not, or cannot be read, or clips are too short for I3D.
     """
+    frames = protocol.frames
+    require(frames >= LEAST_FRAMES, f"frames is {frames}, expected {LEAST_FRAMES} or more, for I3D")
     load_i3d(path, proven=proven)  # features in the cache prove nothing
     identity = ("i3d", file_sha256(path), protocol.eps, protocol.resize)
     return Judge(identity, partial(_load_i3d, path, protocol, proven))

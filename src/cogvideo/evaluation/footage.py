@@ -61,6 +61,13 @@ class Footage:
     """Codec or format."""
 
     @property
+    def captions(self) -> tuple[str, ...]:
+        """Captions of the clip; none of a file unless they were read."""
+        if isinstance(self.media, Row):
+            return _dataset(self.media.dataset).row(self.media.number).captions
+        return self.media.captions
+
+    @property
     def content(self) -> str:
         """Hash of what is read."""
         if isinstance(self.media, Row):

@@ -1,0 +1,113 @@
+"""`cogvideo evaluate text`: options to CLIPSIM, its table and its file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib import import_module
+from pathlib import Path
+
+from rich.console import Console
+from torch import Tensor
+
+from cogvideo.commands.evaluate_distribution import figures_table, write_json
+from cogvideo.config import require
+from cogvideo.data.tables import CAPTION_COLUMNS
+from cogvideo.evaluation.comparison import Figure
+from cogvideo.evaluation.distribution import Metric, interval
+from cogvideo.evaluation.features import Machines, one_thread
+from cogvideo.evaluation.footage import Reading, Tokenizer
+from cogvideo.evaluation.protocols import PROTOCOLS
+from cogvideo.evaluation.similarity import Similarity, Which, fingerprint, is_vit_b32, locate_clip
+from cogvideo.runs import provenance
+
+
+def text(
+    generated: str,
+    /,
+    *,
+    real: str | None = None,
+    network: str = "openai/clip-vit-base-patch32",
+    captions: Which = "random",
+    caption_columns: tuple[str, ...] = CAPTION_COLUMNS[:1],
+    clips: int = 2990,
+    frames: int = 16,
+    step: int = 1,
+    fps: float | None = None,
+    seed: int = 0,
+    model: str | None = None,
+    machines: Machines = Machines(),  # noqa: B008  # frozen
+    json: Path | None = None,
+    recipe: Path | None = None,  # read by the command line
+) -> None:
+    """Measure CLIPSIM: the similarity of captions and frames, by CLIP. Run an interrupted command again to continue.
+
+    With real clips of the same captions, also relative matching: CLIPSIM of the generated clips over that of real ones.
+
+    Args:
+        generated: Folder of videos with captions or sidecars, table, WebDataset tar or prepared data with the clips.
+        real: Folder, table, tar or prepared data with real clips of the same captions.
+        network: Folder of a CLIP model, or its ID on the Hugging Face Hub. CLIPSIM is defined by ViT-B/32.
+        captions: Captions that count: a random one of each clip, or all.
+        caption_columns: Columns of a table with captions, in the language of CLIP; otherwise text or prompt.
+        clips: Maximum number of clips; 2,990 is the test set of MSR-VTT.
+        frames: Number of frames of a clip, from its start.
+        step: Frames of the file from one frame to the next.
+        fps: Frames per second at which files are read; their own by default.
+        seed: Seed of the choice of clips and captions, and of intervals.
+        model: Bundle whose image tokenizer decodes prepared data.
+        machines: Devices and processes.
+        json: File for the figures with everything that they depend on.
+        recipe: TOML file with a table of options for this command. Options on the command line take precedence.
+
+    Raises:
+        ValueError: a source, the network or a setting cannot be used.
+        OSError: the cache or the file cannot be written.
+    """
+    require(json is None or not json.is_dir(), f"{json} is a folder, expected a file")
+    require(len(caption_columns) > 0, "caption_columns is empty, expected one column or more")
+    import_module("transformers")  # if it is missing, that is said before anything is done
+    protocol = replace(PROTOCOLS["tfhub"], clips=clips, frames=frames, step=step)
+    reading = Reading(protocol, fps, Tokenizer.of(model) if model else None, caption_columns)
+    folder = locate_clip(network)
+    similarity = Similarity(folder, reading, machines, captions, seed)
+    sources = {"generated": generated} | ({} if real is None else {"real": real})
+    measured = {name: similarity.measure(source) for name, source in sources.items()}
+    title = "CLIPSIM" if is_vit_b32(folder) else "CLIP similarity (not ViT-B/32)"
+    found = {name: each.similarities for name, each in measured.items()}
+    figures = [_figure(title, name, _mean, [each], seed) for name, each in found.items()]
+    if real is not None:
+        both = [found["generated"], found["real"]]
+        figures.append(_figure("relative matching", "generated / real", _ratio, both, seed))
+    console = Console(highlight=False)
+    for name, each in measured.items():
+        console.print(f"{name}: {each.side}")
+        if each.num_cut:
+            console.print(f"captions longer than CLIP reads, which were cut: {each.num_cut:,}")
+    console.print(figures_table(figures))
+    if json is not None:
+        described = {
+            **provenance(),
+            "network": {"name": network, "sha256": fingerprint(folder), "vit_b32": is_vit_b32(folder)},
+            "captions": captions,
+            "frames": frames,
+            "step": step,
+            "fps": fps,
+            "seed": seed,
+            "sources": {name: asdict(each.side) | {"cut": each.num_cut} for name, each in measured.items()},
+            "figures": [asdict(each) for each in figures],
+        }
+        write_json(json, described)
+
+
+def _figure(name: str, of: str, metric: Metric, sets: Sequence[Tensor], seed: int) -> Figure:
+    with one_thread():
+        return Figure(name, of, len(sets[0]), metric(*sets), interval(metric, sets, seed))
+
+
+def _mean(similarities: Tensor) -> float:
+    return similarities.mean().item()
+
+
+def _ratio(generated: Tensor, real: Tensor) -> float:
+    return (generated.mean() / real.mean()).item()
