@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import write
-from cogvideo.devices import matrix_rate
+from cogvideo.evaluation.features import Encode, Extractor, Job, Judge, Sample
 from cogvideo.evaluation.footage import Reading, draw
 from cogvideo.evaluation.networks.i3d import I3D
 from cogvideo.evaluation.protocols import PROTOCOLS
 from cogvideo.media.video import write_video
 
 CLIPS, SIZE, ROUNDS = 4, 128, 3
+SIDE = 2048
+"""Rows of the matrix."""
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -59,6 +61,12 @@ def convolutions(model: I3D, clip: Tensor) -> tuple[float, float]:
     return seconds(lambda: [plain(x, weight, *others) for x, weight, others in inputs]), operations
 
 
+def matrix_rate() -> float:
+    """Operations per second of a large matrix product."""
+    matrix = torch.randn(SIDE, SIDE)
+    return 2 * SIDE**3 / seconds(lambda: matrix @ matrix)
+
+
 def extraction(folder: Path) -> dict[str, Any]:
     """Clips a second from files, and what they are compared with."""
     random = np.random.default_rng(0)
@@ -70,13 +78,15 @@ def extraction(folder: Path) -> dict[str, Any]:
     excerpts = draw(str(folder), reading, "start", CLIPS, 0).excerpts
     clip = protocol.to_i3d(reading.read(excerpts[0], None))[None]
 
-    def whole() -> None:
-        for each in excerpts:
-            model(protocol.to_i3d(reading.read(each, None))[None])
+    def load(device: str) -> Encode:
+        return lambda clips: model(torch.stack([protocol.to_i3d(frames, device) for (frames,) in clips]))
 
+    extractor = Extractor(Judge(("random",), load), reading)
+    samples = [Sample((each,), folder / f"{number}.npy") for number, each in enumerate(excerpts)]
     alone, operations = convolutions(model, clip)
-    all_of_it, passes = seconds(whole) / CLIPS, seconds(lambda: model(clip))
-    rate = matrix_rate(torch.device("cpu"), torch.float32)
+    all_of_it = seconds(lambda: extractor.make(Job(tuple(samples)))) / CLIPS
+    passes = seconds(lambda: model(clip))
+    rate = matrix_rate()
     return {
         "clips a second": 1 / all_of_it,
         "a pass alone": 1 / passes,
