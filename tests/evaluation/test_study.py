@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cogvideo.evaluation.study import Study
-from cogvideo.media.video import read_rate, read_video, write_video
+from cogvideo.media.video import examine, read_video, write_video
 from rating import COLORS, make_study
 
 
@@ -28,7 +28,7 @@ def test_rate_takes_every_frame_once(suffix: str, fps: float, tmp_path: Path) ->
     frames = np.broadcast_to(levels[:, None, None, None], (20, 16, 16, 3)).copy()
     path = tmp_path / f"clip{suffix}"
     write_video(path, frames, fps)
-    rate = read_rate(path)
+    rate = examine(path).fps
     assert rate == pytest.approx(fps, rel=5e-3)
     found = read_video(path, rate, start=0.5 / rate).frames.mean((1, 2, 3))
     assert found == pytest.approx(levels, abs=3)
@@ -40,7 +40,7 @@ def test_pauses_do_not_change_the_rate(suffix: str, tmp_path: Path) -> None:
     levels = np.array([0, 20, 40, 40, 40, 40, 40, 40, 60, 80, 100], np.uint8)
     path = tmp_path / f"clip{suffix}"
     write_video(path, np.broadcast_to(levels[:, None, None, None], (11, 16, 16, 3)).copy(), 10)
-    rate = read_rate(path)
+    rate = examine(path).fps
     assert read_video(path, rate, start=0.5 / rate).frames.mean((1, 2, 3)) == pytest.approx(levels, abs=3)
 
 

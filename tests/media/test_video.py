@@ -1152,6 +1152,12 @@ def test_facts_of_a_file(tmp_path: Path) -> None:
         assert examine(tmp_path / name) == (codec, 16, 24, 25, pytest.approx(12 / 25, abs=0.006))
     write_video(tmp_path / "slow.mp4", frames[:1], 2)
     assert examine(tmp_path / "slow.mp4").fps == 2
+    still = frames.repeat(3, 0)[:-2]  # each frame but the last is held, which these formats store as one
+    moving = np.concatenate([frames, still])
+    for name in ("a.webp", "a.gif"):
+        write_video(tmp_path / name, moving, 10)
+        facts = examine(tmp_path / name)
+        assert (facts.fps, facts.seconds) == (10, pytest.approx(len(moving) / 10, abs=0.006))
     (tmp_path / "text.mp4").write_text("no video")
     with pytest.raises(VideoError, match=r"text\.mp4"):
         examine(tmp_path / "text.mp4")

@@ -23,7 +23,7 @@ from rich.progress import track
 from cogvideo.config import InputError, from_dict, require
 from cogvideo.evaluation.trials import NOISE, QUESTIONS, REAL, Design, Question, Trial
 from cogvideo.files import TEMPORARY_SUFFIX, sync
-from cogvideo.media.video import read_rate, read_video, write_video
+from cogvideo.media.video import examine, read_video, write_video
 
 DATABASE, CLIPS = "study.sqlite", "clips"
 VERSION = 1
@@ -245,7 +245,7 @@ def _write_clips(
     wanted = [each for each in wanted if each[0] != REAL or each[:2] in noisy]
     Random(design.seed).shuffle(wanted)  # else the times of the files would say whose they are
     for system, prompt, file in track(wanted, "clips", console=Console(stderr=True), transient=True):
-        rate = read_rate(file)
+        rate = examine(file).fps
         frames = read_video(file, rate, size, start=0.5 / rate).frames  # in the middle of each, whatever the rounding
         yield system, prompt, _write(folder, frames, rate)
         if (system, prompt) in noisy:

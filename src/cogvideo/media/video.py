@@ -32,6 +32,9 @@ STILL = 10.0
 ROUNDING = 0.006
 """Seconds by which timestamps in hundredths may be off, a little more than half of one."""
 
+PAUSE = 1.8
+"""Times the shortest step from frame to frame at which a step is a pause."""
+
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp")
 )
@@ -58,7 +61,8 @@ class Facts(NamedTuple):
     width: int
     """Columns of its frames."""
     fps: float
-    """Frames a second, on average; rates near a whole number, or that over 1.001, are these."""
+    """Usual frames a second. Pauses, where writers store equal frames as one, do not count; rates near a whole number,
+    or that over 1.001, are these. At this rate, from half a frame after the start, each frame is read once."""
     seconds: float
     """Time from its first frame to the end of its last."""
 
@@ -118,23 +122,6 @@ def read_video(
         return Video(np.stack([each.pixels for each in seen]), any(each.has_alpha for each in seen))
 
 
-def read_rate(file: Path) -> float:
-    """Usual frames a second of a file: pauses, where equal frames are stored as one, do not count; 25 where unknown.
-
-    Reading at this rate, from half a frame after the start, takes each frame once, also where times are rounded.
-
-    Raises:
-        VideoError: the file cannot be read.
-    """
-    with Naming(file), _opened(file) as content, closing(_read_shots(content, 0.0, 1 / 25)) as shots:
-        begins = [shot.begin for shot in shots]
-    steady = begins[1:] if len(begins) > 2 else begins  # where times are rounded, the first is not
-    gaps = [after - before for before, after in pairwise(steady) if after - before > 1 / MAX_FPS]
-    shortest = min(gaps, default=0.0)
-    usual = [gap for gap in gaps if gap < 1.8 * shortest]
-    return max(MIN_FPS, round(len(usual) / sum(usual), 3)) if usual else 25.0
-
-
 def examine(file: Path | Content) -> Facts:
     """Facts about a file, whose frames are decoded for it, and all but the first one not converted to pixels.
 
@@ -143,14 +130,13 @@ def examine(file: Path | Content) -> Facts:
     """
     with Naming(file), _opened(file) as content:
         with closing(_read_shots(content, 0.0, 1.0)) as shots:
-            first = last = next(shots)
-            height, width, _ = first.see(View()).pixels.shape
-            number = 0
-            for number, last in enumerate(shots, 1):  # noqa: B007 - asked for after the loop
-                pass
+            last = next(shots)
+            height, width, _ = last.see(View()).pixels.shape
+            begins = [last.begin]
+            for last in shots:
+                begins.append(last.begin)
         end = last.begin + last.duration
-        fps = _usual_rate(number, last.begin - first.begin) if number else _usual_rate(1, end)
-        return Facts(_codec(content), height, width, fps, end)
+        return Facts(_codec(content), height, width, _usual_rate(begins, end), end)
 
 
 def _codec(file: Content) -> str:
@@ -163,11 +149,16 @@ def _codec(file: Content) -> str:
     return codec_name(file)
 
 
-def _usual_rate(steps: int, span: float) -> float:
-    """Frames a second of some steps from frame to frame, as it is meant: rounded timestamps do not add up to it."""
-    fps = steps / span
+def _usual_rate(begins: list[float], end: float) -> float:
+    """Frames a second, as they are meant: rounded timestamps do not add up to it, and some frames are held longer."""
+    steady = begins[1:] if len(begins) > 2 else begins  # where times are rounded, the first is not
+    gaps = [after - before for before, after in pairwise(steady) if after - before > 1 / MAX_FPS] or [end]
+    steps = [gap for gap in gaps if gap < PAUSE * min(gaps)]
+    span = sum(steps)
+    fps = len(steps) / span
     usual = min((round(fps), round(1.001 * fps) / 1.001), key=lambda each: abs(each - fps))
-    return usual if usual > 0 and abs(steps / usual - span) < ROUNDING + 0.005 * span else round(fps, 3)
+    is_meant = usual > 0 and abs(len(steps) / usual - span) < ROUNDING + 0.005 * span
+    return max(MIN_FPS, usual if is_meant else round(fps, 3))
 
 
 def count_frames(seconds: float, fps: float) -> int:
