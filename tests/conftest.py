@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import random
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import is_dataclass
+from functools import lru_cache, wraps
+from inspect import isgeneratorfunction
 from typing import Any, NamedTuple
 
 # Before PyTorch is loaded, and for all processes that tests start: small models are slower on several threads, and far
@@ -25,16 +28,43 @@ from beartype.roar import BeartypeDecorHintPep3119Exception
 
 from reference import Oracle, Prompt, Stage
 
+JAXTYPED, CHECKS = jaxtyping.jaxtyped, BeartypeConf(is_pep484_tower=True)  # an int is a float
+
 
 def checked(function: Any) -> Any:
-    """Enforce types and tensor shapes at run time; a function that takes a protocol cannot be checked and stays."""
+    """Enforce types and tensor shapes at run time; a function that takes a protocol cannot be checked and stays.
+
+    The decorator of jaxtyping binds the arguments in every call and checks them twice, which takes most of the time of
+    a small model. It stays where a size in a shape is that of an argument, and for generators, which beartype checks
+    when they run.
+    """
+    if is_dataclass(function) and "__init__" in vars(function):
+        function.__init__ = checked(function.__init__)
+    if isinstance(function, type):
+        return function
     try:
-        return beartype(function, conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+        strict = beartype(function, conf=CHECKS)
     except BeartypeDecorHintPep3119Exception:
         return function
+    hints = str(list(strict.__annotations__.values()))
+    if "{" in hints or isgeneratorfunction(function):
+        return JAXTYPED(function, typechecker=beartype(conf=CHECKS))
+    has_shapes = "jaxtyping" in hints
+
+    @wraps(function)
+    def enforced(*arguments: Any, **options: Any) -> Any:
+        if jaxtyping.config.jaxtyping_disable:
+            return function(*arguments, **options)
+        if not has_shapes:
+            return strict(*arguments, **options)
+        with JAXTYPED("context"):
+            return strict(*arguments, **options)
+
+    return enforced
 
 
-jaxtyping.install_import_hook("cogvideo", f"{__name__}.checked")  # before the first import of the package
+jaxtyping.jaxtyped = lambda typechecker: checked
+jaxtyping.install_import_hook("cogvideo", None)  # before the first import of the package
 
 from sentencepiece import SentencePieceTrainer  # noqa: E402
 
@@ -73,6 +103,11 @@ def _seed(name: str) -> None:
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
     """Seed each fixture by its name: what several tests share must not depend on which of them comes first."""
     _seed(fixturedef.argname)
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector of garbage pass over what was imported, which stays: a million objects."""
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
