@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from cogvideo.config import CogVideoConfig, with_samplers
+from cogvideo.config import CogVideoConfig, upgraded
 from cogvideo.runs import TYPED, RunFolder
 
 
@@ -46,7 +46,7 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
     RunFolder(tmp_path).claim({"config": config})
     old["drawing"]["guidance"] = 2.0
     with pytest.raises(ValueError, match=r"config\.later_sampling\.guidance was 3\.0 and is 2\.0"):
-        RunFolder(tmp_path).claim({"config": with_samplers(old)})
+        RunFolder(tmp_path).claim({"config": upgraded(old)})
 
 
 def test_facts_may_change(tmp_path):

@@ -9,7 +9,7 @@ import dataclasses
 import re
 import string
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -22,6 +22,9 @@ LARGEST = 100
 """Limit of temperatures, guidance and bonuses; useful ones are far smaller."""
 MOST_KEPT = 1_000_000
 """Limit of counts of codes and clusters."""
+
+SECONDS = 4.0
+"""Length of a clip, unless the model was trained on shorter ones."""
 
 DURATION_FORMAT = r"(\.\d)?[fg]?"
 """Formats of a duration that text templates may use: 4.0, 4 (g), 4.00 (.2f)."""
@@ -119,10 +122,14 @@ class StageConfig:
 
     window: int = 0
     """Side of the temporal windows, in codes; 0 is full attention. Odd blocks shift the windows by half."""
+    durations: tuple[float, ...] = ()
+    """Seconds that sequences spanned in training; empty if unknown."""
 
     def __post_init__(self) -> None:
         require(self.window >= 0, f"window is {self.window}, expected 0 (full attention) or a positive number")
         require(self.window % 2 == 0, f"window is {self.window}, expected an even number to shift by half")
+        positive = all(0 < each < LARGEST for each in self.durations)
+        require(positive, f"durations are {self.durations}, expected positive numbers of seconds")
 
 
 @dataclass(frozen=True)
@@ -323,6 +330,21 @@ class CogVideoConfig:
         """Side of a frame in pixels, before super-resolution."""
         return self.layout.grid * self.autoencoder.rate
 
+    @property
+    def seconds(self) -> float:
+        """Length of a clip: the longest that key frames were trained on, 4 if unknown."""
+        return max(self.sequential.durations, default=SECONDS)
+
+    @property
+    def sizes(self) -> CogVideoConfig:
+        """The configuration without what training adds to it: components of equal sizes fit one bundle."""
+        return self.trained_on("sequential", ()).trained_on("interpolation", ())
+
+    def trained_on(self, stage: str, durations: Iterable[float]) -> CogVideoConfig:
+        """The configuration with the durations that a video stage was trained on."""
+        changes: dict[str, Any] = {stage: replace(getattr(self, stage), durations=tuple(durations))}
+        return replace(self, **changes)
+
     def __post_init__(self) -> None:
         require(self.layout.num_frames >= 3, f"num_frames is {self.layout.num_frames}, expected 3 or more")
         for name in ("sequential", "interpolation"):
@@ -416,10 +438,17 @@ def preset(name: str) -> CogVideoConfig:
     return replace(base, **parts)
 
 
-def with_samplers(values: Any) -> Any:
-    """Upgrade the table of a configuration whose samplers were one flat table, `drawing`."""
-    if not isinstance(values, dict) or not isinstance(values.get("drawing"), dict):
+def upgraded(values: Any) -> Any:
+    """Upgrade the table of a configuration that an earlier version wrote."""
+    if not isinstance(values, dict):
         return values
+    stages = {name: values[name] for name in ("sequential", "interpolation") if isinstance(values.get(name), dict)}
+    new = values | {name: {"durations": []} | table for name, table in stages.items()}
+    return _with_samplers(new) if isinstance(values.get("drawing"), dict) else new
+
+
+def _with_samplers(values: dict[str, Any]) -> dict[str, Any]:
+    """The samplers were one flat table, `drawing`."""
     new = {name: value for name, value in values.items() if name != "drawing"}
     own = CogVideoConfig()
     old = {"superres_temperature": 1.0, "superres_clusters": 6, "superres_guidance": 1.0} | values["drawing"]
@@ -437,7 +466,7 @@ def from_dict(kind: type[T], values: Any) -> T:
     Raises:
         ValueError: a field is missing, unknown, of the wrong type, or has a bad value.
     """
-    values = with_samplers(values) if kind is CogVideoConfig else values
+    values = upgraded(values) if kind is CogVideoConfig else values
     _check_fields(kind.__name__, kind, values)
     try:
         return msgspec.convert(values, kind)

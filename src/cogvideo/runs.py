@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import cogvideo
-from cogvideo.config import InputError, require, with_samplers
+from cogvideo.config import InputError, require, upgraded
 from cogvideo.devices import is_out_of_memory
 from cogvideo.files import write_text
 
@@ -86,7 +86,7 @@ class RunFolder:
             return ""
         there = _read(self._identity)
         if isinstance(there.get("config"), dict):
-            there["config"] = with_samplers(there["config"])
+            there["config"] = upgraded(there["config"])
         typed = there.get(TYPED), facts.get(TYPED)
         changes = list(_changes(there, _plain(identity), typed, ignored={TYPED, *facts}))
         return "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")

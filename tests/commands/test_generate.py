@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 import cogvideo
-from cogvideo.bundle.model import CogVideo
+from cogvideo.bundle.model import CogVideo, update
 from cogvideo.cli import main
 from cogvideo.commands.generate import Maker
 from cogvideo.commands.outputs import Folder
@@ -270,6 +270,26 @@ def test_options_mean_what_they_say(model: str, inside: Path) -> None:
         should_enlarge=True,
     )
     assert np.array_equal(frames_of(inside / "out" / "a-cat-runs"), expected)
+
+
+def test_a_model_of_short_clips_makes_short_clips(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards clips as long as the trained ones, at their frame rate; lengths that nobody trained are refused."""
+    CogVideo.from_pretrained(model).save_pretrained("short")
+    whole = CogVideo.from_pretrained("short")
+    update("short", whole.config.trained_on("sequential", (1.0, 0.5)), base=whole.base)
+    options = ("a cat", "--model", "short", "--no-superres", "--seed", 3)
+    run(*options, "--output", "x.mp4")
+    frames, rate, _, record = read(inside / "x.mp4")
+    assert (len(frames), rate, record["seconds"], record["rounds"]) == (9, 8, 1, 1)
+    run("--from-sidecar", "x.json", "--output", "again.mp4")
+    run(*options, "--seconds", 0.5, "--format", "png")
+    assert len(frames_of(inside / "out" / "a-cat")) == 5
+    expected = made("short", "a cat", 3, rounds=0, duration=0.5)
+    assert np.array_equal(frames_of(inside / "out" / "a-cat"), expected)
+    told = refused(capsys, "a cat", "--model", "short", "--seconds", "4")
+    assert "seconds is 4.0, expected 1, 0.5: the key frames of this model were trained on clips of 1, 0.5" in told
+    told = refused(capsys, "a cat", "--model", model, "--seconds", "2")
+    assert "seconds is 2.0, expected 4: this model does not say" in told
 
 
 def test_a_model_has_values_of_its_own(model: str, inside: Path) -> None:

@@ -101,9 +101,14 @@ def encode(
 
 
 def on_screen(times: Sequence[int], last: int, fps: float, start: float, end: float | None) -> list[int]:
-    """Oracle, by looping: times in milliseconds; a frame may appear up to a millisecond early."""
+    """Oracle, by looping: times in milliseconds; a frame may appear up to a millisecond early.
+
+    Where an end is given that the file does not reach, its last frame is held for half a frame's time.
+    """
     shown, clip_end = [], (times[-1] + last) / 1000
-    stop = clip_end if end is None else min(end, clip_end)
+    stop = clip_end if end is None else min(end, clip_end + 0.5 / fps)
+    if start + 0.001 >= clip_end:
+        return []
     while (time := start + len(shown) / fps) + 0.001 < stop:
         best = 0
         for number, appears in enumerate(times):
@@ -153,6 +158,17 @@ def test_frames_of_variable_rate_are_those_on_screen(
         return
     assert numbers(read_video(path, fps, 32, start=start, end=end).frames) == expected
     assert numbers(read_video(path, fps, 32, start=start, end=end, max_frames=2).frames) == expected[:2]
+
+
+def test_a_clip_of_whole_seconds_has_both_its_ends(tmp_path: Path) -> None:
+    """Guards clips of four seconds, which gave 32 frames, one too few for key frames a second apart."""
+    path = encode(tmp_path / "a.mp4", clip(100), rate=25)
+    assert len(read_video(path, 8, 32).frames) == 32
+    shown = numbers(read_video(path, 8, 32, end=4.01).frames)
+    assert shown == [*numbers(read_video(path, 8, 32).frames), 99]
+    assert len(read_video(path, 8, 32, end=9.0).frames) == 33
+    assert len(read_video(path, 8, 32, end=2.01).frames) == 17
+    assert len(read_video(path, 1, 32, end=9.0).frames) == 5
 
 
 def test_rounded_timestamps_do_not_repeat_frames(tmp_path: Path) -> None:

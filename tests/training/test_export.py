@@ -338,6 +338,34 @@ def test_what_was_trained_on_another_component_stays_behind(
     assert set(CogVideo.from_pretrained(tmp_path / "same").components) == set(source.components)
 
 
+def test_what_is_trained_on_keeps_the_others(
+    place: Path, tmp_path: Path, train_text_model: Callable[..., bytes]
+) -> None:
+    """Guards fine-tuning: channels come along to be trained on, super-resolution enlarges as before on its own base,
+    and the durations that key frames were trained on are told to generation, in the bundle itself too."""
+    shutil.copytree(place / "whole", tmp_path / "same")
+    source = CogVideo.from_pretrained(place / "whole")
+    better = loud(Base(small_config(train_text_model()).transformer), 5)
+    for out, start in ((tmp_path / "new", source), (tmp_path / "same", CogVideo.from_pretrained(tmp_path / "same"))):
+        target = target_of(start, out, "image", Choice("continue"))
+        check_target(target, overwrite=True)
+        told = "sequential, interpolation come along from the old base: train them on with --start continue."
+        assert left_out(target) == told
+        deliver(target, {"base": better}, {"steps": 1})
+        made = CogVideo.from_pretrained(out)
+        assert set(made.components) == {*source.components, "superres_base"}
+        assert_same(made.upscaler.base.state_dict(), source.base.state_dict())
+        assert not torch.equal(made.sequential.base.words.weight.float(), source.base.words.weight.float())
+        assert made.config.seconds == 4
+        target = target_of(made, out, "sequential", Choice("continue"))
+        deliver(target, {"sequential": source.component("sequential")}, {"steps": 1, "durations": [1.0, 0.5]})
+        made = CogVideo.from_pretrained(out)
+        assert made.config.sequential.durations == (1.0, 0.5)
+        assert made.config.seconds == 1
+        assert made.config.sizes == source.config
+        check_target(target_of(made, out, "interpolation", Choice("continue")), overwrite=True)
+
+
 def test_weights_of_another_configuration_are_no_component(train_text_model: Callable[..., bytes]) -> None:
     """Guards the way into a bundle: what is missing or does not fit is named, and nothing of it is written."""
     config = small_config(train_text_model())

@@ -35,7 +35,7 @@ from cogvideo.config import (
     from_dict,
     preset,
     require,
-    with_samplers,
+    upgraded,
 )
 from cogvideo.files import named, sync, turn_in, write_text
 from cogvideo.models.autoencoder import Autoencoder
@@ -135,7 +135,7 @@ class Manifest:
     @classmethod
     def _parse(cls, values: Any) -> Manifest:
         fields = check_version(values, FORMAT_VERSION)
-        manifest = from_dict(cls, fields | {"config": with_samplers(fields.get("config"))})
+        manifest = from_dict(cls, fields | {"config": upgraded(fields.get("config"))})
         unknown = sorted(manifest.components.keys() - set(COMPONENTS))
         require(not unknown, f"it has the components {unknown}, expected some of {list(COMPONENTS)}")
         return manifest

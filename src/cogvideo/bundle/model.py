@@ -326,7 +326,7 @@ def update(
     with writing(folder, config) as writer:  # nobody else changes the bundle meanwhile
         if (folder / MANIFEST).exists():
             there = Manifest.read(folder)
-            same = there.config == config
+            same = there.config.sizes == config.sizes
             require(same, f"the bundle {folder} has another configuration than the components to be written")
             gone = {*components, *without}
             kept = {name: entry for name, entry in there.components.items() if name not in gone}

@@ -13,9 +13,16 @@ import msgspec
 
 from cogvideo.bundle.model import POCKET
 from cogvideo.commands.outputs import Record, check_name, public, read_record
-from cogvideo.config import CogVideoConfig, InputError, require
+from cogvideo.config import SECONDS, CogVideoConfig, InputError, require
 from cogvideo.data.folders import existing
-from cogvideo.generation.request import ADDED, LARGEST_SEED, MOST_ROUNDS, SamplingOptions, Settings
+from cogvideo.generation.request import (
+    ADDED,
+    LARGEST_SEED,
+    MOST_ROUNDS,
+    SamplingOptions,
+    Settings,
+    usual_rounds,
+)
 
 Type = Literal["auto", "float32", "bfloat16", "float16"]
 T = TypeVar("T")
@@ -42,15 +49,22 @@ class Choices(SamplingOptions):
     """End the clip where it starts, so that it repeats without a jump."""
     negative: str | None = None
     """Text to move away from by guidance; the model's own unconditional text if empty."""
-    rounds: int = 3
-    """Rounds of interpolation: 0 to 3 give 5, 9, 17 or 33 frames in four seconds. Up to 6, each doubles the rate."""
+    seconds: float | None = None
+    """Length of the clip in seconds, such as 4, 2, 1 or 0.5: one that the key frames were trained on, the longest of
+    them by default."""
+    rounds: int | None = None
+    """Rounds of interpolation: 0 to 3 give 5, 9, 17 or 33 frames in four seconds. Up to 6, each doubles the rate;
+    by default, 8 frames per second."""
     superres: bool = True
     """Enlarge the frames, if the model can."""
     dtype: Type = "auto"
     """Data type of the weights; auto is float32 on CPUs and bfloat16 on GPUs."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.rounds <= MOST_ROUNDS, f"rounds is {self.rounds}, expected 0 to {MOST_ROUNDS}")
+        fits = self.rounds is None or 0 <= self.rounds <= MOST_ROUNDS
+        require(fits, f"rounds is {self.rounds}, expected 0 to {MOST_ROUNDS}")
+        is_positive = self.seconds is None or self.seconds > 0
+        require(is_positive, f"seconds is {self.seconds}, expected a positive number")
         starts = [name for name in ("image", "extend", "first") if getattr(self, name) is not None]
         require(len(starts) < 2, f"got --{' and --'.join(starts)}, expected one start")
         pair = (self.first is None) == (self.last is None)
@@ -76,7 +90,24 @@ class Choices(SamplingOptions):
     def settings(self, own: CogVideoConfig) -> Settings:
         """Settings of a clip by a model."""
         settings = super().settings(own)
-        return replace(settings, rounds=self.rounds, negative=self.negative or None, should_enlarge=self.superres)
+        seconds = settings.duration if self.seconds is None else self.seconds
+        return replace(
+            settings,
+            duration=seconds,
+            rounds=usual_rounds(seconds) if self.rounds is None else self.rounds,
+            negative=self.negative or None,
+            should_enlarge=self.superres,
+        )
+
+    def check_seconds(self, own: CogVideoConfig) -> None:
+        """Refuse a length that the model's key frames were never trained on."""
+        seen = own.sequential.durations or (SECONDS,)
+        known = ", ".join(f"{each:g}" for each in seen)
+        if own.sequential.durations:
+            reason = f"the key frames of this model were trained on clips of {known} seconds"
+        else:
+            reason = f"this model does not say what else than {known} seconds its key frames were trained on"
+        require(self.seconds in (None, *seen), f"seconds is {self.seconds}, expected {known}: {reason}")
 
     def record(self, settings: Settings) -> Record:
         """All choices, to share with the clip: only the names of private paths, and a hash of each file."""
@@ -84,6 +115,7 @@ class Choices(SamplingOptions):
             check_name(path)  # the record is UTF-8
         found = asdict(self) | {name: public(path) for name, path in self.files.items()}
         found |= {"model": public(Path(self.model)), "negative": settings.negative} | settings.sampling_options
+        found |= {"seconds": settings.duration, "rounds": settings.rounds}
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
         return found | {"sha256": hashes}
 

@@ -210,6 +210,7 @@ class Maker:
         self.choices, self.dtype = choices, getattr(torch, choices.dtype)
         self.pipeline = CogVideoPipeline.from_pretrained(choices.model, self.dtype, self.device, execution.offload)
         model = self.pipeline.model
+        choices.check_seconds(model.config)
         self.settings = choices.settings(model.config)
         self.record = choices.record(self.settings) | {"bundle": model.fingerprint}
         """Choices and hashes, the same for all clips."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from cogvideo.bundle.model import Stages
-from cogvideo.config import LARGEST, CogVideoConfig, InputError, SamplingConfig, is_number, require
+from cogvideo.config import LARGEST, SECONDS, CogVideoConfig, InputError, SamplingConfig, is_number, require
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.decoder import Condition
 from cogvideo.layout import SequenceLayout, check_code_range
@@ -23,8 +24,8 @@ MOST_ROUNDS = 6
 LARGEST_SEED = 2**63 - 1
 ADDED: dict[str, float] = {"top_k": 0, "top_p": 1.0, "cluster_temperature": 0.89}
 ADDED |= {f"first_{name}": value for name, value in ADDED.items()}
-ADDED |= {"superres_top_k": 0, "superres_top_p": 1.0, "superres_cluster_temperature": 0.6}
-"""Sampling options that older sidecars lack, with the values that their clips were made with."""
+ADDED |= {"superres_top_k": 0, "superres_top_p": 1.0, "superres_cluster_temperature": 0.6, "seconds": SECONDS}
+"""Options that older sidecars lack, with the values that their clips were made with."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ class Settings:
 
     @classmethod
     def of(cls, config: CogVideoConfig) -> Settings:
-        """Settings of a model's own configuration."""
+        """Settings of a model's own configuration: clips as long as those that its key frames were trained on."""
         return cls(
+            rounds=usual_rounds(config.seconds),
+            duration=config.seconds,
             first=config.first_sampling,
             later=config.later_sampling,
             superres=config.superres_sampling,
@@ -83,6 +86,11 @@ class Settings:
         for prefix, sampling in (("", self.later), ("first_", self.first), ("superres_", self.superres)):
             values |= {f"{prefix}{name}": value for name, value in asdict(sampling).items()}
         return {each.name: values[each.name] for each in fields(SamplingOptions)}
+
+
+def usual_rounds(seconds: float) -> int:
+    """Rounds of interpolation that give a clip of this length the frame rate of one of four seconds."""
+    return max(0, Settings.rounds + math.floor(math.log2(seconds / SECONDS)))
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,8 @@ class SamplingOptions:
 
     def settings(self, own: CogVideoConfig) -> Settings:
         """Settings of a model, with the options given here replaced."""
-        return Settings(
+        return replace(
+            Settings.of(own),
             first=self._merged(own.first_sampling, "first_"),
             later=self._merged(own.later_sampling, ""),
             superres=self._merged(own.superres_sampling, "superres_"),

@@ -90,7 +90,8 @@ def read_video(
         size: side of the square result, antialiased; None for the stored size. Rotation is applied in both cases.
         fit: crop pictures that are not square to the center, or add bars in the background color.
         start: seconds after the first frame.
-        end: seconds after the first frame; None for the end of the file.
+        end: seconds after the first frame; None for the end of the file. Where the file ends before, its last frame
+            is held for half a frame's time: with `end` 4.01, four seconds at 8 a second are 33 frames, not 32.
         max_frames: nothing is read beyond that many frames.
         loop_to: length in seconds to which shorter clips are repeated.
         background: red, green and blue under transparent pixels and in bars.
@@ -110,7 +111,8 @@ def read_video(
         raise VideoError("no such part", f"it goes from {start:g} to {'the end' if end is None else end} seconds")
     with Naming(file), _opened(file) as content:
         shots = partial(_read_shots, content, start, 1 / fps)
-        seen, clip_end = _look_at(shots(), (start + number / fps for number in range(wanted)), view)
+        held = 0.0 if end is None else 0.5 / fps
+        seen, clip_end = _look_at(shots(), (start + number / fps for number in range(wanted)), view, held)
         if not seen:
             raise VideoError("no such part", f"it starts at {start:g} seconds, the clip ends at {clip_end:.3f}")
         length = clip_end - start if len(seen) < wanted else part
@@ -255,10 +257,11 @@ def _palette_bytes(flags: bytes) -> int:
     return 3 << (flags[0] & 7) + 1 if flags and flags[0] & 0x80 else 0
 
 
-def _look_at(shots: Shots, times: Iterable[float], view: View) -> tuple[list[Seen], float]:
-    """Pictures on screen at ascending times, as far as the clip goes, and the end of the last shot that was read."""
+def _look_at(shots: Shots, times: Iterable[float], view: View, held: float = 0.0) -> tuple[list[Seen], float]:
+    """Pictures on screen at ascending times, as far as the clip goes, and the end of the last shot that was read; the
+    last picture of the file is held for some more seconds."""
     seen: list[Seen] = []
-    awaited, end = iter(times), 0.0
+    awaited, end, shot = iter(times), 0.0, None
     time = next(awaited, None)
     with closing(shots):
         for shot in shots:
@@ -269,6 +272,8 @@ def _look_at(shots: Shots, times: Iterable[float], view: View) -> tuple[list[See
                 time = next(awaited, None)
             if time is None:
                 break
+    if shot is not None and seen and time is not None and time + GRACE < end + held:
+        seen.append(shot.see(view))
     return seen, end
 
 

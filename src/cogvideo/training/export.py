@@ -50,6 +50,17 @@ class ExportTarget(NamedTuple):
         """True if the stage goes into the bundle that it starts from."""
         return self.source.folder is not None and self.source.folder.resolve() == self.out.resolve()
 
+    @property
+    def stays_behind(self) -> tuple[str, ...]:
+        """Components of the source that do not go along, as they were trained on what is replaced; what is trained on
+        keeps them."""
+        return () if self.choice.start == "continue" else relying(self.stage, self.source.components)
+
+    @property
+    def comes_along(self) -> tuple[str, ...]:
+        """Components of the source whose parent is trained on."""
+        return relying(self.stage, self.source.components) if self.choice.start == "continue" else ()
+
 
 def check_target(target: ExportTarget, overwrite: bool) -> None:
     """Refuse a bundle that the stage could not be put into, before anything is trained.
@@ -67,8 +78,9 @@ def check_target(target: ExportTarget, overwrite: bool) -> None:
     known = there.components
     hint = f", and pass --init {out}" if target.in_place else ""
     other = f"the bundle {out} has another configuration than the one to be trained: choose another --out{hint}"
-    require(there.config == target.config, other)
-    on_base = ", ".join(relying(stage, known)) if STAGES[stage].is_base else ""
+    require(there.config.sizes == target.config.sizes, other)
+    is_new = STAGES[stage].is_base and not (target.in_place and target.choice.start == "continue")
+    on_base = ", ".join(relying(stage, known)) if is_new else ""
     relies = f"{on_base} in the bundle {out} rely on its base, which would be replaced: choose another --out"
     require(not on_base, relies)
     replaced = " and ".join(name for name in target.own if name in known)
@@ -99,10 +111,14 @@ def check_codes(target: ExportTarget, names: Sequence[str], tokenizer: str) -> N
 
 
 def left_out(target: ExportTarget) -> str:
-    """A line about components that do not go along, as they were trained on what is replaced; empty if all do."""
+    """A line about components that were trained on what is replaced; empty if there are none."""
     there, new = _there(target.out), STAGES[target.stage].trains
-    names = [each for each in relying(target.stage, target.source.components) if each not in there]
-    return f"{target.out} goes without {', '.join(names)}: trained on another {new}." if names else ""
+    names = [each for each in target.stays_behind if each not in there]
+    if names:
+        return f"{target.out} goes without {', '.join(names)}: trained on another {new}."
+    names = [each for each in target.comes_along if each in STAGES and each != "superres"]
+    advice = "train them on with --start continue"
+    return f"{', '.join(names)} come along from the old {new}: {advice}." if names else ""
 
 
 def delivered(target: ExportTarget) -> bool:
@@ -133,17 +149,23 @@ def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapp
 
 def _deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
     out, source, special = target.out, target.source, f"{target.stage}_base"
-    there = _there(out)
-    foreign = {special, *relying(target.stage, source.components)}
+    there, config = _there(out), target.config
+    if (out / MANIFEST).exists():
+        config = Manifest.read(out).config
+    if "durations" in report:
+        config = config.trained_on(target.stage, report["durations"])
+    foreign = {special, *target.stays_behind}
     lacking = [name for name in source.components if name not in there and name not in foreign]
     parts: dict[str, Any] = {name: source.component(name) for name in lacking}
     base = target.frozen_base
     if base is not None and base != "base":
         parts[special] = source.component(base)  # inherited with the channel
+    if target.stage == "image" and "superres" in target.comes_along and "superres_base" not in there:
+        parts["superres_base"] = source.component("base")  # enlarges as before, whatever becomes of the shared one
     parts |= {name: in_half(name, module, target.config) for name, module in trained.items()}
     known = {} if source.folder is None else read_reports(source.folder)
     copied = {name: known[name] for name in lacking if name in known}
-    update_bundle(out, target.config, without={special} & there.keys() - parts.keys(), **parts)
+    update_bundle(out, config, without={special} & there.keys() - parts.keys(), **parts)
     write_card(out, copied | read_reports(out) | {target.own[0]: report})
 
 

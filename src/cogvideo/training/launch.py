@@ -245,7 +245,7 @@ def _identity(
         "stage": target.stage,
         "choice": asdict(target.choice),
         "task": task,
-        "config": asdict(target.config),
+        "config": asdict(target.config.sizes),
         "parents": {name: target.source.sha256(name) for name in starts if name not in replaced},
         "optimization": asdict(options.optimization),
         "clips": {name: value for name, value in asdict(options.clips).items() if name != "data"},
@@ -277,9 +277,12 @@ def _about(trainer: Trainer, stream: ClipStream, entries: Sequence[HeldOut]) -> 
     for each, clips in zip(stream.datasets, stream.num_clips, strict=True):
         facts = {"trained_on": clips, "held_out": held[each.folder], "source": Path(each.card.source).name}
         data[each.folder.resolve().name] = facts
+    gaps = stream.sampling.rates.num_frames - 1
+    spanned = {"durations": [gaps / rate for rate in stream.rates]} if stream.rates else {}
     return {
         "parameters": {"trained": sizes[True], "frozen": sizes[False]},
         "data": data,
+        **spanned,
         "samples_an_epoch": len(stream),
         "tokenizer": stream.tokenizer_sha256,
         "ranks": trainer.ranks.world_size,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cogvideo.bundle.format import MODULES
 from cogvideo.bundle.model import CogVideo
-from cogvideo.config import CogVideoConfig, StageConfig, require
+from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.clips import Mode
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
@@ -114,7 +114,7 @@ def configured(config: CogVideoConfig, stage: StageName, choice: Choice) -> CogV
     """
     if choice.window is None:
         return config
-    changes: dict[str, Any] = {stage: StageConfig(choice.window)}
+    changes: dict[str, Any] = {stage: replace(getattr(config, stage), window=choice.window)}
     return replace(config, **changes)
 
 

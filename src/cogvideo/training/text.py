@@ -137,7 +137,7 @@ def bundle_config(out: Path, name: str | None) -> CogVideoConfig:
     if not (out / MANIFEST).exists():
         return preset(name or "pocket")
     manifest = Manifest.read(out)
-    same = name is None or manifest.config == preset(name)
+    same = name is None or manifest.config.sizes == preset(name)
     require(same, f"the bundle {out} has another configuration than the preset {name}: leave out --preset")
     trained = "base" in manifest.components
     require(not trained, f"the bundle {out} has a base, which knows its old text tokens alone: take another --out")

@@ -120,10 +120,10 @@ def _own_config(out: Path, start: CogVideoConfig | None, preset: str | None, ove
     require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
     chosen = start if preset is None else config.preset(preset)
     if not (out / MANIFEST).exists():
-        return chosen or config.preset("pocket")
+        return (chosen or config.preset("pocket")).sizes
     manifest = Manifest.read(out)
     other = f"the bundle {out} has another configuration than the preset {preset}: leave --preset out"
-    require(preset is None or chosen == manifest.config, other)
+    require(preset is None or chosen == manifest.config.sizes, other)
     has_tokenizer = "image_tokenizer" in manifest.components
     require(
         overwrite or (out / RUN).exists() or not has_tokenizer,
