@@ -42,12 +42,14 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command("cogvideo.commands.generate:generate", "Generate videos from prompts."),
+    "finetune": Command("cogvideo.commands.finetune:finetune", "Train a model on your own clips, from another one."),
     "doctor": Command("cogvideo.commands.doctor:doctor", "Check what this machine can run, and the files of a model."),
     "info": Command("cogvideo.commands.info:info", "Show parameters, memory and compute of a preset or a bundle."),
     "plan": Command("cogvideo.commands.plan:plan", "Estimate memory and time of training on a number of GPUs."),
     "convert": Command("cogvideo.commands.convert:convert", "Convert the checkpoints released in 2022 to a bundle."),
     "data prepare": Command("cogvideo.data.prepare:prepare", "Convert captioned clips to shards of codes."),
     "data world": Command("cogvideo.commands.world:world", "Render synthetic captioned clips."),
+    "data captions": Command("cogvideo.commands.captions:captions", "Write a page and a table for captions of clips."),
     "data report": Command("cogvideo.commands.report:data", "Write a page about prepared data."),
     "train tokenizer": Command("cogvideo.commands.train:tokenizer", "Train the image tokenizer on any clips."),
     "train text": Command("cogvideo.commands.train:text", "Train the text tokenizer on captions."),
@@ -82,6 +84,7 @@ COMMANDS = {
 """A name of two words is a command of a group."""
 
 PACKAGES = {
+    "data": ("scenedetect",),
     "train": ("jinja2", "matplotlib", "pyarrow", "tensorboard"),
     "eval": ("choix", "google_crc32c", "krippendorff", "pypi_simple", "transformers"),
     "web": ("starlette", "uvicorn"),

@@ -80,6 +80,11 @@ class RunFolder:
         """Whether a run claimed the folder."""
         return self._identity.exists()
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Identity of the run that claimed the folder."""
+        return dict(_read(self._identity))
+
     def changes(self, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})) -> str:
         """Differences of a run from the one that began here, in words; empty if there are none, or none began."""
         if not self.began:

@@ -64,7 +64,10 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (count, duration, embedded, file_size, flat, histogram, middle, number, percent, shares, shorten)
+    filters = (
+        *(count, duration, embedded, file_size, flat, histogram, middle, moving, number),
+        *(percent, shares, shorten),
+    )
     found.filters |= {each.__name__: each for each in filters}
     return found
 
@@ -90,6 +93,14 @@ def embedded(pixels: UInt8[np.ndarray, "height width colors"], is_lossless: bool
     """The address of an image that is inside the page."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "webp", lossless=is_lossless, quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def moving(frames: UInt8[np.ndarray, "frames height width 3"], fps: float) -> str:
+    """The address of a clip that is inside the page, in a loop."""
+    file = io.BytesIO()
+    first, *others = map(Image.fromarray, frames)
+    first.save(file, "webp", save_all=True, append_images=others, duration=round(1000 / fps), loop=0, quality=75)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

@@ -81,8 +81,9 @@ def curves(
     is_wide: bool = False,
     from_zero: bool = False,
     is_smooth: bool = True,
+    marked: tuple[int, float] | None = None,
 ) -> Plot:
-    """Draw curves over steps, with a legend that gives the last value of each.
+    """Draw curves over steps, with a legend that gives the last value of each, and a mark at the best step.
 
     The stage and the title are unique on the page. With `from_zero` the axis of the values begins at zero, so that
     heights can be compared; with `is_smooth` long curves are thin and their running means thick.
@@ -101,6 +102,9 @@ def curves(
                 note = f"Thick line: mean over {max(round(window), 1):,} steps. "
             else:
                 axes.plot(*curve, marker="o" if len(curve.steps) <= DOTTED_UP_TO else "", **look)
+        if marked is not None:
+            axes.plot(*marked, marker="*", markersize=12, color=_COLORS["muted"], clip_on=False)
+            note += f"Star: the best step, {marked[0]:,}, with {precise(marked[1])}. "
         if _scale(axes, np.concatenate([each.values for each in curves.values()]), from_zero):
             note += "Logarithmic scale."
         axes.set_xlim(0, end)

@@ -17,6 +17,7 @@ from jaxtyping import Float64, Int64
 from cogvideo.config import InputError, require
 from cogvideo.report.page import flat
 from cogvideo.runs import IDENTITY, RunFolder
+from cogvideo.training.finetune import RUN as CHAIN
 from cogvideo.training.stages import STAGES
 
 TOKENIZER = "tokenizer"
@@ -111,8 +112,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _find(path: Path) -> list[Path]:
     require(path.is_dir(), f"there is no folder {path}, {EXPECTED}")
-    inside = (*path.glob(f"*/{IDENTITY}"), *path.glob(f"*/*/{IDENTITY}"))
-    found = [path / IDENTITY] if (path / IDENTITY).exists() else sorted(inside)
+    inside = sorted((*path.glob(f"*/{IDENTITY}"), *path.glob(f"*/*/{IDENTITY}")))
+    inside = [each for each in inside if each.parent.name != CHAIN]
+    found = [path / IDENTITY] if (path / IDENTITY).exists() else inside
     require(len(found) > 0, f"there is no run in {path}, {EXPECTED}")
     return [each.parent.resolve() for each in found]
 

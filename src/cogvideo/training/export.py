@@ -58,7 +58,7 @@ class ExportTarget(NamedTuple):
 
     @property
     def comes_along(self) -> tuple[str, ...]:
-        """Components of the source whose parent is trained on."""
+        """Components of the source that go along although what they were trained on is trained on."""
         return relying(self.stage, self.source.components) if self.choice.start == "continue" else ()
 
 
@@ -116,7 +116,7 @@ def left_out(target: ExportTarget) -> str:
     names = [each for each in target.stays_behind if each not in there]
     if names:
         return f"{target.out} goes without {', '.join(names)}: trained on another {new}."
-    names = [each for each in target.comes_along if each in STAGES and each != "superres"]
+    names = [each for each in target.comes_along if each in STAGES and each not in ("superres", *there)]
     advice = "train them on with --start continue"
     return f"{', '.join(names)} come along from the old {new}: {advice}." if names else ""
 

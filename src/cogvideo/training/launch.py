@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -81,6 +82,27 @@ def train(
             raise InputError(_too_large(target, options, ranks)) from error
 
 
+def seconds_a_step(
+    stage: StageName,
+    choice: Choice,
+    options: Options,
+    task: Mapping[str, Any] = MappingProxyType({}),
+    sampling: Mapping[str, Any] = MappingProxyType({}),
+    steps: int = 3,
+) -> float:
+    """Time of a step of `train`, measured: all but the first of a few, which nothing is kept of."""
+    with process_group(usable(options.device), options.parallel) as ranks:
+        source = _source(options)
+        target = ExportTarget(options.out, source, configured(source.config, stage, choice), stage, choice)
+        stream, _ = _data(target, options, sampling)
+        trainer, batches = _start(target, options, task, stream, ranks)
+        times = []
+        for number, batch in zip(range(steps), batches(0), strict=False):
+            trainer.step(number, batch)
+            times.append(time.monotonic())
+    return (times[-1] - times[0]) / (steps - 1)
+
+
 def _source(options: Options) -> CogVideo:
     try:
         return CogVideo.from_pretrained(_typed(options))
@@ -97,8 +119,8 @@ def _typed(options: Options) -> str:
 def _train(
     target: ExportTarget, options: Options, task: Mapping[str, Any], sampling: Mapping[str, Any], ranks: Ranks
 ) -> None:
-    stage, choice, source, config = target.stage, target.choice, target.source, target.config
-    settings, row = options.optimization, STAGES[stage]
+    stage, choice, source = target.stage, target.choice, target.source
+    settings = options.optimization
     named = parents(stage, choice, source)
     stream, entries = _data(target, options, sampling)
     folder = RunFolder(options.out / f".{stage}-run")
@@ -106,26 +128,10 @@ def _train(
     identity = _identity(target, options, {**sampling, **task}, (*named, "text"), stream)
     with ExitStack() as locks:
         if any_rank(ranks.rank == 0 and _begin(target, options, folder, identity, locks)):
-            learned = row.task(row.layout(config), source.text, **task)
-            model = build(stage, choice, source, config, settings.dtype, settings.seed)
-            objective = Objective(model, learned).to(ranks.device)
-            trainer = Trainer(objective, settings, options.execution, options.parallel, ranks)
+            trainer, batches = _start(target, options, task, stream, ranks)
             seen = entries[0].stream if entries else stream
             samples = folder.path / "samples"
             preview = Preview(target, trainer, seen, options.logging.prompts, samples, settings.seed)
-
-            def batches(step: int) -> Iterable[Any]:
-                return Loader(
-                    stream,
-                    settings.batch,
-                    rank=ranks.data_rank,
-                    world_size=ranks.data_size,
-                    position=step * settings.batch,
-                    num_workers=options.execution.workers(ranks.device),
-                    collate=learned.collate,
-                    pin_memory=ranks.device.type == "cuda",
-                )
-
             if ranks.rank == 0:
                 folder.describe(_about(trainer, stream, entries))
                 for line in _notes(target, options, stream, entries, preview.problem):
@@ -140,6 +146,31 @@ def _train(
         held = [f"{name} {measured['loss']:.3f}" for name, measured in summary.get("held_out", {}).items()]
         words = f"loss {summary['loss']:.3f}; held out: {', '.join(held) or 'nothing'}"
         print(f"{options.out}: {stage} after {settings.steps:,} steps: {words}")
+
+
+def _start(
+    target: ExportTarget, options: Options, task: Mapping[str, Any], stream: ClipStream, ranks: Ranks
+) -> tuple[Trainer, Callable[[int], Iterable[Any]]]:
+    """The trainer of a stage at its start, and its batches from a step on."""
+    settings, row = options.optimization, STAGES[target.stage]
+    learned = row.task(row.layout(target.config), target.source.text, **task)
+    model = build(target.stage, target.choice, target.source, target.config, settings.dtype, settings.seed)
+    objective = Objective(model, learned).to(ranks.device)
+    trainer = Trainer(objective, settings, options.execution, options.parallel, ranks)
+
+    def batches(step: int) -> Iterable[Any]:
+        return Loader(
+            stream,
+            settings.batch,
+            rank=ranks.data_rank,
+            world_size=ranks.data_size,
+            position=step * settings.batch,
+            num_workers=options.execution.workers(ranks.device),
+            collate=learned.collate,
+            pin_memory=ranks.device.type == "cuda",
+        )
+
+    return trainer, batches
 
 
 def _too_large(target: ExportTarget, options: Options, ranks: Ranks) -> str:

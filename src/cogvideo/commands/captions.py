@@ -1,0 +1,56 @@
+"""`cogvideo data captions`: a table for captions, and a page to fill it in with the clips in sight."""
+
+from __future__ import annotations
+
+import csv
+import io
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from cogvideo.config import require
+from cogvideo.data.folders import find_manifest
+from cogvideo.evaluation.review import listed
+from cogvideo.files import write_text
+from cogvideo.media.video import VideoError, read_video
+from cogvideo.report.page import count, write_page
+
+TABLE, PAGE = "captions.csv", "captions.html"
+FPS, SIDE, MOST = 4.0, 160, 32
+"""Frames a second, side and number of the frames that the page shows of a clip."""
+
+
+def captions(clips: Path, /) -> None:
+    """Write a table for the captions of clips, and a page that shows the clips and saves what you write.
+
+    Captions that exist are in both. A table that is there is kept: the page then has its captions.
+
+    Args:
+        clips: Folder of videos; captions.csv and captions.html are written there.
+
+    Raises:
+        ValueError: the folder has no clips.
+        OSError: something cannot be written.
+    """
+    import_module("jinja2")
+    require(clips.is_dir(), f"there is no folder {clips}, expected one with videos")
+    items, _, named = listed(str(clips))
+    rows = [(str(each.media), "" if each.id in named else each.captions[0]) for each in items]
+    shown: list[dict[str, Any]] = []
+    for path, caption in rows:
+        file = Path(path).relative_to(clips.absolute()).as_posix()
+        try:
+            frames = read_video(Path(path), FPS, SIDE, fit="letterbox", max_frames=MOST).frames
+        except VideoError as error:
+            print(f"{file} is left out: {error}")
+            continue
+        shown.append({"file": file, "caption": caption, "frames": frames})
+    if find_manifest(clips) is None:
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows([("file", "caption"), *((each["file"], each["caption"]) for each in shown)])
+        write_text(clips / TABLE, table.getvalue())
+        print(f"{clips / TABLE}: {count(sum(not each['caption'] for each in shown), 'empty caption')}")
+    page = clips / PAGE
+    lead = f"{count(shown, 'clip')} of {clips.resolve().name}."
+    write_page(page, "data captions", "Captions", lead, "captions.html", {"clips": shown, "fps": FPS})
+    print(f"{page}: open it in a browser, write, save, and replace {TABLE}")

@@ -1,0 +1,59 @@
+"""`cogvideo finetune`: own clips into a model that knows them, and a page that shows what came of it."""
+
+from __future__ import annotations
+
+import time
+from importlib import import_module
+from pathlib import Path
+
+from cogvideo.bundle.model import POCKET
+from cogvideo.config import require
+from cogvideo.report.page import duration, write_page
+from cogvideo.training.finetune import Chain, Finetuning
+
+PAGE = "finetune.html"
+
+
+def finetune(
+    clips: str,
+    /,
+    *,
+    out: Path,
+    base: str = POCKET,
+    settings: Finetuning = Finetuning(),  # noqa: B008  # frozen
+) -> None:
+    """Train a model on your own clips, starting from another one. Killed and called again, it continues.
+
+    It looks at the clips, cuts them where the scene changes, encodes them, and trains all stages that it can in the
+    given time. The page finetune.html in the new model's folder shows clips before and after, losses and times.
+
+    Args:
+        clips: Folder of videos, or table with the columns file and caption. Captions are in x.txt next to x.mp4, in a
+            table, or in prompts.txt; for clips without, file names are used.
+        out: Folder for the new model.
+        base: Model to start from: pocket, the folder of a bundle, or its ID on the Hugging Face Hub.
+        settings: Settings of the fine-tuning.
+
+    Raises:
+        ValueError: clips, base or a setting cannot be used.
+        OSError: something cannot be written.
+    """
+    for package in ("jinja2", "matplotlib", "pyarrow"):
+        import_module(package)  # if one is missing, that is said before anything is done
+    require(not out.exists() or out.is_dir(), f"{out} is a file, expected a folder for the model")
+    chain = Chain(clips, out, base, settings)
+    chain.run()
+    page = out / PAGE
+    if page.exists():
+        print(f"This fine-tuning is over: {page}")
+        return
+    from cogvideo.report.finetune import facts
+
+    began = time.monotonic()
+    found = facts(out, base, settings.device)
+    found["times"].append(["page", duration(time.monotonic() - began)])
+    lead = f"{len(found['clips'])} clips, from {base}."
+    write_page(page, "finetune", f"{out.resolve().name}: fine-tuned", lead, "finetune.html", found)
+    print(f"{found['advice']}\n{page}: before and after, losses, times")
+    example = found["clips"][0]["caption"].replace('"', "'")
+    print(f'cogvideo generate "{example}" --model {out}')

@@ -1,0 +1,265 @@
+"""Clips before training: cut into shots and pieces, with what a person should know about each of them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from cogvideo.config import InputError, require
+from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
+from cogvideo.evaluation.motion import measure
+from cogvideo.media.video import VideoError, examine, read_video
+
+LOOKS = 12.0
+"""Frames a second in which cuts are looked for."""
+SIDE = 64
+"""Side of these frames in pixels."""
+LONGEST = 1200.0
+"""Seconds of a file that are looked at."""
+PIECE = 16.0
+"""Seconds of the longest piece; a longer shot is cut into equal ones."""
+BASE_RATE = 8.0
+"""Frames a second that are trained on."""
+WHOLE = (4.0, 2.0, 1.0, 0.5)
+"""Seconds of clips that fill a frame rate."""
+SHORT = 0.5
+"""Seconds below which a clip has no key frames."""
+LITTLE = 1e-4
+"""Energy of clips with little motion."""
+ALIKE = 2.5
+"""Mean difference of clips that are alike, in levels of 255; other takes of one scene differ by five and more."""
+WRITTEN = 9.0
+"""Strokes in 48 pixels of a picture 256 pixels wide where there may be text; without, most pictures have up to 7."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A piece of a file."""
+
+    item: Item
+    """Its file, its part, its captions, its split."""
+    seconds: float
+    width: int
+    height: int
+    fps: float
+    """Frames a second of the file."""
+    energy: float
+    """Motion, as `evaluation.motion` measures it."""
+    alike: str = ""
+    """ID of an earlier clip that looks the same; empty if there is none."""
+    has_text: bool = False
+    """True if text may be in the picture all the time."""
+    is_named: bool = False
+    """True if its caption is made of its file name."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What may be wrong with it, in a few words each."""
+        found = {
+            "no caption": self.is_named,
+            "too short for key frames": self.seconds < SHORT - 0.5 / BASE_RATE,
+            "little motion": self.energy < LITTLE,
+            "may show text": self.has_text,
+            f"looks like {self.alike}": self.alike != "",
+        }
+        return tuple(words for words, applies in found.items() if applies)
+
+
+def listed(source: str) -> tuple[list[Item], list[Rejection], frozenset[str]]:
+    """Clips of a folder or a table; the IDs of those whose captions are made of their file names.
+
+    Raises:
+        ValueError: the source cannot be read, or holds no file that could be used.
+    """
+    options = SourceOptions(validation=0.0)
+    found = list_source(source, options)
+    lacking = {each.id for each in found.rejected if each.reason == "missing caption"}
+    items, rejected, named = found.items, [each for each in found.rejected if each.id not in lacking], frozenset[str]()
+    if lacking:
+        bare = list_source(source, replace(options, caption_columns=())).items
+        known = {each.id for each in items}
+        bare = [each for each in bare if each.id.partition("#")[0] in lacking and each.id not in known]
+        items = sorted([*items, *(replace(each, captions=(in_words(each.id),)) for each in bare)], key=_id_of)
+        named = frozenset(map(_id_of, bare))
+    files = [each for each in items if isinstance(each.media, Path)]
+    first = f": {rejected[0].id}: {rejected[0]}" if rejected else ""
+    require(len(items) > 0, f"no clip of {source} can be used{first}")
+    require(len(files) == len(items), f"{source} has clips that are no files, expected a folder of videos or a table")
+    return items, rejected, named
+
+
+def _id_of(item: Item) -> str:
+    return item.id
+
+
+def in_words(name: str) -> str:
+    """A file name as a caption: its words."""
+    stem = Path(name.partition("#")[0]).stem
+    return " ".join(re.findall(r"[^\W_]+", stem)) or "a clip"
+
+
+def review(
+    items: Sequence[Item], named: frozenset[str], on_clip: Callable[[], None] = lambda: None
+) -> tuple[list[Clip], list[Rejection]]:
+    """Look at each file, cut it, and compare the pieces.
+
+    Args:
+        items: clips of files.
+        named: IDs of those whose captions are made of their file names.
+        on_clip: called after each item.
+
+    Returns:
+        pieces of the clips that can be read, and the clips that cannot.
+    """
+    clips: list[Clip] = []
+    prints: list[Float32[np.ndarray, "frames side side 3"]] = []
+    rejected: list[Rejection] = []
+    for item in items:
+        try:
+            for clip, frames in _pieces(item, item.id in named):
+                looks = _fingerprint(frames)
+                near = [float(np.abs(looks - other).mean()) for other in prints]
+                place = int(np.argmin(near)) if near else -1
+                is_alike = place >= 0 and near[place] < ALIKE
+                clips.append(replace(clip, alike=clips[place].item.id if is_alike else ""))
+                prints.append(looks)
+        except VideoError as error:
+            rejected.append(Rejection(item.id, error.reason, error.detail))
+        on_clip()
+    return clips, rejected
+
+
+def _pieces(item: Item, is_named: bool) -> Iterator[tuple[Clip, UInt8[np.ndarray, "frames side side 3"]]]:
+    """The pieces of an item with their frames."""
+    assert isinstance(item.media, Path)
+    facts = examine(item.media)
+    end = min(math.inf if item.end is None else item.end, facts.seconds, item.start + LONGEST)
+    most = round(LONGEST * LOOKS)
+    frames = read_video(item.media, LOOKS, SIDE, start=item.start, end=item.end, max_frames=most).frames
+    seconds = end - item.start
+    marks = [0.0, *(place / LOOKS for place in cuts(frames)), seconds]
+    spans = [span for first, last in pairwise(marks) for span in _split(first, last)]
+    for first, last in spans:
+        part = frames[round(first * LOOKS) : max(round(last * LOOKS), round(first * LOOKS) + 1)]
+        start, stop = item.start + first, item.start + last
+        held = next((each for each in WHOLE if abs(last - first - each) < 0.5 / BASE_RATE), None)
+        is_end = last == seconds
+        until: float | None = stop
+        if is_end and held is not None:
+            until = start + held + 0.01  # both ends of a clip of whole seconds
+        elif is_end and end == facts.seconds:
+            until = None
+        energy = measure(part).energy if len(part) > 1 else 0.0
+        name = item.id if len(spans) == 1 else f"{item.id.partition('#')[0]}#{start:.2f}"
+        large = read_video(item.media, 1, 256, fit="letterbox", start=start, end=stop, max_frames=4).frames
+        clip = Clip(
+            item=replace(item, id=name, start=start, end=until),
+            seconds=last - first,
+            width=facts.width,
+            height=facts.height,
+            fps=facts.fps,
+            energy=energy,
+            has_text=strokes(large) >= WRITTEN,
+            is_named=is_named,
+        )
+        yield clip, part
+
+
+def _split(first: float, last: float) -> list[tuple[float, float]]:
+    """A shot in equal pieces that are short enough."""
+    number = max(1, math.ceil((last - first) / PIECE - 1e-6))
+    marks = [first + (last - first) * place / number for place in range(number + 1)]
+    return list(pairwise(marks))
+
+
+def has_detector() -> bool:
+    """True if PySceneDetect is installed."""
+    try:
+        import scenedetect  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def cuts(frames: UInt8[np.ndarray, "frames side side 3"]) -> list[int]:
+    """First frames of all shots but the first, by PySceneDetect; none without it."""
+    if not has_detector():
+        return []
+    from scenedetect import FrameTimecode
+    from scenedetect.detectors import AdaptiveDetector
+
+    detector = AdaptiveDetector(min_scene_len=round(SHORT * LOOKS))
+    found = []
+    for place, frame in enumerate(frames):
+        in_blue_green_red = np.ascontiguousarray(frame[..., ::-1])
+        found += detector.process_frame(FrameTimecode(place, LOOKS), in_blue_green_red)
+    return [each.frame_num for each in found]
+
+
+def strokes(frames: UInt8[np.ndarray, "frames height width 3"]) -> float:
+    """Strokes in the part of a picture that has most, as letters have them: edges to bright and to dark in turns, in 6
+    rows of 48 pixels, in what stays the same in all frames. Blinds and gratings have them too."""
+    still = np.median(frames, axis=0).mean(-1)
+    steps = np.diff(still, axis=1)
+    shares = [_box_sums(sign * steps > 40, 6, 48) for sign in (1, -1)]
+    return float(np.minimum(*shares).max(initial=0.0)) / 6
+
+
+def _box_sums(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Sums over all boxes of a size."""
+    sums = np.pad(values.astype(np.float64), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    below = sums[height:] - sums[:-height]
+    return below[:, width:] - below[:, :-width]
+
+
+def _fingerprint(frames: UInt8[np.ndarray, "frames side side 3"]) -> Float32[np.ndarray, "5 16 16 3"]:
+    """Five frames of a clip, made small."""
+    some = frames[np.linspace(0, len(frames) - 1, 5).round().astype(int)].astype(np.float32)
+    return some.reshape(5, 16, SIDE // 16, 16, SIDE // 16, 3).mean((2, 4))
+
+
+def with_splits(clips: Sequence[Clip], held_out: float = 0.1) -> list[Clip]:
+    """The clips with a tenth of them held out, where the source has no split but `train` and there are four or more.
+
+    Pieces of a file and clips that look the same stay together. Long clips go first: short ones have fewer frame rates.
+    """
+    if len(clips) < 4 or any(each.item.split != "train" for each in clips):
+        return list(clips)
+    groups: dict[str, list[str]] = {}
+    key_of: dict[str, str] = {}
+    for each in clips:
+        key = key_of.setdefault(each.item.id, key_of.get(each.alike, str(each.item.media)))
+        groups.setdefault(key, []).append(each.item.id)
+    wanted, most = max(1, round(held_out * len(clips))), max(1, len(clips) // 4)
+    median = sorted(each.seconds for each in clips)[len(clips) // 2]
+    short = {each.item.id for each in clips if each.seconds < median}
+
+    def order(ids: list[str]) -> tuple[bool, bytes]:
+        return not short.isdisjoint(ids), hashlib.blake2b(ids[0].encode(), digest_size=8).digest()
+
+    chosen: set[str] = set()
+    for ids in sorted(groups.values(), key=order):
+        if len(chosen) < wanted and len(chosen) + len(ids) <= most:
+            chosen |= set(ids)
+    return [_in_split(each, "validation" if each.item.id in chosen else "train") for each in clips]
+
+
+def _in_split(clip: Clip, split: str) -> Clip:
+    return replace(clip, item=replace(clip.item, split=split))
+
+
+def check_usable(clips: Sequence[Clip], rejected: Sequence[Rejection], source: str) -> None:
+    """Refuse a source without a clip that can be trained on, in one line."""
+    train = [each for each in clips if each.item.split == "train"]
+    if train:
+        return
+    first = f": {rejected[0].id}: {rejected[0].reason} ({rejected[0].detail})" if rejected else ""
+    raise InputError(f"no clip of {source} can be trained on{first}")

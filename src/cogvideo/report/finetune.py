@@ -1,0 +1,217 @@
+"""Facts about a fine-tuning, for `templates/finetune.html`: before and after, losses, clips, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from cogvideo.bundle.model import CogVideo
+from cogvideo.data.clips import ClipSampling, FrameRates, choose_window, duration_of
+from cogvideo.data.dataset import Dataset
+from cogvideo.data.frames import FrameSettings, read_item
+from cogvideo.data.sources import SourceOptions, list_source
+from cogvideo.evaluation.reader import resized
+from cogvideo.evaluation.retrieval import SIZE, distances, gallery, ranks
+from cogvideo.generation.request import Request, Settings
+from cogvideo.media.images import contact_sheet, evenly
+from cogvideo.pipeline import CogVideoPipeline, collect
+from cogvideo.report.page import Name, duration, percent, precise
+from cogvideo.report.plots import curves
+from cogvideo.report.runs import Run, read_runs
+from cogvideo.report.training import TITLES
+from cogvideo.runs import RunFolder
+from cogvideo.training.finetune import DATA, RUN, TABLE
+
+MOST_REAL = 200
+"""Real clips that generated ones are compared with."""
+MADE, SHOWN = 12, 4
+"""Clips of a split that are generated, and those that are shown."""
+BATCH = 4
+"""Clips that are generated at once."""
+LEAST_SIDE = 96
+"""Pixels of a frame on the page, at least."""
+
+Frames = UInt8[np.ndarray, "clips frames size size 3"]
+
+
+class Real(NamedTuple):
+    """Some clips of the data: their key frames as the tokenizer shows them."""
+
+    ids: list[str]
+    captions: list[str]
+    splits: list[str]
+    durations: list[float]
+    frames: Frames
+
+
+def facts(out: Path, base: str, device: str) -> dict[str, Any]:
+    """Everything that the page says.
+
+    Raises:
+        ValueError: the bundle, its data or its runs cannot be used.
+    """
+    chain = RunFolder(out / RUN)
+    runs = [run for run in read_runs([out]) if run.stage in TITLES]
+    model = CogVideo.from_pretrained(out, torch.float32, device)
+    real = read_real(out / RUN / DATA, model)
+    chosen = [place for split in ("train", "validation") for place in _some(real, split, MADE)]
+    shown = {place for split in ("train", "validation") for place in _some(real, split, SHOWN)}
+    made: dict[str, Frames] = {}
+    for name, each in (("before", CogVideo.from_pretrained(base, torch.float32, device)), ("after", model)):
+        if {"base", "sequential"} <= set(each.components):
+            made[name] = generated(each, [real.captions[place] for place in chosen], _durations(real, chosen))
+    found = {name: rank(frames, real, chosen) for name, frames in made.items()}
+    titles = {"train": "Prompts that were trained on", "validation": "Prompts that were held out"}
+    pictures: dict[str, list[dict[str, Any]]] = {split: [] for split in titles}
+    for number, place in enumerate(chosen):
+        if place in shown:
+            sheets = [real_frames(out, real.ids[place], real.durations[place])]
+            sheets += [frames[number] for frames in made.values()]
+            places = [f"rank {found[name][number]} of {len(real.ids)} {name}" for name in made]
+            pictures[real.splits[place]].append(
+                {"pixels": _sheet(sheets), "caption": real.captions[place], "facts": [real.ids[place], *places]}
+            )
+    ranked = [
+        [titles[split], _mean(before), _mean(after), percent(_firsts(before)), percent(_firsts(after))]
+        for split in titles
+        for before, after in [[_of(found.get(name, []), real, chosen, split) for name in ("before", "after")]]
+        if after or before
+    ]
+    about, rows = chain.about, chain.rows()
+    return {
+        "titles": {
+            "runs": "Training",
+            **{split: titles[split] for split in titles if pictures[split]},
+            "clips": "Clips",
+        },
+        "pictures": pictures,
+        "order": ["real", *made],
+        "ranked": ranked,
+        "num_real": len(real.ids),
+        "plots": [_plot(run) for run in runs if run.figures or run.validation is not None],
+        "stages": [_stage(run) for run in runs],
+        "times": [[row["name"], duration(row["seconds"])] for row in rows],
+        "seconds": duration(sum(row["seconds"] for row in rows)),
+        "clips": about.get("clips", []),
+        "rejected": about.get("rejected", []),
+        "advice": advice(runs, about.get("clips", [])),
+    }
+
+
+def read_real(folder: Path, model: CogVideo) -> Real:
+    """Key frames of the clips of a dataset, from the start of each, at the lowest frame rate that it fills."""
+    dataset = Dataset(folder)
+    sampling = ClipSampling(rates=FrameRates(dataset.card.fps), random_offset=False)
+    found = Real([], [], [], [], np.zeros(0, np.uint8))
+    frames = []
+    for number in evenly(len(dataset), MOST_REAL).tolist():
+        row = dataset.row(number)
+        window = choose_window(len(row.codes), sampling, 0.0, 0.0)
+        places = range(1) if window is None else window
+        codes = torch.from_numpy(row.codes[list(places)].astype(np.int64)).flatten(1)
+        pixels = model.autoencoder.decode_pixels(codes)
+        frames.append(pixels if len(pixels) > 1 else pixels.repeat(sampling.rates.num_frames, 0))
+        found.ids.append(row.id)
+        found.captions.append(row.captions[0])
+        found.splits.append(row.split)
+        found.durations.append(0.0 if window is None else duration_of(window, sampling, 0.0))
+    return found._replace(frames=np.stack(frames))
+
+
+def real_frames(out: Path, id: str, seconds: float) -> UInt8[np.ndarray, "frames size size 3"]:
+    """Key frames of a clip as its file has them."""
+    card = Dataset(out / RUN / DATA).card
+    settings = FrameSettings(**card.settings["frames"])
+    items = list_source(str(out / RUN / TABLE), SourceOptions(validation=0.0)).items
+    (item,) = [each for each in items if each.id == id]
+    frames = read_item(item, settings).frames
+    number = min(len(frames), round(seconds * card.fps) + 1)
+    return frames[evenly(number, 5)]
+
+
+def _some(real: Real, split: str, most: int) -> list[int]:
+    """Places of some clips of a split."""
+    places = [place for place, each in enumerate(real.splits) if each == split]
+    return [places[number] for number in evenly(len(places), most)] if places else []
+
+
+def _durations(real: Real, places: Sequence[int]) -> list[float]:
+    longest = max(real.durations) or Settings.duration
+    return [real.durations[place] or longest for place in places]
+
+
+def generated(model: CogVideo, prompts: Sequence[str], durations: Sequence[float]) -> Frames:
+    """Key frames of clips, with the model's own samplers; the seed is the place in the list."""
+    pipeline = CogVideoPipeline(model)
+    settings = replace(pipeline.settings, rounds=0, truncate=True, should_enlarge=False)
+    found = []
+    for start in range(0, len(prompts), BATCH):
+        part = slice(start, start + BATCH)
+        generators = [torch.Generator().manual_seed(start + number) for number in range(len(prompts[part]))]
+        request = Request(prompts[part], generators, settings, durations=durations[part])
+        found.append(collect(pipeline.frames(request), 1.0).frames)
+    return np.concatenate(found)
+
+
+def rank(made: Frames, real: Real, right: Sequence[int]) -> list[int]:
+    """Rank of the clip of the same prompt among the real ones, by distance from each generated clip."""
+    small = np.stack([resized(clip, SIZE) for clip in real.frames])
+    drawn = np.stack([resized(clip, SIZE) for clip in made])
+    return ranks(distances(drawn, gallery(small, small)), list(right)).tolist()
+
+
+def _of(found: Sequence[int], real: Real, chosen: Sequence[int], split: str) -> list[int]:
+    return [each for each, place in zip(found, chosen, strict=False) if real.splits[place] == split]
+
+
+def _mean(found: Sequence[int]) -> str:
+    return f"{np.mean(found):.1f}" if found else "–"
+
+
+def _firsts(found: Sequence[int]) -> float:
+    return sum(each == 1 for each in found) / len(found) if found else 0.0
+
+
+def _sheet(clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> UInt8[np.ndarray, "height width 3"]:
+    """Clips below each other, at one size."""
+    times = max(1, -(-LEAST_SIDE // clips[0].shape[1]))
+    rows = [resized(clip, clips[0].shape[1]).repeat(times, 1).repeat(times, 2) for clip in clips]
+    return contact_sheet(rows, max(map(len, rows)))
+
+
+def _plot(run: Run) -> Any:
+    """Both losses of a run, with the best step."""
+    name = "psnr" if run.stage == "tokenizer" else "loss"
+    both = (("training", run.figures.get(name)), ("held out", run.validation))
+    known = {Name(words, place): curve for place, (words, curve) in enumerate(both) if curve is not None}
+    what = "PSNR in dB" if run.stage == "tokenizer" else "loss"
+    return curves(run.stage, f"{TITLES[run.stage]}: {what}", known, marked=run.best)
+
+
+def _stage(run: Run) -> list[str]:
+    first = "–" if run.validation is None else precise(float(run.validation.values[0]))
+    best = "–" if run.best is None else f"{precise(run.best[1])} at {run.best[0]:,}"
+    return [TITLES[run.stage], f"{run.num_steps:,}", first, best, "–" if run.seconds is None else duration(run.seconds)]
+
+
+def advice(runs: Sequence[Run], clips: Sequence[dict[str, Any]]) -> str:
+    """What to do when the clips look bad, in a line."""
+    stages = [run for run in runs if run.stage != "tokenizer" and run.best is not None]
+    still = [run for run in stages if run.best is not None and run.best[0] == run.num_steps]
+    early = [run for run in stages if run.best is not None and run.best[0] <= run.num_steps // 2]
+    unnamed = sum("no caption" in each["notes"] for each in clips)
+    if 2 * unnamed > len(clips):
+        advised = "write captions (`cogvideo data captions`), since file names say little to a model"
+    elif len(early) > len(still):
+        advised = "add more and other clips; the held-out loss was best early, then the model learned these by heart"
+    elif still:
+        advised = "train longer (`--minutes`, another `--out`); the held-out loss was still falling"
+    else:
+        advised = "give it more clips, and more time (`--minutes`, another `--out`)"
+    return f"If clips look bad: {advised}."

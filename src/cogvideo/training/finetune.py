@@ -1,0 +1,436 @@
+"""Fine-tuning on own clips: a chain of steps, each skipped once it is done, so that a killed chain goes on.
+
+| step | makes | is done when |
+|---|---|---|
+| clips | clips.csv: pieces of the clips with captions and splits | it is there |
+| start | the bundle, with what can be kept of the base | its training.json is there |
+| tokenizer | the image tokenizer, if the base's shows the clips poorly | its run is over |
+| data | codes of the clips | the dataset is whole |
+| image, sequential, interpolation | the stages, from the base's weights | their runs are over |
+
+Steps of training are chosen from the time that is left when a stage begins, and are then in the identity of its run.
+Adapters would be a choice of the stages' `Choice`, next to `start`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from cogvideo.bundle.format import MANIFEST, Component
+from cogvideo.bundle.model import CogVideo
+from cogvideo.bundle.model import update as update_bundle
+from cogvideo.config import require
+from cogvideo.data.clips import FrameRates, filled_rates
+from cogvideo.data.dataset import CARD, Card, read_card
+from cogvideo.data.encoding import PrepareSettings
+from cogvideo.data.frame_store import StoreSettings
+from cogvideo.data.frames import FrameSettings, read_item
+from cogvideo.data.prepare import prepare
+from cogvideo.data.shards import digest
+from cogvideo.data.sources import Item, SourceOptions, list_source
+from cogvideo.devices import usable
+from cogvideo.evaluation.networks.cache import network_path
+from cogvideo.evaluation.review import Clip, check_usable, has_detector, listed, review, with_splits
+from cogvideo.files import alone_in, write_text
+from cogvideo.media.images import evenly
+from cogvideo.models.autoencoder import to_frames
+from cogvideo.models.perceptual import load_lpips
+from cogvideo.runs import RunFolder
+from cogvideo.text import TextTokenizer
+from cogvideo.training.card import REPORTS, read_reports, write_card
+from cogvideo.training.checkpoints import Checkpoints
+from cogvideo.training.export import export_run
+from cogvideo.training.launch import seconds_a_step, train
+from cogvideo.training.objectives.image import ImageMixture
+from cogvideo.training.objectives.tokenizer import TokenizerSettings
+from cogvideo.training.optim import StageOptimization
+from cogvideo.training.recorder import ProgressLine, standard_error
+from cogvideo.training.session import Clips, LoggingConfig, Options, StageLogging
+from cogvideo.training.stages import STAGES, Choice, StageName
+from cogvideo.training.text import figures, train_model
+from cogvideo.training.tokenizer import RUN as TOKENIZER_RUN
+from cogvideo.training.tokenizer import evaluate, train_tokenizer
+
+RUN = ".finetune-run"
+"""Folder of the chain inside that of the bundle."""
+TABLE, DATA = "clips.csv", "data"
+"""In there: the clips, and their codes."""
+TITLES = {
+    "clips": "Looking at the clips",
+    "start": "Copying the base",
+    "tokenizer": "Image tokenizer",
+    "data": "Encoding the clips",
+    "image": "Image model",
+    "sequential": "Key frames",
+    "interpolation": "Frames in between",
+}
+TRAINED: tuple[StageName, ...] = ("image", "sequential", "interpolation")
+SHARES = {"tokenizer": 0.3, "image": 0.3, "sequential": 0.22, "interpolation": 0.12}
+"""Shares of the time; the rest is for looking at the clips, encoding, and the page."""
+LEAST_PSNR, MOST_LPIPS = 25.0, 0.35
+"""Reconstructions that are worse on average are poor: faces are no longer recognizable."""
+LEAST_FITTING = 0.9
+"""Share of captions that fits the text slots where the base's text tokenizer is kept."""
+LEAST_STEPS = 20
+RATE, TOKENIZER_RATE = 1e-3, 1e-3
+"""Learning rates: a quarter and a third of those that the model in the box was trained with."""
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """Settings of a fine-tuning."""
+
+    minutes: float = 20.0
+    """Time in minutes, from which the steps of training are chosen."""
+    steps: int | None = None
+    """Steps of each stage, in place of as many as fit into the time."""
+    batch: int = 8
+    """Samples of a step."""
+    fit: Literal["crop", "letterbox"] = "crop"
+    """Treatment of frames that are not square: crop to the center, or add white bars."""
+    seed: int = 0
+    """Seed of the order of the clips and of all random choices."""
+    device: str = "auto"
+    """Device to run on: cpu, cuda, cuda:0, or auto."""
+
+    def __post_init__(self) -> None:
+        for name in ("minutes", "steps", "batch"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}, expected a positive number")
+        require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
+
+
+class Step(NamedTuple):
+    """A step of the chain."""
+
+    name: str
+    work: Callable[[], None]
+    is_done: Callable[[], bool]
+
+
+class Chain:
+    """A fine-tuning of a base on the clips of a source, into a bundle.
+
+    Args:
+        source: folder of videos, or a table.
+        out: folder of the bundle.
+        base: bundle to start from: a folder, an id on the Hugging Face Hub, or `pocket`.
+        settings: time and sizes.
+
+    Raises:
+        ValueError: the source or the base cannot be used, or `out` holds something else.
+    """
+
+    def __init__(self, source: str, out: Path, base: str, settings: Finetuning) -> None:
+        usable(settings.device)
+        self.source, self.out, self.settings = source, out, settings
+        self.base = CogVideo.from_pretrained(base)
+        lacks = [name for name in ("image_tokenizer", "text") if name not in self.base.components]
+        require(not lacks, f"the base {base} has no {', '.join(lacks)}, expected a model with both tokenizers")
+        assert self.base.folder is not None
+        require(self.base.folder.resolve() != out.resolve(), f"{out} is the base: give the new model another folder")
+        self.items, self.rejected, self._named = listed(source)
+        is_foreign = (out / MANIFEST).exists() and not (out / RUN).exists()
+        require(not is_foreign, f"{out} holds another model: give this one a folder of its own")
+        self.folder = RunFolder(out / RUN)
+
+    @property
+    def table(self) -> Path:
+        """Table of the clips."""
+        return self.folder.path / TABLE
+
+    @property
+    def data(self) -> Path:
+        """Codes of the clips."""
+        return self.folder.path / DATA
+
+    def run(self) -> None:
+        """Do all that is left.
+
+        Raises:
+            ValueError: no clip can be used, or training diverged.
+            OSError: something cannot be written.
+        """
+        sizes = [each.media.stat().st_size for each in self.items if isinstance(each.media, Path)]
+        clips = [[each.id, each.captions, each.start, each.end, each.split] for each in self.items]
+        settings = {name: value for name, value in asdict(self.settings).items() if name != "device"}
+        base = {name: self.base.sha256(name) for name in self.base.components}
+        identity = {"clips": len(clips), "listing": digest([clips, sizes]), "base": base, "settings": settings}
+        with ExitStack() as stack:
+            stack.enter_context(alone_in(self.folder.path))
+            self.folder.claim(identity)
+            steps = self._steps()
+            for number, step in enumerate(steps, 1):
+                if step.is_done():
+                    continue
+                _say(f"[{number}/{len(steps) + 1}] {TITLES[step.name]}; about {self.minutes_left:.0f} min left in all")
+                began = time.monotonic()
+                step.work()
+                seconds = round(time.monotonic() - began, 1)
+                self.folder.report({"step": number, "name": step.name, "seconds": seconds})
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time that each finished step took."""
+        return {row["name"]: row["seconds"] for row in self.folder.rows()}
+
+    @property
+    def minutes_left(self) -> float:
+        """Time that is left of what was asked for."""
+        return max(0.0, self.settings.minutes - sum(self.seconds.values()) / 60)
+
+    def _steps(self) -> list[Step]:
+        def is_over(run: str) -> bool:
+            return RunFolder(self.out / run).summary is not None
+
+        is_encoded = (self.data / CARD).exists
+        steps = [
+            Step("clips", self._review, self.table.exists),
+            Step("start", self._begin, (self.out / REPORTS).exists),
+            Step("tokenizer", self._tokenizer, lambda: is_encoded() or not self.is_poor or is_over(TOKENIZER_RUN)),
+            Step("data", self._prepare, is_encoded),
+        ]
+        return steps + [Step(name, partial(self._train, name), partial(self._is_best, name)) for name in TRAINED]
+
+    # The clips
+
+    def _review(self) -> None:
+        if not has_detector():
+            _say("PySceneDetect is missing (pip install 'cogvideo[data]'): clips are not cut where the scene changes.")
+        with ProgressLine(standard_error(), 0, len(self.items), "clip") as line:
+            seen = iter(range(1, len(self.items) + 1))
+            clips, rejected = review(self.items, self._named, lambda: line.advance(next(seen), lambda: ""))
+        clips, rejected = with_splits(clips), [*self.rejected, *rejected]
+        check_usable(clips, rejected, self.source)
+        for told in _told(clips, rejected):
+            _say(told)
+        facts = {"clips": list(map(_facts, clips)), "rejected": [each._asdict() for each in rejected]}
+        self.folder.describe(facts)
+        rows = io.StringIO(newline="")
+        writer = csv.writer(rows)
+        writer.writerow(("file", "start", "end", "caption", "split"))
+        for item in (each.item for each in clips):
+            assert isinstance(item.media, Path)
+            place = os.path.relpath(item.media, self.folder.path.resolve())
+            span = (f"{item.start:g}" if item.start else "", "" if item.end is None else f"{item.end:g}")
+            writer.writerows((place, *span, caption, item.split) for caption in item.captions)
+        write_text(self.table, rows.getvalue())
+
+    @cached_property
+    def clips(self) -> list[Item]:
+        """Clips of the table."""
+        return list_source(str(self.table), SourceOptions(validation=0.0)).items
+
+    # The start
+
+    @cached_property
+    def quality(self) -> dict[str, float]:
+        """How well the base's tokenizer shows some frames of the clips."""
+        base = CogVideo.from_pretrained(str(self.base.folder), torch.float32)
+        size = base.config.frame_side
+        frames = FrameSettings(fps=1, size=size, fit=self.settings.fit, max_seconds=3, min_frames=1)
+        some = [self.clips[place] for place in evenly(len(self.clips), 16)]
+        pixels = np.concatenate([read_item(each, frames).frames for each in some])
+        began = time.monotonic()
+        found = {"psnr": evaluate(base.autoencoder, pixels, self.settings.batch).psnr}
+        found["seconds_a_frame"] = (time.monotonic() - began) / len(pixels)
+        if network_path("lpips-vgg").is_file():
+            made = base.autoencoder.reconstruct(pixels)
+            both = [to_frames(torch.from_numpy(each)) for each in (pixels, made)]
+            with torch.inference_mode():
+                found["lpips"] = float(load_lpips(network_path("lpips-vgg"))(*both).mean())
+        return found
+
+    @property
+    def is_poor(self) -> bool:
+        """True if the image tokenizer has to be trained."""
+        return self.quality["psnr"] < LEAST_PSNR or self.quality.get("lpips", 0.0) > MOST_LPIPS
+
+    def _begin(self) -> None:
+        """The bundle with what can be kept of the base."""
+        names = [name for name in self.base.components if not (self.is_poor and name.startswith("superres"))]
+        parts: dict[str, Component] = {name: self.base.component(name) for name in names}
+        lpips = f", LPIPS {self.quality['lpips']:.2f} (at most {MOST_LPIPS})" if "lpips" in self.quality else ""
+        measured = f"{self.quality['psnr']:.1f} dB PSNR (at least {LEAST_PSNR:g}){lpips}"
+        fate = "and is kept" if not self.is_poor else "and is trained; super-resolution of the old codes is left out"
+        _say(f"The base's image tokenizer shows the clips with {measured}, {fate}.")
+        captions = [caption for each in self.clips if each.split == "train" for caption in each.captions]
+        config = self.base.config
+        found = figures(self.base.text, captions, config.layout.text_slots)
+        if found.fitting < LEAST_FITTING:
+            model = train_model(captions, config.transformer)
+            parts["text"] = TextTokenizer(model, config.text, config.transformer.num_codes)
+            _say(f"{found.fitting:.0%} of the captions fit the base's text tokenizer: one is trained on them.")
+        assert self.base.folder is not None
+        update_bundle(self.out, config, **parts)
+        write_card(self.out, {} if self.is_poor else read_reports(self.base.folder))
+
+    def _tokenizer(self) -> None:
+        batch = 2 * self.settings.batch
+        pace = 4 * batch * self.quality["seconds_a_frame"]  # a backward pass takes as long as two forward ones
+        steps = self._steps_of("tokenizer", lambda: pace)
+        every = max(1, steps // 5)
+        train_tokenizer(
+            (str(self.table),),
+            self.out,
+            TokenizerSettings(
+                steps=steps,
+                batch=batch,
+                learning_rate=TOKENIZER_RATE,
+                warmup=min(20, steps // 5),
+                optimizer="muon",
+                plain_steps=0,
+                adversary_weight=0.0,
+            ),
+            StoreSettings(
+                num_frames=4000,
+                num_held_out=64,
+                clips=FrameSettings(fit=self.settings.fit, min_frames=1, seed=self.settings.seed),
+            ),
+            SourceOptions(validation=0.0),
+            init=str(self.base.folder),
+            weights=tuple(path for path in [network_path("lpips-vgg")] if path.is_file()),
+            device=self.settings.device,
+            logging=LoggingConfig(evaluate_every=every, checkpoint_every=every, keep=1),
+            overwrite=True,
+        )
+
+    def _prepare(self) -> None:
+        prepare(
+            str(self.table),
+            out=self.data,
+            tokenizer=str(self.out),
+            settings=PrepareSettings(frames=FrameSettings(fit=self.settings.fit, min_frames=1)),
+            options=SourceOptions(validation=0.0),
+            device=self.settings.device,
+            max_rejected=len(self.clips),
+        )
+
+    # The stages
+
+    def _train(self, stage: StageName) -> None:
+        durations = _durations(read_card(self.data))
+        if stage != "image" and not durations:
+            _say(f"No clip has 5 frames at 8 per second (half a second): {TITLES[stage].lower()} stay as they are.")
+            return
+        has_it = STAGES[stage].trains in self.base.components
+        fresh: Mapping[str, Any] = {"image": "random", "sequential": "inherit", "interpolation": "sequential"}
+        choice = Choice("continue" if has_it else fresh[stage])
+        task = {"mixture": ImageMixture(understanding=0.0, text=0.0)} if stage == "image" else {}
+        sampling = {"durations": durations} if stage == "image" else {}
+        options = self._options(1)
+        steps = self._steps_of(stage, lambda: seconds_a_step(stage, choice, options, task, sampling))
+        train(stage, choice, self._options(steps), task, sampling)
+        best = self._checkpoints(stage).best()
+        if best is not None and best != self._delivered(stage):
+            export_run(self.out / f".{stage}-run", self.out, best=True, overwrite=True)
+
+    def _options(self, steps: int) -> Options:
+        every = max(1, steps // 8)
+        logging = StageLogging(max(1, steps // 40), every, every, keep=1, evaluate_samples=32, sample_every=0)
+        settings = StageOptimization(
+            steps=steps,
+            batch=self.settings.batch,
+            learning_rate=RATE,
+            warmup=min(20, steps // 5),
+            optimizer="muon",
+            ema=0.98,
+            seed=self.settings.seed,
+        )
+        return Options(
+            Clips((self.data,)),
+            self.out,
+            device=self.settings.device,
+            overwrite=True,
+            optimization=settings,
+            logging=logging,
+        )
+
+    def _steps_of(self, name: str, pace: Callable[[], float]) -> int:
+        """Steps of a run: those that it began with, else as many as fit into its share of the time that is left, but no
+        more than few clips are good for."""
+        run = RunFolder(self.out / f".{name}-run")
+        if run.began:
+            return int(run.identity["settings" if name == "tokenizer" else "optimization"]["steps"])
+        if self.settings.steps is not None:
+            return self.settings.steps
+        names = list(SHARES)
+        after = sum(SHARES[each] for each in names[names.index(name) :])
+        rest = 1 - sum(SHARES.values())
+        seconds = 60 * self.minutes_left * SHARES[name] / (after + rest)
+        most = 200 + 20 * len(self.clips)
+        steps = max(LEAST_STEPS, min(most, round(seconds / max(pace(), 1e-3))))
+        _say(f"{steps:,} steps: {'as many as few clips are good for' if steps == most else 'what the time allows'}.")
+        return steps
+
+    def _checkpoints(self, stage: StageName) -> Checkpoints:
+        return Checkpoints(self.out / f".{stage}-run" / "checkpoints", keep=0)
+
+    def _delivered(self, stage: StageName) -> int | None:
+        """Step of what the bundle has of a stage."""
+        return read_reports(self.out).get(STAGES[stage].trains, {}).get("steps")
+
+    def _is_best(self, stage: StageName) -> bool:
+        """True if the run of a stage is over and its best step in the bundle, or if the clips are too short for it."""
+        run = RunFolder(self.out / f".{stage}-run")
+        if run.summary is None:
+            return stage != "image" and (self.data / CARD).exists() and not _durations(read_card(self.data))
+        best = self._checkpoints(stage).best()
+        return self._delivered(stage) == (run.summary["steps"] if best is None else best)
+
+
+def _durations(card: Card) -> tuple[float, ...]:
+    """Seconds of the sequences that the clips of a dataset fill, longest first."""
+    rates = FrameRates(card.fps, Clips.rates)
+    longest = max(map(int, card.lengths))
+    return tuple((rates.num_frames - 1) / rate for rate in filled_rates(longest, rates))
+
+
+def _facts(clip: Clip) -> dict[str, Any]:
+    """Facts about a clip for the page."""
+    return {
+        "id": clip.item.id,
+        "caption": clip.item.captions[0],
+        "split": clip.item.split,
+        "seconds": round(clip.seconds, 2),
+        "size": f"{clip.width} x {clip.height}",
+        "fps": clip.fps,
+        "notes": list(clip.notes),
+    }
+
+
+def _told(clips: Sequence[Clip], rejected: Sequence[Any]) -> list[str]:
+    """Lines about the clips as a whole."""
+    lengths = sorted(each.seconds for each in clips)
+    sizes = sorted({f"{each.width} x {each.height}" for each in clips})
+    size = sizes[0] if len(sizes) == 1 else f"{len(sizes)} sizes"
+    held = sum(each.item.split not in ("train",) for each in clips)
+    spans = f"{lengths[0]:.1f} to {lengths[-1]:.1f} s (median {lengths[len(lengths) // 2]:.1f})"
+    lines = [f"{len(clips):,} clips of {spans}, {size}; {held:,} held out."]
+    counts: dict[str, int] = {}
+    for each in clips:
+        for note in each.notes:
+            words = "looks like another one" if note.startswith("looks like") else note
+            counts[words] = counts.get(words, 0) + 1
+    lines += [f"{count:,} of them: {words}." for words, count in counts.items()]
+    if any(each.is_named for each in clips):
+        lines.append("File names are the missing captions; `cogvideo data captions` makes a table to fill in.")
+    lines += [f"Left out: {each.id}: {each.reason}." for each in rejected[:5]]
+    return lines
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

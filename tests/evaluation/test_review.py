@@ -1,0 +1,103 @@
+"""Clips before training: shots, pieces, both ends, motion, text, copies, splits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from cogvideo.evaluation import review
+from cogvideo.evaluation.review import Clip, in_words, listed, with_splits
+from cogvideo.media.video import write_video
+
+
+def scene(seconds: float, seed: int, speed: float = 1.0, fps: int = 12) -> np.ndarray:
+    """Noise of large squares that moves to the right."""
+    random = np.random.default_rng(seed)
+    picture = random.integers(0, 255, (6, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    return np.stack([np.roll(picture, round(speed * place), 1)[:, :64] for place in range(round(seconds * fps))])
+
+
+def reviewed(folder: Path) -> list[Clip]:
+    items, rejected, named = listed(str(folder))
+    clips, unread = review.review(items, named)
+    assert not rejected
+    assert not unread
+    return clips
+
+
+def write(path: Path, frames: Sequence[np.ndarray] | np.ndarray, fps: int = 12) -> None:
+    write_video(path, np.stack(list(frames)), fps)
+    path.with_suffix(".txt").write_text("a caption\n")
+
+
+def test_scenes_are_cut(tmp_path: Path) -> None:
+    """Guards training from clips of two scenes; a picture that moves fast is no cut."""
+    write(tmp_path / "a.mp4", np.concatenate([scene(2, 1), scene(1.5, 2), scene(1, 3)]))
+    clips = reviewed(tmp_path)
+    assert [round(each.seconds, 2) for each in clips] == [2.0, 1.5, 1.0]
+    assert [each.item.start for each in clips] == [0.0, 2.0, 3.5]
+    assert [each.item.end for each in clips] == [2.0, 3.5, 4.51]
+    assert len({each.item.id for each in clips}) == 3
+    write(tmp_path / "a.mp4", scene(2, 3, speed=6))
+    assert len(reviewed(tmp_path)) == 1
+
+
+def test_without_the_detector_nothing_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards those who did not install the extra `data`."""
+    write(tmp_path / "a.mp4", np.concatenate([scene(1, 1), scene(1, 2)]))
+    monkeypatch.setitem(__import__("sys").modules, "scenedetect", None)
+    assert not review.has_detector()
+    assert len(reviewed(tmp_path)) == 1
+
+
+def test_long_shots_become_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the rest of a long video, of which only the beginning was used."""
+    monkeypatch.setattr(review, "PIECE", 2.0)
+    write(tmp_path / "a.mp4", scene(5, 1))
+    clips = reviewed(tmp_path)
+    assert [round(each.item.start, 2) for each in clips] == [0, 1.67, 3.33]
+    assert clips[-1].item.end is None
+
+
+def test_what_a_person_should_know(tmp_path: Path) -> None:
+    """Guards the remarks: stills, copies, text, short clips, clips without a caption; others have none."""
+    write(tmp_path / "good.mp4", scene(2, 1))
+    write(tmp_path / "copy.mp4", scene(2, 1) // 2 * 2)
+    write(tmp_path / "still.mp4", scene(2, 4, speed=0))
+    write(tmp_path / "brief.mp4", scene(0.3, 5))
+    write_video(tmp_path / "IMG_0042 red-ball.mp4", scene(1, 6), 12)
+    written = []
+    for place in range(24):
+        image = Image.new("RGB", (256, 144), (30 + 5 * place, 90, 120))
+        ImageDraw.Draw(image).text((20, 120), "SUBSCRIBE to the channel, like and share", fill="white")
+        written.append(np.asarray(image))
+    write(tmp_path / "text.mp4", written)
+    notes = {each.item.id: each.notes for each in reviewed(tmp_path)}
+    assert notes == {
+        "IMG_0042 red-ball.mp4": ("no caption",),
+        "brief.mp4": ("too short for key frames",),
+        "copy.mp4": (),
+        "good.mp4": ("looks like copy.mp4",),
+        "still.mp4": ("little motion",),
+        "text.mp4": ("may show text",),
+    }
+    assert in_words("IMG_0042 red-ball.mp4") == "IMG 0042 red ball"
+
+
+def test_a_tenth_is_held_out(tmp_path: Path) -> None:
+    """Guards the held-out loss: no copy of a held-out clip is trained on, and few clips are all trained on."""
+    for number in range(3):
+        write(tmp_path / f"{number}.mp4", scene(1, number))
+    assert {each.item.split for each in with_splits(reviewed(tmp_path))} == {"train"}
+    for number in range(3, 10):
+        write(tmp_path / f"{number}.mp4", scene(2, number))
+    (held,) = [each.item.id for each in with_splits(reviewed(tmp_path)) if each.item.split == "validation"]
+    assert held not in ("0.mp4", "1.mp4", "2.mp4")  # the short ones
+    write(tmp_path / "copy.mp4", scene(2, int(Path(held).stem)))
+    splits = {each.item.id: each.item.split for each in with_splits(reviewed(tmp_path), 0.2)}
+    assert splits["copy.mp4"] == splits[held]
+    assert sum(each == "validation" for each in splits.values()) == 2

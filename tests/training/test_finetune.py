@@ -1,0 +1,206 @@
+"""Own clips in one command: the chain, killed anywhere and continued; one clip, short clips, clips without captions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cogvideo.bundle.format import Manifest
+from cogvideo.bundle.model import CogVideo
+from cogvideo.cli import main
+from cogvideo.media.video import read_video, write_video
+from cogvideo.training import finetune
+from cogvideo.training.card import read_reports
+from cogvideo.training.finetune import Chain, Finetuning
+from gallery import make_model
+from killing import kill_at
+
+QUICK = Finetuning(steps=4, batch=2)
+
+
+def write_clip(path: Path, seconds: float, shade: int, caption: str | None = None) -> None:
+    """A square that moves to the right, ten frames a second."""
+    number = round(10 * seconds)
+    frames = np.full((number, 32, 48, 3), shade, np.uint8)
+    for place, frame in enumerate(frames):
+        left = 8 + 24 * place // number
+        frame[10:20, left : left + 10] = (255 - shade, 40, 90)
+    write_video(path, frames, 10)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(f"{caption}\n")
+
+
+@pytest.fixture(scope="module")
+def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with five clips and a model to start from."""
+    folder = tmp_path_factory.mktemp("finetune")
+    make_model(folder / "base", train_text_model())
+    (folder / "clips").mkdir()
+    for number, seconds in enumerate((4.0, 2.0, 3.0, 2.5, 1.0)):
+        caption = None if number == 4 else "a cat runs"
+        write_clip(folder / "clips" / f"the-cat_{number}.mp4", seconds, 50 * number, caption)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(place: Path) -> Path:
+    """The result of a chain that nothing interrupts."""
+    Chain(str(place / "clips"), place / "tuned", str(place / "base"), QUICK).run()
+    return place / "tuned"
+
+
+def content(out: Path) -> dict[str, Any]:
+    """All that generation and later training depend on."""
+    manifest = Manifest.read(out)
+    found: dict[str, Any] = {name: entry.sha256 for name, entry in manifest.components.items()}
+    data = sorted((out / ".finetune-run" / "data").glob("shard-*"))
+    return (
+        found
+        | {"config": manifest.config, "table": (out / ".finetune-run" / "clips.csv").read_text()}
+        | {each.name: each.read_bytes() for each in data}
+    )
+
+
+def test_all_stages_are_trained(tuned: Path, place: Path) -> None:
+    """Guards the chain: poor codes are learned anew, each stage is trained on, and its best step is in the bundle."""
+    made, base = CogVideo.from_pretrained(tuned), CogVideo.from_pretrained(place / "base")
+    assert set(made.components) == set(base.components) - {"superres"}
+    for name in ("image_tokenizer", "base", "sequential", "interpolation"):
+        assert made.sha256(name) != base.sha256(name)
+    assert made.sha256("text") == base.sha256("text")
+    assert made.config.sequential.durations == (4.0, 2.0, 1.0)
+    assert made.config.seconds == 4
+    table = (tuned / ".finetune-run" / "clips.csv").read_text().splitlines()
+    assert table[1] == "../../clips/the-cat_0.mp4,,4.01,a cat runs,train"
+    assert [line.split(",")[3] for line in table[1:]] == [*["a cat runs"] * 4, "the cat 4"]
+    assert sum(line.endswith(",validation") for line in table) == 1
+    reports = read_reports(tuned)
+    for name in ("base", "interpolation"):
+        assert reports[name]["start"]["start"] == "continue"
+        stage = "image" if name == "base" else name
+        rows = map(json.loads, (tuned / f".{stage}-run" / "metrics.jsonl").read_text().splitlines())
+        held = {
+            row["step"]: np.mean([each["loss"] for each in row["held_out"].values()])
+            for row in rows
+            if "held_out" in row
+        }
+        assert reports[name]["steps"] == min(held, key=lambda step: held[step])
+
+
+def test_a_killed_chain_goes_on(tuned: Path, place: Path, tmp_path: Path) -> None:
+    """Guards an evening of work: killed between and inside of steps, the chain makes the same bytes."""
+    out, number = place / "killed", 40
+
+    def work() -> None:
+        Chain(str(place / "clips"), out, str(place / "base"), QUICK).run()
+
+    kills = 0
+    while kill_at(number, work):
+        number += 25
+        kills += 1
+    assert kills > 4
+    assert content(out) == content(tuned)
+    with pytest.raises(ValueError, match=r"another run began in .*: settings\.minutes was 20\.0 and is 3"):
+        Chain(str(place / "clips"), out, str(place / "base"), replace(QUICK, minutes=3)).run()
+
+
+def test_the_page(tuned: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the end of the command: a page with both kinds of prompts, and a command that works."""
+    arguments = ["finetune", str(place / "clips"), "--out", str(tuned), "--base", str(place / "base")]
+    arguments += ["--steps", "4", "--batch", "2"]
+    assert main(arguments) == 0
+    page = (tuned / "finetune.html").read_text()
+    for words in (
+        "Rank of the right clip among 5 real ones",
+        "Prompts that were held out",
+        "Star: the best step",
+        "no caption",
+    ):
+        assert words in page
+    told = capsys.readouterr().out
+    assert "If clips look bad: " in told
+    command = told.splitlines()[-1]
+    assert command == f'cogvideo generate "a cat runs" --model {tuned}'
+    out = place / "x.mp4"
+    assert main(["generate", "a cat runs", "--model", str(tuned), "--seconds", "1", "--output", str(out)]) == 0
+    assert len(read_video(out, 8).frames) == 9
+    assert main(arguments) == 0
+    assert "is over" in capsys.readouterr().out
+
+
+def test_one_short_clip(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the least that there can be: a clip of half a second without a caption; good codes and super-resolution
+    are kept."""
+    monkeypatch.setattr(finetune, "LEAST_PSNR", 0.0)
+    (tmp_path / "clips").mkdir()
+    write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
+    Chain(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), replace(QUICK, steps=2)).run()
+    made, base = CogVideo.from_pretrained(tmp_path / "out"), CogVideo.from_pretrained(place / "base")
+    assert made.config.sequential.durations == (0.5,)
+    assert made.sha256("image_tokenizer") == base.sha256("image_tokenizer")
+    assert made.sha256("superres") == base.sha256("superres")
+    assert made.base_name("superres") == "superres_base"
+    assert made.sha256("superres_base") == base.sha256("base") != made.sha256("base")
+
+
+def test_steps_fit_the_time(place: Path, tmp_path: Path) -> None:
+    """Guards the choice of steps: what the time allows, not more than few clips are good for, never none; a run that
+    began keeps its own."""
+    found = []
+    for minutes in (0.1, 5, 600):
+        chain = Chain(str(place / "clips"), tmp_path / f"{minutes}", str(place / "base"), Finetuning(minutes=minutes))
+        chain.table.write_text(f"file,caption\n{place}/clips/the-cat_0.mp4,a cat\n")
+        found.append(chain._steps_of("image", lambda: 2.0))
+    assert found == [20, 64, 220]  # 5 minutes for 0.3 of the 0.7 that is left from the image model on
+    (tmp_path / "600" / ".image-run" / "run.json").write_text('{"optimization": {"steps": 77}}')
+    assert chain._steps_of("image", lambda: 2.0) == 77
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "holds no clip"),
+        (("a.mp4",), "no clip of .* can be trained on: a.mp4: no readable video or picture"),
+    ],
+)
+def test_clips_that_cannot_be_used(files: tuple[str, ...], message: str, place: Path, tmp_path: Path) -> None:
+    """Guards the one line that says why nothing was trained."""
+    (tmp_path / "clips").mkdir()
+    for name in files:
+        (tmp_path / "clips" / name).write_bytes(b"no video")
+    with pytest.raises(ValueError, match=message):
+        Chain(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), QUICK).run()
+
+
+def test_no_other_model_is_touched(place: Path) -> None:
+    """Guards the base, and models that were made otherwise."""
+    base = str(place / "base")
+    with pytest.raises(ValueError, match="base is the base: give the new model another folder"):
+        Chain(str(place / "clips"), place / "base", base, QUICK)
+    CogVideo.from_pretrained(base).save_pretrained(place / "other")
+    with pytest.raises(ValueError, match="other holds another model"):
+        Chain(str(place / "clips"), place / "other", base, QUICK)
+
+
+def test_captions_are_written_with_the_clips_in_sight(place: Path, tmp_path: Path) -> None:
+    """Guards the table and the page: captions that exist are kept, the others are empty, and then file names count."""
+    for path in (place / "clips").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert main(["data", "captions", str(tmp_path)]) == 0
+    lines = (tmp_path / "captions.csv").read_text().splitlines()
+    assert lines == ["file,caption", *(f"the-cat_{number}.mp4,a cat runs" for number in range(4)), "the-cat_4.mp4,"]
+    page = (tmp_path / "captions.html").read_text()
+    assert page.count("data:image/webp;base64,") == 5
+    assert page.count(">a cat runs</textarea>") == 4
+    chain = Chain(str(tmp_path), tmp_path / "out", str(place / "base"), QUICK)
+    assert [each.captions[0] for each in chain.items][3:] == ["a cat runs", "the cat 4"]
+    (tmp_path / "captions.csv").write_text("file,caption\nthe-cat_4.mp4,mine\n")
+    assert main(["data", "captions", str(tmp_path)]) == 0
+    assert (tmp_path / "captions.csv").read_text() == "file,caption\nthe-cat_4.mp4,mine\n"
+    assert ">mine</textarea>" in (tmp_path / "captions.html").read_text()
