@@ -18,6 +18,8 @@ from cogvideo.media.video import read_video, write_video
 from cogvideo.training import finetune
 from cogvideo.training.card import read_reports
 from cogvideo.training.finetune import Chain, Finetuning
+from cogvideo.training.launch import seconds_a_step
+from cogvideo.training.stages import Choice
 from gallery import make_model
 from killing import kill_at
 
@@ -160,6 +162,14 @@ def test_steps_fit_the_time(place: Path, tmp_path: Path) -> None:
     assert found == [20, 64, 220]  # 5 minutes for 0.3 of the 0.7 that is left from the image model on
     (tmp_path / "600" / ".image-run" / "run.json").write_text('{"optimization": {"steps": 77}}')
     assert chain._steps_of("image", lambda: 2.0) == 77
+
+
+def test_the_pace_is_measured(tuned: Path, place: Path) -> None:
+    """Guards the choice of steps: some are made and timed, and nothing of them stays."""
+    before = content(tuned)
+    options = Chain(str(place / "clips"), tuned, str(place / "base"), QUICK)._options(1)
+    assert 0 < seconds_a_step("interpolation", Choice("continue"), options) < 60
+    assert content(tuned) == before
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -71,6 +72,19 @@ class Clip:
             f"looks like {self.alike}": self.alike != "",
         }
         return tuple(words for words, applies in found.items() if applies)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Facts for the page, as JSON has them."""
+        return {
+            "id": self.item.id,
+            "caption": self.item.captions[0],
+            "split": self.item.split,
+            "seconds": round(self.seconds, 2),
+            "size": f"{self.width} x {self.height}",
+            "fps": self.fps,
+            "notes": list(self.notes),
+        }
 
 
 def listed(source: str) -> tuple[list[Item], list[Rejection], frozenset[str]]:
@@ -263,3 +277,23 @@ def check_usable(clips: Sequence[Clip], rejected: Sequence[Rejection], source: s
         return
     first = f": {rejected[0].id}: {rejected[0].reason} ({rejected[0].detail})" if rejected else ""
     raise InputError(f"no clip of {source} can be trained on{first}")
+
+
+def in_short(clips: Sequence[Clip], rejected: Sequence[Rejection]) -> list[str]:
+    """Lines about the clips as a whole."""
+    lengths = sorted(each.seconds for each in clips)
+    sizes = sorted({f"{each.width} x {each.height}" for each in clips})
+    size = sizes[0] if len(sizes) == 1 else f"{len(sizes)} sizes"
+    held = sum(each.item.split not in ("train",) for each in clips)
+    spans = f"{lengths[0]:.1f} to {lengths[-1]:.1f} s (median {lengths[len(lengths) // 2]:.1f})"
+    lines = [f"{len(clips):,} clips of {spans}, {size}; {held:,} held out."]
+    counts: dict[str, int] = {}
+    for each in clips:
+        for note in each.notes:
+            words = "looks like another one" if note.startswith("looks like") else note
+            counts[words] = counts.get(words, 0) + 1
+    lines += [f"{count:,} of them: {words}." for words, count in counts.items()]
+    if any(each.is_named for each in clips):
+        lines.append("File names are the missing captions; `cogvideo data captions` makes a table to fill in.")
+    lines += [f"Left out: {each.id}: {each.reason}." for each in rejected[:5]]
+    return lines

@@ -23,10 +23,10 @@ from cogvideo.media.images import contact_sheet, evenly
 from cogvideo.pipeline import CogVideoPipeline, collect
 from cogvideo.report.page import Name, duration, percent, precise
 from cogvideo.report.plots import curves
-from cogvideo.report.runs import Run, read_runs
+from cogvideo.report.runs import TOKENIZER, Run, read_runs
 from cogvideo.report.training import TITLES
 from cogvideo.runs import RunFolder
-from cogvideo.training.finetune import DATA, RUN, TABLE
+from cogvideo.training.finetune import DATA, LEAST_PSNR, RUN, TABLE
 
 MOST_REAL = 200
 """Real clips that generated ones are compared with."""
@@ -187,10 +187,10 @@ def _sheet(clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> UInt8[np.ndarray, "
 
 def _plot(run: Run) -> Any:
     """Both losses of a run, with the best step."""
-    name = "psnr" if run.stage == "tokenizer" else "loss"
+    name = "psnr" if run.stage == TOKENIZER else "loss"
     both = (("training", run.figures.get(name)), ("held out", run.validation))
     known = {Name(words, place): curve for place, (words, curve) in enumerate(both) if curve is not None}
-    what = "PSNR in dB" if run.stage == "tokenizer" else "loss"
+    what = "PSNR in dB" if run.stage == TOKENIZER else "loss"
     return curves(run.stage, f"{TITLES[run.stage]}: {what}", known, marked=run.best)
 
 
@@ -202,12 +202,16 @@ def _stage(run: Run) -> list[str]:
 
 def advice(runs: Sequence[Run], clips: Sequence[dict[str, Any]]) -> str:
     """What to do when the clips look bad, in a line."""
-    stages = [run for run in runs if run.stage != "tokenizer" and run.best is not None]
+    stages = [run for run in runs if run.stage != TOKENIZER and run.best is not None]
     still = [run for run in stages if run.best is not None and run.best[0] == run.num_steps]
     early = [run for run in stages if run.best is not None and run.best[0] <= run.num_steps // 2]
+    shown = [run.best[1] for run in runs if run.stage == TOKENIZER and run.best is not None]
+    blurred = [each for each in shown if each < LEAST_PSNR]
     unnamed = sum("no caption" in each["notes"] for each in clips)
     if 2 * unnamed > len(clips):
         advised = "write captions (`cogvideo data captions`), since file names say little to a model"
+    elif blurred:
+        advised = f"train longer (`--minutes`, another `--out`): codes still blur the clips ({blurred[0]:.1f} dB)"
     elif len(early) > len(still):
         advised = "add more and other clips; the held-out loss was best early, then the model learned these by heart"
     elif still:

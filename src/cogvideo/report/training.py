@@ -107,7 +107,7 @@ def _plots(runs: Sequence[Run]) -> Iterator[Plot]:
     stage, names = runs[0].stage, [name for name, _ in _named(runs)]
     is_tokenizer = stage == TOKENIZER
 
-    def plot(title: str, found: Iterable[Curve | None], **options: bool) -> Iterator[Plot]:
+    def plot(title: str, found: Iterable[Curve | None], **options: Any) -> Iterator[Plot]:
         known = {name: curve for name, curve in zip(names, found, strict=True) if curve is not None}
         if known:
             yield curves(stage, title, known, **options)

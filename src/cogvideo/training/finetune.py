@@ -19,7 +19,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
-from cogvideo.bundle.format import MANIFEST, Component
+from cogvideo.bundle.format import MANIFEST
 from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import require
@@ -43,7 +43,7 @@ from cogvideo.data.shards import digest
 from cogvideo.data.sources import Item, SourceOptions, list_source
 from cogvideo.devices import usable
 from cogvideo.evaluation.networks.cache import network_path
-from cogvideo.evaluation.review import Clip, check_usable, has_detector, listed, review, with_splits
+from cogvideo.evaluation.review import check_usable, has_detector, in_short, listed, review, with_splits
 from cogvideo.files import alone_in, write_text
 from cogvideo.media.images import evenly
 from cogvideo.models.autoencoder import to_frames
@@ -215,9 +215,9 @@ class Chain:
             clips, rejected = review(self.items, self._named, lambda: line.advance(next(seen), lambda: ""))
         clips, rejected = with_splits(clips), [*self.rejected, *rejected]
         check_usable(clips, rejected, self.source)
-        for told in _told(clips, rejected):
+        for told in in_short(clips, rejected):
             _say(told)
-        facts = {"clips": list(map(_facts, clips)), "rejected": [each._asdict() for each in rejected]}
+        facts = {"clips": [each.facts for each in clips], "rejected": [each._asdict() for each in rejected]}
         self.folder.describe(facts)
         rows = io.StringIO(newline="")
         writer = csv.writer(rows)
@@ -262,7 +262,7 @@ class Chain:
     def _begin(self) -> None:
         """The bundle with what can be kept of the base."""
         names = [name for name in self.base.components if not (self.is_poor and name.startswith("superres"))]
-        parts: dict[str, Component] = {name: self.base.component(name) for name in names}
+        parts: dict[str, Any] = {name: self.base.component(name) for name in names}
         lpips = f", LPIPS {self.quality['lpips']:.2f} (at most {MOST_LPIPS})" if "lpips" in self.quality else ""
         measured = f"{self.quality['psnr']:.1f} dB PSNR (at least {LEAST_PSNR:g}){lpips}"
         fate = "and is kept" if not self.is_poor else "and is trained; super-resolution of the old codes is left out"
@@ -297,7 +297,7 @@ class Chain:
             ),
             StoreSettings(
                 num_frames=4000,
-                num_held_out=64,
+                num_held_out=32,
                 clips=FrameSettings(fit=self.settings.fit, min_frames=1, seed=self.settings.seed),
             ),
             SourceOptions(validation=0.0),
@@ -397,39 +397,6 @@ def _durations(card: Card) -> tuple[float, ...]:
     rates = FrameRates(card.fps, Clips.rates)
     longest = max(map(int, card.lengths))
     return tuple((rates.num_frames - 1) / rate for rate in filled_rates(longest, rates))
-
-
-def _facts(clip: Clip) -> dict[str, Any]:
-    """Facts about a clip for the page."""
-    return {
-        "id": clip.item.id,
-        "caption": clip.item.captions[0],
-        "split": clip.item.split,
-        "seconds": round(clip.seconds, 2),
-        "size": f"{clip.width} x {clip.height}",
-        "fps": clip.fps,
-        "notes": list(clip.notes),
-    }
-
-
-def _told(clips: Sequence[Clip], rejected: Sequence[Any]) -> list[str]:
-    """Lines about the clips as a whole."""
-    lengths = sorted(each.seconds for each in clips)
-    sizes = sorted({f"{each.width} x {each.height}" for each in clips})
-    size = sizes[0] if len(sizes) == 1 else f"{len(sizes)} sizes"
-    held = sum(each.item.split not in ("train",) for each in clips)
-    spans = f"{lengths[0]:.1f} to {lengths[-1]:.1f} s (median {lengths[len(lengths) // 2]:.1f})"
-    lines = [f"{len(clips):,} clips of {spans}, {size}; {held:,} held out."]
-    counts: dict[str, int] = {}
-    for each in clips:
-        for note in each.notes:
-            words = "looks like another one" if note.startswith("looks like") else note
-            counts[words] = counts.get(words, 0) + 1
-    lines += [f"{count:,} of them: {words}." for words, count in counts.items()]
-    if any(each.is_named for each in clips):
-        lines.append("File names are the missing captions; `cogvideo data captions` makes a table to fill in.")
-    lines += [f"Left out: {each.id}: {each.reason}." for each in rejected[:5]]
-    return lines
 
 
 def _say(line: str) -> None:
