@@ -95,6 +95,7 @@ def test_all_stages_are_trained(tuned: Path, place: Path) -> None:
         assert reports[name]["steps"] == min(held, key=lambda step: held[step])
 
 
+@pytest.mark.soak
 def test_a_killed_chain_goes_on(tuned: Path, place: Path, tmp_path: Path) -> None:
     """Guards an evening of work: killed between and inside of steps, the chain makes the same bytes."""
     out, number = place / "killed", 40
