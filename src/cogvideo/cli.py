@@ -43,6 +43,11 @@ class Command(NamedTuple):
 COMMANDS = {
     "generate": Command("cogvideo.commands.generate:generate", "Generate videos from prompts."),
     "finetune": Command("cogvideo.commands.finetune:finetune", "Train a model on your own clips, from another one."),
+    "serve": Command(
+        "cogvideo.commands.serve:serve", "Serve text to video over HTTP, from a queue that loses nothing."
+    ),
+    "worker": Command("cogvideo.commands.serve:worker", "Generate the videos of a queue, on any number of machines."),
+    "key": Command("cogvideo.commands.serve:key", "Make an API key for the server."),
     "doctor": Command("cogvideo.commands.doctor:doctor", "Check what this machine can run, and the files of a model."),
     "info": Command("cogvideo.commands.info:info", "Show parameters, memory and compute of a preset or a bundle."),
     "plan": Command("cogvideo.commands.plan:plan", "Estimate memory and time of training on a number of GPUs."),
@@ -87,7 +92,7 @@ PACKAGES = {
     "data": ("scenedetect",),
     "train": ("jinja2", "matplotlib", "pyarrow", "tensorboard"),
     "eval": ("choix", "google_crc32c", "krippendorff", "pypi_simple", "transformers"),
-    "web": ("starlette", "uvicorn"),
+    "web": ("fastapi", "fsspec", "prometheus_client", "pydantic", "sqlalchemy", "starlette", "uvicorn"),
     "ray": ("ray",),
     "wandb": ("wandb",),
 }

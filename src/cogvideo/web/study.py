@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -16,13 +14,13 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cogvideo import report
 from cogvideo.config import InputError, require
 from cogvideo.evaluation.study import Rater, Study
+from cogvideo.web.guard import Guard
+from cogvideo.web.listening import HOST, listening, run
 
-HOST = "127.0.0.1"
 STATIC = Path(__file__).parent / "static"
 FILES = {
     "page.css": Path(report.__file__).parent / "templates" / "style.css",
@@ -31,16 +29,6 @@ FILES = {
 }
 LARGEST_ANSWER = 10_000
 """Bytes."""
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; media-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
-HEADERS = {
-    "content-security-policy": POLICY,
-    "cache-control": "no-store",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
 
 
 class Sent(msgspec.Struct, forbid_unknown_fields=True):
@@ -117,24 +105,6 @@ class Pages:
         return state | {"place": shown.place, "prompt": shown.prompt, "clips": clips, "questions": questions}
 
 
-class AddHeaders:
-    """Middleware that adds `HEADERS` to every response."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
-
-        async def send_more(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message = {**message, "headers": [*message["headers"], *own]}
-            await send(message)
-
-        await self._app(scope, receive, send_more)
-
-
 def application(study: Study) -> Starlette:
     """The pages of a study as an ASGI application. Requests under another name of this machine are refused."""
     pages = Pages(study)
@@ -146,7 +116,7 @@ def application(study: Study) -> Starlette:
         Route("/{token}/answer", pages.answer, methods=["POST"]),
     ]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
-    return Starlette(routes=routes, middleware=[Middleware(AddHeaders), hosts])
+    return Starlette(routes=routes, middleware=[Middleware(Guard), hosts])
 
 
 def serve(folder: Path, num_raters: int, port: int) -> None:
@@ -162,22 +132,12 @@ def serve(folder: Path, num_raters: int, port: int) -> None:
         OSError: the port is taken.
     """
     require(num_raters > 0, f"raters is {num_raters}, expected a positive number")
-    require(0 <= port < 65536, f"port is {port}, expected a number in [0, 65535]")
     study = Study(folder)
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-            listener.listen()  # links work as soon as they are printed
-        except OSError as error:
-            raise InputError(f"cannot listen at port {port} ({error.strerror}): pass another --port, or 0") from error
+    with listening(HOST, port) as listener:
         study.add_raters(num_raters)
         address = f"http://{HOST}:{listener.getsockname()[1]}"
         for rater in study.raters():
             progress = f"{rater.num_answered} of {rater.num_trials} answered"
             print(f"rater {rater.number + 1}: {address}/{rater.token}/ ({progress})")
         print("Press Ctrl-C to stop. All answers are on disk; the links stay valid at the same port.", flush=True)
-        config = uvicorn.Config(
-            application(study), log_level="warning", server_header=False, timeout_graceful_shutdown=1
-        )
-        uvicorn.Server(config).run(sockets=[listener])
+        run(application(study), listener)

@@ -1,0 +1,146 @@
+"""`cogvideo serve`, `cogvideo worker` and `cogvideo key`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogvideo.bundle.model import POCKET
+from cogvideo.config import require
+
+FOLDER = Path("cogvideo-videos")
+ANYWHERE = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Queue and files."""
+
+    folder: Path = FOLDER
+    """Folder of the queue, of files and of keys."""
+    queue: str = ""
+    """Database of the queue, such as postgresql://user@host/name; a SQLite file in the folder by default."""
+    files: str = ""
+    """Folder or store of files, such as s3://bucket/folder; a folder in the folder by default."""
+
+    def urls(self) -> tuple[str, str]:
+        """Addresses of the queue and of files."""
+        if not (self.queue and self.files):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        place = self.folder.resolve()
+        return self.queue or f"sqlite:///{place / 'queue.db'}", self.files or str(place / "files")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Generation."""
+
+    model: str = POCKET
+    """Model: pocket, which comes with the package, the folder of a bundle, or its ID on the Hugging Face Hub."""
+    device: str = "auto"
+    """Device to run on: cpu, cuda, cuda:0, or auto."""
+    batch: int = 8
+    """Largest number of clips to generate at once, less if memory is short."""
+    lease: float = 30.0
+    """Seconds after which others take over the clips of a worker that died."""
+
+    def __post_init__(self) -> None:
+        require(self.batch > 0, f"batch is {self.batch}, expected a positive number")
+        require(self.lease > 0, f"lease is {self.lease}, expected a positive number of seconds")
+
+
+def serve(
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    names: tuple[str, ...] = (),
+    workers: int = 1,
+    waiting: int = 100,
+    kept: int = 10_000,
+    place: Place = Place(),  # frozen
+    work: Work = Work(),  # frozen
+) -> None:
+    """Serve text to video over HTTP, with the interface of the OpenAI video endpoint.
+
+    Videos wait in a queue on disk: neither a restart nor a crash loses one. Only this machine can connect unless --host
+    says otherwise, which needs keys (`cogvideo key`). Where there are keys, every request needs one.
+
+    Args:
+        host: Address to listen at; 0.0.0.0 for all.
+        port: Port to listen at; 0 for any that is free.
+        names: Names under which the server is reached, other than its address.
+        workers: Number of worker processes; 0 if all run elsewhere (`cogvideo worker`).
+        waiting: Largest number of unfinished videos of a key.
+        kept: Largest number of videos of a key, with finished ones.
+        place: Queue and files.
+        work: Generation.
+
+    Raises:
+        InputError: the model, the queue or an option cannot be used.
+        OSError: the folder cannot be written.
+    """
+    from cogvideo.web import worker
+    from cogvideo.web.jobs import Jobs, Limits
+    from cogvideo.web.keys import Keys
+    from cogvideo.web.listening import is_local, listening, run
+    from cogvideo.web.served import Served
+    from cogvideo.web.server import application, leave_on_sigterm
+    from cogvideo.web.server import workers as running
+    from cogvideo.web.site import Site
+    from cogvideo.web.storage import Store
+
+    require(workers >= 0, f"workers is {workers}, expected 0 or more")
+    require(waiting > 0 and kept > 0, f"waiting is {waiting} and kept {kept}, expected positive numbers")
+    queue, files = place.urls()
+    keys = Keys(place.folder / "keys")
+    has_keys = bool(keys.read())
+    require(
+        has_keys or is_local(host), f"host is {host}, which others can reach: make a key first, `cogvideo key NAME`"
+    )
+    site = Site(Served(work.model), Jobs(queue), Store(files), keys if has_keys else None, Limits(waiting, kept))
+    hosts = ["*"] if host in ANYWHERE and not names else ["127.0.0.1", "localhost", "[::1]", host, *names]
+    leave_on_sigterm()
+    arguments = (queue, files, work.model, work.device, work.batch, work.lease)
+    with listening(host, port) as listener, running(workers, worker.work, arguments):
+        shown = "127.0.0.1" if host in ANYWHERE else host
+        print(f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}", flush=True)
+        run(application(site, hosts), listener)
+
+
+def worker(*, place: Place = Place(), work: Work = Work()) -> None:  # frozen
+    """Generate the videos of a queue, on this machine or another one.
+
+    Any number of workers may share a queue. When one dies, others go on from the last finished frame of its clips.
+    SIGTERM and Ctrl-C let it finish a frame, and return its clips to the queue.
+
+    Args:
+        place: Queue and files.
+        work: Generation.
+
+    Raises:
+        InputError: the model, the queue or an option cannot be used.
+        OSError: the folder cannot be written.
+    """
+    from cogvideo.web import worker
+
+    queue, files = place.urls()
+    print(f"working for {queue.rpartition('@')[2]}", flush=True)
+    worker.work(queue, files, work.model, work.device, work.batch, work.lease)
+
+
+def key(name: str, /, *, folder: Path = FOLDER) -> None:
+    """Make an API key for `cogvideo serve` and print it. Only its hash is kept, in the file `keys` of the folder.
+
+    To take a key back, delete its line there.
+
+    Args:
+        name: Name of the key; its videos belong to that name.
+        folder: Folder of the server.
+
+    Raises:
+        InputError: the name cannot be used, or is taken.
+        OSError: the folder cannot be written.
+    """
+    from cogvideo.web.keys import Keys
+
+    print(Keys(folder / "keys").add(name))

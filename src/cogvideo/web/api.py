@@ -1,0 +1,294 @@
+"""The API: the video endpoint that clients of others know, and what a page for people needs beyond it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter, Depends, Header, Query, Request, Response, Security
+from fastapi.concurrency import run_in_threadpool
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+
+from cogvideo.config import require
+from cogvideo.web.clips import TYPES, Variant
+from cogvideo.web.jobs import Job
+from cogvideo.web.keys import LOCAL
+from cogvideo.web.metrics import Metrics
+from cogvideo.web.schemas import Asked, Deleted, Model, Models, Page, Prompt, Reference, Refused, Video, body_schema
+from cogvideo.web.served import MOST_FRAMES, WANTED, Wanted
+from cogvideo.web.site import Order, Site, refuse
+from cogvideo.web.storage import frame_name
+
+LOOK = 0.3
+"""Seconds between looks at a video that somebody watches."""
+UPLOADS = CapacityLimiter(2)
+"""Uploads that are decoded at once."""
+Answers = dict[int | str, dict[str, Any]]
+
+
+def _described(**texts: str) -> Answers:
+    """Errors by status, as OpenAPI has them. FastAPI would give them the media type of a route's own answers."""
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Refused"}}}
+    found: Answers = {int(name[1:]): {"description": text, "content": content} for name, text in texts.items()}
+    for status in found.keys() & {429, 503}:
+        found[status]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}}
+    return found
+
+
+ERRORS = _described(_401="No key, or a wrong one.", _422="A value cannot be used.", _503="The queue is away for now.")
+ERRORS[403] = {"description": "Sent by a page of another site."}
+UNKNOWN = _described(_404="No such video of yours.")
+BODY = _described(
+    _400="The body cannot be read.",
+    _408="The body came too slowly.",
+    _413="The body is too large.",
+    _429="Too many videos.",
+)
+FORM = BODY | _described(_415="Neither JSON nor a form.")
+
+
+async def site(request: Request) -> Site:
+    """The site of a request."""
+    return request.app.state.site
+
+
+Here = Annotated[Site, Depends(site)]
+BEARER = HTTPBearer(auto_error=False, description="An API key, as `cogvideo key` prints it.")
+
+
+async def owner(here: Here, given: Annotated[HTTPAuthorizationCredentials | None, Security(BEARER)]) -> str:
+    """Name of the key of a request."""
+    if here.keys is None:
+        return LOCAL
+    found = None if given is None else here.keys.owner(given.credentials)
+    if found is None:
+        refuse(401, "the API key is missing or wrong: send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
+    return found
+
+
+Owner = Annotated[str, Depends(owner)]
+
+
+def own(here: Here, owner: Owner, id: str) -> Job:
+    """The video of a path."""
+    return here.find(owner, id)
+
+
+Own = Annotated[Job, Depends(own)]
+Repeat = Annotated[str | None, Header(alias="Idempotency-Key", max_length=255)]
+router = APIRouter(prefix="/v1", responses=ERRORS)
+open_router = APIRouter()
+_FIELDS = WANTED.json_schema(ref_template="#/components/schemas/{model}")
+_REFERENCE = Reference.model_json_schema()
+_EXTENSION = _FIELDS | {"required": ["prompt", "video"]}
+_VIDEO_ID = {
+    "type": "object",
+    "properties": {"id": {"type": "string"}},
+    "required": ["id"],
+    "additionalProperties": False,
+}
+
+
+@router.post(
+    "/videos",
+    responses=FORM | UNKNOWN,
+    openapi_extra=body_schema(_FIELDS, input_reference=_REFERENCE, last_reference=_REFERENCE),
+)
+async def create(request: Request, here: Here, owner: Owner, repeat: Repeat = None) -> Video:
+    """Queue a video of a prompt, from a first frame and to a last one if they are given."""
+    asked = await Asked.read(request)
+    if "video" in asked.references:
+        refuse(422, "video cannot be used here: POST /v1/videos/extensions continues videos")
+    wanted = asked.wanted
+
+    def order() -> Job:
+        here.served.completed(wanted)  # before uploads are decoded
+        first, last = (here.start(owner, asked.reference(f"{name}_reference"), wanted) for name in ("input", "last"))
+        return here.order(owner, Order(wanted, first, last, None, repeat))
+
+    return Video.of(await _in_thread(order, asked), here.served)
+
+
+@router.post("/videos/extensions", responses=FORM | UNKNOWN, openapi_extra=body_schema(_EXTENSION, video=_VIDEO_ID))
+async def extend(request: Request, here: Here, owner: Owner, repeat: Repeat = None) -> Video:
+    """Queue a video that keeps the frames of another one, yours or uploaded, and goes on from them."""
+    asked = await Asked.read(request)
+    new = asked.wanted
+    reference = asked.reference("video")
+    if reference is None:
+        refuse(422, "video is missing, expected a file or the id of a video")
+
+    def order() -> Job:
+        wanted, source = new, None
+        if isinstance(reference, Reference):
+            earlier = here.find(owner, reference.video_id or "")
+            source = earlier.id
+            before = WANTED.validate_json(earlier.work)
+            own = Wanted(prompt=new.prompt, seed=new.seed, seconds=new.seconds)
+            is_same = new.seconds is None or float(new.seconds) == float(before.seconds or 0)
+            require(new == own and is_same, f"got other options than those of {source}, expected prompt and seed alone")
+            wanted = replace(before, prompt=new.prompt, loop=False, seed=new.seed)
+        first = here.start(owner, reference, wanted, MOST_FRAMES)
+        return here.order(owner, Order(wanted, first, None, source, repeat))
+
+    return Video.of(await _in_thread(order, asked), here.served)
+
+
+@router.post("/videos/{id}/remix", responses=BODY | UNKNOWN)
+def remix(here: Here, owner: Owner, id: str, body: Prompt, repeat: Repeat = None) -> Video:
+    """Queue a video with another prompt from the same start, with the same seed and options."""
+    job = here.find(owner, id, bulky=True)
+    wanted = replace(WANTED.validate_json(job.work), prompt=body.prompt)
+    return Video.of(here.order(owner, Order(wanted, *here.starts(job), id, repeat)), here.served)
+
+
+@router.post("/videos/{id}/stop", responses=UNKNOWN)
+def stop(here: Here, owner: Owner, job: Own) -> Video:
+    """End a video early: it is completed with the frames that it has, and fails if it has none."""
+    here.jobs.stop(job.id)
+    return Video.of(here.find(owner, job.id), here.served)
+
+
+@router.get("/videos", responses=UNKNOWN)
+def list_videos(
+    here: Here,
+    owner: Owner,
+    after: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> Page:
+    """Your videos by time, the latest first, from the one after another on."""
+    last = None if after is None else here.find(owner, after)
+    jobs = here.jobs.listed(owner, last, limit + 1, order == "asc")
+    data = [Video.of(job, here.served) for job in jobs[:limit]]
+    ends = (data[0].id, data[-1].id) if data else (None, None)
+    return Page(data=data, first_id=ends[0], last_id=ends[1], has_more=len(jobs) > limit)
+
+
+@router.get("/videos/{id}", responses=UNKNOWN)
+def retrieve(here: Here, job: Own) -> Video:
+    """The state of a video."""
+    return Video.of(job, here.served)
+
+
+@router.delete("/videos/{id}", responses=UNKNOWN)
+def delete(here: Here, job: Own) -> Deleted:
+    """Delete a video and its files, also one that is being made."""
+    here.jobs.remove(job.id)
+    here.store.remove(job.id)
+    return Deleted(id=job.id)
+
+
+_BYTES = {"schema": {"type": "string", "format": "binary"}}
+PNG: Answers = {200: {"content": {"image/png": _BYTES}}}
+CONTENT: Answers = {
+    200: {"content": dict.fromkeys(sorted(set(TYPES.values())), _BYTES)},
+    206: {"description": "The part that a Range header asks for."},
+}
+CONTENT |= _described(_416="No such part.")
+
+
+@router.get("/videos/{id}/content", response_class=Response, responses=UNKNOWN | CONTENT)
+def content(
+    here: Here, job: Own, variant: Variant = "video", part: Annotated[str | None, Header(alias="Range")] = None
+) -> Response:
+    """The file of a completed video: mp4, an animated gif or webp, a still frame, or all frames as one picture."""
+    if job.status != "completed":
+        refuse(404, f"the video is {job.status}: it has no content yet")
+    found = here.content(job, variant)
+    if found is None:
+        refuse(404, "the video was deleted")
+    return _part(found, part, TYPES[variant])
+
+
+@router.get(
+    "/videos/{id}/frames/{place}",
+    response_class=Response,
+    responses=UNKNOWN | PNG,
+)
+def frame(here: Here, job: Own, place: int) -> Response:
+    """A finished frame as PNG, also while the video is being made."""
+    found = here.store.get(job.id, frame_name(place)) if place in job.done else None
+    if found is None:
+        refuse(404, "there is no such frame yet")
+    return Response(found, media_type="image/png")
+
+
+@router.get("/videos/{id}/events", response_class=EventSourceResponse, responses=UNKNOWN)
+async def events(
+    here: Here, job: Own, last: Annotated[str | None, Header(alias="Last-Event-ID")] = None
+) -> AsyncIterator[ServerSentEvent]:
+    """Events until a video ends: `frame` for each finished frame, with its address, and `video` when its state changes.
+
+    The id of an event is the number of frames so far: who comes back with it gets the frames after it.
+    """
+    sent = int(last) if last is not None and last.isdecimal() and len(last) < 9 else 0
+    known = None
+    current: Job | None = job
+    while current is not None:
+        for place in current.done[sent:]:
+            sent += 1
+            url = f"/v1/videos/{job.id}/frames/{place}"
+            data = {"place": place, "num_frames": current.num_frames, "url": url}
+            yield ServerSentEvent(event="frame", id=str(sent), data=data)
+        state = (current.status, len(current.done), current.taken)
+        if state != known:
+            known = state
+            yield ServerSentEvent(event="video", id=str(sent), data=Video.of(current, here.served))
+        if current.status in ("completed", "failed"):
+            return
+        await asyncio.sleep(LOOK)
+        current = await run_in_threadpool(here.jobs.find, job.id)
+
+
+@router.get("/models")
+def models(here: Here, owner: Owner) -> Models:
+    """The models that are served."""
+    return Models(data=[Model(id=here.served.name, sizes=here.served.sizes)])
+
+
+@open_router.get("/health")
+async def health() -> dict[str, str]:
+    """Whether the server runs."""
+    return {"status": "ok"}
+
+
+@open_router.get("/ready", responses={503: ERRORS[503] | {"model": Refused}})
+def ready(here: Here) -> dict[str, str]:
+    """Whether the server can take requests: the queue answers."""
+    here.jobs.counts()
+    return {"status": "ok"}
+
+
+@open_router.get("/metrics", response_class=Response, responses={key: ERRORS[key] for key in (401, 503)})
+def metrics(request: Request, owner: Owner) -> Response:
+    """Metrics for Prometheus."""
+    found: Metrics = request.app.state.metrics
+    return Response(found.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _in_thread(order: Callable[[], Job], asked: Asked) -> Job:
+    """Run a function in a thread. Uploads wait for each other, so that they never take all threads."""
+    return await to_thread.run_sync(order, limiter=UPLOADS if asked.references else None)
+
+
+def _part(content: bytes, asked: str | None, kind: str) -> Response:
+    """A file, or the range of bytes that a header asks for; headers with several ranges get the whole file."""
+    headers = {"Accept-Ranges": "bytes"}
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", asked or "")
+    if match is None or match[0] == "bytes=-":
+        return Response(content, media_type=kind, headers=headers)
+    size = len(content)
+    first, last = match[1], match[2]
+    start = int(first) if first else max(0, size - int(last))
+    end = min(size, int(last) + 1) if first and last else size
+    if start >= end:
+        headers["Content-Range"] = f"bytes */{size}"
+        refuse(416, f"the file has {size} bytes", headers)
+    headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+    return Response(content[start:end], 206, headers, kind)

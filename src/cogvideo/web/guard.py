@@ -1,0 +1,72 @@
+"""What every request passes: the check of where it comes from, limits of time, headers of the response."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "cache-control": "no-store",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+BODY_SECONDS = 60
+"""Time for a client to send the body of a request."""
+
+
+class Guard:
+    """Middleware. It refuses requests that pages of other sites send through a user's browser, and slow bodies."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_more(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message["headers"], *own]}
+            await send(message)
+
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+            await PlainTextResponse("Requests from other sites are refused.", 403)(scope, receive, send_more)
+            return
+        await self._app(scope, _in_time(receive), send_more)
+
+
+def _in_time(receive: Receive) -> Receive:
+    """Receive a body within `BODY_SECONDS`. Waiting for the client to leave, after that, may take forever."""
+    end = time.monotonic() + BODY_SECONDS
+    is_whole = False
+
+    async def receive_soon() -> Message:
+        nonlocal is_whole
+        if is_whole:
+            return await receive()
+        try:
+            async with asyncio.timeout(max(0.0, end - time.monotonic())):
+                message = await receive()
+        except TimeoutError:
+            raise HTTPException(408, f"the request took more than {BODY_SECONDS} seconds") from None
+        is_whole = not message.get("more_body", False)
+        return message
+
+    return receive_soon

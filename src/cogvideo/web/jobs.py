@@ -1,0 +1,375 @@
+"""The queue: one table of jobs with leases, in SQLite or PostgreSQL. No other file has SQL.
+
+A worker takes jobs for some seconds under a lease, a random word, and renews it as long as it lives. Everything that a
+worker writes holds only under its own lease, so that a job is never finished twice.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    Double,
+    Engine,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    and_,
+    case,
+    create_engine,
+    delete,
+    event,
+    extract,
+    func,
+    insert,
+    make_url,
+    or_,
+    select,
+    tuple_,
+    update,
+)
+from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError
+
+from cogvideo.config import InputError, require
+
+Status = Literal["queued", "in_progress", "completed", "failed"]
+OPEN = ("queued", "in_progress")
+MOST_TRIES = 5
+"""Workers that may die over a job without finishing a frame."""
+PATIENCE = 30
+"""Seconds to wait for another process to finish its transaction."""
+POOL: dict[str, Any] = {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 40}
+"""As many connections as a server has threads, ten of which stay open."""
+
+Unreachable = (OperationalError, InterfaceError)
+"""Errors of a database that cannot be reached now. Trying again may help."""
+
+METADATA = MetaData()
+JOBS = Table(
+    "jobs",
+    METADATA,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("repeat", String(64)),
+    Column("digest", String(64)),
+    Column("source", String(40)),
+    Column("model", String(64), nullable=False),
+    Column("work", Text, nullable=False),
+    Column("alike", String(64), nullable=False),
+    Column("given", LargeBinary),
+    Column("last", LargeBinary),
+    Column("status", String(12), nullable=False),
+    Column("reason", Text),
+    Column("created", Double, nullable=False),
+    Column("taken", Double),
+    Column("ended", Double),
+    Column("num_frames", Integer, nullable=False),
+    Column("places", Text, nullable=False),
+    Column("codes", LargeBinary, nullable=False),
+    Column("is_stopped", Boolean, nullable=False),
+    Column("lease", String(32)),
+    Column("lease_end", Double),
+    Column("tries", Integer, nullable=False),
+    UniqueConstraint("owner", "repeat"),
+    Index("jobs_by_owner", "owner", "created"),
+    Index("jobs_by_status", "status", "created"),
+)
+BULKY = ("given", "last", "codes")
+BRIEF = [column for column in JOBS.c if column.name not in BULKY]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row. Codes are the bytes of int32 arrays, and empty unless they were asked for."""
+
+    id: str
+    owner: str
+    """Name of the key that asked for it."""
+    model: str
+    """Fingerprint of the model."""
+    work: str
+    """Clip to make, as JSON."""
+    alike: str
+    """Hash of all that jobs of a batch must share."""
+    created: float
+    source: str | None = None
+    """Job that it is a remix or an extension of."""
+    repeat: str | None = None
+    """Hash of the request's idempotency key."""
+    digest: str | None = None
+    """Hash of the request's body."""
+    given: bytes | None = None
+    """Codes of leading frames; uploaded ones are files."""
+    last: bytes | None = None
+    """Codes of the last frame."""
+    status: Status = "queued"
+    reason: str | None = None
+    """Cause of a failure, for the user."""
+    taken: float | None = None
+    """Time at which a worker last took it."""
+    ended: float | None = None
+    num_frames: int = 0
+    """Frames of the whole clip; 0 until the first is there."""
+    places: str = ""
+    """Places of finished frames, in the order in which they were finished, with commas."""
+    codes: bytes = b""
+    """Codes of finished frames in that order."""
+    is_stopped: bool = False
+    """Ask for the clip to end with the frames that are there."""
+    lease: str | None = None
+    lease_end: float | None = None
+    tries: int = 0
+
+    @property
+    def done(self) -> list[int]:
+        """Places of finished frames."""
+        return [int(place) for place in self.places.split(",") if place]
+
+
+class Progress(NamedTuple):
+    """Finished frames of a job."""
+
+    num_frames: int
+    """Frames of the whole clip."""
+    places: str
+    """See `Job.places`."""
+    codes: bytes
+    """See `Job.codes`."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of each key."""
+
+    waiting: int = 100
+    """Number of unfinished videos of a key."""
+    kept: int = 10_000
+    """Number of videos of a key, with finished ones."""
+
+
+class FullError(Exception):
+    """A key has as many jobs as it may have."""
+
+
+class Jobs:
+    """The queue.
+
+    Args:
+        url: SQLite or PostgreSQL, as SQLAlchemy writes it, such as `postgresql://user@host/name`.
+
+    Raises:
+        ValueError: it cannot be opened.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            self._engine = _engine(url)
+            with self._writing("schema") as connection:
+                METADATA.create_all(connection)
+        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, *Unreachable) as error:
+            reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+            raise InputError(
+                f"cannot open the queue ({reason}), expected sqlite:///FILE or postgresql://..."
+            ) from error
+
+    def add(self, job: Job, limits: Limits) -> Job:
+        """Store a new job, or find the one that an earlier request with the same idempotency key stored.
+
+        Raises:
+            FullError: the owner has too many jobs.
+            ValueError: the idempotency key belongs to another request.
+        """
+        with self._writing(job.owner) as connection:
+            own = select(*BRIEF).where(JOBS.c.owner == job.owner)
+            if job.repeat is not None and (row := connection.execute(own.where(JOBS.c.repeat == job.repeat)).first()):
+                same = row.digest == job.digest
+                require(same, "this Idempotency-Key came with another request before: use a new key")
+                return Job(**row._mapping)
+            is_open = func.count(case((JOBS.c.status.in_(OPEN), 1)))
+            kept, waiting = connection.execute(select(func.count(), is_open).where(JOBS.c.owner == job.owner)).one()
+            if waiting >= limits.waiting:
+                raise FullError(f"{waiting} of your videos are unfinished, which is the limit: wait for one of them")
+            if kept >= limits.kept:
+                raise FullError(f"you have {kept} videos, which is the limit: delete some")
+            connection.execute(insert(JOBS).values({column.name: getattr(job, column.name) for column in JOBS.c}))
+        return job
+
+    def find(self, id: str, owner: str | None = None, bulky: bool = False) -> Job | None:
+        """A job, of an owner if one is given, with codes if `bulky`."""
+        query = select(*(JOBS.c if bulky else BRIEF)).where(JOBS.c.id == id)
+        if owner is not None:
+            query = query.where(JOBS.c.owner == owner)
+        with self._reading() as connection:
+            row = connection.execute(query).first()
+        return None if row is None else Job(**row._mapping)
+
+    def listed(self, owner: str, after: Job | None, limit: int, is_ascending: bool) -> list[Job]:
+        """Jobs of an owner by time, from the one after a job on."""
+        order = (JOBS.c.created, JOBS.c.id)
+        query = select(*BRIEF).where(JOBS.c.owner == owner).limit(limit)
+        if after is not None:
+            there = tuple_(*order)
+            query = query.where(
+                there > (after.created, after.id) if is_ascending else there < (after.created, after.id)
+            )
+        query = query.order_by(*(order if is_ascending else [each.desc() for each in order]))
+        with self._reading() as connection:
+            return [Job(**row._mapping) for row in connection.execute(query)]
+
+    def remove(self, id: str) -> None:
+        """Forget a job, whoever works on it."""
+        with self._writing() as connection:
+            connection.execute(delete(JOBS).where(JOBS.c.id == id))
+
+    def stop(self, id: str) -> None:
+        """End a job with the frames that it has; one without frames fails."""
+        unfinished = and_(JOBS.c.id == id, JOBS.c.status.in_(OPEN))
+        with self._writing() as connection:
+            nothing = and_(unfinished, JOBS.c.places == "")
+            failed = {"status": "failed", "reason": "stopped before the first frame", "ended": self._now(connection)}
+            connection.execute(update(JOBS).where(nothing).values(failed | {"lease": None}))
+            connection.execute(update(JOBS).where(unfinished).values(is_stopped=True))
+
+    def take(self, lease: str, model: str, most: int, seconds: float) -> list[Job]:
+        """Take a job, and others alike for the same batch.
+
+        Free are jobs that wait, and those whose lease has ended. The owner who was last served the longest ago is next,
+        then the oldest job.
+
+        Args:
+            lease: a new word. If it holds jobs already, because the answer was lost, these are returned.
+            model: fingerprint of the worker's model.
+            most: number of jobs.
+            seconds: length of the lease.
+        """
+        with self._writing() as connection:
+            now = self._now(connection)
+            held = select(*JOBS.c).where(JOBS.c.lease == lease).order_by(JOBS.c.created, JOBS.c.id)
+            if rows := connection.execute(held).all():
+                return [Job(**row._mapping) for row in rows]
+            is_lost = and_(JOBS.c.status == "in_progress", JOBS.c.lease_end < now)
+            reason = f"{MOST_TRIES} workers died over it"
+            given_up = {"status": "failed", "reason": reason, "ended": now, "lease": None}
+            connection.execute(update(JOBS).where(is_lost, JOBS.c.tries >= MOST_TRIES).values(given_up))
+            is_free = and_(JOBS.c.model == model, or_(JOBS.c.status == "queued", is_lost))
+            others = JOBS.alias()
+            served = select(func.max(others.c.taken)).where(others.c.owner == JOBS.c.owner).scalar_subquery()
+            free = select(JOBS.c.id, JOBS.c.alike, JOBS.c.places).where(is_free).with_for_update(skip_locked=True)
+            turn = (func.coalesce(served, 0.0), JOBS.c.created, JOBS.c.id)
+            first = connection.execute(free.order_by(*turn).limit(1)).first()
+            if first is None:
+                return []
+            alike = (JOBS.c.alike == first.alike, JOBS.c.places == first.places, JOBS.c.id != first.id)
+            more = connection.execute(free.where(*alike).order_by(*turn).limit(most - 1)).all() if most > 1 else []
+            ids = [first.id, *(row.id for row in more)]
+            taking = {"status": "in_progress", "lease": lease, "lease_end": now + seconds, "taken": now}
+            connection.execute(update(JOBS).where(JOBS.c.id.in_(ids)).values(taking | {"tries": JOBS.c.tries + 1}))
+            return [Job(**row._mapping) for row in connection.execute(held)]
+
+    def renew(self, lease: str, seconds: float) -> None:
+        """Keep what a lease holds for some more seconds."""
+        with self._writing() as connection:
+            end = self._now(connection) + seconds
+            connection.execute(update(JOBS).where(JOBS.c.lease == lease).values(lease_end=end))
+
+    def keep(self, lease: str, made: Mapping[str, Progress]) -> dict[str, bool]:
+        """Store the progress of jobs.
+
+        Returns:
+            The jobs that the lease still holds, and whether each shall stop.
+        """
+        with self._writing() as connection:
+            for id, progress in made.items():
+                values = progress._asdict() | {"tries": 0}
+                connection.execute(update(JOBS).where(JOBS.c.id == id, JOBS.c.lease == lease).values(values))
+            held = connection.execute(select(JOBS.c.id, JOBS.c.is_stopped).where(JOBS.c.lease == lease))
+            return {row.id: row.is_stopped for row in held}
+
+    def finish(self, lease: str, id: str, reason: str | None = None) -> bool:
+        """End a job, as failed if there is a reason; False if the lease does not hold it any more."""
+        with self._writing() as connection:
+            status = "completed" if reason is None else "failed"
+            values = {"status": status, "reason": reason, "ended": self._now(connection), "lease": None}
+            found = connection.execute(update(JOBS).where(JOBS.c.id == id, JOBS.c.lease == lease).values(values))
+            return found.rowcount == 1
+
+    def release(self, lease: str, ids: Collection[str]) -> None:
+        """Return jobs to the queue."""
+        back = {"status": "queued", "lease": None, "tries": 0}
+        with self._writing() as connection:
+            connection.execute(update(JOBS).where(JOBS.c.lease == lease, JOBS.c.id.in_(ids)).values(back))
+
+    def counts(self) -> tuple[dict[str, int], float]:
+        """Number of jobs by status, and seconds that the oldest has waited."""
+        with self._reading() as connection:
+            rows = connection.execute(select(JOBS.c.status, func.count()).group_by(JOBS.c.status)).all()
+            oldest = connection.scalar(select(func.min(JOBS.c.created)).where(JOBS.c.status == "queued"))
+            waited = 0.0 if oldest is None else max(0.0, self._now(connection) - oldest)
+        return dict.fromkeys(("queued", "in_progress", "completed", "failed"), 0) | {
+            row[0]: row[1] for row in rows
+        }, waited
+
+    def num_before(self, job: Job) -> int:
+        """Number of older jobs that wait."""
+        older = and_(JOBS.c.status == "queued", JOBS.c.created < job.created)
+        with self._reading() as connection:
+            return connection.scalar(select(func.count()).where(older)) or 0
+
+    def _now(self, connection: Connection) -> float:
+        """Seconds since 1970 by one clock for all: that of the database, or of this machine for SQLite."""
+        if self._engine.name == "sqlite":
+            return time.time()
+        return float(connection.execute(select(extract("epoch", func.clock_timestamp()))).scalar_one())
+
+    @contextmanager
+    def _writing(self, turn: str = "") -> Iterator[Connection]:
+        """A transaction. Those with the same word take turns; with SQLite, all do."""
+        with self._engine.begin() as connection:
+            if turn and self._engine.name != "sqlite":
+                connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(turn))))
+            yield connection
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with self._engine.connect().execution_options(reads=True) as connection:
+            yield connection
+
+
+def new_id(kind: str) -> str:
+    """A name that cannot be guessed."""
+    return f"{kind}_{secrets.token_hex(16)}"
+
+
+def _engine(url: str) -> Engine:
+    parsed = make_url(url)
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() != "sqlite":
+        return create_engine(parsed, **POOL, connect_args={"connect_timeout": PATIENCE})
+    engine = create_engine(parsed, **POOL, connect_args={"timeout": PATIENCE})
+
+    @event.listens_for(engine, "connect")
+    def set_up(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # so that transactions begin as written below
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        reads = connection.get_execution_options().get("reads", False)
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+    return engine

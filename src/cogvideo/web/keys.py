@@ -1,0 +1,81 @@
+"""API keys: random words, of which a file holds only names and hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from pathlib import Path
+
+from cogvideo.config import require
+from cogvideo.files import turn_in, write_text
+
+LOCAL = "local"
+"""Owner of everything on a server without keys."""
+NAME = r"[\w.-]{1,60}"
+
+
+class Keys:
+    """The keys of a file, which is read again when it changes.
+
+    Args:
+        path: lines of a name and a SHA-256 hash. The keys are random, so a slow hash would add nothing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp: tuple[int, int] | None = None
+        self._hashes: dict[str, str] = {}
+
+    def owner(self, key: str) -> str | None:
+        """Name of a key, found in a time that does not depend on the key; None if there is none."""
+        digest = _digest(key)
+        found = None
+        for name, known in self.read().items():
+            if hmac.compare_digest(known, digest):
+                found = name
+        return found
+
+    def read(self) -> dict[str, str]:
+        """Hashes by name; none if there is no file.
+
+        Raises:
+            ValueError: a line is not a name and a hash.
+        """
+        if not self.path.exists():
+            return {}
+        state = self.path.stat()
+        if self._stamp != (state.st_mtime_ns, state.st_size):
+            lines = [line.split() for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            for number, line in enumerate(lines, 1):
+                is_key = len(line) == 2 and re.fullmatch(NAME, line[0]) and re.fullmatch("[0-9a-f]{64}", line[1])
+                require(
+                    bool(is_key), f"{self.path}, key {number}: expected a name and a hash, as `cogvideo key` writes"
+                )
+            self._hashes = dict(lines)
+            self._stamp = (state.st_mtime_ns, state.st_size)
+        return self._hashes
+
+    def add(self, name: str) -> str:
+        """Make a key, which is nowhere but in the answer.
+
+        Raises:
+            ValueError: the name cannot be used, or has a key.
+        """
+        is_name = re.fullmatch(NAME, name) is not None and name != LOCAL
+        require(is_name, f"the name is {name!r:.80}, expected up to 60 letters, digits, dots and dashes, not {LOCAL}")
+        key = f"cv-{secrets.token_urlsafe(32)}"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with turn_in(self.path.parent):
+            there = self.read()
+            require(
+                name not in there, f"{self.path} has a key with the name {name}: choose another, or delete its line"
+            )
+            lines = [f"{each} {digest}\n" for each, digest in (there | {name: _digest(key)}).items()]
+            write_text(self.path, "".join(lines))
+        return key
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode(errors="replace")).hexdigest()

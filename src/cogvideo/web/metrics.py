@@ -1,0 +1,70 @@
+"""Metrics for Prometheus: requests of this server, and the state of the queue."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cogvideo.web.jobs import Jobs
+
+
+class Metrics(Collector):
+    """Numbers since the server began; those of the queue are read when they are asked for.
+
+    Args:
+        jobs: the queue.
+    """
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._registry = CollectorRegistry()
+        names = ["method", "route", "status"]
+        self.requests = Counter("cogvideo_requests", "Answered requests.", names, registry=self._registry)
+        self.seconds = Histogram(
+            "cogvideo_request_seconds", "Time to the first byte of the answer.", ["route"], registry=self._registry
+        )
+        self._registry.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        """State of the queue."""
+        counts, waited = self._jobs.counts()
+        videos = GaugeMetricFamily("cogvideo_videos", "Videos by status.", labels=["status"])
+        for status, number in counts.items():
+            videos.add_metric([status], number)
+        yield videos
+        yield GaugeMetricFamily("cogvideo_oldest_waiting_seconds", "Age of the oldest video that waits.", waited)
+
+    def text(self) -> bytes:
+        """All metrics in the text format of Prometheus."""
+        return generate_latest(self._registry)
+
+
+class Measured:
+    """Middleware that counts and times requests by route.
+
+    Args:
+        app: application.
+        metrics: where numbers go.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        begin = time.perf_counter()
+
+        async def send_counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "unknown")
+                method = scope["method"] if route != "unknown" else "any"
+                self._metrics.requests.labels(method, route, str(message["status"])).inc()
+                self._metrics.seconds.labels(route).observe(time.perf_counter() - begin)
+            await send(message)
+
+        await self._app(scope, receive, send_counted if scope["type"] == "http" else send)

@@ -1,0 +1,249 @@
+"""What requests and responses look like. Names and fields are those of the video endpoint that clients know."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from fastapi import HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+
+from cogvideo.web.jobs import Job, Status
+from cogvideo.web.served import WANTED, Served, Text, Wanted
+
+ID = r"^video_[0-9a-f]{32}$"
+REFERENCES = ("input_reference", "last_reference", "video")
+"""Fields that hold files, or say where frames come from."""
+_RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=True)
+
+
+class Reference(BaseModel):
+    """Frames to start from: a picture, or a frame of an earlier video."""
+
+    model_config = _RULES
+    image_url: str | None = None
+    """Picture as a data URL, `data:image/png;base64,...`; other addresses are not fetched."""
+    video_id: str | None = None
+    """An earlier video of yours."""
+    frame: int = Field(default=0, ge=0)
+    """Number of its frame, from 0."""
+
+
+class Prompt(BaseModel):
+    """A prompt for a clip like another one."""
+
+    model_config = _RULES
+    prompt: Text
+    """Text to make a video of."""
+
+
+class Failure(BaseModel):
+    """Cause of a failure."""
+
+    code: str
+    message: str
+
+
+class Video(BaseModel):
+    """A video that is made or to be made."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Status
+    progress: int = Field(ge=0, le=100)
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None = None
+    prompt: str
+    seconds: str
+    size: str
+    remixed_from_video_id: str | None
+    error: Failure | None
+    seed: int
+    fps: float
+    num_frames: int
+    finished_frames: list[int]
+    started_at: float | None
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, job: Job, served: Served) -> Video:
+        """The state of a job."""
+        wanted = WANTED.validate_json(job.work)
+        given = json.loads(job.work)
+        done = job.done
+        progress = 100 * len(done) // job.num_frames if job.num_frames else 0
+        is_over = job.status in ("completed", "failed")
+        return cls(
+            id=job.id,
+            model=wanted.model or served.name,
+            status=job.status,
+            progress=100 if job.status == "completed" else min(progress, 99),
+            created_at=int(job.created),
+            completed_at=int(job.ended) if is_over and job.ended is not None else None,
+            prompt=wanted.prompt,
+            seconds=str(wanted.seconds),
+            size=wanted.size or served.sizes[0],
+            remixed_from_video_id=job.source,
+            error=None if job.reason is None else Failure(code="generation_failed", message=job.reason),
+            seed=wanted.seed or 0,
+            fps=served.fps(wanted),
+            num_frames=job.num_frames,
+            finished_frames=done,
+            started_at=job.taken,
+            options={name: given[name] for name in given.keys() - {"prompt", "model", "seconds", "size", "seed"}},
+        )
+
+
+class Page(BaseModel):
+    """Videos by time."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Deleted(BaseModel):
+    """Confirmation that a video is gone."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: bool = True
+
+
+class Model(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "cogvideo"
+    sizes: list[str]
+
+
+class Models(BaseModel):
+    """All models that are served."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Problem(BaseModel):
+    """An error, in one sentence."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Refused(BaseModel):
+    """Answer to a request that cannot be met."""
+
+    error: Problem
+
+
+class Asked:
+    """A request's body: fields, and files or references by name.
+
+    Args:
+        fields: all that is not a reference.
+        references: bytes of files, or dictionaries.
+        is_form: whether values are texts.
+    """
+
+    def __init__(self, fields: dict[str, Any], references: dict[str, Any], is_form: bool) -> None:
+        self.fields, self.references, self.is_form = fields, references, is_form
+
+    @classmethod
+    async def read(cls, request: Request) -> Asked:
+        """Read JSON or a form.
+
+        Raises:
+            HTTPException: it is neither.
+            RequestValidationError: the JSON is no object.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == "application/json":
+            try:
+                found = json.loads(await request.body())
+            except (ValueError, RecursionError):
+                found = None
+            if not isinstance(found, dict):
+                raise RequestValidationError([{"loc": ("body",), "msg": "expected a JSON object", "input": None}])
+        elif kind == "multipart/form-data":
+            found = await _form(request)
+        else:
+            raise HTTPException(415, f"content-type is {kind!r:.80}, expected application/json or multipart/form-data")
+        references = {name: value for name in REFERENCES if (value := found.pop(name, None)) is not None}
+        return cls(found, references, kind != "application/json")
+
+    @property
+    def wanted(self) -> Wanted:
+        """The clip.
+
+        Raises:
+            RequestValidationError: a field cannot be used.
+        """
+        try:
+            if self.is_form:
+                return WANTED.validate_strings(self.fields)
+            return WANTED.validate_json(json.dumps(self.fields), strict=True)
+        except ValidationError as error:
+            raise RequestValidationError(error.errors(include_url=False)) from error
+
+    def reference(self, name: str) -> bytes | Reference | None:
+        """A file, or the frame that is meant; None if there is neither.
+
+        Raises:
+            RequestValidationError: a field cannot be used.
+        """
+        found = self.references.get(name)
+        if found is None or isinstance(found, bytes):
+            return found
+        if name == "video" and isinstance(found, dict):
+            found = {"video_id" if key == "id" else key: value for key, value in found.items()}
+        try:
+            return Reference.model_validate(found, strict=not self.is_form)
+        except ValidationError as error:
+            raise RequestValidationError(error.errors(include_url=False)) from error
+
+
+async def _form(request: Request) -> dict[str, Any]:
+    """Fields of a form; `a[b]` is field b of a. Names of files do not matter."""
+    found: dict[str, Any] = {}
+    async with request.form(max_files=3, max_fields=50) as form:
+        for name, value in form.multi_items():
+            outer, _, inner = name.partition("[")
+            content = await value.read() if isinstance(value, UploadFile) else value
+            is_reference = outer in REFERENCES
+            if inner and is_reference:
+                group = found.setdefault(outer, {})
+                if isinstance(group, dict):
+                    group[inner.rstrip("]")] = content
+            elif isinstance(content, bytes) and not is_reference:
+                raise HTTPException(422, f"{name:.80} is a file, expected a text")
+            else:
+                found[name] = content
+    return found
+
+
+def body_schema(form: dict[str, Any], **references: dict[str, Any]) -> dict[str, Any]:
+    """The body of a request as OpenAPI has it: JSON with references, or a form with files.
+
+    Args:
+        form: schema of the fields.
+        references: schema of each reference in JSON.
+    """
+
+    def kind(more: dict[str, Any]) -> dict[str, Any]:
+        return {"schema": form | {"properties": form["properties"] | more}}
+
+    files = {name: {"type": "string", "format": "binary"} for name in references}
+    content = {"application/json": kind(references), "multipart/form-data": kind(files)}
+    return {"requestBody": {"required": True, "content": content}}

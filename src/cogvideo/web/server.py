@@ -1,0 +1,151 @@
+"""`cogvideo serve`: the application, and worker processes of its own."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from threading import Event, Thread
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from cogvideo import __version__
+from cogvideo.config import InputError
+from cogvideo.web.api import open_router, router
+from cogvideo.web.guard import Guard
+from cogvideo.web.jobs import FullError, Unreachable
+from cogvideo.web.metrics import Measured, Metrics
+from cogvideo.web.site import Site
+
+LARGEST_BODY = 32 * 2**20
+"""Bytes of a request."""
+SECONDS_TO_FULL, SECONDS_TO_REACH = 10, 2
+"""Values of Retry-After."""
+DRAINING = 60
+"""Seconds for a worker to finish its frame."""
+
+
+def application(site: Site, hosts: Sequence[str]) -> FastAPI:
+    """The API as an ASGI application.
+
+    Args:
+        site: what it works with.
+        hosts: names under which it may be reached.
+    """
+    app = FastAPI(title="cogvideo", version=__version__, docs_url=None, redoc_url=None, max_body_size=LARGEST_BODY)
+    app.state.site, app.state.metrics = site, Metrics(site.jobs)
+    app.include_router(router)
+    app.include_router(open_router)
+    if site.keys is None:
+        _without_security(app)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
+    app.add_middleware(Guard)
+    app.add_middleware(Measured, metrics=app.state.metrics)
+    for kind, answer in ANSWERS.items():
+        app.add_exception_handler(kind, answer)
+    return app
+
+
+def _problem(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": None, "code": None}
+    return JSONResponse({"error": error}, status, headers)
+
+
+def _refused(_: Request, error: HTTPException) -> JSONResponse:
+    return _problem(error.status_code, str(error.detail), dict(error.headers or {}))
+
+
+def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    first = error.errors()[0]
+    where = ".".join(str(each) for each in first["loc"] if each not in ("body", "query", "header", "path"))
+    got = first.get("input")
+    value = "" if got is None or isinstance(got, dict) else f", got {got!r:.60}"
+    return _problem(422, f"{where or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}{value}")
+
+
+def _impossible(_: Request, error: InputError) -> JSONResponse:
+    return _problem(422, " ".join(str(error).split()))
+
+
+def _full(_: Request, error: FullError) -> JSONResponse:
+    return _problem(429, str(error), {"Retry-After": str(SECONDS_TO_FULL)})
+
+
+def _away(_: Request, error: Exception) -> JSONResponse:
+    return _problem(503, "the queue cannot be reached now: try again", {"Retry-After": str(SECONDS_TO_REACH)})
+
+
+ANSWERS: dict[Any, Any] = {
+    HTTPException: _refused,
+    RequestValidationError: _invalid,
+    InputError: _impossible,
+    FullError: _full,
+    **dict.fromkeys(Unreachable, _away),
+}
+
+
+def _without_security(app: FastAPI) -> None:
+    """Leave keys out of the description of an API that asks for none."""
+    described = app.openapi()
+    described["components"].pop("securitySchemes", None)
+    for path in described["paths"].values():
+        for operation in path.values():
+            operation.pop("security", None)
+
+
+@contextmanager
+def workers(number: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> Iterator[None]:
+    """Worker processes, each started again when it dies. At the end they finish their frames and leave.
+
+    Args:
+        number: of processes.
+        work: what they do.
+        arguments: of that function.
+    """
+    context = get_context("spawn")
+    is_over = Event()
+
+    def start() -> BaseProcess:
+        process = context.Process(target=work, args=arguments)
+        process.start()
+        return process
+
+    running = [start() for _ in range(number)]
+
+    def watch() -> None:
+        while not is_over.wait(1.0):
+            for place, process in enumerate(running):
+                if process.exitcode is not None:
+                    print(
+                        f"a worker ended with status {process.exitcode}, starting another", file=sys.stderr, flush=True
+                    )
+                    time.sleep(1.0)
+                    running[place] = start()
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join(DRAINING)
+            process.kill()
+
+
+def leave_on_sigterm() -> None:
+    """Let SIGTERM end this process as an exception does, so that workers are drained."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

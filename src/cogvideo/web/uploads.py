@@ -1,0 +1,81 @@
+"""Uploaded pictures and videos, decoded in a process of their own with little memory and time.
+
+`python -m cogvideo.web.uploads FPS SIZE MOST MEMORY SECONDS` reads a file from its input and writes frames.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import suppress
+
+import numpy as np
+from jaxtyping import UInt8
+
+from cogvideo.config import InputError
+
+MEMORY = 2 * 2**30
+"""Bytes of address space, most of which libraries reserve and never use."""
+SECONDS = 20
+"""Processor time, and a third of the time on the clock."""
+
+
+def decode(content: bytes, fps: float, size: int, most: int) -> UInt8[np.ndarray, "frames size size 3"]:
+    """Frames of a picture or video, as `media.video.read_video` sees them.
+
+    Args:
+        content: the file.
+        fps: frames per second.
+        size: side of the frames.
+        most: number of frames that are read.
+
+    Raises:
+        ValueError: the file cannot be read, or needs too much memory or time.
+    """
+    command = [sys.executable, "-m", "cogvideo.web.uploads", *map(str, (fps, size, most, MEMORY, SECONDS))]
+    settings = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")}
+    limits = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, input=content, capture_output=True, timeout=3 * SECONDS, check=False, env=settings | limits
+        )
+    except subprocess.TimeoutExpired:
+        raise InputError(f"the upload takes more than {3 * SECONDS} seconds to decode") from None
+    if done.returncode == 0:
+        return np.load(io.BytesIO(done.stdout), allow_pickle=False)
+    if done.returncode == 2:
+        raise InputError(f"the upload cannot be used: {done.stderr.decode(errors='replace').strip():.300}")
+    raise InputError(f"the upload needs more than {MEMORY // 2**20} MiB or {SECONDS} seconds to decode")
+
+
+def _limit(memory: int, seconds: int) -> None:
+    """Take memory, time and files away from this process, where the system can."""
+    with suppress(ImportError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def _main(fps: str, size: str, most: str, memory: str, seconds: str) -> int:
+    _limit(int(memory), int(seconds))
+    from cogvideo.media.video import read_video
+
+    try:
+        content = io.BytesIO(sys.stdin.buffer.read())
+        video = read_video(content, float(fps), int(size), max_frames=int(most))
+    except InputError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    found = io.BytesIO()
+    np.save(found, video.frames)
+    sys.stdout.buffer.write(found.getvalue())
+    sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(*sys.argv[1:]))

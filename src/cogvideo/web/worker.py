@@ -1,0 +1,265 @@
+"""A worker: takes jobs from the queue, makes their clips in batches, and goes on where another worker died."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import parent_process
+from secrets import token_hex
+from threading import Event, Thread
+from traceback import print_exception
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+import cogvideo
+from cogvideo.config import InputError
+from cogvideo.devices import is_out_of_memory, usable
+from cogvideo.pipeline import Frame
+from cogvideo.web.clips import AT_ONCE, Pixels, from_png, kept, render, to_png
+from cogvideo.web.jobs import Job, Jobs, Progress, Unreachable
+from cogvideo.web.served import WANTED, Served, Wanted, pack_codes
+from cogvideo.web.storage import Store, frame_name
+
+T = TypeVar("T")
+IDLE = 0.5
+"""Seconds between looks at an empty queue."""
+AGAIN = 1.0
+"""Seconds between tries to reach a database."""
+GIVEN, LAST = "given.npy", "last.npy"
+"""Files with uploaded frames."""
+
+
+def work(queue: str, files: str, model: str, device: str, batch: int, lease: float) -> None:
+    """Work until SIGTERM or Ctrl-C comes, or the process that started this one has died.
+
+    Raises:
+        ValueError: the model, the queue, or the place of files cannot be used.
+    """
+    stopping = Event()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: stopping.set())
+    if parent_process() is not None:
+        Thread(target=_outlive, args=(stopping,), daemon=True).start()
+    worker = Worker(Jobs(queue), Store(files), Served(model, usable(device)), batch, lease, stopping)
+    with suppress(*Unreachable):  # only when it is to stop; its lease will end
+        worker.run()
+
+
+def _outlive(stopping: Event) -> None:
+    """Wait for the end of the process that started this one."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    stopping.set()
+
+
+class Worker:
+    """A worker. When it is to stop, it finishes the frame at hand and returns its jobs to the queue.
+
+    Args:
+        jobs: the queue.
+        store: files of videos.
+        served: model.
+        batch: most jobs that are made together.
+        lease: seconds after which others may take the jobs of a worker that gives no sign of life.
+        stopping: set when it is to stop.
+    """
+
+    def __init__(self, jobs: Jobs, store: Store, served: Served, batch: int, lease: float, stopping: Event) -> None:
+        self.jobs, self.store, self.served = jobs, store, served
+        self.batch, self.lease, self.stopping = batch, lease, stopping
+
+    def run(self) -> None:
+        """Work until `stopping` is set."""
+        while not self.stopping.is_set():
+            lease = token_hex(16)
+            take = partial(self.jobs.take, lease, self.served.fingerprint, self.batch, self.lease)
+            jobs = self._reach(take)
+            if not jobs:
+                self.stopping.wait(IDLE)
+                continue
+            with self._renewing(lease):
+                self._make(lease, jobs)
+
+    def _fitting(self, lease: str, jobs: Sequence[Job]) -> Sequence[Job]:
+        """As many jobs as memory allows; the others go back."""
+        settings = self.served.settings(_wanted(jobs[0]))
+        number = len(jobs)
+        while number > 1:
+            try:
+                self.served.pipeline.check_memory(settings, number)
+                break
+            except InputError:
+                number -= 1
+        self._release(lease, jobs[number:])
+        return jobs[:number]
+
+    def _make(self, lease: str, jobs: Sequence[Job]) -> None:
+        """Make clips as one batch; one by one if that fails, so that none suffers from another."""
+        try:
+            self._make_batch(lease, self._fitting(lease, jobs))
+        except Unreachable:
+            raise
+        except OSError as error:  # no fault of the clips
+            print(f"waiting for the place of files: {error}", file=sys.stderr, flush=True)
+            self._release(lease, jobs)
+            self.stopping.wait(AGAIN)
+        except Exception as error:
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._make(lease, [job])
+                return
+            reason = str(error) if isinstance(error, InputError) else "internal error"
+            if is_out_of_memory(error):
+                reason = "out of memory"
+            elif not isinstance(error, InputError):
+                print_exception(error)
+            self._reach(lambda: self.jobs.finish(lease, jobs[0].id, " ".join(reason.split())))
+
+    def _make_batch(self, lease: str, jobs: Sequence[Job]) -> None:
+        clips = [_Clip(job, self.served.unpack(job.codes), self.store) for job in jobs]
+        active = {clip.job.id: clip for clip in clips}
+
+        def settle(held: dict[str, bool]) -> None:
+            """Put aside clips that are stopped, and those that belong to others now."""
+            for id in [id for id in active if held.get(id, True)]:
+                self._close(lease, active.pop(id), is_held=id in held)
+
+        settle(self._reach(lambda: self.jobs.keep(lease, {})))
+        for frame in self._frames(clips) if active else ():
+            for clip, codes, pixels in zip(clips, frame.codes, frame.pixels, strict=True):
+                if clip.job.id in active:
+                    clip.add(frame, codes, pixels)
+            settle(self._reach(lambda: self.jobs.keep(lease, {id: clip.state for id, clip in active.items()})))
+            if self.stopping.is_set():
+                self._release(lease, jobs)
+                return
+            if not active:
+                return
+        for clip in active.values():
+            self._close(lease, clip, is_held=True)
+
+    def _frames(self, clips: Sequence[_Clip]) -> Iterator[Frame]:
+        first = clips[0]
+        finished = {place: torch.stack([clip.codes[place] for clip in clips]) for place in first.codes}
+        wanted = [_wanted(clip.job) for clip in clips]
+        given = self._start(first.job, GIVEN, first.job.given)
+        last = self._start(first.job, LAST, first.job.last)
+        return self.served.pipeline.frames(self.served.request(wanted, given, last, finished))
+
+    def _start(self, job: Job, name: str, codes: bytes | None) -> Int64[Tensor, "frames slots"] | None:
+        if codes is not None:
+            return self.served.unpack(codes)
+        content = self.store.get(job.id, name)
+        if content is None:
+            return None
+        return self.served.pipeline.encode(np.load(io.BytesIO(content), allow_pickle=False))
+
+    def _close(self, lease: str, clip: _Clip, is_held: bool) -> None:
+        """Write the files of a clip that is whole or stopped. Files of a deleted job go with it."""
+        id = clip.job.id
+        if is_held:
+            wanted = _wanted(clip.job)
+            places = kept(clip.codes, clip.num_frames)
+            fps = self.served.fps(wanted) / places.step
+            frames, record = clip.frames(places), self._record(wanted, clip, places)
+            for variant in AT_ONCE:
+                self.store.put(id, variant, render(variant, frames, fps, record))
+            self._reach(lambda: self.jobs.finish(lease, id))
+        if self._reach(lambda: self.jobs.find(id)) is None:
+            self.store.remove(id)
+
+    def _record(self, wanted: Wanted, clip: _Clip, places: range) -> dict[str, Any]:
+        """Facts to make the clip again; the hash of its codes is that of a sidecar."""
+        codes = torch.stack([clip.codes[place] for place in places])
+        given = {name: value for name, value in asdict(wanted).items() if value is not None}
+        made = {"bundle": self.served.fingerprint, "codes": hashlib.sha256(codes.numpy().tobytes()).hexdigest()}
+        return given | made | {"torch": torch.__version__, "cogvideo": cogvideo.__version__}
+
+    def _release(self, lease: str, jobs: Sequence[Job]) -> None:
+        if jobs:
+            self._reach(lambda: self.jobs.release(lease, [job.id for job in jobs]))
+
+    def _reach(self, call: Callable[[], T]) -> T:
+        """The answer of the database, however long it is away. Waiting loses nothing: leases decide who goes on."""
+        while True:
+            try:
+                return call()
+            except Unreachable as error:
+                if self.stopping.is_set():
+                    raise
+                print(f"waiting for the queue: {str(error).partition(chr(10))[0]:.200}", file=sys.stderr, flush=True)
+                time.sleep(AGAIN)
+
+    @contextmanager
+    def _renewing(self, lease: str) -> Iterator[None]:
+        """Renew a lease from another thread."""
+        is_over = Event()
+
+        def renew() -> None:
+            while not is_over.wait(self.lease / 3):
+                with suppress(*Unreachable):
+                    self._reach(lambda: self.jobs.renew(lease, self.lease))
+
+        thread = Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
+
+
+class _Clip:
+    """A clip at work: its frames by place, those of earlier workers from their files.
+
+    Args:
+        job: its job.
+        codes: codes of finished frames, in the order of the job's places.
+        store: files of videos.
+    """
+
+    def __init__(self, job: Job, codes: Int64[Tensor, "frames slots"], store: Store) -> None:
+        self.job = job
+        self.num_frames = job.num_frames
+        self.codes = dict(zip(job.done, codes, strict=True))
+        self._store = store
+        self._pixels: dict[int, np.ndarray] = {}
+
+    def add(self, frame: Frame, codes: Int64[Tensor, " slots"], pixels: np.ndarray) -> None:
+        """Store a frame."""
+        self._store.put(self.job.id, frame_name(frame.place), to_png(pixels))
+        self.codes[frame.place], self._pixels[frame.place] = codes, pixels
+        self.num_frames = frame.num_frames
+
+    @property
+    def state(self) -> Progress:
+        """Progress for the queue."""
+        places = ",".join(map(str, self.codes))
+        return Progress(self.num_frames, places, pack_codes(torch.stack([*self.codes.values()])))
+
+    def frames(self, places: range) -> Pixels:
+        """Frames in order of time."""
+        return np.stack([self._frame(place) for place in places])
+
+    def _frame(self, place: int) -> np.ndarray:
+        if place not in self._pixels:
+            content = self._store.get(self.job.id, frame_name(place))
+            assert content is not None, "a finished frame has no file"
+            self._pixels[place] = from_png(content)
+        return self._pixels[place]
+
+
+def _wanted(job: Job) -> Wanted:
+    return WANTED.validate_json(job.work)

@@ -1,0 +1,194 @@
+"""Workers: clips that outlive them, batches, stopping, and what becomes of clips that cannot be made."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cogvideo.pipeline import collect
+from cogvideo.web.clips import from_png, kept
+from cogvideo.web.jobs import Job, Jobs
+from cogvideo.web.served import WANTED, Served, Wanted, pack_codes
+from cogvideo.web.site import Order, Site
+from cogvideo.web.storage import Store, frame_name
+from cogvideo.web.worker import Worker
+from serving import make_whole_bundle, wait_for, working
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, text_model: bytes) -> Path:
+    return make_whole_bundle(tmp_path_factory.mktemp("model") / "small", text_model)
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Served:
+    return Served(str(model))
+
+
+@pytest.fixture
+def site(served: Served, tmp_path: Path) -> Site:
+    """An empty queue with the places that the command line would choose."""
+    return Site(served, Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(tmp_path / "files")))
+
+
+def order(site: Site, **options: Any) -> str:
+    return site.order("a", Order(Wanted(**{"prompt": "a cat", "seed": 3, "rounds": 0} | options))).id
+
+
+def look(site: Site, id: str) -> Job:
+    job = site.jobs.find(id, bulky=True)
+    assert job is not None
+    return job
+
+
+def expected(site: Site, id: str) -> dict[int, bytes]:
+    """Codes of a clip by place, as the pipeline makes it alone and undisturbed."""
+    wanted = WANTED.validate_json(look(site, id).work)
+    frames = site.served.pipeline.frames(site.served.request([wanted], None, None))
+    return {frame.place: pack_codes(frame.codes) for frame in frames}
+
+
+def codes(site: Site, id: str) -> dict[int, bytes]:
+    """Codes of a clip by place, as the queue has them."""
+    job = look(site, id)
+    return {place: pack_codes(row[None]) for place, row in zip(job.done, site.served.unpack(job.codes), strict=True)}
+
+
+def worker(site: Site, batch: int = 8, stopping: Event | None = None) -> Worker:
+    return Worker(site.jobs, site.store, site.served, batch, 1000.0, stopping or Event())
+
+
+def work_off(site: Site, batch: int = 8) -> None:
+    """Work until nothing waits."""
+    stopping = Event()
+    one = worker(site, batch, stopping)
+    stopping.wait = lambda _: stopping.set()  # type: ignore[assignment, method-assign, return-value]
+    one.run()
+
+
+def test_a_clip_outlives_its_workers(model: Path, site: Site, tmp_path: Path) -> None:
+    """Guards the durable queue: others go on from the last finished frame, to the codes of an undisturbed run.
+
+    One worker is killed; the next one is asked to leave, and returns its jobs at once.
+    """
+    ids = [order(site, seed=seed, rounds=2) for seed in (5, 6)]
+
+    def seen() -> dict[int, int]:
+        """Times at which frames were written."""
+        folder = tmp_path / "files" / ids[0]
+        return {place: (folder / frame_name(place)).stat().st_mtime_ns for place in look(site, ids[0]).done}
+
+    with working(model, tmp_path, "--lease", 1, "--batch", 2) as process:
+        wait_for(lambda: len(look(site, ids[0]).done) >= 3, every=0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    assert look(site, ids[0]).status == "in_progress"
+    first = seen()
+    with working(model, tmp_path, "--lease", 1, "--batch", 2) as process:
+        wait_for(lambda: len(look(site, ids[0]).done) > max(6, len(first)), every=0.01)
+        process.terminate()
+        assert process.wait() == 0
+    assert [(look(site, id).status, look(site, id).lease, look(site, id).tries) for id in ids] == 2 * [
+        ("queued", None, 0)
+    ]
+    second = seen()
+    work_off(site)
+    assert first.items() <= second.items() <= seen().items()  # finished frames are not made again
+    for id in ids:
+        assert codes(site, id) == expected(site, id)
+        assert len(codes(site, id)) == 17
+
+
+def test_batches_give_the_clips_of_single_jobs(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards batches: alike jobs share one, others have their own, and no clip depends on its batch."""
+    sizes = []
+    frames = site.served.pipeline.frames
+    monkeypatch.setattr(site.served.pipeline, "frames", lambda asked: sizes.append(len(asked.prompts)) or frames(asked))
+    ids = [order(site, seed=1), order(site, prompt="a dog"), order(site, seed=2, guidance=2.0), order(site, seed=4)]
+    work_off(site, batch=2)
+    assert sizes == [2, 1, 1]
+    for id in ids:
+        assert look(site, id).status == "completed"
+        assert codes(site, id) == expected(site, id)
+    stored = np.stack([from_png(site.store.get(ids[1], frame_name(place)) or b"") for place in range(5)])
+    wanted = WANTED.validate_json(look(site, ids[1]).work)
+    alone = collect(frames(site.served.request([wanted], None, None)), 1)
+    assert np.array_equal(stored, alone.frames[0])
+
+
+def test_stopped_and_deleted_clips(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards early ends: a stopped clip keeps its frames, a deleted one leaves no file, the others go on."""
+    ids = [order(site, seed=seed, rounds=1) for seed in range(3)]
+    keep = site.jobs.keep
+
+    def interrupted(lease: str, made: dict[str, Any]) -> dict[str, bool]:
+        held = keep(lease, made)
+        if len(look(site, ids[2]).done) == 6:
+            site.jobs.stop(ids[0])
+            site.jobs.remove(ids[1])
+        return held
+
+    monkeypatch.setattr(site.jobs, "keep", interrupted)
+    work_off(site)
+    assert [look(site, ids[0]).status, look(site, ids[2]).status] == ["completed", "completed"]
+    assert [len(look(site, ids[0]).done), len(look(site, ids[2]).done)] == [7, 9]
+    assert site.jobs.find(ids[1]) is None
+    assert site.store.get(ids[1], frame_name(0)) is None
+    assert site.store.get(ids[0], "video") is not None
+    waiting = order(site)
+    site.jobs.stop(waiting)
+    assert (look(site, waiting).status, look(site, waiting).reason) == ("failed", "stopped before the first frame")
+
+
+@pytest.mark.parametrize(
+    ("done", "places"),
+    [
+        ([0, 1, 2, 3, 4], range(5)),
+        ([0], range(1)),
+        ([0, 4, 8], range(0, 9, 4)),
+        ([0, 4, 8, 12, 16, 2, 6, 10], range(0, 17, 4)),
+        ([0, 4, 8, 12, 16, 2, 10, 6, 14, 1], range(0, 17, 2)),
+    ],
+)
+def test_frames_of_a_stopped_clip(done: list[int], places: range) -> None:
+    """Guards motion in clips that end early: frames are evenly spaced."""
+    assert kept(done, 17 if len(done) != 5 else 5) == places
+
+
+def test_one_bad_clip_spoils_no_batch(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards a batch against one of its clips: the others are made, it fails, its user learns no internals."""
+    ids = [order(site, seed=seed) for seed in (1, 2)]
+    frames = site.served.pipeline.frames
+
+    def failing(request: Any) -> Any:
+        if any(generator.initial_seed() == 2 for generator in request.generators):
+            raise RuntimeError("a secret")
+        return frames(request)
+
+    monkeypatch.setattr(site.served.pipeline, "frames", failing)
+    work_off(site)
+    assert (look(site, ids[0]).status, look(site, ids[0]).reason) == ("completed", None)
+    assert (look(site, ids[1]).status, look(site, ids[1]).reason) == ("failed", "internal error")
+    assert "a secret" in capsys.readouterr().err
+
+
+def test_little_memory_makes_smaller_batches(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards batches against running out of memory: what does not fit goes back to the queue."""
+    ids = [order(site, seed=seed) for seed in range(5)]
+    monkeypatch.setattr("cogvideo.planning.memory.SURELY_ENOUGH", 10**9)
+    monkeypatch.setattr("cogvideo.planning.memory.needed_memory", lambda *given: given[4] * 2**40)
+    monkeypatch.setattr("cogvideo.planning.memory.free_memory", lambda _: 2 * 2**40)
+    sizes = []
+    frames = site.served.pipeline.frames
+    monkeypatch.setattr(site.served.pipeline, "frames", lambda asked: sizes.append(len(asked.prompts)) or frames(asked))
+    site.served.pipeline._fitting.clear()
+    work_off(site)
+    assert sizes == [2, 2, 1]
+    assert all(look(site, id).status == "completed" for id in ids)
