@@ -65,20 +65,12 @@ class TransformerConfig:
         for name in ("num_layers", "hidden", "num_heads", "vocab_size", "num_codes", "num_positions"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
         require(self.num_layers <= MOST_LAYERS, f"num_layers is {self.num_layers}, expected at most {MOST_LAYERS}")
-        require(
-            self.hidden % self.num_heads == 0,
-            f"hidden {self.hidden} is not divisible by num_heads {self.num_heads}",
-        )
-        require(
-            self.num_codes <= self.vocab_size,
-            f"num_codes {self.num_codes} is larger than vocab_size {self.vocab_size}",
-        )
+        got, heads, words = f"hidden {self.hidden}", self.num_heads, self.vocab_size
+        require(self.hidden % heads == 0, f"{got} is not divisible by num_heads {heads}")
+        require(self.num_codes <= words, f"num_codes {self.num_codes} is larger than vocab_size {words}")
         for name in ("start_of_image", "pad"):
             token = getattr(self, name)
-            require(
-                0 <= token < self.vocab_size,
-                f"{name} token is {token}, expected an id in [0, {self.vocab_size})",
-            )
+            require(0 <= token < words, f"{name} token is {token}, expected an id in [0, {words})")
 
     @property
     def head_dim(self) -> int:
@@ -109,11 +101,8 @@ class LayoutConfig:
     def __post_init__(self) -> None:
         for name in ("grid", "num_frames", "text_slots", "image_text_slots"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
-        longest = max(self.text_slots, self.image_text_slots)
-        require(
-            self.frame_position >= longest,
-            f"frame_position is {self.frame_position}, expected at least the {longest} text slots",
-        )
+        longest, got = max(self.text_slots, self.image_text_slots), f"frame_position is {self.frame_position}"
+        require(self.frame_position >= longest, f"{got}, expected at least the {longest} text slots")
 
 
 @dataclass(frozen=True)
@@ -151,10 +140,8 @@ class UpscalerConfig:
 
     def __post_init__(self) -> None:
         require(self.ratio >= 1, f"ratio is {self.ratio}, expected at least 1")
-        require(
-            self.low_position >= self.text_slots,
-            f"low_position is {self.low_position}, expected at least the {self.text_slots} text slots",
-        )
+        text, got = self.text_slots, f"low_position is {self.low_position}"
+        require(self.low_position >= text, f"{got}, expected at least the {text} text slots")
         for name in ("high_rows", "high_columns", "low_side"):
             size = getattr(self, name)
             require(size > 0 and size % 2 == 1, f"{name} is {size}, expected a positive odd number")
@@ -197,26 +184,18 @@ class AutoencoderConfig:
         for name in ("channels", "encoder_blocks", "decoder_blocks", "embedding_dim", "num_codes", "groups"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
         for multipliers in (self.encoder_multipliers, *self.decoder_multipliers):
-            require(
-                len(multipliers) > 0 and all(factor > 0 for factor in multipliers),
-                f"multipliers are {multipliers}, expected one positive number per level",
-            )
-        require(
-            self.rates == tuple(sorted(set(self.rates), reverse=True)),
-            f"decoders have the rates {self.rates}, expected different ones, coarsest first",
-        )
+            is_positive = len(multipliers) > 0 and all(factor > 0 for factor in multipliers)
+            require(is_positive, f"multipliers are {multipliers}, expected one positive number per level")
+        got, are_sorted = f"decoders have the rates {self.rates}", sorted({*self.rates}) == [*self.rates[::-1]]
+        require(are_sorted, f"{got}, expected different ones, coarsest first")
         require(self.num_downsamplers >= 0, f"num_downsamplers is {self.num_downsamplers}, expected 0 or more")
-        coarsest = self.encoder_rate * 2**self.num_downsamplers
-        require(
-            all(self.encoder_rate <= rate <= coarsest for rate in self.rates),
-            f"decoders have the rates {self.rates}, expected rates in [{self.encoder_rate}, {coarsest}]: "
-            f"those of an encoder of rate {self.encoder_rate} with {self.num_downsamplers} downsamplers",
-        )
+        finest, coarsest = self.encoder_rate, self.encoder_rate * 2**self.num_downsamplers
+        expected = f"expected rates in [{finest}, {coarsest}]: those of an encoder of rate {finest}"
+        are_reached = all(finest <= rate <= coarsest for rate in self.rates)
+        require(are_reached, f"{got}, {expected} with {self.num_downsamplers} downsamplers")
         require(self.rate in self.rates, f"rate is {self.rate}, expected one of {self.rates}")
-        require(
-            self.channels % self.groups == 0,
-            f"channels {self.channels} is not divisible by groups {self.groups}",
-        )
+        is_divisible = self.channels % self.groups == 0
+        require(is_divisible, f"channels {self.channels} is not divisible by groups {self.groups}")
         require(all(value > 0 for value in self.std), f"std is {self.std}, expected positive numbers")
 
     @property
@@ -253,10 +232,9 @@ class TextConfig:
             require(found == fields, f"{got}, expected a text with the fields {fields}, each once, got {found}")
             for _, part, form, conversion in parts:
                 # Templates come with bundles, and "{caption:>99999999}" would take 100 MB per prompt.
-                fits = re.fullmatch(DURATION_FORMAT if part == "duration" else "", form or "") and not conversion
-                require(
-                    bool(fits), f"{got}, expected {{caption}}, and a duration such as {{duration}} or {{duration:g}}"
-                )
+                fits = re.fullmatch(DURATION_FORMAT if part == "duration" else "", form or "")
+                expected = "expected {caption}, and a duration such as {duration} or {duration:g}"
+                require(fits is not None and not conversion, f"{got}, {expected}")
 
 
 @dataclass(frozen=True)
@@ -277,18 +255,15 @@ class SamplingConfig:
     """Guidance scale; 1 disables guidance and halves the compute."""
 
     def __post_init__(self) -> None:
-        self._check("temperature", 0, LARGEST)
-        self._check("guidance", 0, LARGEST)
-        self._check("top_k", 0, MOST_KEPT)
-        self._check("clusters", 0, MOST_KEPT)
+        limits = {"temperature": LARGEST, "guidance": LARGEST, "top_k": MOST_KEPT, "clusters": MOST_KEPT}
+        for name, most in limits.items():
+            value = getattr(self, name)
+            require(is_number(value, 0, most), f"{name} is {value!r:.60}, expected 0 to {most}")
         for name in ("top_p", "cluster_temperature"):
             value = getattr(self, name)
-            require(is_number(value, 0, LARGEST) and value > 0, f"{name} is {value!r:.60}, expected a positive number")
+            is_positive = is_number(value, 0, LARGEST) and value > 0
+            require(is_positive, f"{name} is {value!r:.60}, expected a positive number")
         require(self.top_p <= 1, f"top_p is {self.top_p}, expected above 0, at most 1")
-
-    def _check(self, name: str, least: float, most: float) -> None:
-        value = getattr(self, name)
-        require(is_number(value, least, most), f"{name} is {value!r:.60}, expected {least} to {most}")
 
     def __or__(self, given: Mapping[str, Any]) -> SamplingConfig:
         """Replace the values that are given."""
@@ -347,21 +322,16 @@ class CogVideoConfig:
 
     def __post_init__(self) -> None:
         require(self.layout.num_frames >= 3, f"num_frames is {self.layout.num_frames}, expected 3 or more")
+        grid, codes, positions = self.layout.grid, self.transformer.num_codes, self.transformer.num_positions
         for name in ("sequential", "interpolation"):
             window = getattr(self, name).window
-            require(
-                window == 0 or self.layout.grid % window == 0,
-                f"grid {self.layout.grid} is not divisible by the {name} window {window}",
-            )
-        require(
-            self.autoencoder.num_codes == self.transformer.num_codes,
-            f"the autoencoder has {self.autoencoder.num_codes} codes, the transformer {self.transformer.num_codes}",
-        )
-        needed = max(self.layout.frame_position, self.upscaler.low_position) + self.layout.grid**2
-        require(
-            self.transformer.num_positions >= needed,
-            f"num_positions is {self.transformer.num_positions}, expected at least {needed}: text and one frame",
-        )
+            fits = window == 0 or grid % window == 0
+            require(fits, f"grid {grid} is not divisible by the {name} window {window}")
+        own = self.autoencoder.num_codes
+        require(own == codes, f"the autoencoder has {own} codes, the transformer {codes}")
+        needed = max(self.layout.frame_position, self.upscaler.low_position) + grid**2
+        expected = f"expected at least {needed}: text and one frame"
+        require(positions >= needed, f"num_positions is {positions}, {expected}")
         guidance, bonus = self.superres_sampling.guidance, self.text_bonus
         require(guidance == 1, f"guidance of super-resolution is {guidance}, expected 1: it is not guided")
         require(is_number(bonus, -LARGEST, LARGEST), f"text_bonus is {bonus}, expected {-LARGEST} to {LARGEST}")
@@ -394,13 +364,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layout": {"grid": 12},
         "interpolation": {"window": 6},
         "upscaler": {"ratio": 2},
-        "autoencoder": {"channels": 16, "encoder_multipliers": (1, 2, 8), "encoder_blocks": 1, "num_codes": 2048}
-        | {"decoder_multipliers": ((1, 2, 4, 8),)},
+        "autoencoder": {"channels": 16, "encoder_multipliers": (1, 2, 8), "encoder_blocks": 1}
+        | {"num_codes": 2048, "decoder_multipliers": ((1, 2, 4, 8),)},
     },
     "small": _CALM
     | {
-        "transformer": {"num_layers": 12, "hidden": 768, "num_heads": 12, "vocab_size": 16384, "num_codes": 4096}
-        | {"pad": 4096, "start_of_image": 16381, "num_positions": 512},
+        "transformer": {"num_layers": 12, "hidden": 768, "num_heads": 12, "vocab_size": 16384}
+        | {"num_codes": 4096, "pad": 4096, "start_of_image": 16381, "num_positions": 512},
         "layout": {"grid": 16, "text_slots": 64, "image_text_slots": 64, "frame_position": 64},
         "interpolation": {"window": 8},
         "upscaler": {"text_slots": 64, "low_position": 65},
@@ -412,8 +382,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layout": {"grid": 20, "text_slots": 64, "image_text_slots": 111, "frame_position": 512},
         "interpolation": {"window": 10},
         "upscaler": {"text_slots": 96, "low_position": 513},
-        "autoencoder": {"channels": 128, "embedding_dim": 256, "num_codes": 20_000, "num_downsamplers": 2, "groups": 32}
-        | {"decoder_multipliers": ((1, 1, 1, 2, 4), (1, 1, 2, 4), (1, 2, 4))}
+        "autoencoder": {"channels": 128, "embedding_dim": 256, "num_codes": 20_000, "groups": 32}
+        | {"num_downsamplers": 2, "decoder_multipliers": ((1, 1, 1, 2, 4), (1, 1, 2, 4), (1, 2, 4))}
         | {"mean": _RELEASED_MEAN, "std": _RELEASED_STD},
         "text": {
             "duration_template": "{duration}秒<n>{caption}",
@@ -425,11 +395,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> CogVideoConfig:
-    """Configuration of a preset.
-
-    Raises:
-        ValueError: there is no such preset.
-    """
+    """Configuration of a preset."""
     require(name in PRESETS, f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
     base = CogVideoConfig()
     parts = {}
@@ -461,11 +427,7 @@ def _with_samplers(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_dict(kind: type[T], values: Any) -> T:
-    """Build an object of `kind` from the JSON form of `dataclasses.asdict`.
-
-    Raises:
-        ValueError: a field is missing, unknown, of the wrong type, or has a bad value.
-    """
+    """Build an object of `kind` from the JSON form of `dataclasses.asdict`; refuse missing and unknown fields."""
     values = upgraded(values) if kind is CogVideoConfig else values
     _check_fields(kind.__name__, kind, values)
     try:
@@ -485,20 +447,14 @@ def _check_fields(name: str, kind: Any, values: Any) -> None:
         hints = typing.get_type_hints(kind)
         for key, value in values.items():
             _check_fields(f"{name}.{key}", hints[key], value)
-    elif isinstance(values, dict) and inner:
-        for key, value in values.items():
-            _check_fields(f"{name}.{key}", inner[-1], value)
-    elif isinstance(values, list) and inner:
-        for number, value in enumerate(values):
-            _check_fields(f"{name}[{number}]", inner[0], value)
+    elif isinstance(values, dict | list) and inner:
+        is_table, kind = isinstance(values, dict), inner[-1] if isinstance(values, dict) else inner[0]
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            _check_fields(f"{name}.{key}" if is_table else f"{name}[{key}]", kind, value)
 
 
 def check_version(values: Any, newest: int) -> dict[str, Any]:
-    """Check the format version of a table and return its other fields.
-
-    Raises:
-        ValueError: there is no valid version, or a newer version of the package wrote the table.
-    """
+    """Check the format version of a table and return its other fields."""
     require(isinstance(values, dict), f"it holds {values!r:.40}, expected a table")
     version = values.get("format_version")
     require(type(version) is int and version > 0, f"format_version is {version!r}, expected a positive number")

@@ -44,17 +44,14 @@ class Frame(NamedTuple):
     """Number of frames of the whole clip."""
     codes: Int64[Tensor, "batch slots"]
     pixels: UInt8[np.ndarray, "batch height width 3"]
-    """RGB pixels."""
 
 
 class Clips(NamedTuple):
     """Finished clips."""
 
     frames: UInt8[np.ndarray, "batch frames height width 3"]
-    """RGB pixels."""
     codes: Int64[Tensor, "batch frames slots"]
     fps: float
-    """Frames per second."""
 
 
 class CogVideoPipeline:
@@ -261,9 +258,8 @@ def _offloaded(model: Packed, frames: Iterator[Finished]) -> Iterator[Finished]:
 def collect(frames: Iterable[Frame], fps: float) -> Clips:
     """Arrange the frames of a batch in order of time."""
     ordered = sorted(frames, key=lambda frame: frame.place)
-    return Clips(
-        np.stack([frame.pixels for frame in ordered], 1), torch.stack([frame.codes for frame in ordered], 1), fps
-    )
+    codes = torch.stack([frame.codes for frame in ordered], 1)
+    return Clips(np.stack([frame.pixels for frame in ordered], 1), codes, fps)
 
 
 def export_to_video(

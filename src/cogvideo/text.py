@@ -75,11 +75,8 @@ class TextTokenizer:
         for name in ("num_codes", "pad", "start_of_image"):
             ours, theirs = getattr(self, name), getattr(transformer, name)
             require(ours == theirs, f"{name} is {theirs} in the transformer, expected {ours} as in the text tokenizer")
-        require(
-            self.num_tokens <= transformer.vocab_size,
-            f"vocab_size of the transformer is {transformer.vocab_size}, expected at least the "
-            f"{self.num_tokens} tokens of the text tokenizer",
-        )
+        got, expected = transformer.vocab_size, f"expected at least the {self.num_tokens} tokens of the text tokenizer"
+        require(self.num_tokens <= got, f"vocab_size of the transformer is {got}, {expected}")
 
     def encode(self, text: str) -> list[int]:
         """Encode a text line by line, as the released pipeline does with prefix and caption.
@@ -101,10 +98,8 @@ class TextTokenizer:
         """
         lines: list[list[int]] = [[]]
         for token in tokens:
-            require(
-                self.num_codes <= token < self.num_tokens,
-                f"token {token} is not text, expected an id in [{self.num_codes}, {self.num_tokens})",
-            )
+            expected = f"expected an id in [{self.num_codes}, {self.num_tokens})"
+            require(self.num_codes <= token < self.num_tokens, f"token {token} is not text, {expected}")
             if token == self.line_break:
                 lines.append([])
             elif token not in self._silent:
@@ -199,15 +194,9 @@ class TextTokenizer:
 
 
 def fit(tokens: list[int], slots: int, truncate: bool = False) -> list[int]:
-    """Return the first `slots` tokens.
-
-    Raises:
-        ValueError: there are more tokens than slots and `truncate` is False.
-    """
-    require(
-        truncate or len(tokens) <= slots,
-        f"the prompt has {len(tokens)} tokens, {slots} fit: shorten it",
-    )
+    """Return the first `slots` tokens; more are refused unless `truncate` is True."""
+    fits = truncate or len(tokens) <= slots
+    require(fits, f"the prompt has {len(tokens)} tokens, {slots} fit: shorten it")
     return tokens[:slots]
 
 
@@ -215,7 +204,6 @@ class PaddedText(NamedTuple):
     """Rows of text, padded to equal length."""
 
     tokens: Int64[Tensor, "batch text"]
-    """Token in each slot."""
     mask: Bool[Tensor, "batch text"]
     """True for real text."""
 
@@ -228,27 +216,19 @@ def pad_left(rows: list[list[int]], slots: int, pad: int) -> PaddedText:
     """
     longest = max(map(len, rows), default=0)
     require(longest <= slots, f"a row of text has {longest} tokens, expected at most {slots}")
-    padded = [[pad] * (slots - len(row)) + row for row in rows]
-    real = [[False] * (slots - len(row)) + [True] * len(row) for row in rows]
-    shape = (len(rows), slots)
-    return PaddedText(
-        torch.tensor(padded, dtype=torch.int64).reshape(shape),
-        torch.tensor(real, dtype=torch.bool).reshape(shape),
-    )
+    tokens = torch.full((len(rows), slots), pad)
+    mask = torch.zeros(len(rows), slots, dtype=torch.bool)
+    for place, row in enumerate(rows):
+        tokens[place, slots - len(row) :] = torch.tensor(row, dtype=torch.int64)
+        mask[place, slots - len(row) :] = True
+    return PaddedText(tokens, mask)
 
 
 def check_text(text: PaddedText, batch: int, slots: int, vocab_size: int) -> None:
-    """Refuse padded text that a model cannot take.
-
-    Raises:
-        ValueError: its shape is not (batch, slots), a row has no real token, or a token is outside the
-            vocabulary.
-    """
-    shape = (batch, slots)
-    require(
-        tuple(text.tokens.shape) == shape and tuple(text.mask.shape) == shape,
-        f"got text of shape {tuple(text.tokens.shape)} with a mask of shape {tuple(text.mask.shape)}, expected {shape}",
-    )
+    """Refuse padded text that a model cannot take: every row must have a real token."""
+    shape, tokens, mask = (batch, slots), tuple(text.tokens.shape), tuple(text.mask.shape)
+    got = f"got text of shape {tokens} with a mask of shape {mask}"
+    require(tokens == mask == shape, f"{got}, expected {shape}")
     require(bool(text.mask.any(1).all()), "got a text without any token, expected at least one in every row")
     check_code_range(text.tokens, vocab_size)
 
@@ -259,8 +239,7 @@ def _load(model: bytes) -> SentencePieceProcessor:
         # Not the constructor: it takes empty bytes as "no model" and fails at the first use.
         processor.LoadFromSerializedProto(model)
     except RuntimeError as error:
-        message = f"expected a SentencePiece model, got {len(model)} bytes that are not one"
-        raise InputError(message) from error
+        raise InputError(f"expected a SentencePiece model, got {len(model)} bytes that are not one") from error
     return processor
 
 

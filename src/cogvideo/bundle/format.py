@@ -50,15 +50,14 @@ SAVING = ".saving-"
 TOUCHED = "touched"
 """File in there: the names that the bundle loses or gets, one a line."""
 
+OWN_BASES = ("sequential_base", "interpolation_base", "superres_base")
 MODULES: dict[str, Callable[[CogVideoConfig], nn.Module]] = {
     "base": lambda config: Base(config.transformer),
     "sequential": lambda config: TemporalChannel(config.transformer, config.layout, config.sequential),
     "interpolation": lambda config: TemporalChannel(config.transformer, config.layout, config.interpolation),
     "superres": lambda config: UpscaleChannel(config.transformer, config.layout, config.upscaler),
     "image_tokenizer": lambda config: Autoencoder(config.autoencoder),
-    "sequential_base": lambda config: Base(config.transformer),
-    "interpolation_base": lambda config: Base(config.transformer),
-    "superres_base": lambda config: Base(config.transformer),
+    **dict.fromkeys(OWN_BASES, lambda config: Base(config.transformer)),
 }
 """Components with parameters. A stage has a base of its own only where it differs from the shared one."""
 
@@ -79,7 +78,6 @@ class Entry:
     """Name in the bundle's folder."""
     num_bytes: int
     sha256: str
-    """Hash of the content, in hexadecimal."""
 
     def __post_init__(self) -> None:
         plain = PLAIN_NAME.fullmatch(self.file) is not None
@@ -167,13 +165,9 @@ def read_tensor(path: Path, name: str) -> Shaped[Tensor, "..."]:
 
 
 def check_tensors(component: str, tensors: Mapping[str, Tensor], config: CogVideoConfig, where: object) -> None:
-    """Refuse tensors that are not exactly those of the component.
+    """Refuse tensors, called `where` in messages, that are not exactly those of the component.
 
-    Args:
-        component: one of `COMPONENTS` except `text`.
-        tensors: by their names in the module's state; the one of `cluster_labels` is called `labels`.
-        config: configuration that names and shapes follow from.
-        where: name of the tensors in messages.
+    They have their names in the module's state; the tensor of `cluster_labels` is called `labels`.
     """
     is_labels = component == "cluster_labels"
     if is_labels:
@@ -189,11 +183,11 @@ def check_tensors(component: str, tensors: Mapping[str, Tensor], config: CogVide
     wrong = [f"{name} {got[name]}, expected {shape}" for name, shape in expected.items() if got[name] != shape]
     require(not wrong, f"{prefix}: wrong shapes: {few(wrong)}")
     types = {name: each.dtype for name, each in tensors.items()}
-    odd = [f"{name} {kind}" for name, kind in types.items() if not _is_right(kind, is_labels)]
+    right = {name for name, kind in types.items() if (kind == torch.int64 if is_labels else kind.is_floating_point)}
+    odd = [f"{name} {kind}" for name, kind in types.items() if name not in right]
     require(not odd, f"{prefix}: wrong types: {few(odd)}, expected {'torch.int64' if is_labels else 'floating point'}")
     if is_labels:
-        low, high = (int(bound) for bound in tensors["labels"].aminmax())
-        end = config.transformer.num_codes
+        (low, high), end = map(int, tensors["labels"].aminmax()), config.transformer.num_codes
         require(low >= 0 and high < end, f"{prefix}: labels lie in [{low}, {high}], expected [0, {end})")
 
 
@@ -209,10 +203,6 @@ def in_half(component: str, module: nn.Module, config: CogVideoConfig) -> nn.Mod
         copy = MODULES[component](config)
     copy.load_state_dict(state if large else narrow, assign=True)
     return copy.requires_grad_(False)
-
-
-def _is_right(dtype: torch.dtype, is_labels: bool) -> bool:
-    return dtype == torch.int64 if is_labels else dtype.is_floating_point
 
 
 def few(names: Iterable[str]) -> str:
