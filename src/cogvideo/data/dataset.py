@@ -53,17 +53,14 @@ class Card(CodeInfo):
     tokenizer: str
     """Origin of the image tokenizer: a folder in full, or an id on the Hub."""
     settings: dict[str, Any]
-    """Settings of the preparation."""
     splits: dict[str, Count]
     """Clips of each split."""
     rejected: dict[str, Count]
     """Clips left out, by reason."""
     num_frames: int
-    """Frames of all clips."""
     lengths: dict[str, Count]
     """Clips of each length in frames."""
     shards: tuple[ShardEntry, ...]
-    """The files."""
 
     @property
     def num_rejected(self) -> int:
@@ -72,11 +69,9 @@ class Card(CodeInfo):
 
     def check_tokenizer(self, sha256: str, where: object) -> None:
         """Refuse a dataset, which the message calls `where`, for a tokenizer with another hash."""
-        require(
-            sha256 == self.tokenizer_sha256,
-            f"{where} holds codes of another image tokenizer ({self.tokenizer}, sha256 {self.tokenizer_sha256:.12}), "
-            f"expected sha256 {sha256:.12}: prepare the data with this model's tokenizer",
-        )
+        own, advice = self.tokenizer_sha256, "prepare the data with this model's tokenizer"
+        got = f"{where} holds codes of another image tokenizer ({self.tokenizer}, sha256 {own:.12})"
+        require(sha256 == own, f"{got}, expected sha256 {sha256:.12}: {advice}")
 
 
 def make_card(
@@ -88,16 +83,7 @@ def make_card(
     settings: dict[str, Any],
     rejected: Sequence[Rejection] = (),
 ) -> Card:
-    """The card of the shards in `folder`, from their content.
-
-    Args:
-        folder: folder of the dataset.
-        files: names of its shards, in order; at least one.
-        source: origin of the clips.
-        tokenizer: origin of the image tokenizer.
-        settings: settings of the preparation.
-        rejected: clips that were left out before the shards were made.
-    """
+    """The card of the shards in `folder`, from their content; `rejected` clips were left out before these were made."""
     require(len(files) > 0, f"{folder} has no shards to describe, expected at least one")
     info = read_info(folder / files[0])
     same = {each.name: getattr(info, each.name) for each in fields(CodeInfo)} | {"settings_sha256": digest(settings)}
@@ -153,10 +139,10 @@ def check_hashes(folder: Path) -> None:
     """Refuse a folder whose shards are not those of its card; one without a card is not whole yet and has none."""
     if not (folder / CARD).exists():
         return
+    advice = "remove it, and the same command makes it again"
     for entry in read_card(folder).shards:
         path = folder / entry.file
         is_same = not path.exists() or _entry(path, entry.num_rows) == entry
-        advice = "remove it, and the same command makes it again"
         require(is_same, f"{path} is not, byte for byte, what was prepared: {advice}")
 
 
@@ -176,10 +162,10 @@ class Dataset:
         if tokenizer_sha256 is not None:
             self.card.check_tokenizer(tokenizer_sha256, folder)
         for entry in self.card.shards:
-            path = folder / entry.file
+            path, expected = folder / entry.file, entry.num_bytes
             require(path.is_file(), f"the dataset is incomplete: there is no file {path}")
-            got = f"{path} has {path.stat().st_size} bytes, expected {entry.num_bytes}"
-            require(path.stat().st_size == entry.num_bytes, f"{got}: the copy is incomplete")
+            got = path.stat().st_size
+            require(got == expected, f"{path} has {got} bytes, expected {expected}: the copy is incomplete")
         self._starts = [0, *accumulate(entry.num_rows for entry in self.card.shards)]
         self._opened: dict[int, Shard] = {}
 

@@ -69,7 +69,6 @@ class Worker:
     ratio: int = 3
     """Side of a frame for super-resolution over that of a frame."""
     device: str = "cpu"
-    """Device of the encoder."""
     readers: int = 0
     """Threads that read clips while the encoder works; with none, reading and encoding take turns."""
 
@@ -116,11 +115,13 @@ class Worker:
         if self.settings.superres:
             settings = replace(settings, size=settings.size * self.ratio)
         for item, result in ahead(lambda item: read_item(item, settings), items, self.readers):
-            if isinstance(result, VideoError):
-                rejected.append(Rejection(item.id, result.reason, _without_folder(result.detail, item)))
-                on_clip()
-            else:
+            if not isinstance(result, VideoError):
                 yield item, result
+                continue
+            path = item.media.archive if isinstance(item.media, Member) else item.media
+            folder = f"{path.parent}{os.sep}" if isinstance(path, Path) else ""  # on which no shard may depend
+            rejected.append(Rejection(item.id, result.reason, result.detail.replace(folder, "")))
+            on_clip()
 
 
 def encode_clips(
@@ -160,9 +161,3 @@ def ahead(function: Callable[[T], U], values: Iterable[T], threads: int) -> Iter
             value, future = waiting.popleft()
             yield value, future.result()
             waiting.extend(islice(stream, 1))
-
-
-def _without_folder(detail: str, item: Item) -> str:
-    """A shard must not depend on where its source lies."""
-    path = item.media.archive if isinstance(item.media, Member) else item.media
-    return detail.replace(f"{path.parent}{os.sep}", "") if isinstance(path, Path) else detail

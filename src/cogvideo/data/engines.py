@@ -45,12 +45,7 @@ GPU_READERS = 4
 
 
 def local_devices(device: str, workers: int) -> list[str]:
-    """The device of each worker process, of which 0 means one a GPU or core.
-
-    Args:
-        device: `cpu`, `cuda` for all GPUs, one GPU such as `cuda:1`, or `auto`: the GPUs if there are any.
-        workers: number of processes.
-    """
+    """The device of each worker process, of which 0 means one a GPU or core; `cuda` and `auto` take all GPUs."""
     require(workers >= 0, f"workers is {workers}, expected 0 (one a core or GPU) or more")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     require(device != "cuda" or bool(gpus), "the device is cuda, and there is no CUDA GPU: pass --device cpu")
@@ -82,10 +77,8 @@ def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_cli
             for future in as_completed(futures):
                 future.result()
         except BrokenProcessPool as error:
-            raise InputError(
-                "a worker process died, perhaps for want of memory: finished jobs are kept; "
-                "run the same command again, with fewer --workers"
-            ) from error
+            advice = "finished jobs are kept; run the same command again, with fewer --workers"
+            raise InputError(f"a worker process died, perhaps for want of memory: {advice}") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():  # nothing is left to do, or it is not wanted any more
@@ -159,13 +152,8 @@ def run_ray(
 ) -> None:
     """Do jobs with Ray Data; machines must share all folders that the worker reads and writes.
 
-    Args:
-        jobs: jobs to be done.
-        worker: copied to each actor.
-        device: `cpu`, `cuda` for one GPU an actor, or `auto`: GPUs if the cluster has any.
-        address: address of a cluster; a local one is started unless given.
-        workers: number of actors; 0 for one a core or GPU of the cluster.
-        on_clip: called after each item, when its job is done.
+    A local cluster is started unless an address is given. `workers` is the number of actors, 0 for one a core or GPU;
+    `on_clip` is called after each item, when its job is done.
     """
     import ray
     from ray.data import DataContext, from_items

@@ -55,7 +55,6 @@ class FrameStore(NamedTuple):
     """Memory-mapped frames, and what became of the clips."""
 
     train: UInt8[np.ndarray, "_ size size 3"]
-    """Frames to train on."""
     held_out: UInt8[np.ndarray, "_ size size 3"]
     """Held-out frames; those of `train` where every clip that was held out is unreadable, or there is but one."""
     clips: int
@@ -85,17 +84,12 @@ def fetch(
     on_read: OnRead = lambda reading: None,
     readers: int = 0,
 ) -> FrameStore:
-    """The frames in `folder`, drawn from the sources unless the same call already did.
+    """The frames in `folder`, drawn from the sources (see `list_source`) unless the same call already did.
 
-    Args:
-        folder: folder of the files.
-        sources: as `list_source` takes them.
-        options: options of `list_source`.
-        settings: settings with a frame size.
-        on_read: called after each clip.
-        readers: threads that read clips ahead; with none, one clip is read after another.
+    The settings have a frame size. `on_read` is called after each clip, and `readers` threads read clips ahead.
     """
-    key = _key(sources, options, settings)
+    decisive = json.dumps([list(sources), asdict(options), asdict(settings)])
+    key = hashlib.sha256(decisive.encode()).hexdigest()
     if not (folder / MANIFEST).exists():
         drawn = {"key": key} | _draw(folder, sources, options, settings, on_read, readers)
         write_text(folder / MANIFEST, json.dumps(drawn, indent=2) + "\n")
@@ -108,13 +102,8 @@ def fetch(
     size = settings.clips.size
     assert size is not None
     train, held_out = (_map(folder / name, count, size) for name, count in zip(FILES, manifest["frames"], strict=True))
-    return FrameStore(
-        train,
-        held_out if len(held_out) else train,
-        manifest["clips"],
-        manifest["rejected"],
-        manifest.get("has_split", True),
-    )
+    held_out, has_split = held_out if len(held_out) else train, manifest.get("has_split", True)
+    return FrameStore(train, held_out, manifest["clips"], manifest["rejected"], has_split)
 
 
 def remove(folder: Path) -> None:
@@ -123,19 +112,8 @@ def remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _key(sources: Sequence[str], options: SourceOptions, settings: StoreSettings) -> str:
-    """Hash of all that decides the frames, apart from the content of the sources."""
-    text = json.dumps([list(sources), asdict(options), asdict(settings)])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _draw(
-    folder: Path,
-    sources: Sequence[str],
-    options: SourceOptions,
-    settings: StoreSettings,
-    on_read: OnRead,
-    readers: int,
+    folder: Path, sources: Sequence[str], options: SourceOptions, settings: StoreSettings, on_read: OnRead, readers: int
 ) -> dict[str, Any]:
     """Write the files of pixels; returns the entries of the manifest."""
     listings = [list_source(source, options) for source in sources]
@@ -144,7 +122,8 @@ def _draw(
     drawing.reasons.update(each.reason for listing in listings for each in listing.rejected)
     parts = []
     for listing in listings:
-        order = torch.randperm(len(listing.items), generator=torch.Generator().manual_seed(settings.clips.seed))
+        generator = torch.Generator().manual_seed(settings.clips.seed)
+        order = torch.randperm(len(listing.items), generator=generator)
         parts.append(divide([listing.items[place] for place in order.tolist()]))
     train = _write(folder / FILES[0], drawing.frames([each for each, _ in parts], settings.num_frames))
     held_out = _write(folder / FILES[1], drawing.frames([each for _, each in parts], settings.num_held_out))
@@ -181,7 +160,8 @@ def divide(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
         return train, [item for item in items if item.split not in ("train", None)]
     media = list(dict.fromkeys(item.media for item in train))
     left_out = set(media[: min(len(media) - 1, max(1, round(HELD_OUT_SHARE * len(media))))])
-    return [item for item in train if item.media not in left_out], [item for item in train if item.media in left_out]
+    kept = [item for item in train if item.media not in left_out]
+    return kept, [item for item in train if item.media in left_out]
 
 
 @dataclass
@@ -195,7 +175,6 @@ class _Drawing:
     clips_read: int = 0
     frames_taken: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
-    """Why clips were refused."""
 
     def frames(self, groups: Sequence[Sequence[Item]], total: int) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
         """Frames of one clip after another, `total` in all; a shortage of a source is made up by those after it."""
@@ -213,8 +192,10 @@ class _Drawing:
                 self.reasons[read.reason] += 1
                 self._count(0)
                 continue
-            quota = min(total, max(self.settings.frames_per_clip, math.ceil(total / (len(items) - place))))
-            chosen = _squares(read[_middles(len(read), quota)], self.settings, place)
+            quota = max(self.settings.frames_per_clip, math.ceil(total / (len(items) - place)))
+            count = min(len(read), total, quota)
+            middles = (2 * np.arange(count) + 1) * len(read) // (2 * count)  # of equal parts of the clip
+            chosen = _squares(read[middles], self.settings, place)
             total -= len(chosen)
             self._count(len(chosen))
             yield chosen
@@ -226,14 +207,15 @@ class _Drawing:
         place, item = numbered
         clips = self.settings.clips
         assert clips.size is not None
-        return read_item(item, replace(clips, size=clips.size * self.settings.zoom) if place % 2 else clips).frames
+        zoomed = replace(clips, size=clips.size * self.settings.zoom)
+        return read_item(item, zoomed if place % 2 else clips).frames
 
     def _count(self, frames: int) -> None:
         self.clips_read += 1
         self.frames_taken += frames
         left = self.settings.num_frames + self.settings.num_held_out - self.frames_taken
-        needed = math.ceil(left * self.clips_read / max(1, self.frames_taken))
-        self.on_read(Reading(self.clips_read, min(self.num_items, self.clips_read + needed), self.frames_taken))
+        total = self.clips_read + math.ceil(left * self.clips_read / max(1, self.frames_taken))
+        self.on_read(Reading(self.clips_read, min(self.num_items, total), self.frames_taken))
 
 
 def _squares(
@@ -246,12 +228,6 @@ def _squares(
     corners = random.integers(0, frames.shape[1] - size + 1, (len(frames), 2)).tolist()
     cut = zip(frames, corners, strict=True)
     return np.stack([frame[top : top + size, left : left + size] for frame, (top, left) in cut])
-
-
-def _middles(num_frames: int, count: int) -> np.ndarray:
-    """Middles of `count` equal parts of a clip; all of its frames where it has no more."""
-    count = min(num_frames, count)
-    return (2 * np.arange(count) + 1) * num_frames // (2 * count)
 
 
 def _map(path: Path, count: int, size: int) -> UInt8[np.ndarray, "_ size size 3"]:

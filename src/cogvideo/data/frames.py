@@ -37,6 +37,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 """Background colors for clips with alpha, by their names in captions."""
 
 _SIDES = re.compile(r"\b(?:[Ll]eft|[Rr]ight)(?=\b|wards?\b)")
+_OTHER_SIDES = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class FrameSettings:
         expected = f"expected random or one of {', '.join(BACKGROUNDS)}"
         require(self.background in ("random", *BACKGROUNDS), f"background is {self.background!r}, {expected}")
         template = self.background_template
-        wrong = f"background_template is {template!r}, expected {{caption}}, and {{article}} {{background}} if you like"
+        expected = "expected {caption}, and {article} {background} if you like"
+        wrong = f"background_template is {template!r}, {expected}"
         try:
             require(not template or "a cat" in on_background("a cat", "red", template), wrong)
         except (ValueError, KeyError, IndexError, AttributeError) as error:
@@ -129,7 +131,8 @@ def read_item(item: Item, settings: FrameSettings) -> Pictures:
         return Pictures(frames if side == size else read(size).frames, item.captions, item.attributes)
     captions = item.captions
     if settings.mirror and item.copy % 2 and any(_SIDES.search(caption) for caption in captions):
-        frames, captions = frames[:, :, ::-1], tuple(map(_other_side, captions))
+        frames = frames[:, :, ::-1]
+        captions = tuple(_SIDES.sub(lambda found: _OTHER_SIDES[found[0]], caption) for caption in captions)
     if size is not None and side is not None and side != size:
         canvas = np.empty((len(frames), size, size, 3), np.uint8)
         canvas[:] = BACKGROUNDS[background]
@@ -169,12 +172,6 @@ def _place(item: Item, settings: FrameSettings, size: int) -> tuple[int, int, in
     side = round(size * random.uniform(settings.smallest, 1))
     top, left = random.integers(0, size - side, 2, endpoint=True)
     return side, int(top), int(left)
-
-
-def _other_side(caption: str) -> str:
-    """The caption with left and right exchanged, as parts of words too (leftwards)."""
-    other = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
-    return _SIDES.sub(lambda found: other[found[0]], caption)
 
 
 def _key(id: str, settings: FrameSettings) -> bytes:

@@ -269,7 +269,7 @@ class Loader(Generic[T]):
             num_workers=self.num_workers,
             collate_fn=self.collate,
             pin_memory=self.pin_memory,
-            generator=torch.Generator(),  # the loader draws a seed that nothing uses: not from the global generator
+            generator=torch.Generator(),  # not the global one: the loader draws a seed that nothing uses
         )
         for batch in _without_traces(batches):
             self.position += self.batch_size

@@ -62,7 +62,6 @@ class CodeInfo:
     tokenizer_sha256: str
     """Hash of the image tokenizer that made the codes."""
     settings_sha256: str
-    """`digest` of the settings of the preparation."""
 
     def __post_init__(self) -> None:
         require(self.grid > 0, f"grid is {self.grid}, expected a positive number")
@@ -122,8 +121,8 @@ class Shard:
         self._batch = batch
         captions = batch.column("captions")
         self._caption_offsets, self._captions = captions.offsets.to_numpy(), captions.values
-        self._codes = _Codes(batch.column("codes"), self.info.grid)
-        self._high = _Codes(batch.column("high_codes"), self.info.high_grid) if self.info.high_grid else None
+        self._codes = self._column("codes", self.info.grid)
+        self._high = self._column("high_codes", self.info.high_grid) if self.info.high_grid else None
 
     def __len__(self) -> int:
         return len(self._batch)
@@ -136,7 +135,7 @@ class Shard:
     @property
     def num_frames(self) -> Int32[np.ndarray, " rows"]:
         """Frames of each row."""
-        return np.diff(self._codes.offsets)
+        return np.diff(self._codes[0])
 
     def rows(self, split: str) -> Int64[np.ndarray, " rows"]:
         """The rows of a split."""
@@ -144,11 +143,11 @@ class Shard:
 
     def codes(self, row: int) -> UInt16[np.ndarray, "frames grid grid"]:
         """The codes of a clip: a view of the file."""
-        return self._codes[row]
+        return self._clip(row, *self._codes)
 
     def high_codes(self, row: int) -> UInt16[np.ndarray, "frames high_grid high_grid"] | None:
         """The codes of super-resolution, a view of the file; None if the clip has none."""
-        codes = None if self._high is None else self._high[row]
+        codes = None if self._high is None else self._clip(row, *self._high)
         return codes if codes is not None and len(codes) else None
 
     def check(self, row: int, codes: UInt16[np.ndarray, "..."]) -> None:
@@ -180,19 +179,16 @@ class Shard:
             self.high_codes(row),
         )
 
+    def _column(self, name: str, grid: int) -> tuple[np.ndarray, np.ndarray]:
+        """Offsets of the clips in a column of codes, and its codes, as views of the file."""
+        column = self._batch.column(name)
+        return column.offsets.to_numpy(), column.values.values.values.to_numpy().reshape(-1, grid, grid)
+
+    def _clip(self, row: int, offsets: np.ndarray, codes: np.ndarray) -> np.ndarray:
+        return codes[offsets[row] : offsets[row + 1]]
+
     def _text(self, column: str, row: int) -> str:
         return str(self._batch.column(column)[row])
-
-
-class _Codes:
-    """A column of codes as views of the file."""
-
-    def __init__(self, column: Any, grid: int) -> None:
-        self.offsets: np.ndarray = column.offsets.to_numpy()
-        self._codes = column.values.values.values.to_numpy().reshape(-1, grid, grid)
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self._codes[self.offsets[row] : self.offsets[row + 1]]
 
 
 def canonical_json(values: Any) -> str:

@@ -139,7 +139,8 @@ def other_splits(items: Iterable[Item]) -> str:
     """Splits of clips that are not trained on, for a message; empty if all are in the split train."""
     counts = Counter(item.split for item in items if item.split not in ("train", None) and not item.copy)
     told = ", ".join(f"{count} of the split {split}" for split, count in counts.items())
-    return f"{told}; where the source names none, it is drawn from the file's name: --validation 0" if told else ""
+    hint = "where the source names none, it is drawn from the file's name: --validation 0"
+    return f"{told}; {hint}" if told else ""
 
 
 def _find(source: str, options: SourceOptions) -> Found:

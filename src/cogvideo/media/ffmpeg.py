@@ -39,9 +39,8 @@ JOINED = ("mpegts", "mpeg", "flv")
 BACK, AHEAD = 0.5, 10.0
 """Seconds that times may go back, and ahead in joined formats, before another recording is taken to begin."""
 
-FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,ivf,h264,hevc,m4v,obu"
-)
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,ivf"
+RAW_FORMATS = "h264,hevc,m4v,obu"
 AUDIO_FORMATS = "mp3,wav,flac,aac,aiff"
 """Readers of FFmpeg that are used; not those of playlists, which open other files and addresses, and of text."""
 
@@ -95,13 +94,14 @@ def codec_name(file: Content) -> str:
 @contextmanager
 def _container(file: Content) -> Iterator[InputContainer]:
     file.seek(0)
-    options = {"format_whitelist": f"{FORMATS},{AUDIO_FORMATS}"}
+    options = {"format_whitelist": f"{FORMATS},{RAW_FORMATS},{AUDIO_FORMATS}"}
     try:
         container = av.open(file, "r", container_options=options, **_TITLES)
     except FFmpegError as error:
         file.seek(0)
         begin = file.read(24).decode(errors="backslashreplace")
-        got = f"it begins with {begin!r}, expected a video such as mp4 or webm, or a picture such as png or jpg"
+        expected = "expected a video such as mp4 or webm, or a picture such as png or jpg"
+        got = f"it begins with {begin!r}, {expected}"
         if not isinstance(error, ArgumentError):  # which FFmpeg calls files of another kind, such as texts
             got = f"{error.strerror}; {got}"
         raise VideoError("no readable video or picture", got) from error
@@ -219,15 +219,18 @@ def _pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
 
 def _display_matrix(frame: av.VideoFrame) -> list[int]:
     """Ends of a step to the right and a step down (x, y, _, x, y): how a telephone was turned."""
-    # a frame that is asked for its side data refers to itself, and stays in memory for long: a tiny copy is asked
+    # a frame that is asked for its side data refers to itself, and stays in memory: a tiny copy is asked
     scaler = VideoReformatter()
     copy = scaler.reformat(frame, width=2, height=2, format="gray", interpolation=Interpolation.POINT, threads=1)
     try:
         matrix = copy.side_data.get("DISPLAYMATRIX")
     except ValueError:  # side data of a type that PyAV does not know, such as EXIF: mirrors stay unseen
         turn = math.radians(-frame.rotation)
-        return [round(2**16 * each) for each in (math.cos(turn), -math.sin(turn), 0, math.sin(turn), math.cos(turn))]
-    return [1, 0, 0, 0, 1] if matrix is None else np.frombuffer(cast(memoryview, matrix), np.int32)[:5].tolist()
+        cosine, sine = round(2**16 * math.cos(turn)), round(2**16 * math.sin(turn))
+        return [cosine, -sine, 0, sine, cosine]
+    if matrix is None:
+        return [1, 0, 0, 0, 1]
+    return np.frombuffer(cast(memoryview, matrix), np.int32)[:5].tolist()
 
 
 def _see(
@@ -302,14 +305,9 @@ def write_mp4(
         stream.color_range, stream.colorspace = ColorRange.MPEG, Colorspace.ITU709
         stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         scaler = VideoReformatter()  # PyAV's own serves the whole process, and hangs in one that was forked
+        target: dict[str, Any] = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(pixels)
-            frame = scaler.reformat(
-                frame,
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU709,
-                dst_color_range=ColorRange.MPEG,
-                threads=1,
-            )
+            frame = scaler.reformat(frame, format="yuv420p", threads=1, **target)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

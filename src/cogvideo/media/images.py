@@ -236,19 +236,12 @@ def evenly(count: int, most: int) -> Int64[np.ndarray, " places"]:
 
 
 def contact_sheet(
-    rows: Sequence[UInt8[np.ndarray, "_ _ _ 3"]],
-    columns: int = 8,
-    *,
-    gap: int = 2,
-    labels: Sequence[str] | None = None,
+    rows: Sequence[UInt8[np.ndarray, "_ _ _ 3"]], columns: int = 8, *, gap: int = 2, labels: Sequence[str] | None = None
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Clips as one picture on white: a row of evenly chosen frames each, from the first to the last.
 
-    Args:
-        rows: clips (frames, height, width, 3); their lengths and sizes may differ, frames keep theirs.
-        columns: frames of a row; a shorter clip shows all of its frames once.
-        gap: pixels between frames.
-        labels: a line of text above each row.
+    Lengths and sizes of clips may differ. A clip with fewer frames than `columns` shows all of them once. There are
+    `gap` pixels between frames, and a line of text above each row if there are labels.
 
     Raises:
         ValueError: no rows, no columns, no frames, or another number of labels than rows.

@@ -177,11 +177,9 @@ class Phase:
     """Stage, or the component that does the work."""
     passes: int
     weights: int
-    """Weights in memory."""
     largest: int
     """Size of the largest tensor among them."""
     weights_read: int
-    """Weights that a pass reads."""
     flops: float
     """Work of the mean pass."""
     activations: int
@@ -193,7 +191,6 @@ class Phase:
     prefill_flops: int = 0
     """Work for text and given frames, before the first pass."""
     cache: int = 0
-    """Size of the cache."""
     cache_read: float = 0.0
     """Keys and values that the mean pass reads."""
 

@@ -177,7 +177,6 @@ class StagePlan:
 
     stage: Stage
     positions: int
-    """Positions of a sample."""
     batch: int
     """Samples of a step: what the groups can share that is nearest to the paper's."""
     steps: int | None
@@ -192,7 +191,6 @@ class StagePlan:
     days: float | None
     """Duration of the paper's schedule, if it has one and something fits."""
     command: str | None
-    """Command that runs the best way."""
 
 
 def stage_plan(config: CogVideoConfig, stage: Stage, machines: Machines, ema: float = 0.0) -> StagePlan:

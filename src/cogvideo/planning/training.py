@@ -36,7 +36,6 @@ class Training:
     activations_checkpointed: int
     """The same if only the blocks' inputs are kept, and each block is computed again."""
     total: int
-    """States and activations."""
     total_checkpointed: int
     saved: int
     """Master weights and moments, on disk and, while they are written, in the host's memory."""
