@@ -134,11 +134,7 @@ class ClipRecord:
 
 
 class Sidecar:
-    """The record of a clip to regenerate.
-
-    Args:
-        path: the JSON file.
-    """
+    """The record of a clip to regenerate, in a JSON file."""
 
     def __init__(self, path: Path) -> None:
         self.path, found = path, read_record(path)

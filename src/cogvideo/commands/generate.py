@@ -114,11 +114,9 @@ def generate(
         listed = _listed(prompt, prompts, None if seed == ANY_SEED else seed, samples)
     else:
         is_alone = not prompt and prompts is None and seed in (None, ANY_SEED) and samples == 1
-        require(
-            is_alone and choices == Choices(**choices.places),
-            "got --from-sidecar with a prompt or an option that the sidecar has, expected none, but for --model, "
-            "--image, --extend, --first and --last if these were moved",
-        )
+        got = "got --from-sidecar with a prompt or an option that the sidecar has"
+        moved = "but for --model, --image, --extend, --first and --last if these were moved"
+        require(is_alone and choices == Choices(**choices.places), f"{got}, expected none, {moved}")
         sidecar = Sidecar(from_sidecar)
         listed, choices = [Prompt(sidecar.clip.prompt, sidecar.clip.seed)], sidecar.choices(choices.places)
     for path in (prompts, from_sidecar, *choices.files.values()):

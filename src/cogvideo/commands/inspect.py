@@ -84,9 +84,7 @@ def _record(stage: StageAttention, seconds: list[float]) -> dict[str, Any]:
         "targets": ["text", *(f"frame {place}" for place in range(layout.num_frames))],
         "shares": _rounded(stage.shares.mean(1)),
         "gate_mean": _rounded(stage.gates.mean(1)),
-        "gate_quantiles": {
-            f"{level:g}": _rounded(stage.gates.quantile(level, dim=1)) for level in (0, 0.1, 0.5, 0.9, 1)
-        },
+        "gate_quantiles": {f"{level:g}": _rounded(stage.gates.quantile(level, dim=1)) for level in LEVELS},
         "same_place": _rounded(stage.same_place),
     }
 

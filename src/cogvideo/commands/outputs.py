@@ -49,18 +49,12 @@ def is_file(output: Path, clips: int) -> bool:
         require(suffix in SUFFIXES, f"cannot write {output}: {kinds}")
         require(not output.is_dir(), f"{output} is a folder, expected a file, or a folder without {suffix}")
         require(clips == 1, f"output is the file {output} for {clips} clips, expected a folder")
-        _check_sidecar(output)
+        sidecar = sidecar_of(output)
+        is_own = not sidecar.exists() or (read_record(sidecar) or {}).get("file") == output.name
+        require(is_own, f"{sidecar} is not the sidecar of {output}: give the clip another name")
         return True
     require(output.is_dir() or not output.exists(), f"{output} is a file, expected a folder or a name with .mp4")
     return False
-
-
-def _check_sidecar(output: Path) -> None:
-    """Refuse to replace a file that is not the sidecar of the replaced clip."""
-    sidecar = sidecar_of(output)
-    record = read_record(sidecar) or {}
-    is_own = not sidecar.exists() or record.get("file") == output.name
-    require(is_own, f"{sidecar} is not the sidecar of {output}: give the clip another name")
 
 
 def check_name(path: Path) -> None:
@@ -98,8 +92,9 @@ class Folder:
         found: dict[tuple[str, str], deque[tuple[str, Record]]] = defaultdict(deque)
         for path in named(self.path, f"*{SIDECAR}"):
             record = read_record(path) or {}
-            for seed in {record.get("seed"), None} if _is_seed(record.get("seed")) else ():
-                found[repr(record.get("prompt")), repr(seed)].append((path.stem, ADDED | record))
+            seed = record.get("seed")
+            for each in (seed, None) if isinstance(seed, int) and not isinstance(seed, bool) else ():
+                found[repr(record.get("prompt")), repr(each)].append((path.stem, ADDED | record))
         return found
 
     def take(self, alike: Record, prompt: str, seed: int | None) -> bool:
@@ -147,10 +142,6 @@ def _key(name: str) -> str:
     return normalize("NFC", name).casefold()
 
 
-def _is_seed(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def read_record(path: Path) -> Record | None:
     """The record in a sidecar; None if it is not one."""
     try:
@@ -178,15 +169,10 @@ def make_frames_folder(path: Path) -> Path:
 def write_clip(
     path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, record: Mapping[str, Any]
 ) -> None:
-    """Write a clip, then its sidecar. The record is also in the file, as a comment.
+    """Write a clip (a file by its suffix, or a folder of PNG frames), then its sidecar with the record of how it was
+    made, which is also in the file, as a comment.
 
     No interruption leaves a clip with the sidecar of another one. A clip is replaced when the new one is complete.
-
-    Args:
-        path: a file by its suffix, or a folder for PNG frames.
-        frames: red, green and blue.
-        fps: frames per second.
-        record: how it was made.
     """
     text = json.dumps(record, ensure_ascii=path.suffix.lower() == ".webp")  # EXIF is ASCII
     sidecar = sidecar_of(path)

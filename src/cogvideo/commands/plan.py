@@ -75,7 +75,8 @@ def _too_little(plan: StagePlan, machines: Machines) -> str:
     way = f"{least.sharding}{' with --checkpointing' if least.checkpointing else ''}"
     at_start = least.needs == least.peaks["at the start"]
     helps = "larger GPUs, since a rank has the whole model before it cuts it" if at_start else "more or larger GPUs"
-    return f"Nothing fits: {way} takes least, {_gib(least.needs)} of {_gib(machines.budget)} GiB. What helps: {helps}"
+    takes = f"{way} takes least, {_gib(least.needs)} of {_gib(machines.budget)} GiB"
+    return f"Nothing fits: {takes}. What helps: {helps}"
 
 
 def _gib(num_bytes: int) -> str:

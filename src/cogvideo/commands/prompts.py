@@ -10,17 +10,8 @@ from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from cogvideo.config import InputError, require
-from cogvideo.data.tables import (
-    SPACES,
-    Record,
-    hints,
-    is_missing,
-    is_table,
-    lines_of,
-    read_columns,
-    read_records,
-    whole_number,
-)
+from cogvideo.data import tables
+from cogvideo.data.tables import SPACES, Record, is_missing, is_table, read_columns, read_records
 from cogvideo.generation.request import LARGEST_SEED
 from cogvideo.text import is_unicode
 
@@ -66,7 +57,7 @@ def _lines(path: Path) -> Iterator[Prompt]:
     except UnicodeDecodeError as error:
         place = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {place}: it is not UTF-8 text ({error.reason}), save it as UTF-8") from error
-    for number, line in enumerate(lines_of(text), 1):
+    for number, line in enumerate(tables.lines_of(text), 1):
         if line.strip():
             where = f"{path}, line {number}"
             require("\0" not in line, f"{where}: it holds a zero byte, expected a text file")
@@ -78,8 +69,8 @@ def _rows(path: Path) -> Iterator[Prompt]:
     there = read_columns(path)
     column = next((each for each in COLUMNS if each in there), "")
     message = f"{path} has the columns {', '.join(there)}, expected {' or '.join(COLUMNS)}"
-    require(column != "", "; ".join([message, *hints(there, COLUMNS)]))
-    for hint in hints(there, (SEED,)):  # other columns are the user's own
+    require(column != "", "; ".join([message, *tables.hints(there, COLUMNS)]))
+    for hint in tables.hints(there, (SEED,)):  # other columns are the user's own
         print(f"{path}: {hint}", file=sys.stderr)
     return (_row(f"{path}, {record.place}", column, record) for record in read_records(path))
 
@@ -94,7 +85,7 @@ def _row(where: str, column: str, record: Record) -> Prompt:
 
 
 def _seed(where: str, cell: Any) -> int | None:
-    number = whole_number(cell)
+    number = tables.whole_number(cell)
     if number is None or not ANY_SEED <= number <= LARGEST_SEED:
         expected = f"expected a whole number in [0, {LARGEST_SEED}], or -1 for any"
         raise InputError(f"{where}: seed is {cell!r:.60}, {expected}")

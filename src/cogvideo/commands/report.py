@@ -51,9 +51,7 @@ def training(runs: tuple[Path, ...], /, *, out: Path) -> None:
     found = read_runs(runs)
     num_runs = count(found, "run")
     title = f"{found[0].name}: training" if len({run.name for run in found}) == 1 else "Training runs"
-    lead = (
-        f"{num_runs}. Curves show values by step; the numbers below are the last values. Losses of different stages "
-        "cannot be compared."
-    )
+    lead = "Curves show values by step; the numbers below are the last values."
+    lead = f"{num_runs}. {lead} Losses of different stages cannot be compared."
     write_page(out, "train report", title, lead, "training.html", training_page.facts(found))
     print(f"written: {out}, with {num_runs}")

@@ -50,7 +50,7 @@ def world(
     require(size % 2 == 0, f"size is {size}, expected an even number")
     require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
     table, sheet = out / "captions.jsonl", out / "contact_sheet.png"
-    is_free = _is_ours(table) if table.exists() else not sheet.exists()
+    is_free = table.read_bytes().startswith(b'{"file": "world-') if table.exists() else not sheet.exists()
     require(is_free, f"{out} has a captions.jsonl or contact_sheet.png of something else: pass another folder")
     out.mkdir(parents=True, exist_ok=True)
     scenes = list(itertools.islice(synthetic.scenes(split, start, domain), clips))
@@ -61,12 +61,6 @@ def world(
     rows = [synthetic.render(scene, SHEET_SIZE, FPS) for scene in shown]
     write_image(sheet, contact_sheet(rows, SHEET_COLUMNS, labels=[synthetic.captions(scene)[0] for scene in shown]))
     print(f"{clips} clips, captions.jsonl and contact_sheet.png are in {out}")
-
-
-def _is_ours(table: Path) -> bool:
-    start = b'{"file": "world-'
-    with table.open("rb") as file:
-        return file.read(len(start)) == start
 
 
 def _name(scene: Scene) -> str:

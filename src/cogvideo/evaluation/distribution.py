@@ -136,9 +136,7 @@ class Limit(NamedTuple):
     """A figure extrapolated to infinitely many clips."""
 
     value: float
-    """The figure."""
     error: float
-    """Its standard error."""
 
 
 def interval(metric: Metric, sets: Sets, seed: int = 0) -> tuple[float, float]:

@@ -53,8 +53,6 @@ def flicker(pixels: Float32[np.ndarray, "frames height width 3"]) -> float:
 
 def movement(clips: Sequence[Motion], real: Sequence[Motion]) -> Movement:
     """Clips against real ones of the same prompts, in any order."""
-    return Movement(
-        float(np.mean([each.energy for each in clips]) / np.mean([each.energy for each in real])),
-        float(np.mean([each.energy < STATIC for each in clips])),
-        float(np.mean([each.flicker for each in clips])),
-    )
+    (energies, flickers), (real_energies, _) = np.transpose(clips), np.transpose(real)
+    ratio = energies.mean() / real_energies.mean()
+    return Movement(float(ratio), float((energies < STATIC).mean()), float(flickers.mean()))

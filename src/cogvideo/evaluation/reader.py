@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -96,17 +96,16 @@ class Reader(nn.Module):
         super().__init__()
         self.config = config
         layers: list[nn.Module] = []
-        widths = (3, *config.widths)
-        for stage, num_blocks in enumerate(config.blocks):
-            halves_time = stage in (0, len(config.blocks) - 1)
-            layers += [
-                *(_active(widths[stage]) if stage else []),
-                _halving(widths[stage], widths[stage + 1], halves_time),
-            ]
-            layers += [Block(widths[stage + 1]) for _ in range(num_blocks)]
-        self.body = nn.Sequential(*layers, *_active(widths[-1]))
-        self.hidden = nn.Linear(2 * MOMENTS * widths[-1], config.hidden)
-        inputs = {name: config.hidden if name in EVENTS else 2 * widths[-1] for name in LABELS}
+        last = len(config.blocks) - 1
+        for stage, (before, after) in enumerate(pairwise((3, *config.widths))):
+            time, stride = (3, 2) if stage in (0, last) else (1, 1)
+            halving = nn.Conv3d(before, after, (time, 3, 3), (stride, 2, 2), (time // 2, 1, 1))
+            layers += [*(_active(before) if stage else []), halving]
+            layers += [Block(after) for _ in range(config.blocks[stage])]
+        width = config.widths[-1]
+        self.body = nn.Sequential(*layers, *_active(width))
+        self.hidden = nn.Linear(2 * MOMENTS * width, config.hidden)
+        inputs = {name: config.hidden if name in EVENTS else 2 * width for name in LABELS}
         self.heads = nn.ModuleDict({name: nn.Linear(inputs[name], len(each)) for name, each in LABELS.items()})
 
     def forward(self, clips: Float[Tensor, "batch 3 17 64 64"]) -> dict[str, Float[Tensor, "batch _"]]:
@@ -163,11 +162,6 @@ class Reader(nn.Module):
 
 def _active(width: int) -> list[nn.Module]:
     return [nn.BatchNorm3d(width), nn.SiLU()]
-
-
-def _halving(before: int, after: int, halves_time: bool) -> nn.Conv3d:
-    time = 3 if halves_time else 1
-    return nn.Conv3d(before, after, (time, 3, 3), (2 if halves_time else 1, 2, 2), (time // 2, 1, 1))
 
 
 def to_input(

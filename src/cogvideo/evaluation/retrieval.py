@@ -93,8 +93,7 @@ def _products(
 
 def ranks(distances: Float[Tensor, "clips real"], right: Sequence[int]) -> Int64[Tensor, " clips"]:
     """Rank of the right real clip of each clip, given by its number: 1 if no other one is nearer."""
-    own = distances.gather(1, torch.tensor(right)[:, None])
-    return 1 + (distances < own).sum(1)
+    return 1 + (distances < distances.gather(1, torch.tensor(right)[:, None])).sum(1)
 
 
 def border_color(clip: UInt8[np.ndarray, "frames height width 3"]) -> UInt8[np.ndarray, "3"]:

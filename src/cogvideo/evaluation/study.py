@@ -41,8 +41,8 @@ CREATE TABLE trial (
   rater INTEGER, place INTEGER, kind TEXT NOT NULL, prompt INTEGER NOT NULL, systems TEXT NOT NULL,
   PRIMARY KEY (rater, place));
 CREATE TABLE answer (
-  rater INTEGER, place INTEGER, question TEXT, value INTEGER NOT NULL, seconds REAL NOT NULL, time TEXT NOT NULL,
-  PRIMARY KEY (rater, place, question));
+  rater INTEGER, place INTEGER, question TEXT, value INTEGER NOT NULL, seconds REAL NOT NULL,
+  time TEXT NOT NULL, PRIMARY KEY (rater, place, question));
 """
 
 
@@ -195,7 +195,8 @@ class Study:
 def _next(database: sqlite3.Connection, rater: int) -> int | None:
     """Place of the first trial without an answer."""
     query = """SELECT min(place) FROM trial WHERE rater = ?
-        AND NOT EXISTS (SELECT 1 FROM answer WHERE answer.rater = trial.rater AND answer.place = trial.place)"""
+        AND NOT EXISTS (SELECT 1 FROM answer
+            WHERE answer.rater = trial.rater AND answer.place = trial.place)"""
     (place,) = database.execute(query, (rater,)).fetchone()
     return place
 

@@ -84,7 +84,6 @@ class Design:
     questions: QuestionSet
     num_prompts: int
     systems: tuple[str, ...]
-    """Letters of the systems that are compared."""
     has_real: bool
     """Whether there are real clips for catch trials."""
     num_shown: int | None

@@ -45,13 +45,7 @@ Pixels = UInt8[np.ndarray, "frames height width 3"]
 
 
 def write_picture(path: Path, prompt: str, stages: Sequence[tuple[StageAttention, Sequence[float], Pixels]]) -> None:
-    """Draw stages one below the other.
-
-    Args:
-        path: of the PNG.
-        prompt: heading.
-        stages: attention, seconds of the frames, and the frames themselves.
-    """
+    """Draw stages, each with the seconds of its frames and the frames, one below the other as a PNG."""
     fonts = [each for each in FONTS if each in font_manager.get_font_names()]
     with style.context(["default", STYLE | {"font.family": fonts}]), replacing(path) as file:
         figure = Figure(figsize=(WIDTH, HEIGHT * len(stages)))
@@ -75,13 +69,9 @@ def _draw_stage(
     colors = list(colormaps["viridis"](np.linspace(0, 1, count)))
     _draw_frames(figure, frame_grid, stage, seconds, frames, colors)
     patches = [Patch(color=color, label=f"frame {place}") for place, color in enumerate(colors)]
-    figure.legend(
-        handles=[Patch(color=TEXT_COLOR, label="text"), *patches],
-        title="attention goes to",
-        loc="center left",
-        bbox_to_anchor=(RIGHT, 0.52),
-        frameon=False,
-    )
+    handles = [Patch(color=TEXT_COLOR, label="text"), *patches]
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (RIGHT, 0.52), "frameon": False}
+    figure.legend(handles=handles, title="attention goes to", **place)
     _draw_gates(figure.add_subplot(grid[0]), stage)
     _draw_heads(figure, figure.add_subplot(grid[1]), stage)
     _draw_head(figure.add_subplot(grid[2]), stage)
@@ -157,6 +147,5 @@ def _draw_head(axes: Axes, stage: StageAttention) -> None:
     shown = stage.steps[layer, head, near, near].numpy()
     axes.imshow(shown, norm=PowerNorm(0.5, vmin=0), extent=(-edge, edge, edge, -edge))
     axes.set(xticks=range(-reach, reach + 1, 2), yticks=range(-reach, reach + 1, 2))
-    axes.set(
-        title=f"Layer {layer}, head {head}: {share:.0%} at the same place", xlabel="columns away", ylabel="rows away"
-    )
+    axes.set(title=f"Layer {layer}, head {head}: {share:.0%} at the same place")
+    axes.set(xlabel="columns away", ylabel="rows away")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -72,7 +73,6 @@ class Origin:
     """Settings that made frames of them; None without the source."""
     autoencoder: Autoencoder | None = None
     missing: list[str] = field(default_factory=list)
-    """Descriptions of what is not there."""
 
     @torch.inference_mode()
     def clip(self, row: Row, columns: int) -> Clip:
@@ -156,16 +156,11 @@ def _find_items(card: Card, ids: set[str]) -> dict[str, Item]:
     options = SourceOptions(**settings)
     sources = [card.source]
     if card.source.startswith("world:"):  # five million captions take minutes to make
-        sources = sorted(set(map(_world_source, ids)))
+        parts = (re.split("[/~]", id) for id in ids)  # such as world-simple/000012~3
+        numbered = {(folder.replace("-", ":"), int(number)) for folder, number, *_ in parts}
+        sources = [f"{folder}:{number}:{number + 1}" for folder, number in sorted(numbered)]
     items = (item for source in sources for item in list_source(source, options).items)
     return {item.id: item for item in items if item.id in ids}
-
-
-def _world_source(id: str) -> str:
-    """The source of one clip of the World, by the id of the clip or of a copy."""
-    folder, _, name = id.partition("/")
-    number = int(name.partition("~")[0])
-    return f"{folder.replace('-', ':')}:{number}:{number + 1}"
 
 
 def _load_tokenizer(card: Card, name: str) -> Autoencoder:

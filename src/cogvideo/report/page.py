@@ -57,17 +57,9 @@ def write_page(out: Path, command: str, title: str, lead: str, template: str, fa
 @cache
 def environment() -> Environment:
     """The templates, with the following functions as filters."""
-    found = Environment(
-        loader=PackageLoader("cogvideo.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters = (
-        *(count, duration, embedded, file_size, flat, histogram, middle, moving, number),
-        *(percent, shares, shorten),
-    )
+    options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    found = Environment(loader=PackageLoader("cogvideo.report"), autoescape=True, **options)
+    filters = {count, duration, embedded, file_size, flat, histogram, middle, moving, number, percent, shares, shorten}
     found.filters |= {each.__name__: each for each in filters}
     return found
 

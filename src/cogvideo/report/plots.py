@@ -145,9 +145,8 @@ def histogram(columns: Sequence[Column], is_wide: bool) -> Markup:
         figure = Figure(figsize=(11.0, 2.8) if is_wide else (5.4, 2.8), layout="constrained")
         axes = figure.subplots()
         bars = axes.bar(places, heights, width=0.94, color=_COLORS["fill"], clip_on=False)
-        axes.bar_label(
-            bars, [_tick(float(f"{height:.3g}")) if height else "" for height in heights], padding=2, fontsize=7
-        )
+        labels = [_tick(float(f"{height:.3g}")) if height else "" for height in heights]
+        axes.bar_label(bars, labels, padding=2, fontsize=7)
         axes.set_xticks(shown, [columns[each].label for each in shown])
         axes.set_xlim(-0.5, max(len(columns), NUM_LABELS) - 0.5)
         axes.set_yticks([])

@@ -46,7 +46,6 @@ class Run:
     """Name that tells it from the others of its stage."""
     stage: str
     num_steps: int
-    """Steps of the whole run."""
     settings: dict[str, str]
     """Everything that decides the result, as JSON, by names such as `optimization.batch`."""
     figures: dict[str, Curve]
@@ -79,11 +78,8 @@ class Run:
     @property
     def sheet(self) -> tuple[int, Path] | None:
         """Step and file of the last contact sheet, if there is one."""
-        sheets = [
-            (int(found[1]), path)
-            for path in self.folder.glob("samples/*")
-            if (found := re.fullmatch(r"step-(\d+)\.png", path.name))
-        ]
+        found = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in self.folder.glob("samples/*"))
+        sheets = [(int(match[1]), path) for match, path in found if match]
         ends = {"before.png": 0, "after.png": self.num_steps} if self.stage == TOKENIZER else {}
         sheets += [(step, self.folder / name) for name, step in ends.items() if (self.folder / name).exists()]
         return max(sheets, default=None)
@@ -153,10 +149,8 @@ def _read(folder: Path, name: str) -> Run:
     if peak_bytes is None and "peak_bytes" in figures:
         peak_bytes = int(figures["peak_bytes"].values.max())
     validation = measured.get("psnr") if stage == TOKENIZER else _curves(means).get("mean")
-    is_finished, settings = summary is not None, dict(flat(identity))
-    return Run(
-        folder, name, stage, num_steps, settings, figures, measured, validation, is_finished, seconds, peak_bytes
-    )
+    settings, took = dict(flat(identity)), (summary is not None, seconds, peak_bytes)
+    return Run(folder, name, stage, num_steps, settings, figures, measured, validation, *took)
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from cogvideo.data.dataset import Dataset
 from cogvideo.report.page import Column
 
 _FUNCTION_WORDS = (
-    "a an and are as at be been but by for from had has have he her his in into is it its of off on onto or out over "
-    "she so than that the their them then there these they this to under until up was were which while who with"
+    "a an and are as at be been but by for from had has have he her his in into is it its of off on onto "
+    "or out over she so than that the their them then there these they this to under until up was were "
+    "which while who with"
 )
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 """English words that say little about what is seen."""

@@ -61,11 +61,7 @@ class Conduct(NamedTuple):
 def report(folder: Path, out: Path, margin: float, num_slips: int) -> None:
     """Write the page and both tables, and print the figures.
 
-    Args:
-        folder: folder of the study.
-        out: folder for the files.
-        margin: half width of intervals for which the size of the sample is given.
-        num_slips: wrong catch trials that are forgiven.
+    The size of a sample is given for intervals of half the width `margin`; `num_slips` wrong catch trials are forgiven.
     """
     require(num_slips >= 0, f"slips is {num_slips}, expected 0 or more")
     sample_size(0.5, margin)
@@ -83,7 +79,8 @@ def report(folder: Path, out: Path, margin: float, num_slips: int) -> None:
     lead = f"{count(len(answers), 'answer')} of {count(conducts, 'rater')} on {count(study.prompts, 'prompt')}."
     facts = page_facts(study, results, conducts, failed, margin)
     write_page(out / PAGE, "study report", title, lead, "study.html", facts)
-    write_text(out / RESULTS, _table(("raters", "question", *_HEADS), map(_result_row, results)))
+    rows = ([*start, *(f"{each:.6g}".replace("nan", "") for each in values), num] for *start, values, num in results)
+    write_text(out / RESULTS, _table(_HEADS, rows))
     write_text(out / ANSWERS, _table(_COLUMNS, _answer_rows(study, answers)))
     print("\n".join(_lines(results)))
     print(_failures(conducts, failed))
@@ -144,22 +141,21 @@ def _grades_by_prompt(answers: Iterable[Answer], question: str) -> dict[tuple[in
 def _shares(pairs: Sequence[Comparison], question: str, raters: str) -> Iterator[Result]:
     for first, second in sorted({(each.first, each.second) for each in pairs}):
         outcomes = [each.outcome for each in pairs if (each.first, each.second) == (first, second)]
-        for subject, outcome in ((f"{first} > {second}", 1), (f"{first} = {second}", 0), (f"{second} > {first}", -1)):
+        subjects = {f"{first} > {second}": 1, f"{first} = {second}": 0, f"{second} > {first}": -1}
+        for subject, outcome in subjects.items():
             part = share(outcomes.count(outcome), len(outcomes))
             yield Result(raters, question, SHARE, subject, part, len(outcomes))
 
 
 def _strengths(pairs: Sequence[Comparison], question: str, raters: str, systems: Sequence[str]) -> Iterator[Result]:
     """Bradley-Terry strengths; none where there are too few answers to compare all systems."""
-
     won = outcomes(pairs, systems)
     try:
         start = strengths(won.sum(-1))
     except ValueError:
         return
-    found = bootstrap(
-        lambda weights: strengths(won @ weights, start), [each.rater for each in pairs], [each.prompt for each in pairs]
-    )
+    raters_of, prompts = [each.rater for each in pairs], [each.prompt for each in pairs]
+    found = bootstrap(lambda weights: strengths(won @ weights, start), raters_of, prompts)
     for system, interval in zip(systems, found, strict=True):
         involved = sum(system in (each.first, each.second) for each in pairs)
         yield Result(raters, question, STRENGTH, system, interval, involved)
@@ -184,9 +180,8 @@ def _best(answers: Sequence[Answer], raters: str, systems: Sequence[str]) -> Ite
     """Shares of the highest overall grade, over prompts of which a rater graded all systems."""
     complete = [each for each in _grades_by_prompt(answers, OVERALL).values() if len(each) == len(systems)]
     for system in systems:
-        best = sum(
-            all(grades[system] > grade for other, grade in grades.items() if other != system) for grades in complete
-        )
+        others = ([grade for other, grade in grades.items() if other != system] for grades in complete)
+        best = sum(grades[system] > max(rest, default=-1) for grades, rest in zip(complete, others, strict=True))
         yield Result(raters, OVERALL, BEST, system, share(best, len(complete)), len(complete))
 
 
@@ -199,7 +194,11 @@ def conduct(rater: Rater, answers: Sequence[Answer]) -> Conduct:
     checks = list(_checks(own))
     first = {(each.trial.prompt, frozenset(each.trial.systems)): each for each in own if each.trial.kind == "main"}
     repeats = [each for each in own if each.trial.kind == "repeat"]
-    equal = sum(_is_equal(each, first[each.trial.prompt, frozenset(each.trial.systems)]) for each in repeats)
+    equal = 0
+    for each in repeats:
+        before = first[each.trial.prompt, frozenset(each.trial.systems)].values
+        sign = -1 if len(each.trial.systems) == 2 else 1  # sides were the other way round
+        equal += each.values == {name: sign * value for name, value in before.items()}
     sides = [value for each in own if len(each.trial.systems) == 2 for value in each.values.values() if value != 0]
     return Conduct(
         rater=rater,
@@ -227,12 +226,6 @@ def _checks(answers: Sequence[Answer]) -> Iterator[bool]:
             yield all(value == right for value in each.values.values())
         elif grades:
             yield each.values[OVERALL] < fmean(grades)
-
-
-def _is_equal(repeat: Answer, first: Answer) -> bool:
-    """Whether a repeated trial has the answers of the first time, where sides were the other way round."""
-    sign = -1 if len(repeat.trial.systems) == 2 else 1
-    return repeat.values == {name: sign * value for name, value in first.values.items()}
 
 
 def _failures(conducts: Sequence[Conduct], failed: set[int]) -> str:
@@ -276,8 +269,8 @@ def _row(result: Result, margin: float) -> list[str | float]:
     if result.measure not in (SHARE, BEST):
         return [result.subject, _number(value), _range(low, high, _number), result.num_answers]
     part = 0.0 if math.isnan(value) else value
-    row: list[str | float] = [result.subject, part, percent(part), _range(low, high, percent), result.num_answers]
-    return row + ([sample_size(part, margin)] if result.measure == SHARE else [])
+    enough = [sample_size(part, margin)] if result.measure == SHARE else []
+    return [result.subject, part, percent(part), _range(low, high, percent), result.num_answers, *enough]
 
 
 def _rater_row(conduct: Conduct, has_passed: bool) -> list[str]:
@@ -303,16 +296,20 @@ def _range(low: float, high: float, show: Any) -> str:
 
 # Tables and lines
 
-_HEADS = ("measure", "subject", "value", "low", "high", "answers")
-_COLUMNS = (
-    *("rater", "place", "kind", "prompt", "text", "left", "right", "question", "value", "preferred"),
-    *("seconds", "time"),
+_HEADS = ("raters", "question", "measure", "subject", "value", "low", "high", "answers")
+_COLUMNS: tuple[str, ...] = (
+    "rater",
+    "place",
+    "kind",
+    "prompt",
+    "text",
+    "left",
+    "right",
+    "question",
+    "value",
+    "preferred",
 )
-
-
-def _result_row(result: Result) -> list[Any]:
-    values = ["" if math.isnan(value) else f"{value:.6g}" for value in result.interval]
-    return [result.raters, result.question, result.measure, result.subject, *values, result.num_answers]
+_COLUMNS += ("seconds", "time")
 
 
 def _answer_rows(study: Study, answers: Iterable[Answer]) -> Iterator[list[Any]]:
@@ -327,9 +324,7 @@ def _answer_rows(study: Study, answers: Iterable[Answer]) -> Iterator[list[Any]]
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(heads)
-    writer.writerows(rows)
+    csv.writer(file, lineterminator="\n").writerows([heads, *rows])
     return file.getvalue()
 
 
