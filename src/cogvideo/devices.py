@@ -24,7 +24,10 @@ SMALLEST_SIDE, LARGEST_SIDE, LEAST_SECONDS = 256, 8192, 0.01
 def usable(device: str | torch.device) -> torch.device:
     """The device, refused if tensors cannot be put there; `auto` is a GPU if there is one, else the CPU.
 
-    On a GPU, attention of cuDNN is switched off, see `set_up`.
+    On a GPU, attention stays away from cuDNN, which PyTorch tries first on Hopper, unless `CUDNN_ATTENTION`
+    is 1. With a mask and keys % 128 == 64 its gradient of the queries can be NaN (PyTorch 2.11, issue
+    196678), and it makes a plan of its own for every shape, which takes longer than the few calls that
+    decoding makes of each.
 
     Raises:
         ValueError: PyTorch does not know it, or this build or machine has none.
@@ -39,18 +42,9 @@ def usable(device: str | torch.device) -> torch.device:
         got = f"cannot use the device {str(device)!r} ({reason:.90})"
         raise InputError(f"{got}, expected auto, cpu, or a GPU that PyTorch can use, such as cuda:0") from error
     require(one.device.type != "cpu" or not torch.device(device).index, f"there is no device {device}, expected cpu")
-    set_up(one.device)
-    return one.device
-
-
-def set_up(device: torch.device) -> None:
-    """Keep attention on CUDA away from cuDNN, which PyTorch tries first on Hopper, unless `CUDNN_ATTENTION` is 1.
-
-    With a mask and keys % 128 == 64 its gradient of the queries can be NaN (PyTorch 2.11, issue 196678), and it makes a
-    plan of its own for every shape, which takes longer than the few calls that decoding makes of each.
-    """
-    if device.type == "cuda" and os.environ.get(CUDNN_ATTENTION) != "1":
+    if one.device.type == "cuda" and os.environ.get(CUDNN_ATTENTION) != "1":
         torch.backends.cuda.enable_cudnn_sdp(False)
+    return one.device
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -61,8 +55,8 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def slowness(dtype: torch.dtype, device: torch.device) -> str | None:
     """Warning about a type that takes far longer than float32; None where it does not.
 
-    PyTorch emulates 16 bit where an x86 processor has no AVX-512, as in most laptops: products take 7 to 70 times as
-    long as in float32 (AMD EPYC with AVX2, PyTorch 2.13).
+    PyTorch emulates 16 bit where an x86 processor has no AVX-512, as in most laptops: products take 7 to 70
+    times as long as in float32 (AMD EPYC with AVX2, PyTorch 2.13).
     """
     emulated = device.type == "cpu" and dtype.itemsize == 2 and torch.backends.cpu.get_cpu_capability() == "AVX2"
     name = str(dtype).removeprefix("torch.")
@@ -87,7 +81,8 @@ def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/pro
     """Bytes that this process may still get by each limit of its control groups and of all above them.
 
     Args:
-        root: folder where control groups are mounted, version 2 or 1. A container sees its own group as the root.
+        root: folder where control groups are mounted, version 2 or 1. A container sees its own group as the
+            root.
         groups: file that names those of the process.
     """
     left: list[int | None] = []
@@ -129,9 +124,9 @@ def peak_bytes(device: torch.device) -> int:
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, of which utilization is a share.
 
-    Square matrices of random numbers grow until one product takes 10 ms (or they have 8,192 rows); the best of the
-    products of a third of a second counts. Measured once for each device and type, with the threads and the precision
-    of float32 products (TF32) that are set then.
+    Square matrices of random numbers grow until one product takes 10 ms (or they have 8,192 rows); the best
+    of the products of a third of a second counts. Measured once for each device and type, with the threads
+    and the precision of float32 products (TF32) that are set then.
     """
     side = SMALLEST_SIDE
     while side < LARGEST_SIDE and _product_seconds(side, device, dtype) < LEAST_SECONDS:
@@ -141,7 +136,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def _product_seconds(side: int, device: torch.device, dtype: torch.dtype, end: float = 0.0) -> float:
-    """Seconds of the fastest product of two matrices, the first one not counted; at least one, and more until `end`."""
+    """Seconds of the fastest product of two matrices, the first one not counted; at least one, and more until
+    `end`."""
     generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay where they are
     left, right = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.mm(left, right)

@@ -188,7 +188,8 @@ def cells(grid: int, window: int, shifted: bool) -> Cells:
         ValueError: `grid` is not divisible by `window`.
     """
     require(window == 0 or grid % window == 0, f"grid {grid} is not divisible by window {window}")
-    cuts = _cuts(grid, window, shifted)
+    middle = range(window // 2 if shifted else window, grid, window) if window else ()
+    cuts = list(pairwise([0, *middle, grid]))
     slots = torch.arange(grid * grid).view(grid, grid)
     tiles: dict[int, list[Tensor]] = {}
     for top, bottom in cuts:
@@ -201,13 +202,6 @@ def cells(grid: int, window: int, shifted: bool) -> Cells:
 def kinds(window: int) -> tuple[bool, ...]:
     """Values of `shifted` in the kinds of temporal blocks, which alternate."""
     return (False, True) if window else (False,)
-
-
-def _cuts(grid: int, window: int, shifted: bool) -> list[tuple[int, int]]:
-    if window == 0:
-        return [(0, grid)]
-    edges = [0, *range(window // 2 if shifted else window, grid, window), grid]
-    return list(pairwise(edges))
 
 
 def lag(grid: int, window: int) -> int:
