@@ -308,13 +308,8 @@ class CogVideo(Stages):
 def update(
     folder: str | PathLike[str], config: CogVideoConfig, without: Collection[str] = (), **components: Component
 ) -> None:
-    """Write components into the bundle in `folder`, which keeps its others; a new bundle where there is none.
-
-    Args:
-        folder: folder of the bundle.
-        config: configuration of the bundle.
-        without: names of other components that it loses.
-        components: new components by their names.
+    """Write components into the bundle in `folder`, which keeps its others except those in `without`; a new bundle
+    where there is none.
 
     Raises:
         ValueError: there is no component of such a name, the bundle there has another configuration, a component does

@@ -130,16 +130,10 @@ def sampled_rates(num_frames: int, sampling: ClipSampling) -> tuple[float, ...]:
 
 
 def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, offset_draw: float) -> range | None:
-    """Frames of a clip that make a sample.
+    """Frames of a clip that make a sample; None if the clip is shorter than `sampling.min_frames`.
 
-    Args:
-        num_frames: stored frames of the clip.
-        sampling: mode and rates.
-        rate_draw: uniform in [0, 1), chooses among the rates of interpolation.
-        offset_draw: uniform in [0, 1), chooses the start, in mode image the frame; not used without `random_offset`.
-
-    Returns:
-        indices of the frames, or None if the clip is shorter than `sampling.min_frames`.
+    The draws are uniform in [0, 1): one chooses among the rates of interpolation, the other, with `random_offset`, the
+    start, in mode image the frame.
     """
     if num_frames < sampling.min_frames:
         return None
@@ -160,10 +154,7 @@ def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, off
 def duration_of(window: range, sampling: ClipSampling, rate_draw: float) -> float:
     """Seconds in the caption of a sample, in videos from its first frame to its last; 0 for none.
 
-    Args:
-        window: frames from `choose_window`.
-        sampling: mode and rates.
-        rate_draw: uniform in [0, 1), chooses among the durations of single frames.
+    The draw, uniform in [0, 1), chooses among the durations of single frames.
     """
     if sampling.mode == "image":
         if window.start == 0 or not sampling.durations:

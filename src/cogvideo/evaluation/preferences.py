@@ -90,11 +90,8 @@ def strengths(
 ) -> Float64[np.ndarray, " systems"]:
     """Bradley-Terry strengths with mean 0: `strengths[i] - strengths[j]` is the log-odds that i is preferred to j.
 
-    Two systems that were compared get one more comparison, a tie: one that always won would be infinitely strong.
-
-    Args:
-        wins: how often the row's system won against the column's.
-        start: where to start looking, such as at strengths of nearly the same wins.
+    Two systems that were compared get one more comparison, a tie: one that always won would be infinitely strong. The
+    row's system won against the column's that often; the search may start at strengths of nearly the same wins.
 
     Raises:
         ValueError: some systems were never compared, not even by way of others.
@@ -115,12 +112,7 @@ def bootstrap(
     """Values with intervals over raters and prompts, both of which are drawn again with replacement.
 
     Where there is one rater, the interval is over prompts alone: other raters may think otherwise. One of a single
-    rater and prompt is not a number.
-
-    Args:
-        estimate: values of weighted answers; a ValueError leaves a draw out.
-        raters: rater of each answer.
-        prompts: its prompt.
+    rater and prompt is not a number. A ValueError of `estimate`, which takes weights of answers, leaves a draw out.
     """
     values = estimate(np.ones(len(raters)))
     random = np.random.default_rng(0)
@@ -145,12 +137,9 @@ def _drawn(groups: Sequence[int], random: np.random.Generator) -> Float64[np.nda
 
 
 def agreement(ratings: Sequence[tuple[int, object, int]]) -> float:
-    """Krippendorff's alpha of ordinal values: 1 is full agreement, 0 that of chance.
+    """Krippendorff's alpha of ordinal ratings (rater, what was judged, value): 1 is full agreement, 0 that of chance.
 
     It is not a number where no two raters judged the same, or all answers are equal.
-
-    Args:
-        ratings: rater, what was judged, value.
     """
     import krippendorff
 

@@ -82,11 +82,7 @@ class Answer:
 
 
 class Study:
-    """A study in its folder. Nothing is kept in memory, so several processes may work on it.
-
-    Args:
-        folder: output of `create`.
-    """
+    """A study in its folder, made by `create`. Nothing is kept in memory, so several processes may work on it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

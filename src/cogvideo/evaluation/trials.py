@@ -116,10 +116,7 @@ class Design:
         """All trials of a rater in their order.
 
         Of each pair of systems, a rater sees either one on the left half of the time. Raters one after another share
-        out the clips evenly, and see them the other way round when everything was shown.
-
-        Args:
-            rater: number of the rater, from 0.
+        out the clips evenly, and see them the other way round when everything was shown. They are numbered from 0.
         """
         random = Random(f"{self.seed} rater {rater}")
         shown = self._shown(rater)
