@@ -15,12 +15,7 @@ MEMORY = 0.9
 
 
 class Pace:
-    """The pace of one sample.
-
-    Args:
-        most: maximum number of slots per pass.
-        free: rows cost nothing, so every pass has the maximum.
-    """
+    """The pace of one sample, with at most `most` slots per pass, and always as many if rows are `free`."""
 
     def __init__(self, most: int, free: bool = False) -> None:
         self.most = most

@@ -143,14 +143,7 @@ def gumbel(num_slots: int, num_codes: int, generator: torch.Generator) -> Float[
 
 
 class GumbelNoise:
-    """Noise of every slot of every frame, fixed by one generator per sample.
-
-    Args:
-        generators: one CPU generator per sample; each is advanced once, here.
-        num_frames: frames of the sequence.
-        num_slots: slots of a frame.
-        num_codes: number of image codes.
-    """
+    """Noise of every slot of every frame, fixed by one CPU generator per sample; each is advanced once, here."""
 
     def __init__(self, generators: Sequence[torch.Generator], num_frames: int, num_slots: int, num_codes: int) -> None:
         self._generators = [spawn(generator, num_frames) for generator in generators]

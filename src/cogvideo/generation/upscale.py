@@ -25,11 +25,7 @@ SlotNoise = Iterator[Float[Tensor, "slots codes"]]
 def slot_noise(generator: torch.Generator, num_slots: int, num_codes: int, device: torch.device) -> SlotNoise:
     """Gumbel noise of one frame: at the released sizes 72 million numbers, or 1.5 s on a CPU core.
 
-    Args:
-        generator: CPU generator of the frame; it is advanced once, here.
-        num_slots: number of high slots.
-        num_codes: number of image codes.
-        device: device of the model. Other kinds of devices draw other numbers.
+    The CPU generator of the frame is advanced once, here. Other kinds of devices draw other numbers.
     """
     own = torch.Generator(device).manual_seed(spawn(generator, 1)[0].initial_seed())
     return (gumbel(len(slots), num_codes, own) for slots in torch.split(torch.arange(num_slots), SLOTS_PER_DRAW))

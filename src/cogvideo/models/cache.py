@@ -187,11 +187,7 @@ class Cache:
     def masked(self, frame: range, slots: Int64[Tensor, "batch rows"]) -> MaskPlan:
         """Plan for any slots of one frame, different ones in every sample, computed from tensors. All passes
         of the frame have the same shapes, so they can be captured. A row sees a key of its own cell if the
-        key is text or was fed no later than the row.
-
-        Args:
-            frame: slots of the frame.
-            slots: slots to feed, counted from the first of the frame.
+        key is text or was fed no later than the row. Slots are counted from the first of the frame.
         """
         first = frame.start % len(self.places)
         held = first + slots
