@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +108,20 @@ def test_processes_and_interruptions_change_no_bit(tmp_path: Path, monkeypatch: 
     assert {file.name: file.read_bytes() for file in (tmp_path / "other").rglob("*.npy")} == files
 
 
+@pytest.mark.soak
+def test_ray_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards many machines: two actors of a local cluster give the figures and features of one process."""
+    real, dark = clips(tmp_path / "real", 16, 0), clips(tmp_path / "dark", 8, 1, dark=3)
+    whole = compare(real, dark)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "cache").rglob("*.npy")}
+    monkeypatch.setenv("COGVIDEO_CACHE", str(tmp_path / "other"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # actors import the network from here
+    monkeypatch.setattr(module, "JOB_BATCHES", 4)
+    comparing = Comparing(Reading(PROTOCOL), NETWORKS, Machines("cpu", "ray", workers=2), 0)
+    assert comparing.compare(real, dark) == whole
+    assert {file.name: file.read_bytes() for file in (tmp_path / "other").rglob("*.npy")} == files
+
+
 def _interrupt() -> Tensor:
     raise KeyboardInterrupt
 
@@ -149,6 +165,30 @@ def test_windows_are_drawn_as_the_protocol_says(tmp_path: Path) -> None:
     assert [each.footage.id for each in draw(str(folder), ordered, "random", 2, 0).excerpts] == ["00.webp", "01.webp"]
     other = draw(str(folder), reading, "random", 99, 1).excerpts
     assert [each.footage.id for each in other] != [each.footage.id for each in chosen.excerpts]
+
+
+def test_windows_of_a_comparison(tmp_path: Path) -> None:
+    """Guards what is compared: generated clips from frame 0, any windows of real ones, each with features of its own;
+    halves of the floor that share no video."""
+    state = np.random.default_rng(0)
+    for folder in ("real", "made"):
+        (tmp_path / folder).mkdir()
+    for name, level in {"a": 40, "b": 200}.items():
+        write_video(tmp_path / "real" / f"{name}.webp", level + noise(state, 30) // 32, 8)
+    for number in range(8):
+        frames = np.concatenate([90 + noise(state, 9) // 32, np.full((20, 16, 16, 3), 250, np.uint8)])
+        write_video(tmp_path / "made" / f"{number}.webp", frames, 8)
+    brightest: list[int] = []
+
+    def watched(device: str) -> Callable[[Clips], Tensor]:
+        return lambda clips: brightest.extend(int(frames.max()) for (frames,) in clips) or means(device)(clips)
+
+    networks = replace(NETWORKS, i3d=replace(NETWORKS.i3d, load=watched))
+    protocol = replace(PROTOCOL, real="anywhere")
+    fvd = compare(str(tmp_path / "real"), str(tmp_path / "made"), networks=networks, protocol=protocol).figures[0]
+    assert max(brightest) < 210
+    assert len(list((tmp_path / "cache").rglob("*.npy"))) == 16 + 8
+    assert fvd.real == pytest.approx(6 * 160**2, rel=0.02)  # one video in each half
 
 
 def test_frames_are_every_nth_from_the_first(tmp_path: Path) -> None:
