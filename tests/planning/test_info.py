@@ -296,8 +296,10 @@ def test_phases_are_those_of_a_clip(text_model: bytes, monkeypatch: pytest.Monke
     system = CogVideo(config, base=base, sequential=channel, interpolation=channel, text=tokenizer)
     runs: list[tuple[int, int]] = []
 
-    def spy(model: Transformer, layout: SequenceLayout, condition: Condition, *args: Any) -> Iterator[Frame]:
-        frames = list(decode(model, layout, condition, *args))
+    def spy(
+        model: Transformer, layout: SequenceLayout, condition: Condition, *args: Any, **options: Any
+    ) -> Iterator[Frame]:
+        frames = list(decode(model, layout, condition, *args, **options))
         runs.append((len(condition.rows.tokens), frames[-1].passes))
         return iter(frames)
 
