@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from functools import lru_cache, wraps
 from inspect import isgeneratorfunction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 # Before PyTorch is loaded, and for all processes that tests start: small models are slower on several threads, and far
 # slower where tests that run in parallel have more threads than there are cores.
@@ -28,28 +28,35 @@ from beartype.roar import BeartypeDecorHintPep3119Exception
 
 from reference import Oracle, Prompt, Stage
 
-JAXTYPED, CHECKS = jaxtyping.jaxtyped, BeartypeConf(is_pep484_tower=True)  # an int is a float
+JAXTYPED = jaxtyping.jaxtyped
+
+
+def typed(function: Any) -> Any:
+    """Enforce types at run time; a function that takes a protocol cannot be checked and stays."""
+    try:
+        return beartype(function, conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+    except BeartypeDecorHintPep3119Exception:
+        return function
 
 
 def checked(function: Any) -> Any:
-    """Enforce types and tensor shapes at run time; a function that takes a protocol cannot be checked and stays.
+    """Enforce types and tensor shapes at run time.
 
     The decorator of jaxtyping binds the arguments in every call and checks them twice, which takes most of the time of
-    a small model. It stays where a size in a shape is that of an argument, and for generators, which beartype checks
-    when they run.
+    a small model. It stays where a size in a shape is that of an argument, for names that are not known yet, and for
+    generators, which beartype checks when they run.
     """
     if is_dataclass(function) and "__init__" in vars(function):
         function.__init__ = checked(function.__init__)
     if isinstance(function, type):
         return function
     try:
-        strict = beartype(function, conf=CHECKS)
-    except BeartypeDecorHintPep3119Exception:
-        return function
-    hints = str(list(strict.__annotations__.values()))
+        hints = str([*get_type_hints(function).values()])
+    except NameError:
+        hints = "{unknown}"
     if "{" in hints or isgeneratorfunction(function):
-        return JAXTYPED(function, typechecker=beartype(conf=CHECKS))
-    has_shapes = "jaxtyping" in hints
+        return JAXTYPED(function, typechecker=typed)
+    strict, has_shapes = typed(function), "jaxtyping" in hints
 
     @wraps(function)
     def enforced(*arguments: Any, **options: Any) -> Any:
