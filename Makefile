@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Waiting threads soon sleep: next to a busy program, PyTorch is up to nine times faster that way.
 export GOMP_SPINCOUNT ?= 3000
+# Compiled modules are kept, whatever the environment says: the tests start hundreds of processes.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test soak matrix check format bench setup
 
