@@ -35,7 +35,7 @@ LOOK = 1.0
 """Seconds between two looks of a client."""
 
 
-def alone(model: str, batch: int, rounds: int = 3) -> float:
+def alone(model: str, prompt: str, batch: int, rounds: int = 3) -> float:
     """Clips a second of the pipeline, without files."""
     pipeline = CogVideoPipeline.from_pretrained(model)
     settings = replace(pipeline.settings, rounds=0)
@@ -43,12 +43,12 @@ def alone(model: str, batch: int, rounds: int = 3) -> float:
     for number in range(rounds + 1):
         start = time.perf_counter()
         generators = [torch.Generator().manual_seed(number * batch + each) for each in range(batch)]
-        list(pipeline.stream([PROMPT] * batch, generators, settings))
+        list(pipeline.stream([prompt] * batch, generators, settings))
         times.append(time.perf_counter() - start)
     return batch / statistics.median(times[1:])
 
 
-def served(model: str, batch: int, clients: int, minutes: float) -> dict[str, Any]:
+def served(model: str, prompt: str, batch: int, clients: int, minutes: float) -> dict[str, Any]:
     """Figures of a server with one worker."""
     with TemporaryDirectory() as folder:
         options = ["--model", model, "--folder", folder, "--port", "0", "--batch", str(batch), "--waiting", "10000"]
@@ -57,23 +57,23 @@ def served(model: str, batch: int, clients: int, minutes: float) -> dict[str, An
             try:
                 assert process.stdout is not None
                 address = process.stdout.readline().strip()
-                return _load(address, psutil.Process(process.pid), clients, 60 * minutes)
+                return _load(address, prompt, psutil.Process(process.pid), clients, 60 * minutes)
             finally:
                 process.terminate()
 
 
-def _load(address: str, server: psutil.Process, clients: int, seconds: float) -> dict[str, Any]:
+def _load(address: str, prompt: str, server: psutil.Process, clients: int, seconds: float) -> dict[str, Any]:
     times: dict[str, list[float]] = defaultdict(list)
     mistakes: list[str] = []
     ends: list[float] = []
     numbers = count()
-    _clip(address, next(numbers), times, mistakes)  # weights are loaded
+    _clip(address, prompt, next(numbers), times, mistakes)  # weights are loaded
     times.clear()
     begin = time.monotonic()
 
     def client(_: int) -> None:
         while time.monotonic() < begin + seconds:
-            _clip(address, next(numbers), times, mistakes)
+            _clip(address, prompt, next(numbers), times, mistakes)
             ends.append(time.monotonic())
 
     with ThreadPoolExecutor(clients) as pool:
@@ -94,7 +94,7 @@ def _p99(times: list[float]) -> float:
     return statistics.quantiles(times, n=100)[98]
 
 
-def _clip(address: str, number: int, times: dict[str, list[float]], mistakes: list[str]) -> None:
+def _clip(address: str, prompt: str, number: int, times: dict[str, list[float]], mistakes: list[str]) -> None:
     """Ask for a clip with a seed of its own, and look whether it is this one that comes."""
     with httpx.Client(base_url=address, timeout=60) as web:
 
@@ -106,7 +106,7 @@ def _clip(address: str, number: int, times: dict[str, list[float]], mistakes: li
                 mistakes.append(f"{name}: {answer.status_code} {answer.text[:80]}")
             return answer
 
-        asked = {"prompt": PROMPT, "rounds": 0, "seed": number}
+        asked = {"prompt": prompt, "rounds": 0, "seed": number}
         id = ask("create", "POST", "/v1/videos", json=asked).json()["id"]
         while (video := ask("retrieve", "GET", f"/v1/videos/{id}").json())["status"] in ("queued", "in_progress"):
             time.sleep(LOOK)
@@ -120,14 +120,15 @@ def main() -> None:
     """Measure, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=POCKET)
+    parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    before = alone(given.model, given.batch)
-    figures = served(given.model, given.batch, given.clients, given.minutes)
-    after = alone(given.model, given.batch)
+    before = alone(given.model, given.prompt, given.batch)
+    figures = served(given.model, given.prompt, given.batch, given.clients, given.minutes)
+    after = alone(given.model, given.prompt, given.batch)
     figures["pipeline alone, clips a second, before and after"] = [before, after]
     figures["share of the pipeline alone"] = figures["clips a second"] / statistics.mean([before, after])
     figures |= {"clients": given.clients, "batch": given.batch, "minutes": given.minutes}

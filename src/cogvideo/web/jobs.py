@@ -322,12 +322,6 @@ class Jobs:
             row[0]: row[1] for row in rows
         }, waited
 
-    def num_before(self, job: Job) -> int:
-        """Number of older jobs that wait."""
-        older = and_(JOBS.c.status == "queued", JOBS.c.created < job.created)
-        with self._reading() as connection:
-            return connection.scalar(select(func.count()).where(older)) or 0
-
     def _now(self, connection: Connection) -> float:
         """Seconds since 1970 by one clock for all: that of the database, or of this machine for SQLite."""
         if self._engine.name == "sqlite":
