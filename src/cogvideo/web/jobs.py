@@ -86,6 +86,7 @@ JOBS = Table(
     UniqueConstraint("owner", "repeat"),
     Index("jobs_by_owner", "owner", "created"),
     Index("jobs_by_status", "status", "created"),
+    Index("jobs_by_turn", "owner", "taken"),
 )
 BULKY = ("given", "last", "codes")
 BRIEF = [column for column in JOBS.c if column.name not in BULKY]

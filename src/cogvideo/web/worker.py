@@ -193,13 +193,18 @@ class Worker:
 
     def _reach(self, call: Callable[[], T]) -> T:
         """The answer of the database, however long it is away. Waiting loses nothing: leases decide who goes on."""
+        is_told = False
         while True:
             try:
                 return call()
             except Unreachable as error:
                 if self.stopping.is_set():
                     raise
-                print(f"waiting for the queue: {str(error).partition(chr(10))[0]:.200}", file=sys.stderr, flush=True)
+                if not is_told:
+                    print(
+                        f"waiting for the queue: {str(error).partition(chr(10))[0]:.200}", file=sys.stderr, flush=True
+                    )
+                is_told = True
                 time.sleep(AGAIN)
 
     @contextmanager
