@@ -82,11 +82,16 @@ def ucf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def call(command: str, model: str, videos: Path, out: Path, *arguments: object) -> int:
+    """Exit status of the command on one core, with cheap sampling."""
+    options = ["--out", out, "--network", videos, "--device", "cpu", "--workers", 1]
+    options += ["--guidance", 1, "--first-guidance", 1, *arguments]
+    return main(["evaluate", command, model, str(videos), *map(str, options)])
+
+
 def run(command: str, model: str, videos: Path, out: Path, *arguments: object) -> dict[str, Any]:
     """The command's JSON."""
-    options = ["--out", out, "--network", videos, "--truncate", "--device", "cpu", "--workers", 1]
-    options += ["--guidance", 1, "--first-guidance", 1, *arguments]
-    assert main(["evaluate", command, model, str(videos), *map(str, options)]) == 0
+    assert call(command, model, videos, out, "--truncate", *arguments) == 0
     found: dict[str, Any] = json.loads((out / f"{command}.json").read_text(encoding="utf-8"))
     return found
 
@@ -114,6 +119,7 @@ def test_ucf101_ends_in_one_table(model: str, ucf: Path, tmp_path: Path, capsys:
     assert read_video(clips[0], 8).frames.shape == (16, 16, 16, 3)
 
 
+@pytest.mark.usefixtures("without_shape_checks")
 def test_a_killed_evaluation_continues_to_the_same_bits(
     model: str, ucf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,10 +140,15 @@ def test_a_killed_evaluation_continues_to_the_same_bits(
     assert go(tmp_path / "killed")["figures"] == whole["figures"]
     assert made(tmp_path / "killed") == made(tmp_path / "whole")
     assert len(made(tmp_path / "whole")) == 3
-    command = ["evaluate", "ucf101", model, ucf / "UCF-101", "--out", tmp_path / "whole", "--network", "x", *options]
-    for other in (["--language", "chinese"], ["--fps", 4], ["--seed", 1]):
-        assert main([*map(str, [*command, "--device", "cpu", *other])]) == 2
-        assert "another run began in" in capsys.readouterr().err
+    changes = {"texts": ["--language", "chinese"], "fps": ["--fps", 4], "seed": ["--seed", 1]}
+    for name, other in changes.items():
+        assert call("ucf101", model, ucf / "UCF-101", tmp_path / "whole", "--truncate", *options, *other) == 2
+        error = capsys.readouterr().err
+        assert "another run began in" in error
+        assert f"{name} was" in error
+        assert error.count(" and is ") == 1  # nothing else differs
+    assert call("ucf101", model, ucf / "UCF-101", tmp_path / "long", *options) == 2
+    assert not list((tmp_path / "long").glob("generated/*"))  # prompts that are too long are refused first
 
 
 def test_batches_are_those_of_the_whole_list(tmp_path: Path) -> None:
@@ -282,7 +293,6 @@ def test_too_few_clips_are_refused_before_any_is_generated(
     """Guards hours of generation for nothing."""
     video(tmp_path / "id-0_000000_000010.mp4", 0)
     (tmp_path / "test.csv").write_text("label,youtube_id,time_start,time_end\na,id-0,0,10\n")
-    command = ["evaluate", "kinetics600", model, tmp_path, "--table", tmp_path / "test.csv", "--out", tmp_path / "out"]
-    assert main([*map(str, [*command, "--network", "x", "--device", "cpu"])]) == 2
+    assert call("kinetics600", model, tmp_path, tmp_path / "out", "--table", tmp_path / "test.csv") == 2
     assert "has 1 clip of 16 frames or more among 1" in capsys.readouterr().err
     assert not list((tmp_path / "out").glob("generated/*"))

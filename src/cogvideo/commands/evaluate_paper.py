@@ -15,11 +15,10 @@ from rich.table import Table
 
 from cogvideo.commands.evaluate_distribution import describe, load_networks, show, write_json
 from cogvideo.config import require
-from cogvideo.data.shards import digest
 from cogvideo.data.sources import Item
 from cogvideo.devices import slowness, usable
 from cogvideo.evaluation.comparison import INCEPTION_SCORE, Comparing, Figure, Networks
-from cogvideo.evaluation.features import Machines, progress
+from cogvideo.evaluation.features import Machines, file_sha256, progress
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.lists import Language, Split, read_kinetics, read_ucf101
 from cogvideo.evaluation.making import Making, fill
@@ -142,7 +141,7 @@ def kinetics600(
     print(f"{num_missing:,} of {len(listed) + num_missing:,} listed videos are missing and left out")
     run = _Run("kinetics600", model, out, protocol, fps, making, machines, networks)
     captioned = Reading(protocol, fps, caption_columns=("caption",))
-    with run.claimed({"clips": clips, "videos": digest([each.file.name for each in listed])}):
+    with run.claimed({"clips": clips, "list": file_sha256(table)}):
         if not run.real.exists():
             write_table(out / "listed.jsonl", listed)
             write_windows(run.real, out / "listed.jsonl", captioned, making.seed)
@@ -193,7 +192,8 @@ class _Run:
             yield
 
     def fill(self, prompts: Sequence[Prompt], make: Callable[[list[int]], list[Pixels]], batch: int) -> None:
-        """Make the clips that the folder lacks, as lossless files."""
+        """Make the clips that the folder lacks, as lossless files. All prompts are checked before the first one."""
+        self.maker.check(prompts)
         folder = self._out / GENERATED
         folder.mkdir(exist_ok=True)
         files = [folder / f"{prompt.name}.webp" for prompt in prompts]

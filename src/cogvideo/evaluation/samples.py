@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from cogvideo.evaluation.subjects import Prompt
 from cogvideo.files import write_text
 from cogvideo.generation.request import Request
 from cogvideo.media.video import read_video
-from cogvideo.pipeline import CogVideoPipeline, collect
+from cogvideo.pipeline import CogVideoPipeline, Frame, collect
 
 GIVEN = 5
 """Leading frames that prediction is given."""
@@ -92,15 +92,22 @@ class Maker:
         self._pipeline, self._protocol, self._fps = pipeline, protocol, fps
         self._settings = replace(settings, duration=(got - 1) / fps)
 
-    def generate(self, prompts: Sequence[Prompt], given: Int64[Tensor, "given slots"] | None = None) -> list[Pixels]:
-        """The first frames of some prompts' clips, generated as one batch.
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse prompts that cannot be used.
 
         Raises:
-            ValueError: a prompt cannot be used, or there is too little memory.
+            ValueError: a prompt is too long, or there is too little memory.
         """
+        for prompt in {each.text: each for each in prompts}.values():
+            self._frames([prompt])
+
+    def generate(self, prompts: Sequence[Prompt], given: Int64[Tensor, "given slots"] | None = None) -> list[Pixels]:
+        """The first frames of some prompts' clips, generated as one batch."""
+        return [*collect(self._frames(prompts, given), self._fps).frames[:, : self._protocol.frames]]
+
+    def _frames(self, prompts: Sequence[Prompt], given: Int64[Tensor, "given slots"] | None = None) -> Iterator[Frame]:
         generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
-        request = Request([prompt.text for prompt in prompts], generators, self._settings, given)
-        return [*collect(self._pipeline.frames(request), self._fps).frames[:, : self._protocol.frames]]
+        return self._pipeline.frames(Request([prompt.text for prompt in prompts], generators, self._settings, given))
 
     def predict(self, prompt: Prompt, real: Item) -> Pixels:
         """The first frames of a real clip and their continuation, at the protocol's size.
