@@ -6,20 +6,25 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cogvideo.cli import main
 from cogvideo.evaluation.study import Study
-from cogvideo.media.video import read_video
+from cogvideo.media.video import read_video, write_video
 from rating import COLORS, make_folders
 
 New = Callable[..., int]
+STEP = 60
+"""Levels between clips."""
 
 
 @pytest.fixture
 def new(tmp_path: Path) -> New:
-    """`cogvideo study new` on three prompts; options are added."""
+    """`cogvideo study new` on three prompts; options are added. Clips of system a are as bright as their numbers."""
     make_folders(tmp_path, 3, ("zebra", "walrus", "truth"))
+    for number in (1, 2, 3):
+        write_video(tmp_path / "zebra" / f"clip {number}.mp4", np.full((8, 32, 32, 3), STEP * number, np.uint8), 8)
 
     def call(*more: str) -> int:
         given = dict(zip(more[::2], more[1::2], strict=True))
@@ -31,10 +36,11 @@ def new(tmp_path: Path) -> New:
     return call
 
 
-def systems_shown(folder: Path) -> dict[str, str]:
-    """Text of each prompt, and the file of system a."""
+def numbers(folder: Path) -> list[tuple[str, int]]:
+    """Text of each prompt, and the number of its clip of system a."""
     study = Study(folder)
-    return {text: str(study.clips["a", number]) for number, text in enumerate(study.prompts)}
+    levels = [read_video(study.clips["a", place], 8).frames.mean() for place in range(len(study.prompts))]
+    return [(text, round(level / STEP)) for text, level in zip(study.prompts, levels, strict=True)]
 
 
 def test_numbers_are_the_order_of_prompts(new: New, tmp_path: Path) -> None:
@@ -42,6 +48,7 @@ def test_numbers_are_the_order_of_prompts(new: New, tmp_path: Path) -> None:
     extra = tmp_path / "zebra" / "clip 10.mp4"
     (tmp_path / "zebra" / "clip 2.mp4").rename(extra)
     assert new() == 0
+    assert numbers(tmp_path / "study") == [("text 1", 1), ("text 2", 3), ("text 3", 2)]
     (tmp_path / "study").rename(tmp_path / "old")
     extra.with_name("clip 11.mp4").write_bytes(extra.read_bytes())
     assert new() == 2
@@ -53,7 +60,7 @@ def test_names_of_a_table_count(new: New, tmp_path: Path) -> None:
     table = tmp_path / "table.jsonl"
     table.write_text("\n".join(map(json.dumps, rows)))
     assert new("--prompts", str(table)) == 0
-    assert list(systems_shown(tmp_path / "study")) == ["it is 3", "it is 2"]
+    assert numbers(tmp_path / "study") == [("it is 3", 3), ("it is 2", 2)]
 
 
 def test_names_that_generate_gives_count(new: New, tmp_path: Path) -> None:
@@ -61,8 +68,9 @@ def test_names_that_generate_gives_count(new: New, tmp_path: Path) -> None:
     texts = ["a red ball, rolling", "a cat", "a cat"]
     (tmp_path / "prompts.txt").write_text("\n".join(texts))
     for number, stem in enumerate(("a-red-ball-rolling", "a-cat", "a-cat-2")):
-        (tmp_path / "walrus" / f"clip {number + 1}.mp4").rename(tmp_path / "walrus" / f"{stem}.mp4")
+        (tmp_path / "zebra" / f"clip {number + 1}.mp4").rename(tmp_path / "zebra" / f"{stem}.mp4")
     assert new() == 0
+    assert numbers(tmp_path / "study") == list(zip(texts, (1, 2, 3), strict=True))
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])

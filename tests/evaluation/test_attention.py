@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
-from cogvideo.evaluation.attention import measure, replay
+from cogvideo.evaluation.attention import measure, replay, stage_attention
 from cogvideo.generation.decoder import Condition
+from cogvideo.generation.request import Request, Settings
+from cogvideo.layout import SequenceLayout
 from cogvideo.models import transformer
 from cogvideo.models.attention import MaskPlan, attend, attention_weights
 from conftest import HEADS, MakeSystem, MakeText, System
 from gallery import make_model
 from reference import TEXT, Slot
+from workshop import NUM_CODES
 
 STAGES = [("sequential", 4, 0), ("sequential", 4, 2), ("interpolation", 4, 2), ("interpolation", 4, 0)]
 BONUS = 1.4
@@ -32,6 +37,12 @@ def oracle_looks(system: System, text: Condition, codes: Tensor) -> tuple[list[S
     known, drawn = system.at_places(codes[0]), system.layout.order[given:]
     slots, _ = system.oracle.hidden(system.prompt(text.text, 0), known, text.text_bonus, drawn, looks)
     return slots, looks
+
+
+@pytest.fixture(scope="module")
+def model(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> CogVideo:
+    """A small model with both stages, from its folder."""
+    return make_model(tmp_path_factory.mktemp("attention") / "model", train_text_model())
 
 
 @pytest.mark.parametrize(("stage", "grid", "window"), STAGES)
@@ -110,11 +121,39 @@ def test_figures_are_those_of_the_oracle(make_system: MakeSystem, make_text: Mak
         torch.testing.assert_close(found.gates[layer], gate.float())
 
 
-def test_the_command_writes_a_picture_and_figures(train_text_model: Callable[..., bytes], tmp_path: Path) -> None:
+def test_stages_see_their_own_part_of_the_clip(model: CogVideo) -> None:
+    """Guards the frames and the rate of each stage: every second frame over the whole clip, and all of its first half;
+    guidance instead of a bonus of text where a stage has it."""
+    prompt, later = "一只猫在草地上奔跑。", replace(model.config.later_sampling, guidance=3.0)
+    settings = replace(Settings.of(model.config), later=later, text_bonus=BONUS)
+    sizes = model.config.layout
+    codes = torch.randint(NUM_CODES, (1, 9, sizes.grid**2), generator=torch.Generator().manual_seed(0))
+    found = stage_attention(model, Request([prompt], [torch.Generator()], settings), codes)
+    whole, half = (model.text.batch([prompt], [seconds], sizes.text_slots) for seconds in (4.0, 2.0))
+    keys = measure(
+        "sequential",
+        model.sequential,
+        SequenceLayout.sequential(sizes),
+        Condition(whole),
+        codes[:, [0, 2, 4, 6, 8]],
+    )
+    between = measure(
+        "interpolation",
+        model.interpolation,
+        SequenceLayout.interpolation(sizes),
+        Condition(half, text_bonus=BONUS),
+        codes[:, :5],
+    )
+    for ours, expected in zip(found, (keys, between), strict=True):
+        assert ours.name == expected.name
+        assert torch.equal(ours.shares, expected.shares)
+        assert torch.equal(ours.steps, expected.steps)
+
+
+def test_the_command_writes_a_picture_and_figures(model: CogVideo, tmp_path: Path) -> None:
     """Guards the command: both stages, shares that add up to one, a picture with something on it."""
-    make_model(tmp_path / "model", train_text_model())
     output = tmp_path / "new" / "look.png"
-    assert main(["inspect", "attention", str(tmp_path / "model"), "一只猫在草地上奔跑。", "--output", str(output)]) == 0
+    assert main(["inspect", "attention", str(model.folder), "一只猫在草地上奔跑。", "--output", str(output)]) == 0
     assert np.asarray(Image.open(output)).std() > 10
     record = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
     assert record["prompt"] == "一只猫在草地上奔跑。"
