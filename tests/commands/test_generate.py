@@ -187,6 +187,7 @@ def test_the_settings_stand_beside_the_clip_and_in_it(model: str, inside: Path) 
         "superres_temperature": 1.0,
         "superres_clusters": 6,
         "superres_cluster_temperature": 0.6,
+        "seconds": 4.0,
         "rounds": 0,
         "superres": False,
         "dtype": "bfloat16",

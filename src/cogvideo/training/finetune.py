@@ -34,7 +34,7 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import require
 from cogvideo.data.clips import FrameRates, filled_rates
-from cogvideo.data.dataset import CARD, Card, read_card
+from cogvideo.data.dataset import CARD, Dataset
 from cogvideo.data.encoding import PrepareSettings
 from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings, read_item
@@ -265,7 +265,10 @@ class Chain:
         parts: dict[str, Any] = {name: self.base.component(name) for name in names}
         lpips = f", LPIPS {self.quality['lpips']:.2f} (at most {MOST_LPIPS})" if "lpips" in self.quality else ""
         measured = f"{self.quality['psnr']:.1f} dB PSNR (at least {LEAST_PSNR:g}){lpips}"
-        fate = "and is kept" if not self.is_poor else "and is trained; super-resolution of the old codes is left out"
+        lost = (
+            "; super-resolution, which knows the old codes, is left out" if "superres" in self.base.components else ""
+        )
+        fate = f"and is trained{lost}" if self.is_poor else "and is kept"
         _say(f"The base's image tokenizer shows the clips with {measured}, {fate}.")
         captions = [caption for each in self.clips if each.split == "train" for caption in each.captions]
         config = self.base.config
@@ -322,7 +325,7 @@ class Chain:
     # The stages
 
     def _train(self, stage: StageName) -> None:
-        durations = _durations(read_card(self.data))
+        durations = _durations(self.data)
         if stage != "image" and not durations:
             _say(f"No clip has 5 frames at 8 per second (half a second): {TITLES[stage].lower()} stay as they are.")
             return
@@ -387,15 +390,16 @@ class Chain:
         """True if the run of a stage is over and its best step in the bundle, or if the clips are too short for it."""
         run = RunFolder(self.out / f".{stage}-run")
         if run.summary is None:
-            return stage != "image" and (self.data / CARD).exists() and not _durations(read_card(self.data))
+            return stage != "image" and (self.data / CARD).exists() and not _durations(self.data)
         best = self._checkpoints(stage).best()
         return self._delivered(stage) == (run.summary["steps"] if best is None else best)
 
 
-def _durations(card: Card) -> tuple[float, ...]:
-    """Seconds of the sequences that the clips of a dataset fill, longest first."""
-    rates = FrameRates(card.fps, Clips.rates)
-    longest = max(map(int, card.lengths))
+def _durations(folder: Path) -> tuple[float, ...]:
+    """Seconds of the sequences that the clips of a dataset fill which are trained on, longest first."""
+    dataset = Dataset(folder)
+    rates = FrameRates(dataset.card.fps, Clips.rates)
+    longest = int(dataset.num_frames()[dataset.rows("train")].max())
     return tuple((rates.num_frames - 1) / rate for rate in filled_rates(longest, rates))
 
 

@@ -99,6 +99,7 @@ def seconds_a_step(
         times = []
         for number, batch in zip(range(steps), batches(0), strict=False):
             trainer.step(number, batch)
+            trainer.figures(number + 1)  # waits for a GPU
             times.append(time.monotonic())
     return (times[-1] - times[0]) / (steps - 1)
 
