@@ -1093,7 +1093,7 @@ def test_a_list_is_made_in_every_format(model: str, inside: Path, capsys: pytest
     ("field", "value"),
     [
         ("rounds", "0"),
-        ("rounds", None),
+        ("seconds", "4"),
         ("rounds", True),
         ("guidance", "abc"),
         ("guidance", 10**400),

@@ -350,7 +350,7 @@ def test_what_is_trained_on_keeps_the_others(
         target = target_of(start, out, "image", Choice("continue"))
         check_target(target, overwrite=True)
         told = "sequential, interpolation come along from the old base: train them on with --start continue."
-        assert left_out(target) == told
+        assert left_out(target) == (told if out.name == "new" else "")
         deliver(target, {"base": better}, {"steps": 1})
         made = CogVideo.from_pretrained(out)
         assert set(made.components) == {*source.components, "superres_base"}

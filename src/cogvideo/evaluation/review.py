@@ -95,7 +95,7 @@ def listed(source: str) -> tuple[list[Item], list[Rejection], frozenset[str]]:
     """
     options = SourceOptions(validation=0.0)
     found = list_source(source, options)
-    lacking = {each.id for each in found.rejected if each.reason == "missing caption"}
+    lacking = {each.id for each in found.rejected if each.reason in ("missing caption", "empty caption")}
     items, rejected, named = found.items, [each for each in found.rejected if each.id not in lacking], frozenset[str]()
     if lacking:
         bare = list_source(source, replace(options, caption_columns=())).items
