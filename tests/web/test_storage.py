@@ -1,0 +1,43 @@
+"""Files of videos and keys: what is stored, where, and what a reader of the disk learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cogvideo.config import InputError
+from cogvideo.web.keys import Keys
+from cogvideo.web.storage import Store
+
+
+@pytest.mark.parametrize("url", ["{}", "file://{}", "memory://{}"])
+def test_files_of_a_video(url: str, tmp_path: Path) -> None:
+    """Guards folders and stores like S3 alike: a file is replaced, and all files of a video go with it, no others."""
+    store = Store(url.format(tmp_path / "files"))
+    assert store.get("one", "video") is None
+    for content in (b"first", b"second"):
+        store.put("one", "video", content)
+        assert store.get("one", "video") == content
+    store.put("two", "video", b"other")
+    for _ in range(2):
+        store.remove("one")
+    assert (store.get("one", "video"), store.get("two", "video")) == (None, b"other")
+    with pytest.raises(InputError, match="cannot store files at nothing"):
+        Store("nothing://x")
+
+
+def test_keys_on_disk(tmp_path: Path) -> None:
+    """Guards keys: the file does not reveal them, changes count at once, and mistakes in it are named."""
+    keys = Keys(tmp_path / "keys")
+    ann, bob = keys.add("ann"), Keys(tmp_path / "keys").add("bob")
+    assert [keys.owner(key) for key in (ann, bob, "", "cv-", ann[:-1], "\ud800")] == ["ann", "bob", *4 * [None]]
+    text = keys.path.read_text()
+    assert ann not in text
+    assert [line.split()[0] for line in text.splitlines()] == ["ann", "bob"]
+    for name in ("ann", "local", "", "a b", "x" * 61, "../x"):
+        with pytest.raises(InputError):
+            keys.add(name)
+    keys.path.write_text(text + "carl secret\n")
+    with pytest.raises(InputError, match="key 3: expected a name and a hash"):
+        keys.read()
