@@ -78,7 +78,7 @@ def facts(out: Path, base: str, device: str) -> dict[str, Any]:
                 {"pixels": _sheet(sheets), "caption": real.captions[place], "facts": [real.ids[place], *places]}
             )
     ranked = [
-        [titles[split], _mean(before), _mean(after), percent(_firsts(before)), percent(_firsts(after))]
+        [titles[split], _mean(before), _mean(after), _firsts(before), _firsts(after)]
         for split in titles
         for before, after in [[_of(found.get(name, []), real, chosen, split) for name in ("before", "after")]]
         if after or before
@@ -174,8 +174,8 @@ def _mean(found: Sequence[int]) -> str:
     return f"{np.mean(found):.1f}" if found else "–"
 
 
-def _firsts(found: Sequence[int]) -> float:
-    return sum(each == 1 for each in found) / len(found) if found else 0.0
+def _firsts(found: Sequence[int]) -> str:
+    return percent(sum(each == 1 for each in found), len(found)) if found else "–"
 
 
 def _sheet(clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> UInt8[np.ndarray, "height width 3"]:
