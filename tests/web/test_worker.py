@@ -14,6 +14,7 @@ import pytest
 from cogvideo.pipeline import collect
 from cogvideo.web.clips import from_png, kept
 from cogvideo.web.jobs import Job, Jobs
+from cogvideo.web.schemas import Video
 from cogvideo.web.served import WANTED, Served, Wanted, pack_codes
 from cogvideo.web.site import Order, Site
 from cogvideo.web.storage import Store, frame_name
@@ -137,6 +138,7 @@ def test_stopped_and_deleted_clips(site: Site, monkeypatch: pytest.MonkeyPatch) 
     work_off(site)
     assert [look(site, ids[0]).status, look(site, ids[2]).status] == ["completed", "completed"]
     assert [len(look(site, ids[0]).done), len(look(site, ids[2]).done)] == [7, 9]
+    assert [Video.of(look(site, id), site.served).fps for id in (ids[0], ids[2])] == [1.0, 2.0]  # every other frame
     assert site.jobs.find(ids[1]) is None
     assert site.store.get(ids[1], frame_name(0)) is None
     assert site.store.get(ids[0], "video") is not None

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
+from cogvideo.web.clips import kept
 from cogvideo.web.jobs import Job, Status
 from cogvideo.web.served import WANTED, Served, Text, Wanted
 
@@ -77,6 +78,7 @@ class Video(BaseModel):
         done = job.done
         progress = 100 * len(done) // job.num_frames if job.num_frames else 0
         is_over = job.status in ("completed", "failed")
+        is_short = job.status == "completed" and len(done) < job.num_frames  # stopped
         return cls(
             id=job.id,
             model=wanted.model or served.name,
@@ -90,7 +92,7 @@ class Video(BaseModel):
             remixed_from_video_id=job.source,
             error=None if job.reason is None else Failure(code="generation_failed", message=job.reason),
             seed=wanted.seed or 0,
-            fps=served.fps(wanted),
+            fps=served.fps(wanted) / (kept(done, job.num_frames).step if is_short else 1),
             num_frames=job.num_frames,
             finished_frames=done,
             started_at=job.taken,
