@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cogvideo.bundle.model import CogVideo
 from cogvideo.config import (
     CogVideoConfig,
     LayoutConfig,
@@ -210,21 +210,16 @@ def sequential(text: TextTokenizer, base: Base, clips: Tensor) -> Transformer:
 
 def generated(text: TextTokenizer, base: Base, rounds: int, **stages: Transformer) -> Tensor:
     """What the captions alone give, (clips, frames, slots)."""
-    system = SimpleNamespace(
-        components=("base", "text", *stages),
-        config=replace(
-            CogVideoConfig(),
-            transformer=base.config,
-            layout=SIZES,
-            interpolation=StageConfig(2),
-            autoencoder=replace(CogVideoConfig().autoencoder, num_codes=NUM_CODES),
-            upscaler=replace(CogVideoConfig().upscaler, text_slots=SLOTS, low_position=SLOTS),
-        ),
-        image_model=Transformer(base),
-        text=text,
-        cluster_labels=None,
-        **stages,
+    config = replace(
+        CogVideoConfig(),
+        transformer=base.config,
+        layout=SIZES,
+        interpolation=StageConfig(2),
+        autoencoder=replace(CogVideoConfig().autoencoder, num_codes=NUM_CODES),
+        upscaler=replace(CogVideoConfig().upscaler, text_slots=SLOTS, low_position=SLOTS),
     )
+    channels = {name: model.channel for name, model in stages.items()}
+    system = CogVideo(config, base=base, text=text, **channels)
     # As in training: neither guidance nor bonus.
     settings = Settings(rounds, first=SamplingConfig(0.0), later=SamplingConfig(0.0), text_bonus=0.0)
     return collect(generate(system, Request(CAPTIONS, [torch.Generator() for _ in CAPTIONS], settings)))
