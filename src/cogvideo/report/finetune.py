@@ -75,7 +75,11 @@ def facts(out: Path, base: str, device: str) -> dict[str, Any]:
             sheets += [frames[number] for frames in made.values()]
             places = [f"rank {found[name][number]} of {len(real.ids)} {name}" for name in made]
             pictures[real.splits[place]].append(
-                {"pixels": _sheet(sheets), "caption": real.captions[place], "facts": [real.ids[place], *places]}
+                {
+                    "pixels": _sheet(sheets),
+                    "caption": real.captions[place],
+                    "facts": [real.ids[place].rpartition("/")[2], *places],
+                }
             )
     ranked = [
         [titles[split], _mean(before), _mean(after), _firsts(before), _firsts(after)]
