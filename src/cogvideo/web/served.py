@@ -110,9 +110,12 @@ class Served:
         require(asked == self.name, f"model is {asked!r:.80}, expected {self.name}")
         size = wanted.size or self.sizes[0]
         require(size in self.sizes, f"size is {size!r:.80}, expected {' or '.join(self.sizes)}")
-        seconds = float(wanted.seconds or Settings.duration)
+        seconds = float(wanted.seconds or self.config.seconds)
         low, high = SECONDS
         require(low <= seconds <= high, f"seconds is {seconds:g}, expected {low:g} to {high:g}")
+        seen = self.config.sequential.durations
+        known = ", ".join(f"{each:g}" for each in seen)
+        require(not seen or seconds in seen, f"seconds is {seconds:g}, expected {known}: the model saw no others")
         seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
         return replace(wanted, model=asked, size=size, seconds=f"{seconds:g}", seed=seed)
 
@@ -125,7 +128,7 @@ class Served:
         return replace(
             wanted.settings(self.config),
             rounds=wanted.rounds,
-            duration=float(wanted.seconds or Settings.duration),
+            duration=float(wanted.seconds or self.config.seconds),
             negative=wanted.negative,
             should_enlarge=wanted.size == self.sizes[0],
         )
