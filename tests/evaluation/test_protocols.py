@@ -80,7 +80,7 @@ def test_clips_are_reduced_to_a_square() -> None:
     ("change", "message"),
     [
         ({"clips": 1}, "clips is 1"),
-        ({"frames": 8}, "frames is 8"),
+        ({"frames": 0}, "frames is 0"),
         ({"step": 0}, "step is 0"),
         ({"size": 0}, "size is 0"),
     ],
