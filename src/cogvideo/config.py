@@ -457,7 +457,9 @@ def check_version(values: Any, newest: int) -> dict[str, Any]:
     """Check the format version of a table and return its other fields."""
     require(isinstance(values, dict), f"it holds {values!r:.40}, expected a table")
     version = values.get("format_version")
-    require(type(version) is int and version > 0, f"format_version is {version!r}, expected a positive number")
-    newer = f"format_version is {version}, expected at most {newest}: a newer cogvideo wrote it; upgrade"
+    expected = f"expected 1 to {newest}"
+    require(type(version) is int, f"format_version is {version!r:.60}, {expected}")
+    require(version > 0, f"format_version is {version}, {expected}: an older cogvideo wrote it; make it again")
+    newer = f"format_version is {version}, {expected}: a newer cogvideo wrote it; upgrade"
     require(version <= newest, newer)
     return {name: value for name, value in values.items() if name != "format_version"}

@@ -304,13 +304,13 @@ def test_verification_can_be_left_out(folder: Path, parts: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values: values.update(format_version=3), r"format_version is 3, expected at most 2.* upgrade"),
-        (lambda values: values.update(format_version=3, more=1), r"format_version is 3, expected at most 2"),
-        (lambda values: values.update(format_version="1"), r"format_version is '1', expected a positive number"),
+        (lambda values: values.update(format_version=3), r"format_version is 3, expected 1 to 2.* upgrade"),
+        (lambda values: values.update(format_version=3, more=1), r"format_version is 3, expected 1 to 2"),
+        (lambda values: values.update(format_version="1"), r"format_version is '1', expected 1 to 2"),
         (lambda values: values.pop("format_version"), r"format_version is None"),
         (
             lambda values: values.update(format_version=0),
-            "format_version is 0, expected a positive number",
+            "format_version is 0, expected 1 to 2: an older cogvideo wrote it; make it again",
         ),
         (lambda values: values.pop("config"), r"Manifest\.config: expected object, got null"),
         (lambda values: values.update(more=1), r"Manifest has the wrong fields: .*unknown \['more'\]"),

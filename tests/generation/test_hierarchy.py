@@ -228,6 +228,13 @@ def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: CogVideo
     assert all(not torch.equal(one, other) for place, one in enumerate(clips) for other in clips[:place])
 
 
+@pytest.mark.parametrize("rounds", [-1, 99])
+def test_impossible_rounds_are_refused(rounds: int) -> None:
+    """Guards Python users: the command line checks its own option, and PyTorch's error would name strides."""
+    with pytest.raises(ValueError, match=f"rounds is {rounds!r}, expected 0 to 6"):
+        settings(rounds=rounds)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -59,7 +59,7 @@ class Settings:
     """Cut prompts that are too long, instead of refusing them."""
 
     def __post_init__(self) -> None:
-        require(self.rounds >= 0, f"rounds is {self.rounds}, expected 0 or more")
+        require(self.rounds in range(MOST_ROUNDS + 1), f"rounds is {self.rounds!r:.60}, expected 0 to {MOST_ROUNDS}")
         require(self.sequences_at_once >= 0, f"sequences_at_once is {self.sequences_at_once}, expected 0 (all) or more")
         require(self.duration > 0, f"duration is {self.duration}, expected a positive number of seconds")
         require(self.negative is None or is_visible(self.negative), f"the negative prompt is empty: {self.negative!r}")
