@@ -6,10 +6,13 @@ export GOMP_SPINCOUNT ?= 3000
 # Compiled modules are kept, whatever the environment says: the tests start hundreds of processes.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: demo test soak matrix check format bench setup
+.PHONY: demo studio test soak matrix check format bench setup
 
 demo: .venv/installed ## generate three clips with the model in the box, into out/
 	$(BIN)/python examples/demo.py
+
+studio: .venv/web ## generate clips on a page in a browser
+	$(BIN)/cogvideo studio
 
 test: setup ## run the tests, except those that take minutes
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not soak"
@@ -41,6 +44,10 @@ setup: .venv/ready
 
 .venv/ready: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+.venv/web: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[web]"
 	touch $@
 
 .venv/installed: pyproject.toml

@@ -46,6 +46,7 @@ COMMANDS = {
     "serve": Command(
         "cogvideo.commands.serve:serve", "Serve text to video over HTTP, from a queue that loses nothing."
     ),
+    "studio": Command("cogvideo.commands.serve:studio", "Generate clips on a page in a browser."),
     "worker": Command("cogvideo.commands.serve:worker", "Generate the videos of a queue, on any number of machines."),
     "key": Command("cogvideo.commands.serve:key", "Make an API key for the server."),
     "doctor": Command("cogvideo.commands.doctor:doctor", "Check what this machine can run, and the files of a model."),

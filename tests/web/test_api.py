@@ -87,6 +87,9 @@ def test_the_official_client(server: Running, tmp_path: Path) -> None:
     assert frames.shape == (9, 32, 32, 3)
     assert api.videos.download_content(video.id, variant="thumbnail").read()[8:12] == b"WEBP"
     assert api.videos.download_content(video.id, variant="spritesheet").read()[:3] == b"\xff\xd8\xff"
+    other = api.videos.remix(video.id, prompt="a cat", extra_body={"seed": 8})
+    assert (other.prompt, other.seed) == ("a cat", 8)
+    assert api.videos.delete(other.id).deleted
     remix = api.videos.remix(video.id, prompt="a dog")
     assert (remix.remixed_from_video_id, remix.seed, remix.prompt) == (video.id, 7, "a dog")
     longer = api.videos.extend(prompt="a cat", seconds="4", video=content.read(), extra_body={"rounds": 1})

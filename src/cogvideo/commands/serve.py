@@ -1,4 +1,4 @@
-"""`cogvideo serve`, `cogvideo worker` and `cogvideo key`."""
+"""`cogvideo serve`, `cogvideo studio`, `cogvideo worker` and `cogvideo key`."""
 
 from __future__ import annotations
 
@@ -57,10 +57,11 @@ def serve(
     workers: int = 1,
     waiting: int = 100,
     kept: int = 10_000,
+    browser: bool = False,
     place: Place = Place(),  # frozen
     work: Work = Work(),  # frozen
 ) -> None:
-    """Serve text to video over HTTP, with the interface of the OpenAI video endpoint.
+    """Serve text to video over HTTP: a page, and the interface of the OpenAI video endpoint.
 
     Videos wait in a queue on disk: neither a restart nor a crash loses one. Only this machine can connect unless --host
     says otherwise, which needs keys (`cogvideo key`). Where there are keys, every request needs one.
@@ -72,6 +73,7 @@ def serve(
         workers: Number of worker processes; 0 if all run elsewhere (`cogvideo worker`).
         waiting: Largest number of unfinished videos of a key.
         kept: Largest number of videos of a key, with finished ones.
+        browser: Open the studio, its page, in a browser.
         place: Queue and files.
         work: Generation.
 
@@ -79,6 +81,9 @@ def serve(
         InputError: the model, the queue or an option cannot be used.
         OSError: the folder cannot be written.
     """
+    import webbrowser
+    from threading import Thread
+
     from cogvideo.web import worker
     from cogvideo.web.jobs import Jobs, Limits
     from cogvideo.web.keys import Keys
@@ -103,8 +108,35 @@ def serve(
     arguments = (queue, files, work.model, work.device, work.batch, work.lease)
     with listening(host, port) as listener, running(workers, worker.work, arguments):
         shown = "127.0.0.1" if host in ANYWHERE else host
-        print(f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}", flush=True)
+        address = f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}"
+        print(address, flush=True)
+        if browser:
+            Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # which may wait for it
         run(application(site, hosts), listener)
+
+
+def studio(
+    *,
+    port: int = 8000,
+    browser: bool = True,
+    place: Place = Place(),  # frozen
+    work: Work = Work(),  # frozen
+) -> None:
+    """Generate clips on a page in a browser, for this machine alone.
+
+    It is the page of `cogvideo serve`, which runs with one worker. Clips stay in the folder, unfinished ones, too.
+
+    Args:
+        port: Port to listen at; 0 for any that is free.
+        browser: Open the page in a browser.
+        place: Queue and files.
+        work: Generation.
+
+    Raises:
+        InputError: the model, the queue or an option cannot be used.
+        OSError: the folder cannot be written.
+    """
+    serve(port=port, browser=browser, place=place, work=work)
 
 
 def worker(*, place: Place = Place(), work: Work = Work()) -> None:  # frozen

@@ -19,7 +19,7 @@ from cogvideo.web.clips import TYPES, Variant
 from cogvideo.web.jobs import Job
 from cogvideo.web.keys import LOCAL
 from cogvideo.web.metrics import Metrics
-from cogvideo.web.schemas import Asked, Deleted, Model, Models, Page, Prompt, Reference, Refused, Video, body_schema
+from cogvideo.web.schemas import Asked, Deleted, Model, Models, Page, Reference, Refused, Remix, Video, body_schema
 from cogvideo.web.served import MOST_FRAMES, WANTED, Wanted
 from cogvideo.web.site import Order, Site, refuse
 from cogvideo.web.storage import frame_name
@@ -140,10 +140,11 @@ async def extend(request: Request, here: Here, owner: Owner, repeat: Repeat = No
 
 
 @router.post("/videos/{id}/remix", responses=BODY | UNKNOWN)
-def remix(here: Here, owner: Owner, id: str, body: Prompt, repeat: Repeat = None) -> Video:
-    """Queue a video with another prompt from the same start, with the same seed and options."""
+def remix(here: Here, owner: Owner, id: str, body: Remix, repeat: Repeat = None) -> Video:
+    """Queue a video with another prompt or seed from the same start, with the same options."""
     job = here.find(owner, id, bulky=True)
-    wanted = replace(WANTED.validate_json(job.work), prompt=body.prompt)
+    before = WANTED.validate_json(job.work)
+    wanted = replace(before, prompt=body.prompt, seed=before.seed if body.seed is None else body.seed)
     return Video.of(here.order(owner, Order(wanted, *here.starts(job), id, repeat)), here.served)
 
 

@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 
 from cogvideo.web.clips import kept
 from cogvideo.web.jobs import Job, Status
-from cogvideo.web.served import WANTED, Served, Text, Wanted
+from cogvideo.web.served import WANTED, Seed, Served, Text, Wanted
 
 ID = r"^video_[0-9a-f]{32}$"
 REFERENCES = ("input_reference", "last_reference", "video")
@@ -32,12 +32,14 @@ class Reference(BaseModel):
     """Number of its frame, from 0."""
 
 
-class Prompt(BaseModel):
-    """A prompt for a clip like another one."""
+class Remix(BaseModel):
+    """What differs in a clip like another one."""
 
     model_config = _RULES
     prompt: Text
     """Text to make a video of."""
+    seed: Seed | None = None
+    """Seed; that of the other clip by default."""
 
 
 class Failure(BaseModel):

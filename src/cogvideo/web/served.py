@@ -29,6 +29,7 @@ MOST_FRAMES = 1000
 """Frames of the longest clip, with those that it continues."""
 _RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
 @validated(frozen=True, kw_only=True, config=_RULES)
@@ -43,7 +44,7 @@ class Wanted(SamplingOptions):
     """Length of the clip, 0.5 to 16."""
     size: str | None = None
     """Width and height, such as 192x192; a model has one or two sizes."""
-    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] | None = None
+    seed: Seed | None = None
     """Seed; random by default."""
     rounds: Annotated[int, Field(ge=0, le=MOST_ROUNDS)] = 3
     """Rounds of interpolation: 0 to 3 give 5, 9, 17 or 33 frames in four seconds."""

@@ -25,6 +25,7 @@ from cogvideo.web.guard import Guard
 from cogvideo.web.jobs import FullError, Unreachable
 from cogvideo.web.metrics import Measured, Metrics
 from cogvideo.web.site import Site
+from cogvideo.web.studio import router as studio
 
 LARGEST_BODY = 32 * 2**20
 """Bytes of a request."""
@@ -35,7 +36,7 @@ DRAINING = 60
 
 
 def application(site: Site, hosts: Sequence[str]) -> FastAPI:
-    """The API as an ASGI application.
+    """The API and the studio as an ASGI application.
 
     Args:
         site: what it works with.
@@ -45,6 +46,7 @@ def application(site: Site, hosts: Sequence[str]) -> FastAPI:
     app.state.site, app.state.metrics = site, Metrics(site.jobs)
     app.include_router(router)
     app.include_router(open_router)
+    app.include_router(studio)
     if site.keys is None:
         _without_security(app)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)

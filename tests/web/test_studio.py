@@ -1,0 +1,222 @@
+"""The studio in a real browser, with a real server and worker: every action, reloads, restarts, keys."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogvideo.cli import main
+from serving import Running, make_whole_bundle, serving
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+PATIENCE = 120_000
+"""Milliseconds that anything may take on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, text_model: bytes) -> Path:
+    return make_whole_bundle(tmp_path_factory.mktemp("model") / "small", text_model)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """An empty page. Nothing may be refused by the policy or fail in its scripts."""
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    told: list[str] = []
+    page.on("console", lambda message: told.append(message.text))
+    page.on("pageerror", lambda error: told.append(f"error: {error}"))
+    page.on("dialog", lambda dialog: dialog.accept())
+    yield page
+    page.close()
+    assert not [each for each in told if "Content Security Policy" in each or "error: " in each]
+
+
+def generate(page: Any, prompt: str, rounds: int = 0) -> None:
+    """Fill the form and press its keys. Frames of the small size are the same whatever the seed of enlarging."""
+    page.get_by_label("Prompt").fill(prompt)
+    page.evaluate("document.querySelector('details').open = true")
+    page.get_by_label("Frames").select_option(str(rounds))
+    page.get_by_label("Size").select_option("16x16")
+    page.keyboard.press("Control+Enter")
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(model, tmp_path_factory.mktemp("served")) as running:
+        yield running
+
+
+def click(page: Any, name: str) -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def wait_for_frames(page: Any, number: int) -> None:
+    page.locator(".strip img").nth(number - 1).wait_for()
+
+
+def wait_for_end(page: Any, number: int, before: str = "nothing") -> str:
+    """ID of the clip that is opened after another one, once it has its frames and nothing more is to come."""
+    page.wait_for_url(lambda url: "#video" in url and "," not in url and not url.endswith(before), timeout=PATIENCE)
+    id = page.url.partition("#")[2]
+    page.locator(f".clip[data-id='{id}'][data-status=completed]").wait_for()
+    wait_for_frames(page, number)
+    assert page.locator(".strip span").count() == number
+    return id
+
+
+def download(page: Any, name: str) -> tuple[str, bytes]:
+    with page.expect_download() as waiting:
+        click(page, name)
+    return waiting.value.suggested_filename, Path(waiting.value.path()).read_bytes()
+
+
+def picture() -> dict[str, Any]:
+    content = BytesIO()
+    Image.fromarray(np.full((20, 20, 3), 200, np.uint8)).save(content, "PNG")
+    return {"name": "x.png", "mimeType": "image/png", "buffer": content.getvalue()}
+
+
+def test_every_action(server: Running, page: Any) -> None:
+    """Guards the page: what is pressed reaches the server with what was entered, and what it makes is shown."""
+    with server.client() as web:
+
+        def state(id: str) -> dict[str, Any]:
+            return web.get(f"/v1/videos/{id}").json()
+
+        def frame(id: str, place: int) -> bytes:
+            return web.get(f"/v1/videos/{id}/frames/{place}").content
+
+        page.goto(server.address)
+        page.get_by_label("Seed").fill("7")
+        generate(page, "a cat")
+        cat = wait_for_end(page, 5)
+        assert (state(cat)["prompt"], state(cat)["seed"], state(cat)["options"]["rounds"]) == ("a cat", 7, 0)
+        assert page.locator("canvas").evaluate("each => each.width") == 16
+        for kind, beginning in (("mp4", b"ftyp"), ("gif", b"GIF8"), ("webp", b"WEBP")):
+            name, content = download(page, kind)
+            assert (name, beginning in content[:12]) == (f"a-cat-7.{kind}", True)
+        page.get_by_label("Frame", exact=True).press("End")
+        click(page, "Go on from here")
+        page.get_by_label("Last frame", exact=True).set_input_files(picture())
+        generate(page, "a dog")
+        dog = wait_for_end(page, 5, cat)
+        assert frame(dog, 0) == frame(cat, 4)
+        assert frame(dog, 4) != frame(cat, 0)
+        click(page, "End here")
+        assert page.get_by_alt_text("of an earlier clip").count() == 2
+        click(page, "Remove the first frame")
+        click(page, "Remove the last frame")
+        click(page, "Again with another seed")
+        again = wait_for_end(page, 5, dog)
+        assert state(again)["seed"] != state(dog)["seed"]
+        assert (state(again)["prompt"], frame(again, 0)) == ("a dog", frame(dog, 0))
+        click(page, "Vary the prompt")
+        page.get_by_text("Change the prompt").wait_for()
+        page.get_by_label("Prompt").fill("a bird")
+        click(page, "Vary the prompt")
+        bird = wait_for_end(page, 5, again)
+        assert (state(bird)["prompt"], state(bird)["seed"]) == ("a bird", state(again)["seed"])
+        click(page, "Extend")
+        long = wait_for_end(page, 8, bird)
+        assert [frame(long, place) for place in range(5)] == [frame(bird, place) for place in range(5)]
+        click(page, "Delete")
+        page.locator(".clip").wait_for(state="detached")
+        assert web.get(f"/v1/videos/{long}").status_code == 404
+        page.locator(".tile").nth(4).wait_for(state="detached")
+        page.get_by_label("Samples").fill("3")
+        page.get_by_label("Loop").check()
+        generate(page, "a cat")
+        page.locator(".clip[data-status=completed]").nth(2).wait_for()
+        seeds = [state(id)["seed"] for id in page.url.partition("#")[2].split(",")]
+        assert seeds == [7, 8, 9]
+        page.get_by_role("button", name="Choose").nth(1).click()
+        chosen = wait_for_end(page, 4)
+        assert (state(chosen)["seed"], state(chosen)["options"]["loop"]) == (8, True)
+        page.go_back()
+        page.locator(".clip").nth(2).wait_for()
+        page.keyboard.press("Escape")
+        page.locator(".clip").first.wait_for(state="detached")
+        page.locator(f".tile[href='#{cat}']").click()
+        assert wait_for_end(page, 5) == cat
+        page.get_by_label("Prompt").fill("word " * 50)
+        click(page, "Generate Ctrl Enter")
+        page.get_by_role("alert").filter(has_text="16 fit: shorten it").wait_for()
+
+
+def test_a_clip_in_the_middle(server: Running, browser: Any, page: Any) -> None:
+    """Guards clips at work: they are where they were after a reload and in another browser, and end when wanted."""
+    page.goto(server.address)
+    generate(page, "a cat", rounds=3)
+    wait_for_frames(page, 2)
+    page.reload()
+    wait_for_frames(page, 3)
+    assert page.get_by_label("Prompt").input_value() == "a cat"
+    with browser.new_page() as other:
+        other.goto(page.url)
+        wait_for_frames(other, 3)
+        click(other, "Stop and keep")
+        other.locator(".clip[data-status=completed]").wait_for()
+    page.locator(".clip[data-status=completed]").wait_for()
+    with server.client() as web:
+        video = web.get(f"/v1/videos/{page.url.partition('#')[2]}").json()
+    assert 3 <= len(video["finished_frames"]) < 33
+
+
+@pytest.mark.soak
+def test_a_server_that_dies(model: Path, page: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards patience: the page asks for its key once, and goes on by itself when its server comes back."""
+    assert main(["key", "ann", "--folder", str(tmp_path)]) == 0
+    key = capsys.readouterr().out.strip()
+    options = ("--lease", 1)
+    with serving(model, tmp_path, *options) as server:
+        page.goto(server.address)
+        for each in ("wrong", key):
+            page.get_by_label("Key").fill(each)
+            click(page, "Enter")
+        page.get_by_text("model small").wait_for()
+        generate(page, "a cat", rounds=3)
+        wait_for_frames(page, 2)
+    page.get_by_text("The server does not answer").wait_for()
+    port = server.address.rsplit(":", 1)[1]
+    with serving(model, tmp_path, *options, "--port", port) as server:
+        page.get_by_text("The server does not answer").wait_for(state="hidden")
+        id = wait_for_end(page, 33)
+        assert server.client().get(f"/v1/videos/{id}").status_code == 401
+        with server.client(key) as web:
+            assert web.get(f"/v1/videos/{id}").json()["status"] == "completed"
+        page.reload()
+        assert wait_for_end(page, 33) == id
+
+
+def test_examples_are_known() -> None:
+    """Guards first impressions: the model in the box was trained on what the page proposes."""
+    root = Path(__file__).parents[2]
+    known = (root / "recipes/pocket/captions.csv").read_text()
+    shown = (root / "examples/gallery.py").read_text() + (root / "README.md").read_text()
+    prompts = re.findall(r'"(.+)"', (root / "src/cogvideo/web/static/examples.js").read_text())
+    assert len(prompts) > 5
+    for prompt in prompts:
+        caption, on, background = prompt.partition(", on a ")
+        is_emoji = background.endswith(" background")
+        assert caption in known if on and is_emoji else prompt in shown, prompt
