@@ -305,6 +305,12 @@ def test_only_this_machine_unless_there_are_keys(
     assert "make a key first, `cogvideo key NAME`" in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards a server that takes requests while each of its workers dies at the start."""
+    assert main(["serve", "--model", str(model), "--folder", str(tmp_path), "--device", "cuda:99"]) == 2
+    assert "cuda:99" in capsys.readouterr().err
+
+
 def test_slow_and_broken_clients(server: Running) -> None:
     """Guards the server against clients that connect and say nothing, half of it, or far too much."""
     address = (server.address.split("/")[2].split(":")[0], int(server.address.rsplit(":", 1)[1]))

@@ -84,6 +84,7 @@ def serve(
     import webbrowser
     from threading import Thread
 
+    from cogvideo.devices import usable
     from cogvideo.web import worker
     from cogvideo.web.jobs import Jobs, Limits
     from cogvideo.web.keys import Keys
@@ -96,6 +97,8 @@ def serve(
 
     require(workers >= 0, f"workers is {workers}, expected 0 or more")
     require(waiting > 0 and kept > 0, f"waiting is {waiting} and kept {kept}, expected positive numbers")
+    if workers:
+        usable(work.device)
     queue, files = place.urls()
     keys = Keys(place.folder / "keys")
     has_keys = bool(keys.read())
