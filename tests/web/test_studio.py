@@ -192,7 +192,7 @@ def test_a_server_that_dies(model: Path, page: Any, tmp_path: Path, capsys: pyte
     with serving(model, tmp_path, *options) as server:
         page.goto(server.address)
         for each in ("wrong", key):
-            page.get_by_label("Key").fill(each)
+            page.get_by_role("textbox", name="Key").fill(each)
             click(page, "Enter")
         page.get_by_text("model small").wait_for()
         generate(page, "a cat", rounds=3)
