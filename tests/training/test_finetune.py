@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ QUICK = Finetuning(steps=4, batch=2)
 
 def write_clip(path: Path, seconds: float, shade: int, caption: str | None = None) -> None:
     """A square that moves to the right, ten frames a second."""
+    path.parent.mkdir(exist_ok=True)
     number = round(10 * seconds)
     frames = np.full((number, 32, 48, 3), shade, np.uint8)
     for place, frame in enumerate(frames):
@@ -43,7 +45,6 @@ def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempP
     """A folder with five clips and a model to start from."""
     folder = tmp_path_factory.mktemp("finetune")
     make_model(folder / "base", train_text_model())
-    (folder / "clips").mkdir()
     for number, seconds in enumerate((4.0, 2.0, 3.0, 2.5, 1.0)):
         caption = None if number == 4 else "a cat runs"
         write_clip(folder / "clips" / f"the-cat_{number}.mp4", seconds, 50 * number, caption)
@@ -55,6 +56,18 @@ def tuned(place: Path) -> Path:
     """The result of a chain that nothing interrupts."""
     Chain(str(place / "clips"), place / "tuned", str(place / "base"), QUICK).run()
     return place / "tuned"
+
+
+class Begun(Exception):
+    """The clips are looked at."""
+
+
+def begin(folder: Path, place: Path, settings: Finetuning = QUICK) -> Chain:
+    """A fine-tuning on the clips of a folder that is stopped before the second step."""
+    chain = Chain(str(folder / "clips"), folder / "out", str(place / "base"), settings)
+    with patch.object(Chain, "_begin", side_effect=Begun), pytest.raises(Begun):
+        chain.run()
+    return chain
 
 
 def content(out: Path) -> dict[str, Any]:
@@ -141,7 +154,6 @@ def test_one_short_clip(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Guards the least that there can be: a clip of half a second without a caption; good codes and super-resolution
     are kept."""
     monkeypatch.setattr(finetune, "LEAST_PSNR", 0.0)
-    (tmp_path / "clips").mkdir()
     write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
     Chain(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), replace(QUICK, steps=2)).run()
     made, base = CogVideo.from_pretrained(tmp_path / "out"), CogVideo.from_pretrained(place / "base")
@@ -187,6 +199,14 @@ def test_clips_that_cannot_be_used(files: tuple[str, ...], message: str, place: 
         (tmp_path / "clips" / name).write_bytes(b"no video")
     with pytest.raises(ValueError, match=message):
         Chain(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), QUICK).run()
+
+
+def test_a_dangling_link_is_left_out(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the other clips from one that cannot be used."""
+    write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
+    (tmp_path / "clips" / "gone.mp4").symlink_to("nowhere.mp4")
+    begin(tmp_path, place)
+    assert "Left out: gone.mp4: file is missing." in capsys.readouterr().err
 
 
 def test_no_other_model_is_touched(place: Path) -> None:

@@ -164,7 +164,8 @@ class Chain:
             ValueError: no clip can be used, or training diverged.
             OSError: something cannot be written.
         """
-        sizes = [each.media.stat().st_size for each in self.items if isinstance(each.media, Path)]
+        files = [each.media for each in self.items if isinstance(each.media, Path)]
+        sizes = [file.stat().st_size if file.is_file() else None for file in files]  # links may lead nowhere
         clips = [[each.id, each.captions, each.start, each.end, each.split] for each in self.items]
         settings = {name: value for name, value in asdict(self.settings).items() if name != "device"}
         base = {name: self.base.sha256(name) for name in self.base.components}
