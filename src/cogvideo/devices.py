@@ -64,7 +64,7 @@ def slowness(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no more memory; PyTorch's own are RuntimeErrors."""
+    """True if an error says that there is no more memory; PyTorch's own are RuntimeErrors."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 

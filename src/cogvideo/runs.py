@@ -77,7 +77,7 @@ class RunFolder:
 
     @property
     def began(self) -> bool:
-        """Whether a run claimed the folder."""
+        """True if a run claimed the folder."""
         return self._identity.exists()
 
     @property

@@ -255,7 +255,7 @@ class CogVideo(Stages):
         return self._parts[component]
 
     def is_loaded(self, component: str) -> bool:
-        """Whether a component is there already, and may have been changed since."""
+        """True if a component is there already and may have been changed since."""
         return component in self._parts
 
     def load(self, component: str) -> Component:

@@ -96,7 +96,7 @@ class Networks:
     i3d: Judge
     """I3D."""
     proven: bool
-    """Whether it is that of FVD."""
+    """True if it is that of FVD."""
     c3d: Judge | None = None
     """Network of the Inception Score."""
     lpips: Judge | None = None

@@ -1,4 +1,4 @@
-"""How far the features of generated clips are from those of real ones, and Inception Score: pure functions.
+"""Distances of the features of generated clips from those of real ones, and Inception Score: pure functions.
 
 Published figures differ in the covariance's divisor, in precision and in constants; arguments say which is meant.
 """

@@ -147,7 +147,7 @@ class Extractor:
     judge: Judge
     """The network."""
     reading: Reading
-    """How excerpts become pixels."""
+    """Conversion of excerpts to pixels."""
     device: str = "cpu"
     """Where the networks run."""
     readers: int = 0

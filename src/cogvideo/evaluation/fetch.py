@@ -54,7 +54,7 @@ class Weights:
 
     @property
     def are_fetched(self) -> bool:
-        """Whether they are in the cache, and can be used."""
+        """True if they are in the cache and can be used."""
         try:
             self.load(network_path(self.name))
         except ValueError:

@@ -89,7 +89,7 @@ class Excerpt:
     first: int
     """Number of the first frame."""
     through_codes: bool = False
-    """Whether the image tokenizer encodes and decodes them first."""
+    """True if the image tokenizer encodes and decodes them first."""
 
 
 class Tokenizer(NamedTuple):
@@ -121,7 +121,7 @@ class Tokenizer(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """How excerpts become pixels."""
+    """Conversion of excerpts to pixels."""
 
     protocol: Protocol
     """Number, distance and size of frames."""

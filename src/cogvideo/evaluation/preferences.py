@@ -130,7 +130,7 @@ def bootstrap(
 
 
 def _drawn(groups: Sequence[int], random: np.random.Generator) -> Float64[np.ndarray, " answers"]:
-    """How often the group of each answer is drawn."""
+    """Number of times that the group of each answer is drawn."""
     names, places = np.unique(groups, return_inverse=True)
     drawn = random.integers(len(names), size=len(names))
     return np.bincount(drawn, minlength=len(names))[places].astype(float)

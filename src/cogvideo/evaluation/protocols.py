@@ -1,4 +1,4 @@
-"""How published implementations measure: one row each, all that moves their figures.
+"""Published protocols of FVD: one row each, with all that moves their figures.
 
 Sources: google-research/frechet_video_distance (`tfhub`), songweige/TATS (`tats`), universome/stylegan-v.
 """
@@ -36,7 +36,7 @@ class Protocol:
     """Settings of one implementation."""
 
     resize: Literal["legacy", "half-pixel"]
-    """How frames reach the 224 x 224 pixels of I3D: as TensorFlow 1 does it, or PyTorch. Both bilinear, without
+    """Resizing of frames to the 224 x 224 pixels of I3D: as TensorFlow 1 does it, or PyTorch. Both bilinear, without
     antialiasing, whatever the aspect."""
     eps: float
     """Constant of I3D's normalization."""
@@ -51,7 +51,7 @@ class Protocol:
     size: int | None
     """Side in pixels to which clips are reduced first, cropped to the center; None keeps theirs."""
     antialias: bool
-    """Whether this reduction averages over the pixels that it leaves out."""
+    """True if this reduction averages over the pixels that it leaves out."""
     splits: int
     """Parts of the Inception Score."""
     score_eps: float

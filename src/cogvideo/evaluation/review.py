@@ -63,7 +63,7 @@ class Clip:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What may be wrong with it, in a few words each."""
+        """Possible defects, in a few words each."""
         found = {
             "no caption": self.is_named,
             "too short for key frames": self.seconds < SHORT - 0.5 / BASE_RATE,

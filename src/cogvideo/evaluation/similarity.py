@@ -67,7 +67,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def is_vit_b32(folder: Path) -> bool:
-    """Whether a CLIP model has the sizes of ViT-B/32."""
+    """True if a CLIP model has the sizes of ViT-B/32."""
     sizes = VIT_B32 | json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vision_config", {})
     return all(sizes[name] == size for name, size in VIT_B32.items())
 
@@ -106,7 +106,7 @@ class Texts(NamedTuple):
     """Captions as CLIP sees them."""
 
     embeddings: Float[Tensor, "texts width"]
-    """Of length one."""
+    """Vectors of length one."""
     num_cut: int
     """Captions that are longer than CLIP reads, and were cut."""
 
@@ -162,7 +162,7 @@ class Similarity:
     folder: Path
     """CLIP model."""
     reading: Reading
-    """How clips are read, with captions."""
+    """Way to read clips, with captions."""
     machines: Machines
     """Where frames are embedded."""
     captions: Which

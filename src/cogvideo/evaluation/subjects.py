@@ -56,7 +56,7 @@ class Verdict(NamedTuple):
     findings: list[dict[str, Any]]
     """Findings about each clip, for the record."""
     right: list[bool]
-    """Whether each clip shows its prompt."""
+    """True for each clip that shows its prompt."""
     words: list[str]
     """The findings about each clip in words."""
 

@@ -35,7 +35,7 @@ class Question:
     choices: tuple[Choice, ...]
 
     def allows(self, value: int) -> bool:
-        """Whether a value is that of a choice."""
+        """True if a value is that of a choice."""
         return any(choice.value == value for choice in self.choices)
 
 
@@ -85,7 +85,7 @@ class Design:
     num_prompts: int
     systems: tuple[str, ...]
     has_real: bool
-    """Whether there are real clips for catch trials."""
+    """True if there are real clips for catch trials."""
     num_shown: int | None
     """Trials of a rater without repeats and catch trials; None shows everything once."""
     num_catches: int
@@ -102,7 +102,7 @@ class Design:
 
     @property
     def is_paired(self) -> bool:
-        """Whether two clips are compared, rather than one graded."""
+        """True if two clips are compared, rather than one graded."""
         return self.questions != "paper"
 
     def catches(self) -> list[tuple[int, str]]:

@@ -167,7 +167,7 @@ class Way:
 
     @property
     def gathers(self) -> int:
-        """How often a step gathers all weights: sharded, in every pass; replicated, never."""
+        """Number of times that a step gathers all weights: once a pass if sharded, else never."""
         return self.passes if self.sharding == "sharded" else 0
 
 

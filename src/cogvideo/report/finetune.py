@@ -205,7 +205,7 @@ def _stage(run: Run) -> list[str]:
 
 
 def advice(runs: Sequence[Run], clips: Sequence[dict[str, Any]]) -> str:
-    """What to do when the clips look bad, in a line."""
+    """Advice for clips that look bad, in a line."""
     stages = [run for run in runs if run.stage != TOKENIZER and run.best is not None]
     still = [run for run in stages if run.best is not None and run.best[0] == run.num_steps]
     early = [run for run in stages if run.best is not None and run.best[0] <= run.num_steps // 2]

@@ -43,7 +43,7 @@ class Result(NamedTuple):
 
 
 class Conduct(NamedTuple):
-    """How a rater answered."""
+    """Summary of a rater's answers."""
 
     rater: Rater
     num_caught: int
@@ -212,7 +212,7 @@ def conduct(rater: Rater, answers: Sequence[Answer]) -> Conduct:
 
 
 def _checks(answers: Sequence[Answer]) -> Iterator[bool]:
-    """Whether each catch trial was answered rightly.
+    """True for each catch trial that was answered rightly.
 
     Noise must never be preferred or be called the same; its overall grade must be below the mean of the real clips, or
     where there are none, of all clips.

@@ -239,7 +239,7 @@ class Chain:
 
     @cached_property
     def quality(self) -> dict[str, float]:
-        """How well the base's tokenizer shows some frames of the clips."""
+        """Quality of the base's tokenizer on some frames of the clips."""
         base = CogVideo.from_pretrained(str(self.base.folder), torch.float32)
         size = base.config.frame_side
         frames = FrameSettings(fps=1, size=size, fit=self.settings.fit, max_seconds=3, min_frames=1)

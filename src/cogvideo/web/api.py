@@ -255,13 +255,13 @@ def models(here: Here, owner: Owner) -> Models:
 
 @open_router.get("/health")
 async def health() -> dict[str, str]:
-    """Whether the server runs."""
+    """Answer 200 if the server runs."""
     return {"status": "ok"}
 
 
 @open_router.get("/ready", responses={503: ERRORS[503] | {"model": Refused}})
 def ready(here: Here) -> dict[str, str]:
-    """Whether the server can take requests: the queue answers."""
+    """Answer 200 if the server can take requests: the queue answers."""
     here.jobs.counts()
     return {"status": "ok"}
 

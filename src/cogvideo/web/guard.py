@@ -1,4 +1,4 @@
-"""What every request passes: the check of where it comes from, limits of time, headers of the response."""
+"""Checks that every request passes: the check of where it comes from, limits of time, headers of the response."""
 
 from __future__ import annotations
 

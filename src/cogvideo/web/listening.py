@@ -40,7 +40,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """True if only this machine can reach an address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""What requests and responses look like. Names and fields are those of the video endpoint that clients know."""
+"""Requests and responses. Names and fields are those of the video endpoint that clients know."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Reference(BaseModel):
 
 
 class Remix(BaseModel):
-    """What differs in a clip like another one."""
+    """Differences of a clip from another one."""
 
     model_config = _RULES
     prompt: Text

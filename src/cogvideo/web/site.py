@@ -49,7 +49,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Site:
-    """What the routes work with."""
+    """State that all routes share."""
 
     served: Served
     jobs: Jobs
@@ -129,7 +129,7 @@ class Site:
         return Start(self.served.unpack(b"".join(pack_codes(codes[each]) for each in places)), num_frames=len(places))
 
     def starts(self, job: Job) -> tuple[Start | None, Start | None]:
-        """What a job starts from and ends with."""
+        """First and last frames of a job."""
         return self._start_of(job.given, job.id, GIVEN), self._start_of(job.last, job.id, LAST)
 
     def _start_of(self, codes: bytes | None, id: str, name: str) -> Start | None:
