@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class Begun(Exception):
 def begin(folder: Path, place: Path, settings: Finetuning = QUICK) -> Chain:
     """A fine-tuning on the clips of a folder that is stopped before the second step."""
     chain = Chain(str(folder / "clips"), folder / "out", str(place / "base"), settings)
-    with patch.object(Chain, "_begin", side_effect=Begun), pytest.raises(Begun):
+    with patch.object(Chain, "_begin", side_effect=Begun), suppress(Begun):
         chain.run()
     return chain
 
@@ -207,6 +208,22 @@ def test_a_dangling_link_is_left_out(place: Path, tmp_path: Path, capsys: pytest
     (tmp_path / "clips" / "gone.mp4").symlink_to("nowhere.mp4")
     begin(tmp_path, place)
     assert "Left out: gone.mp4: file is missing." in capsys.readouterr().err
+
+
+def test_clips_may_change_until_the_first_step_is_done(place: Path, tmp_path: Path) -> None:
+    """Guards those who repair their clips after a refusal, and the message where it is too late."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match=r"no clip of .* can be trained on"):
+        Chain(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), QUICK).run()
+    write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
+    begin(tmp_path, place)
+    begin(tmp_path, place)
+    with pytest.raises(ValueError, match=r"settings\.steps was 4 and is 5; .* remove the folder .*out to"):
+        begin(tmp_path, place, replace(QUICK, steps=5))
+    write_clip(tmp_path / "clips" / "dog.mp4", 0.5, 60)
+    with pytest.raises(ValueError, match=r"another run began in .*out: the clips changed; pass the same"):
+        begin(tmp_path, place)
 
 
 def test_no_other_model_is_touched(place: Path) -> None:

@@ -20,7 +20,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -48,7 +47,7 @@ from cogvideo.files import alone_in, write_text
 from cogvideo.media.images import evenly
 from cogvideo.models.autoencoder import to_frames
 from cogvideo.models.perceptual import load_lpips
-from cogvideo.runs import RunFolder
+from cogvideo.runs import IDENTITY, TYPED, RunFolder
 from cogvideo.text import TextTokenizer
 from cogvideo.training.card import REPORTS, read_reports, write_card
 from cogvideo.training.checkpoints import Checkpoints
@@ -136,7 +135,7 @@ class Chain:
 
     def __init__(self, source: str, out: Path, base: str, settings: Finetuning) -> None:
         usable(settings.device)
-        self.source, self.out, self.settings = source, out, settings
+        self.source, self.out, self.settings, self._typed = source, out, settings, base
         self.base = CogVideo.from_pretrained(base)
         lacks = [name for name in ("image_tokenizer", "text") if name not in self.base.components]
         require(not lacks, f"the base {base} has no {', '.join(lacks)}, expected a model with both tokenizers")
@@ -164,15 +163,8 @@ class Chain:
             ValueError: no clip can be used, or training diverged.
             OSError: something cannot be written.
         """
-        files = [each.media for each in self.items if isinstance(each.media, Path)]
-        sizes = [file.stat().st_size if file.is_file() else None for file in files]  # links may lead nowhere
-        clips = [[each.id, each.captions, each.start, each.end, each.split] for each in self.items]
-        settings = {name: value for name, value in asdict(self.settings).items() if name != "device"}
-        base = {name: self.base.sha256(name) for name in self.base.components}
-        identity = {"clips": len(clips), "listing": digest([clips, sizes]), "base": base, "settings": settings}
-        with ExitStack() as stack:
-            stack.enter_context(alone_in(self.folder.path))
-            self.folder.claim(identity)
+        with alone_in(self.folder.path):
+            self._claim()
             steps = self._steps()
             for number, step in enumerate(steps, 1):
                 if step.is_done():
@@ -182,6 +174,23 @@ class Chain:
                 step.work()
                 seconds = round(time.monotonic() - began, 1)
                 self.folder.report({"step": number, "name": step.name, "seconds": seconds})
+
+    def _claim(self) -> None:
+        """Check that clips, base and settings are those that the first step was done with."""
+        files = [each.media for each in self.items if isinstance(each.media, Path)]
+        sizes = [file.stat().st_size if file.is_file() else None for file in files]  # links may lead nowhere
+        clips = [[each.id, each.captions, each.start, each.end, each.split] for each in self.items]
+        settings = {name: value for name, value in asdict(self.settings).items() if name != "device"}
+        base = {name: self.base.sha256(name) for name in self.base.components}
+        identity = {"clips": len(clips), "listing": digest([clips, sizes]), "base": base, "settings": settings}
+        if not self.table.exists():  # nothing is made yet
+            (self.folder.path / IDENTITY).unlink(missing_ok=True)
+        typed = {TYPED: self._typed}
+        is_changed = self.folder.began and self.folder.identity["listing"] != identity["listing"]
+        changes = "the clips changed" if is_changed else self.folder.changes(identity, typed)
+        advice = f"pass the same as before to continue it, or remove the folder {self.out} to start anew"
+        require(not changes, f"another run began in {self.out}: {changes}; {advice}")
+        self.folder.claim(identity, typed)
 
     @property
     def seconds(self) -> dict[str, float]:
