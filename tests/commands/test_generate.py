@@ -14,9 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from itertools import count
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 from unicodedata import normalize
 
@@ -33,7 +35,7 @@ import cogvideo
 from cogvideo.bundle.model import CogVideo, update
 from cogvideo.cli import main
 from cogvideo.commands.generate import Maker
-from cogvideo.commands.outputs import Folder
+from cogvideo.commands.outputs import Folder, Format, write_clip
 from cogvideo.commands.prompts import read_prompts
 from cogvideo.config import SamplingConfig
 from cogvideo.generation.request import ADDED, Request, Settings
@@ -716,7 +718,41 @@ def test_names_that_are_taken_meanwhile_take_no_longer(tmp_path: Path, monkeypat
     for name in ("a-cat.mp4", "a-cat-2.json"):
         (tmp_path / name).touch()
     monkeypatch.setattr(Path, "iterdir", lambda _: pytest.fail("all files were looked at"))
-    assert folder.settled(path).name == "a-cat-3.mp4"
+    with folder.holding(path) as found:
+        assert found.name == "a-cat-3.mp4"
+
+
+def test_writers_of_one_name_lose_no_clip(tmp_path: Path) -> None:
+    """Guards two runs in one folder that chose the same names before either wrote: all formats share them."""
+    formats: list[Format] = ["mp4", "mp4", "mp4", "gif", "webp", "png", "png", "png"]
+    start = Barrier(len(formats))
+
+    def write(number: int) -> Path:
+        folder = Folder(tmp_path, formats[number])
+        path = folder.name("a red heart")
+        start.wait()
+        with folder.holding(path) as path:
+            pixels = np.full((2, SIDE, SIDE, 3), 30 * number, np.uint8)
+            write_clip(path, pixels, 8, {"file": path.name, "number": number})
+        return path
+
+    with ThreadPoolExecutor(len(formats)) as pool:
+        paths = list(pool.map(write, range(len(formats))))
+    assert len({path.stem for path in paths}) == len(formats)
+    for number, path in enumerate(paths):
+        assert record_of(path) == {"file": path.name, "number": number}
+        shades = frames_of(path) if path.is_dir() else read_video(path, 8).frames
+        assert abs(shades.astype(float) - 30 * number).max() < 5
+    assert len(list(tmp_path.iterdir())) == 2 * len(formats)
+
+
+def test_a_failed_write_frees_its_name(tmp_path: Path) -> None:
+    """Guards the next run against files without content, which hold names while clips are written."""
+    folder = Folder(tmp_path, "mp4")
+    path = folder.name("a cat")
+    with pytest.raises(ValueError, match="there are no frames"), folder.holding(path):
+        write_clip(path, np.zeros((0, SIDE, SIDE, 3), np.uint8), 8, {})
+    assert tree(tmp_path) == []
 
 
 def test_lists_of_other_kinds(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import secrets
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from json import dumps
@@ -138,9 +139,9 @@ def generate(
         wanted = list(_wanted(listed, record, folder, skip=prompts is not None))
     is_same = True
     for clip, pixels, figures in maker.make(wanted, fps, files.preview):
-        path = clip.path if to_file else folder.settled(clip.path)
-        made: Record = {"file": path.name, "prompt": clip.prompt, "seed": clip.seed} | record | figures
-        write_clip(path, pixels, fps, made)
+        with nullcontext(clip.path) if to_file else folder.holding(clip.path) as path:
+            made: Record = {"file": path.name, "prompt": clip.prompt, "seed": clip.seed} | record | figures
+            write_clip(path, pixels, fps, made)
         print(dumps(made) if files.json else path, flush=True)
         is_same = sidecar is None or sidecar.is_again(made["codes"])
     if len(wanted) < len(listed):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict, deque
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -123,12 +123,20 @@ class Folder:
         self._taken |= {_key(name), _key(f"{name}{FRAMES}")}
         return self.path / (name if self.format == "png" else f"{name}.{self.format}")
 
-    def settled(self, path: Path) -> Path:
-        """The path of a clip to write now, or another one if it was taken in the meantime."""
+    @contextmanager
+    def holding(self, path: Path) -> Iterator[Path]:
+        """The path of a clip to write in the `with` block, or another one if it was taken in the meantime.
+
+        No other process gets the name: until the clip is there, an empty sidecar holds it, in all formats.
+        """
         stem = sidecar_of(path).stem
-        while path.exists() or sidecar_of(path).exists():
+        while not _hold(path):
             path = self.name(stem)
-        return path
+        try:
+            yield path
+        finally:
+            if _is_held(path):
+                sidecar_of(path).unlink()
 
     def _is_there(self, name: Any) -> bool:
         path = self.path / str(name)
@@ -140,6 +148,21 @@ class Folder:
 def _key(name: str) -> str:
     """Form of a name in which names that a file system takes for one are equal."""
     return normalize("NFC", name).casefold()
+
+
+def _hold(path: Path) -> bool:
+    if path.exists():
+        return False
+    try:
+        sidecar_of(path).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _is_held(path: Path) -> bool:
+    sidecar = sidecar_of(path)
+    return sidecar.exists() and sidecar.stat().st_size == 0
 
 
 def read_record(path: Path) -> Record | None:
@@ -179,9 +202,10 @@ def write_clip(
     if path.suffix.lower() in SUFFIXES:
         with replacing_by_name(path) as temporary:
             write_video(temporary, frames, fps, {"comment": text})
-            sidecar.unlink(missing_ok=True)
+            if not _is_held(path):
+                sidecar.unlink(missing_ok=True)
     else:
-        path.mkdir(exist_ok=True)
+        path.mkdir()
         for place, frame in enumerate(frames):
             write_frame(path, place, frame, text)
     write_text(sidecar, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
