@@ -70,9 +70,9 @@ def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def serving(model: Path | str, folder: Path, *arguments: Any) -> Iterator[Running]:
+def serving(model: Path | str, folder: Path, *arguments: Any, command: str = "serve") -> Iterator[Running]:
     """A server at a free port, killed at the end with its workers."""
-    process = start("serve", "--model", model, "--folder", folder, "--port", 0, *arguments)
+    process = start(command, "--model", model, "--folder", folder, "--port", 0, *arguments)
     try:
         assert process.stdout is not None
         address = process.stdout.readline().strip()

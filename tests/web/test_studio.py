@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cogvideo.cli import main
-from serving import Running, make_whole_bundle, serving
+from serving import Running, make_whole_bundle, serving, wait_for
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
@@ -63,8 +63,16 @@ def generate(page: Any, prompt: str, rounds: int = 0) -> None:
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(model, tmp_path_factory.mktemp("served")) as running:
-        yield running
+    """A `cogvideo studio`, which has opened a browser."""
+    folder = tmp_path_factory.mktemp("served")
+    script, opened = folder / "browser", folder / "opened"
+    script.write_text(f"#!/bin/sh\necho $1 > {opened}\n")
+    script.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BROWSER", f"{script} %s")
+        with serving(model, folder, command="studio") as running:
+            wait_for(lambda: opened.is_file() and opened.read_text().strip() == running.address)
+            yield running
 
 
 def click(page: Any, name: str) -> None:

@@ -44,7 +44,8 @@ async function route() {
   const fresh = shown.filter(({ id }) => !opened.has(id));
   for (const video of fresh) opened.set(video.id, new Clip(video, act));
   find("stage").replaceChildren(...shown.map(({ id }) => opened.get(id).root));
-  if (fresh.length) find("stage").scrollIntoView({ block: "nearest" });
+  const { top } = find("stage").getBoundingClientRect();
+  if (fresh.length && (top < 0 || top > innerHeight / 2)) find("stage").scrollIntoView();
   find("stage").classList.toggle("grid", shown.length > 1);
   find("welcome").hidden = shown.length > 0 || !find("welcome").querySelector("button");
   for (const [id, tile] of tiles) tile.root.toggleAttribute("aria-current", opened.has(id));
