@@ -1026,8 +1026,11 @@ def test_what_is_there_outlasts_a_full_disk(model: str, inside: Path) -> None:
     assert {name: (inside / name).read_bytes() for name in tree(inside)} == before
 
 
-def test_what_is_read_is_not_replaced(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards a user's own clip and list against a command that writes where it reads."""
+def test_what_is_read_is_not_replaced(
+    model: str, record: dict[str, Any], inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards a user's own clip, list and sidecar against a command that writes where it reads."""
+    (inside / "heart.json").write_text(json.dumps(record | {"file": "heart.mp4", "codes": "others"}))
     write_video(inside / "x.mp4", np.zeros((3, SIDE, SIDE, 3), np.uint8), 1)
     os.symlink("x.mp4", inside / "y.mp4")
     (inside / "list.mp4").write_text("a cat")
@@ -1035,7 +1038,9 @@ def test_what_is_read_is_not_replaced(model: str, inside: Path, capsys: pytest.C
     for options in (("a cat", "--extend", "x.mp4"), ("a cat", "--image", "y.mp4"), ("--prompts", "list.mp4")):
         name = options[-1].replace("y", "x")
         told = refused(capsys, *options, "--model", model, "--output", name, *QUICK)
-        assert f"output is {name}, which is also an input: give another name" in told
+        assert f"output is {name}, which replaces the input {options[-1]}: give another name" in told
+    told = refused(capsys, "--from-sidecar", "heart.json", "--model", model, "--output", "heart.mp4")
+    assert "output is heart.mp4, which replaces the input heart.json: give another name" in told
     assert {name: (inside / name).read_bytes() for name in tree(inside)} == before
 
 

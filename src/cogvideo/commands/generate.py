@@ -29,6 +29,7 @@ from cogvideo.commands.outputs import (
     check_writable,
     is_file,
     make_frames_folder,
+    sidecar_of,
     write_clip,
     write_frame,
 )
@@ -120,10 +121,11 @@ def generate(
         require(is_alone and choices == Choices(**choices.places), f"{got}, expected none, {moved}")
         sidecar = Sidecar(from_sidecar)
         listed, choices = [Prompt(sidecar.clip.prompt, sidecar.clip.seed)], sidecar.choices(choices.places)
-    for path in (prompts, from_sidecar, *choices.files.values()):
-        is_other = path is None or not (path.exists() and files.output.exists() and path.samefile(files.output))
-        require(is_other, f"output is {files.output}, which is also an input: give another name")
     to_file = is_file(files.output, len(listed))
+    for replaced in (files.output, sidecar_of(files.output)) if to_file else ():
+        for path in (prompts, from_sidecar, *choices.files.values()):
+            is_other = path is None or not (path.exists() and replaced.exists() and path.samefile(replaced))
+            require(is_other, f"output is {files.output}, which replaces the input {path}: give another name")
     suits = not to_file or files.format in ("mp4", files.output.suffix.lower()[1:])
     require(suits, f"output is {files.output} and format {files.format}, expected one format")
     maker = Maker(choices, execution)
