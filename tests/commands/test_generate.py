@@ -1044,6 +1044,23 @@ def test_what_is_read_is_not_replaced(
     assert {name: (inside / name).read_bytes() for name in tree(inside)} == before
 
 
+def test_what_may_never_end_is_not_read(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against pipes that nobody writes to and devices without an end, but a shell's <(...) has prompts."""
+    for suffix in (".mp4", ".csv", ".json"):
+        os.mkfifo(inside / f"pipe{suffix}")
+    options = ("--image pipe.mp4", "--extend pipe.mp4", "--first pipe.mp4 --last pipe.mp4", "--image /dev/zero")
+    for each in options:
+        told = refused(capsys, "a cat", "--model", model, *each.split())
+        assert f"{each.split()[-1]} is a pipe or a device, expected a file" in told
+    assert "pipe.csv is a pipe or a device" in refused(capsys, "--model", model, "--prompts", "pipe.csv")
+    assert "pipe.json is not a sidecar" in refused(capsys, "--from-sidecar", "pipe.json")
+    end, start = os.pipe()
+    os.write(start, b"a cat\nthe sun\n")
+    os.close(start)
+    assert [each.text for each in read_prompts(Path(f"/dev/fd/{end}"))] == ["a cat", "the sun"]
+    os.close(end)
+
+
 def test_names_that_an_output_cannot_show(model: str, inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards lists against an end after their first clip, where the terminal has no such letters."""
     prompts = ["猫", "\U0001f600 é"]

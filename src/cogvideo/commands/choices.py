@@ -116,8 +116,7 @@ class Choices(SamplingOptions):
         found = asdict(self) | {name: public(path) for name, path in self.files.items()}
         found |= {"model": public(Path(self.model)), "negative": settings.negative} | settings.sampling_options
         found |= {"seconds": settings.duration, "rounds": settings.rounds}
-        hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files.items()}
-        return found | {"sha256": hashes}
+        return found | {"sha256": {name: _hash(path) for name, path in self.files.items()}}
 
 
 @dataclass(frozen=True)
@@ -201,6 +200,13 @@ class Sidecar:
             if (found := existing(folder / path)).exists():
                 return found
         raise InputError(f"it was made with {path}, which is not here: pass its place by --{option}")
+
+
+def _hash(path: Path) -> str:
+    is_special = path.exists() and not path.is_file() and not path.is_dir()
+    require(not is_special, f"{path} is a pipe or a device, expected a file")  # some never end
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _path(kind: type, value: Any) -> Path:

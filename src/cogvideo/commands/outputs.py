@@ -166,9 +166,9 @@ def _is_held(path: Path) -> bool:
 
 
 def read_record(path: Path) -> Record | None:
-    """The record in a sidecar; None if it is not one."""
+    """The record in a sidecar; None if it is not one, such as a pipe, which may never end."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

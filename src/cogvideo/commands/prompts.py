@@ -66,6 +66,7 @@ def _lines(path: Path) -> Iterator[Prompt]:
 
 def _rows(path: Path) -> Iterator[Prompt]:
     path.stat()  # a missing file is an OSError, as for texts
+    require(path.is_file() or path.is_dir(), f"{path} is a pipe or a device, expected a file: only texts may be piped")
     there = read_columns(path)
     column = next((each for each in COLUMNS if each in there), "")
     message = f"{path} has the columns {', '.join(there)}, expected {' or '.join(COLUMNS)}"
