@@ -1169,6 +1169,7 @@ def test_a_list_is_made_in_every_format(model: str, inside: Path, capsys: pytest
         ("seed", 2**63),
         ("seed", -1),
         ("fps", "fast"),
+        ("fps", 0),
         ("sha256", []),
     ],
 )
@@ -1179,6 +1180,14 @@ def test_an_edited_sidecar_is_refused(
     (inside / "y.json").write_text(json.dumps(record | {field: value}))
     assert f"y.json: {field} is " in refused(capsys, "--from-sidecar", "y.json", "--output", "z.mp4")
     assert not (inside / "z.mp4").exists()
+
+
+def test_a_sidecar_without_a_prompt_is_refused(
+    model: str, record: dict[str, Any], inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards the message, which names the file to mend."""
+    (inside / "y.json").write_text(json.dumps(record | {"prompt": " "}))
+    assert "y.json: the prompt is empty: ' '" in refused(capsys, "--from-sidecar", "y.json", "--model", model)
 
 
 def test_a_sidecar_is_good_elsewhere(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from cogvideo.generation.request import (
     Settings,
     usual_rounds,
 )
+from cogvideo.media.video import check_rate
 
 Type = Literal["auto", "float32", "bfloat16", "float16"]
 T = TypeVar("T")
@@ -130,6 +131,8 @@ class ClipRecord:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed <= LARGEST_SEED, f"seed is {self.seed}, expected 0 to {LARGEST_SEED}")
+        if self.fps is not None:
+            check_rate(".mp4", self.fps)
 
 
 class Sidecar:

@@ -120,7 +120,8 @@ def generate(
         moved = "but for --model, --image, --extend, --first and --last if these were moved"
         require(is_alone and choices == Choices(**choices.places), f"{got}, expected none, {moved}")
         sidecar = Sidecar(from_sidecar)
-        listed, choices = [Prompt(sidecar.clip.prompt, sidecar.clip.seed)], sidecar.choices(choices.places)
+        listed = [Prompt(sidecar.clip.prompt, sidecar.clip.seed, str(from_sidecar))]
+        choices = sidecar.choices(choices.places)
     to_file = is_file(files.output, len(listed))
     for replaced in (files.output, sidecar_of(files.output)) if to_file else ():
         for path in (prompts, from_sidecar, *choices.files.values()):
