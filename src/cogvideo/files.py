@@ -52,7 +52,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8 that replaces `path` when it is whole."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(plain(text).encode())
+
+
+def plain(text: str) -> str:
+    """Text that can be written: bytes of file names that are not UTF-8, and other lone surrogates, are spelled out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def alone_in(folder: Path) -> AbstractContextManager[None]:

@@ -246,6 +246,23 @@ def test_source_without_any_good_clip_is_refused(tokenizer: str, tmp_path: Path)
     assert "a.mp4" in (tmp_path / "out" / "rejected.csv").read_text()
 
 
+def test_paths_that_are_no_text(clips: Path, tokenizer: str, tmp_path: Path) -> None:
+    """Guards the work of days from the name of a folder or a file, in the card, a shard, and the rejections."""
+    source = tmp_path / os.fsdecode(b"source\xff")
+    source.mkdir()
+    shutil.copy(clips / "clip0.mp4", source)
+    (source / "clip0.txt").write_text("a cat")
+    (source / os.fsdecode(b"bad\xfe.mp4")).write_text("no video")
+    (source / os.fsdecode(b"bad\xfe.txt")).write_text("a dog")
+    table = source / os.fsdecode(b"t\xfd.csv")
+    table.write_bytes(b"file,caption\nclip0.mp4,a cat\n,a dog\n")
+    for name, each in (("table", table), ("folder", source)):
+        assert prepare(str(each), tmp_path / name, tokenizer, SETTINGS, workers=1) == 1
+        assert Dataset(tmp_path / name).card.source == str(each)
+    assert '"t\\udcfd.csv, line 3",missing file name' in (tmp_path / "table" / "rejected.csv").read_text()
+    assert r"bad\udcfe.mp4,no readable video" in (tmp_path / "folder" / "rejected.csv").read_text()
+
+
 @pytest.mark.parametrize("change", ["settings", "clips", "tokenizer"])
 def test_other_data_in_the_folder_is_refused(clips: Path, tokenizer: str, tmp_path: Path, change: str) -> None:
     """Guards against datasets of two kinds: a run never continues what was begun in another way."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -224,6 +225,17 @@ def test_clips_may_change_until_the_first_step_is_done(place: Path, tmp_path: Pa
     write_clip(tmp_path / "clips" / "dog.mp4", 0.5, 60)
     with pytest.raises(ValueError, match=r"another run began in .*out: the clips changed; pass the same"):
         begin(tmp_path, place)
+
+
+def test_paths_that_are_no_text(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the table of the clips, which cannot name all that a disk can; the other clips go on."""
+    write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
+    os.link(tmp_path / "clips" / "cat.mp4", tmp_path / "clips" / os.fsdecode(b"bad\xff.mp4"))
+    begin(tmp_path, place)
+    assert "Left out: bad\\udcff.mp4: path is not text." in capsys.readouterr().err
+    odd = (tmp_path / "clips").rename(tmp_path / os.fsdecode(b"clips\xff"))
+    with pytest.raises(ValueError, match=r"no clip of .* can be used: path is not text: .* rename the folder"):
+        Chain(str(odd), tmp_path / "other", str(place / "base"), QUICK)
 
 
 def test_no_other_model_is_touched(place: Path) -> None:

@@ -22,6 +22,7 @@ from cogvideo.data.frames import FrameSettings, Pictures, read_item, shrink
 from cogvideo.data.shards import Row, ShardInfo, write_shard
 from cogvideo.data.sources import Item, Rejection
 from cogvideo.data.tars import Member
+from cogvideo.files import plain
 from cogvideo.media.video import VideoError
 from cogvideo.models.autoencoder import Autoencoder
 
@@ -120,7 +121,7 @@ class Worker:
                 continue
             path = item.media.archive if isinstance(item.media, Member) else item.media
             folder = f"{path.parent}{os.sep}" if isinstance(path, Path) else ""  # on which no shard may depend
-            rejected.append(Rejection(item.id, result.reason, result.detail.replace(folder, "")))
+            rejected.append(Rejection(item.id, result.reason, plain(result.detail.replace(folder, ""))))
             on_clip()
 
 

@@ -25,6 +25,7 @@ from cogvideo.data import tables
 from cogvideo.data.folders import existing, find_manifest, is_manifest, read_beside, walk
 from cogvideo.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, LISTS, OPTIONAL_COLUMNS, Record, RowError
 from cogvideo.data.tars import Member, read_index
+from cogvideo.files import plain
 from cogvideo.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}  # names in other data sets
@@ -115,7 +116,7 @@ def list_source(source: str, options: SourceOptions) -> Listing:
     clips: dict[str, Item] = {}
     for each in _find(source, options):
         if isinstance(each, Rejection):
-            rejected.append(each)
+            rejected.append(Rejection(*map(plain, each)))
             continue
         known = clips.get(each.id)
         if known is None:
@@ -176,7 +177,7 @@ def _world(source: str) -> Found:
 
 def _item(name: str, media: Media, captions: tuple[str, ...], values: dict[str, Any], options: SourceOptions) -> Item:
     """An item from its file's name below the source and the other values that the source has for it."""
-    name = _plain(name)
+    name = plain(name)
     start, end = tables.span_of(values)
     part = f"#{_number(start)}-{'' if end is None else _number(end)}" if start or end is not None else ""
     split = values.get("split")
@@ -193,11 +194,6 @@ def _item(name: str, media: Media, captions: tuple[str, ...], values: dict[str, 
 
 def _number(seconds: float) -> str:
     return f"{seconds:.6f}".rstrip("0").rstrip(".")
-
-
-def _plain(name: str) -> str:
-    """A path as text that can be written: bytes that are not UTF-8 are spelled out."""
-    return name.encode(errors="backslashreplace").decode()
 
 
 def _table(path: Path, root: Path, options: SourceOptions) -> Found:
@@ -249,7 +245,7 @@ def _row(record: Record, table: str, root: str, options: SourceOptions) -> Item 
             raise RowError("file is missing", f"{path} is a folder" if os.path.isdir(path) else f"there is no {path}")
         return item
     except RowError as error:
-        return Rejection(_plain(name), error.reason, _plain(f"{where}: {error.detail}" if error.detail else where))
+        return Rejection(name, error.reason, f"{where}: {error.detail}" if error.detail else where)
     except UnicodeEncodeError:
         return Rejection(where, "file name is not text", f"got {file!r:.60}")
 
@@ -270,7 +266,7 @@ def _folder(folder: Path, options: SourceOptions) -> Found:
             try:  # one bad tar of a thousand does not stop a run
                 yield from _tar(path, folder, options)
             except InputError as error:
-                yield Rejection(_plain(name), "tar cannot be read", str(error))
+                yield Rejection(name, "tar cannot be read", str(error))
 
 
 def _nested(name: str, root: Path, options: SourceOptions) -> Found:
@@ -286,7 +282,7 @@ def _nested(name: str, root: Path, options: SourceOptions) -> Found:
         for each in _table(table, root, options):
             yield replace(each, split=_SPLITS.get(split, split)) if is_split and isinstance(each, Item) else each
     except InputError as error:
-        yield Rejection(_plain(name), "table cannot be read", str(error))
+        yield Rejection(name, "table cannot be read", str(error))
 
 
 def _noted(name: str, media: Media, beside: Callable[[str], bytes | None], options: SourceOptions) -> Item | Rejection:
@@ -306,7 +302,7 @@ def _noted(name: str, media: Media, beside: Callable[[str], bytes | None], optio
             captions = tables.clean(tables.lines_of(_decoded(text)))
         return _item(name, media, captions, values, options)
     except RowError as error:
-        return Rejection(_plain(name), error.reason, _plain(error.detail))
+        return Rejection(name, error.reason, error.detail)
 
 
 def _json(content: bytes) -> dict[str, Any]:
@@ -346,6 +342,6 @@ def _tar(path: Path, folder: Path, options: SourceOptions) -> Found:
         if entry.suffix in options.suffixes:
             yield _noted(f"{name}/{entry.name}", entry, partial(beside, entry), options)
     for entry in index.cut:
-        yield Rejection(_plain(f"{name}/{entry.name}"), "cut off", f"{path} ends inside it")
+        yield Rejection(f"{name}/{entry.name}", "cut off", f"{path} ends inside it")
     if index.damage:
-        yield Rejection(_plain(name), "tar is damaged", f"{index.damage}; whole files before it are taken")
+        yield Rejection(name, "tar is damaged", f"{index.damage}; whole files before it are taken")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cogvideo.config import InputError, require
+from cogvideo.files import plain
 from cogvideo.media.shots import VideoError
 from cogvideo.text import is_unicode, is_visible
 
@@ -176,8 +177,7 @@ def _seconds(name: str, cell: Any) -> float | None:
 
 
 def _text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    return text.encode(errors="backslashreplace").decode()
+    return plain(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
 @contextmanager

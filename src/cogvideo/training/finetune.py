@@ -39,7 +39,7 @@ from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.prepare import prepare
 from cogvideo.data.shards import digest
-from cogvideo.data.sources import Item, SourceOptions, list_source
+from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
 from cogvideo.devices import usable
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.review import check_usable, has_detector, in_short, listed, review, with_splits
@@ -48,7 +48,7 @@ from cogvideo.media.images import evenly
 from cogvideo.models.autoencoder import to_frames
 from cogvideo.models.perceptual import load_lpips
 from cogvideo.runs import IDENTITY, TYPED, RunFolder
-from cogvideo.text import TextTokenizer
+from cogvideo.text import TextTokenizer, is_unicode
 from cogvideo.training.card import REPORTS, read_reports, write_card
 from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.export import export_run
@@ -84,6 +84,8 @@ LEAST_PSNR, MOST_LPIPS = 25.0, 0.35
 LEAST_FITTING = 0.9
 """Share of captions that fits the text slots where the base's text tokenizer is kept."""
 LEAST_STEPS = 20
+_NOT_TEXT = ("path is not text", "its bytes are not UTF-8, as tables of clips are: rename the folder or the file")
+"""Reason and details of clips that the table cannot name."""
 RATE, TOKENIZER_RATE = 1e-3, 1e-3
 """Learning rates: a quarter and a third of those that the model in the box was trained with."""
 
@@ -141,10 +143,14 @@ class Chain:
         require(not lacks, f"the base {base} has no {', '.join(lacks)}, expected a model with both tokenizers")
         assert self.base.folder is not None
         require(self.base.folder.resolve() != out.resolve(), f"{out} is the base: give the new model another folder")
-        self.items, self.rejected, self._named = listed(source)
+        items, rejected, self._named = listed(source)
         is_foreign = (out / MANIFEST).exists() and not (out / RUN).exists()
         require(not is_foreign, f"{out} holds another model: give this one a folder of its own")
         self.folder = RunFolder(out / RUN)
+        self.items = [each for each in items if is_unicode(self._place(each))]
+        odd = [Rejection(each.id, *_NOT_TEXT) for each in items if not is_unicode(self._place(each))]
+        self.rejected = [*rejected, *odd]
+        require(len(self.items) > 0, f"no clip of {source} can be used: {': '.join(_NOT_TEXT)}")
 
     @property
     def table(self) -> Path:
@@ -233,11 +239,14 @@ class Chain:
         writer = csv.writer(rows)
         writer.writerow(("file", "start", "end", "caption", "split"))
         for item in (each.item for each in clips):
-            assert isinstance(item.media, Path)
-            place = os.path.relpath(item.media, self.folder.path.resolve())
             span = (f"{item.start:g}" if item.start else "", "" if item.end is None else f"{item.end:g}")
-            writer.writerows((place, *span, caption, item.split) for caption in item.captions)
+            writer.writerows((self._place(item), *span, caption, item.split) for caption in item.captions)
         write_text(self.table, rows.getvalue())
+
+    def _place(self, item: Item) -> str:
+        """Path of a clip in the table."""
+        assert isinstance(item.media, Path)
+        return os.path.relpath(item.media, self.folder.path.resolve())
 
     @cached_property
     def clips(self) -> list[Item]:
