@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.evaluation import review
 from cogvideo.evaluation.review import Clip, in_words, listed, with_splits
 from cogvideo.media.video import write_video
@@ -61,6 +64,28 @@ def test_long_shots_become_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     clips = reviewed(tmp_path)
     assert [round(each.item.start, 2) for each in clips] == [0, 1.67, 3.33]
     assert clips[-1].item.end is None
+
+
+def test_a_frame_that_is_held_is_in_no_piece(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the training set from one bad timestamp, of which an hour of one frame was cut into pieces."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", 12)
+        stream.width, stream.height, stream.time_base = 64, 48, Fraction(1, 1000)
+        stream.codec_context.time_base = Fraction(1, 12)
+        for number, picture in enumerate(scene(4, 1)):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture))
+            frame.pts = number + (3600 * 12 if number >= 24 else 0)
+            frame.time_base = Fraction(1, 12)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    path.with_suffix(".txt").write_text("a caption\n")
+    clips = reviewed(tmp_path)
+    assert [round(each.seconds, 2) for each in clips] == [2.0, 2.0]
+    assert [round(each.item.start, 1) for each in clips] == [0.0, 3602.0]
+    frames = FrameSettings(fps=12, size=32)
+    assert [len(read_item(each.item, frames).frames) for each in clips] == [25, 25]
+    assert capsys.readouterr().err.count("its times jump") == 1
 
 
 def test_what_a_person_should_know(tmp_path: Path) -> None:

@@ -1165,7 +1165,7 @@ def test_facts_of_a_file(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (12, 16, 24, 3), np.uint8)
     for name, codec in {"a.mp4": "h264", "a.webp": "webp", "a.gif": "gif"}.items():
         write_video(tmp_path / name, frames, 25)
-        assert examine(tmp_path / name) == (codec, 16, 24, 25, pytest.approx(12 / 25, abs=0.006))
+        assert examine(tmp_path / name) == (codec, 16, 24, 25, pytest.approx(12 / 25, abs=0.006), ())
     write_video(tmp_path / "slow.mp4", frames[:1], 2)
     assert examine(tmp_path / "slow.mp4").fps == 2
     still = frames.repeat(3, 0)[:-2]  # each frame but the last is held, which these formats store as one

@@ -7,7 +7,8 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import lru_cache
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxtyping import Float32, UInt8
 from cogvideo.config import InputError, require
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
 from cogvideo.evaluation.motion import measure
-from cogvideo.media.video import VideoError, examine, read_video
+from cogvideo.media.video import Facts, VideoError, examine, read_video
 
 LOOKS = 12.0
 """Frames a second in which cuts are looked for."""
@@ -136,9 +137,11 @@ def review(
     clips: list[Clip] = []
     prints: list[Float32[np.ndarray, "frames side side 3"]] = []
     rejected: list[Rejection] = []
+    facts_of = lru_cache(maxsize=1)(examine)  # parts of a file follow each other
     for item in items:
         try:
-            for clip, frames in _pieces(item, item.id in named):
+            assert isinstance(item.media, Path)
+            for clip, frames in _pieces(item, facts_of(item.media), item.id in named):
                 looks = _fingerprint(frames)
                 near = [float(np.abs(looks - other).mean()) for other in prints]
                 place = int(np.argmin(near)) if near else -1
@@ -151,10 +154,44 @@ def review(
     return clips, rejected
 
 
-def _pieces(item: Item, is_named: bool) -> Iterator[tuple[Clip, UInt8[np.ndarray, "frames side side 3"]]]:
-    """The pieces of an item with their frames."""
+Pieces = Iterator[tuple[Clip, UInt8[np.ndarray, "frames side side 3"]]]
+
+
+def _pieces(item: Item, facts: Facts, is_named: bool) -> Pieces:
+    """The pieces of an item with their frames; parts in which one frame is held for long are in none."""
+    parts = _moving(item, facts)
+    if not parts:
+        raise VideoError("no such part", f"one frame is held from {item.start:g} seconds on")
+    for part in parts:
+        for clip, frames in _shots(part, facts, is_named):
+            yield _numbered(clip) if len(parts) > 1 else clip, frames
+
+
+def _moving(item: Item, facts: Facts) -> list[Item]:
+    """An item without the stills of its file."""
+    if not facts.stills:
+        return [item]
+    end = min(math.inf if item.end is None else item.end, facts.seconds)
+    marks = [item.start, *chain(*facts.stills), end]
+    left, parts = LONGEST, []
+    for first, last in zip(marks[::2], marks[1::2], strict=True):
+        start = max(first, item.start)
+        stop = min(last, end, start + left)
+        if stop - start > 0.5 / facts.fps:
+            parts.append(replace(item, start=start, end=item.end if stop == end else stop))
+            left -= stop - start
+    return parts
+
+
+def _numbered(clip: Clip) -> Clip:
+    """A clip with its start in its ID."""
+    file, start = clip.item.id.partition("#")[0], clip.item.start
+    return replace(clip, item=replace(clip.item, id=f"{file}#{start:.2f}"))
+
+
+def _shots(item: Item, facts: Facts, is_named: bool) -> Pieces:
+    """The pieces of an item without stills."""
     assert isinstance(item.media, Path)
-    facts = examine(item.media)
     end = min(math.inf if item.end is None else item.end, facts.seconds, item.start + LONGEST)
     most = round(LONGEST * LOOKS)
     frames = read_video(item.media, LOOKS, SIDE, start=item.start, end=item.end, max_frames=most).frames
@@ -172,10 +209,9 @@ def _pieces(item: Item, is_named: bool) -> Iterator[tuple[Clip, UInt8[np.ndarray
         elif is_end and end == facts.seconds:
             until = None
         energy = measure(part).energy if len(part) > 1 else 0.0
-        name = item.id if len(spans) == 1 else f"{item.id.partition('#')[0]}#{start:.2f}"
         large = read_video(item.media, 1, 256, fit="letterbox", start=start, end=stop, max_frames=4).frames
         clip = Clip(
-            item=replace(item, id=name, start=start, end=until),
+            item=replace(item, start=start, end=until),
             seconds=last - first,
             width=facts.width,
             height=facts.height,
@@ -184,7 +220,7 @@ def _pieces(item: Item, is_named: bool) -> Iterator[tuple[Clip, UInt8[np.ndarray
             has_text=strokes(large) >= WRITTEN,
             is_named=is_named,
         )
-        yield clip, part
+        yield clip if len(spans) == 1 else _numbered(clip), part
 
 
 def _split(first: float, last: float) -> list[tuple[float, float]]:

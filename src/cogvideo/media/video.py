@@ -65,6 +65,8 @@ class Facts(NamedTuple):
     or that over 1.001, are these. At this rate, from half a frame after the start, each frame is read once."""
     seconds: float
     """Time from its first frame to the end of its last."""
+    stills: tuple[tuple[float, float], ...]
+    """Parts in which one frame is held for more than ten seconds after its usual time."""
 
 
 def read_video(
@@ -110,7 +112,7 @@ def read_video(
     if not (0 <= start < math.inf and wanted > 0):
         raise VideoError("no such part", f"it goes from {start:g} to {'the end' if end is None else end} seconds")
     with Naming(file), _opened(file) as content:
-        shots = partial(_read_shots, content, start, 1 / fps)
+        shots = partial(_read_shots, content, start, 1 / fps, start + part)
         held = 0.0 if end is None else 0.5 / fps
         seen, clip_end = _look_at(shots(), (start + number / fps for number in range(wanted)), view, held)
         if not seen:
@@ -138,7 +140,10 @@ def examine(file: Path | Content) -> Facts:
             for last in shots:
                 begins.append(last.begin)
         end = last.begin + last.duration
-        return Facts(_codec(content), height, width, _usual_rate(begins, end), end)
+        fps = _usual_rate(begins, end)
+        holds = ((before + 1 / fps, after) for before, after in pairwise(begins))
+        stills = tuple((first, last) for first, last in holds if last - first > STILL)
+        return Facts(_codec(content), height, width, fps, end, stills)
 
 
 def _codec(file: Content) -> str:
@@ -178,11 +183,12 @@ def _opened(file: Path | Content) -> AbstractContextManager[Content]:
     return file.open("rb")
 
 
-def _read_shots(file: Content, start: float, unknown: float) -> Shots:
+def _read_shots(file: Content, start: float, unknown: float, end: float = math.inf) -> Shots:
     """All shots from the one on screen at `start` seconds, times from the first of the file, each with its end.
 
     A shot lasts until the next one appears, the last as long as the file says, or else as long as the one before; where
-    nothing is known it lasts `unknown` seconds. The first that lasts much longer than the file says is reported.
+    nothing is known it lasts `unknown` seconds. The first that lasts much longer than the file says, not counting time
+    after `end`, is reported.
     """
     file.seek(0)
     head = file.read(4096)
@@ -195,7 +201,7 @@ def _read_shots(file: Content, start: float, unknown: float) -> Shots:
     for shot in _decoded(file, start):
         if held is not None:
             begin = max(held.begin, shot.begin)
-            if begin > held.begin + held.duration + STILL and not has_told:
+            if min(begin, end) > held.begin + held.duration + STILL and not has_told:
                 name = getattr(file, "name", "a video in an archive")
                 told = f"its times jump from {held.begin:.3f} to {begin:.3f} seconds: one frame is held till then"
                 print(f"{name}: {told}", file=sys.stderr)

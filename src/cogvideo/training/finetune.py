@@ -239,7 +239,7 @@ class Chain:
         writer = csv.writer(rows)
         writer.writerow(("file", "start", "end", "caption", "split"))
         for item in (each.item for each in clips):
-            span = (f"{item.start:g}" if item.start else "", "" if item.end is None else f"{item.end:g}")
+            span = (f"{item.start:.10g}" if item.start else "", "" if item.end is None else f"{item.end:.10g}")
             writer.writerows((self._place(item), *span, caption, item.split) for caption in item.captions)
         write_text(self.table, rows.getvalue())
 
