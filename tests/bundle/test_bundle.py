@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -750,6 +751,17 @@ def test_failed_first_save_leaves_no_bundle(
     with pytest.raises(OSError, match=r"cannot write base \(No space left on device\): .*base.safetensors"):
         CogVideo(config, **parts).save_pretrained(tmp_path / "model")
     assert not names_in(tmp_path / "model")
+
+
+def test_a_full_disk_names_the_text_tokenizer(config: CogVideoConfig, parts: dict[str, Any], tmp_path: Path) -> None:
+    """Guards the message where the disk is full: a small limit of the size of files stands for it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*text\.model"):
+            CogVideo(config, text=parts["text"]).save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_what_does_not_fit_is_not_saved(folder: Path, config: CogVideoConfig, parts: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ from cogvideo.config import (
     require,
     upgraded,
 )
-from cogvideo.files import named, sync, turn_in, write_text
+from cogvideo.files import named, replacing, sync, turn_in, write_text
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel
 from cogvideo.models.upscaler import UpscaleChannel
@@ -281,7 +281,8 @@ class BundleWriter:
     def add_text(self, model: bytes, where: object = "the model") -> None:
         """Write a serialized SentencePiece model, refused unless it is that of the configuration."""
         text_tokenizer(model, self.config, where)
-        self.path("text").write_bytes(model)
+        with replacing(self.path("text")) as file:
+            file.write(model)
         self._written["text"] = Entry.of(self.path("text"))
 
     def copy(self, component: str, folder: Path, entry: Entry) -> None:
