@@ -227,6 +227,14 @@ def test_clips_may_change_until_the_first_step_is_done(place: Path, tmp_path: Pa
         begin(tmp_path, place)
 
 
+def test_batches_have_at_most_all_frames(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the memory from a batch with a digit too many."""
+    write_clip(tmp_path / "clips" / "cat.mp4", 1.0, 90)
+    chain = begin(tmp_path, place, replace(QUICK, batch=10**8))
+    assert chain.batch == 8
+    assert "Batches of 8 samples, not 100,000,000" in capsys.readouterr().err
+
+
 def test_paths_that_are_no_text(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the table of the clips, which cannot name all that a disk can; the other clips go on."""
     write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)

@@ -99,7 +99,7 @@ class Finetuning:
     steps: int | None = None
     """Steps of each stage, in place of as many as fit into the time."""
     batch: int = 8
-    """Samples of a step."""
+    """Samples of a step; at most as many as the clips have frames at 8 per second."""
     fit: Literal["crop", "letterbox"] = "crop"
     """Treatment of frames that are not square: crop to the center, or add white bars."""
     seed: int = 0
@@ -235,6 +235,8 @@ class Chain:
             _say(told)
         facts = {"clips": [each.facts for each in clips], "rejected": [each._asdict() for each in rejected]}
         self.folder.describe(facts)
+        if self.batch < self.settings.batch:
+            _say(f"Batches of {self.batch:,} samples, not {self.settings.batch:,}: the clips have no more frames.")
         rows = io.StringIO(newline="")
         writer = csv.writer(rows)
         writer.writerow(("file", "start", "end", "caption", "split"))
@@ -253,6 +255,12 @@ class Chain:
         """Clips of the table."""
         return list_source(str(self.table), SourceOptions(validation=0.0)).items
 
+    @property
+    def batch(self) -> int:
+        """Samples of a step, at most as many as there are frames to train on."""
+        train = [each["seconds"] for each in self.folder.about["clips"] if each["split"] == "train"]
+        return min(self.settings.batch, sum(max(1, round(8 * seconds)) for seconds in train))
+
     # The start
 
     @cached_property
@@ -264,7 +272,7 @@ class Chain:
         some = [self.clips[place] for place in evenly(len(self.clips), 16)]
         pixels = np.concatenate([read_item(each, frames).frames for each in some])
         began = time.monotonic()
-        found = {"psnr": evaluate(base.autoencoder, pixels, self.settings.batch).psnr}
+        found = {"psnr": evaluate(base.autoencoder, pixels, self.batch).psnr}
         found["seconds_a_frame"] = (time.monotonic() - began) / len(pixels)
         if network_path("lpips-vgg").is_file():
             made = base.autoencoder.reconstruct(pixels)
@@ -301,7 +309,7 @@ class Chain:
         write_card(self.out, {} if self.is_poor else read_reports(self.base.folder))
 
     def _tokenizer(self) -> None:
-        batch = 2 * self.settings.batch
+        batch = 2 * self.batch
         pace = 4 * batch * self.quality["seconds_a_frame"]  # a backward pass takes as long as two forward ones
         steps = self._steps_of("tokenizer", lambda: pace)
         every = max(1, steps // 5)
@@ -365,7 +373,7 @@ class Chain:
         logging = StageLogging(max(1, steps // 40), every, every, keep=1, evaluate_samples=32, sample_every=0)
         settings = StageOptimization(
             steps=steps,
-            batch=self.settings.batch,
+            batch=self.batch,
             learning_rate=RATE,
             warmup=min(20, steps // 5),
             optimizer="muon",
