@@ -21,6 +21,7 @@ from cogvideo.generation.request import (
     MOST_ROUNDS,
     SamplingOptions,
     Settings,
+    check_seconds,
     usual_rounds,
 )
 from cogvideo.media.video import check_rate
@@ -102,13 +103,12 @@ class Choices(SamplingOptions):
 
     def check_seconds(self, own: CogVideoConfig) -> None:
         """Refuse a length that the model's key frames were never trained on."""
-        seen = own.sequential.durations or (SECONDS,)
-        known = ", ".join(f"{each:g}" for each in seen)
-        if own.sequential.durations:
-            reason = f"the key frames of this model were trained on clips of {known} seconds"
-        else:
-            reason = f"this model does not say what else than {known} seconds its key frames were trained on"
-        require(self.seconds in (None, *seen), f"seconds is {self.seconds}, expected {known}: {reason}")
+        if self.seconds is None:
+            return
+        check_seconds(self.seconds, own)
+        is_known = bool(own.sequential.durations) or self.seconds == SECONDS
+        reason = f"this model does not say what else than {SECONDS:g} seconds its key frames were trained on"
+        require(is_known, f"seconds is {self.seconds}, expected {SECONDS:g}: {reason}")
 
     def record(self, settings: Settings) -> Record:
         """All choices, to share with the clip: only the names of private paths, and a hash of each file."""

@@ -88,6 +88,14 @@ class Settings:
         return {each.name: values[each.name] for each in fields(SamplingOptions)}
 
 
+def check_seconds(seconds: float, own: CogVideoConfig) -> None:
+    """Refuse a length that the key frames of a model were never trained on, if the model says which those are."""
+    seen = own.sequential.durations
+    known = ", ".join(f"{each:g}" for each in seen)
+    reason = f"the key frames of this model were trained on clips of {known} seconds"
+    require(not seen or seconds in seen, f"seconds is {seconds}, expected {known}: {reason}")
+
+
 def usual_rounds(seconds: float) -> int:
     """Rounds of interpolation that give a clip of this length the frame rate of one of four seconds."""
     return max(0, Settings.rounds + math.floor(math.log2(seconds / SECONDS)))

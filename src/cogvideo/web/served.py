@@ -18,7 +18,14 @@ from torch import Tensor
 
 from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.generation.hierarchy import generate
-from cogvideo.generation.request import LARGEST_SEED, MOST_ROUNDS, Request, SamplingOptions, Settings
+from cogvideo.generation.request import (
+    LARGEST_SEED,
+    MOST_ROUNDS,
+    Request,
+    SamplingOptions,
+    Settings,
+    check_seconds,
+)
 from cogvideo.pipeline import CogVideoPipeline
 
 LONGEST_TEXT = 2000
@@ -114,9 +121,7 @@ class Served:
         seconds = float(wanted.seconds or self.config.seconds)
         low, high = SECONDS
         require(low <= seconds <= high, f"seconds is {seconds:g}, expected {low:g} to {high:g}")
-        seen = self.config.sequential.durations
-        known = ", ".join(f"{each:g}" for each in seen)
-        require(not seen or seconds in seen, f"seconds is {seconds:g}, expected {known}: the model saw no others")
+        check_seconds(seconds, self.config)
         seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
         return replace(wanted, model=asked, size=size, seconds=f"{seconds:g}", seed=seed)
 
