@@ -23,7 +23,7 @@ from cogvideo.web import uploads
 from cogvideo.web.clips import to_png
 from cogvideo.web.jobs import Jobs, Limits
 from cogvideo.web.keys import Keys
-from cogvideo.web.served import Served
+from cogvideo.web.served import Served, Wanted
 from cogvideo.web.server import application
 from cogvideo.web.site import Site
 from cogvideo.web.storage import Store
@@ -303,6 +303,14 @@ def test_only_this_machine_unless_there_are_keys(
     """Guards a first try: nobody else gets in, and who wants others in is told what to do first."""
     assert main(["serve", "--model", str(model), "--folder", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert "make a key first, `cogvideo key NAME`" in capsys.readouterr().err
+
+
+def test_lengths_are_those_of_training(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards models of short clips: by default the longest that key frames were trained on, and no others."""
+    monkeypatch.setattr(served, "config", served.config.trained_on("sequential", (2.0, 1.0)))
+    assert served.completed(Wanted(prompt="x")).seconds == "2"
+    with pytest.raises(ValueError, match=r"seconds is 4\.0, expected 2, 1: the key frames of this model"):
+        served.completed(Wanted(prompt="x", seconds="4"))
 
 
 def test_a_device_that_is_not_there(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
