@@ -33,6 +33,8 @@ from workshop import GRID, NUM_CODES, RATIO, small_config
 WIDE = 256
 """Hidden width from which every matrix is packed."""
 SIDE, PROMPTS = 16, ("a cat runs", "一只猫")
+pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole clips: the parts are checked in tests/generation
+
 ONE = Settings(rounds=1)
 SMALL = Settings(rounds=1, should_enlarge=False)
 

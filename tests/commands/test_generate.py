@@ -47,6 +47,8 @@ from gallery import make_model
 from killing import kill_at
 from workshop import RATIO
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole clips: the parts are checked in tests/generation
+
 SIDE = 16
 STAGES = ("", "first_", "superres_")
 UNGUIDED = Settings().later | {"guidance": 1.0}
