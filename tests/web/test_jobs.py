@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from cogvideo.config import InputError
 from cogvideo.web.jobs import MOST_TRIES, FullError, Job, Jobs, Limits, Progress, new_id
@@ -54,6 +56,27 @@ def test_keys_take_turns(jobs: Jobs) -> None:
     first, second, third = (add(jobs, "a", f"x{number}").id for number in range(3))
     other = add(jobs, "b", "y").id
     assert [taken(jobs, f"lease {number}") for number in range(5)] == [[first], [other], [second], [third], []]
+
+
+def test_keys_have_a_number_of_jobs_at_work(jobs: Jobs) -> None:
+    """Guards other keys against one that takes all workers: what exceeds its number waits, in batches too."""
+    own = [add(jobs, "a").id for _ in range(3)]
+    others = [add(jobs, "b").id for _ in range(2)]
+    take = partial(jobs.take, model="model", most=8, running=2)
+    assert {job.id for job in take("lost", seconds=0.0)} == {*own[:2], *others}
+    time.sleep(0.01)
+    assert {job.id for job in take("first", seconds=LONG)} == {*own[:2], *others}
+    assert take("second", seconds=LONG) == []
+    assert jobs.finish("first", own[1])
+    assert [job.id for job in take("third", seconds=LONG)] == own[2:]
+
+
+def test_errors_show_no_prompts(jobs: Jobs) -> None:
+    """Guards logs: what a database refuses is not written there."""
+    job = replace(add(jobs), work="a secret")
+    with pytest.raises(IntegrityError) as caught:
+        jobs.add(job, LIMITS)
+    assert "a secret" not in str(caught.value)
 
 
 def test_batches_are_alike(jobs: Jobs) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 
 from cogvideo.web.jobs import Jobs
 from cogvideo.web.served import WANTED, Served, pack_codes
+from cogvideo.web.storage import Store
 from serving import HAS_POSTGRES, PATIENCE, Running, kill_group, make_whole_bundle, postgres, start, wait_for
 
 KILLS = int(os.environ.get("COGVIDEO_KILLS", "12"))
@@ -40,8 +42,8 @@ def test_kills(text_model: bytes, tmp_path: Path) -> None:
         address = [_address(processes["server"])]
         accepted: dict[str, str] = {}
         is_over = Event()
-        thread = Thread(target=_ask, args=(address, accepted, is_over))
-        thread.start()
+        asking = stack.enter_context(ThreadPoolExecutor(1)).submit(_ask, address, accepted, is_over)
+        stack.callback(is_over.set)
         for number in range(KILLS):
             time.sleep(random.uniform(0, 4))
             victim = random.choice([*commands, "database"])
@@ -56,7 +58,7 @@ def test_kills(text_model: bytes, tmp_path: Path) -> None:
             if victim == "server":
                 address[0] = _address(processes[victim])
         is_over.set()
-        thread.join()
+        asking.result()
         for name in ("first worker", "second worker"):  # one may have ended: it started while there was no database
             kill_group(processes[name])
             processes[name] = start(*commands[name])
@@ -65,7 +67,7 @@ def test_kills(text_model: bytes, tmp_path: Path) -> None:
         listed = jobs.listed("local", None, 10_000, True)
         assert {job.id for job in listed} == set(accepted.values())
         assert len({job.repeat for job in listed}) == len(listed)
-        served = Served(str(model))
+        served, store = Served(str(model)), Store(str(tmp_path / "place" / "files"))
         failed = [job.reason for job in listed if job.status == "failed"]
         print(f"{len(listed)} jobs, failed: {failed}")
         assert all(failed)
@@ -74,6 +76,7 @@ def test_kills(text_model: bytes, tmp_path: Path) -> None:
             if job.status == "completed":
                 whole = jobs.find(job.id, bulky=True)
                 assert whole is not None
+                assert store.get(job.id, "video")
                 request = served.request([WANTED.validate_json(job.work)], None, None)
                 expected = {frame.place: pack_codes(frame.codes) for frame in served.pipeline.frames(request)}
                 rows = served.unpack(whole.codes)

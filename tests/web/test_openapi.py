@@ -41,7 +41,7 @@ def test_answers_are_as_described(examples: int, text_model: bytes, tmp_path: Pa
     done = site.order("local", Order(Wanted(prompt="a cat", rounds=0)))
     stopping = Event()
     stopping.wait = lambda _: stopping.set()  # type: ignore[assignment, method-assign, return-value]
-    Worker(site.jobs, site.store, served, 8, 1000.0, stopping).run()
+    Worker(site.jobs, site.store, served, 8, 1000.0, 0, stopping).run()
     app = application(site, ["*"])
     before = sorted(tmp_path.iterdir())
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)

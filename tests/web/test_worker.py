@@ -62,7 +62,7 @@ def codes(site: Site, id: str) -> dict[int, bytes]:
 
 
 def worker(site: Site, batch: int = 8, stopping: Event | None = None) -> Worker:
-    return Worker(site.jobs, site.store, site.served, batch, 1000.0, stopping or Event())
+    return Worker(site.jobs, site.store, site.served, batch, 1000.0, 0, stopping or Event())
 
 
 def work_off(site: Site, batch: int = 8) -> None:

@@ -43,10 +43,13 @@ class Work:
     """Largest number of clips to generate at once, less if memory is short."""
     lease: float = 30.0
     """Seconds after which others take over the clips of a worker that died."""
+    running: int = 0
+    """Largest number of clips of a key that all workers make at once; 0 for any number."""
 
     def __post_init__(self) -> None:
         require(self.batch > 0, f"batch is {self.batch}, expected a positive number")
         require(self.lease > 0, f"lease is {self.lease}, expected a positive number of seconds")
+        require(self.running >= 0, f"running is {self.running}, expected 0 (any number) or more")
 
 
 def serve(
@@ -108,7 +111,7 @@ def serve(
     site = Site(Served(work.model), Jobs(queue), Store(files), keys if has_keys else None, Limits(waiting, kept))
     hosts = ["*"] if host in ANYWHERE and not names else ["127.0.0.1", "localhost", "[::1]", host, *names]
     leave_on_sigterm()
-    arguments = (queue, files, work.model, work.device, work.batch, work.lease)
+    arguments = (queue, files, work.model, work.device, work.batch, work.lease, work.running)
     with listening(host, port) as listener, running(workers, worker.work, arguments):
         shown = "127.0.0.1" if host in ANYWHERE else host
         address = f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}"
@@ -160,7 +163,7 @@ def worker(*, place: Place = Place(), work: Work = Work()) -> None:  # frozen
 
     queue, files = place.urls()
     print(f"working for {queue.rpartition('@')[2]}", flush=True)
-    worker.work(queue, files, work.model, work.device, work.batch, work.lease)
+    worker.work(queue, files, work.model, work.device, work.batch, work.lease, work.running)
 
 
 def key(name: str, /, *, folder: Path = FOLDER) -> None:

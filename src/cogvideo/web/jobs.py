@@ -51,8 +51,8 @@ MOST_TRIES = 5
 """Workers that may die over a job without finishing a frame."""
 PATIENCE = 30
 """Seconds to wait for another process to finish its transaction."""
-POOL: dict[str, Any] = {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 40}
-"""As many connections as a server has threads, ten of which stay open."""
+POOL: dict[str, Any] = {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 40, "hide_parameters": True}
+"""As many connections as a server has threads, ten of which stay open. Errors show no prompts."""
 
 Unreachable = (OperationalError, InterfaceError)
 """Errors of a database that cannot be reached now. Trying again may help."""
@@ -244,7 +244,7 @@ class Jobs:
             connection.execute(update(JOBS).where(nothing).values(failed | {"lease": None}))
             connection.execute(update(JOBS).where(unfinished).values(is_stopped=True))
 
-    def take(self, lease: str, model: str, most: int, seconds: float) -> list[Job]:
+    def take(self, lease: str, model: str, most: int, seconds: float, running: int = 0) -> list[Job]:
         """Take a job, and others alike for the same batch.
 
         Free are jobs that wait, and those whose lease has ended. The owner who was last served the longest ago is next,
@@ -255,8 +255,9 @@ class Jobs:
             model: fingerprint of the worker's model.
             most: number of jobs.
             seconds: length of the lease.
+            running: most jobs of an owner at work at once, 0 for any number.
         """
-        with self._writing() as connection:
+        with self._writing("take" if running else "") as connection:
             now = self._now(connection)
             held = select(*JOBS.c).where(JOBS.c.lease == lease).order_by(JOBS.c.created, JOBS.c.id)
             if rows := connection.execute(held).all():
@@ -270,6 +271,12 @@ class Jobs:
             served = select(func.max(others.c.taken)).where(others.c.owner == JOBS.c.owner).scalar_subquery()
             free = select(JOBS.c.id, JOBS.c.alike, JOBS.c.places).where(is_free).with_for_update(skip_locked=True)
             turn = (func.coalesce(served, 0.0), JOBS.c.created, JOBS.c.id)
+            if running:
+                is_at_work = and_(others.c.status == "in_progress", others.c.lease_end >= now)
+                is_earlier = tuple_(others.c.created, others.c.id) < tuple_(JOBS.c.created, JOBS.c.id)
+                is_first = and_(others.c.status.in_(OPEN), others.c.alike == JOBS.c.alike, is_earlier)
+                before = select(func.count()).where(others.c.owner == JOBS.c.owner, or_(is_at_work, is_first))
+                free = free.where(before.scalar_subquery() < running)
             first = connection.execute(free.order_by(*turn).limit(1)).first()
             if first is None:
                 return []

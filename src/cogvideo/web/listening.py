@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from cogvideo.config import InputError, require
 
 HOST = "127.0.0.1"
 """The address that only this machine can reach."""
+HEAD_SECONDS = 10.0
+"""Time for a client to send the head of a request."""
+READ_SECONDS = 60.0
+"""Time for a client to take in data that waits for it."""
+MOST_CONNECTIONS = 500
+"""Connections at once. Systems usually allow 1,024 open files, which the queue needs, too."""
+
+
+class Connection(H11Protocol):
+    """A connection that is closed if requests begin and do not go on, or if there are too many."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for a request."""
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.abort()
+        else:
+            self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Take in a part of a request. More of it does not give the client more time."""
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._wait()
+        elif self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _wait(self) -> None:
+        self._deadline = self._deadline or self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
 
 @contextmanager
@@ -30,6 +64,8 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     require(0 <= port < 65536, f"port is {port}, expected a number in [0, 65535]")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with suppress(AttributeError):  # only Linux has it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * READ_SECONDS))
         try:
             listener.bind((host, port))
             listener.listen(1024)
@@ -51,7 +87,7 @@ def run(app: ASGIApp, listener: socket.socket) -> None:
     """Serve until the process is interrupted."""
     config = uvicorn.Config(
         app,
-        http="h11",  # which limits the size of headers
+        http=Connection,  # and h11 limits the size of headers
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=1,

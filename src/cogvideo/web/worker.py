@@ -40,7 +40,7 @@ GIVEN, LAST = "given.npy", "last.npy"
 """Files with uploaded frames."""
 
 
-def work(queue: str, files: str, model: str, device: str, batch: int, lease: float) -> None:
+def work(queue: str, files: str, model: str, device: str, batch: int, lease: float, running: int) -> None:
     """Work until SIGTERM or Ctrl-C comes, or the process that started this one has died.
 
     Raises:
@@ -51,7 +51,7 @@ def work(queue: str, files: str, model: str, device: str, batch: int, lease: flo
         signal.signal(each, lambda *_: stopping.set())
     if parent_process() is not None:
         Thread(target=_outlive, args=(stopping,), daemon=True).start()
-    worker = Worker(Jobs(queue), Store(files), Served(model, usable(device)), batch, lease, stopping)
+    worker = Worker(Jobs(queue), Store(files), Served(model, usable(device)), batch, lease, running, stopping)
     with suppress(*Unreachable):  # only when it is to stop; its lease will end
         worker.run()
 
@@ -73,18 +73,21 @@ class Worker:
         served: model.
         batch: most jobs that are made together.
         lease: seconds after which others may take the jobs of a worker that gives no sign of life.
+        running: most jobs of a key at work at once, in all workers; 0 for any number.
         stopping: set when it is to stop.
     """
 
-    def __init__(self, jobs: Jobs, store: Store, served: Served, batch: int, lease: float, stopping: Event) -> None:
+    def __init__(
+        self, jobs: Jobs, store: Store, served: Served, batch: int, lease: float, running: int, stopping: Event
+    ) -> None:
         self.jobs, self.store, self.served = jobs, store, served
-        self.batch, self.lease, self.stopping = batch, lease, stopping
+        self.batch, self.lease, self.running, self.stopping = batch, lease, running, stopping
 
     def run(self) -> None:
         """Work until `stopping` is set."""
         while not self.stopping.is_set():
             lease = token_hex(16)
-            take = partial(self.jobs.take, lease, self.served.fingerprint, self.batch, self.lease)
+            take = partial(self.jobs.take, lease, self.served.fingerprint, self.batch, self.lease, self.running)
             jobs = self._reach(take)
             if not jobs:
                 self.stopping.wait(IDLE)

@@ -1,0 +1,99 @@
+"""Clients that begin and do not go on: each is given up, and the others are answered."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+SERVER = """
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
+
+from cogvideo.web import guard, listening
+
+listening.HEAD_SECONDS = guard.BODY_SECONDS = 0.5
+listening.READ_SECONDS = 0.5
+listening.MOST_CONNECTIONS = 20
+
+async def answer(request):
+    return Response(bytes(100_000_000) if request.url.path == "/large" else await request.body())
+
+app = guard.Guard(Starlette(routes=[Route("/{name}", answer, methods=["GET", "POST"])]))
+with listening.listening("127.0.0.1", 0) as listener:
+    print(listener.getsockname()[1], flush=True)
+    listening.run(app, listener)
+"""
+PATIENCE = 10
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield int(server.stdout.readline())
+        finally:
+            server.kill()
+
+
+def until_closed(client: socket.socket, drop: bytes = b"") -> bytes:
+    """Answers until the server hangs up, while a byte at a time is sent."""
+    answers = b""
+    end = time.monotonic() + PATIENCE
+    client.settimeout(0.1)
+    with suppress(ConnectionError):
+        while time.monotonic() < end:
+            with suppress(TimeoutError):
+                if not (answer := client.recv(2**20)):
+                    return answers
+                answers += answer
+            client.sendall(drop)
+        pytest.fail("the server does not hang up")
+    return answers
+
+
+WHOLE = b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi"
+
+
+@pytest.mark.parametrize(
+    ("begin", "drop", "status"),
+    [
+        (b"", b"", b""),
+        (b"GET /x HTTP/1.1\r\nX: ", b"x", b""),
+        (WHOLE + b"GET /", b"x", b" 200 "),
+        (b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n", b"x", b" 408 "),
+        (b"POST /x HTTP/1.1\r\nHost: a\r\nOrigin: b\r\nContent-Length: 9999\r\n\r\n", b"x", b" 403 "),
+    ],
+)
+def test_clients_that_do_not_go_on(port: int, begin: bytes, drop: bytes, status: bytes) -> None:
+    """Guards connections against clients that hold them: heads and bodies have their time, however they trickle."""
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(begin)
+        assert status in until_closed(client, drop)
+
+
+def test_clients_that_do_not_read(port: int) -> None:
+    """Guards memory against answers that nobody takes."""
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+        time.sleep(2)
+        assert len(until_closed(client)) < 100_000_000
+
+
+def test_too_many_clients(port: int) -> None:
+    """Guards the queue's files against clients that take all there are. Patient ones are answered afterwards."""
+    clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+    for client in clients[20:]:
+        assert until_closed(client) == b""
+    for client in clients:
+        client.close()
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(WHOLE)
+        assert client.recv(2**20).startswith(b"HTTP/1.1 200 OK")
