@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -11,15 +12,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import yaml
 
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import COMMANDS, main
 from cogvideo.commands.info import info
+from cogvideo.commands.options import parse
 from cogvideo.config import (
     CogVideoConfig,
     LayoutConfig,
@@ -218,6 +222,20 @@ def test_shown_commands_exist() -> None:
             assert re.search(rf"{option}\b", help_of(each.name)), option
     mentioned = re.findall(r"`cogvideo ([a-z]+(?: [a-z]+)?)", "".join(page.read_text() for page in GUIDES))
     assert {each for each in mentioned if each not in COMMANDS and each.split()[0] not in COMMANDS} == set()
+
+
+def test_containers_run_commands_that_exist() -> None:
+    """Guards deployments: what containers start is understood, and none of it runs as root."""
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    (command,) = [json.loads(line.removeprefix("CMD ")) for line in lines if line.startswith("CMD ")]
+    assert "USER 1000" in lines
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    assert services["database"]["user"] == "postgres"
+    for name, *arguments in [command, *(services[each]["command"].split() for each in ("server", "worker"))]:
+        module, function = COMMANDS[name].target.split(":")
+        parse(name, getattr(import_module(module), function), arguments)
+    copied = [part for line in lines if line.startswith("COPY ") for part in line.split()[1:-1]]
+    assert {f"!{each}" for each in copied} <= set((ROOT / ".dockerignore").read_text().splitlines())
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)

@@ -61,6 +61,8 @@ def serve(
     waiting: int = 100,
     kept: int = 10_000,
     browser: bool = False,
+    ray: bool = False,
+    ray_address: str | None = None,
     place: Place = Place(),  # frozen
     work: Work = Work(),  # frozen
 ) -> None:
@@ -77,6 +79,8 @@ def serve(
         waiting: Largest number of unfinished videos of a key.
         kept: Largest number of videos of a key, with finished ones.
         browser: Open the studio, its page, in a browser.
+        ray: Run server and workers by Ray Serve (needs the extra ray); each worker takes a GPU or a core.
+        ray_address: Address of a Ray cluster that shares queue, files and keys; a local one is started by default.
         place: Queue and files.
         work: Generation.
 
@@ -85,7 +89,10 @@ def serve(
         OSError: the folder cannot be written.
     """
     import webbrowser
-    from threading import Thread
+    from contextlib import ExitStack
+    from threading import Event, Thread
+
+    from starlette.types import ASGIApp
 
     from cogvideo.devices import usable
     from cogvideo.web import worker
@@ -100,25 +107,39 @@ def serve(
 
     require(workers >= 0, f"workers is {workers}, expected 0 or more")
     require(waiting > 0 and kept > 0, f"waiting is {waiting} and kept {kept}, expected positive numbers")
-    if workers:
+    if workers and not ray:
         usable(work.device)
     queue, files = place.urls()
-    keys = Keys(place.folder / "keys")
-    has_keys = bool(keys.read())
+    has_keys = bool(Keys(place.folder / "keys").read())
     require(
         has_keys or is_local(host), f"host is {host}, which others can reach: make a key first, `cogvideo key NAME`"
     )
-    site = Site(Served(work.model), Jobs(queue), Store(files), keys if has_keys else None, Limits(waiting, kept))
     hosts = ["*"] if host in ANYWHERE and not names else ["127.0.0.1", "localhost", "[::1]", host, *names]
+
+    def make() -> ASGIApp:
+        keys = Keys(place.folder / "keys") if has_keys else None
+        return application(Site(Served(work.model), Jobs(queue), Store(files), keys, Limits(waiting, kept)), hosts)
+
+    app = make()
     leave_on_sigterm()
     arguments = (queue, files, work.model, work.device, work.batch, work.lease, work.running)
-    with listening(host, port) as listener, running(workers, worker.work, arguments):
+    with listening(host, port) as listener, ExitStack() as stack:
+        port = listener.getsockname()[1]
+        if ray:
+            from cogvideo.web.cluster import deployed
+
+            listener.close()
+            stack.enter_context(deployed(make, host, port, ray_address, workers, arguments))
+        else:
+            stack.enter_context(running(workers, worker.work, arguments))
         shown = "127.0.0.1" if host in ANYWHERE else host
-        address = f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}"
+        address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
         print(address, flush=True)
         if browser:
             Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # which may wait for it
-        run(application(site, hosts), listener)
+        if ray:
+            Event().wait()
+        run(app, listener)
 
 
 def studio(

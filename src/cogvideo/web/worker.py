@@ -51,9 +51,18 @@ def work(queue: str, files: str, model: str, device: str, batch: int, lease: flo
         signal.signal(each, lambda *_: stopping.set())
     if parent_process() is not None:
         Thread(target=_outlive, args=(stopping,), daemon=True).start()
-    worker = Worker(Jobs(queue), Store(files), Served(model, usable(device)), batch, lease, running, stopping)
-    with suppress(*Unreachable):  # only when it is to stop; its lease will end
-        worker.run()
+    open_worker(stopping, queue, files, model, device, batch, lease, running).run()
+
+
+def open_worker(
+    stopping: Event, queue: str, files: str, model: str, device: str, batch: int, lease: float, running: int
+) -> Worker:
+    """A worker, from what the command line says.
+
+    Raises:
+        ValueError: the model, the queue, or the place of files cannot be used.
+    """
+    return Worker(Jobs(queue), Store(files), Served(model, usable(device)), batch, lease, running, stopping)
 
 
 def _outlive(stopping: Event) -> None:
@@ -85,15 +94,20 @@ class Worker:
 
     def run(self) -> None:
         """Work until `stopping` is set."""
-        while not self.stopping.is_set():
-            lease = token_hex(16)
-            take = partial(self.jobs.take, lease, self.served.fingerprint, self.batch, self.lease, self.running)
-            jobs = self._reach(take)
-            if not jobs:
-                self.stopping.wait(IDLE)
-                continue
-            with self._renewing(lease):
-                self._make(lease, jobs)
+        with suppress(*Unreachable):  # only when it is to stop; its lease will end
+            while not self.stopping.is_set():
+                self._work()
+
+    def _work(self) -> None:
+        """Do the next jobs, if there are any."""
+        lease = token_hex(16)
+        take = partial(self.jobs.take, lease, self.served.fingerprint, self.batch, self.lease, self.running)
+        jobs = self._reach(take)
+        if not jobs:
+            self.stopping.wait(IDLE)
+            return
+        with self._renewing(lease):
+            self._make(lease, jobs)
 
     def _fitting(self, lease: str, jobs: Sequence[Job]) -> Sequence[Job]:
         """As many jobs as memory allows; the others go back."""
