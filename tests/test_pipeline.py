@@ -471,3 +471,18 @@ def test_calls_that_cannot_be_right_are_refused(options: dict[str, Any], message
     """Guards what users pass who come from other libraries."""
     with pytest.raises(ValueError, match=message):
         CogVideoPipeline.from_pretrained(folder)(**{"prompt": PROMPTS[0]} | options)
+
+
+@pytest.mark.soak  # the model in the box
+def test_long_clips_have_no_joints() -> None:
+    """Guards clips of several sequences of key frames: where one goes on from another, frames change no more than
+    elsewhere."""
+    pipeline = CogVideoPipeline.from_pretrained("pocket")
+    settings = replace(pipeline.settings.lasting(20, pipeline.model.config), rounds=0, should_enlarge=False)
+    prompt = "a yellow face blinks, then opens its mouth into a happy smile, on a light blue background"
+    clips = pipeline(prompt, settings=settings, generator=torch.Generator().manual_seed(3))
+    assert (clips.frames.shape[:2], clips.fps) == ((1, 21), 1)
+    changes = np.abs(np.diff(clips.frames[0].astype(float), axis=0)).mean((1, 2, 3))
+    joints, others = changes[4::3], np.delete(changes, np.s_[4::3])
+    assert joints.mean() < 1.25 * others.mean()
+    assert joints.max() <= others.max()

@@ -162,11 +162,12 @@ class CogVideoPipeline:
 
     def fps(self, settings: Settings) -> float:
         """Frames per second of a clip with these settings."""
-        return (self.num_frames(settings) - 1) / settings.duration
+        return (self.model.config.layout.num_frames - 1) * 2**settings.rounds / settings.duration
 
     def num_frames(self, settings: Settings) -> int:
         """Number of frames of a clip with these settings."""
-        return (self.model.config.layout.num_frames - 1) * 2**settings.rounds + 1
+        gaps = self.model.config.layout.num_frames - 1 + settings.more_key_frames
+        return gaps * 2**settings.rounds + 1
 
     def encode(self, pictures: Iterable[Picture]) -> Int64[Tensor, "frames slots"]:
         """Encode pictures, cropped to squares of the model's size.

@@ -291,10 +291,16 @@ def test_a_model_of_short_clips_makes_short_clips(model: str, inside: Path, caps
     assert len(frames_of(inside / "out" / "a-cat")) == 5
     expected = made("short", "a cat", 3, rounds=0, duration=0.5)
     assert np.array_equal(frames_of(inside / "out" / "a-cat"), expected)
-    told = refused(capsys, "a cat", "--model", "short", "--seconds", "4")
-    assert "seconds is 4.0, expected 1, 0.5: the key frames of this model were trained on clips of 1, 0.5" in told
+    run(*options, "--seconds", 1.5, "--rounds", 0, "--output", "long.mp4")
+    frames, rate, _, record = read(inside / "long.mp4")
+    assert (len(frames), rate, record["seconds"]) == (7, 4, 1.5)
+    run("--from-sidecar", "long.json", "--output", "again.mp4")
+    told = refused(capsys, "a cat", "--model", "short", "--seconds", "0.25")
+    assert "seconds is 0.25, expected 1, 0.5, or a longer one: the key frames of this model" in told
+    told = refused(capsys, "a cat", "--model", "short", "--seconds", "1.4")
+    assert "seconds is 1.4, expected a multiple of 0.25, the time between key frames, up to 60" in told
     told = refused(capsys, "a cat", "--model", model, "--seconds", "2")
-    assert "seconds is 2.0, expected 4: this model does not say" in told
+    assert "seconds is 2.0, expected 4 or more: this model does not say" in told
 
 
 def test_a_model_has_values_of_its_own(model: str, inside: Path) -> None:

@@ -106,13 +106,16 @@ def test_ways_to_decode_give_the_same_clip(system: CogVideo, passes: Passes) -> 
     assert torch.equal(clip(system, PROMPTS, [3, 4], settings=replace(how, passes=passes)), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"given": 3}, {"given": 1, "last": True}, {"loop": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"given": 3}, {"given": 1, "last": True}, {"loop": True}, {"given": 3, "more_key_frames": 1}]
+)
 def test_an_interrupted_run_goes_on(system: CogVideo, options: dict[str, Any]) -> None:
     """Guards clips that survive their process: from any finished frames, the others come as if nothing had happened."""
     some = some_frames(4)
     given = {"given": some[: options["given"]]} if "given" in options else {}
     asked = options | given | ({"last": some[3]} if "last" in options else {})
-    how = settings(later=SamplingConfig(1.05, clusters=3))  # text bonus in all stages
+    more = asked.pop("more_key_frames", 0)
+    how = settings(later=SamplingConfig(1.05, clusters=3), more_key_frames=more)  # text bonus in all stages
     frames = list(generate(system, request(PROMPTS, 3, 4, settings=how, **asked)))
     for count in range(2, len(frames), 3):
         finished = {frame.place: frame.codes for frame in frames[:count]}
@@ -135,6 +138,29 @@ def test_finished_frames_are_not_generated_again(system: CogVideo, monkeypatch: 
         finished = {frame.place: frame.codes for frame in frames[:count]}
         assert len(list(generate(system, request(PROMPTS, 3, 4, finished=finished)))) == 9 - count
     assert starts == [2, 0, 0, 1]  # key frames and all gaps; all gaps; second gaps
+
+
+def test_long_clips_go_on(system: CogVideo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards long clips: every frame once, no more memory than a short one, which is their beginning; each sequence of
+    key frames begins with the last two of the one before."""
+    short, calls = clip(system, PROMPTS, [3, 4]), []
+    decode = hierarchy.decode
+
+    def watched(model: Any, layout: Any, condition: Any, given: Tensor, *rest: Any, **options: Any) -> Any:
+        calls.append((layout.order, given))
+        return decode(model, layout, condition, given, *rest, **options)
+
+    monkeypatch.setattr(hierarchy, "decode", watched)
+    events = list(generate(system, request(PROMPTS, 3, 4, settings=settings(more_key_frames=4))))
+    assert sorted(event.place for event in events) == list(range(17))
+    whole = collect(events)
+    assert torch.equal(whole[:, :9], short)
+    contexts = [given for order, given in calls if order == (0, 1, 2, 3, 4)]
+    assert len(contexts) == 3
+    for sequence, given in enumerate(contexts[1:], 1):
+        assert torch.equal(given, whole[:, [6 * sequence, 6 * sequence + 2]])
+    assert max(len(given) for _, given in calls) == 2 * 2
+    assert not torch.equal(whole[:, 6:9], whole[:, 12:15])
 
 
 @pytest.mark.parametrize(("count", "number"), [(1, 9), (2, 10), (3, 9), (7, 13)])
@@ -248,6 +274,10 @@ def test_impossible_rounds_are_refused(rounds: int) -> None:
         ({"given": some_frames(1)[..., :-1]}, "15"),
         ({"given": some_frames(2), "last": some_frames(1)[0]}, "got a last frame and 2 leading ones, expected one"),
         ({"last": some_frames(1)[0]}, "got a last frame and 0 leading ones, expected one"),
+        (
+            {"given": some_frames(1), "last": some_frames(1)[0], "settings": settings(more_key_frames=1)},
+            "a last frame has one sequence",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_any_work(system: CogVideo, change: dict[str, object], message: str) -> None:

@@ -170,7 +170,7 @@ REFUSED = [
     ({"prompt": "x", "colour": 1}, "colour: unexpected keyword argument, got 1"),
     ({"prompt": "x", "model": "sora-2"}, "model is 'sora-2', expected small"),
     ({"prompt": "x", "size": "9x9"}, "size is '9x9', expected 32x32 or 16x16"),
-    ({"prompt": "x", "seconds": "99"}, "seconds is 99, expected 0.5 to 16"),
+    ({"prompt": "x", "seconds": "99"}, "seconds is 99, expected 0.5 to 60"),
     ({"prompt": "x", "top_p": 7}, "top_p is 7.0"),
     ({"prompt": "x", "input_reference": {"image_url": "http://a/b"}}, "image_url is no data URL"),
     ({"prompt": "x", "input_reference": {"image_url": "data:x;base64,%"}}, "image_url is not valid Base64"),
@@ -306,11 +306,13 @@ def test_only_this_machine_unless_there_are_keys(
 
 
 def test_lengths_are_those_of_training(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards models of short clips: by default the longest that key frames were trained on, and no others."""
+    """Guards lengths: by default the longest that key frames were trained on; others of them, or a longer clip."""
     monkeypatch.setattr(served, "config", served.config.trained_on("sequential", (2.0, 1.0)))
     assert served.completed(Wanted(prompt="x")).seconds == "2"
-    with pytest.raises(ValueError, match=r"seconds is 4\.0, expected 2, 1: the key frames of this model"):
-        served.completed(Wanted(prompt="x", seconds="4"))
+    long = served.completed(Wanted(prompt="x", seconds="5", rounds=0))
+    assert (served.pipeline.num_frames(served.settings(long)), served.fps(long)) == (11, 2)
+    with pytest.raises(ValueError, match=r"seconds is 1\.5, expected 2, 1, or a longer one: the key frames"):
+        served.completed(Wanted(prompt="x", seconds="1.5"))
 
 
 def test_a_device_that_is_not_there(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,7 @@ class Choices(SamplingOptions):
     """Image to animate: the first frame of the clip. For a video, its first frame is used."""
     extend: Path | None = None
     """Video to continue: its frames are kept, at the rate of the clip (8 per second with three rounds), and up to
-    four seconds follow."""
+    four seconds follow, or --seconds."""
     first: Path | None = None
     """Image for the first frame; requires --last."""
     last: Path | None = None
@@ -53,7 +53,7 @@ class Choices(SamplingOptions):
     """Text to move away from by guidance; the model's own unconditional text if empty."""
     seconds: float | None = None
     """Length of the clip in seconds, such as 4, 2, 1 or 0.5: one that the key frames were trained on, the longest of
-    them by default."""
+    them by default. A longer clip, such as 20, goes on in overlapping sequences."""
     rounds: int | None = None
     """Rounds of interpolation: 0 to 3 give 5, 9, 17 or 33 frames in four seconds. Up to 6, each doubles the rate;
     by default, 8 frames per second."""
@@ -91,12 +91,10 @@ class Choices(SamplingOptions):
 
     def settings(self, own: CogVideoConfig) -> Settings:
         """Settings of a clip by a model."""
-        settings = super().settings(own)
-        seconds = settings.duration if self.seconds is None else self.seconds
+        settings = super().settings(own).lasting(self.seconds or own.seconds, own)
         return replace(
             settings,
-            duration=seconds,
-            rounds=usual_rounds(seconds) if self.rounds is None else self.rounds,
+            rounds=usual_rounds(settings.duration) if self.rounds is None else self.rounds,
             negative=self.negative or None,
             should_enlarge=self.superres,
         )
@@ -106,9 +104,9 @@ class Choices(SamplingOptions):
         if self.seconds is None:
             return
         check_seconds(self.seconds, own)
-        is_known = bool(own.sequential.durations) or self.seconds == SECONDS
+        is_known = bool(own.sequential.durations) or self.seconds >= SECONDS
         reason = f"this model does not say what else than {SECONDS:g} seconds its key frames were trained on"
-        require(is_known, f"seconds is {self.seconds}, expected {SECONDS:g}: {reason}")
+        require(is_known, f"seconds is {self.seconds}, expected {SECONDS:g} or more: {reason}")
 
     def record(self, settings: Settings) -> Record:
         """All choices, to share with the clip: only the names of private paths, and a hash of each file."""
@@ -116,7 +114,7 @@ class Choices(SamplingOptions):
             check_name(path)  # the record is UTF-8
         found = asdict(self) | {name: public(path) for name, path in self.files.items()}
         found |= {"model": public(Path(self.model)), "negative": settings.negative} | settings.sampling_options
-        found |= {"seconds": settings.duration, "rounds": settings.rounds}
+        found |= {"seconds": self.seconds or settings.duration, "rounds": settings.rounds}
         return found | {"sha256": {name: _hash(path) for name, path in self.files.items()}}
 
 

@@ -98,13 +98,17 @@ class _Run:
         self.condition = partial(request.condition, system)
         self.layout = system.config.layout
         self.gaps = self.layout.num_frames - 1
+        self.num_key_frames = self.layout.num_frames + self.settings.more_key_frames
         self.rounds = self.settings.rounds
         if request.last is not None:
             got = f"{self.gaps} gaps between key frames are not a power of two"
             require(self.gaps.bit_count() == 1, f"{got}: a last frame cannot be used")
             self.rounds += self.gaps.bit_length() - 1
-        # One generator per sample and stage, so that a stage's draws do not depend on the other stages.
-        names = ("image", "sequential", "interpolation")
+        # One generator per sample and stage, so that a stage's draws do not depend on the other stages; and one for
+        # each further sequence of key frames, so that a long clip begins with the short one of the same seed.
+        further = -(-self.settings.more_key_frames // (self.layout.num_frames - MOST_CONTEXT))
+        self.sequences = ["sequential", *(f"sequence {number}" for number in range(further))]
+        names = ("image", "sequential", "interpolation", *self.sequences[1:])
         children = [spawn(generator, len(names)) for generator in request.generators]
         self.streams = dict(zip(names, zip(*children, strict=True), strict=True))
         self.finished: dict[int, Int64[Tensor, "batch slots"]] = {}
@@ -142,8 +146,9 @@ class _Run:
         if len(given):
             context = min(MOST_CONTEXT, 1 + (len(given) - 1) // step)
             start = len(given) - 1 - (context - 1) * step
-        num_frames = start + self.gaps * step + 1 - request.loop
-        self.finished = {place - start: codes for place, codes in request.finished.items()}
+        num_frames = start + (self.num_key_frames - 1) * step + 1 - request.loop
+        # Frames between given key frames are drawn, though not kept: the next ones see those, not the given ones.
+        self.finished = {place - start: each for place, each in request.finished.items() if place >= len(given)}
         for place, codes in enumerate(given):
             if place not in request.finished:
                 yield Finished("given", place, num_frames, codes.expand(len(request.prompts), -1))
@@ -175,7 +180,10 @@ class _Run:
             codes, step = longer, step // 2
 
     def key_frames(self, given: Codes, step: int) -> Generator[Finished, None, Codes]:
-        """Generate the first frame by the image model and the others by the sequential stage; returns all."""
+        """Generate the first frame by the image model and the others by the sequential stage; returns all.
+
+        Each further sequence of a long clip begins with the last key frames of the one before.
+        """
         if not given.shape[1]:
             for first in self.image():
                 given = first.codes[:, None]
@@ -183,19 +191,22 @@ class _Run:
         layout = SequenceLayout.sequential(self.layout)
         again = given[:, : int(self.request.loop)]
         codes = [*given.unbind(1)]
-        count = layout.num_frames - again.shape[1]
-        known = takewhile(self.finished.__contains__, range(len(codes) * step, count * step, step))
-        finished = [self.finished[place] for place in known]
-        codes += finished
-        wanted = count - len(codes)
-        if wanted:
-            model = self.system.sequential
-            condition = self.condition(1.0, self.settings.later.guidance)
-            streams = self.streams["sequential"]
-            drawn = self.decode(model, layout, condition, given, streams, self.settings.later, finished)
-            for place, frame in islice(drawn, wanted):  # later frames are never generated
-                codes.append(frame)
-                yield Finished("sequential", place * step, 0, frame)
+        count = self.num_key_frames - again.shape[1]
+        condition = self.condition(1.0, self.settings.later.guidance)
+        for sequence in self.sequences:
+            start = max(0, len(codes) - MOST_CONTEXT)
+            given = torch.stack(codes[start:], 1)
+            end = min(start + layout.num_frames, count)
+            known = takewhile(self.finished.__contains__, range(len(codes) * step, end * step, step))
+            finished = [self.finished[place] for place in known]
+            codes += finished
+            wanted = end - len(codes)
+            if wanted:
+                model, streams = self.system.sequential, self.streams[sequence]
+                drawn = self.decode(model, layout, condition, given, streams, self.settings.later, finished)
+                for place, frame in islice(drawn, wanted):  # later frames are never generated
+                    codes.append(frame)
+                    yield Finished("sequential", (start + place) * step, 0, frame)
         return torch.cat([torch.stack(codes, 1), again], 1)
 
     def image(self) -> Iterator[Finished]:
@@ -231,7 +242,8 @@ class _Run:
     def interpolate(
         self, codes: Codes, generators: Sequence[torch.Generator], share: float, step: int
     ) -> Iterator[Finished]:
-        """Generate one frame for every gap; the sequences of the round are decoded as one batch or a few.
+        """Generate one frame for every gap; the sequences of the round are decoded as one batch or a few, those of
+        a long clip by default as many at a time as a short clip has.
 
         A sequence takes neighboring frames; its last frame is the first of the next sequence. If the gaps
         cannot be divided evenly, the last sequence overlaps the one before, and duplicate frames are dropped.
@@ -241,7 +253,7 @@ class _Run:
         spans = _spans(codes.shape[1], layout.num_bidirectional)
         streams = [spawn(generator, len(spans)) for generator in generators]
         condition = self.condition(share, self.settings.interpolation_guidance)
-        at_once = self.settings.sequences_at_once or len(spans)
+        at_once = self.settings.sequences_at_once or len(spans) * self.gaps // (self.num_key_frames - 1)
         for first in range(0, len(spans), at_once):
             part = slice(first, first + at_once)
             rows = [generator for stream in streams for generator in stream[part]]

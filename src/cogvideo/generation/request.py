@@ -18,7 +18,9 @@ from cogvideo.layout import SequenceLayout, check_code_range
 from cogvideo.text import is_visible
 
 MOST_CONTEXT = 2
-"""Number of last key frames of an extended clip that new ones continue; two frames show the model motion."""
+"""Number of last key frames that the next sequence of a long clip, or an extension, begins with; two show motion."""
+LONGEST = 60.0
+"""Seconds of the longest clip."""
 MOST_ROUNDS = 6
 """Rounds of interpolation that give 257 frames in four seconds."""
 LARGEST_SEED = 2**63 - 1
@@ -35,7 +37,9 @@ class Settings:
     rounds: int = 3
     """Rounds of interpolation: 5 key frames become 9, 17, 33, ..."""
     duration: float = 4.0
-    """Seconds from the first to the last key frame."""
+    """Seconds that a sequence of key frames spans."""
+    more_key_frames: int = 0
+    """Key frames after those of the first sequence, generated in further ones that overlap by two."""
     first: SamplingConfig = CogVideoConfig.first_sampling
     """Sampler and guidance of the first frame."""
     later: SamplingConfig = CogVideoConfig.later_sampling
@@ -51,8 +55,8 @@ class Settings:
     text_bonus: float = CogVideoConfig.text_bonus
     """Added to the attention scores of text where there is no guidance."""
     sequences_at_once: int = 0
-    """Number of sequences of a round (two gaps each) decoded as one batch; 0 is all. Fewer need less memory
-    and more passes, and give the same clip."""
+    """Number of sequences of a round (two gaps each) decoded as one batch; 0 is all, in a long clip
+    all of four seconds. Fewer need less memory and more passes, and give the same clip."""
     passes: Passes = Passes(draft=8)  # noqa: RUF009  # frozen
     """Slots per pass, which only affect the speed: drafts of up to 8 need half the passes."""
     truncate: bool = False
@@ -62,6 +66,7 @@ class Settings:
         require(self.rounds in range(MOST_ROUNDS + 1), f"rounds is {self.rounds!r:.60}, expected 0 to {MOST_ROUNDS}")
         require(self.sequences_at_once >= 0, f"sequences_at_once is {self.sequences_at_once}, expected 0 (all) or more")
         require(self.duration > 0, f"duration is {self.duration}, expected a positive number of seconds")
+        require(self.more_key_frames >= 0, f"more_key_frames is {self.more_key_frames}, expected 0 or more")
         require(self.negative is None or is_visible(self.negative), f"the negative prompt is empty: {self.negative!r}")
         for name, least in (("interpolation_guidance", 0), ("text_bonus", -LARGEST)):
             value = getattr(self, name)
@@ -79,6 +84,11 @@ class Settings:
             text_bonus=config.text_bonus,
         )
 
+    def lasting(self, seconds: float, own: CogVideoConfig) -> Settings:
+        """The same for clips of this length, in several sequences if it is beyond those of training."""
+        duration = min(seconds, own.seconds)
+        return replace(self, duration=duration, more_key_frames=round((seconds - duration) / _spacing(own)))
+
     @property
     def sampling_options(self) -> dict[str, float]:
         """Values of all `SamplingOptions` that result in these settings."""
@@ -89,11 +99,22 @@ class Settings:
 
 
 def check_seconds(seconds: float, own: CogVideoConfig) -> None:
-    """Refuse a length that the key frames of a model were never trained on, if the model says which those are."""
-    seen = own.sequential.durations
+    """Refuse a length that the key frames of a model were never trained on, if the model says which those are.
+    Longer clips go on in overlapping sequences, by whole key frames."""
+    seen, got = own.sequential.durations, f"seconds is {seconds}"
+    if seconds > own.seconds:
+        spacing = _spacing(own)
+        fits = seconds <= LONGEST and math.isclose(seconds / spacing, round(seconds / spacing))
+        require(fits, f"{got}, expected a multiple of {spacing:g}, the time between key frames, up to {LONGEST:g}")
+        return
     known = ", ".join(f"{each:g}" for each in seen)
     reason = f"the key frames of this model were trained on clips of {known} seconds"
-    require(not seen or seconds in seen, f"seconds is {seconds}, expected {known}: {reason}")
+    require(not seen or seconds in seen, f"{got}, expected {known}, or a longer one: {reason}")
+
+
+def _spacing(own: CogVideoConfig) -> float:
+    """Seconds between key frames of the longest clips that a model was trained on."""
+    return own.seconds / (own.layout.num_frames - 1)
 
 
 def usual_rounds(seconds: float) -> int:
@@ -190,6 +211,8 @@ class Request:
             require(self.last is None, "a loop ends with its first frame: expected no last frame")
             require(number <= 1, "an extended clip cannot end where it began: expected no loop")
         require(self.last is None or number == 1, f"got a last frame and {number} leading ones, expected one")
+        is_short = self.last is None or self.settings.more_key_frames == 0
+        require(is_short, "a clip with a last frame has one sequence of key frames: expected fewer seconds")
 
     @property
     def seconds(self) -> list[float]:

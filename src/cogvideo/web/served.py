@@ -20,6 +20,7 @@ from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.generation.hierarchy import generate
 from cogvideo.generation.request import (
     LARGEST_SEED,
+    LONGEST,
     MOST_ROUNDS,
     Request,
     SamplingOptions,
@@ -30,7 +31,7 @@ from cogvideo.pipeline import CogVideoPipeline
 
 LONGEST_TEXT = 2000
 """Characters of a prompt; the model's own limit is lower, and counts tokens."""
-SECONDS = (0.5, 16.0)
+SECONDS = (0.5, LONGEST)
 """Shortest and longest clip, without the frames that it continues."""
 MOST_FRAMES = 1000
 """Frames of the longest clip, with those that it continues."""
@@ -48,7 +49,7 @@ class Wanted(SamplingOptions):
     model: str | None = None
     """Name of the model that is served; may be left out."""
     seconds: float | Annotated[str, Field(pattern=r"^\d{1,2}(\.\d{1,3})?$")] | None = None
-    """Length of the clip, 0.5 to 16."""
+    """Length of the clip, 0.5 to 60: one that the model was trained on, or a longer one."""
     size: str | None = None
     """Width and height, such as 192x192; a model has one or two sizes."""
     seed: Seed | None = None
@@ -131,10 +132,10 @@ class Served:
         Raises:
             ValueError: a value cannot be used.
         """
+        seconds = float(wanted.seconds or self.config.seconds)
         return replace(
-            wanted.settings(self.config),
+            wanted.settings(self.config).lasting(seconds, self.config),
             rounds=wanted.rounds,
-            duration=float(wanted.seconds or self.config.seconds),
             negative=wanted.negative,
             should_enlarge=wanted.size == self.sizes[0],
         )
