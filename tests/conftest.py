@@ -9,6 +9,7 @@ import random
 import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import lru_cache, wraps
 from inspect import isgeneratorfunction
@@ -123,13 +124,22 @@ def pytest_runtest_call(item: pytest.Item) -> None:
     _seed(item.nodeid)
 
 
-@pytest.fixture
-def without_shape_checks() -> Iterator[None]:
-    """Shape annotations are not enforced, as for users: our own refusals must hold."""
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Shape annotations are not enforced, as for users."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture
+def without_shape_checks() -> Iterator[None]:
+    """For tests of our own refusals, and of whole clips, where checks would take most of the time."""
+    with unchecked():
+        yield
 
 
 class System(NamedTuple):
