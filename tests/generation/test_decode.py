@@ -25,6 +25,8 @@ from conftest import NUM_CODES, START, TEXT_SLOTS, MakeSystem, MakeText, System
 from parity import Watch, watch
 from reference import TEXT, Slot, all_slots, cluster_probabilities, top_k, top_p, visible
 
+pytestmark = pytest.mark.usefixtures("without_shape_checks")  # test_hierarchy.py runs the same code with them
+
 CPU = torch.device("cpu")
 PLAIN, ONE_BY_ONE = SamplingConfig(), Passes()
 FEWER = [Passes(parallel_frames=True), *(Passes(draft=width) for width in (2, 7, 21))]
