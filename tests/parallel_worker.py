@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from cogvideo.config import AutoencoderConfig, LayoutConfig, StageConfig, TransformerConfig, UpscalerConfig
 from cogvideo.layout import SequenceLayout
+from cogvideo.models.adapters import adapt
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
 from cogvideo.text import PaddedText, TextTokenizer
@@ -64,6 +65,7 @@ CASES = [
     for variant in VARIANTS
     if way != "crossed" or variant in (("sequential", "trained"), ("superres", "frozen"))
 ]
+CASES += [(way, "sequential", "adapted") for way in ("replicated", "sharded")]
 """Variants that are compared; four ranks take long for each."""
 
 
@@ -87,6 +89,8 @@ def make_objective(stage: str, base: str, seed: int = 0, hidden: int = 16) -> Ob
         if stage == "sequential"
         else _superres(shared, config, sizes, text)
     )
+    if base == "adapted":
+        adapt(objective.model.channel, 2)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, each in objective.named_parameters():

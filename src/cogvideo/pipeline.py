@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, Union
 
 import numpy as np
@@ -78,6 +79,8 @@ class CogVideoPipeline:
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         offload: bool = False,
+        adapters: Mapping[str, float] = MappingProxyType({}),
+        channel: str | None = None,
     ) -> CogVideoPipeline:
         """Load a bundle from a folder or the Hugging Face Hub, or the model in the box (`pocket`).
 
@@ -86,12 +89,17 @@ class CogVideoPipeline:
             dtype: type of the weights; by default float32 on a CPU and bfloat16 on a GPU.
             device: device of the model.
             offload: see the class.
+            adapters: adapters by name or folder, each with its scale.
+            channel: name of one of the bundle's further video channels.
 
         Raises:
-            ValueError: there is no such bundle, or dtype or device cannot be used.
+            ValueError: there is no such bundle or adapter, or dtype or device cannot be used.
         """
         device = usable(device)
-        return cls(CogVideo.from_pretrained(name, dtype or default_dtype(device), device), offload)
+        model = CogVideo.from_pretrained(
+            name, dtype or default_dtype(device), device, adapters=adapters, channel=channel
+        )
+        return cls(model, offload)
 
     def __call__(
         self,

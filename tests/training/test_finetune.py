@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo
@@ -150,6 +151,45 @@ def test_the_page(tuned: Path, place: Path, capsys: pytest.CaptureFixture[str]) 
     assert len(read_video(out, 8).frames) == 9
     assert main(arguments) == 0
     assert "is over" in capsys.readouterr().out
+
+
+def test_adapters_leave_the_base_as_it_is(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards `finetune --lora`: adapters of all stages next to the base, interrupted or not, a page, and a command that
+    works."""
+    arguments = [str(place / "clips"), "--base", str(place / "base"), "--steps", "2", "--batch", "2", "--lora", "2"]
+    out, again, steps = tmp_path / "tuned", tmp_path / "again", Chain._train
+    assert main(["finetune", *arguments, "--out", str(out)]) == 0
+    told = capsys.readouterr()
+    assert "and is kept, as adapters need it" in told.err
+    assert "Key frames" in (out / "finetune.html").read_text()
+    base, made = CogVideo.from_pretrained(place / "base"), CogVideo.from_pretrained(out, adapters={"own": 1.0})
+    assert {name: made.sha256(name) for name in base.components} == {n: base.sha256(n) for n in base.components}
+    assert [each.component for each in made.adapters] == ["base", "sequential", "interpolation"]
+    assert not torch.equal(made.base.blocks[0].qkv.weight, base.base.blocks[0].qkv.weight)
+
+    def stopping(chain: Chain, stage: Any) -> None:
+        if stage == "sequential":
+            raise Begun
+        steps(chain, stage)
+
+    settings = Finetuning(steps=2, batch=2, lora=2)
+    for method in (stopping, steps):
+        monkeypatch.setattr(Chain, "_train", method)
+        with suppress(Begun):
+            Chain(str(place / "clips"), again, str(place / "base"), settings).run()
+    for each in made.adapters:
+        same = again / each.weights.relative_to(out)
+        assert same.read_bytes() == each.weights.read_bytes()
+    command = told.out.splitlines()[-1]
+    assert command == f'cogvideo generate "a cat runs" --model {out} --adapter own'
+    generate = ["generate", "a cat", "--seconds", "1", "--rounds", "0", "--output", str(tmp_path / "x.mp4")]
+    assert main([*generate, "--model", str(place / "base"), "--adapter", str(out / "adapters" / "own")]) == 0
+    parts = {name: base.component(name) for name in ("base", "text", "image_tokenizer")}
+    CogVideo(base.config, **parts).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"the base .* has no sequential, interpolation, expected a model with"):
+        Chain(str(place / "clips"), tmp_path / "x", str(tmp_path / "bare"), settings)
 
 
 def test_one_short_clip(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from cogvideo.bundle import model as bundle
+from cogvideo.bundle.adapters import WEIGHTS
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
@@ -494,6 +496,78 @@ def test_mistakes_are_one_line(place: Place, train_text_model: Callable[..., byt
             foreign = make_data(tmp_path / "foreign", tmp_path / "model")
             _disguise(foreign)
         other.fails(message, stage, "--init", "model", *options, out=f"out-{number}")
+
+
+def test_adapters_are_trained_next_to_the_weights(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards `train STAGE --lora`: weights stay, key frames learn on the adapted base, a stopped run goes on to
+    the same bits."""
+    shutil.copytree(place.folder / "whole", place.folder / "adapted", ignore=shutil.ignore_patterns(".*"))
+    figures, names = Trainer.figures, ("base", "sequential")
+    before = {name: Manifest.read(place.folder / "adapted").components[name].sha256 for name in names}
+
+    def stopping(trainer: Trainer, done: int) -> Figures:
+        require(done != 5, "stopped")
+        return figures(trainer, done)
+
+    for name in ("lora", "again"):
+        given = ("--lora", "2", "--adapter", name, "--init", "adapted")
+        place.succeed("image", *given, "--sample-every", "8", out="adapted")
+        if name == "again":
+            monkeypatch.setattr(Trainer, "figures", stopping)
+            status, said = place.here("sequential", *given, out="adapted")
+            assert (status, said.endswith("error: stopped\n")) == (2, True)
+            monkeypatch.undo()
+        place.succeed("sequential", *given, out="adapted")
+    assert {name: Manifest.read(place.folder / "adapted").components[name].sha256 for name in names} == before
+    lora, again = (place.folder / "adapted" / "adapters" / name for name in ("lora", "again"))
+    assert (lora / ".image-run" / "samples" / "step-00000008.png").exists()
+    for name in names:
+        assert (lora / name / WEIGHTS).read_bytes() == (again / name / WEIGHTS).read_bytes()
+        assert max(float(each.abs().max()) for key, each in load_file(lora / name / WEIGHTS).items() if "_B" in key) > 0
+    started = json.loads((lora / ".sequential-run" / "run.json").read_text())["parents"]
+    assert started["base"] == before["base"]
+    assert started["adapter of base"] == hashlib.sha256((lora / "base" / WEIGHTS).read_bytes()).hexdigest()
+    given = ("--lora", "2", "--adapter", "lora")
+    assert "This run is over" in place.here("sequential", *given, "--init", "adapted", out="adapted")[1]
+    place.fails("lora is 99, expected a rank of 1 to 32", "image", "--lora", "99", out="adapted")
+    place.fails("got --lora with --base or --window", "sequential", "--lora", "2", "--window", "2", out="adapted")
+    place.fails("adapter is '../x', expected letters", "image", "--lora", "2", "--adapter", "../x", out="adapted")
+    place.fails(
+        "sequential, adapters/again, adapters/lora in .* rely on its base", "image", "--overwrite", out="adapted"
+    )
+
+
+def test_channels_of_one_base(place: Place) -> None:
+    """Guards `train STAGE --channel`: a bundle has several video channels on one base, which is stored once, and
+    says when that base was replaced."""
+    model, storm = place.folder / "many", place.folder / "many" / "channels" / "storm"
+    shutil.copytree(place.folder / "whole", model, ignore=shutil.ignore_patterns(".*"))
+    for stage in ("sequential", "interpolation"):
+        place.succeed(stage, "--channel", "storm", "--seed", "1", out="many")
+    assert sorted(each.name for each in storm.glob("*.safetensors")) == [
+        "interpolation.safetensors",
+        "sequential-2.safetensors",
+    ]
+    own, other = CogVideo.from_pretrained(model), CogVideo.from_pretrained(model, channel="storm")
+    assert set(other.components) == {*own.components, "interpolation"}
+    for name in ("base", "text", "image_tokenizer"):
+        assert other.sha256(name) == own.sha256(name)
+    assert other.sha256("sequential") != own.sha256("sequential")
+    started = json.loads((storm / ".interpolation-run" / "run.json").read_text())["parents"]
+    assert started["sequential"] == other.sha256("sequential")
+    assert "This run is over" in place.here("interpolation", "--channel", "storm", "--seed", "1", out="many")[1]
+    shutil.rmtree(storm / ".sequential-run")
+    place.fails("storm has sequential already: pass --overwrite", "sequential", "--channel", "storm", out="many")
+    place.fails("sequential, channels/storm in the bundle many rely", "image", "--overwrite", out="many")
+    clip = ("clip 1 moves", "--model", "many", "--rounds", "1", "--seed", "3", "--output", "storm.mp4")
+    assert place.call("generate", *clip, "--channel", "storm")[0] == 0
+    status, said = place.call("generate", *clip, "--channel", "rain")
+    assert (status, "there is no channel 'rain': many has storm" in said) == (2, True)
+    other.save_pretrained(place.folder / "alone")
+    assert CogVideo.from_pretrained(place.folder / "alone").fingerprint == other.fingerprint
+    bundle.update(model, own.config, base=loud(Base(own.config.transformer), 7))
+    status, said = place.call("generate", *clip, "--channel", "storm")
+    assert (status, "storm was trained on another base than" in said) == (2, True)
 
 
 def test_data_that_holds_nothing_out(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,8 @@ FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 SAVING = ".saving-"
 """Begins the name of the folder of a bundle in the making, inside the bundle that it is to replace."""
+CHANNELS = "channels"
+"""Folder in a bundle of further video channels, each in a bundle of its own that shares all else with this one."""
 TOUCHED = "touched"
 """File in there: the names that the bundle loses or gets, one a line."""
 
@@ -63,6 +65,9 @@ MODULES: dict[str, Callable[[CogVideoConfig], nn.Module]] = {
 
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
 """Name of a file of a bundle."""
+
+SHARED = ("base", "text", "image_tokenizer")
+"""Components that the stages of a bundle have in common."""
 
 COMPONENTS = (*MODULES, "cluster_labels", "text")
 """All that a bundle can hold; it may lack any of them."""
@@ -144,18 +149,40 @@ class Manifest:
         write_text(folder / MANIFEST, text + "\n")
 
     @classmethod
+    def here(cls, folder: Path) -> Manifest | None:
+        """The manifest of the bundle in `folder`, or of the one that a new channel there will belong to, if any."""
+        if (folder / MANIFEST).exists():
+            return cls._whole(folder)
+        owner = owner_of(folder)
+        return None if owner is None else cls.read(owner)
+
+    @classmethod
     def complete(cls, folder: Path) -> Manifest:
-        """The manifest of a bundle whose files are all there: the new one, where an update replaced it meanwhile."""
-        manifest = cls.read(folder)
+        """The manifest of a bundle whose files are all there: the new one, where an update replaced it meanwhile.
+
+        That of a channel has what it shares, too.
+        """
+        manifest = cls._whole(folder)
         while True:
             try:
                 for entry in manifest.components.values():
-                    entry.check(folder / entry.file)
+                    entry.check(file_of(folder, entry))
                 return manifest
             except ValueError:
-                manifest, before = cls.read(folder), manifest
+                manifest, before = cls._whole(folder), manifest
                 if manifest == before:
                     raise
+
+    @classmethod
+    def _whole(cls, folder: Path) -> Manifest:
+        manifest, owner = cls.read(folder), owner_of(folder)
+        if owner is None:
+            return manifest
+        shared, own = cls.read(owner).components, manifest.components
+        for name in SHARED:
+            same = name not in own or (name in shared and shared[name].sha256 == own[name].sha256)
+            require(same, f"{folder} was trained on another {name} than {owner} has now: train it again")
+        return replace(manifest, components=shared | {name: own[name] for name in own if name not in SHARED})
 
 
 def read_tensor(path: Path, name: str) -> Shaped[Tensor, "..."]:
@@ -287,11 +314,12 @@ class BundleWriter:
 
     def copy(self, component: str, folder: Path, entry: Entry) -> None:
         """Take over a file of another bundle, or leave it where it is if the bundle is being replaced itself."""
-        entry.check(folder / entry.file)
+        file = file_of(folder, entry)
+        entry.check(file)
         if folder.samefile(self.target):
             self._kept[component] = entry
             return
-        shutil.copyfile(folder / entry.file, self.path(component))
+        shutil.copyfile(file, self.path(component))
         entry.verify(self.path(component))
         self._written[component] = replace(entry, file=self.path(component).name)
 
@@ -314,6 +342,18 @@ class BundleWriter:
         sync(self.target)
 
 
+def owner_of(folder: Path) -> Path | None:
+    """The bundle that a folder is a channel of; None for any other folder."""
+    group = folder.absolute().parent
+    return group.parent if group.name == CHANNELS and (group.parent / MANIFEST).exists() else None
+
+
+def file_of(folder: Path, entry: Entry) -> Path:
+    """The file of an entry. A channel lacks the files that it shares with the bundle that it belongs to."""
+    owner, own = owner_of(folder), folder / entry.file
+    return own if owner is None or own.exists() else owner / entry.file
+
+
 def _files(folder: Path) -> set[str]:
     """Files of the bundle in a folder; none if there is no readable bundle."""
     try:
@@ -326,4 +366,5 @@ def _free(folder: Path, file: str) -> str:
     """`base.safetensors`, or `base-2.safetensors` and so on where there is such a file."""
     stem, suffix = file.split(".")
     names = chain([file], (f"{stem}-{number}.{suffix}" for number in count(2)))
-    return next(name for name in names if not (folder / name).exists())
+    folders = [each for each in (folder, owner_of(folder)) if each is not None]
+    return next(name for name in names if not any((each / name).exists() for each in folders))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -16,21 +17,27 @@ from jaxtyping import Int64
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cogvideo.bundle.adapters import Adapter, find_adapter
 from cogvideo.bundle.format import (
+    CHANNELS,
     COMPONENTS,
     MANIFEST,
     MODULES,
+    SHARED,
     BundleWriter,
     Component,
     Entry,
     Manifest,
     check_tensors,
+    file_of,
+    owner_of,
     read_tensor,
     text_tokenizer,
     writing,
 )
-from cogvideo.config import CogVideoConfig, InputError, require
+from cogvideo.config import SECONDS, CogVideoConfig, InputError, require
 from cogvideo.devices import usable
+from cogvideo.models.adapters import fuse
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.quantizer import cluster_codes
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
@@ -132,6 +139,8 @@ class CogVideo(Stages):
         self.device = torch.device("cpu")
         """Device that weights are loaded to."""
         self._parts, self._entries = components, dict[str, Entry]()
+        self.adapters: list[Adapter] = []
+        """Adapters that are fused into components when these are loaded."""
         self._verify = True
 
     @classmethod
@@ -141,6 +150,8 @@ class CogVideo(Stages):
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         verify: bool = True,
+        adapters: Mapping[str, float] = MappingProxyType({}),
+        channel: str | None = None,
     ) -> CogVideo:
         """The model in a folder, or else on the Hugging Face Hub; each component is loaded when it is first used.
 
@@ -152,18 +163,51 @@ class CogVideo(Stages):
             dtype: type of all weights; as stored unless given.
             device: device of the tensors.
             verify: compare the sha256 of a component's file before it is used.
+            adapters: adapters to add to the weights, by their names in the bundle or their folders, each with its
+                scale, which is 1 for what was trained.
+            channel: name of one of the bundle's further video channels, in place of its own.
 
         Raises:
-            ValueError: there is no such bundle, it is incomplete or of a newer format, or dtype or device cannot be
-                used. What is wrong inside a component is refused when it is loaded.
+            ValueError: there is no such bundle, channel or adapter, it is incomplete, of a newer format or was
+                trained on another model, or dtype or device cannot be used. What is wrong inside a component is
+                refused when it is loaded.
         """
         folder = locate(name)
+        if channel is not None:
+            there = [each.parent.name for each in sorted((folder / CHANNELS).glob(f"*/{MANIFEST}"))]
+            known = f"{folder} has {', '.join(there) or 'none'}"
+            require(
+                channel in there, f"there is no channel {channel!r}: {known}; `train sequential --channel` makes one"
+            )
+            folder = folder / CHANNELS / channel
         manifest = Manifest.complete(folder)
         require(dtype is None or dtype in DTYPES, f"dtype is {dtype!r}, expected one of {DTYPES}")
         model = cls(manifest.config)
         model.folder, model.dtype, model.device = folder, dtype, usable(device)
         model._entries, model._verify = manifest.components, verify
+        for adapter, scale in adapters.items():
+            model.add(find_adapter(folder, adapter, scale))
         return model
+
+    def add(self, adapters: Sequence[Adapter]) -> None:
+        """Add adapters to components that are not loaded yet.
+
+        Raises:
+            ValueError: this model lacks what one changes, or has other weights than it was trained on.
+        """
+        for each in adapters:
+            name = each.component
+            require(name in self._entries, f"the adapter {each.folder} changes {name}, which this model lacks")
+            each.check(self._entries[name].sha256)
+            if name == "base" and "superres" in self._entries:  # which enlarges as before
+                self._entries.setdefault("superres_base", self._entries[name])
+            own = self.config.sequential.durations or (SECONDS,)
+            if name == "sequential" and (more := set(each.durations) - set(own)):
+                self.config = self.config.trained_on(name, sorted({*own, *more}, reverse=True))
+        self.adapters += adapters
+
+    def _adapters_of(self, component: str) -> list[Adapter]:
+        return [each for each in self.adapters if each.component == component]
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write a bundle; one that is already in `folder` is replaced in one step, when the new one is complete.
@@ -180,7 +224,8 @@ class CogVideo(Stages):
 
     def _write(self, writer: BundleWriter) -> None:
         for component in self.components:
-            if component not in self._parts and self.folder is not None and self.dtype is None:
+            is_stored = component not in self._parts and not self._adapters_of(component)
+            if is_stored and self.folder is not None and self.dtype is None:
                 writer.copy(component, self.folder, self._entries[component])
                 continue
             part = self.component(component)
@@ -206,10 +251,11 @@ class CogVideo(Stages):
 
     @property
     def fingerprint(self) -> str | None:
-        """Hash of all components' files; None where they come from no bundle."""
+        """Hash of all components' files and adapters; None where they come from no bundle."""
         if self.folder is None:
             return None
         listed = "".join(f"{name} {entry.sha256}\n" for name, entry in sorted(self._entries.items()))
+        listed += "".join(f"{each.component} {each.sha256} {each.scale}\n" for each in self.adapters)
         return hashlib.sha256(listed.encode()).hexdigest()
 
     def release(self) -> None:
@@ -259,7 +305,7 @@ class CogVideo(Stages):
         return component in self._parts
 
     def load(self, component: str) -> Component:
-        """A component as its file has it, which this model does not keep.
+        """A component as its file has it, with this model's adapters; the model does not keep it.
 
         Raises:
             ValueError: this model has no file of that name, it is not what was saved, or it does not fit the
@@ -271,9 +317,9 @@ class CogVideo(Stages):
         assert self.folder is not None
         entry = self._entries[component]
         try:
-            return self._load(component, entry, self.folder / entry.file)
+            return self._load(component, entry, file_of(self.folder, entry))
         except (ValueError, FileNotFoundError, RuntimeError) as error:  # PyTorch opens it once more by its name
-            if entry == Manifest.read(self.folder).components.get(component):
+            if entry in Manifest.complete(self.folder).components.values():
                 raise
             raise InputError(f"{component} of the bundle {self.folder} was replaced: load the bundle again") from error
 
@@ -295,6 +341,7 @@ class CogVideo(Stages):
         with torch.device("meta"):
             module = MODULES[component](self.config)
         module.load_state_dict(tensors, assign=True)
+        fuse(module, [each.read(module) for each in self._adapters_of(component)])
         return module.eval().requires_grad_(False)
 
     def _place(self, path: Path, name: str, mapped: Tensor) -> Tensor:
@@ -319,12 +366,13 @@ def update(
     _check_names([*components, *without])
     model, folder = CogVideo(config, **components), Path(folder)
     with writing(folder, config) as writer:  # nobody else changes the bundle meanwhile
-        if (folder / MANIFEST).exists():
-            there = Manifest.read(folder)
+        if (there := Manifest.here(folder)) is not None:
             same = there.config.sizes == config.sizes
             require(same, f"the bundle {folder} has another configuration than the components to be written")
             gone = {*components, *without}
             kept = {name: entry for name, entry in there.components.items() if name not in gone}
+            if owner_of(folder) is not None:  # the rest stays that of its owner
+                kept = {name: each for name, each in kept.items() if name in SHARED or (folder / each.file).exists()}
             model.folder, model._entries = folder, kept
         model._write(writer)
 

@@ -38,6 +38,10 @@ class Choices(SamplingOptions):
 
     model: str = POCKET
     """Model: pocket, which comes with the package, the folder of a bundle, or its ID on the Hugging Face Hub."""
+    channel: str | None = None
+    """Name of a further video channel in the model, such as a style."""
+    adapter: tuple[str, ...] = ()
+    """Names of adapters in the model, or their folders, each with its scale as NAME:SCALE; 1 unless given."""
     image: Path | None = None
     """Image to animate: the first frame of the clip. For a video, its first frame is used."""
     extend: Path | None = None
@@ -82,7 +86,12 @@ class Choices(SamplingOptions):
     @property
     def places(self) -> Record:
         """Places of the model and of files, which do not change the clip."""
-        return {"model": self.model, **self.files}
+        return {"model": self.model, "adapter": self.adapter, **self.files}
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """Scale of each adapter."""
+        return dict(map(_scaled, self.adapter))
 
     def found(self) -> Choices:
         """The same, with file names as they are on disk."""
@@ -114,6 +123,7 @@ class Choices(SamplingOptions):
             check_name(path)  # the record is UTF-8
         found = asdict(self) | {name: public(path) for name, path in self.files.items()}
         found |= {"model": public(Path(self.model)), "negative": settings.negative} | settings.sampling_options
+        found |= {"adapter": [f"{public(Path(name))}:{scale:g}" for name, scale in self.adapters.items()]}
         found |= {"seconds": self.seconds or settings.duration, "rounds": settings.rounds}
         return found | {"sha256": {name: _hash(path) for name, path in self.files.items()}}
 
@@ -201,6 +211,15 @@ class Sidecar:
             if (found := existing(folder / path)).exists():
                 return found
         raise InputError(f"it was made with {path}, which is not here: pass its place by --{option}")
+
+
+def _scaled(adapter: str) -> tuple[str, float]:
+    """Name and scale of `NAME:SCALE`."""
+    name, colon, scale = adapter.rpartition(":")
+    try:
+        return (name, float(scale)) if colon else (adapter, 1.0)
+    except ValueError:
+        raise InputError(f"adapter is {adapter!r}, expected NAME or NAME:SCALE") from None
 
 
 def _hash(path: Path) -> str:

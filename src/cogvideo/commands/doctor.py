@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import cogvideo
-from cogvideo.bundle.format import Manifest
+from cogvideo.bundle.format import Manifest, file_of
 from cogvideo.bundle.model import POCKET, locate
 from cogvideo.commands.info import table
 from cogvideo.config import PRESETS, InputError, preset
@@ -91,7 +91,7 @@ def _faults(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Faults of the files of a bundle, in words."""
     for entry in manifest.components.values():
         try:
-            entry.check(folder / entry.file)
-            entry.verify(folder / entry.file)
+            entry.check(file_of(folder, entry))
+            entry.verify(file_of(folder, entry))
         except InputError as error:
             yield str(error)

@@ -50,10 +50,11 @@ def finetune(
     from cogvideo.report.finetune import facts
 
     began = time.monotonic()
-    found = facts(out, base, settings.device)
+    found = facts(out, base, settings)
     found["times"].append(["page", duration(time.monotonic() - began)])
     lead = f"{len(found['clips'])} clips, from {base}."
     write_page(page, "finetune", f"{out.resolve().name}: fine-tuned", lead, "finetune.html", found)
     print(f"{found['advice']}\n{page}: before and after, losses, times")
     example = found["clips"][0]["caption"].replace('"', "'")
-    print(f'cogvideo generate "{example}" --model {out}')
+    options = "".join(f" --adapter {name}" for name in settings.adapters)
+    print(f'cogvideo generate "{example}" --model {out}{options}')

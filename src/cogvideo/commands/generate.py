@@ -210,7 +210,9 @@ class Maker:
         if choices.dtype == "auto":
             choices = replace(choices, dtype=NAMES[default_dtype(self.device)])
         self.choices, self.dtype = choices, getattr(torch, choices.dtype)
-        self.pipeline = CogVideoPipeline.from_pretrained(choices.model, self.dtype, self.device, execution.offload)
+        self.pipeline = CogVideoPipeline.from_pretrained(
+            choices.model, self.dtype, self.device, execution.offload, choices.adapters, choices.channel
+        )
         model = self.pipeline.model
         choices.check_seconds(model.config)
         self.settings = choices.settings(model.config)

@@ -180,6 +180,8 @@ def _parser(command: str, function: Callable[..., Any], known: Sequence[Option])
         values = {"type": each.value, "nargs": each.nargs, "metavar": each.metavar} | names
         if each.group == ARGUMENTS:
             groups[ARGUMENTS].add_argument(each.name, **values | {"nargs": each.nargs or "?"})
+        elif each.default == ():  # values add up where the option is repeated
+            groups[each.group].add_argument(str(each), dest=each.name, action="extend", **values)
         elif each.kind is bool:
             groups[each.group].add_argument(str(each), dest=each.name, action=argparse.BooleanOptionalAction, **names)
         else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
+from cogvideo.bundle.adapters import ADAPTERS, OWN
+from cogvideo.bundle.format import CHANNELS, MANIFEST, PLAIN_NAME
 from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import require
 from cogvideo.data.frame_store import StoreSettings
@@ -45,6 +48,8 @@ def image(
     mixture: ImageMixture = ImageMixture(),  # noqa: B008  # frozen
     durations: tuple[float, ...] = DURATIONS,
     start: Literal["random", "continue"] = "random",
+    lora: int | None = None,
+    adapter: str = OWN,
 ) -> None:
     """Train the image model on single frames of clips and on images: text to image, image to text, text alone.
 
@@ -57,8 +62,11 @@ def image(
         durations: Durations in seconds, one of which is in the text of each later frame: those of key frames and of
             the rounds. Without any, all frames have the text of images.
         start: Starting weights: random, or the base in the bundle (continue).
+        lora: Rank of an adapter (LoRA) to train in place of the base in the bundle, such as 8.
+        adapter: Name of the adapter.
     """
-    train("image", Choice(start), options, {"mixture": mixture}, {"durations": durations})
+    choice = Choice(start) if lora is None else Choice("continue", lora=lora)
+    train("image", choice, _adapting(options, lora, adapter), {"mixture": mixture}, {"durations": durations})
 
 
 def sequential(
@@ -66,6 +74,9 @@ def sequential(
     start: Literal["inherit", "random", "continue"] = "inherit",
     base: BaseChoice = "frozen",
     window: int | None = None,
+    lora: int | None = None,
+    adapter: str = OWN,
+    channel: str | None = None,
 ) -> None:
     """Train key frames: a temporal channel on the frozen image model, at the lowest frame rate that fits a clip.
 
@@ -74,8 +85,12 @@ def sequential(
         start: Starting weights of the channel: the base's attention (inherit), random, or the bundle's (continue).
         base: Base weights: frozen, trained too, or trained from random ones; the last two are for comparison.
         window: Side of the temporal windows in codes; 0 is full attention. The configuration's unless given.
+        lora: Rank of an adapter (LoRA) to train in place of the channel in the bundle, such as 8.
+        adapter: Name of the adapter; one of the same name for the base is used with it.
+        channel: Name of a further channel next to the bundle's own, such as a style; `generate --channel` chooses it.
     """
-    train("sequential", Choice(start, base, window), options)
+    choice = Choice("continue" if lora else start, base, window, lora)
+    train("sequential", choice, _adapting(_in_channel(options, channel), lora, adapter))
 
 
 def interpolation(
@@ -83,6 +98,9 @@ def interpolation(
     start: Literal["sequential", "inherit", "random", "continue"] = "sequential",
     base: BaseChoice = "frozen",
     window: int | None = None,
+    lora: int | None = None,
+    adapter: str = OWN,
+    channel: str | None = None,
 ) -> None:
     """Train interpolation: a temporal channel that sees all of the given frames, at the higher frame rates.
 
@@ -92,8 +110,30 @@ def interpolation(
             random, or the bundle's (continue).
         base: Base weights: frozen, trained too, or trained from random ones; the last two are for comparison.
         window: Side of the temporal windows in codes; 0 is full attention. The configuration's unless given.
+        lora: Rank of an adapter (LoRA) to train in place of the channel in the bundle, such as 8.
+        adapter: Name of the adapter; one of the same name for the base is used with it.
+        channel: Name of a further channel next to the bundle's own, whose key frames `train sequential` made.
     """
-    train("interpolation", Choice(start, base, window), options)
+    choice = Choice("continue" if lora else start, base, window, lora)
+    train("interpolation", choice, _adapting(_in_channel(options, channel), lora, adapter))
+
+
+def _in_channel(options: Options, name: str | None) -> Options:
+    """The options, for a named channel of the bundle."""
+    if name is None:
+        return options
+    require(PLAIN_NAME.fullmatch(name) is not None, f"channel is {name!r}, expected letters, digits, dots and dashes")
+    folder = options.out / CHANNELS / name
+    start = folder if (folder / MANIFEST).exists() else options.out
+    return replace(options, out=folder, init=options.init or str(start))
+
+
+def _adapting(options: Options, rank: int | None, name: str) -> Options:
+    """The options, for an adapter of the bundle where one is trained."""
+    if rank is None:
+        return options
+    require(PLAIN_NAME.fullmatch(name) is not None, f"adapter is {name!r}, expected letters, digits, dots and dashes")
+    return replace(options, out=options.out / ADAPTERS / name, init=options.init or str(options.out))
 
 
 def superres(

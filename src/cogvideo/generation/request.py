@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -24,9 +25,10 @@ LONGEST = 60.0
 MOST_ROUNDS = 6
 """Rounds of interpolation that give 257 frames in four seconds."""
 LARGEST_SEED = 2**63 - 1
-ADDED: dict[str, float] = {"top_k": 0, "top_p": 1.0, "cluster_temperature": 0.89}
+ADDED: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "cluster_temperature": 0.89}
 ADDED |= {f"first_{name}": value for name, value in ADDED.items()}
 ADDED |= {"superres_top_k": 0, "superres_top_p": 1.0, "superres_cluster_temperature": 0.6, "seconds": SECONDS}
+ADDED |= {"channel": None, "adapter": []}
 """Options that older sidecars lack, with the values that their clips were made with."""
 
 

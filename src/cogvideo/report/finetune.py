@@ -26,7 +26,7 @@ from cogvideo.report.plots import curves
 from cogvideo.report.runs import TOKENIZER, Run, read_runs
 from cogvideo.report.training import TITLES
 from cogvideo.runs import RunFolder
-from cogvideo.training.finetune import DATA, LEAST_PSNR, RUN, TABLE
+from cogvideo.training.finetune import DATA, LEAST_PSNR, RUN, TABLE, Finetuning
 
 MOST_REAL = 200
 """Real clips that generated ones are compared with."""
@@ -50,15 +50,16 @@ class Real(NamedTuple):
     frames: Frames
 
 
-def facts(out: Path, base: str, device: str) -> dict[str, Any]:
+def facts(out: Path, base: str, settings: Finetuning) -> dict[str, Any]:
     """Everything that the page says.
 
     Raises:
         ValueError: the bundle, its data or its runs cannot be used.
     """
     chain = RunFolder(out / RUN)
-    runs = [run for run in read_runs([out]) if run.stage in TITLES]
-    model = CogVideo.from_pretrained(out, torch.float32, device)
+    runs = [run for run in read_runs([settings.trained_in(out)]) if run.stage in TITLES]
+    device = settings.device
+    model = CogVideo.from_pretrained(out, torch.float32, device, adapters=settings.adapters)
     real = read_real(out / RUN / DATA, model)
     chosen = [place for split in ("train", "validation") for place in _some(real, split, MADE)]
     shown = {place for split in ("train", "validation") for place in _some(real, split, SHOWN)}

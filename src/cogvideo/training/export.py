@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,18 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cogvideo.bundle.format import MANIFEST, MODULES, Entry, Manifest, check_tensors, in_half
+from cogvideo.bundle.adapters import ADAPTERS, WEIGHTS, write_adapter
+from cogvideo.bundle.format import CHANNELS, MANIFEST, MODULES, SHARED, Entry, Manifest, check_tensors, in_half
 from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, InputError, from_dict, require
-from cogvideo.files import turn_in
+from cogvideo.files import turn_in, write_text
+from cogvideo.models.adapters import Delta, fuse
+from cogvideo.packing import sharing
 from cogvideo.runs import RunFolder
-from cogvideo.training.card import identity_of, read_reports, report_of, write_card
+from cogvideo.training.card import REPORTS, identity_of, read_reports, report_of, write_card
 from cogvideo.training.checkpoints import Checkpoints, read_weights
 from cogvideo.training.stages import STAGES, Choice, StageName, base_of, own, relying
-
-SHARED = ("base", "text", "image_tokenizer")
-"""Components that the stages of a bundle have in common."""
 
 
 class ExportTarget(NamedTuple):
@@ -58,8 +59,15 @@ class ExportTarget(NamedTuple):
 
     @property
     def comes_along(self) -> tuple[str, ...]:
-        """Components of the source that go along although what they were trained on is trained on."""
-        return relying(self.stage, self.source.components) if self.choice.start == "continue" else ()
+        """Components of the source that go along although what they were trained on is trained on; an adapter leaves it
+        as it is."""
+        is_changed = self.choice.start == "continue" and self.choice.lora is None
+        return relying(self.stage, self.source.components) if is_changed else ()
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the adapter of what the stage trains."""
+        return self.out / self.own[0]
 
 
 def check_target(target: ExportTarget, overwrite: bool) -> None:
@@ -72,19 +80,24 @@ def check_target(target: ExportTarget, overwrite: bool) -> None:
     out, stage, source = target.out, target.stage, target.source
     for folder in {out, source.folder or out}:
         read_reports(folder)
-    if not (out / MANIFEST).exists():
+    advice = "pass --overwrite to replace it, or another --out"
+    if target.choice.lora is not None:
+        is_free = overwrite or not (target.adapter / WEIGHTS).exists()
+        require(is_free, f"the adapter {out} has {target.own[0]} already: {advice}, or another --adapter")
+    there = Manifest.here(out)
+    if there is None:
         return
-    there = Manifest.read(out)
     known = there.components
     hint = f", and pass --init {out}" if target.in_place else ""
     other = f"the bundle {out} has another configuration than the one to be trained: choose another --out{hint}"
     require(there.config.sizes == target.config.sizes, other)
     is_new = STAGES[stage].is_base and not (target.in_place and target.choice.start == "continue")
-    on_base = ", ".join(relying(stage, known)) if is_new else ""
+    added = [*(out / CHANNELS).glob(f"*/{MANIFEST}"), *(out / ADAPTERS).glob(f"*/{REPORTS}")]
+    names = sorted(str(each.parent.relative_to(out)) for each in added)
+    on_base = ", ".join([*relying(stage, known), *names]) if is_new else ""
     relies = f"{on_base} in the bundle {out} rely on its base, which would be replaced: choose another --out"
     require(not on_base, relies)
-    replaced = " and ".join(name for name in target.own if name in known)
-    advice = "pass --overwrite to replace it, or another --out"
+    replaced = " and ".join(name for name in target.own if name in known and (out / known[name].file).exists())
     require(overwrite or not replaced, f"the bundle {out} has {replaced} already: {advice}")
     for name in SHARED:
         if name in known and name not in target.own:
@@ -123,6 +136,8 @@ def left_out(target: ExportTarget) -> str:
 
 def delivered(target: ExportTarget) -> bool:
     """True if the bundle has what the stage trains, in whole files."""
+    if target.choice.lora is not None:
+        return (target.adapter / WEIGHTS).exists()
     for entry in map(_there(target.out).get, target.own):
         path = None if entry is None else target.out / entry.file
         if entry is None or path is None or not path.exists() or path.stat().st_size != entry.num_bytes:
@@ -132,7 +147,31 @@ def delivered(target: ExportTarget) -> bool:
 
 def _there(out: Path) -> Mapping[str, Entry]:
     """Components of a bundle, if there is one."""
-    return Manifest.read(out).components if (out / MANIFEST).exists() else {}
+    there = Manifest.here(out)
+    return {} if there is None else there.components
+
+
+def deliver_state(target: ExportTarget, state: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+    """Put the trained weights of an objective into the bundle, or those of an adapter into its folder.
+
+    Raises:
+        ValueError: the bundle changed meanwhile and no longer fits.
+        OSError: they cannot be written.
+    """
+    if target.choice.lora is None:
+        deliver(target, modules(target.stage, target.choice, target.config, state), report)
+    else:
+        _deliver_adapter(target, state, report)
+
+
+def _deliver_adapter(target: ExportTarget, state: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+    (name,) = target.own
+    facts = {"component_sha256": target.source.sha256(name), "durations": report.get("durations", [])}
+    tensors = {key: each.half() for key, each in _weights(name, state).items()}
+    target.out.mkdir(parents=True, exist_ok=True)
+    with turn_in(target.out):
+        write_adapter(target.adapter, tensors, facts)
+        write_text(target.out / REPORTS, json.dumps(read_reports(target.out) | {name: report}, indent=2) + "\n")
 
 
 def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
@@ -150,8 +189,8 @@ def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapp
 def _deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
     out, source, special = target.out, target.source, f"{target.stage}_base"
     there, config = _there(out), target.config
-    if (out / MANIFEST).exists():
-        config = Manifest.read(out).config
+    if (found := Manifest.here(out)) is not None:
+        config = found.config
     if "durations" in report:
         config = config.trained_on(target.stage, report["durations"])
     foreign = {special, *target.stays_behind}
@@ -179,14 +218,27 @@ def modules(
     """
     result = {}
     for name in own(stage, choice):
-        prefix = "model.base." if name.endswith("base") else "model.channel."
-        weights = {key.removeprefix(prefix): value.cpu() for key, value in state.items() if key.startswith(prefix)}
+        weights = _weights(name, state)
         check_tensors(name, weights, config, "what was trained")
         with torch.device("meta"):
             module = MODULES[name](config)
         module.load_state_dict(weights, assign=True)
         result[name] = module.requires_grad_(False)
     return result
+
+
+def fused(target: ExportTarget, state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """The component of a stage with the adapter that was trained for it, by its name."""
+    (name,) = target.own
+    module = sharing(target.source.part(name, nn.Module))
+    fuse(module, [Delta(_weights(name, state))])
+    return {name: module}
+
+
+def _weights(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trained tensors of a component by their names in it, from those of an objective."""
+    prefix = "model.base." if name.endswith("base") else "model.channel."
+    return {key.removeprefix(prefix): value.cpu() for key, value in state.items() if key.startswith(prefix)}
 
 
 def export_run(run: Path, out: Path, step: int | None = None, best: bool = False, overwrite: bool = False) -> None:
@@ -212,7 +264,7 @@ def export_run(run: Path, out: Path, step: int | None = None, best: bool = False
     if line := left_out(target):
         print(line, file=sys.stderr)
     weights = read_weights(checkpoints.path(chosen), averaged=identity["optimization"]["ema"] > 0)
-    deliver(target, modules(stage, choice, config, weights), report_of(RunFolder(run), chosen))
+    deliver_state(target, weights, report_of(RunFolder(run), chosen))
     print(f"{out}: {stage} after {chosen:,} steps")
 
 

@@ -9,7 +9,7 @@
 | image, sequential, interpolation | the stages, from the base's weights | their runs are over |
 
 Steps of training are chosen from the time that is left when a stage begins, and are then in the identity of its run.
-Adapters would be a choice of the stages' `Choice`, next to `start`.
+With adapters, the base stays as it is, both tokenizers included, and the stages train an adapter of each component.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from cogvideo.bundle.adapters import ADAPTED, ADAPTERS, OWN
 from cogvideo.bundle.format import MANIFEST
 from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
@@ -88,6 +89,8 @@ _NOT_TEXT = ("path is not text", "its bytes are not UTF-8, as tables of clips ar
 """Reason and details of clips that the table cannot name."""
 RATE, TOKENIZER_RATE = 1e-3, 1e-3
 """Learning rates: a quarter and a third of those that the model in the box was trained with."""
+ADAPTER_RATE = 1e-2
+"""Learning rate of adapters: a step then changes the weights as much as one of full training does."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,27 @@ class Finetuning:
     """Samples of a step; at most as many as the clips have frames at 8 per second."""
     fit: Literal["crop", "letterbox"] = "crop"
     """Treatment of frames that are not square: crop to the center, or add white bars."""
+    lora: int | None = None
+    """Rank of adapters (LoRA) to train, such as 8, in place of the weights, which stay those of the base."""
     seed: int = 0
     """Seed of the order of the clips and of all random choices."""
     device: str = "auto"
     """Device to run on: cpu, cuda, cuda:0, or auto."""
 
     def __post_init__(self) -> None:
-        for name in ("minutes", "steps", "batch"):
+        for name in ("minutes", "steps", "batch", "lora"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} is {value}, expected a positive number")
         require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """What the new model is generated with."""
+        return {} if self.lora is None else {OWN: 1.0}
+
+    def trained_in(self, out: Path) -> Path:
+        """Folder of the runs of the stages, and of what they make, in that of the bundle."""
+        return out if self.lora is None else out / ADAPTERS / OWN
 
 
 class Step(NamedTuple):
@@ -139,8 +153,9 @@ class Chain:
         usable(settings.device)
         self.source, self.out, self.settings, self._typed = source, out, settings, base
         self.base = CogVideo.from_pretrained(base)
-        lacks = [name for name in ("image_tokenizer", "text") if name not in self.base.components]
-        require(not lacks, f"the base {base} has no {', '.join(lacks)}, expected a model with both tokenizers")
+        needed = ("image_tokenizer", "text", *(() if settings.lora is None else ADAPTED))
+        lacks = [name for name in needed if name not in self.base.components]
+        require(not lacks, f"the base {base} has no {', '.join(lacks)}, expected a model with {', '.join(needed)}")
         assert self.base.folder is not None
         require(self.base.folder.resolve() != out.resolve(), f"{out} is the base: give the new model another folder")
         items, rejected, self._named = listed(source)
@@ -283,7 +298,11 @@ class Chain:
 
     @property
     def is_poor(self) -> bool:
-        """True if the image tokenizer has to be trained."""
+        """True if the image tokenizer has to be trained; adapters keep the codes of their base."""
+        return self.settings.lora is None and self._shows_poorly
+
+    @property
+    def _shows_poorly(self) -> bool:
         return self.quality["psnr"] < LEAST_PSNR or self.quality.get("lpips", 0.0) > MOST_LPIPS
 
     def _begin(self) -> None:
@@ -295,12 +314,13 @@ class Chain:
         lost = (
             "; super-resolution, which knows the old codes, is left out" if "superres" in self.base.components else ""
         )
-        fate = f"and is trained{lost}" if self.is_poor else "and is kept"
+        kept = "as adapters need it; without --lora it is trained" if self._shows_poorly else ""
+        fate = f"and is trained{lost}" if self.is_poor else f"and is kept{', ' if kept else ''}{kept}"
         _say(f"The base's image tokenizer shows the clips with {measured}, {fate}.")
         captions = [caption for each in self.clips if each.split == "train" for caption in each.captions]
         config = self.base.config
         found = figures(self.base.text, captions, config.layout.text_slots)
-        if found.fitting < LEAST_FITTING:
+        if found.fitting < LEAST_FITTING and self.settings.lora is None:
             model = train_model(captions, config.transformer)
             parts["text"] = TextTokenizer(model, config.text, config.transformer.num_codes)
             _say(f"{found.fitting:.0%} of the captions fit the base's text tokenizer: one is trained on them.")
@@ -358,7 +378,7 @@ class Chain:
             return
         has_it = STAGES[stage].trains in self.base.components
         fresh: Mapping[str, Any] = {"image": "random", "sequential": "inherit", "interpolation": "sequential"}
-        choice = Choice("continue" if has_it else fresh[stage])
+        choice = Choice("continue" if has_it else fresh[stage], lora=self.settings.lora)
         task = {"mixture": ImageMixture(understanding=0.0, text=0.0)} if stage == "image" else {}
         sampling = {"durations": durations} if stage == "image" else {}
         options = self._options(1)
@@ -366,7 +386,7 @@ class Chain:
         train(stage, choice, self._options(steps), task, sampling)
         best = self._checkpoints(stage).best()
         if best is not None and best != self._delivered(stage):
-            export_run(self.out / f".{stage}-run", self.out, best=True, overwrite=True)
+            export_run(self._run(stage), self._run(stage).parent, best=True, overwrite=True)
 
     def _options(self, steps: int) -> Options:
         every = max(1, steps // 8)
@@ -374,7 +394,7 @@ class Chain:
         settings = StageOptimization(
             steps=steps,
             batch=self.batch,
-            learning_rate=RATE,
+            learning_rate=RATE if self.settings.lora is None else ADAPTER_RATE,
             warmup=min(20, steps // 5),
             optimizer="muon",
             ema=0.98,
@@ -382,7 +402,8 @@ class Chain:
         )
         return Options(
             Clips((self.data,)),
-            self.out,
+            self.settings.trained_in(self.out),
+            init=None if self.settings.lora is None else str(self.out),
             device=self.settings.device,
             overwrite=True,
             optimization=settings,
@@ -392,7 +413,7 @@ class Chain:
     def _steps_of(self, name: str, pace: Callable[[], float]) -> int:
         """Steps of a run: those that it began with, else as many as fit into its share of the time that is left, but no
         more than few clips are good for."""
-        run = RunFolder(self.out / f".{name}-run")
+        run = RunFolder(self._run(name))
         if run.began:
             return int(run.identity["settings" if name == "tokenizer" else "optimization"]["steps"])
         if self.settings.steps is not None:
@@ -406,16 +427,19 @@ class Chain:
         _say(f"{steps:,} steps: {'as many as few clips are good for' if steps == most else 'what the time allows'}.")
         return steps
 
+    def _run(self, name: str) -> Path:
+        return (self.out if name == "tokenizer" else self.settings.trained_in(self.out)) / f".{name}-run"
+
     def _checkpoints(self, stage: StageName) -> Checkpoints:
-        return Checkpoints(self.out / f".{stage}-run" / "checkpoints", keep=0)
+        return Checkpoints(self._run(stage) / "checkpoints", keep=0)
 
     def _delivered(self, stage: StageName) -> int | None:
         """Step of what the bundle has of a stage."""
-        return read_reports(self.out).get(STAGES[stage].trains, {}).get("steps")
+        return read_reports(self._run(stage).parent).get(STAGES[stage].trains, {}).get("steps")
 
     def _is_best(self, stage: StageName) -> bool:
         """True if the run of a stage is over and its best step in the bundle, or if the clips are too short for it."""
-        run = RunFolder(self.out / f".{stage}-run")
+        run = RunFolder(self._run(stage))
         if run.summary is None:
             return stage != "image" and (self.data / CARD).exists() and not _durations(self.data)
         best = self._checkpoints(stage).best()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import cogvideo
+from cogvideo.bundle.adapters import adapters_in
 from cogvideo.bundle.model import CogVideo
 from cogvideo.config import InputError, require
 from cogvideo.data.loader import ClipStream, Loader
@@ -27,10 +28,9 @@ from cogvideo.training.export import (
     ExportTarget,
     check_codes,
     check_target,
-    deliver,
+    deliver_state,
     delivered,
     left_out,
-    modules,
 )
 from cogvideo.training.held_out import HeldOut, held_out, judged
 from cogvideo.training.loop import learn
@@ -71,8 +71,10 @@ def train(
     is_whole = options.parallel == ParallelSettings()
     is_adamw = options.optimization.optimizer == "adamw"
     require(is_whole or is_adamw, "muon needs whole matrices on every rank: use adamw here")
+    is_adapter, num_parts = choice.lora is not None, options.parallel.tensor_parallel
+    require(num_parts == 1 or not is_adapter, f"tensor_parallel is {num_parts}, expected 1: adapters are not cut")
     with process_group(usable(options.device), options.parallel) as ranks:
-        source = _source(options)
+        source = _source(options, stage, choice)
         target = ExportTarget(options.out, source, configured(source.config, stage, choice), stage, choice)
         try:
             _train(target, options, task, sampling, ranks)
@@ -92,7 +94,7 @@ def seconds_a_step(
 ) -> float:
     """Time of a step of `train`, measured: all but the first of a few, which nothing is kept of."""
     with process_group(usable(options.device), options.parallel) as ranks:
-        source = _source(options)
+        source = _source(options, stage, choice)
         target = ExportTarget(options.out, source, configured(source.config, stage, choice), stage, choice)
         stream, _ = _data(target, options, sampling)
         trainer, batches = _start(target, options, task, stream, ranks)
@@ -104,12 +106,16 @@ def seconds_a_step(
     return (times[-1] - times[0]) / (steps - 1)
 
 
-def _source(options: Options) -> CogVideo:
+def _source(options: Options, stage: StageName, choice: Choice) -> CogVideo:
+    """The bundle to start from; the adapter of a video stage is trained on a base with that of the same name."""
     try:
-        return CogVideo.from_pretrained(_typed(options))
+        source = CogVideo.from_pretrained(_typed(options))
     except InputError as error:
         hint = "; --init names a bundle to start from, and `train tokenizer` makes one"
         raise InputError(f"{error}{hint if options.init is None else ''}") from error
+    if choice.lora is not None and not STAGES[stage].is_base:
+        source.add([each for each in adapters_in(options.out) if each.component == "base"])
+    return source
 
 
 def _typed(options: Options) -> str:
@@ -273,12 +279,13 @@ def _identity(
     task: dict[str, Any] = {}
     for name, value in special.items():
         task |= asdict(value) if isinstance(value, ImageMixture) else {name: value}
+    added = {f"adapter of {each.component}": each.sha256 for each in target.source.adapters}
     return {
         "stage": target.stage,
         "choice": asdict(target.choice),
         "task": task,
         "config": asdict(target.config.sizes),
-        "parents": {name: target.source.sha256(name) for name in starts if name not in replaced},
+        "parents": {name: target.source.sha256(name) for name in starts if name not in replaced} | added,
         "optimization": asdict(options.optimization),
         "clips": {name: value for name, value in asdict(options.clips).items() if name != "data"},
         "data": stream.identity,
@@ -292,7 +299,7 @@ def _finish(target: ExportTarget, folder: RunFolder, trainer: Trainer) -> None:
     if trainer.ranks.rank > 0:
         return
     report = report_of(folder, trainer.settings.steps)
-    deliver(target, modules(target.stage, target.choice, target.config, state), report)
+    deliver_state(target, state, report)
     folder.finish(report)
 
 

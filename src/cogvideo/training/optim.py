@@ -126,7 +126,7 @@ def make_optimizers(module: nn.Module, settings: StageOptimization) -> list[torc
             (matrices if is_matrix else others).append(each)
     rate, decay = settings.learning_rate, settings.weight_decay
     muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    return [adamw(others, settings), muon]
+    return [*([adamw(others, settings)] if others else []), muon]
 
 
 def adamw(parameters: Sequence[nn.Parameter], settings: StageOptimization) -> torch.optim.AdamW:

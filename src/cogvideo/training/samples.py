@@ -27,7 +27,7 @@ from cogvideo.generation.upscale import enlarge
 from cogvideo.layout import SequenceLayout
 from cogvideo.media.video import write_video
 from cogvideo.models.transformer import Base
-from cogvideo.training.export import ExportTarget, modules
+from cogvideo.training.export import ExportTarget, fused, modules
 from cogvideo.training.parallel import any_rank, full_state
 from cogvideo.training.stages import STAGES, StageName
 from cogvideo.training.step import Trainer
@@ -131,7 +131,8 @@ class Preview:
             assert isinstance(live, Base)
             is_whole = not any(isinstance(each, DTensor) for each in live.parameters())
             parts["base" if name == "base" else f"{stage}_base"] = live if is_whole else source.component(name)
-        parts |= modules(stage, choice, self.target.config, weights)
+        is_adapter = choice.lora is not None
+        parts |= fused(self.target, weights) if is_adapter else modules(stage, choice, self.target.config, weights)
         return CogVideo(self.target.config, **{name: self._placed(name, part) for name, part in parts.items()})
 
     def _placed(self, name: str, part: Component) -> Component:

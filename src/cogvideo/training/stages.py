@@ -24,6 +24,7 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.clips import Mode
 from cogvideo.layout import SequenceLayout, UpscaleLayout
+from cogvideo.models.adapters import adapt
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler, inherit_upscaler
 from cogvideo.training.objectives.image import ImageTask
@@ -104,6 +105,13 @@ class Choice:
     """frozen; trained too (full fine-tuning); random: trained from random weights, as the paper's ablation."""
     window: int | None = None
     """Side of the temporal windows in place of the configuration's; 0 is full attention."""
+    lora: int | None = None
+    """Rank of an adapter, which is trained in place of the weights that the stage continues."""
+
+    def __post_init__(self) -> None:
+        if self.lora is not None:
+            is_plain = self.base == "frozen" and self.start == "continue" and self.window is None
+            require(is_plain, "got --lora with --base or --window, expected a stage as it is in the bundle")
 
 
 def configured(config: CogVideoConfig, stage: StageName, choice: Choice) -> CogVideoConfig:
@@ -174,6 +182,8 @@ def build(
     base = _base(stage, choice, source, config, dtype, generator)
     if STAGES[stage].is_base:
         return Transformer(base)
+    if choice.lora is not None:
+        return Transformer(base, _frozen(stage, source, config, dtype, choice.lora, generator))
     channel = MODULES[stage](config)
     if choice.start == "random":
         initialize(channel, config.transformer.num_layers, generator)
@@ -201,16 +211,33 @@ def _base(
     if choice.base == "random" or (STAGES[stage].is_base and choice.start == "random"):
         initialize(base, config.transformer.num_layers, generator)
         return base
-    stored = _state(source, base_of(stage, choice, source))
-    if STAGES[stage].is_base or choice.base == "trained":
-        base.load_state_dict(stored)
+    name = base_of(stage, choice, source)
+    is_whole = choice.lora is None and (STAGES[stage].is_base or choice.base == "trained")
+    if is_whole:
+        base.load_state_dict(_state(source, name))
         return base
-    types = {name: dtype if each.ndim > 1 else torch.float32 for name, each in stored.items()}
+    return _frozen(name, source, config, dtype, choice.lora if STAGES[stage].is_base else None, generator)
+
+
+def _frozen(
+    name: str,
+    source: CogVideo,
+    config: CogVideoConfig,
+    dtype: torch.dtype,
+    rank: int | None,
+    generator: torch.Generator,
+) -> Any:
+    """A component with its matrices in `dtype`, of which those that already have their type stay memory-mapped; with an
+    adapter of some rank to train, if one is given."""
+    stored = _state(source, name)
+    types = {key: dtype if each.ndim > 1 else torch.float32 for key, each in stored.items()}
     with torch.device("meta"):
-        frozen = Base(config.transformer)
-    # tensors that already have their type stay memory-mapped
-    frozen.load_state_dict({name: each.to(types[name]) for name, each in stored.items()}, assign=True)
-    return frozen.requires_grad_(False)
+        frozen = MODULES[name](config)
+    frozen.load_state_dict({key: each.to(types[key]) for key, each in stored.items()}, assign=True)
+    frozen.requires_grad_(False)
+    if rank is not None:
+        adapt(frozen, rank, generator)
+    return frozen
 
 
 def _state(source: CogVideo, name: str) -> dict[str, Tensor]:
