@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +96,22 @@ class Adapter(NamedTuple):
             fits = down is not None and up is not None and up.shape[1] == down.shape[0]
             expected = tuple(layers[name].weight.shape)
             require(fits and shape == expected, f"{self.weights} does not fit {name} of {self.component} {expected}")
+
+
+def scales(adapters: Iterable[str]) -> dict[str, float]:
+    """Scales by names, from texts `NAME` or `NAME:SCALE`.
+
+    Raises:
+        ValueError: a scale is no number.
+    """
+    found = {}
+    for each in adapters:
+        name, colon, scale = each.rpartition(":")
+        try:
+            found[name if colon else each] = float(scale) if colon else 1.0
+        except ValueError:
+            raise InputError(f"adapter is {each!r}, expected NAME or NAME:SCALE") from None
+    return found
 
 
 def adapters_in(folder: Path, scale: float = 1.0) -> list[Adapter]:

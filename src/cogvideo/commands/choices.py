@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 
 import msgspec
 
+from cogvideo.bundle.adapters import scales
 from cogvideo.bundle.model import POCKET
 from cogvideo.commands.outputs import Record, check_name, public, read_record
 from cogvideo.config import SECONDS, CogVideoConfig, InputError, require
@@ -91,7 +92,7 @@ class Choices(SamplingOptions):
     @property
     def adapters(self) -> dict[str, float]:
         """Scale of each adapter."""
-        return dict(map(_scaled, self.adapter))
+        return scales(self.adapter)
 
     def found(self) -> Choices:
         """The same, with file names as they are on disk."""
@@ -211,15 +212,6 @@ class Sidecar:
             if (found := existing(folder / path)).exists():
                 return found
         raise InputError(f"it was made with {path}, which is not here: pass its place by --{option}")
-
-
-def _scaled(adapter: str) -> tuple[str, float]:
-    """Name and scale of `NAME:SCALE`."""
-    name, colon, scale = adapter.rpartition(":")
-    try:
-        return (name, float(scale)) if colon else (adapter, 1.0)
-    except ValueError:
-        raise InputError(f"adapter is {adapter!r}, expected NAME or NAME:SCALE") from None
 
 
 def _hash(path: Path) -> str:

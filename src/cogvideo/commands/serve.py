@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cogvideo.bundle.adapters import scales
 from cogvideo.bundle.model import POCKET
 from cogvideo.config import require
 
@@ -37,6 +38,8 @@ class Work:
 
     model: str = POCKET
     """Model: pocket, which comes with the package, the folder of a bundle, or its ID on the Hugging Face Hub."""
+    adapter: tuple[str, ...] = ()
+    """Names of adapters in the model, or their folders, each with its scale as NAME:SCALE; 1 unless given."""
     device: str = "auto"
     """Device to run on: cpu, cuda, cuda:0, or auto."""
     batch: int = 8
@@ -114,15 +117,17 @@ def serve(
     require(
         has_keys or is_local(host), f"host is {host}, which others can reach: make a key first, `cogvideo key NAME`"
     )
+    adapters = scales(work.adapter)
     hosts = ["*"] if host in ANYWHERE and not names else ["127.0.0.1", "localhost", "[::1]", host, *names]
 
     def make() -> ASGIApp:
         keys = Keys(place.folder / "keys") if has_keys else None
-        return application(Site(Served(work.model), Jobs(queue), Store(files), keys, Limits(waiting, kept)), hosts)
+        served = Served(work.model, adapters=adapters)
+        return application(Site(served, Jobs(queue), Store(files), keys, Limits(waiting, kept)), hosts)
 
     app = make()
     leave_on_sigterm()
-    arguments = (queue, files, work.model, work.device, work.batch, work.lease, work.running)
+    arguments = (queue, files, work.model, work.device, work.batch, work.lease, work.running, adapters)
     with listening(host, port) as listener, ExitStack() as stack:
         port = listener.getsockname()[1]
         if ray:
@@ -184,7 +189,8 @@ def worker(*, place: Place = Place(), work: Work = Work()) -> None:  # frozen
 
     queue, files = place.urls()
     print(f"working for {queue.rpartition('@')[2]}", flush=True)
-    worker.work(queue, files, work.model, work.device, work.batch, work.lease, work.running)
+    arguments = (work.model, work.device, work.batch, work.lease, work.running, scales(work.adapter))
+    worker.work(queue, files, *arguments)
 
 
 def key(name: str, /, *, folder: Path = FOLDER) -> None:

@@ -23,7 +23,7 @@ class Work:
     """A replica with a worker, which Ray replaces when its worker has ended.
 
     Args:
-        arguments: of `open_worker`, without the first.
+        arguments: those of `open_worker`, without the first.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -54,7 +54,7 @@ def deployed(
         port: port to listen at.
         address: address of the cluster; None for one on this machine alone, which is started.
         workers: number of workers.
-        arguments: of `open_worker`.
+        arguments: those of `open_worker`, without the first.
     """
     ray.init(address=address, include_dashboard=False, log_to_driver=False)
     leave_on_sigterm()  # on which Ray would abort

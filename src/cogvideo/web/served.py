@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 import numpy as np
@@ -88,13 +89,20 @@ class Served:
         name: folder, ID on the Hub, or `pocket`.
         device: device of the model.
         dtype: type of its weights, which are loaded when the first clip is made.
+        adapters: adapters by name or folder, each with its scale.
 
     Raises:
         ValueError: there is no such model, or it cannot make clips.
     """
 
-    def __init__(self, name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> None:
-        self.pipeline = CogVideoPipeline.from_pretrained(name, dtype, device)
+    def __init__(
+        self,
+        name: str,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        adapters: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        self.pipeline = CogVideoPipeline.from_pretrained(name, dtype, device, adapters=adapters)
         self.name = Path(name).name
         self.config: CogVideoConfig = self.pipeline.model.config
         there = self.pipeline.model.components

@@ -7,7 +7,7 @@ import io
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -15,6 +15,7 @@ from multiprocessing import parent_process
 from secrets import token_hex
 from threading import Event, Thread
 from traceback import print_exception
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,8 +41,11 @@ GIVEN, LAST = "given.npy", "last.npy"
 """Files with uploaded frames."""
 
 
-def work(queue: str, files: str, model: str, device: str, batch: int, lease: float, running: int) -> None:
+def work(*arguments: Any) -> None:
     """Work until SIGTERM or Ctrl-C comes, or the process that started this one has died.
+
+    Args:
+        arguments: those of `open_worker`, without the first.
 
     Raises:
         ValueError: the model, the queue, or the place of files cannot be used.
@@ -51,18 +55,27 @@ def work(queue: str, files: str, model: str, device: str, batch: int, lease: flo
         signal.signal(each, lambda *_: stopping.set())
     if parent_process() is not None:
         Thread(target=_outlive, args=(stopping,), daemon=True).start()
-    open_worker(stopping, queue, files, model, device, batch, lease, running).run()
+    open_worker(stopping, *arguments).run()
 
 
 def open_worker(
-    stopping: Event, queue: str, files: str, model: str, device: str, batch: int, lease: float, running: int
+    stopping: Event,
+    queue: str,
+    files: str,
+    model: str,
+    device: str,
+    batch: int,
+    lease: float,
+    running: int = 0,
+    adapters: Mapping[str, float] = MappingProxyType({}),
 ) -> Worker:
     """A worker, from what the command line says.
 
     Raises:
         ValueError: the model, the queue, or the place of files cannot be used.
     """
-    return Worker(Jobs(queue), Store(files), Served(model, usable(device)), batch, lease, running, stopping)
+    served = Served(model, usable(device), adapters=adapters)
+    return Worker(Jobs(queue), Store(files), served, batch, lease, running, stopping)
 
 
 def _outlive(stopping: Event) -> None:
