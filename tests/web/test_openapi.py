@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
@@ -14,6 +15,7 @@ from hypothesis import strategies
 from schemathesis import checks
 
 from cogvideo.web.jobs import Jobs, Limits
+from cogvideo.web.keys import Keys
 from cogvideo.web.served import Served, Wanted
 from cogvideo.web.server import application
 from cogvideo.web.site import Order, Site
@@ -32,16 +34,26 @@ CHECKS = [
 """That good data is accepted is not among them: a prompt of spaces, or a sampler's value out of range, is refused."""
 
 
-@pytest.mark.parametrize("examples", [2, pytest.param(800, marks=pytest.mark.soak)])
+EXAMPLES = int(os.environ.get("COGVIDEO_FUZZ", "3000")) // 40
+"""Requests of each operation in the long test, half of them with wrong values."""
+
+
+@pytest.mark.parametrize("examples", [2, pytest.param(EXAMPLES, marks=pytest.mark.soak)])
 def test_answers_are_as_described(examples: int, text_model: bytes, tmp_path: Path) -> None:
-    """Guards clients that are made from the description, and the server against what nobody thought of."""
+    """Guards clients that are made from the description, the server against what nobody thought of, and videos
+    against requests with the keys of others."""
     served = Served(str(make_whole_bundle(tmp_path / "small", text_model)))
+    keys = Keys(tmp_path / "keys")
+    headers = {"Authorization": f"Bearer {keys.add('ann')}"}
+    keys.add("bob")
     limits = Limits(waiting=50)
-    site = Site(served, Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(tmp_path / "files")), None, limits)
-    done = site.order("local", Order(Wanted(prompt="a cat", rounds=0)))
+    site = Site(served, Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(tmp_path / "files")), keys, limits)
+    own = site.order("ann", Order(Wanted(prompt="a cat", rounds=0))).id
+    others = site.order("bob", Order(Wanted(prompt="a secret", rounds=0))).id
     stopping = Event()
     stopping.wait = lambda _: stopping.set()  # type: ignore[assignment, method-assign, return-value]
     Worker(site.jobs, site.store, served, 8, 1000.0, 0, stopping).run()
+    untouched = site.jobs.find(others, bulky=True)
     app = application(site, ["*"])
     before = sorted(tmp_path.iterdir())
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
@@ -50,18 +62,37 @@ def test_answers_are_as_described(examples: int, text_model: bytes, tmp_path: Pa
         for mode in schemathesis.GenerationMode:
             cases = operation.as_strategy(generation_mode=mode)
 
-            @hypothesis.settings(max_examples=examples, suppress_health_check=list(hypothesis.HealthCheck))
-            @hypothesis.given(case=cases, is_known=strategies.booleans())
-            def check(case: Any, is_known: bool) -> None:
-                if is_known and "id" in case.path_parameters and case.method != "DELETE":
-                    case.path_parameters["id"] = done.id
+            @hypothesis.settings(
+                max_examples=examples, deadline=None, suppress_health_check=list(hypothesis.HealthCheck)
+            )
+            @hypothesis.given(case=cases, id=strategies.sampled_from([None, own, others]))
+            def check(case: Any, id: str | None) -> None:
+                is_others = id == others and _use(case, others)
+                if id == own and case.method != "DELETE":
+                    _use(case, own)
+                case.headers.update(headers)
                 response = case.call()
                 case.validate_response(response, checks=CHECKS)
+                assert not (is_others and response.status_code < 400), response.content
+                assert b"a secret" not in response.content
                 statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
 
             with suppress(hypothesis.errors.Unsatisfiable):  # nothing is wrong for operations without values
                 check()
-    assert {200, 404, 422} <= statuses.keys() <= {200, 400, 403, 404, 405, 413, 415, 422, 429}, statuses
+    print(f"{sum(statuses.values())} requests: {statuses}")
+    assert {200, 404, 422} <= statuses.keys() <= {200, 400, 401, 403, 404, 405, 413, 415, 422, 429}, statuses
+    assert site.jobs.find(others, bulky=True) == untouched
     assert sorted(tmp_path.iterdir()) == before
-    ours = {"queue.db", "queue.db-shm", "queue.db-wal", "files", "small"}
+    ours = {"queue.db", "queue.db-shm", "queue.db-wal", "files", "small", "keys", ".lock"}
     assert {path.name for path in before} <= ours
+
+
+def _use(case: Any, id: str) -> bool:
+    """Put the ID of a video where a request has one; False if there is no such place."""
+    if "id" in case.path_parameters:
+        case.path_parameters["id"] = id
+    elif case.path.endswith("/videos") and case.media_type == "application/json" and isinstance(case.body, dict):
+        case.body["input_reference"] = {"video_id": id, "frame": 0}
+    else:
+        return False
+    return True

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 import numpy as np
+import torch
 from starlette.exceptions import HTTPException
 
 from cogvideo.config import InputError, require
@@ -126,7 +127,7 @@ class Site:
         require(not is_whole or job.status == "completed", f"{job.id} is {job.status}, expected a completed video")
         missing = sorted(set(places) - codes.keys())
         require(not missing, f"{job.id} has no frame {missing[:1]}, it has the frames {sorted(codes)}")
-        return Start(self.served.unpack(b"".join(pack_codes(codes[each]) for each in places)), num_frames=len(places))
+        return Start(torch.stack([codes[each] for each in places]), num_frames=len(places))
 
     def starts(self, job: Job) -> tuple[Start | None, Start | None]:
         """First and last frames of a job."""
