@@ -106,6 +106,17 @@ def picture() -> dict[str, Any]:
     return {"name": "x.png", "mimeType": "image/png", "buffer": content.getvalue()}
 
 
+def drop(page: Any, place: str, file: dict[str, Any]) -> None:
+    """Drop a file from outside of the browser."""
+    script = """([name, type, bytes]) => {
+        const dropped = new DataTransfer();
+        dropped.items.add(new File([Uint8Array.from(bytes)], name, { type }));
+        return dropped;
+    }"""
+    dropped = page.evaluate_handle(script, [file["name"], file["mimeType"], list(file["buffer"])])
+    page.locator(place).dispatch_event("drop", {"dataTransfer": dropped})
+
+
 def test_every_action(server: Running, page: Any) -> None:
     """Guards the page: what is pressed reaches the server with what was entered, and what it makes is shown."""
     with server.client() as web:
@@ -127,13 +138,20 @@ def test_every_action(server: Running, page: Any) -> None:
             assert (name, beginning in content[:12]) == (f"a-cat-7.{kind}", True)
         page.get_by_label("Frame", exact=True).press("End")
         click(page, "Go on from here")
-        page.get_by_label("Last frame", exact=True).set_input_files(picture())
+        drop(page, "[data-name=last_reference]", picture())
+        page.get_by_alt_text("x.png").wait_for()
         generate(page, "a dog")
         dog = wait_for_end(page, 5, cat)
         assert frame(dog, 0) == frame(cat, 4)
         assert frame(dog, 4) != frame(cat, 0)
         click(page, "End here")
         assert page.get_by_alt_text("of an earlier clip").count() == 2
+        click(page, "Remove the first frame")
+        click(page, "Remove the last frame")
+        page.locator(".strip img").nth(2).drag_to(page.locator("[data-name=last_reference]"))
+        page.get_by_alt_text("Frame 3 of an earlier clip").wait_for()
+        page.get_by_label("First frame", exact=True).set_input_files(picture())
+        page.get_by_alt_text("x.png").wait_for()
         click(page, "Remove the first frame")
         click(page, "Remove the last frame")
         click(page, "Again with another seed")
