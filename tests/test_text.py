@@ -270,7 +270,6 @@ def test_missing_model_file_is_one_clear_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{caption}",
         "{duration}s",
         "{duration} {caption} {style}",
         "{} {}",
@@ -288,3 +287,10 @@ def test_broken_template_is_refused(template: str) -> None:
     """Guards against a template that ignores the prompt, or fails when the first prompt arrives."""
     with pytest.raises(ValueError):
         TextConfig(duration_template=template)
+
+
+def test_the_rate_can_be_left_out(text_model: bytes) -> None:
+    """Guards the ablation of the rate in the text: rows of all durations are the same."""
+    text = TextTokenizer(text_model, TextConfig(duration_template="<n>{caption}"), NUM_CODES)
+    assert text.encode_caption("a cat runs", 4.0) == text.encode_caption("a cat runs", 0.5)
+    assert text.encode_caption("a cat runs", 4.0) == text.encode_image_caption("a cat runs")

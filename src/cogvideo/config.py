@@ -214,7 +214,8 @@ class TextConfig:
     """Templates that captions are put into before they are tokenized."""
 
     duration_template: str = "{duration:g}s<n>{caption}"
-    """Text of the video stages; `duration` is the time in seconds that the frames of a sequence span."""
+    """Text of the video stages; `duration` is the time in seconds that the frames of a sequence span. A template
+    without it is for comparison."""
     image_template: str = "<n>{caption}"
     """Text of the image model."""
     unconditional_caption: str = ""
@@ -229,7 +230,8 @@ class TextConfig:
             except ValueError as error:
                 raise InputError(f"{got}, which does not work: {error}") from error
             found = sorted(part for _, part, _, _ in parts if part is not None)
-            require(found == fields, f"{got}, expected a text with the fields {fields}, each once, got {found}")
+            message = f"{got}, expected a text with the fields {fields}, each once, got {found}"
+            require(found in (fields, ["caption"]), message)
             for _, part, form, conversion in parts:
                 # Templates come with bundles, and "{caption:>99999999}" would take 100 MB per prompt.
                 fits = re.fullmatch(DURATION_FORMAT if part == "duration" else "", form or "")

@@ -14,7 +14,7 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, LayoutConfig, SamplingConfig, StageConfig, TransformerConfig, preset
 from cogvideo.generation import hierarchy
 from cogvideo.generation.decode import Passes
-from cogvideo.generation.hierarchy import between, collect, first_frames, generate
+from cogvideo.generation.hierarchy import after, between, collect, first_frames, generate
 from cogvideo.generation.request import Request, Settings
 from cogvideo.models.transformer import Base, TemporalChannel, initialize
 from cogvideo.text import TextTokenizer
@@ -331,3 +331,14 @@ def test_stages_alone_give_what_the_hierarchy_does(system: CogVideo) -> None:
     codes = between(alone, request(PROMPTS, 3, 4), given)
     assert torch.equal(codes[:, ::2], given)
     assert torch.equal(between(alone, request(PROMPTS[1:], 4), given[1:]), codes[1:])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_clips_go_on_after_frames_of_their_own(system: CogVideo, number: int) -> None:
+    """Guards one stage without a hierarchy: each clip of a batch continues its own frames, as it does alone."""
+    given = torch.stack([some_frames(number), some_frames(number).flip(1)])
+    codes = after(system, request(PROMPTS, 3, 4), given)
+    plain = settings(rounds=0)
+    for place, (prompt, seed) in enumerate(zip(PROMPTS, (3, 4), strict=True)):
+        alone = clip(system, [prompt], [seed], settings=plain, given=given[place])
+        assert torch.equal(codes[place], alone[0, number:])

@@ -79,6 +79,19 @@ def between(system: Stages, request: Request, frames: Codes) -> Int64[Tensor, "b
     return codes
 
 
+def after(system: Stages, request: Request, frames: Codes) -> Int64[Tensor, "batch added slots"]:
+    """Generate the frames of a sequence of key frames after given ones; raises what `generate` raises.
+
+    Args:
+        system: the model.
+        request: a request whose duration is that of the sequence; its given frames are ignored.
+        frames: first frames of the sequence of each clip, fewer than a sequence has.
+    """
+    run = _Run(system, request)
+    run.check(image=False, key_frames=True, rounds=0)
+    return torch.stack([frame.codes for frame in run.key_frames(frames, 1)], 1)
+
+
 def collect(frames: Iterable[Finished]) -> Codes:
     """Arrange yielded frames in order of time."""
     return torch.stack([frame.codes for frame in sorted(frames, key=lambda frame: frame.place)], 1)
