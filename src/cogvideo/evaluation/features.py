@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.backends import cudnn
 
 from cogvideo.config import require
+from cogvideo.data import engines
 from cogvideo.data.encoding import ahead
 from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
 from cogvideo.data.shards import digest
@@ -232,12 +233,12 @@ class Machines:
             return "cuda" if self.device == "cuda" else "cpu"
         return local_devices(self.device, self.workers)[0].partition(":")[0]
 
-    def run(self, jobs: Sequence[Job], extractor: Extractor, on_clip: OnClip) -> None:
+    def run(self, jobs: Sequence[engines.Job], worker: engines.Worker, on_clip: OnClip) -> None:
         """Do jobs."""
         if self.engine == "ray":
-            run_ray(jobs, extractor, self.kind, self.ray_address, self.workers, on_clip)
+            run_ray(jobs, worker, self.kind, self.ray_address, self.workers, on_clip)
         else:
-            run_local(jobs, extractor, local_devices(self.device, self.workers), on_clip)
+            run_local(jobs, worker, local_devices(self.device, self.workers), on_clip)
 
 
 def extract(

@@ -1,0 +1,88 @@
+"""`cogvideo ablate`: options to the runs of an ablation, its page and its file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from importlib import import_module
+from itertools import count
+from pathlib import Path
+
+from cogvideo.config import require
+from cogvideo.evaluation.features import Machines
+from cogvideo.evaluation.networks.cache import network_path
+from cogvideo.files import write_text
+from cogvideo.runs import provenance
+from cogvideo.training.ablation import DATA, LOG, Ablation, Job, Laboratory
+from cogvideo.training.optim import StageOptimization
+
+PAGE, FILE = "ablation.html", "ablation.json"
+
+
+def ablate(
+    recipe: Path,
+    /,
+    *,
+    out: Path,
+    only: str | None = None,
+    list_: bool = False,
+    ablation: Ablation = Ablation(),  # noqa: B008  # frozen
+    optimization: StageOptimization = StageOptimization(),  # noqa: B008
+    machines: Machines = Machines(),  # noqa: B008
+) -> None:
+    """Train variants of the video stages and compare them. Killed and called again, it continues.
+
+    Variants are: full; random (weights of the image model are not inherited); trained (a base that is not frozen);
+    one-stage (one rate in place of the hierarchy, with one and two overlapping frames); no-rate (no frame rate in the
+    text); no-window (full attention). FVD needs `cogvideo fetch i3d`.
+
+    The page ablation.html and the figures ablation.json in OUT are made of the runs that are over.
+
+    Args:
+        recipe: TOML file whose table [ablate] has values for the following options, which take precedence.
+        out: Folder for data, runs, page and figures.
+        only: Name of one run to do, or data for what all runs need. Jobs on several machines share OUT.
+        list_: Print the names of all runs, and do nothing.
+        ablation: Settings of the comparison.
+        optimization: Optimization of each stage.
+        machines: Devices and processes.
+
+    Raises:
+        ValueError: a setting or the base cannot be used, or training diverged.
+        OSError: something cannot be written.
+    """
+    laboratory = Laboratory(out, ablation, optimization, machines.kind)
+    if list_:
+        print("\n".join(laboratory.runs))
+        return
+    known = (DATA, *laboratory.runs)
+    require(only is None or only in known, f"only is {only!r}, expected one of {', '.join(known)}")
+    for package in ("jinja2", "matplotlib", "pyarrow"):
+        import_module(package)  # if one is missing, that is said before anything is done
+    if not network_path("i3d").is_file():
+        print("There is no FVD: `cogvideo fetch i3d` puts its network into the cache.")
+    laboratory.prepare(machines)
+    names = [name for name in laboratory.runs if only in (None, name) and laboratory.report(name) is None]
+    if names:
+        print(f"{len(names)} runs to do; each has its messages in {out / names[0] / LOG} or the like", flush=True)
+        done = count(1)
+        jobs = [Job((name,)) for name in names]
+        machines.run(jobs, laboratory, lambda: print(f"{next(done)} of {len(names)} runs are done", flush=True))
+    _write(laboratory)
+
+
+def _write(laboratory: Laboratory) -> None:
+    """Write page and figures, if any run is over."""
+    from cogvideo.report.ablation import facts, plain  # matplotlib takes a second to import
+    from cogvideo.report.page import write_page
+
+    over = sum(laboratory.report(name) is not None for name in laboratory.runs)
+    if over == 0:
+        return
+    page, figures = facts(laboratory)
+    settings = {"ablation": asdict(laboratory.ablation), "optimization": asdict(laboratory.optimization)}
+    content = provenance() | {"settings": settings, "runs": over} | figures
+    write_text(laboratory.out / FILE, json.dumps(content, indent=1, default=plain) + "\n")
+    lead = f"{over} of {len(laboratory.runs)} runs are over; {laboratory.optimization.steps:,} steps of each stage."
+    write_page(laboratory.out / PAGE, "ablate", "Ablation of the video stages", lead, "ablation.html", page)
+    print(f"written: {laboratory.out / PAGE}, {laboratory.out / FILE}, with {over} runs")

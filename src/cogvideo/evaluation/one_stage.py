@@ -1,0 +1,39 @@
+"""Clips by one stage at one frame rate, without a hierarchy: what the paper compares interpolation with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from cogvideo.bundle.model import CogVideo
+from cogvideo.evaluation.subjects import NUM_FRAMES
+from cogvideo.generation.hierarchy import after, first_frames
+from cogvideo.generation.request import Request, Settings
+from cogvideo.pipeline import CogVideoPipeline, Frame
+
+
+class OneStage(CogVideoPipeline):
+    """Clips in sequences of the sequential stage, each of which begins with the last frames of the one before.
+
+    Args:
+        model: a model whose sequential stage was trained at the rate of the finished clips.
+        overlap: number of these frames; after the first frame of a clip there is only one.
+    """
+
+    def __init__(self, model: CogVideo, overlap: int) -> None:
+        super().__init__(model)
+        self.overlap = overlap
+
+    def num_frames(self, settings: Settings) -> int:
+        """Number of frames of a clip."""
+        return NUM_FRAMES
+
+    def frames(self, request: Request) -> Iterator[Frame]:
+        """Yield the frames of a clip in order of time."""
+        model = self._packed()
+        codes = first_frames(model, request)[:, None]
+        while codes.shape[1] < NUM_FRAMES:
+            codes = torch.cat([codes, after(model, request, codes[:, -self.overlap :])], 1)
+        for place, frame in enumerate(codes[:, :NUM_FRAMES].unbind(1)):
+            yield Frame("sequential", place, NUM_FRAMES, frame, model.autoencoder.decode_pixels(frame))

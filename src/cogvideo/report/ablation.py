@@ -1,0 +1,183 @@
+"""Facts about an ablation, for `templates/ablation.html`: figures of the runs that are over, and paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cogvideo.evaluation.preferences import Interval
+from cogvideo.report.page import Name, number, precise
+from cogvideo.report.plots import Plot, curves
+from cogvideo.report.runs import Curve, read_runs
+from cogvideo.training.ablation import VARIANTS, Laboratory, VariantName
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Quantiles 0.975 of Student's t, by degrees of freedom from 1."""
+FULL = VARIANTS["full"].title
+CLIPS, SAMPLES, TIME, PACE = "clips", "equal samples", "equal time", "seconds a step"
+NOTES = {
+    CLIPS: "FVD by the true I3D, and shares of clips of which the World reader reads an attribute right.",
+    SAMPLES: "Held-out loss in nats per code, at the end of training.",
+    TIME: "Held-out loss when the faster of both runs ends, read off the curves. The slower one"
+    " still has a high learning rate then, which counts against it.",
+    PACE: "Median of a run.",
+}
+
+
+class Stage(NamedTuple):
+    """Held-out losses of a run of a stage at one frame rate; in the file, steps, values and pace."""
+
+    losses: Curve
+    pace: float
+    """Seconds a step."""
+
+
+@dataclass
+class Figure:
+    """A figure of one row, by seed."""
+
+    values: dict[int, float] = field(default_factory=dict)
+    differences: dict[int, float] = field(default_factory=dict)
+    """Values less those of the full system with the same seed."""
+
+    def add(self, seed: int, value: float, full: float | None) -> None:
+        """Add the value of a seed, and that of the full system if it is to be compared."""
+        self.values[seed] = value
+        if full is not None:
+            self.differences[seed] = value - full
+
+    @property
+    def interval(self) -> Interval | None:
+        """Mean difference with its 95 % interval over seeds; None for fewer than two."""
+        return paired([*self.differences.values()])
+
+    def __str__(self) -> str:
+        text = precise(float(np.mean([*self.values.values()])))
+        if self.differences:
+            text += f"; {_signed(float(np.mean([*self.differences.values()])))}"
+        if self.interval is None:
+            return text
+        _, low, high = self.interval
+        return f"{text} ({_signed(low)} to {_signed(high)}){' *' if low > 0 or high < 0 else ''}"
+
+
+def _signed(value: float) -> str:
+    return f"{'-' if value < 0 else '+'}{number(abs(value))}"
+
+
+Figures = Mapping[str, Mapping[str, Mapping[str, Figure]]]
+"""By point of comparison, name and row."""
+Lines = Mapping[str, Mapping[str, Stage]]
+"""By run and name."""
+
+
+def paired(differences: Sequence[float]) -> Interval | None:
+    """The mean of differences of pairs with its 95 % interval by Student's t; None for fewer than two."""
+    count = len(differences)
+    if count < 2:
+        return None
+    mean = float(np.mean(differences))
+    half = T95[count - 2] * float(np.std(differences, ddof=1)) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half)
+
+
+def levels(one: Curve, other: Curve, paces: tuple[float, float] = (1.0, 1.0)) -> tuple[float, float]:
+    """Values of two curves at the last moment that both reach, on straight lines between their points.
+
+    Moments are steps, or times if paces in seconds a step are given.
+    """
+    (steps, values), (other_steps, other_values) = one, other
+    moment = min(steps[-1] * paces[0], other_steps[-1] * paces[1])
+    first = np.interp(moment, steps * paces[0], values)
+    return float(first), float(np.interp(moment, other_steps * paces[1], other_values))
+
+
+def facts(laboratory: Laboratory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Everything that the page says, and the figures for the file next to it."""
+    reports = {name: report for name in laboratory.runs if (report := laboratory.report(name)) is not None}
+    lines = {name: dict(_stages(laboratory.out / name)) for name in reports}
+    figures = compare(laboratory, reports, lines)
+    page = {
+        "titles": {"figures": "Figures", "curves": "Curves", "sheets": "Clips"},
+        "tables": [(at, ["", *names], _rows(names), NOTES[at]) for at, names in figures.items()],
+        "plots": list(_plots(laboratory, lines)),
+        "sheets": list(_sheets(laboratory, reports)),
+    }
+    return page, {"figures": figures, "curves": lines}
+
+
+def plain(value: Any) -> Any:
+    """Figures and curves as JSON takes them: an encoder's `default`."""
+    if isinstance(value, Figure):
+        return vars(value) | {"interval": value.interval}
+    return value.tolist()
+
+
+def compare(laboratory: Laboratory, reports: Mapping[str, Mapping[str, Mapping[str, float]]], lines: Lines) -> Figures:
+    """Figures of all rows at all points of comparison."""
+    found: Figures = {at: defaultdict(lambda: defaultdict(Figure)) for at in NOTES}
+    for run, report in reports.items():
+        variant, seed = laboratory.runs[run]
+        title, full = VARIANTS[variant].title, "" if variant == "full" else f"full-{seed}"
+        for row, measured in report.items():
+            others = reports.get(full, {}).get(FULL, {})
+            for name, value in measured.items():
+                found[CLIPS][name][row].add(seed, value, others.get(name))
+        for name, stage in lines[run].items():
+            other = lines.get(full, {}).get(name)
+            losses, pace = other or stage
+            found[PACE][name.partition(",")[0]][title].add(seed, stage.pace, None if other is None else pace)
+            for at, paces in ((SAMPLES, (1.0, 1.0)), (TIME, (stage.pace, pace))):
+                value, level = levels(stage.losses, losses, paces)
+                found[at][name][title].add(seed, value, None if other is None else level)
+    return found
+
+
+def _stages(bundle: Path) -> Iterator[tuple[str, Stage]]:
+    """Held-out losses of the runs in a bundle, by stage and frame rate."""
+    for run in read_runs([bundle]):
+        steps, seconds = run.figures["seconds"]
+        pace = float(np.median(np.diff(seconds) / np.diff(steps))) if len(steps) > 1 else float(seconds[-1] / steps[-1])
+        for rate, losses in run.held_out.items():
+            yield f"{run.stage}, {rate}", Stage(losses, pace)
+
+
+def _rows(names: Mapping[str, Mapping[str, Figure]]) -> list[list[str]]:
+    """Rows of a table; a column is a name."""
+    titles = dict.fromkeys(row for rows in names.values() for row in rows)
+    return [[title, *(str(rows[title]) if title in rows else "–" for rows in names.values())] for title in titles]
+
+
+def _plots(laboratory: Laboratory, lines: Lines) -> Iterator[Plot]:
+    """Mean losses over seeds, for each name over samples and over time."""
+    batch = laboratory.optimization.batch
+    for name in dict.fromkeys(name for each in lines.values() for name in each):
+        over: dict[str, dict[Name, Curve]] = {"samples": {}, "seconds": {}}
+        for place, variant in enumerate(laboratory.ablation.variants):
+            stages = [each[name] for run, each in lines.items() if laboratory.runs[run][0] == variant and name in each]
+            if stages:
+                line = Name(VARIANTS[variant].title, place)
+                steps, values = stages[0].losses.steps, np.mean([each.losses.values for each in stages], 0)
+                pace = float(np.mean([each.pace for each in stages]))
+                over["samples"][line] = Curve(steps * batch, values)
+                over["seconds"][line] = Curve(np.rint(steps * pace).astype(np.int64), values)
+        for axis, drawn in over.items():
+            yield curves("ablation", f"Held-out loss, {name}, over {axis}", drawn, is_smooth=False)
+
+
+def _sheets(laboratory: Laboratory, runs: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Contact sheets of the first run of each variant, with titles."""
+    first: dict[VariantName, str] = {}
+    for run in runs:
+        first.setdefault(laboratory.runs[run][0], run)
+    for variant, run in first.items():
+        for overlap in VARIANTS[variant].overlaps:
+            with Image.open(laboratory.sheet(run, overlap)) as image:
+                yield VARIANTS[variant].row(overlap), np.asarray(image.convert("RGB"))

@@ -1,0 +1,287 @@
+"""Variants of the video stages, trained from several seeds on the same clips and judged by the same prompts.
+
+| variant | in place of |
+|---|---|
+| random | weights of the image model: the stages learn from random ones |
+| trained | a frozen base |
+| one-stage | the hierarchy: one stage at the rate of finished clips, trained on as many samples as both stages |
+| no-rate | the frame rate in the text |
+| no-window | temporal windows: full attention |
+
+First frames are made by the same image model everywhere. A run is a bundle with the runs of its stages inside, and is
+over when its report is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.backends import cudnn
+
+from cogvideo.bundle.format import MANIFEST
+from cogvideo.bundle.model import POCKET, CogVideo, update
+from cogvideo.config import CogVideoConfig, StageConfig, require
+from cogvideo.data.dataset import CARD
+from cogvideo.data.engines import OnClip
+from cogvideo.data.prepare import prepare
+from cogvideo.devices import default_dtype
+from cogvideo.evaluation.attributes import ALL
+from cogvideo.evaluation.features import Machines, i3d, one_thread
+from cogvideo.evaluation.making import Making, Shelf, fill, generate
+from cogvideo.evaluation.networks.cache import network_path
+from cogvideo.evaluation.one_stage import OneStage
+from cogvideo.evaluation.protocols import PROTOCOLS
+from cogvideo.evaluation.reader import FILE, SIZE
+from cogvideo.evaluation.subjects import Clip, WorldSubject
+from cogvideo.files import alone_in, replacing
+from cogvideo.media.images import contact_sheet, evenly, write_image
+from cogvideo.pipeline import CogVideoPipeline
+from cogvideo.runs import TYPED, RunFolder
+from cogvideo.text import TextTokenizer
+from cogvideo.training.export import SHARED
+from cogvideo.training.launch import train
+from cogvideo.training.optim import StageOptimization
+from cogvideo.training.session import Clips, Options, StageLogging
+from cogvideo.training.stages import BaseChoice, Choice, StageName, StartChoice
+
+VariantName = Literal["full", "random", "trained", "one-stage", "no-rate", "no-window"]
+DATA, REAL, RUN, LOG = "data", "real", ".ablation-run", "log.txt"
+"""Folders of codes and of features of real clips, and inside of a run those of its report and its messages."""
+FVD = "FVD"
+PROTOCOL = replace(PROTOCOLS["tfhub"], step=2)
+"""16 frames, 4 a second."""
+FIRST_NOISE = 1_000_000
+"""Distance of the seeds of a prompt's clips in two runs; numbers of scenes are smaller."""
+SHOWN, COLUMNS = 4, 9
+"""Clips of a contact sheet, and frames of each."""
+
+
+class Variant(NamedTuple):
+    """Differences from the full system."""
+
+    title: str
+    start: StartChoice = "inherit"
+    base: BaseChoice = "frozen"
+    has_windows: bool = True
+    has_rate: bool = True
+    overlaps: tuple[int, ...] = (0,)
+    """Frames that sequences of one stage share, each for clips of their own; 0 is the hierarchy."""
+
+    @property
+    def stages(self) -> dict[StageName, Choice]:
+        """Stages to train; interpolation starts from the key frames of its own run."""
+        first: dict[StageName, Choice] = {"sequential": Choice(self.start, self.base)}
+        second: BaseChoice = "frozen" if self.base == "frozen" else "trained"
+        return first if any(self.overlaps) else first | {"interpolation": Choice("sequential", second)}
+
+    def row(self, overlap: int) -> str:
+        """Title of its clips with an overlap."""
+        return f"{self.title}, overlap {overlap}" if overlap else self.title
+
+    def configured(self, config: CogVideoConfig) -> CogVideoConfig:
+        """The configuration of a base with the differences."""
+        text = config.text if self.has_rate else replace(config.text, duration_template=config.text.image_template)
+        new = replace(config.sizes, text=text)
+        full = StageConfig()
+        return new if self.has_windows else replace(new, sequential=full, interpolation=full)
+
+
+VARIANTS: dict[VariantName, Variant] = {
+    "full": Variant("full system"),
+    "random": Variant("random initialization", "random", "random"),
+    "trained": Variant("base trained", base="trained"),
+    "one-stage": Variant("one stage", overlaps=(1, 2)),
+    "no-rate": Variant("no rate in the text", has_rate=False),
+    "no-window": Variant("full attention", has_windows=False),
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Settings of the comparison."""
+
+    base: str = POCKET
+    """Bundle with both tokenizers and the image model to inherit: a folder, a Hub ID, or pocket."""
+    variants: tuple[VariantName, ...] = tuple(VARIANTS)
+    """Variants to train."""
+    seeds: int = 3
+    """Number of seeds of each variant; more can be added later."""
+    domain: Literal["simple", "full"] = "simple"
+    """Part of the World that the clips show."""
+    scenes: int = 2000
+    """Number of scenes of the World to train and validate on."""
+    held_out: int = 128
+    """Maximum number of held-out clips of each frame rate."""
+    clips: int = 512
+    """Number of prompts, and of generated and real clips to compare."""
+    at_once: int = 16
+    """Number of clips to generate at once."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.seeds <= 10, f"seeds is {self.seeds}, expected 1 to 10")
+        require("full" in self.variants, f"variants are {', '.join(self.variants)}, expected full among them")
+        require(self.clips > 1, f"clips is {self.clips}, expected 2 or more")
+        require(self.at_once > 0, f"at_once is {self.at_once}, expected a positive number")
+
+
+class Job(NamedTuple):
+    """A run to be done."""
+
+    items: tuple[str]
+    """Its name."""
+
+
+@dataclass(frozen=True)
+class Laboratory:
+    """All runs of an ablation, in a folder."""
+
+    out: Path
+    ablation: Ablation
+    optimization: StageOptimization
+    """Its seed is the first one."""
+    device: str
+    readers: int = 0
+    """Set by engines, as is the device."""
+
+    @property
+    def runs(self) -> dict[str, tuple[VariantName, int]]:
+        """Variant and seed of each run by its name."""
+        first = self.optimization.seed
+        pairs = [(name, seed) for seed in range(first, first + self.ablation.seeds) for name in self.ablation.variants]
+        return {f"{name}-{seed}": (name, seed) for name, seed in pairs}
+
+    def report(self, name: str) -> dict[str, dict[str, float]] | None:
+        """Figures of the clips of a run by what made them; None while the run is not over."""
+        path = self.out / name / RUN
+        return RunFolder(path).summary if path.exists() else None
+
+    def sheet(self, name: str, overlap: int) -> Path:
+        """Contact sheet of clips of a run; the folder of the clips is next to it."""
+        return self.out / name / f"clips-{overlap}.png"
+
+    def prepare(self, machines: Machines) -> None:
+        """Check that the settings are those that runs were made with, and make what all of them need."""
+        base = CogVideo.from_pretrained(self.ablation.base)
+        lacks = [name for name in SHARED if name not in base.components]
+        require(not lacks, f"the base {self.ablation.base} has no {', '.join(lacks)}, expected an image model")
+        settings = asdict(self.ablation) | asdict(self.optimization)
+        settings = {
+            name: value for name, value in settings.items() if name not in ("base", "variants", "seeds", "seed")
+        }
+        shared = {name: base.sha256(name) for name in SHARED}
+        RunFolder(self.out).claim({"base": shared, "settings": settings}, {TYPED: self.ablation.base})
+        if not (self.out / DATA / CARD).exists():
+            prepare(
+                f"world:{self.ablation.domain}:{self.ablation.scenes}",
+                out=self.out / DATA,
+                tokenizer=self.ablation.base,
+                device=machines.device,
+                engine=machines.engine,
+                workers=machines.workers,
+                ray_address=machines.ray_address,
+            )
+        self._real_features(self._subject(self.optimization.seed))
+
+    def make(self, job: Job, on_clip: OnClip = lambda: None) -> None:
+        """Do a run, or what is left of it."""
+        (name,) = job.items
+        variant, seed = VARIANTS[self.runs[name][0]], self.runs[name][1]
+        out, folder = self.out / name, RunFolder(self.out / name / RUN)
+        with alone_in(folder.path), (out / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
+            self._train(variant, seed, out)
+            model = CogVideo.from_pretrained(out, default_dtype(torch.device(self.device)), self.device)
+            found = {}
+            for overlap in variant.overlaps:
+                pipeline = OneStage(model, overlap) if overlap else CogVideoPipeline(model)
+                sheet = self.sheet(name, overlap)
+                found[variant.row(overlap)] = self._judge(pipeline, self._subject(seed), sheet)
+            folder.finish(found)
+        on_clip()
+
+    def _train(self, variant: Variant, seed: int, out: Path) -> None:
+        base = CogVideo.from_pretrained(self.ablation.base)
+        config = variant.configured(base.config)
+        if not (out / MANIFEST).exists():
+            names = [each for each in ("image_tokenizer", "cluster_labels", "base") if each in base.components]
+            parts: dict[str, Any] = {each: base.component(each) for each in names}
+            parts["text"] = TextTokenizer(base.text.model, config.text, config.transformer.num_codes)
+            update(out, config, **parts)
+        has_one = len(variant.stages) == 1
+        steps = self.optimization.steps * (2 if has_one else 1)
+        every, held_out = max(1, steps // 10), self.ablation.held_out
+        clips = Clips((self.out / DATA,), fixed_rate=Clips.rates[-1] if has_one else None)
+        options = Options(
+            clips,
+            out,
+            device=self.device,
+            optimization=replace(self.optimization, steps=steps, seed=seed),
+            logging=StageLogging(max(1, steps // 50), every, every, keep=1, evaluate_samples=held_out, sample_every=0),
+        )
+        for stage, choice in variant.stages.items():
+            if RunFolder(out / f".{stage}-run").summary is None:
+                train(stage, choice, options)
+
+    def _subject(self, seed: int) -> WorldSubject:
+        """Prompts with the noise of a seed, which all variants share."""
+        return WorldSubject(self.ablation.clips, self.ablation.domain, FIRST_NOISE * seed, FILE)
+
+    def _judge(self, pipeline: CogVideoPipeline, subject: WorldSubject, sheet: Path) -> dict[str, float]:
+        """Figures of the clips that a pipeline makes of all prompts."""
+        folder, prompts = sheet.with_suffix(""), subject.prompts
+        shelf = Shelf(folder, prompts)
+
+        def made(numbers: list[int]) -> list[Clip]:
+            return generate(pipeline, [prompts[each] for each in numbers], Making())
+
+        shelf.fill(made, self.ablation.at_once, lambda _: None)
+        clips = list(shelf)
+        _write_sheet(sheet, subject, clips)
+        shares, real = subject.judge(clips).shares, self._real_features(subject)
+        read = shares["all clips"] | {"all right, held-out pairs": shares["held-out pairs"][ALL]}
+        if real is None:
+            return read
+        return {FVD: PROTOCOL.fvd(real, self._features(folder, subject, clips.__getitem__))} | read
+
+    def _real_features(self, subject: WorldSubject) -> Float[Tensor, "clips features"] | None:
+        """Features of the real clips of the prompts; None without the network of FVD."""
+        if not network_path("i3d").is_file():
+            return None
+        return self._features(self.out / REAL, subject, lambda number: subject.real(number, SIZE))
+
+    def _features(
+        self, folder: Path, subject: WorldSubject, clip: Callable[[int], Clip]
+    ) -> Float[Tensor, "clips features"]:
+        """Features of clips by their numbers; each is kept in the folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [folder / f"{prompt.name}.npy" for prompt in subject.prompts]
+        if not all(file.exists() for file in files):
+            encode = i3d(network_path("i3d"), PROTOCOL).load(self.device)
+            frames = slice(None, PROTOCOL.span, PROTOCOL.step)
+
+            def made(numbers: list[int]) -> list[Tensor]:
+                return [encode([(clip(each)[frames],)])[0] for each in numbers]
+
+            with one_thread(), torch.inference_mode(), cudnn.flags(deterministic=True, allow_tf32=False):
+                fill(files, made, _write, 1, lambda _: None)
+        return torch.from_numpy(np.stack([np.load(file) for file in files]))
+
+
+def _write(path: Path, features: Float[Tensor, " features"]) -> None:
+    with replacing(path) as file:
+        np.save(file, features.cpu().numpy())
+
+
+def _write_sheet(path: Path, subject: WorldSubject, clips: Sequence[Clip]) -> None:
+    """Some clips, each with its prompt, below the real one."""
+    numbers = evenly(len(clips), SHOWN).tolist()
+    rows = [clip for each in numbers for clip in (subject.real(each, SIZE), clips[each])]
+    labels = [text for each in numbers for text in (subject.prompts[each].text, "")]
+    write_image(path, contact_sheet(rows, COLUMNS, labels=labels))
