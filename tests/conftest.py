@@ -27,7 +27,7 @@ import torch
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep3119Exception
 
-from reference import Oracle, Prompt, Stage
+from reference import Grid, Oracle, Prompt, Stage
 
 JAXTYPED = jaxtyping.jaxtyped
 
@@ -170,7 +170,7 @@ MakeText = Callable[..., PaddedText]
 @lru_cache(maxsize=64)
 def _make_system(
     stage: Stage,
-    grid: int = 4,
+    grid: Grid = 4,
     window: int = 0,
     num_frames: int = 5,
     num_given: int | None = None,
@@ -178,8 +178,9 @@ def _make_system(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> System:
-    config = TransformerConfig(num_layers, HIDDEN, HEADS, VOCAB_SIZE, NUM_CODES, START, NUM_CODES, 8 + grid**2)
-    sizes = LayoutConfig(grid, num_frames, TEXT_SLOTS, TEXT_SLOTS, 8)
+    table = grid if isinstance(grid, int) else max(grid) + 1
+    config = TransformerConfig(num_layers, HIDDEN, HEADS, VOCAB_SIZE, NUM_CODES, START, NUM_CODES, 8 + table**2)
+    sizes = LayoutConfig(table, num_frames, TEXT_SLOTS, TEXT_SLOTS, 8).shaped(grid)
     layout = {
         "image": lambda: SequenceLayout.text_to_image(sizes),
         "sequential": lambda: SequenceLayout.sequential(sizes),
@@ -201,6 +202,7 @@ def _make_system(
         layout.num_frames,
         sizes.frame_position,
         window,
+        table,
     )
     return System(model, layout, oracle)
 

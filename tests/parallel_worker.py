@@ -112,8 +112,8 @@ def make_batch(objective: Objective, number: int = 0, size: int = BATCH) -> Any:
     slots = objective.task.layout.high_slots if isinstance(objective.task, SuperresTask) else 5 * GRID**2
     codes = torch.randint(CODES, (size, slots), generator=generator)
     if isinstance(objective.task, SuperresTask):
-        return SuperresBatch(text, codes[:, : GRID**2], codes)
-    return VideoBatch(text, codes.view(size, 5, GRID**2))
+        return SuperresBatch(text, codes[:, : GRID**2].view(size, GRID, GRID), codes)
+    return VideoBatch(text, codes.view(size, 5, GRID, GRID))
 
 
 def share_of(batch: Any, ranks: Ranks) -> Any:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch import Tensor
 
 Stage = Literal["image", "sequential", "interpolation"]
 TEXT = -1
+Grid = int | tuple[int, int]
+"""Side of a square frame, or rows and columns."""
 
 
 class Slot(NamedTuple):
@@ -29,10 +32,15 @@ class Slot(NamedTuple):
     """Which slot of its frame, in raster order, or of the text."""
 
 
-def all_slots(text_slots: int, num_frames: int, grid: int) -> list[Slot]:
+def area_of(grid: Grid) -> int:
+    """Slots of a frame."""
+    return grid * grid if isinstance(grid, int) else grid[0] * grid[1]
+
+
+def all_slots(text_slots: int, num_frames: int, grid: Grid) -> list[Slot]:
     """Text, then the frames by their place in the clip."""
     text = [Slot(TEXT, index) for index in range(text_slots)]
-    return text + [Slot(place, index) for place in range(num_frames) for index in range(grid * grid)]
+    return text + [Slot(place, index) for place in range(num_frames) for index in range(area_of(grid))]
 
 
 # Who sees whom
@@ -48,7 +56,7 @@ class Visible(NamedTuple):
 
 @lru_cache(maxsize=64)
 def visible(
-    stage: Stage, num_frames: int, grid: int, window: int, shifted: bool, text_mask: tuple[bool, ...]
+    stage: Stage, num_frames: int, grid: Grid, window: int, shifted: bool, text_mask: tuple[bool, ...]
 ) -> Visible:
     """Both channels' masks of a block, pair by pair."""
     slots, windows = all_slots(len(text_mask), num_frames, grid), window_labels(grid, window, shifted)
@@ -85,11 +93,17 @@ def _sees_temporally(stage: Stage, query: Slot, key: Slot, text_mask: Sequence[b
     return key_is_given or not_later
 
 
-def window_labels(grid: int, window: int, shifted: bool) -> list[tuple]:
-    """Window of each slot: the frame is rolled by minus half a window and cut; windows are cut again at the joint."""
+def window_labels(grid: Grid, window: int, shifted: bool) -> list[tuple]:
+    """Window of each slot: the frame is rolled by minus half a window and cut; windows are cut again at the joint.
+
+    Frames of other shapes are cut at the same distances from the upper left corner."""
     if not window:
-        return [()] * (grid * grid)
+        return [()] * area_of(grid)
     shift = window // 2 if shifted else 0
+    if not isinstance(grid, int):
+        rows, columns = grid
+        places = product(range(rows), range(columns))
+        return [((row + shift) // window, (column + shift) // window) for row, column in places]
     rolled = np.roll(np.arange(grid * grid).reshape(grid, grid), (-shift, -shift), axis=(0, 1))
     labels: dict[int, tuple] = {}
     for row in range(grid):
@@ -130,10 +144,12 @@ class Oracle:
     num_heads: int
     num_codes: int
     start_of_image: int
-    grid: int
+    grid: Grid
     num_frames: int
     frame_position: int
     window: int = 0
+    table: int = 0
+    """Side of the square table of positions, if it is larger than the frame, which lies in its middle."""
 
     def hidden(
         self,
@@ -210,7 +226,7 @@ class Oracle:
         logits = []
         for frame, place in enumerate(places):
             known[place] = []
-            for slot in range(self.grid**2):
+            for slot in range(area_of(self.grid)):
                 row = self._next(prompt, known, places, bonus)
                 if unconditional is not None:
                     other = self._next(unconditional, known, places, bonus)
@@ -231,14 +247,25 @@ class Oracle:
         first = prompt.mask.index(True)
         positions = [max(index - first, 0) for index in range(len(prompt.mask))]
         for place, known in codes.items():
-            for index, token in enumerate([self.start_of_image, *known][: self.grid**2]):
+            for index, token in enumerate([self.start_of_image, *known][: area_of(self.grid)]):
                 slots.append(Slot(place, index))
                 tokens.append(int(token))
-                positions.append(self.frame_position + place * self.grid**2 + index)
+                positions.append(self.frame_position + place * self._rows_of_table + self._row_of_table(index))
         return slots, tokens, positions
 
+    @property
+    def _rows_of_table(self) -> int:
+        return self.table**2 or area_of(self.grid)
+
+    def _row_of_table(self, index: int) -> int:
+        if isinstance(self.grid, int):
+            return index
+        rows, columns = self.grid
+        row, column = index // columns + (self.table - rows) // 2, index % columns + (self.table - columns) // 2
+        return row * self.table + column
+
     def _position(self, position: int) -> Tensor:
-        extra = position - (self.frame_position + self.grid**2)
+        extra = position - (self.frame_position + self._rows_of_table)
         if extra < 0:
             return self.base["positions.weight"][position]
         assert self.channel is not None

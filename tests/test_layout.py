@@ -147,19 +147,42 @@ def test_windows_differ_between_even_and_odd_blocks() -> None:
     assert {len(cell) for cell in shifted} == {1, 2, 4}
 
 
-@pytest.mark.parametrize(("grid", "window"), [(4, 3), (20, 8), (4, 6)])
-def test_refused_windows(grid: int, window: int) -> None:
-    """Guards against frames that windows do not cover."""
-    with pytest.raises(ValueError, match=f"grid {grid} is not divisible by window {window}"):
-        cells(grid, window, False)
+@given(st.integers(1, 7), st.integers(1, 7), st.sampled_from([2, 4, 6]), st.booleans())
+def test_windows_of_frames_that_are_not_square(rows: int, columns: int, window: int, shifted: bool) -> None:
+    """Guards windows of which a frame has a part, at its right and lower edge."""
+    groups: dict[tuple, list[int]] = {}
+    for slot, label in enumerate(window_labels((rows, columns), window, shifted)):
+        groups.setdefault(label, []).append(slot)
+    ours = [cell for part in cells((rows, columns), window, shifted) for cell in part.tolist()]
+    assert sorted(ours) == sorted(groups.values())
+
+
+def test_frames_lie_in_the_middle_of_the_positions() -> None:
+    """Guards positions of other shapes: a code and its neighbors have those of the same part of a square, in the first
+    frame, in later ones and in super-resolution."""
+    table = torch.arange(36).view(6, 6)
+    wide = LayoutConfig(grid=6, frame_position=48).shaped((3, 6))
+    layout = SequenceLayout.sequential(wide)
+    assert (layout.frame_positions(range(2)) - 48).tolist() == [
+        *table[1:4].flatten().tolist(),
+        *(36 + table[1:4].flatten()).tolist(),
+    ]
+    assert layout.position(1, 7) == 48 + 36 + 13
+    assert layout.first_extra_position == 48 + 36
+    large = UpscaleLayout.of(wide, UpscalerConfig(ratio=2, low_position=50))
+    assert (large.low_positions() - 50).tolist() == table[1:4].flatten().tolist()
+    assert large.high_positions().tolist() == torch.arange(144).view(12, 12)[2:8].flatten().tolist()
+    assert wide.shaped(6) == LayoutConfig(grid=6, frame_position=48)
+    with pytest.raises(ValueError, match="frames have 7 x 3 codes, expected at most 6 x 6"):
+        wide.shaped((7, 3))
 
 
 # How far a frame trails the one before it
 
 
-def smallest_lag(grid: int, window: int) -> int:
+def smallest_lag(grid: int | tuple[int, int], window: int) -> int:
     """By the dense masks of two causal frames: what a slot sees of the frame before was fed no later than itself."""
-    area, needed = grid**2, 0
+    area, needed = grid**2 if isinstance(grid, int) else grid[0] * grid[1], 0
     for shifted in (False, True):
         seen = visible("sequential", 2, grid, window, shifted and bool(window), (True,)).temporal
         queries, keys = seen[1 + area :, 1 : 1 + area].nonzero().unbind(1)
@@ -167,8 +190,8 @@ def smallest_lag(grid: int, window: int) -> int:
     return needed
 
 
-@pytest.mark.parametrize(("grid", "window"), [*WINDOWS[:-2], (2, 0), (4, 0), (7, 0)])
-def test_lag_is_the_smallest_that_the_masks_allow(grid: int, window: int) -> None:
+@pytest.mark.parametrize(("grid", "window"), [*WINDOWS[:-2], (2, 0), (4, 0), (7, 0), ((3, 5), 2), ((5, 3), 4)])
+def test_lag_is_the_smallest_that_the_masks_allow(grid: int | tuple[int, int], window: int) -> None:
     """Guards against frames that read what is not there yet, and against ones that wait longer than they must."""
     assert lag(grid, window) == smallest_lag(grid, window)
 

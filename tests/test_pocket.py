@@ -19,7 +19,7 @@ from cogvideo.pipeline import CogVideoPipeline
 
 MIB = 1 << 20
 CONFIG = Manifest.read(locate(POCKET)).config
-SIDE, RATIO = CONFIG.frame_side, CONFIG.upscaler.ratio
+SIDE, RATIO = CONFIG.frame_size, CONFIG.upscaler.ratio
 
 
 def test_it_is_small_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

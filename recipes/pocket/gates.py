@@ -109,7 +109,7 @@ def main(
     pipeline = CogVideoPipeline.from_pretrained(model)
     reader = Reader.load()
     chosen = unseen_scenes(scenes, PROMPTED, "simple")
-    side = pipeline.model.config.frame_side
+    side = pipeline.model.config.frame_size
     fps, num_frames = {"tokenizer": (FPS, NUM_FRAMES), "image": (1.0, 1), "sequential": (1.0, 5)}[gate]
     names = ("object", "colour", "background") if gate == "image" else ATTRIBUTES
     real = [world.render(scene, side, fps, num_frames) for scene in chosen]
@@ -135,7 +135,7 @@ def main(
 
 def _emoji(pipeline: CogVideoPipeline, gate: str, folder: Path, limit: int | None, sheet: Path | None) -> None:
     """Rank emoji among all in the folder, each on the background that never occurs in training."""
-    side = pipeline.model.config.frame_side
+    side = pipeline.model.config.frame_size
     cut = {"tokenizer": slice(0, None, 2), "image": slice(1), "sequential": slice(0, None, 8)}[gate]
     items = list_source(str(folder), SourceOptions()).items
     looks = [

@@ -17,6 +17,9 @@ import msgspec
 
 T = TypeVar("T")
 
+Sides = int | tuple[int, int]
+"""Side of a square; else width and height of a frame in pixels, or rows and columns in codes."""
+
 MOST_LAYERS = 1000
 LARGEST = 100
 """Limit of temperatures, guidance and bonuses; useful ones are far smaller."""
@@ -38,6 +41,38 @@ def require(condition: bool, message: str) -> None:
     """Raise `InputError` unless the condition holds; `message` gives the value and what was expected."""
     if not condition:
         raise InputError(message)
+
+
+def both(sides: Sides) -> tuple[int, int]:
+    """Two sides, which are equal in a square."""
+    if isinstance(sides, int):
+        return sides, sides
+    one, other = sides
+    return one, other
+
+
+def joined(one: int, other: int) -> Sides:
+    """The short form of two sides: one number for a square."""
+    return one if one == other else (one, other)
+
+
+def times(sides: Sides, factor: int) -> Sides:
+    """Sides of a frame that is so many times as large."""
+    one, other = both(sides)
+    return joined(factor * one, factor * other)
+
+
+def size_of(text: str) -> Sides:
+    """Size in pixels as users write it: 128x72, or 96 for a square."""
+    sides = text.split("x")
+    is_size = len(sides) <= 2 and all(each.isdecimal() for each in sides)
+    require(is_size, f"size is {text!r:.80}, expected pixels such as 96, or 128x72")
+    return joined(int(sides[0]), int(sides[-1]))
+
+
+def size_text(size: Sides) -> str:
+    """Width and height, such as 128x72."""
+    return "{}x{}".format(*both(size))
 
 
 @dataclass(frozen=True)
@@ -88,7 +123,7 @@ class LayoutConfig:
     """Sizes and positions of text and frames in a sequence; the source of `layout.SequenceLayout`."""
 
     grid: int = 8
-    """Side of a frame in codes."""
+    """Side of a square frame in codes, and of the table of positions, in whose middle frames of other shapes lie."""
     num_frames: int = 5
     """Frames in a sequence of the video stages."""
     text_slots: int = 48
@@ -96,13 +131,34 @@ class LayoutConfig:
     image_text_slots: int = 48
     """Text slots of the image model."""
     frame_position: int = 48
-    """Position of slot 0 of frame 0, above all text positions."""
+    """Position of the first row of the table, above all text positions."""
+    shape: tuple[int, int] | None = None
+    """Rows and columns of a frame in codes; those of the grid if None."""
 
     def __post_init__(self) -> None:
         for name in ("grid", "num_frames", "text_slots", "image_text_slots"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
         longest, got = max(self.text_slots, self.image_text_slots), f"frame_position is {self.frame_position}"
         require(self.frame_position >= longest, f"{got}, expected at least the {longest} text slots")
+        got = "frames have {} x {} codes".format(*self.sides)
+        fits = all(0 < side <= self.grid for side in self.sides)
+        require(fits, f"{got}, expected at most {self.grid} x {self.grid}: the positions of this model")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of a frame in codes."""
+        return self.shape or (self.grid, self.grid)
+
+    @property
+    def frame_slots(self) -> int:
+        """Number of codes of a frame."""
+        rows, columns = self.sides
+        return rows * columns
+
+    def shaped(self, sides: Sides | None) -> LayoutConfig:
+        """The same for frames of these rows and columns; None is those of the grid."""
+        is_full = sides is None or both(sides) == (self.grid, self.grid)
+        return replace(self, shape=None if is_full or sides is None else both(sides))
 
 
 @dataclass(frozen=True)
@@ -303,9 +359,10 @@ class CogVideoConfig:
     """Added to the attention scores of text where there is no guidance."""
 
     @property
-    def frame_side(self) -> int:
-        """Side of a frame in pixels, before super-resolution."""
-        return self.layout.grid * self.autoencoder.rate
+    def frame_size(self) -> Sides:
+        """Width and height of a frame in pixels, before super-resolution."""
+        rows, columns = self.layout.sides
+        return times((columns, rows), self.autoencoder.rate)
 
     @property
     def seconds(self) -> float:
@@ -315,7 +372,11 @@ class CogVideoConfig:
     @property
     def sizes(self) -> CogVideoConfig:
         """The configuration without what training adds to it: components of equal sizes fit one bundle."""
-        return self.trained_on("sequential", ()).trained_on("interpolation", ())
+        return self.trained_on("sequential", ()).trained_on("interpolation", ()).shaped(None)
+
+    def shaped(self, sides: Sides | None) -> CogVideoConfig:
+        """The configuration for frames of these rows and columns of codes; None is those of the grid."""
+        return replace(self, layout=self.layout.shaped(sides))
 
     def trained_on(self, stage: str, durations: Iterable[float]) -> CogVideoConfig:
         """The configuration with the durations that a video stage was trained on."""
@@ -412,6 +473,8 @@ def upgraded(values: Any) -> Any:
         return values
     stages = {name: values[name] for name in ("sequential", "interpolation") if isinstance(values.get(name), dict)}
     new = values | {name: {"durations": []} | table for name, table in stages.items()}
+    if isinstance(values.get("layout"), dict):
+        new["layout"] = {"shape": None} | values["layout"]
     return _with_samplers(new) if isinstance(values.get("drawing"), dict) else new
 
 

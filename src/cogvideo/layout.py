@@ -6,44 +6,47 @@ its position in the order of feeding. docs/sequence.md has diagrams.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from cogvideo.config import LayoutConfig, UpscalerConfig, require
+from cogvideo.config import LayoutConfig, Sides, UpscalerConfig, both, require
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Text slots, then frames of `grid x grid` codes in raster order (released sizes: (64, 464, 2064))."""
+    """Text slots, then frames of codes in raster order (released sizes: (64, 464, 2064))."""
 
     text_slots: int
     """Slots of left-padded text."""
     grid: int
-    """Side of a frame in codes."""
+    """Side of the table of positions of a frame, and of a square frame in codes."""
     frame_position: int
-    """Position of slot 0 of the frame at place 0."""
+    """Position of the first row of that table for the frame at place 0."""
     order: tuple[int, ...]
     """Places of the frames in the order of feeding, one per rank."""
     num_bidirectional: int = 0
     """Number of leading ranks that see themselves and each other in full; later ranks are causal."""
     loss_places: tuple[int, ...] = (0,)
     """Places of the frames that carry loss in training."""
+    shape: tuple[int, int] | None = None
+    """Rows and columns of a frame; None is the whole grid."""
 
     @classmethod
     def text_to_image(cls, config: LayoutConfig) -> SequenceLayout:
         """Layout of one causal frame after its text."""
-        return cls(config.image_text_slots, config.grid, config.frame_position, order=(0,))
+        return cls(config.image_text_slots, config.grid, config.frame_position, order=(0,), shape=config.shape)
 
     @classmethod
     def sequential(cls, config: LayoutConfig) -> SequenceLayout:
         """Layout of causal frames in order of time. Frame 0, the image model's, carries no loss."""
         places = tuple(range(config.num_frames))
-        return cls(config.text_slots, config.grid, config.frame_position, places, loss_places=places[1:])
+        sizes = config.text_slots, config.grid, config.frame_position
+        return cls(*sizes, places, loss_places=places[1:], shape=config.shape)
 
     @classmethod
     def interpolation(cls, config: LayoutConfig, num_given: int | None = None) -> SequenceLayout:
@@ -59,7 +62,11 @@ class SequenceLayout:
         given = tuple(range(0, 2 * num_given - 1, 2))
         inserted = tuple(range(1, 2 * num_given - 1, 2))
         sizes = config.text_slots, config.grid, config.frame_position
-        return cls(*sizes, given + inserted, num_given, loss_places=inserted)
+        return cls(*sizes, given + inserted, num_given, loss_places=inserted, shape=config.shape)
+
+    def shaped(self, sides: Sides) -> SequenceLayout:
+        """The same for frames of these rows and columns."""
+        return replace(self, shape=None if both(sides) == (self.grid, self.grid) else both(sides))
 
     @property
     def num_frames(self) -> int:
@@ -67,9 +74,15 @@ class SequenceLayout:
         return len(self.order)
 
     @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of a frame."""
+        return self.shape or (self.grid, self.grid)
+
+    @property
     def frame_slots(self) -> int:
         """Number of slots of one frame."""
-        return self.grid**2
+        rows, columns = self.sides
+        return rows * columns
 
     @property
     def length(self) -> int:
@@ -79,7 +92,7 @@ class SequenceLayout:
     @property
     def first_extra_position(self) -> int:
         """First position that uses the video channel's own table."""
-        return self.frame_position + self.frame_slots
+        return self.frame_position + self.grid**2
 
     def loss_slots(self) -> Int64[Tensor, " slots"]:
         """Frame slots (0 is the first slot of rank 0) that carry loss, rank by rank."""
@@ -93,12 +106,12 @@ class SequenceLayout:
     def frame_positions(self, ranks: range) -> Int64[Tensor, " slots"]:
         """Positions of all slots of the frames with these ranks."""
         places = torch.tensor([self.order[rank] for rank in ranks], dtype=torch.int64)
-        slots = self.frame_position + torch.arange(self.frame_slots)
-        return (places[:, None] * self.frame_slots + slots).flatten()
+        slots = self.frame_position + middle(self.grid, self.sides)
+        return (places[:, None] * self.grid**2 + slots).flatten()
 
     def position(self, rank: int, slot: int) -> int:
         """Position of one slot."""
-        return self.frame_position + self.order[rank] * self.frame_slots + slot
+        return int(self.frame_positions(range(rank, rank + 1))[slot])
 
     def feed(
         self, codes: Int64[Tensor, "batch frames slots"], start_of_image: int
@@ -129,35 +142,76 @@ class UpscaleLayout:
     text_slots: int
     """Slots of left-padded text."""
     low_grid: int
-    """Side of the low frame in codes."""
+    """Side of the table of positions of the low frame, and of a square one in codes."""
     ratio: int
     """Side of one low code in high slots."""
     low_position: int
-    """Position of the first low code."""
+    """Position of the first row of that table."""
+    shape: tuple[int, int] | None = None
+    """Rows and columns of the low frame; None is the whole grid."""
 
     @classmethod
     def of(cls, layout: LayoutConfig, upscaler: UpscalerConfig) -> UpscaleLayout:
         """Layout of super-resolution for these sizes."""
-        return cls(upscaler.text_slots, layout.grid, upscaler.ratio, upscaler.low_position)
+        return cls(upscaler.text_slots, layout.grid, upscaler.ratio, upscaler.low_position, layout.shape)
+
+    def shaped(self, sides: Sides) -> UpscaleLayout:
+        """The same for low frames of these rows and columns."""
+        return replace(self, shape=None if both(sides) == (self.low_grid, self.low_grid) else both(sides))
+
+    @property
+    def low_sides(self) -> tuple[int, int]:
+        """Rows and columns of the low frame."""
+        return self.shape or (self.low_grid, self.low_grid)
+
+    @property
+    def high_sides(self) -> tuple[int, int]:
+        """Rows and columns of the high frame."""
+        rows, columns = self.low_sides
+        return rows * self.ratio, columns * self.ratio
 
     @property
     def high_grid(self) -> int:
-        """Side of the high frame in codes."""
+        """Side of the added table of positions, and of a square high frame in codes."""
         return self.low_grid * self.ratio
 
     @property
     def low_slots(self) -> int:
         """Number of low codes of a frame."""
-        return self.low_grid**2
+        rows, columns = self.low_sides
+        return rows * columns
 
     @property
     def high_slots(self) -> int:
         """Number of high codes of a frame."""
-        return self.high_grid**2
+        return self.low_slots * self.ratio**2
 
     def low_positions(self, device: torch.device | None = None) -> Int64[Tensor, " low"]:
-        """Positions of the low codes in the base table; high slot i has row i of the added table."""
-        return self.low_position + torch.arange(self.low_slots, device=device)
+        """Positions of the low codes in the base table."""
+        return self.low_position + middle(self.low_grid, self.low_sides, device=device)
+
+    def high_positions(self, device: torch.device | None = None) -> Int64[Tensor, " high"]:
+        """Rows of the added table of the high slots."""
+        return middle(self.low_grid, self.low_sides, self.ratio, device)
+
+
+def middle(
+    grid: int, sides: tuple[int, int], ratio: int = 1, device: torch.device | None = None
+) -> Int64[Tensor, " slots"]:
+    """Places of the slots of a frame in a square table of positions: those in its middle, row by row.
+
+    So a code has the same neighbors, and the middle of the picture the same positions, in frames of all shapes.
+
+    Args:
+        grid: side of the table, in low codes.
+        sides: rows and columns of the frame, in low codes.
+        ratio: side of one low code in slots.
+        device: device of the result.
+    """
+    rows, columns = (
+        torch.arange((grid - side) // 2 * ratio, ((grid - side) // 2 + side) * ratio, device=device) for side in sides
+    )
+    return (rows[:, None] * grid * ratio + columns).flatten()
 
 
 def check_code_range(codes: Tensor, num_codes: int) -> None:
@@ -173,29 +227,25 @@ Cells = tuple[Tensor, ...]
 
 
 @lru_cache(maxsize=64)
-def cells(grid: int, window: int, shifted: bool) -> Cells:
+def cells(sides: Sides, window: int, shifted: bool) -> Cells:
     """Group the slots that see each other in one temporal block (paper, shifted-window attention).
 
     Cyclically shifted windows whose slots only see their own unrolled region are just another partition: cuts
     move by half a window, and the outer strips are half as wide. So no mask is needed inside a cell.
 
     Args:
-        grid: side of a frame.
+        sides: rows and columns of a frame, of which the last windows may have a part.
         window: side of a window; 0 makes the whole frame one cell.
         shifted: shift the windows by half, as odd blocks do.
-
-    Raises:
-        ValueError: `grid` is not divisible by `window`.
     """
-    require(window == 0 or grid % window == 0, f"grid {grid} is not divisible by window {window}")
-    middle = range(window // 2 if shifted else window, grid, window) if window else ()
-    cuts = list(pairwise([0, *middle, grid]))
-    slots = torch.arange(grid * grid).view(grid, grid)
+    rows, columns = both(sides)
+    first = window // 2 if shifted else window
+    down, across = (pairwise([0, *(range(first, side, window) if window else ()), side]) for side in (rows, columns))
+    slots = torch.arange(rows * columns).view(rows, columns)
     tiles: dict[int, list[Tensor]] = {}
-    for top, bottom in cuts:
-        for left, right in cuts:
-            tile = slots[top:bottom, left:right].flatten()
-            tiles.setdefault(len(tile), []).append(tile)
+    for (top, bottom), (left, right) in product(down, across):
+        tile = slots[top:bottom, left:right].flatten()
+        tiles.setdefault(len(tile), []).append(tile)
     return tuple(torch.stack(tiles[area]) for area in sorted(tiles, reverse=True))
 
 
@@ -204,10 +254,10 @@ def kinds(window: int) -> tuple[bool, ...]:
     return (False, True) if window else (False,)
 
 
-def lag(grid: int, window: int) -> int:
+def lag(sides: Sides, window: int) -> int:
     """Number of slots by which a frame must trail the previous frame when both are decoded in parallel.
 
     A slot may see every slot of its cell in an earlier frame, and those must be fed in the same pass or
     before. So the lag is the largest distance from a slot to the last slot of its cell, in any kind of block.
     """
-    return max(int((cell[:, -1:] - cell).max()) for shifted in kinds(window) for cell in cells(grid, window, shifted))
+    return max(int((cell[:, -1:] - cell).max()) for shifted in kinds(window) for cell in cells(sides, window, shifted))

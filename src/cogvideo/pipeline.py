@@ -22,6 +22,7 @@ from cogvideo.generation.hierarchy import Finished, generate
 from cogvideo.generation.request import Request, Settings
 from cogvideo.generation.sampling import spawn
 from cogvideo.generation.upscale import enlarge
+from cogvideo.layout import UpscaleLayout
 from cogvideo.media.shots import View
 from cogvideo.media.video import write_video
 from cogvideo.planning.memory import require_memory
@@ -120,7 +121,7 @@ class CogVideoPipeline:
 
         Args:
             prompt: a text, or a sequence of texts.
-            image: the first frame, cropped to a square.
+            image: the first frame, cropped to the shape of the model's frames.
             video: frames to continue, at the rate of the clip (8 per second with three rounds).
             last_image: the last frame; needs `image`.
             loop: end the clip where it began.
@@ -178,14 +179,14 @@ class CogVideoPipeline:
         return gaps * 2**settings.rounds + 1
 
     def encode(self, pictures: Iterable[Picture]) -> Int64[Tensor, "frames slots"]:
-        """Encode pictures, cropped to squares of the model's size.
+        """Encode pictures, cropped and resized to the model's frames.
 
         Raises:
             ValueError: the model has no image tokenizer.
         """
         from cogvideo.media.images import as_image, look  # only pictures need Pillow
 
-        view = View(self.model.config.frame_side)
+        view = View(self.model.config.frame_size)
         seen = [look(as_image(each), view).pixels for each in pictures]
         require(len(seen) > 0, "got no pictures, expected one or more")
         return self._packed().autoencoder.encode_pixels(np.stack(seen))
@@ -249,12 +250,14 @@ def _shown(
 ) -> Iterator[Frame]:
     """Decode frames to pixels, enlarged first if there is a text for super-resolution."""
     noise: list[list[torch.Generator]] = []
+    layout = UpscaleLayout.of(model.config.layout, model.config.upscaler)
+    sides = layout.low_sides if text is None else layout.high_sides
     for frame in frames:
         noise = noise or [spawn(generator, frame.num_frames) for generator in generators]
         codes = frame.codes
         if text is not None:
             codes = enlarge(model, text, codes, [each[frame.place] for each in noise], sampling)
-        yield Frame(*frame, model.autoencoder.decode_pixels(codes))
+        yield Frame(*frame, model.autoencoder.decode_pixels(codes, 1, sides))
 
 
 def _offloaded(model: Packed, frames: Iterator[Finished]) -> Iterator[Finished]:

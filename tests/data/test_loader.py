@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cogvideo.config import Sides, both
 from cogvideo.data.clips import ClipSampling, FrameRates, Mode, choose_window
 from cogvideo.data.dataset import make_card, write_card
 from cogvideo.data.loader import (
@@ -33,10 +34,10 @@ GRID, NUM_CODES = 2, 60_000
 LENGTHS = (33, 5, 1, 40, 2, 9, 4, 12, 33, 20, 5, 64, 8)
 
 
-def codes_of(clip: int, length: int, grid: int = GRID) -> np.ndarray:
+def codes_of(clip: int, length: int, grid: Sides = GRID) -> np.ndarray:
     """Codes that say which clip and frame they are of."""
     return np.broadcast_to(
-        (clip * 100 + np.arange(length, dtype=np.uint16))[:, None, None], (length, grid, grid)
+        (clip * 100 + np.arange(length, dtype=np.uint16))[:, None, None], (length, *both(grid))
     ).copy()
 
 
@@ -286,6 +287,30 @@ def test_high_codes_are_of_the_same_frames(tmp_path: Path, folder: Path) -> None
         ClipStream([folder], sampling=ClipSampling(high_codes=True))
 
 
+def test_a_batch_has_frames_of_one_shape(tmp_path: Path) -> None:
+    """Guards several shapes in one training: every row once an epoch, but for those that fill a last batch."""
+    shapes, counts = ((2, 3), (3, 2), (2, 3)), (8, 6, 6)
+    folders = [
+        make_folder(tmp_path / str(place), (9,) * count, first=20 * place, grid=shape)
+        for place, (shape, count) in enumerate(zip(shapes, counts, strict=True))
+    ]
+    stream = ClipStream(folders, batch=4)
+    train = {number for place, count in enumerate(counts) for number in range(20 * place, 20 * place + count)}
+    train -= {number for number in train if number % 5 == 4}
+    assert len(stream) == 12 + 8
+    orders = []
+    for epoch in range(2):
+        samples = stream.__getitems__(range(epoch * len(stream), (epoch + 1) * len(stream)))
+        batches = [samples[start : start + 4] for start in range(0, len(samples), 4)]
+        assert all(len({each.codes.shape for each in batch}) == 1 for batch in batches)
+        assert {each.codes.shape[1:] for each in samples} == {(2, 3), (3, 2)}
+        assert {clip_of(each) for each in samples} == train
+        orders.append([clip_of(each) for each in samples])
+    assert orders[0] != orders[1]
+    with pytest.raises(ValueError, match="frames of 3 x 2 codes, expected the"):
+        ClipStream(folders)
+
+
 # Batches.
 
 
@@ -419,7 +444,7 @@ def test_datasets_must_agree(tmp_path: Path, folder: Path) -> None:
     slower = make_folder(tmp_path / "fps", lengths, fps=4.0)
     for second, message in (
         (other, "another image tokenizer"),
-        (larger, "3 x 3 codes, expected 2"),
+        (larger, "3 x 3 codes, expected the 2 of"),
         (slower, "4 frames"),
     ):
         with pytest.raises(ValueError, match=message) as error:
@@ -427,8 +452,8 @@ def test_datasets_must_agree(tmp_path: Path, folder: Path) -> None:
         assert str(second) in str(error.value)
     with pytest.raises(ValueError, match="another image tokenizer"):
         ClipStream([folder], tokenizer_sha256="2" * 64)
-    with pytest.raises(ValueError, match="2 x 2 codes, expected 8"):
-        ClipStream([folder], grid=8)
+    with pytest.raises(ValueError, match="3 x 3 codes, expected at most 2 x 2: the positions of the model"):
+        ClipStream([folder, larger], grid=2, batch=2)
     with pytest.raises(ValueError, match="8 frames a second, expected the base rate 16"):
         ClipStream([folder], sampling=ClipSampling(rates=FrameRates(base=16.0)))
     with pytest.raises(ValueError, match="at least one"):

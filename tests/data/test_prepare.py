@@ -548,7 +548,7 @@ def test_bad_frame_settings_are_refused(wrong: dict[str, object], message: str) 
 def test_size_must_fit_the_tokenizer(clips: Path, tokenizer: str, tmp_path: Path) -> None:
     """Guards against a failure in the encoder: the size is checked before anything is read or written."""
     odd = replace(SETTINGS, frames=FrameSettings(size=60))
-    with pytest.raises(ValueError, match="size is 60, expected a multiple of 8"):
+    with pytest.raises(ValueError, match="size is 60x60, expected multiples of 8"):
         prepare(str(clips), tmp_path / "out", tokenizer, odd, workers=1)
     with pytest.raises(ValueError, match="caption_columns is empty, expected one column or more"):
         prepare(str(clips), tmp_path / "out", tokenizer, SETTINGS, SourceOptions(caption_columns=()))

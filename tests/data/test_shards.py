@@ -269,7 +269,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None], batches: int =
         (lambda values: values.update(rejected=[["a"]]), r"rejected\[0\]: expected array of length 3, got 1"),
         (lambda values: values.update(grid=5), "columns are not"),
         (lambda values: values.update(high_grid=12), "columns are not"),
-        (lambda values: values.update(grid=True), r"\.grid: expected int, got bool"),
+        (lambda values: values.update(grid=True), r"\.grid: expected int \| array, got bool"),
     ],
 )
 def test_changed_metadata_is_refused(shard: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
@@ -450,7 +450,7 @@ def test_exchanged_shards_are_refused(make_dataset: MakeDataset) -> None:
         ({"grid": None}, r"missing \['grid'\]"),
         ({"extra": 1}, r"unknown \['extra'\]"),
         ({"fps": "8"}, r"Card\.fps: expected float, got str"),
-        ({"grid": True}, r"Card\.grid: expected int, got bool"),
+        ({"grid": True}, r"Card\.grid: expected int \| array, got bool"),
         ({"splits": {"train": "7"}}, r"splits\[\.\.\.\]: expected int, got str"),
         ({"splits": {"train": -1}}, r"splits\[\.\.\.\]: expected int >= 0"),
         ({"splits": {"train": 9}}, "its shards have 8 clips, its splits 9"),

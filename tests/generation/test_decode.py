@@ -16,12 +16,12 @@ from cogvideo.generation import decode as decoding
 from cogvideo.generation.decode import Passes, decode
 from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.sampling import Clusters, GumbelNoise, log_probabilities
-from cogvideo.layout import SequenceLayout, lag
+from cogvideo.layout import lag
 from cogvideo.models.attention import MaskPlan, attend
 from cogvideo.models.cache import Cache, CacheMap
 from cogvideo.models.plans import text_mask
 from cogvideo.text import PaddedText
-from conftest import NUM_CODES, START, TEXT_SLOTS, MakeSystem, MakeText, System
+from conftest import NUM_CODES, TEXT_SLOTS, MakeSystem, MakeText, System
 from parity import Watch, watch
 from reference import TEXT, Slot, all_slots, cluster_probabilities, top_k, top_p, visible
 
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     """A stage, and the frames that are given to it."""
 
     stage: str
-    grid: int
+    grid: int | tuple[int, int]
     window: int
     num_frames: int
     num_given: int
@@ -76,6 +76,8 @@ RUNS = [
     BETWEEN,
     Run("interpolation", 4, 4, 5, 3),
     Run("interpolation", 4, 2, 5, 4),
+    Run("sequential", (2, 5), 4, 2, 1, num_layers=2),
+    Run("interpolation", (3, 2), 2, 3, 2, num_layers=2),
 ]
 
 
@@ -185,7 +187,7 @@ def test_cached_rows_see_the_rule(make_system: MakeSystem, make_text: MakeText, 
     lanes = -(-area // behind)
     kinds = () if run.stage == "image" else (False, True) if run.window else (False,)
     maps = [CacheMap.spatial(layout, lanes), *(CacheMap.temporal(layout, run.window, kind) for kind in kinds)]
-    natural = {slot: row for row, slot in enumerate(all_slots(TEXT_SLOTS, layout.num_frames, layout.grid))}
+    natural = {slot: row for row, slot in enumerate(all_slots(TEXT_SLOTS, layout.num_frames, layout.sides))}
     words = [natural[Slot(TEXT, index)] for index in range(TEXT_SLOTS)]
     frames = [[natural[Slot(place, index)] for index in range(area)] for place in layout.order]
     total, added = len(natural), text_mask(text.mask, 0.0, torch.float64)
@@ -658,11 +660,3 @@ def test_clusters_without_labels(make_system: MakeSystem, make_text: MakeText) -
     system = FULL.system(make_system)
     with pytest.raises(ValueError, match="no cluster labels"):
         start(system, Condition(make_text((2, 3))), system.codes(2, 1), SamplingConfig(clusters=3))
-
-
-def test_a_window_that_does_not_divide_the_grid(make_system: MakeSystem, make_text: MakeText) -> None:
-    """Guards against a model and a layout that do not belong together."""
-    system = WINDOWED.system(make_system)
-    layout = SequenceLayout(TEXT_SLOTS, 5, 8, (0, 1))
-    with pytest.raises(ValueError, match="grid 5 is not divisible by window 2"):
-        start(system._replace(layout=layout), Condition(make_text((2, 3))), torch.full((2, 1, 25), START - 20))

@@ -347,6 +347,14 @@ def test_letterbox_and_crop() -> None:
     assert boxed[5:15, :3].max() <= 10
     tall = look(Image.fromarray(picture.transpose(1, 0, 2).copy()), View(20, "letterbox", (1, 2, 3))).pixels
     assert (tall == boxed.transpose(1, 0, 2)).all()
+    upright, wide = View((20, 40)), View((40, 20))
+    assert look(image, upright).pixels.shape == (40, 20, 3)
+    assert (look(image, upright).pixels == 200).all()  # 20 columns of 80
+    assert np.abs(look(image, wide).pixels.astype(int) - look(image, View(None)).pixels[::2, ::2]).mean() < 5  # all
+    boxed = look(image, View((20, 40), "letterbox", (1, 2, 3))).pixels
+    assert (boxed[:15] == (1, 2, 3)).all()
+    assert (boxed[25:] == (1, 2, 3)).all()
+    assert np.abs(boxed[16:24, 7:13].astype(int) - 200).max() <= 10
 
 
 @pytest.mark.parametrize("fit", ["crop", "letterbox"])

@@ -33,6 +33,9 @@ STAGES = [
     ("interpolation", 4, 2, 5),
     ("interpolation", 4, 4, 5),
     ("interpolation", 8, 4, 3),
+    ("image", (2, 5), 0, 1),
+    ("sequential", (3, 5), 2, 2),
+    ("interpolation", (5, 3), 4, 3),
 ]
 
 
@@ -45,7 +48,7 @@ def weights_of(plan: MaskPlan, num_rows: int, num_keys: int, batch: int) -> Tens
 
 def fed_slots(layout: SequenceLayout, num_frames: int) -> list[int]:
     """Row of each slot of a pass in the natural order of the oracle's masks."""
-    natural = {slot: row for row, slot in enumerate(all_slots(layout.text_slots, layout.num_frames, layout.grid))}
+    natural = {slot: row for row, slot in enumerate(all_slots(layout.text_slots, layout.num_frames, layout.sides))}
     text = [natural[Slot(TEXT, index)] for index in range(layout.text_slots)]
     places = layout.order[:num_frames]
     return text + [natural[Slot(place, index)] for place in places for index in range(layout.frame_slots)]
@@ -61,7 +64,7 @@ def check_masks(stage: str, layout: SequenceLayout, window: int, mask: Tensor, n
     temporal = [weights_of(each, rows, text + rows, len(mask)) for each in plan.temporal if rows]
     for sample, real in enumerate(mask.tolist()):
         for block, ours in enumerate(temporal or [None]):
-            seen = visible(stage, layout.num_frames, layout.grid, window, block == 1, tuple(real))
+            seen = visible(stage, layout.num_frames, layout.shape or layout.grid, window, block == 1, tuple(real))
             expected = seen.spatial[order][:, order].double()
             torch.testing.assert_close(spatial[sample], expected / expected.sum(1, keepdim=True))
             if ours is not None:

@@ -107,7 +107,7 @@ def test_share_of_replaced_low_codes(text: TextTokenizer, share: float) -> None:
     task, one, count = SuperresTask(LAYOUT, text, share), some_sample(), 600
     batch = task.collate([one._replace(seed=seed) for seed in range(count)])
     true = torch.from_numpy(one.codes.astype("int64")).flatten()
-    differ = batch.low != true
+    differ = batch.low.flatten(1) != true
     expected = share * (1 - 1 / NUM_CODES)  # some are replaced by what they were
     spread = (expected * (1 - expected) / count) ** 0.5
     assert abs(differ.float().mean() - expected) <= 4 * spread / true.numel() ** 0.5
@@ -170,6 +170,6 @@ def test_learns_by_heart(text: TextTokenizer) -> None:
     samples = [some_sample(seed, f"{seed} birds fly") for seed in range(3)]
     assert learn(model, task, samples, 300, 8e-3) < 0.2
     batch = task.collate(samples)
-    drawn = upscale(model, batch.text, batch.low, [iter([])] * 3, SamplingConfig(0.0))
+    drawn = upscale(model, batch.text, batch.low.flatten(1), [iter([])] * 3, SamplingConfig(0.0))
     expected: list[Tensor] = [torch.from_numpy(each.high_codes.astype("int64")).flatten() for each in samples]
     assert torch.equal(drawn, torch.stack(expected))

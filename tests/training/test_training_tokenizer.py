@@ -569,9 +569,9 @@ def test_a_killed_process_continues_to_the_same_bits(out, tmp_path, capsys):
         ({"preset": "large"}, "unknown preset 'large'"),
         ({"device": "abacus"}, "cannot use the device 'abacus'"),
         ({"sources": ("world:0",)}, "expected world:COUNT"),
-        ({"frames": replace(FEW, clips=FrameSettings(size=30))}, "size is 30, expected a multiple of 4"),
-        ({"frames": replace(FEW, clips=FrameSettings(size=20))}, "size is 20, expected at least 24"),
-        ({"settings": replace(QUICK, pyramid_levels=7)}, "size is 24, expected at least 64"),
+        ({"frames": replace(FEW, clips=FrameSettings(size=30))}, "size is 30x30, expected multiples of 4"),
+        ({"frames": replace(FEW, clips=FrameSettings(size=20))}, "size is 20x20, expected at least 24"),
+        ({"settings": replace(QUICK, pyramid_levels=7)}, "size is 24x24, expected at least 64"),
     ],
 )
 def test_mistakes_are_refused_at_once(out, options, message):

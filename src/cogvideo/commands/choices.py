@@ -23,6 +23,7 @@ from cogvideo.generation.request import (
     SamplingOptions,
     Settings,
     check_seconds,
+    shape_of,
     usual_rounds,
 )
 from cogvideo.media.video import check_rate
@@ -62,6 +63,11 @@ class Choices(SamplingOptions):
     rounds: int | None = None
     """Rounds of interpolation: 0 to 3 give 5, 9, 17 or 33 frames in four seconds. Up to 6, each doubles the rate;
     by default, 8 frames per second."""
+    size: str | None = None
+    """Width and height of the clip in pixels, such as 128x72, each at most the side of the model's squares; by default,
+    the shape that the model was trained on."""
+    fit: Literal["crop", "letterbox"] = "crop"
+    """Treatment of images and videos of another shape: crop to the center, or add white bars."""
     superres: bool = True
     """Enlarge the frames, if the model can."""
     dtype: Type = "auto"
@@ -117,6 +123,12 @@ class Choices(SamplingOptions):
         is_known = bool(own.sequential.durations) or self.seconds >= SECONDS
         reason = f"this model does not say what else than {SECONDS:g} seconds its key frames were trained on"
         require(is_known, f"seconds is {self.seconds}, expected {SECONDS:g} or more: {reason}")
+
+    def sized(self, own: CogVideoConfig, is_enlarged: bool) -> CogVideoConfig:
+        """The configuration of a model for clips of the size."""
+        if self.size is None:
+            return own
+        return own.shaped(shape_of(self.size, own, own.upscaler.ratio if is_enlarged else 1))
 
     def record(self, settings: Settings) -> Record:
         """All choices, to share with the clip: only the names of private paths, and a hash of each file."""

@@ -215,6 +215,7 @@ class Maker:
         )
         model = self.pipeline.model
         choices.check_seconds(model.config)
+        model.config = choices.sized(model.config, choices.superres and "superres" in model.components)
         self.settings = choices.settings(model.config)
         self.record = choices.record(self.settings) | {"bundle": model.fingerprint}
         """Choices and hashes, the same for all clips."""
@@ -229,8 +230,10 @@ class Maker:
         return Request((), (), self.settings, first, None if last is None else last[0], choices.loop)
 
     def _codes(self, path: Path | None, most: int | None) -> Int64[Tensor, "frames slots"] | None:
-        size = self.pipeline.model.config.frame_side
-        return None if path is None else self.pipeline.encode(read_video(path, self.fps, size, max_frames=most).frames)
+        if path is None:
+            return None
+        size, fit = self.pipeline.model.config.frame_size, self.choices.fit
+        return self.pipeline.encode(read_video(path, self.fps, size, fit=fit, max_frames=most).frames)
 
     def make(self, wanted: Sequence[Wanted], fps: float, preview: bool) -> Iterator[tuple[Wanted, Pixels, Record]]:
         """Clips as they are finished, with figures for their records. All prompts are checked, and folders created,

@@ -116,9 +116,10 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> 
 
 
 def _tables(report: dict[str, Any]) -> Iterator[Table | str]:
-    sizes, grid = report["config"]["transformer"], report["config"]["layout"]["grid"]
+    sizes, layout = report["config"]["transformer"], report["config"]["layout"]
+    rows, columns = layout["shape"] or [layout["grid"]] * 2
     shape = f"{sizes['num_layers']} layers, hidden {sizes['hidden']}, {sizes['num_heads']} heads"
-    yield f"[bold]{report['name']}[/bold]: {shape}, {grid} x {grid} codes a frame\n"
+    yield f"[bold]{report['name']}[/bold]: {shape}, {rows} x {columns} codes a frame\n"
     files, rows = dict(report["files"]), []
     on_disk = ["on disk"] if files else []
     for each in (*report["components"], *report["sums"]):

@@ -16,19 +16,19 @@ from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill
 from types import NoneType
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import Docstring, DocstringStyle, parse_from_object
 
 from cogvideo.commands.recipes import recipe_arguments
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, Sides, require, size_of
 
 ARGUMENTS, OPTIONS = "arguments", "options"
 """Headings of positional arguments, and of options that are in no dataclass."""
 REQUIRED = Parameter.empty
-NAMES = {str: "TEXT", Path: "PATH", int: "INT", float: "FLOAT"}
+NAMES = {str: "TEXT", Path: "PATH", int: "INT", float: "FLOAT", Sides: "SIZE"}
 """Types in help."""
-NOUNS = {int: "a whole number", float: "a number"}
+NOUNS = {int: "a whole number", float: "a number", Sides: "pixels such as 96, or 128x72"}
 """Types in errors."""
 EXPONENT = re.compile(r"-[\d.]+e[+-]?\d+", re.IGNORECASE)
 """Negative numbers that argparse takes for options."""
@@ -75,6 +75,8 @@ class Option(NamedTuple):
         if text in choices:
             return text
         try:
+            if self.kind == Sides:
+                return size_of(text)
             if not choices:
                 return self.kind(text)
             expected = f"one of {', '.join(choices)}"
@@ -113,7 +115,7 @@ def options(owner: Callable[..., Any], instance: Any = None, group: str = OPTION
             yield from options(kind, default, kind.__doc__.partition(".")[0])
             continue
         if NoneType in get_args(kind):
-            kind = get_args(kind)[0]
+            kind = Union[tuple(each for each in get_args(kind) if each is not NoneType)]  # noqa: UP007  # at run time
         nargs: str | int | None = None
         if get_origin(kind) is tuple:
             kind, *rest = get_args(kind)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import UInt8, UInt16
 
 from cogvideo.bundle.model import CogVideo
-from cogvideo.config import require
+from cogvideo.config import require, times
 from cogvideo.data.frames import FrameSettings, Pictures, read_item, shrink
 from cogvideo.data.shards import Row, ShardInfo, write_shard
 from cogvideo.data.sources import Item, Rejection
@@ -28,7 +28,7 @@ from cogvideo.models.autoencoder import Autoencoder
 
 T = TypeVar("T")
 U = TypeVar("U")
-Encode = Callable[[UInt8[np.ndarray, "frames size size 3"]], UInt16[np.ndarray, "frames grid grid"]]
+Encode = Callable[[UInt8[np.ndarray, "frames height width 3"]], UInt16[np.ndarray, "frames rows columns"]]
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class Worker:
         model = CogVideo.from_pretrained(self.bundle, torch.float32, self.device).autoencoder
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def encode(self, frames: UInt8[np.ndarray, "frames size size 3"]) -> UInt16[np.ndarray, "frames grid grid"]:
+    def encode(self, frames: UInt8[np.ndarray, "frames height width 3"]) -> UInt16[np.ndarray, "frames rows columns"]:
         """Codes of frames, in one pass; the first call loads the tokenizer."""
         is_halved = self.settings.precision == "bfloat16"
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=is_halved):
             codes = self._tokenizer.encode_pixels(frames, chunk=None)
-        grid = frames.shape[1] // self._tokenizer.config.rate
-        return codes.numpy().astype(np.uint16).reshape(len(frames), grid, -1)
+        rows = frames.shape[1] // self._tokenizer.config.rate
+        return codes.numpy().astype(np.uint16).reshape(len(frames), rows, -1)
 
     def make(self, job: Job, on_clip: Callable[[], None] = lambda: None) -> None:
         """Write the shard of a job: rows in the order of its items, and why the others have none.
@@ -114,7 +114,7 @@ class Worker:
         settings = self.settings.frames
         assert settings.size is not None
         if self.settings.superres:
-            settings = replace(settings, size=settings.size * self.ratio)
+            settings = replace(settings, size=times(settings.size, self.ratio))
         for item, result in ahead(lambda item: read_item(item, settings), items, self.readers):
             if not isinstance(result, VideoError):
                 yield item, result
@@ -126,8 +126,8 @@ class Worker:
 
 
 def encode_clips(
-    clips: Iterable[UInt8[np.ndarray, "_ size size 3"]], encode: Encode, batch: int
-) -> Iterator[UInt16[np.ndarray, "_ grid grid"]]:
+    clips: Iterable[UInt8[np.ndarray, "_ height width 3"]], encode: Encode, batch: int
+) -> Iterator[UInt16[np.ndarray, "_ rows columns"]]:
     """Codes of each clip. Frames are encoded `batch` at a time, whichever clips they belong to."""
     lengths: deque[int] = deque()
 

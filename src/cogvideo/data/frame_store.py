@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, Sides, both, require, times
 from cogvideo.data.encoding import ahead
 from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.sources import Item, SourceOptions, list_source, other_splits
@@ -41,7 +41,7 @@ class StoreSettings:
     frames_per_clip: int = 8
     """Minimum number of frames per clip, spread over it; higher values read fewer clips."""
     zoom: int = 1
-    """Magnification of every second clip, from whose frames a square is cut: prepares the tokenizer for
+    """Magnification of every second clip, from whose frames a part is cut: prepares the tokenizer for
     super-resolution."""
     clips: FrameSettings = FrameSettings(min_frames=1)  # noqa: RUF009  # frozen
     """Settings of the frames; an image is a clip of one frame."""
@@ -54,8 +54,8 @@ class StoreSettings:
 class FrameStore(NamedTuple):
     """Memory-mapped frames, and what became of the clips."""
 
-    train: UInt8[np.ndarray, "_ size size 3"]
-    held_out: UInt8[np.ndarray, "_ size size 3"]
+    train: UInt8[np.ndarray, "_ height width 3"]
+    held_out: UInt8[np.ndarray, "_ height width 3"]
     """Held-out frames; those of `train` where every clip that was held out is unreadable, or there is but one."""
     clips: int
     """Number of clips that were read."""
@@ -139,7 +139,7 @@ def _draw(
     }
 
 
-def _write(path: Path, clips: Iterable[UInt8[np.ndarray, "_ size size 3"]]) -> list[int]:
+def _write(path: Path, clips: Iterable[UInt8[np.ndarray, "_ height width 3"]]) -> list[int]:
     """Write the frames of clips, one after another; returns the number of each."""
     counts = []
     with replacing(path) as file:
@@ -176,14 +176,14 @@ class _Drawing:
     frames_taken: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
 
-    def frames(self, groups: Sequence[Sequence[Item]], total: int) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
+    def frames(self, groups: Sequence[Sequence[Item]], total: int) -> Iterator[UInt8[np.ndarray, "_ height width 3"]]:
         """Frames of one clip after another, `total` in all; a shortage of a source is made up by those after it."""
         for place, items in enumerate(groups):
             for frames in self._of_source(items, total // (len(groups) - place)):
                 total -= len(frames)
                 yield frames
 
-    def _of_source(self, items: Sequence[Item], total: int) -> Iterator[UInt8[np.ndarray, "_ size size 3"]]:
+    def _of_source(self, items: Sequence[Item], total: int) -> Iterator[UInt8[np.ndarray, "_ height width 3"]]:
         """Frames of each clip: its share of `total`, at least `frames_per_clip`; clips that fail are skipped."""
         if total <= 0:
             return
@@ -195,7 +195,7 @@ class _Drawing:
             quota = max(self.settings.frames_per_clip, math.ceil(total / (len(items) - place)))
             count = min(len(read), total, quota)
             middles = (2 * np.arange(count) + 1) * len(read) // (2 * count)  # of equal parts of the clip
-            chosen = _squares(read[middles], self.settings, place)
+            chosen = _parts(read[middles], self.settings, place)
             total -= len(chosen)
             self._count(len(chosen))
             yield chosen
@@ -207,7 +207,7 @@ class _Drawing:
         place, item = numbered
         clips = self.settings.clips
         assert clips.size is not None
-        zoomed = replace(clips, size=clips.size * self.settings.zoom)
+        zoomed = replace(clips, size=times(clips.size, self.settings.zoom))
         return read_item(item, zoomed if place % 2 else clips).frames
 
     def _count(self, frames: int) -> None:
@@ -218,22 +218,24 @@ class _Drawing:
         self.on_read(Reading(self.clips_read, min(self.num_items, total), self.frames_taken))
 
 
-def _squares(
+def _parts(
     frames: UInt8[np.ndarray, "_ height width 3"], settings: StoreSettings, place: int
-) -> UInt8[np.ndarray, "_ size size 3"]:
-    """A random square of each frame that is larger than `settings.clips.size`."""
-    size = settings.clips.size
-    assert size is not None
+) -> UInt8[np.ndarray, "_ height width 3"]:
+    """A random part of each frame that is larger than `settings.clips.size`."""
+    assert settings.clips.size is not None
+    width, height = both(settings.clips.size)
     random = np.random.default_rng((settings.clips.seed, place))
-    corners = random.integers(0, frames.shape[1] - size + 1, (len(frames), 2)).tolist()
+    free = [frames.shape[1] - height + 1, frames.shape[2] - width + 1]
+    corners = random.integers(0, free, (len(frames), 2)).tolist()
     cut = zip(frames, corners, strict=True)
-    return np.stack([frame[top : top + size, left : left + size] for frame, (top, left) in cut])
+    return np.stack([frame[top : top + height, left : left + width] for frame, (top, left) in cut])
 
 
-def _map(path: Path, count: int, size: int) -> UInt8[np.ndarray, "_ size size 3"]:
-    expected = count * size * size * 3
+def _map(path: Path, count: int, size: Sides) -> UInt8[np.ndarray, "_ height width 3"]:
+    width, height = both(size)
+    expected = count * height * width * 3
     got = path.stat().st_size if path.exists() else 0
     require(got == expected, f"{path} has {got} bytes, expected {expected}: remove its folder and start again")
     if count == 0:  # which no memory map can hold
-        return np.empty((0, size, size, 3), np.uint8)
-    return np.memmap(path, np.uint8, "r", shape=(count, size, size, 3))
+        return np.empty((0, height, width, 3), np.uint8)
+    return np.memmap(path, np.uint8, "r", shape=(count, height, width, 3))

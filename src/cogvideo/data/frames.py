@@ -15,7 +15,7 @@ from einops import reduce
 from jaxtyping import UInt8
 
 from cogvideo import world
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, Sides, both, joined, require
 from cogvideo.data.sources import Item
 from cogvideo.data.tars import Member
 from cogvideo.media.video import MAX_FPS, VideoError, read_video
@@ -46,10 +46,10 @@ class FrameSettings:
 
     fps: float = 8.0
     """Frames kept per second. Training takes its lower frame rates from these."""
-    size: int | None = None
-    """Side of a frame in pixels; the model's by default."""
+    size: Sides | None = None
+    """Width and height of a frame in pixels, such as 128x72, or side of a square; the model's by default."""
     fit: Literal["crop", "letterbox"] = "crop"
-    """Treatment of frames that are not square: crop to the center, or add bars in the background color."""
+    """Treatment of clips of another shape: crop to the center, or add bars in the background color."""
     max_seconds: float = 16.0
     """Maximum length in seconds; longer clips are cut. `start` and `end` in a table select another part."""
     min_frames: int = 2
@@ -69,9 +69,11 @@ class FrameSettings:
     """Seed of all random choices."""
 
     def __post_init__(self) -> None:
-        for name in ("fps", "size", "max_seconds", "min_frames"):
+        is_positive = self.size is None or min(both(self.size)) > 0
+        require(is_positive, f"size is {self.size}, expected a positive number")
+        for name in ("fps", "max_seconds", "min_frames"):
             value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, f"{name} is {value}, expected a positive number")
+            require(0 < value < math.inf, f"{name} is {value}, expected a positive number")
         require(self.fps <= MAX_FPS, f"fps is {self.fps}, expected at most {MAX_FPS}")
         require(0.1 <= self.smallest <= 1, f"smallest is {self.smallest}, expected a share in [0.1, 1]")
         require(0 <= self.loop_to < math.inf, f"loop_to is {self.loop_to}, expected 0 or more seconds")
@@ -94,7 +96,7 @@ class FrameSettings:
 class Pictures(NamedTuple):
     """An item as it is seen; the attributes include the background that it was put on."""
 
-    frames: UInt8[np.ndarray, "frames size size 3"]
+    frames: UInt8[np.ndarray, "frames height width 3"]
     captions: tuple[str, ...]
     attributes: dict[str, str]
 
@@ -107,7 +109,8 @@ def read_item(item: Item, settings: FrameSettings) -> Pictures:
         OSError: the system failed: another try may succeed.
     """
     if isinstance(item.media, world.Scene):
-        assert settings.size is not None
+        require(isinstance(settings.size, int), f"size is {settings.size}, expected a square for scenes of the World")
+        assert isinstance(settings.size, int)
         num_frames = min(settings.max_frames, round(world.SECONDS * settings.fps) + 1)
         _check_length(num_frames, settings)
         frames = world.render(item.media, settings.size, settings.fps, num_frames)
@@ -133,18 +136,19 @@ def read_item(item: Item, settings: FrameSettings) -> Pictures:
     if settings.mirror and item.copy % 2 and any(_SIDES.search(caption) for caption in captions):
         frames = frames[:, :, ::-1]
         captions = tuple(_SIDES.sub(lambda found: _OTHER_SIDES[found[0]], caption) for caption in captions)
-    if size is not None and side is not None and side != size:
-        canvas = np.empty((len(frames), size, size, 3), np.uint8)
+    if size is not None and side != size:
+        width, height = both(size)
+        canvas = np.empty((len(frames), height, width, 3), np.uint8)
         canvas[:] = BACKGROUNDS[background]
-        canvas[:, top : top + side, left : left + side] = frames
+        canvas[:, top : top + frames.shape[1], left : left + frames.shape[2]] = frames
         frames = canvas
     captions = tuple(on_background(caption, background, settings.background_template) for caption in captions)
     return Pictures(np.ascontiguousarray(frames), captions, item.attributes | {"background": background})
 
 
 def shrink(
-    frames: UInt8[np.ndarray, "frames high_size high_size 3"], ratio: int
-) -> UInt8[np.ndarray, "frames size size 3"]:
+    frames: UInt8[np.ndarray, "frames high_height high_width 3"], ratio: int
+) -> UInt8[np.ndarray, "frames height width 3"]:
     """Frames at one `ratio`th of their size: means of squares of pixels."""
     pattern = "frames (rows down) (columns across) colors -> frames rows columns colors"
     return reduce(frames.astype(np.float32), pattern, "mean", down=ratio, across=ratio).round().astype(np.uint8)
@@ -164,14 +168,15 @@ def background_of(item: Item, settings: FrameSettings) -> str:
     return list(BACKGROUNDS)[(first + item.copy) % len(BACKGROUNDS)]
 
 
-def _place(item: Item, settings: FrameSettings, size: int) -> tuple[int, int, int]:
-    """Side of a clip with alpha in its frame, and its first row and column."""
+def _place(item: Item, settings: FrameSettings, size: Sides) -> tuple[Sides, int, int]:
+    """Size of a clip with alpha in its frame, and its first row and column."""
     if settings.smallest == 1:
         return size, 0, 0
     random = np.random.default_rng(list(_key(item.id, settings)))
-    side = round(size * random.uniform(settings.smallest, 1))
-    top, left = random.integers(0, size - side, 2, endpoint=True)
-    return side, int(top), int(left)
+    share, (width, height) = random.uniform(settings.smallest, 1), both(size)
+    across, down = round(width * share), round(height * share)
+    top, left = random.integers(0, [height - down, width - across], endpoint=True)
+    return joined(across, down), int(top), int(left)
 
 
 def _key(id: str, settings: FrameSettings) -> bytes:

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import accumulate, count
+from itertools import accumulate, count, pairwise
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -23,7 +23,7 @@ from jaxtyping import Float64, Int64, UInt16, UInt64
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, both, require
 from cogvideo.data.clips import ClipSampling, choose_window, duration_of, sampled_rates
 from cogvideo.data.dataset import Dataset
 from cogvideo.data.shards import digest
@@ -71,10 +71,37 @@ def order(num_rows: int, seed: int, epoch: int) -> Int64[np.ndarray, " rows"]:
     return np.argsort(hash_numbers(seed, 0, epoch, np.arange(num_rows)))
 
 
+class Buckets(NamedTuple):
+    """Rows of several shapes, of which a batch has one: the last batch of a shape repeats some of its rows."""
+
+    ends: tuple[int, ...]
+    """Row after the last one of each shape."""
+    batch: int
+
+    @property
+    def length(self) -> int:
+        """Samples of an epoch."""
+        if len(self.ends) == 1:
+            return self.ends[0]
+        return sum(-(-(end - start) // self.batch) * self.batch for start, end in pairwise((0, *self.ends)))
+
+    def order(self, seed: int, epoch: int) -> Int64[np.ndarray, " samples"]:
+        """The rows of an epoch in a random order of its own."""
+        return order(self.ends[0], seed, epoch) if len(self.ends) == 1 else _in_batches(self, seed, epoch)
+
+
+@lru_cache(maxsize=2)
+def _in_batches(buckets: Buckets, seed: int, epoch: int) -> Int64[np.ndarray, " samples"]:
+    rows, batch = order(buckets.ends[-1], seed, epoch), buckets.batch
+    own = [rows[(rows >= start) & (rows < end)] for start, end in pairwise((0, *buckets.ends))]
+    batches = np.concatenate([np.resize(each, (-(-len(each) // batch), batch)) for each in own])
+    return batches[order(len(batches), seed, epoch)].flatten()
+
+
 class ClipSample(NamedTuple):
     """One training sample."""
 
-    codes: UInt16[np.ndarray, "frames grid grid"]
+    codes: UInt16[np.ndarray, "frames rows columns"]
     """Image codes: 5 frames for the video stages, 1 for the image model. A view of the shard: not to be written."""
     caption: str | None
     """One of the clip's captions; None where it was dropped: take the unconditional text."""
@@ -86,7 +113,7 @@ class ClipSample(NamedTuple):
     row: int
     seed: int
     """63 bits from seed, epoch and row, for other random choices in the sample, such as masks."""
-    high_codes: UInt16[np.ndarray, "frames high_grid high_grid"] | None = None
+    high_codes: UInt16[np.ndarray, "frames high_rows high_columns"] | None = None
     """Codes of the same frames for super-resolution, if the settings ask for them."""
 
 
@@ -100,7 +127,8 @@ class ClipStream(MapDataset[ClipSample]):
         split: split of each that is used.
         sampling: settings of the samples.
         tokenizer_sha256: hash of the image tokenizer of the codes; any unless given, but the same for all.
-        grid: side of a frame of the model, in codes; any unless given, but the same for all.
+        grid: side of the largest frame of the model, in codes; any unless given.
+        batch: samples of a batch, which have frames of one shape; without it, all datasets must have that of the first.
     """
 
     def __init__(
@@ -110,20 +138,26 @@ class ClipStream(MapDataset[ClipSample]):
         sampling: ClipSampling = ClipSampling(),  # noqa: B008  # frozen
         tokenizer_sha256: str | None = None,
         grid: int | None = None,
+        batch: int | None = None,
     ) -> None:
         require(len(folders) > 0, "got no dataset folder, expected at least one")
-        self.datasets = [Dataset(Path(folder), tokenizer_sha256) for folder in folders]
+        datasets = [Dataset(Path(folder), tokenizer_sha256) for folder in folders]
+        shapes = list(dict.fromkeys(each.card.grid for each in datasets))
+        self.datasets = sorted(datasets, key=lambda each: shapes.index(each.card.grid))
         self.split = split
         self.sampling = sampling
-        _check_cards(self.datasets, sampling, grid)
+        _check_cards(self.datasets, sampling, grid, is_mixed=batch is not None)
         self._starts = [0, *accumulate(len(dataset) for dataset in self.datasets)]
         self._rows = self._usable_rows()
+        counts = (sum(len(each) for each in self.datasets if each.card.grid == shape) for shape in shapes)
+        ends = tuple(np.searchsorted(self._rows, [*accumulate(counts)]).tolist())
+        self._buckets = Buckets(ends, batch or 1)
         shards = [[entry.sha256 for entry in dataset.card.shards] for dataset in self.datasets]
         self.identity = f"samples in the second order, {digest([shards, split, asdict(sampling)])}"
         """Hash of all that decides the order of samples. The first order, of a Feistel network, is gone."""
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._buckets.length
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -155,7 +189,7 @@ class ClipStream(MapDataset[ClipSample]):
         epochs, places = np.divmod(numbers, len(self))
         seed = self.sampling.seed
         in_order = zip(epochs.tolist(), places.tolist(), strict=True)
-        rows = np.array([order(len(self), seed, epoch)[place] for epoch, place in in_order], np.int64)
+        rows = np.array([self._buckets.order(seed, epoch)[place] for epoch, place in in_order], np.int64)
         draws = keyed_uniform(seed, epochs, rows, _DRAWS).tolist()
         where = (numbers, epochs, rows, keyed_seeds(seed, epochs, rows), self._rows[rows])
         return [self._sample(*each) for each in zip(*(each.tolist() for each in where), draws, strict=True)]
@@ -195,20 +229,23 @@ class ClipStream(MapDataset[ClipSample]):
         return usable
 
 
-def _check_cards(datasets: Sequence[Dataset], sampling: ClipSampling, grid: int | None) -> None:
+def _check_cards(datasets: Sequence[Dataset], sampling: ClipSampling, grid: int | None, is_mixed: bool) -> None:
     """Refuse datasets that cannot be one stream for one model."""
     first = datasets[0]
     for dataset in datasets:
         card, where = dataset.card, dataset.folder
         card.check_tokenizer(first.card.tokenizer_sha256, where)
-        expected = first.card.grid if grid is None else grid
-        require(card.grid == expected, f"{where} has frames of {card.grid} x {card.grid} codes, expected {expected}")
+        got = "{} has frames of {} x {} codes".format(where, *both(card.grid))
+        require(is_mixed or card.grid == first.card.grid, f"{got}, expected the {first.card.grid} of {first.folder}")
+        fits = grid is None or max(both(card.grid)) <= grid
+        require(fits, f"{got}, expected at most {grid} x {grid}: the positions of the model")
         base = sampling.rates.base
         require(card.fps == base, f"{where} has {card.fps:g} frames a second, expected the base rate {base:g}")
         if sampling.high_codes:
-            high = first.card.high_grid
-            require(card.high_grid > 0, f"{where} has no codes of super-resolution: prepare the data with them")
-            require(card.high_grid == high, f"{where} has high codes of side {card.high_grid}, expected {high}")
+            require(card.high_grid != 0, f"{where} has no codes of super-resolution: prepare the data with them")
+            ratios = [both(each.card.high_grid)[0] // both(each.card.grid)[0] for each in (dataset, first)]
+            same = f"{where} has {ratios[0]} high codes for a side of a code, expected {ratios[1]}"
+            require(ratios[0] == ratios[1], same)
 
 
 def _without_traces(batches: Iterable[T]) -> Iterator[T]:

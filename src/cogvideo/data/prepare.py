@@ -23,7 +23,7 @@ from rich.text import Text
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import locate
-from cogvideo.config import CogVideoConfig, InputError, require
+from cogvideo.config import CogVideoConfig, InputError, both, joined, require, times
 from cogvideo.data.dataset import REJECTED, Card, check_hashes, make_card, write_card
 from cogvideo.data.encoding import Job, PrepareSettings, Worker
 from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
@@ -130,13 +130,14 @@ def complete(settings: PrepareSettings, config: CogVideoConfig) -> PrepareSettin
         ValueError: the size is not a multiple of the pixels of a code, or codes do not fit in 16 bits.
     """
     rate, num_codes = config.autoencoder.rate, config.autoencoder.num_codes
-    size = settings.frames.size or config.frame_side
-    require(size % rate == 0, f"size is {size}, expected a multiple of {rate}: the pixels of a side of one code")
+    width, height = both(settings.frames.size or config.frame_size)
+    expected = f"expected multiples of {rate}: the pixels of a side of one code"
+    require(width % rate == height % rate == 0, f"size is {width}x{height}, {expected}")
     expected = f"expected at most {2**16}: they are stored as uint16"
     require(num_codes <= 2**16, f"the tokenizer has {num_codes} codes, {expected}")
     names = ("fps", "max_seconds", "loop_to")
     floats: dict[str, Any] = {name: float(getattr(settings.frames, name)) for name in names}  # 8 is the same as 8.0
-    return replace(settings, frames=replace(settings.frames, size=size, **floats))
+    return replace(settings, frames=replace(settings.frames, size=joined(width, height), **floats))
 
 
 def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: str) -> ShardInfo:
@@ -149,7 +150,8 @@ def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: s
     if entry is None:
         raise InputError(f"the bundle has no image_tokenizer, it has: {', '.join(manifest.components) or 'nothing'}")
     assert settings.frames.size is not None
-    grid = settings.frames.size // config.autoencoder.rate
+    width, height = (side // config.autoencoder.rate for side in both(settings.frames.size))
+    grid = joined(height, width)
     return ShardInfo(
         grid=grid,
         num_codes=config.autoencoder.num_codes,
@@ -157,7 +159,7 @@ def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: s
         tokenizer_sha256=entry.sha256,
         settings_sha256=settings_sha256,
         work_sha256="",
-        high_grid=grid * config.upscaler.ratio if settings.superres else 0,
+        high_grid=times(grid, config.upscaler.ratio) if settings.superres else 0,
     )
 
 

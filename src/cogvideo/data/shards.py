@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64, UInt16
 
-from cogvideo.config import InputError, check_version, from_dict, require
+from cogvideo.config import InputError, Sides, both, check_version, from_dict, require
 from cogvideo.data.sources import Rejection
 from cogvideo.files import replacing
 
@@ -41,9 +41,9 @@ class Row(NamedTuple):
     attributes: dict[str, str]
     fps: float
     """Base rate: frames a second of the codes."""
-    codes: UInt16[np.ndarray, "frames grid grid"]
+    codes: UInt16[np.ndarray, "frames rows columns"]
     split: str
-    high_codes: UInt16[np.ndarray, "frames high_grid high_grid"] | None = None
+    high_codes: UInt16[np.ndarray, "frames high_rows high_columns"] | None = None
     """Codes of the same frames for super-resolution."""
 
 
@@ -51,23 +51,24 @@ class Row(NamedTuple):
 class CodeInfo:
     """Form and inputs of codes, equal for all shards of a dataset."""
 
-    grid: int
-    """Side of a frame in codes."""
+    grid: Sides
+    """Rows and columns of a frame in codes, or side of a square."""
     num_codes: int
     """Codes lie in `[0, num_codes)`."""
     fps: float
     """Base rate of all rows, in frames a second."""
-    high_grid: int = 0
-    """Side of a frame in codes of super-resolution; 0 for none."""
+    high_grid: Sides = 0
+    """The same in codes of super-resolution; 0 for none."""
     tokenizer_sha256: str
     """Hash of the image tokenizer that made the codes."""
     settings_sha256: str
 
     def __post_init__(self) -> None:
-        require(self.grid > 0, f"grid is {self.grid}, expected a positive number")
+        require(min(both(self.grid)) > 0, f"grid is {self.grid}, expected a positive number")
         require(0 < self.num_codes <= 2**16, f"num_codes is {self.num_codes}, expected a number in [1, {2**16}]")
         require(self.fps > 0, f"fps is {self.fps}, expected a positive number")
-        is_multiple = self.high_grid >= 0 and self.high_grid % self.grid == 0
+        pairs = zip(both(self.high_grid), both(self.grid), strict=True)
+        is_multiple = all(high >= 0 and high % low == 0 for high, low in pairs)
         require(is_multiple, f"high_grid is {self.high_grid}, expected a multiple of the grid {self.grid}")
 
 
@@ -141,11 +142,11 @@ class Shard:
         """The rows of a split."""
         return np.flatnonzero([each == split for each in self.splits])
 
-    def codes(self, row: int) -> UInt16[np.ndarray, "frames grid grid"]:
+    def codes(self, row: int) -> UInt16[np.ndarray, "frames rows columns"]:
         """The codes of a clip: a view of the file."""
         return self._clip(row, *self._codes)
 
-    def high_codes(self, row: int) -> UInt16[np.ndarray, "frames high_grid high_grid"] | None:
+    def high_codes(self, row: int) -> UInt16[np.ndarray, "frames high_rows high_columns"] | None:
         """The codes of super-resolution, a view of the file; None if the clip has none."""
         codes = None if self._high is None else self._clip(row, *self._high)
         return codes if codes is not None and len(codes) else None
@@ -179,10 +180,10 @@ class Shard:
             self.high_codes(row),
         )
 
-    def _column(self, name: str, grid: int) -> tuple[np.ndarray, np.ndarray]:
+    def _column(self, name: str, grid: Sides) -> tuple[np.ndarray, np.ndarray]:
         """Offsets of the clips in a column of codes, and its codes, as views of the file."""
         column = self._batch.column(name)
-        return column.offsets.to_numpy(), column.values.values.values.to_numpy().reshape(-1, grid, grid)
+        return column.offsets.to_numpy(), column.values.values.values.to_numpy().reshape(-1, *both(grid))
 
     def _clip(self, row: int, offsets: np.ndarray, codes: np.ndarray) -> np.ndarray:
         return codes[offsets[row] : offsets[row + 1]]
@@ -213,22 +214,25 @@ def _schema(info: ShardInfo) -> Any:
     return pa.schema(fields, metadata={_KEY: metadata.encode()})
 
 
-def _code_type(grid: int) -> Any:
-    """Lists of fixed squares: polars makes a uint16 array of (frames, grid, grid) of it, and numpy a view."""
+def _code_type(grid: Sides) -> Any:
+    """Lists of fixed shapes: polars makes a uint16 array of (frames, rows, columns) of it, and numpy a view."""
     import pyarrow as pa
 
-    return pa.list_(pa.list_(pa.list_(pa.uint16(), grid), grid))
+    rows, columns = both(grid)
+    return pa.list_(pa.list_(pa.list_(pa.uint16(), columns), rows))
 
 
-def _code_column(clips: Sequence[np.ndarray | None], grid: int) -> Any:
+def _code_column(clips: Sequence[np.ndarray | None], grid: Sides) -> Any:
     import pyarrow as pa
 
     present = [clip for clip in clips if clip is not None]
-    codes = np.concatenate([np.zeros((0, grid, grid), np.uint16), *present])
-    squares = pa.FixedSizeListArray.from_arrays(pa.FixedSizeListArray.from_arrays(codes.reshape(-1), grid), grid)
+    rows, columns = both(grid)
+    codes = np.concatenate([np.zeros((0, rows, columns), np.uint16), *present])
+    lines = pa.FixedSizeListArray.from_arrays(codes.reshape(-1), columns)
+    frames = pa.FixedSizeListArray.from_arrays(lines, rows)
     offsets = np.cumsum([0, *(0 if clip is None else len(clip) for clip in clips)], dtype=np.int32)
     missing = pa.array([clip is None for clip in clips], pa.bool_()) if len(present) < len(clips) else None
-    return pa.ListArray.from_arrays(pa.array(offsets), squares, mask=missing)
+    return pa.ListArray.from_arrays(pa.array(offsets), frames, mask=missing)
 
 
 def _check_row(row: Row, info: ShardInfo) -> None:
@@ -237,7 +241,7 @@ def _check_row(row: Row, info: ShardInfo) -> None:
     require(len(row.captions) > 0 and all(row.captions), f"{where} has the captions {row.captions}, expected some text")
     _check_codes(where, row.codes, info.grid, info.num_codes)
     if row.high_codes is not None:
-        require(info.high_grid > 0, f"{where} has codes of super-resolution, expected none")
+        require(info.high_grid != 0, f"{where} has codes of super-resolution, expected none")
         _check_codes(where, row.high_codes, info.high_grid, info.num_codes)
         require(len(row.high_codes) == len(row.codes), f"{where} has more or fewer high codes than frames")
     try:
@@ -246,10 +250,11 @@ def _check_row(row: Row, info: ShardInfo) -> None:
         raise InputError(f"{where} has a text that is not Unicode: {error.reason}") from error
 
 
-def _check_codes(where: str, codes: np.ndarray, grid: int, num_codes: int) -> None:
-    fits = codes.dtype == np.uint16 and codes.ndim == 3 and len(codes) > 0 and codes.shape[1:] == (grid, grid)
+def _check_codes(where: str, codes: np.ndarray, grid: Sides, num_codes: int) -> None:
+    rows, columns = both(grid)
+    fits = codes.dtype == np.uint16 and codes.ndim == 3 and len(codes) > 0 and codes.shape[1:] == (rows, columns)
     got = f"{codes.dtype} codes of shape {codes.shape}"
-    require(fits, f"{where} has {got}, expected uint16 (frames, {grid}, {grid}) with at least one frame")
+    require(fits, f"{where} has {got}, expected uint16 (frames, {rows}, {columns}) with at least one frame")
     require(int(codes.max()) < num_codes, f"{where} has the code {codes.max()}, expected codes in [0, {num_codes})")
 
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import locate
+from cogvideo.config import require, size_text
 from cogvideo.evaluation.making import Making, Shelf, generate, start
 from cogvideo.evaluation.motion import STATIC, Movement, measure, movement
 from cogvideo.evaluation.preferences import wilson
@@ -63,7 +64,9 @@ def evaluate(
 
 def _judge(subject: Subject, pipeline: CogVideoPipeline, out: Path, making: Making, batch: int) -> dict[str, Judged]:
     """Every row of a subject; a reconstruction is the best that a model of the tokenizer's codes can do."""
-    size, prompts = pipeline.model.config.frame_side, subject.prompts
+    size, prompts = pipeline.model.config.frame_size, subject.prompts
+    require(isinstance(size, int), f"frames are {size_text(size)}, expected squares, as the real clips are")
+    assert isinstance(size, int)
 
     def made(numbers: list[int]) -> list[Clip]:
         return generate(pipeline, [prompts[number] for number in numbers], making)

@@ -48,8 +48,14 @@ class StageAttention(NamedTuple):
     @property
     def same_place(self) -> Float[Tensor, "layers heads"]:
         """Share that goes to the code of the same place in the frame before."""
-        middle = self.layout.grid - 1
-        return self.steps[:, :, middle, middle]
+        row, column = self.middle
+        return self.steps[:, :, row, column]
+
+    @property
+    def middle(self) -> tuple[int, int]:
+        """Row and column of the same place in `steps`."""
+        rows, columns = self.layout.sides
+        return rows - 1, columns - 1
 
 
 def stage_attention(system: Stages, request: Request, codes: Int64[Tensor, "1 frames slots"]) -> list[StageAttention]:
@@ -79,9 +85,10 @@ def measure(
 ) -> StageAttention:
     """Attention in a stage. The codes are in order of time, at least as many frames as its sequence has."""
     assert model.channel is not None
-    config, slots, frames, grid = model.base.config, layout.frame_slots, layout.num_frames, layout.grid
+    config, slots, frames = model.base.config, layout.frame_slots, layout.num_frames
+    height, width = layout.sides
     shares = torch.zeros(config.num_layers, config.num_heads, frames, 1 + frames)
-    steps = torch.zeros(config.num_layers, config.num_heads, 2 * grid - 1, 2 * grid - 1)
+    steps = torch.zeros(config.num_layers, config.num_heads, 2 * height - 1, 2 * width - 1)
     ranks = torch.tensor(layout.order).argsort()
 
     def see(layer: int, rows: range, weights: Tensor) -> None:
@@ -91,21 +98,22 @@ def measure(
             shares[layer, :, place, 0] = own[:, :, 0].mean(1)
             shares[layer, :, place, 1:] = targets.sum(3).mean(2).T
             if place in layout.loss_places:
-                steps[layer] += _steps(targets[place - 1], grid) / len(layout.loss_places)
+                steps[layer] += _steps(targets[place - 1], layout.sides) / len(layout.loss_places)
 
     replay(model, layout, condition, codes[:, layout.order], see)
     gates = [1 - values.sigmoid() for name, values in model.channel.named_parameters() if name.endswith(".gate")]
     return StageAttention(name, layout, model.window or 0, shares, steps, torch.stack(gates).float().cpu())
 
 
-def _steps(weights: Float[Tensor, "heads slots keys"], grid: int) -> Float[Tensor, "heads rows columns"]:
+def _steps(weights: Float[Tensor, "heads slots keys"], sides: tuple[int, int]) -> Float[Tensor, "heads rows columns"]:
     """Attention to codes of one frame, by rows and columns from the code that is predicted; the mean over slots."""
     codes = F.pad(weights[:, :, 1:], (0, 1))  # slot j predicts code j, and was fed code j - 1
-    squares = rearrange(codes, "heads slots (rows columns) -> heads slots rows columns", rows=grid)
-    found = weights.new_zeros(len(weights), 2 * grid - 1, 2 * grid - 1)
-    for slot in range(grid**2):
-        top, left = grid - 1 - slot // grid, grid - 1 - slot % grid
-        found[:, top : top + grid, left : left + grid] += squares[:, slot] / grid**2
+    height, width = sides
+    frames = rearrange(codes, "heads slots (rows columns) -> heads slots rows columns", rows=height)
+    found = weights.new_zeros(len(weights), 2 * height - 1, 2 * width - 1)
+    for slot in range(height * width):
+        top, left = height - 1 - slot // width, width - 1 - slot % width
+        found[:, top : top + height, left : left + width] += frames[:, slot] / (height * width)
     return found
 
 

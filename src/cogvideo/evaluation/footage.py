@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo, locate
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, both, require
 from cogvideo.data.dataset import CARD, Dataset
 from cogvideo.data.encoding import ahead
 from cogvideo.data.frames import FrameSettings, read_item
@@ -100,7 +100,7 @@ class Tokenizer(NamedTuple):
     sha256: str
     """Its hash."""
     side: int
-    """Side of the frames that its model makes, in pixels."""
+    """Shorter side of the frames that its model makes, in pixels."""
     rate: int
     """Pixels of a side of one code."""
 
@@ -116,7 +116,7 @@ class Tokenizer(NamedTuple):
         entry = manifest.components.get("image_tokenizer")
         if entry is None:
             raise InputError(f"the bundle {bundle} has no image_tokenizer, it has: {', '.join(manifest.components)}")
-        return cls(bundle, entry.sha256, manifest.config.frame_side, manifest.config.autoencoder.rate)
+        return cls(bundle, entry.sha256, min(both(manifest.config.frame_size)), manifest.config.autoencoder.rate)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,9 @@ class Reading:
         if isinstance(media, Row):
             assert autoencoder is not None
             codes = _dataset(media.dataset).row(media.number).codes[excerpt.first :: protocol.step][: protocol.frames]
-            frames = autoencoder.decode_pixels(torch.from_numpy(codes.astype(np.int64)).flatten(1))
+            _, rows, columns = codes.shape
+            given = torch.from_numpy(codes.astype(np.int64)).flatten(1)
+            frames = autoencoder.decode_pixels(given, sides=(rows, columns))
         else:
             frames = self._read_file(media, excerpt)
         if excerpt.through_codes and isinstance(media, Item):

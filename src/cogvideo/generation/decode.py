@@ -89,7 +89,7 @@ def decode(
     """
     check_clusters(sampling, labels, model.base.config.num_codes)
     layout.check_given(given, model.base.config.num_codes)
-    behind = max(1, lag(layout.grid, model.window or 0)) if passes.parallel_frames else layout.frame_slots
+    behind = max(1, lag(layout.sides, model.window or 0)) if passes.parallel_frames else layout.frame_slots
     decoder = _kind(model, passes)(model, layout, condition, -(-layout.frame_slots // behind), cache_dtype)
     batch = len(condition.text.tokens)
     require(len(given) == batch, f"got given frames of {len(given)} clips for {batch} texts")

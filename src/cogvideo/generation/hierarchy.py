@@ -172,7 +172,7 @@ class _Run:
 
     def nothing(self) -> Codes:
         """Codes of no frames."""
-        return torch.empty(len(self.request.prompts), 0, self.layout.grid**2, dtype=torch.int64)
+        return torch.empty(len(self.request.prompts), 0, self.layout.frame_slots, dtype=torch.int64)
 
     def new(self, given: Codes, step: int) -> Iterator[Finished]:
         """Generate frames after given key frames, `step` places apart, or between two of them."""

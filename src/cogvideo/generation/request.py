@@ -12,7 +12,17 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from cogvideo.bundle.model import Stages
-from cogvideo.config import LARGEST, SECONDS, CogVideoConfig, InputError, SamplingConfig, is_number, require
+from cogvideo.config import (
+    LARGEST,
+    SECONDS,
+    CogVideoConfig,
+    InputError,
+    SamplingConfig,
+    both,
+    is_number,
+    require,
+    size_of,
+)
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.decoder import Condition
 from cogvideo.layout import SequenceLayout, check_code_range
@@ -28,7 +38,7 @@ LARGEST_SEED = 2**63 - 1
 ADDED: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "cluster_temperature": 0.89}
 ADDED |= {f"first_{name}": value for name, value in ADDED.items()}
 ADDED |= {"superres_top_k": 0, "superres_top_p": 1.0, "superres_cluster_temperature": 0.6, "seconds": SECONDS}
-ADDED |= {"channel": None, "adapter": []}
+ADDED |= {"channel": None, "adapter": [], "size": None, "fit": "crop"}
 """Options that older sidecars lack, with the values that their clips were made with."""
 
 
@@ -112,6 +122,15 @@ def check_seconds(seconds: float, own: CogVideoConfig) -> None:
     known = ", ".join(f"{each:g}" for each in seen)
     reason = f"the key frames of this model were trained on clips of {known} seconds"
     require(not seen or seconds in seen, f"{got}, expected {known}, or a longer one: {reason}")
+
+
+def shape_of(size: str, own: CogVideoConfig, ratio: int = 1) -> tuple[int, int]:
+    """Rows and columns of codes of frames of this size, whose sides are enlarged by `ratio`; refuse other sizes."""
+    (width, height), pixels = both(size_of(size)), own.autoencoder.rate * ratio
+    most = own.layout.grid * pixels
+    fits = all(0 < side <= most and side % pixels == 0 for side in (width, height))
+    require(fits, f"size is {size}, expected multiples of {pixels} pixels, at most {most}x{most}")
+    return height // pixels, width // pixels
 
 
 def _spacing(own: CogVideoConfig) -> float:

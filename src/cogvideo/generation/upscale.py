@@ -11,7 +11,7 @@ from torch import Tensor
 from cogvideo.bundle.model import Stages
 from cogvideo.config import SamplingConfig, require
 from cogvideo.generation.sampling import Clusters, check_clusters, gumbel, log_probabilities, spawn
-from cogvideo.layout import check_code_range
+from cogvideo.layout import UpscaleLayout, check_code_range
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.text import PaddedText, check_text
 
@@ -43,11 +43,10 @@ def enlarge(
     Raises:
         ValueError: text or low codes are invalid, or the model has no super-resolution.
     """
-    model = system.upscaler
-    slots = model.channel.layout.high_slots
+    model, layout = system.upscaler, UpscaleLayout.of(system.config.layout, system.config.upscaler)
     words = model.base.words.weight
-    noise = [slot_noise(each, slots, model.base.config.num_codes, words.device) for each in generators]
-    return upscale(model, text, codes, noise, sampling, system.cluster_labels)
+    noise = [slot_noise(each, layout.high_slots, model.base.config.num_codes, words.device) for each in generators]
+    return upscale(model, text, codes, noise, sampling, system.cluster_labels, layout=layout)
 
 
 @torch.inference_mode()
@@ -59,6 +58,7 @@ def upscale(
     sampling: SamplingConfig,
     labels: Int64[Tensor, " codes"] | None = None,
     frames_per_pass: int = 1,
+    layout: UpscaleLayout | None = None,
 ) -> Int64[Tensor, "batch high"]:
     """Compute the high codes of frames. Those of a frame depend only on its own text, low codes and noise.
 
@@ -70,18 +70,20 @@ def upscale(
         sampling: the sampler.
         labels: cluster of each code, for cluster sampling.
         frames_per_pass: frames that go through the model at once: more memory, fewer passes, the same codes.
+        layout: layout of frames of another shape than the model's own.
 
     Raises:
         ValueError: text, low codes, noise or frames per pass are invalid.
     """
-    _check(model, text, codes, noise, frames_per_pass)
+    layout = layout or model.channel.layout
+    _check(model, layout, text, codes, noise, frames_per_pass)
     check_clusters(sampling, labels, model.base.config.num_codes)
     device = model.base.words.weight.device
     clusters = None if labels is None else Clusters.of(labels, device)
     passes = []
     for frames in torch.split(torch.arange(len(codes)), frames_per_pass):
         rows = [each[frames].to(device) for each in (text.tokens, text.mask, codes)]
-        high = model(*rows)
+        high = model(*rows, layout)
         own = [noise[frame] for frame in frames.tolist()]
         parts = [_draw(model, part, own, sampling, clusters) for part in torch.split(high, SLOTS_PER_DRAW, dim=1)]
         passes.append(torch.cat(parts, dim=1))
@@ -105,8 +107,15 @@ def _draw(
     return (scores + torch.stack([each.to(scores.device) for each in portions if each is not None])).argmax(-1)
 
 
-def _check(model: Upscaler, text: PaddedText, codes: Tensor, noise: Sequence[SlotNoise], frames_per_pass: int) -> None:
-    layout, config = model.channel.layout, model.base.config
+def _check(
+    model: Upscaler,
+    layout: UpscaleLayout,
+    text: PaddedText,
+    codes: Tensor,
+    noise: Sequence[SlotNoise],
+    frames_per_pass: int,
+) -> None:
+    config = model.base.config
     fits = codes.ndim == 2 and len(codes) > 0 and codes.shape[1] == layout.low_slots
     expected = f"expected (batch, {layout.low_slots}) and at least one frame"
     require(fits, f"got low codes of shape {tuple(codes.shape)}, {expected}")

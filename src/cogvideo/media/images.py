@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, Unide
 from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import TiffImageFile
 
-from cogvideo.config import require
+from cogvideo.config import both, require
 from cogvideo.files import replacing_by_name
 from cogvideo.media.colors import UNKNOWN, Coding, to_srgb
 from cogvideo.media.shots import Content, Seen, Shot, Shots, VideoError, View
@@ -147,14 +147,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def look(image: Image.Image, view: View, pixel_aspect: float = 1.0) -> Seen:
-    """The picture on the view's background, antialiased to its square.
+    """The picture on the view's background, antialiased to its frame.
 
     Transparent pictures are put on the background before they are resized: the same as resizing with premultiplied
     alpha, so that the color of invisible pixels never bleeds into an edge.
 
     Args:
         image: mode RGB, RGBA, or RGBX (three colors and a byte without meaning).
-        view: background and square.
+        view: background and frame.
         pixel_aspect: width of a stored pixel over its height; ignored where the view has no size.
     """
     has_alpha = image.mode == "RGBA" and _shows_through(image.getchannel("A"), view)
@@ -163,31 +163,34 @@ def look(image: Image.Image, view: View, pixel_aspect: float = 1.0) -> Seen:
         canvas.alpha_composite(image)
         image = canvas.convert("RGB")
     if view.size is not None:
-        image = _fitted(image, view.size, view, pixel_aspect)
+        image = _fitted(image, both(view.size), view, pixel_aspect)
     return Seen(np.ascontiguousarray(np.asarray(image)[..., :3]), has_alpha)
 
 
 def _shows_through(alpha: Image.Image, view: View) -> bool:
     """True if enough of the visible part is transparent for a caption to name the background."""
     if view.size is not None and view.fit == "crop":
-        side = min(alpha.size)
-        left, top = (alpha.width - side) // 2, (alpha.height - side) // 2
-        alpha = alpha.crop((left, top, left + side, top + side))
+        across, down = map(round, view.kept(*alpha.size))
+        left, top = (alpha.width - across) // 2, (alpha.height - down) // 2
+        alpha = alpha.crop((left, top, left + across, top + down))
     return float((np.asarray(alpha) < OPAQUE).mean()) >= LEAST_TRANSPARENT
 
 
-def _fitted(image: Image.Image, size: int, view: View, pixel_aspect: float) -> Image.Image:
+def _fitted(image: Image.Image, size: tuple[int, int], view: View, pixel_aspect: float) -> Image.Image:
     """Bicubic: Pillow's filter grows with the reduction, which is what antialiasing is."""
     width, height = image.width * pixel_aspect, float(image.height)
     if view.fit == "crop":
-        across, down = min(width, height) / pixel_aspect, min(width, height)
+        across, down = view.kept(width, height)
+        across /= pixel_aspect
         left, top = (image.width - across) / 2, (image.height - down) / 2
-        if across == down == size and left % 1 == top % 1 == 0:
-            return image.crop((int(left), int(top), int(left) + size, int(top) + size))
-        return image.resize((size, size), _BICUBIC, (left, top, left + across, top + down), reducing_gap=3.0)
+        box = (left, top, left + across, top + down)
+        if across == size[0] and down == size[1] and left % 1 == top % 1 == 0:
+            return image.crop((int(left), int(top), int(left) + size[0], int(top) + size[1]))
+        return image.resize(size, _BICUBIC, box, reducing_gap=3.0)
     inner = view.fitted(width, height)
-    canvas = Image.new(image.mode, (size, size), (*view.background, 255)[: len(image.getbands())])
-    canvas.paste(image.resize(inner, _BICUBIC, reducing_gap=3.0), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    canvas = Image.new(image.mode, size, (*view.background, 255)[: len(image.getbands())])
+    corner = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    canvas.paste(image.resize(inner, _BICUBIC, reducing_gap=3.0), corner)
     return canvas
 
 

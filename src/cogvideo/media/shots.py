@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, Sides, both, require
 
 GRACE = 0.001
 """Seconds by which a frame may come late: Matroska and WebM round timestamps to milliseconds."""
@@ -23,34 +23,42 @@ Content = BinaryIO | BytesIO
 
 @dataclass(frozen=True)
 class View:
-    """The square and the background that pictures are seen in."""
+    """The frame and the background that pictures are seen in."""
 
-    size: int | None = None
-    """Side of the square in pixels; None leaves pictures as they are."""
+    size: Sides | None = None
+    """Width and height of the frame in pixels, or side of a square; None leaves pictures as they are."""
     fit: Literal["crop", "letterbox"] = "crop"
-    """Treatment of pictures that are not square: crop to the center, or add bars in the background color."""
+    """Treatment of pictures of another shape: crop to the center, or add bars in the background color."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Red, green and blue under transparent pixels and in bars."""
 
     def __post_init__(self) -> None:
-        require(self.size is None or self.size > 0, f"size is {self.size}, expected a positive number of pixels")
+        is_positive = self.size is None or min(both(self.size)) > 0
+        require(is_positive, f"size is {self.size}, expected a positive number of pixels")
         require(self.fit in ("crop", "letterbox"), f"fit is {self.fit!r}, expected crop or letterbox")
         is_color = len(self.background) == 3 and all(0 <= level <= 255 for level in self.background)
         require(is_color, f"background is {self.background}, expected red, green and blue in [0, 255]")
 
     def fitted(self, width: float, height: float) -> tuple[int, int]:
-        """Sides of a picture in the square, before cropping, in whole pixels on both sides alike.
+        """Sides of a picture in the frame, before cropping, in whole pixels on both sides alike.
 
         Args:
             width: width of the picture as it is shown, in units of the height of its pixels.
             height: height of the picture in its pixels.
         """
-        size = self.size or 0
+        across, down = both(self.size or 0)
+        scales = across / width, down / height
         if self.fit == "letterbox":
-            scale = size / max(width, height)
-            return max(1, round(width * scale)), max(1, round(height * scale))
-        scale = size / min(width, height)
-        return size + 2 * round((width * scale - size) / 2), size + 2 * round((height * scale - size) / 2)
+            return max(1, round(width * min(scales))), max(1, round(height * min(scales)))
+        wide, high = width * max(scales), height * max(scales)
+        return across + 2 * round((wide - across) / 2), down + 2 * round((high - down) / 2)
+
+    def kept(self, width: float, height: float) -> tuple[float, float]:
+        """Sides of the part of a picture that a crop keeps, in units of the picture."""
+        across, down = both(self.size or 0)
+        if across == down:
+            return min(width, height), min(width, height)
+        return min(width, height * across / down), min(height, width * down / across)
 
 
 class Seen(NamedTuple):

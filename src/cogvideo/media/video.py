@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from cogvideo.config import require
+from cogvideo.config import Sides, require
 from cogvideo.files import replacing_by_name
 from cogvideo.media.shots import GRACE, Content, Naming, Seen, Shot, Shots, View
 from cogvideo.media.shots import VideoError as VideoError
@@ -72,7 +72,7 @@ class Facts(NamedTuple):
 def read_video(
     file: Path | Content,
     fps: float,
-    size: int | None = None,
+    size: Sides | None = None,
     *,
     fit: Literal["crop", "letterbox"] = "crop",
     start: float = 0.0,
@@ -89,8 +89,9 @@ def read_video(
     Args:
         file: path, or a file open for reading and seeking.
         fps: frames a second of the result.
-        size: side of the square result, antialiased; None for the stored size. Rotation is applied in both cases.
-        fit: crop pictures that are not square to the center, or add bars in the background color.
+        size: width and height of the result, or side of a square, antialiased; None for the stored size. Rotation is
+            applied in both cases.
+        fit: crop pictures of another shape to the center, or add bars in the background color.
         start: seconds after the first frame.
         end: seconds after the first frame; None for the end of the file. Where the file ends before, its last frame
             is held for half a frame's time: with `end` 4.01, four seconds at 8 a second are 33 frames, not 32.

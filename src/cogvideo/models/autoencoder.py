@@ -6,6 +6,7 @@ of taming-transformers (arXiv 2012.09841); downsamplers after the encoder produc
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from functools import partial
 from itertools import pairwise
@@ -17,7 +18,7 @@ from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from cogvideo.config import AutoencoderConfig, require
+from cogvideo.config import AutoencoderConfig, both, require
 from cogvideo.models.quantizer import Codebook
 
 
@@ -85,19 +86,20 @@ class Autoencoder(nn.Module):
 
     @torch.inference_mode()
     def decode_pixels(
-        self, codes: Int64[Tensor, "frames slots"], chunk: int | None = 1
+        self, codes: Int64[Tensor, "frames slots"], chunk: int | None = 1, sides: tuple[int, int] | None = None
     ) -> UInt8[np.ndarray, "frames height width 3"]:
-        """Decode the codes of square pictures; raises what `decode` raises."""
+        """Decode the codes of pictures of these rows and columns, else of squares; raises what `decode` raises."""
         device = self.codebook.embedding.device
-        side = round(codes.shape[1] ** 0.5)
+        rows, columns = sides or both(math.isqrt(codes.shape[1]))
         with torch.autocast(device.type, enabled=False):
-            return to_pixels(self.decode(codes.to(device).view(-1, side, side), chunk=chunk))
+            return to_pixels(self.decode(codes.to(device).view(-1, rows, columns), chunk=chunk))
 
     def reconstruct(
-        self, pixels: UInt8[np.ndarray, "frames side side 3"], chunk: int | None = 1
-    ) -> UInt8[np.ndarray, "frames side side 3"]:
+        self, pixels: UInt8[np.ndarray, "frames height width 3"], chunk: int | None = 1
+    ) -> UInt8[np.ndarray, "frames height width 3"]:
         """Encode and decode pictures."""
-        return self.decode_pixels(self.encode_pixels(pixels, chunk), chunk)
+        sides = pixels.shape[1] // self.config.rate, pixels.shape[2] // self.config.rate
+        return self.decode_pixels(self.encode_pixels(pixels, chunk), chunk, sides)
 
     def features(
         self, frames: Float[Tensor, "batch 3 height width"], rate: int

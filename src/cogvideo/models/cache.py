@@ -34,7 +34,7 @@ class CacheMap:
     @classmethod
     def temporal(cls, layout: SequenceLayout, window: int, shifted: bool) -> CacheMap:
         """Map of the temporal channel: the cells of the block's windows, with all frames in each."""
-        parts: Cells = cells(layout.grid, window, shifted)
+        parts: Cells = cells(layout.sides, window, shifted)
         return cls(layout.text_slots, tuple(cell for part in parts for cell in part), layout.num_frames)
 
     @classmethod

@@ -116,7 +116,7 @@ def _temporal(layout: SequenceLayout, window: int, shifted: bool, num_frames: in
     frames = torch.arange(num_frames) * layout.frame_slots
     groups: list[Group] = []
     places: list[Tensor] = []
-    for part in cells(layout.grid, window, shifted):
+    for part in cells(layout.sides, window, shifted):
         rows = (frames[:, None] + part[:, None]).flatten(1)
         keys = torch.cat([words.expand(len(rows), -1), layout.text_slots + rows], dim=1)
         groups.append(Group(rows, keys, _frame_chunks(layout, part.shape[1], num_frames)))

@@ -7,6 +7,7 @@ sees the high slots around it and the low codes around its own low code, never t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -69,7 +70,7 @@ class UpscaleChannel(nn.Module):
         super().__init__()
         self.upscaler = upscaler
         self.layout = UpscaleLayout.of(layout, upscaler)
-        self.positions = nn.Embedding(self.layout.high_slots, config.hidden)
+        self.positions = nn.Embedding(self.layout.high_grid**2, config.hidden)
         self.blocks = nn.ModuleList(UpscaleBlock(config) for _ in range(config.num_layers))
 
 
@@ -87,7 +88,11 @@ class Upscaler(nn.Module):
         self.channel = channel
 
     def forward(
-        self, text: Int64[Tensor, "batch text"], mask: Bool[Tensor, "batch text"], codes: Int64[Tensor, "batch low"]
+        self,
+        text: Int64[Tensor, "batch text"],
+        mask: Bool[Tensor, "batch text"],
+        codes: Int64[Tensor, "batch low"],
+        layout: UpscaleLayout | None = None,
     ) -> Float[Tensor, "batch high hidden"]:
         """Run a pass; returns the high slots after the last block, before the final norm (see `Base.logits`).
 
@@ -95,33 +100,36 @@ class Upscaler(nn.Module):
             text: left-padded tokens.
             mask: true for real text, at least one token per row.
             codes: codes of the low frame.
+            layout: layout of frames of another shape than the channel's own.
         """
-        layout = self.channel.layout
+        layout = layout or self.channel.layout
         spatial = full_pass(low_sequence(layout), None, mask, self.base.words.weight.dtype, 1).spatial
         plan = Levels(layout.text_slots, spatial, neighborhoods(layout, self.channel.upscaler, codes.device))
-        low = self._embed_low(text, mask, codes)
-        high = self._embed_high(codes)
+        low = self._embed_low(text, mask, codes, layout)
+        high = self._embed_high(codes, layout)
         for block, added in zip(self.base.blocks, self.channel.blocks, strict=True):
             low, high = added(block, low, high, plan)
         return high
 
-    def _embed_low(self, text: Tensor, mask: Tensor, codes: Tensor) -> Float[Tensor, "batch rows hidden"]:
+    def _embed_low(
+        self, text: Tensor, mask: Tensor, codes: Tensor, layout: UpscaleLayout
+    ) -> Float[Tensor, "batch rows hidden"]:
         """Embed text and low codes, unshifted."""
-        layout = self.channel.layout
         frame = layout.low_positions(codes.device).expand_as(codes)
         positions = torch.cat([low_sequence(layout).text_positions(mask), frame], dim=1)
         return self.base.words(torch.cat([text, codes], dim=1)) + self.base.positions(positions)
 
-    def _embed_high(self, codes: Tensor) -> Float[Tensor, "batch high hidden"]:
+    def _embed_high(self, codes: Tensor, layout: UpscaleLayout) -> Float[Tensor, "batch high hidden"]:
         """Embed high slots: each is fed `<start_of_image>`, so they differ only in position."""
-        slots = torch.arange(self.channel.layout.high_slots, device=codes.device).expand(len(codes), -1)
+        slots = layout.high_positions(codes.device).expand(len(codes), -1)
         start = torch.full_like(slots, self.base.config.start_of_image)
         return self.base.words(start) + self.channel.positions(slots)
 
 
 def low_sequence(layout: UpscaleLayout) -> SequenceLayout:
     """Layout of the low level: text sees text, and the low codes see text and each other."""
-    return SequenceLayout(layout.text_slots, layout.low_grid, layout.low_position, order=(0,), num_bidirectional=1)
+    sizes = layout.text_slots, layout.low_grid, layout.low_position
+    return SequenceLayout(*sizes, order=(0,), num_bidirectional=1, shape=layout.shape)
 
 
 @torch.no_grad()
@@ -133,7 +141,7 @@ def inherit_upscaler(channel: UpscaleChannel, base: Base) -> None:
     c) starts at that of (r % grid, c % grid), far from the low codes that it sees.
     """
     base_weights = base.state_dict()
-    layout = channel.layout
+    layout = replace(channel.layout, shape=None)  # all rows of the tables
     channel.blocks.load_state_dict({name: base_weights[f"blocks.{name}"] for name in channel.blocks.state_dict()})
     rows = base.positions(layout.low_positions(base.positions.weight.device))
     square = "(row column) hidden -> (row down column right) hidden"
@@ -155,12 +163,12 @@ def neighborhoods(
     so a frame of any size has only the masks of its corners, edges and middle.
 
     Args:
-        layout: layout with the two grids.
+        layout: layout of both frames.
         upscaler: sizes of the neighborhoods.
         device: device of the indices.
         tile: side of a tile in low codes; tiles at the right and lower edges may be smaller.
     """
-    slots = torch.arange(layout.high_slots).view(layout.high_grid, -1)
+    slots = torch.arange(layout.high_slots).view(layout.high_sides)
     side = tile * layout.ratio
     groups: dict[tuple[torch.Size, bytes], list[tuple[Tensor, Tensor, Tensor]]] = {}
     for band in torch.split(slots, side):
@@ -176,16 +184,18 @@ def neighborhoods(
 
 def _sees(layout: UpscaleLayout, upscaler: UpscalerConfig, high: Int64[Tensor, " rows"]) -> Bool[Tensor, "rows keys"]:
     """The visibility rule for some high slots and all keys (spec section 4)."""
-    row, column, side = high[:, None] // layout.high_grid, high[:, None] % layout.high_grid, upscaler.low_side
-    fine = _near(row, column, layout.high_grid, upscaler.high_rows, upscaler.high_columns)
-    coarse = _near(row // layout.ratio, column // layout.ratio, layout.low_grid, side, side)
+    width, side = layout.high_sides[1], upscaler.low_side
+    row, column = high[:, None] // width, high[:, None] % width
+    fine = _near(row, column, layout.high_sides, upscaler.high_rows, upscaler.high_columns)
+    coarse = _near(row // layout.ratio, column // layout.ratio, layout.low_sides, side, side)
     return torch.cat([fine, coarse], dim=1)
 
 
-def _near(row: Tensor, column: Tensor, grid: int, rows: int, columns: int) -> Bool[Tensor, "places slots"]:
-    """Slots of a grid in the `rows x columns` around a place."""
-    slots = torch.arange(grid**2)
-    return ((slots // grid - row).abs() <= rows // 2) & ((slots % grid - column).abs() <= columns // 2)
+def _near(row: Tensor, column: Tensor, sides: tuple[int, int], rows: int, columns: int) -> Bool[Tensor, "places slots"]:
+    """Slots of a frame in the `rows x columns` around a place."""
+    height, width = sides
+    slots = torch.arange(height * width)
+    return ((slots // width - row).abs() <= rows // 2) & ((slots % width - column).abs() <= columns // 2)
 
 
 def _group(tiles: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> Group:

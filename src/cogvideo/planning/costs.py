@@ -100,7 +100,7 @@ def kinds_of(config: CogVideoConfig, stage: Stage) -> list[Cells]:
     if stage == "image":
         return []
     window = getattr(config, stage).window
-    return [cells(config.layout.grid, window, is_shifted) for is_shifted in kinds(window)]
+    return [cells(config.layout.sides, window, is_shifted) for is_shifted in kinds(window)]
 
 
 def num_cells(kind: Cells) -> int:
@@ -307,24 +307,24 @@ def rendering(config: CogVideoConfig, frames: int) -> Phase:
     of it, or in its second half its input, the first half's output, a norm and an activation of that; an upsampling its
     input, the enlarged one and its output.
     """
-    sizes, side = config.autoencoder, UpscaleLayout.of(config.layout, config.upscaler).high_grid
+    sizes, (rows, columns) = config.autoencoder, UpscaleLayout.of(config.layout, config.upscaler).high_sides
     model, number = modules(config)["image_tokenizer"], sizes.rates.index(sizes.rate)
     assert isinstance(model, Autoencoder)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.render(torch.empty(1, sizes.embedding_dim, side, side, device="meta"), sizes.rate)
+        model.render(torch.empty(1, sizes.embedding_dim, rows, columns, device="meta"), sizes.rate)
     multipliers = sizes.decoder_multipliers[number]
     widths = [sizes.channels * each for each in (multipliers[-1], *reversed(multipliers))]
     peaks = []
     for level, (before, after) in enumerate(pairwise(widths)):
         upsampled = 9 * after if level < len(multipliers) - 1 else 0
-        peaks.append(max(3 * before, before + 3 * after, upsampled) * (side * 2**level) ** 2)
+        peaks.append(max(3 * before, before + 3 * after, upsampled) * rows * columns * 4**level)
     return Phase(
         "pixels",
         "image_tokenizer",
         **(_weights(config, "image_tokenizer") | {"weights_read": count(model.decoders[number])}),
         passes=frames,
         flops=float(counter.get_total_flops()),
-        activations=widths[0] * side**2 + max(peaks),
+        activations=widths[0] * rows * columns + max(peaks),
     )
 
 

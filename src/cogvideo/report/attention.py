@@ -139,12 +139,11 @@ def _draw_heads(figure: SubFigure, axes: Axes, stage: StageAttention) -> None:
 def _draw_head(axes: Axes, stage: StageAttention) -> None:
     """The surroundings that the head with the most attention to the same place looks at."""
     layer, head = np.unravel_index(int(stage.same_place.argmax()), stage.same_place.shape)
-    middle = stage.layout.grid - 1
-    reach = min(REACH, middle)
-    near = slice(middle - reach, middle + reach + 1)
+    reach = min(REACH, *stage.middle)
+    near = [slice(middle - reach, middle + reach + 1) for middle in stage.middle]
     share = float(stage.same_place[layer, head])
     edge = reach + 0.5
-    shown = stage.steps[layer, head, near, near].numpy()
+    shown = stage.steps[layer, head, near[0], near[1]].numpy()
     axes.imshow(shown, norm=PowerNorm(0.5, vmin=0), extent=(-edge, edge, edge, -edge))
     axes.set(xticks=range(-reach, reach + 1, 2), yticks=range(-reach, reach + 1, 2))
     axes.set(title=f"Layer {layer}, head {head}: {share:.0%} at the same place")

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo, locate
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, Sides, both, require, size_text, times
 from cogvideo.data.dataset import Card
 from cogvideo.data.frames import FrameSettings, read_item, shrink
 from cogvideo.data.shards import Row
@@ -29,7 +29,7 @@ TOKENIZER = "image_tokenizer"
 GAP = 2
 """Pixels between frames."""
 
-Frames = UInt8[np.ndarray, "frames size size 3"]
+Frames = UInt8[np.ndarray, "frames height width 3"]
 
 
 class Clip(NamedTuple):
@@ -91,7 +91,7 @@ class Origin:
         clip = clip._replace(decoded=to_pixels(decoded))
         if clip.original is None:
             return clip
-        size, other = clip.original.shape[1], decoded.shape[2]
+        size, other = (size_text((width, height)) for height, width in (clip.original.shape[1:3], decoded.shape[2:]))
         if size != other:
             problem = f"the source has frames of {size} pixels, the codes of {other}"
             return clip._replace(original=None, problem=problem)
@@ -129,7 +129,7 @@ def find_origin(card: Card, tokenizer: str, ids: Iterable[str]) -> Origin:
     """Look for some clips of the source, and for the tokenizer, which is that on the card unless another is given."""
     origin = Origin(card)
     try:
-        frames = FrameSettings(**card.settings["frames"])
+        frames = FrameSettings(**card.settings["frames"] | {"size": frame_size(card)})
         origin.items = _find_items(card, set(ids))
         origin.frames = frames
     except (KeyError, TypeError, AttributeError) as error:
@@ -144,10 +144,11 @@ def find_origin(card: Card, tokenizer: str, ids: Iterable[str]) -> Origin:
     return origin
 
 
-def frame_size(card: Card) -> int | None:
-    """Side of a frame in pixels, if the card has it."""
+def frame_size(card: Card) -> Sides | None:
+    """Size of a frame in pixels, if the card has it."""
     frames = card.settings.get("frames")
-    return frames.get("size") if isinstance(frames, dict) else None
+    size = frames.get("size") if isinstance(frames, dict) else None
+    return tuple(size) if isinstance(size, list) else size
 
 
 def _find_items(card: Card, ids: set[str]) -> dict[str, Item]:
@@ -177,7 +178,7 @@ def _load_tokenizer(card: Card, name: str) -> Autoencoder:
 
 def read_as_encoded(item: Item, settings: FrameSettings, card: Card) -> Frames:
     """The frames that were encoded. With codes for super-resolution, they are means of larger frames."""
-    ratio = card.high_grid // card.grid
+    ratio = both(card.high_grid)[0] // both(card.grid)[0]
     if ratio < 2 or settings.size is None:
         return read_item(item, settings).frames
-    return shrink(read_item(item, replace(settings, size=settings.size * ratio)).frames, ratio)
+    return shrink(read_item(item, replace(settings, size=times(settings.size, ratio))).frames, ratio)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from cogvideo.config import InputError
+from cogvideo.config import InputError, both
 from cogvideo.data.clips import FrameRates, filled_rates, lowest_rate
 from cogvideo.data.dataset import REJECTED, Card, Dataset
 from cogvideo.media.metrics import perplexity
@@ -38,7 +38,7 @@ def facts(dataset: Dataset, tokenizer: str, num_shown: int, seed: int) -> dict[s
     shown = [dataset.row(row) for row in draw_rows(dataset, num_shown, seed)]
     sized = [dataset.row(row).id for row in draw_rows(dataset, NUM_SIZED, seed)]
     origin = find_origin(card, tokenizer, [*(row.id for row in shown), *sized])
-    num_frames = min(8, max(4, SHEET_WIDTH // (size or SHEET_WIDTH)))
+    num_frames = min(8, max(4, SHEET_WIDTH // both(size or SHEET_WIDTH)[0]))
     clips, sizes = [origin.clip(row, num_frames) for row in shown], origin.sizes(sized)
     sample = take_sample(dataset, seed, NUM_ROWS)
     names = sorted(sample.attributes, key=lambda name: (-sample.attributes[name].total(), name))

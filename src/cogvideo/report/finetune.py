@@ -37,7 +37,7 @@ BATCH = 4
 LEAST_SIDE = 96
 """Pixels of a frame on the page, at least."""
 
-Frames = UInt8[np.ndarray, "clips frames size size 3"]
+Frames = UInt8[np.ndarray, "clips frames height width 3"]
 
 
 class Real(NamedTuple):
@@ -64,7 +64,9 @@ def facts(out: Path, base: str, settings: Finetuning) -> dict[str, Any]:
     chosen = [place for split in ("train", "validation") for place in _some(real, split, MADE)]
     shown = {place for split in ("train", "validation") for place in _some(real, split, SHOWN)}
     made: dict[str, Frames] = {}
-    for name, each in (("before", CogVideo.from_pretrained(base, torch.float32, device)), ("after", model)):
+    before = CogVideo.from_pretrained(base, torch.float32, device)
+    before.config = before.config.shaped(model.config.layout.sides)
+    for name, each in (("before", before), ("after", model)):
         if {"base", "sequential"} <= set(each.components):
             made[name] = generated(each, [real.captions[place] for place in chosen], _durations(real, chosen))
     found = {name: rank(frames, real, chosen) for name, frames in made.items()}
@@ -83,10 +85,10 @@ def facts(out: Path, base: str, settings: Finetuning) -> dict[str, Any]:
                 }
             )
     ranked = [
-        [titles[split], _mean(before), _mean(after), _firsts(before), _firsts(after)]
+        [titles[split], _mean(old), _mean(new), _firsts(old), _firsts(new)]
         for split in titles
-        for before, after in [[_of(found.get(name, []), real, chosen, split) for name in ("before", "after")]]
-        if after or before
+        for old, new in [[_of(found.get(name, []), real, chosen, split) for name in ("before", "after")]]
+        if new or old
     ]
     about, rows = chain.about, chain.rows()
     return {
@@ -120,7 +122,7 @@ def read_real(folder: Path, model: CogVideo) -> Real:
         window = choose_window(len(row.codes), sampling, 0.0, 0.0)
         places = range(1) if window is None else window
         codes = torch.from_numpy(row.codes[list(places)].astype(np.int64)).flatten(1)
-        pixels = model.autoencoder.decode_pixels(codes)
+        pixels = model.autoencoder.decode_pixels(codes, sides=row.codes.shape[1:])
         frames.append(pixels if len(pixels) > 1 else pixels.repeat(sampling.rates.num_frames, 0))
         found.ids.append(row.id)
         found.captions.append(row.captions[0])
@@ -129,7 +131,7 @@ def read_real(folder: Path, model: CogVideo) -> Real:
     return found._replace(frames=np.stack(frames))
 
 
-def real_frames(out: Path, id: str, seconds: float) -> UInt8[np.ndarray, "frames size size 3"]:
+def real_frames(out: Path, id: str, seconds: float) -> UInt8[np.ndarray, "frames height width 3"]:
     """Key frames of a clip as its file has them."""
     card = Dataset(out / RUN / DATA).card
     settings = FrameSettings(**card.settings["frames"])
@@ -184,9 +186,9 @@ def _firsts(found: Sequence[int]) -> str:
 
 
 def _sheet(clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> UInt8[np.ndarray, "height width 3"]:
-    """Clips below each other, at one size."""
+    """Clips below each other, enlarged."""
     times = max(1, -(-LEAST_SIDE // clips[0].shape[1]))
-    rows = [resized(clip, clips[0].shape[1]).repeat(times, 1).repeat(times, 2) for clip in clips]
+    rows = [clip.repeat(times, 1).repeat(times, 2) for clip in clips]
     return contact_sheet(rows, max(map(len, rows)))
 
 

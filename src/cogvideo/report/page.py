@@ -17,7 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from cogvideo import __version__
-from cogvideo.config import require
+from cogvideo.config import Sides, both, require
 from cogvideo.files import replacing
 
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
@@ -60,8 +60,13 @@ def environment() -> Environment:
     options: dict[str, Any] = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     found = Environment(loader=PackageLoader("cogvideo.report"), autoescape=True, **options)
     filters = {count, duration, embedded, file_size, flat, histogram, middle, moving, number, percent, shares, shorten}
-    found.filters |= {each.__name__: each for each in filters}
+    found.filters |= {each.__name__: each for each in {*filters, sides}}
     return found
+
+
+def sides(value: Sides) -> str:
+    """Both sides of a frame."""
+    return "{} × {}".format(*both(value))
 
 
 def shares(counts: Iterable[Sequence[Any]], whole: int) -> list[tuple[str, float, int, str]]:

@@ -107,7 +107,7 @@ def _lines(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> Iterator[s
     sizes, layout = manifest.config.transformer, manifest.config.layout
     yield (
         f"{sizes.num_layers} layers, hidden {sizes.hidden}, {sizes.num_heads} heads, vocabulary {sizes.vocab_size:,}; "
-        f"{layout.num_frames} frames of {layout.grid} x {layout.grid} codes a sequence."
+        f"{layout.num_frames} frames of {layout.sides[0]} x {layout.sides[1]} codes a sequence."
     )
     yield from ("", "## Components", "")
     yield from _table(

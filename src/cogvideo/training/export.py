@@ -193,6 +193,8 @@ def _deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Map
         config = found.config
     if "durations" in report:
         config = config.trained_on(target.stage, report["durations"])
+    if "shape" in report:
+        config = config.shaped(tuple(report["shape"]))
     foreign = {special, *target.stays_behind}
     lacking = [name for name in source.components if name not in there and name not in foreign]
     parts: dict[str, Any] = {name: source.component(name) for name in lacking}

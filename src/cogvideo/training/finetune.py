@@ -32,7 +32,7 @@ from cogvideo.bundle.adapters import ADAPTED, ADAPTERS, OWN
 from cogvideo.bundle.format import MANIFEST
 from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
-from cogvideo.config import require
+from cogvideo.config import CogVideoConfig, Sides, require, size_text
 from cogvideo.data.clips import FrameRates, filled_rates
 from cogvideo.data.dataset import CARD, Dataset
 from cogvideo.data.encoding import PrepareSettings
@@ -45,6 +45,7 @@ from cogvideo.devices import usable
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.review import check_usable, has_detector, in_short, listed, review, with_splits
 from cogvideo.files import alone_in, write_text
+from cogvideo.generation.request import shape_of
 from cogvideo.media.images import evenly
 from cogvideo.models.autoencoder import to_frames
 from cogvideo.models.perceptual import load_lpips
@@ -104,7 +105,9 @@ class Finetuning:
     batch: int = 8
     """Samples of a step; at most as many as the clips have frames at 8 per second."""
     fit: Literal["crop", "letterbox"] = "crop"
-    """Treatment of frames that are not square: crop to the center, or add white bars."""
+    """Treatment of clips of another shape: crop to the center, or add white bars."""
+    size: Sides | None = None
+    """Width and height of a frame in pixels, such as 96x56, before super-resolution; the base's by default."""
     lora: int | None = None
     """Rank of adapters (LoRA) to train, such as 8, in place of the weights, which stay those of the base."""
     seed: int = 0
@@ -278,12 +281,17 @@ class Chain:
 
     # The start
 
+    @property
+    def config(self) -> CogVideoConfig:
+        """The configuration of the base, for frames of the size."""
+        size, own = self.settings.size, self.base.config
+        return own if size is None else own.shaped(shape_of(size_text(size), own))
+
     @cached_property
     def quality(self) -> dict[str, float]:
         """Quality of the base's tokenizer on some frames of the clips."""
         base = CogVideo.from_pretrained(str(self.base.folder), torch.float32)
-        size = base.config.frame_side
-        frames = FrameSettings(fps=1, size=size, fit=self.settings.fit, max_seconds=3, min_frames=1)
+        frames = FrameSettings(fps=1, size=self.config.frame_size, fit=self.settings.fit, max_seconds=3, min_frames=1)
         some = [self.clips[place] for place in evenly(len(self.clips), 16)]
         pixels = np.concatenate([read_item(each, frames).frames for each in some])
         began = time.monotonic()
@@ -318,7 +326,7 @@ class Chain:
         fate = f"and is trained{lost}" if self.is_poor else f"and is kept{', ' if kept else ''}{kept}"
         _say(f"The base's image tokenizer shows the clips with {measured}, {fate}.")
         captions = [caption for each in self.clips if each.split == "train" for caption in each.captions]
-        config = self.base.config
+        config = self.config
         found = figures(self.base.text, captions, config.layout.text_slots)
         if found.fitting < LEAST_FITTING and self.settings.lora is None:
             model = train_model(captions, config.transformer)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
 
 import torch
 
-from cogvideo.config import InputError
+from cogvideo.config import InputError, Sides, both
 from cogvideo.data.loader import ClipSample, ClipStream
 from cogvideo.training.parallel import mean_over_ranks
 from cogvideo.training.session import Evaluation
@@ -23,28 +25,33 @@ class HeldOut:
     """Samples of one kind from a stream."""
 
     name: str
-    """Frame rate, such as "2 fps", or `ALL`."""
+    """Frame rate, such as "2 fps", or `ALL`; and the shape of the frames, where there are several."""
     stream: ClipStream
     number: int
     """Number of samples: the first ones of the stream."""
 
 
 def held_out(trained: ClipStream, split: str, limit: int) -> list[HeldOut]:
-    """Entries of at most `limit` samples: one for each rate that is trained at and that some held-out clip fills.
+    """Entries of at most `limit` samples: one for each shape, and each rate that is trained at and that some held-out
+    clip fills.
 
     Nothing is left to chance: clips start at their first frame and keep their captions. The clips that are trained
     on decide the rates: key frames of long clips have the lowest one alone.
     """
-    there = [each.folder for each in trained.datasets if split in each.card.splits]
     plain = replace(trained.sampling, random_offset=False, caption_dropout=0.0)
     kinds = {ALL: plain}
     if plain.mode != "image":
         kinds = {f"{rate:g} fps": replace(plain, fixed_rate=rate) for rate in trained.rates}
+    shapes: dict[Sides, list[Path]] = {}
+    for each in trained.datasets:
+        if split in each.card.splits:
+            shapes.setdefault(each.card.grid, []).append(each.folder)
     entries = []
-    for name, each in kinds.items():
+    for (shape, folders), (name, sampling) in product(shapes.items(), kinds.items()):
         with suppress(InputError):  # the training split was accepted, so all that can be wrong is that nothing fits
-            stream = ClipStream(there, split, each)
-            entries.append(HeldOut(name, stream, min(limit, len(stream))))
+            stream = ClipStream(folders, split, sampling)
+            words = name if len(shapes) == 1 else "{}, {} x {}".format(name, *both(shape))
+            entries.append(HeldOut(words, stream, min(limit, len(stream))))
     return entries
 
 

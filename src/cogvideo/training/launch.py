@@ -17,7 +17,8 @@ import torch
 import cogvideo
 from cogvideo.bundle.adapters import adapters_in
 from cogvideo.bundle.model import CogVideo
-from cogvideo.config import InputError, require
+from cogvideo.config import CogVideoConfig, InputError, both, require, times
+from cogvideo.data.dataset import read_card
 from cogvideo.data.loader import ClipStream, Loader
 from cogvideo.devices import is_out_of_memory, usable
 from cogvideo.files import alone_in
@@ -75,7 +76,7 @@ def train(
     require(num_parts == 1 or not is_adapter, f"tensor_parallel is {num_parts}, expected 1: adapters are not cut")
     with process_group(usable(options.device), options.parallel) as ranks:
         source = _source(options, stage, choice)
-        target = ExportTarget(options.out, source, configured(source.config, stage, choice), stage, choice)
+        target = ExportTarget(options.out, source, _config(source, stage, choice, options), stage, choice)
         try:
             _train(target, options, task, sampling, ranks)
         except (MemoryError, RuntimeError) as error:
@@ -95,7 +96,7 @@ def seconds_a_step(
     """Time of a step of `train`, measured: all but the first of a few, which nothing is kept of."""
     with process_group(usable(options.device), options.parallel) as ranks:
         source = _source(options, stage, choice)
-        target = ExportTarget(options.out, source, configured(source.config, stage, choice), stage, choice)
+        target = ExportTarget(options.out, source, _config(source, stage, choice, options), stage, choice)
         stream, _ = _data(target, options, sampling)
         trainer, batches = _start(target, options, task, stream, ranks)
         times = []
@@ -116,6 +117,11 @@ def _source(options: Options, stage: StageName, choice: Choice) -> CogVideo:
     if choice.lora is not None and not STAGES[stage].is_base:
         source.add([each for each in adapters_in(options.out) if each.component == "base"])
     return source
+
+
+def _config(source: CogVideo, stage: StageName, choice: Choice, options: Options) -> CogVideoConfig:
+    """The configuration of the stage, for frames of the shape that the first data have."""
+    return configured(source.config, stage, choice).shaped(read_card(options.clips.data[0]).grid)
 
 
 def _typed(options: Options) -> str:
@@ -259,11 +265,11 @@ def _data(target: ExportTarget, options: Options, special: Mapping[str, Any]) ->
     num_frames = config.layout.num_frames
     sampling = clips.sampling(row.mode, seed, num_frames, high_codes=row.has_high_codes, **special)
     tokenizer = source.sha256("image_tokenizer") if "image_tokenizer" in source.components else None
-    stream = ClipStream(clips.data, clips.split, sampling, tokenizer, grid)
+    stream = ClipStream(clips.data, clips.split, sampling, tokenizer, grid, options.optimization.batch)
     if row.has_high_codes:
-        side = grid * config.upscaler.ratio
-        got = stream.datasets[0].card.high_grid
-        require(got == side, f"{clips.data[0]} has high codes of side {got}, expected {side}")
+        card = stream.datasets[0].card
+        expected = times(card.grid, config.upscaler.ratio)
+        require(card.high_grid == expected, f"{clips.data[0]} has high codes {card.high_grid}, expected {expected}")
     split = clips.held_out_split
     known = sorted({name for each in stream.datasets for name in each.card.splits})
     absent = f"held_out_split is {split!r}, expected one that the data has: {', '.join(known)}"
@@ -322,6 +328,7 @@ def _about(trainer: Trainer, stream: ClipStream, entries: Sequence[HeldOut]) -> 
         "parameters": {"trained": sizes[True], "frozen": sizes[False]},
         "data": data,
         **spanned,
+        "shape": both(stream.datasets[0].card.grid),
         "samples_an_epoch": len(stream),
         "tokenizer": stream.tokenizer_sha256,
         "ranks": trainer.ranks.world_size,

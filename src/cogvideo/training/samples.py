@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from cogvideo.generation.decode import Passes
 from cogvideo.generation.hierarchy import between, collect, first_frames, generate
 from cogvideo.generation.request import Request, Settings
 from cogvideo.generation.upscale import enlarge
-from cogvideo.layout import SequenceLayout
+from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.media.video import write_video
 from cogvideo.models.transformer import Base
 from cogvideo.training.export import ExportTarget, fused, modules
@@ -96,7 +97,9 @@ class Preview:
         self.trainer = trainer
         self.folder = folder
         self.seed = seed
-        self.examples = from_clips([stream[place] for place in range(min(SHOWN, len(stream)))])
+        samples = [stream[place] for place in range(min(SHOWN, len(stream)))]
+        shape = target.config.layout.sides
+        self.examples = from_clips([each for each in samples if each.codes.shape[1:] == shape])
         if prompts and STAGES[target.stage].is_prompted:
             self.examples = [Example(prompt) for prompt in prompts]
             for prompt in prompts:
@@ -221,7 +224,7 @@ def _images(stage: StageName, system: CogVideo, examples: Sequence[Example], see
     for place, (example, codes) in enumerate(zip(examples, drawn, strict=True)):
         truth = codes[:0] if example.codes is None else example.codes[:1]
         label = "drawn" if example.codes is None else "truth, then drawn"
-        pixels = system.autoencoder.decode_pixels(torch.cat([truth, codes]))
+        pixels = system.autoencoder.decode_pixels(torch.cat([truth, codes]), sides=system.config.layout.sides)
         rows.append(Row(f"{label}: {example.prompt}", pixels, place, False))
     return rows
 
@@ -235,26 +238,26 @@ def _clips(stage: StageName, system: CogVideo, examples: Sequence[Example], seed
         real = torch.stack([example.codes for example in examples if example.codes is not None])
         drawn = between(system, request, real[:, sorted(layout.order[: layout.num_bidirectional])])
         label = f"frames {' and '.join(map(str, layout.loss_places))} drawn"
-    rows = []
+    rows, pixels = [], partial(system.autoencoder.decode_pixels, sides=system.config.layout.sides)
     for place, (example, codes) in enumerate(zip(examples, drawn, strict=True)):
         words = f"{label}, {example.duration:g} s: {example.prompt}"
-        rows.append(Row(words, system.autoencoder.decode_pixels(codes), place, True))
+        rows.append(Row(words, pixels(codes), place, True))
         if example.codes is not None:
-            rows.append(Row("truth", system.autoencoder.decode_pixels(example.codes), place, True))
+            rows.append(Row("truth", pixels(example.codes), place, True))
     return rows
 
 
 def _larger(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
     low = torch.stack([example.codes[0] for example in examples if example.codes is not None])
-    request, layout = _request(examples, seed), system.upscaler.channel.layout
+    request, layout = _request(examples, seed), UpscaleLayout.of(system.config.layout, system.config.upscaler)
     pixels = system.autoencoder.decode_pixels
     text = system.text.batch(request.prompts, None, layout.text_slots, truncate=True)
     high = enlarge(system, text, low, request.generators, system.config.superres_sampling).cpu()
     rows = []
     for place, (example, few, many) in enumerate(zip(examples, low, high, strict=True)):
         assert example.high_codes is not None
-        large = pixels(torch.stack([many, example.high_codes[0]]))
-        small = _repeated(pixels(few[None]), layout.ratio)
+        large = pixels(torch.stack([many, example.high_codes[0]]), sides=layout.high_sides)
+        small = _repeated(pixels(few[None], sides=layout.low_sides), layout.ratio)
         rows.append(Row(f"low, drawn, truth: {example.prompt}", np.concatenate([small, large]), place, False))
     return rows
 

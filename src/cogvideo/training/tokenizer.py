@@ -16,7 +16,7 @@ from cogvideo import config
 from cogvideo.bundle.format import MANIFEST, MODULES, Entry, Manifest, in_half
 from cogvideo.bundle.model import CODES_PER_CLUSTER, CogVideo
 from cogvideo.bundle.model import update as update_bundle
-from cogvideo.config import CogVideoConfig, require
+from cogvideo.config import CogVideoConfig, Sides, both, require, size_text
 from cogvideo.data import frame_store
 from cogvideo.data.frame_store import FrameStore, Reading, StoreSettings
 from cogvideo.data.prepare import NO_SPLIT
@@ -72,6 +72,7 @@ def train_tokenizer(
         whole = _config(out, preset, overwrite, initial)
         settings = settings if initial is None else replace(settings, plain_steps=0)
         frames, options = _complete(frames, options, settings, whole)
+        whole = _shaped(whole, frames.clips.size)
         network = _lpips(weights)
         folder = RunFolder(out / RUN)
         identity = {
@@ -146,14 +147,23 @@ def _complete(
 ) -> tuple[StoreSettings, SourceOptions]:
     """Frames of a size, if none is given that of the configuration, and images where a clip may have one frame."""
     rate = max(whole.autoencoder.rates)
-    size = frames.clips.size or whole.frame_side
-    require(size % rate == 0, f"size is {size}, expected a multiple of {rate}: the pixels of a side of one code")
+    size = frames.clips.size or whole.frame_size
+    told, sides = f"size is {size_text(size)}", both(size)
+    fits = all(side % rate == 0 for side in sides)
+    require(fits, f"{told}, expected multiples of {rate}: the pixels of a side of one code")
     least = max(WINDOW, NETWORKS["vgg"].least_side, 2 ** (settings.pyramid_levels - 1))
     if settings.adversary_weight > 0:
         least = max(least, PatchDiscriminator(1).least_side)
-    require(size >= least, f"size is {size}, expected at least {least} pixels")
+    require(min(sides) >= least, f"{told}, expected at least {least} pixels")
     sized = replace(frames, clips=replace(frames.clips, size=size))
     return sized, replace(options, images=frames.clips.min_frames == 1)
+
+
+def _shaped(whole: CogVideoConfig, size: Sides | None) -> CogVideoConfig:
+    """The configuration for frames of the size that the tokenizer learns from, if they are no squares and fit."""
+    width, height = (side // whole.autoencoder.rate for side in both(size or 0))
+    is_other = width != height and max(width, height) <= whole.layout.grid
+    return whole.shaped((height, width)) if is_other else whole
 
 
 def _lpips(files: tuple[Path, ...]) -> Lpips | None:
@@ -256,7 +266,7 @@ class Quality(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(autoencoder: Autoencoder, pixels: UInt8[np.ndarray, "_ size size 3"], batch: int) -> Quality:
+def evaluate(autoencoder: Autoencoder, pixels: UInt8[np.ndarray, "_ height width 3"], batch: int) -> Quality:
     """Quality of the frames' reconstructions, which are clamped to what can be shown."""
     device = autoencoder.codebook.embedding.device
     counts = torch.zeros(autoencoder.config.num_codes, dtype=torch.int64, device=device)

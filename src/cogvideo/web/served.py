@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
-from cogvideo.config import CogVideoConfig, InputError, require
+from cogvideo.config import CogVideoConfig, InputError, require, size_text, times
 from cogvideo.generation.hierarchy import generate
 from cogvideo.generation.request import (
     LARGEST_SEED,
@@ -107,9 +107,8 @@ class Served:
         self.config: CogVideoConfig = self.pipeline.model.config
         there = self.pipeline.model.components
         require("image_tokenizer" in there, f"{name} has no image tokenizer, which videos need")
-        side = self.config.frame_side
-        sides = [side * self.config.upscaler.ratio, side] if "superres" in there else [side]
-        self.sizes = [f"{each}x{each}" for each in sides]
+        ratios = [self.config.upscaler.ratio, 1] if "superres" in there else [1]
+        self.sizes = [size_text(times(self.config.frame_size, each)) for each in ratios]
         """Sizes of its clips, the default first."""
 
     @property
@@ -174,7 +173,7 @@ class Served:
         """
         require("\0" not in wanted.prompt + (wanted.negative or ""), "the prompt has a zero byte, expected text")
         require(last is None or first is not None, "got last_reference alone, expected input_reference, too")
-        slots = self.config.layout.grid**2
+        slots = self.config.layout.frame_slots
         given, end = (None if each is None else torch.zeros(each.num_frames, slots).long() for each in (first, last))
         try:
             generate(self.pipeline.model, self.request([wanted], given, end))
@@ -191,7 +190,7 @@ class Served:
 
     def unpack(self, codes: bytes) -> Int64[Tensor, "frames slots"]:
         """Codes from the bytes of `pack_codes`."""
-        return torch.from_numpy(np.frombuffer(codes, "<i4").astype(np.int64)).view(-1, self.config.layout.grid**2)
+        return torch.from_numpy(np.frombuffer(codes, "<i4").astype(np.int64)).view(-1, self.config.layout.frame_slots)
 
 
 def pack_codes(codes: Int64[Tensor, "frames slots"]) -> bytes:

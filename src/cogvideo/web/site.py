@@ -114,7 +114,7 @@ class Site:
         if content is None:
             return None
         fps = self.served.fps(self.served.completed(wanted))
-        frames = decode(content, fps, self.served.config.frame_side, most)
+        frames = decode(content, fps, self.served.config.frame_size, most)
         file = io.BytesIO()
         np.save(file, frames)
         return Start(pixels=file.getvalue(), num_frames=len(frames))

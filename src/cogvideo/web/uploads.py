@@ -14,7 +14,7 @@ from contextlib import suppress
 import numpy as np
 from jaxtyping import UInt8
 
-from cogvideo.config import InputError
+from cogvideo.config import InputError, Sides, size_of, size_text
 
 MEMORY = 2 * 2**30
 """Bytes of address space, most of which libraries reserve and never use."""
@@ -22,19 +22,19 @@ SECONDS = 20
 """Processor time, and a third of the time on the clock."""
 
 
-def decode(content: bytes, fps: float, size: int, most: int) -> UInt8[np.ndarray, "frames size size 3"]:
+def decode(content: bytes, fps: float, size: Sides, most: int) -> UInt8[np.ndarray, "frames height width 3"]:
     """Frames of a picture or video, as `media.video.read_video` sees them.
 
     Args:
         content: the file.
         fps: frames per second.
-        size: side of the frames.
+        size: width and height of the frames, or side of squares.
         most: number of frames that are read.
 
     Raises:
         ValueError: the file cannot be read, or needs too much memory or time.
     """
-    command = [sys.executable, "-m", "cogvideo.web.uploads", *map(str, (fps, size, most, MEMORY, SECONDS))]
+    command = [sys.executable, "-m", "cogvideo.web.uploads", *map(str, (fps, size_text(size), most, MEMORY, SECONDS))]
     settings = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")}
     limits = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
@@ -66,7 +66,7 @@ def _main(fps: str, size: str, most: str, memory: str, seconds: str) -> int:
 
     try:
         content = io.BytesIO(sys.stdin.buffer.read())
-        video = read_video(content, float(fps), int(size), max_frames=int(most))
+        video = read_video(content, float(fps), size_of(size), max_frames=int(most))
     except InputError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

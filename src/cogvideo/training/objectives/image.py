@@ -35,7 +35,7 @@ from cogvideo.text import TextTokenizer, fit
 from cogvideo.training.objectives.task import Measured, cross_entropy
 
 SQUARE = 4
-"""Side of a masked square, in codes. If it does not divide the grid, squares at the right and lower edge are smaller; a
+"""Side of a masked square, in codes. If it does not divide a side, squares at the right and lower edge are smaller; a
 strip of a single column has nothing to learn."""
 MEAN_SPAN = 3.0
 """Mean length of a masked span, in tokens (Poisson)."""
@@ -124,7 +124,8 @@ class ImageTask:
         kind = self.mixture.kind(random.random())
         if sample.caption is None and kind != "image":
             kind = "image"  # without its caption, there is nothing to understand
-        row = _Row(self.layout, self.text)
+        layout = self.layout.shaped(sample.codes.shape[1:])
+        row = _Row(layout, self.text)
         if kind == "image":
             row.put_text(self._caption(sample))
             row.put_image(sample.codes)
@@ -133,7 +134,7 @@ class ImageTask:
             assert sample.caption is not None
             row.put_text([self._language(sample.caption), *self.text.encode(sample.caption)])
             row.put_image(sample.codes)
-            row.learn_squares(_squares(self.layout.grid, self.mixture.masked_squares, random))
+            row.learn_squares(_squares(layout.sides, self.mixture.masked_squares, random))
             row.learn_caption()
         else:
             row.put_text(self._caption(sample))
@@ -212,12 +213,12 @@ class _Row:
         self.sees[self.image, self.image] = _causal(self.layout.frame_slots)
         self._learn(self.image, self.codes, torch.ones(self.layout.frame_slots, dtype=torch.bool), "image")
 
-    def learn_squares(self, masked: Bool[Tensor, "grid grid"]) -> None:
+    def learn_squares(self, masked: Bool[Tensor, "rows columns"]) -> None:
         """Masked codes, but for those in the first column of their square."""
         held = masked.flatten().roll(1)  # an image slot holds the code before its own
         held[0] = False  # the first one holds the start
         self.sees[self.image, self.image] = _infilling(held)
-        learned = masked & (torch.arange(self.layout.grid) % SQUARE != 0)
+        learned = masked & (torch.arange(masked.shape[1]) % SQUARE != 0)
         self._learn(self.image, self.codes, learned.flatten(), "squares")
 
     def learn_caption(self) -> None:
@@ -256,13 +257,14 @@ def _infilling(masked: Bool[Tensor, " slots"]) -> Bool[Tensor, "slots slots"]:
     return ~masked | (masked[:, None] & masked & _causal(len(masked)))
 
 
-def _squares(grid: int, share: float, random: np.random.Generator) -> Bool[Tensor, "grid grid"]:
-    """A share of the squares that the grid is cut into, at least one."""
-    side = -(-grid // SQUARE)
-    chosen = np.zeros(side * side, bool)
-    chosen[random.permutation(side * side)[: max(1, round(share * side * side))]] = True
-    large = torch.from_numpy(chosen.reshape(side, side)).repeat_interleave(SQUARE, 0).repeat_interleave(SQUARE, 1)
-    return large[:grid, :grid]
+def _squares(sides: tuple[int, int], share: float, random: np.random.Generator) -> Bool[Tensor, "rows columns"]:
+    """A share of the squares that a frame is cut into, at least one."""
+    rows, columns = sides
+    down, across = -(-rows // SQUARE), -(-columns // SQUARE)
+    chosen = np.zeros(down * across, bool)
+    chosen[random.permutation(down * across)[: max(1, round(share * down * across))]] = True
+    large = torch.from_numpy(chosen.reshape(down, across)).repeat_interleave(SQUARE, 0).repeat_interleave(SQUARE, 1)
+    return large[:rows, :columns]
 
 
 def _spans(num_tokens: int, share: float, random: np.random.Generator) -> Bool[Tensor, " tokens"]:

@@ -27,7 +27,7 @@ class SuperresBatch(NamedTuple):
 
     text: PaddedText
     """Captions without a frame rate."""
-    low: Int64[Tensor, "batch low"]
+    low: Int64[Tensor, "batch rows columns"]
     """Low codes, some of them replaced."""
     high: Int64[Tensor, "batch high"]
 
@@ -66,16 +66,18 @@ class SuperresTask:
         high = torch.stack([_flat(sample.high_codes) for sample in samples])
         return SuperresBatch(text, low, high)
 
-    def _corrupted(self, sample: ClipSample) -> Int64[Tensor, " low"]:
+    def _corrupted(self, sample: ClipSample) -> Int64[Tensor, "rows columns"]:
         random = np.random.default_rng(sample.seed)
         codes = _flat(sample.codes)
         replaced = torch.from_numpy(random.random(len(codes)) < self.corruption)
-        return torch.from_numpy(random.integers(0, self.text.num_codes, len(codes))).where(replaced, codes)
+        drawn = torch.from_numpy(random.integers(0, self.text.num_codes, len(codes)))
+        return drawn.where(replaced, codes).view(sample.codes.shape[1:])
 
     def losses(self, model: nn.Module, batch: SuperresBatch) -> Measured:
         """Cross entropy over the image codes."""
         assert isinstance(model, Upscaler)
-        hidden = model(batch.text.tokens, batch.text.mask, batch.low)
+        layout = self.layout.shaped((batch.low.shape[1], batch.low.shape[2]))
+        hidden = model(batch.text.tokens, batch.text.mask, batch.low.flatten(1), layout)
         loss = cross_entropy(model.base.logits(hidden), batch.high).mean(1)
         return Measured(loss, loss.detach()[:, None])
 

@@ -125,19 +125,21 @@ class FrameStream:
         ValueError: the batch cannot be shared among the ranks.
     """
 
-    def __init__(self, pixels: UInt8[np.ndarray, "_ size size 3"], batch: int, seed: int, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, pixels: UInt8[np.ndarray, "_ height width 3"], batch: int, seed: int, ranks: Ranks = ALONE
+    ) -> None:
         divides = batch % ranks.data_size == 0
         require(divides, f"batch is {batch}, expected a multiple of the {ranks.data_size} ranks that share it")
         self.pixels, self.batch, self.seed = pixels, batch, seed
         share = batch // ranks.data_size
         self._part = slice(ranks.data_rank * share, (ranks.data_rank + 1) * share)
 
-    def __getitem__(self, step: int) -> UInt8[Tensor, "batch size size 3"]:
+    def __getitem__(self, step: int) -> UInt8[Tensor, "batch height width 3"]:
         """This rank's share of a step's batch."""
         places = batch_places(step, self.batch, len(self.pixels), self.seed)[self._part]
         return torch.from_numpy(self.pixels[places.numpy()])
 
-    def after(self, step: int) -> Iterator[UInt8[Tensor, "batch size size 3"]]:
+    def after(self, step: int) -> Iterator[UInt8[Tensor, "batch height width 3"]]:
         """The batches that follow when `step` steps are made."""
         return (self[each] for each in count(step))
 
@@ -242,12 +244,12 @@ class TokenizerObjective(Objective):
         by = generator(self.seed, "k-means", device=device)
         self.codebook.start(torch.cat(vectors), per_step=len(vectors[0]), generator=by)
 
-    def forward(self, batch: UInt8[Tensor, "batch size size 3"]) -> Measured:
+    def forward(self, batch: UInt8[Tensor, "batch height width 3"]) -> Measured:
         """The loss of a batch as a whole; while training, the codebook moves along."""
         with torch.autocast(batch.device.type, enabled=False):
             return self._losses(to_frames(batch))
 
-    def _losses(self, frames: Float[Tensor, "batch 3 size size"]) -> Measured:
+    def _losses(self, frames: Float[Tensor, "batch 3 height width"]) -> Measured:
         settings, step = self.settings, self._step
         rates = self.model.config.rates
         rate = rates[step % len(rates)]
@@ -275,7 +277,7 @@ class TokenizerObjective(Objective):
         enabled = self.settings.precision == "bfloat16"
         return torch.autocast(self.model.codebook.embedding.device.type, torch.bfloat16, enabled=enabled)
 
-    def _pass(self, frames: Float[Tensor, "batch 3 size size"], rate: int, is_quantized: bool) -> _Pass:
+    def _pass(self, frames: Float[Tensor, "batch 3 height width"], rate: int, is_quantized: bool) -> _Pass:
         """Frames through the encoder, the codebook and a decoder; the codes are left out if not `is_quantized`."""
         with self._half():
             features = self.model.features(frames, rate).float()
@@ -288,7 +290,7 @@ class TokenizerObjective(Objective):
         return _Pass(made, vectors, codes, F.mse_loss(features, chosen))
 
     def _image_losses(
-        self, made: Float[Tensor, "batch 3 size size"], frames: Float[Tensor, "batch 3 size size"]
+        self, made: Float[Tensor, "batch 3 height width"], frames: Float[Tensor, "batch 3 height width"]
     ) -> dict[str, Float[Tensor, ""]]:
         """The weighted differences of reconstructions from frames."""
         settings = self.settings
@@ -301,7 +303,7 @@ class TokenizerObjective(Objective):
         return losses
 
     def _adversary_loss(
-        self, made: Float[Tensor, "batch 3 size size"], image_loss: Float[Tensor, ""], rate: int
+        self, made: Float[Tensor, "batch 3 height width"], image_loss: Float[Tensor, ""], rate: int
     ) -> Float[Tensor, ""]:
         """Loss that the adversary gives, with a gradient for the autoencoder alone."""
         fixed = {name: each.detach() for name, each in self.discriminator.named_parameters()}
@@ -311,7 +313,7 @@ class TokenizerObjective(Objective):
         return self.settings.adversary_weight * adaptive_weight(image_loss, loss, last) * loss
 
     def _discriminator_loss(
-        self, made: Float[Tensor, "batch 3 size size"], frames: Float[Tensor, "batch 3 size size"]
+        self, made: Float[Tensor, "batch 3 height width"], frames: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, ""]:
         with self._half():
             return discriminator_loss(self.discriminator(frames).float(), self.discriminator(made).float())
@@ -328,7 +330,7 @@ class TokenizerObjective(Objective):
 class _Pass(NamedTuple):
     """Results of a forward pass."""
 
-    made: Float[Tensor, "batch 3 size size"]
+    made: Float[Tensor, "batch 3 height width"]
     vectors: Float[Tensor, "many embedding"]
     codes: Int64[Tensor, " many"]
     """Nearest rows."""

@@ -27,7 +27,7 @@ class VideoBatch(NamedTuple):
     """Sequences side by side."""
 
     text: PaddedText
-    codes: Int64[Tensor, "batch frames slots"]
+    codes: Int64[Tensor, "batch frames rows columns"]
     """Image codes of the frames, by place."""
 
 
@@ -52,8 +52,7 @@ class VideoTask:
         """Captions that do not fit lose their end; those that were dropped are the unconditional one."""
         captions, durations = [each.caption for each in samples], [each.duration for each in samples]
         text = self.text.batch(captions, durations, self.layout.text_slots, truncate=True)
-        codes = torch.stack([torch.from_numpy(sample.codes.astype("int64")).flatten(1) for sample in samples])
-        return VideoBatch(text, codes)
+        return VideoBatch(text, torch.stack([torch.from_numpy(sample.codes.astype("int64")) for sample in samples]))
 
     def losses(self, model: nn.Module, batch: VideoBatch) -> Measured:
         """Cross entropy over the image codes, of each frame that carries loss."""
@@ -62,9 +61,9 @@ class VideoTask:
         return Measured(parts.mean(1), parts.detach())
 
     def _cross_entropy(self, model: Transformer, batch: VideoBatch) -> Float[Tensor, "batch parts"]:
-        layout = self.layout
+        layout = self.layout.shaped((batch.codes.shape[2], batch.codes.shape[3]))
         places = _places(layout, batch.codes.device)
-        codes = batch.codes.index_select(1, places.order)
+        codes = batch.codes.flatten(2).index_select(1, places.order)
         dtype = model.base.words.weight.dtype
         plan = full_pass(layout, model.window, batch.text.mask, dtype, layout.num_frames)
         tokens = torch.cat([batch.text.tokens, layout.feed(codes, self.text.start_of_image)], dim=1)

@@ -1,0 +1,74 @@
+"""Frames that are not square, through every command: from files of videos to mp4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cogvideo.bundle.model import CogVideo
+from cogvideo.cli import main
+from cogvideo.data.dataset import Dataset
+from cogvideo.media.images import write_image
+from cogvideo.media.video import read_video, write_video
+from workshop import make_bundle
+
+WIDE, TALL = (16, 8), (8, 16)
+"""Sizes of frames in pixels, of codes of 4 pixels in a grid of 4."""
+
+
+def write_clips(folder: Path, width: int, height: int) -> Path:
+    """A bright bar that moves along the longer side of dark frames, which shows what is turned or squeezed."""
+    folder.mkdir()
+    for number in range(6):
+        frames = np.full((9, height, width, 3), 20 * number, np.uint8)
+        for time, frame in enumerate(frames if width > height else frames.transpose(0, 2, 1, 3)):
+            frame[:, 6 * time : 6 * time + 8] = 250
+        write_video(folder / f"{number}.mp4", frames, 8)
+        (folder / f"{number}.txt").write_text(f"bar {number} moves")
+    return folder
+
+
+def run(*arguments: object) -> None:
+    assert main([str(each) for each in arguments]) == 0
+
+
+def test_wide_and_tall_frames_in_one_model(
+    text_model: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards the shape of frames through every command, with batches of one shape each; the first data set decides
+    which one a model makes by itself, and the others are a matter of --size."""
+    monkeypatch.chdir(tmp_path)
+    make_bundle(Path("start"), text_model)
+    for name, (width, height) in (("wide", WIDE), ("tall", TALL)):
+        write_clips(tmp_path / f"{name}-clips", 6 * width, 6 * height)
+        size = ("--size", f"{width}x{height}", "--superres", "--validation", "0.3", "--workers", "1")
+        run("data", "prepare", f"{name}-clips", "--out", name, "--tokenizer", "start", *size)
+        assert Dataset(Path(name)).row(0).codes.shape == (9, height // 4, width // 4)
+    run("data", "report", "wide", "--out", "wide.html")
+    assert "16 × 8" in Path("wide.html").read_text()
+    fast = ("--steps", "2", "--batch", "2", "--warmup", "1", "--sample-every", "2", "--evaluate-every", "2")
+    for stage in ("image", "sequential", "interpolation", "superres"):
+        init = ("--init", "start") if stage == "image" else ()
+        run("train", stage, "--data", "wide", "tall", "--out", "model", *init, *fast)
+        assert "2 x 4" in capsys.readouterr().out  # held-out losses of each shape
+        assert list(Path("model").glob(f".{stage}-run/samples/*.png"))
+    run("train", "report", "model", "--out", "report.html")
+    assert CogVideo.from_pretrained("model").config.layout.shape == (2, 4)
+    assert "2 x 4 codes" in Path("model/README.md").read_text()
+    quick = ("--model", "model", "--seed", "1", "--rounds", "0")
+    write_image(Path("picture.png"), np.full((30, 90, 3), 90, np.uint8))
+    for name, size, more in (
+        ("a.mp4", WIDE, ("--no-superres", "--rounds", "1")),
+        ("b.mp4", (16, 32), ("--size", "16x32", "--image", "picture.png", "--fit", "letterbox")),
+        ("c.mp4", (16, 16), ("--size", "16x16", "--no-superres")),
+    ):
+        run("generate", "a bar", *quick, "--output", name, *more)
+        assert read_video(Path(name), 1).frames.shape[1:] == (*size[::-1], 3)
+    run("generate", "--from-sidecar", "b.json", "--output", "again.mp4")
+    capsys.readouterr()
+    assert main(["generate", "a bar", *quick, "--size", "36x16"]) == 2
+    assert "size is 36x16, expected multiples of 8 pixels, at most 32x32" in capsys.readouterr().err
+    assert main(["data", "prepare", "wide-clips", "--out", "x", "--tokenizer", "start", "--size", "16x"]) == 2
+    assert "--size: got '16x', expected pixels such as 96, or 128x72" in capsys.readouterr().err
