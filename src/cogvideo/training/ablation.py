@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.backends import cudnn
 
-from cogvideo.bundle.format import MANIFEST
+from cogvideo.bundle.format import MANIFEST, SHARED
 from cogvideo.bundle.model import POCKET, CogVideo, update
 from cogvideo.config import CogVideoConfig, StageConfig, require
 from cogvideo.data.dataset import CARD
@@ -46,7 +46,6 @@ from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.runs import TYPED, RunFolder
 from cogvideo.text import TextTokenizer
-from cogvideo.training.export import SHARED
 from cogvideo.training.launch import train
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.session import Clips, Options, StageLogging
