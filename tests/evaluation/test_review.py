@@ -126,3 +126,26 @@ def test_a_tenth_is_held_out(tmp_path: Path) -> None:
     splits = {each.item.id: each.item.split for each in with_splits(reviewed(tmp_path), 0.2)}
     assert splits["copy.mp4"] == splits[held]
     assert sum(each == "validation" for each in splits.values()) == 2
+
+
+def test_upright_clips_of_telephones(tmp_path: Path) -> None:
+    """Guards clips that lie on their side in the file: they are looked at, cut and encoded as they are shown."""
+    upright = [np.ascontiguousarray(np.rot90(each)) for each in scene(1, 1)]  # 64 x 48 becomes 48 x 64
+    upright = [np.vstack([each[:32], np.full_like(each[32:], 250)]) for each in upright]
+    with av.open(str(tmp_path / "IMG_0001.mov"), "w") as file:
+        stream = file.add_stream("mpeg4", 12)
+        stream.width, stream.height = 64, 48
+        stream.set_display_rotation(90)
+        for number, picture in enumerate(upright):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(picture, -1)))
+            frame.pts, frame.time_base = number, Fraction(1, 12)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    (clip,) = reviewed(tmp_path)
+    assert (clip.facts["size"], clip.facts["caption"]) == ("48 x 64", "IMG 0001")
+    assert "no caption" in clip.notes
+    frames = read_item(clip.item, FrameSettings(size=32, fit="letterbox", min_frames=1)).frames
+    assert frames.shape == (9, 32, 32, 3)
+    assert frames[0, 16:, 6:26].mean() > 220  # the white half is below
+    assert frames[0, :15, 6:26].mean() < 200
+    assert frames[0, :, :3].min() > 220  # bars
