@@ -147,6 +147,9 @@ def test_all_variants_in_one_command(base: str, tmp_path: Path, capsys: pytest.C
         assert manifest.components["base"].sha256 == Manifest.read(Path(base)).components["base"].sha256
     assert found["one-stage"].config.sequential.durations == (0.5,)
     assert found["no-window"].config.interpolation.window == 0
+    overlaps = [min((out / "one-stage-0" / f"clips-{each}").glob("*.npz")) for each in (1, 2)]
+    assert overlaps[0].name == overlaps[1].name
+    assert (np.load(overlaps[0])["clip"] != np.load(overlaps[1])["clip"]).any()
     content = json.loads((out / "ablation.json").read_text())
     rows = content["figures"]["clips"]["all right"]
     assert len(rows) == 7
