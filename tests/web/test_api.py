@@ -212,6 +212,7 @@ def test_limits_and_repeated_requests(site: Site) -> None:
     asked = {"json": {"prompt": "a cat"}, "headers": {"Idempotency-Key": "one"}}
     first, again = web.post("/v1/videos", **asked), web.post("/v1/videos", **asked)
     assert first.json() == again.json()
+    assert web.get(f"/v1/videos/{first.json()['id']}").headers["openai-poll-after-ms"] == "5000"
     changed = web.post("/v1/videos", json={"prompt": "a dog"}, headers={"Idempotency-Key": "one"})
     assert (changed.status_code, "Idempotency-Key" in changed.text) == (422, True)
     assert web.post("/v1/videos", data={"prompt": "a cat"}, files={"input_reference": ("x", png())}).status_code == 200
@@ -324,7 +325,9 @@ def test_a_device_that_is_not_there(model: Path, tmp_path: Path, capsys: pytest.
 def test_slow_and_broken_clients(server: Running) -> None:
     """Guards the server against clients that connect and say nothing, half of it, or far too much."""
     address = (server.address.split("/")[2].split(":")[0], int(server.address.rsplit(":", 1)[1]))
-    body = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
+    body = (
+        b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nContent-Type: application/json\r\n\r\n{"
+    )
     halves = [b"", b"GET /hea", body, b"\0\xff\r\n\r\n"]
     open_ones = []
     for number in range(100):
@@ -339,4 +342,7 @@ def test_slow_and_broken_clients(server: Running) -> None:
         connection.close()
     with server.client() as web:
         assert web.get("/ready").json() == {"status": "ok"}
-        assert 'cogvideo_videos{status="queued"}' in web.get("/metrics").text
+        metrics = web.get("/metrics").text
+    assert 'cogvideo_videos{status="queued"}' in metrics
+    assert 'route="/v1/videos",status="400"' in metrics  # bodies that never came
+    assert 'status="500"' not in metrics

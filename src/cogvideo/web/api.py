@@ -26,6 +26,8 @@ from cogvideo.web.storage import frame_name
 
 LOOK = 0.3
 """Seconds between looks at a video that somebody watches."""
+POLLS = {"queued": 5000, "in_progress": 1000}
+"""Milliseconds that clients shall wait before they look at a video again."""
 UPLOADS = CapacityLimiter(2)
 """Uploads that are decoded at once."""
 Answers = dict[int | str, dict[str, Any]]
@@ -172,8 +174,10 @@ def list_videos(
 
 
 @router.get("/videos/{id}", responses=UNKNOWN)
-def retrieve(here: Here, job: Own) -> Video:
+def retrieve(here: Here, job: Own, response: Response) -> Video:
     """The state of a video."""
+    if job.status in POLLS:
+        response.headers["openai-poll-after-ms"] = str(POLLS[job.status])
     return Video.of(job, here.served)
 
 

@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 from cogvideo import __version__
 from cogvideo.config import InputError
@@ -87,7 +88,12 @@ def _away(_: Request, error: Exception) -> JSONResponse:
     return _problem(503, "the queue cannot be reached now: try again", {"Retry-After": str(SECONDS_TO_REACH)})
 
 
+def _left(_: Request, error: ClientDisconnect) -> JSONResponse:
+    return _problem(400, "the request ended too early")
+
+
 ANSWERS: dict[Any, Any] = {
+    ClientDisconnect: _left,
     HTTPException: _refused,
     RequestValidationError: _invalid,
     InputError: _impossible,
