@@ -90,8 +90,8 @@ _NOT_TEXT = ("path is not text", "its bytes are not UTF-8, as tables of clips ar
 """Reason and details of clips that the table cannot name."""
 RATE, TOKENIZER_RATE = 1e-3, 1e-3
 """Learning rates: a quarter and a third of those that the model in the box was trained with."""
-ADAPTER_RATE = 1e-2
-"""Learning rate of adapters: a step then changes the weights as much as one of full training does."""
+ADAPTER_RATE = 3e-2
+"""Learning rate of adapters; a third of it learns half as fast as full training, this as fast (measured)."""
 
 
 @dataclass(frozen=True)
