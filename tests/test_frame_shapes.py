@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,12 @@ import pytest
 
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
+from cogvideo.config import LayoutConfig
 from cogvideo.data.dataset import Dataset
 from cogvideo.media.images import write_image
 from cogvideo.media.video import read_video, write_video
-from workshop import make_bundle
+from cogvideo.text import TextTokenizer
+from workshop import NUM_CODES, make_bundle, small_config
 
 WIDE, TALL = (16, 8), (8, 16)
 """Sizes of frames in pixels, of codes of 4 pixels in a grid of 4."""
@@ -72,3 +76,29 @@ def test_wide_and_tall_frames_in_one_model(
     assert "size is 36x16, expected multiples of 8 pixels, at most 32x32" in capsys.readouterr().err
     assert main(["data", "prepare", "wide-clips", "--out", "x", "--tokenizer", "start", "--size", "16x"]) == 2
     assert "--size: got '16x', expected pixels such as 96, or 128x72" in capsys.readouterr().err
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("width", "height"), [(64, 36), (36, 64)])
+def test_a_model_of_one_shape(
+    width: int, height: int, text_model: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards 16:9 and 9:16 from nothing: only the tokenizer is told the size, and each stage learns."""
+    monkeypatch.chdir(tmp_path)
+    write_clips(Path("clips"), 2 * width, 2 * height)
+    config = small_config(text_model)
+    layout = LayoutConfig(grid=16, text_slots=16, image_text_slots=16, frame_position=16)
+    config = replace(config, layout=layout, transformer=replace(config.transformer, num_positions=280))
+    CogVideo(config, text=TextTokenizer(text_model, config.text, NUM_CODES)).save_pretrained("model")
+    quick = ("--batch", "8", "--warmup", "5", "--report-every", "5", "--learning-rate", "4e-3")
+    size = ("--size", f"{width}x{height}", "--adversary-weight", "0", "--perceptual-weight", "0")
+    run("train", "tokenizer", "clips", "--out", "model", "--steps", "150", *quick[:4], *size)
+    run("data", "prepare", "clips", "--out", "data", "--tokenizer", "model", "--superres", "--workers", "1")
+    for stage, steps in (("image", 80), ("sequential", 30), ("interpolation", 20), ("superres", 20)):
+        run("train", stage, "--data", "data", "--out", "model", "--steps", steps, *quick)
+        lines = Path(f"model/.{stage}-run/metrics.jsonl").read_text().splitlines()
+        losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+        assert losses[-1] < losses[0]
+    assert CogVideo.from_pretrained("model").config.layout.shape == (height // 4, width // 4)
+    run("generate", "bar 3", "--model", "model", "--seed", "1", "--seconds", "1", "--output", "clip.mp4")
+    assert read_video(Path("clip.mp4"), 8).frames.shape == (9, 2 * height, 2 * width, 3)

@@ -219,7 +219,7 @@ class _Drawing:
 
 
 def _parts(
-    frames: UInt8[np.ndarray, "_ height width 3"], settings: StoreSettings, place: int
+    frames: UInt8[np.ndarray, "_ large_height large_width 3"], settings: StoreSettings, place: int
 ) -> UInt8[np.ndarray, "_ height width 3"]:
     """A random part of each frame that is larger than `settings.clips.size`."""
     assert settings.clips.size is not None
