@@ -44,18 +44,17 @@ def test_wide_and_tall_frames_in_one_model(
     """Guards the shape of frames through every command, with batches of one shape each; the first data set decides
     which one a model makes by itself, and the others are a matter of --size."""
     monkeypatch.chdir(tmp_path)
-    make_bundle(Path("start"), text_model)
+    make_bundle(Path("model"), text_model, base=False)
     for name, (width, height) in (("wide", WIDE), ("tall", TALL)):
         write_clips(tmp_path / f"{name}-clips", 6 * width, 6 * height)
         size = ("--size", f"{width}x{height}", "--superres", "--validation", "0.3", "--workers", "1")
-        run("data", "prepare", f"{name}-clips", "--out", name, "--tokenizer", "start", *size)
+        run("data", "prepare", f"{name}-clips", "--out", name, "--tokenizer", "model", *size)
         assert Dataset(Path(name)).row(0).codes.shape == (9, height // 4, width // 4)
     run("data", "report", "wide", "--out", "wide.html")
     assert "16 × 8" in Path("wide.html").read_text()
     fast = ("--steps", "2", "--batch", "2", "--warmup", "1", "--sample-every", "2", "--evaluate-every", "2")
     for stage in ("image", "sequential", "interpolation", "superres"):
-        init = ("--init", "start") if stage == "image" else ()
-        run("train", stage, "--data", "wide", "tall", "--out", "model", *init, *fast)
+        run("train", stage, "--data", "wide", "tall", "--out", "model", *fast)
         assert "2 x 4" in capsys.readouterr().out  # held-out losses of each shape
         assert list(Path("model").glob(f".{stage}-run/samples/*.png"))
     run("train", "report", "model", "--out", "report.html")
@@ -74,7 +73,7 @@ def test_wide_and_tall_frames_in_one_model(
     capsys.readouterr()
     assert main(["generate", "a bar", *quick, "--size", "36x16"]) == 2
     assert "size is 36x16, expected multiples of 8 pixels, at most 32x32" in capsys.readouterr().err
-    assert main(["data", "prepare", "wide-clips", "--out", "x", "--tokenizer", "start", "--size", "16x"]) == 2
+    assert main(["data", "prepare", "wide-clips", "--out", "x", "--tokenizer", "model", "--size", "16x"]) == 2
     assert "--size: got '16x', expected pixels such as 96, or 128x72" in capsys.readouterr().err
 
 

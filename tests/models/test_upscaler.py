@@ -61,16 +61,18 @@ def noise_of(model, count):
 
 def seen_by(slot, layout, upscaler):
     """Keys [high slots | low codes] that a high slot sees, by the words of the spec: the oracle."""
-    row, column = divmod(slot, layout.high_grid)
+    height, width = layout.shape or (layout.low_grid, layout.low_grid)
+    ratio = layout.ratio
+    row, column = divmod(slot, width * ratio)
     keys = []
-    for side, first, top, left, rows, columns in (
-        (layout.high_grid, 0, row, column, upscaler.high_rows, upscaler.high_columns),
-        (layout.low_grid, layout.high_slots, row // layout.ratio, column // layout.ratio, *[upscaler.low_side] * 2),
+    for down, across, first, top, left, rows, columns in (
+        (height * ratio, width * ratio, 0, row, column, upscaler.high_rows, upscaler.high_columns),
+        (height, width, layout.high_slots, row // ratio, column // ratio, *[upscaler.low_side] * 2),
     ):
         for r in range(top - (rows - 1) // 2, top + (rows - 1) // 2 + 1):
             for c in range(left - (columns - 1) // 2, left + (columns - 1) // 2 + 1):
-                if 0 <= r < side and 0 <= c < side:
-                    keys.append(first + r * side + c)
+                if 0 <= r < down and 0 <= c < across:
+                    keys.append(first + r * across + c)
     return keys
 
 
@@ -135,6 +137,35 @@ def test_tiles_equal_attention_slot_by_slot(grid, ratio, tile):
     kv = torch.randn(2, 2, 2, layout.high_slots + layout.low_slots, 4, dtype=torch.float64, generator=seeded(1))
     ours = attend(q, kv, neighborhoods(layout, upscaler, CPU, tile))
     torch.testing.assert_close(ours, neighborhood_attention(q, *kv, layout, upscaler))
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (5, 2)])
+def test_frames_that_are_not_square(shape):
+    """Guards neighborhoods and positions of other shapes: nothing but the middle of both tables counts."""
+    upscaler, layout = UpscalerConfig(ratio=2), UpscaleLayout(4, 6, 2, 5, shape)
+    q = torch.randn(1, 2, layout.high_slots, 4, dtype=torch.float64, generator=seeded())
+    kv = torch.randn(2, 1, 2, layout.high_slots + layout.low_slots, 4, dtype=torch.float64, generator=seeded(1))
+    ours = attend(q, kv, neighborhoods(layout, upscaler, CPU))
+    torch.testing.assert_close(ours, neighborhood_attention(q, *kv, layout, upscaler))
+    model, (text, codes) = make(grid=6, ratio=2), inputs(grid=6)
+    rows, columns = (slice((6 - side) // 2, (6 - side) // 2 + side) for side in shape)
+    codes = codes.view(2, 6, 6)[:, rows, columns].flatten(1)
+    before = model(*text, codes, layout)
+    low, high = (
+        model.base.positions.weight.data[5:41].view(6, 6, -1),
+        model.channel.positions.weight.data.view(12, 12, -1),
+    )
+    changed = [table.clone() for table in (low, high)]
+    for table, kept, ratio in zip((low, high), changed, (1, 2), strict=True):
+        part = (slice(rows.start * ratio, rows.stop * ratio), slice(columns.start * ratio, columns.stop * ratio))
+        table.normal_(generator=seeded(3))
+        table[part] = kept[part]
+    assert torch.equal(model(*text, codes, layout), before)
+    for table, ratio in ((low, 1), (high, 2)):
+        table[rows.stop * ratio - 1, columns.stop * ratio - 1] += 1
+        after = model(*text, codes, layout)
+        assert not torch.equal(after, before)
+        before = after
 
 
 def test_other_neighborhoods():
