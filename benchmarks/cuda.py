@@ -315,14 +315,14 @@ def trainer_of(stage: str, config: CogVideoConfig, batch: int, device: torch.dev
         layout = UpscaleLayout.of(config.layout, config.upscaler)
         model: nn.Module = Upscaler(base, channel)
         task: Any = SuperresTask(layout, tokens)
-        data: Any = SuperresBatch(text_rows(layout.text_slots), codes(layout.low_slots), codes(layout.high_slots))
+        data: Any = SuperresBatch(text_rows(layout.text_slots), codes(*layout.low_sides), codes(layout.high_slots))
     else:
         sequence = _layout(config, stage)
         model = Transformer(base, channel)
         task = ImageTask(sequence, tokens) if stage == "image" else VideoTask(sequence, tokens)
         data = _image_batch(sequence, codes, batch)
         if stage != "image":
-            data = VideoBatch(text_rows(sequence.text_slots), codes(sequence.num_frames, sequence.frame_slots))
+            data = VideoBatch(text_rows(sequence.text_slots), codes(sequence.num_frames, *sequence.sides))
     settings = StageOptimization(batch=batch, precision="bfloat16", learning_rate=1e-5)
     ranks = ALONE._replace(device=device)
     return Trainer(Objective(model, task), settings, Execution(), ParallelSettings(), ranks), data

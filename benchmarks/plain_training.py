@@ -70,7 +70,7 @@ def plain_attention(fused: Tensor, mask: Tensor, num_heads: int) -> Tensor:
 
 def plain_loss(model: Transformer, layout: SequenceLayout, masks: DenseMasks, batch: VideoBatch) -> Tensor:
     """Mean loss of a batch of a video stage."""
-    codes = batch.codes[:, list(layout.order)]
+    codes = batch.codes[:, list(layout.order)].flatten(2)
     tokens = torch.cat([batch.text.tokens, layout.feed(codes, model.base.config.start_of_image)], dim=1)
     frames = layout.frame_positions(range(layout.num_frames)).expand(len(tokens), -1)
     positions = torch.cat([layout.text_positions(batch.text.mask), frames], dim=1)

@@ -122,7 +122,7 @@ def make(
     task = VideoTask(sequence, SimpleNamespace(start_of_image=sizes.start_of_image))
     ranks = ALONE._replace(device=device)
     trainer = Trainer(Objective(model, task), settings, Execution(compile=compile), ParallelSettings(), ranks)
-    codes = torch.randint(0, sizes.num_codes, (batch, sequence.num_frames, sequence.frame_slots))
+    codes = torch.randint(0, sizes.num_codes, (batch, sequence.num_frames, *sequence.sides))
     words = text(TEXT_TOKENS, sequence.text_slots, sizes.num_codes, batch)
     return Case(trainer, model, sequence, VideoBatch(words, codes))
 
