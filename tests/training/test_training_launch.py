@@ -530,6 +530,7 @@ def test_adapters_are_trained_next_to_the_weights(place: Place, monkeypatch: pyt
     given = ("--lora", "2", "--adapter", "lora")
     assert "This run is over" in place.here("sequential", *given, "--init", "adapted", out="adapted")[1]
     place.fails("lora is 99, expected a rank of 1 to 32", "image", "--lora", "99", out="adapted")
+    place.fails("lora is 0, expected a rank of 1 to 32", "sequential", "--lora", "0", out="adapted")
     place.fails("got --lora with --base or --window", "sequential", "--lora", "2", "--window", "2", out="adapted")
     place.fails("adapter is '../x', expected letters", "image", "--lora", "2", "--adapter", "../x", out="adapted")
     place.fails(

@@ -65,7 +65,7 @@ def image(
         lora: Rank of an adapter (LoRA) to train in place of the base in the bundle, such as 8.
         adapter: Name of the adapter.
     """
-    choice = Choice(start) if lora is None else Choice("continue", lora=lora)
+    choice = Choice(start if lora is None else "continue", lora=lora)
     train("image", choice, _adapting(options, lora, adapter), {"mixture": mixture}, {"durations": durations})
 
 
@@ -89,7 +89,7 @@ def sequential(
         adapter: Name of the adapter; one of the same name for the base is used with it.
         channel: Name of a further channel next to the bundle's own, such as a style; `generate --channel` chooses it.
     """
-    choice = Choice("continue" if lora else start, base, window, lora)
+    choice = Choice(start if lora is None else "continue", base, window, lora)
     train("sequential", choice, _adapting(_in_channel(options, channel), lora, adapter))
 
 
@@ -114,7 +114,7 @@ def interpolation(
         adapter: Name of the adapter; one of the same name for the base is used with it.
         channel: Name of a further channel next to the bundle's own, whose key frames `train sequential` made.
     """
-    choice = Choice("continue" if lora else start, base, window, lora)
+    choice = Choice(start if lora is None else "continue", base, window, lora)
     train("interpolation", choice, _adapting(_in_channel(options, channel), lora, adapter))
 
 
@@ -122,8 +122,7 @@ def _in_channel(options: Options, name: str | None) -> Options:
     """The options, for a named channel of the bundle."""
     if name is None:
         return options
-    require(PLAIN_NAME.fullmatch(name) is not None, f"channel is {name!r}, expected letters, digits, dots and dashes")
-    folder = options.out / CHANNELS / name
+    folder = options.out / CHANNELS / _plain("channel", name)
     start = folder if (folder / MANIFEST).exists() else options.out
     return replace(options, out=folder, init=options.init or str(start))
 
@@ -132,8 +131,14 @@ def _adapting(options: Options, rank: int | None, name: str) -> Options:
     """The options, for an adapter of the bundle where one is trained."""
     if rank is None:
         return options
-    require(PLAIN_NAME.fullmatch(name) is not None, f"adapter is {name!r}, expected letters, digits, dots and dashes")
-    return replace(options, out=options.out / ADAPTERS / name, init=options.init or str(options.out))
+    folder = options.out / ADAPTERS / _plain("adapter", name)
+    return replace(options, out=folder, init=options.init or str(options.out))
+
+
+def _plain(option: str, name: str) -> str:
+    """The name, if it can be that of a folder."""
+    require(PLAIN_NAME.fullmatch(name) is not None, f"{option} is {name!r}, expected letters, digits, dots and dashes")
+    return name
 
 
 def superres(
