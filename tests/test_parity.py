@@ -28,7 +28,7 @@ GENERATED = {
     "infer_stage2_guided": Passes(draft=8),
     "infer_stage2_unguided": Passes(parallel_frames=True),
 }
-"""How the tests generate each case; `make check` generates all of them one code at a time."""
+"""Passes of each case in the tests; `make check` generates all of them one code at a time."""
 
 
 def require_parity(name: str, passes: Passes) -> None:

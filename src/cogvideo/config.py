@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 T = TypeVar("T")
+F = TypeVar("F", bound="Framed")
 
 Sides = int | tuple[int, int]
 """Side of a square; else width and height of a frame in pixels, or rows and columns in codes."""
@@ -75,6 +76,39 @@ def size_text(size: Sides) -> str:
     return "{}x{}".format(*both(size))
 
 
+def check_size(size: Sides, rate: int) -> None:
+    """Refuse frames that are not of whole codes of `rate` pixels a side."""
+    fits = all(side % rate == 0 for side in both(size))
+    require(fits, f"size is {size_text(size)}, expected multiples of {rate}: the pixels of a side of one code")
+
+
+def shape_in(grid: int, sides: Sides) -> tuple[int, int] | None:
+    """Rows and columns of frames in a square table of positions, the field `shape`; None for all of the table."""
+    return None if both(sides) == (grid, grid) else both(sides)
+
+
+class Framed:
+    """Frames of codes in a square table of positions, for dataclasses with these fields."""
+
+    grid: int
+    shape: tuple[int, int] | None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Rows and columns of a frame in codes."""
+        return self.shape or (self.grid, self.grid)
+
+    @property
+    def frame_slots(self) -> int:
+        """Number of codes of a frame."""
+        rows, columns = self.sides
+        return rows * columns
+
+    def shaped(self: F, sides: Sides | None) -> F:
+        """The same for frames of these rows and columns; None is those of the grid."""
+        return replace(self, shape=shape_in(self.grid, sides or self.grid))  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """Sizes of the sandwich-LayerNorm transformer shared by all stages (paper section 3, released shapes)."""
@@ -119,7 +153,7 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class LayoutConfig:
+class LayoutConfig(Framed):
     """Sizes and positions of text and frames in a sequence; the source of `layout.SequenceLayout`."""
 
     grid: int = 8
@@ -143,22 +177,6 @@ class LayoutConfig:
         got = "frames have {} x {} codes".format(*self.sides)
         fits = all(0 < side <= self.grid for side in self.sides)
         require(fits, f"{got}, expected at most {self.grid} x {self.grid}: the positions of this model")
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Rows and columns of a frame in codes."""
-        return self.shape or (self.grid, self.grid)
-
-    @property
-    def frame_slots(self) -> int:
-        """Number of codes of a frame."""
-        rows, columns = self.sides
-        return rows * columns
-
-    def shaped(self, sides: Sides | None) -> LayoutConfig:
-        """The same for frames of these rows and columns; None is those of the grid."""
-        is_full = sides is None or both(sides) == (self.grid, self.grid)
-        return replace(self, shape=None if is_full or sides is None else both(sides))
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from cogvideo.config import LayoutConfig, Sides, UpscalerConfig, both, require
+from cogvideo.config import Framed, LayoutConfig, Sides, UpscalerConfig, both, require, shape_in
 
 
 @dataclass(frozen=True)
-class SequenceLayout:
+class SequenceLayout(Framed):
     """Text slots, then frames of codes in raster order (released sizes: (64, 464, 2064))."""
 
     text_slots: int
@@ -64,25 +64,10 @@ class SequenceLayout:
         sizes = config.text_slots, config.grid, config.frame_position
         return cls(*sizes, given + inserted, num_given, loss_places=inserted, shape=config.shape)
 
-    def shaped(self, sides: Sides) -> SequenceLayout:
-        """The same for frames of these rows and columns."""
-        return replace(self, shape=None if both(sides) == (self.grid, self.grid) else both(sides))
-
     @property
     def num_frames(self) -> int:
         """Number of frames of the sequence."""
         return len(self.order)
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Rows and columns of a frame."""
-        return self.shape or (self.grid, self.grid)
-
-    @property
-    def frame_slots(self) -> int:
-        """Number of slots of one frame."""
-        rows, columns = self.sides
-        return rows * columns
 
     @property
     def length(self) -> int:
@@ -157,7 +142,7 @@ class UpscaleLayout:
 
     def shaped(self, sides: Sides) -> UpscaleLayout:
         """The same for low frames of these rows and columns."""
-        return replace(self, shape=None if both(sides) == (self.low_grid, self.low_grid) else both(sides))
+        return replace(self, shape=shape_in(self.low_grid, sides))
 
     @property
     def low_sides(self) -> tuple[int, int]:

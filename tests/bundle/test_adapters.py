@@ -34,7 +34,7 @@ def load(folder: Path, dtype: torch.dtype | None = torch.float64, **adapters: fl
 
 
 def matrices(model: CogVideo, component: str, rank: int, seed: int) -> dict[str, Tensor]:
-    """Those of an adapter that changes a lot."""
+    """Matrices of an adapter that changes a lot."""
     module = model.part(component, torch.nn.Module)
     adapt(module, rank)
     shapes = {name: each.shape for name, each in module.state_dict().items() if ".lora_" in name}

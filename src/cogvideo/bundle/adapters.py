@@ -72,7 +72,7 @@ class Adapter(NamedTuple):
         )
 
     def read(self, module: nn.Module) -> Delta:
-        """What it adds to a component."""
+        """Matrices to add to a component."""
         try:
             config = json.loads((self.folder / CONFIG).read_bytes())
             scale = self.scale * config["lora_alpha"] / config["r"]

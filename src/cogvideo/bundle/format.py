@@ -160,7 +160,7 @@ class Manifest:
     def complete(cls, folder: Path) -> Manifest:
         """The manifest of a bundle whose files are all there: the new one, where an update replaced it meanwhile.
 
-        That of a channel has what it shares, too.
+        For a channel, it includes what the channel shares.
         """
         manifest = cls._whole(folder)
         while True:

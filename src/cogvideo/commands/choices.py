@@ -14,7 +14,7 @@ import msgspec
 from cogvideo.bundle.adapters import scales
 from cogvideo.bundle.model import POCKET
 from cogvideo.commands.outputs import Record, check_name, public, read_record
-from cogvideo.config import SECONDS, CogVideoConfig, InputError, require
+from cogvideo.config import SECONDS, CogVideoConfig, InputError, require, size_of
 from cogvideo.data.folders import existing
 from cogvideo.generation.request import (
     ADDED,
@@ -128,7 +128,7 @@ class Choices(SamplingOptions):
         """The configuration of a model for clips of the size."""
         if self.size is None:
             return own
-        return own.shaped(shape_of(self.size, own, own.upscaler.ratio if is_enlarged else 1))
+        return own.shaped(shape_of(size_of(self.size), own, own.upscaler.ratio if is_enlarged else 1))
 
     def record(self, settings: Settings) -> Record:
         """All choices, to share with the clip: only the names of private paths, and a hash of each file."""

@@ -144,7 +144,8 @@ def serve(
             Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # which may wait for it
         if ray:
             Event().wait()
-        run(app, listener)
+        else:
+            run(app, listener)
 
 
 def studio(

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import locate
-from cogvideo.config import CogVideoConfig, InputError, both, joined, require, times
+from cogvideo.config import CogVideoConfig, InputError, both, check_size, joined, require, times
 from cogvideo.data.dataset import REJECTED, Card, check_hashes, make_card, write_card
 from cogvideo.data.encoding import Job, PrepareSettings, Worker
 from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
@@ -130,14 +130,13 @@ def complete(settings: PrepareSettings, config: CogVideoConfig) -> PrepareSettin
         ValueError: the size is not a multiple of the pixels of a code, or codes do not fit in 16 bits.
     """
     rate, num_codes = config.autoencoder.rate, config.autoencoder.num_codes
-    width, height = both(settings.frames.size or config.frame_size)
-    expected = f"expected multiples of {rate}: the pixels of a side of one code"
-    require(width % rate == height % rate == 0, f"size is {width}x{height}, {expected}")
+    size = joined(*both(settings.frames.size or config.frame_size))
+    check_size(size, rate)
     expected = f"expected at most {2**16}: they are stored as uint16"
     require(num_codes <= 2**16, f"the tokenizer has {num_codes} codes, {expected}")
     names = ("fps", "max_seconds", "loop_to")
     floats: dict[str, Any] = {name: float(getattr(settings.frames, name)) for name in names}  # 8 is the same as 8.0
-    return replace(settings, frames=replace(settings.frames, size=joined(width, height), **floats))
+    return replace(settings, frames=replace(settings.frames, size=size, **floats))
 
 
 def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: str) -> ShardInfo:

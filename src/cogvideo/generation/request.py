@@ -18,10 +18,11 @@ from cogvideo.config import (
     CogVideoConfig,
     InputError,
     SamplingConfig,
+    Sides,
     both,
     is_number,
     require,
-    size_of,
+    size_text,
 )
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.decoder import Condition
@@ -124,12 +125,12 @@ def check_seconds(seconds: float, own: CogVideoConfig) -> None:
     require(not seen or seconds in seen, f"{got}, expected {known}, or a longer one: {reason}")
 
 
-def shape_of(size: str, own: CogVideoConfig, ratio: int = 1) -> tuple[int, int]:
+def shape_of(size: Sides, own: CogVideoConfig, ratio: int = 1) -> tuple[int, int]:
     """Rows and columns of codes of frames of this size, whose sides are enlarged by `ratio`; refuse other sizes."""
-    (width, height), pixels = both(size_of(size)), own.autoencoder.rate * ratio
+    (width, height), pixels = both(size), own.autoencoder.rate * ratio
     most = own.layout.grid * pixels
     fits = all(0 < side <= most and side % pixels == 0 for side in (width, height))
-    require(fits, f"size is {size}, expected multiples of {pixels} pixels, at most {most}x{most}")
+    require(fits, f"size is {size_text(size)}, expected multiples of {pixels} pixels, at most {most}x{most}")
     return height // pixels, width // pixels
 
 

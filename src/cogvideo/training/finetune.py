@@ -32,7 +32,7 @@ from cogvideo.bundle.adapters import ADAPTED, ADAPTERS, OWN
 from cogvideo.bundle.format import MANIFEST
 from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
-from cogvideo.config import CogVideoConfig, Sides, require, size_text
+from cogvideo.config import CogVideoConfig, Sides, require
 from cogvideo.data.clips import FrameRates, filled_rates
 from cogvideo.data.dataset import CARD, Dataset
 from cogvideo.data.encoding import PrepareSettings
@@ -123,7 +123,7 @@ class Finetuning:
 
     @property
     def adapters(self) -> dict[str, float]:
-        """What the new model is generated with."""
+        """Scales of the adapters that the new model is generated with."""
         return {} if self.lora is None else {OWN: 1.0}
 
     def trained_in(self, out: Path) -> Path:
@@ -285,7 +285,7 @@ class Chain:
     def config(self) -> CogVideoConfig:
         """The configuration of the base, for frames of the size."""
         size, own = self.settings.size, self.base.config
-        return own if size is None else own.shaped(shape_of(size_text(size), own))
+        return own if size is None else own.shaped(shape_of(size, own))
 
     @cached_property
     def quality(self) -> dict[str, float]:

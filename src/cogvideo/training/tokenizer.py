@@ -16,7 +16,7 @@ from cogvideo import config
 from cogvideo.bundle.format import MANIFEST, MODULES, Entry, Manifest, in_half
 from cogvideo.bundle.model import CODES_PER_CLUSTER, CogVideo
 from cogvideo.bundle.model import update as update_bundle
-from cogvideo.config import CogVideoConfig, Sides, both, require, size_text
+from cogvideo.config import CogVideoConfig, Sides, both, check_size, require, size_text
 from cogvideo.data import frame_store
 from cogvideo.data.frame_store import FrameStore, Reading, StoreSettings
 from cogvideo.data.prepare import NO_SPLIT
@@ -148,13 +148,11 @@ def _complete(
     """Frames of a size, if none is given that of the configuration, and images where a clip may have one frame."""
     rate = max(whole.autoencoder.rates)
     size = frames.clips.size or whole.frame_size
-    told, sides = f"size is {size_text(size)}", both(size)
-    fits = all(side % rate == 0 for side in sides)
-    require(fits, f"{told}, expected multiples of {rate}: the pixels of a side of one code")
+    check_size(size, rate)
     least = max(WINDOW, NETWORKS["vgg"].least_side, 2 ** (settings.pyramid_levels - 1))
     if settings.adversary_weight > 0:
         least = max(least, PatchDiscriminator(1).least_side)
-    require(min(sides) >= least, f"{told}, expected at least {least} pixels")
+    require(min(both(size)) >= least, f"size is {size_text(size)}, expected at least {least} pixels")
     sized = replace(frames, clips=replace(frames.clips, size=size))
     return sized, replace(options, images=frames.clips.min_frames == 1)
 
