@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo
-from cogvideo.commands.info import by_dtype, info, report
+from cogvideo.commands.info import info, report
 from cogvideo.config import (
     PRESETS,
     AutoencoderConfig,
@@ -50,7 +50,6 @@ from cogvideo.planning.costs import (
     components,
     decoding,
     layout_of,
-    pairs,
     rendering,
     resident,
     sums,
@@ -120,13 +119,12 @@ def test_released_sizes() -> None:
 
 def test_released_traffic_and_training() -> None:
     """Guards bytes a step and training memory at the released sizes, worked out elsewhere by hand, to 1.5 %."""
-    assert report("cogvideo", Manifest.of("cogvideo"))["bytes_a_token"]["bfloat16"] == 2 * 2 * 48 * 3072
     by_hand = {"first frame": 11.1, "key frames": 16.4, "to 9 frames": 15.4, "to 33 frames": 17.8}
     read = {each.name: each.bytes_moved("gpu_bfloat16") / 1e9 for each in clip(PAPER)}
     assert {name: read[name] for name in by_hand} == pytest.approx(by_hand, rel=0.015)
     states = training_states(PAPER, "sequential")
     assert round(sum(states.values()) / GIB, 1) == 41.5
-    assert training(PAPER, "sequential").flops_a_position == pytest.approx(35e9, rel=0.05)
+    assert training(PAPER, "sequential").flops_a_position == pytest.approx(33e9, rel=0.01)
 
 
 # Against real modules, caches, operations
@@ -182,19 +180,6 @@ def test_operations_of_prefill(stage: Stage, guided: bool) -> None:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         decoder.prefill(given)
     assert decoding(SMALL, "", stage, 2, guided).prefill_flops == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_operations_of_training(stage: Stage) -> None:
-    """Guards the work of a step: PyTorch's own counter over a real pass, whose attention computes no scores again."""
-    model, layout = real_model(SMALL, stage), layout_of(SMALL, stage)
-    model.base.requires_grad_(stage == "image")
-    codes = torch.zeros(1, layout.num_frames, layout.frame_slots, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        _full_logits(model, layout, codes).sum().backward()
-    again = 2 * SMALL.transformer.hidden * pairs(SMALL, stage, layout.num_frames)
-    expected = training(SMALL, stage).flops_a_position * layout.length - again
-    assert expected == pytest.approx(counter.get_total_flops(), rel=1e-9)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -365,15 +350,14 @@ def test_memory_of_a_process_that_generates() -> None:
         layout=replace(LayoutConfig(), num_frames=3),
     )
     phase = decoding(config, "", "sequential", 8, True)
-    expected = phase.device("cpu_float32")
-    assert sum(phase.memory("cpu_float32").values()) == expected == phase.host("cpu_float32")
+    expected = phase.memory("cpu_float32")
     assert 0.8 * expected <= int(printed) <= 1.4 * expected
 
 
 def test_resident_memory_is_the_largest_phase_with_all_weights() -> None:
     """Guards the figure for a clip that never unloads: not the sum of the phases, and not one phase's weights."""
     phases, everything = clip(SMALL), 4 * sums(SMALL)["everything"]
-    rest = [each.device("cpu_float32") - each.memory("cpu_float32")["weights"] for each in phases]
+    rest = [each.memory("cpu_float32") - 4 * each.weights for each in phases]
     assert resident(SMALL, phases, "cpu_float32") == everything + max(rest)
 
 
@@ -385,7 +369,7 @@ def test_report_of_a_preset(name: str, capsys: pytest.CaptureFixture[str]) -> No
     """Guards the printed report: every section is there, and no figure is cut off in 80 columns."""
     info(name)
     printed = capsys.readouterr().out
-    for section in ("Parameters", "Cache of a sample", "Operations", "One clip: work", "One clip: memory", "Training"):
+    for section in ("Parameters", "One clip: work", "One clip: memory", "Training"):
         assert section in printed
     assert "…" not in printed
     assert max(map(len, printed.splitlines())) <= 80
@@ -414,10 +398,9 @@ def test_bundle_files_have_the_expected_bytes(tmp_path: Path, capsys: pytest.Cap
     channel = TemporalChannel(SMALL.transformer, SMALL.layout, SMALL.sequential).bfloat16()
     labels = torch.zeros(SMALL.transformer.num_codes, dtype=torch.int64)
     CogVideo(SMALL, base=base, sequential=channel, cluster_labels=labels).save_pretrained(tmp_path)
-    sizes = {name: by_dtype(each) for name, each in components(SMALL).items()}
-    for name, kind in (("base", "float32"), ("sequential", "bfloat16")):
+    for name, bytes_a_value in (("base", 4), ("sequential", 2)):
         content = (tmp_path / f"{name}.safetensors").read_bytes()
-        assert len(content) == 8 + int.from_bytes(content[:8], "little") + sizes[name][kind]
+        assert len(content) == 8 + int.from_bytes(content[:8], "little") + bytes_a_value * components(SMALL)[name]
     info(str(tmp_path))
     printed = capsys.readouterr().out
     assert "on disk" in printed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from itertools import product
 from json import dumps
 from typing import Any
 
@@ -16,19 +15,18 @@ from rich.table import Table
 from cogvideo.bundle.format import Manifest
 from cogvideo.config import PRESETS, preset, require
 from cogvideo.planning.costs import (
-    DTYPES,
     GPU,
+    NARROW,
     PRECISIONS,
     STAGES,
-    Phase,
-    cache_size,
+    WIDE,
     clip,
     components,
     decoding,
     resident,
     sums,
 )
-from cogvideo.planning.training import training, training_states
+from cogvideo.planning.training import Training, training, training_states
 
 MOST_BATCH = 1_000_000
 HEADS = ("GPU 16 bit", "CPU float32", "CPU bfloat16")
@@ -50,59 +48,24 @@ def info(target: str = "", /, json: bool = False, batch: int = 1) -> None:
         reports = [report(name, Manifest.of(name), batch) for name in ([target] if target else PRESETS)]
         print(dumps(reports, indent=2, ensure_ascii=False))
         return
-    for part in _tables(report(target, Manifest.of(target), batch)) if target else [_presets()]:
+    for part in _tables(target, Manifest.of(target), batch) if target else [_presets()]:
         Console(highlight=False).print(part)
 
 
 def report(name: str, manifest: Manifest, batch: int = 1) -> dict[str, Any]:
-    """The costs of a model, as JSON has them; `batch` is that of training.
-
-    Bytes are by type or precision. A pass of a stage is the mean of all passes that draw codes one by one.
-    """
+    """Costs of a model, as JSON has them; `batch` is that of training. Sizes are in values or in bytes by precision."""
     config = manifest.config
     phases = clip(config)
-    caches, works = [], []
-    for stage, guided in product(STAGES, (False, True)):
-        case = {"stage": stage, "guided": guided}
-        spatial, temporal = map(by_dtype, cache_size(config, stage, guided))
-        caches.append(case | {"spatial": spatial, "temporal": temporal})
-        works.append(case | _work(decoding(config, "", stage, 1, guided)))
     return {
         "name": name,
         "config": asdict(config),
         "files": {name: entry.num_bytes for name, entry in manifest.components.items()},
-        "components": _sizes(components(config)),
-        "sums": _sizes(sums(config)),
-        "bytes_a_token": by_dtype(2 * config.transformer.num_layers * config.transformer.hidden),
-        "caches": caches,
-        "work": works,
-        "clip": [_phase(each) for each in phases],
+        "components": components(config),
+        "sums": sums(config),
+        "clip": [asdict(each) | {"memory": {kind: each.memory(kind) for kind in PRECISIONS}} for each in phases],
         "resident": {kind: resident(config, phases, kind) for kind in PRECISIONS},
         "training": [asdict(training(config, stage, batch)) for stage in STAGES],
     }
-
-
-def by_dtype(values: int) -> dict[str, int]:
-    """Bytes of a number of values."""
-    return {name: values * num_bytes for name, num_bytes in DTYPES.items()}
-
-
-def _sizes(parameters: dict[str, int]) -> list[dict[str, Any]]:
-    return [{"name": name, "parameters": each, "bytes": by_dtype(each)} for name, each in parameters.items()]
-
-
-def _work(phase: Phase) -> dict[str, Any]:
-    moved = {kind: phase.bytes_moved(kind) for kind in PRECISIONS}
-    return {"rows": phase.rows, "flops": phase.flops, "bytes_moved": moved}
-
-
-def _phase(phase: Phase) -> dict[str, Any]:
-    memory = {
-        kind: {"parts": phase.memory(kind), "device": phase.device(kind), "host": phase.host(kind)}
-        for kind in PRECISIONS
-    }
-    figures = {"name": phase.name, "passes": phase.passes, "work": {"stage": phase.stage} | _work(phase)}
-    return figures | {"prefill_flops": phase.prefill_flops, "memory": memory}
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
@@ -115,58 +78,51 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> 
     return table
 
 
-def _tables(report: dict[str, Any]) -> Iterator[Table | str]:
-    sizes, layout = report["config"]["transformer"], report["config"]["layout"]
-    rows, columns = layout["shape"] or [layout["grid"]] * 2
-    shape = f"{sizes['num_layers']} layers, hidden {sizes['hidden']}, {sizes['num_heads']} heads"
-    yield f"[bold]{report['name']}[/bold]: {shape}, {rows} x {columns} codes a frame\n"
-    files, rows = dict(report["files"]), []
+def _tables(name: str, manifest: Manifest, batch: int) -> Iterator[Table | str]:
+    config, phases = manifest.config, clip(manifest.config)
+    sizes, (rows, columns) = config.transformer, config.layout.sides
+    shape = f"{sizes.num_layers} layers, hidden {sizes.hidden}, {sizes.num_heads} heads"
+    yield f"[bold]{name}[/bold]: {shape}, {rows} x {columns} codes a frame\n"
+    yield _parameters(manifest)
+    works = [
+        [
+            each.name,
+            str(each.rows),
+            str(each.passes),
+            _binary(each.cache * NARROW),
+            _decimal(each.bytes_moved(GPU), "B"),
+            _decimal(each.passes * each.flops + each.prefill_flops, "FLOP"),
+        ]
+        for each in phases
+    ]
+    heads = ["phase", "rows", "passes", "cache", "read a pass", "operations"]
+    yield table("One clip: work, and bytes in 16 bit", heads, works)
+    memory = [[each.name, *(_binary(each.memory(kind)) for kind in PRECISIONS)] for each in phases]
+    memory.append(["all, weights kept", *(_binary(resident(config, phases, kind)) for kind in PRECISIONS)])
+    yield table("One clip: memory, with the weights of the phase alone", ["phase", *HEADS], memory)
+    steps = [training(config, stage, batch) for stage in STAGES]
+    yield table(f"Training on one GPU, batch {batch}", ["", *STAGES], _training_rows(steps))
+
+
+def _parameters(manifest: Manifest) -> Table:
+    """Parameters and files, those of other components at the end."""
+    files = {name: entry.num_bytes for name, entry in manifest.components.items()}
     on_disk = ["on disk"] if files else []
-    for each in (*report["components"], *report["sums"]):
-        name, sizes = each["name"], each["bytes"]
-        row = [name, _number(each["parameters"]), _binary(sizes["float32"]), _binary(sizes["bfloat16"])]
-        rows.append([*row, _binary(files.pop(name, 0))] if on_disk else row)
+    rows = []
+    for name, count in (components(manifest.config) | sums(manifest.config)).items():
+        row = [name, _number(count), _binary(count * WIDE), _binary(count * NARROW)]
+        rows.append([*row, *(_binary(files.pop(name, 0)) for _ in on_disk)])
     rows += [[name, "", "", "", _binary(num_bytes)] for name, num_bytes in files.items()]
-    yield table("Parameters", ["component", "number", "float32", "16 bit", *on_disk], rows)
-    rows = []
-    for each in report["caches"]:
-        spatial, temporal = each["spatial"], each["temporal"]
-        both = [spatial[kind] + temporal[kind] for kind in ("bfloat16", "float32")]
-        rows.append([_case(each), *map(_binary, [spatial["bfloat16"], temporal["bfloat16"], *both])])
-    token = f"{_decimal(report['bytes_a_token']['bfloat16'], 'B')} a token, channel and row in 16 bit"
-    yield table(f"Cache of a sample, {token}", ["stage", "spatial", "temporal", "16 bit", "float32"], rows)
-    rows = []
-    for each in report["work"]:
-        moved = [_decimal(num_bytes, "B") for num_bytes in each["bytes_moved"].values()]
-        rows.append([_case(each), _decimal(each["flops"], "FLOP"), *moved])
-    title = "Operations and bytes read for a code, mean over the stage, without prefill"
-    yield table(title, ["stage", "operations", *HEADS], rows)
-    rows, memory = [], []
-    for each in report["clip"]:
-        work, total = each["work"], each["passes"] * each["work"]["flops"] + each["prefill_flops"]
-        read = _decimal(work["bytes_moved"][GPU], "B")
-        rows.append([each["name"], str(work["rows"]), str(each["passes"]), read, _decimal(total, "FLOP")])
-        devices = [_binary(part["device"]) for part in each["memory"].values()]
-        memory.append([each["name"], *devices, _binary(each["memory"][GPU]["host"])])
-    memory.append(["all, weights kept", *map(_binary, report["resident"].values()), ""])
-    yield table("One clip: work", ["phase", "rows", "passes", "read a pass, 16 bit", "operations"], rows)
-    yield table("One clip: memory, with the weights of the phase alone", ["phase", *HEADS, "GPU's host"], memory)
-    title = f"Training on one GPU, batch {report['training'][0]['batch']}"
-    yield table(title, ["", *STAGES], _training_rows(report["training"]))
+    return table("Parameters", ["component", "number", "float32", "16 bit", *on_disk], rows)
 
 
-def _case(work: dict[str, Any]) -> str:
-    return f"{work['stage']}, guided" if work["guided"] else work["stage"]
-
-
-def _training_rows(stages: list[dict[str, Any]]) -> Iterator[list[str]]:
-    for name in stages[0]["states"]:
-        yield [name, *(_binary(each["states"][name]) for each in stages)]
-    yield ["together", *(_binary(sum(each["states"].values())) for each in stages)]
+def _training_rows(steps: list[Training]) -> Iterator[list[str]]:
+    for name in steps[0].states:
+        yield [name, *(_binary(each.states[name]) for each in steps)]
+    yield ["together", *(_binary(sum(each.states.values())) for each in steps)]
     for name in ("activations", "activations_checkpointed", "total", "total_checkpointed"):
-        yield [name.replace("_", ", "), *(_binary(each[name]) for each in stages)]
-    yield ["saved, by way of the host", *(_binary(each["saved"]) for each in stages)]
-    yield ["operations a position", *(_decimal(each["flops_a_position"], "FLOP") for each in stages)]
+        yield [name.replace("_", ", "), *(_binary(getattr(each, name)) for each in steps)]
+    yield ["operations a position", *(_decimal(each.flops_a_position, "FLOP") for each in steps)]
 
 
 def _presets() -> Table:
@@ -179,11 +135,11 @@ def _presets() -> Table:
             "base": _number(sizes["base"]),
             "a video stage adds": _number(sizes["sequential"]),
             "base with both stages": _number(both),
-            "  in 16 bit": _binary(by_dtype(both)["bfloat16"]),
-            "a guided code of a key frame": _decimal(key_frames.flops, "FLOP"),
+            "  in 16 bit": _binary(both * NARROW),
+            "a guided key frame code": _decimal(key_frames.flops, "FLOP"),
             "  reads in 16 bit": _decimal(key_frames.bytes_moved(GPU), "B"),
-            "key frames, GPU 16 bit": _binary(key_frames.device(GPU)),
-            "key frames, CPU float32": _binary(key_frames.device("cpu_float32")),
+            "key frames, GPU 16 bit": _binary(key_frames.memory(GPU)),
+            "key frames, CPU float32": _binary(key_frames.memory("cpu_float32")),
             "training a video stage": _binary(sum(training_states(config, "sequential").values())),
         }
         for name, figure in figures.items():
@@ -205,7 +161,9 @@ def _binary(num_bytes: int) -> str:
 
 def _scaled(number: float, step: int, units: list[str]) -> str:
     """Three figures."""
-    while number >= step and len(units) > 1:
-        number, units = number / step, units[1:]
+    power = 0
+    while number >= step and power < len(units) - 1:
+        number /= step
+        power += 1
     digits = max(0, 2 - int(math.log10(max(number, 1))))
-    return f"{number:.{digits}f} {units[0]}".rstrip()
+    return f"{number:.{digits}f} {units[power]}".rstrip()

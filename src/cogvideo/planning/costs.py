@@ -33,10 +33,7 @@ from cogvideo.models.upscaler import low_sequence, neighborhoods
 Stage = Literal["image", "sequential", "interpolation"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 NARROW, WIDE = torch.bfloat16.itemsize, torch.float32.itemsize
-DTYPES = {"float32": WIDE, "bfloat16": NARROW, "float16": NARROW}
 """Bytes of a value."""
-
-
 GPU = "gpu_bfloat16"
 PRECISIONS = {
     GPU: (NARROW, NARROW),  # float16 needs the same
@@ -113,17 +110,11 @@ def _over_layers(config: CogVideoConfig, values: Sequence[float]) -> float:
     return sum(values[layer % len(values)] for layer in range(config.transformer.num_layers) if values)
 
 
-def pairs(config: CogVideoConfig, stage: Stage, frames: int) -> float:
+def _pairs(config: CogVideoConfig, layout: SequenceLayout, window: int | None, frames: int) -> float:
     """Pairs of a row and a key that a full pass of text and the first frames scores, in all layers and channels."""
-    window = None if stage == "image" else getattr(config, stage).window
-    spatial, temporal = _scored_by_kind(layout_of(config, stage), window, frames)
-    return config.transformer.num_layers * spatial + _over_layers(config, temporal)
-
-
-def _scored_by_kind(layout: SequenceLayout, window: int | None, frames: int) -> tuple[int, list[int]]:
-    """Pairs that a layer scores with a text without pads: spatially, and temporally by kind of block."""
     plan = full_pass(layout, window, torch.ones(1, layout.text_slots, dtype=torch.bool), torch.float32, frames)
-    return _scored(plan.spatial), [_scored(each) for each in plan.temporal]
+    spatial = config.transformer.num_layers * _scored(plan.spatial)
+    return spatial + _over_layers(config, [_scored(each) for each in plan.temporal])
 
 
 def _scored(plan: MaskPlan) -> int:
@@ -177,8 +168,6 @@ class Phase:
     """Stage, or the component that does the work."""
     passes: int
     weights: int
-    largest: int
-    """Size of the largest tensor among them."""
     weights_read: int
     flops: float
     """Work of the mean pass."""
@@ -199,27 +188,15 @@ class Phase:
         weight, key = PRECISIONS[precision]
         return self.weights_read * weight + self.cache_read * key
 
-    def memory(self, precision: str) -> dict[str, int]:
-        """Bytes of device memory at the peak, by their use."""
+    def memory(self, precision: str, with_weights: bool = True) -> int:
+        """Bytes of memory at the peak, on the device that computes."""
         weight, key = PRECISIONS[precision]
-        return {
-            "weights": self.weights * weight,
-            "cache": self.cache * key,
-            "noise": self.noise * WIDE,
-            "activations": self.activations * weight,
-        }
-
-    def device(self, precision: str, with_weights: bool = True) -> int:
-        """Bytes of device memory at the peak."""
-        return sum(size for use, size in self.memory(precision).items() if with_weights or use != "weights")
-
-    def host(self, precision: str) -> int:
-        """Bytes of host memory: for a GPU, noise while it is drawn and the largest tensor on its way from its file."""
-        return 2 * self.noise * WIDE + self.largest * NARROW if precision == GPU else self.device(precision)
+        weights = self.weights if with_weights else 0
+        return (weights + self.activations) * weight + self.cache * key + self.noise * WIDE
 
 
 def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phase, ...]:
-    """The phases of a clip, from a prompt to pixels; with the model's own settings unless others are given.
+    """Phases of a clip, from a prompt to pixels; with the model's own settings unless others are given.
 
     Passes are counted as if codes were drawn one by one, which is the most: drafts need fewer, with more rows each.
     """
@@ -240,7 +217,7 @@ def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phas
 def resident(config: CogVideoConfig, phases: Iterable[Phase], precision: str) -> int:
     """Bytes of device memory of a clip for which all weights stay loaded."""
     weights = sum(components(config).values()) * PRECISIONS[precision][0]
-    return weights + max(phase.device(precision, with_weights=False) for phase in phases)
+    return weights + max(phase.memory(precision, with_weights=False) for phase in phases)
 
 
 def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guided: bool) -> Phase:
@@ -260,7 +237,8 @@ def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guid
     rows = samples * (1 + guided)
     base, added, head = Matrices.of(sizes, stage == "image")
     linear = fed * base + (3 * fed + given_rows) * added // 4  # text has no temporal output
-    attended = round(4 * sizes.hidden * pairs(config, stage, layout.num_frames - num_drawn))
+    window = None if stage == "image" else getattr(config, stage).window
+    attended = round(4 * sizes.hidden * _pairs(config, layout, window, layout.num_frames - num_drawn))
     written = [num_cells(kind) * layout.text_slots + given_rows for kind in kinds_of(config, stage)]
     cached = 2 * sizes.hidden * _keys_read(config, stage)
     return Phase(
@@ -287,14 +265,14 @@ def upscaling(config: CogVideoConfig, frames: int) -> Phase:
     layout, sizes = UpscaleLayout.of(config.layout, config.upscaler), config.transformer
     text, low, high = layout.text_slots, layout.low_slots, layout.high_slots
     base, _, head = Matrices.of(sizes)
-    scored = _scored_by_kind(low_sequence(layout), None, 1)[0]
-    scored += _scored(neighborhoods(layout, config.upscaler, torch.device("cpu")))
+    pairs = _pairs(config, low_sequence(layout), None, 1)
+    pairs += sizes.num_layers * _scored(neighborhoods(layout, config.upscaler, torch.device("cpu")))
     return Phase(
         "super-resolution",
         "superres",
         **_weights(config, "superres"),
         passes=frames,
-        flops=2.0 * (base * (text + low + high) + head * high) + 4 * sizes.hidden * scored * sizes.num_layers,
+        flops=2 * (base * (text + low + high) + head * high) + 4 * sizes.hidden * pairs,
         noise=min(SLOTS_PER_DRAW, high) * sizes.num_codes,
         activations=(17 * high + 5 * text + 7 * low) * sizes.hidden,
     )
@@ -321,7 +299,8 @@ def rendering(config: CogVideoConfig, frames: int) -> Phase:
     return Phase(
         "pixels",
         "image_tokenizer",
-        **(_weights(config, "image_tokenizer") | {"weights_read": count(model.decoders[number])}),
+        weights=count(model),
+        weights_read=count(model.decoders[number]),
         passes=frames,
         flops=float(counter.get_total_flops()),
         activations=widths[0] * rows * columns + max(peaks),
@@ -330,8 +309,7 @@ def rendering(config: CogVideoConfig, frames: int) -> Phase:
 
 def _weights(config: CogVideoConfig, stage: str) -> dict[str, int]:
     """Weights of a phase. A pass reads all blocks, the final norm and the codes' rows of the word embedding."""
-    used = {"image": ["base"], "image_tokenizer": ["image_tokenizer"]}.get(stage, ["base", stage])
-    sizes = {name: each.numel() for part in used for name, each in modules(config)[part].named_parameters(part)}
-    blocks = sum(size for name, size in sizes.items() if ".blocks." in name)
+    used = [modules(config)[name] for name in dict.fromkeys(["base", stage]) if name != "image"]
+    blocks = sum(count(each.get_submodule("blocks")) for each in used)
     read = blocks + (2 + config.transformer.num_codes) * config.transformer.hidden
-    return {"weights": sum(sizes.values()), "largest": max(sizes.values()), "weights_read": read}
+    return {"weights": sum(map(count, used)), "weights_read": read}

@@ -30,9 +30,9 @@ def needed_memory(
     are in memory.
     """
     kind = "cpu_float32" if dtype.itemsize > 2 else "cpu_bfloat16" if device.type == "cpu" else GPU
-    others = [(batch - 1) * each.device(kind, with_weights=False) for each in phases]
+    others = [(batch - 1) * each.memory(kind, with_weights=False) for each in phases]
     if offload:
-        return max(each.device(kind) + more for each, more in zip(phases, others, strict=True))
+        return max(each.memory(kind) + more for each, more in zip(phases, others, strict=True))
     return resident(config, phases, kind) + max(others)
 
 

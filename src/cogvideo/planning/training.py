@@ -19,7 +19,6 @@ from cogvideo.planning.costs import (
     layout_of,
     modules,
     num_cells,
-    pairs,
 )
 
 
@@ -35,12 +34,18 @@ class Training:
     """Activations at the peak of a step, if all are kept for the backward pass."""
     activations_checkpointed: int
     """The same if only the blocks' inputs are kept, and each block is computed again."""
-    total: int
-    total_checkpointed: int
-    saved: int
-    """Master weights and moments, on disk and, while they are written, in the host's memory."""
     flops_a_position: float
-    """Forward and backward, without recomputation."""
+    """Work by convention, see `flops_a_position`."""
+
+    @property
+    def total(self) -> int:
+        """Memory without checkpointing."""
+        return sum(self.states.values()) + self.activations
+
+    @property
+    def total_checkpointed(self) -> int:
+        """Memory with checkpointing."""
+        return sum(self.states.values()) + self.activations_checkpointed
 
 
 def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: bool = False) -> Training:
@@ -48,11 +53,8 @@ def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: boo
 
     With `autocast`, norms, and so what runs through the blocks, are in float32, as torch.autocast has them on GPUs.
     """
-    states = training_states(config, stage)
-    kept, checkpointed = activations(config, stage, batch, autocast)
-    resting, saved = sum(states.values()), states["master weights"] + states["moments"]
-    flops = _training_flops(config, stage) / layout_of(config, stage).length
-    return Training(stage, batch, states, kept, checkpointed, resting + kept, resting + checkpointed, saved, flops)
+    flops = stage_flops(Matrices.of(config.transformer, stage == "image"), stage == "image")
+    return Training(stage, batch, training_states(config, stage), *activations(config, stage, batch, autocast), flops)
 
 
 def training_states(config: CogVideoConfig, stage: Stage) -> dict[str, int]:
@@ -121,17 +123,6 @@ def _last_activations(config: CogVideoConfig, stage: Stage) -> int:
     masked = layout.length if stage == "image" else 2 * layout.length - layout.text_slots
     masks = NARROW * layout.length * masked
     return masks + max(4 * logits, 2 * logits + 8 * NARROW * layout.length * sizes.hidden)
-
-
-def _training_flops(config: CogVideoConfig, stage: Stage) -> int:
-    """Operations of a sample, forward and backward: 6 for each trained weight of a matrix and row, 4 for each frozen
-    one, 14 h for each pair of a row and a key (whose scores are computed again)."""
-    layout, sizes = layout_of(config, stage), config.transformer
-    rows, frame_rows = layout.length, layout.length - layout.text_slots
-    base, added, head = Matrices.of(sizes, stage == "image")
-    shared = (6 if stage == "image" else 4) * (rows * base + len(layout.loss_places) * layout.frame_slots * head)
-    own = 6 * (3 * rows + frame_rows) * added // 4  # text has no temporal output
-    return shared + own + round(14 * sizes.hidden * pairs(config, stage, layout.num_frames))
 
 
 def flops_a_position(model: nn.Module) -> float:
