@@ -54,7 +54,7 @@ COMMANDS = {
     "plan": Command("cogvideo.commands.plan:plan", "Estimate memory and time of training on a number of GPUs."),
     "convert": Command("cogvideo.commands.convert:convert", "Convert the checkpoints released in 2022 to a bundle."),
     "ablate": Command("cogvideo.commands.ablate:ablate", "Train variants of the video stages and compare them."),
-    "data prepare": Command("cogvideo.data.prepare:prepare", "Convert captioned clips to shards of codes."),
+    "data prepare": Command("cogvideo.commands.prepare:prepare", "Convert captioned clips to shards of codes."),
     "data world": Command("cogvideo.commands.world:world", "Render synthetic captioned clips."),
     "data captions": Command("cogvideo.commands.captions:captions", "Write a page and a table for captions of clips."),
     "data report": Command("cogvideo.commands.report:data", "Write a page about prepared data."),

@@ -1,4 +1,4 @@
-"""`cogvideo data prepare`: a source of captioned clips becomes a folder of shards, which can be killed and continued.
+"""Preparation of data: a source of captioned clips becomes a folder of shards, which can be killed and continued.
 
 The list of items is cut into jobs, one a shard. A shard depends on its items, the settings and the tokenizer alone, and
 takes its place when it is whole, so that it need not be made again, whatever engine or machine makes the rest.
@@ -34,13 +34,10 @@ from cogvideo.files import alone_in, named, remove_leftovers, write_text
 
 NO_SPLIT = "one in twenty clips becomes validation unless --validation says otherwise"
 """Why few clips may give no validation split."""
-TOO_MANY_REJECTED = 1
-"""Exit status."""
 
 
 def prepare(
     source: str,
-    /,
     out: Path,
     tokenizer: str,
     settings: PrepareSettings = PrepareSettings(),  # noqa: B008  # frozen
@@ -49,36 +46,16 @@ def prepare(
     engine: Literal["local", "ray"] = "local",
     workers: int = 0,
     ray_address: str | None = None,
-    max_rejected: int = 0,
-    recipe: Path | None = None,  # read by the command line
-) -> int:
-    """Turn captioned clips into shards of codes. Run an interrupted command again to continue.
+) -> Card:
+    """Turn captioned clips into shards of codes, and return the card of the dataset.
 
-    Exit status 1 means that more clips were rejected than allowed; `rejected.csv` lists them with the reasons.
-
-    Args:
-        source: Folder of videos with x.txt next to x.mp4, table (CSV, JSONL, Parquet) with the columns file and
-            caption, WebDataset tars, or world:NUMBER for clips of the synthetic World.
-        out: Folder for the shards.
-        tokenizer: Bundle with the image tokenizer: a folder, or its ID on the Hugging Face Hub.
-        settings: How clips become codes.
-        options: How the source is read.
-        device: Device to run on: cpu, cuda for all GPUs, cuda:0, or auto.
-        engine: Processes on this machine, or Ray Data (needs the extra ray).
-        workers: Number of processes; 0 for one per core, or one per GPU.
-        ray_address: Address of a Ray cluster that shares the folders; a local one is started by default.
-        max_rejected: Number of rejected clips that is allowed; more give exit status 1.
-        recipe: TOML file with a table of options for this command. Options on the command line take precedence.
-
-    Returns:
-        The exit status: 0, or 1 for too many rejected.
+    `commands.prepare.prepare` explains the arguments. A summary is printed.
 
     Raises:
         ValueError: the source, the tokenizer or a setting cannot be used, or `out` holds other data.
         OSError: shards cannot be written.
     """
     require(len(options.caption_columns) > 0, "caption_columns is empty, expected one column or more")
-    require(max_rejected >= 0, f"max_rejected is {max_rejected}, expected 0 or more")
     require(out.resolve() != Path(source).resolve(), f"the folder {out} is the source: pass another one with --out")
     if engine == "ray":
         import_module("ray")  # if it is missing, that is said before anything is written
@@ -120,7 +97,7 @@ def prepare(
         )
         write_card(out, card)
     print(_summary(out, card))
-    return TOO_MANY_REJECTED if card.num_rejected > max_rejected else 0
+    return card
 
 
 def complete(settings: PrepareSettings, config: CogVideoConfig) -> PrepareSettings:

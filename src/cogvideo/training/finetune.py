@@ -374,7 +374,6 @@ class Chain:
             settings=PrepareSettings(frames=FrameSettings(fit=self.settings.fit, min_frames=1)),
             options=SourceOptions(validation=0.0),
             device=self.settings.device,
-            max_rejected=len(self.clips),
         )
 
     # The stages
