@@ -1,4 +1,4 @@
-"""Checks that every request passes: the check of where it comes from, limits of time, headers of the response."""
+"""Checks that every request passes: where it comes from, limits of time and size, headers of the response."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ HEADERS = {
 }
 BODY_SECONDS = 60
 """Time for a client to send the body of a request."""
+LARGEST_BODY = 32 * 2**20
+"""Bytes of the body of a request."""
 
 
 class Guard:
-    """Middleware. It refuses requests that pages of other sites send through a user's browser, and slow bodies."""
+    """Middleware. It refuses what pages of other sites send through a user's browser, and slow or large bodies."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -49,24 +51,40 @@ class Guard:
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
             await PlainTextResponse("Requests from other sites are refused.", 403)(scope, receive, send_more)
             return
-        await self._app(scope, _in_time(receive), send_more)
+        await self._app(scope, _bounded(receive, headers.get("content-length", "")), send_more)
 
 
-def _in_time(receive: Receive) -> Receive:
-    """Receive a body within `BODY_SECONDS`. Waiting for the client to leave, after that, may take forever."""
+def _bounded(receive: Receive, announced: str) -> Receive:
+    """Receive a body within `BODY_SECONDS` and `LARGEST_BODY`. Waiting for the client to leave, after that, may take
+    forever.
+
+    Args:
+        receive: source of the body.
+        announced: number of its bytes, as the client says.
+    """
     end = time.monotonic() + BODY_SECONDS
+    size = int(announced) if announced.isdecimal() else 0
+    read = 0
     is_whole = False
 
-    async def receive_soon() -> Message:
-        nonlocal is_whole
+    async def receive_part() -> Message:
+        nonlocal read, is_whole
         if is_whole:
             return await receive()
+        _check_size(size)
         try:
             async with asyncio.timeout(max(0.0, end - time.monotonic())):
                 message = await receive()
         except TimeoutError:
             raise HTTPException(408, f"the request took more than {BODY_SECONDS} seconds") from None
+        read += len(message.get("body", b""))
+        _check_size(read)
         is_whole = not message.get("more_body", False)
         return message
 
-    return receive_soon
+    return receive_part
+
+
+def _check_size(size: int) -> None:
+    if size > LARGEST_BODY:
+        raise HTTPException(413, f"the request has more than {LARGEST_BODY // 2**20} MiB")

@@ -28,8 +28,6 @@ from cogvideo.web.metrics import Measured, Metrics
 from cogvideo.web.site import Site
 from cogvideo.web.studio import router as studio
 
-LARGEST_BODY = 32 * 2**20
-"""Bytes of a request."""
 SECONDS_TO_FULL, SECONDS_TO_REACH = 10, 2
 """Values of Retry-After."""
 DRAINING = 60
@@ -43,7 +41,7 @@ def application(site: Site, hosts: Sequence[str]) -> FastAPI:
         site: what it works with.
         hosts: names under which it may be reached.
     """
-    app = FastAPI(title="cogvideo", version=__version__, docs_url=None, redoc_url=None, max_body_size=LARGEST_BODY)
+    app = FastAPI(title="cogvideo", version=__version__, docs_url=None, redoc_url=None)
     app.state.site, app.state.metrics = site, Metrics(site.jobs)
     app.include_router(router)
     app.include_router(open_router)
