@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -171,3 +172,16 @@ def test_queues_that_cannot_be_opened(url: str) -> None:
     """Guards users against tracebacks of a database."""
     with pytest.raises(InputError, match="cannot open the queue"):
         Jobs(url)
+
+
+def test_files_that_are_no_queue(tmp_path: Path) -> None:
+    """Guards users against tracebacks, and against a server that has no queue and waits for it forever."""
+    (tmp_path / "queue.db").write_text("no database at all")
+    with pytest.raises(InputError, match="cannot open the queue"):
+        Jobs(f"sqlite:///{tmp_path / 'queue.db'}")
+    older = f"sqlite:///{tmp_path / 'older.db'}"
+    Jobs(older)
+    with sqlite3.connect(tmp_path / "older.db") as connection:
+        connection.execute("ALTER TABLE jobs DROP COLUMN is_stopped")
+    with pytest.raises(InputError, match=r"another version of cogvideo made the queue \(column is_stopped\): use"):
+        Jobs(older)

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import update
 
 from cogvideo.pipeline import collect
 from cogvideo.web.clips import from_png, kept
-from cogvideo.web.jobs import Job, Jobs
+from cogvideo.web.jobs import JOBS, Job, Jobs
 from cogvideo.web.schemas import Video
 from cogvideo.web.served import WANTED, Served, Wanted, pack_codes
 from cogvideo.web.site import Order, Site
@@ -179,6 +180,21 @@ def test_one_bad_clip_spoils_no_batch(
     assert (look(site, ids[0]).status, look(site, ids[0]).reason) == ("completed", None)
     assert (look(site, ids[1]).status, look(site, ids[1]).reason) == ("failed", "internal error")
     assert "a secret" in capsys.readouterr().err
+
+
+def test_clips_of_another_version(site: Site) -> None:
+    """Guards a queue that outlives its version of the package: its clips are listed, and those to make fail, as one of
+    their options is unknown now."""
+    old, new = order(site), order(site, seed=4)
+    with site.jobs._writing() as connection:
+        work = look(site, old).work.replace('"rounds"', '"colour":1,"rounds"')
+        connection.execute(update(JOBS).where(JOBS.c.id == old).values(work=work))
+    work_off(site)
+    assert (look(site, old).status, look(site, new).status) == ("failed", "completed")
+    video = Video.of(look(site, old), site.served)
+    assert (video.prompt, video.fps, video.options["colour"]) == ("a cat", 1.0, 1)
+    reason = "another version of cogvideo queued the clip: colour is unknown or out of range now"
+    assert look(site, old).reason == reason
 
 
 def test_little_memory_makes_smaller_batches(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from cogvideo.web.jobs import Job
 from cogvideo.web.keys import LOCAL
 from cogvideo.web.metrics import Metrics
 from cogvideo.web.schemas import Asked, Deleted, Model, Models, Page, Reference, Refused, Remix, Video, body_schema
-from cogvideo.web.served import MOST_FRAMES, WANTED, Wanted
+from cogvideo.web.served import MOST_FRAMES, WANTED, Wanted, wanted_of
 from cogvideo.web.site import Order, Site, refuse
 from cogvideo.web.storage import frame_name
 
@@ -130,7 +130,7 @@ async def extend(request: Request, here: Here, owner: Owner, repeat: Repeat = No
         if isinstance(reference, Reference):
             earlier = here.find(owner, reference.video_id or "")
             source = earlier.id
-            before = WANTED.validate_json(earlier.work)
+            before = wanted_of(earlier.work)
             own = Wanted(prompt=new.prompt, seed=new.seed, seconds=new.seconds)
             is_same = new.seconds is None or float(new.seconds) == float(before.seconds or 0)
             require(new == own and is_same, f"got other options than those of {source}, expected prompt and seed alone")
@@ -145,7 +145,7 @@ async def extend(request: Request, here: Here, owner: Owner, repeat: Repeat = No
 def remix(here: Here, owner: Owner, id: str, body: Remix, repeat: Repeat = None) -> Video:
     """Queue a video with another prompt or seed from the same start, with the same options."""
     job = here.find(owner, id, bulky=True)
-    before = WANTED.validate_json(job.work)
+    before = wanted_of(job.work)
     wanted = replace(before, prompt=body.prompt, seed=before.seed if body.seed is None else body.seed)
     return Video.of(here.order(owner, Order(wanted, *here.starts(job), id, repeat)), here.served)
 

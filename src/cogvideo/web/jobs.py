@@ -35,13 +35,14 @@ from sqlalchemy import (
     extract,
     func,
     insert,
+    inspect,
     make_url,
     or_,
     select,
     tuple_,
     update,
 )
-from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
 from cogvideo.config import InputError, require
 
@@ -180,7 +181,11 @@ class Jobs:
             self._engine = _engine(url)
             with self._writing("schema") as connection:
                 METADATA.create_all(connection)
-        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, *Unreachable) as error:
+                there = {column["name"] for column in inspect(connection).get_columns(JOBS.name)}
+            other = sorted(there ^ {*JOBS.c.keys()})
+            told = f"another version of cogvideo made the queue (column {' '.join(other)})"
+            require(not other, f"{told}: use that version, or start another queue")
+        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, DBAPIError) as error:
             reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
             raise InputError(
                 f"cannot open the queue ({reason}), expected sqlite:///FILE or postgresql://..."

@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 
 from cogvideo.web.clips import kept
 from cogvideo.web.jobs import Job, Status
-from cogvideo.web.served import WANTED, Seed, Served, Text, Wanted
+from cogvideo.web.served import WANTED, Seed, Served, Text, Wanted, outline
 
 ID = r"^video_[0-9a-f]{32}$"
 REFERENCES = ("input_reference", "last_reference", "video")
@@ -75,7 +75,7 @@ class Video(BaseModel):
     @classmethod
     def of(cls, job: Job, served: Served) -> Video:
         """The state of a job."""
-        wanted = WANTED.validate_json(job.work)
+        wanted = outline(job.work)
         given = json.loads(job.work)
         done = job.done
         progress = 100 * len(done) // job.num_frames if job.num_frames else 0

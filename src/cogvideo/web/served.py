@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
@@ -13,7 +14,7 @@ from typing import Annotated
 import numpy as np
 import torch
 from jaxtyping import Int64
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
@@ -64,6 +65,27 @@ class Wanted(SamplingOptions):
 
 
 WANTED = TypeAdapter(Wanted)
+_OUTLINE = {each.name for each in fields(Wanted)} - {each.name for each in fields(SamplingOptions)}
+
+
+def wanted_of(work: str) -> Wanted:
+    """The clip of a job.
+
+    Raises:
+        ValueError: another version of this package queued it, with options that this one does not take.
+    """
+    try:
+        return WANTED.validate_json(work)
+    except ValidationError as error:
+        option = ".".join(map(str, error.errors()[0]["loc"]))
+        told = f"another version of cogvideo queued the clip: {option} is unknown or out of range now"
+        raise InputError(told) from error
+
+
+def outline(work: str) -> Wanted:
+    """The clip of a job without sampling options, so that clips of all versions can be shown."""
+    given = json.loads(work)
+    return WANTED.validate_python({name: given[name] for name in given.keys() & _OUTLINE})
 
 
 @dataclass(frozen=True)

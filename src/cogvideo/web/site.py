@@ -21,7 +21,7 @@ from cogvideo.web.clips import Variant, from_png, kept, render
 from cogvideo.web.jobs import Job, Jobs, Limits, new_id
 from cogvideo.web.keys import Keys
 from cogvideo.web.schemas import ID, Reference
-from cogvideo.web.served import WANTED, Served, Start, Wanted, pack_codes
+from cogvideo.web.served import WANTED, Served, Start, Wanted, outline, pack_codes
 from cogvideo.web.storage import Store, frame_name
 from cogvideo.web.uploads import decode
 from cogvideo.web.worker import GIVEN, LAST
@@ -150,7 +150,7 @@ class Site:
         frames = [from_png(each) for each in pngs if each is not None]
         if len(frames) < len(places):
             return None
-        fps = self.served.fps(WANTED.validate_json(job.work)) / places.step
+        fps = self.served.fps(outline(job.work)) / places.step
         found = render(variant, np.stack(frames), fps, json.loads(job.work))
         self.store.put(job.id, variant, found)
         return found

@@ -29,7 +29,7 @@ from cogvideo.devices import is_out_of_memory, usable
 from cogvideo.pipeline import Frame
 from cogvideo.web.clips import AT_ONCE, Pixels, from_png, kept, render, to_png
 from cogvideo.web.jobs import Job, Jobs, Progress, Unreachable
-from cogvideo.web.served import WANTED, Served, Wanted, pack_codes
+from cogvideo.web.served import Served, Wanted, pack_codes, wanted_of
 from cogvideo.web.storage import Store, frame_name
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ class Worker:
 
     def _fitting(self, lease: str, jobs: Sequence[Job]) -> Sequence[Job]:
         """As many jobs as memory allows; the others go back."""
-        settings = self.served.settings(_wanted(jobs[0]))
+        settings = self.served.settings(wanted_of(jobs[0].work))
         number = len(jobs)
         while number > 1:
             try:
@@ -183,7 +183,7 @@ class Worker:
     def _frames(self, clips: Sequence[_Clip]) -> Iterator[Frame]:
         first = clips[0]
         finished = {place: torch.stack([clip.codes[place] for clip in clips]) for place in first.codes}
-        wanted = [_wanted(clip.job) for clip in clips]
+        wanted = [wanted_of(clip.job.work) for clip in clips]
         given = self._start(first.job, GIVEN, first.job.given)
         last = self._start(first.job, LAST, first.job.last)
         return self.served.pipeline.frames(self.served.request(wanted, given, last, finished))
@@ -200,7 +200,7 @@ class Worker:
         """Write the files of a clip that is whole or stopped. Files of a deleted job go with it."""
         id = clip.job.id
         if is_held:
-            wanted = _wanted(clip.job)
+            wanted = wanted_of(clip.job.work)
             places = kept(clip.codes, clip.num_frames)
             fps = self.served.fps(wanted) / places.step
             frames, record = clip.frames(places), self._record(wanted, clip, places)
@@ -294,7 +294,3 @@ class _Clip:
             assert content is not None, "a finished frame has no file"
             self._pixels[place] = from_png(content)
         return self._pixels[place]
-
-
-def _wanted(job: Job) -> Wanted:
-    return WANTED.validate_json(job.work)
