@@ -5,16 +5,20 @@ Where one cannot be written, OSError names the file that it was to become, or th
 
 from __future__ import annotations
 
+import csv
 import errno
+import hashlib
+import io
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from fnmatch import filter as matching
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import BaseFileLock, FileLock, Timeout
 
@@ -53,6 +57,24 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8 that replaces `path` when it is whole."""
     with replacing(path) as file:
         file.write(plain(text).encode())
+
+
+def write_json(path: Path, values: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Write values as JSON; `default` makes something else of those that JSON does not know."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, default=default) + "\n")
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write a table, of which the first row has the names of the columns."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of the content of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plain(text: str) -> str:

@@ -23,7 +23,7 @@ import torch
 import cogvideo
 from cogvideo.config import InputError, require, upgraded
 from cogvideo.devices import is_out_of_memory
-from cogvideo.files import write_text
+from cogvideo.files import write_json, write_text
 
 IDENTITY = "run.json"
 """File with the identity of a run."""
@@ -73,7 +73,7 @@ class RunFolder:
         require(not changes, f"another run began in {self.path}: {changes}; {advice}")
         here = _plain({**identity, **facts})
         if not self.began or _read(self._identity) != here:
-            write_text(self._identity, json.dumps(here, indent=2) + "\n")
+            write_json(self._identity, here)
 
     @property
     def began(self) -> bool:
@@ -139,7 +139,7 @@ class RunFolder:
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Write `about.json`: facts for reports, which are known from the start and decide nothing."""
-        write_text(self._about, json.dumps(facts, indent=2) + "\n")
+        write_json(self._about, facts)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `report.json`, with which the run is over."""
-        write_text(self._summary, json.dumps(summary, indent=2) + "\n")
+        write_json(self._summary, summary)
 
     @property
     def summary(self) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ from cogvideo.config import AutoencoderConfig, CogVideoConfig
 from cogvideo.data import engines
 from cogvideo.data.dataset import Dataset
 from cogvideo.data.encoding import PrepareSettings, ahead, encode_clips
+from cogvideo.data.engines import Machines
 from cogvideo.data.frames import BACKGROUNDS, FrameSettings, read_item
 from cogvideo.data.prepare import NO_SPLIT
 from cogvideo.data.sources import SourceOptions, list_source
@@ -44,6 +45,7 @@ from cogvideo.models.autoencoder import Autoencoder
 SMALL = AutoencoderConfig(
     channels=8, groups=4, encoder_multipliers=(1, 1, 2), decoder_multipliers=((1, 1, 1, 2),), embedding_dim=16
 )
+ALONE = Machines(workers=1)
 SETTINGS = PrepareSettings(FrameSettings(fps=8), batch=16, shard_clips=3)
 
 
@@ -79,7 +81,7 @@ def command(*arguments: object) -> list[str]:
 
 def test_rows_hold_the_codes_of_their_clips(clips: Path, tokenizer: str, tmp_path: Path) -> None:
     """Guards the whole way from files to shards: order, captions, lengths, and codes as plain slices give them."""
-    assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1) == 0
+    assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE) == 0
     dataset = Dataset(tmp_path)
     items = list_source(str(clips), SourceOptions()).items
     assert len(dataset) == len(items) == 7
@@ -104,7 +106,13 @@ def test_tokenizer_of_half_precision(
     """Guards bundles that are stored in float16, as the model in the box is: codes are those of float32 layers."""
     CogVideo.from_pretrained(tokenizer, torch.float16).save_pretrained(tmp_path / "half")
     for name, bundle_path in (("whole", tokenizer), ("halved", tmp_path / "half")):
-        prepare(str(clips), tmp_path / name, str(bundle_path), replace(SETTINGS, precision=precision), workers=1)
+        prepare(
+            str(clips),
+            tmp_path / name,
+            str(bundle_path),
+            replace(SETTINGS, precision=precision),
+            machines=ALONE,
+        )
     whole, halved = Dataset(tmp_path / "whole"), Dataset(tmp_path / "halved")
     equal = [(whole.row(row).codes == halved.row(row).codes).mean() for row in range(len(whole))]
     assert np.mean(equal) > 0.9
@@ -120,7 +128,7 @@ def test_still_images_are_clips_of_one_frame(
     Image.new("RGB", (64, 64), "red").save(source / "a.png")
     (source / "a.txt").write_text("all red")
     options = SourceOptions(images=True, validation=0.0)
-    assert prepare(str(source), tmp_path / "out", tokenizer, options=options, workers=1) == 0
+    assert prepare(str(source), tmp_path / "out", tokenizer, options=options, machines=ALONE) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"no split but train ({NO_SPLIT}): stages that learn from it hold nothing out"
     dataset = Dataset(tmp_path / "out")
@@ -132,7 +140,7 @@ def test_still_images_are_clips_of_one_frame(
 @pytest.mark.parametrize("engine", ["processes", pytest.param("ray", marks=pytest.mark.soak)])
 def test_every_engine_gives_the_same_bytes(clips: Path, tokenizer: str, tmp_path: Path, engine: str) -> None:
     """Guards the promise that where data was prepared cannot be seen: one process, several, or Ray."""
-    prepare(str(clips), tmp_path / "one", tokenizer, SETTINGS, workers=1)
+    prepare(str(clips), tmp_path / "one", tokenizer, SETTINGS, machines=ALONE)
     options: tuple[object, ...] = ("--engine", "ray") if engine == "ray" else ("--device", "cpu")
     options = (*options, "--workers", 2, "--batch", 16, "--shard-clips", 3)
     arguments = command(clips, "--out", tmp_path / "two", "--tokenizer", tokenizer, *options)
@@ -168,10 +176,10 @@ def test_what_is_asked_of_ray(clips: Path, tokenizer: str, tmp_path: Path, monke
     data = Mock(from_items=lambda rows, **options: InThisProcess(rows, asked, **options))
     for name, module in (("ray", ray), ("ray.data", data), ("ray.exceptions", Mock(RayTaskError=RuntimeError))):
         monkeypatch.setitem(sys.modules, name, module)
-    prepare(str(clips), tmp_path / "ray", tokenizer, SETTINGS, workers=2, engine="ray")
+    prepare(str(clips), tmp_path / "ray", tokenizer, SETTINGS, machines=Machines("auto", "ray", 2))
     assert asked == {"blocks": 3, "concurrency": 2, "num_gpus": 0, "num_cpus": 1}
     ray.shutdown.assert_called_once()
-    prepare(str(clips), tmp_path / "one", tokenizer, SETTINGS, workers=1)
+    prepare(str(clips), tmp_path / "one", tokenizer, SETTINGS, machines=ALONE)
     assert files(tmp_path / "ray") == files(tmp_path / "one")
 
 
@@ -201,9 +209,9 @@ def test_killed_runs_continue_to_the_same_bytes(tokenizer: str, tmp_path: Path) 
 
 def test_whole_run_is_not_repeated(clips: Path, tokenizer: str, tmp_path: Path) -> None:
     """Guards the second call of a finished command: it writes no shard again."""
-    prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
+    prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
     before = {path.name: path.stat().st_ino for path in tmp_path.glob("shard-*")}
-    assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1) == 0
+    assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE) == 0
     assert {path.name: path.stat().st_ino for path in tmp_path.glob("shard-*")} == before
 
 
@@ -225,7 +233,7 @@ def test_bad_clips_are_counted_with_their_reasons(
     (source / "blank.txt").write_text(" \n\n")
     for name in ("short", "empty", "cut", "words"):
         (source / f"{name}.txt").write_text("a caption")
-    assert prepare(str(source), tmp_path / "out", tokenizer, SETTINGS, workers=1) == 1
+    assert prepare(str(source), tmp_path / "out", tokenizer, SETTINGS, machines=ALONE) == 1
     with (tmp_path / "out" / "rejected.csv").open(newline="") as file:
         rejected = {row["id"]: row["reason"] for row in csv.DictReader(file)}
     assert rejected.keys() == {f"{name}.mp4" for name in ("short", "empty", "cut", "words", "uncaptioned", "blank")}
@@ -235,7 +243,7 @@ def test_bad_clips_are_counted_with_their_reasons(
     assert rejected["short.mp4"] == "too short"
     assert rejected["empty.mp4"] == "empty file"
     assert "rejected: 6" in capsys.readouterr().out
-    assert prepare(str(source), tmp_path / "out", tokenizer, SETTINGS, workers=1, max_rejected=6) == 0
+    assert prepare(str(source), tmp_path / "out", tokenizer, SETTINGS, machines=ALONE, max_rejected=6) == 0
 
 
 def test_source_without_any_good_clip_is_refused(tokenizer: str, tmp_path: Path) -> None:
@@ -243,7 +251,7 @@ def test_source_without_any_good_clip_is_refused(tokenizer: str, tmp_path: Path)
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.mp4").write_text("no video")
     with pytest.raises(ValueError, match=r"no clip of .* can be used: a.mp4: missing caption$"):
-        prepare(str(tmp_path / "source"), tmp_path / "out", tokenizer, SETTINGS, workers=1)
+        prepare(str(tmp_path / "source"), tmp_path / "out", tokenizer, SETTINGS, machines=ALONE)
     assert "a.mp4" in (tmp_path / "out" / "rejected.csv").read_text()
 
 
@@ -258,7 +266,7 @@ def test_paths_that_are_no_text(clips: Path, tokenizer: str, tmp_path: Path) -> 
     table = source / os.fsdecode(b"t\xfd.csv")
     table.write_bytes(b"file,caption\nclip0.mp4,a cat\n,a dog\n")
     for name, each in (("table", table), ("folder", source)):
-        assert prepare(str(each), tmp_path / name, tokenizer, SETTINGS, workers=1) == 1
+        assert prepare(str(each), tmp_path / name, tokenizer, SETTINGS, machines=ALONE) == 1
         assert Dataset(tmp_path / name).card.source == str(each)
     assert '"t\\udcfd.csv, line 3",missing file name' in (tmp_path / "table" / "rejected.csv").read_text()
     assert r"bad\udcfe.mp4,no readable video" in (tmp_path / "folder" / "rejected.csv").read_text()
@@ -267,7 +275,7 @@ def test_paths_that_are_no_text(clips: Path, tokenizer: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("change", ["settings", "clips", "tokenizer"])
 def test_other_data_in_the_folder_is_refused(clips: Path, tokenizer: str, tmp_path: Path, change: str) -> None:
     """Guards against datasets of two kinds: a run never continues what was begun in another way."""
-    prepare(str(clips), tmp_path / "out", tokenizer, SETTINGS, workers=1)
+    prepare(str(clips), tmp_path / "out", tokenizer, SETTINGS, machines=ALONE)
     source, other = clips, SETTINGS
     if change == "settings":
         other = replace(SETTINGS, frames=replace(SETTINGS.frames, fps=4))
@@ -283,24 +291,24 @@ def test_other_data_in_the_folder_is_refused(clips: Path, tokenizer: str, tmp_pa
     before = files(tmp_path / "out")
     how = {"settings": "with other settings", "clips": "from other clips", "tokenizer": "with another tokenizer"}
     with pytest.raises(ValueError, match=rf"shard-00000.arrow was made {how[change]}: give this run another folder"):
-        prepare(str(source), tmp_path / "out", tokenizer, other, workers=1)
+        prepare(str(source), tmp_path / "out", tokenizer, other, machines=ALONE)
     assert files(tmp_path / "out") == before
 
 
 def test_damaged_shard_is_never_taken_for_whole(clips: Path, tokenizer: str, tmp_path: Path) -> None:
     """Guards against half a file: a truncated shard is refused by name."""
-    prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
+    prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
     shard = tmp_path / "shard-00001.arrow"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"cannot use the shard .*shard-00001.arrow"):
-        prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
+        prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
 
 
 def test_two_runs_in_one_folder_are_refused(clips: Path, tokenizer: str, tmp_path: Path) -> None:
     """Guards against a run that removes what another one is writing: the second one is told to wait."""
     with alone_in(tmp_path), pytest.raises(ValueError, match="another process is writing to"):
-        prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
-    assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1) == 0
+        prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
+    assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE) == 0
 
 
 def test_locks_of_a_process_have_one_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,15 +323,15 @@ def test_locks_of_a_process_have_one_hook(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_changed_shard_is_refused(clips: Path, tokenizer: str, tmp_path: Path) -> None:
     """Guards against a second run that takes a damaged shard for good and gives it a new hash."""
-    prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
+    prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
     shard, whole = tmp_path / "shard-00001.arrow", (tmp_path / "shard-00001.arrow").read_bytes()
     codes = Dataset(tmp_path).row(3).codes.tobytes()
     place = whole.index(codes) + len(codes) // 2
     shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     with pytest.raises(ValueError, match=r"shard-00001.arrow is not, byte for byte, what was prepared"):
-        prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
+        prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
     shard.unlink()
-    prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
+    prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
     assert shard.read_bytes() == whole
 
 
@@ -332,7 +340,7 @@ def test_shards_do_not_depend_on_where_the_source_lies(clips: Path, tokenizer: s
     for place in ("here", "there/deep"):
         shutil.copytree(clips, tmp_path / place)
         (tmp_path / place / "clip0.mp4").write_text("broken")
-        prepare(str(tmp_path / place), tmp_path / f"of-{place[0]}", tokenizer, SETTINGS, workers=1)
+        prepare(str(tmp_path / place), tmp_path / f"of-{place[0]}", tokenizer, SETTINGS, machines=ALONE)
     here, there = files(tmp_path / "of-h"), files(tmp_path / "of-t")
     assert here.keys() == there.keys()
     assert {name for name in here if here[name] != there[name]} == {"dataset.json"}
@@ -353,14 +361,14 @@ def test_failures_of_the_system_are_no_rejections(
     with monkeypatch.context() as broken:
         broken.setattr(Path, "open", fails)
         with pytest.raises(OSError, match="Input/output error"):
-            prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1)
-    assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, workers=1) == 0
+            prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
+    assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE) == 0
 
 
 def test_source_is_no_place_for_shards(clips: Path, tokenizer: str) -> None:
     """Guards a user's clips from files among them."""
     with pytest.raises(ValueError, match="is the source: pass another one with --out"):
-        prepare(str(clips), clips, tokenizer, SETTINGS, workers=1)
+        prepare(str(clips), clips, tokenizer, SETTINGS, machines=ALONE)
 
 
 def test_full_disk_is_one_line_and_nothing_is_lost(clips: Path, tokenizer: str, tmp_path: Path) -> None:
@@ -454,7 +462,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 def test_pairs_for_super_resolution(clips: Path, tokenizer: str, tmp_path: Path) -> None:
     """Guards the training data of super-resolution: high codes are those of the same frames at three times the size."""
     paired = replace(SETTINGS, superres=True)
-    prepare(str(clips), tmp_path, tokenizer, paired, workers=1)
+    prepare(str(clips), tmp_path, tokenizer, paired, machines=ALONE)
     dataset, item = Dataset(tmp_path), list_source(str(clips), SourceOptions()).items[4]
     high = read_item(item, replace(SETTINGS.frames, size=192)).frames
     low = np.zeros((len(high), 64, 64, 3))
@@ -480,7 +488,7 @@ def test_copies_of_a_clip_with_alpha_lie_on_backgrounds_that_captions_name(token
     random = FrameSettings(size=64, background="random", background_template=template)
     prepare(
         str(tmp_path / "clips"), tmp_path / "out", tokenizer, replace(SETTINGS, frames=random),
-        SourceOptions(copies=12), workers=1,
+        SourceOptions(copies=12), machines=ALONE,
     )  # fmt: skip
     dataset = Dataset(tmp_path / "out")
     items = list_source(str(tmp_path / "clips"), SourceOptions(copies=12)).items
@@ -550,7 +558,7 @@ def test_size_must_fit_the_tokenizer(clips: Path, tokenizer: str, tmp_path: Path
     """Guards against a failure in the encoder: the size is checked before anything is read or written."""
     odd = replace(SETTINGS, frames=FrameSettings(size=60))
     with pytest.raises(ValueError, match="size is 60x60, expected multiples of 8"):
-        prepare(str(clips), tmp_path / "out", tokenizer, odd, workers=1)
+        prepare(str(clips), tmp_path / "out", tokenizer, odd, machines=ALONE)
     with pytest.raises(ValueError, match="caption_columns is empty, expected one column or more"):
         prepare(str(clips), tmp_path / "out", tokenizer, SETTINGS, SourceOptions(caption_columns=()))
     assert not (tmp_path / "out").exists()
@@ -560,7 +568,7 @@ def test_bundle_without_tokenizer_is_refused(clips: Path, tmp_path: Path) -> Non
     """Guards the message for a bundle that cannot encode."""
     CogVideo(CogVideoConfig()).save_pretrained(tmp_path / "bundle")
     with pytest.raises(ValueError, match="the bundle has no image_tokenizer, it has: nothing"):
-        prepare(str(clips), tmp_path / "out", str(tmp_path / "bundle"), SETTINGS, workers=1)
+        prepare(str(clips), tmp_path / "out", str(tmp_path / "bundle"), SETTINGS, machines=ALONE)
 
 
 @settings(max_examples=50)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from cogvideo.cli import main
+from cogvideo.data.engines import Machines
 from cogvideo.evaluation import features as module
 from cogvideo.evaluation.comparison import Comparing, Comparison, Networks
-from cogvideo.evaluation.features import Clips, Judge, Machines
+from cogvideo.evaluation.features import Clips, Judge
 from cogvideo.evaluation.footage import Reading, Tokenizer, draw
 from cogvideo.evaluation.protocols import PROTOCOLS
 from cogvideo.media.video import write_video

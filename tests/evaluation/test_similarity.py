@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from cogvideo.cli import main
-from cogvideo.evaluation.features import Machines
+from cogvideo.data.engines import Machines
 from cogvideo.evaluation.footage import Reading
 from cogvideo.evaluation.protocols import PROTOCOLS
 from cogvideo.evaluation.similarity import Similarity, is_vit_b32

@@ -18,7 +18,8 @@ from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
 from cogvideo.config import preset
-from cogvideo.evaluation.features import Judge, Machines
+from cogvideo.data.engines import Machines
+from cogvideo.evaluation.features import Judge
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, initialize

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cogvideo.bundle.format import Entry, owner_of
 from cogvideo.config import InputError, require
-from cogvideo.files import replacing, write_text
+from cogvideo.files import replacing, write_json
 from cogvideo.models.adapters import DOWN, MATRICES, UP, Delta
 
 ADAPTERS, OWN = "adapters", "own"
@@ -162,7 +162,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[st
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CONFIG, json.dumps(config | _PLAIN, indent=2) + "\n")
+    write_json(folder / CONFIG, config | _PLAIN)
     named = {f"{_PREFIX}{name}": each.contiguous() for name, each in tensors.items()}
     with replacing(folder / WEIGHTS) as file:
         file.write(save(named, {_FACTS: json.dumps(facts)}))

@@ -8,7 +8,6 @@ turns, and each removes what killed ones left.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -37,7 +36,7 @@ from cogvideo.config import (
     require,
     upgraded,
 )
-from cogvideo.files import named, replacing, sync, turn_in, write_text
+from cogvideo.files import named, replacing, sha256_of, sync, turn_in, write_json, write_text
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel
 from cogvideo.models.upscaler import UpscaleChannel
@@ -91,8 +90,7 @@ class Entry:
     @classmethod
     def of(cls, path: Path) -> Entry:
         """The entry of a file as it is now."""
-        with path.open("rb") as file:
-            return cls(path.name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return cls(path.name, path.stat().st_size, sha256_of(path))
 
     def check(self, path: Path) -> None:
         """Refuse a file that is missing or of another size."""
@@ -145,8 +143,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `bundle.json` into `folder`."""
-        text = json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2, ensure_ascii=False)
-        write_text(folder / MANIFEST, text + "\n")
+        write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **asdict(self)})
 
     @classmethod
     def here(cls, folder: Path) -> Manifest | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from importlib import import_module
 from itertools import count
 from pathlib import Path
 
 from cogvideo.config import require
-from cogvideo.evaluation.features import Machines
+from cogvideo.data.engines import Machines
 from cogvideo.evaluation.networks.cache import network_path
-from cogvideo.files import write_text
+from cogvideo.files import write_json
 from cogvideo.runs import provenance
 from cogvideo.training.ablation import DATA, LOG, Ablation, Job, Laboratory
 from cogvideo.training.optim import StageOptimization
@@ -67,7 +66,7 @@ def ablate(
         print(f"{len(names)} runs to do; each has its messages in {out / names[0] / LOG} or the like", flush=True)
         done = count(1)
         jobs = [Job((name,)) for name in names]
-        machines.run(jobs, laboratory, lambda: print(f"{next(done)} of {len(names)} runs are done", flush=True))
+        machines.settled.run(jobs, laboratory, lambda: print(f"{next(done)} of {len(names)} runs are done", flush=True))
     _write(laboratory)
 
 
@@ -82,7 +81,7 @@ def _write(laboratory: Laboratory) -> None:
     page, figures = facts(laboratory)
     settings = {"ablation": asdict(laboratory.ablation), "optimization": asdict(laboratory.optimization)}
     content = provenance() | {"settings": settings, "runs": over} | figures
-    write_text(laboratory.out / FILE, json.dumps(content, indent=1, default=plain) + "\n")
+    write_json(laboratory.out / FILE, content, plain)
     lead = f"{over} of {len(laboratory.runs)} runs are over; {laboratory.optimization.steps:,} steps of each stage."
     write_page(laboratory.out / PAGE, "ablate", "Ablation of the video stages", lead, "ablation.html", page)
     print(f"written: {laboratory.out / PAGE}, {laboratory.out / FILE}, with {over} runs")

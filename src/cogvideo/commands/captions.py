@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from cogvideo.config import require
 from cogvideo.data.folders import find_manifest
 from cogvideo.evaluation.review import listed
-from cogvideo.files import write_text
+from cogvideo.files import write_csv
 from cogvideo.media.video import VideoError, read_video
 from cogvideo.report.page import count, write_page
 
@@ -46,9 +44,7 @@ def captions(clips: Path, /) -> None:
             continue
         shown.append({"file": file, "caption": caption, "frames": frames})
     if find_manifest(clips) is None:
-        table = io.StringIO(newline="")
-        csv.writer(table).writerows([("file", "caption"), *((each["file"], each["caption"]) for each in shown)])
-        write_text(clips / TABLE, table.getvalue())
+        write_csv(clips / TABLE, [("file", "caption"), *((each["file"], each["caption"]) for each in shown)])
         print(f"{clips / TABLE}: {count(sum(not each['caption'] for each in shown), 'empty caption')}")
     page = clips / PAGE
     lead = f"{count(shown, 'clip')} of {clips.resolve().name}."

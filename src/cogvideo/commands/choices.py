@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,6 +15,7 @@ from cogvideo.bundle.model import POCKET
 from cogvideo.commands.outputs import Record, check_name, public, read_record
 from cogvideo.config import SECONDS, CogVideoConfig, InputError, require, size_of
 from cogvideo.data.folders import existing
+from cogvideo.files import sha256_of
 from cogvideo.generation.request import (
     ADDED,
     LARGEST_SEED,
@@ -229,8 +229,7 @@ class Sidecar:
 def _hash(path: Path) -> str:
     is_special = path.exists() and not path.is_file() and not path.is_dir()
     require(not is_special, f"{path} is a pipe or a device, expected a file")  # some never end
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def _path(kind: type, value: Any) -> Path:

@@ -14,7 +14,7 @@ from rich.markup import escape
 import cogvideo
 from cogvideo.bundle.format import Manifest, file_of
 from cogvideo.bundle.model import POCKET, locate
-from cogvideo.commands.info import table
+from cogvideo.commands.terminal import table
 from cogvideo.config import PRESETS, InputError, preset
 from cogvideo.devices import free_memory, slowness
 from cogvideo.planning.costs import clip

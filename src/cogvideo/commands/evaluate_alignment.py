@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cogvideo.commands.terminal import table
 from cogvideo.config import require
 from cogvideo.devices import slowness, usable
 from cogvideo.evaluation.alignment import REAL, Judged, evaluate
@@ -68,30 +69,28 @@ def alignment(
     else:
         console.print("No --emoji is given: animations are left out.")
     require(len(subjects) > 0, "there is nothing to judge: world is 0 and there is no emoji, expected one of them")
-    for table in _tables(evaluate(pipeline, model, subjects, making, batch, out)):
-        console.print(table)
+    for each in _tables(evaluate(pipeline, model, subjects, making, batch, out)):
+        console.print(each)
     print(f"{out / 'alignment.json'}, {out / 'alignment.png'}")
 
 
 def _tables(results: dict[str, dict[str, Judged]]) -> Iterator[Table]:
     """A table of shares for each subject, with half the width of their 95 % intervals, and one of movement."""
     for subject, rows in results.items():
-        table = Table(title=f"{subject}: share that is right (%, 95 % interval)")
         measures = list(next(iter(rows[REAL].verdict.shares.values())))
-        for column in ("", "", *measures):
-            table.add_column(column, justify="right" if column else "left")
+        shown = []
         for row, judged in rows.items():
             for group, shares in judged.verdict.shares.items():
                 count = judged.verdict.counts[group]
-                table.add_row(row, group, *(_percent(shares[name], count) for name in measures))
-        yield table
-    table = Table(title="movement, against real clips of the same prompts")
-    for column in ("", "", "energy ratio", "static (%)", "flicker (levels)"):
-        table.add_column(column, justify="right" if column else "left")
-    for subject, rows in results.items():
-        for row, (_, (ratio, static, flicker)) in rows.items():
-            table.add_row(subject, row, f"{ratio:.2f}", f"{100 * static:.1f}", f"{flicker:.2f}")
-    yield table
+                shown.append([row, group, *(_percent(shares[name], count) for name in measures)])
+        yield table(f"{subject}: share that is right (%, 95 % interval)", ["", "", *measures], shown, 2)
+    moved = [
+        [subject, row, f"{ratio:.2f}", f"{100 * static:.1f}", f"{flicker:.2f}"]
+        for subject, rows in results.items()
+        for row, (_, (ratio, static, flicker)) in rows.items()
+    ]
+    heads = ["", "", "energy ratio", "static (%)", "flicker (levels)"]
+    yield table("Movement, against real clips of the same prompts", heads, moved, 2)
 
 
 def _percent(share: float, count: int) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_format
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,13 +10,15 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from cogvideo.commands.terminal import table
 from cogvideo.config import require
+from cogvideo.data.engines import Machines
 from cogvideo.evaluation.comparison import Comparing, Comparison, Figure, Networks
-from cogvideo.evaluation.features import Machines, c3d, i3d, lpips
+from cogvideo.evaluation.features import c3d, i3d, lpips
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.networks.cache import fetched
 from cogvideo.evaluation.protocols import PROTOCOLS, RELIABLE, Protocol
-from cogvideo.files import write_text
+from cogvideo.files import write_json
 from cogvideo.models.perceptual import Network as Perceptual
 from cogvideo.runs import provenance
 
@@ -83,6 +84,7 @@ def distribution(
     show(result, protocol, chosen)
     if json is not None:
         write_json(json, describe(result, protocol, networks, reading, seed))
+        print(json)
 
 
 def load_networks(
@@ -96,12 +98,6 @@ def load_networks(
     require((c3d_weights is None) == (c3d_mean is None), "got one of --c3d-weights and --c3d-mean, expected both")
     judge = i3d(network or fetched("i3d"), protocol, not unproven)
     return Networks(judge, not unproven, c3d(c3d_weights, c3d_mean) if c3d_weights and c3d_mean else None)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write figures with all that they depend on."""
-    write_text(path, json_format.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    print(path)
 
 
 def show(result: Comparison, name: str, protocol: Protocol) -> None:
@@ -118,9 +114,7 @@ def show(result: Comparison, name: str, protocol: Protocol) -> None:
 
 def figures_table(figures: Sequence[Figure]) -> Table:
     """A row for each figure."""
-    table = Table()
-    for column in ("figure", "clips", "N", "value", "95 % interval", "real / real", "N to infinity"):
-        table.add_column(column, justify="left" if column in ("figure", "clips") else "right")
+    rows = []
     for each in figures:
         low, high = each.interval
         floor = "-" if each.real is None else _number(each.real)
@@ -128,8 +122,9 @@ def figures_table(figures: Sequence[Figure]) -> Table:
             floor += f" (N = {each.real_clips:,})"
         limit = "-" if each.limit is None else f"{_number(each.limit.value)} ± {_number(each.limit.error)}"
         between = f"{_number(low)} to {_number(high)}"
-        table.add_row(each.name, each.of, f"{each.clips:,}", _number(each.value), between, floor, limit)
-    return table
+        rows.append([each.name, each.of, f"{each.clips:,}", _number(each.value), between, floor, limit])
+    heads = ["figure", "clips", "N", "value", "95 % interval", "real / real", "N to infinity"]
+    return table("", heads, rows, num_texts=2)
 
 
 def _number(value: float) -> str:

@@ -13,12 +13,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cogvideo.commands.evaluate_distribution import describe, load_networks, show, write_json
+from cogvideo.commands.evaluate_distribution import describe, load_networks, show
+from cogvideo.commands.terminal import table
 from cogvideo.config import require
+from cogvideo.data.engines import Machines, progress
 from cogvideo.data.sources import Item
 from cogvideo.devices import slowness, usable
 from cogvideo.evaluation.comparison import INCEPTION_SCORE, Comparing, Figure, Networks
-from cogvideo.evaluation.features import Machines, file_sha256, progress
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.lists import Language, Split, read_kinetics, read_ucf101
 from cogvideo.evaluation.making import Making, fill
@@ -26,7 +27,7 @@ from cogvideo.evaluation.protocols import PROTOCOLS, Pixels, Protocol
 from cogvideo.evaluation.published import KINETICS600, NOTE, UCF101, Published
 from cogvideo.evaluation.samples import Maker, of_classes, of_videos, write_table, write_windows
 from cogvideo.evaluation.subjects import Prompt
-from cogvideo.files import alone_in
+from cogvideo.files import alone_in, sha256_of, write_json
 from cogvideo.media.video import write_video
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.runs import RunFolder
@@ -141,7 +142,7 @@ def kinetics600(
     print(f"{num_missing:,} of {len(listed) + num_missing:,} listed videos are missing and left out")
     run = _Run("kinetics600", model, out, protocol, fps, making, machines, networks)
     captioned = Reading(protocol, fps, caption_columns=("caption",))
-    with run.claimed({"clips": clips, "list": file_sha256(table)}):
+    with run.claimed({"clips": clips, "list": sha256_of(table)}):
         if not run.real.exists():
             write_table(out / "listed.jsonl", listed)
             write_windows(run.real, out / "listed.jsonl", captioned, making.seed)
@@ -213,7 +214,9 @@ class _Run:
         console.print(NOTE)
         described = describe(result, "tats", self._networks, self._reading, self._seed) | self._identity
         described |= {**facts, "table": [each._asdict() for each in rows], "note": NOTE}
-        write_json(self._out / f"{self._name}.json", described)
+        path = self._out / f"{self._name}.json"
+        write_json(path, described)
+        print(path)
 
 
 def _ours(figures: Sequence[Figure]) -> list[Published]:
@@ -235,11 +238,9 @@ def _ours(figures: Sequence[Figure]) -> list[Published]:
 
 
 def _table(rows: Sequence[Published]) -> Table:
-    table = Table()
-    for column in ("", "FVD", "Inception Score", "source"):
-        table.add_column(column, justify="right" if column in ("FVD", "Inception Score") else "left")
+    shown = []
     for row in rows:
         fvd = "-" if row.fvd is None else f"{round(row.fvd, 2):g}"
         score = "-" if row.inception_score is None else f"{row.inception_score:.2f}"
-        table.add_row(row.method, fvd, score, row.source)
-    return table
+        shown.append([row.method, row.source, fvd, score])
+    return table("", ["", "source", "FVD", "Inception Score"], shown, num_texts=2)

@@ -10,15 +10,17 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
-from cogvideo.commands.evaluate_distribution import figures_table, write_json
+from cogvideo.commands.evaluate_distribution import figures_table
 from cogvideo.config import require
+from cogvideo.data.engines import Machines
 from cogvideo.data.tables import CAPTION_COLUMNS
 from cogvideo.evaluation.comparison import Figure
 from cogvideo.evaluation.distribution import Metric, interval
-from cogvideo.evaluation.features import Machines, one_thread
+from cogvideo.evaluation.features import one_thread
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.protocols import PROTOCOLS
 from cogvideo.evaluation.similarity import Similarity, Which, fingerprint, is_vit_b32, locate_clip
+from cogvideo.files import write_json
 from cogvideo.runs import provenance
 
 
@@ -98,6 +100,7 @@ def text(
             "figures": [asdict(each) for each in figures],
         }
         write_json(json, described)
+        print(json)
 
 
 def _figure(name: str, of: str, metric: Metric, sets: Sequence[Tensor], seed: int) -> Figure:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from json import dumps
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from cogvideo.bundle.format import Manifest
+from cogvideo.commands.terminal import table
 from cogvideo.config import PRESETS, preset, require
 from cogvideo.planning.costs import (
     GPU,
@@ -66,16 +66,6 @@ def report(name: str, manifest: Manifest, batch: int = 1) -> dict[str, Any]:
         "resident": {kind: resident(config, phases, kind) for kind in PRECISIONS},
         "training": [asdict(training(config, stage, batch)) for stage in STAGES],
     }
-
-
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
-    """A table for the terminal: the first column names the row, the others are figures."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _tables(name: str, manifest: Manifest, batch: int) -> Iterator[Table | str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from cogvideo.commands.outputs import public
 from cogvideo.config import require
 from cogvideo.devices import usable
 from cogvideo.evaluation.attention import StageAttention, stage_attention
-from cogvideo.files import write_text
+from cogvideo.files import write_json
 from cogvideo.generation.request import LARGEST_SEED, Request
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.report.attention import write_picture
@@ -69,7 +68,7 @@ def attention(
         "torch": torch.__version__,
         "stages": [_record(stage, seconds) for stage, seconds, _ in shown],
     }
-    write_text(output.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=1) + "\n")
+    write_json(output.with_suffix(".json"), record)
     print(f"{output}, {output.with_suffix('.json')}")
 
 

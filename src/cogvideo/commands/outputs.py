@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 
 from cogvideo.commands.prompts import stem_of
 from cogvideo.config import InputError, require
-from cogvideo.files import TEMPORARY_SUFFIX, named, replacing_by_name, write_text
+from cogvideo.files import TEMPORARY_SUFFIX, named, replacing_by_name, write_json
 from cogvideo.generation.request import ADDED
 from cogvideo.media.images import write_image
 from cogvideo.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, write_video
@@ -208,7 +208,7 @@ def write_clip(
         path.mkdir()
         for place, frame in enumerate(frames):
             write_frame(path, place, frame, text)
-    write_text(sidecar, json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+    write_json(sidecar, record)
 
 
 def write_frame(folder: Path, place: int, frame: UInt8[np.ndarray, "height width 3"], comment: str = "") -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cogvideo.bundle.format import Manifest
-from cogvideo.commands.info import table
+from cogvideo.commands.terminal import table
 from cogvideo.planning.costs import STAGES
 from cogvideo.planning.plan import GIB, PAPER, Machines, StagePlan, stage_plan
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from cogvideo.config import require
 from cogvideo.data import prepare as room
 from cogvideo.data.encoding import PrepareSettings
+from cogvideo.data.engines import Machines
 from cogvideo.data.sources import SourceOptions
 
 TOO_MANY_REJECTED = 1
@@ -21,10 +21,7 @@ def prepare(
     tokenizer: str,
     settings: PrepareSettings = PrepareSettings(),  # noqa: B008  # frozen
     options: SourceOptions = SourceOptions(),  # noqa: B008
-    device: str = "auto",
-    engine: Literal["local", "ray"] = "local",
-    workers: int = 0,
-    ray_address: str | None = None,
+    machines: Machines = Machines(),  # noqa: B008
     max_rejected: int = 0,
     recipe: Path | None = None,  # read by the command line
 ) -> int:
@@ -39,13 +36,10 @@ def prepare(
         tokenizer: Bundle with the image tokenizer: a folder, or its ID on the Hugging Face Hub.
         settings: How clips become codes.
         options: How the source is read.
-        device: Device to run on: cpu, cuda for all GPUs, cuda:0, or auto.
-        engine: Processes on this machine, or Ray Data (needs the extra ray).
-        workers: Number of processes; 0 for one per core, or one per GPU.
-        ray_address: Address of a Ray cluster that shares the folders; a local one is started by default.
+        machines: Devices and processes.
         max_rejected: Number of rejected clips that is allowed; more give exit status 1.
         recipe: TOML file with a table of options for this command. Options on the command line take precedence.
     """
     require(max_rejected >= 0, f"max_rejected is {max_rejected}, expected 0 or more")
-    card = room.prepare(source, out, tokenizer, settings, options, device, engine, workers, ray_address)
+    card = room.prepare(source, out, tokenizer, settings, options, machines)
     return TOO_MANY_REJECTED if card.num_rejected > max_rejected else 0

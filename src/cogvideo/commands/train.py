@@ -12,6 +12,7 @@ from rich.table import Table
 from cogvideo.bundle.adapters import ADAPTERS, OWN
 from cogvideo.bundle.format import CHANNELS, MANIFEST, PLAIN_NAME
 from cogvideo.bundle.model import update as update_bundle
+from cogvideo.commands.terminal import table
 from cogvideo.config import require
 from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings
@@ -255,12 +256,8 @@ def reader(
 
 
 def _table(right: dict[str, dict[str, float]], number: int) -> Table:
-    table = Table(title=f"Read right, of {number:,} clips that were never trained on")
-    for name in ("", *ATTRIBUTES, "all"):
-        table.add_column(name, justify="left" if name == "" else "right")
-    for group, shares in right.items():
-        table.add_row(group, *(f"{each:.1%}" for each in shares.values()))
-    return table
+    rows = ([group, *(f"{each:.1%}" for each in shares.values())] for group, shares in right.items())
+    return table(f"Read right, of {number:,} clips that were never trained on", ["", *ATTRIBUTES, "all"], rows)
 
 
 def text(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from bisect import bisect_right
 from collections import Counter
@@ -20,7 +19,7 @@ import cogvideo
 from cogvideo.config import InputError, check_version, from_dict, require
 from cogvideo.data.shards import FORMAT_VERSION, CodeInfo, Row, Shard, canonical_json, digest, read_info, reason
 from cogvideo.data.sources import Rejection
-from cogvideo.files import TEMPORARY_SUFFIX, write_text
+from cogvideo.files import TEMPORARY_SUFFIX, sha256_of, write_json
 
 CARD = "dataset.json"
 REJECTED = "rejected.csv"
@@ -112,8 +111,7 @@ def make_card(
 
 def write_card(folder: Path, card: Card) -> None:
     """Write `dataset.json`, which makes the folder a whole dataset."""
-    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(card)}, indent=2, ensure_ascii=False)
-    write_text(folder / CARD, f"{text}\n")
+    write_json(folder / CARD, {"format_version": FORMAT_VERSION, **asdict(card)})
 
 
 def read_card(folder: Path) -> Card:
@@ -217,5 +215,4 @@ def _check_equal(shard: Shard, expected: dict[str, Any]) -> None:
 
 
 def _entry(path: Path, num_rows: int) -> ShardEntry:
-    with path.open("rb") as file:
-        return ShardEntry(path.name, num_rows, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return ShardEntry(path.name, num_rows, path.stat().st_size, sha256_of(path))

@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import Field, replace
+from dataclasses import Field, dataclass, replace
+from functools import partial
+from importlib import import_module
 from multiprocessing.queues import SimpleQueue
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cogvideo.config import InputError, require
 from cogvideo.devices import usable
@@ -83,6 +87,52 @@ def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_cli
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():  # nothing is left to do, or it is not wanted any more
                 process.terminate()
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Devices and processes."""
+
+    device: str = "auto"
+    """Device to run on: cpu, cuda for all GPUs, cuda:0, or auto."""
+    engine: Literal["local", "ray"] = "local"
+    """Processes on this machine, or Ray Data (needs the extra ray)."""
+    workers: int = 0
+    """Number of processes; 0 for one per core, or one per GPU."""
+    ray_address: str | None = None
+    """Address of a Ray cluster that shares all folders and the cache; a local one is started by default."""
+
+    def __post_init__(self) -> None:
+        if self.engine == "ray":
+            import_module("ray")  # if it is missing, that is said before anything is done
+
+    @property
+    def kind(self) -> str:
+        """Kind of the devices, which must be there; on Ray, that of CPUs unless CUDA is asked for."""
+        if self.engine == "ray":
+            return "cuda" if self.device == "cuda" else "cpu"
+        return local_devices(self.device, self.workers)[0].partition(":")[0]
+
+    @property
+    def settled(self) -> Machines:
+        """The same with the kind of the devices, which actors of Ray would choose themselves."""
+        return replace(self, device=self.kind) if self.engine == "ray" else self
+
+    def run(self, jobs: Sequence[Job], worker: Worker, on_clip: OnClip) -> None:
+        """Do jobs; `on_clip` is called after each item."""
+        if self.engine == "ray":
+            run_ray(jobs, worker, self.device, self.ray_address, self.workers, on_clip)
+        else:
+            run_local(jobs, worker, local_devices(self.device, self.workers), on_clip)
+
+
+@contextmanager
+def progress(title: str, total: int, completed: int) -> Iterator[Callable[..., None]]:
+    """A bar over clips, of which some are done; yields a function that advances it."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, completed=completed)
+        yield partial(bar.advance, task)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from cogvideo.config import InputError, Sides, both, require, times
 from cogvideo.data.encoding import ahead
 from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.sources import Item, SourceOptions, list_source, other_splits
-from cogvideo.files import replacing, write_text
+from cogvideo.files import replacing, write_json
 from cogvideo.media.video import VideoError
 
 FILES = ("train.rgb", "held_out.rgb")
@@ -92,7 +92,7 @@ def fetch(
     key = hashlib.sha256(decisive.encode()).hexdigest()
     if not (folder / MANIFEST).exists():
         drawn = {"key": key} | _draw(folder, sources, options, settings, on_read, readers)
-        write_text(folder / MANIFEST, json.dumps(drawn, indent=2) + "\n")
+        write_json(folder / MANIFEST, drawn)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except ValueError as error:

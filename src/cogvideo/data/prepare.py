@@ -6,31 +6,23 @@ takes its place when it is whole, so that it need not be made again, whatever en
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
-from rich.text import Text
+from typing import Any
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import locate
 from cogvideo.config import CogVideoConfig, InputError, both, check_size, joined, require, times
 from cogvideo.data.dataset import REJECTED, Card, check_hashes, make_card, write_card
 from cogvideo.data.encoding import Job, PrepareSettings, Worker
-from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
+from cogvideo.data.engines import Machines, progress
 from cogvideo.data.shards import ShardInfo, digest, read_info, shard_name
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
 from cogvideo.data.tars import Member
-from cogvideo.files import alone_in, named, remove_leftovers, write_text
+from cogvideo.files import alone_in, named, remove_leftovers, write_csv
 
 NO_SPLIT = "one in twenty clips becomes validation unless --validation says otherwise"
 """Why few clips may give no validation split."""
@@ -42,10 +34,7 @@ def prepare(
     tokenizer: str,
     settings: PrepareSettings = PrepareSettings(),  # noqa: B008  # frozen
     options: SourceOptions = SourceOptions(),  # noqa: B008
-    device: str = "auto",
-    engine: Literal["local", "ray"] = "local",
-    workers: int = 0,
-    ray_address: str | None = None,
+    machines: Machines = Machines(),  # noqa: B008
 ) -> Card:
     """Turn captioned clips into shards of codes, and return the card of the dataset.
 
@@ -57,8 +46,7 @@ def prepare(
     """
     require(len(options.caption_columns) > 0, "caption_columns is empty, expected one column or more")
     require(out.resolve() != Path(source).resolve(), f"the folder {out} is the source: pass another one with --out")
-    if engine == "ray":
-        import_module("ray")  # if it is missing, that is said before anything is written
+    assert machines.kind  # refuses devices that are not there
     bundle = locate(tokenizer)
     manifest = Manifest.read(bundle)
     if options.images:
@@ -69,20 +57,16 @@ def prepare(
     listing = list_source(source, options)
     jobs = plan(listing.items, out, shard_info(manifest, settings, digest(described)), settings.shard_clips)
     worker = Worker(bundle, settings, manifest.config.upscaler.ratio)
-    places = local_devices(device, workers) if engine == "local" else []
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
         left = remaining(jobs, out)
         check_hashes(out)
-        with _progress(jobs, left) as on_clip:
-            if left and engine == "ray":
-                run_ray(left, worker, device, ray_address, workers, on_clip)
-            elif left:
-                run_local(left, worker, places, on_clip)
-        rejections = io.StringIO(newline="")
+        total, todo = (sum(len(job.items) for job in each) for each in (jobs, left))
+        with progress("clips", total, total - todo) as on_clip:
+            if left:
+                machines.run(left, worker, on_clip)
         in_shards = (read_info(job.path).rejected for job in jobs)
-        csv.writer(rejections).writerows([Rejection._fields, *chain(listing.rejected, *in_shards)])
-        write_text(out / REJECTED, rejections.getvalue())
+        write_csv(out / REJECTED, [Rejection._fields, *chain(listing.rejected, *in_shards)])
         if not jobs:
             first, *others = listing.rejected
             more = f", and {len(others)} more in {out / REJECTED}" if others else ""
@@ -196,20 +180,3 @@ def _summary(folder: Path, card: Card) -> str:
     if set(card.splits) == {"train"}:
         lines.append(f"no split but train ({NO_SPLIT}): stages that learn from it hold nothing out")
     return "\n".join(lines)
-
-
-class _Rate(ProgressColumn):
-    """Clips a second of this run."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} clips/s" if task.speed else "- clips/s")
-
-
-@contextmanager
-def _progress(jobs: Sequence[Job], left: Sequence[Job]) -> Iterator[OnClip]:
-    """A bar over all clips, of which those of whole shards are done."""
-    total, todo = (sum(len(job.items) for job in each) for each in (jobs, left))
-    columns = (BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total, completed=total - todo)
-        yield lambda: progress.advance(task)

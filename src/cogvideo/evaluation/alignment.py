@@ -6,25 +6,20 @@ model of its codes can do no better. Everything that was made stays in the folde
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import locate
 from cogvideo.config import require, size_text
+from cogvideo.data.engines import progress
 from cogvideo.evaluation.making import Making, Shelf, generate, start
 from cogvideo.evaluation.motion import STATIC, Movement, measure, movement
 from cogvideo.evaluation.preferences import wilson
 from cogvideo.evaluation.reader import SIZE, resized
 from cogvideo.evaluation.subjects import Clip, Subject, Verdict
-from cogvideo.files import alone_in, write_text
+from cogvideo.files import alone_in, write_json
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.runs import RunFolder, provenance
@@ -78,20 +73,11 @@ def _judge(subject: Subject, pipeline: CogVideoPipeline, out: Path, making: Maki
     clips = {REAL: [resized(subject.real(number, size), SIZE) for number in range(len(prompts))]}
     for name, make in ((GENERATED, made), (RECONSTRUCTION, reconstructed)):
         shelf = Shelf(out / name, prompts)
-        with _progress(f"{subject.name}: {name}", len(prompts), len(shelf.missing)) as advance:
+        with progress(f"{subject.name}: {name}", len(prompts), len(prompts) - len(shelf.missing)) as advance:
             shelf.fill(make, batch, advance)
         clips[name] = list(shelf)
     motions = {name: [measure(clip) for clip in each] for name, each in clips.items()}
     return {name: Judged(subject.judge(clips[name]), movement(motions[name], motions[REAL])) for name in ROWS}
-
-
-@contextmanager
-def _progress(text: str, total: int, missing: int) -> Iterator[Any]:
-    """A bar over clips, of which some are there."""
-    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=total - missing)
-        yield partial(bar.advance, task)
 
 
 def _protocol(
@@ -121,7 +107,7 @@ def _write_json(path: Path, protocol: dict[str, Any], results: dict[str, dict[st
             }
             figures = {"shares": verdict.shares, "intervals": intervals, "movement": moved._asdict()}
             found[subject][row] = figures | {"clips": verdict.findings}
-    write_text(path, json.dumps({"protocol": protocol, "results": found}, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, {"protocol": protocol, "results": found})
 
 
 def _write_sheet(out: Path, subjects: Sequence[Subject], results: dict[str, dict[str, Judged]]) -> None:

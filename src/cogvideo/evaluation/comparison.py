@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cogvideo.config import require
+from cogvideo.data.engines import Machines
 from cogvideo.evaluation.distribution import Limit, Metric, Sets, halves, interval, limit
-from cogvideo.evaluation.features import Extractor, Judge, Machines, extract, one_thread
+from cogvideo.evaluation.features import Extractor, Judge, extract, one_thread
 from cogvideo.evaluation.footage import Drawn, Excerpt, Reading, draw
 from cogvideo.evaluation.protocols import Protocol
 

@@ -6,36 +6,31 @@ have one size. Features of CPUs and GPUs differ in the last bits, and are kept a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.backends import cudnn
 
 from cogvideo.config import require
-from cogvideo.data import engines
 from cogvideo.data.encoding import ahead
-from cogvideo.data.engines import OnClip, local_devices, run_local, run_ray
+from cogvideo.data.engines import Machines, OnClip, progress
 from cogvideo.data.shards import digest
 from cogvideo.evaluation.footage import Excerpt, Reading
 from cogvideo.evaluation.networks.c3d import load_c3d
 from cogvideo.evaluation.networks.cache import cache_folder
 from cogvideo.evaluation.networks.i3d import LEAST_FRAMES, load_i3d
 from cogvideo.evaluation.protocols import Pixels, Protocol
-from cogvideo.files import replacing
+from cogvideo.files import replacing, sha256_of
 from cogvideo.media.video import VideoError
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.perceptual import Network as Perceptual
@@ -77,18 +72,18 @@ def i3d(path: Path, protocol: Protocol, proven: bool = True) -> Judge:
     frames = protocol.frames
     require(frames >= LEAST_FRAMES, f"frames is {frames}, expected {LEAST_FRAMES} or more, for I3D")
     load_i3d(path, proven=proven)  # features in the cache prove nothing
-    identity = ("i3d", file_sha256(path), protocol.eps, protocol.resize)
+    identity = ("i3d", sha256_of(path), protocol.eps, protocol.resize)
     return Judge(identity, partial(_load_i3d, path, protocol, proven))
 
 
 def c3d(weights: Path, mean: Path) -> Judge:
     """C3D, whose logits Inception Score counts."""
-    return Judge(("c3d", file_sha256(weights), file_sha256(mean)), partial(_load_c3d, weights, mean))
+    return Judge(("c3d", sha256_of(weights), sha256_of(mean)), partial(_load_c3d, weights, mean))
 
 
 def lpips(path: Path, network: Perceptual) -> Judge:
     """LPIPS of pairs of clips, averaged over their frames."""
-    return Judge(("lpips", network, file_sha256(path)), partial(_load_lpips, path, network))
+    return Judge(("lpips", network, sha256_of(path)), partial(_load_lpips, path, network))
 
 
 def _load_i3d(path: Path, protocol: Protocol, proven: bool, device: str) -> Encode:
@@ -209,38 +204,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@dataclass(frozen=True)
-class Machines:
-    """Devices and processes."""
-
-    device: str = "auto"
-    """Device to run on: cpu, cuda for all GPUs, cuda:0, or auto."""
-    engine: Literal["local", "ray"] = "local"
-    """Processes on this machine, or Ray Data (needs the extra ray)."""
-    workers: int = 0
-    """Number of processes; 0 for one per core, or one per GPU."""
-    ray_address: str | None = None
-    """Address of a Ray cluster that shares the folders and the cache; a local one is started by default."""
-
-    def __post_init__(self) -> None:
-        if self.engine == "ray":
-            import_module("ray")  # if it is missing, that is said before anything is done
-
-    @property
-    def kind(self) -> str:
-        """Kind of the devices."""
-        if self.engine == "ray":
-            return "cuda" if self.device == "cuda" else "cpu"
-        return local_devices(self.device, self.workers)[0].partition(":")[0]
-
-    def run(self, jobs: Sequence[engines.Job], worker: engines.Worker, on_clip: OnClip) -> None:
-        """Do jobs."""
-        if self.engine == "ray":
-            run_ray(jobs, worker, self.kind, self.ray_address, self.workers, on_clip)
-        else:
-            run_local(jobs, worker, local_devices(self.device, self.workers), on_clip)
-
-
 def extract(
     title: str, samples: Sequence[Sample], extractor: Extractor, machines: Machines
 ) -> Float[Tensor, "samples features"]:
@@ -263,7 +226,7 @@ def extract(
     jobs = [Job(tuple(missing[start : start + size])) for start in range(0, len(missing), size)]
     if jobs:
         with progress(title, len(samples), len(samples) - len(missing)) as on_clip:
-            machines.run(jobs, extractor, on_clip)
+            machines.settled.run(jobs, extractor, on_clip)
     found = [_kept(sample.file) for sample in samples]
     assert all(each is not None for each in found)
     return torch.from_numpy(np.stack([each for each in found if each is not None]))
@@ -275,22 +238,3 @@ def _kept(file: Path) -> NDArray[np.float32] | None:
         return np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-
-
-@contextmanager
-def progress(title: str, total: int, completed: int) -> Iterator[Callable[..., None]]:
-    """A bar over clips, of which some are done."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=completed)
-        yield partial(bar.advance, task)
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,6 +23,7 @@ from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.sources import Item, SourceOptions, list_source
 from cogvideo.data.tars import Member
 from cogvideo.evaluation.protocols import Protocol
+from cogvideo.files import sha256_of
 from cogvideo.media.video import VideoError, count_frames, examine
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.world.scenes import Scene
@@ -281,5 +282,4 @@ def _dataset(folder: Path) -> Dataset:
 @lru_cache(maxsize=2**17)
 def _sha256(path: Path, changed: int) -> str:
     """Hash of a file, as of a time of change."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)

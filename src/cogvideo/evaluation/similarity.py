@@ -25,10 +25,12 @@ from torch import Tensor
 
 from cogvideo.bundle.model import download
 from cogvideo.config import InputError, require
+from cogvideo.data.engines import Machines
 from cogvideo.data.shards import digest
 from cogvideo.evaluation.comparison import Side, check_alike
-from cogvideo.evaluation.features import Clips, Encode, Extractor, Judge, Machines, extract, file_sha256, one_thread
+from cogvideo.evaluation.features import Clips, Encode, Extractor, Judge, extract, one_thread
 from cogvideo.evaluation.footage import Reading, draw
+from cogvideo.files import sha256_of
 
 PATTERNS = ("*.json", "*.txt", "*.safetensors", "pytorch_model*.bin")
 """Files of a CLIP model on the Hub: no code."""
@@ -63,7 +65,7 @@ def _weights(folder: Path) -> list[Path]:
 
 def fingerprint(folder: Path) -> str:
     """Hash of configuration and weights."""
-    return digest([file_sha256(file) for file in (folder / "config.json", *_weights(folder))])
+    return digest([sha256_of(file) for file in (folder / "config.json", *_weights(folder))])
 
 
 def is_vit_b32(folder: Path) -> bool:

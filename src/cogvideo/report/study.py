@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +18,7 @@ from cogvideo.evaluation import preferences
 from cogvideo.evaluation.preferences import Comparison, Interval, bootstrap, outcomes, sample_size, share, strengths
 from cogvideo.evaluation.study import Answer, Rater, Study
 from cogvideo.evaluation.trials import NOISE, REAL
-from cogvideo.files import write_text
+from cogvideo.files import write_csv
 from cogvideo.report.page import check_place, count, percent, write_page
 
 PAGE, RESULTS, ANSWERS = "report.html", "results.csv", "answers.csv"
@@ -80,8 +78,8 @@ def report(folder: Path, out: Path, margin: float, num_slips: int) -> None:
     facts = page_facts(study, results, conducts, failed, margin)
     write_page(out / PAGE, "study report", title, lead, "study.html", facts)
     rows = ([*start, *(f"{each:.6g}".replace("nan", "") for each in values), num] for *start, values, num in results)
-    write_text(out / RESULTS, _table(_HEADS, rows))
-    write_text(out / ANSWERS, _table(_COLUMNS, _answer_rows(study, answers)))
+    write_csv(out / RESULTS, [_HEADS, *rows])
+    write_csv(out / ANSWERS, [_COLUMNS, *_answer_rows(study, answers)])
     print("\n".join(_lines(results)))
     print(_failures(conducts, failed))
     print("\n".join(f"written: {out / name}" for name in (PAGE, RESULTS, ANSWERS)))
@@ -308,8 +306,9 @@ _COLUMNS: tuple[str, ...] = (
     "question",
     "value",
     "preferred",
+    "seconds",
+    "time",
 )
-_COLUMNS += ("seconds", "time")
 
 
 def _answer_rows(study: Study, answers: Iterable[Answer]) -> Iterator[list[Any]]:
@@ -320,12 +319,6 @@ def _answer_rows(study: Study, answers: Iterable[Answer]) -> Iterator[list[Any]]
             start = [each.rater + 1, each.place + 1, each.trial.kind, each.trial.prompt + 1]
             text = study.prompts[each.trial.prompt]
             yield [*start, text, left, right, question, value, preferred, f"{each.seconds:.3f}", each.time]
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    file = io.StringIO()
-    csv.writer(file, lineterminator="\n").writerows([heads, *rows])
-    return file.getvalue()
 
 
 def _lines(results: Iterable[Result]) -> Iterator[str]:

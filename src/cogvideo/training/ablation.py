@@ -30,11 +30,11 @@ from cogvideo.bundle.format import MANIFEST, SHARED
 from cogvideo.bundle.model import POCKET, CogVideo, update
 from cogvideo.config import CogVideoConfig, StageConfig, require
 from cogvideo.data.dataset import CARD
-from cogvideo.data.engines import OnClip
+from cogvideo.data.engines import Machines, OnClip
 from cogvideo.data.prepare import prepare
 from cogvideo.devices import default_dtype
 from cogvideo.evaluation.attributes import ALL
-from cogvideo.evaluation.features import Machines, i3d, one_thread
+from cogvideo.evaluation.features import i3d, one_thread
 from cogvideo.evaluation.making import Making, Shelf, fill, generate
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.one_stage import OneStage
@@ -182,10 +182,7 @@ class Laboratory:
                 f"world:{self.ablation.domain}:{self.ablation.scenes}",
                 out=self.out / DATA,
                 tokenizer=self.ablation.base,
-                device=machines.device,
-                engine=machines.engine,
-                workers=machines.workers,
-                ray_address=machines.ray_address,
+                machines=machines,
             )
         self._real_features(self._subject(self.optimization.seed))
 

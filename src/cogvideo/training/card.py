@@ -12,7 +12,7 @@ from typing import Any
 
 from cogvideo.bundle.format import COMPONENTS, Manifest
 from cogvideo.config import InputError, require
-from cogvideo.files import write_text
+from cogvideo.files import write_json, write_text
 from cogvideo.runs import IDENTITY, RunFolder
 from cogvideo.training.stages import STAGES
 
@@ -94,7 +94,7 @@ def write_card(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
     """
     there = Manifest.read(folder).components
     known = {name: reports[name] for name in COMPONENTS if name in reports and name in there}
-    write_text(folder / REPORTS, json.dumps(known, indent=2) + "\n")
+    write_json(folder / REPORTS, known)
     path = folder / CARD
     if not path.exists() or _SIGN in path.read_text(encoding="utf-8", errors="replace"):
         write_text(path, "\n".join(_lines(folder, known)) + "\n")

@@ -8,7 +8,6 @@ of its files: damaged is what differs from them. A checkpoint that cannot be rea
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import re
@@ -35,7 +34,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from cogvideo.config import InputError, require
 from cogvideo.devices import is_out_of_memory
-from cogvideo.files import named, write_text
+from cogvideo.files import named, sha256_of, write_json
 from cogvideo.training.parallel import any_rank, is_first, raised_by_all, wait_for_all
 
 STATE, METADATA = "state.json", ".metadata"
@@ -140,7 +139,7 @@ class Checkpoints:
         if is_first():
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
-            write_text(aside / STATE, json.dumps({"step": step, "held_out": held_out}) + "\n")
+            write_json(aside / STATE, {"step": step, "held_out": held_out})
         wait_for_all()
         self._unnamed = step
         writer, alone = FileSystemWriter(aside), not dist.is_initialized()
@@ -249,8 +248,8 @@ def _write_hashes(folder: Path) -> None:
     """Note what this rank has written."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     paths = named(folder, f"__{rank}_*") + ([] if rank else [folder / METADATA])
-    table = {path.name: _sha256(path) for path in sorted(paths)}
-    write_text(folder / f"hashes-{rank}.json", json.dumps(table, indent=2) + "\n")
+    table = {path.name: sha256_of(path) for path in sorted(paths)}
+    write_json(folder / f"hashes-{rank}.json", table)
 
 
 def _check_files(path: Path, rank: int = 0, world_size: int = 1) -> bool:
@@ -260,17 +259,12 @@ def _check_files(path: Path, rank: int = 0, world_size: int = 1) -> bool:
         for table in named(path, "hashes-*.json"):
             hashes = {**hashes, **json.loads(table.read_bytes())}
         share = sorted(hashes)[rank::world_size]
-        is_whole = all(_sha256(path / name) == hashes[name] for name in share)
+        is_whole = all(sha256_of(path / name) == hashes[name] for name in share)
     except (FileNotFoundError, ValueError, TypeError) as error:
         raise DamagedError(path, _damage(error)) from error
     if not is_whole:
         raise DamagedError(path, CHANGED)
     return bool(hashes)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensors(stored: Mapping[str, Any], table: str) -> dict[str, TensorStorageMetadata]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from cogvideo.bundle.format import CHANNELS, MANIFEST, MODULES, SHARED, Entry, M
 from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, InputError, from_dict, require
-from cogvideo.files import turn_in, write_text
+from cogvideo.files import turn_in, write_json
 from cogvideo.models.adapters import Delta, fuse
 from cogvideo.packing import sharing
 from cogvideo.runs import RunFolder
@@ -171,7 +170,7 @@ def _deliver_adapter(target: ExportTarget, state: Mapping[str, Tensor], report: 
     target.out.mkdir(parents=True, exist_ok=True)
     with turn_in(target.out):
         write_adapter(target.adapter, tensors, facts)
-        write_text(target.out / REPORTS, json.dumps(read_reports(target.out) | {name: report}, indent=2) + "\n")
+        write_json(target.out / REPORTS, read_reports(target.out) | {name: report})
 
 
 def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:

@@ -14,8 +14,6 @@ With adapters, the base stays as it is, both tokenizers included, and the stages
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 import time
@@ -36,6 +34,7 @@ from cogvideo.config import CogVideoConfig, Sides, require
 from cogvideo.data.clips import FrameRates, filled_rates
 from cogvideo.data.dataset import CARD, Dataset
 from cogvideo.data.encoding import PrepareSettings
+from cogvideo.data.engines import Machines
 from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.prepare import prepare
@@ -44,7 +43,7 @@ from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
 from cogvideo.devices import usable
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.review import check_usable, has_detector, in_short, listed, review, with_splits
-from cogvideo.files import alone_in, write_text
+from cogvideo.files import alone_in, write_csv
 from cogvideo.generation.request import shape_of
 from cogvideo.media.images import evenly
 from cogvideo.models.autoencoder import to_frames
@@ -255,13 +254,11 @@ class Chain:
         self.folder.describe(facts)
         if self.batch < self.settings.batch:
             _say(f"Batches of {self.batch:,} samples, not {self.settings.batch:,}: the clips have no more frames.")
-        rows = io.StringIO(newline="")
-        writer = csv.writer(rows)
-        writer.writerow(("file", "start", "end", "caption", "split"))
+        rows: list[tuple[Any, ...]] = [("file", "start", "end", "caption", "split")]
         for item in (each.item for each in clips):
             span = (f"{item.start:.10g}" if item.start else "", "" if item.end is None else f"{item.end:.10g}")
-            writer.writerows((self._place(item), *span, caption, item.split) for caption in item.captions)
-        write_text(self.table, rows.getvalue())
+            rows += [(self._place(item), *span, caption, item.split) for caption in item.captions]
+        write_csv(self.table, rows)
 
     def _place(self, item: Item) -> str:
         """Path of a clip in the table."""
@@ -373,7 +370,7 @@ class Chain:
             tokenizer=str(self.out),
             settings=PrepareSettings(frames=FrameSettings(fit=self.settings.fit, min_frames=1)),
             options=SourceOptions(validation=0.0),
-            device=self.settings.device,
+            machines=Machines(self.settings.device),
         )
 
     # The stages

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cogvideo.config import InputError, require
+from cogvideo.files import sha256_of
 
 if TYPE_CHECKING:
     from pypi_simple import PyPISimple
@@ -42,8 +42,7 @@ class SourceDistribution:
         """Refuse a file, which messages call `where`, that is another one."""
         size, prefix = path.stat().st_size, f"{where} is not the source distribution {self.project} {self.version}"
         require(size == self.num_bytes, f"{prefix}: it has {size:,} bytes, expected {self.num_bytes:,}")
-        with path.open("rb") as file:
-            got = hashlib.file_digest(file, "sha256").hexdigest()
+        got = sha256_of(path)
         require(got == self.sha256, f"{prefix}: its sha256 is {got}, expected {self.sha256}")
 
 
