@@ -22,7 +22,7 @@ from benchmarks.rendering import rendering
 from cogvideo.bundle import model as bundle
 from cogvideo.bundle.format import Manifest
 from cogvideo.config import preset
-from cogvideo.data.encoding import Job, PrepareSettings, Worker, encode_clips
+from cogvideo.data.encoding import PrepareSettings, ShardJob, ShardWorker, encode_clips
 from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.prepare import complete, plan, shard_info
 from cogvideo.data.sources import SourceOptions, list_source
@@ -86,7 +86,7 @@ def memory(num_clips: int = 10_000) -> dict[str, Any]:
     return {"MiB after a tenth": marks[num_clips // 10], "MiB after all": marks[num_clips]}
 
 
-def _work(folder: Path, source: str, frames: FrameSettings) -> tuple[Worker, Job]:
+def _work(folder: Path, source: str, frames: FrameSettings) -> tuple[ShardWorker, ShardJob]:
     """A worker with a random pocket tokenizer, and all clips as one job."""
     config = preset("pocket")
     bundle.update(folder / "bundle", config, image_tokenizer=Autoencoder(config.autoencoder))
@@ -94,7 +94,7 @@ def _work(folder: Path, source: str, frames: FrameSettings) -> tuple[Worker, Job
     items = list_source(source, SourceOptions()).items
     info = shard_info(Manifest.read(folder / "bundle"), settings, "")
     (job,) = plan(items, folder, info, len(items))
-    return Worker(folder / "bundle", settings), job
+    return ShardWorker(folder / "bundle", settings), job
 
 
 def _write_clips(folder: Path, number: int) -> None:

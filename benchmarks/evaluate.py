@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import write
-from cogvideo.evaluation.features import Encode, Extractor, Job, Judge, Sample
+from cogvideo.evaluation.features import Encode, Extractor, FeatureInput, Job, Judge
 from cogvideo.evaluation.footage import Reading, draw
 from cogvideo.evaluation.networks.i3d import I3D
 from cogvideo.evaluation.protocols import PROTOCOLS
@@ -82,7 +82,7 @@ def extraction(folder: Path) -> dict[str, Any]:
         return lambda clips: model(torch.stack([protocol.to_i3d(frames, device) for (frames,) in clips]))
 
     extractor = Extractor(Judge(("random",), load), reading)
-    samples = [Sample((each,), folder / f"{number}.npy") for number, each in enumerate(excerpts)]
+    samples = [FeatureInput((each,), folder / f"{number}.npy") for number, each in enumerate(excerpts)]
     alone, operations = convolutions(model, clip)
     all_of_it = seconds(lambda: extractor.make(Job(tuple(samples)))) / CLIPS
     passes = seconds(lambda: model(clip))

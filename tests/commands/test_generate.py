@@ -34,7 +34,7 @@ from torch import Tensor
 import cogvideo
 from cogvideo.bundle.model import CogVideo, update
 from cogvideo.cli import main
-from cogvideo.commands.generate import Maker
+from cogvideo.commands.generate import ClipMaker
 from cogvideo.commands.outputs import Folder, Format, write_clip
 from cogvideo.commands.prompts import read_prompts
 from cogvideo.config import SamplingConfig
@@ -1099,14 +1099,14 @@ def test_another_process_may_add_to_the_folder(
     model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards clips that came into the folder while one was made: they had no name when this one got its own."""
-    make = Maker.make
+    make = ClipMaker.make
 
-    def beside(self: Maker, *arguments: Any) -> Any:
+    def beside(self: ClipMaker, *arguments: Any) -> Any:
         for clip in make(self, *arguments):
             clip[0].path.write_text("of somebody else")
             yield clip
 
-    monkeypatch.setattr(Maker, "make", beside)
+    monkeypatch.setattr(ClipMaker, "make", beside)
     run("a cat", "--model", model, *QUICK)
     assert capsys.readouterr().out == "out/a-cat-2.mp4\n"
     assert (inside / "out" / "a-cat.mp4").read_text() == "of somebody else"

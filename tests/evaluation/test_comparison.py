@@ -20,7 +20,7 @@ from cogvideo.cli import main
 from cogvideo.data.engines import Machines
 from cogvideo.evaluation import features as module
 from cogvideo.evaluation.comparison import Comparing, Comparison, Networks
-from cogvideo.evaluation.features import Clips, Judge
+from cogvideo.evaluation.features import ExcerptPixels, Judge
 from cogvideo.evaluation.footage import Reading, Tokenizer, draw
 from cogvideo.evaluation.protocols import PROTOCOLS
 from cogvideo.media.video import write_video
@@ -29,7 +29,7 @@ from workshop import GRID, make_bundle, make_data
 PROTOCOL = replace(PROTOCOLS["tfhub"], clips=8, frames=9)
 
 
-def means(device: str) -> Callable[[Clips], Tensor]:
+def means(device: str) -> Callable[[ExcerptPixels], Tensor]:
     """A cheap network: mean colors of the whole and of its first frame."""
     return lambda clips: torch.stack([_means(frames) for (frames,) in clips])
 
@@ -39,7 +39,7 @@ def _means(frames: np.ndarray) -> Tensor:
     return torch.cat([pixels.mean((0, 1, 2)), pixels[0].mean((0, 1))])
 
 
-def differences(device: str) -> Callable[[Clips], Tensor]:
+def differences(device: str) -> Callable[[ExcerptPixels], Tensor]:
     """A cheap stand-in of LPIPS."""
     return lambda clips: torch.tensor([[np.abs(a.astype(float) - b).mean()] for a, b in clips]).float()
 
@@ -95,7 +95,7 @@ def test_processes_and_interruptions_change_no_bit(tmp_path: Path, monkeypatch: 
     assert len(files) == 24
     monkeypatch.setenv("COGVIDEO_CACHE", str(tmp_path / "other"))
 
-    def killed(device: str) -> Callable[[Clips], Tensor]:
+    def killed(device: str) -> Callable[[ExcerptPixels], Tensor]:
         made = iter(range(5))
         return lambda clips: means(device)(clips) if next(made, None) is not None else _interrupt()
 
@@ -133,7 +133,7 @@ def test_features_are_found_by_content(tmp_path: Path, monkeypatch: pytest.Monke
     before = compare(real, dark)
     made: list[int] = []
 
-    def counted(device: str) -> Callable[[Clips], Tensor]:
+    def counted(device: str) -> Callable[[ExcerptPixels], Tensor]:
         return lambda clips: made.extend([len(clips)]) or means(device)(clips)
 
     networks = replace(NETWORKS, i3d=replace(NETWORKS.i3d, load=counted))
@@ -181,7 +181,7 @@ def test_windows_of_a_comparison(tmp_path: Path) -> None:
         write_video(tmp_path / "made" / f"{number}.webp", frames, 8)
     brightest: list[int] = []
 
-    def watched(device: str) -> Callable[[Clips], Tensor]:
+    def watched(device: str) -> Callable[[ExcerptPixels], Tensor]:
         return lambda clips: brightest.extend(int(frames.max()) for (frames,) in clips) or means(device)(clips)
 
     networks = replace(NETWORKS, i3d=replace(NETWORKS.i3d, load=watched))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cogvideo.cli import main
 from cogvideo.commands import evaluate_distribution
-from cogvideo.evaluation.features import Clips, Judge
+from cogvideo.evaluation.features import ExcerptPixels, Judge
 from cogvideo.evaluation.footage import Reading, draw
 from cogvideo.evaluation.lists import CHINESE, read_kinetics, read_ucf101
 from cogvideo.evaluation.making import fill
@@ -30,7 +30,7 @@ CLASSES = ("Archery", "BabyCrawling", "TaiChi")
 GROUPS = ("g01", "g02", "g08", "g09")
 
 
-def means(device: str) -> Callable[[Clips], Tensor]:
+def means(device: str) -> Callable[[ExcerptPixels], Tensor]:
     """A cheap network: mean colors of two frames."""
     return lambda clips: torch.stack(
         [torch.from_numpy(each[[0, -1]]).float().mean((1, 2)).flatten() for (each,) in clips]

@@ -10,8 +10,8 @@ import pytest
 
 from cogvideo.evaluation import preferences
 from cogvideo.evaluation.preferences import (
-    Comparison,
     Interval,
+    PairwiseComparison,
     agreement,
     bootstrap,
     outcomes,
@@ -62,7 +62,7 @@ def test_sample_size_is_the_smallest(part: float, margin: float) -> None:
     assert sample_size(part, margin) == next(total for total in range(1, 2000) if half_width(total) <= margin)
 
 
-def simulated(truth: dict[str, float], prompts: int, raters: int, ties: float = 0.0) -> list[Comparison]:
+def simulated(truth: dict[str, float], prompts: int, raters: int, ties: float = 0.0) -> list[PairwiseComparison]:
     """Comparisons by Bradley-Terry raters."""
     random = Random(0)
     found = []
@@ -71,14 +71,14 @@ def simulated(truth: dict[str, float], prompts: int, raters: int, ties: float = 
             for first, second in (("a", "b"), ("a", "c"), ("b", "c")):
                 is_first = random.random() < 1 / (1 + math.exp(truth[second] - truth[first]))
                 outcome = 0 if random.random() < ties else 2 * is_first - 1
-                found.append(Comparison(rater, prompt, first, second, outcome))
+                found.append(PairwiseComparison(rater, prompt, first, second, outcome))
     return found
 
 
-def slow_strengths(comparisons: list[Comparison]) -> list[float]:
+def slow_strengths(comparisons: list[PairwiseComparison]) -> list[float]:
     """Hunter's minorization (2004), one comparison at a time; a tie is half a win, and each pair gets one more tie."""
     pairs = {(each.first, each.second) for each in comparisons}
-    games = comparisons + [Comparison(0, 0, first, second, 0) for first, second in pairs]
+    games = comparisons + [PairwiseComparison(0, 0, first, second, 0) for first, second in pairs]
     weight = dict.fromkeys(SYSTEMS, 1.0)
     for _ in range(500):
         new = {}
@@ -121,14 +121,14 @@ def test_a_simulated_taste_is_found_again(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_system_that_always_wins_is_finite() -> None:
     """Guards against infinite strengths: one imagined tie per pair bounds them at the log of twice the wins."""
-    games = [Comparison(0, prompt, "a", "b", 1) for prompt in range(10)]
+    games = [PairwiseComparison(0, prompt, "a", "b", 1) for prompt in range(10)]
     found = strengths(outcomes(games, ("a", "b")).sum(-1))
     assert found[0] - found[1] == pytest.approx(math.log(10.5 / 0.5), abs=1e-6)
 
 
 def test_systems_that_never_met_have_no_strengths() -> None:
     """Guards against an order of systems that no answer supports."""
-    games = [Comparison(0, 0, "a", "b", 1)]
+    games = [PairwiseComparison(0, 0, "a", "b", 1)]
     with pytest.raises(ValueError, match="never compared"):
         strengths(outcomes(games, SYSTEMS).sum(-1))
 

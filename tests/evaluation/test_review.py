@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.evaluation import review
-from cogvideo.evaluation.review import Clip, in_words, listed, with_splits
+from cogvideo.evaluation.review import ReviewedClip, in_words, listed, with_splits
 from cogvideo.media.video import write_video
 
 
@@ -24,7 +24,7 @@ def scene(seconds: float, seed: int, speed: float = 1.0, fps: int = 12) -> np.nd
     return np.stack([np.roll(picture, round(speed * place), 1)[:, :64] for place in range(round(seconds * fps))])
 
 
-def reviewed(folder: Path) -> list[Clip]:
+def reviewed(folder: Path) -> list[ReviewedClip]:
     items, rejected, named = listed(str(folder))
     clips, unread = review.review(items, named)
     assert not rejected

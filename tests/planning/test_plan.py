@@ -21,7 +21,7 @@ from cogvideo.commands import plan
 from cogvideo.commands import train as commands
 from cogvideo.config import AutoencoderConfig, CogVideoConfig, StageConfig, UpscalerConfig, preset
 from cogvideo.planning.costs import STAGES, Stage, layout_of
-from cogvideo.planning.plan import BY_COLUMNS, BY_ROWS, Machines, StagePlan, Way, held, stage_plan
+from cogvideo.planning.plan import BY_COLUMNS, BY_ROWS, Cluster, StagePlan, Way, held, stage_plan
 from cogvideo.planning.training import training, training_states
 from cogvideo.training import parallel
 from cogvideo.training.session import Options
@@ -42,7 +42,7 @@ PAPER, TINY = preset("cogvideo"), preset("tiny")
 
 def memory_for(config: CogVideoConfig, stage: Stage, **options: Any) -> float:
     """GiB with which a stage just fits if nothing is reserved, in the way that needs least."""
-    ways = stage_plan(config, stage, Machines(gpu_memory=1e-9, reserve=0, **options)).ways
+    ways = stage_plan(config, stage, Cluster(gpu_memory=1e-9, reserve=0, **options)).ways
     return min(way.needs for way in ways) / GIB
 
 
@@ -106,7 +106,7 @@ def test_as_many_samples_as_fit() -> None:
     """Guards the choice: one sample more, or the next larger piece of a step, would not fit; and what it needs does."""
     needs = [memory_for(SMALL, "sequential", gpus=gpus) for gpus in (4, 8)]
     for memory in (each * factor for each in needs for factor in (1, 1.5, 2, 4)):
-        machines = Machines(gpus=8, gpu_memory=memory, reserve=0)
+        machines = Cluster(gpus=8, gpu_memory=memory, reserve=0)
         for way in stage_plan(SMALL, "sequential", machines).ways:
             assert way.fits == (way.needs <= memory * GIB)
             assert way.needs == max(way.peaks.values()) >= way.peaks["in a pass"] == sum(way.memory.values())
@@ -146,7 +146,7 @@ def test_what_is_chosen() -> None:
     least = memory_for(SMALL, "sequential", gpus=8)
     seen = []
     for factor in (100, 1.02, 0.98):
-        found = stage_plan(SMALL, "sequential", Machines(gpus=8, gpu_memory=least * factor, reserve=0))
+        found = stage_plan(SMALL, "sequential", Cluster(gpus=8, gpu_memory=least * factor, reserve=0))
         seen.append(None if found.best is None else (found.best.sharding, found.best.checkpointing))
         if found.best is not None and found.best.sharding == "sharded":
             others = [way for way in found.ways if way.fits and way.sharding == "sharded"]
@@ -161,7 +161,7 @@ def test_what_is_chosen() -> None:
 )
 def test_ways_are_those_that_training_accepts(gpus: int, tensor: int, expected: list[str]) -> None:
     """Guards against a command that `cogvideo train` refuses."""
-    found = stage_plan(SMALL, "sequential", Machines(gpus=gpus, gpu_memory=1, tensor_parallel=tensor))
+    found = stage_plan(SMALL, "sequential", Cluster(gpus=gpus, gpu_memory=1, tensor_parallel=tensor))
     assert [way.sharding for way in found.ways] == [name for name in expected for _ in range(2)]
     assert [way.checkpointing for way in found.ways] == [False, True] * len(expected)
 
@@ -171,7 +171,7 @@ def test_ways_are_those_that_training_accepts(gpus: int, tensor: int, expected: 
 
 def test_days_of_the_authors() -> None:
     """Guards tokens a second and days, by hand: 104 A100 at 5 % are 478 positions a second each, and some 17 days."""
-    machines = Machines(gpus=104, gpu_memory=40, tflops=312, utilisation=0.05)
+    machines = Cluster(gpus=104, gpu_memory=40, tflops=312, utilisation=0.05)
     matrices = 48 * 12 * 3072**2 * 4 + 48 * 4 * 3072**2 * 6 + 20_000 * 3072 * 4
     days = []
     for stage, steps, batch in (("sequential", 76_000, 416), ("interpolation", 15_000, 160)):
@@ -186,7 +186,7 @@ def test_days_of_the_authors() -> None:
 
 def test_no_schedule_for_the_image_model() -> None:
     """Guards against days that no paper stands behind."""
-    found = stage_plan(SMALL, "image", Machines(gpus=2, gpu_memory=1))
+    found = stage_plan(SMALL, "image", Cluster(gpus=2, gpu_memory=1))
     assert found.days is None
     assert found.steps is None
     assert found.command is not None
@@ -196,7 +196,7 @@ def test_no_schedule_for_the_image_model() -> None:
 @pytest.mark.parametrize(("gpus", "batch"), [(64, 384), (104, 416), (1000, 1000), (32, 416)])
 def test_batches_that_ranks_can_share(gpus: int, batch: int) -> None:
     """Guards against a batch that the loader refuses, and against another number of samples than the paper's."""
-    found = stage_plan(SMALL, "sequential", Machines(gpus=gpus, gpu_memory=1))
+    found = stage_plan(SMALL, "sequential", Cluster(gpus=gpus, gpu_memory=1))
     assert found.batch == batch
     assert found.batch % gpus == 0
     assert found.steps is not None
@@ -215,16 +215,16 @@ def chosen(found: StagePlan) -> Way:
 @pytest.mark.parametrize(
     ("machines", "launcher"),
     [
-        (Machines(1, 80), []),
-        (Machines(8, 1), ["torchrun", "--nproc-per-node", "8", "-m", "--"]),
+        (Cluster(1, 80), []),
+        (Cluster(8, 1), ["torchrun", "--nproc-per-node", "8", "-m", "--"]),
         (
-            Machines(20, 1e-3, tensor_parallel=2),
+            Cluster(20, 1e-3, tensor_parallel=2),
             shlex.split("torchrun --nnodes 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --nproc-per-node 5 -m --"),
         ),
     ],
 )
 def test_the_command_runs_what_was_planned(
-    machines: Machines, launcher: list[str], monkeypatch: pytest.MonkeyPatch
+    machines: Cluster, launcher: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against options that do not exist, or that mean another way than the one that was weighed."""
     started: list[tuple[str, Options]] = []
@@ -245,7 +245,7 @@ def test_the_command_runs_what_was_planned(
 
 def test_torchrun_takes_no_option_of_ours() -> None:
     """Guards `--start` and others, which torchrun finds ambiguous where `--` does not end its own options."""
-    launcher, _, command = str(stage_plan(SMALL, "sequential", Machines(8, 1)).command).partition(" cogvideo ")
+    launcher, _, command = str(stage_plan(SMALL, "sequential", Cluster(8, 1)).command).partition(" cogvideo ")
     ours = [*shlex.split(command), "--start", "continue", "--no-checkpointing", "--log", "1", "--run", "2"]
     given = parse_args([*shlex.split(launcher)[1:], "cogvideo", *ours])
     assert given.training_script_args == ours
@@ -267,7 +267,7 @@ def test_in_a_process() -> None:
 def test_nothing_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards: too little memory is an answer with the least that is needed and what would help, not an error."""
     monkeypatch.setattr(plan, "STAGES", ("sequential",))
-    plan.plan("tiny", machines=Machines(2, 1e-4))
+    plan.plan("tiny", machines=Cluster(2, 1e-4))
     printed = capsys.readouterr().out
     least = memory_for(TINY, "sequential", gpus=2)
     assert f"Nothing fits: sharded with --checkpointing takes least, {least:#.3g} of 9.00e-05 GiB." in printed
@@ -280,7 +280,7 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 def test_a_gpu_must_hold_the_model_once() -> None:
     """Guards many small GPUs: a rank loads all weights before it cuts them, so more of them do not help."""
-    ways = stage_plan(PAPER, "sequential", Machines(512, 16)).ways
+    ways = stage_plan(PAPER, "sequential", Cluster(512, 16)).ways
     assert not any(way.fits for way in ways)
     assert min(way.needs for way in ways) == held(PAPER, "sequential", "sharded", 1, 1).weights
     assert min(way.peaks["in a pass"] for way in ways) < 16 * 0.9 * GIB
@@ -288,7 +288,7 @@ def test_a_gpu_must_hold_the_model_once() -> None:
 
 def test_json_is_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the figures that programs read."""
-    machines = Machines(4, 16, utilisation=0.3)
+    machines = Cluster(4, 16, utilisation=0.3)
     plan.plan("tiny", machines=machines, json=True)
     printed = json.loads(capsys.readouterr().out)
     assert printed["machines"]["utilisation"] == 0.3
@@ -305,7 +305,7 @@ def test_shown_output_is_real(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert len(lines) > 15
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(plan, "STAGES", ("sequential",))
-    plan.plan(machines=Machines(64, 80))
+    plan.plan(machines=Cluster(64, 80))
     real = {line.strip() for line in capsys.readouterr().out.splitlines()}
     assert [line for line in lines if line not in real] == []
 
@@ -314,7 +314,7 @@ def test_widths_that_ranks_cannot_share() -> None:
     """Guards against a plan that `cogvideo train` refuses: the layers are those that it cuts, with the same message."""
     assert {*BY_ROWS, *BY_COLUMNS} == parallel.SHARED_PRODUCTS.keys()
     with pytest.raises(ValueError, match="tensor_parallel is 3, expected a divisor of the width"):
-        stage_plan(SMALL, "sequential", Machines(3, 1, tensor_parallel=3))
+        stage_plan(SMALL, "sequential", Cluster(3, 1, tensor_parallel=3))
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_widths_that_ranks_cannot_share() -> None:
 def test_refusals(options: dict[str, Any], message: str) -> None:
     """Guards against a plan for machines that cannot be."""
     with pytest.raises(ValueError, match=message):
-        Machines(**{"gpus": 8, "gpu_memory": 80.0} | options)
+        Cluster(**{"gpus": 8, "gpu_memory": 80.0} | options)
 
 
 @pytest.mark.parametrize(

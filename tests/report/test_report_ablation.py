@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogvideo.report.ablation import CLIPS, PACE, SAMPLES, TIME, Stage, compare, levels, paired
+from cogvideo.report.ablation import CLIPS, PACE, SAMPLES, TIME, StageCurve, compare, levels, paired
 from cogvideo.report.runs import Curve
 from cogvideo.training.ablation import Ablation, Laboratory
 from cogvideo.training.optim import StageOptimization
@@ -71,10 +71,10 @@ def test_curves_are_compared_where_both_have_arrived(paces: tuple[float, float])
 def test_runs_are_compared_with_the_full_system_of_their_seed(tmp_path: Path) -> None:
     """Guards the pairs: other seeds do not count, and neither do figures that the full system does not have."""
     laboratory = Laboratory(tmp_path, Ablation(seeds=2), StageOptimization(seed=5), "cpu")
-    slow, name = Stage(curve((1, 4.0), (2, 3.0)), 2.0), "sequential, 1 fps"
+    slow, name = StageCurve(curve((1, 4.0), (2, 3.0)), 2.0), "sequential, 1 fps"
     lines = {
-        "full-5": {name: Stage(curve((1, 3.0), (2, 2.0)), 1.0)},
-        "full-6": {name: Stage(curve((1, 3.0), (2, 2.5)), 1.0)},
+        "full-5": {name: StageCurve(curve((1, 3.0), (2, 2.0)), 1.0)},
+        "full-6": {name: StageCurve(curve((1, 3.0), (2, 2.5)), 1.0)},
         "trained-5": {name: slow},
         "trained-6": {name: slow},
         "one-stage-6": {"sequential, 8 fps": slow},

@@ -21,10 +21,10 @@ from cogvideo.bundle.model import CogVideo, update
 from cogvideo.commands import train as commands
 from cogvideo.config import StageConfig
 from cogvideo.models.transformer import Base
-from cogvideo.training.card import read_reports, write_card
+from cogvideo.training.card import read_reports, write_model_card
 from cogvideo.training.export import ExportTarget, check_codes, check_target, deliver, left_out, modules
 from cogvideo.training.optim import StageOptimization
-from cogvideo.training.session import Clips, Options, StageLogging
+from cogvideo.training.session import DataOptions, Options, StageLogging
 from cogvideo.training.stages import Choice, StageName
 from gallery import assert_same, loud, make_model, make_parts
 from workshop import make_data, small_config
@@ -48,7 +48,7 @@ def options_of(place: Path, out: Path, sample_every: int = 0) -> Options:
     """Of the run."""
     settings = StageOptimization(steps=STEPS, batch=2, warmup=0, learning_rate=1e-2, ema=0.5)
     logging = StageLogging(1, 1, 1, keep=9, evaluate_samples=4, sample_every=sample_every)
-    return Options(Clips((place / "data",)), out, str(place / "model"), optimization=settings, logging=logging)
+    return Options(DataOptions((place / "data",)), out, str(place / "model"), optimization=settings, logging=logging)
 
 
 def run_of(place: Path) -> Path:
@@ -445,15 +445,15 @@ def test_a_readme_of_the_user_is_left_alone(place: Path, tmp_path: Path) -> None
     """Guards a text that someone wrote: without our sign it stays, with it it is renewed."""
     shutil.copytree(place / "whole", tmp_path / "model")
     folder = tmp_path / "model"
-    write_card(folder, {})
+    write_model_card(folder, {})
     ours = (folder / "README.md").read_text()
-    write_card(folder, {"base": {"steps": 5}})
+    write_model_card(folder, {"base": {"steps": 5}})
     assert "## Training: base" in (folder / "README.md").read_text()
     assert "## Training" not in ours
     mine = "\n".join(line for line in ours.splitlines() if not line.startswith("<!-- written by")) + "\nMy words.\n"
     for content in (mine.encode(), b"", b"\xff\xfe no UTF-8"):
         (folder / "README.md").write_bytes(content)
-        write_card(folder, {"base": {"steps": 6}})
+        write_model_card(folder, {"base": {"steps": 6}})
         assert (folder / "README.md").read_bytes() == content
         assert read_reports(folder) == {"base": {"steps": 6}}
 
@@ -482,7 +482,7 @@ def test_whatever_a_report_holds_is_one_row(place: Path, tmp_path: Path) -> None
         "small": 1.23456e-7,
         "nan": float("nan"),
     }
-    write_card(folder, {"base": report})
+    write_model_card(folder, {"base": report})
     card = (folder / "README.md").read_text()
     table = card.split("## Training: base")[1].strip().splitlines()
     assert len(table) == 2 + len(report)

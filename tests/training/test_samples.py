@@ -28,7 +28,7 @@ from cogvideo.text import PaddedText
 from cogvideo.training.export import ExportTarget, modules
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.parallel import full_state
-from cogvideo.training.samples import Example, Preview, Row, draw, from_clips, missing, write_samples
+from cogvideo.training.samples import Example, Preview, SampleRow, draw, from_clips, missing, write_samples
 from cogvideo.training.stages import Choice, StageName
 from cogvideo.training.step import Execution
 from gallery import COMPONENTS, assert_same, loud, make_model, make_parts, make_trainer
@@ -73,7 +73,7 @@ def examples() -> list[Example]:
     ]
 
 
-def same(one: list[Row], other: list[Row]) -> bool:
+def same(one: list[SampleRow], other: list[SampleRow]) -> bool:
     return len(one) == len(other) and all(
         mine.label == theirs.label and np.array_equal(mine.frames, theirs.frames)
         for mine, theirs in zip(one, other, strict=True)
@@ -382,7 +382,7 @@ def test_without_pyav_the_sheet_is_written(tmp_path: Path, monkeypatch: pytest.M
     """Guards training on machines without PyAV, which need no videos."""
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.delitem(sys.modules, "cogvideo.media.ffmpeg", raising=False)
-    written = write_samples(tmp_path, 1, [Row("a", np.zeros((5, 16, 16, 3), np.uint8), 0, True)])
+    written = write_samples(tmp_path, 1, [SampleRow("a", np.zeros((5, 16, 16, 3), np.uint8), 0, True)])
     assert [each.name for each in tmp_path.iterdir()] == [written.name]
 
 
@@ -390,7 +390,9 @@ def test_without_pyav_the_sheet_is_written(tmp_path: Path, monkeypatch: pytest.M
 def test_labels_are_one_line(label: str, shown: str, tmp_path: Path) -> None:
     """Guards sheets against prompts of many lines, which would run over frames, or of any length."""
     frames = np.zeros((5, 96, 96, 3), np.uint8)
-    sheets = [write_samples(tmp_path, step, [Row(each, frames, 0, False)]) for step, each in enumerate((label, shown))]
+    sheets = [
+        write_samples(tmp_path, step, [SampleRow(each, frames, 0, False)]) for step, each in enumerate((label, shown))
+    ]
     assert np.array_equal(*(np.asarray(Image.open(sheet)) for sheet in sheets))
 
 

@@ -21,7 +21,7 @@ from cogvideo.config import CogVideoConfig, TransformerConfig, preset
 from cogvideo.data.sources import SourceOptions
 from cogvideo.models.transformer import Base
 from cogvideo.text import TextTokenizer
-from cogvideo.training.text import figures, fill, read_captions, spread, train_model
+from cogvideo.training.text import figures, read_captions, spread, train_model, with_unused_pieces
 
 WORDS = ["red", "small", "large", "ball", "cat", "kite", "rolls", "jumps", "flies", "slowly", "over", "the", "moon"]
 POCKET = preset("pocket")
@@ -148,13 +148,13 @@ def test_fill_adds_pieces_that_no_text_has(tokenizer: TextTokenizer) -> None:
     unused = [index for index in range(filled.vocab_size()) if filled.is_unused(index)]
     assert unused == list(range(unused[0], filled.vocab_size()))
     assert [filled.id_to_piece(index) for index in unused[:2]] == [f"<unused_{index}>" for index in unused[:2]]
-    more = fill(tokenizer.model, filled.vocab_size() + 7)
+    more = with_unused_pieces(tokenizer.model, filled.vocab_size() + 7)
     assert pieces_of(more).vocab_size() == filled.vocab_size() + 7
     text = " ".join(filled.id_to_piece(index) for index in unused[:50])
     assert pieces_of(more).encode(text) == filled.encode(text)
     assert not set(unused) & set(filled.encode(text))
     with pytest.raises(ValueError, match=f"has {filled.vocab_size()} pieces, expected at most 5"):
-        fill(tokenizer.model, 5)
+        with_unused_pieces(tokenizer.model, 5)
 
 
 @pytest.mark.parametrize("text", ["▅▅ a cat", "\x00", "cat " * 300_000, "猫" * 70_000])

@@ -60,7 +60,7 @@ def convert(
         clusters: file with the cluster of each image code.
         config: sizes; by default those of the checkpoints, and otherwise those of the preset `cogvideo`.
     """
-    stages = [Checkpoint.find(component, folder) for component, folder in folders.items()]
+    stages = [ReleasedCheckpoint.find(component, folder) for component, folder in folders.items()]
     require(bool(stages) or ice is not None, "nothing to convert, expected at least one of stage1, stage2, dsr, ice")
     config = _derive(stages) if config is None else config
     for stage in stages:
@@ -74,7 +74,7 @@ def convert(
     return Conversion(writer.components, {stage: tensors for stage, tensors in differing.items() if tensors})
 
 
-class Checkpoint(NamedTuple):
+class ReleasedCheckpoint(NamedTuple):
     """A released folder: `model_config.json`, `latest` and `<iteration>/mp_rank_00_model_states.pt`."""
 
     component: str
@@ -83,7 +83,7 @@ class Checkpoint(NamedTuple):
     settings: dict[str, Any]
 
     @classmethod
-    def find(cls, component: str, folder: Path) -> Checkpoint:
+    def find(cls, component: str, folder: Path) -> ReleasedCheckpoint:
         """The checkpoint in a folder; refused if a file is missing, or the model is split in several."""
         settings = _read_settings(folder / "model_config.json")
         with _reading(folder / "latest"):
@@ -130,7 +130,7 @@ class Checkpoint(NamedTuple):
         return _rename(tensors, base), _rename(tensors, added)
 
 
-def _derive(stages: list[Checkpoint]) -> CogVideoConfig:
+def _derive(stages: list[ReleasedCheckpoint]) -> CogVideoConfig:
     """Sizes that all checkpoints share, in the preset `cogvideo`."""
     released = preset("cogvideo")
     sizes = {stage.file: stage.sizes() for stage in stages}
@@ -139,7 +139,7 @@ def _derive(stages: list[Checkpoint]) -> CogVideoConfig:
     return replace(released, transformer=next(iter(sizes.values()), released.transformer))
 
 
-def _add_stage(writer: BundleWriter, stage: Checkpoint) -> dict[str, float]:
+def _add_stage(writer: BundleWriter, stage: ReleasedCheckpoint) -> dict[str, float]:
     """Write what the stage adds, and its base unless that is stored already; give the tensors in which bases differ."""
     base, added = stage.load(writer.config.transformer.num_layers)
     writer.add(stage.component, added, stage.file)

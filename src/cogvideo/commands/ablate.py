@@ -72,7 +72,7 @@ def ablate(
 
 def _write(laboratory: Laboratory) -> None:
     """Write page and figures, if any run is over."""
-    from cogvideo.report.ablation import facts, plain  # matplotlib takes a second to import
+    from cogvideo.report.ablation import as_json, facts  # matplotlib takes a second to import
     from cogvideo.report.page import write_page
 
     over = sum(laboratory.report(name) is not None for name in laboratory.runs)
@@ -81,7 +81,7 @@ def _write(laboratory: Laboratory) -> None:
     page, figures = facts(laboratory)
     settings = {"ablation": asdict(laboratory.ablation), "optimization": asdict(laboratory.optimization)}
     content = provenance() | {"settings": settings, "runs": over} | figures
-    write_json(laboratory.out / FILE, content, plain)
+    write_json(laboratory.out / FILE, content, as_json)
     lead = f"{over} of {len(laboratory.runs)} runs are over; {laboratory.optimization.steps:,} steps of each stage."
     write_page(laboratory.out / PAGE, "ablate", "Ablation of the video stages", lead, "ablation.html", page)
     print(f"written: {laboratory.out / PAGE}, {laboratory.out / FILE}, with {over} runs")

@@ -25,7 +25,7 @@ from cogvideo.evaluation.lists import Language, Split, read_kinetics, read_ucf10
 from cogvideo.evaluation.making import Making, fill
 from cogvideo.evaluation.protocols import PROTOCOLS, Pixels, Protocol
 from cogvideo.evaluation.published import KINETICS600, NOTE, UCF101, Published
-from cogvideo.evaluation.samples import Maker, of_classes, of_videos, write_table, write_windows
+from cogvideo.evaluation.samples import ProtocolMaker, of_classes, of_videos, write_table, write_windows
 from cogvideo.evaluation.subjects import Prompt
 from cogvideo.files import alone_in, sha256_of, write_json
 from cogvideo.media.video import write_video
@@ -175,7 +175,7 @@ class _Run:
         if slow := slowness(dtype, device):
             print(slow)
         pipeline = CogVideoPipeline.from_pretrained(model, dtype, device)
-        self.maker = Maker(pipeline, making, protocol, fps)
+        self.maker = ProtocolMaker(pipeline, making, protocol, fps)
         self._identity: dict[str, Any] = {
             "data": name,
             "bundle": pipeline.model.fingerprint,

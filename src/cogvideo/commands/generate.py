@@ -33,7 +33,7 @@ from cogvideo.commands.outputs import (
     write_clip,
     write_frame,
 )
-from cogvideo.commands.prompts import ANY_SEED, Prompt, read_prompts
+from cogvideo.commands.prompts import ANY_SEED, ListedPrompt, read_prompts
 from cogvideo.config import InputError, require
 from cogvideo.data.folders import existing
 from cogvideo.data.tables import SPACES
@@ -120,7 +120,7 @@ def generate(
         moved = "but for --model, --image, --extend, --first and --last if these were moved"
         require(is_alone and choices == Choices(**choices.places), f"{got}, expected none, {moved}")
         sidecar = Sidecar(from_sidecar)
-        listed = [Prompt(sidecar.clip.prompt, sidecar.clip.seed, str(from_sidecar))]
+        listed = [ListedPrompt(sidecar.clip.prompt, sidecar.clip.seed, str(from_sidecar))]
         choices = sidecar.choices(choices.places)
     to_file = is_file(files.output, len(listed))
     for replaced in (files.output, sidecar_of(files.output)) if to_file else ():
@@ -129,7 +129,7 @@ def generate(
             require(is_other, f"output is {files.output}, which replaces the input {path}: give another name")
     suits = not to_file or files.format in ("mp4", files.output.suffix.lower()[1:])
     require(suits, f"output is {files.output} and format {files.format}, expected one format")
-    maker = Maker(choices, execution)
+    maker = ClipMaker(choices, execution)
     if sidecar is not None:
         sidecar.check_origin(maker.record)
     rates = (files.fps, None if sidecar is None else sidecar.clip.fps, maker.fps)
@@ -137,7 +137,7 @@ def generate(
     check_rate(files.output.suffix if to_file else f".{files.format}", fps)
     record, folder = maker.record | {"fps": fps}, Folder(files.output, files.format)
     if to_file:
-        wanted = [Wanted(listed[0].text, _seed(listed[0]), files.output, listed[0].where)]
+        wanted = [WantedClip(listed[0].text, _seed(listed[0]), files.output, listed[0].where)]
     else:
         wanted = list(_wanted(listed, record, folder, skip=prompts is not None))
     is_same = True
@@ -152,7 +152,7 @@ def generate(
     return int(not is_same)
 
 
-class Wanted(NamedTuple):
+class WantedClip(NamedTuple):
     """A clip to generate."""
 
     prompt: str
@@ -162,14 +162,14 @@ class Wanted(NamedTuple):
     """Place in a list, for messages."""
 
 
-def _listed(prompt: tuple[str, ...], path: Path | None, seed: int | None, samples: int) -> list[Prompt]:
+def _listed(prompt: tuple[str, ...], path: Path | None, seed: int | None, samples: int) -> list[ListedPrompt]:
     """Each prompt, as often as there are samples of it, with its seed if one is given."""
     fits = seed is None or 0 <= seed <= LARGEST_SEED
     require(fits, f"seed is {seed}, expected a number in [0, {LARGEST_SEED}], or -1 for any")
     require(0 < samples <= MOST_SAMPLES, f"samples is {samples}, expected 1 to {MOST_SAMPLES}")
     require(path is None or not prompt, "got prompts and a file of prompts, expected one of them")
     require(path is not None or len(prompt) > 0, "got no prompt, expected texts or --prompts FILE")
-    listed = [Prompt(each.translate(SPACES)) for each in prompt] if path is None else read_prompts(path)
+    listed = [ListedPrompt(each.translate(SPACES)) for each in prompt] if path is None else read_prompts(path)
     found = []
     for place, each in enumerate(listed):
         first = each.seed if seed is None or each.seed is not None else seed + place * samples
@@ -180,11 +180,11 @@ def _listed(prompt: tuple[str, ...], path: Path | None, seed: int | None, sample
     return found
 
 
-def _seed(prompt: Prompt) -> int:
+def _seed(prompt: ListedPrompt) -> int:
     return secrets.randbelow(2**31) if prompt.seed is None else prompt.seed
 
 
-def _wanted(listed: Sequence[Prompt], record: Record, folder: Folder, skip: bool) -> Iterator[Wanted]:
+def _wanted(listed: Sequence[ListedPrompt], record: Record, folder: Folder, skip: bool) -> Iterator[WantedClip]:
     """The clips that the folder lacks. The hash of the model identifies it, wherever it was."""
     alike = {name: value for name, value in record.items() if name not in ("model", *FILES)}
     there = set()
@@ -194,10 +194,10 @@ def _wanted(listed: Sequence[Prompt], record: Record, folder: Folder, skip: bool
             there.add(place)
     for place, each in enumerate(listed):
         if place not in there:
-            yield Wanted(each.text, _seed(each), folder.name(each.text), each.where)
+            yield WantedClip(each.text, _seed(each), folder.name(each.text), each.where)
 
 
-class Maker:
+class ClipMaker:
     """A model that generates clips with one set of choices.
 
     Raises:
@@ -235,7 +235,9 @@ class Maker:
         size, fit = self.pipeline.model.config.frame_size, self.choices.fit
         return self.pipeline.encode(read_video(path, self.fps, size, fit=fit, max_frames=most).frames)
 
-    def make(self, wanted: Sequence[Wanted], fps: float, preview: bool) -> Iterator[tuple[Wanted, Pixels, Record]]:
+    def make(
+        self, wanted: Sequence[WantedClip], fps: float, preview: bool
+    ) -> Iterator[tuple[WantedClip, Pixels, Record]]:
         """Clips as they are finished, with figures for their records. All prompts are checked, and folders created,
         before the first of them.
 
@@ -258,7 +260,7 @@ class Maker:
             for each, pixels, codes in zip(group, clips.frames, clips.codes, strict=True):
                 yield each, pixels, self._figures(pixels, codes)
 
-    def _check(self, wanted: Sequence[Wanted]) -> None:
+    def _check(self, wanted: Sequence[WantedClip]) -> None:
         """Refuse clips that cannot be generated; a prompt of a list by its line."""
         if wanted:
             self.pipeline.check_memory(self.settings, min(self.execution.batch, len(wanted)))
@@ -268,7 +270,7 @@ class Maker:
             except InputError as error:
                 raise InputError(f"{each.where}: {error}" if each.where else str(error)) from error
 
-    def _frames(self, group: Sequence[Wanted]) -> Iterator[Frame]:
+    def _frames(self, group: Sequence[WantedClip]) -> Iterator[Frame]:
         generators = [torch.Generator().manual_seed(each.seed) for each in group]
         prompts = [each.prompt for each in group]
         return self.pipeline.frames(replace(self.request, prompts=prompts, generators=generators))
@@ -285,7 +287,7 @@ class Maker:
         }
 
 
-def _previewed(stream: Iterator[Frame], group: Sequence[Wanted]) -> Iterator[Frame]:
+def _previewed(stream: Iterator[Frame], group: Sequence[WantedClip]) -> Iterator[Frame]:
     """Write each frame before it is passed on."""
     folders = [make_frames_folder(each.path) for each in group]
     for folder, each in zip(folders, group, strict=True):

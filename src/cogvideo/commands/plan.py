@@ -12,10 +12,10 @@ from rich.table import Table
 from cogvideo.bundle.format import Manifest
 from cogvideo.commands.terminal import table
 from cogvideo.planning.costs import STAGES
-from cogvideo.planning.plan import GIB, PAPER, Machines, StagePlan, stage_plan
+from cogvideo.planning.plan import GIB, PAPER, Cluster, StagePlan, stage_plan
 
 
-def plan(target: str = "cogvideo", /, *, machines: Machines, json: bool = False, ema: float = 0.0) -> None:
+def plan(target: str = "cogvideo", /, *, machines: Cluster, json: bool = False, ema: float = 0.0) -> None:
     """Estimate memory and time of training on a number of GPUs. None of them is needed.
 
     The plan covers the image model, key frames (sequential) and interpolation, not super-resolution. Precision is
@@ -46,7 +46,7 @@ def plan(target: str = "cogvideo", /, *, machines: Machines, json: bool = False,
     console.print("\nSuper-resolution is not planned.")
 
 
-def _parts(plan: StagePlan, machines: Machines) -> Iterator[Table | str]:
+def _parts(plan: StagePlan, machines: Cluster) -> Iterator[Table | str]:
     samples, steps = PAPER[plan.stage]
     shape = f"a step is {plan.batch:,} samples of {plan.positions:,} positions"
     yield f"\n[bold]{plan.stage}[/bold], GiB a rank; {shape}"
@@ -69,7 +69,7 @@ def _table(plan: StagePlan) -> Table:
     return table("", ["", *heads], rows)
 
 
-def _too_little(plan: StagePlan, machines: Machines) -> str:
+def _too_little(plan: StagePlan, machines: Cluster) -> str:
     """The least that is needed, and what would help."""
     least = min(plan.ways, key=lambda way: way.needs)
     way = f"{least.sharding}{' with --checkpointing' if least.checkpointing else ''}"

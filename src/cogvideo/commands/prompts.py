@@ -26,7 +26,7 @@ NO_LISTS = (".json", ".xlsx", ".xls", ".ods", ".gz", ".zip")
 """Suffixes of files that are neither text nor a readable table."""
 
 
-class Prompt(NamedTuple):
+class ListedPrompt(NamedTuple):
     """A requested clip."""
 
     text: str
@@ -35,7 +35,7 @@ class Prompt(NamedTuple):
     """Place in a list, for messages."""
 
 
-def read_prompts(path: Path) -> list[Prompt]:
+def read_prompts(path: Path) -> list[ListedPrompt]:
     """Prompts of a file, in order: nonempty lines of a text, or rows of a table (.csv, .tsv, .jsonl, .parquet)."""
     is_list = path.suffix.lower() not in NO_LISTS
     require(is_list, f"{path} is not a list of prompts, expected a text file, .csv, .tsv, .jsonl or .parquet")
@@ -50,7 +50,7 @@ def stem_of(prompt: str) -> str:
     return words.decode(errors="ignore").strip("-") or "clip"
 
 
-def _lines(path: Path) -> Iterator[Prompt]:
+def _lines(path: Path) -> Iterator[ListedPrompt]:
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -61,10 +61,10 @@ def _lines(path: Path) -> Iterator[Prompt]:
         if line.strip():
             where = f"{path}, line {number}"
             require("\0" not in line, f"{where}: it holds a zero byte, expected a text file")
-            yield Prompt(line.translate(SPACES).strip(), where=where)
+            yield ListedPrompt(line.translate(SPACES).strip(), where=where)
 
 
-def _rows(path: Path) -> Iterator[Prompt]:
+def _rows(path: Path) -> Iterator[ListedPrompt]:
     path.stat()  # a missing file is an OSError, as for texts
     require(path.is_file() or path.is_dir(), f"{path} is a pipe or a device, expected a file: only texts may be piped")
     there = read_columns(path)
@@ -76,13 +76,13 @@ def _rows(path: Path) -> Iterator[Prompt]:
     return (_row(f"{path}, {record.place}", column, record) for record in read_records(path))
 
 
-def _row(where: str, column: str, record: Record) -> Prompt:
+def _row(where: str, column: str, record: Record) -> ListedPrompt:
     require(not record.surplus, f'{where}: {record.surplus} cells have no column: quote prompts with commas ("...")')
     text, cell = record.values.get(column), record.values.get(SEED)
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where}: {column} is {text!r:.60}, expected a text")
     require(is_unicode(text) and "\0" not in text, f"{where}: {column} is {text!r:.60}, expected Unicode text")
-    return Prompt(text.translate(SPACES).strip(), None if is_missing(cell) else _seed(where, cell), where)
+    return ListedPrompt(text.translate(SPACES).strip(), None if is_missing(cell) else _seed(where, cell), where)
 
 
 def _seed(where: str, cell: Any) -> int | None:

@@ -14,7 +14,7 @@ ANYWHERE = ("0.0.0.0", "::")
 
 
 @dataclass(frozen=True)
-class Place:
+class StorageOptions:
     """Queue and files."""
 
     folder: Path = FOLDER
@@ -33,7 +33,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkerOptions:
     """Generation."""
 
     model: str = POCKET
@@ -66,8 +66,8 @@ def serve(
     browser: bool = False,
     ray: bool = False,
     ray_address: str | None = None,
-    place: Place = Place(),  # frozen
-    work: Work = Work(),  # frozen
+    place: StorageOptions = StorageOptions(),  # frozen
+    work: WorkerOptions = WorkerOptions(),  # frozen
 ) -> None:
     """Serve text to video over HTTP: a page, and the interface of the OpenAI video endpoint.
 
@@ -152,8 +152,8 @@ def studio(
     *,
     port: int = 8000,
     browser: bool = True,
-    place: Place = Place(),  # frozen
-    work: Work = Work(),  # frozen
+    place: StorageOptions = StorageOptions(),  # frozen
+    work: WorkerOptions = WorkerOptions(),  # frozen
 ) -> None:
     """Generate clips on a page in a browser, for this machine alone.
 
@@ -172,7 +172,7 @@ def studio(
     serve(port=port, browser=browser, place=place, work=work)
 
 
-def worker(*, place: Place = Place(), work: Work = Work()) -> None:  # frozen
+def worker(*, place: StorageOptions = StorageOptions(), work: WorkerOptions = WorkerOptions()) -> None:  # frozen
     """Generate the videos of a queue, on this machine or another one.
 
     Any number of workers may share a queue. When one dies, others go on from the last finished frame of its clips.

@@ -51,7 +51,7 @@ class PrepareSettings:
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
 
 
-class Job(NamedTuple):
+class ShardJob(NamedTuple):
     """A shard to be made from items; rejections are added to its info."""
 
     path: Path
@@ -60,7 +60,7 @@ class Job(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Worker:
+class ShardWorker:
     """Makes shards: the tokenizer on one device, and threads that read ahead of it."""
 
     bundle: Path
@@ -86,7 +86,7 @@ class Worker:
         rows = frames.shape[1] // self._tokenizer.config.rate
         return codes.numpy().astype(np.uint16).reshape(len(frames), rows, -1)
 
-    def make(self, job: Job, on_clip: Callable[[], None] = lambda: None) -> None:
+    def make(self, job: ShardJob, on_clip: Callable[[], None] = lambda: None) -> None:
         """Write the shard of a job: rows in the order of its items, and why the others have none.
 
         `on_clip` is called after each item.

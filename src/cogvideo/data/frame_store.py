@@ -65,7 +65,7 @@ class FrameStore(NamedTuple):
     """True if the sources have another split than `train`."""
 
 
-class Reading(NamedTuple):
+class ReadProgress(NamedTuple):
     """Progress: clips that were read or refused, of all that seem to be needed, and frames taken from them."""
 
     clips: int
@@ -73,7 +73,7 @@ class Reading(NamedTuple):
     frames: int
 
 
-OnRead = Callable[[Reading], None]
+OnRead = Callable[[ReadProgress], None]
 
 
 def fetch(
@@ -215,7 +215,7 @@ class _Drawing:
         self.frames_taken += frames
         left = self.settings.num_frames + self.settings.num_held_out - self.frames_taken
         total = self.clips_read + math.ceil(left * self.clips_read / max(1, self.frames_taken))
-        self.on_read(Reading(self.clips_read, min(self.num_items, total), self.frames_taken))
+        self.on_read(ReadProgress(self.clips_read, min(self.num_items, total), self.frames_taken))
 
 
 def _parts(

@@ -17,7 +17,7 @@ from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import locate
 from cogvideo.config import CogVideoConfig, InputError, both, check_size, joined, require, times
 from cogvideo.data.dataset import REJECTED, Card, check_hashes, make_card, write_card
-from cogvideo.data.encoding import Job, PrepareSettings, Worker
+from cogvideo.data.encoding import PrepareSettings, ShardJob, ShardWorker
 from cogvideo.data.engines import Machines, progress
 from cogvideo.data.shards import ShardInfo, digest, read_info, shard_name
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
@@ -56,7 +56,7 @@ def prepare(
     described = asdict(settings) | {"source": asdict(options)}
     listing = list_source(source, options)
     jobs = plan(listing.items, out, shard_info(manifest, settings, digest(described)), settings.shard_clips)
-    worker = Worker(bundle, settings, manifest.config.upscaler.ratio)
+    worker = ShardWorker(bundle, settings, manifest.config.upscaler.ratio)
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out):
         left = remaining(jobs, out)
@@ -123,13 +123,13 @@ def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: s
     )
 
 
-def plan(items: Sequence[Item], folder: Path, info: ShardInfo, size: int) -> list[Job]:
+def plan(items: Sequence[Item], folder: Path, info: ShardInfo, size: int) -> list[ShardJob]:
     """The items cut into shards of `size`, each with the hash of its inputs."""
     jobs = []
     for index, start in enumerate(range(0, len(items), size)):
         part = tuple(items[start : start + size])
         work = digest([info.tokenizer_sha256, info.settings_sha256, *map(_identity, part)])
-        jobs.append(Job(folder / shard_name(index), part, replace(info, work_sha256=work)))
+        jobs.append(ShardJob(folder / shard_name(index), part, replace(info, work_sha256=work)))
     return jobs
 
 
@@ -143,7 +143,7 @@ def _identity(item: Item) -> Any:
     return [content, item.id, item.captions, item.attributes, item.start, item.end, item.split, item.copy]
 
 
-def remaining(jobs: Sequence[Job], folder: Path) -> list[Job]:
+def remaining(jobs: Sequence[ShardJob], folder: Path) -> list[ShardJob]:
     """Jobs whose shards are not there yet; leftovers of a killed run are removed.
 
     Raises:

@@ -14,7 +14,7 @@ from cogvideo.config import require
 from cogvideo.data.engines import Machines
 from cogvideo.evaluation.distribution import Limit, Metric, Sets, halves, interval, limit
 from cogvideo.evaluation.features import Extractor, Judge, extract, one_thread
-from cogvideo.evaluation.footage import Drawn, Excerpt, Reading, draw
+from cogvideo.evaluation.footage import DrawnExcerpts, Excerpt, Reading, draw
 from cogvideo.evaluation.protocols import Protocol
 
 INCEPTION_SCORE = "Inception Score"
@@ -64,7 +64,7 @@ class Side:
     """Clips by what they are coded by."""
 
     @classmethod
-    def of_excerpts(cls, source: str, drawn: Drawn, excerpts: Sequence[Excerpt]) -> Side:
+    def of_excerpts(cls, source: str, drawn: DrawnExcerpts, excerpts: Sequence[Excerpt]) -> Side:
         """A side from what was drawn and what of it is compared."""
         footage = [each.footage for each in excerpts]
         sizes = Counter(f"{each.size[1]} x {each.size[0]}" for each in footage)

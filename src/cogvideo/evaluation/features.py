@@ -43,9 +43,9 @@ CPU_BATCH, GPU_BATCH = 1, 16
 JOB_BATCHES = 8
 """Passes of a job, what a worker does in one go."""
 
-Clips = Sequence[tuple[Pixels, ...]]
+ExcerptPixels = Sequence[tuple[Pixels, ...]]
 """Excerpts that are looked at alone, or in pairs."""
-Encode = Callable[[Clips], Float[Tensor, "clips features"]]
+Encode = Callable[[ExcerptPixels], Float[Tensor, "clips features"]]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _load_i3d(path: Path, protocol: Protocol, proven: bool, device: str) -> Enco
 def _load_c3d(weights: Path, mean: Path, device: str) -> Encode:
     model = load_c3d(weights, mean).to(device)
 
-    def encode(clips: Clips) -> Tensor:
+    def encode(clips: ExcerptPixels) -> Tensor:
         pixels = torch.stack([torch.from_numpy(frames).permute(3, 0, 1, 2) for (frames,) in clips])
         return model(pixels.to(device) / 127.5 - 1)
 
@@ -111,7 +111,7 @@ def _load_lpips(path: Path, network: Perceptual, device: str) -> Encode:
     return lambda clips: torch.stack([distance(*pair) for pair in clips])[:, None]
 
 
-class Sample(NamedTuple):
+class FeatureInput(NamedTuple):
     """Input of one row of features."""
 
     excerpts: tuple[Excerpt, ...]
@@ -123,7 +123,7 @@ class Sample(NamedTuple):
 class Job(NamedTuple):
     """Samples that a worker does in one go."""
 
-    items: tuple[Sample, ...]
+    items: tuple[FeatureInput, ...]
     """Their files are missing."""
 
 
@@ -171,13 +171,13 @@ class Extractor:
                         np.save(file, features)
                     on_clip()
 
-    def _read(self, sample: Sample) -> tuple[Pixels, ...]:
+    def _read(self, sample: FeatureInput) -> tuple[Pixels, ...]:
         return tuple(self.reading.read(each, self._loaded.autoencoder) for each in sample.excerpts)
 
-    def sample(self, *excerpts: Excerpt) -> Sample:
+    def sample(self, *excerpts: Excerpt) -> FeatureInput:
         """A sample, named by the content of all that decides its features."""
         key = digest([VERSION, self.device, self.judge.identity, *map(self.reading.identity, excerpts)])
-        return Sample(excerpts, cache_folder() / "features" / key[:2] / f"{key}.npy")
+        return FeatureInput(excerpts, cache_folder() / "features" / key[:2] / f"{key}.npy")
 
 
 def _or_error(clip: tuple[Pixels, ...] | VideoError) -> tuple[Pixels, ...]:
@@ -186,7 +186,7 @@ def _or_error(clip: tuple[Pixels, ...] | VideoError) -> tuple[Pixels, ...]:
     return clip
 
 
-def _encode(clips: Clips, encode: Encode, size: int) -> NDArray[np.float32]:
+def _encode(clips: ExcerptPixels, encode: Encode, size: int) -> NDArray[np.float32]:
     """Features of clips by a pass of that size."""
     padded = [*clips, *[clips[-1]] * (size - len(clips))]
     with torch.inference_mode():
@@ -205,7 +205,7 @@ def one_thread() -> Iterator[None]:
 
 
 def extract(
-    title: str, samples: Sequence[Sample], extractor: Extractor, machines: Machines
+    title: str, samples: Sequence[FeatureInput], extractor: Extractor, machines: Machines
 ) -> Float[Tensor, "samples features"]:
     """Features of samples, in their order; those that are not in the cache are made and kept.
 

@@ -35,7 +35,7 @@ Where = Literal["start", "random", "anywhere"]
 """Windows of clips: the first of each, one at random in each, or any of all windows of all clips."""
 
 
-class Row(NamedTuple):
+class DatasetRow(NamedTuple):
     """A clip of prepared data."""
 
     dataset: Path
@@ -50,7 +50,7 @@ class Footage:
 
     id: str
     """Name in the source."""
-    media: Item | Row
+    media: Item | DatasetRow
     """Where its frames come from."""
     num_frames: int
     """Frames at its rate."""
@@ -64,14 +64,14 @@ class Footage:
     @property
     def captions(self) -> tuple[str, ...]:
         """Captions of the clip; none of a file unless they were read."""
-        if isinstance(self.media, Row):
+        if isinstance(self.media, DatasetRow):
             return _dataset(self.media.dataset).row(self.media.number).captions
         return self.media.captions
 
     @property
     def content(self) -> str:
         """Hash of what is read."""
-        if isinstance(self.media, Row):
+        if isinstance(self.media, DatasetRow):
             codes = np.ascontiguousarray(_dataset(self.media.dataset).row(self.media.number).codes)
             return hashlib.sha256(codes.tobytes()).hexdigest()
         media = self.media.media
@@ -133,7 +133,7 @@ class Reading:
     caption_columns: tuple[str, ...] = ()
     """Columns of a table with captions; by default, captions are not read."""
 
-    def find(self, source: str) -> list[Item | Row]:
+    def find(self, source: str) -> list[Item | DatasetRow]:
         """Clips of a source in the order of their names, before they are looked at.
 
         Raises:
@@ -149,15 +149,15 @@ class Reading:
         require(not rendered, f"{source} is no file, expected clips: `cogvideo data world` writes these")
         return [*sorted(listing.items, key=lambda item: item.id)]
 
-    def _find_rows(self, folder: Path) -> list[Item | Row]:
+    def _find_rows(self, folder: Path) -> list[Item | DatasetRow]:
         if self.tokenizer is None:
             raise InputError(f"{folder} is prepared data, expected the bundle that decodes it: pass --model")
         data = Dataset(folder, self.tokenizer.sha256)
         stored = data.card.fps
         require(self.fps in (None, stored), f"{folder} has {stored:g} frames a second, expected {self.fps}, from --fps")
-        return [Row(folder, number) for number in range(len(data))]
+        return [DatasetRow(folder, number) for number in range(len(data))]
 
-    def look(self, found: Sequence[Item | Row]) -> Iterator[Footage]:
+    def look(self, found: Sequence[Item | DatasetRow]) -> Iterator[Footage]:
         """Facts about clips, in their order. Files are decoded for it, some ahead.
 
         Raises:
@@ -168,8 +168,8 @@ class Reading:
                 raise footage
             yield footage
 
-    def _look(self, media: Item | Row) -> Footage:
-        if isinstance(media, Row):
+    def _look(self, media: Item | DatasetRow) -> Footage:
+        if isinstance(media, DatasetRow):
             assert self.tokenizer is not None
             row = _dataset(media.dataset).row(media.number)
             side = row.codes.shape[1] * self.tokenizer.rate
@@ -194,7 +194,7 @@ class Reading:
             VideoError: they cannot be read.
         """
         media, protocol = excerpt.footage.media, self.protocol
-        if isinstance(media, Row):
+        if isinstance(media, DatasetRow):
             assert autoencoder is not None
             codes = _dataset(media.dataset).row(media.number).codes[excerpt.first :: protocol.step][: protocol.frames]
             _, rows, columns = codes.shape
@@ -222,12 +222,12 @@ class Reading:
         protocol, media = self.protocol, excerpt.footage.media
         part = [media.start, media.end] if isinstance(media, Item) else []
         frames = [excerpt.first, protocol.frames, protocol.step, excerpt.footage.fps, *part]
-        decoded = self.tokenizer is not None and (excerpt.through_codes or isinstance(media, Row))
+        decoded = self.tokenizer is not None and (excerpt.through_codes or isinstance(media, DatasetRow))
         codes = [self.tokenizer.sha256, self.tokenizer.side] if self.tokenizer and decoded else []
         return [excerpt.footage.content, frames, protocol.size, protocol.antialias, codes]
 
 
-class Drawn(NamedTuple):
+class DrawnExcerpts(NamedTuple):
     """Excerpts of the clips of a source."""
 
     excerpts: list[Excerpt]
@@ -238,7 +238,7 @@ class Drawn(NamedTuple):
     """Those that were left out because they have too few frames, as far as they were looked at."""
 
 
-def draw(source: str, reading: Reading, where: Where, count: int, seed: int) -> Drawn:
+def draw(source: str, reading: Reading, where: Where, count: int, seed: int) -> DrawnExcerpts:
     """Excerpts of a source, at most `count`, by the rules of the protocol.
 
     Raises:
@@ -271,7 +271,7 @@ def draw(source: str, reading: Reading, where: Where, count: int, seed: int) -> 
         excerpts = [Excerpt(each, int(random.integers(size))) for each, size in zip(long, windows, strict=True)]
     else:
         excerpts = [Excerpt(each, 0) for each in long]
-    return Drawn(excerpts, len(found), num_short)
+    return DrawnExcerpts(excerpts, len(found), num_short)
 
 
 @lru_cache(maxsize=8)

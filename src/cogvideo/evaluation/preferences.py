@@ -25,7 +25,7 @@ class Interval(NamedTuple):
     high: float
 
 
-class Comparison(NamedTuple):
+class PairwiseComparison(NamedTuple):
     """Two systems, compared by a rater on a prompt."""
 
     rater: int
@@ -71,7 +71,7 @@ def sample_size(part: float, margin: float) -> int:
 
 
 def outcomes(
-    comparisons: Sequence[Comparison], systems: Sequence[str]
+    comparisons: Sequence[PairwiseComparison], systems: Sequence[str]
 ) -> Float64[np.ndarray, "systems systems comparisons"]:
     """For each comparison, 1 where the row's system won against the column's, half where neither did.
 

@@ -31,7 +31,7 @@ AT_ONCE = 64
 """Clips that are compared at a time, which bounds the memory."""
 
 
-class Features(NamedTuple):
+class ClipFeatures(NamedTuple):
     """Features by which clips are compared, flat, by color; both are linear in the pixels."""
 
     pixels: Float[Tensor, "clips colors features"]
@@ -39,13 +39,13 @@ class Features(NamedTuple):
     """Differences of neighboring frames."""
 
     @classmethod
-    def of(cls, clips: Float[Tensor, "clips frames height width colors"]) -> Features:
+    def of(cls, clips: Float[Tensor, "clips frames height width colors"]) -> ClipFeatures:
         """Features of clips."""
         flat = "clips frames height width colors -> clips colors (frames height width)"
         return cls(rearrange(clips, flat), rearrange(clips.diff(dim=1), flat))
 
 
-Gallery = tuple[Features, Features]
+Gallery = tuple[ClipFeatures, ClipFeatures]
 """Real clips on black, and how much background shows through, one for all colors. A clip on a color is
 `on_black + transparency * color`, and so are its features."""
 
@@ -55,7 +55,7 @@ def gallery(
 ) -> Gallery:
     """Real clips from how they look on black and on white, which together give the alpha."""
     through = torch.from_numpy(on_white[..., :1]).float() - torch.from_numpy(on_black[..., :1]).float()
-    return Features.of(torch.from_numpy(on_black).float() / 255), Features.of(through / 255)
+    return ClipFeatures.of(torch.from_numpy(on_black).float() / 255), ClipFeatures.of(through / 255)
 
 
 def distances(clips: UInt8[np.ndarray, "clips frames size size 3"], real: Gallery) -> Float[Tensor, "clips real"]:
@@ -64,7 +64,7 @@ def distances(clips: UInt8[np.ndarray, "clips frames size size 3"], real: Galler
     for start in range(0, len(clips), AT_ONCE):
         some = clips[start : start + AT_ONCE]
         grounds = torch.tensor(np.stack([border_color(clip) for clip in some])).float() / 255
-        drawn, (on_black, transparency) = Features.of(torch.from_numpy(some).float() / 255), real
+        drawn, (on_black, transparency) = ClipFeatures.of(torch.from_numpy(some).float() / 255), real
         own, both, others = _products(drawn.pixels, on_black.pixels, transparency.pixels, grounds)
         squares = (own - 2 * both + others) / (3 * transparency.pixels.shape[-1])
         own, both, others = _products(drawn.moves, on_black.moves, transparency.moves, grounds)

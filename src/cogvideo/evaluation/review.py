@@ -43,7 +43,7 @@ WRITTEN = 9.0
 
 
 @dataclass(frozen=True)
-class Clip:
+class ReviewedClip:
     """A piece of a file."""
 
     item: Item
@@ -123,7 +123,7 @@ def in_words(name: str) -> str:
 
 def review(
     items: Sequence[Item], named: frozenset[str], on_clip: Callable[[], None] = lambda: None
-) -> tuple[list[Clip], list[Rejection]]:
+) -> tuple[list[ReviewedClip], list[Rejection]]:
     """Look at each file, cut it, and compare the pieces.
 
     Args:
@@ -134,7 +134,7 @@ def review(
     Returns:
         pieces of the clips that can be read, and the clips that cannot.
     """
-    clips: list[Clip] = []
+    clips: list[ReviewedClip] = []
     prints: list[Float32[np.ndarray, "frames side side 3"]] = []
     rejected: list[Rejection] = []
     facts_of = lru_cache(maxsize=1)(examine)  # parts of a file follow each other
@@ -154,7 +154,7 @@ def review(
     return clips, rejected
 
 
-Pieces = Iterator[tuple[Clip, UInt8[np.ndarray, "frames side side 3"]]]
+Pieces = Iterator[tuple[ReviewedClip, UInt8[np.ndarray, "frames side side 3"]]]
 
 
 def _pieces(item: Item, facts: Facts, is_named: bool) -> Pieces:
@@ -183,7 +183,7 @@ def _moving(item: Item, facts: Facts) -> list[Item]:
     return parts
 
 
-def _numbered(clip: Clip) -> Clip:
+def _numbered(clip: ReviewedClip) -> ReviewedClip:
     """A clip with its start in its ID."""
     file, start = clip.item.id.partition("#")[0], clip.item.start
     return replace(clip, item=replace(clip.item, id=f"{file}#{start:.2f}"))
@@ -210,7 +210,7 @@ def _shots(item: Item, facts: Facts, is_named: bool) -> Pieces:
             until = None
         energy = measure(part).energy if len(part) > 1 else 0.0
         large = read_video(item.media, 1, 256, fit="letterbox", start=start, end=stop, max_frames=4).frames
-        clip = Clip(
+        clip = ReviewedClip(
             item=replace(item, start=start, end=until),
             seconds=last - first,
             width=facts.width,
@@ -276,7 +276,7 @@ def _fingerprint(frames: UInt8[np.ndarray, "frames side side 3"]) -> Float32[np.
     return some.reshape(5, 16, SIDE // 16, 16, SIDE // 16, 3).mean((2, 4))
 
 
-def with_splits(clips: Sequence[Clip], held_out: float = 0.1) -> list[Clip]:
+def with_splits(clips: Sequence[ReviewedClip], held_out: float = 0.1) -> list[ReviewedClip]:
     """The clips with a tenth of them held out, where the source has no split but `train` and there are four or more.
 
     Pieces of a file and clips that look the same stay together. Long clips go first: short ones have fewer frame rates.
@@ -302,11 +302,11 @@ def with_splits(clips: Sequence[Clip], held_out: float = 0.1) -> list[Clip]:
     return [_in_split(each, "validation" if each.item.id in chosen else "train") for each in clips]
 
 
-def _in_split(clip: Clip, split: str) -> Clip:
+def _in_split(clip: ReviewedClip, split: str) -> ReviewedClip:
     return replace(clip, item=replace(clip.item, split=split))
 
 
-def check_usable(clips: Sequence[Clip], rejected: Sequence[Rejection], source: str) -> None:
+def check_usable(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection], source: str) -> None:
     """Refuse a source without a clip that can be trained on, in one line."""
     train = [each for each in clips if each.item.split == "train"]
     if train:
@@ -315,7 +315,7 @@ def check_usable(clips: Sequence[Clip], rejected: Sequence[Rejection], source: s
     raise InputError(f"no clip of {source} can be trained on{first}")
 
 
-def in_short(clips: Sequence[Clip], rejected: Sequence[Rejection]) -> list[str]:
+def in_short(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection]) -> list[str]:
     """Lines about the clips as a whole."""
     lengths = sorted(each.seconds for each in clips)
     sizes = sorted({f"{each.width} x {each.height}" for each in clips})

@@ -72,7 +72,7 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-class Maker:
+class ProtocolMaker:
     """A model that generates clips of a protocol.
 
     Args:

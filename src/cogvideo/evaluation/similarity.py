@@ -28,7 +28,7 @@ from cogvideo.config import InputError, require
 from cogvideo.data.engines import Machines
 from cogvideo.data.shards import digest
 from cogvideo.evaluation.comparison import Side, check_alike
-from cogvideo.evaluation.features import Clips, Encode, Extractor, Judge, extract, one_thread
+from cogvideo.evaluation.features import Encode, ExcerptPixels, Extractor, Judge, extract, one_thread
 from cogvideo.evaluation.footage import Reading, draw
 from cogvideo.files import sha256_of
 
@@ -83,7 +83,7 @@ def _load_images(folder: Path, device: str) -> Encode:
     model = _load(folder, device)
     size = model.config.vision_config.image_size
 
-    def encode(clips: Clips) -> Tensor:
+    def encode(clips: ExcerptPixels) -> Tensor:
         pixels = torch.stack([to_clip(frame, size) for (frames,) in clips for frame in frames])
         pooled = model.vision_model(pixel_values=pixels.to(device)).pooler_output
         embeddings = F.normalize(model.visual_projection(pooled), dim=-1)
@@ -172,7 +172,7 @@ class Similarity:
     seed: int
     """Seed of what is drawn at random."""
 
-    def measure(self, source: str) -> Measured:
+    def measure(self, source: str) -> SourceSimilarity:
         """Similarities of the clips of a source.
 
         Raises:
@@ -188,7 +188,7 @@ class Similarity:
         with one_thread():
             texts = embed(self.folder, [text for each in captions for text in each], self.machines.kind)
             found = similarities(frames, texts.embeddings, [len(each) for each in captions])
-        return Measured(Side.of_excerpts(source, drawn, drawn.excerpts), found, texts.num_cut)
+        return SourceSimilarity(Side.of_excerpts(source, drawn, drawn.excerpts), found, texts.num_cut)
 
     def _chosen(self, captions: Sequence[Sequence[str]]) -> list[Sequence[str]]:
         if self.captions == "all":
@@ -197,7 +197,7 @@ class Similarity:
         return [(each[int(random.integers(len(each)))],) for each in captions]
 
 
-class Measured(NamedTuple):
+class SourceSimilarity(NamedTuple):
     """CLIPSIM of a source."""
 
     side: Side

@@ -18,7 +18,7 @@ QuestionSet = Literal["pairs", "axes", "paper"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class AnswerChoice:
     """An answer to a question."""
 
     value: int
@@ -32,19 +32,19 @@ class Question:
 
     name: str
     text: str
-    choices: tuple[Choice, ...]
+    choices: tuple[AnswerChoice, ...]
 
     def allows(self, value: int) -> bool:
         """True if a value is that of a choice."""
         return any(choice.value == value for choice in self.choices)
 
 
-_PREFERENCES = (Choice(-1, "1", "Left"), Choice(0, "=", "Same"), Choice(1, "2", "Right"))
+_PREFERENCES = (AnswerChoice(-1, "1", "Left"), AnswerChoice(0, "=", "Same"), AnswerChoice(1, "2", "Right"))
 
 
-def _scale(most: int) -> tuple[Choice, ...]:
+def _scale(most: int) -> tuple[AnswerChoice, ...]:
     """Grades from 1, by the last digit of their key."""
-    return tuple(Choice(grade, str(grade % 10), str(grade)) for grade in range(1, most + 1))
+    return tuple(AnswerChoice(grade, str(grade % 10), str(grade)) for grade in range(1, most + 1))
 
 
 QUESTIONS: dict[QuestionSet, tuple[Question, ...]] = {

@@ -51,7 +51,7 @@ def _alexnet() -> nn.Sequential:
 
 
 @dataclass(frozen=True)
-class Features:
+class FeatureNetwork:
     """A network whose features LPIPS compares."""
 
     title: str
@@ -66,9 +66,9 @@ class Features:
     """Side of the smallest frame whose last level is not empty."""
 
 
-NETWORKS: dict[Network, Features] = {
-    "vgg": Features("VGG-16", _vgg16, (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16),
-    "alexnet": Features("AlexNet", _alexnet, (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31),
+NETWORKS: dict[Network, FeatureNetwork] = {
+    "vgg": FeatureNetwork("VGG-16", _vgg16, (3, 8, 15, 22, 29), (64, 128, 256, 512, 512), 16),
+    "alexnet": FeatureNetwork("AlexNet", _alexnet, (1, 4, 7, 9, 11), (64, 192, 384, 256, 256), 31),
 }
 
 

@@ -32,7 +32,7 @@ key frames."""
 
 
 @dataclass(frozen=True)
-class Machines:
+class Cluster:
     """Machines."""
 
     gpus: int
@@ -193,7 +193,7 @@ class StagePlan:
     command: str | None
 
 
-def stage_plan(config: CogVideoConfig, stage: Stage, machines: Machines, ema: float = 0.0) -> StagePlan:
+def stage_plan(config: CogVideoConfig, stage: Stage, machines: Cluster, ema: float = 0.0) -> StagePlan:
     """Memory and time of a stage."""
     (samples, num_steps), groups, positions = PAPER[stage], machines.groups, layout_of(config, stage).length
     batch = groups * max(1, round(samples / groups))
@@ -207,7 +207,7 @@ def stage_plan(config: CogVideoConfig, stage: Stage, machines: Machines, ema: fl
     return StagePlan(stage, positions, batch, steps, ways, best, flops, speed, days, command)
 
 
-def _ways(config: CogVideoConfig, stage: Stage, machines: Machines, share: int, ema: float) -> Iterator[Way]:
+def _ways(config: CogVideoConfig, stage: Stage, machines: Cluster, share: int, ema: float) -> Iterator[Way]:
     needed = [activations(config, stage, samples, autocast=True) for samples in range(1, share + 1)]
     for sharding, checkpointing in product(machines.shardings, (False, True)):
         rank = held(config, stage, sharding, machines.groups, machines.tensor_parallel, ema)
@@ -229,7 +229,7 @@ def _ways(config: CogVideoConfig, stage: Stage, machines: Machines, share: int, 
         yield next((each for each in ways if each.fits), min(ways, key=lambda each: each.needs))
 
 
-def _command(stage: Stage, machines: Machines, batch: int, steps: int | None, way: Way, ema: float) -> str:
+def _command(stage: Stage, machines: Cluster, batch: int, steps: int | None, way: Way, ema: float) -> str:
     """Command to type; DATA, MODEL and HOST are for the user to fill in."""
     each = max(n for n in range(1, machines.gpus_per_machine + 1) if machines.gpus % n == 0)
     several = f" --nnodes {machines.gpus // each} --rdzv-backend c10d --rdzv-endpoint HOST:29400"

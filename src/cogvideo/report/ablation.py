@@ -31,7 +31,7 @@ NOTES = {
 }
 
 
-class Stage(NamedTuple):
+class StageCurve(NamedTuple):
     """Held-out losses of a run of a stage at one frame rate; in the file, steps, values and pace."""
 
     losses: Curve
@@ -40,7 +40,7 @@ class Stage(NamedTuple):
 
 
 @dataclass
-class Figure:
+class SeedFigure:
     """A figure of one row, by seed."""
 
     values: dict[int, float] = field(default_factory=dict)
@@ -72,9 +72,9 @@ def _signed(value: float) -> str:
     return f"{'-' if value < 0 else '+'}{number(abs(value))}"
 
 
-Figures = Mapping[str, Mapping[str, Mapping[str, Figure]]]
+Figures = Mapping[str, Mapping[str, Mapping[str, SeedFigure]]]
 """By point of comparison, name and row."""
-Lines = Mapping[str, Mapping[str, Stage]]
+Lines = Mapping[str, Mapping[str, StageCurve]]
 """By run and name."""
 
 
@@ -113,16 +113,16 @@ def facts(laboratory: Laboratory) -> tuple[dict[str, Any], dict[str, Any]]:
     return page, {"figures": figures, "curves": lines}
 
 
-def plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """Figures and curves as JSON takes them: an encoder's `default`."""
-    if isinstance(value, Figure):
+    if isinstance(value, SeedFigure):
         return vars(value) | {"interval": value.interval}
     return value.tolist()
 
 
 def compare(laboratory: Laboratory, reports: Mapping[str, Mapping[str, Mapping[str, float]]], lines: Lines) -> Figures:
     """Figures of all rows at all points of comparison."""
-    found: Figures = {at: defaultdict(lambda: defaultdict(Figure)) for at in NOTES}
+    found: Figures = {at: defaultdict(lambda: defaultdict(SeedFigure)) for at in NOTES}
     for run, report in reports.items():
         variant, seed = laboratory.runs[run]
         title, full = VARIANTS[variant].title, "" if variant == "full" else f"full-{seed}"
@@ -140,16 +140,16 @@ def compare(laboratory: Laboratory, reports: Mapping[str, Mapping[str, Mapping[s
     return found
 
 
-def _stages(bundle: Path) -> Iterator[tuple[str, Stage]]:
+def _stages(bundle: Path) -> Iterator[tuple[str, StageCurve]]:
     """Held-out losses of the runs in a bundle, by stage and frame rate."""
     for run in read_runs([bundle]):
         steps, seconds = run.figures["seconds"]
         pace = float(np.median(np.diff(seconds) / np.diff(steps))) if len(steps) > 1 else float(seconds[-1] / steps[-1])
         for rate, losses in run.held_out.items():
-            yield f"{run.stage}, {rate}", Stage(losses, pace)
+            yield f"{run.stage}, {rate}", StageCurve(losses, pace)
 
 
-def _rows(names: Mapping[str, Mapping[str, Figure]]) -> list[list[str]]:
+def _rows(names: Mapping[str, Mapping[str, SeedFigure]]) -> list[list[str]]:
     """Rows of a table; a column is a name."""
     titles = dict.fromkeys(row for rows in names.values() for row in rows)
     return [[title, *(str(rows[title]) if title in rows else "–" for rows in names.values())] for title in titles]

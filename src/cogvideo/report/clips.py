@@ -32,7 +32,7 @@ GAP = 2
 Frames = UInt8[np.ndarray, "frames height width 3"]
 
 
-class Clip(NamedTuple):
+class ShownClip(NamedTuple):
     """A row with some of its frames, evenly spaced."""
 
     row: Row
@@ -75,10 +75,10 @@ class Origin:
     missing: list[str] = field(default_factory=list)
 
     @torch.inference_mode()
-    def clip(self, row: Row, columns: int) -> Clip:
+    def clip(self, row: Row, columns: int) -> ShownClip:
         """A row with `columns` of its frames, or all where there are no more."""
         places = evenly(len(row.codes), columns)
-        clip = Clip(row)
+        clip = ShownClip(row)
         try:
             if self.frames is not None:
                 clip = clip._replace(original=self._original(row, self.frames)[places])

@@ -17,7 +17,7 @@ from cogvideo.data.dataset import REJECTED, Card, Dataset
 from cogvideo.media.metrics import perplexity
 from cogvideo.report.clips import find_origin, frame_size
 from cogvideo.report.page import Column, count, duration, file_size, middle, number, percent, shorten
-from cogvideo.report.sample import FUNCTION_WORDS, Sample, draw_rows, ranges, summary, take_sample, top
+from cogvideo.report.sample import FUNCTION_WORDS, SampleCounts, draw_rows, ranges, summary, take_sample, top
 
 NUM_ROWS = 20_000
 """Rows that are counted: five million take no longer than these."""
@@ -102,7 +102,7 @@ def training_rates(base: float) -> FrameRates:
         return FrameRates(base, (base / 8, base / 4, base / 2, base))
 
 
-def _captions(sample: Sample) -> dict[str, Any]:
+def _captions(sample: SampleCounts) -> dict[str, Any]:
     if not sample.captions:
         return {}
     num_captions, num_distinct = sample.captions.total(), len(sample.captions)

@@ -26,7 +26,7 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9ff
 
 
 @dataclass
-class Sample:
+class SampleCounts:
     """Counts over the rows of a sample."""
 
     num_rows: int
@@ -53,10 +53,10 @@ def draw_rows(dataset: Dataset, number: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(range(total), min(number, total)))
 
 
-def take_sample(dataset: Dataset, seed: int, num_rows: int) -> Sample:
+def take_sample(dataset: Dataset, seed: int, num_rows: int) -> SampleCounts:
     """Count what is in random rows."""
     rows = draw_rows(dataset, num_rows, seed)
-    sample = Sample(len(rows), len(dataset), seed, np.zeros(dataset.card.num_codes, np.int64))
+    sample = SampleCounts(len(rows), len(dataset), seed, np.zeros(dataset.card.num_codes, np.int64))
     for row in map(dataset.row, rows):
         sample.codes += np.bincount(row.codes.reshape(-1), minlength=len(sample.codes))
         sample.per_clip[len(row.captions)] += 1

@@ -15,7 +15,15 @@ from jaxtyping import Float64
 
 from cogvideo.config import require
 from cogvideo.evaluation import preferences
-from cogvideo.evaluation.preferences import Comparison, Interval, bootstrap, outcomes, sample_size, share, strengths
+from cogvideo.evaluation.preferences import (
+    Interval,
+    PairwiseComparison,
+    bootstrap,
+    outcomes,
+    sample_size,
+    share,
+    strengths,
+)
 from cogvideo.evaluation.study import Answer, Rater, Study
 from cogvideo.evaluation.trials import NOISE, REAL
 from cogvideo.files import write_csv
@@ -109,23 +117,23 @@ def figures(study: Study, answers: Sequence[Answer], raters: str) -> Iterator[Re
         yield Result(raters, question.name, AGREEMENT, "alpha", Interval(alpha, math.nan, math.nan), len(ratings))
 
 
-def _pairs(answers: Iterable[Answer], question: str) -> Iterator[Comparison]:
+def _pairs(answers: Iterable[Answer], question: str) -> Iterator[PairwiseComparison]:
     """Preferences, whatever the side on which a system was shown."""
     for each in answers:
         left, right = each.trial.systems
         outcome = -each.values[question]
         if left < right:
-            yield Comparison(each.rater, each.trial.prompt, left, right, outcome)
+            yield PairwiseComparison(each.rater, each.trial.prompt, left, right, outcome)
         else:
-            yield Comparison(each.rater, each.trial.prompt, right, left, -outcome)
+            yield PairwiseComparison(each.rater, each.trial.prompt, right, left, -outcome)
 
 
-def _graded_pairs(answers: Iterable[Answer], question: str) -> Iterator[Comparison]:
+def _graded_pairs(answers: Iterable[Answer], question: str) -> Iterator[PairwiseComparison]:
     """Preferences that follow from grades: the better one is preferred."""
     for (rater, prompt), grades in _grades_by_prompt(answers, question).items():
         for first, second in combinations(sorted(grades), 2):
             difference = grades[first] - grades[second]
-            yield Comparison(rater, prompt, first, second, (difference > 0) - (difference < 0))
+            yield PairwiseComparison(rater, prompt, first, second, (difference > 0) - (difference < 0))
 
 
 def _grades_by_prompt(answers: Iterable[Answer], question: str) -> dict[tuple[int, int], dict[str, int]]:
@@ -136,7 +144,7 @@ def _grades_by_prompt(answers: Iterable[Answer], question: str) -> dict[tuple[in
     return grades
 
 
-def _shares(pairs: Sequence[Comparison], question: str, raters: str) -> Iterator[Result]:
+def _shares(pairs: Sequence[PairwiseComparison], question: str, raters: str) -> Iterator[Result]:
     for first, second in sorted({(each.first, each.second) for each in pairs}):
         outcomes = [each.outcome for each in pairs if (each.first, each.second) == (first, second)]
         subjects = {f"{first} > {second}": 1, f"{first} = {second}": 0, f"{second} > {first}": -1}
@@ -145,7 +153,9 @@ def _shares(pairs: Sequence[Comparison], question: str, raters: str) -> Iterator
             yield Result(raters, question, SHARE, subject, part, len(outcomes))
 
 
-def _strengths(pairs: Sequence[Comparison], question: str, raters: str, systems: Sequence[str]) -> Iterator[Result]:
+def _strengths(
+    pairs: Sequence[PairwiseComparison], question: str, raters: str, systems: Sequence[str]
+) -> Iterator[Result]:
     """Bradley-Terry strengths; none where there are too few answers to compare all systems."""
     won = outcomes(pairs, systems)
     try:

@@ -48,7 +48,7 @@ from cogvideo.runs import TYPED, RunFolder
 from cogvideo.text import TextTokenizer
 from cogvideo.training.launch import train
 from cogvideo.training.optim import StageOptimization
-from cogvideo.training.session import Clips, Options, StageLogging
+from cogvideo.training.session import DataOptions, Options, StageLogging
 from cogvideo.training.stages import BaseChoice, Choice, StageName, StartChoice
 
 VariantName = Literal["full", "random", "trained", "one-stage", "no-rate", "no-window"]
@@ -213,7 +213,7 @@ class Laboratory:
         has_one = len(variant.stages) == 1
         steps = self.optimization.steps * (2 if has_one else 1)
         every, held_out = max(1, steps // 10), self.ablation.held_out
-        clips = Clips((self.out / DATA,), fixed_rate=Clips.rates[-1] if has_one else None)
+        clips = DataOptions((self.out / DATA,), fixed_rate=DataOptions.rates[-1] if has_one else None)
         options = Options(
             clips,
             out,

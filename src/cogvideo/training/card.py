@@ -86,7 +86,7 @@ def identity_of(run: Path) -> dict[str, Any]:
     return identity
 
 
-def write_card(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
+def write_model_card(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the reports of what the bundle in `folder` has, and its card. A README.md without our sign is left alone.
 
     Raises:

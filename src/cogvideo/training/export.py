@@ -19,7 +19,7 @@ from cogvideo.files import turn_in, write_json
 from cogvideo.models.adapters import Delta, fuse
 from cogvideo.packing import sharing
 from cogvideo.runs import RunFolder
-from cogvideo.training.card import REPORTS, identity_of, read_reports, report_of, write_card
+from cogvideo.training.card import REPORTS, identity_of, read_reports, report_of, write_model_card
 from cogvideo.training.checkpoints import Checkpoints, read_weights
 from cogvideo.training.stages import STAGES, Choice, StageName, base_of, own, relying
 
@@ -206,7 +206,7 @@ def _deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Map
     known = {} if source.folder is None else read_reports(source.folder)
     copied = {name: known[name] for name in lacking if name in known}
     update_bundle(out, config, without={special} & there.keys() - parts.keys(), **parts)
-    write_card(out, copied | read_reports(out) | {target.own[0]: report})
+    write_model_card(out, copied | read_reports(out) | {target.own[0]: report})
 
 
 def modules(

@@ -50,7 +50,7 @@ from cogvideo.models.autoencoder import to_frames
 from cogvideo.models.perceptual import load_lpips
 from cogvideo.runs import IDENTITY, TYPED, RunFolder
 from cogvideo.text import TextTokenizer, is_unicode
-from cogvideo.training.card import REPORTS, read_reports, write_card
+from cogvideo.training.card import REPORTS, read_reports, write_model_card
 from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.export import export_run
 from cogvideo.training.launch import seconds_a_step, train
@@ -58,7 +58,7 @@ from cogvideo.training.objectives.image import ImageMixture
 from cogvideo.training.objectives.tokenizer import TokenizerSettings
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.recorder import ProgressLine, standard_error
-from cogvideo.training.session import Clips, LoggingConfig, Options, StageLogging
+from cogvideo.training.session import DataOptions, LoggingConfig, Options, StageLogging
 from cogvideo.training.stages import STAGES, Choice, StageName
 from cogvideo.training.text import figures, train_model
 from cogvideo.training.tokenizer import RUN as TOKENIZER_RUN
@@ -331,7 +331,7 @@ class Chain:
             _say(f"{found.fitting:.0%} of the captions fit the base's text tokenizer: one is trained on them.")
         assert self.base.folder is not None
         update_bundle(self.out, config, **parts)
-        write_card(self.out, {} if self.is_poor else read_reports(self.base.folder))
+        write_model_card(self.out, {} if self.is_poor else read_reports(self.base.folder))
 
     def _tokenizer(self) -> None:
         batch = 2 * self.batch
@@ -405,7 +405,7 @@ class Chain:
             seed=self.settings.seed,
         )
         return Options(
-            Clips((self.data,)),
+            DataOptions((self.data,)),
             self.settings.trained_in(self.out),
             init=None if self.settings.lora is None else str(self.out),
             device=self.settings.device,
@@ -453,7 +453,7 @@ class Chain:
 def _durations(folder: Path) -> tuple[float, ...]:
     """Seconds of the sequences that the clips of a dataset fill which are trained on, longest first."""
     dataset = Dataset(folder)
-    rates = FrameRates(dataset.card.fps, Clips.rates)
+    rates = FrameRates(dataset.card.fps, DataOptions.rates)
     longest = int(dataset.num_frames()[dataset.rows("train")].max())
     return tuple((rates.num_frames - 1) / rate for rate in filled_rates(longest, rates))
 

@@ -39,7 +39,7 @@ from cogvideo.training.objectives.image import ImageMixture
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.parallel import ParallelSettings, Ranks, any_rank, full_state, process_group
 from cogvideo.training.samples import Preview
-from cogvideo.training.session import Clips, Options, Session
+from cogvideo.training.session import DataOptions, Options, Session
 from cogvideo.training.stages import (
     STAGES,
     Choice,
@@ -273,7 +273,7 @@ def _data(target: ExportTarget, options: Options, special: Mapping[str, Any]) ->
     split = clips.held_out_split
     known = sorted({name for each in stream.datasets for name in each.card.splits})
     absent = f"held_out_split is {split!r}, expected one that the data has: {', '.join(known)}"
-    require(split in known or split == Clips.held_out_split, absent)
+    require(split in known or split == DataOptions.held_out_split, absent)
     return stream, held_out(stream, split, options.logging.evaluate_samples)
 
 

@@ -65,7 +65,7 @@ class Example(NamedTuple):
     high_codes: Int64[Tensor, "frames high_slots"] | None = None
 
 
-class Row(NamedTuple):
+class SampleRow(NamedTuple):
     """Frames side by side, and the number of the example that they are of."""
 
     label: str
@@ -180,7 +180,7 @@ def missing(stage: StageName, has: Collection[str], examples: Sequence[Example])
     return f"No samples are drawn while training: {reason}."
 
 
-def draw(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
+def draw(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[SampleRow]:
     """Samples of the stage as it is now, next to the truth.
 
     | stage | from | sampled |
@@ -218,18 +218,18 @@ def _request(examples: Sequence[Example], seed: int, variants: int = 1) -> Reque
     return Request(prompts, generators, PLAIN, durations=[examples[place].duration for place, _ in each])
 
 
-def _images(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
+def _images(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[SampleRow]:
     drawn = torch.split(first_frames(system, _request(examples, seed, VARIANTS)), VARIANTS)
     rows = []
     for place, (example, codes) in enumerate(zip(examples, drawn, strict=True)):
         truth = codes[:0] if example.codes is None else example.codes[:1]
         label = "drawn" if example.codes is None else "truth, then drawn"
         pixels = system.autoencoder.decode_pixels(torch.cat([truth, codes]), sides=system.config.layout.sides)
-        rows.append(Row(f"{label}: {example.prompt}", pixels, place, False))
+        rows.append(SampleRow(f"{label}: {example.prompt}", pixels, place, False))
     return rows
 
 
-def _clips(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
+def _clips(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[SampleRow]:
     request, label = _request(examples, seed), "drawn"
     if stage == "sequential":
         drawn = collect(generate(system, request))
@@ -241,13 +241,13 @@ def _clips(stage: StageName, system: CogVideo, examples: Sequence[Example], seed
     rows, pixels = [], partial(system.autoencoder.decode_pixels, sides=system.config.layout.sides)
     for place, (example, codes) in enumerate(zip(examples, drawn, strict=True)):
         words = f"{label}, {example.duration:g} s: {example.prompt}"
-        rows.append(Row(words, pixels(codes), place, True))
+        rows.append(SampleRow(words, pixels(codes), place, True))
         if example.codes is not None:
-            rows.append(Row("truth", pixels(example.codes), place, True))
+            rows.append(SampleRow("truth", pixels(example.codes), place, True))
     return rows
 
 
-def _larger(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[Row]:
+def _larger(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[SampleRow]:
     low = torch.stack([example.codes[0] for example in examples if example.codes is not None])
     request, layout = _request(examples, seed), UpscaleLayout.of(system.config.layout, system.config.upscaler)
     pixels = system.autoencoder.decode_pixels
@@ -258,7 +258,7 @@ def _larger(stage: StageName, system: CogVideo, examples: Sequence[Example], see
         assert example.high_codes is not None
         large = pixels(torch.stack([many, example.high_codes[0]]), sides=layout.high_sides)
         small = _repeated(pixels(few[None], sides=layout.low_sides), layout.ratio)
-        rows.append(Row(f"low, drawn, truth: {example.prompt}", np.concatenate([small, large]), place, False))
+        rows.append(SampleRow(f"low, drawn, truth: {example.prompt}", np.concatenate([small, large]), place, False))
     return rows
 
 
@@ -266,7 +266,7 @@ def _sheet(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08}.png"
 
 
-def write_samples(folder: Path, step: int, rows: Sequence[Row]) -> Path:
+def write_samples(folder: Path, step: int, rows: Sequence[SampleRow]) -> Path:
     """`step-00000500.png`, which is returned, and an mp4 where the rows are clips of one length and PyAV is there.
 
     Raises:
@@ -291,7 +291,7 @@ def _repeated(frames: UInt8[np.ndarray, "frames _ _ 3"], times: int) -> UInt8[np
 
 
 def _side_by_side(
-    rows: Sequence[Row], shown: Sequence[UInt8[np.ndarray, "frames _ _ 3"]]
+    rows: Sequence[SampleRow], shown: Sequence[UInt8[np.ndarray, "frames _ _ 3"]]
 ) -> UInt8[np.ndarray, "frames height width 3"]:
     """Clips as one: those of an example below each other, the examples side by side, what is left over white."""
     from cogvideo.media.images import contact_sheet

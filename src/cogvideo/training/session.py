@@ -45,7 +45,7 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
-class Clips:
+class DataOptions:
     """Clips and samples."""
 
     data: tuple[Path, ...]
@@ -93,7 +93,7 @@ class StageLogging(LoggingConfig):
 class Options:
     """Options of all stages."""
 
-    clips: Clips
+    clips: DataOptions
     out: Path
     """Bundle to put the stage into. The same command continues a run that was killed."""
     init: str | None = None

@@ -93,10 +93,10 @@ def train_model(captions: Iterable[str], config: TransformerConfig, normalizatio
     require(0 <= config.pad - config.num_codes < BYTES, f"pad is {config.pad}, expected it behind the image codes")
     lines = _lines(captions, normalization, num_pieces // 2 - BYTES)
     require(len(lines) > 0, "got no captions, expected some to train on")
-    return fill(_train(lines, num_pieces, config.pad - config.num_codes, normalization), num_pieces)
+    return with_unused_pieces(_train(lines, num_pieces, config.pad - config.num_codes, normalization), num_pieces)
 
 
-def fill(model: bytes, num_pieces: int) -> bytes:
+def with_unused_pieces(model: bytes, num_pieces: int) -> bytes:
     """The model with unused pieces after its own, so that it has exactly `num_pieces`.
 
     A model is a protocol buffer, whose lists grow by what is appended to its bytes. Names of new pieces hold digits, so

@@ -18,7 +18,7 @@ from cogvideo.bundle.model import CODES_PER_CLUSTER, CogVideo
 from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, Sides, both, check_size, require, size_text
 from cogvideo.data import frame_store
-from cogvideo.data.frame_store import FrameStore, Reading, StoreSettings
+from cogvideo.data.frame_store import FrameStore, ReadProgress, StoreSettings
 from cogvideo.data.prepare import NO_SPLIT
 from cogvideo.data.sources import SourceOptions
 from cogvideo.devices import usable
@@ -189,7 +189,7 @@ def _fetch(
         console = standard_error()
         with ProgressLine(console, 0, 1, "clip") as line:
 
-            def show(reading: Reading) -> None:
+            def show(reading: ReadProgress) -> None:
                 line.total = reading.total
                 line.advance(reading.clips, lambda: f"{reading.frames:,} frames")
 

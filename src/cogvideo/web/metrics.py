@@ -44,7 +44,7 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
 
-class Measured:
+class MetricsMiddleware:
     """Middleware that counts and times requests by route.
 
     Args:

@@ -24,7 +24,7 @@ from cogvideo.config import InputError
 from cogvideo.web.api import open_router, router
 from cogvideo.web.guard import Guard
 from cogvideo.web.jobs import FullError, Unreachable
-from cogvideo.web.metrics import Measured, Metrics
+from cogvideo.web.metrics import Metrics, MetricsMiddleware
 from cogvideo.web.site import Site
 from cogvideo.web.studio import router as studio
 
@@ -50,7 +50,7 @@ def application(site: Site, hosts: Sequence[str]) -> FastAPI:
         _without_security(app)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
     app.add_middleware(Guard)
-    app.add_middleware(Measured, metrics=app.state.metrics)
+    app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
     for kind, answer in ANSWERS.items():
         app.add_exception_handler(kind, answer)
     return app

@@ -125,27 +125,27 @@ def batches(settings: ReaderSettings, step: int) -> Iterator[ReaderBatch]:
         yield ReaderBatch(seen, torch.stack([*labels(drawn.scenes).values()], 1))
 
 
-class Drawn(NamedTuple):
+class RenderedScenes(NamedTuple):
     """Clips of a step."""
 
     scenes: list[world.Scene]
     pixels: UInt8[np.ndarray, "batch frames 64 64 3"]
 
 
-def clips(step: int, batch: int) -> Drawn:
+def clips(step: int, batch: int) -> RenderedScenes:
     """Clips that no step before it had, none of those kept for tests."""
     scenes = [world.scene(READER_LEARNS + number) for number in range(step * batch, (step + 1) * batch)]
-    return Drawn(scenes, np.stack([render(scene) for scene in scenes]))
+    return RenderedScenes(scenes, np.stack([render(scene) for scene in scenes]))
 
 
-def stills(step: int, number: int) -> Drawn:
+def stills(step: int, number: int) -> RenderedScenes:
     """Single frames of other clips, of one figure alone, since one frame does not tell which of two acts."""
     begin = STILLS + step * number * 4  # two clips of three have one figure
     alone = (scene for scene in world.scenes("all", begin) if not scene.other_object)
     scenes = list(islice(alone, number))
     moments = np.linspace(STILL_FROM, STILL_TO, number).tolist()
     frames = [world.render(scene, SIZE, 1 / moment, 2)[1:] for scene, moment in zip(scenes, moments, strict=True)]
-    return Drawn(scenes, np.stack(frames))
+    return RenderedScenes(scenes, np.stack(frames))
 
 
 def augment(
