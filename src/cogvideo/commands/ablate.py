@@ -45,10 +45,6 @@ def ablate(
         ablation: Settings of the comparison.
         optimization: Optimization of each stage.
         machines: Devices and processes.
-
-    Raises:
-        ValueError: a setting or the base cannot be used, or training diverged.
-        OSError: something cannot be written.
     """
     laboratory = Laboratory(out, ablation, optimization, machines.kind)
     if list_:

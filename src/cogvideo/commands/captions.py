@@ -25,10 +25,6 @@ def captions(clips: Path, /) -> None:
 
     Args:
         clips: Folder of videos; captions.csv and captions.html are written there.
-
-    Raises:
-        ValueError: the folder has no clips.
-        OSError: something cannot be written.
     """
     import_module("jinja2")
     require(clips.is_dir(), f"there is no folder {clips}, expected one with videos")

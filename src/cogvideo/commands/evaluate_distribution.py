@@ -68,10 +68,6 @@ def distribution(
         machines: Devices and processes.
         json: File for the figures with everything that they depend on.
         recipe: TOML file with a table of options for this command. Options on the command line take precedence.
-
-    Raises:
-        ValueError: a source, a network or a setting cannot be used.
-        OSError: the cache or the file cannot be written.
     """
     require(json is None or not json.is_dir(), f"{json} is a folder, expected a file")
     given: dict[str, Any] = {"clips": clips, "score_clips": clips, "frames": frames, "step": step, "size": size}
@@ -90,11 +86,7 @@ def distribution(
 def load_networks(
     protocol: Protocol, network: Path | None, unproven: bool, c3d_weights: Path | None, c3d_mean: Path | None
 ) -> Networks:
-    """I3D, and C3D if its files are given.
-
-    Raises:
-        ValueError: a network cannot be used, or one of the files of C3D is missing.
-    """
+    """I3D, and C3D if its files are given."""
     require((c3d_weights is None) == (c3d_mean is None), "got one of --c3d-weights and --c3d-mean, expected both")
     judge = i3d(network or fetched("i3d"), protocol, not unproven)
     return Networks(judge, not unproven, c3d(c3d_weights, c3d_mean) if c3d_weights and c3d_mean else None)

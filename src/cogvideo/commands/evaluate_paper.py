@@ -82,10 +82,6 @@ def ucf101(
         making: How clips are made.
         machines: Devices and processes.
         recipe: TOML file with a table of options for this command. Options on the command line take precedence.
-
-    Raises:
-        ValueError: the model, a list, a network or a setting cannot be used, or the folder holds another evaluation.
-        OSError: something cannot be read or written.
     """
     require(batch > 0, f"batch is {batch}, expected a positive number of clips")
     protocol = replace(PROTOCOLS["tats"], clips=clips, score_clips=samples)
@@ -131,10 +127,6 @@ def kinetics600(
         making: How clips are made.
         machines: Devices and processes.
         recipe: TOML file with a table of options for this command. Options on the command line take precedence.
-
-    Raises:
-        ValueError: the model, a list, a network or a setting cannot be used, or the folder holds another evaluation.
-        OSError: something cannot be read or written.
     """
     protocol = replace(PROTOCOLS["tats"], clips=clips, size=64, real="random")
     networks = load_networks(protocol, network, unproven, None, None)

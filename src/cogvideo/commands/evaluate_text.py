@@ -61,10 +61,6 @@ def text(
         machines: Devices and processes.
         json: File for the figures with everything that they depend on.
         recipe: TOML file with a table of options for this command. Options on the command line take precedence.
-
-    Raises:
-        ValueError: a source, the network or a setting cannot be used.
-        OSError: the cache or the file cannot be written.
     """
     require(json is None or not json.is_dir(), f"{json} is a folder, expected a file")
     require(len(caption_columns) > 0, "caption_columns is empty, expected one column or more")

@@ -33,10 +33,6 @@ def finetune(
         out: Folder for the new model.
         base: Model to start from: pocket, the folder of a bundle, or its ID on the Hugging Face Hub.
         settings: Settings of the fine-tuning.
-
-    Raises:
-        ValueError: clips, base or a setting cannot be used.
-        OSError: something cannot be written.
     """
     for package in ("jinja2", "matplotlib", "pyarrow"):
         import_module(package)  # if one is missing, that is said before anything is done

@@ -105,10 +105,6 @@ def generate(
         choices: Model and content.
         files: Output.
         execution: Device, batch and memory.
-
-    Raises:
-        InputError: a prompt, the model or a setting cannot be used.
-        OSError: a file cannot be read or written.
     """
     prompts, from_sidecar = (None if path is None else existing(path) for path in (prompts, from_sidecar))
     choices, sidecar = choices.found(), None
@@ -198,12 +194,7 @@ def _wanted(listed: Sequence[ListedPrompt], record: Record, folder: Folder, skip
 
 
 class ClipMaker:
-    """A model that generates clips with one set of choices.
-
-    Raises:
-        InputError: the model, a file or a setting cannot be used.
-        OSError: a file cannot be read.
-    """
+    """A model that generates clips with one set of choices."""
 
     def __init__(self, choices: Choices, execution: Execution) -> None:
         self.device, self.execution = usable(execution.device), execution
@@ -240,9 +231,6 @@ class ClipMaker:
     ) -> Iterator[tuple[WantedClip, Pixels, Record]]:
         """Clips as they are finished, with figures for their records. All prompts are checked, and folders created,
         before the first of them.
-
-        Raises:
-            InputError: a prompt cannot be used, or there is too little memory.
         """
         self._check(wanted)
         size = self.execution.batch

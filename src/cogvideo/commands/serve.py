@@ -86,10 +86,6 @@ def serve(
         ray_address: Address of a Ray cluster that shares queue, files and keys; a local one is started by default.
         place: Queue and files.
         work: Generation.
-
-    Raises:
-        InputError: the model, the queue or an option cannot be used.
-        OSError: the folder cannot be written.
     """
     import webbrowser
     from contextlib import ExitStack
@@ -164,10 +160,6 @@ def studio(
         browser: Open the page in a browser.
         place: Queue and files.
         work: Generation.
-
-    Raises:
-        InputError: the model, the queue or an option cannot be used.
-        OSError: the folder cannot be written.
     """
     serve(port=port, browser=browser, place=place, work=work)
 
@@ -181,10 +173,6 @@ def worker(*, place: StorageOptions = StorageOptions(), work: WorkerOptions = Wo
     Args:
         place: Queue and files.
         work: Generation.
-
-    Raises:
-        InputError: the model, the queue or an option cannot be used.
-        OSError: the folder cannot be written.
     """
     from cogvideo.web import worker
 
@@ -202,10 +190,6 @@ def key(name: str, /, *, folder: Path = FOLDER) -> None:
     Args:
         name: Name of the key; its videos belong to that name.
         folder: Folder of the server.
-
-    Raises:
-        InputError: the name cannot be used, or is taken.
-        OSError: the folder cannot be written.
     """
     from cogvideo.web.keys import Keys
 

@@ -18,11 +18,7 @@ LABELS = {"videos": "labels"}
 
 
 def find_manifest(folder: Path) -> Path | None:
-    """The table that stands for a folder; None if there is none.
-
-    Raises:
-        ValueError: there are several.
-    """
+    """The table that stands for a folder; None if there is none."""
     tables = [folder / name for name in MANIFESTS if (folder / name).is_file()]
     names = " and ".join(table.name for table in tables)
     require(len(tables) < 2, f"{folder} has {names}: pass one of them as the source")
@@ -38,9 +34,6 @@ def walk(folder: Path) -> list[str]:
     """Paths of all files below a folder, relative to it and sorted, without hidden ones.
 
     Each folder is read once, so that circles of links end; a path without links is preferred.
-
-    Raises:
-        ValueError: a folder cannot be read.
     """
     names: list[str] = []
     seen: set[str] = set()

@@ -102,12 +102,7 @@ class Pictures(NamedTuple):
 
 
 def read_item(item: Item, settings: FrameSettings) -> Pictures:
-    """The frames of an item; equal arguments give equal frames. A size that is not given is that of the file.
-
-    Raises:
-        VideoError: it cannot be read, or is too short.
-        OSError: the system failed: another try may succeed.
-    """
+    """The frames of an item; equal arguments give equal frames. A size that is not given is that of the file."""
     if isinstance(item.media, world.Scene):
         require(isinstance(settings.size, int), f"size is {settings.size}, expected a square for scenes of the World")
         assert isinstance(settings.size, int)

@@ -39,10 +39,6 @@ def prepare(
     """Turn captioned clips into shards of codes, and return the card of the dataset.
 
     `commands.prepare.prepare` explains the arguments. A summary is printed.
-
-    Raises:
-        ValueError: the source, the tokenizer or a setting cannot be used, or `out` holds other data.
-        OSError: shards cannot be written.
     """
     require(len(options.caption_columns) > 0, "caption_columns is empty, expected one column or more")
     require(out.resolve() != Path(source).resolve(), f"the folder {out} is the source: pass another one with --out")
@@ -85,11 +81,7 @@ def prepare(
 
 
 def complete(settings: PrepareSettings, config: CogVideoConfig) -> PrepareSettings:
-    """The settings with the frame size that the model works at, where they name none.
-
-    Raises:
-        ValueError: the size is not a multiple of the pixels of a code, or codes do not fit in 16 bits.
-    """
+    """The settings with the frame size that the model works at, where they name none."""
     rate, num_codes = config.autoencoder.rate, config.autoencoder.num_codes
     size = joined(*both(settings.frames.size or config.frame_size))
     check_size(size, rate)
@@ -101,11 +93,7 @@ def complete(settings: PrepareSettings, config: CogVideoConfig) -> PrepareSettin
 
 
 def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: str) -> ShardInfo:
-    """Facts that all shards of a run share.
-
-    Raises:
-        ValueError: the bundle has no image tokenizer.
-    """
+    """Facts that all shards of a run share."""
     config, entry = manifest.config, manifest.components.get("image_tokenizer")
     if entry is None:
         raise InputError(f"the bundle has no image_tokenizer, it has: {', '.join(manifest.components) or 'nothing'}")
@@ -144,12 +132,7 @@ def _identity(item: Item) -> Any:
 
 
 def remaining(jobs: Sequence[ShardJob], folder: Path) -> list[ShardJob]:
-    """Jobs whose shards are not there yet; leftovers of a killed run are removed.
-
-    Raises:
-        ValueError: a shard in the folder was made from other clips, or with other settings.
-        OSError: a leftover cannot be removed.
-    """
+    """Jobs whose shards are not there yet; leftovers of a killed run are removed."""
     ours = {job.path: job.info for job in jobs}
     for path in named(folder, "shard-*.arrow"):
         there, here = read_info(path), ours.get(path)

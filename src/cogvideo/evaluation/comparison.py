@@ -127,12 +127,7 @@ class Comparing:
         self._count = 0
 
     def compare(self, real: str, generated: str) -> Comparison:
-        """Compare the clips of two sources.
-
-        Raises:
-            ValueError: a source, a clip or a network cannot be used.
-            OSError: the cache cannot be written.
-        """
+        """Compare the clips of two sources."""
         protocol, reading, seed = self._protocol, self._reading, self._seed
         scored = 0 if self._networks.c3d is None else protocol.score_clips
         drawn = draw(real, reading, protocol.real, max(2 * protocol.clips, scored), seed)
@@ -234,11 +229,7 @@ def _by_name(reading: Reading, source: str) -> dict[str, Excerpt]:
 
 
 def check_alike(excerpts: Sequence[Excerpt], protocol: Protocol) -> None:
-    """Refuse clips of several rates, and of several sizes where the protocol keeps these.
-
-    Raises:
-        ValueError: they differ.
-    """
+    """Refuse clips of several rates, and of several sizes where the protocol keeps these."""
     footage = [each.footage for each in excerpts]
     slow, fast = (key(footage, key=lambda each: each.fps) for key in (min, max))
     told = f"{slow.id} has {slow.fps:g} frames a second and {fast.id} {fast.fps:g}"

@@ -49,9 +49,6 @@ def frechet_distance(
         real: features of real clips; FVD takes I3D's logits.
         generated: features of generated clips.
         ddof: 1 divides covariances by one less than the number of clips (TF-GAN, TATS), 0 by the number (StyleGAN-V).
-
-    Raises:
-        ValueError: a set has fewer than two clips.
     """
     require(min(len(real), len(generated)) > 1, f"got {len(real)} and {len(generated)} clips, expected two at least")
     factors = [_factor(each.double(), ddof) for each in (real, generated)]
@@ -89,9 +86,6 @@ def polynomial_mmd(
         degree: of the polynomial.
         constant: added to the products.
         biased: whether the kernel of a clip with itself counts.
-
-    Raises:
-        ValueError: a set has fewer than two clips.
     """
     require(min(len(real), len(generated)) > 1, f"got {len(real)} and {len(generated)} clips, expected two at least")
     x, y = real.double(), generated.double()
@@ -116,9 +110,6 @@ def inception_score(
         splits: parts that are scored alone: 1 in TGAN and TGAN-v2, 10 in StyleGAN-V. More parts score lower.
         eps: added to probabilities under the logarithm: 1e-7 in TGAN, 1e-20 in TGAN-v2, none in StyleGAN-V.
         seed: shuffles the clips before they are split, as NumPy's old generator does; 42 in StyleGAN-V.
-
-    Raises:
-        ValueError: there are fewer clips than splits.
     """
     count = len(probabilities)
     require(0 < splits <= count, f"splits is {splits}, expected 1 to {count}, the number of clips")

@@ -65,9 +65,6 @@ def i3d(path: Path, protocol: Protocol, proven: bool = True) -> Judge:
         path: its weights.
         protocol: which normalization and resizing are meant.
         proven: whether the weights must be those of FVD.
-
-    Raises:
-        ValueError: they are not, or cannot be read, or clips are too short for I3D.
     """
     frames = protocol.frames
     require(frames >= LEAST_FRAMES, f"frames is {frames}, expected {LEAST_FRAMES} or more, for I3D")
@@ -154,12 +151,7 @@ class Extractor:
         return Loaded(self.judge.load(self.device), self.reading.autoencoder(self.device))
 
     def make(self, job: Job, on_clip: OnClip = lambda: None) -> None:
-        """Write the features of a job's samples.
-
-        Raises:
-            VideoError: a clip cannot be read.
-            OSError: a file cannot be written.
-        """
+        """Write the features of a job's samples."""
         size = CPU_BATCH if self.device == "cpu" else GPU_BATCH
         read = ahead(self._read, job.items, self.readers)
         with one_thread(), cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
@@ -214,10 +206,6 @@ def extract(
         samples: from `extractor.sample`.
         extractor: the network; its device is the kind of the machines'.
         machines: where it runs.
-
-    Raises:
-        ValueError: a clip cannot be read, or the network cannot be used.
-        OSError: the cache cannot be written.
     """
     missing = list({sample.file: sample for sample in samples if _kept(sample.file) is None}.values())
     for folder in {sample.file.parent for sample in missing}:

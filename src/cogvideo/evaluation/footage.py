@@ -107,11 +107,7 @@ class Tokenizer(NamedTuple):
 
     @classmethod
     def of(cls, model: str) -> Tokenizer:
-        """The one of a bundle.
-
-        Raises:
-            ValueError: there is no such bundle, or it has none.
-        """
+        """The one of a bundle."""
         bundle = locate(model)
         manifest = Manifest.read(bundle)
         entry = manifest.components.get("image_tokenizer")
@@ -134,11 +130,7 @@ class Reading:
     """Columns of a table with captions; by default, captions are not read."""
 
     def find(self, source: str) -> list[Item | DatasetRow]:
-        """Clips of a source in the order of their names, before they are looked at.
-
-        Raises:
-            ValueError: there is no such source, or one of its clips cannot be used.
-        """
+        """Clips of a source in the order of their names, before they are looked at."""
         if (Path(source) / CARD).is_file():
             return self._find_rows(Path(source))
         listing = list_source(source, SourceOptions(self.caption_columns, validation=0))
@@ -158,11 +150,7 @@ class Reading:
         return [DatasetRow(folder, number) for number in range(len(data))]
 
     def look(self, found: Sequence[Item | DatasetRow]) -> Iterator[Footage]:
-        """Facts about clips, in their order. Files are decoded for it, some ahead.
-
-        Raises:
-            VideoError: a file cannot be read.
-        """
+        """Facts about clips, in their order. Files are decoded for it, some ahead."""
         for _, footage in ahead(self._look, found, READERS):
             if isinstance(footage, VideoError):
                 raise footage
@@ -188,11 +176,7 @@ class Reading:
         return CogVideo.from_pretrained(self.tokenizer.bundle, torch.float32, device).autoencoder
 
     def read(self, excerpt: Excerpt, autoencoder: Autoencoder | None) -> UInt8[np.ndarray, "frames height width 3"]:
-        """The frames of an excerpt.
-
-        Raises:
-            VideoError: they cannot be read.
-        """
+        """The frames of an excerpt."""
         media, protocol = excerpt.footage.media, self.protocol
         if isinstance(media, DatasetRow):
             assert autoencoder is not None
@@ -239,11 +223,7 @@ class DrawnExcerpts(NamedTuple):
 
 
 def draw(source: str, reading: Reading, where: Where, count: int, seed: int) -> DrawnExcerpts:
-    """Excerpts of a source, at most `count`, by the rules of the protocol.
-
-    Raises:
-        ValueError: the source cannot be used, or fewer than two clips are long enough.
-    """
+    """Excerpts of a source, at most `count`, by the rules of the protocol."""
     span, found = reading.protocol.span, reading.find(source)
     random = np.random.default_rng(seed)
     if reading.protocol.order == "shuffled":

@@ -41,10 +41,6 @@ def read_ucf101(lists: Path, videos: Path, split: Split, division: int, language
         split: part of the data set; all is both.
         division: number of the official division, 1 to 3.
         language: language of the texts.
-
-    Raises:
-        ValueError: a list is none, names an unknown class, or a video is missing.
-        OSError: a list is missing.
     """
     classes = lists / "classInd.txt"
     texts = _texts(classes, language)
@@ -79,10 +75,6 @@ def read_kinetics(table: Path, videos: Path) -> tuple[list[Listed], int]:
     Args:
         table: official CSV, such as that of the test split.
         videos: folder of the videos, or of the labels' folders.
-
-    Raises:
-        ValueError: the table is none, or none of its videos is there.
-        OSError: the table is missing.
     """
     with table.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)

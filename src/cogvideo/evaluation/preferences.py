@@ -57,11 +57,7 @@ def _wilson(part: float, total: float) -> tuple[float, float]:
 
 
 def sample_size(part: float, margin: float) -> int:
-    """Smallest number of answers whose Wilson interval of a share reaches at most `margin` to either side.
-
-    Raises:
-        ValueError: the margin is not in (0, 0.5).
-    """
+    """Smallest number of answers whose Wilson interval of a share reaches at most `margin` to either side."""
     require(0 < margin < 0.5, f"margin is {margin}, expected a share in (0, 0.5), such as 0.05")
     low, high = 0, math.ceil((Z / (2 * margin)) ** 2) + 1  # where half of all are for it, more are needed than ever
     while high - low > 1:
@@ -92,9 +88,6 @@ def strengths(
 
     Two systems that were compared get one more comparison, a tie: one that always won would be infinitely strong. The
     row's system won against the column's that often; the search may start at strengths of nearly the same wins.
-
-    Raises:
-        ValueError: some systems were never compared, not even by way of others.
     """
     import choix  # takes two seconds
 

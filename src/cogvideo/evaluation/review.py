@@ -89,11 +89,7 @@ class ReviewedClip:
 
 
 def listed(source: str) -> tuple[list[Item], list[Rejection], frozenset[str]]:
-    """Clips of a folder or a table; the IDs of those whose captions are made of their file names.
-
-    Raises:
-        ValueError: the source cannot be read, or holds no file that could be used.
-    """
+    """Clips of a folder or a table; the IDs of those whose captions are made of their file names."""
     options = SourceOptions(validation=0.0)
     found = list_source(source, options)
     lacking = {each.id for each in found.rejected if each.reason in ("missing caption", "empty caption")}

@@ -54,9 +54,6 @@ def write_windows(path: Path, videos: Path, reading: Reading, seed: int) -> None
         videos: table of whole videos.
         reading: how they are read, with captions.
         seed: of the choice.
-
-    Raises:
-        ValueError: a video cannot be read, or fewer than two are long enough.
     """
     span = reading.protocol.span
     rows = []
@@ -80,9 +77,6 @@ class ProtocolMaker:
         making: how clips are made.
         protocol: their frames and size.
         fps: frames per second.
-
-    Raises:
-        ValueError: the model generates too few frames.
     """
 
     def __init__(self, pipeline: CogVideoPipeline, making: Making, protocol: Protocol, fps: float) -> None:
@@ -93,11 +87,7 @@ class ProtocolMaker:
         self._settings = replace(settings, duration=(got - 1) / fps)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse prompts that cannot be used.
-
-        Raises:
-            ValueError: a prompt is too long, or there is too little memory.
-        """
+        """Refuse prompts that cannot be used."""
         for prompt in {each.text: each for each in prompts}.values():
             self._frames([prompt])
 
@@ -110,11 +100,7 @@ class ProtocolMaker:
         return self._pipeline.frames(Request([prompt.text for prompt in prompts], generators, self._settings, given))
 
     def predict(self, prompt: Prompt, real: Item) -> Pixels:
-        """The first frames of a real clip and their continuation, at the protocol's size.
-
-        Raises:
-            VideoError: the real clip cannot be read.
-        """
+        """The first frames of a real clip and their continuation, at the protocol's size."""
         protocol = self._protocol
         assert isinstance(real.media, Path)
         first = read_video(real.media, self._fps, start=real.start, end=real.end, max_frames=GIVEN).frames

@@ -45,11 +45,7 @@ Which = Literal["random", "all"]
 
 
 def locate_clip(name: str) -> Path:
-    """Folder of a CLIP model: a local one, or one from the Hugging Face Hub.
-
-    Raises:
-        ValueError: there is none, or it has no weights.
-    """
+    """Folder of a CLIP model: a local one, or one from the Hugging Face Hub."""
     folder = Path(name)
     if not folder.is_dir():
         folder = download(name, PATTERNS, "pass the folder of a CLIP model, or the id of one on the Hugging Face Hub")
@@ -114,11 +110,7 @@ class Texts(NamedTuple):
 
 
 def embed(folder: Path, texts: Sequence[str], device: str) -> Texts:
-    """Embeddings of captions by the text encoder of a CLIP model.
-
-    Raises:
-        ValueError: the model cannot be used.
-    """
+    """Embeddings of captions by the text encoder of a CLIP model."""
     transformers: Any = import_module("transformers")
     model = _load(folder, device)
     try:
@@ -173,12 +165,7 @@ class Similarity:
     """Seed of what is drawn at random."""
 
     def measure(self, source: str) -> SourceSimilarity:
-        """Similarities of the clips of a source.
-
-        Raises:
-            ValueError: the source or the model cannot be used.
-            OSError: the cache cannot be written.
-        """
+        """Similarities of the clips of a source."""
         drawn = draw(source, self.reading, "start", self.reading.protocol.clips, self.seed)
         check_alike(drawn.excerpts, self.reading.protocol)
         captions = self._chosen([each.footage.captions for each in drawn.excerpts])

@@ -51,11 +51,7 @@ class Real(NamedTuple):
 
 
 def facts(out: Path, base: str, settings: Finetuning) -> dict[str, Any]:
-    """Everything that the page says.
-
-    Raises:
-        ValueError: the bundle, its data or its runs cannot be used.
-    """
+    """Everything that the page says."""
     chain = RunFolder(out / RUN)
     runs = [run for run in read_runs([settings.trained_in(out)]) if run.stage in TITLES]
     device = settings.device

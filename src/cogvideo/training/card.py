@@ -22,11 +22,7 @@ _SIGN = "<!-- written by cogvideo; remove this line to keep your own text -->"
 
 
 def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
-    """Reports of the runs of a bundle, by component; nothing where none is known.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
+    """Reports of the runs of a bundle, by component; nothing where none is known."""
     path = folder / REPORTS
     if not path.exists():
         return {}
@@ -38,11 +34,7 @@ def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def report_of(run: RunFolder, step: int) -> dict[str, Any]:
-    """Result of a run at a step, for its card: everything that its folder knows.
-
-    Raises:
-        ValueError: the folder is that of no stage, or a file is damaged.
-    """
+    """Result of a run at a step, for its card: everything that its folder knows."""
     identity, about = identity_of(run.path), run.about
     rows = [row for row in run.rows() if row["step"] <= step]
     measured: dict[str, Any] = {
@@ -68,11 +60,7 @@ def _course(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def identity_of(run: Path) -> dict[str, Any]:
-    """All that decides the result of a run of a stage.
-
-    Raises:
-        ValueError: the folder is that of no stage, or its file is damaged.
-    """
+    """All that decides the result of a run of a stage."""
     path = run / IDENTITY
     try:
         identity = json.loads(path.read_text(encoding="utf-8"))
@@ -87,11 +75,7 @@ def identity_of(run: Path) -> dict[str, Any]:
 
 
 def write_model_card(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the reports of what the bundle in `folder` has, and its card. A README.md without our sign is left alone.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+    """Write the reports of what the bundle in `folder` has, and its card. A README.md without our sign is left alone."""
     there = Manifest.read(folder).components
     known = {name: reports[name] for name in COMPONENTS if name in reports and name in there}
     write_json(folder / REPORTS, known)

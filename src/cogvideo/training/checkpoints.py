@@ -108,9 +108,6 @@ class Checkpoints:
         """The one with the lowest held-out loss, of equals the first; None where nothing was measured.
 
         Those whose loss is damaged are passed over, which is said once.
-
-        Raises:
-            OSError: a loss cannot be read.
         """
         losses = {step: self._held_out(step) for step in self.steps()}
         known = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
@@ -130,9 +127,6 @@ class Checkpoints:
         """Write a checkpoint with its loss on held-out clips; one of the same step is replaced.
 
         A state is nested tables of tensors and numbers; tensors may be spread over ranks.
-
-        Raises:
-            OSError: it cannot be written.
         """
         self.wait()
         aside = self._aside(step)
@@ -152,11 +146,7 @@ class Checkpoints:
         self.wait()
 
     def wait(self) -> None:
-        """Wait until what is being written is whole and has its name; then remove older ones.
-
-        Raises:
-            OSError: it could not be written.
-        """
+        """Wait until what is being written is whole and has its name; then remove older ones."""
         if self._writing is not None:
             with _writing(self.folder):
                 self._writing.result()
@@ -227,12 +217,7 @@ class Checkpoints:
 
 
 def read_weights(path: Path, averaged: bool) -> dict[str, Tensor]:
-    """The trained weights of a checkpoint, or their running average, whole, in one process.
-
-    Raises:
-        ValueError: it is damaged, or has none.
-        OSError: it cannot be read.
-    """
+    """The trained weights of a checkpoint, or their running average, whole, in one process."""
     table = AVERAGE if averaged else WEIGHTS
     with _reading(path, _check_files(path)):
         reader = FileSystemReader(path)

@@ -70,12 +70,7 @@ class ExportTarget(NamedTuple):
 
 
 def check_target(target: ExportTarget, overwrite: bool) -> None:
-    """Refuse a bundle that the stage could not be put into, before anything is trained.
-
-    Raises:
-        ValueError: it has another configuration or other shared components, the stage is there already, or its
-            `training.json` cannot be read.
-    """
+    """Refuse a bundle that the stage could not be put into, before anything is trained."""
     out, stage, source = target.out, target.stage, target.source
     for folder in {out, source.folder or out}:
         read_reports(folder)
@@ -106,11 +101,7 @@ def check_target(target: ExportTarget, overwrite: bool) -> None:
 
 
 def check_codes(target: ExportTarget, names: Sequence[str], tokenizer: str) -> None:
-    """Refuse data that was made with another image tokenizer than the components that a stage starts from.
-
-    Raises:
-        ValueError: a component was trained on codes of another one, as far as its bundle knows.
-    """
+    """Refuse data that was made with another image tokenizer than the components that a stage starts from."""
     folder = target.source.folder
     reports = {} if folder is None else read_reports(folder)
     for name in names:
@@ -151,12 +142,7 @@ def _there(out: Path) -> Mapping[str, Entry]:
 
 
 def deliver_state(target: ExportTarget, state: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
-    """Put the trained weights of an objective into the bundle, or those of an adapter into its folder.
-
-    Raises:
-        ValueError: the bundle changed meanwhile and no longer fits.
-        OSError: they cannot be written.
-    """
+    """Put the trained weights of an objective into the bundle, or those of an adapter into its folder."""
     if target.choice.lora is None:
         deliver(target, modules(target.stage, target.choice, target.config, state), report)
     else:
@@ -174,12 +160,7 @@ def _deliver_adapter(target: ExportTarget, state: Mapping[str, Tensor], report: 
 
 
 def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
-    """Put the trained components into the bundle in float16, with what else it needs, and write its card.
-
-    Raises:
-        ValueError: the bundle changed meanwhile and no longer fits.
-        OSError: it cannot be written.
-    """
+    """Put the trained components into the bundle in float16, with what else it needs, and write its card."""
     target.out.mkdir(parents=True, exist_ok=True)
     with turn_in(target.out):  # what is read here is changed by no other stage that ends now
         _deliver(target, trained, report)
@@ -212,11 +193,7 @@ def _deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Map
 def modules(
     stage: StageName, choice: Choice, config: CogVideoConfig, state: Mapping[str, Tensor]
 ) -> dict[str, nn.Module]:
-    """The components that a stage trains, from the trained weights of its objective, by their names in it.
-
-    Raises:
-        ValueError: they are not those of the configuration.
-    """
+    """The components that a stage trains, from the trained weights of its objective, by their names in it."""
     result = {}
     for name in own(stage, choice):
         weights = _weights(name, state)
@@ -243,12 +220,7 @@ def _weights(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_run(run: Path, out: Path, step: int | None = None, best: bool = False, overwrite: bool = False) -> None:
-    """Put a checkpoint of the run in a folder, the newest unless given, into a bundle.
-
-    Raises:
-        ValueError: the run, the checkpoint or the bundle cannot be used.
-        OSError: the bundle cannot be written.
-    """
+    """Put a checkpoint of the run in a folder, the newest unless given, into a bundle."""
     identity = identity_of(run)
     stage, choice = identity["stage"], Choice(**identity["choice"])
     config = from_dict(CogVideoConfig, identity["config"])

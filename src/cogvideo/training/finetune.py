@@ -146,9 +146,6 @@ class Chain:
         out: folder of the bundle.
         base: bundle to start from: a folder, an id on the Hugging Face Hub, or `pocket`.
         settings: time and sizes.
-
-    Raises:
-        ValueError: the source or the base cannot be used, or `out` holds something else.
     """
 
     def __init__(self, source: str, out: Path, base: str, settings: Finetuning) -> None:
@@ -180,12 +177,7 @@ class Chain:
         return self.folder.path / DATA
 
     def run(self) -> None:
-        """Do all that is left.
-
-        Raises:
-            ValueError: no clip can be used, or training diverged.
-            OSError: something cannot be written.
-        """
+        """Do all that is left."""
         with alone_in(self.folder.path):
             self._claim()
             steps = self._steps()

@@ -61,10 +61,6 @@ def train(
     """Train a stage, or the rest of it, and put it into the bundle.
 
     Settings of the task and of the sampling are those that this stage alone has.
-
-    Raises:
-        ValueError: data, bundle or a setting cannot be used, another run began in the folder, or training diverged.
-        OSError: something cannot be written.
     """
     require(len(options.clips.data) > 0, "there is no data, expected a folder of `cogvideo data prepare` with --data")
     shown = STAGES[stage].is_prompted or not options.logging.prompts

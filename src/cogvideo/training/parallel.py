@@ -78,11 +78,7 @@ ALONE = Ranks(0, 1, torch.device("cpu"), 0, 1)
 
 @contextmanager
 def process_group(device: torch.device, settings: ParallelSettings) -> Iterator[Ranks]:
-    """The ranks that torchrun started, each with the GPU of its local rank, or this process alone.
-
-    Raises:
-        ValueError: the ranks cannot be divided as the settings ask.
-    """
+    """The ranks that torchrun started, each with the GPU of its local rank, or this process alone."""
     world_size, tensor = int(os.environ.get("WORLD_SIZE", "1")), settings.tensor_parallel
     divides = world_size % tensor == 0
     require(divides, f"tensor_parallel is {tensor} for {world_size} ranks, expected a divisor: torchrun starts ranks")
@@ -118,9 +114,6 @@ def distribute(
     """The objective, a model with its loss on the device of the rank: changed in place, and perhaps wrapped.
 
     With bfloat16, GPUs gather trained weights in it; gradients are added up in float32.
-
-    Raises:
-        ValueError: a matrix cannot be cut into as many parts.
     """
     if settings.tensor_parallel > 1:
         _share_products(objective, settings.tensor_parallel, ranks)

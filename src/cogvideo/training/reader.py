@@ -31,12 +31,7 @@ WATCHED = 256
 def train_reader(
     out: Path, settings: ReaderSettings, config: ReaderConfig, test_clips: int, logging: LoggingConfig, device: str
 ) -> dict[str, dict[str, float]]:
-    """Train the World reader, or the rest of it; returns its accuracies on clips that it never saw.
-
-    Raises:
-        ValueError: a setting cannot be used, the folder holds another run or one at work, or training diverged.
-        OSError: something cannot be written.
-    """
+    """Train the World reader, or the rest of it; returns its accuracies on clips that it never saw."""
     require(out.suffix == ".safetensors", f"out is {out}, expected a name that ends in .safetensors")
     require(test_clips > 0, f"test_clips is {test_clips}, expected a positive number")
     ranks = ALONE._replace(device=usable(device))

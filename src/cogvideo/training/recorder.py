@@ -39,9 +39,6 @@ class Recorder:
     An earlier run made the `done` of all `steps`. TensorBoard has event files in the folder (extra `train`); Weights &
     Biases gets the settings (extra `wandb`), and its own environment variables say to whom and how. The progress line
     is on stderr unless there is a console.
-
-    Raises:
-        ValueError: a package is missing; the message names the extra that brings it.
     """
 
     def __init__(
@@ -83,11 +80,7 @@ class Recorder:
             self._line.advance(done, lambda: self._words)
 
     def record(self, row: Mapping[str, Any], words: str = "") -> None:
-        """Record a row of training, or what was measured on held-out samples, which has words for a line of its own.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Record a row of training, or what was measured on held-out samples, which has words for a line of its own."""
         if self._line is None:
             return
         self.folder.report(row)

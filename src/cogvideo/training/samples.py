@@ -79,9 +79,6 @@ class Preview:
     """Draws what the stage makes of the same clips at any step, into a folder. All ranks call it.
 
     The clips are the first of a stream, or prompts where a stage needs no more than a prompt.
-
-    Raises:
-        ValueError: a prompt says nothing.
     """
 
     def __init__(
@@ -192,9 +189,6 @@ def draw(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: 
 
     An example's noise depends on the seed and on its place among the examples alone. Where the base is stored in
     bfloat16, it runs under autocast.
-
-    Raises:
-        ValueError: something is missing, see `missing`.
     """
     problem = missing(stage, system.components, examples)
     require(not problem, problem)
@@ -267,11 +261,7 @@ def _sheet(folder: Path, step: int) -> Path:
 
 
 def write_samples(folder: Path, step: int, rows: Sequence[SampleRow]) -> Path:
-    """`step-00000500.png`, which is returned, and an mp4 where the rows are clips of one length and PyAV is there.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+    """`step-00000500.png`, which is returned, and an mp4 where the rows are clips of one length and PyAV is there."""
     from cogvideo.media.images import contact_sheet, write_image  # only files need Pillow
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -143,11 +143,7 @@ class Session(NamedTuple):
 def claimed(
     folder: RunFolder, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})
 ) -> Iterator[bool]:
-    """Keep other processes out of the folder of a run with this identity; yields whether the run is to be done.
-
-    Raises:
-        ValueError: another run began there, or one is at work.
-    """
+    """Keep other processes out of the folder of a run with this identity; yields whether the run is to be done."""
     with ExitStack() as lock:
         if is_first():
             lock.enter_context(alone_in(folder.path))

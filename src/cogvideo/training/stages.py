@@ -115,11 +115,7 @@ class Choice:
 
 
 def configured(config: CogVideoConfig, stage: StageName, choice: Choice) -> CogVideoConfig:
-    """The configuration with the stage's window in place.
-
-    Raises:
-        ValueError: the grid cannot be cut into such windows.
-    """
+    """The configuration with the stage's window in place."""
     if choice.window is None:
         return config
     changes: dict[str, Any] = {stage: replace(getattr(config, stage), window=choice.window)}
@@ -127,11 +123,7 @@ def configured(config: CogVideoConfig, stage: StageName, choice: Choice) -> CogV
 
 
 def parents(stage: StageName, choice: Choice, source: CogVideo) -> tuple[str, ...]:
-    """Components that the start is made from, the stage's own among them where it continues.
-
-    Raises:
-        ValueError: the bundle lacks one.
-    """
+    """Components that the start is made from, the stage's own among them where it continues."""
     row = STAGES[stage]
     names = [] if row.is_base or choice.base == "random" else [base_of(stage, choice, source)]
     names += {"sequential": ["sequential"], "continue": [row.trains]}.get(choice.start, [])

@@ -139,12 +139,7 @@ class Trainer:
 
     @torch.no_grad()
     def check(self, done: int, batch: Any) -> None:
-        """Refuse weights that are worth no checkpoint: an update may break them, which no loss shows yet.
-
-        Raises:
-            ValueError: on every rank: a weight is not finite, in the average or in what is trained, or the loss
-                of some samples of the last batch.
-        """
+        """Refuse weights that are worth no checkpoint: an update may break them, which no loss shows yet."""
         averages = [] if self.average is None else self.average.state.values()
         weights = [local(each.detach()) for each in (*trained(self.objective), *averages)]
         broken = not bool(torch.stack([each.isfinite().all() for each in weights]).all())
@@ -155,11 +150,7 @@ class Trainer:
         check_finite(math.nan if any_rank(not math.isfinite(loss)) else loss, "the loss", f"after step {done:,}")
 
     def figures(self, done: int) -> Figures:
-        """Means over the steps since the last call, of which `done` are made in all.
-
-        Raises:
-            ValueError: a loss or a gradient is not finite.
-        """
+        """Means over the steps since the last call, of which `done` are made in all."""
         rows = mean_over_ranks(torch.stack(self._steps)).tolist()
         first = done - len(rows) + 1
         self._steps = []
@@ -171,11 +162,7 @@ class Trainer:
 
 
 def check_finite(value: float, name: str, when: str) -> None:
-    """Refuse a run that came to a figure which is no number.
-
-    Raises:
-        ValueError: it did.
-    """
+    """Refuse a run that came to a figure which is no number."""
     if not math.isfinite(value):
         raise InputError(
             f"training diverged: {name} is {value} {when}; the last checkpoint is from before. Try a smaller "

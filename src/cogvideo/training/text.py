@@ -55,11 +55,7 @@ class CaptionFigures(NamedTuple):
 
 
 def read_captions(sources: Iterable[str], options: SourceOptions) -> list[str]:
-    """All captions of the split `train`, sorted, with repetitions.
-
-    Raises:
-        ValueError: a source cannot be read, or there is no caption.
-    """
+    """All captions of the split `train`, sorted, with repetitions."""
     listings = [list_source(source, options) for source in sources]
     items = [item for listing in listings for item in listing.items if item.split == "train" and item.copy == 0]
     rejected = Counter(rejection.reason for listing in listings for rejection in listing.rejected)
@@ -82,9 +78,6 @@ def train_model(captions: Iterable[str], config: TransformerConfig, normalizatio
     Its pieces fill the ids between the image codes and `start_of_image` of a configuration, with `<pad>` at `pad`.
     Where captions are too few for so many pieces, the last ones are unused: called `<unused_2000>` at the id 2000,
     and found in no text.
-
-    Raises:
-        ValueError: the vocabulary has too little room, or there is no caption.
     """
     num_pieces = config.start_of_image - config.num_codes
     least = 2 * (BYTES + len(_ASCII))
@@ -101,9 +94,6 @@ def with_unused_pieces(model: bytes, num_pieces: int) -> bytes:
 
     A model is a protocol buffer, whose lists grow by what is appended to its bytes. Names of new pieces hold digits, so
     they are none of the old ones.
-
-    Raises:
-        ValueError: it has more.
     """
     got = _load(model).vocab_size()
     require(got <= num_pieces, f"the text model has {got} pieces, expected at most {num_pieces}")
@@ -129,11 +119,7 @@ def figures(tokenizer: TextTokenizer, captions: Iterable[str], slots: int) -> Ca
 
 
 def bundle_config(out: Path, name: str | None) -> CogVideoConfig:
-    """The configuration of the bundle in `out`, else the preset.
-
-    Raises:
-        ValueError: the bundle has another one than the preset, or weights that were trained with other tokens.
-    """
+    """The configuration of the bundle in `out`, else the preset."""
     if not (out / MANIFEST).exists():
         return preset(name or "pocket")
     manifest = Manifest.read(out)

@@ -58,12 +58,7 @@ def train_tokenizer(
     logging: LoggingConfig = LoggingConfig(evaluate_every=1000),  # noqa: B008  # frozen
     overwrite: bool = False,
 ) -> None:
-    """Train an image tokenizer, or the rest of it, and put it into a bundle. `weights` are the files of LPIPS.
-
-    Raises:
-        ValueError: a source, a file or a setting cannot be used, OUT holds another run, or training diverged.
-        OSError: something cannot be written.
-    """
+    """Train an image tokenizer, or the rest of it, and put it into a bundle. `weights` are the files of LPIPS."""
     require(len(sources) > 0, "there is no source, expected one or several, such as a folder of videos or world:2000")
     with process_group(usable(device), ParallelSettings()) as ranks:
         initial = None if init is None else CogVideo.from_pretrained(init, torch.float32)

@@ -171,9 +171,6 @@ class Jobs:
 
     Args:
         url: SQLite or PostgreSQL, as SQLAlchemy writes it, such as `postgresql://user@host/name`.
-
-    Raises:
-        ValueError: it cannot be opened.
     """
 
     def __init__(self, url: str) -> None:

@@ -38,11 +38,7 @@ class Keys:
         return found
 
     def read(self) -> dict[str, str]:
-        """Hashes by name; none if there is no file.
-
-        Raises:
-            ValueError: a line is not a name and a hash.
-        """
+        """Hashes by name; none if there is no file."""
         if not self.path.exists():
             return {}
         state = self.path.stat()
@@ -58,11 +54,7 @@ class Keys:
         return self._hashes
 
     def add(self, name: str) -> str:
-        """Make a key, which is nowhere but in the answer.
-
-        Raises:
-            ValueError: the name cannot be used, or has a key.
-        """
+        """Make a key, which is nowhere but in the answer."""
         is_name = re.fullmatch(NAME, name) is not None and name != LOCAL
         require(is_name, f"the name is {name!r:.80}, expected up to 60 letters, digits, dots and dashes, not {LOCAL}")
         key = f"cv-{secrets.token_urlsafe(32)}"

@@ -57,9 +57,6 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     Args:
         host: an address of this machine.
         port: 0 for any that is free.
-
-    Raises:
-        ValueError: the port is taken, or this machine has no such address.
     """
     require(0 <= port < 65536, f"port is {port}, expected a number in [0, 65535]")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:

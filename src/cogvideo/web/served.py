@@ -112,9 +112,6 @@ class Served:
         device: device of the model.
         dtype: type of its weights, which are loaded when the first clip is made.
         adapters: adapters by name or folder, each with its scale.
-
-    Raises:
-        ValueError: there is no such model, or it cannot make clips.
     """
 
     def __init__(
@@ -139,11 +136,7 @@ class Served:
         return self.pipeline.model.fingerprint or ""
 
     def completed(self, wanted: Wanted) -> Wanted:
-        """The same with all that is random or the model's own.
-
-        Raises:
-            ValueError: the model has another name, or cannot make such clips.
-        """
+        """The same with all that is random or the model's own."""
         asked = wanted.model or self.name
         require(asked == self.name, f"model is {asked!r:.80}, expected {self.name}")
         size = wanted.size or self.sizes[0]
@@ -156,11 +149,7 @@ class Served:
         return replace(wanted, model=asked, size=size, seconds=f"{seconds:g}", seed=seed)
 
     def settings(self, wanted: Wanted) -> Settings:
-        """Settings of a completed clip.
-
-        Raises:
-            ValueError: a value cannot be used.
-        """
+        """Settings of a completed clip."""
         seconds = float(wanted.seconds or self.config.seconds)
         return replace(
             wanted.settings(self.config).lasting(seconds, self.config),
@@ -188,11 +177,7 @@ class Served:
         return Request(prompts, generators, settings, given, end, wanted[0].loop, finished=finished or {})
 
     def check(self, wanted: Wanted, first: Start | None, last: Start | None) -> None:
-        """Refuse a completed clip that the model cannot make, before any work.
-
-        Raises:
-            ValueError: a prompt is too long, a value out of range, or the frames do not fit each other.
-        """
+        """Refuse a completed clip that the model cannot make, before any work."""
         require("\0" not in wanted.prompt + (wanted.negative or ""), "the prompt has a zero byte, expected text")
         require(last is None or first is not None, "got last_reference alone, expected input_reference, too")
         slots = self.config.layout.frame_slots

@@ -16,9 +16,6 @@ class Store:
 
     Args:
         url: folder, or an address such as `s3://bucket/folder`.
-
-    Raises:
-        ValueError: fsspec does not know the kind of address, or lacks its package.
     """
 
     def __init__(self, url: str) -> None:

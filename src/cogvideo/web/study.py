@@ -126,10 +126,6 @@ def serve(folder: Path, num_raters: int, port: int) -> None:
         folder: folder of the study.
         num_raters: raters are added until there are that many.
         port: port to listen at; 0 for any that is free.
-
-    Raises:
-        ValueError: there is no study, or a number is out of range.
-        OSError: the port is taken.
     """
     require(num_raters > 0, f"raters is {num_raters}, expected a positive number")
     study = Study(folder)

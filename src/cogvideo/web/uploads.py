@@ -30,9 +30,6 @@ def decode(content: bytes, fps: float, size: Sides, most: int) -> UInt8[np.ndarr
         fps: frames per second.
         size: width and height of the frames, or side of squares.
         most: number of frames that are read.
-
-    Raises:
-        ValueError: the file cannot be read, or needs too much memory or time.
     """
     command = [sys.executable, "-m", "cogvideo.web.uploads", *map(str, (fps, size_text(size), most, MEMORY, SECONDS))]
     settings = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")}

@@ -46,9 +46,6 @@ def work(*arguments: Any) -> None:
 
     Args:
         arguments: those of `open_worker`, without the first.
-
-    Raises:
-        ValueError: the model, the queue, or the place of files cannot be used.
     """
     stopping = Event()
     for each in (signal.SIGTERM, signal.SIGINT):
@@ -69,11 +66,7 @@ def open_worker(
     running: int = 0,
     adapters: Mapping[str, float] = MappingProxyType({}),
 ) -> Worker:
-    """A worker, from what the command line says.
-
-    Raises:
-        ValueError: the model, the queue, or the place of files cannot be used.
-    """
+    """A worker, from what the command line says."""
     served = Served(model, usable(device), adapters=adapters)
     return Worker(Jobs(queue), Store(files), served, batch, lease, running, stopping)
 

@@ -54,11 +54,7 @@ class SuperresTask:
         return self.layout.text_slots + self.layout.low_slots + self.layout.high_slots
 
     def collate(self, samples: list[ClipSample]) -> SuperresBatch:
-        """Captions that do not fit lose their end; those that were dropped are the unconditional one.
-
-        Raises:
-            ValueError: a caption was dropped, and the unconditional text has no token.
-        """
+        """Captions that do not fit lose their end; those that were dropped are the unconditional one."""
         text = self.text.batch([each.caption for each in samples], None, self.layout.text_slots, truncate=True)
         has_text = bool(text.mask.any(1).all())
         require(has_text, "the unconditional text is empty, and super-resolution needs text: use --caption-dropout 0")

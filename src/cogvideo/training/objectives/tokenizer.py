@@ -120,9 +120,6 @@ class FrameStream:
     """Batches of frames as a function of the step: every frame once an epoch, in another order each time.
 
     Ranks have neighboring parts of a batch.
-
-    Raises:
-        ValueError: the batch cannot be shared among the ranks.
     """
 
     def __init__(
