@@ -1,12 +1,33 @@
-"""Death at a chosen moment: SIGKILL between two changes of the file system, in a process of its own."""
+"""Death at a chosen moment: SIGKILL between two changes of the file system, or at a step of training. Full disks."""
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+PAUSED = """
+import sys, time
+from cogvideo.cli import main
+from cogvideo.training.step import Trainer
+
+def pausing(trainer, done):
+    if done == step:
+        print("paused", flush=True)
+        time.sleep(1000)
+    return figures(trainer, done)
+
+step, figures, Trainer.figures = int(sys.argv[1]), Trainer.figures, pausing
+sys.exit(main(sys.argv[2:]))
+"""
+"""Arguments: the step after which it waits, and those of `python -m cogvideo`."""
 
 
 def kill_at(number: int, work: Callable[[], None]) -> bool:
@@ -15,8 +36,10 @@ def kill_at(number: int, work: Callable[[], None]) -> bool:
     Changes are what Python does: to make a folder, to open for writing, to rename, to remove.
     """
     if process := os.fork():
-        return os.waitpid(process, 0)[1] == signal.SIGKILL
-    left = number
+        status = os.waitpid(process, 0)[1]
+        assert status in (0, signal.SIGKILL), "the work failed, with the traceback above"
+        return status == signal.SIGKILL
+    left, status = number, 1
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
@@ -27,7 +50,39 @@ def kill_at(number: int, work: Callable[[], None]) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     try:
+        gc.freeze()  # what other tests left is not cleaned up here, where it would count
         sys.addaudithook(hook)
         work()
+        status = 0
+    except BaseException:
+        traceback.print_exc(file=sys.__stderr__)
     finally:
-        os._exit(0)
+        os._exit(status)
+
+
+def paused(step: int, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    """`cogvideo train ...`, by its words after `cogvideo`, that has made a step and waits to be killed."""
+    arguments = [sys.executable, "-c", PAUSED, str(step), *command]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, **options)
+    assert process.stdout is not None
+    assert "paused\n" in process.stdout, "the run ended"
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL; its loading processes, which have its pipe, may live on."""
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file grows beyond that many bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

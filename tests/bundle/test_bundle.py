@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -43,7 +42,7 @@ from cogvideo.models.transformer import Base, TemporalChannel
 from cogvideo.models.upscaler import UpscaleChannel
 from cogvideo.packing import PackedLinear, pack
 from cogvideo.text import TextTokenizer
-from killing import kill_at
+from killing import full_disk, kill_at
 from workshop import small_autoencoder
 
 NUM_CODES = 24
@@ -754,14 +753,9 @@ def test_failed_first_save_leaves_no_bundle(
 
 
 def test_a_full_disk_names_the_text_tokenizer(config: CogVideoConfig, parts: dict[str, Any], tmp_path: Path) -> None:
-    """Guards the message where the disk is full: a small limit of the size of files stands for it."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"File too large: .*text\.model"):
-            CogVideo(config, text=parts["text"]).save_pretrained(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    """Guards the message where the disk is full."""
+    with full_disk(100), pytest.raises(OSError, match=r"File too large: .*text\.model"):
+        CogVideo(config, text=parts["text"]).save_pretrained(tmp_path)
 
 
 def test_what_does_not_fit_is_not_saved(folder: Path, config: CogVideoConfig, parts: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ from cogvideo.media.video import read_video, write_video
 from cogvideo.pipeline import CogVideoPipeline, Frame
 from cogvideo.planning import memory
 from gallery import make_model
-from killing import kill_at
+from killing import full_disk, kill_at
 from workshop import RATIO
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole clips: the parts are checked in tests/generation
@@ -995,23 +995,22 @@ def test_a_damaged_model_is_refused(
     assert "sequential.safetensors has" in refused(capsys, "a cat", "--model", "model")
 
 
-def test_what_is_there_is_replaced_as_a_whole(model: str, inside: Path) -> None:
+def test_what_is_there_is_replaced_as_a_whole(record: dict[str, Any], inside: Path) -> None:
     """Guards a file that is made again by name: whenever the process is killed, there is the old clip or the new one,
     and beside it its own settings or none."""
 
-    def make(seed: int) -> None:
-        run("a cat", "--model", model, "--output", "x.mp4", "--seed", seed, *QUICK)
+    def write(seed: int) -> None:
+        pixels = np.random.default_rng(seed).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
+        write_clip(path, pixels, 1.0, record | {"seed": seed})
 
     path = Path("x.mp4")
-    make(1)
-    old = path.read_bytes()
-    make(2)
+    write(2)
     new = path.read_bytes()
-    assert old != new
-    make(1)
+    write(1)
+    old = path.read_bytes()
     seen = set()
     for number in count(1):
-        killed = kill_at(number, lambda: make(2))
+        killed = kill_at(number, lambda: write(2))
         assert path.read_bytes() in (old, new)
         seed = read(path)[3]["seed"]
         has = path.with_suffix(".json").exists()
@@ -1023,18 +1022,13 @@ def test_what_is_there_is_replaced_as_a_whole(model: str, inside: Path) -> None:
     assert (path.read_bytes(), record_of(path)["seed"]) == (new, 2)
 
 
-def test_what_is_there_outlasts_a_full_disk(model: str, inside: Path) -> None:
-    """Guards the old clip and its record where the new one cannot be written: the limit is that of a real process."""
+def test_what_is_there_outlasts_a_full_disk(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the old clip and its record where the new one cannot be written."""
     run("a cat", "--model", model, "--output", "x.mp4", "--seed", 1, *QUICK)
     before = {name: (inside / name).read_bytes() for name in tree(inside)}
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); from cogvideo.cli import main"
-    )
-    arguments = ["generate", "a cat", "--model", model, "--output", "x.mp4", "--seed", "2", *QUICK]
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}; sys.exit(main({arguments}))"], capture_output=True, text=True, timeout=300
-    )
-    assert (done.returncode, done.stderr) == (2, "cogvideo: error: --output: File too large: x.mp4\n")
+    with full_disk(1000):
+        told = refused(capsys, "a cat", "--model", model, "--output", "x.mp4", "--seed", "2", *QUICK)
+    assert told == "cogvideo: error: --output: File too large: x.mp4\n"
     assert {name: (inside / name).read_bytes() for name in tree(inside)} == before
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from cogvideo.bundle import model as bundle
 from cogvideo.bundle.adapters import WEIGHTS
@@ -32,6 +33,7 @@ from cogvideo.training.checkpoints import Checkpoints, read_weights
 from cogvideo.training.held_out import mean_loss
 from cogvideo.training.step import Figures, Trainer
 from gallery import loud
+from killing import kill, paused
 from workshop import make_bundle, make_data
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -40,21 +42,16 @@ PATIENCE = 300
 """Seconds after which a process hangs, however busy the machine is."""
 
 
-PAUSED = """
-import sys, time
+TWICE = """
+import os, sys
 from cogvideo.cli import main
-from cogvideo.training.step import Trainer
 
-def pausing(trainer, done):
-    if done == step:
-        print("paused", flush=True)
-        time.sleep(1000)
-    return figures(trainer, done)
-
-step, figures, Trainer.figures = int(sys.argv[1]), Trainer.figures, pausing
-sys.exit(main(sys.argv[2:]))
+for sharding in ("replicated", "sharded"):
+    if status := main([*sys.argv[2:], "--sharding", sharding, "--out", f"ranks-{sharding}"]):
+        sys.exit(status)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}  # torchrun's store has the keys of one group
 """
-"""Arguments: the step after which it waits, and those of `python -m cogvideo`."""
+"""Arguments: the port of another store, and those of `cogvideo`. The ranks import PyTorch once for both ways."""
 
 
 class Place:
@@ -65,23 +62,11 @@ class Place:
         make_bundle(folder / "model", text_model, base)
         make_data(folder / "data", folder / "model")
 
-    def command(self, stage: str, *options: str, out: str = "model", ranks: int = 1) -> list[str]:
+    def command(self, stage: str, *options: str, out: str = "model") -> list[str]:
         """Arguments of a run of a few small steps; later options win."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        return [sys.executable, *launcher, "-m", "cogvideo", "train", stage, "--data", "data", "--out", out,
+        return [sys.executable, "-m", "cogvideo", "train", stage, "--data", "data", "--out", out,
             "--steps", "8", "--batch", "4", "--warmup", "2", "--learning-rate", str(RATE), "--report-every", "1",
             "--evaluate-every", "4", "--checkpoint-every", "2", "--sample-every", "0", *options]  # fmt: skip
-
-    def run(self, stage: str, *options: str, out: str = "model", ranks: int = 1) -> subprocess.CompletedProcess[str]:
-        """A run in a process of its own, until it ends."""
-        return subprocess.run(
-            self.command(stage, *options, out=out, ranks=ranks),
-            cwd=self.folder,
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
 
     def here(self, stage: str, *options: str, out: str) -> tuple[int, str]:
         """Status and messages of a run in this process, which is seconds quicker; a traceback is an exception."""
@@ -107,11 +92,7 @@ class Place:
     def paused(self, step: int, *options: str, out: str) -> subprocess.Popen[str]:
         """A run of the sequential stage that has made a step, and waits to be killed."""
         command = self.command("sequential", *options, out=out)
-        command[1:3] = ["-c", PAUSED, str(step)]
-        process = subprocess.Popen(command, cwd=self.folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert "paused\n" in process.stdout, "the run ended"
-        return process
+        return paused(step, command[command.index("train") :], cwd=self.folder, env=ENVIRONMENT)
 
     def checkpoints(self, out: str) -> Path:
         return self.folder / out / ".sequential-run" / "checkpoints"
@@ -131,14 +112,6 @@ class Place:
         """Of the sequential stage: the mean loss on held-out clips, by step; None where nothing is held out."""
         rows = {row["step"]: row["held_out"] for row in self.rows("sequential", out) if "held_out" in row}
         return {step: mean_loss(held) for step, held in rows.items()}  # type: ignore[arg-type]
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL; its loading processes, which have its pipe, may live on."""
-    process.kill()
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -183,12 +156,11 @@ def test_the_chain_becomes_a_bundle_that_generates(train_text_model: Callable[..
 
 def test_a_killed_run_continues_to_the_same_bits(place: Place) -> None:
     """Guards resuming: SIGKILL, then the same command, gives the weights of the run that was not killed."""
-    for step in (3, 6):
-        kill(place.paused(step, "--init", "model", out="killed"))
+    kill(place.paused(5, "--init", "model", out="killed"))
     assert not (place.folder / "killed" / "sequential.safetensors").exists()
     status, said = place.here("sequential", "--init", "model", out="killed")
     assert status == 0, said
-    assert re.search(r"^Continuing after step [2-6] of 8\.$", said, re.MULTILINE), said
+    assert re.search(r"^Continuing after step [24] of 8\.$", said, re.MULTILINE), said
     assert equal(place.weights("sequential", "killed"), place.weights("sequential", "whole"))
     assert [row["step"] for row in place.rows("sequential", "killed") if "loss" in row] == list(range(1, 9))
     ours, theirs = (
@@ -274,20 +246,26 @@ def _children(process: int) -> list[int]:
     return [int(each) for each in text.split()]
 
 
-@pytest.mark.parametrize("sharding", ["replicated", "sharded"])
-def test_two_ranks_train_as_one(place: Place, sharding: str) -> None:
+def test_two_ranks_train_as_one(place: Place) -> None:
     """Guards the division of a batch, and resuming with another number of ranks: two processes give the weights of one,
     with DDP from the first step, with FSDP2 from a checkpoint of one process."""
-    out = f"ranks-{sharding}"
-    if sharding == "sharded":
-        run = shutil.copytree(place.folder / "whole" / ".sequential-run", place.folder / out / ".sequential-run")
-        (run / "report.json").unlink()
-        shutil.rmtree(run / "checkpoints" / "step-00000008")
-    done = place.run("sequential", "--init", "model", "--sharding", sharding, out=out, ranks=2)
+    whole, sharded = (place.folder / name / ".sequential-run" for name in ("whole", "ranks-sharded"))
+    run = shutil.copytree(whole, sharded)
+    (run / "report.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    (place.folder / "twice.py").write_text(TWICE)
+    words = place.command("sequential", "--init", "model")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "twice.py"]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    done = subprocess.run(
+        [sys.executable, *launcher, str(store.port), *words[words.index("train") :]],
+        cwd=place.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_close(place.trained(out), place.trained("whole"))
-    assert place.weights("base", out).keys() == place.weights("base").keys()
-    assert equal(place.weights("base", out), place.weights("base"))
+    for out in ("ranks-replicated", "ranks-sharded"):
+        assert_close(place.trained(out), place.trained("whole"))
+        assert place.weights("base", out).keys() == place.weights("base").keys()
+        assert equal(place.weights("base", out), place.weights("base"))
 
 
 def test_ways_to_compute_give_the_same_weights(place: Place) -> None:
