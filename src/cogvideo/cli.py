@@ -90,6 +90,11 @@ COMMANDS = {
 }
 """A name of two words is a command of a group."""
 
+TRAINING = ("tokenizer", "text", "image", "sequential", "interpolation", "superres", "reader")
+EVALUATION = ("alignment", "distribution", "text", "ucf101", "kinetics600")
+RECIPES = {"data prepare", *(f"train {each}" for each in TRAINING), *(f"evaluate {each}" for each in EVALUATION)}
+"""Commands whose options a TOML file can give, by `--recipe`."""
+
 PACKAGES = {
     "data": ("scenedetect",),
     "train": ("jinja2", "matplotlib", "pyarrow", "tensorboard"),
@@ -168,7 +173,7 @@ def _call(name: str, arguments: list[str]) -> int:
     from cogvideo.commands.options import parse  # help and version do without
 
     module, function = COMMANDS[name].target.split(":")
-    status = parse(name, getattr(import_module(module), function), arguments)()
+    status = parse(name, getattr(import_module(module), function), arguments, name in RECIPES)()
     return status if isinstance(status, int) else 0
 
 

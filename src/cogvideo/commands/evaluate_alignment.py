@@ -34,7 +34,6 @@ def alignment(
     batch: int = 8,
     reader: Path | None = None,
     device: str = "auto",
-    recipe: Path | None = None,  # read by the command line
 ) -> None:
     """Measure how well clips show what their prompts say. Run an interrupted command again to continue.
 
@@ -53,7 +52,6 @@ def alignment(
         batch: Clips per pass; only affects the speed.
         reader: File of the World reader; the package's by default.
         device: Device to run on: cpu, cuda, cuda:0, or auto.
-        recipe: TOML file with a table of options for this command. Options on the command line take precedence.
     """
     require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
     require(world >= 0, f"world is {world}, expected 0 or more prompts")

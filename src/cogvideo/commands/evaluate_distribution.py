@@ -43,7 +43,6 @@ def distribution(
     pairs: Perceptual | None = None,
     machines: Machines = Machines(),  # noqa: B008  # frozen
     json: Path | None = None,
-    recipe: Path | None = None,  # read by the command line
 ) -> None:
     """Compare clips with real ones: FVD, KVD, Inception Score, LPIPS. Run an interrupted command again to continue.
 
@@ -67,7 +66,6 @@ def distribution(
         pairs: Network of LPIPS, vgg or alexnet, to compare clips of the same name.
         machines: Devices and processes.
         json: File for the figures with everything that they depend on.
-        recipe: TOML file with a table of options for this command. Options on the command line take precedence.
     """
     require(json is None or not json.is_dir(), f"{json} is a folder, expected a file")
     given: dict[str, Any] = {"clips": clips, "score_clips": clips, "frames": frames, "step": step, "size": size}

@@ -56,7 +56,6 @@ def ucf101(
     c3d_mean: Path | None = None,
     making: Making = Making(),  # noqa: B008  # frozen
     machines: Machines = Machines(),  # noqa: B008  # frozen
-    recipe: Path | None = None,  # read by the command line
 ) -> None:
     """Measure a model on UCF-101 as the paper does: FVD, Inception Score, and published figures next to them.
 
@@ -81,7 +80,6 @@ def ucf101(
         c3d_mean: File with the mean clip of C3D (.npz).
         making: How clips are made.
         machines: Devices and processes.
-        recipe: TOML file with a table of options for this command. Options on the command line take precedence.
     """
     require(batch > 0, f"batch is {batch}, expected a positive number of clips")
     protocol = replace(PROTOCOLS["tats"], clips=clips, score_clips=samples)
@@ -109,7 +107,6 @@ def kinetics600(
     unproven: bool = False,
     making: Making = Making(),  # noqa: B008  # frozen
     machines: Machines = Machines(),  # noqa: B008  # frozen
-    recipe: Path | None = None,  # read by the command line
 ) -> None:
     """Measure prediction on Kinetics-600 as the paper does: 5 frames are given, 11 generated; FVD at 64 x 64 pixels.
 
@@ -126,7 +123,6 @@ def kinetics600(
         unproven: Accept weights that are not those of FVD; their distance has another name.
         making: How clips are made.
         machines: Devices and processes.
-        recipe: TOML file with a table of options for this command. Options on the command line take precedence.
     """
     protocol = replace(PROTOCOLS["tats"], clips=clips, size=64, real="random")
     networks = load_networks(protocol, network, unproven, None, None)

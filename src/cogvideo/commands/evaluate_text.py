@@ -40,7 +40,6 @@ def text(
     model: str | None = None,
     machines: Machines = Machines(),  # noqa: B008  # frozen
     json: Path | None = None,
-    recipe: Path | None = None,  # read by the command line
 ) -> None:
     """Measure CLIPSIM: the similarity of captions and frames, by CLIP. Run an interrupted command again to continue.
 
@@ -60,7 +59,6 @@ def text(
         model: Bundle whose image tokenizer decodes prepared data.
         machines: Devices and processes.
         json: File for the figures with everything that they depend on.
-        recipe: TOML file with a table of options for this command. Options on the command line take precedence.
     """
     require(json is None or not json.is_dir(), f"{json} is a folder, expected a file")
     require(len(caption_columns) > 0, "caption_columns is empty, expected one column or more")

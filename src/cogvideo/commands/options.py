@@ -85,15 +85,28 @@ class Option(NamedTuple):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
 
 
-def parse(command: str, function: Callable[..., Any], arguments: Sequence[str]) -> Callable[[], Any]:
+RECIPE = Option(
+    name="recipe",
+    kind=Path,
+    nargs=None,
+    default=None,
+    help="TOML file with a table of options for this command. Options on the command line take precedence.",
+    group=OPTIONS,
+)
+
+
+def parse(
+    command: str, function: Callable[..., Any], arguments: Sequence[str], has_recipe: bool = False
+) -> Callable[[], Any]:
     """The call of a function with the arguments of a command, and of a recipe that they name.
 
     Args:
         command: such as `train image`.
         function: its signature and docstring make the options.
         arguments: of the user, after the name of the command.
+        has_recipe: add the option `--recipe`.
     """
-    known = list(options(function))
+    known = [*options(function), *([RECIPE] if has_recipe else [])]
     parser = _parser(command, function, known)
     given = _read(parser, known, arguments)
     if path := given.get("recipe"):

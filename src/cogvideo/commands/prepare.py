@@ -23,7 +23,6 @@ def prepare(
     options: SourceOptions = SourceOptions(),  # noqa: B008
     machines: Machines = Machines(),  # noqa: B008
     max_rejected: int = 0,
-    recipe: Path | None = None,  # read by the command line
 ) -> int:
     """Turn captioned clips into shards of codes. Run an interrupted command again to continue.
 
@@ -38,7 +37,6 @@ def prepare(
         options: How the source is read.
         machines: Devices and processes.
         max_rejected: Number of rejected clips that is allowed; more give exit status 1.
-        recipe: TOML file with a table of options for this command. Options on the command line take precedence.
     """
     require(max_rejected >= 0, f"max_rejected is {max_rejected}, expected 0 or more")
     card = room.prepare(source, out, tokenizer, settings, options, machines)

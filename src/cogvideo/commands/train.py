@@ -175,7 +175,6 @@ def tokenizer(
     device: str = "auto",
     logging: LoggingConfig = LoggingConfig(evaluate_every=1000),  # noqa: B008
     overwrite: bool = False,
-    recipe: Path | None = None,  # read by the command line
 ) -> None:
     """Train the image tokenizer on frames of clips. Killed and called again, it continues.
 
@@ -199,7 +198,6 @@ def tokenizer(
         device: Device to run on: cpu, cuda, cuda:0, or auto.
         logging: Reports and checkpoints.
         overwrite: Replace the bundle's tokenizer; models that learned its codes cannot use another.
-        recipe: TOML file with a table of options for this command; those on the command line take precedence.
     """
     train_tokenizer(
         sources,
@@ -234,7 +232,6 @@ def reader(
     test_clips: int = 2000,
     logging: LoggingConfig = LoggingConfig(checkpoint_every=200),  # noqa: B008
     device: str = "auto",
-    recipe: Path | None = None,  # read by the command line
 ) -> None:
     """Train the World reader, which judges clips. Killed and called again, it continues.
 
@@ -248,7 +245,6 @@ def reader(
         test_clips: Number of clips in the final test.
         logging: Reports and checkpoints.
         device: Device to run on: cpu, cuda, cuda:0, or auto.
-        recipe: TOML file with a table of options for this command; those on the command line take precedence.
     """
     right = train_reader(out, settings, config, test_clips, logging, device)
     Console(highlight=False).print(_table(right, test_clips))
@@ -269,7 +265,6 @@ def text(
     normalization: Normalization = "nfkc",
     background_template: str = "",
     max_captions: int = 1_000_000,
-    recipe: Path | None = None,  # read by the command line
 ) -> None:
     """Train the text tokenizer on the captions of the split `train`, and put it into a bundle.
 
@@ -281,7 +276,6 @@ def text(
         normalization: Text normalization: nfkc, nfkc_cf (also lowercases), or identity (spaces only).
         background_template: Template as for `data prepare`, applied to every caption with each background in turn.
         max_captions: Maximum number of captions; if there are more, evenly spaced ones are used.
-        recipe: TOML file with a table of options for this command; those on the command line take precedence.
     """
     require(len(source) > 0, "got no source, expected a folder, a table, a tar or world:NUMBER")
     require(max_captions > 0, f"max_captions is {max_captions}, expected a positive number")

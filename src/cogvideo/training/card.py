@@ -75,7 +75,10 @@ def identity_of(run: Path) -> dict[str, Any]:
 
 
 def write_model_card(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the reports of what the bundle in `folder` has, and its card. A README.md without our sign is left alone."""
+    """Write the reports of what the bundle in `folder` has, and its card.
+
+    A README.md without our sign is left alone.
+    """
     there = Manifest.read(folder).components
     known = {name: reports[name] for name in COMPONENTS if name in reports and name in there}
     write_json(folder / REPORTS, known)

@@ -98,8 +98,6 @@ class Options:
     """Bundle to put the stage into. The same command continues a run that was killed."""
     init: str | None = None
     """Bundle to start from: a folder, or an ID on the Hugging Face Hub; that of --out by default."""
-    recipe: Path | None = None
-    """TOML file with a table of options for this command; those on the command line take precedence."""
     device: str = "auto"
     """Device to run on: cpu, cuda, cuda:0, or auto."""
     overwrite: bool = False
