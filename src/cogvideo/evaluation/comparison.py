@@ -111,14 +111,7 @@ class Networks:
 
 
 class Comparing:
-    """One comparison.
-
-    Args:
-        reading: how clips are read.
-        networks: the networks.
-        machines: where they run.
-        seed: of what is drawn at random.
-    """
+    """One comparison."""
 
     def __init__(self, reading: Reading, networks: Networks, machines: Machines, seed: int) -> None:
         self._reading, self._networks, self._machines, self._seed = reading, networks, machines, seed

@@ -59,13 +59,7 @@ class Judge:
 
 
 def i3d(path: Path, protocol: Protocol, proven: bool = True) -> Judge:
-    """I3D, whose logits FVD compares.
-
-    Args:
-        path: its weights.
-        protocol: which normalization and resizing are meant.
-        proven: whether the weights must be those of FVD.
-    """
+    """I3D, whose logits FVD compares."""
     frames = protocol.frames
     require(frames >= LEAST_FRAMES, f"frames is {frames}, expected {LEAST_FRAMES} or more, for I3D")
     load_i3d(path, proven=proven)  # features in the cache prove nothing
@@ -199,14 +193,7 @@ def one_thread() -> Iterator[None]:
 def extract(
     title: str, samples: Sequence[FeatureInput], extractor: Extractor, machines: Machines
 ) -> Float[Tensor, "samples features"]:
-    """Features of samples, in their order; those that are not in the cache are made and kept.
-
-    Args:
-        title: what the progress line says.
-        samples: from `extractor.sample`.
-        extractor: the network; its device is the kind of the machines'.
-        machines: where it runs.
-    """
+    """Features of samples, in their order; those that are not in the cache are made and kept."""
     missing = list({sample.file: sample for sample in samples if _kept(sample.file) is None}.values())
     for folder in {sample.file.parent for sample in missing}:
         folder.mkdir(parents=True, exist_ok=True)

@@ -33,15 +33,7 @@ class Listed(NamedTuple):
 
 
 def read_ucf101(lists: Path, videos: Path, split: Split, division: int, language: Language) -> list[Listed]:
-    """Videos of UCF-101. All must be there: none vanish, as they come in one archive.
-
-    Args:
-        lists: folder with the official lists.
-        videos: folder of the classes' folders.
-        split: part of the data set; all is both.
-        division: number of the official division, 1 to 3.
-        language: language of the texts.
-    """
+    """Videos of UCF-101. All must be there: none vanish, as they come in one archive."""
     classes = lists / "classInd.txt"
     texts = _texts(classes, language)
     found = []

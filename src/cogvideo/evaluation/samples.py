@@ -47,14 +47,7 @@ def write_table(path: Path, listed: Iterable[Listed]) -> None:
 
 
 def write_windows(path: Path, videos: Path, reading: Reading, seed: int) -> None:
-    """Write a table of the parts of real videos that are continued: a random one of each; short ones are left out.
-
-    Args:
-        path: table to write.
-        videos: table of whole videos.
-        reading: how they are read, with captions.
-        seed: of the choice.
-    """
+    """Write a table of the parts of real videos that are continued: a random one of each; short ones are left out."""
     span = reading.protocol.span
     rows = []
     for excerpt in draw(str(videos), reading, "random", reading.protocol.clips, seed).excerpts:
@@ -70,14 +63,7 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 class ProtocolMaker:
-    """A model that generates clips of a protocol.
-
-    Args:
-        pipeline: the model.
-        making: how clips are made.
-        protocol: their frames and size.
-        fps: frames per second.
-    """
+    """A model that generates clips of a protocol."""
 
     def __init__(self, pipeline: CogVideoPipeline, making: Making, protocol: Protocol, fps: float) -> None:
         settings = replace(making.settings(pipeline.model.config), rounds=ROUNDS)

@@ -198,13 +198,7 @@ class SourceSimilarity(NamedTuple):
 def similarities(
     frames: Float[Tensor, "clips features"], texts: Float[Tensor, "texts width"], counts: Sequence[int]
 ) -> Float[Tensor, "clips 1"]:
-    """Mean cosine of the frames and captions of each clip.
-
-    Args:
-        frames: embeddings of the frames of each clip, one after the other.
-        texts: embeddings of the captions of all clips.
-        counts: captions of each clip.
-    """
+    """Mean cosine of the frames and captions of each clip, whose frames and captions follow each other."""
     width = texts.shape[1]
     clips = rearrange(frames.double(), "clips (frames width) -> clips frames width", width=width)
     pairs = zip(clips, torch.split(texts.double(), list(counts)), strict=True)

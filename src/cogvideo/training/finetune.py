@@ -139,14 +139,7 @@ class Step(NamedTuple):
 
 
 class Chain:
-    """A fine-tuning of a base on the clips of a source, into a bundle.
-
-    Args:
-        source: folder of videos, or a table.
-        out: folder of the bundle.
-        base: bundle to start from: a folder, an id on the Hugging Face Hub, or `pocket`.
-        settings: time and sizes.
-    """
+    """A fine-tuning of a base on the clips of a source, into a bundle."""
 
     def __init__(self, source: str, out: Path, base: str, settings: Finetuning) -> None:
         usable(settings.device)

@@ -46,16 +46,7 @@ class Work:
 def deployed(
     make: Callable[[], ASGIApp], host: str, port: int, address: str | None, workers: int, arguments: tuple[Any, ...]
 ) -> Iterator[None]:
-    """The application on a cluster, with workers that take a GPU or a core each.
-
-    Args:
-        make: makes the application where it runs.
-        host: address to listen at.
-        port: port to listen at.
-        address: address of the cluster; None for one on this machine alone, which is started.
-        workers: number of workers.
-        arguments: those of `open_worker`, without the first.
-    """
+    """The application on a cluster, with workers that take a GPU or a core each."""
     ray.init(address=address, include_dashboard=False, log_to_driver=False)
     leave_on_sigterm()  # on which Ray would abort
     try:

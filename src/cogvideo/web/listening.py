@@ -52,12 +52,7 @@ class Connection(H11Protocol):
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket at which connections wait from now on.
-
-    Args:
-        host: an address of this machine.
-        port: 0 for any that is free.
-    """
+    """A socket at which connections wait from now on; port 0 is any that is free."""
     require(0 <= port < 65536, f"port is {port}, expected a number in [0, 65535]")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

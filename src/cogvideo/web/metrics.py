@@ -14,11 +14,7 @@ from cogvideo.web.jobs import Jobs
 
 
 class Metrics(Collector):
-    """Numbers since the server began; those of the queue are read when they are asked for.
-
-    Args:
-        jobs: the queue.
-    """
+    """Numbers since the server began; those of the queue are read when they are asked for."""
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
@@ -45,12 +41,7 @@ class Metrics(Collector):
 
 
 class MetricsMiddleware:
-    """Middleware that counts and times requests by route.
-
-    Args:
-        app: application.
-        metrics: where numbers go.
-    """
+    """Middleware that counts and times requests by route."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics

@@ -35,12 +35,7 @@ DRAINING = 60
 
 
 def application(site: Site, hosts: Sequence[str]) -> FastAPI:
-    """The API and the studio as an ASGI application.
-
-    Args:
-        site: what it works with.
-        hosts: names under which it may be reached.
-    """
+    """The API and the studio as an ASGI application."""
     app = FastAPI(title="cogvideo", version=__version__, docs_url=None, redoc_url=None)
     app.state.site, app.state.metrics = site, Metrics(site.jobs)
     app.include_router(router)
@@ -111,13 +106,7 @@ def _without_security(app: FastAPI) -> None:
 
 @contextmanager
 def workers(number: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> Iterator[None]:
-    """Worker processes, each started again when it dies. At the end they finish their frames and leave.
-
-    Args:
-        number: of processes.
-        work: what they do.
-        arguments: of that function.
-    """
+    """Worker processes, each started again when it dies. At the end they finish their frames and leave."""
     context = get_context("spawn")
     is_over = Event()
 

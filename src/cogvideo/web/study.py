@@ -40,11 +40,7 @@ class Sent(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Pages:
-    """Requests of a rater's page. The token in the path is the rater's key.
-
-    Args:
-        study: a study with raters.
-    """
+    """Requests of a rater's page. The token in the path is the rater's key."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -122,10 +118,7 @@ def application(study: Study) -> Starlette:
 def serve(folder: Path, num_raters: int, port: int) -> None:
     """Serve a study to this machine until the process is interrupted, and print the links of its raters.
 
-    Args:
-        folder: folder of the study.
-        num_raters: raters are added until there are that many.
-        port: port to listen at; 0 for any that is free.
+    Raters are added until there are that many.
     """
     require(num_raters > 0, f"raters is {num_raters}, expected a positive number")
     study = Study(folder)

@@ -23,14 +23,7 @@ SECONDS = 20
 
 
 def decode(content: bytes, fps: float, size: Sides, most: int) -> UInt8[np.ndarray, "frames height width 3"]:
-    """Frames of a picture or video, as `media.video.read_video` sees them.
-
-    Args:
-        content: the file.
-        fps: frames per second.
-        size: width and height of the frames, or side of squares.
-        most: number of frames that are read.
-    """
+    """Frames of a picture or video, as `media.video.read_video` sees them."""
     command = [sys.executable, "-m", "cogvideo.web.uploads", *map(str, (fps, size_text(size), most, MEMORY, SECONDS))]
     settings = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")}
     limits = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}

@@ -80,17 +80,7 @@ def _outlive(stopping: Event) -> None:
 
 
 class Worker:
-    """A worker. When it is to stop, it finishes the frame at hand and returns its jobs to the queue.
-
-    Args:
-        jobs: the queue.
-        store: files of videos.
-        served: model.
-        batch: most jobs that are made together.
-        lease: seconds after which others may take the jobs of a worker that gives no sign of life.
-        running: most jobs of a key at work at once, in all workers; 0 for any number.
-        stopping: set when it is to stop.
-    """
+    """A worker. When it is to stop, it finishes the frame at hand and returns its jobs to the queue."""
 
     def __init__(
         self, jobs: Jobs, store: Store, served: Served, batch: int, lease: float, running: int, stopping: Event
@@ -250,13 +240,7 @@ class Worker:
 
 
 class _Clip:
-    """A clip at work: its frames by place, those of earlier workers from their files.
-
-    Args:
-        job: its job.
-        codes: codes of finished frames, in the order of the job's places.
-        store: files of videos.
-    """
+    """A clip at work: its frames by place, those of earlier workers from their files."""
 
     def __init__(self, job: Job, codes: Int64[Tensor, "frames slots"], store: Store) -> None:
         self.job = job
