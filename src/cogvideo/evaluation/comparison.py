@@ -33,7 +33,6 @@ class Figure:
     clips: int
     """Clips of each set."""
     value: float
-    """The figure."""
     interval: tuple[float, float]
     """95 % of it, by bootstrap over clips."""
     real: float | None = None
@@ -83,11 +82,8 @@ class Comparison:
     """Inputs and results of a comparison."""
 
     real: Side
-    """The real clips."""
     generated: Side
-    """The others."""
     figures: list[Figure]
-    """In the order in which they are printed."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +91,11 @@ class Networks:
     """Networks that are there."""
 
     i3d: Judge
-    """I3D."""
     proven: bool
     """True if it is that of FVD."""
     c3d: Judge | None = None
     """Network of the Inception Score."""
     lpips: Judge | None = None
-    """Network of pairs."""
 
     @property
     def names(self) -> tuple[str, str]:

@@ -115,16 +115,13 @@ class Job(NamedTuple):
     """Samples that a worker does in one go."""
 
     items: tuple[FeatureInput, ...]
-    """Their files are missing."""
 
 
 class Loaded(NamedTuple):
     """Objects that a worker loads once."""
 
     encode: Encode
-    """The network."""
     autoencoder: Autoencoder | None
-    """Tokenizer of reconstructions and prepared data."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +129,8 @@ class Extractor:
     """Makes the features of excerpts."""
 
     judge: Judge
-    """The network."""
     reading: Reading
-    """Conversion of excerpts to pixels."""
     device: str = "cpu"
-    """Where the networks run."""
     readers: int = 0
     """Threads that read clips while the networks work."""
 

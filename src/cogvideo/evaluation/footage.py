@@ -39,9 +39,7 @@ class DatasetRow(NamedTuple):
     """A clip of prepared data."""
 
     dataset: Path
-    """Its folder."""
     number: int
-    """Number of the clip there."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,6 @@ class Excerpt:
     """Frames of a clip that are compared."""
 
     footage: Footage
-    """The clip."""
     first: int
     """Number of the first frame."""
     through_codes: bool = False
@@ -97,9 +94,7 @@ class Tokenizer(NamedTuple):
     """An image tokenizer, by which prepared data are decoded and clips are reconstructed."""
 
     bundle: Path
-    """Bundle that has it."""
     sha256: str
-    """Its hash."""
     side: int
     """Shorter side of the frames that its model makes, in pixels."""
     rate: int

@@ -154,15 +154,12 @@ class Similarity:
     """CLIPSIM of sources."""
 
     folder: Path
-    """CLIP model."""
     reading: Reading
     """Way to read clips, with captions."""
     machines: Machines
-    """Where frames are embedded."""
     captions: Which
     """Captions that count: one random one of each clip, or all."""
     seed: int
-    """Seed of what is drawn at random."""
 
     def measure(self, source: str) -> SourceSimilarity:
         """Similarities of the clips of a source."""
@@ -188,11 +185,9 @@ class SourceSimilarity(NamedTuple):
     """CLIPSIM of a source."""
 
     side: Side
-    """Its clips."""
     similarities: Float[Tensor, "clips 1"]
     """Mean over frames and captions."""
     num_cut: int
-    """Captions that were cut."""
 
 
 def similarities(
