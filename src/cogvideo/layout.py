@@ -94,10 +94,6 @@ class SequenceLayout(Framed):
         slots = self.frame_position + middle(self.grid, self.sides)
         return (places[:, None] * self.grid**2 + slots).flatten()
 
-    def position(self, rank: int, slot: int) -> int:
-        """Position of one slot."""
-        return int(self.frame_positions(range(rank, rank + 1))[slot])
-
     def feed(
         self, codes: Int64[Tensor, "batch frames slots"], start_of_image: int
     ) -> Int64[Tensor, "batch frames*slots"]:

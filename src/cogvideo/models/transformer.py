@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig
+from cogvideo.layout import SequenceLayout
 from cogvideo.models.attention import MaskPlan, attend, split_heads
 
 NORM_EPS = 1e-5
@@ -141,7 +142,7 @@ class TemporalChannel(nn.Module):
         super().__init__()
         self.stage = stage
         self.frame_position = layout.frame_position
-        self.first_position = layout.frame_position + layout.grid**2
+        self.first_position = SequenceLayout.sequential(layout).first_extra_position
         self.positions = nn.Embedding(layout.num_frames * layout.grid**2, config.hidden)
         self.blocks = nn.ModuleList(TemporalBlock(config) for _ in range(config.num_layers))
 
