@@ -133,7 +133,7 @@ class RunFolder:
         """The lines of `metrics.jsonl`, without one that a killed run left half-written."""
         if not self._metrics.exists():
             return []
-        with _naming(self._metrics):
+        with naming(self._metrics):
             lines = self._metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -163,17 +163,18 @@ def _plain(values: Any) -> Any:
 
 def _read(path: Path) -> Any:
     """Content of a file of JSON."""
-    with _naming(path):
+    with naming(path):
         return json.loads(path.read_bytes())
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn an error about bytes that are neither text nor JSON into one line that names their file."""
+def naming(path: Path) -> Iterator[None]:
+    """Turn whatever is wrong inside of a file into one line that names it."""
     try:
         yield
-    except ValueError as error:
-        raise InputError(f"cannot use {path}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise InputError(reason if str(path) in reason else f"cannot use {path}: {reason}") from error
 
 
 def _changes(

@@ -133,6 +133,12 @@ class Manifest:
             hint = ", expected the folder of a bundle" if isinstance(error, FileNotFoundError) else ""
             raise InputError(f"cannot use {path}: {reason}{hint}") from error
 
+    def entry(self, component: str, where: object = "the bundle") -> Entry:
+        """The file of a component, refused if there is none."""
+        there = ", ".join(self.components) or "nothing"
+        require(component in self.components, f"{where} has no {component}, it has: {there}")
+        return self.components[component]
+
     @classmethod
     def _parse(cls, values: Any) -> Manifest:
         fields = check_version(values, FORMAT_VERSION)

@@ -64,8 +64,9 @@ def _devices() -> dict[torch.device, str]:
     """Devices, and what is known of them."""
     memory = psutil.virtual_memory()
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
-    threads = f"{cores} cores, {torch.get_num_threads()} threads in use"
-    found = {torch.device("cpu"): f"{threads}, {_free(memory.available, memory.total)}"}
+    threads = torch.get_num_threads()
+    used = f"{cores} cores, {threads} thread{'s' if threads > 1 else ''} in use"
+    found = {torch.device("cpu"): f"{used}, {_free(memory.available, memory.total)}"}
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         device = torch.device("cuda", number)
         found[device] = f"{torch.cuda.get_device_name(device)}, {_free(*torch.cuda.mem_get_info(device))}"

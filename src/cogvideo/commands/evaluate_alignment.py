@@ -6,19 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from cogvideo.commands.terminal import table
 from cogvideo.config import require
-from cogvideo.devices import slowness, usable
 from cogvideo.evaluation.alignment import REAL, Judged, evaluate
 from cogvideo.evaluation.making import Making
 from cogvideo.evaluation.preferences import wilson
 from cogvideo.evaluation.reader import FILE
 from cogvideo.evaluation.subjects import EmojiSubject, Subject, WorldSubject
-from cogvideo.pipeline import CogVideoPipeline
 
 
 def alignment(
@@ -57,10 +54,7 @@ def alignment(
     require(world >= 0, f"world is {world}, expected 0 or more prompts")
     require(emoji_limit is None or emoji_limit > 0, f"emoji_limit is {emoji_limit}, expected a positive number")
     require(batch > 0, f"batch is {batch}, expected a positive number of clips")
-    console, dtype = Console(highlight=False), getattr(torch, making.dtype)
-    if slow := slowness(dtype, usable(device)):
-        console.print(slow)
-    pipeline = CogVideoPipeline.from_pretrained(model, dtype, usable(device))
+    console, pipeline = Console(highlight=False), making.pipeline(model, device)
     subjects: list[Subject] = [WorldSubject(world, domain, making.seed, reader or FILE)] if world else []
     if emoji is not None:
         subjects.append(EmojiSubject(emoji, emoji_limit, making.seed, emoji_seed))

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +17,6 @@ from cogvideo.commands.terminal import table
 from cogvideo.config import require
 from cogvideo.data.engines import Machines, progress
 from cogvideo.data.sources import Item
-from cogvideo.devices import slowness, usable
 from cogvideo.evaluation.comparison import INCEPTION_SCORE, Comparing, Figure, Networks
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.lists import Language, Split, read_kinetics, read_ucf101
@@ -29,7 +27,6 @@ from cogvideo.evaluation.samples import ProtocolMaker, of_classes, of_videos, wr
 from cogvideo.evaluation.subjects import Prompt
 from cogvideo.files import alone_in, sha256_of, write_json
 from cogvideo.media.video import write_video
-from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.runs import RunFolder
 
 GENERATED = "generated"
@@ -159,10 +156,7 @@ class _Run:
         self._name, self._out, self._machines, self._networks = name, out, machines, networks
         self._reading = Reading(protocol, fps, Tokenizer.of(model))
         self._seed = making.seed
-        dtype, device = getattr(torch, making.dtype), usable(machines.device)
-        if slow := slowness(dtype, device):
-            print(slow)
-        pipeline = CogVideoPipeline.from_pretrained(model, dtype, device)
+        pipeline = making.pipeline(model, machines.device)
         self.maker = ProtocolMaker(pipeline, making, protocol, fps)
         self._identity: dict[str, Any] = {
             "data": name,

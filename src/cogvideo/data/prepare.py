@@ -94,9 +94,7 @@ def complete(settings: PrepareSettings, config: CogVideoConfig) -> PrepareSettin
 
 def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: str) -> ShardInfo:
     """Facts that all shards of a run share."""
-    config, entry = manifest.config, manifest.components.get("image_tokenizer")
-    if entry is None:
-        raise InputError(f"the bundle has no image_tokenizer, it has: {', '.join(manifest.components) or 'nothing'}")
+    config = manifest.config
     assert settings.frames.size is not None
     width, height = (side // config.autoencoder.rate for side in both(settings.frames.size))
     grid = joined(height, width)
@@ -104,7 +102,7 @@ def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: s
         grid=grid,
         num_codes=config.autoencoder.num_codes,
         fps=settings.frames.fps,
-        tokenizer_sha256=entry.sha256,
+        tokenizer_sha256=manifest.entry("image_tokenizer").sha256,
         settings_sha256=settings_sha256,
         work_sha256="",
         high_grid=times(grid, config.upscaler.ratio) if settings.superres else 0,

@@ -105,10 +105,8 @@ class Tokenizer(NamedTuple):
         """The one of a bundle."""
         bundle = locate(model)
         manifest = Manifest.read(bundle)
-        entry = manifest.components.get("image_tokenizer")
-        if entry is None:
-            raise InputError(f"the bundle {bundle} has no image_tokenizer, it has: {', '.join(manifest.components)}")
-        return cls(bundle, entry.sha256, min(both(manifest.config.frame_size)), manifest.config.autoencoder.rate)
+        entry, config = manifest.entry("image_tokenizer", f"the bundle {bundle}"), manifest.config
+        return cls(bundle, entry.sha256, min(both(config.frame_size)), config.autoencoder.rate)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from cogvideo.config import CogVideoConfig, InputError, require
+from cogvideo.devices import slowness, usable
 from cogvideo.evaluation.reader import SIZE, resized
 from cogvideo.evaluation.subjects import FPS, NUM_FRAMES, Clip, Prompt
 from cogvideo.files import replacing
@@ -43,6 +44,13 @@ class Making(SamplingOptions):
     def settings(self, own: CogVideoConfig) -> Settings:
         """Settings of clips by a model."""
         return replace(super().settings(own), truncate=self.truncate, should_enlarge=self.superres)
+
+    def pipeline(self, model: str, device: str) -> CogVideoPipeline:
+        """The pipeline of a model; says so where its data type is slow."""
+        dtype = getattr(torch, self.dtype)
+        if slow := slowness(dtype, usable(device)):
+            print(slow)
+        return CogVideoPipeline.from_pretrained(model, dtype, usable(device))
 
     def record(self, own: CogVideoConfig) -> dict[str, Any]:
         """All values that decide clips of a model, but for options that came later and are at rest."""

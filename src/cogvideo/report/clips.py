@@ -167,9 +167,7 @@ def _find_items(card: Card, ids: set[str]) -> dict[str, Item]:
 def _load_tokenizer(card: Card, name: str) -> Autoencoder:
     """The tokenizer that made the codes of a dataset, from a folder or an id on the Hugging Face Hub."""
     folder = locate(name)
-    entry = Manifest.read(folder).components.get(TOKENIZER)
-    if entry is None:
-        raise InputError(f"the bundle {folder} has no {TOKENIZER}")
+    entry = Manifest.read(folder).entry(TOKENIZER, f"the bundle {folder}")
     expected = f"the codes were made with the one of sha256 {card.tokenizer_sha256:.12}"
     got = f"{folder} holds another image tokenizer (sha256 {entry.sha256:.12})"
     require(entry.sha256 == card.tokenizer_sha256, f"{got}, {expected}")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +14,7 @@ from jaxtyping import Float64, Int64
 
 from cogvideo.config import InputError, require
 from cogvideo.report.page import flat
-from cogvideo.runs import IDENTITY, RunFolder
+from cogvideo.runs import IDENTITY, RunFolder, naming
 from cogvideo.training.finetune import RUN as CHAIN
 from cogvideo.training.stages import STAGES
 
@@ -127,18 +125,18 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _read(folder: Path, name: str) -> Run:
     run = RunFolder(folder)
-    with _naming(folder / IDENTITY):
-        identity = json.loads((folder / IDENTITY).read_text(encoding="utf-8"))
+    with naming(folder / IDENTITY):
+        identity = run.identity
         stage, num_steps = _stage(identity)
     held_out = {}
-    with _naming(folder / "report.json"):
+    with naming(folder / "report.json"):
         summary = run.summary
         seconds = peak_bytes = None
         if summary is not None:
             held_out[int(summary["steps"])] = _held_out(stage, summary["held_out"])
             if stage != TOKENIZER:
                 seconds, peak_bytes = float(summary["time"]["seconds"]), int(summary["memory"]["peak_bytes"])
-    with _naming(folder / "metrics.jsonl"):
+    with naming(folder / "metrics.jsonl"):
         rows = [(_step(row), row) for row in run.rows()]
         figures = _curves((step, row) for step, row in rows if "held_out" not in row)
         held_out |= {step: _held_out(stage, row["held_out"]) for step, row in rows if "held_out" in row}
@@ -151,16 +149,6 @@ def _read(folder: Path, name: str) -> Run:
     validation = measured.get("psnr") if stage == TOKENIZER else _curves(means).get("mean")
     settings, took = dict(flat(identity)), (summary is not None, seconds, peak_bytes)
     return Run(folder, name, stage, num_steps, settings, figures, measured, validation, *took)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn whatever is wrong inside into one line that names the file."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise InputError(reason if str(path) in reason else f"cannot use {path}: {reason}") from error
 
 
 def _stage(identity: Mapping[str, Any]) -> tuple[str, int]:
