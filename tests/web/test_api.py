@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
+from threading import Event
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
 from cogvideo.cli import main
@@ -27,6 +32,7 @@ from cogvideo.web.served import Served, Wanted
 from cogvideo.web.server import application
 from cogvideo.web.site import Site
 from cogvideo.web.storage import Store
+from cogvideo.web.worker import Worker
 from serving import Running, make_whole_bundle, serving, wait_for
 
 
@@ -171,6 +177,7 @@ REFUSED = [
     ({"prompt": "x", "model": "sora-2"}, "model is 'sora-2', expected small"),
     ({"prompt": "x", "size": "9x9"}, "size is '9x9', expected 32x32 or 16x16"),
     ({"prompt": "x", "seconds": "99"}, "seconds is 99, expected 0.5 to 60"),
+    ({"prompt": "x", "seconds": 0}, "seconds is 0, expected 0.5 to 60"),
     ({"prompt": "x", "top_p": 7}, "top_p is 7.0"),
     ({"prompt": "x", "input_reference": {"image_url": "http://a/b"}}, "image_url is no data URL"),
     ({"prompt": "x", "input_reference": {"image_url": "data:x;base64,%"}}, "image_url is not valid Base64"),
@@ -304,6 +311,23 @@ def test_only_this_machine_unless_there_are_keys(
     """Guards a first try: nobody else gets in, and who wants others in is told what to do first."""
     assert main(["serve", "--model", str(model), "--folder", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert "make a key first, `cogvideo key NAME`" in capsys.readouterr().err
+
+
+def test_a_full_disk(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards users of a full disk: they are told, can still watch what is there, and make room by deleting it."""
+    web = client(site)
+    id = web.post("/v1/videos", json={"prompt": "a cat", "rounds": 0}).json()["id"]
+    Worker(site.jobs, site.store, site.served, 8, 1000.0, 0, Event())._work()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(site.store, "put", Mock(side_effect=full))
+    monkeypatch.setattr(site.jobs, "remove", Mock(side_effect=OperationalError("", {}, full)))
+    got = web.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": ("x", png())})
+    message = "files cannot be written or read now (No space left on device): try again"
+    assert (got.status_code, got.json()["error"]["message"], got.headers["retry-after"]) == (503, message, "2")
+    assert "503: [Errno 28] No space left" in capsys.readouterr().err
+    assert web.get(f"/v1/videos/{id}/content", params={"variant": "gif"}).content.startswith(b"GIF8")
+    assert web.delete(f"/v1/videos/{id}").status_code == 503
+    assert site.store.get(id, "video") is None
 
 
 def test_lengths_are_those_of_training(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

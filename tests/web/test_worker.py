@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from sqlalchemy import update
 
+from cogvideo.config import InputError
 from cogvideo.pipeline import collect
 from cogvideo.web.clips import from_png, kept
 from cogvideo.web.jobs import JOBS, Job, Jobs
-from cogvideo.web.schemas import Video
+from cogvideo.web.schemas import Reference, Video
 from cogvideo.web.served import WANTED, Served, Wanted, pack_codes
 from cogvideo.web.site import Order, Site
 from cogvideo.web.storage import Store, frame_name
@@ -195,6 +196,27 @@ def test_clips_of_another_version(site: Site) -> None:
     assert (video.prompt, video.fps, video.options["colour"]) == ("a cat", 1.0, 1)
     reason = "another version of cogvideo queued the clip: colour is unknown or out of range now"
     assert look(site, old).reason == reason
+
+
+def test_clips_of_another_model(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards clips that wait for a model that is not there any more: their worker says so, once, and leaves them; the
+    codes of others are no start for new ones."""
+    old = order(site)
+    work_off(site)
+    start = site.start("a", Reference(video_id=old), Wanted(prompt="a cat"))
+    waiting = site.order("a", Order(Wanted(prompt="a cat"), start)).id
+    with site.jobs._writing() as connection:
+        connection.execute(update(JOBS).values(model="another", codes=b"of another length"))
+    stopping = Event()
+    looks = iter([False, False, True])
+    stopping.wait = lambda _: next(looks) and stopping.set()  # type: ignore[assignment, method-assign, return-value]
+    worker(site, stopping=stopping).run()
+    job = look(site, waiting)
+    assert job.status == "queued"
+    assert capsys.readouterr().err.count("waiting videos that need another model than small as it is now: 1") == 1
+    for use in (lambda: site.start("a", Reference(video_id=old), Wanted(prompt="x")), lambda: site.starts(job)):
+        with pytest.raises(InputError, match="was made by another model than small, or an older one"):
+            use()
 
 
 def test_little_memory_makes_smaller_batches(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

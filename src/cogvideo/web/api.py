@@ -42,7 +42,11 @@ def _described(**texts: str) -> Answers:
     return found
 
 
-ERRORS = _described(_401="No key, or a wrong one.", _422="A value cannot be used.", _503="The queue is away for now.")
+ERRORS = _described(
+    _401="No key, or a wrong one.",
+    _422="A value cannot be used.",
+    _503="The queue or the place of files is away for now.",
+)
 ERRORS[403] = {"description": "Sent by a page of another site."}
 UNKNOWN = _described(_404="No such video of yours.")
 BODY = _described(
@@ -184,8 +188,9 @@ def retrieve(here: Here, job: Own, response: Response) -> Video:
 @router.delete("/videos/{id}", responses=UNKNOWN)
 def delete(here: Here, job: Own) -> Deleted:
     """Delete a video and its files, also one that is being made."""
+    here.store.remove(job.id)  # first, to make room on a full disk for the queue
     here.jobs.remove(job.id)
-    here.store.remove(job.id)
+    here.store.remove(job.id)  # also what a worker wrote meanwhile
     return Deleted(id=job.id)
 
 

@@ -332,6 +332,12 @@ class Jobs:
             row[0]: row[1] for row in rows
         }, waited
 
+    def others(self, model: str) -> int:
+        """Number of jobs that wait for other models."""
+        query = select(func.count()).where(JOBS.c.status == "queued", JOBS.c.model != model)
+        with self._reading() as connection:
+            return int(connection.execute(query).scalar_one())
+
     def _now(self, connection: Connection) -> float:
         """Seconds since 1970 by one clock for all: that of the database, or of this machine for SQLite."""
         if self._engine.name == "sqlite":

@@ -141,7 +141,7 @@ class Served:
         require(asked == self.name, f"model is {asked!r:.80}, expected {self.name}")
         size = wanted.size or self.sizes[0]
         require(size in self.sizes, f"size is {size!r:.80}, expected {' or '.join(self.sizes)}")
-        seconds = float(wanted.seconds or self.config.seconds)
+        seconds = float(self.config.seconds if wanted.seconds is None else wanted.seconds)
         low, high = SECONDS
         require(low <= seconds <= high, f"seconds is {seconds:g}, expected {low:g} to {high:g}")
         check_seconds(seconds, self.config)

@@ -78,7 +78,18 @@ def _full(_: Request, error: FullError) -> JSONResponse:
 
 
 def _away(_: Request, error: Exception) -> JSONResponse:
-    return _problem(503, "the queue cannot be reached now: try again", {"Retry-After": str(SECONDS_TO_REACH)})
+    return _unable("the queue cannot be reached now: try again", getattr(error, "orig", error))
+
+
+def _full_disk(_: Request, error: OSError) -> JSONResponse:
+    reason = error.strerror or "no answer"
+    return _unable(f"files cannot be written or read now ({reason}): try again", error)
+
+
+def _unable(message: str, reason: object) -> JSONResponse:
+    """Answer that it is the server's fault, whose log has the reason."""
+    print(f"503: {str(reason).strip().partition(chr(10))[0]:.200}", file=sys.stderr, flush=True)
+    return _problem(503, message, {"Retry-After": str(SECONDS_TO_REACH)})
 
 
 def _left(_: Request, error: ClientDisconnect) -> JSONResponse:
@@ -91,6 +102,7 @@ ANSWERS: dict[Any, Any] = {
     RequestValidationError: _invalid,
     InputError: _impossible,
     FullError: _full,
+    OSError: _full_disk,
     **dict.fromkeys(Unreachable, _away),
 }
 

@@ -9,6 +9,7 @@ import json
 import re
 import time
 from base64 import b64decode
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -121,16 +122,25 @@ class Site:
 
     def _earlier(self, owner: str, reference: Reference, is_whole: bool) -> Start:
         job = self.find(owner, reference.video_id or "", bulky=True)
+        self._check_model(job)
         codes = dict(zip(job.done, self.served.unpack(job.codes), strict=True))
         places = range(job.num_frames) if is_whole else [reference.frame]
-        require(job.model == self.served.fingerprint, f"{job.id} was made by another model than {self.served.name}")
         require(not is_whole or job.status == "completed", f"{job.id} is {job.status}, expected a completed video")
         missing = sorted(set(places) - codes.keys())
         require(not missing, f"{job.id} has no frame {missing[:1]}, it has the frames {sorted(codes)}")
         return Start(torch.stack([codes[each] for each in places]), num_frames=len(places))
 
+    def _check_model(self, job: Job) -> None:
+        """Refuse the codes of another model."""
+        name = self.served.name
+        require(
+            job.model == self.served.fingerprint, f"{job.id} was made by another model than {name}, or an older one"
+        )
+
     def starts(self, job: Job) -> tuple[Start | None, Start | None]:
         """First and last frames of a job."""
+        if job.given is not None or job.last is not None:
+            self._check_model(job)
         return self._start_of(job.given, job.id, GIVEN), self._start_of(job.last, job.id, LAST)
 
     def _start_of(self, codes: bytes | None, id: str, name: str) -> Start | None:
@@ -152,7 +162,8 @@ class Site:
             return None
         fps = self.served.fps(outline(job.work)) / places.step
         found = render(variant, np.stack(frames), fps, json.loads(job.work))
-        self.store.put(job.id, variant, found)
+        with suppress(OSError):  # as on a full disk
+            self.store.put(job.id, variant, found)
         return found
 
 

@@ -87,6 +87,7 @@ class Worker:
     ) -> None:
         self.jobs, self.store, self.served = jobs, store, served
         self.batch, self.lease, self.running, self.stopping = batch, lease, running, stopping
+        self._is_told = False
 
     def run(self) -> None:
         """Work until `stopping` is set."""
@@ -100,10 +101,19 @@ class Worker:
         take = partial(self.jobs.take, lease, self.served.fingerprint, self.batch, self.lease, self.running)
         jobs = self._reach(take)
         if not jobs:
+            self._tell_others()
             self.stopping.wait(IDLE)
             return
         with self._renewing(lease):
             self._make(lease, jobs)
+
+    def _tell_others(self) -> None:
+        """Say once that jobs wait for another model, as they do when a model was trained further."""
+        number = self._reach(lambda: self.jobs.others(self.served.fingerprint))
+        if number and not self._is_told:
+            told = f"waiting videos that need another model than {self.served.name} as it is now: {number}"
+            print(f"{told}; start a worker with that model, or delete them", file=sys.stderr, flush=True)
+        self._is_told = number > 0
 
     def _fitting(self, lease: str, jobs: Sequence[Job]) -> Sequence[Job]:
         """As many jobs as memory allows; the others go back."""
