@@ -4,12 +4,7 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +32,7 @@ from cogvideo.training.objectives.tokenizer import FrameStream, TokenizerObjecti
 from cogvideo.training.session import LoggingConfig
 from cogvideo.training.step import Trainer
 from cogvideo.training.tokenizer import evaluate
+from killing import full_disk, kill, paused
 from workshop import small_autoencoder
 
 SIDE = 24
@@ -511,54 +507,40 @@ def same_files(one, other):
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
-def command_of(out):
-    """The command of a run of 60 steps, in a process of its own."""
-    options = {"steps": 60, "batch": 2, "warmup": 1, "plain-steps": 2, "start-vectors": 2, "adversary-start": 4}
+def command_of(out, steps):
+    """The words of a run as those of `run`, with a checkpoint every third step."""
+    options = {"steps": steps, "batch": 2, "warmup": 1, "plain-steps": 2, "start-vectors": 2, "adversary-start": 4}
     options |= {"adversary-width": 4, "num-frames": 12, "num-held-out": 4, "frames-per-clip": 4}
-    options |= {"checkpoint-every": 5, "device": "cpu", "out": out}
+    options |= {"checkpoint-every": 3, "device": "cpu", "out": out}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "cogvideo", "train", "tokenizer", "world:12", *words]
+    return ["train", "tokenizer", "world:12", *words]
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(out):
+def test_a_full_disk_is_one_line_and_loses_nothing(out, capsys):
     """A checkpoint that cannot be written must leave the last one, which the same command goes on from."""
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # between the frames and a checkpoint
-
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command, checkpoints = command_of(out), out / ".tokenizer-run" / "checkpoints"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode == 2
-    last = f"the checkpoint cannot be written (File too large): {checkpoints / '.step-00000005'}"
-    assert done.stderr.splitlines()[-1] == f"cogvideo: error: {last}"
-    assert "Traceback" not in done.stderr
-    assert "step 1 of 60: " in done.stderr, "the log says where it stands"
+    command, checkpoints = command_of(out, 4), out / ".tokenizer-run" / "checkpoints"
+    with full_disk(30_000):  # between the frames and a checkpoint
+        assert main(command) == 2
+    told = capsys.readouterr().err
+    last = f"the checkpoint cannot be written (File too large): {checkpoints / '.step-00000003'}"
+    assert told.splitlines()[-1] == f"cogvideo: error: {last}"
+    assert "Traceback" not in told
+    assert "step 1 of 4: " in told, "the log says where it stands"
     assert steps_of(out) == []
-    assert main(command[3:]) == 0
+    assert main(command) == 0
 
 
 def test_a_killed_process_continues_to_the_same_bits(out, tmp_path, capsys):
     """A checkpoint that is half-written, or lacks anything, gives another tokenizer than an uninterrupted run."""
-    settings = replace(QUICK, steps=60)
     CogVideo(SMALL).save_pretrained(tmp_path / "whole")
-    run(tmp_path / "whole", settings=settings)
-    command = command_of(out)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    while not steps_of(out):
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    killed_at = steps_of(out)[-1]
-    assert killed_at < 60
+    run(tmp_path / "whole", settings=replace(QUICK, steps=12))
+    command = command_of(out, 12)
+    kill(paused(9, command, env=os.environ | {"OMP_NUM_THREADS": "1"}))
     capsys.readouterr()
-    assert main(command[3:]) == 0
-    assert f"Continuing after step {killed_at}" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "Continuing after step 6" in capsys.readouterr().err
     assert same_files(out, tmp_path / "whole")
-    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(5, 61, 5))
+    assert [row["step"] for row in rows(out) if "loss" in row] == [3, 6, 9, 12]
 
 
 @pytest.mark.parametrize(
