@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ from cogvideo.training.objectives.reader import ReaderSettings
 from cogvideo.training.objectives.tokenizer import TokenizerSettings
 from cogvideo.training.reader import train_reader
 from cogvideo.training.session import LoggingConfig, Options
-from cogvideo.training.stages import BaseChoice, Choice
+from cogvideo.training.stages import BaseChoice, Choice, StageName, StartChoice
 from cogvideo.training.text import (
     COUNTED,
     Normalization,
@@ -70,38 +70,42 @@ def image(
     train("image", choice, _adapting(options, lora, adapter), {"mixture": mixture}, {"durations": durations})
 
 
+@dataclass(frozen=True)
+class VideoOptions:
+    """Options of video stages."""
+
+    base: BaseChoice = "frozen"
+    """Base weights: frozen, trained too, or trained from random ones; the last two are for comparison."""
+    window: int | None = None
+    """Side of the temporal windows in codes; 0 is full attention. The configuration's unless given."""
+    lora: int | None = None
+    """Rank of an adapter (LoRA) to train in place of the channel in the bundle, such as 8."""
+    adapter: str = OWN
+    """Name of the adapter; one of the same name for the base is used with it."""
+    channel: str | None = None
+    """Name of a further channel next to the bundle's own, such as a style, which begins with its key frames;
+    `generate --channel` chooses it."""
+
+
 def sequential(
     options: Options,
     start: Literal["inherit", "random", "continue"] = "inherit",
-    base: BaseChoice = "frozen",
-    window: int | None = None,
-    lora: int | None = None,
-    adapter: str = OWN,
-    channel: str | None = None,
+    video: VideoOptions = VideoOptions(),  # frozen
 ) -> None:
     """Train key frames: a temporal channel on the frozen image model, at the lowest frame rate that fits a clip.
 
     Args:
         options: Options of all stages.
         start: Starting weights of the channel: the base's attention (inherit), random, or the bundle's (continue).
-        base: Base weights: frozen, trained too, or trained from random ones; the last two are for comparison.
-        window: Side of the temporal windows in codes; 0 is full attention. The configuration's unless given.
-        lora: Rank of an adapter (LoRA) to train in place of the channel in the bundle, such as 8.
-        adapter: Name of the adapter; one of the same name for the base is used with it.
-        channel: Name of a further channel next to the bundle's own, such as a style; `generate --channel` chooses it.
+        video: Options of video stages.
     """
-    choice = Choice(start if lora is None else "continue", base, window, lora)
-    train("sequential", choice, _adapting(_in_channel(options, channel), lora, adapter))
+    _train_video("sequential", options, start, video)
 
 
 def interpolation(
     options: Options,
     start: Literal["sequential", "inherit", "random", "continue"] = "sequential",
-    base: BaseChoice = "frozen",
-    window: int | None = None,
-    lora: int | None = None,
-    adapter: str = OWN,
-    channel: str | None = None,
+    video: VideoOptions = VideoOptions(),  # frozen
 ) -> None:
     """Train interpolation: a temporal channel that sees all of the given frames, at the higher frame rates.
 
@@ -109,14 +113,14 @@ def interpolation(
         options: Options of all stages.
         start: Starting weights of the channel: those of key frames (sequential), the base's attention (inherit),
             random, or the bundle's (continue).
-        base: Base weights: frozen, trained too, or trained from random ones; the last two are for comparison.
-        window: Side of the temporal windows in codes; 0 is full attention. The configuration's unless given.
-        lora: Rank of an adapter (LoRA) to train in place of the channel in the bundle, such as 8.
-        adapter: Name of the adapter; one of the same name for the base is used with it.
-        channel: Name of a further channel next to the bundle's own, whose key frames `train sequential` made.
+        video: Options of video stages.
     """
-    choice = Choice(start if lora is None else "continue", base, window, lora)
-    train("interpolation", choice, _adapting(_in_channel(options, channel), lora, adapter))
+    _train_video("interpolation", options, start, video)
+
+
+def _train_video(stage: StageName, options: Options, start: StartChoice, video: VideoOptions) -> None:
+    choice = Choice(start if video.lora is None else "continue", video.base, video.window, video.lora)
+    train(stage, choice, _adapting(_in_channel(options, video.channel), video.lora, video.adapter))
 
 
 def _in_channel(options: Options, name: str | None) -> Options:
