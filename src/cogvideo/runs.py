@@ -164,7 +164,7 @@ def _plain(values: Any) -> Any:
 def _read(path: Path) -> Any:
     """Content of a file of JSON."""
     with naming(path):
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
