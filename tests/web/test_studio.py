@@ -25,7 +25,8 @@ PATIENCE = 120_000
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, text_model: bytes) -> Path:
-    return make_whole_bundle(tmp_path_factory.mktemp("model") / "small", text_model)
+    """A small model with the name of that in the box, for which the page has examples."""
+    return make_whole_bundle(tmp_path_factory.mktemp("model") / "pocket", text_model)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def page(browser: Any) -> Iterator[Any]:
 
 def generate(page: Any, prompt: str, rounds: int = 0) -> None:
     """Fill the form and press its keys. Frames of the small size are the same whatever the seed of enlarging."""
-    page.get_by_label("Prompt").fill(prompt)
+    page.get_by_label("Prompt", exact=True).fill(prompt)
     page.evaluate("document.querySelector('details').open = true")
     page.get_by_label("Frames").select_option(str(rounds))
     page.get_by_label("Size").select_option("16x16")
@@ -128,14 +129,18 @@ def test_every_action(server: Running, page: Any) -> None:
             return web.get(f"/v1/videos/{id}/frames/{place}").content
 
         page.goto(server.address)
+        click(page, "a blue dolphin leaps, on a brown background")
+        assert page.get_by_label("Prompt", exact=True).input_value() == "a blue dolphin leaps, on a brown background"
         page.get_by_label("Seed").fill("7")
         generate(page, "a cat")
         cat = wait_for_end(page, 5)
         assert (state(cat)["prompt"], state(cat)["seed"], state(cat)["options"]["rounds"]) == ("a cat", 7, 0)
         assert page.locator("canvas").evaluate("each => each.width") == 16
+        assert page.locator(".strip span").nth(4).get_by_title("Frame 5", exact=True).count() == 1
         for kind, beginning in (("mp4", b"ftyp"), ("gif", b"GIF8"), ("webp", b"WEBP")):
             name, content = download(page, kind)
             assert (name, beginning in content[:12]) == (f"a-cat-7.{kind}", True)
+            assert b'"prompt": "a cat"' in content
         page.get_by_label("Frame", exact=True).press("End")
         click(page, "Go on from here")
         drop(page, "[data-name=last_reference]", picture())
@@ -144,7 +149,7 @@ def test_every_action(server: Running, page: Any) -> None:
         dog = wait_for_end(page, 5, cat)
         assert frame(dog, 0) == frame(cat, 4)
         assert frame(dog, 4) != frame(cat, 0)
-        click(page, "End here")
+        click(page, "Use as last frame")
         assert page.get_by_alt_text("of an earlier clip").count() == 2
         click(page, "Remove the first frame")
         click(page, "Remove the last frame")
@@ -160,7 +165,7 @@ def test_every_action(server: Running, page: Any) -> None:
         assert (state(again)["prompt"], frame(again, 0)) == ("a dog", frame(dog, 0))
         click(page, "Vary the prompt")
         page.get_by_text("Change the prompt").wait_for()
-        page.get_by_label("Prompt").fill("a bird")
+        page.get_by_label("Prompt", exact=True).fill("a bird")
         click(page, "Vary the prompt")
         bird = wait_for_end(page, 5, again)
         assert (state(bird)["prompt"], state(bird)["seed"]) == ("a bird", state(again)["seed"])
@@ -173,6 +178,9 @@ def test_every_action(server: Running, page: Any) -> None:
         page.locator(".tile").nth(4).wait_for(state="detached")
         page.get_by_label("Samples").fill("3")
         page.get_by_label("Loop").check()
+        given = {"Guidance": 2.0, "First temperature": 0.9, "Top-k": 30, "Top-p": 0.8, "Negative prompt": "a dog"}
+        for name, value in given.items():
+            page.get_by_label(name, exact=True).fill(str(value))
         generate(page, "a cat")
         page.locator(".clip[data-status=completed]").nth(2).wait_for()
         seeds = [state(id)["seed"] for id in page.url.partition("#")[2].split(",")]
@@ -180,13 +188,15 @@ def test_every_action(server: Running, page: Any) -> None:
         page.get_by_role("button", name="Choose").nth(1).click()
         chosen = wait_for_end(page, 4)
         assert (state(chosen)["seed"], state(chosen)["options"]["loop"]) == (8, True)
+        names = [name.lower().replace(" ", "_").replace("-", "_").replace("_prompt", "") for name in given]
+        assert [state(chosen)["options"][name] for name in names] == [*given.values()]
         page.go_back()
         page.locator(".clip").nth(2).wait_for()
         page.keyboard.press("Escape")
         page.locator(".clip").first.wait_for(state="detached")
         page.locator(f".tile[href='#{cat}']").click()
         assert wait_for_end(page, 5) == cat
-        page.get_by_label("Prompt").fill("word " * 50)
+        page.get_by_label("Prompt", exact=True).fill("word " * 50)
         click(page, "Generate Ctrl Enter")
         page.get_by_role("alert").filter(has_text="16 fit: shorten it").wait_for()
 
@@ -199,10 +209,11 @@ def test_a_clip_in_the_middle(server: Running, browser: Any, page: Any) -> None:
         clip = web.post("/v1/videos", json={"prompt": "a cat", "rounds": 5}).json()["id"]
         page.goto(f"{server.address}#{clip}")
         wait_for_frames(page, 2)
+        page.get_by_text(re.compile(r"of 129 frames, \d+ (s|min) left")).wait_for()
         worker.suspend()
         page.reload()
         wait_for_frames(page, 2)
-        assert page.get_by_label("Prompt").input_value() == "a cat"
+        assert page.get_by_label("Prompt", exact=True).input_value() == "a cat"
         with browser.new_page() as other:
             other.goto(page.url)
             wait_for_frames(other, 2)
@@ -212,6 +223,70 @@ def test_a_clip_in_the_middle(server: Running, browser: Any, page: Any) -> None:
         page.locator(".clip[data-status=completed]").wait_for()
         video = web.get(f"/v1/videos/{clip}").json()
     assert 2 <= len(video["finished_frames"]) < 129
+
+
+SUITS = """() => {
+    const seen = [...document.querySelectorAll("body *")].filter((each) => each.checkVisibility());
+    const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+    const linear = (share) => (share <= 0.04 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4);
+    const light = (color) => {
+        const [red, green, blue] = channels(color).map((value) => linear(value / 255));
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    };
+    const paper = (each) => {
+        const color = getComputedStyle(each).backgroundColor;
+        return channels(color)[3] === 0 ? paper(each.parentElement) : color;
+    };
+    const contrast = (each) => {
+        const [low, high] = [light(getComputedStyle(each).color), light(paper(each))].sort((a, b) => a - b);
+        return (high + 0.05) / (low + 0.05);
+    };
+    const hasText = (each) => [...each.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    const name = (each) => `${each.tagName} ${each.className} ${each.textContent}`;
+    return {
+        faint: seen.filter((each) => hasText(each) && contrast(each) < 4.5).map(name),
+        wide: seen.filter((each) => each.getBoundingClientRect().right > innerWidth).map(name),
+        small: seen.filter((each) => each.matches("button, select, summary") && each.offsetHeight < 24).map(name),
+    };
+}"""
+"""Text that is hard to read, parts beyond the edge of the screen, and buttons that are too small for fingers."""
+FOCUS = """() => {
+    const { tagName, ariaLabel, textContent } = document.activeElement;
+    const name = tagName === "BODY" ? tagName : ariaLabel ?? textContent.trim();
+    return [name, getComputedStyle(document.activeElement).outlineStyle];
+}"""
+"""Name of the part that the keyboard is at, and how that is shown."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_suits_everybody(server: Running, page: Any, scheme: str) -> None:
+    """Guards people with a phone, a dark room, weak eyes, no mouse, or a screen reader."""
+    page.set_viewport_size({"width": 360, "height": 700})
+    page.emulate_media(color_scheme=scheme)
+    with server.client() as web:
+        clip = web.post("/v1/videos", json={"prompt": "a cat", "rounds": 0, "size": "16x16"}).json()["id"]
+        page.goto(f"{server.address}#{clip}")
+        wait_for_end(page, 5)
+        page.evaluate("document.querySelector('details').open = true")
+        web.delete(f"/v1/videos/{clip}")
+    click(page, "Extend")
+    told = page.get_by_role("alert").filter(has_text="there is no such video")
+    told.wait_for()
+    assert 0 <= told.bounding_box()["y"] < 700  # in sight, however far down the button is
+    assert page.evaluate(SUITS) == {"faint": [], "wide": [], "small": []}
+    kinds = "button|textbox|link|slider|checkbox|combobox|spinbutton|img"
+    parts = re.findall(rf"- ({kinds})\b(.*)", page.locator("body").aria_snapshot())
+    assert len(parts) > 25
+    assert [part for part in parts if not part[1].startswith(' "')] == []
+    page.get_by_label("Prompt", exact=True).focus()
+    reached = {}
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        name, outline = page.evaluate(FOCUS)
+        reached[name] = outline
+    assert [name for name, outline in reached.items() if outline == "none" and name != "BODY"] == []
+    for name in ("Generate Ctrl Enter", "Pause", "Frame", "Extend", "Go on from here", "mp4", "Delete", "a cat"):
+        assert name in reached
 
 
 def workers_of(server: Running) -> list[psutil.Process]:
@@ -231,7 +306,7 @@ def test_a_server_that_dies(model: Path, page: Any, tmp_path: Path, capsys: pyte
         for each in ("wrong", key):
             page.get_by_role("textbox", name="Key").fill(each)
             click(page, "Enter")
-        page.get_by_text("model small").wait_for()
+        page.get_by_text("model pocket").wait_for()
         generate(page, "a cat", rounds=3)
         wait_for_frames(page, 2)
     page.get_by_text("The server does not answer").wait_for()

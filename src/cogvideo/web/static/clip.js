@@ -56,8 +56,9 @@ export class Clip {
     this.find(".facts").textContent = facts(video);
     this.find("progress").value = progress;
     this.find(".left").textContent = this.isOver || !number ? "" : `${done.length} of ${number} frames${this.#left()}`;
-    for (const button of this.root.querySelectorAll("[data-when]")) {
-      button.hidden = !button.dataset.when.split(" ").includes(status);
+    const states = [status, done.length && "frames", status === "completed" && done.length === number && "whole"];
+    for (const part of this.root.querySelectorAll("[data-when]")) {
+      part.hidden = !part.dataset.when.split(" ").some((each) => states.includes(each));
     }
     this.find(".place").max = this.length - 1;
     const strip = this.find(".strip");
@@ -124,8 +125,8 @@ export class Clip {
   }
 }
 
-function facts({ seed, size, seconds, options }) {
+function facts({ seed, size, seconds, fps, options: { rounds, ...options } }) {
   const given = Object.entries(options).filter(([, value]) => value !== false);
   const texts = given.map(([name, value]) => (value === true ? name : `${name.replaceAll("_", " ")} ${value}`));
-  return [`seed ${seed}`, `${seconds} s`, size, ...texts].join(" · ");
+  return [`seed\u00a0${seed}`, `${seconds}\u00a0s`, `${fps}\u00a0fps`, size, ...texts].join(" · ");
 }

@@ -3,15 +3,8 @@
 const KEY = "cogvideo key"; // in the storage of this tab
 const RETRY = 1000;
 
-/** What the page does about the server's state: set by the page. */
+/** What the page does when the server is away, for some reason, or locked: set by the page. */
 export const on = { away: () => {}, locked: async () => "" };
-
-export class Refused extends Error {
-  constructor(status, message) {
-    super(message);
-    this.status = status;
-  }
-}
 
 export const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
@@ -22,17 +15,23 @@ export async function send(path, { headers = {}, signal, ...options } = {}) {
     const all = key ? { ...headers, Authorization: `Bearer ${key}` } : headers;
     const response = await fetch(path, { ...options, signal, headers: all }).catch(() => null);
     signal?.throwIfAborted();
-    on.away(!response || response.status === 503);
+    const isAway = !response || [502, 503, 504].includes(response.status);
+    on.away(isAway ? await reasonOf(response) : "");
     if (response?.ok) return response;
     if (response?.status === 401) {
       if (key === sessionStorage.getItem(KEY)) sessionStorage.setItem(KEY, await on.locked());
-    } else if (response && response.status !== 503) {
-      const body = await response.json().catch(() => ({}));
-      throw new Refused(response.status, body.error?.message ?? `The server refuses this (${response.status}).`);
+    } else if (!isAway) {
+      throw Error(await reasonOf(response));
     } else {
       await pause(RETRY);
     }
   }
+}
+
+async function reasonOf(response) {
+  const body = await response?.json().catch(() => null);
+  if (body?.error) return body.error.message;
+  return response ? `The server answers with error ${response.status}` : "The server does not answer";
 }
 
 export const get = async (path) => (await send(path)).json();

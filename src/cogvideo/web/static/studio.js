@@ -14,7 +14,10 @@ let wanted = PAGE; // clips of the history to show
 let following = new AbortController();
 let filled = ""; // prompt of the opened clip, which may be replaced by that of the next one
 
-on.away = (isAway) => (find("away").hidden = !isAway);
+on.away = (reason) => {
+  find("away").hidden = !reason;
+  find("away").textContent = `${reason}. This page goes on by itself.`;
+};
 
 function tell(text) {
   find("notice").textContent = text;
@@ -136,7 +139,7 @@ async function useFrame(name, clip) {
 
 async function download(video, variant, suffix) {
   const href = await address(`/v1/videos/${video.id}/content?variant=${variant}`);
-  const words = video.prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60);
+  const words = video.prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu)?.join("-").slice(0, 60) ?? "clip";
   Object.assign(document.createElement("a"), { href, download: `${words}-${video.seed}.${suffix}` }).click();
   setTimeout(() => URL.revokeObjectURL(href), 60_000);
 }
