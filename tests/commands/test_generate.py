@@ -1058,6 +1058,7 @@ def test_what_may_never_end_is_not_read(model: str, inside: Path, capsys: pytest
     for each in options:
         told = refused(capsys, "a cat", "--model", model, *each.split())
         assert f"{each.split()[-1]} is a pipe or a device, expected a file" in told
+    assert "/dev/zero has more than 64 MiB, expected a list" in refused(capsys, "--prompts", "/dev/zero")
     assert "pipe.csv is a pipe or a device" in refused(capsys, "--model", model, "--prompts", "pipe.csv")
     assert "pipe.json is not a sidecar" in refused(capsys, "--from-sidecar", "pipe.json")
     end, start = os.pipe()

@@ -103,6 +103,18 @@ def test_pipes_are_left_out(tmp_path: Path) -> None:
     assert [item.id for item in listed(tmp_path).items] == ["a.mp4"]
 
 
+def test_sources_that_may_never_end_are_refused(tmp_path: Path) -> None:
+    """Guards against pipes that nobody writes to, as tables, archives and captions, and links to them."""
+    for name in ("x.csv", "x.jsonl", "x.parquet", "x.tar", "videos.txt"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=r"is a pipe or a device, expected a folder, a file or world:COUNT"):
+            listed(tmp_path / name)
+    put_clips(tmp_path / "clips", "a.mp4")
+    os.mkfifo(tmp_path / "clips" / "a.txt")
+    (tmp_path / "clips" / "b.tar").symlink_to(tmp_path / "x.tar")
+    assert reasons(listed(tmp_path / "clips")) == {"a.mp4": "caption cannot be read"}
+
+
 def test_folder_rejections(tmp_path: Path) -> None:
     """Guards the counted reasons: one bad caption file must neither stop a run nor give an empty caption."""
     texts = {

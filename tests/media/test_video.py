@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import struct
+import warnings
 import wave
 import zlib
 from collections.abc import Callable, Sequence
@@ -582,6 +583,18 @@ def encode_nothing(path: Path) -> None:
         stream = container.add_stream("libx264", 25)
         stream.width = stream.height = 64
         container.start_encoding()
+
+
+def test_pictures_of_many_pixels(tmp_path: Path) -> None:
+    """Guards the screen against a warning of Pillow; twice as many pixels are refused, in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, side in (("large", 9_600), ("larger", 13_500)):
+            Image.new("1", (side, side)).save(tmp_path / f"{name}.png")
+        with (tmp_path / "large.png").open("rb") as file:
+            assert images.read_pictures(file) is not None
+        with pytest.raises(VideoError, match=r"larger\.png: Image size \(182250000 pixels\) exceeds limit"):
+            examine(tmp_path / "larger.png")
 
 
 @pytest.mark.parametrize("kind", BAD)

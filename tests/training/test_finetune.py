@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
+from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +20,7 @@ import torch
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
+from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.media.video import read_video, write_video
 from cogvideo.training import finetune
 from cogvideo.training.card import read_reports
@@ -312,3 +315,24 @@ def test_captions_are_written_with_the_clips_in_sight(place: Path, tmp_path: Pat
     assert main(["data", "captions", str(tmp_path)]) == 0
     assert (tmp_path / "captions.csv").read_text() == "file,caption\nthe-cat_4.mp4,mine\n"
     assert ">mine</textarea>" in (tmp_path / "captions.html").read_text()
+
+
+def test_captions_of_clips_with_odd_names(place: Path, tmp_path: Path) -> None:
+    """Guards names that HTML or a table would read otherwise; those that a page cannot hold are left out with the
+    reason."""
+    clip, found = (place / "clips" / "the-cat_4.mp4").read_bytes(), []
+    names = ["\"a\" & <b>, c;'d'.mp4", "url(x){{y}}%22 é #1?.mp4", "&quot;.mp4"]
+    for name in (*names, "two\nlines.mp4", "\udcff.mp4"):
+        (tmp_path / name).write_bytes(clip)
+    with redirect_stdout(StringIO()) as told:
+        assert main(["data", "captions", str(tmp_path)]) == 0
+    for left_out in (r"'two\nlines.mp4'", r"'\udcff.mp4'"):
+        assert f"{left_out} is left out: its name has signs that a page cannot hold: rename it" in told.getvalue()
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, values: found.append(dict(values)) if tag == "textarea" else None  # type: ignore[method-assign]
+    parser.feed((tmp_path / "captions.html").read_text(encoding="utf-8"))
+    assert sorted(str(each["data-file"]) for each in found) == sorted(names)
+    table = tmp_path / "captions.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace(".mp4,", ".mp4,a cat").replace('.mp4",', '.mp4",a cat'))
+    listing = list_source(str(tmp_path), SourceOptions())
+    assert (sorted(item.id for item in listing.items), listing.rejected) == (sorted(names), [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 from cogvideo.config import require
 from cogvideo.data.folders import find_manifest
@@ -33,6 +34,9 @@ def captions(clips: Path, /) -> None:
     shown: list[dict[str, Any]] = []
     for path, caption in rows:
         file = Path(path).relative_to(clips.absolute()).as_posix()
+        if any(category(sign) in ("Cc", "Cs") for sign in file):
+            print(f"{file!r} is left out: its name has signs that a page cannot hold: rename it")
+            continue
         try:
             frames = read_video(Path(path), FPS, SIDE, fit="letterbox", max_frames=MOST).frames
         except VideoError as error:

@@ -20,6 +20,8 @@ COLUMNS = ("prompt", "caption", "text")
 SEED = "seed"
 LONGEST_NAME = 120
 """Bytes of a file name that is made from a prompt."""
+LARGEST_TEXT = 64 << 20
+"""Bytes of a text file of prompts: nobody has that many, but some pipes and devices never end."""
 ANY_SEED = -1
 """Random seed, as other tools spell it."""
 NO_LISTS = (".json", ".xlsx", ".xls", ".ods", ".gz", ".zip")
@@ -51,7 +53,9 @@ def stem_of(prompt: str) -> str:
 
 
 def _lines(path: Path) -> Iterator[ListedPrompt]:
-    content = path.read_bytes()
+    with path.open("rb") as file:  # a shell's <(...) is a pipe
+        content = file.read(LARGEST_TEXT + 1)
+    require(len(content) <= LARGEST_TEXT, f"{path} has more than {LARGEST_TEXT >> 20} MiB, expected a list of prompts")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

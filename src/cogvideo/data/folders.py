@@ -50,9 +50,14 @@ def walk(folder: Path) -> list[str]:
             is_link = entry.is_symlink()
             if os.path.isdir(entry.path) if is_link else entry.is_dir():  # entry.is_dir() raises on links in a circle
                 (pending.append if is_link else pending.appendleft)(below)
-            elif is_link or entry.is_file():  # no pipes: opening one waits forever
+            elif is_openable(entry.path) if is_link else entry.is_file():
                 names.append(below)
     return sorted(names)
+
+
+def is_openable(path: str | Path) -> bool:
+    """False for pipes and devices, where opening may wait and reading may go on forever; True where nothing is."""
+    return os.path.isfile(path) or not os.path.exists(path)
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
@@ -103,9 +108,11 @@ def read_beside(path: Path, suffix: str) -> bytes | None:
     places = [file]
     if path.parent.name in LABELS:
         places.append(path.parent.parent / LABELS[path.parent.name] / file.name)
-    for place in places:
+    for place in map(existing, places):
+        if not is_openable(place):
+            raise RowError("caption cannot be read", f"{place} is not a file")
         try:
-            return existing(place).read_bytes()
+            return place.read_bytes()
         except FileNotFoundError:
             continue
         except OSError as error:

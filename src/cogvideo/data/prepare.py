@@ -61,12 +61,12 @@ def prepare(
         with progress("clips", total, total - todo) as on_clip:
             if left:
                 machines.run(left, worker, on_clip)
-        in_shards = (read_info(job.path).rejected for job in jobs)
-        write_csv(out / REJECTED, [Rejection._fields, *chain(listing.rejected, *in_shards)])
-        if not jobs:
-            first, *others = listing.rejected
+        rejected = [*listing.rejected, *chain.from_iterable(read_info(job.path).rejected for job in jobs)]
+        write_csv(out / REJECTED, [Rejection._fields, *rejected])
+        if len(rejected) == len(listing.rejected) + len(listing.items):
+            (name, reason, _), *others = rejected
             more = f", and {len(others)} more in {out / REJECTED}" if others else ""
-            raise InputError(f"no clip of {source} can be used: {first.id}: {first.reason}{more}")
+            raise InputError(f"no clip of {source} can be used: {name}: {reason}{more}")
         card = make_card(
             out,
             [job.path.name for job in jobs],

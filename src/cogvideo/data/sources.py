@@ -22,7 +22,7 @@ from unicodedata import normalize
 from cogvideo import world
 from cogvideo.config import InputError, require
 from cogvideo.data import tables
-from cogvideo.data.folders import existing, find_manifest, is_manifest, read_beside, walk
+from cogvideo.data.folders import existing, find_manifest, is_manifest, is_openable, read_beside, walk
 from cogvideo.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, LISTS, OPTIONAL_COLUMNS, Record, RowError
 from cogvideo.data.tars import Member, read_index
 from cogvideo.files import plain
@@ -149,6 +149,8 @@ def _find(source: str, options: SourceOptions) -> Found:
         return _world(source)
     path = existing(Path(os.path.abspath(source)))  # for workers that stand elsewhere
     require(os.path.lexists(path), f"there is no {source}, expected a folder, a table, a tar or world:COUNT")
+    can_be_read = path.is_dir() or is_openable(path)
+    require(can_be_read, f"{source} is a pipe or a device, expected a folder, a file or world:COUNT")
     if path.is_dir():
         manifest = find_manifest(path)
         return _folder(path, options) if manifest is None else _table(manifest, path, options)

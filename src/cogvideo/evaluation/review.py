@@ -97,8 +97,8 @@ def listed(source: str) -> tuple[list[Item], list[Rejection], frozenset[str]]:
     if lacking:
         bare = list_source(source, replace(options, caption_columns=())).items
         known = {each.id for each in items}
-        bare = [each for each in bare if each.id.partition("#")[0] in lacking and each.id not in known]
-        items = sorted([*items, *(replace(each, captions=(in_words(each.id),)) for each in bare)], key=_id_of)
+        bare = [each for each in bare if _file_of(each) in lacking and each.id not in known]
+        items = sorted([*items, *(replace(each, captions=(in_words(_file_of(each)),)) for each in bare)], key=_id_of)
         named = frozenset(map(_id_of, bare))
     files = [each for each in items if isinstance(each.media, Path)]
     first = f": {rejected[0].id}: {rejected[0]}" if rejected else ""
@@ -111,10 +111,14 @@ def _id_of(item: Item) -> str:
     return item.id
 
 
+def _file_of(item: Item) -> str:
+    """Its ID without the part of the file, such as `#1.5-4`."""
+    return re.sub(r"#[\d.]+(-[\d.]*)?$", "", item.id)
+
+
 def in_words(name: str) -> str:
     """A file name as a caption: its words."""
-    stem = Path(name.partition("#")[0]).stem
-    return " ".join(re.findall(r"[^\W_]+", stem)) or "a clip"
+    return " ".join(re.findall(r"[^\W_]+", Path(name).stem)) or "a clip"
 
 
 def review(
@@ -181,7 +185,7 @@ def _moving(item: Item, facts: Facts) -> list[Item]:
 
 def _numbered(clip: ReviewedClip) -> ReviewedClip:
     """A clip with its start in its ID."""
-    file, start = clip.item.id.partition("#")[0], clip.item.start
+    file, start = _file_of(clip.item), clip.item.start
     return replace(clip, item=replace(clip.item, id=f"{file}#{start:.2f}"))
 
 

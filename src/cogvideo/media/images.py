@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from io import BytesIO
@@ -36,18 +37,23 @@ def read_pictures(file: Content) -> Shots | None:
     """A still image, or an animation; None if Pillow does not know the file."""
     file.seek(0)
     coding = _coding(file.read(2**16))
-    file.seek(0)
-    try:
-        return _animation(Image.open(file, formats=FORMATS), coding)
-    except UnidentifiedImageError:
-        return None
+    image = _opened(file)
+    return None if image is None else _animation(image, coding)
 
 
 def format_name(file: Content) -> str | None:
     """Format of a picture, such as webp; None if Pillow does not know the file."""
+    image = _opened(file)
+    return None if image is None else str(image.format).lower()
+
+
+def _opened(file: Content) -> Image.Image | None:
+    """The picture, whose pixels are not read yet. Pillow warns of 90 million of them, and refuses twice as many."""
     file.seek(0)
     try:
-        return str(Image.open(file, formats=FORMATS).format).lower()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         return None
 
