@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -41,6 +40,7 @@ from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.files import alone_in
 from cogvideo.media.video import write_video
 from cogvideo.models.autoencoder import Autoencoder
+from killing import full_disk
 
 SMALL = AutoencoderConfig(
     channels=8, groups=4, encoder_multipliers=(1, 1, 2), decoder_multipliers=((1, 1, 1, 2),), embedding_dim=16
@@ -396,29 +396,32 @@ def test_full_disk_is_one_line_and_nothing_is_lost(clips: Path, tokenizer: str, 
     assert len(left) > 1
 
 
-def test_unwritable_output_is_one_line(tokenizer: str, tmp_path: Path) -> None:
+def test_unwritable_output_is_one_line(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards writes that fail in the middle: a limit on file sizes leaves no part of a shard."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-
     arguments = command("world:4", "--out", tmp_path / "out", "--tokenizer", tokenizer, "--workers", 1)
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, preexec_fn=limit)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("cogvideo: error: File too large: ")
+    with full_disk(2000):
+        assert main(arguments[3:]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("cogvideo: error: File too large: ")
     assert files(tmp_path / "out") == {".lock": b""}
 
 
-def test_dead_worker_process_is_said(tokenizer: str, tmp_path: Path) -> None:
+def test_dead_worker_process_is_said(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against a hang, or a traceback, when the system kills a worker for its memory."""
-    arguments = command("world:2000", "--out", tmp_path, "--tokenizer", tokenizer, "--workers", 2, "--device", "cpu")
-    process = subprocess.Popen([*arguments, "--shard-clips", "4"], stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not any(tmp_path.glob("shard-*")):
-        time.sleep(0.05)
-    os.kill(workers_of(process)[-1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 2
+    is_over = threading.Event()
+
+    def kill() -> None:
+        while not any(tmp_path.glob("shard-*")) and not is_over.wait(0.05):
+            pass
+        os.kill(workers_of(os.getpid())[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    arguments = command("world:20000", "--out", tmp_path, "--tokenizer", tokenizer, "--workers", 2, "--device", "cpu")
+    status = main([*arguments[3:], "--shard-clips", "4"])
+    is_over.set()
+    killer.join()
+    errors = capsys.readouterr().err
+    assert status == 2
     assert "a worker process died" in errors
     assert "Traceback" not in errors
 
@@ -431,7 +434,7 @@ def test_interrupt_is_quiet_and_quick(tokenizer: str, tmp_path: Path, has_begun:
     process = subprocess.Popen(
         [*arguments, "--shard-clips", "4"], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while process.poll() is None and not (any(tmp_path.glob("shard-*")) if has_begun else workers_of(process)):
+    while process.poll() is None and not (any(tmp_path.glob("shard-*")) if has_begun else workers_of(process.pid)):
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=300)
@@ -459,9 +462,9 @@ def test_interrupt_waits_until_workers_have_started() -> None:
     assert has_started.is_set()
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[int]:
+def workers_of(process: int) -> list[int]:
     """Numbers of the worker processes, from when they are started."""
-    command = ["pgrep", "-P", str(process.pid), "-f", "spawn_main"]
+    command = ["pgrep", "-P", str(process), "-f", "spawn_main"]
     return [int(each) for each in subprocess.run(command, capture_output=True, check=False).stdout.split()]
 
 
