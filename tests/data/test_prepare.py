@@ -256,7 +256,7 @@ def test_source_without_any_good_clip_is_refused(tokenizer: str, tmp_path: Path)
     (tmp_path / "table.csv").write_text("file,caption\nsource/a.mp4,a cat\nnowhere.mp4,a dog\n")
     message = "no clip of .* can be used: nowhere.mp4: file is missing, and 1 more in .*rejected.csv$"
     with pytest.raises(ValueError, match=message):
-        prepare(str(tmp_path / "table.csv"), tmp_path / "other", tokenizer, SETTINGS, workers=1)
+        prepare(str(tmp_path / "table.csv"), tmp_path / "other", tokenizer, SETTINGS, machines=ALONE)
     assert "source/a.mp4,no readable video" in (tmp_path / "other" / "rejected.csv").read_text()
     assert not (tmp_path / "other" / "dataset.json").exists()
 
