@@ -38,7 +38,7 @@ from cogvideo.config import (
     preset,
 )
 from cogvideo.generation import decode as decoding
-from cogvideo.generation.decode import Frame, Passes
+from cogvideo.generation.decode import DecodedFrame, Passes
 from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.upscale import SLOTS_PER_DRAW, upscale
 from cogvideo.layout import SequenceLayout
@@ -243,7 +243,7 @@ class Watched(Decoder):
 class Watch(NamedTuple):
     """Frames of a run, and the logits that they were drawn from."""
 
-    frames: list[Frame]
+    frames: list[DecodedFrame]
     logits: Tensor
     """(batch, frames, slots, codes)"""
 

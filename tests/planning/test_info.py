@@ -33,7 +33,7 @@ from cogvideo.config import (
     preset,
 )
 from cogvideo.generation import hierarchy
-from cogvideo.generation.decode import Frame, Passes, decode
+from cogvideo.generation.decode import DecodedFrame, Passes, decode
 from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.request import Request, Settings
 from cogvideo.layout import SequenceLayout, UpscaleLayout
@@ -283,7 +283,7 @@ def test_phases_are_those_of_a_clip(text_model: bytes, monkeypatch: pytest.Monke
 
     def spy(
         model: Transformer, layout: SequenceLayout, condition: Condition, *args: Any, **options: Any
-    ) -> Iterator[Frame]:
+    ) -> Iterator[DecodedFrame]:
         frames = list(decode(model, layout, condition, *args, **options))
         runs.append((len(condition.rows.tokens), frames[-1].passes))
         return iter(frames)

@@ -18,14 +18,14 @@ from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
 from cogvideo.config import preset
-from cogvideo.data.engines import Machines
+from cogvideo.data.engines import Machines, PlainJob
 from cogvideo.evaluation.features import Judge
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, initialize
 from cogvideo.text import TextTokenizer
 from cogvideo.training import ablation
-from cogvideo.training.ablation import PROTOCOL, VARIANTS, Ablation, Job, Laboratory
+from cogvideo.training.ablation import PROTOCOL, VARIANTS, Ablation, Laboratory
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.stages import Choice
 from cogvideo.training.text import train_model
@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on(base: str, tmp_path: Path, monkeypatch: pytest.Mon
     def work(out: Path) -> Laboratory:
         laboratory = Laboratory(out, settings, StageOptimization(steps=3, batch=2, warmup=1), "cpu")
         laboratory.prepare(Machines("cpu", workers=1))
-        laboratory.make(Job(("full-0",)))
+        laboratory.make(PlainJob(("full-0",)))
         return laboratory
 
     def attempt() -> None:

@@ -8,11 +8,11 @@ from itertools import count
 from pathlib import Path
 
 from cogvideo.config import require
-from cogvideo.data.engines import Machines
+from cogvideo.data.engines import Machines, PlainJob
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.files import write_json
 from cogvideo.runs import provenance
-from cogvideo.training.ablation import DATA, LOG, Ablation, Job, Laboratory
+from cogvideo.training.ablation import DATA, LOG, Ablation, Laboratory
 from cogvideo.training.optim import StageOptimization
 
 PAGE, FILE = "ablation.html", "ablation.json"
@@ -61,7 +61,7 @@ def ablate(
     if names:
         print(f"{len(names)} runs to do; each has its messages in {out / names[0] / LOG} or the like", flush=True)
         done = count(1)
-        jobs = [Job((name,)) for name in names]
+        jobs = [PlainJob((name,)) for name in names]
         machines.settled.run(jobs, laboratory, lambda: print(f"{next(done)} of {len(names)} runs are done", flush=True))
     _write(laboratory)
 

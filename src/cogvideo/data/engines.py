@@ -15,7 +15,7 @@ from dataclasses import Field, dataclass, replace
 from functools import partial
 from importlib import import_module
 from multiprocessing.queues import SimpleQueue
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from rich.console import Console
@@ -33,6 +33,12 @@ class Job(Protocol):
     @property
     def items(self) -> Sequence[Any]:
         """The clips."""
+
+
+class PlainJob(NamedTuple):
+    """A job whose items say everything."""
+
+    items: tuple[Any, ...]
 
 
 class Worker(Protocol):

@@ -23,7 +23,7 @@ from torch.backends import cudnn
 
 from cogvideo.config import require
 from cogvideo.data.encoding import ahead
-from cogvideo.data.engines import Machines, OnClip, progress
+from cogvideo.data.engines import Machines, OnClip, PlainJob, progress
 from cogvideo.data.shards import digest
 from cogvideo.evaluation.footage import Excerpt, Reading
 from cogvideo.evaluation.networks.c3d import load_c3d
@@ -111,12 +111,6 @@ class FeatureInput(NamedTuple):
     """Where the features are kept."""
 
 
-class Job(NamedTuple):
-    """Samples that a worker does in one go."""
-
-    items: tuple[FeatureInput, ...]
-
-
 class Loaded(NamedTuple):
     """Objects that a worker loads once."""
 
@@ -138,7 +132,7 @@ class Extractor:
     def _loaded(self) -> Loaded:
         return Loaded(self.judge.load(self.device), self.reading.autoencoder(self.device))
 
-    def make(self, job: Job, on_clip: OnClip = lambda: None) -> None:
+    def make(self, job: PlainJob, on_clip: OnClip = lambda: None) -> None:
         """Write the features of a job's samples."""
         size = CPU_BATCH if self.device == "cpu" else GPU_BATCH
         read = ahead(self._read, job.items, self.readers)
@@ -192,7 +186,7 @@ def extract(
     for folder in {sample.file.parent for sample in missing}:
         folder.mkdir(parents=True, exist_ok=True)
     size = JOB_BATCHES * (CPU_BATCH if machines.kind == "cpu" else GPU_BATCH)
-    jobs = [Job(tuple(missing[start : start + size])) for start in range(0, len(missing), size)]
+    jobs = [PlainJob(tuple(missing[start : start + size])) for start in range(0, len(missing), size)]
     if jobs:
         with progress(title, len(samples), len(samples) - len(missing)) as on_clip:
             machines.settled.run(jobs, extractor, on_clip)

@@ -47,7 +47,7 @@ class Passes:
         require(is_one, "choose one of parallel_frames, and draft or graphs, got both")
 
 
-class Frame(NamedTuple):
+class DecodedFrame(NamedTuple):
     """A finished frame."""
 
     place: int
@@ -68,7 +68,7 @@ def decode(
     passes: Passes = Passes(),
     cache_dtype: torch.dtype | None = None,
     finished: Int64[Tensor, "batch ranks slots"] | None = None,
-) -> Iterator[Frame]:
+) -> Iterator[DecodedFrame]:
     """Generate the frames that follow the given ones in the order of the layout.
 
     Args:
@@ -142,7 +142,7 @@ def _feed(decoder: Decoder, given: Tensor, finished: Tensor, width: int) -> None
             decoder.draft(given.shape[1] + number, [run] * len(given), fed[:, number])
 
 
-def _lockstep(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, behind: int) -> Iterator[Frame]:
+def _lockstep(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, behind: int) -> Iterator[DecodedFrame]:
     """Decode one slot of every frame in flight per pass; each trails the frame before by `behind` slots."""
     layout = decoder.layout
     start = decoder.model.base.config.start_of_image
@@ -163,10 +163,10 @@ def _lockstep(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, be
         frame, slot = flying[0]
         if slot == slots - 1:
             del noise[frame]
-            yield Frame(layout.order[first + frame], codes[:, frame, 1:].clone(), decoder.passes)
+            yield DecodedFrame(layout.order[first + frame], codes[:, frame, 1:].clone(), decoder.passes)
 
 
-def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, most: int) -> Iterator[Frame]:
+def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, most: int) -> Iterator[DecodedFrame]:
     """Decode several slots per pass by fixed-noise Jacobi iteration, keeping the prefix of confirmed drafts.
 
     With the noise of every slot fixed, a code is a function of the codes before it. So a pass over drafted
@@ -181,7 +181,7 @@ def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, mos
     for rank in range(known.shape[1], layout.num_frames):
         place = layout.order[rank]
         frames[place] = _draft_frame(decoder, draw, rank, frames.get(place - 1), paces)
-        yield Frame(place, frames[place].clone(), decoder.passes)
+        yield DecodedFrame(place, frames[place].clone(), decoder.passes)
 
 
 def _draft_frame(

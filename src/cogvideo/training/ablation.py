@@ -30,7 +30,7 @@ from cogvideo.bundle.format import MANIFEST, SHARED
 from cogvideo.bundle.model import POCKET, CogVideo, update
 from cogvideo.config import CogVideoConfig, StageConfig, require
 from cogvideo.data.dataset import CARD
-from cogvideo.data.engines import Machines, OnClip
+from cogvideo.data.engines import Machines, OnClip, PlainJob
 from cogvideo.data.prepare import prepare
 from cogvideo.devices import default_dtype
 from cogvideo.evaluation.attributes import ALL
@@ -131,13 +131,6 @@ class Ablation:
         require(self.at_once > 0, f"at_once is {self.at_once}, expected a positive number")
 
 
-class Job(NamedTuple):
-    """A run to be done."""
-
-    items: tuple[str]
-    """Its name."""
-
-
 @dataclass(frozen=True)
 class Laboratory:
     """All runs of an ablation, in a folder."""
@@ -186,7 +179,7 @@ class Laboratory:
             )
         self._real_features(self._subject(self.optimization.seed))
 
-    def make(self, job: Job, on_clip: OnClip = lambda: None) -> None:
+    def make(self, job: PlainJob, on_clip: OnClip = lambda: None) -> None:
         """Do a run, or what is left of it."""
         (name,) = job.items
         variant, seed = VARIANTS[self.runs[name][0]], self.runs[name][1]
