@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from cogvideo.cli import main
+from cogvideo.web.clips import kept
 from serving import Running, make_whole_bundle, serving, wait_for
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -136,6 +137,8 @@ def test_every_action(server: Running, page: Any) -> None:
         cat = wait_for_end(page, 5)
         assert (state(cat)["prompt"], state(cat)["seed"], state(cat)["options"]["rounds"]) == ("a cat", 7, 0)
         assert page.locator("canvas").evaluate("each => each.width") == 16
+        before = page.get_by_label("Frame", exact=True).input_value()  # which moves while the clip plays
+        page.wait_for_function("before => document.querySelector('.place').value !== before", arg=before)
         assert page.locator(".strip span").nth(4).get_by_title("Frame 5", exact=True).count() == 1
         for kind, beginning in (("mp4", b"ftyp"), ("gif", b"GIF8"), ("webp", b"WEBP")):
             name, content = download(page, kind)
@@ -223,6 +226,9 @@ def test_a_clip_in_the_middle(server: Running, browser: Any, page: Any) -> None:
         page.locator(".clip[data-status=completed]").wait_for()
         video = web.get(f"/v1/videos/{clip}").json()
     assert 2 <= len(video["finished_frames"]) < 129
+    for done in ([0], [0, 1, 2], [0, 4, 8, 2], [0, 4, 8, 12, 16, 2, 6, 10], [0, 4, 8, 12, 16, 2, 10, 6, 14, 1]):
+        step = page.evaluate("async (done) => (await import('/static/clip.js')).stepOf(done)", done)
+        assert step == kept(done, 17).step  # so that clips that were stopped play as fast as others
 
 
 SUITS = """() => {

@@ -12,6 +12,7 @@ export class Clip {
   #since = null; // first news, to tell the time left
   #drawn = null; // picture on the canvas
   #wasShown = false;
+  #timer = 0; // until the next frame
 
   /** `act(name, clip)` is called for buttons. */
   constructor(video, act) {
@@ -26,7 +27,6 @@ export class Clip {
     }
     this.update(video);
     this.play(this.isPlaying);
-    requestAnimationFrame(this.#tick);
   }
 
   find = (selector) => this.root.querySelector(selector);
@@ -70,12 +70,15 @@ export class Clip {
   play(isPlaying) {
     this.isPlaying = isPlaying;
     this.find(".play").textContent = isPlaying ? "Pause" : "Play";
+    clearTimeout(this.#timer);
+    if (isPlaying) this.#tick();
   }
 
   /** Stop at the last finished frame up to a place. */
   show(place) {
     this.play(false);
     this.place = place;
+    this.#draw();
   }
 
   /** Place of the frame that is seen: the last finished one up to the place. */
@@ -94,6 +97,7 @@ export class Clip {
     Object.assign(image, { draggable: true, alt: "", title: `Frame ${place + 1}`, onclick: () => this.show(place) });
     image.ondragstart = (event) => event.dataTransfer.setData("application/x-frame", `${this.video.id}/${place}`);
     cell.replaceChildren(image);
+    this.#draw();
   }
 
   #left() {
@@ -105,12 +109,15 @@ export class Clip {
     return seconds < 90 ? `, ${Math.ceil(seconds)} s left` : `, ${Math.ceil(seconds / 60)} min left`;
   }
 
-  #tick = (now) => {
+  #tick = () => {
     if (!this.root.isConnected && this.#wasShown) return; // closed
     this.#wasShown ||= this.root.isConnected;
-    if (this.isPlaying) this.place = Math.floor((now / 1000) * this.video.fps) % this.length;
+    const { status, finished_frames: done, fps } = this.video;
+    const period = 1000 / fps / (status === "completed" ? stepOf(done) : 1);
+    const now = performance.now();
+    this.place = Math.floor(now / period) % this.length;
     this.#draw();
-    requestAnimationFrame(this.#tick);
+    this.#timer = setTimeout(this.#tick, period - (now % period) + 1);
   };
 
   #draw() {
@@ -123,6 +130,17 @@ export class Clip {
     this.canvas.getContext("2d").drawImage(image, 0, 0);
     slider.setAttribute("aria-valuetext", `frame ${this.seen + 1} of ${this.length}`);
   }
+}
+
+/** Places from frame to frame: 1, or more in a clip that was stopped early, as the server chooses its frames. */
+export function stepOf(done) {
+  let [chosen, last] = [1, 0];
+  for (let step = 1; step <= Math.max(...done); step *= 2) {
+    let end = 0;
+    while (done.includes(end + step)) end += step;
+    if (end > last) [chosen, last] = [step, end];
+  }
+  return chosen;
 }
 
 function facts({ seed, size, seconds, fps, options: { rounds, ...options } }) {
