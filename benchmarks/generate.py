@@ -55,7 +55,7 @@ def command(model: str, rounds: int = 5) -> Figures:
     found: dict[str, list[float]] = {name: [] for name in GOALS}
     for _ in range(rounds):
         with TemporaryDirectory() as folder:
-            first, whole = _wait(model, Path(folder))
+            first, whole = wait(model, Path(folder))
         found["first frame"].append(first)
         found["finished mp4"].append(whole)
     start_up = {
@@ -75,7 +75,7 @@ def command(model: str, rounds: int = 5) -> Figures:
     return figures | {name: {"seconds": each["median"] / 1e3, "best": each["best"] / 1e3} for name, each in timed}
 
 
-def _wait(model: str, folder: Path) -> tuple[float, float]:
+def wait(model: str, folder: Path) -> tuple[float, float]:
     """Time to the first frame, and to the end of the command."""
     arguments = ["generate", PROMPT, "--model", model, "--output", str(folder), "--seed", "1", "--preview"]
     start = time.perf_counter()

@@ -2,12 +2,14 @@
 
 Clients ask for clips of the model in the box at 0 rounds, watch them and download them, each the next when it has the
 last. Reported are the throughput as a share of the pipeline alone at the same batch size, times of all requests but the
-generation, memory of the server, and mistakes: requests that failed, and clips that are not what was asked for.
+generation, memory of the server and its worker, and mistakes: requests that failed, clips that were lost or made twice,
+and clips of another seed or, in a sample, other codes and pixels than those that the pipeline alone makes of the seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import statistics
@@ -16,23 +18,30 @@ import sys
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import count
+from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import torch
 
 from benchmarks.machine import write
 from cogvideo.bundle.model import POCKET
 from cogvideo.pipeline import CogVideoPipeline
+from cogvideo.web.clips import from_png
 
 PROMPT = "a red heart beats, on a white background"
 WAIT = "openai-poll-after-ms"
 """Header with the time until the next look, which the official client respects, too."""
+LOST = 600.0
+"""Seconds after which a clip counts as lost."""
+CHECKED = 16
+"""Number of clips that are made again, by the pipeline alone."""
 
 
 def alone(model: str, prompt: str, batch: int, rounds: int = 3) -> float:
@@ -48,6 +57,18 @@ def alone(model: str, prompt: str, batch: int, rounds: int = 3) -> float:
     return batch / statistics.median(times[1:])
 
 
+@dataclass
+class Seen:
+    """What clients see."""
+
+    times: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Seconds of each kind of request."""
+    mistakes: list[str] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
+    made: dict[int, tuple[str, bytes]] = field(default_factory=dict)
+    """Hash of the codes, and the last frame, by seed."""
+
+
 def served(model: str, prompt: str, batch: int, clients: int, minutes: float) -> dict[str, Any]:
     """Figures of a server with one worker."""
     with TemporaryDirectory() as folder:
@@ -57,64 +78,100 @@ def served(model: str, prompt: str, batch: int, clients: int, minutes: float) ->
             try:
                 assert process.stdout is not None
                 address = process.stdout.readline().strip()
-                return _load(address, prompt, psutil.Process(process.pid), clients, 60 * minutes)
+                return _load(address, model, prompt, psutil.Process(process.pid), clients, 60 * minutes)
             finally:
                 process.terminate()
 
 
-def _load(address: str, prompt: str, server: psutil.Process, clients: int, seconds: float) -> dict[str, Any]:
-    times: dict[str, list[float]] = defaultdict(list)
-    mistakes: list[str] = []
-    ends: list[float] = []
+def _load(
+    address: str, model: str, prompt: str, server: psutil.Process, clients: int, seconds: float
+) -> dict[str, Any]:
+    seen = Seen()
     numbers = count()
-    _clip(address, prompt, next(numbers), times, mistakes)  # weights are loaded
-    times.clear()
+    _clip(address, prompt, next(numbers), seen)  # weights are loaded
+    seen.times.clear()
     begin = time.monotonic()
 
     def client(_: int) -> None:
         while time.monotonic() < begin + seconds:
-            _clip(address, prompt, next(numbers), times, mistakes)
-            ends.append(time.monotonic())
+            number = next(numbers)
+            try:
+                _clip(address, prompt, number, seen)
+            except (httpx.HTTPError, LookupError) as error:
+                seen.mistakes.append(f"{number}: {error!r}")
+
+    def memory() -> dict[str, float]:
+        worker = max(server.children(), key=lambda each: each.memory_info().rss)
+        return {name: each.memory_info().rss / 2**20 for name, each in (("server", server), ("worker", worker))}
 
     with ThreadPoolExecutor(clients) as pool:
         running = [pool.submit(client, number) for number in range(clients)]
         time.sleep(seconds / 4)
-        early = server.memory_info().rss
+        early = memory()
         time.sleep(seconds / 2)
-        late = server.memory_info().rss
+        late = memory()
     for each in running:
         each.result()
-    whole = max(ends) - begin  # to the last clip, so that none is counted for which there was no time
-    figures = {f"p99 of {name}, ms": 1e3 * _p99(each) for name, each in times.items()}
-    memory = {"server, MiB": late / 2**20, "MiB more after half of the time": (late - early) / 2**20}
-    return figures | memory | {"clips": len(ends), "clips a second": len(ends) / whole, "mistakes": mistakes}
+    whole = max(seen.ends) - begin  # to the last clip, so that none is counted for which there was no time
+    num_clips = len(seen.ends) - 1
+    metrics = httpx.get(f"{address}/metrics", timeout=60).text
+    if f'cogvideo_videos{{status="completed"}} {num_clips + 1}.0' not in metrics:
+        seen.mistakes.append(f"the server has other numbers of videos: {metrics[-600:]}")
+    checked = [*seen.made][:: max(1, len(seen.made) // CHECKED)]
+    seen.mistakes += [f"{seed} is another clip" for seed in checked if _is_other(model, prompt, seed, *seen.made[seed])]
+    figures = {f"p99 of {name}, ms": 1e3 * _p99(each) for name, each in seen.times.items()}
+    sizes = {f"{name}, MiB": late[name] for name in late}
+    growth = {f"{name}, MiB more after half of the time": late[name] - early[name] for name in late}
+    counts = {"clips": num_clips, "clips a second": num_clips / whole, "clips made again alone": len(checked)}
+    return figures | sizes | growth | counts | {"mistakes": seen.mistakes}
 
 
 def _p99(times: list[float]) -> float:
-    return statistics.quantiles(times, n=100)[98]
+    return statistics.quantiles(times, n=100, method="inclusive")[98] if len(times) > 1 else times[0]
 
 
-def _clip(address: str, prompt: str, number: int, times: dict[str, list[float]], mistakes: list[str]) -> None:
+def _clip(address: str, prompt: str, number: int, seen: Seen) -> None:
     """Ask for a clip with a seed of its own, and look whether it is this one that comes."""
     with httpx.Client(base_url=address, timeout=60) as web:
 
         def ask(name: str, method: str, path: str, **body: Any) -> httpx.Response:
             start = time.perf_counter()
             answer = web.request(method, path, **body)
-            times[name].append(time.perf_counter() - start)
+            seen.times[name].append(time.perf_counter() - start)
             if answer.status_code != 200:
-                mistakes.append(f"{name}: {answer.status_code} {answer.text[:80]}")
+                seen.mistakes.append(f"{name}: {answer.status_code} {answer.text[:80]}")
             return answer
 
         asked = {"prompt": prompt, "rounds": 0, "seed": number}
         id = ask("create", "POST", "/v1/videos", json=asked).json()["id"]
+        deadline = time.monotonic() + LOST
         while (answer := ask("retrieve", "GET", f"/v1/videos/{id}")).headers.get(WAIT):
+            if time.monotonic() > deadline:
+                seen.mistakes.append(f"{id} is lost: {answer.text}")
+                return
             time.sleep(int(answer.headers[WAIT]) / 1000)
         video = answer.json()
         content = ask("content", "GET", f"/v1/videos/{id}/content").content
-        seed = re.search(rb'"seed": (\d+)', content)
-        if video["status"] != "completed" or seed is None or int(seed[1]) != number:
-            mistakes.append(f"{id} is {video['status']}, of another seed than {number}: {video['error']}")
+        last = ask("frame", "GET", f"/v1/videos/{id}/frames/{video['num_frames'] - 1}").content
+        ask("list", "GET", "/v1/videos")
+        record = re.search(rb'"seed": (\d+).*"codes": "([0-9a-f]{64})"', content)
+        if video["status"] != "completed" or record is None or int(record[1]) != number or number in seen.made:
+            seen.mistakes.append(f"{id} is {video['status']}, of another seed than {number}: {video['error']}")
+            return
+        seen.made[number] = record[2].decode(), last
+        seen.ends.append(time.monotonic())
+
+
+def _is_other(model: str, prompt: str, seed: int, digest: str, last: bytes) -> bool:
+    """Whether a clip is not that which the pipeline makes alone from its seed."""
+    pipeline = CogVideoPipeline.from_pretrained(model)
+    generator = torch.Generator().manual_seed(seed)
+    frames = sorted(
+        pipeline.stream([prompt], [generator], replace(pipeline.settings, rounds=0)), key=attrgetter("place")
+    )
+    codes = torch.cat([frame.codes for frame in frames])
+    distance = np.abs(frames[-1].pixels[0].astype(int) - from_png(last)).mean()
+    return hashlib.sha256(codes.numpy().tobytes()).hexdigest() != digest or distance > 1
 
 
 def main() -> None:
