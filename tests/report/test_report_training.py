@@ -387,9 +387,11 @@ def test_long_runs_are_small_quick_and_keep_what_stands_out(tmp_path: Path) -> N
     run = make_run(tmp_path / ".sequential-run", steps=num)
     rows = (row(step, loss, frame_1=loss, frame_2=loss) for step, loss in enumerate(losses.tolist(), 1))
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))
-    began = time.process_time()
+    clocks = [time.process_time()]
+    assert len([json.loads(line) for line in (run / "metrics.jsonl").open()]) == num
+    clocks.append(time.process_time())
     page = written(tmp_path / "page.html", run)
-    assert time.process_time() - began < 20  # 2 seconds where nothing else runs
+    assert time.process_time() - clocks[1] < 50 * (clocks[1] - clocks[0])  # usually 5 times
     assert len(page.source) < 200_000
     plot = plots(page, "sequential")["Loss"]
     thin, thick = plot.lines[tmp_path.name]["thin"], plot.lines[tmp_path.name]["thick"]

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
+
+from serving import wait_for
 
 SERVER = """
 from starlette.applications import Starlette
@@ -18,7 +21,7 @@ from starlette.routing import Route
 
 from cogvideo.web import guard, listening
 
-listening.HEAD_SECONDS = guard.BODY_SECONDS = 0.5
+listening.HEAD_SECONDS = guard.BODY_SECONDS = 3.0
 listening.READ_SECONDS = 0.5
 listening.MOST_CONNECTIONS = 20
 
@@ -30,7 +33,7 @@ with listening.listening("127.0.0.1", 0) as listener:
     print(listener.getsockname()[1], flush=True)
     listening.run(app, listener)
 """
-PATIENCE = 10
+PATIENCE = 120
 
 
 @pytest.fixture(scope="module")
@@ -62,29 +65,39 @@ def until_closed(client: socket.socket, drop: bytes = b"") -> bytes:
 WHOLE = b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi"
 
 
-@pytest.mark.parametrize(
-    ("begin", "drop", "status"),
-    [
-        (b"", b"", b""),
-        (b"GET /x HTTP/1.1\r\nX: ", b"x", b""),
-        (WHOLE + b"GET /", b"x", b" 200 "),
-        (b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n", b"x", b" 408 "),
-        (b"POST /x HTTP/1.1\r\nHost: a\r\nOrigin: b\r\nContent-Length: 9999\r\n\r\n", b"x", b" 403 "),
-    ],
-)
-def test_clients_that_do_not_go_on(port: int, begin: bytes, drop: bytes, status: bytes) -> None:
+HALVES = [
+    (b"", b"", b""),
+    (b"GET /x HTTP/1.1\r\nX: ", b"x", b""),
+    (WHOLE + b"GET /", b"x", b" 200 "),
+    (b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n", b"x", b" 408 "),
+    (b"POST /x HTTP/1.1\r\nHost: a\r\nOrigin: b\r\nContent-Length: 9999\r\n\r\n", b"x", b" 403 "),
+]
+"""What a client sends, what it goes on with a byte at a time, and the answer."""
+
+
+def test_clients_that_do_not_go_on(port: int) -> None:
     """Guards connections against clients that hold them: heads and bodies have their time, however they trickle."""
-    with socket.create_connection(("127.0.0.1", port)) as client:
-        client.sendall(begin)
-        assert status in until_closed(client, drop)
+
+    def answers(half: tuple[bytes, bytes, bytes]) -> bytes:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(half[0])
+            return until_closed(client, half[1])
+
+    with ThreadPoolExecutor(len(HALVES)) as pool:  # all of them wait for the same seconds
+        for (*_, status), answer in zip(HALVES, pool.map(answers, HALVES), strict=True):
+            assert status in answer, status
 
 
 def test_clients_that_do_not_read(port: int) -> None:
     """Guards memory against answers that nobody takes."""
-    with socket.create_connection(("127.0.0.1", port)) as client:
-        client.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
-        time.sleep(2)
-        assert len(until_closed(client)) < 100_000_000
+
+    def read_after(seconds: float) -> int:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+            time.sleep(seconds)  # a busy server may not have begun to answer
+            return len(until_closed(client))
+
+    assert any(read_after(seconds) < 100_000_000 for seconds in (2, 20, 60))
 
 
 def test_too_many_clients(port: int) -> None:
@@ -94,6 +107,11 @@ def test_too_many_clients(port: int) -> None:
         assert until_closed(client) == b""
     for client in clients:
         client.close()
-    with socket.create_connection(("127.0.0.1", port)) as client:
-        client.sendall(WHOLE)
-        assert client.recv(2**20).startswith(b"HTTP/1.1 200 OK")
+
+    def is_answered() -> bool:
+        with socket.create_connection(("127.0.0.1", port)) as client, suppress(ConnectionError):
+            client.sendall(WHOLE)
+            return client.recv(2**20).startswith(b"HTTP/1.1 200 OK")
+        return False
+
+    wait_for(is_answered)

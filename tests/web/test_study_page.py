@@ -140,6 +140,7 @@ def test_a_known_taste_is_found_again(tmp_path: Path, monkeypatch: pytest.Monkey
             assert server.answer(place, rater=1).status == 200  # always the left one
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page()
+        page.set_default_timeout(120_000)
         told: list[str] = []
         page.on("console", lambda message: told.append(message.text))
         page.on("pageerror", lambda error: told.append(str(error)))

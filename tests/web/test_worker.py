@@ -87,12 +87,12 @@ def test_a_clip_outlives_its_workers(model: Path, site: Site, tmp_path: Path) ->
         folder = tmp_path / "files" / ids[0]
         return {place: (folder / frame_name(place)).stat().st_mtime_ns for place in look(site, ids[0]).done}
 
-    with working(model, tmp_path, "--lease", 1, "--batch", 2) as process:
+    with working(model, tmp_path, "--lease", 3, "--batch", 2) as process:
         wait_for(lambda: len(look(site, ids[0]).done) >= 3, every=0.01)
         os.kill(process.pid, signal.SIGKILL)
     assert look(site, ids[0]).status == "in_progress"
     first = seen()
-    with working(model, tmp_path, "--lease", 1, "--batch", 2) as process:
+    with working(model, tmp_path, "--batch", 2) as process:
         wait_for(lambda: len(look(site, ids[0]).done) > max(6, len(first)), every=0.01)
         process.terminate()
         assert process.wait() == 0
