@@ -1,6 +1,6 @@
 """The ranks of the multi-rank tests, as a program of their own: `python parallel_worker.py WORLD_SIZE JOB FOLDER PORT
-...`. It imports PyTorch once, and becomes as many processes in torchrun's environment. Each job writes what the tests
-look at into its folder.
+...`. It imports PyTorch once, and becomes as many processes in torchrun's environment; the last of four are there for
+the job `crossed` alone. Each job writes what the tests look at into its folder.
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ def started(*jobs: tuple[str, Path], world_size: int = 2) -> Iterator[subprocess
     """Ranks that do one job after the other, as one process group; those that still run at the end are killed."""
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in jobs]  # they hold their ports
     words = [str(each) for job, store in zip(jobs, stores, strict=True) for each in (*job, store.port)]
-    common = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(world_size)}
+    common = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with subprocess.Popen(
         [sys.executable, "-X", "faulthandler", __file__, str(world_size), *words],
         env=os.environ | common,
@@ -395,8 +395,12 @@ def work(rank: int) -> None:
     """Do the jobs of a rank."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     for job, folder, port in zip(sys.argv[2::3], sys.argv[3::3], sys.argv[4::3], strict=True):
-        os.environ["MASTER_PORT"] = port
-        perform(job, Path(folder))
+        world_size = int(sys.argv[1])
+        if world_size == 4 and job != "crossed":
+            world_size = 2
+        if rank < world_size:
+            os.environ |= {"MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
+            perform(job, Path(folder))
 
 
 def perform(job: str, folder: Path) -> None:

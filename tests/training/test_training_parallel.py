@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -42,17 +41,17 @@ AFTER = {
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with what all ranks wrote. The same two processes do all that two ranks do."""
+    """The folder with what all ranks wrote. The same processes do all jobs."""
     folder = tmp_path_factory.mktemp("ranks")
     for name in (*BEFORE, "background"):
         (folder / name).mkdir()
     save(folder / "alone", ALONE, SHARDED)
-    equalities = [(way, folder) for way in WAYS if way != "crossed"]
+    equalities = [(way, folder) for way in reversed(WAYS)]  # first the one of four ranks, of which two then end
     checkpoints = [(job, folder / job) for job in ("save", "save-replicated", "background")]
     resumed = [(job, folder / before) for before in BEFORE for job in AFTER if job != "alone"]
     frames(folder, ALONE, REPLICATED)
-    run_ranks(*equalities, ("talk", folder), ("frames-replicated", folder), *checkpoints, *resumed)
-    run_ranks(("crossed", folder), world_size=4)
+    others = ("talk", folder), ("frames-replicated", folder), *checkpoints, *resumed
+    run_ranks(*equalities, *others, world_size=4)
     return folder
 
 
@@ -170,15 +169,11 @@ def test_checkpoints_in_the_background_are_of_their_moment(results: Path) -> Non
 
 def test_ranks_that_are_killed_leave_whole_checkpoints(tmp_path: Path) -> None:
     """Guards the rename: whenever two writing ranks die, what has a name can be loaded."""
-    for seconds in (0.0, 0.05):
-        with started(("endless", tmp_path)) as ranks:
-            while not list(tmp_path.glob("step-*")) and ranks.poll() is None:
-                time.sleep(0.01)
-            time.sleep(seconds)
-        checkpoints = Checkpoints(tmp_path)
-        assert checkpoints.steps()
-        for step in checkpoints.steps():
-            read_weights(checkpoints.path(step), averaged=True)
-        assert not list(tmp_path.glob(".step-*"))
-        for each in tmp_path.glob("step-*"):
-            shutil.rmtree(each)
+    with started(("endless", tmp_path)) as ranks:
+        while not list(tmp_path.glob("step-*")) and ranks.poll() is None:
+            time.sleep(0.01)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps()
+    for step in checkpoints.steps():
+        read_weights(checkpoints.path(step), averaged=True)
+    assert not list(tmp_path.glob(".step-*"))
