@@ -6,6 +6,7 @@ import base64
 import errno
 import json
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -139,6 +140,19 @@ def events(response: httpx.Response) -> list[tuple[str, str, Any]]:
             found.append((event["event"], event["id"], json.loads(event["data"])))
             event = {}
     return found
+
+
+def test_an_end_while_somebody_watches(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Guards Ctrl-C while a page is open: the stream of events ends, and nothing is said."""
+    with serving(model, tmp_path, "--workers", 0) as server, server.client() as web:
+        id = web.post("/v1/videos", json={"prompt": "a cat"}).json()["id"]
+        with web.stream("GET", f"/v1/videos/{id}/events") as response:
+            lines = response.iter_lines()
+            assert next(lines) == "event: video"
+            server.process.send_signal(signal.SIGINT)
+            assert list(lines)[-1] == ""
+        assert server.process.wait(30) in (0, 130, -signal.SIGINT)
+    assert capfd.readouterr().err == ""
 
 
 def test_ranges_and_variants(server: Running) -> None:

@@ -91,7 +91,7 @@ def serve(
     from contextlib import ExitStack
     from threading import Event, Thread
 
-    from starlette.types import ASGIApp
+    from fastapi import FastAPI
 
     from cogvideo.devices import usable
     from cogvideo.web import worker
@@ -116,7 +116,7 @@ def serve(
     adapters = scales(work.adapter)
     hosts = ["*"] if host in ANYWHERE and not names else ["127.0.0.1", "localhost", "[::1]", host, *names]
 
-    def make() -> ASGIApp:
+    def make() -> FastAPI:
         keys = Keys(place.folder / "keys") if has_keys else None
         served = Served(work.model, adapters=adapters)
         return application(Site(served, Jobs(queue), Store(files), keys, Limits(waiting, kept)), hosts)
@@ -141,7 +141,7 @@ def serve(
         if ray:
             Event().wait()
         else:
-            run(app, listener)
+            run(app, listener, app.state.site.leaving)
 
 
 def studio(

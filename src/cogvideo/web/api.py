@@ -240,7 +240,7 @@ async def events(
     sent = int(last) if last is not None and last.isdecimal() and len(last) < 9 else 0
     known = None
     current: Job | None = job
-    while current is not None:
+    while current is not None and not here.leaving.is_set():
         for place in current.done[sent:]:
             sent += 1
             url = f"/v1/videos/{job.id}/frames/{place}"

@@ -7,6 +7,8 @@ import ipaddress
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from threading import Event
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -75,8 +77,32 @@ def is_local(host: str) -> bool:
         return False
 
 
-def run(app: ASGIApp, listener: socket.socket) -> None:
-    """Serve until the process is interrupted."""
+class _Server(uvicorn.Server):
+    """A server that says when it is interrupted.
+
+    Args:
+        config: its application and settings.
+        leaving: set at an interrupt.
+    """
+
+    def __init__(self, config: uvicorn.Config, leaving: Event) -> None:
+        super().__init__(config)
+        self._leaving = leaving
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to leave."""
+        self._leaving.set()
+        super().handle_exit(sig, frame)
+
+
+def run(app: ASGIApp, listener: socket.socket, leaving: Event | None = None) -> None:
+    """Serve until the process is interrupted.
+
+    Args:
+        app: application.
+        listener: socket at which connections wait.
+        leaving: set at the interrupt, a second before connections are cut: answers that go on should end then.
+    """
     config = uvicorn.Config(
         app,
         http=Connection,  # and h11 limits the size of headers
@@ -84,4 +110,4 @@ def run(app: ASGIApp, listener: socket.socket) -> None:
         server_header=False,
         timeout_graceful_shutdown=1,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    _Server(config, leaving or Event()).run(sockets=[listener])

@@ -11,6 +11,7 @@ import time
 from base64 import b64decode
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Event
 from typing import NoReturn
 
 import numpy as np
@@ -59,6 +60,8 @@ class Site:
     keys: Keys | None = None
     """None where everybody who reaches the server may use it."""
     limits: Limits = field(default_factory=Limits)
+    leaving: Event = field(default_factory=Event)
+    """Set when the server is to end."""
 
     def find(self, owner: str, id: str, bulky: bool = False) -> Job:
         """A video of an owner. Those of others do not exist for him."""
