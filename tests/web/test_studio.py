@@ -161,6 +161,9 @@ def test_every_action(server: Running, page: Any) -> None:
         page.get_by_label("First frame", exact=True).set_input_files(picture())
         page.get_by_alt_text("x.png").wait_for()
         click(page, "Remove the first frame")
+        drop(page, "#history", picture())  # anywhere
+        page.locator("[data-name=input_reference]").get_by_alt_text("x.png").wait_for()
+        click(page, "Remove the first frame")
         click(page, "Remove the last frame")
         click(page, "Again with another seed")
         again = wait_for_end(page, 5, dog)

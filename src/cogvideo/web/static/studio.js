@@ -16,7 +16,7 @@ let filled = ""; // prompt of the opened clip, which may be replaced by that of 
 
 on.away = (reason) => {
   find("away").hidden = !reason;
-  find("away").textContent = `${reason}. This page goes on by itself.`;
+  find("away").textContent = `${reason}. This page keeps trying.`;
 };
 
 function tell(text) {
