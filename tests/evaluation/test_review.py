@@ -49,6 +49,30 @@ def test_scenes_are_cut(tmp_path: Path) -> None:
     assert len(reviewed(tmp_path)) == 1
 
 
+def test_videos_that_the_table_does_not_name_are_reported(tmp_path: Path) -> None:
+    """Guards clips that were added to a folder after its table, which were left out without a word."""
+    for name in ("a.mp4", "b.mp4", "sub/c.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "captions.csv").write_text("file,caption,start\na.mp4,a cat,1\ngone.mp4,a dog,\n")
+    items, rejected, _ = listed(str(tmp_path))
+    assert [each.id for each in items] == ["a.mp4#1-"]
+    reasons = {each.id: each.reason for each in rejected}
+    assert reasons == {"gone.mp4": "file is missing", "b.mp4": review.NO_ROW, "sub/c.mp4": review.NO_ROW}
+    clip = ReviewedClip(items[0], seconds=1.0, width=8, height=8, fps=8.0, energy=1.0)
+    told = review.in_short([clip], [*rejected] * 2)
+    assert told[-1] == "Left out as well: 1 more, which the page lists with the reasons."
+
+
+def test_the_reason_is_in_words(tmp_path: Path) -> None:
+    """Guards users from the repr of a record."""
+    (tmp_path / "a.mp4").write_bytes(b"")
+    (tmp_path / "a.txt").write_bytes("Größe".encode("latin-1"))
+    message = r"can be used: a\.mp4: caption is not text \(byte 2 of its file is not UTF-8\)"
+    with pytest.raises(ValueError, match=message):
+        listed(str(tmp_path))
+
+
 def test_without_the_detector_nothing_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards those who did not install the extra `data`."""
     write(tmp_path / "a.mp4", np.concatenate([scene(1, 1), scene(1, 2)]))

@@ -314,7 +314,9 @@ def test_captions_are_written_with_the_clips_in_sight(place: Path, tmp_path: Pat
     (tmp_path / "captions.csv").write_text("file,caption\nthe-cat_4.mp4,mine\n")
     assert main(["data", "captions", str(tmp_path)]) == 0
     assert (tmp_path / "captions.csv").read_text() == "file,caption\nthe-cat_4.mp4,mine\n"
-    assert ">mine</textarea>" in (tmp_path / "captions.html").read_text()
+    page = (tmp_path / "captions.html").read_text()
+    assert ">mine</textarea>" in page
+    assert page.count("data-file=") == 5  # those without a row, too
 
 
 def test_captions_of_clips_with_odd_names(place: Path, tmp_path: Path) -> None:

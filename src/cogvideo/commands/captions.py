@@ -9,7 +9,7 @@ from unicodedata import category
 
 from cogvideo.config import require
 from cogvideo.data.folders import find_manifest
-from cogvideo.evaluation.review import listed
+from cogvideo.evaluation.review import NO_ROW, listed
 from cogvideo.files import write_csv
 from cogvideo.media.video import VideoError, read_video
 from cogvideo.report.page import count, write_page
@@ -22,15 +22,21 @@ FPS, SIDE, MOST = 4.0, 160, 32
 def captions(clips: Path, /) -> None:
     """Write a table for the captions of clips, and a page that shows the clips and saves what you write.
 
-    Captions that exist are in both. A table that is there is kept: the page then has its captions.
+    Captions that exist are in both. A table that is there is kept: the page then has its captions, and fields for the
+    clips that it lacks.
 
     Args:
         clips: Folder of videos; captions.csv and captions.html are written there.
     """
     import_module("jinja2")
     require(clips.is_dir(), f"there is no folder {clips}, expected one with videos")
-    items, _, named = listed(str(clips))
+    items, rejected, named = listed(str(clips))
     rows = [(str(each.media), "" if each.id in named else each.captions[0]) for each in items]
+    for each in rejected:
+        if each.reason == NO_ROW:
+            rows.append((str(clips.absolute() / each.id), ""))
+        else:
+            print(f"{each.id} is left out: {each.reason} ({each.detail})")
     shown: list[dict[str, Any]] = []
     for path, caption in rows:
         file = Path(path).relative_to(clips.absolute()).as_posix()

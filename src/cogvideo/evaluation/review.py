@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,10 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from cogvideo.config import InputError, require
+from cogvideo.data.folders import find_manifest, walk
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
 from cogvideo.evaluation.motion import measure
+from cogvideo.files import plain
 from cogvideo.media.video import Facts, VideoError, examine, read_video
 
 LOOKS = 12.0
@@ -40,6 +43,11 @@ ALIKE = 2.5
 """Mean difference of clips that are alike, in levels of 255; other takes of one scene differ by five and more."""
 WRITTEN = 9.0
 """Strokes in 48 pixels of a picture 256 pixels wide where there may be text; without, most pictures have up to 7."""
+
+NO_ROW = "no row in the table"
+"""Reason of videos that the table of their folder does not name."""
+SAID = 5
+"""Clips that are left out which are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +108,33 @@ def listed(source: str) -> tuple[list[Item], list[Rejection], frozenset[str]]:
         bare = [each for each in bare if _file_of(each) in lacking and each.id not in known]
         items = sorted([*items, *(replace(each, captions=(in_words(_file_of(each)),)) for each in bare)], key=_id_of)
         named = frozenset(map(_id_of, bare))
+    rejected = [*rejected, *_unnamed(source, {_file_of(each) for each in (*items, *rejected)})]
     files = [each for each in items if isinstance(each.media, Path)]
-    first = f": {rejected[0].id}: {rejected[0]}" if rejected else ""
-    require(len(items) > 0, f"no clip of {source} can be used{first}")
+    require(len(items) > 0, f"no clip of {source} can be used{_first(rejected)}")
     require(len(files) == len(items), f"{source} has clips that are no files, expected a folder of videos or a table")
     return items, rejected, named
+
+
+def _unnamed(source: str, known: set[str]) -> list[Rejection]:
+    """Videos of a folder that its table does not name."""
+    folder = Path(os.path.abspath(source))
+    table = find_manifest(folder) if folder.is_dir() else None
+    if table is None:
+        return []
+    names = [plain(name) for name in walk(folder) if Path(name).suffix.lower() in SourceOptions().suffixes]
+    return [Rejection(name, NO_ROW, f"{table.name} does not name it") for name in names if name not in known]
+
+
+def _first(rejected: Sequence[Rejection]) -> str:
+    """The first reason, as the end of a message."""
+    return f": {rejected[0].id}: {rejected[0].reason} ({rejected[0].detail})" if rejected else ""
 
 
 def _id_of(item: Item) -> str:
     return item.id
 
 
-def _file_of(item: Item) -> str:
+def _file_of(item: Item | Rejection) -> str:
     """Its ID without the part of the file, such as `#1.5-4`."""
     return re.sub(r"#[\d.]+(-[\d.]*)?$", "", item.id)
 
@@ -311,8 +334,7 @@ def check_usable(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection], s
     train = [each for each in clips if each.item.split == "train"]
     if train:
         return
-    first = f": {rejected[0].id}: {rejected[0].reason} ({rejected[0].detail})" if rejected else ""
-    raise InputError(f"no clip of {source} can be trained on{first}")
+    raise InputError(f"no clip of {source} can be trained on{_first(rejected)}")
 
 
 def in_short(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection]) -> list[str]:
@@ -331,5 +353,7 @@ def in_short(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection]) -> li
     lines += [f"{count:,} of them: {words}." for words, count in counts.items()]
     if any(each.is_named for each in clips):
         lines.append("File names are the missing captions; `cogvideo data captions` makes a table to fill in.")
-    lines += [f"Left out: {each.id}: {each.reason}." for each in rejected[:5]]
+    lines += [f"Left out: {each.id}: {each.reason}." for each in rejected[:SAID]]
+    if len(rejected) > SAID:
+        lines.append(f"Left out as well: {len(rejected) - SAID:,} more, which the page lists with the reasons.")
     return lines
