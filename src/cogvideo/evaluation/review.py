@@ -108,7 +108,8 @@ def listed(source: str) -> tuple[list[Item], list[Rejection], frozenset[str]]:
         bare = [each for each in bare if _file_of(each) in lacking and each.id not in known]
         items = sorted([*items, *(replace(each, captions=(in_words(_file_of(each)),)) for each in bare)], key=_id_of)
         named = frozenset(map(_id_of, bare))
-    rejected = [*rejected, *_unnamed(source, {_file_of(each) for each in (*items, *rejected)})]
+    known = {_file_of(each) for each in items} | {_file_of(each) for each in rejected}
+    rejected = [*rejected, *_unnamed(source, known)]
     files = [each for each in items if isinstance(each.media, Path)]
     require(len(items) > 0, f"no clip of {source} can be used{_first(rejected)}")
     require(len(files) == len(items), f"{source} has clips that are no files, expected a folder of videos or a table")
