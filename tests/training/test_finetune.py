@@ -142,6 +142,13 @@ def test_the_page(tuned: Path, place: Path, capsys: pytest.CaptureFixture[str]) 
         "Rank of the right clip among 5 real ones",
         "Prompts that were held out",
         "Star: the best step",
+        "By training step; lower is better.",
+        "higher is better",
+        "PSNR in dB",
+        " dB at step ",
+        "Looking at the clips",
+        "before: rank ",
+        "held out</td>",
         "no caption",
     ):
         assert words in page

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from importlib import import_module
 from pathlib import Path
 
 from cogvideo.bundle.model import POCKET
 from cogvideo.config import require
-from cogvideo.report.page import duration, write_page
+from cogvideo.report.page import count, write_page
 from cogvideo.training.finetune import Chain, Finetuning
 
 PAGE = "finetune.html"
@@ -45,10 +44,8 @@ def finetune(
         return
     from cogvideo.report.finetune import facts
 
-    began = time.monotonic()
     found = facts(out, base, settings)
-    found["times"].append(["page", duration(time.monotonic() - began)])
-    lead = f"{len(found['clips'])} clips, from {base}."
+    lead = f"Trained on {count(found['clips'], 'clip')}, from the model {base}."
     write_page(page, "finetune", f"{out.resolve().name}: fine-tuned", lead, "finetune.html", found)
     print(f"{found['advice']}\n{page}: before and after, losses, times")
     example = found["clips"][0]["caption"].replace('"', "'")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from cogvideo.report.runs import TOKENIZER, Run, read_runs
 from cogvideo.report.training import TITLES
 from cogvideo.runs import RunFolder
 from cogvideo.training.finetune import DATA, LEAST_PSNR, RUN, TABLE, Finetuning
+from cogvideo.training.finetune import TITLES as STEPS
 
 MOST_REAL = 200
 """Real clips that generated ones are compared with."""
@@ -52,6 +55,7 @@ class Real(NamedTuple):
 
 def facts(out: Path, base: str, settings: Finetuning) -> dict[str, Any]:
     """Everything that the page says."""
+    began = time.monotonic()
     chain = RunFolder(out / RUN)
     runs = [run for run in read_runs([settings.trained_in(out)]) if run.stage in TITLES]
     device = settings.device
@@ -72,12 +76,12 @@ def facts(out: Path, base: str, settings: Finetuning) -> dict[str, Any]:
         if place in shown:
             sheets = [real_frames(out, real.ids[place], real.durations[place])]
             sheets += [frames[number] for frames in made.values()]
-            places = [f"rank {found[name][number]} of {len(real.ids)} {name}" for name in made]
+            places = [f"{name}: rank {found[name][number]} of {len(real.ids)}" for name in made]
             pictures[real.splits[place]].append(
                 {
                     "pixels": _sheet(sheets),
                     "caption": real.captions[place],
-                    "facts": [real.ids[place].rpartition("/")[2], *places],
+                    "facts": [_short(real.ids[place]), *places],
                 }
             )
     ranked = [
@@ -86,21 +90,24 @@ def facts(out: Path, base: str, settings: Finetuning) -> dict[str, Any]:
         for old, new in [[_of(found.get(name, []), real, chosen, split) for name in ("before", "after")]]
         if new or old
     ]
-    about, rows = chain.about, chain.rows()
+    plots = [_plot(run) for run in runs if run.figures or run.validation is not None]
+    about = chain.about
+    times = [(STEPS[row["name"]], row["seconds"]) for row in chain.rows()]
+    times.append(("This page", time.monotonic() - began))
     return {
         "titles": {
-            "runs": "Training",
             **{split: titles[split] for split in titles if pictures[split]},
+            "runs": "Training",
             "clips": "Clips",
         },
         "pictures": pictures,
-        "order": ["real", *made],
+        "order": ["the real clip", *(f"generated {name} training" for name in made)],
         "ranked": ranked,
         "num_real": len(real.ids),
-        "plots": [_plot(run) for run in runs if run.figures or run.validation is not None],
+        "plots": plots,
         "stages": [_stage(run) for run in runs],
-        "times": [[row["name"], duration(row["seconds"])] for row in rows],
-        "seconds": duration(sum(row["seconds"] for row in rows)),
+        "times": [[name, duration(seconds)] for name, seconds in times],
+        "seconds": duration(sum(seconds for _, seconds in times)),
         "clips": about.get("clips", []),
         "rejected": about.get("rejected", []),
         "advice": advice(runs, about.get("clips", [])),
@@ -136,6 +143,16 @@ def real_frames(out: Path, id: str, seconds: float) -> UInt8[np.ndarray, "frames
     frames = read_item(item, settings).frames
     number = min(len(frames), round(seconds * card.fps) + 1)
     return frames[evenly(number, 5)]
+
+
+def _short(id: str) -> str:
+    """The file of a clip, and the second where it starts unless that is the first."""
+    name = id.rpartition("/")[2]
+    part = re.search(r"#([\d.]+)-[\d.]*$", name)
+    if part is None:
+        return name
+    start = float(part[1])
+    return name[: part.start()] + (f"#{start:.2f}" if start else "")
 
 
 def _some(real: Real, split: str, most: int) -> list[int]:
@@ -193,13 +210,15 @@ def _plot(run: Run) -> Any:
     name = "psnr" if run.stage == TOKENIZER else "loss"
     both = (("training", run.figures.get(name)), ("held out", run.validation))
     known = {Name(words, place): curve for place, (words, curve) in enumerate(both) if curve is not None}
-    what = "PSNR in dB" if run.stage == TOKENIZER else "loss"
-    return curves(run.stage, f"{TITLES[run.stage]}: {what}", known, marked=run.best)
+    what, better = ("PSNR in dB", "higher") if run.stage == TOKENIZER else ("loss", "lower")
+    plot = curves(run.stage, f"{TITLES[run.stage]}: {what}", known, marked=run.best)
+    return plot._replace(note=f"By training step; {better} is better. {plot.note}")
 
 
 def _stage(run: Run) -> list[str]:
-    first = "–" if run.validation is None else precise(float(run.validation.values[0]))
-    best = "–" if run.best is None else f"{precise(run.best[1])} at {run.best[0]:,}"
+    unit = " dB" if run.stage == TOKENIZER else ""
+    first = "–" if run.validation is None else f"{precise(float(run.validation.values[0]))}{unit}"
+    best = "–" if run.best is None else f"{precise(run.best[1])}{unit} at step {run.best[0]:,}"
     return [TITLES[run.stage], f"{run.num_steps:,}", first, best, "–" if run.seconds is None else duration(run.seconds)]
 
 
