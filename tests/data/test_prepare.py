@@ -127,10 +127,13 @@ def test_still_images_are_clips_of_one_frame(
     source.mkdir()
     Image.new("RGB", (64, 64), "red").save(source / "a.png")
     (source / "a.txt").write_text("all red")
-    options = SourceOptions(images=True, validation=0.0)
+    options = SourceOptions(images=True)
     assert prepare(str(source), tmp_path / "out", tokenizer, options=options, machines=ALONE) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"no split but train ({NO_SPLIT}): stages that learn from it hold nothing out"
+    options = SourceOptions(images=True, validation=0.0)  # nothing for validation is wanted, so that it is not said
+    assert prepare(str(source), tmp_path / "none", tokenizer, options=options, machines=ALONE) == 0
+    assert "no split" not in capsys.readouterr().out
     dataset = Dataset(tmp_path / "out")
     assert [(row.captions, len(row.codes)) for row in map(dataset.row, range(len(dataset)))] == [(("all red",), 1)]
     with pytest.raises(ValueError, match="holds no clip"):

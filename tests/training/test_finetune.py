@@ -219,11 +219,13 @@ def test_one_short_clip(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_steps_fit_the_time(place: Path, tmp_path: Path) -> None:
     """Guards the choice of steps: what the time allows, not more than few clips are good for, never none; a run that
     began keeps its own."""
-    found = []
+    found, told = [], []
     for minutes in (0.1, 5, 600):
         chain = Chain(str(place / "clips"), tmp_path / f"{minutes}", str(place / "base"), Finetuning(minutes=minutes))
         chain.table.write_text(f"file,caption\n{place}/clips/the-cat_0.mp4,a cat\n")
         found.append(chain._steps_of("image", lambda: 2.0))
+        told.append(chain._time_left)
+    assert [words[2:6] for words in told] == ["the ", "abou", "abou"], "nothing is left of six seconds"
     assert found == [20, 64, 220]  # 5 minutes for 0.3 of the 0.7 that is left from the image model on
     (tmp_path / "600" / ".image-run" / "run.json").write_text('{"optimization": {"steps": 77}}')
     assert chain._steps_of("image", lambda: 2.0) == 77

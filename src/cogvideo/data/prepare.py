@@ -76,7 +76,7 @@ def prepare(
             rejected=listing.rejected,
         )
         write_card(out, card)
-    print(_summary(out, card))
+    print(_summary(out, card, options))
     return card
 
 
@@ -152,12 +152,12 @@ def _in_full(name: str) -> str:
     return os.path.abspath(name) if os.path.exists(name) else name
 
 
-def _summary(folder: Path, card: Card) -> str:
+def _summary(folder: Path, card: Card, options: SourceOptions) -> str:
     splits = ", ".join(f"{count:,} {split}" for split, count in card.splits.items())
     lines = [f"{folder}: {sum(card.splits.values()):,} clips ({splits or 'none'}), {card.num_frames:,} frames"]
     if card.rejected:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in card.rejected.items())
         lines.append(f"rejected: {card.num_rejected:,} ({reasons}); see {folder / REJECTED}")
-    if set(card.splits) == {"train"}:
+    if set(card.splits) == {"train"} and options.validation:
         lines.append(f"no split but train ({NO_SPLIT}): stages that learn from it hold nothing out")
     return "\n".join(lines)

@@ -177,7 +177,7 @@ class Chain:
             for number, step in enumerate(steps, 1):
                 if step.is_done():
                     continue
-                _say(f"[{number}/{len(steps) + 1}] {TITLES[step.name]}; about {self.minutes_left:.0f} min left in all")
+                _say(f"[{number}/{len(steps) + 1}] {TITLES[step.name]}{self._time_left}")
                 began = time.monotonic()
                 step.work()
                 seconds = round(time.monotonic() - began, 1)
@@ -209,6 +209,16 @@ class Chain:
     def minutes_left(self) -> float:
         """Time that is left of what was asked for."""
         return max(0.0, self.settings.minutes - sum(self.seconds.values()) / 60)
+
+    @property
+    def _time_left(self) -> str:
+        """The end of a line about what is next; nothing where the time decides nothing."""
+        if self.settings.steps is not None:
+            return ""
+        left = f"{self.minutes_left:.0f}"
+        return (
+            f"; about {left} min left in all" if left != "0" else "; the time is over, and what is left is kept short"
+        )
 
     def _steps(self) -> list[Step]:
         def is_over(run: str) -> bool:
