@@ -22,6 +22,7 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.media.video import read_video, write_video
+from cogvideo.report.finetune import choose
 from cogvideo.training import finetune
 from cogvideo.training.card import read_reports
 from cogvideo.training.finetune import Chain, Finetuning
@@ -161,6 +162,14 @@ def test_the_page(tuned: Path, place: Path, capsys: pytest.CaptureFixture[str]) 
     assert len(read_video(out, 8).frames) == 9
     assert main(arguments) == 0
     assert "is over" in capsys.readouterr().out
+
+
+def test_four_clips_of_a_split_are_shown() -> None:
+    """Guards the pictures of the page, of which two were left where there are more clips than are generated."""
+    chosen, shown = choose([*["train"] * 181, *["validation"] * 20, "test"])
+    assert [len([place for place in shown if place < 181]), len([place for place in shown if place >= 181])] == [4, 4]
+    assert shown < set(chosen)
+    assert choose(["train"]) == ([0], {0})
 
 
 def test_adapters_leave_the_base_as_it_is(

@@ -61,8 +61,7 @@ def facts(out: Path, base: str, settings: Finetuning) -> dict[str, Any]:
     device = settings.device
     model = CogVideo.from_pretrained(out, torch.float32, device, adapters=settings.adapters)
     real = read_real(out / RUN / DATA, model)
-    chosen = [place for split in ("train", "validation") for place in _some(real, split, MADE)]
-    shown = {place for split in ("train", "validation") for place in _some(real, split, SHOWN)}
+    chosen, shown = choose(real.splits)
     made: dict[str, Frames] = {}
     before = CogVideo.from_pretrained(base, torch.float32, device)
     before.config = before.config.shaped(model.config.layout.sides)
@@ -155,10 +154,15 @@ def _short(id: str) -> str:
     return name[: part.start()] + (f"#{start:.2f}" if start else "")
 
 
-def _some(real: Real, split: str, most: int) -> list[int]:
-    """Places of some clips of a split."""
-    places = [place for place, each in enumerate(real.splits) if each == split]
-    return [places[number] for number in evenly(len(places), most)] if places else []
+def choose(splits: Sequence[str]) -> tuple[list[int], set[int]]:
+    """Places of the clips that are generated, and of those among them that are shown."""
+    chosen, shown = [], set()
+    for split in ("train", "validation"):
+        places = [place for place, each in enumerate(splits) if each == split]
+        made = [places[number] for number in evenly(len(places), MADE)]
+        chosen += made
+        shown |= {made[number] for number in evenly(len(made), SHOWN)}
+    return chosen, shown
 
 
 def _durations(real: Real, places: Sequence[int]) -> list[float]:
