@@ -166,7 +166,7 @@ def _lpips(files: tuple[Path, ...]) -> Lpips | None:
         standard_error().print(f"The perceptual distance is LPIPS with the weights {' and '.join(map(str, files))}.")
     elif is_first():
         instead = "differences of pixels at several sizes and of edges stand for the perceptual distance"
-        standard_error().print(f"No LPIPS weights are given (--perceptual lpips): {instead}.")
+        standard_error().print(f"No LPIPS weights are given (`cogvideo fetch lpips`): {instead}.")
     return model
 
 
