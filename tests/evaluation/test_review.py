@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from cogvideo.data.frames import FrameSettings, read_item
+from cogvideo.data.sources import Item
 from cogvideo.evaluation import review
 from cogvideo.evaluation.review import ReviewedClip, in_words, listed, with_splits
 from cogvideo.media.video import write_video
@@ -62,6 +63,24 @@ def test_videos_that_the_table_does_not_name_are_reported(tmp_path: Path) -> Non
     clip = ReviewedClip(items[0], seconds=1.0, width=8, height=8, fps=8.0, energy=1.0)
     told = review.in_short([clip], [*rejected] * 2)
     assert told[-1] == "Left out as well: 1 more, which the page lists with the reasons."
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "sides", "advice"),
+    [
+        (640, 480, (8, 8), "64x48"),
+        (1920, 1080, (8, 8), "64x40"),
+        (1080, 1920, (8, 8), "40x64"),
+        (1080, 1920, (12, 12), "56x96"),
+        (1080, 1920, (8, 5), ""),
+        (500, 480, (8, 8), ""),
+    ],
+)
+def test_the_size_that_keeps_the_shape(width: int, height: int, sides: tuple[int, int], advice: str) -> None:
+    """Guards the heads of people in upright videos, which squares cut off without a word."""
+    item = Item("a.mp4", Path("a.mp4"), ("a cat",))
+    told = review.on_shape([ReviewedClip(item, 1.0, width, height, fps=8.0, energy=1.0)], sides, 8)
+    assert [line.split("`")[1] for line in told] == [f"--size {advice}"] * bool(advice)
 
 
 def test_the_reason_is_in_words(tmp_path: Path) -> None:

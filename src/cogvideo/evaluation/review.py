@@ -358,3 +358,21 @@ def in_short(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection]) -> li
     if len(rejected) > SAID:
         lines.append(f"Left out as well: {len(rejected) - SAID:,} more, which the page lists with the reasons.")
     return lines
+
+
+def on_shape(clips: Sequence[ReviewedClip], sides: tuple[int, int], pixels: int) -> list[str]:
+    """A line about frames of another shape than most clips, of which only the center is kept.
+
+    Args:
+        clips: the clips.
+        sides: rows and columns of a frame in codes.
+        pixels: side of a code.
+    """
+    ratio = float(np.median([each.width / each.height for each in clips]))
+    most = max(sides)
+    least = max(1, math.ceil(most * min(ratio, 1 / ratio) - 0.1))
+    rows, columns = (most, least) if ratio < 1 else (least, most)
+    if (rows, columns) == sides:
+        return []
+    kept = f"frames of {pixels * sides[1]}x{pixels * sides[0]} pixels keep only their center"
+    return [f"Most clips have another shape: {kept}. `--size {pixels * columns}x{pixels * rows}` keeps nearly all."]

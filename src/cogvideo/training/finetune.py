@@ -42,7 +42,7 @@ from cogvideo.data.shards import digest
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
 from cogvideo.devices import usable
 from cogvideo.evaluation.networks.cache import network_path
-from cogvideo.evaluation.review import check_usable, has_detector, in_short, listed, review, with_splits
+from cogvideo.evaluation.review import check_usable, has_detector, in_short, listed, on_shape, review, with_splits
 from cogvideo.files import alone_in, write_csv
 from cogvideo.generation.request import shape_of
 from cogvideo.media.images import evenly
@@ -243,7 +243,9 @@ class Chain:
             clips, rejected = review(self.items, self._named, lambda: line.advance(next(seen), lambda: ""))
         clips, rejected = with_splits(clips), [*self.rejected, *rejected]
         check_usable(clips, rejected, self.source)
-        for told in in_short(clips, rejected):
+        layout, is_cropped = self.config.layout, self.settings.size is None and self.settings.fit == "crop"
+        shape = on_shape(clips, layout.sides, self.config.autoencoder.rate) if is_cropped else []
+        for told in [*in_short(clips, rejected), *shape]:
             _say(told)
         facts = {"clips": [each.facts for each in clips], "rejected": [each._asdict() for each in rejected]}
         self.folder.describe(facts)
