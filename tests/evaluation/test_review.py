@@ -109,6 +109,16 @@ def test_long_shots_become_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert clips[-1].item.end is None
 
 
+def test_one_piece_of_a_still_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a training set from hours of a black screen, whose equal pieces were most of it."""
+    monkeypatch.setattr(review, "PIECE", 2.0)
+    write(tmp_path / "a.mp4", np.concatenate([scene(4, 1, speed=0), scene(4, 2)]))
+    items, _, named = listed(str(tmp_path))
+    clips, rejected = review.review(items, named)
+    assert [each.item.start for each in clips] == [0, 4, 6]
+    assert rejected == [("a.mp4#2.00", "still", "it looks like a.mp4#0.00")]
+
+
 def test_a_frame_that_is_held_is_in_no_piece(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the training set from one bad timestamp, of which an hour of one frame was cut into pieces."""
     path = tmp_path / "a.mkv"

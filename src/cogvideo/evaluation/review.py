@@ -148,7 +148,7 @@ def in_words(name: str) -> str:
 def review(
     items: Sequence[Item], named: frozenset[str], on_clip: Callable[[], None] = lambda: None
 ) -> tuple[list[ReviewedClip], list[Rejection]]:
-    """Look at each file, cut it, and compare the pieces.
+    """Look at each file, cut it, and compare the pieces. Of a still, however long, one piece is kept.
 
     Args:
         items: clips of files.
@@ -163,6 +163,7 @@ def review(
     rejected: list[Rejection] = []
     facts_of = lru_cache(maxsize=1)(examine)  # parts of a file follow each other
     for item in items:
+        first = len(clips)
         try:
             assert isinstance(item.media, Path)
             for clip, frames in _pieces(item, facts_of(item.media), item.id in named):
@@ -170,6 +171,9 @@ def review(
                 near = [float(np.abs(looks - other).mean()) for other in prints]
                 place = int(np.argmin(near)) if near else -1
                 is_alike = place >= 0 and near[place] < ALIKE
+                if is_alike and place >= first and clip.energy < LITTLE:
+                    rejected.append(Rejection(clip.item.id, "still", f"it looks like {clips[place].item.id}"))
+                    continue
                 clips.append(replace(clip, alike=clips[place].item.id if is_alike else ""))
                 prints.append(looks)
         except VideoError as error:
