@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
@@ -315,6 +316,32 @@ def test_no_other_model_is_touched(place: Path) -> None:
     CogVideo.from_pretrained(base).save_pretrained(place / "other")
     with pytest.raises(ValueError, match="other holds another model"):
         Chain(str(place / "clips"), place / "other", base, QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "17x16"], r"size is 17x16, expected multiples of 4 pixels, at most 16x16"),
+        (["--lora", "33"], r"lora is 33, expected a rank of 1 to 32"),
+        (["--minutes", "inf"], r"minutes is inf, expected a positive number"),
+        (["--out", "."], r"\. holds the clips: give the new model a folder of its own"),
+        (["--out", "clips"], r"clips holds the clips"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(
+    options: list[str],
+    message: str,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Guards minutes of work from a refusal at their end, and clips from the advice to remove the model's folder."""
+    write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
+    monkeypatch.chdir(tmp_path)
+    assert main(["finetune", "clips", "--out", "out", "--base", str(place / "base"), *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert [each.name for each in tmp_path.iterdir()] == ["clips"]
 
 
 def test_captions_are_written_with_the_clips_in_sight(place: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ With adapters, the base stays as it is, both tokenizers included, and the stages
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -117,7 +118,7 @@ class Finetuning:
     def __post_init__(self) -> None:
         for name in ("minutes", "steps", "batch", "lora"):
             value = getattr(self, name)
-            require(value is None or value > 0, f"{name} is {value}, expected a positive number")
+            require(value is None or 0 < value < math.inf, f"{name} is {value}, expected a positive number")
         require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
 
     @property
@@ -150,6 +151,10 @@ class Chain:
         require(not lacks, f"the base {base} has no {', '.join(lacks)}, expected a model with {', '.join(needed)}")
         assert self.base.folder is not None
         require(self.base.folder.resolve() != out.resolve(), f"{out} is the base: give the new model another folder")
+        holds_clips = Path(source).resolve().is_relative_to(out.resolve())
+        require(not holds_clips, f"{out} holds the clips: give the new model a folder of its own")
+        most = self.config.transformer.hidden  # which also checks the size
+        require((settings.lora or 1) <= most, f"lora is {settings.lora}, expected a rank of 1 to {most}")
         items, rejected, self._named = listed(source)
         is_foreign = (out / MANIFEST).exists() and not (out / RUN).exists()
         require(not is_foreign, f"{out} holds another model: give this one a folder of its own")
