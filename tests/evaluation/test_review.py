@@ -61,8 +61,11 @@ def test_videos_that_the_table_does_not_name_are_reported(tmp_path: Path) -> Non
     reasons = {each.id: each.reason for each in rejected}
     assert reasons == {"gone.mp4": "file is missing", "b.mp4": review.NO_ROW, "sub/c.mp4": review.NO_ROW}
     clip = ReviewedClip(items[0], seconds=1.0, width=8, height=8, fps=8.0, energy=1.0)
-    told = review.in_short([clip], [*rejected] * 2)
-    assert told[-1] == "Left out as well: 1 more, which the page lists with the reasons."
+    told = review.in_short([clip], rejected)
+    assert told[-2:] == [
+        "Left out: gone.mp4: file is missing.",
+        "Left out: b.mp4 and 1 more: no row in the table.",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,6 @@ WRITTEN = 9.0
 
 NO_ROW = "no row in the table"
 """Reason of videos that the table of their folder does not name."""
-SAID = 5
-"""Clips that are left out which are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -358,9 +356,11 @@ def in_short(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection]) -> li
     lines += [f"{count:,} of them: {words}." for words, count in counts.items()]
     if any(each.is_named for each in clips):
         lines.append("File names are the missing captions; `cogvideo data captions` makes a table to fill in.")
-    lines += [f"Left out: {each.id}: {each.reason}." for each in rejected[:SAID]]
-    if len(rejected) > SAID:
-        lines.append(f"Left out as well: {len(rejected) - SAID:,} more, which the page lists with the reasons.")
+    reasons: dict[str, list[str]] = {}
+    for left in rejected:
+        reasons.setdefault(left.reason, []).append(left.id)
+    for reason, (first, *others) in reasons.items():
+        lines.append(f"Left out: {first}{f' and {len(others):,} more' if others else ''}: {reason}.")
     return lines
 
 
