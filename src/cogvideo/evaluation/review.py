@@ -161,7 +161,7 @@ def review(
     rejected: list[Rejection] = []
     facts_of = lru_cache(maxsize=1)(examine)  # parts of a file follow each other
     for item in items:
-        first = len(clips)
+        first, num_stills = len(clips), 0
         try:
             assert isinstance(item.media, Path)
             for clip, frames in _pieces(item, facts_of(item.media), item.id in named):
@@ -170,12 +170,15 @@ def review(
                 place = int(np.argmin(near)) if near else -1
                 is_alike = place >= 0 and near[place] < ALIKE
                 if is_alike and place >= first and clip.energy < LITTLE:
-                    rejected.append(Rejection(clip.item.id, "still", f"it looks like {clips[place].item.id}"))
+                    num_stills += 1
                     continue
                 clips.append(replace(clip, alike=clips[place].item.id if is_alike else ""))
                 prints.append(looks)
         except VideoError as error:
             rejected.append(Rejection(item.id, error.reason, error.detail))
+        if num_stills:
+            same = f"{num_stills:,} of the pieces show the same as earlier ones, without motion"
+            rejected.append(Rejection(item.id, "still in part", same))
         on_clip()
     return clips, rejected
 
