@@ -106,22 +106,22 @@ def listed(source: str) -> tuple[list[Item], list[Rejection], frozenset[str]]:
         bare = [each for each in bare if _file_of(each) in lacking and each.id not in known]
         items = sorted([*items, *(replace(each, captions=(in_words(_file_of(each)),)) for each in bare)], key=_id_of)
         named = frozenset(map(_id_of, bare))
-    known = {_file_of(each) for each in items} | {_file_of(each) for each in rejected}
-    rejected = [*rejected, *_unnamed(source, known)]
+    seen = {*map(_file_of, items), *map(_file_of, rejected)}
+    rejected = [*rejected, *_unnamed(source, seen)]
     files = [each for each in items if isinstance(each.media, Path)]
     require(len(items) > 0, f"no clip of {source} can be used{_first(rejected)}")
     require(len(files) == len(items), f"{source} has clips that are no files, expected a folder of videos or a table")
     return items, rejected, named
 
 
-def _unnamed(source: str, known: set[str]) -> list[Rejection]:
+def _unnamed(source: str, seen: set[str]) -> list[Rejection]:
     """Videos of a folder that its table does not name."""
     folder = Path(os.path.abspath(source))
     table = find_manifest(folder) if folder.is_dir() else None
     if table is None:
         return []
     names = [plain(name) for name in walk(folder) if Path(name).suffix.lower() in SourceOptions().suffixes]
-    return [Rejection(name, NO_ROW, f"{table.name} does not name it") for name in names if name not in known]
+    return [Rejection(name, NO_ROW, f"{table.name} does not name it") for name in names if name not in seen]
 
 
 def _first(rejected: Sequence[Rejection]) -> str:
