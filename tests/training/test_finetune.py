@@ -241,6 +241,27 @@ def test_steps_fit_the_time(place: Path, tmp_path: Path) -> None:
     assert chain._steps_of("image", lambda: 2.0) == 77
 
 
+@pytest.mark.parametrize(
+    ("caption", "is_trained", "words"),
+    [
+        (
+            "一个男人在街上走路挥手微笑然后转身离开",
+            True,
+            "0% of the captions fit the base's text tokenizer",
+        ),
+        ("a man walks " * 60, False, "100% of the captions are longer than the 48 tokens that the model reads"),
+    ],
+)
+def test_a_text_tokenizer_is_trained_where_it_helps(
+    caption: str, is_trained: bool, words: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards all words that a base knows from captions that no tokenizer can shorten, which were cut without a word."""
+    chain = Chain(str(place / "clips"), tmp_path / "out", "pocket", Finetuning())
+    chain.table.write_text(f"file,caption\n{place}/clips/the-cat_0.mp4,{caption}\n")
+    assert (chain._text().model != chain.base.text.model) == is_trained
+    assert words in capsys.readouterr().err
+
+
 def test_the_pace_is_measured(tuned: Path, place: Path) -> None:
     """Guards the choice of steps: some are made and timed, and nothing of them stays."""
     before = content(tuned)

@@ -48,6 +48,7 @@ def finetune(
     lead = f"Trained on {count(found['clips'], 'clip')}, from the model {base}."
     write_page(page, "finetune", f"{out.resolve().name}: fine-tuned", lead, "finetune.html", found)
     print(f"{found['advice']}\n{page}: before and after, losses, times")
-    example = found["clips"][0]["caption"].replace('"', "'")
+    best = min(found["clips"], key=lambda each: ("no caption" in each["notes"], len(each["caption"])))
+    example = best["caption"].replace('"', "'")
     options = "".join(f" --adapter {name}" for name in settings.adapters)
     print(f'cogvideo generate "{example}" --model {out}{options}')

@@ -324,16 +324,26 @@ class Chain:
         kept = "as adapters need it; without --lora it is trained" if self._shows_poorly else ""
         fate = f"and is trained{lost}" if self.is_poor else f"and is kept{', ' if kept else ''}{kept}"
         _say(f"The base's image tokenizer shows the clips with {measured}, {fate}.")
-        captions = [caption for each in self.clips if each.split == "train" for caption in each.captions]
-        config = self.config
-        found = figures(self.base.text, captions, config.layout.text_slots)
-        if found.fitting < LEAST_FITTING and self.settings.lora is None:
-            model = train_model(captions, config.transformer)
-            parts["text"] = TextTokenizer(model, config.text, config.transformer.num_codes)
-            _say(f"{found.fitting:.0%} of the captions fit the base's text tokenizer: one is trained on them.")
+        parts["text"] = self._text()
         assert self.base.folder is not None
-        update_bundle(self.out, config, **parts)
+        update_bundle(self.out, self.config, **parts)
         write_model_card(self.out, {} if self.is_poor else read_reports(self.base.folder))
+
+    def _text(self) -> TextTokenizer:
+        """The base's text tokenizer, or one of the captions where that one cuts many of them and this one does not."""
+        captions = [caption for each in self.clips if each.split == "train" for caption in each.captions]
+        config, slots, text = self.config, self.config.layout.text_slots, self.base.text
+        fitting = figures(text, captions, slots).fitting
+        if fitting < LEAST_FITTING and self.settings.lora is None:
+            own = TextTokenizer(train_model(captions, config.transformer), config.text, config.transformer.num_codes)
+            fitting_own = figures(own, captions, slots).fitting
+            if fitting_own >= LEAST_FITTING:
+                _say(f"{fitting:.0%} of the captions fit the base's text tokenizer: one is trained on them.")
+                text, fitting = own, fitting_own
+        if fitting < 1:
+            cut = f"{1 - fitting:.0%} of the captions are longer than the {slots} tokens that the model reads"
+            _say(f"{cut}: their ends are not learned. Shorten them.")
+        return text
 
     def _tokenizer(self) -> None:
         batch = 2 * self.batch
