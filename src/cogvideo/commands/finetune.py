@@ -45,7 +45,7 @@ def finetune(
     from cogvideo.report.finetune import facts
 
     found = facts(out, base, settings)
-    lead = f"Trained on {count(found['clips'], 'clip')}, from the model {base}."
+    lead = f"Made from {count(found['clips'], 'clip')} and the model {base}."
     write_page(page, "finetune", f"{out.resolve().name}: fine-tuned", lead, "finetune.html", found)
     print(f"{found['advice']}\n{page}: before and after, losses, times")
     best = min(found["clips"], key=lambda each: ("no caption" in each["notes"], len(each["caption"])))
