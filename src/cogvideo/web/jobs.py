@@ -9,8 +9,9 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import (
@@ -176,6 +177,8 @@ class Jobs:
     def __init__(self, url: str) -> None:
         try:
             self._engine = _engine(url)
+            # with SQLite, threads wait for each other here: its own way to wait is to sleep and look again
+            self._turn: AbstractContextManager[Any] = Lock() if self._engine.name == "sqlite" else nullcontext()
             with self._writing("schema") as connection:
                 METADATA.create_all(connection)
                 there = {column["name"] for column in inspect(connection).get_columns(JOBS.name)}
@@ -347,7 +350,7 @@ class Jobs:
     @contextmanager
     def _writing(self, turn: str = "") -> Iterator[Connection]:
         """A transaction. Those with the same word take turns; with SQLite, all do."""
-        with self._engine.begin() as connection:
+        with self._turn, self._engine.begin() as connection:
             if turn and self._engine.name != "sqlite":
                 connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(turn))))
             yield connection
