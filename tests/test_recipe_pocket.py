@@ -177,7 +177,7 @@ def test_a_gpu_trains_the_model_in_pieces(toy: Path) -> None:
     assert piece.returncode == 0, told
     assert "Continuing after step" in told
     assert "-- tokenizer" not in told
-    assert CogVideo.from_pretrained(toy / "other" / "model").config == preset("tiny")
+    assert CogVideo.from_pretrained(toy / "other" / "model").config.sizes == preset("tiny")
     assert {"base", *STAGES} - {"image"} <= set(CogVideo.from_pretrained(toy / "other" / "model").components)
 
 
