@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from cogvideo.config import require
-from cogvideo.data import prepare as room
 from cogvideo.data.encoding import PrepareSettings
 from cogvideo.data.engines import Machines
+from cogvideo.data.prepare import prepare as make_shards
 from cogvideo.data.sources import SourceOptions
 
 TOO_MANY_REJECTED = 1
@@ -39,5 +39,5 @@ def prepare(
         max_rejected: Number of rejected clips that is allowed; more give exit status 1.
     """
     require(max_rejected >= 0, f"max_rejected is {max_rejected}, expected 0 or more")
-    card = room.prepare(source, out, tokenizer, settings, options, machines)
+    card = make_shards(source, out, tokenizer, settings, options, machines)
     return TOO_MANY_REJECTED if card.num_rejected > max_rejected else 0

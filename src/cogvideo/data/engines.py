@@ -119,6 +119,11 @@ class Machines:
             return "cuda" if self.device == "cuda" else "cpu"
         return local_devices(self.device, self.workers)[0].partition(":")[0]
 
+    def check(self) -> None:
+        """Refuse devices that are not there; those of a Ray cluster are elsewhere."""
+        if self.engine == "local":
+            local_devices(self.device, self.workers)
+
     @property
     def settled(self) -> Machines:
         """The same with the kind of the devices, which actors of Ray would choose themselves."""

@@ -32,9 +32,9 @@ def prepare(
     source: str,
     out: Path,
     tokenizer: str,
-    settings: PrepareSettings = PrepareSettings(),  # noqa: B008  # frozen
-    options: SourceOptions = SourceOptions(),  # noqa: B008
-    machines: Machines = Machines(),  # noqa: B008
+    settings: PrepareSettings,
+    options: SourceOptions,
+    machines: Machines,
 ) -> Card:
     """Turn captioned clips into shards of codes, and return the card of the dataset.
 
@@ -42,7 +42,7 @@ def prepare(
     """
     require(len(options.caption_columns) > 0, "caption_columns is empty, expected one column or more")
     require(out.resolve() != Path(source).resolve(), f"the folder {out} is the source: pass another one with --out")
-    assert machines.kind  # refuses devices that are not there
+    machines.check()
     bundle = locate(tokenizer)
     manifest = Manifest.read(bundle)
     if options.images:
