@@ -249,6 +249,13 @@ def test_bad_clips_are_counted_with_their_reasons(
     assert prepare(str(source), tmp_path / "out", tokenizer, SETTINGS, machines=ALONE, max_rejected=6) == 0
 
 
+def test_a_missing_device_is_refused_before_any_work(tokenizer: str, tmp_path: Path) -> None:
+    """Guards against a folder that is begun, and sources listed for minutes, for a device that is not there."""
+    with pytest.raises(ValueError, match="cuda:99"):
+        prepare("world:4", tmp_path / "out", tokenizer, SETTINGS, machines=Machines("cuda:99"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_source_without_any_good_clip_is_refused(tokenizer: str, tmp_path: Path) -> None:
     """Guards against an empty dataset that looks like success; the reasons are written all the same."""
     (tmp_path / "source").mkdir()
