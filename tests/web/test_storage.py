@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from cogvideo.config import InputError
 from cogvideo.web.keys import Keys
@@ -25,6 +27,23 @@ def test_files_of_a_video(url: str, tmp_path: Path) -> None:
     assert (store.get("one", "video"), store.get("two", "video")) == (None, b"other")
     with pytest.raises(InputError, match="cannot store files at nothing"):
         Store("nothing://x")
+
+
+def test_a_store_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards clips while S3 is away: its client has errors of its own, and workers wait at an OSError only."""
+    store = Store("memory://files")
+    for name in ("pipe_file", "cat_file", "exists"):
+        monkeypatch.setattr(MemoryFileSystem, name, Mock(side_effect=RuntimeError("no connection")))
+    with pytest.raises(OSError, match=r"cannot reach .*files: no connection"):
+        store.put("one", "video", b"")
+    with pytest.raises(OSError, match=r"cannot reach .*files: no connection"):
+        store.get("one", "video")
+    with pytest.raises(OSError, match=r"cannot reach .*files: no connection"):
+        store.remove("one")
+    local = Store(str(tmp_path))
+    monkeypatch.setattr(local._system, "cat_file", Mock(side_effect=RuntimeError("a mistake of ours")))
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        local.get("one", "video")
 
 
 def test_keys_on_disk(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,7 +33,8 @@ class Store:
         """Write or replace a file, which is never half-written: other stores than folders see to that themselves."""
         path = self._path(video, name)
         if not self._is_local:
-            self._system.pipe_file(path, content)
+            with self._reaching():
+                self._system.pipe_file(path, content)
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with replacing(Path(path)) as file:
@@ -40,15 +43,29 @@ class Store:
     def get(self, video: str, name: str) -> bytes | None:
         """Content of a file; None if there is none."""
         try:
-            return bytes(self._system.cat_file(self._path(video, name)))
+            with self._reaching():
+                return bytes(self._system.cat_file(self._path(video, name)))
         except FileNotFoundError:
             return None
 
     def remove(self, video: str) -> None:
         """Delete the files of a video."""
         folder = f"{self._root}/{video}"
-        if self._system.exists(folder):
-            self._system.rm(folder, recursive=True)
+        with self._reaching():
+            if self._system.exists(folder):
+                self._system.rm(folder, recursive=True)
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        """Turn errors of a store's own kind, such as those of a broken connection to S3, into an OSError."""
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:
+            if self._is_local:
+                raise
+            raise OSError(f"cannot reach {self._root}: {error}") from error
 
     def _path(self, video: str, name: str) -> str:
         return f"{self._root}/{video}/{name}"
