@@ -77,6 +77,7 @@ jaxtyping.install_import_hook("cogvideo", None)  # before the first import of th
 from sentencepiece import SentencePieceTrainer  # noqa: E402
 
 from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig  # noqa: E402
+from cogvideo.evaluation.networks.cache import VARIABLE  # noqa: E402
 from cogvideo.layout import SequenceLayout  # noqa: E402
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer  # noqa: E402
 from cogvideo.text import PaddedText  # noqa: E402
@@ -247,6 +248,14 @@ def _train_text_model(symbols: tuple[str, ...] = ("<pad>", "<n>"), **options: An
     settings |= {"user_defined_symbols": list(symbols), "num_threads": 1, "minloglevel": 2}
     SentencePieceTrainer.train(sentence_iterator=iter(CAPTIONS * 3), model_writer=model, **settings, **options)
     return model.getvalue()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hide weights that the user has fetched: `finetune`, for one, does more where they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

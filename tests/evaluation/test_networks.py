@@ -25,6 +25,8 @@ from cogvideo.evaluation.networks.i3d import (
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "networks"
+FETCHED = network_path("i3d")
+"""Read before tests get an empty cache."""
 Arrays = dict[str, NDArray[np.float32]]
 
 
@@ -106,10 +108,9 @@ def test_another_network_is_refused(checkpoint: Arrays, tmp_path: Path, monkeypa
 @pytest.fixture(scope="module")
 def trained() -> I3D:
     """The network of FVD, where it was fetched."""
-    path = network_path("i3d")
-    if not path.is_file():
-        pytest.skip(f"there is no {path}: `cogvideo fetch i3d`")
-    return load_i3d(path)
+    if not FETCHED.is_file():
+        pytest.skip(f"there is no {FETCHED}: `cogvideo fetch i3d`")
+    return load_i3d(FETCHED)
 
 
 @pytest.mark.parametrize(("frames", "seed"), [(10, 1), (11, 2)])

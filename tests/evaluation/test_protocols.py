@@ -18,6 +18,8 @@ from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.protocols import PROTOCOLS
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden/networks/metrics_golden.json").read_text())
+FETCHED = network_path("i3d")
+"""Read before tests get an empty cache."""
 FVD_ROWS = {
     "tfhub": ("fvd_common_metrics/fvd-comparison (np.cov ddof=1, fp64, scipy sqrtm)", 1e-6),
     "tats": ("fvd_tats fp32 svd (reference code)", 1e-3),
@@ -94,10 +96,9 @@ def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: 
 @pytest.mark.parametrize("name", ["tfhub", "stylegan-v"])
 def test_black_is_as_far_from_white_as_published(name: str) -> None:
     """Guards the whole way from pixels to FVD: 569.771 for 10 frames, whatever their size."""
-    path = network_path("i3d")
-    if not path.is_file():
-        pytest.skip(f"there is no {path}: `cogvideo fetch i3d`")
-    encode = i3d(path, PROTOCOLS[name]).load("cpu")
+    if not FETCHED.is_file():
+        pytest.skip(f"there is no {FETCHED}: `cogvideo fetch i3d`")
+    encode = i3d(FETCHED, PROTOCOLS[name]).load("cpu")
     black, white = encode([(np.full((10, 64, 48, 3), level, np.uint8),) for level in (0, 255)]).double()
     assert (black - white).square().sum().item() == pytest.approx(569.771, abs=0.01)
     assert PROTOCOLS[name].fvd(black.expand(2, -1), white.expand(2, -1)) == pytest.approx(569.771, abs=0.01)

@@ -16,6 +16,8 @@ from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.models.perceptual import edge_distance, load_lpips, pyramid_distance
 
 NETWORKS = Path(__file__).parents[1] / "golden" / "networks"
+FETCHED = {name: network_path(f"lpips-{name}") for name in ("vgg", "alexnet")}
+"""Read before tests get an empty cache."""
 
 
 class Reference(NamedTuple):
@@ -150,7 +152,7 @@ def test_it_is_lpips(network, tmp_path):
 @torch.inference_mode()
 def test_the_published_distances_are_found(network, distances):
     """Guards the weights that are fetched: their authors publish the distances of these images."""
-    path = network_path(f"lpips-{network}")
+    path = FETCHED[network]
     if not path.is_file():
         pytest.skip(f"there is no {path}: `cogvideo fetch lpips`")
     images = [torch.from_numpy(np.array(Image.open(NETWORKS / f"ex_{name}.png"))) for name in ("ref", "p0", "p1")]
