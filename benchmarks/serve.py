@@ -88,17 +88,21 @@ def _load(
 ) -> dict[str, Any]:
     seen = Seen()
     numbers = count()
-    _clip(address, prompt, next(numbers), seen)  # weights are loaded
+    most = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    web = httpx.Client(base_url=address, timeout=60, limits=most)  # shared: making one takes longer than a request
+    _clip(web, prompt, next(numbers), seen)  # weights are loaded
     seen.times.clear()
     begin = time.monotonic()
 
     def client(_: int) -> None:
+        is_first = True
         while time.monotonic() < begin + seconds:
             number = next(numbers)
             try:
-                _clip(address, prompt, number, seen)
+                _clip(web, prompt, number, seen, "create, all at once" if is_first else "create")
             except (httpx.HTTPError, LookupError) as error:
                 seen.mistakes.append(f"{number}: {error!r}")
+            is_first = False
 
     def memory() -> dict[str, float]:
         worker = max(server.children(), key=lambda each: each.memory_info().rss)
@@ -130,36 +134,35 @@ def _p99(times: list[float]) -> float:
     return statistics.quantiles(times, n=100, method="inclusive")[98] if len(times) > 1 else times[0]
 
 
-def _clip(address: str, prompt: str, number: int, seen: Seen) -> None:
+def _clip(web: httpx.Client, prompt: str, number: int, seen: Seen, create: str = "create") -> None:
     """Ask for a clip with a seed of its own, and look whether it is this one that comes."""
-    with httpx.Client(base_url=address, timeout=60) as web:
 
-        def ask(name: str, method: str, path: str, **body: Any) -> httpx.Response:
-            start = time.perf_counter()
-            answer = web.request(method, path, **body)
-            seen.times[name].append(time.perf_counter() - start)
-            if answer.status_code != 200:
-                seen.mistakes.append(f"{name}: {answer.status_code} {answer.text[:80]}")
-            return answer
+    def ask(name: str, method: str, path: str, **body: Any) -> httpx.Response:
+        start = time.perf_counter()
+        answer = web.request(method, path, **body)
+        seen.times[name].append(time.perf_counter() - start)
+        if answer.status_code != 200:
+            seen.mistakes.append(f"{name}: {answer.status_code} {answer.text[:80]}")
+        return answer
 
-        asked = {"prompt": prompt, "rounds": 0, "seed": number}
-        id = ask("create", "POST", "/v1/videos", json=asked).json()["id"]
-        deadline = time.monotonic() + LOST
-        while (answer := ask("retrieve", "GET", f"/v1/videos/{id}")).headers.get(WAIT):
-            if time.monotonic() > deadline:
-                seen.mistakes.append(f"{id} is lost: {answer.text}")
-                return
-            time.sleep(int(answer.headers[WAIT]) / 1000)
-        video = answer.json()
-        content = ask("content", "GET", f"/v1/videos/{id}/content").content
-        last = ask("frame", "GET", f"/v1/videos/{id}/frames/{video['num_frames'] - 1}").content
-        ask("list", "GET", "/v1/videos")
-        record = re.search(rb'"seed": (\d+).*"codes": "([0-9a-f]{64})"', content)
-        if video["status"] != "completed" or record is None or int(record[1]) != number or number in seen.made:
-            seen.mistakes.append(f"{id} is {video['status']}, of another seed than {number}: {video['error']}")
+    asked = {"prompt": prompt, "rounds": 0, "seed": number}
+    id = ask(create, "POST", "/v1/videos", json=asked).json()["id"]
+    deadline = time.monotonic() + LOST
+    while (answer := ask("retrieve", "GET", f"/v1/videos/{id}")).headers.get(WAIT):
+        if time.monotonic() > deadline:
+            seen.mistakes.append(f"{id} is lost: {answer.text}")
             return
-        seen.made[number] = record[2].decode(), last
-        seen.ends.append(time.monotonic())
+        time.sleep(int(answer.headers[WAIT]) / 1000)
+    video = answer.json()
+    content = ask("content", "GET", f"/v1/videos/{id}/content").content
+    last = ask("frame", "GET", f"/v1/videos/{id}/frames/{video['num_frames'] - 1}").content
+    ask("list", "GET", "/v1/videos")
+    record = re.search(rb'"seed": (\d+).*"codes": "([0-9a-f]{64})"', content)
+    if video["status"] != "completed" or record is None or int(record[1]) != number or number in seen.made:
+        seen.mistakes.append(f"{id} is {video['status']}, of another seed than {number}: {video['error']}")
+        return
+    seen.made[number] = record[2].decode(), last
+    seen.ends.append(time.monotonic())
 
 
 def _is_other(model: str, prompt: str, seed: int, digest: str, last: bytes) -> bool:
