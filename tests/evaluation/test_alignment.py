@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -122,6 +123,18 @@ def test_real_clips_are_the_ceiling(
     assert rows["real"]["movement"]["energy_ratio"] == 1
     assert rows["reconstruction"]["shares"] != rows["real"]["shares"]  # of a tokenizer that learnt nothing
     assert len(rows["generated"]["clips"]) == told["protocol"]["subjects"]["emoji"]["gallery"] == NUM_EMOJI
+
+
+def test_memory_of_one_batch_is_enough(
+    model: str, reader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards evaluations of many prompts on small machines: what must fit is a batch of clips, not all of them."""
+    checked: list[int] = []
+    monkeypatch.setattr(CogVideoPipeline, "check_memory", lambda self, settings, batch: checked.append(batch))
+    monkeypatch.setattr(module, "generate", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "out", reader, world=6, batch=4)
+    assert checked == [4, 2]
 
 
 def test_protocol_says_what_was_measured(model: str, reader: Path, emoji: Path, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def evaluate(
     What is found, by subject and row.
     """
     for subject in subjects:
-        start(pipeline, subject.prompts, making)  # what cannot be used is refused now
+        for first in range(0, len(subject.prompts), batch):
+            start(pipeline, subject.prompts[first : first + batch], making)  # what cannot be used is refused now
     bundle = {name: entry.sha256 for name, entry in Manifest.read(locate(model)).components.items()}
     record = making.record(pipeline.model.config)
     folder = RunFolder(out)
