@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -46,6 +46,14 @@ def write_clip(path: Path, seconds: float, shade: int, caption: str | None = Non
     write_video(path, frames, 10)
     if caption is not None:
         path.with_suffix(".txt").write_text(f"{caption}\n")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_judge() -> Iterator[None]:
+    """One held-out clip is enough to choose a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "LEAST_JUDGES", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +232,19 @@ def test_one_short_clip(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert made.sha256("superres") == base.sha256("superres")
     assert made.base_name("superres") == "superres_base"
     assert made.sha256("superres_base") == base.sha256("base") != made.sha256("base")
+
+
+@pytest.mark.parametrize(("number", "step"), [(0, None), (3, None), (4, 7)])
+def test_few_held_out_clips_choose_no_step(
+    number: int, step: int | None, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards those with ten clips: the loss of one that looks like no other is lowest before anything is learned."""
+    monkeypatch.setattr(finetune, "LEAST_JUDGES", 4)
+    monkeypatch.setattr(finetune.Checkpoints, "best", lambda _: 7)
+    chain = Chain(str(place / "clips"), tmp_path, str(place / "base"), QUICK)
+    rows = [f"{place}/clips/the-cat_{row}.mp4,a cat,{'validation' if row < number else 'train'}" for row in range(5)]
+    chain.table.write_text("\n".join(["file,caption,split", *rows]))
+    assert chain._best("image") == step
 
 
 def test_steps_fit_the_time(place: Path, tmp_path: Path) -> None:

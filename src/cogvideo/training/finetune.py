@@ -86,6 +86,9 @@ LEAST_PSNR, MOST_LPIPS = 25.0, 0.35
 LEAST_FITTING = 0.9
 """Share of captions that fits the text slots where the base's text tokenizer is kept."""
 LEAST_STEPS = 20
+LEAST_JUDGES = 4
+"""Held-out clips from which on the step with the lowest held-out loss goes into the model, otherwise the last one: the
+loss of one or two clips that look like no other is lowest before anything is learned."""
 _NOT_TEXT = ("path is not text", "its bytes are not UTF-8, as tables of clips are: rename the folder or the file")
 """Reason and details of clips that the table cannot name."""
 RATE, TOKENIZER_RATE = 1e-3, 1e-3
@@ -400,7 +403,7 @@ class Chain:
         options = self._options(1)
         steps = self._steps_of(stage, lambda: seconds_a_step(stage, choice, options, task, sampling))
         train(stage, choice, self._options(steps), task, sampling)
-        best = self._checkpoints(stage).best()
+        best = self._best(stage)
         if best is not None and best != self._delivered(stage):
             export_run(self._run(stage), self._run(stage).parent, best=True, overwrite=True)
 
@@ -449,16 +452,21 @@ class Chain:
     def _checkpoints(self, stage: StageName) -> Checkpoints:
         return Checkpoints(self._run(stage) / "checkpoints", keep=0)
 
+    def _best(self, stage: StageName) -> int | None:
+        """Step that goes into the model; None for the last one."""
+        num_judges = sum(each.split != "train" for each in self.clips)
+        return self._checkpoints(stage).best() if num_judges >= LEAST_JUDGES else None
+
     def _delivered(self, stage: StageName) -> int | None:
         """Step of what the bundle has of a stage."""
         return read_reports(self._run(stage).parent).get(STAGES[stage].trains, {}).get("steps")
 
     def _is_best(self, stage: StageName) -> bool:
-        """True if the run of a stage is over and its best step in the bundle, or if the clips are too short for it."""
+        """True if the run of a stage is over and its step in the bundle, or if the clips are too short for it."""
         run = RunFolder(self._run(stage))
         if run.summary is None:
             return stage != "image" and (self.data / CARD).exists() and not _durations(self.data)
-        best = self._checkpoints(stage).best()
+        best = self._best(stage)
         return self._delivered(stage) == (run.summary["steps"] if best is None else best)
 
 
