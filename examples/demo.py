@@ -1,4 +1,4 @@
-"""Three clips in a minute on a CPU: run `make demo`, or cell by cell in an editor that supports `# %%`.
+"""Three clips on a CPU: run `make demo`, or cell by cell in an editor that supports `# %%`.
 
 usage: python examples/demo.py [OUT] [MODEL]
 """
@@ -22,8 +22,8 @@ out.mkdir(parents=True, exist_ok=True)
 # %% Generate an emoji, a scene of the World, and a clip that continues from the emoji's last frame.
 prompts = {
     "emoji": "a yellow face blinks, then opens its mouth into a happy smile, on a light blue background",
-    "world": "a large red ball bounces in from the left, bounces twice and leaves on the right, on a beach, slowly",
-    "moving-on": "a yellow face closes its eyes and laughs with an open mouth, on a light blue background",
+    "world": "a big orange star makes two small jumps and flies up like a rocket, taking its time, on a beach",
+    "moving-on": "a yellow face sticks out its pink tongue, on a light blue background",
 }
 image = None
 rows = []

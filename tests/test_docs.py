@@ -113,7 +113,7 @@ def test_examples_on_a_small_model(tmp_path: Path, text_model: bytes) -> None:
     code = (readme + generation).replace('"pocket"', '"cogvideo-bundle"')
     clip, stage, *stages, shape = run(code + released, tmp_path).splitlines()
     expected = [*printed_comments(readme), *printed_comments(generation)]
-    assert [clip, stage] == [each.replace("192", "48") for each in expected]
+    assert [clip, stage] == [each.replace("96", "48") for each in expected]
     assert len(read_video(tmp_path / "heart.mp4", 8).frames) == 33
     assert stages == ["image", *["sequential"] * 4, *["interpolation"] * 4]
     assert shape == "(1, 9, 48, 48, 3)"

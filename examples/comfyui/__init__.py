@@ -58,7 +58,7 @@ class Sample:
             "negative": ("STRING", {"default": ""}),
             "seed": SEED,
             "rounds": ("INT", {"default": 3, "min": 0, "max": 6}),
-            "guidance": ("FLOAT", {"default": 3.0, "min": 0.0, "max": 20.0, "step": 0.1}),
+            "guidance": ("FLOAT", {"default": 1.5, "min": 0.0, "max": 20.0, "step": 0.1}),
             "loop": ("BOOLEAN", {"default": False}),
         }
         images = {"first": ("IMAGE",), "last": ("IMAGE",)}

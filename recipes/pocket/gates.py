@@ -14,7 +14,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from einops import rearrange
+import torch.nn.functional as F
+from einops import rearrange, reduce
 from jaxtyping import UInt8
 
 from cogvideo import world
@@ -24,12 +25,17 @@ from cogvideo.data.frames import BACKGROUNDS, on_background
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import retrieval
 from cogvideo.evaluation.attributes import PROMPTED, unseen_scenes
+from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, SIZE, Reader, resized
 from cogvideo.evaluation.subjects import TEMPLATE, read_animation, unseen_background
 from cogvideo.generation import hierarchy
 from cogvideo.generation.request import Request
+from cogvideo.generation.sampling import spawn
+from cogvideo.generation.upscale import enlarge
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.media.metrics import psnr
+from cogvideo.models.autoencoder import to_pixels
+from cogvideo.models.perceptual import load_lpips
 from cogvideo.pipeline import CogVideoPipeline
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
@@ -89,7 +95,7 @@ def drawn(pipeline: CogVideoPipeline, draw: Draw, prompts: Sequence[str], batch:
 
 def main(
     model: str,
-    gate: Literal["tokenizer", "image", "sequential"],
+    gate: Literal["tokenizer", "image", "sequential", "superres"],
     /,
     emoji: Path | None = None,
     scenes: int = 200,
@@ -100,7 +106,8 @@ def main(
 
     Args:
         model: the bundle.
-        gate: tokenizer (reconstructions of whole clips), image (first frames) or sequential (key frames).
+        gate: tokenizer (reconstructions of whole clips), image (first frames), sequential (key frames), or superres
+            (real small frames, enlarged; needs `cogvideo fetch lpips`).
         emoji: a folder of animations with alpha and captions.csv.
         scenes: number of scenes.
         limit: number of emoji, evenly spread; all by default.
@@ -110,6 +117,19 @@ def main(
     reader = Reader.load()
     chosen = unseen_scenes(scenes, PROMPTED, "simple")
     side = pipeline.model.config.frame_size
+    if gate == "superres":
+        large = side * pipeline.model.config.upscaler.ratio
+        clips = [(world.captions(scene)[0], world.render(scene, large, 1.0, 5)) for scene in chosen]
+        _superres(pipeline, "scenes", clips, sheet)
+        if emoji is not None:
+            items = list_source(str(emoji), SourceOptions()).items
+            shown = [(item, unseen_background(item, 0)) for item in (items[i] for i in evenly(len(items), limit or 60))]
+            clips = [
+                (on_background(item.captions[0], ground, TEMPLATE), read_animation(item, ground, large)[::8])
+                for item, ground in shown
+            ]
+            _superres(pipeline, "emoji", clips, sheet and sheet.with_stem(f"{sheet.stem}-emoji"))
+        return
     fps, num_frames = {"tokenizer": (FPS, NUM_FRAMES), "image": (1.0, 1), "sequential": (1.0, 5)}[gate]
     names = ("object", "colour", "background") if gate == "image" else ATTRIBUTES
     real = [world.render(scene, side, fps, num_frames) for scene in chosen]
@@ -164,6 +184,30 @@ def _emoji(pipeline: CogVideoPipeline, gate: str, folder: Path, limit: int | Non
         write_image(sheet.with_stem(f"{sheet.stem}-emoji"), pairs(real, made, 24))
 
 
+def _superres(pipeline: CogVideoPipeline, name: str, clips: Sequence[tuple[str, Frames]], sheet: Path | None) -> None:
+    """Compare frames enlarged by super-resolution, and bicubically, with the real large ones."""
+    model, lpips = pipeline.model, load_lpips(network_path("lpips-vgg"))
+    ratio = model.config.upscaler.ratio
+    made: dict[str, list[Frames]] = {"bicubic": [], "model": []}
+    for number, (prompt, frames) in enumerate(clips):
+        low = reduce(unit(frames), "frames rgb (h down) (w right) -> frames rgb h w", "mean", down=ratio, right=ratio)
+        codes = model.autoencoder.encode(low)
+        text = model.text.batch([prompt] * len(frames), None, model.config.upscaler.text_slots, truncate=True)
+        noise = spawn(torch.Generator().manual_seed(number), len(frames))
+        high = enlarge(model, text, codes.flatten(1), noise, pipeline.settings.superres)
+        blurred = F.interpolate(model.autoencoder.decode(codes), scale_factor=ratio, mode="bicubic")
+        made["bicubic"].append(to_pixels(blurred.clamp(0, 1)))
+        made["model"].append(model.autoencoder.decode_pixels(high, chunk=1))
+    real = [frames for _, frames in clips]
+    for way, results in made.items():
+        with torch.inference_mode():
+            far = np.mean([lpips(unit(a), unit(b)).mean() for a, b in zip(results, real, strict=True)])
+        print(f"{len(real)} {name}, {way}: {decibels(results, real)}  LPIPS {far:.4f}")
+    if sheet is not None:
+        rows = [each[place][:5] for place in evenly(len(real), 8) for each in (real, made["bicubic"], made["model"])]
+        write_image(sheet, contact_sheet(rows, columns=5))
+
+
 def small(frames: Frames) -> UInt8[np.ndarray, "17 32 32 3"]:
     """Frames at the size at which emoji are compared."""
     return resized(held(frames), retrieval.SIZE)
@@ -183,12 +227,13 @@ def pairs(real: Sequence[Frames], made: Sequence[Frames], number: int) -> UInt8[
     return contact_sheet(rows, columns=max(map(len, rows)))
 
 
+def unit(frames: Frames) -> torch.Tensor:
+    """Frames in [0, 1], colors first."""
+    return rearrange(torch.from_numpy(frames).float() / 255, "frames h w rgb -> frames rgb h w")
+
+
 def decibels(made: Sequence[Frames], real: Sequence[Frames]) -> str:
     """Mean PSNR."""
-
-    def unit(frames: Frames) -> torch.Tensor:
-        return rearrange(torch.from_numpy(frames).float() / 255, "frames h w colours -> frames colours h w")
-
     return (
         f"PSNR {np.mean([psnr(unit(one), unit(other)).mean() for one, other in zip(made, real, strict=True)]):.2f} dB"
     )

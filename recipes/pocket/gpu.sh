@@ -57,7 +57,7 @@ export PYTHONPATH="$work/site:$here/../../src${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 "$python" - <<'PYTHON'
 import importlib.util, sys
-needed = "torch pyarrow numpy einops safetensors jaxtyping sentencepiece PIL docstring_parser rich psutil"
+needed = "torch pyarrow numpy einops safetensors jaxtyping sentencepiece PIL docstring_parser rich psutil msgspec filelock"
 lacks = [name for name in needed.split() if importlib.util.find_spec(name) is None]
 sys.exit(f"gpu.sh: missing Python packages: {', '.join(lacks)}" if lacks else 0)
 PYTHON

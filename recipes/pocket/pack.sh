@@ -14,6 +14,6 @@ cp -rL "$emoji/." "$out/emoji"
 "${PIP_PYTHON:-python3}" -m pip download -q --no-deps --only-binary=:all: --python-version "${3:-3.12}" \
     --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
     --platform manylinux2014_x86_64 -d "$out/recipes/pocket/wheels" \
-    docstring-parser rich markdown-it-py mdurl pygments psutil pillow
+    docstring-parser filelock msgspec rich markdown-it-py mdurl pygments psutil pillow
 du -sh --apparent-size "$out"
 [ "$(du -s --bytes "$out" | cut -f1)" -lt 60000000 ] || { echo "pack.sh: $out is larger than 60 MB" >&2 && exit 1; }

@@ -53,7 +53,7 @@ class Wanted(SamplingOptions):
     seconds: float | Annotated[str, Field(pattern=r"^\d{1,2}(\.\d{1,3})?$")] | None = None
     """Length of the clip, 0.5 to 60: one that the model was trained on, or a longer one."""
     size: str | None = None
-    """Width and height, such as 192x192; a model has one or two sizes."""
+    """Width and height, such as 96x96; a model has one size, or two with super-resolution."""
     seed: Seed | None = None
     """Seed; random by default."""
     rounds: Annotated[int, Field(ge=0, le=MOST_ROUNDS)] = 3

@@ -7,8 +7,8 @@ export const EXAMPLES = {
     "a yellow face in a party hat blows a party horn under falling confetti, on a pink background",
     "a green crocodile snaps its jaws, on a pink background",
     "a blue dolphin leaps, on a brown background",
-    "a large red ball bounces in from the left, bounces twice and leaves on the right, on a beach, slowly",
-    "a large yellow star grows and bursts, at night, slowly",
-    "a small blue fish swims to the right, under water",
+    "slowly, a purple parcel jumps twice, then shoots up and away, on a beach",
+    "on a green meadow, a huge orange pyramid rises high up and sinks again, moving right, in a hurry",
+    "a large blue fish in a meadow slowly grows and bursts",
   ],
 };
