@@ -88,6 +88,16 @@ def test_clients_that_do_not_go_on(port: int) -> None:
             assert status in answer, status
 
 
+def test_clients_that_come_back(port: int) -> None:
+    """Guards clients that look again when they are told to: their connection is still there after five seconds."""
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.settimeout(PATIENCE)
+        for wait in (0, 6):
+            time.sleep(wait)
+            client.sendall(WHOLE)
+            assert client.recv(2**20).startswith(b"HTTP/1.1 200 OK")
+
+
 def test_clients_that_do_not_read(port: int) -> None:
     """Guards memory against answers that nobody takes."""
 

@@ -22,6 +22,9 @@ HEAD_SECONDS = 10.0
 """Time for a client to send the head of a request."""
 READ_SECONDS = 60.0
 """Time for a client to take in data that waits for it."""
+IDLE_SECONDS = 75
+"""Time for which a connection stays open between requests, longer than clients keep it: when a server closes one just
+as a client uses it again, the client sees an error."""
 MOST_CONNECTIONS = 500
 """Connections at once. Systems usually allow 1,024 open files, which the queue needs, too."""
 
@@ -108,6 +111,7 @@ def run(app: ASGIApp, listener: socket.socket, leaving: Event | None = None) -> 
         http=Connection,  # and h11 limits the size of headers
         log_level="warning",
         server_header=False,
+        timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=1,
     )
     _Server(config, leaving or Event()).run(sockets=[listener])
