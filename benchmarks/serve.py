@@ -78,18 +78,18 @@ def served(model: str, prompt: str, batch: int, clients: int, minutes: float) ->
             try:
                 assert process.stdout is not None
                 address = process.stdout.readline().strip()
-                return _load(address, model, prompt, psutil.Process(process.pid), clients, 60 * minutes)
+                most = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+                with httpx.Client(base_url=address, timeout=60, limits=most) as web:  # one: making it takes a while
+                    return _load(web, model, prompt, psutil.Process(process.pid), clients, 60 * minutes)
             finally:
                 process.terminate()
 
 
 def _load(
-    address: str, model: str, prompt: str, server: psutil.Process, clients: int, seconds: float
+    web: httpx.Client, model: str, prompt: str, server: psutil.Process, clients: int, seconds: float
 ) -> dict[str, Any]:
     seen = Seen()
     numbers = count()
-    most = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    web = httpx.Client(base_url=address, timeout=60, limits=most)  # shared: making one takes longer than a request
     _clip(web, prompt, next(numbers), seen)  # weights are loaded
     seen.times.clear()
     begin = time.monotonic()
@@ -118,7 +118,7 @@ def _load(
         each.result()
     whole = max(seen.ends) - begin  # to the last clip, so that none is counted for which there was no time
     num_clips = len(seen.ends) - 1
-    metrics = httpx.get(f"{address}/metrics", timeout=60).text
+    metrics = web.get("/metrics").text
     if f'cogvideo_videos{{status="completed"}} {num_clips + 1}.0' not in metrics:
         seen.mistakes.append(f"the server has other numbers of videos: {metrics[-600:]}")
     checked = [*seen.made][:: max(1, len(seen.made) // CHECKED)]

@@ -1,6 +1,6 @@
-"""The moving picture on top of the README: `python examples/gallery.py docs/gallery.webp [MODEL]`.
+"""The moving picture at the top of the README: `python examples/gallery.py docs/gallery.webp [MODEL]`.
 
-Sixteen prompts that training never shows, the first seed each, nothing chosen afterwards: what fails is there too.
+It shows sixteen prompts that training never sees, with the first seed of each, without selection, failures included.
 """
 
 from __future__ import annotations

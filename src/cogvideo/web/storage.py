@@ -60,10 +60,8 @@ class Store:
         """Turn errors of a store's own kind, such as those of a broken connection to S3, into an OSError."""
         try:
             yield
-        except OSError:
-            raise
         except Exception as error:
-            if self._is_local:
+            if self._is_local or isinstance(error, OSError):
                 raise
             raise OSError(f"cannot reach {self._root}: {error}") from error
 
