@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
+from http.client import HTTPConnection
 
 import pytest
 
@@ -90,12 +91,14 @@ def test_clients_that_do_not_go_on(port: int) -> None:
 
 def test_clients_that_come_back(port: int) -> None:
     """Guards clients that look again when they are told to: their connection is still there after five seconds."""
-    with socket.create_connection(("127.0.0.1", port)) as client:
-        client.settimeout(PATIENCE)
+    client = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    client.connect()
+    client.auto_open = 0  # a closed connection is an error, and not opened again
+    with closing(client):
         for wait in (0, 6):
             time.sleep(wait)
-            client.sendall(WHOLE)
-            assert client.recv(2**20).startswith(b"HTTP/1.1 200 OK")
+            client.request("POST", "/x", b"hi")
+            assert client.getresponse().read() == b"hi"
 
 
 def test_clients_that_do_not_read(port: int) -> None:
