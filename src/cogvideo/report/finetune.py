@@ -231,8 +231,8 @@ def advice(runs: Sequence[Run], clips: Sequence[dict[str, Any]]) -> str:
     stages = [run for run in runs if run.stage != TOKENIZER and run.best is not None]
     still = [run for run in stages if run.best is not None and run.best[0] == run.num_steps]
     early = [run for run in stages if run.best is not None and run.best[0] <= run.num_steps // 2]
-    shown = [run.best[1] for run in runs if run.stage == TOKENIZER and run.best is not None]
-    blurred = [each for each in shown if each < LEAST_PSNR]
+    shown = [run.validation.values[-1] for run in runs if run.stage == TOKENIZER and run.validation is not None]
+    blurred = [each for each in shown if each < LEAST_PSNR]  # by the last step, which is in the model
     unnamed = sum("no caption" in each["notes"] for each in clips)
     if 2 * unnamed > len(clips):
         advised = "write captions (`cogvideo data captions`), since file names say little to a model"
