@@ -1,9 +1,10 @@
 """Benchmark of the server: `python -m benchmarks.serve [--minutes 10]` writes to benchmarks/results/.
 
 Clients ask for clips of the model in the box at 0 rounds, watch them and download them, each the next when it has the
-last. Reported are the throughput as a share of the pipeline alone at the same batch size, times of all requests but the
-generation, memory of the server and its worker, and mistakes: requests that failed, clips that were lost or made twice,
-and clips of another seed or, in a sample, other codes and pixels than those that the pipeline alone makes of the seed.
+last. Reported are the throughput as a share of the pipeline alone at the same batch size, on all cores; times of all
+requests but the generation; memory and CPU of the server and its workers; and mistakes: requests that failed, clips
+that were lost or made twice, and clips of another seed or, in a sample, other codes and pixels than those that the
+pipeline alone makes of the seed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -69,10 +71,11 @@ class Seen:
     """Hash of the codes, and the last frame, by seed."""
 
 
-def served(model: str, prompt: str, batch: int, clients: int, minutes: float) -> dict[str, Any]:
-    """Figures of a server with one worker."""
+def served(model: str, prompt: str, workers: int, batch: int, clients: int, minutes: float) -> dict[str, Any]:
+    """Figures of a server with its workers."""
     with TemporaryDirectory() as folder:
-        options = ["--model", model, "--folder", folder, "--port", "0", "--batch", str(batch), "--waiting", "10000"]
+        options = ["--model", model, "--folder", folder, "--port", "0", "--waiting", "10000"]
+        options += ["--workers", str(workers), "--batch", str(batch)]
         command = [sys.executable, "-m", "cogvideo", "serve", *options]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             try:
@@ -92,6 +95,8 @@ def _load(
     numbers = count()
     _clip(web, prompt, next(numbers), seen)  # weights are loaded
     seen.times.clear()
+    parts = {"clients": [psutil.Process()], "server": [server], "workers": server.children()}
+    worked = {name: _cpu(each) for name, each in parts.items()}
     begin = time.monotonic()
 
     def client(_: int) -> None:
@@ -105,8 +110,7 @@ def _load(
             is_first = False
 
     def memory() -> dict[str, float]:
-        worker = max(server.children(), key=lambda each: each.memory_info().rss)
-        return {name: each.memory_info().rss / 2**20 for name, each in (("server", server), ("worker", worker))}
+        return {name: _resident(parts[name]) / 2**20 for name in ("server", "workers")}
 
     with ThreadPoolExecutor(clients) as pool:
         running = [pool.submit(client, number) for number in range(clients)]
@@ -117,6 +121,8 @@ def _load(
     for each in running:
         each.result()
     whole = max(seen.ends) - begin  # to the last clip, so that none is counted for which there was no time
+    cores = {f"{name}, cores at work": (_cpu(each) - worked[name]) / whole for name, each in parts.items()}
+    num_requests = sum(map(len, seen.times.values()))
     num_clips = len(seen.ends) - 1
     metrics = web.get("/metrics").text
     if f'cogvideo_videos{{status="completed"}} {num_clips + 1}.0' not in metrics:
@@ -127,7 +133,18 @@ def _load(
     sizes = {f"{name}, MiB": late[name] for name in late}
     growth = {f"{name}, MiB more after half of the time": late[name] - early[name] for name in late}
     counts = {"clips": num_clips, "clips a second": num_clips / whole, "clips made again alone": len(checked)}
-    return figures | sizes | growth | counts | {"mistakes": seen.mistakes}
+    counts["requests a second"] = num_requests / whole
+    return figures | sizes | growth | cores | counts | {"mistakes": seen.mistakes}
+
+
+def _resident(processes: Sequence[psutil.Process]) -> int:
+    return sum(int(each.memory_info().rss) for each in processes)
+
+
+def _cpu(processes: Sequence[psutil.Process]) -> float:
+    """Seconds of CPU that processes have used."""
+    used = [each.cpu_times() for each in processes]
+    return sum(float(each.user + each.system) for each in used)
 
 
 def _p99(times: list[float]) -> float:
@@ -182,17 +199,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=POCKET)
     parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--workers", type=int, default=torch.get_num_threads(), help="one per core by default")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     before = alone(given.model, given.prompt, given.batch)
-    figures = served(given.model, given.prompt, given.batch, given.clients, given.minutes)
+    figures = served(given.model, given.prompt, given.workers, given.batch, given.clients, given.minutes)
     after = alone(given.model, given.prompt, given.batch)
     figures["pipeline alone, clips a second, before and after"] = [before, after]
     figures["share of the pipeline alone"] = figures["clips a second"] / statistics.mean([before, after])
-    figures |= {"clients": given.clients, "batch": given.batch, "minutes": given.minutes}
+    figures |= {name: getattr(given, name) for name in ("workers", "batch", "clients", "minutes")}
     print(json.dumps(figures, indent=2))
     print(write("serve", figures, *([given.out] if given.out else [])))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -105,6 +107,27 @@ def test_a_clip_outlives_its_workers(model: Path, site: Site, tmp_path: Path) ->
     for id in ids:
         assert codes(site, id) == expected(site, id)
         assert len(codes(site, id)) == 17
+
+
+SHARING = """
+import torch
+from cogvideo.web import worker
+
+class Worker:
+    def run(self):
+        print(torch.get_num_threads())
+
+worker.open_worker = lambda *_: Worker()
+for sharing in (1, 2, 9):
+    torch.set_num_threads(8)
+    worker.work(sharing)
+"""
+
+
+def test_workers_share_the_cores() -> None:
+    """Guards the throughput of several workers, whose threads would wait for each other."""
+    done = subprocess.run([sys.executable, "-c", SHARING], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["8", "4", "1"]
 
 
 def test_batches_give_the_clips_of_single_jobs(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,8 @@ def serve(
         host: Address to listen at; 0.0.0.0 for all.
         port: Port to listen at; 0 for any that is free.
         names: Names under which the server is reached, other than its address.
-        workers: Number of worker processes; 0 if all run elsewhere (`cogvideo worker`).
+        workers: Number of worker processes, among which CPU cores are divided: one per core makes the most clips,
+            and a single one the fastest clip. 0 if all run elsewhere (`cogvideo worker`).
         waiting: Largest number of unfinished videos of a key.
         kept: Largest number of videos of a key, with finished ones.
         browser: Open the studio, its page, in a browser.
@@ -179,7 +180,7 @@ def worker(*, place: StorageOptions = StorageOptions(), work: WorkerOptions = Wo
     queue, files = place.urls()
     print(f"working for {queue.rpartition('@')[2]}", flush=True)
     arguments = (work.model, work.device, work.batch, work.lease, work.running, scales(work.adapter))
-    worker.work(queue, files, *arguments)
+    worker.work(1, queue, files, *arguments)
 
 
 def key(name: str, /, *, folder: Path = FOLDER) -> None:

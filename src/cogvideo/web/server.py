@@ -118,12 +118,18 @@ def _without_security(app: FastAPI) -> None:
 
 @contextmanager
 def workers(number: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> Iterator[None]:
-    """Worker processes, each started again when it dies. At the end they finish their frames and leave."""
+    """Worker processes, each started again when it dies. At the end they finish their frames and leave.
+
+    Args:
+        number: number of processes.
+        work: what each does, called with the number and the arguments.
+        arguments: arguments of the work.
+    """
     context = get_context("spawn")
     is_over = Event()
 
     def start() -> BaseProcess:
-        process = context.Process(target=work, args=arguments)
+        process = context.Process(target=work, args=(number, *arguments))
         process.start()
         return process
 

@@ -41,12 +41,14 @@ GIVEN, LAST = "given.npy", "last.npy"
 """Files with uploaded frames."""
 
 
-def work(*arguments: Any) -> None:
+def work(sharing: int, *arguments: Any) -> None:
     """Work until SIGTERM or Ctrl-C comes, or the process that started this one has died.
 
     Args:
+        sharing: number of workers that share the cores of this machine.
         arguments: those of `open_worker`, without the first.
     """
+    torch.set_num_threads(max(1, torch.get_num_threads() // sharing))
     stopping = Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: stopping.set())
