@@ -29,16 +29,18 @@ from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, SIZE, Reader, resized
 from cogvideo.evaluation.subjects import TEMPLATE, read_animation, unseen_background
 from cogvideo.generation import hierarchy
-from cogvideo.generation.request import Request
+from cogvideo.generation.request import MOST_CONTEXT, Request
 from cogvideo.generation.sampling import spawn
 from cogvideo.generation.upscale import enlarge
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.media.metrics import psnr
 from cogvideo.models.autoencoder import to_pixels
 from cogvideo.models.perceptual import load_lpips
-from cogvideo.pipeline import CogVideoPipeline
+from cogvideo.pipeline import CogVideoPipeline, collect
 
 Frames = UInt8[np.ndarray, "frames height width 3"]
+LONG = 20.0
+"""Seconds of clips whose joints are looked at."""
 
 
 def shares(read: Sequence[dict[str, str]], scenes: Sequence[world.Scene], names: Sequence[str]) -> str:
@@ -95,7 +97,7 @@ def drawn(pipeline: CogVideoPipeline, draw: Draw, prompts: Sequence[str], batch:
 
 def main(
     model: str,
-    gate: Literal["tokenizer", "image", "sequential", "superres"],
+    gate: Literal["tokenizer", "image", "sequential", "superres", "joints"],
     /,
     emoji: Path | None = None,
     scenes: int = 200,
@@ -106,8 +108,8 @@ def main(
 
     Args:
         model: the bundle.
-        gate: tokenizer (reconstructions of whole clips), image (first frames), sequential (key frames), or superres
-            (real small frames, enlarged; needs `cogvideo fetch lpips`).
+        gate: tokenizer (reconstructions of whole clips), image (first frames), sequential (key frames), superres (real
+            small frames, enlarged; needs `cogvideo fetch lpips`), or joints (clips of 20 seconds).
         emoji: a folder of animations with alpha and captions.csv.
         scenes: number of scenes.
         limit: number of emoji, evenly spread; all by default.
@@ -117,6 +119,9 @@ def main(
     reader = Reader.load()
     chosen = unseen_scenes(scenes, PROMPTED, "simple")
     side = pipeline.model.config.frame_size
+    if gate == "joints":
+        _joints(pipeline, [world.captions(scene)[0] for scene in chosen], sheet)
+        return
     if gate == "superres":
         large = side * pipeline.model.config.upscaler.ratio
         clips = [(world.captions(scene)[0], world.render(scene, large, 1.0, 5)) for scene in chosen]
@@ -206,6 +211,27 @@ def _superres(pipeline: CogVideoPipeline, name: str, clips: Sequence[tuple[str, 
     if sheet is not None:
         rows = [each[place][:5] for place in evenly(len(real), 8) for each in (real, made["bicubic"], made["model"])]
         write_image(sheet, contact_sheet(rows, columns=5))
+
+
+def _joints(pipeline: CogVideoPipeline, prompts: Sequence[str], sheet: Path | None) -> None:
+    """Compare changes from frame to frame inside the sequences of long clips with those that lead to the next one."""
+    sizes = pipeline.model.config.layout
+    settings = replace(pipeline.settings.lasting(LONG, pipeline.model.config), should_enlarge=False)
+    made: list[Frames] = []
+    for number, prompt in enumerate(prompts):
+        generators = [torch.Generator().manual_seed(number)]
+        made.extend(collect(pipeline.frames(Request([prompt], generators, settings)), FPS).frames)
+    changes = np.abs(np.diff(np.stack(made).astype(np.float32), axis=1)).mean((2, 3, 4))
+    gaps = np.arange(changes.shape[1]) // 2**settings.rounds
+    is_joint = (gaps >= sizes.num_frames - 1) & ((gaps - sizes.num_frames + 1) % (sizes.num_frames - MOST_CONTEXT) == 0)
+    joints, inside = changes[:, is_joint], changes[:, ~is_joint]
+    for name, part in (("inside", inside), ("joints", joints)):
+        largest = 100 * (part > np.quantile(inside, 0.95)).mean()
+        print(
+            f"{name}: mean change {part.mean():.2f} of 255, {largest:.1f} % above the 95th percentile of those inside"
+        )
+    if sheet is not None:
+        write_image(sheet, contact_sheet([clip[:: 2**settings.rounds] for clip in made[:8]], columns=int(LONG) + 1))
 
 
 def small(frames: Frames) -> UInt8[np.ndarray, "17 32 32 3"]:
