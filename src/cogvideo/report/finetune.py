@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -109,7 +110,7 @@ def facts(out: Path, base: str, settings: Finetuning) -> dict[str, Any]:
         "seconds": duration(sum(seconds for _, seconds in times)),
         "clips": about.get("clips", []),
         "rejected": about.get("rejected", []),
-        "advice": advice(runs, about.get("clips", [])),
+        "advice": advice(runs, about.get("clips", []), settings.lora is not None),
     }
 
 
@@ -226,22 +227,24 @@ def _stage(run: Run) -> list[str]:
     return [TITLES[run.stage], f"{run.num_steps:,}", first, best, "–" if run.seconds is None else duration(run.seconds)]
 
 
-def advice(runs: Sequence[Run], clips: Sequence[dict[str, Any]]) -> str:
+def advice(runs: Sequence[Run], clips: Sequence[dict[str, Any]], has_adapters: bool) -> str:
     """Advice for clips that look bad, in a line."""
-    stages = [run for run in runs if run.stage != TOKENIZER and run.best is not None]
-    still = [run for run in stages if run.best is not None and run.best[0] == run.num_steps]
-    early = [run for run in stages if run.best is not None and run.best[0] <= run.num_steps // 2]
-    shown = [run.validation.values[-1] for run in runs if run.stage == TOKENIZER and run.validation is not None]
-    blurred = [each for each in shown if each < LEAST_PSNR]  # by the last step, which is in the model
+    ends = {(run.stage, name): curve.values[-1] for run in runs for name, curve in run.figures.items()}
+    best = {run.stage: (*run.best, run.num_steps) for run in runs if run.stage != TOKENIZER and run.best is not None}
+    num_still = sum(step == steps for step, _, steps in best.values())
+    num_known = sum(ends.get((stage, "loss"), math.inf) < loss / 2 for stage, (_, loss, _) in best.items())
+    shown = ends.get((TOKENIZER, "psnr"), math.inf)
     unnamed = sum("no caption" in each["notes"] for each in clips)
     if 2 * unnamed > len(clips):
         advised = "write captions (`cogvideo data captions`), since file names say little to a model"
-    elif blurred:
-        advised = f"train longer (`--minutes`, another `--out`): codes still blur the clips ({blurred[0]:.1f} dB)"
-    elif len(early) > len(still):
-        advised = "add more and other clips; the held-out loss was best early, then the model learned these by heart"
-    elif still:
+    elif shown < LEAST_PSNR:
+        advised = f"train longer (`--minutes`, another `--out`): codes still blur the clips ({shown:.1f} dB)"
+    elif num_known > num_still:
+        advised = "add more and other clips; the model knows these by heart, as its low loss on them says"
+    elif num_still:
         advised = "train longer (`--minutes`, another `--out`); the held-out loss was still falling"
+    elif has_adapters and best:
+        advised = "train with a higher rank, or without --lora: the adapters have not learned these clips"
     else:
         advised = "give it more clips, and more time (`--minutes`, another `--out`)"
     return f"If clips look bad: {advised}."

@@ -1,0 +1,40 @@
+"""The page of a fine-tuning: what it advises for clips that look bad."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cogvideo.report.finetune import advice
+from cogvideo.report.runs import Curve, Run
+
+
+def run(stage: str, figure: str, last: float, held_out: list[float]) -> Run:
+    """A run of 30 steps, with the last figure of training and three of held-out clips."""
+    steps = np.array([10, 20, 30])
+    figures = {figure: Curve(steps, np.array([1.0, 1.0, last]))}
+    return Run(Path(), stage, stage, 30, {}, figures, {}, Curve(steps, np.array(held_out)), True, 1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("psnr", "loss", "held_out", "has_adapters", "advised"),
+    [
+        (20.0, 0.5, [5.0, 6.0, 7.0], False, "codes still blur the clips (20.0 dB)"),
+        (30.0, 0.5, [5.0, 6.0, 7.0], False, "knows these by heart"),
+        (30.0, 4.0, [7.0, 6.0, 5.0], False, "was still falling"),
+        (30.0, 4.0, [5.0, 6.0, 7.0], True, "without --lora"),
+        (30.0, 4.0, [5.0, 6.0, 7.0], False, "more clips, and more time"),
+    ],
+)
+def test_advice(psnr: float, loss: float, held_out: list[float], has_adapters: bool, advised: str) -> None:
+    """Guards users from advice that is wrong for what they see: adapters that learned nothing, or a tokenizer that
+    blurs nothing but the one clip that was held out."""
+    runs = [run("tokenizer", "psnr", psnr, [20.0, 19.0, 18.0]), run("image", "loss", loss, held_out)]
+    assert advised in advice(runs, [{"notes": []}], has_adapters)
+
+
+def test_captions_come_first() -> None:
+    """Guards clips without captions from more training."""
+    assert "write captions" in advice([], [{"notes": ["no caption"]}], has_adapters=False)
