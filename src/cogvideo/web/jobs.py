@@ -210,7 +210,7 @@ class Jobs:
                 raise FullError(f"{waiting} of your videos are unfinished, which is the limit: wait for one of them")
             if kept >= limits.kept:
                 raise FullError(f"you have {kept} videos, which is the limit: delete some")
-            connection.execute(insert(JOBS).values({column.name: getattr(job, column.name) for column in JOBS.c}))
+            connection.execute(insert(JOBS), {column.name: getattr(job, column.name) for column in JOBS.c})
         return job
 
     def find(self, id: str, owner: str | None = None, bulky: bool = False) -> Job | None:
