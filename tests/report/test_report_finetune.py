@@ -21,7 +21,7 @@ def run(stage: str, figure: str, last: float, held_out: list[float]) -> Run:
 @pytest.mark.parametrize(
     ("psnr", "loss", "held_out", "has_adapters", "advised"),
     [
-        (20.0, 0.5, [5.0, 6.0, 7.0], False, "codes still blur the clips (20.0 dB)"),
+        (20.0, 0.5, [5.0, 6.0, 7.0], False, "codes still blur what they learn from (20.0 dB)"),
         (30.0, 0.5, [5.0, 6.0, 7.0], False, "knows these by heart"),
         (30.0, 4.0, [7.0, 6.0, 5.0], False, "was still falling"),
         (30.0, 4.0, [5.0, 6.0, 7.0], True, "without --lora"),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -26,6 +28,7 @@ from cogvideo.media.video import read_video, write_video
 from cogvideo.report.finetune import choose
 from cogvideo.training import finetune
 from cogvideo.training.card import read_reports
+from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.finetune import Chain, Finetuning
 from cogvideo.training.launch import seconds_a_step
 from cogvideo.training.stages import Choice
@@ -122,6 +125,23 @@ def test_all_stages_are_trained(tuned: Path, place: Path) -> None:
             if "held_out" in row
         }
         assert reports[name]["steps"] == min(held, key=lambda step: held[step])
+
+
+def test_ctrl_c_during_a_last_step(tuned: Path, place: Path) -> None:
+    """Guards users who stop a chain while a stage saves its last step: the next one does not begin; called again, the
+    chain makes the same bytes."""
+    chain, save = partial(Chain, str(place / "clips"), place / "stopped", str(place / "base"), QUICK), Checkpoints.save
+
+    def interrupted(checkpoints: Checkpoints, step: int, *rest: Any) -> None:
+        save(checkpoints, step, *rest)
+        if step == QUICK.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with patch.object(Checkpoints, "save", interrupted), pytest.raises(KeyboardInterrupt):
+        chain().run()
+    assert not (place / "stopped" / ".image-run").exists()
+    chain().run()
+    assert content(place / "stopped") == content(tuned)
 
 
 @pytest.mark.soak

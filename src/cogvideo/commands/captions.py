@@ -46,9 +46,10 @@ def captions(clips: Path, /) -> None:
         try:
             frames = read_video(Path(path), FPS, SIDE, fit="letterbox", max_frames=MOST).frames
         except VideoError as error:
-            print(f"{file} is left out: {error}")
+            print(f"{file} is left out. {error}")
             continue
         shown.append({"file": file, "caption": caption, "frames": frames})
+    require(len(shown) > 0, f"no clip of {clips} can be shown, expected a folder with videos")
     if find_manifest(clips) is None:
         write_csv(clips / TABLE, [("file", "caption"), *((each["file"], each["caption"]) for each in shown)])
         print(f"{clips / TABLE}: {count(sum(not each['caption'] for each in shown), 'empty caption')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def finetune(
         return
     from cogvideo.report.finetune import facts
 
+    print(f"[{chain.num_steps}/{chain.num_steps}] The page: clips before and after", file=sys.stderr, flush=True)
     found = facts(out, base, settings)
     lead = f"Made from {count(found['clips'], 'clip')} and the model {base}."
     write_page(page, "finetune", f"{out.resolve().name}: fine-tuned", lead, "finetune.html", found)

@@ -238,7 +238,7 @@ def advice(runs: Sequence[Run], clips: Sequence[dict[str, Any]], has_adapters: b
     if 2 * unnamed > len(clips):
         advised = "write captions (`cogvideo data captions`), since file names say little to a model"
     elif shown < LEAST_PSNR:
-        advised = f"train longer (`--minutes`, another `--out`): codes still blur the clips ({shown:.1f} dB)"
+        advised = f"train longer (`--minutes`, another `--out`): codes still blur what they learn from ({shown:.1f} dB)"
     elif num_known > num_still:
         advised = "add more and other clips; the model knows these by heart, as its low loss on them says"
     elif num_still:

@@ -168,6 +168,11 @@ class Chain:
         require(len(self.items) > 0, f"no clip of {source} can be used: {': '.join(_NOT_TEXT)}")
 
     @property
+    def num_steps(self) -> int:
+        """Number of steps, with the page that follows."""
+        return len(TITLES) + 1
+
+    @property
     def table(self) -> Path:
         """Table of the clips."""
         return self.folder.path / TABLE
@@ -185,7 +190,7 @@ class Chain:
             for number, step in enumerate(steps, 1):
                 if step.is_done():
                     continue
-                _say(f"[{number}/{len(steps) + 1}] {TITLES[step.name]}{self._time_left}")
+                _say(f"[{number}/{self.num_steps}] {TITLES[step.name]}{self._time_left}")
                 began = time.monotonic()
                 step.work()
                 seconds = round(time.monotonic() - began, 1)

@@ -51,6 +51,7 @@ def learn(session: Session) -> None:
     with recorder as record, interrupts() as caught:
         _greet(session, first, record)
         clock = Clock(trainer, seconds)
+        done = first
         for done, batch in zip(range(first + 1, steps + 1), session.batches(first), strict=False):
             trainer.step(done - 1, batch)
             clock.step()
@@ -81,13 +82,14 @@ def learn(session: Session) -> None:
             if session.preview is not None and session.has_sample(done) and not stops:
                 record.picture(done, session.preview(done))
             if stops:
-                checkpoints.wait()
-                record.say(f"Stopped after step {done:,}; the same command continues.")
-                if signal.SIGTERM in caught:
-                    raise SystemExit(128 + signal.SIGTERM)
-                raise KeyboardInterrupt  # here or on another rank
+                break
             clock.pause(time.monotonic() - paused)
         checkpoints.wait()
+        if any_rank(bool(caught)):  # also while the last step was measured
+            record.say(f"Stopped after step {done:,}; the same command continues.")
+            if signal.SIGTERM in caught:
+                raise SystemExit(128 + signal.SIGTERM)
+            raise KeyboardInterrupt  # here or on another rank
 
 
 def _greet(session: Session, first: int, record: Recorder) -> None:
