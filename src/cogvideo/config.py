@@ -335,11 +335,10 @@ class SamplingConfig:
         for name, most in limits.items():
             value = getattr(self, name)
             require(is_number(value, 0, most), f"{name} is {value!r:.60}, expected 0 to {most}")
-        for name in ("top_p", "cluster_temperature"):
+        for name, most in (("top_p", 1), ("cluster_temperature", LARGEST)):
             value = getattr(self, name)
-            is_positive = is_number(value, 0, LARGEST) and value > 0
-            require(is_positive, f"{name} is {value!r:.60}, expected a positive number")
-        require(self.top_p <= 1, f"top_p is {self.top_p}, expected above 0, at most 1")
+            fits = is_number(value, 0, most) and value > 0
+            require(fits, f"{name} is {value!r:.60}, expected above 0, at most {most}")
 
     def __or__(self, given: Mapping[str, Any]) -> SamplingConfig:
         """Replace the values that are given."""

@@ -205,10 +205,10 @@ def test_sums_of_a_gpu_do_not_depend_on_their_order() -> None:
     [
         ({"temperature": -0.1}, r"temperature is -0\.1, expected 0 to 100"),
         ({"top_k": -1}, r"top_k is -1, expected 0 to 1000000"),
-        ({"top_p": 0.0}, r"top_p is 0\.0, expected a positive number"),
+        ({"top_p": 0.0}, r"top_p is 0\.0, expected above 0, at most 1"),
         ({"top_p": 1.1}, r"top_p is 1\.1"),
         ({"clusters": -2}, r"clusters is -2, expected 0 to 1000000"),
-        ({"cluster_temperature": 0.0}, r"cluster_temperature is 0\.0, expected a positive number"),
+        ({"cluster_temperature": 0.0}, r"cluster_temperature is 0\.0, expected above 0, at most 100"),
     ],
 )
 def test_refused_settings(values: dict, message: str) -> None:

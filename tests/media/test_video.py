@@ -791,6 +791,19 @@ def test_every_player_opens_mp4(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_same_frames_give_the_same_mp4(tmp_path: Path) -> None:
+    """Guards "the same seed gives the same clip" in bytes, whatever lies in memory: it is filled anew for each file."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (5, 12, 12, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
+    contents, junk = set(), []
+    for number in range(24):
+        junk.append(np.random.default_rng(number).integers(0, 255, 20_000 * (1 + number % 7)).astype(np.uint8))
+        junk = junk[:: 1 + (number % 3 == 0)]
+        write_video(tmp_path / "x.mp4", frames, 1)
+        contents.add((tmp_path / "x.mp4").read_bytes())
+    assert len(contents) == 1
+
+
 def test_a_forked_process_can_write(tmp_path: Path) -> None:
     """An endless wait for threads that stayed in the parent: PyAV converts all frames of a process with one scaler."""
     frames = np.stack([numbered(number) for number in range(3)])

@@ -282,7 +282,8 @@ def test_other_sites_and_names_are_refused(site: Site) -> None:
     """Guards a server without keys against pages that a browser on this machine shows."""
     web = client(site)
     assert web.get("/v1/videos", headers={"host": "evil.example"}).status_code == 400
-    for origin in ("http://evil.example", "null", "http://testserver.evil.example", "http://testserver:81"):
+    foreign = ("http://evil.example", "null", "http://testserver.evil.example", "http://testserver:81", "http://[")
+    for origin in foreign:
         for kind in ("application/json", "multipart/form-data; boundary=x", "text/plain"):
             headers = {"Origin": origin, "Content-Type": kind}
             assert web.post("/v1/videos", content=b'{"prompt": "x"}', headers=headers).status_code == 403
@@ -291,6 +292,23 @@ def test_other_sites_and_names_are_refused(site: Site) -> None:
         assert answer.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert "access-control-allow-origin" not in answer.headers
+
+
+def test_forms_in_odd_charsets(site: Site) -> None:
+    """Guards against mistakes of the server that clients make: a form that its charset cannot hold is refused."""
+    form = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--b--\r\n'
+    kind = {"Content-Type": "multipart/form-data; boundary=b; charset=undefined"}
+    answer = client(site).post("/v1/videos", content=form, headers=kind)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_mistakes_of_the_server_are_counted(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards operators, whose alarms hang on the metrics."""
+    web = TestClient(application(site, ["testserver"]), raise_server_exceptions=False)
+    monkeypatch.setattr(Jobs, "listed", lambda *_: 1 / 0)
+    assert web.get("/v1/videos").status_code == 500
+    told = 'cogvideo_requests_total{method="GET",route="/v1/videos",status="500"} 1.0'
+    assert told in web.get("/metrics").text
 
 
 def test_paths_never_come_from_requests(site: Site) -> None:

@@ -186,7 +186,7 @@ def worker(*, place: StorageOptions = StorageOptions(), work: WorkerOptions = Wo
 def key(name: str, /, *, folder: Path = FOLDER) -> None:
     """Make an API key for `cogvideo serve` and print it. Only its hash is kept, in the file `keys` of the folder.
 
-    To take a key back, delete its line there.
+    To take a key back, delete its line there. A server that began without keys asks for none until it is started again.
 
     Args:
         name: Name of the key; its videos belong to that name.

@@ -48,10 +48,18 @@ class Guard:
 
         headers = Headers(scope=scope)
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+        if origin is not None and _host_of(origin) != headers.get("host"):
             await PlainTextResponse("Requests from other sites are refused.", 403)(scope, receive, send_more)
             return
         await self._app(scope, _bounded(receive, headers.get("content-length", "")), send_more)
+
+
+def _host_of(origin: str) -> str | None:
+    """Host and port of an origin; None if it is no address."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _bounded(receive: Receive, announced: str) -> Receive:

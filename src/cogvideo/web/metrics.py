@@ -48,14 +48,27 @@ class MetricsMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
-        begin = time.perf_counter()
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin, is_answered = time.perf_counter(), False
+
+        def count(status: int) -> None:
+            route = getattr(scope.get("route"), "path", "unknown")
+            method = scope["method"] if route != "unknown" else "any"
+            self._metrics.requests.labels(method, route, str(status)).inc()
+            self._metrics.seconds.labels(route).observe(time.perf_counter() - begin)
 
         async def send_counted(message: Message) -> None:
+            nonlocal is_answered
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "unknown")
-                method = scope["method"] if route != "unknown" else "any"
-                self._metrics.requests.labels(method, route, str(message["status"])).inc()
-                self._metrics.seconds.labels(route).observe(time.perf_counter() - begin)
+                is_answered = True
+                count(message["status"])
             await send(message)
 
-        await self._app(scope, receive, send_counted if scope["type"] == "http" else send)
+        try:
+            await self._app(scope, receive, send_counted)
+        except Exception:
+            if not is_answered:
+                count(500)  # which is sent further out
+            raise

@@ -169,7 +169,7 @@ class Asked:
         """Read JSON or a form.
 
         Raises:
-            HTTPException: it is neither.
+            HTTPException: it is neither, or cannot be read.
             RequestValidationError: the JSON is no object.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -181,7 +181,10 @@ class Asked:
             if not isinstance(found, dict):
                 raise RequestValidationError([{"loc": ("body",), "msg": "expected a JSON object", "input": None}])
         elif kind == "multipart/form-data":
-            found = await _form(request)
+            try:
+                found = await _form(request)
+            except UnicodeError:
+                raise HTTPException(400, "the form is not in the charset that it names, expected UTF-8") from None
         else:
             raise HTTPException(415, f"content-type is {kind!r:.80}, expected application/json or multipart/form-data")
         references = {name: value for name in REFERENCES if (value := found.pop(name, None)) is not None}
