@@ -940,7 +940,7 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--clusters", "9999999"), " clusters is 9999999, expected 0 to 1000000"),
         (("--top-k", "-1"), " top_k is -1, expected 0 to 1000000"),
         (("--first-top-p", "1.5"), "first_top_p is 1.5, expected above 0, at most 1"),
-        (("--superres-cluster-temperature", "0"), "superres_cluster_temperature is 0.0, expected a positive number"),
+        (("--superres-cluster-temperature", "0"), "superres_cluster_temperature is 0.0, expected above 0, at most 100"),
         (("--samples", "300000000"), "samples is 300000000, expected 1 to 100000"),
         (("--samples", "2", "--seed", str(2**63 - 1)), f"the seed of the last clip would be {2**63}, expected"),
         (("--negative", " "), "the negative prompt is empty: ' '"),
