@@ -42,6 +42,8 @@ CHANGED, ABSENT = "its content is cut short or was changed", "No such file or di
 WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 """Tables of a checkpoint."""
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+# PyTorch warns of a process that is alone; here for good, since filters of a block hold for all threads or none
+warnings.filterwarnings("ignore", r"torch\.distributed is .*unavailable or uninitialized", UserWarning)
 
 
 class DamagedError(InputError):
@@ -276,8 +278,7 @@ def _reading(path: Path, has_hashes: bool) -> Iterator[None]:
     Files without hashes may be damaged: that is what they raise, but for what the system says and for memory.
     """
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # PyTorch warns of a process alone
-            yield
+        yield
     except (Exception, CheckpointException) as error:
         cause = _cause(error)
         is_system = isinstance(cause, OSError) and cause.errno is not None
@@ -292,8 +293,7 @@ def _reading(path: Path, has_hashes: bool) -> Iterator[None]:
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            yield
+        yield
     except CheckpointException as error:
         cause = _cause(error)
         number = (isinstance(cause, OSError) and cause.errno) or errno.EIO
