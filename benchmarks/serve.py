@@ -212,7 +212,7 @@ def main() -> None:
     figures["share of the pipeline alone"] = figures["clips a second"] / statistics.mean([before, after])
     figures |= {name: getattr(given, name) for name in ("workers", "batch", "clients", "minutes")}
     print(json.dumps(figures, indent=2))
-    print(write("serve", figures, *([given.out] if given.out else [])))
+    print(write("serve", {"load": figures}, *([given.out] if given.out else [])))
 
 
 if __name__ == "__main__":
