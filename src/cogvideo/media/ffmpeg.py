@@ -300,7 +300,8 @@ def write_mp4(
     absolute = path.absolute()  # else a name with a colon is taken for an address
     with av.open(absolute, "w", container_options={"movflags": flags}) as container:
         container.metadata.update(metadata)
-        options = {"crf": "18", "mbtree": "0"}  # whose code reads what is not its own: other bytes for the same frames
+        # x264's macroblock tree reads memory that it has not written: the same frames would give different files
+        options = {"crf": "18", "mbtree": "0"}
         stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.color_range, stream.colorspace = ColorRange.MPEG, Colorspace.ITU709
