@@ -62,6 +62,7 @@ def test_videos_that_the_table_does_not_name_are_reported(tmp_path: Path) -> Non
     assert reasons == {"gone.mp4": "file is missing", "b.mp4": review.NO_ROW, "sub/c.mp4": review.NO_ROW}
     clip = ReviewedClip(items[0], seconds=1.0, width=8, height=8, fps=8.0, energy=1.0)
     told = review.in_short([clip], rejected)
+    assert told[0] == "1 clip of 1.0 s, 8 x 8; 0 held out."
     assert told[-2:] == [
         "Left out: gone.mp4: file is missing.",
         "Left out: b.mp4 and 1 more: no row in the table.",

@@ -9,6 +9,7 @@ import pytest
 
 from cogvideo.report.finetune import advice
 from cogvideo.report.runs import Curve, Run
+from cogvideo.training.finetune import Finetuning
 
 
 def run(stage: str, figure: str, last: float, held_out: list[float]) -> Run:
@@ -32,9 +33,16 @@ def test_advice(psnr: float, loss: float, held_out: list[float], has_adapters: b
     """Guards users from advice that is wrong for what they see: adapters that learned nothing, or a tokenizer that
     blurs nothing but the one clip that was held out."""
     runs = [run("tokenizer", "psnr", psnr, [20.0, 19.0, 18.0]), run("image", "loss", loss, held_out)]
-    assert advised in advice(runs, [{"notes": []}], has_adapters)
+    settings = Finetuning(lora=8 if has_adapters else None)
+    assert advised in advice(runs, [{"notes": []}], settings)
 
 
 def test_captions_come_first() -> None:
     """Guards clips without captions from more training."""
-    assert "write captions" in advice([], [{"notes": ["no caption"]}], has_adapters=False)
+    assert "write captions" in advice([], [{"notes": ["no caption"]}], Finetuning())
+
+
+def test_advice_names_the_option_that_set_the_length() -> None:
+    """Guards users of --steps from the advice to change --minutes, which they did not set."""
+    assert "`--minutes`" in advice([], [{"notes": []}], Finetuning())
+    assert "`--steps`" in advice([], [{"notes": []}], Finetuning(steps=9))

@@ -350,7 +350,8 @@ def in_short(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection]) -> li
     size = sizes[0] if len(sizes) == 1 else f"{len(sizes)} sizes"
     held = sum(each.item.split not in ("train",) for each in clips)
     spans = f"{lengths[0]:.1f} to {lengths[-1]:.1f} s (median {lengths[len(lengths) // 2]:.1f})"
-    lines = [f"{len(clips):,} clips of {spans}, {size}; {held:,} held out."]
+    number = f"{len(clips):,} clips of {spans}" if len(clips) > 1 else f"1 clip of {lengths[0]:.1f} s"
+    lines = [f"{number}, {size}; {held:,} held out."]
     counts: dict[str, int] = {}
     for each in clips:
         for note in each.notes:

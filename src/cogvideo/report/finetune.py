@@ -110,7 +110,7 @@ def facts(out: Path, base: str, settings: Finetuning) -> dict[str, Any]:
         "seconds": duration(sum(seconds for _, seconds in times)),
         "clips": about.get("clips", []),
         "rejected": about.get("rejected", []),
-        "advice": advice(runs, about.get("clips", []), settings.lora is not None),
+        "advice": advice(runs, about.get("clips", []), settings),
     }
 
 
@@ -227,8 +227,9 @@ def _stage(run: Run) -> list[str]:
     return [TITLES[run.stage], f"{run.num_steps:,}", first, best, "–" if run.seconds is None else duration(run.seconds)]
 
 
-def advice(runs: Sequence[Run], clips: Sequence[dict[str, Any]], has_adapters: bool) -> str:
+def advice(runs: Sequence[Run], clips: Sequence[dict[str, Any]], settings: Finetuning) -> str:
     """Advice for clips that look bad, in a line."""
+    longer = "`--minutes`" if settings.steps is None else "`--steps`"
     ends = {(run.stage, name): curve.values[-1] for run in runs for name, curve in run.figures.items()}
     best = {run.stage: (*run.best, run.num_steps) for run in runs if run.stage != TOKENIZER and run.best is not None}
     num_still = sum(step == steps for step, _, steps in best.values())
@@ -238,13 +239,13 @@ def advice(runs: Sequence[Run], clips: Sequence[dict[str, Any]], has_adapters: b
     if 2 * unnamed > len(clips):
         advised = "write captions (`cogvideo data captions`), since file names say little to a model"
     elif shown < LEAST_PSNR:
-        advised = f"train longer (`--minutes`, another `--out`): codes still blur what they learn from ({shown:.1f} dB)"
+        advised = f"train longer ({longer}, another `--out`): codes still blur what they learn from ({shown:.1f} dB)"
     elif num_known > num_still:
         advised = "add more and other clips; the model knows these by heart, as its low loss on them says"
     elif num_still:
-        advised = "train longer (`--minutes`, another `--out`); the held-out loss was still falling"
-    elif has_adapters and best:
+        advised = f"train longer ({longer}, another `--out`); the held-out loss was still falling"
+    elif settings.lora is not None and best:
         advised = "train with a higher rank, or without --lora: the adapters have not learned these clips"
     else:
-        advised = "give it more clips, and more time (`--minutes`, another `--out`)"
+        advised = f"give it more clips, and more time ({longer}, another `--out`)"
     return f"If clips look bad: {advised}."
