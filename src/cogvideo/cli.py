@@ -42,9 +42,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command("cogvideo.commands.generate:generate", "Generate videos from prompts."),
-    "finetune": Command("cogvideo.commands.finetune:finetune", "Train a model on your own clips, from another one."),
+    "finetune": Command("cogvideo.commands.finetune:finetune", "Fine-tune a model on your own clips."),
     "serve": Command(
-        "cogvideo.commands.serve:serve", "Serve text to video over HTTP, from a queue that loses nothing."
+        "cogvideo.commands.serve:serve", "Serve text to video over HTTP, with a queue that survives crashes."
     ),
     "studio": Command("cogvideo.commands.serve:studio", "Generate clips on a page in a browser."),
     "worker": Command("cogvideo.commands.serve:worker", "Generate the videos of a queue, on any number of machines."),
@@ -72,7 +72,7 @@ COMMANDS = {
         "cogvideo.commands.evaluate_alignment:alignment", "Measure how well clips match prompts."
     ),
     "evaluate distribution": Command(
-        "cogvideo.commands.evaluate_distribution:distribution", "Compare clips with real ones: FVD and its kin."
+        "cogvideo.commands.evaluate_distribution:distribution", "Compare clips with real ones: FVD, KVD and others."
     ),
     "evaluate text": Command(
         "cogvideo.commands.evaluate_text:text", "Measure how well frames match captions: CLIPSIM."

@@ -29,19 +29,19 @@ def ablate(
     optimization: StageOptimization = StageOptimization(),  # noqa: B008
     machines: Machines = Machines(),  # noqa: B008
 ) -> None:
-    """Train variants of the video stages and compare them. Killed and called again, it continues.
+    """Train variants of the video stages and compare them. Run an interrupted command again to continue.
 
     Variants are: full; random (weights of the image model are not inherited); trained (a base that is not frozen);
     one-stage (one rate in place of the hierarchy, with one and two overlapping frames); no-rate (no frame rate in the
     text); no-window (full attention). FVD needs `cogvideo fetch i3d`.
 
-    The page ablation.html and the figures ablation.json in OUT are made of the runs that are over.
+    The page ablation.html and the figures in ablation.json, both in OUT, cover the finished runs.
 
     Args:
         recipe: TOML file whose table [ablate] has values for the following options, which take precedence.
         out: Folder for data, runs, page and figures.
-        only: Name of one run to do, or data for what all runs need. Jobs on several machines share OUT.
-        list_: Print the names of all runs, and do nothing.
+        only: Name of a single run to do, or data to make only what all runs need. Jobs on several machines share OUT.
+        list_: Print the names of all runs, and do nothing else.
         ablation: Settings of the comparison.
         optimization: Optimization of each stage.
         machines: Devices and processes.

@@ -22,8 +22,8 @@ FPS, SIDE, MOST = 4.0, 160, 32
 def captions(clips: Path, /) -> None:
     """Write a table for the captions of clips, and a page that shows the clips and saves what you write.
 
-    Captions that exist are in both. A table that is there is kept: the page then has its captions, and fields for the
-    clips that it lacks.
+    Both include the captions that exist. An existing table is kept: the page then shows its captions, and empty fields
+    for the clips that it lacks.
 
     Args:
         clips: Folder of videos; captions.csv and captions.html are written there.

@@ -41,7 +41,7 @@ class Choices(SamplingOptions):
     model: str = POCKET
     """Model: pocket, which comes with the package, the folder of a bundle, or its ID on the Hugging Face Hub."""
     channel: str | None = None
-    """Name of a further video channel in the model, such as a style."""
+    """Name of an additional video channel in the model, such as a style."""
     adapter: tuple[str, ...] = ()
     """Names of adapters in the model, or their folders, each with its scale as NAME:SCALE; 1 unless given."""
     image: Path | None = None
@@ -56,16 +56,16 @@ class Choices(SamplingOptions):
     loop: bool = False
     """End the clip where it starts, so that it repeats without a jump."""
     negative: str | None = None
-    """Text to move away from by guidance; the model's own unconditional text if empty."""
+    """Text that guidance moves away from; the model's own unconditional text if empty."""
     seconds: float | None = None
     """Length of the clip in seconds, such as 4, 2, 1 or 0.5: one that the key frames were trained on, the longest of
-    them by default. A longer clip, such as 20, goes on in overlapping sequences."""
+    them by default. A longer clip, such as 20, continues in overlapping sequences."""
     rounds: int | None = None
-    """Rounds of interpolation: 0 to 3 give 5, 9, 17 or 33 frames in four seconds. Up to 6, each doubles the rate;
-    by default, 8 frames per second."""
+    """Rounds of interpolation: 0 to 3 give 5, 9, 17 or 33 frames in four seconds. Up to 6; each doubles the frame
+    rate. By default, as many as give 8 frames per second."""
     size: str | None = None
-    """Width and height of the clip in pixels, such as 128x72, each at most the side of the model's squares; by default,
-    the shape that the model was trained on."""
+    """Width and height of the clip in pixels, such as 128x72, each at most the side of the model's square frames; by
+    default, the shape that the model was trained on."""
     fit: Literal["crop", "letterbox"] = "crop"
     """Treatment of images and videos of another shape: crop to the center, or add white bars."""
     superres: bool = True

@@ -19,7 +19,7 @@ def convert(
 ) -> None:
     """Convert the released checkpoints, or some of them, to a bundle.
 
-    Frozen bases that are equal are stored once. Host memory stays below the largest file plus its largest tensor.
+    Identical frozen bases are stored once. Host memory stays below the largest file plus its largest tensor.
 
     Args:
         out: Folder for the bundle; an existing bundle is replaced once the new one is complete.

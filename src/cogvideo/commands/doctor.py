@@ -32,7 +32,7 @@ WAYS = (
 def doctor(model: str = POCKET, /) -> int:
     """Report what this machine can run, and check a model's files against their hashes.
 
-    The exit status is 1 if a file is not what was saved.
+    The exit status is 1 if a file does not match.
 
     Args:
         model: Model: pocket, which comes with the package, the folder of a bundle, or its ID on the Hugging Face Hub.

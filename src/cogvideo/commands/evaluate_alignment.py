@@ -35,7 +35,7 @@ def alignment(
     """Measure how well clips show what their prompts say. Run an interrupted command again to continue.
 
     Prints tables and writes alignment.json (results, findings for each clip, and the protocol) and alignment.png (real
-    clips above generated ones, some failures among them). Generated clips stay in the folder.
+    clips above generated ones, including some failures). Generated clips stay in the folder.
 
     Args:
         model: Folder of a bundle, or its ID on the Hugging Face Hub.
@@ -43,7 +43,8 @@ def alignment(
         world: Number of prompts about the World, half of them with pairs that training never shows; 0 for none.
         domain: Part of the World that prompts are about; the model in the box learns `simple`.
         emoji: Folder with captions.csv, or table, of animations with alpha, such as emoji.
-        emoji_limit: Maximum number of prompts about the animations, evenly spread; clips are compared with all.
+        emoji_limit: Maximum number of prompts about the animations, evenly spread; clips are compared with every
+            animation.
         emoji_seed: Seed of the animations' data preparation, which determines the backgrounds that were never seen.
         making: How clips are made.
         batch: Clips per pass; only affects the speed.

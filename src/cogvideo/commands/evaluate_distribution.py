@@ -46,21 +46,21 @@ def distribution(
 ) -> None:
     """Compare clips with real ones: FVD, KVD, Inception Score, LPIPS. Run an interrupted command again to continue.
 
-    The network of FVD comes from `cogvideo fetch i3d`. Features are kept in the cache by the content of each clip.
+    The network of FVD comes from `cogvideo fetch i3d`. Features are cached by the content of each clip.
 
     Args:
         real: Folder of videos, table, WebDataset tar or prepared data with the real clips.
         generated: Folder, table, tar or prepared data with the clips to judge.
-        protocol: Implementation to agree with: tfhub (the first one), tats, or stylegan-v.
+        protocol: Implementation to match: tfhub (the original), tats, or stylegan-v.
         clips: Number of clips on each side; the protocol's by default, 2,048.
         frames: Number of frames of a clip; the protocol's by default, 16.
-        step: Frames of the file from one frame to the next; the protocol's by default, 1.
+        step: Distance between frames, in frames of the file; the protocol's by default, 1.
         size: Side in pixels to which clips are reduced first; the protocol's by default, 128 for tats, else the file's.
         fps: Frames per second at which files are read; their own by default.
         seed: Seed of all random choices.
         model: Bundle whose image tokenizer decodes prepared data, and reconstructs real clips for another FVD.
         network: File with the weights of I3D; the fetched ones by default.
-        unproven: Accept weights that are not those of FVD; their distance has another name.
+        unproven: Accept weights that are not those of FVD; their distance is not called FVD.
         c3d_weights: File with the weights of C3D (.npz), for Inception Score.
         c3d_mean: File with the mean clip of C3D (.npz).
         pairs: Network of LPIPS, vgg or alexnet, to compare clips of the same name.

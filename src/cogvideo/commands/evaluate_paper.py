@@ -66,7 +66,7 @@ def ucf101(
         out: Folder for clips and results.
         split: Real videos to compare with: train, as TATS does, test, or all.
         division: Number of the official division into train and test.
-        language: Language of the class names that the model is given.
+        language: Language of the class names in the prompts.
         fps: Frames per second of real and generated clips; the data set has 25.
         clips: Number of clips of FVD on each side.
         samples: Number of clips of the Inception Score, if --c3d-weights are given.

@@ -43,17 +43,17 @@ def text(
 ) -> None:
     """Measure CLIPSIM: the similarity of captions and frames, by CLIP. Run an interrupted command again to continue.
 
-    With real clips of the same captions, also relative matching: CLIPSIM of the generated clips over that of real ones.
+    With --real, it also gives relative matching: CLIPSIM of the generated clips divided by that of the real ones.
 
     Args:
         generated: Folder of videos with captions or sidecars, table, WebDataset tar or prepared data with the clips.
         real: Folder, table, tar or prepared data with real clips of the same captions.
         network: Folder of a CLIP model, or its ID on the Hugging Face Hub. CLIPSIM is defined by ViT-B/32.
-        captions: Captions that count: a random one of each clip, or all.
+        captions: Captions to compare: a random one of each clip, or all.
         caption_columns: Columns of a table with captions, in the language of CLIP; otherwise text or prompt.
         clips: Maximum number of clips; 2,990 is the test set of MSR-VTT.
         frames: Number of frames of a clip, from its start.
-        step: Frames of the file from one frame to the next.
+        step: Distance between frames, in frames of the file.
         fps: Frames per second at which files are read; their own by default.
         seed: Seed of the choice of clips and captions, and of intervals.
         model: Bundle whose image tokenizer decodes prepared data.

@@ -22,14 +22,14 @@ def finetune(
     base: str = POCKET,
     settings: Finetuning = Finetuning(),  # noqa: B008  # frozen
 ) -> None:
-    """Train a model on your own clips, starting from another one. Killed and called again, it continues.
+    """Fine-tune a model on your own clips. Run an interrupted command again to continue.
 
-    It looks at the clips, cuts them where the scene changes, encodes them, and trains all stages that it can in the
-    given time. The page finetune.html in the new model's folder shows clips before and after, losses and times.
+    The command checks the clips, cuts them where the scene changes, encodes them, and trains the stages in the given
+    time. The page finetune.html in the new model's folder shows clips before and after, losses and times.
 
     Args:
         clips: Folder of videos, or table with the columns file and caption. Captions are in x.txt next to x.mp4, in a
-            table, or in prompts.txt; for clips without, file names are used.
+            table, or in prompts.txt; for clips without one, file names are used.
         out: Folder for the new model.
         base: Model to start from: pocket, the folder of a bundle, or its ID on the Hugging Face Hub.
         settings: Settings of the fine-tuning.
@@ -41,7 +41,7 @@ def finetune(
     chain.run()
     page = out / PAGE
     if page.exists():
-        print(f"This fine-tuning is over: {page}")
+        print(f"This fine-tuning is finished: {page}")
         return
     from cogvideo.report.finetune import facts
 

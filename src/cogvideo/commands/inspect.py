@@ -33,10 +33,10 @@ def attention(
     Makes the key frames of the clip and the frames between them, then feeds them again and reads the attention of each
     pass. Writes a picture, and a JSON file of the same name with the figures: the share of each frame's attention that
     goes to the text, to itself and to every other frame, by layer; the gates, by layer; and the attention of each head
-    to the same place in the frame before.
+    to the same place in the previous frame.
 
     Args:
-        model: Folder of a bundle, its ID on the Hugging Face Hub, or pocket, the one in the box.
+        model: Folder of a bundle, its ID on the Hugging Face Hub, or pocket, the model in the box.
         prompt: Text of the clip.
         output: PNG file for the picture. The JSON file is written next to it.
         seed: Seed of the clip.

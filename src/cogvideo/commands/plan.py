@@ -16,7 +16,7 @@ from cogvideo.planning.plan import GIB, PAPER, Cluster, StagePlan, stage_plan
 
 
 def plan(target: str = "cogvideo", /, *, machines: Cluster, json: bool = False, ema: float = 0.0) -> None:
-    """Estimate memory and time of training on a number of GPUs. None of them is needed.
+    """Estimate memory and time of training on a number of GPUs. No GPU is needed for this.
 
     The plan covers the image model, key frames (sequential) and interpolation, not super-resolution. Precision is
     bfloat16, with float32 for what is trained. Memory is in GiB (2**30 bytes).

@@ -36,7 +36,7 @@ def prepare(
         settings: How clips become codes.
         options: How the source is read.
         machines: Devices and processes.
-        max_rejected: Number of rejected clips that is allowed; more give exit status 1.
+        max_rejected: Number of rejected clips to allow; more give exit status 1.
     """
     require(max_rejected >= 0, f"max_rejected is {max_rejected}, expected 0 or more")
     card = make_shards(source, out, tokenizer, settings, options, machines)

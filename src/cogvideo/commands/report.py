@@ -15,13 +15,14 @@ from cogvideo.report.runs import read_runs
 def data(folder: Path, /, out: Path | None = None, tokenizer: str = "", clips: int = 12, seed: int = 0) -> None:
     """Write a page about prepared data: counts, lengths, pictures, captions, codes, and what was rejected.
 
-    It is one HTML file without scripts, which needs no other file and no network. What needs the source of the clips
-    or the tokenizer is left out if they are no longer there, and the page says so. The same data gives the same bytes.
+    It is one HTML file without scripts, which needs no other file and no network. Parts that need the
+    source of the clips or the tokenizer are left out if these are gone, and the page says so. The same data gives the
+    same bytes.
 
     Args:
         folder: Output of `cogvideo data prepare`.
         out: File of the page; report.html in the folder unless given.
-        tokenizer: Bundle with the image tokenizer, if it was moved since the data was prepared.
+        tokenizer: Bundle with the image tokenizer, if it has moved since the data was prepared.
         clips: Number of random clips to show.
         seed: Seed of the clips to show, and of those to count if there are too many to count all.
     """
@@ -40,7 +41,7 @@ def training(runs: tuple[Path, ...], /, *, out: Path) -> None:
     """Write a page about one or several training runs.
 
     It is one HTML file without scripts, which needs no other file and no network. Runs of one stage share their plots.
-    Unfinished runs are shown as far as they went. The same files give the same bytes.
+    Unfinished runs are shown as far as they got. The same files give the same bytes.
 
     Args:
         runs: Folders of runs (such as OUT/.sequential-run), or folders with runs inside.

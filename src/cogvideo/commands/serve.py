@@ -18,11 +18,11 @@ class StorageOptions:
     """Queue and files."""
 
     folder: Path = FOLDER
-    """Folder of the queue, of files and of keys."""
+    """Folder of the queue, files and keys."""
     queue: str = ""
     """Database of the queue, such as postgresql://user@host/name; a SQLite file in the folder by default."""
     files: str = ""
-    """Folder or store of files, such as s3://bucket/folder; a folder in the folder by default."""
+    """Folder or store of video files, such as s3://bucket/folder; a subfolder of the folder by default."""
 
     def urls(self) -> tuple[str, str]:
         """Addresses of the queue and of files."""
@@ -43,11 +43,11 @@ class WorkerOptions:
     device: str = "auto"
     """Device to run on: cpu, cuda, cuda:0, or auto."""
     batch: int = 8
-    """Largest number of clips to generate at once, less if memory is short."""
+    """Largest number of clips to generate at once; fewer if memory is short."""
     lease: float = 30.0
     """Seconds after which others take over the clips of a worker that died."""
     running: int = 0
-    """Largest number of clips of a key that all workers make at once; 0 for any number."""
+    """Largest number of clips of one key that all workers together make at once; 0 for any number."""
 
     def __post_init__(self) -> None:
         require(self.batch > 0, f"batch is {self.batch}, expected a positive number")
@@ -72,18 +72,18 @@ def serve(
     """Serve text to video over HTTP: a page, and the interface of the OpenAI video endpoint.
 
     Videos wait in a queue on disk: neither a restart nor a crash loses one. Only this machine can connect unless --host
-    says otherwise, which needs keys (`cogvideo key`). Where there are keys, every request needs one.
+    says otherwise, which needs keys (`cogvideo key`). If there are keys, every request needs one.
 
     Args:
         host: Address to listen at; 0.0.0.0 for all.
         port: Port to listen at; 0 for any that is free.
         names: Names under which the server is reached, other than its address.
-        workers: Number of worker processes, among which CPU cores are divided: one per core makes the most clips,
-            and a single one the fastest clip. 0 if all run elsewhere (`cogvideo worker`).
+        workers: Number of worker processes, which share the CPU cores: one per core gives the highest throughput, a
+            single one the lowest latency. 0 if all run elsewhere (`cogvideo worker`).
         waiting: Largest number of unfinished videos of a key.
-        kept: Largest number of videos of a key, with finished ones.
-        browser: Open the studio, its page, in a browser.
-        ray: Run server and workers by Ray Serve (needs the extra ray); each worker takes a GPU or a core.
+        kept: Largest number of videos of a key, including finished ones.
+        browser: Open the server's page, the studio, in a browser.
+        ray: Run server and workers on Ray Serve (needs the extra ray); each worker takes a GPU or a core.
         ray_address: Address of a Ray cluster that shares queue, files and keys; a local one is started by default.
         place: Queue and files.
         work: Generation.
@@ -154,7 +154,7 @@ def studio(
 ) -> None:
     """Generate clips on a page in a browser, for this machine alone.
 
-    It is the page of `cogvideo serve`, which runs with one worker. Clips stay in the folder, unfinished ones, too.
+    It runs `cogvideo serve` with one worker and opens its page. Clips stay in the folder, including unfinished ones.
 
     Args:
         port: Port to listen at; 0 for any that is free.
@@ -168,8 +168,8 @@ def studio(
 def worker(*, place: StorageOptions = StorageOptions(), work: WorkerOptions = WorkerOptions()) -> None:  # frozen
     """Generate the videos of a queue, on this machine or another one.
 
-    Any number of workers may share a queue. When one dies, others go on from the last finished frame of its clips.
-    SIGTERM and Ctrl-C let it finish a frame, and return its clips to the queue.
+    Any number of workers may share a queue. When one dies, others continue its clips from the last finished
+    frame. At SIGTERM or Ctrl-C, a worker finishes its frame and returns its clips to the queue.
 
     Args:
         place: Queue and files.
@@ -186,7 +186,7 @@ def worker(*, place: StorageOptions = StorageOptions(), work: WorkerOptions = Wo
 def key(name: str, /, *, folder: Path = FOLDER) -> None:
     """Make an API key for `cogvideo serve` and print it. Only its hash is kept, in the file `keys` of the folder.
 
-    To take a key back, delete its line there. A server that began without keys asks for none until it is started again.
+    To revoke a key, delete its line there. A server that was started without keys asks for none until it is restarted.
 
     Args:
         name: Name of the key; its videos belong to that name.

@@ -26,15 +26,15 @@ def new(
 ) -> None:
     """Make a blind study of clips from two or three systems, for `cogvideo study serve`.
 
-    Every clip is written again as mp4 with a random name and without metadata. Clips find their prompts by the column
-    `file` of the table of prompts; else by the names that `cogvideo generate` gives them; else by the numbers in their
-    names, in the order of the prompts.
+    Every clip is written again as mp4 with a random name and without metadata. Clips are matched to prompts by the
+    column `file` of the table of prompts; else by the names that `cogvideo generate` gives them; else by the numbers
+    in their names, in the order of the prompts.
 
     Args:
         name: Folder of the study, which must not exist.
         a: Folder with the clips of the first system.
         b: Folder with the clips of the second system.
-        prompts: Text file with a prompt on each line, or table with the column prompt and, if wanted, file.
+        prompts: Text file with a prompt on each line, or table with the column prompt and optionally file.
         c: Folder with the clips of a third system.
         real: Folder with real clips for catch trials, which show a clip against noise; clips of the systems unless
             given.
@@ -62,8 +62,8 @@ def new(
 def serve(name: Path, /, raters: int = 1, port: int = 8765) -> None:
     """Serve the web page of a study on this machine, and print a link for each rater.
 
-    Raters compare clips with the keys 1, 2 and =, or grade them with digits. They may stop at any time and go on later
-    with the same link. The page is for this machine alone (127.0.0.1).
+    Raters compare clips with the keys 1, 2 and =, or grade them with digits. They may stop at any time and continue
+    later with the same link. The page is for this machine alone (127.0.0.1).
 
     Args:
         name: Folder of the study.
@@ -81,7 +81,7 @@ def report(name: Path, /, out: Path | None = None, margin: float = 0.05, slips: 
     Args:
         name: Folder of the study.
         out: Folder for the files; that of the study unless given.
-        margin: Half width of the intervals for which the number of answers is given.
+        margin: Half-width of an interval; the report says how many answers narrow the intervals to it.
         slips: Number of wrong catch trials that a rater may have without failing.
     """
     from cogvideo.report import study

@@ -55,13 +55,13 @@ def image(
     """Train the image model on single frames of clips and on images: text to image, image to text, text alone.
 
     Half of the frames are first frames of their clips, which the image model generates in a video. The others are later
-    frames with captions as in the video stages, so that the base is of use to these when it is frozen.
+    frames with captions as in the video stages, so that these can use the frozen base.
 
     Args:
         options: Options of all stages.
         mixture: Shares of the tasks.
         durations: Durations in seconds, one of which is in the text of each later frame: those of key frames and of
-            the rounds. Without any, all frames have the text of images.
+            the rounds. Without any, all frames have the text format of images.
         start: Starting weights: random, or the base in the bundle (continue).
         lora: Rank of an adapter (LoRA) to train in place of the base in the bundle, such as 8.
         adapter: Name of the adapter.
@@ -81,10 +81,10 @@ class VideoOptions:
     lora: int | None = None
     """Rank of an adapter (LoRA) to train in place of the channel in the bundle, such as 8."""
     adapter: str = OWN
-    """Name of the adapter; one of the same name for the base is used with it."""
+    """Name of the adapter. If the base has an adapter of the same name, it is used, too."""
     channel: str | None = None
-    """Name of a further channel next to the bundle's own, such as a style, which begins with its key frames;
-    `generate --channel` chooses it."""
+    """Name of an additional channel next to the bundle's own, such as a style; train its key frames first.
+    `generate --channel` selects it."""
 
 
 def sequential(
@@ -92,7 +92,7 @@ def sequential(
     start: Literal["inherit", "random", "continue"] = "inherit",
     video: VideoOptions = VideoOptions(),  # frozen
 ) -> None:
-    """Train key frames: a temporal channel on the frozen image model, at the lowest frame rate that fits a clip.
+    """Train key frames: a temporal channel on the frozen base, at the lowest frame rate at which a clip is long enough.
 
     Args:
         options: Options of all stages.
@@ -180,11 +180,11 @@ def tokenizer(
     logging: LoggingConfig = LoggingConfig(evaluate_every=1000),  # noqa: B008
     overwrite: bool = False,
 ) -> None:
-    """Train the image tokenizer on frames of clips. Killed and called again, it continues.
+    """Train the image tokenizer on frames of clips. Run an interrupted command again to continue.
 
     The folder `.tokenizer-run` inside OUT has metrics.jsonl, contact sheets from before and after (frames above their
-    reconstructions) and at the end report.json. The bundle gets the tokenizer and clusters of its codes. Ranks that
-    torchrun starts share each batch.
+    reconstructions) and at the end report.json. The bundle gets the tokenizer and clusters of its codes. If torchrun
+    starts several ranks, they share each batch.
 
     Args:
         sources: One or more sources: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic
@@ -237,10 +237,10 @@ def reader(
     logging: LoggingConfig = LoggingConfig(checkpoint_every=200),  # noqa: B008
     device: str = "auto",
 ) -> None:
-    """Train the World reader, which judges clips. Killed and called again, it continues.
+    """Train the World reader, which judges clips. Run an interrupted command again to continue.
 
-    It learns from all splits of the World, and is tested on clips by numbers that it never saw: half of them with
-    attribute pairs that models never see in training, half of the split `validation`.
+    It learns from all splits of the World, and is tested on clips that it never saw: half of them with attribute pairs
+    that models never see in training, half from the split `validation`.
 
     Args:
         out: File for the reader, .safetensors; the folder of the run is next to it.
@@ -311,7 +311,7 @@ def export(
     best: bool = False,
     overwrite: bool = False,
 ) -> None:
-    """Put a checkpoint of a run into a bundle, while the run goes on or after it. The run is only looked at.
+    """Put a checkpoint of a run into a bundle, during the run or after it. The run itself is not changed.
 
     Args:
         run: Folder of the run, such as my-model/.sequential-run.

@@ -34,7 +34,7 @@ def world(
     `world:simple:20000` clips of the simple domain. The folder that this command writes is a source, too.
 
     Args:
-        out: Folder for the files, created if missing. Files of an earlier call are replaced.
+        out: Folder for the files, created if missing. Files of an earlier run are replaced.
         clips: Number of clips.
         start: Number of the first clip.
         size: Side of a frame in pixels, an even number.

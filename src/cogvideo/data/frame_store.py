@@ -35,13 +35,13 @@ class StoreSettings:
     """Frames to train on."""
 
     num_frames: int = 20_000
-    """Frames to train on, evenly from the sources and their clips; fewer if the clips have fewer."""
+    """Frames to train on, taken evenly from the sources and their clips; fewer if the clips have fewer."""
     num_held_out: int = 512
     """Held-out frames for validation, from clips that are not trained on."""
     frames_per_clip: int = 8
     """Minimum number of frames per clip, spread over it; higher values read fewer clips."""
     zoom: int = 1
-    """Magnification of every second clip, from whose frames a part is cut: prepares the tokenizer for
+    """Magnification of every second clip, whose frames are then cropped; prepares the tokenizer for
     super-resolution."""
     clips: FrameSettings = FrameSettings(min_frames=1)  # noqa: RUF009  # frozen
     """Settings of the frames; an image is a clip of one frame."""

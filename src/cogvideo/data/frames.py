@@ -55,7 +55,7 @@ class FrameSettings:
     min_frames: int = 2
     """Minimum number of frames; shorter clips are rejected. 1 also allows images."""
     loop_to: float = 0.0
-    """Length in seconds to which shorter clips are repeated, for animations that are loops."""
+    """Length in seconds to which shorter clips are repeated, for looping animations."""
     background: str = "white"
     """Color name, or `random`, for transparent areas and bars. With `random`, copies of a clip get different colors:
     twelve copies use all twelve, and eleven leave one that is never seen."""

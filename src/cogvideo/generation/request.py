@@ -149,8 +149,8 @@ class SamplingOptions:
     """Sampling as commands offer it. An option that is not given is the model's own."""
 
     guidance: float | None = None
-    """Guidance scale of key frames; 1 disables guidance and halves the compute. The model has its own value
-    of this and of each of the following options."""
+    """Guidance scale of key frames; 1 disables guidance and halves the compute. The model has its own default
+    for this and each of the following options."""
     temperature: float | None = None
     """Sampling temperature of later frames; lower values give calmer motion."""
     top_k: int | None = None

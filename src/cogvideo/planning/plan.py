@@ -46,7 +46,7 @@ class Cluster:
     reserve: float = 0.1
     """Share of memory to keep free for CUDA's context, NCCL's buffers and fragmentation."""
     tflops: float = 989.0
-    """Peak TFLOP/s of a GPU; by default that of an H100 SXM in bfloat16 without sparsity, by NVIDIA's data sheet."""
+    """Peak TFLOP/s of a GPU; by default that of an H100 SXM in bfloat16 without sparsity (NVIDIA's data sheet)."""
     utilisation: float = 0.4
     """Share of the peak that training reaches; by default the goal of this package."""
 

@@ -23,9 +23,9 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FULL = VARIANTS["full"].title
 CLIPS, SAMPLES, TIME, PACE = "clips", "equal samples", "equal time", "seconds a step"
 NOTES = {
-    CLIPS: "FVD by the true I3D, and shares of clips of which the World reader reads an attribute right.",
+    CLIPS: "FVD with the verified I3D, and shares of clips whose attribute is right according to the World reader.",
     SAMPLES: "Held-out loss in nats per code, at the end of training.",
-    TIME: "Held-out loss when the faster of both runs ends, read off the curves. The slower one"
+    TIME: "Held-out loss when the faster of the two runs ends, read off the curves. The slower one"
     " still has a high learning rate then, which counts against it.",
     PACE: "Median of a run.",
 }

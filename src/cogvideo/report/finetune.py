@@ -241,7 +241,7 @@ def advice(runs: Sequence[Run], clips: Sequence[dict[str, Any]], settings: Finet
     elif shown < LEAST_PSNR:
         advised = f"train longer ({longer}, another `--out`): codes still blur what they learn from ({shown:.1f} dB)"
     elif num_known > num_still:
-        advised = "add more and other clips; the model knows these by heart, as its low loss on them says"
+        advised = "add more clips, and different ones; the model knows these by heart, as its low loss on them shows"
     elif num_still:
         advised = f"train longer ({longer}, another `--out`); the held-out loss was still falling"
     elif settings.lora is not None and best:

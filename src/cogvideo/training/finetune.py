@@ -102,17 +102,17 @@ class Finetuning:
     """Settings of a fine-tuning."""
 
     minutes: float = 20.0
-    """Time in minutes, from which the steps of training are chosen."""
+    """Time in minutes, which determines the number of training steps."""
     steps: int | None = None
-    """Steps of each stage, in place of as many as fit into the time."""
+    """Steps of each stage, instead of as many as fit into the time."""
     batch: int = 8
-    """Samples of a step; at most as many as the clips have frames at 8 per second."""
+    """Samples of a step; at most the number of frames that the clips have at 8 per second."""
     fit: Literal["crop", "letterbox"] = "crop"
     """Treatment of clips of another shape: crop to the center, or add white bars."""
     size: Sides | None = None
     """Width and height of a frame in pixels, such as 96x56, before super-resolution; the base's by default."""
     lora: int | None = None
-    """Rank of adapters (LoRA) to train, such as 8, in place of the weights, which stay those of the base."""
+    """Rank of adapters (LoRA) to train instead of the base's weights, which stay unchanged; such as 8."""
     seed: int = 0
     """Seed of the order of the clips and of all random choices."""
     device: str = "auto"

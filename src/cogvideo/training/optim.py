@@ -29,11 +29,11 @@ class Optimization:
     batch: int = 16
     """Samples of a step, over all ranks."""
     learning_rate: float = 2e-4
-    """Highest learning rate of the run (paper: 2e-4)."""
+    """Peak learning rate (paper: 2e-4)."""
     warmup: int = 100
-    """Steps over which the rate rises to its maximum, in a straight line."""
+    """Steps of linear warmup of the learning rate."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Precision of matrix products; bfloat16 also stores frozen matrices in it. Trained weights are always float32."""
+    """Precision of matrix products and of frozen matrices in memory. Trained weights are always float32."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "learning_rate", "clip"):
@@ -87,15 +87,15 @@ class StageOptimization(Optimization):
     """Optimization. It determines the weights of a stage, apart from the data and the start."""
 
     final_rate: float = 0.1
-    """Rate at the end, as a share of the highest; between them it falls as half a cosine."""
+    """Learning rate at the end, as a share of the peak; between them it decays along a cosine."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Optimizer of the blocks' matrices; all else has AdamW. Muon needs about half the steps for the same loss."""
+    """Optimizer of the blocks' matrices; other weights use AdamW. Muon needs about half the steps for the same loss."""
     weight_decay: float = 0.01
     """Weight decay of matrices; biases, norms and gates have none."""
     clip: float = 1.0
     """Maximum gradient norm."""
     ema: float = 0.0
-    """Decay of a running average of the weights, such as 0.999, which is measured and exported; 0 for none."""
+    """Decay of a running average of the weights, such as 0.999, which is then evaluated and exported; 0 for none."""
     seed: int = 0
     """Seed of the random weights, of the order of samples and of all draws in them."""
 

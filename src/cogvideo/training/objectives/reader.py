@@ -40,19 +40,19 @@ class ReaderSettings(Optimization):
     """Optimization. It determines the weights."""
 
     steps: int = 5000
-    """Number of steps, each on clips that no earlier step had."""
+    """Number of steps, each on new clips."""
     batch: int = 16
     """Clips of a step."""
     learning_rate: float = 2e-3
-    """Highest learning rate of AdamW."""
+    """Peak learning rate of AdamW."""
     warmup: int = 200
-    """Steps over which the rate rises to its maximum; then it falls to zero as half a cosine."""
+    """Steps of linear warmup of the learning rate; then it decays to zero along a cosine."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the layers in a step (autocast)."""
     still_steps: int = 1500
-    """Number of first steps that train on single frames in place of clips."""
+    """Number of initial steps that train on single frames instead of clips."""
     stills: int = 64
-    """Frames of such a step."""
+    """Frames of a step on single frames."""
     weight_decay: float = 0.05
     """Weight decay of AdamW."""
     largest_gradient: float = 1.0

@@ -48,14 +48,14 @@ class TokenizerSettings(Optimization):
     batch: int = 32
     """Frames of a step, over all ranks."""
     learning_rate: float = 5e-4
-    """Highest learning rate of the run."""
+    """Peak learning rate."""
     warmup: int = 200
-    """Steps over which the rate rises to its maximum; then it falls to zero as half a cosine."""
+    """Steps of linear warmup of the learning rate; then it decays to zero along a cosine."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the layers in a step (autocast); losses, weights and codes are float32."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """Optimizer of convolution kernels, which Muon takes as matrices; all else has Adam. Muon needs about a third of
-    the steps for the same loss, at some five times the learning rate."""
+    """Optimizer of convolution kernels, which Muon takes as matrices; all other weights use Adam. Muon needs about a
+    third of the steps for the same loss, at about five times the learning rate."""
     largest_gradient: float = 1.0
     """Maximum gradient norm of the autoencoder."""
     commitment: float = 0.25
@@ -64,14 +64,14 @@ class TokenizerSettings(Optimization):
     """Decay of the running averages of the codebook. With 0.99, rows lag behind an encoder that begins to use codes,
     and most die before they are restarted."""
     restart_below: float = 0.1
-    """Share of an even use below which a code is dead and restarts at one of the vectors."""
+    """Share of uniform usage below which a code is dead and restarts at one of the encoder's vectors."""
     plain_steps: int | None = None
     """Steps without codes, before the codebook is initialized by k-means of the encoder's vectors; by default a quarter
     of the steps, at most 1,000."""
     start_vectors: int = 16
     """Vectors for each code in that k-means."""
     pyramid_levels: int = 3
-    """Number of sizes at which pixels are compared, each half the one before."""
+    """Number of sizes at which pixels are compared, each half the previous one."""
     edge_weight: float = 0.5
     """Weight of differences between edges; 0 disables them."""
     perceptual_weight: float = 1.0
