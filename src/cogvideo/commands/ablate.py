@@ -38,7 +38,7 @@ def ablate(
     The page ablation.html and the figures in ablation.json, both in OUT, cover the finished runs.
 
     Args:
-        recipe: TOML file whose table [ablate] has values for the following options, which take precedence.
+        recipe: TOML file whose table [ablate] has values for the following options. The command line takes precedence.
         out: Folder for data, runs, page and figures.
         only: Name of a single run to do, or data to make only what all runs need. Jobs on several machines share OUT.
         list_: Print the names of all runs, and do nothing else.

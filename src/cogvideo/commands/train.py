@@ -190,7 +190,7 @@ def tokenizer(
         sources: One or more sources: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic
             clips.
         out: Bundle to put the tokenizer into; its other components stay.
-        init: Bundle whose image tokenizer to start from, such as pocket: a folder, or an id on the Hugging Face Hub.
+        init: Bundle whose image tokenizer to start from, such as pocket: a folder, or an ID on the Hugging Face Hub.
             Random weights unless given.
         preset: Preset that sets the model's sizes if there is no bundle yet; pocket unless given.
         settings: Training settings.
