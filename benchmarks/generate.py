@@ -31,7 +31,7 @@ from cogvideo.cli import SPINS
 from cogvideo.devices import matrix_rate
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.hierarchy import generate
-from cogvideo.generation.request import Settings
+from cogvideo.generation.request import GenerationSettings
 from cogvideo.generation.upscale import enlarge
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.pipeline import CogVideoPipeline
@@ -158,11 +158,11 @@ def parts(model: str, rounds: int = 3) -> Figures:
     return found
 
 
-def _stream(pipeline: CogVideoPipeline, settings: Settings) -> Iterator[Any]:
+def _stream(pipeline: CogVideoPipeline, settings: GenerationSettings) -> Iterator[Any]:
     return pipeline.stream([PROMPT], [torch.Generator().manual_seed(1)], settings)
 
 
-def _timed(pipeline: CogVideoPipeline, settings: Settings) -> dict[str, float]:
+def _timed(pipeline: CogVideoPipeline, settings: GenerationSettings) -> dict[str, float]:
     """Time the parts of one clip: they alternate, so each call is timed separately."""
     found: dict[str, float] = {}
 

@@ -25,7 +25,7 @@ from cogvideo.generation.decoder import Condition
 from cogvideo.generation.sampling import GumbelNoise
 from cogvideo.generation.upscale import slot_noise, upscale
 from cogvideo.layout import SequenceLayout
-from cogvideo.models.attention import Chunk, Group, MaskPlan, attend
+from cogvideo.models.attention import CellGroup, Chunk, MaskPlan, attend
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.pipeline import CogVideoPipeline
@@ -94,7 +94,7 @@ def _attention(
 ) -> list[Tensor]:
     leaves = [each.to(device, dtype).requires_grad_() for each in (q, k, v)]
     mask = None if mask is None else mask.to(device)
-    plan = MaskPlan((Group(None, None, (Chunk(None, None, mask),)),))
+    plan = MaskPlan((CellGroup(None, None, (Chunk(None, None, mask),)),))
     out = attend(leaves[0], torch.stack(leaves[1:]), plan)
     backward = gradient.to(device, dtype).transpose(1, 2).flatten(2)
     return [out.detach(), *torch.autograd.grad(out, leaves, backward)]

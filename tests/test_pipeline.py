@@ -19,7 +19,7 @@ from cogvideo.bundle.format import MODULES
 from cogvideo.bundle.model import CogVideo
 from cogvideo.config import SamplingConfig, UpscalerConfig
 from cogvideo.generation.hierarchy import collect, generate
-from cogvideo.generation.request import Request, Settings
+from cogvideo.generation.request import GenerationSettings, Request
 from cogvideo.generation.sampling import spawn
 from cogvideo.generation.upscale import slot_noise, upscale
 from cogvideo.media.video import read_video
@@ -35,8 +35,8 @@ WIDE = 256
 SIDE, PROMPTS = 16, ("a cat runs", "一只猫")
 pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole clips: the parts are checked in tests/generation
 
-ONE = Settings(rounds=1)
-SMALL = Settings(rounds=1, should_enlarge=False)
+ONE = GenerationSettings(rounds=1)
+SMALL = GenerationSettings(rounds=1, should_enlarge=False)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def run(
     pipeline: CogVideoPipeline,
     prompts: tuple[str, ...],
     seeds: tuple[int, ...],
-    settings: Settings = ONE,
+    settings: GenerationSettings = ONE,
 ) -> list[Frame]:
     """All frames in order of time."""
     frames = pipeline.stream(prompts, generators(*seeds), settings)
@@ -128,7 +128,7 @@ def test_the_callers_model_stays_as_it_is(wide: CogVideoPipeline, tmp_path: Path
 def test_a_generator_goes_on(folder: Path) -> None:
     """Guards several samples of one generator: a second call makes other clips, a fresh generator the same again."""
     pipeline, generator = CogVideoPipeline.from_pretrained(folder), torch.Generator().manual_seed(5)
-    options: dict[str, Any] = {"num_samples": 3, "settings": Settings(rounds=0, should_enlarge=False)}
+    options: dict[str, Any] = {"num_samples": 3, "settings": GenerationSettings(rounds=0, should_enlarge=False)}
     first, second = (pipeline(PROMPTS[0], generator=generator, **options).codes for _ in range(2))
     for one in first:
         assert not any(torch.equal(one, other) for other in second)
@@ -169,7 +169,7 @@ def test_a_clip_is_the_same_alone_in_a_batch_and_in_another_order(wide: CogVideo
 def test_prompt_and_seed_make_a_clip(folder: Path) -> None:
     """Guards several clips of a prompt, which differ by their noise, and several prompts of a seed."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
-    codes = codes_of(run(pipeline, (PROMPTS[0], PROMPTS[0], PROMPTS[1]), (1, 2, 1), Settings(rounds=0)))
+    codes = codes_of(run(pipeline, (PROMPTS[0], PROMPTS[0], PROMPTS[1]), (1, 2, 1), GenerationSettings(rounds=0)))
     assert not torch.equal(codes[0], codes[1])
     assert not torch.equal(codes[0], codes[2])
 
@@ -178,7 +178,7 @@ def test_prompt_and_seed_make_a_clip(folder: Path) -> None:
 def test_rounds_are_frames(rounds: int, number: int, folder: Path) -> None:
     """Guards the places: each once, the first ones first, and a round only adds to what was there."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
-    settings = Settings(rounds=rounds, should_enlarge=False)
+    settings = GenerationSettings(rounds=rounds, should_enlarge=False)
     frames = list(pipeline.stream(PROMPTS[:1], generators(1), settings))
     assert sorted(frame.place for frame in frames) == list(range(number))
     assert all(frame.num_frames == number for frame in frames)
@@ -242,7 +242,7 @@ def test_a_model_without_super_resolution_draws_small_frames(
     """Guards models in the making, and those without interpolation or labels: what is not needed is not asked for."""
     without = ("superres", "interpolation", "cluster_labels")
     pipeline = CogVideoPipeline(make_model(tmp_path / "model", train_text_model(), without=without))
-    assert pixels_of(run(pipeline, PROMPTS[:1], (1,), Settings(rounds=0))).shape == (1, 5, SIDE, SIDE, 3)
+    assert pixels_of(run(pipeline, PROMPTS[:1], (1,), GenerationSettings(rounds=0))).shape == (1, 5, SIDE, SIDE, 3)
 
 
 def test_nothing_else_is_drawn_from(folder: Path) -> None:
@@ -261,7 +261,7 @@ def test_nothing_else_is_drawn_from(folder: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_types(dtype: torch.dtype, folder: Path) -> None:
     """Guards every type that weights can be loaded as."""
-    frames = run(CogVideoPipeline.from_pretrained(folder, dtype), PROMPTS[:1], (1,), Settings(rounds=0))
+    frames = run(CogVideoPipeline.from_pretrained(folder, dtype), PROMPTS[:1], (1,), GenerationSettings(rounds=0))
     assert pixels_of(frames).shape == (1, 5, SIDE * RATIO, SIDE * RATIO, 3)
 
 
@@ -277,7 +277,7 @@ def test_stages_with_bases_of_their_own(train_text_model: Callable[..., bytes]) 
             CogVideoPipeline(CogVideo(config, **make_parts(train_text_model()), **more)),
             PROMPTS[:1],
             (1,),
-            Settings(rounds=0),
+            GenerationSettings(rounds=0),
         )
         for more in ({}, own)
     )
@@ -302,7 +302,7 @@ def test_a_model_that_lacks_a_part_is_refused_at_the_call(
     """Guards against an error after the first frame, or after minutes of loading: no weights are loaded."""
     pipeline = CogVideoPipeline(make_model(tmp_path / "model", train_text_model(), without=without))
     with pytest.raises(ValueError, match=message):
-        pipeline.stream(PROMPTS[:1], generators(1), Settings(rounds=rounds))
+        pipeline.stream(PROMPTS[:1], generators(1), GenerationSettings(rounds=rounds))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_model_that_lacks_a_part_is_refused_at_the_call(
     ],
 )
 def test_what_cannot_be_drawn_is_refused_at_the_call(
-    prompts: tuple[str, ...], seeds: tuple[int, ...], settings: Settings, message: str, folder: Path
+    prompts: tuple[str, ...], seeds: tuple[int, ...], settings: GenerationSettings, message: str, folder: Path
 ) -> None:
     """Guards batches: one bad prompt is found before the first frame of any, and before weights are loaded."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
@@ -328,7 +328,9 @@ def test_what_cannot_be_drawn_is_refused_at_the_call(
 def test_long_prompts_are_cut_where_that_is_allowed(folder: Path) -> None:
     """Guards the setting, in all stages."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
-    assert len(run(pipeline, ("a cat runs over the grass " * 99,), (1,), Settings(rounds=0, truncate=True))) == 5
+    assert (
+        len(run(pipeline, ("a cat runs over the grass " * 99,), (1,), GenerationSettings(rounds=0, truncate=True))) == 5
+    )
 
 
 def test_prompts_that_super_resolution_cannot_take_are_refused_at_the_call(
@@ -373,7 +375,7 @@ def test_a_call_gives_the_clips_of_the_command(folder: Path, tmp_path: Path) -> 
     assert np.array_equal(one.frames[0], clips.frames[2])
     listed = pipeline(PROMPTS, generator=generators(5, 7), **options)
     assert np.array_equal(listed.frames, clips.frames[[0, 2]])
-    random = [pipeline(PROMPTS[0], settings=Settings(rounds=0)).frames for _ in range(2)]
+    random = [pipeline(PROMPTS[0], settings=GenerationSettings(rounds=0)).frames for _ in range(2)]
     assert not np.array_equal(*random)
 
     assert export_to_video(one.frames[0], str(tmp_path / "x.webp"), fps=one.fps) == str(tmp_path / "x.webp")
@@ -412,7 +414,7 @@ def test_a_call_takes_pictures_of_all_kinds(folder: Path) -> None:
         (palette, white),
     ):
         assert torch.equal(pipeline.encode([each]), expected)
-    settings = Settings(rounds=0)
+    settings = GenerationSettings(rounds=0)
     seed = torch.Generator().manual_seed(1)
     clips = pipeline(PROMPTS[0], Image.fromarray(square), generator=seed, settings=settings)
     assert torch.equal(clips.codes[0, 0], codes[0])

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import POCKET, locate
 from cogvideo.commands.doctor import doctor
-from cogvideo.generation.request import Settings
+from cogvideo.generation.request import GenerationSettings
 from cogvideo.pipeline import CogVideoPipeline
 
 MIB = 1 << 20
@@ -33,7 +33,7 @@ def test_it_is_small_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: 
                 assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}, entry.file  # noqa: SIM118
     monkeypatch.setattr("cogvideo.commands.doctor.PRESETS", {})
     assert doctor() == 0
-    assert "pocket: all files are what was saved" in capsys.readouterr().out
+    assert "pocket: all files match their hashes" in capsys.readouterr().out
 
 
 def test_its_name_is_not_that_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +50,7 @@ def test_it_tells_backgrounds_apart() -> None:
     pipeline = CogVideoPipeline.from_pretrained(POCKET)
     prompts = [f"a red heart beats, on a {colour} background" for colour in ("white", "black")]
     seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-    first = next(pipeline.stream(prompts, seeds, Settings(rounds=0))).pixels.astype(float)
+    first = next(pipeline.stream(prompts, seeds, GenerationSettings(rounds=0))).pixels.astype(float)
     white, black = first[:, :4].mean((1, 2, 3))
     assert first.shape == (2, SIDE, SIDE, 3)
     assert white > 200

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideo.generation.request import Request, Settings
+from cogvideo.generation.request import GenerationSettings, Request
 from cogvideo.pipeline import Clips, CogVideoPipeline, collect
 
 SEED = ("INT", {"default": 0, "min": 0, "max": 2**53 - 1, "control_after_generate": True})
@@ -25,7 +25,7 @@ class Clip:
     """A clip, with what another one needs to continue it."""
 
     made: Clips
-    settings: Settings
+    settings: GenerationSettings
 
 
 class Load:

@@ -7,6 +7,7 @@ row for real pictures, which is the ceiling, and one for the model's.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,16 @@ def shares(read: Sequence[dict[str, str]], scenes: Sequence[world.Scene], names:
         means = dict(zip(names, 100 * rights[group].mean(0), strict=True)) | {"all": 100 * rights[group].all(1).mean()}
         lines.append("  ".join(f"{name} {share:5.1f}" for name, share in means.items()))
     return f"{lines[0]}   held out: {lines[1]}"
+
+
+def by_turns(scenes: Sequence[world.Scene]) -> list[world.Scene]:
+    """The same scenes with their actions in turn."""
+    seen = Counter[str]()
+    rounds = []
+    for scene in scenes:
+        rounds.append(seen[scene.action])
+        seen[scene.action] += 1
+    return [scenes[place] for place in np.argsort(rounds, kind="stable")]
 
 
 def held(frames: Frames) -> Frames:
@@ -111,7 +122,7 @@ def main(
         gate: tokenizer (reconstructions of whole clips), image (first frames), sequential (key frames), superres (real
             small frames, enlarged; needs `cogvideo fetch lpips`), or joints (clips of 20 seconds).
         emoji: a folder of animations with alpha and captions.csv.
-        scenes: number of scenes.
+        scenes: number of scenes; for joints, their actions take turns.
         limit: number of emoji, evenly spread; all by default.
         sheet: PNG file to write, with real pictures above the model's.
     """
@@ -120,7 +131,8 @@ def main(
     chosen = unseen_scenes(scenes, PROMPTED, "simple")
     side = pipeline.model.config.frame_size
     if gate == "joints":
-        _joints(pipeline, [world.captions(scene)[0] for scene in chosen], sheet)
+        shown = by_turns(unseen_scenes(20 * scenes, PROMPTED, "simple"))[:scenes]
+        _joints(pipeline, [world.captions(scene)[0] for scene in shown], sheet)
         return
     if gate == "superres":
         large = side * pipeline.model.config.upscaler.ratio

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 T = TypeVar("T")
-F = TypeVar("F", bound="Framed")
+F = TypeVar("F", bound="FrameShape")
 
 Sides = int | tuple[int, int]
 """Side of a square; else width and height of a frame in pixels, or rows and columns in codes."""
@@ -87,7 +87,7 @@ def shape_in(grid: int, sides: Sides) -> tuple[int, int] | None:
     return None if both(sides) == (grid, grid) else both(sides)
 
 
-class Framed:
+class FrameShape:
     """Frames of codes in a square table of positions, for dataclasses with these fields."""
 
     grid: int
@@ -153,7 +153,7 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class LayoutConfig(Framed):
+class LayoutConfig(FrameShape):
     """Sizes and positions of text and frames in a sequence; the source of `layout.SequenceLayout`."""
 
     grid: int = 8

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from cogvideo.config import Framed, LayoutConfig, Sides, UpscalerConfig, both, require, shape_in
+from cogvideo.config import FrameShape, LayoutConfig, Sides, UpscalerConfig, both, require, shape_in
 
 
 @dataclass(frozen=True)
-class SequenceLayout(Framed):
+class SequenceLayout(FrameShape):
     """Text slots, then frames of codes in raster order (released sizes: (64, 464, 2064))."""
 
     text_slots: int

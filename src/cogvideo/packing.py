@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
-from cogvideo.models.transformer import Base, Words
+from cogvideo.models.transformer import Base, WordEmbedding
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -56,7 +56,7 @@ class PackedLinear(nn.Module):
         return product[: len(rows)]
 
 
-class PackedWords(Words):
+class PackedWords(WordEmbedding):
     """Word embedding for inference, with a packed copy of its code rows."""
 
     def __init__(self, base: Base) -> None:

@@ -18,8 +18,8 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.packed import Packed, Parts
 from cogvideo.config import SamplingConfig, require
 from cogvideo.devices import default_dtype, usable
-from cogvideo.generation.hierarchy import Finished, generate
-from cogvideo.generation.request import Request, Settings
+from cogvideo.generation.hierarchy import FinishedFrame, generate
+from cogvideo.generation.request import GenerationSettings, Request
 from cogvideo.generation.sampling import spawn
 from cogvideo.generation.upscale import enlarge
 from cogvideo.layout import UpscaleLayout
@@ -71,7 +71,7 @@ class CogVideoPipeline:
         self.model = model
         self.offload = offload
         self._kept: Parts = {}
-        self._fitting: set[tuple[Settings, int]] = set()
+        self._fitting: set[tuple[GenerationSettings, int]] = set()
 
     @classmethod
     def from_pretrained(
@@ -115,7 +115,7 @@ class CogVideoPipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         guidance_scale: float | None = None,
         callback: Callable[[Frame], None] | None = None,
-        settings: Settings | None = None,
+        settings: GenerationSettings | None = None,
     ) -> Clips:
         """Generate clips from one or more prompts.
 
@@ -139,7 +139,7 @@ class CogVideoPipeline:
             ValueError: an argument cannot be used, or the model lacks a component.
         """
         settings = self.settings if settings is None else settings
-        require(isinstance(settings, Settings), f"settings is {settings!r:.60}, expected Settings")
+        require(isinstance(settings, GenerationSettings), f"settings is {settings!r:.60}, expected Settings")
         require(callback is None or callable(callback), f"callback is {callback!r:.60}, expected a function of a Frame")
         require(isinstance(video, Sequence | np.ndarray | None), f"video is {video!r:.60}, expected frames")
         if guidance_scale is not None:
@@ -165,15 +165,15 @@ class CogVideoPipeline:
         return collect(found, self.fps(settings))
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> GenerationSettings:
         """Settings of the model's own configuration."""
-        return Settings.of(self.model.config)
+        return GenerationSettings.of(self.model.config)
 
-    def fps(self, settings: Settings) -> float:
+    def fps(self, settings: GenerationSettings) -> float:
         """Frames per second of a clip with these settings."""
         return (self.model.config.layout.num_frames - 1) * 2**settings.rounds / settings.duration
 
-    def num_frames(self, settings: Settings) -> int:
+    def num_frames(self, settings: GenerationSettings) -> int:
         """Number of frames of a clip with these settings."""
         gaps = self.model.config.layout.num_frames - 1 + settings.more_key_frames
         return gaps * 2**settings.rounds + 1
@@ -192,7 +192,7 @@ class CogVideoPipeline:
         return self._packed().autoencoder.encode_pixels(np.stack(seen))
 
     def stream(
-        self, prompts: Sequence[str], generators: Sequence[torch.Generator], settings: Settings | None = None
+        self, prompts: Sequence[str], generators: Sequence[torch.Generator], settings: GenerationSettings | None = None
     ) -> Iterator[Frame]:
         """Yield frames as they are finished, not in order of time; see `frames`.
 
@@ -225,7 +225,7 @@ class CogVideoPipeline:
             frames = _offloaded(model, frames)
         return _shown(model, frames, text, settings.superres, own)
 
-    def check_memory(self, settings: Settings, batch: int) -> None:
+    def check_memory(self, settings: GenerationSettings, batch: int) -> None:
         """Refuse clips that do not fit into memory; results are cached.
 
         Raises:
@@ -243,7 +243,7 @@ class CogVideoPipeline:
 
 def _shown(
     model: Packed,
-    frames: Iterator[Finished],
+    frames: Iterator[FinishedFrame],
     text: PaddedText | None,
     sampling: SamplingConfig,
     generators: list[torch.Generator],
@@ -260,7 +260,7 @@ def _shown(
         yield Frame(*frame, model.autoencoder.decode_pixels(codes, 1, sides))
 
 
-def _offloaded(model: Packed, frames: Iterator[Finished]) -> Iterator[Finished]:
+def _offloaded(model: Packed, frames: Iterator[FinishedFrame]) -> Iterator[FinishedFrame]:
     """Compute all codes, release the weights, then yield the frames."""
     found = list(frames)
     model.release()

@@ -21,7 +21,7 @@ from cogvideo.models.adapters import adapt
 from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Transformer
 from cogvideo.pipeline import CogVideoPipeline
-from cogvideo.web.served import Served
+from cogvideo.web.served import ServedModel
 from gallery import assert_same, make_model
 from reference import relative_error
 
@@ -186,4 +186,4 @@ def test_clips_with_adapters_are_made_again(
     assert json.loads((tmp_path / "b.json").read_text())["codes"] == record["codes"]
     assert main(["generate", "a cat", "--output", "c.mp4", *options, "--adapter", "two:much"]) == 2
     assert "adapter is 'two:much', expected NAME or NAME:SCALE" in capsys.readouterr().err
-    assert Served(str(bundle), adapters={"one": 1.0, "two": 0.5}).fingerprint == record["bundle"]
+    assert ServedModel(str(bundle), adapters={"one": 1.0, "two": 0.5}).fingerprint == record["bundle"]

@@ -12,7 +12,7 @@ from cogvideo import devices
 from cogvideo.cli import main
 from cogvideo.commands.doctor import GIB
 from cogvideo.config import preset
-from cogvideo.generation.request import Settings
+from cogvideo.generation.request import GenerationSettings
 from cogvideo.planning.costs import clip, resident
 from cogvideo.planning.memory import needed_memory
 from gallery import make_model
@@ -28,7 +28,7 @@ def model(train_text_model: Callable[..., bytes], tmp_path: Path) -> Path:
 def test_it_says_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the table: what fits as it is, with options, or not at all, by the memory that is free."""
     config = preset("small")
-    phases = clip(config, Settings())
+    phases = clip(config, GenerationSettings())
     cpu, wide, narrow = torch.device("cpu"), torch.float32, torch.bfloat16
     need = needed_memory(config, phases, wide, cpu)
     assert need == resident(config, phases, "cpu_float32")
@@ -48,7 +48,7 @@ def test_it_says_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         row = next(line for line in told.splitlines() if line.strip().startswith("small"))
         assert " ".join(row.split()) == f"small {expected}"
         assert f"PyTorch {torch.__version__}" in told
-        assert f"{model}: all files are what was saved" in told
+        assert f"{model}: all files match their hashes" in told
 
 
 def test_it_finds_changed_files(
@@ -66,7 +66,7 @@ def test_it_finds_changed_files(
     told = capsys.readouterr().out
     assert "base.safetensors has the sha256" in told
     assert f"there is no file {model}" in told
-    assert "all files are what was saved" not in told
+    assert "all files match their hashes" not in told
 
 
 def test_an_unknown_model_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,7 +81,7 @@ def test_an_unknown_model_is_refused_first(tmp_path: Path, capsys: pytest.Captur
 def test_clips_at_once_need_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the figure that a refusal names: weights count once, all else as often as there are clips."""
     config = preset("tiny")
-    phases = clip(config, Settings(rounds=1))
+    phases = clip(config, GenerationSettings(rounds=1))
     cpu = torch.device("cpu")
     one, two, three = (needed_memory(config, phases, torch.float32, cpu, batch) for batch in (1, 2, 3))
     assert two - one == three - two > 0

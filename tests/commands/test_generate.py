@@ -38,7 +38,7 @@ from cogvideo.commands.generate import ClipMaker
 from cogvideo.commands.outputs import Folder, Format, write_clip
 from cogvideo.commands.prompts import read_prompts
 from cogvideo.config import SamplingConfig
-from cogvideo.generation.request import ADDED, Request, Settings
+from cogvideo.generation.request import ADDED, GenerationSettings, Request
 from cogvideo.media.images import write_image
 from cogvideo.media.video import read_video, write_video
 from cogvideo.pipeline import CogVideoPipeline, Frame
@@ -51,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole clips: the
 
 SIDE = 16
 STAGES = ("", "first_", "superres_")
-UNGUIDED = Settings().later | {"guidance": 1.0}
+UNGUIDED = GenerationSettings().later | {"guidance": 1.0}
 QUICK = ("--rounds", "0", "--no-superres", "--guidance", "1")
 
 
@@ -126,7 +126,7 @@ def tree(folder: Path) -> list[str]:
 
 def made(model: str, prompt: str, seed: int, given: Tensor | None = None, **options: Any) -> np.ndarray:
     """Pixels of a clip as the pipeline makes it."""
-    settings = Settings(**{"should_enlarge": False} | options)
+    settings = GenerationSettings(**{"should_enlarge": False} | options)
     request = Request([prompt], [torch.Generator().manual_seed(seed)], settings, given)
     stream = CogVideoPipeline.from_pretrained(model).frames(request)
     return np.stack([frame.pixels[0] for frame in sorted(stream, key=lambda frame: frame.place)])
@@ -1242,6 +1242,6 @@ def test_offloading_makes_the_same_clip(model: str, inside: Path, monkeypatch: p
         return load(model, component)
 
     monkeypatch.setattr(CogVideo, "load", watched)
-    list(pipeline.stream(["a cat"], [torch.Generator()], Settings(rounds=1)))
+    list(pipeline.stream(["a cat"], [torch.Generator()], GenerationSettings(rounds=1)))
     assert {name for name, _ in seen} >= stages
     assert all(not there for name, there in seen if name in stages), seen

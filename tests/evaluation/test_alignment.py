@@ -21,7 +21,7 @@ from cogvideo.data.frames import BACKGROUNDS, FrameSettings, background_of
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import alignment as module
 from cogvideo.evaluation.alignment import shown
-from cogvideo.evaluation.making import Making, Shelf, generate
+from cogvideo.evaluation.making import ClipFolder, ClipOptions, generate
 from cogvideo.evaluation.preferences import wilson
 from cogvideo.evaluation.reader import ATTRIBUTES, SIZE, Reader, ReaderConfig, resized
 from cogvideo.evaluation.subjects import Clip, EmojiSubject, Prompt, unseen_background
@@ -73,7 +73,7 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(model: str, out: Path, reader: Path, **options: Any) -> dict[str, Any]:
     """Evaluate, and what is on record."""
-    settings = {"world": 4, "batch": 2, "device": "cpu", "making": Making(guidance=1.0, truncate=True)}
+    settings = {"world": 4, "batch": 2, "device": "cpu", "making": ClipOptions(guidance=1.0, truncate=True)}
     alignment(model=model, out=out, reader=reader, **(settings | options))
     return json.loads((out / "alignment.json").read_text())
 
@@ -86,7 +86,7 @@ def test_a_killed_evaluation_goes_on(
     assert "No --emoji is given" in capsys.readouterr().out
     real, made = module.generate, []
 
-    def once(pipeline: CogVideoPipeline, prompts: list[Prompt], making: Making) -> list[Clip]:
+    def once(pipeline: CogVideoPipeline, prompts: list[Prompt], making: ClipOptions) -> list[Clip]:
         if made:
             raise KeyboardInterrupt
         made.extend(prompts)
@@ -97,7 +97,7 @@ def test_a_killed_evaluation_goes_on(
         run(model, tmp_path / "killed", reader)
     assert len(list((tmp_path / "killed/generated").iterdir())) == 2
 
-    def rest(pipeline: CogVideoPipeline, prompts: list[Prompt], making: Making) -> list[Clip]:
+    def rest(pipeline: CogVideoPipeline, prompts: list[Prompt], making: ClipOptions) -> list[Clip]:
         assert not set(prompts) & set(made)
         return real(pipeline, prompts, making)
 
@@ -112,7 +112,7 @@ def test_real_clips_are_the_ceiling(
     """Guards every measure at once: a model that gave real clips would be found right, and moving as much."""
     subject = EmojiSubject(emoji, None, 0, 0)
 
-    def perfect(pipeline: CogVideoPipeline, prompts: list[Prompt], making: Making) -> list[Clip]:
+    def perfect(pipeline: CogVideoPipeline, prompts: list[Prompt], making: ClipOptions) -> list[Clip]:
         return [resized(subject.real(subject.prompts.index(prompt), 16), SIZE) for prompt in prompts]
 
     monkeypatch.setattr(module, "generate", perfect)
@@ -159,7 +159,7 @@ def test_protocol_says_what_was_measured(model: str, reader: Path, emoji: Path, 
 def test_super_resolution_is_drawn_as_asked(model: str) -> None:
     """Guards its options against being read and forgotten: each one changes the clips that are judged."""
     pipeline, prompts = CogVideoPipeline.from_pretrained(model), [Prompt("cat", "a cat", 0)]
-    plain = Making(superres=True)
+    plain = ClipOptions(superres=True)
     changes = ({}, {"superres": False}, {"superres_temperature": 0.0}, {"superres_clusters": 1})
     clips = [generate(pipeline, prompts, replace(plain, **change))[0] for change in changes]
     assert not any(np.array_equal(one, other) for one, other in combinations(clips, 2))
@@ -180,7 +180,7 @@ def test_another_model_is_refused(model: str, reader: Path, tmp_path: Path) -> N
     """Guards against results of clips that were made in two ways."""
     run(model, tmp_path / "out", reader, world=2)
     with pytest.raises(ValueError, match="another run"):
-        run(model, tmp_path / "out", reader, world=2, making=Making(guidance=2.0, truncate=True))
+        run(model, tmp_path / "out", reader, world=2, making=ClipOptions(guidance=2.0, truncate=True))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_another_model_is_refused(model: str, reader: Path, tmp_path: Path) -> N
         ({"emoji_limit": 0}, "emoji_limit is 0"),
         ({"emoji": Path("nowhere")}, "there is no nowhere"),
         ({"reader": Path("nowhere")}, "there is no reader nowhere"),
-        ({"making": Making(truncate=False)}, "16"),  # text slots: captions of the World are longer
+        ({"making": ClipOptions(truncate=False)}, "16"),  # text slots: captions of the World are longer
     ],
 )
 def test_mistakes_are_refused_before_anything_is_made(
@@ -221,7 +221,7 @@ def test_a_damaged_clip_is_told(tmp_path: Path) -> None:
     for content in (b"", b"PK", b"no zip"):
         (tmp_path / "a.npz").write_bytes(content)
         with pytest.raises(InputError, match=r"a.npz is damaged \(.*\): remove it"):
-            list(Shelf(tmp_path, [Prompt("a", "a cat", 1)]))
+            list(ClipFolder(tmp_path, [Prompt("a", "a cat", 1)]))
 
 
 def test_background_was_never_behind_the_clip(emoji: Path) -> None:

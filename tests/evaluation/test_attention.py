@@ -17,7 +17,7 @@ from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
 from cogvideo.evaluation.attention import measure, replay, stage_attention
 from cogvideo.generation.decoder import Condition
-from cogvideo.generation.request import Request, Settings
+from cogvideo.generation.request import GenerationSettings, Request
 from cogvideo.layout import SequenceLayout
 from cogvideo.models import transformer
 from cogvideo.models.attention import MaskPlan, attend, attention_weights
@@ -125,7 +125,7 @@ def test_stages_see_their_own_part_of_the_clip(model: CogVideo) -> None:
     """Guards the frames and the rate of each stage: every second frame over the whole clip, and all of its first half;
     guidance instead of a bonus of text where a stage has it."""
     prompt, later = "一只猫在草地上奔跑。", replace(model.config.later_sampling, guidance=3.0)
-    settings = replace(Settings.of(model.config), later=later, text_bonus=BONUS)
+    settings = replace(GenerationSettings.of(model.config), later=later, text_bonus=BONUS)
     sizes = model.config.layout
     codes = torch.randint(NUM_CODES, (1, 9, sizes.grid**2), generator=torch.Generator().manual_seed(0))
     found = stage_attention(model, Request([prompt], [torch.Generator()], settings), codes)

@@ -19,7 +19,7 @@ from torch import Tensor
 from cogvideo.cli import main
 from cogvideo.data.engines import Machines
 from cogvideo.evaluation import features as module
-from cogvideo.evaluation.comparison import Comparing, Comparison, Networks
+from cogvideo.evaluation.comparison import Comparison, ComparisonRun, Networks
 from cogvideo.evaluation.features import ExcerptPixels, Judge
 from cogvideo.evaluation.footage import Reading, Tokenizer, draw
 from cogvideo.evaluation.protocols import PROTOCOLS
@@ -68,7 +68,7 @@ def noise(state: np.random.Generator, frames: int, size: int = 16) -> np.ndarray
 
 def compare(real: str, generated: str, workers: int = 1, networks: Networks = NETWORKS, **reading: Any) -> Comparison:
     settings = Reading(**({"protocol": PROTOCOL} | reading))
-    return Comparing(settings, networks, Machines("cpu", workers=workers), 0).compare(real, generated)
+    return ComparisonRun(settings, networks, Machines("cpu", workers=workers), 0).compare(real, generated)
 
 
 def test_a_comparison_says_all_that_it_depends_on(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_ray_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("COGVIDEO_CACHE", str(tmp_path / "other"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # actors import the network from here
     monkeypatch.setattr(module, "JOB_BATCHES", 4)
-    comparing = Comparing(Reading(PROTOCOL), NETWORKS, Machines("cpu", "ray", workers=2), 0)
+    comparing = ComparisonRun(Reading(PROTOCOL), NETWORKS, Machines("cpu", "ray", workers=2), 0)
     assert comparing.compare(real, dark) == whole
     assert {file.name: file.read_bytes() for file in (tmp_path / "other").rglob("*.npy")} == files
 

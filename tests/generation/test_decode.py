@@ -350,7 +350,7 @@ def test_any_pace_gives_the_same_codes(
 ) -> None:
     """Guards runs that grow and shrink from pass to pass, other ones in every sample."""
     widths = random.Random(0)
-    monkeypatch.setattr(decoding.Pace, "width", property(lambda pace: widths.randint(1, 9)))
+    monkeypatch.setattr(decoding.DraftPace, "width", property(lambda pace: widths.randint(1, 9)))
     system, text = run.system(make_system), make_text((1, 4, TEXT_SLOTS))
     given, noise = inputs(system, run.num_given, 3)
     sampling = SamplingConfig(temperature=0.7)

@@ -15,7 +15,7 @@ from cogvideo.config import CogVideoConfig, LayoutConfig, SamplingConfig, StageC
 from cogvideo.generation import hierarchy
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.hierarchy import after, between, collect, first_frames, generate
-from cogvideo.generation.request import Request, Settings
+from cogvideo.generation.request import GenerationSettings, Request
 from cogvideo.models.transformer import Base, TemporalChannel, initialize
 from cogvideo.text import TextTokenizer
 
@@ -55,10 +55,10 @@ def without_weights(system: CogVideo, lost: str = "") -> CogVideo:
     return CogVideo(system.config, **{each: system.text if each == "text" else torch.zeros(0) for each in names})
 
 
-def settings(**changes: object) -> Settings:
+def settings(**changes: object) -> GenerationSettings:
     """One round, small samplers."""
     first, later = SamplingConfig(clusters=4), SamplingConfig(1.05, clusters=3, guidance=3.0)
-    return replace(Settings(rounds=1, first=first, later=later), **changes)
+    return replace(GenerationSettings(rounds=1, first=first, later=later), **changes)
 
 
 def generators(*seeds: int) -> list[torch.Generator]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from cogvideo.generation.pace import Pace, worth
+from cogvideo.generation.pace import DraftPace, worth
 
 
 def learned(right: int, most: int = 16, passes: int = 40) -> int:
     """The width after many passes, each with so many right drafts from the first on."""
-    pace = Pace(most)
+    pace = DraftPace(most)
     for _ in range(passes):
         pace.saw(min(right, pace.width), pace.width)
     return pace.width
@@ -26,7 +26,7 @@ def test_width_follows_the_drafts_that_come_true() -> None:
 
 def test_width_recovers() -> None:
     """Guards against a pace that stays at one slot a pass, which has no draft to be right about but the next code."""
-    pace = Pace(8)
+    pace = DraftPace(8)
     for right in [0] * 40 + [1] * 40:
         pace.saw(min(right, pace.width), pace.width)
     assert pace.width > 1
@@ -35,7 +35,7 @@ def test_width_recovers() -> None:
 @pytest.mark.parametrize("most", [1, 8])
 def test_where_rows_are_free(most: int) -> None:
     """Guards passes of one shape on devices that replay them."""
-    pace = Pace(most, free=True)
+    pace = DraftPace(most, free=True)
     pace.saw(0, most)
     assert pace.width == most
 
@@ -50,7 +50,7 @@ def test_worth() -> None:
 @pytest.mark.parametrize(("repeated", "share"), [(0, 0.01), (1, 0.99)])
 def test_repeats(repeated: int, share: float) -> None:
     """Guards the share of codes that are those of the frame before: it is learned, and has a logarithm."""
-    pace = Pace(8)
+    pace = DraftPace(8)
     assert pace.repeats == 0.5
     for _ in range(80):
         pace.saw(0, 1, repeated)

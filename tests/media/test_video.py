@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, TiffImagePlugin
 
 from cogvideo.media import ffmpeg, images
-from cogvideo.media.colors import UNKNOWN, Coding, to_srgb
+from cogvideo.media.colors import UNKNOWN, ColorCoding, to_srgb
 from cogvideo.media.images import contact_sheet, look, write_image
 from cogvideo.media.shots import View
 from cogvideo.media.video import VideoError, examine, read_video, write_video
@@ -1128,12 +1128,12 @@ def test_brighter_than_white_keeps_its_shape() -> None:
     """Guards against highlights that are cut, and a curve that is not monotonic or leaves the range."""
     light = np.geomspace(1, 10000, 64)
     levels = np.round(perceptual_quantizer(light) * 65535).astype(np.uint16)
-    found = to_srgb(np.repeat(levels[None, :, None], 3, 2), Coding(9, 16))[0, :, 0].astype(int)
+    found = to_srgb(np.repeat(levels[None, :, None], 3, 2), ColorCoding(9, 16))[0, :, 0].astype(int)
     assert (np.diff(found) >= 0).all()
     assert found[-1] == 255
     assert len(np.unique(found[(light > 203) & (light < 800)])) > 5
     same = np.arange(256, dtype=np.uint16)[None, :, None].repeat(3, 2) * 257
-    assert (to_srgb(same, Coding(1, 13)) == same // 257).all()
+    assert (to_srgb(same, ColorCoding(1, 13)) == same // 257).all()
 
 
 def wide_profile() -> bytes:

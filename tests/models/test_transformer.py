@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from cogvideo import kernels
 from cogvideo.config import LayoutConfig, StageConfig, TransformerConfig, preset
 from cogvideo.layout import SequenceLayout
-from cogvideo.models.attention import Chunk, Group, MaskPlan, attend, split_heads
+from cogvideo.models.attention import CellGroup, Chunk, MaskPlan, attend, split_heads
 from cogvideo.models.plans import _dense, _structure, _with_text, full_pass, text_mask
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.text import PaddedText
@@ -463,7 +463,7 @@ def test_gradients_of_bfloat16_attention(rows: int) -> None:
     q, k, v, gradient = (torch.randn(2, 3, rows, 16, generator=generator).bfloat16() for _ in range(4))
     seen = torch.rand(2, 1, rows, rows, generator=generator) > 0.5
     for mask in (None, seen, seen * 1.5):
-        plan = MaskPlan((Group(None, None, (Chunk(None, None, mask),)),))
+        plan = MaskPlan((CellGroup(None, None, (Chunk(None, None, mask),)),))
         found = []
         for dtype in (torch.bfloat16, torch.float64):
             inputs = [each.to(dtype).requires_grad_() for each in (q, k, v)]

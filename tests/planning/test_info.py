@@ -35,7 +35,7 @@ from cogvideo.config import (
 from cogvideo.generation import hierarchy
 from cogvideo.generation.decode import DecodedFrame, Passes, decode
 from cogvideo.generation.decoder import Condition, Decoder
-from cogvideo.generation.request import Request, Settings
+from cogvideo.generation.request import GenerationSettings, Request
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.attention import MaskPlan
 from cogvideo.models.autoencoder import Autoencoder
@@ -289,7 +289,7 @@ def test_phases_are_those_of_a_clip(text_model: bytes, monkeypatch: pytest.Monke
         return iter(frames)
 
     monkeypatch.setattr(hierarchy, "decode", spy)
-    settings = Settings(
+    settings = GenerationSettings(
         rounds=2, first=SamplingConfig(temperature=0), later=SamplingConfig(temperature=0), passes=Passes()
     )
     list(hierarchy.generate(system, Request(["a cat"], [torch.Generator()], settings)))

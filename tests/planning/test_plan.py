@@ -21,7 +21,7 @@ from cogvideo.commands import plan
 from cogvideo.commands import train as commands
 from cogvideo.config import AutoencoderConfig, CogVideoConfig, StageConfig, UpscalerConfig, preset
 from cogvideo.planning.costs import STAGES, Stage, layout_of
-from cogvideo.planning.plan import BY_COLUMNS, BY_ROWS, Cluster, StagePlan, Way, held, stage_plan
+from cogvideo.planning.plan import BY_COLUMNS, BY_ROWS, Cluster, StagePlan, Strategy, held, stage_plan
 from cogvideo.planning.training import training, training_states
 from cogvideo.training import parallel
 from cogvideo.training.session import Options
@@ -41,9 +41,9 @@ PAPER, TINY = preset("cogvideo"), preset("tiny")
 
 
 def memory_for(config: CogVideoConfig, stage: Stage, **options: Any) -> float:
-    """GiB with which a stage just fits if nothing is reserved, in the way that needs least."""
-    ways = stage_plan(config, stage, Cluster(gpu_memory=1e-9, reserve=0, **options)).ways
-    return min(way.needs for way in ways) / GIB
+    """GiB with which a stage just fits if nothing is reserved, in the strategy that needs least."""
+    strategies = stage_plan(config, stage, Cluster(gpu_memory=1e-9, reserve=0, **options)).strategies
+    return min(strategy.needs for strategy in strategies) / GIB
 
 
 # Memory of a rank
@@ -107,18 +107,20 @@ def test_as_many_samples_as_fit() -> None:
     needs = [memory_for(SMALL, "sequential", gpus=gpus) for gpus in (4, 8)]
     for memory in (each * factor for each in needs for factor in (1, 1.5, 2, 4)):
         machines = Cluster(gpus=8, gpu_memory=memory, reserve=0)
-        for way in stage_plan(SMALL, "sequential", machines).ways:
-            assert way.fits == (way.needs <= memory * GIB)
-            assert way.needs == max(way.peaks.values()) >= way.peaks["in a pass"] == sum(way.memory.values())
-            assert way.passes == -(-52 // way.micro_batch)
-            if way.fits and way.micro_batch < 52:
-                assert _needs_with(way, way.micro_batch + 1) > memory * GIB
+        for strategy in stage_plan(SMALL, "sequential", machines).strategies:
+            assert strategy.fits == (strategy.needs <= memory * GIB)
+            assert strategy.needs == max(strategy.peaks.values())
+            assert strategy.peaks["in a pass"] == sum(strategy.memory.values())
+            assert strategy.passes == -(-52 // strategy.micro_batch)
+            if strategy.fits and strategy.micro_batch < 52:
+                assert _needs_with(strategy, strategy.micro_batch + 1) > memory * GIB
 
 
-def _needs_with(way: Way, samples: int) -> int:
-    """Of the same way with other pieces of a step, in the small sequential stage on 8 GPUs."""
-    rank, step = held(SMALL, "sequential", way.sharding, 8, 1), training(SMALL, "sequential", samples, autocast=True)
-    activations = step.activations_checkpointed if way.checkpointing else step.activations
+def _needs_with(strategy: Strategy, samples: int) -> int:
+    """Of the same strategy with other pieces of a step, in the small sequential stage on 8 GPUs."""
+    rank = held(SMALL, "sequential", strategy.sharding, 8, 1)
+    step = training(SMALL, "sequential", samples, autocast=True)
+    activations = step.activations_checkpointed if strategy.checkpointing else step.activations
     kept = rank.accumulated if samples < 52 else 0
     return rank.weights + rank.gradients + rank.optimizer + rank.gathered + activations + kept
 
@@ -149,8 +151,8 @@ def test_what_is_chosen() -> None:
         found = stage_plan(SMALL, "sequential", Cluster(gpus=8, gpu_memory=least * factor, reserve=0))
         seen.append(None if found.best is None else (found.best.sharding, found.best.checkpointing))
         if found.best is not None and found.best.sharding == "sharded":
-            others = [way for way in found.ways if way.fits and way.sharding == "sharded"]
-            assert found.best.passes == min(way.passes for way in others)
+            others = [strategy for strategy in found.strategies if strategy.fits and strategy.sharding == "sharded"]
+            assert found.best.passes == min(strategy.passes for strategy in others)
     assert seen[0] == ("replicated", False)
     assert seen[2] is None
 
@@ -159,11 +161,11 @@ def test_what_is_chosen() -> None:
     ("gpus", "tensor", "expected"),
     [(1, 1, ["replicated"]), (2, 2, ["replicated"]), (4, 2, ["sharded"]), (4, 1, ["replicated", "sharded"])],
 )
-def test_ways_are_those_that_training_accepts(gpus: int, tensor: int, expected: list[str]) -> None:
+def test_strategies_are_those_that_training_accepts(gpus: int, tensor: int, expected: list[str]) -> None:
     """Guards against a command that `cogvideo train` refuses."""
     found = stage_plan(SMALL, "sequential", Cluster(gpus=gpus, gpu_memory=1, tensor_parallel=tensor))
-    assert [way.sharding for way in found.ways] == [name for name in expected for _ in range(2)]
-    assert [way.checkpointing for way in found.ways] == [False, True] * len(expected)
+    assert [strategy.sharding for strategy in found.strategies] == [name for name in expected for _ in range(2)]
+    assert [strategy.checkpointing for strategy in found.strategies] == [False, True] * len(expected)
 
 
 # Time
@@ -206,7 +208,7 @@ def test_batches_that_ranks_can_share(gpus: int, batch: int) -> None:
 # The command
 
 
-def chosen(found: StagePlan) -> Way:
+def chosen(found: StagePlan) -> Strategy:
     """What the command is to run."""
     assert found.best is not None
     return found.best
@@ -230,14 +232,14 @@ def test_the_command_runs_what_was_planned(
     started: list[tuple[str, Options]] = []
     monkeypatch.setattr(commands, "train", lambda stage, choice, options, *_: started.append((stage, options)))
     for found in (stage_plan(SMALL, stage, machines, ema=0.5) for stage in STAGES):
-        way, words = chosen(found), shlex.split(str(found.command))
+        strategy, words = chosen(found), shlex.split(str(found.command))
         assert words[: len(launcher) + 1] == [*launcher, "cogvideo"]
         assert cli.main(words[len(launcher) + 1 :]) == 0
         stage, options = started.pop()
         assert stage == found.stage
-        assert options.parallel == parallel.ParallelSettings(way.sharding, machines.tensor_parallel)
-        assert options.execution.checkpointing == way.checkpointing
-        assert options.execution.micro_batch == way.micro_batch
+        assert options.parallel == parallel.ParallelSettings(strategy.sharding, machines.tensor_parallel)
+        assert options.execution.checkpointing == strategy.checkpointing
+        assert options.execution.micro_batch == strategy.micro_batch
         settings = options.optimization
         assert (settings.batch, settings.ema, settings.precision) == (found.batch, 0.5, "bfloat16")
         assert found.steps in (None, settings.steps)
@@ -280,10 +282,10 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 def test_a_gpu_must_hold_the_model_once() -> None:
     """Guards many small GPUs: a rank loads all weights before it cuts them, so more of them do not help."""
-    ways = stage_plan(PAPER, "sequential", Cluster(512, 16)).ways
-    assert not any(way.fits for way in ways)
-    assert min(way.needs for way in ways) == held(PAPER, "sequential", "sharded", 1, 1).weights
-    assert min(way.peaks["in a pass"] for way in ways) < 16 * 0.9 * GIB
+    strategies = stage_plan(PAPER, "sequential", Cluster(512, 16)).strategies
+    assert not any(strategy.fits for strategy in strategies)
+    assert min(strategy.needs for strategy in strategies) == held(PAPER, "sequential", "sharded", 1, 1).weights
+    assert min(strategy.peaks["in a pass"] for strategy in strategies) < 16 * 0.9 * GIB
 
 
 def test_json_is_the_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,7 +296,9 @@ def test_json_is_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed["machines"]["utilisation"] == 0.3
     expected = [stage_plan(TINY, stage, machines) for stage in STAGES]
     assert [each["days"] for each in printed["stages"]] == [each.days for each in expected]
-    assert [way["memory"] for way in printed["stages"][1]["ways"]] == [way.memory for way in expected[1].ways]
+    assert [each["memory"] for each in printed["stages"][1]["strategies"]] == [
+        strategy.memory for strategy in expected[1].strategies
+    ]
 
 
 def test_shown_output_is_real(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

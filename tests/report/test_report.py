@@ -37,7 +37,7 @@ from cogvideo.report import data as report_module
 from cogvideo.report import page as page_module
 from cogvideo.report.clips import find_origin, read_as_encoded
 from cogvideo.report.data import frequencies, training_rates
-from cogvideo.report.page import Name, environment, middle, percent, shorten, write_page
+from cogvideo.report.page import RunName, environment, middle, percent, shorten, write_page
 from cogvideo.report.sample import ranges, summary, take_sample, words_of
 
 SMALL = AutoencoderConfig(
@@ -317,7 +317,7 @@ def test_any_text_survives_escaping(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     @settings(max_examples=50, deadline=None)
     def check(text: str) -> None:
         text = f"{text}\"'></title><script>"
-        facts = {"text": text, "name": Name(text, 0), "plot": Markup("<svg></svg>")}
+        facts = {"text": text, "name": RunName(text, 0), "plot": Markup("<svg></svg>")}
         facts["pixels"] = np.zeros((1, 1, 3), np.uint8)
         write_page(tmp_path / "page.html", text, text, text, "every part", facts)
         page = Page(tmp_path / "page.html")

@@ -11,7 +11,7 @@ import pytest
 
 from cogvideo.report.ablation import CLIPS, PACE, SAMPLES, TIME, StageCurve, compare, levels, paired
 from cogvideo.report.runs import Curve
-from cogvideo.training.ablation import Ablation, Laboratory
+from cogvideo.training.ablation import Ablation, Experiment
 from cogvideo.training.optim import StageOptimization
 
 
@@ -70,7 +70,7 @@ def test_curves_are_compared_where_both_have_arrived(paces: tuple[float, float])
 
 def test_runs_are_compared_with_the_full_system_of_their_seed(tmp_path: Path) -> None:
     """Guards the pairs: other seeds do not count, and neither do figures that the full system does not have."""
-    laboratory = Laboratory(tmp_path, Ablation(seeds=2), StageOptimization(seed=5), "cpu")
+    experiment = Experiment(tmp_path, Ablation(seeds=2), StageOptimization(seed=5), "cpu")
     slow, name = StageCurve(curve((1, 4.0), (2, 3.0)), 2.0), "sequential, 1 fps"
     lines = {
         "full-5": {name: StageCurve(curve((1, 3.0), (2, 2.0)), 1.0)},
@@ -81,7 +81,7 @@ def test_runs_are_compared_with_the_full_system_of_their_seed(tmp_path: Path) ->
     }
     reports = {run: {run.rpartition("-")[0]: {"FVD": 10.0}} for run in lines}
     reports["full-5"] = {"full system": {"FVD": 7.0}}
-    found = compare(laboratory, reports, lines)
+    found = compare(experiment, reports, lines)
     trained = found[SAMPLES][name]["base trained"]
     assert trained.values == {5: 3.0, 6: 3.0}
     assert trained.differences == {5: 1.0, 6: 0.5}

@@ -31,7 +31,7 @@ from cogvideo.commands.train import tokenizer
 from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings
 from cogvideo.media.images import write_image
-from cogvideo.report.page import Name
+from cogvideo.report.page import RunName
 from cogvideo.report.plots import curves, running_mean
 from cogvideo.report.runs import Curve
 from cogvideo.runs import RunFolder
@@ -423,7 +423,7 @@ def test_running_mean_is_that_of_the_points_near(points: list[tuple[int, float]]
 def test_axes_of_any_values(heights: list[float], from_zero: bool) -> None:
     """Values that end the page, or an axis without labels."""
     curve = Curve(np.arange(len(heights)), np.array(heights))
-    panel = curves("image", "Loss", {Name("a", 0): curve}, from_zero=from_zero)
+    panel = curves("image", "Loss", {RunName("a", 0): curve}, from_zero=from_zero)
     assert panel.svg.count("text-anchor: end") >= 1
 
 

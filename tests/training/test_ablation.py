@@ -25,7 +25,7 @@ from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, initialize
 from cogvideo.text import TextTokenizer
 from cogvideo.training import ablation
-from cogvideo.training.ablation import PROTOCOL, VARIANTS, Ablation, Laboratory
+from cogvideo.training.ablation import PROTOCOL, VARIANTS, Ablation, Experiment
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.stages import Choice
 from cogvideo.training.text import train_model
@@ -103,11 +103,11 @@ def test_a_killed_run_goes_on(base: str, tmp_path: Path, monkeypatch: pytest.Mon
     network_path("i3d").write_bytes(b"")
     settings = Ablation(base, seeds=1, scenes=60, held_out=2, clips=4, at_once=2)
 
-    def work(out: Path) -> Laboratory:
-        laboratory = Laboratory(out, settings, StageOptimization(steps=3, batch=2, warmup=1), "cpu")
-        laboratory.prepare(Machines("cpu", workers=1))
-        laboratory.make(PlainJob(("full-0",)))
-        return laboratory
+    def work(out: Path) -> Experiment:
+        experiment = Experiment(out, settings, StageOptimization(steps=3, batch=2, warmup=1), "cpu")
+        experiment.prepare(Machines("cpu", workers=1))
+        experiment.make(PlainJob(("full-0",)))
+        return experiment
 
     def attempt() -> None:
         work(tmp_path / "killed")
@@ -119,8 +119,8 @@ def test_a_killed_run_goes_on(base: str, tmp_path: Path, monkeypatch: pytest.Mon
     killed, whole = (work(tmp_path / name) for name in ("killed", "whole"))
     assert killed.report("full-0") == whole.report("full-0")
     clips = []
-    for laboratory in (killed, whole):
-        files = sorted((laboratory.out / "full-0" / "clips-0").glob("*.npz"))
+    for experiment in (killed, whole):
+        files = sorted((experiment.out / "full-0" / "clips-0").glob("*.npz"))
         clips.append([np.load(file)["clip"] for file in files])
     assert len(clips[0]) == 4
     np.testing.assert_array_equal(*clips)

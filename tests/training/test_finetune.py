@@ -29,7 +29,7 @@ from cogvideo.report.finetune import choose
 from cogvideo.training import finetune
 from cogvideo.training.card import read_reports
 from cogvideo.training.checkpoints import Checkpoints
-from cogvideo.training.finetune import Chain, Finetuning
+from cogvideo.training.finetune import Finetuning, FinetuningRun
 from cogvideo.training.launch import seconds_a_step
 from cogvideo.training.stages import Choice
 from gallery import make_model
@@ -73,7 +73,7 @@ def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="module")
 def tuned(place: Path) -> Path:
     """The result of a chain that nothing interrupts."""
-    Chain(str(place / "clips"), place / "tuned", str(place / "base"), QUICK).run()
+    FinetuningRun(str(place / "clips"), place / "tuned", str(place / "base"), QUICK).run()
     return place / "tuned"
 
 
@@ -81,10 +81,10 @@ class Begun(Exception):
     """The clips are looked at."""
 
 
-def begin(folder: Path, place: Path, settings: Finetuning = QUICK) -> Chain:
+def begin(folder: Path, place: Path, settings: Finetuning = QUICK) -> FinetuningRun:
     """A fine-tuning on the clips of a folder that is stopped before the second step."""
-    chain = Chain(str(folder / "clips"), folder / "out", str(place / "base"), settings)
-    with patch.object(Chain, "_begin", side_effect=Begun), suppress(Begun):
+    chain = FinetuningRun(str(folder / "clips"), folder / "out", str(place / "base"), settings)
+    with patch.object(FinetuningRun, "_begin", side_effect=Begun), suppress(Begun):
         chain.run()
     return chain
 
@@ -130,7 +130,10 @@ def test_all_stages_are_trained(tuned: Path, place: Path) -> None:
 def test_ctrl_c_during_a_last_step(tuned: Path, place: Path) -> None:
     """Guards users who stop a chain while a stage saves its last step: the next one does not begin; called again, the
     chain makes the same bytes."""
-    chain, save = partial(Chain, str(place / "clips"), place / "stopped", str(place / "base"), QUICK), Checkpoints.save
+    chain, save = (
+        partial(FinetuningRun, str(place / "clips"), place / "stopped", str(place / "base"), QUICK),
+        Checkpoints.save,
+    )
 
     def interrupted(checkpoints: Checkpoints, step: int, *rest: Any) -> None:
         save(checkpoints, step, *rest)
@@ -150,7 +153,7 @@ def test_a_killed_chain_goes_on(tuned: Path, place: Path, tmp_path: Path) -> Non
     out, number = place / "killed", 40
 
     def work() -> None:
-        Chain(str(place / "clips"), out, str(place / "base"), QUICK).run()
+        FinetuningRun(str(place / "clips"), out, str(place / "base"), QUICK).run()
 
     kills = 0
     while kill_at(number, work):
@@ -159,7 +162,7 @@ def test_a_killed_chain_goes_on(tuned: Path, place: Path, tmp_path: Path) -> Non
     assert kills > 4
     assert content(out) == content(tuned)
     with pytest.raises(ValueError, match=r"another run began in .*: settings\.minutes was 20\.0 and is 3"):
-        Chain(str(place / "clips"), out, str(place / "base"), replace(QUICK, minutes=3)).run()
+        FinetuningRun(str(place / "clips"), out, str(place / "base"), replace(QUICK, minutes=3)).run()
 
 
 def test_the_page(tuned: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +210,7 @@ def test_adapters_leave_the_base_as_it_is(
     """Guards `finetune --lora`: adapters of all stages next to the base, interrupted or not, a page, and a command that
     works."""
     arguments = [str(place / "clips"), "--base", str(place / "base"), "--steps", "2", "--batch", "2", "--lora", "2"]
-    out, again, steps = tmp_path / "tuned", tmp_path / "again", Chain._train
+    out, again, steps = tmp_path / "tuned", tmp_path / "again", FinetuningRun._train
     assert main(["finetune", *arguments, "--out", str(out)]) == 0
     told = capsys.readouterr()
     assert "and is kept, as adapters need it" in told.err
@@ -217,16 +220,16 @@ def test_adapters_leave_the_base_as_it_is(
     assert [each.component for each in made.adapters] == ["base", "sequential", "interpolation"]
     assert not torch.equal(made.base.blocks[0].qkv.weight, base.base.blocks[0].qkv.weight)
 
-    def stopping(chain: Chain, stage: Any) -> None:
+    def stopping(chain: FinetuningRun, stage: Any) -> None:
         if stage == "sequential":
             raise Begun
         steps(chain, stage)
 
     settings = Finetuning(steps=2, batch=2, lora=2)
     for method in (stopping, steps):
-        monkeypatch.setattr(Chain, "_train", method)
+        monkeypatch.setattr(FinetuningRun, "_train", method)
         with suppress(Begun):
-            Chain(str(place / "clips"), again, str(place / "base"), settings).run()
+            FinetuningRun(str(place / "clips"), again, str(place / "base"), settings).run()
     for each in made.adapters:
         same = again / each.weights.relative_to(out)
         assert same.read_bytes() == each.weights.read_bytes()
@@ -237,7 +240,7 @@ def test_adapters_leave_the_base_as_it_is(
     parts = {name: base.component(name) for name in ("base", "text", "image_tokenizer")}
     CogVideo(base.config, **parts).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match=r"the base .* has no sequential, interpolation, expected a model with"):
-        Chain(str(place / "clips"), tmp_path / "x", str(tmp_path / "bare"), settings)
+        FinetuningRun(str(place / "clips"), tmp_path / "x", str(tmp_path / "bare"), settings)
 
 
 def test_one_short_clip(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +248,7 @@ def test_one_short_clip(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     are kept."""
     monkeypatch.setattr(finetune, "LEAST_PSNR", 0.0)
     write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
-    Chain(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), replace(QUICK, steps=2)).run()
+    FinetuningRun(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), replace(QUICK, steps=2)).run()
     made, base = CogVideo.from_pretrained(tmp_path / "out"), CogVideo.from_pretrained(place / "base")
     assert made.config.sequential.durations == (0.5,)
     assert made.sha256("image_tokenizer") == base.sha256("image_tokenizer")
@@ -261,7 +264,7 @@ def test_few_held_out_clips_choose_no_step(
     """Guards those with ten clips: the loss of one that looks like no other is lowest before anything is learned."""
     monkeypatch.setattr(finetune, "LEAST_JUDGES", 4)
     monkeypatch.setattr(finetune.Checkpoints, "best", lambda _: 7)
-    chain = Chain(str(place / "clips"), tmp_path, str(place / "base"), QUICK)
+    chain = FinetuningRun(str(place / "clips"), tmp_path, str(place / "base"), QUICK)
     rows = [f"{place}/clips/the-cat_{row}.mp4,a cat,{'validation' if row < number else 'train'}" for row in range(5)]
     chain.table.write_text("\n".join(["file,caption,split", *rows]))
     assert chain._best("image") == step
@@ -272,7 +275,9 @@ def test_steps_fit_the_time(place: Path, tmp_path: Path) -> None:
     began keeps its own."""
     found, told = [], []
     for minutes in (0.1, 5, 600):
-        chain = Chain(str(place / "clips"), tmp_path / f"{minutes}", str(place / "base"), Finetuning(minutes=minutes))
+        chain = FinetuningRun(
+            str(place / "clips"), tmp_path / f"{minutes}", str(place / "base"), Finetuning(minutes=minutes)
+        )
         chain.table.write_text(f"file,caption\n{place}/clips/the-cat_0.mp4,a cat\n")
         found.append(chain._steps_of("image", lambda: 2.0))
         told.append(chain._time_left)
@@ -297,7 +302,7 @@ def test_a_text_tokenizer_is_trained_where_it_helps(
     caption: str, is_trained: bool, words: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards all words that a base knows from captions that no tokenizer can shorten, which were cut without a word."""
-    chain = Chain(str(place / "clips"), tmp_path / "out", "pocket", Finetuning())
+    chain = FinetuningRun(str(place / "clips"), tmp_path / "out", "pocket", Finetuning())
     chain.table.write_text(f"file,caption\n{place}/clips/the-cat_0.mp4,{caption}\n")
     assert (chain._text().model != chain.base.text.model) == is_trained
     assert words in capsys.readouterr().err
@@ -306,7 +311,7 @@ def test_a_text_tokenizer_is_trained_where_it_helps(
 def test_the_pace_is_measured(tuned: Path, place: Path) -> None:
     """Guards the choice of steps: some are made and timed, and nothing of them stays."""
     before = content(tuned)
-    options = Chain(str(place / "clips"), tuned, str(place / "base"), QUICK)._options(1)
+    options = FinetuningRun(str(place / "clips"), tuned, str(place / "base"), QUICK)._options(1)
     assert 0 < seconds_a_step("interpolation", Choice("continue"), options) < 60
     assert content(tuned) == before
 
@@ -324,7 +329,7 @@ def test_clips_that_cannot_be_used(files: tuple[str, ...], message: str, place: 
     for name in files:
         (tmp_path / "clips" / name).write_bytes(b"no video")
     with pytest.raises(ValueError, match=message):
-        Chain(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), QUICK).run()
+        FinetuningRun(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), QUICK).run()
 
 
 def test_a_dangling_link_is_left_out(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,7 +345,7 @@ def test_clips_may_change_until_the_first_step_is_done(place: Path, tmp_path: Pa
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"no clip of .* can be trained on"):
-        Chain(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), QUICK).run()
+        FinetuningRun(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), QUICK).run()
     write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
     begin(tmp_path, place)
     begin(tmp_path, place)
@@ -367,17 +372,17 @@ def test_paths_that_are_no_text(place: Path, tmp_path: Path, capsys: pytest.Capt
     assert "Left out: bad\\udcff.mp4: path is not text." in capsys.readouterr().err
     odd = (tmp_path / "clips").rename(tmp_path / os.fsdecode(b"clips\xff"))
     with pytest.raises(ValueError, match=r"no clip of .* can be used: path is not text: .* rename the folder"):
-        Chain(str(odd), tmp_path / "other", str(place / "base"), QUICK)
+        FinetuningRun(str(odd), tmp_path / "other", str(place / "base"), QUICK)
 
 
 def test_no_other_model_is_touched(place: Path) -> None:
     """Guards the base, and models that were made otherwise."""
     base = str(place / "base")
     with pytest.raises(ValueError, match="base is the base: give the new model another folder"):
-        Chain(str(place / "clips"), place / "base", base, QUICK)
+        FinetuningRun(str(place / "clips"), place / "base", base, QUICK)
     CogVideo.from_pretrained(base).save_pretrained(place / "other")
     with pytest.raises(ValueError, match="other holds another model"):
-        Chain(str(place / "clips"), place / "other", base, QUICK)
+        FinetuningRun(str(place / "clips"), place / "other", base, QUICK)
 
 
 @pytest.mark.parametrize(
@@ -416,7 +421,7 @@ def test_captions_are_written_with_the_clips_in_sight(place: Path, tmp_path: Pat
     page = (tmp_path / "captions.html").read_text()
     assert page.count("data:image/webp;base64,") == 5
     assert page.count(">a cat runs</textarea>") == 4
-    chain = Chain(str(tmp_path), tmp_path / "out", str(place / "base"), QUICK)
+    chain = FinetuningRun(str(tmp_path), tmp_path / "out", str(place / "base"), QUICK)
     assert [each.captions[0] for each in chain.items][3:] == ["a cat runs", "the cat 4"]
     (tmp_path / "captions.csv").write_text("file,caption\nthe-cat_4.mp4,mine\n")
     assert main(["data", "captions", str(tmp_path)]) == 0

@@ -17,7 +17,7 @@ from cogvideo.data.dataset import Dataset
 from cogvideo.data.loader import ClipStream
 from cogvideo.training import held_out as module
 from cogvideo.training.held_out import HeldOut, held_out, measure
-from cogvideo.training.objectives.task import Measured
+from cogvideo.training.objectives.task import BatchLosses
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.stages import StageName
 from cogvideo.training.step import Trainer
@@ -147,7 +147,7 @@ def test_ranks_share_the_clips(num_ranks: int, place: Path, source: CogVideo, mo
         passes = [0] * num_ranks
         for rank in range(num_ranks):
 
-            def counted(batch: Any, rank: int = rank) -> Measured:
+            def counted(batch: Any, rank: int = rank) -> BatchLosses:
                 passes[rank] += 1  # noqa: B023
                 return Trainer.measure(trainer, batch)
 

@@ -31,7 +31,7 @@ from cogvideo.files import alone_in
 from cogvideo.models.transformer import Base
 from cogvideo.training.checkpoints import Checkpoints, read_weights
 from cogvideo.training.held_out import mean_loss
-from cogvideo.training.step import Figures, Trainer
+from cogvideo.training.step import StepMetrics, Trainer
 from gallery import loud
 from killing import kill, paused
 from workshop import make_bundle, make_data
@@ -398,7 +398,7 @@ def test_divergence_publishes_the_checkpoint_that_is_being_written(
     """Guards asynchronous checkpoints: one that had not got its name yet would be lost with the run."""
     figures = Trainer.figures
 
-    def diverging(trainer: Trainer, done: int) -> Figures:
+    def diverging(trainer: Trainer, done: int) -> StepMetrics:
         require(done < 4, "training diverged: the loss is nan")
         return figures(trainer, done)
 
@@ -483,7 +483,7 @@ def test_adapters_are_trained_next_to_the_weights(place: Place, monkeypatch: pyt
     figures, names = Trainer.figures, ("base", "sequential")
     before = {name: Manifest.read(place.folder / "adapted").components[name].sha256 for name in names}
 
-    def stopping(trainer: Trainer, done: int) -> Figures:
+    def stopping(trainer: Trainer, done: int) -> StepMetrics:
         require(done != 5, "stopped")
         return figures(trainer, done)
 

@@ -27,7 +27,7 @@ from cogvideo.models.autoencoder import Autoencoder, to_frames
 from cogvideo.models.perceptual import Lpips, file_name
 from cogvideo.models.transformer import Base
 from cogvideo.training.checkpoints import Checkpoints, restore, training_state
-from cogvideo.training.objectives.task import Measured
+from cogvideo.training.objectives.task import BatchLosses
 from cogvideo.training.objectives.tokenizer import FrameStream, TokenizerObjective, TokenizerSettings, batch_places
 from cogvideo.training.session import LoggingConfig
 from cogvideo.training.step import Trainer
@@ -445,7 +445,7 @@ def test_divergence_keeps_the_last_checkpoint(out, monkeypatch):
 
     def forward(self, batch):
         loss, parts = real(self, batch)
-        return Measured(loss * math.nan if self._step == 6 else loss, parts)
+        return BatchLosses(loss * math.nan if self._step == 6 else loss, parts)
 
     monkeypatch.setattr(TokenizerObjective, "forward", forward)
     with pytest.raises(ValueError, match="training diverged: the loss is nan at step 7"):

@@ -22,7 +22,7 @@ from cogvideo.config import (
 )
 from cogvideo.data.loader import ClipSample
 from cogvideo.generation.hierarchy import collect, generate
-from cogvideo.generation.request import Request, Settings
+from cogvideo.generation.request import GenerationSettings, Request
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
 from cogvideo.text import TextTokenizer, pad_left
@@ -221,7 +221,7 @@ def generated(text: TextTokenizer, base: Base, rounds: int, **stages: Transforme
     channels = {name: model.channel for name, model in stages.items()}
     system = CogVideo(config, base=base, text=text, **channels)
     # As in training: neither guidance nor bonus.
-    settings = Settings(rounds, first=SamplingConfig(0.0), later=SamplingConfig(0.0), text_bonus=0.0)
+    settings = GenerationSettings(rounds, first=SamplingConfig(0.0), later=SamplingConfig(0.0), text_bonus=0.0)
     return collect(generate(system, Request(CAPTIONS, [torch.Generator() for _ in CAPTIONS], settings)))
 
 

@@ -29,9 +29,9 @@ from cogvideo.web import uploads
 from cogvideo.web.clips import to_png
 from cogvideo.web.jobs import Jobs, Limits
 from cogvideo.web.keys import Keys
-from cogvideo.web.served import Served, Wanted
+from cogvideo.web.served import ClipRequest, ServedModel
 from cogvideo.web.server import application
-from cogvideo.web.site import Site
+from cogvideo.web.site import ServerState
 from cogvideo.web.storage import Store
 from cogvideo.web.worker import Worker
 from serving import Running, make_whole_bundle, serving, wait_for
@@ -43,8 +43,8 @@ def model(tmp_path_factory: pytest.TempPathFactory, text_model: bytes) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(model: Path) -> Served:
-    return Served(str(model))
+def served(model: Path) -> ServedModel:
+    return ServedModel(str(model))
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,12 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
 
 
 @pytest.fixture
-def site(served: Served, tmp_path: Path) -> Site:
+def site(served: ServedModel, tmp_path: Path) -> ServerState:
     """A queue without workers."""
-    return Site(served, Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(tmp_path / "files")))
+    return ServerState(served, Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(tmp_path / "files")))
 
 
-def client(site: Site, key: str = "", **options: Any) -> TestClient:
+def client(site: ServerState, key: str = "", **options: Any) -> TestClient:
     """A client of the application in this process."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     return TestClient(application(site, ["testserver"]), headers=headers, **options)
@@ -207,7 +207,7 @@ REFUSED = [
 ]
 
 
-def test_refusals_are_one_sentence(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_are_one_sentence(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards users against riddles, and the queue against clips that cannot be made."""
     web = client(site)
     for body, message in REFUSED:
@@ -227,9 +227,9 @@ def test_refusals_are_one_sentence(site: Site, monkeypatch: pytest.MonkeyPatch) 
     assert list(Path(site.store._root).rglob("*")) == []
 
 
-def test_limits_and_repeated_requests(site: Site) -> None:
+def test_limits_and_repeated_requests(site: ServerState) -> None:
     """Guards the queue against one key, and clients that try again against paying twice."""
-    web = client(Site(site.served, site.jobs, site.store, None, Limits(waiting=2)))
+    web = client(ServerState(site.served, site.jobs, site.store, None, Limits(waiting=2)))
     asked = {"json": {"prompt": "a cat"}, "headers": {"Idempotency-Key": "one"}}
     first, again = web.post("/v1/videos", **asked), web.post("/v1/videos", **asked)
     assert first.json() == again.json()
@@ -243,7 +243,7 @@ def test_limits_and_repeated_requests(site: Site) -> None:
     assert web.post("/v1/videos", **asked).json() == first.json()
 
 
-def test_keys_keep_others_out(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_keep_others_out(site: ServerState, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards users against each other: another key's videos do not exist, whatever the request."""
     made = []
     for name in ("ann", "bob"):
@@ -251,7 +251,7 @@ def test_keys_keep_others_out(site: Site, tmp_path: Path, capsys: pytest.Capture
         made.append(capsys.readouterr().out.strip())
     stored = (tmp_path / "keys").read_text()
     assert not any(key in stored for key in made)
-    guarded = Site(site.served, site.jobs, site.store, Keys(tmp_path / "keys"))
+    guarded = ServerState(site.served, site.jobs, site.store, Keys(tmp_path / "keys"))
     ann, bob = (client(guarded, key) for key in made)
     id = ann.post("/v1/videos", json={"prompt": "a cat"}).json()["id"]
     body = {"prompt": "x", "input_reference": {"video_id": id}}
@@ -278,7 +278,7 @@ def test_keys_keep_others_out(site: Site, tmp_path: Path, capsys: pytest.Capture
     assert (ann.get("/v1/videos").status_code, bob.get("/v1/videos").status_code) == (401, 200)
 
 
-def test_other_sites_and_names_are_refused(site: Site) -> None:
+def test_other_sites_and_names_are_refused(site: ServerState) -> None:
     """Guards a server without keys against pages that a browser on this machine shows."""
     web = client(site)
     assert web.get("/v1/videos", headers={"host": "evil.example"}).status_code == 400
@@ -294,7 +294,7 @@ def test_other_sites_and_names_are_refused(site: Site) -> None:
         assert "access-control-allow-origin" not in answer.headers
 
 
-def test_forms_in_odd_charsets(site: Site) -> None:
+def test_forms_in_odd_charsets(site: ServerState) -> None:
     """Guards against mistakes of the server that clients make: a form that its charset cannot hold is refused."""
     form = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--b--\r\n'
     kind = {"Content-Type": "multipart/form-data; boundary=b; charset=undefined"}
@@ -302,7 +302,7 @@ def test_forms_in_odd_charsets(site: Site) -> None:
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
-def test_mistakes_of_the_server_are_counted(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_of_the_server_are_counted(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards operators, whose alarms hang on the metrics."""
     web = TestClient(application(site, ["testserver"]), raise_server_exceptions=False)
     monkeypatch.setattr(Jobs, "listed", lambda *_: 1 / 0)
@@ -311,7 +311,7 @@ def test_mistakes_of_the_server_are_counted(site: Site, monkeypatch: pytest.Monk
     assert told in web.get("/metrics").text
 
 
-def test_paths_never_come_from_requests(site: Site) -> None:
+def test_paths_never_come_from_requests(site: ServerState) -> None:
     """Guards files: names of uploads, fields and addresses with tricks lead nowhere."""
     web = client(site)
     for id in ("..", "%2e%2e", "..%2f..%2fetc%2fpasswd", "video_" + "0" * 32, "video_%00", "video_" + "A" * 32):
@@ -322,7 +322,7 @@ def test_paths_never_come_from_requests(site: Site) -> None:
     assert list(Path(site.store._root).rglob("*")) == []
 
 
-def test_uploads_have_limits(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uploads_have_limits(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the server's own process against pictures that take all memory, and files that take forever."""
     bomb = BytesIO()
     Image.new("L", (13_000, 13_000)).save(bomb, "PNG")
@@ -345,7 +345,7 @@ def test_only_this_machine_unless_there_are_keys(
     assert "make a key first, `cogvideo key NAME`" in capsys.readouterr().err
 
 
-def test_a_full_disk(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk(site: ServerState, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards users of a full disk: they are told, can still watch what is there, and make room by deleting it."""
     web = client(site)
     id = web.post("/v1/videos", json={"prompt": "a cat", "rounds": 0}).json()["id"]
@@ -362,14 +362,14 @@ def test_a_full_disk(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert site.store.get(id, "video") is None
 
 
-def test_lengths_are_those_of_training(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_are_those_of_training(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards lengths: by default the longest that key frames were trained on; others of them, or a longer clip."""
     monkeypatch.setattr(served, "config", served.config.trained_on("sequential", (2.0, 1.0)))
-    assert served.completed(Wanted(prompt="x")).seconds == "2"
-    long = served.completed(Wanted(prompt="x", seconds="5", rounds=0))
+    assert served.completed(ClipRequest(prompt="x")).seconds == "2"
+    long = served.completed(ClipRequest(prompt="x", seconds="5", rounds=0))
     assert (served.pipeline.num_frames(served.settings(long)), served.fps(long)) == (11, 2)
     with pytest.raises(ValueError, match=r"seconds is 1\.5, expected 2, 1, or a longer one: the key frames"):
-        served.completed(Wanted(prompt="x", seconds="1.5"))
+        served.completed(ClipRequest(prompt="x", seconds="1.5"))
 
 
 def test_a_device_that_is_not_there(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

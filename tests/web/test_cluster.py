@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from cogvideo.web.jobs import Jobs
-from cogvideo.web.served import WANTED, Served, pack_codes
+from cogvideo.web.served import WANTED, ServedModel, pack_codes
 from serving import make_whole_bundle, serving, wait_for
 
 pytestmark = [
@@ -49,7 +49,7 @@ def test_a_cluster(text_model: bytes, tmp_path: Path) -> None:
         server.process.terminate()
         assert server.process.wait(120) == 0
     assert not replicas("") - before
-    served = Served(str(model))
+    served = ServedModel(str(model))
     request = served.request([WANTED.validate_json(job.work)], None, None)
     expected = {frame.place: pack_codes(frame.codes) for frame in served.pipeline.frames(request)}
     codes = served.unpack(job.codes)

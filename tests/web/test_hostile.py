@@ -16,9 +16,9 @@ from starlette.testclient import TestClient
 from cogvideo.media.video import write_video
 from cogvideo.web.clips import to_png
 from cogvideo.web.jobs import Jobs
-from cogvideo.web.served import Served
+from cogvideo.web.served import ServedModel
 from cogvideo.web.server import application
-from cogvideo.web.site import Site
+from cogvideo.web.site import ServerState
 from cogvideo.web.storage import Store
 from serving import make_whole_bundle, serving
 
@@ -52,7 +52,7 @@ def test_broken_media(model: Path, tmp_path: Path) -> None:
         write_video(tmp_path / f"clip.{suffix}", frames, 8)
         whole.append((tmp_path / f"clip.{suffix}").read_bytes())
     files = tmp_path / "files"
-    site = Site(Served(str(model)), Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(files)))
+    site = ServerState(ServedModel(str(model)), Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(files)))
     web = TestClient(application(site, ["testserver"]))
     there = sorted(tmp_path.iterdir())
     statuses: list[int] = []

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from cogvideo.web.jobs import Jobs
-from cogvideo.web.served import WANTED, Served, pack_codes
+from cogvideo.web.served import WANTED, ServedModel, pack_codes
 from cogvideo.web.storage import Store
 from serving import HAS_POSTGRES, PATIENCE, Running, kill_group, make_whole_bundle, postgres, start, wait_for
 
@@ -67,7 +67,7 @@ def test_kills(text_model: bytes, tmp_path: Path) -> None:
         listed = jobs.listed("local", None, 10_000, True)
         assert {job.id for job in listed} == set(accepted.values())
         assert len({job.repeat for job in listed}) == len(listed)
-        served, store = Served(str(model)), Store(str(tmp_path / "place" / "files"))
+        served, store = ServedModel(str(model)), Store(str(tmp_path / "place" / "files"))
         failed = [job.reason for job in listed if job.status == "failed"]
         print(f"{len(listed)} jobs, failed: {failed}")
         assert all(failed)

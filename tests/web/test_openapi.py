@@ -16,9 +16,9 @@ from schemathesis import checks
 
 from cogvideo.web.jobs import Jobs, Limits
 from cogvideo.web.keys import Keys
-from cogvideo.web.served import Served, Wanted
+from cogvideo.web.served import ClipRequest, ServedModel
 from cogvideo.web.server import application
-from cogvideo.web.site import Order, Site
+from cogvideo.web.site import Order, ServerState
 from cogvideo.web.storage import Store
 from cogvideo.web.worker import Worker
 from serving import make_whole_bundle
@@ -42,14 +42,14 @@ EXAMPLES = int(os.environ.get("COGVIDEO_FUZZ", "3000")) // 40
 def test_answers_are_as_described(examples: int, text_model: bytes, tmp_path: Path) -> None:
     """Guards clients that are made from the description, the server against what nobody thought of, and videos
     against requests with the keys of others."""
-    served = Served(str(make_whole_bundle(tmp_path / "small", text_model)))
+    served = ServedModel(str(make_whole_bundle(tmp_path / "small", text_model)))
     keys = Keys(tmp_path / "keys")
     headers = {"Authorization": f"Bearer {keys.add('ann')}"}
     keys.add("bob")
     limits = Limits(waiting=50)
-    site = Site(served, Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(tmp_path / "files")), keys, limits)
-    own = site.order("ann", Order(Wanted(prompt="a cat", rounds=0))).id
-    others = site.order("bob", Order(Wanted(prompt="a secret", rounds=0))).id
+    site = ServerState(served, Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(tmp_path / "files")), keys, limits)
+    own = site.order("ann", Order(ClipRequest(prompt="a cat", rounds=0))).id
+    others = site.order("bob", Order(ClipRequest(prompt="a secret", rounds=0))).id
     stopping = Event()
     stopping.wait = lambda _: stopping.set()  # type: ignore[assignment, method-assign, return-value]
     Worker(site.jobs, site.store, served, 8, 1000.0, 0, stopping).run()

@@ -146,7 +146,7 @@ def test_every_action(server: Running, page: Any) -> None:
             assert (name, beginning in content[:12]) == (f"a-cat-7.{kind}", True)
             assert b'"prompt": "a cat"' in content
         page.get_by_label("Frame", exact=True).press("End")
-        click(page, "Go on from here")
+        click(page, "Continue from here")
         drop(page, "[data-name=last_reference]", picture())
         page.get_by_alt_text("x.png").wait_for()
         generate(page, "a dog")
@@ -295,7 +295,7 @@ def test_the_page_suits_everybody(server: Running, page: Any, scheme: str) -> No
         name, outline = page.evaluate(FOCUS)
         reached[name] = outline
     assert [name for name, outline in reached.items() if outline == "none" and name != "BODY"] == []
-    for name in ("Generate Ctrl Enter", "Pause", "Frame", "Extend", "Go on from here", "mp4", "Delete", "a cat"):
+    for name in ("Generate Ctrl Enter", "Pause", "Frame", "Extend", "Continue from here", "mp4", "Delete", "a cat"):
         assert name in reached
 
 

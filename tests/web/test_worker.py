@@ -19,8 +19,8 @@ from cogvideo.pipeline import collect
 from cogvideo.web.clips import from_png, kept
 from cogvideo.web.jobs import JOBS, Job, Jobs
 from cogvideo.web.schemas import Reference, Video
-from cogvideo.web.served import WANTED, Served, Wanted, pack_codes
-from cogvideo.web.site import Order, Site
+from cogvideo.web.served import WANTED, ClipRequest, ServedModel, pack_codes
+from cogvideo.web.site import Order, ServerState
 from cogvideo.web.storage import Store, frame_name
 from cogvideo.web.worker import Worker
 from serving import make_whole_bundle, wait_for, working
@@ -32,44 +32,44 @@ def model(tmp_path_factory: pytest.TempPathFactory, text_model: bytes) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(model: Path) -> Served:
-    return Served(str(model))
+def served(model: Path) -> ServedModel:
+    return ServedModel(str(model))
 
 
 @pytest.fixture
-def site(served: Served, tmp_path: Path) -> Site:
+def site(served: ServedModel, tmp_path: Path) -> ServerState:
     """An empty queue with the places that the command line would choose."""
-    return Site(served, Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(tmp_path / "files")))
+    return ServerState(served, Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(tmp_path / "files")))
 
 
-def order(site: Site, **options: Any) -> str:
-    return site.order("a", Order(Wanted(**{"prompt": "a cat", "seed": 3, "rounds": 0} | options))).id
+def order(site: ServerState, **options: Any) -> str:
+    return site.order("a", Order(ClipRequest(**{"prompt": "a cat", "seed": 3, "rounds": 0} | options))).id
 
 
-def look(site: Site, id: str) -> Job:
+def look(site: ServerState, id: str) -> Job:
     job = site.jobs.find(id, bulky=True)
     assert job is not None
     return job
 
 
-def expected(site: Site, id: str) -> dict[int, bytes]:
+def expected(site: ServerState, id: str) -> dict[int, bytes]:
     """Codes of a clip by place, as the pipeline makes it alone and undisturbed."""
     wanted = WANTED.validate_json(look(site, id).work)
     frames = site.served.pipeline.frames(site.served.request([wanted], None, None))
     return {frame.place: pack_codes(frame.codes) for frame in frames}
 
 
-def codes(site: Site, id: str) -> dict[int, bytes]:
+def codes(site: ServerState, id: str) -> dict[int, bytes]:
     """Codes of a clip by place, as the queue has them."""
     job = look(site, id)
     return {place: pack_codes(row[None]) for place, row in zip(job.done, site.served.unpack(job.codes), strict=True)}
 
 
-def worker(site: Site, batch: int = 8, stopping: Event | None = None) -> Worker:
+def worker(site: ServerState, batch: int = 8, stopping: Event | None = None) -> Worker:
     return Worker(site.jobs, site.store, site.served, batch, 1000.0, 0, stopping or Event())
 
 
-def work_off(site: Site, batch: int = 8) -> None:
+def work_off(site: ServerState, batch: int = 8) -> None:
     """Work until nothing waits."""
     stopping = Event()
     one = worker(site, batch, stopping)
@@ -77,7 +77,7 @@ def work_off(site: Site, batch: int = 8) -> None:
     one.run()
 
 
-def test_a_clip_outlives_its_workers(model: Path, site: Site, tmp_path: Path) -> None:
+def test_a_clip_outlives_its_workers(model: Path, site: ServerState, tmp_path: Path) -> None:
     """Guards the durable queue: others go on from the last finished frame, to the codes of an undisturbed run.
 
     One worker is killed; the next one is asked to leave, and returns its jobs at once.
@@ -130,7 +130,7 @@ def test_workers_share_the_cores() -> None:
     assert done.stdout.split() == ["8", "4", "1"]
 
 
-def test_batches_give_the_clips_of_single_jobs(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_give_the_clips_of_single_jobs(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards batches: alike jobs share one, others have their own, and no clip depends on its batch."""
     sizes = []
     frames = site.served.pipeline.frames
@@ -147,7 +147,7 @@ def test_batches_give_the_clips_of_single_jobs(site: Site, monkeypatch: pytest.M
     assert np.array_equal(stored, alone.frames[0])
 
 
-def test_stopped_and_deleted_clips(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_and_deleted_clips(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards early ends: a stopped clip keeps its frames, a deleted one leaves no file, the others go on."""
     ids = [order(site, seed=seed, rounds=1) for seed in range(3)]
     keep = site.jobs.keep
@@ -188,7 +188,7 @@ def test_frames_of_a_stopped_clip(done: list[int], places: range) -> None:
 
 
 def test_one_bad_clip_spoils_no_batch(
-    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    site: ServerState, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards a batch against one of its clips: the others are made, it fails, its user learns no internals."""
     ids = [order(site, seed=seed) for seed in (1, 2)]
@@ -206,7 +206,7 @@ def test_one_bad_clip_spoils_no_batch(
     assert "a secret" in capsys.readouterr().err
 
 
-def test_clips_of_another_version(site: Site) -> None:
+def test_clips_of_another_version(site: ServerState) -> None:
     """Guards a queue that outlives its version of the package: its clips are listed, and those to make fail, as one of
     their options is unknown now."""
     old, new = order(site), order(site, seed=4)
@@ -221,13 +221,13 @@ def test_clips_of_another_version(site: Site) -> None:
     assert look(site, old).reason == reason
 
 
-def test_clips_of_another_model(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clips_of_another_model(site: ServerState, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards clips that wait for a model that is not there any more: their worker says so, once, and leaves them; the
     codes of others are no start for new ones."""
     old = order(site)
     work_off(site)
-    start = site.start("a", Reference(video_id=old), Wanted(prompt="a cat"))
-    waiting = site.order("a", Order(Wanted(prompt="a cat"), start)).id
+    start = site.start("a", Reference(video_id=old), ClipRequest(prompt="a cat"))
+    waiting = site.order("a", Order(ClipRequest(prompt="a cat"), start)).id
     with site.jobs._writing() as connection:
         connection.execute(update(JOBS).values(model="another", codes=b"of another length"))
     stopping = Event()
@@ -237,12 +237,12 @@ def test_clips_of_another_model(site: Site, capsys: pytest.CaptureFixture[str]) 
     job = look(site, waiting)
     assert job.status == "queued"
     assert capsys.readouterr().err.count("waiting videos that need another model than small as it is now: 1") == 1
-    for use in (lambda: site.start("a", Reference(video_id=old), Wanted(prompt="x")), lambda: site.starts(job)):
+    for use in (lambda: site.start("a", Reference(video_id=old), ClipRequest(prompt="x")), lambda: site.starts(job)):
         with pytest.raises(InputError, match="was made by another model than small, or an older one"):
             use()
 
 
-def test_little_memory_makes_smaller_batches(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_memory_makes_smaller_batches(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards batches against running out of memory: what does not fit goes back to the queue."""
     ids = [order(site, seed=seed) for seed in range(5)]
     monkeypatch.setattr("cogvideo.planning.memory.SURELY_ENOUGH", 10**9)

@@ -56,7 +56,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types that weights can be loaded as."""
 
 
-class Stages(ABC):
+class StageModels(ABC):
     """The models of a system, put together from its components."""
 
     config: CogVideoConfig
@@ -115,7 +115,7 @@ class Stages(ABC):
         return self.part("image_tokenizer", Autoencoder)
 
 
-class CogVideo(Stages):
+class CogVideo(StageModels):
     """A whole system or a part of one: what it has is in `components`, and the rest is refused when it is asked for.
 
     Everything that is loaded has `requires_grad` False: training turns on what it trains.

@@ -7,7 +7,7 @@ from typing import TypeVar
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from cogvideo.bundle.model import CogVideo, Stages
+from cogvideo.bundle.model import CogVideo, StageModels
 from cogvideo.models.transformer import Base
 from cogvideo.packing import num_bytes, pack, sharing
 from cogvideo.text import TextTokenizer
@@ -20,7 +20,7 @@ PACKED = ("base", "sequential", "interpolation", "sequential_base", "interpolati
 """Components to pack. Super-resolution sees many rows at once, for which packing does little."""
 
 
-class Packed(Stages):
+class Packed(StageModels):
     """The stages of a model, each made ready when it is asked for.
 
     What the model has not loaded is loaded here and packed layer by layer, so that it is in memory once. What it has

@@ -12,7 +12,7 @@ from cogvideo.data.engines import Machines, PlainJob
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.files import write_json
 from cogvideo.runs import provenance
-from cogvideo.training.ablation import DATA, LOG, Ablation, Laboratory
+from cogvideo.training.ablation import DATA, LOG, Ablation, Experiment
 from cogvideo.training.optim import StageOptimization
 
 PAGE, FILE = "ablation.html", "ablation.json"
@@ -46,38 +46,38 @@ def ablate(
         optimization: Optimization of each stage.
         machines: Devices and processes.
     """
-    laboratory = Laboratory(out, ablation, optimization, machines.kind)
+    experiment = Experiment(out, ablation, optimization, machines.kind)
     if list_:
-        print("\n".join(laboratory.runs))
+        print("\n".join(experiment.runs))
         return
-    known = (DATA, *laboratory.runs)
+    known = (DATA, *experiment.runs)
     require(only is None or only in known, f"only is {only!r}, expected one of {', '.join(known)}")
     for package in ("jinja2", "matplotlib", "pyarrow"):
         import_module(package)  # if one is missing, that is said before anything is done
     if not network_path("i3d").is_file():
         print("There is no FVD: `cogvideo fetch i3d` puts its network into the cache.")
-    laboratory.prepare(machines)
-    names = [name for name in laboratory.runs if only in (None, name) and laboratory.report(name) is None]
+    experiment.prepare(machines)
+    names = [name for name in experiment.runs if only in (None, name) and experiment.report(name) is None]
     if names:
         print(f"{len(names)} runs to do; each has its messages in {out / names[0] / LOG} or the like", flush=True)
         done = count(1)
         jobs = [PlainJob((name,)) for name in names]
-        machines.settled.run(jobs, laboratory, lambda: print(f"{next(done)} of {len(names)} runs are done", flush=True))
-    _write(laboratory)
+        machines.settled.run(jobs, experiment, lambda: print(f"{next(done)} of {len(names)} runs are done", flush=True))
+    _write(experiment)
 
 
-def _write(laboratory: Laboratory) -> None:
+def _write(experiment: Experiment) -> None:
     """Write page and figures, if any run is over."""
     from cogvideo.report.ablation import as_json, facts  # matplotlib takes a second to import
     from cogvideo.report.page import write_page
 
-    over = sum(laboratory.report(name) is not None for name in laboratory.runs)
+    over = sum(experiment.report(name) is not None for name in experiment.runs)
     if over == 0:
         return
-    page, figures = facts(laboratory)
-    settings = {"ablation": asdict(laboratory.ablation), "optimization": asdict(laboratory.optimization)}
+    page, figures = facts(experiment)
+    settings = {"ablation": asdict(experiment.ablation), "optimization": asdict(experiment.optimization)}
     content = provenance() | {"settings": settings, "runs": over} | figures
-    write_json(laboratory.out / FILE, content, as_json)
-    lead = f"{over} of {len(laboratory.runs)} runs are over; {laboratory.optimization.steps:,} steps of each stage."
-    write_page(laboratory.out / PAGE, "ablate", "Ablation of the video stages", lead, "ablation.html", page)
-    print(f"written: {laboratory.out / PAGE}, {laboratory.out / FILE}, with {over} runs")
+    write_json(experiment.out / FILE, content, as_json)
+    lead = f"{over} of {len(experiment.runs)} runs are over; {experiment.optimization.steps:,} steps of each stage."
+    write_page(experiment.out / PAGE, "ablate", "Ablation of the video stages", lead, "ablation.html", page)
+    print(f"written: {experiment.out / PAGE}, {experiment.out / FILE}, with {over} runs")

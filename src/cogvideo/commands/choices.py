@@ -20,8 +20,8 @@ from cogvideo.generation.request import (
     ADDED,
     LARGEST_SEED,
     MOST_ROUNDS,
+    GenerationSettings,
     SamplingOptions,
-    Settings,
     check_seconds,
     shape_of,
     usual_rounds,
@@ -39,7 +39,7 @@ class Choices(SamplingOptions):
     """Model and content. Sampling options default to the model's own values."""
 
     model: str = POCKET
-    """Model: pocket, which comes with the package, the folder of a bundle, or its ID on the Hugging Face Hub."""
+    """Model: pocket (the model in the box), a folder of a bundle, or an ID on the Hugging Face Hub."""
     channel: str | None = None
     """Name of an additional video channel in the model, such as a style."""
     adapter: tuple[str, ...] = ()
@@ -105,7 +105,7 @@ class Choices(SamplingOptions):
         paths: dict[str, Any] = {name: existing(path) for name, path in self.files.items()}
         return replace(self, **paths)
 
-    def settings(self, own: CogVideoConfig) -> Settings:
+    def settings(self, own: CogVideoConfig) -> GenerationSettings:
         """Settings of a clip by a model."""
         settings = super().settings(own).lasting(self.seconds or own.seconds, own)
         return replace(
@@ -130,7 +130,7 @@ class Choices(SamplingOptions):
             return own
         return own.shaped(shape_of(size_of(self.size), own, own.upscaler.ratio if is_enlarged else 1))
 
-    def record(self, settings: Settings) -> Record:
+    def record(self, settings: GenerationSettings) -> Record:
         """All choices, to share with the clip: only the names of private paths, and a hash of each file."""
         for path in (Path(self.model), *self.files.values()):
             check_name(path)  # the record is UTF-8

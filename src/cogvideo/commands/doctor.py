@@ -35,7 +35,7 @@ def doctor(model: str = POCKET, /) -> int:
     The exit status is 1 if a file does not match.
 
     Args:
-        model: Model: pocket, which comes with the package, the folder of a bundle, or its ID on the Hugging Face Hub.
+        model: Model: pocket (the model in the box), a folder of a bundle, or an ID on the Hugging Face Hub.
     """
     folder = locate(model)
     manifest = Manifest.read(folder)
@@ -56,7 +56,7 @@ def doctor(model: str = POCKET, /) -> int:
     for each in faults:
         console.print(f"[red]wrong[/red] {escape(each)}")
     if not faults:
-        console.print(f"{escape(str(model))}: all files are what was saved")
+        console.print(f"{escape(str(model))}: all files match their hashes")
     return int(len(faults) > 0)
 
 

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from cogvideo.commands.terminal import table
 from cogvideo.config import require
-from cogvideo.evaluation.alignment import REAL, Judged, evaluate
-from cogvideo.evaluation.making import Making
+from cogvideo.evaluation.alignment import REAL, RowFindings, evaluate
+from cogvideo.evaluation.making import ClipOptions
 from cogvideo.evaluation.preferences import wilson
 from cogvideo.evaluation.reader import FILE
 from cogvideo.evaluation.subjects import EmojiSubject, Subject, WorldSubject
@@ -27,7 +27,7 @@ def alignment(
     emoji: Path | None = None,
     emoji_limit: int | None = None,
     emoji_seed: int = 0,
-    making: Making = Making(),  # noqa: B008  # frozen
+    making: ClipOptions = ClipOptions(),  # noqa: B008  # frozen
     batch: int = 8,
     reader: Path | None = None,
     device: str = "auto",
@@ -67,7 +67,7 @@ def alignment(
     print(f"{out / 'alignment.json'}, {out / 'alignment.png'}")
 
 
-def _tables(results: dict[str, dict[str, Judged]]) -> Iterator[Table]:
+def _tables(results: dict[str, dict[str, RowFindings]]) -> Iterator[Table]:
     """A table of shares for each subject, with half the width of their 95 % intervals, and one of movement."""
     for subject, rows in results.items():
         measures = list(next(iter(rows[REAL].verdict.shares.values())))

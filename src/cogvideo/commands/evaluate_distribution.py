@@ -13,7 +13,7 @@ from rich.table import Table
 from cogvideo.commands.terminal import table
 from cogvideo.config import require
 from cogvideo.data.engines import Machines
-from cogvideo.evaluation.comparison import Comparing, Comparison, Figure, Networks
+from cogvideo.evaluation.comparison import Comparison, ComparisonRun, Figure, Networks
 from cogvideo.evaluation.features import c3d, i3d, lpips
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.networks.cache import fetched
@@ -74,7 +74,7 @@ def distribution(
     if pairs is not None:
         networks = replace(networks, lpips=lpips(fetched(f"lpips-{pairs}"), pairs))
     reading = Reading(chosen, fps, Tokenizer.of(model) if model else None)
-    result = Comparing(reading, networks, machines, seed).compare(real, generated)
+    result = ComparisonRun(reading, networks, machines, seed).compare(real, generated)
     show(result, protocol, chosen)
     if json is not None:
         write_json(json, describe(result, protocol, networks, reading, seed))

@@ -17,10 +17,10 @@ from cogvideo.commands.terminal import table
 from cogvideo.config import require
 from cogvideo.data.engines import Machines, progress
 from cogvideo.data.sources import Item
-from cogvideo.evaluation.comparison import INCEPTION_SCORE, Comparing, Figure, Networks
+from cogvideo.evaluation.comparison import INCEPTION_SCORE, ComparisonRun, Figure, Networks
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.lists import Language, Split, read_kinetics, read_ucf101
-from cogvideo.evaluation.making import Making, fill
+from cogvideo.evaluation.making import ClipOptions, fill
 from cogvideo.evaluation.protocols import PROTOCOLS, Pixels, Protocol
 from cogvideo.evaluation.published import KINETICS600, NOTE, UCF101, Published
 from cogvideo.evaluation.samples import ProtocolMaker, of_classes, of_videos, write_table, write_windows
@@ -51,7 +51,7 @@ def ucf101(
     unproven: bool = False,
     c3d_weights: Path | None = None,
     c3d_mean: Path | None = None,
-    making: Making = Making(),  # noqa: B008  # frozen
+    making: ClipOptions = ClipOptions(),  # noqa: B008  # frozen
     machines: Machines = Machines(),  # noqa: B008  # frozen
 ) -> None:
     """Measure a model on UCF-101 as the paper does: FVD, Inception Score, and published figures next to them.
@@ -102,7 +102,7 @@ def kinetics600(
     clips: int = 50_000,
     network: Path | None = None,
     unproven: bool = False,
-    making: Making = Making(),  # noqa: B008  # frozen
+    making: ClipOptions = ClipOptions(),  # noqa: B008  # frozen
     machines: Machines = Machines(),  # noqa: B008  # frozen
 ) -> None:
     """Measure prediction on Kinetics-600 as the paper does: 5 frames are given, 11 generated; FVD at 64 x 64 pixels.
@@ -147,7 +147,7 @@ class _Run:
         out: Path,
         protocol: Protocol,
         fps: float,
-        making: Making,
+        making: ClipOptions,
         machines: Machines,
         networks: Networks,
     ) -> None:
@@ -187,7 +187,7 @@ class _Run:
 
     def report(self, published: Sequence[Published], facts: Mapping[str, Any]) -> None:
         """Compare clips with real ones, print the tables, and write the file."""
-        comparing = Comparing(self._reading, self._networks, self._machines, self._seed)
+        comparing = ComparisonRun(self._reading, self._networks, self._machines, self._seed)
         result = comparing.compare(str(self.real), str(self._out / GENERATED))
         show(result, "tats", self._reading.protocol)
         rows = [*published, *_ours(result.figures)]

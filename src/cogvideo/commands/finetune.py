@@ -9,7 +9,7 @@ from pathlib import Path
 from cogvideo.bundle.model import POCKET
 from cogvideo.config import require
 from cogvideo.report.page import count, write_page
-from cogvideo.training.finetune import Chain, Finetuning
+from cogvideo.training.finetune import Finetuning, FinetuningRun
 
 PAGE = "finetune.html"
 
@@ -37,7 +37,7 @@ def finetune(
     for package in ("jinja2", "matplotlib", "pyarrow"):
         import_module(package)  # if one is missing, that is said before anything is done
     require(not out.exists() or out.is_dir(), f"{out} is a file, expected a folder for the model")
-    chain = Chain(clips, out, base, settings)
+    chain = FinetuningRun(clips, out, base, settings)
     chain.run()
     page = out / PAGE
     if page.exists():

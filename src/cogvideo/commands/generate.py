@@ -133,7 +133,7 @@ def generate(
     check_rate(files.output.suffix if to_file else f".{files.format}", fps)
     record, folder = maker.record | {"fps": fps}, Folder(files.output, files.format)
     if to_file:
-        wanted = [WantedClip(listed[0].text, _seed(listed[0]), files.output, listed[0].where)]
+        wanted = [PlannedClip(listed[0].text, _seed(listed[0]), files.output, listed[0].where)]
     else:
         wanted = list(_wanted(listed, record, folder, skip=prompts is not None))
     is_same = True
@@ -148,7 +148,7 @@ def generate(
     return int(not is_same)
 
 
-class WantedClip(NamedTuple):
+class PlannedClip(NamedTuple):
     """A clip to generate."""
 
     prompt: str
@@ -180,7 +180,7 @@ def _seed(prompt: ListedPrompt) -> int:
     return secrets.randbelow(2**31) if prompt.seed is None else prompt.seed
 
 
-def _wanted(listed: Sequence[ListedPrompt], record: Record, folder: Folder, skip: bool) -> Iterator[WantedClip]:
+def _wanted(listed: Sequence[ListedPrompt], record: Record, folder: Folder, skip: bool) -> Iterator[PlannedClip]:
     """The clips that the folder lacks. The hash of the model identifies it, wherever it was."""
     alike = {name: value for name, value in record.items() if name not in ("model", *FILES)}
     there = set()
@@ -190,7 +190,7 @@ def _wanted(listed: Sequence[ListedPrompt], record: Record, folder: Folder, skip
             there.add(place)
     for place, each in enumerate(listed):
         if place not in there:
-            yield WantedClip(each.text, _seed(each), folder.name(each.text), each.where)
+            yield PlannedClip(each.text, _seed(each), folder.name(each.text), each.where)
 
 
 class ClipMaker:
@@ -227,8 +227,8 @@ class ClipMaker:
         return self.pipeline.encode(read_video(path, self.fps, size, fit=fit, max_frames=most).frames)
 
     def make(
-        self, wanted: Sequence[WantedClip], fps: float, preview: bool
-    ) -> Iterator[tuple[WantedClip, Pixels, Record]]:
+        self, wanted: Sequence[PlannedClip], fps: float, preview: bool
+    ) -> Iterator[tuple[PlannedClip, Pixels, Record]]:
         """Clips as they are finished, with figures for their records. All prompts are checked, and folders created,
         before the first of them.
         """
@@ -248,7 +248,7 @@ class ClipMaker:
             for each, pixels, codes in zip(group, clips.frames, clips.codes, strict=True):
                 yield each, pixels, self._figures(pixels, codes)
 
-    def _check(self, wanted: Sequence[WantedClip]) -> None:
+    def _check(self, wanted: Sequence[PlannedClip]) -> None:
         """Refuse clips that cannot be generated; a prompt of a list by its line."""
         if wanted:
             self.pipeline.check_memory(self.settings, min(self.execution.batch, len(wanted)))
@@ -258,7 +258,7 @@ class ClipMaker:
             except InputError as error:
                 raise InputError(f"{each.where}: {error}" if each.where else str(error)) from error
 
-    def _frames(self, group: Sequence[WantedClip]) -> Iterator[Frame]:
+    def _frames(self, group: Sequence[PlannedClip]) -> Iterator[Frame]:
         generators = [torch.Generator().manual_seed(each.seed) for each in group]
         prompts = [each.prompt for each in group]
         return self.pipeline.frames(replace(self.request, prompts=prompts, generators=generators))
@@ -275,7 +275,7 @@ class ClipMaker:
         }
 
 
-def _previewed(stream: Iterator[Frame], group: Sequence[WantedClip]) -> Iterator[Frame]:
+def _previewed(stream: Iterator[Frame], group: Sequence[PlannedClip]) -> Iterator[Frame]:
     """Write each frame before it is passed on."""
     folders = [make_frames_folder(each.path) for each in group]
     for folder, each in zip(folders, group, strict=True):

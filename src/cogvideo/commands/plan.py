@@ -60,22 +60,23 @@ def _parts(plan: StagePlan, machines: Cluster) -> Iterator[Table | str]:
 
 
 def _table(plan: StagePlan) -> Table:
-    """A table with a column for each way."""
-    heads = [f"{way.sharding},\ncheckpointing" if way.checkpointing else way.sharding for way in plan.ways]
-    rows = [["samples a pass", *(str(way.micro_batch) for way in plan.ways)]]
-    rows += [[name, *(_gib(way.memory[name]) for way in plan.ways)] for name in plan.ways[0].memory]
-    rows += [[f"all {name}", *(_gib(way.peaks[name]) for way in plan.ways)] for name in plan.ways[0].peaks]
-    rows.append(["fits", *("chosen" if way == plan.best else "yes" if way.fits else "no" for way in plan.ways)])
+    """A table with a column for each strategy."""
+    strategies = plan.strategies
+    heads = [f"{each.sharding},\ncheckpointing" if each.checkpointing else each.sharding for each in strategies]
+    rows = [["samples a pass", *(str(each.micro_batch) for each in strategies)]]
+    rows += [[name, *(_gib(each.memory[name]) for each in strategies)] for name in strategies[0].memory]
+    rows += [[f"all {name}", *(_gib(each.peaks[name]) for each in strategies)] for name in strategies[0].peaks]
+    rows.append(["fits", *("chosen" if each == plan.best else "yes" if each.fits else "no" for each in strategies)])
     return table("", ["", *heads], rows)
 
 
 def _too_little(plan: StagePlan, machines: Cluster) -> str:
     """The least that is needed, and what would help."""
-    least = min(plan.ways, key=lambda way: way.needs)
-    way = f"{least.sharding}{' with --checkpointing' if least.checkpointing else ''}"
+    least = min(plan.strategies, key=lambda strategy: strategy.needs)
+    strategy = f"{least.sharding}{' with --checkpointing' if least.checkpointing else ''}"
     at_start = least.needs == least.peaks["at the start"]
     helps = "larger GPUs, since a rank has the whole model before it cuts it" if at_start else "more or larger GPUs"
-    takes = f"{way} takes least, {_gib(least.needs)} of {_gib(machines.budget)} GiB"
+    takes = f"{strategy} takes least, {_gib(least.needs)} of {_gib(machines.budget)} GiB"
     return f"Nothing fits: {takes}. What helps: {helps}"
 
 

@@ -37,7 +37,7 @@ class WorkerOptions:
     """Generation."""
 
     model: str = POCKET
-    """Model: pocket, which comes with the package, the folder of a bundle, or its ID on the Hugging Face Hub."""
+    """Model: pocket (the model in the box), a folder of a bundle, or an ID on the Hugging Face Hub."""
     adapter: tuple[str, ...] = ()
     """Names of adapters in the model, or their folders, each with its scale as NAME:SCALE; 1 unless given."""
     device: str = "auto"
@@ -99,10 +99,10 @@ def serve(
     from cogvideo.web.jobs import Jobs, Limits
     from cogvideo.web.keys import Keys
     from cogvideo.web.listening import is_local, listening, run
-    from cogvideo.web.served import Served
+    from cogvideo.web.served import ServedModel
     from cogvideo.web.server import application, leave_on_sigterm
     from cogvideo.web.server import workers as running
-    from cogvideo.web.site import Site
+    from cogvideo.web.site import ServerState
     from cogvideo.web.storage import Store
 
     require(workers >= 0, f"workers is {workers}, expected 0 or more")
@@ -119,8 +119,8 @@ def serve(
 
     def make() -> FastAPI:
         keys = Keys(place.folder / "keys") if has_keys else None
-        served = Served(work.model, adapters=adapters)
-        return application(Site(served, Jobs(queue), Store(files), keys, Limits(waiting, kept)), hosts)
+        served = ServedModel(work.model, adapters=adapters)
+        return application(ServerState(served, Jobs(queue), Store(files), keys, Limits(waiting, kept)), hosts)
 
     app = make()
     leave_on_sigterm()

@@ -71,7 +71,7 @@ def order(num_rows: int, seed: int, epoch: int) -> Int64[np.ndarray, " rows"]:
     return np.argsort(hash_numbers(seed, 0, epoch, np.arange(num_rows)))
 
 
-class Buckets(NamedTuple):
+class ShapeBuckets(NamedTuple):
     """Rows of several shapes, of which a batch has one: the last batch of a shape repeats some of its rows."""
 
     ends: tuple[int, ...]
@@ -91,7 +91,7 @@ class Buckets(NamedTuple):
 
 
 @lru_cache(maxsize=2)
-def _in_batches(buckets: Buckets, seed: int, epoch: int) -> Int64[np.ndarray, " samples"]:
+def _in_batches(buckets: ShapeBuckets, seed: int, epoch: int) -> Int64[np.ndarray, " samples"]:
     rows, batch = order(buckets.ends[-1], seed, epoch), buckets.batch
     own = [rows[(rows >= start) & (rows < end)] for start, end in pairwise((0, *buckets.ends))]
     batches = np.concatenate([np.resize(each, (-(-len(each) // batch), batch)) for each in own])
@@ -151,7 +151,7 @@ class ClipStream(MapDataset[ClipSample]):
         self._rows = self._usable_rows()
         counts = (sum(len(each) for each in self.datasets if each.card.grid == shape) for shape in shapes)
         ends = tuple(np.searchsorted(self._rows, [*accumulate(counts)]).tolist())
-        self._buckets = Buckets(ends, batch or 1)
+        self._buckets = ShapeBuckets(ends, batch or 1)
         shards = [[entry.sha256 for entry in dataset.card.shards] for dataset in self.datasets]
         self.identity = f"samples in the second order, {digest([shards, split, asdict(sampling)])}"
         """Hash of all that decides the order of samples. The first order, of a Feistel network, is gone."""

@@ -40,7 +40,7 @@ class Member:
             return file.read(self.num_bytes)
 
 
-class Index(NamedTuple):
+class TarIndex(NamedTuple):
     """Contents of a tar."""
 
     entries: list[Member]
@@ -51,7 +51,7 @@ class Index(NamedTuple):
     """Reason why nothing after the last entry can be read; empty where nothing follows."""
 
 
-def read_index(path: Path) -> Index:
+def read_index(path: Path) -> TarIndex:
     """Places of the files of an uncompressed tar, without hidden ones, links and folders; no content is read.
 
     Nothing is taken after damage: only the length in a header leads to the next one.
@@ -68,7 +68,7 @@ def read_index(path: Path) -> Index:
         entries, damage = _scan(path, tar)
         cut = [each for each in entries if each.offset + each.num_bytes > size]
         whole = [each for each in entries if each not in cut]
-        return Index(whole, cut, damage or ("" if cut else _rest(file, tar.offset)))
+        return TarIndex(whole, cut, damage or ("" if cut else _rest(file, tar.offset)))
 
 
 def _scan(path: Path, tar: tarfile.TarFile) -> tuple[list[Member], str]:

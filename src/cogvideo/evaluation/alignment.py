@@ -14,11 +14,11 @@ from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import locate
 from cogvideo.config import require, size_text
 from cogvideo.data.engines import progress
-from cogvideo.evaluation.making import Making, Shelf, generate, start
+from cogvideo.evaluation.making import ClipFolder, ClipOptions, generate, start
 from cogvideo.evaluation.motion import STATIC, Movement, measure, movement
 from cogvideo.evaluation.preferences import wilson
 from cogvideo.evaluation.reader import SIZE, resized
-from cogvideo.evaluation.subjects import Clip, Subject, Verdict
+from cogvideo.evaluation.subjects import Clip, Subject, SubjectResult
 from cogvideo.files import alone_in, write_json
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.pipeline import CogVideoPipeline
@@ -30,16 +30,16 @@ SHOWN, FAILURES, COLUMNS = 6, 4, 11
 """Clips of a subject on the contact sheet whatever became of them, more of them that failed, and frames of a row."""
 
 
-class Judged(NamedTuple):
+class RowFindings(NamedTuple):
     """Findings about one row of a subject."""
 
-    verdict: Verdict
+    verdict: SubjectResult
     movement: Movement
 
 
 def evaluate(
-    pipeline: CogVideoPipeline, model: str, subjects: Sequence[Subject], making: Making, batch: int, out: Path
-) -> dict[str, dict[str, Judged]]:
+    pipeline: CogVideoPipeline, model: str, subjects: Sequence[Subject], making: ClipOptions, batch: int, out: Path
+) -> dict[str, dict[str, RowFindings]]:
     """Make and judge all clips of some subjects in a folder, and write `alignment.json` and `alignment.png` there.
 
     What is found, by subject and row.
@@ -58,7 +58,9 @@ def evaluate(
     return results
 
 
-def _judge(subject: Subject, pipeline: CogVideoPipeline, out: Path, making: Making, batch: int) -> dict[str, Judged]:
+def _judge(
+    subject: Subject, pipeline: CogVideoPipeline, out: Path, making: ClipOptions, batch: int
+) -> dict[str, RowFindings]:
     """Every row of a subject; a reconstruction is the best that a model of the tokenizer's codes can do."""
     size, prompts = pipeline.model.config.frame_size, subject.prompts
     require(isinstance(size, int), f"frames are {size_text(size)}, expected squares, as the real clips are")
@@ -73,12 +75,12 @@ def _judge(subject: Subject, pipeline: CogVideoPipeline, out: Path, making: Maki
 
     clips = {REAL: [resized(subject.real(number, size), SIZE) for number in range(len(prompts))]}
     for name, make in ((GENERATED, made), (RECONSTRUCTION, reconstructed)):
-        shelf = Shelf(out / name, prompts)
-        with progress(f"{subject.name}: {name}", len(prompts), len(prompts) - len(shelf.missing)) as advance:
-            shelf.fill(make, batch, advance)
-        clips[name] = list(shelf)
+        clip_folder = ClipFolder(out / name, prompts)
+        with progress(f"{subject.name}: {name}", len(prompts), len(prompts) - len(clip_folder.missing)) as advance:
+            clip_folder.fill(make, batch, advance)
+        clips[name] = list(clip_folder)
     motions = {name: [measure(clip) for clip in each] for name, each in clips.items()}
-    return {name: Judged(subject.judge(clips[name]), movement(motions[name], motions[REAL])) for name in ROWS}
+    return {name: RowFindings(subject.judge(clips[name]), movement(motions[name], motions[REAL])) for name in ROWS}
 
 
 def _protocol(
@@ -96,7 +98,7 @@ def _protocol(
     }
 
 
-def _write_json(path: Path, protocol: dict[str, Any], results: dict[str, dict[str, Judged]]) -> None:
+def _write_json(path: Path, protocol: dict[str, Any], results: dict[str, dict[str, RowFindings]]) -> None:
     """The protocol, shares and movement by subject and row, and findings clip by clip."""
     found: dict[str, dict[str, Any]] = {}
     for subject, rows in results.items():
@@ -111,12 +113,12 @@ def _write_json(path: Path, protocol: dict[str, Any], results: dict[str, dict[st
     write_json(path, {"protocol": protocol, "results": found})
 
 
-def _write_sheet(out: Path, subjects: Sequence[Subject], results: dict[str, dict[str, Judged]]) -> None:
+def _write_sheet(out: Path, subjects: Sequence[Subject], results: dict[str, dict[str, RowFindings]]) -> None:
     """Real clips above generated ones: the same prompts each time, then the first of the others that failed."""
     rows, labels = [], []
     for subject in subjects:
         verdict = results[subject.name][GENERATED].verdict
-        generated = list(Shelf(out / GENERATED, subject.prompts))
+        generated = list(ClipFolder(out / GENERATED, subject.prompts))
         for number in shown(verdict.right):
             rows += [resized(subject.real(number, SIZE), SIZE), generated[number]]
             labels += [subject.prompts[number].text, verdict.words[number]]

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogvideo.bundle.model import Stages
+from cogvideo.bundle.model import StageModels
 from cogvideo.generation.decoder import Condition, Decoder
 from cogvideo.generation.request import Request
 from cogvideo.layout import SequenceLayout
@@ -58,7 +58,9 @@ class StageAttention(NamedTuple):
         return rows - 1, columns - 1
 
 
-def stage_attention(system: Stages, request: Request, codes: Int64[Tensor, "1 frames slots"]) -> list[StageAttention]:
+def stage_attention(
+    system: StageModels, request: Request, codes: Int64[Tensor, "1 frames slots"]
+) -> list[StageAttention]:
     """Attention of the key frames, and of the first sequence of the first round of interpolation, as far as the model
     has these stages.
 

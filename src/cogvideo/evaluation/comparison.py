@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cogvideo.config import require
 from cogvideo.data.engines import Machines
-from cogvideo.evaluation.distribution import Limit, Metric, Sets, halves, interval, limit
+from cogvideo.evaluation.distribution import Extrapolation, Metric, Sets, halves, interval, limit
 from cogvideo.evaluation.features import Extractor, Judge, extract, one_thread
 from cogvideo.evaluation.footage import DrawnExcerpts, Excerpt, Reading, draw
 from cogvideo.evaluation.protocols import Protocol
@@ -39,12 +39,12 @@ class Figure:
     """The same figure for real clips against other real ones; None where there are too few, or it has no meaning."""
     real_clips: int = 0
     """Clips of each of these sets."""
-    limit: Limit | None = None
+    limit: Extrapolation | None = None
     """The figure at infinitely many clips; None for fewer than twenty."""
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedClips:
     """Clips of a source, in words."""
 
     source: str
@@ -63,7 +63,7 @@ class Side:
     """Clips by what they are coded by."""
 
     @classmethod
-    def of_excerpts(cls, source: str, drawn: DrawnExcerpts, excerpts: Sequence[Excerpt]) -> Side:
+    def of_excerpts(cls, source: str, drawn: DrawnExcerpts, excerpts: Sequence[Excerpt]) -> ComparedClips:
         """A side from what was drawn and what of it is compared."""
         footage = [each.footage for each in excerpts]
         sizes = Counter(f"{each.size[1]} x {each.size[0]}" for each in footage)
@@ -81,8 +81,8 @@ class Side:
 class Comparison:
     """Inputs and results of a comparison."""
 
-    real: Side
-    generated: Side
+    real: ComparedClips
+    generated: ComparedClips
     figures: list[Figure]
 
 
@@ -104,7 +104,7 @@ class Networks:
         return ("FVD", "KVD") if self.proven else (f"Frechet distance ({other})", f"kernel distance ({other})")
 
 
-class Comparing:
+class ComparisonRun:
     """One comparison."""
 
     def __init__(self, reading: Reading, networks: Networks, machines: Machines, seed: int) -> None:
@@ -130,8 +130,8 @@ class Comparing:
             figures += self._scores(drawn.excerpts[:count], made.excerpts[:count], self._networks.c3d)
         if self._networks.lpips is not None:
             figures.append(self._pairs(real, generated, self._networks.lpips))
-        real_side = Side.of_excerpts(real, drawn, true[: self._count])
-        return Comparison(real_side, Side.of_excerpts(generated, made, others), figures)
+        real_side = ComparedClips.of_excerpts(real, drawn, true[: self._count])
+        return Comparison(real_side, ComparedClips.of_excerpts(generated, made, others), figures)
 
     def _features(self, title: str, judge: Judge, excerpts: Sequence[Excerpt]) -> Float[Tensor, "clips features"]:
         extractor = Extractor(judge, self._reading, self._machines.kind)

@@ -28,7 +28,7 @@ Metric = Callable[..., float]
 """A figure of as many sets as it takes."""
 
 
-class Score(NamedTuple):
+class InceptionScore(NamedTuple):
     """Inception Score over splits."""
 
     mean: float
@@ -102,7 +102,7 @@ def polynomial_mmd(
 
 def inception_score(
     probabilities: Float[Tensor, "clips classes"], splits: int = 1, eps: float = 0.0, seed: int | None = None
-) -> Score:
+) -> InceptionScore:
     """`exp(mean KL(p(class | clip) || p(class)))`, in float64.
 
     Args:
@@ -120,10 +120,10 @@ def inception_score(
         overall = given.mean(0)
         divergence = torch.special.xlogy(given, given + eps) - torch.special.xlogy(given, overall + eps)
         scores.append(divergence.sum(1).mean().exp().item())
-    return Score(float(np.mean(scores)), float(np.std(scores)))
+    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
 
 
-class Limit(NamedTuple):
+class Extrapolation(NamedTuple):
     """A figure extrapolated to infinitely many clips."""
 
     value: float
@@ -145,7 +145,7 @@ def interval(metric: Metric, sets: Sets, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def limit(metric: Metric, sets: Sets, seed: int = 0) -> Limit | None:
+def limit(metric: Metric, sets: Sets, seed: int = 0) -> Extrapolation | None:
     """A figure at infinitely many clips, where the bias of figures such as FVD, which falls as 1/N, is gone.
 
     The line over 1/N through the figures of all clips and of halves of them (arXiv 1911.07023) is followed to 0; the
@@ -158,7 +158,7 @@ def limit(metric: Metric, sets: Sets, seed: int = 0) -> Limit | None:
     value = _extrapolated(metric, sets, random)
     groups = torch.from_numpy(random.permutation(len(sets[0])) % GROUPS)
     without = [_extrapolated(metric, [each[groups != group] for each in sets], random) for group in range(GROUPS)]
-    return Limit(value, float(np.std(without) * np.sqrt(GROUPS - 1)))
+    return Extrapolation(value, float(np.std(without) * np.sqrt(GROUPS - 1)))
 
 
 def _extrapolated(metric: Metric, sets: Sets, random: np.random.Generator) -> float:

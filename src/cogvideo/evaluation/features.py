@@ -111,7 +111,7 @@ class FeatureInput(NamedTuple):
     """Where the features are kept."""
 
 
-class Loaded(NamedTuple):
+class LoadedNetwork(NamedTuple):
     """Objects that a worker loads once."""
 
     encode: Encode
@@ -129,8 +129,8 @@ class Extractor:
     """Threads that read clips while the networks work."""
 
     @cached_property
-    def _loaded(self) -> Loaded:
-        return Loaded(self.judge.load(self.device), self.reading.autoencoder(self.device))
+    def _loaded(self) -> LoadedNetwork:
+        return LoadedNetwork(self.judge.load(self.device), self.reading.autoencoder(self.device))
 
     def make(self, job: PlainJob, on_clip: OnClip = lambda: None) -> None:
         """Write the features of a job's samples."""

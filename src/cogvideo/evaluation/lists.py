@@ -24,7 +24,7 @@ CHINESE = Path(__file__).with_name("ucf101_chinese.tsv")
 """Names of UCF-101's classes in Chinese."""
 
 
-class Listed(NamedTuple):
+class ListedVideo(NamedTuple):
     """A video of a list."""
 
     file: Path
@@ -32,7 +32,7 @@ class Listed(NamedTuple):
     """Text of its class."""
 
 
-def read_ucf101(lists: Path, videos: Path, split: Split, division: int, language: Language) -> list[Listed]:
+def read_ucf101(lists: Path, videos: Path, split: Split, division: int, language: Language) -> list[ListedVideo]:
     """Videos of UCF-101. All must be there: none vanish, as they come in one archive."""
     classes = lists / "classInd.txt"
     texts = _texts(classes, language)
@@ -43,7 +43,7 @@ def read_ucf101(lists: Path, videos: Path, split: Split, division: int, language
             name = line.split()[0]
             category = name.partition("/")[0]
             require(category in texts, f"{path} has {name!r:.80}, expected CLASS/FILE.avi with a class of {classes}")
-            found.append(Listed(videos / name, texts[category]))
+            found.append(ListedVideo(videos / name, texts[category]))
     missing = [str(each.file) for each in found if not each.file.is_file()]
     first = next(iter(missing), "")
     require(not missing, f"{videos} lacks {len(missing)} of {len(found)} listed videos, the first is {first}")
@@ -61,7 +61,7 @@ def _texts(classes: Path, language: Language) -> dict[str, str]:
     return {name: chinese[name] for name in names}
 
 
-def read_kinetics(table: Path, videos: Path) -> tuple[list[Listed], int]:
+def read_kinetics(table: Path, videos: Path) -> tuple[list[ListedVideo], int]:
     """Videos of Kinetics that are there, and the number of others, as many vanished from the web.
 
     Args:
@@ -79,7 +79,7 @@ def read_kinetics(table: Path, videos: Path) -> tuple[list[Listed], int]:
     return found, len(listed) - len(found)
 
 
-def _kinetics(table: Path, videos: Path, line: int, row: dict[str, str]) -> Listed:
+def _kinetics(table: Path, videos: Path, line: int, row: dict[str, str]) -> ListedVideo:
     try:
         start, end = (int(float(row[name])) for name in ("time_start", "time_end"))
     except (ValueError, OverflowError, TypeError):
@@ -87,7 +87,7 @@ def _kinetics(table: Path, videos: Path, line: int, row: dict[str, str]) -> List
         raise InputError(f"{table}, line {line}: got {got}, expected seconds") from None
     stem = f"{row['youtube_id']}_{start:06}_{end:06}"
     places = [folder / f"{stem}{suffix}" for folder in (videos / row["label"], videos) for suffix in SUFFIXES]
-    return Listed(next((each for each in places if each.is_file()), places[0]), row["label"])
+    return ListedVideo(next((each for each in places if each.is_file()), places[0]), row["label"])
 
 
 def _lines(path: Path) -> Iterator[str]:

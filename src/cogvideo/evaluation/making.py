@@ -19,14 +19,14 @@ from cogvideo.devices import slowness, usable
 from cogvideo.evaluation.reader import SIZE, resized
 from cogvideo.evaluation.subjects import FPS, NUM_FRAMES, Clip, Prompt
 from cogvideo.files import replacing
-from cogvideo.generation.request import ADDED, SamplingOptions, Settings
+from cogvideo.generation.request import ADDED, GenerationSettings, SamplingOptions
 from cogvideo.pipeline import CogVideoPipeline, Frame, collect
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Making(SamplingOptions):
+class ClipOptions(SamplingOptions):
     """Generated clips. Sampling options default to the model's own values."""
 
     superres: bool = False
@@ -41,7 +41,7 @@ class Making(SamplingOptions):
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**62, f"seed is {self.seed}, expected a number in [0, 2**62)")
 
-    def settings(self, own: CogVideoConfig) -> Settings:
+    def settings(self, own: CogVideoConfig) -> GenerationSettings:
         """Settings of clips by a model."""
         return replace(super().settings(own), truncate=self.truncate, should_enlarge=self.superres)
 
@@ -58,7 +58,7 @@ class Making(SamplingOptions):
         return {name: value for name, value in found.items() if name not in ADDED or value != ADDED[name]}
 
 
-def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> Iterator[Frame]:
+def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: ClipOptions) -> Iterator[Frame]:
     """The frames of some prompts' clips, as one batch; what cannot be made is refused before anything heavy."""
     settings = making.settings(pipeline.model.config)
     num_frames = pipeline.num_frames(settings)
@@ -67,7 +67,7 @@ def start(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making)
     return pipeline.stream([prompt.text for prompt in prompts], generators, settings)
 
 
-def generate(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Making) -> list[Clip]:
+def generate(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: ClipOptions) -> list[Clip]:
     """The clips of some prompts, made as one batch."""
     return [resized(clip, SIZE) for clip in collect(start(pipeline, prompts, making), FPS).frames]
 
@@ -106,7 +106,7 @@ def _write(path: Path, clip: Clip) -> None:
         np.savez_compressed(file, clip=clip)
 
 
-class Shelf:
+class ClipFolder:
     """A folder of clips by the names of their prompts, made if it is not there; each file is whole or not there."""
 
     def __init__(self, folder: Path, prompts: Sequence[Prompt]) -> None:

@@ -9,7 +9,7 @@ import torch
 from cogvideo.bundle.model import CogVideo
 from cogvideo.evaluation.subjects import NUM_FRAMES
 from cogvideo.generation.hierarchy import after, first_frames
-from cogvideo.generation.request import Request, Settings
+from cogvideo.generation.request import GenerationSettings, Request
 from cogvideo.pipeline import CogVideoPipeline, Frame
 
 
@@ -25,7 +25,7 @@ class OneStage(CogVideoPipeline):
         super().__init__(model)
         self.overlap = overlap
 
-    def num_frames(self, settings: Settings) -> int:
+    def num_frames(self, settings: GenerationSettings) -> int:
         """Number of frames of a clip."""
         return NUM_FRAMES
 

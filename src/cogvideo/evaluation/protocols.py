@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cogvideo.config import require
 from cogvideo.evaluation.distribution import (
-    Score,
+    InceptionScore,
     frechet_distance,
     frechet_distance_float32,
     inception_score,
@@ -108,7 +108,7 @@ class Protocol:
         """Kernel video distance of the same logits, which no published implementation changes."""
         return polynomial_mmd(real, generated)
 
-    def inception_score(self, logits: Float[Tensor, "clips classes"]) -> Score:
+    def inception_score(self, logits: Float[Tensor, "clips classes"]) -> InceptionScore:
         """Inception Score of C3D's logits."""
         return inception_score(torch.softmax(logits.double(), 1), self.splits, self.score_eps, self.score_seed)
 

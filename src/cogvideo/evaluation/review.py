@@ -21,7 +21,7 @@ from cogvideo.data.folders import find_manifest, walk
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
 from cogvideo.evaluation.motion import measure
 from cogvideo.files import plain
-from cogvideo.media.video import Facts, VideoError, examine, read_video
+from cogvideo.media.video import FileInfo, VideoError, examine, read_video
 
 LOOKS = 12.0
 """Frames a second in which cuts are looked for."""
@@ -186,7 +186,7 @@ def review(
 Pieces = Iterator[tuple[ReviewedClip, UInt8[np.ndarray, "frames side side 3"]]]
 
 
-def _pieces(item: Item, facts: Facts, is_named: bool) -> Pieces:
+def _pieces(item: Item, facts: FileInfo, is_named: bool) -> Pieces:
     """The pieces of an item with their frames; parts in which one frame is held for long are in none."""
     parts = _moving(item, facts)
     if not parts:
@@ -196,7 +196,7 @@ def _pieces(item: Item, facts: Facts, is_named: bool) -> Pieces:
             yield _numbered(clip) if len(parts) > 1 else clip, frames
 
 
-def _moving(item: Item, facts: Facts) -> list[Item]:
+def _moving(item: Item, facts: FileInfo) -> list[Item]:
     """An item without the stills of its file."""
     if not facts.stills:
         return [item]
@@ -218,7 +218,7 @@ def _numbered(clip: ReviewedClip) -> ReviewedClip:
     return replace(clip, item=replace(clip.item, id=f"{file}#{start:.2f}"))
 
 
-def _shots(item: Item, facts: Facts, is_named: bool) -> Pieces:
+def _shots(item: Item, facts: FileInfo, is_named: bool) -> Pieces:
     """The pieces of an item without stills."""
     assert isinstance(item.media, Path)
     end = min(math.inf if item.end is None else item.end, facts.seconds, item.start + LONGEST)

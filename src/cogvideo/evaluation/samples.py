@@ -16,8 +16,8 @@ from torch import Tensor
 from cogvideo.config import require
 from cogvideo.data.sources import Item
 from cogvideo.evaluation.footage import Reading, draw
-from cogvideo.evaluation.lists import Listed
-from cogvideo.evaluation.making import Making
+from cogvideo.evaluation.lists import ListedVideo
+from cogvideo.evaluation.making import ClipOptions
 from cogvideo.evaluation.protocols import Pixels, Protocol
 from cogvideo.evaluation.subjects import Prompt
 from cogvideo.files import write_text
@@ -41,7 +41,7 @@ def of_videos(items: Sequence[Item], seed: int) -> list[Prompt]:
     return [Prompt(Path(str(item.media)).stem, item.captions[0], seed + n) for n, item in enumerate(items)]
 
 
-def write_table(path: Path, listed: Iterable[Listed]) -> None:
+def write_table(path: Path, listed: Iterable[ListedVideo]) -> None:
     """Write a table of whole videos."""
     _write_rows(path, [{"file": str(each.file.resolve()), "caption": each.text} for each in listed])
 
@@ -65,7 +65,7 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 class ProtocolMaker:
     """A model that generates clips of a protocol."""
 
-    def __init__(self, pipeline: CogVideoPipeline, making: Making, protocol: Protocol, fps: float) -> None:
+    def __init__(self, pipeline: CogVideoPipeline, making: ClipOptions, protocol: Protocol, fps: float) -> None:
         settings = replace(making.settings(pipeline.model.config), rounds=ROUNDS)
         got, expected = pipeline.num_frames(settings), protocol.frames
         require(got >= expected, f"the model generates {got} frames in {ROUNDS} rounds, expected {expected} or more")

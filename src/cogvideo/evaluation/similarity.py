@@ -27,7 +27,7 @@ from cogvideo.bundle.model import download
 from cogvideo.config import InputError, require
 from cogvideo.data.engines import Machines
 from cogvideo.data.shards import digest
-from cogvideo.evaluation.comparison import Side, check_alike
+from cogvideo.evaluation.comparison import ComparedClips, check_alike
 from cogvideo.evaluation.features import Encode, ExcerptPixels, Extractor, Judge, extract, one_thread
 from cogvideo.evaluation.footage import Reading, draw
 from cogvideo.files import sha256_of
@@ -172,7 +172,7 @@ class Similarity:
         with one_thread():
             texts = embed(self.folder, [text for each in captions for text in each], self.machines.kind)
             found = similarities(frames, texts.embeddings, [len(each) for each in captions])
-        return SourceSimilarity(Side.of_excerpts(source, drawn, drawn.excerpts), found, texts.num_cut)
+        return SourceSimilarity(ComparedClips.of_excerpts(source, drawn, drawn.excerpts), found, texts.num_cut)
 
     def _chosen(self, captions: Sequence[Sequence[str]]) -> list[Sequence[str]]:
         if self.captions == "all":
@@ -184,7 +184,7 @@ class Similarity:
 class SourceSimilarity(NamedTuple):
     """CLIPSIM of a source."""
 
-    side: Side
+    side: ComparedClips
     similarities: Float[Tensor, "clips 1"]
     """Mean over frames and captions."""
     num_cut: int

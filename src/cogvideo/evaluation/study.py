@@ -58,7 +58,7 @@ class Rater:
 
 
 @dataclass(frozen=True)
-class Shown:
+class CurrentTrial:
     """The trial that a rater sees now."""
 
     place: int
@@ -130,7 +130,7 @@ class Study:
         """The rater of a link; None if there is none."""
         return next((rater for rater in self.raters() if rater.token == token), None)
 
-    def shown(self, rater: int) -> Shown | None:
+    def shown(self, rater: int) -> CurrentTrial | None:
         """The first trial of a rater without an answer; None if there is none left."""
         with self._opened() as database:
             place = _next(database, rater)
@@ -138,7 +138,9 @@ class Study:
                 return None
             query = "SELECT prompt, systems FROM trial WHERE rater = ? AND place = ?"
             prompt, systems = database.execute(query, (rater, place)).fetchone()
-        return Shown(place, self.prompts[prompt], tuple(self.clips[system, prompt] for system in systems.split()))
+        return CurrentTrial(
+            place, self.prompts[prompt], tuple(self.clips[system, prompt] for system in systems.split())
+        )
 
     def answer(self, rater: int, place: int, values: Mapping[str, int], seconds: float) -> bool:
         """Store a rater's answer, on disk when this returns; False if that trial is not the next one."""

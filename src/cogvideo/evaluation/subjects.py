@@ -47,7 +47,7 @@ class Prompt(NamedTuple):
         return cls(f"{kind}-{number:07}-{hashlib.sha256(text.encode()).hexdigest()[:8]}", text, seed + number)
 
 
-class Verdict(NamedTuple):
+class SubjectResult(NamedTuple):
     """Findings about clips of all prompts of a subject."""
 
     shares: dict[str, dict[str, float]]
@@ -77,7 +77,7 @@ class WorldSubject:
         """The scene as it is drawn."""
         return world.render(self._scenes[number], size, FPS, NUM_FRAMES)
 
-    def judge(self, clips: Sequence[Clip]) -> Verdict:
+    def judge(self, clips: Sequence[Clip]) -> SubjectResult:
         """Attributes as the reader reads them; shares are by group of scenes and attribute."""
         readings = self._reader.read(np.stack([readable(clip, FPS) for clip in clips]))
         results = [right(reading, scene) for reading, scene in zip(readings, self._scenes, strict=True)]
@@ -85,7 +85,7 @@ class WorldSubject:
         for reading, result in zip(readings, results, strict=True):
             wrong = [f"{name} {reading[name]}" for name in ATTRIBUTES if not result[name]]
             words.append(f"read wrong: {', '.join(wrong)}" if wrong else "all read right")
-        return Verdict(
+        return SubjectResult(
             accuracies(readings, self._scenes),
             {name: len(places) for name, places in groups(self._scenes).items()},
             [{name: reading[name] for name in ATTRIBUTES} for reading in readings],
@@ -131,7 +131,7 @@ class EmojiSubject:
         """The animation on its background."""
         return read_animation(self._items[self._places[number]], self._backgrounds[number], size)
 
-    def judge(self, clips: Sequence[Clip]) -> Verdict:
+    def judge(self, clips: Sequence[Clip]) -> SubjectResult:
         """Ranks of the right animations among all, and whether the border has the color that is named."""
         distances = retrieval.distances(np.stack([_small(clip) for clip in clips]), self._gallery)
         ranks = retrieval.ranks(distances, self._places).tolist()
@@ -144,7 +144,7 @@ class EmojiSubject:
             "background": float(np.mean(named)),
         }
         found = list(zip(ranks, nearest, borders, strict=True))
-        return Verdict(
+        return SubjectResult(
             {"all clips": shares},
             {"all clips": len(clips)},
             [{"rank": rank, "nearest": caption, "background": border} for rank, caption, border in found],

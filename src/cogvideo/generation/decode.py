@@ -19,7 +19,7 @@ from torch import Tensor
 from cogvideo.config import SamplingConfig, require
 from cogvideo.generation.decoder import Condition, Decoder, MaskedDecoder
 from cogvideo.generation.graphs import GraphedDecoder
-from cogvideo.generation.pace import Pace
+from cogvideo.generation.pace import DraftPace
 from cogvideo.generation.sampling import Clusters, check_clusters, log_probabilities
 from cogvideo.layout import SequenceLayout, lag
 from cogvideo.models.transformer import Transformer
@@ -175,7 +175,7 @@ def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, mos
     """
     layout = decoder.layout
     _feed(decoder, given, finished, most)
-    paces = [Pace(most, free=decoder.rows_are_free) for _ in range(draw.batch)]
+    paces = [DraftPace(most, free=decoder.rows_are_free) for _ in range(draw.batch)]
     known = torch.cat([given, finished], 1).to(decoder.device)
     frames = dict(zip(layout.order, known.unbind(1), strict=False))
     for rank in range(known.shape[1], layout.num_frames):
@@ -185,7 +185,7 @@ def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, mos
 
 
 def _draft_frame(
-    decoder: Decoder, draw: _Draw, rank: int, before: Int64[Tensor, "batch slots"] | None, paces: list[Pace]
+    decoder: Decoder, draw: _Draw, rank: int, before: Int64[Tensor, "batch slots"] | None, paces: list[DraftPace]
 ) -> Int64[Tensor, "batch slots"]:
     """Decode one frame. Slots without a draft get one from the previous frame and the last row."""
     slots = decoder.layout.frame_slots

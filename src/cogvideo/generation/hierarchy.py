@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Int64
 from torch import Tensor
 
-from cogvideo.bundle.model import Stages
+from cogvideo.bundle.model import StageModels
 from cogvideo.config import SamplingConfig, require
 from cogvideo.generation.decode import decode
 from cogvideo.generation.decoder import Condition
@@ -30,7 +30,7 @@ from cogvideo.text import PaddedText
 Codes = Int64[Tensor, "batch frames slots"]
 
 
-class Finished(NamedTuple):
+class FinishedFrame(NamedTuple):
     """A finished frame of every clip of a batch."""
 
     stage: str
@@ -41,7 +41,7 @@ class Finished(NamedTuple):
     codes: Int64[Tensor, "batch slots"]
 
 
-def generate(system: Stages, request: Request) -> Iterator[Finished]:
+def generate(system: StageModels, request: Request) -> Iterator[FinishedFrame]:
     """Yield frames as they are finished, given ones first.
 
     Raises:
@@ -53,7 +53,7 @@ def generate(system: Stages, request: Request) -> Iterator[Finished]:
     return run.frames()
 
 
-def first_frames(system: Stages, request: Request) -> Int64[Tensor, "batch slots"]:
+def first_frames(system: StageModels, request: Request) -> Int64[Tensor, "batch slots"]:
     """Generate only first frames, which needs no video stage; raises what `generate` raises."""
     run = _Run(system, request)
     run.check(image=True, key_frames=False, rounds=0)
@@ -61,7 +61,7 @@ def first_frames(system: Stages, request: Request) -> Int64[Tensor, "batch slots
     return frame.codes
 
 
-def between(system: Stages, request: Request, frames: Codes) -> Int64[Tensor, "batch filled slots"]:
+def between(system: StageModels, request: Request, frames: Codes) -> Int64[Tensor, "batch filled slots"]:
     """Run one round of interpolation, which adds a frame in every gap; raises what `generate` raises.
 
     Args:
@@ -79,7 +79,7 @@ def between(system: Stages, request: Request, frames: Codes) -> Int64[Tensor, "b
     return codes
 
 
-def after(system: Stages, request: Request, frames: Codes) -> Int64[Tensor, "batch added slots"]:
+def after(system: StageModels, request: Request, frames: Codes) -> Int64[Tensor, "batch added slots"]:
     """Generate the frames of a sequence of key frames after given ones; raises what `generate` raises.
 
     Args:
@@ -92,7 +92,7 @@ def after(system: Stages, request: Request, frames: Codes) -> Int64[Tensor, "bat
     return torch.stack([frame.codes for frame in run.key_frames(frames, 1)], 1)
 
 
-def collect(frames: Iterable[Finished]) -> Codes:
+def collect(frames: Iterable[FinishedFrame]) -> Codes:
     """Arrange yielded frames in order of time."""
     return torch.stack([frame.codes for frame in sorted(frames, key=lambda frame: frame.place)], 1)
 
@@ -103,7 +103,7 @@ class _Run:
     Places count from the first key frame that new frames build on, in the spacing of the finished clip.
     """
 
-    def __init__(self, system: Stages, request: Request) -> None:
+    def __init__(self, system: StageModels, request: Request) -> None:
         request.check(system.config)
         self.system = system
         self.request = request
@@ -150,7 +150,7 @@ class _Run:
         """Duration of a sequence in a round, relative to the time from the first to the last key frame."""
         return (1 if self.request.last is None else self.gaps) / 2 ** (number + 1)
 
-    def frames(self) -> Iterator[Finished]:
+    def frames(self) -> Iterator[FinishedFrame]:
         """Yield given frames, then new ones; frames between given ones, and finished ones, are not yielded."""
         request = self.request
         step = 2**self.settings.rounds
@@ -164,7 +164,7 @@ class _Run:
         self.finished = {place - start: each for place, each in request.finished.items() if place >= len(given)}
         for place, codes in enumerate(given):
             if place not in request.finished:
-                yield Finished("given", place, num_frames, codes.expand(len(request.prompts), -1))
+                yield FinishedFrame("given", place, num_frames, codes.expand(len(request.prompts), -1))
         for frame in self.new(given[start::step].expand(len(request.prompts), -1, -1), step):
             place = start + frame.place
             if len(given) <= place < num_frames and place not in request.finished:
@@ -174,7 +174,7 @@ class _Run:
         """Codes of no frames."""
         return torch.empty(len(self.request.prompts), 0, self.layout.frame_slots, dtype=torch.int64)
 
-    def new(self, given: Codes, step: int) -> Iterator[Finished]:
+    def new(self, given: Codes, step: int) -> Iterator[FinishedFrame]:
         """Generate frames after given key frames, `step` places apart, or between two of them."""
         last = self.request.last
         if last is None:
@@ -182,7 +182,7 @@ class _Run:
         else:
             step *= self.gaps
             codes = torch.stack([given[:, 0], last.expand(len(given), -1)], 1)
-            yield Finished("given", step, 0, codes[:, 1])
+            yield FinishedFrame("given", step, 0, codes[:, 1])
         noise = [spawn(generator, self.rounds) for generator in self.streams["interpolation"]]
         for number in range(self.rounds):
             longer = codes.new_zeros(len(codes), 2 * codes.shape[1] - 1, codes.shape[2])
@@ -192,7 +192,7 @@ class _Run:
                 yield frame
             codes, step = longer, step // 2
 
-    def key_frames(self, given: Codes, step: int) -> Generator[Finished, None, Codes]:
+    def key_frames(self, given: Codes, step: int) -> Generator[FinishedFrame, None, Codes]:
         """Generate the first frame by the image model and the others by the sequential stage; returns all.
 
         Each further sequence of a long clip begins with the last key frames of the one before.
@@ -219,20 +219,20 @@ class _Run:
                 drawn = self.decode(model, layout, condition, given, streams, self.settings.later, finished)
                 for place, frame in islice(drawn, wanted):  # later frames are never generated
                     codes.append(frame)
-                    yield Finished("sequential", (start + place) * step, 0, frame)
+                    yield FinishedFrame("sequential", (start + place) * step, 0, frame)
         return torch.cat([torch.stack(codes, 1), again], 1)
 
-    def image(self) -> Iterator[Finished]:
+    def image(self) -> Iterator[FinishedFrame]:
         """Generate the first frame."""
         if 0 in self.finished:
-            yield Finished("image", 0, 0, self.finished[0])
+            yield FinishedFrame("image", 0, 0, self.finished[0])
             return
         model = self.system.image_model
         layout = SequenceLayout.text_to_image(self.layout)
         first = self.settings.first
         condition = self.condition(None, first.guidance)
         for place, codes in self.decode(model, layout, condition, self.nothing(), self.streams["image"], first):
-            yield Finished("image", place, 0, codes)
+            yield FinishedFrame("image", place, 0, codes)
 
     def decode(
         self,
@@ -254,7 +254,7 @@ class _Run:
 
     def interpolate(
         self, codes: Codes, generators: Sequence[torch.Generator], share: float, step: int
-    ) -> Iterator[Finished]:
+    ) -> Iterator[FinishedFrame]:
         """Generate one frame for every gap; the sequences of the round are decoded as one batch or a few, those of
         a long clip by default as many at a time as a short clip has.
 
@@ -273,7 +273,7 @@ class _Run:
             for number, place, drawn in self.fill(layout, condition, codes, spans[part], rows, step):
                 span = spans[first + number]
                 if place > span.repeated:
-                    yield Finished("interpolation", (2 * span.start + place) * step // 2, 0, drawn)
+                    yield FinishedFrame("interpolation", (2 * span.start + place) * step // 2, 0, drawn)
 
     def fill(
         self,

@@ -14,7 +14,7 @@ MEMORY = 0.9
 """Factor by which the weight of earlier passes decays in each pass."""
 
 
-class Pace:
+class DraftPace:
     """The pace of one sample, with at most `most` slots per pass, and always as many if rows are `free`."""
 
     def __init__(self, most: int, free: bool = False) -> None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from cogvideo.bundle.model import Stages
+from cogvideo.bundle.model import StageModels
 from cogvideo.config import (
     LARGEST,
     SECONDS,
@@ -44,7 +44,7 @@ ADDED |= {"channel": None, "adapter": [], "size": None, "fit": "crop"}
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationSettings:
     """Everything that determines a clip except its prompt, seed and given frames."""
 
     rounds: int = 3
@@ -86,7 +86,7 @@ class Settings:
             require(is_number(value, least, LARGEST), f"{name} is {value!r:.60}, expected {least} to {LARGEST}")
 
     @classmethod
-    def of(cls, config: CogVideoConfig) -> Settings:
+    def of(cls, config: CogVideoConfig) -> GenerationSettings:
         """Settings of a model's own configuration: clips as long as those that its key frames were trained on."""
         return cls(
             rounds=usual_rounds(config.seconds),
@@ -97,7 +97,7 @@ class Settings:
             text_bonus=config.text_bonus,
         )
 
-    def lasting(self, seconds: float, own: CogVideoConfig) -> Settings:
+    def lasting(self, seconds: float, own: CogVideoConfig) -> GenerationSettings:
         """The same for clips of this length, in several sequences if it is beyond those of training."""
         duration = min(seconds, own.seconds)
         return replace(self, duration=duration, more_key_frames=round((seconds - duration) / _spacing(own)))
@@ -141,7 +141,7 @@ def _spacing(own: CogVideoConfig) -> float:
 
 def usual_rounds(seconds: float) -> int:
     """Rounds of interpolation that give a clip of this length the frame rate of one of four seconds."""
-    return max(0, Settings.rounds + math.floor(math.log2(seconds / SECONDS)))
+    return max(0, GenerationSettings.rounds + math.floor(math.log2(seconds / SECONDS)))
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ class SamplingOptions:
     superres_cluster_temperature: float | None = None
     """Sampling temperature of super-resolution inside a cluster."""
 
-    def settings(self, own: CogVideoConfig) -> Settings:
+    def settings(self, own: CogVideoConfig) -> GenerationSettings:
         """Settings of a model, with the options given here replaced."""
         return replace(
-            Settings.of(own),
+            GenerationSettings.of(own),
             first=self._merged(own.first_sampling, "first_"),
             later=self._merged(own.later_sampling, ""),
             superres=self._merged(own.superres_sampling, "superres_"),
@@ -211,7 +211,7 @@ class Request:
     prompts: Sequence[str]
     generators: Sequence[torch.Generator]
     """CPU generators, one per clip, which are advanced; a clip depends on nothing else in the batch."""
-    settings: Settings
+    settings: GenerationSettings
     """All other choices."""
     given: Int64[Tensor, "frames slots"] | None = None
     """Leading frames at the rate of the finished clip, which are kept: one is an image to animate, more are a
@@ -241,7 +241,7 @@ class Request:
         """Seconds that the key frames of each clip span."""
         return list(self.durations) or [self.settings.duration] * len(self.prompts)
 
-    def condition(self, system: Stages, share: float | None, guidance: float) -> Condition:
+    def condition(self, system: StageModels, share: float | None, guidance: float) -> Condition:
         """Texts of a stage, and their bonus or guidance, of which 1 is none.
 
         A sequence spans `share` of the duration; None is for the image model, whose texts have no frame rate.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cogvideo.bundle.model import Stages
+from cogvideo.bundle.model import StageModels
 from cogvideo.config import SamplingConfig, require
 from cogvideo.generation.sampling import Clusters, check_clusters, gumbel, log_probabilities, spawn
 from cogvideo.layout import UpscaleLayout, check_code_range
@@ -32,7 +32,7 @@ def slot_noise(generator: torch.Generator, num_slots: int, num_codes: int, devic
 
 
 def enlarge(
-    system: Stages,
+    system: StageModels,
     text: PaddedText,
     codes: Int64[Tensor, "batch low"],
     generators: Sequence[torch.Generator],

@@ -23,7 +23,7 @@ _TO_BT709 = {
 }
 
 
-class Coding(NamedTuple):
+class ColorCoding(NamedTuple):
     """Coding of colors, by the numbers of H.273."""
 
     primaries: int = 2
@@ -36,15 +36,15 @@ class Coding(NamedTuple):
         """True if pixels have to be converted."""
         return self.transfer in (PQ, HLG) or self.primaries in _TO_BT709
 
-    def or_else(self, other: Coding) -> Coding:
+    def or_else(self, other: ColorCoding) -> ColorCoding:
         """This coding, with unknown codes taken from another one."""
-        return Coding(*(theirs if own == 2 else own for own, theirs in zip(self, other, strict=True)))
+        return ColorCoding(*(theirs if own == 2 else own for own, theirs in zip(self, other, strict=True)))
 
 
-UNKNOWN = Coding()
+UNKNOWN = ColorCoding()
 
 
-def to_srgb(pixels: UInt16[np.ndarray, "height width 3"], coding: Coding) -> UInt8[np.ndarray, "height width 3"]:
+def to_srgb(pixels: UInt16[np.ndarray, "height width 3"], coding: ColorCoding) -> UInt8[np.ndarray, "height width 3"]:
     """Red, green and blue in sRGB; brighter light than its white is compressed, colors outside its gamut are cut.
 
     Args:

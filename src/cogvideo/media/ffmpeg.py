@@ -23,9 +23,9 @@ from av.video.stream import VideoStream
 from jaxtyping import UInt8
 from PIL import Image
 
-from cogvideo.media.colors import Coding, to_srgb
+from cogvideo.media.colors import ColorCoding, to_srgb
 from cogvideo.media.images import look
-from cogvideo.media.shots import GRACE, Content, Seen, Shot, Shots, VideoError, View
+from cogvideo.media.shots import GRACE, Content, Shot, Shots, VideoError, View, ViewedPicture
 
 SEEK_FROM = 1.0
 """Seconds from which `start` is looked up in the file's index, so that frames before it are not decoded."""
@@ -57,7 +57,7 @@ class _Source(NamedTuple):
     container: InputContainer
     stream: VideoStream
     decoder: VideoCodecContext
-    coding: Coding
+    coding: ColorCoding
     """Colors of the container; those of frames take precedence."""
 
 
@@ -67,7 +67,7 @@ def decode(file: Content, start: float) -> Shots:
         stream = _stream(container)
         decoder = _decoder(stream)
         named = stream.codec_context  # until its decoder overwrites it
-        source = _Source(container, stream, decoder, Coding(named.color_primaries, named.color_trc))
+        source = _Source(container, stream, decoder, ColorCoding(named.color_primaries, named.color_trc))
         is_joined, is_gif = container.format.name in JOINED, container.format.name == "gif"
         frames = _continuous(_timed(source, 0.0), AHEAD if is_joined else math.inf)
         first = next(frames, None)
@@ -157,7 +157,7 @@ def _timed(source: _Source, begin: float) -> Shots:
     """Frames with their timestamps; one without gets the time after the one before, the first `begin`."""
     stream = source.stream
     step = 1 / (stream.average_rate or stream.guessed_rate or 25)
-    see: Callable[[av.VideoFrame, View], Seen] | None = None
+    see: Callable[[av.VideoFrame, View], ViewedPicture] | None = None
     for frame in _deinterlaced(_frames(source)):
         aspect = float(stream.sample_aspect_ratio or 1)
         see = see or partial(_see, VideoReformatter(), source.coding, aspect, _display_matrix(frame))
@@ -234,8 +234,8 @@ def _display_matrix(frame: av.VideoFrame) -> list[int]:
 
 
 def _see(
-    scaler: VideoReformatter, coding: Coding, aspect: float, matrix: list[int], frame: av.VideoFrame, view: View
-) -> Seen:
+    scaler: VideoReformatter, coding: ColorCoding, aspect: float, matrix: list[int], frame: av.VideoFrame, view: View
+) -> ViewedPicture:
     """An upright frame through a view; `aspect` is the width of a stored pixel over its height."""
     image, aspect = _image(scaler, coding, aspect, frame, view)
     across, turned_down, _, turned_across, down = matrix
@@ -249,14 +249,14 @@ def _see(
 
 
 def _image(
-    scaler: VideoReformatter, coding: Coding, aspect: float, frame: av.VideoFrame, view: View
+    scaler: VideoReformatter, coding: ColorCoding, aspect: float, frame: av.VideoFrame, view: View
 ) -> tuple[Image.Image, float]:
     """Full-range colors of a frame, and the width of a pixel over its height."""
     layout = frame.format
     if frame.colorspace in _UNKNOWN_SPACES:
         raise VideoError("unknown colors", f"its color matrix is {frame.colorspace} of H.273, as in Dolby Vision")
     opaque = not (layout.has_palette or any(part.is_alpha for part in layout.components))
-    coding = Coding(frame.color_primaries, frame.color_trc).or_else(coding)
+    coding = ColorCoding(frame.color_primaries, frame.color_trc).or_else(coding)
     stored = frame.width, frame.height
     size = _reduced(stored, aspect, view) if opaque else stored
     unnamed = frame.colorspace == 2 and not layout.is_rgb

@@ -19,8 +19,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from cogvideo.config import both, require
 from cogvideo.files import replacing_by_name
-from cogvideo.media.colors import UNKNOWN, Coding, to_srgb
-from cogvideo.media.shots import Content, Seen, Shot, Shots, VideoError, View
+from cogvideo.media.colors import UNKNOWN, ColorCoding, to_srgb
+from cogvideo.media.shots import Content, Shot, Shots, VideoError, View, ViewedPicture
 
 _LABEL_HEIGHT = 14
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "AVIF")
@@ -58,7 +58,7 @@ def _opened(file: Content) -> Image.Image | None:
         return None
 
 
-def _animation(image: Image.Image, coding: Coding) -> Shots:
+def _animation(image: Image.Image, coding: ColorCoding) -> Shots:
     if image.format == "TIFF":
         _check_pages(cast(TiffImageFile, image))
     num_frames = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "AVIF") else 1
@@ -102,7 +102,7 @@ def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
     return upright(picture)
 
 
-def upright(image: Image.Image, coding: Coding = UNKNOWN) -> Image.Image:
+def upright(image: Image.Image, coding: ColorCoding = UNKNOWN) -> Image.Image:
     """The picture turned as its EXIF data says, in sRGB of 8 bits, mode RGB or RGBA.
 
     Raises:
@@ -135,13 +135,13 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _coding(head: bytes) -> Coding:
+def _coding(head: bytes) -> ColorCoding:
     """Colors of an AVIF or a PNG by their numbers, which Pillow does not read."""
     if head.startswith(b"\x89PNG"):
         found, form = head.find(b"cICP") + 4, ">BB"
     else:
         found, form = head.find(b"colrnclx") + 8 if head[4:8] == b"ftyp" else -1, ">HH"
-    return Coding(*struct.unpack_from(form, head, found)) if 8 <= found < len(head) - 4 else UNKNOWN
+    return ColorCoding(*struct.unpack_from(form, head, found)) if 8 <= found < len(head) - 4 else UNKNOWN
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -152,7 +152,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
 
 
-def look(image: Image.Image, view: View, pixel_aspect: float = 1.0) -> Seen:
+def look(image: Image.Image, view: View, pixel_aspect: float = 1.0) -> ViewedPicture:
     """The picture on the view's background, antialiased to its frame.
 
     Transparent pictures are put on the background before they are resized: the same as resizing with premultiplied
@@ -170,7 +170,7 @@ def look(image: Image.Image, view: View, pixel_aspect: float = 1.0) -> Seen:
         image = canvas.convert("RGB")
     if view.size is not None:
         image = _fitted(image, both(view.size), view, pixel_aspect)
-    return Seen(np.ascontiguousarray(np.asarray(image)[..., :3]), has_alpha)
+    return ViewedPicture(np.ascontiguousarray(np.asarray(image)[..., :3]), has_alpha)
 
 
 def _shows_through(alpha: Image.Image, view: View) -> bool:

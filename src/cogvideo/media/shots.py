@@ -61,7 +61,7 @@ class View:
         return min(width, height * across / down), min(height, width * down / across)
 
 
-class Seen(NamedTuple):
+class ViewedPicture(NamedTuple):
     """Red, green and blue of a picture through a view, and whether the background shows through."""
 
     pixels: UInt8[np.ndarray, "height width 3"]
@@ -75,7 +75,7 @@ class Shot(NamedTuple):
     """Seconds at which it appears."""
     duration: float
     """Seconds until the next one as the file says; 0 where it does not."""
-    see: Callable[[View], Seen]
+    see: Callable[[View], ViewedPicture]
     """Converts it to pixels."""
 
     def in_hundredths(self) -> Shot:
@@ -103,7 +103,7 @@ class VideoError(InputError):
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
-class Naming:
+class NamedErrors:
     """Turns whatever goes wrong with a file, be it a mistake of a library, into a VideoError that names it.
 
     Failures of the system stay, such as a network drive or a full table of open files: trying again may help.

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 
 from cogvideo.config import Sides, require
 from cogvideo.files import replacing_by_name
-from cogvideo.media.shots import GRACE, Content, Naming, Seen, Shot, Shots, View
+from cogvideo.media.shots import GRACE, Content, NamedErrors, Shot, Shots, View, ViewedPicture
 from cogvideo.media.shots import VideoError as VideoError
 
 MIN_FPS, MAX_FPS = 0.01, 500
@@ -51,7 +51,7 @@ class Video(NamedTuple):
     has_alpha: bool
 
 
-class Facts(NamedTuple):
+class FileInfo(NamedTuple):
     """A file as a whole."""
 
     codec: str
@@ -112,7 +112,7 @@ def read_video(
     wanted = min(limit, count_frames(part, fps))
     if not (0 <= start < math.inf and wanted > 0):
         raise VideoError("no such part", f"it goes from {start:g} to {'the end' if end is None else end} seconds")
-    with Naming(file), _opened(file) as content:
+    with NamedErrors(file), _opened(file) as content:
         shots = partial(_read_shots, content, start, 1 / fps, start + part)
         held = 0.0 if end is None else 0.5 / fps
         seen, clip_end = _look_at(shots(), (start + number / fps for number in range(wanted)), view, held)
@@ -127,13 +127,13 @@ def read_video(
         return Video(np.stack([each.pixels for each in seen]), any(each.has_alpha for each in seen))
 
 
-def examine(file: Path | Content) -> Facts:
+def examine(file: Path | Content) -> FileInfo:
     """Facts about a file, whose frames are decoded for it, and all but the first one not converted to pixels.
 
     Raises:
         VideoError: the file cannot be read.
     """
-    with Naming(file), _opened(file) as content:
+    with NamedErrors(file), _opened(file) as content:
         with closing(_read_shots(content, 0.0, 1.0)) as shots:
             last = next(shots)
             height, width, _ = last.see(View()).pixels.shape
@@ -144,7 +144,7 @@ def examine(file: Path | Content) -> Facts:
         fps = _usual_rate(begins, end)
         holds = ((before + 1 / fps, after) for before, after in pairwise(begins))
         stills = tuple((first, last) for first, last in holds if last - first > STILL)
-        return Facts(_codec(content), height, width, fps, end, stills)
+        return FileInfo(_codec(content), height, width, fps, end, stills)
 
 
 def _codec(file: Content) -> str:
@@ -264,10 +264,10 @@ def _palette_bytes(flags: bytes) -> int:
     return 3 << (flags[0] & 7) + 1 if flags and flags[0] & 0x80 else 0
 
 
-def _look_at(shots: Shots, times: Iterable[float], view: View, held: float = 0.0) -> tuple[list[Seen], float]:
+def _look_at(shots: Shots, times: Iterable[float], view: View, held: float = 0.0) -> tuple[list[ViewedPicture], float]:
     """Pictures on screen at ascending times, as far as the clip goes, and the end of the last shot that was read; the
     last picture of the file is held for some more seconds."""
-    seen: list[Seen] = []
+    seen: list[ViewedPicture] = []
     awaited, end, shot = iter(times), 0.0, None
     time = next(awaited, None)
     with closing(shots):
@@ -284,7 +284,7 @@ def _look_at(shots: Shots, times: Iterable[float], view: View, held: float = 0.0
     return seen, end
 
 
-def _look_again(shots: Shots, times: list[float], start: float, length: float, view: View) -> list[Seen]:
+def _look_again(shots: Shots, times: list[float], start: float, length: float, view: View) -> list[ViewedPicture]:
     """Frames on screen at times after the end of a part that is repeated, whatever its length."""
     phases = [time - math.floor((time + GRACE) / length) * length for time in times]
     order = sorted(range(len(times)), key=phases.__getitem__)

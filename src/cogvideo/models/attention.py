@@ -34,7 +34,7 @@ class Chunk(NamedTuple):
     each row of the batch reads its own."""
 
 
-class Group(NamedTuple):
+class CellGroup(NamedTuple):
     """Cells of equal size."""
 
     rows: Int64[Tensor, "cells rows"] | None
@@ -44,7 +44,7 @@ class Group(NamedTuple):
     chunks: tuple[Chunk, ...]
 
 
-class Write(NamedTuple):
+class CacheWrite(NamedTuple):
     """Rows of a pass to keep, and their places in a cache."""
 
     cache: Sequence[Float[Tensor, "2 samples heads slots head_dim"]]
@@ -78,10 +78,10 @@ class Write(NamedTuple):
 class MaskPlan(NamedTuple):
     """Visibility of keys in one channel of one kind of block, and the rows to keep for later passes."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[CellGroup, ...]
     restore: Int64[Tensor, " rows"] | None = None
     """Index of each row of the pass in the groups' outputs; None if they are in order."""
-    write: Write | None = None
+    write: CacheWrite | None = None
     """Write of keys and values, which happens before rows read; None in training."""
 
     def keys(self, kv: Float[Tensor, "2 batch heads rows head_dim"], layer: int) -> Tensor:
@@ -102,7 +102,7 @@ def attend(
     return out.flatten(2).to(kind)
 
 
-def _attend_group(q: Tensor, kv: Tensor, group: Group) -> Float[Tensor, "batch rows heads head_dim"]:
+def _attend_group(q: Tensor, kv: Tensor, group: CellGroup) -> Float[Tensor, "batch rows heads head_dim"]:
     if group.rows is None or group.keys is None:
         return _attend_chunks(q, kv, group.chunks)
     out = _attend_chunks(_gather(q, group.rows), _gather(kv, group.keys), group.chunks)

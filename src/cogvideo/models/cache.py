@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cogvideo.layout import Cells, SequenceLayout, cells
-from cogvideo.models.attention import Chunk, Group, MaskPlan, Write
+from cogvideo.models.attention import CacheWrite, CellGroup, Chunk, MaskPlan
 from cogvideo.models.plans import extend
 
 
@@ -135,7 +135,7 @@ class Cache:
         text = torch.arange(text_slots, device=device).repeat(len(self.map.starts))
         frames = text_slots + torch.arange(num_slots, device=device)
         places = torch.cat([self.text_places.flatten(), self.device_places[:num_slots]])
-        return plan._replace(write=Write(self.layers, places, torch.cat([text, frames]), is_complete=True))
+        return plan._replace(write=CacheWrite(self.layers, places, torch.cat([text, frames]), is_complete=True))
 
     def step(self, slots: Sequence[int]) -> MaskPlan:
         """Plan for one slot of each of a few frames, the same in all samples; a row reads one run of keys."""
@@ -149,7 +149,7 @@ class Cache:
         places: range | Tensor = range(first, first + 1)
         if len(held) > 1:
             places = torch.stack([self.device_places[slot] for slot in held])
-        return _plan(chunks, Write(self.layers, places))
+        return _plan(chunks, CacheWrite(self.layers, places))
 
     def runs(self, runs: Sequence[range]) -> MaskPlan:
         """Plan for consecutive slots of one frame, with one run per sample, which may be empty. Unless all
@@ -157,7 +157,7 @@ class Cache:
         only its own cells. A chunk is a stretch of a run in one cell, and reads the keys up to its last
         row."""
         if len(set(runs)) == 1:
-            return _plan(list(self._stretches(runs[0], 0, None)), Write(self.layers, self._places(runs[0])))
+            return _plan(list(self._stretches(runs[0], 0, None)), CacheWrite(self.layers, self._places(runs[0])))
         chunks: list[Chunk] = []
         first = 0
         for sample, run in enumerate(runs):
@@ -165,7 +165,7 @@ class Cache:
             first += len(run)
         places = torch.cat([self._places(run) for run in runs])
         samples = [sample for sample, run in enumerate(runs) for _ in run]
-        return _plan(chunks, Write(self.layers, places, samples=torch.tensor(samples, device=places.device)))
+        return _plan(chunks, CacheWrite(self.layers, places, samples=torch.tensor(samples, device=places.device)))
 
     def _places(self, run: range) -> Int64[Tensor, " slots"]:
         first = run.start % len(self.places)
@@ -197,11 +197,11 @@ class Cache:
         if not is_one_cell:
             seen &= self.key_cell[:keys] == self.device_cell[held][..., None]
         mask = self.keys_mask[..., :keys].masked_fill(~seen[:, None], -torch.inf)
-        return _plan([Chunk(None, range(keys), mask)], Write(self.layers, self.device_places[held]))
+        return _plan([Chunk(None, range(keys), mask)], CacheWrite(self.layers, self.device_places[held]))
 
 
-def _plan(chunks: list[Chunk], write: Write) -> MaskPlan:
-    return MaskPlan((Group(None, None, tuple(chunks)),), write=write)
+def _plan(chunks: list[Chunk], write: CacheWrite) -> MaskPlan:
+    return MaskPlan((CellGroup(None, None, tuple(chunks)),), write=write)
 
 
 def _spread(text: Tensor | None, where: CacheMap) -> Float[Tensor, "#batch 1 1 keys"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogvideo.layout import SequenceLayout, cells, kinds
-from cogvideo.models.attention import Chunk, Group, MaskPlan
+from cogvideo.models.attention import CellGroup, Chunk, MaskPlan
 from cogvideo.models.transformer import Pass
 
 CAUSAL_ROWS = 200
@@ -91,12 +91,12 @@ def _spatial(layout: SequenceLayout, num_frames: int) -> MaskPlan:
     words = torch.arange(layout.text_slots)
     slots = layout.text_slots + torch.arange(num_frames * layout.frame_slots).view(num_frames, layout.frame_slots)
     both = min(layout.num_bidirectional, num_frames)
-    groups = [Group(words[None], words[None], (Chunk(None, None),))]
+    groups = [CellGroup(words[None], words[None], (Chunk(None, None),))]
     causal = tuple(_causal(layout.text_slots, range(layout.frame_slots)))
     for frames, chunks in ((slots[:both], (Chunk(None, None),)), (slots[both:], causal)):
         if len(frames):
             keys = torch.cat([words.expand(len(frames), -1), frames], dim=1)
-            groups.append(Group(frames, keys, chunks))
+            groups.append(CellGroup(frames, keys, chunks))
     return MaskPlan(tuple(groups))
 
 
@@ -111,15 +111,15 @@ def _causal(text_slots: int, frame: range) -> Iterator[Chunk]:
 def _temporal(layout: SequenceLayout, window: int, shifted: bool, num_frames: int) -> MaskPlan:
     """Each cell of a frame sees text, itself, and the same cell of all earlier frames; rows exclude text."""
     if not window:  # one cell, whose rows need no gathering
-        return MaskPlan((Group(None, None, _frame_chunks(layout, layout.frame_slots, num_frames)),))
+        return MaskPlan((CellGroup(None, None, _frame_chunks(layout, layout.frame_slots, num_frames)),))
     words = torch.arange(layout.text_slots)
     frames = torch.arange(num_frames) * layout.frame_slots
-    groups: list[Group] = []
+    groups: list[CellGroup] = []
     places: list[Tensor] = []
     for part in cells(layout.sides, window, shifted):
         rows = (frames[:, None] + part[:, None]).flatten(1)
         keys = torch.cat([words.expand(len(rows), -1), layout.text_slots + rows], dim=1)
-        groups.append(Group(rows, keys, _frame_chunks(layout, part.shape[1], num_frames)))
+        groups.append(CellGroup(rows, keys, _frame_chunks(layout, part.shape[1], num_frames)))
         places.append(rows.flatten())
     return MaskPlan(tuple(groups), restore=torch.cat(places).argsort())
 
@@ -144,7 +144,7 @@ def _dense(plan: MaskPlan, num_rows: int, num_keys: int) -> MaskPlan:
         for chunk in group.chunks:
             inside, others = _part(rows, chunk.rows), _part(keys, chunk.keys)
             seen[inside[:, :, None], others[:, None]] = True if chunk.mask is None else chunk.mask
-    return MaskPlan((Group(None, None, (Chunk(None, None, seen),)),))
+    return MaskPlan((CellGroup(None, None, (Chunk(None, None, seen),)),))
 
 
 def _part(slots: Int64[Tensor, "cells slots"], run: range | None) -> Int64[Tensor, "cells part"]:
@@ -160,7 +160,7 @@ def _on(plan: MaskPlan, device: torch.device) -> MaskPlan:
     groups = []
     for group in plan.groups:
         chunks = tuple(chunk._replace(mask=moved(chunk.mask)) for chunk in group.chunks)
-        groups.append(Group(moved(group.rows), moved(group.keys), chunks))
+        groups.append(CellGroup(moved(group.rows), moved(group.keys), chunks))
     return MaskPlan(tuple(groups), moved(plan.restore))
 
 
@@ -175,7 +175,7 @@ def _with_text(plan: MaskPlan, text: Tensor | None) -> MaskPlan:
     return plan._replace(groups=tuple(groups))
 
 
-def _masked(group: Group, chunk: Chunk, text: Tensor) -> Float[Tensor, "batch 1 #rows keys"]:
+def _masked(group: CellGroup, chunk: Chunk, text: Tensor) -> Float[Tensor, "batch 1 #rows keys"]:
     if chunk.mask is not None:
         return extend(text, chunk.mask.shape[-1] - text.shape[-1]).masked_fill(~chunk.mask, -torch.inf)
     keys = group.keys[0] if chunk.keys is None and group.keys is not None else chunk.keys

@@ -99,7 +99,7 @@ class Block(nn.Module):
         return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
 
 
-class Words(nn.Embedding):
+class WordEmbedding(nn.Embedding):
     """Word embedding, whose rows are also the weights of the output heads (tied)."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -121,7 +121,7 @@ class Base(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.words = Words(config)
+        self.words = WordEmbedding(config)
         self.positions = nn.Embedding(config.num_positions, config.hidden)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden, NORM_EPS)

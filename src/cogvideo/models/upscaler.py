@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cogvideo.config import LayoutConfig, TransformerConfig, UpscalerConfig
 from cogvideo.layout import SequenceLayout, UpscaleLayout
-from cogvideo.models.attention import Chunk, Group, MaskPlan, attend, split_heads
+from cogvideo.models.attention import CellGroup, Chunk, MaskPlan, attend, split_heads
 from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Base, Block
 
@@ -27,7 +27,7 @@ TILE = 4
 ones gather each key more often (released sizes: 2.1 times on average, 4 times with cells of 2)."""
 
 
-class Levels(NamedTuple):
+class LevelPlans(NamedTuple):
     """Mask plans of both levels."""
 
     num_text: int
@@ -52,7 +52,7 @@ class UpscaleBlock(nn.Module):
         block: Block,
         low: Float[Tensor, "batch rows hidden"],
         high: Float[Tensor, "batch high hidden"],
-        plan: Levels,
+        plan: LevelPlans,
     ) -> tuple[Float[Tensor, "batch rows hidden"], Float[Tensor, "batch high hidden"]]:
         """Run both levels through a block; high slots see the base's keys and values of the low codes."""
         q, kv = split_heads(block.qkv(block.norm1(low)), block.num_heads)
@@ -104,7 +104,7 @@ class Upscaler(nn.Module):
         """
         layout = layout or self.channel.layout
         spatial = full_pass(low_sequence(layout), None, mask, self.base.words.weight.dtype, 1).spatial
-        plan = Levels(layout.text_slots, spatial, neighborhoods(layout, self.channel.upscaler, codes.device))
+        plan = LevelPlans(layout.text_slots, spatial, neighborhoods(layout, self.channel.upscaler, codes.device))
         low = self._embed_low(text, mask, codes, layout)
         high = self._embed_high(codes, layout)
         for block, added in zip(self.base.blocks, self.channel.blocks, strict=True):
@@ -198,7 +198,7 @@ def _near(row: Tensor, column: Tensor, sides: tuple[int, int], rows: int, column
     return ((slots // width - row).abs() <= rows // 2) & ((slots % width - column).abs() <= columns // 2)
 
 
-def _group(tiles: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> Group:
+def _group(tiles: list[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> CellGroup:
     highs, keys, masks = zip(*tiles, strict=True)
     chunk = Chunk(None, None, masks[0][None, None].to(device))
-    return Group(torch.stack(highs).to(device), torch.stack(keys).to(device), (chunk,))
+    return CellGroup(torch.stack(highs).to(device), torch.stack(keys).to(device), (chunk,))

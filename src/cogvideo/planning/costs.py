@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideo.bundle.format import MODULES
 from cogvideo.config import CogVideoConfig, TransformerConfig
-from cogvideo.generation.request import Settings
+from cogvideo.generation.request import GenerationSettings
 from cogvideo.generation.upscale import SLOTS_PER_DRAW
 from cogvideo.layout import Cells, SequenceLayout, UpscaleLayout, cells, kinds
 from cogvideo.models.attention import MaskPlan
@@ -195,12 +195,12 @@ class Phase:
         return (weights + self.activations) * weight + self.cache * key + self.noise * WIDE
 
 
-def clip(config: CogVideoConfig, settings: Settings | None = None) -> tuple[Phase, ...]:
+def clip(config: CogVideoConfig, settings: GenerationSettings | None = None) -> tuple[Phase, ...]:
     """Phases of a clip, from a prompt to pixels; with the model's own settings unless others are given.
 
     Passes are counted as if codes were drawn one by one, which is the most: drafts need fewer, with more rows each.
     """
-    settings = settings or Settings.of(config)
+    settings = settings or GenerationSettings.of(config)
     frames = config.layout.num_frames
     gaps = layout_of(config, "interpolation").num_bidirectional - 1
     phases = [

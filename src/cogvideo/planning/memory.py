@@ -9,7 +9,7 @@ import torch
 from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.devices import free_memory
-from cogvideo.generation.request import Settings
+from cogvideo.generation.request import GenerationSettings
 from cogvideo.planning.costs import GPU, Phase, clip, resident
 
 SURELY_ENOUGH = 20
@@ -38,7 +38,7 @@ def needed_memory(
 
 def require_memory(
     model: CogVideo,
-    settings: Settings,
+    settings: GenerationSettings,
     dtype: torch.dtype,
     device: torch.device,
     batch: int,

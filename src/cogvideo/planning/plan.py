@@ -77,7 +77,7 @@ class Cluster:
         return ("replicated", "sharded") if self.tensor_parallel == 1 else ("sharded",)
 
 
-class Held(NamedTuple):
+class RankMemory(NamedTuple):
     """Bytes of the first rank, which has the largest part."""
 
     weights: int
@@ -94,7 +94,9 @@ class Held(NamedTuple):
     """All weights, which a rank has before it cuts them."""
 
 
-def held(config: CogVideoConfig, stage: Stage, sharding: Sharding, groups: int, tensor: int, ema: float = 0.0) -> Held:
+def held(
+    config: CogVideoConfig, stage: Stage, sharding: Sharding, groups: int, tensor: int, ema: float = 0.0
+) -> RankMemory:
     """Memory of the first of `groups x tensor` ranks.
 
     Trained weights have four bytes, and as many for the gradient, for each of two moments and for an average; frozen
@@ -114,7 +116,7 @@ def held(config: CogVideoConfig, stage: Stage, sharding: Sharding, groups: int, 
             weights += values * (WIDE if is_trained or parameter.ndim == 1 else NARROW)
     trained = WIDE * (sizes[False, True] + sizes[True, True])
     states = training_states(config, stage)
-    return Held(
+    return RankMemory(
         weights=weights,
         gradients=trained,
         optimizer=(3 if ema > 0 else 2) * trained,
@@ -148,8 +150,8 @@ def _gathered(sizes: Counter[tuple[bool, bool]], config: CogVideoConfig) -> int:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to run a stage, with as many samples a pass as fit; where none fit, with those that need least."""
+class Strategy:
+    """A strategy to run a stage, with as many samples a pass as fit; where none fit, with those that need least."""
 
     sharding: Sharding
     checkpointing: bool
@@ -181,9 +183,9 @@ class StagePlan:
     """Samples of a step: what the groups can share that is nearest to the paper's."""
     steps: int | None
     """As many as see the paper's number of samples."""
-    ways: tuple[Way, ...]
-    best: Way | None
-    """The way that fits and sends least, then computes least."""
+    strategies: tuple[Strategy, ...]
+    best: Strategy | None
+    """The strategy that fits and sends least, then computes least."""
     flops_a_position: float
     """Forward and backward, as `training.flops_a_position` counts."""
     tokens_per_second: float | None
@@ -198,20 +200,24 @@ def stage_plan(config: CogVideoConfig, stage: Stage, machines: Cluster, ema: flo
     (samples, num_steps), groups, positions = PAPER[stage], machines.groups, layout_of(config, stage).length
     batch = groups * max(1, round(samples / groups))
     steps = None if num_steps is None else -(-num_steps * samples // batch)
-    ways = tuple(_ways(config, stage, machines, batch // groups, ema))
-    best = min((each for each in ways if each.fits), key=lambda way: (way.gathers, way.checkpointing), default=None)
+    strategies = tuple(_strategies(config, stage, machines, batch // groups, ema))
+    best = min(
+        (each for each in strategies if each.fits),
+        key=lambda strategy: (strategy.gathers, strategy.checkpointing),
+        default=None,
+    )
     flops = stage_flops(Matrices.of(config.transformer, stage == "image"), stage == "image")
     speed = None if best is None else machines.gpus * machines.tflops * 1e12 * machines.utilisation / flops
     days = None if speed is None or num_steps is None else num_steps * samples * positions / speed / 86_400
     command = None if best is None else _command(stage, machines, batch, steps, best, ema)
-    return StagePlan(stage, positions, batch, steps, ways, best, flops, speed, days, command)
+    return StagePlan(stage, positions, batch, steps, strategies, best, flops, speed, days, command)
 
 
-def _ways(config: CogVideoConfig, stage: Stage, machines: Cluster, share: int, ema: float) -> Iterator[Way]:
+def _strategies(config: CogVideoConfig, stage: Stage, machines: Cluster, share: int, ema: float) -> Iterator[Strategy]:
     needed = [activations(config, stage, samples, autocast=True) for samples in range(1, share + 1)]
     for sharding, checkpointing in product(machines.shardings, (False, True)):
         rank = held(config, stage, sharding, machines.groups, machines.tensor_parallel, ema)
-        ways = []
+        strategies = []
         for samples in range(share, 0, -1):
             passes = -(-share // samples)
             memory = {
@@ -225,21 +231,23 @@ def _ways(config: CogVideoConfig, stage: Stage, machines: Cluster, share: int, e
             update = rank.weights + 2 * rank.gradients + rank.optimizer
             peaks = {"in a pass": sum(memory.values()), "in the update": update, "at the start": rank.start}
             needs = max(peaks.values())
-            ways.append(Way(sharding, checkpointing, samples, passes, memory, peaks, needs, needs <= machines.budget))
-        yield next((each for each in ways if each.fits), min(ways, key=lambda each: each.needs))
+            strategies.append(
+                Strategy(sharding, checkpointing, samples, passes, memory, peaks, needs, needs <= machines.budget)
+            )
+        yield next((each for each in strategies if each.fits), min(strategies, key=lambda each: each.needs))
 
 
-def _command(stage: Stage, machines: Cluster, batch: int, steps: int | None, way: Way, ema: float) -> str:
+def _command(stage: Stage, machines: Cluster, batch: int, steps: int | None, strategy: Strategy, ema: float) -> str:
     """Command to type; DATA, MODEL and HOST are for the user to fill in."""
     each = max(n for n in range(1, machines.gpus_per_machine + 1) if machines.gpus % n == 0)
     several = f" --nnodes {machines.gpus // each} --rdzv-backend c10d --rdzv-endpoint HOST:29400"
     parts = {
         f"torchrun{several if machines.gpus > each else ''} --nproc-per-node {each} -m --": machines.gpus > 1,
         f"cogvideo train {stage} --data DATA --out MODEL": True,
-        f"--batch {batch} --micro-batch {way.micro_batch} --precision bfloat16": True,
+        f"--batch {batch} --micro-batch {strategy.micro_batch} --precision bfloat16": True,
         f"--steps {steps}": steps is not None,
-        "--checkpointing": way.checkpointing,
-        "--sharding sharded": way.sharding == "sharded",
+        "--checkpointing": strategy.checkpointing,
+        "--sharding sharded": strategy.sharding == "sharded",
         f"--ema {ema}": ema > 0,
         f"--tensor-parallel {machines.tensor_parallel}": machines.tensor_parallel > 1,
     }

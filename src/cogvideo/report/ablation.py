@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from cogvideo.evaluation.preferences import Interval
-from cogvideo.report.page import Name, number, precise
+from cogvideo.report.page import RunName, number, precise
 from cogvideo.report.plots import Plot, curves
 from cogvideo.report.runs import Curve, read_runs
-from cogvideo.training.ablation import VARIANTS, Laboratory, VariantName
+from cogvideo.training.ablation import VARIANTS, Experiment, VariantName
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles 0.975 of Student's t, by degrees of freedom from 1."""
@@ -99,16 +99,16 @@ def levels(one: Curve, other: Curve, paces: tuple[float, float] = (1.0, 1.0)) ->
     return float(first), float(np.interp(moment, other_steps * paces[1], other_values))
 
 
-def facts(laboratory: Laboratory) -> tuple[dict[str, Any], dict[str, Any]]:
+def facts(experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything that the page says, and the figures for the file next to it."""
-    reports = {name: report for name in laboratory.runs if (report := laboratory.report(name)) is not None}
-    lines = {name: dict(_stages(laboratory.out / name)) for name in reports}
-    figures = compare(laboratory, reports, lines)
+    reports = {name: report for name in experiment.runs if (report := experiment.report(name)) is not None}
+    lines = {name: dict(_stages(experiment.out / name)) for name in reports}
+    figures = compare(experiment, reports, lines)
     page = {
         "titles": {"figures": "Figures", "curves": "Curves", "sheets": "Clips"},
         "tables": [(at, ["", *names], _rows(names), NOTES[at]) for at, names in figures.items()],
-        "plots": list(_plots(laboratory, lines)),
-        "sheets": list(_sheets(laboratory, reports)),
+        "plots": list(_plots(experiment, lines)),
+        "sheets": list(_sheets(experiment, reports)),
     }
     return page, {"figures": figures, "curves": lines}
 
@@ -120,11 +120,11 @@ def as_json(value: Any) -> Any:
     return value.tolist()
 
 
-def compare(laboratory: Laboratory, reports: Mapping[str, Mapping[str, Mapping[str, float]]], lines: Lines) -> Figures:
+def compare(experiment: Experiment, reports: Mapping[str, Mapping[str, Mapping[str, float]]], lines: Lines) -> Figures:
     """Figures of all rows at all points of comparison."""
     found: Figures = {at: defaultdict(lambda: defaultdict(SeedFigure)) for at in NOTES}
     for run, report in reports.items():
-        variant, seed = laboratory.runs[run]
+        variant, seed = experiment.runs[run]
         title, full = VARIANTS[variant].title, "" if variant == "full" else f"full-{seed}"
         for row, measured in report.items():
             others = reports.get(full, {}).get(FULL, {})
@@ -155,15 +155,15 @@ def _rows(names: Mapping[str, Mapping[str, SeedFigure]]) -> list[list[str]]:
     return [[title, *(str(rows[title]) if title in rows else "–" for rows in names.values())] for title in titles]
 
 
-def _plots(laboratory: Laboratory, lines: Lines) -> Iterator[Plot]:
+def _plots(experiment: Experiment, lines: Lines) -> Iterator[Plot]:
     """Mean losses over seeds, for each name over samples and over time."""
-    batch = laboratory.optimization.batch
+    batch = experiment.optimization.batch
     for name in dict.fromkeys(name for each in lines.values() for name in each):
-        over: dict[str, dict[Name, Curve]] = {"samples": {}, "seconds": {}}
-        for place, variant in enumerate(laboratory.ablation.variants):
-            stages = [each[name] for run, each in lines.items() if laboratory.runs[run][0] == variant and name in each]
+        over: dict[str, dict[RunName, Curve]] = {"samples": {}, "seconds": {}}
+        for place, variant in enumerate(experiment.ablation.variants):
+            stages = [each[name] for run, each in lines.items() if experiment.runs[run][0] == variant and name in each]
             if stages:
-                line = Name(VARIANTS[variant].title, place)
+                line = RunName(VARIANTS[variant].title, place)
                 steps, values = stages[0].losses.steps, np.mean([each.losses.values for each in stages], 0)
                 pace = float(np.mean([each.pace for each in stages]))
                 over["samples"][line] = Curve(steps * batch, values)
@@ -172,12 +172,12 @@ def _plots(laboratory: Laboratory, lines: Lines) -> Iterator[Plot]:
             yield curves("ablation", f"Held-out loss, {name}, over {axis}", drawn, is_smooth=False)
 
 
-def _sheets(laboratory: Laboratory, runs: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+def _sheets(experiment: Experiment, runs: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Contact sheets of the first run of each variant, with titles."""
     first: dict[VariantName, str] = {}
     for run in runs:
-        first.setdefault(laboratory.runs[run][0], run)
+        first.setdefault(experiment.runs[run][0], run)
     for variant, run in first.items():
         for overlap in VARIANTS[variant].overlaps:
-            with Image.open(laboratory.sheet(run, overlap)) as image:
+            with Image.open(experiment.sheet(run, overlap)) as image:
                 yield VARIANTS[variant].row(overlap), np.asarray(image.convert("RGB"))

@@ -63,7 +63,7 @@ class ShownClip(NamedTuple):
 
 
 @dataclass
-class Origin:
+class DatasetOrigin:
     """Source and tokenizer of a dataset, as far as they are still there."""
 
     card: Card
@@ -125,9 +125,9 @@ class Origin:
         return found
 
 
-def find_origin(card: Card, tokenizer: str, ids: Iterable[str]) -> Origin:
+def find_origin(card: Card, tokenizer: str, ids: Iterable[str]) -> DatasetOrigin:
     """Look for some clips of the source, and for the tokenizer, which is that on the card unless another is given."""
-    origin = Origin(card)
+    origin = DatasetOrigin(card)
     try:
         frames = FrameSettings(**card.settings["frames"] | {"size": frame_size(card)})
         origin.items = _find_items(card, set(ids))

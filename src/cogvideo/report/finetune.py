@@ -21,10 +21,10 @@ from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation.reader import resized
 from cogvideo.evaluation.retrieval import SIZE, distances, gallery, ranks
-from cogvideo.generation.request import Request, Settings
+from cogvideo.generation.request import GenerationSettings, Request
 from cogvideo.media.images import contact_sheet, evenly
 from cogvideo.pipeline import CogVideoPipeline, collect
-from cogvideo.report.page import Name, duration, percent, precise
+from cogvideo.report.page import RunName, duration, percent, precise
 from cogvideo.report.plots import curves
 from cogvideo.report.runs import TOKENIZER, Run, read_runs
 from cogvideo.report.training import TITLES
@@ -44,7 +44,7 @@ LEAST_SIDE = 96
 Frames = UInt8[np.ndarray, "clips frames height width 3"]
 
 
-class Real(NamedTuple):
+class RealClips(NamedTuple):
     """Some clips of the data: their key frames as the tokenizer shows them."""
 
     ids: list[str]
@@ -114,11 +114,11 @@ def facts(out: Path, base: str, settings: Finetuning) -> dict[str, Any]:
     }
 
 
-def read_real(folder: Path, model: CogVideo) -> Real:
+def read_real(folder: Path, model: CogVideo) -> RealClips:
     """Key frames of the clips of a dataset, from the start of each, at the lowest frame rate that it fills."""
     dataset = Dataset(folder)
     sampling = ClipSampling(rates=FrameRates(dataset.card.fps), random_offset=False)
-    found = Real([], [], [], [], np.zeros(0, np.uint8))
+    found = RealClips([], [], [], [], np.zeros(0, np.uint8))
     frames = []
     for number in evenly(len(dataset), MOST_REAL).tolist():
         row = dataset.row(number)
@@ -166,8 +166,8 @@ def choose(splits: Sequence[str]) -> tuple[list[int], set[int]]:
     return chosen, shown
 
 
-def _durations(real: Real, places: Sequence[int]) -> list[float]:
-    longest = max(real.durations) or Settings.duration
+def _durations(real: RealClips, places: Sequence[int]) -> list[float]:
+    longest = max(real.durations) or GenerationSettings.duration
     return [real.durations[place] or longest for place in places]
 
 
@@ -184,14 +184,14 @@ def generated(model: CogVideo, prompts: Sequence[str], durations: Sequence[float
     return np.concatenate(found)
 
 
-def rank(made: Frames, real: Real, right: Sequence[int]) -> list[int]:
+def rank(made: Frames, real: RealClips, right: Sequence[int]) -> list[int]:
     """Rank of the clip of the same prompt among the real ones, by distance from each generated clip."""
     small = np.stack([resized(clip, SIZE) for clip in real.frames])
     drawn = np.stack([resized(clip, SIZE) for clip in made])
     return ranks(distances(drawn, gallery(small, small)), list(right)).tolist()
 
 
-def _of(found: Sequence[int], real: Real, chosen: Sequence[int], split: str) -> list[int]:
+def _of(found: Sequence[int], real: RealClips, chosen: Sequence[int], split: str) -> list[int]:
     return [each for each, place in zip(found, chosen, strict=False) if real.splits[place] == split]
 
 
@@ -214,7 +214,7 @@ def _plot(run: Run) -> Any:
     """Both losses of a run, with the best step."""
     name = "psnr" if run.stage == TOKENIZER else "loss"
     both = (("training", run.figures.get(name)), ("held out", run.validation))
-    known = {Name(words, place): curve for place, (words, curve) in enumerate(both) if curve is not None}
+    known = {RunName(words, place): curve for place, (words, curve) in enumerate(both) if curve is not None}
     what, better = ("PSNR in dB", "higher") if run.stage == TOKENIZER else ("loss", "lower")
     plot = curves(run.stage, f"{TITLES[run.stage]}: {what}", known, marked=run.best)
     return plot._replace(note=f"By training step; {better} is better. {plot.note}")

@@ -25,7 +25,7 @@ _VISIBLE = _CONTROLS | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 """Symbols for control characters, which are not allowed in HTML."""
 
 
-class Name(NamedTuple):
+class RunName(NamedTuple):
     """The name of a run, with the color of its lines."""
 
     text: str

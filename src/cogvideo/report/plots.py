@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
-from cogvideo.report.page import Column, Name, precise
+from cogvideo.report.page import Column, RunName, precise
 from cogvideo.report.runs import Curve
 
 LOGARITHMIC_FROM = 20.0
@@ -67,7 +67,7 @@ class Plot(NamedTuple):
 
     title: str
     svg: Markup
-    legend: list[tuple[Name, str]]
+    legend: list[tuple[RunName, str]]
     """Lines with their last values."""
     note: str
     is_wide: bool
@@ -76,7 +76,7 @@ class Plot(NamedTuple):
 def curves(
     stage: str,
     title: str,
-    curves: Mapping[Name, Curve],
+    curves: Mapping[RunName, Curve],
     *,
     is_wide: bool = False,
     from_zero: bool = False,

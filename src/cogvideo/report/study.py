@@ -48,7 +48,7 @@ class Result(NamedTuple):
     num_answers: int
 
 
-class Conduct(NamedTuple):
+class RaterSummary(NamedTuple):
     """Summary of a rater's answers."""
 
     rater: Rater
@@ -196,7 +196,7 @@ def _best(answers: Sequence[Answer], raters: str, systems: Sequence[str]) -> Ite
 # Raters
 
 
-def conduct(rater: Rater, answers: Sequence[Answer]) -> Conduct:
+def conduct(rater: Rater, answers: Sequence[Answer]) -> RaterSummary:
     """Reliability of a rater with at least one answer."""
     own = [each for each in answers if each.rater == rater.number]
     checks = list(_checks(own))
@@ -208,7 +208,7 @@ def conduct(rater: Rater, answers: Sequence[Answer]) -> Conduct:
         sign = -1 if len(each.trial.systems) == 2 else 1  # sides were the other way round
         equal += each.values == {name: sign * value for name, value in before.items()}
     sides = [value for each in own if len(each.trial.systems) == 2 for value in each.values.values() if value != 0]
-    return Conduct(
+    return RaterSummary(
         rater=rater,
         num_caught=sum(checks),
         num_catches=len(checks),
@@ -236,7 +236,7 @@ def _checks(answers: Sequence[Answer]) -> Iterator[bool]:
             yield each.values[OVERALL] < fmean(grades)
 
 
-def _failures(conducts: Sequence[Conduct], failed: set[int]) -> str:
+def _failures(conducts: Sequence[RaterSummary], failed: set[int]) -> str:
     if not any(each.num_catches for each in conducts):
         return "No catch trial was answered."
     names = ", ".join(str(number + 1) for number in sorted(failed))
@@ -247,7 +247,7 @@ def _failures(conducts: Sequence[Conduct], failed: set[int]) -> str:
 
 
 def page_facts(
-    study: Study, results: Sequence[Result], conducts: Sequence[Conduct], failed: set[int], margin: float
+    study: Study, results: Sequence[Result], conducts: Sequence[RaterSummary], failed: set[int], margin: float
 ) -> dict[str, Any]:
     """Everything that the template of the page needs."""
     groups = [_group(raters, [each for each in results if each.raters == raters], margin) for raters in (ALL, CAREFUL)]
@@ -281,7 +281,7 @@ def _row(result: Result, margin: float) -> list[str | float]:
     return [result.subject, part, percent(part), _range(low, high, percent), result.num_answers, *enough]
 
 
-def _rater_row(conduct: Conduct, has_passed: bool) -> list[str]:
+def _rater_row(conduct: RaterSummary, has_passed: bool) -> list[str]:
     rater, left = conduct.rater, conduct.left
     return [
         str(rater.number + 1),

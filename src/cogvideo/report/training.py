@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from cogvideo.config import InputError
-from cogvideo.report.page import Name, duration, file_size, middle, number, percent, precise
+from cogvideo.report.page import RunName, duration, file_size, middle, number, percent, precise
 from cogvideo.report.runs import TOKENIZER, Curve, Run
 
 if TYPE_CHECKING:
@@ -49,8 +49,8 @@ def facts(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _named(runs: Sequence[Run]) -> list[tuple[Name, Run]]:
-    return [(Name(middle(run.name), place), run) for place, run in enumerate(runs)]
+def _named(runs: Sequence[Run]) -> list[tuple[RunName, Run]]:
+    return [(RunName(middle(run.name), place), run) for place, run in enumerate(runs)]
 
 
 def _facts(run: Run) -> list[str]:

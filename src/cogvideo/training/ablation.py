@@ -37,7 +37,7 @@ from cogvideo.data.sources import SourceOptions
 from cogvideo.devices import default_dtype
 from cogvideo.evaluation.attributes import ALL
 from cogvideo.evaluation.features import i3d, one_thread
-from cogvideo.evaluation.making import Making, Shelf, fill, generate
+from cogvideo.evaluation.making import ClipFolder, ClipOptions, fill, generate
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.one_stage import OneStage
 from cogvideo.evaluation.protocols import PROTOCOLS
@@ -134,7 +134,7 @@ class Ablation:
 
 
 @dataclass(frozen=True)
-class Laboratory:
+class Experiment:
     """All runs of an ablation, in a folder."""
 
     out: Path
@@ -229,13 +229,13 @@ class Laboratory:
     def _judge(self, pipeline: CogVideoPipeline, subject: WorldSubject, sheet: Path) -> dict[str, float]:
         """Figures of the clips that a pipeline makes of all prompts."""
         folder, prompts = sheet.with_suffix(""), subject.prompts
-        shelf = Shelf(folder, prompts)
+        clip_folder = ClipFolder(folder, prompts)
 
         def made(numbers: list[int]) -> list[Clip]:
-            return generate(pipeline, [prompts[each] for each in numbers], Making())
+            return generate(pipeline, [prompts[each] for each in numbers], ClipOptions())
 
-        shelf.fill(made, self.ablation.at_once, lambda _: None)
-        clips = list(shelf)
+        clip_folder.fill(made, self.ablation.at_once, lambda _: None)
+        clips = list(clip_folder)
         _write_sheet(sheet, subject, clips)
         shares, real = subject.judge(clips).shares, self._real_features(subject)
         read = shares["all clips"] | {"all right, held-out pairs": shares["held-out pairs"][ALL]}

@@ -142,7 +142,7 @@ class Step(NamedTuple):
     is_done: Callable[[], bool]
 
 
-class Chain:
+class FinetuningRun:
     """A fine-tuning of a base on the clips of a source, into a bundle."""
 
     def __init__(self, source: str, out: Path, base: str, settings: Finetuning) -> None:

@@ -23,7 +23,7 @@ from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.loader import ClipSample, ClipStream, hash_numbers
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.hierarchy import between, collect, first_frames, generate
-from cogvideo.generation.request import Request, Settings
+from cogvideo.generation.request import GenerationSettings, Request
 from cogvideo.generation.upscale import enlarge
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.media.video import write_video
@@ -33,7 +33,7 @@ from cogvideo.training.parallel import any_rank, full_state
 from cogvideo.training.stages import STAGES, StageName
 from cogvideo.training.step import Trainer
 
-PLAIN = Settings(
+PLAIN = GenerationSettings(
     rounds=0,
     later=CogVideoConfig.later_sampling | {"guidance": 1.0},
     text_bonus=0.0,

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cogvideo.config import InputError, require
-from cogvideo.training.objectives.task import Measured, Objective
+from cogvideo.training.objectives.task import BatchLosses, Objective
 from cogvideo.training.optim import Average, Optimization, trained
 from cogvideo.training.parallel import (
     ALONE,
@@ -63,7 +63,7 @@ class Execution:
         return min(MOST_WORKERS, (os.cpu_count() or 1) // ranks_here) if device.type == "cuda" else 0
 
 
-class Figures(NamedTuple):
+class StepMetrics(NamedTuple):
     """Means over some steps and all ranks: the loss, and each part over the samples that have it."""
 
     loss: float
@@ -111,7 +111,7 @@ class Trainer:
                 figures = self.measure(piece)
                 num_losses = len(figures.loss) * _length(batch) / _length(piece)  # of the share
                 (figures.loss.sum() / num_losses).backward()  # type: ignore[no-untyped-call]
-                measured.append(Measured(figures.loss.detach(), figures.parts))
+                measured.append(BatchLosses(figures.loss.detach(), figures.parts))
         norm = clip_gradients(self.objective.clipped(), self.settings.clip)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -122,7 +122,7 @@ class Trainer:
             self.average.update(number + 1)
         self._steps.append(_row(measured, norm))
 
-    def measure(self, batch: Any) -> Measured:
+    def measure(self, batch: Any) -> BatchLosses:
         """The losses of a batch, in the precision of the settings."""
         with self.precision():
             return self.module(moved(batch, self.ranks.device))
@@ -149,7 +149,7 @@ class Trainer:
         self.module.train()
         check_finite(math.nan if any_rank(not math.isfinite(loss)) else loss, "the loss", f"after step {done:,}")
 
-    def figures(self, done: int) -> Figures:
+    def figures(self, done: int) -> StepMetrics:
         """Means over the steps since the last call, of which `done` are made in all."""
         rows = mean_over_ranks(torch.stack(self._steps)).tolist()
         first = done - len(rows) + 1
@@ -158,7 +158,7 @@ class Trainer:
             for name, value in (("the loss", loss), ("the norm of the gradient", norm)):
                 check_finite(value, name, f"at step {number:,}")
         columns = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        return Figures(columns[0], part_means(self.objective.parts, columns[2:]), columns[1])
+        return StepMetrics(columns[0], part_means(self.objective.parts, columns[2:]), columns[1])
 
 
 def check_finite(value: float, name: str, when: str) -> None:
@@ -170,7 +170,7 @@ def check_finite(value: float, name: str, when: str) -> None:
         )
 
 
-def _row(measured: Sequence[Measured], norm: Float[Tensor, ""]) -> Float[Tensor, " figures"]:
+def _row(measured: Sequence[BatchLosses], norm: Float[Tensor, ""]) -> Float[Tensor, " figures"]:
     """Mean loss, norm of the gradient, and of each part the sum and the number of samples that have it."""
     loss = torch.cat([each.loss for each in measured]).mean()
     return torch.cat([torch.stack([loss.float(), norm.float()]), part_sums([each.parts for each in measured])])

@@ -100,7 +100,7 @@ def train_tokenizer(
                     _deliver(objective, store, folder, out, whole)
         if is_first():
             assert folder.summary is not None
-            quality = Quality(**folder.summary["held_out"])
+            quality = ReconstructionQuality(**folder.summary["held_out"])
             print(f"{out}: image tokenizer after {settings.steps:,} steps: {quality}; {folder.path / 'after.png'}")
 
 
@@ -243,7 +243,7 @@ def _deliver(
     frame_store.remove(folder.path)
 
 
-class Quality(NamedTuple):
+class ReconstructionQuality(NamedTuple):
     """Quality of frames that were codes: means of the frames, share of the codes that occur, how even they are."""
 
     psnr: float
@@ -259,7 +259,9 @@ class Quality(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(autoencoder: Autoencoder, pixels: UInt8[np.ndarray, "_ height width 3"], batch: int) -> Quality:
+def evaluate(
+    autoencoder: Autoencoder, pixels: UInt8[np.ndarray, "_ height width 3"], batch: int
+) -> ReconstructionQuality:
     """Quality of the frames' reconstructions, which are clamped to what can be shown."""
     device = autoencoder.codebook.embedding.device
     counts = torch.zeros(autoencoder.config.num_codes, dtype=torch.int64, device=device)
@@ -271,4 +273,4 @@ def evaluate(autoencoder: Autoencoder, pixels: UInt8[np.ndarray, "_ height width
         counts += count_codes(codes, len(counts))
         sums += torch.stack([psnr(made, frames).sum(), ssim(made, frames).sum()])
     means = (sums / len(pixels)).tolist()
-    return Quality(means[0], means[1], code_usage(counts), perplexity(counts))
+    return ReconstructionQuality(means[0], means[1], code_usage(counts), perplexity(counts))

@@ -19,9 +19,20 @@ from cogvideo.web.clips import TYPES, Variant
 from cogvideo.web.jobs import Job
 from cogvideo.web.keys import LOCAL
 from cogvideo.web.metrics import Metrics
-from cogvideo.web.schemas import Asked, Deleted, Model, Models, Page, Reference, Refused, Remix, Video, body_schema
-from cogvideo.web.served import MOST_FRAMES, WANTED, Wanted, wanted_of
-from cogvideo.web.site import Order, Site, refuse
+from cogvideo.web.schemas import (
+    DeletionResponse,
+    ErrorResponse,
+    Model,
+    Models,
+    Page,
+    Reference,
+    Remix,
+    RequestBody,
+    Video,
+    body_schema,
+)
+from cogvideo.web.served import MOST_FRAMES, WANTED, ClipRequest, wanted_of
+from cogvideo.web.site import Order, ServerState, refuse
 from cogvideo.web.storage import frame_name
 
 LOOK = 0.3
@@ -35,7 +46,7 @@ Answers = dict[int | str, dict[str, Any]]
 
 def _described(**texts: str) -> Answers:
     """Errors by status, as OpenAPI has them. FastAPI would give them the media type of a route's own answers."""
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Refused"}}}
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
     found: Answers = {int(name[1:]): {"description": text, "content": content} for name, text in texts.items()}
     for status in found.keys() & {429, 503}:
         found[status]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}}
@@ -58,12 +69,12 @@ BODY = _described(
 FORM = BODY | _described(_415="Neither JSON nor a form.")
 
 
-async def site(request: Request) -> Site:
+async def site(request: Request) -> ServerState:
     """The site of a request."""
     return request.app.state.site
 
 
-Here = Annotated[Site, Depends(site)]
+Here = Annotated[ServerState, Depends(site)]
 BEARER = HTTPBearer(auto_error=False, description="An API key, as `cogvideo key` prints it.")
 
 
@@ -107,7 +118,7 @@ _VIDEO_ID = {
 )
 async def create(request: Request, here: Here, owner: Owner, repeat: Repeat = None) -> Video:
     """Queue a video of a prompt, from a first frame and to a last one if they are given."""
-    asked = await Asked.read(request)
+    asked = await RequestBody.read(request)
     if "video" in asked.references:
         refuse(422, "video cannot be used here: POST /v1/videos/extensions continues videos")
     wanted = asked.wanted
@@ -123,7 +134,7 @@ async def create(request: Request, here: Here, owner: Owner, repeat: Repeat = No
 @router.post("/videos/extensions", responses=FORM | UNKNOWN, openapi_extra=body_schema(_EXTENSION, video=_VIDEO_ID))
 async def extend(request: Request, here: Here, owner: Owner, repeat: Repeat = None) -> Video:
     """Queue a video that keeps the frames of another one, yours or uploaded, and goes on from them."""
-    asked = await Asked.read(request)
+    asked = await RequestBody.read(request)
     new = asked.wanted
     reference = asked.reference("video")
     if reference is None:
@@ -135,7 +146,7 @@ async def extend(request: Request, here: Here, owner: Owner, repeat: Repeat = No
             earlier = here.find(owner, reference.video_id or "")
             source = earlier.id
             before = wanted_of(earlier.work)
-            own = Wanted(prompt=new.prompt, seed=new.seed, seconds=new.seconds)
+            own = ClipRequest(prompt=new.prompt, seed=new.seed, seconds=new.seconds)
             is_same = new.seconds is None or float(new.seconds) == float(before.seconds or 0)
             require(new == own and is_same, f"got other options than those of {source}, expected prompt and seed alone")
             wanted = replace(before, prompt=new.prompt, loop=False, seed=new.seed)
@@ -186,12 +197,12 @@ def retrieve(here: Here, job: Own, response: Response) -> Video:
 
 
 @router.delete("/videos/{id}", responses=UNKNOWN)
-def delete(here: Here, job: Own) -> Deleted:
+def delete(here: Here, job: Own) -> DeletionResponse:
     """Delete a video and its files, also one that is being made."""
     here.store.remove(job.id)  # first, to make room on a full disk for the queue
     here.jobs.remove(job.id)
     here.store.remove(job.id)  # also what a worker wrote meanwhile
-    return Deleted(id=job.id)
+    return DeletionResponse(id=job.id)
 
 
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
@@ -268,7 +279,7 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@open_router.get("/ready", responses={503: ERRORS[503] | {"model": Refused}})
+@open_router.get("/ready", responses={503: ERRORS[503] | {"model": ErrorResponse}})
 def ready(here: Here) -> dict[str, str]:
     """Answer 200 if the server can take requests: the queue answers."""
     here.jobs.counts()
@@ -282,7 +293,7 @@ def metrics(request: Request, owner: Owner) -> Response:
     return Response(found.text(), media_type="text/plain; version=0.0.4")
 
 
-async def _in_thread(order: Callable[[], Job], asked: Asked) -> Job:
+async def _in_thread(order: Callable[[], Job], asked: RequestBody) -> Job:
     """Run a function in a thread. Uploads wait for each other, so that they never take all threads."""
     return await to_thread.run_sync(order, limiter=UPLOADS if asked.references else None)
 

@@ -19,7 +19,7 @@ AT_ONCE = 1000
 """Requests that are answered at once, most of which wait for events."""
 
 
-class Work:
+class WorkerReplica:
     """A replica with a worker, which Ray replaces when its worker has ended.
 
     Args:
@@ -56,7 +56,7 @@ def deployed(
         needed = {"num_gpus": 1} if has_gpu else {"num_cpus": 1}
         page = serve.deployment(name="web", max_ongoing_requests=AT_ONCE, ray_actor_options={"num_cpus": 0})
         work = serve.deployment(num_replicas=workers, graceful_shutdown_timeout_s=DRAINING, ray_actor_options=needed)
-        parts = [work(Work).bind(*arguments)] if workers else []
+        parts = [work(WorkerReplica).bind(*arguments)] if workers else []
         serve.start(http_options={"host": host, "port": port})
         serve.run(page(serve.ingress(make)()).bind(*parts), name=NAME)
         yield

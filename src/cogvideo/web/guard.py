@@ -28,7 +28,7 @@ LARGEST_BODY = 32 * 2**20
 """Bytes of the body of a request."""
 
 
-class Guard:
+class RequestGuard:
     """Middleware. It refuses what pages of other sites send through a user's browser, and slow or large bodies."""
 
     def __init__(self, app: ASGIApp) -> None:

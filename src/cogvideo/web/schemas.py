@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 
 from cogvideo.web.clips import kept
 from cogvideo.web.jobs import Job, Status
-from cogvideo.web.served import WANTED, Seed, Served, Text, Wanted, outline
+from cogvideo.web.served import WANTED, ClipRequest, Seed, ServedModel, Text, outline
 
 ID = r"^video_[0-9a-f]{32}$"
 REFERENCES = ("input_reference", "last_reference", "video")
@@ -73,7 +73,7 @@ class Video(BaseModel):
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, job: Job, served: Served) -> Video:
+    def of(cls, job: Job, served: ServedModel) -> Video:
         """The state of a job."""
         wanted = outline(job.work)
         given = json.loads(job.work)
@@ -112,7 +112,7 @@ class Page(BaseModel):
     has_more: bool
 
 
-class Deleted(BaseModel):
+class DeletionResponse(BaseModel):
     """Confirmation that a video is gone."""
 
     id: str
@@ -146,13 +146,13 @@ class Problem(BaseModel):
     code: str | None = None
 
 
-class Refused(BaseModel):
+class ErrorResponse(BaseModel):
     """Answer to a request that cannot be met."""
 
     error: Problem
 
 
-class Asked:
+class RequestBody:
     """A request's body: fields, and files or references by name.
 
     Args:
@@ -165,7 +165,7 @@ class Asked:
         self.fields, self.references, self.is_form = fields, references, is_form
 
     @classmethod
-    async def read(cls, request: Request) -> Asked:
+    async def read(cls, request: Request) -> RequestBody:
         """Read JSON or a form.
 
         Raises:
@@ -191,7 +191,7 @@ class Asked:
         return cls(found, references, kind != "application/json")
 
     @property
-    def wanted(self) -> Wanted:
+    def wanted(self) -> ClipRequest:
         """The clip.
 
         Raises:

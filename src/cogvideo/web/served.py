@@ -24,9 +24,9 @@ from cogvideo.generation.request import (
     LARGEST_SEED,
     LONGEST,
     MOST_ROUNDS,
+    GenerationSettings,
     Request,
     SamplingOptions,
-    Settings,
     check_seconds,
 )
 from cogvideo.pipeline import CogVideoPipeline
@@ -43,7 +43,7 @@ Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 
 @validated(frozen=True, kw_only=True, config=_RULES)
-class Wanted(SamplingOptions):
+class ClipRequest(SamplingOptions):
     """A clip to make. Sampling options default to the model's own values."""
 
     prompt: Text
@@ -64,11 +64,11 @@ class Wanted(SamplingOptions):
     """End the clip where it starts, so that it repeats without a jump."""
 
 
-WANTED = TypeAdapter(Wanted)
-_OUTLINE = {each.name for each in fields(Wanted)} - {each.name for each in fields(SamplingOptions)}
+WANTED = TypeAdapter(ClipRequest)
+_OUTLINE = {each.name for each in fields(ClipRequest)} - {each.name for each in fields(SamplingOptions)}
 
 
-def wanted_of(work: str) -> Wanted:
+def wanted_of(work: str) -> ClipRequest:
     """The clip of a job.
 
     Raises:
@@ -82,7 +82,7 @@ def wanted_of(work: str) -> Wanted:
         raise InputError(told) from error
 
 
-def outline(work: str) -> Wanted:
+def outline(work: str) -> ClipRequest:
     """The clip of a job without sampling options, so that clips of all versions can be shown."""
     given = json.loads(work)
     return WANTED.validate_python({name: given[name] for name in given.keys() & _OUTLINE})
@@ -104,7 +104,7 @@ class Start:
         return hashlib.sha256(self.pixels if self.codes is None else pack_codes(self.codes)).hexdigest()
 
 
-class Served:
+class ServedModel:
     """A model by its name, as a pipeline.
 
     Args:
@@ -135,7 +135,7 @@ class Served:
         """Hash of the model's files."""
         return self.pipeline.model.fingerprint or ""
 
-    def completed(self, wanted: Wanted) -> Wanted:
+    def completed(self, wanted: ClipRequest) -> ClipRequest:
         """The same with all that is random or the model's own."""
         asked = wanted.model or self.name
         require(asked == self.name, f"model is {asked!r:.80}, expected {self.name}")
@@ -148,7 +148,7 @@ class Served:
         seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
         return replace(wanted, model=asked, size=size, seconds=f"{seconds:g}", seed=seed)
 
-    def settings(self, wanted: Wanted) -> Settings:
+    def settings(self, wanted: ClipRequest) -> GenerationSettings:
         """Settings of a completed clip."""
         seconds = float(wanted.seconds or self.config.seconds)
         return replace(
@@ -158,13 +158,13 @@ class Served:
             should_enlarge=wanted.size == self.sizes[0],
         )
 
-    def fps(self, wanted: Wanted) -> float:
+    def fps(self, wanted: ClipRequest) -> float:
         """Frames per second of a completed clip."""
         return self.pipeline.fps(self.settings(wanted))
 
     def request(
         self,
-        wanted: Sequence[Wanted],
+        wanted: Sequence[ClipRequest],
         given: Int64[Tensor, "frames slots"] | None,
         last: Int64[Tensor, "_ slots"] | None,
         finished: Mapping[int, Int64[Tensor, "batch slots"]] | None = None,
@@ -176,7 +176,7 @@ class Served:
         settings = self.settings(wanted[0])
         return Request(prompts, generators, settings, given, end, wanted[0].loop, finished=finished or {})
 
-    def check(self, wanted: Wanted, first: Start | None, last: Start | None) -> None:
+    def check(self, wanted: ClipRequest, first: Start | None, last: Start | None) -> None:
         """Refuse a completed clip that the model cannot make, before any work."""
         require("\0" not in wanted.prompt + (wanted.negative or ""), "the prompt has a zero byte, expected text")
         require(last is None or first is not None, "got last_reference alone, expected input_reference, too")
@@ -189,7 +189,7 @@ class Served:
         length = (0 if first is None else first.num_frames) + self.pipeline.num_frames(self.settings(wanted))
         require(length <= MOST_FRAMES, f"the clip would have {length} frames, expected {MOST_FRAMES} at most")
 
-    def alike(self, wanted: Wanted, first: Start | None, last: Start | None) -> str:
+    def alike(self, wanted: ClipRequest, first: Start | None, last: Start | None) -> str:
         """Hash of all that clips of a batch must share."""
         shared = WANTED.dump_json(replace(wanted, prompt="x", seed=0)).decode()
         digests = [None if each is None else each.digest for each in (first, last)]

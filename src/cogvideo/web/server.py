@@ -22,10 +22,10 @@ from starlette.requests import ClientDisconnect
 from cogvideo import __version__
 from cogvideo.config import InputError
 from cogvideo.web.api import open_router, router
-from cogvideo.web.guard import Guard
+from cogvideo.web.guard import RequestGuard
 from cogvideo.web.jobs import FullError, Unreachable
 from cogvideo.web.metrics import Metrics, MetricsMiddleware
-from cogvideo.web.site import Site
+from cogvideo.web.site import ServerState
 from cogvideo.web.studio import router as studio
 
 SECONDS_TO_FULL, SECONDS_TO_REACH = 10, 2
@@ -34,7 +34,7 @@ DRAINING = 60
 """Seconds for a worker to finish its frame."""
 
 
-def application(site: Site, hosts: Sequence[str]) -> FastAPI:
+def application(site: ServerState, hosts: Sequence[str]) -> FastAPI:
     """The API and the studio as an ASGI application."""
     app = FastAPI(title="cogvideo", version=__version__, docs_url=None, redoc_url=None)
     app.state.site, app.state.metrics = site, Metrics(site.jobs)
@@ -44,7 +44,7 @@ def application(site: Site, hosts: Sequence[str]) -> FastAPI:
     if site.keys is None:
         _without_security(app)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
-    app.add_middleware(Guard)
+    app.add_middleware(RequestGuard)
     app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
     for kind, answer in ANSWERS.items():
         app.add_exception_handler(kind, answer)

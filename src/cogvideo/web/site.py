@@ -23,7 +23,7 @@ from cogvideo.web.clips import Variant, from_png, kept, render
 from cogvideo.web.jobs import Job, Jobs, Limits, new_id
 from cogvideo.web.keys import Keys
 from cogvideo.web.schemas import ID, Reference
-from cogvideo.web.served import WANTED, Served, Start, Wanted, outline, pack_codes
+from cogvideo.web.served import WANTED, ClipRequest, ServedModel, Start, outline, pack_codes
 from cogvideo.web.storage import Store, frame_name
 from cogvideo.web.uploads import decode
 from cogvideo.web.worker import GIVEN, LAST
@@ -33,7 +33,7 @@ from cogvideo.web.worker import GIVEN, LAST
 class Order:
     """A clip to queue."""
 
-    wanted: Wanted
+    wanted: ClipRequest
     first: Start | None = None
     """Frames to start from."""
     last: Start | None = None
@@ -51,10 +51,10 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Site:
+class ServerState:
     """State that all routes share."""
 
-    served: Served
+    served: ServedModel
     jobs: Jobs
     store: Store
     keys: Keys | None = None
@@ -104,7 +104,9 @@ class Site:
                 self.store.remove(job.id)
         return stored
 
-    def start(self, owner: str, reference: bytes | Reference | None, wanted: Wanted, most: int = 1) -> Start | None:
+    def start(
+        self, owner: str, reference: bytes | Reference | None, wanted: ClipRequest, most: int = 1
+    ) -> Start | None:
         """Frames that a reference means: one, or all of a video if `most` is larger.
 
         Raises:

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from cogvideo import report
 from cogvideo.config import InputError, require
 from cogvideo.evaluation.study import Rater, Study
-from cogvideo.web.guard import Guard
+from cogvideo.web.guard import RequestGuard
 from cogvideo.web.listening import HOST, listening, run
 
 STATIC = Path(__file__).parent / "static"
@@ -31,7 +31,7 @@ LARGEST_ANSWER = 10_000
 """Bytes."""
 
 
-class Sent(msgspec.Struct, forbid_unknown_fields=True):
+class SubmittedAnswer(msgspec.Struct, forbid_unknown_fields=True):
     """An answer as the page sends it."""
 
     place: int
@@ -77,7 +77,7 @@ class Pages:
         if int(request.headers.get("content-length", LARGEST_ANSWER)) >= LARGEST_ANSWER:
             raise HTTPException(413)
         try:
-            sent = msgspec.json.decode(await request.body(), type=Sent)
+            sent = msgspec.json.decode(await request.body(), type=SubmittedAnswer)
             is_stored = self.study.answer(rater.number, sent.place, sent.values, sent.seconds)
         except (msgspec.MsgspecError, InputError) as error:
             raise HTTPException(422, str(error)) from error
@@ -112,7 +112,7 @@ def application(study: Study) -> Starlette:
         Route("/{token}/answer", pages.answer, methods=["POST"]),
     ]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
-    return Starlette(routes=routes, middleware=[Middleware(Guard), hosts])
+    return Starlette(routes=routes, middleware=[Middleware(RequestGuard), hosts])
 
 
 def serve(folder: Path, num_raters: int, port: int) -> None:

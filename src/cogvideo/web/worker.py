@@ -29,7 +29,7 @@ from cogvideo.devices import is_out_of_memory, usable
 from cogvideo.pipeline import Frame
 from cogvideo.web.clips import AT_ONCE, Pixels, from_png, kept, render, to_png
 from cogvideo.web.jobs import Job, Jobs, Progress, Unreachable
-from cogvideo.web.served import Served, Wanted, pack_codes, wanted_of
+from cogvideo.web.served import ClipRequest, ServedModel, pack_codes, wanted_of
 from cogvideo.web.storage import Store, frame_name
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ def open_worker(
     adapters: Mapping[str, float] = MappingProxyType({}),
 ) -> Worker:
     """A worker, from what the command line says."""
-    served = Served(model, usable(device), adapters=adapters)
+    served = ServedModel(model, usable(device), adapters=adapters)
     return Worker(Jobs(queue), Store(files), served, batch, lease, running, stopping)
 
 
@@ -85,7 +85,7 @@ class Worker:
     """A worker. When it is to stop, it finishes the frame at hand and returns its jobs to the queue."""
 
     def __init__(
-        self, jobs: Jobs, store: Store, served: Served, batch: int, lease: float, running: int, stopping: Event
+        self, jobs: Jobs, store: Store, served: ServedModel, batch: int, lease: float, running: int, stopping: Event
     ) -> None:
         self.jobs, self.store, self.served = jobs, store, served
         self.batch, self.lease, self.running, self.stopping = batch, lease, running, stopping
@@ -205,7 +205,7 @@ class Worker:
         if self._reach(lambda: self.jobs.find(id)) is None:
             self.store.remove(id)
 
-    def _record(self, wanted: Wanted, clip: _Clip, places: range) -> dict[str, Any]:
+    def _record(self, wanted: ClipRequest, clip: _Clip, places: range) -> dict[str, Any]:
         """Facts to make the clip again; the hash of its codes is that of a sidecar."""
         codes = torch.stack([clip.codes[place] for place in places])
         given = {name: value for name, value in asdict(wanted).items() if value is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from cogvideo.world.figures import COLORS
-from cogvideo.world.scenes import OBJECTS, Draws, Scene
+from cogvideo.world.scenes import OBJECTS, Scene, SceneChoices
 
 NUM_CAPTIONS = 3
 """Captions of a clip. The first says everything; the others leave out each of direction, speed and background in one
@@ -123,7 +123,7 @@ def captions(scene: Scene) -> tuple[str, ...]:
 
 
 def _caption(scene: Scene, number: int) -> str:
-    draws = Draws(f"cogvideo world 1 caption {scene.index} {number}")
+    draws = SceneChoices(f"cogvideo world 1 caption {scene.index} {number}")
     says_direction, says_speed, says_place = (number == 0 or draws.number(4) > 0 for _ in range(3))
     figure = _figure(draws, scene.size, scene.colour, scene.object)
     clause = _clause(draws, scene, says_direction)
@@ -132,14 +132,14 @@ def _caption(scene: Scene, number: int) -> str:
     return text if draws.number(3) == 0 else f"{text[0].upper()}{text[1:]}."
 
 
-def _figure(draws: Draws, size: str, color: str, name: str) -> str:
+def _figure(draws: SceneChoices, size: str, color: str, name: str) -> str:
     """Such as `a small red ball`."""
     words = draws.choose(SIZE_WORDS[size]) if draws.number(2) else ""
     phrase = f"{words} {draws.choose(COLOR_WORDS[color])} {draws.choose(OBJECT_WORDS[name])}".strip()
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def _clause(draws: Draws, scene: Scene, says_direction: bool) -> str:
+def _clause(draws: SceneChoices, scene: Scene, says_direction: bool) -> str:
     template = draws.choose([clause for action, clause in CLAUSES if action == scene.action])
     template = re.sub(r"\[(.*?)\]", r"\1" if says_direction else "", template)
     other = _figure(draws, "medium", scene.other_colour, scene.other_object) if scene.other_object else ""
@@ -153,7 +153,7 @@ def _clause(draws: Draws, scene: Scene, says_direction: bool) -> str:
     )
 
 
-def _sentence(draws: Draws, scene: Scene, figure: str, clause: str, place: str, says_speed: bool) -> str:
+def _sentence(draws: SceneChoices, scene: Scene, figure: str, clause: str, place: str, says_speed: bool) -> str:
     """Put figure, clause, speed and place in one of several orders."""
     before, after, end = _one_of_three(draws, f"{place}, ", f" {place}", f", {place}") if place else ("", "", "")
     word, phrase = draws.choose(SPEED_WORDS[scene.speed]), draws.choose(SPEED_PHRASES[scene.speed])
@@ -163,7 +163,7 @@ def _sentence(draws: Draws, scene: Scene, figure: str, clause: str, place: str, 
     return f"{before}{first}{figure}{after} {between}{clause}{last}{end}"
 
 
-def _one_of_three(draws: Draws, *texts: str) -> list[str]:
+def _one_of_three(draws: SceneChoices, *texts: str) -> list[str]:
     """The texts, all but one of them empty."""
     kept = draws.number(len(texts))
     return [text if number == kept else "" for number, text in enumerate(texts)]

@@ -127,7 +127,7 @@ def star(x: Plane, y: Plane, radius: float, inner: float) -> Plane:
     return np.copysign(away, x * -notch[1] + y * notch[0])
 
 
-class Boxes(NamedTuple):
+class FrameBoxes(NamedTuple):
     """Equal rectangles of pixels, one in each of some frames; they may reach beyond the frame."""
 
     numbers: tuple[int, ...]
@@ -169,7 +169,7 @@ class Boxes(NamedTuple):
 
 def boxes(
     size: int, numbers: np.ndarray, x: np.ndarray, y: np.ndarray, width: float, height: float
-) -> Iterator[tuple[slice, Boxes]]:
+) -> Iterator[tuple[slice, FrameBoxes]]:
     """Boxes around places (x, y) in the frames `numbers`, with half sides `width` and `height`, a few at a time.
 
     Yields: the places as a slice, and their boxes.
@@ -181,10 +181,10 @@ def boxes(
     for start in range(0, len(numbers), step):
         part = slice(start, start + step)
         chosen, top, left = (tuple(each[part].tolist()) for each in (numbers, tops, lefts))
-        yield part, Boxes(chosen, top, left, rows, columns)
+        yield part, FrameBoxes(chosen, top, left, rows, columns)
 
 
-def blend(frames: UInt8[np.ndarray, "frames size size 3"], where: Boxes, color: list[Plane], alpha: Plane) -> None:
+def blend(frames: UInt8[np.ndarray, "frames size size 3"], where: FrameBoxes, color: list[Plane], alpha: Plane) -> None:
     """Put a premultiplied color over the frames."""
     patches = where.gather(frames)
     keep = 1 - alpha

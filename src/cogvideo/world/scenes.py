@@ -161,7 +161,7 @@ class Scene:
         require(-1 <= self.shift <= 1, f"shift is {self.shift}, expected -1 to 1")
 
 
-class Draws:
+class SceneChoices:
     """Choices that follow from a text alone."""
 
     def __init__(self, key: str) -> None:
@@ -186,7 +186,7 @@ def scene(index: int, domain: str = "full") -> Scene:
     require(index >= 0, f"index is {index}, expected 0 or more")
     require(domain in DOMAINS, f"domain is {domain!r}, expected one of {', '.join(DOMAINS)}")
     choices = DOMAINS[domain]
-    draws = Draws(f"{choices.key} {index}")
+    draws = SceneChoices(f"{choices.key} {index}")
     action = draws.choose(choices.actions)
     act, place = ACTS[action], draws.choose(choices.backgrounds)
     colors = [each for each in choices.colors if each not in PLACES[place].clashes]
@@ -255,7 +255,7 @@ def split(clip: int | Scene) -> Split:
         number = which.index
     else:
         content = replace(which, index=0, facing="left")
-        number = Draws(f"{DOMAINS[which.domain].key} split {content}").number(VALIDATION_EVERY)
+        number = SceneChoices(f"{DOMAINS[which.domain].key} split {content}").number(VALIDATION_EVERY)
     return "validation" if number % VALIDATION_EVERY == VALIDATION_EVERY - 1 else "train"
 
 

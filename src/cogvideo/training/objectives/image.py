@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from cogvideo.config import require
 from cogvideo.data.loader import ClipSample
 from cogvideo.layout import SequenceLayout
-from cogvideo.models.attention import Chunk, Group, MaskPlan
+from cogvideo.models.attention import CellGroup, Chunk, MaskPlan
 from cogvideo.models.transformer import Pass, Transformer
 from cogvideo.text import TextTokenizer, fit
-from cogvideo.training.objectives.task import Measured, cross_entropy
+from cogvideo.training.objectives.task import BatchLosses, cross_entropy
 
 SQUARE = 4
 """Side of a masked square, in codes. If it does not divide a side, squares at the right and lower edge are smaller; a
@@ -149,10 +149,10 @@ class ImageTask:
         chinese = any(ord(each) in CHINESE for each in caption)
         return self.text.start_of_chinese if chinese else self.text.start_of_english
 
-    def losses(self, model: nn.Module, batch: ImageBatch) -> Measured:
+    def losses(self, model: nn.Module, batch: ImageBatch) -> BatchLosses:
         """Cross entropy over the image codes, or over the rest of the vocabulary for text."""
         assert isinstance(model, Transformer)
-        plan = MaskPlan((Group(None, None, (Chunk(None, None, batch.sees[:, None]),)),))
+        plan = MaskPlan((CellGroup(None, None, (Chunk(None, None, batch.sees[:, None]),)),))
         hidden = model(batch.tokens, batch.positions, Pass(self.layout.text_slots, plan, ()))
         image = slice(self.layout.text_slots, None)
         words = batch.words.clamp(min=0)
@@ -170,11 +170,11 @@ class ImageTask:
 
 def _by_sample(
     losses: Float[Tensor, "batch places"], learned: Bool[Tensor, "batch places"], parts: Int64[Tensor, "batch places"]
-) -> Measured:
+) -> BatchLosses:
     """Mean over what each sample learns, and over each of its parts."""
     total = losses.where(learned, 0).sum(1) / learned.sum(1).clamp(min=1)
     each = learned[:, None] & (parts[:, None] == torch.arange(len(PARTS), device=parts.device)[:, None])
-    return Measured(total, losses.detach()[:, None].where(each, 0).sum(2) / each.sum(2))
+    return BatchLosses(total, losses.detach()[:, None].where(each, 0).sum(2) / each.sum(2))
 
 
 class _Row:

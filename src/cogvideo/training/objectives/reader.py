@@ -22,7 +22,7 @@ from cogvideo import world
 from cogvideo.config import require
 from cogvideo.evaluation.attributes import READER_LEARNS
 from cogvideo.evaluation.reader import ATTRIBUTES, LABELS, SIZE, Reader, ReaderConfig, labels, render, to_input
-from cogvideo.training.objectives.task import Measured, Objective, generator
+from cogvideo.training.objectives.task import BatchLosses, Objective, generator
 from cogvideo.training.optim import Optimization, groups_by_decay, has_fused, trained
 
 STILLS = 100_000_000
@@ -105,7 +105,7 @@ class ReaderObjective(Objective):
         self.model.load_state_dict(state["model"])
         optimizers[0].load_state_dict(state["optimizer"])
 
-    def forward(self, batch: ReaderBatch) -> Measured:
+    def forward(self, batch: ReaderBatch) -> BatchLosses:
         """Cross entropy over all attributes that can be seen."""
         is_still = batch.pixels.shape[2] == 1
         scores = self.model.looks(batch.pixels) if is_still else self.model(batch.pixels)
@@ -113,7 +113,7 @@ class ReaderObjective(Objective):
         losses = [F.cross_entropy(each.float(), truth[name], reduction="none") for name, each in scores.items()]
         unseen = torch.full_like(losses[0], torch.nan)
         right = [(scores[name].argmax(-1) == truth[name]).float() if name in scores else unseen for name in ATTRIBUTES]
-        return Measured(torch.stack(losses).sum(0), torch.stack(right, 1).detach())
+        return BatchLosses(torch.stack(losses).sum(0), torch.stack(right, 1).detach())
 
 
 def batches(settings: ReaderSettings, step: int) -> Iterator[ReaderBatch]:

@@ -19,7 +19,7 @@ from cogvideo.data.loader import ClipSample
 from cogvideo.layout import UpscaleLayout
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.text import PaddedText, TextTokenizer
-from cogvideo.training.objectives.task import Measured, cross_entropy
+from cogvideo.training.objectives.task import BatchLosses, cross_entropy
 
 
 class SuperresBatch(NamedTuple):
@@ -69,13 +69,13 @@ class SuperresTask:
         drawn = torch.from_numpy(random.integers(0, self.text.num_codes, len(codes)))
         return drawn.where(replaced, codes).view(sample.codes.shape[1:])
 
-    def losses(self, model: nn.Module, batch: SuperresBatch) -> Measured:
+    def losses(self, model: nn.Module, batch: SuperresBatch) -> BatchLosses:
         """Cross entropy over the image codes."""
         assert isinstance(model, Upscaler)
         layout = self.layout.shaped((batch.low.shape[1], batch.low.shape[2]))
         hidden = model(batch.text.tokens, batch.text.mask, batch.low.flatten(1), layout)
         loss = cross_entropy(model.base.logits(hidden), batch.high).mean(1)
-        return Measured(loss, loss.detach()[:, None])
+        return BatchLosses(loss, loss.detach()[:, None])
 
 
 def _flat(codes: np.ndarray | None) -> Int64[Tensor, " slots"]:

@@ -20,7 +20,7 @@ from cogvideo.models.upscaler import Upscaler
 from cogvideo.training.optim import make_optimizers, trained
 
 
-class Measured(NamedTuple):
+class BatchLosses(NamedTuple):
     """The losses of a batch, in nats a predicted token."""
 
     loss: Float[Tensor, " batch"]
@@ -46,7 +46,7 @@ class Task(Protocol):
     def collate(self, samples: list[ClipSample]) -> Any:
         """Samples to a named tuple of tensors, whose first axis is the sample; they may be nested."""
 
-    def losses(self, model: nn.Module, batch: Any) -> Measured:
+    def losses(self, model: nn.Module, batch: Any) -> BatchLosses:
         """The losses of a batch."""
 
 
@@ -61,9 +61,9 @@ class Objective(nn.Module):
         self.model = model
         self.task = task
 
-    def forward(self, batch: Any) -> Measured:
+    def forward(self, batch: Any) -> BatchLosses:
         """The losses of a batch."""
-        measured: Measured = self.task.losses(self.model, batch)
+        measured: BatchLosses = self.task.losses(self.model, batch)
         return measured
 
     @property

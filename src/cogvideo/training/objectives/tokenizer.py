@@ -27,7 +27,7 @@ from cogvideo.models.adversary import PatchDiscriminator, adaptive_weight, discr
 from cogvideo.models.autoencoder import Autoencoder, Decoder, to_frames
 from cogvideo.models.perceptual import Lpips, edge_distance, pyramid_distance
 from cogvideo.training.objectives.codebook import MovingCodebook, straight_through
-from cogvideo.training.objectives.task import Measured, Objective, generator, key
+from cogvideo.training.objectives.task import BatchLosses, Objective, generator, key
 from cogvideo.training.optim import Optimization, has_fused, trained
 from cogvideo.training.parallel import ALONE, Ranks, gathered, is_first
 
@@ -241,12 +241,12 @@ class TokenizerObjective(Objective):
         by = generator(self.seed, "k-means", device=device)
         self.codebook.start(torch.cat(vectors), per_step=len(vectors[0]), generator=by)
 
-    def forward(self, batch: UInt8[Tensor, "batch height width 3"]) -> Measured:
+    def forward(self, batch: UInt8[Tensor, "batch height width 3"]) -> BatchLosses:
         """The loss of a batch as a whole; while training, the codebook moves along."""
         with torch.autocast(batch.device.type, enabled=False):
             return self._losses(to_frames(batch))
 
-    def _losses(self, frames: Float[Tensor, "batch 3 height width"]) -> Measured:
+    def _losses(self, frames: Float[Tensor, "batch 3 height width"]) -> BatchLosses:
         settings, step = self.settings, self._step
         rates = self.model.config.rates
         rate = rates[step % len(rates)]
@@ -268,7 +268,7 @@ class TokenizerObjective(Objective):
             figures["restarted"] = self._move_codebook(vectors, codes)
         parts = losses | figures
         nothing = loss.new_full((), torch.nan)
-        return Measured(loss[None], torch.stack([parts.get(name, nothing).detach().float() for name in PARTS])[None])
+        return BatchLosses(loss[None], torch.stack([parts.get(name, nothing).detach().float() for name in PARTS])[None])
 
     def _half(self) -> AbstractContextManager[Any]:
         enabled = self.settings.precision == "bfloat16"

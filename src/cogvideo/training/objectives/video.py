@@ -20,7 +20,7 @@ from cogvideo.layout import SequenceLayout
 from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Transformer
 from cogvideo.text import PaddedText, TextTokenizer
-from cogvideo.training.objectives.task import Measured, cross_entropy
+from cogvideo.training.objectives.task import BatchLosses, cross_entropy
 
 
 class VideoBatch(NamedTuple):
@@ -54,11 +54,11 @@ class VideoTask:
         text = self.text.batch(captions, durations, self.layout.text_slots, truncate=True)
         return VideoBatch(text, torch.stack([torch.from_numpy(sample.codes.astype("int64")) for sample in samples]))
 
-    def losses(self, model: nn.Module, batch: VideoBatch) -> Measured:
+    def losses(self, model: nn.Module, batch: VideoBatch) -> BatchLosses:
         """Cross entropy over the image codes, of each frame that carries loss."""
         assert isinstance(model, Transformer)
         parts = self._cross_entropy(model, batch)
-        return Measured(parts.mean(1), parts.detach())
+        return BatchLosses(parts.mean(1), parts.detach())
 
     def _cross_entropy(self, model: Transformer, batch: VideoBatch) -> Float[Tensor, "batch parts"]:
         layout = self.layout.shaped((batch.codes.shape[2], batch.codes.shape[3]))
