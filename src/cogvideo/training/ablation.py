@@ -1,15 +1,15 @@
-"""Variants of the video stages, trained from several seeds on the same clips and judged by the same prompts.
+"""Variants of the video stages, trained from several seeds on the same clips and evaluated on the same prompts.
 
-| variant | in place of |
+| variant | replaces |
 |---|---|
-| random | weights of the image model: the stages learn from random ones |
-| trained | a frozen base |
-| one-stage | the hierarchy: one stage at the rate of finished clips, trained on as many samples as both stages |
-| no-rate | the frame rate in the text |
-| no-window | temporal windows: full attention |
+| random | weights of the image model, by random ones |
+| trained | a frozen base, by a trained one |
+| one-stage | the hierarchy, by one stage at the rate of finished clips, trained on as many samples as both stages |
+| no-rate | text with the frame rate, by text without it |
+| no-window | temporal windows, by full attention |
 
-First frames are made by the same image model everywhere. A run is a bundle with the runs of its stages inside, and is
-over when its report is there.
+The same image model generates all first frames. A run is a bundle with the runs of its stages inside; it is finished
+once its report exists.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ from cogvideo.training.stages import BaseChoice, Choice, StageName, StartChoice
 
 VariantName = Literal["full", "random", "trained", "one-stage", "no-rate", "no-window"]
 DATA, REAL, RUN, LOG = "data", "real", ".ablation-run", "log.txt"
-"""Folders of codes and of features of real clips, and inside of a run those of its report and its messages."""
+"""Folders of codes and of features of real clips; inside a run, the folder of its report and the log of messages."""
 FVD = "FVD"
 PROTOCOL = replace(PROTOCOLS["tfhub"], step=2)
-"""16 frames, 4 a second."""
+"""16 frames at 4 fps."""
 FIRST_NOISE = 1_000_000
-"""Distance of the seeds of a prompt's clips in two runs; numbers of scenes are smaller."""
+"""Difference between the seeds of a prompt's clips in two runs; scene numbers are smaller."""
 SHOWN, COLUMNS = 4, 9
 """Clips of a contact sheet, and frames of each."""
 
@@ -74,7 +74,7 @@ class Variant(NamedTuple):
     has_windows: bool = True
     has_rate: bool = True
     overlaps: tuple[int, ...] = (0,)
-    """Frames that sequences of one stage share, each for clips of their own; 0 is the hierarchy."""
+    """Overlaps of the sequences of one stage, in frames, each for a separate set of clips; 0 is the hierarchy."""
 
     @property
     def stages(self) -> dict[StageName, Choice]:
@@ -84,11 +84,11 @@ class Variant(NamedTuple):
         return first if any(self.overlaps) else first | {"interpolation": Choice("sequential", second)}
 
     def row(self, overlap: int) -> str:
-        """Title of its clips with an overlap."""
+        """Title of the variant's clips with this overlap."""
         return f"{self.title}, overlap {overlap}" if overlap else self.title
 
     def configured(self, config: CogVideoConfig) -> CogVideoConfig:
-        """The configuration of a base with the differences."""
+        """Configuration of a base with the variant's differences."""
         text = config.text if self.has_rate else replace(config.text, duration_template=config.text.image_template)
         new = replace(config.sizes, text=text)
         full = StageConfig()
@@ -140,7 +140,7 @@ class Experiment:
     out: Path
     ablation: Ablation
     optimization: StageOptimization
-    """Its seed is the first one."""
+    """Optimization of all runs; its seed is the first of theirs."""
     device: str
     readers: int = 0
     """Set by engines, as is the device."""
@@ -153,7 +153,7 @@ class Experiment:
         return {f"{name}-{seed}": (name, seed) for name, seed in pairs}
 
     def report(self, name: str) -> dict[str, dict[str, float]] | None:
-        """Figures of the clips of a run by what made them; None while the run is not over."""
+        """Metrics of a run's clips, by the title of what generated them; None until the run is finished."""
         path = self.out / name / RUN
         return RunFolder(path).summary if path.exists() else None
 
@@ -162,7 +162,7 @@ class Experiment:
         return self.out / name / f"clips-{overlap}.png"
 
     def prepare(self, machines: Machines) -> None:
-        """Check that the settings are those that runs were made with, and make what all of them need."""
+        """Check that the settings match those of earlier runs, and prepare the data that all runs need."""
         base = CogVideo.from_pretrained(self.ablation.base)
         lacks = [name for name in SHARED if name not in base.components]
         require(not lacks, f"the base {self.ablation.base} has no {', '.join(lacks)}, expected an image model")
@@ -184,7 +184,7 @@ class Experiment:
         self._real_features(self._subject(self.optimization.seed))
 
     def make(self, job: PlainJob, on_clip: OnClip = lambda: None) -> None:
-        """Do a run, or what is left of it."""
+        """Do a run, or resume it."""
         (name,) = job.items
         variant, seed = VARIANTS[self.runs[name][0]], self.runs[name][1]
         out, folder = self.out / name, RunFolder(self.out / name / RUN)
@@ -227,7 +227,7 @@ class Experiment:
         return WorldSubject(self.ablation.clips, self.ablation.domain, FIRST_NOISE * seed, FILE)
 
     def _judge(self, pipeline: CogVideoPipeline, subject: WorldSubject, sheet: Path) -> dict[str, float]:
-        """Figures of the clips that a pipeline makes of all prompts."""
+        """Metrics of the clips that a pipeline generates from all prompts."""
         folder, prompts = sheet.with_suffix(""), subject.prompts
         clip_folder = ClipFolder(folder, prompts)
 
@@ -252,7 +252,7 @@ class Experiment:
     def _features(
         self, folder: Path, subject: WorldSubject, clip: Callable[[int], Clip]
     ) -> Float[Tensor, "clips features"]:
-        """Features of clips by their numbers; each is kept in the folder."""
+        """Features of clips by number, cached in the folder."""
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{prompt.name}.npy" for prompt in subject.prompts]
         if not all(file.exists() for file in files):
@@ -273,7 +273,7 @@ def _write(path: Path, features: Float[Tensor, " features"]) -> None:
 
 
 def _write_sheet(path: Path, subject: WorldSubject, clips: Sequence[Clip]) -> None:
-    """Some clips, each with its prompt, below the real one."""
+    """Write a contact sheet of some clips, each with its prompt and below the real clip."""
     numbers = evenly(len(clips), SHOWN).tolist()
     rows = [clip for each in numbers for clip in (subject.real(each, SIZE), clips[each])]
     labels = [text for each in numbers for text in (subject.prompts[each].text, "")]

@@ -1,6 +1,6 @@
-"""Reports of training runs, and the model card that is made of them: README.md of a bundle.
+"""Reports of training runs, and the model card made from them: README.md of a bundle.
 
-`training.json` next to it holds the reports themselves, one for each component; a copied bundle keeps it.
+`training.json` next to it holds the reports themselves, one per component; a copied bundle keeps it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SIGN = "<!-- written by cogvideo; remove this line to keep your own text -->"
 
 
 def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
-    """Reports of the runs of a bundle, by component; nothing where none is known."""
+    """Reports of the runs of a bundle, by component; empty if there are none."""
     path = folder / REPORTS
     if not path.exists():
         return {}
@@ -34,7 +34,7 @@ def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def report_of(run: RunFolder, step: int) -> dict[str, Any]:
-    """Result of a run at a step, for its card: everything that its folder knows."""
+    """Report of a run at a step, for its card: everything recorded in its folder."""
     identity, about = identity_of(run.path), run.about
     rows = [row for row in run.rows() if row["step"] <= step]
     measured: dict[str, Any] = {
@@ -47,7 +47,7 @@ def report_of(run: RunFolder, step: int) -> dict[str, Any]:
 
 
 def _course(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Time, speed and memory of a run from its rows, whatever processes made them."""
+    """Time, throughput and memory of a run, from its rows across restarts."""
     if not rows:
         return {}
     ends = [row["step"] for row in rows]
@@ -60,7 +60,7 @@ def _course(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def identity_of(run: Path) -> dict[str, Any]:
-    """All that decides the result of a run of a stage."""
+    """Everything that determines the result of a stage's run."""
     path = run / IDENTITY
     try:
         identity = json.loads(path.read_text(encoding="utf-8"))
@@ -75,9 +75,9 @@ def identity_of(run: Path) -> dict[str, Any]:
 
 
 def write_model_card(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the reports of what the bundle in `folder` has, and its card.
+    """Write reports of the components that the bundle in `folder` has, and its card.
 
-    A README.md without our sign is left alone.
+    A README.md without our marker is left alone.
     """
     there = Manifest.read(folder).components
     known = {name: reports[name] for name in COMPONENTS if name in reports and name in there}
@@ -110,7 +110,7 @@ def _lines(folder: Path, reports: Mapping[str, Mapping[str, Any]]) -> Iterator[s
 
 
 def _facts(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """A row a figure; tables of settings are one row each."""
+    """One row per figure; each table of settings is one row."""
     for name, value in report.items():
         title = name.replace("_", " ")
         if isinstance(value, Mapping) and any(isinstance(each, Mapping) for each in value.values()):
@@ -130,7 +130,7 @@ def _words(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """One line without the signs of a table or of HTML."""
+    """Text on one line, with characters of tables and HTML escaped."""
     return " ".join(text.split()).replace("<", "&lt;").replace("|", "&#124;")
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: folders of PyTorch's distributed format, whole or not there, for any number of ranks.
+"""Checkpoints of a run: folders in PyTorch's distributed format, complete or absent, for any number of ranks.
 
-A checkpoint is written aside and renamed when every rank has written its part; one that goes is renamed before
-it is removed. So whatever kills a run, a folder with the name of a checkpoint is whole. Each rank adds the hashes
-of its files: damaged is what differs from them. A checkpoint that cannot be read for another reason is not.
+A checkpoint is written under a temporary name and renamed when every rank has written its part; an old one is
+renamed before it is removed. So even if a run is killed, a folder with the name of a checkpoint is complete. Each
+rank adds hashes of its files: a checkpoint is damaged if they differ, not if it cannot be read for other reasons.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ CHANGED, ABSENT = "its content is cut short or was changed", "No such file or di
 WEIGHTS, OPTIMIZER, AVERAGE = "weights", "optimizer", "average"
 """Tables of a checkpoint."""
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
-# PyTorch warns of a process that is alone; here for good, since filters of a block hold for all threads or none
+# PyTorch warns about a single process; filtered for good, since filters in a `with` block are not thread-safe
 warnings.filterwarnings("ignore", r"torch\.distributed is .*unavailable or uninitialized", UserWarning)
 
 
 class DamagedError(InputError):
-    """A checkpoint that is not what was written; an earlier one may be whole."""
+    """A checkpoint that differs from what was written; an earlier one may be intact."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(path, reason)
@@ -61,14 +61,14 @@ def training_state(
     module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], average: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:
     """Content of a checkpoint: trained weights, the optimizers' state, the running average if there is one."""
-    # PyTorch gives an optimizer without a state one, by a step of zeros: good before a run, to load into, and only then
+    # PyTorch gives an optimizer without state one, by a zero step: right before a run, to load into, and only then
     begun = [each for each in optimizers if each.state] or optimizers
     weights, states = get_state_dict(module, begun, options=TRAINED)
     return {WEIGHTS: weights, OPTIMIZER: states} | ({} if average is None else {AVERAGE: dict(average)})
 
 
 def restore(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], state: Mapping[str, Any]) -> None:
-    """Put a loaded state back; the average was filled in place. AdamW keeps the kernel of this device."""
+    """Restore a loaded state; the average was filled in place. AdamW keeps the kernel for this device."""
     for saved in state[OPTIMIZER]["param_groups"]:
         if "fused" in saved:
             saved["fused"] = optimizers[0].defaults["fused"]
@@ -80,15 +80,15 @@ def restore(module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], stat
 class Checkpoints:
     """The checkpoints in a folder. Every rank calls every function.
 
-    The last `keep` stay, and the best; 0 is for those who only look, while a run may be writing there.
-    If it is `asynchronous`, `save` returns when the state is copied, and writes while training goes on.
+    The last `keep` and the best are kept; 0 is for readers, while a run may be writing there.
+    If `asynchronous`, `save` returns once the state is copied, and writing continues during training.
     """
 
     def __init__(self, folder: Path, keep: int = 2, asynchronous: bool = False) -> None:
         self.folder = folder
         self.keep = keep
         self.asynchronous = asynchronous
-        # the writing threads of the ranks talk while training does, and need a queue of messages of their own
+        # the ranks' writer threads communicate during training, and need their own process group
         self._group = dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
         self._writing: Future[Any] | None = None
         self._unnamed: int | None = None
@@ -102,14 +102,14 @@ class Checkpoints:
         return self.folder / f"step-{step:08}"
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, in order."""
+        """Steps of the complete checkpoints, in order."""
         found = [re.fullmatch(r"step-(\d{8,})", each.name) for each in named(self.folder, "step-*")]
         return sorted(int(each[1]) for each in found if each)
 
     def best(self) -> int | None:
-        """The one with the lowest held-out loss, of equals the first; None where nothing was measured.
+        """Step with the lowest held-out loss, the first if several are equal; None if nothing was measured.
 
-        Those whose loss is damaged are passed over, which is said once.
+        Checkpoints whose loss cannot be read are skipped, with one message each.
         """
         losses = {step: self._held_out(step) for step in self.steps()}
         known = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
@@ -128,7 +128,7 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], held_out: float | None = None) -> None:
         """Write a checkpoint with its loss on held-out clips; one of the same step is replaced.
 
-        A state is nested tables of tensors and numbers; tensors may be spread over ranks.
+        A state is nested tables of tensors and numbers; tensors may be sharded over ranks.
         """
         self.wait()
         aside = self._aside(step)
@@ -148,7 +148,7 @@ class Checkpoints:
         self.wait()
 
     def wait(self) -> None:
-        """Wait until what is being written is whole and has its name; then remove older ones."""
+        """Wait until the checkpoint being written is complete and has its name; then remove older ones."""
         if self._writing is not None:
             with _writing(self.folder):
                 self._writing.result()
@@ -158,7 +158,7 @@ class Checkpoints:
             self._unnamed = None
 
     def settle(self) -> None:
-        """Give what is whole by now its name, without waiting for what is not."""
+        """Name the checkpoint being written if it is complete, without waiting."""
         if self._writing is not None and not any_rank(not self._writing.done()):
             self.wait()
 
@@ -183,7 +183,7 @@ class Checkpoints:
         shutil.rmtree(leaving)
 
     def set_aside(self, step: int) -> None:
-        """Take its name from one that is damaged: it is no longer counted, and stays to be looked at."""
+        """Rename a damaged checkpoint: it no longer counts, but stays for inspection."""
         if is_first():
             aside = self.folder / f"damaged-{self.path(step).name}"
             shutil.rmtree(aside, ignore_errors=True)
@@ -191,15 +191,15 @@ class Checkpoints:
         wait_for_all()
 
     def load(self, step: int, state: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint, into a state of the same structure, whose tensors are filled in place.
+        """Load a checkpoint into a state of the same structure, whose tensors are filled in place.
 
-        Parameters that never had a gradient have no state of the optimizer there, and lose it here.
+        Parameters that never had a gradient have no optimizer state in the checkpoint, and lose it here.
 
         Raises:
-            DamagedError: it is damaged; on every rank, as the others.
+            DamagedError: the checkpoint is damaged; raised on every rank, as are the others.
             ValueError: it is of another configuration.
             OSError: it cannot be read.
-            MemoryError: or PyTorch's own, which is a RuntimeError.
+            MemoryError: memory is exhausted; PyTorch's own error is a RuntimeError.
         """
         path = self.path(step)
         has_hashes = raised_by_all(lambda rank, world_size: _check_files(path, rank, world_size))
@@ -219,7 +219,7 @@ class Checkpoints:
 
 
 def read_weights(path: Path, averaged: bool) -> dict[str, Tensor]:
-    """The trained weights of a checkpoint, or their running average, whole, in one process."""
+    """The trained weights of a checkpoint, or their running average, unsharded, in one process."""
     table = AVERAGE if averaged else WEIGHTS
     with _reading(path, _check_files(path)):
         reader = FileSystemReader(path)
@@ -232,7 +232,7 @@ def read_weights(path: Path, averaged: bool) -> dict[str, Tensor]:
 
 
 def _write_hashes(folder: Path) -> None:
-    """Note what this rank has written."""
+    """Write the hashes of the files that this rank has written."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     paths = named(folder, f"__{rank}_*") + ([] if rank else [folder / METADATA])
     table = {path.name: sha256_of(path) for path in sorted(paths)}
@@ -240,7 +240,7 @@ def _write_hashes(folder: Path) -> None:
 
 
 def _check_files(path: Path, rank: int = 0, world_size: int = 1) -> bool:
-    """Compare a rank's share of the files with their hashes; whether there are any, as older checkpoints have none."""
+    """Check a rank's share of the files against their hashes; False for older checkpoints, which have none."""
     hashes: dict[str, str] = {}
     try:
         for table in named(path, "hashes-*.json"):
@@ -273,9 +273,9 @@ def _check_structure(path: Path, table: str, tensors: Mapping[str, Tensor], stor
 
 @contextmanager
 def _reading(path: Path, has_hashes: bool) -> Iterator[None]:
-    """Translate errors: bytes that mean nothing may raise anything, and what ranks raise is no Exception.
+    """Translate errors: corrupt bytes may raise anything, and PyTorch's error for ranks is not an Exception.
 
-    Files without hashes may be damaged: that is what they raise, but for what the system says and for memory.
+    Files without hashes may be damaged, so any error counts as damage except system errors and lack of memory.
     """
     try:
         yield
@@ -303,7 +303,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _close_files(error: BaseException | None) -> None:
-    """Close files that an error's frames hold. PyTorch's fail to close, which Python 3.13 would print at exit."""
+    """Close files that an error's frames hold. PyTorch's fail to close, and Python 3.13 would print that at exit."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         while error is not None:
@@ -314,7 +314,7 @@ def _close_files(error: BaseException | None) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """Error of the first rank that has one: that of the system, if PyTorch's only followed from it."""
+    """Error of the first rank that failed: the system error, if PyTorch's was caused by one."""
     first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
     cause: BaseException | None = first
     while cause is not None and not isinstance(cause, OSError):
@@ -323,5 +323,5 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _damage(error: BaseException) -> str:
-    """Words for damage; PyTorch's own for bytes that mean nothing help nobody."""
+    """Description of the damage; PyTorch's own messages for corrupt bytes help nobody."""
     return ABSENT if isinstance(error, FileNotFoundError) else CHANGED

@@ -25,7 +25,7 @@ from cogvideo.training.stages import STAGES, Choice, StageName, base_of, own, re
 
 
 class ExportTarget(NamedTuple):
-    """Stage to export, the bundle that it starts from, and the bundle `out` of a configuration that gets it."""
+    """Stage to export, the bundle `source` that it starts from, and the bundle `out` that receives it."""
 
     out: Path
     source: CogVideo
@@ -40,7 +40,7 @@ class ExportTarget(NamedTuple):
 
     @property
     def frozen_base(self) -> str | None:
-        """Component of the source that the stage's base is read from; None where it trains the base."""
+        """Component of the source that the stage's base is read from; None if the stage trains the base."""
         if STAGES[self.stage].is_base or self.choice.base != "frozen":
             return None
         return base_of(self.stage, self.choice, self.source)
@@ -52,25 +52,25 @@ class ExportTarget(NamedTuple):
 
     @property
     def stays_behind(self) -> tuple[str, ...]:
-        """Components of the source that do not go along, as they were trained on what is replaced; what is trained on
+        """Components of the source that are not copied, since they were trained on what is replaced; continued training
         keeps them."""
         return () if self.choice.start == "continue" else relying(self.stage, self.source.components)
 
     @property
     def comes_along(self) -> tuple[str, ...]:
-        """Components of the source that go along although what they were trained on is trained on; an adapter leaves it
-        as it is."""
+        """Components of the source that are copied although what they were trained on is trained further; an adapter
+        leaves it unchanged."""
         is_changed = self.choice.start == "continue" and self.choice.lora is None
         return relying(self.stage, self.source.components) if is_changed else ()
 
     @property
     def adapter(self) -> Path:
-        """Folder of the adapter of what the stage trains."""
+        """Folder of the adapter of the component that the stage trains."""
         return self.out / self.own[0]
 
 
 def check_target(target: ExportTarget, overwrite: bool) -> None:
-    """Refuse a bundle that the stage could not be put into, before anything is trained."""
+    """Refuse a bundle that cannot take the stage, before anything is trained."""
     out, stage, source = target.out, target.stage, target.source
     for folder in {out, source.folder or out}:
         read_reports(folder)
@@ -101,7 +101,7 @@ def check_target(target: ExportTarget, overwrite: bool) -> None:
 
 
 def check_codes(target: ExportTarget, names: Sequence[str], tokenizer: str) -> None:
-    """Refuse data that was made with another image tokenizer than the components that a stage starts from."""
+    """Refuse data encoded with another image tokenizer than the one that a stage's initial components learned."""
     folder = target.source.folder
     reports = {} if folder is None else read_reports(folder)
     for name in names:
@@ -125,7 +125,7 @@ def left_out(target: ExportTarget) -> str:
 
 
 def delivered(target: ExportTarget) -> bool:
-    """True if the bundle has what the stage trains, in whole files."""
+    """True if the bundle has what the stage trains, in complete files."""
     if target.choice.lora is not None:
         return (target.adapter / WEIGHTS).exists()
     for entry in map(_there(target.out).get, target.own):
@@ -162,7 +162,7 @@ def _deliver_adapter(target: ExportTarget, state: Mapping[str, Tensor], report: 
 def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
     """Put the trained components into the bundle in float16, with what else it needs, and write its card."""
     target.out.mkdir(parents=True, exist_ok=True)
-    with turn_in(target.out):  # what is read here is changed by no other stage that ends now
+    with turn_in(target.out):  # no other stage that ends now can change what is read here
         _deliver(target, trained, report)
 
 
@@ -182,7 +182,7 @@ def _deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Map
     if base is not None and base != "base":
         parts[special] = source.component(base)  # inherited with the channel
     if target.stage == "image" and "superres" in target.comes_along and "superres_base" not in there:
-        parts["superres_base"] = source.component("base")  # enlarges as before, whatever becomes of the shared one
+        parts["superres_base"] = source.component("base")  # so that super-resolution keeps its base
     parts |= {name: in_half(name, module, target.config) for name, module in trained.items()}
     known = {} if source.folder is None else read_reports(source.folder)
     copied = {name: known[name] for name in lacking if name in known}
@@ -220,7 +220,7 @@ def _weights(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export_run(run: Path, out: Path, step: int | None = None, best: bool = False, overwrite: bool = False) -> None:
-    """Put a checkpoint of the run in a folder, the newest unless given, into a bundle."""
+    """Put a checkpoint of a run, by default the newest, into a bundle."""
     identity = identity_of(run)
     stage, choice = identity["stage"], Choice(**identity["choice"])
     config = from_dict(CogVideoConfig, identity["config"])

@@ -1,15 +1,15 @@
-"""Fine-tuning on own clips: a chain of steps, each skipped once it is done, so that a killed chain goes on.
+"""Fine-tuning on your own clips: a chain of steps, each skipped once it is done, so that a killed chain can resume.
 
 | step | makes | is done when |
 |---|---|---|
-| clips | clips.csv: pieces of the clips with captions and splits | it is there |
-| start | the bundle, with what can be kept of the base | its training.json is there |
-| tokenizer | the image tokenizer, if the base's shows the clips poorly | its run is over |
-| data | codes of the clips | the dataset is whole |
-| image, sequential, interpolation | the stages, from the base's weights | their runs are over |
+| clips | clips.csv: pieces of the clips with captions and splits | it exists |
+| start | the bundle, with what can be kept of the base | its training.json exists |
+| tokenizer | the image tokenizer, if the base's reconstructs the clips poorly | its run is finished |
+| data | codes of the clips | the dataset is complete |
+| image, sequential, interpolation | the stages, from the base's weights | their runs are finished |
 
-Steps of training are chosen from the time that is left when a stage begins, and are then in the identity of its run.
-With adapters, the base stays as it is, both tokenizers included, and the stages train an adapter of each component.
+The number of training steps is chosen from the time left when a stage begins, and is then part of its run's identity.
+With adapters, the base stays unchanged, including both tokenizers, and the stages train an adapter per component.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ from cogvideo.training.tokenizer import RUN as TOKENIZER_RUN
 from cogvideo.training.tokenizer import evaluate, train_tokenizer
 
 RUN = ".finetune-run"
-"""Folder of the chain inside that of the bundle."""
+"""Folder of the chain inside the bundle's folder."""
 TABLE, DATA = "clips.csv", "data"
-"""In there: the clips, and their codes."""
+"""Names in that folder: the clips, and their codes."""
 TITLES = {
     "clips": "Looking at the clips",
     "start": "Copying the base",
@@ -80,21 +80,21 @@ TITLES = {
 }
 TRAINED: tuple[StageName, ...] = ("image", "sequential", "interpolation")
 SHARES = {"tokenizer": 0.3, "image": 0.3, "sequential": 0.22, "interpolation": 0.12}
-"""Shares of the time; the rest is for looking at the clips, encoding, and the page."""
+"""Shares of the time; the rest is for reviewing the clips, encoding, and the page."""
 LEAST_PSNR, MOST_LPIPS = 25.0, 0.35
-"""Reconstructions that are worse on average are poor: faces are no longer recognizable."""
+"""Reconstructions that are worse on average count as poor: faces are no longer recognizable."""
 LEAST_FITTING = 0.9
-"""Share of captions that fits the text slots where the base's text tokenizer is kept."""
+"""Share of captions that must fit into the text slots for the base's text tokenizer to be kept."""
 LEAST_STEPS = 20
 LEAST_JUDGES = 4
-"""Held-out clips from which on the step with the lowest held-out loss goes into the model, otherwise the last one: the
-loss of one or two clips that look like no other is lowest before anything is learned."""
+"""Least number of held-out clips for exporting the step with the lowest held-out loss instead of the last one: the loss
+of one or two clips that look like no other is lowest before anything is learned."""
 _NOT_TEXT = ("path is not text", "its bytes are not UTF-8, as tables of clips are: rename the folder or the file")
 """Reason and details of clips that the table cannot name."""
 RATE, TOKENIZER_RATE = 1e-3, 1e-3
-"""Learning rates: a quarter and a third of those that the model in the box was trained with."""
+"""Learning rates: a quarter and a third of those used to train the model in the box."""
 ADAPTER_RATE = 3e-2
-"""Learning rate of adapters; a third of it learns half as fast as full training, this as fast (measured)."""
+"""Learning rate of adapters: they learn as fast as full training, at a third of it half as fast (measured)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Finetuning:
     steps: int | None = None
     """Steps of each stage, instead of as many as fit into the time."""
     batch: int = 8
-    """Samples of a step; at most the number of frames that the clips have at 8 per second."""
+    """Samples per step; at most the number of frames that the clips have at 8 per second."""
     fit: Literal["crop", "letterbox"] = "crop"
     """Treatment of clips of another shape: crop to the center, or add white bars."""
     size: Sides | None = None
@@ -126,11 +126,11 @@ class Finetuning:
 
     @property
     def adapters(self) -> dict[str, float]:
-        """Scales of the adapters that the new model is generated with."""
+        """Scales of the adapters that the new model generates with."""
         return {} if self.lora is None else {OWN: 1.0}
 
     def trained_in(self, out: Path) -> Path:
-        """Folder of the runs of the stages, and of what they make, in that of the bundle."""
+        """Folder of the stages' runs and results, in the bundle's folder `out`."""
         return out if self.lora is None else out / ADAPTERS / OWN
 
 
@@ -169,7 +169,7 @@ class FinetuningRun:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps, with the page that follows."""
+        """Number of steps, including the final page."""
         return len(TITLES) + 1
 
     @property
@@ -183,7 +183,7 @@ class FinetuningRun:
         return self.folder.path / DATA
 
     def run(self) -> None:
-        """Do all that is left."""
+        """Do all remaining steps."""
         with alone_in(self.folder.path):
             self._claim()
             steps = self._steps()
@@ -197,14 +197,14 @@ class FinetuningRun:
                 self.folder.report({"step": number, "name": step.name, "seconds": seconds})
 
     def _claim(self) -> None:
-        """Check that clips, base and settings are those that the first step was done with."""
+        """Check that clips, base and settings match those of the first step."""
         files = [each.media for each in self.items if isinstance(each.media, Path)]
-        sizes = [file.stat().st_size if file.is_file() else None for file in files]  # links may lead nowhere
+        sizes = [file.stat().st_size if file.is_file() else None for file in files]  # links may be broken
         clips = [[each.id, each.captions, each.start, each.end, each.split] for each in self.items]
         settings = {name: value for name, value in asdict(self.settings).items() if name != "device"}
         base = {name: self.base.sha256(name) for name in self.base.components}
         identity = {"clips": len(clips), "listing": digest([clips, sizes]), "base": base, "settings": settings}
-        if not self.table.exists():  # nothing is made yet
+        if not self.table.exists():  # nothing has been made yet
             (self.folder.path / IDENTITY).unlink(missing_ok=True)
         typed = {TYPED: self._typed}
         is_changed = self.folder.began and self.folder.identity["listing"] != identity["listing"]
@@ -220,12 +220,12 @@ class FinetuningRun:
 
     @property
     def minutes_left(self) -> float:
-        """Time that is left of what was asked for."""
+        """Minutes left of the requested time."""
         return max(0.0, self.settings.minutes - sum(self.seconds.values()) / 60)
 
     @property
     def _time_left(self) -> str:
-        """The end of a line about what is next; nothing where the time decides nothing."""
+        """Suffix of a progress message with the time left; empty if the number of steps is fixed."""
         if self.settings.steps is not None:
             return ""
         left = f"{self.minutes_left:.0f}"
@@ -282,7 +282,7 @@ class FinetuningRun:
 
     @property
     def batch(self) -> int:
-        """Samples of a step, at most as many as there are frames to train on."""
+        """Samples per step, at most as many as there are frames to train on."""
         train = [each["seconds"] for each in self.folder.about["clips"] if each["split"] == "train"]
         return min(self.settings.batch, sum(max(1, round(8 * seconds)) for seconds in train))
 
@@ -290,7 +290,7 @@ class FinetuningRun:
 
     @property
     def config(self) -> CogVideoConfig:
-        """The configuration of the base, for frames of the size."""
+        """Configuration of the base, for frames of the requested size."""
         size, own = self.settings.size, self.base.config
         return own if size is None else own.shaped(shape_of(size, own))
 
@@ -321,7 +321,7 @@ class FinetuningRun:
         return self.quality["psnr"] < LEAST_PSNR or self.quality.get("lpips", 0.0) > MOST_LPIPS
 
     def _begin(self) -> None:
-        """The bundle with what can be kept of the base."""
+        """Create the bundle with what can be kept of the base."""
         names = [name for name in self.base.components if not (self.is_poor and name.startswith("superres"))]
         parts: dict[str, Any] = {name: self.base.component(name) for name in names}
         lpips = f", LPIPS {self.quality['lpips']:.2f} (at most {MOST_LPIPS})" if "lpips" in self.quality else ""
@@ -338,7 +338,7 @@ class FinetuningRun:
         write_model_card(self.out, {} if self.is_poor else read_reports(self.base.folder))
 
     def _text(self) -> TextTokenizer:
-        """The base's text tokenizer, or one of the captions where that one cuts many of them and this one does not."""
+        """The base's text tokenizer, or a new one if the base's cuts many captions and the new one does not."""
         captions = [caption for each in self.clips if each.split == "train" for caption in each.captions]
         config, slots, text = self.config, self.config.layout.text_slots, self.base.text
         fitting = figures(text, captions, slots).fitting
@@ -435,8 +435,8 @@ class FinetuningRun:
         )
 
     def _steps_of(self, name: str, pace: Callable[[], float]) -> int:
-        """Steps of a run: those that it began with, else as many as fit into its share of the time that is left, but no
-        more than few clips are good for."""
+        """Number of steps of a run: what it began with, else as many as fit into its share of the time left, up to a
+        limit for few clips."""
         run = RunFolder(self._run(name))
         if run.began:
             return int(run.identity["settings" if name == "tokenizer" else "optimization"]["steps"])
@@ -458,16 +458,16 @@ class FinetuningRun:
         return Checkpoints(self._run(stage) / "checkpoints", keep=0)
 
     def _best(self, stage: StageName) -> int | None:
-        """Step that goes into the model; None for the last one."""
+        """Step to export; None for the last one."""
         num_judges = sum(each.split != "train" for each in self.clips)
         return self._checkpoints(stage).best() if num_judges >= LEAST_JUDGES else None
 
     def _delivered(self, stage: StageName) -> int | None:
-        """Step of what the bundle has of a stage."""
+        """Step at which the bundle's component of a stage was exported."""
         return read_reports(self._run(stage).parent).get(STAGES[stage].trains, {}).get("steps")
 
     def _is_best(self, stage: StageName) -> bool:
-        """True if the run of a stage is over and its step in the bundle, or if the clips are too short for it."""
+        """True if a stage's run is finished and its best step in the bundle, or if the clips are too short for it."""
         run = RunFolder(self._run(stage))
         if run.summary is None:
             return stage != "image" and (self.data / CARD).exists() and not _durations(self.data)
@@ -476,7 +476,7 @@ class FinetuningRun:
 
 
 def _durations(folder: Path) -> tuple[float, ...]:
-    """Seconds of the sequences that the clips of a dataset fill which are trained on, longest first."""
+    """Seconds of the sequences that a dataset's training clips can fill, longest first."""
     dataset = Dataset(folder)
     rates = FrameRates(dataset.card.fps, DataOptions.rates)
     longest = int(dataset.num_frames()[dataset.rows("train")].max())

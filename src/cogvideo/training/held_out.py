@@ -1,4 +1,4 @@
-"""The loss on clips that are never trained on, by frame rate: what a run is judged by."""
+"""The loss on clips that are never trained on, by frame rate, by which a run is evaluated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cogvideo.training.session import Evaluation
 from cogvideo.training.step import Trainer, check_finite, part_means, part_sums
 
 ALL = "all"
-"""Name of the figures of stages that have no frame rate."""
+"""Name of the entry of stages without a frame rate."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,17 @@ class HeldOut:
     """Samples of one kind from a stream."""
 
     name: str
-    """Frame rate, such as "2 fps", or `ALL`; and the shape of the frames, where there are several."""
+    """Frame rate, such as "2 fps", or `ALL`; with the shape of the frames if there are several."""
     stream: ClipStream
     number: int
-    """Number of samples: the first ones of the stream."""
+    """Number of samples, from the start of the stream."""
 
 
 def held_out(trained: ClipStream, split: str, limit: int) -> list[HeldOut]:
-    """Entries of at most `limit` samples: one for each shape, and each rate that is trained at and that some held-out
-    clip fills.
+    """Entries of at most `limit` samples: one for each shape, and each training rate that some held-out clip fills.
 
-    Nothing is left to chance: clips start at their first frame and keep their captions. The clips that are trained
-    on decide the rates: key frames of long clips have the lowest one alone.
+    Nothing is random: clips start at their first frame and keep their captions. The training clips determine the
+    rates: key frames of long clips only have the lowest one.
     """
     plain = replace(trained.sampling, random_offset=False, caption_dropout=0.0)
     kinds = {ALL: plain}
@@ -48,7 +47,7 @@ def held_out(trained: ClipStream, split: str, limit: int) -> list[HeldOut]:
             shapes.setdefault(each.card.grid, []).append(each.folder)
     entries = []
     for (shape, folders), (name, sampling) in product(shapes.items(), kinds.items()):
-        with suppress(InputError):  # the training split was accepted, so all that can be wrong is that nothing fits
+        with suppress(InputError):  # the training split was accepted, so the only possible error is that nothing fits
             stream = ClipStream(folders, split, sampling)
             words = name if len(shapes) == 1 else "{}, {} x {}".format(name, *both(shape))
             entries.append(HeldOut(words, stream, min(limit, len(stream))))
@@ -69,7 +68,7 @@ def judged(trainer: Trainer, entries: Sequence[HeldOut]) -> Callable[[int], Eval
 
 
 def mean_loss(held: Mapping[str, Mapping[str, float]]) -> float | None:
-    """Mean over the frame rates, which the best checkpoint has the lowest of; None where nothing is held out."""
+    """Mean loss over the entries, which selects the best checkpoint; None if nothing is held out."""
     return sum(row["loss"] for row in held.values()) / len(held) if held else None
 
 
@@ -77,7 +76,7 @@ def mean_loss(held: Mapping[str, Mapping[str, float]]) -> float | None:
 def measure(trainer: Trainer, entries: Sequence[HeldOut], batch: int) -> dict[str, dict[str, float]]:
     """Mean loss and parts of each entry, over all ranks, with the weights that would be exported.
 
-    A pass has `batch` samples of a rank.
+    `batch` is the number of samples per pass and rank.
     """
     trainer.module.eval()
     with trainer.averaged():
@@ -87,7 +86,7 @@ def measure(trainer: Trainer, entries: Sequence[HeldOut], batch: int) -> dict[st
 
 
 def _row(trainer: Trainer, entry: HeldOut, batch: int) -> dict[str, float]:
-    """Ranks keep step: each takes equally many samples, and those past the end count for nothing."""
+    """Mean loss of one entry. Ranks stay in step: each takes equally many samples; those past the end do not count."""
     ranks, task = trainer.ranks, trainer.objective.task
     at_once = batch * ranks.data_size
     sums = torch.zeros(2 + 2 * len(task.parts), dtype=torch.float64)

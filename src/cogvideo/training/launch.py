@@ -58,9 +58,9 @@ def train(
     task: Mapping[str, Any] = MappingProxyType({}),
     sampling: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Train a stage, or the rest of it, and put it into the bundle.
+    """Train a stage, or resume its training, and put it into the bundle.
 
-    Settings of the task and of the sampling are those that this stage alone has.
+    `task` and `sampling` are settings that only this stage has.
     """
     require(len(options.clips.data) > 0, "there is no data, expected a folder of `cogvideo data prepare` with --data")
     shown = STAGES[stage].is_prompted or not options.logging.prompts
@@ -89,7 +89,7 @@ def seconds_a_step(
     sampling: Mapping[str, Any] = MappingProxyType({}),
     steps: int = 3,
 ) -> float:
-    """Time of a step of `train`, measured: all but the first of a few, which nothing is kept of."""
+    """Measured time of a step of `train`, over a few steps after the first; their results are discarded."""
     with process_group(usable(options.device), options.parallel) as ranks:
         source = _source(options, stage, choice)
         target = ExportTarget(options.out, source, _config(source, stage, choice, options), stage, choice)
@@ -98,13 +98,13 @@ def seconds_a_step(
         times = []
         for number, batch in zip(range(steps), batches(0), strict=False):
             trainer.step(number, batch)
-            trainer.figures(number + 1)  # waits for a GPU
+            trainer.figures(number + 1)  # synchronizes with a GPU
             times.append(time.monotonic())
     return (times[-1] - times[0]) / (steps - 1)
 
 
 def _source(options: Options, stage: StageName, choice: Choice) -> CogVideo:
-    """The bundle to start from; the adapter of a video stage is trained on a base with that of the same name."""
+    """The bundle to start from; a video stage's adapter is trained on a base with the adapter of that name."""
     try:
         source = CogVideo.from_pretrained(_typed(options))
     except InputError as error:
@@ -116,7 +116,7 @@ def _source(options: Options, stage: StageName, choice: Choice) -> CogVideo:
 
 
 def _config(source: CogVideo, stage: StageName, choice: Choice, options: Options) -> CogVideoConfig:
-    """The configuration of the stage, for frames of the shape that the first data have."""
+    """Configuration of the stage, for frames of the shape of the first dataset."""
     return configured(source.config, stage, choice).shaped(read_card(options.clips.data[0]).grid)
 
 
@@ -160,7 +160,7 @@ def _train(
 def _start(
     target: ExportTarget, options: Options, task: Mapping[str, Any], stream: ClipStream, ranks: Ranks
 ) -> tuple[Trainer, Callable[[int], Iterable[Any]]]:
-    """The trainer of a stage at its start, and its batches from a step on."""
+    """Initial trainer of a stage, and a function that gives its batches from a step on."""
     settings, row = options.optimization, STAGES[target.stage]
     learned = row.task(row.layout(target.config), target.source.text, **task)
     model = build(target.stage, target.choice, target.source, target.config, settings.dtype, settings.seed)
@@ -183,7 +183,7 @@ def _start(
 
 
 def _too_large(target: ExportTarget, options: Options, ranks: Ranks) -> str:
-    """A message with the memory that was expected, and switches that help."""
+    """Error message with the expected memory, and options that help."""
     is_narrow = options.optimization.precision == "bfloat16"
     share = options.optimization.batch // ranks.data_size
     samples_a_pass = min(options.execution.micro_batch or share, share)
@@ -194,7 +194,7 @@ def _too_large(target: ExportTarget, options: Options, ranks: Ranks) -> str:
         "--sharding sharded with torchrun on more GPUs": options.parallel.sharding != "sharded",
     }
     expected = ""
-    if target.stage != "superres":  # `costs` does not know its activations
+    if target.stage != "superres":  # `costs` has no formula for its activations
         need = training(target.config, target.stage, samples_a_pass)
         expected = (
             f"; `cogvideo info` expects {need.total / 2**30:.1f} GiB{'' if is_narrow else ' with --precision bfloat16'}"
@@ -208,10 +208,10 @@ def _too_large(target: ExportTarget, options: Options, ranks: Ranks) -> str:
 def _begin(
     target: ExportTarget, options: Options, folder: RunFolder, identity: Mapping[str, Any], locks: ExitStack
 ) -> bool:
-    """Lock the folder and make it that of this run; whether there is anything to do.
+    """Lock the folder and claim it for this run; returns whether there is anything to do.
 
-    A run that ended is over as long as the bundle has its stage, else it is delivered again. The folder of another one
-    is set aside if its stage may be replaced.
+    A finished run needs nothing as long as the bundle has its stage, else the stage is exported again. The folder of
+    another run is set aside if its stage may be replaced.
     """
     locks.enter_context(alone_in(folder.path))
     assert target.source.folder is not None
@@ -229,7 +229,7 @@ def _begin(
         advice = "pass --overwrite to replace its stage, or another --out, with --init for the bundle to start from"
         require(options.overwrite, f"another run ended in {folder.path}: {changes}; {advice}")
         print(f"The run that ended in {folder.path} is now in {folder.set_aside()}.", file=sys.stderr)
-        locks.enter_context(alone_in(folder.path))  # the other lock went with the other folder
+        locks.enter_context(alone_in(folder.path))  # the first lock moved with the first folder
     folder.claim(identity, facts)
     return True
 
@@ -237,7 +237,7 @@ def _begin(
 def _notes(
     target: ExportTarget, options: Options, stream: ClipStream, entries: Sequence[HeldOut], problem: str
 ) -> Iterator[str]:
-    """Lines about what the run goes without, and what may surprise."""
+    """Messages about what the run lacks, and what may surprise."""
     if line := left_out(target):
         yield line
     if "image_tokenizer" not in target.source.components:
@@ -255,7 +255,7 @@ def _notes(
 
 
 def _data(target: ExportTarget, options: Options, special: Mapping[str, Any]) -> tuple[ClipStream, list[HeldOut]]:
-    """Clips to learn from, and clips to validate on."""
+    """Training clips, and clips to validate on."""
     row, config, source = STAGES[target.stage], target.config, target.source
     clips, grid, seed = options.clips, config.layout.grid, options.optimization.seed
     num_frames = config.layout.num_frames
@@ -276,7 +276,7 @@ def _data(target: ExportTarget, options: Options, special: Mapping[str, Any]) ->
 def _identity(
     target: ExportTarget, options: Options, special: Mapping[str, Any], starts: Sequence[str], stream: ClipStream
 ) -> dict[str, Any]:
-    """All that decides the weights, wherever it lies."""
+    """Everything that determines the weights, regardless of its location."""
     replaced = target.own if target.in_place else ()
     task: dict[str, Any] = {}
     for name, value in special.items():
@@ -295,7 +295,7 @@ def _identity(
 
 
 def _finish(target: ExportTarget, folder: RunFolder, trainer: Trainer) -> None:
-    """The stage into the bundle; the report goes last, as a sign that all is there."""
+    """Put the stage into the bundle; the report is written last, to mark completion."""
     with trainer.averaged():
         state = full_state(trainer.module)
     if trainer.ranks.rank > 0:
@@ -306,12 +306,12 @@ def _finish(target: ExportTarget, folder: RunFolder, trainer: Trainer) -> None:
 
 
 def _about(trainer: Trainer, stream: ClipStream, entries: Sequence[HeldOut]) -> dict[str, Any]:
-    """Facts for the card that settings do not say. Folders have their names alone: cards are published."""
+    """Facts for the card beyond the settings. Folders appear by name only, since cards are published."""
     sizes = Counter[bool]()
     for parameter in trainer.objective.parameters():
         sizes[parameter.requires_grad] += parameter.numel()
     held = Counter[Path]()
-    for entry in entries:  # a rate has all clips that fill it
+    for entry in entries:  # each rate uses all clips that fill it
         counts = zip(entry.stream.datasets, entry.stream.num_clips, strict=True)
         held |= Counter({each.folder: clips for each, clips in counts})
     data = {}

@@ -1,6 +1,6 @@
-"""The training loop: steps, figures, held-out losses, samples, checkpoints, and an orderly end.
+"""The training loop: steps, metrics, held-out losses, samples, checkpoints, and a clean shutdown.
 
-Batches are a function of the step, so a checkpoint is weights, optimizers and average alone.
+Batches are a function of the step, so a checkpoint holds only weights, optimizers and average.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cogvideo.training.step import Trainer
 
 
 def learn(session: Session) -> None:
-    """Make all steps that are left.
+    """Run all remaining steps.
 
     Raises:
         ValueError: a checkpoint cannot be used, or training diverged.
@@ -71,7 +71,7 @@ def learn(session: Session) -> None:
                 if measures:
                     held_out = session.evaluate(done)
                     record.record({"step": done, **held_out.row}, held_out.words)
-            except InputError:  # training diverged: the checkpoint that is being written is from before, and good
+            except InputError:  # training diverged: the checkpoint being written is from before, and good
                 checkpoints.wait()
                 raise
             if reports:
@@ -85,7 +85,7 @@ def learn(session: Session) -> None:
                 break
             clock.pause(time.monotonic() - paused)
         checkpoints.wait()
-        if any_rank(bool(caught)):  # also while the last step was measured
+        if any_rank(bool(caught)):  # also during the evaluation after the last step
             record.say(f"Stopped after step {done:,}; the same command continues.")
             if signal.SIGTERM in caught:
                 raise SystemExit(128 + signal.SIGTERM)
@@ -93,7 +93,7 @@ def learn(session: Session) -> None:
 
 
 def _greet(session: Session, first: int, record: Recorder) -> None:
-    """Say where the run stands, and draw the samples that a killed run owes."""
+    """Print where the run stands, and generate the samples that a killed run still owes."""
     settings, preview = session.trainer.settings, session.preview
     if first:
         record.say(f"Continuing after step {first:,} of {settings.steps:,}.")
@@ -104,7 +104,7 @@ def _greet(session: Session, first: int, record: Recorder) -> None:
 
 
 def _resume(session: Session, checkpoints: Checkpoints) -> tuple[int, float]:
-    """Take up the newest whole checkpoint; returns the number of steps made, and their seconds."""
+    """Load the newest intact checkpoint; returns the number of finished steps, and their seconds."""
     trainer, steps = session.trainer, checkpoints.steps()
     for step in reversed(steps):
         try:
@@ -145,7 +145,7 @@ def _report(trainer: Trainer, done: int, clock: Clock, recorder: Recorder) -> No
 
 
 class Clock:
-    """Time and work between reports; `seconds` is what an earlier run took."""
+    """Time and throughput between reports; `seconds` is the time that earlier parts of the run took."""
 
     def __init__(self, trainer: Trainer, seconds: float) -> None:
         objective, ranks, settings = trainer.objective, trainer.ranks, trainer.settings
@@ -159,7 +159,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the run began, without what a killed part lost."""
+        """Seconds since the run began, without work that a killed process lost."""
         return time.monotonic() - self._began
 
     def step(self) -> None:
@@ -167,7 +167,7 @@ class Clock:
         self._steps += 1
 
     def pause(self, seconds: float) -> None:
-        """Leave out time that was spent on other things than steps."""
+        """Leave out time that was not spent on steps."""
         self._last += seconds
 
     def row(self) -> dict[str, float]:
@@ -181,9 +181,9 @@ class Clock:
 
 @contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM instead of breaking off a step; the second one breaks off as usual."""
+    """Collect Ctrl-C and SIGTERM instead of interrupting a step; a second one interrupts as usual."""
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main one may handle signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield caught
         return
 

@@ -1,4 +1,4 @@
-"""The recipe of the optimizers: AdamW and Muon, their rate over time, and a running average of what it trains."""
+"""Optimization: AdamW and Muon, the learning rate schedule, and a running average of the trained weights."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from cogvideo.training.parallel import local
 BETAS = (0.9, 0.95)
 """Decay rates of the paper and of the released training code."""
 LARGEST = 1e30
-"""Largest number of the recipe: products of it must stay finite in float32, which ends at 3e38."""
+"""Upper limit of settings: their products must stay finite in float32, whose maximum is 3e38."""
 
 
 @dataclass(frozen=True)
 class Optimization:
-    """Updates of the weights, whatever learns."""
+    """Optimization settings that all objectives share."""
 
     steps: int = 1000
     """Updates of the weights."""
     batch: int = 16
-    """Samples of a step, over all ranks."""
+    """Samples per step, over all ranks."""
     learning_rate: float = 2e-4
     """Peak learning rate (paper: 2e-4)."""
     warmup: int = 100
@@ -50,7 +50,7 @@ class Optimization:
 
     @property
     def final_rate(self) -> float:
-        """Rate at the end, as a share of the highest."""
+        """Learning rate at the end, as a share of the peak."""
         return 0.0
 
     @property
@@ -65,11 +65,11 @@ class Optimization:
 
     @property
     def ema(self) -> float:
-        """Share of the running average that a step keeps; 0 for no average."""
+        """Decay of the running average of the weights; 0 for no average."""
         return 0.0
 
     def rate_at(self, step: int) -> float:
-        """Learning rate of a step; they count from 0."""
+        """Learning rate of a step, counted from 0."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
@@ -112,9 +112,9 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 
 
 def make_optimizers(module: nn.Module, settings: StageOptimization) -> list[torch.optim.Optimizer]:
-    """Optimizers that share the trained parameters; frozen ones are unknown to them and cost nothing.
+    """Optimizers that together update the trained parameters; frozen ones are left out and cost nothing.
 
-    Muon's updates have the size of AdamW's (`match_rms_adamw`), so that one learning rate serves both.
+    Muon's updates are scaled to the size of AdamW's (`match_rms_adamw`), so one learning rate serves both.
     """
     if settings.optimizer == "adamw":
         return [adamw(trained(module), settings)]
@@ -130,13 +130,13 @@ def make_optimizers(module: nn.Module, settings: StageOptimization) -> list[torc
 
 
 def adamw(parameters: Sequence[nn.Parameter], settings: StageOptimization) -> torch.optim.AdamW:
-    """AdamW with weight decay for matrices alone."""
+    """AdamW with weight decay for matrices only."""
     groups = groups_by_decay(parameters, settings.weight_decay)
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS, fused=has_fused(parameters))
 
 
 def has_fused(parameters: Sequence[nn.Parameter]) -> bool | None:
-    """True if Adam updates them in one kernel: on CUDA. None leaves the choice to PyTorch, as everywhere else."""
+    """True for fused Adam, on CUDA; None elsewhere, which leaves the choice to PyTorch."""
     return True if all(each.device.type == "cuda" for each in parameters) else None
 
 
@@ -149,9 +149,9 @@ def groups_by_decay(parameters: Sequence[nn.Parameter], weight_decay: float) -> 
 
 
 class Average:
-    """A running average of what is trained, as exponentially smaller shares of older steps.
+    """Exponential moving average of the trained weights.
 
-    A step keeps the share `keep` of it; early steps keep less, so that the start is soon forgotten.
+    A step keeps the share `keep` of it; early steps keep less, so that the initial weights are soon forgotten.
     """
 
     def __init__(self, module: nn.Module, keep: float) -> None:
@@ -162,7 +162,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, done: int) -> None:
-        """Take in the weights after step number `done`, which counts from 1."""
+        """Include the weights after step number `done`, which counts from 1."""
         keep = min(self.keep, (1 + done) / (10 + done))
         values = [local(each.detach()) for each in self._values]
         weights = [local(each.detach()) for each in self._trained]
@@ -170,7 +170,7 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the module the average as its weights inside the block."""
+        """Use the average as the module's weights inside the `with` block."""
         self._swap()
         try:
             yield

@@ -1,11 +1,11 @@
-"""Many ranks, one model: applied to a finished module from outside, in a stated order. Models know nothing of it.
+"""Parallelism over ranks, applied to a finished module from outside, in this order. Models know nothing of it.
 
-1. tensor parallelism: matrix products of a block are shared; attention itself runs on every rank
+1. tensor parallelism: matrix products of a block are split; attention itself runs on every rank
 2. activation checkpointing of each block
 3. torch.compile of each block
 4. FSDP2 of each block and of the rest, frozen weights included; or DDP
 
-Everything is PyTorch's own. One rank alone goes the same way and meets none of it.
+All of it is PyTorch's own. A single rank takes the same path, on which none of it applies.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SHARED_PRODUCTS = {
     "qkv": ColwiseParallel(output_layouts=Replicate()),
     "out": RowwiseParallel(input_layouts=Replicate()),
 }
-"""Cuts of the layers of a block among tensor-parallel ranks."""
+"""Tensor-parallel styles of the layers of a block."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Ranks(NamedTuple):
     world_size: int
     device: torch.device
     data_rank: int
-    """Number of this rank's group among those that see different samples."""
+    """Index of this rank's group among those that see different samples."""
     data_size: int
     mesh: DeviceMesh | None = None
     """`data` x `tensor` ranks; None for a process alone."""
@@ -95,7 +95,7 @@ def process_group(device: torch.device, settings: ParallelSettings) -> Iterator[
         mesh = init_device_mesh(device.type, (world_size // tensor, tensor), mesh_dim_names=("data", "tensor"))
         rank = dist.get_rank()
         yield Ranks(rank, world_size, device, rank // tensor, world_size // tensor, mesh)
-        gc.collect()  # threads of gloo still drop Python's objects: a rank that ended at once might abort
+        gc.collect()  # gloo's threads still release Python objects: a rank that exits at once might abort
         for group in (None, *mesh.get_all_groups()):
             dist.barrier(group)
     finally:
@@ -111,9 +111,9 @@ def distribute(
     checkpointing: bool = False,
     compile: bool = False,
 ) -> nn.Module:
-    """The objective, a model with its loss on the device of the rank: changed in place, and perhaps wrapped.
+    """Distribute an objective that is on the rank's device: it is changed in place, and perhaps wrapped.
 
-    With bfloat16, GPUs gather trained weights in it; gradients are added up in float32.
+    With bfloat16, GPUs gather trained weights in bfloat16; gradients are summed in float32.
     """
     if settings.tensor_parallel > 1:
         _share_products(objective, settings.tensor_parallel, ranks)
@@ -136,7 +136,7 @@ def distribute(
 
 
 def _blocks(objective: nn.Module) -> Iterator[nn.Module]:
-    """Modules that are called once a layer, and call all else of it."""
+    """Modules that are called once per layer, and call everything else in it."""
     model = objective.model
     assert isinstance(model, Transformer | Upscaler)
     yield from model.channel.blocks if isinstance(model, Upscaler) else model.base.blocks
@@ -155,10 +155,10 @@ def _share_products(objective: nn.Module, tensor: int, ranks: Ranks) -> None:
 
 
 def _sharded(objective: nn.Module, mesh: DeviceMesh, device: torch.device, precision: str) -> nn.Module:
-    """Shards by block. Super-resolution calls a base block's parts one by one, so there the base belongs to the root.
+    """Shard by block. Super-resolution calls a base block's parts one by one, so there the base belongs to the root.
 
-    The root is cut again after every forward pass too: one without a backward pass, which measures the running
-    average, would leave its whole weights to the next step."""
+    The root is also resharded after every forward pass: one without a backward pass, which evaluates the running
+    average, would leave its gathered weights to the next step."""
     narrow = torch.bfloat16 if precision == "bfloat16" and device.type == "cuda" else None
     shard = partial(
         fully_shard,
@@ -177,7 +177,7 @@ def _sharded(objective: nn.Module, mesh: DeviceMesh, device: torch.device, preci
 
 
 def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Context of a micro-batch: ranks exchange gradients after the last one of a step alone."""
+    """Context of a micro-batch: ranks exchange gradients only after the last one of a step."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(last)
     if isinstance(module, DistributedDataParallel) and not last:
@@ -187,7 +187,7 @@ def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
 
 @torch.no_grad()
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Float[Tensor, ""]:
-    """Shorten the gradient to `max_norm` where it is longer; returns its norm before that, over all ranks."""
+    """Clip the gradient to norm `max_norm`; returns its norm before clipping, over all ranks."""
     groups: dict[Any, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if (grad := parameter.grad) is not None:
@@ -207,12 +207,12 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """True if it is true on some rank."""
+    """True if `flag` is true on some rank."""
     return bool(largest(int(flag)))
 
 
 def raised_by_all(work: Callable[[int, int], T]) -> T:
-    """Do this rank's share of some work, by its number and theirs; what one rank raises, all raise."""
+    """Call `work` with this rank and the number of ranks; an error on one rank is raised on all."""
     if not dist.is_initialized():
         return work(0, 1)
     result: T | None = None
@@ -230,7 +230,7 @@ def raised_by_all(work: Callable[[int, int], T]) -> T:
 
 
 def largest(value: int) -> int:
-    """Largest of the ranks' values."""
+    """Maximum of a value over all ranks."""
     if not dist.is_initialized():
         return value
     seen = torch.tensor(value)
@@ -239,7 +239,7 @@ def largest(value: int) -> int:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The rows of all ranks, in the order of the ranks; each has equally many."""
+    """The rows of all ranks, in rank order; each rank has the same number."""
     if not dist.is_initialized():
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
@@ -248,7 +248,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def mean_over_ranks(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The mean of what each rank has."""
+    """Mean over all ranks."""
     if not dist.is_initialized():
         return values
     total = values.detach().clone()
@@ -257,18 +257,18 @@ def mean_over_ranks(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def is_first() -> bool:
-    """True on the rank that speaks and writes."""
+    """True on the rank that prints and writes files."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def wait_for_all() -> None:
-    """Wait until every rank is here."""
+    """Barrier: wait until every rank is here."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:
-    """Trained tensors by their names in the objective: whole, on the CPU of the first rank; nothing on others."""
+    """Trained tensors by their names in the objective: unsharded, on the CPU of the first rank; empty on others."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     # cloned, since in one process these are the weights themselves
     state = get_model_state_dict(module, options=options)

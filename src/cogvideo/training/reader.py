@@ -1,6 +1,6 @@
 """Training of the World reader, which judges clips.
 
-It is tested on clips that it never saw, with held-out pairs reported separately; models are judged by others.
+It is tested on clips that it never saw, with held-out pairs reported separately; models are evaluated on other clips.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from cogvideo.training.session import Evaluation, LoggingConfig, Session, claime
 from cogvideo.training.step import Trainer
 
 WATCHED = 256
-"""Clips of a test while it learns."""
+"""Number of clips of a test during training."""
 
 
 def train_reader(
     out: Path, settings: ReaderSettings, config: ReaderConfig, test_clips: int, logging: LoggingConfig, device: str
 ) -> dict[str, dict[str, float]]:
-    """Train the World reader, or the rest of it; returns its accuracies on clips that it never saw."""
+    """Train the World reader, or resume its training; returns its accuracies on clips that it never saw."""
     require(out.suffix == ".safetensors", f"out is {out}, expected a name that ends in .safetensors")
     require(test_clips > 0, f"test_clips is {test_clips}, expected a positive number")
     ranks = ALONE._replace(device=usable(device))

@@ -31,14 +31,14 @@ def standard_error() -> rich.console.Console:
 
 
 class Recorder:
-    """Takes what is measured. A context manager, whose end closes everything; all ranks but the first record nothing.
+    """Records metrics. A context manager that closes everything at its end; only the first rank records.
 
     A row of training is {"step", "loss", each part, "learning_rate", "gradient_norm", "tokens_per_second",
     "utilisation", "seconds", "peak_bytes"}, one of held-out clips {"step", "held_out": {name: {"loss", each part}}}.
 
-    An earlier run made the `done` of all `steps`. TensorBoard has event files in the folder (extra `train`); Weights &
-    Biases gets the settings (extra `wandb`), and its own environment variables say to whom and how. The progress line
-    is on stderr unless there is a console.
+    Of all `steps`, `done` were made earlier. TensorBoard event files go into the folder (extra `train`); Weights &
+    Biases gets the settings (extra `wandb`), and is configured by its own environment variables. The progress line goes
+    to stderr unless a console is given.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with ExitStack() as stack:  # whatever fails to close, the others are closed
+        with ExitStack() as stack:  # if one fails to close, the others are still closed
             if self._line is not None:
                 stack.push(self._line)
             for tracker in self._trackers:
@@ -80,7 +80,7 @@ class Recorder:
             self._line.advance(done, lambda: self._words)
 
     def record(self, row: Mapping[str, Any], words: str = "") -> None:
-        """Record a row of training, or what was measured on held-out samples, which has words for a line of its own."""
+        """Record a row of training or of held-out samples; `words` are printed on a line of their own."""
         if self._line is None:
             return
         self.folder.report(row)
@@ -119,7 +119,7 @@ def _tag(name: str) -> str:
 
 
 def _words(row: Mapping[str, Any]) -> str:
-    """Figures that a person watches, as far as the row has them."""
+    """Text with the figures to watch that the row has."""
     words = [f"loss {row['loss']:.4f}"] if "loss" in row else []
     words += [f"PSNR {row['psnr']:.1f} dB"] if "psnr" in row else []
     words += [f"{row[name]:,.0f} {name.partition('_')[0]}/s" for name in row if name.endswith("_per_second")]
@@ -128,7 +128,7 @@ def _words(row: Mapping[str, Any]) -> str:
 
 
 class ProgressLine:
-    """A progress line: a moving one on a terminal, else a plain one from time to time. A context manager."""
+    """A progress line: updated in place on a terminal, else printed from time to time. A context manager."""
 
     def __init__(self, console: rich.console.Console, done: int, total: int, unit: str = "step") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -154,7 +154,7 @@ class ProgressLine:
         self._console.print(text, markup=False)
 
     def advance(self, done: int, words: Callable[[], str]) -> None:
-        """Show how many steps are made, with words that are only asked for when they are shown."""
+        """Show the number of finished steps, with `words`, which is only called when they are shown."""
         now = time.monotonic()
         if now - self._shown < self._pause and done < self.total:
             return
@@ -165,7 +165,7 @@ class ProgressLine:
             self.say(f"{self._unit} {done:,} of {self.total:,}: {text}")
 
     def _remaining(self, done: int) -> str:
-        """Time left, by the mean pace since the start, with all that is not steps."""
+        """Time left, from the mean pace since the start, including time not spent on steps."""
         made, left = done - self._first, self.total - done
         if made <= 0 or left <= 0:
             return ""
@@ -176,7 +176,7 @@ class ProgressLine:
 
 
 class _TensorBoard:
-    """Event files. What a killed run wrote after its last checkpoint is hidden by what is made again."""
+    """Event files. Repeated steps hide what a killed run wrote after its last checkpoint."""
 
     def __init__(self, folder: Path, done: int) -> None:
         try:
@@ -200,8 +200,8 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run there, continued under the id that its folder keeps. Steps are a figure of theirs, since its own counter
-    refuses to go back to where a killed run continues."""
+    """A Weights & Biases run, resumed under the id stored in its folder. The step is logged as a metric, since the
+    built-in counter refuses to go back to where a killed run resumes."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         try:

@@ -1,6 +1,6 @@
-"""Samples of a stage while it learns: the same prompts with the same noise every time, so that sheets compare.
+"""Samples of a stage during training: the same prompts with the same noise every time, so sheets can be compared.
 
-Generation draws them, with the weights that would be exported. A row's label says what it shows.
+They are generated with the weights that would be exported. A row's label says what it shows.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ PLAIN = GenerationSettings(
     passes=Passes(parallel_frames=True),
     truncate=True,
 )
-"""The distribution that is learned, without guidance: a young model's unconditional text says nothing yet."""
+"""The learned distribution, without guidance: early in training, unconditional text means nothing yet."""
 SHOWN = 4
 """Clips of a contact sheet."""
 VARIANTS = 4
-"""Images of one prompt."""
+"""Images per prompt."""
 LEAST_SIDE = 96
-"""Pixels of a side of a frame on a sheet, at least; smaller frames are shown enlarged."""
+"""Minimum side of a frame on a sheet, in pixels; smaller frames are shown enlarged."""
 MOST_LETTERS = 110
-"""Letters of a label."""
+"""Maximum number of characters of a label."""
 FPS = 2.0
-"""Frames a second of the mp4: sequences of all rates are watched at one pace."""
+"""Frames per second of the mp4: sequences of all rates play at the same pace."""
 ACROSS = 4
 """Clips side by side in the mp4."""
 
@@ -66,19 +66,19 @@ class Example(NamedTuple):
 
 
 class SampleRow(NamedTuple):
-    """Frames side by side, and the number of the example that they are of."""
+    """Frames side by side, and the index of their example."""
 
     label: str
     frames: UInt8[np.ndarray, "frames height width 3"]
     example: int
     is_clip: bool
-    """True if they follow each other in time."""
+    """True if the frames follow each other in time."""
 
 
 class Preview:
-    """Draws what the stage makes of the same clips at any step, into a folder. All ranks call it.
+    """Generates samples for the same clips at any step, into a folder. All ranks call it.
 
-    The clips are the first of a stream, or prompts where a stage needs no more than a prompt.
+    The clips are the first of a stream, or prompts if a stage needs no more than a prompt.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class Preview:
         if prompts and STAGES[target.stage].is_prompted:
             self.examples = [Example(prompt) for prompt in prompts]
             for prompt in prompts:
-                target.source.text.encode_image_caption(prompt)  # else refused after the steps to the first sheet
+                target.source.text.encode_image_caption(prompt)  # refuses bad prompts now, not at the first sheet
         has = {name for name in ("base", "text", "image_tokenizer") if name in target.source.components}
         self.problem = missing(target.stage, has.union(target.own), self.examples)
-        """Why nothing can be drawn, in a sentence; empty if it can."""
+        """Reason why no samples can be generated, in a sentence; empty if they can."""
 
     def __call__(self, step: int) -> Path | None:
-        """The contact sheet of a step, on the first rank; None where nothing can be drawn."""
+        """Write the contact sheet of a step; returns its path on the first rank, None if there is no sheet."""
         if self.problem:
             return None
         with self.trainer.averaged():
@@ -117,12 +117,12 @@ class Preview:
         return write_samples(self.folder, step, rows)
 
     def lacks(self, step: int) -> bool:
-        """True if the contact sheet of a step could be drawn, and is not there."""
+        """True if the contact sheet of a step can be made but is missing."""
         is_absent = self.trainer.ranks.rank == 0 and not _sheet(self.folder, step).exists()
         return not self.problem and any_rank(is_absent)
 
     def _system(self, weights: dict[str, Tensor]) -> CogVideo:
-        """The stage with these weights, and all that it draws with."""
+        """The stage with these weights, and everything else needed to generate samples."""
         stage, choice, source = self.target.stage, self.target.choice, self.target.source
         names = ("base", "text", "image_tokenizer", "cluster_labels")
         parts: dict[str, Component] = {name: source.component(name) for name in names if name in source.components}
@@ -136,7 +136,7 @@ class Preview:
         return CogVideo(self.target.config, **{name: self._placed(name, part) for name, part in parts.items()})
 
     def _placed(self, name: str, part: Component) -> Component:
-        """The component on the device of training. One that lies elsewhere is copied, and stays where it is."""
+        """The component on the training device; one on another device is copied, and not changed."""
         if not isinstance(part, nn.Module):
             return part
         device = self.trainer.ranks.device
@@ -161,7 +161,7 @@ def from_clips(samples: Sequence[ClipSample]) -> list[Example]:
 
 
 def missing(stage: StageName, has: Collection[str], examples: Sequence[Example]) -> str:
-    """Why nothing can be drawn with the components that there are, in a sentence; empty if it can."""
+    """Reason why these components cannot generate samples, in a sentence; empty if they can."""
     base = "base" if f"{stage}_base" not in has else f"{stage}_base"
     needed = dict.fromkeys((base, STAGES[stage].trains, "text", "image_tokenizer"))
     lacks = [name for name in needed if name not in has]
@@ -178,17 +178,16 @@ def missing(stage: StageName, has: Collection[str], examples: Sequence[Example])
 
 
 def draw(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[SampleRow]:
-    """Samples of the stage as it is now, next to the truth.
+    """Samples of the stage in its current state, next to the ground truth.
 
     | stage | from | sampled |
     |---|---|---|
     | image | prompt | some images of it |
     | sequential | prompt | first frame by the base, then key frames |
-    | interpolation | prompt, frames at even places of the clip | the frames between |
+    | interpolation | prompt, frames at even places of the clip | the frames between them |
     | superres | prompt, low codes of the clip's first frame | its high codes |
 
-    An example's noise depends on the seed and on its place among the examples alone. Where the base is stored in
-    bfloat16, it runs under autocast.
+    An example's noise depends only on the seed and on its index. A base stored in bfloat16 runs under autocast.
     """
     problem = missing(stage, system.components, examples)
     require(not problem, problem)
@@ -204,7 +203,7 @@ def draw(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: 
 
 
 def _request(examples: Sequence[Example], seed: int, variants: int = 1) -> Request:
-    """Clips of each example, with noise of their own."""
+    """Request for clips of each example, each with its own noise."""
     each = [(place, variant) for place in range(len(examples)) for variant in range(variants)]
     seeds = [int(hash_numbers(seed, place, variant)[0] >> np.uint64(1)) for place, variant in each]
     generators = [torch.Generator().manual_seed(number) for number in seeds]
@@ -261,7 +260,7 @@ def _sheet(folder: Path, step: int) -> Path:
 
 
 def write_samples(folder: Path, step: int, rows: Sequence[SampleRow]) -> Path:
-    """`step-00000500.png`, which is returned, and an mp4 where the rows are clips of one length and PyAV is there."""
+    """Write and return `step-00000500.png`, and an mp4 if the rows are clips of one length and PyAV is installed."""
     from cogvideo.media.images import contact_sheet, write_image  # only files need Pillow
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -272,7 +271,7 @@ def write_samples(folder: Path, step: int, rows: Sequence[SampleRow]) -> Path:
     if all(row.is_clip for row in rows):
         with suppress(ModuleNotFoundError):  # a GPU machine still trains without PyAV
             write_video(sheet.with_suffix(".mp4"), _side_by_side(rows, shown), FPS)
-    write_image(sheet, contact_sheet(shown, max(map(len, shown)), labels=short))  # last: a sign that both are there
+    write_image(sheet, contact_sheet(shown, max(map(len, shown)), labels=short))  # last, to mark that both are complete
     return sheet
 
 
@@ -283,7 +282,7 @@ def _repeated(frames: UInt8[np.ndarray, "frames _ _ 3"], times: int) -> UInt8[np
 def _side_by_side(
     rows: Sequence[SampleRow], shown: Sequence[UInt8[np.ndarray, "frames _ _ 3"]]
 ) -> UInt8[np.ndarray, "frames height width 3"]:
-    """Clips as one: those of an example below each other, the examples side by side, what is left over white."""
+    """Tile clips into one: those of an example below each other, the examples side by side, empty cells white."""
     from cogvideo.media.images import contact_sheet
 
     kinds = sum(row.example == rows[0].example for row in rows)

@@ -1,4 +1,4 @@
-"""A run of training: its options, its folder, what learns, from what, and how it is watched."""
+"""A training run: its options, its folder, its trainer and batches, and how it is monitored."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class DataOptions:
     """Share of samples without their caption, which guidance needs."""
 
     def sampling(self, mode: Mode, seed: int, num_frames: int, **special: Any) -> ClipSampling:
-        """Settings of the loader, which has some more for some stages."""
+        """Settings of the loader; `special` are those of one stage only."""
         rates = FrameRates(read_card(self.data[0]).fps, self.rates, num_frames)
         fixed, offset, dropout = self.fixed_rate, self.random_offset, self.caption_dropout
         return ClipSampling(mode, rates, fixed, offset, dropout, seed=seed, **special)
@@ -114,7 +114,7 @@ class Evaluation(NamedTuple):
     row: Mapping[str, Any]
     words: str
     loss: float | None = None
-    """Loss that the best checkpoint has the lowest of; None where nothing is held out."""
+    """Loss that selects the best checkpoint; None if nothing is held out."""
 
 
 class Session(NamedTuple):
@@ -132,7 +132,7 @@ class Session(NamedTuple):
     """Steps between contact sheets of samples; 0 for none."""
 
     def has_sample(self, step: int) -> bool:
-        """True if a contact sheet belongs to a step."""
+        """True if a contact sheet is due at a step."""
         is_last = step == self.trainer.settings.steps
         return self.sample_every > 0 and (is_last or step % self.sample_every == 0)
 
@@ -141,7 +141,7 @@ class Session(NamedTuple):
 def claimed(
     folder: RunFolder, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})
 ) -> Iterator[bool]:
-    """Keep other processes out of the folder of a run with this identity; yields whether the run is to be done."""
+    """Lock the folder of a run with this identity; yields whether there is anything left to do."""
     with ExitStack() as lock:
         if is_first():
             lock.enter_context(alone_in(folder.path))

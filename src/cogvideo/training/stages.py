@@ -1,13 +1,13 @@
-"""The table of stages, and where a stage starts from: what it inherits, what is random, trained or frozen.
+"""The table of stages, and how a stage is initialized: what is inherited, random, trained or frozen.
 
 | stage | trained | starts from |
 |---|---|---|
 | image | the base | random weights |
 | sequential | its channel | the base's attention and positions (paper section 3.2) |
-| interpolation | its channel | that of the sequential stage (spec section 1) |
+| interpolation | its channel | the channel of the sequential stage (spec section 1) |
 | superres | its channel | the base's attention, and the positions of the low codes |
 
-All else is a variant for comparison, which `Choice` says.
+Everything else is a variant for comparison, selected by `Choice`.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ StartChoice = Literal["inherit", "sequential", "random", "continue"]
 
 
 class Stage(NamedTuple):
-    """A row of the table: what it trains on which clips, in which sequence."""
+    """A row of the table: what the stage trains, on which clips, with which sequence layout."""
 
     trains: str
     parents: tuple[str, ...]
-    """Components that are made before, and that it is trained on or starts from."""
+    """Components that must exist first, since the stage is trained on them or starts from them."""
     mode: Mode
     layout: Callable[[CogVideoConfig], SequenceLayout | UpscaleLayout]
     task: Callable[..., Task]
-    """Task, made from its layout, the text tokenizer and settings of its own."""
+    """Constructor of the task, from its layout, the text tokenizer and its own settings."""
     is_prompted: bool = False
-    """True if its samples need nothing but a prompt."""
+    """True if the stage's samples need nothing but a prompt."""
     has_high_codes: bool = False
-    """True if it learns codes of super-resolution."""
+    """True if the stage learns codes of super-resolution."""
 
     @property
     def is_base(self) -> bool:
-        """True if it trains the base, which all others share."""
+        """True if the stage trains the base, which all others share."""
         return self.trains == "base"
 
 
@@ -96,7 +96,7 @@ STAGES: dict[StageName, Stage] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """Start of a stage, and what of it is trained."""
+    """Start of a stage, and the part to train."""
 
     start: StartChoice
     """Start of what the stage adds. inherit: from the base; sequential: from that stage's channel; random; continue:
@@ -115,7 +115,7 @@ class Choice:
 
 
 def configured(config: CogVideoConfig, stage: StageName, choice: Choice) -> CogVideoConfig:
-    """The configuration with the stage's window in place."""
+    """The configuration with the window that was chosen for the stage."""
     if choice.window is None:
         return config
     changes: dict[str, Any] = {stage: replace(getattr(config, stage), window=choice.window)}
@@ -123,7 +123,7 @@ def configured(config: CogVideoConfig, stage: StageName, choice: Choice) -> CogV
 
 
 def parents(stage: StageName, choice: Choice, source: CogVideo) -> tuple[str, ...]:
-    """Components that the start is made from, the stage's own among them where it continues."""
+    """Components that the stage is initialized from, including its own if it continues."""
     row = STAGES[stage]
     names = [] if row.is_base or choice.base == "random" else [base_of(stage, choice, source)]
     names += {"sequential": ["sequential"], "continue": [row.trains]}.get(choice.start, [])
@@ -166,9 +166,9 @@ def relying(stage: StageName, components: Collection[str]) -> tuple[str, ...]:
 def build(
     stage: StageName, choice: Choice, source: CogVideo, config: CogVideoConfig, dtype: torch.dtype, seed: int
 ) -> Transformer | Upscaler:
-    """The model of a stage at its start, on the CPU: what is trained in float32, frozen matrices in `dtype`.
+    """Initial model of a stage, on the CPU: trained weights in float32, frozen matrices in `dtype`.
 
-    `source` has the `parents`; `seed` decides what is random.
+    `source` has the `parents`; `seed` determines the random weights.
     """
     generator = torch.Generator().manual_seed(seed)
     base = _base(stage, choice, source, config, dtype, generator)
@@ -219,8 +219,8 @@ def _frozen(
     rank: int | None,
     generator: torch.Generator,
 ) -> Any:
-    """A component with its matrices in `dtype`, of which those that already have their type stay memory-mapped; with an
-    adapter of some rank to train, if one is given."""
+    """A component with its matrices in `dtype`; those that already have this type stay memory-mapped. If `rank` is
+    given, an adapter of this rank is added to train."""
     stored = _state(source, name)
     types = {key: dtype if each.ndim > 1 else torch.float32 for key, each in stored.items()}
     with torch.device("meta"):

@@ -1,7 +1,7 @@
-"""One step of training, whatever the stage: gradients of a batch in pieces, a clipped update, figures that stay put.
+"""One training step of any stage: gradients from micro-batches, a clipped update, metrics that stay on the device.
 
-A batch is shared among ranks, and a rank's share is cut into micro-batches. Losses are means over samples, so neither
-cut changes the gradient but for rounding.
+A batch is split among ranks, and a rank's share into micro-batches. Losses are means over samples, so neither split
+changes the gradient, except for rounding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cogvideo.training.parallel import (
 )
 
 MOST_WORKERS = 4
-"""Loading processes of a rank, unless more are asked for."""
+"""Maximum number of loader processes per rank, unless more are requested."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Execution:
             require(value is None or value >= 0, f"{name} is {value}, expected 0 or more")
 
     def workers(self, device: torch.device) -> int:
-        """Processes of a rank on a device."""
+        """Number of loader processes per rank on a device."""
         if self.num_workers is not None:
             return self.num_workers
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun says it
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
         return min(MOST_WORKERS, (os.cpu_count() or 1) // ranks_here) if device.type == "cuda" else 0
 
 
@@ -73,7 +73,7 @@ class StepMetrics(NamedTuple):
 
 
 class Trainer:
-    """One step of training after another, whatever the objective, which is on the ranks' device."""
+    """Runs training steps of any objective, which is on the rank's device."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Trainer:
         self._steps: list[Tensor] = []
 
     def step(self, number: int, batch: Any) -> None:
-        """Update the weights after `number` steps, with this rank's share of a batch."""
+        """Run step `number`, counted from 0, on this rank's share of a batch."""
         self.objective.begin(number)
         pieces = list(cut(batch, self._pass))
         measured = []
@@ -128,18 +128,18 @@ class Trainer:
             return self.module(moved(batch, self.ranks.device))
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Autocast where products are to be in bfloat16."""
+        """Autocast if matrix products are in bfloat16."""
         if self.settings.precision == "float32":
             return nullcontext()
         return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Give the objective the weights that are measured and exported: the running average if there is one."""
+        """Use the weights that are evaluated and exported: the running average if there is one."""
         return nullcontext() if self.average is None else self.average.applied()
 
     @torch.no_grad()
     def check(self, done: int, batch: Any) -> None:
-        """Refuse weights that are worth no checkpoint: an update may break them, which no loss shows yet."""
+        """Refuse weights or losses that are not finite: an update may break weights before any loss shows it."""
         averages = [] if self.average is None else self.average.state.values()
         weights = [local(each.detach()) for each in (*trained(self.objective), *averages)]
         broken = not bool(torch.stack([each.isfinite().all() for each in weights]).all())
@@ -150,7 +150,7 @@ class Trainer:
         check_finite(math.nan if any_rank(not math.isfinite(loss)) else loss, "the loss", f"after step {done:,}")
 
     def figures(self, done: int) -> StepMetrics:
-        """Means over the steps since the last call, of which `done` are made in all."""
+        """Means over the steps since the last call; `done` is the total number of steps so far."""
         rows = mean_over_ranks(torch.stack(self._steps)).tolist()
         first = done - len(rows) + 1
         self._steps = []
@@ -162,7 +162,7 @@ class Trainer:
 
 
 def check_finite(value: float, name: str, when: str) -> None:
-    """Refuse a run that came to a figure which is no number."""
+    """Refuse a run with a figure that is not finite."""
     if not math.isfinite(value):
         raise InputError(
             f"training diverged: {name} is {value} {when}; the last checkpoint is from before. Try a smaller "
@@ -171,7 +171,7 @@ def check_finite(value: float, name: str, when: str) -> None:
 
 
 def _row(measured: Sequence[BatchLosses], norm: Float[Tensor, ""]) -> Float[Tensor, " figures"]:
-    """Mean loss, norm of the gradient, and of each part the sum and the number of samples that have it."""
+    """Mean loss, gradient norm, and for each part its sum and the number of samples that have it."""
     loss = torch.cat([each.loss for each in measured]).mean()
     return torch.cat([torch.stack([loss.float(), norm.float()]), part_sums([each.parts for each in measured])])
 

@@ -1,9 +1,9 @@
-"""The text tokenizer: a SentencePiece model of captions, with the pieces and ids that a configuration asks for.
+"""The text tokenizer: a SentencePiece model of captions, with the pieces and ids that a configuration requires.
 
 Pieces are merged pairs (BPE): on captions that repeat one another, SentencePiece's unigram models keep few pieces and
-spell words letter by letter (measured on synthetic captions: 36 tokens a caption instead of 12). Nothing is
-unrepresentable: what no piece covers becomes bytes. Digits are pieces of their own, so that any frame rate prefix is a
-few tokens. Text is normalized by NFKC (one spelling for é, ｗｉｄｅ letters, ligatures) and spaces are single ones.
+spell words letter by letter (measured on synthetic captions: 36 tokens per caption, not 12). Any text can
+be encoded: characters that no piece covers become bytes. Digits are separate pieces, so that any frame rate prefix is a
+few tokens. Text is normalized by NFKC (one spelling for é, ｗｉｄｅ letters, ligatures) and repeated spaces are merged.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from cogvideo.data.sources import SourceOptions, list_source, other_splits
 from cogvideo.text import LINE_BREAK_PIECE, PAD_PIECE, TextTokenizer
 
 Normalization = Literal["nfkc", "nfkc_cf", "identity"]
-"""Normalization of a text: NFKC, the same without capital letters, or of spaces alone."""
+"""Text normalization: NFKC, NFKC with case folding, or spaces only."""
 
 COUNTED = 20_000
-"""Captions of which tokens are counted, evenly spaced where there are more."""
+"""Maximum number of captions whose tokens are counted, evenly spaced if there are more."""
 BYTES = 256
-"""Pieces of the single bytes."""
+"""Number of pieces for single bytes."""
 LONGEST = 1 << 16
-"""Characters of a line that are trained on; SentencePiece would leave out longer lines."""
+"""Maximum number of characters of a training line; SentencePiece would skip longer lines."""
 RESERVED = ("\u2581", "\u2585")
-"""SentencePiece's own signs for a space and for what it does not know: it leaves out lines that hold the latter."""
+"""SentencePiece's own symbols for a space and for unknown text; it skips lines that contain the latter."""
 PREFIX_SECONDS = 0.5
-"""Duration in the prefix of the captions that are counted: five frames of eight a second, the longest usual prefix."""
+"""Duration in the prefix of counted captions: five frames at eight per second, the longest usual prefix."""
 _ASCII = "".join(map(chr, range(0x21, 0x7F)))
 
 
@@ -43,13 +43,13 @@ class CaptionFigures(NamedTuple):
     """Figures of a tokenizer with a number of pieces, some of them unused, on captions."""
 
     mean: float
-    """Tokens of a caption with its prefix."""
+    """Mean number of tokens of a caption with its prefix."""
     longest: int
-    """Tokens of the longest."""
+    """Number of tokens of the longest caption."""
     fitting: float
-    """Share that fits in the text slots of the video stages, prefix included."""
+    """Share of captions that fit into the text slots of the video stages, prefix included."""
     with_bytes: float
-    """Share in which something is spelled in bytes."""
+    """Share of captions with text that is spelled in bytes."""
     pieces: int
     unused: int
 
@@ -73,11 +73,11 @@ def spread(captions: Sequence[str], number: int) -> list[str]:
 
 
 def train_model(captions: Iterable[str], config: TransformerConfig, normalization: Normalization = "nfkc") -> bytes:
-    """A serialized SentencePiece model; equal captions give equal bytes, in whatever order.
+    """A serialized SentencePiece model; equal captions give equal bytes, in any order.
 
     Its pieces fill the ids between the image codes and `start_of_image` of a configuration, with `<pad>` at `pad`.
-    Where captions are too few for so many pieces, the last ones are unused: called `<unused_2000>` at the id 2000,
-    and found in no text.
+    If there are too few captions for so many pieces, the last ones are unused: `<unused_2000>` at the id 2000, for
+    example, which no text contains.
     """
     num_pieces = config.start_of_image - config.num_codes
     least = 2 * (BYTES + len(_ASCII))
@@ -92,8 +92,8 @@ def train_model(captions: Iterable[str], config: TransformerConfig, normalizatio
 def with_unused_pieces(model: bytes, num_pieces: int) -> bytes:
     """The model with unused pieces after its own, so that it has exactly `num_pieces`.
 
-    A model is a protocol buffer, whose lists grow by what is appended to its bytes. Names of new pieces hold digits, so
-    they are none of the old ones.
+    A model is a protocol buffer, so appending bytes extends its lists. Names of new pieces contain digits, so they
+    differ from all old ones.
     """
     got = _load(model).vocab_size()
     require(got <= num_pieces, f"the text model has {got} pieces, expected at most {num_pieces}")
@@ -101,7 +101,7 @@ def with_unused_pieces(model: bytes, num_pieces: int) -> bytes:
 
 
 def figures(tokenizer: TextTokenizer, captions: Iterable[str], slots: int) -> CaptionFigures:
-    """Numbers of tokens of captions, each counted once."""
+    """Token statistics of captions, each counted once."""
     processor = _load(tokenizer.model)
     pieces = range(processor.vocab_size())
     byte_tokens = {tokenizer.num_codes + piece for piece in pieces if processor.is_byte(piece)}
@@ -138,7 +138,7 @@ def on_backgrounds(captions: Sequence[str], template: str) -> list[str]:
 
 
 def _lines(captions: Iterable[str], normalization: Normalization, num_characters: int) -> list[str]:
-    """Lines of captions, sorted; characters beyond the most frequent ones are spaces, so that they become bytes."""
+    """Lines of captions, sorted; rare characters become spaces, so they get no piece and are spelled in bytes."""
     texts = (caption if normalization == "identity" else unicodedata.normalize("NFKC", caption) for caption in captions)
     lines = sorted(line for text in texts for line in text.replace("\r\n", "\n").split("\n"))
     counts = Counter(character for line in lines for character in line)

@@ -1,4 +1,4 @@
-"""Training of the image tokenizer: frames of any source into a bundle."""
+"""Training of the image tokenizer, from frames of any source into a bundle."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from cogvideo.training.session import Evaluation, LoggingConfig, Session, claime
 from cogvideo.training.step import Trainer
 
 RUN = ".tokenizer-run"
-"""Folder of the run inside that of the bundle."""
+"""Folder of the run inside the bundle's folder."""
 SHOWN = 12
 """Frames of a contact sheet."""
 
@@ -58,7 +58,7 @@ def train_tokenizer(
     logging: LoggingConfig = LoggingConfig(evaluate_every=1000),  # noqa: B008  # frozen
     overwrite: bool = False,
 ) -> None:
-    """Train an image tokenizer, or the rest of it, and put it into a bundle. `weights` are the files of LPIPS."""
+    """Train an image tokenizer, or resume its training, and put it into a bundle. `weights` are the files of LPIPS."""
     require(len(sources) > 0, "there is no source, expected one or several, such as a folder of videos or world:2000")
     with process_group(usable(device), ParallelSettings()) as ranks:
         initial = None if init is None else CogVideo.from_pretrained(init, torch.float32)
@@ -105,7 +105,7 @@ def train_tokenizer(
 
 
 def _config(out: Path, preset: str | None, overwrite: bool, initial: CogVideo | None) -> CogVideoConfig:
-    """Configuration of the bundle, else of the preset, else of the bundle that is started from."""
+    """Configuration of the bundle, else of the preset, else of the initial bundle."""
     found = _own_config(out, None if initial is None else initial.config, preset, overwrite)
     same = initial is None or initial.config.autoencoder == found.autoencoder
     require(same, "the image tokenizers of init and of out have other sizes: leave preset out, or give another out")
@@ -140,7 +140,7 @@ def _own_config(out: Path, start: CogVideoConfig | None, preset: str | None, ove
 def _complete(
     frames: StoreSettings, options: SourceOptions, settings: TokenizerSettings, whole: CogVideoConfig
 ) -> tuple[StoreSettings, SourceOptions]:
-    """Frames of a size, if none is given that of the configuration, and images where a clip may have one frame."""
+    """Settings with the frame size, by default the configuration's, and images if a clip may have one frame."""
     rate = max(whole.autoencoder.rates)
     size = frames.clips.size or whole.frame_size
     check_size(size, rate)
@@ -153,14 +153,14 @@ def _complete(
 
 
 def _shaped(whole: CogVideoConfig, size: Sides | None) -> CogVideoConfig:
-    """The configuration for frames of the size that the tokenizer learns from, if they are no squares and fit."""
+    """Configuration for frames of the training size, if they are not square and fit."""
     width, height = (side // whole.autoencoder.rate for side in both(size or 0))
     is_other = width != height and max(width, height) <= whole.layout.grid
     return whole.shaped((height, width)) if is_other else whole
 
 
 def _lpips(files: tuple[Path, ...]) -> Lpips | None:
-    """LPIPS if it has weights; says what is used."""
+    """LPIPS if its weights are given; prints what is used."""
     model = load_lpips(*files) if files else None
     if is_first() and files:
         standard_error().print(f"The perceptual distance is LPIPS with the weights {' and '.join(map(str, files))}.")
@@ -179,7 +179,7 @@ def _fetch(
     device: torch.device,
 ) -> FrameStore:
     """The frames, which the first rank reads."""
-    readers = (os.cpu_count() or 1) if device.type == "cuda" else 0  # a GPU waits for them meanwhile
+    readers = (os.cpu_count() or 1) if device.type == "cuda" else 0  # meanwhile a GPU waits for them
     if is_first():
         console = standard_error()
         with ProgressLine(console, 0, 1, "clip") as line:
@@ -195,7 +195,7 @@ def _fetch(
 
 
 def _say_frames(store: FrameStore, batch: int, console: Console) -> None:
-    """Say how many frames there are, and what may surprise."""
+    """Print how many frames there are, and what may surprise."""
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(store.rejected.items())) or "none"
     learned, held_out = len(store.train), len(store.held_out)
     console.print(
@@ -210,7 +210,7 @@ def _say_frames(store: FrameStore, batch: int, console: Console) -> None:
 
 
 def _write_sheet(autoencoder: Autoencoder, store: FrameStore, path: Path) -> None:
-    """Frames that were held out, above their reconstructions."""
+    """Write a contact sheet of held-out frames above their reconstructions."""
     frames = np.array(store.held_out[evenly(len(store.held_out), SHOWN)])
     write_image(path, contact_sheet([frames, autoencoder.reconstruct(frames)], columns=len(frames)))
 
@@ -218,7 +218,7 @@ def _write_sheet(autoencoder: Autoencoder, store: FrameStore, path: Path) -> Non
 def _deliver(
     objective: TokenizerObjective, store: FrameStore, folder: RunFolder, out: Path, whole: CogVideoConfig
 ) -> None:
-    """Put the tokenizer into the bundle; the report goes last, as a sign that all is there."""
+    """Put the tokenizer into the bundle; the report is written last, to mark completion."""
     _write_sheet(objective.model, store, folder.path / "after.png")
     autoencoder = in_half("image_tokenizer", objective.model, whole)
     rows = autoencoder.state_dict()["codebook.embedding"].float()
@@ -227,7 +227,7 @@ def _deliver(
     update_bundle(out, whole, image_tokenizer=autoencoder, cluster_labels=labels)
     steps = objective.settings.steps
     measured = {row["step"]: row["held_out"] for row in folder.rows() if "held_out" in row}
-    if steps not in measured:  # an earlier version made the last step
+    if steps not in measured:  # an earlier version ran the last step
         measured[steps] = evaluate(objective.model, store.held_out, objective.settings.batch)._asdict()
     folder.finish(
         {
@@ -244,7 +244,7 @@ def _deliver(
 
 
 class ReconstructionQuality(NamedTuple):
-    """Quality of frames that were codes: means of the frames, share of the codes that occur, how even they are."""
+    """Reconstruction quality: means over frames, share of the codes that occur, evenness of their use."""
 
     psnr: float
     ssim: float
@@ -262,7 +262,7 @@ class ReconstructionQuality(NamedTuple):
 def evaluate(
     autoencoder: Autoencoder, pixels: UInt8[np.ndarray, "_ height width 3"], batch: int
 ) -> ReconstructionQuality:
-    """Quality of the frames' reconstructions, which are clamped to what can be shown."""
+    """Quality of the frames' reconstructions, clamped to the displayable range."""
     device = autoencoder.codebook.embedding.device
     counts = torch.zeros(autoencoder.config.num_codes, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)

@@ -2,18 +2,18 @@
 
 | task | fed | learns |
 |---|---|---|
-| image | a caption that sees itself in full; an image behind it, causal | the image |
-| understanding | an image with masked squares of 4 x 4; a caption behind its language tag, causal | squares, caption |
+| image | a caption that sees itself in full; then an image, causal | the image |
+| understanding | an image with masked squares of 4 x 4; a caption after its language tag, causal | squares, caption |
 | text | a caption with masked spans | the spans |
 
-What is masked is learned one by one, each from all that is not masked and from the masked ones before it. A caption
-that is learned sees the whole image (but for its last code, which is never fed); an image with squares sees no caption.
+Masked tokens are predicted one by one, each from all unmasked tokens and the masked ones before it. A predicted caption
+sees the whole image (except its last code, which is never fed); an image with masked squares sees no caption.
 
-All are sequences of the same slots: a task is who sees whom, and which slots carry loss. An image slot is fed the code
-before the one that it predicts, as everywhere. So the slot that predicts the first column of a square is fed a code
-from left of it. If that code is not masked, all others see the slot, and it must see nothing masked: it would predict
-from less than the rest of its square. So first columns are not learned, only seen. They are the last columns of CogLM,
-whose slots are named after what they are fed.
+All tasks use the same slots; a task is an attention mask, and the slots that carry loss. An image slot is fed the code
+before the one that it predicts, as everywhere. So the slot that predicts the first column of a square is fed the code
+to the left of it. If that code is not masked, all other slots see this slot, so it must see nothing masked: it would
+predict from less than the rest of its square. So first columns are only seen, not predicted. They are the last columns
+in CogLM, whose slots are named after what they are fed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ImageMixture:
     understanding: float = 0.3
     """Share of samples that predict the caption of an image with masked squares."""
     text: float = 0.05
-    """Share of samples that are text alone."""
+    """Share of samples that are text only."""
     masked_squares: float = 0.8
     """Share of an image to mask."""
     masked_text: float = 0.15
@@ -69,26 +69,26 @@ class ImageMixture:
         require(both <= 1, f"understanding and text are {both:g} together, expected at most 1")
 
     def kind(self, draw: float) -> Kind:
-        """The task of a sample, from a number of [0, 1)."""
+        """The task of a sample, given a random number in [0, 1)."""
         if draw < self.understanding:
             return "understanding"
         return "text" if draw < self.understanding + self.text else "image"
 
 
 class ImageBatch(NamedTuple):
-    """Sequences side by side: text slots, then those of one image."""
+    """A batch of sequences: text slots, then the slots of one image."""
 
     tokens: Int64[Tensor, "batch slots"]
     positions: Int64[Tensor, "batch slots"]
     """Rows of the position table."""
     sees: Bool[Tensor, "batch slots slots"]
-    """True where a slot (second axis) sees another (third). Pads see themselves alone."""
+    """True where a slot (second axis) sees another (third). Padding only sees itself."""
     targets: Int64[Tensor, "batch slots"]
     """Tokens to predict; `NOTHING` where there is no loss."""
     parts: Int64[Tensor, "batch slots"]
-    """Number of the part (`PARTS`) that a slot with loss belongs to."""
+    """Index in `PARTS` of the part that a slot with loss belongs to."""
     words: Int64[Tensor, "batch words"]
-    """Text slots that carry loss; `NOTHING` after the last one of a sample that has fewer than another."""
+    """Text slots that carry loss, padded with `NOTHING`."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +101,16 @@ class ImageTask:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Losses of each task."""
+        """Names of the losses of each task."""
         return PARTS
 
     @property
     def num_positions(self) -> int:
-        """Text slots and image slots."""
+        """Number of text slots and image slots."""
         return self.layout.length
 
     def collate(self, samples: list[ClipSample]) -> ImageBatch:
-        """Each sample in the task that its seed draws. Captions that do not fit lose their end.
+        """Collate samples, each for the task that its seed draws. Captions that do not fit are truncated.
 
         A sample without a caption is always text to image, with the unconditional text.
         """
@@ -142,7 +142,7 @@ class ImageTask:
         return row.finished()
 
     def _caption(self, sample: ClipSample) -> list[int]:
-        """Tokens of the caption, in the template of the video stages where it has a duration."""
+        """Tokens of the caption, in the template of the video stages if the sample has a duration."""
         return self.text.row(sample.caption, sample.duration if sample.duration > 0 else None)
 
     def _language(self, caption: str) -> int:
@@ -171,14 +171,14 @@ class ImageTask:
 def _by_sample(
     losses: Float[Tensor, "batch places"], learned: Bool[Tensor, "batch places"], parts: Int64[Tensor, "batch places"]
 ) -> BatchLosses:
-    """Mean over what each sample learns, and over each of its parts."""
+    """Mean loss over the targets of each sample, and over each of its parts."""
     total = losses.where(learned, 0).sum(1) / learned.sum(1).clamp(min=1)
     each = learned[:, None] & (parts[:, None] == torch.arange(len(PARTS), device=parts.device)[:, None])
     return BatchLosses(total, losses.detach()[:, None].where(each, 0).sum(2) / each.sum(2))
 
 
 class _Row:
-    """One sequence in the making. What no task says stays as it is: pads, which see themselves and learn nothing."""
+    """One sequence under construction. Slots that no task sets are padding, which sees itself and carries no loss."""
 
     def __init__(self, layout: SequenceLayout, text: TextTokenizer) -> None:
         self.layout, self.text = layout, text
@@ -196,40 +196,40 @@ class _Row:
         return slice(self.layout.text_slots - self.num_text, self.layout.text_slots)
 
     def put_text(self, tokens: list[int]) -> None:
-        """Tokens at the end of the text slots."""
+        """Put tokens at the end of the text slots."""
         tokens = fit(tokens, self.layout.text_slots, truncate=True)
         self.num_text = len(tokens)
         self.tokens[self.words] = torch.tensor(tokens, dtype=torch.int64)
 
     def put_image(self, codes: np.ndarray) -> None:
-        """Codes after the start of an image."""
+        """Put codes after the start-of-image token."""
         self.codes = torch.from_numpy(codes.astype(np.int64)).flatten()
         self.tokens[self.image] = self.layout.feed(self.codes[None, None], self.text.start_of_image)[0]
 
     def learn_image(self) -> None:
-        """Text to image."""
+        """Predict the image from the text."""
         self.sees[self.words, self.words] = True
         self.sees[self.image, self.words] = True
         self.sees[self.image, self.image] = _causal(self.layout.frame_slots)
         self._learn(self.image, self.codes, torch.ones(self.layout.frame_slots, dtype=torch.bool), "image")
 
     def learn_squares(self, masked: Bool[Tensor, "rows columns"]) -> None:
-        """Masked codes, but for those in the first column of their square."""
+        """Predict masked codes, except in the first column of their square."""
         held = masked.flatten().roll(1)  # an image slot holds the code before its own
-        held[0] = False  # the first one holds the start
+        held[0] = False  # the first slot holds the start token
         self.sees[self.image, self.image] = _infilling(held)
         learned = masked & (torch.arange(masked.shape[1]) % SQUARE != 0)
         self._learn(self.image, self.codes, learned.flatten(), "squares")
 
     def learn_caption(self) -> None:
-        """Each token from the image and from the tokens before."""
+        """Predict each token from the image and the tokens before it."""
         self.sees[self.words, self.words] = _causal(self.num_text)
         self.sees[self.words, self.image] = True
         before = slice(self.words.start, self.words.stop - 1)
         self._learn(before, self.tokens[self.words][1:], torch.ones(self.num_text - 1, dtype=torch.bool), "caption")
 
     def learn_spans(self, masked: Bool[Tensor, " tokens"]) -> None:
-        """Masked tokens; never the first one, for which no slot is left."""
+        """Predict masked tokens; never the first one, for which no slot is left."""
         self.sees[self.words, self.words] = _infilling(masked)
         before = slice(self.words.start, self.words.stop - 1)
         self._learn(before, self.tokens[self.words][1:], masked[1:], "spans")
@@ -253,12 +253,12 @@ def _causal(slots: int) -> Bool[Tensor, "slots slots"]:
 
 
 def _infilling(masked: Bool[Tensor, " slots"]) -> Bool[Tensor, "slots slots"]:
-    """All slots see those that hold nothing masked; masked ones also see masked ones before them, and themselves."""
+    """All slots see unmasked slots; masked ones also see themselves and the masked ones before them."""
     return ~masked | (masked[:, None] & masked & _causal(len(masked)))
 
 
 def _squares(sides: tuple[int, int], share: float, random: np.random.Generator) -> Bool[Tensor, "rows columns"]:
-    """A share of the squares that a frame is cut into, at least one."""
+    """Mask of a share of the squares that a frame is cut into, at least one."""
     rows, columns = sides
     down, across = -(-rows // SQUARE), -(-columns // SQUARE)
     chosen = np.zeros(down * across, bool)
@@ -268,7 +268,7 @@ def _squares(sides: tuple[int, int], share: float, random: np.random.Generator) 
 
 
 def _spans(num_tokens: int, share: float, random: np.random.Generator) -> Bool[Tensor, " tokens"]:
-    """Spans of Poisson length, at least one token in all; never the first token. The last span is cut to the share."""
+    """Mask of spans of Poisson length: at least one token, never the first. The last span is cut to the share."""
     masked = np.zeros(num_tokens, bool)
     missing = min(max(1, round(share * num_tokens)), num_tokens - 1)
     while missing > 0:

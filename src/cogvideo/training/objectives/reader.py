@@ -1,8 +1,8 @@
-"""Objective of the World reader: attributes of clips that are drawn on the fly, of single frames first.
+"""Objective of the World reader: attributes of clips rendered on the fly, at first of single frames.
 
 Unlike models, which learn from the split `train`, the reader learns from all splits: it must read held-out pairs as
-well as others. What it never sees are clips numbered below `attributes.READER_LEARNS`. Shapes are learned last, and
-from single frames in a tenth of the time: the first steps have stills of one figure alone.
+well as others. It never sees clips numbered below `attributes.READER_LEARNS`. Shapes are learned last, but in a tenth
+of the time from single frames, so the first steps use stills of a single figure.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from cogvideo.training.objectives.task import BatchLosses, Objective, generator
 from cogvideo.training.optim import Optimization, groups_by_decay, has_fused, trained
 
 STILLS = 100_000_000
-"""First number of the clips that stills are taken from."""
+"""Number of the first clip that stills are taken from."""
 STILL_FROM, STILL_TO = 1.0, 2.0
-"""Seconds between which figures are in the picture, or mostly."""
+"""Interval, in seconds, during which figures are in the picture, at least mostly."""
 SHIFT, BRIGHTNESS, TINT, NOISE = 3, 0.08, 0.03, 0.04
-"""Largest changes of a clip: pixels, relative brightness of all and of one color, deviation of noise."""
+"""Augmentation limits: shift in pixels, relative brightness overall and per color, standard deviation of noise."""
 BETAS = (0.9, 0.98)
 """Decay rates of AdamW's averages."""
 
@@ -42,7 +42,7 @@ class ReaderSettings(Optimization):
     steps: int = 5000
     """Number of steps, each on new clips."""
     batch: int = 16
-    """Clips of a step."""
+    """Clips per step."""
     learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     warmup: int = 200
@@ -52,7 +52,7 @@ class ReaderSettings(Optimization):
     still_steps: int = 1500
     """Number of initial steps that train on single frames instead of clips."""
     stills: int = 64
-    """Frames of a step on single frames."""
+    """Frames per step on single frames."""
     weight_decay: float = 0.05
     """Weight decay of AdamW."""
     largest_gradient: float = 1.0
@@ -79,7 +79,7 @@ class ReaderBatch(NamedTuple):
     pixels: Float[Tensor, "batch 3 frames 64 64"]
     """Red, green and blue in [0, 1]."""
     truth: Int64[Tensor, "batch attributes"]
-    """Places of what is true among the labels of each attribute."""
+    """Index of the true label of each attribute."""
 
 
 class ReaderObjective(Objective):
@@ -96,12 +96,12 @@ class ReaderObjective(Objective):
         super().__init__(model, None)
 
     def optimizers(self, settings: Any) -> list[torch.optim.Optimizer]:
-        """AdamW with weight decay for matrices alone."""
+        """AdamW with weight decay for matrices only."""
         groups = groups_by_decay(trained(self), settings.weight_decay)
         return [torch.optim.AdamW(groups, settings.learning_rate, betas=BETAS, fused=has_fused(trained(self)))]
 
     def load_old(self, state: dict[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Take up a checkpoint.pt."""
+        """Load a checkpoint.pt."""
         self.model.load_state_dict(state["model"])
         optimizers[0].load_state_dict(state["optimizer"])
 
@@ -117,7 +117,7 @@ class ReaderObjective(Objective):
 
 
 def batches(settings: ReaderSettings, step: int) -> Iterator[ReaderBatch]:
-    """Batches that follow when `step` steps are made."""
+    """Batches after the first `step` steps."""
     for number in count(step):
         is_still = number < settings.still_steps
         drawn = stills(number, settings.stills) if is_still else clips(number, settings.batch)
@@ -133,13 +133,13 @@ class RenderedScenes(NamedTuple):
 
 
 def clips(step: int, batch: int) -> RenderedScenes:
-    """Clips that no step before it had, none of those kept for tests."""
+    """Clips that no earlier step used, without those kept for tests."""
     scenes = [world.scene(READER_LEARNS + number) for number in range(step * batch, (step + 1) * batch)]
     return RenderedScenes(scenes, np.stack([render(scene) for scene in scenes]))
 
 
 def stills(step: int, number: int) -> RenderedScenes:
-    """Single frames of other clips, of one figure alone, since one frame does not tell which of two acts."""
+    """Single frames of other clips with one figure, since one frame does not show which of two acts."""
     begin = STILLS + step * number * 4  # two clips of three have one figure
     alone = (scene for scene in world.scenes("all", begin) if not scene.other_object)
     scenes = list(islice(alone, number))
@@ -151,10 +151,10 @@ def stills(step: int, number: int) -> RenderedScenes:
 def augment(
     clips: UInt8[np.ndarray, "batch frames size size 3"], generator: torch.Generator
 ) -> Float[Tensor, "batch 3 frames size size"]:
-    """Clips as a tokenizer might give them back, all labels still true: no mirroring, no large change of a color.
+    """Clips as a tokenizer might reconstruct them, with all labels still true: no mirroring, no large color change.
 
     Each clip as a whole is shifted by up to 3 pixels, every second one blurred, its brightness and colors changed a
-    little; noise comes in squares of 2 x 2 pixels, new in every frame. The generator says where the result is.
+    little; noise comes in squares of 2 x 2 pixels, new in every frame. The result is on the generator's device.
     """
     device = generator.device
 
@@ -172,14 +172,14 @@ def augment(
 def _shifted(
     clips: UInt8[np.ndarray, "batch frames size size 3"], generator: torch.Generator
 ) -> UInt8[np.ndarray, "batch frames size size 3"]:
-    """The outermost pixels are repeated where nothing is known."""
+    """Shift clips, repeating the outermost pixels at the edges."""
     offsets = torch.randint(-SHIFT, SHIFT + 1, (len(clips), 2, 1), generator=generator, device=generator.device)
     places = (offsets.cpu().numpy() + np.arange(clips.shape[2])).clip(0, clips.shape[2] - 1)
     return np.stack([clip[:, rows][:, :, columns] for clip, (rows, columns) in zip(clips, places, strict=True)])
 
 
 def _blurred(pixels: Float[Tensor, "*planes rows columns"]) -> Float[Tensor, "*planes rows columns"]:
-    """Weights 1, 2, 1 across and down; the outermost pixels stay."""
+    """Blur with weights 1, 2, 1 across and down; the outermost pixels stay."""
     made = pixels.clone()
     made[..., 1:-1] += pixels[..., :-2].add(pixels[..., 2:]).sub_(pixels[..., 1:-1], alpha=2).mul_(0.25)
     pixels = made.clone()

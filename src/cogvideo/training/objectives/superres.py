@@ -1,7 +1,7 @@
 """Objective of super-resolution: all high codes of a frame in one pass, from low codes and caption (spec section 4).
 
-No high slot is fed a high code, so none can leak: every slot learns its code from the low ones and from its place. Low
-codes are those of a true frame here and samples with faults when a video is generated, so some are replaced at random.
+No high slot is fed a high code, so none can leak: every slot predicts its code from the low ones and its position. In
+training, low codes come from real frames; in generation, they are samples with errors. So some are replaced at random.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cogvideo.training.objectives.task import BatchLosses, cross_entropy
 
 
 class SuperresBatch(NamedTuple):
-    """Frames side by side."""
+    """A batch of frames."""
 
     text: PaddedText
     """Captions without a frame rate."""
@@ -50,11 +50,11 @@ class SuperresTask:
 
     @property
     def num_positions(self) -> int:
-        """Text slots, low codes and high slots."""
+        """Number of text slots, low codes and high slots."""
         return self.layout.text_slots + self.layout.low_slots + self.layout.high_slots
 
     def collate(self, samples: list[ClipSample]) -> SuperresBatch:
-        """Captions that do not fit lose their end; those that were dropped are the unconditional one."""
+        """Collate samples. Captions that do not fit are truncated; dropped ones become the unconditional text."""
         text = self.text.batch([each.caption for each in samples], None, self.layout.text_slots, truncate=True)
         has_text = bool(text.mask.any(1).all())
         require(has_text, "the unconditional text is empty, and super-resolution needs text: use --caption-dropout 0")

@@ -1,7 +1,7 @@
-"""Objectives as the loop sees them: samples become a batch, and a batch becomes losses.
+"""Objectives as seen by the training loop: samples become a batch, and a batch becomes losses.
 
-Losses are means over what one sample predicts. So a batch may be cut anywhere, into micro-batches or among ranks, and
-the gradients of its pieces still add up to that of the whole.
+Losses are means over the targets of one sample. So a batch may be split anywhere, into micro-batches or among ranks,
+and the gradients of its pieces still add up to the gradient of the whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cogvideo.training.optim import make_optimizers, trained
 
 
 class BatchLosses(NamedTuple):
-    """The losses of a batch, in nats a predicted token."""
+    """The losses of a batch, in nats per predicted token."""
 
     loss: Float[Tensor, " batch"]
     """Loss of each sample, which is minimized."""
@@ -32,7 +32,7 @@ class BatchLosses(NamedTuple):
 class Task(Protocol):
     """Task of a stage. It can be pickled: loading processes call `collate`.
 
-    What is random in it comes from the samples' seeds, so a sample is the same whatever stands beside it.
+    Its randomness comes from the samples' seeds, so a sample does not depend on the rest of the batch.
     """
 
     @property
@@ -41,20 +41,20 @@ class Task(Protocol):
 
     @property
     def num_positions(self) -> int:
-        """Slots of one sample that go through the model."""
+        """Number of slots of one sample that go through the model."""
 
     def collate(self, samples: list[ClipSample]) -> Any:
-        """Samples to a named tuple of tensors, whose first axis is the sample; they may be nested."""
+        """Turn samples into a named tuple of tensors, which may be nested; the first axis is the sample."""
 
     def losses(self, model: nn.Module, batch: Any) -> BatchLosses:
         """The losses of a batch."""
 
 
 class Objective(nn.Module):
-    """A model, perhaps partly frozen, with its task: its forward pass is a loss, as data parallelism wants it."""
+    """A model, perhaps partly frozen, with its task: its forward pass is a loss, as data parallelism requires."""
 
     unit = "tokens"
-    """Name of what the speed counts: the positions of a sample."""
+    """Unit in which throughput is counted: the positions of a sample."""
 
     def __init__(self, model: nn.Module, task: Any) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Objective(nn.Module):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the columns of `Measured.parts`."""
+        """Names of the columns of `BatchLosses.parts`."""
         return tuple(self.task.parts)
 
     @property
@@ -80,7 +80,7 @@ class Objective(nn.Module):
     def has_unused_parameters(self) -> bool:
         """True if a step leaves some trained parameters without a gradient.
 
-        Nothing reads the last low level of super-resolution, so parts of its base have none where that is trained.
+        Nothing reads the last low level of super-resolution, so parts of its base have none if the base is trained.
         """
         return isinstance(self.model, Upscaler) and any(each.requires_grad for each in self.model.base.parameters())
 
@@ -88,7 +88,7 @@ class Objective(nn.Module):
         """Prepare for a step, counted from 0."""
 
     def optimizers(self, settings: Any) -> list[torch.optim.Optimizer]:
-        """Optimizers that share what is trained."""
+        """Optimizers that together update all trained parameters."""
         return make_optimizers(self, settings)
 
     def clipped(self) -> list[nn.Parameter]:
@@ -96,23 +96,23 @@ class Objective(nn.Module):
         return trained(self)
 
     def load_old(self, state: dict[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Take up the state of a run that began when its objective had a checkpoint format of its own."""
+        """Load the state of a run that began when its objective had its own checkpoint format."""
         raise NotImplementedError
 
 
 def generator(seed: int, *purpose: str | int, device: torch.device | None = None) -> torch.Generator:
-    """Random numbers for one purpose, the same whenever they are drawn."""
+    """Random generator for one purpose, with the same numbers whenever it is created."""
     return torch.Generator(device or "cpu").manual_seed(key(seed, *purpose))
 
 
 def key(*parts: str | int) -> int:
-    """A seed that follows from numbers and words."""
+    """A seed derived from numbers and words."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
 
 
 def cross_entropy(
     logits: Float[Tensor, "batch slots classes"], targets: Int64[Tensor, "batch slots"]
 ) -> Float[Tensor, "batch slots"]:
-    """Cross entropy of each slot, in float32 at least, whatever the logits are in."""
+    """Cross entropy of each slot, in float32 at least, whatever the dtype of the logits."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)

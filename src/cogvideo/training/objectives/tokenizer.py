@@ -1,8 +1,8 @@
 """Objective of the image tokenizer: its settings, its losses, and the codebook that follows the encoder.
 
-The recipe is that of taming-transformers (arXiv 2012.09841) with a codebook of running averages (arXiv 1711.00937): the
-autoencoder minimizes differences of pixels, a perceptual distance, the commitment to its codes and, later, what an
-adversary sees. Where LPIPS's weights are not given, pyramids and edges stand for it.
+The recipe follows taming-transformers (arXiv 2012.09841) with a codebook of running averages (arXiv 1711.00937): the
+autoencoder minimizes pixel differences, a perceptual distance, the commitment loss and, later, an adversarial loss.
+If LPIPS's weights are not given, pyramids and edges replace it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cogvideo.training.parallel import ALONE, Ranks, gathered, is_first
 M = TypeVar("M", bound=nn.Module)
 
 SMALLEST_MATRIX = 16
-"""Rows and columns of a kernel that Muon takes; smaller ones, of pixels, stay with Adam."""
+"""Least rows and columns of a kernel that Muon takes; smaller ones, of pixels, stay with Adam."""
 PARTS = ("pixels", "edges", "perceptual", "adversary", "commitment", "psnr", "discriminator", "restarted")
 """Figures of a step: weighted losses, PSNR of the reconstructions, the adversary's own loss, restarted codes."""
 
@@ -46,7 +46,7 @@ class TokenizerSettings(Optimization):
     steps: int = 20_000
     """Steps of the autoencoder."""
     batch: int = 32
-    """Frames of a step, over all ranks."""
+    """Frames per step, over all ranks."""
     learning_rate: float = 5e-4
     """Peak learning rate."""
     warmup: int = 200
@@ -117,9 +117,9 @@ class TokenizerSettings(Optimization):
 
 
 class FrameStream:
-    """Batches of frames as a function of the step: every frame once an epoch, in another order each time.
+    """Batches of frames as a function of the step: every frame once per epoch, in another order each time.
 
-    Ranks have neighboring parts of a batch.
+    Ranks get adjacent parts of a batch.
     """
 
     def __init__(
@@ -137,16 +137,16 @@ class FrameStream:
         return torch.from_numpy(self.pixels[places.numpy()])
 
     def after(self, step: int) -> Iterator[UInt8[Tensor, "batch height width 3"]]:
-        """The batches that follow when `step` steps are made."""
+        """The batches after the first `step` steps."""
         return (self[each] for each in count(step))
 
 
 class TokenizerObjective(Objective):
     """An autoencoder with its adversary and the running averages of its codebook.
 
-    A step depends on the state, the settings and the number of the step alone. Where the autoencoder has several rates,
-    they take turns. The adversary's loss is part of the step's backward pass, and reaches nothing but the adversary.
-    The codebook starts from frames of the stream too, or is that of an initial autoencoder, like the weights.
+    A step depends only on the state, the settings and the step number. If the autoencoder has several rates, they take
+    turns. The adversary's loss is part of the step's backward pass, but its gradient reaches only the adversary. The
+    codebook is initialized from frames of the stream, or from an initial autoencoder, like the weights.
     """
 
     model: Autoencoder
@@ -183,7 +183,7 @@ class TokenizerObjective(Objective):
         return trained(self.model)
 
     def optimizers(self, settings: Any) -> list[torch.optim.Optimizer]:
-        """Adam; Muon for convolution kernels if it is chosen; Adam of the adversary."""
+        """Adam; Muon for convolution kernels if chosen; Adam for the adversary."""
         kernels = [each for each in trained(self.model) if self.settings.optimizer == "muon" and _is_kernel(each)]
         known = set(map(id, kernels))
         rest = [each for each in trained(self.model) if id(each) not in known]
@@ -196,7 +196,7 @@ class TokenizerObjective(Objective):
         ]
 
     def _muon(self, kernels: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """Muon of kernels as matrices of outputs by inputs, which share the kernels' memory."""
+        """Muon for kernels, viewed as matrices of outputs by inputs that share the kernels' memory."""
         self.matrices = nn.ParameterList(_matrix(each.detach(), like=each) for each in kernels)
         muon = torch.optim.Muon(self.matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
@@ -209,18 +209,18 @@ class TokenizerObjective(Objective):
         return muon
 
     def load_old(self, state: dict[str, Any], optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Take up a checkpoint.pt."""
+        """Load a checkpoint.pt."""
         self.model.load_state_dict(state["autoencoder"])
         self.discriminator.load_state_dict(state["discriminator"])
         self.codebook.counts.copy_(state["codebook"]["counts"])
         self.codebook.sums.copy_(state["codebook"]["sums"])
         adam = {name: each for name, each in state["optimizer"].items() if name != "muon"}
-        muon = state["optimizer"].get("muon", [])  # older ones are of Adam alone
+        muon = state["optimizer"].get("muon", [])  # older checkpoints only have Adam
         for optimizer, each in zip(optimizers, [adam, *muon, state["adversary_optimizer"]], strict=True):
             optimizer.load_state_dict(each)
 
     def begin(self, step: int) -> None:
-        """Note the number of the step, and start the codebook at the first one with codes."""
+        """Record the step number, and initialize the codebook at the first step with codes."""
         self._step = step
         if step == self.settings.codes_from and not self.has_initial:
             if is_first():
@@ -230,7 +230,7 @@ class TokenizerObjective(Objective):
 
     @torch.no_grad()
     def _start_codebook(self) -> None:
-        """K-means of the vectors of the coming batches."""
+        """Initialize the codebook by k-means of the vectors of the coming batches."""
         device = self.model.codebook.embedding.device
         needed = self.settings.start_vectors * len(self.codebook.counts)
         vectors: list[Tensor] = []
@@ -242,7 +242,7 @@ class TokenizerObjective(Objective):
         self.codebook.start(torch.cat(vectors), per_step=len(vectors[0]), generator=by)
 
     def forward(self, batch: UInt8[Tensor, "batch height width 3"]) -> BatchLosses:
-        """The loss of a batch as a whole; while training, the codebook moves along."""
+        """The losses of a batch as a whole; in training, this also updates the codebook."""
         with torch.autocast(batch.device.type, enabled=False):
             return self._losses(to_frames(batch))
 
@@ -263,7 +263,7 @@ class TokenizerObjective(Objective):
         figures = {"psnr": -10 * squared_error.clamp(min=1e-10).log10()}
         if has_adversary:
             figures["discriminator"] = self._discriminator_loss(made.detach(), frames)
-            loss = loss + (figures["discriminator"] - figures["discriminator"].detach())  # a gradient, and no value
+            loss = loss + (figures["discriminator"] - figures["discriminator"].detach())  # adds a gradient but no value
         if is_quantized and self.training:
             figures["restarted"] = self._move_codebook(vectors, codes)
         parts = losses | figures
@@ -275,7 +275,7 @@ class TokenizerObjective(Objective):
         return torch.autocast(self.model.codebook.embedding.device.type, torch.bfloat16, enabled=enabled)
 
     def _pass(self, frames: Float[Tensor, "batch 3 height width"], rate: int, is_quantized: bool) -> _Pass:
-        """Frames through the encoder, the codebook and a decoder; the codes are left out if not `is_quantized`."""
+        """Frames through the encoder, the codebook and a decoder; quantization is skipped unless `is_quantized`."""
         with self._half():
             features = self.model.features(frames, rate).float()
             vectors = rearrange(features.detach(), "batch embedding rows columns -> (batch rows columns) embedding")
@@ -289,7 +289,7 @@ class TokenizerObjective(Objective):
     def _image_losses(
         self, made: Float[Tensor, "batch 3 height width"], frames: Float[Tensor, "batch 3 height width"]
     ) -> dict[str, Float[Tensor, ""]]:
-        """The weighted differences of reconstructions from frames."""
+        """Weighted distances between reconstructions and frames."""
         settings = self.settings
         losses = {"pixels": pyramid_distance(made, frames, settings.pyramid_levels)}
         if settings.edge_weight > 0:
@@ -302,7 +302,7 @@ class TokenizerObjective(Objective):
     def _adversary_loss(
         self, made: Float[Tensor, "batch 3 height width"], image_loss: Float[Tensor, ""], rate: int
     ) -> Float[Tensor, ""]:
-        """Loss that the adversary gives, with a gradient for the autoencoder alone."""
+        """Adversarial loss, with a gradient only for the autoencoder."""
         fixed = {name: each.detach() for name, each in self.discriminator.named_parameters()}
         with self._half():
             loss = generator_loss(torch.func.functional_call(self.discriminator, fixed, (made,)).float())
@@ -317,7 +317,7 @@ class TokenizerObjective(Objective):
 
     @torch.no_grad()
     def _move_codebook(self, vectors: Float[Tensor, "many dim"], codes: Int64[Tensor, " many"]) -> Int64[Tensor, ""]:
-        """Follow the vectors of all ranks; returns how many codes were restarted."""
+        """Update the codebook with the vectors of all ranks; returns the number of restarted codes."""
         vectors, codes = gathered(vectors), gathered(codes)
         if self.has_initial and self._step == self.settings.codes_from:
             self.codebook.take_up(len(vectors))
@@ -336,23 +336,23 @@ class _Pass(NamedTuple):
 
 
 def _is_kernel(parameter: nn.Parameter) -> bool:
-    """True if it is worth being taken as a matrix."""
+    """True if Muon should treat it as a matrix."""
     return parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) >= SMALLEST_MATRIX
 
 
 def _matrix(kernel: Tensor, like: Tensor) -> Tensor:
-    """A kernel, or its gradient, as outputs by inputs: a view of what has the memory format of `like`."""
+    """A kernel, or its gradient, as outputs by inputs; a view if it has the memory format of `like`."""
     return kernel.flatten(1) if like.is_contiguous() else kernel.permute(0, 2, 3, 1).flatten(1)
 
 
 def _placed(module: M, device: torch.device) -> M:
-    """The module on its device; on a GPU with channels last, which is faster there, but not for a CPU's norms."""
+    """The module on its device; on a GPU in channels-last format, which is faster there, but not for norms on a CPU."""
     module = module.to(device)
     return cast(M, cast(Any, module).to(memory_format=torch.channels_last)) if device.type == "cuda" else module
 
 
 def batch_places(step: int, batch: int, num_frames: int, seed: int) -> Int64[Tensor, " batch"]:
-    """Places of the frames of a step: every frame once an epoch, in another order each time."""
+    """Indices of the frames of a step: every frame once per epoch, in another order each time."""
     places = torch.arange(step * batch, (step + 1) * batch)
     epochs = places // num_frames
     return torch.cat(

@@ -1,7 +1,7 @@
-"""Objective of the video stages: the codes of later frames from caption, frame rate and the frames before.
+"""Objective of the video stages: the codes of later frames from caption, frame rate and earlier frames.
 
-Only what carries loss goes through the head: slots of frames 1 to 4 in the sequential stage, of frames 1 and 3 in
-interpolation, and image codes alone (spec section 3).
+Only slots that carry loss go through the code head: those of frames 1 to 4 in the sequential stage, of frames 1 and 3
+in interpolation. Logits cover image codes only (spec section 3).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cogvideo.training.objectives.task import BatchLosses, cross_entropy
 
 
 class VideoBatch(NamedTuple):
-    """Sequences side by side."""
+    """A batch of sequences."""
 
     text: PaddedText
     codes: Int64[Tensor, "batch frames rows columns"]
@@ -45,11 +45,11 @@ class VideoTask:
 
     @property
     def num_positions(self) -> int:
-        """Text slots and frame slots."""
+        """Number of text slots and frame slots."""
         return self.layout.length
 
     def collate(self, samples: list[ClipSample]) -> VideoBatch:
-        """Captions that do not fit lose their end; those that were dropped are the unconditional one."""
+        """Collate samples. Captions that do not fit are truncated; dropped ones become the unconditional text."""
         captions, durations = [each.caption for each in samples], [each.duration for each in samples]
         text = self.text.batch(captions, durations, self.layout.text_slots, truncate=True)
         return VideoBatch(text, torch.stack([torch.from_numpy(sample.codes.astype("int64")) for sample in samples]))
@@ -86,7 +86,7 @@ class _Places(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # what is made while measuring must also serve in training
+@torch.inference_mode(False)  # tensors cached during evaluation must also work in training
 def _places(layout: SequenceLayout, device: torch.device) -> _Places:
     order = torch.tensor(layout.order)
     frames = layout.frame_positions(range(layout.num_frames))
