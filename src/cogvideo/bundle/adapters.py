@@ -1,7 +1,7 @@
 """Adapters on disk, in PEFT's format: `adapters/NAME/` in a bundle, or any folder, with a folder for each component.
 
-`adapters/NAME/base/` has `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads and writes; so have
-`sequential` and `interpolation`. Metadata of our own names the weights that an adapter was trained on.
+`adapters/NAME/base/` has `adapter_config.json` and `adapter_model.safetensors`, which PEFT reads and writes; so do
+`sequential/` and `interpolation/`. Our own metadata identifies the weights that an adapter was trained on.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from cogvideo.files import replacing, write_json
 from cogvideo.models.adapters import DOWN, MATRICES, UP, Delta
 
 ADAPTERS, OWN = "adapters", "own"
-"""Folder of adapters in a bundle, and the name of one unless another is given."""
+"""Folder of adapters in a bundle, and the default name of an adapter."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTED = ("base", "sequential", "interpolation")
 """Components that adapters can change."""
 _FACTS = "cogvideo"
-"""Key of our metadata, a single one: their order in the file is random."""
+"""Key of our metadata, a single one because the order of several in the file is random."""
 _PREFIX = "base_model.model."
-"""Begins PEFT's names of tensors."""
+"""Prefix of PEFT's tensor names."""
 _PLAIN = {"bias": "none", "use_dora": False, "use_rslora": False, "alpha_pattern": {}, "fan_in_fan_out": False}
-"""Settings of PEFT that change what is added, with the only values that are known here."""
+"""PEFT settings that change what is added, with the only values supported here."""
 
 
 class Adapter(NamedTuple):
-    """Files of an adapter of one component."""
+    """Files of the adapter of one component."""
 
     component: str
     folder: Path
@@ -48,22 +48,22 @@ class Adapter(NamedTuple):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts that were written with it; PEFT writes none."""
+        """Facts that were written with the adapter; PEFT writes none."""
         with _opened(self.weights) as file:
             return dict(json.loads((file.metadata() or {}).get(_FACTS, "{}")))
 
     @property
     def sha256(self) -> str:
-        """Hash of that file."""
+        """Hash of the file of the matrices."""
         return Entry.of(self.weights).sha256
 
     @property
     def durations(self) -> list[float]:
-        """Seconds of the sequences that it was trained on; nothing where that is unknown."""
+        """Seconds of the sequences that the adapter was trained on; empty if unknown."""
         return list(self.facts.get("durations", []))
 
     def check(self, sha256: str) -> None:
-        """Refuse an adapter of other weights than those with this hash, as far as it says."""
+        """Refuse an adapter that was trained on weights with another hash, if it records one."""
         known = self.facts.get("component_sha256", sha256)
         require(
             known == sha256,
@@ -99,10 +99,10 @@ class Adapter(NamedTuple):
 
 
 def scales(adapters: Iterable[str]) -> dict[str, float]:
-    """Scales by names, from texts `NAME` or `NAME:SCALE`.
+    """Scales by name, from texts `NAME` or `NAME:SCALE`.
 
     Raises:
-        ValueError: a scale is no number.
+        ValueError: a scale is not a number.
     """
     found = {}
     for each in adapters:
@@ -115,15 +115,15 @@ def scales(adapters: Iterable[str]) -> dict[str, float]:
 
 
 def adapters_in(folder: Path, scale: float = 1.0) -> list[Adapter]:
-    """Files of an adapter in its folder, of each component that it changes."""
+    """Files of the adapter in a folder, one entry per component that it changes."""
     return [Adapter(each, folder / each, scale) for each in ADAPTED if (folder / each / CONFIG).is_file()]
 
 
 def find_adapter(bundle: Path, name: str, scale: float) -> list[Adapter]:
-    """Files of an adapter by its name in a bundle, or its folder.
+    """Files of an adapter, given its name in a bundle or its folder.
 
     Raises:
-        ValueError: there is none, or the scale is no number.
+        ValueError: there is no such adapter, or the scale is not a number.
     """
     require(math.isfinite(scale), f"the scale of the adapter {name} is {scale}, expected a finite number")
     groups = [each / ADAPTERS for each in (bundle, owner_of(bundle)) if each is not None]
@@ -143,12 +143,12 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[st
     """Write the adapter of one component.
 
     Args:
-        folder: that of the component.
+        folder: folder of the component.
         tensors: both matrices of each layer, by their names in the component.
-        facts: `component_sha256`, hash of the weights that it changes, and `durations` in seconds of the clips.
+        facts: `component_sha256`, hash of the weights to which it applies, and `durations` in seconds of the clips.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the adapter cannot be written.
     """
     rank = len(next(each for name, each in tensors.items() if name.endswith(DOWN)))
     layers = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors}
@@ -169,7 +169,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[st
 
 
 def _opened(path: Path) -> Any:
-    """The safetensors file."""
+    """Open a safetensors file."""
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:

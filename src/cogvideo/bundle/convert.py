@@ -1,6 +1,6 @@
-"""Released checkpoints to a bundle, through one table of names that is strict both ways.
+"""Conversion of released checkpoints to a bundle, through one table of names that is strict both ways.
 
-Every released tensor is used, or dropped by name, and every one of ours is filled. Checkpoints are memory-mapped, one
+Every released tensor is used or explicitly dropped, and every one of ours is filled. Checkpoints are memory-mapped, one
 file at a time.
 """
 
@@ -25,7 +25,7 @@ from cogvideo.config import AutoencoderConfig, CogVideoConfig, InputError, Trans
 from cogvideo.models.autoencoder import Autoencoder
 
 COMPARED_AT_ONCE = 1 << 18
-"""Elements of two tensors that are compared at once, in float64: 2 MiB each."""
+"""Number of elements compared at once, in float64: 2 MiB per tensor."""
 
 
 class Conversion(NamedTuple):
@@ -33,7 +33,7 @@ class Conversion(NamedTuple):
 
     components: tuple[str, ...]
     differing: dict[str, dict[str, float]]
-    """Stages with a base of their own: largest difference from the shared base of every tensor that differs."""
+    """For stages with a base of their own, each differing tensor's largest difference from the shared base."""
 
     def summary(self) -> str:
         """Description of what was stored, and why."""
@@ -55,10 +55,10 @@ def convert(
 
     Args:
         out: folder for the bundle; an existing bundle is replaced once the new one is complete.
-        folders: of sequential, interpolation and superres.
+        folders: folders of sequential, interpolation and superres.
         ice: folder of the tokenizers.
         clusters: file with the cluster of each image code.
-        config: sizes; by default those of the checkpoints, and otherwise those of the preset `cogvideo`.
+        config: sizes; by default from the checkpoints, and from the preset `cogvideo` otherwise.
     """
     stages = [ReleasedCheckpoint.find(component, folder) for component, folder in folders.items()]
     require(bool(stages) or ice is not None, "nothing to convert, expected at least one of stage1, stage2, dsr, ice")
@@ -78,13 +78,13 @@ class ReleasedCheckpoint(NamedTuple):
     """A released folder: `model_config.json`, `latest` and `<iteration>/mp_rank_00_model_states.pt`."""
 
     component: str
-    """Our component that its added tensors make."""
+    """Our component that the added tensors belong to."""
     file: Path
     settings: dict[str, Any]
 
     @classmethod
     def find(cls, component: str, folder: Path) -> ReleasedCheckpoint:
-        """The checkpoint in a folder; refused if a file is missing, or the model is split in several."""
+        """Find the checkpoint in a folder; refuses missing files, and models split into several."""
         settings = _read_settings(folder / "model_config.json")
         with _reading(folder / "latest"):
             iteration = folder / (folder / "latest").read_text("utf-8", "replace").strip()
@@ -96,7 +96,7 @@ class ReleasedCheckpoint(NamedTuple):
         return cls(component, files[0], settings)
 
     def sizes(self) -> TransformerConfig:
-        """Sizes from tensors and settings; tokens are those of the preset `cogvideo`."""
+        """Sizes from tensors and settings; tokens from the preset `cogvideo`."""
         tensors = _read_module(self.file)
         names = [f"transformer.{kind}_embeddings.weight" for kind in ("word", "position")]
         missing = [name for name in names if name not in tensors or tensors[name].ndim != 2]
@@ -111,7 +111,7 @@ class ReleasedCheckpoint(NamedTuple):
             raise InputError(f"{self.file} is no released checkpoint: {error}") from error
 
     def check(self, config: CogVideoConfig) -> None:
-        """Refuse a checkpoint whose settings or tensors are not those of the configuration."""
+        """Refuse a checkpoint whose settings or tensors do not match the configuration."""
         for key, ours in _SETTINGS.items():
             got, expected = self.settings.get(key), getattr(config.transformer, ours)
             where = self.file.parent.parent / "model_config.json"
@@ -140,7 +140,7 @@ def _derive(stages: list[ReleasedCheckpoint]) -> CogVideoConfig:
 
 
 def _add_stage(writer: BundleWriter, stage: ReleasedCheckpoint) -> dict[str, float]:
-    """Write what the stage adds, and its base unless that is stored already; give the tensors in which bases differ."""
+    """Write what the stage adds, and its base if not stored yet; return the tensors that differ between bases."""
     base, added = stage.load(writer.config.transformer.num_layers)
     writer.add(stage.component, added, stage.file)
     if "base" not in writer.components:
@@ -154,7 +154,7 @@ def _add_stage(writer: BundleWriter, stage: ReleasedCheckpoint) -> dict[str, flo
 
 
 def _largest_difference(first: Shaped[Tensor, "..."], second: Shaped[Tensor, "..."]) -> float:
-    """Not a number where either holds one, so that nothing broken passes for equal."""
+    """Largest difference; NaN if either tensor has a NaN, so that broken tensors never pass as equal."""
     pieces = (torch.split(tensor.flatten(), COMPARED_AT_ONCE) for tensor in (first, second))
     differences = [(a.double() - b.double()).abs().max() for a, b in zip(*pieces, strict=True)]
     return float(torch.stack(differences).max())
@@ -178,7 +178,7 @@ def _read_labels(file: Path) -> Shaped[Tensor, "..."]:
 
 
 def _read_module(file: Path) -> dict[str, Tensor]:
-    """The released tensors of a file, memory-mapped; code in it does not run."""
+    """Released tensors of a file, memory-mapped, without running code in the file."""
     with _reading(file):
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     module = content.get("module") if isinstance(content, dict) else None
@@ -242,12 +242,12 @@ _AUTOENCODER_WORDS = (
 def released_autoencoder_names(config: AutoencoderConfig) -> dict[str, str]:
     """Released tensor name (`ice_image.pt`) -> our parameter name, for every parameter of `Autoencoder(config)`.
 
-    Not named are two tensors that we do not keep, the codebook's running averages `quantize.cluster_size` and
-    `quantize.embed_avg`. Shapes are equal.
+    Shapes are equal. Two tensors that we do not keep have no name: the codebook's running averages
+    `quantize.cluster_size` and `quantize.embed_avg`.
     """
 
     def released_level(match: re.Match[str]) -> str:
-        """Our decoders' levels run from the coarsest, the released ones count from the finest."""
+        """Our decoder levels count from the coarsest, the released ones from the finest."""
         finest = len(config.decoder_multipliers[int(match[1])]) - 1
         return f"decs.{match[1]}.up.{finest - int(match[2])}."
 
@@ -274,7 +274,7 @@ _BLOCK_NAMES = {
     "mlp.dense_4h_to_h": "mlp_out",
 }
 _RUNNING_AVERAGES = {"quantize.cluster_size", "quantize.embed_avg"}
-"""Tensors for the training of the codebook: dropped."""
+"""Tensors used only to train the codebook, which are dropped."""
 _SETTINGS = {"num_layers": "num_layers", "hidden_size": "hidden", "num_attention_heads": "num_heads"}
 """Key of `model_config.json` -> our field."""
 _CHANNEL_NAMES = {"query_key_value": "qkv", "dense": "out"}

@@ -1,8 +1,8 @@
-"""The format of a bundle: a folder with `bundle.json` and one file a component; the base, which all stages share, once.
+"""The format of a bundle: a folder with `bundle.json` and one file per component; the shared base is stored once.
 
-`bundle.json` holds the configuration and the name, size and sha256 of each component's file. It is written last and in
-one step, so that a folder holds the old bundle or the new one, whatever interrupts a save. Saves into one folder take
-turns, and each removes what killed ones left.
+`bundle.json` holds the configuration and the name, size and sha256 of each component's file. It is written last and
+atomically, so after any interruption a folder holds either the old bundle or the new one. Saves into one folder take
+turns, and each removes the leftovers of killed ones.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from cogvideo.text import TextTokenizer
 FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 SAVING = ".saving-"
-"""Begins the name of the folder of a bundle in the making, inside the bundle that it is to replace."""
+"""Prefix of the temporary folder of an unfinished bundle, inside the bundle that it will replace."""
 CHANNELS = "channels"
-"""Folder in a bundle of further video channels, each in a bundle of its own that shares all else with this one."""
+"""Folder of additional video channels in a bundle; each is a bundle that shares everything else with this one."""
 TOUCHED = "touched"
-"""File in there: the names that the bundle loses or gets, one a line."""
+"""File in the temporary folder: names of files that the bundle loses or gains, one per line."""
 
 OWN_BASES = ("sequential_base", "interpolation_base", "superres_base")
 MODULES: dict[str, Callable[[CogVideoConfig], nn.Module]] = {
@@ -63,13 +63,13 @@ MODULES: dict[str, Callable[[CogVideoConfig], nn.Module]] = {
 """Components with parameters. A stage has a base of its own only where it differs from the shared one."""
 
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
-"""Name of a file of a bundle."""
+"""Valid name of a file in a bundle."""
 
 SHARED = ("base", "text", "image_tokenizer")
 """Components that the stages of a bundle have in common."""
 
 COMPONENTS = (*MODULES, "cluster_labels", "text")
-"""All that a bundle can hold; it may lack any of them."""
+"""All components of a bundle, any of which may be missing."""
 
 Component = nn.Module | Tensor | TextTokenizer
 
@@ -161,7 +161,7 @@ class Manifest:
 
     @classmethod
     def complete(cls, folder: Path) -> Manifest:
-        """The manifest of a bundle whose files are all there: the new one, where an update replaced it meanwhile.
+        """The manifest of a bundle whose files all exist; reread if an update replaces the bundle meanwhile.
 
         For a channel, it includes what the channel shares.
         """
@@ -189,7 +189,7 @@ class Manifest:
 
 
 def read_tensor(path: Path, name: str) -> Shaped[Tensor, "..."]:
-    """One tensor of a safetensors file, in a memory map of its own: its pages leave memory together with it."""
+    """One tensor of a safetensors file, in its own memory map, so its pages are freed with it."""
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(name)
 
@@ -197,7 +197,7 @@ def read_tensor(path: Path, name: str) -> Shaped[Tensor, "..."]:
 def check_tensors(component: str, tensors: Mapping[str, Tensor], config: CogVideoConfig, where: object) -> None:
     """Refuse tensors, called `where` in messages, that are not exactly those of the component.
 
-    They have their names in the module's state; the tensor of `cluster_labels` is called `labels`.
+    Names are those in the module's state dict; the tensor of `cluster_labels` is called `labels`.
     """
     is_labels = component == "cluster_labels"
     if is_labels:
@@ -222,8 +222,8 @@ def check_tensors(component: str, tensors: Mapping[str, Tensor], config: CogVide
 
 
 def in_half(component: str, module: nn.Module, config: CogVideoConfig) -> nn.Module:
-    """A copy of a component on the CPU, in float16, as bundles store what was trained; in its own precision, which is
-    said, where a value is too large for that."""
+    """Copy of a component on the CPU in float16, as bundles store trained weights; in its own precision, with a
+    message, if a value is too large for float16."""
     state = {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}
     narrow = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     large = [name for name, tensor in narrow.items() if not bool(tensor.isfinite().all())]
@@ -253,10 +253,10 @@ def text_tokenizer(model: bytes, config: CogVideoConfig, where: object) -> TextT
 
 @contextmanager
 def writing(folder: Path, config: CogVideoConfig) -> Iterator[BundleWriter]:
-    """A bundle in the making, which replaces the one in `folder` if the `with` block ends without an error.
+    """Writer of a bundle that replaces the one in `folder` if the `with` block ends without an error.
 
-    Until then it is in a folder `.saving-*` inside, which remains only if the process is killed. Others that write the
-    same bundle wait.
+    Until then its files are in a folder `.saving-*` inside, which remains only if the process is killed. Other writers
+    of the same bundle wait.
     """
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -271,8 +271,8 @@ def writing(folder: Path, config: CogVideoConfig) -> Iterator[BundleWriter]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what saves left, whatever ended them: their folders, and the files that they touched which the bundle does
-    not have, unless it cannot be read."""
+    """Remove leftovers of saves, however they ended: their folders, and files that they touched but the bundle lacks,
+    unless the bundle cannot be read."""
     for leftover in named(folder, f"{SAVING}*"):
         touched, files = leftover / TOUCHED, _files(folder)
         if touched.exists() and (files or not (folder / MANIFEST).exists()):
@@ -283,7 +283,7 @@ def _clear(folder: Path) -> None:
 
 
 class BundleWriter:
-    """The files of a new bundle; `writing` makes one."""
+    """Writer of the files of a new bundle; `writing` creates it."""
 
     def __init__(self, target: Path, temporary: Path, config: CogVideoConfig) -> None:
         self.target, self.temporary, self.config = target, temporary, config
@@ -300,7 +300,7 @@ class BundleWriter:
         return tuple(each for each in COMPONENTS if each in self._written or each in self._kept)
 
     def add(self, component: str, tensors: Mapping[str, Tensor], where: object = "the model") -> None:
-        """Write the tensors of a component, which may be memory-mapped: none is copied unless it is strided."""
+        """Write the tensors of a component, which may be memory-mapped: only strided ones are copied."""
         check_tensors(component, tensors, self.config, where)
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, self.path(component))
@@ -309,14 +309,14 @@ class BundleWriter:
         self._written[component] = Entry.of(self.path(component))
 
     def add_text(self, model: bytes, where: object = "the model") -> None:
-        """Write a serialized SentencePiece model, refused unless it is that of the configuration."""
+        """Write a serialized SentencePiece model, refused unless it fits the configuration."""
         text_tokenizer(model, self.config, where)
         with replacing(self.path("text")) as file:
             file.write(model)
         self._written["text"] = Entry.of(self.path("text"))
 
     def copy(self, component: str, folder: Path, entry: Entry) -> None:
-        """Take over a file of another bundle, or leave it where it is if the bundle is being replaced itself."""
+        """Copy a file of another bundle; if that is the bundle being replaced, keep its file in place."""
         file = file_of(folder, entry)
         entry.check(file)
         if folder.samefile(self.target):
@@ -329,7 +329,7 @@ class BundleWriter:
     def publish(self) -> None:
         """Put everything in place, `bundle.json` last.
 
-        New files take names that are free, so the old bundle is whole until its `bundle.json` is replaced.
+        New files get unused names, so the old bundle stays intact until its `bundle.json` is replaced.
         """
         placed = {name: replace(entry, file=_free(self.target, entry.file)) for name, entry in self._written.items()}
         manifest = Manifest(self.config, placed | self._kept)
@@ -338,7 +338,7 @@ class BundleWriter:
         manifest.write(self.temporary)
         for component, entry in placed.items():
             sync(self.path(component))
-            shutil.copymode(self.temporary / MANIFEST, self.path(component))  # safetensors writes for its owner alone
+            shutil.copymode(self.temporary / MANIFEST, self.path(component))  # safetensors lets only the owner read
             self.path(component).rename(self.target / entry.file)
         sync(self.target)
         (self.temporary / MANIFEST).replace(self.target / MANIFEST)
@@ -346,13 +346,13 @@ class BundleWriter:
 
 
 def owner_of(folder: Path) -> Path | None:
-    """The bundle that a folder is a channel of; None for any other folder."""
+    """The bundle that a channel's folder belongs to; None for any other folder."""
     group = folder.absolute().parent
     return group.parent if group.name == CHANNELS and (group.parent / MANIFEST).exists() else None
 
 
 def file_of(folder: Path, entry: Entry) -> Path:
-    """The file of an entry. A channel lacks the files that it shares with the bundle that it belongs to."""
+    """Path of an entry's file; files that a channel shares are in the bundle that it belongs to."""
     owner, own = owner_of(folder), folder / entry.file
     return own if owner is None or own.exists() else owner / entry.file
 
@@ -366,7 +366,7 @@ def _files(folder: Path) -> set[str]:
 
 
 def _free(folder: Path, file: str) -> str:
-    """`base.safetensors`, or `base-2.safetensors` and so on where there is such a file."""
+    """Unused file name: `base.safetensors`, else `base-2.safetensors` and so on."""
     stem, suffix = file.split(".")
     names = chain([file], (f"{stem}-{number}.{suffix}" for number in count(2)))
     folders = [each for each in (folder, owner_of(folder)) if each is not None]

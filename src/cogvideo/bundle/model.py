@@ -1,4 +1,4 @@
-"""A model in memory, or on disk: the components of a bundle, each loaded when it is first used."""
+"""A model in memory or on disk: the components of a bundle, each loaded on first use."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from cogvideo.text import TextTokenizer
 T = TypeVar("T")
 
 CODES_PER_CLUSTER = 40
-"""Size of clusters that are made here, that of the released tokenizer: 500 for its 20,000 codes."""
+"""Average size of clusters computed here, as in the released tokenizer: 500 for its 20,000 codes."""
 
 POCKET = "pocket"
 """Name of the model that comes with the package."""
@@ -64,7 +64,7 @@ class StageModels(ABC):
     @property
     @abstractmethod
     def components(self) -> tuple[str, ...]:
-        """Names of the components that there are, loaded or not, in the order of `COMPONENTS`."""
+        """Names of the available components, loaded or not, in the order of `COMPONENTS`."""
 
     @property
     @abstractmethod
@@ -78,10 +78,10 @@ class StageModels(ABC):
 
     @abstractmethod
     def part(self, component: str, kind: type[T]) -> T:
-        """A component of a kind."""
+        """A component of this type."""
 
     def base_of(self, stage: str) -> Base:
-        """The base of a stage, which differs from the shared one where the stage has a base of its own."""
+        """The base of a stage: its own if it has one, else the shared base."""
         return self.part(self.base_name(stage), Base)
 
     def base_name(self, stage: str) -> str:
@@ -101,7 +101,7 @@ class StageModels(ABC):
 
     @property
     def interpolation(self) -> Transformer:
-        """Frames to those between them."""
+        """Frames to the frames between them."""
         return Transformer(self.base_of("interpolation"), self.part("interpolation", TemporalChannel))
 
     @property
@@ -116,9 +116,9 @@ class StageModels(ABC):
 
 
 class CogVideo(StageModels):
-    """A whole system or a part of one: what it has is in `components`, and the rest is refused when it is asked for.
+    """A whole system or a part of one: `components` names what it has; using anything else raises `ValueError`.
 
-    Everything that is loaded has `requires_grad` False: training turns on what it trains.
+    Loaded parameters have `requires_grad` False; training turns it on for what it trains.
 
     Args:
         config: sizes of all components.
@@ -126,21 +126,21 @@ class CogVideo(StageModels):
             `UpscaleChannel` (superres), `Autoencoder` (image_tokenizer), int64 labels, `TextTokenizer`.
 
     Raises:
-        ValueError: there is no component of such a name.
+        ValueError: a component's name is unknown.
     """
 
     def __init__(self, config: CogVideoConfig, **components: Component) -> None:
         _check_names(components)
         self.config = config
         self.folder: Path | None = None
-        """Folder that it was loaded from; None if it was not."""
+        """Folder that the model was loaded from, if any."""
         self.dtype: torch.dtype | None = None
-        """Type that weights are loaded as; None for the one that they are stored in."""
+        """Type that weights are loaded as; None for the stored type."""
         self.device = torch.device("cpu")
         """Device that weights are loaded to."""
         self._parts, self._entries = components, dict[str, Entry]()
         self.adapters: list[Adapter] = []
-        """Adapters that are fused into components when these are loaded."""
+        """Adapters that are fused into components on loading."""
         self._verify = True
 
     @classmethod
@@ -153,10 +153,10 @@ class CogVideo(StageModels):
         adapters: Mapping[str, float] = MappingProxyType({}),
         channel: str | None = None,
     ) -> CogVideo:
-        """The model in a folder, or else on the Hugging Face Hub; each component is loaded when it is first used.
+        """The model in a folder, or else on the Hugging Face Hub; each component is loaded on first use.
 
-        On the CPU and in the stored dtype, weights stay memory-mapped. Else they are copied one tensor at a time: host
-        memory peaks at what is loaded plus one tensor.
+        On the CPU and in the stored dtype, weights stay memory-mapped. Otherwise they are copied one tensor at a time:
+        host memory peaks at the loaded weights plus one tensor.
 
         Args:
             name: folder of a bundle, id of one on the Hub (`owner/name`), or `pocket` for the one in the package.
@@ -164,13 +164,13 @@ class CogVideo(StageModels):
             device: device of the tensors.
             verify: compare the sha256 of a component's file before it is used.
             adapters: adapters to add to the weights, by their names in the bundle or their folders, each with its
-                scale, which is 1 for what was trained.
-            channel: name of one of the bundle's further video channels, in place of its own.
+                scale; 1 is as trained.
+            channel: name of one of the bundle's additional video channels, in place of its own.
 
         Raises:
             ValueError: there is no such bundle, channel or adapter, it is incomplete, of a newer format or was
-                trained on another model, or dtype or device cannot be used. What is wrong inside a component is
-                refused when it is loaded.
+                trained on another model, or dtype or device cannot be used. Errors inside a component are
+                raised when it is loaded.
         """
         folder = locate(name)
         if channel is not None:
@@ -193,13 +193,14 @@ class CogVideo(StageModels):
         """Add adapters to components that are not loaded yet.
 
         Raises:
-            ValueError: this model lacks what one changes, or has other weights than it was trained on.
+            ValueError: this model lacks a component that an adapter changes, or has other weights than the adapter was
+                trained on.
         """
         for each in adapters:
             name = each.component
             require(name in self._entries, f"the adapter {each.folder} changes {name}, which this model lacks")
             each.check(self._entries[name].sha256)
-            if name == "base" and "superres" in self._entries:  # which enlarges as before
+            if name == "base" and "superres" in self._entries:  # super-resolution keeps the unadapted base
                 self._entries.setdefault("superres_base", self._entries[name])
             own = self.config.sequential.durations or (SECONDS,)
             if name == "sequential" and (more := set(each.durations) - set(own)):
@@ -210,14 +211,14 @@ class CogVideo(StageModels):
         return [each for each in self.adapters if each.component == component]
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write a bundle; one that is already in `folder` is replaced in one step, when the new one is complete.
+        """Write a bundle; an existing one in `folder` is replaced atomically, when the new one is complete.
         Processes that write into one folder take turns.
 
-        Components that were not loaded, and keep their dtype, are copied as files.
+        Components that were not loaded and keep their dtype are copied as files.
 
         Raises:
-            ValueError: `folder` is no folder, or a component does not fit the configuration.
-            OSError: it cannot be written.
+            ValueError: `folder` is not a folder, or a component does not fit the configuration.
+            OSError: the bundle cannot be written.
         """
         with writing(Path(folder), self.config) as writer:
             self._write(writer)
@@ -241,7 +242,7 @@ class CogVideo(StageModels):
         return tuple(each for each in COMPONENTS if each in self._parts or each in self._entries)
 
     def sha256(self, component: str) -> str | None:
-        """Hash of a component's file; None where it has none."""
+        """Hash of a component's file; None if it has no file."""
         return self._entries[component].sha256 if component in self._entries else None
 
     @property
@@ -251,7 +252,7 @@ class CogVideo(StageModels):
 
     @property
     def fingerprint(self) -> str | None:
-        """Hash of all components' files and adapters; None where they come from no bundle."""
+        """Hash of all components' files and adapters; None if the model does not come from a bundle."""
         if self.folder is None:
             return None
         listed = "".join(f"{name} {entry.sha256}\n" for name, entry in sorted(self._entries.items()))
@@ -259,7 +260,7 @@ class CogVideo(StageModels):
         return hashlib.sha256(listed.encode()).hexdigest()
 
     def release(self) -> None:
-        """Forget the weights that were loaded from a bundle; each is loaded again when it is next used."""
+        """Drop the weights that were loaded from a bundle; each component is reloaded on next use."""
         for component in self._entries.keys() & self._parts.keys() - {"text", "cluster_labels"}:
             del self._parts[component]
 
@@ -270,7 +271,7 @@ class CogVideo(StageModels):
 
     @cached_property
     def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
-        """Cluster of each code: stored ones, else k-means of the codebook; None where there is neither."""
+        """Cluster of each code: stored ones, else k-means of the codebook; None if there is neither."""
         if "cluster_labels" in self.components:
             return self.part("cluster_labels", Tensor)
         if "image_tokenizer" not in self.components:
@@ -284,31 +285,31 @@ class CogVideo(StageModels):
         return self.part("text", TextTokenizer)
 
     def part(self, component: str, kind: type[T]) -> T:
-        """A component, refused if it is of another kind; see `component`."""
+        """A component, refused if it has another type; see `component`."""
         part = self.component(component)
         if not isinstance(part, kind):
             raise InputError(f"{component} is a {type(part).__name__}, expected a {kind.__name__}")
         return part
 
     def component(self, component: str) -> Component:
-        """A component by its name, loaded if it was not yet.
+        """A component by its name, loaded if necessary.
 
         Raises:
-            ValueError: this model has none of that name, or its file cannot be used.
+            ValueError: this model has no component of that name, or its file cannot be used.
         """
         if component not in self._parts:
             self._parts[component] = self.load(component)
         return self._parts[component]
 
     def is_loaded(self, component: str) -> bool:
-        """True if a component is there already and may have been changed since."""
+        """True if a component is already in memory, where it may have been changed."""
         return component in self._parts
 
     def load(self, component: str) -> Component:
-        """A component as its file has it, with this model's adapters; the model does not keep it.
+        """A component read from its file, with this model's adapters; the model does not keep it.
 
         Raises:
-            ValueError: this model has no file of that name, it is not what was saved, or it does not fit the
+            ValueError: this model has no file for it, or the file differs from what was saved or does not fit the
                 configuration.
         """
         where = "this model" if self.folder is None else f"the bundle {self.folder}"
@@ -318,7 +319,7 @@ class CogVideo(StageModels):
         entry = self._entries[component]
         try:
             return self._load(component, entry, file_of(self.folder, entry))
-        except (ValueError, FileNotFoundError, RuntimeError) as error:  # PyTorch opens it once more by its name
+        except (ValueError, FileNotFoundError, RuntimeError) as error:  # PyTorch reopens the file by name
             if entry in Manifest.complete(self.folder).components.values():
                 raise
             raise InputError(f"{component} of the bundle {self.folder} was replaced: load the bundle again") from error
@@ -345,7 +346,7 @@ class CogVideo(StageModels):
         return module.eval().requires_grad_(False)
 
     def _place(self, path: Path, name: str, mapped: Tensor) -> Tensor:
-        """The memory-mapped tensor itself where it can stay as it is, else a copy."""
+        """The memory-mapped tensor itself if device and dtype match, else a copy."""
         dtype = self.dtype if self.dtype is not None and mapped.is_floating_point() else mapped.dtype
         if self.device.type == "cpu" and dtype == mapped.dtype:
             return mapped
@@ -355,13 +356,13 @@ class CogVideo(StageModels):
 def update(
     folder: str | PathLike[str], config: CogVideoConfig, without: Collection[str] = (), **components: Component
 ) -> None:
-    """Write components into the bundle in `folder`, which keeps its others except those in `without`; a new bundle
-    where there is none.
+    """Write components into the bundle in `folder`, which keeps its others except those in `without`; creates a bundle
+    if there is none.
 
     Raises:
-        ValueError: there is no component of such a name, the bundle there has another configuration, a component does
-            not fit it, or a file of those that are kept is missing.
-        OSError: it cannot be written.
+        ValueError: a component's name is unknown, the bundle has another configuration, a component does not fit it, or
+            the file of a kept component is missing.
+        OSError: the bundle cannot be written.
     """
     _check_names([*components, *without])
     model, folder = CogVideo(config, **components), Path(folder)
@@ -371,7 +372,7 @@ def update(
             require(same, f"the bundle {folder} has another configuration than the components to be written")
             gone = {*components, *without}
             kept = {name: entry for name, entry in there.components.items() if name not in gone}
-            if owner_of(folder) is not None:  # the rest stays that of its owner
+            if owner_of(folder) is not None:  # the owner keeps the rest
                 kept = {name: each for name, each in kept.items() if name in SHARED or (folder / each.file).exists()}
             model.folder, model._entries = folder, kept
         model._write(writer)
@@ -383,10 +384,10 @@ def _check_names(components: Collection[str]) -> None:
 
 
 def locate(name: str | PathLike[str]) -> Path:
-    """The folder of a bundle: that in the package for `pocket`, `name` itself, else a download of the Hub's bundle.
+    """The folder of a bundle: in the package for `pocket`, else `name` itself, else downloaded from the Hub.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such bundle.
     """
     if name == POCKET:
         folder = Path(__file__).parents[1] / POCKET
@@ -401,20 +402,20 @@ def locate(name: str | PathLike[str]) -> Path:
 
 
 def download(name: str, patterns: Sequence[str], hint: str) -> Path:
-    """A folder with files of a model on the Hugging Face Hub.
+    """Download files of a model from the Hugging Face Hub; returns their folder.
 
     Args:
         name: id of the model, owner/name.
-        patterns: names of the files.
+        patterns: patterns of file names.
         hint: end of the error message.
 
     Raises:
         ValueError: there is no such model.
     """
     require(re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None, f"there is no folder {name}: {hint}")
-    from huggingface_hub import snapshot_download  # takes a third of a second, and most bundles are folders
+    from huggingface_hub import snapshot_download  # its import takes a third of a second; most bundles are folders
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except Exception as error:  # what it raises depends on its version and on the HTTP library that it uses
+    except Exception as error:  # the type depends on its version and HTTP library
         raise InputError(f"there is no folder {name}, and none came from the Hub ({error}): {hint}") from error

@@ -1,4 +1,4 @@
-"""A model as the pipeline runs it, on a CPU with packed weights, while the caller's own stays as it is."""
+"""A model as the pipeline runs it: on a CPU with packed weights, without changing the caller's model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ PACKED = ("base", "sequential", "interpolation", "sequential_base", "interpolati
 
 
 class Packed(StageModels):
-    """The stages of a model, each made ready when it is asked for.
+    """The stages of a model, each prepared on first use.
 
-    What the model has not loaded is loaded here and packed layer by layer, so that it is in memory once. What it has
-    loaded is the caller's, and may change between two clips: of its layers, this object has packed copies.
+    Components that the model has not loaded are loaded here and packed layer by layer, so they are in memory only once.
+    Loaded ones belong to the caller and may change between clips, so this object packs copies of their layers.
 
     Args:
         model: model with these stages.
-        kept: components that were loaded here, for the next object.
-        offload: keep only the components that the stage at work needs.
+        kept: components that were loaded here, to be reused by the next object.
+        offload: keep only the components that the current stage needs.
     """
 
     def __init__(self, model: CogVideo, kept: Parts, offload: bool) -> None:
@@ -41,7 +41,7 @@ class Packed(StageModels):
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of the parts that there are."""
+        """Names of the available components."""
         return self._model.components
 
     @property
@@ -56,16 +56,16 @@ class Packed(StageModels):
 
     @property
     def num_bytes(self) -> int:
-        """Memory of what was loaded here."""
+        """Bytes of the components loaded here."""
         return sum(map(num_bytes, self._kept.values()))
 
     def release(self) -> None:
-        """Let go of all that was loaded here; it is loaded again when it is next used."""
+        """Drop everything that was loaded here; it is reloaded on next use."""
         self._kept.clear()
         self._copies.clear()
 
     def base_of(self, stage: str) -> Base:
-        """The base of a stage, in place of what only other stages need."""
+        """The base of a stage; with `offload`, drops what only other stages need."""
         needed = {self.base_name(stage), stage}
         if stage == "superres":
             needed.add("image_tokenizer")
@@ -75,7 +75,7 @@ class Packed(StageModels):
         return super().base_of(stage)
 
     def part(self, component: str, kind: type[T]) -> T:
-        """A component of a kind, packed where that makes it faster."""
+        """A component of this type, packed if that makes it faster."""
         is_callers = self._model.is_loaded(component)
         parts = self._copies if is_callers else self._kept
         if component not in parts:
