@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from cogvideo.config import require
 
 MATRICES = ("qkv", "out", "mlp_in", "mlp_out")
-"""Layers of a block that adapters change, as far as a component has them."""
+"""Layers of a block that adapters change, if the component has them."""
 DOWN, UP = "lora_A.weight", "lora_B.weight"
-"""Names of the two matrices, PEFT's; their product `UP @ DOWN` is added to the weight."""
+"""PEFT's names of the two matrices; their product `UP @ DOWN` is added to the weight."""
 
 
 class LowRank(nn.Linear):
-    """A frozen linear layer and the adapter of its weight, which is trained and zero at the start."""
+    """A frozen linear layer with a trained low-rank adapter, which is zero at the start."""
 
     def __init__(self, frozen: nn.Linear, rank: int, generator: torch.Generator | None = None) -> None:
         with torch.device("meta"):
@@ -32,7 +32,7 @@ class LowRank(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Float[Tensor, "batch rows in"]) -> Float[Tensor, "batch rows out"]:
-        """`x @ (weight + up @ down).T + bias`, without the sum of the matrices."""
+        """`x @ (weight + up @ down).T + bias`, without forming the sum of the matrices."""
         return super().forward(x) + self.lora_B(self.lora_A(x))
 
 
@@ -42,14 +42,14 @@ class Delta(NamedTuple):
     tensors: Mapping[str, Tensor]
     """Both matrices of each layer, by their names in the component."""
     scale: float = 1.0
-    """Factor of what is added."""
+    """Factor of the product that is added."""
 
 
 def adapt(module: nn.Module, rank: int, generator: torch.Generator | None = None) -> None:
-    """Add adapters of a rank to a base or a channel, in place; its own weights are frozen.
+    """Add adapters of this rank to a base or a channel, in place, and freeze its own weights.
 
     Raises:
-        ValueError: the rank is not that of any adapter.
+        ValueError: the rank is not in `[1, smallest side of the matrices]`.
     """
     layers = [(owner, name) for owner in module.modules() for name in MATRICES if hasattr(owner, name)]
     most = min(min(getattr(owner, name).weight.shape) for owner, name in layers)

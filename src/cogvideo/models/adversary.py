@@ -23,11 +23,11 @@ MOST_WEIGHT = 1e4
 
 
 class PatchDiscriminator(nn.Module):
-    """Judge of overlapping patches of a frame: positive for real ones, negative for reconstructions.
+    """Discriminator of overlapping patches: positive scores for real frames, negative for reconstructions.
 
     It has 4 x 4 convolutions: `num_layers` that halve the side and two that keep it (minus one), with batch
     norm between the first and the last, and LeakyReLU after all but the last. There are no running
-    statistics, since it is only used in training. Weights start as N(0, 0.02), those of norms as N(1, 0.02),
+    statistics, since it is only used in training. Weights start as N(0, 0.02), norm weights as N(1, 0.02),
     biases as zero.
     """
 
@@ -45,26 +45,26 @@ class PatchDiscriminator(nn.Module):
         self.apply(_start)
 
     def forward(self, frames: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1 rows columns"]:
-        """Judge the patches of frames in [0, 1], none of which has a side below `least_side`."""
+        """Score the patches of frames in [0, 1], whose sides are at least `least_side`."""
         least, side = self.least_side, min(frames.shape[2:])
         require(side >= least, f"frames have a side of {side} pixels, expected at least {least} for the adversary")
         return self.last(self.middle(self.first(2 * frames - 1)))
 
     @property
     def least_side(self) -> int:
-        """Side of the smallest frame it can judge: the two layers that keep the side use up one cell each."""
+        """Side of the smallest frame that has a score: the two layers that keep the side use up one cell each."""
         return 3 * 2 ** len(self.middle)
 
 
 def discriminator_loss(
     real: Float[Tensor, "batch 1 rows columns"], made: Float[Tensor, "batch 1 rows columns"]
 ) -> Float[Tensor, ""]:
-    """Hinge loss of the judgments of real frames and reconstructions: 0 beyond 1 and -1, respectively."""
+    """Hinge loss of the scores of real frames and reconstructions: 0 beyond 1 and -1, respectively."""
     return (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
 
 
 def generator_loss(made: Float[Tensor, "batch 1 rows columns"]) -> Float[Tensor, ""]:
-    """Negative mean judgment of reconstructions, which the autoencoder minimizes."""
+    """Negative mean score of reconstructions, which the autoencoder minimizes."""
     return -made.mean()
 
 

@@ -82,10 +82,10 @@ class MaskPlan(NamedTuple):
     restore: Int64[Tensor, " rows"] | None = None
     """Index of each row of the pass in the groups' outputs; None if they are in order."""
     write: CacheWrite | None = None
-    """Write of keys and values, which happens before rows read; None in training."""
+    """Keys and values to write to the cache before rows read it; None in training."""
 
     def keys(self, kv: Float[Tensor, "2 batch heads rows head_dim"], layer: int) -> Tensor:
-        """Keys and values that the rows of a pass read, after a planned write; layers of this kind are counted."""
+        """Keys and values that the rows of a pass read, after any write; `layer` counts layers of this kind."""
         return kv if self.write is None else self.write.store(kv, layer)
 
 
@@ -135,7 +135,7 @@ def attention_weights(
     k: Float[Tensor, "samples heads keys head_dim"],
     plan: MaskPlan,
 ) -> Float[Tensor, "batch heads rows keys"]:
-    """Probabilities of `attend`, zero for keys that a row does not see: its outputs for unit vectors as values."""
+    """Attention probabilities in `attend`, zero for unseen keys: its outputs with unit vectors as values."""
     num_keys, width = k.shape[2:]
     units = F.pad(torch.eye(num_keys).to(k), (0, -num_keys % width))
     parts = [attend(q, torch.stack([k, unit.expand_as(k)]), plan) for unit in torch.split(units, width, dim=1)]
@@ -146,8 +146,8 @@ def attention_weights(
 def split_heads(
     fused: Float[Tensor, "batch rows fused"], heads: int
 ) -> tuple[Float[Tensor, "batch heads rows head_dim"], Float[Tensor, "2 batch heads rows head_dim"]]:
-    """Queries, and keys with values, from the fused projection [q | k | v]."""
+    """Queries, and stacked keys and values, from the fused projection [q | k | v]."""
     batch, rows, width = fused.shape
-    # split: gradients of its parts are joined once; those of slices would be padded to the whole and added
+    # split: gradients of its parts are joined once; those of slices would be padded to full size and added
     q, kv = fused.view(batch, rows, 3, heads, width // (3 * heads)).split_with_sizes((1, 2), 2)
     return q.squeeze(2).transpose(1, 2), kv.permute(2, 0, 3, 1, 4)

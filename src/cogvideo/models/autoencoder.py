@@ -88,7 +88,7 @@ class Autoencoder(nn.Module):
     def decode_pixels(
         self, codes: Int64[Tensor, "frames slots"], chunk: int | None = 1, sides: tuple[int, int] | None = None
     ) -> UInt8[np.ndarray, "frames height width 3"]:
-        """Decode the codes of pictures of these rows and columns, else of squares; raises what `decode` raises."""
+        """Decode codes to pictures of `sides` rows and columns, by default squares; raises what `decode` raises."""
         device = self.codebook.embedding.device
         rows, columns = sides or both(math.isqrt(codes.shape[1]))
         with torch.autocast(device.type, enabled=False):

@@ -91,7 +91,7 @@ class CacheMap:
 class Cache:
     """Keys and values of the layers with one kind of block, and mask plans of the passes that use them.
 
-    Slots are counted over all frames in the order of feeding; a spatial cache keeps only those of the last
+    Slots are counted over all frames in feeding order; a spatial cache keeps only those of the last
     frames. `step` feeds one slot of each of a few frames, the same in every sample. `runs` feeds consecutive
     slots of a frame, different ones in every sample. Both read contiguous slices; `masked` compares two
     integers per key instead.
@@ -100,7 +100,7 @@ class Cache:
         where: place of each key.
         num_layers: number of layers with this kind of block.
         text: numbers added to the scores of text keys, see `text_mask`.
-        shape: samples, heads and size of a head.
+        shape: samples, heads and head width.
         like: a tensor with the dtype and device of the cache.
     """
 
@@ -186,7 +186,7 @@ class Cache:
 
     def masked(self, frame: range, slots: Int64[Tensor, "batch rows"]) -> MaskPlan:
         """Plan for any slots of one frame, different ones in every sample, computed from tensors. All passes
-        of the frame have the same shapes, so they can be captured. A row sees a key of its own cell if the
+        of the frame have the same shapes, so CUDA graphs can capture them. A row sees a key of its own cell if the
         key is text or was fed no later than the row. Slots are counted from the first of the frame.
         """
         first = frame.start % len(self.places)

@@ -105,7 +105,7 @@ class Lpips(nn.Module):
 
 
 def load_lpips(*files: Path, network: Network = "vgg") -> Lpips:
-    """Load LPIPS from files: `.safetensors`, or tables of tensors by `torch.save`.
+    """Load LPIPS from files: `.safetensors`, or dictionaries of tensors from `torch.save`.
 
     Args:
         files: files that together hold torchvision's network, with or without its classifier, and the LPIPS

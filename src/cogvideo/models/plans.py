@@ -34,7 +34,7 @@ def text_mask(
 
 
 def extend(text: Tensor, keys: int) -> Tensor:
-    """Extend the mask of text to [text | keys], where all further keys are seen."""
+    """Extend the text mask to [text | keys]; all added keys are seen."""
     return F.pad(text, (0, keys)) if keys else text
 
 
@@ -54,8 +54,8 @@ def full_pass(
         mask: true for real text, on the device of the pass.
         dtype: type of the keys.
         num_frames: number of leading ranks that are fed.
-        bonus: added to text scores in the spatial channel; in the temporal one, only drawn slots have it
-            (spec 3).
+        bonus: added to text scores in the spatial channel; in the temporal one, only generated slots have
+            it (spec 3).
     """
     spatial, *temporal = _structure(layout, window, num_frames, mask.device)
     text = text_mask(mask, 0.0, dtype)
@@ -125,7 +125,7 @@ def _temporal(layout: SequenceLayout, window: int, shifted: bool, num_frames: in
 
 
 def _frame_chunks(layout: SequenceLayout, area: int, num_frames: int) -> tuple[Chunk, ...]:
-    """Bidirectional frames see each other in full; later ones see all before and themselves causally."""
+    """Bidirectional frames see each other in full; later ones see all earlier frames, and themselves causally."""
     both = min(layout.num_bidirectional, num_frames)
     chunks = []
     if both:

@@ -29,11 +29,11 @@ class Codebook(nn.Module):
         self.embedding = nn.Parameter(rows, requires_grad=False)
 
     def nearest(self, vectors: Float[Tensor, "*positions embedding"]) -> Int64[Tensor, "*positions"]:
-        """Code of the row nearest to each vector (L2); the lowest code among equally near ones."""
+        """Code of the row nearest to each vector (L2); the lowest code if several are equally near."""
         return nearest_rows(vectors.flatten(0, -2), self.embedding).view(vectors.shape[:-1])
 
     def lookup(self, codes: Int64[Tensor, "*positions"]) -> Float[Tensor, "*positions embedding"]:
-        """Rows of the codes, which are refused outside `[0, num_codes)`."""
+        """Rows of the codes; refuses codes outside `[0, num_codes)`."""
         check_code_range(codes, len(self.embedding))
         return F.embedding(codes, self.embedding)
 
@@ -104,7 +104,7 @@ def _means(
 
 
 def _assign(points: Float[Tensor, "points dim"], centers: Float[Tensor, "clusters dim"]) -> Int64[Tensor, " points"]:
-    """Assign points to the nearest center; an empty cluster takes the farthest point that is not alone."""
+    """Assign points to the nearest center; an empty cluster takes the farthest point that is not alone in its own."""
     labels = nearest_rows(points, centers)
     counts = labels.bincount(minlength=len(centers))
     empty = (counts == 0).nonzero().flatten()

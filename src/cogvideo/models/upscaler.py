@@ -100,7 +100,7 @@ class Upscaler(nn.Module):
             text: left-padded tokens.
             mask: true for real text, at least one token per row.
             codes: codes of the low frame.
-            layout: layout of frames of another shape than the channel's own.
+            layout: layout for frames whose shape differs from the channel's.
         """
         layout = layout or self.channel.layout
         spatial = full_pass(low_sequence(layout), None, mask, self.base.words.weight.dtype, 1).spatial
@@ -156,7 +156,7 @@ def neighborhoods(
     device: torch.device,
     tile: int = TILE,
 ) -> MaskPlan:
-    """Mask plan of high slots over [high slots | low codes]: each sees those around it and its low code.
+    """Mask plan of high slots over [high slots | low codes]: each sees the slots around it and around its low code.
 
     The high frame is cut into tiles, which become cells of attention. A tile gathers the keys that any of its
     slots sees (keys outside the image do not exist) and masks the rest. Tiles with equal masks form a group,
