@@ -27,7 +27,7 @@ class Condition:
     scale: float = 1.0
     """Guidance scale: `unconditional + scale * (conditional - unconditional)`."""
     text_bonus: float = 0.0
-    """Added to the scores of text (spec section 3: 1.4 in the released pipeline without guidance)."""
+    """Added to the scores of text keys (spec section 3: 1.4 in the released pipeline without guidance)."""
 
     @property
     def texts(self) -> tuple[PaddedText, ...]:
@@ -41,7 +41,7 @@ class Condition:
 
 
 class Decoder:
-    """A decoding run. Call `prefill` first. Slots are counted over all frames in the order of feeding.
+    """A decoding run. Call `prefill` first. Slots are counted over all frames in feeding order.
 
     Args:
         model: image model or video stage; the run uses its device and dtype.
@@ -146,7 +146,7 @@ class MaskedDecoder(Decoder):
 
     rows_are_free = True
     width = 1
-    """Slots of a draft: the largest number so far, so that shapes rarely change."""
+    """Slots per draft: the maximum so far, so that shapes rarely change."""
 
     @torch.inference_mode()
     def draft(self, rank: int, runs: Sequence[range], fed: Int64[Tensor, "batch _"]) -> Float[Tensor, "rows codes"]:

@@ -66,8 +66,8 @@ def between(system: StageModels, request: Request, frames: Codes) -> Int64[Tenso
 
     Args:
         system: the model.
-        request: a request whose durations are those of a sequence of the interpolation stage.
-        frames: frames in order of time; the given frames of the request are ignored.
+        request: a request whose durations are those of the interpolation stage's sequences.
+        frames: frames in temporal order; the given frames of the request are ignored.
     """
     run = _Run(system, request)
     run.check(image=False, key_frames=False, rounds=1)
@@ -80,12 +80,12 @@ def between(system: StageModels, request: Request, frames: Codes) -> Int64[Tenso
 
 
 def after(system: StageModels, request: Request, frames: Codes) -> Int64[Tensor, "batch added slots"]:
-    """Generate the frames of a sequence of key frames after given ones; raises what `generate` raises.
+    """Continue a sequence of key frames after given ones; raises what `generate` raises.
 
     Args:
         system: the model.
         request: a request whose duration is that of the sequence; its given frames are ignored.
-        frames: first frames of the sequence of each clip, fewer than a sequence has.
+        frames: first frames of each clip's sequence, fewer than a full sequence.
     """
     run = _Run(system, request)
     run.check(image=False, key_frames=True, rounds=0)
@@ -93,7 +93,7 @@ def after(system: StageModels, request: Request, frames: Codes) -> Int64[Tensor,
 
 
 def collect(frames: Iterable[FinishedFrame]) -> Codes:
-    """Arrange yielded frames in order of time."""
+    """Arrange yielded frames in temporal order."""
     return torch.stack([frame.codes for frame in sorted(frames, key=lambda frame: frame.place)], 1)
 
 
@@ -160,7 +160,7 @@ class _Run:
             context = min(MOST_CONTEXT, 1 + (len(given) - 1) // step)
             start = len(given) - 1 - (context - 1) * step
         num_frames = start + (self.num_key_frames - 1) * step + 1 - request.loop
-        # Frames between given key frames are drawn, though not kept: the next ones see those, not the given ones.
+        # Frames between given key frames are generated, though not kept: later frames see those, not the given ones.
         self.finished = {place - start: each for place, each in request.finished.items() if place >= len(given)}
         for place, codes in enumerate(given):
             if place not in request.finished:
@@ -171,7 +171,7 @@ class _Run:
                 yield frame._replace(place=place, num_frames=num_frames)
 
     def nothing(self) -> Codes:
-        """Codes of no frames."""
+        """Empty codes, of no frames."""
         return torch.empty(len(self.request.prompts), 0, self.layout.frame_slots, dtype=torch.int64)
 
     def new(self, given: Codes, step: int) -> Iterator[FinishedFrame]:
@@ -193,9 +193,9 @@ class _Run:
             codes, step = longer, step // 2
 
     def key_frames(self, given: Codes, step: int) -> Generator[FinishedFrame, None, Codes]:
-        """Generate the first frame by the image model and the others by the sequential stage; returns all.
+        """Generate the first frame with the image model and the others with the sequential stage; returns all.
 
-        Each further sequence of a long clip begins with the last key frames of the one before.
+        Each further sequence of a long clip begins with the last key frames of the previous one.
         """
         if not given.shape[1]:
             for first in self.image():
@@ -255,11 +255,11 @@ class _Run:
     def interpolate(
         self, codes: Codes, generators: Sequence[torch.Generator], share: float, step: int
     ) -> Iterator[FinishedFrame]:
-        """Generate one frame for every gap; the sequences of the round are decoded as one batch or a few, those of
-        a long clip by default as many at a time as a short clip has.
+        """Generate one frame per gap; the sequences of a round are decoded in one batch or a few. By default, a long
+        clip decodes as many at a time as a short clip has.
 
         A sequence takes neighboring frames; its last frame is the first of the next sequence. If the gaps
-        cannot be divided evenly, the last sequence overlaps the one before, and duplicate frames are dropped.
+        cannot be divided evenly, the last sequence overlaps the previous one, and duplicate frames are dropped.
         """
         most = SequenceLayout.interpolation(self.layout).num_bidirectional
         layout = SequenceLayout.interpolation(self.layout, min(most, codes.shape[1]))
@@ -284,7 +284,7 @@ class _Run:
         rows: Sequence[torch.Generator],
         step: int,
     ) -> Iterator[tuple[int, int, Int64[Tensor, "batch slots"]]]:
-        """Generate the frames that some sequences add: number of the sequence, place in it, codes."""
+        """Generate the frames that some sequences add; yields sequence number, place in the sequence, and codes."""
         given = torch.stack([codes[:, span.start : span.start + layout.num_bidirectional] for span in spans], 1)
         finished: list[Tensor] = []
         for place in layout.order[layout.num_bidirectional :]:
@@ -326,7 +326,7 @@ def _spans(num_frames: int, width: int) -> list[_Span]:
 
 
 def _repeat(condition: Condition, times: int) -> Condition:
-    """Repeat each row several times in place."""
+    """Repeat each row several times, with the copies next to each other."""
 
     def repeat(text: PaddedText) -> PaddedText:
         return PaddedText(*(part.repeat_interleave(times, 0) for part in text))

@@ -15,7 +15,7 @@ MEMORY = 0.9
 
 
 class DraftPace:
-    """The pace of one sample, with at most `most` slots per pass, and always as many if rows are `free`."""
+    """The pace of one sample, with at most `most` slots per pass, and always `most` if rows are `free`."""
 
     def __init__(self, most: int, free: bool = False) -> None:
         self.most = most
@@ -32,12 +32,12 @@ class DraftPace:
 
     @property
     def repeats(self) -> float:
-        """Share of codes that repeat the frame before, strictly between 0 and 1."""
+        """Share of codes that repeat the previous frame, strictly between 0 and 1."""
         return min(max(self.repeated / self.kept, 0.01), 0.99)
 
     def saw(self, right: int, width: int, repeated: int = 0) -> None:
-        """Record a pass of `width` slots: the number of drafts that came true before the first that did not,
-        and the number of kept codes that repeat the frame before."""
+        """Record a pass of `width` slots: the number of drafts before the first wrong one, and the
+        number of kept codes that repeat the previous frame."""
         kept = min(right + 1, width)
         self.right = MEMORY * self.right + right
         self.tried = MEMORY * self.tried + kept
@@ -47,7 +47,7 @@ class DraftPace:
 
 @lru_cache(maxsize=4096)
 def worth(percent: int, most: int) -> int:
-    """Number of slots with the most codes for their cost, if `percent` of all drafts come true.
+    """Number of slots with the most codes for their cost, if `percent` of all drafts are right.
 
     A slot is kept if all drafts before it were right, so `width` slots give `1 + p + p^2 + ...` codes.
     """

@@ -52,7 +52,7 @@ class GenerationSettings:
     duration: float = 4.0
     """Seconds that a sequence of key frames spans."""
     more_key_frames: int = 0
-    """Key frames after those of the first sequence, generated in further ones that overlap by two."""
+    """Key frames after the first sequence, generated in further sequences that overlap by two."""
     first: SamplingConfig = CogVideoConfig.first_sampling
     """Sampler and guidance of the first frame."""
     later: SamplingConfig = CogVideoConfig.later_sampling
@@ -66,10 +66,10 @@ class GenerationSettings:
     negative: str | None = None
     """Negative prompt, which replaces the model's unconditional text."""
     text_bonus: float = CogVideoConfig.text_bonus
-    """Added to the attention scores of text where there is no guidance."""
+    """Added to the attention scores of text keys when guidance is off."""
     sequences_at_once: int = 0
-    """Number of sequences of a round (two gaps each) decoded as one batch; 0 is all, in a long clip
-    all of four seconds. Fewer need less memory and more passes, and give the same clip."""
+    """Number of sequences of a round (two gaps each) decoded as one batch; 0 is all, or in a long
+    clip those of four seconds. Fewer need less memory but more passes, and give the same clip."""
     passes: Passes = Passes(draft=8)  # noqa: RUF009  # frozen
     """Slots per pass, which only affect the speed: drafts of up to 8 need half the passes."""
     truncate: bool = False
@@ -87,7 +87,7 @@ class GenerationSettings:
 
     @classmethod
     def of(cls, config: CogVideoConfig) -> GenerationSettings:
-        """Settings of a model's own configuration: clips as long as those that its key frames were trained on."""
+        """Settings from a model's configuration: clips as long as those that its key frames were trained on."""
         return cls(
             rounds=usual_rounds(config.seconds),
             duration=config.seconds,
@@ -98,7 +98,7 @@ class GenerationSettings:
         )
 
     def lasting(self, seconds: float, own: CogVideoConfig) -> GenerationSettings:
-        """The same for clips of this length, in several sequences if it is beyond those of training."""
+        """Copy for clips of this length, in several sequences if they are longer than in training."""
         duration = min(seconds, own.seconds)
         return replace(self, duration=duration, more_key_frames=round((seconds - duration) / _spacing(own)))
 
@@ -112,8 +112,8 @@ class GenerationSettings:
 
 
 def check_seconds(seconds: float, own: CogVideoConfig) -> None:
-    """Refuse a length that the key frames of a model were never trained on, if the model says which those are.
-    Longer clips go on in overlapping sequences, by whole key frames."""
+    """Refuse a length that the key frames of a model were never trained on, if the model records those lengths.
+    Longer clips continue in overlapping sequences, by whole key frames."""
     seen, got = own.sequential.durations, f"seconds is {seconds}"
     if seconds > own.seconds:
         spacing = _spacing(own)
@@ -187,7 +187,7 @@ class SamplingOptions:
     """Sampling temperature of super-resolution inside a cluster."""
 
     def settings(self, own: CogVideoConfig) -> GenerationSettings:
-        """Settings of a model, with the options given here replaced."""
+        """A model's settings, overridden by the options given here."""
         return replace(
             GenerationSettings.of(own),
             first=self._merged(own.first_sampling, "first_"),
@@ -219,7 +219,7 @@ class Request:
     last: Int64[Tensor, " slots"] | None = None
     """The last frame; `given` must then be one frame, the first."""
     loop: bool = False
-    """End with the first frame again. It is left out of the clip, which then repeats without a jump."""
+    """End on the first frame again, but leave it out of the clip, which then loops seamlessly."""
     durations: Sequence[float] = ()
     """Seconds that the key frames of each clip span; by default, the duration of the settings."""
     finished: Mapping[int, Int64[Tensor, "batch slots"]] = field(default_factory=dict)
@@ -242,7 +242,7 @@ class Request:
         return list(self.durations) or [self.settings.duration] * len(self.prompts)
 
     def condition(self, system: StageModels, share: float | None, guidance: float) -> Condition:
-        """Texts of a stage, and their bonus or guidance, of which 1 is none.
+        """Texts of a stage, with their bonus or guidance; a guidance of 1 is none.
 
         A sequence spans `share` of the duration; None is for the image model, whose texts have no frame rate.
         """

@@ -78,7 +78,7 @@ def keep_top_k(logits: Float[Tensor, "*rows codes"], k: int) -> Float[Tensor, "*
 
 
 def keep_top_p(logits: Float[Tensor, "*rows codes"], p: float) -> Float[Tensor, "*rows codes"]:
-    """Set all logits to -inf but the smallest set of most likely ones whose probabilities add up to p."""
+    """Keep the smallest set of most likely codes whose probabilities add up to p; set other logits to -inf."""
     ordered, index = logits.softmax(-1).sort(-1, descending=True)
     dropped = ordered.cumsum(-1) - ordered >= p
     return logits.masked_fill(torch.zeros_like(dropped).scatter(-1, index, dropped), -torch.inf)
@@ -125,7 +125,7 @@ def _add(
 def _add_exactly(
     shares: Float[Tensor, "*rows codes"], index: Int64[Tensor, "*rows codes"], count: int
 ) -> Float[Tensor, "*rows clusters"]:
-    """Sum in integers, whose result does not depend on the order of addition, which varies on a GPU."""
+    """Sum as integers, so the result does not depend on the order of addition, which varies on a GPU."""
     fixed = (shares * FIXED_POINT).to(torch.int64)
     return _add(fixed, index, count).to(shares.dtype) / FIXED_POINT
 

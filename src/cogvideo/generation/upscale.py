@@ -60,7 +60,7 @@ def upscale(
     frames_per_pass: int = 1,
     layout: UpscaleLayout | None = None,
 ) -> Int64[Tensor, "batch high"]:
-    """Compute the high codes of frames. Those of a frame depend only on its own text, low codes and noise.
+    """Compute the high codes of frames. A frame's codes depend only on its own text, low codes and noise.
 
     Args:
         model: the upscaler; the run uses its device and dtype.
@@ -70,7 +70,7 @@ def upscale(
         sampling: the sampler.
         labels: cluster of each code, for cluster sampling.
         frames_per_pass: frames that go through the model at once: more memory, fewer passes, the same codes.
-        layout: layout of frames of another shape than the model's own.
+        layout: layout for frames whose shape differs from the model's.
 
     Raises:
         ValueError: text, low codes, noise or frames per pass are invalid.
