@@ -1,8 +1,8 @@
-"""Memory and work of a model, from its configuration alone: parameters, values in memory, floating-point operations.
+"""Memory and compute of a model, from its configuration alone: parameters, values in memory, operations.
 
-Parameters are counted in the package's modules on the meta device, where tensors have shapes and no values. All else
-follows from formulas, which tests compare with real passes. Not counted is what Python, PyTorch and a CUDA context need
-for themselves.
+Parameters are counted in the package's modules on the meta device, where tensors have shapes but no values. Everything
+else follows from formulas, which tests compare with real passes. The overhead of Python, PyTorch and a CUDA context is
+not counted.
 
 Letters: h hidden width, C image codes, T text slots, S slots of a frame, F frames, N = F S frame rows, R = T + N rows,
 A slots of a cell (a window of the temporal channel, or a frame).
@@ -45,23 +45,23 @@ PRECISIONS = {
 
 @lru_cache(maxsize=16)
 def modules(config: CogVideoConfig) -> dict[str, nn.Module]:
-    """Every component with parameters, without memory."""
+    """Every component with parameters, on the meta device."""
     with torch.device("meta"):
         return {name: make(config) for name, make in MODULES.items() if not name.endswith("_base")}
 
 
 def count(module: nn.Module) -> int:
-    """Parameters of a module."""
+    """Number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def components(config: CogVideoConfig) -> dict[str, int]:
-    """Parameters of every component."""
+    """Number of parameters of every component."""
     return {name: count(module) for name, module in modules(config).items()}
 
 
 def sums(config: CogVideoConfig) -> dict[str, int]:
-    """Parameters of the sums that papers and users speak of."""
+    """Parameter counts of the combinations that papers and users quote."""
     sizes = components(config)
     one = sizes["base"] + sizes["sequential"]
     both = one + sizes["interpolation"]
@@ -69,9 +69,9 @@ def sums(config: CogVideoConfig) -> dict[str, int]:
 
 
 class Matrices(NamedTuple):
-    """Weights of the matrices of all blocks and of the code head.
+    """Number of weights in the matrices of all blocks and of the code head.
 
-    A block of the base has 12 h^2 (attention 4, feed-forward layer 8); what a stage adds to it is attention, 4 h^2.
+    A block of the base has 12 h^2 (attention 4, feed-forward layer 8); a stage adds attention, 4 h^2.
     """
 
     base: int
@@ -80,20 +80,20 @@ class Matrices(NamedTuple):
 
     @classmethod
     def of(cls, sizes: TransformerConfig, is_image: bool = False) -> Matrices:
-        """Those of a stage."""
+        """Counts for the image model or a stage."""
         square = sizes.num_layers * sizes.hidden**2
         return cls(12 * square, 0 if is_image else 4 * square, sizes.num_codes * sizes.hidden)
 
 
 def layout_of(config: CogVideoConfig, stage: Stage) -> SequenceLayout:
-    """The sequence of a stage."""
+    """Layout of a stage's sequence."""
     name = "text_to_image" if stage == "image" else stage
     layout: SequenceLayout = getattr(SequenceLayout, name)(config.layout)
     return layout
 
 
 def kinds_of(config: CogVideoConfig, stage: Stage) -> list[Cells]:
-    """Cells of the temporal channel, by kind of block: with windows there are two, which take turns."""
+    """Cells of the temporal channel, by kind of block: with windows, two kinds alternate."""
     if stage == "image":
         return []
     window = getattr(config, stage).window
@@ -101,7 +101,7 @@ def kinds_of(config: CogVideoConfig, stage: Stage) -> list[Cells]:
 
 
 def num_cells(kind: Cells) -> int:
-    """Cells of a frame."""
+    """Number of cells of a frame."""
     return sum(len(part) for part in kind)
 
 
@@ -111,7 +111,7 @@ def _over_layers(config: CogVideoConfig, values: Sequence[float]) -> float:
 
 
 def _pairs(config: CogVideoConfig, layout: SequenceLayout, window: int | None, frames: int) -> float:
-    """Pairs of a row and a key that a full pass of text and the first frames scores, in all layers and channels."""
+    """Row-key pairs that a full pass over text and the first frames scores, in all layers and channels."""
     plan = full_pass(layout, window, torch.ones(1, layout.text_slots, dtype=torch.bool), torch.float32, frames)
     spatial = config.transformer.num_layers * _scored(plan.spatial)
     return spatial + _over_layers(config, [_scored(each) for each in plan.temporal])
@@ -134,9 +134,9 @@ def _size(part: range | None, cells: Tensor | None) -> int:
 
 
 def _keys_read(config: CogVideoConfig, stage: Stage) -> float:
-    """Keys that a row reads when codes are drawn one by one, in all layers together: the mean over the stage.
+    """Mean number of keys that a row of a stage reads in all layers together when codes are sampled one by one.
 
-    In a cell with A slots, those of frame r read T + r A + (A + 1) / 2 on average. Spatial cells are one frame.
+    In a cell with A slots, those of frame r read T + r A + (A + 1) / 2 on average. A spatial cell is one frame.
     """
     layout = layout_of(config, stage)
     text, slots = layout.text_slots, layout.frame_slots
@@ -147,9 +147,9 @@ def _keys_read(config: CogVideoConfig, stage: Stage) -> float:
 
 
 def cache_size(config: CogVideoConfig, stage: Stage, guided: bool = False) -> tuple[int, int]:
-    """Values of the spatial and of the temporal cache of one sample, decoded frame by frame.
+    """Number of values in the spatial and in the temporal KV cache of one sample, decoded frame by frame.
 
-    There are T + S keys a layer; in the temporal channel T for each cell, and N.
+    The spatial cache has T + S keys per layer, the temporal one T per cell plus N.
     """
     layout = layout_of(config, stage)
     values = 2 * config.transformer.hidden * (1 + guided)
@@ -161,7 +161,7 @@ def cache_size(config: CogVideoConfig, stage: Stage, guided: bool = False) -> tu
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the generation of a clip: passes of some components. Sizes are numbers of values."""
+    """A part of generating a clip: passes through some components. Sizes are numbers of values."""
 
     name: str
     stage: str
@@ -170,35 +170,35 @@ class Phase:
     weights: int
     weights_read: int
     flops: float
-    """Work of the mean pass."""
+    """Operations of the average pass."""
     activations: int
     """Values at the peak of the phase."""
     noise: int = 0
-    """Random numbers at once, in float32."""
+    """Random numbers in memory at once, in float32."""
     rows: int = 1
-    """Samples of a pass, twice as many with guidance."""
+    """Samples per pass, doubled by guidance."""
     prefill_flops: int = 0
-    """Work for text and given frames, before the first pass."""
+    """Operations for text and given frames, before the first pass."""
     cache: int = 0
     cache_read: float = 0.0
-    """Keys and values that the mean pass reads."""
+    """Cached values that the average pass reads."""
 
     def bytes_moved(self, precision: str) -> float:
-        """Weights and cache that the mean pass reads."""
+        """Bytes of weights and cache that the average pass reads."""
         weight, key = PRECISIONS[precision]
         return self.weights_read * weight + self.cache_read * key
 
     def memory(self, precision: str, with_weights: bool = True) -> int:
-        """Bytes of memory at the peak, on the device that computes."""
+        """Peak memory in bytes, on the device that computes."""
         weight, key = PRECISIONS[precision]
         weights = self.weights if with_weights else 0
         return (weights + self.activations) * weight + self.cache * key + self.noise * WIDE
 
 
 def clip(config: CogVideoConfig, settings: GenerationSettings | None = None) -> tuple[Phase, ...]:
-    """Phases of a clip, from a prompt to pixels; with the model's own settings unless others are given.
+    """Phases of a clip, from prompt to pixels; by default with the model's own settings.
 
-    Passes are counted as if codes were drawn one by one, which is the most: drafts need fewer, with more rows each.
+    Passes are counted as if codes were sampled one by one, the maximum: drafting needs fewer, with more rows each.
     """
     settings = settings or GenerationSettings.of(config)
     frames = config.layout.num_frames
@@ -215,20 +215,20 @@ def clip(config: CogVideoConfig, settings: GenerationSettings | None = None) -> 
 
 
 def resident(config: CogVideoConfig, phases: Iterable[Phase], precision: str) -> int:
-    """Bytes of device memory of a clip for which all weights stay loaded."""
+    """Bytes of device memory for a clip if all weights stay loaded."""
     weights = sum(components(config).values()) * PRECISIONS[precision][0]
     return weights + max(phase.memory(precision, with_weights=False) for phase in phases)
 
 
 def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guided: bool) -> Phase:
-    """The frames of some sequences, drawn at once by a stage.
+    """Decoding of the frames of some sequences as one batch by a stage.
 
-    All rows share one reading of the weights. A row takes two operations for each weight of a matrix, the C h of the
-    code head among them, and 4 h for each key that it sees.
+    All rows share one read of the weights. A row takes two operations per matrix weight, including the C h of the code
+    head, and 4 h for each key that it sees.
 
-    Prefill feeds R rows, those of text and given frames, and is busiest inside a feed-forward layer: what came in and
-    its norm, q, k and v (3), attention, the sum and its norm, 4 h before and 4 h after GELU make 16 R h values. With
-    small windows it is busier while keys and values are copied for the cache: 9 R h and 2 h for each of its keys.
+    Prefill feeds R rows, text and given frames, and peaks inside a feed-forward layer: its input and norm, q, k and v
+    (3), attention, the sum and its norm, 4 h before and 4 h after GELU make 16 R h values. With small windows, the peak
+    is where keys and values are copied to the cache: 9 R h, plus 2 h for each of its keys.
     """
     layout, sizes = layout_of(config, stage), config.transformer
     num_drawn = len(layout.loss_places)
@@ -257,10 +257,10 @@ def decoding(config: CogVideoConfig, name: str, stage: Stage, samples: int, guid
 
 
 def upscaling(config: CogVideoConfig, frames: int) -> Phase:
-    """Super-resolution, one frame a pass: T + S low rows through the base, H high ones through 12 h^2 of their own.
+    """Super-resolution, one frame per pass: T + S low rows through the base, H high rows through 12 h^2 of their own.
 
-    It is busiest inside the feed-forward layer of the high slots: 17 H h values (see `decoding`; keys and values are
-    there twice), and 5 (T + S) h of the low rows.
+    The peak is inside the feed-forward layer of the high slots: 17 H h values (see `decoding`; keys and values are held
+    twice), and 5 (T + S) h for the low rows.
     """
     layout, sizes = UpscaleLayout.of(config.layout, config.upscaler), config.transformer
     text, low, high = layout.text_slots, layout.low_slots, layout.high_slots
@@ -279,11 +279,11 @@ def upscaling(config: CogVideoConfig, frames: int) -> Phase:
 
 
 def rendering(config: CogVideoConfig, frames: int) -> Phase:
-    """Codes to pixels, one frame a pass; PyTorch counts the operations of a pass without values.
+    """Codes to pixels, one frame per pass; PyTorch counts the operations of a pass on the meta device.
 
-    At the peak, the first level's input is there throughout. A residual block holds its input, a norm and an activation
-    of it, or in its second half its input, the first half's output, a norm and an activation of that; an upsampling its
-    input, the enlarged one and its output.
+    The first level's input stays in memory throughout. A residual block holds its input with its norm and activation
+    or, in its second half, its input and the first half's output with its norm and activation; an upsampling holds its
+    input, the enlarged input and its output.
     """
     sizes, (rows, columns) = config.autoencoder, UpscaleLayout.of(config.layout, config.upscaler).high_sides
     model, number = modules(config)["image_tokenizer"], sizes.rates.index(sizes.rate)

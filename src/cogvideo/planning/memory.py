@@ -13,7 +13,7 @@ from cogvideo.generation.request import GenerationSettings
 from cogvideo.planning.costs import GPU, Phase, clip, resident
 
 SURELY_ENOUGH = 20
-"""Ratio of memory to a model's files from which no bytes are computed."""
+"""Ratio of free memory to the size of a model's files above which the exact need is not computed."""
 
 
 def needed_memory(
@@ -24,10 +24,10 @@ def needed_memory(
     batch: int = 1,
     offload: bool = False,
 ) -> int:
-    """Bytes of device memory that clips need, from the phases of one (see `costs.clip`).
+    """Bytes of device memory that clips need, given the phases of one (see `costs.clip`).
 
-    Weights count once, all else once for each clip of the batch. With `offload`, only the weights of the stage at work
-    are in memory.
+    Weights count once, everything else once per clip of the batch. With `offload`, only the weights of the current
+    stage are in memory.
     """
     kind = "cpu_float32" if dtype.itemsize > 2 else "cpu_bfloat16" if device.type == "cpu" else GPU
     others = [(batch - 1) * each.memory(kind, with_weights=False) for each in phases]
@@ -45,7 +45,7 @@ def require_memory(
     offload: bool,
     held: int = 0,
 ) -> None:
-    """Refuse clips that do not fit, apart from the weights that are loaded already, and say what helps."""
+    """Refuse clips that do not fit, and say what helps; `held` bytes of weights are already loaded."""
     free = free_memory(device)
     if model.num_bytes * batch * SURELY_ENOUGH < free:
         return

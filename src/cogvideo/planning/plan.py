@@ -1,8 +1,8 @@
-"""Memory and time of training on a number of GPUs, without having one of them.
+"""Memory and time of training on a number of GPUs, computed without any.
 
-A rank holds its part of every weight, gradient and state of the optimizer; a pass adds what FSDP2 gathers and the
-activations. Not counted are drawing samples and the host's memory. Super-resolution is left out: `costs` does not know
-its activations.
+A rank holds its shard of weights, gradients and optimizer state; a pass adds what FSDP2 gathers, and activations.
+Generating samples and host memory are not counted. Super-resolution is left out: `costs` has no formula for its
+activations.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from cogvideo.planning.training import activations, stage_flops, training_states
 Sharding = Literal["replicated", "sharded"]
 GIB = 2**30
 BY_ROWS, BY_COLUMNS = ("qkv", "mlp_in"), ("out", "mlp_out")
-"""Layers of a block whose weights tensor-parallel ranks share, as in training/parallel.py."""
+"""Layers of a block whose weights are split among tensor-parallel ranks, as in training/parallel.py."""
 PAPER: dict[Stage, tuple[int, int | None]] = {
     "image": (416, None),
     "sequential": (416, 76_000),
     "interpolation": (160, 15_000),
 }
-"""Samples of a step and number of steps (paper section 4). It trains no image model: that is planned with the batch of
+"""Samples per step and number of steps (paper section 4). The paper trains no image model; its plan uses the batch of
 key frames."""
 
 
@@ -61,12 +61,12 @@ class Cluster:
 
     @property
     def groups(self) -> int:
-        """Groups of GPUs that see different samples."""
+        """Number of groups of GPUs that see different samples."""
         return self.gpus // self.tensor_parallel
 
     @property
     def budget(self) -> int:
-        """Usable bytes of a GPU."""
+        """Usable bytes per GPU."""
         return int(self.gpu_memory * GIB * (1 - self.reserve))
 
     @property
@@ -78,7 +78,7 @@ class Cluster:
 
 
 class RankMemory(NamedTuple):
-    """Bytes of the first rank, which has the largest part."""
+    """Bytes on the first rank, which has the largest shard."""
 
     weights: int
     """Frozen and trained weights."""
@@ -87,11 +87,11 @@ class RankMemory(NamedTuple):
     optimizer: int
     """Adam's moments, and the running average if there is one."""
     gathered: int
-    """Weights in bfloat16 during a pass: sharded, those whole for a moment; replicated, a copy of the trained ones."""
+    """Weights in bfloat16 during a pass: if sharded, those gathered; if replicated, a copy of the trained ones."""
     accumulated: int
-    """Gradients of a step in several passes: FSDP2 keeps them whole until the last one."""
+    """Gradients of a step in several passes: FSDP2 keeps them unsharded until the last pass."""
     start: int
-    """All weights, which a rank has before it cuts them."""
+    """All weights, which a rank holds before sharding."""
 
 
 def held(
@@ -99,13 +99,13 @@ def held(
 ) -> RankMemory:
     """Memory of the first of `groups x tensor` ranks.
 
-    Trained weights have four bytes, and as many for the gradient, for each of two moments and for an average; frozen
-    matrices have two. Tensor-parallel ranks cut matrices of blocks, then groups cut the rows of all that is left.
-    Groups see different samples; replicated weights are the same for any number of them.
+    A trained weight takes four bytes, and as many for its gradient, each of its two moments and its average; a weight
+    of a frozen matrix takes two. Tensor-parallel ranks split the matrices of blocks, then groups shard the rows of
+    everything. Groups see different samples; replicated weights take as much memory for any number of groups.
     """
     is_sharded = sharding == "sharded"
     cuts = groups if is_sharded else 1
-    sizes = Counter[tuple[bool, bool]]()  # by whether they are in a block, and trained
+    sizes = Counter[tuple[bool, bool]]()  # by whether they are in a block, and whether trained
     weights = 0
     for component in ("base",) if stage == "image" else ("base", stage):
         is_trained = stage in ("image", component)
@@ -138,10 +138,10 @@ def _shape(name: str, shape: list[int], tensor: int) -> list[int]:
 
 
 def _gathered(sizes: Counter[tuple[bool, bool]], config: CogVideoConfig) -> int:
-    """A rank's share of what FSDP2 has whole for a moment.
+    """A rank's share of what FSDP2 holds unsharded for a short time.
 
-    The root is whole throughout a pass, and there twice while it arrives, before the backward pass. Of the blocks one
-    layer computes while the next one arrives, and the gradients of the largest unit are on their way in float32.
+    The root is gathered throughout a pass, and held twice while it is gathered before the backward pass. One block
+    computes while the next is gathered, and the gradients of the largest unit are being reduced in float32.
     """
     layers, root = config.transformer.num_layers, sizes[False, False] + sizes[False, True]
     layer = (sizes[True, False] + sizes[True, True]) // layers
@@ -151,25 +151,25 @@ def _gathered(sizes: Counter[tuple[bool, bool]], config: CogVideoConfig) -> int:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A strategy to run a stage, with as many samples a pass as fit; where none fit, with those that need least."""
+    """A way to run a stage with as many samples per pass as fit; if none fit, with the least memory."""
 
     sharding: Sharding
     checkpointing: bool
     micro_batch: int
-    """Samples of a pass."""
+    """Samples per pass."""
     passes: int
-    """Passes of a step."""
+    """Passes per step."""
     memory: dict[str, int]
-    """Bytes of a rank during a pass, by their use."""
+    """Bytes on a rank during a pass, by use."""
     peaks: dict[str, int]
-    """Bytes of a rank during a pass, during the update, and at the start."""
+    """Bytes on a rank during a pass, during the update, and at the start."""
     needs: int
-    """The largest of these."""
+    """Largest of `peaks`."""
     fits: bool
 
     @property
     def gathers(self) -> int:
-        """Number of times that a step gathers all weights: once a pass if sharded, else never."""
+        """Number of times that a step gathers all weights: once per pass if sharded, else never."""
         return self.passes if self.sharding == "sharded" else 0
 
 
@@ -180,16 +180,16 @@ class StagePlan:
     stage: Stage
     positions: int
     batch: int
-    """Samples of a step: what the groups can share that is nearest to the paper's."""
+    """Samples per step: the multiple of the number of groups nearest to the paper's batch."""
     steps: int | None
-    """As many as see the paper's number of samples."""
+    """Number of steps that see as many samples as the paper's."""
     strategies: tuple[Strategy, ...]
     best: Strategy | None
-    """The strategy that fits and sends least, then computes least."""
+    """The strategy that fits and communicates least, then computes least."""
     flops_a_position: float
-    """Forward and backward, as `training.flops_a_position` counts."""
+    """Operations per position, forward and backward, as in `training.flops_a_position`."""
     tokens_per_second: float | None
-    """Positions, over all GPUs, at the assumed utilization; None where nothing fits."""
+    """Positions per second over all GPUs, at the assumed utilization; None if nothing fits."""
     days: float | None
     """Duration of the paper's schedule, if it has one and something fits."""
     command: str | None
@@ -227,7 +227,7 @@ def _strategies(config: CogVideoConfig, stage: Stage, machines: Cluster, share: 
                 "gathered": rank.gathered,
                 "activations": needed[samples - 1][checkpointing],
             }
-            # AdamW's list kernels need one more value of each in the update
+            # AdamW's foreach kernels need one more value per trained weight
             update = rank.weights + 2 * rank.gradients + rank.optimizer
             peaks = {"in a pass": sum(memory.values()), "in the update": update, "at the start": rank.start}
             needs = max(peaks.values())
@@ -238,7 +238,7 @@ def _strategies(config: CogVideoConfig, stage: Stage, machines: Cluster, share: 
 
 
 def _command(stage: Stage, machines: Cluster, batch: int, steps: int | None, strategy: Strategy, ema: float) -> str:
-    """Command to type; DATA, MODEL and HOST are for the user to fill in."""
+    """Command to run; the user fills in DATA, MODEL and HOST."""
     each = max(n for n in range(1, machines.gpus_per_machine + 1) if machines.gpus % n == 0)
     several = f" --nnodes {machines.gpus // each} --rdzv-backend c10d --rdzv-endpoint HOST:29400"
     parts = {

@@ -1,4 +1,4 @@
-"""Memory and work of a training step. `costs` explains the letters of the formulas."""
+"""Memory and compute of a training step. `costs` explains the letters of the formulas."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Training:
     stage: str
     batch: int
     states: dict[str, int]
-    """Memory that stays from step to step, by its use."""
+    """Memory kept from step to step, by use."""
     activations: int
     """Activations at the peak of a step, if all are kept for the backward pass."""
     activations_checkpointed: int
-    """The same if only the blocks' inputs are kept, and each block is computed again."""
+    """The same if only the blocks' inputs are kept, and each block is recomputed."""
     flops_a_position: float
-    """Work by convention, see `flops_a_position`."""
+    """Operations by convention, see `flops_a_position`."""
 
     @property
     def total(self) -> int:
@@ -49,16 +49,16 @@ class Training:
 
 
 def training(config: CogVideoConfig, stage: Stage, batch: int = 1, autocast: bool = False) -> Training:
-    """Costs of a step of a stage. The image model trains its base; a video stage its channel, on a frozen base.
+    """Cost of a step of a stage. The image model trains its base; a video stage trains its channel on a frozen base.
 
-    With `autocast`, norms, and so what runs through the blocks, are in float32, as torch.autocast has them on GPUs.
+    With `autocast`, norms and hence the residual stream are in float32, as with torch.autocast on GPUs.
     """
     flops = stage_flops(Matrices.of(config.transformer, stage == "image"), stage == "image")
     return Training(stage, batch, training_states(config, stage), *activations(config, stage, batch, autocast), flops)
 
 
 def training_states(config: CogVideoConfig, stage: Stage) -> dict[str, int]:
-    """Bytes that training a stage keeps: frozen weights once, five values of every trained one."""
+    """Bytes that training a stage keeps: frozen weights once, five values per trained weight."""
     trained = count(modules(config)["base" if stage == "image" else stage])
     frozen = () if stage == "image" else modules(config)["base"].parameters()
     return {
@@ -71,10 +71,11 @@ def training_states(config: CogVideoConfig, stage: Stage) -> dict[str, int]:
 
 
 def activations(config: CogVideoConfig, stage: Stage, batch: int, autocast: bool = False) -> tuple[int, int]:
-    """Bytes at the peak of a step, states aside, without and with checkpointing.
+    """Bytes at the peak of a step, excluding states, without and with checkpointing.
 
-    All blocks keep theirs until the loss is known, or their inputs alone and one block all. In the image model the
-    gradient of the words waits from the code head on, and at the end that of the embedding comes, and their sum.
+    All blocks keep their activations until the loss is known; with checkpointing, only their inputs, and one block all.
+    In the image model, the word gradient from the code head stays in memory; at the end, the gradient from the
+    embedding and the sum of both join it.
     """
     layers, sizes = _layer_activations(config, stage, autocast), config.transformer
     inputs = (len(layers) - 1) * layout_of(config, stage).length * sizes.hidden * (WIDE if autocast else NARROW)
@@ -85,7 +86,7 @@ def activations(config: CogVideoConfig, stage: Stage, batch: int, autocast: bool
 
 
 def _layer_activations(config: CogVideoConfig, stage: Stage, autocast: bool) -> list[int]:
-    """Bytes that each block keeps of a sample for its backward pass.
+    """Bytes per sample that each block keeps for its backward pass.
 
     | kept | image model | video stage |
     |---|---|---|
@@ -97,8 +98,8 @@ def _layer_activations(config: CogVideoConfig, stage: Stage, autocast: bool) -> 
     | with windows, where cells gather them | | N + 2 (cells T + N) |
     | temporal attention, its parts joined, its output | | 3 N |
 
-    All are rows of h values in two bytes; autocast adds two bytes to inputs of norms. Attention keeps a number in
-    float32 for each head and row.
+    All are rows of h two-byte values; autocast adds two bytes to inputs of norms. Attention keeps one float32 number
+    per head and row.
     """
     layout, sizes, kinds = layout_of(config, stage), config.transformer, kinds_of(config, stage)
     text, rows = layout.text_slots, layout.length
@@ -113,10 +114,11 @@ def _layer_activations(config: CogVideoConfig, stage: Stage, autocast: bool) -> 
 
 
 def _last_activations(config: CogVideoConfig, stage: Stage) -> int:
-    """Bytes of a sample at the turn of a step, apart from what blocks keep.
+    """Bytes per sample between forward and backward pass, excluding what blocks keep.
 
-    Either the loss is at work, with logits in float32, their probabilities and gradients of both, or the last block,
-    with gradients of 8 R h values, while the first two still wait. Masks of both channels are there throughout.
+    The peak is either in the loss, with logits in float32, their probabilities and the gradients of both, or in the
+    last block, with gradients of 8 R h values while the first two are still held. Masks of both channels stay in memory
+    throughout.
     """
     layout, sizes = layout_of(config, stage), config.transformer
     logits = WIDE * len(layout.loss_places) * layout.frame_slots * sizes.num_codes
@@ -128,13 +130,13 @@ def _last_activations(config: CogVideoConfig, stage: Stage) -> int:
 def flops_a_position(model: nn.Module) -> float:
     """Floating-point operations of a training step for each position that goes through the model, by convention.
 
-    6 for each trained weight and 4 for each frozen one of the matrices that a position goes through: two in the forward
-    pass, two for the gradient of what comes in, two for that of the weights. The code head counts at every position;
-    not counted are embedding lookups, biases, norms, the products of attention's scores and recomputed activations.
+    6 per trained weight and 4 per frozen weight of the matrices that a position goes through: two in the forward pass,
+    two for the gradient of the input, two for the gradient of the weights. The code head counts at every position;
+    embedding lookups, biases, norms, products of attention scores and recomputed activations do not count.
 
-    Positions of super-resolution differ, and the result is their mean. Text and low codes go through the base's blocks
-    alone; if those are frozen nothing before them learns, and they cost 2 a weight. High slots go through their own
-    attention, the base's feed-forward layers and the code head.
+    Positions of super-resolution differ, and the result is their mean. Text and low codes only go through the base's
+    blocks; if those are frozen, nothing before them learns, and they cost 2 per weight. High slots go through their
+    own attention, the base's feed-forward layers and the code head.
     """
     assert isinstance(model, Upscaler | Transformer)
     is_trained = model.base.words.weight.requires_grad
@@ -148,5 +150,5 @@ def flops_a_position(model: nn.Module) -> float:
 
 
 def stage_flops(matrices: Matrices, is_base_trained: bool) -> float:
-    """Operations for a position of the image model or a video stage, see `flops_a_position`."""
+    """Operations per position of the image model or a video stage, see `flops_a_position`."""
     return float((6 if is_base_trained else 4) * (matrices.base + matrices.head) + 6 * matrices.added)
