@@ -20,8 +20,8 @@ from cogvideo import __version__
 from cogvideo.config import InputError
 
 SPINS = "3000"
-"""Turns that a waiting thread takes before it sleeps: with a busy program next to it, a clip takes a ninth of the time,
-alone a twelfth more (benchmarks/generate.py)."""
+"""Spins of a waiting OpenMP thread before it sleeps: next to a busy program, a clip takes a ninth of the time; alone, a
+twelfth more (benchmarks/generate.py)."""
 EXPECTED = {
     IsADirectoryError: ", expected a file",
     NotADirectoryError: ", expected a folder",
@@ -88,12 +88,12 @@ COMMANDS = {
         "cogvideo.commands.inspect:attention", "Draw where the temporal channel looks in a generated clip."
     ),
 }
-"""A name of two words is a command of a group."""
+"""Commands by name; a two-word name is a command in a group."""
 
 TRAINING = ("tokenizer", "text", "image", "sequential", "interpolation", "superres", "reader")
 EVALUATION = ("alignment", "distribution", "text", "ucf101", "kinetics600")
 RECIPES = {"data prepare", *(f"train {each}" for each in TRAINING), *(f"evaluate {each}" for each in EVALUATION)}
-"""Commands whose options a TOML file can give, by `--recipe`."""
+"""Commands that can read options from a TOML file, with `--recipe`."""
 
 PACKAGES = {
     "data": ("scenedetect",),
@@ -132,20 +132,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _prepare_pytorch() -> None:
-    """Set what PyTorch reads when it is loaded, unless the user did."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, from which weights are read faster
+    """Set environment variables that PyTorch reads at import, unless the user has set them."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: weights are read faster
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def _open_missing_streams() -> None:
-    """Open the null device for closed standard streams, as services and pythonw have them.
+    """Open the null device in place of closed standard streams, which services and pythonw have.
 
-    Otherwise the next opened file, such as a clip, would get their numbers, and whatever libraries print.
+    Otherwise the next file opened, such as a clip, would get their descriptors, and whatever libraries print.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            stream = open(os.devnull, mode)  # noqa: SIM115 - as long as the process
+            stream = open(os.devnull, mode)  # noqa: SIM115 - open as long as the process
             os.set_inheritable(stream.fileno(), True)  # for processes that this one starts
             setattr(sys, name, stream)
 
@@ -169,8 +169,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _call(name: str, arguments: list[str]) -> int:
-    """Call the function of a command; its exit status, which is 0 unless it returns a number."""
-    from cogvideo.commands.options import parse  # help and version do without
+    """Call a command's function and return the exit status: the number that it returns, else 0."""
+    from cogvideo.commands.options import parse  # not needed for help and version
 
     module, function = COMMANDS[name].target.split(":")
     status = parse(name, getattr(import_module(module), function), arguments, name in RECIPES)()
@@ -203,7 +203,7 @@ def _unknown(name: str) -> str:
 
 
 def _report(error: Exception, arguments: Sequence[str]) -> int:
-    """Print a user error in one line, and any other with its traceback; the exit status."""
+    """Print a user error in one line, any other with its traceback; return the exit status."""
     line = _user_error(error, arguments)
     if line is None or os.environ.get("COGVIDEO_DEBUG") == "1":
         print_exception(error)
@@ -212,7 +212,7 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
 
 
 def _user_error(error: Exception, arguments: Sequence[str]) -> str | None:
-    """A user error in one line; None for other errors.
+    """Message of a user error, in one line; None for other errors.
 
     An OSError is the user's if it is about a path or a full disk.
     """
@@ -228,7 +228,7 @@ def _user_error(error: Exception, arguments: Sequence[str]) -> str | None:
 
 
 def _option(path: Any, arguments: Sequence[str]) -> str:
-    """The option that has a path as its value, followed by a colon; nothing if there is none."""
+    """Option whose value is this path, followed by a colon; empty if there is none."""
     for before, each in pairwise(arguments):
         if each == str(path) and before.startswith("--") and "=" not in before:
             return f"{before}: "

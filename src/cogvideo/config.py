@@ -23,9 +23,9 @@ Sides = int | tuple[int, int]
 
 MOST_LAYERS = 1000
 LARGEST = 100
-"""Limit of temperatures, guidance and bonuses; useful ones are far smaller."""
+"""Upper limit of temperatures, guidance and bonuses; useful values are far smaller."""
 MOST_KEPT = 1_000_000
-"""Limit of counts of codes and clusters."""
+"""Upper limit on numbers of codes and clusters."""
 
 SECONDS = 4.0
 """Length of a clip, unless the model was trained on shorter ones."""
@@ -45,7 +45,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def both(sides: Sides) -> tuple[int, int]:
-    """Two sides, which are equal in a square."""
+    """Both sides, equal for a square."""
     if isinstance(sides, int):
         return sides, sides
     one, other = sides
@@ -58,7 +58,7 @@ def joined(one: int, other: int) -> Sides:
 
 
 def times(sides: Sides, factor: int) -> Sides:
-    """Sides of a frame that is so many times as large."""
+    """Sides multiplied by a factor."""
     one, other = both(sides)
     return joined(factor * one, factor * other)
 
@@ -77,18 +77,18 @@ def size_text(size: Sides) -> str:
 
 
 def check_size(size: Sides, rate: int) -> None:
-    """Refuse frames that are not of whole codes of `rate` pixels a side."""
+    """Refuse sizes that are not multiples of `rate`, the side of a code in pixels."""
     fits = all(side % rate == 0 for side in both(size))
     require(fits, f"size is {size_text(size)}, expected multiples of {rate}: the pixels of a side of one code")
 
 
 def shape_in(grid: int, sides: Sides) -> tuple[int, int] | None:
-    """Rows and columns of frames in a square table of positions, the field `shape`; None for all of the table."""
+    """Value of the field `shape`: rows and columns of a frame; None if it fills the square table of positions."""
     return None if both(sides) == (grid, grid) else both(sides)
 
 
 class FrameShape:
-    """Frames of codes in a square table of positions, for dataclasses with these fields."""
+    """Mixin for dataclasses with these fields: frames of codes in a square table of positions."""
 
     grid: int
     shape: tuple[int, int] | None
@@ -105,7 +105,7 @@ class FrameShape:
         return rows * columns
 
     def shaped(self: F, sides: Sides | None) -> F:
-        """The same for frames of these rows and columns; None is those of the grid."""
+        """Copy for frames of these rows and columns; None is the whole grid."""
         return replace(self, shape=shape_in(self.grid, sides or self.grid))  # type: ignore[type-var]
 
 
@@ -157,7 +157,7 @@ class LayoutConfig(FrameShape):
     """Sizes and positions of text and frames in a sequence; the source of `layout.SequenceLayout`."""
 
     grid: int = 8
-    """Side of a square frame in codes, and of the table of positions, in whose middle frames of other shapes lie."""
+    """Side, in codes, of a square frame and of the table of positions; frames of other shapes use its center."""
     num_frames: int = 5
     """Frames in a sequence of the video stages."""
     text_slots: int = 48
@@ -167,7 +167,7 @@ class LayoutConfig(FrameShape):
     frame_position: int = 48
     """Position of the first row of the table, above all text positions."""
     shape: tuple[int, int] | None = None
-    """Rows and columns of a frame in codes; those of the grid if None."""
+    """Rows and columns of a frame in codes; None is the whole grid."""
 
     def __post_init__(self) -> None:
         for name in ("grid", "num_frames", "text_slots", "image_text_slots"):
@@ -288,8 +288,8 @@ class TextConfig:
     """Templates that captions are put into before they are tokenized."""
 
     duration_template: str = "{duration:g}s<n>{caption}"
-    """Text of the video stages; `duration` is the time in seconds that the frames of a sequence span. A template
-    without it is for comparison."""
+    """Text of the video stages; `duration` is the time in seconds that the frames of a sequence span. Templates
+    without it serve for comparison."""
     image_template: str = "<n>{caption}"
     """Text of the image model."""
     unconditional_caption: str = ""
@@ -341,7 +341,7 @@ class SamplingConfig:
             require(fits, f"{name} is {value!r:.60}, expected above 0, at most {most}")
 
     def __or__(self, given: Mapping[str, Any]) -> SamplingConfig:
-        """Replace the values that are given."""
+        """Copy with the given values replaced."""
         return replace(self, **given)
 
     @property
@@ -351,7 +351,7 @@ class SamplingConfig:
 
 
 def is_number(value: object, least: float, most: float) -> bool:
-    """Return True for a number in the range."""
+    """Return True for a number in [least, most]."""
     return isinstance(value, int | float) and least <= value <= most
 
 
@@ -373,7 +373,7 @@ class CogVideoConfig:
     superres_sampling: SamplingConfig = SamplingConfig(clusters=6, cluster_temperature=0.6)
     """Sampler of super-resolution, which is not guided."""
     text_bonus: float = 1.4
-    """Added to the attention scores of text where there is no guidance."""
+    """Added to the attention scores of text keys when guidance is off."""
 
     @property
     def frame_size(self) -> Sides:
@@ -388,11 +388,11 @@ class CogVideoConfig:
 
     @property
     def sizes(self) -> CogVideoConfig:
-        """The configuration without what training adds to it: components of equal sizes fit one bundle."""
+        """Configuration without the fields that training adds; components of equal sizes fit into one bundle."""
         return self.trained_on("sequential", ()).trained_on("interpolation", ()).shaped(None)
 
     def shaped(self, sides: Sides | None) -> CogVideoConfig:
-        """The configuration for frames of these rows and columns of codes; None is those of the grid."""
+        """Configuration for frames with these rows and columns of codes; None is the whole grid."""
         return replace(self, layout=self.layout.shaped(sides))
 
     def trained_on(self, stage: str, durations: Iterable[float]) -> CogVideoConfig:
@@ -427,7 +427,7 @@ _CALM: dict[str, Any] = {
     "text_bonus": 0.0,
 }
 """Samplers of small models. With the released samplers, clips of `pocket` move five times as much as real
-ones, first frames show the prompt less often, and enlarged frames have speckles. More guidance draws figures that move
+ones, first frames match the prompt less often, and enlarged frames have speckles. With more guidance, figures move
 wrongly: see recipes/pocket/README.md."""
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -497,7 +497,7 @@ def upgraded(values: Any) -> Any:
 
 
 def _with_samplers(values: dict[str, Any]) -> dict[str, Any]:
-    """The samplers were one flat table, `drawing`."""
+    """Upgrade configurations whose samplers are one flat table, `drawing`."""
     new = {name: value for name, value in values.items() if name != "drawing"}
     own = CogVideoConfig()
     old = {"superres_temperature": 1.0, "superres_clusters": 6, "superres_guidance": 1.0} | values["drawing"]
@@ -521,7 +521,7 @@ def from_dict(kind: type[T], values: Any) -> T:
 
 
 def _check_fields(name: str, kind: Any, values: Any) -> None:
-    """Refuse tables with a missing field, which would get its default, or with an unknown one."""
+    """Refuse tables with an unknown field, or a missing one, which would otherwise get its default."""
     inner = typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(values, dict):
         fields = {each.name for each in dataclasses.fields(kind)}

@@ -1,4 +1,4 @@
-"""Devices: set-up, memory, speed, and the types that are slow on them."""
+"""Devices: setup, memory, speed, and slow dtypes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ import torch
 from cogvideo.config import InputError, require
 
 CUDNN_ATTENTION = "COGVIDEO_CUDNN_ATTENTION"
-"""Variable of the environment: 1 lets PyTorch choose cuDNN's attention."""
+"""Environment variable: 1 lets PyTorch choose cuDNN's attention."""
 
 MEASURED_SECONDS = 0.3
-"""Time to measure the matrix rate, about."""
+"""Approximate time to measure the matrix rate."""
 SMALLEST_SIDE, LARGEST_SIDE, LEAST_SECONDS = 256, 8192, 0.01
-"""Matrices grow until one product takes this long, but not beyond the largest side."""
+"""Matrices grow until one product takes this long, up to the largest side."""
 
 
 def usable(device: str | torch.device) -> torch.device:
-    """The device, refused if tensors cannot be put there; `auto` is a GPU if there is one, else the CPU.
+    """Return the device, refused if it cannot hold tensors; `auto` is a GPU if there is one, else the CPU.
 
-    On a GPU, attention stays away from cuDNN, which PyTorch tries first on Hopper, unless `CUDNN_ATTENTION`
-    is 1. With a mask and keys % 128 == 64 its gradient of the queries can be NaN (PyTorch 2.11, issue
-    196678), and it makes a plan of its own for every shape, which takes longer than the few calls that
-    decoding makes of each.
+    On a GPU, attention avoids cuDNN, which PyTorch tries first on Hopper, unless `CUDNN_ATTENTION` is 1. With
+    a mask and keys % 128 == 64 its query gradients can be NaN (PyTorch 2.11, issue 196678), and it builds a
+    plan for every shape, which takes longer than the few calls per shape that decoding makes.
 
     Raises:
-        ValueError: PyTorch does not know it, or this build or machine has none.
+        ValueError: PyTorch does not know the device, or this build or machine lacks it.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         one = torch.ones((), device=device)
-        one.item()  # which those without values, such as meta, cannot give
+        one.item()  # fails on devices without values, such as meta
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         got = f"cannot use the device {str(device)!r} ({reason:.90})"
@@ -53,9 +52,9 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def slowness(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Warning about a type that takes far longer than float32; None where it does not.
+    """Warning about a dtype that is far slower than float32; None for others.
 
-    PyTorch emulates 16 bit where an x86 processor has no AVX-512, as in most laptops: products take 7 to 70
+    PyTorch emulates 16-bit types on x86 processors without AVX-512, as in most laptops: products take 7 to 70
     times as long as in float32 (AMD EPYC with AVX2, PyTorch 2.13).
     """
     emulated = device.type == "cpu" and dtype.itemsize == 2 and torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -64,12 +63,12 @@ def slowness(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True if an error says that there is no more memory; PyTorch's own are RuntimeErrors."""
+    """True for an out-of-memory error; PyTorch's own are RuntimeErrors."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still get there, also inside of a container."""
+    """Bytes that this process can still allocate on a device, also inside a container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
@@ -78,12 +77,12 @@ def free_memory(device: torch.device) -> int:
 
 
 def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Bytes that this process may still get by each limit of its control groups and of all above them.
+    """Bytes that this process may still allocate under each limit of its control groups and their ancestors.
 
     Args:
         root: folder where control groups are mounted, version 2 or 1. A container sees its own group as the
             root.
-        groups: file that names those of the process.
+        groups: file that lists the control groups of the process.
     """
     left: list[int | None] = []
     for line in groups.read_text().splitlines() if groups.exists() else ():
@@ -97,7 +96,7 @@ def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/pro
 
 
 def _left(folder: Path) -> int | None:
-    """Limit less usage, in which files that the system may drop count as free; None without a limit."""
+    """Limit minus usage, with droppable cached files counted as free; None without a limit."""
     for limit, usage, droppable in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -115,18 +114,18 @@ def peak_bytes(device: torch.device) -> int:
     """Peak memory so far: of the GPU's tensors, or of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every system that trains on a GPU
+    import resource  # missing on some systems that train on a GPU
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @lru_cache(maxsize=8)
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, of which utilization is a share.
+    """FLOP/s of a large matrix product, the reference for utilization.
 
-    Square matrices of random numbers grow until one product takes 10 ms (or they have 8,192 rows); the best
-    of the products of a third of a second counts. Measured once for each device and type, with the threads
-    and the precision of float32 products (TF32) that are set then.
+    Square random matrices grow until one product takes 10 ms (or they have 8,192 rows); then the fastest
+    product within a third of a second counts. Measured once per device and dtype, with the current number of
+    threads and the current precision of float32 products (TF32).
     """
     side = SMALLEST_SIDE
     while side < LARGEST_SIDE and _product_seconds(side, device, dtype) < LEAST_SECONDS:
@@ -136,9 +135,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def _product_seconds(side: int, device: torch.device, dtype: torch.dtype, end: float = 0.0) -> float:
-    """Seconds of the fastest product of two matrices, the first one not counted; at least one, and more until
-    `end`."""
-    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay where they are
+    """Seconds of the fastest product of two matrices after a warm-up; measures until `end`, at least once."""
+    generator = torch.Generator(device).manual_seed(0)  # leaves the run's own random state alone
     left, right = (torch.randn(side, side, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.mm(left, right)
     times: list[float] = []

@@ -1,6 +1,6 @@
-"""Files that are never half-written: each takes its name when it is whole.
+"""Files that are never half-written: each gets its name once it is complete.
 
-Where one cannot be written, OSError names the file that it was to become, or the folder.
+If a file cannot be written, the OSError names the target file, or the folder.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from cogvideo.config import InputError
 
 TEMPORARY_SUFFIX = ".tmp"
 LOCK = ".lock"
-"""File of a folder that is locked while one process writes there. It stays: it holds nothing."""
+"""Lock file of a folder, held while one process writes there. It is empty and never removed."""
 
 
 @contextmanager
 def replacing_by_name(path: Path) -> Iterator[Path]:
-    """A temporary name, with the suffix of `path`, of a file that replaces `path` when the `with` block ends.
+    """Temporary path, with the suffix of `path`, of a file that replaces `path` when the `with` block ends.
 
-    After an error it vanishes. It lies in a folder whose name ends in `.tmp`, which remains if the process is killed.
+    After an error, the file is removed. Its folder, whose name ends in `.tmp`, remains if the process is killed.
     """
     try:
         with TemporaryDirectory(prefix=f".{path.name}-", suffix=TEMPORARY_SUFFIX, dir=path.parent) as folder:
@@ -54,44 +54,44 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 that replaces `path` when it is whole."""
+    """Write a UTF-8 text file that replaces `path` once it is complete."""
     with replacing(path) as file:
         file.write(plain(text).encode())
 
 
 def write_json(path: Path, values: Any, default: Callable[[Any], Any] | None = None) -> None:
-    """Write values as JSON; `default` makes something else of those that JSON does not know."""
+    """Write values as JSON; `default` converts those that JSON cannot represent."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False, default=default) + "\n")
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Write a table, of which the first row has the names of the columns."""
+    """Write a table whose first row has the column names."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows(rows)
     write_text(path, text.getvalue())
 
 
 def sha256_of(path: Path) -> str:
-    """Hash of the content of a file."""
+    """SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plain(text: str) -> str:
-    """Text that can be written: bytes of file names that are not UTF-8, and other lone surrogates, are spelled out."""
+    """Text that can be written as UTF-8: lone surrogates, such as undecodable bytes of file names, are escaped."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def alone_in(folder: Path) -> AbstractContextManager[None]:
-    """Keeps other processes that call this out of a folder; however this one ends, the folder is free again.
+    """Keep out other processes that call this for the same folder; the lock is released however this one ends.
 
-    Children that are forked in the meantime do not count: they may work for this process, and outlive it for a moment.
+    Children forked in the meantime do not hold the lock: they may work for this process, and briefly outlive it.
     """
     return _held(FileLock(folder / LOCK, timeout=0), folder)
 
 
 def turn_in(folder: Path) -> AbstractContextManager[None]:
-    """Waits until the folder is free, then keeps others out; calls inside of each other are one turn."""
+    """Wait until the folder is free, then keep other processes out; reentrant."""
     return _held(FileLock(folder / LOCK, is_singleton=True), folder)
 
 
@@ -110,9 +110,9 @@ def _held(lock: BaseFileLock, folder: Path) -> Iterator[None]:
 
 
 def named(folder: Path, pattern: str) -> list[Path]:
-    """Paths in a folder whose names match a pattern, in order; none where there is no such folder.
+    """Sorted paths in a folder whose names match a pattern; none if the folder does not exist.
 
-    `Path.glob` takes a folder that cannot be read for an empty one, from Python 3.12 on.
+    Unlike this, `Path.glob` treats an unreadable folder as empty from Python 3.12 on.
     """
     try:
         names = os.listdir(folder)
@@ -128,14 +128,14 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file, or the names in a folder, last through a power failure."""
-    if sys.platform == "win32" and path.is_dir():  # there, folders cannot be opened
+    """Make the content of a file, or the names in a folder, survive a power failure."""
+    if sys.platform == "win32" and path.is_dir():  # folders cannot be opened there
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # as network drives answer
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # raised by network drives
             raise
     finally:
         os.close(descriptor)

@@ -1,7 +1,7 @@
 """Layout of a sequence: the only module that knows text length, frame size, frame order and positions.
 
 The `place` of a frame is its position in the clip, which determines its position embeddings. Its `rank` is
-its position in the order of feeding. docs/sequence.md has diagrams.
+its position in feeding order. docs/sequence.md has diagrams.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class SequenceLayout(FrameShape):
     text_slots: int
     """Slots of left-padded text."""
     grid: int
-    """Side of the table of positions of a frame, and of a square frame in codes."""
+    """Side, in codes, of a square frame and of its table of positions."""
     frame_position: int
     """Position of the first row of that table for the frame at place 0."""
     order: tuple[int, ...]
-    """Places of the frames in the order of feeding, one per rank."""
+    """Places of the frames in feeding order, one per rank."""
     num_bidirectional: int = 0
     """Number of leading ranks that see themselves and each other in full; later ranks are causal."""
     loss_places: tuple[int, ...] = (0,)
@@ -43,7 +43,7 @@ class SequenceLayout(FrameShape):
 
     @classmethod
     def sequential(cls, config: LayoutConfig) -> SequenceLayout:
-        """Layout of causal frames in order of time. Frame 0, the image model's, carries no loss."""
+        """Layout of causal frames in temporal order. Frame 0 comes from the image model and carries no loss."""
         places = tuple(range(config.num_frames))
         sizes = config.text_slots, config.grid, config.frame_position
         return cls(*sizes, places, loss_places=places[1:], shape=config.shape)
@@ -123,7 +123,7 @@ class UpscaleLayout:
     text_slots: int
     """Slots of left-padded text."""
     low_grid: int
-    """Side of the table of positions of the low frame, and of a square one in codes."""
+    """Side, in codes, of a square low frame and of its table of positions."""
     ratio: int
     """Side of one low code in high slots."""
     low_position: int
@@ -137,7 +137,7 @@ class UpscaleLayout:
         return cls(upscaler.text_slots, layout.grid, upscaler.ratio, upscaler.low_position, layout.shape)
 
     def shaped(self, sides: Sides) -> UpscaleLayout:
-        """The same for low frames of these rows and columns."""
+        """Copy for low frames of these rows and columns."""
         return replace(self, shape=shape_in(self.low_grid, sides))
 
     @property
@@ -153,7 +153,7 @@ class UpscaleLayout:
 
     @property
     def high_grid(self) -> int:
-        """Side of the added table of positions, and of a square high frame in codes."""
+        """Side, in codes, of a square high frame and of the added table of positions."""
         return self.low_grid * self.ratio
 
     @property
@@ -172,16 +172,16 @@ class UpscaleLayout:
         return self.low_position + middle(self.low_grid, self.low_sides, device=device)
 
     def high_positions(self, device: torch.device | None = None) -> Int64[Tensor, " high"]:
-        """Rows of the added table of the high slots."""
+        """Rows of the high slots in the added table."""
         return middle(self.low_grid, self.low_sides, self.ratio, device)
 
 
 def middle(
     grid: int, sides: tuple[int, int], ratio: int = 1, device: torch.device | None = None
 ) -> Int64[Tensor, " slots"]:
-    """Places of the slots of a frame in a square table of positions: those in its middle, row by row.
+    """Indices of the slots of a centered frame in a square table of positions, row by row.
 
-    So a code has the same neighbors, and the middle of the picture the same positions, in frames of all shapes.
+    So in frames of any shape, a code has the same neighbors, and the center of the picture the same positions.
 
     Args:
         grid: side of the table, in low codes.
@@ -215,7 +215,7 @@ def cells(sides: Sides, window: int, shifted: bool) -> Cells:
     move by half a window, and the outer strips are half as wide. So no mask is needed inside a cell.
 
     Args:
-        sides: rows and columns of a frame, of which the last windows may have a part.
+        sides: rows and columns of a frame; the last windows may be cut off.
         window: side of a window; 0 makes the whole frame one cell.
         shifted: shift the windows by half, as odd blocks do.
     """
@@ -231,7 +231,7 @@ def cells(sides: Sides, window: int, shifted: bool) -> Cells:
 
 
 def kinds(window: int) -> tuple[bool, ...]:
-    """Values of `shifted` in the kinds of temporal blocks, which alternate."""
+    """Values of `shifted` for the kinds of temporal blocks, which alternate."""
     return (False, True) if window else (False,)
 
 

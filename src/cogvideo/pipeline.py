@@ -64,7 +64,7 @@ class CogVideoPipeline:
             super-resolution. It is never changed. The pipeline loads missing weights for itself, packed for
             the CPU. Weights that the model has loaded on a CPU are in memory twice during generation.
         offload: keep only the weights of the current phase in memory, and load them again for every clip. All
-            frames are then shown at the end, since they are decoded to pixels once all codes are there.
+            frames then come at the end, since they are decoded to pixels once all codes are computed.
     """
 
     def __init__(self, model: CogVideo, offload: bool = False) -> None:
@@ -91,7 +91,7 @@ class CogVideoPipeline:
             device: device of the model.
             offload: see the class.
             adapters: adapters by name or folder, each with its scale.
-            channel: name of one of the bundle's further video channels.
+            channel: name of one of the bundle's additional video channels.
 
         Raises:
             ValueError: there is no such bundle or adapter, or dtype or device cannot be used.
@@ -126,12 +126,12 @@ class CogVideoPipeline:
             last_image: the last frame; needs `image`.
             loop: end the clip where it began.
             negative_prompt: text that replaces the unconditional text of guidance; empty for none. By
-                default, that of `settings`.
+                default, the one in `settings`.
             num_samples: clips per prompt.
             generator: one CPU generator per clip. A single one generates the first clip; later clips get the
                 seeds after its own or, if it has been used before, seeds that it draws. Random by default.
-            guidance_scale: guidance of key frames; 1 disables it and halves the compute. By default, that of
-                `settings`.
+            guidance_scale: guidance of key frames; 1 disables it and halves the compute. By default, the one
+                in `settings`.
             callback: called with each frame when it is finished.
             settings: all other choices; by default, the model's own.
 
@@ -166,7 +166,7 @@ class CogVideoPipeline:
 
     @property
     def settings(self) -> GenerationSettings:
-        """Settings of the model's own configuration."""
+        """Settings from the model's configuration."""
         return GenerationSettings.of(self.model.config)
 
     def fps(self, settings: GenerationSettings) -> float:
@@ -194,7 +194,7 @@ class CogVideoPipeline:
     def stream(
         self, prompts: Sequence[str], generators: Sequence[torch.Generator], settings: GenerationSettings | None = None
     ) -> Iterator[Frame]:
-        """Yield frames as they are finished, not in order of time; see `frames`.
+        """Yield frames as they are finished, not in temporal order; see `frames`.
 
         Args:
             prompts: one per clip.
@@ -204,7 +204,7 @@ class CogVideoPipeline:
         return self.frames(Request(prompts, generators, settings or self.settings))
 
     def frames(self, request: Request) -> Iterator[Frame]:
-        """Yield frames as they are finished, not in order of time.
+        """Yield frames as they are finished, not in temporal order.
 
         Raises:
             ValueError: a prompt or setting cannot be used, the model lacks a component, or there is too
@@ -248,7 +248,7 @@ def _shown(
     sampling: SamplingConfig,
     generators: list[torch.Generator],
 ) -> Iterator[Frame]:
-    """Decode frames to pixels, enlarged first if there is a text for super-resolution."""
+    """Decode frames to pixels, after super-resolution if there is text for it."""
     noise: list[list[torch.Generator]] = []
     layout = UpscaleLayout.of(model.config.layout, model.config.upscaler)
     sides = layout.low_sides if text is None else layout.high_sides
@@ -268,7 +268,7 @@ def _offloaded(model: Packed, frames: Iterator[FinishedFrame]) -> Iterator[Finis
 
 
 def collect(frames: Iterable[Frame], fps: float) -> Clips:
-    """Arrange the frames of a batch in order of time."""
+    """Arrange the frames of a batch in temporal order."""
     ordered = sorted(frames, key=lambda frame: frame.place)
     codes = torch.stack([frame.codes for frame in ordered], 1)
     return Clips(np.stack([frame.pixels for frame in ordered], 1), codes, fps)
@@ -282,7 +282,7 @@ def export_to_video(
     """Write one clip as mp4, gif or webp, by the suffix of the path, and return the path.
 
     Raises:
-        ValueError: the suffix is unknown, the frames are not those of one clip, or the format lacks the rate.
+        ValueError: the suffix is unknown, the frames do not form one clip, or the format does not support the rate.
         OSError: the file cannot be written.
     """
     pictures = [np.asarray(each) for each in video_frames]

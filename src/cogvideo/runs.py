@@ -1,6 +1,6 @@
-"""The folder of a run: its identity, and what was measured.
+"""The folder of a run: its identity and its measurements.
 
-Whatever interrupts the run, each file is the old one or the new one.
+Files are replaced atomically: after an interruption, each is either the old one or the new one.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from cogvideo.files import write_json, write_text
 IDENTITY = "run.json"
 """File with the identity of a run."""
 TYPED = "typed"
-"""Fact: the bundle to start from as the user typed it; its hashes are the identity."""
+"""Fact: name of the initial bundle as the user typed it; the identity has its hashes."""
 
 
 def provenance() -> dict[str, Any]:
-    """Command line and versions, for a file of results that somebody may want to measure again."""
+    """Command line and versions, stored with results so that they can be reproduced."""
     return {
         "command": shlex.join(["cogvideo", *sys.argv[1:]]),
         "versions": {
@@ -45,7 +45,7 @@ def provenance() -> dict[str, Any]:
 
 
 class Checkpoint(NamedTuple):
-    """Position of a run."""
+    """State of a run after a step."""
 
     step: int
     state: dict[str, Any]
@@ -53,7 +53,7 @@ class Checkpoint(NamedTuple):
 
 
 class RunFolder:
-    """The files of one run; the folder is made if it is not there."""
+    """The files of one run; the folder is created if missing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -62,11 +62,11 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
 
     def claim(self, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Write the identity of the run, or check that it is that of the run that began here.
+        """Write the identity of the run, or check that it matches the run that began here.
 
         Args:
             identity: settings and whatever else decides the result, in nested tables.
-            facts: further facts, which may be others when the run continues.
+            facts: further facts, which may differ when the run continues.
         """
         changes = self.changes(identity, facts)
         advice = "pass the same as before to continue it, or remove the folder to start anew"
@@ -86,7 +86,7 @@ class RunFolder:
         return dict(_read(self._identity))
 
     def changes(self, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})) -> str:
-        """Differences of a run from the one that began here, in words; empty if there are none, or none began."""
+        """Differences between a run and the one that began here, in words; empty if there are none or no run began."""
         if not self.began:
             return ""
         there = _read(self._identity)
@@ -97,40 +97,40 @@ class RunFolder:
         return "; ".join(changes[:3]) + (f" and {len(changes) - 3} more" if len(changes) > 3 else "")
 
     def set_aside(self) -> Path:
-        """Make room for another run: the folder gets a numbered name, which is returned, and a new one is made."""
+        """Make room for another run: rename the folder to a numbered name, which is returned, and make a new one."""
         numbered = (self.path.with_name(f"{self.path.name}-{number}") for number in count(1))
         aside = self.path.rename(next(each for each in numbered if not each.exists()))
         self.path.mkdir()
         return aside
 
     def old_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint of a tokenizer or reader of an earlier version, in a format of its own; None without one."""
+        """Checkpoint of a tokenizer or reader run of an earlier version, which had its own format; None without one."""
         path = self.path / "checkpoint.pt"
         if not path.exists():
             return None
         try:
             return Checkpoint(*torch.load(path, map_location="cpu", weights_only=True))
-        except Exception as error:  # what is raised by bytes that mean nothing depends on the bytes
+        except Exception as error:  # corrupt bytes may raise anything
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
             raise InputError(f"cannot use {path}: it is no checkpoint of this version") from error
 
     def report(self, row: Mapping[str, Any]) -> None:
-        """Add a line to `metrics.jsonl`; it names the step."""
+        """Append a row, which includes the step, to `metrics.jsonl`."""
         try:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        except OSError as error:  # that of a full disk names no file
+        except OSError as error:  # on a full disk, it names no file
             raise OSError(error.errno, error.strerror, str(self._metrics)) from error
 
     def forget_after(self, step: int) -> None:
-        """Drop the lines that a killed run reported after its last checkpoint; they are made again."""
+        """Drop the rows that a killed run reported after its last checkpoint; those steps are repeated."""
         if self._metrics.exists():
             kept = [row for row in self.rows() if row["step"] <= step]
             write_text(self._metrics, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, without one that a killed run left half-written."""
+        """Rows of `metrics.jsonl`, except one that a killed run left half-written."""
         if not self._metrics.exists():
             return []
         with naming(self._metrics):
@@ -138,7 +138,7 @@ class RunFolder:
             return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def describe(self, facts: Mapping[str, Any]) -> None:
-        """Write `about.json`: facts for reports, which are known from the start and decide nothing."""
+        """Write `about.json`: facts for reports, known from the start, that do not affect the result."""
         write_json(self._about, facts)
 
     @property
@@ -147,29 +147,29 @@ class RunFolder:
         return dict(_read(self._about)) if self._about.exists() else {}
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Write `report.json`, with which the run is over."""
+        """Write `report.json`, which marks the run as finished."""
         write_json(self._summary, summary)
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """Summary that `finish` wrote; None while the run is not over."""
+        """Summary that `finish` wrote; None until the run is finished."""
         return _read(self._summary) if self._summary.exists() else None
 
 
 def _plain(values: Any) -> Any:
-    """Values as JSON gives them back."""
+    """Values after a round trip through JSON."""
     return json.loads(json.dumps(values))
 
 
 def _read(path: Path) -> Any:
-    """Content of a file of JSON."""
+    """Content of a JSON file."""
     with naming(path):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn whatever is wrong inside of a file into one line that names it."""
+    """Turn errors about a file's content into one line that names the file."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
@@ -180,7 +180,7 @@ def naming(path: Path) -> Iterator[None]:
 def _changes(
     there: Any, here: Any, typed: tuple[Any, Any], name: str = "", ignored: Collection[str] = ()
 ) -> Iterator[str]:
-    """Differences of two nested tables, in words, apart from some keys of the outermost."""
+    """Differences between two nested tables, in words; `ignored` are top-level keys."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted((there.keys() | here.keys()) - set(ignored)):
             yield from _changes(there.get(key), here.get(key), typed, f"{name}.{key}" if name else key)
@@ -189,7 +189,7 @@ def _changes(
 
 
 def _shown(value: Any, typed: Any) -> str:
-    """A value in a message; a hash says nothing to a user, who typed the name of a bundle."""
+    """A value for a message; a hash follows the bundle's name as the user typed it."""
     if not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
         return f"{value!r:.60}"
     return f"sha256 {value:.12}" if typed is None else f"{typed} (sha256 {value:.12})"
