@@ -1,1 +1,1 @@
-"""Commands whose functions belong to no other room, and what they share."""
+"""Commands that belong to no other package, and what they share."""

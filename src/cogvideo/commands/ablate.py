@@ -1,4 +1,4 @@
-"""`cogvideo ablate`: options to the runs of an ablation, its page and its file."""
+"""`cogvideo ablate`: from options to the runs of an ablation, its page and its file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def ablate(
     Args:
         recipe: TOML file whose table [ablate] has values for the following options. The command line takes precedence.
         out: Folder for data, runs, page and figures.
-        only: Name of a single run to do, or data to make only what all runs need. Jobs on several machines share OUT.
+        only: Name of a single run to execute, or data to make only what all runs need. Jobs on several machines share
+            OUT.
         list_: Print the names of all runs, and do nothing else.
         ablation: Settings of the comparison.
         optimization: Optimization of each stage.
@@ -53,7 +54,7 @@ def ablate(
     known = (DATA, *experiment.runs)
     require(only is None or only in known, f"only is {only!r}, expected one of {', '.join(known)}")
     for package in ("jinja2", "matplotlib", "pyarrow"):
-        import_module(package)  # if one is missing, that is said before anything is done
+        import_module(package)  # if one is missing, fail before any work
     if not network_path("i3d").is_file():
         print("There is no FVD: `cogvideo fetch i3d` puts its network into the cache.")
     experiment.prepare(machines)
@@ -67,7 +68,7 @@ def ablate(
 
 
 def _write(experiment: Experiment) -> None:
-    """Write page and figures, if any run is over."""
+    """Write page and figures, if any run is finished."""
     from cogvideo.report.ablation import as_json, facts  # matplotlib takes a second to import
     from cogvideo.report.page import write_page
 

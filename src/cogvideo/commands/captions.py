@@ -1,4 +1,4 @@
-"""`cogvideo data captions`: a table for captions, and a page to fill it in with the clips in sight."""
+"""`cogvideo data captions`: a table for captions, and a page that shows the clips while you fill it in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cogvideo.report.page import count, write_page
 
 TABLE, PAGE = "captions.csv", "captions.html"
 FPS, SIDE, MOST = 4.0, 160, 32
-"""Frames a second, side and number of the frames that the page shows of a clip."""
+"""Frames per second, side and maximum number of frames that the page shows of a clip."""
 
 
 def captions(clips: Path, /) -> None:

@@ -92,7 +92,7 @@ class Choices(SamplingOptions):
 
     @property
     def places(self) -> Record:
-        """Places of the model and of files, which do not change the clip."""
+        """Locations of the model and of files, which do not change the clip."""
         return {"model": self.model, "adapter": self.adapter, **self.files}
 
     @property
@@ -106,7 +106,7 @@ class Choices(SamplingOptions):
         return replace(self, **paths)
 
     def settings(self, own: CogVideoConfig) -> GenerationSettings:
-        """Settings of a clip by a model."""
+        """Generation settings for a model."""
         settings = super().settings(own).lasting(self.seconds or own.seconds, own)
         return replace(
             settings,
@@ -125,7 +125,7 @@ class Choices(SamplingOptions):
         require(is_known, f"seconds is {self.seconds}, expected {SECONDS:g} or more: {reason}")
 
     def sized(self, own: CogVideoConfig, is_enlarged: bool) -> CogVideoConfig:
-        """The configuration of a model for clips of the size."""
+        """The configuration of a model for clips of this size."""
         if self.size is None:
             return own
         return own.shaped(shape_of(size_of(self.size), own, own.upscaler.ratio if is_enlarged else 1))
@@ -169,7 +169,7 @@ class Sidecar:
         self.clip = self._converted(ClipRecord)
 
     def choices(self, places: Record) -> Choices:
-        """The clip's choices, with the places of model and files that are given here."""
+        """The clip's choices, with the given locations of the model and files."""
         missing = sorted({each.name for each in fields(Choices)} - self.record.keys())
         require(not missing, f"{self.path} lacks {', '.join(missing)}: another version of cogvideo wrote it")
         choices = self._converted(Choices)
@@ -177,7 +177,7 @@ class Sidecar:
         try:
             choices = replace(choices, **moved)
             found: Record = {name: self._find(name, path) for name, path in choices.files.items()}
-            if choices.model != POCKET and "/" not in choices.model:  # no ID on the Hub
+            if choices.model != POCKET and "/" not in choices.model:  # not an ID on the Hub
                 found["model"] = str(self._find("model", Path(choices.model)))
             choices = replace(choices, **found)
             choices.settings(CogVideoConfig())  # all values are given, so this model's own do not matter
@@ -186,7 +186,7 @@ class Sidecar:
         return choices
 
     def check_origin(self, record: Record) -> None:
-        """Refuse a model or files that are not those of the clip."""
+        """Refuse a model or files other than those of the clip."""
         same = self.record.get("bundle") == record["bundle"]
         require(same, f"{self.path} was made with another model than {record['model']}: pass its own by --model")
         changed = [record[name] for name, value in record["sha256"].items() if self.clip.sha256.get(name) != value]

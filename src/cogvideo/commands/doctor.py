@@ -1,4 +1,4 @@
-"""`cogvideo doctor`: what this machine can run, and whether the model in the box is whole."""
+"""`cogvideo doctor`: what this machine can run, and whether the model in the box is intact."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def doctor(model: str = POCKET, /) -> int:
 
 
 def _devices() -> dict[torch.device, str]:
-    """Devices, and what is known of them."""
+    """Devices, and their descriptions."""
     memory = psutil.virtual_memory()
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
     threads = torch.get_num_threads()
@@ -78,7 +78,7 @@ def _free(free: int, total: int) -> str:
 
 
 def _answer(name: str, device: torch.device) -> str:
-    """Answer whether a preset fits into the memory of a device."""
+    """Say whether a preset fits into the memory of a device."""
     config, phases = preset(name), clip(preset(name))
     free = free_memory(device)
     for dtype, offload, option in WAYS:
@@ -89,7 +89,7 @@ def _answer(name: str, device: torch.device) -> str:
 
 
 def _faults(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Faults of the files of a bundle, in words."""
+    """Defects of a bundle's files, in words."""
     for entry in manifest.components.values():
         try:
             entry.check(file_of(folder, entry))

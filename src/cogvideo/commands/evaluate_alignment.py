@@ -1,4 +1,4 @@
-"""`cogvideo evaluate alignment`: options to subjects, and tables of what is found."""
+"""`cogvideo evaluate alignment`: from options to subjects, and tables of results."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def alignment(
         emoji_limit: Maximum number of prompts about the animations, evenly spread; clips are compared with every
             animation.
         emoji_seed: Seed of the animations' data preparation, which determines the backgrounds that were never seen.
-        making: How clips are made.
+        making: Generation options.
         batch: Clips per pass; only affects the speed.
         reader: File of the World reader; the package's by default.
         device: Device to run on: cpu, cuda, cuda:0, or auto.

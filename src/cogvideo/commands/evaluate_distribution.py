@@ -1,4 +1,4 @@
-"""`cogvideo evaluate distribution`: options to a comparison, its tables and its file."""
+"""`cogvideo evaluate distribution`: from options to a comparison, its tables and its file."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _number(value: float) -> str:
 
 
 def warnings(result: Comparison) -> Iterator[str]:
-    """Warnings about figures that mean less."""
+    """Warnings about less reliable figures."""
     count = result.real.clips
     if count < RELIABLE:
         yield f"N is {count:,}, below {RELIABLE:,}: FVD is mostly bias, and comparable at this N alone"
@@ -132,7 +132,7 @@ def warnings(result: Comparison) -> Iterator[str]:
 
 
 def describe(result: Comparison, name: str, networks: Networks, reading: Reading, seed: int) -> dict[str, Any]:
-    """All that somebody needs to measure the same again, and the figures."""
+    """Everything needed to repeat the measurement, and the figures."""
     return {
         **provenance(),
         "protocol": {"name": name, **asdict(reading.protocol)},

@@ -1,4 +1,4 @@
-"""`cogvideo evaluate ucf101` and `evaluate kinetics600`: the paper's protocols, and its tables with ours in them."""
+"""`cogvideo evaluate ucf101` and `evaluate kinetics600`: the paper's protocols, and its tables with our figures."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class _Run:
 
     @contextmanager
     def claimed(self, inputs: Mapping[str, Any]) -> Iterator[None]:
-        """Keep the folder for these inputs."""
+        """Claim the folder for these inputs."""
         self._identity |= inputs
         folder = RunFolder(self._out)
         with alone_in(self._out):
@@ -202,7 +202,7 @@ class _Run:
 
 
 def _ours(figures: Sequence[Figure]) -> list[Published]:
-    """Rows of this run. Distances by other networks than that of FVD have other names, and are left out."""
+    """Rows of this run. Distances by networks other than FVD's have other names, and are left out."""
     found = {(each.name, each.of): each for each in figures}
 
     def value(name: str, of: str) -> float | None:

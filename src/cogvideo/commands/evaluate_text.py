@@ -1,4 +1,4 @@
-"""`cogvideo evaluate text`: options to CLIPSIM, its table and its file."""
+"""`cogvideo evaluate text`: from options to CLIPSIM, its table and its file."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def text(
     """
     require(json is None or not json.is_dir(), f"{json} is a folder, expected a file")
     require(len(caption_columns) > 0, "caption_columns is empty, expected one column or more")
-    import_module("transformers")  # if it is missing, that is said before anything is done
+    import_module("transformers")  # if it is missing, fail before any work
     protocol = replace(PROTOCOLS["tfhub"], clips=clips, frames=frames, step=step)
     reading = Reading(protocol, fps, Tokenizer.of(model) if model else None, caption_columns)
     folder = locate_clip(network)

@@ -1,4 +1,4 @@
-"""`cogvideo finetune`: own clips into a model that knows them, and a page that shows what came of it."""
+"""`cogvideo finetune`: from your own clips to a model that knows them, and a page of results."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def finetune(
         settings: Settings of the fine-tuning.
     """
     for package in ("jinja2", "matplotlib", "pyarrow"):
-        import_module(package)  # if one is missing, that is said before anything is done
+        import_module(package)  # if one is missing, fail before any work
     require(not out.exists() or out.is_dir(), f"{out} is a file, expected a folder for the model")
     chain = FinetuningRun(clips, out, base, settings)
     chain.run()

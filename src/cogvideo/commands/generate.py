@@ -1,4 +1,4 @@
-"""`cogvideo generate`: prompts to video files."""
+"""`cogvideo generate`: from prompts to video files."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class PlannedClip(NamedTuple):
 
 
 def _listed(prompt: tuple[str, ...], path: Path | None, seed: int | None, samples: int) -> list[ListedPrompt]:
-    """Each prompt, as often as there are samples of it, with its seed if one is given."""
+    """Each prompt, once per sample, with its seed if one is given."""
     fits = seed is None or 0 <= seed <= LARGEST_SEED
     require(fits, f"seed is {seed}, expected a number in [0, {LARGEST_SEED}], or -1 for any")
     require(0 < samples <= MOST_SAMPLES, f"samples is {samples}, expected 1 to {MOST_SAMPLES}")
@@ -181,10 +181,10 @@ def _seed(prompt: ListedPrompt) -> int:
 
 
 def _wanted(listed: Sequence[ListedPrompt], record: Record, folder: Folder, skip: bool) -> Iterator[PlannedClip]:
-    """The clips that the folder lacks. The hash of the model identifies it, wherever it was."""
+    """The clips that the folder lacks. The model is identified by its hash, wherever it was."""
     alike = {name: value for name, value in record.items() if name not in ("model", *FILES)}
     there = set()
-    # Those with a seed first: for one without, any clip of its prompt will do.
+    # Prompts with a seed first: for one without, any clip of the prompt will do.
     for place, each in sorted(enumerate(listed), key=lambda pair: pair[1].seed is None):
         if skip and folder.take(alike, each.text, each.seed):
             there.add(place)
@@ -229,8 +229,8 @@ class ClipMaker:
     def make(
         self, wanted: Sequence[PlannedClip], fps: float, preview: bool
     ) -> Iterator[tuple[PlannedClip, Pixels, Record]]:
-        """Clips as they are finished, with figures for their records. All prompts are checked, and folders created,
-        before the first of them.
+        """Clips as they are finished, with figures for their records. Before the first one, all prompts are checked and
+        folders are created.
         """
         self._check(wanted)
         size = self.execution.batch
@@ -249,7 +249,7 @@ class ClipMaker:
                 yield each, pixels, self._figures(pixels, codes)
 
     def _check(self, wanted: Sequence[PlannedClip]) -> None:
-        """Refuse clips that cannot be generated; a prompt of a list by its line."""
+        """Refuse clips that cannot be generated; a prompt from a list is named by its line."""
         if wanted:
             self.pipeline.check_memory(self.settings, min(self.execution.batch, len(wanted)))
         for each in reversed({each.prompt: each for each in reversed(wanted)}.values()):  # the first of equal ones

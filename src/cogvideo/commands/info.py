@@ -53,7 +53,8 @@ def info(target: str = "", /, json: bool = False, batch: int = 1) -> None:
 
 
 def report(name: str, manifest: Manifest, batch: int = 1) -> dict[str, Any]:
-    """Costs of a model, as JSON has them; `batch` is that of training. Sizes are in values or in bytes by precision."""
+    """Costs of a model, as JSON values; `batch` is the batch size in training. Sizes are in values or in bytes by
+    precision."""
     config = manifest.config
     phases = clip(config)
     return {
@@ -95,7 +96,7 @@ def _tables(name: str, manifest: Manifest, batch: int) -> Iterator[Table | str]:
 
 
 def _parameters(manifest: Manifest) -> Table:
-    """Parameters and files, those of other components at the end."""
+    """Parameters and files; other components come last."""
     files = {name: entry.num_bytes for name, entry in manifest.components.items()}
     on_disk = ["on disk"] if files else []
     rows = []
@@ -116,7 +117,7 @@ def _training_rows(steps: list[Training]) -> Iterator[list[str]]:
 
 
 def _presets() -> Table:
-    """The figures that decide whether one can run it."""
+    """The figures that decide whether a machine can run a preset."""
     rows: dict[str, list[str]] = {}
     for config in map(preset, PRESETS):
         sizes, both = components(config), sums(config)["base with both stages"]
@@ -150,7 +151,7 @@ def _binary(num_bytes: int) -> str:
 
 
 def _scaled(number: float, step: int, units: list[str]) -> str:
-    """Three figures."""
+    """A number with three significant digits."""
     power = 0
     while number >= step and power < len(units) - 1:
         number /= step

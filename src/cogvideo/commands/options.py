@@ -1,6 +1,7 @@
-"""Command lines from typed functions: signatures become options, docstrings their help.
+"""Command lines from typed functions: signatures become options, and docstrings become their help.
 
-Parameters before `/` are positional, dataclasses are groups of options. An optional dataclass is for Python alone.
+Parameters before `/` are positional, dataclasses are groups of options. An optional dataclass is for use from Python
+only.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ ARGUMENTS, OPTIONS = "arguments", "options"
 """Headings of positional arguments, and of options that are in no dataclass."""
 REQUIRED = Parameter.empty
 NAMES = {str: "TEXT", Path: "PATH", int: "INT", float: "FLOAT", Sides: "SIZE"}
-"""Types in help."""
+"""Names of types in help."""
 NOUNS = {int: "a whole number", float: "a number", Sides: "pixels such as 96, or 128x72"}
-"""Types in errors."""
+"""Names of types in errors."""
 EXPONENT = re.compile(r"-[\d.]+e[+-]?\d+", re.IGNORECASE)
 """Negative numbers that argparse takes for options."""
 PLAIN = "\0"
-"""Beginning of arguments that argparse shall not take for options."""
+"""Prefix of arguments that argparse must not take for options."""
 
 
 class Option(NamedTuple):
@@ -42,9 +43,9 @@ class Option(NamedTuple):
     name: str
     """Parameter of the function, or field of a dataclass."""
     kind: Any
-    """Type; of a tuple, that of its items."""
+    """Type; for a tuple, the type of its items."""
     nargs: str | int | None
-    """Number of values, as argparse has it."""
+    """Number of values, as in argparse."""
     default: Any
     help: str
     group: str
@@ -62,7 +63,7 @@ class Option(NamedTuple):
 
     @property
     def note(self) -> str:
-        """Default in help, where it says something."""
+        """Default in help, if it is informative."""
         if self.default is REQUIRED:
             return "" if self.group == ARGUMENTS else " (required)"
         value = " ".join(map(str, self.default)) if isinstance(self.default, tuple) else self.default
@@ -70,7 +71,7 @@ class Option(NamedTuple):
         return "" if is_nothing else f" (default: {'on' if value is True else value})"
 
     def value(self, text: str) -> Any:
-        """The value of a text."""
+        """The value that a text stands for."""
         text, choices = text.removeprefix(PLAIN), get_args(self.kind)
         if text in choices:
             return text
@@ -98,12 +99,12 @@ RECIPE = Option(
 def parse(
     command: str, function: Callable[..., Any], arguments: Sequence[str], has_recipe: bool = False
 ) -> Callable[[], Any]:
-    """The call of a function with the arguments of a command, and of a recipe that they name.
+    """A call of the function with the arguments of a command, and of a recipe that they name.
 
     Args:
-        command: such as `train image`.
-        function: its signature and docstring make the options.
-        arguments: of the user, after the name of the command.
+        command: its name, such as `train image`.
+        function: function to call; its signature and docstring define the options.
+        arguments: the user's arguments, after the name of the command.
         has_recipe: add the option `--recipe`.
     """
     known = [*options(function), *([RECIPE] if has_recipe else [])]
@@ -121,7 +122,7 @@ def parse(
 
 
 def options(owner: Callable[..., Any], instance: Any = None, group: str = OPTIONS) -> Iterator[Option]:
-    """Options of a function or a dataclass; an instance of it has other defaults."""
+    """Options of a function or a dataclass; an instance overrides the defaults."""
     texts = _texts(owner)
     for name, kind, default, is_positional in _parameters(owner, instance):
         if _is_group(kind):
@@ -161,7 +162,7 @@ def _texts(owner: Any) -> dict[str, str]:
 
 
 def _filled(owner: Callable[..., Any], given: Mapping[str, Any], instance: Any = None) -> dict[str, Any]:
-    """All arguments of a function or a dataclass: what is given, else the defaults."""
+    """All arguments of a function or a dataclass: given values, else the defaults."""
     return {
         name: kind(**_filled(kind, given, default)) if _is_group(kind) else given.get(name, default)
         for name, kind, default, _ in _parameters(owner, instance)
@@ -195,7 +196,7 @@ def _parser(command: str, function: Callable[..., Any], known: Sequence[Option])
         values = {"type": each.value, "nargs": each.nargs, "metavar": each.metavar} | names
         if each.group == ARGUMENTS:
             groups[ARGUMENTS].add_argument(each.name, **values | {"nargs": each.nargs or "?"})
-        elif each.default == ():  # values add up where the option is repeated
+        elif each.default == ():  # repeating the option adds values
             groups[each.group].add_argument(str(each), dest=each.name, action="extend", **values)
         elif each.kind is bool:
             groups[each.group].add_argument(str(each), dest=each.name, action=argparse.BooleanOptionalAction, **names)

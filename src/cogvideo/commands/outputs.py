@@ -39,7 +39,7 @@ Record = dict[str, Any]
 
 
 def is_file(output: Path, clips: int) -> bool:
-    """Tell the file of a single clip (True) from a folder."""
+    """True if the output is the file of a single clip, False if it is a folder."""
     suffix, length = output.suffix.lower(), len(os.fsencode(output.name))
     check_name(output)
     too_long = f"the name {output.name:.20}... has {length} bytes, expected {LONGEST_GIVEN} at most"
@@ -127,7 +127,7 @@ class Folder:
     def holding(self, path: Path) -> Iterator[Path]:
         """The path of a clip to write in the `with` block, or another one if it was taken in the meantime.
 
-        No other process gets the name: until the clip is there, an empty sidecar holds it, in all formats.
+        No other process gets the name: until the clip is written, an empty sidecar reserves it, for all formats.
         """
         stem = sidecar_of(path).stem
         while not _hold(path):
@@ -146,7 +146,7 @@ class Folder:
 
 
 def _key(name: str) -> str:
-    """Form of a name in which names that a file system takes for one are equal."""
+    """Normal form of a name: equal for names that a file system may not distinguish."""
     return normalize("NFC", name).casefold()
 
 
@@ -180,7 +180,7 @@ def sidecar_of(path: Path) -> Path:
 
 
 def make_frames_folder(path: Path) -> Path:
-    """Create a new folder next to a clip, for previews of its frames. An existing one may be somebody's."""
+    """Create a new folder next to a clip, for previews of its frames. An existing one may belong to somebody."""
     for number in count(1):
         folder = path.with_name(f"{path.stem}{FRAMES}{f'-{number}' if number > 1 else ''}")
         with suppress(FileExistsError):
@@ -193,7 +193,7 @@ def write_clip(
     path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, record: Mapping[str, Any]
 ) -> None:
     """Write a clip (a file by its suffix, or a folder of PNG frames), then its sidecar with the record of how it was
-    made, which is also in the file, as a comment.
+    made, which is also stored in the file, as a comment.
 
     No interruption leaves a clip with the sidecar of another one. A clip is replaced when the new one is complete.
     """

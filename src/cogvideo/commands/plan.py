@@ -71,7 +71,7 @@ def _table(plan: StagePlan) -> Table:
 
 
 def _too_little(plan: StagePlan, machines: Cluster) -> str:
-    """The least that is needed, and what would help."""
+    """The minimum that is needed, and what would help."""
     least = min(plan.strategies, key=lambda strategy: strategy.needs)
     strategy = f"{least.sharding}{' with --checkpointing' if least.checkpointing else ''}"
     at_start = least.needs == least.peaks["at the start"]
@@ -81,6 +81,6 @@ def _too_little(plan: StagePlan, machines: Cluster) -> str:
 
 
 def _gib(num_bytes: int) -> str:
-    """Three figures."""
+    """GiB with three significant digits."""
     gib = num_bytes / GIB
     return f"{gib:,.0f}" if gib >= 1000 else f"{gib:#.3g}".rstrip(".")

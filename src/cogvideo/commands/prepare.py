@@ -1,4 +1,4 @@
-"""`cogvideo data prepare`: captioned clips to shards of codes."""
+"""`cogvideo data prepare`: from captioned clips to shards of codes."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def prepare(
             caption, WebDataset tars, or world:NUMBER for clips of the synthetic World.
         out: Folder for the shards.
         tokenizer: Bundle with the image tokenizer: a folder, or its ID on the Hugging Face Hub.
-        settings: How clips become codes.
-        options: How the source is read.
+        settings: Encoding settings.
+        options: Source options.
         machines: Devices and processes.
         max_rejected: Number of rejected clips to allow; more give exit status 1.
     """

@@ -16,12 +16,12 @@ from cogvideo.generation.request import LARGEST_SEED
 from cogvideo.text import is_unicode
 
 COLUMNS = ("prompt", "caption", "text")
-"""Columns of a table that may hold the prompts; the first one found does."""
+"""Columns of a table that may hold the prompts; the first one found is used."""
 SEED = "seed"
 LONGEST_NAME = 120
-"""Bytes of a file name that is made from a prompt."""
+"""Maximum number of bytes in a file name made from a prompt."""
 LARGEST_TEXT = 64 << 20
-"""Bytes of a text file of prompts: nobody has that many, but some pipes and devices never end."""
+"""Maximum number of bytes in a text file of prompts: nobody has more, but some pipes and devices never end."""
 ANY_SEED = -1
 """Random seed, as other tools spell it."""
 NO_LISTS = (".json", ".xlsx", ".xls", ".ods", ".gz", ".zip")

@@ -1,6 +1,6 @@
 """Recipes: TOML files of options, with a table for each command, named by its last word: `[tokenizer]`, `[image]`.
 
-Keys are the names of options as on the command line, which takes precedence.
+Keys are the option names of the command line, which takes precedence.
 """
 
 from __future__ import annotations

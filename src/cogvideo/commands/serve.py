@@ -25,7 +25,7 @@ class StorageOptions:
     """Folder or store of video files, such as s3://bucket/folder; a subfolder of the folder by default."""
 
     def urls(self) -> tuple[str, str]:
-        """Addresses of the queue and of files."""
+        """URLs of the queue and of files."""
         if not (self.queue and self.files):
             self.folder.mkdir(parents=True, exist_ok=True)
         place = self.folder.resolve()
@@ -138,7 +138,7 @@ def serve(
         address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
         print(address, flush=True)
         if browser:
-            Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # which may wait for it
+            Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # opening may block
         if ray:
             Event().wait()
         else:

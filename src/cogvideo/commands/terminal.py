@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]], num_texts: int = 1) -> Table:
-    """A table whose first columns, `num_texts` of them, are texts, and the others figures."""
+    """A table whose first `num_texts` columns are texts, and the others figures."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < num_texts else "right")

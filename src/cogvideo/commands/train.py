@@ -1,4 +1,4 @@
-"""`cogvideo train`: options to runs of training. What the options do is in the room `training`."""
+"""`cogvideo train`: from options to training runs. The package `training` does the training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from cogvideo.training.text import (
 from cogvideo.training.tokenizer import train_tokenizer
 
 DURATIONS = (4.0, 2.0, 1.0, 0.5)
-"""Seconds from the first to the last of five frames, at 1, 2, 4 and 8 a second."""
+"""Seconds from the first to the last of five frames, at 1, 2, 4 and 8 per second."""
 
 
 def image(
@@ -133,7 +133,7 @@ def _in_channel(options: Options, name: str | None) -> Options:
 
 
 def _adapting(options: Options, rank: int | None, name: str) -> Options:
-    """The options, for an adapter of the bundle where one is trained."""
+    """The options, for an adapter of the bundle if one is trained."""
     if rank is None:
         return options
     folder = options.out / ADAPTERS / _plain("adapter", name)
@@ -141,7 +141,7 @@ def _adapting(options: Options, rank: int | None, name: str) -> Options:
 
 
 def _plain(option: str, name: str) -> str:
-    """The name, if it can be that of a folder."""
+    """The name, if it can be a folder name."""
     require(PLAIN_NAME.fullmatch(name) is not None, f"{option} is {name!r}, expected letters, digits, dots and dashes")
     return name
 
@@ -219,7 +219,7 @@ def tokenizer(
 
 
 def _lpips_files(name: str | None, vgg: Path | None, heads: Path | None) -> tuple[Path, ...]:
-    """Files with the weights of LPIPS; none if it is not asked for."""
+    """Files with the weights of LPIPS; none if it is not requested."""
     given = tuple(path for path in (vgg, heads) if path is not None)
     require(len(given) != 1, "LPIPS needs two files: --vgg (torchvision's VGG-16) and --lpips (its heads for VGG)")
     if name is None:

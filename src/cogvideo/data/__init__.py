@@ -1,1 +1,1 @@
-"""Data: clips of a user to shards of codes, and shards to batches."""
+"""Data: from the user's clips to shards of codes, and from shards to batches."""

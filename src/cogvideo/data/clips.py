@@ -1,8 +1,8 @@
-"""Multi-frame-rate sampling: the choice of a clip's base-rate frames for one training sequence (paper section 3.1).
+"""Multi-frame-rate sampling: which of a clip's base-rate frames make one training sequence (paper section 3.1).
 
-Every sequence has equally many frames. A clip gives them at the lowest predefined rate that it still fills, so that
-they cover as much of the action as possible; interpolation is trained at the faster rates of its rounds. Nothing here
-is random: random choices come in as numbers of [0, 1).
+All sequences have the same number of frames. A clip is sampled at the lowest predefined rate at which it still fills a
+sequence, to cover as much of the action as possible; interpolation is trained at the higher rates of its rounds.
+Nothing here is random: random choices are passed in as numbers in [0, 1).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 from cogvideo.config import InputError, require
 
 Mode = Literal["sequential", "interpolation", "image"]
-"""Use of the sequences: the two video stages, or the image model, which takes single frames."""
+"""What samples are for: one of the two video stages, or the image model, which takes single frames."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class FrameRates:
     """The predefined frame rates. Strides are whole numbers of stored frames: nothing is interpolated in time."""
 
     base: float = 8.0
-    """Frames a second of the stored codes."""
+    """Frames per second of the stored codes."""
     rates: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
-    """Frames a second that a sequence can have, lowest first: that of the sequential stage, then of the rounds."""
+    """Frames per second of sequences, lowest first: the sequential stage's rate, then those of the rounds."""
     num_frames: int = 5
-    """Frames of a sequence."""
+    """Frames per sequence."""
 
     def __post_init__(self) -> None:
         require(0 < self.base < math.inf, f"base is {self.base}, expected a positive number of frames a second")
@@ -45,12 +45,12 @@ class FrameRates:
 
     def stride(self, rate: float) -> int:
         """Stored frames from one frame of a sequence to the next."""
-        if rate not in self._strides:  # no `require`: its message would be made for every sample
+        if rate not in self._strides:  # no `require`: it would format its message for every sample
             raise InputError(f"the rate is {rate:g}, expected one of {self.rates}")
         return self._strides[rate]
 
     def span(self, rate: float) -> int:
-        """Stored frames from the first to the last of a sequence, both counted: what a clip must have."""
+        """Stored frames from the first to the last of a sequence, inclusive: the minimum length of a clip."""
         return (self.num_frames - 1) * self.stride(rate) + 1
 
     @cached_property
@@ -63,23 +63,24 @@ class ClipSampling:
     """Choice of training samples from clips."""
 
     mode: Mode = "sequential"
-    """sequential: at the lowest rate that the clip fills; interpolation: at one of the faster rates; image: one frame.
+    """sequential: at the lowest rate that the clip fills; interpolation: at one of the higher rates; image: one frame.
     """
     rates: FrameRates = field(default_factory=FrameRates)
     """The predefined rates."""
     fixed_rate: float | None = None
-    """One rate for all clips in place of the rule, for comparison runs; clips that do not fill it are left out."""
+    """One rate for all clips regardless of `mode`, for comparison runs; clips too short for it are left out.
+    """
     random_offset: bool = True
-    """Start anywhere that the sequence fits, rather than at the clip's first frame."""
+    """Start at a random frame where the sequence fits, not at the clip's first frame."""
     caption_dropout: float = 0.0
-    """Share of samples without their caption, which teaches the unconditional text of guidance."""
+    """Share of samples whose caption is dropped, to train the unconditional text for guidance."""
     high_codes: bool = False
-    """Give the codes of super-resolution too, which the shards must have."""
+    """Include the super-resolution codes, which the shards must have."""
     durations: tuple[float, ...] = ()
-    """Mode image: half of the samples are a clip's first frame, the others a later one with one of these durations, as
-    sequences of the video stages have them. Where there are none, samples are any frame, without a duration."""
+    """Mode image: half of the samples are first frames of clips, the others later frames with one of these durations,
+    as in sequences of the video stages. If empty, a sample is any frame, without a duration."""
     seed: int = 0
-    """Seed of the order of samples and of the random choices in them."""
+    """Seed of the sample order and of random choices within samples."""
 
     def __post_init__(self) -> None:
         modes = ("sequential", "interpolation", "image")
@@ -98,7 +99,7 @@ class ClipSampling:
 
     @cached_property
     def min_frames(self) -> int:
-        """Stored frames of the shortest clip that gives a sample."""
+        """Stored frames of the shortest usable clip."""
         if self.mode == "image":
             return 1
         return self.rates.span(self.rates.rates[-1] if self.fixed_rate is None else self.fixed_rate)
@@ -110,14 +111,14 @@ def filled_rates(num_frames: int, rates: FrameRates) -> tuple[float, ...]:
 
 
 def lowest_rate(num_frames: int, rates: FrameRates) -> float | None:
-    """The rate of the sequential stage: the lowest that the clip fills; None if it fills none."""
+    """The rate of the sequential stage: the lowest at which the clip fills a sequence; None if there is none."""
     return next(iter(filled_rates(num_frames, rates)), None)
 
 
 def sampled_rates(num_frames: int, sampling: ClipSampling) -> tuple[float, ...]:
     """Rates of samples from a clip with this number of stored frames, lowest first; empty in mode image.
 
-    Interpolation takes all but the lowest predefined one, which at the defaults have the durations 2.0, 1.0 and 0.5.
+    Interpolation uses all predefined rates but the lowest; by default, their durations are 2.0, 1.0 and 0.5.
     """
     if sampling.mode == "image" or num_frames < sampling.min_frames:
         return ()
@@ -132,8 +133,8 @@ def sampled_rates(num_frames: int, sampling: ClipSampling) -> tuple[float, ...]:
 def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, offset_draw: float) -> range | None:
     """Frames of a clip that make a sample; None if the clip is shorter than `sampling.min_frames`.
 
-    The draws are uniform in [0, 1): one chooses among the rates of interpolation, the other, with `random_offset`, the
-    start, in mode image the frame.
+    Both draws are uniform in [0, 1). The first picks one of the interpolation rates; the second, with `random_offset`,
+    picks the start, or in mode image the frame.
     """
     if num_frames < sampling.min_frames:
         return None
@@ -152,9 +153,9 @@ def choose_window(num_frames: int, sampling: ClipSampling, rate_draw: float, off
 
 
 def duration_of(window: range, sampling: ClipSampling, rate_draw: float) -> float:
-    """Seconds in the caption of a sample, in videos from its first frame to its last; 0 for none.
+    """Duration for a sample's caption, in seconds: in videos, from the first frame to the last; 0 for none.
 
-    The draw, uniform in [0, 1), chooses among the durations of single frames.
+    The draw, uniform in [0, 1), picks one of the durations of single frames.
     """
     if sampling.mode == "image":
         if window.start == 0 or not sampling.durations:
@@ -164,7 +165,7 @@ def duration_of(window: range, sampling: ClipSampling, rate_draw: float) -> floa
 
 
 def _index(count: int, draw: float) -> int:
-    """One of `count` places, all equally likely if `draw` is uniform in [0, 1)."""
+    """An index below `count`, all equally likely if `draw` is uniform in [0, 1)."""
     if not 0 <= draw < 1:
         raise InputError(f"got the random number {draw}, expected one in [0, 1)")
     return int(draw * count)

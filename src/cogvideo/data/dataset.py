@@ -1,4 +1,4 @@
-"""A dataset: a folder of shards and the card `dataset.json`, which is written last: a folder with one is whole."""
+"""A dataset: a folder of shards and the card `dataset.json`, written last: a folder that has it is complete."""
 
 from __future__ import annotations
 
@@ -43,31 +43,31 @@ class ShardEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Card(CodeInfo):
-    """Content of `dataset.json`. It holds no times: equal datasets have equal cards."""
+    """Content of `dataset.json`. It has no timestamps: equal datasets have equal cards."""
 
     cogvideo: str
     """Version that made the dataset."""
     source: str
-    """Origin of the clips: a path in full, or `world:COUNT`."""
+    """Source of the clips: an absolute path, or `world:COUNT`."""
     tokenizer: str
-    """Origin of the image tokenizer: a folder in full, or an id on the Hub."""
+    """Source of the image tokenizer: an absolute path, or an id on the Hub."""
     settings: dict[str, Any]
     splits: dict[str, Count]
-    """Clips of each split."""
+    """Number of clips in each split."""
     rejected: dict[str, Count]
-    """Clips left out, by reason."""
+    """Number of rejected clips, by reason."""
     num_frames: int
     lengths: dict[str, Count]
-    """Clips of each length in frames."""
+    """Number of clips by length in frames."""
     shards: tuple[ShardEntry, ...]
 
     @property
     def num_rejected(self) -> int:
-        """Clips left out."""
+        """Number of rejected clips."""
         return sum(self.rejected.values())
 
     def check_tokenizer(self, sha256: str, where: object) -> None:
-        """Refuse a dataset, which the message calls `where`, for a tokenizer with another hash."""
+        """Refuse a dataset, called `where` in the message, if a tokenizer with another hash made its codes."""
         own, advice = self.tokenizer_sha256, "prepare the data with this model's tokenizer"
         got = f"{where} holds codes of another image tokenizer ({self.tokenizer}, sha256 {own:.12})"
         require(sha256 == own, f"{got}, expected sha256 {sha256:.12}: {advice}")
@@ -82,7 +82,7 @@ def make_card(
     settings: dict[str, Any],
     rejected: Sequence[Rejection] = (),
 ) -> Card:
-    """The card of the shards in `folder`, from their content; `rejected` clips were left out before these were made."""
+    """The card of the shards in `folder`, from their content; `rejected` lists the clips that were left out."""
     require(len(files) > 0, f"{folder} has no shards to describe, expected at least one")
     info = read_info(folder / files[0])
     same = {each.name: getattr(info, each.name) for each in fields(CodeInfo)} | {"settings_sha256": digest(settings)}
@@ -110,7 +110,7 @@ def make_card(
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write `dataset.json`, which makes the folder a whole dataset."""
+    """Write `dataset.json`, which completes the dataset."""
     write_json(folder / CARD, {"format_version": FORMAT_VERSION, **asdict(card)})
 
 
@@ -134,7 +134,7 @@ def read_card(folder: Path) -> Card:
 
 
 def check_hashes(folder: Path) -> None:
-    """Refuse a folder whose shards are not those of its card; one without a card is not whole yet and has none."""
+    """Refuse a folder whose shards differ from its card; a folder without a card is incomplete and not checked."""
     if not (folder / CARD).exists():
         return
     advice = "remove it, and the same command makes it again"
@@ -145,9 +145,9 @@ def check_hashes(folder: Path) -> None:
 
 
 class Dataset:
-    """The shards of a folder, each opened when it is first used. A pickled dataset carries names, no maps.
+    """The shards of a folder, each opened on first use. A pickled dataset has file names, not memory maps.
 
-    Rows are numbered over all shards, in their order.
+    Rows are numbered across all shards, in order.
 
     Args:
         folder: output of `cogvideo data prepare`.
@@ -174,7 +174,7 @@ class Dataset:
         return self._starts[-1]
 
     def shard(self, number: int) -> Shard:
-        """A shard by its number on the card. It stays mapped: address space, no memory of its own and no open file."""
+        """A shard by its number on the card. It stays mapped: address space, but no memory of its own or open file."""
         if number not in self._opened:
             entry = self.card.shards[number]
             shard = Shard(self.folder / entry.file)
@@ -197,12 +197,12 @@ class Dataset:
         return np.concatenate([self._starts[each] + self.shard(each).rows(split) for each in shards])
 
     def num_frames(self) -> Int32[np.ndarray, " rows"]:
-        """Frames of each row."""
+        """Number of frames of each row."""
         lengths = [self.shard(each).num_frames for each in range(len(self.card.shards))]
         return np.concatenate([np.zeros(0, np.int32), *lengths])
 
     def row(self, row: int) -> Row:
-        """All of a clip."""
+        """Everything stored for a clip."""
         shard, number = self.find(row)
         return shard.row(number)
 

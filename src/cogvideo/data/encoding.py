@@ -1,4 +1,4 @@
-"""Items to the rows of one shard: read, encoded in batches, written. Every engine runs this."""
+"""From items to one shard: read, encode in batches, write. Every engine runs this."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class PrepareSettings:
 
 
 class ShardJob(NamedTuple):
-    """A shard to be made from items; rejections are added to its info."""
+    """A shard to make from items; rejections are added to its info."""
 
     path: Path
     items: tuple[Item, ...]
@@ -68,10 +68,10 @@ class ShardWorker:
     settings: PrepareSettings
     """Settings with a frame size."""
     ratio: int = 3
-    """Side of a frame for super-resolution over that of a frame."""
+    """Side of a super-resolution frame divided by the side of a frame."""
     device: str = "cpu"
     readers: int = 0
-    """Threads that read clips while the encoder works; with none, reading and encoding take turns."""
+    """Threads that read clips while the encoder works; with 0, reading and encoding alternate."""
 
     @cached_property
     def _tokenizer(self) -> Autoencoder:
@@ -87,7 +87,7 @@ class ShardWorker:
         return codes.numpy().astype(np.uint16).reshape(len(frames), rows, -1)
 
     def make(self, job: ShardJob, on_clip: Callable[[], None] = lambda: None) -> None:
-        """Write the shard of a job: rows in the order of its items, and why the others have none.
+        """Write the shard of a job: rows in the order of its items, and the reasons why items have no row.
 
         `on_clip` is called after each item.
         """
@@ -100,7 +100,7 @@ class ShardWorker:
         for codes, (item, pictures) in zip(encode_clips(frames, self.encode, settings.batch), clips, strict=False):
             assert item.split is not None
             high = None
-            if settings.superres:  # with as many pixels in a pass as the other frames
+            if settings.superres:  # as many pixels per pass as for the other frames
                 (high,) = encode_clips([pictures.frames], self.encode, max(1, settings.batch // self.ratio**2))
             captions, attributes = pictures.captions, pictures.attributes
             rows.append(Row(item.id, captions, attributes, settings.frames.fps, codes, item.split, high))
@@ -110,7 +110,7 @@ class ShardWorker:
     def _read(
         self, items: Iterable[Item], rejected: list[Rejection], on_clip: Callable[[], None]
     ) -> Iterator[tuple[Item, Pictures]]:
-        """Items that can be read, in their order; the others are added to `rejected`."""
+        """Readable items, in order; the others are added to `rejected`."""
         settings = self.settings.frames
         assert settings.size is not None
         if self.settings.superres:
@@ -120,7 +120,7 @@ class ShardWorker:
                 yield item, result
                 continue
             path = item.media.archive if isinstance(item.media, Member) else item.media
-            folder = f"{path.parent}{os.sep}" if isinstance(path, Path) else ""  # on which no shard may depend
+            folder = f"{path.parent}{os.sep}" if isinstance(path, Path) else ""  # shards must not depend on it
             rejected.append(Rejection(item.id, result.reason, plain(result.detail.replace(folder, ""))))
             on_clip()
 
@@ -128,7 +128,7 @@ class ShardWorker:
 def encode_clips(
     clips: Iterable[UInt8[np.ndarray, "_ height width 3"]], encode: Encode, batch: int
 ) -> Iterator[UInt16[np.ndarray, "_ rows columns"]]:
-    """Codes of each clip. Frames are encoded `batch` at a time, whichever clips they belong to."""
+    """Codes of each clip. Frames are encoded `batch` at a time, across clips."""
     lengths: deque[int] = deque()
 
     def frames() -> Iterator[np.ndarray]:
@@ -144,7 +144,7 @@ def encode_clips(
 
 
 def ahead(function: Callable[[T], U], values: Iterable[T], threads: int) -> Iterator[tuple[T, U | VideoError]]:
-    """Each value with its result or error, in order; `threads` work on those that come next, none means in turn."""
+    """Each value with its result or error, in order; `threads` threads work ahead, none if 0."""
 
     def attempt(value: T) -> U | VideoError:
         try:

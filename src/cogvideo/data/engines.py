@@ -1,4 +1,4 @@
-"""Engines that encode clips: this process, processes of this machine, or Ray on a cluster."""
+"""Engines that encode clips: this process, processes on this machine, or Ray on a cluster."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OnClip = Callable[[], None]
 
 
 class Job(Protocol):
-    """Clips that a worker encodes in one go; the result is kept."""
+    """Clips that a worker encodes as one unit, whose result is kept."""
 
     @property
     def items(self) -> Sequence[Any]:
@@ -36,7 +36,7 @@ class Job(Protocol):
 
 
 class PlainJob(NamedTuple):
-    """A job whose items say everything."""
+    """A job that needs nothing but its items."""
 
     items: tuple[Any, ...]
 
@@ -51,11 +51,11 @@ class Worker(Protocol):
 
 
 GPU_READERS = 4
-"""Cores that an actor of Ray requests in addition to its GPU."""
+"""Cores that a Ray actor requests in addition to its GPU."""
 
 
 def local_devices(device: str, workers: int) -> list[str]:
-    """The device of each worker process, of which 0 means one a GPU or core; `cuda` and `auto` take all GPUs."""
+    """The device of each worker process; 0 workers means one per GPU or core. `cuda` and `auto` use all GPUs."""
     require(workers >= 0, f"workers is {workers}, expected 0 (one a core or GPU) or more")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     require(device != "cuda" or bool(gpus), "the device is cuda, and there is no CUDA GPU: pass --device cpu")
@@ -67,7 +67,7 @@ def local_devices(device: str, workers: int) -> list[str]:
 
 
 def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_clip: OnClip) -> None:
-    """Do jobs in one process a place; a single one is this process."""
+    """Do jobs with one process per device in `places`; a single device is used from this process."""
     if len(places) == 1 or len(jobs) == 1:
         worker = _at(worker, places[0], 1)
         for job in jobs:
@@ -91,7 +91,7 @@ def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_cli
             raise InputError(f"a worker process died, perhaps for want of memory: {advice}") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():  # nothing is left to do, or it is not wanted any more
+            for process in multiprocessing.active_children():  # nothing is left to do, or the run is being aborted
                 process.terminate()
 
 
@@ -110,23 +110,23 @@ class Machines:
 
     def __post_init__(self) -> None:
         if self.engine == "ray":
-            import_module("ray")  # if it is missing, that is said before anything is done
+            import_module("ray")  # if it is missing, fail before any work
 
     @property
     def kind(self) -> str:
-        """Kind of the devices, which must be there; on Ray, that of CPUs unless CUDA is asked for."""
+        """Device type, which must be available; on Ray, CPU unless CUDA is requested."""
         if self.engine == "ray":
             return "cuda" if self.device == "cuda" else "cpu"
         return local_devices(self.device, self.workers)[0].partition(":")[0]
 
     def check(self) -> None:
-        """Refuse devices that are not there; those of a Ray cluster are elsewhere."""
+        """Refuse missing devices; a Ray cluster's devices are on other machines."""
         if self.engine == "local":
             local_devices(self.device, self.workers)
 
     @property
     def settled(self) -> Machines:
-        """The same with the kind of the devices, which actors of Ray would choose themselves."""
+        """The same with a fixed device type, which Ray actors would otherwise choose themselves."""
         return replace(self, device=self.kind) if self.engine == "ray" else self
 
     def run(self, jobs: Sequence[Job], worker: Worker, on_clip: OnClip) -> None:
@@ -139,7 +139,7 @@ class Machines:
 
 @contextmanager
 def progress(title: str, total: int, completed: int) -> Iterator[Callable[..., None]]:
-    """A bar over clips, of which some are done; yields a function that advances it."""
+    """A progress bar over clips, some already done; yields a function that advances it."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total, completed=completed)
@@ -163,11 +163,11 @@ def _counting(clips: SimpleQueue[bool], on_clip: OnClip) -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Keep Ctrl-C from processes that are started here, and in this one until they are: it ends them."""
+    """Shield processes started here from Ctrl-C; this process receives it once they are started, and ends them."""
     caught: list[int] = []
     is_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, lambda number, _: caught.append(number)) if is_main else None
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # processes inherit it, but not the handler
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # children inherit the mask, not the handler
     try:
         yield
     finally:
@@ -195,13 +195,13 @@ def _make(job: Job) -> None:
 
 
 def _at(worker: Worker, device: str, num_workers: int) -> Worker:
-    """The worker on a device; its share of the cores reads ahead of a GPU."""
+    """The worker on a device; with a GPU, its share of the cores reads ahead."""
     readers = 0 if device == "cpu" else max(1, (os.cpu_count() or 1) // num_workers)
     return replace(worker, device=device, readers=readers)
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end its processes, which would go on to write."""
+    """Exit when the parent dies: if killed, it cannot end its processes, which would keep writing."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -213,8 +213,8 @@ def run_ray(
 ) -> None:
     """Do jobs with Ray Data; machines must share all folders that the worker reads and writes.
 
-    A local cluster is started unless an address is given. `workers` is the number of actors, 0 for one a core or GPU;
-    `on_clip` is called after each item, when its job is done.
+    A local cluster is started unless an address is given. `workers` is the number of actors, 0 for one per core or GPU;
+    `on_clip` is called for each item when its job is done.
     """
     import ray
     from ray.data import DataContext, from_items
@@ -228,7 +228,7 @@ def run_ray(
         actors = min(len(jobs), workers or max(1, int(resources.get("GPU" if gpu else "CPU", 0))))
         shards = from_items([{"job": pickle.dumps(job)} for job in jobs], override_num_blocks=len(jobs))
         made = shards.map(
-            _Maker,  # type: ignore[arg-type]  # a class of callables, an object of it an actor
+            _Maker,  # type: ignore[arg-type]  # a callable class, one instance per actor
             fn_constructor_args=(replace(worker, device="cuda", readers=GPU_READERS) if gpu else worker,),
             concurrency=actors,
             num_gpus=1 if gpu else 0,
@@ -244,7 +244,7 @@ def run_ray(
 
 
 class _Maker:
-    """An actor of Ray Data: does the job of one row."""
+    """A Ray Data actor: does the job in one row."""
 
     def __init__(self, worker: Worker) -> None:
         torch.set_num_threads(1)

@@ -12,13 +12,13 @@ from cogvideo.config import InputError, require
 from cogvideo.data.tables import LISTS, TABLE_SUFFIXES, RowError
 
 MANIFESTS = tuple(f"{stem}{suffix}" for stem in ("captions", "metadata") for suffix in TABLE_SUFFIXES)
-"""Tables that stand for the folder they lie in."""
+"""Tables that describe the folder they are in."""
 LABELS = {"videos": "labels"}
-"""Folders of videos whose captions lie in a folder of that name next to them (CogVideoX)."""
+"""Names of video folders, and of the folder next to each that has the captions (CogVideoX)."""
 
 
 def find_manifest(folder: Path) -> Path | None:
-    """The table that stands for a folder; None if there is none."""
+    """The table that describes a folder; None if there is none."""
     tables = [folder / name for name in MANIFESTS if (folder / name).is_file()]
     names = " and ".join(table.name for table in tables)
     require(len(tables) < 2, f"{folder} has {names}: pass one of them as the source")
@@ -33,7 +33,7 @@ def is_manifest(path: Path) -> bool:
 def walk(folder: Path) -> list[str]:
     """Paths of all files below a folder, relative to it and sorted, without hidden ones.
 
-    Each folder is read once, so that circles of links end; a path without links is preferred.
+    Each folder is read once, so cycles of symbolic links end; paths without links are preferred.
     """
     names: list[str] = []
     seen: set[str] = set()
@@ -48,7 +48,7 @@ def walk(folder: Path) -> list[str]:
         for entry in _entries(path):
             below = os.path.join(inner, entry.name)
             is_link = entry.is_symlink()
-            if os.path.isdir(entry.path) if is_link else entry.is_dir():  # entry.is_dir() raises on links in a circle
+            if os.path.isdir(entry.path) if is_link else entry.is_dir():  # entry.is_dir() raises on a cycle of links
                 (pending.append if is_link else pending.appendleft)(below)
             elif is_openable(entry.path) if is_link else entry.is_file():
                 names.append(below)
@@ -56,7 +56,7 @@ def walk(folder: Path) -> list[str]:
 
 
 def is_openable(path: str | Path) -> bool:
-    """False for pipes and devices, where opening may wait and reading may go on forever; True where nothing is."""
+    """False for pipes and devices, which may block or never end; True for a missing file."""
     return os.path.isfile(path) or not os.path.exists(path)
 
 
@@ -69,9 +69,9 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def existing(path: Path) -> Path:
-    """The path, or the only one that is there and differs in how accents are written alone.
+    """The path, or the only existing one that differs just in how accents are encoded.
 
-    Macs and old archives spell é with two signs (NFD), keyboards and tables with one (NFC).
+    Macs and old archives encode é as two characters (NFD), keyboards and tables as one (NFC).
     """
     if str(path).isascii() or os.path.lexists(path):
         return path
@@ -89,13 +89,13 @@ def existing(path: Path) -> Path:
 def _alike(folder: Path, name: str) -> list[str]:
     try:
         return _names(folder, folder.stat().st_mtime_ns).get(normalize("NFC", name), [])
-    except OSError:  # no folder, or one that we may not read
+    except OSError:  # no folder, or no permission to read it
         return []
 
 
 @lru_cache(maxsize=64)
 def _names(folder: Path, changed: int) -> dict[str, list[str]]:
-    """Names in a folder by their NFC, as of a time of change."""
+    """Names in a folder by their NFC form; the modification time `changed` invalidates the cache."""
     names: dict[str, list[str]] = {}
     for name in os.listdir(folder):
         names.setdefault(normalize("NFC", name), []).append(name)
@@ -103,7 +103,7 @@ def _names(folder: Path, changed: int) -> dict[str, list[str]]:
 
 
 def read_beside(path: Path, suffix: str) -> bytes | None:
-    """The content of the file with captions of a video; None where there is none."""
+    """Content of a video's caption file; None if there is none."""
     file = path.with_suffix(suffix)
     places = [file]
     if path.parent.name in LABELS:

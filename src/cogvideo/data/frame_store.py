@@ -23,11 +23,11 @@ from cogvideo.files import replacing, write_json
 from cogvideo.media.video import VideoError
 
 FILES = ("train.rgb", "held_out.rgb")
-"""Pixels, frame after frame, of the frames to train on and of the held-out ones."""
+"""Pixels of the training frames and of the held-out frames, frame after frame."""
 HELD_OUT_SHARE = 0.05
-"""Share of the clips, where all clips are of the split `train`."""
+"""Share of clips to hold out if all clips are in the split `train`."""
 MANIFEST = "frames.json"
-"""Written last: without it the files are not whole."""
+"""Written last: without it, the files are incomplete."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,21 @@ class StoreSettings:
 
 
 class FrameStore(NamedTuple):
-    """Memory-mapped frames, and what became of the clips."""
+    """Memory-mapped frames, and counts of the clips."""
 
     train: UInt8[np.ndarray, "_ height width 3"]
     held_out: UInt8[np.ndarray, "_ height width 3"]
-    """Held-out frames; those of `train` where every clip that was held out is unreadable, or there is but one."""
+    """Held-out frames; the training frames if no held-out clip is readable or there is only one clip."""
     clips: int
-    """Number of clips that were read."""
+    """Number of clips read."""
     rejected: dict[str, int]
-    """Clips that were refused, by reason."""
+    """Number of rejected clips, by reason."""
     has_split: bool
-    """True if the sources have another split than `train`."""
+    """True if the sources have a split other than `train`."""
 
 
 class ReadProgress(NamedTuple):
-    """Progress: clips that were read or refused, of all that seem to be needed, and frames taken from them."""
+    """Progress: clips read or rejected, the estimated number needed, and frames taken."""
 
     clips: int
     total: int
@@ -84,9 +84,9 @@ def fetch(
     on_read: OnRead = lambda reading: None,
     readers: int = 0,
 ) -> FrameStore:
-    """The frames in `folder`, drawn from the sources (see `list_source`) unless the same call already did.
+    """The frames in `folder`, drawn from the sources (see `list_source`) unless an equal call already did.
 
-    The settings have a frame size. `on_read` is called after each clip, and `readers` threads read clips ahead.
+    The settings must have a frame size. `on_read` is called after each clip, and `readers` threads read clips ahead.
     """
     decisive = json.dumps([list(sources), asdict(options), asdict(settings)])
     key = hashlib.sha256(decisive.encode()).hexdigest()
@@ -107,7 +107,7 @@ def fetch(
 
 
 def remove(folder: Path) -> None:
-    """Free the disk of the frames in `folder`."""
+    """Delete the frames in `folder`."""
     for name in (MANIFEST, *FILES):
         (folder / name).unlink(missing_ok=True)
 
@@ -115,7 +115,7 @@ def remove(folder: Path) -> None:
 def _draw(
     folder: Path, sources: Sequence[str], options: SourceOptions, settings: StoreSettings, on_read: OnRead, readers: int
 ) -> dict[str, Any]:
-    """Write the files of pixels; returns the entries of the manifest."""
+    """Write the pixel files; returns the manifest entries."""
     listings = [list_source(source, options) for source in sources]
     items = [item for listing in listings for item in listing.items]
     drawing = _Drawing(settings, len(items), on_read, readers)
@@ -150,9 +150,9 @@ def _write(path: Path, clips: Iterable[UInt8[np.ndarray, "_ height width 3"]]) -
 
 
 def divide(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """Clips to train on, and held-out clips: those of another split than `train`.
+    """Clips to train on, and held-out clips: those of splits other than `train`.
 
-    Where there are none, the first `HELD_OUT_SHARE` of the clips is held out: one at least, but never all. Copies of a
+    If there are none, the first `HELD_OUT_SHARE` of the clips is held out: at least one, but never all. Copies of a
     clip stay together.
     """
     train = [item for item in items if item.split in ("train", None)]
@@ -177,7 +177,7 @@ class _Drawing:
     reasons: Counter[str] = field(default_factory=Counter)
 
     def frames(self, groups: Sequence[Sequence[Item]], total: int) -> Iterator[UInt8[np.ndarray, "_ height width 3"]]:
-        """Frames of one clip after another, `total` in all; a shortage of a source is made up by those after it."""
+        """Frames of one clip after another, `total` in all; later sources make up for a shortage."""
         for place, items in enumerate(groups):
             for frames in self._of_source(items, total // (len(groups) - place)):
                 total -= len(frames)
@@ -203,7 +203,7 @@ class _Drawing:
                 return
 
     def _read(self, numbered: tuple[int, Item]) -> UInt8[np.ndarray, "_ height width 3"]:
-        """All frames of a clip, those of every second one zoomed."""
+        """All frames of a clip; every second clip is zoomed."""
         place, item = numbered
         clips = self.settings.clips
         assert clips.size is not None
@@ -236,6 +236,6 @@ def _map(path: Path, count: int, size: Sides) -> UInt8[np.ndarray, "_ height wid
     expected = count * height * width * 3
     got = path.stat().st_size if path.exists() else 0
     require(got == expected, f"{path} has {got} bytes, expected {expected}: remove its folder and start again")
-    if count == 0:  # which no memory map can hold
+    if count == 0:  # a memory map cannot be empty
         return np.empty((0, height, width, 3), np.uint8)
     return np.memmap(path, np.uint8, "r", shape=(count, height, width, 3))

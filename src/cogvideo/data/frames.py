@@ -94,7 +94,7 @@ class FrameSettings:
 
 
 class Pictures(NamedTuple):
-    """An item as it is seen; the attributes include the background that it was put on."""
+    """An item as pixels; the attributes include the background that it was put on."""
 
     frames: UInt8[np.ndarray, "frames height width 3"]
     captions: tuple[str, ...]
@@ -102,7 +102,7 @@ class Pictures(NamedTuple):
 
 
 def read_item(item: Item, settings: FrameSettings) -> Pictures:
-    """The frames of an item; equal arguments give equal frames. A size that is not given is that of the file."""
+    """The frames of an item; equal arguments give equal frames. Without a size, frames keep the file's."""
     if isinstance(item.media, world.Scene):
         require(isinstance(settings.size, int), f"size is {settings.size}, expected a square for scenes of the World")
         assert isinstance(settings.size, int)
@@ -144,7 +144,7 @@ def read_item(item: Item, settings: FrameSettings) -> Pictures:
 def shrink(
     frames: UInt8[np.ndarray, "frames high_height high_width 3"], ratio: int
 ) -> UInt8[np.ndarray, "frames height width 3"]:
-    """Frames at one `ratio`th of their size: means of squares of pixels."""
+    """Frames reduced by `ratio`: means of squares of pixels."""
     pattern = "frames (rows down) (columns across) colors -> frames rows columns colors"
     return reduce(frames.astype(np.float32), pattern, "mean", down=ratio, across=ratio).round().astype(np.uint8)
 
@@ -179,7 +179,7 @@ def _key(id: str, settings: FrameSettings) -> bytes:
 
 
 def on_background(caption: str, background: str, template: str) -> str:
-    """The caption of a clip with alpha on a color of that name; an empty template leaves it as it is."""
+    """The caption of a clip with alpha on a background of this color; an empty template leaves it unchanged."""
     if not template:
         return caption
     article = "an" if background[0] in "aeiou" else "a"

@@ -1,9 +1,9 @@
-"""Batches of training samples, in an order that one number resumes exactly.
+"""Batches of training samples, in an order that can be resumed exactly from one number.
 
 Samples are an endless stream, epoch after epoch. Sample number `position` is a pure function of the data, the settings
-and that number: the epoch is `position // rows`, the rest a place in its order, and random choices inside the sample
-are hashed from seed, epoch and row. A batch is the next positions of the stream, shared among the ranks. So the state
-of a run is the position alone, for any number of workers and ranks.
+and that number: the epoch is `position // rows`, the remainder an index into its order, and random choices inside the
+sample are hashed from seed, epoch and row. A batch is the next positions of the stream, shared among the ranks. So the
+state of a run is the position alone, for any number of workers and ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cogvideo.data.shards import digest
 T = TypeVar("T")
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_DRAWS = 4  # of a sample, in addition to its seed: rate, offset, caption, dropout
+_DRAWS = 4  # per sample, in addition to its seed: rate, offset, caption, dropout
 
 
 def mix(values: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
@@ -42,7 +42,7 @@ def mix(values: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
 
 
 def hash_numbers(*numbers: int | Int64[np.ndarray, " values"]) -> UInt64[np.ndarray, " values"]:
-    """64 random-looking bits for each tuple of whole numbers of at least 0; those given once count for all."""
+    """64 random-looking bits for each tuple of non-negative integers; scalars are broadcast."""
     state = np.zeros(1, np.uint64)
     for each in numbers:
         state = mix((state ^ np.atleast_1d(np.asarray(each, np.uint64))) + _GOLDEN)
@@ -52,7 +52,7 @@ def hash_numbers(*numbers: int | Int64[np.ndarray, " values"]) -> UInt64[np.ndar
 def keyed_uniform(
     seed: int, epochs: Int64[np.ndarray, " samples"], rows: Int64[np.ndarray, " samples"], num_draws: int
 ) -> Float64[np.ndarray, "samples draws"]:
-    """Random numbers of [0, 1) that depend on seed, epoch and row alone, never on batch, worker or rank."""
+    """Random numbers in [0, 1) that depend on seed, epoch and row alone, never on batch, worker or rank."""
     steps = np.arange(1, num_draws + 1, dtype=np.uint64) * _GOLDEN
     bits = mix(hash_numbers(seed, 1, epochs, rows)[:, None] + steps)  # the next numbers of splitmix64
     return (bits >> np.uint64(11)) * 2.0**-53
@@ -61,32 +61,32 @@ def keyed_uniform(
 def keyed_seeds(
     seed: int, epochs: Int64[np.ndarray, " samples"], rows: Int64[np.ndarray, " samples"]
 ) -> Int64[np.ndarray, " samples"]:
-    """A seed of 63 bits for each sample."""
+    """A 63-bit seed for each sample."""
     return (hash_numbers(seed, 2, epochs, rows) >> np.uint64(1)).astype(np.int64)
 
 
 @lru_cache(maxsize=2)
 def order(num_rows: int, seed: int, epoch: int) -> Int64[np.ndarray, " rows"]:
-    """The rows of an epoch in a random order of its own: sorted by their hashes, no two of which are equal."""
+    """The rows of an epoch in its own random order: sorted by their hashes, which are all different."""
     return np.argsort(hash_numbers(seed, 0, epoch, np.arange(num_rows)))
 
 
 class ShapeBuckets(NamedTuple):
-    """Rows of several shapes, of which a batch has one: the last batch of a shape repeats some of its rows."""
+    """Rows of several shapes, in batches of one shape: the last batch of a shape repeats some of its rows."""
 
     ends: tuple[int, ...]
-    """Row after the last one of each shape."""
+    """The row after the last row of each shape."""
     batch: int
 
     @property
     def length(self) -> int:
-        """Samples of an epoch."""
+        """Samples per epoch."""
         if len(self.ends) == 1:
             return self.ends[0]
         return sum(-(-(end - start) // self.batch) * self.batch for start, end in pairwise((0, *self.ends)))
 
     def order(self, seed: int, epoch: int) -> Int64[np.ndarray, " samples"]:
-        """The rows of an epoch in a random order of its own."""
+        """The rows of an epoch in its own random order."""
         return order(self.ends[0], seed, epoch) if len(self.ends) == 1 else _in_batches(self, seed, epoch)
 
 
@@ -102,13 +102,13 @@ class ClipSample(NamedTuple):
     """One training sample."""
 
     codes: UInt16[np.ndarray, "frames rows columns"]
-    """Image codes: 5 frames for the video stages, 1 for the image model. A view of the shard: not to be written."""
+    """Image codes: 5 frames for the video stages, 1 for the image model. A read-only view of the shard."""
     caption: str | None
-    """One of the clip's captions; None where it was dropped: take the unconditional text."""
+    """One of the clip's captions; None if it was dropped: use the unconditional text."""
     duration: float
-    """Seconds from the first to the last frame, as `TextTokenizer.encode_caption` takes it; 0 for images."""
+    """Seconds from the first to the last frame, as `TextTokenizer.encode_caption` expects it; 0 for images."""
     position: int
-    """Its number in the stream."""
+    """Index of the sample in the stream."""
     epoch: int
     row: int
     seed: int
@@ -118,17 +118,17 @@ class ClipSample(NamedTuple):
 
 
 class ClipStream(MapDataset[ClipSample]):
-    """Samples of one or several dataset folders, by their position in the endless stream. `len` is that of an epoch.
+    """Samples of one or more dataset folders, by their position in the endless stream. `len` is the length of an epoch.
 
-    Workers get the names of the files and map them themselves.
+    Workers receive file names and map the files themselves.
 
     Args:
         folders: outputs of `cogvideo data prepare`, one after another; a folder given twice counts twice.
-        split: split of each that is used.
+        split: split to use of each folder.
         sampling: settings of the samples.
         tokenizer_sha256: hash of the image tokenizer of the codes; any unless given, but the same for all.
         grid: side of the largest frame of the model, in codes; any unless given.
-        batch: samples of a batch, which have frames of one shape; without it, all datasets must have that of the first.
+        batch: batch size; the frames of a batch have one shape. Without it, all datasets must have the same shape.
     """
 
     def __init__(
@@ -154,24 +154,25 @@ class ClipStream(MapDataset[ClipSample]):
         self._buckets = ShapeBuckets(ends, batch or 1)
         shards = [[entry.sha256 for entry in dataset.card.shards] for dataset in self.datasets]
         self.identity = f"samples in the second order, {digest([shards, split, asdict(sampling)])}"
-        """Hash of all that decides the order of samples. The first order, of a Feistel network, is gone."""
+        """Hash of everything that determines the sample order. The first order, by a Feistel network, is gone.
+        """
 
     def __len__(self) -> int:
         return self._buckets.length
 
     @property
     def tokenizer_sha256(self) -> str:
-        """Hash of the image tokenizer that all codes are of."""
+        """Hash of the image tokenizer that made all codes."""
         return self.datasets[0].card.tokenizer_sha256
 
     @property
     def num_clips(self) -> list[int]:
-        """Clips of each dataset that samples are made of."""
+        """Number of clips that samples come from, by dataset."""
         return [int(each) for each in np.diff(np.searchsorted(self._rows, self._starts))]
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """The frame rates that its samples have, lowest first; none in mode image."""
+        """Frame rates of the samples, lowest first; none in mode image."""
         lengths = np.unique(np.concatenate([each.num_frames() for each in self.datasets])[self._rows])
         return tuple(sorted({rate for each in lengths for rate in sampled_rates(int(each), self.sampling)}))
 
@@ -215,7 +216,7 @@ class ClipStream(MapDataset[ClipSample]):
         return ClipSample(codes, caption, duration, position, epoch, row, seed, high_codes)
 
     def _usable_rows(self) -> Int64[np.ndarray, " rows"]:
-        """Rows of the split that are long enough, numbered over all datasets."""
+        """Rows of the split that are long enough, numbered across all datasets."""
         starts = zip(self._starts, self.datasets, strict=False)
         rows = np.concatenate([start + each.rows(self.split) for start, each in starts])
         lengths = np.concatenate([each.num_frames() for each in self.datasets])[rows]
@@ -230,7 +231,7 @@ class ClipStream(MapDataset[ClipSample]):
 
 
 def _check_cards(datasets: Sequence[Dataset], sampling: ClipSampling, grid: int | None, is_mixed: bool) -> None:
-    """Refuse datasets that cannot be one stream for one model."""
+    """Refuse datasets that cannot form one stream for one model."""
     first = datasets[0]
     for dataset in datasets:
         card, where = dataset.card, dataset.folder
@@ -249,7 +250,7 @@ def _check_cards(datasets: Sequence[Dataset], sampling: ClipSampling, grid: int 
 
 
 def _without_traces(batches: Iterable[T]) -> Iterator[T]:
-    """Errors of a worker without its traceback, which ends with their message."""
+    """Reduce the errors of workers, whose text is a traceback, to the message at its end."""
     try:
         yield from batches
     except InputError as error:
@@ -257,7 +258,7 @@ def _without_traces(batches: Iterable[T]) -> Iterator[T]:
 
 
 def shares(position: int, batch_size: int, rank: int, world_size: int, end: int | None = None) -> Iterator[range]:
-    """Positions of each batch of one rank, from `position` on and up to `end`; ranks take turns within a batch."""
+    """Positions of each batch of one rank, from `position` up to `end`; ranks take turns within a batch."""
     firsts = count(position, batch_size) if end is None else range(position, end, batch_size)
     for first in firsts:
         last = first + batch_size if end is None else min(first + batch_size, end)
@@ -269,25 +270,25 @@ def shares(position: int, batch_size: int, rank: int, world_size: int, end: int 
 class Loader(Generic[T]):
     """Batches of a stream for one rank, and the position to continue from.
 
-    Training takes the endless stream, in which batches may straddle epochs. Evaluation takes `end=len(stream)`: exactly
-    one epoch, whose last batch is smaller, and where ranks may have one batch less than others.
+    Training uses the endless stream, in which batches may straddle epochs. Evaluation uses `end=len(stream)`: exactly
+    one epoch, whose last batch may be smaller; some ranks may have one batch fewer than others.
     """
 
     stream: ClipStream
     batch_size: int
-    """Samples of a batch over all ranks."""
+    """Batch size over all ranks."""
     collate: Callable[[list[ClipSample]], T]
-    """Samples of a share to a batch; runs in the workers, which may have to unpickle it."""
+    """Turns a rank's samples into a batch; runs in the workers, which may have to unpickle it."""
     rank: int = 0
     world_size: int = 1
     position: int = 0
-    """Number of samples that were taken before, over all ranks."""
+    """Number of samples already taken, over all ranks."""
     end: int | None = None
     """Position after the last one; None for an endless stream."""
     num_workers: int = 0
-    """Processes that load ahead; 0 loads in this one."""
+    """Processes that load ahead; 0 loads in this process."""
     pin_memory: bool = False
-    """Give tensors in memory that a GPU copies from asynchronously."""
+    """Put tensors in pinned memory, from which a GPU copies asynchronously."""
 
     def __post_init__(self) -> None:
         require(self.num_workers >= 0, f"num_workers is {self.num_workers}, expected 0 or more")
@@ -299,7 +300,7 @@ class Loader(Generic[T]):
         require(self.batch_size % ranks == 0, message)
 
     def __iter__(self) -> Iterator[T]:
-        """Batches from `position` on, which has moved past a batch when it is yielded, whatever was loaded ahead."""
+        """Batches from `position` on; when a batch is yielded, `position` is past it, whatever was loaded ahead."""
         batches = DataLoader(
             self.stream,
             batch_sampler=cast(Any, shares(self.position, self.batch_size, self.rank, self.world_size, self.end)),

@@ -1,7 +1,7 @@
-"""Preparation of data: a source of captioned clips becomes a folder of shards, which can be killed and continued.
+"""Data preparation: from a source of captioned clips to a folder of shards. A killed run can be continued.
 
-The list of items is cut into jobs, one a shard. A shard depends on its items, the settings and the tokenizer alone, and
-takes its place when it is whole, so that it need not be made again, whatever engine or machine makes the rest.
+The list of items is split into jobs, one per shard. A shard depends only on its items, the settings and the tokenizer,
+and appears when it is complete, so it need not be made again, whatever engine or machine makes the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cogvideo.data.tars import Member
 from cogvideo.files import alone_in, named, remove_leftovers, write_csv
 
 NO_SPLIT = "one in twenty clips becomes validation unless --validation says otherwise"
-"""Why few clips may give no validation split."""
+"""Why a few clips may have no validation split."""
 
 
 def prepare(
@@ -81,7 +81,7 @@ def prepare(
 
 
 def complete(settings: PrepareSettings, config: CogVideoConfig) -> PrepareSettings:
-    """The settings with the frame size that the model works at, where they name none."""
+    """The settings, with the model's frame size if they have none."""
     rate, num_codes = config.autoencoder.rate, config.autoencoder.num_codes
     size = joined(*both(settings.frames.size or config.frame_size))
     check_size(size, rate)
@@ -93,7 +93,7 @@ def complete(settings: PrepareSettings, config: CogVideoConfig) -> PrepareSettin
 
 
 def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: str) -> ShardInfo:
-    """Facts that all shards of a run share."""
+    """The information that all shards of a run share."""
     config = manifest.config
     assert settings.frames.size is not None
     width, height = (side // config.autoencoder.rate for side in both(settings.frames.size))
@@ -110,7 +110,7 @@ def shard_info(manifest: Manifest, settings: PrepareSettings, settings_sha256: s
 
 
 def plan(items: Sequence[Item], folder: Path, info: ShardInfo, size: int) -> list[ShardJob]:
-    """The items cut into shards of `size`, each with the hash of its inputs."""
+    """The items split into shards of `size`, each with the hash of its inputs."""
     jobs = []
     for index, start in enumerate(range(0, len(items), size)):
         part = tuple(items[start : start + size])
@@ -120,7 +120,7 @@ def plan(items: Sequence[Item], folder: Path, info: ShardInfo, size: int) -> lis
 
 
 def _identity(item: Item) -> Any:
-    """Values that an item's row depends on, wherever its source lies; the size of a file stands for its content."""
+    """Values that an item's row depends on, wherever the source is; a file's size stands in for its content."""
     media = item.media
     if isinstance(media, Path):
         content = media.stat().st_size if media.is_file() else None
@@ -130,7 +130,7 @@ def _identity(item: Item) -> Any:
 
 
 def remaining(jobs: Sequence[ShardJob], folder: Path) -> list[ShardJob]:
-    """Jobs whose shards are not there yet; leftovers of a killed run are removed."""
+    """Jobs whose shards do not exist yet; leftovers of a killed run are removed."""
     ours = {job.path: job.info for job in jobs}
     for path in named(folder, "shard-*.arrow"):
         there, here = read_info(path), ours.get(path)
@@ -148,7 +148,7 @@ def remaining(jobs: Sequence[ShardJob], folder: Path) -> list[ShardJob]:
 
 
 def _in_full(name: str) -> str:
-    """The absolute form of a path; other names stay."""
+    """A path in absolute form; other names are unchanged."""
     return os.path.abspath(name) if os.path.exists(name) else name
 
 

@@ -1,4 +1,4 @@
-"""Shards: Arrow files with one row a clip.
+"""Shards: Arrow files with one row per clip.
 
 A shard is an Arrow IPC file (random access) with one record batch, so that it can be memory-mapped and a clip's codes
 are a view of the file. `pandas.read_feather`, `polars.read_ipc` and `datasets.load_dataset("arrow")` open it too. The
@@ -37,10 +37,10 @@ class Row(NamedTuple):
 
     id: str
     captions: tuple[str, ...]
-    """One or several, none empty."""
+    """One or more, none empty."""
     attributes: dict[str, str]
     fps: float
-    """Base rate: frames a second of the codes."""
+    """Base rate: frames per second of the codes."""
     codes: UInt16[np.ndarray, "frames rows columns"]
     split: str
     high_codes: UInt16[np.ndarray, "frames high_rows high_columns"] | None = None
@@ -49,16 +49,16 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class CodeInfo:
-    """Form and inputs of codes, equal for all shards of a dataset."""
+    """Shape and origin of codes, the same for all shards of a dataset."""
 
     grid: Sides
     """Rows and columns of a frame in codes, or side of a square."""
     num_codes: int
     """Codes lie in `[0, num_codes)`."""
     fps: float
-    """Base rate of all rows, in frames a second."""
+    """Base rate of all rows, in frames per second."""
     high_grid: Sides = 0
-    """The same in codes of super-resolution; 0 for none."""
+    """Like `grid`, for super-resolution codes; 0 for none."""
     tokenizer_sha256: str
     """Hash of the image tokenizer that made the codes."""
     settings_sha256: str
@@ -74,21 +74,21 @@ class CodeInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo(CodeInfo):
-    """Inputs that a shard was made with."""
+    """Inputs from which a shard was made."""
 
     work_sha256: str
     """Hash of the list of clips that the shard was made from."""
     rejected: tuple[Rejection, ...] = ()
-    """Clips of that list that are not in it."""
+    """Clips of that list that the shard lacks."""
 
 
 def digest(values: Any) -> str:
-    """sha256 of what JSON can hold; the order of keys does not matter."""
+    """SHA-256 of a JSON value; the order of keys does not matter."""
     return hashlib.sha256(canonical_json(values).encode()).hexdigest()
 
 
 def write_shard(path: Path, rows: Sequence[Row], info: ShardInfo) -> None:
-    """Write a shard, whole or not at all; equal arguments give equal bytes."""
+    """Write a shard atomically; equal arguments give equal bytes."""
     import pyarrow as pa
 
     for row in rows:
@@ -109,12 +109,12 @@ def write_shard(path: Path, rows: Sequence[Row], info: ShardInfo) -> None:
 
 
 def read_info(path: Path) -> ShardInfo:
-    """Inputs that a shard was made with; errors are those of `Shard`."""
+    """Inputs from which a shard was made; raises the errors of `Shard`."""
     return _read(path)[0]
 
 
 class Shard:
-    """A memory-mapped shard. Views of its codes stay valid as long as they are used, and cannot be written."""
+    """A memory-mapped shard. Views of its codes stay valid while they are used, and are read-only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -135,7 +135,7 @@ class Shard:
 
     @property
     def num_frames(self) -> Int32[np.ndarray, " rows"]:
-        """Frames of each row."""
+        """Number of frames of each row."""
         return np.diff(self._codes[0])
 
     def rows(self, split: str) -> Int64[np.ndarray, " rows"]:
@@ -152,8 +152,8 @@ class Shard:
         return codes if codes is not None and len(codes) else None
 
     def check(self, row: int, codes: UInt16[np.ndarray, "..."]) -> None:
-        """Refuse codes of a clip that no tokenizer gives; only hashes find damage within their range."""
-        if codes.max() >= self.info.num_codes:  # no `require`: its message would be made for every sample
+        """Refuse out-of-range codes of a clip; only hashes detect damage within the range."""
+        if codes.max() >= self.info.num_codes:  # no `require`: it would format its message for every sample
             got = f"the clip {self._text('id', row)!r} has the code {codes.max()}"
             expected = f"expected codes in [0, {self.info.num_codes})"
             advice = "the command that prepared the data finds what was changed"
@@ -168,7 +168,7 @@ class Shard:
         return str(self._captions[int(self._caption_offsets[row]) + number])
 
     def row(self, row: int) -> Row:
-        """All of a clip."""
+        """Everything stored for a clip."""
         captions = tuple(self.caption(row, number) for number in range(self.num_captions(row)))
         return Row(
             self._text("id", row),
@@ -215,7 +215,7 @@ def _schema(info: ShardInfo) -> Any:
 
 
 def _code_type(grid: Sides) -> Any:
-    """Lists of fixed shapes: polars makes a uint16 array of (frames, rows, columns) of it, and numpy a view."""
+    """Lists of fixed shape: polars reads them as a uint16 array (frames, rows, columns), numpy as a view."""
     import pyarrow as pa
 
     rows, columns = both(grid)

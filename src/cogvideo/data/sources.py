@@ -1,8 +1,8 @@
 """A source of captioned clips as a list of items: a folder, a table, WebDataset tars or the World (docs/data.md).
 
-A table `captions.*` or `metadata.*` stands for its folder, as do `videos.txt` and `prompts.txt`. Captions of `x.mp4` in
-any other folder or a tar are the lines of `x.txt` next to it, else those in `x.json`, whose other keys are taken like
-the columns of a table. Hidden files and folders are left out. Listing opens tables and captions, never a video.
+A table `captions.*` or `metadata.*` describes its folder, as do `videos.txt` and `prompts.txt`. In any other folder or
+a tar, the captions of `x.mp4` are the lines of `x.txt` next to it, or else those in `x.json`, whose other keys are
+treated as table columns. Hidden files and folders are ignored. Listing opens tables and captions, never a video.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from cogvideo.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 _SPLITS = {"val": "validation", "valid": "validation", "dev": "validation"}  # names in other data sets
 SPLITS = ("train", "validation", "test", *_SPLITS)
-"""Names of folders that say which split their table is of."""
+"""Folder names that give the split of the table inside."""
 _TARS = (".tar", ".tgz", ".tbz2", ".txz")
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 Media = Path | Member | world.Scene
-"""Origin of frames: a video or image on disk or in a tar, or a scene to be drawn."""
+"""Source of frames: a video or image on disk or in a tar, or a scene to render."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +43,23 @@ class Item:
     """One clip of a source, before it is read."""
 
     id: str
-    """Name that no other item of the source has: the path below the source, with the part of the file."""
+    """Name, unique in the source: the path below the source, with the part of the file."""
     media: Media
     captions: tuple[str, ...]
-    """One caption or several, none empty; none where no `caption_columns` are asked for."""
+    """One or more captions, none empty; no captions if no `caption_columns` are requested."""
     attributes: dict[str, str] = field(default_factory=dict)
     start: float = 0.0
-    """Seconds from the first frame of the file to that of the clip."""
+    """Seconds from the first frame of the file to the first frame of the clip."""
     end: float | None = None
     """Seconds from the first frame of the file to the end of the clip; None for the end of the file."""
     split: str | None = None
-    """The split it belongs to where the source says so."""
+    """Split of the clip, if the source gives one."""
     copy: int = 0
-    """Counts the copies of one clip, which differ in random choices."""
+    """Number of this copy of the clip; copies differ in random choices."""
 
 
 class Rejection(NamedTuple):
-    """A clip that is left out: its id or place in the source, a few fixed words, which are counted, and the details."""
+    """A clip that is left out: its id or place in the source, a fixed reason that can be counted, and details."""
 
     id: str
     reason: str
@@ -67,7 +67,7 @@ class Rejection(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """Clips of a source that can be read, and those that cannot; the order depends on the content alone."""
+    """Usable clips of a source, and rejected ones; their order depends only on the content."""
 
     items: list[Item]
     rejected: list[Rejection]
@@ -98,7 +98,7 @@ class SourceOptions:
 
     @property
     def suffixes(self) -> frozenset[str]:
-        """Suffixes of files that are listed."""
+        """Suffixes of files to list."""
         return frozenset(VIDEO_SUFFIXES) | frozenset(IMAGE_SUFFIXES if self.images else ())
 
 
@@ -109,7 +109,7 @@ def list_source(source: str, options: SourceOptions) -> Listing:
     """Clips of a source.
 
     Args:
-        source: a path, or `world:COUNT` or `world:FIRST:END`; a file called so is `./world:5`.
+        source: a path, or `world:COUNT` or `world:FIRST:END`; a file with such a name is `./world:5`.
         options: columns, and treatment of the clips.
     """
     rejected: list[Rejection] = []
@@ -147,7 +147,7 @@ def other_splits(items: Iterable[Item]) -> str:
 def _find(source: str, options: SourceOptions) -> Found:
     if source.startswith("world:"):
         return _world(source)
-    path = existing(Path(os.path.abspath(source)))  # for workers that stand elsewhere
+    path = existing(Path(os.path.abspath(source)))  # for workers in other directories
     require(os.path.lexists(path), f"there is no {source}, expected a folder, a table, a tar or world:COUNT")
     can_be_read = path.is_dir() or is_openable(path)
     require(can_be_read, f"{source} is a pipe or a device, expected a folder, a file or world:COUNT")
@@ -178,13 +178,13 @@ def _world(source: str) -> Found:
 
 
 def _item(name: str, media: Media, captions: tuple[str, ...], values: dict[str, Any], options: SourceOptions) -> Item:
-    """An item from its file's name below the source and the other values that the source has for it."""
+    """An item from its file's path below the source and its other values."""
     name = plain(name)
     start, end = tables.span_of(values)
     part = f"#{_number(start)}-{'' if end is None else _number(end)}" if start or end is not None else ""
     split = values.get("split")
     split = "" if tables.is_missing(split) else str(split or "").strip().lower()
-    if not split:  # drawn from the name of the file
+    if not split:  # chosen by a hash of the file's name
         key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
         split = "validation" if key < options.validation * 2**64 else "train"
     if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", split):
@@ -220,7 +220,7 @@ def _table(path: Path, root: Path, options: SourceOptions) -> Found:
 
 
 def _with_columns(columns: Collection[str], options: SourceOptions, table: Path | None = None) -> SourceOptions:
-    """Options with the names that the columns have in a table; `videos.txt` always has our own."""
+    """Options with a table's own column names; `videos.txt` always has ours."""
     asked = SourceOptions() if table is not None and table.name == LISTS[0] else options
     (file,) = tables.meant(columns, (asked.file_column,), FILE_COLUMNS)
     captions = tables.meant(columns, asked.caption_columns, CAPTION_COLUMNS)
@@ -265,14 +265,14 @@ def _folder(folder: Path, options: SourceOptions) -> Found:
         if path.suffix.lower() in options.suffixes and path not in named:
             yield _noted(name, path, partial(read_beside, path), options)
         elif _is_tar(path):
-            try:  # one bad tar of a thousand does not stop a run
+            try:  # one bad tar in a thousand must not stop a run
                 yield from _tar(path, folder, options)
             except InputError as error:
                 yield Rejection(name, "tar cannot be read", str(error))
 
 
 def _nested(name: str, root: Path, options: SourceOptions) -> Found:
-    """Rows of a table in a folder below a source, if it has the columns; the folder may be called as a split."""
+    """Rows of a table in a folder below a source, if it has the columns; the folder's name may be a split."""
     table = root / name
     try:
         columns = tables.read_columns(table)
@@ -288,7 +288,7 @@ def _nested(name: str, root: Path, options: SourceOptions) -> Found:
 
 
 def _noted(name: str, media: Media, beside: Callable[[str], bytes | None], options: SourceOptions) -> Item | Rejection:
-    """An item with the captions in its `.txt`, else in its `.json`; `beside` reads a file by its suffix."""
+    """An item with captions from its `.txt`, or else its `.json`; `beside` reads the file with a suffix."""
     if not options.caption_columns:
         return _item(name, media, (), {}, options)
     try:
@@ -335,7 +335,7 @@ def _tar(path: Path, folder: Path, options: SourceOptions) -> Found:
 
     def beside(entry: Member, suffix: str) -> bytes | None:
         names = entry.beside(suffix)
-        others = (normalize("NFC", each) for each in names)  # as others spell its accents
+        others = (normalize("NFC", each) for each in names)  # as others encode its accents
         note = next((notes[each] for each in (*names, *others) if each in notes), None)
         with tables.reading(path):
             return None if note is None else note.read()

@@ -1,6 +1,6 @@
 """Tables of clips as records: CSV, TSV, JSON lines and Parquet, and the values of their cells.
 
-A table that cannot be read raises InputError, which names the file and the line; a record that cannot be used RowError.
+An unreadable table raises InputError, which names the file and the line; an unusable record raises RowError.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 """Files that are read as tables."""
 FILE_COLUMNS = ("file", "file_name", "path", "video", "video_path", "video_file_name")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
-"""Columns of our tables, followed by their names in other data sets; the first that exists counts."""
+"""Columns of our tables, followed by their names in other data sets; the first that exists is used."""
 OPTIONAL_COLUMNS = ("start", "end", "split")
 LISTS = ("videos.txt", "prompts.txt")
-"""Paths and captions line by line, as tools for CogVideoX take them: a table with our own names of columns."""
+"""Paths and captions line by line, as tools for CogVideoX use them: read as a table with our column names."""
 SPACES = dict.fromkeys(map(ord, "\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
-"""Line separators of word processors, chats and web pages, for `str.translate`: tokenizers spell them in bytes."""
+"""Line separators of word processors, chats and web pages, for `str.translate`: tokenizers encode them as bytes.
+"""
 LONGEST_NUMBER = 20
-"""Digits; larger ones are nowhere expected."""
+"""Maximum number of digits; larger numbers are never expected."""
 
 
 class RowError(VideoError):
-    """A record that cannot be used; the others can."""
+    """An unusable record; the other records can still be used."""
 
 
 class Record(NamedTuple):
@@ -46,18 +47,18 @@ class Record(NamedTuple):
     place: str
     """Place in the table, for messages: `line 7`."""
     values: dict[str, Any]
-    """Its cells by their column; of a CSV all are text, else what JSON or Arrow has."""
+    """Cells by column: text in a CSV, otherwise values of JSON or Arrow."""
     surplus: int = 0
     """Cells after the last column, which have no column name."""
 
 
 def is_table(path: Path) -> bool:
-    """True if a file is a table by its suffix."""
+    """True if a file has the suffix of a table."""
     return path.suffix.lower() in TABLE_SUFFIXES
 
 
 def read_columns(path: Path) -> tuple[str, ...]:
-    """Names of a table's columns; those of JSON lines are all keys that occur."""
+    """Names of a table's columns; for JSON lines, all keys that occur."""
     if path.name == LISTS[0]:
         return FILE_COLUMNS[0], CAPTION_COLUMNS[0]
     kind = path.suffix.lower()
@@ -76,7 +77,7 @@ def read_columns(path: Path) -> tuple[str, ...]:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The rows of a table in their order, one at a time."""
+    """The rows of a table in order, one at a time."""
     if path.name == LISTS[0]:
         return _paired(path)
     if path.suffix.lower() == ".parquet":
@@ -85,13 +86,13 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def meant(columns: Collection[str], asked: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    """Columns that are asked for; our own name also stands for the first known one that exists."""
+    """The requested columns; our own name also matches the first known one that exists."""
     found = [each for each in known if each in columns]
     return tuple(found[:1]) if asked == known[:1] and found else asked
 
 
 def hints(columns: Collection[str], expected: Iterable[str]) -> list[str]:
-    """Hints at columns that may stand for expected ones that are missing: names with a typo, or in capitals."""
+    """Hints at columns that may be meant for missing ones: names with a typo, or in capitals."""
     folded = {column.strip().casefold(): column for column in columns}
     near = {name: get_close_matches(name, folded, n=1, cutoff=0.85) for name in expected if name not in columns}
     return [f"unknown column {folded[each]!r}, did you mean {name!r}?" for name in near for each in near[name]]
@@ -108,7 +109,7 @@ def captions_of(values: dict[str, Any], columns: Iterable[str]) -> tuple[str, ..
 
 
 def clean(captions: Iterable[Any]) -> tuple[str, ...]:
-    """Captions without space around them, each once and none empty."""
+    """Captions without surrounding space, duplicates and empty ones."""
     kept: dict[str, None] = {}
     for caption in captions:
         if not isinstance(caption, str) or not is_unicode(caption):
@@ -121,12 +122,12 @@ def clean(captions: Iterable[Any]) -> tuple[str, ...]:
 
 
 def lines_of(text: str) -> list[str]:
-    """Lines of a text as editors count them; `str.splitlines` also ends one at the signs of `SPACES`."""
+    """Lines of a text as editors count them; `str.splitlines` also splits at the characters in `SPACES`."""
     return re.split(r"\r\n|\r|\n", text)
 
 
 def is_missing(cell: Any) -> bool:
-    """True if a cell is empty: null, no text, or the NaN that other programs put into columns of numbers."""
+    """True if a cell is empty: null, no text, or the NaN that other programs put into numeric columns."""
     return cell is None or (isinstance(cell, str) and not cell.strip()) or (isinstance(cell, float) and cell != cell)
 
 
@@ -182,7 +183,7 @@ def _text(value: Any) -> str:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns errors of reading a file into ones of the user, in one line that names it."""
+    """Turn errors in reading a file into an InputError, one line that names the file."""
     try:
         yield
     except OSError as error:
@@ -201,7 +202,7 @@ def _first_bad_line(path: Path) -> int:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not blank with the line they start in; quoted cells may go on over several lines."""
+    """Non-blank rows with the line they start on; quoted cells may span lines."""
     delimiter = "," if path.suffix.lower() == ".csv" else "\t"
     with reading(path), path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file, delimiter=delimiter, skipinitialspace=delimiter == ",", strict=True)
@@ -235,7 +236,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """The table that a JSON text holds; messages call it `where`."""
+    """The object in a JSON text; messages call it `where`."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -246,7 +247,7 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def _paired(videos: Path) -> Iterator[Record]:
-    """Lines of `videos.txt` with those of `prompts.txt`; empty ones at their ends do not count."""
+    """Lines of `videos.txt` with those of `prompts.txt`; empty lines at the end do not count."""
     prompts = videos.with_name(LISTS[1])
     columns = []
     for path in (videos, prompts):

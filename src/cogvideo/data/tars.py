@@ -1,4 +1,4 @@
-"""WebDataset tars: the place of each member, found from the headers alone."""
+"""WebDataset tars: the position of each member, found from the headers alone."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Member:
 
     @property
     def suffix(self) -> str:
-        """Suffix in small letters, with its dot."""
+        """Suffix in lower case, with its dot."""
         return PurePosixPath(self.name).suffix.lower()
 
     def beside(self, suffix: str) -> tuple[str, ...]:
-        """Names that a file with this clip's caption may have: up to the last dot, or the first (WebDataset)."""
+        """Possible names of this clip's caption file: up to the last dot, or the first (WebDataset)."""
         path = PurePosixPath(self.name)
         stems = dict.fromkeys((path.stem, path.name.partition(".")[0]))
         return tuple(str(path.with_name(stem + suffix)) for stem in stems)
@@ -44,17 +44,17 @@ class TarIndex(NamedTuple):
     """Contents of a tar."""
 
     entries: list[Member]
-    """Whole files, in their order."""
+    """Complete files, in order."""
     cut: list[Member]
-    """Files whose content goes past the end of the tar: a copy or download that stopped."""
+    """Files whose content extends past the end of the tar: an interrupted copy or download."""
     damage: str
-    """Reason why nothing after the last entry can be read; empty where nothing follows."""
+    """Reason why nothing after the last entry can be read; empty if nothing follows."""
 
 
 def read_index(path: Path) -> TarIndex:
-    """Places of the files of an uncompressed tar, without hidden ones, links and folders; no content is read.
+    """Positions of the files in an uncompressed tar, without hidden files, links and folders; no content is read.
 
-    Nothing is taken after damage: only the length in a header leads to the next one.
+    Nothing after damage is used: each header is found by the length in the one before it.
     """
     with reading(path), path.open("rb") as file:
         start, size = file.read(8), file.seek(0, 2)
@@ -85,7 +85,7 @@ def _scan(path: Path, tar: tarfile.TarFile) -> tuple[list[Member], str]:
 
 
 def _rest(file: BinaryIO, offset: int) -> str:
-    """Damage where tarfile found no further header: it is silent about headers that are broken or cut."""
+    """Damage where tarfile found no further header: it does not report broken or truncated headers."""
     file.seek(offset)
     blocks = file.read(2 * tarfile.RECORDSIZE)
     if not blocks:

@@ -1,7 +1,7 @@
 """Alignment: do clips show what their prompts say, and do they move like real ones?
 
-Generated clips are judged together with real ones of the same prompts, and their reconstructions by the tokenizer: a
-model of its codes can do no better. Everything that was made stays in the folder; a killed evaluation goes on.
+Generated clips are judged together with real clips of the same prompts and the tokenizer's reconstructions of these: a
+model of its codes can do no better. All clips stay in the folder; a killed evaluation can be continued.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cogvideo.runs import RunFolder, provenance
 GENERATED, RECONSTRUCTION, REAL = ROWS = ("generated", "reconstruction", "real")
 """Clips that are judged."""
 SHOWN, FAILURES, COLUMNS = 6, 4, 11
-"""Clips of a subject on the contact sheet whatever became of them, more of them that failed, and frames of a row."""
+"""Clips per subject on the contact sheet in any case, additional failures, and frames per row."""
 
 
 class RowFindings(NamedTuple):
@@ -42,11 +42,11 @@ def evaluate(
 ) -> dict[str, dict[str, RowFindings]]:
     """Make and judge all clips of some subjects in a folder, and write `alignment.json` and `alignment.png` there.
 
-    What is found, by subject and row.
+    Returns the findings by subject and row.
     """
     for subject in subjects:
         for first in range(0, len(subject.prompts), batch):
-            start(pipeline, subject.prompts[first : first + batch], making)  # what cannot be used is refused now
+            start(pipeline, subject.prompts[first : first + batch], making)  # refuse unusable prompts now
     bundle = {name: entry.sha256 for name, entry in Manifest.read(locate(model)).components.items()}
     record = making.record(pipeline.model.config)
     folder = RunFolder(out)
@@ -61,7 +61,7 @@ def evaluate(
 def _judge(
     subject: Subject, pipeline: CogVideoPipeline, out: Path, making: ClipOptions, batch: int
 ) -> dict[str, RowFindings]:
-    """Every row of a subject; a reconstruction is the best that a model of the tokenizer's codes can do."""
+    """Findings for each row of a subject; a reconstruction is the best that a model of the tokenizer's codes can do."""
     size, prompts = pipeline.model.config.frame_size, subject.prompts
     require(isinstance(size, int), f"frames are {size_text(size)}, expected squares, as the real clips are")
     assert isinstance(size, int)
@@ -86,7 +86,7 @@ def _judge(
 def _protocol(
     model: str, bundle: dict[str, str], making: dict[str, Any], subjects: Sequence[Subject]
 ) -> dict[str, Any]:
-    """Everything that is needed to measure the same again."""
+    """Everything needed to repeat the measurement."""
     return {
         **provenance(),
         "model": model,
@@ -99,7 +99,7 @@ def _protocol(
 
 
 def _write_json(path: Path, protocol: dict[str, Any], results: dict[str, dict[str, RowFindings]]) -> None:
-    """The protocol, shares and movement by subject and row, and findings clip by clip."""
+    """Write the protocol, shares and movement by subject and row, and the findings for each clip."""
     found: dict[str, dict[str, Any]] = {}
     for subject, rows in results.items():
         found[subject] = {}
@@ -114,7 +114,7 @@ def _write_json(path: Path, protocol: dict[str, Any], results: dict[str, dict[st
 
 
 def _write_sheet(out: Path, subjects: Sequence[Subject], results: dict[str, dict[str, RowFindings]]) -> None:
-    """Real clips above generated ones: the same prompts each time, then the first of the others that failed."""
+    """Write real clips above generated ones: the same prompts each time, then the first failures among the others."""
     rows, labels = [], []
     for subject in subjects:
         verdict = results[subject.name][GENERATED].verdict

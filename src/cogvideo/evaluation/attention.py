@@ -1,7 +1,7 @@
 """Attention of the temporal channel (paper, appendix A): where the slots of each frame look, layer by layer.
 
-A finished clip goes through a stage once more, in the passes of decoding: text and given frames, then each other frame
-as a whole. Every pass shows its queries, its keys (cached ones too) and its mask plan.
+A finished clip is fed through a stage again, in the passes of decoding: text and given frames, then each other frame as
+a whole. Every pass exposes its queries, its keys (including cached ones) and its mask plan.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from cogvideo.models.attention import attention_weights, split_heads
 from cogvideo.models.transformer import Pass, TemporalBlock, Transformer
 
 See = Callable[[int, range, Float[Tensor, "heads rows keys"]], None]
-"""Called with a layer, the slots of the rows, and their attention to [text as a whole | slots]; slots are counted over
-all frames in feed order."""
+"""Called with a layer, the slots of the rows, and their attention to [text as a whole | slots]; slots are numbered
+across all frames in feed order."""
 
 
 class StageAttention(NamedTuple):
@@ -40,20 +40,20 @@ class StageAttention(NamedTuple):
     shares: Float[Tensor, "layers heads frames targets"]
     """Share of the attention of a frame's slots that goes to the text, then to each frame; the mean over slots."""
     steps: Float[Tensor, "layers heads rows columns"]
-    """Share that goes to the codes of the frame before, by rows and columns from the place of the predicted code, which
+    """Share that goes to the codes of the previous frame, by offset in rows and columns from the predicted code, which
     is in the middle; the mean over slots of generated frames."""
     gates: Float[Tensor, "layers hidden"]
     """Share of the temporal channel in each channel of the output; the spatial channel has the rest."""
 
     @property
     def same_place(self) -> Float[Tensor, "layers heads"]:
-        """Share that goes to the code of the same place in the frame before."""
+        """Share that goes to the code at the same position in the previous frame."""
         row, column = self.middle
         return self.steps[:, :, row, column]
 
     @property
     def middle(self) -> tuple[int, int]:
-        """Row and column of the same place in `steps`."""
+        """Row and column of the same position in `steps`."""
         rows, columns = self.layout.sides
         return rows - 1, columns - 1
 
@@ -64,7 +64,7 @@ def stage_attention(
     """Attention of the key frames, and of the first sequence of the first round of interpolation, as far as the model
     has these stages.
 
-    The codes are those of one clip after one round of interpolation, or key frames where there is no such stage.
+    The codes are those of one clip after one round of interpolation, or key frames if there is no such stage.
     """
     found, sizes, settings = [], system.config.layout, request.settings
     if "interpolation" in system.components:
@@ -85,7 +85,7 @@ def measure(
     condition: Condition,
     codes: Int64[Tensor, "1 frames slots"],
 ) -> StageAttention:
-    """Attention in a stage. The codes are in order of time, at least as many frames as its sequence has."""
+    """Attention in a stage. The codes are in order of time, at least as many frames as a sequence has."""
     assert model.channel is not None
     config, slots, frames = model.base.config, layout.frame_slots, layout.num_frames
     height, width = layout.sides
@@ -108,7 +108,7 @@ def measure(
 
 
 def _steps(weights: Float[Tensor, "heads slots keys"], sides: tuple[int, int]) -> Float[Tensor, "heads rows columns"]:
-    """Attention to codes of one frame, by rows and columns from the code that is predicted; the mean over slots."""
+    """Attention to codes of one frame, by offset in rows and columns from the predicted code; the mean over slots."""
     codes = F.pad(weights[:, :, 1:], (0, 1))  # slot j predicts code j, and was fed code j - 1
     height, width = sides
     frames = rearrange(codes, "heads slots (rows columns) -> heads slots rows columns", rows=height)
@@ -122,10 +122,10 @@ def _steps(weights: Float[Tensor, "heads slots keys"], sides: tuple[int, int]) -
 def replay(
     model: Transformer, layout: SequenceLayout, condition: Condition, codes: Int64[Tensor, "1 frames slots"], see: See
 ) -> None:
-    """Feed the codes of a finished clip as decoding does, and show the attention of the temporal channel.
+    """Feed the codes of a finished clip as decoding does, and pass the attention of the temporal channel to `see`.
 
-    The codes are in feed order. With guidance, the rows of the prompt are shown. `see` is called once for each pass and
-    layer.
+    The codes are in feed order. With guidance, only the prompt's rows are included. `see` is called once for each pass
+    and layer.
     """
     decoder = Decoder(model, layout, replace(condition, unconditional=None))
     slots, num_given = layout.frame_slots, max(1, layout.num_bidirectional)
@@ -139,7 +139,7 @@ def replay(
 
 @contextmanager
 def _watched(decoder: Decoder, rows: range, see: See) -> Iterator[None]:
-    """Show the attention of a pass, which feeds these slots."""
+    """Call `see` with the attention of a pass that feeds these slots."""
 
     def hook(block: TemporalBlock, inputs: tuple[Tensor, Tensor, int, Pass], _: Any) -> None:
         x, _, layer, plan = inputs

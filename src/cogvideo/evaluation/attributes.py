@@ -1,7 +1,7 @@
-"""Attributes that are read off clips of the World, against true ones; and the clips that are kept for such questions.
+"""Attributes predicted from clips of the World, compared with the true ones; and the clips reserved for such tests.
 
-Models learn from the split `train` alone. The reader learns from all splits, but from no clip numbered below
-`READER_LEARNS`: what it is tested on, and what models are judged by, lies below.
+Models train only on the split `train`. The reader trains on all splits, but on no clip numbered below `READER_LEARNS`:
+its test clips and those that models are judged on have lower numbers.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from cogvideo.evaluation.reader import ATTRIBUTES
 from cogvideo.world.scenes import Split
 
 ALL = "all right"
-"""Name of the share of clips of which every attribute is right."""
+"""Name of the share of clips with every attribute right."""
 PROMPTED, READER_TEST, READER_LEARNS = 500_000, 900_000, 1_000_000
-"""First numbers of the clips whose captions are prompts, that the reader is tested on, and that it learns from."""
+"""First numbers of the clips whose captions are prompts, of the reader's test clips, and of its training clips."""
 SEARCHED = 30_000
-"""Numbers that are searched for unseen scenes; the simple World shows 570 different ones of `validation` there."""
+"""Numbers searched for unseen scenes; in the simple World, these have 570 different scenes of `validation`."""
 
 
 def unseen_scenes(number: int, start: int, domain: str = "full") -> list[world.Scene]:
-    """Scenes that no model learns from, numbered from `start`: half with held-out pairs, half of `validation`."""
+    """Scenes that no model is trained on, numbered from `start`: half with held-out pairs, half of `validation`."""
     held_out = _different("held_out", number // 2, start, domain)
     return [*held_out, *_different("validation", number - number // 2, start, domain)]
 
@@ -40,13 +40,13 @@ def _different(split: Split, number: int, start: int, domain: str) -> list[world
 
 
 def right(reading: Mapping[str, str], scene: world.Scene) -> dict[str, bool]:
-    """Which attributes of a clip are those of its scene; the last is whether all are."""
+    """Whether each attribute of a clip matches its scene, and last, whether all do."""
     each = {name: reading[name] == getattr(scene, name) for name in ATTRIBUTES}
     return each | {ALL: all(each.values())}
 
 
 def accuracies(readings: Sequence[Mapping[str, str]], scenes: Sequence[world.Scene]) -> dict[str, dict[str, float]]:
-    """Share of the readings that is right, by group of scenes and attribute; groups without a clip are left out."""
+    """Share of right readings, by group of scenes and attribute; groups without a clip are left out."""
     results = [right(reading, scene) for reading, scene in zip(readings, scenes, strict=True)]
     return {
         group: {name: sum(results[place][name] for place in places) / len(places) for name in (*ATTRIBUTES, ALL)}
@@ -55,7 +55,7 @@ def accuracies(readings: Sequence[Mapping[str, str]], scenes: Sequence[world.Sce
 
 
 def groups(scenes: Sequence[world.Scene]) -> dict[str, list[int]]:
-    """Places of the scenes of each group that has any."""
+    """Indices of the scenes in each nonempty group."""
     held_out = {place for place, scene in enumerate(scenes) if world.is_held_out(scene)}
     every = range(len(scenes))
     others = [place for place in every if place not in held_out]

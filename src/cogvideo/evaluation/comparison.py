@@ -1,4 +1,4 @@
-"""Two sets of clips compared: FVD and its kin, each with all that it depends on."""
+"""Comparison of two sets of clips: FVD and related figures, each with everything that it depends on."""
 
 from __future__ import annotations
 
@@ -19,52 +19,52 @@ from cogvideo.evaluation.protocols import Protocol
 
 INCEPTION_SCORE = "Inception Score"
 SAME_RATE = 0.01
-"""Difference of rates that counts as none, as a share."""
+"""Relative difference below which rates count as equal."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure, and what it is worth."""
+    """One figure, and how reliable it is."""
 
     name: str
     """Name of the measure, such as FVD."""
     of: str
-    """Which sets of clips."""
+    """Sets of clips that it was computed from."""
     clips: int
-    """Clips of each set."""
+    """Number of clips in each set."""
     value: float
     interval: tuple[float, float]
-    """95 % of it, by bootstrap over clips."""
+    """95 % confidence interval, by bootstrap over clips."""
     real: float | None = None
-    """The same figure for real clips against other real ones; None where there are too few, or it has no meaning."""
+    """The same figure for real clips against other real ones; None if there are too few, or if it has no meaning."""
     real_clips: int = 0
-    """Clips of each of these sets."""
+    """Number of clips in each set of real clips."""
     limit: Extrapolation | None = None
     """The figure at infinitely many clips; None for fewer than twenty."""
 
 
 @dataclass(frozen=True)
 class ComparedClips:
-    """Clips of a source, in words."""
+    """Description of a source's clips."""
 
     source: str
     """Source as the user named it."""
     clips: int
-    """Clips that are compared."""
+    """Number of clips that are compared."""
     of: int
-    """Clips of the source."""
+    """Number of clips in the source."""
     short: int
-    """Clips that were left out for want of frames, as far as it was looked for them."""
+    """Number of clips left out for too few frames, among those examined."""
     fps: float
-    """Frames a second, before the protocol's step."""
+    """Frames per second, before the protocol's step."""
     resolutions: dict[str, int]
-    """Clips by the size of the file's frames."""
+    """Number of clips by the file's frame size."""
     codecs: dict[str, int]
-    """Clips by what they are coded by."""
+    """Number of clips by codec."""
 
     @classmethod
     def of_excerpts(cls, source: str, drawn: DrawnExcerpts, excerpts: Sequence[Excerpt]) -> ComparedClips:
-        """A side from what was drawn and what of it is compared."""
+        """One side, from the excerpts that were drawn and those that are compared."""
         footage = [each.footage for each in excerpts]
         sizes = Counter(f"{each.size[1]} x {each.size[0]}" for each in footage)
         codecs = Counter(each.codec for each in footage)
@@ -88,18 +88,18 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Networks:
-    """Networks that are there."""
+    """The available networks."""
 
     i3d: Judge
     proven: bool
-    """True if it is that of FVD."""
+    """True if `i3d` is the network of FVD."""
     c3d: Judge | None = None
     """Network of the Inception Score."""
     lpips: Judge | None = None
 
     @property
     def names(self) -> tuple[str, str]:
-        """Names of the distances: FVD and KVD are those of one network alone."""
+        """Names of the distances: only one network's are called FVD and KVD."""
         other = f"unproven I3D {self.i3d.identity[1]!s:.8}"
         return ("FVD", "KVD") if self.proven else (f"Frechet distance ({other})", f"kernel distance ({other})")
 
@@ -191,7 +191,7 @@ class ComparisonRun:
             ]
 
     def _pairs(self, real: str, generated: str, judge: Judge) -> Figure:
-        """LPIPS of clips of one name, from the first frame of both."""
+        """LPIPS of clips of the same name, from the first frame of both."""
         sides = [_by_name(self._reading, source) for source in (real, generated)]
         names = sorted(sides[0].keys() & sides[1].keys())[: self._protocol.clips]
         require(len(names) > 0, f"{real} and {generated} have no clip of the same name, expected pairs for LPIPS")
@@ -216,7 +216,7 @@ def _by_name(reading: Reading, source: str) -> dict[str, Excerpt]:
 
 
 def check_alike(excerpts: Sequence[Excerpt], protocol: Protocol) -> None:
-    """Refuse clips of several rates, and of several sizes where the protocol keeps these."""
+    """Refuse clips of different rates, and of different sizes if the protocol keeps these."""
     footage = [each.footage for each in excerpts]
     slow, fast = (key(footage, key=lambda each: each.fps) for key in (min, max))
     told = f"{slow.id} has {slow.fps:g} frames a second and {fast.id} {fast.fps:g}"

@@ -1,6 +1,6 @@
-"""Distances of the features of generated clips from those of real ones, and Inception Score: pure functions.
+"""Distances between features of generated and real clips, and Inception Score: pure functions.
 
-Published figures differ in the covariance's divisor, in precision and in constants; arguments say which is meant.
+Published figures differ in the covariance's divisor, in precision and in constants; arguments select them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 from cogvideo.config import require
 
 TATS_EPS = 1e-10
-"""Singular values below it have themselves as their root in TATS, VideoGPT and TF-GAN."""
+"""TATS, VideoGPT and TF-GAN use singular values below this instead of their roots."""
 
 
 RESAMPLES, SHUFFLES, GROUPS = 100, 4, 10
-"""Draws of an interval, ways to halve clips for an extrapolation, and groups that are left out for its error."""
+"""Bootstrap draws of an interval, random halvings of an extrapolation, and jackknife groups of its error."""
 
 Sets = Sequence[Float[Tensor, "_ features"]]
-"""Features of one set of clips, or of several, of equally many clips."""
+"""Features of one or more sets with the same number of clips."""
 Metric = Callable[..., float]
-"""A figure of as many sets as it takes."""
+"""A function that computes a figure from one or more sets."""
 
 
 class InceptionScore(NamedTuple):
@@ -40,10 +40,10 @@ class InceptionScore(NamedTuple):
 def frechet_distance(
     real: Float[Tensor, "num_real features"], generated: Float[Tensor, "num_generated features"], ddof: int = 1
 ) -> float:
-    """Squared Frechet distance of the Gaussians with the moments of two sets of features, in float64.
+    """Squared Frechet distance between the Gaussians fitted to two sets of features, in float64.
 
     `|m1 - m2|^2 + tr C1 + tr C2 - 2 tr (C1 C2)^(1/2)`. With centered features `X = QR`, the covariance is `R'R`, and
-    the last trace is the sum of the singular values of `R1 R2'`: no covariance is formed, and no root of one.
+    the last trace is the sum of the singular values of `R1 R2'`: neither a covariance nor a root of one is formed.
 
     Args:
         real: features of real clips; FVD takes I3D's logits.
@@ -61,7 +61,7 @@ def frechet_distance(
 def frechet_distance_float32(
     real: Float[Tensor, "num_real features"], generated: Float[Tensor, "num_generated features"]
 ) -> float:
-    """The same as TATS and VideoGPT compute it, with its rounding: at 2,048 clips, the fourth digit is noise."""
+    """The same as TATS and VideoGPT compute it, with their rounding: at 2,048 clips, the fourth digit is noise."""
     covariances = [each.float().mT.cov() for each in (real, generated)]
     root = _root(covariances[1])
     common = _root(root @ (covariances[0] @ root)).trace()
@@ -78,12 +78,13 @@ def polynomial_mmd(
 ) -> float:
     """Squared maximum mean discrepancy with the kernel `(x y / features + constant)^degree`, in float64.
 
-    The defaults are KVD (TATS, DIGAN). JEDi has degree 2, constant 0, biased means, and prints a hundred times that.
+    The defaults are KVD (TATS, DIGAN). JEDi uses degree 2, constant 0 and biased means, and reports a hundred times the
+    result.
 
     Args:
         real: features of real clips.
         generated: features of generated clips.
-        degree: of the polynomial.
+        degree: degree of the polynomial.
         constant: added to the products.
         biased: whether the kernel of a clip with itself counts.
     """
@@ -106,9 +107,9 @@ def inception_score(
     """`exp(mean KL(p(class | clip) || p(class)))`, in float64.
 
     Args:
-        probabilities: of the classes, for each clip: the softmax of C3D's logits.
-        splits: parts that are scored alone: 1 in TGAN and TGAN-v2, 10 in StyleGAN-V. More parts score lower.
-        eps: added to probabilities under the logarithm: 1e-7 in TGAN, 1e-20 in TGAN-v2, none in StyleGAN-V.
+        probabilities: class probabilities of each clip, the softmax of C3D's logits.
+        splits: number of parts to score separately: 1 in TGAN and TGAN-v2, 10 in StyleGAN-V. More parts score lower.
+        eps: added to probabilities inside the logarithm: 1e-7 in TGAN, 1e-20 in TGAN-v2, none in StyleGAN-V.
         seed: shuffles the clips before they are split, as NumPy's old generator does; 42 in StyleGAN-V.
     """
     count = len(probabilities)
@@ -131,9 +132,9 @@ class Extrapolation(NamedTuple):
 
 
 def interval(metric: Metric, sets: Sets, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of a figure, by bootstrap over clips.
+    """The 95 % confidence interval of a figure, by bootstrap over clips.
 
-    Repeated clips bias most figures upwards, so the spread of those of resampled clips is put around the figure itself.
+    Repeated clips bias most figures upwards, so the spread of the resampled figures is centered on the figure itself.
     """
     random = np.random.default_rng(seed)
 
@@ -146,11 +147,11 @@ def interval(metric: Metric, sets: Sets, seed: int = 0) -> tuple[float, float]:
 
 
 def limit(metric: Metric, sets: Sets, seed: int = 0) -> Extrapolation | None:
-    """A figure at infinitely many clips, where the bias of figures such as FVD, which falls as 1/N, is gone.
+    """A figure extrapolated to infinitely many clips: this removes the bias of FVD and others, which falls as 1/N.
 
-    The line over 1/N through the figures of all clips and of halves of them (arXiv 1911.07023) is followed to 0; the
-    error is that of the jackknife over tenths of the clips. The bias falls so only where halves have more clips than
-    features. None for fewer than twenty clips.
+    A line in 1/N through the figures of all clips and of halves of them (arXiv 1911.07023) is extended to 0; the error
+    is from a jackknife over tenths of the clips. The bias falls as 1/N only if halves have more clips than features.
+    None for fewer than twenty clips.
     """
     if min(map(len, sets)) < 2 * GROUPS:
         return None
@@ -170,7 +171,7 @@ def _extrapolated(metric: Metric, sets: Sets, random: np.random.Generator) -> fl
 
 
 def halves(names: Sequence[str], features: Float[Tensor, "clips features"], most: int) -> Sets:
-    """Two sets of equally many clips, at most `most`, that share no video; `names` are the videos of the clips."""
+    """Two sets of the same size, at most `most` clips, that share no video; `names` are the videos of the clips."""
     sides: tuple[list[int], list[int]] = ([], [])
     for name in dict.fromkeys(names):
         smaller = min(sides, key=len)
@@ -186,6 +187,6 @@ def _factor(features: Float[Tensor, "clips features"], ddof: int) -> Float[Tenso
 
 
 def _root(matrix: Float[Tensor, "features features"]) -> Float[Tensor, "features features"]:
-    """A symmetric root by singular values."""
+    """A symmetric square root by singular values."""
     left, values, right = torch.linalg.svd(matrix)
     return (left * torch.where(values < TATS_EPS, values, values.sqrt())) @ right

@@ -1,7 +1,7 @@
-"""Features of excerpts by the networks of metrics, kept in the cache by the content of clip and network.
+"""Features of excerpts by the networks of metrics, cached by the content of clip and network.
 
-Bits depend on neither the number of processes nor that of devices: on a CPU each process has one thread, and all passes
-have one size. Features of CPUs and GPUs differ in the last bits, and are kept apart.
+Results are bit-identical for any number of processes and devices: on a CPU, each process has one thread, and all passes
+have the same size. Features from CPUs and GPUs differ in the last bits, and are cached separately.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from cogvideo.models.perceptual import Network as Perceptual
 from cogvideo.models.perceptual import load_lpips
 
 VERSION = 1
-"""Changed with whatever changes features."""
+"""Version of the features, changed whenever they change."""
 CPU_BATCH, GPU_BATCH = 1, 16
-"""Clips of a pass."""
+"""Clips per pass."""
 JOB_BATCHES = 8
-"""Passes of a job, what a worker does in one go."""
+"""Passes per job, a worker's unit of work."""
 
 ExcerptPixels = Sequence[tuple[Pixels, ...]]
-"""Excerpts that are looked at alone, or in pairs."""
+"""Pixels of excerpts, one at a time or in pairs."""
 Encode = Callable[[ExcerptPixels], Float[Tensor, "clips features"]]
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A network and how clips are put into it."""
+    """A network and how clips are fed to it."""
 
     identity: tuple[object, ...]
-    """All that decides its features."""
+    """Everything that determines its features."""
     load: Callable[[str], Encode]
-    """The function from clips to features on a device; it can be sent to processes."""
+    """The function from clips to features on a device; picklable."""
 
 
 def i3d(path: Path, protocol: Protocol, proven: bool = True) -> Judge:
@@ -68,7 +68,7 @@ def i3d(path: Path, protocol: Protocol, proven: bool = True) -> Judge:
 
 
 def c3d(weights: Path, mean: Path) -> Judge:
-    """C3D, whose logits Inception Score counts."""
+    """C3D, whose logits Inception Score uses."""
     return Judge(("c3d", sha256_of(weights), sha256_of(mean)), partial(_load_c3d, weights, mean))
 
 
@@ -108,7 +108,7 @@ class FeatureInput(NamedTuple):
     excerpts: tuple[Excerpt, ...]
     """An excerpt, or a pair of them."""
     file: Path
-    """Where the features are kept."""
+    """File that caches the features."""
 
 
 class LoadedNetwork(NamedTuple):
@@ -149,7 +149,7 @@ class Extractor:
         return tuple(self.reading.read(each, self._loaded.autoencoder) for each in sample.excerpts)
 
     def sample(self, *excerpts: Excerpt) -> FeatureInput:
-        """A sample, named by the content of all that decides its features."""
+        """A sample, named by a hash of everything that determines its features."""
         key = digest([VERSION, self.device, self.judge.identity, *map(self.reading.identity, excerpts)])
         return FeatureInput(excerpts, cache_folder() / "features" / key[:2] / f"{key}.npy")
 
@@ -161,7 +161,7 @@ def _or_error(clip: tuple[Pixels, ...] | VideoError) -> tuple[Pixels, ...]:
 
 
 def _encode(clips: ExcerptPixels, encode: Encode, size: int) -> NDArray[np.float32]:
-    """Features of clips by a pass of that size."""
+    """Features of clips, from a pass padded to `size`."""
     padded = [*clips, *[clips[-1]] * (size - len(clips))]
     with torch.inference_mode():
         return encode(padded)[: len(clips)].float().cpu().numpy()
@@ -169,7 +169,7 @@ def _encode(clips: ExcerptPixels, encode: Encode, size: int) -> NDArray[np.float
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Make figures the same bits on any number of cores."""
+    """Make figures bit-identical on any number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -181,7 +181,7 @@ def one_thread() -> Iterator[None]:
 def extract(
     title: str, samples: Sequence[FeatureInput], extractor: Extractor, machines: Machines
 ) -> Float[Tensor, "samples features"]:
-    """Features of samples, in their order; those that are not in the cache are made and kept."""
+    """Features of samples, in order; missing ones are computed and cached."""
     missing = list({sample.file: sample for sample in samples if _kept(sample.file) is None}.values())
     for folder in {sample.file.parent for sample in missing}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ def extract(
 
 
 def _kept(file: Path) -> NDArray[np.float32] | None:
-    """Features in a file; None where there is none, or none that can be read."""
+    """Features in a file; None if it is missing or unreadable."""
     try:
         return np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError):

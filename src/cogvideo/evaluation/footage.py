@@ -1,4 +1,4 @@
-"""Clips of any source as they are compared: which of their frames, and how these are read."""
+"""Clips of any source for comparisons: which frames are used, and how they are read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ READERS = 4
 """Threads that examine files."""
 
 Where = Literal["start", "random", "anywhere"]
-"""Windows of clips: the first of each, one at random in each, or any of all windows of all clips."""
+"""Windows to use: the first of each clip, a random one of each clip, or random ones of all windows of all clips."""
 
 
 class DatasetRow(NamedTuple):
@@ -49,11 +49,11 @@ class Footage:
     id: str
     """Name in the source."""
     media: Item | DatasetRow
-    """Where its frames come from."""
+    """Source of its frames."""
     num_frames: int
-    """Frames at its rate."""
+    """Number of frames at `fps`."""
     fps: float
-    """Frames a second at which it is read."""
+    """Frames per second at which it is read."""
     size: tuple[int, int]
     """Rows and columns of its frames."""
     codec: str
@@ -61,14 +61,14 @@ class Footage:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """Captions of the clip; none of a file unless they were read."""
+        """Captions of the clip; for a file, none unless they were read."""
         if isinstance(self.media, DatasetRow):
             return _dataset(self.media.dataset).row(self.media.number).captions
         return self.media.captions
 
     @property
     def content(self) -> str:
-        """Hash of what is read."""
+        """Hash of the content that is read."""
         if isinstance(self.media, DatasetRow):
             codes = np.ascontiguousarray(_dataset(self.media.dataset).row(self.media.number).codes)
             return hashlib.sha256(codes.tobytes()).hexdigest()
@@ -91,18 +91,18 @@ class Excerpt:
 
 
 class Tokenizer(NamedTuple):
-    """An image tokenizer, by which prepared data are decoded and clips are reconstructed."""
+    """An image tokenizer, to decode prepared data and reconstruct clips."""
 
     bundle: Path
     sha256: str
     side: int
-    """Shorter side of the frames that its model makes, in pixels."""
+    """Shorter side of its model's frames, in pixels."""
     rate: int
-    """Pixels of a side of one code."""
+    """Side of one code, in pixels."""
 
     @classmethod
     def of(cls, model: str) -> Tokenizer:
-        """The one of a bundle."""
+        """The tokenizer of a bundle."""
         bundle = locate(model)
         manifest = Manifest.read(bundle)
         entry, config = manifest.entry("image_tokenizer", f"the bundle {bundle}"), manifest.config
@@ -116,14 +116,14 @@ class Reading:
     protocol: Protocol
     """Number, distance and size of frames."""
     fps: float | None = None
-    """Frames a second at which files are read; their own by default."""
+    """Frames per second at which files are read; their own by default."""
     tokenizer: Tokenizer | None = None
     """Tokenizer of prepared data and reconstructions."""
     caption_columns: tuple[str, ...] = ()
     """Columns of a table with captions; by default, captions are not read."""
 
     def find(self, source: str) -> list[Item | DatasetRow]:
-        """Clips of a source in the order of their names, before they are looked at."""
+        """Clips of a source in the order of their names, before they are examined."""
         if (Path(source) / CARD).is_file():
             return self._find_rows(Path(source))
         listing = list_source(source, SourceOptions(self.caption_columns, validation=0))
@@ -143,7 +143,7 @@ class Reading:
         return [DatasetRow(folder, number) for number in range(len(data))]
 
     def look(self, found: Sequence[Item | DatasetRow]) -> Iterator[Footage]:
-        """Facts about clips, in their order. Files are decoded for it, some ahead."""
+        """Facts about clips, in order. Files are decoded for this, some of them ahead."""
         for _, footage in ahead(self._look, found, READERS):
             if isinstance(footage, VideoError):
                 raise footage
@@ -163,7 +163,7 @@ class Reading:
         return Footage(media.id, media, num_frames, fps, (facts.height, facts.width), facts.codec)
 
     def autoencoder(self, device: str) -> Autoencoder | None:
-        """The tokenizer's network, where there is one."""
+        """The tokenizer's network, if there is one."""
         if self.tokenizer is None:
             return None
         return CogVideo.from_pretrained(self.tokenizer.bundle, torch.float32, device).autoencoder
@@ -195,7 +195,7 @@ class Reading:
         return frames
 
     def identity(self, excerpt: Excerpt) -> list[object]:
-        """All that decides the pixels of an excerpt."""
+        """Everything that determines the pixels of an excerpt."""
         protocol, media = self.protocol, excerpt.footage.media
         part = [media.start, media.end] if isinstance(media, Item) else []
         frames = [excerpt.first, protocol.frames, protocol.step, excerpt.footage.fps, *part]
@@ -208,11 +208,11 @@ class DrawnExcerpts(NamedTuple):
     """Excerpts of the clips of a source."""
 
     excerpts: list[Excerpt]
-    """In the order in which they count."""
+    """In the order in which they are used."""
     num_clips: int
-    """Clips of the source."""
+    """Number of clips in the source."""
     num_short: int
-    """Those that were left out because they have too few frames, as far as they were looked at."""
+    """Number of clips left out for too few frames, among those examined."""
 
 
 def draw(source: str, reading: Reading, where: Where, count: int, seed: int) -> DrawnExcerpts:
@@ -236,7 +236,7 @@ def draw(source: str, reading: Reading, where: Where, count: int, seed: int) -> 
     windows = [footage.num_frames - span + 1 for footage in long]
     if where == "anywhere":
         ends = np.cumsum(windows)
-        chosen = random.permutation(ends[-1])[:count]  # more clips begin with the same ones
+        chosen = random.permutation(ends[-1])[:count]  # a larger number begins with the same clips
         numbers = np.searchsorted(ends, chosen, "right")
         firsts = chosen - (ends - windows)[numbers]
         excerpts = [Excerpt(long[number], int(first)) for number, first in zip(numbers, firsts, strict=True)]
@@ -254,5 +254,5 @@ def _dataset(folder: Path) -> Dataset:
 
 @lru_cache(maxsize=2**17)
 def _sha256(path: Path, changed: int) -> str:
-    """Hash of a file, as of a time of change."""
+    """Hash of a file; the modification time `changed` invalidates the cache."""
     return sha256_of(path)

@@ -1,4 +1,4 @@
-"""Official lists of the data sets that the paper measures on: real videos, and texts of their classes.
+"""Official lists of the data sets that the paper evaluates on: real videos, and texts of their classes.
 
 UCF-101 has `classInd.txt`, `trainlist01.txt` and `testlist01.txt` (to 03), and videos `CLASS/v_CLASS_g01_c01.avi`.
 Kinetics-600 has a CSV with `label,youtube_id,time_start,time_end,split`, and videos `LABEL/ID_000010_000020.mp4`.
@@ -33,7 +33,7 @@ class ListedVideo(NamedTuple):
 
 
 def read_ucf101(lists: Path, videos: Path, split: Split, division: int, language: Language) -> list[ListedVideo]:
-    """Videos of UCF-101. All must be there: none vanish, as they come in one archive."""
+    """Videos of UCF-101. All must exist, since they come in one archive."""
     classes = lists / "classInd.txt"
     texts = _texts(classes, language)
     found = []
@@ -62,11 +62,11 @@ def _texts(classes: Path, language: Language) -> dict[str, str]:
 
 
 def read_kinetics(table: Path, videos: Path) -> tuple[list[ListedVideo], int]:
-    """Videos of Kinetics that are there, and the number of others, as many vanished from the web.
+    """Existing videos of Kinetics, and the number of missing ones: many have vanished from the web.
 
     Args:
         table: official CSV, such as that of the test split.
-        videos: folder of the videos, or of the labels' folders.
+        videos: folder of the videos, or of a folder for each label.
     """
     with table.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)

@@ -19,14 +19,14 @@ class Motion(NamedTuple):
     energy: float
     """Mean squared difference of neighboring frames, pixels in [0, 1]."""
     flicker: float
-    """Unrest where the clip is calmest, in levels of 255; see `flicker`."""
+    """Flicker in the calmer half of the clip's pixels, in levels of 255; see `flicker`."""
 
 
 class Movement(NamedTuple):
     """Measures of many clips, against real ones of the same prompts."""
 
     energy_ratio: float
-    """Their mean energy over that of the real clips; 1 is as much motion, less is calmer."""
+    """Their mean energy divided by that of the real clips; 1 is equal motion, less is calmer."""
     static: float
     """Share of the clips whose energy is below `STATIC`."""
     flicker: float
@@ -40,11 +40,11 @@ def measure(clip: UInt8[np.ndarray, "frames height width 3"]) -> Motion:
 
 
 def flicker(pixels: Float32[np.ndarray, "frames height width 3"]) -> float:
-    """Unrest of what should be still, in levels of 255.
+    """Flicker of pixels that should be still, in levels of 255.
 
-    The second difference in time, `x[t - 1] - 2 x[t] + x[t + 1]`, is zero for what is still or changes evenly. Its mean
-    square is taken for each pixel over time and colors, then the mean over the calmer half of the clip's pixels, then
-    the root: what moves through the picture is in the other half.
+    The second difference in time, `x[t - 1] - 2 x[t] + x[t + 1]`, is zero for pixels that are still or change evenly.
+    Its mean square is taken for each pixel over time and colors, then the mean over the calmer half of the clip's
+    pixels, then the root: moving things are in the other half.
     """
     unrest = np.square(np.diff(pixels, 2, axis=0)).mean((0, 3)).flatten()
     calmer = np.sort(unrest)[: (len(unrest) + 1) // 2]
@@ -52,7 +52,7 @@ def flicker(pixels: Float32[np.ndarray, "frames height width 3"]) -> float:
 
 
 def movement(clips: Sequence[Motion], real: Sequence[Motion]) -> Movement:
-    """Clips against real ones of the same prompts, in any order."""
+    """Clips compared with real ones of the same prompts, in any order."""
     (energies, flickers), (real_energies, _) = np.transpose(clips), np.transpose(real)
     ratio = energies.mean() / real_energies.mean()
     return Movement(float(ratio), float((energies < STATIC).mean()), float(flickers.mean()))

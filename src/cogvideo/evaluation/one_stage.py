@@ -1,4 +1,4 @@
-"""Clips by one stage at one frame rate, without a hierarchy: what the paper compares interpolation with."""
+"""Clips by one stage at one frame rate, without a hierarchy: the baseline of the paper for interpolation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cogvideo.pipeline import CogVideoPipeline, Frame
 
 
 class OneStage(CogVideoPipeline):
-    """Clips in sequences of the sequential stage, each of which begins with the last frames of the one before.
+    """Clips made of sequences of the sequential stage, each of which begins with the last frames of the previous one.
 
     Args:
         model: a model whose sequential stage was trained at the rate of the finished clips.
-        overlap: number of these frames; after the first frame of a clip there is only one.
+        overlap: number of these frames; only one for the first sequence, after the clip's first frame.
     """
 
     def __init__(self, model: CogVideo, overlap: int) -> None:

@@ -1,4 +1,4 @@
-"""Statistics of preferences: shares, strengths of systems, agreement of raters, sizes of samples. Pure functions."""
+"""Statistics of preferences: shares, strengths of systems, agreement of raters, sample sizes. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jaxtyping import Float64
 from cogvideo.config import require
 
 Z = 1.959964
-"""Standard deviations of a normal distribution to each side that hold 95 %."""
+"""Standard deviations to each side of a normal distribution's mean that cover 95 %."""
 NUM_DRAWS = 1000
-"""Samples of a bootstrap."""
+"""Number of bootstrap samples."""
 
 
 class Interval(NamedTuple):
-    """A value with its 95 % interval."""
+    """A value with its 95 % confidence interval."""
 
     value: float
     low: float
@@ -33,11 +33,11 @@ class PairwiseComparison(NamedTuple):
     first: str
     second: str
     outcome: int
-    """1 where the first is preferred, -1 where the second is, 0 where neither."""
+    """1 if the first is preferred, -1 if the second is, 0 if neither is."""
 
 
 def share(successes: int, total: int) -> Interval:
-    """A share with its Wilson interval; 0 of 0 may be anything."""
+    """A share with its Wilson interval; for 0 of 0, that is [0, 1]."""
     if total == 0:
         return Interval(math.nan, 0.0, 1.0)
     return Interval(successes / total, *wilson(successes / total, total))
@@ -46,20 +46,20 @@ def share(successes: int, total: int) -> Interval:
 def wilson(part: float, total: int) -> tuple[float, float]:
     """The 95 % interval of a share of independent answers, by Wilson's score (1927)."""
     middle, half = _wilson(part, total)
-    return max(0.0, round(middle - half, 12)), min(1.0, round(middle + half, 12))  # 0 and 1, not nearly so
+    return max(0.0, round(middle - half, 12)), min(1.0, round(middle + half, 12))  # exactly 0 or 1, despite rounding
 
 
 def _wilson(part: float, total: float) -> tuple[float, float]:
-    """Middle and half width of the interval of a share."""
+    """Center and half-width of the interval of a share."""
     scale = 1 + Z**2 / total
     half = Z / scale * math.sqrt(part * (1 - part) / total + Z**2 / (4 * total**2))
     return (part + Z**2 / (2 * total)) / scale, half
 
 
 def sample_size(part: float, margin: float) -> int:
-    """Smallest number of answers whose Wilson interval of a share reaches at most `margin` to either side."""
+    """Smallest number of answers for which the Wilson interval of a share has a half-width of at most `margin`."""
     require(0 < margin < 0.5, f"margin is {margin}, expected a share in (0, 0.5), such as 0.05")
-    low, high = 0, math.ceil((Z / (2 * margin)) ** 2) + 1  # where half of all are for it, more are needed than ever
+    low, high = 0, math.ceil((Z / (2 * margin)) ** 2) + 1  # a share of one half needs the most answers
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if _wilson(part, middle)[1] <= margin else (middle, high)
@@ -69,9 +69,9 @@ def sample_size(part: float, margin: float) -> int:
 def outcomes(
     comparisons: Sequence[PairwiseComparison], systems: Sequence[str]
 ) -> Float64[np.ndarray, "systems systems comparisons"]:
-    """For each comparison, 1 where the row's system won against the column's, half where neither did.
+    """For each comparison, 1 if the row's system won against the column's, half if neither did.
 
-    Times the weights of comparisons, it counts wins.
+    Multiplied by the weights of comparisons, it counts wins.
     """
     won = np.zeros((len(systems), len(systems), len(comparisons)))
     for place, each in enumerate(comparisons):
@@ -86,10 +86,10 @@ def strengths(
 ) -> Float64[np.ndarray, " systems"]:
     """Bradley-Terry strengths with mean 0: `strengths[i] - strengths[j]` is the log-odds that i is preferred to j.
 
-    Two systems that were compared get one more comparison, a tie: one that always won would be infinitely strong. The
-    row's system won against the column's that often; the search may start at strengths of nearly the same wins.
+    Two systems that were compared get one more comparison, a tie: one that always won would be infinitely strong.
+    `wins` counts how often the row's system won against the column's; `start` may be the strengths of similar wins.
     """
-    import choix  # takes two seconds
+    import choix  # importing it takes two seconds
 
     compared = (wins + wins.T) > 0
     reached = np.linalg.matrix_power(compared + np.eye(len(wins)), len(wins)) > 0
@@ -102,10 +102,10 @@ def bootstrap(
     raters: Sequence[int],
     prompts: Sequence[int],
 ) -> list[Interval]:
-    """Values with intervals over raters and prompts, both of which are drawn again with replacement.
+    """Values with intervals over raters and prompts, both of which are resampled with replacement.
 
-    Where there is one rater, the interval is over prompts alone: other raters may think otherwise. One of a single
-    rater and prompt is not a number. A ValueError of `estimate`, which takes weights of answers, leaves a draw out.
+    With one rater, the interval is over prompts alone: other raters may disagree. For a single rater and prompt, it is
+    NaN. `estimate` takes the weights of answers; a draw for which it raises ValueError is left out.
     """
     values = estimate(np.ones(len(raters)))
     random = np.random.default_rng(0)
@@ -130,9 +130,9 @@ def _drawn(groups: Sequence[int], random: np.random.Generator) -> Float64[np.nda
 
 
 def agreement(ratings: Sequence[tuple[int, object, int]]) -> float:
-    """Krippendorff's alpha of ordinal ratings (rater, what was judged, value): 1 is full agreement, 0 that of chance.
+    """Krippendorff's alpha of ordinal ratings (rater, item, value): 1 is full agreement, 0 is chance agreement.
 
-    It is not a number where no two raters judged the same, or all answers are equal.
+    NaN if no two raters judged the same item, or all answers are equal.
     """
     import krippendorff
 

@@ -1,4 +1,4 @@
-"""Published protocols of FVD: one row each, with all that moves their figures.
+"""Published protocols of FVD: one entry each, with everything that affects their figures.
 
 Sources: google-research/frechet_video_distance (`tfhub`), songweige/TATS (`tats`), universome/stylegan-v.
 """
@@ -26,7 +26,7 @@ from cogvideo.evaluation.networks.i3d import SIDE
 from cogvideo.evaluation.resizing import resize, resize_legacy
 
 RELIABLE = 2048
-"""Clips below which FVD says more of their number than of what they show."""
+"""Number of clips below which FVD reflects the number more than the content of clips."""
 
 Pixels = UInt8[np.ndarray, "frames height width 3"]
 
@@ -36,34 +36,34 @@ class Protocol:
     """Settings of one implementation."""
 
     resize: Literal["legacy", "half-pixel"]
-    """Resizing of frames to the 224 x 224 pixels of I3D: as TensorFlow 1 does it, or PyTorch. Both bilinear, without
-    antialiasing, whatever the aspect."""
+    """Resizing of frames to the 224 x 224 pixels of I3D: as in TensorFlow 1, or as in PyTorch. Both are bilinear,
+    without antialiasing, and ignore the aspect ratio."""
     eps: float
     """Constant of I3D's normalization."""
     ddof: int
-    """Covariances are divided by the number of clips less this."""
+    """Covariances are divided by the number of clips minus this."""
     dtype: Literal["float32", "float64"]
     """Precision of the Frechet distance."""
     real: Literal["random", "anywhere"]
     """Windows of real clips: one at random in each video, or drawn from all windows, where long videos count more."""
     order: Literal["shuffled", "sorted"]
-    """Order of the videos, of which the first ones count."""
+    """Order of the videos; the first ones are used."""
     size: int | None
-    """Side in pixels to which clips are reduced first, cropped to the center; None keeps theirs."""
+    """Side in pixels to which clips are reduced first, cropped to the center; None keeps their size."""
     antialias: bool
-    """True if this reduction averages over the pixels that it leaves out."""
+    """True if this reduction is antialiased."""
     splits: int
-    """Parts of the Inception Score."""
+    """Number of parts for the Inception Score."""
     score_eps: float
-    """Constant under its logarithm."""
+    """Constant inside its logarithm."""
     score_seed: int | None
     """Seed that shuffles clips for it; None keeps their order."""
     clips: int = RELIABLE
     """Number of clips on each side."""
     score_clips: int = RELIABLE
-    """Number of clips of the Inception Score."""
+    """Number of clips for the Inception Score."""
     frames: int = 16
-    """Frames of a clip."""
+    """Frames per clip."""
     step: int = 1
     """Frames of the file from one frame of a clip to the next."""
 
@@ -76,7 +76,7 @@ class Protocol:
 
     @property
     def span(self) -> int:
-        """Frames of the file from the first to the last of a clip, both counted."""
+        """Frames of the file from the first to the last of a clip, inclusive."""
         return (self.frames - 1) * self.step + 1
 
     def reduced(self, frames: Pixels, size: int | None) -> UInt8[np.ndarray, "frames rows columns 3"]:
@@ -89,11 +89,11 @@ class Protocol:
         top, left = (rows - size) // 2, (columns - size) // 2
         whole = resize(_to_float(frames), (rows, columns), self.antialias)
         square = whole[..., top : top + size, left : left + size].clamp(0, 255)
-        levels = square.round() if self.antialias else square  # TATS cuts fractions off
+        levels = square.round() if self.antialias else square  # TATS truncates
         return rearrange(levels.byte(), "frames colors rows columns -> frames rows columns colors").contiguous().numpy()
 
     def to_i3d(self, frames: Pixels, device: str = "cpu") -> Float[Tensor, "3 frames rows columns"]:
-        """Frames as I3D takes them, on a device, in [-1, 1]."""
+        """Frames as I3D expects them, on a device, in [-1, 1]."""
         way = resize_legacy if self.resize == "legacy" else resize
         pixels = way(_to_float(frames, device), (SIDE, SIDE)) / 127.5 - 1
         return rearrange(pixels, "frames colors rows columns -> colors frames rows columns")
@@ -105,7 +105,7 @@ class Protocol:
         return frechet_distance(real, generated, self.ddof)
 
     def kvd(self, real: Float[Tensor, "clips features"], generated: Float[Tensor, "clips features"]) -> float:
-        """Kernel video distance of the same logits, which no published implementation changes."""
+        """Kernel video distance of the same logits, which is the same in all published implementations."""
         return polynomial_mmd(real, generated)
 
     def inception_score(self, logits: Float[Tensor, "clips classes"]) -> InceptionScore:
@@ -155,7 +155,7 @@ PROTOCOLS = {
         score_seed=42,
     ),
 }
-"""By name. Inception Score is that of TGAN-v2 where the implementation has none."""
+"""Protocols by name. Where an implementation has no Inception Score, TGAN-v2's is used."""
 
 
 def _to_float(frames: Pixels, device: str = "cpu") -> Float[Tensor, "frames 3 height width"]:

@@ -1,4 +1,4 @@
-"""Published figures of the data sets that the paper measures on, for a table with those of a model."""
+"""Published figures on the data sets of the paper, to show next to a model's own."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The World reader: a small classifier of what a clip of the World shows, to compare it with its caption.
 
-It reads who acts, its color, the action, direction, speed and background, and in addition what helps to tell these
-apart: the size, and object and color of a second figure. `cogvideo train reader` makes it; its weights come with the
-package. Input is what all clips have in common: 17 frames, 4 a second, of 64 x 64 pixels.
+It predicts the object, its color, the action, direction, speed and background, and also what helps to tell these apart:
+the size, and the object and color of a second figure. `cogvideo train reader` trains it; its weights come with the
+package. The input is 17 frames, 4 per second, of 64 x 64 pixels, to which all clips can be reduced.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ LABELS: dict[str, tuple[str, ...]] = {
 }
 """Values of each attribute; empty for a second figure that is not there."""
 EVENTS = ("action", "direction", "speed")
-"""Attributes that take time to see."""
+"""Attributes that cannot be seen in a single frame."""
 FILE = Path(__file__).with_name("world_reader.safetensors")
 """The weights that come with the package."""
 MOMENTS = 5
-"""Length in time where attributes are read."""
+"""Length in time where attributes are predicted."""
 BATCH = 32
-"""Clips that are read at once."""
+"""Clips per batch."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class Block(nn.Module):
 class Reader(nn.Module):
     """Scores of the values of each attribute.
 
-    Convolutions halve frames four times, with residual blocks between; time is halved by the first and the last, from
-    17 frames to 9 and 5 moments. What figures and places look like is read from mean and maximum over space and time,
-    what happens from a hidden layer that sees those over space, moment after moment. Norms of batches learn shapes in
-    half as many steps as norms of groups; when it reads, their statistics are fixed, and no clip depends on another.
+    Convolutions halve the frame size four times, with residual blocks in between; the first and the last also halve
+    time, from 17 frames to 9 and 5 moments. Looks are predicted from the mean and maximum over space and time, events
+    from a hidden layer that sees the mean and maximum over space at each moment, in order. Batch norm learns shapes in
+    half as many steps as group norm; in evaluation its statistics are fixed, and no clip depends on another.
     """
 
     def __init__(self, config: ReaderConfig) -> None:
@@ -116,7 +116,7 @@ class Reader(nn.Module):
         return self._looks(features) | {name: self.heads[name](happens) for name in EVENTS}
 
     def looks(self, clips: Float[Tensor, "batch 3 frames 64 64"]) -> dict[str, Float[Tensor, "batch _"]]:
-        """Scores of attributes that take no time to see, from clips of any length, also single frames."""
+        """Scores of attributes that a single frame shows, from clips of any length, including single frames."""
         return self._looks(self.body(2 * clips - 1))
 
     def _looks(self, features: Float[Tensor, "batch width time rows columns"]) -> dict[str, Float[Tensor, "batch _"]]:
@@ -135,7 +135,7 @@ class Reader(nn.Module):
         return [{name: LABELS[name][chosen[name][clip]] for name in LABELS} for clip in range(len(clips))]
 
     def save(self, path: Path) -> None:
-        """Write weights in half precision and sizes; the file is whole or not there."""
+        """Write sizes and half-precision weights, atomically."""
         state = {name: each.detach().cpu().contiguous() for name, each in self.state_dict().items()}
         tensors = {name: each.half() if each.is_floating_point() else each for name, each in state.items()}
         described = {"reader": json.dumps({"config": asdict(self.config), "labels": LABELS})}
@@ -144,7 +144,7 @@ class Reader(nn.Module):
 
     @classmethod
     def load(cls, path: Path = FILE) -> Reader:
-        """The reader of a file, in single precision."""
+        """The reader from a file, in single precision."""
         require(path.is_file(), f"there is no reader {path}: `cogvideo train reader --out {path}` makes one")
         try:
             with safe_open(path, framework="pt") as file:
@@ -173,7 +173,7 @@ def to_input(
 
 
 def readable(frames: UInt8[np.ndarray, "frames height width 3"], fps: float = 8.0) -> UInt8[np.ndarray, "17 64 64 3"]:
-    """A clip of four seconds as the reader takes it: 4 frames a second, each pixel the mean of those that it covers."""
+    """A clip of four seconds as the reader expects it: 4 frames per second, each pixel the mean of those it covers."""
     stride = round(fps / FPS)
     require(stride >= 1 and stride * FPS == fps, f"clips have {fps:g} frames a second, expected a multiple of {FPS:g}")
     expected = stride * (NUM_FRAMES - 1) + 1
@@ -184,7 +184,7 @@ def readable(frames: UInt8[np.ndarray, "frames height width 3"], fps: float = 8.
 def resized(
     frames: UInt8[np.ndarray, "frames height width 3"], size: int
 ) -> UInt8[np.ndarray, "frames {size} {size} 3"]:
-    """Frames at another size: means of the pixels that a new one covers."""
+    """Frames at another size: each pixel is the mean of those it covers."""
     if frames.shape[1:3] == (size, size):
         return np.ascontiguousarray(frames)
     pixels = rearrange(torch.from_numpy(np.ascontiguousarray(frames)).float(), "t h w colors -> t colors h w")
@@ -193,7 +193,7 @@ def resized(
 
 
 def labels(scenes: Sequence[world.Scene]) -> dict[str, Int64[Tensor, " scenes"]]:
-    """Places of the true values of scenes among the labels, by attribute."""
+    """Label indices of the scenes' true values, by attribute."""
     return {
         name: torch.tensor([LABELS[name].index(getattr(scene, name)) for scene in scenes], dtype=torch.int64)
         for name in LABELS
@@ -201,5 +201,5 @@ def labels(scenes: Sequence[world.Scene]) -> dict[str, Int64[Tensor, " scenes"]]
 
 
 def render(scene: world.Scene) -> UInt8[np.ndarray, "17 64 64 3"]:
-    """A scene as the reader takes it."""
+    """A scene as the reader expects it."""
     return world.render(scene, SIZE, FPS, NUM_FRAMES)

@@ -1,4 +1,4 @@
-"""Resizing as the published protocols do it. Libraries place samples differently, which moves FVD."""
+"""Resizing as in the published protocols. Libraries place samples differently, which changes FVD."""
 
 from __future__ import annotations
 

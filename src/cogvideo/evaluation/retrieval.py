@@ -1,10 +1,10 @@
 """Distances of clips from real clips with alpha, on any background: pure functions.
 
-To compare a real clip with a clip, it is put on the color that the clip's border has: so a wrong background is no
-difference, and a yellow face on yellow is as hard to see on both sides. The distance is the mean squared difference of
-the pixels, plus `WEIGHT` times how unlike the differences of neighboring frames are: one less their cosine, so that a
-clip that moves too much is no nearer to calm ones. Clips are compared as 17 frames of 32 x 32 pixels, 4 a second, in
-[0, 1].
+To compare a real clip with a clip, the real one is put on the color of the clip's border: a wrong background then makes
+no difference, and a yellow face on yellow is as hard to see on both sides. The distance is the mean squared difference
+of the pixels, plus `WEIGHT` times the dissimilarity of the differences of neighboring frames: one minus their cosine,
+so that a clip that moves too much is no nearer to calm ones. Clips are compared as 17 frames of 32 x 32 pixels, 4 per
+second, in [0, 1].
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 WEIGHT = 0.01
-"""Distance of movements that have nothing in common: about what pixels of an emoji differ from those of the one that is
-most like it (median 0.012)."""
+"""Distance of movements that have nothing in common: about the pixel distance between an emoji and the one most like it
+(median 0.012)."""
 SIZE = 32
 """Side of the frames that are compared, in pixels."""
 BORDER = 1 / 16
-"""Width of the border over the side of the frame."""
+"""Width of the border as a share of the frame's side."""
 TINY = 1e-9
-"""Products of movements that are none."""
+"""Smallest product of movements, to avoid dividing by zero."""
 AT_ONCE = 64
 """Clips that are compared at a time, which bounds the memory."""
 
 
 class ClipFeatures(NamedTuple):
-    """Features by which clips are compared, flat, by color; both are linear in the pixels."""
+    """Features to compare clips by, flattened, by color; both are linear in the pixels."""
 
     pixels: Float[Tensor, "clips colors features"]
     moves: Float[Tensor, "clips colors features"]
@@ -46,8 +46,8 @@ class ClipFeatures(NamedTuple):
 
 
 Gallery = tuple[ClipFeatures, ClipFeatures]
-"""Real clips on black, and how much background shows through, one for all colors. A clip on a color is
-`on_black + transparency * color`, and so are its features."""
+"""Real clips on black, and their transparency, one value for all colors. A clip on a color is `on_black + transparency
+* color`, and so are its features."""
 
 
 def gallery(
@@ -81,7 +81,7 @@ def _products(
 ) -> tuple[Float[Tensor, "clips 1"], Float[Tensor, "clips real"], Float[Tensor, "clips real"]]:
     """Sums q · q, q · r and r · r over all features of clips q and real clips r on their backgrounds.
 
-    With r = b + c a for b on black, a of the transparency and color c, multiplied out: products of matrices.
+    With r = b + c a (b on black, transparency a, color c), these multiply out to products of matrices.
     """
     a, both, real = transparency[:, 0], torch.zeros(len(clips), len(on_black)), torch.zeros(len(clips), len(on_black))
     for color in range(3):
@@ -92,7 +92,7 @@ def _products(
 
 
 def ranks(distances: Float[Tensor, "clips real"], right: Sequence[int]) -> Int64[Tensor, " clips"]:
-    """Rank of the right real clip of each clip, given by its number: 1 if no other one is nearer."""
+    """Rank of each clip's own real clip, given by its number: 1 if no other one is nearer."""
     return 1 + (distances < distances.gather(1, torch.tensor(right)[:, None])).sum(1)
 
 
@@ -105,5 +105,5 @@ def border_color(clip: UInt8[np.ndarray, "frames height width 3"]) -> UInt8[np.n
 
 
 def nearest_name(color: UInt8[np.ndarray, "3"], names: dict[str, tuple[int, int, int]]) -> str:
-    """The name of the nearest of some colors."""
+    """The name of the nearest color in `names`."""
     return min(names, key=lambda name: float(np.square(color.astype(float) - names[name]).sum()))

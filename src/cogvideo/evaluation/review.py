@@ -1,4 +1,4 @@
-"""Clips before training: cut into shots and pieces, with what a person should know about each of them."""
+"""Review of clips before training: they are cut into shots and pieces, with notes on each."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ from cogvideo.files import plain
 from cogvideo.media.video import FileInfo, VideoError, examine, read_video
 
 LOOKS = 12.0
-"""Frames a second in which cuts are looked for."""
+"""Frames per second at which cuts are detected."""
 SIDE = 64
 """Side of these frames in pixels."""
 LONGEST = 1200.0
-"""Seconds of a file that are looked at."""
+"""Maximum number of seconds of a file that are examined."""
 PIECE = 16.0
 """Seconds of the longest piece; a longer shot is cut into equal ones."""
 BASE_RATE = 8.0
-"""Frames a second that are trained on."""
+"""Frames per second in training."""
 WHOLE = (4.0, 2.0, 1.0, 0.5)
-"""Seconds of clips that fill a frame rate."""
+"""Lengths of clips that fill a frame rate, in seconds."""
 SHORT = 0.5
 """Seconds below which a clip has no key frames."""
 LITTLE = 1e-4
-"""Energy of clips with little motion."""
+"""Energy below which a clip has little motion."""
 ALIKE = 2.5
-"""Mean difference of clips that are alike, in levels of 255; other takes of one scene differ by five and more."""
+"""Mean difference below which clips look the same, in levels of 255; other takes of a scene differ by 5 or more.
+"""
 WRITTEN = 9.0
-"""Strokes in 48 pixels of a picture 256 pixels wide where there may be text; without, most pictures have up to 7."""
+"""Strokes in 48 pixels of a picture 256 pixels wide from which it may have text; without text, most have up to 7."""
 
 NO_ROW = "no row in the table"
-"""Reason of videos that the table of their folder does not name."""
+"""Rejection reason for videos missing from the table of their folder."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ class ReviewedClip:
     """A piece of a file."""
 
     item: Item
-    """Its file, its part, its captions, its split."""
+    """Its file, part, captions and split."""
     seconds: float
     width: int
     height: int
     fps: float
-    """Frames a second of the file."""
+    """Frames per second of the file."""
     energy: float
     """Motion, as `evaluation.motion` measures it."""
     alike: str = ""
@@ -66,7 +67,7 @@ class ReviewedClip:
     has_text: bool = False
     """True if text may be in the picture all the time."""
     is_named: bool = False
-    """True if its caption is made of its file name."""
+    """True if its caption is made from its file name."""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -82,7 +83,7 @@ class ReviewedClip:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Facts for the page, as JSON has them."""
+        """Facts for the page, as JSON values."""
         return {
             "id": self.item.id,
             "caption": self.item.captions[0],
@@ -95,7 +96,7 @@ class ReviewedClip:
 
 
 def listed(source: str) -> tuple[list[Item], list[Rejection], frozenset[str]]:
-    """Clips of a folder or a table; the IDs of those whose captions are made of their file names."""
+    """Clips of a folder or a table, rejected ones, and the IDs of those captioned by their file names."""
     options = SourceOptions(validation=0.0)
     found = list_source(source, options)
     lacking = {each.id for each in found.rejected if each.reason in ("missing caption", "empty caption")}
@@ -115,7 +116,7 @@ def listed(source: str) -> tuple[list[Item], list[Rejection], frozenset[str]]:
 
 
 def _unnamed(source: str, seen: set[str]) -> list[Rejection]:
-    """Videos of a folder that its table does not name."""
+    """Videos of a folder that are missing from its table."""
     folder = Path(os.path.abspath(source))
     table = find_manifest(folder) if folder.is_dir() else None
     if table is None:
@@ -134,7 +135,7 @@ def _id_of(item: Item) -> str:
 
 
 def _file_of(item: Item | Rejection) -> str:
-    """Its ID without the part of the file, such as `#1.5-4`."""
+    """The ID without the part of the file, such as `#1.5-4`."""
     return re.sub(r"#[\d.]+(-[\d.]*)?$", "", item.id)
 
 
@@ -146,11 +147,11 @@ def in_words(name: str) -> str:
 def review(
     items: Sequence[Item], named: frozenset[str], on_clip: Callable[[], None] = lambda: None
 ) -> tuple[list[ReviewedClip], list[Rejection]]:
-    """Look at each file, cut it, and compare the pieces. Of a still, however long, one piece is kept.
+    """Examine each file, cut it, and compare the pieces. One piece of a still is kept, however long it is.
 
     Args:
         items: clips of files.
-        named: IDs of those whose captions are made of their file names.
+        named: IDs of those whose captions are made from their file names.
         on_clip: called after each item.
 
     Returns:
@@ -187,7 +188,7 @@ Pieces = Iterator[tuple[ReviewedClip, UInt8[np.ndarray, "frames side side 3"]]]
 
 
 def _pieces(item: Item, facts: FileInfo, is_named: bool) -> Pieces:
-    """The pieces of an item with their frames; parts in which one frame is held for long are in none."""
+    """The pieces of an item with their frames; parts that hold one frame for long are left out."""
     parts = _moving(item, facts)
     if not parts:
         raise VideoError("no such part", f"one frame is held from {item.start:g} seconds on")
@@ -197,7 +198,7 @@ def _pieces(item: Item, facts: FileInfo, is_named: bool) -> Pieces:
 
 
 def _moving(item: Item, facts: FileInfo) -> list[Item]:
-    """An item without the stills of its file."""
+    """The parts of an item between the stills of its file."""
     if not facts.stills:
         return [item]
     end = min(math.inf if item.end is None else item.end, facts.seconds)
@@ -253,7 +254,7 @@ def _shots(item: Item, facts: FileInfo, is_named: bool) -> Pieces:
 
 
 def _split(first: float, last: float) -> list[tuple[float, float]]:
-    """A shot in equal pieces that are short enough."""
+    """Equal pieces of a shot that are short enough."""
     number = max(1, math.ceil((last - first) / PIECE - 1e-6))
     marks = [first + (last - first) * place / number for place in range(number + 1)]
     return list(pairwise(marks))
@@ -284,8 +285,8 @@ def cuts(frames: UInt8[np.ndarray, "frames side side 3"]) -> list[int]:
 
 
 def strokes(frames: UInt8[np.ndarray, "frames height width 3"]) -> float:
-    """Strokes in the part of a picture that has most, as letters have them: edges to bright and to dark in turns, in 6
-    rows of 48 pixels, in what stays the same in all frames. Blinds and gratings have them too."""
+    """Strokes, as in letters, in the part of a picture that has the most: alternating edges to bright and to dark, in 6
+    rows of 48 pixels, where all frames are the same. Blinds and gratings have them too."""
     still = np.median(frames, axis=0).mean(-1)
     steps = np.diff(still, axis=1)
     shares = [_box_sums(sign * steps > 40, 6, 48) for sign in (1, -1)]
@@ -300,13 +301,13 @@ def _box_sums(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _fingerprint(frames: UInt8[np.ndarray, "frames side side 3"]) -> Float32[np.ndarray, "5 16 16 3"]:
-    """Five frames of a clip, made small."""
+    """Five reduced frames of a clip."""
     some = frames[np.linspace(0, len(frames) - 1, 5).round().astype(int)].astype(np.float32)
     return some.reshape(5, 16, SIDE // 16, 16, SIDE // 16, 3).mean((2, 4))
 
 
 def with_splits(clips: Sequence[ReviewedClip], held_out: float = 0.1) -> list[ReviewedClip]:
-    """The clips with a tenth of them held out, where the source has no split but `train` and there are four or more.
+    """The clips with a tenth of them held out, if the source has no split but `train` and there are four or more.
 
     Pieces of a file and clips that look the same stay together. Long clips go first: short ones have fewer frame rates.
     """
@@ -336,7 +337,7 @@ def _in_split(clip: ReviewedClip, split: str) -> ReviewedClip:
 
 
 def check_usable(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection], source: str) -> None:
-    """Refuse a source without a clip that can be trained on, in one line."""
+    """Refuse a source without clips to train on, with a one-line message."""
     train = [each for each in clips if each.item.split == "train"]
     if train:
         return
@@ -369,7 +370,7 @@ def in_short(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection]) -> li
 
 
 def on_shape(clips: Sequence[ReviewedClip], sides: tuple[int, int], pixels: int) -> list[str]:
-    """A line about frames of another shape than most clips, of which only the center is kept.
+    """A line that says so if most clips have another shape than the frames, which keep only their center.
 
     Args:
         clips: the clips.

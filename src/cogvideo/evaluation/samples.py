@@ -26,18 +26,18 @@ from cogvideo.media.video import read_video
 from cogvideo.pipeline import CogVideoPipeline, Frame, collect
 
 GIVEN = 5
-"""Leading frames that prediction is given."""
+"""Number of leading frames given to prediction."""
 ROUNDS = 2
-"""Rounds of interpolation: 17 frames, of which the first 16 count."""
+"""Rounds of interpolation: 17 frames; the first 16 are used."""
 
 
 def of_classes(texts: Sequence[str], count: int, seed: int) -> list[Prompt]:
-    """Clips of classes, each about equally often; clip n has the seed `seed + n`."""
+    """Prompts from classes, each about equally often; clip n has the seed `seed + n`."""
     return [Prompt.of("class", number, texts[number % len(texts)], seed) for number in range(count)]
 
 
 def of_videos(items: Sequence[Item], seed: int) -> list[Prompt]:
-    """Clips that continue real ones; clip n has the seed `seed + n`."""
+    """Prompts that continue real clips; clip n has the seed `seed + n`."""
     return [Prompt(Path(str(item.media)).stem, item.captions[0], seed + n) for n, item in enumerate(items)]
 
 
@@ -47,7 +47,7 @@ def write_table(path: Path, listed: Iterable[ListedVideo]) -> None:
 
 
 def write_windows(path: Path, videos: Path, reading: Reading, seed: int) -> None:
-    """Write a table of the parts of real videos that are continued: a random one of each; short ones are left out."""
+    """Write a table of the parts of real videos to continue: a random one of each; short videos are left out."""
     span = reading.protocol.span
     rows = []
     for excerpt in draw(str(videos), reading, "random", reading.protocol.clips, seed).excerpts:

@@ -35,13 +35,13 @@ from cogvideo.files import sha256_of
 PATTERNS = ("*.json", "*.txt", "*.safetensors", "pytorch_model*.bin")
 """Files of a CLIP model on the Hub: no code."""
 VIT_B32 = {"patch_size": 32, "image_size": 224, "num_hidden_layers": 12, "hidden_size": 768}
-"""Sizes of the network that CLIPSIM is defined by; the defaults of its configuration."""
+"""Sizes of the network that defines CLIPSIM; the defaults of its configuration."""
 MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))
-"""Colors of CLIP's training images, in [0, 1]."""
+"""Mean and standard deviation of colors in CLIP's training images, in [0, 1]."""
 TEXT_BATCH = 64
 Which = Literal["random", "all"]
-"""Captions of a clip that count."""
+"""Captions of a clip that are used."""
 
 
 def locate_clip(name: str) -> Path:
@@ -55,7 +55,7 @@ def locate_clip(name: str) -> Path:
 
 
 def _weights(folder: Path) -> list[Path]:
-    """Files with the weights that transformers takes."""
+    """Files with the weights that transformers would load."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
@@ -89,7 +89,7 @@ def _load_images(folder: Path, device: str) -> Encode:
 
 
 def to_clip(frame: UInt8[np.ndarray, "_ _ 3"], size: int) -> Float[Tensor, "3 size size"]:
-    """A frame as CLIP takes it: the shorter side bicubic to `size`, the center, normalized colors."""
+    """A frame as CLIP expects it: shorter side resized to `size` (bicubic), center crop, normalized colors."""
     from PIL import Image
 
     height, width = frame.shape[:2]
@@ -104,9 +104,9 @@ class Texts(NamedTuple):
     """Captions as CLIP sees them."""
 
     embeddings: Float[Tensor, "texts width"]
-    """Vectors of length one."""
+    """Unit vectors."""
     num_cut: int
-    """Captions that are longer than CLIP reads, and were cut."""
+    """Number of captions that were too long for CLIP and were truncated."""
 
 
 def embed(folder: Path, texts: Sequence[str], device: str) -> Texts:
@@ -158,7 +158,7 @@ class Similarity:
     """Way to read clips, with captions."""
     machines: Machines
     captions: Which
-    """Captions that count: one random one of each clip, or all."""
+    """Captions that are used: a random one of each clip, or all."""
     seed: int
 
     def measure(self, source: str) -> SourceSimilarity:
@@ -193,7 +193,7 @@ class SourceSimilarity(NamedTuple):
 def similarities(
     frames: Float[Tensor, "clips features"], texts: Float[Tensor, "texts width"], counts: Sequence[int]
 ) -> Float[Tensor, "clips 1"]:
-    """Mean cosine of the frames and captions of each clip, whose frames and captions follow each other."""
+    """Mean cosine of the frames and captions of each clip; a clip's frames and captions are consecutive."""
     width = texts.shape[1]
     clips = rearrange(frames.double(), "clips (frames width) -> clips frames width", width=width)
     pairs = zip(clips, torch.split(texts.double(), list(counts)), strict=True)

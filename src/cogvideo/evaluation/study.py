@@ -1,4 +1,4 @@
-"""Studies on disk: the clips under names that say nothing, and trials and answers in SQLite."""
+"""Studies on disk: the clips under meaningless names, and trials and answers in SQLite."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from cogvideo.media.video import examine, read_video, write_video
 
 DATABASE, CLIPS = "study.sqlite", "clips"
 VERSION = 1
-"""Version of the tables."""
+"""Version of the database schema."""
 BLOCK = 8
-"""Side of the squares in clips of noise, in pixels: finer noise makes large files."""
+"""Side of the squares in noise clips, in pixels: finer noise makes large files."""
 BUSY_SECONDS = 60.0
 
 _TABLES = """
@@ -48,7 +48,7 @@ CREATE TABLE answer (
 
 @dataclass(frozen=True)
 class Rater:
-    """A rater, and how far they are."""
+    """A rater, and their progress."""
 
     number: int
     token: str
@@ -75,7 +75,7 @@ class Answer:
     place: int
     trial: Trial
     values: dict[str, int]
-    """By the name of the question."""
+    """Values by the name of the question."""
     seconds: float
     """Seconds from showing the clips to the answer."""
     time: str
@@ -120,7 +120,7 @@ class Study:
                 database.executemany("INSERT INTO trial VALUES (?, ?, ?, ?, ?)", rows)
 
     def raters(self) -> list[Rater]:
-        """All raters in their order."""
+        """All raters, in order."""
         query = """SELECT number, token, (SELECT count(DISTINCT place) FROM answer WHERE rater = number),
             (SELECT count(*) FROM trial WHERE rater = number) FROM rater ORDER BY number"""
         with self._opened() as database:
@@ -131,7 +131,7 @@ class Study:
         return next((rater for rater in self.raters() if rater.token == token), None)
 
     def shown(self, rater: int) -> CurrentTrial | None:
-        """The first trial of a rater without an answer; None if there is none left."""
+        """A rater's first unanswered trial; None if there is none left."""
         with self._opened() as database:
             place = _next(database, rater)
             if place is None:
@@ -159,7 +159,7 @@ class Study:
         return True
 
     def answers(self) -> list[Answer]:
-        """All answers, by rater and in their order."""
+        """All answers, by rater, in order."""
         query = """SELECT rater, place, kind, prompt, systems, seconds, time, question, value
             FROM answer JOIN trial USING (rater, place) ORDER BY rater, place"""
         with self._opened() as database:
@@ -173,7 +173,7 @@ class Study:
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:
         path = self.folder / DATABASE
-        uri = f"{path.resolve().as_uri()}?mode=rw"  # else a missing file would be made
+        uri = f"{path.resolve().as_uri()}?mode=rw"  # else a missing file would be created
         try:
             with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)) as database:
                 database.execute("PRAGMA synchronous = EXTRA")  # a commit returns when its data is on disk
@@ -183,7 +183,7 @@ class Study:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that no other process interrupts; undone if the block ends with an error."""
+        """A transaction that excludes other writers; rolled back if the block raises an error."""
         with self._opened() as database:
             database.execute("BEGIN IMMEDIATE")
             yield database
@@ -191,7 +191,7 @@ class Study:
 
 
 def _next(database: sqlite3.Connection, rater: int) -> int | None:
-    """Place of the first trial without an answer."""
+    """Place of the first unanswered trial."""
     query = """SELECT min(place) FROM trial WHERE rater = ?
         AND NOT EXISTS (SELECT 1 FROM answer
             WHERE answer.rater = trial.rater AND answer.place = trial.place)"""
@@ -207,13 +207,13 @@ def create(
     sources: Mapping[str, str],
     size: int | None = None,
 ) -> None:
-    """Make a study. Every clip is written again, as mp4 without metadata, so that no file shows who made it.
+    """Make a study. Every clip is re-encoded as mp4 without metadata, so that no file shows which system made it.
 
     Args:
         folder: folder of the study, which must not exist; it appears when it is complete.
-        design: its settings.
+        design: settings of the study.
         prompts: texts of the prompts.
-        clips: files by system, those of each in the order of the prompts.
+        clips: files by system, in the order of the prompts.
         sources: names of systems for the report.
         size: side in pixels of square clips; None keeps their size.
     """
@@ -242,7 +242,7 @@ def _write_clips(
     noisy = {(system, prompt) for prompt, system in design.catches()}
     wanted = [(system, prompt, file) for system, files in clips.items() for prompt, file in enumerate(files)]
     wanted = [each for each in wanted if each[0] != REAL or each[:2] in noisy]
-    Random(design.seed).shuffle(wanted)  # else the times of the files would say whose they are
+    Random(design.seed).shuffle(wanted)  # else file times would reveal the systems
     for system, prompt, file in track(wanted, "clips", console=Console(stderr=True), transient=True):
         rate = examine(file).fps
         frames = read_video(file, rate, size, start=0.5 / rate).frames  # in the middle of each, whatever the rounding

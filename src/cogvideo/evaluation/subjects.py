@@ -1,4 +1,4 @@
-"""Subjects of an evaluation: prompts, the real clips that they are the captions of, and who judges clips of them."""
+"""Subjects of an evaluation: prompts, the real clips that they caption, and a judge of generated clips."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ from cogvideo.evaluation.reader import ATTRIBUTES, Reader, readable, resized
 from cogvideo.media.images import evenly
 
 NUM_FRAMES, FPS = 33, 8.0
-"""Frames of all clips, and their rate."""
+"""Number of frames of all clips, and their rate."""
 SECONDS = NUM_FRAMES / FPS
-"""Length at which animations are cut, and up to which shorter ones start again."""
+"""Length to which animations are cut, and to which shorter ones are repeated."""
 GROUNDS = ("black", "white")
 TEMPLATE = "{caption}, on {article} {background} background"
-"""The prompt of an animation, as `--background-template` words captions."""
+"""The prompt of an animation, in the form of `--background-template`."""
 Clip = UInt8[np.ndarray, "33 64 64 3"]
-"""A clip as it is judged, whatever the model's own size: red, green and blue."""
+"""A clip in the form that is judged, whatever the model's own size: red, green and blue."""
 
 
 class Prompt(NamedTuple):
     """A caption to make a clip from."""
 
     name: str
-    """Name of the file that keeps the clip; another text has another name."""
+    """Name of the clip's file; different texts have different names."""
     text: str
     seed: int
 
     @classmethod
     def of(cls, kind: str, number: int, text: str, seed: int) -> Prompt:
-        """The prompt with a number, whose clip has the seed plus that number."""
+        """The prompt with a number; the seed of its clip is `seed` plus that number."""
         return cls(f"{kind}-{number:07}-{hashlib.sha256(text.encode()).hexdigest()[:8]}", text, seed + number)
 
 
@@ -62,7 +62,8 @@ class SubjectResult(NamedTuple):
 
 
 class WorldSubject:
-    """Clips of the World, judged by the reader: first captions of scenes that no model or reader was trained on.
+    """Clips of the World, judged by the reader: prompts are first captions of scenes that no model or reader was
+    trained on.
 
     Half of the scenes have held-out pairs. The clip of a scene has the seed plus the scene's number.
     """
@@ -74,7 +75,7 @@ class WorldSubject:
         self.prompts = [Prompt.of(self.name, each.index, world.captions(each)[0], seed) for each in self._scenes]
 
     def real(self, number: int, size: int) -> UInt8[np.ndarray, "33 {size} {size} 3"]:
-        """The scene as it is drawn."""
+        """The rendered scene."""
         return world.render(self._scenes[number], size, FPS, NUM_FRAMES)
 
     def judge(self, clips: Sequence[Clip]) -> SubjectResult:
@@ -101,16 +102,16 @@ class WorldSubject:
 
 
 class EmojiSubject:
-    """Captioned animations with alpha, such as animated emoji: is a clip nearest to the one of its caption?
+    """Captioned animations with alpha, such as animated emoji: is a clip nearest to the animation of its caption?
 
-    Each is on a background on which training never showed it. Twelve colors take turns as copies of a clip are made
-    (`background_of`), so data prepared with `--background random --copies 11` or fewer never shows copy number 11.
+    Each is on a background that it never had in training. Copies of a clip go through twelve colors (`background_of`),
+    so data prepared with `--background random --copies 11` or fewer never shows copy number 11.
 
     Args:
-        source: a folder with captions.csv or a table, as `cogvideo data prepare` takes it.
+        source: a folder with captions.csv or a table, as for `cogvideo data prepare`.
         limit: maximum number of prompts, evenly spread; None for all. Clips are compared with all animations.
         seed: seed of clips; clip n has this plus n.
-        data_seed: `--seed` of `cogvideo data prepare`, which decides the backgrounds.
+        data_seed: `--seed` of `cogvideo data prepare`, which determines the backgrounds.
     """
 
     def __init__(self, source: Path, limit: int | None, seed: int, data_seed: int) -> None:
@@ -125,14 +126,14 @@ class EmojiSubject:
             for place, background in zip(self._places, self._backgrounds, strict=True)
         ]
         drawn = ([_small(read_animation(item, ground, readers.SIZE)) for item in self._items] for ground in GROUNDS)
-        self._gallery = retrieval.gallery(*map(np.stack, drawn))  # now: refuses what has no alpha before clips are made
+        self._gallery = retrieval.gallery(*map(np.stack, drawn))  # now, so that clips without alpha are refused early
 
     def real(self, number: int, size: int) -> UInt8[np.ndarray, "33 {size} {size} 3"]:
         """The animation on its background."""
         return read_animation(self._items[self._places[number]], self._backgrounds[number], size)
 
     def judge(self, clips: Sequence[Clip]) -> SubjectResult:
-        """Ranks of the right animations among all, and whether the border has the color that is named."""
+        """Ranks of the right animations among all, and whether the border has the named color."""
         distances = retrieval.distances(np.stack([_small(clip) for clip in clips]), self._gallery)
         ranks = retrieval.ranks(distances, self._places).tolist()
         nearest = [self._items[each].captions[0] for each in distances.argmin(1).tolist()]
@@ -166,11 +167,11 @@ class EmojiSubject:
 
 
 Subject = WorldSubject | EmojiSubject
-"""Prompts, their real clips, and who judges clips of them."""
+"""Prompts, their real clips, and a judge of generated clips."""
 
 
 def unseen_background(item: Item, data_seed: int) -> str:
-    """The color that comes last as copies of a clip are made: that of copy 11, counted from 0."""
+    """The color of the last of a clip's twelve copies: copy 11, counted from 0."""
     last = len(BACKGROUNDS) - 1
     settings = FrameSettings(background="random", seed=data_seed)
     return background_of(replace(item, id=f"{item.id}~{last}", copy=last), settings)
@@ -185,5 +186,5 @@ def read_animation(item: Item, background: str, size: int) -> UInt8[np.ndarray, 
 
 
 def _small(clip: Clip) -> UInt8[np.ndarray, "17 32 32 3"]:
-    """A clip as it is compared."""
+    """A clip in the form that is compared."""
     return resized(clip[:: round(FPS / readers.FPS)], retrieval.SIZE)

@@ -1,4 +1,4 @@
-"""Design of a blind study: the questions, and the trials of each rater in their order. Nothing else is random."""
+"""Design of a blind study: the questions, and the trials of each rater in order. Nothing else is random."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Question:
     choices: tuple[AnswerChoice, ...]
 
     def allows(self, value: int) -> bool:
-        """True if a value is that of a choice."""
+        """True if one of the choices has this value."""
         return any(choice.value == value for choice in self.choices)
 
 
@@ -69,7 +69,7 @@ In preferences, -1 is the left clip, 1 the right one, 0 neither.
 
 @dataclass(frozen=True)
 class Trial:
-    """Clips that are shown at once."""
+    """Clips that are shown together."""
 
     kind: Kind
     prompt: int
@@ -87,7 +87,7 @@ class Design:
     has_real: bool
     """True if there are real clips for catch trials."""
     num_shown: int | None
-    """Trials of a rater without repeats and catch trials; None shows everything once."""
+    """Trials per rater, without repeats and catch trials; None shows everything once."""
     num_catches: int
     num_repeats: int
     seed: int
@@ -113,10 +113,10 @@ class Design:
         return [(prompt, others[place % len(others)]) for place, prompt in enumerate(prompts)]
 
     def trials(self, rater: int) -> list[Trial]:
-        """All trials of a rater in their order.
+        """All trials of a rater, in order.
 
-        Of each pair of systems, a rater sees either one on the left half of the time. Raters one after another share
-        out the clips evenly, and see them the other way round when everything was shown. They are numbered from 0.
+        For each pair of systems, a rater sees either one on the left half of the time. Successive raters divide the
+        clips evenly, and see them with sides swapped once everything was shown. Raters are numbered from 0.
         """
         random = Random(f"{self.seed} rater {rater}")
         shown = self._shown(rater)
@@ -136,7 +136,7 @@ class Design:
         Random(f"{self.seed} items").shuffle(items)
         before: Counter[tuple[str, ...]] = Counter()
         trials = []
-        for prompt, group in items:  # every second pair of each group is the other way round
+        for prompt, group in items:  # every second pair of each group has its sides swapped
             trials.append(Trial("main", prompt, group[::-1] if before[group] % 2 else group))
             before[group] += 1
         count = len(trials) if self.num_shown is None else min(self.num_shown, len(trials))
@@ -148,7 +148,7 @@ class Design:
         return found
 
     def _catch_trials(self, rater: int) -> list[Trial]:
-        """A clip against noise; where single clips are graded, a trial of noise, and one of the real clip if any."""
+        """A clip against noise; if single clips are graded, a trial of noise, and one of the real clip if any."""
         trials = []
         for place, (prompt, other) in enumerate(self.catches()):
             sides = (other, NOISE) if (place + rater) % 2 else (NOISE, other)

@@ -1,4 +1,4 @@
-"""Colors made for other screens (HDR, wide gamut) as those of an ordinary one: sRGB in 8 bits."""
+"""Conversion of HDR and wide-gamut colors to 8-bit sRGB."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ BT2020, DISPLAY_P3 = 9, 12
 PQ, HLG = 16, 18
 """Transfer characteristics of HDR (H.273, table 3)."""
 WHITE = 203.0
-"""Luminance of ordinary white in HDR, in candelas a square meter (ITU-R BT.2408, table 1)."""
+"""Luminance of reference white in HDR, in candelas per square meter (ITU-R BT.2408, table 1)."""
 KNEE = 0.6
-"""Share of ordinary white above which light is compressed, so that highlights keep their shape."""
+"""Share of reference white above which light is compressed, so that highlights keep their shape."""
 
 _TO_BT709 = {
     BT2020: ((1.6605, -0.5876, -0.0728), (-0.1246, 1.1329, -0.0083), (-0.0182, -0.1006, 1.1187)),
@@ -24,12 +24,12 @@ _TO_BT709 = {
 
 
 class ColorCoding(NamedTuple):
-    """Coding of colors, by the numbers of H.273."""
+    """Color coding, by the code points of H.273."""
 
     primaries: int = 2
-    """Code of red, green and blue; 2 is unknown."""
+    """Color primaries; 2 is unknown."""
     transfer: int = 2
-    """From levels to light; 2 is unknown."""
+    """Transfer characteristics, from levels to light; 2 is unknown."""
 
     @property
     def is_foreign(self) -> bool:
@@ -45,15 +45,15 @@ UNKNOWN = ColorCoding()
 
 
 def to_srgb(pixels: UInt16[np.ndarray, "height width 3"], coding: ColorCoding) -> UInt8[np.ndarray, "height width 3"]:
-    """Red, green and blue in sRGB; brighter light than its white is compressed, colors outside its gamut are cut.
+    """Pixels in sRGB; light brighter than its white is compressed, colors outside its gamut are clipped.
 
     Args:
-        pixels: red, green and blue, full range of 16 bits.
-        coding: theirs; unknown primaries are those of BT.2020 in HDR, all transfers but PQ and HLG that of sRGB.
+        pixels: red, green and blue in full-range 16 bits.
+        coding: color coding of the pixels; unknown primaries mean BT.2020 in HDR, transfers other than PQ and HLG sRGB.
     """
     primaries, transfer = coding
     light, is_hdr = _light(transfer)[pixels], transfer in (PQ, HLG)
-    if transfer == HLG:  # what its screens add at 1,000 candelas (ITU-R BT.2100, table 5)
+    if transfer == HLG:  # the display's own transfer at 1,000 candelas (ITU-R BT.2100, table 5)
         luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
         light *= 1000 / WHITE * np.maximum(luminance, 1e-6)[..., None] ** 0.2
     matrix = _TO_BT709.get(BT2020 if is_hdr and primaries == 2 else primaries)
@@ -67,7 +67,7 @@ def to_srgb(pixels: UInt16[np.ndarray, "height width 3"], coding: ColorCoding) -
 
 @lru_cache
 def _light(transfer: int) -> Float32[np.ndarray, " levels"]:
-    """Linear light by level; 1 is white, but in HLG the brightest."""
+    """Linear light by level; 1 is white, or in HLG the peak."""
     level = np.arange(2**16) / (2**16 - 1)
     if transfer == PQ:  # BT.2100, table 4
         power = level ** (32 / 2523)

@@ -28,27 +28,27 @@ from cogvideo.media.images import look
 from cogvideo.media.shots import GRACE, Content, Shot, Shots, VideoError, View, ViewedPicture
 
 SEEK_FROM = 1.0
-"""Seconds from which `start` is looked up in the file's index, so that frames before it are not decoded."""
+"""Smallest `start`, in seconds, for which the file's index is used to skip decoding earlier frames."""
 
 DAMAGED_SHARE = 0.05
 """Share of frames that the decoder may mark as repaired before the file counts as damaged."""
 
 JOINED = ("mpegts", "mpeg", "flv")
-"""Formats of broadcasts and streams, parts of which are often joined: times may jump, and no index is to be trusted."""
+"""Broadcast and streaming formats, often joined from parts: times may jump, and no index can be trusted."""
 
 BACK, AHEAD = 0.5, 10.0
-"""Seconds that times may go back, and ahead in joined formats, before another recording is taken to begin."""
+"""Seconds by which times may jump back, or ahead in joined formats, before a new recording is assumed."""
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,ivf"
 RAW_FORMATS = "h264,hevc,m4v,obu"
 AUDIO_FORMATS = "mp3,wav,flac,aac,aiff"
-"""Readers of FFmpeg that are used; not those of playlists, which open other files and addresses, and of text."""
+"""FFmpeg demuxers that are used; those for text and for playlists, which open other files and URLs, are not."""
 
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """Decoders that keep the alpha channel, unlike FFmpeg's own."""
 
 _TITLES: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
-"""Titles in unknown encodings are no reason to refuse a file; newer versions of PyAV need not be asked."""
+"""Metadata in unknown encodings must not make a file unreadable; newer versions of PyAV need no option for this."""
 
 
 class _Source(NamedTuple):
@@ -62,7 +62,7 @@ class _Source(NamedTuple):
 
 
 def decode(file: Content, start: float) -> Shots:
-    """The frames of a video, from the last key frame before `start` where the file's index allows it."""
+    """The frames of a video, from the last key frame before `start` if the file's index allows it."""
     with _container(file) as container:
         stream = _stream(container)
         decoder = _decoder(stream)
@@ -102,7 +102,7 @@ def _container(file: Content) -> Iterator[InputContainer]:
         begin = file.read(24).decode(errors="backslashreplace")
         expected = "expected a video such as mp4 or webm, or a picture such as png or jpg"
         got = f"it begins with {begin!r}, {expected}"
-        if not isinstance(error, ArgumentError):  # which FFmpeg calls files of another kind, such as texts
+        if not isinstance(error, ArgumentError):  # FFmpeg raises it for other kinds of files, such as text
             got = f"{error.strerror}; {got}"
         raise VideoError("no readable video or picture", got) from error
     with container:
@@ -110,7 +110,7 @@ def _container(file: Content) -> Iterator[InputContainer]:
 
 
 def _stream(container: InputContainer) -> VideoStream:
-    """The main video stream; covers and thumbnails are none."""
+    """The main video stream; cover art and thumbnails do not count."""
     still = Disposition.attached_pic | Disposition.timed_thumbnails
     streams = [stream for stream in container.streams.video if not stream.disposition & still]
     if not streams:
@@ -122,7 +122,7 @@ def _stream(container: InputContainer) -> VideoStream:
 
 
 def _decoder(stream: VideoStream) -> VideoCodecContext:
-    """A decoder of one thread: files are read by many processes at a time."""
+    """A single-threaded decoder: many processes read files at a time."""
     decoder = getattr(stream, "codec_context", None)
     if decoder is None:
         raise VideoError("cannot be decoded", "its codec is unknown")
@@ -133,7 +133,7 @@ def _decoder(stream: VideoStream) -> VideoCodecContext:
 
 
 def _seek(source: _Source, seconds: float) -> Shots:
-    """The frames from the last key frame before that time; infinitely late ones where timestamps are missing."""
+    """Frames from the last key frame before this time; without timestamps, their times are infinite."""
     try:
         source.container.seek(int(seconds / (source.stream.time_base or 1)), stream=source.stream)
     except FFmpegError:
@@ -143,7 +143,7 @@ def _seek(source: _Source, seconds: float) -> Shots:
 
 
 def _continuous(shots: Shots, ahead: float) -> Shots:
-    """Times that go on where those of the file begin again, or jump by more than that."""
+    """Shots with continuous times where the file's times restart, or jump ahead by more than `ahead`."""
     shift, end, before = 0.0, 0.0, -math.inf
     for shot in shots:
         if not (before == -math.inf or -BACK <= shot.begin + shift - before <= ahead):
@@ -154,7 +154,7 @@ def _continuous(shots: Shots, ahead: float) -> Shots:
 
 
 def _timed(source: _Source, begin: float) -> Shots:
-    """Frames with their timestamps; one without gets the time after the one before, the first `begin`."""
+    """Frames with their timestamps; a frame without one follows the previous frame, or starts at `begin`."""
     stream = source.stream
     step = 1 / (stream.average_rate or stream.guessed_rate or 25)
     see: Callable[[av.VideoFrame, View], ViewedPicture] | None = None
@@ -168,7 +168,7 @@ def _timed(source: _Source, begin: float) -> Shots:
 
 
 def _frames(source: _Source) -> Generator[av.VideoFrame, None, None]:
-    """Decoded frames; a file that ends in a packet, or of which much was repaired, is damaged."""
+    """Decoded frames; a file that ends within a packet, or has too many repaired frames, is damaged."""
     num_frames = num_damaged = 0
     for packet in source.container.demux(source.stream):
         if packet.is_corrupt and source.container.format.name not in JOINED:
@@ -183,7 +183,7 @@ def _frames(source: _Source) -> Generator[av.VideoFrame, None, None]:
 
 
 def _deinterlaced(frames: Iterator[av.VideoFrame]) -> Iterator[av.VideoFrame]:
-    """Frames, from the first interlaced one on through a filter that changes only such ones."""
+    """Frames; from the first interlaced one on, through a filter that changes only interlaced frames."""
     graph: av.filter.Graph | None = None
     for frame in frames:
         if graph is None and frame.interlaced_frame:
@@ -209,7 +209,7 @@ def _deinterlacer(frame: av.VideoFrame) -> av.filter.Graph:
 
 
 def _pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
-    """Frames that have come out of the filter so far."""
+    """Frames that the filter has output so far."""
     while True:
         try:
             yield cast(av.VideoFrame, graph.pull())
@@ -218,13 +218,13 @@ def _pulled(graph: av.filter.Graph) -> Iterator[av.VideoFrame]:
 
 
 def _display_matrix(frame: av.VideoFrame) -> list[int]:
-    """Ends of a step to the right and a step down (x, y, _, x, y): how a telephone was turned."""
-    # a frame that is asked for its side data refers to itself, and stays in memory: a tiny copy is asked
+    """Ends of a step to the right and a step down (x, y, _, x, y): how the phone was held."""
+    # reading side data makes a frame refer to itself and stay in memory, so a tiny copy is used
     scaler = VideoReformatter()
     copy = scaler.reformat(frame, width=2, height=2, format="gray", interpolation=Interpolation.POINT, threads=1)
     try:
         matrix = copy.side_data.get("DISPLAYMATRIX")
-    except ValueError:  # side data of a type that PyAV does not know, such as EXIF: mirrors stay unseen
+    except ValueError:  # side data of a type that PyAV does not know, such as EXIF: mirroring goes unnoticed
         turn = math.radians(-frame.rotation)
         cosine, sine = round(2**16 * math.cos(turn)), round(2**16 * math.sin(turn))
         return [cosine, -sine, 0, sine, cosine]
@@ -264,7 +264,7 @@ def _image(
         frame,
         *size,
         format="rgba64le" if coding.is_foreign else "rgba",
-        src_colorspace=Colorspace.ITU709 if unnamed and min(stored) >= 720 else None,  # by custom
+        src_colorspace=Colorspace.ITU709 if unnamed and min(stored) >= 720 else None,  # by convention
         interpolation=_BICUBIC,
         threads=1,
     )
@@ -277,14 +277,14 @@ def _image(
 
 
 _UNKNOWN_SPACES = (14, 15)
-"""ICtCp and IPT, which FFmpeg's scaler takes for something else."""
+"""ICtCp and IPT, which FFmpeg's scaler misinterprets."""
 
 _BICUBIC = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
-"""FFmpeg's filter grows with the reduction. Without the flags it shares colors between neighbors and rounds down."""
+"""FFmpeg's filter widens with the reduction. Without the flags, neighbors share colors and values are rounded down."""
 
 
 def _reduced(stored: tuple[int, int], aspect: float, view: View) -> tuple[int, int]:
-    """Size of an opaque frame's conversion: that in its view if it is smaller, which saves most work."""
+    """Size to which an opaque frame is converted: its size in the view if smaller, which saves most of the work."""
     if view.size is None:
         return stored
     width, height = view.fitted(stored[0] * aspect, stored[1])
@@ -297,16 +297,16 @@ def write_mp4(
     """Write H.264 with 4:2:0 colors and the metadata."""
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
     flags = "+faststart+use_metadata_tags" if metadata else "+faststart"
-    absolute = path.absolute()  # else a name with a colon is taken for an address
+    absolute = path.absolute()  # else a name with a colon is taken for a URL
     with av.open(absolute, "w", container_options={"movflags": flags}) as container:
         container.metadata.update(metadata)
-        # x264's macroblock tree reads memory that it has not written: the same frames would give different files
+        # x264's macroblock tree reads uninitialized memory: the same frames would give different files
         options = {"crf": "18", "mbtree": "0"}
         stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.color_range, stream.colorspace = ColorRange.MPEG, Colorspace.ITU709
         stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        scaler = VideoReformatter()  # PyAV's own serves the whole process, and hangs in one that was forked
+        scaler = VideoReformatter()  # PyAV's own is shared by the whole process, and hangs after a fork
         target: dict[str, Any] = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(pixels)

@@ -1,4 +1,4 @@
-"""Pictures with Pillow: images and animations read and written, seen through a view, contact sheets of clips."""
+"""Pictures with Pillow: images and animations read and written, fitted to a view, and contact sheets of clips."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from cogvideo.media.shots import Content, Shot, Shots, VideoError, View, ViewedP
 
 _LABEL_HEIGHT = 14
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "AVIF")
-"""Readers of Pillow that are used; that of JPEG reads MPO, whose first picture counts."""
+"""Pillow readers that are used; the JPEG reader also reads MPO, whose first picture counts."""
 OPAQUE = 250
 """Alpha from which a pixel counts as opaque: lossy codecs store 255 a little lower."""
 LEAST_TRANSPARENT = 0.01
-"""Share of a picture's pixels through which its background must show to be worth a word."""
+"""Share of a picture's pixels through which the background must show for a caption to name it."""
 _SUBFILE = 254
-"""Tag of TIFF for the kind of a page."""
+"""TIFF tag for the kind of page."""
 
 
 def read_pictures(file: Content) -> Shots | None:
@@ -48,7 +48,7 @@ def format_name(file: Content) -> str | None:
 
 
 def _opened(file: Content) -> Image.Image | None:
-    """The picture, whose pixels are not read yet. Pillow warns of 90 million of them, and refuses twice as many."""
+    """The picture, before its pixels are read. Pillow warns at 90 million pixels, and refuses twice as many."""
     file.seek(0)
     try:
         with warnings.catch_warnings():
@@ -62,7 +62,7 @@ def _animation(image: Image.Image, coding: ColorCoding) -> Shots:
     if image.format == "TIFF":
         _check_pages(cast(TiffImageFile, image))
     num_frames = getattr(image, "n_frames", 1) if image.format in ("WEBP", "PNG", "AVIF") else 1
-    begin, first = 0.0, int(image.info.get("default_image", False))  # which only programs without animations show
+    begin, first = 0.0, int(image.info.get("default_image", False))  # only programs that cannot animate show it
     for number in range(first, num_frames):
         image.seek(number)
         image.load()
@@ -75,7 +75,7 @@ def _animation(image: Image.Image, coding: ColorCoding) -> Shots:
 
 
 def _check_pages(image: TiffImageFile) -> None:
-    """Refuse thumbnails, as in raw photos, and documents; small copies and masks may follow the picture."""
+    """Refuse thumbnails, as in raw photos, and several pages; reduced copies and masks may follow the picture."""
     copy, mask = 1, 4  # of NewSubfileType
     if image.tag_v2.get(_SUBFILE, 0) & copy:
         raise VideoError("raw photo", "its first picture is a thumbnail: convert it to JPEG or PNG")
@@ -87,10 +87,10 @@ def _check_pages(image: TiffImageFile) -> None:
 
 
 def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
-    """A picture of a caller, upright and in sRGB.
+    """A caller's picture, upright and in sRGB.
 
     Raises:
-        ValueError: it is neither an image of Pillow nor an array of red, green and blue.
+        ValueError: it is neither a Pillow image nor an array of red, green and blue.
     """
     if isinstance(picture, np.ndarray):
         is_picture = picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8 and picture.size > 0
@@ -103,7 +103,7 @@ def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
 
 
 def upright(image: Image.Image, coding: ColorCoding = UNKNOWN) -> Image.Image:
-    """The picture turned as its EXIF data says, in sRGB of 8 bits, mode RGB or RGBA.
+    """The picture rotated as its EXIF data says, in 8-bit sRGB, mode RGB or RGBA.
 
     Raises:
         ValueError: it has floating-point pixels, for which white is unknown.
@@ -124,7 +124,7 @@ def upright(image: Image.Image, coding: ColorCoding = UNKNOWN) -> Image.Image:
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colors by the picture's profile; one that is damaged, or made for another mode, is ignored as browsers do."""
+    """Colors by the picture's profile; a profile that is damaged, or for another mode, is ignored, as in browsers."""
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile)) if profile else None
         if source is not None and not ImageCms.getProfileDescription(source).startswith("sRGB"):
@@ -136,7 +136,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _coding(head: bytes) -> ColorCoding:
-    """Colors of an AVIF or a PNG by their numbers, which Pillow does not read."""
+    """Color coding of an AVIF or PNG by its H.273 numbers, which Pillow does not read."""
     if head.startswith(b"\x89PNG"):
         found, form = head.find(b"cICP") + 4, ">BB"
     else:
@@ -145,7 +145,7 @@ def _coding(head: bytes) -> ColorCoding:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Gray levels of 16 bits in 8; any other picture as it is."""
+    """A 16-bit gray picture in 8 bits; any other picture unchanged."""
     require(image.mode != "F", "the picture has floating-point pixels, expected 8 or 16 bits")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return image
@@ -161,7 +161,7 @@ def look(image: Image.Image, view: View, pixel_aspect: float = 1.0) -> ViewedPic
     Args:
         image: mode RGB, RGBA, or RGBX (three colors and a byte without meaning).
         view: background and frame.
-        pixel_aspect: width of a stored pixel over its height; ignored where the view has no size.
+        pixel_aspect: width of a stored pixel over its height; ignored if the view has no size.
     """
     has_alpha = image.mode == "RGBA" and _shows_through(image.getchannel("A"), view)
     if image.mode == "RGBA":
@@ -183,7 +183,7 @@ def _shows_through(alpha: Image.Image, view: View) -> bool:
 
 
 def _fitted(image: Image.Image, size: tuple[int, int], view: View, pixel_aspect: float) -> Image.Image:
-    """Bicubic: Pillow's filter grows with the reduction, which is what antialiasing is."""
+    """Bicubic and antialiased: Pillow's filter widens with the reduction."""
     width, height = image.width * pixel_aspect, float(image.height)
     if view.fit == "crop":
         across, down = view.kept(width, height)
@@ -206,10 +206,10 @@ _BICUBIC = Image.Resampling.BICUBIC
 def write_image(
     path: Path, pixels: UInt8[np.ndarray, "height width 3"], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write an image in the format of its suffix (`.png`, `.jpg`, `.webp`, ...); metadata is for PNG alone.
+    """Write an image in the format of its suffix (`.png`, `.jpg`, `.webp`, ...); only PNG can hold metadata.
 
     Raises:
-        ValueError: the suffix is none of an image, or none that can hold the metadata.
+        ValueError: the suffix is not that of an image, or its format cannot hold the metadata.
         OSError: the file cannot be written.
     """
     suffixes = Image.registered_extensions()
@@ -225,7 +225,7 @@ def write_image(
 def write_animation(
     path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, metadata: Mapping[str, str]
 ) -> None:
-    """Write an animated GIF or WebP that loops forever, with a `comment` where the metadata has one."""
+    """Write an animated GIF or WebP that loops forever, with a `comment` if the metadata has one."""
     first, *others = map(Image.fromarray, frames)
     is_gif = path.suffix.lower() == ".gif"
     options: dict[str, Any] = {"lossless": True}
@@ -240,20 +240,20 @@ def write_animation(
 
 
 def evenly(count: int, most: int) -> Int64[np.ndarray, " places"]:
-    """Places of a limited number of `count` things, evenly spread from the first to the last; none twice."""
+    """Indices of at most `most` of `count` things, evenly spread from the first to the last, without repeats."""
     return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
 
 
 def contact_sheet(
     rows: Sequence[UInt8[np.ndarray, "_ _ _ 3"]], columns: int = 8, *, gap: int = 2, labels: Sequence[str] | None = None
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Clips as one picture on white: a row of evenly chosen frames each, from the first to the last.
+    """Clips as one picture on white: each is a row of evenly spaced frames, from the first to the last.
 
     Lengths and sizes of clips may differ. A clip with fewer frames than `columns` shows all of them once. There are
     `gap` pixels between frames, and a line of text above each row if there are labels.
 
     Raises:
-        ValueError: no rows, no columns, no frames, or another number of labels than rows.
+        ValueError: no rows, no columns, no frames, or not one label per row.
     """
     got = f"got {len(rows)} clips and {columns} columns"
     require(len(rows) > 0 and columns > 0, f"{got}, expected at least one of each")

@@ -1,4 +1,4 @@
-"""Likeness of frames, and usage of codes: pure functions."""
+"""Similarity of frames, and code usage: pure functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cogvideo.config import require
 WINDOW, SPREAD = 11, 1.5
 """Side and standard deviation of SSIM's Gaussian window, in pixels (Wang et al. 2004, section III.C)."""
 K1, K2 = 0.01, 0.03
-"""Constants of SSIM that keep its quotients stable (there as well)."""
+"""Constants of SSIM that keep its quotients stable (same source)."""
 
 
 def psnr(
@@ -20,8 +20,8 @@ def psnr(
 ) -> Float[Tensor, " batch"]:
     """Peak signal-to-noise ratio of each frame in dB: `10 log10(peak^2 / mean squared error)`.
 
-    The mean is over the frame's pixels and colors; equal frames have infinity. `peak` is the difference between white
-    and black. Values are taken as they are: clamp reconstructions first, as a viewer would.
+    The mean is over the frame's pixels and colors; identical frames give infinity. `peak` is the difference between
+    white and black. Values are used as they are: clamp reconstructions first, as a viewer would.
     """
     errors = (_wide(frames) - _wide(others)).square().mean((1, 2, 3))
     return 10 * torch.log10(peak**2 / errors)
@@ -33,7 +33,7 @@ def ssim(
     """Structural similarity of each frame in [-1, 1], 1 for equal ones (Wang et al. 2004).
 
     Means, variances and covariance are weighted by a Gaussian window of 11 x 11 pixels with a standard deviation of
-    1.5. The mean is over the colors and all places where the window lies inside the frame.
+    1.5. The mean is over the colors and all positions of the window inside the frame.
 
     Raises:
         ValueError: the frames are smaller than the window.
@@ -67,12 +67,12 @@ def perplexity(counts: Int64[Tensor, " codes"]) -> float:
 
 
 def _wide(frames: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-    """The frames in float32 at least: differences of half precision are too coarse."""
+    """The frames in at least float32: half precision is too coarse for differences."""
     return frames.to(torch.promote_types(frames.dtype, torch.float32))
 
 
 def _blur(x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 rows columns"]:
-    """Means under the window, which is a product of a column and a row."""
+    """Means under the window, which is separable."""
     places = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
     weights = torch.softmax(-places.square() / (2 * SPREAD**2), 0).expand(3, 1, 1, WINDOW)
     return F.conv2d(F.conv2d(x, weights, groups=3), weights.mT, groups=3)

@@ -1,4 +1,4 @@
-"""A frame of a file and how it is seen, and what becomes of errors: shared by readers of videos and of pictures."""
+"""Frames of a file, views of them, and errors: shared by the readers of videos and pictures."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Content = BinaryIO | BytesIO
 
 @dataclass(frozen=True)
 class View:
-    """The frame and the background that pictures are seen in."""
+    """The frame and the background that pictures are fitted to."""
 
     size: Sides | None = None
     """Width and height of the frame in pixels, or side of a square; None leaves pictures as they are."""
@@ -40,10 +40,10 @@ class View:
         require(is_color, f"background is {self.background}, expected red, green and blue in [0, 255]")
 
     def fitted(self, width: float, height: float) -> tuple[int, int]:
-        """Sides of a picture in the frame, before cropping, in whole pixels on both sides alike.
+        """Sides of a picture in the frame, before cropping, in whole pixels; a crop cuts both sides equally.
 
         Args:
-            width: width of the picture as it is shown, in units of the height of its pixels.
+            width: displayed width of the picture, in units of its pixels' height.
             height: height of the picture in its pixels.
         """
         across, down = both(self.size or 0)
@@ -74,12 +74,12 @@ class Shot(NamedTuple):
     begin: float
     """Seconds at which it appears."""
     duration: float
-    """Seconds until the next one as the file says; 0 where it does not."""
+    """Seconds until the next one according to the file; 0 if it does not say."""
     see: Callable[[View], ViewedPicture]
     """Converts it to pixels."""
 
     def in_hundredths(self) -> Shot:
-        """The frame of a format whose rounding to hundredths of seconds made it up to half of one late."""
+        """The frame, half a hundredth of a second earlier: formats in hundredths may round it that much too late."""
         return self._replace(begin=max(0.0, self.begin - 0.005))
 
 
@@ -104,9 +104,9 @@ class VideoError(InputError):
 
 
 class NamedErrors:
-    """Turns whatever goes wrong with a file, be it a mistake of a library, into a VideoError that names it.
+    """Turn any failure with a file, even a bug in a library, into a VideoError that names the file.
 
-    Failures of the system stay, such as a network drive or a full table of open files: trying again may help.
+    System failures pass through, such as a lost network drive or too many open files: trying again may help.
 
     A class, because a generator that replaces an error keeps the stack of the old one, with decoded frames, in a cycle.
     """

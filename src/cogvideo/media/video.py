@@ -1,7 +1,7 @@
-"""Video files as pixels and back: frames at a rate and a size, whatever the file's own rate, size, rotation and format.
+"""Video files read and written: frames at a given rate and size, whatever the file's rate, size, rotation and format.
 
-Time is read from timestamps, never counted. Only the frames that are kept are converted to pixels, one at a time.
-Pillow reads animated WebP and PNG and still images, PyAV everything else. Both are imported where needed.
+Times come from timestamps, never from counting frames. Only the frames that are kept are converted to pixels, one at a
+time. Pillow reads animated WebP and PNG and still images, PyAV everything else. Both are imported only when needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cogvideo.media.shots import GRACE, Content, NamedErrors, Shot, Shots, View,
 from cogvideo.media.shots import VideoError as VideoError
 
 MIN_FPS, MAX_FPS = 0.01, 500
-"""Frames a second that files can be written with; any rate up to the second can be read."""
+"""Lowest and highest frames per second of files to write; any rate up to the highest can be read."""
 
 STILL = 10.0
 """Seconds by which a frame may outlast its duration in the file without a warning."""
@@ -33,12 +33,12 @@ ROUNDING = 0.006
 """Seconds by which timestamps in hundredths may be off, a little more than half of one."""
 
 PAUSE = 1.8
-"""Times the shortest step from frame to frame at which a step is a pause."""
+"""Multiple of the shortest step between frames from which a step counts as a pause."""
 
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".3gp")
 )
-"""Files that may move. Suffixes say what to look for in a folder; a file is read by its content."""
+"""Videos and animations. Suffixes select the files of a folder; a file is read by its content."""
 
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".avif"))
 """Still images, read as one frame (an animated PNG as all of its frames)."""
@@ -57,16 +57,17 @@ class FileInfo(NamedTuple):
     codec: str
     """Codec or format, such as h264 or webp."""
     height: int
-    """Rows of its frames, upright."""
+    """Height of its upright frames, in pixels."""
     width: int
-    """Columns of its frames."""
+    """Width of its upright frames, in pixels."""
     fps: float
-    """Usual frames a second. Pauses, where writers store equal frames as one, do not count; rates near a whole number,
-    or that over 1.001, are these. At this rate, from half a frame after the start, each frame is read once."""
+    """Usual frames per second. Pauses, where writers store equal frames as one, do not count; rates near a whole
+    number, or one divided by 1.001, are set to it. At this rate, from half a frame after the start, each frame is read
+    once."""
     seconds: float
     """Time from its first frame to the end of its last."""
     stills: tuple[tuple[float, float], ...]
-    """Parts in which one frame is held for more than ten seconds after its usual time."""
+    """Parts in which one frame is held more than ten seconds longer than usual."""
 
 
 def read_video(
@@ -83,25 +84,25 @@ def read_video(
 ) -> Video:
     """Frames of a file at a given rate.
 
-    Frame k is what is on screen `start + k / fps` seconds after the first frame: the last one whose timestamp is not
-    later. k runs as long as that time lies before `end` and the end of the last frame.
+    Frame k is the one on screen `start + k / fps` seconds after the first frame: the last one whose timestamp is not
+    later. k runs while that time is before `end` and the end of the last frame.
 
     Args:
         file: path, or a file open for reading and seeking.
-        fps: frames a second of the result.
+        fps: frames per second of the result.
         size: width and height of the result, or side of a square, antialiased; None for the stored size. Rotation is
             applied in both cases.
         fit: crop pictures of another shape to the center, or add bars in the background color.
         start: seconds after the first frame.
-        end: seconds after the first frame; None for the end of the file. Where the file ends before, its last frame
-            is held for half a frame's time: with `end` 4.01, four seconds at 8 a second are 33 frames, not 32.
-        max_frames: nothing is read beyond that many frames.
+        end: seconds after the first frame; None for the end of the file. If the file ends earlier, its last frame is
+            held for half a frame's time: with `end` 4.01, four seconds at 8 per second are 33 frames, not 32.
+        max_frames: maximum number of frames to read.
         loop_to: length in seconds to which shorter clips are repeated.
         background: red, green and blue under transparent pixels and in bars.
 
     Raises:
-        VideoError: the file cannot be read, or does not have the part that was asked for.
-        ValueError: a setting is refused.
+        VideoError: the file cannot be read, or lacks the requested part.
+        ValueError: a setting is invalid.
     """
     view = View(size, fit, background)
     require(0 < fps <= MAX_FPS, f"fps is {fps}, expected a number of frames a second in (0, {MAX_FPS}]")
@@ -128,7 +129,7 @@ def read_video(
 
 
 def examine(file: Path | Content) -> FileInfo:
-    """Facts about a file, whose frames are decoded for it, and all but the first one not converted to pixels.
+    """Facts about a file. All of its frames are decoded, but only the first is converted to pixels.
 
     Raises:
         VideoError: the file cannot be read.
@@ -158,7 +159,7 @@ def _codec(file: Content) -> str:
 
 
 def _usual_rate(begins: list[float], end: float) -> float:
-    """Frames a second, as they are meant: rounded timestamps do not add up to it, and some frames are held longer."""
+    """The intended frame rate: rounded timestamps do not add up to it, and some frames are held longer."""
     steady = begins[1:] if len(begins) > 2 else begins  # where times are rounded, the first is not
     gaps = [after - before for before, after in pairwise(steady) if after - before > 1 / MAX_FPS] or [end]
     steps = [gap for gap in gaps if gap < PAUSE * min(gaps)]
@@ -170,7 +171,7 @@ def _usual_rate(begins: list[float], end: float) -> float:
 
 
 def count_frames(seconds: float, fps: float) -> int:
-    """Frames before the end of a clip of that length; none where it is not a number."""
+    """Number of frames in a clip of this length; 0 if it is NaN."""
     if not seconds > GRACE:
         return 0
     return sys.maxsize if seconds == math.inf else math.ceil((seconds - GRACE) * fps)
@@ -185,11 +186,11 @@ def _opened(file: Path | Content) -> AbstractContextManager[Content]:
 
 
 def _read_shots(file: Content, start: float, unknown: float, end: float = math.inf) -> Shots:
-    """All shots from the one on screen at `start` seconds, times from the first of the file, each with its end.
+    """All shots from the one on screen at `start` seconds, each with its end; times count from the file's first shot.
 
-    A shot lasts until the next one appears, the last as long as the file says, or else as long as the one before; where
-    nothing is known it lasts `unknown` seconds. The first that lasts much longer than the file says, not counting time
-    after `end`, is reported.
+    A shot lasts until the next one appears, the last one as long as the file says, or else as long as the one before;
+    if nothing is known, it lasts `unknown` seconds. The first shot that lasts much longer than the file says, not
+    counting time after `end`, is reported.
     """
     file.seek(0)
     head = file.read(4096)
@@ -217,7 +218,7 @@ def _read_shots(file: Content, start: float, unknown: float, end: float = math.i
 
 
 def _decoded(file: Content, start: float) -> Shots:
-    """Frames by Pillow where it knows the file, else by FFmpeg."""
+    """Frames by Pillow if it knows the file, else by FFmpeg."""
     from cogvideo.media.images import read_pictures
 
     shots = read_pictures(file)
@@ -229,7 +230,7 @@ def _decoded(file: Content, start: float) -> Shots:
 
 
 def _is_cut(file: Content, head: bytes) -> bool:
-    """True if bytes are missing at the end, in the formats where decoders do not notice."""
+    """True if bytes are missing at the end, in formats whose decoders do not notice."""
     size = file.seek(0, 2)
     if head.startswith(b"RIFF"):  # AVI, WebP; one byte of padding may be left out, all ones are a recorded stream
         return size + 1 < 8 + int.from_bytes(head[4:8], "little") < 8 + 0xFFFFFFFF
@@ -239,14 +240,14 @@ def _is_cut(file: Content, head: bytes) -> bool:
     segment = head.find(b"\x18\x53\x80\x67") + 4
     if not head.startswith(b"\x1a\x45\xdf\xa3") or segment < 4 or not head[segment : segment + 1]:
         return False
-    width = 9 - head[segment].bit_length()  # leading zeros say how long a number of Matroska is
+    width = 9 - head[segment].bit_length()  # leading zero bits give the length of a Matroska number
     mask = (1 << 7 * width) - 1
     length = int.from_bytes(head[segment : segment + width]) & mask
     return length != mask and segment + width + length > size  # all ones: unknown, as in recordings of streams
 
 
 def _is_cut_gif(content: bytes) -> bool:
-    """True if a GIF ends inside of a block. Its trailer may be missing, and anything may follow it."""
+    """True if a GIF ends inside a block. Its trailer may be missing, and anything may follow it."""
     place = 13 + _palette_bytes(content[10:11])
     while content[place : place + 1] in (b"\x21", b"\x2c"):  # an extension, a picture
         if content[place] == 0x21:
@@ -260,13 +261,13 @@ def _is_cut_gif(content: bytes) -> bool:
 
 
 def _palette_bytes(flags: bytes) -> int:
-    """Bytes of the palette that a GIF's flags announce."""
+    """Size in bytes of the palette that a GIF's flags announce."""
     return 3 << (flags[0] & 7) + 1 if flags and flags[0] & 0x80 else 0
 
 
 def _look_at(shots: Shots, times: Iterable[float], view: View, held: float = 0.0) -> tuple[list[ViewedPicture], float]:
-    """Pictures on screen at ascending times, as far as the clip goes, and the end of the last shot that was read; the
-    last picture of the file is held for some more seconds."""
+    """Pictures on screen at ascending times, up to the end of the clip, and the end of the last shot read; the file's
+    last picture is held for `held` more seconds."""
     seen: list[ViewedPicture] = []
     awaited, end, shot = iter(times), 0.0, None
     time = next(awaited, None)
@@ -285,7 +286,7 @@ def _look_at(shots: Shots, times: Iterable[float], view: View, held: float = 0.0
 
 
 def _look_again(shots: Shots, times: list[float], start: float, length: float, view: View) -> list[ViewedPicture]:
-    """Frames on screen at times after the end of a part that is repeated, whatever its length."""
+    """Frames on screen at times past the end of a repeated part, whatever its length."""
     phases = [time - math.floor((time + GRACE) / length) * length for time in times]
     order = sorted(range(len(times)), key=phases.__getitem__)
     latest = length - 2 * GRACE  # whatever the rounding, no phase lies after the end
@@ -301,17 +302,17 @@ def write_video(
 ) -> None:
     """Write a clip in the format of its suffix.
 
-    `.mp4` is H.264 with 4:2:0 colors that every player opens; odd sides grow by a repeated row or column, which that
-    format needs. `.gif` has 256 colors a frame, `.webp` is lossless; both loop forever.
+    `.mp4` is H.264 with 4:2:0 colors that every player opens; odd sides grow by a repeated row or column, since the
+    format needs even ones. `.gif` has 256 colors per frame, `.webp` is lossless; both loop forever.
 
     Args:
-        path: what to write; it appears when it is complete.
+        path: file to write; it appears when it is complete.
         frames: red, green and blue.
-        fps: frames a second; at most 50 in a GIF, whose unit is 10 ms.
+        fps: frames per second; at most 50 in a GIF, whose unit is 10 ms.
         metadata: names and texts to store; a `.gif` and a `.webp` (EXIF image description) have only a `comment`.
 
     Raises:
-        ValueError: another suffix, no frames, or a rate that the format does not have.
+        ValueError: unknown suffix, no frames, or a rate that the format cannot hold.
         OSError: the file cannot be written.
     """
     suffix, suffixes = path.suffix.lower(), (".mp4", ".gif", ".webp")
@@ -332,6 +333,6 @@ def write_video(
 
 
 def check_rate(suffix: str, fps: float) -> None:
-    """Refuse frames a second that a format cannot hold."""
+    """Refuse a frame rate that a format cannot hold."""
     fastest = 50 if suffix.lower() == ".gif" else MAX_FPS
     require(MIN_FPS <= fps <= fastest, f"fps is {fps}, expected a number in [{MIN_FPS}, {fastest}] for {suffix}")

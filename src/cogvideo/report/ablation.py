@@ -1,4 +1,4 @@
-"""Facts about an ablation, for `templates/ablation.html`: figures of the runs that are over, and paired differences."""
+"""Facts about an ablation, for `templates/ablation.html`: figures of the finished runs, and paired differences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cogvideo.report.runs import Curve, read_runs
 from cogvideo.training.ablation import VARIANTS, Experiment, VariantName
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-"""Quantiles 0.975 of Student's t, by degrees of freedom from 1."""
+"""0.975 quantiles of Student's t, by degrees of freedom from 1."""
 FULL = VARIANTS["full"].title
 CLIPS, SAMPLES, TIME, PACE = "clips", "equal samples", "equal time", "seconds a step"
 NOTES = {
@@ -32,11 +32,11 @@ NOTES = {
 
 
 class StageCurve(NamedTuple):
-    """Held-out losses of a run of a stage at one frame rate; in the file, steps, values and pace."""
+    """Held-out losses of a stage's run at one frame rate; the file has its steps, values and pace."""
 
     losses: Curve
     pace: float
-    """Seconds a step."""
+    """Seconds per step."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class SeedFigure:
 
     values: dict[int, float] = field(default_factory=dict)
     differences: dict[int, float] = field(default_factory=dict)
-    """Values less those of the full system with the same seed."""
+    """Values minus those of the full system with the same seed."""
 
     def add(self, seed: int, value: float, full: float | None) -> None:
         """Add the value of a seed, and that of the full system if it is to be compared."""
@@ -73,9 +73,9 @@ def _signed(value: float) -> str:
 
 
 Figures = Mapping[str, Mapping[str, Mapping[str, SeedFigure]]]
-"""By point of comparison, name and row."""
+"""Figures by point of comparison, name and row."""
 Lines = Mapping[str, Mapping[str, StageCurve]]
-"""By run and name."""
+"""Curves by run and name."""
 
 
 def paired(differences: Sequence[float]) -> Interval | None:
@@ -89,9 +89,9 @@ def paired(differences: Sequence[float]) -> Interval | None:
 
 
 def levels(one: Curve, other: Curve, paces: tuple[float, float] = (1.0, 1.0)) -> tuple[float, float]:
-    """Values of two curves at the last moment that both reach, on straight lines between their points.
+    """Values of two curves at the last moment that both reach, interpolated linearly.
 
-    Moments are steps, or times if paces in seconds a step are given.
+    Moments are steps, or times if paces in seconds per step are given.
     """
     (steps, values), (other_steps, other_values) = one, other
     moment = min(steps[-1] * paces[0], other_steps[-1] * paces[1])
@@ -100,7 +100,7 @@ def levels(one: Curve, other: Curve, paces: tuple[float, float] = (1.0, 1.0)) ->
 
 
 def facts(experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Everything that the page says, and the figures for the file next to it."""
+    """Everything that the page shows, and the figures for the file next to it."""
     reports = {name: report for name in experiment.runs if (report := experiment.report(name)) is not None}
     lines = {name: dict(_stages(experiment.out / name)) for name in reports}
     figures = compare(experiment, reports, lines)
@@ -114,7 +114,7 @@ def facts(experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def as_json(value: Any) -> Any:
-    """Figures and curves as JSON takes them: an encoder's `default`."""
+    """Figures and curves as JSON values: an encoder's `default`."""
     if isinstance(value, SeedFigure):
         return vars(value) | {"interval": value.interval}
     return value.tolist()

@@ -22,17 +22,17 @@ from cogvideo.evaluation.attention import StageAttention
 from cogvideo.files import replacing
 
 WIDTH, HEIGHT, DPI = 12.0, 7.6, 120
-"""Inches of a stage's part, and pixels of an inch."""
+"""Width and height of a stage's part in inches, and pixels per inch."""
 LEFT, RIGHT = 0.07, 0.88
 """Ends of the plots, as shares of the width."""
 REACH = 4
-"""Rows and columns around the same place that are shown of a head."""
+"""Rows and columns shown to each side of the same position, for a head."""
 MOST_SIGNS = 120
-"""Signs of the prompt in the heading."""
+"""Maximum number of the prompt's characters in the heading."""
 TEXT_COLOR = "#c8c8c8"
 NAMES = {"sequential": "Key frames", "interpolation": "Interpolation"}
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei")
-"""Fonts for prompts in English and Chinese; those that are there are used."""
+"""Fonts for prompts in English and Chinese; those that are installed are used."""
 STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -53,7 +53,7 @@ def write_picture(path: Path, prompt: str, stages: Sequence[tuple[StageAttention
         for part, stage in zip(parts[:, 0], stages, strict=True):
             _draw_stage(part, prompt, *stage)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # where no font has the signs of a prompt
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # if no font has a prompt's characters
             figure.savefig(file, format="png", dpi=DPI)
 
 
@@ -137,7 +137,7 @@ def _draw_heads(figure: SubFigure, axes: Axes, stage: StageAttention) -> None:
 
 
 def _draw_head(axes: Axes, stage: StageAttention) -> None:
-    """The surroundings that the head with the most attention to the same place looks at."""
+    """Attention around the same position, of the head that attends to it the most."""
     layer, head = np.unravel_index(int(stage.same_place.argmax()), stage.same_place.shape)
     reach = min(REACH, *stage.middle)
     near = [slice(middle - reach, middle + reach + 1) for middle in stage.middle]

@@ -1,4 +1,4 @@
-"""Clips of a dataset with their frames: as they are in the source, and as they are decoded from their codes."""
+"""Clips of a dataset with their frames: as in the source, and as decoded from their codes."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class ShownClip(NamedTuple):
 
     row: Row
     original: Frames | None = None
-    """Frames as the encoder saw them; None where the source no longer has them."""
+    """Frames as the encoder saw them; None if the source no longer has them."""
     decoded: Frames | None = None
     """Frames as the tokenizer decodes the codes; None without the tokenizer."""
     psnr: float | None = None
-    """Mean over the frames in dB; None unless both are there."""
+    """Mean over the frames in dB; None unless both exist."""
     problem: str = ""
-    """Why the original is missing although the source is there."""
+    """Why the original is missing although the source exists."""
 
     @property
     def parts(self) -> str:
@@ -70,13 +70,13 @@ class DatasetOrigin:
     items: dict[str, Item] = field(default_factory=dict)
     """Items of the source that are needed, by id."""
     frames: FrameSettings | None = None
-    """Settings that made frames of them; None without the source."""
+    """Settings that turned them into frames; None without the source."""
     autoencoder: Autoencoder | None = None
     missing: list[str] = field(default_factory=list)
 
     @torch.inference_mode()
     def clip(self, row: Row, columns: int) -> ShownClip:
-        """A row with `columns` of its frames, or all where there are no more."""
+        """A row with `columns` of its frames, or all if there are no more."""
         places = evenly(len(row.codes), columns)
         clip = ShownClip(row)
         try:
@@ -99,7 +99,7 @@ class DatasetOrigin:
         return clip._replace(psnr=psnr(pixels.float(), decoded).mean().item())
 
     def _original(self, row: Row, settings: FrameSettings) -> Frames:
-        """All frames of a row that were encoded."""
+        """The frames of a row that were encoded."""
         require(row.id in self.items, "the source no longer has this clip")
         try:
             frames = read_as_encoded(self.items[row.id], settings, self.card)
@@ -110,7 +110,7 @@ class DatasetOrigin:
         return frames
 
     def sizes(self, ids: Iterable[str]) -> list[tuple[int, int]]:
-        """Width and height of items as they are stored, from the first frame of each that can be read."""
+        """Stored width and height of items, from the first frame of each readable one."""
         if self.frames is None:
             return []
         settings = replace(self.frames, size=None, min_frames=1, max_seconds=1 / self.frames.fps, loop_to=0.0)
@@ -126,7 +126,7 @@ class DatasetOrigin:
 
 
 def find_origin(card: Card, tokenizer: str, ids: Iterable[str]) -> DatasetOrigin:
-    """Look for some clips of the source, and for the tokenizer, which is that on the card unless another is given."""
+    """Look for some clips of the source, and for the tokenizer, the one on the card unless another is given."""
     origin = DatasetOrigin(card)
     try:
         frames = FrameSettings(**card.settings["frames"] | {"size": frame_size(card)})

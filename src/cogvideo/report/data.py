@@ -20,19 +20,19 @@ from cogvideo.report.page import Column, count, duration, file_size, middle, num
 from cogvideo.report.sample import FUNCTION_WORDS, SampleCounts, draw_rows, ranges, summary, take_sample, top
 
 NUM_ROWS = 20_000
-"""Rows that are counted: five million take no longer than these."""
+"""Maximum number of rows to count, so that five million take no longer."""
 NUM_SIZED = 200
-"""Files of the source whose size is looked up."""
+"""Maximum number of source files whose frame size is looked up."""
 SHEET_WIDTH = 640
-"""Pixels for the frames of a clip, of which four to eight are shown."""
+"""Width in pixels for the frames of a clip, four to eight of which are shown."""
 NUM_COLUMNS, NUM_WORDS, NUM_VALUES, NUM_ATTRIBUTES, NUM_REASONS, NUM_EXAMPLES, NUM_SHARDS = 32, 60, 10, 24, 40, 5, 40
 """Limits of what is shown."""
 
 
 def facts(dataset: Dataset, tokenizer: str, num_shown: int, seed: int) -> dict[str, Any]:
-    """Everything that the page says; `missing` describes what is not there.
+    """Everything that the page shows; `missing` describes what is not available.
 
-    An empty `tokenizer` is that on the card. The seed is that of the clips to show and of those that are counted.
+    An empty `tokenizer` means the one on the card. The seed selects the clips to show and those to count.
     """
     card, size = dataset.card, frame_size(dataset.card)
     shown = [dataset.row(row) for row in draw_rows(dataset, num_shown, seed)]

@@ -33,19 +33,19 @@ from cogvideo.training.finetune import DATA, LEAST_PSNR, RUN, TABLE, Finetuning
 from cogvideo.training.finetune import TITLES as STEPS
 
 MOST_REAL = 200
-"""Real clips that generated ones are compared with."""
+"""Maximum number of real clips to compare generated ones with."""
 MADE, SHOWN = 12, 4
-"""Clips of a split that are generated, and those that are shown."""
+"""Clips per split to generate, and to show."""
 BATCH = 4
-"""Clips that are generated at once."""
+"""Clips per batch."""
 LEAST_SIDE = 96
-"""Pixels of a frame on the page, at least."""
+"""Minimum side of a frame on the page, in pixels."""
 
 Frames = UInt8[np.ndarray, "clips frames height width 3"]
 
 
 class RealClips(NamedTuple):
-    """Some clips of the data: their key frames as the tokenizer shows them."""
+    """Some clips of the data: their key frames as the tokenizer reconstructs them."""
 
     ids: list[str]
     captions: list[str]
@@ -55,7 +55,7 @@ class RealClips(NamedTuple):
 
 
 def facts(out: Path, base: str, settings: Finetuning) -> dict[str, Any]:
-    """Everything that the page says."""
+    """Everything that the page shows."""
     began = time.monotonic()
     chain = RunFolder(out / RUN)
     runs = [run for run in read_runs([settings.trained_in(out)]) if run.stage in TITLES]
@@ -135,7 +135,7 @@ def read_real(folder: Path, model: CogVideo) -> RealClips:
 
 
 def real_frames(out: Path, id: str, seconds: float) -> UInt8[np.ndarray, "frames height width 3"]:
-    """Key frames of a clip as its file has them."""
+    """Key frames of a clip from its file."""
     card = Dataset(out / RUN / DATA).card
     settings = FrameSettings(**card.settings["frames"])
     items = list_source(str(out / RUN / TABLE), SourceOptions(validation=0.0)).items
@@ -146,7 +146,7 @@ def real_frames(out: Path, id: str, seconds: float) -> UInt8[np.ndarray, "frames
 
 
 def _short(id: str) -> str:
-    """The file of a clip, and the second where it starts unless that is the first."""
+    """The file of a clip, and the second where it starts unless that is the file's start."""
     name = id.rpartition("/")[2]
     part = re.search(r"#([\d.]+)-[\d.]*$", name)
     if part is None:
@@ -156,7 +156,7 @@ def _short(id: str) -> str:
 
 
 def choose(splits: Sequence[str]) -> tuple[list[int], set[int]]:
-    """Places of the clips that are generated, and of those among them that are shown."""
+    """Indices of the clips to generate, and of those among them to show."""
     chosen, shown = [], set()
     for split in ("train", "validation"):
         places = [place for place, each in enumerate(splits) if each == split]
@@ -172,7 +172,7 @@ def _durations(real: RealClips, places: Sequence[int]) -> list[float]:
 
 
 def generated(model: CogVideo, prompts: Sequence[str], durations: Sequence[float]) -> Frames:
-    """Key frames of clips, with the model's own samplers; the seed is the place in the list."""
+    """Key frames of clips, with the model's own samplers; the seed is the index in the list."""
     pipeline = CogVideoPipeline(model)
     settings = replace(pipeline.settings, rounds=0, truncate=True, should_enlarge=False)
     found = []

@@ -1,4 +1,4 @@
-"""Pages of HTML: the file that a template makes of facts, and the filters that templates use."""
+"""Pages of HTML: the file that a template makes from facts, and the filters that templates use."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Column(NamedTuple):
 
 
 def check_place(out: Path) -> None:
-    """Refuse a place where a page cannot be written."""
+    """Refuse a path where a page cannot be written."""
     require(not out.is_dir(), f"{out} is a folder, expected the file of the page")
     require(out.parent.is_dir(), f"there is no folder {out.parent} for the page")
 
@@ -70,7 +70,7 @@ def sides(value: Sides) -> str:
 
 
 def shares(counts: Iterable[Sequence[Any]], whole: int) -> list[tuple[str, float, int, str]]:
-    """Rows with a bar for each count, as long as its share of the largest, and its share of the whole.
+    """Rows with a bar for each count, in proportion to the largest count, and its share of the whole.
 
     Names and counts are the last two of each entry.
     """
@@ -87,14 +87,14 @@ def histogram(columns: Sequence[Column], is_wide: bool) -> Markup:
 
 
 def embedded(pixels: UInt8[np.ndarray, "height width colors"], is_lossless: bool) -> str:
-    """The address of an image that is inside the page."""
+    """The data URL of an image embedded in the page."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "webp", lossless=is_lossless, quality=85)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def moving(frames: UInt8[np.ndarray, "frames height width 3"], fps: float) -> str:
-    """The address of a clip that is inside the page, in a loop."""
+    """The data URL of a looping clip embedded in the page."""
     file = io.BytesIO()
     first, *others = map(Image.fromarray, frames)
     first.save(file, "webp", save_all=True, append_images=others, duration=round(1000 / fps), loop=0, quality=75)

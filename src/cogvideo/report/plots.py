@@ -1,4 +1,4 @@
-"""Plots by matplotlib, as SVG inside a page: texts stay texts, and the colors are those of the page's style sheet."""
+"""Plots by matplotlib, as SVG inside a page: text stays text, and colors come from the page's style sheet."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ _NEEDLESS = re.compile(
     r'| transform="rotate\(-0[^"]*"|(?<=\.\d\d)\d+(?=[ "\n])| *\n *',
     re.DOTALL,
 )
-"""Parts of matplotlib's SVG that mean nothing inside a page, and digits that nobody sees."""
+"""Parts of matplotlib's SVG that mean nothing inside a page, and digits too small to see."""
 
 
 class Plot(NamedTuple):
-    """Curves, and what belongs to them."""
+    """Curves, with their title and legend."""
 
     title: str
     svg: Markup
@@ -85,8 +85,8 @@ def curves(
 ) -> Plot:
     """Draw curves over steps, with a legend that gives the last value of each, and a mark at the best step.
 
-    The stage and the title are unique on the page. With `from_zero` the axis of the values begins at zero, so that
-    heights can be compared; with `is_smooth` long curves are thin and their running means thick.
+    The stage and the title are unique on the page. With `from_zero`, the value axis begins at zero, so that heights can
+    be compared; with `is_smooth`, long curves are thin and their running means thick.
     """
     end = max(int(each.steps[-1]) for each in curves.values()) or 1
     window, note = WINDOW * end, ""
@@ -116,7 +116,7 @@ def curves(
 
 
 def _scale(axes: Axes, values: np.ndarray, from_zero: bool) -> bool:
-    """Set up the axis of the values; whether it is logarithmic."""
+    """Set up the value axis; returns whether it is logarithmic."""
     low, high = values.min(), values.max()
     is_logarithmic = bool(not from_zero and low > 0 and high / low >= LOGARITHMIC_FROM)
     if is_logarithmic:
@@ -130,7 +130,7 @@ def _scale(axes: Axes, values: np.ndarray, from_zero: bool) -> bool:
 
 
 def running_mean(curve: Curve, window: float) -> Curve:
-    """At each point, the mean of those that are at most half a window of steps away."""
+    """At each point, the mean of the points at most half a window of steps away."""
     sums = np.concatenate([[0.0], np.cumsum(curve.values)])
     first = np.searchsorted(curve.steps, curve.steps - window / 2, "left")
     last = np.searchsorted(curve.steps, curve.steps + window / 2, "right")
@@ -138,7 +138,7 @@ def running_mean(curve: Curve, window: float) -> Curve:
 
 
 def histogram(columns: Sequence[Column], is_wide: bool) -> Markup:
-    """Draw columns with their heights above; some labels are left out where there are many."""
+    """Draw columns with their heights above; some labels are left out if there are many."""
     places, heights = range(len(columns)), [each.height for each in columns]
     shown = places[:: -(-len(columns) // NUM_LABELS)]
     with style.context(["default", _STYLE]):
@@ -159,7 +159,7 @@ def _tick(value: float, _: float = 0) -> str:
 
 
 def _svg(figure: Figure) -> Markup:
-    """The SVG of a figure, fit to be part of a page. It has no texts but numbers."""
+    """The SVG of a figure, ready to be embedded in a page. Its only texts are numbers."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()

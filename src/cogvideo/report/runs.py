@@ -23,7 +23,7 @@ ORDER = (TOKENIZER, *STAGES)
 """Stages, in the order in which a bundle gets them."""
 EXPECTED = f"expected the folder of a run, such as my-model/.sequential-run with {IDENTITY}, or one with runs inside"
 LARGEST = 1e300
-"""Bound of the values in a plot, which needs their differences."""
+"""Largest value in a plot, so that differences stay finite."""
 
 
 class Curve(NamedTuple):
@@ -37,25 +37,25 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A run, as far as it went."""
+    """A run, as far as it got."""
 
     folder: Path
     name: str
-    """Name that tells it from the others of its stage."""
+    """Name that distinguishes it from the others of its stage."""
     stage: str
     num_steps: int
     settings: dict[str, str]
-    """Everything that decides the result, as JSON, by names such as `optimization.batch`."""
+    """Everything that determines the result, as JSON, by names such as `optimization.batch`."""
     figures: dict[str, Curve]
     """Figures of training, by their names in metrics.jsonl."""
     held_out: dict[str, Curve]
     """Losses by frame rate; measures of quality of a tokenizer."""
     validation: Curve | None
-    """Mean loss over the frame rates, PSNR of a tokenizer: what the best checkpoint is chosen by; None if unknown."""
+    """Mean loss over the frame rates, or PSNR of a tokenizer, which selects the best checkpoint; None if unknown."""
     is_finished: bool
     seconds: float | None
     peak_bytes: int | None
-    """Largest memory of a process: of the GPU, or of the whole process on a CPU."""
+    """Peak memory of a process: of the GPU, or of the whole process on a CPU."""
 
     @property
     def done(self) -> int:
@@ -114,7 +114,7 @@ def _find(path: Path) -> list[Path]:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The last parts of their paths, as many as tell them apart; runs inside a bundle have its name."""
+    """The last parts of their paths, as many as distinguish them; runs inside a bundle have its name."""
     places = [each.parent if re.fullmatch(r"\.\w+-run", each.name) else each for each in folders]
     for depth in range(1, max(len(each.parts) for each in places) + 1):
         names = ["/".join(each.parts[-depth:]) for each in places]
@@ -162,7 +162,7 @@ def _stage(identity: Mapping[str, Any]) -> tuple[str, int]:
 
 def _step(row: Any) -> int:
     step = row.get("step") if isinstance(row, dict) else None
-    if not isinstance(step, int) or step < 0:  # no `require`: its message would be made for every row
+    if not isinstance(step, int) or step < 0:  # no `require`: it would format its message for every row
         raise InputError(f"expected the number of a step in every line, got {row!r:.60}")
     return step
 
@@ -172,7 +172,7 @@ def _held_out(stage: str, entries: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _curves(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Curve]:
-    """Each figure over the steps that have it, without values that are not finite."""
+    """Each figure over the steps that have it, without non-finite values."""
     points: dict[str, dict[int, float]] = {}
     for step, figures in rows:
         for name, value in figures.items():

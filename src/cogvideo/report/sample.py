@@ -31,7 +31,7 @@ class SampleCounts:
 
     num_rows: int
     num_clips: int
-    """Rows of the whole dataset."""
+    """Number of rows in the whole dataset."""
     seed: int
     codes: Int64[np.ndarray, " codes"]
     """Occurrences of each code."""
@@ -40,7 +40,7 @@ class SampleCounts:
     lengths: Counter[int] = field(default_factory=Counter)
     """Captions by number of words."""
     captions: Counter[int] = field(default_factory=Counter)
-    """Captions by a hash of their text, which itself would stay in memory."""
+    """Captions by a hash of their text, to save memory."""
     per_clip: Counter[int] = field(default_factory=Counter)
     """Clips by number of captions."""
     attributes: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -48,13 +48,13 @@ class SampleCounts:
 
 
 def draw_rows(dataset: Dataset, number: int, seed: int) -> list[int]:
-    """Different rows at random, in ascending order; all where there are no more."""
+    """Distinct random rows, in ascending order; all if there are no more."""
     total = len(dataset)
     return sorted(random.Random(seed).sample(range(total), min(number, total)))
 
 
 def take_sample(dataset: Dataset, seed: int, num_rows: int) -> SampleCounts:
-    """Count what is in random rows."""
+    """Count the contents of random rows."""
     rows = draw_rows(dataset, num_rows, seed)
     sample = SampleCounts(len(rows), len(dataset), seed, np.zeros(dataset.card.num_codes, np.int64))
     for row in map(dataset.row, rows):
@@ -76,14 +76,14 @@ def words_of(caption: str) -> list[str]:
 
 
 def top(counts: Mapping[str, int], limit: int | None = None) -> list[tuple[str, int]]:
-    """The most frequent values, most frequent first, equally frequent ones by name."""
+    """The most frequent values, most frequent first, ties by name."""
     return sorted(counts.items(), key=lambda each: (-each[1], each[0]))[:limit]
 
 
 def ranges(counts: Counter[int], limit: int) -> list[Column]:
     """Counts in at most `limit` ranges of equal width; the last one is open if half a percent lies far beyond.
 
-    At least one value was counted.
+    At least one value must have been counted.
     """
     values = _expand(counts)
     low, end = int(values[0]), _quantile(values, 0.995)
@@ -98,7 +98,7 @@ def ranges(counts: Counter[int], limit: int) -> list[Column]:
 
 
 def summary(counts: Counter[int]) -> list[tuple[str, float]]:
-    """The shortest, median, mean and longest of lengths that were counted, of which there is at least one."""
+    """The shortest, median, mean and longest of the counted lengths, of which there must be at least one."""
     values = _expand(counts)
     mean = round(float(values.mean()), 1)
     figures = (int(values[0]), _quantile(values, 0.5), mean, int(values[-1]))
@@ -111,5 +111,5 @@ def _expand(counts: Counter[int]) -> Int64[np.ndarray, " values"]:
 
 
 def _quantile(values: Int64[np.ndarray, " values"], share: float) -> int:
-    """The smallest value that at least a `share` of all do not exceed."""
+    """The smallest value that at least a `share` of all values do not exceed."""
     return int(np.quantile(values, share, method="inverted_cdf"))

@@ -34,11 +34,11 @@ ALL, CAREFUL = "all raters", "raters who passed"
 SHARE, STRENGTH, GRADE, BEST, AGREEMENT = "share", "strength", "grade", "best", "agreement"
 NOTHING = "–"
 OVERALL = "overall"
-"""Question of the grade by which the best system and catch trials are decided."""
+"""Question whose grades decide the best system and catch trials."""
 
 
 class Result(NamedTuple):
-    """A figure with its 95 % interval."""
+    """A figure with its 95 % confidence interval."""
 
     raters: str
     question: str
@@ -53,21 +53,21 @@ class RaterSummary(NamedTuple):
 
     rater: Rater
     num_caught: int
-    """Catch trials that were answered rightly."""
+    """Number of catch trials answered correctly."""
     num_catches: int
     num_equal: int
-    """Repeated trials that were answered as before."""
+    """Number of repeated trials answered as before."""
     num_repeats: int
     left: Interval
     """Share of the left clip among preferences."""
     seconds: float
-    """Median time of an answer."""
+    """Median time per answer."""
 
 
 def report(folder: Path, out: Path, margin: float, num_slips: int) -> None:
     """Write the page and both tables, and print the figures.
 
-    The size of a sample is given for intervals of half the width `margin`; `num_slips` wrong catch trials are forgiven.
+    The sample size is given for intervals with the half-width `margin`; `num_slips` wrong catch trials are forgiven.
     """
     require(num_slips >= 0, f"slips is {num_slips}, expected 0 or more")
     sample_size(0.5, margin)
@@ -97,7 +97,7 @@ def report(folder: Path, out: Path, margin: float, num_slips: int) -> None:
 
 
 def figures(study: Study, answers: Sequence[Answer], raters: str) -> Iterator[Result]:
-    """All figures of some answers, which are those of `raters`."""
+    """All figures of some answers; `raters` names who gave them."""
     shown = [each for each in answers if each.trial.kind == "main"]
     systems = study.design.systems
     for question in study.questions:
@@ -118,7 +118,7 @@ def figures(study: Study, answers: Sequence[Answer], raters: str) -> Iterator[Re
 
 
 def _pairs(answers: Iterable[Answer], question: str) -> Iterator[PairwiseComparison]:
-    """Preferences, whatever the side on which a system was shown."""
+    """Preferences, regardless of the side on which a system was shown."""
     for each in answers:
         left, right = each.trial.systems
         outcome = -each.values[question]
@@ -156,7 +156,7 @@ def _shares(pairs: Sequence[PairwiseComparison], question: str, raters: str) -> 
 def _strengths(
     pairs: Sequence[PairwiseComparison], question: str, raters: str, systems: Sequence[str]
 ) -> Iterator[Result]:
-    """Bradley-Terry strengths; none where there are too few answers to compare all systems."""
+    """Bradley-Terry strengths; none if there are too few answers to compare all systems."""
     won = outcomes(pairs, systems)
     try:
         start = strengths(won.sum(-1))
@@ -185,7 +185,7 @@ def _grades(answers: Sequence[Answer], question: str, raters: str, systems: Sequ
 
 
 def _best(answers: Sequence[Answer], raters: str, systems: Sequence[str]) -> Iterator[Result]:
-    """Shares of the highest overall grade, over prompts of which a rater graded all systems."""
+    """Shares of the highest overall grade, over prompts for which a rater graded all systems."""
     complete = [each for each in _grades_by_prompt(answers, OVERALL).values() if len(each) == len(systems)]
     for system in systems:
         others = ([grade for other, grade in grades.items() if other != system] for grades in complete)
@@ -205,7 +205,7 @@ def conduct(rater: Rater, answers: Sequence[Answer]) -> RaterSummary:
     equal = 0
     for each in repeats:
         before = first[each.trial.prompt, frozenset(each.trial.systems)].values
-        sign = -1 if len(each.trial.systems) == 2 else 1  # sides were the other way round
+        sign = -1 if len(each.trial.systems) == 2 else 1  # sides were swapped
         equal += each.values == {name: sign * value for name, value in before.items()}
     sides = [value for each in own if len(each.trial.systems) == 2 for value in each.values.values() if value != 0]
     return RaterSummary(
@@ -220,10 +220,10 @@ def conduct(rater: Rater, answers: Sequence[Answer]) -> RaterSummary:
 
 
 def _checks(answers: Sequence[Answer]) -> Iterator[bool]:
-    """True for each catch trial that was answered rightly.
+    """True for each catch trial that was answered correctly.
 
-    Noise must never be preferred or be called the same; its overall grade must be below the mean of the real clips, or
-    where there are none, of all clips.
+    Noise must never be preferred or rated equal; its overall grade must be below the mean of the real clips, or if
+    there are none, of all clips.
     """
     noisy = [each for each in answers if NOISE in each.trial.systems]
     grades = [each.values[OVERALL] for each in answers if each.trial.systems == (REAL,)]

@@ -35,12 +35,12 @@ PROGRESS = {
 }
 """Figures about the progress of a run. All others in metrics.jsonl are parts of the loss."""
 LARGEST_SHEET = (1000, 2000)
-"""Pixels across and down of a contact sheet."""
+"""Maximum width and height of a contact sheet, in pixels."""
 NOTHING = "–"
 
 
 def facts(runs: Sequence[Run]) -> dict[str, Any]:
-    """Everything that the page says: an overview, then the runs of each stage."""
+    """Everything that the page shows: an overview, then the runs of each stage."""
     stages = [list(same) for _, same in groupby(runs, key=lambda run: run.stage)]
     return {
         "titles": {"runs": "Runs"} | {same[0].stage: TITLES[same[0].stage] for same in stages},
@@ -76,7 +76,8 @@ def _last(curve: Curve | None, show: Callable[[float], str]) -> str:
 
 
 def _stage(runs: Sequence[Run]) -> dict[str, Any]:
-    """Plots, contact sheets and settings, those that differ between the runs and those that do not."""
+    """Plots, contact sheets and settings, which are split into those that differ between the runs and those that do
+    not."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = [[name, *(middle(run.settings.get(name, NOTHING), 100) for run in runs)] for name in names]
     return {
@@ -90,7 +91,7 @@ def _stage(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _sheet(step: int, path: Path) -> tuple[int, np.ndarray]:
-    """A contact sheet, made smaller if it is large."""
+    """A contact sheet, reduced if it is large."""
     try:
         with Image.open(path) as image:
             shown = image.convert("RGB")

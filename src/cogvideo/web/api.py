@@ -1,4 +1,4 @@
-"""The API: the video endpoint that clients of others know, and what a page for people needs beyond it."""
+"""The API: the video endpoint that existing clients know, and what the studio page needs beyond it."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from cogvideo.web.site import Order, ServerState, refuse
 from cogvideo.web.storage import frame_name
 
 LOOK = 0.3
-"""Seconds between looks at a video that somebody watches."""
+"""Seconds between polls of a video while a client waits for its events."""
 POLLS = {"queued": 5000, "in_progress": 1000}
-"""Milliseconds that clients shall wait before they look at a video again."""
+"""Milliseconds that clients should wait before they poll a video again."""
 UPLOADS = CapacityLimiter(2)
-"""Uploads that are decoded at once."""
+"""Maximum number of uploads decoded at once."""
 Answers = dict[int | str, dict[str, Any]]
 
 
 def _described(**texts: str) -> Answers:
-    """Errors by status, as OpenAPI has them. FastAPI would give them the media type of a route's own answers."""
+    """Error responses by status code, for OpenAPI. FastAPI would give them the media type of a route's response."""
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
     found: Answers = {int(name[1:]): {"description": text, "content": content} for name, text in texts.items()}
     for status in found.keys() & {429, 503}:
@@ -70,7 +70,7 @@ FORM = BODY | _described(_415="Neither JSON nor a form.")
 
 
 async def site(request: Request) -> ServerState:
-    """The site of a request."""
+    """The server state for a request."""
     return request.app.state.site
 
 
@@ -92,7 +92,7 @@ Owner = Annotated[str, Depends(owner)]
 
 
 def own(here: Here, owner: Owner, id: str) -> Job:
-    """The video of a path."""
+    """The owner's video with the id in a path."""
     return here.find(owner, id)
 
 
@@ -117,7 +117,7 @@ _VIDEO_ID = {
     openapi_extra=body_schema(_FIELDS, input_reference=_REFERENCE, last_reference=_REFERENCE),
 )
 async def create(request: Request, here: Here, owner: Owner, repeat: Repeat = None) -> Video:
-    """Queue a video of a prompt, from a first frame and to a last one if they are given."""
+    """Queue a video of a prompt, optionally with a given first and last frame."""
     asked = await RequestBody.read(request)
     if "video" in asked.references:
         refuse(422, "video cannot be used here: POST /v1/videos/extensions continues videos")
@@ -133,7 +133,7 @@ async def create(request: Request, here: Here, owner: Owner, repeat: Repeat = No
 
 @router.post("/videos/extensions", responses=FORM | UNKNOWN, openapi_extra=body_schema(_EXTENSION, video=_VIDEO_ID))
 async def extend(request: Request, here: Here, owner: Owner, repeat: Repeat = None) -> Video:
-    """Queue a video that keeps the frames of another one, yours or uploaded, and goes on from them."""
+    """Queue a video that keeps the frames of another one, yours or uploaded, and continues from them."""
     asked = await RequestBody.read(request)
     new = asked.wanted
     reference = asked.reference("video")
@@ -180,7 +180,7 @@ def list_videos(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> Page:
-    """Your videos by time, the latest first, from the one after another on."""
+    """Your videos by time, the latest first by default, starting after a given one."""
     last = None if after is None else here.find(owner, after)
     jobs = here.jobs.listed(owner, last, limit + 1, order == "asc")
     data = [Video.of(job, here.served) for job in jobs[:limit]]
@@ -198,7 +198,7 @@ def retrieve(here: Here, job: Own, response: Response) -> Video:
 
 @router.delete("/videos/{id}", responses=UNKNOWN)
 def delete(here: Here, job: Own) -> DeletionResponse:
-    """Delete a video and its files, also one that is being made."""
+    """Delete a video and its files, even while it is being made."""
     here.store.remove(job.id)  # first, to make room on a full disk for the queue
     here.jobs.remove(job.id)
     here.store.remove(job.id)  # also what a worker wrote meanwhile
@@ -233,7 +233,7 @@ def content(
     responses=UNKNOWN | PNG,
 )
 def frame(here: Here, job: Own, place: int) -> Response:
-    """A finished frame as PNG, also while the video is being made."""
+    """A finished frame as PNG, even while the video is being made."""
     found = here.store.get(job.id, frame_name(place)) if place in job.done else None
     if found is None:
         refuse(404, "there is no such frame yet")
@@ -246,7 +246,7 @@ async def events(
 ) -> AsyncIterator[ServerSentEvent]:
     """Events until a video ends: `frame` for each finished frame, with its address, and `video` when its state changes.
 
-    The id of an event is the number of frames so far: who comes back with it gets the frames after it.
+    The id of an event is the number of frames so far: a client that reconnects with it gets the frames after it.
     """
     sent = int(last) if last is not None and last.isdecimal() and len(last) < 9 else 0
     known = None
@@ -275,13 +275,13 @@ def models(here: Here, owner: Owner) -> Models:
 
 @open_router.get("/health")
 async def health() -> dict[str, str]:
-    """Answer 200 if the server runs."""
+    """Return status code 200 if the server runs."""
     return {"status": "ok"}
 
 
 @open_router.get("/ready", responses={503: ERRORS[503] | {"model": ErrorResponse}})
 def ready(here: Here) -> dict[str, str]:
-    """Answer 200 if the server can take requests: the queue answers."""
+    """Return status code 200 if the server can take requests: the queue responds."""
     here.jobs.counts()
     return {"status": "ok"}
 
@@ -294,12 +294,12 @@ def metrics(request: Request, owner: Owner) -> Response:
 
 
 async def _in_thread(order: Callable[[], Job], asked: RequestBody) -> Job:
-    """Run a function in a thread. Uploads wait for each other, so that they never take all threads."""
+    """Run a function in a thread. Only a few uploads run at once, so that they never take all threads."""
     return await to_thread.run_sync(order, limiter=UPLOADS if asked.references else None)
 
 
 def _part(content: bytes, asked: str | None, kind: str) -> Response:
-    """A file, or the range of bytes that a header asks for; headers with several ranges get the whole file."""
+    """A file, or the range of bytes that a header requests; headers with several ranges get the whole file."""
     headers = {"Accept-Ranges": "bytes"}
     match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", asked or "")
     if match is None or match[0] == "bytes=-":

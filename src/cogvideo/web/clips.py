@@ -26,13 +26,13 @@ TYPES: dict[Variant, str] = {
     "spritesheet": "image/jpeg",
 }
 AT_ONCE: tuple[Variant, ...] = ("video", "thumbnail", "spritesheet")
-"""Variants that are written with the clip; others when they are first asked for."""
+"""Variants that are written with the clip; others when they are first requested."""
 COLUMNS = 8
 Pixels = UInt8[np.ndarray, "frames height width 3"]
 
 
 def kept(done: Collection[int], num_frames: int) -> range:
-    """Places of the frames that a clip consists of, if it ends now: evenly spaced, over the longest time."""
+    """Indices of the frames that make a clip if it ends now: evenly spaced, over the longest time."""
     steps = [2**power for power in range(num_frames.bit_length() + 1)]
     runs = [(step, list(takewhile(set(done).__contains__, range(0, num_frames, step)))) for step in steps]
     step, places = max(runs, key=lambda run: (run[1][-1:], len(run[1])))
@@ -45,7 +45,7 @@ def to_png(frame: UInt8[np.ndarray, "height width 3"]) -> bytes:
 
 
 def from_png(content: bytes) -> UInt8[np.ndarray, "height width 3"]:
-    """The frame of a PNG that was written here."""
+    """The frame in a PNG written by `to_png`."""
     return np.asarray(Image.open(io.BytesIO(content), formats=("PNG",)).convert("RGB"))
 
 

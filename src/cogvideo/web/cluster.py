@@ -1,4 +1,4 @@
-"""`cogvideo serve --ray`: the application and its workers as an application of Ray Serve."""
+"""`cogvideo serve --ray`: the application and its workers on Ray Serve."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from cogvideo.web.worker import open_worker
 
 NAME = "cogvideo"
 AT_ONCE = 1000
-"""Requests that are answered at once, most of which wait for events."""
+"""Maximum number of concurrent requests, most of which wait for events."""
 
 
 class WorkerReplica:
-    """A replica with a worker, which Ray replaces when its worker has ended.
+    """A replica that runs a worker; Ray replaces it when the worker has ended.
 
     Args:
-        arguments: those of `open_worker`, without the first.
+        arguments: arguments of `open_worker`, except the first.
     """
 
     def __init__(self, *arguments: Any) -> None:
@@ -33,7 +33,7 @@ class WorkerReplica:
         self._thread.start()
 
     def check_health(self) -> None:
-        """Tell Ray whether the worker goes on."""
+        """Tell Ray whether the worker still runs."""
         if not self._thread.is_alive():
             raise RuntimeError("the worker has ended")
 
@@ -48,7 +48,7 @@ def deployed(
 ) -> Iterator[None]:
     """The application on a cluster, with workers that take a GPU or a core each."""
     ray.init(address=address, include_dashboard=False, log_to_driver=False)
-    leave_on_sigterm()  # on which Ray would abort
+    leave_on_sigterm()  # Ray would abort on it
     try:
         device = arguments[3]
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Checks that every request passes: where it comes from, limits of time and size, headers of the response."""
+"""Checks on every request: its origin, limits on time and size, and headers of the response."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ HEADERS = {
     "x-content-type-options": "nosniff",
 }
 BODY_SECONDS = 60
-"""Time for a client to send the body of a request."""
+"""Seconds for a client to send the body of a request."""
 LARGEST_BODY = 32 * 2**20
-"""Bytes of the body of a request."""
+"""Maximum number of bytes in the body of a request."""
 
 
 class RequestGuard:
-    """Middleware. It refuses what pages of other sites send through a user's browser, and slow or large bodies."""
+    """Middleware that refuses cross-site requests from a user's browser, and slow or large bodies."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -55,7 +55,7 @@ class RequestGuard:
 
 
 def _host_of(origin: str) -> str | None:
-    """Host and port of an origin; None if it is no address."""
+    """Host and port of an origin; None if it is not a URL."""
     try:
         return urlsplit(origin).netloc
     except ValueError:
@@ -63,12 +63,12 @@ def _host_of(origin: str) -> str | None:
 
 
 def _bounded(receive: Receive, announced: str) -> Receive:
-    """Receive a body within `BODY_SECONDS` and `LARGEST_BODY`. Waiting for the client to leave, after that, may take
-    forever.
+    """Receive a body within `BODY_SECONDS` and `LARGEST_BODY`. After that, waiting for the client to disconnect may
+    take forever.
 
     Args:
         receive: source of the body.
-        announced: number of its bytes, as the client says.
+        announced: its Content-Length, as sent by the client.
     """
     end = time.monotonic() + BODY_SECONDS
     size = int(announced) if announced.isdecimal() else 0

@@ -1,7 +1,7 @@
 """The queue: one table of jobs with leases, in SQLite or PostgreSQL. No other file has SQL.
 
-A worker takes jobs for some seconds under a lease, a random word, and renews it as long as it lives. Everything that a
-worker writes holds only under its own lease, so that a job is never finished twice.
+A worker takes jobs for some seconds under a lease, a random token, and renews it as long as it lives. A worker's writes
+only take effect under its own lease, so a job is never finished twice.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from cogvideo.config import InputError, require
 Status = Literal["queued", "in_progress", "completed", "failed"]
 OPEN = ("queued", "in_progress")
 MOST_TRIES = 5
-"""Workers that may die over a job without finishing a frame."""
+"""Number of workers that may die on a job without finishing a frame."""
 PATIENCE = 30
 """Seconds to wait for another process to finish its transaction."""
 POOL: dict[str, Any] = {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 40, "hide_parameters": True}
-"""As many connections as a server has threads, ten of which stay open. Errors show no prompts."""
+"""As many connections as a server has threads, ten of which stay open. Error messages hide prompts."""
 
 Unreachable = (OperationalError, InterfaceError)
-"""Errors of a database that cannot be reached now. Trying again may help."""
+"""Errors of a database that is unreachable for now. A retry may help."""
 
 METADATA = MetaData()
 JOBS = Table(
@@ -96,26 +96,26 @@ BRIEF = [column for column in JOBS.c if column.name not in BULKY]
 
 @dataclass(frozen=True)
 class Job:
-    """A row. Codes are the bytes of int32 arrays, and empty unless they were asked for."""
+    """A row of the table. Codes are the bytes of int32 arrays, and empty unless requested."""
 
     id: str
     owner: str
-    """Name of the key that asked for it."""
+    """Name of the key that requested it."""
     model: str
     """Fingerprint of the model."""
     work: str
     """Clip to make, as JSON."""
     alike: str
-    """Hash of all that jobs of a batch must share."""
+    """Hash of everything that jobs in a batch must share."""
     created: float
     source: str | None = None
-    """Job that it is a remix or an extension of."""
+    """Job that this one remixes or extends."""
     repeat: str | None = None
     """Hash of the request's idempotency key."""
     digest: str | None = None
     """Hash of the request's body."""
     given: bytes | None = None
-    """Codes of leading frames; uploaded ones are files."""
+    """Codes of leading frames; uploaded frames are files."""
     last: bytes | None = None
     """Codes of the last frame."""
     status: Status = "queued"
@@ -125,20 +125,20 @@ class Job:
     """Time at which a worker last took it."""
     ended: float | None = None
     num_frames: int = 0
-    """Frames of the whole clip; 0 until the first is there."""
+    """Number of frames of the whole clip; 0 until the first is finished."""
     places: str = ""
-    """Places of finished frames, in the order in which they were finished, with commas."""
+    """Indices of finished frames, in the order in which they were finished, separated by commas."""
     codes: bytes = b""
     """Codes of finished frames in that order."""
     is_stopped: bool = False
-    """Ask for the clip to end with the frames that are there."""
+    """True if the clip should end with the frames that it has."""
     lease: str | None = None
     lease_end: float | None = None
     tries: int = 0
 
     @property
     def done(self) -> list[int]:
-        """Places of finished frames."""
+        """Indices of finished frames."""
         return [int(place) for place in self.places.split(",") if place]
 
 
@@ -146,7 +146,7 @@ class Progress(NamedTuple):
     """Finished frames of a job."""
 
     num_frames: int
-    """Frames of the whole clip."""
+    """Number of frames of the whole clip."""
     places: str
     """See `Job.places`."""
     codes: bytes
@@ -164,20 +164,20 @@ class Limits:
 
 
 class FullError(Exception):
-    """A key has as many jobs as it may have."""
+    """A key has reached its limit of jobs."""
 
 
 class Jobs:
     """The queue.
 
     Args:
-        url: SQLite or PostgreSQL, as SQLAlchemy writes it, such as `postgresql://user@host/name`.
+        url: URL of SQLite or PostgreSQL for SQLAlchemy, such as `postgresql://user@host/name`.
     """
 
     def __init__(self, url: str) -> None:
         try:
             self._engine = _engine(url)
-            # with SQLite, threads wait for each other here: its own way to wait is to sleep and look again
+            # with SQLite, threads wait for each other here: SQLite itself would sleep and poll
             self._turn: AbstractContextManager[Any] = Lock() if self._engine.name == "sqlite" else nullcontext()
             with self._writing("schema") as connection:
                 METADATA.create_all(connection)
@@ -223,7 +223,7 @@ class Jobs:
         return None if row is None else Job(**row._mapping)
 
     def listed(self, owner: str, after: Job | None, limit: int, is_ascending: bool) -> list[Job]:
-        """Jobs of an owner by time, from the one after a job on."""
+        """Jobs of an owner by time, starting after the job `after`."""
         order = (JOBS.c.created, JOBS.c.id)
         query = select(*BRIEF).where(JOBS.c.owner == owner).limit(limit)
         if after is not None:
@@ -236,7 +236,7 @@ class Jobs:
             return [Job(**row._mapping) for row in connection.execute(query)]
 
     def remove(self, id: str) -> None:
-        """Forget a job, whoever works on it."""
+        """Delete a job, even if a worker has it."""
         with self._writing() as connection:
             connection.execute(delete(JOBS).where(JOBS.c.id == id))
 
@@ -250,17 +250,17 @@ class Jobs:
             connection.execute(update(JOBS).where(unfinished).values(is_stopped=True))
 
     def take(self, lease: str, model: str, most: int, seconds: float, running: int = 0) -> list[Job]:
-        """Take a job, and others alike for the same batch.
+        """Take a job, and others that fit into the same batch.
 
-        Free are jobs that wait, and those whose lease has ended. The owner who was last served the longest ago is next,
-        then the oldest job.
+        Jobs are free if they are queued or their lease has expired. The owner served least recently is next, then the
+        oldest job.
 
         Args:
-            lease: a new word. If it holds jobs already, because the answer was lost, these are returned.
+            lease: a new token. If it already holds jobs, because the response was lost, these are returned.
             model: fingerprint of the worker's model.
-            most: number of jobs.
+            most: maximum number of jobs.
             seconds: length of the lease.
-            running: most jobs of an owner at work at once, 0 for any number.
+            running: maximum number of jobs of an owner in progress at once, 0 for any number.
         """
         with self._writing("take" if running else "") as connection:
             now = self._now(connection)
@@ -293,7 +293,7 @@ class Jobs:
             return [Job(**row._mapping) for row in connection.execute(held)]
 
     def renew(self, lease: str, seconds: float) -> None:
-        """Keep what a lease holds for some more seconds."""
+        """Extend a lease to end `seconds` from now."""
         with self._writing() as connection:
             end = self._now(connection) + seconds
             connection.execute(update(JOBS).where(JOBS.c.lease == lease).values(lease_end=end))
@@ -302,7 +302,7 @@ class Jobs:
         """Store the progress of jobs.
 
         Returns:
-            The jobs that the lease still holds, and whether each shall stop.
+            The jobs that the lease still holds, and whether each should stop.
         """
         with self._writing() as connection:
             for id, progress in made.items():
@@ -312,7 +312,7 @@ class Jobs:
             return {row.id: row.is_stopped for row in held}
 
     def finish(self, lease: str, id: str, reason: str | None = None) -> bool:
-        """End a job, as failed if there is a reason; False if the lease does not hold it any more."""
+        """End a job, as failed if there is a reason; False if the lease no longer holds it."""
         with self._writing() as connection:
             status = "completed" if reason is None else "failed"
             values = {"status": status, "reason": reason, "ended": self._now(connection), "lease": None}
@@ -326,7 +326,7 @@ class Jobs:
             connection.execute(update(JOBS).where(JOBS.c.lease == lease, JOBS.c.id.in_(ids)).values(back))
 
     def counts(self) -> tuple[dict[str, int], float]:
-        """Number of jobs by status, and seconds that the oldest has waited."""
+        """Number of jobs by status, and seconds that the oldest queued one has waited."""
         with self._reading() as connection:
             rows = connection.execute(select(JOBS.c.status, func.count()).group_by(JOBS.c.status)).all()
             oldest = connection.scalar(select(func.min(JOBS.c.created)).where(JOBS.c.status == "queued"))
@@ -342,14 +342,14 @@ class Jobs:
             return int(connection.execute(query).scalar_one())
 
     def _now(self, connection: Connection) -> float:
-        """Seconds since 1970 by one clock for all: that of the database, or of this machine for SQLite."""
+        """Seconds since 1970 by one clock for all: the database's, or for SQLite this machine's."""
         if self._engine.name == "sqlite":
             return time.time()
         return float(connection.execute(select(extract("epoch", func.clock_timestamp()))).scalar_one())
 
     @contextmanager
     def _writing(self, turn: str = "") -> Iterator[Connection]:
-        """A transaction. Those with the same word take turns; with SQLite, all do."""
+        """A write transaction. Those with the same `turn` run one at a time; with SQLite, all do."""
         with self._turn, self._engine.begin() as connection:
             if turn and self._engine.name != "sqlite":
                 connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(turn))))
@@ -362,7 +362,7 @@ class Jobs:
 
 
 def new_id(kind: str) -> str:
-    """A name that cannot be guessed."""
+    """An id that cannot be guessed."""
     return f"{kind}_{secrets.token_hex(16)}"
 
 

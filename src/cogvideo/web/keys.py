@@ -1,4 +1,4 @@
-"""API keys: random words, of which a file holds only names and hashes."""
+"""API keys: random tokens; a file holds only their names and hashes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ NAME = r"[\w.-]{1,60}"
 
 
 class Keys:
-    """The keys of a file, which is read again when it changes.
+    """The keys in a file, which is read again when it changes.
 
     Args:
-        path: lines of a name and a SHA-256 hash. The keys are random, so a slow hash would add nothing.
+        path: file with a name and a SHA-256 hash per line. The keys are random, so a slow hash would add nothing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,7 +29,7 @@ class Keys:
         self._hashes: dict[str, str] = {}
 
     def owner(self, key: str) -> str | None:
-        """Name of a key, found in a time that does not depend on the key; None if there is none."""
+        """Name of a key, found in a time independent of the key; None if there is none."""
         digest = _digest(key)
         found = None
         for name, known in self.read().items():
@@ -54,7 +54,7 @@ class Keys:
         return self._hashes
 
     def add(self, name: str) -> str:
-        """Make a key, which is nowhere but in the answer."""
+        """Make a key; only this return value has it."""
         is_name = re.fullmatch(NAME, name) is not None and name != LOCAL
         require(is_name, f"the name is {name!r:.80}, expected up to 60 letters, digits, dots and dashes, not {LOCAL}")
         key = f"cv-{secrets.token_urlsafe(32)}"

@@ -17,20 +17,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from cogvideo.config import InputError, require
 
 HOST = "127.0.0.1"
-"""The address that only this machine can reach."""
+"""An address that only this machine can reach."""
 HEAD_SECONDS = 10.0
-"""Time for a client to send the head of a request."""
+"""Seconds for a client to send the headers of a request."""
 READ_SECONDS = 60.0
-"""Time for a client to take in data that waits for it."""
+"""Seconds for a client to receive pending data."""
 IDLE_SECONDS = 75
-"""Time for which a connection stays open between requests, longer than clients keep it: when a server closes one just
-as a client uses it again, the client sees an error."""
+"""Seconds for which a connection stays open between requests, longer than clients keep it: if a server closes one just
+as a client reuses it, the client sees an error."""
 MOST_CONNECTIONS = 500
-"""Connections at once. Systems usually allow 1,024 open files, which the queue needs, too."""
+"""Maximum number of connections. Systems usually allow 1,024 open files, some of which the queue needs."""
 
 
 class Connection(H11Protocol):
-    """A connection that is closed if requests begin and do not go on, or if there are too many."""
+    """A connection that is closed if a request stalls, or if there are too many connections."""
 
     _deadline: asyncio.TimerHandle | None = None
 
@@ -43,7 +43,7 @@ class Connection(H11Protocol):
             self._wait()
 
     def data_received(self, data: bytes) -> None:
-        """Take in a part of a request. More of it does not give the client more time."""
+        """Receive a part of a request, which does not give the client more time."""
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
             self._wait()
@@ -57,7 +57,7 @@ class Connection(H11Protocol):
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket at which connections wait from now on; port 0 is any that is free."""
+    """A listening socket, at which connections wait from now on; port 0 means any free port."""
     require(0 <= port < 65536, f"port is {port}, expected a number in [0, 65535]")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -81,11 +81,11 @@ def is_local(host: str) -> bool:
 
 
 class _Server(uvicorn.Server):
-    """A server that says when it is interrupted.
+    """A server that sets an event when it is interrupted.
 
     Args:
         config: its application and settings.
-        leaving: set at an interrupt.
+        leaving: set on an interrupt.
     """
 
     def __init__(self, config: uvicorn.Config, leaving: Event) -> None:
@@ -93,7 +93,7 @@ class _Server(uvicorn.Server):
         self._leaving = leaving
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to leave."""
+        """Begin to shut down."""
         self._leaving.set()
         super().handle_exit(sig, frame)
 
@@ -104,7 +104,7 @@ def run(app: ASGIApp, listener: socket.socket, leaving: Event | None = None) -> 
     Args:
         app: application.
         listener: socket at which connections wait.
-        leaving: set at the interrupt, a second before connections are cut: answers that go on should end then.
+        leaving: set on the interrupt, a second before connections are closed: open responses should then end.
     """
     config = uvicorn.Config(
         app,

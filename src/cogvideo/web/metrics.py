@@ -14,7 +14,7 @@ from cogvideo.web.jobs import Jobs
 
 
 class Metrics(Collector):
-    """Numbers since the server began; those of the queue are read when they are asked for."""
+    """Metrics since the server started; those of the queue are read when requested."""
 
     def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
@@ -70,5 +70,5 @@ class MetricsMiddleware:
             await self._app(scope, receive, send_counted)
         except Exception:
             if not is_answered:
-                count(500)  # which is sent further out
+                count(500)  # sent by an outer layer
             raise

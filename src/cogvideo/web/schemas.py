@@ -1,4 +1,4 @@
-"""Requests and responses. Names and fields are those of the video endpoint that clients know."""
+"""Requests and responses. Names and fields are those of the video endpoint that existing clients know."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Reference(BaseModel):
 
     model_config = _RULES
     image_url: str | None = None
-    """Picture as a data URL, `data:image/png;base64,...`; other addresses are not fetched."""
+    """Picture as a data URL, `data:image/png;base64,...`; other URLs are not fetched."""
     video_id: str | None = None
     """An earlier video of yours."""
     frame: int = Field(default=0, ge=0)
@@ -33,13 +33,13 @@ class Reference(BaseModel):
 
 
 class Remix(BaseModel):
-    """Differences of a clip from another one."""
+    """Changes to an earlier clip."""
 
     model_config = _RULES
     prompt: Text
     """Text to make a video of."""
     seed: Seed | None = None
-    """Seed; that of the other clip by default."""
+    """Seed; the other clip's by default."""
 
 
 class Failure(BaseModel):
@@ -50,7 +50,7 @@ class Failure(BaseModel):
 
 
 class Video(BaseModel):
-    """A video that is made or to be made."""
+    """A video, finished or not."""
 
     id: str
     object: Literal["video"] = "video"
@@ -113,7 +113,7 @@ class Page(BaseModel):
 
 
 class DeletionResponse(BaseModel):
-    """Confirmation that a video is gone."""
+    """Confirmation that a video was deleted."""
 
     id: str
     object: Literal["video.deleted"] = "video.deleted"
@@ -147,7 +147,7 @@ class Problem(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """Answer to a request that cannot be met."""
+    """Response to a request that cannot be fulfilled."""
 
     error: Problem
 
@@ -156,9 +156,9 @@ class RequestBody:
     """A request's body: fields, and files or references by name.
 
     Args:
-        fields: all that is not a reference.
+        fields: all fields that are not references.
         references: bytes of files, or dictionaries.
-        is_form: whether values are texts.
+        is_form: whether values are strings.
     """
 
     def __init__(self, fields: dict[str, Any], references: dict[str, Any], is_form: bool) -> None:
@@ -170,7 +170,7 @@ class RequestBody:
 
         Raises:
             HTTPException: it is neither, or cannot be read.
-            RequestValidationError: the JSON is no object.
+            RequestValidationError: the JSON is not an object.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "application/json":
@@ -192,7 +192,7 @@ class RequestBody:
 
     @property
     def wanted(self) -> ClipRequest:
-        """The clip.
+        """The requested clip.
 
         Raises:
             RequestValidationError: a field cannot be used.
@@ -205,7 +205,7 @@ class RequestBody:
             raise RequestValidationError(error.errors(include_url=False)) from error
 
     def reference(self, name: str) -> bytes | Reference | None:
-        """A file, or the frame that is meant; None if there is neither.
+        """A file, or a reference to frames; None if there is neither.
 
         Raises:
             RequestValidationError: a field cannot be used.
@@ -222,7 +222,7 @@ class RequestBody:
 
 
 async def _form(request: Request) -> dict[str, Any]:
-    """Fields of a form; `a[b]` is field b of a. Names of files do not matter."""
+    """Fields of a form; `a[b]` is field b of a. File names do not matter."""
     found: dict[str, Any] = {}
     async with request.form(max_files=3, max_fields=50) as form:
         for name, value in form.multi_items():
@@ -241,7 +241,7 @@ async def _form(request: Request) -> dict[str, Any]:
 
 
 def body_schema(form: dict[str, Any], **references: dict[str, Any]) -> dict[str, Any]:
-    """The body of a request as OpenAPI has it: JSON with references, or a form with files.
+    """The body of a request for OpenAPI: JSON with references, or a form with files.
 
     Args:
         form: schema of the fields.

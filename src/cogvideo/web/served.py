@@ -1,4 +1,4 @@
-"""The model that a server offers: clips that it can make, and requests for them."""
+"""The model that a server serves: clips that it can make, and requests for them."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from cogvideo.generation.request import (
 from cogvideo.pipeline import CogVideoPipeline
 
 LONGEST_TEXT = 2000
-"""Characters of a prompt; the model's own limit is lower, and counts tokens."""
+"""Maximum number of characters in a prompt; the model's own limit is lower, and counts tokens."""
 SECONDS = (0.5, LONGEST)
-"""Shortest and longest clip, without the frames that it continues."""
+"""Seconds of the shortest and the longest clip, without the frames that it continues."""
 MOST_FRAMES = 1000
-"""Frames of the longest clip, with those that it continues."""
+"""Number of frames of the longest clip, with those that it continues."""
 _RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
@@ -72,7 +72,7 @@ def wanted_of(work: str) -> ClipRequest:
     """The clip of a job.
 
     Raises:
-        ValueError: another version of this package queued it, with options that this one does not take.
+        ValueError: another version of this package queued it, with options that this one does not have.
     """
     try:
         return WANTED.validate_json(work)
@@ -136,7 +136,7 @@ class ServedModel:
         return self.pipeline.model.fingerprint or ""
 
     def completed(self, wanted: ClipRequest) -> ClipRequest:
-        """The same with all that is random or the model's own."""
+        """The same, with random values and the model's defaults filled in."""
         asked = wanted.model or self.name
         require(asked == self.name, f"model is {asked!r:.80}, expected {self.name}")
         size = wanted.size or self.sizes[0]
@@ -190,7 +190,7 @@ class ServedModel:
         require(length <= MOST_FRAMES, f"the clip would have {length} frames, expected {MOST_FRAMES} at most")
 
     def alike(self, wanted: ClipRequest, first: Start | None, last: Start | None) -> str:
-        """Hash of all that clips of a batch must share."""
+        """Hash of everything that clips in a batch must share."""
         shared = WANTED.dump_json(replace(wanted, prompt="x", seed=0)).decode()
         digests = [None if each is None else each.digest for each in (first, last)]
         return hashlib.sha256(f"{self.fingerprint} {shared} {digests}".encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""`cogvideo serve`: the application, and worker processes of its own."""
+"""`cogvideo serve`: the application and its worker processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cogvideo.web.site import ServerState
 from cogvideo.web.studio import router as studio
 
 SECONDS_TO_FULL, SECONDS_TO_REACH = 10, 2
-"""Values of Retry-After."""
+"""Values of Retry-After, in seconds."""
 DRAINING = 60
 """Seconds for a worker to finish its frame."""
 
@@ -87,7 +87,7 @@ def _full_disk(_: Request, error: OSError) -> JSONResponse:
 
 
 def _unable(message: str, reason: object) -> JSONResponse:
-    """Answer that it is the server's fault, whose log has the reason."""
+    """Respond that the server is at fault, and log the reason."""
     print(f"503: {str(reason).strip().partition(chr(10))[0]:.200}", file=sys.stderr, flush=True)
     return _problem(503, message, {"Retry-After": str(SECONDS_TO_REACH)})
 
@@ -108,7 +108,7 @@ ANSWERS: dict[Any, Any] = {
 
 
 def _without_security(app: FastAPI) -> None:
-    """Leave keys out of the description of an API that asks for none."""
+    """Leave keys out of the OpenAPI description if the server needs none."""
     described = app.openapi()
     described["components"].pop("securitySchemes", None)
     for path in described["paths"].values():
@@ -118,11 +118,11 @@ def _without_security(app: FastAPI) -> None:
 
 @contextmanager
 def workers(number: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> Iterator[None]:
-    """Worker processes, each started again when it dies. At the end they finish their frames and leave.
+    """Worker processes, each restarted when it dies. At the end, they finish their frames and exit.
 
     Args:
         number: number of processes.
-        work: what each does, called with the number and the arguments.
+        work: function that each runs, called with the number and the arguments.
         arguments: arguments of the work.
     """
     context = get_context("spawn")

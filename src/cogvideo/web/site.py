@@ -1,4 +1,4 @@
-"""The site that routes work with: a model, a queue, files, keys; and what becomes of an order."""
+"""The state that routes work with (a model, a queue, files and keys), and how it queues clips."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Order:
     last: Start | None = None
     """Frame to end with."""
     source: str | None = None
-    """Video that it is made from."""
+    """Video from which it is made."""
     repeat: str | None = None
     """Idempotency key."""
 
     @property
     def digest(self) -> str:
-        """Hash of the order, to tell a repeated one from another."""
+        """Hash of the order, to tell whether a repeated one is the same."""
         starts = [None if each is None else each.digest for each in (self.first, self.last)]
         return _hash(json.dumps([WANTED.dump_json(self.wanted).decode(), *starts, self.source]))
 
@@ -58,13 +58,13 @@ class ServerState:
     jobs: Jobs
     store: Store
     keys: Keys | None = None
-    """None where everybody who reaches the server may use it."""
+    """None if everybody who can reach the server may use it."""
     limits: Limits = field(default_factory=Limits)
     leaving: Event = field(default_factory=Event)
-    """Set when the server is to end."""
+    """Set when the server shuts down."""
 
     def find(self, owner: str, id: str, bulky: bool = False) -> Job:
-        """A video of an owner. Those of others do not exist for him."""
+        """A video of an owner. Other owners' videos count as missing."""
         job = self.jobs.find(id, owner, bulky) if re.fullmatch(ID, id) else None
         if job is None:
             refuse(404, "there is no such video")
@@ -75,7 +75,7 @@ class ServerState:
 
         Raises:
             ValueError: it cannot be made.
-            FullError: the owner has too many.
+            FullError: the owner has too many videos.
         """
         first, last = order.first, order.last
         wanted = self.served.completed(order.wanted)
@@ -107,7 +107,7 @@ class ServerState:
     def start(
         self, owner: str, reference: bytes | Reference | None, wanted: ClipRequest, most: int = 1
     ) -> Start | None:
-        """Frames that a reference means: one, or all of a video if `most` is larger.
+        """Frames of a reference: one, or all of a video if `most` is larger than 1.
 
         Raises:
             ValueError: it cannot be decoded, or there is no such frame.
@@ -156,7 +156,7 @@ class ServerState:
         return None if pixels is None else Start(pixels=pixels, num_frames=len(np.load(io.BytesIO(pixels))))
 
     def content(self, job: Job, variant: Variant) -> bytes | None:
-        """A variant of a completed clip, made when it is first asked for; None if the clip was deleted."""
+        """A variant of a completed clip, made when it is first requested; None if the clip was deleted."""
         found = self.store.get(job.id, variant)
         if found is not None:
             return found
@@ -173,7 +173,7 @@ class ServerState:
 
 
 def refuse(status: int, message: str, headers: dict[str, str] | None = None) -> NoReturn:
-    """Answer with an error."""
+    """Respond with an error."""
     raise HTTPException(status, message, headers)
 
 

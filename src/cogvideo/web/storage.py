@@ -1,4 +1,4 @@
-"""Files of videos, in a folder or in any store that fsspec knows. Names never come from requests."""
+"""Files of videos, in a folder or in any store that fsspec supports. Names never come from requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Store:
     """A folder for each video.
 
     Args:
-        url: folder, or an address such as `s3://bucket/folder`.
+        url: folder, or a URL such as `s3://bucket/folder`.
     """
 
     def __init__(self, url: str) -> None:
@@ -30,7 +30,7 @@ class Store:
         self._is_local = "file" in self._system.protocol
 
     def put(self, video: str, name: str, content: bytes) -> None:
-        """Write or replace a file, which is never half-written: other stores than folders see to that themselves."""
+        """Write or replace a file atomically; stores other than folders do this themselves."""
         path = self._path(video, name)
         if not self._is_local:
             with self._reaching():
@@ -57,7 +57,7 @@ class Store:
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
-        """Turn errors of a store's own kind, such as those of a broken connection to S3, into an OSError."""
+        """Turn a store's own errors, such as a broken connection to S3, into an OSError."""
         try:
             yield
         except Exception as error:
@@ -70,5 +70,5 @@ class Store:
 
 
 def frame_name(place: int) -> str:
-    """File of a frame."""
+    """File name of a frame."""
     return f"{place:05}.png"

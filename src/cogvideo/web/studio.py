@@ -1,4 +1,4 @@
-"""The studio: the page at `/` and its files. All that it shows and does comes from the API."""
+"""The studio: the page at `/` and its files. Everything it shows and does goes through the API."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def page() -> FileResponse:
 
 @router.get("/static/{name}")
 def file(name: str) -> FileResponse:
-    """Its style sheets and modules."""
+    """The page's style sheets and modules."""
     if name not in FILES:
         raise HTTPException(404)
     return FileResponse(FILES[name])

@@ -1,4 +1,4 @@
-"""The web page of raters. It never says which system made a clip, nor what kind a trial is."""
+"""The raters' web page. It never reveals which system made a clip, nor the kind of a trial."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FILES = {
     "study.js": STATIC / "study.js",
 }
 LARGEST_ANSWER = 10_000
-"""Bytes."""
+"""Maximum number of bytes in an answer."""
 
 
 class SubmittedAnswer(msgspec.Struct, forbid_unknown_fields=True):
@@ -40,7 +40,7 @@ class SubmittedAnswer(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Pages:
-    """Requests of a rater's page. The token in the path is the rater's key."""
+    """Request handlers of a rater's page. The token in the path is the rater's key."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -51,18 +51,18 @@ class Pages:
         return FileResponse(STATIC / "study.html")
 
     def file(self, request: Request) -> Response:
-        """Its style sheets and its script."""
+        """The page's style sheets and script."""
         path = FILES.get(request.path_params["name"])
         if path is None:
             raise HTTPException(404)
         return FileResponse(path)
 
     def trial(self, request: Request) -> Response:
-        """Progress, and the trial that is next unless all are answered."""
+        """Progress, and the next trial unless all are answered."""
         return JSONResponse(self._state(self._rater(request)))
 
     def clip(self, request: Request) -> Response:
-        """A clip of the trial that is next, by its number and side; no other can be had."""
+        """A clip of the next trial, by its number and side; no other clip is served."""
         shown = self.study.shown(self._rater(request).number)
         side = request.path_params["side"]
         if shown is None or shown.place != request.path_params["place"] or side >= len(shown.clips):
@@ -72,7 +72,7 @@ class Pages:
         return FileResponse(shown.clips[side], media_type="video/mp4")
 
     async def answer(self, request: Request) -> Response:
-        """Store an answer, then send the next trial; 409 where another trial is next."""
+        """Store an answer, then send the next trial; status code 409 if another trial is next."""
         rater = self._rater(request)
         if int(request.headers.get("content-length", LARGEST_ANSWER)) >= LARGEST_ANSWER:
             raise HTTPException(413)
@@ -118,7 +118,7 @@ def application(study: Study) -> Starlette:
 def serve(folder: Path, num_raters: int, port: int) -> None:
     """Serve a study to this machine until the process is interrupted, and print the links of its raters.
 
-    Raters are added until there are that many.
+    Raters are added until there are `num_raters`.
     """
     require(num_raters > 0, f"raters is {num_raters}, expected a positive number")
     study = Study(folder)

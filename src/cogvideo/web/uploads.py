@@ -1,6 +1,6 @@
-"""Uploaded pictures and videos, decoded in a process of their own with little memory and time.
+"""Uploaded pictures and videos, decoded in a separate process with limited memory and time.
 
-`python -m cogvideo.web.uploads FPS SIZE MOST MEMORY SECONDS` reads a file from its input and writes frames.
+`python -m cogvideo.web.uploads FPS SIZE MOST MEMORY SECONDS` reads a file from stdin and writes frames to stdout.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from cogvideo.config import InputError, Sides, size_of, size_text
 MEMORY = 2 * 2**30
 """Bytes of address space, most of which libraries reserve and never use."""
 SECONDS = 20
-"""Processor time, and a third of the time on the clock."""
+"""CPU time, and a third of the wall-clock time."""
 
 
 def decode(content: bytes, fps: float, size: Sides, most: int) -> UInt8[np.ndarray, "frames height width 3"]:
-    """Frames of a picture or video, as `media.video.read_video` sees them."""
+    """Frames of a picture or video, as `media.video.read_video` reads them."""
     command = [sys.executable, "-m", "cogvideo.web.uploads", *map(str, (fps, size_text(size), most, MEMORY, SECONDS))]
     settings = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")}
     limits = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -41,7 +41,7 @@ def decode(content: bytes, fps: float, size: Sides, most: int) -> UInt8[np.ndarr
 
 
 def _limit(memory: int, seconds: int) -> None:
-    """Take memory, time and files away from this process, where the system can."""
+    """Limit this process's memory and CPU time, and forbid writing files, if the system can."""
     with suppress(ImportError):
         import resource
 

@@ -1,4 +1,4 @@
-"""A worker: takes jobs from the queue, makes their clips in batches, and goes on where another worker died."""
+"""A worker: takes jobs from the queue, makes their clips in batches, and continues where another worker died."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from cogvideo.web.storage import Store, frame_name
 
 T = TypeVar("T")
 IDLE = 0.5
-"""Seconds between looks at an empty queue."""
+"""Seconds between polls of an empty queue."""
 AGAIN = 1.0
-"""Seconds between tries to reach a database."""
+"""Seconds between attempts to reach a database."""
 GIVEN, LAST = "given.npy", "last.npy"
 """Files with uploaded frames."""
 
 
 def work(sharing: int, *arguments: Any) -> None:
-    """Work until SIGTERM or Ctrl-C comes, or the process that started this one has died.
+    """Work until SIGTERM or Ctrl-C, or until the parent process has died.
 
     Args:
         sharing: number of workers that share the cores of this machine.
-        arguments: those of `open_worker`, without the first.
+        arguments: arguments of `open_worker`, except the first.
     """
     torch.set_num_threads(max(1, torch.get_num_threads() // sharing))
     stopping = Event()
@@ -68,13 +68,13 @@ def open_worker(
     running: int = 0,
     adapters: Mapping[str, float] = MappingProxyType({}),
 ) -> Worker:
-    """A worker, from what the command line says."""
+    """A worker, from values of the command line."""
     served = ServedModel(model, usable(device), adapters=adapters)
     return Worker(Jobs(queue), Store(files), served, batch, lease, running, stopping)
 
 
 def _outlive(stopping: Event) -> None:
-    """Wait for the end of the process that started this one."""
+    """Set `stopping` when the parent process ends."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -82,7 +82,7 @@ def _outlive(stopping: Event) -> None:
 
 
 class Worker:
-    """A worker. When it is to stop, it finishes the frame at hand and returns its jobs to the queue."""
+    """A worker. When told to stop, it finishes the current frame and returns its jobs to the queue."""
 
     def __init__(
         self, jobs: Jobs, store: Store, served: ServedModel, batch: int, lease: float, running: int, stopping: Event
@@ -93,7 +93,7 @@ class Worker:
 
     def run(self) -> None:
         """Work until `stopping` is set."""
-        with suppress(*Unreachable):  # only when it is to stop; its lease will end
+        with suppress(*Unreachable):  # only while stopping; its lease will expire
             while not self.stopping.is_set():
                 self._work()
 
@@ -110,7 +110,7 @@ class Worker:
             self._make(lease, jobs)
 
     def _tell_others(self) -> None:
-        """Say once that jobs wait for another model, as they do when a model was trained further."""
+        """Report once that jobs wait for another model, such as one before further training."""
         number = self._reach(lambda: self.jobs.others(self.served.fingerprint))
         if number and not self._is_told:
             told = f"waiting videos that need another model than {self.served.name} as it is now: {number}"
@@ -131,12 +131,12 @@ class Worker:
         return jobs[:number]
 
     def _make(self, lease: str, jobs: Sequence[Job]) -> None:
-        """Make clips as one batch; one by one if that fails, so that none suffers from another."""
+        """Make clips as one batch; if that fails, one by one, so that one failure does not affect the others."""
         try:
             self._make_batch(lease, self._fitting(lease, jobs))
         except Unreachable:
             raise
-        except OSError as error:  # no fault of the clips
+        except OSError as error:  # not the clips' fault
             print(f"waiting for the place of files: {error}", file=sys.stderr, flush=True)
             self._release(lease, jobs)
             self.stopping.wait(AGAIN)
@@ -157,7 +157,7 @@ class Worker:
         active = {clip.job.id: clip for clip in clips}
 
         def settle(held: dict[str, bool]) -> None:
-            """Put aside clips that are stopped, and those that belong to others now."""
+            """Set aside clips that are stopped, and those that other workers now have."""
             for id in [id for id in active if held.get(id, True)]:
                 self._close(lease, active.pop(id), is_held=id in held)
 
@@ -192,7 +192,7 @@ class Worker:
         return self.served.pipeline.encode(np.load(io.BytesIO(content), allow_pickle=False))
 
     def _close(self, lease: str, clip: _Clip, is_held: bool) -> None:
-        """Write the files of a clip that is whole or stopped. Files of a deleted job go with it."""
+        """Write the files of a complete or stopped clip. A deleted job's files are deleted with it."""
         id = clip.job.id
         if is_held:
             wanted = wanted_of(clip.job.work)
@@ -206,7 +206,7 @@ class Worker:
             self.store.remove(id)
 
     def _record(self, wanted: ClipRequest, clip: _Clip, places: range) -> dict[str, Any]:
-        """Facts to make the clip again; the hash of its codes is that of a sidecar."""
+        """Facts to regenerate the clip; its codes are hashed as in a sidecar."""
         codes = torch.stack([clip.codes[place] for place in places])
         given = {name: value for name, value in asdict(wanted).items() if value is not None}
         made = {"bundle": self.served.fingerprint, "codes": hashlib.sha256(codes.numpy().tobytes()).hexdigest()}
@@ -217,7 +217,7 @@ class Worker:
             self._reach(lambda: self.jobs.release(lease, [job.id for job in jobs]))
 
     def _reach(self, call: Callable[[], T]) -> T:
-        """The answer of the database, however long it is away. Waiting loses nothing: leases decide who goes on."""
+        """The response of the database, however long it is away. Waiting loses nothing: leases decide who continues."""
         is_told = False
         while True:
             try:
@@ -252,7 +252,7 @@ class Worker:
 
 
 class _Clip:
-    """A clip at work: its frames by place, those of earlier workers from their files."""
+    """A clip in progress: its frames by index, those of earlier workers from their files."""
 
     def __init__(self, job: Job, codes: Int64[Tensor, "frames slots"], store: Store) -> None:
         self.job = job

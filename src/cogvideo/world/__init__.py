@@ -1,9 +1,9 @@
-"""The World: captioned clips of small things that act, drawn from their number alone.
+"""The World: captioned clips of small things in action, each determined by its number alone.
 
-A clip shows an action of four seconds that fills it from start to end in phases, so that single neighboring frames do
-not tell what happens. Scenes, captions and attributes are the same everywhere. Pixels are computed in single precision
-with operations that IEEE 754 defines to the last bit, so that they agree between processes and, as far as the sines of
-the motion do (they are rounded once more), between machines.
+An action fills the four seconds of a clip from start to end, in phases, so that two neighboring frames do not show what
+happens. Scenes, captions and attributes are the same everywhere. Pixels are computed in single precision with
+operations that IEEE 754 defines to the last bit, so that they agree between processes and, as far as the sines of the
+motion do (which are rounded again), between machines.
 """
 
 from cogvideo.world.captions import captions

@@ -8,8 +8,8 @@ from cogvideo.world.figures import COLORS
 from cogvideo.world.scenes import OBJECTS, Scene, SceneChoices
 
 NUM_CAPTIONS = 3
-"""Captions of a clip. The first says everything; the others leave out each of direction, speed and background in one
-case of four, where the action does not need it. Object, color and action are always named, and a second figure too."""
+"""Captions per clip. The first says everything; the others omit each of direction, speed and background in one case of
+four, unless the action needs it. Object, color and action are always named, and so is a second figure."""
 
 OBJECT_WORDS: dict[str, tuple[str, ...]] = {name: (name,) for name in OBJECTS} | {
     "box": ("box", "parcel"),
@@ -32,13 +32,13 @@ SPEED_WORDS: dict[str, tuple[str, ...]] = {
     "slowly": ("slowly", "slowly", "unhurriedly"),
     "quickly": ("quickly", "rapidly", "swiftly"),
 }
-"""Words for the speed in front of the figure or of what it does."""
+"""Words for the speed, before the figure or its action."""
 
 SPEED_PHRASES: dict[str, tuple[str, ...]] = {
     "slowly": ("all slowly", "at a slow pace", "taking its time"),
     "quickly": ("all quickly", "at a fast pace", "in a hurry", "at high speed"),
 }
-"""Words for the speed, after what the figure does."""
+"""Words for the speed, after the action."""
 
 PLACE_WORDS: dict[str, tuple[str, ...]] = {
     "meadow": ("in a meadow", "on a green meadow", "on the grass"),
@@ -111,14 +111,14 @@ CLAUSES = (
     ("orbit", "flies[ {end}] around {other}"),
     ("orbit", "goes round and round {other}[ {end}]"),
 )
-"""Actions and clauses for them. Brackets hold parts that only some captions have."""
+"""Actions and clauses for them. Parts in brackets are in only some of the captions."""
 
 LIKE = {"up": "like a bubble", "down": "like a leaf"}
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
-    """Wordings of what a clip shows, each true; equal scenes have equal captions."""
+    """Captions of a clip, each true; equal scenes have equal captions."""
     return tuple(_caption(scene, number) for number in range(NUM_CAPTIONS))
 
 
@@ -133,7 +133,7 @@ def _caption(scene: Scene, number: int) -> str:
 
 
 def _figure(draws: SceneChoices, size: str, color: str, name: str) -> str:
-    """Such as `a small red ball`."""
+    """A figure in words, such as `a small red ball`."""
     words = draws.choose(SIZE_WORDS[size]) if draws.number(2) else ""
     phrase = f"{words} {draws.choose(COLOR_WORDS[color])} {draws.choose(OBJECT_WORDS[name])}".strip()
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"

@@ -1,6 +1,6 @@
 """Antialiased shapes in numpy: signed distances become coverage, and coverage mixes colors.
 
-Pixels see only additions, products, quotients, square roots and comparisons, which IEEE 754 rounds alike everywhere.
+Pixels are computed only by additions, products, quotients, square roots and comparisons, exactly defined by IEEE 754.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 Plane = Float32[np.ndarray, "..."]
-"""A number for each pixel of a stack of patches (frames, height, width), or what broadcasts to it."""
+"""A number for each pixel of a stack of patches (frames, height, width), or an array that broadcasts to it."""
 Color = tuple[float, float, float]
 """Red, green and blue from 0 to 255."""
 
 CHUNK = 14_000
-"""Pixels that are painted at a time, so that the planes stay in the cache and memory does not grow with the frame."""
+"""Pixels painted at a time, so that planes stay in the CPU cache and memory does not grow with the frame."""
 
 
 class Brush:
@@ -63,7 +63,7 @@ class Brush:
             plane += rest * value
 
     def tint(self, coverage: Plane, color: Color) -> None:
-        """Mix a color into what is there, without painting where nothing is."""
+        """Mix a color into what is there, without painting empty areas."""
         for plane, value in zip(self.color, color, strict=True):
             plane += coverage * (value * self.alpha - plane)
 
@@ -74,7 +74,7 @@ def disc(x: Plane, y: Plane, radius: float) -> Plane:
 
 
 def ellipse(x: Plane, y: Plane, width: float, height: float) -> Plane:
-    """Distance to an ellipse with these half axes, to first order near its edge."""
+    """Distance to an ellipse with these semi-axes, to first order near its edge."""
     across, along = x * (1 / width), y * (1 / height)
     level = np.sqrt(across * across + along * along)
     across, along = across * (1 / width), along * (1 / height)
@@ -83,7 +83,7 @@ def ellipse(x: Plane, y: Plane, width: float, height: float) -> Plane:
 
 
 def box(x: Plane, y: Plane, width: float, height: float, corner: float = 0.0) -> Plane:
-    """Distance to a rectangle with these half sides and rounded corners."""
+    """Distance to a rectangle with these half-sides and rounded corners."""
     across = np.abs(x) - (width - corner)
     along = np.abs(y) - (height - corner)
     inside = np.minimum(np.maximum(across, along), 0)
@@ -92,7 +92,7 @@ def box(x: Plane, y: Plane, width: float, height: float, corner: float = 0.0) ->
 
 
 def segment(x: Plane, y: Plane, start: tuple[float, float], end: tuple[float, float], radius: float) -> Plane:
-    """Distance to a line with round ends."""
+    """Distance to a line segment with round ends."""
     across, along = end[0] - start[0], end[1] - start[1]
     x, y = x - start[0], y - start[1]
     part = (x * across + y * along) * (1 / (across**2 + along**2))
@@ -101,7 +101,7 @@ def segment(x: Plane, y: Plane, start: tuple[float, float], end: tuple[float, fl
 
 
 def polygon(x: Plane, y: Plane, *corners: tuple[float, float]) -> Plane:
-    """Distance to a convex polygon, given clockwise; exact at its sides, less than the truth beyond a corner."""
+    """Distance to a convex polygon, given clockwise; exact at its sides, too small beyond a corner."""
     distance: Plane | None = None
     for (left, low), (right, high) in zip(corners, (*corners[1:], corners[0]), strict=True):
         length = float(np.hypot(right - left, high - low))
@@ -128,7 +128,7 @@ def star(x: Plane, y: Plane, radius: float, inner: float) -> Plane:
 
 
 class FrameBoxes(NamedTuple):
-    """Equal rectangles of pixels, one in each of some frames; they may reach beyond the frame."""
+    """Rectangles of pixels of equal size, one in each of some frames; they may reach beyond the frame."""
 
     numbers: tuple[int, ...]
     """Numbers of the frames."""
@@ -138,7 +138,7 @@ class FrameBoxes(NamedTuple):
     width: int
 
     def gather(self, frames: np.ndarray) -> np.ndarray:
-        """Content of the boxes, (boxes, height, width, ...), zero beyond the frame; one frame serves all boxes."""
+        """Content of the boxes, (boxes, height, width, ...), zero beyond the frame; a single frame serves all boxes."""
         shape = (len(self.numbers), self.height, self.width, *frames.shape[3:])
         patches = np.zeros(shape, frames.dtype)
         for patch, number, (there, here) in zip(patches, self.numbers, self._slices(frames), strict=True):
@@ -151,7 +151,7 @@ class FrameBoxes(NamedTuple):
             frames[number][there] = patch[here]
 
     def _slices(self, frames: np.ndarray) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-        """Part of each box inside the frame: in the frame and in the patch."""
+        """Slices of the part of each box inside the frame: in the frame, and in the patch."""
         rows, columns = frames.shape[1:3]
         for top, left in zip(self.tops, self.lefts, strict=True):
             above, before = max(top, 0), max(left, 0)
@@ -170,9 +170,9 @@ class FrameBoxes(NamedTuple):
 def boxes(
     size: int, numbers: np.ndarray, x: np.ndarray, y: np.ndarray, width: float, height: float
 ) -> Iterator[tuple[slice, FrameBoxes]]:
-    """Boxes around places (x, y) in the frames `numbers`, with half sides `width` and `height`, a few at a time.
+    """Boxes around positions (x, y) in the frames `numbers`, with half sides `width` and `height`, a few at a time.
 
-    Yields: the places as a slice, and their boxes.
+    Yields: the positions as a slice, and their boxes.
     """
     rows, columns = (2 * (int(np.ceil(half * size / 2)) + 1) for half in (height, width))
     tops = np.floor((1 - y) * size / 2).astype(int) - rows // 2

@@ -1,4 +1,4 @@
-"""Figures of the World: each paints itself into [-1, 1], looking to the right and standing at -0.95."""
+"""Figures of the World: each paints itself into [-1, 1], facing right and standing at -0.95."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ Figure = Callable[[Brush, Plane, Plane, Color], None]
 
 
 def toward(color: Color, goal: float, part: float) -> Color:
-    """A color on its way to black (`goal` 0) or white (255)."""
+    """A color shifted toward black (`goal` 0) or white (255)."""
     red, green, blue = (value + part * (goal - value) for value in color)
     return red, green, blue
 
 
 def darker(color: Color) -> Color:
-    """The color of second parts of a figure; black, which cannot be darker, gets lighter."""
+    """The color of a figure's secondary parts; black gets lighter instead."""
     return toward(color, 255, 0.22) if sum(color) < 240 else toward(color, 0, 0.25)
 
 
 def lighter(color: Color) -> Color:
-    """The color of marks on a figure; white gets darker."""
+    """The color of marks on a figure; white gets darker instead."""
     return toward(color, 0, 0.14) if sum(color) > 720 else toward(color, 255, 0.55)
 
 
@@ -59,7 +59,7 @@ def _eyes(brush: Brush, x: float, y: float, apart: float, main: Color) -> None:
 
 
 def ball(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
-    """A ball with a light band, so that one sees it roll."""
+    """A ball with a light band that shows it rolling."""
     whole = disc(x, y, 0.95)
     brush.fill(whole, main)
     brush.fill(np.maximum(whole + 0.02, np.abs(y) - 0.2), lighter(main))
@@ -93,7 +93,7 @@ def pyramid(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
 
 
 def ring(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
-    """A ring with four light marks, so that one sees it roll."""
+    """A ring with four light marks that show it rolling."""
     around = np.abs(disc(x, y, 0.7)) - 0.26
     brush.fill(around, main)
     marks = np.minimum(np.abs(x + y), np.abs(x - y)) - 0.16
@@ -187,7 +187,7 @@ FIGURES = {
     each.__name__: each
     for each in (ball, box, star, heart, pyramid, ring, flower, fish, bird, car, balloon, mushroom, moon, house, tree)
 }
-"""Functions that paint an object in a color, by its name."""
+"""Functions that paint an object in a color, by the object's name."""
 
 
 def shard(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
@@ -198,7 +198,7 @@ def shard(brush: Brush, x: Plane, y: Plane, main: Color) -> None:
 def paint(brush: Brush, figure: Figure, color: Color, shading: str, x: Plane, y: Plane) -> None:
     """Paint a figure in the coordinates of the brush.
 
-    `x` and `y` are the coordinates before the figure was turned: light always comes from above.
+    `x` and `y` are the coordinates before rotation: light always comes from above.
     """
     figure(brush, brush.x, brush.y, color)
     if shading == "soft":

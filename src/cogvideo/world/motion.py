@@ -1,4 +1,4 @@
-"""Actions of the World: places of things at each moment, as pure functions of the phase, which runs from 0 to 1.
+"""Actions of the World: positions of things at each moment, as pure functions of the phase, which runs from 0 to 1.
 
 The picture is [-1, 1] wide and high, y upwards. `way` is +1 for actions to the right (or clockwise, or up), -1 for left
 (counterclockwise, down): an action to the left is the mirror image of the one to the right.
@@ -18,22 +18,22 @@ Series = Float[np.ndarray, " frames"]
 GROUND = -0.62
 """Height of the line that things stand on."""
 FOOT = 0.95
-"""From the middle of a figure to where it stands, in radii."""
+"""Distance from a figure's center to the ground it stands on, in radii."""
 TOP = 1.15
-"""Height that swinging things hang from, just above the picture."""
+"""Height from which swinging things hang, just above the picture."""
 
 
 class Track:
-    """The way of a figure; constants hold all the time.
+    """The path of a figure; constants apply at all moments.
 
     Args:
         phase: the moments.
-        x: its middle, to the right.
-        y: its middle, upwards.
-        angle: its turn counterclockwise, in radians.
+        x: its center, to the right.
+        y: its center, upwards.
+        angle: its rotation counterclockwise, in radians.
         scale: its size as a multiple of its radius.
-        stretch: its height as a multiple of its own, and the inverse for its width: below 1 it is squashed.
-        facing: +1 where it looks to the right, -1 to the left.
+        stretch: factor on its height, and the inverse on its width: below 1, it is squashed.
+        facing: +1 where it faces right, -1 where it faces left.
     """
 
     def __init__(
@@ -70,22 +70,22 @@ class Cast(NamedTuple):
     """Facts about the figures that an action needs; radii are in units of the picture."""
 
     way: float
-    """+1 or -1, see above; for actions without direction, the side that the figure looks to."""
+    """+1 or -1, see above; for actions without direction, the side that the figure faces."""
     radius: float
     other_radius: float
     rolls: bool
     """The actor is round: it turns as it moves along the ground."""
     behind: bool
-    """It passes behind the other figure, not in front of it."""
+    """The actor passes behind the other figure, not in front of it."""
     shift: float
-    """Place in the picture, from -1 to 1; a little variety between clips."""
+    """Position in the picture, from -1 to 1; a little variety between clips."""
 
 
 Action = Callable[[Series, Cast], Play]
 
 
 def glide(phase: Series, times: tuple[float, ...], values: tuple[float, ...]) -> Series:
-    """Values at times, and between them smooth transitions that start and end at rest."""
+    """Values at given times, with smooth transitions between them that start and end at rest."""
     number = np.clip(np.searchsorted(times, phase, side="right") - 1, 0, len(times) - 2)
     start, end = np.array(times)[number], np.array(times)[number + 1]
     part = np.clip((phase - start) / (end - start), 0, 1)
@@ -95,7 +95,7 @@ def glide(phase: Series, times: tuple[float, ...], values: tuple[float, ...]) ->
 
 
 def leaps(phase: Series, times: tuple[float, ...], heights: tuple[float, ...]) -> Series:
-    """Height over the ground: a parabola between each pair of neighboring times, 0 before and after."""
+    """Height above the ground: a parabola between each pair of neighboring times, 0 before and after."""
     height = np.zeros_like(phase)
     for start, end, most in zip(times[:-1], times[1:], heights, strict=True):
         part = (phase - start) / (end - start)
@@ -110,17 +110,17 @@ def squash(phase: Series, times: tuple[float, ...], depth: float = 0.17, width: 
 
 
 def standing(radius: float, stretch: Series | float = 1.0, scale: Series | float = 1.0) -> Series | float:
-    """Height of the middle of a figure that stands on the ground."""
+    """Height of the center of a figure that stands on the ground."""
     return GROUND + FOOT * radius * stretch * scale
 
 
 def outside(radius: float) -> float:
-    """Place of a figure that has just left the picture."""
+    """Position of a figure that has just left the picture."""
     return 1.08 + 1.15 * radius
 
 
 def _rolling(cast: Cast, x: Series) -> Series | float:
-    """The angle of something round that has come to x without slipping."""
+    """The angle of something round that has rolled to x without slipping."""
     return -x / (FOOT * cast.radius) if cast.rolls else 0.0
 
 
@@ -279,7 +279,7 @@ def _stands(
 
 
 def chase(phase: Series, cast: Cast) -> Play:
-    """The other figure hops away and out of the picture, the actor runs after it and stays behind."""
+    """The other figure hops away and out of the picture, the actor runs after it and falls behind."""
     x = cast.way * glide(phase, (0, 0.92), (-0.95, 0.25))
     flight = np.interp(phase, (0, 0.72), (-0.95 + cast.radius + cast.other_radius + 0.08, outside(cast.other_radius)))
     times = (0.0, 0.18, 0.36, 0.54, 0.72)

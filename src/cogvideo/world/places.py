@@ -18,7 +18,7 @@ WHITE: Color = (255, 255, 255)
 
 
 def _at(brush: Brush, x: float, y: float) -> tuple[Plane, Plane]:
-    """Coordinates relative to a place."""
+    """Coordinates relative to a position."""
     return brush.x - x, brush.y - y
 
 
@@ -43,7 +43,7 @@ def _fir(brush: Brush, x: float, height: float, color: Color) -> None:
 
 
 def _dots(brush: Brush, places: tuple[tuple[float, float, float], ...], color: Color, opacity: float = 1.0) -> None:
-    """Discs at (x, y) of some radius; the smallest fade instead of falling between pixels."""
+    """Discs at (x, y) of some radius; the smallest fade rather than vanish between pixels."""
     for x, y, radius in places:
         brush.fill(disc(*_at(brush, x, y), radius), color, opacity)
 
@@ -129,7 +129,7 @@ def _sunset(brush: Brush, ground: Brush) -> None:
 
 def _city(brush: Brush, ground: Brush) -> None:
     towers = ((-0.85, 0.2, 0.7), (-0.42, 0.18, 1.0), (-0.02, 0.16, 0.56), (0.4, 0.2, 0.86), (0.84, 0.18, 0.6))
-    above = brush.y - np.round(brush.y * 5) * 0.2  # the nearest of rows of windows
+    above = brush.y - np.round(brush.y * 5) * 0.2  # offset from the nearest row of windows
     for x, width, height in towers:
         brush.fill(box(*_at(brush, x, HORIZON), width, height), (142, 158, 188))
         windows = box(np.abs(brush.x - x) - width / 2.2, above, 0.045, 0.055)
@@ -146,9 +146,9 @@ class Place(NamedTuple):
     sky: tuple[Color, Color]
     ground: tuple[Color, Color]
     rise: float
-    """Height of the ground in the middle over that at the sides."""
+    """Height of the ground in the middle above that at the sides."""
     clashes: tuple[str, ...]
-    """Colors that would not be seen well here: no figure has them."""
+    """Colors that are hard to see here: no figure has them."""
     things: Callable[[Brush, Brush], None] = lambda brush, ground: None
     """Paints things in front of the sky and on the ground."""
 

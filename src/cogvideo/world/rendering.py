@@ -1,4 +1,4 @@
-"""The pictures of a scene: everything that is in it, drawn over its background frame by frame."""
+"""The pictures of a scene: everything in it, drawn over its background frame by frame."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ SECONDS = 4.0
 """Time from the first to the last frame of a whole clip."""
 
 RADII = {"small": 0.26, "medium": 0.33, "large": 0.41}
-"""Half the size of a figure that is alone, in units of half the picture."""
+"""Radius of a single figure, in units of half the picture."""
 
 CROWDED = 0.82
-"""Size of figures in actions of two, as a share of the usual one."""
+"""Size of figures in actions of two, as a share of a single figure's."""
 
 STRING = (150.0, 140.0, 140.0)
 
@@ -35,7 +35,7 @@ def render(
 ) -> UInt8[np.ndarray, "frames {size} {size} 3"]:
     """Frames of a scene, red, green and blue: frame k shows the moment `k / fps` seconds.
 
-    After `SECONDS` the picture stays as it is. Each size shows the same picture, antialiased.
+    After `SECONDS`, the picture no longer changes. Every size shows the same picture, antialiased.
 
     Raises:
         ValueError: `size` is below 16, or `fps` or `num_frames` is not positive.
@@ -51,7 +51,7 @@ def render(
 
 
 def phases(scene: Scene, seconds: np.ndarray) -> np.ndarray:
-    """Share of the action that is over at some moments."""
+    """Share of the action completed at given moments."""
     return np.clip((seconds - scene.delay) / DURATIONS[scene.speed], 0, 1)
 
 
@@ -66,7 +66,7 @@ def _cast(scene: Scene) -> Cast:
 
 
 def _draw(frames: np.ndarray, scene: Scene, cast: Cast, play: Play) -> None:
-    """Put everything over the background, the farthest first."""
+    """Draw everything over the background, the farthest first."""
     actor = (play.actor, scene.object, scene.colour, cast.radius)
     figures = [actor]
     if play.other is not None:
@@ -93,7 +93,7 @@ def _figure(
     radius: float,
     visible: np.ndarray | None,
 ) -> None:
-    """Draw a figure in all frames where it is to be seen."""
+    """Draw a figure in all frames where it is visible."""
     size, unit = frames.shape[1], radius * track.scale
     tall = track.scale * np.maximum(track.stretch, 1 / track.stretch)
     reach = radius * 1.22 * float(tall.max(initial=0))
@@ -143,7 +143,7 @@ def _shadow(frames: np.ndarray, track: Track, radius: float) -> None:
 
 
 def _string(frames: np.ndarray, track: Track, radius: float) -> None:
-    """The line from above the picture that a swinging figure hangs on."""
+    """The string from above the picture that a swinging figure hangs on."""
     size, sine, cosine = frames.shape[1], np.sin(track.angle), np.cos(track.angle)
     hand_x, hand_y = track.x - 0.7 * radius * sine, track.y + 0.7 * radius * cosine
     top_x = track.x - (TOP - track.y) * sine / cosine

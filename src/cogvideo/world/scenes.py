@@ -1,4 +1,4 @@
-"""Scenes of the World: attributes drawn from the number of a clip, and the rule that holds pairs out.
+"""Scenes of the World: attributes drawn from the number of a clip, and the rule for held-out pairs.
 
 Everything is integer arithmetic on a BLAKE2 hash of the number: the same on every machine and in every process.
 """
@@ -25,11 +25,11 @@ class Act(NamedTuple):
 
     play: motion.Action
     directions: tuple[str, ...]
-    """First directions of the actor; the first is the `way` +1 of the play, the second -1."""
+    """Initial directions of the actor; the first is `way` +1 of the play, the second -1."""
     relations: tuple[str, ...] = ()
     """Relations of the actor to the second figure, for actions of two."""
     unfit: tuple[str, ...] = ()
-    """Objects that cannot do it, or not so that one sees it."""
+    """Objects that cannot do it, or not visibly."""
 
 
 _SIDEWAYS, _ROUND = ("right", "left"), ("clockwise", "counterclockwise")
@@ -63,7 +63,7 @@ ROLLING = ("ball", "ring")
 """Objects that turn as they move along the ground."""
 
 VALIDATION_EVERY = 20
-"""Number of clips that are not held out, of which one is in the split `validation`."""
+"""One in this many clips that are not held out is in the split `validation`."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Domain:
     """Attributes that scenes are drawn from, each as likely as the others."""
 
     key: str
-    """Start of the text that a scene's choices follow from."""
+    """Start of the text that determines a scene's choices."""
     objects: tuple[str, ...] = OBJECTS
     colors: tuple[str, ...] = tuple(COLORS)
-    """Colors of figures, less those that clash with the background."""
+    """Colors of figures, except those that clash with the background."""
     sizes: tuple[str, ...] = SIZES
     """Sizes of the actor."""
     actions: tuple[str, ...] = tuple(ACTS)
@@ -83,7 +83,7 @@ class Domain:
     delays: int = 17
     """Number of possible delays, in steps of 1/80 of a second from 0."""
     shifts: int = 128
-    """Number of places on either side of the middle of the picture, in steps of 1/128."""
+    """Number of positions on either side of the middle of the picture, in steps of 1/128."""
 
 
 DOMAINS: dict[str, Domain] = {
@@ -100,13 +100,13 @@ DOMAINS: dict[str, Domain] = {
         shifts=0,
     ),
 }
-"""All of the World; and large figures of clearly different outline, one a scene, in the middle of the picture, whose
-actions look different in five key frames: what a small model can be right about."""
+"""All of the World; and large figures with clearly different outlines, one per scene, in the middle of the picture,
+whose actions look different in five key frames: simple enough for a small model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Everything that decides a clip and its captions."""
+    """Everything that determines a clip and its captions."""
 
     index: int
     """Number of the clip; it chooses the wording of the captions."""
@@ -126,9 +126,9 @@ class Scene:
     delay: float
     """Seconds before the action starts, up to 0.2."""
     shift: float
-    """Place in the picture, -1 to 1."""
+    """Position in the picture, -1 to 1."""
     facing: str
-    """Side that the actor looks to if the action does not say it: left or right."""
+    """Side that the actor faces if the action does not determine it: left or right."""
     other_object: str = ""
     """The second figure of actions of two, else empty; its size is between small and medium."""
     other_colour: str = ""
@@ -162,13 +162,13 @@ class Scene:
 
 
 class SceneChoices:
-    """Choices that follow from a text alone."""
+    """Choices determined by a text alone."""
 
     def __init__(self, key: str) -> None:
         self._bits = int.from_bytes(hashlib.blake2b(key.encode()).digest(), "little")
 
     def number(self, end: int) -> int:
-        """One of 0 to `end` - 1; 512 bits last for dozens of choices without a visible bias."""
+        """One of 0 to `end` - 1; 512 bits are enough for dozens of choices without noticeable bias."""
         self._bits, number = divmod(self._bits, end)
         return number
 
@@ -221,17 +221,18 @@ def attributes(scene: Scene) -> dict[str, str]:
 
 
 def held_out_color(object: str, color: str) -> bool:
-    """True if no object of this kind has this color in `train`: a tenth of the pairs, spread over all of both."""
+    """True if no object of this kind has this color in `train`: a tenth of the pairs, spread over all objects and
+    colors."""
     return (7 * OBJECTS.index(object) + list(COLORS).index(color)) % 10 == 3
 
 
 def held_out_action(object: str, action: str) -> bool:
-    """True if this object never does this in `train`: a tenth of the pairs, spread over all of both."""
+    """True if this object never does this in `train`: a tenth of the pairs, spread over all objects and actions."""
     return (3 * OBJECTS.index(object) + list(ACTS).index(action)) % 10 == 6
 
 
 def is_held_out(scene: Scene) -> bool:
-    """True if a scene holds a held-out pair: object and color of either figure, or object and action of the actor."""
+    """True if a scene has a held-out pair: object and color of either figure, or object and action of the actor."""
     return (
         held_out_color(scene.object, scene.colour)
         or held_out_action(scene.object, scene.action)
@@ -240,10 +241,10 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def split(clip: int | Scene) -> Split:
-    """The split of a clip: `held_out` if it holds a held-out pair, of the rest a twentieth `validation`.
+    """The split of a clip: `held_out` if it has a held-out pair; a twentieth of the rest is `validation`.
 
-    The validation clips of the full World are those with every twentieth number. In a smaller domain many numbers show
-    the same picture, so that the content decides: no clip of `validation` looks like one of `train`.
+    The validation clips of the full World are those with every twentieth number. In a smaller domain, many numbers show
+    the same picture, so the content decides: no clip of `validation` looks like one of `train`.
 
     Raises:
         ValueError: the number is negative.

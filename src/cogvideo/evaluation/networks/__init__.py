@@ -1,1 +1,1 @@
-"""Networks that metrics are defined by, and where their weights come from."""
+"""Networks that define metrics, and the sources of their weights."""

@@ -1,7 +1,7 @@
 """C3D (arXiv 1412.0767) fine-tuned on UCF-101, the network of the Inception Score of videos, as TGAN-v2 uses it.
 
 The score depends on details that ports get wrong: poolings round sizes up, and frames are resized corner to corner.
-Weights and the mean clip are NumPy archives by the names of the authors' Chainer model; users bring them.
+Weights and the mean clip are NumPy archives with the names of the authors' Chainer model; users provide them.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ CONVOLUTIONS = {
     "conv5a": (512, 512),
     "conv5b": (512, 512),
 }
-"""Channels before and after."""
+"""Input and output channels."""
 POOLED = ("conv1a", "conv2a", "conv3b", "conv4b", "conv5b")
-"""Layers that a pooling follows. The first pools frames alone."""
+"""Layers followed by a pooling. The first pools only within frames."""
 DENSE = {"fc6": (8192, 4096), "fc7": (4096, 4096), "fc8": (4096, 101)}
 FRAMES, SIDE = 16, 112
 MEAN_SIDE = 128
-"""Height and width of the mean clip, whose middle is used."""
+"""Height and width of the mean clip; its center is used."""
 MEAN = (3, FRAMES, MEAN_SIDE, MEAN_SIDE)
 WHITE = 128
-"""A pixel of 1 in the values that the network was trained on, before its mean is subtracted; -1 is as far below 0."""
+"""Value of 1 in the range that the network was trained on, before the mean is subtracted; -1 is its negative."""
 
 
 class C3D(nn.Module):
@@ -71,15 +71,15 @@ class C3D(nn.Module):
     def prepare(
         self, clips: Float[Tensor, "batch 3 frames height width"]
     ) -> Float[Tensor, "batch 3 frames rows columns"]:
-        """Clips as the network was trained on them: BGR, resized, without their mean."""
+        """Clips as the network was trained on them: BGR, resized, minus the mean clip."""
         bgr = clips.flip(1) * WHITE
-        resized = F.interpolate(bgr, (FRAMES, SIDE, SIDE), mode="trilinear", align_corners=True)  # frames stay
+        resized = F.interpolate(bgr, (FRAMES, SIDE, SIDE), mode="trilinear", align_corners=True)  # same length
         first, last = (MEAN_SIDE - SIDE) // 2, (MEAN_SIDE + SIDE) // 2
         return resized + WHITE - self.mean[..., first:last, first:last]
 
 
 def load_c3d(weights: Path, mean: Path) -> C3D:
-    """C3D with the weights of `.npz` files: arrays `conv1a/W`, `conv1a/b` to `fc8/b`, and the mean clip alone.
+    """C3D with weights from `.npz` files: arrays `conv1a/W`, `conv1a/b` to `fc8/b` in one, the mean clip in the other.
 
     All names may begin with `c3d/`.
     """
@@ -90,7 +90,7 @@ def load_c3d(weights: Path, mean: Path) -> C3D:
 
 
 def build_c3d(arrays: dict[str, NDArray[np.float32]], mean: NDArray[np.float32], where: object) -> C3D:
-    """C3D with arrays by the names of Chainer's model, called `where` in messages."""
+    """C3D with arrays named as in the Chainer model; messages call them `where`."""
     with torch.device("meta"):
         model = C3D()
     state = {"mean": torch.tensor(mean.reshape(MEAN))}
@@ -107,7 +107,7 @@ def build_c3d(arrays: dict[str, NDArray[np.float32]], mean: NDArray[np.float32],
 
 
 def _read(path: Path) -> dict[str, NDArray[np.float32]]:
-    """The arrays of an archive that may come from anywhere: nothing in it is executed."""
+    """The arrays of an untrusted archive: nothing in it is executed."""
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)

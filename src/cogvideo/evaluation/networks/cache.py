@@ -1,4 +1,4 @@
-"""Where weights that were fetched lie: `COGVIDEO_CACHE`, else `cogvideo` in the user's cache folder (XDG)."""
+"""Location of fetched weights: `COGVIDEO_CACHE`, else `cogvideo` in the user's cache folder (XDG)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VARIABLE = "COGVIDEO_CACHE"
 
 
 def cache_folder() -> Path:
-    """The folder of everything that can be had again; it may not exist yet."""
+    """The folder of everything that can be fetched or computed again; it may not exist yet."""
     if own := os.environ.get(VARIABLE):
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -19,12 +19,12 @@ def cache_folder() -> Path:
 
 
 def network_path(name: str) -> Path:
-    """Where the weights of a network lie once they are fetched, such as `lpips-vgg`."""
+    """Path of a network's weights once they are fetched, such as `lpips-vgg`."""
     return cache_folder() / "networks" / f"{name}.safetensors"
 
 
 def fetched(name: str) -> Path:
-    """The same, for weights that must be there."""
+    """The same, for weights that must exist."""
     path, command = network_path(name), f"cogvideo fetch {name.partition('-')[0]}"
     require(path.is_file(), f"there is no {path}, expected the weights that `{command}` puts there")
     return path

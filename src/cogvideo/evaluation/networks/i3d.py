@@ -1,8 +1,8 @@
 """I3D, the network of FVD: Inception inflated to three dimensions (arXiv 1705.07750), trained on Kinetics-400.
 
 Tensors have the names and the layout of the official checkpoint `rgb_scratch`, which is what TF-Hub's
-`i3d-kinetics-400/1` holds. `i3d_crc32c.json` lists their checksums, by which any copy is proven: FVD by another network
-is not FVD.
+`i3d-kinetics-400/1` holds. `i3d_crc32c.json` lists their checksums, which verify any copy: FVD by another network is
+not FVD.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cogvideo.config import InputError, require
 from cogvideo.models.perceptual import check_shapes
 
 SCOPE = "RGB/inception_i3d/"
-"""Beginning of all names in the checkpoint."""
+"""Prefix of all names in the checkpoint."""
 EPS = 1e-3
 """Added to the variance by the official graph. TATS, VideoGPT and cd-fvd add 1e-5, which moves logits by up to 0.3."""
 SIDE = 224
@@ -52,7 +52,7 @@ MIXED = {
     "Mixed_5b": (832, (256, 160, 320, 32, 128, 128)),
     "Mixed_5c": (832, (384, 192, 384, 48, 128, 128)),
 }
-"""Channels before a module, and those of its six convolutions, branch by branch."""
+"""Input channels of a module, and output channels of its six convolutions, branch by branch."""
 POOLS: dict[str, tuple[Size, Size]] = {
     "Conv3d_1a_7x7": ((1, 3, 3), (1, 2, 2)),
     "Conv3d_2c_3x3": ((1, 3, 3), (1, 2, 2)),
@@ -79,7 +79,7 @@ class I3D(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, clips: Float[Tensor, "batch 3 frames height width"]) -> Float[Tensor, "batch classes"]:
-        """Logits of clips with pixels in [-1, 1], 224 x 224, nine frames at least, averaged over time."""
+        """Logits of clips with pixels in [-1, 1], 224 x 224, at least nine frames, averaged over time."""
         frames, height, width = clips.shape[2:]
         require((height, width) == (SIDE, SIDE), f"frames are {height} x {width} pixels, expected {SIDE} x {SIDE}")
         require(frames >= LEAST_FRAMES, f"clips have {frames} frames, expected at least {LEAST_FRAMES} for I3D")
@@ -123,7 +123,7 @@ class _Unit(nn.Module):
 
 
 class _Mixed(nn.ModuleDict):
-    """Four branches side by side."""
+    """Four parallel branches."""
 
     def __init__(self, name: str, before: int, widths: Sequence[int], eps: float) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class _Mixed(nn.ModuleDict):
 
 
 class _Logits(nn.Module):
-    """Means of windows, classes of each, their mean."""
+    """Average pooling, logits at each position in time, and their mean."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class _Logits(nn.Module):
 
 
 def load_i3d(path: Path, eps: float = EPS, proven: bool = True) -> I3D:
-    """I3D with the weights of a safetensors file by the names of the official checkpoint.
+    """I3D with the weights of a safetensors file that has the names of the official checkpoint.
 
     If `proven`, each tensor must have the checksum of the official one. `eps` is that of the normalization.
     """
@@ -166,7 +166,7 @@ def load_i3d(path: Path, eps: float = EPS, proven: bool = True) -> I3D:
 
 
 def build_i3d(tensors: Mapping[str, NDArray[np.float32]], eps: float = EPS) -> I3D:
-    """I3D with tensors of the names and the layout of the official checkpoint, whatever they hold."""
+    """I3D with tensors that have the names and the layout of the official checkpoint, whatever their values."""
     with torch.device("meta"):
         model = I3D(eps)
     state = {name: torch.from_numpy(_to_torch(tensors[checkpoint_name(name)])) for name in model.state_dict()}
@@ -181,7 +181,7 @@ def checkpoint_name(name: str) -> str:
 
 
 def check_i3d(tensors: Mapping[str, NDArray[np.float32]], where: object) -> None:
-    """Refuse tensors that are not, to the bit, those of the official checkpoint."""
+    """Refuse tensors that are not bit-identical to those of the official checkpoint."""
     _check_names(tensors, where)
     expected = _checksums()
     changed = [name for name, checksum in expected.items() if masked_crc32c(tensors[name]) != checksum]
@@ -200,7 +200,7 @@ def _check_names(tensors: Mapping[str, NDArray[np.float32]], where: object) -> N
 
 def masked_crc32c(tensor: NDArray[np.float32]) -> int:
     """Checksum of a tensor's bytes as TensorFlow writes it into the index of a checkpoint."""
-    import google_crc32c  # of the extra `eval`
+    import google_crc32c  # from the extra `eval`
 
     checksum = google_crc32c.value(np.ascontiguousarray(tensor, "<f4").tobytes())
     return ((checksum >> 15 | checksum << 17) + CRC_MASK) & 0xFFFFFFFF
@@ -217,9 +217,9 @@ def _to_torch(tensor: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _pool(x: Tensor, kernel: Size, stride: Size) -> Tensor:
-    """Largest values under a window, one dimension after the other: on a CPU, a fifth of the time of `max_pool3d`.
+    """Max pooling, one dimension after the other: on a CPU, a fifth of the time of `max_pool3d`.
 
-    They follow a ReLU, so zeros at the edge hide none.
+    It follows a ReLU, so zero padding hides no value.
     """
     x, (frames, rows, columns) = _padded(x, kernel, stride)
     x = F.pad(x, (columns, columns, rows, rows, frames, frames))
@@ -229,7 +229,7 @@ def _pool(x: Tensor, kernel: Size, stride: Size) -> Tensor:
 
 
 def _padded(x: Tensor, kernel: Size, stride: Size) -> tuple[Tensor, Size]:
-    """TensorFlow's padding SAME: what is left to pad on both sides, and a clip padded where the end needs one more."""
+    """TensorFlow's padding SAME: the clip, padded where its end needs one more, and the padding left for both sides."""
     both, ends = [], []
     for size, window, step in zip(x.shape[2:], kernel, stride, strict=True):
         total = max((math.ceil(size / step) - 1) * step + window - size, 0)

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 PYPI = "https://pypi.org/simple/"
 TIMEOUT = 60.0
-"""Seconds that a server may be silent, unless pip's settings say another time."""
+"""Seconds that a server may be silent, unless pip's settings give another timeout."""
 CHUNK = 1 << 16
-"""Bytes that are written at once."""
+"""Bytes per write."""
 
 
 @dataclass(frozen=True)
 class SourceDistribution:
-    """One file of a package index, known by its hash."""
+    """One file of a package index, identified by its hash."""
 
     project: str
     version: str
@@ -39,7 +39,7 @@ class SourceDistribution:
     sha256: str
 
     def verify(self, path: Path, where: object) -> None:
-        """Refuse a file, which messages call `where`, that is another one."""
+        """Refuse any other file; messages call it `where`."""
         size, prefix = path.stat().st_size, f"{where} is not the source distribution {self.project} {self.version}"
         require(size == self.num_bytes, f"{prefix}: it has {size:,} bytes, expected {self.num_bytes:,}")
         got = sha256_of(path)
@@ -116,7 +116,7 @@ def _file(client: PyPISimple, wanted: SourceDistribution, timeout: float) -> str
 
 
 def _credentials(index: str, file: str) -> tuple[str, str] | None:
-    """Name and password of an index, for files on the same host alone."""
+    """Name and password of an index, only for files on the same host."""
     parts = urlsplit(index)
     if not parts.username or parts.hostname != urlsplit(file).hostname:
         return None
@@ -140,7 +140,7 @@ def _save(
 
 
 def _reason(error: RequestException) -> str:
-    """Why a request failed, in a few words; the error's own are a paragraph."""
+    """Why a request failed, in a few words; the error's own message is a paragraph."""
     from requests import exceptions
 
     if error.response is not None:

@@ -1,4 +1,4 @@
-"""Arrays of a pickle from anywhere. Nothing that it names is imported or called, NumPy's own classes included."""
+"""Arrays of an untrusted pickle. Nothing that it names is imported or called, not even NumPy's own classes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def read_arrays(content: bytes, where: object) -> dict[str, NDArray[np.float32]]
         return dict(_leaves(_Unpickler(io.BytesIO(content)).load(), ""))
     except _Refused as error:
         raise InputError(f"{where} is refused: {error}") from None
-    except Exception as error:  # what is raised by bytes that mean nothing depends on the bytes
+    except Exception as error:  # invalid bytes may raise anything
         raise InputError(f"{where} is refused: it is no whole pickle of arrays") from error
 
 
 class _Refused(Exception):
-    """Something else than arrays."""
+    """The pickle has something other than arrays."""
 
 
 class _Dtype:
@@ -40,7 +40,7 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for an array, whose content a pickle gives last."""
+    """Stands for an array, whose content comes last in a pickle."""
 
     values: NDArray[np.float32]
 
