@@ -30,7 +30,7 @@ from cogvideo.layout import SequenceLayout
 from cogvideo.models.attention import attend, split_heads
 from cogvideo.models.plans import full_pass
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer, inherit, initialize
-from cogvideo.planning.training import flops_a_position, training
+from cogvideo.planning.training import flops_per_position, training
 from cogvideo.training.objectives.task import Objective
 from cogvideo.training.objectives.video import VideoBatch, VideoTask
 from cogvideo.training.optim import StageOptimization, trained
@@ -245,7 +245,7 @@ def _check_losses(case: Case, masks: DenseMasks) -> None:
 
 def _speed(case: Case, seconds: float, rate: float) -> dict[str, float]:
     tokens = case.positions / seconds
-    work = flops_a_position(case.model)
+    work = flops_per_position(case.model)
     return {"tokens per second": tokens, "utilization": tokens * work / rate, "matrix GFLOP/s": rate / 1e9}
 
 

@@ -50,6 +50,6 @@ def test_a_section_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pyt
 
 def test_the_time_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a machine that one has for minutes: no section begins when the time is over."""
-    monkeypatch.setattr(cuda, "MOST_SECONDS", -1)
+    monkeypatch.setattr(cuda, "MAX_SECONDS", -1)
     assert cuda.main(["machine", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert list(figures(tmp_path)["machine"]) == ["did not run: the time was over"]

@@ -30,7 +30,7 @@ from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, SIZE, Reader, resized
 from cogvideo.evaluation.subjects import TEMPLATE, read_animation, unseen_background
 from cogvideo.generation import hierarchy
-from cogvideo.generation.request import MOST_CONTEXT, Request
+from cogvideo.generation.request import MAX_CONTEXT, Request
 from cogvideo.generation.sampling import spawn
 from cogvideo.generation.upscale import enlarge
 from cogvideo.media.images import contact_sheet, evenly, write_image
@@ -235,7 +235,7 @@ def _joints(pipeline: CogVideoPipeline, prompts: Sequence[str], sheet: Path | No
         made.extend(collect(pipeline.frames(Request([prompt], generators, settings)), FPS).frames)
     changes = np.abs(np.diff(np.stack(made).astype(np.float32), axis=1)).mean((2, 3, 4))
     gaps = np.arange(changes.shape[1]) // 2**settings.rounds
-    is_joint = (gaps >= sizes.num_frames - 1) & ((gaps - sizes.num_frames + 1) % (sizes.num_frames - MOST_CONTEXT) == 0)
+    is_joint = (gaps >= sizes.num_frames - 1) & ((gaps - sizes.num_frames + 1) % (sizes.num_frames - MAX_CONTEXT) == 0)
     joints, inside = changes[:, is_joint], changes[:, ~is_joint]
     for name, part in (("inside", inside), ("joints", joints)):
         largest = 100 * (part > np.quantile(inside, 0.95)).mean()

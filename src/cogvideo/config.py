@@ -21,10 +21,10 @@ F = TypeVar("F", bound="FrameShape")
 Sides = int | tuple[int, int]
 """Side of a square; else width and height of a frame in pixels, or rows and columns in codes."""
 
-MOST_LAYERS = 1000
+MAX_LAYERS = 1000
 LARGEST = 100
 """Upper limit of temperatures, guidance and bonuses; useful values are far smaller."""
-MOST_KEPT = 1_000_000
+MAX_KEPT = 1_000_000
 """Upper limit on numbers of codes and clusters."""
 
 SECONDS = 4.0
@@ -133,7 +133,7 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden", "num_heads", "vocab_size", "num_codes", "num_positions"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
-        require(self.num_layers <= MOST_LAYERS, f"num_layers is {self.num_layers}, expected at most {MOST_LAYERS}")
+        require(self.num_layers <= MAX_LAYERS, f"num_layers is {self.num_layers}, expected at most {MAX_LAYERS}")
         got, heads, words = f"hidden {self.hidden}", self.num_heads, self.vocab_size
         require(self.hidden % heads == 0, f"{got} is not divisible by num_heads {heads}")
         require(self.num_codes <= words, f"num_codes {self.num_codes} is larger than vocab_size {words}")
@@ -331,7 +331,7 @@ class SamplingConfig:
     """Guidance scale; 1 disables guidance and halves the compute."""
 
     def __post_init__(self) -> None:
-        limits = {"temperature": LARGEST, "guidance": LARGEST, "top_k": MOST_KEPT, "clusters": MOST_KEPT}
+        limits = {"temperature": LARGEST, "guidance": LARGEST, "top_k": MAX_KEPT, "clusters": MAX_KEPT}
         for name, most in limits.items():
             value = getattr(self, name)
             require(is_number(value, 0, most), f"{name} is {value!r:.60}, expected 0 to {most}")

@@ -82,7 +82,7 @@ def plain(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def alone_in(folder: Path) -> AbstractContextManager[None]:
+def exclusive_lock(folder: Path) -> AbstractContextManager[None]:
     """Keep out other processes that call this for the same folder; the lock is released however this one ends.
 
     Children forked in the meantime do not hold the lock: they may work for this process, and briefly outlive it.
@@ -90,7 +90,7 @@ def alone_in(folder: Path) -> AbstractContextManager[None]:
     return _held(FileLock(folder / LOCK, timeout=0), folder)
 
 
-def turn_in(folder: Path) -> AbstractContextManager[None]:
+def wait_for_lock(folder: Path) -> AbstractContextManager[None]:
     """Wait until the folder is free, then keep other processes out; reentrant."""
     return _held(FileLock(folder / LOCK, is_singleton=True), folder)
 

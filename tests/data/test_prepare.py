@@ -37,7 +37,7 @@ from cogvideo.data.engines import Machines
 from cogvideo.data.frames import BACKGROUNDS, FrameSettings, read_item
 from cogvideo.data.prepare import NO_SPLIT
 from cogvideo.data.sources import SourceOptions, list_source
-from cogvideo.files import alone_in
+from cogvideo.files import exclusive_lock
 from cogvideo.media.video import write_video
 from cogvideo.models.autoencoder import Autoencoder
 from killing import full_disk
@@ -322,7 +322,7 @@ def test_damaged_shard_is_never_taken_for_whole(clips: Path, tokenizer: str, tmp
 
 def test_two_runs_in_one_folder_are_refused(clips: Path, tokenizer: str, tmp_path: Path) -> None:
     """Guards against a run that removes what another one is writing: the second one is told to wait."""
-    with alone_in(tmp_path), pytest.raises(ValueError, match="another process is writing to"):
+    with exclusive_lock(tmp_path), pytest.raises(ValueError, match="another process is writing to"):
         prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
     assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE) == 0
 
@@ -332,7 +332,7 @@ def test_locks_of_a_process_have_one_hook(tmp_path: Path, monkeypatch: pytest.Mo
     hooks: list[object] = []
     monkeypatch.setattr(os, "register_at_fork", lambda **each: hooks.append(each))
     for _ in range(3):
-        with alone_in(tmp_path):
+        with exclusive_lock(tmp_path):
             pass
     assert len(hooks) <= 1
 

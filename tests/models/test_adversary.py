@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cogvideo.models.adversary import (
-    MOST_WEIGHT,
+    MAX_WEIGHT,
     PatchDiscriminator,
     adaptive_weight,
     discriminator_loss,
@@ -88,7 +88,7 @@ def test_the_adaptive_weight_is_bounded():
     """An adversary whose gradient vanishes would get an endless weight."""
     layer = torch.nn.Parameter(torch.ones(3))
     weight = adaptive_weight((layer * 1e3).sum(), (layer * 0).sum(), layer)
-    assert weight.item() == MOST_WEIGHT
+    assert weight.item() == MAX_WEIGHT
 
 
 @pytest.mark.parametrize("wrong", [{"width": 0}, {"num_layers": 0}])

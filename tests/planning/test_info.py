@@ -124,7 +124,7 @@ def test_released_traffic_and_training() -> None:
     assert {name: read[name] for name in by_hand} == pytest.approx(by_hand, rel=0.015)
     states = training_states(PAPER, "sequential")
     assert round(sum(states.values()) / GIB, 1) == 41.5
-    assert training(PAPER, "sequential").flops_a_position == pytest.approx(33e9, rel=0.01)
+    assert training(PAPER, "sequential").flops_per_position == pytest.approx(33e9, rel=0.01)
 
 
 # Against real modules, caches, operations

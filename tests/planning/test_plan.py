@@ -178,7 +178,7 @@ def test_days_of_the_authors() -> None:
     days = []
     for stage, steps, batch in (("sequential", 76_000, 416), ("interpolation", 15_000, 160)):
         found = stage_plan(PAPER, stage, machines)
-        assert found.flops_a_position == matrices
+        assert found.flops_per_position == matrices
         assert found.tokens_per_second == pytest.approx(104 * 312e12 * 0.05 / matrices)
         assert found.days == pytest.approx(steps * batch * 2064 * matrices / (104 * 312e12 * 0.05) / DAY)
         days.append(found.days)

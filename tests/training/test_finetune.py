@@ -30,7 +30,7 @@ from cogvideo.training import finetune
 from cogvideo.training.card import read_reports
 from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.finetune import Finetuning, FinetuningRun
-from cogvideo.training.launch import seconds_a_step
+from cogvideo.training.launch import seconds_per_step
 from cogvideo.training.stages import Choice
 from gallery import make_model
 from killing import kill_at
@@ -55,7 +55,7 @@ def write_clip(path: Path, seconds: float, shade: int, caption: str | None = Non
 def one_judge() -> Iterator[None]:
     """One held-out clip is enough to choose a step."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "LEAST_JUDGES", 1)
+        patch.setattr(finetune, "MIN_JUDGES", 1)
         yield
 
 
@@ -246,7 +246,7 @@ def test_adapters_leave_the_base_as_it_is(
 def test_one_short_clip(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the least that there can be: a clip of half a second without a caption; good codes and super-resolution
     are kept."""
-    monkeypatch.setattr(finetune, "LEAST_PSNR", 0.0)
+    monkeypatch.setattr(finetune, "MIN_PSNR", 0.0)
     write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
     FinetuningRun(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), replace(QUICK, steps=2)).run()
     made, base = CogVideo.from_pretrained(tmp_path / "out"), CogVideo.from_pretrained(place / "base")
@@ -262,7 +262,7 @@ def test_few_held_out_clips_choose_no_step(
     number: int, step: int | None, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards those with ten clips: the loss of one that looks like no other is lowest before anything is learned."""
-    monkeypatch.setattr(finetune, "LEAST_JUDGES", 4)
+    monkeypatch.setattr(finetune, "MIN_JUDGES", 4)
     monkeypatch.setattr(finetune.Checkpoints, "best", lambda _: 7)
     chain = FinetuningRun(str(place / "clips"), tmp_path, str(place / "base"), QUICK)
     rows = [f"{place}/clips/the-cat_{row}.mp4,a cat,{'validation' if row < number else 'train'}" for row in range(5)]
@@ -312,7 +312,7 @@ def test_the_pace_is_measured(tuned: Path, place: Path) -> None:
     """Guards the choice of steps: some are made and timed, and nothing of them stays."""
     before = content(tuned)
     options = FinetuningRun(str(place / "clips"), tuned, str(place / "base"), QUICK)._options(1)
-    assert 0 < seconds_a_step("interpolation", Choice("continue"), options) < 60
+    assert 0 < seconds_per_step("interpolation", Choice("continue"), options) < 60
     assert content(tuned) == before
 
 

@@ -23,7 +23,7 @@ from cogvideo.config import CogVideoConfig
 from cogvideo.devices import matrix_rate
 from cogvideo.models.transformer import Base, TemporalChannel, Transformer
 from cogvideo.models.upscaler import UpscaleChannel, Upscaler
-from cogvideo.planning.training import flops_a_position
+from cogvideo.planning.training import flops_per_position
 from cogvideo.runs import RunFolder
 from cogvideo.training import recorder as module
 from cogvideo.training.loop import interrupts
@@ -241,13 +241,13 @@ def test_work_of_a_position_by_hand() -> None:
     base, channel, upscale = parts()
     hidden, layers = CONFIG.transformer.hidden, CONFIG.transformer.num_layers
     block, attention, head = 12 * hidden**2, 4 * hidden**2, CONFIG.transformer.num_codes * hidden
-    assert flops_a_position(Transformer(base)) == 6 * (layers * block + head)
+    assert flops_per_position(Transformer(base)) == 6 * (layers * block + head)
     frozen = base.requires_grad_(False)
-    assert flops_a_position(Transformer(frozen, channel)) == 4 * (layers * block + head) + 6 * layers * attention
+    assert flops_per_position(Transformer(frozen, channel)) == 4 * (layers * block + head) + 6 * layers * attention
     low = CONFIG.upscaler.text_slots + CONFIG.layout.grid**2
     high = (CONFIG.layout.grid * CONFIG.upscaler.ratio) ** 2
     ups = low * 2 * layers * block + high * (layers * (4 * 8 * hidden**2 + 6 * attention) + 4 * head)
-    assert flops_a_position(Upscaler(frozen, upscale)) == pytest.approx(ups / (low + high))
+    assert flops_per_position(Upscaler(frozen, upscale)) == pytest.approx(ups / (low + high))
 
 
 def test_work_is_what_runs() -> None:
@@ -271,7 +271,7 @@ def test_work_is_what_runs() -> None:
         model.base.logits(model(tokens, positions, plan)).sum().backward()
     products = [torch.ops.aten.mm, torch.ops.aten.addmm]
     counted = sum(counter.get_flop_counts()["Global"].get(each, 0) for each in products)
-    assert flops_a_position(model) * layout.length == pytest.approx(counted, rel=0.05)
+    assert flops_per_position(model) * layout.length == pytest.approx(counted, rel=0.05)
 
 
 @pytest.mark.parametrize("terminal", [False, True])

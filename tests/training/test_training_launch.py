@@ -27,7 +27,7 @@ from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
 from cogvideo.config import require
-from cogvideo.files import alone_in
+from cogvideo.files import exclusive_lock
 from cogvideo.models.transformer import Base
 from cogvideo.training.checkpoints import Checkpoints, read_weights
 from cogvideo.training.held_out import mean_loss
@@ -214,7 +214,7 @@ def test_a_run_continues_wherever_it_lies(place: Place) -> None:
     loader, *_ = _children(process.pid)
     kill(process)
     os.kill(loader, 0)  # it is there still
-    with alone_in(place.folder / "home" / ".sequential-run"):
+    with exclusive_lock(place.folder / "home" / ".sequential-run"):
         pass
     (place.folder / "home").rename(place.folder / "away")
     assert main(["train", "export", str(place.folder / "away/.sequential-run"), "--out", str(place.folder / "x")]) == 0

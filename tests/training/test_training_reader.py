@@ -14,7 +14,7 @@ from cogvideo import world
 from cogvideo.commands.train import reader as train_reader
 from cogvideo.evaluation.attributes import READER_LEARNS, READER_TEST, unseen_scenes
 from cogvideo.evaluation.reader import Reader, ReaderConfig, render
-from cogvideo.files import alone_in
+from cogvideo.files import exclusive_lock
 from cogvideo.training import reader as module
 from cogvideo.training.objectives.reader import ReaderObjective, ReaderSettings, augment, batches, clips, stills
 from cogvideo.training.session import LoggingConfig
@@ -124,5 +124,5 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: py
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     """Guards checkpoints that two processes write in turn."""
     (tmp_path / ".reader-run").mkdir()
-    with alone_in(tmp_path / ".reader-run"), pytest.raises(ValueError, match="another process is writing to"):
+    with exclusive_lock(tmp_path / ".reader-run"), pytest.raises(ValueError, match="another process is writing to"):
         train_reader(out=tmp_path / "reader.safetensors", settings=settings(), config=SMALL, device="cpu")

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy.exc import IntegrityError
 
 from cogvideo.config import InputError
-from cogvideo.web.jobs import MOST_TRIES, FullError, Job, Jobs, Limits, Progress, new_id
+from cogvideo.web.jobs import MAX_TRIES, FullError, Job, Jobs, Limits, Progress, new_id
 from serving import HAS_POSTGRES, Postgres, postgres
 
 needs_postgres = pytest.mark.skipif(not HAS_POSTGRES, reason="PostgreSQL is not installed")
@@ -119,7 +119,7 @@ def test_a_lost_answer_takes_nothing_more(jobs: Jobs) -> None:
 def test_a_job_that_kills_workers_fails(jobs: Jobs) -> None:
     """Guards the queue against a job that no worker survives; one that gets on may go on."""
     job = add(jobs).id
-    for number in range(MOST_TRIES):
+    for number in range(MAX_TRIES):
         assert taken(jobs, f"lease {number}", seconds=0.0) == [job]
         time.sleep(0.01)
     assert taken(jobs, "last") == []

@@ -24,7 +24,7 @@ from cogvideo.web import guard, listening
 
 listening.HEAD_SECONDS = guard.BODY_SECONDS = 3.0
 listening.READ_SECONDS = 0.5
-listening.MOST_CONNECTIONS = 20
+listening.MAX_CONNECTIONS = 20
 
 async def answer(request):
     return Response(bytes(100_000_000) if request.url.path == "/large" else await request.body())

@@ -36,7 +36,7 @@ from cogvideo.config import (
     require,
     upgraded,
 )
-from cogvideo.files import named, replacing, sha256_of, sync, turn_in, write_json, write_text
+from cogvideo.files import named, replacing, sha256_of, sync, wait_for_lock, write_json, write_text
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, TemporalChannel
 from cogvideo.models.upscaler import UpscaleChannel
@@ -260,7 +260,7 @@ def writing(folder: Path, config: CogVideoConfig) -> Iterator[BundleWriter]:
     """
     require(folder.is_dir() or not folder.exists(), f"{folder} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    with turn_in(folder):
+    with wait_for_lock(folder):
         _clear(folder)
         try:
             writer = BundleWriter(folder, Path(mkdtemp(prefix=SAVING, dir=folder)), config)

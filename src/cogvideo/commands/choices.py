@@ -19,7 +19,7 @@ from cogvideo.files import sha256_of
 from cogvideo.generation.request import (
     ADDED,
     LARGEST_SEED,
-    MOST_ROUNDS,
+    MAX_ROUNDS,
     GenerationSettings,
     SamplingOptions,
     check_seconds,
@@ -74,8 +74,8 @@ class Choices(SamplingOptions):
     """Data type of the weights; auto is float32 on CPUs and bfloat16 on GPUs."""
 
     def __post_init__(self) -> None:
-        fits = self.rounds is None or 0 <= self.rounds <= MOST_ROUNDS
-        require(fits, f"rounds is {self.rounds}, expected 0 to {MOST_ROUNDS}")
+        fits = self.rounds is None or 0 <= self.rounds <= MAX_ROUNDS
+        require(fits, f"rounds is {self.rounds}, expected 0 to {MAX_ROUNDS}")
         is_positive = self.seconds is None or self.seconds > 0
         require(is_positive, f"seconds is {self.seconds}, expected a positive number")
         starts = [name for name in ("image", "extend", "first") if getattr(self, name) is not None]

@@ -25,7 +25,7 @@ from cogvideo.evaluation.protocols import PROTOCOLS, Pixels, Protocol
 from cogvideo.evaluation.published import KINETICS600, NOTE, UCF101, Published
 from cogvideo.evaluation.samples import ProtocolMaker, of_classes, of_videos, write_table, write_windows
 from cogvideo.evaluation.subjects import Prompt
-from cogvideo.files import alone_in, sha256_of, write_json
+from cogvideo.files import exclusive_lock, sha256_of, write_json
 from cogvideo.media.video import write_video
 from cogvideo.runs import RunFolder
 
@@ -170,7 +170,7 @@ class _Run:
         """Claim the folder for these inputs."""
         self._identity |= inputs
         folder = RunFolder(self._out)
-        with alone_in(self._out):
+        with exclusive_lock(self._out):
             folder.claim(self._identity)
             yield
 

@@ -43,7 +43,7 @@ from cogvideo.media.video import check_rate, read_video
 from cogvideo.pipeline import CogVideoPipeline, Frame, collect
 
 NAMES: dict[torch.dtype, Type] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-MOST_SAMPLES = 100_000
+MAX_SAMPLES = 100_000
 Pixels = UInt8[np.ndarray, "frames height width 3"]
 
 
@@ -162,7 +162,7 @@ def _listed(prompt: tuple[str, ...], path: Path | None, seed: int | None, sample
     """Each prompt, once per sample, with its seed if one is given."""
     fits = seed is None or 0 <= seed <= LARGEST_SEED
     require(fits, f"seed is {seed}, expected a number in [0, {LARGEST_SEED}], or -1 for any")
-    require(0 < samples <= MOST_SAMPLES, f"samples is {samples}, expected 1 to {MOST_SAMPLES}")
+    require(0 < samples <= MAX_SAMPLES, f"samples is {samples}, expected 1 to {MAX_SAMPLES}")
     require(path is None or not prompt, "got prompts and a file of prompts, expected one of them")
     require(path is not None or len(prompt) > 0, "got no prompt, expected texts or --prompts FILE")
     listed = [ListedPrompt(each.translate(SPACES)) for each in prompt] if path is None else read_prompts(path)

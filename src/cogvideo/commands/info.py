@@ -28,7 +28,7 @@ from cogvideo.planning.costs import (
 )
 from cogvideo.planning.training import Training, training, training_states
 
-MOST_BATCH = 1_000_000
+MAX_BATCH = 1_000_000
 HEADS = ("GPU 16 bit", "CPU float32", "CPU bfloat16")
 """Names of `PRECISIONS`."""
 
@@ -43,7 +43,7 @@ def info(target: str = "", /, json: bool = False, batch: int = 1) -> None:
         json: Print everything as JSON.
         batch: Sequences per training step.
     """
-    require(0 < batch <= MOST_BATCH, f"batch is {batch}, expected 1 to {MOST_BATCH}")
+    require(0 < batch <= MAX_BATCH, f"batch is {batch}, expected 1 to {MAX_BATCH}")
     if json:
         reports = [report(name, Manifest.of(name), batch) for name in ([target] if target else PRESETS)]
         print(dumps(reports, indent=2, ensure_ascii=False))
@@ -113,7 +113,7 @@ def _training_rows(steps: list[Training]) -> Iterator[list[str]]:
     yield ["together", *(_binary(sum(each.states.values())) for each in steps)]
     for name in ("activations", "activations_checkpointed", "total", "total_checkpointed"):
         yield [name.replace("_", ", "), *(_binary(getattr(each, name)) for each in steps)]
-    yield ["operations a position", *(_decimal(each.flops_a_position, "FLOP") for each in steps)]
+    yield ["operations a position", *(_decimal(each.flops_per_position, "FLOP") for each in steps)]
 
 
 def _presets() -> Table:

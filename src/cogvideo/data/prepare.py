@@ -22,7 +22,7 @@ from cogvideo.data.engines import Machines, progress
 from cogvideo.data.shards import ShardInfo, digest, read_info, shard_name
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
 from cogvideo.data.tars import Member
-from cogvideo.files import alone_in, named, remove_leftovers, write_csv
+from cogvideo.files import exclusive_lock, named, remove_leftovers, write_csv
 
 NO_SPLIT = "one in twenty clips becomes validation unless --validation says otherwise"
 """Why a few clips may have no validation split."""
@@ -54,7 +54,7 @@ def prepare(
     jobs = plan(listing.items, out, shard_info(manifest, settings, digest(described)), settings.shard_clips)
     worker = ShardWorker(bundle, settings, manifest.config.upscaler.ratio)
     out.mkdir(parents=True, exist_ok=True)
-    with alone_in(out):
+    with exclusive_lock(out):
         left = remaining(jobs, out)
         check_hashes(out)
         total, todo = (sum(len(job.items) for job in each) for each in (jobs, left))

@@ -19,7 +19,7 @@ from cogvideo.evaluation.motion import STATIC, Movement, measure, movement
 from cogvideo.evaluation.preferences import wilson
 from cogvideo.evaluation.reader import SIZE, resized
 from cogvideo.evaluation.subjects import Clip, Subject, SubjectResult
-from cogvideo.files import alone_in, write_json
+from cogvideo.files import exclusive_lock, write_json
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.runs import RunFolder, provenance
@@ -50,7 +50,7 @@ def evaluate(
     bundle = {name: entry.sha256 for name, entry in Manifest.read(locate(model)).components.items()}
     record = making.record(pipeline.model.config)
     folder = RunFolder(out)
-    with alone_in(out):
+    with exclusive_lock(out):
         folder.claim({"bundle": bundle, "making": record})
         results = {subject.name: _judge(subject, pipeline, out, making, batch) for subject in subjects}
         _write_sheet(out, subjects, results)

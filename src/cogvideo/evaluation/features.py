@@ -28,7 +28,7 @@ from cogvideo.data.shards import digest
 from cogvideo.evaluation.footage import Excerpt, Reading
 from cogvideo.evaluation.networks.c3d import load_c3d
 from cogvideo.evaluation.networks.cache import cache_folder
-from cogvideo.evaluation.networks.i3d import LEAST_FRAMES, load_i3d
+from cogvideo.evaluation.networks.i3d import MIN_FRAMES, load_i3d
 from cogvideo.evaluation.protocols import Pixels, Protocol
 from cogvideo.files import replacing, sha256_of
 from cogvideo.media.video import VideoError
@@ -61,7 +61,7 @@ class Judge:
 def i3d(path: Path, protocol: Protocol, proven: bool = True) -> Judge:
     """I3D, whose logits FVD compares."""
     frames = protocol.frames
-    require(frames >= LEAST_FRAMES, f"frames is {frames}, expected {LEAST_FRAMES} or more, for I3D")
+    require(frames >= MIN_FRAMES, f"frames is {frames}, expected {MIN_FRAMES} or more, for I3D")
     load_i3d(path, proven=proven)  # features in the cache prove nothing
     identity = ("i3d", sha256_of(path), protocol.eps, protocol.resize)
     return Judge(identity, partial(_load_i3d, path, protocol, proven))

@@ -43,7 +43,7 @@ class DatasetRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Footage:
+class SourceClip:
     """A whole clip of a source."""
 
     id: str
@@ -83,7 +83,7 @@ class Footage:
 class Excerpt:
     """Frames of a clip that are compared."""
 
-    footage: Footage
+    footage: SourceClip
     first: int
     """Number of the first frame."""
     through_codes: bool = False
@@ -142,25 +142,25 @@ class Reading:
         require(self.fps in (None, stored), f"{folder} has {stored:g} frames a second, expected {self.fps}, from --fps")
         return [DatasetRow(folder, number) for number in range(len(data))]
 
-    def look(self, found: Sequence[Item | DatasetRow]) -> Iterator[Footage]:
+    def look(self, found: Sequence[Item | DatasetRow]) -> Iterator[SourceClip]:
         """Facts about clips, in order. Files are decoded for this, some of them ahead."""
         for _, footage in ahead(self._look, found, READERS):
             if isinstance(footage, VideoError):
                 raise footage
             yield footage
 
-    def _look(self, media: Item | DatasetRow) -> Footage:
+    def _look(self, media: Item | DatasetRow) -> SourceClip:
         if isinstance(media, DatasetRow):
             assert self.tokenizer is not None
             row = _dataset(media.dataset).row(media.number)
             side = row.codes.shape[1] * self.tokenizer.rate
-            return Footage(row.id, media, len(row.codes), row.fps, (side, side), "codes")
+            return SourceClip(row.id, media, len(row.codes), row.fps, (side, side), "codes")
         assert not isinstance(media.media, Scene)
         facts = examine(BytesIO(media.media.read()) if isinstance(media.media, Member) else media.media)
         end = facts.seconds if media.end is None else min(media.end, facts.seconds)
         fps = facts.fps if self.fps is None else self.fps
         num_frames = count_frames(end - media.start, fps)
-        return Footage(media.id, media, num_frames, fps, (facts.height, facts.width), facts.codec)
+        return SourceClip(media.id, media, num_frames, fps, (facts.height, facts.width), facts.codec)
 
     def autoencoder(self, device: str) -> Autoencoder | None:
         """The tokenizer's network, if there is one."""
@@ -221,7 +221,7 @@ def draw(source: str, reading: Reading, where: Where, count: int, seed: int) -> 
     random = np.random.default_rng(seed)
     if reading.protocol.order == "shuffled":
         found = [found[number] for number in random.permutation(len(found))]
-    long: list[Footage] = []
+    long: list[SourceClip] = []
     longest = num_short = 0
     for footage in reading.look(found):
         longest = max(longest, footage.num_frames)

@@ -21,7 +21,7 @@ from cogvideo.bundle.model import StageModels
 from cogvideo.config import SamplingConfig, require
 from cogvideo.generation.decode import decode
 from cogvideo.generation.decoder import Condition
-from cogvideo.generation.request import MOST_CONTEXT, Request
+from cogvideo.generation.request import MAX_CONTEXT, Request
 from cogvideo.generation.sampling import GumbelNoise, spawn
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Transformer
@@ -119,7 +119,7 @@ class _Run:
             self.rounds += self.gaps.bit_length() - 1
         # One generator per sample and stage, so that a stage's draws do not depend on the other stages; and one for
         # each further sequence of key frames, so that a long clip begins with the short one of the same seed.
-        further = -(-self.settings.more_key_frames // (self.layout.num_frames - MOST_CONTEXT))
+        further = -(-self.settings.more_key_frames // (self.layout.num_frames - MAX_CONTEXT))
         self.sequences = ["sequential", *(f"sequence {number}" for number in range(further))]
         names = ("image", "sequential", "interpolation", *self.sequences[1:])
         children = [spawn(generator, len(names)) for generator in request.generators]
@@ -157,7 +157,7 @@ class _Run:
         given = self.nothing()[0] if request.given is None else request.given
         start = 0
         if len(given):
-            context = min(MOST_CONTEXT, 1 + (len(given) - 1) // step)
+            context = min(MAX_CONTEXT, 1 + (len(given) - 1) // step)
             start = len(given) - 1 - (context - 1) * step
         num_frames = start + (self.num_key_frames - 1) * step + 1 - request.loop
         # Frames between given key frames are generated, though not kept: later frames see those, not the given ones.
@@ -207,7 +207,7 @@ class _Run:
         count = self.num_key_frames - again.shape[1]
         condition = self.condition(1.0, self.settings.later.guidance)
         for sequence in self.sequences:
-            start = max(0, len(codes) - MOST_CONTEXT)
+            start = max(0, len(codes) - MAX_CONTEXT)
             given = torch.stack(codes[start:], 1)
             end = min(start + layout.num_frames, count)
             known = takewhile(self.finished.__contains__, range(len(codes) * step, end * step, step))

@@ -29,11 +29,11 @@ from cogvideo.generation.decoder import Condition
 from cogvideo.layout import SequenceLayout, check_code_range
 from cogvideo.text import is_visible
 
-MOST_CONTEXT = 2
+MAX_CONTEXT = 2
 """Number of last key frames that the next sequence of a long clip, or an extension, begins with; two show motion."""
 LONGEST = 60.0
 """Seconds of the longest clip."""
-MOST_ROUNDS = 6
+MAX_ROUNDS = 6
 """Rounds of interpolation that give 257 frames in four seconds."""
 LARGEST_SEED = 2**63 - 1
 ADDED: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "cluster_temperature": 0.89}
@@ -76,7 +76,7 @@ class GenerationSettings:
     """Cut prompts that are too long, instead of refusing them."""
 
     def __post_init__(self) -> None:
-        require(self.rounds in range(MOST_ROUNDS + 1), f"rounds is {self.rounds!r:.60}, expected 0 to {MOST_ROUNDS}")
+        require(self.rounds in range(MAX_ROUNDS + 1), f"rounds is {self.rounds!r:.60}, expected 0 to {MAX_ROUNDS}")
         require(self.sequences_at_once >= 0, f"sequences_at_once is {self.sequences_at_once}, expected 0 (all) or more")
         require(self.duration > 0, f"duration is {self.duration}, expected a positive number of seconds")
         require(self.more_key_frames >= 0, f"more_key_frames is {self.more_key_frames}, expected 0 or more")

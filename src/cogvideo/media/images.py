@@ -27,7 +27,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "AVIF")
 """Pillow readers that are used; the JPEG reader also reads MPO, whose first picture counts."""
 OPAQUE = 250
 """Alpha from which a pixel counts as opaque: lossy codecs store 255 a little lower."""
-LEAST_TRANSPARENT = 0.01
+MIN_TRANSPARENT = 0.01
 """Share of a picture's pixels through which the background must show for a caption to name it."""
 _SUBFILE = 254
 """TIFF tag for the kind of page."""
@@ -179,7 +179,7 @@ def _shows_through(alpha: Image.Image, view: View) -> bool:
         across, down = map(round, view.kept(*alpha.size))
         left, top = (alpha.width - across) // 2, (alpha.height - down) // 2
         alpha = alpha.crop((left, top, left + across, top + down))
-    return float((np.asarray(alpha) < OPAQUE).mean()) >= LEAST_TRANSPARENT
+    return float((np.asarray(alpha) < OPAQUE).mean()) >= MIN_TRANSPARENT
 
 
 def _fitted(image: Image.Image, size: tuple[int, int], view: View, pixel_aspect: float) -> Image.Image:

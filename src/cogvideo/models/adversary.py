@@ -18,7 +18,7 @@ SLOPE = 0.2
 """Negative slope of LeakyReLU."""
 WIDEST = 8
 """Largest width of a layer, as a multiple of the first; widths double up to it."""
-MOST_WEIGHT = 1e4
+MAX_WEIGHT = 1e4
 """Limit of the adaptive weight when the adversary's gradient vanishes."""
 
 
@@ -73,14 +73,14 @@ def adaptive_weight(
 ) -> Float[Tensor, ""]:
     """Ratio of gradient norms at the decoder's last layer, which balances the two losses.
 
-    `|d reconstruction / d last_layer| / (|d adversary / d last_layer| + 1e-4)`, at most `MOST_WEIGHT`,
+    `|d reconstruction / d last_layer| / (|d adversary / d last_layer| + 1e-4)`, at most `MAX_WEIGHT`,
     detached (arXiv 2012.09841, equation 7). Both losses keep their graphs.
     """
     norms = [
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
         for loss in (reconstruction, adversary)
     ]
-    return (norms[0] / (norms[1] + 1e-4)).clamp(0, MOST_WEIGHT).detach()
+    return (norms[0] / (norms[1] + 1e-4)).clamp(0, MAX_WEIGHT).detach()
 
 
 def _judged(before: int, after: int, stride: int) -> nn.Sequential:

@@ -186,8 +186,8 @@ class StagePlan:
     strategies: tuple[Strategy, ...]
     best: Strategy | None
     """The strategy that fits and communicates least, then computes least."""
-    flops_a_position: float
-    """Operations per position, forward and backward, as in `training.flops_a_position`."""
+    flops_per_position: float
+    """Operations per position, forward and backward, as in `training.flops_per_position`."""
     tokens_per_second: float | None
     """Positions per second over all GPUs, at the assumed utilization; None if nothing fits."""
     days: float | None

@@ -34,8 +34,8 @@ class Training:
     """Activations at the peak of a step, if all are kept for the backward pass."""
     activations_checkpointed: int
     """The same if only the blocks' inputs are kept, and each block is recomputed."""
-    flops_a_position: float
-    """Operations by convention, see `flops_a_position`."""
+    flops_per_position: float
+    """Operations by convention, see `flops_per_position`."""
 
     @property
     def total(self) -> int:
@@ -127,7 +127,7 @@ def _last_activations(config: CogVideoConfig, stage: Stage) -> int:
     return masks + max(4 * logits, 2 * logits + 8 * NARROW * layout.length * sizes.hidden)
 
 
-def flops_a_position(model: nn.Module) -> float:
+def flops_per_position(model: nn.Module) -> float:
     """Floating-point operations of a training step for each position that goes through the model, by convention.
 
     6 per trained weight and 4 per frozen weight of the matrices that a position goes through: two in the forward pass,
@@ -150,5 +150,5 @@ def flops_a_position(model: nn.Module) -> float:
 
 
 def stage_flops(matrices: Matrices, is_base_trained: bool) -> float:
-    """Operations per position of the image model or a video stage, see `flops_a_position`."""
+    """Operations per position of the image model or a video stage, see `flops_per_position`."""
     return float((6 if is_base_trained else 4) * (matrices.base + matrices.head) + 6 * matrices.added)

@@ -27,7 +27,7 @@ LEFT, RIGHT = 0.07, 0.88
 """Ends of the plots, as shares of the width."""
 REACH = 4
 """Rows and columns shown to each side of the same position, for a head."""
-MOST_SIGNS = 120
+MAX_CHARACTERS = 120
 """Maximum number of the prompt's characters in the heading."""
 TEXT_COLOR = "#c8c8c8"
 NAMES = {"sequential": "Key frames", "interpolation": "Interpolation"}
@@ -65,7 +65,7 @@ def _draw_stage(
     grid = figure.add_gridspec(1, 3, left=LEFT, right=RIGHT, top=0.31, bottom=0.08, width_ratios=(2, 2.4, 1.4))
     windows = f"windows of {stage.window} x {stage.window}" if stage.window else "full attention"
     figure.text(LEFT, 0.955, f"{NAMES[stage.name]}, {windows}", fontsize=13, fontweight="bold")
-    figure.text(LEFT, 0.93, f"Attention of the temporal channel: {shorten(prompt, MOST_SIGNS)}", color="gray")
+    figure.text(LEFT, 0.93, f"Attention of the temporal channel: {shorten(prompt, MAX_CHARACTERS)}", color="gray")
     colors = list(colormaps["viridis"](np.linspace(0, 1, count)))
     _draw_frames(figure, frame_grid, stage, seconds, frames, colors)
     patches = [Patch(color=color, label=f"frame {place}") for place, color in enumerate(colors)]

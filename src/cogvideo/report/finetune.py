@@ -29,16 +29,16 @@ from cogvideo.report.plots import curves
 from cogvideo.report.runs import TOKENIZER, Run, read_runs
 from cogvideo.report.training import TITLES
 from cogvideo.runs import RunFolder
-from cogvideo.training.finetune import DATA, LEAST_PSNR, RUN, TABLE, Finetuning
+from cogvideo.training.finetune import DATA, MIN_PSNR, RUN, TABLE, Finetuning
 from cogvideo.training.finetune import TITLES as STEPS
 
-MOST_REAL = 200
+MAX_REAL = 200
 """Maximum number of real clips to compare generated ones with."""
 MADE, SHOWN = 12, 4
 """Clips per split to generate, and to show."""
 BATCH = 4
 """Clips per batch."""
-LEAST_SIDE = 96
+MIN_SIDE = 96
 """Minimum side of a frame on the page, in pixels."""
 
 Frames = UInt8[np.ndarray, "clips frames height width 3"]
@@ -120,7 +120,7 @@ def read_real(folder: Path, model: CogVideo) -> RealClips:
     sampling = ClipSampling(rates=FrameRates(dataset.card.fps), random_offset=False)
     found = RealClips([], [], [], [], np.zeros(0, np.uint8))
     frames = []
-    for number in evenly(len(dataset), MOST_REAL).tolist():
+    for number in evenly(len(dataset), MAX_REAL).tolist():
         row = dataset.row(number)
         window = choose_window(len(row.codes), sampling, 0.0, 0.0)
         places = range(1) if window is None else window
@@ -205,7 +205,7 @@ def _firsts(found: Sequence[int]) -> str:
 
 def _sheet(clips: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> UInt8[np.ndarray, "height width 3"]:
     """Clips below each other, enlarged."""
-    times = max(1, -(-LEAST_SIDE // clips[0].shape[1]))
+    times = max(1, -(-MIN_SIDE // clips[0].shape[1]))
     rows = [clip.repeat(times, 1).repeat(times, 2) for clip in clips]
     return contact_sheet(rows, max(map(len, rows)))
 
@@ -238,7 +238,7 @@ def advice(runs: Sequence[Run], clips: Sequence[dict[str, Any]], settings: Finet
     unnamed = sum("no caption" in each["notes"] for each in clips)
     if 2 * unnamed > len(clips):
         advised = "write captions (`cogvideo data captions`), since file names say little to a model"
-    elif shown < LEAST_PSNR:
+    elif shown < MIN_PSNR:
         advised = f"train longer ({longer}, another `--out`): codes still blur what they learn from ({shown:.1f} dB)"
     elif num_known > num_still:
         advised = "add more clips, and different ones; the model knows these by heart, as its low loss on them shows"

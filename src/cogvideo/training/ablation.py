@@ -43,7 +43,7 @@ from cogvideo.evaluation.one_stage import OneStage
 from cogvideo.evaluation.protocols import PROTOCOLS
 from cogvideo.evaluation.reader import FILE, SIZE
 from cogvideo.evaluation.subjects import Clip, WorldSubject
-from cogvideo.files import alone_in, replacing
+from cogvideo.files import exclusive_lock, replacing
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.runs import TYPED, RunFolder
@@ -188,7 +188,7 @@ class Experiment:
         (name,) = job.items
         variant, seed = VARIANTS[self.runs[name][0]], self.runs[name][1]
         out, folder = self.out / name, RunFolder(self.out / name / RUN)
-        with alone_in(folder.path), (out / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        with exclusive_lock(folder.path), (out / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
             self._train(variant, seed, out)
             model = CogVideo.from_pretrained(out, default_dtype(torch.device(self.device)), self.device)
             found = {}

@@ -15,7 +15,7 @@ from cogvideo.bundle.format import CHANNELS, MANIFEST, MODULES, SHARED, Entry, M
 from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, InputError, from_dict, require
-from cogvideo.files import turn_in, write_json
+from cogvideo.files import wait_for_lock, write_json
 from cogvideo.models.adapters import Delta, fuse
 from cogvideo.packing import sharing
 from cogvideo.runs import RunFolder
@@ -154,7 +154,7 @@ def _deliver_adapter(target: ExportTarget, state: Mapping[str, Tensor], report: 
     facts = {"component_sha256": target.source.sha256(name), "durations": report.get("durations", [])}
     tensors = {key: each.half() for key, each in _weights(name, state).items()}
     target.out.mkdir(parents=True, exist_ok=True)
-    with turn_in(target.out):
+    with wait_for_lock(target.out):
         write_adapter(target.adapter, tensors, facts)
         write_json(target.out / REPORTS, read_reports(target.out) | {name: report})
 
@@ -162,7 +162,7 @@ def _deliver_adapter(target: ExportTarget, state: Mapping[str, Tensor], report: 
 def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
     """Put the trained components into the bundle in float16, with what else it needs, and write its card."""
     target.out.mkdir(parents=True, exist_ok=True)
-    with turn_in(target.out):  # no other stage that ends now can change what is read here
+    with wait_for_lock(target.out):  # no other stage that ends now can change what is read here
         _deliver(target, trained, report)
 
 

@@ -44,7 +44,7 @@ from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
 from cogvideo.devices import usable
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.review import check_usable, has_detector, in_short, listed, on_shape, review, with_splits
-from cogvideo.files import alone_in, write_csv
+from cogvideo.files import exclusive_lock, write_csv
 from cogvideo.generation.request import shape_of
 from cogvideo.media.images import evenly
 from cogvideo.models.autoencoder import to_frames
@@ -54,7 +54,7 @@ from cogvideo.text import TextTokenizer, is_unicode
 from cogvideo.training.card import REPORTS, read_reports, write_model_card
 from cogvideo.training.checkpoints import Checkpoints
 from cogvideo.training.export import export_run
-from cogvideo.training.launch import seconds_a_step, train
+from cogvideo.training.launch import seconds_per_step, train
 from cogvideo.training.objectives.image import ImageMixture
 from cogvideo.training.objectives.tokenizer import TokenizerSettings
 from cogvideo.training.optim import StageOptimization
@@ -81,12 +81,12 @@ TITLES = {
 TRAINED: tuple[StageName, ...] = ("image", "sequential", "interpolation")
 SHARES = {"tokenizer": 0.3, "image": 0.3, "sequential": 0.22, "interpolation": 0.12}
 """Shares of the time; the rest is for reviewing the clips, encoding, and the page."""
-LEAST_PSNR, MOST_LPIPS = 25.0, 0.35
+MIN_PSNR, MAX_LPIPS = 25.0, 0.35
 """Reconstructions that are worse on average count as poor: faces are no longer recognizable."""
-LEAST_FITTING = 0.9
+MIN_FITTING = 0.9
 """Share of captions that must fit into the text slots for the base's text tokenizer to be kept."""
-LEAST_STEPS = 20
-LEAST_JUDGES = 4
+MIN_STEPS = 20
+MIN_JUDGES = 4
 """Least number of held-out clips for exporting the step with the lowest held-out loss instead of the last one: the loss
 of one or two clips that look like no other is lowest before anything is learned."""
 _NOT_TEXT = ("path is not text", "its bytes are not UTF-8, as tables of clips are: rename the folder or the file")
@@ -184,7 +184,7 @@ class FinetuningRun:
 
     def run(self) -> None:
         """Do all remaining steps."""
-        with alone_in(self.folder.path):
+        with exclusive_lock(self.folder.path):
             self._claim()
             steps = self._steps()
             for number, step in enumerate(steps, 1):
@@ -318,14 +318,14 @@ class FinetuningRun:
 
     @property
     def _shows_poorly(self) -> bool:
-        return self.quality["psnr"] < LEAST_PSNR or self.quality.get("lpips", 0.0) > MOST_LPIPS
+        return self.quality["psnr"] < MIN_PSNR or self.quality.get("lpips", 0.0) > MAX_LPIPS
 
     def _begin(self) -> None:
         """Create the bundle with what can be kept of the base."""
         names = [name for name in self.base.components if not (self.is_poor and name.startswith("superres"))]
         parts: dict[str, Any] = {name: self.base.component(name) for name in names}
-        lpips = f", LPIPS {self.quality['lpips']:.2f} (at most {MOST_LPIPS})" if "lpips" in self.quality else ""
-        measured = f"{self.quality['psnr']:.1f} dB PSNR (at least {LEAST_PSNR:g}){lpips}"
+        lpips = f", LPIPS {self.quality['lpips']:.2f} (at most {MAX_LPIPS})" if "lpips" in self.quality else ""
+        measured = f"{self.quality['psnr']:.1f} dB PSNR (at least {MIN_PSNR:g}){lpips}"
         lost = (
             "; super-resolution, which knows the old codes, is left out" if "superres" in self.base.components else ""
         )
@@ -342,10 +342,10 @@ class FinetuningRun:
         captions = [caption for each in self.clips if each.split == "train" for caption in each.captions]
         config, slots, text = self.config, self.config.layout.text_slots, self.base.text
         fitting = figures(text, captions, slots).fitting
-        if fitting < LEAST_FITTING and self.settings.lora is None:
+        if fitting < MIN_FITTING and self.settings.lora is None:
             own = TextTokenizer(train_model(captions, config.transformer), config.text, config.transformer.num_codes)
             fitting_own = figures(own, captions, slots).fitting
-            if fitting_own >= LEAST_FITTING:
+            if fitting_own >= MIN_FITTING:
                 _say(f"{fitting:.0%} of the captions fit the base's text tokenizer: one is trained on them.")
                 text, fitting = own, fitting_own
         if fitting < 1:
@@ -406,7 +406,7 @@ class FinetuningRun:
         task = {"mixture": ImageMixture(understanding=0.0, text=0.0)} if stage == "image" else {}
         sampling = {"durations": durations} if stage == "image" else {}
         options = self._options(1)
-        steps = self._steps_of(stage, lambda: seconds_a_step(stage, choice, options, task, sampling))
+        steps = self._steps_of(stage, lambda: seconds_per_step(stage, choice, options, task, sampling))
         train(stage, choice, self._options(steps), task, sampling)
         best = self._best(stage)
         if best is not None and best != self._delivered(stage):
@@ -447,7 +447,7 @@ class FinetuningRun:
         rest = 1 - sum(SHARES.values())
         seconds = 60 * self.minutes_left * SHARES[name] / (after + rest)
         most = 200 + 20 * len(self.clips)
-        steps = max(LEAST_STEPS, min(most, round(seconds / max(pace(), 1e-3))))
+        steps = max(MIN_STEPS, min(most, round(seconds / max(pace(), 1e-3))))
         _say(f"{steps:,} steps: {'as many as few clips are good for' if steps == most else 'what the time allows'}.")
         return steps
 
@@ -460,7 +460,7 @@ class FinetuningRun:
     def _best(self, stage: StageName) -> int | None:
         """Step to export; None for the last one."""
         num_judges = sum(each.split != "train" for each in self.clips)
-        return self._checkpoints(stage).best() if num_judges >= LEAST_JUDGES else None
+        return self._checkpoints(stage).best() if num_judges >= MIN_JUDGES else None
 
     def _delivered(self, stage: StageName) -> int | None:
         """Step at which the bundle's component of a stage was exported."""

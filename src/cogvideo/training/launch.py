@@ -21,7 +21,7 @@ from cogvideo.config import CogVideoConfig, InputError, both, require, times
 from cogvideo.data.dataset import read_card
 from cogvideo.data.loader import ClipStream, Loader
 from cogvideo.devices import is_out_of_memory, usable
-from cogvideo.files import alone_in
+from cogvideo.files import exclusive_lock
 from cogvideo.planning.training import training
 from cogvideo.runs import TYPED, RunFolder
 from cogvideo.training.card import report_of
@@ -81,7 +81,7 @@ def train(
             raise InputError(_too_large(target, options, ranks)) from error
 
 
-def seconds_a_step(
+def seconds_per_step(
     stage: StageName,
     choice: Choice,
     options: Options,
@@ -213,7 +213,7 @@ def _begin(
     A finished run needs nothing as long as the bundle has its stage, else the stage is exported again. The folder of
     another run is set aside if its stage may be replaced.
     """
-    locks.enter_context(alone_in(folder.path))
+    locks.enter_context(exclusive_lock(folder.path))
     assert target.source.folder is not None
     facts = {"from": ".." if target.in_place else str(target.source.folder.resolve()), TYPED: _typed(options)}
     changes = folder.changes(identity, facts)
@@ -229,7 +229,7 @@ def _begin(
         advice = "pass --overwrite to replace its stage, or another --out, with --init for the bundle to start from"
         require(options.overwrite, f"another run ended in {folder.path}: {changes}; {advice}")
         print(f"The run that ended in {folder.path} is now in {folder.set_aside()}.", file=sys.stderr)
-        locks.enter_context(alone_in(folder.path))  # the first lock moved with the first folder
+        locks.enter_context(exclusive_lock(folder.path))  # the first lock moved with the first folder
     folder.claim(identity, facts)
     return True
 

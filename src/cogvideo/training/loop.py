@@ -17,7 +17,7 @@ from cogvideo.config import InputError
 from cogvideo.devices import matrix_rate, peak_bytes, slowness
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
-from cogvideo.planning.training import flops_a_position
+from cogvideo.planning.training import flops_per_position
 from cogvideo.training.checkpoints import Checkpoints, DamagedError, restore, training_state
 from cogvideo.training.parallel import any_rank, is_first, largest
 from cogvideo.training.recorder import Recorder
@@ -152,7 +152,7 @@ class Clock:
         self._unit = objective.unit
         self._work = settings.batch * objective.num_positions
         is_known = isinstance(objective.model, Transformer | Upscaler)
-        self._flops = flops_a_position(objective.model) if is_known else 0.0
+        self._flops = flops_per_position(objective.model) if is_known else 0.0
         self._rate = matrix_rate(ranks.device, settings.dtype) * ranks.world_size if self._flops else 0.0
         self._began = time.monotonic() - seconds
         self._last, self._steps = time.monotonic(), 0

@@ -45,9 +45,9 @@ SHOWN = 4
 """Clips of a contact sheet."""
 VARIANTS = 4
 """Images per prompt."""
-LEAST_SIDE = 96
+MIN_SIDE = 96
 """Minimum side of a frame on a sheet, in pixels; smaller frames are shown enlarged."""
-MOST_LETTERS = 110
+MAX_CHARACTERS = 110
 """Maximum number of characters of a label."""
 FPS = 2.0
 """Frames per second of the mp4: sequences of all rates play at the same pace."""
@@ -265,9 +265,9 @@ def write_samples(folder: Path, step: int, rows: Sequence[SampleRow]) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     sheet = _sheet(folder, step)
-    shown = [_repeated(row.frames, max(1, -(-LEAST_SIDE // row.frames.shape[1]))) for row in rows]
+    shown = [_repeated(row.frames, max(1, -(-MIN_SIDE // row.frames.shape[1]))) for row in rows]
     labels = [" ".join(row.label.split()) for row in rows]
-    short = [each if len(each) <= MOST_LETTERS else f"{each[: MOST_LETTERS - 3]}..." for each in labels]
+    short = [each if len(each) <= MAX_CHARACTERS else f"{each[: MAX_CHARACTERS - 3]}..." for each in labels]
     if all(row.is_clip for row in rows):
         with suppress(ModuleNotFoundError):  # a GPU machine still trains without PyAV
             write_video(sheet.with_suffix(".mp4"), _side_by_side(rows, shown), FPS)

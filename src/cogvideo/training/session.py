@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from cogvideo.config import require
 from cogvideo.data.clips import ClipSampling, FrameRates, Mode
 from cogvideo.data.dataset import read_card
-from cogvideo.files import alone_in
+from cogvideo.files import exclusive_lock
 from cogvideo.runs import RunFolder
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.parallel import ParallelSettings, any_rank, is_first
@@ -144,6 +144,6 @@ def claimed(
     """Lock the folder of a run with this identity; yields whether there is anything left to do."""
     with ExitStack() as lock:
         if is_first():
-            lock.enter_context(alone_in(folder.path))
+            lock.enter_context(exclusive_lock(folder.path))
             folder.claim(identity, facts)
         yield any_rank(is_first() and folder.summary is None)

@@ -33,7 +33,7 @@ from cogvideo.training.parallel import (
     mean_over_ranks,
 )
 
-MOST_WORKERS = 4
+MAX_WORKERS = 4
 """Maximum number of loader processes per rank, unless more are requested."""
 
 
@@ -60,7 +60,7 @@ class Execution:
         if self.num_workers is not None:
             return self.num_workers
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
-        return min(MOST_WORKERS, (os.cpu_count() or 1) // ranks_here) if device.type == "cuda" else 0
+        return min(MAX_WORKERS, (os.cpu_count() or 1) // ranks_here) if device.type == "cuda" else 0
 
 
 class StepMetrics(NamedTuple):

@@ -31,7 +31,7 @@ from cogvideo.web.schemas import (
     Video,
     body_schema,
 )
-from cogvideo.web.served import MOST_FRAMES, WANTED, ClipRequest, wanted_of
+from cogvideo.web.served import MAX_FRAMES, WANTED, ClipRequest, wanted_of
 from cogvideo.web.site import Order, ServerState, refuse
 from cogvideo.web.storage import frame_name
 
@@ -150,7 +150,7 @@ async def extend(request: Request, here: Here, owner: Owner, repeat: Repeat = No
             is_same = new.seconds is None or float(new.seconds) == float(before.seconds or 0)
             require(new == own and is_same, f"got other options than those of {source}, expected prompt and seed alone")
             wanted = replace(before, prompt=new.prompt, loop=False, seed=new.seed)
-        first = here.start(owner, reference, wanted, MOST_FRAMES)
+        first = here.start(owner, reference, wanted, MAX_FRAMES)
         return here.order(owner, Order(wanted, first, None, source, repeat))
 
     return Video.of(await _in_thread(order, asked), here.served)

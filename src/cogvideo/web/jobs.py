@@ -49,7 +49,7 @@ from cogvideo.config import InputError, require
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 OPEN = ("queued", "in_progress")
-MOST_TRIES = 5
+MAX_TRIES = 5
 """Number of workers that may die on a job without finishing a frame."""
 PATIENCE = 30
 """Seconds to wait for another process to finish its transaction."""
@@ -268,9 +268,9 @@ class Jobs:
             if rows := connection.execute(held).all():
                 return [Job(**row._mapping) for row in rows]
             is_lost = and_(JOBS.c.status == "in_progress", JOBS.c.lease_end < now)
-            reason = f"{MOST_TRIES} workers died over it"
+            reason = f"{MAX_TRIES} workers died over it"
             given_up = {"status": "failed", "reason": reason, "ended": now, "lease": None}
-            connection.execute(update(JOBS).where(is_lost, JOBS.c.tries >= MOST_TRIES).values(given_up))
+            connection.execute(update(JOBS).where(is_lost, JOBS.c.tries >= MAX_TRIES).values(given_up))
             is_free = and_(JOBS.c.model == model, or_(JOBS.c.status == "queued", is_lost))
             others = JOBS.alias()
             served = select(func.max(others.c.taken)).where(others.c.owner == JOBS.c.owner).scalar_subquery()

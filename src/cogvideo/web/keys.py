@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 
 from cogvideo.config import require
-from cogvideo.files import turn_in, write_text
+from cogvideo.files import wait_for_lock, write_text
 
 LOCAL = "local"
 """Owner of everything on a server without keys."""
@@ -59,7 +59,7 @@ class Keys:
         require(is_name, f"the name is {name!r:.80}, expected up to 60 letters, digits, dots and dashes, not {LOCAL}")
         key = f"cv-{secrets.token_urlsafe(32)}"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with turn_in(self.path.parent):
+        with wait_for_lock(self.path.parent):
             there = self.read()
             require(
                 name not in there, f"{self.path} has a key with the name {name}: choose another, or delete its line"

@@ -25,7 +25,7 @@ READ_SECONDS = 60.0
 IDLE_SECONDS = 75
 """Seconds for which a connection stays open between requests, longer than clients keep it: if a server closes one just
 as a client reuses it, the client sees an error."""
-MOST_CONNECTIONS = 500
+MAX_CONNECTIONS = 500
 """Maximum number of connections. Systems usually allow 1,024 open files, some of which the queue needs."""
 
 
@@ -37,7 +37,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a request."""
         super().connection_made(transport)
-        if len(self.connections) > MOST_CONNECTIONS:
+        if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
         else:
             self._wait()

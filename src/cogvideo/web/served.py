@@ -23,7 +23,7 @@ from cogvideo.generation.hierarchy import generate
 from cogvideo.generation.request import (
     LARGEST_SEED,
     LONGEST,
-    MOST_ROUNDS,
+    MAX_ROUNDS,
     GenerationSettings,
     Request,
     SamplingOptions,
@@ -35,7 +35,7 @@ LONGEST_TEXT = 2000
 """Maximum number of characters in a prompt; the model's own limit is lower, and counts tokens."""
 SECONDS = (0.5, LONGEST)
 """Seconds of the shortest and the longest clip, without the frames that it continues."""
-MOST_FRAMES = 1000
+MAX_FRAMES = 1000
 """Number of frames of the longest clip, with those that it continues."""
 _RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
@@ -56,7 +56,7 @@ class ClipRequest(SamplingOptions):
     """Width and height, such as 96x96; a model has one size, or two with super-resolution."""
     seed: Seed | None = None
     """Seed; random by default."""
-    rounds: Annotated[int, Field(ge=0, le=MOST_ROUNDS)] = 3
+    rounds: Annotated[int, Field(ge=0, le=MAX_ROUNDS)] = 3
     """Rounds of interpolation: 0 to 3 give 5, 9, 17 or 33 frames in four seconds."""
     negative: Text | None = None
     """Text to move away from by guidance."""
@@ -187,7 +187,7 @@ class ServedModel:
         except InputError as error:
             raise InputError(str(error).replace("this model has no", f"{self.name} has no")) from error
         length = (0 if first is None else first.num_frames) + self.pipeline.num_frames(self.settings(wanted))
-        require(length <= MOST_FRAMES, f"the clip would have {length} frames, expected {MOST_FRAMES} at most")
+        require(length <= MAX_FRAMES, f"the clip would have {length} frames, expected {MAX_FRAMES} at most")
 
     def alike(self, wanted: ClipRequest, first: Start | None, last: Start | None) -> str:
         """Hash of everything that clips in a batch must share."""

@@ -53,7 +53,7 @@ def work(sharing: int, *arguments: Any) -> None:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: stopping.set())
     if parent_process() is not None:
-        Thread(target=_outlive, args=(stopping,), daemon=True).start()
+        Thread(target=_stop_with_parent, args=(stopping,), daemon=True).start()
     open_worker(stopping, *arguments).run()
 
 
@@ -73,7 +73,7 @@ def open_worker(
     return Worker(Jobs(queue), Store(files), served, batch, lease, running, stopping)
 
 
-def _outlive(stopping: Event) -> None:
+def _stop_with_parent(stopping: Event) -> None:
     """Set `stopping` when the parent process ends."""
     parent = parent_process()
     assert parent is not None

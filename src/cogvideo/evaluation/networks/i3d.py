@@ -33,7 +33,7 @@ EPS = 1e-3
 """Added to the variance by the official graph. TATS, VideoGPT and cd-fvd add 1e-5, which moves logits by up to 0.3."""
 SIDE = 224
 """Height and width of frames."""
-LEAST_FRAMES = 9
+MIN_FRAMES = 9
 """Frames of the shortest clip: the last pooling takes two steps, each of eight frames."""
 NUM_CLASSES = 400
 CRC_MASK = 0xA282EAD8
@@ -82,7 +82,7 @@ class I3D(nn.Module):
         """Logits of clips with pixels in [-1, 1], 224 x 224, at least nine frames, averaged over time."""
         frames, height, width = clips.shape[2:]
         require((height, width) == (SIDE, SIDE), f"frames are {height} x {width} pixels, expected {SIDE} x {SIDE}")
-        require(frames >= LEAST_FRAMES, f"clips have {frames} frames, expected at least {LEAST_FRAMES} for I3D")
+        require(frames >= MIN_FRAMES, f"clips have {frames} frames, expected at least {MIN_FRAMES} for I3D")
         x = clips
         for name, layer in self.layers.items():
             x = layer(x)
