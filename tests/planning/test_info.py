@@ -326,7 +326,8 @@ def run(hidden, layers):
     text = PaddedText(*(torch.ones(8, layout.text_slots, dtype=kind) for kind in (torch.int64, torch.bool)))
     noise = GumbelNoise([torch.Generator() for _ in range(8)], 3, layout.frame_slots, config.transformer.num_codes)
     given = torch.zeros(8, 1, layout.frame_slots, dtype=torch.int64)
-    list(decode(model, layout, Condition(text, text, 3.0), given, noise, SamplingConfig(), passes=GenerationSettings().passes))
+    passes = GenerationSettings().passes
+    list(decode(model, layout, Condition(text, text, 3.0), given, noise, SamplingConfig(), passes=passes))
 
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     (line,) = [each for each in open("/proc/self/status") if each.startswith("VmHWM")]
