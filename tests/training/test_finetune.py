@@ -193,7 +193,7 @@ def test_the_page(tuned: Path, place: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["generate", "a cat runs", "--model", str(tuned), "--seconds", "1", "--output", str(out)]) == 0
     assert len(read_video(out, 8).frames) == 9
     assert main(arguments) == 0
-    assert "is over" in capsys.readouterr().out
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_four_clips_of_a_split_are_shown() -> None:

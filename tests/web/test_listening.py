@@ -29,7 +29,7 @@ listening.MAX_CONNECTIONS = 20
 async def answer(request):
     return Response(bytes(100_000_000) if request.url.path == "/large" else await request.body())
 
-app = guard.Guard(Starlette(routes=[Route("/{name}", answer, methods=["GET", "POST"])]))
+app = guard.RequestGuard(Starlette(routes=[Route("/{name}", answer, methods=["GET", "POST"])]))
 with listening.listening("127.0.0.1", 0) as listener:
     print(listener.getsockname()[1], flush=True)
     listening.run(app, listener)
