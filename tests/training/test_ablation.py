@@ -21,6 +21,7 @@ from cogvideo.config import preset
 from cogvideo.data.engines import Machines, PlainJob
 from cogvideo.evaluation.features import Judge
 from cogvideo.evaluation.networks.cache import network_path
+from cogvideo.evaluation.reader import resized
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.transformer import Base, initialize
 from cogvideo.text import TextTokenizer
@@ -132,6 +133,11 @@ def test_a_killed_run_goes_on(base: str, tmp_path: Path, monkeypatch: pytest.Mon
     ]
     assert set(report) == {"full system"}
     assert report["full system"]["FVD"] == pytest.approx(PROTOCOL.fvd(*features), rel=1e-4)
+    autoencoder = CogVideo.from_pretrained(base).autoencoder
+    shown = [resized(autoencoder.reconstruct(subject.real(number, 32)), 64) for number in range(4)]
+    ceiling = PROTOCOL.fvd(features[0], torch.stack([eight(clip[:32:2]) for clip in shown]))
+    assert whole.ceiling is not None
+    assert whole.ceiling["FVD"] == pytest.approx(ceiling, rel=1e-4)
 
 
 @pytest.mark.soak
@@ -153,7 +159,8 @@ def test_all_variants_in_one_command(base: str, tmp_path: Path, capsys: pytest.C
     assert (np.load(overlaps[0])["clip"] != np.load(overlaps[1])["clip"]).any()
     content = json.loads((out / "ablation.json").read_text())
     rows = content["figures"]["clips"]["all right"]
-    assert len(rows) == 7
+    assert len(rows) == 8
+    assert rows["real clips through the tokenizer"]["differences"] == {}
     assert rows["one stage, overlap 2"]["differences"].keys() == {"0"}
     losses = content["figures"]["equal samples"]
     assert losses.keys() == {

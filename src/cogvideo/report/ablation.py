@@ -21,6 +21,8 @@ from cogvideo.training.ablation import VARIANTS, Experiment, VariantName
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """0.975 quantiles of Student's t, by degrees of freedom from 1."""
 FULL = VARIANTS["full"].title
+CEILING = "real clips through the tokenizer"
+"""Title of the row that no variant can be expected to beat."""
 CLIPS, SAMPLES, TIME, PACE = "clips", "equal samples", "equal time", "seconds a step"
 NOTES = {
     CLIPS: "FVD with the verified I3D, and shares of clips whose attribute is right according to the World reader.",
@@ -104,6 +106,8 @@ def facts(experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
     reports = {name: report for name in experiment.runs if (report := experiment.report(name)) is not None}
     lines = {name: dict(_stages(experiment.out / name)) for name in reports}
     figures = compare(experiment, reports, lines)
+    for name, value in (experiment.ceiling or {}).items():
+        figures[CLIPS][name][CEILING].add(experiment.optimization.seed, value, None)
     page = {
         "titles": {"figures": "Figures", "curves": "Curves", "sheets": "Clips"},
         "tables": [(at, ["", *names], _rows(names), NOTES[at]) for at, names in figures.items()],

@@ -41,7 +41,7 @@ from cogvideo.evaluation.making import ClipFolder, ClipOptions, fill, generate
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.one_stage import OneStage
 from cogvideo.evaluation.protocols import PROTOCOLS
-from cogvideo.evaluation.reader import FILE, SIZE
+from cogvideo.evaluation.reader import FILE, SIZE, resized
 from cogvideo.evaluation.subjects import Clip, WorldSubject
 from cogvideo.files import exclusive_lock, replacing
 from cogvideo.media.images import contact_sheet, evenly, write_image
@@ -54,8 +54,9 @@ from cogvideo.training.session import DataOptions, Options, StageLogging
 from cogvideo.training.stages import BaseChoice, Choice, StageName, StartChoice
 
 VariantName = Literal["full", "random", "trained", "one-stage", "no-rate", "no-window"]
-DATA, REAL, RUN, LOG = "data", "real", ".ablation-run", "log.txt"
-"""Folders of codes and of features of real clips; inside a run, the folder of its report and the log of messages."""
+DATA, REAL, CEILING, RUN, LOG = "data", "real", "ceiling", ".ablation-run", "log.txt"
+"""Folders of codes, of features of real clips, and of what the image tokenizer leaves of them; inside a run, the folder
+of its report and the log of messages."""
 FVD = "FVD"
 PROTOCOL = replace(PROTOCOLS["tfhub"], step=2)
 """16 frames at 4 fps."""
@@ -181,7 +182,23 @@ class Experiment:
                 options=SourceOptions(),
                 machines=machines,
             )
-        self._real_features(self._subject(self.optimization.seed))
+        with exclusive_lock(self.out / CEILING):
+            if self.ceiling is None:
+                RunFolder(self.out / CEILING).finish(self._measure_ceiling(base))
+
+    @property
+    def ceiling(self) -> dict[str, float] | None:
+        """Metrics of the real clips after the image tokenizer, a bound on those of variants; None until measured."""
+        path = self.out / CEILING
+        return RunFolder(path).summary if path.exists() else None
+
+    def _measure_ceiling(self, base: CogVideo) -> dict[str, float]:
+        subject, side = self._subject(self.optimization.seed), base.config.frame_size
+        require(isinstance(side, int), f"the base has frames of {side} pixels, expected squares, as the World has")
+        assert isinstance(side, int)
+        real = [subject.real(number, side) for number in range(len(subject.prompts))]
+        shown = [resized(base.autoencoder.reconstruct(clip), SIZE) for clip in real]
+        return self._metrics(shown, subject, self.out / CEILING)
 
     def make(self, job: PlainJob, on_clip: OnClip = lambda: None) -> None:
         """Do a run, or resume it."""
@@ -237,6 +254,10 @@ class Experiment:
         clip_folder.fill(made, self.ablation.at_once, lambda _: None)
         clips = list(clip_folder)
         _write_sheet(sheet, subject, clips)
+        return self._metrics(clips, subject, folder)
+
+    def _metrics(self, clips: Sequence[Clip], subject: WorldSubject, folder: Path) -> dict[str, float]:
+        """Metrics of a clip for each prompt; their features are cached in the folder."""
         shares, real = subject.judge(clips).shares, self._real_features(subject)
         read = shares["all clips"] | {"all right, held-out pairs": shares["held-out pairs"][ALL]}
         if real is None:
