@@ -79,6 +79,6 @@ def _write(experiment: Experiment) -> None:
     settings = {"ablation": asdict(experiment.ablation), "optimization": asdict(experiment.optimization)}
     content = provenance() | {"settings": settings, "runs": over} | figures
     write_json(experiment.out / FILE, content, as_json)
-    lead = f"{over} of {len(experiment.runs)} runs are over; {experiment.optimization.steps:,} steps of each stage."
+    lead = f"{over} of {len(experiment.runs)} runs are finished; {experiment.optimization.steps:,} steps of each stage."
     write_page(experiment.out / PAGE, "ablate", "Ablation of the video stages", lead, "ablation.html", page)
     print(f"written: {experiment.out / PAGE}, {experiment.out / FILE}, with {over} runs")

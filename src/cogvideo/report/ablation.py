@@ -23,7 +23,7 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 FULL = VARIANTS["full"].title
 CEILING = "real clips through the tokenizer"
 """Title of the row that no variant can be expected to beat."""
-CLIPS, SAMPLES, TIME, PACE = "clips", "equal samples", "equal time", "seconds a step"
+CLIPS, SAMPLES, TIME, PACE = "clips", "equal samples", "equal time", "seconds per step"
 NOTES = {
     CLIPS: "FVD with the verified I3D, and shares of clips whose attribute is right according to the World reader.",
     SAMPLES: "Held-out loss in nats per code, at the end of training.",
