@@ -83,7 +83,7 @@ def alone(stage: str, base: str) -> dict[str, Any]:
         loss = objective(make_batch(objective, number)).loss.mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP)
-        figures["steps"].append((float(loss), float(norm)))
+        figures["steps"].append((float(loss.detach()), float(norm)))
         optimizer.step()
         keep = min(SETTINGS.ema, (2 + number) / (11 + number))
         average = {name: each.lerp(trained[name].detach(), 1 - keep) for name, each in average.items()}
