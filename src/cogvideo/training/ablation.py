@@ -155,8 +155,7 @@ class Experiment:
 
     def report(self, name: str) -> dict[str, dict[str, float]] | None:
         """Metrics of a run's clips, by the title of what generated them; None until the run is finished."""
-        path = self.out / name / RUN
-        return RunFolder(path).summary if path.exists() else None
+        return _summary(self.out / name / RUN)
 
     def sheet(self, name: str, overlap: int) -> Path:
         """Contact sheet of clips of a run; the folder of the clips is next to it."""
@@ -182,21 +181,18 @@ class Experiment:
                 options=SourceOptions(),
                 machines=machines,
             )
-        with exclusive_lock(self.out / CEILING):
-            if self.ceiling is None:
-                RunFolder(self.out / CEILING).finish(self._measure_ceiling(base))
+        if self.ceiling is None:
+            RunFolder(self.out / CEILING).finish(self._measure_ceiling(base))
 
     @property
     def ceiling(self) -> dict[str, float] | None:
         """Metrics of the real clips after the image tokenizer, a bound on those of variants; None until measured."""
-        path = self.out / CEILING
-        return RunFolder(path).summary if path.exists() else None
+        return _summary(self.out / CEILING)
 
     def _measure_ceiling(self, base: CogVideo) -> dict[str, float]:
         subject, side = self._subject(self.optimization.seed), base.config.frame_size
-        require(isinstance(side, int), f"the base has frames of {side} pixels, expected squares, as the World has")
-        assert isinstance(side, int)
-        real = [subject.real(number, side) for number in range(len(subject.prompts))]
+        assert isinstance(side, int)  # the data above is refused otherwise
+        real = (subject.real(number, side) for number in range(len(subject.prompts)))
         shown = [resized(base.autoencoder.reconstruct(clip), SIZE) for clip in real]
         return self._metrics(shown, subject, self.out / CEILING)
 
@@ -286,6 +282,11 @@ class Experiment:
             with one_thread(), torch.inference_mode(), cudnn.flags(deterministic=True, allow_tf32=False):
                 fill(files, made, _write, 1, lambda _: None)
         return torch.from_numpy(np.stack([np.load(file) for file in files]))
+
+
+def _summary(path: Path) -> dict[str, Any] | None:
+    """Summary of a run's folder, which is not created; None until the run is finished."""
+    return RunFolder(path).summary if path.exists() else None
 
 
 def _write(path: Path, features: Float[Tensor, " features"]) -> None:
