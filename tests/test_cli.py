@@ -157,8 +157,8 @@ def test_command_gets_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("info --jsno", "unknown option --jsno; did you mean --json?"),
         ("generate x --samplse 3", "unknown option --samplse; did you mean --samples?"),
-        ("info --x=1 --y", "unknown option --x; `cogvideo info --help` lists what there is"),
-        ("info pocket b", "unknown argument b; `cogvideo info --help` lists what there is"),
+        ("info --x=1 --y", "unknown option --x; `cogvideo info --help` lists all options"),
+        ("info pocket b", "unknown argument b; `cogvideo info --help` lists all options"),
         ("generate -rf", "unknown option -rf; write -- before texts that begin with a dash"),
         ("generate x --seed", "--seed: expected one argument"),
         ("generate x --seed 1e5", "--seed: got '1e5', expected a whole number"),
@@ -226,7 +226,7 @@ def test_fault_of_ours_keeps_its_traceback(command: list[str], name: str) -> Non
     done = subprocess.run([*command, name], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    assert re.search(r"^cogvideo: this is an error in cogvideo .*; please report it", done.stderr, flags=re.MULTILINE)
+    assert re.search(r"^cogvideo: this is a bug in cogvideo .*; please report it", done.stderr, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])

@@ -447,7 +447,7 @@ def test_what_is_no_clip_is_not_exported(frames: Any, message: str, tmp_path: Pa
         ({"image": np.zeros((4, 4, 3))}, r"got a picture of type float64 of shape \(4, 4, 3\), expected uint8"),
         ({"image": np.zeros((4, 4), np.uint8)}, r"got a picture of type uint8 of shape \(4, 4\), expected uint8"),
         ({"video": []}, "got no pictures, expected one or more"),
-        ({"image": "heart.png"}, "got a str, expected an image of Pillow"),
+        ({"image": "heart.png"}, "got a str, expected a Pillow image"),
         ({"image": Image.new("F", (4, 4))}, "the picture has floating-point pixels, expected 8 or 16 bits"),
         ({"image": np.zeros((4, 4, 3), np.uint8), "video": []}, "got an image and a video to start from"),
         ({"last_image": np.zeros((4, 4, 3), np.uint8)}, "got a last frame and 0 leading ones, expected one"),

@@ -106,7 +106,7 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_called_foreign(tmp_path):
 def test_a_foreign_checkpoint_is_refused(tmp_path):
     """A file that is no checkpoint must not run code or end in a traceback."""
     (tmp_path / "checkpoint.pt").write_bytes(b"text")
-    with pytest.raises(ValueError, match="it is no checkpoint"):
+    with pytest.raises(ValueError, match="it is not a checkpoint"):
         RunFolder(tmp_path).old_checkpoint()
 
 

@@ -28,7 +28,7 @@ EXPECTED = {
     FileExistsError: ", expected a folder",
 }
 USER_ERROR, OWN_ERROR, BROKEN_PIPE, INTERRUPTED = 2, 1, 1, 130
-REPORT = f"this is an error in cogvideo {__version__}; please report it with the lines above"
+REPORT = f"this is a bug in cogvideo {__version__}; please report it with the lines above"
 
 
 class Command(NamedTuple):

@@ -113,7 +113,7 @@ class RunFolder:
         except Exception as error:  # corrupt bytes may raise anything
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
-            raise InputError(f"cannot use {path}: it is no checkpoint of this version") from error
+            raise InputError(f"cannot use {path}: it is not a checkpoint of this version") from error
 
     def report(self, row: Mapping[str, Any]) -> None:
         """Append a row, which includes the step, to `metrics.jsonl`."""

@@ -415,7 +415,7 @@ def test_what_is_no_safetensors_file_is_refused(folder: Path) -> None:
     path = folder / "base.safetensors"
     path.write_bytes(b"<html>not found</html>")
     edit(folder, lambda values: values["components"].update(base=vars(Entry.of(path))))
-    with pytest.raises(ValueError, match=r"base.safetensors is no safetensors file"):
+    with pytest.raises(ValueError, match=r"base.safetensors is not a safetensors file"):
         _ = CogVideo.from_pretrained(folder).base
 
 

@@ -93,7 +93,7 @@ def test_another_configuration_is_refused(
 ) -> None:
     """Guards a bundle against parts of another model; it stays as it was."""
     before = hashes(folder)
-    with pytest.raises(ValueError, match="has another configuration than the components to be written"):
+    with pytest.raises(ValueError, match="has a different configuration from the components to be written"):
         update(folder, small_config(train_text_model(), 64), base=MODULES["base"](small_config(train_text_model(), 64)))
     with pytest.raises(ValueError, match="does not fit the configuration as sequential"):
         update(folder, config, sequential=MODULES["base"](config))

@@ -228,8 +228,8 @@ def test_a_sidecar_makes_its_clip_again(
     )
 
     for changed, message in (
-        ({"bundle": "0"}, "was made with another model than"),
-        ({"sha256": {"image": "0"}}, "was made with another file than start.png"),
+        ({"bundle": "0"}, "was made with a different model from"),
+        ({"sha256": {"image": "0"}}, "was made with a different file from start.png"),
         ({"prompt": 3}, "other.json: prompt is 3: Expected `str`, got `int`"),
         ({"superres": "no"}, "other.json: superres is 'no': Expected `bool`, got `str`"),
         ({"image": 3}, "other.json: image is 3: Expected a path"),
@@ -304,7 +304,7 @@ def test_a_model_of_short_clips_makes_short_clips(model: str, inside: Path, caps
     told = refused(capsys, "a cat", "--model", "short", "--seconds", "1.4")
     assert "seconds is 1.4, expected a multiple of 0.25, the time between key frames, up to 60" in told
     told = refused(capsys, "a cat", "--model", model, "--seconds", "2")
-    assert "seconds is 2.0, expected 4 or more: this model does not say" in told
+    assert "seconds is 2.0, expected 4 or more: this model does not record" in told
 
 
 def test_a_model_has_values_of_its_own(model: str, inside: Path) -> None:
@@ -666,7 +666,7 @@ def test_a_clip_names_no_folder_of_its_maker(model: str, inside: Path, capsys: p
     for name in ("x.json", "x.mp4"):
         (inside / name).rename(inside / "kept" / name)
     again = ("--from-sidecar", "kept/x.json", "--output", "y.mp4")
-    assert "was made with portrait.png, which is not here" in refused(capsys, *again, "--model", model)
+    assert "was made with portrait.png, which is not there" in refused(capsys, *again, "--model", model)
     image.rename(inside / "kept" / "portrait.png")
     (inside / "kept" / "model").symlink_to(model)
     run(*again)
@@ -696,7 +696,7 @@ def test_a_sidecar_is_checked_before_weights_are_read(
     for change in ({"bundle": "0"}, {"sha256": {"image": "0"}}):
         (inside / "y.json").write_text(json.dumps(record | change))
         told = refused(capsys, "--from-sidecar", "y.json", "--model", model, "--output", "z.mp4")
-        assert "y.json was made with another" in told
+        assert "y.json was made with a different" in told
 
 
 class Looks(set[str]):
@@ -925,8 +925,8 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--image", "file"), "file: "),
         (("--extend", "file"), "file: "),
         (("--first", "file"), "got one of --first and --last, expected both"),
-        (("--image", "file", "--extend", "file"), "got --image and --extend, expected one start"),
-        (("--extend", "file", "--loop"), "got --loop and --extend, expected one end"),
+        (("--image", "file", "--extend", "file"), "got --image and --extend, expected only one of them"),
+        (("--extend", "file", "--loop"), "got --loop and --extend, expected only one of them"),
         (("--prompts", "file"), "got prompts and a file of prompts, expected one of them"),
         (("--device", "cuda"), "cannot use the device 'cuda'"),
         (("--model", "nobody/nothing"), "there is no folder nobody/nothing, and none came from the Hub"),
@@ -1044,9 +1044,9 @@ def test_what_is_read_is_not_replaced(
     for options in (("a cat", "--extend", "x.mp4"), ("a cat", "--image", "y.mp4"), ("--prompts", "list.mp4")):
         name = options[-1].replace("y", "x")
         told = refused(capsys, *options, "--model", model, "--output", name, *QUICK)
-        assert f"output is {name}, which replaces the input {options[-1]}: give another name" in told
+        assert f"output is {name}, which would replace the input {options[-1]}: choose another name" in told
     told = refused(capsys, "--from-sidecar", "heart.json", "--model", model, "--output", "heart.mp4")
-    assert "output is heart.mp4, which replaces the input heart.json: give another name" in told
+    assert "output is heart.mp4, which would replace the input heart.json: choose another name" in told
     assert {name: (inside / name).read_bytes() for name in tree(inside)} == before
 
 
@@ -1206,9 +1206,9 @@ def test_a_sidecar_is_good_elsewhere(model: str, inside: Path, capsys: pytest.Ca
     (inside / "start.png").rename(inside / "new" / "there.png")
     picture(inside / "new" / "other.png", seed=1)
     again = ("--from-sidecar", "x.json", "--output", "z.mp4", "--model", model)
-    lost = "x.json: it was made with start.png, which is not here: pass its place by --image"
+    lost = "x.json: it was made with start.png, which is not there: pass its new path with --image"
     assert lost in refused(capsys, *again)
-    assert "x.json was made with another file than" in refused(capsys, *again, "--image", "new/other.png")
+    assert "x.json was made with a different file from" in refused(capsys, *again, "--image", "new/other.png")
     run(*again, "--image", "new/there.png")
     assert record_of(inside / "z.mp4")["codes"] == record_of(inside / "x.mp4")["codes"]
     assert read(inside / "z.mp4")[1] == 3

@@ -135,7 +135,7 @@ def test_the_same_call_finds_its_frames(clips, tmp_path, monkeypatch):
     again = fetch(tmp_path, [clips], EVERYTHING, settings(num_frames=9))
     assert np.array_equal(first.train, again.train)
     assert np.array_equal(first.held_out, again.held_out)
-    with pytest.raises(ValueError, match="holds frames of other sources or settings"):
+    with pytest.raises(ValueError, match="holds frames from other sources or settings"):
         fetch(tmp_path, [clips], EVERYTHING, settings(num_frames=8))
 
 

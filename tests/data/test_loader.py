@@ -454,7 +454,7 @@ def test_datasets_must_agree(tmp_path: Path, folder: Path) -> None:
         ClipStream([folder], tokenizer_sha256="2" * 64)
     with pytest.raises(ValueError, match="3 x 3 codes, expected at most 2 x 2: the positions of the model"):
         ClipStream([folder, larger], grid=2, batch=2)
-    with pytest.raises(ValueError, match="8 frames a second, expected the base rate 16"):
+    with pytest.raises(ValueError, match="8 frames per second, expected the base rate 16"):
         ClipStream([folder], sampling=ClipSampling(rates=FrameRates(base=16.0)))
     with pytest.raises(ValueError, match="at least one"):
         ClipStream([])

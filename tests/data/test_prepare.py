@@ -130,13 +130,13 @@ def test_still_images_are_clips_of_one_frame(
     options = SourceOptions(images=True)
     assert prepare(str(source), tmp_path / "out", tokenizer, options=options, machines=ALONE) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-1] == f"no split but train ({NO_SPLIT}): stages that learn from it hold nothing out"
+    assert said[-1] == f"the only split is train ({NO_SPLIT}): stages trained on it hold nothing out"
     options = SourceOptions(images=True, validation=0.0)  # nothing for validation is wanted, so that it is not said
     assert prepare(str(source), tmp_path / "none", tokenizer, options=options, machines=ALONE) == 0
     assert "no split" not in capsys.readouterr().out
     dataset = Dataset(tmp_path / "out")
     assert [(row.captions, len(row.codes)) for row in map(dataset.row, range(len(dataset)))] == [(("all red",), 1)]
-    with pytest.raises(ValueError, match="holds no clip"):
+    with pytest.raises(ValueError, match="has no clips"):
         prepare(str(source), tmp_path / "none", tokenizer)
 
 
@@ -344,7 +344,7 @@ def test_changed_shard_is_refused(clips: Path, tokenizer: str, tmp_path: Path) -
     codes = Dataset(tmp_path).row(3).codes.tobytes()
     place = whole.index(codes) + len(codes) // 2
     shard.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(ValueError, match=r"shard-00001.arrow is not, byte for byte, what was prepared"):
+    with pytest.raises(ValueError, match=r"shard-00001.arrow has changed since it was prepared"):
         prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
     shard.unlink()
     prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)

@@ -193,7 +193,7 @@ def test_datasets_opens_it(tmp_path: Path, shard: Path, rows: list[Row]) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fps": 4.0}, "4 frames a second, expected 8"),
+        ({"fps": 4.0}, "4 frames per second, expected 8"),
         ({"captions": ()}, "expected some text"),
         ({"captions": ("a", "")}, "expected some text"),
         ({"captions": ("\ud800",)}, "not Unicode"),

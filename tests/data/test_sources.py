@@ -449,7 +449,7 @@ def test_absolute_paths_and_those_above(tmp_path: Path) -> None:
         ("t.csv", "name,caption\na,b\n", "no column 'file', it has name, caption: choose with --file-column"),
         ("t.csv", "file,Text\na,b\n", r"choose with --caption-columns; unknown column 'Text', did you mean 'text'\?$"),
         ("t.csv", "Path,caption\na,b\n", r"choose with --file-column; unknown column 'Path', did you mean 'path'\?$"),
-        ("t.csv", 'file,caption\na.mp4,x\nb.mp4,"y" z\n', "line 3: .*quotes in it are doubled"),
+        ("t.csv", 'file,caption\na.mp4,x\nb.mp4,"y" z\n', "line 3: .*double the quotes in it"),
         ("t.csv", 'file,caption\na.mp4,x\nb.mp4,"never closed\nc.mp4,z\n', "line 3: "),
         ("t.csv", b"file,caption\na.mp4,caf\xe9\n", "not UTF-8"),
         ("t.jsonl", "", "is empty"),
@@ -461,7 +461,7 @@ def test_absolute_paths_and_those_above(tmp_path: Path) -> None:
         ("t.xlsx", "x", "is not a source, expected a folder, a table"),
         ("t.tar", "no tar" * 200, "is not a tar"),
         ("t.tar.gz", gzip.compress(b"x", mtime=0), "is compressed with gzip, expected a plain tar"),
-        ("folder/readme.md", "x", "holds no clip, expected .*mp4"),
+        ("folder/readme.md", "x", "has no clips, expected .*mp4"),
     ],
 )
 def test_one_clear_error(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:

@@ -83,7 +83,7 @@ def test_a_killed_evaluation_goes_on(
 ) -> None:
     """Guards hours of work: what was made is kept, what is missing is made, and results are those of one go."""
     whole = run(model, tmp_path / "whole", reader, batch=3)
-    assert "No --emoji is given" in capsys.readouterr().out
+    assert "Without --emoji" in capsys.readouterr().out
     real, made = module.generate, []
 
     def once(pipeline: CogVideoPipeline, prompts: list[Prompt], making: ClipOptions) -> list[Clip]:

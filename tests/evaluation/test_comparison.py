@@ -75,8 +75,8 @@ def test_a_comparison_says_all_that_it_depends_on(tmp_path: Path) -> None:
     """Guards readers of a figure: counts, codec, size and rate, the floor, an interval and the limit stand with it."""
     real, dark = clips(tmp_path / "real", 20, 0), clips(tmp_path / "dark", 10, 1, dark=3)
     result = compare(real, dark)
-    assert str(result.real) == "8 clips of 20, 8 frames a second, 16 x 16, webp"
-    assert str(result.generated) == "8 clips of 10, 8 frames a second, 16 x 16, webp"
+    assert str(result.real) == "8 clips of 20, 8 frames per second, 16 x 16, webp"
+    assert str(result.generated) == "8 clips of 10, 8 frames per second, 16 x 16, webp"
     fvd, kvd = result.figures
     assert (fvd.name, fvd.of, fvd.clips, fvd.real_clips) == ("FVD", "real / generated", 8, 8)
     assert kvd.name == "KVD"
@@ -220,7 +220,7 @@ def test_prepared_data_and_reconstructions(tmp_path: Path, train_text_model: Cal
     assert result.figures[2].value != result.figures[0].value
     with pytest.raises(ValueError, match="is prepared data, expected the bundle that decodes it: pass --model"):
         compare(real, str(data))
-    with pytest.raises(ValueError, match="8 frames a second, expected 4"):
+    with pytest.raises(ValueError, match="8 frames per second, expected 4"):
         compare(str(data), real, tokenizer=tokenizer, fps=4)
 
 
@@ -248,7 +248,7 @@ def test_clips_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     for source, message in {
         one: "has 1 clip of 9 frames or more among 1, the longest has 12; expected at least 2",
         short: "has 0 clips of 9 frames or more among 3, the longest has 5",
-        fast: r"has 8 frames a second and .* 25, expected one rate: pass --fps",
+        fast: r"has 8 frames per second and .* 25, expected one rate: pass --fps",
         large: r"has 16 x 16 pixels and .* 32 x 32, expected one size: pass --size",
         broken: r"01.webp",
         str(tmp_path / "nowhere"): "there is no .*nowhere",

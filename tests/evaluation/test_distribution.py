@@ -99,7 +99,7 @@ def test_the_inception_score_counts_classes() -> None:
 def test_too_few_clips_are_refused() -> None:
     """One clip has no covariance, and NaN would be printed as if it were a figure."""
     for metric in (frechet_distance, polynomial_mmd):
-        with pytest.raises(ValueError, match="got 1 and 2 clips, expected two at least"):
+        with pytest.raises(ValueError, match="got 1 and 2 clips, expected at least two"):
             metric(torch.zeros(1, 3), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="splits is 3, expected 1 to 2"):
         inception_score(torch.eye(2), 3)

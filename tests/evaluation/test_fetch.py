@@ -279,8 +279,8 @@ def test_a_file_that_an_index_does_not_send_whole_is_refused(
     ("url", "message"),
     [
         ("http://127.0.0.1:9/simple/", "cannot be reached"),
-        ("file:///nowhere", "is no index of http or https"),
-        ("nowhere", "is no index of http or https"),
+        ("file:///nowhere", "is not an http or https index"),
+        ("nowhere", "is not an http or https index"),
         ("{index}", "has no such project"),
         ("{index}garbage", "lists no source distribution of version 0.1.0"),
     ],
@@ -328,9 +328,7 @@ def test_a_foreign_pickle_is_refused(
     content = archive({part.member: pickle.dumps({"AlexNet_0": Evil(trap)})})
     expect(content, monkeypatch)
     (cache.parents[1] / FILE).write_bytes(content)
-    assert "it names posix.mkdir, expected NumPy arrays alone" in refused(
-        capsys, "--from", str(cache.parents[1] / FILE)
-    )
+    assert "it names posix.mkdir, expected only NumPy arrays" in refused(capsys, "--from", str(cache.parents[1] / FILE))
     assert not trap.exists()
     assert leftovers(cache) == []
 
@@ -352,11 +350,11 @@ ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
         (pickle.dumps({"a": ARRAY.astype(">f4")}, 4), "of the byte order '>'"),
         (pickle.dumps({"a": [ARRAY]}, 4), "it has a list, expected dictionaries"),
         (pickle.dumps(np.random.default_rng(0), 4), "it names numpy.random"),
-        (pickle.dumps({"a": ARRAY}, 4)[:-40], "no whole pickle of arrays"),
-        (pickle.dumps({"a": ARRAY}, 4).replace(b"K\x02K\x03", b"K\x02K\x09"), "no whole pickle of arrays"),
-        (pickle.dumps(nested(), 4), "no whole pickle of arrays"),
-        (b"", "no whole pickle of arrays"),
-        (b"<html>", "no whole pickle of arrays"),
+        (pickle.dumps({"a": ARRAY}, 4)[:-40], "not a complete pickle of arrays"),
+        (pickle.dumps({"a": ARRAY}, 4).replace(b"K\x02K\x03", b"K\x02K\x09"), "not a complete pickle of arrays"),
+        (pickle.dumps(nested(), 4), "not a complete pickle of arrays"),
+        (b"", "not a complete pickle of arrays"),
+        (b"<html>", "not a complete pickle of arrays"),
     ],
 )
 def test_what_is_no_pickle_of_arrays_is_refused(content: bytes, message: str) -> None:

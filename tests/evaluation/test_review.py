@@ -120,7 +120,7 @@ def test_one_piece_of_a_still_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     items, _, named = listed(str(tmp_path))
     clips, rejected = review.review(items, named)
     assert [each.item.start for each in clips] == [0, 4, 6]
-    assert rejected == [("a.mp4", "still in part", "1 of the pieces show the same as earlier ones, without motion")]
+    assert rejected == [("a.mp4", "still in part", "1 of the pieces repeat earlier ones, without motion")]
 
 
 def test_a_frame_that_is_held_is_in_no_piece(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,7 +132,7 @@ def test_figures_are_those_of_the_whole_model(
     path = tmp_path / "figures.json"
     assert run(network, made, "--real", real, "--captions", "all", "--json", path) == 0
     printed = capsys.readouterr().out
-    assert "captions longer than CLIP reads, which were cut: 1" in printed
+    assert "captions cut to the length that CLIP reads: 1" in printed
     assert "CLIPSIM" not in printed
     found = json.loads(path.read_text())
     values = {(each["name"], each["of"]): each for each in found["figures"]}

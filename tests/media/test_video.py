@@ -162,7 +162,7 @@ def test_frames_of_variable_rate_are_those_on_screen(
 
 
 def test_a_clip_of_whole_seconds_has_both_its_ends(tmp_path: Path) -> None:
-    """Guards clips of four seconds, which gave 32 frames, one too few for key frames a second apart."""
+    """Guards clips of four seconds, which gave 32 frames, one too few for key frames per second apart."""
     path = encode(tmp_path / "a.mp4", clip(100), rate=25)
     assert len(read_video(path, 8, 32).frames) == 32
     shown = numbers(read_video(path, 8, 32, end=4.01).frames)
@@ -1037,7 +1037,7 @@ def test_long_stills_in_a_recording_stay(tmp_path: Path, capsys: pytest.CaptureF
     which a jump of the timestamps makes; a still whose length the file states needs none."""
     path = record(tmp_path / "a.mkv", clip(3), "mpeg4", pause=30.0)
     assert numbers(read_video(path, 0.1, 32).frames) == [0, 1, 1, 1]
-    told = "its times jump from 0.040 to 30.080 seconds: one frame is held till then\n"
+    told = "its times jump from 0.040 to 30.080 seconds: one frame is held until then\n"
     assert capsys.readouterr().err == f"{path}: {told}"
     read_video(io.BytesIO(path.read_bytes()), 0.1, 32)
     assert capsys.readouterr().err == f"a video in an archive: {told}"

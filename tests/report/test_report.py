@@ -542,7 +542,7 @@ def test_places_that_cannot_be_written(make: Make, tmp_path: Path, out: str, mes
 
 def test_bad_input_is_one_line(tmp_path: Path, make: Make) -> None:
     """A traceback for a folder without data, a damaged shard or a negative number."""
-    with pytest.raises(ValueError, match="no whole dataset"):
+    with pytest.raises(ValueError, match="not a complete dataset"):
         report(tmp_path)
     folder = make()
     with pytest.raises(ValueError, match="clips is -1, expected 0 or more"):

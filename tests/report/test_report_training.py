@@ -137,7 +137,7 @@ def make_run(
 
 def row(step: int, loss: float, **more: float) -> dict[str, float]:
     course = {"learning_rate": 1e-4 * step, "gradient_norm": 1 + 1 / step, "tokens_per_second": 1000.5 + step}
-    rest = {"utilisation": 0.25 + step / 1000, "seconds": 2.5 * step, "peak_bytes": 2_000_000_000 + step}
+    rest = {"utilization": 0.25 + step / 1000, "seconds": 2.5 * step, "peak_bytes": 2_000_000_000 + step}
     return {"step": step, "loss": loss} | course | rest | more
 
 
@@ -209,7 +209,7 @@ def test_a_real_run_is_shown_as_it_is_in_its_files(
     assert number(shown["best"]) == pytest.approx(min(means), abs=1e-4)
     assert shown["best"].endswith(f" at {(4, 8)[int(np.argmin(means))]}")
     assert number(shown["tokens/s"]) == pytest.approx(trained[-1]["tokens_per_second"], rel=1e-3)
-    assert number(shown["utilization"]) == pytest.approx(100 * trained[-1]["utilisation"], abs=0.06)
+    assert number(shown["utilization"]) == pytest.approx(100 * trained[-1]["utilization"], abs=0.06)
     assert number(shown["time"]) == pytest.approx(report["time"]["seconds"], rel=5e-3)
     scale = {"MB": 1e6, "GB": 1e9}[shown["memory"].split()[1]]
     assert number(shown["memory"]) * scale == pytest.approx(report["memory"]["peak_bytes"], rel=5e-3)

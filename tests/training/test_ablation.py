@@ -146,7 +146,7 @@ def test_all_variants_in_one_command(base: str, tmp_path: Path, capsys: pytest.C
     out = tmp_path / "out"
     arguments = ["ablate", RECIPE, "--base", base, "--out", str(out), "--seeds", "1", "--steps", "2", "--clips", "2"]
     assert main([*arguments, "--workers", "2", "--device", "cpu"]) == 0
-    assert "6 of 6 runs are done" in capsys.readouterr().out
+    assert "6 of 6 runs done" in capsys.readouterr().out
     found = {name: Manifest.read(out / f"{name}-0") for name in VARIANTS}
     for name, manifest in found.items():
         assert ("sequential_base" in manifest.components) == (name in ("random", "trained"))

@@ -314,7 +314,7 @@ def test_a_damaged_loss_is_passed_over(tmp_path: Path, content: str | None, caps
     assert checkpoints.best() == 3
     assert checkpoints.steps() == [1, 3, 5]
     (told,) = capsys.readouterr().err.splitlines()
-    assert re.search(r"step-00000001 is damaged \(state.json: [^:]+\): it is left alone.$", told)
+    assert re.search(r"step-00000001 is damaged \(state.json: [^:]+\): it is skipped.$", told)
 
 
 def test_a_damaged_one_makes_room(tmp_path: Path) -> None:

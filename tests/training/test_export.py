@@ -191,10 +191,10 @@ def test_what_is_no_run_is_refused(place: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for content in ("", "[]", "{}", '{"stage": "tokenizer"}', '{"sources": []}'):
         (tmp_path / "other" / "run.json").write_text(content)
-        with pytest.raises(ValueError, match=r"other is no run of a stage \(run.json: .+\): pass such a folder as"):
+        with pytest.raises(ValueError, match=r"other is not a run of a stage \(run.json: .+\): pass such a folder as"):
             commands.export(tmp_path / "other", out)
     for name in ("nowhere", "file"):
-        with pytest.raises(ValueError, match=f"{name} is no run of a stage"):
+        with pytest.raises(ValueError, match=f"{name} is not a run of a stage"):
             commands.export(tmp_path / name, out)
     with pytest.raises(ValueError, match="got both --step and --best"):
         commands.export(run_of(place), out, step=1, best=True)
@@ -230,7 +230,7 @@ def test_another_base_than_the_run_had_is_refused(
     commands.export(run, tmp_path / "unconcerned")
     update(tmp_path / "model", config, base=loud(Base(config.transformer), 5))
     with pytest.raises(
-        ValueError, match=r"base of the bundle .*model is another than the run started from: got .*, exp"
+        ValueError, match=r"base of the bundle .*model is not the one that the run started from: got .*, exp"
     ):
         commands.export(run, tmp_path / "other")
     shutil.rmtree(tmp_path / "model")
@@ -257,7 +257,7 @@ def test_a_bundle_that_does_not_fit_is_refused(
         commands.export(run_of(place), out, overwrite=True)
     other = replace(config, sequential=StageConfig(2))
     CogVideo(other, base=make_parts(train_text_model())["base"]).save_pretrained(tmp_path / "windows")
-    with pytest.raises(ValueError, match="windows has another configuration than the one to be trained"):
+    with pytest.raises(ValueError, match="windows has a different configuration from the one to be trained"):
         commands.export(run_of(place), tmp_path / "windows")
     (tmp_path / "fresh").mkdir()
     (tmp_path / "fresh" / "training.json").write_text("[")
@@ -326,7 +326,7 @@ def test_what_was_trained_on_another_component_stays_behind(
     source, name = CogVideo.from_pretrained(tmp_path / "full"), "base" if stage == "image" else stage
     (tmp_path / "full" / "training.json").write_text('{"superres": {"steps": 1}, "interpolation": {"steps": 2}}')
     target = target_of(source, tmp_path / "new", stage, Choice("random"))
-    assert left_out(target) == f"{tmp_path / 'new'} goes without {gone}: trained on another {name}."
+    assert left_out(target) == f"{tmp_path / 'new'} will lack {gone}, trained on another {name}."
     deliver(target, {name: source.component(name)}, {"steps": 1})
     kept = set(source.components) - set(gone.split(", "))
     assert set(CogVideo.from_pretrained(tmp_path / "new").components) == kept
@@ -349,7 +349,7 @@ def test_what_is_trained_on_keeps_the_others(
     for out, start in ((tmp_path / "new", source), (tmp_path / "same", CogVideo.from_pretrained(tmp_path / "same"))):
         target = target_of(start, out, "image", Choice("continue"))
         check_target(target, overwrite=True)
-        told = "sequential, interpolation come along from the old base: train them on with --start continue."
+        told = "sequential, interpolation come from the model with the old base: train them on with --start continue."
         assert left_out(target) == (told if out.name == "new" else "")
         deliver(target, {"base": better}, {"steps": 1})
         made = CogVideo.from_pretrained(out)

@@ -39,7 +39,7 @@ QUICK = Finetuning(steps=4, batch=2)
 
 
 def write_clip(path: Path, seconds: float, shade: int, caption: str | None = None) -> None:
-    """A square that moves to the right, ten frames a second."""
+    """A square that moves to the right, ten frames per second."""
     path.parent.mkdir(exist_ok=True)
     number = round(10 * seconds)
     frames = np.full((number, 32, 48, 3), shade, np.uint8)
@@ -319,7 +319,7 @@ def test_the_pace_is_measured(tuned: Path, place: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ((), "holds no clip"),
+        ((), "has no clips"),
         (("a.mp4",), "no clip of .* can be trained on: a.mp4: no readable video or picture"),
     ],
 )
@@ -441,7 +441,7 @@ def test_captions_of_clips_with_odd_names(place: Path, tmp_path: Path) -> None:
     with redirect_stdout(StringIO()) as told:
         assert main(["data", "captions", str(tmp_path)]) == 0
     for left_out in (r"'two\nlines.mp4'", r"'\udcff.mp4'"):
-        assert f"{left_out} is left out: its name has signs that a page cannot hold: rename it" in told.getvalue()
+        assert f"{left_out} is left out: its name has characters that a page cannot hold: rename it" in told.getvalue()
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, values: found.append(dict(values)) if tag == "textarea" else None  # type: ignore[method-assign]
     parser.feed((tmp_path / "captions.html").read_text(encoding="utf-8"))

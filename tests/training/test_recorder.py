@@ -37,7 +37,7 @@ ROW = {
     "learning_rate": 2e-4,
     "gradient_norm": 0.7,
     "tokens_per_second": 12_345.6,
-    "utilisation": 0.412,
+    "utilization": 0.412,
     "seconds": 3.0,
 }
 HELD_OUT = {"step": 10, "held_out": {"1 fps": {"loss": 4.6, "frame_1": 4.1}, "2 fps": {"loss": 4.8}}}
@@ -89,7 +89,7 @@ def test_without_a_terminal_there_are_plain_lines_every_so_often(
             recorder.record(ROW | {"step": step})
     lines = written(out).splitlines()
     assert lines[0] == (
-        "step 15 of 105: loss 4.5000  12,346 tokens/s  utilisation 41.2%  3 min left"  # 20 s for 10 steps, 90 to come
+        "step 15 of 105: loss 4.5000  12,346 tokens/s  utilization 41.2%  3 min left"  # 20 s for 10 steps, 90 to come
     )
     assert [line.split(" of")[0] for line in lines] == [
         "step 15",
@@ -99,7 +99,7 @@ def test_without_a_terminal_there_are_plain_lines_every_so_often(
         "step 95",
         "step 105",
     ]
-    assert lines[-1].endswith("utilisation 41.2%")
+    assert lines[-1].endswith("utilization 41.2%")
     assert "\x1b" not in written(out)
 
 
@@ -109,7 +109,7 @@ def test_a_terminal_has_a_moving_line(tmp_path: Path) -> None:
     with Recorder(RunFolder(tmp_path), done=0, steps=20, console=out) as recorder:
         recorder.record(ROW)
     last = written(out).splitlines()[-2]
-    for part in ("10/20", "loss 4.5000", "12,346 tokens/s", "utilisation 41.2%", "left"):
+    for part in ("10/20", "loss 4.5000", "12,346 tokens/s", "utilization 41.2%", "left"):
         assert part in last
 
 

@@ -311,14 +311,14 @@ def test_what_is_missing_is_said_once(train_text_model: Callable[..., bytes], ex
 
     for stage in ("image", "sequential", "interpolation", "superres"):
         assert told(stage, examples) == ""  # type: ignore[arg-type]
-        assert "neither a prompt nor a clip" in told(stage, [])  # type: ignore[arg-type]
+        assert "neither a prompt nor a held-out clip" in told(stage, [])  # type: ignore[arg-type]
         assert told(stage, examples, ("image_tokenizer",)).endswith("the model has no image_tokenizer.")  # type: ignore[arg-type]
         lacks = told(stage, examples, ("base", "text"))  # type: ignore[arg-type]
-        assert lacks == "No samples are drawn while training: the model has no base, text."
+        assert lacks == "No samples are generated during training: the model has no base, text."
     assert told("sequential", [Example("a")]) == ""
-    assert "there are prompts alone" in told("interpolation", [Example("a")])
-    assert "there are prompts alone" in told("superres", [each._replace(high_codes=None) for each in examples])
-    with pytest.raises(ValueError, match="there are prompts alone"):
+    assert "there are only prompts" in told("interpolation", [Example("a")])
+    assert "there are only prompts" in told("superres", [each._replace(high_codes=None) for each in examples])
+    with pytest.raises(ValueError, match="there are only prompts"):
         draw("interpolation", CogVideo(config, **parts), [Example("a")], seed=0)
 
 
@@ -526,5 +526,5 @@ def test_a_preview_without_a_tokenizer_says_why(
     """Guards runs on codes alone: they train, and say once why they draw nothing."""
     make_model(tmp_path / "model", train_text_model(), without=("image_tokenizer",))
     preview = preview_of("image", place, tmp_path / "samples", source=str(tmp_path / "model"))
-    assert preview.problem == "No samples are drawn while training: the model has no image_tokenizer."
+    assert preview.problem == "No samples are generated during training: the model has no image_tokenizer."
     assert preview(1) is None

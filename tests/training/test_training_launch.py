@@ -186,7 +186,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(place: Place) -> None:
     (saved,) = place.checkpoints("asked").iterdir()
     assert saved.name == f"step-{last:08}"
     assert json.loads((saved / "state.json").read_text())["held_out"] == place.measured("asked").get(last)
-    assert "the same command continues" in said
+    assert "run the same command to continue" in said
 
 
 def test_a_second_run_in_the_folder_is_refused(place: Place) -> None:
@@ -380,7 +380,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(place: Place) -> None:
     (run / "checkpoints" / "step-00000008" / "__0_0.distcp").write_bytes(b"no tensors")
     status, said = place.here("sequential", "--init", "model", out="failing")
     assert status == 0, said
-    told = r"step-00000008 is damaged \(its content is cut short or was changed\): an earlier one is taken.\n"
+    told = r"step-00000008 is damaged \(its content is cut short or was changed\): an earlier one is used.\n"
     assert re.search(told, said)
     assert equal(place.weights("sequential", "failing"), place.weights("sequential", "whole"))
     assert sorted(each.name for each in (run / "checkpoints").iterdir())[0] == "damaged-step-00000008"
@@ -437,7 +437,7 @@ def test_out_of_memory_says_what_helps(place: Place) -> None:
     assert done.returncode == 2, done.stderr
     line = done.stderr.strip().splitlines()[-1]  # after that the data are fewer than a batch
     assert re.search(
-        r"out of memory with 1500 samples a pass; `cogvideo info` expects [\d.]+ GiB with --precision bfloat16, and "
+        r"out of memory with 1500 samples per pass; `cogvideo info` expects [\d.]+ GiB with --precision bfloat16, and "
         r"[\d.]+ GiB with --checkpointing too\. What helps: a smaller --micro-batch, --checkpointing",
         line,
     ), line
@@ -462,7 +462,7 @@ def test_mistakes_are_one_line(place: Place, train_text_model: Callable[..., byt
                 "sequential",
                 ("--held-out-split", "validaton"),
             ),
-            ("--prompts says nothing to superres", "superres", ("--prompts", "a ball")),
+            ("--prompts has no effect on superres", "superres", ("--prompts", "a ball")),
             ("tensor_parallel is 2 for 1 ranks", "sequential", ("--tensor-parallel", "2")),
             ("cannot use the device 'cuda:7'|cannot use the device", "sequential", ("--device", "cuda:7")),
         ]
@@ -506,7 +506,7 @@ def test_adapters_are_trained_next_to_the_weights(place: Place, monkeypatch: pyt
     assert started["base"] == before["base"]
     assert started["adapter of base"] == hashlib.sha256((lora / "base" / WEIGHTS).read_bytes()).hexdigest()
     given = ("--lora", "2", "--adapter", "lora")
-    assert "This run is over" in place.here("sequential", *given, "--init", "adapted", out="adapted")[1]
+    assert "This run is finished" in place.here("sequential", *given, "--init", "adapted", out="adapted")[1]
     place.fails("lora is 99, expected a rank of 1 to 32", "image", "--lora", "99", out="adapted")
     place.fails("lora is 0, expected a rank of 1 to 32", "sequential", "--lora", "0", out="adapted")
     place.fails("got --lora with --base or --window", "sequential", "--lora", "2", "--window", "2", out="adapted")
@@ -534,7 +534,7 @@ def test_channels_of_one_base(place: Place) -> None:
     assert other.sha256("sequential") != own.sha256("sequential")
     started = json.loads((storm / ".interpolation-run" / "run.json").read_text())["parents"]
     assert started["sequential"] == other.sha256("sequential")
-    assert "This run is over" in place.here("interpolation", "--channel", "storm", "--seed", "1", out="many")[1]
+    assert "This run is finished" in place.here("interpolation", "--channel", "storm", "--seed", "1", out="many")[1]
     shutil.rmtree(storm / ".sequential-run")
     place.fails("storm has sequential already: pass --overwrite", "sequential", "--channel", "storm", out="many")
     place.fails("sequential, channels/storm in the bundle many rely", "image", "--overwrite", out="many")

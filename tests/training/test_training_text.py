@@ -210,7 +210,7 @@ def test_bundle_keeps_its_configuration_and_components(table: Path, tmp_path: Pa
     model = CogVideo.from_pretrained(tmp_path / "bundle")
     assert model.components == ("cluster_labels", "text")
     assert (model.text.pad, model.text.start_of_image) == (501, 1400)
-    with pytest.raises(ValueError, match="another configuration than the preset pocket"):
+    with pytest.raises(ValueError, match="a different configuration from the preset pocket"):
         train_text((str(table),), tmp_path / "bundle", preset="pocket")
     bundle.update(tmp_path / "trained", POCKET, base=Base(POCKET.transformer))
     before = (tmp_path / "trained" / MANIFEST).read_bytes()

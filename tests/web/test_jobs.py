@@ -125,7 +125,7 @@ def test_a_job_that_kills_workers_fails(jobs: Jobs) -> None:
     assert taken(jobs, "last") == []
     found = jobs.find(job)
     assert found is not None
-    assert (found.status, found.reason) == ("failed", "5 workers died over it")
+    assert (found.status, found.reason) == ("failed", "5 workers died while making it")
 
 
 def test_limits_hold_for_requests_at_once(jobs: Jobs) -> None:

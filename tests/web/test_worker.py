@@ -236,7 +236,7 @@ def test_clips_of_another_model(site: ServerState, capsys: pytest.CaptureFixture
     worker(site, stopping=stopping).run()
     job = look(site, waiting)
     assert job.status == "queued"
-    assert capsys.readouterr().err.count("waiting videos that need another model than small as it is now: 1") == 1
+    assert capsys.readouterr().err.count("1 waiting videos need another model than small as it is now") == 1
     for use in (lambda: site.start("a", Reference(video_id=old), ClipRequest(prompt="x")), lambda: site.starts(job)):
         with pytest.raises(InputError, match="was made by another model than small, or an older one"):
             use()

@@ -135,7 +135,7 @@ def find_adapter(bundle: Path, name: str, scale: float) -> list[Adapter]:
         raise InputError(f"there is no adapter {name!r}: {known}; expected one of them or a folder")
     found = adapters_in(folder, scale)
     expected = f"expected one with {CONFIG} in at least one of the folders {', '.join(ADAPTED)}"
-    require(len(found) > 0, f"{folder} is no adapter, {expected}")
+    require(len(found) > 0, f"{folder} is not an adapter, {expected}")
     return found
 
 

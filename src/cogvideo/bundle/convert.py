@@ -39,7 +39,7 @@ class Conversion(NamedTuple):
         """Description of what was stored, and why."""
         lines = [f"components: {', '.join(self.components)}"]
         for stage, tensors in self.differing.items():
-            lines.append(f"{stage} keeps a base of its own: {len(tensors)} tensors differ from the shared one")
+            lines.append(f"{stage} keeps its own base: {len(tensors)} tensors differ from the shared one")
             lines += [f"  {name}: by at most {largest:.3g}" for name, largest in tensors.items()]
         return "\n".join(lines)
 
@@ -90,7 +90,7 @@ class ReleasedCheckpoint(NamedTuple):
             iteration = folder / (folder / "latest").read_text("utf-8", "replace").strip()
         files = sorted(iteration.glob("mp_rank_*_model_states.pt"))
         require(bool(files), f"there is no file {iteration / 'mp_rank_00_model_states.pt'}")
-        got = f"{iteration} holds a model split in {len(files)} files, expected {files[0].name} alone"
+        got = f"{iteration} holds a model split into {len(files)} files, expected only {files[0].name}"
         advice = "merge them first, with the tool that split them (SwissArmyTransformer)"
         require(len(files) == 1, f"{got}: {advice}")
         return cls(component, files[0], settings)
@@ -108,7 +108,7 @@ class ReleasedCheckpoint(NamedTuple):
         try:
             return replace(preset("cogvideo").transformer, hidden=hidden, num_heads=heads, **sizes)
         except InputError as error:
-            raise InputError(f"{self.file} is no released checkpoint: {error}") from error
+            raise InputError(f"{self.file} is not a released checkpoint: {error}") from error
 
     def check(self, config: CogVideoConfig) -> None:
         """Refuse a checkpoint whose settings or tensors do not match the configuration."""
@@ -135,7 +135,7 @@ def _derive(stages: list[ReleasedCheckpoint]) -> CogVideoConfig:
     released = preset("cogvideo")
     sizes = {stage.file: stage.sizes() for stage in stages}
     different = [f"{file} is {size}" for file, size in sizes.items()] if len(set(sizes.values())) > 1 else []
-    require(not different, f"checkpoints of one model expected, got different ones: {'; '.join(different)}")
+    require(not different, f"expected checkpoints of one model, got different ones: {'; '.join(different)}")
     return replace(released, transformer=next(iter(sizes.values()), released.transformer))
 
 
@@ -173,7 +173,7 @@ def _add_tokenizers(writer: BundleWriter, folder: Path) -> None:
 def _read_labels(file: Path) -> Shaped[Tensor, "..."]:
     with _reading(file):
         labels = np.load(file, allow_pickle=False)
-    require(isinstance(labels, np.ndarray) and labels.dtype.kind in "iu", f"{file} is no array of whole numbers")
+    require(isinstance(labels, np.ndarray) and labels.dtype.kind in "iu", f"{file} is not an array of integers")
     return torch.from_numpy(labels.astype(np.int64))
 
 
@@ -186,7 +186,7 @@ def _read_module(file: Path) -> dict[str, Tensor]:
         raise InputError(f"{file} has no table 'module', expected a released checkpoint")
     tensors = {name: each for name, each in module.items() if isinstance(name, str) and isinstance(each, Tensor)}
     others = [str(name) for name in module if name not in tensors]
-    require(not others, f"{file} holds what is no tensor: {few(others)}")
+    require(not others, f"{file} holds entries that are not tensors: {few(others)}")
     return tensors
 
 
@@ -204,7 +204,7 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        raise InputError(f"cannot read {file}: it holds more than tensors and numbers, which may be code") from error
+        raise InputError(f"cannot read {file}: it holds more than tensors and numbers, and may contain code") from error
     except (OSError, ValueError, EOFError, RuntimeError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
         raise InputError(f"cannot read {file}: {reason}") from error
@@ -213,7 +213,7 @@ def _reading(file: Path) -> Iterator[None]:
 def _require_names(file: Path, got: set[str], used: set[str], dropped: set[str]) -> None:
     missing, unknown = used - got, got - used - dropped
     wrong = f"missing {few(missing)}; unknown {few(unknown)}"
-    require(not missing and not unknown, f"{file} has other tensors than the released model: {wrong}")
+    require(not missing and not unknown, f"{file} does not have the tensors of the released model: {wrong}")
 
 
 def _rename(tensors: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:

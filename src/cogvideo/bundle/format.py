@@ -184,7 +184,7 @@ class Manifest:
         shared, own = cls.read(owner).components, manifest.components
         for name in SHARED:
             same = name not in own or (name in shared and shared[name].sha256 == own[name].sha256)
-            require(same, f"{folder} was trained on another {name} than {owner} has now: train it again")
+            require(same, f"{folder} was trained on a {name} that {owner} no longer has: train it again")
         return replace(manifest, components=shared | {name: own[name] for name in own if name not in SHARED})
 
 

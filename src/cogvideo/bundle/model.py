@@ -334,7 +334,7 @@ class CogVideo(StageModels):
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise InputError(f"{path} is no safetensors file: {error}") from error
+            raise InputError(f"{path} is not a safetensors file: {error}") from error
         check_tensors(component, tensors, self.config, path)
         tensors = {name: self._place(path, name, tensor) for name, tensor in tensors.items()}
         if component == "cluster_labels":
@@ -369,7 +369,7 @@ def update(
     with writing(folder, config) as writer:  # nobody else changes the bundle meanwhile
         if (there := Manifest.here(folder)) is not None:
             same = there.config.sizes == config.sizes
-            require(same, f"the bundle {folder} has another configuration than the components to be written")
+            require(same, f"the bundle {folder} has a different configuration from the components to be written")
             gone = {*components, *without}
             kept = {name: entry for name, entry in there.components.items() if name not in gone}
             if owner_of(folder) is not None:  # the owner keeps the rest

@@ -56,14 +56,14 @@ def ablate(
     for package in ("jinja2", "matplotlib", "pyarrow"):
         import_module(package)  # if one is missing, fail before any work
     if not network_path("i3d").is_file():
-        print("There is no FVD: `cogvideo fetch i3d` puts its network into the cache.")
+        print("FVD is left out: run `cogvideo fetch i3d` to download its network.")
     experiment.prepare(machines)
     names = [name for name in experiment.runs if only in (None, name) and experiment.report(name) is None]
     if names:
-        print(f"{len(names)} runs to do; each has its messages in {out / names[0] / LOG} or the like", flush=True)
+        print(f"{len(names)} runs to do; each logs to its own folder, such as {out / names[0] / LOG}", flush=True)
         done = count(1)
         jobs = [PlainJob((name,)) for name in names]
-        machines.settled.run(jobs, experiment, lambda: print(f"{next(done)} of {len(names)} runs are done", flush=True))
+        machines.settled.run(jobs, experiment, lambda: print(f"{next(done)} of {len(names)} runs done", flush=True))
     _write(experiment)
 
 

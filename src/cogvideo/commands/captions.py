@@ -41,7 +41,7 @@ def captions(clips: Path, /) -> None:
     for path, caption in rows:
         file = Path(path).relative_to(clips.absolute()).as_posix()
         if any(category(sign) in ("Cc", "Cs") for sign in file):
-            print(f"{file!r} is left out: its name has signs that a page cannot hold: rename it")
+            print(f"{file!r} is left out: its name has characters that a page cannot hold: rename it")
             continue
         try:
             frames = read_video(Path(path), FPS, SIDE, fit="letterbox", max_frames=MOST).frames
@@ -49,11 +49,11 @@ def captions(clips: Path, /) -> None:
             print(f"{file} is left out. {error}")
             continue
         shown.append({"file": file, "caption": caption, "frames": frames})
-    require(len(shown) > 0, f"no clip of {clips} can be shown, expected a folder with videos")
+    require(len(shown) > 0, f"no clip in {clips} can be shown, expected a folder with videos")
     if find_manifest(clips) is None:
         write_csv(clips / TABLE, [("file", "caption"), *((each["file"], each["caption"]) for each in shown)])
         print(f"{clips / TABLE}: {count(sum(not each['caption'] for each in shown), 'empty caption')}")
     page = clips / PAGE
     lead = f"{count(shown, 'clip')} of {clips.resolve().name}."
     write_page(page, "data captions", "Captions", lead, "captions.html", {"clips": shown, "fps": FPS})
-    print(f"{page}: open it in a browser, write, save, and replace {TABLE}")
+    print(f"{page}: open it in a browser, write captions, save, and replace {TABLE}")

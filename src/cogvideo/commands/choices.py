@@ -79,11 +79,11 @@ class Choices(SamplingOptions):
         is_positive = self.seconds is None or self.seconds > 0
         require(is_positive, f"seconds is {self.seconds}, expected a positive number")
         starts = [name for name in ("image", "extend", "first") if getattr(self, name) is not None]
-        require(len(starts) < 2, f"got --{' and --'.join(starts)}, expected one start")
+        require(len(starts) < 2, f"got --{' and --'.join(starts)}, expected only one of them")
         pair = (self.first is None) == (self.last is None)
-        require(pair, "got one of --first and --last, expected both; --image is a first frame alone")
+        require(pair, "got one of --first and --last, expected both; for a first frame alone, pass --image")
         end = "--last" if self.last else "--extend"
-        require(not (self.loop and (self.last or self.extend)), f"got --loop and {end}, expected one end")
+        require(not (self.loop and (self.last or self.extend)), f"got --loop and {end}, expected only one of them")
 
     @property
     def files(self) -> dict[str, Path]:
@@ -121,7 +121,7 @@ class Choices(SamplingOptions):
             return
         check_seconds(self.seconds, own)
         is_known = bool(own.sequential.durations) or self.seconds >= SECONDS
-        reason = f"this model does not say what else than {SECONDS:g} seconds its key frames were trained on"
+        reason = "this model does not record that its key frames were trained on shorter clips"
         require(is_known, f"seconds is {self.seconds}, expected {SECONDS:g} or more: {reason}")
 
     def sized(self, own: CogVideoConfig, is_enlarged: bool) -> CogVideoConfig:
@@ -188,9 +188,12 @@ class Sidecar:
     def check_origin(self, record: Record) -> None:
         """Refuse a model or files other than those of the clip."""
         same = self.record.get("bundle") == record["bundle"]
-        require(same, f"{self.path} was made with another model than {record['model']}: pass its own by --model")
+        require(
+            same,
+            f"{self.path} was made with a different model from {record['model']}: pass the clip's model with --model",
+        )
         changed = [record[name] for name, value in record["sha256"].items() if self.clip.sha256.get(name) != value]
-        require(not changed, f"{self.path} was made with another file than {', '.join(changed)}")
+        require(not changed, f"{self.path} was made with a different file from {', '.join(changed)}")
 
     def is_again(self, codes: str) -> bool:
         """Compare the hash of new codes with that of the clip; print a line if they differ."""
@@ -223,7 +226,7 @@ class Sidecar:
         for folder in (Path(), self.path.parent):
             if (found := existing(folder / path)).exists():
                 return found
-        raise InputError(f"it was made with {path}, which is not here: pass its place by --{option}")
+        raise InputError(f"it was made with {path}, which is not there: pass its new path with --{option}")
 
 
 def _hash(path: Path) -> str:

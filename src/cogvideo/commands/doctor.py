@@ -46,7 +46,9 @@ def doctor(model: str = POCKET, /) -> int:
     for device, words in devices.items():
         console.print(f"{device}: {words}")
     if len(devices) == 1:
-        console.print("no GPU that PyTorch can use: everything runs on the CPU, the model in the box in seconds a clip")
+        console.print(
+            "no GPU that PyTorch can use: everything runs on the CPU; the model in the box takes seconds per clip"
+        )
     if slow := slowness(torch.bfloat16, torch.device("cpu")):
         console.print(slow)
     console.print()

@@ -60,7 +60,7 @@ def alignment(
     if emoji is not None:
         subjects.append(EmojiSubject(emoji, emoji_limit, making.seed, emoji_seed))
     else:
-        console.print("No --emoji is given: animations are left out.")
+        console.print("Without --emoji, animations are left out.")
     require(len(subjects) > 0, "there is nothing to judge: world is 0 and there is no emoji, expected one of them")
     for each in _tables(evaluate(pipeline, model, subjects, making, batch, out)):
         console.print(each)
@@ -76,14 +76,14 @@ def _tables(results: dict[str, dict[str, RowFindings]]) -> Iterator[Table]:
             for group, shares in judged.verdict.shares.items():
                 count = judged.verdict.counts[group]
                 shown.append([row, group, *(_percent(shares[name], count) for name in measures)])
-        yield table(f"{subject}: share that is right (%, 95 % interval)", ["", "", *measures], shown, 2)
+        yield table(f"{subject}: correct (%, 95 % interval)", ["", "", *measures], shown, 2)
     moved = [
         [subject, row, f"{ratio:.2f}", f"{100 * static:.1f}", f"{flicker:.2f}"]
         for subject, rows in results.items()
         for row, (_, (ratio, static, flicker)) in rows.items()
     ]
     heads = ["", "", "energy ratio", "static (%)", "flicker (levels)"]
-    yield table("Movement, against real clips of the same prompts", heads, moved, 2)
+    yield table("Motion, compared with real clips of the same prompts", heads, moved, 2)
 
 
 def _percent(share: float, count: int) -> str:

@@ -126,9 +126,9 @@ def warnings(result: Comparison) -> Iterator[str]:
     """Warnings about less reliable figures."""
     count = result.real.clips
     if count < RELIABLE:
-        yield f"N is {count:,}, below {RELIABLE:,}: FVD is mostly bias, and comparable at this N alone"
+        yield f"N is {count:,}, below {RELIABLE:,}: FVD is mostly bias, and comparable only at this N"
     if set(result.real.codecs) != set(result.generated.codecs):
-        yield "the files are coded differently, which alone moves FVD"
+        yield "the files use different codecs, which alone changes FVD"
 
 
 def describe(result: Comparison, name: str, networks: Networks, reading: Reading, seed: int) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def text(
     for name, each in measured.items():
         console.print(f"{name}: {each.side}")
         if each.num_cut:
-            console.print(f"captions longer than CLIP reads, which were cut: {each.num_cut:,}")
+            console.print(f"captions cut to the length that CLIP reads: {each.num_cut:,}")
     console.print(figures_table(figures))
     if json is not None:
         described = {

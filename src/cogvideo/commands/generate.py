@@ -112,8 +112,8 @@ def generate(
         listed = _listed(prompt, prompts, None if seed == ANY_SEED else seed, samples)
     else:
         is_alone = not prompt and prompts is None and seed in (None, ANY_SEED) and samples == 1
-        got = "got --from-sidecar with a prompt or an option that the sidecar has"
-        moved = "but for --model, --image, --extend, --first and --last if these were moved"
+        got = "got --from-sidecar with a prompt or an option that the sidecar sets"
+        moved = "except --model, --image, --extend, --first and --last if those files were moved"
         require(is_alone and choices == Choices(**choices.places), f"{got}, expected none, {moved}")
         sidecar = Sidecar(from_sidecar)
         listed = [ListedPrompt(sidecar.clip.prompt, sidecar.clip.seed, str(from_sidecar))]
@@ -122,7 +122,7 @@ def generate(
     for replaced in (files.output, sidecar_of(files.output)) if to_file else ():
         for path in (prompts, from_sidecar, *choices.files.values()):
             is_other = path is None or not (path.exists() and replaced.exists() and path.samefile(replaced))
-            require(is_other, f"output is {files.output}, which replaces the input {path}: give another name")
+            require(is_other, f"output is {files.output}, which would replace the input {path}: choose another name")
     suits = not to_file or files.format in ("mp4", files.output.suffix.lower()[1:])
     require(suits, f"output is {files.output} and format {files.format}, expected one format")
     maker = ClipMaker(choices, execution)

@@ -73,7 +73,7 @@ def _tables(name: str, manifest: Manifest, batch: int) -> Iterator[Table | str]:
     config, phases = manifest.config, clip(manifest.config)
     sizes, (rows, columns) = config.transformer, config.layout.sides
     shape = f"{sizes.num_layers} layers, hidden {sizes.hidden}, {sizes.num_heads} heads"
-    yield f"[bold]{name}[/bold]: {shape}, {rows} x {columns} codes a frame\n"
+    yield f"[bold]{name}[/bold]: {shape}, {rows} x {columns} codes per frame\n"
     yield _parameters(manifest)
     works = [
         [
@@ -86,7 +86,7 @@ def _tables(name: str, manifest: Manifest, batch: int) -> Iterator[Table | str]:
         ]
         for each in phases
     ]
-    heads = ["phase", "rows", "passes", "cache", "read a pass", "operations"]
+    heads = ["phase", "rows", "passes", "cache", "read per pass", "operations"]
     yield table("One clip: work, and bytes in 16 bit", heads, works)
     memory = [[each.name, *(_binary(each.memory(kind)) for kind in PRECISIONS)] for each in phases]
     memory.append(["all, weights kept", *(_binary(resident(config, phases, kind)) for kind in PRECISIONS)])
@@ -113,7 +113,7 @@ def _training_rows(steps: list[Training]) -> Iterator[list[str]]:
     yield ["together", *(_binary(sum(each.states.values())) for each in steps)]
     for name in ("activations", "activations_checkpointed", "total", "total_checkpointed"):
         yield [name.replace("_", ", "), *(_binary(getattr(each, name)) for each in steps)]
-    yield ["operations a position", *(_decimal(each.flops_per_position, "FLOP") for each in steps)]
+    yield ["operations per position", *(_decimal(each.flops_per_position, "FLOP") for each in steps)]
 
 
 def _presets() -> Table:

@@ -46,7 +46,7 @@ def read_texts(path: Path) -> tuple[list[str], list[str] | None]:
 
 def find_clips(folder: Path, texts: Sequence[str], stems: Sequence[str] | None) -> list[Path]:
     """The clip of each prompt in a folder."""
-    require(folder.is_dir(), f"{folder} is no folder, expected one with clips")
+    require(folder.is_dir(), f"{folder} is not a folder, expected one with clips")
     files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES]
     require(len(files) > 0, f"{folder} has no clips, expected files such as .mp4, .gif or .webp")
     clips = {path.stem: path for path in files}
@@ -57,11 +57,15 @@ def find_clips(folder: Path, texts: Sequence[str], stems: Sequence[str] | None) 
     if not missing:
         return [clips[stem] for stem in wanted]
     lacks = f"{folder} lacks {len(missing)} of {len(texts)} clips, the first is {missing[0]!r}"
-    require(stems is None and all(map(_numbers, clips)), f"{lacks}; name them so, or pass a table with a column file")
+    require(
+        stems is None and all(map(_numbers, clips)), f"{lacks}; use these names, or pass a table with a column `file`"
+    )
     require(len(clips) == len(texts), f"{folder} has {len(clips)} clips for {len(texts)} prompts, expected one of each")
     order = sorted(clips, key=_numbers)
     for one, other in pairwise(order):
-        require(_numbers(one) != _numbers(other), f"{folder}: {one!r} and {other!r} have one number, expected an order")
+        require(
+            _numbers(one) != _numbers(other), f"{folder}: {one!r} and {other!r} have the same number, expected an order"
+        )
     return [clips[stem] for stem in order]
 
 

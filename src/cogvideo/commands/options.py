@@ -217,7 +217,7 @@ def _read(parser: argparse.ArgumentParser, known: Sequence[Option], arguments: S
         raise InputError(f"{error.argument_name}: {error.message}") from None
     if not rest:
         return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
-    hint = f"`{parser.prog} --help` lists what there is"
+    hint = f"`{parser.prog} --help` lists all options"
     option = next((each.partition("=")[0] for each in rest if each.startswith("-")), None)
     if option is None:
         raise InputError(f"unknown argument {rest[0].removeprefix(PLAIN)}; {hint}")

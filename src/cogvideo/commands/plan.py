@@ -37,9 +37,9 @@ def plan(target: str = "cogvideo", /, *, machines: Cluster, json: bool = False, 
     console = Console(highlight=False)
     some = f"{machines.gpus:,} GPU{'s' * (machines.gpus > 1)} of {machines.gpu_memory:g} GiB"
     free = f"{machines.reserve:.0%} stay free for CUDA, NCCL, fragmentation: {_gib(machines.budget)}"
-    peak = f"{machines.tflops:g} TFLOP/s a GPU at its peak"
+    peak = f"a peak of {machines.tflops:g} TFLOP/s per GPU"
     console.print(f"[bold]{target}[/bold] on {some}; {free}", soft_wrap=True)
-    console.print(f"Assumed: {peak}, of which training reaches {machines.utilisation:.0%}", soft_wrap=True)
+    console.print(f"Assumed: {peak}, of which training reaches {machines.utilization:.0%}", soft_wrap=True)
     for each in plans:
         for part in _parts(each, machines):
             console.print(part, soft_wrap=isinstance(part, str))
@@ -49,13 +49,13 @@ def plan(target: str = "cogvideo", /, *, machines: Cluster, json: bool = False, 
 def _parts(plan: StagePlan, machines: Cluster) -> Iterator[Table | str]:
     samples, steps = PAPER[plan.stage]
     shape = f"a step is {plan.batch:,} samples of {plan.positions:,} positions"
-    yield f"\n[bold]{plan.stage}[/bold], GiB a rank; {shape}"
+    yield f"\n[bold]{plan.stage}[/bold], GiB per rank; {shape}"
     yield _table(plan)
     if plan.tokens_per_second is not None:
         takes = "" if steps is None else f"; the paper's {steps:,} steps of {samples} samples take {plan.days:.3g} days"
         yield f"{plan.tokens_per_second:,.0f} tokens/s{takes}"
     if samples != plan.batch:
-        yield f"{samples} samples cannot be shared by {machines.groups:,}, so it is {plan.batch:,}"
+        yield f"{samples} samples cannot be split evenly among {machines.groups:,}, so a step has {plan.batch:,}"
     yield plan.command or _too_little(plan, machines)
 
 
@@ -63,7 +63,7 @@ def _table(plan: StagePlan) -> Table:
     """A table with a column for each strategy."""
     strategies = plan.strategies
     heads = [f"{each.sharding},\ncheckpointing" if each.checkpointing else each.sharding for each in strategies]
-    rows = [["samples a pass", *(str(each.micro_batch) for each in strategies)]]
+    rows = [["samples per pass", *(str(each.micro_batch) for each in strategies)]]
     rows += [[name, *(_gib(each.memory[name]) for each in strategies)] for name in strategies[0].memory]
     rows += [[f"all {name}", *(_gib(each.peaks[name]) for each in strategies)] for name in strategies[0].peaks]
     rows.append(["fits", *("chosen" if each == plan.best else "yes" if each.fits else "no" for each in strategies)])
@@ -75,8 +75,10 @@ def _too_little(plan: StagePlan, machines: Cluster) -> str:
     least = min(plan.strategies, key=lambda strategy: strategy.needs)
     strategy = f"{least.sharding}{' with --checkpointing' if least.checkpointing else ''}"
     at_start = least.needs == least.peaks["at the start"]
-    helps = "larger GPUs, since a rank has the whole model before it cuts it" if at_start else "more or larger GPUs"
-    takes = f"{strategy} takes least, {_gib(least.needs)} of {_gib(machines.budget)} GiB"
+    helps = (
+        "larger GPUs, since each rank holds the whole model before sharding it" if at_start else "more or larger GPUs"
+    )
+    takes = f"{strategy} takes the least, {_gib(least.needs)} of {_gib(machines.budget)} GiB"
     return f"Nothing fits: {takes}. What helps: {helps}"
 
 

@@ -224,7 +224,7 @@ def _lpips_files(name: str | None, vgg: Path | None, heads: Path | None) -> tupl
     require(len(given) != 1, "LPIPS needs two files: --vgg (torchvision's VGG-16) and --lpips (its heads for VGG)")
     if name is None:
         return given
-    require(not given, f"--perceptual {name} takes the fetched weights, expected no --vgg and no --lpips with it")
+    require(not given, f"--perceptual {name} uses the fetched weights: leave out --vgg and --lpips")
     return (fetched("lpips-vgg"),)
 
 
@@ -257,7 +257,7 @@ def reader(
 
 def _table(right: dict[str, dict[str, float]], number: int) -> Table:
     rows = ([group, *(f"{each:.1%}" for each in shares.values())] for group, shares in right.items())
-    return table(f"Read right, of {number:,} clips that were never trained on", ["", *ATTRIBUTES, "all"], rows)
+    return table(f"Read correctly, of {number:,} clips never trained on", ["", *ATTRIBUTES, "all"], rows)
 
 
 def text(
@@ -294,10 +294,10 @@ def text(
     counted = spread(distinct, COUNTED)
     slots = config.layout.text_slots
     found = figures(tokenizer, counted, slots)
-    unused = f", of which {found.unused:,} unused: the captions have no more" if found.unused else ""
+    unused = f", of which {found.unused:,} unused: the captions have no more pieces" if found.unused else ""
     print(f"captions  {len(captions):,} of the split train, {len(used):,} used, {len(distinct):,} different")
     print(f"pieces    {found.pieces:,}{unused}")
-    print(f"tokens    {found.mean:.1f} a caption with its prefix, {found.longest} at most ({len(counted):,} counted)")
+    print(f"tokens    {found.mean:.1f} per caption with its prefix, at most {found.longest} ({len(counted):,} counted)")
     print(f"fitting   {found.fitting:.2%} of them in the {slots} text slots")
     print(f"in bytes  {found.with_bytes:.2%} of them, in part")
     print(f"wrote the text tokenizer into {out}")

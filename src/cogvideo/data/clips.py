@@ -31,7 +31,7 @@ class FrameRates:
     """Frames per sequence."""
 
     def __post_init__(self) -> None:
-        require(0 < self.base < math.inf, f"base is {self.base}, expected a positive number of frames a second")
+        require(0 < self.base < math.inf, f"base is {self.base}, expected a positive number of frames per second")
         require(self.num_frames >= 2, f"num_frames is {self.num_frames}, expected 2 or more")
         ascending = all(low < high for low, high in pairwise(self.rates))
         positive = all(0 < rate < math.inf for rate in self.rates)

@@ -121,7 +121,7 @@ def read_card(folder: Path) -> Card:
     if not path.exists():
         begun = any(folder.glob("shard-*")) or any(folder.glob(f".*{TEMPORARY_SUFFIX}"))
         why = "prepare was interrupted: run the same command again" if begun else "expected the output of prepare"
-        raise InputError(f"{folder} holds no whole dataset (no {CARD}); {why}")
+        raise InputError(f"{folder} is not a complete dataset (no {CARD}); {why}")
     try:
         card = from_dict(Card, check_version(json.loads(path.read_bytes()), FORMAT_VERSION))
         num_rows, in_splits = sum(entry.num_rows for entry in card.shards), sum(card.splits.values())
@@ -141,7 +141,7 @@ def check_hashes(folder: Path) -> None:
     for entry in read_card(folder).shards:
         path = folder / entry.file
         is_same = not path.exists() or _entry(path, entry.num_rows) == entry
-        require(is_same, f"{path} is not, byte for byte, what was prepared: {advice}")
+        require(is_same, f"{path} has changed since it was prepared: {advice}")
 
 
 class Dataset:

@@ -56,7 +56,7 @@ GPU_READERS = 4
 
 def local_devices(device: str, workers: int) -> list[str]:
     """The device of each worker process; 0 workers means one per GPU or core. `cuda` and `auto` use all GPUs."""
-    require(workers >= 0, f"workers is {workers}, expected 0 (one a core or GPU) or more")
+    require(workers >= 0, f"workers is {workers}, expected 0 (one per core or GPU) or more")
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     require(device != "cuda" or bool(gpus), "the device is cuda, and there is no CUDA GPU: pass --device cpu")
     if device == "cuda" or (device == "auto" and gpus):
@@ -88,7 +88,7 @@ def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_cli
                 future.result()
         except BrokenProcessPool as error:
             advice = "finished jobs are kept; run the same command again, with fewer --workers"
-            raise InputError(f"a worker process died, perhaps for want of memory: {advice}") from error
+            raise InputError(f"a worker process died, perhaps from lack of memory: {advice}") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():  # nothing is left to do, or the run is being aborted

@@ -97,8 +97,8 @@ def fetch(
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"cannot use {folder / MANIFEST} ({error}): remove its folder and start again") from error
-    other = f"{folder} holds frames of other sources or settings"
-    require(manifest["key"] == key, f"{other}: give those of the run that made them, or remove it")
+    other = f"{folder} holds frames from other sources or settings"
+    require(manifest["key"] == key, f"{other}: use those it was made with, or remove it")
     size = settings.clips.size
     assert size is not None
     train, held_out = (_map(folder / name, count, size) for name, count in zip(FILES, manifest["frames"], strict=True))

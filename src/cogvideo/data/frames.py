@@ -152,7 +152,7 @@ def shrink(
 def _check_length(num_frames: int, settings: FrameSettings) -> None:
     if num_frames < settings.min_frames:
         expected = f"expected at least {settings.min_frames}"
-        raise VideoError("too short", f"{num_frames} frames at {settings.fps:g} a second, {expected}")
+        raise VideoError("too short", f"{num_frames} frames at {settings.fps:g} per second, {expected}")
 
 
 def background_of(item: Item, settings: FrameSettings) -> str:

@@ -224,7 +224,7 @@ class ClipStream(MapDataset[ClipSample]):
         require(len(lengths) > 0, f"{where}: there is no clip, expected at least one")
         needed, mode = self.sampling.min_frames, self.sampling.mode
         usable = rows[lengths >= needed]
-        expected = f"expected {needed} frames at {self.sampling.rates.base:g} a second"
+        expected = f"expected {needed} frames at {self.sampling.rates.base:g} per second"
         got = f"got clips of {lengths.min()} to {lengths.max()}"
         require(len(usable) > 0, f"{where}: no clip is long enough for the mode {mode}: {expected}, {got}")
         return usable
@@ -241,7 +241,7 @@ def _check_cards(datasets: Sequence[Dataset], sampling: ClipSampling, grid: int 
         fits = grid is None or max(both(card.grid)) <= grid
         require(fits, f"{got}, expected at most {grid} x {grid}: the positions of the model")
         base = sampling.rates.base
-        require(card.fps == base, f"{where} has {card.fps:g} frames a second, expected the base rate {base:g}")
+        require(card.fps == base, f"{where} has {card.fps:g} frames per second, expected the base rate {base:g}")
         if sampling.high_codes:
             require(card.high_grid != 0, f"{where} has no codes of super-resolution: prepare the data with them")
             ratios = [both(each.card.high_grid)[0] // both(each.card.grid)[0] for each in (dataset, first)]

@@ -66,7 +66,7 @@ def prepare(
         if len(rejected) == len(listing.rejected) + len(listing.items):
             (name, reason, _), *others = rejected
             more = f", and {len(others)} more in {out / REJECTED}" if others else ""
-            raise InputError(f"no clip of {source} can be used: {name}: {reason}{more}")
+            raise InputError(f"no clip in {source} can be used: {name}: {reason}{more}")
         card = make_card(
             out,
             [job.path.name for job in jobs],
@@ -159,5 +159,5 @@ def _summary(folder: Path, card: Card, options: SourceOptions) -> str:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in card.rejected.items())
         lines.append(f"rejected: {card.num_rejected:,} ({reasons}); see {folder / REJECTED}")
     if set(card.splits) == {"train"} and options.validation:
-        lines.append(f"no split but train ({NO_SPLIT}): stages that learn from it hold nothing out")
+        lines.append(f"the only split is train ({NO_SPLIT}): stages trained on it hold nothing out")
     return "\n".join(lines)

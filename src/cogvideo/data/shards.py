@@ -237,7 +237,7 @@ def _code_column(clips: Sequence[np.ndarray | None], grid: Sides) -> Any:
 
 def _check_row(row: Row, info: ShardInfo) -> None:
     where = f"the clip {row.id!r}"
-    require(row.fps == info.fps, f"{where} has {row.fps:g} frames a second, expected {info.fps:g}")
+    require(row.fps == info.fps, f"{where} has {row.fps:g} frames per second, expected {info.fps:g}")
     require(len(row.captions) > 0 and all(row.captions), f"{where} has the captions {row.captions}, expected some text")
     _check_codes(where, row.codes, info.grid, info.num_codes)
     if row.high_codes is not None:

@@ -126,12 +126,12 @@ def list_source(source: str, options: SourceOptions) -> Listing:
         elif new := tuple(caption for caption in each.captions if caption not in known.captions):
             clips[each.id] = replace(known, captions=known.captions + new)
         else:
-            rejected.append(Rejection(each.id, "named twice", "the same part of the file stands before it"))
+            rejected.append(Rejection(each.id, "named twice", "the same part of the file is listed before"))
     items = []
     for clip in clips.values():
         items.append(clip)
         items.extend(replace(clip, id=f"{clip.id}~{copy}", copy=copy) for copy in range(1, options.copies))
-    nothing = f"{source} holds no clip, expected {', '.join(sorted(options.suffixes))} or .tar files"
+    nothing = f"{source} has no clips, expected {', '.join(sorted(options.suffixes))} or .tar files"
     require(bool(items or rejected), nothing)
     return Listing(items, rejected)
 
@@ -208,7 +208,7 @@ def _table(path: Path, root: Path, options: SourceOptions) -> Found:
         hints = tables.hints(columns, (column, *known))
         there = "; ".join([f"it has {', '.join(columns)}: choose with {flag}", *hints])
         if len(columns) == 1 and path.suffix.lower() == ".csv":
-            there = f"its first line is {columns[0]!r:.80}: columns stand between commas"
+            there = f"its first line is {columns[0]!r:.80}: separate columns with commas"
         require(column in columns, f"{path} has no column {column!r}, {there}")
     for hint in tables.hints(columns, OPTIONAL_COLUMNS):
         print(f"{path}: {hint}", file=sys.stderr)
@@ -239,7 +239,7 @@ def _row(record: Record, table: str, root: str, options: SourceOptions) -> Item 
             path = str(existing(Path(path)))
         name = os.path.relpath(path, root) if not path.startswith(root + os.sep) else path[len(root) + 1 :]
         if record.surplus:
-            detail = f'{record.surplus} cells have no column: a caption with commas stands in "..."'
+            detail = f'{record.surplus} cells too many: put captions with commas in "..."'
             raise RowError("more cells than columns", detail)
         captions = tables.captions_of(record.values, options.caption_columns) if options.caption_columns else ()
         item = _item(name, Path(path), captions, record.values, options)
@@ -346,4 +346,4 @@ def _tar(path: Path, folder: Path, options: SourceOptions) -> Found:
     for entry in index.cut:
         yield Rejection(f"{name}/{entry.name}", "cut off", f"{path} ends inside it")
     if index.damage:
-        yield Rejection(name, "tar is damaged", f"{index.damage}; whole files before it are taken")
+        yield Rejection(name, "tar is damaged", f"{index.damage}; complete files before it are used")

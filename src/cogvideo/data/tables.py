@@ -104,7 +104,7 @@ def captions_of(values: dict[str, Any], columns: Iterable[str]) -> tuple[str, ..
     found = [text for cell in cells for text in (cell if isinstance(cell, list) else [cell])]
     texts = [text for text in found if isinstance(text, str) or not is_missing(text)]
     if not texts:
-        raise RowError("missing caption", f"nothing stands in {', '.join(columns)}")
+        raise RowError("missing caption", f"nothing in {', '.join(columns)}")
     return clean(texts)
 
 
@@ -213,7 +213,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                     yield start, row
                 start = reader.line_num + 1
         except csv.Error as error:
-            hint = 'a cell with quotes or commas stands in "...", quotes in it are doubled'
+            hint = 'put a cell with quotes or commas in "...", and double the quotes in it'
             hint = "a cell is too long" if "limit" in str(error) else hint
             raise InputError(f"{path}, line {start}: {error} ({hint})") from error
 

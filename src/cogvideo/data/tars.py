@@ -89,7 +89,7 @@ def _rest(file: BinaryIO, offset: int) -> str:
     file.seek(offset)
     blocks = file.read(2 * tarfile.RECORDSIZE)
     if not blocks:
-        return "the mark at its end is missing: it was cut"
+        return "its end marker is missing: it was cut off"
     if blocks[: tarfile.BLOCKSIZE].strip(b"\0"):
-        return "a header is damaged or cut"
+        return "a header is damaged or cut off"
     return "something follows the end of the tar: are two in one file?" if blocks.strip(b"\0") else ""

@@ -74,7 +74,7 @@ class ComparedClips:
     def __str__(self) -> str:
         sizes, codecs = ", ".join(self.resolutions), ", ".join(self.codecs)
         short = f" ({self.short} too short)" if self.short else ""
-        return f"{self.clips:,} clips of {self.of:,}{short}, {self.fps:g} frames a second, {sizes}, {codecs}"
+        return f"{self.clips:,} clips of {self.of:,}{short}, {self.fps:g} frames per second, {sizes}, {codecs}"
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def check_alike(excerpts: Sequence[Excerpt], protocol: Protocol) -> None:
     """Refuse clips of different rates, and of different sizes if the protocol keeps these."""
     footage = [each.footage for each in excerpts]
     slow, fast = (key(footage, key=lambda each: each.fps) for key in (min, max))
-    told = f"{slow.id} has {slow.fps:g} frames a second and {fast.id} {fast.fps:g}"
+    told = f"{slow.id} has {slow.fps:g} frames per second and {fast.id} {fast.fps:g}"
     require(fast.fps <= (1 + SAME_RATE) * slow.fps, f"{told}, expected one rate: pass --fps")
     if protocol.size is None:
         small, large = (key(footage, key=lambda each: each.size) for key in (min, max))

@@ -50,7 +50,7 @@ def frechet_distance(
         generated: features of generated clips.
         ddof: 1 divides covariances by one less than the number of clips (TF-GAN, TATS), 0 by the number (StyleGAN-V).
     """
-    require(min(len(real), len(generated)) > 1, f"got {len(real)} and {len(generated)} clips, expected two at least")
+    require(min(len(real), len(generated)) > 1, f"got {len(real)} and {len(generated)} clips, expected at least two")
     factors = [_factor(each.double(), ddof) for each in (real, generated)]
     shift = (real.double().mean(0) - generated.double().mean(0)).square().sum()
     spread = factors[0].square().sum() + factors[1].square().sum()
@@ -88,7 +88,7 @@ def polynomial_mmd(
         constant: added to the products.
         biased: whether the kernel of a clip with itself counts.
     """
-    require(min(len(real), len(generated)) > 1, f"got {len(real)} and {len(generated)} clips, expected two at least")
+    require(min(len(real), len(generated)) > 1, f"got {len(real)} and {len(generated)} clips, expected at least two")
     x, y = real.double(), generated.double()
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class Reading:
             first, number = listing.rejected[0], len(listing.rejected)
             raise InputError(f"{source}: clips that cannot be used: {number}, the first is {first.id}: {first.reason}")
         rendered = any(isinstance(item.media, Scene) for item in listing.items)
-        require(not rendered, f"{source} is no file, expected clips: `cogvideo data world` writes these")
+        require(not rendered, f"{source} is not a file, expected clips: `cogvideo data world` writes these")
         return [*sorted(listing.items, key=lambda item: item.id)]
 
     def _find_rows(self, folder: Path) -> list[Item | DatasetRow]:
@@ -139,7 +139,9 @@ class Reading:
             raise InputError(f"{folder} is prepared data, expected the bundle that decodes it: pass --model")
         data = Dataset(folder, self.tokenizer.sha256)
         stored = data.card.fps
-        require(self.fps in (None, stored), f"{folder} has {stored:g} frames a second, expected {self.fps}, from --fps")
+        require(
+            self.fps in (None, stored), f"{folder} has {stored:g} frames per second, expected {self.fps}, from --fps"
+        )
         return [DatasetRow(folder, number) for number in range(len(data))]
 
     def look(self, found: Sequence[Item | DatasetRow]) -> Iterator[SourceClip]:

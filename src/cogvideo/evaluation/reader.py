@@ -152,7 +152,7 @@ class Reader(nn.Module):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, ValueError) as error:
             raise InputError(f"cannot use the reader {path}: {error}") from error
-        require(described is not None, f"{path} is no reader, expected a file of `cogvideo train reader`")
+        require(described is not None, f"{path} is not a reader, expected a file of `cogvideo train reader`")
         ours = json.loads(json.dumps(LABELS))
         require(described["labels"] == ours, f"the reader {path} was trained on another World: train it again")
         reader = cls(from_dict(ReaderConfig, described["config"]))
@@ -175,9 +175,11 @@ def to_input(
 def readable(frames: UInt8[np.ndarray, "frames height width 3"], fps: float = 8.0) -> UInt8[np.ndarray, "17 64 64 3"]:
     """A clip of four seconds as the reader expects it: 4 frames per second, each pixel the mean of those it covers."""
     stride = round(fps / FPS)
-    require(stride >= 1 and stride * FPS == fps, f"clips have {fps:g} frames a second, expected a multiple of {FPS:g}")
+    require(
+        stride >= 1 and stride * FPS == fps, f"clips have {fps:g} frames per second, expected a multiple of {FPS:g}"
+    )
     expected = stride * (NUM_FRAMES - 1) + 1
-    require(len(frames) == expected, f"a clip has {len(frames)} frames, expected {expected} at {fps:g} a second")
+    require(len(frames) == expected, f"a clip has {len(frames)} frames, expected {expected} at {fps:g} per second")
     return resized(frames[::stride], SIZE)
 
 

@@ -110,7 +110,7 @@ def listed(source: str) -> tuple[list[Item], list[Rejection], frozenset[str]]:
     seen = {*map(_file_of, items), *map(_file_of, rejected)}
     rejected = [*rejected, *_unnamed(source, seen)]
     files = [each for each in items if isinstance(each.media, Path)]
-    require(len(items) > 0, f"no clip of {source} can be used{_first(rejected)}")
+    require(len(items) > 0, f"no clip in {source} can be used{_first(rejected)}")
     require(len(files) == len(items), f"{source} has clips that are no files, expected a folder of videos or a table")
     return items, rejected, named
 
@@ -178,7 +178,7 @@ def review(
         except VideoError as error:
             rejected.append(Rejection(item.id, error.reason, error.detail))
         if num_stills:
-            same = f"{num_stills:,} of the pieces show the same as earlier ones, without motion"
+            same = f"{num_stills:,} of the pieces repeat earlier ones, without motion"
             rejected.append(Rejection(item.id, "still in part", same))
         on_clip()
     return clips, rejected
@@ -341,7 +341,7 @@ def check_usable(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection], s
     train = [each for each in clips if each.item.split == "train"]
     if train:
         return
-    raise InputError(f"no clip of {source} can be trained on{_first(rejected)}")
+    raise InputError(f"no clip in {source} can be trained on{_first(rejected)}")
 
 
 def in_short(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection]) -> list[str]:
@@ -360,7 +360,7 @@ def in_short(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection]) -> li
             counts[words] = counts.get(words, 0) + 1
     lines += [f"{count:,} of them: {words}." for words, count in counts.items()]
     if any(each.is_named for each in clips):
-        lines.append("File names are the missing captions; `cogvideo data captions` makes a table to fill in.")
+        lines.append("File names replace missing captions; `cogvideo data captions` makes a table to fill in.")
     reasons: dict[str, list[str]] = {}
     for left in rejected:
         reasons.setdefault(left.reason, []).append(left.id)

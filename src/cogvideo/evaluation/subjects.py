@@ -118,7 +118,7 @@ class EmojiSubject:
         self.name = "emoji"
         self._source, self._data_seed = str(source), data_seed
         self._items = list_source(str(source), SourceOptions()).items
-        require(len(self._items) > 0, f"no clip of {source} can be used")
+        require(len(self._items) > 0, f"no clip in {source} can be used")
         self._places = evenly(len(self._items), limit or len(self._items)).tolist()
         self._backgrounds = [unseen_background(self._items[place], data_seed) for place in self._places]
         self.prompts = [

@@ -50,9 +50,9 @@ def _scale(most: int) -> tuple[AnswerChoice, ...]:
 QUESTIONS: dict[QuestionSet, tuple[Question, ...]] = {
     "pairs": (Question("preference", "Which clip is better?", _PREFERENCES),),
     "axes": (
-        Question("looks", "Which clip has better frames, as single pictures?", _PREFERENCES),
+        Question("looks", "Which clip has better frames, judged as still pictures?", _PREFERENCES),
         Question("motion", "Which clip moves more realistically?", _PREFERENCES),
-        Question("relevance", "Which clip shows better what the text says?", _PREFERENCES),
+        Question("relevance", "Which clip matches the text better?", _PREFERENCES),
     ),
     "paper": (
         Question("texture", "Frame texture, 1 (worst) to 5 (best)", _scale(5)),
@@ -94,8 +94,8 @@ class Design:
 
     def __post_init__(self) -> None:
         fewest = 2 if self.is_paired else 1
-        require(self.num_prompts > 0, f"got {self.num_prompts} prompts, expected one at least")
-        require(len(self.systems) >= fewest, f"got {len(self.systems)} systems, expected {fewest} at least")
+        require(self.num_prompts > 0, f"got {self.num_prompts} prompts, expected at least one")
+        require(len(self.systems) >= fewest, f"got {len(self.systems)} systems, expected at least {fewest}")
         require(self.num_shown is None or self.num_shown > 0, f"trials is {self.num_shown}, expected a positive number")
         require(self.num_catches >= 0, f"catches is {self.num_catches}, expected 0 or more")
         require(self.num_repeats >= 0, f"repeats is {self.num_repeats}, expected 0 or more")

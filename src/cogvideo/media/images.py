@@ -98,7 +98,7 @@ def as_image(picture: Image.Image | np.ndarray) -> Image.Image:
         require(is_picture, f"got a picture of type {got}, expected uint8 of shape (height, width, 3)")
         return Image.fromarray(picture)
     got = type(picture).__name__
-    require(isinstance(picture, Image.Image), f"got a {got}, expected an image of Pillow, or an array of type uint8")
+    require(isinstance(picture, Image.Image), f"got a {got}, expected a Pillow image or a uint8 array")
     return upright(picture)
 
 

@@ -105,7 +105,7 @@ def read_video(
         ValueError: a setting is invalid.
     """
     view = View(size, fit, background)
-    require(0 < fps <= MAX_FPS, f"fps is {fps}, expected a number of frames a second in (0, {MAX_FPS}]")
+    require(0 < fps <= MAX_FPS, f"fps is {fps}, expected a number of frames per second in (0, {MAX_FPS}]")
     require(max_frames is None or max_frames > 0, f"max_frames is {max_frames}, expected a positive number")
     require(0 <= loop_to < math.inf, f"loop_to is {loop_to}, expected 0 or more seconds")
     limit = sys.maxsize if max_frames is None else max_frames
@@ -205,7 +205,7 @@ def _read_shots(file: Content, start: float, unknown: float, end: float = math.i
             begin = max(held.begin, shot.begin)
             if min(begin, end) > held.begin + held.duration + STILL and not has_told:
                 name = getattr(file, "name", "a video in an archive")
-                told = f"its times jump from {held.begin:.3f} to {begin:.3f} seconds: one frame is held till then"
+                told = f"its times jump from {held.begin:.3f} to {begin:.3f} seconds: one frame is held until then"
                 print(f"{name}: {told}", file=sys.stderr)
                 has_told = True
             unknown = begin - held.begin or unknown
@@ -319,7 +319,7 @@ def write_video(
     require(suffix in suffixes, f"cannot write {path}: expected one of the suffixes {', '.join(suffixes)}")
     check_rate(suffix, fps)
     fits = suffix == ".mp4" or not metadata or set(metadata) == {"comment"}
-    require(fits, f"cannot write the metadata {sorted(metadata or ())} to {path}: expected a comment alone, or an .mp4")
+    require(fits, f"cannot write the metadata {sorted(metadata or ())} to {path}: expected only a comment, or an .mp4")
     require(frames.size > 0, f"cannot write {path}: there are no frames")
     with replacing_by_name(path) as temporary:
         if suffix == ".mp4":

@@ -47,7 +47,7 @@ class Cluster:
     """Share of memory to keep free for CUDA's context, NCCL's buffers and fragmentation."""
     tflops: float = 989.0
     """Peak TFLOP/s of a GPU; by default that of an H100 SXM in bfloat16 without sparsity (NVIDIA's data sheet)."""
-    utilisation: float = 0.4
+    utilization: float = 0.4
     """Share of the peak that training reaches; by default the goal of this package."""
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class Cluster:
             value = getattr(self, name)
             require(0 < value < float("inf"), f"{name} is {value}, expected a positive number")
         require(0 <= self.reserve < 1, f"reserve is {self.reserve}, expected a share in [0, 1)")
-        require(0 < self.utilisation <= 1, f"utilisation is {self.utilisation}, expected a share in (0, 1]")
+        require(0 < self.utilization <= 1, f"utilization is {self.utilization}, expected a share in (0, 1]")
         divides = self.gpus % self.tensor_parallel == 0
         require(divides, f"tensor_parallel is {self.tensor_parallel} for {self.gpus} GPUs, expected a divisor")
 
@@ -207,7 +207,7 @@ def stage_plan(config: CogVideoConfig, stage: Stage, machines: Cluster, ema: flo
         default=None,
     )
     flops = stage_flops(Matrices.of(config.transformer, stage == "image"), stage == "image")
-    speed = None if best is None else machines.gpus * machines.tflops * 1e12 * machines.utilisation / flops
+    speed = None if best is None else machines.gpus * machines.tflops * 1e12 * machines.utilization / flops
     days = None if speed is None or num_steps is None else num_steps * samples * positions / speed / 86_400
     command = None if best is None else _command(stage, machines, batch, steps, best, ema)
     return StagePlan(stage, positions, batch, steps, strategies, best, flops, speed, days, command)

@@ -31,7 +31,7 @@ PROGRESS = {
     "gradient_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
     "images_per_second": "Images per second",
-    "utilisation": "Utilization of the machine's matrix rate",
+    "utilization": "Utilization of the machine's matrix rate",
 }
 """Figures about the progress of a run. All others in metrics.jsonl are parts of the loss."""
 LARGEST_SHEET = (1000, 2000)
@@ -64,7 +64,7 @@ def _facts(run: Run) -> list[str]:
         _last(run.validation, quality),
         NOTHING if run.best is None else f"{quality(run.best[1])} at {number(run.best[0])}",
         _last(figures.get("tokens_per_second"), precise),
-        _last(figures.get("utilisation"), percent),
+        _last(figures.get("utilization"), percent),
         NOTHING if run.seconds is None else duration(run.seconds),
         NOTHING if run.peak_bytes is None else file_size(run.peak_bytes),
         "yes" if run.is_finished else "no",

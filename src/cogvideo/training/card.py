@@ -69,7 +69,7 @@ def identity_of(run: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"{run} is no run of a stage ({path.name}: {reason}): pass such a folder as .sequential-run"
+            f"{run} is not a run of a stage ({path.name}: {reason}): pass such a folder as .sequential-run"
         ) from error
     return identity
 

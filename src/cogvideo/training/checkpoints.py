@@ -121,7 +121,7 @@ class Checkpoints:
             return cast(float | None, json.loads((path / STATE).read_text(encoding="utf-8"))["held_out"])
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             if step not in self._damaged:
-                print(f"{path} is damaged ({STATE}: {_damage(error)}): it is left alone.", file=sys.stderr)
+                print(f"{path} is damaged ({STATE}: {_damage(error)}): it is skipped.", file=sys.stderr)
             self._damaged.add(step)
             return None
 

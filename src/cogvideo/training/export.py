@@ -77,13 +77,13 @@ def check_target(target: ExportTarget, overwrite: bool) -> None:
     advice = "pass --overwrite to replace it, or another --out"
     if target.choice.lora is not None:
         is_free = overwrite or not (target.adapter / WEIGHTS).exists()
-        require(is_free, f"the adapter {out} has {target.own[0]} already: {advice}, or another --adapter")
+        require(is_free, f"the adapter {out} already has {target.own[0]}: {advice}, or another --adapter")
     there = Manifest.here(out)
     if there is None:
         return
     known = there.components
     hint = f", and pass --init {out}" if target.in_place else ""
-    other = f"the bundle {out} has another configuration than the one to be trained: choose another --out{hint}"
+    other = f"the bundle {out} has a different configuration from the one to be trained: choose another --out{hint}"
     require(there.config.sizes == target.config.sizes, other)
     is_new = STAGES[stage].is_base and not (target.in_place and target.choice.start == "continue")
     added = [*(out / CHANNELS).glob(f"*/{MANIFEST}"), *(out / ADAPTERS).glob(f"*/{REPORTS}")]
@@ -92,7 +92,7 @@ def check_target(target: ExportTarget, overwrite: bool) -> None:
     relies = f"{on_base} in the bundle {out} rely on its base, which would be replaced: choose another --out"
     require(not on_base, relies)
     replaced = " and ".join(name for name in target.own if name in known and (out / known[name].file).exists())
-    require(overwrite or not replaced, f"the bundle {out} has {replaced} already: {advice}")
+    require(overwrite or not replaced, f"the bundle {out} already has {replaced}: {advice}")
     for name in SHARED:
         if name in known and name not in target.own:
             same = known[name].sha256 == (source.sha256(name) or known[name].sha256)
@@ -118,10 +118,10 @@ def left_out(target: ExportTarget) -> str:
     there, new = _there(target.out), STAGES[target.stage].trains
     names = [each for each in target.stays_behind if each not in there]
     if names:
-        return f"{target.out} goes without {', '.join(names)}: trained on another {new}."
+        return f"{target.out} will lack {', '.join(names)}, trained on another {new}."
     names = [each for each in target.comes_along if each in STAGES and each not in ("superres", *there)]
     advice = "train them on with --start continue"
-    return f"{', '.join(names)} come along from the old {new}: {advice}." if names else ""
+    return f"{', '.join(names)} come from the model with the old {new}: {advice}." if names else ""
 
 
 def delivered(target: ExportTarget) -> bool:
@@ -258,6 +258,6 @@ def _check_source(target: ExportTarget, parents: Mapping[str, str]) -> None:
         got, expected = target.source.sha256(name), parents.get(name)
         require(
             expected in (None, got),
-            f"{name} of the bundle {target.source.folder} is another than the run started from: "
+            f"{name} of the bundle {target.source.folder} is not the one that the run started from: "
             f"got the sha256 {got}, expected {expected}",
         )

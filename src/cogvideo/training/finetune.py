@@ -165,7 +165,7 @@ class FinetuningRun:
         self.items = [each for each in items if is_unicode(self._place(each))]
         odd = [Rejection(each.id, *_NOT_TEXT) for each in items if not is_unicode(self._place(each))]
         self.rejected = [*rejected, *odd]
-        require(len(self.items) > 0, f"no clip of {source} can be used: {': '.join(_NOT_TEXT)}")
+        require(len(self.items) > 0, f"no clip in {source} can be used: {': '.join(_NOT_TEXT)}")
 
     @property
     def num_steps(self) -> int:
@@ -229,9 +229,7 @@ class FinetuningRun:
         if self.settings.steps is not None:
             return ""
         left = f"{self.minutes_left:.0f}"
-        return (
-            f"; about {left} min left in all" if left != "0" else "; the time is over, and what is left is kept short"
-        )
+        return f"; about {left} min left in all" if left != "0" else "; the time is up, and the rest is kept short"
 
     def _steps(self) -> list[Step]:
         def is_over(run: str) -> bool:
@@ -327,11 +325,13 @@ class FinetuningRun:
         lpips = f", LPIPS {self.quality['lpips']:.2f} (at most {MAX_LPIPS})" if "lpips" in self.quality else ""
         measured = f"{self.quality['psnr']:.1f} dB PSNR (at least {MIN_PSNR:g}){lpips}"
         lost = (
-            "; super-resolution, which knows the old codes, is left out" if "superres" in self.base.components else ""
+            "; super-resolution, which relies on the old codes, is left out"
+            if "superres" in self.base.components
+            else ""
         )
         kept = "as adapters need it; without --lora it is trained" if self._shows_poorly else ""
         fate = f"and is trained{lost}" if self.is_poor else f"and is kept{', ' if kept else ''}{kept}"
-        _say(f"The base's image tokenizer shows the clips with {measured}, {fate}.")
+        _say(f"The base's image tokenizer reconstructs the clips with {measured}, {fate}.")
         parts["text"] = self._text()
         assert self.base.folder is not None
         update_bundle(self.out, self.config, **parts)
@@ -346,7 +346,7 @@ class FinetuningRun:
             own = TextTokenizer(train_model(captions, config.transformer), config.text, config.transformer.num_codes)
             fitting_own = figures(own, captions, slots).fitting
             if fitting_own >= MIN_FITTING:
-                _say(f"{fitting:.0%} of the captions fit the base's text tokenizer: one is trained on them.")
+                _say(f"{fitting:.0%} of the captions fit the base's text tokenizer: a new one is trained on them.")
                 text, fitting = own, fitting_own
         if fitting < 1:
             cut = f"{1 - fitting:.0%} of the captions are longer than the {slots} tokens that the model reads"
@@ -448,7 +448,7 @@ class FinetuningRun:
         seconds = 60 * self.minutes_left * SHARES[name] / (after + rest)
         most = 200 + 20 * len(self.clips)
         steps = max(MIN_STEPS, min(most, round(seconds / max(pace(), 1e-3))))
-        _say(f"{steps:,} steps: {'as many as few clips are good for' if steps == most else 'what the time allows'}.")
+        _say(f"{steps:,} steps: {'as many as so few clips can use' if steps == most else 'what the time allows'}.")
         return steps
 
     def _run(self, name: str) -> Path:

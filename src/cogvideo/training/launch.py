@@ -64,12 +64,12 @@ def train(
     """
     require(len(options.clips.data) > 0, "there is no data, expected a folder of `cogvideo data prepare` with --data")
     shown = STAGES[stage].is_prompted or not options.logging.prompts
-    require(shown, f"--prompts says nothing to {stage}, which starts from frames: its samples are held-out clips")
+    require(shown, f"--prompts has no effect on {stage}, which starts from frames: its samples are held-out clips")
     is_whole = options.parallel == ParallelSettings()
     is_adamw = options.optimization.optimizer == "adamw"
     require(is_whole or is_adamw, "muon needs whole matrices on every rank: use adamw here")
     is_adapter, num_parts = choice.lora is not None, options.parallel.tensor_parallel
-    require(num_parts == 1 or not is_adapter, f"tensor_parallel is {num_parts}, expected 1: adapters are not cut")
+    require(num_parts == 1 or not is_adapter, f"tensor_parallel is {num_parts}, expected 1: adapters cannot be split")
     with process_group(usable(options.device), options.parallel) as ranks:
         source = _source(options, stage, choice)
         target = ExportTarget(options.out, source, _config(source, stage, choice, options), stage, choice)
@@ -201,7 +201,7 @@ def _too_large(target: ExportTarget, options: Options, ranks: Ranks) -> str:
             f", and {need.total_checkpointed / 2**30:.1f} GiB with --checkpointing too"
         )
     helps = ", ".join(name for name, is_off in switches.items() if is_off) or "a smaller model"
-    got = f"out of memory with {samples_a_pass} samples a pass{expected}"
+    got = f"out of memory with {samples_a_pass} samples per pass{expected}"
     return f"{got}. What helps: {helps}. The last checkpoint is kept"
 
 
@@ -219,8 +219,8 @@ def _begin(
     changes = folder.changes(identity, facts)
     ended = folder.summary is not None
     if ended and not changes and delivered(target):
-        advice = "With --overwrite, and other settings such as --seed, a new one begins."
-        print(f"This run is over. {advice}", file=sys.stderr)
+        advice = "To begin a new one, pass --overwrite and other settings, such as --seed."
+        print(f"This run is finished. {advice}", file=sys.stderr)
         return False
     if ended or not folder.began:
         goes_on = target.in_place and target.choice.start == "continue"
@@ -228,7 +228,7 @@ def _begin(
     if ended and changes:
         advice = "pass --overwrite to replace its stage, or another --out, with --init for the bundle to start from"
         require(options.overwrite, f"another run ended in {folder.path}: {changes}; {advice}")
-        print(f"The run that ended in {folder.path} is now in {folder.set_aside()}.", file=sys.stderr)
+        print(f"The finished run in {folder.path} was moved to {folder.set_aside()}.", file=sys.stderr)
         locks.enter_context(exclusive_lock(folder.path))  # the first lock moved with the first folder
     folder.claim(identity, facts)
     return True
@@ -244,7 +244,7 @@ def _notes(
         card = stream.datasets[0].card
         yield (
             f"The bundle has no image tokenizer: {target.stage} learns the codes of {card.tokenizer} "
-            f"(sha256 {card.tokenizer_sha256:.12}), and needs it to be drawn."
+            f"(sha256 {card.tokenizer_sha256:.12}), and needs it to generate pictures."
         )
     if options.optimization.batch > len(stream):
         yield f"A batch of {options.optimization.batch:,} is larger than the {len(stream):,} clips: it repeats them."

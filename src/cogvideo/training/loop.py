@@ -86,7 +86,7 @@ def learn(session: Session) -> None:
             clock.pause(time.monotonic() - paused)
         checkpoints.wait()
         if any_rank(bool(caught)):  # also during the evaluation after the last step
-            record.say(f"Stopped after step {done:,}; the same command continues.")
+            record.say(f"Stopped after step {done:,}; run the same command to continue.")
             if signal.SIGTERM in caught:
                 raise SystemExit(128 + signal.SIGTERM)
             raise KeyboardInterrupt  # here or on another rank
@@ -113,7 +113,7 @@ def _resume(session: Session, checkpoints: Checkpoints) -> tuple[int, float]:
             if step == steps[0]:
                 raise
             if is_first():
-                print(f"{error.path} is damaged ({error.reason}): an earlier one is taken.", file=sys.stderr)
+                print(f"{error.path} is damaged ({error.reason}): an earlier one is used.", file=sys.stderr)
             continue
         restore(trainer.module, trainer.optimizers, loaded)
         for damaged in steps[steps.index(step) + 1 :]:
@@ -175,7 +175,7 @@ class Clock:
         now = time.monotonic()
         rate = self._steps * self._work / max(now - self._last, 1e-9)
         self._last, self._steps = now, 0
-        used = {"utilisation": round(rate * self._flops / self._rate, 4)} if self._flops else {}
+        used = {"utilization": round(rate * self._flops / self._rate, 4)} if self._flops else {}
         return {f"{self._unit}_per_second": round(rate, 1), **used, "seconds": round(self.seconds, 1)}
 
 

@@ -34,7 +34,7 @@ class Recorder:
     """Records metrics. A context manager that closes everything at its end; only the first rank records.
 
     A row of training is {"step", "loss", each part, "learning_rate", "gradient_norm", "tokens_per_second",
-    "utilisation", "seconds", "peak_bytes"}, one of held-out clips {"step", "held_out": {name: {"loss", each part}}}.
+    "utilization", "seconds", "peak_bytes"}, one of held-out clips {"step", "held_out": {name: {"loss", each part}}}.
 
     Of all `steps`, `done` were made earlier. TensorBoard event files go into the folder (extra `train`); Weights &
     Biases gets the settings (extra `wandb`), and is configured by its own environment variables. The progress line goes
@@ -123,7 +123,7 @@ def _words(row: Mapping[str, Any]) -> str:
     words = [f"loss {row['loss']:.4f}"] if "loss" in row else []
     words += [f"PSNR {row['psnr']:.1f} dB"] if "psnr" in row else []
     words += [f"{row[name]:,.0f} {name.partition('_')[0]}/s" for name in row if name.endswith("_per_second")]
-    words += [f"utilisation {row['utilisation']:.1%}"] if "utilisation" in row else []
+    words += [f"utilization {row['utilization']:.1%}"] if "utilization" in row else []
     return "  ".join(words)
 
 

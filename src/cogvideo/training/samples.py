@@ -169,12 +169,12 @@ def missing(stage: StageName, has: Collection[str], examples: Sequence[Example])
     if lacks:
         reason = f"the model has no {', '.join(lacks)}"
     elif not examples:
-        reason = "there is neither a prompt nor a clip that was held out"
+        reason = "there is neither a prompt nor a held-out clip"
     elif starts_from is not None and any(getattr(each, starts_from) is None for each in examples):
-        reason = f"{stage} starts from clips, and there are prompts alone"
+        reason = f"{stage} starts from clips, and there are only prompts"
     else:
         return ""
-    return f"No samples are drawn while training: {reason}."
+    return f"No samples are generated during training: {reason}."
 
 
 def draw(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[SampleRow]:

@@ -62,7 +62,7 @@ def read_captions(sources: Iterable[str], options: SourceOptions) -> list[str]:
     found = [f"{number} {reason}" for reason, number in rejected.most_common()]
     found += filter(None, [other_splits(item for listing in listings for item in listing.items)])
     why = ", ".join(found) or "they hold none"
-    require(len(items) > 0, f"no clip of the split train has a caption in {', '.join(sources)}: {why}")
+    require(len(items) > 0, f"no clip in the split train has a caption in {', '.join(sources)}: {why}")
     return sorted(caption for item in items for caption in item.captions)
 
 
@@ -83,7 +83,7 @@ def train_model(captions: Iterable[str], config: TransformerConfig, normalizatio
     least = 2 * (BYTES + len(_ASCII))
     room = f"the configuration has room for {num_pieces} text pieces, expected at least {least}"
     require(num_pieces >= least, f"{room}: bytes and letters take half of them")
-    require(0 <= config.pad - config.num_codes < BYTES, f"pad is {config.pad}, expected it behind the image codes")
+    require(0 <= config.pad - config.num_codes < BYTES, f"pad is {config.pad}, expected it after the image codes")
     lines = _lines(captions, normalization, num_pieces // 2 - BYTES)
     require(len(lines) > 0, "got no captions, expected some to train on")
     return with_unused_pieces(_train(lines, num_pieces, config.pad - config.num_codes, normalization), num_pieces)
@@ -124,9 +124,9 @@ def bundle_config(out: Path, name: str | None) -> CogVideoConfig:
         return preset(name or "pocket")
     manifest = Manifest.read(out)
     same = name is None or manifest.config.sizes == preset(name)
-    require(same, f"the bundle {out} has another configuration than the preset {name}: leave out --preset")
+    require(same, f"the bundle {out} has a different configuration from the preset {name}: leave out --preset")
     trained = "base" in manifest.components
-    require(not trained, f"the bundle {out} has a base, which knows its old text tokens alone: take another --out")
+    require(not trained, f"the bundle {out} has a base, which only knows its old text tokens: choose another --out")
     return manifest.config
 
 

@@ -108,7 +108,7 @@ def _config(out: Path, preset: str | None, overwrite: bool, initial: CogVideo | 
     """Configuration of the bundle, else of the preset, else of the initial bundle."""
     found = _own_config(out, None if initial is None else initial.config, preset, overwrite)
     same = initial is None or initial.config.autoencoder == found.autoencoder
-    require(same, "the image tokenizers of init and of out have other sizes: leave preset out, or give another out")
+    require(same, "the image tokenizers of init and out differ in size: leave preset out, or choose another out")
     return found
 
 
@@ -118,7 +118,7 @@ def _own_config(out: Path, start: CogVideoConfig | None, preset: str | None, ove
     if not (out / MANIFEST).exists():
         return (chosen or config.preset("pocket")).sizes
     manifest = Manifest.read(out)
-    other = f"the bundle {out} has another configuration than the preset {preset}: leave --preset out"
+    other = f"the bundle {out} has a different configuration from the preset {preset}: leave out --preset"
     require(preset is None or chosen == manifest.config.sizes, other)
     has_tokenizer = "image_tokenizer" in manifest.components
     require(
@@ -132,7 +132,7 @@ def _own_config(out: Path, start: CogVideoConfig | None, preset: str | None, ove
     require(
         overwrite or has_tokenizer or not learned,
         f"the bundle {out} has {', '.join(learned)}, which learned the codes of another image tokenizer"
-        f"{known}: take another folder, or pass --overwrite if they are to be trained anew",
+        f"{known}: take another folder, or pass --overwrite if you will train them again",
     )
     return manifest.config
 
@@ -165,7 +165,7 @@ def _lpips(files: tuple[Path, ...]) -> Lpips | None:
     if is_first() and files:
         standard_error().print(f"The perceptual distance is LPIPS with the weights {' and '.join(map(str, files))}.")
     elif is_first():
-        instead = "differences of pixels at several sizes and of edges stand for the perceptual distance"
+        instead = "differences of pixels at several sizes and of edges replace the perceptual distance"
         standard_error().print(f"No LPIPS weights are given (`cogvideo fetch lpips`): {instead}.")
     return model
 
@@ -199,10 +199,10 @@ def _say_frames(store: FrameStore, batch: int, console: Console) -> None:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(store.rejected.items())) or "none"
     learned, held_out = len(store.train), len(store.held_out)
     console.print(
-        f"{learned:,} frames to learn from and {held_out:,} held out, of {store.clips:,} clips; rejected: {reasons}"
+        f"{learned:,} frames to train on and {held_out:,} held out, of {store.clips:,} clips; rejected: {reasons}"
     )
     if store.held_out is store.train:
-        console.print("No clip could be held out: all figures are those of frames that are learned from.")
+        console.print("No clip could be held out: all figures are those of training frames.")
     elif not store.has_split:
         console.print(f"The sources have no split but train ({NO_SPLIT}): some of their clips are held out here.")
     if batch > learned:

@@ -56,7 +56,7 @@ def _described(**texts: str) -> Answers:
 ERRORS = _described(
     _401="No key, or a wrong one.",
     _422="A value cannot be used.",
-    _503="The queue or the place of files is away for now.",
+    _503="The queue or the file storage is unavailable.",
 )
 ERRORS[403] = {"description": "Sent by a page of another site."}
 UNKNOWN = _described(_404="No such video of yours.")
@@ -148,7 +148,7 @@ async def extend(request: Request, here: Here, owner: Owner, repeat: Repeat = No
             before = wanted_of(earlier.work)
             own = ClipRequest(prompt=new.prompt, seed=new.seed, seconds=new.seconds)
             is_same = new.seconds is None or float(new.seconds) == float(before.seconds or 0)
-            require(new == own and is_same, f"got other options than those of {source}, expected prompt and seed alone")
+            require(new == own and is_same, f"got options other than those of {source}, expected only prompt and seed")
             wanted = replace(before, prompt=new.prompt, loop=False, seed=new.seed)
         first = here.start(owner, reference, wanted, MAX_FRAMES)
         return here.order(owner, Order(wanted, first, None, source, repeat))

@@ -202,7 +202,7 @@ class Jobs:
             own = select(*BRIEF).where(JOBS.c.owner == job.owner)
             if job.repeat is not None and (row := connection.execute(own.where(JOBS.c.repeat == job.repeat)).first()):
                 same = row.digest == job.digest
-                require(same, "this Idempotency-Key came with another request before: use a new key")
+                require(same, "this Idempotency-Key was used with another request: use a new key")
                 return Job(**row._mapping)
             is_open = func.count(case((JOBS.c.status.in_(OPEN), 1)))
             kept, waiting = connection.execute(select(func.count(), is_open).where(JOBS.c.owner == job.owner)).one()
@@ -268,7 +268,7 @@ class Jobs:
             if rows := connection.execute(held).all():
                 return [Job(**row._mapping) for row in rows]
             is_lost = and_(JOBS.c.status == "in_progress", JOBS.c.lease_end < now)
-            reason = f"{MAX_TRIES} workers died over it"
+            reason = f"{MAX_TRIES} workers died while making it"
             given_up = {"status": "failed", "reason": reason, "ended": now, "lease": None}
             connection.execute(update(JOBS).where(is_lost, JOBS.c.tries >= MAX_TRIES).values(given_up))
             is_free = and_(JOBS.c.model == model, or_(JOBS.c.status == "queued", is_lost))

@@ -33,7 +33,7 @@ class Metrics(Collector):
         for status, number in counts.items():
             videos.add_metric([status], number)
         yield videos
-        yield GaugeMetricFamily("cogvideo_oldest_waiting_seconds", "Age of the oldest video that waits.", waited)
+        yield GaugeMetricFamily("cogvideo_oldest_waiting_seconds", "Age of the oldest waiting video.", waited)
 
     def text(self) -> bytes:
         """All metrics in the text format of Prometheus."""

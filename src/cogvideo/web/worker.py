@@ -113,7 +113,7 @@ class Worker:
         """Report once that jobs wait for another model, such as one before further training."""
         number = self._reach(lambda: self.jobs.others(self.served.fingerprint))
         if number and not self._is_told:
-            told = f"waiting videos that need another model than {self.served.name} as it is now: {number}"
+            told = f"{number} waiting videos need another model than {self.served.name} as it is now"
             print(f"{told}; start a worker with that model, or delete them", file=sys.stderr, flush=True)
         self._is_told = number > 0
 
@@ -137,7 +137,7 @@ class Worker:
         except Unreachable:
             raise
         except OSError as error:  # not the clips' fault
-            print(f"waiting for the place of files: {error}", file=sys.stderr, flush=True)
+            print(f"waiting for the file storage: {error}", file=sys.stderr, flush=True)
             self._release(lease, jobs)
             self.stopping.wait(AGAIN)
         except Exception as error:

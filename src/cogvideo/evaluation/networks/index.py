@@ -104,7 +104,7 @@ def _download_from(url: str, wanted: SourceDistribution, path: Path, settings: M
     except RequestException as error:
         raise LookupError(_reason(error)) from error
     except (UnsupportedContentTypeError, UnsupportedRepoVersionError) as error:
-        raise LookupError("is no package index that can be read") from error
+        raise LookupError("is not a readable package index") from error
 
 
 def _file(client: PyPISimple, wanted: SourceDistribution, timeout: float) -> str:
@@ -152,7 +152,7 @@ def _reason(error: RequestException) -> str:
         exceptions.ConnectionError: "cannot be reached",
         exceptions.ChunkedEncodingError: "broke off the download",
     }
-    return next((text for kind, text in reasons.items() if isinstance(error, kind)), "is no index of http or https")
+    return next((text for kind, text in reasons.items() if isinstance(error, kind)), "is not an http or https index")
 
 
 def _public(url: str) -> str:

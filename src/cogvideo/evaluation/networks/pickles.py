@@ -24,7 +24,7 @@ def read_arrays(content: bytes, where: object) -> dict[str, NDArray[np.float32]]
     except _Refused as error:
         raise InputError(f"{where} is refused: {error}") from None
     except Exception as error:  # invalid bytes may raise anything
-        raise InputError(f"{where} is refused: it is no whole pickle of arrays") from error
+        raise InputError(f"{where} is refused: it is not a complete pickle of arrays") from error
 
 
 class _Refused(Exception):
@@ -63,7 +63,7 @@ class _Unpickler(pickle.Unpickler):
             case "numpy.dtype":
                 return self._dtype
             case other:
-                raise _Refused(f"it names {other}, expected NumPy arrays alone")
+                raise _Refused(f"it names {other}, expected only NumPy arrays")
 
     def _dtype(self, kind: Any, *_flags: Any) -> _Dtype:
         if kind != "f4":

@@ -66,7 +66,7 @@ class ImageMixture:
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} is {value}, expected a share in [0, 1]")
         both = self.understanding + self.text
-        require(both <= 1, f"understanding and text are {both:g} together, expected at most 1")
+        require(both <= 1, f"understanding plus text is {both:g}, expected at most 1")
 
     def kind(self, draw: float) -> Kind:
         """The task of a sample, given a random number in [0, 1)."""

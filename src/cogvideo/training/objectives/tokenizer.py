@@ -224,7 +224,7 @@ class TokenizerObjective(Objective):
         self._step = step
         if step == self.settings.codes_from and not self.has_initial:
             if is_first():
-                said = f"Step {step + 1:,}: the codebook starts, by k-means; this takes a while."
+                said = f"Step {step + 1:,}: initializing the codebook by k-means; this takes a while."
                 print(said, file=sys.stderr)
             self._start_codebook()
 
