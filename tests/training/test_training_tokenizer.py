@@ -12,6 +12,7 @@ import pytest
 import torch
 from einops import rearrange
 from PIL import Image
+from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from cogvideo.bundle.model import CogVideo, update
@@ -22,6 +23,7 @@ from cogvideo.data import frame_store
 from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings
 from cogvideo.data.sources import SourceOptions
+from cogvideo.evaluation.networks import cache
 from cogvideo.media.metrics import psnr, ssim
 from cogvideo.models.autoencoder import Autoencoder, to_frames
 from cogvideo.models.perceptual import Lpips, file_name
@@ -586,6 +588,9 @@ def test_lpips_is_taken_from_the_cache(out, tmp_path, monkeypatch, capsys):
     path = tmp_path / "networks" / "lpips-vgg.safetensors"
     path.parent.mkdir()
     save_file({file_name(name): tensor for name, tensor in model.state_dict().items()}, path)
+    with pytest.raises(ValueError, match="does not have the weights that `cogvideo fetch lpips` puts there"):
+        run(out, perceptual="lpips")
+    monkeypatch.setitem(cache.DIGESTS, "lpips-vgg", cache.digest(load_file(path)))
     run(out, perceptual="lpips")
     assert f"LPIPS with the weights {path}" in capsys.readouterr().err
     assert json.loads((out / ".tokenizer-run/report.json").read_text())["perceptual"] == "pyramid, edges and LPIPS"

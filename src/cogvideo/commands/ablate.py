@@ -48,11 +48,11 @@ def ablate(
         machines: Devices and processes.
     """
     experiment = Experiment(out, ablation, optimization, machines.kind)
+    known = (DATA, *experiment.runs)
+    require(only is None or only in known, f"only is {only!r}, expected one of {', '.join(known)}")
     if list_:
         print("\n".join(experiment.runs))
         return
-    known = (DATA, *experiment.runs)
-    require(only is None or only in known, f"only is {only!r}, expected one of {', '.join(known)}")
     for package in ("jinja2", "matplotlib", "pyarrow"):
         import_module(package)  # if one is missing, fail before any work
     if not network_path("i3d").is_file():
@@ -75,10 +75,15 @@ def _write(experiment: Experiment) -> None:
     over = sum(experiment.report(name) is not None for name in experiment.runs)
     if over == 0:
         return
+    if over == len(experiment.runs) and experiment.paces is None:
+        print("All runs are finished; now the steps of all variants are timed in turn.", flush=True)
+        experiment.measure_paces()
     page, figures = facts(experiment)
     settings = {"ablation": asdict(experiment.ablation), "optimization": asdict(experiment.optimization)}
     content = provenance() | {"settings": settings, "runs": over} | figures
     write_json(experiment.out / FILE, content, as_json)
-    lead = f"{over} of {len(experiment.runs)} runs are finished; {experiment.optimization.steps:,} steps of each stage."
+    ablation, optimization = experiment.ablation, experiment.optimization
+    training = f"{optimization.steps:,} steps of {optimization.batch:,} clips for each stage"
+    lead = f"{over} of {len(experiment.runs)} runs are finished: {training}, {ablation.clips:,} clips for the figures."
     write_page(experiment.out / PAGE, "ablate", "Ablation of the video stages", lead, "ablation.html", page)
     print(f"written: {experiment.out / PAGE}, {experiment.out / FILE}, with {over} runs")

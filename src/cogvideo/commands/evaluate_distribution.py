@@ -67,7 +67,7 @@ def distribution(
         machines: Devices and processes.
         json: File for the figures with everything that they depend on.
     """
-    require(json is None or not json.is_dir(), f"{json} is a folder, expected a file")
+    check_json(json)
     given: dict[str, Any] = {"clips": clips, "score_clips": clips, "frames": frames, "step": step, "size": size}
     chosen = replace(PROTOCOLS[protocol], **{name: value for name, value in given.items() if value is not None})
     networks = load_networks(chosen, network, unproven, c3d_weights, c3d_mean)
@@ -79,6 +79,12 @@ def distribution(
     if json is not None:
         write_json(json, describe(result, protocol, networks, reading, seed))
         print(json)
+
+
+def check_json(path: Path | None) -> None:
+    """Refuse a path where the figures cannot be written."""
+    require(path is None or not path.is_dir(), f"{path} is a folder, expected a file")
+    require(path is None or path.parent.is_dir(), f"there is no folder {path and path.parent} for the figures")
 
 
 def load_networks(
@@ -127,6 +133,11 @@ def warnings(result: Comparison) -> Iterator[str]:
     count = result.real.clips
     if count < RELIABLE:
         yield f"N is {count:,}, below {RELIABLE:,}: FVD is mostly bias, and comparable only at this N"
+    if result.num_shared:
+        yield f"{result.num_shared:,} of the generated clips are among the real ones, with the same content"
+    for name, side in (("real", result.real), ("generated", result.generated)):
+        if side.videos < side.clips:
+            yield f"the {side.clips:,} {name} clips are parts of {side.videos:,} videos: the interval is too narrow"
     if set(result.real.codecs) != set(result.generated.codecs):
         yield "the files use different codecs, which alone changes FVD"
 

@@ -210,12 +210,12 @@ def _ours(figures: Sequence[Figure]) -> list[Published]:
 
     of = "real / generated"
     fvd = found.get(("FVD", of))
-    floor = None if fvd is None else fvd.real
-    source = "this run"
+    floor, clips, real_clips = (None, 0, 0) if fvd is None else (fvd.real, fvd.clips, fvd.real_clips)
+    source = f"this run, N = {clips:,}"
     return [
         Published("this model", value("FVD", of), value(INCEPTION_SCORE, "generated"), source),
         Published("this model **", value("FVD", "reconstructed / generated"), None, source),
-        Published("real clips", floor, value(INCEPTION_SCORE, "real"), source),
+        Published("real clips", floor, value(INCEPTION_SCORE, "real"), f"this run, N = {real_clips:,}"),
     ]
 
 

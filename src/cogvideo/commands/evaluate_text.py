@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
-from cogvideo.commands.evaluate_distribution import figures_table
+from cogvideo.commands.evaluate_distribution import check_json, figures_table
 from cogvideo.config import require
 from cogvideo.data.engines import Machines
 from cogvideo.data.tables import CAPTION_COLUMNS
@@ -60,7 +60,7 @@ def text(
         machines: Devices and processes.
         json: File for the figures with everything that they depend on.
     """
-    require(json is None or not json.is_dir(), f"{json} is a folder, expected a file")
+    check_json(json)
     require(len(caption_columns) > 0, "caption_columns is empty, expected one column or more")
     import_module("transformers")  # if it is missing, fail before any work
     protocol = replace(PROTOCOLS["tfhub"], clips=clips, frames=frames, step=step)

@@ -24,6 +24,7 @@ from cogvideo.media.video import VIDEO_SUFFIXES
 
 def read_texts(path: Path) -> tuple[list[str], list[str] | None]:
     """Texts of the prompts, and the names of their clips if a table has them."""
+    require(not path.is_dir(), f"{path} is a folder, expected a file with prompts")
     columns = read_columns(path) if path.is_file() and is_table(path) else ()
     file = next((each for each in FILE_COLUMNS if each in columns), None)
     text = next((each for each in CAPTION_COLUMNS if each in columns), None)
@@ -51,7 +52,7 @@ def find_clips(folder: Path, texts: Sequence[str], stems: Sequence[str] | None) 
     require(len(files) > 0, f"{folder} has no clips, expected files such as .mp4, .gif or .webp")
     clips = {path.stem: path for path in files}
     twice = [stem for stem, number in Counter(path.stem for path in files).items() if number > 1]
-    require(not twice, f"{folder} has several clips {twice[:1]}, expected one for each prompt")
+    require(not twice, f"{folder} has several clips {''.join(twice[:1])}, expected one for each prompt")
     wanted = stems if stems is not None else _generated(texts)
     missing = [stem for stem in wanted if stem not in clips]
     if not missing:
@@ -63,9 +64,11 @@ def find_clips(folder: Path, texts: Sequence[str], stems: Sequence[str] | None) 
     require(len(clips) == len(texts), f"{folder} has {len(clips)} clips for {len(texts)} prompts, expected one of each")
     order = sorted(clips, key=_numbers)
     for one, other in pairwise(order):
-        require(
-            _numbers(one) != _numbers(other), f"{folder}: {one!r} and {other!r} have the same number, expected an order"
-        )
+        steps = [after - before for before, after in zip(_numbers(one), _numbers(other), strict=False)]
+        change = next(filter(None, steps), 0)
+        require(change != 0, f"{folder}: {one!r} and {other!r} have the same number, expected an order")
+        gap = f"{folder} has no clip between {one!r} and {other!r}, expected consecutive numbers"
+        require(change == 1, f"{gap}, or a table of prompts with a column `file`")
     return [clips[stem] for stem in order]
 
 

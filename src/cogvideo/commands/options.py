@@ -195,7 +195,8 @@ def _parser(command: str, function: Callable[..., Any], known: Sequence[Option])
         names: dict[str, Any] = {"help": f"{each.help}{each.note}".replace("%", "%%")}
         values = {"type": each.value, "nargs": each.nargs, "metavar": each.metavar} | names
         if each.group == ARGUMENTS:
-            groups[ARGUMENTS].add_argument(each.name, **values | {"nargs": each.nargs or "?"})
+            optional = {} if each.nargs else {"nargs": "?", "default": None}  # argparse would convert SUPPRESS, a text
+            groups[ARGUMENTS].add_argument(each.name, **values | optional)
         elif each.default == ():  # repeating the option adds values
             groups[each.group].add_argument(str(each), dest=each.name, action="extend", **values)
         elif each.kind is bool:
@@ -216,7 +217,8 @@ def _read(parser: argparse.ArgumentParser, known: Sequence[Option], arguments: S
     except argparse.ArgumentError as error:
         raise InputError(f"{error.argument_name}: {error.message}") from None
     if not rest:
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
+        values = {name: value for name, value in vars(given).items() if value is not None}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     hint = f"`{parser.prog} --help` lists all options"
     option = next((each.partition("=")[0] for each in rest if each.startswith("-")), None)
     if option is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 
 from cogvideo.evaluation.study import create
 from cogvideo.evaluation.trials import REAL, Design, QuestionSet
@@ -56,7 +57,7 @@ def new(
     clips = {system: find_clips(folder, texts, stems) for system, folder in folders.items()}
     create(name, design, texts, clips, {letter: folder.resolve().name for letter, folder in folders.items()}, size)
     print(f"{name}: {len(texts)} prompts, {len(design.trials(0))} trials for each rater")
-    print(f"next: cogvideo study serve {name}")
+    print(f"next: cogvideo study serve {quote(str(name))}")
 
 
 def serve(name: Path, /, raters: int = 1, port: int = 8765) -> None:

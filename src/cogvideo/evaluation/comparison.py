@@ -40,7 +40,7 @@ class Figure:
     real_clips: int = 0
     """Number of clips in each set of real clips."""
     limit: Extrapolation | None = None
-    """The figure at infinitely many clips; None for fewer than twenty."""
+    """The figure at infinitely many clips; None for too few clips to extrapolate, see `limit`."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ class ComparedClips:
     source: str
     """Source as the user named it."""
     clips: int
-    """Number of clips that are compared."""
+    """Number of clips that are compared: excerpts, some of which may be parts of the same video."""
+    videos: int
+    """Number of videos that they are parts of."""
     of: int
-    """Number of clips in the source."""
+    """Number of videos in the source."""
     short: int
     """Number of clips left out for too few frames, among those examined."""
     fps: float
@@ -68,13 +70,14 @@ class ComparedClips:
         footage = [each.footage for each in excerpts]
         sizes = Counter(f"{each.size[1]} x {each.size[0]}" for each in footage)
         codecs = Counter(each.codec for each in footage)
-        short = drawn.num_short
-        return cls(source, len(excerpts), drawn.num_clips, short, footage[0].fps, dict(sizes), dict(codecs))
+        videos, short = len({each.id for each in footage}), drawn.num_short
+        return cls(source, len(excerpts), videos, drawn.num_clips, short, footage[0].fps, dict(sizes), dict(codecs))
 
     def __str__(self) -> str:
         sizes, codecs = ", ".join(self.resolutions), ", ".join(self.codecs)
         short = f" ({self.short} too short)" if self.short else ""
-        return f"{self.clips:,} clips of {self.of:,}{short}, {self.fps:g} frames per second, {sizes}, {codecs}"
+        parts = "" if self.clips == self.videos else f"{self.clips:,} parts of "
+        return f"{parts}{self.videos:,} clips of {self.of:,}{short}, {self.fps:g} frames per second, {sizes}, {codecs}"
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,8 @@ class Comparison:
     real: ComparedClips
     generated: ComparedClips
     figures: list[Figure]
+    num_shared: int
+    """Number of generated clips with the content of a real one."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class ComparisonRun:
     """One comparison."""
 
     def __init__(self, reading: Reading, networks: Networks, machines: Machines, seed: int) -> None:
+        require(seed >= 0, f"seed is {seed}, expected 0 or more")
         self._reading, self._networks, self._machines, self._seed = reading, networks, machines, seed
         self._protocol = reading.protocol
         self._names: list[str] = []
@@ -124,14 +130,17 @@ class ComparisonRun:
         self._count = min(protocol.clips, len(true), len(made.excerpts))
         others = made.excerpts[: self._count]
         self._names = [each.footage.id for each in true]
+        pairs = [] if self._networks.lpips is None else self._pairs(real, generated)
         figures = self._distances(true, others)
         if self._networks.c3d is not None:
             count = min(scored, len(drawn.excerpts), len(made.excerpts))
             figures += self._scores(drawn.excerpts[:count], made.excerpts[:count], self._networks.c3d)
         if self._networks.lpips is not None:
-            figures.append(self._pairs(real, generated, self._networks.lpips))
+            figures.append(self._distance_of_pairs(pairs, self._networks.lpips))
+        known = {each.footage.content for each in true}
+        num_shared = sum(each.footage.content in known for each in others)
         real_side = ComparedClips.of_excerpts(real, drawn, true[: self._count])
-        return Comparison(real_side, ComparedClips.of_excerpts(generated, made, others), figures)
+        return Comparison(real_side, ComparedClips.of_excerpts(generated, made, others), figures, num_shared)
 
     def _features(self, title: str, judge: Judge, excerpts: Sequence[Excerpt]) -> Float[Tensor, "clips features"]:
         extractor = Extractor(judge, self._reading, self._machines.kind)
@@ -190,14 +199,18 @@ class ComparisonRun:
                 for name, each in logits.items()
             ]
 
-    def _pairs(self, real: str, generated: str, judge: Judge) -> Figure:
-        """LPIPS of clips of the same name, from the first frame of both."""
+    def _pairs(self, real: str, generated: str) -> list[list[Excerpt]]:
+        """Clips of the same name, from the first frame of both."""
         sides = [_by_name(self._reading, source) for source in (real, generated)]
         names = sorted(sides[0].keys() & sides[1].keys())[: self._protocol.clips]
         require(len(names) > 0, f"{real} and {generated} have no clip of the same name, expected pairs for LPIPS")
-        extractor = Extractor(judge, self._reading, self._machines.kind)
         pairs = [[side[name] for side in sides] for name in names]
         check_alike([each for pair in pairs for each in pair], self._protocol)
+        return pairs
+
+    def _distance_of_pairs(self, pairs: Sequence[Sequence[Excerpt]], judge: Judge) -> Figure:
+        """LPIPS of pairs of clips."""
+        extractor = Extractor(judge, self._reading, self._machines.kind)
         distances = extract("pairs", [extractor.sample(*pair) for pair in pairs], extractor, self._machines)
 
         def mean(distances: Tensor) -> float:
@@ -205,14 +218,18 @@ class ComparisonRun:
 
         with one_thread():
             around = interval(mean, [distances], self._seed)
-        return Figure(f"LPIPS ({judge.identity[1]})", "pairs of a name", len(names), mean(distances), around)
+        return Figure(f"LPIPS ({judge.identity[1]})", "pairs of a name", len(pairs), mean(distances), around)
 
 
 def _by_name(reading: Reading, source: str) -> dict[str, Excerpt]:
     """The beginnings of clips that are long enough, by their names without suffix."""
-    footage = reading.look(reading.find(source))
-    long = [each for each in footage if each.num_frames >= reading.protocol.span]
-    return {str(Path(each.id).with_suffix("")): Excerpt(each, 0) for each in long}
+    found: dict[str, Excerpt] = {}
+    for each in reading.look(reading.find(source)):
+        if each.num_frames >= reading.protocol.span:
+            name = str(Path(each.id).with_suffix(""))
+            require(name not in found, f"{source} has two clips with the name {name}, expected one for each pair")
+            found[name] = Excerpt(each, 0)
+    return found
 
 
 def check_alike(excerpts: Sequence[Excerpt], protocol: Protocol) -> None:

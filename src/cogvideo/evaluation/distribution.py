@@ -150,10 +150,10 @@ def limit(metric: Metric, sets: Sets, seed: int = 0) -> Extrapolation | None:
     """A figure extrapolated to infinitely many clips: this removes the bias of FVD and others, which falls as 1/N.
 
     A line in 1/N through the figures of all clips and of halves of them (arXiv 1911.07023) is extended to 0; the error
-    is from a jackknife over tenths of the clips. The bias falls as 1/N only if halves have more clips than features.
-    None for fewer than twenty clips.
+    is from a jackknife over tenths of the clips. The bias falls as 1/N only if halves, with a tenth left out, have more
+    clips than features: None for fewer.
     """
-    if min(map(len, sets)) < 2 * GROUPS:
+    if 0.9 * min(map(len, sets)) <= 2 * max(GROUPS, sets[0].shape[1]):
         return None
     random = np.random.default_rng(seed)
     value = _extrapolated(metric, sets, random)

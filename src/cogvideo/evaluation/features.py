@@ -69,6 +69,7 @@ def i3d(path: Path, protocol: Protocol, proven: bool = True) -> Judge:
 
 def c3d(weights: Path, mean: Path) -> Judge:
     """C3D, whose logits Inception Score uses."""
+    load_c3d(weights, mean)  # a file that cannot be used is refused before any work
     return Judge(("c3d", sha256_of(weights), sha256_of(mean)), partial(_load_c3d, weights, mean))
 
 

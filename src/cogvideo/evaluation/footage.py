@@ -24,7 +24,7 @@ from cogvideo.data.sources import Item, SourceOptions, list_source
 from cogvideo.data.tars import Member
 from cogvideo.evaluation.protocols import Protocol
 from cogvideo.files import sha256_of
-from cogvideo.media.video import VideoError, count_frames, examine
+from cogvideo.media.video import MAX_FPS, VideoError, count_frames, examine
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.world.scenes import Scene
 
@@ -121,6 +121,10 @@ class Reading:
     """Tokenizer of prepared data and reconstructions."""
     caption_columns: tuple[str, ...] = ()
     """Columns of a table with captions; by default, captions are not read."""
+
+    def __post_init__(self) -> None:
+        is_rate = self.fps is None or 0 < self.fps <= MAX_FPS
+        require(is_rate, f"fps is {self.fps}, expected a number of frames per second in (0, {MAX_FPS}]")
 
     def find(self, source: str) -> list[Item | DatasetRow]:
         """Clips of a source in the order of their names, before they are examined."""

@@ -35,6 +35,7 @@ class ListedVideo(NamedTuple):
 def read_ucf101(lists: Path, videos: Path, split: Split, division: int, language: Language) -> list[ListedVideo]:
     """Videos of UCF-101. All must exist, since they come in one archive."""
     classes = lists / "classInd.txt"
+    require(classes.is_file(), f"there is no {classes}, expected the folder with the official lists, ucfTrainTestlist")
     texts = _texts(classes, language)
     found = []
     for part in ("train", "test") if split == "all" else (split,):
@@ -71,7 +72,7 @@ def read_kinetics(table: Path, videos: Path) -> tuple[list[ListedVideo], int]:
     with table.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         lacking = [each for each in COLUMNS if each not in (rows.fieldnames or ())]
-        require(not lacking, f"{table} has no column {', '.join(lacking)}, expected {', '.join(COLUMNS)}")
+        require(not lacking, f"{table} lacks {', '.join(lacking)}, expected the official CSV with {', '.join(COLUMNS)}")
         listed = [_kinetics(table, videos, rows.line_num, row) for row in rows]
     found = [each for each in listed if each.file.is_file()]
     first = f", the first is {listed[0].file}" if listed else ""

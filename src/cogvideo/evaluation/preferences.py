@@ -104,8 +104,9 @@ def bootstrap(
 ) -> list[Interval]:
     """Values with intervals over raters and prompts, both of which are resampled with replacement.
 
-    With one rater, the interval is over prompts alone: other raters may disagree. For a single rater and prompt, it is
-    NaN. `estimate` takes the weights of answers; a draw for which it raises ValueError is left out.
+    With one rater, the interval is over prompts alone: other raters may disagree. It is NaN if all draws give the same
+    value, as with unanimous answers or a single rater and prompt: they do not show how far other answers could be.
+    `estimate` takes the weights of answers; a draw for which it raises ValueError is left out.
     """
     values = estimate(np.ones(len(raters)))
     random = np.random.default_rng(0)
@@ -116,10 +117,10 @@ def bootstrap(
             draws.append(estimate(weights))
         except ValueError:
             continue
-    if len(set(raters)) == len(set(prompts)) == 1 or not draws:
-        return [Interval(float(value), math.nan, math.nan) for value in values]
-    low, high = np.quantile(draws, (0.025, 0.975), axis=0)
-    return [Interval(*map(float, each)) for each in zip(values, low, high, strict=True)]
+    low, high = np.quantile(draws, (0.025, 0.975), axis=0) if draws else np.full((2, len(values)), math.nan)
+    is_known = ~np.isclose(low, high)
+    limits = np.where(is_known, (low, high), math.nan)
+    return [Interval(*map(float, each)) for each in zip(values, *limits, strict=True)]
 
 
 def _drawn(groups: Sequence[int], random: np.random.Generator) -> Float64[np.ndarray, " answers"]:

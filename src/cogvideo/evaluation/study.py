@@ -102,7 +102,8 @@ class Study:
         self.design = from_dict(Design, design)
         self.sources: dict[str, str] = sources
         missing = [path.name for path in self.clips.values() if not path.is_file()]
-        require(not missing, f"{folder / CLIPS} lacks {len(missing)} clips, the first is {missing[:1]}: make it again")
+        first = next(iter(missing), "")
+        require(not missing, f"{folder / CLIPS} lacks clips ({len(missing)}), the first is {first}: make it again")
 
     @property
     def questions(self) -> tuple[Question, ...]:

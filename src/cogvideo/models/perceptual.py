@@ -164,8 +164,8 @@ def _normalize(frames: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "
 def check_shapes(prefix: str, tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse tensors that have other names or shapes than expected."""
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    require(not missing, f"{prefix}: {len(missing)} tensors are missing, the first is {missing[:1]}")
-    require(not extra, f"{prefix}: it has {len(extra)} others, the first is {extra[:1]}")
+    require(not missing, f"{prefix}: tensors are missing ({len(missing)}), the first is {''.join(missing[:1])}")
+    require(not extra, f"{prefix}: it has other tensors ({len(extra)}), the first is {''.join(extra[:1])}")
     for name, shape in expected.items():
         got = tuple(tensors[name].shape)
         require(got == shape, f"{prefix}: {name} has the shape {got}, expected {shape}")

@@ -7,38 +7,35 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from cogvideo.evaluation.attributes import ALL
 from cogvideo.evaluation.preferences import Interval
+from cogvideo.evaluation.reader import ATTRIBUTES
 from cogvideo.report.page import RunName, number, precise
 from cogvideo.report.plots import Plot, curves
 from cogvideo.report.runs import Curve, read_runs
-from cogvideo.training.ablation import VARIANTS, Experiment, VariantName
+from cogvideo.training.ablation import HELD_OUT, PROTOCOL, ROUNDS, VARIANTS, Experiment, VariantName
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """0.975 quantiles of Student's t, by degrees of freedom from 1."""
 FULL = VARIANTS["full"].title
 CEILING = "real clips through the tokenizer"
 """Title of the row that no variant can be expected to beat."""
+SHARES = (*ATTRIBUTES, ALL, HELD_OUT)
+"""Figures of clips that are shares."""
 CLIPS, SAMPLES, TIME, PACE = "clips", "equal samples", "equal time", "seconds per step"
 NOTES = {
-    CLIPS: "FVD with the verified I3D, and shares of clips whose attribute is right according to the World reader.",
+    CLIPS: f"FVD with the verified I3D ({PROTOCOL.frames} frames, 4 per second, enlarged from the model's size), and"
+    " percentages of clips whose attribute is right according to the World reader.",
     SAMPLES: "Held-out loss in nats per code, at the end of training.",
     TIME: "Held-out loss when the faster of the two runs ends, read off the curves. The slower one"
     " still has a high learning rate then, which counts against it.",
-    PACE: "Median of a run.",
+    PACE: f"Median of {ROUNDS} measurements, for which all variants take turns on one machine.",
 }
-
-
-class StageCurve(NamedTuple):
-    """Held-out losses of a stage's run at one frame rate; the file has its steps, values and pace."""
-
-    losses: Curve
-    pace: float
-    """Seconds per step."""
 
 
 @dataclass
@@ -67,7 +64,13 @@ class SeedFigure:
         if self.interval is None:
             return text
         _, low, high = self.interval
-        return f"{text} ({_signed(low)} to {_signed(high)}){' *' if low > 0 or high < 0 else ''}"
+        is_clear = low < high and (low > 0 or high < 0)  # equal differences of few seeds prove nothing
+        return f"{text} ({_signed(low)} to {_signed(high)}){' *' if is_clear else ''}"
+
+    def times(self, factor: float) -> SeedFigure:
+        """The figure in another unit."""
+        scaled = ({seed: factor * each for seed, each in part.items()} for part in (self.values, self.differences))
+        return SeedFigure(*scaled)
 
 
 def _signed(value: float) -> str:
@@ -76,8 +79,10 @@ def _signed(value: float) -> str:
 
 Figures = Mapping[str, Mapping[str, Mapping[str, SeedFigure]]]
 """Figures by point of comparison, name and row."""
-Lines = Mapping[str, Mapping[str, StageCurve]]
-"""Curves by run and name."""
+Lines = Mapping[str, Mapping[str, Curve]]
+"""Held-out losses by run and name, such as `interpolation, 2 fps`."""
+Paces = Mapping[VariantName, Mapping[str, float]]
+"""Seconds per step by variant and stage."""
 
 
 def paired(differences: Sequence[float]) -> Interval | None:
@@ -105,13 +110,14 @@ def facts(experiment: Experiment) -> tuple[dict[str, Any], dict[str, Any]]:
     """Everything that the page shows, and the figures for the file next to it."""
     reports = {name: report for name in experiment.runs if (report := experiment.report(name)) is not None}
     lines = {name: dict(_stages(experiment.out / name)) for name in reports}
-    figures = compare(experiment, reports, lines)
+    paces = experiment.paces or {}
+    figures = compare(experiment, reports, lines, paces)
     for name, value in (experiment.ceiling or {}).items():
         figures[CLIPS][name][CEILING].add(experiment.optimization.seed, value, None)
     page = {
         "titles": {"figures": "Figures", "curves": "Curves", "sheets": "Clips"},
-        "tables": [(at, ["", *names], _rows(names), NOTES[at]) for at, names in figures.items()],
-        "plots": list(_plots(experiment, lines)),
+        "tables": [(at, ["", *map(_head, names)], _rows(names), NOTES[at]) for at, names in figures.items() if names],
+        "plots": list(_plots(experiment, lines, paces)),
         "sheets": list(_sheets(experiment, reports)),
     }
     return page, {"figures": figures, "curves": lines}
@@ -124,8 +130,10 @@ def as_json(value: Any) -> Any:
     return value.tolist()
 
 
-def compare(experiment: Experiment, reports: Mapping[str, Mapping[str, Mapping[str, float]]], lines: Lines) -> Figures:
-    """Figures of all rows at all points of comparison."""
+def compare(
+    experiment: Experiment, reports: Mapping[str, Mapping[str, Mapping[str, float]]], lines: Lines, paces: Paces
+) -> Figures:
+    """Figures of all rows at all points of comparison; without paces, none at equal time."""
     found: Figures = {at: defaultdict(lambda: defaultdict(SeedFigure)) for at in NOTES}
     for run, report in reports.items():
         variant, seed = experiment.runs[run]
@@ -134,44 +142,58 @@ def compare(experiment: Experiment, reports: Mapping[str, Mapping[str, Mapping[s
             others = reports.get(full, {}).get(FULL, {})
             for name, value in measured.items():
                 found[CLIPS][name][row].add(seed, value, others.get(name))
-        for name, stage in lines[run].items():
+        for name, losses in lines[run].items():
             other = lines.get(full, {}).get(name)
-            losses, pace = other or stage
-            found[PACE][name.partition(",")[0]][title].add(seed, stage.pace, None if other is None else pace)
-            for at, paces in ((SAMPLES, (1.0, 1.0)), (TIME, (stage.pace, pace))):
-                value, level = levels(stage.losses, losses, paces)
+            moments = {SAMPLES: (1.0, 1.0)}
+            if paces:
+                stage = name.partition(",")[0]
+                moments[TIME] = (paces[variant][stage], paces["full" if other is not None else variant][stage])
+            for at, pair in moments.items():
+                value, level = levels(losses, losses if other is None else other, pair)
                 found[at][name][title].add(seed, value, None if other is None else level)
+    for name, stages in paces.items():
+        for stage, pace in stages.items():
+            full_pace = None if name == "full" else paces["full"].get(stage)
+            found[PACE][stage][VARIANTS[name].title].add(experiment.optimization.seed, pace, full_pace)
     return found
 
 
-def _stages(bundle: Path) -> Iterator[tuple[str, StageCurve]]:
+def _stages(bundle: Path) -> Iterator[tuple[str, Curve]]:
     """Held-out losses of the runs in a bundle, by stage and frame rate."""
     for run in read_runs([bundle]):
-        steps, seconds = run.figures["seconds"]
-        pace = float(np.median(np.diff(seconds) / np.diff(steps))) if len(steps) > 1 else float(seconds[-1] / steps[-1])
         for rate, losses in run.held_out.items():
-            yield f"{run.stage}, {rate}", StageCurve(losses, pace)
+            yield f"{run.stage}, {rate}", losses
+
+
+def _head(name: str) -> str:
+    """Head of a column."""
+    return name.replace("colour", "color")  # the World's key
 
 
 def _rows(names: Mapping[str, Mapping[str, SeedFigure]]) -> list[list[str]]:
-    """Rows of a table; a column is a name."""
+    """Rows of a table; a column is a name. Shares are shown as percentages."""
     titles = dict.fromkeys(row for rows in names.values() for row in rows)
-    return [[title, *(str(rows[title]) if title in rows else "–" for rows in names.values())] for title in titles]
+    shown = [(rows, 100.0 if name in SHARES else 1.0) for name, rows in names.items()]
+    return [
+        [title, *(str(rows[title].times(factor)) if title in rows else "–" for rows, factor in shown)]
+        for title in titles
+    ]
 
 
-def _plots(experiment: Experiment, lines: Lines) -> Iterator[Plot]:
-    """Mean losses over seeds, for each name over samples and over time."""
+def _plots(experiment: Experiment, lines: Lines, paces: Paces) -> Iterator[Plot]:
+    """Mean losses over seeds, for each name over samples and, if there are paces, over time."""
     batch = experiment.optimization.batch
     for name in dict.fromkeys(name for each in lines.values() for name in each):
-        over: dict[str, dict[RunName, Curve]] = {"samples": {}, "seconds": {}}
+        over: dict[str, dict[RunName, Curve]] = {"samples": {}} | ({"seconds": {}} if paces else {})
         for place, variant in enumerate(experiment.ablation.variants):
             stages = [each[name] for run, each in lines.items() if experiment.runs[run][0] == variant and name in each]
             if stages:
                 line = RunName(VARIANTS[variant].title, place)
-                steps, values = stages[0].losses.steps, np.mean([each.losses.values for each in stages], 0)
-                pace = float(np.mean([each.pace for each in stages]))
+                steps, values = stages[0].steps, np.mean([each.values for each in stages], 0)
                 over["samples"][line] = Curve(steps * batch, values)
-                over["seconds"][line] = Curve(np.rint(steps * pace).astype(np.int64), values)
+                if paces:
+                    seconds = np.rint(steps * paces[variant][name.partition(",")[0]])
+                    over["seconds"][line] = Curve(seconds.astype(np.int64), values)
         for axis, drawn in over.items():
             yield curves("ablation", f"Held-out loss, {name}, over {axis}", drawn, is_smooth=False)
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cogvideo.evaluation.attention import StageAttention
 from cogvideo.files import replacing
+from cogvideo.report.page import percent
 
 WIDTH, HEIGHT, DPI = 12.0, 7.6, 120
 """Width and height of a stage's part in inches, and pixels per inch."""
@@ -74,7 +75,7 @@ def _draw_stage(
     figure.legend(handles=handles, title="attention goes to", **place)
     _draw_gates(figure.add_subplot(grid[0]), stage)
     _draw_heads(figure, figure.add_subplot(grid[1]), stage)
-    _draw_head(figure.add_subplot(grid[2]), stage)
+    _draw_head(figure, figure.add_subplot(grid[2]), stage)
 
 
 def _draw_frames(
@@ -133,10 +134,10 @@ def _draw_heads(figure: SubFigure, axes: Axes, stage: StageAttention) -> None:
     axes.set(title="Attention to the same place in the frame before", xlabel="layer", ylabel="head")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator("auto", integer=True))
-    figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=0))
+    figure.colorbar(image, ax=axes, format=PercentFormatter(1))
 
 
-def _draw_head(axes: Axes, stage: StageAttention) -> None:
+def _draw_head(figure: SubFigure, axes: Axes, stage: StageAttention) -> None:
     """Attention around the same position, of the head that attends to it the most."""
     layer, head = np.unravel_index(int(stage.same_place.argmax()), stage.same_place.shape)
     reach = min(REACH, *stage.middle)
@@ -144,7 +145,8 @@ def _draw_head(axes: Axes, stage: StageAttention) -> None:
     share = float(stage.same_place[layer, head])
     edge = reach + 0.5
     shown = stage.steps[layer, head, near[0], near[1]].numpy()
-    axes.imshow(shown, norm=PowerNorm(0.5, vmin=0), extent=(-edge, edge, edge, -edge))
+    image = axes.imshow(shown, norm=PowerNorm(0.5, vmin=0), extent=(-edge, edge, edge, -edge))
+    figure.colorbar(image, ax=axes, format=PercentFormatter(1))
     axes.set(xticks=range(-reach, reach + 1, 2), yticks=range(-reach, reach + 1, 2))
-    axes.set(title=f"Layer {layer}, head {head}: {share:.0%} at the same place")
+    axes.set(title=f"Layer {layer}, head {head}: {percent(share)} at the same place")
     axes.set(xlabel="columns away", ylabel="rows away")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, median
@@ -63,6 +63,10 @@ class RaterSummary(NamedTuple):
     seconds: float
     """Median time per answer."""
 
+    def passes(self, num_slips: int) -> bool | None:
+        """True with at most this many wrong answers to catch trials; None if the rater has met none yet."""
+        return self.num_catches - self.num_caught <= num_slips if self.num_catches else None
+
 
 def report(folder: Path, out: Path, margin: float, num_slips: int) -> None:
     """Write the page and both tables, and print the figures.
@@ -76,20 +80,20 @@ def report(folder: Path, out: Path, margin: float, num_slips: int) -> None:
     answers = study.answers()
     require(len(answers) > 0, f"{folder} has no answers yet: `cogvideo study serve {folder}` prints links for raters")
     conducts = [conduct(rater, answers) for rater in study.raters() if rater.num_answered > 0]
-    failed = {each.rater.number for each in conducts if each.num_catches - each.num_caught > num_slips}
-    careful = [each for each in answers if each.rater not in failed]
+    passed = {each.rater.number: each.passes(num_slips) for each in conducts}
+    careful = [each for each in answers if passed[each.rater]]
     results = list(figures(study, answers, ALL))
-    if failed and careful:
+    if 0 < len(careful) < len(answers):
         results += figures(study, careful, CAREFUL)
     title = f"{folder.resolve().name}: a blind study"
     lead = f"{count(len(answers), 'answer')} of {count(conducts, 'rater')} on {count(study.prompts, 'prompt')}."
-    facts = page_facts(study, results, conducts, failed, margin)
+    facts = page_facts(study, results, conducts, passed, margin)
     write_page(out / PAGE, "study report", title, lead, "study.html", facts)
     rows = ([*start, *(f"{each:.6g}".replace("nan", "") for each in values), num] for *start, values, num in results)
     write_csv(out / RESULTS, [_HEADS, *rows])
     write_csv(out / ANSWERS, [_COLUMNS, *_answer_rows(study, answers)])
     print("\n".join(_lines(results)))
-    print(_failures(conducts, failed))
+    print(_failures(passed))
     print("\n".join(f"written: {out / name}" for name in (PAGE, RESULTS, ANSWERS)))
 
 
@@ -236,18 +240,26 @@ def _checks(answers: Sequence[Answer]) -> Iterator[bool]:
             yield each.values[OVERALL] < fmean(grades)
 
 
-def _failures(conducts: Sequence[RaterSummary], failed: set[int]) -> str:
-    if not any(each.num_catches for each in conducts):
+def _failures(passed: Mapping[int, bool | None]) -> str:
+    if set(passed.values()) == {None}:
         return "No catch trial was answered."
-    names = ", ".join(str(number + 1) for number in sorted(failed))
-    return f"Raters who failed catch trials: {names}." if failed else "All raters passed their catch trials."
+    groups = {
+        "Raters who failed catch trials": [number for number, has_passed in passed.items() if has_passed is False],
+        "Raters without a catch trial so far": [number for number, has_passed in passed.items() if has_passed is None],
+    }
+    told = [f"{title}: {', '.join(str(each + 1) for each in found)}." for title, found in groups.items() if found]
+    return " ".join(told) or "All raters passed their catch trials."
 
 
 # The page
 
 
 def page_facts(
-    study: Study, results: Sequence[Result], conducts: Sequence[RaterSummary], failed: set[int], margin: float
+    study: Study,
+    results: Sequence[Result],
+    conducts: Sequence[RaterSummary],
+    passed: Mapping[int, bool | None],
+    margin: float,
 ) -> dict[str, Any]:
     """Everything that the template of the page needs."""
     groups = [_group(raters, [each for each in results if each.raters == raters], margin) for raters in (ALL, CAREFUL)]
@@ -257,8 +269,8 @@ def page_facts(
         "groups": groups,
         "systems": list(study.sources.items()),
         "design": study.design,
-        "rater_rows": [_rater_row(each, each.rater.number not in failed) for each in conducts],
-        "failures": _failures(conducts, failed),
+        "rater_rows": [_rater_row(each, passed[each.rater.number]) for each in conducts],
+        "failures": _failures(passed),
         "margin": percent(margin),
         "enough": sample_size(0.5, margin),
     }
@@ -278,24 +290,28 @@ def _row(result: Result, margin: float) -> list[str | float]:
         return [result.subject, _number(value), _range(low, high, _number), result.num_answers]
     part = 0.0 if math.isnan(value) else value
     enough = [sample_size(part, margin)] if result.measure == SHARE else []
-    return [result.subject, part, percent(part), _range(low, high, percent), result.num_answers, *enough]
+    return [result.subject, part, _share(value), _range(low, high, _share), result.num_answers, *enough]
 
 
-def _rater_row(conduct: RaterSummary, has_passed: bool) -> list[str]:
+def _rater_row(conduct: RaterSummary, has_passed: bool | None) -> list[str]:
     rater, left = conduct.rater, conduct.left
     return [
         str(rater.number + 1),
         f"{rater.num_answered} of {rater.num_trials}",
         f"{conduct.num_caught} of {conduct.num_catches}",
         f"{conduct.num_equal} of {conduct.num_repeats}",
-        NOTHING if math.isnan(left.value) else f"{percent(left.value)} ({_range(left.low, left.high, percent)})",
+        NOTHING if math.isnan(left.value) else f"{_share(left.value)} ({_range(left.low, left.high, _share)})",
         f"{conduct.seconds:.1f} s",
-        "yes" if has_passed else "no",
+        {True: "yes", False: "no", None: NOTHING}[has_passed],
     ]
 
 
 def _number(value: float) -> str:
     return NOTHING if math.isnan(value) else f"{round(value, 2) + 0.0:.2f}"  # no minus before zero
+
+
+def _share(value: float) -> str:
+    return NOTHING if math.isnan(value) else f"{100 * value:.1f}%"
 
 
 def _range(low: float, high: float, show: Any) -> str:
@@ -334,7 +350,7 @@ def _answer_rows(study: Study, answers: Iterable[Answer]) -> Iterator[list[Any]]
 def _lines(results: Iterable[Result]) -> Iterator[str]:
     for each in results:
         value, low, high = each.interval
-        show = percent if each.measure in (SHARE, BEST) else _number
+        show = _share if each.measure in (SHARE, BEST) else _number
         told = show(value) if math.isnan(low) else f"{show(value)} ({_range(low, high, show)})"
         start = f"{each.raters}, {each.question}: {each.measure} {each.subject}"
         yield f"{start} {told}, {count(each.num_answers, 'answer')}"

@@ -14,10 +14,12 @@ once its report exists.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -48,22 +50,25 @@ from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.runs import TYPED, RunFolder
 from cogvideo.text import TextTokenizer
-from cogvideo.training.launch import train
+from cogvideo.training.launch import seconds_per_step, train
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.session import DataOptions, Options, StageLogging
 from cogvideo.training.stages import BaseChoice, Choice, StageName, StartChoice
 
 VariantName = Literal["full", "random", "trained", "one-stage", "no-rate", "no-window"]
-DATA, REAL, CEILING, RUN, LOG = "data", "real", "ceiling", ".ablation-run", "log.txt"
-"""Folders of codes, of features of real clips, and of what the image tokenizer leaves of them; inside a run, the folder
-of its report and the log of messages."""
-FVD = "FVD"
+DATA, REAL, CEILING, PACES = "data", "real", "ceiling", "paces"
+"""Folders of codes, of features of real clips, of what the image tokenizer leaves of them, and of times of steps."""
+RUN, LOG = ".ablation-run", "log.txt"
+"""Inside a run, the folder of its report and the log of messages."""
+FVD, HELD_OUT = "FVD", "all right, held-out pairs"
 PROTOCOL = replace(PROTOCOLS["tfhub"], step=2)
 """16 frames at 4 fps."""
 FIRST_NOISE = 1_000_000
 """Difference between the seeds of a prompt's clips in two runs; scene numbers are smaller."""
 SHOWN, COLUMNS = 4, 9
 """Clips of a contact sheet, and frames of each."""
+ROUNDS = 3
+"""Number of times that each stage is timed; stages take turns."""
 
 
 class Variant(NamedTuple):
@@ -220,20 +225,40 @@ class Experiment:
             parts: dict[str, Any] = {each: base.component(each) for each in names}
             parts["text"] = TextTokenizer(base.text.model, config.text, config.transformer.num_codes)
             update(out, config, **parts)
+        for stage, choice in variant.stages.items():
+            if RunFolder(out / f".{stage}-run").summary is None:
+                train(stage, choice, self._options(variant, seed, out))
+
+    def _options(self, variant: Variant, seed: int, out: Path) -> Options:
+        """Options of training in a run's bundle."""
         has_one = len(variant.stages) == 1
         steps = self.optimization.steps * (2 if has_one else 1)
         every, held_out = max(1, steps // 10), self.ablation.held_out
-        clips = DataOptions((self.out / DATA,), fixed_rate=DataOptions.rates[-1] if has_one else None)
-        options = Options(
-            clips,
+        return Options(
+            DataOptions((self.out / DATA,), fixed_rate=DataOptions.rates[-1] if has_one else None),
             out,
             device=self.device,
             optimization=replace(self.optimization, steps=steps, seed=seed),
             logging=StageLogging(max(1, steps // 50), every, every, keep=1, evaluate_samples=held_out, sample_every=0),
         )
-        for stage, choice in variant.stages.items():
-            if RunFolder(out / f".{stage}-run").summary is None:
-                train(stage, choice, options)
+
+    @property
+    def paces(self) -> dict[VariantName, dict[str, float]] | None:
+        """Seconds per step by variant and stage; None until measured."""
+        return _summary(self.out / PACES)
+
+    def measure_paces(self) -> None:
+        """Time the steps of all stages. They take turns, so other work on the machine slows all of them alike."""
+        seed = self.optimization.seed
+        found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        with one_thread():
+            for name in ROUNDS * self.ablation.variants:
+                variant = VARIANTS[name]
+                options = self._options(variant, seed, self.out / f"{name}-{seed}")
+                for stage, choice in variant.stages.items():
+                    found[name][stage].append(seconds_per_step(stage, choice, options))
+        medians = {name: {stage: median(each) for stage, each in stages.items()} for name, stages in found.items()}
+        RunFolder(self.out / PACES).finish(medians)
 
     def _subject(self, seed: int) -> WorldSubject:
         """Prompts with the noise of a seed, which all variants share."""
@@ -255,7 +280,7 @@ class Experiment:
     def _metrics(self, clips: Sequence[Clip], subject: WorldSubject, folder: Path) -> dict[str, float]:
         """Metrics of a clip for each prompt; their features are cached in the folder."""
         shares, real = subject.judge(clips).shares, self._real_features(subject)
-        read = shares["all clips"] | {"all right, held-out pairs": shares["held-out pairs"][ALL]}
+        read = shares["all clips"] | {HELD_OUT: shares["held-out pairs"][ALL]}
         if real is None:
             return read
         return {FVD: PROTOCOL.fvd(real, self._features(folder, subject, clips.__getitem__))} | read

@@ -132,7 +132,8 @@ class ServerState:
         places = range(job.num_frames) if is_whole else [reference.frame]
         require(not is_whole or job.status == "completed", f"{job.id} is {job.status}, expected a completed video")
         missing = sorted(set(places) - codes.keys())
-        require(not missing, f"{job.id} has no frame {missing[:1]}, it has the frames {sorted(codes)}")
+        first = next(iter(missing), None)
+        require(not missing, f"{job.id} has no frame {first}, it has the frames {sorted(codes)}")
         return Start(torch.stack([codes[each] for each in places]), num_frames=len(places))
 
     def _check_model(self, job: Job) -> None:

@@ -185,7 +185,7 @@ def check_i3d(tensors: Mapping[str, NDArray[np.float32]], where: object) -> None
     _check_names(tensors, where)
     expected = _checksums()
     changed = [name for name, checksum in expected.items() if masked_crc32c(tensors[name]) != checksum]
-    differ = f"{len(changed)} of {len(expected)} tensors differ, the first is {changed[:1]}"
+    differ = f"{len(changed)} of {len(expected)} tensors differ, the first is {''.join(changed[:1])}"
     require(not changed, f"{where} is not the I3D of FVD: {differ}")
 
 
