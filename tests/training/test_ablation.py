@@ -1,4 +1,4 @@
-"""Ablations: variants differ in one thing each, runs can be killed and continued, and all of it in one command."""
+"""Ablations: variants differ in one thing each, killed runs resume, and one command does everything."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RECIPE = str(Path(__file__).parents[2] / "recipes" / "ablation" / "tiny.toml")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A bundle with random weights whose text tokenizer knows the World."""
+    """A bundle with random weights and a text tokenizer trained on World captions."""
     config = preset("tiny")
     config = replace(config, transformer=replace(config.transformer, num_layers=2, hidden=32, num_heads=2))
     captions = [text for number in range(400) for text in world.captions(world.scene(number, "simple"))]
@@ -52,12 +52,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache without networks."""
+    """An empty cache, without evaluation networks."""
     monkeypatch.setenv("COGVIDEO_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def test_variants_differ_in_one_thing() -> None:
-    """Guards what is compared: the start of each stage, what is trained, rate and windows."""
+    """Checks each variant's start, trained parts, frame rate in the text, and windows."""
     config = preset("pocket")
     frozen, trained = Choice("sequential"), Choice("sequential", "trained")
     assert VARIANTS["full"].stages == {"sequential": Choice("inherit"), "interpolation": frozen}
@@ -72,7 +72,7 @@ def test_variants_differ_in_one_thing() -> None:
 
 
 def test_jobs_are_listed(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards job arrays: one name a line, seeds in order, nothing is made; other names are refused."""
+    """Checks job arrays: `--list` prints all runs by seed, `--only` refuses unknown names; neither writes anything."""
     arguments = ["ablate", RECIPE, "--out", str(tmp_path / "out"), "--base", base, "--variants", "full", "no-rate"]
     assert main([*arguments, "--seed", "3", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["full-3", "no-rate-3", "full-4", "no-rate-4"]
@@ -82,7 +82,7 @@ def test_jobs_are_listed(tmp_path: Path, base: str, capsys: pytest.CaptureFixtur
 
 
 def fake_i3d(path: Path, protocol: object) -> Judge:
-    """A network with eight numbers of a clip."""
+    """A stand-in for I3D that returns eight features per clip."""
 
     def load(device: str) -> Callable[[Any], Tensor]:
         return lambda clips: torch.stack([eight(frames) for (frames,) in clips])
@@ -98,7 +98,7 @@ def eight(frames: np.ndarray) -> Tensor:
 
 @pytest.mark.soak
 def test_a_killed_run_goes_on(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a night of work: killed anywhere, a run makes the same clips and figures; FVD is that of its clips."""
+    """A run killed anywhere resumes to the same clips and metrics; FVD matches a direct calculation from the clips."""
     monkeypatch.setattr(ablation, "i3d", fake_i3d)
     network_path("i3d").parent.mkdir()
     network_path("i3d").write_bytes(b"")
@@ -142,7 +142,7 @@ def test_a_killed_run_goes_on(base: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.soak
 def test_all_variants_in_one_command(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the whole: processes train all variants, the page and the file have every row; then nothing is left."""
+    """One command trains all variants and fills every row of the page and the file; a rerun finds nothing to do."""
     out = tmp_path / "out"
     arguments = ["ablate", RECIPE, "--base", base, "--out", str(out), "--seeds", "1", "--steps", "2", "--clips", "2"]
     assert main([*arguments, "--workers", "2", "--device", "cpu"]) == 0

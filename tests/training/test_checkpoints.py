@@ -1,5 +1,5 @@
-"""Checkpoints: whole or not there, whatever kills the run; the last ones and the best; nothing lost, nothing taken for
-what it is not. Many ranks are tested in test_training_parallel.py.
+"""Checkpoints: complete or absent, however the run is killed; the last ones and the best are kept, and damaged or
+mismatched ones are refused. Multiple ranks are tested in test_training_parallel.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from parallel_worker import SHARDED, Run, make_objective
 
 
 def state_of(step: int, size: int = 3) -> dict[str, Any]:
-    """A state that tells its step in every part."""
+    """A state with the step encoded in every value."""
     return {
         "weights": {"a.weight": torch.full((size, 2), float(step)), "b": torch.tensor([step + 0.5])},
         "optimizer": {"state": {"a.weight": {"exp_avg": torch.full((size, 2), step / 3)}}},
@@ -38,7 +38,7 @@ def state_of(step: int, size: int = 3) -> dict[str, Any]:
 
 
 def saved_in(folder: Path, losses: dict[int, float | None], **options: Any) -> Checkpoints:
-    """Checkpoints of these steps with these held-out losses."""
+    """Save checkpoints at these steps, with these held-out losses."""
     checkpoints = Checkpoints(folder, **options)
     for step, loss in losses.items():
         checkpoints.save(step, state_of(step), loss)
@@ -47,24 +47,24 @@ def saved_in(folder: Path, losses: dict[int, float | None], **options: Any) -> C
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equality of nested tables, tensors to the bit."""
+    """True if nested tables are equal, with tensors compared bit for bit."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     return torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
 def assert_whole(checkpoints: Checkpoints, step: int) -> None:
-    """What is loaded is what was saved at that step."""
+    """Check that a checkpoint loads exactly the state saved at that step."""
     assert same(checkpoints.load(step, state_of(0)), state_of(step))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_is_saved_is_loaded(tmp_path: Path, asynchronous: bool) -> None:
-    """Guards every part of a state, and a copy that follows the weights while it is written."""
+    """Every part of a state must round-trip, even if training changes the weights while they are being written."""
     checkpoints = Checkpoints(tmp_path / "not" / "there", asynchronous=asynchronous)
     state = state_of(7, 200_000)
     checkpoints.save(7, state, 0.5)
-    state["weights"]["a.weight"].fill_(99)  # training goes on
+    state["weights"]["a.weight"].fill_(99)  # training continues
     state["average"]["b"].fill_(99)
     checkpoints.wait()
     assert checkpoints.steps() == [7]
@@ -74,7 +74,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, asynchronous: bool) -> None:
 
 
 def test_nothing_has_its_name_before_it_is_written(tmp_path: Path) -> None:
-    """Guards asynchronous saving: a folder that is not whole is not listed, and the next save waits for it."""
+    """Prevents an unfinished asynchronous save from being listed; the next save waits for it."""
     checkpoints = Checkpoints(tmp_path, keep=9, asynchronous=True)
     for step in range(1, 5):
         checkpoints.save(step, state_of(step, 100_000))
@@ -87,8 +87,8 @@ def test_nothing_has_its_name_before_it_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("base", ["frozen", "trained"])
 @pytest.mark.parametrize("stage", ["sequential", "superres"])
 def test_a_stage_continues_from_its_checkpoint(tmp_path: Path, stage: str, base: str) -> None:
-    """Guards every stage: weights and optimizer come back to the bit, also where some of what is trained never has a
-    gradient. What is frozen is in no checkpoint."""
+    """Weights and optimizer state must be restored bit for bit in every stage, even if some trained weights never get a
+    gradient. Frozen weights are not saved."""
     run, other = (Run(make_objective(stage, base, seed), SHARDED, ALONE) for seed in (0, 9))
     trained = {name for name, each in run.objective.named_parameters() if each.requires_grad}
     for number in range(2):
@@ -109,7 +109,7 @@ def test_a_stage_continues_from_its_checkpoint(tmp_path: Path, stage: str, base:
 
 @pytest.mark.parametrize("fused", [None, True])
 def test_the_kernel_of_the_optimizer_is_that_of_the_device(tmp_path: Path, fused: bool | None) -> None:
-    """Guards runs that go on elsewhere, and older checkpoints: the fused kernel is none of the state."""
+    """Prevents restoring an optimizer's fused setting, so runs can resume on other devices or from old checkpoints."""
     made = []
     for each in (None if fused else True, fused):
         module = torch.nn.Linear(3, 2)
@@ -128,8 +128,8 @@ def test_the_kernel_of_the_optimizer_is_that_of_the_device(tmp_path: Path, fused
 
 @pytest.mark.parametrize("step", [4, 5])
 def test_whenever_a_run_is_killed_what_has_a_name_is_whole(tmp_path: Path, step: int) -> None:
-    """Guards the renames, between any two changes of the file system: while a checkpoint is written, one of its step
-    replaced and others removed. The best is never lost, nor the newest two, and the next save leaves nothing behind."""
+    """Checks the renames by kills between any two file system changes of a save that adds, replaces, or removes
+    checkpoints. Listed ones are complete, the best and one of the newest two survive, and the next save cleans up."""
     saved_in(tmp_path / "before", {1: 3.0, 2: 1.0, 3: 2.0, 4: 4.0}, keep=3)
     for number in count(1):
         folder = tmp_path / f"killed-{number}"
@@ -148,7 +148,7 @@ def test_whenever_a_run_is_killed_what_has_a_name_is_whole(tmp_path: Path, step:
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
-    """Guards the disk and the best: of equals the first, none where nothing was measured, never one of no number."""
+    """Keeps the last checkpoints and the best: the first of equals, none if nothing was measured, never NaN."""
     losses = [None, float("nan"), 3.0, 2.0, float("nan"), 2.0, None, 1.0, float("inf"), 5.0]
     for keep in (1, 2, 3):
         checkpoints, best = Checkpoints(tmp_path / str(keep), keep), None
@@ -165,7 +165,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_looking_at_a_run_leaves_it_alone(tmp_path: Path) -> None:
-    """Guards exports while a run goes on: what it is writing at that moment stays."""
+    """Reading a live run, as exports do, must not remove the checkpoint that is being written."""
     saved_in(tmp_path, {1: 1.0, 2: 2.0})
     (tmp_path / ".step-00000003").mkdir()
     looking = Checkpoints(tmp_path, keep=0)
@@ -176,7 +176,7 @@ def test_looking_at_a_run_leaves_it_alone(tmp_path: Path) -> None:
 
 
 def test_other_names_are_no_checkpoints(tmp_path: Path) -> None:
-    """Guards against what people put beside them, such as a copy that they made."""
+    """Files that users put next to checkpoints, such as copies, must not be listed as checkpoints."""
     checkpoints = saved_in(tmp_path, {1: 1.0})
     shutil.copytree(checkpoints.path(1), tmp_path / "step-00000002.bak")
     (tmp_path / "step-notes").touch()
@@ -200,18 +200,18 @@ UNSEEN: dict[str, tuple[str, Callable[[bytes], bytes] | None]] = {
     "no hashes": ("hashes-0.json", lambda _: b""),
     "other hashes": ("hashes-0.json", lambda _: b"[]"),
 }
-"""Damage that only the hashes show."""
+"""Damage that only hashes can detect."""
 
 
 def old(path: Path) -> None:
-    """Make a checkpoint one of before there were hashes."""
+    """Turn a checkpoint into one from before hashes were added."""
     (path / "hashes-0.json").unlink()
 
 
 @pytest.mark.parametrize("hashed", [True, False])
 @pytest.mark.parametrize("damage", DAMAGES | UNSEEN)
 def test_a_damaged_one_is_named(tmp_path: Path, damage: str, hashed: bool) -> None:
-    """Guards what a user sees whose disk failed: one line that says which folder and what to do; then it goes on."""
+    """A damaged checkpoint fails with one line that says which folder to remove; the earlier one then loads."""
     checkpoints = saved_in(tmp_path, {1: 1.0, 2: 2.0})
     if not hashed:
         if damage in UNSEEN:
@@ -236,7 +236,7 @@ def test_a_damaged_one_is_named(tmp_path: Path, damage: str, hashed: bool) -> No
 
 
 def in_a_child(work: Callable[[], bool]) -> bool:
-    """Whether some work, in a process of its own with limits of its own, finds what it expects."""
+    """Run work in a child process, with its own resource limits; returns True if the work does."""
     if process := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     try:
@@ -247,14 +247,14 @@ def in_a_child(work: Callable[[], bool]) -> bool:
 
 @pytest.mark.parametrize("hashed", [True, False])
 def test_what_cannot_be_opened_is_not_damaged(tmp_path: Path, hashed: bool) -> None:
-    """Guards a healthy checkpoint where the process has too many open files: it was renamed as damaged, and the run
-    went on from an older one."""
+    """Guards against a regression: with too many open files, an intact checkpoint was renamed as damaged, and the run
+    resumed from an older one."""
     checkpoints = saved_in(tmp_path, {1: 1.0, 2: 2.0})
     if not hashed:
         old(checkpoints.path(2))
 
     def refused() -> bool:
-        checkpoints.load(2, state_of(0))  # all modules are there
+        checkpoints.load(2, state_of(0))  # loads all modules
         free = os.open(os.devnull, os.O_RDONLY)
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
         looks = (lambda: checkpoints.load(2, state_of(0)), lambda: read_weights(checkpoints.path(2), averaged=True))
@@ -273,14 +273,14 @@ def test_what_cannot_be_opened_is_not_damaged(tmp_path: Path, hashed: bool) -> N
 
 
 LARGE = 6 << 20
-"""Rows of weights that take 48 MiB."""
+"""Number of rows for 48 MiB of weights."""
 
 
 def load_with_little_memory(folder: str) -> None:
-    """Say whether a checkpoint is refused for the lack of memory."""
+    """Print whether loading a checkpoint is refused for lack of memory."""
     state = state_of(0, LARGE)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limit = used + (24 << 20)  # room for threads, not for the weights
+    limit = used + (24 << 20)  # enough for threads, not for the weights
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
         Checkpoints(Path(folder)).load(1, state)
@@ -290,8 +290,8 @@ def load_with_little_memory(folder: str) -> None:
 
 @pytest.mark.parametrize("hashed", [True, False])
 def test_what_does_not_fit_in_memory_is_not_damaged(tmp_path: Path, hashed: bool) -> None:
-    """Guards a healthy checkpoint where memory is short: the run ends, and says so. In a new process, since an old one
-    may have memory to spare that no limit counts."""
+    """Running out of memory must not count as damage to the checkpoint. A new process is needed, since an old one may
+    have free memory that the limit does not count."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state_of(1, LARGE))
     if not hashed:
@@ -306,7 +306,7 @@ def test_what_does_not_fit_in_memory_is_not_damaged(tmp_path: Path, hashed: bool
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", None])
 def test_a_damaged_loss_is_passed_over(tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the end of a run against an old file that cannot be read: it is told once, not the best, and stays."""
+    """An old checkpoint with an unreadable loss must not end the run: it is reported once, never the best, and kept."""
     checkpoints = saved_in(tmp_path, {1: 1.0, 2: 3.0, 3: 2.0}, keep=3)
     path = checkpoints.path(1) / "state.json"
     path.unlink() if content is None else path.write_text(content)
@@ -318,7 +318,7 @@ def test_a_damaged_loss_is_passed_over(tmp_path: Path, content: str | None, caps
 
 
 def test_a_damaged_one_makes_room(tmp_path: Path) -> None:
-    """Guards the checkpoints that follow: one that is set aside counts neither as the newest nor among the last."""
+    """A checkpoint set aside as damaged must not count as the newest or toward `keep`; its step can be saved again."""
     checkpoints = saved_in(tmp_path, {1: 1.0, 2: None, 3: None}, keep=3)
     for _ in range(2):
         checkpoints.set_aside(3)
@@ -337,7 +337,7 @@ def test_a_damaged_one_makes_room(tmp_path: Path) -> None:
     ],
 )
 def test_another_configuration_is_refused(tmp_path: Path, change: dict[str, Tensor | None], message: str) -> None:
-    """Guards against loading a part of other weights: a name or a shape that differs is told, there and here."""
+    """Prevents loading only part of other weights: the error names the differing weight and both shapes."""
     checkpoints = saved_in(tmp_path, {1: 1.0})
     state = state_of(0)
     state["weights"] = {name: each for name, each in (state["weights"] | change).items() if each is not None}
@@ -350,7 +350,7 @@ def test_another_configuration_is_refused(tmp_path: Path, change: dict[str, Tens
 
 
 def test_an_average_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
-    """Guards an export of weights that were never averaged."""
+    """Prevents exporting an average from a checkpoint that has none."""
     state = state_of(1)
     del state["average"]
     checkpoints = Checkpoints(tmp_path)
@@ -361,8 +361,8 @@ def test_an_average_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path, asynchronous: bool) -> None:
-    """Guards the end of a run that cannot write: an OSError that names the folder, as the command line expects, and
-    the checkpoints before are as they were."""
+    """A full disk must raise an OSError that names the folder, as the command line expects, and leave earlier
+    checkpoints intact."""
     saved_in(tmp_path, {1: 1.0})
     found = os.fork()
     if not found:
@@ -397,7 +397,7 @@ for folder, asynchronous in zip(sys.argv[1:], (False, True)):
 
 
 def test_nothing_is_warned_of(tmp_path: Path) -> None:
-    """Guards the screen: PyTorch warns of a process that is alone, which is what most runs are."""
+    """Prevents PyTorch's warnings about a single process, which is the usual case, from reaching the screen."""
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     command = [sys.executable, "-c", BOTH, str(tmp_path / "a"), str(tmp_path / "b")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, check=True)

@@ -1,4 +1,4 @@
-"""How the codebook moves, against slow oracles."""
+"""Codebook updates, compared with slow oracles."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ def codebook(num_codes=5, dim=3, decay=0.9, restart_below=0.05):
 
 @dataclass
 class Oracle:
-    """Running averages of one code after another, in lists."""
+    """Running averages in plain lists, one code at a time."""
 
     counts: list
     sums: list
@@ -43,7 +43,7 @@ class Oracle:
 
 
 def test_rows_are_running_means():
-    """A decay on the wrong side, or rows that forget the counts, would drift away from the vectors."""
+    """Catches an inverted decay or rows that ignore the counts, either of which would drift away from the vectors."""
     moving = codebook()
     oracle = Oracle([1.0] * 5, moving.rows.tolist())
     for step in range(6):
@@ -56,10 +56,10 @@ def test_rows_are_running_means():
 
 
 def test_exactly_dead_codes_start_again():
-    """Codes in use must not be thrown away, dead ones must land on vectors, and stay alive for a while."""
+    """Codes in use must not be restarted; dead ones must move to input vectors, and stay alive for a while."""
     moving = codebook(num_codes=4, restart_below=0.5)
     given = vectors(8)
-    moving.counts.copy_(torch.tensor([2.0, 1.2, 1.0, 0.5]))  # an even share is 2, so below 1 after the step is dead
+    moving.counts.copy_(torch.tensor([2.0, 1.2, 1.0, 0.5]))  # even share: 2; counts below 1 after the step are dead
     moving.sums.copy_(moving.rows * moving.counts[:, None])
     before = moving.rows.clone()
     codes = torch.tensor([0] * 6 + [1] * 2)  # counts become 2.4, 1.28, 0.9, 0.45
@@ -75,7 +75,7 @@ def test_exactly_dead_codes_start_again():
 
 
 def test_restarts_depend_on_the_generator_alone():
-    """A run that is continued must draw the vectors that an uninterrupted one drew."""
+    """Restarts must pick the same vectors in a resumed run as in an uninterrupted one."""
     results = []
     for seed in (1, 1, 2):
         moving = codebook(num_codes=32, restart_below=0.9)
@@ -87,7 +87,7 @@ def test_restarts_depend_on_the_generator_alone():
 
 
 def test_k_means_starts_at_the_clusters():
-    """Rows that start elsewhere leave most codes unused for thousands of steps."""
+    """Catches a poor initialization, which leaves most codes unused for thousands of steps."""
     centres = 10 * vectors(5, seed=3)
     given = (centres[torch.arange(100) % 5] + 0.01 * vectors(100)).double()
     moving = codebook()
@@ -97,13 +97,13 @@ def test_k_means_starts_at_the_clusters():
     assert sorted(nearest.tolist()) == [0, 1, 2, 3, 4]
     for centre, row in enumerate(nearest.tolist()):
         torch.testing.assert_close(rows[row], given[torch.arange(100) % 5 == centre].mean(0))
-    assert moving.counts.tolist() == pytest.approx([4.0] * 5)  # what a step of 20 vectors brings
+    assert moving.counts.tolist() == pytest.approx([4.0] * 5)  # an even share of a step of 20 vectors
     moving.update(given, nearest_rows(given, moving.rows), seeded())
-    torch.testing.assert_close(moving.rows.detach(), rows)  # they are where averages keep them
+    torch.testing.assert_close(moving.rows.detach(), rows)  # the means are a fixed point of the averages
 
 
 def test_gradients_go_straight_through():
-    """The encoder learns from the decoder's gradient as if it had chosen freely; values are the rows'."""
+    """Gradients must reach the encoder unchanged, while the forward values are the codebook's rows."""
     features = torch.randn(1, 2, 2, 2, generator=seeded(), requires_grad=True)
     chosen = torch.randn(1, 2, 2, 2, generator=seeded(1), requires_grad=True)
     weights = torch.randn(1, 2, 2, 2, generator=seeded(2))

@@ -1,4 +1,4 @@
-"""From a run to a bundle: which weights, with what beside them, and what its card says."""
+"""Export of a run to a bundle: which weights, which other components, and the contents of the model card."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a bundle without key frames, one with all, data, and a run whose checkpoints are all there."""
+    """A folder with a bundle without video channels, a complete one, data, and a run with all its checkpoints."""
     folder = tmp_path_factory.mktemp("export")
     make_model(folder / "model", train_text_model(), without=("sequential", "interpolation"))
     make_model(folder / "whole", train_text_model())
@@ -45,7 +45,7 @@ def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempP
 
 
 def options_of(place: Path, out: Path, sample_every: int = 0) -> Options:
-    """Of the run."""
+    """Options of the run."""
     settings = StageOptimization(steps=STEPS, batch=2, warmup=0, learning_rate=1e-2, ema=0.5)
     logging = StageLogging(1, 1, 1, keep=9, evaluate_samples=4, sample_every=sample_every)
     return Options(DataOptions((place / "data",)), out, str(place / "model"), optimization=settings, logging=logging)
@@ -56,7 +56,7 @@ def run_of(place: Path) -> Path:
 
 
 def copy_of(run: Path, folder: Path, step: int | None = None, **changes: Any) -> Path:
-    """The run as it was after a step, with another identity."""
+    """Copy the run, optionally as it was after a step, with changes to its identity."""
     shutil.copytree(run, folder)
     identity = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(identity | changes))
@@ -68,7 +68,7 @@ def copy_of(run: Path, folder: Path, step: int | None = None, **changes: Any) ->
 
 
 def tables_of(run: Path, step: int, folder: Path) -> dict[str, dict[str, Tensor]]:
-    """A checkpoint as PyTorch's own converter gives it."""
+    """Tables of a checkpoint, read by PyTorch's own converter."""
     dcp_to_torch_save(run / "checkpoints" / f"step-{step:08}", folder / "plain.pt")
     found: dict[str, dict[str, Tensor]] = torch.load(folder / "plain.pt", weights_only=True)
     return found
@@ -77,8 +77,8 @@ def tables_of(run: Path, step: int, folder: Path) -> dict[str, dict[str, Tensor]
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 @pytest.mark.parametrize("averaged", [True, False])
 def test_any_checkpoint_becomes_a_bundle(step: int, averaged: bool, place: Path, tmp_path: Path) -> None:
-    """Guards which weights are exported: those of that step, the average where there is one, under the right names.
-    All else is that of the bundle that the run started from, file by file."""
+    """Exports must contain the weights of the chosen step, averaged if there is an average, under the right names. All
+    other components must be byte-identical to those of the initial bundle."""
     run = run_of(place)
     if not averaged:
         settings = json.loads((run / "run.json").read_text())["optimization"] | {"ema": 0.0}
@@ -94,7 +94,7 @@ def test_any_checkpoint_becomes_a_bundle(step: int, averaged: bool, place: Path,
 
 
 def test_the_run_itself_delivers_the_last_average(place: Path, tmp_path: Path) -> None:
-    """Guards the end of a run: what the bundle gets is what its last checkpoint holds."""
+    """A finished run must deliver the average stored in its last checkpoint, not the raw weights."""
     tables = tables_of(run_of(place), STEPS, tmp_path)
     found = load_file(place / "trained" / "sequential.safetensors")
     assert_same(found, {name.removeprefix("model.channel."): each.half() for name, each in tables["average"].items()})
@@ -102,7 +102,7 @@ def test_the_run_itself_delivers_the_last_average(place: Path, tmp_path: Path) -
 
 
 def test_a_run_that_was_killed_behind_its_last_step_ends_as_it_would_have(place: Path, tmp_path: Path) -> None:
-    """Guards the report of a run that makes no step any more: every figure is there, and the same bundle."""
+    """Restarting a run that was killed after its last step must give the same bundle, report, and samples."""
     copy_of(run_of(place), tmp_path / "out" / ".sequential-run", STEPS)
     commands.sequential(options_of(place, tmp_path / "out"))
     for name in ("sequential.safetensors", "base.safetensors", "bundle.json"):
@@ -123,7 +123,7 @@ def test_a_run_that_was_killed_behind_its_last_step_ends_as_it_would_have(place:
 def test_what_float16_cannot_hold_stays_wide(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], train_text_model: Callable[..., bytes]
 ) -> None:
-    """Guards an infinite weight, which makes every clip noise: the component keeps its precision, and that is said."""
+    """Prevents weights from overflowing in float16: such a component stays in float32, with a message."""
     source = CogVideo.from_pretrained(place / "model")
     channel = loud(make_parts(train_text_model())["sequential"], 3)
     for largest, dtype in ((65504.0, torch.float16), (65536.0, torch.float32)):
@@ -142,7 +142,7 @@ def test_what_float16_cannot_hold_stays_wide(
 
 
 def test_codes_of_another_tokenizer_are_refused(place: Path, tmp_path: Path) -> None:
-    """Guards a bundle without an image tokenizer, whose stages would each learn the codes of another one."""
+    """Catches data from a different image tokenizer than the base was trained on, according to its report."""
     shutil.copytree(place / "model", tmp_path / "model")
     source = CogVideo.from_pretrained(tmp_path / "model")
     target = target_of(source, tmp_path / "out", "sequential", Choice("inherit"))
@@ -159,8 +159,8 @@ def test_codes_of_another_tokenizer_are_refused(place: Path, tmp_path: Path) -> 
 
 
 def test_newest_and_best_are_found(place: Path, tmp_path: Path) -> None:
-    """Guards the choice: the newest unless another is asked for, the best by the mean over frame rates. A run that
-    goes on may be exported from, and what it writes at that moment stays."""
+    """Exports use the newest checkpoint by default, and the best by the mean over frame rates. Exporting from a live
+    run must not touch what it is writing."""
     run = copy_of(run_of(place), tmp_path / "run", 3)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: sum(each["loss"] for each in row["held_out"].values()) for row in rows if "held_out" in row}
@@ -185,7 +185,7 @@ def test_newest_and_best_are_found(place: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(place: Path, tmp_path: Path) -> None:
-    """Guards the wrong folder: each mistake in a sentence, and nothing is written."""
+    """Wrong folders and steps must each fail with a clear message, and nothing is written."""
     out = tmp_path / "out"
     (tmp_path / "other").mkdir()
     (tmp_path / "file").touch()
@@ -208,7 +208,7 @@ def test_what_is_no_run_is_refused(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_leaves_the_bundle_alone(place: Path, tmp_path: Path) -> None:
-    """Guards the bundle: it is written when all weights were read."""
+    """Prevents a partial bundle: nothing is written until all weights have been read."""
     run = copy_of(run_of(place), tmp_path / "run", 3)
     tensors = next((run / "checkpoints" / "step-00000003").glob("*.distcp"))
     tensors.write_bytes(tensors.read_bytes()[:1000])
@@ -221,7 +221,7 @@ def test_a_damaged_checkpoint_leaves_the_bundle_alone(place: Path, tmp_path: Pat
 def test_another_base_than_the_run_had_is_refused(
     place: Path, tmp_path: Path, train_text_model: Callable[..., bytes]
 ) -> None:
-    """Guards against a channel on a base that it does not know: the bundle it started from was made anew, or moved."""
+    """Prevents exporting a channel onto a base it was not trained on, if the initial bundle was replaced or moved."""
     shutil.copytree(place / "model", tmp_path / "model")
     run = copy_of(run_of(place), tmp_path / "run", **{"from": str(tmp_path / "model")})
     commands.export(run, tmp_path / "same")
@@ -242,7 +242,7 @@ def test_another_base_than_the_run_had_is_refused(
 def test_a_bundle_that_does_not_fit_is_refused(
     place: Path, tmp_path: Path, train_text_model: Callable[..., bytes]
 ) -> None:
-    """Guards what is in a bundle already: the stage, another base, another configuration, reports of other runs."""
+    """Protects existing bundles: their stages, a different base or configuration, and the reports of other runs."""
     out = tmp_path / "out"
     commands.export(run_of(place), out, step=1)
     before = (out / "sequential.safetensors").read_bytes()
@@ -273,8 +273,8 @@ def target_of(source: CogVideo, out: Path, stage: StageName, choice: Choice) -> 
 def test_a_base_of_its_own_comes_and_goes_with_its_stage(
     place: Path, tmp_path: Path, train_text_model: Callable[..., bytes]
 ) -> None:
-    """Guards `sequential_base`: a stage that trained its base has it, the next stage inherits it with the channel, and
-    a later run on the shared base takes it away."""
+    """Checks `sequential_base`: a stage that trained its base stores it, the next stage inherits it with the channel,
+    and retraining on the shared base removes it."""
     config, parts = small_config(train_text_model()), make_parts(train_text_model())
     source, out = CogVideo.from_pretrained(place / "model"), tmp_path / "out"
     own, channel = loud(Base(config.transformer), 8), loud(make_parts(train_text_model())["sequential"], 9)
@@ -303,7 +303,7 @@ def test_a_base_of_its_own_comes_and_goes_with_its_stage(
 
 
 def test_a_base_that_others_rely_on_stays(place: Path, tmp_path: Path, train_text_model: Callable[..., bytes]) -> None:
-    """Guards a whole bundle against a new image model; a stage with a base of its own does not rely on it."""
+    """Prevents a new image model from replacing a base that other stages use, unless they have their own."""
     shutil.copytree(place / "model", tmp_path / "out")
     source = CogVideo.from_pretrained(tmp_path / "out")
     target = target_of(source, tmp_path / "out", "image", Choice("random"))
@@ -320,8 +320,8 @@ def test_a_base_that_others_rely_on_stays(place: Path, tmp_path: Path, train_tex
 def test_what_was_trained_on_another_component_stays_behind(
     stage: StageName, gone: str, place: Path, tmp_path: Path
 ) -> None:
-    """Guards against channels on a base that they do not know, and against an interpolation of other key frames, which
-    the next command of a recipe would find there already. In the bundle itself, key frames are replaced alone."""
+    """Prevents copying channels of a replaced base, and an interpolation of replaced key frames, which a recipe's next
+    command would find already there. In place, only the key frames are replaced."""
     shutil.copytree(place / "whole", tmp_path / "full")
     source, name = CogVideo.from_pretrained(tmp_path / "full"), "base" if stage == "image" else stage
     (tmp_path / "full" / "training.json").write_text('{"superres": {"steps": 1}, "interpolation": {"steps": 2}}')
@@ -341,8 +341,8 @@ def test_what_was_trained_on_another_component_stays_behind(
 def test_what_is_trained_on_keeps_the_others(
     place: Path, tmp_path: Path, train_text_model: Callable[..., bytes]
 ) -> None:
-    """Guards fine-tuning: channels come along to be trained on, super-resolution enlarges as before on its own base,
-    and the durations that key frames were trained on are told to generation, in the bundle itself too."""
+    """Fine-tuning must keep the other stages: channels are copied for further training, super-resolution keeps the old
+    base, and generation learns the key frames' durations, also in place."""
     shutil.copytree(place / "whole", tmp_path / "same")
     source = CogVideo.from_pretrained(place / "whole")
     better = loud(Base(small_config(train_text_model()).transformer), 5)
@@ -367,7 +367,7 @@ def test_what_is_trained_on_keeps_the_others(
 
 
 def test_weights_of_another_configuration_are_no_component(train_text_model: Callable[..., bytes]) -> None:
-    """Guards the way into a bundle: what is missing or does not fit is named, and nothing of it is written."""
+    """Weights that lack a tensor must be refused, with its name, before they become a component."""
     config = small_config(train_text_model())
     state = {
         f"model.channel.{name}": each
@@ -385,7 +385,7 @@ def test_weights_of_another_configuration_are_no_component(train_text_model: Cal
 
 
 def test_the_card_tells_sizes_losses_and_hashes(place: Path, tmp_path: Path) -> None:
-    """Guards what a bundle says of itself when it is published: every figure, and nothing about this machine."""
+    """Checks every figure in the card and reports of a published bundle, and that no local path leaks into them."""
     out = place / "trained"
     card, reports = (out / "README.md").read_text(), read_reports(out)
     rows = [json.loads(line) for line in (run_of(place) / "metrics.jsonl").read_text().splitlines()]
@@ -429,7 +429,7 @@ def test_the_card_tells_sizes_losses_and_hashes(place: Path, tmp_path: Path) -> 
 
 
 def test_reports_survive_a_copy(place: Path, tmp_path: Path) -> None:
-    """Guards the history of a bundle: copied, then trained on, it keeps what was known."""
+    """A copied bundle must keep its training reports when it is trained further."""
     shutil.copytree(place / "trained", tmp_path / "copy", ignore=shutil.ignore_patterns(".*"))
     before = read_reports(tmp_path / "copy")
     source = CogVideo.from_pretrained(tmp_path / "copy")
@@ -442,7 +442,7 @@ def test_reports_survive_a_copy(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_readme_of_the_user_is_left_alone(place: Path, tmp_path: Path) -> None:
-    """Guards a text that someone wrote: without our sign it stays, with it it is renewed."""
+    """Prevents overwriting a user's README: one without our marker is kept, one with it is updated."""
     shutil.copytree(place / "whole", tmp_path / "model")
     folder = tmp_path / "model"
     write_model_card(folder, {})
@@ -460,14 +460,14 @@ def test_a_readme_of_the_user_is_left_alone(place: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("content", ["", "[]", "3", '{"base": 3}', '{"base": [1]}', "\xff"])
 def test_reports_that_cannot_be_read_are_named(content: str, tmp_path: Path) -> None:
-    """Guards against losing the history of a bundle: a file that is none of ours is never overwritten."""
+    """Prevents losing a bundle's history: an unreadable training.json is an error, and does not count as empty."""
     (tmp_path / "training.json").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"cannot use .*training.json: .*; remove it to do without"):
         read_reports(tmp_path)
 
 
 def test_whatever_a_report_holds_is_one_row(place: Path, tmp_path: Path) -> None:
-    """Guards tables against names of folders and clips with signs of Markdown or HTML in them."""
+    """Catches names of folders and clips whose Markdown or HTML characters would break the card's tables."""
     folder = tmp_path / "a|b <i>"
     shutil.copytree(place / "whole", folder)
     odd = "x | y\n## z <script>"

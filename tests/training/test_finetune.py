@@ -1,4 +1,4 @@
-"""Own clips in one command: the chain, killed anywhere and continued; one clip, short clips, clips without captions."""
+"""Fine-tuning on your own clips in one command: resuming after a kill; single, short, and uncaptioned clips."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ QUICK = Finetuning(steps=4, batch=2)
 
 
 def write_clip(path: Path, seconds: float, shade: int, caption: str | None = None) -> None:
-    """A square that moves to the right, ten frames per second."""
+    """Write a clip of a square that moves to the right, at ten frames per second."""
     path.parent.mkdir(exist_ok=True)
     number = round(10 * seconds)
     frames = np.full((number, 32, 48, 3), shade, np.uint8)
@@ -53,7 +53,7 @@ def write_clip(path: Path, seconds: float, shade: int, caption: str | None = Non
 
 @pytest.fixture(scope="module", autouse=True)
 def one_judge() -> Iterator[None]:
-    """One held-out clip is enough to choose a step."""
+    """Let a single held-out clip suffice to choose a step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune, "MIN_JUDGES", 1)
         yield
@@ -61,7 +61,7 @@ def one_judge() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with five clips and a model to start from."""
+    """A folder with five clips and a base model."""
     folder = tmp_path_factory.mktemp("finetune")
     make_model(folder / "base", train_text_model())
     for number, seconds in enumerate((4.0, 2.0, 3.0, 2.5, 1.0)):
@@ -72,17 +72,17 @@ def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def tuned(place: Path) -> Path:
-    """The result of a chain that nothing interrupts."""
+    """The result of an uninterrupted chain."""
     FinetuningRun(str(place / "clips"), place / "tuned", str(place / "base"), QUICK).run()
     return place / "tuned"
 
 
 class Begun(Exception):
-    """The clips are looked at."""
+    """Raised in place of a step, to stop the chain there."""
 
 
 def begin(folder: Path, place: Path, settings: Finetuning = QUICK) -> FinetuningRun:
-    """A fine-tuning on the clips of a folder that is stopped before the second step."""
+    """Start a fine-tuning on the clips of a folder, and stop it before the second step."""
     chain = FinetuningRun(str(folder / "clips"), folder / "out", str(place / "base"), settings)
     with patch.object(FinetuningRun, "_begin", side_effect=Begun), suppress(Begun):
         chain.run()
@@ -90,7 +90,7 @@ def begin(folder: Path, place: Path, settings: Finetuning = QUICK) -> Finetuning
 
 
 def content(out: Path) -> dict[str, Any]:
-    """All that generation and later training depend on."""
+    """Everything that generation and later training depend on."""
     manifest = Manifest.read(out)
     found: dict[str, Any] = {name: entry.sha256 for name, entry in manifest.components.items()}
     data = sorted((out / ".finetune-run" / "data").glob("shard-*"))
@@ -102,7 +102,7 @@ def content(out: Path) -> dict[str, Any]:
 
 
 def test_all_stages_are_trained(tuned: Path, place: Path) -> None:
-    """Guards the chain: poor codes are learned anew, each stage is trained on, and its best step is in the bundle."""
+    """A chain must retrain a poor image tokenizer, fine-tune each stage, and put its best step into the bundle."""
     made, base = CogVideo.from_pretrained(tuned), CogVideo.from_pretrained(place / "base")
     assert set(made.components) == set(base.components) - {"superres"}
     for name in ("image_tokenizer", "base", "sequential", "interpolation"):
@@ -128,8 +128,8 @@ def test_all_stages_are_trained(tuned: Path, place: Path) -> None:
 
 
 def test_ctrl_c_during_a_last_step(tuned: Path, place: Path) -> None:
-    """Guards users who stop a chain while a stage saves its last step: the next one does not begin; called again, the
-    chain makes the same bytes."""
+    """Ctrl-C while a run saves its last step must stop the chain before the next stage; when resumed, it must produce
+    identical bytes."""
     chain, save = (
         partial(FinetuningRun, str(place / "clips"), place / "stopped", str(place / "base"), QUICK),
         Checkpoints.save,
@@ -149,7 +149,7 @@ def test_ctrl_c_during_a_last_step(tuned: Path, place: Path) -> None:
 
 @pytest.mark.soak
 def test_a_killed_chain_goes_on(tuned: Path, place: Path, tmp_path: Path) -> None:
-    """Guards an evening of work: killed between and inside of steps, the chain makes the same bytes."""
+    """A chain killed between or within steps must resume to identical bytes, and refuse changed settings."""
     out, number = place / "killed", 40
 
     def work() -> None:
@@ -166,7 +166,7 @@ def test_a_killed_chain_goes_on(tuned: Path, place: Path, tmp_path: Path) -> Non
 
 
 def test_the_page(tuned: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the end of the command: a page with both kinds of prompts, and a command that works."""
+    """Fine-tuning must end with a page on trained and held-out prompts, and print a `generate` command that works."""
     arguments = ["finetune", str(place / "clips"), "--out", str(tuned), "--base", str(place / "base")]
     arguments += ["--steps", "4", "--batch", "2"]
     assert main(arguments) == 0
@@ -197,7 +197,7 @@ def test_the_page(tuned: Path, place: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_four_clips_of_a_split_are_shown() -> None:
-    """Guards the pictures of the page, of which two were left where there are more clips than are generated."""
+    """Guards against a regression: with more clips than are generated, the page showed only two."""
     chosen, shown = choose([*["train"] * 181, *["validation"] * 20, "test"])
     assert [len([place for place in shown if place < 181]), len([place for place in shown if place >= 181])] == [4, 4]
     assert shown < set(chosen)
@@ -207,8 +207,8 @@ def test_four_clips_of_a_split_are_shown() -> None:
 def test_adapters_leave_the_base_as_it_is(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards `finetune --lora`: adapters of all stages next to the base, interrupted or not, a page, and a command that
-    works."""
+    """Checks `finetune --lora`: adapters for all stages next to an unchanged base, identical after an interruption, a
+    page, and generation with the adapters."""
     arguments = [str(place / "clips"), "--base", str(place / "base"), "--steps", "2", "--batch", "2", "--lora", "2"]
     out, again, steps = tmp_path / "tuned", tmp_path / "again", FinetuningRun._train
     assert main(["finetune", *arguments, "--out", str(out)]) == 0
@@ -244,8 +244,7 @@ def test_adapters_leave_the_base_as_it_is(
 
 
 def test_one_short_clip(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the least that there can be: a clip of half a second without a caption; good codes and super-resolution
-    are kept."""
+    """Checks the minimum: half a second of video without a caption. Good codes and super-resolution are kept."""
     monkeypatch.setattr(finetune, "MIN_PSNR", 0.0)
     write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
     FinetuningRun(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), replace(QUICK, steps=2)).run()
@@ -261,7 +260,7 @@ def test_one_short_clip(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_few_held_out_clips_choose_no_step(
     number: int, step: int | None, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards those with ten clips: the loss of one that looks like no other is lowest before anything is learned."""
+    """Prevents a few held-out clips from choosing a step: an unusual one has its lowest loss before training."""
     monkeypatch.setattr(finetune, "MIN_JUDGES", 4)
     monkeypatch.setattr(finetune.Checkpoints, "best", lambda _: 7)
     chain = FinetuningRun(str(place / "clips"), tmp_path, str(place / "base"), QUICK)
@@ -271,8 +270,8 @@ def test_few_held_out_clips_choose_no_step(
 
 
 def test_steps_fit_the_time(place: Path, tmp_path: Path) -> None:
-    """Guards the choice of steps: what the time allows, not more than few clips are good for, never none; a run that
-    began keeps its own."""
+    """Checks the number of steps: limited by the time left and by the number of clips, never zero, and unchanged once a
+    run began."""
     found, told = [], []
     for minutes in (0.1, 5, 600):
         chain = FinetuningRun(
@@ -282,7 +281,7 @@ def test_steps_fit_the_time(place: Path, tmp_path: Path) -> None:
         found.append(chain._steps_of("image", lambda: 2.0))
         told.append(chain._time_left)
     assert [words[2:6] for words in told] == ["the ", "abou", "abou"], "nothing is left of six seconds"
-    assert found == [20, 64, 220]  # 5 minutes for 0.3 of the 0.7 that is left from the image model on
+    assert found == [20, 64, 220]  # the image model gets 0.3 of the 0.7 left, of 5 minutes
     (tmp_path / "600" / ".image-run" / "run.json").write_text('{"optimization": {"steps": 77}}')
     assert chain._steps_of("image", lambda: 2.0) == 77
 
@@ -301,7 +300,7 @@ def test_steps_fit_the_time(place: Path, tmp_path: Path) -> None:
 def test_a_text_tokenizer_is_trained_where_it_helps(
     caption: str, is_trained: bool, words: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards all words that a base knows from captions that no tokenizer can shorten, which were cut without a word."""
+    """Keeps the base's text tokenizer if a new one cannot shorten the captions; they were once cut silently."""
     chain = FinetuningRun(str(place / "clips"), tmp_path / "out", "pocket", Finetuning())
     chain.table.write_text(f"file,caption\n{place}/clips/the-cat_0.mp4,{caption}\n")
     assert (chain._text().model != chain.base.text.model) == is_trained
@@ -309,7 +308,7 @@ def test_a_text_tokenizer_is_trained_where_it_helps(
 
 
 def test_the_pace_is_measured(tuned: Path, place: Path) -> None:
-    """Guards the choice of steps: some are made and timed, and nothing of them stays."""
+    """Timing a few steps, to choose their number, must leave nothing behind."""
     before = content(tuned)
     options = FinetuningRun(str(place / "clips"), tuned, str(place / "base"), QUICK)._options(1)
     assert 0 < seconds_per_step("interpolation", Choice("continue"), options) < 60
@@ -324,7 +323,7 @@ def test_the_pace_is_measured(tuned: Path, place: Path) -> None:
     ],
 )
 def test_clips_that_cannot_be_used(files: tuple[str, ...], message: str, place: Path, tmp_path: Path) -> None:
-    """Guards the one line that says why nothing was trained."""
+    """Checks the message that says why nothing was trained."""
     (tmp_path / "clips").mkdir()
     for name in files:
         (tmp_path / "clips" / name).write_bytes(b"no video")
@@ -333,7 +332,7 @@ def test_clips_that_cannot_be_used(files: tuple[str, ...], message: str, place: 
 
 
 def test_a_dangling_link_is_left_out(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the other clips from one that cannot be used."""
+    """Prevents one unusable clip from stopping the others."""
     write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
     (tmp_path / "clips" / "gone.mp4").symlink_to("nowhere.mp4")
     begin(tmp_path, place)
@@ -341,7 +340,7 @@ def test_a_dangling_link_is_left_out(place: Path, tmp_path: Path, capsys: pytest
 
 
 def test_clips_may_change_until_the_first_step_is_done(place: Path, tmp_path: Path) -> None:
-    """Guards those who repair their clips after a refusal, and the message where it is too late."""
+    """Users must be able to fix their clips after a refusal, but not after the first step is done."""
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.mp4").write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"no clip of .* can be trained on"):
@@ -357,7 +356,7 @@ def test_clips_may_change_until_the_first_step_is_done(place: Path, tmp_path: Pa
 
 
 def test_batches_have_at_most_all_frames(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the memory from a batch with a digit too many."""
+    """Prevents running out of memory because of a typo in the batch size."""
     write_clip(tmp_path / "clips" / "cat.mp4", 1.0, 90)
     chain = begin(tmp_path, place, replace(QUICK, batch=10**8))
     assert chain.batch == 8
@@ -365,7 +364,7 @@ def test_batches_have_at_most_all_frames(place: Path, tmp_path: Path, capsys: py
 
 
 def test_paths_that_are_no_text(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the table of the clips, which cannot name all that a disk can; the other clips go on."""
+    """Clips whose paths are not valid text, which the table cannot hold, are left out; the others are still used."""
     write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
     os.link(tmp_path / "clips" / "cat.mp4", tmp_path / "clips" / os.fsdecode(b"bad\xff.mp4"))
     begin(tmp_path, place)
@@ -376,7 +375,7 @@ def test_paths_that_are_no_text(place: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_no_other_model_is_touched(place: Path) -> None:
-    """Guards the base, and models that were made otherwise."""
+    """Prevents overwriting the base or an unrelated model."""
     base = str(place / "base")
     with pytest.raises(ValueError, match="base is the base: give the new model another folder"):
         FinetuningRun(str(place / "clips"), place / "base", base, QUICK)
@@ -403,7 +402,7 @@ def test_bad_options_are_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Guards minutes of work from a refusal at their end, and clips from the advice to remove the model's folder."""
+    """Catches bad options before any work, and an --out with the clips in it, which users may be told to delete."""
     write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
     monkeypatch.chdir(tmp_path)
     assert main(["finetune", "clips", "--out", "out", "--base", str(place / "base"), *options]) == 2
@@ -412,7 +411,7 @@ def test_bad_options_are_refused_before_any_work(
 
 
 def test_captions_are_written_with_the_clips_in_sight(place: Path, tmp_path: Path) -> None:
-    """Guards the table and the page: captions that exist are kept, the others are empty, and then file names count."""
+    """Captions tables and pages must keep existing captions and leave others empty; training uses file names."""
     for path in (place / "clips").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     assert main(["data", "captions", str(tmp_path)]) == 0
@@ -428,12 +427,12 @@ def test_captions_are_written_with_the_clips_in_sight(place: Path, tmp_path: Pat
     assert (tmp_path / "captions.csv").read_text() == "file,caption\nthe-cat_4.mp4,mine\n"
     page = (tmp_path / "captions.html").read_text()
     assert ">mine</textarea>" in page
-    assert page.count("data-file=") == 5  # those without a row, too
+    assert page.count("data-file=") == 5  # including clips without a row
 
 
 def test_captions_of_clips_with_odd_names(place: Path, tmp_path: Path) -> None:
-    """Guards names that HTML or a table would read otherwise; those that a page cannot hold are left out with the
-    reason."""
+    """File names with HTML or CSV characters must survive the page and the table; those that a page cannot hold are
+    left out, with a reason."""
     clip, found = (place / "clips" / "the-cat_4.mp4").read_bytes(), []
     names = ["\"a\" & <b>, c;'d'.mp4", "url(x){{y}}%22 é #1?.mp4", "&quot;.mp4"]
     for name in (*names, "two\nlines.mp4", "\udcff.mp4"):

@@ -1,4 +1,4 @@
-"""Held-out losses: of every clip once, with nothing left to chance, whatever the batches and ranks."""
+"""Held-out losses: each clip counts once, without randomness, for any batch size and number of ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NUM_CLIPS = 5
 
 @pytest.fixture(scope="module")
 def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a whole model, and data of which five clips are held out."""
+    """A folder with a complete model, and data with five held-out clips."""
     folder = tmp_path_factory.mktemp("held-out")
     make_model(folder / "model", train_text_model())
     make_data(folder / "data", folder / "model", held_out=NUM_CLIPS)
@@ -45,7 +45,7 @@ def source(place: Path) -> CogVideo:
 def entries_of(
     stage: StageName, folders: list[Path], split: str = "validation", limit: int = 100, fixed_rate: float | None = None
 ) -> list[HeldOut]:
-    """As a run of that stage has them, whose own samples have random offsets and dropped captions."""
+    """Entries of a run of that stage, whose training samples have random offsets and dropped captions."""
     mode: Mode = "image" if stage in ("image", "superres") else stage  # type: ignore[assignment]
     sampling = ClipSampling(mode, FrameRates(), fixed_rate, True, 0.5, stage == "superres", seed=3)
     return held_out(ClipStream(folders, "train", sampling), split, limit)
@@ -67,7 +67,7 @@ def entries_of(
 def test_there_is_an_entry_for_each_rate_that_is_trained_at(
     stage: StageName, num_frames: int, fixed_rate: float | None, names: list[str], place: Path, tmp_path: Path
 ) -> None:
-    """Guards the table of losses, and so the best checkpoint: the rates that samples of training have, and no other."""
+    """Held-out losses, which choose the best checkpoint, must cover exactly the frame rates of the training samples."""
     data = make_data(tmp_path / "data", place / "model", num_frames=num_frames, held_out=NUM_CLIPS)
     entries = entries_of(stage, [data], fixed_rate=fixed_rate)
     assert [entry.name for entry in entries] == names
@@ -76,7 +76,7 @@ def test_there_is_an_entry_for_each_rate_that_is_trained_at(
 
 
 def test_a_rate_needs_a_held_out_clip_that_fills_it(place: Path, tmp_path: Path) -> None:
-    """Guards mixed lengths: each of training adds its rate; one that no held-out clip fills is left out; maybe all."""
+    """Checks mixed lengths: each training clip adds its rates, minus those that no held-out clip fills."""
     folders = [make_data(tmp_path / f"{n}", place / "model", num_frames=n, held_out=0) for n in (33, 16, 5)]
     short, middle = (make_data(tmp_path / f"held-{n}", place / "model", num_frames=n, held_out=5) for n in (4, 20))
     assert [entry.name for entry in entries_of("sequential", [*folders, middle])] == ["2 fps", "4 fps", "8 fps"]
@@ -86,7 +86,7 @@ def test_a_rate_needs_a_held_out_clip_that_fills_it(place: Path, tmp_path: Path)
 
 
 def test_no_split_is_no_entry(place: Path, tmp_path: Path) -> None:
-    """Guards datasets that hold nothing out; one of several does not take the others' clips away."""
+    """Datasets without held-out clips must add no entry, and not hide the clips of other datasets."""
     without = make_data(tmp_path / "without", place / "model", held_out=0)
     assert entries_of("sequential", [without]) == []
     assert entries_of("sequential", [place / "data"], split="elsewhere") == []
@@ -96,7 +96,7 @@ def test_no_split_is_no_entry(place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_clip_is_measured_once_from_its_first_frame(stage: StageName, place: Path) -> None:
-    """Guards against losses that change with a draw: no offset, no dropped caption, no clip twice, none left out."""
+    """Prevents randomness in held-out losses: no offset, no dropped caption, no clip repeated or left out."""
     dataset = Dataset(place / "data")
     rows = [dataset.row(int(number)) for number in dataset.rows("validation")]
     for entry in entries_of(stage, [place / "data"]):
@@ -116,7 +116,7 @@ def test_every_clip_is_measured_once_from_its_first_frame(stage: StageName, plac
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_are_those_of_a_plain_loop(stage: StageName, place: Path, source: CogVideo) -> None:
-    """Guards the means: each sample counts once, each part over the samples that have it, for any size of batch."""
+    """Checks the means for any batch size: each sample counts once, each part over the samples that have it."""
     trainer, entries = make_trainer(stage, source, StageOptimization(batch=4)), entries_of(stage, [place / "data"])
     task, model = trainer.objective.task, trainer.objective.model
     expected = {}
@@ -139,7 +139,7 @@ def test_losses_are_those_of_a_plain_loop(stage: StageName, place: Path, source:
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 7])
 def test_ranks_share_the_clips(num_ranks: int, place: Path, source: CogVideo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the shares of ranks: together every clip once, equally many passes each, those past the end uncounted."""
+    """Ranks must cover each clip once between them, run equally many passes, and ignore samples past the end."""
     trainer, entries = make_trainer("image", source, StageOptimization(batch=4)), entries_of("image", [place / "data"])
     expected = measure(trainer, entries, 1)
     for batch in (1, 2):
@@ -163,7 +163,7 @@ def test_ranks_share_the_clips(num_ranks: int, place: Path, source: CogVideo, mo
 
 
 def test_the_average_is_what_is_measured(place: Path, source: CogVideo) -> None:
-    """Guards the choice of the best checkpoint, whose average is exported; training goes on as if nothing was."""
+    """Held-out losses must use the average, which is what gets exported, and leave the training state unchanged."""
     trainer = make_trainer("sequential", source, StageOptimization(batch=4, ema=0.5))
     entries = entries_of("sequential", [place / "data"])
     live = measure(trainer, entries, 2)
@@ -173,7 +173,7 @@ def test_the_average_is_what_is_measured(place: Path, source: CogVideo) -> None:
             each.mul_(1.5)
     weights = {name: each.detach().clone() for name, each in trainer.objective.named_parameters()}
     average = {name: each.clone() for name, each in trainer.average.state.items()}
-    with torch.autograd.graph.saved_tensors_hooks(lambda _: 1 / 0, lambda each: each):  # nothing is kept for gradients
+    with torch.autograd.graph.saved_tensors_hooks(lambda _: 1 / 0, lambda each: each):  # nothing is saved for backward
         measured = measure(trainer, entries, 2)
     assert all(torch.equal(each, weights[name]) for name, each in trainer.objective.named_parameters())
     assert all(torch.equal(each, average[name]) for name, each in trainer.average.state.items())
@@ -186,7 +186,7 @@ def test_the_average_is_what_is_measured(place: Path, source: CogVideo) -> None:
 
 
 def test_clips_beyond_the_limit_are_left_out(place: Path, source: CogVideo) -> None:
-    """Guards the time that a measurement takes: the first clips of the stream, and no others, decide."""
+    """Limits the time of a measurement: only the first clips of the stream count."""
     trainer = make_trainer("sequential", source, StageOptimization(batch=4))
     entry = entries_of("sequential", [place / "data"], limit=3)[0]
     samples = [entry.stream[position] for position in range(3)]

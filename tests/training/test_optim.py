@@ -1,4 +1,4 @@
-"""The optimizer's recipe: rates over time, what decays, the running average."""
+"""Optimization: the learning rate schedule, weight decay, the choice of optimizer, and the running average."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from cogvideo.training.optim import Average, StageOptimization, adamw, make_opti
 
 
 def small() -> nn.Module:
-    """A frozen layer, a trained one with norm."""
+    """A frozen linear layer, followed by a trained norm and linear layer."""
     module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     module[0].requires_grad_(False)
     return module
 
 
 def test_rate_rises_and_falls() -> None:
-    """Guards the schedule: a straight line up, half a cosine down to the stated share, no step at rate 0."""
+    """Checks the schedule: linear warmup, cosine decay to the final rate, and no step at rate 0."""
     settings = StageOptimization(steps=110, warmup=10, learning_rate=1.0, final_rate=0.2)
     assert [settings.rate_at(step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert settings.rate_at(10) == 1.0
-    assert settings.rate_at(60) == pytest.approx(0.6)  # half-way between 1 and 0.2
+    assert settings.rate_at(60) == pytest.approx(0.6)  # halfway between 1 and 0.2
     assert settings.rate_at(109) == pytest.approx(0.2, abs=1e-3)
     assert settings.rate_at(10_000) == pytest.approx(0.2)
     assert StageOptimization(steps=5, warmup=0).rate_at(0) == 2e-4
 
 
 def test_only_matrices_decay_and_frozen_ones_are_unknown() -> None:
-    """Guards against decaying norms and biases, and against optimizer states of frozen weights."""
+    """Guards against weight decay of norms and biases, and against optimizer state for frozen weights."""
     module = small()
     optimizer = adamw(trained(module), StageOptimization(weight_decay=0.1))
     decays = {id(each): group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
@@ -41,7 +41,7 @@ def test_only_matrices_decay_and_frozen_ones_are_unknown() -> None:
 
 
 def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest() -> None:
-    """Guards against a parameter that two optimizers move, or none, and an embedding that is orthogonalized."""
+    """Guards against parameters updated by both optimizers or neither, and against orthogonalized embeddings."""
     blocks = nn.ModuleList([nn.Linear(4, 4), nn.LayerNorm(4)])
     module = nn.ModuleDict({"embedding": nn.Embedding(8, 4), "blocks": blocks})
     blocks[0].bias.requires_grad_(False)
@@ -53,11 +53,11 @@ def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest() -> None:
     blocks[0](torch.eye(4)).square().sum().backward()
     muon.step()
     update = (before - blocks[0].weight.detach()) / 0.1
-    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.4)  # the size of AdamW's updates
+    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.4)  # the typical RMS of AdamW's updates
 
 
 def test_average_is_that_of_the_formula() -> None:
-    """Guards the running average, its short memory at the start, and that the weights come back bit by bit."""
+    """Checks the running average, its shorter memory at the start, and that the weights are restored bit for bit."""
     module = small()
     average = Average(module, 0.5)
     weight = module[2].weight
@@ -93,7 +93,7 @@ def test_average_is_that_of_the_formula() -> None:
     ],
 )
 def test_bad_settings_are_refused(name: str, value: float) -> None:
-    """Guards against settings that would fail, or train nothing, after an hour."""
+    """Catches settings that would fail, or train nothing, after an hour."""
     with pytest.raises(ValueError, match=re.escape(f"{name} is {value}")):
         StageOptimization(**{name: value})
     with pytest.raises(ValueError, match=r"learning_rate 1e\+20, weight_decay 1e\+20: expected 1e\+30 at most"):

@@ -1,4 +1,4 @@
-"""The recorder: every figure reaches every place that was asked for, from the first rank alone, and none is made up."""
+"""The recorder: metrics reach every requested output, only from the first rank, and utilization is accurate."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rows_of(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def test_rows_are_kept_as_they_are(tmp_path: Path) -> None:
-    """The report and every other reader take what the loop measured, not what some display rounds."""
+    """Reports and other readers must get exactly what the loop measured, not values rounded for display."""
     folder = RunFolder(tmp_path)
     with Recorder(folder, done=0, steps=20, console=console()) as recorder:
         recorder.record(ROW)
@@ -67,7 +67,7 @@ def test_rows_are_kept_as_they_are(tmp_path: Path) -> None:
 
 
 def test_other_ranks_are_silent(tmp_path: Path) -> None:
-    """Two ranks that write to one file would tear its lines; they would also print everything twice."""
+    """Prevents other ranks from corrupting lines of a shared file and printing everything twice."""
     out = console()
     with Recorder(RunFolder(tmp_path), done=0, steps=20, tensorboard=True, console=out, is_first=False) as recorder:
         recorder.record(ROW)
@@ -80,7 +80,7 @@ def test_other_ranks_are_silent(tmp_path: Path) -> None:
 def test_without_a_terminal_there_are_plain_lines_every_so_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A log file must show that a run is alive, without a line for every step or escape sequences."""
+    """A log file must show that a run is alive, without a line for every step and without escape sequences."""
     now, out = [100.0], console()
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     with Recorder(RunFolder(tmp_path), done=5, steps=105, console=out) as recorder:
@@ -89,7 +89,7 @@ def test_without_a_terminal_there_are_plain_lines_every_so_often(
             recorder.record(ROW | {"step": step})
     lines = written(out).splitlines()
     assert lines[0] == (
-        "step 15 of 105: loss 4.5000  12,346 tokens/s  utilization 41.2%  3 min left"  # 20 s for 10 steps, 90 to come
+        "step 15 of 105: loss 4.5000  12,346 tokens/s  utilization 41.2%  3 min left"  # 20 s per 10 steps, 90 left
     )
     assert [line.split(" of")[0] for line in lines] == [
         "step 15",
@@ -104,7 +104,7 @@ def test_without_a_terminal_there_are_plain_lines_every_so_often(
 
 
 def test_a_terminal_has_a_moving_line(tmp_path: Path) -> None:
-    """The line shows where the run stands and how it goes."""
+    """A live progress line must show the step, the metrics, and the time left."""
     out = console(terminal=True)
     with Recorder(RunFolder(tmp_path), done=0, steps=20, console=out) as recorder:
         recorder.record(ROW)
@@ -114,7 +114,7 @@ def test_a_terminal_has_a_moving_line(tmp_path: Path) -> None:
 
 
 def test_held_out_losses_are_told(tmp_path: Path) -> None:
-    """They come rarely and would be lost in a line that moves; a run that holds nothing out has no empty line."""
+    """Held-out losses are rare and need a permanent line; a run that holds nothing out prints no empty line."""
     out = console()
     with Recorder(RunFolder(tmp_path), done=0, steps=20, console=out) as recorder:
         recorder.record(HELD_OUT, "held out 1 fps 4.6000")
@@ -127,15 +127,15 @@ def test_held_out_losses_are_told(tmp_path: Path) -> None:
 
 
 def test_tensorboard_has_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves that are missing there, or stand under names of another run, cannot be compared; what a killed run wrote
-    behind its checkpoint must not stand beside what is made again."""
+    """Every metric must be in TensorBoard under its standard name, or runs cannot be compared; rows that a killed run
+    wrote after its last checkpoint must be hidden when it resumes."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder, sheet = RunFolder(tmp_path), tmp_path / "sheet.png"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(sheet)
     with Recorder(folder, done=0, steps=20, tensorboard=True, console=console()) as recorder:
         recorder.record(ROW | {"step": 12, "loss": 9.0})
     now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 2)  # event files are ordered by the second of their names
+    monkeypatch.setattr(time, "time", lambda: now + 2)  # event files are ordered by the seconds in their names
     with Recorder(folder, done=5, steps=20, tensorboard=True, console=console()) as recorder:
         recorder.record(ROW)
         recorder.record(HELD_OUT)
@@ -149,7 +149,7 @@ def test_tensorboard_has_every_figure(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 class Wandb(types.ModuleType):
-    """A stand-in for the client, which needs an account."""
+    """A stand-in for the wandb client, which needs an account."""
 
     def __init__(self) -> None:
         super().__init__("wandb")
@@ -176,7 +176,7 @@ class Wandb(types.ModuleType):
 
 
 def test_wandb_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that was killed is one run there too, even where its steps go back to a checkpoint; a failure shows."""
+    """A resumed run must remain one run in W&B, even if it goes back to an earlier step; a failure must be visible."""
     client, folder = Wandb(), RunFolder(tmp_path / "out" / ".image-run")
     monkeypatch.setitem(sys.modules, "wandb", client)
     with Recorder(folder, done=0, steps=20, settings={"seed": 1}, wandb=True, console=console()) as recorder:
@@ -197,7 +197,7 @@ def test_wandb_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("package", "extra"), [("tensorboard", "train"), ("wandb", "wandb")])
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, extra: str) -> None:
-    """A user must not have to guess which extra an option needs, nor wait for the first row to learn it."""
+    """A missing package must be reported at once, not at the first row, along with the extra that installs it."""
     for name in [each for each in sys.modules if each.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
@@ -208,9 +208,9 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matrix_rate_is_that_of_a_large_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Utilisation is a share of it: products that are too small, or timed with their first call, would flatter it.
-    The global generator stays, or a run with the figure would not be the run without it."""
-    for clock in ("perf_counter", "monotonic"):  # other programs may take the processor meanwhile
+    """Catches a reference rate from matrices that are too small or not warmed up, which would inflate utilization.
+    Measuring it must not change the global random state, and with it the run."""
+    for clock in ("perf_counter", "monotonic"):  # other programs may use the CPU meanwhile
         monkeypatch.setattr(time, clock, time.process_time)
     state, device = torch.get_rng_state(), torch.device("cpu")
     rate = matrix_rate(device, dtype)
@@ -237,7 +237,7 @@ def parts() -> tuple[Base, TemporalChannel, UpscaleChannel]:
 
 
 def test_work_of_a_position_by_hand() -> None:
-    """Utilisation must not count lookups as products, nor gradients that frozen weights do not have."""
+    """Utilization must not count lookups as matrix products, or gradients that frozen weights do not have."""
     base, channel, upscale = parts()
     hidden, layers = CONFIG.transformer.hidden, CONFIG.transformer.num_layers
     block, attention, head = 12 * hidden**2, 4 * hidden**2, CONFIG.transformer.num_codes * hidden
@@ -251,7 +251,7 @@ def test_work_of_a_position_by_hand() -> None:
 
 
 def test_work_is_what_runs() -> None:
-    """The convention must be near what PyTorch counts for a step, attention's scores aside."""
+    """Estimated FLOPs must be close to what PyTorch counts for a step, apart from attention scores."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from cogvideo.layout import SequenceLayout
@@ -278,7 +278,7 @@ def test_work_is_what_runs() -> None:
 def test_a_line_shows_the_first_step_and_asks_for_words_when_it_shows_them(
     monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:
-    """A log file that stays empty, a bar at zero for fifty steps, or figures fetched from a GPU after every step."""
+    """Catches an empty log, a bar stuck at zero for fifty steps, and metrics fetched from a GPU at every step."""
     now = [1000.0]
     asked: list[int] = []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -300,7 +300,7 @@ def test_a_line_shows_the_first_step_and_asks_for_words_when_it_shows_them(
 
 
 def test_the_first_interrupt_waits_and_the_second_does_not() -> None:
-    """Ctrl-C must end a step in order, but a step that hangs must not hold the user."""
+    """Ctrl-C must let a step finish, but pressing it again must interrupt a step that hangs."""
     before = signal.getsignal(signal.SIGINT)
     with interrupts() as caught:
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Samples of a stage in training: they are what generation draws, always the same, and training never notices."""
+"""Samples during training: the same as in generation, reproducible, and without side effects on training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FIRST, LATER, LARGER = (
     SamplingConfig(1.05, clusters=8, cluster_temperature=0.89),
     SamplingConfig(1.0, clusters=6, cluster_temperature=0.6),
 )
-"""As released (spec section 3), with the 8 clusters that there are."""
+"""Samplers as released (spec section 3), limited to the 8 clusters of the test codebook."""
 ODD_PROMPTS = (
     "x" * 10_000,
     "🐈‍⬛🎉",
@@ -61,7 +61,7 @@ def system(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def examples() -> list[Example]:
-    """Two clips of different rates."""
+    """Two clips with different frame rates."""
     return [
         Example(
             f"clip {number} moves",
@@ -81,17 +81,17 @@ def same(one: list[SampleRow], other: list[SampleRow]) -> bool:
 
 
 def generator(seed: int, place: int, variant: int = 0) -> torch.Generator:
-    """Of a variant of an example, as the documentation has it: it depends on seed and place alone."""
+    """Generator for a variant of an example, as documented: its seed depends only on the arguments."""
     return torch.Generator().manual_seed(int(hash_numbers(seed, place, variant)[0] >> np.uint64(1)))
 
 
 def stream(generator: torch.Generator, stage: str) -> torch.Generator:
-    """The part of a sample's generator that a stage draws from."""
+    """The part of a sample's generator that a stage uses."""
     return spawn(generator, 3)[("image", "sequential", "interpolation").index(stage)]
 
 
 def padded(tokens: list[int], pad: int) -> PaddedText:
-    """One row of 16 slots; what is too long loses its end."""
+    """One row of 16 slots, padded on the left and cut at the end."""
     tokens = tokens[:16]
     row = [pad] * (16 - len(tokens)) + tokens
     return PaddedText(torch.tensor([row]), torch.arange(16)[None] >= 16 - len(tokens))
@@ -105,7 +105,7 @@ def drawn(
     given: Tensor,
     seed: torch.Generator,
 ) -> Tensor:
-    """The frames that follow given ones, of one sample, one slot after another."""
+    """Generated frames of one sample, after the given ones, slot by slot."""
     noise = GumbelNoise([seed], layout.num_frames, SLOTS, NUM_CODES)
     text = Condition(padded(tokens, system.text.pad), text_bonus=0.0)
     sampler = FIRST if model.channel is None else LATER
@@ -116,14 +116,14 @@ def drawn(
 
 @torch.no_grad()
 def pixels(system: CogVideo, codes: Tensor) -> np.ndarray:
-    """Codes (frames, slots) as pixels, frame by frame."""
+    """Decode codes (frames, slots) to pixels, one frame at a time."""
     side = round(codes.shape[1] ** 0.5)
     frames = [system.autoencoder.decode(each.view(1, side, side))[0] for each in codes]
     return np.stack([(frame.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy() for frame in frames])
 
 
 def test_images_are_what_the_image_model_draws(system: CogVideo, examples: list[Example]) -> None:
-    """Guards against a sheet of another text, sampler or noise: four images of each prompt behind the truth."""
+    """Catches a wrong text, sampler, or noise: a row shows the true frame, then four images of the prompt."""
     layout, none = SequenceLayout.text_to_image(system.config.layout), torch.empty(0, SLOTS, dtype=torch.int64)
     rows = draw("image", system, examples, seed=3)
     assert [(row.example, row.is_clip) for row in rows] == [(0, False), (1, False)]
@@ -140,7 +140,7 @@ def test_images_are_what_the_image_model_draws(system: CogVideo, examples: list[
 
 
 def test_key_frames_are_what_the_stage_draws(system: CogVideo, examples: list[Example]) -> None:
-    """Guards the chain of a young stage: its first frame by the base, its frame rate, its order, no guidance."""
+    """Checks key frames: the first one from the base, the right frame rate and order, and no guidance."""
     none = torch.empty(0, SLOTS, dtype=torch.int64)
     image, layout = (make(system.config.layout) for make in (SequenceLayout.text_to_image, SequenceLayout.sequential))
     rows = draw("sequential", system, examples, seed=4)
@@ -158,7 +158,7 @@ def test_key_frames_are_what_the_stage_draws(system: CogVideo, examples: list[Ex
 
 
 def test_frames_between_are_what_the_stage_draws(system: CogVideo, examples: list[Example]) -> None:
-    """Guards the order of places: given frames stay where they are, drawn ones come between."""
+    """Catches frames out of order: given frames keep their places, and generated ones go between them."""
     layout = SequenceLayout.interpolation(system.config.layout)
     rows = draw("interpolation", system, examples, seed=5)
     for place, example in enumerate(examples):
@@ -173,7 +173,7 @@ def test_frames_between_are_what_the_stage_draws(system: CogVideo, examples: lis
 
 
 def test_larger_frames_are_what_super_resolution_draws(system: CogVideo, examples: list[Example]) -> None:
-    """Guards the sampler of super-resolution, which is not that of frames, and the three pictures side by side."""
+    """Catches super-resolution using the sampler for frames, and its three pictures in the wrong order."""
     rows = draw("superres", system, examples, seed=6)
     for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
         assert example.codes is not None
@@ -191,7 +191,7 @@ def test_larger_frames_are_what_super_resolution_draws(system: CogVideo, example
 def test_one_seed_is_one_sheet_whatever_else_is_drawn(
     stage: StageName, system: CogVideo, examples: list[Example]
 ) -> None:
-    """Guards the comparison of steps: a row depends on weights, seed, example and place, on nothing else."""
+    """Sheets of different steps must be comparable: a row depends only on weights, seed, example, and index."""
     rows = draw(stage, system, examples, seed=1)
     each = len(rows) // 2
     assert same(draw(stage, system, examples, seed=1), rows)
@@ -206,7 +206,7 @@ def test_one_seed_is_one_sheet_whatever_else_is_drawn(
 def test_training_notices_nothing(
     stage: StageName, train_text_model: Callable[..., bytes], examples: list[Example]
 ) -> None:
-    """Guards the run beside its samples: random numbers, modes, gradients and weights, also where drawing fails."""
+    """Sampling must leave random state, modes, gradients, and weights of the run unchanged, even if it fails."""
     parts = make_parts(train_text_model())
     live = CogVideo(small_config(train_text_model()), **parts)
     for name in COMPONENTS:
@@ -227,7 +227,7 @@ def test_training_notices_nothing(
         )
 
     before = everything()
-    with torch.autograd.graph.saved_tensors_hooks(lambda _: 1 / 0, lambda each: each):  # nothing is kept for gradients
+    with torch.autograd.graph.saved_tensors_hooks(lambda _: 1 / 0, lambda each: each):  # nothing is saved for backward
         draw(stage, live, examples, seed=1)
     assert everything() == before
     live.autoencoder.decode = lambda *_, **__: 1 / 0  # type: ignore[method-assign, assignment]
@@ -240,7 +240,7 @@ def test_training_notices_nothing(
 def test_a_base_in_bfloat16_draws(
     stage: StageName, train_text_model: Callable[..., bytes], examples: list[Example]
 ) -> None:
-    """Guards runs that store frozen matrices in two bytes: products of two types would fail."""
+    """Sampling must work in runs that store frozen matrices in bfloat16, where mixed types would fail."""
     parts = make_parts(train_text_model())
     for each in parts["base"].parameters():
         if each.ndim > 1:
@@ -251,21 +251,21 @@ def test_a_base_in_bfloat16_draws(
 
 @pytest.mark.parametrize("prompt", ODD_PROMPTS)
 def test_odd_prompts_are_drawn(prompt: str, system: CogVideo, tmp_path: Path) -> None:
-    """Guards runs of days against one caption of the data."""
+    """Prevents a single odd caption in the data from ending a run of several days."""
     written = write_samples(tmp_path, 1, draw("image", system, [Example(prompt)], seed=0))
     with Image.open(written) as sheet:
         sheet.load()
 
 
 def test_an_empty_prompt_is_refused(system: CogVideo) -> None:
-    """Guards the message: it says what is wrong."""
+    """An empty prompt must fail with a message that says so."""
     with pytest.raises(ValueError, match="the prompt is empty: '  '"):
         draw("image", system, [Example("  ")], seed=0)
 
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_few_clusters_are_enough(number: int, train_text_model: Callable[..., bytes], examples: list[Example]) -> None:
-    """Guards small codebooks, which have fewer clusters than the released samplers keep: that is all of them."""
+    """Small codebooks, with fewer clusters than the released samplers keep, must work: all clusters are kept."""
     parts = make_parts(train_text_model()) | {"cluster_labels": torch.arange(NUM_CODES) % number}
     system = CogVideo(small_config(train_text_model()), **parts)
     layout, none = SequenceLayout.text_to_image(system.config.layout), torch.empty(0, SLOTS, dtype=torch.int64)
@@ -280,7 +280,7 @@ def test_few_clusters_are_enough(number: int, train_text_model: Callable[..., by
 def test_clusters_are_made_where_there_are_none(
     train_text_model: Callable[..., bytes], examples: list[Example]
 ) -> None:
-    """Guards bundles without labels: they come from the codebook, and the global generator stays."""
+    """Bundles without cluster labels must work, without touching the global random state."""
     parts = make_parts(train_text_model())
     del parts["cluster_labels"]
     state = torch.get_rng_state()
@@ -289,7 +289,7 @@ def test_clusters_are_made_where_there_are_none(
 
 
 def test_a_base_of_its_own_is_used(system: CogVideo, train_text_model: Callable[..., bytes]) -> None:
-    """Guards stages whose base was trained too: key frames are drawn with it, the first frame with the shared one."""
+    """Stages that trained their base must use it for key frames, and the shared base for the first frame."""
     parts = make_parts(train_text_model())
     own = loud(make_parts(train_text_model())["base"], 99)
     special = CogVideo(system.config, **parts, sequential_base=own)
@@ -303,7 +303,7 @@ def test_a_base_of_its_own_is_used(system: CogVideo, train_text_model: Callable[
 
 
 def test_what_is_missing_is_said_once(train_text_model: Callable[..., bytes], examples: list[Example]) -> None:
-    """Guards runs that cannot draw: a sentence in place of an error, for each stage and each thing that may lack."""
+    """Runs that cannot generate samples need a message, not an error, for each stage and each missing part."""
     config, parts = small_config(train_text_model()), make_parts(train_text_model())
 
     def told(stage: StageName, given: list[Example], without: tuple[str, ...] = ()) -> str:
@@ -323,7 +323,7 @@ def test_what_is_missing_is_said_once(train_text_model: Callable[..., bytes], ex
 
 
 def test_clips_become_examples() -> None:
-    """Guards the truth beside what is drawn: codes in order, and no clip whose caption was dropped."""
+    """Examples must keep codes in order, and leave out clips whose caption was dropped."""
     codes, high = (random_codes(5, side, side, num_codes=NUM_CODES) for side in (GRID, GRID * RATIO))
     clips = [sample(codes, "a", duration=2.0, high=high), sample(codes, None), sample(codes, "b")]
     first, second = from_clips(clips)
@@ -336,7 +336,7 @@ def test_clips_become_examples() -> None:
 
 
 def frames_of(path: Path) -> tuple[list[np.ndarray], float]:
-    """Pixels and rate of a video."""
+    """Pixels and frame rate of a video."""
     with av.open(path) as container:
         stream = container.streams.video[0]
         assert stream.average_rate is not None
@@ -347,7 +347,7 @@ def frames_of(path: Path) -> tuple[list[np.ndarray], float]:
 def test_clips_are_written_as_a_sheet_and_a_video(
     number: int, across: int, down: int, system: CogVideo, examples: list[Example], tmp_path: Path
 ) -> None:
-    """Guards what a person looks at: each frame of each row on the sheet, enlarged; the clips side by side in time."""
+    """Sheets must show each frame of each row, enlarged; videos must play the clips side by side, in sync."""
     many = [examples[place % 2]._replace(prompt=f"clip {place}") for place in range(number)]
     rows = draw("interpolation", system, many, seed=0)
     written = write_samples(tmp_path / "not" / "there", 500, rows)
@@ -366,20 +366,20 @@ def test_clips_are_written_as_a_sheet_and_a_video(
         top, left = (example // across) * 192 + below * 96, (example % across) * 96
         for time, frame in enumerate(row.frames):
             cell = frames[time][top : top + 96, left : left + 96].astype(float)
-            assert abs(cell - frame.repeat(times, 0).repeat(times, 1)).mean() < 12  # colours at half the resolution
+            assert abs(cell - frame.repeat(times, 0).repeat(times, 1)).mean() < 12  # chroma has half the resolution
     if number == 5:
         assert frames[0][192:, 104:].min() > 240
 
 
 def test_images_are_a_sheet_alone(system: CogVideo, examples: list[Example], tmp_path: Path) -> None:
-    """Guards against a video of pictures that do not follow each other."""
+    """Prevents a video of images that do not follow each other in time."""
     for stage in ("image", "superres"):
         write_samples(tmp_path / stage, 3, draw(stage, system, examples, seed=0))  # type: ignore[arg-type]
         assert [each.name for each in (tmp_path / stage).iterdir()] == ["step-00000003.png"]
 
 
 def test_without_pyav_the_sheet_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards training on machines without PyAV, which need no videos."""
+    """Training must work on machines without PyAV: the sheet is written, without a video."""
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.delitem(sys.modules, "cogvideo.media.ffmpeg", raising=False)
     written = write_samples(tmp_path, 1, [SampleRow("a", np.zeros((5, 16, 16, 3), np.uint8), 0, True)])
@@ -388,7 +388,7 @@ def test_without_pyav_the_sheet_is_written(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("label", "shown"), [("one\n two\tthree", "one two three"), ("i" * 111, "i" * 107 + "...")])
 def test_labels_are_one_line(label: str, shown: str, tmp_path: Path) -> None:
-    """Guards sheets against prompts of many lines, which would run over frames, or of any length."""
+    """Prevents multi-line or very long prompts from running over the frames of a sheet."""
     frames = np.zeros((5, 96, 96, 3), np.uint8)
     sheets = [
         write_samples(tmp_path, step, [SampleRow(each, frames, 0, False)]) for step, each in enumerate((label, shown))
@@ -401,7 +401,7 @@ def test_labels_are_one_line(label: str, shown: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a whole bundle and data."""
+    """A folder with a complete bundle and data."""
     folder = tmp_path_factory.mktemp("preview")
     make_model(folder / "whole", train_text_model())
     make_data(folder / "data", folder / "whole")
@@ -411,7 +411,7 @@ def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempP
 def preview_of(
     stage: StageName, place: Path, folder: Path, prompts: tuple[str, ...] = (), source: str = "whole", **options: Any
 ) -> Preview:
-    """Weights of a stage in training, which moved a little from where it started."""
+    """A preview of a stage in training, whose weights have moved a little from their start."""
     model = CogVideo.from_pretrained(place / source)
     settings = StageOptimization(batch=2, ema=0.5, seed=6, precision=options.pop("precision", "float32"))
     trainer = make_trainer(stage, model, settings, Execution(**options))
@@ -427,13 +427,13 @@ def preview_of(
 
 
 def test_what_is_lacking_is_known(place: Path, tmp_path: Path) -> None:
-    """Guards a run that goes on: it draws what a killed one could not, and nothing twice or in vain."""
+    """A resumed run must generate the sheet that a killed one could not, and none that exists or is impossible."""
     preview = preview_of("sequential", place, tmp_path / "samples")
     assert preview.lacks(3)
     sheet = preview(3)
     assert not preview.lacks(3)
     assert sheet is not None
-    sheet.unlink()  # as if the process had been killed before the sheet, which is written last
+    sheet.unlink()  # as if the run had been killed before writing the sheet, which comes last
     assert list(sheet.parent.iterdir())
     assert preview.lacks(3)
     preview.problem = "nothing can be drawn"
@@ -443,7 +443,7 @@ def test_what_is_lacking_is_known(place: Path, tmp_path: Path) -> None:
 def test_what_a_preview_draws_with_stays_where_it_is(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards the bundle that a run starts from: its modules were moved to the GPU for good, and took memory there."""
+    """Guards against a leak: modules of the initial bundle were moved to the GPU for good, and took memory there."""
     preview = preview_of("sequential", place, tmp_path / "samples")
     source, weights = preview.target.source, full_state(preview.trainer.module)
     elsewhere = preview.trainer.ranks._replace(device=torch.device("meta"))
@@ -460,7 +460,7 @@ def test_what_a_preview_draws_with_stays_where_it_is(
 def test_a_preview_draws_with_the_average(
     stage: StageName, options: dict[str, Any], place: Path, tmp_path: Path
 ) -> None:
-    """Guards the sheets of a run: they show the weights that would be exported, and nothing of the run changes."""
+    """Sheets must show the weights that would be exported, and the run must not change."""
     preview = preview_of(stage, place, tmp_path / "samples", **options)
     trainer = preview.trainer
     assert preview.problem == ""
@@ -494,12 +494,12 @@ def test_a_preview_draws_with_the_average(
 
 @pytest.mark.parametrize("stage", ["sequential", "interpolation", "superres"])
 def test_a_preview_of_a_base_in_bfloat16(stage: StageName, place: Path, tmp_path: Path) -> None:
-    """Guards runs in bfloat16, whose frozen base is stored in it."""
+    """Previews must work in bfloat16 runs, whose frozen base is stored in bfloat16."""
     assert preview_of(stage, place, tmp_path, precision="bfloat16")(1) is not None
 
 
 def test_a_preview_shows_prompts_where_it_can(place: Path, tmp_path: Path) -> None:
-    """Guards what the user asked to see: prompts for the stages that start from text, true clips for the others."""
+    """Previews must show the user's prompts in stages that start from text, and real clips in the others."""
     prompts = ("a cat", "a dog")
     for stage, expected in (("image", list(prompts)), ("sequential", list(prompts)), ("interpolation", None)):
         shown = [each.prompt for each in preview_of(stage, place, tmp_path, prompts).examples]  # type: ignore[arg-type]
@@ -507,13 +507,13 @@ def test_a_preview_shows_prompts_where_it_can(place: Path, tmp_path: Path) -> No
 
 
 def test_a_prompt_that_says_nothing_is_refused_at_once(place: Path, tmp_path: Path) -> None:
-    """Guards a run that would fail at its first sheet, after hundreds of steps."""
+    """Prevents a run from failing at its first sheet, after hundreds of steps."""
     with pytest.raises(ValueError, match="the prompt is empty: ' '"):
         preview_of("sequential", place, tmp_path, ("a cat", " "))
 
 
 def test_other_ranks_draw_nothing(place: Path, tmp_path: Path) -> None:
-    """Guards two ranks that would write one file."""
+    """Prevents two ranks from writing the same file."""
     preview = preview_of("image", place, tmp_path / "samples")
     preview.trainer.ranks = preview.trainer.ranks._replace(rank=1)
     assert preview(1) is None
@@ -523,7 +523,7 @@ def test_other_ranks_draw_nothing(place: Path, tmp_path: Path) -> None:
 def test_a_preview_without_a_tokenizer_says_why(
     place: Path, tmp_path: Path, train_text_model: Callable[..., bytes]
 ) -> None:
-    """Guards runs on codes alone: they train, and say once why they draw nothing."""
+    """Runs on codes alone must train, and say why they generate no samples."""
     make_model(tmp_path / "model", train_text_model(), without=("image_tokenizer",))
     preview = preview_of("image", place, tmp_path / "samples", source=str(tmp_path / "model"))
     assert preview.problem == "No samples are generated during training: the model has no image_tokenizer."
