@@ -1,4 +1,4 @@
-"""What `cogvideo info` says against what really happens: modules, caches, operations, files and a process's memory."""
+"""`cogvideo info` compared with real modules, caches, operations, files and a process's memory."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ SMALL = replace(
 
 
 def real_model(config: CogVideoConfig, stage: Stage) -> Transformer:
-    """The modules of a stage, with memory and some values."""
+    """The modules of a stage, with allocated and initialized weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         base = Base(config.transformer)
@@ -84,14 +84,14 @@ def real_model(config: CogVideoConfig, stage: Stage) -> Transformer:
 
 
 def text(rows: int, slots: int) -> PaddedText:
-    """Text without pads."""
+    """Text without padding."""
     return PaddedText(torch.ones(rows, slots, dtype=torch.int64), torch.ones(rows, slots, dtype=torch.bool))
 
 
 def real_decoder(
     config: CogVideoConfig, stage: Stage, guided: bool, samples: int = 1, cache_dtype: torch.dtype = torch.float32
 ) -> Decoder:
-    """The decoder of a stage, with memory."""
+    """The decoder of a stage, with allocated memory."""
     layout = layout_of(config, stage)
     words = text(samples, layout.text_slots)
     condition = Condition(words, words if guided else None)
@@ -99,7 +99,7 @@ def real_decoder(
 
 
 def drawn_ranks(layout: SequenceLayout) -> range:
-    """Ranks that a stage draws."""
+    """Ranks of the frames that a stage samples."""
     given = 0 if layout.num_frames == 1 else max(1, layout.num_bidirectional)
     return range(given, layout.num_frames)
 
@@ -108,7 +108,7 @@ def drawn_ranks(layout: SequenceLayout) -> range:
 
 
 def test_released_sizes() -> None:
-    """Guards the figures of the paper's model (spec section 1): 5.90 B, 1.82 B, 7.72 B, 9.54 B parameters."""
+    """Guards the parameter counts of the paper's model (spec section 1): 5.90 B, 1.82 B, 7.72 B, 9.54 B."""
     sizes = components(PAPER) | sums(PAPER)
     billions = {name: round(size / 1e9, 2) for name, size in sizes.items()}
     assert billions["base"] == 5.90
@@ -118,7 +118,7 @@ def test_released_sizes() -> None:
 
 
 def test_released_traffic_and_training() -> None:
-    """Guards bytes a step and training memory at the released sizes, worked out elsewhere by hand, to 1.5 %."""
+    """Guards bytes per step (within 1.5%) and training memory at the released sizes, against hand calculations."""
     by_hand = {"first frame": 11.1, "key frames": 16.4, "to 9 frames": 15.4, "to 33 frames": 17.8}
     read = {each.name: each.bytes_moved("gpu_bfloat16") / 1e9 for each in clip(PAPER)}
     assert {name: read[name] for name in by_hand} == pytest.approx(by_hand, rel=0.015)
@@ -127,12 +127,12 @@ def test_released_traffic_and_training() -> None:
     assert training(PAPER, "sequential").flops_per_position == pytest.approx(33e9, rel=0.01)
 
 
-# Against real modules, caches, operations
+# Compared with real modules, caches and operations
 
 
 @pytest.mark.parametrize("config", [SMALL, preset("pocket")], ids=["small", "pocket"])
 def test_parameters_are_those_of_the_modules(config: CogVideoConfig) -> None:
-    """Guards against a component that is forgotten or counted twice."""
+    """Catches a component that is forgotten or counted twice."""
     sizes, layout = config.transformer, config.layout
     modules = {
         "base": Base(sizes),
@@ -148,7 +148,7 @@ def test_parameters_are_those_of_the_modules(config: CogVideoConfig) -> None:
 @pytest.mark.parametrize(("stage", "guided"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_cache_is_what_the_decoder_allocates(stage: Stage, guided: bool, dtype: torch.dtype) -> None:
-    """Guards cache bytes: text copies of windows, the single frame of the spatial channel, guidance, dtype, samples."""
+    """Guards cache bytes: text copies per window, the spatial channel's single frame, guidance, dtype, samples."""
     decoder = real_decoder(SMALL, stage, guided, samples=3, cache_dtype=dtype)
     spatial, temporal = cache_size(SMALL, stage, guided)
     assert decoder.spatial.num_bytes == 3 * spatial * dtype.itemsize
@@ -158,7 +158,7 @@ def test_cache_is_what_the_decoder_allocates(stage: Stage, guided: bool, dtype: 
 
 @pytest.mark.parametrize(("stage", "guided"), CASES)
 def test_operations_are_those_of_all_steps(stage: Stage, guided: bool) -> None:
-    """Guards the mean work of a pass: PyTorch's own counter over every cached step of the stage agrees exactly."""
+    """Guards the mean work of a pass, which must equal PyTorch's own count over every cached step of the stage."""
     decoder, samples = real_decoder(SMALL, stage, guided, samples=2), 2
     layout, ranks = decoder.layout, drawn_ranks(decoder.layout)
     decoder.prefill(torch.zeros(samples, ranks.start, layout.frame_slots, dtype=torch.int64))
@@ -174,7 +174,7 @@ def test_operations_are_those_of_all_steps(stage: Stage, guided: bool) -> None:
 
 @pytest.mark.parametrize(("stage", "guided"), CASES)
 def test_operations_of_prefill(stage: Stage, guided: bool) -> None:
-    """Guards the work before the first code: PyTorch's own counter over text and given frames agrees exactly."""
+    """Guards the work before the first code, which must equal PyTorch's own count over text and given frames."""
     decoder = real_decoder(SMALL, stage, guided, samples=2)
     given = torch.zeros(2, drawn_ranks(decoder.layout).start, decoder.layout.frame_slots, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -184,7 +184,7 @@ def test_operations_of_prefill(stage: Stage, guided: bool) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bytes_moved_are_those_of_the_tensors_that_a_step_reads(stage: Stage) -> None:
-    """Guards traffic: weights with a gradient after one step (the tied head apart), and the keys that plans slice."""
+    """Guards traffic: weights with a gradient after one step (except the tied head), and the keys that plans slice."""
     decoder = real_decoder(SMALL, stage, guided=True)
     layout, sizes = decoder.layout, SMALL.transformer
     model = decoder.model
@@ -201,14 +201,14 @@ def test_bytes_moved_are_those_of_the_tensors_that_a_step_reads(stage: Stage) ->
 
 
 def _num_keys(plan: MaskPlan) -> int:
-    """Keys that the one row of a step sees."""
+    """Number of keys that the single row of a step sees."""
     ((_, _, (chunk,)),) = plan.groups
     assert chunk.keys is not None
     return len(chunk.keys)
 
 
 def _full_logits(model: Transformer, layout: SequenceLayout, codes: Tensor) -> Tensor:
-    """An ordinary training pass over whole sequences."""
+    """Logits of an ordinary training pass over whole sequences."""
     words = text(len(codes), layout.text_slots)
     plan = full_pass(layout, model.window, words.mask, model.base.words.weight.dtype, layout.num_frames)
     fed = layout.feed(codes, model.base.config.start_of_image)
@@ -219,7 +219,7 @@ def _full_logits(model: Transformer, layout: SequenceLayout, codes: Tensor) -> T
 
 
 def test_operations_of_whole_frames_are_those_of_the_modules() -> None:
-    """Guards super-resolution and pixels: PyTorch's own counter over a real pass of each agrees exactly."""
+    """Guards super-resolution and rendering, whose work must equal PyTorch's own count over a real pass."""
     layout = UpscaleLayout.of(SMALL.layout, SMALL.upscaler)
     words, vectors = (
         text(1, layout.text_slots),
@@ -262,7 +262,7 @@ def test_activations_are_what_autograd_keeps(stage: Stage) -> None:
 
 
 def test_phases_are_those_of_a_clip(text_model: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards rows and passes of each phase: those that the real hierarchy runs, with its default guidance."""
+    """Guards rows and passes of each phase, which must match a real run of the hierarchy with default guidance."""
     tokenizer = TextTokenizer(text_model, TextConfig(), 24)
     sizes = TransformerConfig(2, 16, 2, tokenizer.num_tokens, 24, tokenizer.start_of_image, tokenizer.pad, 40)
     layout = LayoutConfig(grid=2, num_frames=5, text_slots=32, image_text_slots=32, frame_position=32)
@@ -343,7 +343,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
 def test_memory_of_a_process_that_generates() -> None:
-    """Guards the expected peak: a real process (8 guided samples, float32) takes 0.8 to 1.4 times as much."""
+    """Guards the estimated peak: a real process (8 guided samples, float32) takes 0.8 to 1.4 times as much."""
     printed = subprocess.run([sys.executable, "-c", GENERATE], capture_output=True, text=True, check=True).stdout
     config = replace(
         CogVideoConfig(),
@@ -356,7 +356,7 @@ def test_memory_of_a_process_that_generates() -> None:
 
 
 def test_resident_memory_is_the_largest_phase_with_all_weights() -> None:
-    """Guards the figure for a clip that never unloads: not the sum of the phases, and not one phase's weights."""
+    """Guards the memory of a clip if all weights stay loaded: neither the sum of phases nor one phase's weights."""
     phases, everything = clip(SMALL), 4 * sums(SMALL)["everything"]
     rest = [each.memory("cpu_float32") - 4 * each.weights for each in phases]
     assert resident(SMALL, phases, "cpu_float32") == everything + max(rest)
@@ -367,7 +367,7 @@ def test_resident_memory_is_the_largest_phase_with_all_weights() -> None:
 
 @pytest.mark.parametrize("name", ["pocket", "cogvideo"])
 def test_report_of_a_preset(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the printed report: every section is there, and no figure is cut off in 80 columns."""
+    """Guards the printed report: every section is present, and nothing is cut off at 80 columns."""
     info(name)
     printed = capsys.readouterr().out
     for section in ("Parameters", "One clip: work", "One clip: memory", "Training"):
@@ -377,7 +377,7 @@ def test_report_of_a_preset(name: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_presets_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the table without a target: one column a preset, with the paper's sizes."""
+    """Guards the table without a target: one column per preset, with the paper's sizes."""
     info()
     printed = capsys.readouterr().out
     assert all(name in printed for name in PRESETS)
@@ -385,7 +385,7 @@ def test_presets_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_json_is_the_report(capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the figures that programs read: all of the report, and a configuration that can be restored from it."""
+    """Guards the JSON for programs: the whole report, and a configuration that can be restored from it."""
     info("pocket", json=True, batch=2)
     (printed,) = json.loads(capsys.readouterr().out)
     assert printed == json.loads(json.dumps(report("pocket", Manifest.of("pocket"), batch=2)))
@@ -394,7 +394,7 @@ def test_json_is_the_report(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bundle_files_have_the_expected_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards bytes of checkpoints: a file is the component's bytes and its header, and the report says its size."""
+    """Guards file sizes: a file is a header plus the component's bytes, and the report shows its size on disk."""
     base = Base(SMALL.transformer)
     channel = TemporalChannel(SMALL.transformer, SMALL.layout, SMALL.sequential).bfloat16()
     labels = torch.zeros(SMALL.transformer.num_codes, dtype=torch.int64)
@@ -418,7 +418,7 @@ def test_bundle_files_have_the_expected_bytes(tmp_path: Path, capsys: pytest.Cap
     ],
 )
 def test_refusals(target: str, batch: int, message: str) -> None:
-    """Guards against a traceback or nonsense for a wrong name, a folder without a bundle, an impossible batch."""
+    """Prevents a traceback or nonsense for a wrong name, a folder without a bundle, or an impossible batch."""
     target = str(Path(__file__).parent) if target == "tests" else target
     with pytest.raises(ValueError, match=message):
         info(target, batch=batch)

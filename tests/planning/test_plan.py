@@ -1,4 +1,4 @@
-"""`cogvideo plan` against real ranks, `cogvideo info`, and sums by hand."""
+"""`cogvideo plan` compared with real ranks, `cogvideo info` and hand calculations."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ PAPER, TINY = preset("cogvideo"), preset("tiny")
 
 
 def memory_for(config: CogVideoConfig, stage: Stage, **options: Any) -> float:
-    """GiB with which a stage just fits if nothing is reserved, in the strategy that needs least."""
+    """GiB in which a stage just fits without a reserve, with the strategy that needs the least."""
     strategies = stage_plan(config, stage, Cluster(gpu_memory=1e-9, reserve=0, **options)).strategies
     return min(strategy.needs for strategy in strategies) / GIB
 
 
-# Memory of a rank
+# Memory per rank
 
 
 def test_bytes_are_those_of_real_ranks(tmp_path: Path) -> None:
-    """Guards: shards without what pads them, a state or the average left out, two bytes for four."""
+    """Catches shards without their padding, a missing optimizer state or average, and 2 bytes counted for 4."""
     run_ranks(("weigh", tmp_path), world_size=3)
     real = [torch.load(tmp_path / f"weigh-{rank}.pt", weights_only=True) for rank in range(3)]
     found = held(SMALL, "sequential", "sharded", groups=3, tensor=1, ema=SETTINGS.ema)
@@ -66,7 +66,7 @@ def test_bytes_are_those_of_real_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_gpu_is_what_info_says(stage: Stage) -> None:
-    """Guards against two answers to one question: to the byte, for the one GPU and for a shard that is all of it."""
+    """Keeps `plan` and `info` consistent, to the byte: for a single GPU, and for a shard that is the whole model."""
     states = training_states(PAPER if stage == "sequential" else TINY, stage)
     config = PAPER if stage == "sequential" else TINY
     for found in (held(config, stage, "replicated", 9, 1), held(config, stage, "sharded", 1, 1)):
@@ -80,7 +80,7 @@ def test_one_gpu_is_what_info_says(stage: Stage) -> None:
 
 
 def test_many_gpus_hold_their_share() -> None:
-    """Guards the paper's 13 x 8 GPUs: a hundredth of one GPU's states each, and 1 % of padding at most."""
+    """Guards the paper's 13 x 8 GPUs: each holds about 1% of one GPU's states, with at most 1% of padding."""
     one, many = (held(PAPER, "sequential", "sharded", groups, 1) for groups in (1, 104))
     for name in ("weights", "gradients", "optimizer"):
         assert getattr(one, name) <= 104 * getattr(many, name) <= 1.01 * getattr(one, name)
@@ -88,7 +88,7 @@ def test_many_gpus_hold_their_share() -> None:
 
 
 def test_tensor_parallel_ranks_share_the_products_of_blocks() -> None:
-    """Guards against a cut that is counted for what every rank has: embeddings, norms, biases behind a sum, gates."""
+    """Catches weights counted as split that every rank holds whole: embeddings, norms, gates, biases after a sum."""
     hidden, layers, codes = SIZES.hidden, SIZES.num_layers, SIZES.vocab_size + SIZES.num_positions
     qkv, out, mlp = 3 * hidden**2, hidden**2, 8 * hidden**2
     frozen_vectors = layers * (4 * 2 * hidden + 3 * hidden // 2 + hidden + 4 * hidden // 2 + hidden) + 2 * hidden
@@ -99,11 +99,11 @@ def test_tensor_parallel_ranks_share_the_products_of_blocks() -> None:
     assert (found.gradients, found.optimizer, found.gathered) == (4 * added, 8 * added, 2 * added)
 
 
-# Ways to run
+# Strategies
 
 
 def test_as_many_samples_as_fit() -> None:
-    """Guards the choice: one sample more, or the next larger piece of a step, would not fit; and what it needs does."""
+    """Guards the micro-batch: it fits if the plan says so, and one more sample would not."""
     needs = [memory_for(SMALL, "sequential", gpus=gpus) for gpus in (4, 8)]
     for memory in (each * factor for each in needs for factor in (1, 1.5, 2, 4)):
         machines = Cluster(gpus=8, gpu_memory=memory, reserve=0)
@@ -117,7 +117,7 @@ def test_as_many_samples_as_fit() -> None:
 
 
 def _needs_with(strategy: Strategy, samples: int) -> int:
-    """Of the same strategy with other pieces of a step, in the small sequential stage on 8 GPUs."""
+    """Bytes for the same strategy with another micro-batch, for the small sequential stage on 8 GPUs."""
     rank = held(SMALL, "sequential", strategy.sharding, 8, 1)
     step = training(SMALL, "sequential", samples, autocast=True)
     activations = step.activations_checkpointed if strategy.checkpointing else step.activations
@@ -127,15 +127,15 @@ def _needs_with(strategy: Strategy, samples: int) -> int:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_activations_grow_evenly_with_the_samples(stage: Stage) -> None:
-    """Guards the line through one and two samples, by which all other pieces of a step are judged."""
+    """Guards activation memory, which grows linearly with the number of samples."""
     steps = [training(TINY, stage, samples, autocast=True) for samples in (1, 2, 7)]
     for name in ("activations", "activations_checkpointed"):
         one, two, seven = (getattr(each, name) for each in steps)
-        assert one + 6 * (two - one) == pytest.approx(seven, rel=0.04)  # masks are there once
+        assert one + 6 * (two - one) == pytest.approx(seven, rel=0.04)  # masks are stored once
 
 
 def test_autocast_has_wide_norms() -> None:
-    """Guards what GPUs add to `info`'s figures: inputs of blocks in four bytes, and of each block its four norms."""
+    """Guards what GPUs add to `info`'s figures: inputs of blocks, and each block's four norms, take four bytes."""
     narrow, wide = (training(PAPER, "sequential", 1, autocast=autocast) for autocast in (False, True))
     values = layout_of(PAPER, "sequential").length * PAPER.transformer.hidden
     assert wide.activations_checkpointed - narrow.activations_checkpointed == pytest.approx(47 * 2 * values, rel=0.15)
@@ -144,7 +144,7 @@ def test_autocast_has_wide_norms() -> None:
 
 
 def test_what_is_chosen() -> None:
-    """Guards the order: whole models where they fit, else few passes, since each gathers all; then nothing twice."""
+    """Guards the choice: whole models if they fit, else the fewest passes, since each gathers all weights."""
     least = memory_for(SMALL, "sequential", gpus=8)
     seen = []
     for factor in (100, 1.02, 0.98):
@@ -162,7 +162,7 @@ def test_what_is_chosen() -> None:
     [(1, 1, ["replicated"]), (2, 2, ["replicated"]), (4, 2, ["sharded"]), (4, 1, ["replicated", "sharded"])],
 )
 def test_strategies_are_those_that_training_accepts(gpus: int, tensor: int, expected: list[str]) -> None:
-    """Guards against a command that `cogvideo train` refuses."""
+    """Prevents a command that `cogvideo train` refuses."""
     found = stage_plan(SMALL, "sequential", Cluster(gpus=gpus, gpu_memory=1, tensor_parallel=tensor))
     assert [strategy.sharding for strategy in found.strategies] == [name for name in expected for _ in range(2)]
     assert [strategy.checkpointing for strategy in found.strategies] == [False, True] * len(expected)
@@ -172,7 +172,7 @@ def test_strategies_are_those_that_training_accepts(gpus: int, tensor: int, expe
 
 
 def test_days_of_the_authors() -> None:
-    """Guards tokens a second and days, by hand: 104 A100 at 5 % are 478 positions a second each, and some 17 days."""
+    """Checks speed and days by hand: 104 A100s at 5% process 478 positions per second each, and take 16.5 days."""
     machines = Cluster(gpus=104, gpu_memory=40, tflops=312, utilization=0.05)
     matrices = 48 * 12 * 3072**2 * 4 + 48 * 4 * 3072**2 * 6 + 20_000 * 3072 * 4
     days = []
@@ -187,7 +187,7 @@ def test_days_of_the_authors() -> None:
 
 
 def test_no_schedule_for_the_image_model() -> None:
-    """Guards against days that no paper stands behind."""
+    """Prevents an estimate in days when the paper has no schedule."""
     found = stage_plan(SMALL, "image", Cluster(gpus=2, gpu_memory=1))
     assert found.days is None
     assert found.steps is None
@@ -197,7 +197,7 @@ def test_no_schedule_for_the_image_model() -> None:
 
 @pytest.mark.parametrize(("gpus", "batch"), [(64, 384), (104, 416), (1000, 1000), (32, 416)])
 def test_batches_that_ranks_can_share(gpus: int, batch: int) -> None:
-    """Guards against a batch that the loader refuses, and against another number of samples than the paper's."""
+    """Prevents a batch that the loader refuses, and a schedule with too few or too many samples."""
     found = stage_plan(SMALL, "sequential", Cluster(gpus=gpus, gpu_memory=1))
     assert found.batch == batch
     assert found.batch % gpus == 0
@@ -209,7 +209,7 @@ def test_batches_that_ranks_can_share(gpus: int, batch: int) -> None:
 
 
 def chosen(found: StagePlan) -> Strategy:
-    """What the command is to run."""
+    """The strategy that the command is to run."""
     assert found.best is not None
     return found.best
 
@@ -228,7 +228,7 @@ def chosen(found: StagePlan) -> Strategy:
 def test_the_command_runs_what_was_planned(
     machines: Cluster, launcher: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against options that do not exist, or that mean another way than the one that was weighed."""
+    """Catches options that do not exist, or that run a strategy other than the planned one."""
     started: list[tuple[str, Options]] = []
     monkeypatch.setattr(commands, "train", lambda stage, choice, options, *_: started.append((stage, options)))
     for found in (stage_plan(SMALL, stage, machines, ema=0.5) for stage in STAGES):
@@ -246,7 +246,7 @@ def test_the_command_runs_what_was_planned(
 
 
 def test_torchrun_takes_no_option_of_ours() -> None:
-    """Guards `--start` and others, which torchrun finds ambiguous where `--` does not end its own options."""
+    """Guards options such as `--start`, which torchrun finds ambiguous unless `--` ends its own."""
     launcher, _, command = str(stage_plan(SMALL, "sequential", Cluster(8, 1)).command).partition(" cogvideo ")
     ours = [*shlex.split(command), "--start", "continue", "--no-checkpointing", "--log", "1", "--run", "2"]
     given = parse_args([*shlex.split(launcher)[1:], "cogvideo", *ours])
@@ -255,7 +255,7 @@ def test_torchrun_takes_no_option_of_ours() -> None:
 
 
 def test_in_a_process() -> None:
-    """Guards the printed plan: every stage, its speed and its command, no warning of PyTorch's, nothing cut off."""
+    """Guards the printed plan: every stage with its speed and command, no PyTorch warning, nothing cut off."""
     command = [sys.executable, "-m", "cogvideo", "plan", "tiny", "--gpus", "4", "--gpu-memory", "16"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"}, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -274,7 +274,7 @@ def test_in_a_process() -> None:
 
 
 def test_nothing_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards: too little memory is an answer with the least that is needed and what would help, not an error."""
+    """Checks that insufficient memory is not an error: the plan gives the minimum needed and what would help."""
     monkeypatch.setattr(plan, "STAGES", ("sequential",))
     plan.plan("tiny", machines=Cluster(2, 1e-4))
     printed = capsys.readouterr().out
@@ -288,7 +288,7 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 
 def test_a_gpu_must_hold_the_model_once() -> None:
-    """Guards many small GPUs: a rank loads all weights before it cuts them, so more of them do not help."""
+    """Guards many small GPUs: a rank loads all weights before sharding them, so more GPUs do not help."""
     strategies = stage_plan(PAPER, "sequential", Cluster(512, 16)).strategies
     assert not any(strategy.fits for strategy in strategies)
     assert min(strategy.needs for strategy in strategies) == held(PAPER, "sequential", "sharded", 1, 1).weights
@@ -296,7 +296,7 @@ def test_a_gpu_must_hold_the_model_once() -> None:
 
 
 def test_json_is_the_report(capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the figures that programs read."""
+    """Guards the JSON for programs."""
     machines = Cluster(4, 16, utilization=0.3)
     plan.plan("tiny", machines=machines, json=True)
     printed = json.loads(capsys.readouterr().out)
@@ -309,7 +309,7 @@ def test_json_is_the_report(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_shown_output_is_real(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the memory and the days that the page on training shows."""
+    """Keeps the memory and the days shown in docs/training.md up to date."""
     page = (Path(__file__).parents[2] / "docs/training.md").read_text()
     session = page.split("$ cogvideo plan cogvideo --gpus 64 --gpu-memory 80\n")[1].split("```")[0]
     lines = [line.strip() for line in session.splitlines() if line.strip() not in ("", "...")]
@@ -322,7 +322,7 @@ def test_shown_output_is_real(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def test_widths_that_ranks_cannot_share() -> None:
-    """Guards against a plan that `cogvideo train` refuses: the layers are those that it cuts, with the same message."""
+    """Prevents a plan that `cogvideo train` refuses: both split the same layers, and uneven widths are an error."""
     assert {*BY_ROWS, *BY_COLUMNS} == parallel.SHARED_PRODUCTS.keys()
     with pytest.raises(ValueError, match="tensor_parallel is 3, expected a divisor of the width"):
         stage_plan(SMALL, "sequential", Cluster(3, 1, tensor_parallel=3))
@@ -342,7 +342,7 @@ def test_widths_that_ranks_cannot_share() -> None:
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:
-    """Guards against a plan for machines that cannot be."""
+    """Prevents a plan for machines that cannot exist."""
     with pytest.raises(ValueError, match=message):
         Cluster(**{"gpus": 8, "gpu_memory": 80.0} | options)
 
@@ -355,7 +355,7 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
     ],
 )
 def test_refusals_of_the_command(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the exit status of mistakes, and that they are told in a line."""
+    """Guards the exit status of mistakes, and their one-line errors."""
     assert cli.main(["plan", *arguments.split(), "--gpu-memory", "80"]) == 2
     told = capsys.readouterr()
     assert told.out == ""

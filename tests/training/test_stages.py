@@ -1,4 +1,4 @@
-"""Where a stage starts: what it inherits, what is random, what is frozen, in which types."""
+"""Initialization of a stage: what is inherited, random or frozen, and in which dtypes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workshop import make_bundle
 
 @pytest.fixture(scope="module")
 def source(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> CogVideo:
-    """A bundle with a base, and a sequential stage on a base of its own."""
+    """A bundle with a base, and a sequential stage that has its own base."""
     folder = tmp_path_factory.mktemp("start") / "model"
     made = make_bundle(folder, train_text_model())
     channel = TemporalChannel(made.config.transformer, made.config.layout, made.config.sequential)
@@ -34,7 +34,7 @@ def start(stage: StageName, choice: Choice, source: CogVideo, dtype: torch.dtype
 
 @pytest.mark.parametrize("stage", ["sequential", "interpolation"])
 def test_a_channel_inherits_the_base(stage: StageName, source: CogVideo) -> None:
-    """Guards paper section 3.2: q, k, v are the base's, gates one half, positions those of the first frame."""
+    """Guards paper section 3.2: q, k, v start as the base's, gates at one half, positions as the first frame's."""
     model = start(stage, Choice("inherit"), source)
     for block, added in zip(model.base.blocks, model.channel.blocks, strict=True):
         assert torch.equal(added.qkv.weight, block.qkv.weight)
@@ -48,7 +48,7 @@ def test_a_channel_inherits_the_base(stage: StageName, source: CogVideo) -> None
 
 
 def test_super_resolution_inherits_attention_and_coarse_positions(source: CogVideo) -> None:
-    """Guards that a high slot starts as the low code above it: with its attention and its position."""
+    """Checks that each high slot starts with the attention and the position of the low code that covers it."""
     model = start("superres", Choice("inherit"), source)
     assert isinstance(model, Upscaler)
     for block, added in zip(model.base.blocks, model.channel.blocks, strict=True):
@@ -64,7 +64,7 @@ def test_super_resolution_inherits_attention_and_coarse_positions(source: CogVid
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_frozen_base_is_frozen_and_small(dtype: torch.dtype, source: CogVideo) -> None:
-    """Guards the memory of a frozen base, and that vectors, which cost nothing, keep their precision."""
+    """A frozen base gets no gradients and is stored in the requested dtype, except vectors, which stay in float32."""
     model = start("sequential", Choice("inherit"), source, dtype)
     for name, each in model.base.named_parameters():
         assert not each.requires_grad
@@ -73,7 +73,7 @@ def test_a_frozen_base_is_frozen_and_small(dtype: torch.dtype, source: CogVideo)
 
 
 def test_interpolation_continues_from_key_frames(source: CogVideo) -> None:
-    """Guards spec section 1: the channel is that of the sequential stage, and so is a base that it has for its own."""
+    """Guards spec section 1: interpolation starts from the sequential stage's channel, and from its own base if any."""
     model = start("interpolation", Choice("sequential"), source)
     assert torch.equal(model.channel.blocks[1].out.weight, source.sequential.channel.blocks[1].out.weight)
     assert torch.equal(model.base.words.weight, source.sequential.base.words.weight)
@@ -82,7 +82,7 @@ def test_interpolation_continues_from_key_frames(source: CogVideo) -> None:
 
 
 def test_variants(source: CogVideo) -> None:
-    """Guards the comparison runs: random channels, trained and random bases, other windows; seeds decide."""
+    """Guards the comparison runs: random channels, trained or random bases, other windows, and seeds."""
     random = [
         start("sequential", Choice("random"), source, seed=seed).channel.blocks[0].qkv.weight for seed in (0, 0, 1)
     ]
@@ -103,7 +103,7 @@ def test_variants(source: CogVideo) -> None:
 
 
 def test_training_a_copy_leaves_the_source_alone(source: CogVideo) -> None:
-    """Guards the bundle in memory, whose tensors may be maps of its files."""
+    """Protects the bundle in memory, whose tensors may be memory-mapped files, from training."""
     model = start("sequential", Choice("inherit", "trained"), source)
     before = source.base.words.weight.clone()
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_training_a_copy_leaves_the_source_alone(source: CogVideo) -> None:
 
 
 def test_what_is_missing_is_said(train_text_model: Callable[..., bytes], tmp_path: Path) -> None:
-    """Guards the message of a chain that was begun in the middle."""
+    """Checks the errors for a missing parent stage and for a window that does not fit."""
     bundle = make_bundle(tmp_path / "model", train_text_model(), base=False)
     with pytest.raises(ValueError, match=r"has no base, it has: image_tokenizer.*`cogvideo train image` makes it"):
         parents("sequential", Choice("inherit"), bundle)

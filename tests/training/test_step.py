@@ -1,4 +1,4 @@
-"""A step of training against plain autograd: cut anywhere, in figures and weights; what is frozen stays as it is."""
+"""A training step against plain autograd: same metrics and weights however a batch is cut; frozen weights stay."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def source(place: Path) -> CogVideo:
 
 
 def batch_of(trainer: Trainer, stage: StageName, place: Path, step: int = 0) -> Any:
-    """The samples of a step."""
+    """The collated batch of a step."""
     mode = "image" if stage in ("image", "superres") else stage
     sampling = ClipSampling(mode, FrameRates(), None, True, 0.2, stage == "superres")  # type: ignore[arg-type]
     stream = ClipStream([place / "data"], "train", sampling)
@@ -48,7 +48,7 @@ def batch_of(trainer: Trainer, stage: StageName, place: Path, step: int = 0) -> 
 
 
 class Plain:
-    """The same training in a few lines: the whole batch at once."""
+    """Reference training in a few lines, with the whole batch at once."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.objective = trainer.objective
@@ -59,7 +59,7 @@ class Plain:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
     def step(self, number: int, batch: Any) -> tuple[float, float, Tensor]:
-        """Loss, norm, and parts of each sample."""
+        """Run a step; returns the loss, the gradient norm, and the loss parts of each sample."""
         loss, parts = self.objective(batch)
         loss.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(self.trained, 0.5)
@@ -73,7 +73,7 @@ class Plain:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 3, 99])
 def test_pieces_add_up_to_the_batch(stage: StageName, micro_batch: int, place: Path, source: CogVideo) -> None:
-    """Guards accumulation, also of pieces of two sizes: weights and every figure are those of the whole batch."""
+    """Guards gradient accumulation, even with uneven micro-batches: weights and metrics match the whole batch."""
     trainer = make_trainer(stage, source, SETTINGS, Execution(micro_batch), wide=True)
     plain = Plain(make_trainer(stage, source, SETTINGS, wide=True))
     rows = []
@@ -94,7 +94,7 @@ def test_pieces_add_up_to_the_batch(stage: StageName, micro_batch: int, place: P
 
 
 def test_figures_are_of_the_steps_since_the_last_ones(place: Path, source: CogVideo) -> None:
-    """Guards lines of metrics that would hold steps of the line before."""
+    """Prevents a line of metrics from including steps that the previous line covered."""
     trainer = make_trainer("sequential", source, SETTINGS)
     plain = Plain(make_trainer("sequential", source, SETTINGS))
     losses, found = [], []
@@ -117,7 +117,7 @@ def test_figures_are_of_the_steps_since_the_last_ones(place: Path, source: CogVi
     ],
 )
 def test_weights_that_an_update_broke_are_refused(broken: str, message: str, place: Path, source: CogVideo) -> None:
-    """Guards checkpoints, and models that are delivered: the loss of a step is from before its update."""
+    """Keeps broken weights out of checkpoints and bundles: a step's loss is computed before its update."""
     rate = 1e30 if broken == "update" else 1e-3
     trainer = make_trainer("sequential", source, StageOptimization(batch=BATCH, learning_rate=rate, warmup=0, ema=0.5))
     batch = batch_of(trainer, "sequential", place)
@@ -134,7 +134,7 @@ def test_weights_that_an_update_broke_are_refused(broken: str, message: str, pla
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_recomputed_activations_change_nothing(stage: StageName, place: Path, source: CogVideo) -> None:
-    """Guards the switch that saves memory, for every kind of block."""
+    """Activation checkpointing must not change the weights, for any kind of block."""
     plain, frugal = (
         make_trainer(stage, source, SETTINGS, Execution(2, checkpointing), wide=True) for checkpointing in (False, True)
     )
@@ -147,7 +147,7 @@ def test_recomputed_activations_change_nothing(stage: StageName, place: Path, so
 
 @pytest.mark.parametrize("stage", ["sequential", "interpolation", "superres"])
 def test_the_frozen_base_costs_nothing(stage: StageName, place: Path, source: CogVideo) -> None:
-    """Guards the memory of a frozen base: no gradient, no state of the optimizer, no average, and the same bits."""
+    """Guards the cost of a frozen base: no gradient, optimizer state or running average, and unchanged bits."""
     trainer = make_trainer(stage, source, StageOptimization(batch=BATCH, learning_rate=1e-2, ema=0.9))
     before = {name: each.detach().clone() for name, each in trainer.objective.named_parameters()}
     for step in range(2):
@@ -169,7 +169,7 @@ def test_the_frozen_base_costs_nothing(stage: StageName, place: Path, source: Co
     ("name", "told"), [("weight", "the loss is nan"), ("gradient", "the norm of the gradient is inf")]
 )
 def test_divergence_names_its_step(name: str, told: str, place: Path, source: CogVideo) -> None:
-    """Guards a run of days that went wrong: the first bad step, what went wrong in it, and what to try."""
+    """A diverged run must name the first bad step, what went wrong in it, and what to try."""
     trainer = make_trainer("sequential", source, StageOptimization(batch=BATCH, learning_rate=1e-30, warmup=0))
     gate = trainer.objective.model.channel.blocks[0].gate
     for step in range(12):
@@ -185,8 +185,8 @@ def test_divergence_names_its_step(name: str, told: str, place: Path, source: Co
 
 
 def test_the_average_comes_and_goes_without_a_trace(place: Path, source: CogVideo) -> None:
-    """Guards what is exported, the average over all steps, and what training continues with: the same bits, also where
-    something fails meanwhile."""
+    """Guards the running average, which is exported, and the weights that training continues with: applying the average
+    and reverting it leaves the same bits, even after an exception."""
     trainer = make_trainer("sequential", source, StageOptimization(batch=BATCH, learning_rate=1e-2, ema=0.2))
     assert trainer.average is not None
     expected = {name: each.clone() for name, each in trainer.average.state.items()}
@@ -217,7 +217,7 @@ def test_the_average_comes_and_goes_without_a_trace(place: Path, source: CogVide
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
 def test_a_batch_is_cut_without_loss(stage: StageName, size: int, place: Path, source: CogVideo) -> None:
-    """Guards the pieces: every tensor of a sample stays with it, in order, and all but the last are full."""
+    """Guards micro-batches: every tensor of a sample stays with it, in order, and all pieces but the last are full."""
     trainer = make_trainer(stage, source, SETTINGS)
     batch = batch_of(trainer, stage, place)
     pieces = list(cut(batch, size))
@@ -233,7 +233,7 @@ def leaves(batch: Any) -> list[Tensor]:
 
 
 def test_products_are_in_the_precision_of_the_settings(place: Path, source: CogVideo) -> None:
-    """Guards bfloat16: it is used where asked for, and what is trained stays in float32."""
+    """Guards bfloat16: it is used if requested, while trained weights and optimizer state stay in float32."""
     losses = []
     for precision in ("float32", "bfloat16"):
         trainer = make_trainer("sequential", source, StageOptimization(batch=BATCH, precision=precision))  # type: ignore[arg-type]
@@ -250,13 +250,13 @@ def test_products_are_in_the_precision_of_the_settings(place: Path, source: CogV
 
 @pytest.mark.parametrize("name", ["micro_batch", "num_workers"])
 def test_bad_settings_are_refused(name: str) -> None:
-    """Guards the message: the option's name, what was got, what is allowed."""
+    """Checks that the error names the option, its value and what is allowed."""
     with pytest.raises(ValueError, match=f"{name} is -1, expected 0 or more"):
         Execution(**{name: -1})
 
 
 def test_samples_are_loaded_ahead_where_a_gpu_waits_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards defaults by device: none on a CPU, whose cores train; on a GPU a few, less where ranks share cores."""
+    """Guards default loader processes: none on a CPU, whose cores train; a few on a GPU, fewer if ranks share cores."""
     cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     assert (Execution().workers(cpu), Execution().workers(gpu)) == (0, 4)
@@ -266,7 +266,7 @@ def test_samples_are_loaded_ahead_where_a_gpu_waits_for_them(monkeypatch: pytest
 
 
 def test_adam_is_fused_on_a_gpu_alone() -> None:
-    """Guards the bits of runs on a CPU, whose fused kernel rounds otherwise."""
+    """Guards the exact results of CPU runs: the fused CPU kernel rounds differently."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

@@ -1,4 +1,4 @@
-"""The image model's tasks: what each slot is fed, sees and learns, how often each comes, and that it can be learnt."""
+"""The image model's tasks: what each slot is fed, sees and predicts, the mixture of tasks, and memorizing samples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def text(text_model: bytes) -> TextTokenizer:
 
 
 def make_task(text: TextTokenizer, kind: Kind = "image", grid: int = 6, slots: int = SLOTS) -> ImageTask:
-    """Of one kind of sample alone; a grid of 6 has squares of four sizes."""
+    """A task with only one kind of sample; a grid of 6 has squares of four sizes."""
     layout = SequenceLayout.text_to_image(LayoutConfig(grid, 5, slots, slots, slots))
     return ImageTask(layout, text, ALWAYS[kind])
 
@@ -60,11 +60,11 @@ def text_length(batch: ImageBatch, task: ImageTask) -> int:
     return int((batch.tokens[0, : task.layout.text_slots] != task.text.pad).sum())
 
 
-# The tasks in words, slot by slot
+# The tasks spelled out, slot by slot
 
 
 class Rule:
-    """Who sees whom in one sample. Which squares and tokens are masked is read from what is learnt."""
+    """Which slots of one sample see each other. Masked squares and tokens are inferred from the targets."""
 
     def __init__(self, task: ImageTask, kind: Kind, targets: list[int], num_text: int) -> None:
         self.kind, self.grid, self.slots = kind, task.layout.grid, task.layout.text_slots
@@ -78,18 +78,18 @@ class Rule:
         return row // 4, column // 4
 
     def hidden(self, slot: int) -> bool:
-        """Whether a slot is fed something masked: a token as it is, an image slot the code before."""
+        """True if a slot is fed something masked: a text slot its own token, an image slot the previous code."""
         if slot < self.slots:
             return slot in self.words
         code = slot - self.slots - 1
         return code >= 0 and self.square(code) in self.squares
 
     def sees(self, query: int, key: int) -> bool:
-        """The rule of CogLM, pair by pair."""
+        """CogLM's attention rule for a pair of slots."""
         word, other_word = query < self.slots, key < self.slots
         if query == key:
             return True
-        if query < self.first or key < self.first:  # pads
+        if query < self.first or key < self.first:  # padding
             return False
         if self.kind == "image":
             return other_word or (not word and key < query)
@@ -104,7 +104,7 @@ class Rule:
 
 
 def slow_logits(model: Transformer, task: ImageTask, tokens: list[int], mask: Tensor, num_text: int) -> Tensor:
-    """Logits of all tokens at every slot, by the dense oracle."""
+    """Logits over all tokens at every slot, from the dense oracle."""
     base, layout, config = model.base.state_dict(), task.layout, model.base.config
     oracle = Oracle("image", base, None, config.num_layers, config.num_heads, NUM_CODES, 0, layout.grid, 1, 0)
     first = layout.text_slots - num_text
@@ -118,7 +118,7 @@ def slow_logits(model: Transformer, task: ImageTask, tokens: list[int], mask: Te
 
 
 def expected_tokens(task: ImageTask, kind: Kind, one: ClipSample) -> list[int]:
-    """What is fed."""
+    """The tokens that the model is fed."""
     if kind == "understanding":
         words = [task.text.start_of_english, *task.text.encode(CAPTION)]
     else:
@@ -135,7 +135,7 @@ def expected_tokens(task: ImageTask, kind: Kind, one: ClipSample) -> list[int]:
 @pytest.mark.parametrize("kind", ["image", "understanding", "text"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_losses_equal_the_rule_in_words(text: TextTokenizer, kind: Kind, seed: int) -> None:
-    """Guards everything at once: what is fed and where it stands, who sees whom, what is learnt over which tokens."""
+    """Checks everything at once: inputs, positions, attention, targets, and which tokens each loss covers."""
     task, one = make_task(text, kind), some_sample(seed=seed)
     model, batch = large(make_model(task)), task.collate([one])
     tokens, targets, num_text = batch.tokens[0].tolist(), batch.targets[0].tolist(), text_length(batch, task)
@@ -158,7 +158,7 @@ def test_losses_equal_the_rule_in_words(text: TextTokenizer, kind: Kind, seed: i
 
 
 def test_text_to_image_is_what_generation_runs(text: TextTokenizer) -> None:
-    """Guards against training that sees other text or other positions than the pass that generates images."""
+    """Prevents training on text or positions that differ from those of the pass that generates images."""
     task = make_task(text)
     layout, samples = task.layout, [some_sample(seed=seed, caption=each) for seed, each in enumerate(("a", CAPTION))]
     model = large(make_model(task))
@@ -172,12 +172,12 @@ def test_text_to_image_is_what_generation_runs(text: TextTokenizer) -> None:
     torch.testing.assert_close(task.losses(model, task.collate(samples)).loss, expected)
 
 
-# Nothing leaks, and all that may be seen is
+# Attention: nothing leaks, and everything allowed is seen
 
 
 @pytest.mark.parametrize(("kind", "grid"), [("image", 6), ("understanding", 6), ("understanding", 8), ("image", 5)])
 def test_a_code_changes_only_who_may_know_it(text: TextTokenizer, kind: Kind, grid: int) -> None:
-    """Guards against a slot that sees what it predicts, at whatever distance, and against one that sees too little."""
+    """Catches slots that see what they predict, at any distance, and slots that see too little."""
     task, one = make_task(text, kind, grid), some_sample(grid)
     codes = torch.from_numpy(one.codes.astype(np.int64))
     others = [one._replace(codes=changed_in(codes, code, NUM_CODES).numpy()) for code in range(grid**2)]
@@ -199,7 +199,7 @@ def test_a_code_changes_only_who_may_know_it(text: TextTokenizer, kind: Kind, gr
 
 @pytest.mark.parametrize("kind", ["image", "understanding", "text"])
 def test_a_token_changes_only_who_may_know_it(text: TextTokenizer, kind: Kind) -> None:
-    """Guards against captions and spans that are read before they are learnt, and against images that see them."""
+    """Catches captions and spans that are seen before they are predicted, and images that see them."""
     task = make_task(text, kind)
     batch = task.collate([some_sample()])
     num_text, slots = text_length(batch, task), task.layout.text_slots
@@ -219,12 +219,12 @@ def test_a_token_changes_only_who_may_know_it(text: TextTokenizer, kind: Kind) -
         assert slot - 1 not in expected or batch.targets[0, slot - 1] == NOTHING
 
 
-# What is masked
+# Masking
 
 
 @pytest.mark.parametrize("grid", [4, 5, 6, 9, 20])
 def test_squares(text: TextTokenizer, grid: int) -> None:
-    """Guards the squares: 80 % of them, each as often as the others, whole, and all but the first column is learnt."""
+    """Guards masked squares: 80% of them, chosen evenly, always whole; all columns but the first are predicted."""
     task = make_task(text, "understanding", grid)
     side, seeds = -(-grid // 4), 60
     batch = task.collate([some_sample(grid)._replace(seed=seed) for seed in range(seeds)])
@@ -244,12 +244,12 @@ def test_squares(text: TextTokenizer, grid: int) -> None:
 
 
 def test_spans(text: TextTokenizer) -> None:
-    """Guards the spans: 15 % of the tokens, in runs of three or so; the first token is never masked."""
+    """Guards masked spans: 15% of the tokens, in runs of about three; the first token is never masked."""
     task = replace(make_task(text, slots=200), mixture=ImageMixture(0.0, 1.0))
     caption = " ".join([CAPTION] * 8)
     batch = task.collate([some_sample(caption=caption)._replace(seed=seed) for seed in range(200)])
     num_text = text_length(batch, task)
-    masked = (batch.targets != NOTHING)[:, 200 - num_text - 1 : 199]  # a slot learns the token behind it
+    masked = (batch.targets != NOTHING)[:, 200 - num_text - 1 : 199]  # a slot predicts the next token
     assert num_text > 100
     assert not masked[:, 0].any()
     assert (masked.sum(1) == round(0.15 * num_text)).all()
@@ -260,7 +260,7 @@ def test_spans(text: TextTokenizer) -> None:
 
 
 def test_words_are_the_text_slots_with_loss(text: TextTokenizer) -> None:
-    """Guards the slots that go through the head of the vocabulary, which a GPU must not be asked for."""
+    """Guards the precomputed list of text slots with loss, without which a GPU would have to synchronize."""
     task = replace(make_task(text), mixture=ImageMixture(0.4, 0.3))
     batch = task.collate(mixed(9))
     for words, targets in zip(batch.words, batch.targets[:, :SLOTS], strict=True):
@@ -271,24 +271,24 @@ def test_words_are_the_text_slots_with_loss(text: TextTokenizer) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("words", ["a", CAPTION])
 def test_any_share_of_a_text(text: TextTokenizer, share: float, words: str) -> None:
-    """Guards against a draw of spans without end, and a sample without loss."""
+    """Prevents endless sampling of spans, and samples without a loss."""
     task = replace(make_task(text, "text"), mixture=ImageMixture(0.0, 1.0, masked_text=share))
     batch = task.collate([some_sample(caption=words)])
     learnt, num_text = int((batch.targets != NOTHING).sum()), text_length(batch, task)
     assert learnt == min(max(1, round(share * num_text)), num_text - 1)
 
 
-# The mixture
+# The task mixture
 
 
 def kinds(batch: ImageBatch) -> list[Kind]:
-    """The task of each sample, from its parts."""
+    """The task of each sample, inferred from its loss parts."""
     names = {PARTS.index("image"): "image", PARTS.index("caption"): "understanding", PARTS.index("spans"): "text"}
     return [names[int(parts[targets != NOTHING][0])] for parts, targets in zip(batch.parts, batch.targets, strict=True)]
 
 
 def test_shares_of_the_mixture(text: TextTokenizer) -> None:
-    """Guards the shares, which the seeds alone decide."""
+    """Guards the shares of the tasks, which depend only on the samples' seeds."""
     task = replace(make_task(text, grid=4), mixture=ImageMixture(0.3, 0.1))
     count = 1500
     found = Counter(kinds(task.collate([some_sample(4)._replace(seed=seed) for seed in range(count)])))
@@ -301,7 +301,7 @@ def test_shares_of_the_mixture(text: TextTokenizer) -> None:
     [((1.2, 0.0), "understanding is 1.2"), ((0.7, 0.4), "1.1 together"), ((0.1, 0.1, -1), "masked_squares is -1")],
 )
 def test_shares_that_cannot_be(values: tuple[float, ...], message: str) -> None:
-    """Guards against a mistyped share that silently trains something else."""
+    """Prevents a mistyped share from silently training something else."""
     with pytest.raises(ValueError, match=message):
         ImageMixture(*values)
 
@@ -311,7 +311,7 @@ def mixed(count: int, caption: str | None = CAPTION) -> list[ClipSample]:
 
 
 def test_a_sample_is_the_same_in_every_batch(text: TextTokenizer) -> None:
-    """Guards resumed runs and other numbers of ranks: neighbours change no row and no loss."""
+    """Guards resuming, also with a different number of ranks: a sample and its loss do not depend on its batch."""
     task = replace(make_task(text), mixture=ImageMixture(0.4, 0.3))
     samples, model = mixed(9), large(make_model(task))
     whole, parts = task.collate(samples), [task.collate(samples[:4]), task.collate(samples[4:])]
@@ -328,7 +328,7 @@ def test_a_sample_is_the_same_in_every_batch(text: TextTokenizer) -> None:
 
 @pytest.mark.parametrize("kind", ["image", "understanding", "text"])
 def test_a_dropped_caption_is_the_unconditional_text(text_model: bytes, kind: Kind) -> None:
-    """Guards guidance: without a caption there is but an image to learn, behind the text that guidance moves from."""
+    """Guards guidance: without a caption, only the image is predicted, after the unconditional text."""
     config = replace(preset("cogvideo").text, unconditional_caption="something")
     text = TextTokenizer(text_model, config, NUM_CODES)
     task = make_task(text, kind, slots=30)
@@ -341,7 +341,7 @@ def test_a_dropped_caption_is_the_unconditional_text(text_model: bytes, kind: Ki
 
 @pytest.mark.parametrize("caption", [CAPTION, None])
 def test_later_frames_have_the_text_of_video_stages(text: TextTokenizer, caption: str | None) -> None:
-    """Guards what key frames and rounds find in the frozen base: their own texts, with the duration in front."""
+    """Guards the text of later frames: that of the video stages, with the duration in front, for their frozen base."""
     task = make_task(text, slots=30)
     batch = task.collate([some_sample(caption=caption)._replace(duration=each) for each in (0.0, 4.0, 0.5)])
     if caption is None:
@@ -353,7 +353,7 @@ def test_later_frames_have_the_text_of_video_stages(text: TextTokenizer, caption
 
 
 def test_no_text_at_all(text_model: bytes) -> None:
-    """Guards against losses that are not a number where the unconditional text is empty."""
+    """Prevents NaN losses when the unconditional text is empty."""
     text = TextTokenizer(text_model, TextConfig(image_template="{caption}"), NUM_CODES)
     task = make_task(text)
     assert text.encode_unconditional_image() == []
@@ -361,7 +361,7 @@ def test_no_text_at_all(text_model: bytes) -> None:
 
 
 def test_language_tags_and_long_captions(text: TextTokenizer) -> None:
-    """Guards the tag that a caption is learnt behind, and that a caption too long loses its end alone."""
+    """Guards the language tag before a caption, and that a caption that is too long loses only its end."""
     task = make_task(text, "understanding")
     batch = task.collate([some_sample(caption=each) for each in ("一只猫", CAPTION, CAPTION * 5)])
     first = [row[row != text.pad][0].item() for row in batch.tokens]
@@ -373,7 +373,7 @@ def test_language_tags_and_long_captions(text: TextTokenizer) -> None:
 
 
 def test_gradients_reach_all_weights(text: TextTokenizer) -> None:
-    """Guards against a part of the model that no task trains, also under autocast and in a batch without text loss."""
+    """Catches weights that no task trains, including under autocast and in a batch without text loss."""
     task = replace(make_task(text), mixture=ImageMixture(0.5, 0.2))
     model = make_model(task)
     initialize(model.base, 2, torch.Generator().manual_seed(0))
@@ -389,7 +389,7 @@ def test_gradients_reach_all_weights(text: TextTokenizer) -> None:
 
 
 def test_learns_by_heart(text: TextTokenizer) -> None:
-    """Guards the whole way: the image model learns clips by heart, and generation gives them back by their captions."""
+    """Checks training end to end: the image model memorizes clips, and generation reproduces them from captions."""
     task = make_task(text, grid=4)
     model, samples = make_model(task, hidden=64), [some_sample(4, seed, f"clip {seed} of a ball") for seed in range(8)]
     initialize(model.base, 2, torch.Generator().manual_seed(0))
@@ -403,7 +403,7 @@ def test_learns_by_heart(text: TextTokenizer) -> None:
 
 
 def test_all_tasks_learn_by_heart(text: TextTokenizer) -> None:
-    """Guards squares, captions and spans that cannot be predicted from what they see."""
+    """Catches squares, captions and spans that cannot be predicted from what they see."""
     task = replace(make_task(text, grid=4), mixture=ImageMixture(0.4, 0.3))
     model, samples = make_model(task, hidden=64), [some_sample(4, seed, f"clip {seed} of a ball") for seed in range(8)]
     initialize(model.base, 2, torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Whole runs of `cogvideo train STAGE`, in processes of their own: chains, kills, ranks, variants, mistakes."""
+"""Whole runs of `cogvideo train STAGE`, some in separate processes: chains, kills, ranks, variants, mistakes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from workshop import make_bundle, make_data
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 RATE = 1e-3
 PATIENCE = 300
-"""Seconds after which a process hangs, however busy the machine is."""
+"""Seconds after which a process counts as hung, even on a busy machine."""
 
 
 TWICE = """
@@ -51,11 +51,11 @@ for sharding in ("replicated", "sharded"):
         sys.exit(status)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}  # torchrun's store has the keys of one group
 """
-"""Arguments: the port of another store, and those of `cogvideo`. The ranks import PyTorch once for both ways."""
+"""Arguments: the port of a second store, then those of `cogvideo`. Ranks import PyTorch once for both shardings."""
 
 
 class Place:
-    """A folder with a bundle and data, in which commands are run."""
+    """A folder with a bundle and data, and methods that run commands in it."""
 
     def __init__(self, folder: Path, text_model: bytes, base: bool = True) -> None:
         self.folder = folder
@@ -63,18 +63,18 @@ class Place:
         make_data(folder / "data", folder / "model")
 
     def command(self, stage: str, *options: str, out: str = "model") -> list[str]:
-        """Arguments of a run of a few small steps; later options win."""
+        """Command line of a run of a few small steps; later options override earlier ones."""
         return [sys.executable, "-m", "cogvideo", "train", stage, "--data", "data", "--out", out,
             "--steps", "8", "--batch", "4", "--warmup", "2", "--learning-rate", str(RATE), "--report-every", "1",
             "--evaluate-every", "4", "--checkpoint-every", "2", "--sample-every", "0", *options]  # fmt: skip
 
     def here(self, stage: str, *options: str, out: str) -> tuple[int, str]:
-        """Status and messages of a run in this process, which is seconds quicker; a traceback is an exception."""
+        """Exit status and stderr of a run in this process, which saves seconds; unexpected errors are raised."""
         command = self.command(stage, *options, out=out)
         return self.call(*command[command.index("train") :])
 
     def call(self, *arguments: str) -> tuple[int, str]:
-        """The same of any command."""
+        """Like `here`, for any command."""
         said = io.StringIO()
         with contextlib.chdir(self.folder), contextlib.redirect_stderr(said):
             return main(list(arguments)), said.getvalue()
@@ -90,7 +90,7 @@ class Place:
         assert len(said.strip().splitlines()) == 1, said
 
     def paused(self, step: int, *options: str, out: str) -> subprocess.Popen[str]:
-        """A run of the sequential stage that has made a step, and waits to be killed."""
+        """A run of the sequential stage that has completed a step and waits to be killed."""
         command = self.command("sequential", *options, out=out)
         return paused(step, command[command.index("train") :], cwd=self.folder, env=ENVIRONMENT)
 
@@ -101,7 +101,7 @@ class Place:
         return load_file(self.folder / out / Manifest.read(self.folder / out).components[component].file)
 
     def trained(self, out: str) -> dict[str, torch.Tensor]:
-        """Weights of the sequential stage at its end, before they are rounded for the bundle."""
+        """Final weights of the sequential stage, before they are rounded for the bundle."""
         return read_weights(self.checkpoints(out) / "step-00000008", averaged=False)
 
     def rows(self, stage: str, out: str = "model") -> list[dict[str, object]]:
@@ -109,7 +109,7 @@ class Place:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def measured(self, out: str) -> dict[object, float | None]:
-        """Of the sequential stage: the mean loss on held-out clips, by step; None where nothing is held out."""
+        """Mean held-out loss of the sequential stage by step; None if nothing is held out."""
         rows = {row["step"]: row["held_out"] for row in self.rows("sequential", out) if "held_out" in row}
         return {step: mean_loss(held) for step, held in rows.items()}  # type: ignore[arg-type]
 
@@ -119,9 +119,10 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """Weights of two runs are the same but for rounding: what is left is a hundredth of a step, taken over all.
+    """Check that weights of two runs match up to rounding: the RMS difference is below 1% of the learning rate.
 
-    A weight whose gradient is hardly more than rounding may go another way: Adam moves it by a whole learning rate.
+    A single weight may differ more: if its gradient is little more than rounding error, Adam still moves it by a whole
+    learning rate.
     """
     assert one.keys() == other.keys()
     apart = torch.cat([(one[name] - other[name]).flatten() for name in one])
@@ -130,14 +131,14 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 @pytest.fixture(scope="module")
 def place(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """With a sequential stage that was trained in one piece, by one process."""
+    """A place with a sequential stage trained by one process without interruption."""
     made = Place(tmp_path_factory.mktemp("launch"), train_text_model())
     made.succeed("sequential", "--init", "model", out="whole")
     return made
 
 
 def test_the_chain_becomes_a_bundle_that_generates(train_text_model: Callable[..., bytes], tmp_path: Path) -> None:
-    """Guards the way from two tokenizers to a clip: every stage finds what it needs and leaves what the next needs."""
+    """Guards the chain from tokenizers to a clip: each stage finds what it needs and leaves what the next one needs."""
     place = Place(tmp_path, train_text_model(), base=False)
     for stage in ("image", "sequential", "interpolation", "superres"):
         place.succeed(stage, "--sample-every", "8")
@@ -155,7 +156,7 @@ def test_the_chain_becomes_a_bundle_that_generates(train_text_model: Callable[..
 
 
 def test_a_killed_run_continues_to_the_same_bits(place: Place) -> None:
-    """Guards resuming: SIGKILL, then the same command, gives the weights of the run that was not killed."""
+    """Guards resuming: after SIGKILL, the same command gives the weights of an uninterrupted run."""
     kill(place.paused(5, "--init", "model", out="killed"))
     assert not (place.folder / "killed" / "sequential.safetensors").exists()
     status, said = place.here("sequential", "--init", "model", out="killed")
@@ -171,8 +172,8 @@ def test_a_killed_run_continues_to_the_same_bits(place: Place) -> None:
 
 
 def test_a_run_that_is_asked_to_stop_saves_first(place: Place) -> None:
-    """Guards preemption: nothing is lost between the last regular checkpoint and the signal; and the choice of the
-    best: a checkpoint knows the loss of its own step, and keeps none of an earlier one."""
+    """Guards preemption: SIGTERM saves the steps since the last regular checkpoint. Also guards the choice of the best:
+    a checkpoint records the held-out loss of its own step, never that of an earlier one."""
     options = ("--init", "model", "--checkpoint-every", "100000", "--steps", "100000", "--evaluate-every", "3")
     command = place.command("sequential", *options, out="asked")
     metrics = place.folder / "asked" / ".sequential-run" / "metrics.jsonl"
@@ -190,8 +191,8 @@ def test_a_run_that_is_asked_to_stop_saves_first(place: Place) -> None:
 
 
 def test_a_second_run_in_the_folder_is_refused(place: Place) -> None:
-    """Guards two runs that would write each other's checkpoints: the second one ends at once, the first one goes on,
-    and saves what it has at Ctrl-C."""
+    """Prevents two runs from overwriting each other's checkpoints: the second exits at once; the first continues, and
+    saves its work on Ctrl-C."""
     options = ("--init", "model", "--steps", "100000", "--num-workers", "1")
     command = place.command("sequential", *options, out="twice")
     process = subprocess.Popen(command, cwd=place.folder, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -207,13 +208,13 @@ def test_a_second_run_in_the_folder_is_refused(place: Place) -> None:
 
 
 def test_a_run_continues_wherever_it_lies(place: Place) -> None:
-    """Guards models that are moved while they learn: what counts is what they start from, not where that lies; and a
-    killed run's loading processes, which outlive it for seconds: the lock is free at once."""
+    """Guards models that are moved during training: what a run starts from counts, not its path. Also guards the lock
+    of a killed run, which is free at once although its loader processes outlive it by seconds."""
     shutil.copytree(place.folder / "model", place.folder / "home", ignore=shutil.ignore_patterns(".*"))
     process = place.paused(3, "--num-workers", "2", out="home")
     loader, *_ = _children(process.pid)
     kill(process)
-    os.kill(loader, 0)  # it is there still
+    os.kill(loader, 0)  # still running
     with exclusive_lock(place.folder / "home" / ".sequential-run"):
         pass
     (place.folder / "home").rename(place.folder / "away")
@@ -232,7 +233,7 @@ def test_a_run_continues_wherever_it_lies(place: Place) -> None:
 
 
 def test_what_is_trained_on_is_a_parent(place: Place) -> None:
-    """Guards --start continue: a channel from another bundle makes another run."""
+    """Guards --start continue: the channel is a parent, so a channel from another bundle makes a different run."""
     options, run = ("--start", "continue", "--steps", "1"), place.folder / "on" / ".sequential-run" / "run.json"
     place.succeed("sequential", "--init", "whole", *options, out="on")
     manifest = Manifest.read(place.folder / "whole").components
@@ -247,8 +248,8 @@ def _children(process: int) -> list[int]:
 
 
 def test_two_ranks_train_as_one(place: Place) -> None:
-    """Guards the division of a batch, and resuming with another number of ranks: two processes give the weights of one,
-    with DDP from the first step, with FSDP2 from a checkpoint of one process."""
+    """Guards splitting a batch among ranks, and resuming with a different number: two processes give the weights of
+    one, with DDP from the first step, with FSDP2 from a checkpoint of one process."""
     whole, sharded = (place.folder / name / ".sequential-run" for name in ("whole", "ranks-sharded"))
     run = shutil.copytree(whole, sharded)
     (run / "report.json").unlink()
@@ -269,14 +270,14 @@ def test_two_ranks_train_as_one(place: Place) -> None:
 
 
 def test_ways_to_compute_give_the_same_weights(place: Place) -> None:
-    """Guards the switches that save memory: micro-batches, recomputed activations, loading processes."""
+    """Guards options that must not change weights: micro-batches, checkpointing, loaders, asynchronous saving."""
     options = ("--micro-batch", "1", "--checkpointing", "--num-workers", "1", "--asynchronous")
     place.succeed("sequential", "--init", "model", *options, out="frugal")
     assert_close(place.trained("frugal"), place.trained("whole"))
 
 
 def test_variants_for_comparison(place: Place) -> None:
-    """Guards the ablations: each is trained, and a base that is trained becomes the stage's own."""
+    """Guards the ablation variants: each can be trained, and a trained base becomes the stage's own."""
     place.succeed("sequential", "--init", "model", "--base", "random", "--start", "random", out="random")
     model = CogVideo.from_pretrained(place.folder / "random")
     assert not torch.equal(model.sequential.base.words.weight, model.base.words.weight)
@@ -291,7 +292,7 @@ def test_variants_for_comparison(place: Place) -> None:
 
 
 def test_a_checkpoint_becomes_a_bundle(place: Place) -> None:
-    """Guards exports on demand: the last checkpoint is what the run delivered, an earlier one is not."""
+    """Guards exports on demand: the last checkpoint equals what the run delivered, an earlier one does not."""
     run = str(place.folder / "whole" / ".sequential-run")
     for out, options in (("last", ()), ("best", ("--best",)), ("early", ("--step", "6"))):
         assert place.call("train", "export", run, "--out", out, *options) == (0, "")
@@ -303,13 +304,13 @@ def test_a_checkpoint_becomes_a_bundle(place: Place) -> None:
 
 
 def test_the_average_is_exported(place: Place) -> None:
-    """Guards the running average: it survives a resume, and is what the bundle gets."""
+    """Checks that the bundle gets the running average rather than the last weights."""
     place.succeed("sequential", "--init", "model", "--ema", "0.9", out="average")
     assert not equal(place.weights("sequential", "average"), place.weights("sequential", "whole"))
 
 
 def test_a_finished_run_is_left_alone(place: Place) -> None:
-    """Guards against training again, or replacing a stage, by mistake."""
+    """Prevents retraining or replacing a stage by mistake."""
     before = (place.folder / "whole" / "sequential.safetensors").stat().st_mtime_ns
     place.succeed("sequential", "--init", "model", out="whole")
     assert (place.folder / "whole" / "sequential.safetensors").stat().st_mtime_ns == before
@@ -322,8 +323,8 @@ def test_a_finished_run_is_left_alone(place: Place) -> None:
 
 
 def test_what_the_messages_advise_works(place: Place) -> None:
-    """Guards the way on from a run that ended: --overwrite begins another one, and keeps the folder of the old one;
-    other windows need another bundle; a run that did not end stays."""
+    """Checks that the advice in messages works after a finished run: --overwrite starts a new one and keeps the old
+    folder; other windows need another bundle; an unfinished run is never replaced."""
     whole, runs = place.folder / "whole", lambda: sorted(each.name for each in (place.folder / "next").glob(".*-run*"))
     shutil.copytree(whole, place.folder / "next")
     options = ("--start", "continue", "--steps", "2", "--checkpoint-every", "1")
@@ -342,7 +343,7 @@ def test_what_the_messages_advise_works(place: Place) -> None:
 
 
 def test_a_run_that_ended_is_delivered_again(place: Place) -> None:
-    """Guards a bundle that was removed, in part or in whole, while the folder of the run stayed."""
+    """A bundle that was partly or completely removed must be exported again if the run's folder remains."""
     shutil.copytree(place.folder / "whole", place.folder / "again")
     for names in (["sequential.safetensors"], ["bundle.json", "base.safetensors", "sequential.safetensors"]):
         for name in names:
@@ -354,7 +355,7 @@ def test_a_run_that_ended_is_delivered_again(place: Place) -> None:
 
 
 def test_divergence_keeps_the_last_good_checkpoint(place: Place) -> None:
-    """Guards runs of days: a loss that is no number ends the run, says where, and no checkpoint holds it."""
+    """Guards long runs: a loss that is not finite ends the run, the error names the step, and no checkpoint has it."""
     place.succeed("sequential", "--init", "model", "--steps", "4", out="diverges")
     shutil.rmtree(place.folder / "diverges" / ".sequential-run" / "report.json", ignore_errors=True)
     options = ("--init", "model", "--learning-rate", "1e30", "--clip", "1e30", "--warmup", "0")
@@ -373,7 +374,7 @@ def test_divergence_keeps_the_last_good_checkpoint(place: Place) -> None:
 
 
 def test_a_run_goes_on_from_the_newest_whole_checkpoint(place: Place) -> None:
-    """Guards runs whose disk failed: what is damaged is told and set aside, and the weights come out the same."""
+    """Guards runs with disk faults: a damaged checkpoint is reported and set aside, and the weights stay the same."""
     run = place.folder / "failing" / ".sequential-run"
     shutil.copytree(place.folder / "whole" / ".sequential-run", run)
     (run / "report.json").unlink()
@@ -395,7 +396,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint(place: Place) -> None:
 def test_divergence_publishes_the_checkpoint_that_is_being_written(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards asynchronous checkpoints: one that had not got its name yet would be lost with the run."""
+    """Guards asynchronous checkpoints: one that is still being written when the run diverges must not be lost."""
     figures = Trainer.figures
 
     def diverging(trainer: Trainer, done: int) -> StepMetrics:
@@ -403,7 +404,7 @@ def test_divergence_publishes_the_checkpoint_that_is_being_written(
         return figures(trainer, done)
 
     monkeypatch.setattr(Trainer, "figures", diverging)
-    monkeypatch.setattr(Checkpoints, "settle", lambda checkpoints: None)  # a disk that is slower than two steps
+    monkeypatch.setattr(Checkpoints, "settle", lambda checkpoints: None)  # a disk slower than two steps
     monkeypatch.chdir(place.folder)
     command = place.command("sequential", "--init", "model", "--asynchronous", out="unsettled")
     assert main(command[command.index("train") :]) == 2
@@ -428,14 +429,14 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_out_of_memory_says_what_helps(place: Place) -> None:
-    """Guards the most frequent end of a run: what was expected and which switch helps, in one line; the run is kept."""
+    """Guards the most common failure: one line gives the expected memory and options that help; the run is kept."""
     command = place.command("sequential", "--init", "model", "--batch", "3000", "--micro-batch", "1500", out="large")
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *command[command.index("train") :]],
         cwd=place.folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    line = done.stderr.strip().splitlines()[-1]  # after that the data are fewer than a batch
+    line = done.stderr.strip().splitlines()[-1]  # earlier lines: there are fewer clips than a batch
     assert re.search(
         r"out of memory with 1500 samples per pass; `cogvideo info` expects [\d.]+ GiB with --precision bfloat16, and "
         r"[\d.]+ GiB with --checkpointing too\. What helps: a smaller --micro-batch, --checkpointing",
@@ -445,7 +446,7 @@ def test_out_of_memory_says_what_helps(place: Place) -> None:
 
 
 def test_mistakes_are_one_line(place: Place, train_text_model: Callable[..., bytes], tmp_path: Path) -> None:
-    """Guards what a user sees who trains on the wrong thing."""
+    """Checks the one-line errors for training on the wrong thing."""
     other = Place(tmp_path, train_text_model())
     torch.manual_seed(5)
     for number, (message, stage, options) in enumerate(
@@ -477,8 +478,8 @@ def test_mistakes_are_one_line(place: Place, train_text_model: Callable[..., byt
 
 
 def test_adapters_are_trained_next_to_the_weights(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards `train STAGE --lora`: weights stay, key frames learn on the adapted base, a stopped run goes on to
-    the same bits."""
+    """Guards `train STAGE --lora`: weights stay unchanged, key frames train on the adapted base, and a stopped run
+    resumes to the same bits."""
     shutil.copytree(place.folder / "whole", place.folder / "adapted", ignore=shutil.ignore_patterns(".*"))
     figures, names = Trainer.figures, ("base", "sequential")
     before = {name: Manifest.read(place.folder / "adapted").components[name].sha256 for name in names}
@@ -517,8 +518,8 @@ def test_adapters_are_trained_next_to_the_weights(place: Place, monkeypatch: pyt
 
 
 def test_channels_of_one_base(place: Place) -> None:
-    """Guards `train STAGE --channel`: a bundle has several video channels on one base, which is stored once, and
-    says when that base was replaced."""
+    """Guards `train STAGE --channel`: a bundle holds several video channels on one base, which is stored once;
+    replacing that base is detected."""
     model, storm = place.folder / "many", place.folder / "many" / "channels" / "storm"
     shutil.copytree(place.folder / "whole", model, ignore=shutil.ignore_patterns(".*"))
     for stage in ("sequential", "interpolation"):
@@ -550,7 +551,7 @@ def test_channels_of_one_base(place: Place) -> None:
 
 
 def test_data_that_holds_nothing_out(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards small datasets: the default split may be absent, which is said, and the run goes without it."""
+    """Guards small datasets: without the default validation split, the run prints a notice and trains anyway."""
     make_data(place.folder / "all", place.folder / "model", held_out=0)
     options = ("--init", "model", "--data", "all", "--steps", "2", "--batch", "99")
     status, told = place.here("sequential", *options, out="unjudged")
@@ -563,7 +564,7 @@ def test_data_that_holds_nothing_out(place: Place, capsys: pytest.CaptureFixture
 
 
 def _disguise(data: Path) -> None:
-    """The same shards as another tokenizer would have made them."""
+    """Rewrite the shards as if another tokenizer had encoded them."""
     from cogvideo.data.dataset import Dataset, make_card, write_card
     from cogvideo.data.shards import digest, write_shard
 

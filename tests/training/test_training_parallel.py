@@ -1,4 +1,4 @@
-"""Many ranks give what one gives: in real processes that talk through gloo, against plain autograd in this one."""
+"""Many ranks match one: real processes that communicate through gloo, against plain autograd in this process."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ AFTER = {
     "resume-replicated": "resumed-2-replicated.pt",
     "alone": "resumed-1-sharded.pt",
 }
-"""Jobs that take up a checkpoint, and where they note what they found."""
+"""Jobs that resume from a checkpoint, and the files with their results."""
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with what all ranks wrote. The same processes do all jobs."""
+    """The folder with the output of all ranks. The same processes run all jobs."""
     folder = tmp_path_factory.mktemp("ranks")
     for name in (*BEFORE, "background"):
         (folder / name).mkdir()
     save(folder / "alone", ALONE, SHARDED)
-    equalities = [(way, folder) for way in reversed(WAYS)]  # first the one of four ranks, of which two then end
+    equalities = [(way, folder) for way in reversed(WAYS)]  # four ranks first, two of which then exit
     checkpoints = [(job, folder / job) for job in ("save", "save-replicated", "background")]
     resumed = [(job, folder / before) for before in BEFORE for job in AFTER if job != "alone"]
     frames(folder, ALONE, REPLICATED)
@@ -56,7 +56,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two nested states hold the same bits."""
+    """True if two nested states are bit-identical."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(equal(each, other[name]) for name, each in one.items())
     if isinstance(one, list):
@@ -66,7 +66,7 @@ def equal(one: Any, other: Any) -> bool:
 
 @lru_cache
 def alone(stage: str, base: str) -> dict[str, Any]:
-    """The same training with the whole batch at once and no line of the code under test."""
+    """Reference training with the whole batch at once, without any of the code under test."""
     objective = make_objective(stage, base)
     trained = {name: each for name, each in objective.named_parameters() if each.requires_grad}
     objective(make_batch(objective, 0)).loss.mean().backward()
@@ -95,26 +95,26 @@ def alone(stage: str, base: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("way", "stage", "base"), CASES)
 class TestEquality:
-    """DDP, FSDP2, tensor parallelism and both of these at once, of a frozen and of a trained base."""
+    """DDP, FSDP2, tensor parallelism and FSDP2 with tensor parallelism; frozen and trained bases, and adapters."""
 
     def figures(self, results: Path, way: str, stage: str, base: str) -> dict[str, Any]:
         return torch.load(results / f"{way}-{stage}-{base}.pt", weights_only=True)
 
     def test_gradients(self, results: Path, way: str, stage: str, base: str) -> None:
-        """Guards: ranks or micro-batches weighted wrongly, a gradient that is not exchanged, or exchanged twice."""
+        """Catches ranks or micro-batches weighted wrongly, and gradients that are exchanged twice or not at all."""
         found, expected = self.figures(results, way, stage, base)["gradients"], alone(stage, base)["gradients"]
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             assert relative_error(found[name], gradient) < 1e-5, name
 
     def test_steps(self, results: Path, way: str, stage: str, base: str) -> None:
-        """Guards: a norm over a rank's part alone, weights that stay behind, measuring with weights of another time."""
+        """Catches a norm over one rank's part only, weights that lag behind, and evaluation with outdated weights."""
         found, expected = self.figures(results, way, stage, base), alone(stage, base)
         for name in ("steps", "held_out"):
             torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(expected[name]), atol=1e-5, rtol=1e-5)
 
     def test_frozen(self, results: Path, way: str, stage: str, base: str) -> None:
-        """Guards: wrapping that gives frozen weights a gradient, an optimizer state, or other bits."""
+        """Catches wrapping that gives frozen weights a gradient, optimizer state, or different bits."""
         figures = self.figures(results, way, stage, base)
         assert figures["changed"] == figures["odd"] == figures["unfrozen"] == []
         assert figures["states"] == len(alone(stage, base)["gradients"])
@@ -123,7 +123,7 @@ class TestEquality:
 
 
 def test_ranks_agree(results: Path) -> None:
-    """Guards: a rank that goes on where another stops, and figures of one rank in place of all."""
+    """Catches a rank that continues while another stops, and metrics of one rank in place of all."""
     for rank in range(2):
         found = torch.load(results / f"talk-{rank}.pt", weights_only=True)
         assert found["any"] == [False, True, True]
@@ -131,8 +131,8 @@ def test_ranks_agree(results: Path) -> None:
 
 
 def test_ranks_share_the_frames_of_the_tokenizer(results: Path) -> None:
-    """Guards gradients, codebook and k-means of two ranks, which are those of one but for rounding; and ranks that
-    drift apart once the adversary sees only its own rank's frames."""
+    """Guards gradients, codebook and k-means on two ranks, which match those on one up to rounding, and keeps ranks
+    from drifting apart once the adversary sees only its own rank's frames."""
     one, two, other = (
         torch.load(results / f"frames-{name}.pt", weights_only=True) for name in ("0-of-1", "0-of-2", "1-of-2")
     )
@@ -146,7 +146,7 @@ def test_ranks_share_the_frames_of_the_tokenizer(results: Path) -> None:
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("after", AFTER)
 def test_any_change_of_ranks_on_resume(before: str, after: str, results: Path) -> None:
-    """Guards checkpoints: what two ranks wrote, one takes up, and the other way round, to the bit and to the step."""
+    """Guards checkpoints: one rank loads what two wrote, and vice versa, bit for bit; the next step matches too."""
     folder = results / before
     if after == "alone":
         resume(folder, ALONE, SHARDED)
@@ -157,7 +157,7 @@ def test_any_change_of_ranks_on_resume(before: str, after: str, results: Path) -
 
 
 def test_checkpoints_in_the_background_are_of_their_moment(results: Path) -> None:
-    """Guards: a state that changes while it is written, and messages of writing that meet those of training."""
+    """Catches state that changes while it is written, and messages of writing that collide with those of training."""
     folder = results / "background"
     checkpoints = Checkpoints(folder)
     assert checkpoints.steps() == list(range(1, 7))
@@ -168,7 +168,7 @@ def test_checkpoints_in_the_background_are_of_their_moment(results: Path) -> Non
 
 
 def test_ranks_that_are_killed_leave_whole_checkpoints(tmp_path: Path) -> None:
-    """Guards the rename: whenever two writing ranks die, what has a name can be loaded."""
+    """Guards the atomic rename: whenever two writing ranks die, every checkpoint with a final name can be loaded."""
     with started(("endless", tmp_path)) as ranks:
         while not list(tmp_path.glob("step-*")) and ranks.poll() is None:
             time.sleep(0.01)

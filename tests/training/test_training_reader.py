@@ -1,4 +1,4 @@
-"""Training of the World reader: what it learns from, that labels stay true, and that it continues to the same bits."""
+"""Training the World reader: its clips, augmentation that keeps labels true, and resuming to the same bits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def settings(steps: int = 4) -> ReaderSettings:
 
 
 def test_no_clip_is_learnt_twice_or_kept() -> None:
-    """Guards the test's meaning: every step has new clips, none of those that models or the reader are judged by."""
+    """Keeps the test meaningful: every step has new clips, none of them used to evaluate models or the reader."""
     drawn = [make(step, 4) for step in range(5) for make in (clips, stills)]
     numbers = [scene.index for each in drawn for scene in each.scenes]
     assert len(set(numbers)) == 40
@@ -36,7 +36,7 @@ def test_no_clip_is_learnt_twice_or_kept() -> None:
 
 
 def test_stills_show_one_figure() -> None:
-    """Guards what single frames can tell: nobody else is there to be taken for the one who acts."""
+    """Guards single frames: with one figure, nobody else can be mistaken for the one who acts."""
     scenes, pixels = stills(3, 8)
     assert pixels.shape == (8, 1, 64, 64, 3)
     assert all(not scene.other_object for scene in scenes)
@@ -46,7 +46,7 @@ def test_stills_show_one_figure() -> None:
 
 
 def test_augmentation_keeps_what_a_clip_shows() -> None:
-    """Guards the labels: a clip changes a little, is not mirrored, and its colours stay near what they were."""
+    """Guards the labels: augmentation changes a clip slightly, never mirrors it, and keeps its colors close."""
     clips = np.stack([render(scene) for scene in unseen_scenes(8, READER_TEST)])
     made = augment(clips, torch.Generator().manual_seed(0)).permute(0, 2, 3, 4, 1).numpy()
     seen = clips.astype(np.float32) / 255
@@ -67,14 +67,14 @@ def test_augmentation_keeps_what_a_clip_shows() -> None:
 
 
 def test_augmentation_follows_from_its_generator() -> None:
-    """Guards resuming: the same generator, the same clips."""
+    """Guards resuming: the same generator gives the same clips."""
     clips = np.stack([render(scene) for scene in unseen_scenes(4, READER_TEST)])
     one, two = (augment(clips, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(one, two)
 
 
 def test_it_learns() -> None:
-    """Guards the step: a few of them on the same clips lower the loss by far."""
+    """Guards the training step: a few steps on the same clips lower the loss substantially."""
     recipe = replace(settings(100), learning_rate=5e-3)
     trainer = Trainer(ReaderObjective(SMALL, recipe, torch.device("cpu")), recipe)
     batch = next(batches(recipe, 1))
@@ -86,8 +86,8 @@ def test_it_learns() -> None:
 
 
 def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards checkpoints: stopped after two steps and called again, the file is that of a run that was not stopped; so
-    is that of a run that began when the reader had a format of its own."""
+    """Guards checkpoints: a run stopped after two steps and restarted writes the file of an uninterrupted run; so does
+    a run that has a checkpoint in the reader's old format."""
     logging = LoggingConfig(evaluate_every=3, checkpoint_every=1)
     options = {"settings": settings(), "config": SMALL, "test_clips": 8, "logging": logging, "device": "cpu"}
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
@@ -122,7 +122,7 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: py
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
-    """Guards checkpoints that two processes write in turn."""
+    """Prevents two processes from overwriting each other's checkpoints."""
     (tmp_path / ".reader-run").mkdir()
     with exclusive_lock(tmp_path / ".reader-run"), pytest.raises(ValueError, match="another process is writing to"):
         train_reader(out=tmp_path / "reader.safetensors", settings=settings(), config=SMALL, device="cpu")

@@ -1,4 +1,4 @@
-"""The task of super-resolution: what is learnt from what, faults in low codes, and that it can be learnt."""
+"""The super-resolution task: inputs and targets, corruption of low codes, and memorizing samples."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def some_sample(seed: int = 0, caption: str | None = PROMPT, grid: int = GRID) -
 
 
 def test_loss_is_that_of_each_high_code(text: TextTokenizer) -> None:
-    """Guards the pairing of slots and codes, and that samples are means over their own codes."""
+    """Guards the pairing of slots and codes, and that a sample's loss is the mean over its own codes."""
     task, model = SuperresTask(LAYOUT, text, 0.0), large(make_model(text))
     samples = [some_sample(0), some_sample(1, "a"), some_sample(2, None)]
     words = [text.encode_image_caption(PROMPT), text.encode_image_caption("a"), text.encode_unconditional_image()]
@@ -68,7 +68,7 @@ def test_loss_is_that_of_each_high_code(text: TextTokenizer) -> None:
 
 
 def test_high_codes_are_learnt_and_never_seen(text: TextTokenizer) -> None:
-    """Guards against high codes that are fed: changing one changes the loss by its own term, and no row."""
+    """Catches high codes that are fed: changing one must change only its own term of the loss, and no hidden row."""
     task, model, one = SuperresTask(LAYOUT, text, 0.0), large(make_model(text)), some_sample()
     high = torch.from_numpy(one.high_codes.astype("int64"))
     others = [one._replace(high_codes=changed_in(high, slot, NUM_CODES).numpy()) for slot in range(high.numel())]
@@ -82,7 +82,7 @@ def test_high_codes_are_learnt_and_never_seen(text: TextTokenizer) -> None:
 
 
 def test_low_codes_are_seen_around_their_place(text: TextTokenizer) -> None:
-    """Guards against low codes that are shifted, not seen, or seen as others: every high slot depends on those near."""
+    """Catches low codes that are shifted, unseen or mixed up: every high slot depends on those near it."""
     task, model, one = SuperresTask(LAYOUT, text, 0.0), large(make_model(text)), some_sample()
     low = torch.from_numpy(one.codes.astype("int64"))
     others = [one._replace(codes=changed_in(low, code, NUM_CODES).numpy()) for code in range(low.numel())]
@@ -103,12 +103,12 @@ def test_low_codes_are_seen_around_their_place(text: TextTokenizer) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.4, 1.0])
 def test_share_of_replaced_low_codes(text: TextTokenizer, share: float) -> None:
-    """Guards the corruption: its share, evenly over the frame, any code in place; high codes stay as they are."""
+    """Guards the corruption of low codes: its share, evenly over the frame, with any code; high codes stay the same."""
     task, one, count = SuperresTask(LAYOUT, text, share), some_sample(), 600
     batch = task.collate([one._replace(seed=seed) for seed in range(count)])
     true = torch.from_numpy(one.codes.astype("int64")).flatten()
     differ = batch.low.flatten(1) != true
-    expected = share * (1 - 1 / NUM_CODES)  # some are replaced by what they were
+    expected = share * (1 - 1 / NUM_CODES)  # some are replaced by the same code
     spread = (expected * (1 - expected) / count) ** 0.5
     assert abs(differ.float().mean() - expected) <= 4 * spread / true.numel() ** 0.5
     assert (differ.float().mean(0) - expected).abs().max() <= 5 * spread
@@ -118,13 +118,13 @@ def test_share_of_replaced_low_codes(text: TextTokenizer, share: float) -> None:
 
 @pytest.mark.parametrize("share", [-0.1, 1.5])
 def test_a_share_that_cannot_be(text: TextTokenizer, share: float) -> None:
-    """Guards against a mistyped share."""
+    """Catches a mistyped share."""
     with pytest.raises(ValueError, match=f"corruption is {share}, expected a share"):
         SuperresTask(LAYOUT, text, share)
 
 
 def test_a_sample_is_the_same_in_every_batch(text: TextTokenizer) -> None:
-    """Guards resumed runs and other numbers of ranks: neighbours change no row and no loss."""
+    """Guards resuming, also with a different number of ranks: a sample and its loss do not depend on its batch."""
     task, model = SuperresTask(LAYOUT, text, 0.5), large(make_model(text))
     samples = [some_sample(seed, caption) for seed, caption in enumerate(("a", PROMPT, None, "a cat"))]
     whole, parts = task.collate(samples), [task.collate(samples[:1]), task.collate(samples[1:])]
@@ -136,7 +136,7 @@ def test_a_sample_is_the_same_in_every_batch(text: TextTokenizer) -> None:
 
 
 def test_texts(text_model: bytes) -> None:
-    """Guards the text: caption without frame rate, or the image model's unconditional one; none at all is refused."""
+    """Guards the text: a caption without frame rate, or the unconditional one; an empty text is refused."""
     config = TextConfig(image_template="{caption} nice", unconditional_caption="thing")
     text = TextTokenizer(text_model, config, NUM_CODES)
     batch = SuperresTask(LAYOUT, text).collate(
@@ -153,17 +153,17 @@ def test_texts(text_model: bytes) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_channel_alone_is_trained(text: TextTokenizer, precision: str) -> None:
-    """Guards a frozen base, also one stored in bfloat16: it gets no gradients, every part of the channel does."""
+    """Guards a frozen base, including one stored in bfloat16: only the channel gets gradients, in all its parts."""
     task, model = SuperresTask(LAYOUT, text), large(make_model(text)).float()
     samples = [some_sample(seed) for seed in range(3)]
     assert_the_channel_alone_is_trained(model, task, samples, precision)
 
 
 def test_learns_by_heart(text: TextTokenizer) -> None:
-    """Guards the whole way: what super-resolution learnt by heart, `upscale` gives back from low codes and captions."""
+    """Checks training end to end: `upscale` reproduces memorized high codes from low codes and captions."""
     task, model = SuperresTask(LAYOUT, text, 0.0), make_model(text, hidden=64)
     initialize(model.base, 2, torch.Generator().manual_seed(0))
-    for table in (model.base.words, model.base.positions):  # as wide as trained ones, or the tied head is never sure
+    for table in (model.base.words, model.base.positions):  # as large as trained ones, for a confident tied head
         table.weight.data.mul_(10)
     inherit_upscaler(model.channel, model.base)
     model.base.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Training the text tokenizer: its ids are those that the configuration asks for, and it can spell everything."""
+"""Training the text tokenizer: its ids match the configuration, and it can encode any text."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def tokenizer() -> TextTokenizer:
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """A source of 40 captioned clips, every fourth in another split."""
+    """A source of 40 captioned clips, every fourth one in another split."""
     rows = []
     for number, caption in enumerate(captions(40)):
         (tmp_path / f"{number}.mp4").touch()
@@ -61,7 +61,7 @@ def table(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["tiny", "pocket", "small", "cogvideo"])
 @pytest.mark.parametrize("text", [["a cat"], captions(), [chr(0x4E00 + number) * 2 for number in range(20_000)]])
 def test_ids_are_those_of_the_preset(name: str, text: list[str]) -> None:
-    """Guards the sizes that a model is made for, with too few captions and with more characters than pieces."""
+    """Guards the sizes that a model expects, with too few captions and with more characters than pieces."""
     config = preset(name)
     made = tokenizer_of(train_model(text, config.transformer), config)
     made.check(config.transformer)
@@ -83,7 +83,7 @@ def test_ids_are_those_of_the_preset(name: str, text: list[str]) -> None:
     ],
 )
 def test_everything_can_be_spelled(tokenizer: TextTokenizer, text: str) -> None:
-    """Guards against prompts that are unrepresentable, or in which a text is taken for a token of that name."""
+    """Catches prompts that cannot be encoded, and text that is mistaken for a special token of that name."""
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
     unknown = tokenizer.num_codes + pieces_of(tokenizer.model).unk_id()
@@ -93,38 +93,38 @@ def test_everything_can_be_spelled(tokenizer: TextTokenizer, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def exact() -> TextTokenizer:
-    """One that changes nothing but spaces: what NFKC does to marks depends on the version of Unicode."""
+    """A tokenizer that only normalizes spaces: what NFKC does to marks depends on the Unicode version."""
     return tokenizer_of(train_model(captions(), POCKET.transformer, "identity"))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
 def test_any_text_comes_back(exact: TextTokenizer, text: str) -> None:
-    """Guards the bytes behind the pieces on texts that nobody thought of; SentencePiece's own sign is a space."""
+    """Guards the byte fallback on arbitrary text; SentencePiece's own symbol counts as a space."""
     back = exact.decode(exact.encode(text))
     assert "".join(back.split()) == "".join(text.replace("\u2581", " ").split())
 
 
 def test_spellings_that_look_the_same_are_the_same(tokenizer: TextTokenizer) -> None:
-    """Guards prompts that are typed on another system: composed accents, wide letters, double spaces."""
+    """Guards prompts typed on other systems: combining accents, full-width letters, double spaces."""
     assert tokenizer.encode("cafe\u0301  ｂａｌｌ") == tokenizer.encode("café ball")
 
 
 def test_capital_letters_on_request(exact: TextTokenizer) -> None:
-    """Guards the choice of normalisation: small letters where it says so, and only there."""
+    """Guards the choice of normalization: text is lowercased only if requested."""
     folded = tokenizer_of(train_model(captions(), POCKET.transformer, "nfkc_cf"))
     assert folded.encode("A Red BALL") == folded.encode("a red ball")
     assert exact.decode(exact.encode("Ａ Red ﬁg")) == "Ａ Red ﬁg"
 
 
 def test_words_of_captions_are_single_pieces(tokenizer: TextTokenizer) -> None:
-    """Guards against a trainer that spells known words by letters, which fills the text slots (unigram does)."""
+    """Catches a trainer that spells known words letter by letter, as unigram does, which fills the text slots."""
     for word in WORDS:
         assert len(tokenizer.encode(f"the {word}")) == 2, word
 
 
 def test_prefixes_are_short(tokenizer: TextTokenizer) -> None:
-    """Guards the frame rate prefix: a digit a token, the same digit whatever stands around it, then the caption."""
+    """Guards the frame rate prefix: one token per digit, the same in any context, then the caption."""
     whole, caption = tokenizer.encode_caption("a cat", 4.0), tokenizer.encode("a cat")
     prefix = whole[: -len(caption)]
     assert whole == prefix + caption
@@ -136,14 +136,14 @@ def test_prefixes_are_short(tokenizer: TextTokenizer) -> None:
 
 
 def test_equal_captions_give_equal_bytes() -> None:
-    """Guards the hash that shards and bundles know a tokenizer by: no order, thread or time changes a byte."""
+    """Guards the hash that identifies a tokenizer in shards and bundles: the order of captions changes no byte."""
     first, second = captions(), captions()[::-1]
     assert train_model(first, POCKET.transformer) == train_model(iter(second), POCKET.transformer)
     assert train_model(first[1:], POCKET.transformer) != train_model(first, POCKET.transformer)
 
 
 def test_fill_adds_pieces_that_no_text_has(tokenizer: TextTokenizer) -> None:
-    """Guards the filling: the ids of real pieces stay, and the new ones cannot come out of a text."""
+    """Guards unused pieces: the ids of real pieces stay, and no text encodes to an unused one."""
     filled = pieces_of(tokenizer.model)
     unused = [index for index in range(filled.vocab_size()) if filled.is_unused(index)]
     assert unused == list(range(unused[0], filled.vocab_size()))
@@ -159,12 +159,12 @@ def test_fill_adds_pieces_that_no_text_has(tokenizer: TextTokenizer) -> None:
 
 @pytest.mark.parametrize("text", ["▅▅ a cat", "\x00", "cat " * 300_000, "猫" * 70_000])
 def test_odd_captions_do_not_stop_training(text: str) -> None:
-    """Guards against texts that SentencePiece leaves out or fails on: its own signs, control characters, long ones."""
+    """Catches texts that SentencePiece skips or fails on: its own symbols, control characters, very long lines."""
     tokenizer_of(train_model([text], POCKET.transformer)).check(POCKET.transformer)
 
 
 def test_refusals() -> None:
-    """Guards the messages for a vocabulary without room and for captions without a sign."""
+    """Checks the errors for a vocabulary that is too small and for captions without any characters."""
     with pytest.raises(ValueError, match="room for 100 text pieces, expected at least 7"):
         train_model(["a"], TransformerConfig(start_of_image=1124))
     with pytest.raises(ValueError, match="got no captions"):
@@ -172,7 +172,7 @@ def test_refusals() -> None:
 
 
 def test_figures_count_what_is_fed(tokenizer: TextTokenizer) -> None:
-    """Guards the printed figures against a count without prefix, of repetitions, or of bytes that are none."""
+    """Catches printed statistics that omit the prefix, count repeated captions, or miscount byte pieces."""
     some = ["a cat", "a cat", "the red ball", "a 猫"]
     lengths = [len(tokenizer.encode_caption(caption, 0.5)) for caption in ("a cat", "the red ball", "a 猫")]
     result = figures(tokenizer, some, sorted(lengths)[1])
@@ -181,16 +181,16 @@ def test_figures_count_what_is_fed(tokenizer: TextTokenizer) -> None:
 
 
 def test_spread_is_even() -> None:
-    """Guards the sample of too many captions: all of a few, else from the first to the end."""
+    """Guards the selection from too many captions: a few are all kept, more are evenly spaced."""
     assert spread(list("abc"), 9) == list("abc")
     assert spread([str(number) for number in range(100)], 4) == ["0", "25", "50", "75"]
 
 
-# ---- the command
+# The command
 
 
 def test_command_makes_a_bundle(table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the command from source to bundle, its figures, and that other splits stay unseen."""
+    """Guards the command from source to bundle, its printed statistics, and that other splits stay unseen."""
     train_text((str(table),), tmp_path / "bundle")
     made = CogVideo.from_pretrained(tmp_path / "bundle").text
     seen = [caption for number, caption in enumerate(table.read_text().splitlines()[1:]) if number % 4]
@@ -202,7 +202,7 @@ def test_command_makes_a_bundle(table: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_bundle_keeps_its_configuration_and_components(table: Path, tmp_path: Path) -> None:
-    """Guards an existing bundle: its own sizes count, its other components stay, trained weights are protected."""
+    """Guards an existing bundle: its own sizes apply, other components stay, and trained weights are protected."""
     sizes = replace(POCKET.transformer, vocab_size=1500, num_codes=500, pad=501, start_of_image=1400)
     config = replace(POCKET, transformer=sizes, autoencoder=replace(POCKET.autoencoder, num_codes=500))
     bundle.update(tmp_path / "bundle", config, cluster_labels=torch.zeros(500, dtype=torch.int64))
@@ -220,7 +220,7 @@ def test_bundle_keeps_its_configuration_and_components(table: Path, tmp_path: Pa
 
 
 def test_captions_of_several_sources(table: Path, tmp_path: Path) -> None:
-    """Guards sources that are added up, copies that are counted once, and the message for none."""
+    """Guards several sources, which are combined; copies, which count once; and the error for no captions."""
     once = read_captions([str(table)], SourceOptions())
     both = read_captions([str(table), "world:50"], SourceOptions(copies=3))
     assert once == sorted(once)
@@ -233,7 +233,7 @@ def test_captions_of_several_sources(table: Path, tmp_path: Path) -> None:
 
 
 def test_backgrounds_are_trained(table: Path, tmp_path: Path) -> None:
-    """Guards the words that `data prepare` adds to captions: unknown ones would be spelled by letters."""
+    """Guards the words that `data prepare` adds to captions: unknown ones would be spelled letter by letter."""
     template = "{caption}, on {article} {background} background"
     train_text((str(table),), tmp_path / "bundle", background_template=template)
     made = CogVideo.from_pretrained(tmp_path / "bundle").text
@@ -243,7 +243,7 @@ def test_backgrounds_are_trained(table: Path, tmp_path: Path) -> None:
 
 
 def test_signature_is_a_command_line(table: Path, tmp_path: Path) -> None:
-    """Guards the options that are made from the signature: several sources first, options by their own names."""
+    """Guards the options generated from the signature: several sources first, then options by their own names."""
     sources = [str(table), "world:20"]
     assert main(["train", "text", *sources, "--out", str(tmp_path / "bundle"), "--caption-columns", "caption"]) == 0
     assert CogVideo.from_pretrained(tmp_path / "bundle").components == ("text",)

@@ -1,4 +1,4 @@
-"""Training of the image tokenizer: one step, whole runs, and runs that are killed, in processes of their own."""
+"""Training the image tokenizer: single steps, whole runs, and runs that are killed in separate processes."""
 
 import json
 import math
@@ -55,7 +55,7 @@ OPTIONS = SourceOptions(images=True)
 
 
 def pictures(count, seed=0):
-    """Frames with large shapes: smooth colours and a square each."""
+    """Frames with large shapes: each has a smooth gradient and a square."""
     generator = np.random.default_rng(seed)
     ramps = np.linspace(0, 255, SIDE)[None, :, None, None] * generator.random((count, 1, 1, 3))
     frames = np.broadcast_to(ramps, (count, SIDE, SIDE, 3)).copy()
@@ -71,7 +71,7 @@ def trainer(frames, settings=QUICK, sizes=SIZES, seed=0, lpips=None):
 
 
 def make_step(model, number):
-    """The figures of a step."""
+    """Run a step; returns its metrics."""
     model.step(number, model.objective.stream[number])
     return model.figures(number + 1).parts
 
@@ -85,7 +85,7 @@ def weights(model):
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_a_tiny_set_is_learnt(optimizer):
-    """Whatever is wrong in losses, gradients or codebook, eight frames would not come back from their codes."""
+    """Catches errors in losses, gradients or the codebook: eight frames would not be reconstructed from their codes."""
     settings = replace(QUICK, steps=150, batch=8, learning_rate=4e-3, warmup=10, plain_steps=20, adversary_weight=0)
     frames = pictures(8)
     model = trainer(frames, replace(settings, optimizer=optimizer))
@@ -101,7 +101,7 @@ def test_a_tiny_set_is_learnt(optimizer):
 
 
 def test_the_adversary_begins_at_its_step_and_changes_weights():
-    """It must not run before, must learn itself, and its gradient must reach the decoder."""
+    """The adversary must not run early; once it starts, it must learn, and its gradient must reach the decoder."""
     frames = pictures(8)
     with_it, without = trainer(frames), trainer(frames, replace(QUICK, adversary_weight=0))
     for step in range(QUICK.steps):
@@ -118,7 +118,7 @@ def test_the_adversary_begins_at_its_step_and_changes_weights():
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_one_backward_pass_is_that_of_two(optimizer):
-    """The adversary and the autoencoder must each learn from their own losses alone, as in two passes."""
+    """The adversary and the autoencoder must each learn only from their own losses, as in two separate passes."""
     settings, frames = replace(QUICK, adversary_start=0, plain_steps=0, optimizer=optimizer), pictures(8)
     model, plain = trainer(frames, settings), trainer(frames, settings)
     objective = plain.objective
@@ -149,7 +149,7 @@ def test_one_backward_pass_is_that_of_two(optimizer):
 
 
 def test_the_codebook_starts_after_the_plain_steps():
-    """K-means of vectors that were never learnt, or no codes at all, would go unnoticed in the loss."""
+    """Catches k-means of untrained vectors, or no codes at all, which the loss would not reveal."""
     model = trainer(pictures(8))
     rows = model.objective.model.codebook.embedding
     first = rows.clone()
@@ -162,7 +162,7 @@ def test_the_codebook_starts_after_the_plain_steps():
 
 
 def test_commitment_is_the_distance_from_the_rows():
-    """Its gradient must pull vectors to rows, and its weight must be that of the settings."""
+    """Guards the commitment loss: the mean squared distance from the codebook rows, times its weight."""
     frames = pictures(8)
     model = trainer(frames)
     for step in range(3):
@@ -177,7 +177,7 @@ def test_commitment_is_the_distance_from_the_rows():
 
 
 def test_lpips_is_used_where_it_is_given():
-    """A perceptual loss that is loaded and forgotten would look like one that is used."""
+    """Catches a perceptual loss that is loaded but not used."""
     with torch.device("meta"):
         network = Lpips()
     network = network.to_empty(device="cpu")
@@ -190,7 +190,7 @@ def test_lpips_is_used_where_it_is_given():
 
 
 def test_rates_take_turns():
-    """A decoder that never learns would be delivered with its first weights."""
+    """Catches a decoder that never trains and would be delivered with its initial weights."""
     model = trainer(pictures(4), sizes=replace(SIZES, decoder_multipliers=((1, 1, 2), (1, 2))))
     decoders = model.objective.model.decoders
     for step in range(4):
@@ -204,7 +204,7 @@ def test_rates_take_turns():
 
 
 def test_bfloat16_learns_alike():
-    """Half precision must not reach weights, codes or losses."""
+    """Guards bfloat16: weights and codebook stay in float32, and the loss stays close."""
     models = [trainer(pictures(8), replace(QUICK, precision=precision)) for precision in ("float32", "bfloat16")]
     for step in range(6):
         losses = [make_step(model, step) for model in models]
@@ -213,11 +213,11 @@ def test_bfloat16_learns_alike():
 
 
 def test_a_step_depends_on_its_number_alone():
-    """Nothing may come from the global generator, or a run could not be continued."""
+    """Guards resuming: nothing may come from the global random generator."""
     frames, results = pictures(8), []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        model = trainer(frames, replace(QUICK, restart_below=0.9))  # with codes that are drawn anew
+        model = trainer(frames, replace(QUICK, restart_below=0.9))  # so that codes are restarted
         for step in range(6):
             make_step(model, step)
         results.append(weights(model.objective))
@@ -229,8 +229,8 @@ def test_a_step_depends_on_its_number_alone():
 
 @pytest.mark.parametrize(("at", "optimizer"), [(1, "adam"), (2, "adam"), (3, "muon"), (5, "adam")])
 def test_a_state_is_all_that_counts(at, optimizer, tmp_path):
-    """Guards the steps after a checkpoint: they would change if it forgot averages, moments or the adversary, or added
-    moments to an optimizer that has not begun."""
+    """Guards the steps after a checkpoint, which would change if it lacked averages, moments or the adversary, or added
+    moments to an optimizer that has not started."""
     settings, frames = replace(QUICK, optimizer=optimizer), pictures(8)
     sizes = replace(SIZES, decoder_multipliers=((1, 1, 2), (1, 2)))
     whole, first, second = (trainer(frames, settings, sizes) for _ in range(3))
@@ -253,7 +253,7 @@ def test_a_state_is_all_that_counts(at, optimizer, tmp_path):
 
 @pytest.mark.parametrize(("num_frames", "batch"), [(10, 3), (4, 4), (3, 8)])
 def test_every_frame_comes_once_an_epoch(num_frames, batch):
-    """Frames that are drawn twice are learnt at the cost of others; epochs must differ in their order."""
+    """Catches frames that repeat within an epoch at the cost of others, and epochs that all have the same order."""
     steps = 3 * num_frames
     drawn = torch.cat([batch_places(step, batch, num_frames, seed=5) for step in range(steps)]).tolist()
     epochs = [tuple(drawn[start : start + num_frames]) for start in range(0, len(drawn), num_frames)]
@@ -262,7 +262,7 @@ def test_every_frame_comes_once_an_epoch(num_frames, batch):
 
 
 def test_phases_follow_the_number_of_steps():
-    """A short run without codes or without the adversary would be another recipe than a long one."""
+    """Guards short runs: without codes or the adversary, they would follow a different recipe from long ones."""
     for steps, codes_from in ((3, 0), (100, 25), (20_000, 1000)):
         settings = TokenizerSettings(steps=steps)
         assert settings.codes_from == codes_from
@@ -285,16 +285,16 @@ def test_phases_follow_the_number_of_steps():
     ],
 )
 def test_wrong_settings_are_refused(wrong, message):
-    """They would be found after hours, or never."""
+    """Catches bad settings at once; otherwise they would surface after hours, or never."""
     with pytest.raises(ValueError, match=message):
         TokenizerSettings(**wrong)
 
 
-# Figures
+# Metrics
 
 
 def test_quality_is_that_of_each_frame():
-    """Batches of unequal size must not weigh differently; frames are clamped as they are shown."""
+    """Guards the metrics: batches of unequal size must not weigh differently, and frames are clamped as displayed."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Autoencoder(SIZES)
@@ -304,7 +304,7 @@ def test_quality_is_that_of_each_frame():
     codes = model.encode(x.float()).flatten().tolist()
     shares = np.array([codes.count(code) for code in set(codes)]) / len(codes)
     quality = evaluate(model, frames, 2)
-    assert quality.psnr == pytest.approx(psnr(x, y).mean().item(), abs=0.02)  # shown frames are rounded
+    assert quality.psnr == pytest.approx(psnr(x, y).mean().item(), abs=0.02)  # displayed frames are rounded
     assert quality.ssim == pytest.approx(ssim(x, y).mean().item(), abs=1e-3)
     assert quality.code_usage == pytest.approx(len(set(codes)) / 40)
     assert quality.perplexity == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
@@ -315,7 +315,7 @@ def test_quality_is_that_of_each_frame():
 
 @pytest.fixture
 def out(tmp_path):
-    """A bundle that has sizes and nothing else yet."""
+    """A bundle with a configuration and nothing else yet."""
     CogVideo(SMALL).save_pretrained(tmp_path / "bundle")
     return tmp_path / "bundle"
 
@@ -329,11 +329,11 @@ def rows(out):
 
 
 def test_a_run_delivers_a_tokenizer(out, capsys):
-    """All that the command promises: weights, clusters, sheets, metrics and what it says."""
+    """Checks everything that the command promises: weights, clusters, contact sheets, metrics and messages."""
     run(out, logging=LoggingConfig(evaluate_every=4, checkpoint_every=3, tensorboard=True))
     model = CogVideo.from_pretrained(out)
     assert model.components == ("image_tokenizer", "cluster_labels")
-    assert model.cluster_labels.tolist() == [0] * 40  # 40 codes a cluster
+    assert model.cluster_labels.tolist() == [0] * 40  # 40 codes per cluster
     assert model.autoencoder.decode(model.autoencoder.encode(torch.rand(1, 3, 24, 24))).shape == (1, 3, 24, 24)
     folder = out / ".tokenizer-run"
     for name in ("before.png", "after.png"):
@@ -355,7 +355,7 @@ def test_a_run_delivers_a_tokenizer(out, capsys):
 
 
 def test_a_run_that_is_over_is_left_alone(out):
-    """Calling the command once more must not spend hours, nor change weights."""
+    """Prevents a repeated command from spending hours or changing weights."""
     run(out)
     before = (out / "bundle.json").read_bytes()
     run(out)
@@ -363,7 +363,7 @@ def test_a_run_that_is_over_is_left_alone(out):
 
 
 def test_another_run_in_the_folder_is_refused(out):
-    """Weights of two recipes must not mix."""
+    """Prevents the weights of two recipes from mixing."""
     run(out)
     with pytest.raises(ValueError, match=r"another run began in .*settings.batch was 2 and is 3"):
         run(out, settings=replace(QUICK, batch=3))
@@ -372,8 +372,8 @@ def test_another_run_in_the_folder_is_refused(out):
 
 
 def test_a_tokenizer_is_trained_on(out, tmp_path, capsys):
-    """Guards --init: weights, rows and codes of the start are those that training goes on from, and stay what they are
-    where it hardly moves; a run is tied to its start."""
+    """Guards --init: training starts from the given weights, codebook and codes, which stay the same if it hardly
+    changes them; a run is tied to what it started from."""
     run(out)
     before = CogVideo.from_pretrained(out).autoencoder
     still = replace(QUICK, learning_rate=1e-12, adversary_weight=0, codebook_decay=0.999999, restart_below=1e-9)
@@ -399,7 +399,7 @@ def test_a_tokenizer_is_trained_on(out, tmp_path, capsys):
 
 
 def test_a_tokenizer_is_not_replaced_unasked(out):
-    """Models that learnt its codes would see noise."""
+    """Protects models that learned the tokenizer's codes: with another tokenizer, they would see noise."""
     CogVideo(SMALL, image_tokenizer=Autoencoder(SIZES)).save_pretrained(out)
     with pytest.raises(ValueError, match=r"has an image tokenizer.*--overwrite"):
         run(out)
@@ -408,7 +408,7 @@ def test_a_tokenizer_is_not_replaced_unasked(out):
 
 
 def test_no_tokenizer_is_put_under_a_stage_unasked(out):
-    """A stage that was trained without its tokenizer in the bundle knows the codes of another one."""
+    """Protects a stage that was trained without its tokenizer in the bundle: it only knows that tokenizer's codes."""
     update(out, SMALL, base=Base(SMALL.transformer))
     (out / "training.json").write_text(json.dumps({"base": {"tokenizer": "f" * 64}}))
     with pytest.raises(ValueError, match=r"has base, which learned .* another image tokenizer \(sha256 f{12}\): take"):
@@ -419,7 +419,7 @@ def test_no_tokenizer_is_put_under_a_stage_unasked(out):
 
 
 def test_what_may_surprise_is_said(out, tmp_path, capsys):
-    """Few clips give no validation split, and a batch may be larger than all frames: both were taken without a word."""
+    """Guards the notices for a missing validation split and for a batch larger than all frames."""
     clips = tmp_path / "clips"
     clips.mkdir()
     for number, frame in enumerate(pictures(3)):
@@ -437,12 +437,12 @@ def test_what_may_surprise_is_said(out, tmp_path, capsys):
 
 
 def steps_of(out):
-    """Steps of the checkpoints that there are."""
+    """Steps of the existing checkpoints."""
     return Checkpoints(out / ".tokenizer-run" / "checkpoints", keep=0).steps()
 
 
 def test_divergence_keeps_the_last_checkpoint(out, monkeypatch):
-    """Weights that are not finite must neither be saved nor delivered."""
+    """Prevents weights that are not finite from being saved or delivered."""
     real = TokenizerObjective.forward
 
     def forward(self, batch):
@@ -457,7 +457,7 @@ def test_divergence_keeps_the_last_checkpoint(out, monkeypatch):
 
 
 def test_ctrl_c_saves_and_continues(out, tmp_path, monkeypatch):
-    """An hour of work must not be lost to an early Ctrl-C, and the result must be that of one run."""
+    """Ctrl-C must not lose any work, and the result must be that of an uninterrupted run."""
     CogVideo(SMALL).save_pretrained(tmp_path / "whole")
     run(tmp_path / "whole")
     real = TokenizerObjective.begin
@@ -477,7 +477,7 @@ def test_ctrl_c_saves_and_continues(out, tmp_path, monkeypatch):
 
 
 def test_an_old_checkpoint_continues(out, tmp_path):
-    """Runs that began when the tokenizer had a format of its own must not be lost."""
+    """Guards runs that have a checkpoint in the tokenizer's old format: they resume to the same bits."""
     CogVideo(SMALL).save_pretrained(tmp_path / "whole")
     settings = replace(QUICK, optimizer="muon", adversary_start=2)
     run(tmp_path / "whole", settings=settings)
@@ -510,7 +510,7 @@ def same_files(one, other):
 
 
 def command_of(out, steps):
-    """The words of a run as those of `run`, with a checkpoint every third step."""
+    """Command line with the settings of `run`, and a checkpoint every third step."""
     options = {"steps": steps, "batch": 2, "warmup": 1, "plain-steps": 2, "start-vectors": 2, "adversary-start": 4}
     options |= {"adversary-width": 4, "num-frames": 12, "num-held-out": 4, "frames-per-clip": 4}
     options |= {"checkpoint-every": 3, "device": "cpu", "out": out}
@@ -519,9 +519,9 @@ def command_of(out, steps):
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(out, capsys):
-    """A checkpoint that cannot be written must leave the last one, which the same command goes on from."""
+    """A checkpoint that cannot be written must give a one-line error, and the same command must work later."""
     command, checkpoints = command_of(out, 4), out / ".tokenizer-run" / "checkpoints"
-    with full_disk(30_000):  # between the frames and a checkpoint
+    with full_disk(30_000):  # fits the frames, but not a checkpoint
         assert main(command) == 2
     told = capsys.readouterr().err
     last = f"the checkpoint cannot be written (File too large): {checkpoints / '.step-00000003'}"
@@ -533,7 +533,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(out, capsys):
 
 
 def test_a_killed_process_continues_to_the_same_bits(out, tmp_path, capsys):
-    """A checkpoint that is half-written, or lacks anything, gives another tokenizer than an uninterrupted run."""
+    """Catches a half-written or incomplete checkpoint: the result would differ from that of an uninterrupted run."""
     CogVideo(SMALL).save_pretrained(tmp_path / "whole")
     run(tmp_path / "whole", settings=replace(QUICK, steps=12))
     command = command_of(out, 12)
@@ -559,7 +559,7 @@ def test_a_killed_process_continues_to_the_same_bits(out, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_refused_at_once(out, options, message):
-    """Whatever is wrong must be said before clips are read, and leave no run behind."""
+    """Mistakes must be reported before any clip is read, and leave no frames behind."""
     with pytest.raises(ValueError, match=message):
         tokenizer(
             options.pop("sources", ("world:12",)),
@@ -570,7 +570,7 @@ def test_mistakes_are_refused_at_once(out, options, message):
 
 
 def test_lpips_needs_both_files(out, tmp_path):
-    """One file alone would be ignored in silence, or fail as a missing key."""
+    """Prevents a single file from being silently ignored, or failing with a missing key."""
     with pytest.raises(ValueError, match="LPIPS needs two files"):
         run(out, vgg=tmp_path / "vgg16.pth")
     with pytest.raises(ValueError, match=r"cannot read .*vgg16.pth"):
@@ -578,7 +578,7 @@ def test_lpips_needs_both_files(out, tmp_path):
 
 
 def test_lpips_is_taken_from_the_cache(out, tmp_path, monkeypatch, capsys):
-    """Guards recipes that say `perceptual = "lpips"`: weights that were fetched are used, others are asked for."""
+    """Guards recipes with `perceptual = "lpips"`: fetched weights are used; if missing, the error says how to fetch."""
     monkeypatch.setenv("COGVIDEO_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="expected the weights that `cogvideo fetch lpips` puts there"):
         run(out, perceptual="lpips")
@@ -597,7 +597,7 @@ def test_lpips_is_taken_from_the_cache(out, tmp_path, monkeypatch, capsys):
 
 
 def test_out_may_not_be_a_file(tmp_path):
-    """It would be found when the tokenizer is to be written."""
+    """Catches an --out that is a file at once, rather than when the tokenizer is written."""
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file, expected a folder"):
         run(tmp_path / "file")

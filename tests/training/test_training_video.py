@@ -1,4 +1,4 @@
-"""The video stages' task: which frames are learnt from which, what is trained, and that it can be learnt."""
+"""The video stages' task: which frames are predicted from which, what is trained, and memorizing clips."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def some_sample(seed: int = 0, caption: str | None = "two birds fly", duration: 
 
 @pytest.mark.parametrize(("stage", "window"), STAGES)
 def test_losses_equal_the_oracle(text: TextTokenizer, stage: Stage, window: int) -> None:
-    """Guards what is fed, who sees whom, and that each part is the mean over the slots of its own frame."""
+    """Guards inputs and attention, and that each part is the mean over the slots of its own frame."""
     task, model = make_task(text, stage), large(make_model(text, window))
     samples = [some_sample(0), some_sample(1, "a", 0.5), some_sample(2, None, 2.0)]
     measured = task.losses(model, task.collate(samples))
@@ -87,25 +87,25 @@ def test_losses_equal_the_oracle(text: TextTokenizer, stage: Stage, window: int)
 
 
 def may_know(stage: Stage, slot: tuple[int, int], code: tuple[int, int]) -> bool:
-    """Whether a slot (place of its frame, index) may depend on a code, given that the stage sees whole frames."""
+    """True if a slot (place of its frame, index) may depend on a code, given that the stage sees whole frames."""
     (place, index), (other, number) = slot, code
     if number == AREA - 1:  # the last code of a frame is never fed
         return False
     if stage == "sequential":
         return other < place or (other == place and number < index)
-    if other % 2 == 0:  # given
+    if other % 2 == 0:  # a given frame
         return True
     return place % 2 == 1 and (other < place or (other == place and number < index))
 
 
 def slots_of(task: VideoTask) -> list[tuple[int, int]]:
-    """Place and index of the rows behind the text."""
+    """Place and index of the rows after the text."""
     return [(place, index) for place in task.layout.order for index in range(AREA)]
 
 
 @pytest.mark.parametrize(("stage", "window"), STAGES)
 def test_a_code_changes_only_who_may_know_it(text: TextTokenizer, stage: Stage, window: int) -> None:
-    """Guards against codes that are seen before they are learnt, and against frames that do not see each other."""
+    """Catches codes that are seen before they are predicted, and frames that do not see each other."""
     task, one = make_task(text, stage), some_sample()
     codes = torch.from_numpy(one.codes.astype("int64"))
     others = [one._replace(codes=changed_in(codes, place, NUM_CODES).numpy()) for place in range(codes.numel())]
@@ -125,7 +125,7 @@ def test_a_code_changes_only_who_may_know_it(text: TextTokenizer, stage: Stage, 
 
 @pytest.mark.parametrize("stage", ["sequential", "interpolation"])
 def test_all_frames_see_the_text(text: TextTokenizer, stage: Stage) -> None:
-    """Guards against captions and frame rates that are not seen, and pads that are."""
+    """Catches captions and frame rates that are not seen, and padding that is."""
     task, model = make_task(text, stage), large(make_model(text))
     samples = [some_sample(), some_sample(caption="two birds sit"), some_sample(duration=2.0)]
     assert changes(model, task, task.collate(samples))[:, SLOTS:].all()
@@ -136,7 +136,7 @@ def test_all_frames_see_the_text(text: TextTokenizer, stage: Stage) -> None:
 
 
 def test_texts(text_model: bytes) -> None:
-    """Guards the text of each sample: frame rate and caption, or what guidance moves from; the end is cut."""
+    """Guards each sample's text: frame rate and caption, or the unconditional text; long captions are truncated."""
     text = TextTokenizer(text_model, replace(preset("cogvideo").text, unconditional_caption="thing"), NUM_CODES)
     samples = [some_sample(caption=None, duration=0.5), some_sample(duration=2.0), some_sample(caption="a cat " * 20)]
     batch = make_task(text, "sequential").collate(samples)
@@ -149,7 +149,7 @@ def test_texts(text_model: bytes) -> None:
 
 
 def test_a_sample_is_the_same_in_every_batch(text: TextTokenizer) -> None:
-    """Guards micro-batches and ranks: losses of a batch are those of its pieces, whatever the captions' lengths."""
+    """Guards micro-batches and ranks: the losses of a batch are those of its pieces, for captions of any length."""
     task, model = make_task(text, "interpolation"), large(make_model(text, 2))
     samples = [some_sample(seed, caption) for seed, caption in enumerate(("a", "two birds", None, "a cat runs over"))]
     whole = task.losses(model, task.collate(samples))
@@ -164,7 +164,7 @@ def test_a_sample_is_the_same_in_every_batch(text: TextTokenizer) -> None:
 @pytest.mark.parametrize(("stage", "window"), STAGES)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_channel_alone_is_trained(text: TextTokenizer, stage: Stage, window: int, precision: str) -> None:
-    """Guards a frozen base, also one stored in bfloat16: it gets no gradients, every part of the channel does."""
+    """Guards a frozen base, including one stored in bfloat16: only the channel gets gradients, in all its parts."""
     task, model = make_task(text, stage), large(make_model(text, window)).float()
     samples = [some_sample(seed) for seed in range(3)]
     assert_the_channel_alone_is_trained(model, task, samples, precision)
@@ -181,7 +181,7 @@ CAPTIONS = [f"{number} birds fly" for number in range(8)]
 
 @pytest.fixture(scope="module")
 def base(text: TextTokenizer, clips: Tensor) -> Base:
-    """An image model that knows the clips' first frames by heart."""
+    """An image model that has memorized the clips' first frames."""
     model = Transformer(Base(config_of(text, 64)))
     initialize(model.base, 2, torch.Generator().manual_seed(0))
     task = ImageTask(SequenceLayout.text_to_image(SIZES), text, ImageMixture(0.0, 0.0))
@@ -191,7 +191,7 @@ def base(text: TextTokenizer, clips: Tensor) -> Base:
 
 
 def taught(text: TextTokenizer, base: Base, stage: Stage, samples: list[ClipSample]) -> Transformer:
-    """A stage that has learnt the samples by heart, on a frozen base."""
+    """A stage that has memorized the samples, on a frozen base."""
     channel = TemporalChannel(base.config, SIZES, StageConfig(0 if stage == "sequential" else 2))
     inherit(channel, base, torch.Generator().manual_seed(1))
     model = Transformer(base, channel)
@@ -203,13 +203,13 @@ def taught(text: TextTokenizer, base: Base, stage: Stage, samples: list[ClipSamp
 
 @pytest.fixture(scope="module")
 def sequential(text: TextTokenizer, base: Base, clips: Tensor) -> Transformer:
-    """A sequential stage that knows the clips' key frames by heart."""
+    """A sequential stage that has memorized the clips' key frames."""
     samples = [sample(clip[::2], caption, duration=4.0) for clip, caption in zip(clips, CAPTIONS, strict=True)]
     return taught(text, base, "sequential", samples)
 
 
 def generated(text: TextTokenizer, base: Base, rounds: int, **stages: Transformer) -> Tensor:
-    """What the captions alone give, (clips, frames, slots)."""
+    """Codes generated from the captions alone, (clips, frames, slots)."""
     config = replace(
         CogVideoConfig(),
         transformer=base.config,
@@ -220,18 +220,18 @@ def generated(text: TextTokenizer, base: Base, rounds: int, **stages: Transforme
     )
     channels = {name: model.channel for name, model in stages.items()}
     system = CogVideo(config, base=base, text=text, **channels)
-    # As in training: neither guidance nor bonus.
+    # As in training: no guidance and no text bonus.
     settings = GenerationSettings(rounds, first=SamplingConfig(0.0), later=SamplingConfig(0.0), text_bonus=0.0)
     return collect(generate(system, Request(CAPTIONS, [torch.Generator() for _ in CAPTIONS], settings)))
 
 
 def test_sequential_learns_by_heart(text: TextTokenizer, base: Base, sequential: Transformer, clips: Tensor) -> None:
-    """Guards the whole way: captions alone give the key frames of clips that image model and stage learnt by heart."""
+    """Checks training end to end: captions alone reproduce the memorized key frames."""
     assert torch.equal(generated(text, base, 0, sequential=sequential), clips[:, ::2].flatten(2))
 
 
 def test_interpolation_learns_by_heart(text: TextTokenizer, base: Base, sequential: Transformer, clips: Tensor) -> None:
-    """Guards the whole way: a round of interpolation puts the frames that were learnt by heart between key frames."""
+    """Checks training end to end: a round of interpolation reproduces the memorized frames between key frames."""
     pairs = [
         (clip[start : start + 5], caption) for clip, caption in zip(clips, CAPTIONS, strict=True) for start in (0, 4)
     ]
