@@ -1,4 +1,4 @@
-"""`cogvideo doctor`: devices and memory in plain words, and files that are not what was saved."""
+"""`cogvideo doctor`: a plain-language report on devices and memory, and detection of changed files."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from gallery import make_model
 
 @pytest.fixture
 def model(train_text_model: Callable[..., bytes], tmp_path: Path) -> Path:
-    """The folder of a whole model."""
+    """The folder of a complete model."""
     make_model(tmp_path / "model", train_text_model())
     return tmp_path / "model"
 
 
 def test_it_says_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the table: what fits as it is, with options, or not at all, by the memory that is free."""
+    """Checks the table: depending on free memory, a model fits as is, with options, or not at all."""
     config = preset("small")
     phases = clip(config, GenerationSettings())
     cpu, wide, narrow = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -54,7 +54,7 @@ def test_it_says_what_fits(model: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_it_finds_changed_files(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards the hashes: a changed byte and a missing file are told apart, both at once, with status 1."""
+    """Checks the hashes: a changed byte and a missing file are reported separately, in one run, with status 1."""
     monkeypatch.setattr("cogvideo.commands.doctor.PRESETS", {})
     path = model / "base.safetensors"
     content = bytearray(path.read_bytes())
@@ -70,7 +70,7 @@ def test_it_finds_changed_files(
 
 
 def test_an_unknown_model_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the one line of a mistake against being lost below a table."""
+    """Prevents a one-line error from getting lost below a table."""
     for name, message in (("nowhere", "there is no folder nowhere"), (tmp_path, f"cannot use {tmp_path}/bundle.json")):
         assert main(["doctor", str(name)]) == 2
         told = capsys.readouterr()
@@ -79,7 +79,7 @@ def test_an_unknown_model_is_refused_first(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_clips_at_once_need_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the figure that a refusal names: weights count once, all else as often as there are clips."""
+    """Guards the estimate that a refusal states: weights count once, everything else once per clip."""
     config = preset("tiny")
     phases = clip(config, GenerationSettings(rounds=1))
     cpu = torch.device("cpu")

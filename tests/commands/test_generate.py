@@ -1,6 +1,4 @@
-"""`cogvideo generate`: a file for each prompt, which every player opens, with its settings beside it; mistakes in one
-line, before anything is made.
-"""
+"""`cogvideo generate`: a playable file and a sidecar for each prompt, and one-line errors before any generation."""
 
 from __future__ import annotations
 
@@ -47,7 +45,7 @@ from gallery import make_model
 from killing import full_disk, kill_at
 from workshop import RATIO
 
-pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole clips: the parts are checked in tests/generation
+pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole clips; tests/generation checks the parts
 
 SIDE = 16
 STAGES = ("", "first_", "superres_")
@@ -57,7 +55,7 @@ QUICK = ("--rounds", "0", "--no-superres", "--guidance", "1")
 
 @pytest.fixture(scope="module")
 def model(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a whole model."""
+    """The folder of a complete model."""
     folder = tmp_path_factory.mktemp("generate") / "model"
     make_model(folder, train_text_model())
     return str(folder)
@@ -73,7 +71,7 @@ def record(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 @pytest.fixture
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, empty, deep inside one that shows what leaves it."""
+    """An empty working folder, nested inside one that reveals files written outside it."""
     folder = tmp_path / "a" / "b" / "c"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
@@ -81,12 +79,12 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: object, status: int = 0) -> None:
-    """The command, in this process."""
+    """Run the command in this process."""
     assert main(["generate", *map(str, arguments)]) == status
 
 
 def read(path: Path) -> tuple[np.ndarray, float, float, dict[str, Any]]:
-    """Frames, rate, seconds and record of an mp4, as a player finds them."""
+    """Frames, rate, seconds, and record of an MP4, as a player sees them."""
     with av.open(path) as container:
         stream = container.streams.video[0]
         assert stream.codec_context.name == "h264"
@@ -105,12 +103,12 @@ def record_of(path: Path) -> dict[str, Any]:
 
 
 def frames_of(folder: Path) -> np.ndarray:
-    """Those of a folder of PNG files, exactly."""
+    """Exact frames from a folder of PNG files."""
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line that a mistake is told in."""
+    """The one-line message of a user error."""
     capsys.readouterr()
     assert main(["generate", *arguments]) == 2
     told = capsys.readouterr()
@@ -120,12 +118,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def tree(folder: Path) -> list[str]:
-    """All files below."""
+    """All files below a folder."""
     return sorted(str(each.relative_to(folder)) for each in folder.rglob("*") if each.is_file())
 
 
 def made(model: str, prompt: str, seed: int, given: Tensor | None = None, **options: Any) -> np.ndarray:
-    """Pixels of a clip as the pipeline makes it."""
+    """Pixels of a clip as the pipeline generates it."""
     settings = GenerationSettings(**{"should_enlarge": False} | options)
     request = Request([prompt], [torch.Generator().manual_seed(seed)], settings, given)
     stream = CogVideoPipeline.from_pretrained(model).frames(request)
@@ -133,7 +131,7 @@ def made(model: str, prompt: str, seed: int, given: Tensor | None = None, **opti
 
 
 def picture(path: Path, seed: int = 0, side: int = 40) -> Path:
-    """A picture with a pattern of its own."""
+    """A picture with a pattern that depends on the seed."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     write_image(path, coarse.repeat(side // 4, 0).repeat(side // 4, 1))
     return path
@@ -143,7 +141,7 @@ def picture(path: Path, seed: int = 0, side: int = 40) -> Path:
     ("rounds", "number", "rate", "superres"), [(0, 5, 1, False), (1, 9, 2, True), (2, 17, 4, False), (3, 33, 8, False)]
 )
 def test_a_clip_is_a_video(rounds: int, number: int, rate: int, superres: bool, model: str, inside: Path) -> None:
-    """Guards the file: its frames in order of time, four seconds from the first to the last, for every player."""
+    """Checks the file: frames in temporal order, four seconds from first to last, playable everywhere."""
     options = ("--seed", 3, "--rounds", rounds, "--superres" if superres else "--no-superres")
     run("a cat runs", "--model", model, "--output", "x.mp4", *options)
     frames, found, seconds, _ = read(inside / "x.mp4")
@@ -156,7 +154,7 @@ def test_a_clip_is_a_video(rounds: int, number: int, rate: int, superres: bool, 
 
 
 def test_the_settings_stand_beside_the_clip_and_in_it(model: str, inside: Path) -> None:
-    """Guards reproduction: the record names every setting and what was made with which versions."""
+    """Guards reproducibility: the record has every setting, and the model and versions that were used."""
     write_image(inside / "start.png", np.zeros((8, 8, 3), np.uint8))
     options = ("--rounds", 0, "--guidance", 2.5, "--temperature", 0.9, "--clusters", 5, "--no-superres")
     more = ("--negative", "the sun", "--dtype", "bfloat16", "--image", "start.png")
@@ -213,7 +211,7 @@ def test_the_settings_stand_beside_the_clip_and_in_it(model: str, inside: Path) 
 def test_a_sidecar_makes_its_clip_again(
     model: str, inside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards reproduction: the same pixels, wherever the model lies now; and what changed meanwhile is told."""
+    """Guards reproducibility: the same pixels wherever the model is now, and changes since then are reported."""
     picture(inside / "start.png")
     more = ("--negative", "the sun", "--image", "start.png", "--temperature", 2.0, "--guidance", 2.0, "--rounds", 1)
     run("a cat runs", "--model", model, "--output", "x", "--format", "png", "--seed", 7, *more)
@@ -251,7 +249,7 @@ def test_a_sidecar_makes_its_clip_again(
 
 
 def test_a_sidecar_of_an_older_version_makes_its_clip_again(model: str, inside: Path) -> None:
-    """Guards clips that were made before top-k and top-p were options: they had none, and they are not made twice."""
+    """Guards clips from before options such as top-k and top-p: they are reproduced, and a rerun skips them."""
     (inside / "x.txt").write_text("a cat runs")
     options = ("--model", model, "--rounds", 0, "--no-superres", "--prompts", "x.txt")
     run(*options)
@@ -266,7 +264,7 @@ def test_a_sidecar_of_an_older_version_makes_its_clip_again(model: str, inside: 
 
 
 def test_options_mean_what_they_say(model: str, inside: Path) -> None:
-    """Guards the way from options to settings: guidance, sampler and negative text are those of later frames."""
+    """Checks how options become settings: guidance, sampler, and negative prompt apply to later frames."""
     options = ("--rounds", 1, "--guidance", 2.5, "--temperature", 0.9, "--clusters", 5, "--negative", "the sun")
     run("a cat runs", "--model", model, "--format", "png", "--seed", 7, *options)
     expected = made(
@@ -282,7 +280,7 @@ def test_options_mean_what_they_say(model: str, inside: Path) -> None:
 
 
 def test_a_model_of_short_clips_makes_short_clips(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards clips as long as the trained ones, at their frame rate; lengths that nobody trained are refused."""
+    """Checks that clips have the length and frame rate that a model was trained on; untrained lengths are rejected."""
     CogVideo.from_pretrained(model).save_pretrained("short")
     whole = CogVideo.from_pretrained("short")
     update("short", whole.config.trained_on("sequential", (1.0, 0.5)), base=whole.base)
@@ -308,8 +306,8 @@ def test_a_model_of_short_clips_makes_short_clips(model: str, inside: Path, caps
 
 
 def test_a_model_has_values_of_its_own(model: str, inside: Path) -> None:
-    """Guards the samplers and guidance of a model: they are taken and recorded unless a call says otherwise, and a
-    sidecar keeps them when the model's values change."""
+    """Guards a model's samplers and guidance: they are used and recorded unless overridden, and a sidecar keeps them
+    when the model's values change."""
     own = shutil.copytree(model, inside / "own")
     manifest = json.loads((own / "bundle.json").read_text())
     first = {"temperature": 0.7, "clusters": 2, "guidance": 1.5, "top_p": 0.9}
@@ -345,7 +343,7 @@ def test_a_model_has_values_of_its_own(model: str, inside: Path) -> None:
 
 
 def test_each_option_changes_the_clip(model: str, inside: Path) -> None:
-    """Guards options against being read and forgotten."""
+    """Catches options that are parsed and then ignored."""
     plain = ("a cat runs", "--model", model, "--format", "png", "--seed", 7, "--rounds", 0, "--no-superres")
     picture(inside / "start.png")
     changes = [
@@ -391,7 +389,7 @@ def test_each_option_changes_the_clip(model: str, inside: Path) -> None:
     ("name", "milliseconds"), [("x.gif", 500), ("x.webp", 500), ("X.GIF", 500), ("X.WEBP", 500), ("X.MP4", None)]
 )
 def test_other_formats(name: str, milliseconds: int | None, model: str, inside: Path) -> None:
-    """Guards GIF and WebP: the clip moves at its rate, its settings stand beside it and in it."""
+    """Checks GIF and WebP: the clip plays at its rate, and its settings are in the file and in a sidecar."""
     run("a 猫 runs", "--model", model, "--output", name, "--seed", 3, "--rounds", 1, "--no-superres")
     assert tree(inside) == sorted([name, f"{name[0]}.json"])
     assert record_of(inside / name)["seed"] == 3
@@ -405,7 +403,7 @@ def test_other_formats(name: str, milliseconds: int | None, model: str, inside: 
 
 
 def test_frames_are_a_folder_of_pictures(model: str, inside: Path) -> None:
-    """Guards PNG: every pixel as it was made, the record in each, nothing else in the folder."""
+    """Checks PNG: exact pixels, the record in each file, and nothing else in the folder."""
     run("a cat runs", "--model", model, "--format", "png", "--seed", 3, *QUICK)
     names = [f"out/a-cat-runs/{place:03}.png" for place in range(5)]
     assert tree(inside) == ["out/a-cat-runs.json", *names]
@@ -416,7 +414,7 @@ def test_frames_are_a_folder_of_pictures(model: str, inside: Path) -> None:
 
 
 def test_frames_can_be_played_at_another_rate(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards --fps: the same codes, faster; a rate that the format lacks is refused before anything is made."""
+    """Checks --fps: the same codes, faster; rates that a format lacks are rejected before generation."""
     run("a cat runs", "--model", model, "--output", "a.mp4", "--seed", 3, *QUICK)
     run("a cat runs", "--model", model, "--output", "b.mp4", "--seed", 3, "--fps", 5, *QUICK)
     (slow, rate, _, one), (fast, other, seconds, two) = read(inside / "a.mp4"), read(inside / "b.mp4")
@@ -427,11 +425,11 @@ def test_frames_can_be_played_at_another_rate(model: str, inside: Path, capsys: 
     assert "fps is 64.0, expected a number in [0.01, 50] for .gif" in told
 
 
-# Frames that are given
+# Input frames
 
 
 def test_an_image_starts_to_move(model: str, inside: Path) -> None:
-    """Guards image-to-video: frame 0 is what the image tokenizer makes of the middle of the picture."""
+    """Checks image-to-video: frame 0 is the center of the picture, as the image tokenizer reconstructs it."""
     wide = np.zeros((SIDE, 3 * SIDE, 3), np.uint8)
     wide[:, SIDE : 2 * SIDE] = np.asarray(Image.open(picture(inside / "square.png", side=SIDE)))
     write_image(inside / "wide.png", wide)
@@ -452,7 +450,7 @@ def test_an_image_starts_to_move(model: str, inside: Path) -> None:
 
 @pytest.mark.parametrize(("number", "context", "start"), [(1, 1, 0), (2, 1, 1), (3, 2, 0), (12, 2, 9)])
 def test_a_video_goes_on(number: int, context: int, start: int, model: str, inside: Path) -> None:
-    """Guards extension: what was there stays, frame by frame, and what follows comes from its last second."""
+    """Checks extension: existing frames stay, frame by frame, and the continuation starts from the last second."""
     frames = np.random.default_rng(1).integers(0, 256, (number, 2, 2, 3), np.uint8).repeat(20, 1).repeat(20, 2)
     write_video(inside / "old.webp", frames, 2)
     options = ("--rounds", 1, "--no-superres", "--format", "png", "--seed", 3)
@@ -468,7 +466,7 @@ def test_a_video_goes_on(number: int, context: int, start: int, model: str, insi
 
 
 def test_what_lies_between_two_pictures(model: str, inside: Path) -> None:
-    """Guards in-between: the clip begins with one picture and ends with the other."""
+    """Checks in-betweening: the clip begins with one picture and ends with the other."""
     picture(inside / "a.png", 1)
     picture(inside / "b.png", 2)
     options = ("--rounds", 1, "--no-superres", "--format", "png")
@@ -482,8 +480,7 @@ def test_what_lies_between_two_pictures(model: str, inside: Path) -> None:
 
 
 def test_a_loop_ends_where_it_begins(model: str, inside: Path) -> None:
-    """Guards loops: the frame after the last is the first, so it is not shown twice; key frames before it are drawn as
-    without a loop."""
+    """Checks loops: the first frame follows the last and is not shown twice; key frames match those without a loop."""
     options = ("--model", model, "--no-superres", "--format", "png", "--seed", 3)
     run("a cat runs", *options, "--rounds", 0, "--output", "open")
     run("a cat runs", *options, "--rounds", 0, "--loop", "--output", "keys")
@@ -498,7 +495,7 @@ def test_a_loop_ends_where_it_begins(model: str, inside: Path) -> None:
 
 
 def test_a_seed_is_drawn_and_told(model: str, inside: Path) -> None:
-    """Guards clips that someone wants again: each has a seed of its own, which gives it alone, too."""
+    """Guards reproducibility: each clip records its own random seed, which reproduces it alone."""
     run("a cat runs", "the sun", "a cat runs", "--model", model, "--format", "png", *QUICK)
     names = ["a-cat-runs", "the-sun", "a-cat-runs-2"]
     records = [json.loads((inside / "out" / f"{name}.json").read_text()) for name in names]
@@ -509,7 +506,7 @@ def test_a_seed_is_drawn_and_told(model: str, inside: Path) -> None:
 
 
 def test_samples_and_batches(model: str, inside: Path) -> None:
-    """Guards numbers of clips: each has the seed after the one before, and is the same whatever is made beside it."""
+    """Checks batches: seeds count up from clip to clip, and a clip does not depend on the rest of its batch."""
     options = ("a cat runs", "the sun", "--model", model, "--format", "png", "--seed", 5, "--samples", 2, *QUICK)
     run(*options)
     run(*options, "--batch", 3, "--output", "batch")
@@ -525,7 +522,7 @@ def test_samples_and_batches(model: str, inside: Path) -> None:
 
 
 def test_a_list_is_gone_on_with(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards long lists: what is finished is not made again, unless it is wanted otherwise; what is half there is."""
+    """Guards long lists: finished clips are skipped unless settings differ; half-finished ones are generated again."""
     (inside / "list.csv").write_text('prompt,seed\na cat runs,7\nthe sun,\n"a cat, runs",9\n', encoding="utf-8")
     options = ("--prompts", "list.csv", "--model", model, *QUICK)
     run(*options)
@@ -533,7 +530,7 @@ def test_a_list_is_gone_on_with(model: str, inside: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.split() == [f"out/{name}" for name in names]
     assert [record_of(inside / "out" / name)["seed"] for name in names][::2] == [7, 9]
     before = {name: (inside / "out" / name).stat().st_mtime_ns for name in names}
-    (inside / "out" / "a-cat-runs-2.json").unlink()  # as a kill leaves it: no record, so it is not finished
+    (inside / "out" / "a-cat-runs-2.json").unlink()  # as after a kill: no record, so it is not finished
     run(*options)
     told = capsys.readouterr()
     assert told.out.split() == ["out/a-cat-runs-3.mp4"]
@@ -546,7 +543,7 @@ def test_a_list_is_gone_on_with(model: str, inside: Path, capsys: pytest.Capture
 
 
 def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards a row with a seed against its clip being counted for a row that takes any."""
+    """Prevents a clip for a row with a seed from being counted for a row without one."""
     run("a cat", "--seed", 7, "--model", model, *QUICK)
     capsys.readouterr()
     (inside / "list.csv").write_text("prompt,seed\na cat,\na cat,7\na cat,\n", encoding="utf-8")
@@ -602,14 +599,14 @@ def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.Cap
 def test_a_bad_list_is_refused(
     name: str, content: bytes | None, message: str, model: str, inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards lists against silent losses."""
+    """Prevents prompts and seeds of a list from being silently lost."""
     if content is not None:
         (inside / name).write_bytes(content)
     assert message in refused(capsys, "--prompts", name, "--model", model)
 
 
 def test_seeds_of_every_table(tmp_path: Path) -> None:
-    """Guards seeds as programs write them: text, whole floats of columns with gaps, exponents; -1 and gaps are any."""
+    """Checks seeds as programs write them: text, exponents, floats in columns with gaps; -1 and gaps mean any seed."""
     values = [7, 7.0, "7", "7.0", "1e3", None, "", float("nan"), -1]
     rows = [{"prompt": "a cat", "seed": value} for value in values]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -625,7 +622,7 @@ def test_seeds_of_every_table(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_column_of_seeds_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards seeds that are not read, since their column is called nearly so; other columns are the user's."""
+    """Catches seeds silently ignored because of a misspelled column name; other columns give no warning."""
     for column, told in (("Seed", True), ("seeds", True), ("sed", True), ("scene", False), ("id", False)):
         (tmp_path / "x.csv").write_text(f"prompt,{column}\na cat,7\n")
         assert [each.seed for each in read_prompts(tmp_path / "x.csv")] == [None]
@@ -634,7 +631,7 @@ def test_a_misspelt_column_of_seeds_is_told(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize("sign", "\v\f\x1c\x1d\x1e\x85\u2028\u2029")
 def test_a_line_ends_where_editors_end_it(sign: str, tmp_path: Path) -> None:
-    """Guards prompts with signs at which only `str.splitlines` ends a line; they are spaces."""
+    """Checks prompts with characters that only `str.splitlines` treats as line breaks; they become spaces."""
     (tmp_path / "x.txt").write_text(f"a cat,{sign}on a mat\r\nthe sun\rthe moon\n", encoding="utf-8", newline="")
     assert [each.text for each in read_prompts(tmp_path / "x.txt")] == ["a cat, on a mat", "the sun", "the moon"]
     (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": f"a cat,{sign}on a mat"}, ensure_ascii=False))
@@ -644,7 +641,7 @@ def test_a_line_ends_where_editors_end_it(sign: str, tmp_path: Path) -> None:
 
 
 def test_conventions_of_other_tools(model: str, inside: Path) -> None:
-    """Guards an empty negative prompt, which is none, and the seed -1, which is any."""
+    """Checks that an empty negative prompt means none, and that seed -1 means any."""
     run("a cat", "--model", model, "--negative", "", "--seed", -1, "--output", "x.mp4", *QUICK)
     record = record_of(inside / "x.mp4")
     assert record["negative"] is None
@@ -652,7 +649,7 @@ def test_conventions_of_other_tools(model: str, inside: Path) -> None:
 
 
 def test_a_clip_names_no_folder_of_its_maker(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards what is sent to others: of files elsewhere the name alone; those that lie with the sidecar are found."""
+    """Guards privacy: files elsewhere are recorded by name only, and files next to the sidecar are found."""
     private = inside.parent / "someone"
     private.mkdir()
     image = picture(private / "portrait.png")
@@ -675,7 +672,7 @@ def test_a_clip_names_no_folder_of_its_maker(model: str, inside: Path, capsys: p
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_files_whose_accents_are_written_otherwise_are_found(form: Any, model: str, inside: Path) -> None:
-    """Guards names that look alike: as a Mac writes them and as a keyboard types them."""
+    """Checks names that look alike: as a Mac writes them and as a keyboard types them."""
     other = "NFD" if form == "NFC" else "NFC"
     picture(inside / normalize(form, "café.png"))
     (inside / normalize(form, "é")).mkdir()
@@ -688,7 +685,7 @@ def test_files_whose_accents_are_written_otherwise_are_found(form: Any, model: s
 def test_a_sidecar_is_checked_before_weights_are_read(
     model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards the time to the refusal of another model or picture."""
+    """Rejects a different model or picture quickly, before weights are loaded."""
     picture(inside / "start.png")
     run("a cat", "--model", model, "--image", "start.png", "--output", "x.mp4", *QUICK)
     record = record_of(inside / "x.mp4")
@@ -700,7 +697,7 @@ def test_a_sidecar_is_checked_before_weights_are_read(
 
 
 class Looks(set[str]):
-    """Names that are taken; counts how often they are looked at."""
+    """Names that are taken; counts lookups."""
 
     number = 0
 
@@ -710,7 +707,7 @@ class Looks(set[str]):
 
 
 def test_names_of_many_clips_take_no_longer_each(tmp_path: Path) -> None:
-    """Guards lists of thousands: a name, and the search for a clip that is there, do not look at all others."""
+    """Guards lists of thousands: choosing a name does not check all taken names."""
     folder = Folder(tmp_path, "mp4")
     assert [folder.name("A cat").name for _ in range(3)] == ["A-cat.mp4", "A-cat-2.mp4", "A-cat-3.mp4"]
     assert folder.name("a cat").name == "a-cat-4.mp4", "where case does not count"
@@ -724,7 +721,7 @@ def test_names_of_many_clips_take_no_longer_each(tmp_path: Path) -> None:
 
 
 def test_names_that_are_taken_meanwhile_take_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards two processes that write the same long list into one folder: neither reads the folder for each clip."""
+    """Guards two processes that write the same long list to one folder: neither lists the folder for each clip."""
     folder = Folder(tmp_path, "mp4")
     path = folder.name("a cat")
     for name in ("a-cat.mp4", "a-cat-2.json"):
@@ -735,7 +732,7 @@ def test_names_that_are_taken_meanwhile_take_no_longer(tmp_path: Path, monkeypat
 
 
 def test_writers_of_one_name_lose_no_clip(tmp_path: Path) -> None:
-    """Guards two runs in one folder that chose the same names before either wrote: all formats share them."""
+    """Guards runs that chose the same names in one folder before either wrote: names are shared by all formats."""
     formats: list[Format] = ["mp4", "mp4", "mp4", "gif", "webp", "png", "png", "png"]
     start = Barrier(len(formats))
 
@@ -759,7 +756,7 @@ def test_writers_of_one_name_lose_no_clip(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_frees_its_name(tmp_path: Path) -> None:
-    """Guards the next run against files without content, which hold names while clips are written."""
+    """Prevents leftovers of the empty files that reserve names while clips are written."""
     folder = Folder(tmp_path, "mp4")
     path = folder.name("a cat")
     with pytest.raises(ValueError, match="there are no frames"), folder.holding(path):
@@ -768,7 +765,7 @@ def test_a_failed_write_frees_its_name(tmp_path: Path) -> None:
 
 
 def test_lists_of_other_kinds(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards texts with a line a prompt, and JSON lines; both may be told as JSON."""
+    """Checks text files with one prompt per line, JSON Lines, and --json output."""
     (inside / "x.txt").write_text("\ufeffa cat runs\n\n  the sun  \r\n", encoding="utf-8")
     (inside / "x.jsonl").write_text('{"caption": "a cat", "seed": 4}\n{"caption": "the sun"}\n', encoding="utf-8")
     run("--prompts", "x.txt", "--model", model, "--output", "texts", *QUICK)
@@ -780,13 +777,13 @@ def test_lists_of_other_kinds(model: str, inside: Path, capsys: pytest.CaptureFi
     assert records == [record_of(inside / "lines" / each["file"]) for each in records]
 
 
-# Early looks, and early ends
+# Previews and interruptions
 
 
 def test_frames_are_there_before_the_clip(
     model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards --preview and Ctrl-C: what was shown stays, and clips before it; nothing half-made looks like a clip."""
+    """Checks --preview and Ctrl-C: previews and finished clips stay, and nothing half-finished looks like a clip."""
     stream = CogVideoPipeline.frames
 
     def interrupted(self: CogVideoPipeline, request: Request) -> Any:
@@ -815,7 +812,7 @@ def test_frames_are_there_before_the_clip(
 
 
 def test_control_c_ends_a_real_process(model: str, inside: Path) -> None:
-    """Guards a whole process: it ends at once, with status 130, without a traceback, and keeps its frames."""
+    """Checks a real process: it ends at once with status 130, without a traceback, and keeps its previews."""
     arguments = ["a cat runs", "--model", model, "--samples", "500", "--preview", "--rounds", "3"]
     process = subprocess.Popen(
         [sys.executable, "-m", "cogvideo", "generate", *arguments],
@@ -832,7 +829,7 @@ def test_control_c_ends_a_real_process(model: str, inside: Path) -> None:
     assert not [each for each in tree(inside) if ".tmp" in each]
 
 
-# Odd prompts, mistakes
+# Odd prompts and mistakes
 
 
 ODD = {
@@ -852,7 +849,7 @@ ODD = {
 
 
 def test_odd_prompts_stay_inside(model: str, inside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the file system against prompts: plain names in the output folder; each record has the prompt itself."""
+    """Guards the file system against prompts: plain names in the output folder; records keep the original prompt."""
     run("--model", model, *QUICK, "--", *ODD)
     assert capsys.readouterr().out.splitlines() == [f"out/{name}.mp4" for name in ODD.values()]
     files = [f"a/b/c/out/{name}.{kind}" for name in ODD.values() for kind in ("json", "mp4")]
@@ -863,7 +860,7 @@ def test_odd_prompts_stay_inside(model: str, inside: Path, tmp_path: Path, capsy
 
 
 def test_a_prompt_may_look_like_an_option(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards prompts that begin with a dash: two dashes end the options, and nothing is read from a prompt."""
+    """Checks prompts that begin with a dash: -- ends the options, and nothing in a prompt is interpreted."""
     run("--model", model, "--seed", 1, "--output", "o", *QUICK, "--", "-rf /", "$HOME")
     assert capsys.readouterr() == ("o/rf.mp4\no/HOME.mp4\n", "")
     assert [record_of(inside / "o" / name)["prompt"] for name in ("rf.mp4", "HOME.mp4")] == ["-rf /", "$HOME"]
@@ -882,11 +879,10 @@ def test_a_prompt_may_look_like_an_option(model: str, inside: Path, capsys: pyte
 def test_every_prompt_has_a_file_of_its_own(
     prompts: tuple[str, ...], names: list[str], model: str, inside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards against clips that replace each other, also where a file system knows no case, and against names that it
-    does not take."""
+    """Prevents clips from replacing each other, even on case-insensitive file systems, and overlong names."""
     codes, pixels = torch.zeros(1, SIDE, dtype=torch.int64), np.zeros((1, SIDE, SIDE, 3), np.uint8)
     frames = [Frame("image", place, 5, codes, pixels) for place in range(5)]
-    monkeypatch.setattr(CogVideoPipeline, "frames", lambda *_: iter(frames))  # names alone are looked at
+    monkeypatch.setattr(CogVideoPipeline, "frames", lambda *_: iter(frames))  # only names matter here
     run("--model", model, "--seed", 1, *QUICK, "--", *prompts)
     assert tree(inside / "out") == sorted(f"{name}{suffix}" for name in names for suffix in (".json", ".mp4"))
     for prompt, name in zip(prompts, names, strict=True):
@@ -908,7 +904,7 @@ def test_every_prompt_has_a_file_of_its_own(
 def test_one_bad_prompt_is_found_before_the_first_clip(
     prompts: tuple[str, ...], message: str, model: str, inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards lists of prompts: nothing is made, and no folder, where one of them cannot be used."""
+    """Rejects a list with an unusable prompt before any clip or folder is created."""
     assert re.search(message, refused(capsys, "--model", model, "--rounds", "0", "--", *prompts))
     assert list(inside.iterdir()) == []
 
@@ -971,7 +967,7 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
 def test_mistakes_are_one_line(
     options: tuple[str, ...], message: str, model: str, inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards what a user sees who asks for what cannot be; nothing was made meanwhile."""
+    """Checks the message for each impossible request; nothing is written."""
     (inside / "file").touch()
     (inside / "folder.mp4").mkdir()
     assert re.search(message, refused(capsys, "a cat", "--model", model, "--rounds", "0", *options))
@@ -979,7 +975,7 @@ def test_mistakes_are_one_line(
 
 
 def test_a_file_is_for_one_prompt(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against all prompts but one being lost."""
+    """Prevents all prompts but one from being lost."""
     told = refused(capsys, "a cat", "the sun", "--model", model, "--output", "x.mp4")
     assert "output is the file x.mp4 for 2 clips, expected a folder" in told
     assert list(inside.iterdir()) == []
@@ -988,7 +984,7 @@ def test_a_file_is_for_one_prompt(model: str, inside: Path, capsys: pytest.Captu
 def test_a_damaged_model_is_refused(
     train_text_model: Callable[..., bytes], inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards incomplete copies of a model."""
+    """Rejects a model with a file of the wrong size, as in an incomplete copy."""
     make_model(inside / "model", train_text_model())
     with (inside / "model" / "sequential.safetensors").open("ab") as file:
         file.write(b"x")
@@ -996,8 +992,8 @@ def test_a_damaged_model_is_refused(
 
 
 def test_what_is_there_is_replaced_as_a_whole(record: dict[str, Any], inside: Path) -> None:
-    """Guards a file that is made again by name: whenever the process is killed, there is the old clip or the new one,
-    and beside it its own settings or none."""
+    """Guards a clip that is replaced by name: whenever the process is killed, the old or the new clip is there, with
+    its own sidecar or none."""
 
     def write(seed: int) -> None:
         pixels = np.random.default_rng(seed).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
@@ -1023,7 +1019,7 @@ def test_what_is_there_is_replaced_as_a_whole(record: dict[str, Any], inside: Pa
 
 
 def test_what_is_there_outlasts_a_full_disk(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the old clip and its record where the new one cannot be written."""
+    """Keeps the old clip and its record if the new one cannot be written."""
     run("a cat", "--model", model, "--output", "x.mp4", "--seed", 1, *QUICK)
     before = {name: (inside / name).read_bytes() for name in tree(inside)}
     with full_disk(1000):
@@ -1035,7 +1031,7 @@ def test_what_is_there_outlasts_a_full_disk(model: str, inside: Path, capsys: py
 def test_what_is_read_is_not_replaced(
     model: str, record: dict[str, Any], inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards a user's own clip, list and sidecar against a command that writes where it reads."""
+    """Prevents a command from overwriting its own inputs: a user's clip, list, or sidecar."""
     (inside / "heart.json").write_text(json.dumps(record | {"file": "heart.mp4", "codes": "others"}))
     write_video(inside / "x.mp4", np.zeros((3, SIDE, SIDE, 3), np.uint8), 1)
     os.symlink("x.mp4", inside / "y.mp4")
@@ -1051,7 +1047,7 @@ def test_what_is_read_is_not_replaced(
 
 
 def test_what_may_never_end_is_not_read(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against pipes that nobody writes to and devices without an end, but a shell's <(...) has prompts."""
+    """Prevents hanging on pipes without a writer and endless devices; prompts from a shell's <(...) still work."""
     for suffix in (".mp4", ".csv", ".json"):
         os.mkfifo(inside / f"pipe{suffix}")
     options = ("--image pipe.mp4", "--extend pipe.mp4", "--first pipe.mp4 --last pipe.mp4", "--image /dev/zero")
@@ -1069,7 +1065,7 @@ def test_what_may_never_end_is_not_read(model: str, inside: Path, capsys: pytest
 
 
 def test_names_that_an_output_cannot_show(model: str, inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards lists against an end after their first clip, where the terminal has no such letters."""
+    """Prevents a list from ending after its first clip because the terminal cannot encode a name."""
     prompts = ["猫", "\U0001f600 é"]
     for options in ((), ("--json",)):
         printed = io.BytesIO()
@@ -1082,7 +1078,7 @@ def test_names_that_an_output_cannot_show(model: str, inside: Path, monkeypatch:
 
 
 def test_nothing_in_a_folder_is_replaced(model: str, inside: Path) -> None:
-    """Guards clips of an earlier day: the same prompt gets another name, whatever has the first."""
+    """Guards earlier clips: the same prompt gets a new name, whatever kind of file has the first one."""
     for _ in range(2):
         run("a cat", "--model", model, "--seed", 1, *QUICK)
     (inside / "out" / "A-CAT-3.txt").touch()
@@ -1093,7 +1089,7 @@ def test_nothing_in_a_folder_is_replaced(model: str, inside: Path) -> None:
 def test_another_process_may_add_to_the_folder(
     model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards clips that came into the folder while one was made: they had no name when this one got its own."""
+    """Guards clips added to the folder during generation, after this clip's name was chosen."""
     make = ClipMaker.make
 
     def beside(self: ClipMaker, *arguments: Any) -> Any:
@@ -1109,7 +1105,7 @@ def test_another_process_may_add_to_the_folder(
 
 
 def test_frames_of_a_stopped_run_stay(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards what --preview left, also from a prompt that is called like its folder, and says which seed was shown."""
+    """Keeps previews of earlier runs, even if a prompt is named like their folder, and reports the seed of new ones."""
     (inside / "out" / "a-cat-frames").mkdir(parents=True)
     (inside / "out" / "a-cat-frames" / "000.png").write_text("old")
     run("a cat", "a cat frames", "--model", model, "--preview", "--format", "png", "--seed", 4, *QUICK)
@@ -1120,7 +1116,7 @@ def test_frames_of_a_stopped_run_stay(model: str, inside: Path, capsys: pytest.C
 
 
 def test_frames_never_replace_others(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards pictures of a user's own, and those of an earlier look, in a folder that is called like that of frames."""
+    """Keeps the user's pictures and earlier previews in folders named like that of new previews."""
     (inside / "x-frames").mkdir()
     (inside / "x-frames" / "2019.png").write_text("mine")
     for number in (2, 3):
@@ -1131,7 +1127,7 @@ def test_frames_never_replace_others(model: str, inside: Path, capsys: pytest.Ca
 
 
 def test_a_foreign_file_is_no_record(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards a JSON file that has the name of the record, be it of another clip or of something else."""
+    """Prevents another clip's sidecar of the same name from being overwritten."""
     run("a cat", "--model", model, "--output", "x.mp4", *QUICK)
     before = (inside / "x.json").read_text()
     told = refused(capsys, "a cat", "--model", model, "--output", "x.gif", *QUICK)
@@ -1140,7 +1136,7 @@ def test_a_foreign_file_is_no_record(model: str, inside: Path, capsys: pytest.Ca
 
 
 def test_a_list_is_made_in_every_format(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the second run over a list: a clip in another format, or an empty file, is not the one that is wanted."""
+    """Guards reruns of a list: a clip in another format, or an empty file, does not count as finished."""
     (inside / "x.txt").write_text("a cat\n")
     options = ("--prompts", "x.txt", "--model", model, *QUICK)
     for names in ("a-cat.mp4", "a-cat-2.gif", "a-cat-3"):
@@ -1183,7 +1179,7 @@ def test_a_list_is_made_in_every_format(model: str, inside: Path, capsys: pytest
 def test_an_edited_sidecar_is_refused(
     field: str, value: object, record: dict[str, Any], inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against tracebacks, and against values that an option would not take."""
+    """Catches tracebacks, and values that an option would not accept."""
     (inside / "y.json").write_text(json.dumps(record | {field: value}))
     assert f"y.json: {field} is " in refused(capsys, "--from-sidecar", "y.json", "--output", "z.mp4")
     assert not (inside / "z.mp4").exists()
@@ -1192,13 +1188,13 @@ def test_an_edited_sidecar_is_refused(
 def test_a_sidecar_without_a_prompt_is_refused(
     model: str, record: dict[str, Any], inside: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards the message, which names the file to mend."""
+    """Checks that the message names the file to fix."""
     (inside / "y.json").write_text(json.dumps(record | {"prompt": " "}))
     assert "y.json: the prompt is empty: ' '" in refused(capsys, "--from-sidecar", "y.json", "--model", model)
 
 
 def test_a_sidecar_is_good_elsewhere(model: str, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards clips that are made again in another folder: with the picture where it lies now, at the rate they had."""
+    """Guards clips regenerated after a move: with the picture at its new path, and at the original frame rate."""
     picture(inside / "start.png")
     options = ("--image", "start.png", "--fps", 3, "--rounds", 0, "--no-superres")
     run("a cat", "--model", model, "--output", "x.mp4", *options)
@@ -1217,7 +1213,7 @@ def test_a_sidecar_is_good_elsewhere(model: str, inside: Path, capsys: pytest.Ca
 def test_a_model_that_does_not_fit_is_refused(
     model: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against being killed while loading: what is needed is said before, and what helps."""
+    """Prevents being killed while loading: the error states how much memory is needed, and what helps."""
     monkeypatch.setattr(memory, "free_memory", lambda _: 1 << 20)
     told = refused(capsys, "a cat", "--model", model, "--batch", "100000", "--samples", "4")
     assert re.search(
@@ -1229,7 +1225,7 @@ def test_a_model_that_does_not_fit_is_refused(
 
 
 def test_offloading_makes_the_same_clip(model: str, inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards --offload: the same pixels, and at no time the weights of two stages."""
+    """Checks --offload: the same pixels, and never the weights of two stages at once."""
     options = ("a cat runs", "--model", model, "--rounds", 1, "--seed", 3, "--format", "png")
     run(*options)
     run(*options, "--offload", "--output", "other")

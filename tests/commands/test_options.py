@@ -1,4 +1,4 @@
-"""Command lines from signatures: what becomes of arguments, recipes, and the help."""
+"""Command lines from signatures: arguments, recipes, and help."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ Options of training:
 
 
 def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards plain help: types by their names, no None, defaults of the instance, text of the nearest class."""
+    """Checks readable help: names of types, no None, defaults of the instance, text of the most derived class."""
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
         parse("draw", draw, ["--help"])
@@ -141,18 +141,18 @@ def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_arguments_become_values(arguments: str, name: str, value: object) -> None:
-    """Guards each kind of option; a text after -- is none; what is not given has the default of the instance."""
+    """Checks each kind of option; text after -- is not an option, and omitted ones take the instance's defaults."""
     assert drawn(*arguments.split())[name] == value
 
 
 def test_a_refusal_of_a_dataclass_is_passed_on() -> None:
-    """Guards the one way of checks: a value that a configuration refuses is a mistake of the user."""
+    """Checks that a value rejected by a configuration is reported as the user's mistake."""
     with pytest.raises(InputError, match=r"^steps is 0, expected a positive number$"):
         drawn("--steps", "0")
 
 
 def test_a_recipe_is_overridden_by_the_command_line(tmp_path: Path) -> None:
-    """Guards every kind of value in a recipe, its required options, and who wins."""
+    """Checks every kind of value in a recipe, required options in it, and that the command line wins."""
     path = tmp_path / "recipe.toml"
     path.write_text(
         '[draw]\ndata = ["a", "b"]\nsuperres = false\njson = true\nshape = [1, 2]\nrate = 1e-3\nsteps = 5\n'
@@ -179,7 +179,7 @@ def test_a_recipe_is_overridden_by_the_command_line(tmp_path: Path) -> None:
     ],
 )
 def test_bad_recipes_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
-    """Guards against a recipe that is silently left out."""
+    """Prevents a recipe from being silently ignored."""
     path = tmp_path / "recipe.toml"
     if text is not None:
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""`cogvideo study`: clips find their prompts, and mistakes are one line."""
+"""`cogvideo study`: clips are matched to their prompts, and mistakes are reported in one line."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rating import COLORS, make_folders
 
 New = Callable[..., int]
 STEP = 60
-"""Levels between clips."""
+"""Brightness step between clips."""
 
 
 @pytest.fixture
 def new(tmp_path: Path) -> New:
-    """`cogvideo study new` on three prompts; options are added. Clips of system a are as bright as their numbers."""
+    """`cogvideo study new` on three prompts, with extra options. Clips of system a are as bright as their numbers."""
     make_folders(tmp_path, 3, ("zebra", "walrus", "truth"))
     for number in (1, 2, 3):
         write_video(tmp_path / "zebra" / f"clip {number}.mp4", np.full((8, 32, 32, 3), STEP * number, np.uint8), 8)
@@ -37,14 +37,14 @@ def new(tmp_path: Path) -> New:
 
 
 def numbers(folder: Path) -> list[tuple[str, int]]:
-    """Text of each prompt, and the number of its clip of system a."""
+    """Text of each prompt, and the number of its clip from system a."""
     study = Study(folder)
     levels = [read_video(study.clips["a", place], 8).frames.mean() for place in range(len(study.prompts))]
     return [(text, round(level / STEP)) for text, level in zip(study.prompts, levels, strict=True)]
 
 
 def test_numbers_are_the_order_of_prompts(new: New, tmp_path: Path) -> None:
-    """Guards against clip 10 before clip 2, and against a missing or surplus clip."""
+    """Catches clip 10 sorted before clip 2, and a surplus clip."""
     extra = tmp_path / "zebra" / "clip 10.mp4"
     (tmp_path / "zebra" / "clip 2.mp4").rename(extra)
     assert new() == 0
@@ -55,7 +55,7 @@ def test_numbers_are_the_order_of_prompts(new: New, tmp_path: Path) -> None:
 
 
 def test_names_of_a_table_count(new: New, tmp_path: Path) -> None:
-    """Guards clips of any name: the table says which text belongs to which, here in the opposite order."""
+    """Checks clips with arbitrary names: the table maps them to texts, here in reverse order."""
     rows = [{"file": f"clip {number}.mp4", "caption": [f"it is {number}"]} for number in (3, 2)]
     table = tmp_path / "table.jsonl"
     table.write_text("\n".join(map(json.dumps, rows)))
@@ -64,7 +64,7 @@ def test_names_of_a_table_count(new: New, tmp_path: Path) -> None:
 
 
 def test_names_that_generate_gives_count(new: New, tmp_path: Path) -> None:
-    """Guards clips of `cogvideo generate`, named by their prompts, against other clips in numbered order."""
+    """Checks that clips from `cogvideo generate`, named after prompts, are matched by name and not by sort order."""
     texts = ["a red ball, rolling", "a cat", "a cat"]
     (tmp_path / "prompts.txt").write_text("\n".join(texts))
     for number, stem in enumerate(("a-red-ball-rolling", "a-cat", "a-cat-2")):
@@ -75,7 +75,7 @@ def test_names_that_generate_gives_count(new: New, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 def test_other_formats_become_mp4(suffix: str, tmp_path: Path) -> None:
-    """Guards clips of any system, cropped to one size, and studies of a single prompt."""
+    """Checks clips in other formats, cropped to one size, and studies with a single prompt."""
     make_folders(tmp_path, 1, ("heron", "walrus"), suffix)
     given = ["--a", str(tmp_path / "heron"), "--b", str(tmp_path / "walrus"), "--size", "16"]
     assert main(["study", "new", str(tmp_path / "study"), *given, "--prompts", str(tmp_path / "prompts.txt")]) == 0
@@ -88,7 +88,7 @@ def test_other_formats_become_mp4(suffix: str, tmp_path: Path) -> None:
 
 
 def test_real_clips_are_for_catch_trials_alone(new: New, tmp_path: Path) -> None:
-    """Guards the comparison from the real clips, of which those are copied that are shown."""
+    """Checks that real clips appear only in catch trials, and that only those that are shown are copied."""
     assert new("--real", str(tmp_path / "truth"), "--catches", "2") == 0
     shown = Study(tmp_path / "study").design.trials(0)
     assert sum("real" in trial.systems for trial in shown) == sum(trial.kind == "catch" for trial in shown) == 2
@@ -122,7 +122,7 @@ def test_mistakes_are_one_line(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Guards users from tracebacks and from half a study."""
+    """Protects users from tracebacks and half-created studies."""
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "broken", "double", "words"):
         Path(name).mkdir()
@@ -144,7 +144,7 @@ def test_mistakes_are_one_line(
 
 
 def test_mistakes_of_server_and_report(new: New, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against servers without raters, and reports about nothing."""
+    """Prevents servers without raters and reports about nothing."""
     study = str(tmp_path / "study")
     assert new() == 0
     cases = [

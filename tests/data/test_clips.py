@@ -1,4 +1,4 @@
-"""Multi-frame-rate sampling: sequences stay inside their clip, are as slow as it allows, and say their true rate."""
+"""Multi-frame-rate sampling: sequences stay inside the clip, use its lowest usable rate, and state true durations."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ settings = st.tuples(bases, stride_sets, st.integers(2, 9))
 
 
 def rates_of(setting: tuple[float, set[int], int]) -> FrameRates:
-    """Rates by their strides, which are what must be whole."""
+    """Frame rates from their strides, which must be integers."""
     base, strides, num_frames = setting
     return FrameRates(base, tuple(base / stride for stride in sorted(strides, reverse=True)), num_frames)
 
 
 def starts_by_trial(num_frames: int, stride: int, wanted: int) -> list[int]:
-    """All starts at which every frame of a sequence exists, by looking at each."""
+    """All starts at which every frame of a sequence exists, by brute force."""
     exists = set(range(num_frames))
     return [start for start in exists if all(start + step * stride in exists for step in range(wanted))]
 
@@ -49,7 +49,7 @@ def starts_by_trial(num_frames: int, stride: int, wanted: int) -> list[int]:
 def test_windows_stay_inside_the_clip(
     num_frames: int, setting: tuple[float, set[int], int], rate_draw: float, offset_draw: float, mode: str
 ) -> None:
-    """A sequence with a frame behind the clip's end, or with more or fewer frames than the model takes."""
+    """Catches windows that run past the clip's end, have the wrong length, or are unevenly spaced."""
     rates = rates_of(setting)
     if mode == "interpolation" and len(rates.rates) == 1:
         return
@@ -69,7 +69,7 @@ def test_windows_stay_inside_the_clip(
 
 @given(lengths, settings)
 def test_lowest_rate_is_the_lowest(num_frames: int, setting: tuple[float, set[int], int]) -> None:
-    """A clip shown faster than need be, or at a rate at which it has too few frames."""
+    """Catches a clip sampled at a higher rate than necessary, or at a rate that it cannot fill."""
     rates = rates_of(setting)
     strides = [stride for stride in setting[1] if starts_by_trial(num_frames, stride, rates.num_frames)]
     got = lowest_rate(num_frames, rates)
@@ -81,7 +81,7 @@ def test_lowest_rate_is_the_lowest(num_frames: int, setting: tuple[float, set[in
 
 @given(lengths, settings)
 def test_every_start_can_be_drawn(num_frames: int, setting: tuple[float, set[int], int]) -> None:
-    """Ends of clips that no sequence ever shows: the largest draw must give the last start, all between theirs."""
+    """Catches clip ends that are never sampled: offsets from 0 to just below 1 must reach every valid start."""
     rates = rates_of(setting)
     for rate in filled_rates(num_frames, rates):
         starts = starts_by_trial(num_frames, rates.stride(rate), rates.num_frames)
@@ -97,7 +97,7 @@ def test_every_start_can_be_drawn(num_frames: int, setting: tuple[float, set[int
 def test_text_says_the_true_spacing(
     num_frames: int, setting: tuple[float, set[int], int], rate_draw: float, offset_draw: float
 ) -> None:
-    """A caption that calls a sequence slower or faster than it is: the text, read back, is the time between frames."""
+    """Catches captions with a wrong duration: the text must state the time from the first to the last frame."""
     rates = rates_of(setting)
     window = choose_window(num_frames, ClipSampling("sequential", rates), rate_draw, offset_draw)
     if window is None:
@@ -115,7 +115,7 @@ def test_text_says_the_true_spacing(
     ("num_frames", "rate", "duration"), [(33, 1.0, 4.0), (32, 2.0, 2.0), (17, 2.0, 2.0), (9, 4.0, 1.0), (5, 8.0, 0.5)]
 )
 def test_published_durations(num_frames: int, rate: float, duration: float) -> None:
-    """The durations 4.0, 2.0, 1.0, 0.5 of the released text: another stride would still be consistent with itself."""
+    """Pins the durations in the released captions (4.0, 2.0, 1.0, 0.5): wrong strides could be self-consistent."""
     assert lowest_rate(num_frames, DEFAULT) == rate
     window = choose_window(num_frames, ClipSampling(), 0.0, 0.0)
     assert window is not None
@@ -125,7 +125,7 @@ def test_published_durations(num_frames: int, rate: float, duration: float) -> N
 
 
 def test_interpolation_has_the_durations_of_the_rounds() -> None:
-    """Interpolation trained at 4.0 seconds, which no round has, or a short clip kept from the rates that it fills."""
+    """Catches interpolation over 4.0 seconds, which no round uses, and short clips denied the rates that they fill."""
     sampling = ClipSampling("interpolation")
     assert sampled_rates(33, sampling) == (2.0, 4.0, 8.0)
     assert sampled_rates(17, sampling) == (2.0, 4.0, 8.0)
@@ -135,7 +135,7 @@ def test_interpolation_has_the_durations_of_the_rounds() -> None:
 
 
 def test_fixed_rate() -> None:
-    """The switch for comparison runs: one rate for all, and clips that do not fill it give nothing."""
+    """Checks the option for comparison runs: one rate for all clips; those too short for it yield nothing."""
     sampling = ClipSampling(fixed_rate=4.0)
     assert sampling.min_frames == 9
     assert choose_window(33, sampling, LAST, LAST) == range(24, 34, 2)
@@ -145,26 +145,26 @@ def test_fixed_rate() -> None:
 
 
 def test_offset_can_be_switched_off() -> None:
-    """Evaluation that should start at the first frame and does not."""
+    """Catches evaluation that does not start at the first frame when random offsets are off."""
     sampling = ClipSampling(random_offset=False)
     assert choose_window(40, sampling, LAST, LAST) == range(0, 40, 8)
 
 
 def test_image_takes_any_single_frame() -> None:
-    """Frames that the image model never sees, and clips too short for video that are lost for it."""
+    """Catches frames that the image model never sees, and clips dropped because they are too short for video."""
     sampling = ClipSampling("image")
     got = {choose_window(3, sampling, 0.0, draw) for draw in (0.0, 0.5, LAST)}
     assert got == {range(1), range(1, 2), range(2, 3)}
 
 
 def test_later_frames_have_durations() -> None:
-    """An image model that never sees later frames as the video stages show them, or too few first frames."""
+    """Catches an image model that never sees later frames with video durations, or sees too few first frames."""
     sampling, rare = ClipSampling("image", durations=(4.0, 1.0)), 0.999
     first, _, last = windows = [range(place, place + 1) for place in (0, 1, 32)]
     assert [choose_window(33, sampling, 0.0, draw) for draw in (0.499, 0.5, LAST)] == windows
     got = [duration_of(window, sampling, draw) for window in windows for draw in (0.0, rare)]
     assert got == [0.0, 0.0, 4.0, 1.0, 4.0, 1.0]
-    assert choose_window(1, sampling, 0.0, LAST) == first  # an image
+    assert choose_window(1, sampling, 0.0, LAST) == first  # a still image
     assert duration_of(last, ClipSampling("image"), 0.0) == 0.0
     assert duration_of(range(3, 23, 4), ClipSampling(), rare) == 2.0
     held_out = ClipSampling("image", random_offset=False, durations=(4.0,))
@@ -186,7 +186,7 @@ def test_later_frames_have_durations() -> None:
     ],
 )
 def test_impossible_rates_are_refused(change: dict[str, object], message: str) -> None:
-    """Rates between two stored frames, which would be rounded in silence."""
+    """Rejects invalid rates, such as those that fall between stored frames and would be rounded silently."""
     with pytest.raises(ValueError, match=message):
         FrameRates(**change)  # type: ignore[arg-type]
 
@@ -204,13 +204,13 @@ def test_impossible_rates_are_refused(change: dict[str, object], message: str) -
     ],
 )
 def test_impossible_sampling_is_refused(change: dict[str, object], message: str, without_shape_checks: None) -> None:
-    """A mistake in a recipe that shows only after hours, or never."""
+    """Rejects mistakes in a recipe that would surface only hours later, or never."""
     with pytest.raises(ValueError, match=message):
         ClipSampling(**change)  # type: ignore[arg-type]
 
 
 def test_unknown_rates_and_offsets_are_refused() -> None:
-    """A rate that is none of the model's, or an offset that would start behind the clip."""
+    """Rejects a rate that the model does not have, and an offset that would start past the end of the clip."""
     with pytest.raises(ValueError, match="expected one of"):
         DEFAULT.span(3.0)
     with pytest.raises(ValueError, match=r"random number 1\.0"):

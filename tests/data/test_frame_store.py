@@ -1,4 +1,4 @@
-"""The frames that a tokenizer learns from: drawn evenly, counted, whole or not there."""
+"""Training frames of the tokenizer: sampled evenly, counted, and stored completely or not at all."""
 
 import json
 from dataclasses import replace
@@ -19,7 +19,7 @@ EVERYTHING = SourceOptions(validation=0.0)
 
 
 def write_clip(folder, number, num_frames, split=None):
-    """Frame `k` of clip `i` has the value `16 i + k` everywhere, so that it can be told where a frame is from."""
+    """Every pixel of frame `k` of clip `i` is `16 i + k`, which identifies the frame."""
     folder.mkdir(exist_ok=True)
     values = (16 * number + np.arange(num_frames)).astype(np.uint8)
     frames = np.broadcast_to(values[:, None, None, None], (num_frames, SIDE, SIDE, 3))
@@ -42,14 +42,14 @@ def origins(frames):
 
 @pytest.fixture
 def clips(tmp_path):
-    """Five clips of 4 to 8 frames, one of which is for validation."""
+    """Five clips of 4 to 8 frames, one of them in the validation split."""
     for number in range(5):
         write_clip(tmp_path / "clips", number, 4 + number, split="validation" if number == 3 else "train")
     return str(tmp_path / "clips")
 
 
 def test_everything_is_taken_where_it_fits(clips, tmp_path):
-    """No frame twice, none missing, and clips of another split are only looked at."""
+    """Catches duplicate or missing frames, and training on clips of another split."""
     store = fetch(tmp_path, [clips], EVERYTHING, settings())
     assert sorted(origins(store.train)) == [(clip, k) for clip in (0, 1, 2, 4) for k in range(4 + clip)]
     assert sorted(origins(store.held_out)) == [(3, k) for k in range(7)]
@@ -57,7 +57,7 @@ def test_everything_is_taken_where_it_fits(clips, tmp_path):
 
 
 def test_frames_are_drawn_evenly_from_clips(clips, tmp_path):
-    """The first clips alone would teach a tokenizer what they show and nothing else."""
+    """Prevents a tokenizer from seeing only the first clips: each one contributes evenly spaced frames."""
     store = fetch(tmp_path, [clips], EVERYTHING, settings(num_frames=8))
     drawn = sorted(origins(store.train))
     assert len(drawn) == 8
@@ -69,16 +69,16 @@ def test_frames_are_drawn_evenly_from_clips(clips, tmp_path):
 
 
 def test_a_clip_that_is_read_gives_several_frames(clips, tmp_path):
-    """Opening a clip for one frame of thousands is what makes drawing slow."""
+    """Prevents slow sampling, which opens a clip of thousands of frames for only one of them."""
     store = fetch(tmp_path, [clips], EVERYTHING, settings(num_frames=8, frames_per_clip=4))
     assert len({clip for clip, _ in origins(store.train)}) == 2
 
 
 def test_zoom_shows_squares_of_larger_frames(tmp_path):
-    """A tokenizer that is to code frames of super-resolution must see their texture, not theirs shrunk."""
+    """Checks that a tokenizer for super-resolution sees the texture of large frames, not just downscaled ones."""
     large = 2 * SIDE
     rows = np.arange(large, dtype=np.uint8)
-    frame = np.stack(np.broadcast_arrays(4 * rows[:, None], 4 * rows, np.uint8(0)), -1)  # says where a pixel is from
+    frame = np.stack(np.broadcast_arrays(4 * rows[:, None], 4 * rows, np.uint8(0)), -1)  # encodes each pixel's position
     frames = frame + np.arange(3, dtype=np.uint8)[:, None, None, None] * np.array([0, 0, 80], np.uint8)
     for number in range(8):
         (tmp_path / "clips").mkdir(exist_ok=True)
@@ -86,15 +86,15 @@ def test_zoom_shows_squares_of_larger_frames(tmp_path):
         (tmp_path / "clips" / f"{number}.txt").write_text("a gradient")
     zoomed = replace(settings(), zoom=2)
     store = fetch(tmp_path, [str(tmp_path / "clips")], SourceOptions(validation=0.0), zoomed)
-    assert len(store.train) == 21  # seven clips to learn from
+    assert len(store.train) == 21  # seven training clips
     slopes = [np.unique(np.diff(each[:, 0, 0].astype(int))).tolist() for each in store.train]
-    assert slopes.count([4]) == 9  # three of them as large as they are, the others shrunk
+    assert slopes.count([4]) == 9  # three of the clips at full size, the others downscaled
     corners = {tuple(each[0, 0]) for each, slope in zip(store.train, slopes, strict=True) if slope == [4]}
-    assert len(corners) > 5  # all over the frame
+    assert len(corners) > 5  # crops from all over the frame
 
 
 def test_sources_share_and_help_each_other(tmp_path):
-    """A large source must not crowd out a small one; what the small one lacks comes from the large one."""
+    """Prevents a large source from crowding out a small one; the large one makes up for what the small one lacks."""
     for number in range(2):
         write_clip(tmp_path / "few", number, 3)
     for number in range(2, 10):
@@ -108,7 +108,7 @@ def test_sources_share_and_help_each_other(tmp_path):
 
 
 def test_clips_that_cannot_be_read_are_counted(clips, tmp_path):
-    """One damaged file of thousands must not end a run, nor be passed over in silence."""
+    """A damaged file among thousands must neither end a run nor be skipped silently."""
     (tmp_path / "clips" / "broken.mp4").write_bytes(b"no video at all")
     (tmp_path / "clips" / "broken.txt").write_text("nothing")
     (tmp_path / "clips" / "mute.webp").write_bytes((tmp_path / "clips" / "0.webp").read_bytes())
@@ -119,7 +119,7 @@ def test_clips_that_cannot_be_read_are_counted(clips, tmp_path):
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
-    """Training on no frames would fail much later, and say something else."""
+    """Prevents training on zero frames, which would fail much later with an unrelated message."""
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "broken.mp4").write_bytes(b"no video at all")
     (tmp_path / "clips" / "broken.txt").write_text("nothing")
@@ -129,7 +129,7 @@ def test_nothing_to_read_is_an_error(tmp_path):
 
 
 def test_the_same_call_finds_its_frames(clips, tmp_path, monkeypatch):
-    """A run that is continued must go on with the same frames, and need not read clips again."""
+    """A resumed run must use the same frames, and need not read the clips again."""
     first = fetch(tmp_path, [clips], EVERYTHING, settings(num_frames=9))
     monkeypatch.setattr(frame_store, "list_source", lambda *_: pytest.fail("the source was read again"))
     again = fetch(tmp_path, [clips], EVERYTHING, settings(num_frames=9))
@@ -140,7 +140,7 @@ def test_the_same_call_finds_its_frames(clips, tmp_path, monkeypatch):
 
 
 def test_a_damaged_manifest_is_told(clips, tmp_path):
-    """A mistake of a disk is one line that names the file, as all that is not ours."""
+    """A corrupt manifest is reported in one line that names the file."""
     fetch(tmp_path, [clips], EVERYTHING, settings())
     (tmp_path / "frames.json").write_text("{")
     with pytest.raises(InputError, match=r"cannot use .*frames.json \(.*\): remove its folder"):
@@ -148,7 +148,7 @@ def test_a_damaged_manifest_is_told(clips, tmp_path):
 
 
 def test_equal_calls_draw_equal_frames(clips, tmp_path):
-    """Two machines with the same seed must train the same tokenizer, however many clips are read at a time."""
+    """Machines with the same seed must train the same tokenizer, however many clips are read in parallel."""
     stores = []
     for readers in (0, 3):
         folder = tmp_path / str(readers)
@@ -158,7 +158,7 @@ def test_equal_calls_draw_equal_frames(clips, tmp_path):
 
 
 def test_half_written_frames_are_not_taken_for_whole(clips, tmp_path, monkeypatch):
-    """A process that is killed while it draws leaves files behind, which must be made anew."""
+    """Files left by a process that was killed while sampling are incomplete and must be rebuilt."""
     whole = fetch(tmp_path, [clips], EVERYTHING, settings())
     expected = np.array(whole.train)
     remove(tmp_path)
@@ -179,7 +179,7 @@ def test_half_written_frames_are_not_taken_for_whole(clips, tmp_path, monkeypatc
 
 
 def test_damaged_files_are_refused(clips, tmp_path):
-    """A file that was cut would shift or end the frames."""
+    """Rejects a truncated file, whose frames would be shifted or missing."""
     fetch(tmp_path, [clips], EVERYTHING, settings())
     path = tmp_path / "train.rgb"
     path.write_bytes(path.read_bytes()[:-1])
@@ -188,7 +188,7 @@ def test_damaged_files_are_refused(clips, tmp_path):
 
 
 def test_removing_frees_the_disk(clips, tmp_path):
-    """Frames are larger than the model, and of no use after the run."""
+    """Frames are larger than the model, and useless after the run."""
     fetch(tmp_path, [clips], EVERYTHING, settings())
     remove(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"clips"}
@@ -199,7 +199,7 @@ def item(name, split, copy=0):
 
 
 def test_splits_of_the_source_are_kept():
-    """Whatever is not for training must not be learnt from."""
+    """Prevents training on any split other than `train`."""
     items = [item("a", "train"), item("b", "held_out"), item("c", "validation"), item("d", "test")]
     train, held_out = divide(items)
     assert [each.id for each in train] == ["a~0"]
@@ -207,23 +207,23 @@ def test_splits_of_the_source_are_kept():
 
 
 def test_some_clips_are_held_out_where_the_source_holds_none():
-    """Copies of a clip on other backgrounds belong together; figures of known clips are worth little."""
+    """Prevents leaks that would make metrics meaningless: copies of a clip on other backgrounds stay together."""
     items = [item(f"{n}", "train", copy) for n in range(40) for copy in range(2)]
     train, held_out = divide(items)
     assert (len(train), len(held_out)) == (76, 4)
     assert not {each.media for each in train} & {each.media for each in held_out}
-    assert divide(items[:2]) == (items[:2], [])  # one clip is all there is to learn from
+    assert divide(items[:2]) == (items[:2], [])  # the only clip is needed for training
 
 
 def test_figures_of_a_single_clip_are_those_of_its_frames(tmp_path):
-    """There is nothing to hold out: the command says so, and must not fail."""
+    """A single clip leaves nothing to hold out: metrics use the training frames, and the command must not fail."""
     write_clip(tmp_path / "clips", 1, 3)
     store = fetch(tmp_path, [str(tmp_path / "clips")], EVERYTHING, settings())
     assert store.held_out is store.train
 
 
 def test_a_clip_of_another_split_is_told(tmp_path):
-    """A single clip whose name falls into the split validation is no clip that cannot be read."""
+    """A single clip that falls into the validation split is reported as such, not as unreadable."""
     write_clip(tmp_path / "clips", 1, 3, split="validation")
     told = r"no clip of .* can be trained on: 1 of the split validation; .*--validation 0$"
     with pytest.raises(ValueError, match=told):
@@ -232,13 +232,13 @@ def test_a_clip_of_another_split_is_told(tmp_path):
 
 @pytest.mark.parametrize("name", ["num_frames", "num_held_out", "frames_per_clip"])
 def test_wrong_settings_are_refused(name):
-    """Nothing can be learnt from no frames."""
+    """Rejects zero frames, from which nothing can be learned."""
     with pytest.raises(ValueError, match=f"{name} is 0, expected a positive number"):
         StoreSettings(**{name: 0})
 
 
 def test_reading_counts_what_there_is(clips, tmp_path):
-    """A bar that counts to frames which no clip has never ends, and its time left is made up."""
+    """Catches a progress bar that counts toward frames that do not exist: it never ends, and its ETA is wrong."""
     said = []
     for name in ("all", "few"):
         (tmp_path / name).mkdir()

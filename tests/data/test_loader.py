@@ -1,4 +1,4 @@
-"""The loader: every row once an epoch, and the very next sample after any interruption, for any workers and ranks."""
+"""The loader: every row once per epoch, and exact resumption after any interruption, for any workers and ranks."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ LENGTHS = (33, 5, 1, 40, 2, 9, 4, 12, 33, 20, 5, 64, 8)
 
 
 def codes_of(clip: int, length: int, grid: Sides = GRID) -> np.ndarray:
-    """Codes that say which clip and frame they are of."""
+    """Codes that encode their clip and frame."""
     return np.broadcast_to(
         (clip * 100 + np.arange(length, dtype=np.uint16))[:, None, None], (length, *both(grid))
     ).copy()
 
 
 def make_folder(folder: Path, lengths: tuple[int, ...] = LENGTHS, first: int = 0, **info: Any) -> Path:
-    """A dataset of clips of these lengths in shards of 4; every fifth clip is for validation."""
+    """A dataset with clips of these lengths in shards of 4; every fifth clip is for validation."""
     folder.mkdir()
     settings = ShardInfo(**({"grid": GRID, "num_codes": NUM_CODES, "fps": 8.0, "tokenizer_sha256": "1" * 64} | info
         | {"settings_sha256": digest({}), "work_sha256": "3"}))  # fmt: skip
@@ -76,12 +76,12 @@ def stream(folder: Path) -> ClipStream:
 
 
 def keep(samples: list[ClipSample]) -> list[ClipSample]:
-    """A collate function that changes nothing, but copies what lies in a map."""
+    """A collate function that changes nothing, but copies memory-mapped codes."""
     return [sample._replace(codes=sample.codes.copy()) for sample in samples]
 
 
 def plain(samples: list[ClipSample]) -> list[tuple[Any, ...]]:
-    """Samples as values that can be compared."""
+    """Samples as comparable values."""
     return [(*sample._replace(codes=None), sample.codes.tolist()) for sample in samples]
 
 
@@ -90,7 +90,7 @@ def clip_of(sample: ClipSample) -> int:
 
 
 def clips(length: int, split: str = "train", shortest: int = 5) -> set[int]:
-    """The clips of a split that are long enough, from the list of lengths."""
+    """The clips of a split that are long enough, according to the list of lengths."""
     return {
         number
         for number, each in enumerate(LENGTHS[:length])
@@ -98,18 +98,18 @@ def clips(length: int, split: str = "train", shortest: int = 5) -> set[int]:
     }
 
 
-# The order.
+# Order.
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**63 - 1), st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None)
 def test_every_epoch_holds_every_row_once(num_rows: int, seed: int, epoch: int) -> None:
-    """Rows seen twice or never in an epoch: a permutation that is none, for some number of rows."""
+    """Catches rows repeated or skipped within an epoch: the order must be a permutation for any number of rows."""
     assert sorted(order(num_rows, seed, epoch).tolist()) == list(range(num_rows))
 
 
 def test_orders_look_random() -> None:
-    """An order that is nearly that of the files, or the same in every epoch or for every seed."""
+    """Catches an order close to that of the files, or the same order for every epoch or seed."""
     num_rows = 1000
     places = np.arange(num_rows)
     orders = [order(num_rows, seed, epoch) for seed in range(3) for epoch in range(10)]
@@ -124,7 +124,7 @@ def test_orders_look_random() -> None:
 
 
 def test_small_orders_are_all_drawn() -> None:
-    """A few clips that always come in the same few orders."""
+    """Catches a few clips that always come in the same few orders."""
     epochs = 3000
     counts = Counter(tuple(order(4, 0, epoch).tolist()) for epoch in range(epochs))
     assert set(counts) == set(permutations(range(4)))
@@ -133,14 +133,14 @@ def test_small_orders_are_all_drawn() -> None:
 
 
 def test_published_values_of_splitmix64() -> None:
-    """A hash that changed would give other orders to runs that are resumed; the first outputs of seed 1234567."""
+    """Pins the first outputs for seed 1234567: a changed hash would reorder the samples of resumed runs."""
     golden = 0x9E3779B97F4A7C15
     states = np.array([(1234567 + golden * step) % 2**64 for step in (1, 2, 3)], np.uint64)
     assert mix(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 def test_order_never_changes() -> None:
-    """A new version that resumes old runs at other samples, or a platform that orders differently."""
+    """Catches a version that resumes old runs at different samples, or a platform with a different order."""
     assert order(10, 7, 0).tolist() == [1, 7, 6, 0, 4, 2, 8, 3, 9, 5]
     assert order(10, 7, 1).tolist() == [0, 3, 1, 4, 6, 7, 5, 9, 8, 2]
     assert keyed_seeds(7, np.array([0, 1]), np.array([3, 3])).tolist() == [4430655301375008392, 3368791360226051095]
@@ -150,7 +150,7 @@ def test_order_never_changes() -> None:
 
 
 def test_draws_are_uniform_and_independent() -> None:
-    """Offsets that prefer some places, or draws that go together: across rows, epochs, seeds and with each other."""
+    """Catches biased offsets, and draws that correlate across rows, epochs, or seeds, or with each other."""
     rows, epochs = np.arange(4000), np.zeros(4000, np.int64)
     draws = keyed_uniform(0, epochs, rows, 4)
     others = (keyed_uniform(1, epochs, rows, 4), keyed_uniform(0, epochs + 1, rows, 4))
@@ -166,7 +166,7 @@ def test_draws_are_uniform_and_independent() -> None:
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 10**9)), min_size=1, max_size=20), st.integers(0, 2**62))
 @settings(max_examples=50, deadline=None)
 def test_draws_do_not_depend_on_their_batch(places: list[tuple[int, int]], seed: int) -> None:
-    """A sample that differs with its neighbours in the batch, and so with the number of ranks."""
+    """Catches a sample that depends on the rest of its batch, and therefore on the number of ranks."""
     epochs, rows = (np.array(each) for each in zip(*places, strict=True))
     together = keyed_uniform(seed, epochs, rows, 4)
     alone = [keyed_uniform(seed, epochs[[index]], rows[[index]], 4)[0] for index in range(len(places))]
@@ -179,7 +179,7 @@ def test_draws_do_not_depend_on_their_batch(places: list[tuple[int, int]], seed:
 
 @pytest.mark.parametrize("mode", ["sequential", "interpolation", "image"])
 def test_samples_are_windows_of_their_clip(folder: Path, mode: Mode) -> None:
-    """Codes of another clip or other frames than the caption and the duration say."""
+    """Catches codes from a different clip or different frames than the caption and duration describe."""
     rates = FrameRates()
     stream = ClipStream([folder], sampling=ClipSampling(mode))
     for sample in stream.__getitems__(range(40)):
@@ -200,7 +200,7 @@ def test_samples_are_windows_of_their_clip(folder: Path, mode: Mode) -> None:
 
 
 def test_modes_take_the_clips_that_are_long_enough(folder: Path) -> None:
-    """Clips that a mode cannot use in its epoch, or clips that it could use left out."""
+    """Catches clips that are too short for a mode, and usable clips that are left out."""
     for sampling, shortest in (
         (ClipSampling(), 5),
         (ClipSampling(fixed_rate=2.0), 17),
@@ -215,7 +215,7 @@ def test_modes_take_the_clips_that_are_long_enough(folder: Path) -> None:
 
 
 def test_offsets_and_captions_vary_by_epoch(folder: Path) -> None:
-    """Epochs that show the same frames with the same words again; frames that are never shown."""
+    """Catches epochs that repeat the same frames and captions, and frames that are never shown."""
     stream = ClipStream([folder], sampling=ClipSampling("image"))
     seen: dict[int, set[tuple[int, str | None]]] = {}
     for sample in stream.__getitems__(range(200 * len(stream))):
@@ -226,7 +226,7 @@ def test_offsets_and_captions_vary_by_epoch(folder: Path) -> None:
 
 
 def test_later_frames_come_with_durations(folder: Path) -> None:
-    """Frames of which the model is told the wrong thing; durations or later frames that never come."""
+    """Catches frames with a wrong duration, and durations or later frames that never come up."""
     stream = ClipStream([folder], sampling=ClipSampling("image", durations=(4.0, 0.5)))
     seen = [(int(sample.codes[0, 0, 0]) % 100, sample.duration) for sample in stream.__getitems__(range(2000))]
     assert all((frame == 0) == (duration == 0.0) for frame, duration in seen)
@@ -238,7 +238,7 @@ def test_later_frames_come_with_durations(folder: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_captions_are_dropped_at_their_share(folder: Path, share: float) -> None:
-    """Guidance without an unconditional text to guide from, or captions lost more often than asked for."""
+    """Catches captions dropped too rarely, which guidance needs for its unconditional text, or too often."""
     stream = ClipStream([folder], sampling=ClipSampling(caption_dropout=share))
     dropped = [sample.caption is None for sample in stream.__getitems__(range(2000))]
     assert abs(np.mean(dropped) - share) < 0.05
@@ -247,7 +247,7 @@ def test_captions_are_dropped_at_their_share(folder: Path, share: float) -> None
 
 
 def test_samples_do_not_depend_on_how_they_are_fetched(stream: ClipStream) -> None:
-    """A sample that differs with its batch, the order of fetching, or the process that opened the files."""
+    """Catches a sample that depends on its batch, the fetch order, or the process that opened the files."""
     together = plain(stream.__getitems__(range(50)))
     assert together == plain([stream[position] for position in range(50)])
     assert together == plain(stream.__getitems__(range(49, -1, -1)))[::-1]
@@ -255,7 +255,7 @@ def test_samples_do_not_depend_on_how_they_are_fetched(stream: ClipStream) -> No
 
 
 def test_window_of_a_sample_is_that_of_the_pure_function(stream: ClipStream) -> None:
-    """Two rules of sampling, one tested and one used."""
+    """Prevents two sampling rules, one tested and the other used."""
     for sample in stream.__getitems__(range(20)):
         draws = keyed_uniform(5, np.array([sample.epoch]), np.array([sample.row]), 2)[0].tolist()
         length = LENGTHS[clip_of(sample)]
@@ -265,7 +265,7 @@ def test_window_of_a_sample_is_that_of_the_pure_function(stream: ClipStream) -> 
 
 
 def test_several_folders_are_one_stream(tmp_path: Path) -> None:
-    """Rows of the second folder looked up in the first."""
+    """Catches rows of the second folder looked up in the first."""
     one = make_folder(tmp_path / "one", (33, 5, 2, 9))
     two = make_folder(tmp_path / "two", (6, 3, 7, 8, 9, 10), first=100)
     stream = ClipStream([one, two])
@@ -275,7 +275,7 @@ def test_several_folders_are_one_stream(tmp_path: Path) -> None:
 
 
 def test_high_codes_are_of_the_same_frames(tmp_path: Path, folder: Path) -> None:
-    """Super-resolution trained on pairs of different frames, or 9 times the bytes read when nobody asked."""
+    """Catches super-resolution pairs of different frames, and high codes (9 times the bytes) read needlessly."""
     high = make_folder(tmp_path / "high", high_grid=3 * GRID)
     for mode in ("sequential", "image"):
         for sample in ClipStream([high], sampling=ClipSampling(mode, high_codes=True)).__getitems__(range(20)):
@@ -288,7 +288,7 @@ def test_high_codes_are_of_the_same_frames(tmp_path: Path, folder: Path) -> None
 
 
 def test_a_batch_has_frames_of_one_shape(tmp_path: Path) -> None:
-    """Guards several shapes in one training: every row once an epoch, but for those that fill a last batch."""
+    """Checks mixed shapes: each batch has one shape, and rows repeat in an epoch only to fill a last batch."""
     shapes, counts = ((2, 3), (3, 2), (2, 3)), (8, 6, 6)
     folders = [
         make_folder(tmp_path / str(place), (9,) * count, first=20 * place, grid=shape)
@@ -321,7 +321,7 @@ def taken(loader: Loader[list[ClipSample]], num_batches: int | None = None) -> l
 @given(st.integers(0, 60), st.sampled_from([1, 2, 3, 4, 6]), st.sampled_from([12, 24]), st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
 def test_ranks_together_are_the_stream(position: int, world_size: int, batch_size: int, num_batches: int) -> None:
-    """Samples that two ranks share, or that none has, from any position on, across epochs."""
+    """Catches samples that two ranks share or that no rank gets, from any position and across epochs."""
     dealt = [
         [list(each) for each in islice(shares(position, batch_size, rank, world_size), num_batches)]
         for rank in range(world_size)
@@ -336,7 +336,7 @@ def test_ranks_together_are_the_stream(position: int, world_size: int, batch_siz
 @given(st.integers(1, 50), st.sampled_from([1, 2, 3, 4]), st.sampled_from([12, 24]))
 @settings(max_examples=40, deadline=None)
 def test_one_epoch_is_every_row_once(num_rows: int, world_size: int, batch_size: int) -> None:
-    """Held-out figures in which some clips count twice or not at all."""
+    """Catches held-out metrics in which some clips count twice or not at all."""
     together = [
         place
         for rank in range(world_size)
@@ -351,7 +351,7 @@ def test_one_epoch_is_every_row_once(num_rows: int, world_size: int, batch_size:
 def test_resumed_runs_are_uninterrupted_ones(
     stream: ClipStream, position: int, before: int, after: int, num_before: int, data: st.DataObject
 ) -> None:
-    """A run that repeats or skips samples when it is continued, with the same or another number of ranks and batch."""
+    """Catches samples repeated or skipped by a resumed run, even with other numbers of ranks or batch sizes."""
     batches = data.draw(st.sampled_from([6, 12]), "batch before"), data.draw(st.sampled_from([6, 12, 18]), "after")
     got: set[tuple[Any, ...]] = set()
     positions = []
@@ -368,7 +368,7 @@ def test_resumed_runs_are_uninterrupted_ones(
 
 
 def test_position_is_behind_what_was_taken(stream: ClipStream) -> None:
-    """A state that counts batches which workers have loaded ahead, so that a resumed run skips them."""
+    """Catches a position that includes prefetched batches, which a resumed run would skip."""
     loader = Loader(stream, 4, num_workers=1, collate=keep)
     seen = [(batch[-1].position, loader.position) for batch in islice(loader, 3)]
     assert seen == [(3, 4), (7, 8), (11, 12)]
@@ -376,7 +376,7 @@ def test_position_is_behind_what_was_taken(stream: ClipStream) -> None:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_give_the_same_stream(stream: ClipStream, num_workers: int) -> None:
-    """Samples that change, repeat or go missing with the number of worker processes; resumed with another number."""
+    """Catches samples that change, repeat, or get lost with worker processes, or on resuming without them."""
     expected = plain(stream.__getitems__(range(40)))
     loader = Loader(stream, 4, num_workers=num_workers, collate=keep)
     assert taken(loader, 5) == expected[:20]
@@ -385,7 +385,7 @@ def test_workers_give_the_same_stream(stream: ClipStream, num_workers: int) -> N
 
 
 def test_loading_leaves_the_global_generator_alone(stream: ClipStream) -> None:
-    """Training whose random numbers depend on how often the loader was started: resumed runs would differ."""
+    """Catches training whose random numbers depend on how often the loader was started: resumed runs would differ."""
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -395,7 +395,7 @@ def test_loading_leaves_the_global_generator_alone(stream: ClipStream) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_evaluation_takes_one_epoch(stream: ClipStream, world_size: int) -> None:
-    """An evaluation that wraps around or drops the last rows."""
+    """Catches an evaluation that wraps around or drops the last rows."""
     clips_seen: list[int] = []
     for rank in range(world_size):
         loader = Loader(stream, 4, rank=rank, world_size=world_size, end=len(stream), collate=keep)
@@ -407,7 +407,7 @@ def test_evaluation_takes_one_epoch(stream: ClipStream, world_size: int) -> None
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("high", [False, True])
 def test_codes_out_of_range_are_named(num_workers: int, high: bool, tmp_path: Path) -> None:
-    """Guards training on what a disk damaged: shard and clip are told, in one line also by a worker."""
+    """Prevents training on data damaged on disk: one line names the shard and clip, even from a worker."""
     folder = make_folder(tmp_path / "data", (40,), high_grid=3 * GRID)
     shard, side = folder / shard_name(0), 3 * GRID if high else GRID
     content = shard.read_bytes()
@@ -420,11 +420,11 @@ def test_codes_out_of_range_are_named(num_workers: int, high: bool, tmp_path: Pa
     assert "\n" not in str(info.value)
 
 
-# What is refused.
+# Invalid input.
 
 
 def test_clips_that_are_too_short_are_named(tmp_path: Path) -> None:
-    """Training on nothing: say which lengths there are and which are needed."""
+    """Prevents training on nothing: the error states the lengths found and the length required."""
     short = make_folder(tmp_path / "short", (4, 3, 1, 2))
     with pytest.raises(
         ValueError, match=r"mode sequential: expected 5 frames at 8 a second, got clips of 1 to 4"
@@ -437,7 +437,7 @@ def test_clips_that_are_too_short_are_named(tmp_path: Path) -> None:
 
 
 def test_datasets_must_agree(tmp_path: Path, folder: Path) -> None:
-    """Codes of two tokenizers, grids or rates in one batch, or of others than the model's."""
+    """Catches codes of different tokenizers, grids, or frame rates in one batch, or ones that do not fit the model."""
     lengths = (9, 9)
     other = make_folder(tmp_path / "tokenizer", lengths, tokenizer_sha256="2" * 64)
     larger = make_folder(tmp_path / "grid", lengths, grid=3)
@@ -471,19 +471,19 @@ def test_datasets_must_agree(tmp_path: Path, folder: Path) -> None:
     ],
 )
 def test_impossible_batches_are_refused(stream: ClipStream, change: dict[str, int], message: str) -> None:
-    """A share that is no whole number of samples, or a rank that does not exist: before anything is loaded."""
+    """Rejects a fractional share of a batch or a nonexistent rank before anything is loaded."""
     with pytest.raises(ValueError, match=message):
         Loader(stream, **({"batch_size": 4, "collate": keep} | change))
 
 
 def test_samples_follow_the_order(stream: ClipStream) -> None:
-    """Rows looked up in the order of another epoch where a batch begins in one and ends in the next."""
+    """Catches rows looked up in another epoch's order when a batch spans two epochs."""
     rows = [sample.row for sample in stream.__getitems__(range(3 * len(stream)))]
     assert rows == [row for epoch in range(3) for row in order(len(stream), 5, epoch).tolist()]
 
 
 def test_identity_is_that_of_data_and_sampling(stream: ClipStream, folder: Path) -> None:
-    """A run continued on data that changed, where its position means nothing."""
+    """Catches a run resumed on different data or sampling, for which its position is meaningless."""
     changed = [
         ClipStream([folder], "validation", ClipSampling("image")),
         ClipStream([folder]),

@@ -1,4 +1,4 @@
-"""Preparing data as users do it: real video files, real processes that are killed, every engine, full disks."""
+"""Data preparation as users run it: real video files, processes that really get killed, every engine, full disks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SETTINGS = PrepareSettings(FrameSettings(fps=8), batch=16, shard_clips=3)
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A bundle with a small image tokenizer of random weights."""
+    """A bundle with a small, randomly initialized image tokenizer."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tokenizer")
     bundle.update(folder, replace(CogVideoConfig(), autoencoder=SMALL), image_tokenizer=Autoencoder(SMALL))
@@ -60,7 +60,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of seven videos of 5 to 17 frames with captions, one of them with two."""
+    """A folder of seven captioned videos of 5 to 17 frames; one of them has two captions."""
     folder = tmp_path_factory.mktemp("clips")
     random = np.random.default_rng(0)
     for number in range(7):
@@ -71,7 +71,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Everything in a folder."""
+    """Names and contents of all files in a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -80,7 +80,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def test_rows_hold_the_codes_of_their_clips(clips: Path, tokenizer: str, tmp_path: Path) -> None:
-    """Guards the whole way from files to shards: order, captions, lengths, and codes as plain slices give them."""
+    """Checks preparation end to end: order, captions, lengths, and codes that match those encoded directly."""
     assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE) == 0
     dataset = Dataset(tmp_path)
     items = list_source(str(clips), SourceOptions()).items
@@ -92,7 +92,7 @@ def test_rows_hold_the_codes_of_their_clips(clips: Path, tokenizer: str, tmp_pat
         expected = torch.cat([encode(pixels[start : start + 16]) for start in range(0, len(pixels), 16)]).numpy()
         got = np.concatenate([dataset.row(row).codes for row in range(first, min(first + 3, 7))])
         assert got.shape == expected.shape
-        assert (got == expected).mean() > 0.999  # another memory layout may move a code between equal rows
+        assert (got == expected).mean() > 0.999  # another memory layout may switch codes between equal codebook rows
         for row, item, clip in zip(range(first, 7), items[first:], frames, strict=False):
             assert dataset.row(row).captions == item.captions
             assert len(dataset.row(row).codes) == len(clip)
@@ -103,7 +103,7 @@ def test_rows_hold_the_codes_of_their_clips(clips: Path, tokenizer: str, tmp_pat
 def test_tokenizer_of_half_precision(
     clips: Path, tokenizer: str, tmp_path: Path, precision: Literal["float32", "bfloat16"]
 ) -> None:
-    """Guards bundles that are stored in float16, as the model in the box is: codes are those of float32 layers."""
+    """Guards bundles stored in float16, like the one that ships: codes match those of float32 weights."""
     CogVideo.from_pretrained(tokenizer, torch.float16).save_pretrained(tmp_path / "half")
     for name, bundle_path in (("whole", tokenizer), ("halved", tmp_path / "half")):
         prepare(
@@ -121,8 +121,7 @@ def test_tokenizer_of_half_precision(
 def test_still_images_are_clips_of_one_frame(
     tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards --images: what the image model learns from is taken, where it is asked for. Nothing for validation, as of
-    a few clips, is said."""
+    """Checks that only --images includes stills, and that a missing validation split is reported unless unwanted."""
     source = tmp_path / "pictures"
     source.mkdir()
     Image.new("RGB", (64, 64), "red").save(source / "a.png")
@@ -131,7 +130,7 @@ def test_still_images_are_clips_of_one_frame(
     assert prepare(str(source), tmp_path / "out", tokenizer, options=options, machines=ALONE) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"the only split is train ({NO_SPLIT}): stages trained on it hold nothing out"
-    options = SourceOptions(images=True, validation=0.0)  # nothing for validation is wanted, so that it is not said
+    options = SourceOptions(images=True, validation=0.0)  # no validation wanted, so nothing to report
     assert prepare(str(source), tmp_path / "none", tokenizer, options=options, machines=ALONE) == 0
     assert "no split" not in capsys.readouterr().out
     dataset = Dataset(tmp_path / "out")
@@ -142,7 +141,7 @@ def test_still_images_are_clips_of_one_frame(
 
 @pytest.mark.parametrize("engine", ["processes", pytest.param("ray", marks=pytest.mark.soak)])
 def test_every_engine_gives_the_same_bytes(clips: Path, tokenizer: str, tmp_path: Path, engine: str) -> None:
-    """Guards the promise that where data was prepared cannot be seen: one process, several, or Ray."""
+    """Guards the promise that one process, several processes, and Ray produce identical bytes."""
     prepare(str(clips), tmp_path / "one", tokenizer, SETTINGS, machines=ALONE)
     options: tuple[object, ...] = ("--engine", "ray") if engine == "ray" else ("--device", "cpu")
     options = (*options, "--workers", 2, "--batch", 16, "--shard-clips", 3)
@@ -156,7 +155,7 @@ def test_every_engine_gives_the_same_bytes(clips: Path, tokenizer: str, tmp_path
 
 
 class InThisProcess:
-    """A stand-in for Ray's data: what is asked of it is kept, and rows are made here."""
+    """A stand-in for Ray Data: records its options, and makes the rows in this process."""
 
     def __init__(self, rows: list[Any], asked: dict[str, Any], override_num_blocks: int) -> None:
         self.rows, self.asked = rows, asked
@@ -172,8 +171,7 @@ class InThisProcess:
 
 
 def test_what_is_asked_of_ray(clips: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards our own part of that engine, without Ray, which takes half a minute: the bytes, how many actors make
-    them, and a cluster that is left."""
+    """Checks our side of the Ray engine without Ray, which takes half a minute: bytes, number of actors, shutdown."""
     asked: dict[str, Any] = {}
     ray = Mock(cluster_resources=lambda: {"CPU": 8.0})
     data = Mock(from_items=lambda rows, **options: InThisProcess(rows, asked, **options))
@@ -187,9 +185,9 @@ def test_what_is_asked_of_ray(clips: Path, tokenizer: str, tmp_path: Path, monke
 
 
 def test_killed_runs_continue_to_the_same_bytes(tokenizer: str, tmp_path: Path) -> None:
-    """Guards days of work: killed at any moment, the result is that of one run, and nothing is redone.
+    """Guards days of work: a killed run resumes to the bytes of an uninterrupted one, without redoing shards.
 
-    Also guards against processes that outlive the killed one.
+    Also catches processes that outlive the killed one.
     """
     options = ["world:24", "--tokenizer", tokenizer, "--shard-clips", "2", "--device", "cpu", "--workers"]
     out = tmp_path / "killed"
@@ -211,7 +209,7 @@ def test_killed_runs_continue_to_the_same_bytes(tokenizer: str, tmp_path: Path) 
 
 
 def test_whole_run_is_not_repeated(clips: Path, tokenizer: str, tmp_path: Path) -> None:
-    """Guards the second call of a finished command: it writes no shard again."""
+    """A finished command that is run again must not rewrite any shard."""
     prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
     before = {path.name: path.stat().st_ino for path in tmp_path.glob("shard-*")}
     assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE) == 0
@@ -221,7 +219,7 @@ def test_whole_run_is_not_repeated(clips: Path, tokenizer: str, tmp_path: Path) 
 def test_bad_clips_are_counted_with_their_reasons(
     clips: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against clips that vanish: each one is in a shard or in rejected.csv, and the exit status tells."""
+    """Prevents clips from vanishing: each is in a shard or in rejected.csv, and rejections set the exit status."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("clip5.mp4", "clip5.txt"):
@@ -250,14 +248,14 @@ def test_bad_clips_are_counted_with_their_reasons(
 
 
 def test_a_missing_device_is_refused_before_any_work(tokenizer: str, tmp_path: Path) -> None:
-    """Guards against a folder that is begun, and sources listed for minutes, for a device that is not there."""
+    """Rejects a nonexistent device before the folder is created and minutes are spent on listing sources."""
     with pytest.raises(ValueError, match="cuda:99"):
         prepare("world:4", tmp_path / "out", tokenizer, SETTINGS, machines=Machines("cuda:99"))
     assert not (tmp_path / "out").exists()
 
 
 def test_source_without_any_good_clip_is_refused(tokenizer: str, tmp_path: Path) -> None:
-    """Guards against an empty dataset that looks like success; the reasons are written all the same."""
+    """Prevents an empty dataset that looks like success; the reasons are still written."""
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.mp4").write_text("no video")
     with pytest.raises(ValueError, match=r"no clip of .* can be used: a.mp4: missing caption$"):
@@ -272,7 +270,7 @@ def test_source_without_any_good_clip_is_refused(tokenizer: str, tmp_path: Path)
 
 
 def test_paths_that_are_no_text(clips: Path, tokenizer: str, tmp_path: Path) -> None:
-    """Guards the work of days from the name of a folder or a file, in the card, a shard, and the rejections."""
+    """Guards days of work against non-Unicode folder and file names, in the card, a shard, and the rejections."""
     source = tmp_path / os.fsdecode(b"source\xff")
     source.mkdir()
     shutil.copy(clips / "clip0.mp4", source)
@@ -290,7 +288,7 @@ def test_paths_that_are_no_text(clips: Path, tokenizer: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("change", ["settings", "clips", "tokenizer"])
 def test_other_data_in_the_folder_is_refused(clips: Path, tokenizer: str, tmp_path: Path, change: str) -> None:
-    """Guards against datasets of two kinds: a run never continues what was begun in another way."""
+    """Prevents mixed datasets: a run never continues one with other settings, other clips, or another tokenizer."""
     prepare(str(clips), tmp_path / "out", tokenizer, SETTINGS, machines=ALONE)
     source, other = clips, SETTINGS
     if change == "settings":
@@ -312,7 +310,7 @@ def test_other_data_in_the_folder_is_refused(clips: Path, tokenizer: str, tmp_pa
 
 
 def test_damaged_shard_is_never_taken_for_whole(clips: Path, tokenizer: str, tmp_path: Path) -> None:
-    """Guards against half a file: a truncated shard is refused by name."""
+    """A truncated shard is rejected by name, not accepted as complete."""
     prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
     shard = tmp_path / "shard-00001.arrow"
     shard.write_bytes(shard.read_bytes()[:-100])
@@ -321,14 +319,14 @@ def test_damaged_shard_is_never_taken_for_whole(clips: Path, tokenizer: str, tmp
 
 
 def test_two_runs_in_one_folder_are_refused(clips: Path, tokenizer: str, tmp_path: Path) -> None:
-    """Guards against a run that removes what another one is writing: the second one is told to wait."""
+    """Prevents a run from removing what another one is writing: it is refused until the other has finished."""
     with exclusive_lock(tmp_path), pytest.raises(ValueError, match="another process is writing to"):
         prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
     assert prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE) == 0
 
 
 def test_locks_of_a_process_have_one_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards long processes: hooks of forks stay for ever, so that each lock must not bring another one."""
+    """Catches a new fork hook for every lock: hooks are permanent, so they would pile up in long processes."""
     hooks: list[object] = []
     monkeypatch.setattr(os, "register_at_fork", lambda **each: hooks.append(each))
     for _ in range(3):
@@ -338,7 +336,7 @@ def test_locks_of_a_process_have_one_hook(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_changed_shard_is_refused(clips: Path, tokenizer: str, tmp_path: Path) -> None:
-    """Guards against a second run that takes a damaged shard for good and gives it a new hash."""
+    """Catches a second run that accepts a corrupt shard and gives it a new hash."""
     prepare(str(clips), tmp_path, tokenizer, SETTINGS, machines=ALONE)
     shard, whole = tmp_path / "shard-00001.arrow", (tmp_path / "shard-00001.arrow").read_bytes()
     codes = Dataset(tmp_path).row(3).codes.tobytes()
@@ -352,7 +350,7 @@ def test_changed_shard_is_refused(clips: Path, tokenizer: str, tmp_path: Path) -
 
 
 def test_shards_do_not_depend_on_where_the_source_lies(clips: Path, tokenizer: str, tmp_path: Path) -> None:
-    """Guards private paths and equal bytes: the same clips in another folder, one of them broken."""
+    """Keeps private paths out of shards: the same clips elsewhere, one of them broken, give the same bytes."""
     for place in ("here", "there/deep"):
         shutil.copytree(clips, tmp_path / place)
         (tmp_path / place / "clip0.mp4").write_text("broken")
@@ -366,7 +364,7 @@ def test_shards_do_not_depend_on_where_the_source_lies(clips: Path, tokenizer: s
 def test_failures_of_the_system_are_no_rejections(
     clips: Path, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards clips from a drive that fails for a moment: the run stops, and the next one has them all."""
+    """Prevents clips from being rejected for a transient I/O error: the run stops, and the next one has them all."""
     real = Path.open
 
     def fails(path: Path, *arguments: str, **options: object) -> IO[Any]:
@@ -382,13 +380,13 @@ def test_failures_of_the_system_are_no_rejections(
 
 
 def test_source_is_no_place_for_shards(clips: Path, tokenizer: str) -> None:
-    """Guards a user's clips from files among them."""
+    """Keeps shards out of the folder of a user's clips."""
     with pytest.raises(ValueError, match="is the source: pass another one with --out"):
         prepare(str(clips), clips, tokenizer, SETTINGS, machines=ALONE)
 
 
 def test_full_disk_is_one_line_and_nothing_is_lost(clips: Path, tokenizer: str, tmp_path: Path) -> None:
-    """Guards a disk that fills up: a small tmpfs, mounted in a namespace of the test's own."""
+    """Simulates a full disk with a small tmpfs in a private mount namespace: one error, and whole shards remain."""
     out = tmp_path / "small disk"
     out.mkdir()
     script = 'mount -t tmpfs -o size=64k tmpfs "$0" && "$@"; status=$?; ls -A "$0"; exit $status'
@@ -407,7 +405,7 @@ def test_full_disk_is_one_line_and_nothing_is_lost(clips: Path, tokenizer: str, 
 
 
 def test_unwritable_output_is_one_line(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards writes that fail in the middle: a limit on file sizes leaves no part of a shard."""
+    """Checks writes that fail midway, at a limit on file sizes: one error, and no partial shard."""
     arguments = command("world:4", "--out", tmp_path / "out", "--tokenizer", tokenizer, "--workers", 1)
     with full_disk(2000):
         assert main(arguments[3:]) == 2
@@ -416,7 +414,7 @@ def test_unwritable_output_is_one_line(tokenizer: str, tmp_path: Path, capsys: p
 
 
 def test_dead_worker_process_is_said(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against a hang, or a traceback, when the system kills a worker for its memory."""
+    """Catches a hang or a traceback when the system kills a worker, as it does when memory runs out."""
     is_over = threading.Event()
 
     def kill() -> None:
@@ -438,8 +436,7 @@ def test_dead_worker_process_is_said(tokenizer: str, tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_interrupt_is_quiet_and_quick(tokenizer: str, tmp_path: Path, has_begun: bool) -> None:
-    """Guards Ctrl-C: all processes end at once, without tracebacks, also those that are being started, and whole shards
-    stay."""
+    """Checks Ctrl-C: all processes, even those still starting, end at once without tracebacks; whole shards remain."""
     arguments = command("world:20000", "--out", tmp_path, "--tokenizer", tokenizer, "--workers", 2, "--device", "cpu")
     process = subprocess.Popen(
         [*arguments, "--shard-clips", "4"], stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -454,7 +451,7 @@ def test_interrupt_is_quiet_and_quick(tokenizer: str, tmp_path: Path, has_begun:
 
 
 def test_interrupt_waits_until_workers_have_started() -> None:
-    """Guards workers that read what they are to do from the pipe: no thread may raise Ctrl-C while it is written."""
+    """Guards workers that read their task from a pipe: no thread may raise Ctrl-C while it is being written."""
     is_over, has_started = threading.Event(), threading.Event()
 
     def start_workers() -> None:
@@ -464,7 +461,7 @@ def test_interrupt_waits_until_workers_have_started() -> None:
             has_started.set()
 
     other = threading.Thread(target=is_over.wait)
-    other.start()  # it does not block SIGINT
+    other.start()  # does not block SIGINT
     with pytest.raises(KeyboardInterrupt):
         start_workers()
     is_over.set()
@@ -473,13 +470,13 @@ def test_interrupt_waits_until_workers_have_started() -> None:
 
 
 def workers_of(process: int) -> list[int]:
-    """Numbers of the worker processes, from when they are started."""
+    """PIDs of the worker processes, including those still starting."""
     command = ["pgrep", "-P", str(process), "-f", "spawn_main"]
     return [int(each) for each in subprocess.run(command, capture_output=True, check=False).stdout.split()]
 
 
 def test_pairs_for_super_resolution(clips: Path, tokenizer: str, tmp_path: Path) -> None:
-    """Guards the training data of super-resolution: high codes are those of the same frames at three times the size."""
+    """Guards training data of super-resolution: high codes are of the same frames at three times the size."""
     paired = replace(SETTINGS, superres=True)
     prepare(str(clips), tmp_path, tokenizer, paired, machines=ALONE)
     dataset, item = Dataset(tmp_path), list_source(str(clips), SourceOptions()).items[4]
@@ -496,7 +493,7 @@ def test_pairs_for_super_resolution(clips: Path, tokenizer: str, tmp_path: Path)
 
 
 def test_copies_of_a_clip_with_alpha_lie_on_backgrounds_that_captions_name(tokenizer: str, tmp_path: Path) -> None:
-    """Guards captions that lie: the colour behind each copy is the one that its caption says."""
+    """Catches captions that name the wrong background color."""
     frames = [Image.new("RGBA", (32, 32), (0, 0, 0, 0)) for _ in range(4)]
     for number, frame in enumerate(frames):
         frame.paste((255, 0, 0, 255), (12 + number, 12, 20 + number, 20))
@@ -524,7 +521,7 @@ def test_copies_of_a_clip_with_alpha_lie_on_backgrounds_that_captions_name(token
 
 
 def test_placed_and_mirrored_copies_of_a_clip_with_alpha(tmp_path: Path) -> None:
-    """Guards captions that lie about a side, what is cut off, and clips without alpha that are moved all the same."""
+    """Catches captions that name the wrong side, cropped objects, and clips without alpha that are moved anyway."""
     frame = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     frame.paste((255, 0, 0, 255), (0, 0, 16, 64))
     frame.paste((0, 255, 0, 255), (48, 0, 64, 64))
@@ -543,7 +540,7 @@ def test_placed_and_mirrored_copies_of_a_clip_with_alpha(tmp_path: Path) -> None
         red, green = (np.nonzero(picture[:, :, place] - picture.sum(-1) / 3 > 60) for place in (0, 1))
         side = np.ptp(red[0]) + 1
         assert 31 <= side <= 64
-        assert abs(np.ptp(np.concatenate([red[1], green[1]])) + 1 - side) <= 2  # nothing is cut off
+        assert abs(np.ptp(np.concatenate([red[1], green[1]])) + 1 - side) <= 2  # nothing is cropped
         assert (red[1].mean() < green[1].mean()) == (item.copy % 2 == 0)
         assert captions == (
             item.captions if item.copy % 2 == 0 else ("red on the right, rightwards of what is right over",)
@@ -568,13 +565,13 @@ def test_placed_and_mirrored_copies_of_a_clip_with_alpha(tmp_path: Path) -> None
     ],
 )
 def test_bad_frame_settings_are_refused(wrong: dict[str, object], message: str) -> None:
-    """Guards against settings that fail hours later or mean nothing."""
+    """Rejects settings that would fail hours later or are meaningless."""
     with pytest.raises(ValueError, match=re.escape(message)):
         FrameSettings(**wrong)
 
 
 def test_size_must_fit_the_tokenizer(clips: Path, tokenizer: str, tmp_path: Path) -> None:
-    """Guards against a failure in the encoder: the size is checked before anything is read or written."""
+    """Prevents a failure in the encoder: the size is checked before anything is read or written."""
     odd = replace(SETTINGS, frames=FrameSettings(size=60))
     with pytest.raises(ValueError, match="size is 60x60, expected multiples of 8"):
         prepare(str(clips), tmp_path / "out", tokenizer, odd, machines=ALONE)
@@ -584,7 +581,7 @@ def test_size_must_fit_the_tokenizer(clips: Path, tokenizer: str, tmp_path: Path
 
 
 def test_bundle_without_tokenizer_is_refused(clips: Path, tmp_path: Path) -> None:
-    """Guards the message for a bundle that cannot encode."""
+    """Checks the message for a bundle that cannot encode."""
     CogVideo(CogVideoConfig()).save_pretrained(tmp_path / "bundle")
     with pytest.raises(ValueError, match="the bundle has no image_tokenizer, it has: nothing"):
         prepare(str(clips), tmp_path / "out", str(tmp_path / "bundle"), SETTINGS, machines=ALONE)
@@ -593,7 +590,7 @@ def test_bundle_without_tokenizer_is_refused(clips: Path, tmp_path: Path) -> Non
 @settings(max_examples=50)
 @given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 10))
 def test_frames_of_all_clips_share_batches(lengths: list[int], batch: int) -> None:
-    """Guards the cutting of batches into clips: every frame's codes come back in its clip, and passes are full."""
+    """Checks batches across clips: codes return to their own clips, and every batch but the last is full."""
     numbers = iter(range(10**6))
     clips = [np.array([[[[next(numbers)] * 3]] for _ in range(length)], np.uint8) for length in lengths]
     sizes = []
@@ -610,7 +607,7 @@ def test_frames_of_all_clips_share_batches(lengths: list[int], batch: int) -> No
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
 def test_reading_ahead_keeps_order_and_bounds(threads: int) -> None:
-    """Guards memory and order: results come in the order of their values, and few are read before they are wanted."""
+    """Guards order and memory: results come in the order of their values, and few are read ahead."""
     begun = []
 
     def double(value: int) -> int:

@@ -1,4 +1,4 @@
-"""Shards and their card: what is written comes back and opens elsewhere; what is damaged or unfinished is refused."""
+"""Shards and their card: they round-trip and open in other tools; damaged or incomplete ones are rejected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ REJECTED = (Rejection("bad.mp4", "cannot be decoded", 'line 1\nand "more"'), Rej
 
 
 def make_rows(lengths: list[int], high_grid: int = 0, seed: int = 0) -> list[Row]:
-    """Rows with random codes, one to three captions and both splits."""
+    """Rows with random codes, one to three captions, and both splits."""
     generator = np.random.default_rng(seed)
 
     def codes(length: int, grid: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def make_rows(lengths: list[int], high_grid: int = 0, seed: int = 0) -> list[Row
 
 
 def same(left: Row, right: Row) -> bool:
-    """Equal in everything, codes included."""
+    """Equality of all fields, including codes."""
     high = (left.high_codes is None) == (right.high_codes is None)
     if high and left.high_codes is not None:
         high = np.array_equal(left.high_codes, right.high_codes)
@@ -86,7 +86,7 @@ MakeDataset = Callable[..., Path]
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> MakeDataset:
-    """A whole dataset folder: `make_dataset(name, lengths of each shard)`."""
+    """A complete dataset folder: `make_dataset(name, lengths of each shard)`."""
 
     def make(
         name: str = "data", lengths: tuple[list[int], ...] = ([33, 5, 1, 40, 2], [], [9, 17, 3]), **info: Any
@@ -104,7 +104,7 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
 
 
 def edit_card(folder: Path, **changes: Any) -> None:
-    """Change what the card says; None removes a field."""
+    """Change fields of the card; None removes a field."""
     values = json.loads((folder / CARD).read_text()) | changes
     (folder / CARD).write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
 
@@ -112,7 +112,7 @@ def edit_card(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("lengths", [[], [1], [33, 5, 1, 40, 2]])
 @pytest.mark.parametrize("high_grid", [0, 3 * GRID])
 def test_round_trip(tmp_path: Path, lengths: list[int], high_grid: int) -> None:
-    """Rows that come back changed, also from an empty shard, of one row, and with or without super-resolution."""
+    """Catches rows that change on a round trip, also in empty and one-row shards, and with super-resolution codes."""
     rows, info = make_rows(lengths, high_grid), replace(INFO, rejected=REJECTED, high_grid=high_grid)
     write_shard(tmp_path / "x.arrow", rows, info)
     assert read_info(tmp_path / "x.arrow") == info
@@ -126,7 +126,7 @@ def test_round_trip(tmp_path: Path, lengths: list[int], high_grid: int) -> None:
 
 
 def test_codes_are_views_of_the_file(shard: Path, rows: list[Row]) -> None:
-    """Codes that are copied when they are only looked at, or that can be written into a user's data."""
+    """Catches codes that are copied when read, or through which a user's data could be modified."""
     opened = Shard(shard)
     first, third = opened.codes(0), opened.codes(3)
     assert first.base is not None
@@ -137,7 +137,7 @@ def test_codes_are_views_of_the_file(shard: Path, rows: list[Row]) -> None:
 
 
 def test_many_shards_need_no_open_files(tmp_path: Path, shard: Path) -> None:
-    """Datasets of more shards than a process may have files open."""
+    """Guards datasets with more shards than a process may have open files."""
     before = len(os.listdir("/proc/self/fd"))
     opened = [Shard(shard) for _ in range(20)]
     assert len(os.listdir("/proc/self/fd")) == before
@@ -145,7 +145,7 @@ def test_many_shards_need_no_open_files(tmp_path: Path, shard: Path) -> None:
 
 
 def test_equal_rows_give_equal_bytes(tmp_path: Path, make_dataset: MakeDataset) -> None:
-    """A dataset that differs when it is made again, so that a continued run is not the uninterrupted one."""
+    """Catches datasets that differ when built again, so that a resumed run would not match an uninterrupted one."""
     one, two = make_dataset("one"), make_dataset("two")
     names = sorted(path.name for path in one.iterdir())
     assert names == [CARD, *map(shard_name, range(3))]
@@ -154,14 +154,14 @@ def test_equal_rows_give_equal_bytes(tmp_path: Path, make_dataset: MakeDataset) 
 
 
 def test_order_of_attributes_does_not_matter(tmp_path: Path, rows: list[Row]) -> None:
-    """Bytes that depend on the order in which a table's columns or a tar's keys were met."""
+    """Catches bytes that depend on the order of a table's columns or a tar's keys."""
     for name, attributes in (("a", {"x": "1", "y": "2"}), ("b", {"y": "2", "x": "1"})):
         write_shard(tmp_path / name, [rows[0]._replace(attributes=attributes)], INFO)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_pandas_opens_it(shard: Path, rows: list[Row]) -> None:
-    """A format that is Arrow in name only: pandas."""
+    """Catches a format that is Arrow in name only: pandas must read it."""
     table = pandas.read_feather(shard)
     assert table["id"].tolist() == [row.id for row in rows]
     assert [tuple(each) for each in table["captions"]] == [row.captions for row in rows]
@@ -170,7 +170,7 @@ def test_pandas_opens_it(shard: Path, rows: list[Row]) -> None:
 
 
 def test_polars_opens_it(shard: Path, rows: list[Row]) -> None:
-    """A format that is Arrow in name only: polars, which keeps shape and type of the codes."""
+    """Catches a format that is Arrow in name only: polars must read it, with the shape and type of the codes."""
     table = polars.read_ipc(shard)
     assert table["split"].to_list() == [row.split for row in rows]
     assert [json.loads(each) for each in table["attributes"]] == [row.attributes for row in rows]
@@ -181,7 +181,7 @@ def test_polars_opens_it(shard: Path, rows: list[Row]) -> None:
 
 
 def test_datasets_opens_it(tmp_path: Path, shard: Path, rows: list[Row]) -> None:
-    """A format that is Arrow in name only: Hugging Face datasets."""
+    """Catches a format that is Arrow in name only: Hugging Face datasets must read it."""
     settings = {"cache_dir": str(tmp_path / "cache"), "split": "train"}
     table = datasets.load_dataset("arrow", data_files=str(shard), **settings)
     assert table["id"] == [row.id for row in rows]
@@ -207,7 +207,7 @@ def test_datasets_opens_it(tmp_path: Path, shard: Path, rows: list[Row]) -> None
 def test_rows_that_do_not_fit_are_refused(
     tmp_path: Path, rows: list[Row], change: dict[str, Any], message: str
 ) -> None:
-    """Codes of a wrong shape or range that show only in training."""
+    """Rejects rows with a wrong shape, range, or text, which would surface only in training."""
     with pytest.raises(ValueError, match=message) as error:
         write_shard(tmp_path / "x.arrow", [rows[0], rows[1]._replace(**change)], INFO)
     assert "clips/0/1.mp4" in str(error.value)
@@ -215,14 +215,14 @@ def test_rows_that_do_not_fit_are_refused(
 
 
 def test_high_codes_need_the_frames_of_the_low(tmp_path: Path, rows: list[Row]) -> None:
-    """Super-resolution trained on codes of other frames."""
+    """Prevents super-resolution from being trained on codes of other frames."""
     row = rows[1]._replace(high_codes=np.zeros((4, 12, 12), np.uint16))
     with pytest.raises(ValueError, match="more or fewer"):
         write_shard(tmp_path / "x.arrow", [row], replace(INFO, high_grid=12))
 
 
 def test_truncated_shards_are_refused(shard: Path) -> None:
-    """A copy that was cut anywhere, taken for whole."""
+    """Rejects copies truncated at any point, rather than accepting them as complete."""
     whole = shard.read_bytes()
     cuts = {0, 1, 5, 6, 7, 8, 100, *range(0, len(whole), 997), *range(len(whole) - 40, len(whole))}
     for length in sorted(cuts):
@@ -233,7 +233,7 @@ def test_truncated_shards_are_refused(shard: Path) -> None:
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
-    """Somebody else's Arrow file, a stream, a folder, no file at all: one line each."""
+    """Rejects foreign Arrow files, streams, text, folders, and missing files, with one line each."""
     table = pa.table({"id": ["a"]})
     foreign, stream = tmp_path / "foreign.arrow", tmp_path / "stream.arrow"
     with pa.ipc.new_file(foreign, table.schema) as writer:
@@ -249,7 +249,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None], batches: int = 1) -> None:
-    """The shard with other metadata, or its rows more than once."""
+    """Rewrite a shard with changed metadata, or with its rows more than once."""
     table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()
     values = json.loads(table.schema.metadata[b"cogvideo"])
     change(values)
@@ -273,21 +273,21 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None], batches: int =
     ],
 )
 def test_changed_metadata_is_refused(shard: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
-    """Metadata that does not describe the rows, of another version, or with a hole in it."""
+    """Rejects metadata that does not describe the rows, comes from another version, or lacks a field."""
     rewrite(shard, change)
     with pytest.raises(ValueError, match=message):
         read_info(shard)
 
 
 def test_several_batches_are_refused(shard: Path) -> None:
-    """Rows behind the first batch, which would be missing in silence."""
+    """Rejects rows after the first record batch, which would be silently ignored."""
     rewrite(shard, lambda values: None, batches=2)
     with pytest.raises(ValueError, match="2 record batches, expected 1"):
         read_info(shard)
 
 
 class _FullDisk:
-    """A file on a disk that fills up after some bytes."""
+    """A file on a disk that fills up after `room` bytes."""
 
     def __init__(self, file: Any, room: int) -> None:
         self.file, self.room = file, room
@@ -304,7 +304,7 @@ class _FullDisk:
 
 @pytest.mark.parametrize("room", [0, 100, 3000])
 def test_full_disk_leaves_nothing(tmp_path: Path, rows: list[Row], room: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a shard under its final name, a leftover, or an error that does not say which file."""
+    """Catches half a shard under its final name, leftover files, and an error that does not name the file."""
     path = tmp_path / shard_name(3)
     write_shard(path, rows[:1], INFO)
     before, new_file = path.read_bytes(), pa.ipc.new_file
@@ -329,7 +329,7 @@ with replacing(Path(sys.argv[1])) as file:
 
 
 def test_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
-    """A process killed while it writes: what it leaves must not have a shard's name, and be removable."""
+    """A killed writer must leave only a file without a shard's name, which cleanup removes."""
     path = tmp_path / shard_name(0)
     ended = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=300, check=False)
     assert ended.returncode == -signal.SIGKILL
@@ -343,7 +343,7 @@ def test_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
 
 
 def test_card_counts_what_the_shards_hold(make_dataset: MakeDataset) -> None:
-    """A card whose figures are not those of the data."""
+    """Catches a card whose counts do not match the data."""
     card = read_card(make_dataset())
     assert card.splits == {"train": 7, "validation": 1}
     assert card.rejected == {"cannot be decoded": 2, "too short": 1}
@@ -356,7 +356,7 @@ def test_card_counts_what_the_shards_hold(make_dataset: MakeDataset) -> None:
 
 
 def test_shards_of_other_runs_do_not_share_a_card(make_dataset: MakeDataset, tmp_path: Path) -> None:
-    """Shards left over from other settings or another tokenizer, taken for those of this run."""
+    """Catches leftover shards with other settings or another tokenizer that are taken for part of this run."""
     folder = make_dataset()
     for change in ({"tokenizer_sha256": "9" * 64}, {"settings_sha256": "8" * 64}, {"num_codes": 2000}):
         write_shard(folder / shard_name(2), [], replace(INFO, **change))
@@ -367,7 +367,7 @@ def test_shards_of_other_runs_do_not_share_a_card(make_dataset: MakeDataset, tmp
 
 
 def test_dataset_rows_are_those_of_its_shards(make_dataset: MakeDataset) -> None:
-    """Rows miscounted at the borders of shards, or in the wrong split; empty shards in between."""
+    """Catches rows miscounted at shard boundaries and around empty shards, or in the wrong split."""
     data, expected = Dataset(make_dataset()), make_rows([33, 5, 1, 40, 2]) + make_rows([9, 17, 3], seed=2)
     assert len(data) == len(expected)
     assert all(same(data.row(index), row) for index, row in enumerate(expected))
@@ -381,7 +381,7 @@ def test_dataset_rows_are_those_of_its_shards(make_dataset: MakeDataset) -> None
 
 
 def test_pickled_dataset_carries_no_maps(make_dataset: MakeDataset) -> None:
-    """Workers that get the content of the shards through a pipe."""
+    """Prevents the contents of shards from being sent to workers through a pipe."""
     data = Dataset(make_dataset(lengths=([4000], [4000])))
     data.row(1)
     pickled = pickle.dumps(data)
@@ -390,7 +390,7 @@ def test_pickled_dataset_carries_no_maps(make_dataset: MakeDataset) -> None:
 
 
 def test_other_tokenizer_is_refused(make_dataset: MakeDataset) -> None:
-    """A model trained on codes that mean other pictures."""
+    """Prevents training on codes of another tokenizer, which stand for different pictures."""
     folder = make_dataset()
     Dataset(folder, "1" * 64)
     with pytest.raises(ValueError, match="another image tokenizer") as error:
@@ -401,7 +401,7 @@ def test_other_tokenizer_is_refused(make_dataset: MakeDataset) -> None:
 
 
 def test_incomplete_datasets_are_refused(make_dataset: MakeDataset, tmp_path: Path) -> None:
-    """A run that was killed, taken for whole; a folder that is none; one that never was a dataset."""
+    """Rejects the output of a killed run, a missing folder, and a folder that never was a dataset."""
     folder = make_dataset()
     (folder / CARD).unlink()
     with pytest.raises(ValueError, match="prepare was interrupted: run the same command again"):
@@ -414,7 +414,7 @@ def test_incomplete_datasets_are_refused(make_dataset: MakeDataset, tmp_path: Pa
 
 
 def test_missing_and_cut_shards_are_refused(make_dataset: MakeDataset) -> None:
-    """A dataset that was copied in part."""
+    """Rejects a partially copied dataset."""
     folder = make_dataset()
     path = folder / shard_name(2)
     whole = path.read_bytes()
@@ -427,7 +427,7 @@ def test_missing_and_cut_shards_are_refused(make_dataset: MakeDataset) -> None:
 
 
 def test_exchanged_shards_are_refused(make_dataset: MakeDataset) -> None:
-    """A shard of another dataset in place of the right one; a flipped bit, which only the hash sees."""
+    """Catches a shard from another dataset, and a flipped bit, which only the hash reveals."""
     folder = make_dataset()
     path = folder / shard_name(2)
     whole = path.read_bytes()
@@ -461,7 +461,7 @@ def test_exchanged_shards_are_refused(make_dataset: MakeDataset) -> None:
     ],
 )
 def test_changed_cards_are_refused(make_dataset: MakeDataset, change: dict[str, Any], message: str) -> None:
-    """A card that says what cannot be, or too little."""
+    """Rejects a card with impossible or missing values."""
     folder = make_dataset()
     edit_card(folder, **change)
     with pytest.raises(ValueError, match=message) as error:
@@ -471,7 +471,7 @@ def test_changed_cards_are_refused(make_dataset: MakeDataset, change: dict[str, 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000])
 def test_garbage_is_no_card(make_dataset: MakeDataset, text: str) -> None:
-    """A card cut short or overwritten, and a traceback in place of a line."""
+    """Rejects a truncated or overwritten card with an error, not a traceback."""
     folder = make_dataset()
     (folder / CARD).write_text(text)
     with pytest.raises(ValueError, match="cannot use"):
@@ -479,7 +479,7 @@ def test_garbage_is_no_card(make_dataset: MakeDataset, text: str) -> None:
 
 
 def test_card_round_trip(make_dataset: MakeDataset) -> None:
-    """A card that changes when it is read and written again."""
+    """Catches a card that changes when it is read and written again."""
     folder = make_dataset()
     before, card = (folder / CARD).read_bytes(), read_card(folder)
     assert isinstance(card, Card)
@@ -488,14 +488,14 @@ def test_card_round_trip(make_dataset: MakeDataset) -> None:
 
 
 def test_digest_is_of_the_content() -> None:
-    """Equal settings with different hashes, or different ones with the same."""
+    """Catches equal settings with different hashes, and different settings with the same hash."""
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
     assert digest({"a": (1, 2)}) == digest({"a": [1, 2]})
 
 
 def test_a_dataset_of_the_first_format() -> None:
-    """Guards files that version 0.1.0 wrote in November 2026: the card, a shard, and the codes of both sizes."""
+    """Guards files that version 0.1.0 wrote in November 2026: the card, a shard, and codes of both sizes."""
     data = Dataset(Path(__file__).parent / "files")
     check_hashes(data.folder)
     assert (len(data), data.card.splits, data.card.grid) == (4, {"train": 3, "validation": 1}, 4)

@@ -1,4 +1,4 @@
-"""Sources: every clip is listed once with its own captions, and what cannot be listed is counted or refused."""
+"""Sources: every clip is listed once with its own captions, and whatever cannot be listed is counted or rejected."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
 
 
 def test_folder_lists_clips_with_their_captions(tmp_path: Path) -> None:
-    """Guards the pairing of clip and caption, all depths, capital suffixes, and the lines of one text."""
+    """Checks how clips and captions are paired: at any depth, with uppercase suffixes, one caption per line."""
     files = {"b.mp4": CLIP, "b.txt": "a bee\n\n  a wasp \na bee\n", "in/side/a.WEBM": CLIP, "in/side/a.txt": "a cat"}
     items, rejected = listed(put(tmp_path, files | {"x.txt": "no clip", ".hidden.mp4": CLIP, ".git/c.mp4": CLIP}))
     assert not rejected
@@ -76,7 +76,7 @@ def test_folder_lists_clips_with_their_captions(tmp_path: Path) -> None:
 
 
 def test_folder_order_is_that_of_the_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against an order that depends on the file system: what it says backwards gives the same list."""
+    """Catches an order that depends on the file system: a reversed directory listing must give the same clips."""
     names = [f"{folder}{number}.mp4" for folder in ("", "a/", "a/b/", "z/") for number in range(4)]
     put_clips(tmp_path, *names)
     put(tmp_path, {name.replace("mp4", "txt"): "a clip" for name in names})
@@ -88,7 +88,7 @@ def test_folder_order_is_that_of_the_paths(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
-    """Guards against endless walks in circles of links, and against a clip that is listed by two names."""
+    """Prevents endless walks through cycles of links, and clips listed under two names."""
     put(tmp_path / "source", {"z/a.mp4": CLIP, "z/a.txt": "a cat"})
     put(tmp_path / "elsewhere", {"b.mp4": CLIP, "b.txt": "a bee"})
     for link, target in {"z/up": "..", "a": "z", "far": "../elsewhere", "far2": "far", "self": "self"}.items():
@@ -97,14 +97,14 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 
 
 def test_pipes_are_left_out(tmp_path: Path) -> None:
-    """Guards against a run that waits for ever in a pipe which is called like a video."""
+    """Prevents a run from waiting forever for a pipe that is named like a video."""
     put(tmp_path, {"a.mp4": CLIP, "a.txt": "a cat", "b.txt": "a bee"})
     os.mkfifo(tmp_path / "b.mp4")
     assert [item.id for item in listed(tmp_path).items] == ["a.mp4"]
 
 
 def test_sources_that_may_never_end_are_refused(tmp_path: Path) -> None:
-    """Guards against pipes that nobody writes to, as tables, archives and captions, and links to them."""
+    """Prevents hanging on pipes without a writer, as tables, archives, or captions, or behind links."""
     for name in ("x.csv", "x.jsonl", "x.parquet", "x.tar", "videos.txt"):
         os.mkfifo(tmp_path / name)
         with pytest.raises(ValueError, match=r"is a pipe or a device, expected a folder, a file or world:COUNT"):
@@ -116,7 +116,7 @@ def test_sources_that_may_never_end_are_refused(tmp_path: Path) -> None:
 
 
 def test_folder_rejections(tmp_path: Path) -> None:
-    """Guards the counted reasons: one bad caption file must neither stop a run nor give an empty caption."""
+    """Checks the counted reasons: a bad caption file must neither stop a run nor give an empty caption."""
     texts = {
         "empty.txt": " \n\u200b\n\u2581\n",
         "latin.txt": "caf\xe9".encode("latin1"),
@@ -136,7 +136,7 @@ def test_folder_rejections(tmp_path: Path) -> None:
 
 
 def test_json_beside_a_clip(tmp_path: Path) -> None:
-    """Guards what a .json says: captions where there is no .txt, start, end, split and attributes in any case."""
+    """Checks a clip's .json: captions if there is no .txt, and always start, end, split, and attributes."""
     table = {"caption": ["a cat", "a pet"], "start": 1, "end": "0:02.5", "split": "test", "attributes": {"n": 3}}
     files = {"a.mp4": CLIP, "a.json": json.dumps(table), "b.mp4": CLIP, "b.json": json.dumps(table), "b.txt": "a bee"}
     first, second = listed(put(tmp_path, files)).items
@@ -145,14 +145,14 @@ def test_json_beside_a_clip(tmp_path: Path) -> None:
 
 
 def test_images_only_where_they_are_asked_for(tmp_path: Path) -> None:
-    """Guards against thumbnails beside the videos that become clips of one frame."""
+    """Prevents thumbnails next to videos from becoming one-frame clips."""
     put(tmp_path, {"a.mp4": CLIP, "a.txt": "a cat", "a.png": CLIP})
     assert [item.id for item in listed(tmp_path).items] == ["a.mp4"]
     assert [item.id for item in listed(tmp_path, images=True).items] == ["a.mp4", "a.png"]
 
 
 def test_table_stands_for_its_folder(tmp_path: Path) -> None:
-    """Guards the rule between tables and .txt: the table alone, and never a guess between two."""
+    """Checks that a table overrides .txt files, and that two tables are an error rather than a guess."""
     put(tmp_path, {"a.mp4": CLIP, "b.mp4": CLIP, "a.txt": "from text", "captions.csv": "file,caption\na.mp4,a cat\n"})
     assert [(item.id, item.captions) for item in listed(tmp_path).items] == [("a.mp4", ("a cat",))]
     put(tmp_path, {"metadata.jsonl": "{}"})
@@ -161,11 +161,11 @@ def test_table_stands_for_its_folder(tmp_path: Path) -> None:
 
 
 def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against half a dataset: a folder that cannot be read is one error, not fewer clips."""
+    """Prevents partial datasets: a folder that cannot be read is an error, not fewer clips."""
     put(tmp_path, {"a.mp4": CLIP, "a.txt": "a cat", "closed/b.mp4": CLIP})
     scandir = os.scandir
 
-    def refuse(path: str) -> Any:  # chmod does not stop root, as whom tests may run
+    def refuse(path: str) -> Any:  # tests may run as root, which chmod does not stop
         if path.endswith("closed"):
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
@@ -176,7 +176,7 @@ def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
-    """Guards against a run that dies when it writes the name of a file from another system."""
+    """Prevents a crash when writing a file name in another system's encoding."""
     for suffix, content in ((b".mp4", CLIP), (b".txt", b"a cat")):
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9" + suffix)).write_bytes(content)
     (item,) = listed(tmp_path).items
@@ -189,7 +189,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_csv_quoting_and_lines(tmp_path: Path) -> None:
-    """Guards CSV done right: marks, commas, quotes, line breaks, blank lines, a mark of the encoding, CRLF."""
+    """Checks CSV parsing: BOM, commas, quotes, line breaks in cells, blank lines, CRLF, and line numbers."""
     rows = [["file", "caption"], ["a.mp4", 'he says "hi", and\nleaves'], ["gone.mp4", "x"], ["b.mp4", "一只猫"]]
     text = io.StringIO()
     csv.writer(text).writerows(rows)
@@ -210,7 +210,7 @@ def test_csv_quoting_and_lines(tmp_path: Path) -> None:
     ],
 )
 def test_every_kind_of_table_says_the_same(tmp_path: Path, name: str, content: str) -> None:
-    """Guards against readers that differ in types, columns or spaces."""
+    """Catches table readers that treat types, columns, or spaces differently."""
     if name.endswith("parquet"):
         write_parquet(tmp_path / name, [{"file": "a.mp4", "caption": "a, b", "n": 1, "start": 0.5}])
     else:
@@ -228,7 +228,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def test_lists_and_columns_of_captions(tmp_path: Path) -> None:
-    """Guards against captions that are lost where a clip has several, or that become attributes."""
+    """Catches captions that are lost when a clip has several, or that become attributes."""
     rows = [{"file": "a.mp4", "caption": ["one", None, "two"], "zh": "猫", "attributes": {"k": 1.5, "none": None}}]
     put_clips(put(tmp_path, {"t.jsonl": "\n".join(map(json.dumps, rows))}), "a.mp4")
     write_parquet(tmp_path / "t.parquet", rows)
@@ -238,7 +238,7 @@ def test_lists_and_columns_of_captions(tmp_path: Path) -> None:
 
 
 def test_rejected_rows(tmp_path: Path) -> None:
-    """Guards the counted reasons of rows; a part of a file that has a row of its own is a clip of its own."""
+    """Checks the counted reasons of rows; a part of a file that has its own row is a separate clip."""
     put_clips(tmp_path, "a.mp4", "b.mp4")
     (tmp_path / "folder").mkdir()
     table = """file,caption,start,end
@@ -286,7 +286,7 @@ def test_rejected_rows(tmp_path: Path) -> None:
     ],
 )
 def test_layouts_of_other_data_sets(layout: dict[str, str], tmp_path: Path) -> None:
-    """Guards data as Hugging Face, Open-Sora and tools for CogVideoX lay it out: it is taken as it is."""
+    """Checks that the layouts of Hugging Face, Open-Sora, and CogVideoX tools work unchanged."""
     put_clips(put(tmp_path, dict(layout)), "v/0.mp4", "v/1.mp4")
     listing = listed(tmp_path)
     assert listing.rejected == []
@@ -295,8 +295,8 @@ def test_layouts_of_other_data_sets(layout: dict[str, str], tmp_path: Path) -> N
 
 
 def test_tables_in_folders_below(tmp_path: Path) -> None:
-    """Guards a folder of data sets: the table of each names its clips, others have captions beside them; a folder
-    called as a split is one; a table of other things says nothing, and a broken one is counted."""
+    """Checks a folder of datasets: clips get captions from their folder's table or from files next to them; a folder
+    named like a split sets it; unrelated tables are ignored, and broken ones are counted."""
     put_clips(tmp_path, "train/0.mp4", "train/1.mp4", "val/0.mp4", "test/sub/0.mp4", "x/0.mp4", "y/0.mp4")
     tables = {
         "train/metadata.csv": "file_name,text\n0.mp4,a cat\n",
@@ -326,7 +326,7 @@ def test_tables_in_folders_below(tmp_path: Path) -> None:
 
 
 def test_captions_of_cogvideox_lie_in_labels(tmp_path: Path) -> None:
-    """Guards videos/x.mp4 with labels/x.txt."""
+    """Checks that labels/x.txt captions videos/x.mp4."""
     put_clips(put(tmp_path, {"labels/0.txt": "a cat"}), "videos/0.mp4", "other/0.mp4")
     listing = listed(tmp_path)
     assert [(item.id, item.captions) for item in listing.items] == [("videos/0.mp4", ("a cat",))]
@@ -335,7 +335,7 @@ def test_captions_of_cogvideox_lie_in_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_names_whose_accents_are_written_otherwise(form: Any, tmp_path: Path) -> None:
-    """Guards names that look alike: of Macs and old archives (NFD), of keyboards and tables (NFC)."""
+    """Checks names that look alike: from Macs and old archives (NFD), and from keyboards and tables (NFC)."""
     there, told = (partial(normalize, each) for each in (form, "NFD" if form == "NFC" else "NFC"))
     put_clips(tmp_path, there("é/café.mp4"))
     put(tmp_path, {"captions.csv": f"file,caption\n{told('é/café.mp4')},a cat\n{there('é/café.mp4')},a dog\n"})
@@ -354,7 +354,7 @@ def test_names_whose_accents_are_written_otherwise(form: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("sign", "\v\f\x1c\x1d\x1e\x85\u2028\u2029")
 def test_signs_that_end_no_line(sign: str, tmp_path: Path) -> None:
-    """Guards captions with signs at which only `str.splitlines` ends a line; they are spaces."""
+    """Checks captions with characters that only `str.splitlines` treats as line breaks; they become spaces."""
     expected, caption = ("a cat on a mat",), f"a cat{sign}on a mat"
     put(put_clips(tmp_path, "a.mp4"), {"a.txt": f"{caption}\r\n"})
     assert listed(tmp_path).items[0].captions == expected
@@ -365,8 +365,7 @@ def test_signs_that_end_no_line(sign: str, tmp_path: Path) -> None:
 
 
 def test_numbers_of_every_table(tmp_path: Path) -> None:
-    """Guards times as programs write them: whole, with a point, as text, with an exponent; a gap in a column of numbers
-    is none, and a truth is no time."""
+    """Checks times as programs write them: whole, decimal, text, exponent; gaps mean none, booleans are invalid."""
     put_clips(tmp_path, "a.mp4")
     nan = float("nan")
     for start, end, expected in (
@@ -392,7 +391,7 @@ def test_numbers_of_every_table(tmp_path: Path) -> None:
 
 
 def test_rows_of_one_clip_add_captions(tmp_path: Path) -> None:
-    """Guards captions of tables with a row each, as many public ones have them."""
+    """Checks tables with one row per caption, as in many public datasets."""
     put_clips(tmp_path, "a.mp4", "b.mp4")
     rows = "file,caption,start\na.mp4,one,\nb.mp4,other,\na.mp4,two,\na.mp4,a part,1\na.mp4,one,\n"
     listing = listed(put(tmp_path, {"t.csv": rows}) / "t.csv", copies=2)
@@ -403,7 +402,7 @@ def test_rows_of_one_clip_add_captions(tmp_path: Path) -> None:
 
 
 def test_splits_are_words(tmp_path: Path) -> None:
-    """Guards clips that no loader would find: names of splits are compared in small letters, others are refused."""
+    """Prevents clips that no loader would find: split names are lowercased, and invalid ones are rejected."""
     put_clips(tmp_path, "a.mp4", "b.mp4", "c.mp4", "d.mp4")
     rows = 'file,caption,split\na.mp4,x,Train\nb.mp4,x,VAL\nc.mp4,x,../evil\nd.mp4,x,"a\nb"\n'
     listing = listed(put(tmp_path, {"t.csv": rows}) / "t.csv")
@@ -412,7 +411,7 @@ def test_splits_are_words(tmp_path: Path) -> None:
 
 
 def test_text_that_is_no_unicode_is_counted(tmp_path: Path) -> None:
-    """Guards a run of days from one row: lone surrogates, which JSON can spell, in any cell."""
+    """Guards a run of days against a single row: lone surrogates, which JSON can encode, in any cell."""
     put_clips(tmp_path, "a.mp4", "b.mp4")
     rows = [
         {"file": "a.mp4", "caption": "fine", "other \ud83d": "x \ud83d"},
@@ -427,7 +426,7 @@ def test_text_that_is_no_unicode_is_counted(tmp_path: Path) -> None:
 
 
 def test_absolute_paths_and_those_above(tmp_path: Path) -> None:
-    """Guards the id of a file: the same by every spelling, and paths outside the table's folder work."""
+    """Checks file ids: all spellings of a path give the same one, and paths outside the table's folder work."""
     put_clips(tmp_path, "in/a.mp4", "out/b.mp4")
     rows = f"file,caption\n{tmp_path}/in/a.mp4,x\na.mp4,x\n../out/b.mp4,z\n{tmp_path}/out/b.mp4,z\n"
     listing = listed(put(tmp_path, {"in/t.csv": rows}) / "in/t.csv")
@@ -465,14 +464,14 @@ def test_absolute_paths_and_those_above(tmp_path: Path) -> None:
     ],
 )
 def test_one_clear_error(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
-    """Guards the messages: a source that cannot be used as a whole says in one line why and what to do."""
+    """Checks the messages: one line says why a source cannot be used at all, and what to do."""
     put(tmp_path, {name: content})
     with pytest.raises(ValueError, match=message):
         listed(tmp_path / name.split("/")[0])
 
 
 def test_a_misspelt_column_of_times_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards parts of clips and splits that are not read, since their columns are called nearly so."""
+    """Catches times and splits silently ignored because of a misspelled column name."""
     put_clips(put(tmp_path, {"t.csv": "file,caption,Start,end,splits,trend\na.mp4,x,1,2,test,up\n"}), "a.mp4")
     (item,) = listed(tmp_path / "t.csv", validation=0).items
     assert (item.start, item.end, item.split) == (0, 2, "train")
@@ -482,13 +481,13 @@ def test_a_misspelt_column_of_times_is_told(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_no_such_source(tmp_path: Path) -> None:
-    """Guards against a mistyped path that is taken for an empty one."""
+    """Prevents a mistyped path from being treated as an empty source."""
     with pytest.raises(ValueError, match=r"there is no .*nowhere"):
         listed(tmp_path / "nowhere")
 
 
 def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the message for an extra that is not installed, which other tables do not need."""
+    """Checks the message for a missing extra, which other tables do not need."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     put_clips(put(tmp_path, {"t.csv": "file,caption\na.mp4,a cat\n", "t.parquet": "x"}), "a.mp4")
     assert len(listed(tmp_path / "t.csv").items) == 1
@@ -497,17 +496,17 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_lone_surrogates_are_no_text(tmp_path: Path) -> None:
-    """Guards against captions that JSON can spell and no file can hold."""
+    """Rejects captions that JSON can encode but no file can store."""
     put_clips(put(tmp_path, {"t.jsonl": '{"file": "a.mp4", "caption": "\\ud83d"}'}), "a.mp4")
     assert reasons(listed(tmp_path / "t.jsonl")) == {"a.mp4": "caption is not text"}
 
 
 @pytest.mark.usefixtures("without_shape_checks")
 def test_tables_are_fast(tmp_path: Path) -> None:
-    """Guards against a listing that is quadratic: ten times as many rows take about ten times as long."""
+    """Catches quadratic listing: ten times the rows should take about ten times as long."""
     put_clips(tmp_path, "a.mp4")
     seconds = []
-    for number in (3_000, 3_000, 30_000):  # modules are imported and files are found once
+    for number in (3_000, 3_000, 30_000):  # the first run warms up imports and file lookups
         rows = "\n".join(f"a.mp4,a caption of clip {row},{row},{row + 1},cat" for row in range(number))
         put(tmp_path, {"t.csv": f"file,caption,start,end,kind\n{rows}\n"})
         began = time.process_time()
@@ -526,7 +525,7 @@ def make_table(folder: Path, rows: int, line: Callable[[int], str], columns: str
 
 
 def test_split_is_drawn_by_the_file(tmp_path: Path) -> None:
-    """Guards against leaks: copies and parts of one file are in one split, wherever the source lies."""
+    """Prevents leaks: copies and parts of a file are in the same split, wherever the source is located."""
     lines = "\n".join(f"{n}.mp4,part {part},{part},{part + 1}" for n in range(200) for part in range(3))
     splits = []
     for place in ("here", "there"):
@@ -544,14 +543,14 @@ def test_split_is_drawn_by_the_file(tmp_path: Path) -> None:
 
 
 def test_named_splits_are_kept(tmp_path: Path) -> None:
-    """Guards the user's own split, which a drawn one must never replace."""
+    """Prevents a random split from replacing the user's own."""
     names = ("train", "val", "held_out", "")
     table = make_table(tmp_path, 4, lambda number: f"{number}.mp4,x,{names[number]}", ",split")
     assert [item.split for item in listed(table, validation=0).items] == ["train", "validation", "held_out", "train"]
 
 
 def test_copies_and_limit(tmp_path: Path) -> None:
-    """Guards ids and numbers of copies, and that the limit counts clips."""
+    """Checks the ids and numbers of copies, and that the limit counts clips, not copies."""
     table = make_table(tmp_path, 5, lambda number: f"{number}.mp4,x")
     items = listed(table, copies=3, limit=2).items
     assert [(item.id, item.copy) for item in items[:4]] == [("0.mp4", 0), ("0.mp4~1", 1), ("0.mp4~2", 2), ("1.mp4", 0)]
@@ -564,7 +563,7 @@ def test_copies_and_limit(tmp_path: Path) -> None:
     ids=lambda each: next(iter(each)),
 )
 def test_bad_options(wrong: dict[str, Any]) -> None:
-    """Guards against options that would silently list nothing."""
+    """Rejects options that would silently list nothing or make no sense."""
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*expected"):
         SourceOptions(**wrong)
 
@@ -573,7 +572,7 @@ def test_bad_options(wrong: dict[str, Any]) -> None:
 
 
 def test_tar_members_lie_where_they_are_said_to(tmp_path: Path) -> None:
-    """Guards offsets (long names have headers of their own), captions by stem or key, attributes, and reading."""
+    """Checks offsets (long names have extra headers), captions by stem or key, attributes, and reading."""
     long = "d/" + "n" * 150
     members = [
         ("b.mp4", b"first clip"),
@@ -601,7 +600,7 @@ def test_tar_members_lie_where_they_are_said_to(tmp_path: Path) -> None:
 
 
 def test_folder_of_tars(tmp_path: Path) -> None:
-    """Guards that a shard's clips have the same ids and splits whether it is passed alone or with its folder."""
+    """Checks that clips of a shard have the same ids and splits whether it is passed alone or with its folder."""
     for number in range(3):
         members = [(f"{number}{key}.{kind}", b"text") for key in "ab" for kind in ("mp4", "txt")]
         write_tar(tmp_path / f"{number}.tar", members)
@@ -613,7 +612,7 @@ def test_folder_of_tars(tmp_path: Path) -> None:
 
 
 def test_tar_that_was_cut(tmp_path: Path) -> None:
-    """Guards against half a clip taken for a whole one, wherever a copy stopped, and against silence about it."""
+    """Catches half a clip taken for a whole one, wherever a copy stopped, and truncation that goes unreported."""
     members = [(f"{number}.{kind}", b"x" * 700) for number in range(3) for kind in ("txt", "mp4")]
     data = write_tar(tmp_path / "whole.tar", members).read_bytes()
     whole = read_index(tmp_path / "whole.tar")
@@ -625,7 +624,7 @@ def test_tar_that_was_cut(tmp_path: Path) -> None:
         inside = {each.name for each in whole.entries if each.offset + each.num_bytes <= size}
         assert {each.name for each in index.entries} == inside
         assert all(len(each.read()) == each.num_bytes for each in index.entries)
-        at_border = any(size == each.offset + 1024 for each in whole.entries)  # as if it had been made so
+        at_border = any(size == each.offset + 1024 for each in whole.entries)  # looks like a complete tar
         assert at_border or index.cut or index.damage
     listing = listed(put(tmp_path, {"cut.tar": data[: end_of_last - 1]}) / "cut.tar")
     assert [item.id for item in listing.items] == ["cut.tar/0.mp4", "cut.tar/1.mp4"]
@@ -633,7 +632,7 @@ def test_tar_that_was_cut(tmp_path: Path) -> None:
 
 
 def test_damaged_tar(tmp_path: Path) -> None:
-    """Guards against a damaged header (and two tars in one file), where tarfile stops without a word."""
+    """Catches a damaged header or two concatenated tars, at which tarfile stops silently."""
     members = [(f"{number}.{kind}", b"x") for number in range(3) for kind in ("txt", "mp4")]
     data = bytearray(write_tar(tmp_path / "whole.tar", members).read_bytes())
     put(tmp_path, {"two.tar": bytes(data + data)})
@@ -648,7 +647,7 @@ def test_damaged_tar(tmp_path: Path) -> None:
 
 
 def test_world_is_listed_by_index() -> None:
-    """Guards that an item says what the World says of its index, and the forms of the source."""
+    """Checks that items match the World's scenes at their indices, and the forms of the source."""
     items = listed("world:40:60").items
     assert items == listed("world:60").items[40:]
     for index, item in zip(range(40, 60), items, strict=True):
@@ -676,13 +675,13 @@ def test_world_is_listed_by_index() -> None:
     ],
 )
 def test_bad_world(source: str) -> None:
-    """Guards the message for a range without a clip."""
+    """Checks the message for an empty or malformed range."""
     with pytest.raises(ValueError, match="expected world:COUNT or world:FIRST:END"):
         listed(source)
 
 
 def test_clips_without_captions_are_listed_where_none_are_asked_for(tmp_path: Path) -> None:
-    """Guards the evaluation of clips from anywhere: folders without a text, tables with files alone."""
+    """Guards the evaluation of uncaptioned clips: folders without text files, and tables without captions."""
     (tmp_path / "a.mp4").touch()
     options = SourceOptions(caption_columns=())
     assert [item.captions for item in list_source(str(tmp_path), options).items] == [()]

@@ -1,4 +1,4 @@
-"""Quality of frames and use of codes, each against a slow oracle."""
+"""Frame quality and code usage, each checked against a slow oracle."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ def frames(*shape, seed=0):
 
 
 def slow_ssim(x, y, peak):
-    """Of one colour: the formula of Wang et al. at every place of a window, in loops."""
+    """SSIM of one color channel: the formula of Wang et al. at every window position, in loops."""
     weights = np.array([[math.exp(-(a * a + b * b) / (2 * 1.5**2)) for b in range(-5, 6)] for a in range(-5, 6)])
     weights /= weights.sum()
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
@@ -33,7 +33,7 @@ def slow_ssim(x, y, peak):
 
 @pytest.mark.parametrize("peak", [1.0, 255.0])
 def test_ssim_is_the_formula(peak):
-    """A wrong window, constant, border or mean over colours gives figures that no other program gives."""
+    """Catches a wrong window, constant, border, or mean over colors, which no other program would reproduce."""
     x, y = frames(2, 3, 13, 15) * peak, frames(2, 3, 13, 15, seed=1) * peak
     y = 0.7 * x + 0.3 * y
     oracle = []
@@ -46,7 +46,7 @@ def test_ssim_is_the_formula(peak):
 
 @pytest.mark.parametrize("peak", [1.0, 255.0])
 def test_psnr_is_the_formula(peak):
-    """A mean over the batch instead of the frame, or a wrong peak, shifts all figures."""
+    """Catches a mean over the batch instead of the frame, or a wrong peak, which would shift all values."""
     x, y = frames(3, 3, 4, 5) * peak, frames(3, 3, 4, 5, seed=1) * peak
     for frame in range(3):
         errors = [(a - b) ** 2 for a, b in zip(x[frame].flatten().tolist(), y[frame].flatten().tolist(), strict=True)]
@@ -55,27 +55,27 @@ def test_psnr_is_the_formula(peak):
 
 
 def test_equal_frames_are_perfect():
-    """Rounding must not hide that nothing was lost."""
+    """Catches rounding that hides a lossless result."""
     x = frames(2, 3, 16, 16)
     assert psnr(x, x).tolist() == [math.inf] * 2
     torch.testing.assert_close(ssim(x, x), torch.ones(2))
 
 
 def test_half_precision_is_measured_in_float32():
-    """Differences of bfloat16 values are too coarse for figures of a hundredth of a decibel."""
+    """Prevents differences from being computed in bfloat16, which is too coarse for hundredths of a decibel."""
     x, y = frames(1, 3, 16, 16).bfloat16(), frames(1, 3, 16, 16, seed=1).bfloat16()
     for metric in (psnr, ssim):
         assert torch.equal(metric(x, y), metric(x.float(), y.float()))
 
 
 def test_small_frames_are_refused():
-    """A window that does not fit would give the mean of nothing."""
+    """Rejects frames smaller than the window, for which the mean would be over nothing."""
     with pytest.raises(ValueError, match="10 x 16 pixels, expected at least 11"):
         ssim(frames(1, 3, 10, 16), frames(1, 3, 10, 16))
 
 
 def test_usage_and_perplexity_are_those_of_the_counts():
-    """Unused codes, or a logarithm of another base, would change both."""
+    """Catches wrong counts of unused codes, and an entropy with the wrong logarithm base."""
     codes = torch.tensor([[0, 0, 3], [5, 3, 0]])
     counts = count_codes(codes, 8)
     found = Counter(codes.flatten().tolist())
@@ -87,5 +87,5 @@ def test_usage_and_perplexity_are_those_of_the_counts():
 
 @pytest.mark.parametrize(("counts", "expected"), [([7, 0, 0], 1), ([4, 4, 4, 4], 4), ([1, 1, 0, 0], 2)])
 def test_perplexity_counts_even_codes(counts, expected):
-    """It is a number of codes, between one and all."""
+    """Checks that perplexity is an effective number of codes, from one to all of them."""
     assert perplexity(torch.tensor(counts)) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Videos read and written: which frame is on screen, every format, colours, alpha, rotation, bad files, memory."""
+"""Reading and writing videos: frame timing, formats, colors, alpha, rotation, bad files, memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FAST = {
 
 
 def numbered(number: int, width: int = 64, height: int = 48) -> np.ndarray:
-    """A picture whose central square says its number in 8 black or white cells, twice; the rest is gray."""
+    """A picture whose central square encodes its number in 8 black or white cells, twice; the rest is gray."""
     side = min(width, height)
     cells = np.array([255 * (number >> bit & 1) for bit in range(8)] * 2, np.uint8).reshape(CELLS, CELLS)
     rows = np.arange(side) * CELLS // side
@@ -55,7 +55,7 @@ def numbered(number: int, width: int = 64, height: int = 48) -> np.ndarray:
 
 
 def number_of(frame: np.ndarray) -> int:
-    """The number that a square frame shows."""
+    """The number that a square frame encodes."""
     middles = (2 * np.arange(CELLS) + 1) * len(frame) // (2 * CELLS)
     bits = frame[middles][:, middles].mean(-1).ravel() > 127
     assert (bits[:8] == bits[8:]).all(), "no numbered picture"
@@ -102,9 +102,9 @@ def encode(
 
 
 def on_screen(times: Sequence[int], last: int, fps: float, start: float, end: float | None) -> list[int]:
-    """Oracle, by looping: times in milliseconds; a frame may appear up to a millisecond early.
+    """Oracle, by brute force: times in milliseconds; a frame may appear up to a millisecond early.
 
-    Where an end is given that the file does not reach, its last frame is held for half a frame's time.
+    If `end` is past the end of the file, its last frame is held for up to half a frame interval.
     """
     shown, clip_end = [], (times[-1] + last) / 1000
     stop = clip_end if end is None else min(end, clip_end + 0.5 / fps)
@@ -123,7 +123,7 @@ def clip(count: int, *args: int) -> list[np.ndarray]:
     return [numbered(number, *args) for number in range(count)]
 
 
-# Which frame is on screen
+# Frame timing
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -146,11 +146,11 @@ def test_frames_of_variable_rate_are_those_on_screen(
     suffix: str,
     b_frames: str,
 ) -> None:
-    """Guards against counting instead of timestamps, B-frames out of order, and a first or last frame too many."""
+    """Catches counting frames instead of reading timestamps, misordered B-frames, and an extra first or last frame."""
     times = [int(time) for time in np.cumsum([0, *steps])]
     path = encode(tmp_path / f"a{suffix}", clip(len(times)), times=times, last=last, options={"bf": b_frames})
     end = None if part is None else start + part
-    if b_frames != "0":  # where frames are stored out of order, the file does not say how long the last one is shown
+    if b_frames != "0":  # frames stored out of order: the file does not say how long the last one is shown
         end = min(end or math.inf, times[-1] / 1000 + 0.002)
     expected = on_screen(times, last, fps, start, end)
     if not expected:
@@ -162,7 +162,7 @@ def test_frames_of_variable_rate_are_those_on_screen(
 
 
 def test_a_clip_of_whole_seconds_has_both_its_ends(tmp_path: Path) -> None:
-    """Guards clips of four seconds, which gave 32 frames, one too few for key frames per second apart."""
+    """Guards four-second clips read with an end: 32 frames at 8 fps are one too few for key frames a second apart."""
     path = encode(tmp_path / "a.mp4", clip(100), rate=25)
     assert len(read_video(path, 8, 32).frames) == 32
     shown = numbers(read_video(path, 8, 32, end=4.01).frames)
@@ -173,7 +173,7 @@ def test_a_clip_of_whole_seconds_has_both_its_ends(tmp_path: Path) -> None:
 
 
 def test_rounded_timestamps_do_not_repeat_frames(tmp_path: Path) -> None:
-    """Guards against milliseconds of Matroska at 30 fps, and a first timestamp behind 0, showing a frame twice."""
+    """Catches frames shown twice due to Matroska's milliseconds at 30 fps and a first timestamp after 0."""
     times = [33 + round(1000 * number / 30) for number in range(30)]
     path = encode(tmp_path / "a.mkv", clip(30), times=times, last=33)
     assert numbers(read_video(path, 30, 32).frames) == list(range(30))
@@ -182,7 +182,7 @@ def test_rounded_timestamps_do_not_repeat_frames(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi", "a.webm", "a.flv"])
 def test_seeking_shows_the_same_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Guards against an index that leads behind the start, and against decoding all that lies before it."""
+    """Catches an index that points past the start, and decoding of everything before it."""
     codec = {"a.avi": "mpeg4", "a.webm": "libvpx-vp9"}.get(name, "libx264")
     bf = {"bf": "2"} if codec == "libx264" else {}
     path = encode(tmp_path / name, clip(150), codec, options={"g": "10", **bf})
@@ -196,7 +196,7 @@ def test_seeking_shows_the_same_frames(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_index_that_leads_too_far_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against frames that are missing where a file's index is wrong."""
+    """Catches missing frames if a file's index is wrong."""
     path = encode(tmp_path / "a.mp4", clip(75), options={"g": "5"})
     seek = ffmpeg._seek
     monkeypatch.setattr(ffmpeg, "_seek", lambda source, seconds: seek(source, seconds + 0.5))
@@ -205,7 +205,7 @@ def test_index_that_leads_too_far_is_not_believed(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("fps", [8, 7.3, 25])
 def test_loop_is_seamless(tmp_path: Path, fps: float) -> None:
-    """Guards against a seam where the clip's length is no multiple of the interval, and a loop that is too long."""
+    """Catches a seam if the clip's length is not a multiple of the interval, and a loop that is too long."""
     path = encode(tmp_path / "a.mp4", clip(17))  # 0.68 s
     frames = read_video(path, fps, 32, loop_to=3.0).frames
     times = [number / fps for number in range(math.ceil((3.0 - 0.001) * fps))]
@@ -216,7 +216,7 @@ def test_loop_is_seamless(tmp_path: Path, fps: float) -> None:
 
 
 def test_only_kept_frames_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against converting what is thrown away, or the same frame twice."""
+    """Catches converting frames that are discarded, or converting a frame twice."""
     path, converted, see = encode(tmp_path / "a.mp4", clip(50)), [], ffmpeg._see
     monkeypatch.setattr(ffmpeg, "_see", lambda *args: converted.append(1) or see(*args))
     assert len(read_video(path, 5, 32).frames) == 10 == len(converted)
@@ -246,11 +246,11 @@ def test_only_kept_frames_are_converted(tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_formats(tmp_path: Path, name: str, codec: str, pix_fmt: str, width: int, height: int) -> None:
-    """Guards against a container, codec, depth or odd size that cannot be read, by path and by content alone."""
+    """Catches unreadable containers, codecs, bit depths, or odd sizes, by path and by content alone."""
     path = encode(
         tmp_path / name, clip(25, width, height), codec, pix_fmt, options={"bf": "0"} if codec == "libx264" else {}
     )
-    last = 22 if codec == "gif" else 21  # 0.88 seconds may be 0.875 in hundredths
+    last = 22 if codec == "gif" else 21  # in hundredths, 0.88 seconds may mean 0.875
     expected = [0, 3, 6, 9, 12, 15, 18, last]
     found = read_video(path, 8, 32)
     assert numbers(found.frames) == expected
@@ -260,7 +260,7 @@ def test_formats(tmp_path: Path, name: str, codec: str, pix_fmt: str, width: int
 
 
 def test_missing_duration(tmp_path: Path) -> None:
-    """Guards against relying on a duration, which recordings of streams do not have."""
+    """Catches reliance on a duration, which recordings of streams lack."""
     path = encode(tmp_path / "a.mkv", clip(25), muxer={"live": "1"})
     with av.open(path) as container:
         assert container.duration is None
@@ -268,7 +268,7 @@ def test_missing_duration(tmp_path: Path) -> None:
 
 
 def test_animated_webp_and_png(tmp_path: Path) -> None:
-    """Guards against constant rates in animations, and frames that PyAV cannot read."""
+    """Catches animations read at a constant rate, and frames that PyAV cannot read."""
     first, *others = [Image.fromarray(picture) for picture in clip(5)]
     durations = [100, 300, 40, 500, 200]
     for suffix in (".webp", ".png"):
@@ -280,7 +280,7 @@ def test_animated_webp_and_png(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".tif"])
 def test_still_images_are_one_frame(tmp_path: Path, suffix: str) -> None:
-    """Guards against images that last for no time or for ever."""
+    """Catches images that last no time at all or forever."""
     path = tmp_path / f"a{suffix}"
     write_image(path, numbered(37))
     for fps in (0.5, 8, 500):
@@ -289,10 +289,10 @@ def test_still_images_are_one_frame(tmp_path: Path, suffix: str) -> None:
 
 
 def test_orientation_of_photographs(tmp_path: Path) -> None:
-    """Guards against photographs that lie on their side."""
+    """Catches photos that come out sideways."""
     image = Image.fromarray(np.rot90(numbered(37)).copy())
     exif = image.getexif()
-    exif[0x112] = 6  # turned clockwise to be shown
+    exif[0x112] = 6  # rotated clockwise for display
     image.save(tmp_path / "a.jpg", exif=exif)
     assert read_video(tmp_path / "a.jpg", 8).frames.shape == (1, 48, 64, 3)
     assert numbers(read_video(tmp_path / "a.jpg", 8, 32).frames) == [37]
@@ -304,7 +304,7 @@ def test_orientation_of_photographs(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("turns", range(4))
 def test_rotation_is_applied(tmp_path: Path, turns: int, mirrored: bool) -> None:
-    """Guards against videos of telephones that lie on their side or are mirrored."""
+    """Catches phone videos that come out sideways or mirrored."""
     upright = clip(3)
     stored = [np.ascontiguousarray(np.rot90(each[:, ::-1] if mirrored else each, -turns)) for each in upright]
     path = encode(
@@ -319,24 +319,24 @@ def test_rotation_is_applied(tmp_path: Path, turns: int, mirrored: bool) -> None
 @pytest.mark.parametrize("size", [48, 200])
 @pytest.mark.parametrize("turns", [0, 1])
 def test_oblong_pixels_are_made_square(tmp_path: Path, turns: int, size: int) -> None:
-    """Guards against squeezed pictures from pixels that are not square, as DVDs have them, also when rotated."""
+    """Catches squeezed pictures from non-square pixels, as on DVDs, even when rotated."""
     wide = np.full((48, 96, 3), 255, np.uint8)
     wide[:, 24:72] = 0
     squeezed = np.ascontiguousarray(np.rot90(wide, -turns))
 
     def prepare(stream: Any) -> None:
-        stream.codec_context.sample_aspect_ratio = Fraction(1, 2)  # pixels are twice as high as wide
+        stream.codec_context.sample_aspect_ratio = Fraction(1, 2)  # pixels are twice as tall as wide
         stream.set_display_rotation(90 * turns)
 
     path = encode(tmp_path / "a.mov", [squeezed] * 2, prepare=prepare)
     frame = read_video(path, 25, size, fit="letterbox", background=(0, 0, 255)).frames[0]
     bars = ((frame[..., 2] > 200) & (frame[..., 0] < 50)).sum() / frame[..., 0].size
-    # 96 x 48 pixels of 1 : 2 are a square; turned, the pixels are 2 : 1 and the picture 4 : 1
+    # 96 x 48 pixels of 1:2 make a square; rotated, the pixels are 2:1 and the picture is 4:1
     assert bars == pytest.approx(0 if turns == 0 else 0.75, abs=0.05)
 
 
 def test_letterbox_and_crop() -> None:
-    """Guards against fits that are off centre, of the wrong proportion, or bars of another colour."""
+    """Catches fits that are off-center or of the wrong proportions, and bars of the wrong color."""
     picture = np.zeros((40, 80, 3), np.uint8)
     picture[:, 20:60] = 200  # the central square
     image = Image.fromarray(picture)
@@ -350,8 +350,8 @@ def test_letterbox_and_crop() -> None:
     assert (tall == boxed.transpose(1, 0, 2)).all()
     upright, wide = View((20, 40)), View((40, 20))
     assert look(image, upright).pixels.shape == (40, 20, 3)
-    assert (look(image, upright).pixels == 200).all()  # 20 columns of 80
-    assert np.abs(look(image, wide).pixels.astype(int) - look(image, View(None)).pixels[::2, ::2]).mean() < 5  # all
+    assert (look(image, upright).pixels == 200).all()  # 20 of 80 columns
+    assert np.abs(look(image, wide).pixels.astype(int) - look(image, View(None)).pixels[::2, ::2]).mean() < 5  # whole
     boxed = look(image, View((20, 40), "letterbox", (1, 2, 3))).pixels
     assert (boxed[:15] == (1, 2, 3)).all()
     assert (boxed[25:] == (1, 2, 3)).all()
@@ -363,7 +363,7 @@ def test_letterbox_and_crop() -> None:
 def test_reading_reduces_as_well_as_pillow(
     tmp_path: Path, width: int, height: int, size: int, fit: Literal["crop", "letterbox"]
 ) -> None:
-    """Guards against a decoder's scaler that shifts, aliases or smears colours, and against sides of unequal bars."""
+    """Catches a decoder's scaler that shifts, aliases, or smears colors, and bars of unequal size."""
     frames = moving(2, height, width)
     path = encode(tmp_path / "a.mkv", list(frames), "ffv1", "yuv420p")
     found = read_video(path, 25, size, fit=fit, background=(9, 8, 7)).frames[0]
@@ -386,7 +386,7 @@ def test_reading_reduces_as_well_as_pillow(
 
 @pytest.mark.parametrize("size", [8, 20, 32, 47])
 def test_downscaling_is_antialiased(tmp_path: Path, size: int) -> None:
-    """Guards against moiré: the finest checkerboard is gray, and a ramp of stripes stays its mean."""
+    """Catches moiré: the finest checkerboard becomes gray, and stripes stay near their mean."""
     board = (255 * (np.indices((96, 96)).sum(0) % 2)).astype(np.uint8)
     seen = look(Image.fromarray(np.repeat(board[..., None], 3, 2)), View(size)).pixels
     assert np.abs(seen.astype(int) - 127).max() <= 12
@@ -401,7 +401,7 @@ def test_downscaling_is_antialiased(tmp_path: Path, size: int) -> None:
 
 
 def disc(size: int = 64, shift: int = 0) -> np.ndarray:
-    """A red disc, half transparent in its lower half, on black that is fully transparent."""
+    """A red disc whose lower half is semitransparent, on fully transparent black."""
     down, across = np.indices((size, size)) - (size - 1) / 2
     inside = np.hypot(down, across - shift) < size / 3
     alpha = np.where(inside, np.where(down < 0, 255, 128), 0)
@@ -411,7 +411,7 @@ def disc(size: int = 64, shift: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("background", [(255, 255, 255), (255, 200, 0)])
 @pytest.mark.parametrize("name", ["a.webp", "a.png", "a.webm", "a.mkv", "a.gif"])
 def test_alpha_is_put_on_the_background(tmp_path: Path, name: str, background: tuple[int, int, int]) -> None:
-    """Guards against black behind transparent pixels, dark fringes from them, and decoders that leave alpha out."""
+    """Catches black behind transparent pixels, dark fringes from them, and decoders that drop alpha."""
     path, pictures = tmp_path / name, [disc(shift=number) for number in range(3)]
     if name in ("a.webm", "a.mkv"):
         codec, pix_fmt = ("libvpx-vp9", "yuva420p") if name == "a.webm" else ("ffv1", "yuva444p")
@@ -433,7 +433,7 @@ def test_alpha_is_put_on_the_background(tmp_path: Path, name: str, background: t
 
 
 def test_opaque_pictures_have_no_alpha(tmp_path: Path) -> None:
-    """Guards against captions that name a background which nobody sees: an alpha channel alone is no transparency."""
+    """Prevents captions that name an invisible background: an alpha channel alone is not transparency."""
     opaque = [np.dstack([numbered(number), np.full((48, 64), 255, np.uint8)]) for number in range(3)]
     first, *others = map(Image.fromarray, opaque)
     first.save(tmp_path / "a.webp", save_all=True, append_images=others, duration=40)
@@ -442,14 +442,14 @@ def test_opaque_pictures_have_no_alpha(tmp_path: Path) -> None:
         assert not read_video(tmp_path / name, 25, 32).has_alpha
 
 
-# Colours
+# Colors
 
 
 @pytest.mark.parametrize("space", [1, 5, 6, 9, None])
 @pytest.mark.parametrize("limits", [1, 2])
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (30, 60, 200), (128, 128, 128), (255, 255, 255)])
 def test_colours_are_right(tmp_path: Path, space: int | None, limits: int, colour: tuple[int, int, int]) -> None:
-    """Guards against the wrong matrix (BT.601, 709, 2020) or range (limited, full): tinted reds, gray blacks."""
+    """Catches the wrong matrix (BT.601, 709, 2020) or range (limited, full): tinted reds, gray blacks."""
 
     def prepare(stream: Any) -> None:
         stream.codec_context.colorspace, stream.codec_context.color_range = space or 2, limits
@@ -460,7 +460,7 @@ def test_colours_are_right(tmp_path: Path, space: int | None, limits: int, colou
 
 
 def test_large_videos_that_name_no_matrix_are_taken_for_bt709(tmp_path: Path) -> None:
-    """Guards against the tint of untagged HD videos, which are BT.709 by custom."""
+    """Catches tinted untagged HD videos, which are BT.709 by convention."""
     red = np.broadcast_to(np.uint8((255, 0, 0)), (720, 1280, 3)).copy()
     frame = av.VideoFrame.from_ndarray(red).reformat(format="yuv420p", dst_colorspace=1)
     frame.colorspace = 2
@@ -479,7 +479,7 @@ def flipped(content: bytes, count: int, low: float, high: float) -> bytes:
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of videos with much detail, so that most bytes are pictures."""
+    """A folder of videos with so much detail that most of their bytes are pictures."""
     folder, random = tmp_path_factory.mktemp("good"), np.random.default_rng(0)
     pictures = list(random.integers(0, 255, (20, 48, 64, 3), dtype=np.uint8))
     slow = {"g": "10"}
@@ -497,7 +497,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 @pytest.mark.parametrize("name", ["a.mp4", "part2.mp4", "late.mp4", "a.mkv", "a.webm", "a.avi", "a.gif", "a.webp"])
 def test_half_a_file_is_refused(good: Path, tmp_path: Path, name: str, share: float) -> None:
-    """Guards against half-copied files that are taken for short whole ones."""
+    """Catches partially copied files that are taken for short complete ones."""
     content = (good / name).read_bytes()
     assert len(read_video(good / name, 25, 16).frames) == 20
     (tmp_path / name).write_bytes(content[: int(share * len(content))])
@@ -510,14 +510,14 @@ def test_half_a_file_is_refused(good: Path, tmp_path: Path, name: str, share: fl
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi", "part2.mp4"])
 def test_damaged_pictures_are_refused(good: Path, tmp_path: Path, name: str) -> None:
-    """Guards against training on the gray smears that decoders put in place of what they cannot read."""
+    """Prevents training on the gray smears that decoders substitute for data that they cannot read."""
     (tmp_path / name).write_bytes(flipped((good / name).read_bytes(), 300, 0.3, 0.8))
     with pytest.raises(VideoError, match="cannot be decoded"):
         read_video(tmp_path / name, 25, 16)
 
 
 def test_one_repaired_frame_is_accepted(good: Path, tmp_path: Path) -> None:
-    """Guards against losing clips to a scratch that the decoder repairs, and against counting no scratches at all."""
+    """Keeps clips with one frame that the decoder repaired, but rejects those with many."""
     content = (good / "part2.mp4").read_bytes()
     (tmp_path / "a.mp4").write_bytes(flipped(content, 1, 0.5, 0.52))
     assert len(read_video(tmp_path / "a.mp4", 25, 16).frames) == 20
@@ -586,7 +586,7 @@ def encode_nothing(path: Path) -> None:
 
 
 def test_pictures_of_many_pixels(tmp_path: Path) -> None:
-    """Guards the screen against a warning of Pillow; twice as many pixels are refused, in one line."""
+    """Keeps Pillow's warning about large pictures off the screen; above twice its limit, one line rejects them."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name, side in (("large", 9_600), ("larger", 13_500)):
@@ -599,7 +599,7 @@ def test_pictures_of_many_pixels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_files_have_counted_reasons(tmp_path: Path, kind: str) -> None:
-    """Guards against tracebacks, hangs and playlists that open other files; each reason is fixed and names the file."""
+    """Catches tracebacks, hangs, and playlists that open other files; errors have fixed reasons and name the file."""
     path, (make, reason) = tmp_path / "a.mp4", BAD[kind]
     make(path)
     if kind == "forbidden" and os.access(path, os.R_OK):
@@ -617,7 +617,7 @@ def test_bad_files_have_counted_reasons(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("text", ["no video\n" * 200, "猫と犬", "\0\0\0\0"])
 def test_a_file_of_another_kind_says_what_was_got(tmp_path: Path, text: str) -> None:
-    """Guards against "Invalid argument" and nothing else for a text that is given in place of a picture."""
+    """Catches a bare "Invalid argument" for a text file passed as a picture."""
     (tmp_path / "a.png").write_text(text, encoding="utf-8")
     with pytest.raises(VideoError) as caught:
         read_video(tmp_path / "a.png", 8, 32)
@@ -625,7 +625,7 @@ def test_a_file_of_another_kind_says_what_was_got(tmp_path: Path, text: str) -> 
 
 
 def test_names_and_titles_in_other_encodings(tmp_path: Path) -> None:
-    """Guards against readable videos that are refused for a title in another encoding or a name like an address."""
+    """Catches readable videos rejected for a title in another encoding or a name that looks like a URL."""
     path = encode(tmp_path / "a.mkv", clip(3))
     with av.open(path) as source, av.open(tmp_path / "b.mkv", "w") as target:
         target.metadata["title"] = "QQQQQQ"
@@ -640,7 +640,7 @@ def test_names_and_titles_in_other_encodings(tmp_path: Path) -> None:
 
 
 def test_errors_survive_pickling() -> None:
-    """Guards against reasons that are lost on the way from a worker process."""
+    """Catches reasons that are lost when a worker process sends its error."""
     error = pickle.loads(pickle.dumps(VideoError("cannot be decoded", "a.mp4: why")))
     assert (error.reason, error.detail, str(error)) == (
         "cannot be decoded",
@@ -663,7 +663,7 @@ def test_errors_survive_pickling() -> None:
 )
 @pytest.mark.usefixtures("without_shape_checks")
 def test_bad_settings_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    """Guards against settings that hang or give nothing; they are no fault of the file."""
+    """Rejects settings that would hang or give nothing, without blaming the file."""
     with pytest.raises(ValueError, match=r"expected|stretch") as caught:
         read_video(tmp_path / "none.mp4", **{"fps": 8, **wrong})
     assert not isinstance(caught.value, VideoError)
@@ -674,7 +674,7 @@ def test_bad_settings_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None
     [(1.0, None), (50.0, None), (0.5, 0.5), (0.5, 0.2), (-1.0, None), (math.nan, None), (0.0, math.nan)],
 )
 def test_parts_that_the_clip_does_not_have(tmp_path: Path, start: float, end: float | None) -> None:
-    """Guards against empty clips: the part of a table's row lies behind the clip's end, or ends before it starts."""
+    """Prevents empty clips: a table's row may ask for a part past the clip's end, or one that ends before it starts."""
     path = encode(tmp_path / "a.mp4", clip(25))
     with pytest.raises(VideoError) as caught:
         read_video(path, 8, 32, start=start, end=end)
@@ -682,7 +682,7 @@ def test_parts_that_the_clip_does_not_have(tmp_path: Path, start: float, end: fl
 
 
 def test_frames_of_two_sizes(tmp_path: Path) -> None:
-    """Guards against a clip whose frames cannot be stacked; with a size they can."""
+    """Rejects a clip whose frames cannot be stacked, unless a size is given."""
     first = encode(tmp_path / "a.h264", clip(3))
     second = encode(tmp_path / "b.h264", clip(3, 96, 64))
     (tmp_path / "c.h264").write_bytes(first.read_bytes() + second.read_bytes())
@@ -695,12 +695,12 @@ def test_frames_of_two_sizes(tmp_path: Path) -> None:
 
 
 def resident() -> float:
-    """MiB of this process that are in memory."""
+    """Resident memory of this process, in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def test_thousands_of_files_do_not_fill_the_memory(good: Path, tmp_path: Path) -> None:
-    """Guards against decoders, containers and file handles that are never closed, of good and of bad files."""
+    """Catches decoders, containers, and file handles that are never closed, for good and bad files."""
     bad = tmp_path / "bad.mp4"
     bad.write_bytes((good / "a.mp4").read_bytes()[:-2000])
     files = [*(good / name for name in ("a.mp4", "a.mkv", "a.webm", "a.gif", "a.webp")), bad]
@@ -721,7 +721,7 @@ def test_thousands_of_files_do_not_fill_the_memory(good: Path, tmp_path: Path) -
 
 
 def test_no_frame_outlives_reading(good: Path, tmp_path: Path) -> None:
-    """Guards against frames that refer to themselves: they fill the memory until garbage is next collected."""
+    """Catches frames in reference cycles, which fill memory until the next garbage collection."""
     bad = tmp_path / "bad.mp4"
     bad.write_bytes((good / "a.mp4").read_bytes()[:-2000])
     alpha = encode(tmp_path / "alpha.webm", [disc()] * 5, "libvpx-vp9", "yuva420p")
@@ -761,7 +761,7 @@ def _seconds(image: Any, number: int) -> float:
 @pytest.mark.parametrize("fps", [8, 12.5, 23.976])
 @pytest.mark.parametrize(("suffix", "least"), [(".mp4", 30), (".gif", 25), (".webp", 90)])
 def test_written_clips_are_read_back(tmp_path: Path, suffix: str, least: float, fps: float) -> None:
-    """Guards against lost frames, wrong rates, colours of the wrong matrix and lossy WebP."""
+    """Catches lost frames, wrong rates, colors from the wrong matrix, and lossy WebP."""
     frames = moving()
     write_video(tmp_path / f"a{suffix}", frames, fps)
     found = read_video(tmp_path / f"a{suffix}", fps)
@@ -775,7 +775,7 @@ def test_written_clips_are_read_back(tmp_path: Path, suffix: str, least: float, 
 
 
 def test_every_player_opens_mp4(tmp_path: Path) -> None:
-    """Guards against MP4 that browsers refuse: other colours than 4:2:0, odd sides, an index at the end, no tags."""
+    """Catches MP4s that browsers reject: colors other than 4:2:0, odd sides, an index at the end, missing tags."""
     frames = moving(height=47, width=63)
     write_video(tmp_path / "a.mp4", frames, 8, {"prompt": 'a cat: "jumps"', "title": "猫"})
     content = (tmp_path / "a.mp4").read_bytes()
@@ -792,7 +792,7 @@ def test_every_player_opens_mp4(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_same_frames_give_the_same_mp4(tmp_path: Path) -> None:
-    """Guards "the same seed gives the same clip" in bytes, whatever lies in memory: it is filled anew for each file."""
+    """Guards "the same seed gives the same clip" down to bytes: memory is filled with new junk before each file."""
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 255, (5, 12, 12, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
     contents, junk = set(), []
@@ -805,11 +805,11 @@ def test_same_frames_give_the_same_mp4(tmp_path: Path) -> None:
 
 
 def test_a_forked_process_can_write(tmp_path: Path) -> None:
-    """An endless wait for threads that stayed in the parent: PyAV converts all frames of a process with one scaler."""
+    """Catches a hang on threads left in the parent: PyAV converts all frames of a process with one scaler."""
     frames = np.stack([numbered(number) for number in range(3)])
     av.VideoFrame.from_ndarray(frames[0]).reformat(32, 32, "yuv420p", threads=2)
     if not (process := os.fork()):
-        signal.alarm(30)  # ends it
+        signal.alarm(30)  # ends a hung process
         with suppress(Exception):
             write_video(tmp_path / "a.mp4", frames, 8)
             os._exit(0)
@@ -819,14 +819,14 @@ def test_a_forked_process_can_write(tmp_path: Path) -> None:
 
 
 def test_written_colours_are_right(tmp_path: Path) -> None:
-    """Guards against tinted clips from a matrix that does not fit the tag."""
+    """Catches clips tinted by a matrix that does not match the tag."""
     for colour in ((255, 0, 0), (0, 0, 255), (20, 200, 90)):
         write_video(tmp_path / "a.mp4", np.broadcast_to(np.uint8(colour), (3, 32, 32, 3)).copy(), 8)
         assert np.abs(read_video(tmp_path / "a.mp4", 8).frames.astype(int) - colour).max() <= 5
 
 
 def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against half-written files: a write that fails leaves the old file, and says why in one line."""
+    """Prevents half-written files: a failed write keeps the old file and says why in one line."""
     frames = moving(3)
     for path, fps, metadata in [
         (tmp_path / "a.avi", 8, None),
@@ -859,7 +859,7 @@ def test_what_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_contact_sheet() -> None:
-    """Guards against frames in the wrong cell, and first or last frames that are left out."""
+    """Catches frames in the wrong cell, and first or last frames that are missing."""
     long = np.stack([np.full((10, 12, 3), number, np.uint8) for number in range(50, 61)])
     short = np.stack([np.full((8, 8, 3), number, np.uint8) for number in (100, 200)])
     sheet = contact_sheet([long, short], 3, gap=2)
@@ -875,24 +875,24 @@ def test_contact_sheet() -> None:
 
 
 def test_written_images_are_read_back(tmp_path: Path) -> None:
-    """Guards against swapped channels or sides."""
+    """Catches swapped channels or sides."""
     pixels = moving(1, 30, 50)[0]
     write_image(tmp_path / "a.png", pixels)
     assert (np.asarray(Image.open(tmp_path / "a.png")) == pixels).all()
 
 
-# Files of others
+# Files from other programs
 
 
 def text_of(call: Callable[[], object]) -> str:
-    """The words that a file is refused with."""
+    """The message with which a file is rejected."""
     with pytest.raises(VideoError) as caught:
         call()
     return str(caught.value)
 
 
 def test_photographs_with_exif_in_a_video(tmp_path: Path) -> None:
-    """Guards against an error of PyAV at side data that it does not know, which ended a whole run."""
+    """Catches PyAV's error on side data that it does not know, which used to end a whole run."""
     path = tmp_path / "lapse.avi"
     with av.open(path, "w") as container:
         stream = container.add_stream("mjpeg", rate=8)
@@ -909,7 +909,7 @@ def test_photographs_with_exif_in_a_video(tmp_path: Path) -> None:
 
 
 def test_what_a_library_raises_is_told_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against mistakes of PyAV and Pillow that end a run, and against blaming files for a lack of memory."""
+    """Prevents bugs in PyAV and Pillow from ending a run, and files from being blamed for a lack of memory."""
 
     def raises(error: Exception) -> Callable[..., Any]:
         def fails(*_: object) -> None:
@@ -929,13 +929,13 @@ def test_what_a_library_raises_is_told_as_damage(tmp_path: Path, monkeypatch: py
 
 
 def test_photos_in_tiles_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a corner of a HEIC photo that is taken for all of it."""
+    """Prevents one corner of a HEIC photo from being taken for the whole picture."""
     path = Path(__file__).parent / "files" / "tiles.heic"  # 2 x 2 tiles of 64 x 64
     assert text_of(lambda: read_video(path, 8)).startswith("picture in tiles")
 
 
 def test_pages_and_thumbnails_are_no_picture(tmp_path: Path) -> None:
-    """Guards against the first page of a document, or the thumbnail of a raw photo, that is taken for all of it."""
+    """Prevents a document's first page or a raw photo's thumbnail from being taken for the whole picture."""
     first, second = map(Image.fromarray, clip(2))
     first.save(tmp_path / "a.tif", save_all=True, append_images=[second])
     assert text_of(lambda: read_video(tmp_path / "a.tif", 8)).startswith("several pages")
@@ -952,7 +952,7 @@ def test_pages_and_thumbnails_are_no_picture(tmp_path: Path) -> None:
 
 
 def test_hidden_default_image_is_not_shown(tmp_path: Path) -> None:
-    """Guards against the picture of an animated PNG that only programs without animations show."""
+    """Skips the picture of an animated PNG that only programs without animation support show."""
     hidden, *shown = map(Image.fromarray, clip(5))
     hidden.save(tmp_path / "a.png", save_all=True, append_images=shown, duration=125, default_image=True)
     assert numbers(read_video(tmp_path / "a.png", 8, 32).frames) == [1, 2, 3, 4]
@@ -960,7 +960,7 @@ def test_hidden_default_image_is_not_shown(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("brand", [b"avif", b"mif1"])
 def test_avif_is_a_picture(tmp_path: Path, brand: bytes) -> None:
-    """Guards against stills that last a second, alpha that is lost under a general brand, and damage that crashes."""
+    """Catches stills that last a second, alpha lost under a generic brand, and crashes on damaged files."""
     image = Image.fromarray(np.dstack([numbered(37), np.full((48, 64), 255, np.uint8)]))
     image.putpixel((0, 0), (0, 0, 0, 0))
     image.paste((0, 0, 0, 0), (0, 0, 8, 48))
@@ -978,7 +978,7 @@ def test_avif_is_a_picture(tmp_path: Path, brand: bytes) -> None:
 
 @pytest.mark.parametrize("behind", [b"", b"\x3b<!-- saved -->", b"\0" * 9, b"\x3b" + bytes(2000)])
 def test_gif_without_its_last_byte_and_with_more(tmp_path: Path, behind: bytes) -> None:
-    """Guards against being stricter than every viewer; bytes that are really missing are still told."""
+    """Catches being stricter than every viewer; bytes that are really missing are still reported."""
     first, *others = map(Image.fromarray, clip(8))
     first.save(tmp_path / "a.gif", save_all=True, append_images=others, duration=120)
     content = (tmp_path / "a.gif").read_bytes().removesuffix(b"\x3b")
@@ -990,7 +990,7 @@ def test_gif_without_its_last_byte_and_with_more(tmp_path: Path, behind: bytes) 
 
 @pytest.mark.parametrize("fps", [8, 7.5, 12, 24, 30])
 def test_gif_of_our_own_has_each_frame_once(tmp_path: Path, fps: float) -> None:
-    """Guards against hundredths of seconds, in which frames come late and the one before is shown twice."""
+    """Catches GIF's hundredths of a second, which delay frames so that the previous one is shown twice."""
     write_video(tmp_path / "a.gif", np.stack(clip(33)), fps)
     assert numbers(read_video(tmp_path / "a.gif", fps, 32).frames) == list(range(33))
     first, *others = map(Image.fromarray, clip(33))
@@ -1002,7 +1002,7 @@ def test_gif_of_our_own_has_each_frame_once(tmp_path: Path, fps: float) -> None:
 def record(
     path: Path, pictures: Sequence[np.ndarray], codec: str, first: float = 0.0, pause: float = 0.0, **options: str
 ) -> Path:
-    """Write pictures at 25 a second, as formats of broadcasts want them, from that second on; the last comes later."""
+    """Write pictures at 25 fps, as broadcast formats need, from second `first` on; the last is `pause` seconds late."""
     with av.open(path, "w") as container:
         stream = container.add_stream(codec, 25, options=options)
         stream.height, stream.width, stream.pix_fmt = *pictures[0].shape[:2], "yuv420p"
@@ -1017,13 +1017,13 @@ def record(
 
 @pytest.mark.parametrize(("name", "codec"), [("a.ts", "mpeg2video"), ("a.mpg", "mpeg2video"), ("a.flv", "flv")])
 def test_times_that_begin_again_go_on(tmp_path: Path, name: str, codec: str) -> None:
-    """Guards against a second recording in a file whose frames are left out, or come a minute late."""
+    """Catches a second recording in the same file whose frames are dropped or come a minute late."""
     shown = [[numbered(20 * part + each) for each in range(20)] for part in range(3)]
     parts = [
         record(tmp_path / f"{part}{name}", shown[part], codec, first=60.0 if part == 2 else 0.0, b="4M").read_bytes()
         for part in range(3)
     ]
-    headers = 13 if name == "a.flv" else 0  # they stand once
+    headers = 13 if name == "a.flv" else 0  # they appear only once
     (tmp_path / name).write_bytes(parts[0] + b"".join(part[headers:] for part in parts[1:]))
     found = numbers(read_video(tmp_path / name, 25, 32).frames)
     assert 57 <= len(found) <= 63
@@ -1033,8 +1033,8 @@ def test_times_that_begin_again_go_on(tmp_path: Path, name: str, codec: str) -> 
 
 
 def test_long_stills_in_a_recording_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against taking the pauses of screen recordings for another recording, and against stills without a word,
-    which a jump of the timestamps makes; a still whose length the file states needs none."""
+    """Prevents pauses in screen recordings from being taken for a new recording. A still due to a jump of the
+    timestamps is reported; one whose length the file states is not."""
     path = record(tmp_path / "a.mkv", clip(3), "mpeg4", pause=30.0)
     assert numbers(read_video(path, 0.1, 32).frames) == [0, 1, 1, 1]
     told = "its times jump from 0.040 to 30.080 seconds: one frame is held until then\n"
@@ -1055,7 +1055,7 @@ def test_long_stills_in_a_recording_stay(tmp_path: Path, capsys: pytest.CaptureF
     ],
 )
 def test_interlaced_video_has_no_combs(tmp_path: Path, name: str, codec: str, options: dict[str, str]) -> None:
-    """Guards against two moments in one frame, in rows in turn, and against frames that a filter swallows."""
+    """Catches frames whose alternating rows show two moments, and frames that a filter swallows."""
     frames = np.full((10, 96, 128, 3), 40, np.uint8)
     for number in range(10):
         for field in (0, 1):
@@ -1069,12 +1069,12 @@ def test_interlaced_video_has_no_combs(tmp_path: Path, name: str, codec: str, op
 
 
 def _combs(frames: np.ndarray) -> float:
-    """How far rows are from the mean of their neighbors."""
+    """Mean difference between rows and the mean of their neighbors."""
     rows = frames.astype(float)
     return float(np.abs(rows[:, 1:-1] - (rows[:, :-2] + rows[:, 2:]) / 2).mean())
 
 
-# Colors of other screens
+# Colors of other displays
 
 
 PATCHES = np.array([[255, 255, 255], [128, 128, 128], [220, 30, 30], [30, 160, 60]])
@@ -1082,31 +1082,31 @@ BT2020 = [[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0
 
 
 def linear(levels: np.ndarray) -> np.ndarray:
-    """Light of sRGB levels."""
+    """Linear light from sRGB levels."""
     share = levels / 255
     return np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
 
 
 def perceptual_quantizer(candelas: np.ndarray) -> np.ndarray:
-    """BT.2100 table 4, the inverse EOTF, with its constants in decimals."""
+    """The inverse EOTF of BT.2100, table 4, with its constants in decimals."""
     power = np.clip(candelas / 10000, 0, 1) ** 0.1593017578125
     return ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
 
 
 def hybrid_log_gamma(scene: np.ndarray) -> np.ndarray:
-    """BT.2100 table 5, the OETF."""
+    """The OETF of BT.2100, table 5."""
     log = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
     return np.where(scene <= 1 / 12, np.sqrt(3 * scene), log)
 
 
 def stripes(values: np.ndarray) -> np.ndarray:
-    """Four colours (0 to 1) side by side, in 16 bits."""
+    """Four colors (0 to 1) side by side, in 16 bits."""
     return np.repeat(np.repeat(np.round(values * 65535).astype(np.uint16)[None], 32, 1), 64, 0)
 
 
 @pytest.mark.parametrize("transfer", [16, 18])
 def test_hdr_videos_look_like_ordinary_ones(tmp_path: Path, transfer: int) -> None:
-    """Guards against the gray and faded frames that HDR of telephones gives where its curve is ignored."""
+    """Catches gray, faded frames from phone HDR videos whose transfer curve is ignored."""
     light = linear(PATCHES) @ np.array(BT2020).T * 203
     coded = perceptual_quantizer(light) if transfer == 16 else hybrid_log_gamma((light / 1000) ** (1 / 1.2))
     with av.open(tmp_path / "a.mkv", "w") as container:
@@ -1125,7 +1125,7 @@ def test_hdr_videos_look_like_ordinary_ones(tmp_path: Path, transfer: int) -> No
 
 
 def test_brighter_than_white_keeps_its_shape() -> None:
-    """Guards against highlights that are cut, and a curve that is not monotonic or leaves the range."""
+    """Catches clipped highlights, and a curve that is not monotonic or leaves the range."""
     light = np.geomspace(1, 10000, 64)
     levels = np.round(perceptual_quantizer(light) * 65535).astype(np.uint16)
     found = to_srgb(np.repeat(levels[None, :, None], 3, 2), ColorCoding(9, 16))[0, :, 0].astype(int)
@@ -1156,7 +1156,7 @@ def wide_profile() -> bytes:
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.avif"])
 def test_colour_profiles_are_applied(tmp_path: Path, name: str) -> None:
-    """Guards against faded photographs of telephones and cameras, and against blaming files for a damaged profile."""
+    """Catches faded photos from phones and cameras, and files blamed for a damaged profile."""
     image, inside = Image.new("RGB", (64, 48), (200, 60, 30)), (217, 42, 0)
     options = {"quality": 95} if name != "a.webp" else {"lossless": True}
     options = {} if name in ("a.png", "a.tif") else options
@@ -1172,8 +1172,8 @@ def test_colour_profiles_are_applied(tmp_path: Path, name: str) -> None:
 
 
 def test_pictures_whose_colours_are_named_by_numbers(tmp_path: Path) -> None:
-    """Guards against gray HDR pictures: PNG names its curve in cICP, AVIF in colr."""
-    pixels = np.full((48, 64, 3), 148, np.uint8)  # PQ of 203 candelas: white
+    """Catches gray HDR pictures: PNG specifies its curve in cICP, AVIF in colr."""
+    pixels = np.full((48, 64, 3), 148, np.uint8)  # PQ for 203 nits: white
     write_image(tmp_path / "a.png", pixels)
     content = (tmp_path / "a.png").read_bytes()
     chunk = b"cICP" + bytes((9, 16, 0, 1))
@@ -1187,7 +1187,7 @@ def test_pictures_whose_colours_are_named_by_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["12:30.mp4", "http:x.gif", "file:x.webp", "concat:a|b.mp4", "C:x.mp4"])
 def test_names_like_addresses_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Guards against a finished clip that is lost because FFmpeg takes its relative name for an address."""
+    """Prevents the loss of a finished clip because FFmpeg takes its relative name for a URL."""
     monkeypatch.chdir(tmp_path)
     write_video(Path(name), np.stack(clip(3)), 8)
     assert numbers(read_video(Path(name), 8, 32).frames) == [0, 1, 2]
@@ -1195,14 +1195,14 @@ def test_names_like_addresses_are_written(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_facts_of_a_file(tmp_path: Path) -> None:
-    """Guards comparisons of clips: rate, size, length and codec are those that were written, whatever the format."""
+    """Guards comparisons of clips: rate, size, length, and codec are what was written, whatever the format."""
     frames = np.random.default_rng(0).integers(0, 256, (12, 16, 24, 3), np.uint8)
     for name, codec in {"a.mp4": "h264", "a.webp": "webp", "a.gif": "gif"}.items():
         write_video(tmp_path / name, frames, 25)
         assert examine(tmp_path / name) == (codec, 16, 24, 25, pytest.approx(12 / 25, abs=0.006), ())
     write_video(tmp_path / "slow.mp4", frames[:1], 2)
     assert examine(tmp_path / "slow.mp4").fps == 2
-    still = frames.repeat(3, 0)[:-2]  # each frame but the last is held, which these formats store as one
+    still = frames.repeat(3, 0)[:-2]  # each frame but the last is held; these formats store it once
     moving = np.concatenate([frames, still])
     for name in ("a.webp", "a.gif"):
         write_video(tmp_path / name, moving, 10)
