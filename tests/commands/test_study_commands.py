@@ -45,13 +45,33 @@ def numbers(folder: Path) -> list[tuple[str, int]]:
 
 def test_numbers_are_the_order_of_prompts(new: New, tmp_path: Path) -> None:
     """Catches clip 10 sorted before clip 2, and a surplus clip."""
-    extra = tmp_path / "zebra" / "clip 10.mp4"
-    (tmp_path / "zebra" / "clip 2.mp4").rename(extra)
+    folder = tmp_path / "zebra"
+    for number, new_number in ((1, 10), (2, 8), (3, 9)):
+        (folder / f"clip {number}.mp4").rename(folder / f"clip {new_number}.mp4")
     assert new() == 0
-    assert numbers(tmp_path / "study") == [("text 1", 1), ("text 2", 3), ("text 3", 2)]
+    assert numbers(tmp_path / "study") == [("text 1", 2), ("text 2", 3), ("text 3", 1)]
     (tmp_path / "study").rename(tmp_path / "old")
-    extra.with_name("clip 11.mp4").write_bytes(extra.read_bytes())
+    (folder / "clip 11.mp4").write_bytes((folder / "clip 10.mp4").read_bytes())
     assert new() == 2
+
+
+def test_a_gap_in_the_numbers_is_refused(new: New, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents every later clip from being shown with the wrong prompt, and next to another prompt's clip."""
+    (tmp_path / "zebra" / "clip 3.mp4").rename(tmp_path / "zebra" / "clip 4.mp4")
+    assert new() == 2
+    told = capsys.readouterr().err
+    assert "zebra has no clip between 'clip 2' and 'clip 4', expected consecutive numbers" in told
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_next_command_can_be_pasted(
+    new: New, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks names of studies with spaces."""
+    monkeypatch.chdir(tmp_path)
+    places = ["--a", "zebra", "--b", "walrus", "--prompts", "prompts.txt"]
+    assert main(["study", "new", "my study", *places]) == 0
+    assert "next: cogvideo study serve 'my study'\n" in capsys.readouterr().out
 
 
 def test_names_of_a_table_count(new: New, tmp_path: Path) -> None:
@@ -96,15 +116,16 @@ def test_real_clips_are_for_catch_trials_alone(new: New, tmp_path: Path) -> None
 
 
 MISTAKES = [
-    (["--a", "missing"], "missing is no folder"),
+    (["--a", "missing"], "missing is not a folder"),
     (["--prompts", "missing.txt"], "No such file"),
+    (["--prompts", "zebra"], "zebra is a folder, expected a file with prompts"),
     (["--prompts", "few.txt"], "has 3 clips for 2 prompts"),
     (["--prompts", "table.csv"], "lacks 1 of 1 clips, the first is 'other'"),
     (["--prompts", "twice.csv"], "twice in file"),
     (["--prompts", "gap.csv"], "expected the name of a clip"),
     (["--a", "empty"], "empty has no clips"),
     (["--a", "broken"], "broken/clip"),
-    (["--a", "double"], "several clips ['clip 1']"),
+    (["--a", "double"], "several clips clip 1, expected"),
     (["--a", "words"], "lacks 3 of 3 clips, the first is 'text-1'"),
     (["--trials", "0"], "trials is 0"),
     (["--catches", "-1"], "catches is -1"),

@@ -132,7 +132,7 @@ def test_still_images_are_clips_of_one_frame(
     assert said[-1] == f"the only split is train ({NO_SPLIT}): stages trained on it hold nothing out"
     options = SourceOptions(images=True, validation=0.0)  # no validation wanted, so nothing to report
     assert prepare(str(source), tmp_path / "none", tokenizer, options=options, machines=ALONE) == 0
-    assert "no split" not in capsys.readouterr().out
+    assert "only split" not in capsys.readouterr().out
     dataset = Dataset(tmp_path / "out")
     assert [(row.captions, len(row.codes)) for row in map(dataset.row, range(len(dataset)))] == [(("all red",), 1)]
     with pytest.raises(ValueError, match="has no clips"):

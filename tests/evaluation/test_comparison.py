@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import sys
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cogvideo.cli import main
+from cogvideo.commands.evaluate_distribution import warnings
 from cogvideo.data.engines import Machines
 from cogvideo.evaluation import features as module
 from cogvideo.evaluation.comparison import Comparison, ComparisonRun, Networks
@@ -85,6 +87,19 @@ def test_a_comparison_says_all_that_it_depends_on(tmp_path: Path) -> None:
     assert fvd.limit is None  # for so few
     again = clips(tmp_path / "again", 10, 2)
     assert compare(real, again).figures[0].value < fvd.value / 10
+    assert result.num_shared == 0
+    (tmp_path / "again/00.webp").write_bytes((tmp_path / "real/00.webp").read_bytes())
+    assert compare(str(tmp_path / "real"), again).num_shared <= 1
+    assert compare(real, real).num_shared == 8
+
+
+def test_parts_of_a_few_videos_are_called_so(tmp_path: Path) -> None:
+    """Prevents overlapping parts of two videos from passing for ten clips."""
+    real, other = clips(tmp_path / "real", 2, 0, frames=30), clips(tmp_path / "other", 8, 1)
+    result = compare(real, other, protocol=replace(PROTOCOL, real="anywhere"))
+    assert str(result.real).startswith("8 parts of 2 clips of 2, ")
+    told = list(warnings(result))
+    assert "the 8 real clips are parts of 2 videos: the interval is too narrow" in told
 
 
 def test_processes_and_interruptions_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +249,9 @@ def test_pairs_are_compared_by_name(tmp_path: Path) -> None:
         file.rename(file.with_name(f"x{file.name}"))
     with pytest.raises(ValueError, match="no clip of the same name"):
         compare(real, other, networks=networks)
+    (tmp_path / "real/00.gif").write_bytes((tmp_path / "real/00.webp").read_bytes())
+    with pytest.raises(ValueError, match="real has two clips with the name 00, expected one for each pair"):
+        compare(real, other, networks=networks)
 
 
 def test_clips_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
@@ -252,11 +270,16 @@ def test_clips_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         large: r"has 16 x 16 pixels and .* 32 x 32, expected one size: pass --size",
         broken: r"01.webp",
         str(tmp_path / "nowhere"): "there is no .*nowhere",
-        "world:5": "world:5 is no file",
+        "world:5": "world:5 is not a file",
     }.items():
         with pytest.raises(ValueError, match=message):
             compare(real, source)
     assert compare(real, large, protocol=replace(PROTOCOL, size=8)).figures[0].clips == 3
+    for fps in (0, -3, math.nan, math.inf, 1e9):
+        with pytest.raises(ValueError, match="fps is .*, expected a number of frames per second in"):
+            compare(real, large, fps=fps)
+    with pytest.raises(ValueError, match="seed is -1, expected 0 or more"):
+        ComparisonRun(Reading(PROTOCOL), NETWORKS, Machines("cpu"), -1)
 
 
 def test_other_networks_are_no_fvd(

@@ -120,6 +120,7 @@ def test_the_limit_has_no_bias_and_its_error_says_how_far_it_is_off() -> None:
     assert limits.mean() == pytest.approx(4, rel=0.08)
     assert errors.mean() == pytest.approx(limits.std(), rel=0.5)
     assert limit(frechet_distance, gaussians(19, 0)) is None
+    assert limit(frechet_distance, gaussians(64, 0, width=32)) is None  # halves have no more clips than features
 
 
 def test_the_interval_is_that_of_other_draws() -> None:

@@ -145,6 +145,8 @@ def test_bootstrap_draws_whole_raters_and_prompts() -> None:
     assert [math.isnan(each) for each in bootstrap(mean, [0] * 100, [0] * 100)[0]] == [False, True, True]
     assert bootstrap(mean, [0] * 50 + [1] * 50, [0] * 100)[0] == Interval(0.5, 0.0, 1.0)
     assert bootstrap(mean, [0] * 100, [0] * 50 + [1] * 50)[0] == Interval(0.5, 0.0, 1.0)
+    values = np.full(100, 2.0)  # unanimous answers bound nothing
+    assert [math.isnan(each) for each in bootstrap(mean, [0] * 50 + [1] * 50, [0] * 100)[0]] == [False, True, True]
 
 
 def test_alpha_as_published() -> None:

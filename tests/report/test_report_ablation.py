@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogvideo.report.ablation import CLIPS, PACE, SAMPLES, TIME, StageCurve, compare, levels, paired
+from cogvideo.report.ablation import CLIPS, PACE, SAMPLES, TIME, Paces, SeedFigure, compare, levels, paired
 from cogvideo.report.runs import Curve
 from cogvideo.training.ablation import Ablation, Experiment
 from cogvideo.training.optim import StageOptimization
@@ -71,25 +71,41 @@ def test_curves_are_compared_where_both_have_arrived(paces: tuple[float, float])
 def test_runs_are_compared_with_the_full_system_of_their_seed(tmp_path: Path) -> None:
     """Guards the pairs: other seeds do not count, and neither do figures that the full system does not have."""
     experiment = Experiment(tmp_path, Ablation(seeds=2), StageOptimization(seed=5), "cpu")
-    slow, name = StageCurve(curve((1, 4.0), (2, 3.0)), 2.0), "sequential, 1 fps"
+    slow, name = curve((1, 4.0), (2, 3.0)), "sequential, 1 fps"
     lines = {
-        "full-5": {name: StageCurve(curve((1, 3.0), (2, 2.0)), 1.0)},
-        "full-6": {name: StageCurve(curve((1, 3.0), (2, 2.5)), 1.0)},
+        "full-5": {name: curve((1, 3.0), (2, 2.0))},
+        "full-6": {name: curve((1, 3.0), (2, 2.5))},
         "trained-5": {name: slow},
         "trained-6": {name: slow},
         "one-stage-6": {"sequential, 8 fps": slow},
     }
     reports = {run: {run.rpartition("-")[0]: {"FVD": 10.0}} for run in lines}
     reports["full-5"] = {"full system": {"FVD": 7.0}}
-    found = compare(experiment, reports, lines)
+    paces: Paces = {
+        "full": {"sequential": 1.0, "interpolation": 1.0},
+        "trained": {"sequential": 2.0, "interpolation": 2.0},
+        "one-stage": {"sequential": 2.0},
+    }
+    found = compare(experiment, reports, lines, paces)
     trained = found[SAMPLES][name]["base trained"]
     assert trained.values == {5: 3.0, 6: 3.0}
     assert trained.differences == {5: 1.0, 6: 0.5}
     assert found[TIME][name]["base trained"].differences == {5: 2.0, 6: 1.5}
-    assert found[PACE]["sequential"]["base trained"].differences == {5: 1.0, 6: 1.0}
+    assert found[PACE]["sequential"]["base trained"].differences == {5: 1.0}
+    assert found[PACE]["interpolation"].keys() == {"full system", "base trained"}
     assert found[CLIPS]["FVD"]["trained"].differences == {5: 3.0}
     assert found[SAMPLES][name]["full system"].differences == {}
     assert found[SAMPLES]["sequential, 8 fps"]["one stage"].values == {6: 3.0}
     assert found[SAMPLES]["sequential, 8 fps"]["one stage"].differences == {}
     assert str(trained) == "3; +0.75 (-2.43 to +3.93)"
-    assert str(found[PACE]["sequential"]["base trained"]) == "2; +1 (+1 to +1) *"
+    assert str(found[PACE]["sequential"]["base trained"]) == "2; +1"
+    without = compare(experiment, reports, lines, {})
+    assert not without[TIME]
+    assert not without[PACE]
+    assert without[SAMPLES] == found[SAMPLES]
+
+
+def test_equal_differences_of_two_seeds_are_not_significant() -> None:
+    """Catches an asterisk for an interval of zero width, which shares of few clips can have."""
+    assert str(SeedFigure({0: 0.5, 1: 0.75}, {0: 0.25, 1: 0.25}).times(100)) == "62.5; +25 (+25 to +25)"
+    assert str(SeedFigure({0: 1.0, 1: 1.0}, {0: 0.9, 1: 1.0})).endswith(" *")

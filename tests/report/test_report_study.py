@@ -70,6 +70,22 @@ def test_preferences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert ("raters who passed", "looks", "share", "a > b") not in results(folder)
 
 
+def test_a_rater_who_met_no_catch_trial_has_not_passed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checks raters who have just begun: they are named, and their answers do not count as careful ones."""
+    folder = make_study(tmp_path, 6, "--catches", "3")
+    answer_all(folder, 0)
+    study = Study(folder)
+    study.add_raters(2)
+    (first, *_) = study.design.trials(1)
+    assert first.kind == "main"
+    assert study.answer(1, 0, {"preference": 0}, 1.0)
+    assert main(["study", "report", str(folder)]) == 0
+    assert "Raters without a catch trial so far: 2." in capsys.readouterr().out
+    found = results(folder)
+    num_careful = int(found["raters who passed", "preference", "share", "a = b"]["answers"])
+    assert num_careful == int(found["all raters", "preference", "share", "a = b"]["answers"]) - 1
+
+
 def test_grades(tmp_path: Path) -> None:
     """Guards the four questions of the paper: means, the best system, preferences that follow from grades."""
     folder = make_study(tmp_path, 4, "--catches", "1", "--repeats", "1", "--questions", "paper")

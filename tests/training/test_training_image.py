@@ -298,7 +298,11 @@ def test_shares_of_the_mixture(text: TextTokenizer) -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [((1.2, 0.0), "understanding is 1.2"), ((0.7, 0.4), "1.1 together"), ((0.1, 0.1, -1), "masked_squares is -1")],
+    [
+        ((1.2, 0.0), "understanding is 1.2"),
+        ((0.7, 0.4), "understanding plus text is 1.1"),
+        ((0.1, 0.1, -1), "masked_squares is -1"),
+    ],
 )
 def test_shares_that_cannot_be(values: tuple[float, ...], message: str) -> None:
     """Prevents a mistyped share from silently training something else."""
