@@ -1,4 +1,4 @@
-"""What the tests share: checked tensor shapes, small models of every stage with their oracles, texts."""
+"""Shared test setup: shape checks at run time, seeds, small models of every stage with their oracles, text models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from inspect import isgeneratorfunction
 from typing import Any, NamedTuple, get_type_hints
 
 # Before PyTorch is loaded, and for all processes that tests start: small models are slower on several threads, and far
-# slower where tests that run in parallel have more threads than there are cores.
+# slower if parallel tests have more threads than there are cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
@@ -33,9 +33,9 @@ JAXTYPED = jaxtyping.jaxtyped
 
 
 def typed(function: Any) -> Any:
-    """Enforce types at run time; a function that takes a protocol cannot be checked and stays."""
+    """Enforce types at run time; a function that takes a protocol cannot be checked and is returned unchanged."""
     try:
-        return beartype(function, conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
+        return beartype(function, conf=BeartypeConf(is_pep484_tower=True))  # accept an int as a float
     except BeartypeDecorHintPep3119Exception:
         return function
 
@@ -43,9 +43,9 @@ def typed(function: Any) -> Any:
 def checked(function: Any) -> Any:
     """Enforce types and tensor shapes at run time.
 
-    The decorator of jaxtyping binds the arguments in every call and checks them twice, which takes most of the time of
-    a small model. It stays where a size in a shape is that of an argument, for names that are not known yet, and for
-    generators, which beartype checks when they run.
+    The jaxtyping decorator binds the arguments of every call and checks them twice, which takes most of the time of a
+    small model. It is kept only where a shape depends on the value of an argument, for names that are not defined yet,
+    and for generators, which beartype checks as they run.
     """
     if is_dataclass(function) and "__init__" in vars(function):
         function.__init__ = checked(function.__init__)
@@ -92,17 +92,17 @@ CAPTIONS = (
 )
 
 
-# A shell that starts the tests in the background has Ctrl-C ignored, by them and by all processes that they start.
+# A shell that starts the tests in the background makes them, and all processes that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples in every run, however slow the machine is.
+# Use the same examples in every run, however slow the machine is.
 slow = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("steady", derandomize=True, deadline=None, suppress_health_check=slow)
 hypothesis.settings.load_profile("steady")
 
 
 def _seed(name: str) -> None:
-    """Make the global random numbers of Python, NumPy and PyTorch follow from a name."""
+    """Seed the global generators of Python, NumPy and PyTorch from a name."""
     seed = zlib.crc32(name.encode())
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
@@ -110,24 +110,24 @@ def _seed(name: str) -> None:
 
 
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
-    """Seed each fixture by its name: what several tests share must not depend on which of them comes first."""
+    """Seed each fixture by its name: shared fixtures must not depend on which test runs first."""
     _seed(fixturedef.argname)
 
 
 def pytest_collection_finish() -> None:
-    """Let the collector of garbage pass over what was imported, which stays: a million objects."""
+    """Keep the garbage collector from scanning everything imported so far: a million objects."""
     gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """Seed each test by its name: alone and among others, in any order, it draws the same numbers."""
+    """Seed each test by its ID: it gets the same random numbers alone or with others, in any order."""
     _seed(item.nodeid)
 
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Shape annotations are not enforced, as for users."""
+    """Disable shape checks, as they are for users."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
@@ -138,29 +138,29 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture
 def without_shape_checks() -> Iterator[None]:
-    """For tests of our own refusals, and of whole clips, where checks would take most of the time."""
+    """Disable shape checks, for tests of the package's own errors and of whole clips, where checks are too slow."""
     with unchecked():
         yield
 
 
 class System(NamedTuple):
-    """A small model of a stage, what it is fed, and its oracle."""
+    """A small model of a stage, its layout, and its oracle."""
 
     model: Transformer
     layout: SequenceLayout
     oracle: Oracle
 
     def codes(self, batch: int, num_frames: int, seed: int = 0) -> torch.Tensor:
-        """Random codes of the leading ranks, (batch, frames, slots)."""
+        """Return random codes of the leading ranks, (batch, frames, slots)."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(NUM_CODES, (batch, num_frames, self.layout.frame_slots), generator=generator)
 
     def prompt(self, text: PaddedText, sample: int) -> Prompt:
-        """One row of text for the oracle."""
+        """Return one row of text for the oracle."""
         return Prompt(text.tokens[sample].tolist(), tuple(text.mask[sample].tolist()))
 
     def at_places(self, codes: torch.Tensor) -> dict[int, list[int]]:
-        """Codes (frames, slots) of the leading ranks of one sample, by the place of their frame."""
+        """Return the codes (frames, slots) of one sample's leading ranks, by the place of their frame."""
         return {self.layout.order[rank]: row for rank, row in enumerate(codes.tolist())}
 
 
@@ -210,7 +210,7 @@ def _make_system(
 
 @torch.no_grad()
 def _randomize(module: torch.nn.Module, seed: int) -> None:
-    """Weights so large that whatever is seen wrongly changes the logits, and logits as large as the noise."""
+    """Set weights so large that any visibility error changes the logits, and logits are as large as the noise."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         spread = 1.0 if name in ("gate", "words.weight", "positions.weight") or name.endswith("gate") else 0.3
@@ -223,7 +223,7 @@ def _randomize(module: torch.nn.Module, seed: int) -> None:
 def make_system() -> MakeSystem:
     """A small random model: `make_system(stage, grid, window, num_frames, num_given, num_layers, seed, dtype)`.
 
-    Equal arguments give the same object: tests that change a model must copy it.
+    Equal arguments return the same object: tests that change a model must copy it.
     """
     return _make_system
 
@@ -252,7 +252,7 @@ def _train_text_model(symbols: tuple[str, ...] = ("<pad>", "<n>"), **options: An
 
 @pytest.fixture(scope="session", autouse=True)
 def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Hide weights that the user has fetched: `finetune`, for one, does more where they are."""
+    """Hide weights that the user has downloaded: `finetune`, for example, does more when it finds them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(tmp_path_factory.mktemp("cache")))
         yield
@@ -262,12 +262,12 @@ def empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def train_text_model() -> Callable[..., bytes]:
     """A SentencePiece model of a few hundred pieces: `train_text_model(symbols, **options of SentencePiece)`.
 
-    `<unk> <s> </s> <pad> <n>` come first, as in the released one.
+    `<unk> <s> </s> <pad> <n>` come first, as in the released model.
     """
     return _train_text_model
 
 
 @pytest.fixture(scope="session")
 def text_model() -> bytes:
-    """A small SentencePiece model that changes nothing in a text before it splits it."""
+    """A small SentencePiece model that does not normalize text before splitting it."""
     return _train_text_model(normalization_rule_name="identity", remove_extra_whitespaces=False)

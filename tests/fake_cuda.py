@@ -1,8 +1,8 @@
-"""A pretended GPU: CPU tensors are real, tensors on CUDA are fake: they have shapes, types and strides, and no values.
+"""A simulated GPU: CPU tensors are real, and CUDA tensors are fake, with shapes, dtypes and strides but no values.
 
-Where devices meet that may not, PyTorch raises as on a GPU. What a GPU's host would wait for, and what it would copy to
-the device, is counted by the file of the package that asks for it. A backward pass runs no formulas: it gives every
-parameter that it would reach a gradient.
+Mixing devices raises wherever PyTorch raises on a real GPU. Host synchronizations and copies to the device are counted
+by the file of the package that causes them. A backward pass computes nothing: every parameter that it would reach gets
+a zero gradient.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ ATEN = torch.ops.aten
 CUDA = torch.device("cuda:0")
 PACKAGE = Path(cogvideo.__file__).parent
 CUDA_TYPE, META_TYPE = 1, 14
-"""Numbers of c10::DeviceType."""
+"""Values of c10::DeviceType."""
 
 
 def place() -> str:
-    """File of the package that the innermost call comes from."""
+    """Return the innermost file of the package on the call stack."""
     frame = sys._getframe(2)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
@@ -44,10 +44,10 @@ def place() -> str:
 
 
 class FakeCuda(FakeTensorMode):
-    """While it is active, CUDA is a device of the machine.
+    """While it is active, CUDA is a device of this machine.
 
     Args:
-        answer: value of a tensor that the host asks for, by the file that asks.
+        answer: value of a tensor that the host reads, given the file that reads it.
     """
 
     def __init__(self, answer: Callable[[str], float] = lambda file: 0) -> None:
@@ -58,7 +58,7 @@ class FakeCuda(FakeTensorMode):
         self._inside = False
 
     def forget(self) -> None:
-        """Count anew."""
+        """Reset the counters."""
         self.waits.clear()
         self.copies.clear()
 
@@ -67,7 +67,7 @@ class FakeCuda(FakeTensorMode):
         if self._inside:
             return super().__torch_dispatch__(func, types, args, kwargs)
         composite = func.namespace == "aten" and torch.is_inference_mode_enabled() and func._can_decompose()
-        if composite:  # else autograd has taken it apart before
+        if composite:  # otherwise autograd has already decomposed it
             with self:
                 made = func.decompose(*args, **kwargs)
             if made is not NotImplemented:
@@ -116,7 +116,7 @@ class FakeCuda(FakeTensorMode):
 
 
 class RowsOfAttention(TorchFunctionMode):
-    """Refuses attention whose operands lie so that a GPU would make a table of all scores."""
+    """Rejects attention operands in a layout for which a GPU would materialize all scores."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is F.scaled_dot_product_attention:
@@ -138,7 +138,7 @@ def _backward(loss: Tensor) -> None:
 
 
 def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """A fake tensor cannot take the place of a real one, so parameters become new objects."""
+    """Create new parameters, since a fake tensor cannot replace the data of a real one."""
     for owner in module.modules():
         for table in (owner._parameters, owner._buffers):
             for name, tensor in table.items():
@@ -150,7 +150,7 @@ def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
 
 
 class _Generator(torch.Generator):
-    """One that says that it is on the device that it was made for."""
+    """A CPU generator that reports the device it was created for."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         return super().__new__(cls, "cpu")
@@ -165,7 +165,7 @@ class _Generator(torch.Generator):
 
 @contextmanager
 def pretended(answer: Callable[[str], float] = lambda file: 0) -> Iterator[FakeCuda]:
-    """A machine with a GPU."""
+    """Simulate a machine with a GPU."""
     with (
         _autograd_knows_cuda(),
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
@@ -182,7 +182,7 @@ def pretended(answer: Callable[[str], float] = lambda file: 0) -> Iterator[FakeC
 
 @contextmanager
 def _autograd_knows_cuda() -> Iterator[None]:
-    """Builds without CUDA end the process where a graph has such a tensor: give them the guard of the meta device."""
+    """Give CUDA the meta device's guard: in builds without CUDA, such a tensor in a graph ends the process."""
     library = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/libc10.*"))))
     guards = (ctypes.c_void_p * (META_TYPE + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     before = guards[CUDA_TYPE]

@@ -1,5 +1,6 @@
-"""A whole model of every stage, as small as it can be, whose weights are so large that whatever is seen changes what is
-drawn, and so small that noise does too.
+"""A complete model of every stage, as small as possible.
+
+Weights are large enough that everything visible affects the codes, and small enough that noise does too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ COMPONENTS = ("base", "sequential", "interpolation", "superres")
 
 @torch.no_grad()
 def loud(module: nn.Module, seed: int) -> nn.Module:
-    """With large random weights; norms stay near one."""
+    """Set large random weights; norms stay near one."""
     generator = torch.Generator().manual_seed(seed)
     for name, each in module.named_parameters():
         each.normal_(float("norm" in name and name.endswith("weight")), 0.3, generator=generator)
@@ -35,9 +36,9 @@ def loud(module: nn.Module, seed: int) -> nn.Module:
 
 
 def make_parts(text_model: bytes, hidden: int = 32) -> dict[str, Any]:
-    """Every component by its name."""
+    """Create every component, by name."""
     config = small_config(text_model, hidden)
-    torch.manual_seed(0)  # the autoencoder's own start
+    torch.manual_seed(0)  # for the autoencoder's initialization
     stages = {name: loud(MODULES[name](config), seed) for seed, name in enumerate(COMPONENTS)}
     return stages | {
         "image_tokenizer": Autoencoder(config.autoencoder),
@@ -47,14 +48,14 @@ def make_parts(text_model: bytes, hidden: int = 32) -> dict[str, Any]:
 
 
 def make_model(folder: Path, text_model: bytes, hidden: int = 32, without: tuple[str, ...] = ()) -> CogVideo:
-    """All of it in a bundle, loaded from there."""
+    """Save all components as a bundle, and load it."""
     parts = {name: part for name, part in make_parts(text_model, hidden).items() if name not in without}
     CogVideo(small_config(text_model, hidden), **parts).save_pretrained(folder)
     return CogVideo.from_pretrained(folder)
 
 
 def make_task(stage: StageName, source: CogVideo) -> Task:
-    """What a stage learns; the image model all of its kinds about equally often."""
+    """Create a stage's training task; the image model's mixture has all kinds of samples about equally often."""
     settings: Any = {"image": {"mixture": ImageMixture(0.4, 0.3)}, "superres": {"corruption": 0.1}}
     row = STAGES[stage]
     return row.task(row.layout(source.config), source.text, **settings.get(stage, {}))
@@ -67,13 +68,13 @@ def make_trainer(
     execution: Execution = Execution(),  # noqa: B008  # frozen
     wide: bool = False,
 ) -> Trainer:
-    """A stage that is trained on, alone and on the CPU; in float64 if it is to be wide."""
+    """Create a trainer that continues a stage in one process on the CPU; in float64 if `wide`."""
     model = build(stage, Choice("continue"), source, source.config, settings.dtype, seed=0)
     objective = Objective(model.double() if wide else model, make_task(stage, source))
     return Trainer(objective, settings, execution, ParallelSettings(), ALONE)
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """The same tensors by the same names, bit by bit."""
+    """Check for the same tensors under the same names, bit for bit."""
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], each) for name, each in expected.items())

@@ -1,4 +1,4 @@
-"""Death at a chosen moment: SIGKILL between two changes of the file system, or at a step of training. Full disks."""
+"""Simulated crashes: SIGKILL between two file system changes or at a training step, and full disks."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def pausing(trainer, done):
 step, figures, Trainer.figures = int(sys.argv[1]), Trainer.figures, pausing
 sys.exit(main(sys.argv[2:]))
 """
-"""Arguments: the step after which it waits, and those of `python -m cogvideo`."""
+"""Arguments: the step after which to pause, then those of `python -m cogvideo`."""
 
 
 def kill_at(number: int, work: Callable[[], None]) -> bool:
-    """Do work in a process that gets SIGKILL before its `number`th change of the file system; False if it was done.
+    """Run work in a child process that gets SIGKILL before file system change `number`; False if the work finished.
 
-    Changes are what Python does: to make a folder, to open for writing, to rename, to remove.
+    Changes are those that Python makes: creating a folder, opening a file for writing, renaming, removing.
     """
     if process := os.fork():
         status = os.waitpid(process, 0)[1]
@@ -50,7 +50,7 @@ def kill_at(number: int, work: Callable[[], None]) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        gc.freeze()  # what other tests left is not cleaned up here, where it would count
+        gc.freeze()  # finalizers of other tests' garbage would count here
         sys.addaudithook(hook)
         work()
         status = 0
@@ -61,7 +61,7 @@ def kill_at(number: int, work: Callable[[], None]) -> bool:
 
 
 def paused(step: int, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    """`cogvideo train ...`, by its words after `cogvideo`, that has made a step and waits to be killed."""
+    """Start `cogvideo train ...`, given the words after `cogvideo`; return when it pauses after a step."""
     arguments = [sys.executable, "-c", PAUSED, str(step), *command]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, **options)
     assert process.stdout is not None
@@ -70,7 +70,7 @@ def paused(step: int, command: Sequence[str], **options: Any) -> subprocess.Pope
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL; its loading processes, which have its pipe, may live on."""
+    """Send SIGKILL; loader processes, which share the pipe, may survive."""
     process.kill()
     process.wait()
     assert process.stdout is not None
@@ -79,7 +79,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """No file grows beyond that many bytes, as on a full disk."""
+    """Limit the size of files to a number of bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:

@@ -1,4 +1,4 @@
-"""What the tests of training tasks share: samples, large random weights, what changes what, and learning by heart."""
+"""Helpers for tests of training tasks: samples, large random weights, visibility checks, overfitting."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from conftest import unchecked
 def sample(
     codes: Tensor, caption: str | None = "a red ball rolls", seed: int = 0, duration: float = 0.0, high: object = None
 ) -> ClipSample:
-    """A sample of codes (frames, grid, grid)."""
+    """Create a sample with codes (frames, grid, grid)."""
     high_codes = high.numpy().astype(np.uint16) if isinstance(high, Tensor) else None
     return ClipSample(codes.numpy().astype(np.uint16), caption, duration, 0, 0, 0, seed, high_codes)
 
 
 def random_codes(*shape: int, num_codes: int, seed: int = 0) -> Tensor:
-    """Codes of that shape."""
+    """Return random codes of a given shape."""
     return torch.randint(num_codes, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def changed_in(codes: Tensor, place: int, num_codes: int) -> Tensor:
-    """The codes with that one of them, counted over all frames, changed."""
+    """Return a copy of the codes with one of them changed, indexed across all frames."""
     other = codes.clone().flatten()
     other[place] = (other[place] + 1) % num_codes
     return other.view(codes.shape)
@@ -38,7 +38,7 @@ def changed_in(codes: Tensor, place: int, num_codes: int) -> Tensor:
 
 @torch.no_grad()
 def large(module: nn.Module, seed: int = 0) -> nn.Module:
-    """In float64, with random weights so large that whatever is seen changes whoever sees it."""
+    """Convert to float64, with random weights so large that every visible input changes the output."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.double().named_parameters():
         wide = "gate" in name or "words" in name or "positions" in name
@@ -48,7 +48,7 @@ def large(module: nn.Module, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def rows_of(model: nn.Module, task: Task, batch: object) -> Tensor:
-    """What the model gives for a batch of a task before logits are made, (batch, rows, hidden)."""
+    """Return the model's output for a batch of a task, before the logits, (batch, rows, hidden)."""
     kept: list[Tensor] = []
     hook = model.register_forward_hook(lambda _module, _inputs, rows: kept.append(rows))
     task.losses(model, batch)
@@ -57,17 +57,17 @@ def rows_of(model: nn.Module, task: Task, batch: object) -> Tensor:
 
 
 def changes(model: nn.Module, task: Task, batch: object) -> Tensor:
-    """Which rows of each sample but the first differ from those of the first one, (batch - 1, rows)."""
+    """Return which rows of every later sample differ from those of the first, (batch - 1, rows)."""
     rows = rows_of(model, task, batch)
     return (rows[1:] - rows[:1]).abs().amax(-1) > 1e-9
 
 
 def learn(model: nn.Module, task: Task, samples: Sequence[ClipSample], steps: int, rate: float = 4e-3) -> float:
-    """Learn the samples by heart; the mean loss at the end."""
+    """Overfit the samples; return the final mean loss."""
     objective, batch = Objective(model, task), task.collate(list(samples))
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    with unchecked():  # all steps have the shapes of the last loss
+    with unchecked():  # all steps have the shapes of the final loss, which is checked
         for _ in range(steps):
             loss = objective(batch).loss.mean()
             optimizer.zero_grad()
@@ -79,7 +79,7 @@ def learn(model: nn.Module, task: Task, samples: Sequence[ClipSample], steps: in
 
 
 def narrowed(model: Transformer | Upscaler) -> Transformer | Upscaler:
-    """The base as it is stored where it is frozen: matrices in bfloat16, vectors in float32."""
+    """Freeze the base in its storage types: matrices in bfloat16, vectors in float32."""
     for parameter in model.base.requires_grad_(False).parameters():
         parameter.data = parameter.data.to(torch.bfloat16 if parameter.ndim > 1 else torch.float32)
     return model
@@ -88,9 +88,8 @@ def narrowed(model: Transformer | Upscaler) -> Transformer | Upscaler:
 def assert_the_channel_alone_is_trained(
     model: Transformer | Upscaler, task: Task, samples: Sequence[ClipSample], precision: str
 ) -> None:
-    """A base that is frozen, and stored in bfloat16 if that is the precision, gets no gradients, every part of the
-    channel does; the loss is nearly that of the same weights in float64.
-    """
+    """Check that a frozen base (stored in bfloat16 if that is the precision) gets no gradients, every part of the
+    channel does, and the loss is close to that of the same weights in float64."""
     batch, narrow = task.collate(list(samples)), precision == "bfloat16"
     exact = task.losses(copy.deepcopy(model).double(), batch).loss
     model = narrowed(model) if narrow else model

@@ -1,6 +1,7 @@
-"""The ranks of the multi-rank tests, as a program of their own: `python parallel_worker.py WORLD_SIZE JOB FOLDER PORT
-...`. It imports PyTorch once, and becomes as many processes in torchrun's environment; the last of four are there for
-the job `crossed` alone. Each job writes what the tests look at into its folder.
+"""The ranks of the multi-rank tests, as a program: `python parallel_worker.py WORLD_SIZE JOB FOLDER PORT ...`.
+
+It imports PyTorch once, then forks one process per rank, with torchrun's environment. Of four ranks, the last two are
+only for the job `crossed`. Each job writes the results that the tests check to its folder.
 """
 
 from __future__ import annotations
@@ -66,19 +67,19 @@ CASES = [
     if way in ("replicated", "sharded") or variant in (("sequential", "trained"), ("superres", "frozen"))
 ]
 CASES += [(way, "sequential", "adapted") for way in ("replicated", "sharded")]
-"""Variants that are compared; tensor parallelism takes long for each."""
+"""Variants to compare; fewer with tensor parallelism, where each takes long."""
 
 
 def make_sizes(hidden: int = 16) -> tuple[TransformerConfig, LayoutConfig]:
-    """Those of a small stage."""
+    """Return the sizes of a small stage."""
     config = TransformerConfig(2, hidden, 2, VOCABULARY, CODES, START, CODES, TEXT + GRID**2)
     return config, LayoutConfig(GRID, 5, TEXT, TEXT, TEXT)
 
 
 def make_objective(stage: str, base: str, seed: int = 0, hidden: int = 16) -> Objective:
-    """A small stage with random weights, so large that all of them matter."""
+    """Create a small stage with random weights, so large that all of them matter."""
     config, sizes = make_sizes(hidden)
-    text = object.__new__(TextTokenizer)  # batches are made of tokens here, so no text model is needed
+    text = object.__new__(TextTokenizer)  # batches already hold tokens, so no text model is needed
     text.start_of_image = START
     shared = Base(config).requires_grad_(base == "trained")
     objective = (
@@ -104,7 +105,7 @@ def _superres(base: Base, config: TransformerConfig, sizes: LayoutConfig, text: 
 
 
 def make_batch(objective: Objective, number: int = 0, size: int = BATCH) -> Any:
-    """The batch of a step, the same on every rank; prompts of all lengths."""
+    """Create the batch of a step, the same on every rank, with prompts of all lengths."""
     generator = torch.Generator().manual_seed(100 + number)
     words = torch.randint(CODES, START, (size, TEXT), generator=generator)
     mask = torch.arange(TEXT) >= torch.arange(size)[:, None] % TEXT
@@ -117,13 +118,13 @@ def make_batch(objective: Objective, number: int = 0, size: int = BATCH) -> Any:
 
 
 def share_of(batch: Any, ranks: Ranks) -> Any:
-    """What a rank gets of a batch."""
+    """Return a rank's share of a batch."""
     size = BATCH // ranks.data_size
     return list(cut(batch, size))[ranks.data_rank]
 
 
 class Run:
-    """A stage in training, spelt out: no trainer, no data."""
+    """A bare training loop for a stage, without trainer or data."""
 
     def __init__(self, objective: Objective, settings: ParallelSettings, ranks: Ranks, **options: Any) -> None:
         self.objective, self.ranks = objective, ranks
@@ -132,7 +133,7 @@ class Run:
         self.average = Average(objective, SETTINGS.ema)
 
     def gradients(self, number: int, pieces: int = 2) -> list[Tensor]:
-        """Forward and backward of a step in micro-batches; returns the rank's losses."""
+        """Run forward and backward passes of a step in micro-batches; return the rank's losses."""
         share = share_of(make_batch(self.objective, number), self.ranks)
         size = BATCH // self.ranks.data_size
         losses = []
@@ -144,7 +145,7 @@ class Run:
         return losses
 
     def step(self, number: int) -> tuple[float, float]:
-        """One update; returns mean loss and norm of the gradient, of the whole batch."""
+        """Make one update; return the mean loss and gradient norm of the whole batch."""
         losses = self.gradients(number)
         norm = clip_gradients(trained(self.objective), CLIP)
         self.optimizer.step()
@@ -153,23 +154,23 @@ class Run:
         return float(mean_over_ranks(torch.cat(losses).mean())), float(norm)
 
     def held_out(self) -> float:
-        """The loss of another batch, with the running average as weights."""
+        """Return the loss of a different batch, with the running average as weights."""
         with self.average.applied(), torch.no_grad():
             loss = self.module(share_of(make_batch(self.objective, 99), self.ranks)).loss
         return float(mean_over_ranks(loss.mean()))
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """Return what a checkpoint holds."""
         return training_state(self.module, [self.optimizer], self.average.state)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, wherever its parts are."""
+    """Copy a tensor, gathered from all ranks if it is sharded."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def everything(state: Any) -> Any:
-    """A state with whole tensors in it."""
+    """Return a state in which all tensors are gathered."""
     if isinstance(state, dict):
         return {name: everything(each) for name, each in state.items()}
     if isinstance(state, list):
@@ -178,7 +179,7 @@ def everything(state: Any) -> Any:
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Gradients of a step, then what some updates and measurements in turn came to."""
+    """Record the gradients of a step, then the results of alternating updates and held-out measurements."""
     objective = run.objective
     before = {name: whole(each) for name, each in objective.named_parameters() if not each.requires_grad}
     losses = run.gradients(0)
@@ -208,7 +209,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def equality(folder: Path, ranks: Ranks, settings: ParallelSettings, way: str) -> None:
-    """Train every variant of a way."""
+    """Train every variant with one kind of parallelism."""
     for _, stage, base in (each for each in CASES if each[0] == way):
         figures = describe(Run(make_objective(stage, base), settings, ranks))
         if ranks.rank == 0:
@@ -216,7 +217,7 @@ def equality(folder: Path, ranks: Ranks, settings: ParallelSettings, way: str) -
 
 
 def talk(folder: Path, ranks: Ranks, _: ParallelSettings) -> None:
-    """What ranks tell each other."""
+    """Record what ranks receive from each other."""
     figures = {
         "any": [any_rank(False), any_rank(ranks.rank == 1), any_rank(True)],
         "mean": mean_over_ranks(torch.tensor([1.0, 2.0]) * ranks.rank),
@@ -225,7 +226,7 @@ def talk(folder: Path, ranks: Ranks, _: ParallelSettings) -> None:
 
 
 def save(folder: Path, ranks: Ranks, settings: ParallelSettings = SHARDED) -> None:
-    """Two steps and a checkpoint of them, then a third one."""
+    """Take two steps and save a checkpoint, then take a third step."""
     run = Run(make_objective("sequential", "frozen"), settings, ranks)
     for number in range(2):
         run.step(number)
@@ -238,7 +239,7 @@ def save(folder: Path, ranks: Ranks, settings: ParallelSettings = SHARDED) -> No
 
 
 def resume(folder: Path, ranks: Ranks, settings: ParallelSettings = SHARDED) -> None:
-    """Take up a checkpoint with other weights, and make a step; notes what was loaded and the step."""
+    """Restore a checkpoint over different weights and take a step; record both."""
     run = Run(make_objective("sequential", "frozen"), settings, ranks)
     with torch.no_grad():
         for each in trained(run.objective):
@@ -251,7 +252,7 @@ def resume(folder: Path, ranks: Ranks, settings: ParallelSettings = SHARDED) -> 
 
 
 def background(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
-    """Checkpoints written while training, and talking, goes on; what each held at its moment is noted."""
+    """Write checkpoints in the background while training and communicating; record what each should hold."""
     run, checkpoints = Run(make_objective("sequential", "frozen"), settings, ranks), Checkpoints(folder, 9, True)
     for number in range(6):
         run.step(number)
@@ -266,7 +267,7 @@ def background(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
 
 
 def endless(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
-    """Save without end, to be killed."""
+    """Save checkpoints in an endless loop, to be killed."""
     run, checkpoints = Run(make_objective("sequential", "frozen", hidden=128), settings, ranks), Checkpoints(folder)
     for number in range(10**6):
         run.step(number)
@@ -274,7 +275,7 @@ def endless(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
 
 
 def weigh(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
-    """What a rank holds after a step, by its storages; which gradients it keeps between passes; what a unit gathers."""
+    """Record a rank's memory after a step, the gradients it keeps between passes, and what each unit gathers."""
     objective = make_objective("sequential", "frozen")
     for each in objective.parameters():
         if not each.requires_grad and each.ndim > 1:
@@ -300,13 +301,13 @@ def weigh(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """With what pads them; tensors in one storage count once."""
+    """Count bytes including padding; tensors that share a storage count once."""
     storages = [_local(each).untyped_storage() for each in tensors]
     return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
 
 def _whole_unit(unit: nn.Module) -> tuple[int, int]:
-    """Values that FSDP2 gathers for a unit, with what pads them; and those of them that are trained."""
+    """Count the values that FSDP2 gathers for a unit, including padding, and how many of them are trained."""
     unit.unshard()
     own = [each for each in unit.parameters() if not isinstance(each, DTensor)]
     sizes = [(each.untyped_storage().nbytes() // each.element_size(), each.requires_grad) for each in own]
@@ -315,7 +316,7 @@ def _whole_unit(unit: nn.Module) -> tuple[int, int]:
 
 
 def frames(folder: Path, ranks: Ranks, settings: ParallelSettings) -> None:
-    """The image tokenizer, whose frames the ranks share: before the adversary begins, and after."""
+    """Train the image tokenizer, with frames split among ranks; record it before and after the adversary starts."""
     sizes = AutoencoderConfig(8, (1, 2), 1, ((1, 1, 2), (1, 2)), 1, 8, 40, rate=4, groups=4)
     recipe = TokenizerSettings(
         steps=6,
@@ -351,8 +352,8 @@ JOBS = {
 
 @contextmanager
 def started(*jobs: tuple[str, Path], world_size: int = 2) -> Iterator[subprocess.Popen[str]]:
-    """Ranks that do one job after the other, as one process group; those that still run at the end are killed."""
-    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in jobs]  # they hold their ports
+    """Start ranks in one process group to do jobs one after another; those still running at the end are killed."""
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in jobs]  # they reserve the ports
     words = [str(each) for job, store in zip(jobs, stores, strict=True) for each in (*job, store.port)]
     common = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with subprocess.Popen(
@@ -368,19 +369,19 @@ def started(*jobs: tuple[str, Path], world_size: int = 2) -> Iterator[subprocess
             with suppress(ProcessLookupError):
                 os.killpg(ranks.pid, signal.SIGKILL)
             if ranks.stderr is not None and not ranks.stderr.closed:
-                ranks.stderr.read()  # ends when all of them have
+                ranks.stderr.read()  # returns when all ranks have ended
 
 
 def run_ranks(*jobs: tuple[str, Path], world_size: int = 2) -> None:
-    """Jobs from start to end; a rank that fails shows its traceback."""
+    """Run jobs to completion; a rank that fails shows its traceback."""
     with started(*jobs, world_size=world_size) as ranks:
         _, errors = ranks.communicate(timeout=1200)
         assert ranks.returncode == 0, errors
 
 
 def main() -> None:
-    """All ranks: this process is the first one, and starts the others."""
-    importlib.import_module("torch._dynamo")  # before there are several: wrapping a model imports it
+    """Run all ranks: this process is the first one, and forks the others."""
+    importlib.import_module("torch._dynamo")  # before forking: wrapping a model imports it
     others = []
     for rank in range(1, int(sys.argv[1])):
         if not (process := os.fork()):
@@ -404,7 +405,7 @@ def work(rank: int) -> None:
 
 
 def perform(job: str, folder: Path) -> None:
-    """One job, with the ranks in a new process group."""
+    """Do one job, with the ranks in a new process group."""
     cpu = torch.device("cpu")
     if job in WAYS:
         with process_group(cpu, WAYS[job]) as ranks:

@@ -1,8 +1,8 @@
 """Parity with the released system: `python -m tests.parity DIR` for any folder in the format of tests/golden.
 
-Prints a table (case, worst logit error, codes equal), and fails unless all codes are equal and all probed logits agree.
-Sizes, seeds and texts are those of each case's own settings and tensors; the format is explained in golden/README.md.
-Exit status: 0 all cases pass, 1 one does not, 2 there is nothing to test.
+Prints a table (case, worst logit error, equal codes), and fails unless all codes are equal and all probed logits agree.
+Sizes, seeds and texts come from each case's settings and tensors; golden/README.md explains the format.
+Exit status: 0 if all cases pass, 1 if any fails, 2 if there is nothing to test.
 """
 
 from __future__ import annotations
@@ -50,32 +50,32 @@ from cogvideo.text import PaddedText
 
 GOLDEN = Path(__file__).parent / "golden"
 LOGITS, PIXELS = 1e-4, 1e-3
-"""Largest error of a logit or loss (computed in float64, stored in float32), and of a pixel (computed in float32)."""
+"""Maximum error of a logit or loss (computed in float64, stored in float32), and of a pixel (computed in float32)."""
 FRAME_POSITION, LOW_POSITION = 512, 513
 """Fixed in the released models: position of frame 0, and of the low codes of super-resolution."""
 INTERPOLATION_WINDOW = 10
-"""Of generation cases that have no setting of their own."""
+"""Default for generation cases without their own setting."""
 EXTRA_POSITIONS = "mixins.extra_position_embedding.position_embeddings.weight"
 PROBED_EVERY = {"infer_first": 37, "infer_stage1": 97, "infer_stage2": 61}
-"""Generated slots between two probed ones."""
+"""Distance between probed slots, in generated slots."""
 DECODERS = ("Decoder", "MaskedDecoder", "GraphedDecoder")
 CPU, ONE_BY_ONE = torch.device("cpu"), Passes()
 
 
 class Outcome(NamedTuple):
-    """What came out of one case."""
+    """The result of one case."""
 
     name: str
     error: float
     """Largest deviation of a logit or loss; of a pixel for the image tokenizer."""
     equal: int
-    """Ids (codes, positions, fed tokens) that are equal."""
+    """Number of equal ids (codes, positions, fed tokens)."""
     total: int
     limit: float = LOGITS
 
     @property
     def passed(self) -> bool:
-        """Whether every id is equal and no value is off."""
+        """True if every id is equal and no value is off."""
         return self.equal == self.total > 0 and self.error <= self.limit
 
 
@@ -89,23 +89,23 @@ class Case(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> Case:
-        """Settings and tensors of a file."""
+        """Read the settings and tensors of a file."""
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return cls(path.parent, path.stem, json.loads(file.metadata()["meta"]), tensors)
 
     def shapes(self, kind: str) -> dict[str, list[int]]:
-        """Released tensor names and shapes."""
+        """Return released tensor names and shapes."""
         return json.loads((self.folder / f"state_dict_shapes_{kind}.json").read_text())
 
     def weights(self, kind: str) -> dict[str, Tensor]:
-        """Released weights in float64, made from the seed by this project's own copy of the rule."""
+        """Compute released weights in float64 from the seed, by this project's own copy of the rule."""
         values = golden_weights().weights(self.shapes(kind), self.meta["seed"])
         return {name: torch.from_numpy(value).double() for name, value in values.items()}
 
 
 class Tally:
-    """Deviations of a case, added up."""
+    """Accumulated deviations of a case."""
 
     def __init__(self) -> None:
         self.error, self.equal, self.total = 0.0, 0, 0
@@ -130,7 +130,7 @@ class Tally:
 
 @functools.cache
 def golden_weights() -> Any:
-    """The module `golden/weights.py`."""
+    """Import the module `golden/weights.py`."""
     spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN / "weights.py")
     assert spec is not None
     assert spec.loader is not None
@@ -140,7 +140,7 @@ def golden_weights() -> Any:
 
 
 def transformer_config(case: Case, shapes: dict[str, list[int]], start: int) -> TransformerConfig:
-    """Sizes by the settings of the case and the shapes of its weights."""
+    """Derive sizes from the settings of the case and the shapes of its weights."""
     vocab_size, hidden = shapes["transformer.word_embeddings.weight"]
     return TransformerConfig(
         num_layers=case.meta["num_layers"],
@@ -155,17 +155,17 @@ def transformer_config(case: Case, shapes: dict[str, list[int]], start: int) -> 
 
 
 def load(module: torch.nn.Module, names: dict[str, str], weights: dict[str, Tensor]) -> None:
-    """Strict both ways for the module; `weights` loses what it holds."""
+    """Load weights, with a strict match of names, and remove them from `weights`."""
     module.load_state_dict({ours: weights.pop(released) for released, ours in names.items()})
 
 
 def build(case: Case, start: int, window: int, text_slots: int, video: bool) -> tuple[Transformer, LayoutConfig]:
-    """The image model or a video stage with the released weights, in float64."""
+    """Build the image model or a video stage with the released weights, in float64."""
     sizes = LayoutConfig(case.meta["grid"], case.meta["frames"], text_slots, text_slots, FRAME_POSITION)
     config = transformer_config(case, case.shapes("cogvideo"), start)
     base, channel = Base(config).double(), TemporalChannel(config, sizes, StageConfig(window)).double()
     weights = case.weights("cogvideo")
-    rows = len(channel.positions.weight)  # the released table may hold more or fewer rows behind those in use
+    rows = len(channel.positions.weight)  # the released table may have more or fewer rows than are used
     weights[EXTRA_POSITIONS] = F.pad(weights[EXTRA_POSITIONS], (0, 0, 0, rows))[:rows]
     load(base, released_base_names(config.num_layers), weights)
     load(channel, released_channel_names(config.num_layers), weights)
@@ -177,14 +177,14 @@ def build(case: Case, start: int, window: int, text_slots: int, video: bool) -> 
 
 
 def check_training(case: Case, passes: Passes) -> Outcome:
-    """Fed tokens, positions, logits of frames and text, losses: one full pass over a training sequence."""
+    """Check fed tokens, positions, logits of frames and text, and losses in one full pass over a training sequence."""
     meta, given, tally = case.meta, case.tensors, Tally()
     mask, area = given["text_mask"].bool(), meta["grid"] ** 2
     batch, words = mask.shape
     model, sizes = build(case, int(given["tokens"][0, words]), max(meta["window"], 0), words, True)
     layout = SequenceLayout.sequential(sizes) if meta["stage"] == 1 else SequenceLayout.interpolation(sizes)
     by_rank = torch.tensor(layout.order)
-    by_place = by_rank.argsort()  # the files hold frames by place, the model is fed by rank
+    by_place = by_rank.argsort()  # the files store frames by place; the model is fed by rank
 
     def in_places(rows: Tensor) -> Tensor:
         return rows.unflatten(1, (len(by_rank), area))[:, by_place].flatten(1, 2)
@@ -214,10 +214,10 @@ def check_training(case: Case, passes: Passes) -> Outcome:
 
 
 class Watched(Decoder):
-    """A decoder that keeps the guided logits of each slot, by rank, as they were computed last."""
+    """A decoder that keeps the latest guided logits of each slot, by rank."""
 
     seen: ClassVar[dict[int, Tensor]]
-    """Of the run; every run has a class of its own."""
+    """Logits of one run; every run has its own class."""
 
     def step(self, slots: Sequence[int], tokens: Tensor) -> Tensor:
         """See `Decoder`."""
@@ -241,7 +241,7 @@ class Watched(Decoder):
 
 
 class Watch(NamedTuple):
-    """Frames of a run, and the logits that they were drawn from."""
+    """The frames of a run, and the logits that they were sampled from."""
 
     frames: list[DecodedFrame]
     logits: Tensor
@@ -264,7 +264,7 @@ def watch(*arguments: Any, **options: Any) -> Watch:
 
 
 def check_generation(case: Case, passes: Passes) -> Outcome:
-    """Frames drawn with noise that anybody can repeat, and the logits that they were drawn from."""
+    """Check frames that were sampled with reproducible noise, and the logits they were sampled from."""
     meta, given, tally = case.meta, case.tensors, Tally()
     kind = "_".join(case.name.split("_")[:2])
     prompts = [meta["text"], *([meta["guide_text"]] if meta.get("guide_text") else [])]
@@ -300,7 +300,7 @@ def check_generation(case: Case, passes: Passes) -> Outcome:
 
 
 def infer_window(case: Case) -> int:
-    """Window of an interpolation case: its own setting, else the released one, where it fits, else that of training."""
+    """Return the window of an interpolation case: its own, else the released one if it fits, else that of training."""
     window, training = INTERPOLATION_WINDOW, case.folder / "train_stage2_window.safetensors"
     if case.meta["grid"] % window and training.exists():
         window = Case.read(training).meta["window"]
@@ -308,19 +308,19 @@ def infer_window(case: Case) -> int:
 
 
 def rows_of(prompt: list[Any], batch: int) -> list[list[int]]:
-    """The same tokens for every sample, or a row for each."""
+    """Return a row per sample: the same tokens for all, or the prompt's own rows."""
     return prompt if isinstance(prompt[0], list) else [prompt] * batch
 
 
 def pad(rows: Sequence[Sequence[int]], slots: int) -> PaddedText:
-    """Left-padded."""
+    """Left-pad rows to a number of slots."""
     tokens = torch.tensor([[0] * (slots - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[False] * (slots - len(row)) + [True] * len(row) for row in rows])
     return PaddedText(tokens, mask)
 
 
 def gumbel(seed: int, draws: int, batch: int, num_codes: int) -> Tensor:
-    """(draws, batch, codes): one draw a step, for all samples."""
+    """Return noise (draws, batch, codes): one draw per step, for all samples."""
     return torch.from_numpy(np.random.default_rng(seed).gumbel(size=(draws, batch, num_codes)))
 
 
@@ -328,7 +328,7 @@ def gumbel(seed: int, draws: int, batch: int, num_codes: int) -> Tensor:
 
 
 def check_upscaling(case: Case, passes: Passes) -> Outcome:
-    """All high codes from one pass, and the logits of some of them."""
+    """Check all high codes from one pass, and the logits of some of them."""
     meta, given, tally = case.meta, case.tensors, Tally()
     shapes, weights = case.shapes("dsr"), case.weights("dsr")
     config = replace(transformer_config(case, shapes, meta["boi"]), pad=meta["pad"])
@@ -352,7 +352,7 @@ def check_upscaling(case: Case, passes: Passes) -> Outcome:
 
 
 def check_tokenizer(case: Case, passes: Passes) -> Outcome:
-    """Codes of images at every rate, and images of codes."""
+    """Check the codes of images at every rate, and the images of codes."""
     meta, given, tally = case.meta, case.tensors, Tally()
     shapes = case.shapes("icetk_vqvae")
     config = replace(autoencoder_config(shapes), mean=tuple(meta["mean"]), std=tuple(meta["std"]))
@@ -372,7 +372,7 @@ def check_tokenizer(case: Case, passes: Passes) -> Outcome:
 
 
 def autoencoder_config(shapes: dict[str, list[int]]) -> AutoencoderConfig:
-    """Sizes of the image tokenizer by the shapes of its weights; what no shape tells is as released."""
+    """Derive sizes of the image tokenizer from the shapes of its weights; everything else is as released."""
     channels, (num_codes, embedding) = shapes["enc.conv_in.weight"][0], shapes["quantize.embed.weight"]
 
     def widths(prefix: str) -> tuple[int, ...]:
@@ -394,7 +394,7 @@ def autoencoder_config(shapes: dict[str, list[int]]) -> AutoencoderConfig:
 
 
 def count(names: dict[str, list[int]], pattern: str) -> int:
-    """How many different numbers stand in the names at the group of the pattern."""
+    """Count the distinct numbers that the pattern's group matches in the names."""
     return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
@@ -406,24 +406,24 @@ CHECKS: dict[str, Callable[[Case, Passes], Outcome]] = {
     "dsr": check_upscaling,
     "icetk_vqvae": check_tokenizer,
 }
-"""What checks the cases whose name starts like this."""
+"""Checks, by the prefix of the names of their cases."""
 
 
 def cases(folder: Path) -> list[Path]:
-    """Files of the cases that a folder holds."""
+    """Return the case files in a folder."""
     return [path for path in sorted(folder.glob("*.safetensors")) if path.stem.startswith(tuple(CHECKS))]
 
 
 @torch.inference_mode()
 def check(path: Path, passes: Passes = ONE_BY_ONE) -> Outcome:
-    """Compute a case again."""
+    """Recompute a case."""
     case = Case.read(path)
     run = next(run for prefix, run in CHECKS.items() if case.name.startswith(prefix))
     return run(case, passes)
 
 
 def try_all(paths: Sequence[Path]) -> Iterator[Outcome]:
-    """Every case, also behind one that cannot be computed."""
+    """Check every case, continuing after one that cannot be computed."""
     for path in paths:
         try:
             yield check(path)
@@ -433,7 +433,7 @@ def try_all(paths: Sequence[Path]) -> Iterator[Outcome]:
 
 
 def report(outcomes: Iterator[Outcome]) -> bool:
-    """Print the table; whether all cases pass."""
+    """Print the table; return True if all cases pass."""
     table = Table("case", "worst error", "allowed", "codes equal", "")
     passed = []
     for each in outcomes:
@@ -445,7 +445,7 @@ def report(outcomes: Iterator[Outcome]) -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command; see the top of the file."""
+    """Run the command; see the top of the file."""
     if len(arguments) != 1:
         print("usage: python -m tests.parity DIR", file=sys.stderr)
         return 2

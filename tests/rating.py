@@ -1,4 +1,4 @@
-"""Studies to test with: folders of plain clips, a server in a process of its own, answers without a browser."""
+"""Test studies: folders of plain clips, a server in its own process, answers without a browser."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLORS = {"zebra": (200, 40, 40), "walrus": (40, 40, 200), "heron": (40, 160, 40
 
 
 def make_folders(place: Path, count: int, names: tuple[str, ...] = ("zebra", "walrus"), suffix: str = ".mp4") -> None:
-    """Folders with numbered clips of a color each, and prompts.txt."""
+    """Create folders with numbered clips in one color each, and prompts.txt."""
     for name in names:
         (place / name).mkdir()
         frames = np.empty((8, 32, 32, 3), np.uint8)
@@ -36,7 +36,7 @@ def make_folders(place: Path, count: int, names: tuple[str, ...] = ("zebra", "wa
 
 
 def make_study(place: Path, count: int, *options: str) -> Path:
-    """A study of red and blue clips."""
+    """Create a study of red and blue clips."""
     make_folders(place, count)
     folder = place / "study"
     given = ["--a", str(place / "zebra"), "--b", str(place / "walrus"), "--prompts", str(place / "prompts.txt")]
@@ -45,7 +45,7 @@ def make_study(place: Path, count: int, *options: str) -> Path:
 
 
 class Answered(NamedTuple):
-    """A response of the server."""
+    """A response from the server."""
 
     status: int
     headers: dict[str, str]
@@ -53,7 +53,7 @@ class Answered(NamedTuple):
 
     @property
     def json(self) -> Any:
-        """The body as JSON."""
+        """The body, parsed as JSON."""
         return json.loads(self.body)
 
 
@@ -65,7 +65,7 @@ class Server:
         self.address = urlsplit(links[0]).netloc
 
     def ask(self, path: str, body: Any = None, host: str = "", rater: int = 0) -> Answered:
-        """A request below the link of a rater, or from the root; a POST where there is a body."""
+        """Send a request below a rater's link, or from the root; a POST if there is a body."""
         connection = HTTPConnection(self.address, timeout=60)
         full = path if path.startswith("/") else urlsplit(self.links[rater]).path + path
         content = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
@@ -82,7 +82,7 @@ class Server:
 
 @contextmanager
 def serving(folder: Path, raters: int = 1) -> Iterator[Server]:
-    """The server of a study, which is killed at the end."""
+    """Run the server of a study, which is killed at the end."""
     command = [sys.executable, "-m", "cogvideo", "study", "serve", str(folder), "--port", "0", "--raters", str(raters)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
         try:

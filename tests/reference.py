@@ -1,7 +1,7 @@
-"""Slow, obvious oracles: the rules in words, one slot, one sample and one pass at a time.
+"""Slow, obvious oracles: the rules spelled out, one slot, one sample and one pass at a time.
 
-Nothing here knows how the package computes. Frames are told apart by their place in the clip, and every mask is a dense
-boolean matrix over [text | frame at place 0 | frame at place 1 | ...], whatever the order in which frames are fed.
+They do not depend on how the package computes. Frames are identified by their place in the clip, and every mask is a
+dense boolean matrix over [text | frame at place 0 | frame at place 1 | ...], whatever the feeding order.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ class Slot(NamedTuple):
     place: int
     """Place of its frame in the clip, or `TEXT`."""
     index: int
-    """Which slot of its frame, in raster order, or of the text."""
+    """Index in its frame, in raster order, or in the text."""
 
 
 def area_of(grid: Grid) -> int:
-    """Slots of a frame."""
+    """Return the number of slots of a frame."""
     return grid * grid if isinstance(grid, int) else grid[0] * grid[1]
 
 
 def all_slots(text_slots: int, num_frames: int, grid: Grid) -> list[Slot]:
-    """Text, then the frames by their place in the clip."""
+    """Return the slots of the text, then of the frames by their place in the clip."""
     text = [Slot(TEXT, index) for index in range(text_slots)]
     return text + [Slot(place, index) for place in range(num_frames) for index in range(area_of(grid))]
 
@@ -58,7 +58,7 @@ class Visible(NamedTuple):
 def visible(
     stage: Stage, num_frames: int, grid: Grid, window: int, shifted: bool, text_mask: tuple[bool, ...]
 ) -> Visible:
-    """Both channels' masks of a block, pair by pair."""
+    """Compute the masks of both channels of a block, pair by pair."""
     slots, windows = all_slots(len(text_mask), num_frames, grid), window_labels(grid, window, shifted)
     spatial = [[_sees_spatially(stage, query, key, text_mask) for key in slots] for query in slots]
     temporal = [[_sees_temporally(stage, query, key, text_mask, windows) for key in slots] for query in slots]
@@ -66,13 +66,13 @@ def visible(
 
 
 def _sees_spatially(stage: Stage, query: Slot, key: Slot, text_mask: Sequence[bool]) -> bool:
-    if key.place == TEXT:  # text and frames see all text but its pads
+    if key.place == TEXT:  # text and frames see all text except padding
         return text_mask[key.index]
     if query.place == TEXT:  # text never sees frames
         return False
     if key.place != query.place:
         return False
-    if stage == "interpolation" and query.place % 2 == 0:  # given frames see their whole frame
+    if stage == "interpolation" and query.place % 2 == 0:  # given frames see themselves in full
         return True
     return key.index <= query.index
 
@@ -82,21 +82,22 @@ def _sees_temporally(stage: Stage, query: Slot, key: Slot, text_mask: Sequence[b
         return False
     if key.place == TEXT:
         return text_mask[key.index]
-    if windows[query.index] != windows[key.index]:  # the same window of all frames, and nothing else
+    if windows[query.index] != windows[key.index]:  # only the same window of each frame
         return False
     not_later = (key.place, key.index) <= (query.place, query.index)
     if stage == "sequential":
         return not_later
     query_is_given, key_is_given = query.place % 2 == 0, key.place % 2 == 0
-    if query_is_given:  # given frames see each other in full, and never a generated one
+    if query_is_given:  # given frames see each other in full, but never a generated one
         return key_is_given
     return key_is_given or not_later
 
 
 def window_labels(grid: Grid, window: int, shifted: bool) -> list[tuple]:
-    """Window of each slot: the frame is rolled by minus half a window and cut; windows are cut again at the joint.
+    """Label the window of each slot: roll the frame by minus half a window, cut it, and split windows at the seam.
 
-    Frames of other shapes are cut at the same distances from the upper left corner."""
+    Non-square frames are cut at the same distances from the upper left corner.
+    """
     if not window:
         return [()] * area_of(grid)
     shift = window // 2 if shifted else 0
@@ -108,7 +109,7 @@ def window_labels(grid: Grid, window: int, shifted: bool) -> list[tuple]:
     labels: dict[int, tuple] = {}
     for row in range(grid):
         for column in range(grid):
-            region = (row >= grid - shift, column >= grid - shift)  # these came round from the other edge
+            region = (row >= grid - shift, column >= grid - shift)  # these wrapped around from the other edge
             labels[int(rolled[row, column])] = (row // window, column // window, *region)
     return [labels[slot] for slot in range(grid * grid)]
 
@@ -117,25 +118,25 @@ def window_labels(grid: Grid, window: int, shifted: bool) -> list[tuple]:
 
 
 class Drawn(NamedTuple):
-    """What decoding gives for one sample."""
+    """The result of decoding one sample."""
 
     codes: Tensor
-    """(frames, slots), in the order in which frames are drawn."""
+    """(frames, slots), in the order in which frames are generated."""
     logits: Tensor
     """(frames, slots, codes): guided, before the temperature."""
 
 
 class Prompt(NamedTuple):
-    """Text of one sample."""
+    """The text of one sample."""
 
     tokens: Sequence[int]
     mask: tuple[bool, ...]
-    """True for real text; pads are on the left."""
+    """True for real text; padding is on the left."""
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """The transformer of a stage for one sample, dense and in float64; state dicts bear the package's names."""
+    """The transformer of a stage for one sample, dense and in float64; state dicts use the package's names."""
 
     stage: Stage
     base: Mapping[str, Tensor]
@@ -149,7 +150,7 @@ class Oracle:
     frame_position: int
     window: int = 0
     table: int = 0
-    """Side of the square table of positions, if it is larger than the frame, which lies in its middle."""
+    """Side of the square table of positions if it is larger than the frame, which is centered in it."""
 
     def hidden(
         self,
@@ -159,15 +160,15 @@ class Oracle:
         drawn: Sequence[int] = (),
         looks: list[Tensor] | None = None,
     ) -> tuple[list[Slot], Tensor]:
-        """Every slot that can be fed, and its row after the last block (rows, hidden).
+        """Return every slot that can be fed, and its row after the last block (rows, hidden).
 
         Args:
             prompt: text.
-            codes: what is known of the frame at each place, from its first code on. Slot 0 is fed `<start_of_image>`,
-                slot j the code j - 1, so n known codes feed n + 1 slots, and the last code of a frame none.
+            codes: known codes of the frame at each place, from its first code on. Slot 0 is fed `<start_of_image>` and
+                slot j code j - 1, so n known codes feed n + 1 slots, and the last code of a frame is never fed.
             bonus: added to scores of text keys.
-            drawn: places of frames that are being generated: only they have the bonus in the temporal channel.
-            looks: gets the attention of each layer's temporal channel, (heads, rows, rows).
+            drawn: places of frames being generated: only they have the bonus in the temporal channel.
+            looks: list that gets the attention of each layer's temporal channel, (heads, rows, rows).
         """
         slots, tokens, positions = self._rows(prompt, codes)
         x = torch.stack([self.base["words.weight"][token].double() for token in tokens])
@@ -187,13 +188,13 @@ class Oracle:
         return slots, x
 
     def logits(self, x: Tensor, whole_vocabulary: bool = False) -> Tensor:
-        """Logits of image codes (or of all tokens): the product with the word embedding, behind the final norm."""
+        """Return logits of image codes (or all tokens): the product with the word embedding, after the final norm."""
         words = self.base["words.weight"].double()
         normed = layer_norm(x, self.base["norm.weight"], self.base["norm.bias"])
         return normed @ (words if whole_vocabulary else words[: self.num_codes]).T
 
     def frame_logits(self, prompt: Prompt, codes: Mapping[int, Sequence[int]], bonus: float = 0.0) -> dict[int, Tensor]:
-        """Logits (slots, codes) of each frame."""
+        """Return the logits (slots, codes) of each frame."""
         slots, x = self.hidden(prompt, codes, bonus)
         logits = self.logits(x)
         rows = {place: [row for row, slot in enumerate(slots) if slot.place == place] for place in codes}
@@ -210,17 +211,17 @@ class Oracle:
         unconditional: Prompt | None = None,
         scale: float = 1.0,
     ) -> Drawn:
-        """Draw frames slot by slot, each time by a full pass over everything known so far; guidance is a second pass.
+        """Generate frames slot by slot, with one full pass over everything known for each; guidance adds a second pass.
 
         Args:
             prompt: text.
             given: codes of given frames, by place.
-            places: of the frames to draw, in order.
-            noise: (frames to draw, slots, codes), added to `logits / temperature`; temperature 0 takes the largest.
-            temperature: of drawing.
-            bonus: on text scores.
+            places: places of the frames to generate, in order.
+            noise: (frames to generate, slots, codes), added to `logits / temperature`; temperature 0 picks the largest.
+            temperature: sampling temperature.
+            bonus: added to text scores.
             unconditional: text that guidance moves away from.
-            scale: of guidance.
+            scale: guidance scale.
         """
         known: dict[int, list[int]] = {place: list(codes) for place, codes in given.items()}
         logits = []
@@ -315,7 +316,7 @@ def attention(
     bonus: Tensor,
     looks: list[Tensor] | None = None,
 ) -> Tensor:
-    """Softmax attention, head by head; rows that see nothing give the bias alone."""
+    """Softmax attention, head by head; rows that see nothing yield only the bias."""
     hidden = x.shape[1]
     q, k, v = (x @ weights["qkv.weight"].T + weights["qkv.bias"]).split(hidden, dim=1)
     width, heads, shares = hidden // num_heads, [], []
@@ -331,7 +332,7 @@ def attention(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """To mean 0 and variance 1, then scaled and moved."""
+    """Normalize to mean 0 and variance 1, then scale and shift."""
     centred = x - x.mean(1, keepdim=True)
     return centred / torch.sqrt(centred.square().mean(1, keepdim=True) + eps) * weight.double() + bias.double()
 
@@ -345,14 +346,14 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def top_k(logits: Sequence[float], k: int) -> list[float]:
-    """Probabilities when only the k likeliest codes may be drawn."""
+    """Return the probabilities if only the k likeliest codes may be sampled."""
     best = sorted(range(len(logits)), key=lambda code: -logits[code])[:k]
     total = sum(math.exp(logits[code]) for code in best)
     return [math.exp(logits[code]) / total if code in best else 0.0 for code in range(len(logits))]
 
 
 def top_p(logits: Sequence[float], p: float) -> list[float]:
-    """Probabilities when codes are taken, likeliest first, until they have the share p of the probability."""
+    """Return the probabilities if codes are kept, likeliest first, until their total probability reaches p."""
     whole = sum(math.exp(each) for each in logits)
     kept: list[int] = []
     for code in sorted(range(len(logits)), key=lambda code: -logits[code]):
@@ -366,7 +367,7 @@ def top_p(logits: Sequence[float], p: float) -> list[float]:
 def cluster_probabilities(
     logits: Sequence[float], labels: Sequence[int], k: int, temperature: float, inside: float
 ) -> list[float]:
-    """Probabilities of cluster sampling: of the k best clusters by share, then of a code inside the cluster."""
+    """Return the probabilities of cluster sampling: first one of the k likeliest clusters, then a code in it."""
     weights = [math.exp(each / temperature) for each in logits]
     best = _best_clusters(weights, labels, k)
     second = [math.exp(each / temperature / inside) for each in logits]
@@ -389,7 +390,7 @@ def draw_by_clusters(
     num_draws: int,
     random: np.random.Generator,
 ) -> np.ndarray:
-    """The procedure itself: draw one of the k best clusters, then one of its codes. How often each code came."""
+    """Simulate the procedure: pick one of the k likeliest clusters, then one of its codes. Returns counts by code."""
     best = _best_clusters([math.exp(each / temperature) for each in logits], labels, k)
     counts = np.zeros(len(logits), dtype=int)
     shares = np.array(list(best.values()))
@@ -411,8 +412,8 @@ def _best_clusters(weights: Sequence[float], labels: Sequence[int], k: int) -> d
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """Length of the difference over that of the exact values.
+    """Return the norm of the difference, divided by that of the exact values.
 
-    Rounding is relative to the numbers in a sum, so a result near zero, alone, has no bound.
+    Rounding is relative to the terms of a sum, so the relative error of a single result near zero has no bound.
     """
     return float((found.double() - exact.double()).norm() / exact.double().norm())

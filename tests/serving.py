@@ -1,4 +1,4 @@
-"""Servers and workers to test with: real processes, a small model, clients."""
+"""Servers and workers for tests: real processes, a small model, clients."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from cogvideo.models.upscaler import UpscaleChannel
 from workshop import make_bundle, small_config
 
 PATIENCE = 120.0
-"""Seconds that anything may take on a busy machine."""
+"""Maximum seconds to wait for anything on a busy machine."""
 
 
 def make_whole_bundle(folder: Path, text_model: bytes) -> Path:
-    """A small model with all stages, whose codes depend on everything that they may depend on."""
+    """Save a small model with all stages, whose codes depend on everything that they may depend on."""
     config: CogVideoConfig = small_config(text_model)
     sizes = (config.transformer, config.layout)
     parts = {
@@ -45,24 +45,24 @@ def make_whole_bundle(folder: Path, text_model: bytes) -> Path:
 
 
 class Running(NamedTuple):
-    """A `cogvideo serve`."""
+    """A running `cogvideo serve`."""
 
     process: subprocess.Popen[str]
     address: str
 
     def client(self, key: str = "none") -> httpx.Client:
-        """A plain client."""
+        """Create a plain client."""
         return httpx.Client(base_url=self.address, headers={"Authorization": f"Bearer {key}"}, timeout=PATIENCE)
 
     def openai(self, key: str = "none") -> Any:
-        """The official client, as it is."""
+        """Create the official client, unmodified."""
         import openai
 
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, timeout=PATIENCE)
 
 
 def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
-    """Start a command of the command line in a process group of its own."""
+    """Start a command of the command line in its own process group."""
     command = [sys.executable, "-m", "cogvideo", *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ, start_new_session=True, **options
@@ -71,7 +71,7 @@ def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
 
 @contextmanager
 def serving(model: Path | str, folder: Path, *arguments: Any, command: str = "serve") -> Iterator[Running]:
-    """A server at a free port, killed at the end with its workers."""
+    """Run a server on a free port, killed at the end with its workers."""
     process = start(command, "--model", model, "--folder", folder, "--port", 0, *arguments)
     try:
         assert process.stdout is not None
@@ -84,7 +84,7 @@ def serving(model: Path | str, folder: Path, *arguments: Any, command: str = "se
 
 @contextmanager
 def working(model: Path | str, folder: Path, *arguments: Any) -> Iterator[subprocess.Popen[str]]:
-    """A worker, killed at the end."""
+    """Run a worker, killed at the end."""
     process = start("worker", "--model", model, "--folder", folder, *arguments)
     try:
         yield process
@@ -93,14 +93,14 @@ def working(model: Path | str, folder: Path, *arguments: Any) -> Iterator[subpro
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
-    """SIGKILL for a process and its children."""
+    """Send SIGKILL to a process and its children."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def wait_for(condition: Callable[[], Any], every: float = 0.2, patience: float = PATIENCE) -> Any:
-    """The first answer that is true."""
+    """Poll until the condition is true; return its value."""
     end = time.monotonic() + patience
     while not (found := condition()):
         assert time.monotonic() < end, "waited in vain"
@@ -110,9 +110,9 @@ def wait_for(condition: Callable[[], Any], every: float = 0.2, patience: float =
 
 @contextmanager
 def postgres() -> Iterator[Postgres]:
-    """A PostgreSQL server of its own, which refuses to run as root."""
+    """Run a private PostgreSQL server; PostgreSQL refuses to run as root, so root starts it as another user."""
     programs = {name: shutil.which(name, path=POSTGRES) for name in ("initdb", "postgres")}
-    with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as name:  # a short path, for its socket
+    with tempfile.TemporaryDirectory(prefix="pg-", dir="/tmp") as name:  # a short path: socket paths are limited
         place = Path(name)
         how: dict[str, Any] = {"cwd": place}
         if os.geteuid() == 0:
@@ -134,7 +134,7 @@ HAS_POSTGRES = shutil.which("postgres", path=POSTGRES) is not None
 
 
 class Postgres:
-    """A PostgreSQL server that can be killed and started again."""
+    """A PostgreSQL server that can be killed and restarted."""
 
     def __init__(self, place: Path, command: list[Any], how: dict[str, Any]) -> None:
         self.url = f"postgresql://postgres@/postgres?host={place}"
@@ -142,7 +142,7 @@ class Postgres:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the server, and wait until it accepts connections."""
         import psycopg
 
         with (self._place / "log").open("ab") as log:
@@ -156,7 +156,7 @@ class Postgres:
         wait_for(is_up)
 
     def kill(self) -> None:
-        """SIGKILL for it and the processes of its connections."""
+        """Send SIGKILL to the server and the processes of its connections."""
         assert self.process is not None
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)

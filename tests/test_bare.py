@@ -1,4 +1,4 @@
-"""What runs on a machine with PyTorch, numpy, einops, safetensors, jaxtyping and sentencepiece alone."""
+"""Modules that need only PyTorch, numpy, einops, safetensors, jaxtyping and sentencepiece."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ import cogvideo.training.objectives.video
 
 
 def test_training_and_decoding_need_no_codecs_and_no_terminal() -> None:
-    """Guards against imports that keep training steps, decoding and benchmarks off machines without PyAV and rich."""
+    """Guards against imports that make training, decoding or benchmarks need packages such as PyAV and rich."""
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", JOB], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU, rehearsed on the CPU: it must not fail in the first minute with one."""
+"""The GPU benchmark, rehearsed on the CPU, so that it does not fail in its first minute on a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def figures(folder: Path) -> dict[str, Any]:
 
 
 def test_all_sections_run_on_the_cpu(tmp_path: Path) -> None:
-    """Guards every section but what CUDA alone has: each writes finite figures."""
+    """Checks that every section except parity runs without CUDA, and writes its figures."""
     names = [name for name in cuda.SECTIONS if name != "parity"]  # which tests/test_parity.py runs
     assert cuda.main([*names, "--device", "cpu", "--out", str(tmp_path)]) == 0
     found = figures(tmp_path)
@@ -28,7 +28,7 @@ def test_all_sections_run_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_a_section_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards what was measured before a failure, and what comes after it."""
+    """Prevents a failing section from losing what it measured before, or from stopping later sections."""
     written = []
 
     def breaks(bench: cuda.Bench) -> Iterator[cuda.Result]:
@@ -49,7 +49,7 @@ def test_a_section_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_time_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a machine that one has for minutes: no section begins when the time is over."""
+    """Guards the time limit on a machine rented for minutes: no section starts after it."""
     monkeypatch.setattr(cuda, "MAX_SECONDS", -1)
     assert cuda.main(["machine", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert list(figures(tmp_path)["machine"]) == ["did not run: the time was over"]

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: real processes, what they print, their exit status."""
+"""The command line as users see it: real processes, their output, their exit status."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def much():
 
 
 def cogvideo(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `cogvideo` in a process of its own."""
+    """Run `cogvideo` in its own process."""
     command = [sys.executable, "-m", "cogvideo", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
 
 
 def imported_by(*arguments: str) -> set[str]:
-    """Top-level packages that a Python process imports."""
+    """Return the top-level packages that a Python process imports."""
     command = [sys.executable, "-X", "importtime", *arguments]
     log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return {name.split(".")[0] for name in re.findall(r"^import time:.*\| +(\S+)$", log, flags=re.MULTILINE)}
@@ -79,7 +79,7 @@ def imported_by(*arguments: str) -> set[str]:
 
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
-    """How to start a command line with the functions of `MISTAKES` as its commands; the function's name follows."""
+    """A command line that runs the function of `MISTAKES` whose name is appended."""
     (tmp_path / "mistakes.py").write_text(MISTAKES)
     program = (
         "import sys; from cogvideo import cli; sys.path.insert(0, sys.argv[1]); name = sys.argv[2];"
@@ -89,13 +89,13 @@ def command(tmp_path: Path) -> list[str]:
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    """Guards the start of every program: `import cogvideo` takes a tenth of a second at most, PyTorch takes one."""
+    """Guards startup time: `import cogvideo` takes a tenth of a second at most; importing PyTorch takes one second."""
     assert imported_by("-c", "import cogvideo").isdisjoint(HEAVY)
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_nothing_heavy(option: str) -> None:
-    """Guards the time to the first help: the table of commands is printed without what the commands need."""
+    """Guards the time to the first help text: listing the commands must not import what they need."""
     imported = imported_by("-m", "cogvideo", option)
     assert "cogvideo" in imported
     assert imported.isdisjoint(HEAVY)
@@ -106,7 +106,7 @@ def test_help_and_version_import_nothing_heavy(option: str) -> None:
     [({}, SPINS), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
 )
 def test_threads_that_wait_sleep(given: dict[str, str], spins: str | None) -> None:
-    """Guards clips beside a busy program, and what the user has said of OpenMP."""
+    """Guards speed next to a busy program: waiting threads soon sleep, unless the user configured OpenMP otherwise."""
     program = "import os; from cogvideo.cli import main; main(['--version']); print(os.environ.get('GOMP_SPINCOUNT'))"
     plain = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     done = subprocess.run(
@@ -117,7 +117,7 @@ def test_threads_that_wait_sleep(given: dict[str, str], spins: str | None) -> No
 
 @pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
 def test_help_lists_every_command(arguments: tuple[str, ...]) -> None:
-    """Guards against a command that exists and that nobody is told of."""
+    """Guards against commands that are missing from the help."""
     done = cogvideo(*arguments)
     assert done.returncode == 0
     assert done.stderr == ""
@@ -134,7 +134,7 @@ def test_version() -> None:
 def test_command_explains_itself(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards the table: each command's function exists, is documented, and its signature makes a command line."""
+    """Guards the table: each command's function exists, has a docstring, and its signature yields a command line."""
     module, function = COMMANDS[name].target.split(":")
     summary = getattr(import_module(module), function).__doc__.splitlines()[0]
     monkeypatch.setenv("COLUMNS", "200")
@@ -147,7 +147,7 @@ def test_command_explains_itself(
 
 
 def test_command_gets_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the way from the command line to the function: positional, flag and value."""
+    """Checks that positional arguments, flags and values reach the command's function."""
     assert main(["info", "tiny", "--json", "--batch", "3"]) == 0
     assert '"batch": 3' in capsys.readouterr().out
 
@@ -185,14 +185,14 @@ def test_command_gets_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_wrong_options_are_one_line(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against options that are silently ignored: what was got, what was expected, and where to look."""
+    """Guards against silently ignored options: one line says what it got, what it expected, and where to look."""
     assert main(arguments.split()) == 2
     assert capsys.readouterr() == ("", f"cogvideo: error: {message}\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 def test_a_full_disk_is_one_line() -> None:
-    """Guards output that goes to a file where there is no room."""
+    """Guards against a traceback when output goes to a file on a full disk."""
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "cogvideo", "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
@@ -208,7 +208,7 @@ def test_a_full_disk_is_one_line() -> None:
     ],
 )
 def test_mistake_is_one_line(arguments: tuple[str, ...], message: str) -> None:
-    """Guards against tracebacks for what the user got wrong, and against success for it."""
+    """Guards against a traceback, or exit status 0, when the user makes a mistake."""
     done = cogvideo(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -219,7 +219,7 @@ def test_mistake_is_one_line(arguments: tuple[str, ...], message: str) -> None:
     ("name", "message"), [("value", "got 3 expected 4"), ("path", "No such file or directory: no/such/file")]
 )
 def test_refusal_inside_a_command_is_one_line(command: list[str], name: str, message: str) -> None:
-    """Guards messages of several lines and of missing files; with COGVIDEO_DEBUG=1 the traceback is there."""
+    """Guards against user errors of several lines and missing file names; COGVIDEO_DEBUG=1 adds the traceback."""
     done = subprocess.run([*command, name], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, f"cogvideo: error: {message}\n")
     environment = os.environ | {"COGVIDEO_DEBUG": "1"}
@@ -231,7 +231,7 @@ def test_refusal_inside_a_command_is_one_line(command: list[str], name: str, mes
 
 @pytest.mark.parametrize("name", ["fault", "broken", "unequal"])
 def test_fault_of_ours_keeps_its_traceback(command: list[str], name: str) -> None:
-    """Guards bug reports: a fault of ours, a ValueError too, is not made to look like a mistake of the user."""
+    """Guards bug reports: a bug in the package, even a ValueError, must not look like a user error."""
     done = subprocess.run([*command, name], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -241,7 +241,7 @@ def test_fault_of_ours_keeps_its_traceback(command: list[str], name: str) -> Non
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 @pytest.mark.parametrize(("arguments", "status"), [("--version", 0), ("nonsense", 2)])
 def test_a_stream_may_be_missing(arguments: str, status: int, closed: str) -> None:
-    """Guards services, cron and pythonw: no traceback, errors never on standard output."""
+    """Guards services, cron and pythonw, which close streams: no traceback, and no errors on standard output."""
     program = f"'{sys.executable}' -m cogvideo {arguments} {closed}"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == status
@@ -250,14 +250,14 @@ def test_a_stream_may_be_missing(arguments: str, status: int, closed: str) -> No
 
 
 def test_files_do_not_get_what_is_printed(command: list[str], tmp_path: Path) -> None:
-    """Guards a clip against what a library prints, where its file takes the number of a stream that is closed."""
+    """Prevents library output from landing in a clip whose file got the descriptor of a closed stream."""
     shell = f"{shlex.join([*command, 'writes'])} <&- >&- 2>&-"
     assert subprocess.run(["bash", "-c", shell], cwd=tmp_path, check=False).returncode == 0
     assert (tmp_path / "clip").read_text() == "a clip"
 
 
 def test_interrupt_is_quiet(command: list[str]) -> None:
-    """Guards Ctrl-C: exit status 130 as shells expect it, and no traceback."""
+    """Guards Ctrl-C: exit status 130, as shells expect, and no traceback."""
     process = subprocess.Popen([*command, "slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -267,13 +267,13 @@ def test_interrupt_is_quiet(command: list[str]) -> None:
 
 
 def test_interrupt_of_an_import_is_quiet(command: list[str]) -> None:
-    """Guards Ctrl-C while a class is made, which Python 3.11 tells as a RuntimeError."""
+    """Guards Ctrl-C while a class is created, which Python 3.11 reports as a RuntimeError."""
     done = subprocess.run([*command, "wrapped"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_closed_pipe_is_quiet(command: list[str]) -> None:
-    """Guards `cogvideo ... | head`: no traceback when the reader has enough."""
+    """Guards `cogvideo ... | head`: no traceback when the reader closes the pipe."""
     process = subprocess.Popen([*command, "much"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""Tests that only a GPU can pass or fail: kernels in bfloat16 against float64, graphs, and every stage once.
+"""Tests that only a GPU can decide: bfloat16 kernels against float64, CUDA graphs, and one run of every stage.
 
 `COGVIDEO_TEST_DEVICE=cpu` rehearses the file without one.
 """
@@ -54,7 +54,7 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def set_up() -> None:
-    """As every command sets a GPU up."""
+    """Set up the GPU as every command does."""
     usable(DEVICE)
 
 
@@ -64,7 +64,7 @@ def set_up() -> None:
 @pytest.mark.parametrize("kind", ["none", "keys", "causal", "added"])
 @pytest.mark.parametrize("shape", list(SHAPES.values()), ids=list(SHAPES))
 def test_attention_in_bfloat16(shape: tuple[int, int, int, int], kind: str) -> None:
-    """Guards every kernel that masks and shapes may choose: values and gradients near those of float64, all finite."""
+    """Guards every kernel that masks and shapes may select: values and gradients are finite and close to float64."""
     batch, heads, rows, keys = shape
     generator = torch.Generator().manual_seed(0)
     q, k, v, gradient = (
@@ -81,10 +81,10 @@ def test_attention_in_bfloat16(shape: tuple[int, int, int, int], kind: str) -> N
 def _mask(kind: str, batch: int, rows: int, keys: int) -> Tensor | None:
     if kind == "none":
         return None
-    pads = torch.arange(keys) >= torch.arange(batch)[:, None]  # one more in each sample
+    pads = torch.arange(keys) >= torch.arange(batch)[:, None]  # one more pad in each sample
     if kind == "keys":
         return pads[:, None, None]
-    own = torch.arange(keys) == torch.arange(keys - rows, keys)[:, None]  # without it a pad would see nothing
+    own = torch.arange(keys) == torch.arange(keys - rows, keys)[:, None]  # without it, padding would see nothing
     seen = (pads[:, None, None] & torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)) | own
     return seen if kind == "causal" else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
@@ -102,7 +102,7 @@ def _attention(
 
 @pytest.mark.parametrize("keys", [64, 192, 320])
 def test_gradients_with_large_scores(keys: int) -> None:
-    """Guards against cuDNN's gradients that are not numbers: a mask, keys % 128 == 64 and very small sums."""
+    """Guards against NaN gradients from cuDNN, which need a mask, keys % 128 == 64 and very small sums."""
     q, k, v = (torch.randn(1, 1, keys, 64, generator=torch.Generator().manual_seed(0)) * 0.1 for _ in range(3))
     q[..., 0], k[..., 0] = 1.0, -120 * 8
     seen = torch.ones(1, 1, keys, keys, dtype=torch.bool).tril()
@@ -115,7 +115,7 @@ def test_gradients_with_large_scores(keys: int) -> None:
 
 @pytest.mark.parametrize("stage", ["image", "sequential", "interpolation"])
 def test_graphs_give_the_codes_of_eager_passes(make_system: MakeSystem, make_text: MakeText, stage: str) -> None:
-    """Guards graphs in the type that is used: replayed passes give the codes that the same kernels give eagerly."""
+    """Guards CUDA graphs in bfloat16: replayed passes give the same codes as eager passes with the same kernels."""
     system = make_system(stage, 4, 2 if stage == "interpolation" else 0)
     model = copy.deepcopy(system.model).to(DEVICE, torch.bfloat16)
     given = system.codes(2, {"image": 0, "sequential": 1, "interpolation": 3}[stage])
@@ -130,7 +130,7 @@ def test_graphs_give_the_codes_of_eager_passes(make_system: MakeSystem, make_tex
 
     for width in (1, 4):
         eager = codes(Passes(draft=width))
-        assert torch.equal(codes(Passes(draft=width)), eager)  # whatever the order in which a GPU adds
+        assert torch.equal(codes(Passes(draft=width)), eager)  # whatever the order of additions on a GPU
         if IS_GPU:
             assert torch.equal(codes(Passes(draft=width, graphs=True)), eager)
 
@@ -140,7 +140,7 @@ def test_graphs_give_the_codes_of_eager_passes(make_system: MakeSystem, make_tex
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_of_every_stage(stage: str) -> None:
-    """Guards loss and gradients under autocast: near those that the CPU computes in float32."""
+    """Guards loss and gradient norm under autocast: both are close to those of the CPU in float32."""
     figures = []
     start, batch = trainer_of(stage, TINY, 4, CPU)
     for device, precision in ((DEVICE, "bfloat16"), (CPU, "float32")):
@@ -157,7 +157,7 @@ def test_a_step_of_every_stage(stage: str) -> None:
 
 
 def test_a_step_of_the_tokenizer() -> None:
-    """Guards convolutions with channels side by side, codes and the adversary in bfloat16."""
+    """Guards channels-last convolutions, codes and the adversary in bfloat16."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     settings = TokenizerSettings(steps=4, batch=4, precision="bfloat16", plain_steps=0, adversary_start=1)
     stream = FrameStream(pixels, settings.batch, 0)
@@ -165,7 +165,7 @@ def test_a_step_of_the_tokenizer() -> None:
     trainer = Trainer(objective, settings, ranks=ALONE._replace(device=DEVICE))
     for number in range(3):
         trainer.step(number, stream[number])
-    trainer.figures(3)  # refuses what is not finite
+    trainer.figures(3)  # raises for values that are not finite
 
 
 # The other models
@@ -177,7 +177,7 @@ def _same(model: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def test_super_resolution() -> None:
-    """Guards neighborhoods and portions: logits near those of the CPU in float32, codes that are drawn repeatably."""
+    """Guards neighborhoods and portions: logits close to those of the CPU in float32, and reproducible codes."""
     trainer, batch = trainer_of("superres", TINY, 2, CPU)
     here = trainer.objective.model.float()
     there = _same(here)
@@ -196,7 +196,7 @@ def test_super_resolution() -> None:
 
 @torch.inference_mode()
 def test_the_image_tokenizer() -> None:
-    """Guards both ways: pixels near those of the CPU in float32, and codes that mostly agree."""
+    """Guards encoding and decoding: most codes match the CPU in float32, and pixels are close."""
     torch.manual_seed(0)
     here = Autoencoder(TINY.autoencoder)
     there, frames = _same(here), torch.rand(2, 3, 64, 64)
@@ -208,13 +208,13 @@ def test_the_image_tokenizer() -> None:
 
 @pytest.mark.parametrize("case", ["train_stage2_window", "infer_stage1_guided", "dsr", "icetk_vqvae"])
 def test_parity(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the released system's figures on a GPU, in float64 and float32 as on a CPU."""
+    """Guards parity with the released system on a GPU, in float64 and float32 as on a CPU."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert parity.check(Path(parity.GOLDEN) / f"{case}.safetensors", device=DEVICE).passed
 
 
 def test_the_pipeline() -> None:
-    """Guards the model in the box from prompt to pixels: one clip, twice the same."""
+    """Guards the model in the box from prompt to pixels: the same seed gives the same clip."""
     pipeline = CogVideoPipeline.from_pretrained("pocket", torch.bfloat16, DEVICE)
     settings: Any = replace(pipeline.settings, rounds=1)
     one, again = (
@@ -226,6 +226,6 @@ def test_the_pipeline() -> None:
 
 
 def test_layouts_of_the_rehearsal() -> None:
-    """Guards the sizes that these tests stand on: tiny has windows, so both kinds of blocks are met."""
+    """Guards the sizes that these tests rely on: `tiny` has windows, so both kinds of blocks are covered."""
     assert TINY.interpolation.window > 0
     assert SequenceLayout.interpolation(TINY.layout).num_frames == 5

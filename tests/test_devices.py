@@ -1,4 +1,4 @@
-"""Which device is taken, how it is set up, and what is said of its memory and types."""
+"""Device selection and setup, free memory, and warnings about slow types."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CUDA = torch.device("cuda:0")
 
 @pytest.fixture(autouse=True)
 def choices() -> Iterator[None]:
-    """PyTorch's own choice of kernels, before and after."""
+    """Restore PyTorch's own choice of kernels before and after each test."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     yield
     torch.backends.cuda.enable_cudnn_sdp(True)
@@ -26,14 +26,14 @@ def choices() -> Iterator[None]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with one GPU, as far as `usable` can see."""
+    """Simulate a machine with one GPU, as far as `usable` can see."""
     monkeypatch.setattr(torch, "ones", lambda *shape, device: SimpleNamespace(device=CUDA, item=lambda: 1.0))
 
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(("value", "enabled"), [(None, False), ("0", False), ("1", True)])
 def test_cudnn_attention_is_off_on_cuda(monkeypatch: pytest.MonkeyPatch, value: str | None, enabled: bool) -> None:
-    """Guards against wrong gradients with masks on Hopper, unless the environment asks for cuDNN."""
+    """Guards against wrong gradients with masks on Hopper, unless the environment enables cuDNN."""
     monkeypatch.delenv(CUDNN_ATTENTION, raising=False)
     if value is not None:
         monkeypatch.setenv(CUDNN_ATTENTION, value)
@@ -42,20 +42,20 @@ def test_cudnn_attention_is_off_on_cuda(monkeypatch: pytest.MonkeyPatch, value: 
 
 
 def test_a_cpu_leaves_the_choice_of_kernels_alone() -> None:
-    """Guards against a setting that reaches what another program does in the same process."""
+    """Prevents a CPU run from changing kernel settings for other code in the process."""
     assert usable("cpu").type == "cpu"
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize(("device", "message"), [("cuad", "cannot use the device 'cuad'"), ("cpu:1", "no device")])
 def test_devices_that_are_not_there(device: str, message: str) -> None:
-    """Guards against a traceback of PyTorch, and against a GPU's number that is taken for a CPU's."""
+    """Guards against a PyTorch traceback, and against ignoring the number in `cpu:1`."""
     with pytest.raises(ValueError, match=message):
         usable(device)
 
 
 def test_emulated_types_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half precision takes seventy times as long on many laptops: whoever asks for it to be faster must hear of it."""
+    """Guards the warning that half precision, often chosen for speed, takes seventy times as long on many laptops."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     for dtype in (torch.bfloat16, torch.float16):
         told = slowness(dtype, CPU)
@@ -68,7 +68,7 @@ def test_emulated_types_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def limited(folder: Path, version: int, limit: str, usage: int, inactive: int = 0) -> None:
-    """A control group with a limit."""
+    """Write the files of a control group with a memory limit."""
     names = ("memory.max", "memory.current", "inactive_file")
     if version == 1:
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -82,7 +82,7 @@ def limited(folder: Path, version: int, limit: str, usage: int, inactive: int = 
 def test_memory_of_a_container_is_what_its_group_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:
-    """Guards against jobs that are killed where a container or a batch system allows less than the machine has."""
+    """Guards against jobs that are killed when a container or batch system allows less memory than the machine has."""
     root, groups = tmp_path / "cgroup", tmp_path / "groups"
     groups.write_text({1: "9:name=systemd:/\n4:memory:/batch/job\n0::/\n", 2: "0::/batch/job\n"}[version])
     assert cgroup_memory(root, groups) == []

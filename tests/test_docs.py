@@ -1,4 +1,4 @@
-"""What is documented is executed: examples, commands, figures, drawings and references of README and docs."""
+"""Documentation is executed: examples, commands, figures, diagrams and references of README and docs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from cogvideo.text import TextTokenizer
 from reference import visible
 from workshop import small_autoencoder
 
-pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole commands: the parts are checked by their own tests
+pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole commands: the parts have their own tests
 
 ROOT = Path(__file__).parents[1]
 README, SEQUENCE, PAPER_MAP = ROOT / "README.md", ROOT / "docs/sequence.md", ROOT / "docs/paper_map.md"
@@ -65,19 +65,19 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path | str, language: str) -> list[str]:
-    """The fenced blocks of a page, or of a text from one, in a language, which may be followed by more words."""
+    """Return the fenced blocks of a page, or of a text from one, whose info string is `language`."""
     text = page.read_text() if isinstance(page, Path) else page
     found = [Block(*each) for each in re.findall(r"^```(.*?)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
     return [block.text for block in found if block.language == language]
 
 
 def section(page: Path, heading: str) -> str:
-    """The text of a page below a heading, up to the next one of its kind."""
+    """Return the text of a page below a heading, up to the next heading of that level."""
     return page.read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
 
 
 def run(code: str, folder: Path) -> str:
-    """Run Python as a stranger would, in a new process and folder; returns its output."""
+    """Run Python as a reader would, in a new process in the folder; return its output."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
@@ -89,7 +89,7 @@ def run(code: str, folder: Path) -> str:
 
 
 def printed_comments(code: str) -> list[str]:
-    """Output that an example announces: `print(...)  # this: explanation`."""
+    """Return the output that an example announces: `print(...)  # this: explanation`."""
     return re.findall(r"^print\(.*\)  # ([^:\n]*):", code, re.MULTILINE)
 
 
@@ -98,7 +98,7 @@ def printed_comments(code: str) -> list[str]:
 
 @pytest.mark.soak
 def test_python_examples(tmp_path: Path) -> None:
-    """Guards the first thing that strangers try in Python: it runs, and prints what the pages say."""
+    """Guards the first Python that readers try: it runs, and prints what the pages say."""
     (readme,), (generation,) = blocks(README, "python"), blocks(GENERATION, "python")
     expected = [*printed_comments(readme), *printed_comments(generation)]
     assert len(expected) == 2
@@ -107,7 +107,7 @@ def test_python_examples(tmp_path: Path) -> None:
 
 
 def test_examples_on_a_small_model(tmp_path: Path, text_model: bytes) -> None:
-    """Guards the way from prompt to pixels, on a small bundle of random weights in place of the real one."""
+    """Guards the examples from prompt to pixels, with a small bundle of random weights instead of the real one."""
     (readme,), (generation,), (released,) = (blocks(page, "python") for page in (README, GENERATION, RELEASED))
     small_bundle(text_model).save_pretrained(tmp_path / "cogvideo-bundle")
     code = (readme + generation).replace('"pocket"', '"cogvideo-bundle"')
@@ -120,7 +120,7 @@ def test_examples_on_a_small_model(tmp_path: Path, text_model: bytes) -> None:
 
 
 def test_first_commands(tmp_path: Path, text_model: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the examples of the README: each finds the files that the ones before it wrote."""
+    """Guards the examples of the README: each command finds the files that earlier ones wrote."""
     small_bundle(text_model).save_pretrained(tmp_path / "small")
     monkeypatch.chdir(tmp_path)
     shown = shown_commands(section(README, "Generate clips"))
@@ -136,7 +136,7 @@ def test_first_commands(tmp_path: Path, text_model: bytes, monkeypatch: pytest.M
 
 @pytest.mark.soak
 def test_own_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the way from a folder of clips to a model: the commands of the pages, but smaller and shorter."""
+    """Guards the path from a folder of clips to a model: the commands of the pages, but smaller and shorter."""
     first = [each.arguments for each in shown_commands(section(README, "Train on your own clips"))]
     every_stage = [each.arguments for each in shown_commands(TRAINING.read_text().partition("\n## ")[0])]
     then = [arguments for arguments in every_stage if arguments not in first]
@@ -156,7 +156,7 @@ def test_own_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert main([*arguments, *fewer.get(name, [])]) == 0, arguments
         if name == "generate":
             lengths.append(len(read_video(tmp_path / "ball.mp4", 8).frames))
-    assert lengths == [40, 33]  # five frames of a second each, read eight times a second; then all rounds
+    assert lengths == [40, 33]  # five frames, one per second, read at 8 fps; then all rounds
     assert "my-data" in (tmp_path / "my-data" / "report.html").read_text()
     assert "superres" in (tmp_path / "report.html").read_text()
     (code,) = blocks(DATA, "python")
@@ -164,7 +164,7 @@ def test_own_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_bundle(text_model: bytes) -> CogVideo:
-    """Every component, with the released templates."""
+    """Create a model with every component and the released templates."""
     words = TextConfig("{duration}秒<n>{caption}", "{caption} 高清摄影", "视频")
     text = TextTokenizer(text_model, words, NUM_CODES)
     config = CogVideoConfig(
@@ -185,7 +185,7 @@ def small_bundle(text_model: bytes) -> CogVideo:
     }
     for part in parts.values():
         initialize(part, config.transformer.num_layers, torch.Generator().manual_seed(0))
-    labels = torch.arange(NUM_CODES)  # a cluster a code: as many as the released samplers keep
+    labels = torch.arange(NUM_CODES)  # one cluster per code: as many as the released samplers keep
     return CogVideo(config, **parts, image_tokenizer=Autoencoder(config.autoencoder), cluster_labels=labels, text=text)
 
 
@@ -193,20 +193,20 @@ def small_bundle(text_model: bytes) -> CogVideo:
 
 
 class Shown(NamedTuple):
-    """A command of the page and the output shown with it."""
+    """A command on a page, and the output shown with it."""
 
     arguments: list[str]
     output: list[str]
 
     @property
     def name(self) -> str:
-        """Name of the command: its first two words, or the first one."""
+        """Name of the command: its first two words, or only the first."""
         two = " ".join(self.arguments[:2])
         return two if two in COMMANDS else self.arguments[0]
 
 
 def shown_commands(page: Path | str) -> list[Shown]:
-    """Every `$ cogvideo ...` of a page, or of a text from one."""
+    """Return every `$ cogvideo ...` of a page, or of a text from one."""
     sessions = "\n".join(blocks(page, "console")).replace("\\\n", " ")
     parts = re.split(r"^\$ ", sessions, flags=re.MULTILINE)[1:]
     lines = [part.splitlines() for part in parts]
@@ -214,7 +214,7 @@ def shown_commands(page: Path | str) -> list[Shown]:
 
 
 def test_shown_commands_exist() -> None:
-    """Guards against commands and options that were renamed, or were never there."""
+    """Guards against commands that no page shows, and against shown commands and options that do not exist."""
     shown = [each for page in GUIDES for each in shown_commands(page)]
     assert {each.name for each in shown} == set(COMMANDS)
     for each in shown:
@@ -225,7 +225,7 @@ def test_shown_commands_exist() -> None:
 
 
 def test_containers_run_commands_that_exist() -> None:
-    """Guards deployments: what containers start is understood, and none of it runs as root."""
+    """Guards deployments: container commands parse, nothing runs as root, and the build context has what is copied."""
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     (command,) = [json.loads(line.removeprefix("CMD ")) for line in lines if line.startswith("CMD ")]
     assert "USER 1000" in lines
@@ -247,20 +247,20 @@ def test_mentioned_options_exist(page: Path) -> None:
 
 @cache
 def every_help() -> str:
-    """All commands' help."""
+    """Return the help of all commands."""
     return "".join(help_of(name) for name in COMMANDS)
 
 
 @cache
 def help_of(name: str) -> str:
-    """A command's help."""
+    """Return the help of a command."""
     with redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
         main([*name.split(), "--help"])
     return printed.getvalue()
 
 
 def test_shown_output_is_real(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the memory that users plan with: every shown line is one that the command prints."""
+    """Guards the memory figures that users plan with: every line shown is one that the command prints."""
     monkeypatch.setenv("COLUMNS", "80")
     (shown,) = [each for each in shown_commands(RELEASED) if each.name == "info"]
     info(*shown.arguments[1:])
@@ -274,7 +274,7 @@ def test_shown_output_is_real(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def tree() -> list[str]:
-    """Paths of the tree in CONTRIBUTING: two spaces a level; folders end with a slash."""
+    """Return the paths of the tree in CONTRIBUTING: two spaces per level; folders end with a slash."""
     (text,) = [block for block in blocks(ROOT / "CONTRIBUTING.md", "text") if "README.md" in block]
     paths: list[str] = []
     folders: list[str] = []
@@ -288,7 +288,7 @@ def tree() -> list[str]:
 
 
 def test_tree_lists_every_file() -> None:
-    """Guards newcomers from files that nobody explains; folders' empty `__init__.py` need no line."""
+    """Guards against files that the tree does not explain; `__init__.py` of subpackages need no line."""
     listed = set(tree())
     for folder, patterns in {"src/cogvideo": ("*.py", "py.typed"), "benchmarks": ("*.py",), "docs": ("*.md",)}.items():
         for file in [file for pattern in patterns for file in (ROOT / folder).rglob(pattern)]:
@@ -298,7 +298,7 @@ def test_tree_lists_every_file() -> None:
 
 
 def test_tree_lists_no_other_files() -> None:
-    """Guards against lines for files that moved or are gone, and against a line twice."""
+    """Guards against lines for files that were moved or deleted, and against duplicate lines."""
     listed = tree()
     assert len(listed) == len(set(listed))
     for path in listed:
@@ -307,7 +307,7 @@ def test_tree_lists_no_other_files() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    """Guards against links to files and headings that are not there."""
+    """Guards against links to missing files and headings."""
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
         path, _, heading = target.partition("#")
         file = (page.parent / path).resolve() if path else page
@@ -316,13 +316,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def headings(page: Path) -> set[str]:
-    """Names of a page's headings in links, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub generates them."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_references_of_the_paper_map() -> None:
-    """Guards readers of the paper from functions that were renamed or moved: `file.py:name` or `file.py:Class.name`."""
+    """Guards the paper map against renamed or moved functions: `file.py:name` or `file.py:Class.name`."""
     references = re.findall(r"`([\w/]+\.py):([\w.]+)`", PAPER_MAP.read_text())
     assert len(references) > 50
     for file, name in references:
@@ -330,7 +330,7 @@ def test_references_of_the_paper_map() -> None:
 
 
 def definitions(file: Path) -> set[str]:
-    """Functions, classes, their methods and fields, and constants of a module."""
+    """Return the functions, classes, their methods and fields, and constants of a module."""
     return set(_names(ast.parse(file.read_text()).body, ""))
 
 
@@ -346,12 +346,12 @@ def _names(body: list[ast.stmt], prefix: str) -> Iterator[str]:
             yield from (prefix + target.id for target in node.targets if isinstance(target, ast.Name))
 
 
-# Drawings
+# Diagrams
 
 
 @pytest.fixture(scope="module")
 def names() -> dict[str, Any]:
-    """What the table of numbers is about: the definitions that stand above it."""
+    """Names that the table of numbers uses: the definitions above it."""
     (code,) = blocks(SEQUENCE, "python")
     defined: dict[str, Any] = {}
     exec(code, defined)
@@ -359,18 +359,18 @@ def names() -> dict[str, Any]:
 
 
 def numbers() -> list[tuple[str, str]]:
-    """Expression and value of each line of the table."""
+    """Return the expression and value of each line of the table."""
     return re.findall(r"^\| `(.+?)` \| `(.+?)` \|$", SEQUENCE.read_text().partition("## Numbers")[2], re.MULTILINE)
 
 
 @pytest.mark.parametrize(("expression", "value"), numbers())
 def test_numbers_of_the_drawings(names: dict[str, Any], expression: str, value: str) -> None:
-    """Guards the figures in the drawings: each is what the layout says."""
+    """Guards the figures in the diagrams: each is what the layout says."""
     assert eval(expression, names) == ast.literal_eval(value)
 
 
 def test_numbers_are_read() -> None:
-    """Guards against a table that is formatted in another way and not tested any more."""
+    """Guards against a table whose format has changed, so that it is no longer tested."""
     assert len(numbers()) == SEQUENCE.read_text().partition("## Numbers")[2].count("\n| `") >= 30
 
 
@@ -384,7 +384,7 @@ SEES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 @pytest.mark.parametrize("stage", ["sequential", "interpolation"])
 @pytest.mark.parametrize("channel", ["spatial", "temporal"])
 def test_drawings_of_the_masks(stage: str, channel: str, names: dict[str, Any]) -> None:
-    """Guards the drawings of who sees whom: they are the rule in words, block by block, in the stage's feed order."""
+    """Guards the mask diagrams: they match the reference masks, block by block, in the stage's feeding order."""
     (drawing,) = blocks(SEQUENCE, f"mask {stage} {channel}")
     (_, *columns), *rows = [line.split() for line in f"query {drawing}".splitlines()]
     order = [str(place) for place in names[stage].order]
@@ -403,7 +403,7 @@ def test_drawings_of_the_masks(stage: str, channel: str, names: dict[str, Any]) 
 
 
 def test_drawing_of_parallel_frames(names: dict[str, Any]) -> None:
-    """Guards the drawing of the lag: every slot stands below the pass that takes it through the model."""
+    """Guards the diagram of the lag: every slot is below the pass that feeds it."""
     (drawing,) = [block for block in blocks(SEQUENCE, "text") if block.startswith("pass ")]
     first, _, *frames = drawing.splitlines()
     passes = {match.start(): int(match[0]) for match in re.finditer(r"\d+", first)}

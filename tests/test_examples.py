@@ -1,4 +1,4 @@
-"""The examples, run as readers run them, and as the programs that they are for do."""
+"""The examples, run as readers run them, and as their host programs do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.mark.soak
 def test_the_demo(tmp_path: Path) -> None:
-    """Guards `make demo`: three clips of 33 frames and a picture of them; the third goes on from the first."""
+    """Guards `make demo`: three clips of 33 frames and a contact sheet; the third clip continues the first."""
     done = subprocess.run(
         [sys.executable, EXAMPLES / "demo.py", tmp_path / "out"],
         capture_output=True, text=True, timeout=1500,
@@ -43,20 +43,20 @@ def model(tmp_path_factory: pytest.TempPathFactory, text_model: bytes) -> Path:
 
 
 class Host:
-    """ComfyUI's way with a folder of nodes: imported by its path, called with named inputs, outputs by position."""
+    """Treats a folder of nodes as ComfyUI does: imported by path, called with named inputs, outputs by position."""
 
     def __init__(self, folder: Path) -> None:
         spec = spec_from_file_location("custom_nodes.cogvideo", folder / "__init__.py")
         assert spec is not None
         assert spec.loader is not None
         module = module_from_spec(spec)
-        sys.modules[spec.name] = module  # as dataclasses need it
+        sys.modules[spec.name] = module  # dataclasses need it
         spec.loader.exec_module(module)
         self.nodes: dict[str, Any] = module.NODE_CLASS_MAPPINGS
         assert module.NODE_DISPLAY_NAME_MAPPINGS.keys() == self.nodes.keys()
 
     def run(self, name: str, /, **connected: Any) -> tuple[Any, ...]:
-        """A node with the defaults of its widgets, of which choices have the first."""
+        """Run a node with the defaults of its widgets; a list of choices defaults to the first."""
         node = self.nodes[name]
         inputs: dict[str, dict[str, Any]] = node.INPUT_TYPES()
         assert inputs.keys() <= {"required", "optional", "hidden"}
@@ -76,7 +76,7 @@ class Host:
 
 
 def test_comfyui_nodes(model: Path) -> None:
-    """Guards users of ComfyUI: the nodes fit each other and those of others, which take and give batches of images."""
+    """Guards users of ComfyUI: the nodes fit together, and fit other nodes, which exchange batches of images."""
     host = Host(EXAMPLES / "comfyui")
     (loaded,) = host.run("CogVideoLoad", name=str(model), device="cpu")
     (clip,) = host.run("CogVideoSample", model=loaded, prompt="a cat", rounds=1)
@@ -105,7 +105,7 @@ def test_comfyui_nodes(model: Path) -> None:
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
 def test_gradio_app(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards Spaces: the app starts as a program, shows frames before the clip, and tells mistakes."""
+    """Guards Spaces: the app starts as a program, shows frames before the clip, and reports mistakes."""
     from gradio_client import Client, exceptions, handle_file
 
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))

@@ -1,4 +1,4 @@
-"""The hot loops on a pretended GPU: what they wait for, and what they copy to it, a step."""
+"""The hot loops on a simulated GPU: host synchronizations and copies to the device per step."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ LABELS = torch.arange(SIZES.num_codes) % 16
 
 @pytest.fixture(autouse=True)
 def own_caches() -> Iterator[None]:
-    """No plan of a pretended GPU outlives it."""
+    """Prevent plans from outliving their simulated GPU."""
     yield
     for cached in (plans._structure, video._places, upscaler.neighborhoods):
         cached.cache_clear()
 
 
 def model_of(stage: str, dtype: torch.dtype = torch.float32, layout: LayoutConfig = TINY.layout) -> nn.Module:
-    """A small model of a stage on the pretended GPU."""
+    """Create a small model of a stage on the simulated GPU."""
     with CUDA:
         base = Base(SIZES).to(dtype)
         if stage == "image":
@@ -72,14 +72,14 @@ def model_of(stage: str, dtype: torch.dtype = torch.float32, layout: LayoutConfi
 
 
 def words(slots: int, real: int, batch: int = 2) -> PaddedText:
-    """Text with pads."""
+    """Create padded text."""
     return PaddedText(
         torch.full((batch, slots), SIZES.pad + 1), (torch.arange(slots) >= slots - real).expand(batch, -1)
     )
 
 
 def some_samples(frames: int) -> list[ClipSample]:
-    """Samples that are given to any stage, with captions of several lengths."""
+    """Create samples for any stage, with captions of several lengths."""
     grid, ratio = TINY.layout.grid, TINY.upscaler.ratio
     codes = [random_codes(frames, grid, grid, num_codes=SIZES.num_codes, seed=seed) for seed in range(6)]
     high = random_codes(grid * ratio, grid * ratio, num_codes=SIZES.num_codes)
@@ -93,7 +93,7 @@ def some_samples(frames: int) -> list[ClipSample]:
     ("stage", "frames", "tensors"), [("image", 1, 6), ("sequential", 5, 3), ("interpolation", 5, 3), ("superres", 1, 4)]
 )
 def test_a_training_step_waits_for_nothing(text_model: bytes, stage: str, frames: int, tensors: int) -> None:
-    """Guards against devices that meet, against a host that waits, and against copies of more than the batch."""
+    """Guards against mixed devices, against host synchronizations, and against copies of more than the batch."""
     text = TextTokenizer(text_model, TextConfig(), SIZES.num_codes)
     task: Any = {
         "image": lambda: ImageTask(LAYOUTS["image"], text, ImageMixture(0.4, 0.2)),
@@ -113,7 +113,7 @@ def test_a_training_step_waits_for_nothing(text_model: bytes, stage: str, frames
 
 
 def test_a_step_of_the_tokenizer_waits_for_nothing() -> None:
-    """The same with codes and an adversary: a step copies its frames, and which vectors dead codes would take."""
+    """Same for codes and the adversary: a step copies frames, color statistics, and replacements for dead codes."""
     pixels = np.zeros((8, 32, 32, 3), np.uint8)
     settings = TokenizerSettings(steps=8, batch=4, precision="bfloat16", plain_steps=0, adversary_start=0)
     initial = Autoencoder(TINY.autoencoder)
@@ -137,7 +137,7 @@ def condition(layout: SequenceLayout) -> Condition:
 
 @pytest.mark.parametrize("stage", list(LAYOUTS))
 def test_a_pass_waits_for_nothing(stage: str) -> None:
-    """Guards steps, several frames at once and drafts against copies of indices; prefill copies its text and codes."""
+    """Guards steps, parallel frames and drafts against copies of indices; prefill may copy its text and codes."""
     layout, given = LAYOUTS[stage], torch.zeros(2, GIVEN[stage], LAYOUTS[stage].frame_slots, dtype=torch.int64)
     with pretended() as gpu:
         run = MaskedDecoder(model_of(stage, torch.bfloat16), layout, condition(layout), lanes=2)
@@ -160,9 +160,9 @@ def test_a_pass_waits_for_nothing(stage: str) -> None:
     ("passes", "copies", "waits"), [(Passes(), 0, 0), (Passes(parallel_frames=True), 0, 0), (Passes(draft=4), 3, 4)]
 )
 def test_a_frame_waits_for_its_noise_and_its_drafts(passes: Passes, copies: int, waits: int) -> None:
-    """Guards the sampler: a frame copies its noise. A pass of drafts copies which slots it is about and which rows
-    these are, which the host waits for as for how many of the drafts are true; nothing else."""
-    sizes, numbers = replace(TINY.layout, grid=2), count(1)  # few passes, which are slow
+    """Guards the sampler: a frame copies its noise. A drafting pass also copies its slots and row indices, and waits
+    for these copies and for the number of confirmed drafts, but nothing else."""
+    sizes, numbers = replace(TINY.layout, grid=2), count(1)  # few passes, since they are slow
     layout = SequenceLayout.sequential(sizes)
 
     def answer(file: str) -> float:
@@ -181,7 +181,7 @@ def test_a_frame_waits_for_its_noise_and_its_drafts(passes: Passes, copies: int,
 
 
 def test_super_resolution_waits_for_its_frames_alone() -> None:
-    """Guards the sampler of many slots: what is copied is text, codes and labels, whatever the number of portions."""
+    """Guards sampling of many slots: only text, codes and labels are copied, whatever the number of portions."""
     with pretended() as gpu:
         model = model_of("superres", torch.bfloat16)
         layout = model.channel.layout
@@ -197,18 +197,18 @@ def test_super_resolution_waits_for_its_frames_alone() -> None:
 
 
 def test_the_autoencoder_attends_without_a_table_of_scores() -> None:
-    """Guards against attention of 3,600 x 3,600 scores in memory, which only `pretended` can see here."""
+    """Guards against 3,600 x 3,600 attention scores in memory, which only `pretended` can detect here."""
     with pretended() as gpu:
         model = Autoencoder(TINY.autoencoder).to(CUDA, torch.bfloat16)
         gpu.forget()
         codes = model.encode(torch.zeros(2, 3, 32, 32, device=CUDA))
         assert model.decode(codes).device == CUDA
-        assert gpu.waits.total() <= 2  # the range of the codes
-        assert gpu.copies.total() <= 4  # means and spreads of the colours
+        assert gpu.waits.total() <= 2  # to check the range of the codes
+        assert gpu.copies.total() <= 4  # means and standard deviations of the colors
 
 
 def test_the_pipeline_on_a_gpu(text_model: bytes) -> None:
-    """Guards the whole way from a prompt to pixels against devices and types that meet."""
+    """Guards the whole pipeline, from prompt to pixels, against mixed devices and dtypes."""
     numbers = count(1)
 
     def answer(file: str) -> float:
@@ -216,7 +216,7 @@ def test_the_pipeline_on_a_gpu(text_model: bytes) -> None:
 
     text = TextTokenizer(text_model, TextConfig(), SIZES.num_codes)
     own = {"vocab_size": text.num_tokens, "pad": text.pad, "start_of_image": text.start_of_image}
-    sizes, layout = replace(SIZES, num_layers=1, **own), replace(TINY.layout, grid=2, num_frames=3)  # few slow passes
+    sizes, layout = replace(SIZES, num_layers=1, **own), replace(TINY.layout, grid=2, num_frames=3)  # few, slow passes
     config = replace(TINY, transformer=sizes, layout=layout)
     with pretended(answer):
         with CUDA:
@@ -235,7 +235,7 @@ def test_the_pipeline_on_a_gpu(text_model: bytes) -> None:
 
 
 def test_a_bundle_is_loaded_to_a_gpu() -> None:
-    """Guards weights that stay on the CPU, and a GPU that is not set up when a pipeline moves there."""
+    """Guards against weights that stay on the CPU, and against a GPU that is not set up when a bundle is loaded."""
     with pretended():
         pipeline = CogVideoPipeline.from_pretrained("pocket", torch.bfloat16, "cuda")
         assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -244,7 +244,7 @@ def test_a_bundle_is_loaded_to_a_gpu() -> None:
 
 
 def test_the_pretended_gpu_notices() -> None:
-    """Guards this file: what it is to find is found."""
+    """Checks the simulated GPU itself: it detects everything that it should."""
     with pretended() as gpu:
         there, here = torch.zeros(3, device=CUDA), torch.arange(3)
         with pytest.raises(RuntimeError, match=r"same device|different devices"):
@@ -260,7 +260,7 @@ def test_the_pretended_gpu_notices() -> None:
 
 
 def test_a_real_device_is_left_as_it_was() -> None:
-    """Guards the tests that follow: nothing of the pretended GPU is left."""
+    """Guards later tests: nothing remains of the simulated GPU."""
     generator = torch.Generator
     with pretended() as gpu:
         assert isinstance(gpu, FakeCuda)

@@ -1,4 +1,4 @@
-"""Files that are never half there, on systems whose folders cannot be synced."""
+"""Files are never half-written, even on systems whose folders cannot be synced."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write_by_name(path: Path, text: str) -> None:
 def test_folders_that_cannot_be_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, str], None]
 ) -> None:
-    """Guards against writing nothing on Windows, which opens no folders, and on drives that sync none."""
+    """Guards against failed writes on Windows, which cannot open folders, and on drives that cannot sync them."""
     synced, fsync, open_file = [], os.fsync, os.open
 
     def fails(descriptor: int) -> None:

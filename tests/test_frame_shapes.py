@@ -1,4 +1,4 @@
-"""Frames that are not square, through every command: from files of videos to mp4."""
+"""Non-square frames through every command, from video files to mp4."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from cogvideo.text import TextTokenizer
 from workshop import NUM_CODES, make_bundle, small_config
 
 WIDE, TALL = (16, 8), (8, 16)
-"""Sizes of frames in pixels, of codes of 4 pixels in a grid of 4."""
+"""Width and height of frames in pixels, for codes of 4 pixels in a grid of 4."""
 
 
 def write_clips(folder: Path, width: int, height: int) -> Path:
-    """A bright bar that moves along the longer side of dark frames, which shows what is turned or squeezed."""
+    """Write clips of a bright bar moving along the longer side of dark frames, which reveals turning or squeezing."""
     folder.mkdir()
     for number in range(6):
         frames = np.full((9, height, width, 3), 20 * number, np.uint8)
@@ -41,8 +41,8 @@ def run(*arguments: object) -> None:
 def test_wide_and_tall_frames_in_one_model(
     text_model: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards the shape of frames through every command, with batches of one shape each; the first data set decides
-    which one a model makes by itself, and the others are a matter of --size."""
+    """Guards frame shapes through every command, with one shape per batch; the first dataset sets the shape that a
+    model generates by default, and --size selects others."""
     monkeypatch.chdir(tmp_path)
     make_bundle(Path("model"), text_model, base=False)
     for name, (width, height) in (("wide", WIDE), ("tall", TALL)):
@@ -55,7 +55,7 @@ def test_wide_and_tall_frames_in_one_model(
     fast = ("--steps", "2", "--batch", "2", "--warmup", "1", "--sample-every", "2", "--evaluate-every", "2")
     for stage in ("image", "sequential", "interpolation", "superres"):
         run("train", stage, "--data", "wide", "tall", "--out", "model", *fast)
-        assert "2 x 4" in capsys.readouterr().out  # held-out losses of each shape
+        assert "2 x 4" in capsys.readouterr().out  # held-out losses by shape
         assert list(Path("model").glob(f".{stage}-run/samples/*.png"))
     run("train", "report", "model", "--out", "report.html")
     assert CogVideo.from_pretrained("model").config.layout.shape == (2, 4)
@@ -82,7 +82,7 @@ def test_wide_and_tall_frames_in_one_model(
 def test_a_model_of_one_shape(
     width: int, height: int, text_model: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards 16:9 and 9:16 from nothing: only the tokenizer is told the size, and each stage learns."""
+    """Guards training 16:9 and 9:16 from scratch: only the tokenizer gets the size, and each stage learns."""
     monkeypatch.chdir(tmp_path)
     write_clips(Path("clips"), 2 * width, 2 * height)
     config = small_config(text_model)

@@ -1,4 +1,4 @@
-"""The house: imports point downwards, and every option explains itself."""
+"""House rules: imports point downward, and every option has a self-explanatory help text."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FLOORS = (
     {"commands"},
     {"cli"},
 )
-"""From the bottom to the top."""
+"""Rooms of the package, from the bottom to the top."""
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """Every module of the package by its name inside of it."""
+    """Yield the name inside the package and the path of every module."""
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
         if name not in ("", "__main__"):
@@ -42,7 +42,7 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Modules of the package that a file imports anywhere, by their names inside of it."""
+    """Yield the names, inside the package, of the modules that a file imports at any level."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             parts = node.module.split(".")
@@ -53,12 +53,12 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def floor(room: str) -> int:
-    """Height of a room."""
+    """Return the height of a room."""
     return next(height for height, rooms in enumerate(FLOORS) if room in rooms)
 
 
 def test_imports_point_downwards() -> None:
-    """Guards the house: whoever changes a room needs to know only those below it."""
+    """Prevents upward imports: to change a room, you only need to know the rooms below it."""
     upwards = set()
     for name, path in modules():
         room = name.split(".")[0]
@@ -69,12 +69,12 @@ def test_imports_point_downwards() -> None:
 
 
 FRAGMENTS = r"(of|that|between|what|how|whether|which|where|behind|beside|only|so|for|with|from|in|as)\b"
-"""Beginnings of a help text that is no sentence by itself."""
+"""First words of a help text that would be a sentence fragment."""
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_explains_itself(name: str) -> None:
-    """Guards readers of one line of help: it begins with a noun or a verb, and stands alone."""
+    """Guards help texts that are read alone: each is capitalized, ends with a period, and is not a fragment."""
     module, function = COMMANDS[name].target.split(":")
     for option in options(getattr(import_module(module), function)):
         assert option.help[0].isupper(), option

@@ -1,4 +1,4 @@
-"""Where everything stands in a sequence, which slots share a window, how far frames trail, and configurations."""
+"""Positions in a sequence, which slots share a window, the lag of parallel frames, and configurations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WINDOWS = [(2, 2), (4, 2), (4, 4), (6, 2), (6, 6), (8, 2), (8, 4), (12, 4), (20,
 
 @st.composite
 def grids(draw: st.DrawFn) -> tuple[int, int]:
-    """Grid and a window that divides it, or none."""
+    """A grid, and a window that divides it or 0."""
     window = draw(st.sampled_from([0, 2, 4, 6]))
     return (draw(st.integers(1, 7)), 0) if not window else (window * draw(st.integers(1, 12 // window)), window)
 
@@ -42,7 +42,7 @@ def grids(draw: st.DrawFn) -> tuple[int, int]:
 
 
 def test_released_layout() -> None:
-    """Guards the released sequence: 64 text slots and 5 frames of 400, (64, 464, 2064); extra positions from 912 on."""
+    """Guards the released sequence: 64 text slots and 5 frames of 400, (64, 464, 2064); added positions from 912 on."""
     layout = SequenceLayout.sequential(RELEASED)
     assert (layout.text_slots, layout.frame_slots, layout.length) == (64, 400, 2064)
     assert layout.first_extra_position == 912
@@ -66,13 +66,13 @@ def test_orders_and_losses() -> None:
 
 @pytest.mark.parametrize("num_given", [-1, 0, 1, 4])
 def test_refused_numbers_of_given_frames(num_given: int) -> None:
-    """Guards against interpolation without neighbours, or beyond the positions."""
+    """Guards against interpolation without neighbors, or beyond the positions."""
     with pytest.raises(ValueError, match=f"got {num_given} given frames to interpolate, expected 2 to 3"):
         SequenceLayout.interpolation(SMALL, num_given)
 
 
 def test_loss_slots_are_those_of_the_loss_places() -> None:
-    """Guards against loss on given frames, where places and ranks are confused."""
+    """Guards against loss on given frames, from confusing places with ranks."""
     for layout, ranks in (
         (SequenceLayout.text_to_image(SMALL), [0]),
         (SequenceLayout.sequential(SMALL), [1, 2, 3, 4]),
@@ -92,7 +92,7 @@ def test_positions_follow_places_not_ranks() -> None:
 
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=4))
 def test_text_positions_count_from_the_first_real_token(lengths: list[int]) -> None:
-    """Guards against captions whose positions depend on how many pads stand before them."""
+    """Guards against caption positions that depend on the amount of padding."""
     mask = torch.arange(6) >= 6 - torch.tensor(lengths)[:, None]
     positions = SequenceLayout.sequential(SMALL).text_positions(mask)
     for row, length in zip(positions.tolist(), lengths, strict=True):
@@ -100,7 +100,7 @@ def test_text_positions_count_from_the_first_real_token(lengths: list[int]) -> N
 
 
 def test_input_shift() -> None:
-    """Guards against a slot that is fed its own code, or the last code of the frame before it."""
+    """Guards against a slot that is fed its own code, or the last code of the previous frame."""
     codes = torch.arange(2 * 5 * 16).view(2, 5, 16)
     fed = SequenceLayout.sequential(SMALL).feed(codes, 999).view(2, 5, 16)
     for sample in range(2):
@@ -110,7 +110,7 @@ def test_input_shift() -> None:
 
 
 def test_layout_of_super_resolution() -> None:
-    """Guards the released sizes: (96, 496, 4096), low codes from position 513 on."""
+    """Guards the released sizes: (96, 496, 4096), with low codes at position 513 and up."""
     layout = UpscaleLayout.of(RELEASED, preset("cogvideo").upscaler)
     assert (layout.text_slots, layout.low_slots, layout.high_slots, layout.high_grid) == (96, 400, 3600, 60)
     assert layout.low_positions().tolist() == list(range(513, 913))
@@ -121,7 +121,7 @@ def test_layout_of_super_resolution() -> None:
 
 @given(grids(), st.booleans())
 def test_windows_cover_every_slot_once(sizes: tuple[int, int], shifted: bool) -> None:
-    """Guards against slots that no window holds, or two."""
+    """Guards against slots that are in no window, or in two."""
     grid, window = sizes
     covered = torch.cat([part.flatten() for part in cells(grid, window, shifted)])
     assert sorted(covered.tolist()) == list(range(grid**2))
@@ -129,7 +129,7 @@ def test_windows_cover_every_slot_once(sizes: tuple[int, int], shifted: bool) ->
 
 @given(grids(), st.booleans())
 def test_windows_are_those_of_the_rolled_frame(sizes: tuple[int, int], shifted: bool) -> None:
-    """Guards the rule in words: roll by half a window, cut, and part what the roll has joined."""
+    """Guards the windowing rule: roll by half a window, cut, and split what the roll has joined."""
     grid, window = sizes
     groups: dict[tuple, list[int]] = {}
     for slot, label in enumerate(window_labels(grid, window, shifted)):
@@ -148,7 +148,7 @@ def test_windows_differ_between_even_and_odd_blocks() -> None:
 
 @given(st.integers(1, 7), st.integers(1, 7), st.sampled_from([2, 4, 6]), st.booleans())
 def test_windows_of_frames_that_are_not_square(rows: int, columns: int, window: int, shifted: bool) -> None:
-    """Guards windows of which a frame has a part, at its right and lower edge."""
+    """Guards partial windows, at the right and bottom edges of a frame."""
     groups: dict[tuple, list[int]] = {}
     for slot, label in enumerate(window_labels((rows, columns), window, shifted)):
         groups.setdefault(label, []).append(slot)
@@ -157,8 +157,8 @@ def test_windows_of_frames_that_are_not_square(rows: int, columns: int, window: 
 
 
 def test_frames_lie_in_the_middle_of_the_positions() -> None:
-    """Guards positions of other shapes: a code and its neighbors have those of the same part of a square, in the first
-    frame, in later ones and in super-resolution."""
+    """Guards positions of non-square frames: those of the middle of a square, in the first frame, in later ones and in
+    super-resolution."""
     table = torch.arange(36).view(6, 6)
     wide = LayoutConfig(grid=6, frame_position=48).shaped((3, 6))
     layout = SequenceLayout.sequential(wide)
@@ -175,11 +175,11 @@ def test_frames_lie_in_the_middle_of_the_positions() -> None:
         wide.shaped((7, 3))
 
 
-# How far a frame trails the one before it
+# The lag of parallel frames
 
 
 def smallest_lag(grid: int | tuple[int, int], window: int) -> int:
-    """By the dense masks of two causal frames: what a slot sees of the frame before was fed no later than itself."""
+    """Derive the lag from the dense masks of two causal frames: a slot sees only keys fed no later than itself."""
     area, needed = grid**2 if isinstance(grid, int) else grid[0] * grid[1], 0
     for shifted in (False, True):
         seen = visible("sequential", 2, grid, window, shifted and bool(window), (True,)).temporal
@@ -190,16 +190,16 @@ def smallest_lag(grid: int | tuple[int, int], window: int) -> int:
 
 @pytest.mark.parametrize(("grid", "window"), [*WINDOWS[:-2], (2, 0), (4, 0), (7, 0), ((3, 5), 2), ((5, 3), 4)])
 def test_lag_is_the_smallest_that_the_masks_allow(grid: int | tuple[int, int], window: int) -> None:
-    """Guards against frames that read what is not there yet, and against ones that wait longer than they must."""
+    """Guards against frames that read keys before they exist, and against frames that wait longer than they must."""
     assert lag(grid, window) == smallest_lag(grid, window)
 
 
 def test_lag_of_the_released_windows() -> None:
-    """Guards the figure that the number of passes follows from: nine rows and nine columns of a window of ten."""
+    """Guards the figure that determines the number of passes: nine rows and nine columns of a window of ten."""
     assert lag(20, 10) == 9 * 20 + 9
 
 
-# What is refused
+# Invalid codes
 
 
 @pytest.mark.usefixtures("without_shape_checks")
@@ -215,13 +215,13 @@ def test_lag_of_the_released_windows() -> None:
     ],
 )
 def test_refused_codes(codes: torch.Tensor, message: str) -> None:
-    """Guards against text tokens among codes, and frames of another grid."""
+    """Guards against text tokens among codes, and frames of the wrong grid."""
     with pytest.raises(ValueError, match=message):
         SequenceLayout.sequential(SMALL).check_given(codes, 24)
 
 
 def test_accepted_codes() -> None:
-    """Guards against a refusal of the first and the last code, or of no codes at all."""
+    """Guards against rejecting the first code, the last code, or no codes at all."""
     codes = torch.tensor([0, 23]).repeat(8)[None, None]
     assert SequenceLayout.sequential(SMALL).check_given(codes, 24) == 1
     check_code_range(codes[:0], 24)
@@ -236,13 +236,13 @@ def as_json(config: object) -> dict:
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_survive_json(name: str) -> None:
-    """Guards against a bundle whose configuration comes back as another one."""
+    """Guards against configurations that change when a bundle is saved and loaded."""
     config = preset(name)
     assert from_dict(CogVideoConfig, as_json(config)) == config
 
 
 def test_released_sizes() -> None:
-    """Guards the preset `cogvideo` against slips: these are the shapes of the released checkpoints."""
+    """Guards the preset `cogvideo` against typos: these are the shapes of the released checkpoints."""
     config = preset("cogvideo")
     transformer = config.transformer
     assert (transformer.num_layers, transformer.hidden, transformer.num_heads, transformer.head_dim) == (
@@ -260,7 +260,7 @@ def test_released_sizes() -> None:
 
 
 def test_unknown_preset() -> None:
-    """Guards against a typing error that gives some model; the names are listed."""
+    """Guards against a typo that silently selects some model; the message lists the names."""
     with pytest.raises(ValueError, match=r"unknown preset 'cogvidoe', expected one of tiny, pocket, small, cogvideo"):
         preset("cogvidoe")
 
@@ -298,7 +298,7 @@ def test_unknown_preset() -> None:
     ],
 )
 def test_faults_of_stored_configurations(change, message: str) -> None:
-    """Guards against a damaged or newer file that is read as something else."""
+    """Guards against misreading a damaged or newer file."""
     values = as_json(CogVideoConfig())
     change(values)
     with pytest.raises(ValueError, match=message):
@@ -367,7 +367,7 @@ def test_refused_configurations(make, message: str) -> None:
 
 
 def test_natural_order_of_the_oracles() -> None:
-    """Guards the oracle itself: text first, then frames by place."""
+    """Checks the oracle itself: text first, then frames by place."""
     slots = all_slots(2, 2, 2)
     assert [slot.place for slot in slots] == [-1, -1, 0, 0, 0, 0, 1, 1, 1, 1]
     assert [slot.index for slot in slots] == [0, 1, 0, 1, 2, 3, 0, 1, 2, 3]

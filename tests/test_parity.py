@@ -1,4 +1,4 @@
-"""The released system's figures come out of this package; and the program that says so notices when they do not."""
+"""The package reproduces the released system's figures, and the parity program notices deviations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GENERATED = {
     "infer_stage2_guided": Passes(draft=8),
     "infer_stage2_unguided": Passes(parallel_frames=True),
 }
-"""Passes of each case in the tests; `make check` generates all of them one code at a time."""
+"""Passes of each case in these tests; `make check` generates all cases one code at a time."""
 
 
 def require_parity(name: str, passes: Passes) -> None:
@@ -39,22 +39,22 @@ def require_parity(name: str, passes: Passes) -> None:
     assert outcome.passed
 
 
-@pytest.mark.usefixtures("without_shape_checks")  # thousands of small passes: the checks would take most of the time
+@pytest.mark.usefixtures("without_shape_checks")  # thousands of small passes: checks would dominate the time
 @pytest.mark.parametrize("name", TRAINED)
 def test_released_figures(name: str) -> None:
-    """Guards fidelity in training, in the tokenizer and in super-resolution: logits, losses, codes and pixels."""
+    """Guards fidelity in training, the image tokenizer and super-resolution: logits, losses, codes and pixels."""
     require_parity(name, Passes())
 
 
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize("name", GENERATED)
 def test_released_clips(name: str) -> None:
-    """Guards all codes and probed logits, and that fewer passes change none, with windows of 10 shifted by 5."""
+    """Guards all codes and probed logits, also with fewer passes, and with windows of 10 shifted by 5."""
     require_parity(name, GENERATED[name])
 
 
 def test_all_cases_are_there() -> None:
-    """Guards against cases that are lost from the project: a missing file would be skipped."""
+    """Guards against losing case files: a missing file would be skipped."""
     assert [path.stem for path in parity.cases(parity.GOLDEN)] == [
         "dsr",
         "icetk_vqvae",
@@ -69,7 +69,7 @@ def test_all_cases_are_there() -> None:
     ]
 
 
-# A folder of other sizes, made by the oracle
+# A folder with other sizes, computed by the oracle
 
 SIZES = {"num_layers": 3, "hidden_size": 24, "num_attention_heads": 3, "vocab_size": 70, "num_image_tokens": 40}
 START, WORDS, GRID, BATCH = 47, 9, 4, 2
@@ -77,7 +77,7 @@ AREA = GRID**2
 
 
 def released_shapes(num_frames: int) -> dict[str, list[int]]:
-    """Released names and shapes at other sizes; the table of extra positions has rows that no slot reads."""
+    """Return released names with smaller shapes; the table of added positions has rows that no slot reads."""
     hidden, vocab, layers = SIZES["hidden_size"], SIZES["vocab_size"], SIZES["num_layers"]
     golden = json.loads((parity.GOLDEN / "state_dict_shapes_cogvideo.json").read_text())
     old = {600: vocab, 64: hidden, 192: 3 * hidden, 256: 4 * hidden, 1024: 560, 2000: num_frames * AREA + 3}
@@ -86,7 +86,7 @@ def released_shapes(num_frames: int) -> dict[str, list[int]]:
 
 
 class Folder:
-    """Parity cases written by the oracle."""
+    """A folder of parity cases, computed by the oracle."""
 
     def __init__(self, path: Path, num_frames: int, window: int) -> None:
         self.path, self.num_frames, self.window = path, num_frames, window
@@ -113,7 +113,7 @@ class Folder:
         return torch.from_numpy(self.random.integers(low, high, shape))
 
     def write_training(self, name: str, stage: Stage) -> None:
-        """A training case: every figure from the dense oracle."""
+        """Write a training case, with every figure from the dense oracle."""
         oracle, places = self.oracle(stage, self.window), range(self.num_frames)
         codes = self.integers(0, SIZES["num_image_tokens"], BATCH, self.num_frames, AREA)
         text, pads = self.integers(48, 70, BATCH, WORDS), [2, 5]
@@ -148,7 +148,7 @@ class Folder:
         self.write(name, tensors, stage=1 if stage == "sequential" else 2, window=self.window, npad=pads)
 
     def write_generation(self, name: str, stage: Stage, guided: bool) -> None:
-        """A generation case: the naive decoder with the noise of the format."""
+        """Write a generation case, from the naive decoder with the noise of the format."""
         oracle = self.oracle(stage, self.window if stage == "interpolation" else 0)
         places = {"image": [0], "sequential": range(1, self.num_frames), "interpolation": range(1, self.num_frames, 2)}
         drawn = list(places[stage])
@@ -188,7 +188,7 @@ class Folder:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Cases whose every size, seed and text is another; the second text is longer than the slots of training."""
+    """A folder of cases with other sizes, seeds and texts; the guide text is longer than the text slots of training."""
     path = tmp_path_factory.mktemp("parity")
     maker = Folder(path, num_frames=3, window=2)
     maker.write_training("train_stage1_window", "sequential")
@@ -200,7 +200,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_of_other_sizes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against a program, or a package, that is right at the sizes of its own cases alone."""
+    """Guards against a program, or a package, that is correct only at the sizes of the golden cases."""
     assert parity.main([str(folder)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "pass" in line]
     assert len(lines) == 5
@@ -208,7 +208,7 @@ def test_a_folder_of_other_sizes(folder: Path, capsys: pytest.CaptureFixture[str
 
 
 def off(name: str, amount: float) -> Callable[[dict[str, Tensor]], None]:
-    """A change of one figure."""
+    """Return a function that changes one figure."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[name].flatten()[-1:].add_(torch.tensor(amount, dtype=tensors[name].dtype))
@@ -235,7 +235,7 @@ def off(name: str, amount: float) -> Callable[[dict[str, Tensor]], None]:
     ],
 )
 def test_a_wrong_figure_fails(folder: Path, tmp_path: Path, case: str, change: Callable, capsys) -> None:
-    """Guards the program itself: a figure that is off, not a number or missing must not pass."""
+    """Checks the program itself: a figure that is off, NaN or missing must fail."""
     original = parity.Case.read(folder / f"{case}.safetensors")
     change(original.tensors)
     save_file(original.tensors, tmp_path / f"{case}.safetensors", {"meta": json.dumps(original.meta)})
@@ -247,7 +247,7 @@ def test_a_wrong_figure_fails(folder: Path, tmp_path: Path, case: str, change: C
 
 @pytest.mark.parametrize("change", [{"seed": 24}, {"temperature": 0.1}, {"noise_seed": 78}, {"alpha": 1.9}])
 def test_a_wrong_setting_fails(folder: Path, tmp_path: Path, change: dict[str, Any], capsys) -> None:
-    """Guards against settings that are not read."""
+    """Guards against settings that are ignored."""
     case = parity.Case.read(folder / "infer_stage1_guided.safetensors")
     save_file(case.tensors, tmp_path / f"{case.name}.safetensors", {"meta": json.dumps(case.meta | change)})
     shapes = "state_dict_shapes_cogvideo.json"
@@ -261,14 +261,14 @@ def test_a_wrong_setting_fails(folder: Path, tmp_path: Path, change: dict[str, A
     [([], "usage"), (["nowhere"], "nowhere is no folder"), (["."], "holds no case"), ([".", "."], "usage")],
 )
 def test_nothing_to_test(arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    """Guards against success where nothing was compared."""
+    """Guards against success when nothing was compared."""
     monkeypatch.chdir(tmp_path)
     assert parity.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
 def test_the_command(tmp_path: Path) -> None:
-    """Guards the command as it is documented: `python -m tests.parity DIR` in the repository."""
+    """Guards the documented command: `python -m tests.parity DIR` in the repository."""
     command = [sys.executable, "-m", "tests.parity", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Text to video: a clip follows from its prompt, seed and settings; what cannot be done is refused at the call."""
+"""Text to video: prompt, seed and settings determine a clip; what cannot be done is rejected at the call."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from gallery import loud, make_model, make_parts
 from workshop import GRID, NUM_CODES, RATIO, small_config
 
 WIDE = 256
-"""Hidden width from which every matrix is packed."""
+"""Hidden width at which every matrix is packed."""
 SIDE, PROMPTS = 16, ("a cat runs", "一只猫")
-pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole clips: the parts are checked in tests/generation
+pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole clips: tests/generation checks the parts
 
 ONE = GenerationSettings(rounds=1)
 SMALL = GenerationSettings(rounds=1, should_enlarge=False)
@@ -41,7 +41,7 @@ SMALL = GenerationSettings(rounds=1, should_enlarge=False)
 
 @pytest.fixture(scope="module")
 def folder(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole model."""
+    """Folder of a complete model."""
     folder = tmp_path_factory.mktemp("pipeline") / "model"
     make_model(folder, train_text_model())
     return folder
@@ -52,7 +52,7 @@ def wide(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPa
     """The pipeline of a model whose weights are packed."""
     folder = tmp_path_factory.mktemp("pipeline") / "wide"
     model = make_model(folder, train_text_model(), WIDE)
-    with torch.no_grad():  # logits as large as the noise
+    with torch.no_grad():  # make logits as large as the noise
         for name in ("base", "sequential", "interpolation", "superres"):
             for each in model.component(name).parameters():  # type: ignore[union-attr]
                 each.mul_(0.3 if each.ndim > 1 else 1.0)
@@ -69,7 +69,7 @@ def run(
     seeds: tuple[int, ...],
     settings: GenerationSettings = ONE,
 ) -> list[Frame]:
-    """All frames in order of time."""
+    """Return all frames in order of time."""
     frames = pipeline.stream(prompts, generators(*seeds), settings)
     return sorted(frames, key=lambda frame: frame.place)
 
@@ -83,8 +83,8 @@ def pixels_of(frames: list[Frame]) -> np.ndarray:
 
 
 def test_weights_are_packed_and_draw_what_they_did(wide: CogVideoPipeline, tmp_path: Path) -> None:
-    """Guards the fast layout: the same codes as without it, in float32, and super-resolution can use that base too.
-    What is loaded for it is in memory once, packed, and kept for the next clip."""
+    """Guards packed weights: the same codes as without packing, in float32, also if super-resolution uses that base.
+    Loaded weights are in memory once, packed, and kept for the next clip."""
     plain = collect(generate(wide.model, Request(PROMPTS[:1], [spawned(5)], ONE)))
     wide.model.save_pretrained(tmp_path / "model")
     pipeline = CogVideoPipeline.from_pretrained(tmp_path / "model")
@@ -101,8 +101,8 @@ def test_weights_are_packed_and_draw_what_they_did(wide: CogVideoPipeline, tmp_p
 
 
 def test_the_callers_model_stays_as_it_is(wide: CogVideoPipeline, tmp_path: Path) -> None:
-    """Guards a model that makes clips while it is trained or saved: layers replaced in it, or weights that are not the
-    ones that it has by now; and memory, of which packed copies take none after a clip."""
+    """Guards a model that generates clips while it is trained or saved: its layers stay in place, and clips use its
+    current weights. Packed copies take no memory after a clip."""
     model = CogVideo(wide.model.config, **{name: wide.model.component(name) for name in wide.model.components})
     pipeline = CogVideoPipeline(model)
     before = {name: tensor.data_ptr() for name, tensor in model.base.state_dict().items()}
@@ -126,7 +126,7 @@ def test_the_callers_model_stays_as_it_is(wide: CogVideoPipeline, tmp_path: Path
 
 
 def test_a_generator_goes_on(folder: Path) -> None:
-    """Guards several samples of one generator: a second call makes other clips, a fresh generator the same again."""
+    """Guards several samples from one generator: a second call gives new clips, a fresh generator the same ones."""
     pipeline, generator = CogVideoPipeline.from_pretrained(folder), torch.Generator().manual_seed(5)
     options: dict[str, Any] = {"num_samples": 3, "settings": GenerationSettings(rounds=0, should_enlarge=False)}
     first, second = (pipeline(PROMPTS[0], generator=generator, **options).codes for _ in range(2))
@@ -136,7 +136,7 @@ def test_a_generator_goes_on(folder: Path) -> None:
 
 
 def test_memory_is_computed_before_weights_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards calls in Python against being killed while loading; clips that fit are computed once."""
+    """Guards calls in Python against being killed while loading; the memory of equal calls is computed once."""
     pipeline, batch = CogVideoPipeline.from_pretrained(folder), 4000
     monkeypatch.setattr(memory, "free_memory", lambda _: 1 << 20)
     with pytest.raises(ValueError, match=r"this needs \d+\.\d GiB of memory on cpu, .*; what helps: a batch of 2000,"):
@@ -149,14 +149,14 @@ def test_memory_is_computed_before_weights_are_read(folder: Path, monkeypatch: p
 
 
 def spawned(seed: int) -> torch.Generator:
-    """A generator as the pipeline leaves it to the stages: super-resolution has its own part."""
+    """Return a generator in the state in which the pipeline passes it to the stages: super-resolution has its own."""
     generator = torch.Generator().manual_seed(seed)
     spawn(generator, 1)
     return generator
 
 
 def test_a_clip_is_the_same_alone_in_a_batch_and_in_another_order(wide: CogVideoPipeline) -> None:
-    """Guards seeds: codes and pixels of a clip depend on nothing that stands beside it, and on its own seed."""
+    """Guards seeds: codes and pixels of a clip depend on its own seed, and not on the rest of the batch."""
     prompts = PROMPTS[:2]
     together, turned = run(wide, prompts, (1, 2)), run(wide, prompts[::-1], (2, 1))
     for number, prompt in enumerate(prompts):
@@ -167,7 +167,7 @@ def test_a_clip_is_the_same_alone_in_a_batch_and_in_another_order(wide: CogVideo
 
 
 def test_prompt_and_seed_make_a_clip(folder: Path) -> None:
-    """Guards several clips of a prompt, which differ by their noise, and several prompts of a seed."""
+    """Guards several clips of one prompt, which differ by their noise, and several prompts with one seed."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
     codes = codes_of(run(pipeline, (PROMPTS[0], PROMPTS[0], PROMPTS[1]), (1, 2, 1), GenerationSettings(rounds=0)))
     assert not torch.equal(codes[0], codes[1])
@@ -176,7 +176,7 @@ def test_prompt_and_seed_make_a_clip(folder: Path) -> None:
 
 @pytest.mark.parametrize(("rounds", "number"), [(0, 5), (1, 9), (2, 17), (3, 33)])
 def test_rounds_are_frames(rounds: int, number: int, folder: Path) -> None:
-    """Guards the places: each once, the first ones first, and a round only adds to what was there."""
+    """Guards places: each occurs once, key frames come first, and a round only adds frames between them."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
     settings = GenerationSettings(rounds=rounds, should_enlarge=False)
     frames = list(pipeline.stream(PROMPTS[:1], generators(1), settings))
@@ -198,14 +198,14 @@ def test_rounds_are_frames(rounds: int, number: int, folder: Path) -> None:
 
 @torch.no_grad()
 def decoded(model: CogVideo, codes: Tensor) -> np.ndarray:
-    """One frame as pixels."""
+    """Decode one frame to pixels."""
     side = round(len(codes) ** 0.5)
     frame = model.autoencoder.decode(codes.view(1, side, side))[0].clamp(0, 1)
     return (frame * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def test_frames_are_what_the_tokenizer_decodes(folder: Path) -> None:
-    """Guards pixels: of the codes beside them, in the right axes and colours, in whole numbers."""
+    """Guards pixels: decoded from the codes of the same frame, with the right axes and colors, as whole numbers."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
     for frame in run(pipeline, PROMPTS[:2], (1, 2), SMALL):
         assert frame.pixels.shape == (2, SIDE, SIDE, 3)
@@ -214,8 +214,8 @@ def test_frames_are_what_the_tokenizer_decodes(folder: Path) -> None:
 
 
 def test_frames_are_enlarged(folder: Path) -> None:
-    """Guards super-resolution in the chain: its released sampler, the caption without a rate, noise for each place.
-    The codes stay those of the clip."""
+    """Guards super-resolution in the chain: its released sampler, the caption without a frame rate, separate noise for
+    each place. The low codes do not change."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
     model, small = pipeline.model, run(pipeline, PROMPTS[:2], (1, 2), SMALL)
     large = run(pipeline, PROMPTS[:2], (1, 2), ONE)
@@ -239,14 +239,14 @@ def test_frames_are_enlarged(folder: Path) -> None:
 def test_a_model_without_super_resolution_draws_small_frames(
     train_text_model: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    """Guards models in the making, and those without interpolation or labels: what is not needed is not asked for."""
+    """Guards unfinished models, and those without interpolation or labels: components not needed may be missing."""
     without = ("superres", "interpolation", "cluster_labels")
     pipeline = CogVideoPipeline(make_model(tmp_path / "model", train_text_model(), without=without))
     assert pixels_of(run(pipeline, PROMPTS[:1], (1,), GenerationSettings(rounds=0))).shape == (1, 5, SIDE, SIDE, 3)
 
 
 def test_nothing_else_is_drawn_from(folder: Path) -> None:
-    """Guards the programs around it: the global generator stays, and stopping early leaves nothing behind."""
+    """Guards surrounding code: the global generator does not advance, and stopping early leaves nothing behind."""
     pipeline, state = CogVideoPipeline.from_pretrained(folder), torch.get_rng_state()
     stream = pipeline.stream(PROMPTS[:1], generators(1), ONE)
     next(iter(stream))
@@ -266,7 +266,7 @@ def test_types(dtype: torch.dtype, folder: Path) -> None:
 
 
 def test_stages_with_bases_of_their_own(train_text_model: Callable[..., bytes]) -> None:
-    """Guards stages that trained their base: each is used, and the image model keeps the shared one."""
+    """Guards stages that trained their base: each uses its own, and the image model keeps the shared one."""
     config = small_config(train_text_model())
     own = {
         f"{stage}_base": loud(MODULES["base"](config), 50 + seed)
@@ -299,7 +299,7 @@ def test_stages_with_bases_of_their_own(train_text_model: Callable[..., bytes]) 
 def test_a_model_that_lacks_a_part_is_refused_at_the_call(
     without: tuple[str, ...], rounds: int, message: str, train_text_model: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    """Guards against an error after the first frame, or after minutes of loading: no weights are loaded."""
+    """Guards against an error that comes only after the first frame, or after minutes of loading."""
     pipeline = CogVideoPipeline(make_model(tmp_path / "model", train_text_model(), without=without))
     with pytest.raises(ValueError, match=message):
         pipeline.stream(PROMPTS[:1], generators(1), GenerationSettings(rounds=rounds))
@@ -318,7 +318,7 @@ def test_a_model_that_lacks_a_part_is_refused_at_the_call(
 def test_what_cannot_be_drawn_is_refused_at_the_call(
     prompts: tuple[str, ...], seeds: tuple[int, ...], settings: GenerationSettings, message: str, folder: Path
 ) -> None:
-    """Guards batches: one bad prompt is found before the first frame of any, and before weights are loaded."""
+    """Guards batches: one bad prompt is found before any frame is generated, and before weights are loaded."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
     with pytest.raises(ValueError, match=message):
         pipeline.stream(prompts, generators(*seeds), settings)
@@ -326,7 +326,7 @@ def test_what_cannot_be_drawn_is_refused_at_the_call(
 
 
 def test_long_prompts_are_cut_where_that_is_allowed(folder: Path) -> None:
-    """Guards the setting, in all stages."""
+    """Guards the setting `truncate`: the stages accept a prompt that is too long."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
     assert (
         len(run(pipeline, ("a cat runs over the grass " * 99,), (1,), GenerationSettings(rounds=0, truncate=True))) == 5
@@ -348,17 +348,17 @@ def test_prompts_that_super_resolution_cannot_take_are_refused_at_the_call(
 
 
 def test_an_unknown_model_is_refused(tmp_path: Path) -> None:
-    """Guards the message of a wrong folder."""
+    """Guards the message for a missing folder."""
     with pytest.raises(ValueError, match=r"there is no folder .*nowhere: pass the folder of a bundle"):
         CogVideoPipeline.from_pretrained(tmp_path / "nowhere")
 
 
-# The call
+# Calling the pipeline
 
 
 def test_a_call_gives_the_clips_of_the_command(folder: Path, tmp_path: Path) -> None:
-    """Guards the call: clips in order of time and of prompts, each with the seed after the one before; frames are
-    passed on as they come; what is exported is what was made."""
+    """Guards the call: clips are in order of time and of prompts, with consecutive seeds; the callback gets frames as
+    they are finished; the exported video is the generated clip."""
     pipeline, seen = CogVideoPipeline.from_pretrained(folder), list[Frame]()
     generator = torch.Generator().manual_seed(5)
     options: dict[str, Any] = {"guidance_scale": 2.0, "settings": ONE}
@@ -390,7 +390,7 @@ def test_a_call_gives_the_clips_of_the_command(folder: Path, tmp_path: Path) -> 
 
 
 def test_a_call_takes_pictures_of_all_kinds(folder: Path) -> None:
-    """Guards given frames: of Pillow in any mode, of NumPy, cut to their middle; transparent ones are put on white."""
+    """Guards given frames: Pillow images in any mode and NumPy arrays, center-cropped, transparent ones on white."""
     pipeline = CogVideoPipeline.from_pretrained(folder)
     square = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8).repeat(5, 0).repeat(5, 1)
     wide = np.pad(square, ((0, 0), (8, 8), (0, 0)))
@@ -435,7 +435,7 @@ def test_a_call_takes_pictures_of_all_kinds(folder: Path) -> None:
     ],
 )
 def test_what_is_no_clip_is_not_exported(frames: Any, message: str, tmp_path: Path) -> None:
-    """Guards the step that is forgotten most: one clip of a batch is a video."""
+    """Guards against the most common mistake: exporting a batch instead of one of its clips."""
     with pytest.raises(ValueError, match=message):
         export_to_video(frames, tmp_path / "z.mp4")
 
@@ -470,15 +470,14 @@ def test_what_is_no_clip_is_not_exported(frames: Any, message: str, tmp_path: Pa
     ],
 )
 def test_calls_that_cannot_be_right_are_refused(options: dict[str, Any], message: str, folder: Path) -> None:
-    """Guards what users pass who come from other libraries."""
+    """Catches arguments that users of other libraries might pass."""
     with pytest.raises(ValueError, match=message):
         CogVideoPipeline.from_pretrained(folder)(**{"prompt": PROMPTS[0]} | options)
 
 
 @pytest.mark.soak  # the model in the box
 def test_long_clips_have_no_joints() -> None:
-    """Guards clips of several sequences of key frames: where one goes on from another, frames change no more than
-    elsewhere."""
+    """Guards clips of several sequences of key frames: at the joints, frames change no more than elsewhere."""
     pipeline = CogVideoPipeline.from_pretrained("pocket")
     settings = replace(pipeline.settings.lasting(20, pipeline.model.config), rounds=0, should_enlarge=False)
     prompt = "a yellow face blinks, then opens its mouth into a happy smile, on a light blue background"

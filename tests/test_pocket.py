@@ -1,4 +1,4 @@
-"""The model in the box: small, whole, in half precision, and complete."""
+"""The model in the box: small, complete, in half precision, and trained."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIDE = CONFIG.frame_size
 
 
 def test_it_is_small_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the package: every part that a clip needs, each file as it was saved, none too large to carry."""
+    """Guards the package: every component a clip needs, each file intact, in half precision, small enough to ship."""
     manifest = Manifest.read(locate(POCKET))
     parts = {"base", "sequential", "interpolation", "image_tokenizer", "cluster_labels", "text"}
     assert set(manifest.components) == parts
@@ -37,7 +37,7 @@ def test_it_is_small_and_whole(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 def test_its_name_is_not_that_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards users who happen to have such a folder: a name is a name, and ./pocket is a path."""
+    """Guards users who have a folder of that name: `pocket` is the model in the box, and ./pocket is a path."""
     (tmp_path / POCKET).mkdir()
     monkeypatch.chdir(tmp_path)
     assert locate(POCKET) == Path(__file__).parents[1] / "src" / "cogvideo" / POCKET
@@ -46,7 +46,7 @@ def test_its_name_is_not_that_of_a_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_it_tells_backgrounds_apart() -> None:
-    """Guards the trained weights against being random ones: the colour of the ground is the one that is named."""
+    """Guards against untrained weights: the background has the color that the prompt names."""
     pipeline = CogVideoPipeline.from_pretrained(POCKET)
     prompts = [f"a red heart beats, on a {colour} background" for colour in ("white", "black")]
     seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]

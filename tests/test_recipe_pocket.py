@@ -28,7 +28,7 @@ def captions() -> list[dict[str, str]]:
 
 
 def test_every_animation_has_a_caption_of_its_own() -> None:
-    """Guards the table: 706 files, each once, with a caption that names no background."""
+    """Guards the table: 706 files, each listed once, with a caption that names no background."""
     rows = captions()
     assert len(rows) == len({row["file"] for row in rows}) == 706
     assert all(row["caption"].strip() == row["caption"] != "" for row in rows)
@@ -36,7 +36,7 @@ def test_every_animation_has_a_caption_of_its_own() -> None:
 
 
 def test_the_chosen_animations_look_different() -> None:
-    """Guards the choice that a small model learns: 211 of them, none twice in another colour of skin."""
+    """Guards the selection that a small model learns: 211 animations, none repeated in another skin color."""
     rows = [row for row in captions() if row["pocket"]]
     assert {row["pocket"] for row in rows} == {"yes"}
     assert len(rows) == len({row["caption"] for row in rows}) == 211
@@ -45,8 +45,8 @@ def test_the_chosen_animations_look_different() -> None:
 
 @pytest.mark.parametrize(("options", "number"), [((), 211), (("--all",), 706)])
 def test_animations_become_clips(tmp_path: Path, options: tuple[str, ...], number: int) -> None:
-    """Guards the way from the public files to training data: size, time and transparency stay what they were, and the
-    table has the chosen ones alone unless all are asked for."""
+    """Guards the conversion of public files to training data: 128 pixels, with timing and transparency kept; the table
+    lists only the selected animations, unless --all is given."""
     source, name = tmp_path / "gifs", Path(captions()[0]["file"])
     source.mkdir()
     frames = []
@@ -82,7 +82,7 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 """
-"""Leaves the packages that `gpu.sh` asks for; those that travel as wheels among them."""
+"""Hides packages, but not those that `gpu.sh` needs, some of which travel as wheels."""
 TOY = """
 [data]
 tokenizer = [1, 4]
@@ -118,7 +118,7 @@ report-every = 1
 
 @pytest.fixture
 def toy(tmp_path: Path) -> Path:
-    """A folder for gpu.sh: two animations, a recipe that takes seconds, and what the bare machine lacks."""
+    """A folder for gpu.sh: two animations, a recipe that takes seconds, and a hook that simulates a bare machine."""
     (tmp_path / "emoji" / "clips").mkdir(parents=True)
     lines = ["file,caption", "clips/a.webp,a disc turns left", "clips/b.webp,a disc sinks"]
     (tmp_path / "emoji" / "captions.csv").write_text("\n".join(lines) + "\n")
@@ -134,7 +134,7 @@ def toy(tmp_path: Path) -> Path:
 
 
 def start(toy: Path, work: str) -> subprocess.Popen[str]:
-    """A piece of the training."""
+    """Start a piece of the training."""
     environment = {"PYTHON": sys.executable, "PYTHONPATH": str(toy / "bare"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [RECIPE / "gpu.sh", "emoji", work, "results", "900", toy / "toy.toml"],
@@ -147,14 +147,14 @@ def start(toy: Path, work: str) -> subprocess.Popen[str]:
 
 
 def stop(piece: subprocess.Popen[str]) -> None:
-    """Ask the training, and nothing around it, to stop, as a limit of time does."""
+    """Terminate the training and nothing around it, as a time limit does."""
     for process in psutil.Process(piece.pid).children(recursive=True):
         if "run.py" in " ".join(process.cmdline()) and process.name() != "timeout":
             process.terminate()
 
 
 def first_piece(toy: Path) -> None:
-    """Train into the image model; then what is reached fits what may come back."""
+    """Train into the image stage, and stop; the results must fit what can be brought back."""
     piece = start(toy, "work")
     while not (toy / "work/model/.image-run/metrics.jsonl").exists():
         assert piece.poll() is None, piece.communicate()
@@ -169,8 +169,8 @@ def first_piece(toy: Path) -> None:
 
 @pytest.mark.soak
 def test_a_gpu_trains_the_model_in_pieces(toy: Path) -> None:
-    """Guards the only minutes that a GPU is there: a fresh machine goes on in the stage that the last one was in, and
-    every stage runs without what the machine lacks."""
+    """Guards scarce GPU time: a fresh machine continues in the stage that the last one was in, and every stage runs
+    without the packages that the machine lacks."""
     first_piece(toy)
     piece = start(toy, "other")
     _, told = piece.communicate(timeout=600)
@@ -182,7 +182,7 @@ def test_a_gpu_trains_the_model_in_pieces(toy: Path) -> None:
 
 
 def test_recipes_name_the_same_parts() -> None:
-    """Guards against differences for a part that there is not."""
+    """Guards against tables in gpu.toml that recipe.toml does not have."""
     tables, changes = (tomllib.loads((RECIPE / name).read_text()) for name in ("recipe.toml", "gpu.toml"))
     assert set(changes) <= set(tables)
     assert tables["tokenizer"]["preset"] == "pocket"

@@ -1,4 +1,4 @@
-"""Run folders: what a run is of, what a killed one leaves, and what it reports."""
+"""Run folders: the identity of a run, what a killed run leaves, and reports."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ from cogvideo.runs import TYPED, RunFolder
 
 
 def test_a_run_is_claimed_once(tmp_path):
-    """Two recipes in one folder would give weights of neither; the message names what differs."""
+    """Prevents mixing two recipes in one folder; the message names the difference."""
     RunFolder(tmp_path).claim({"steps": 10, "settings": {"rate": 0.1, "widths": (1, 2)}})
     RunFolder(tmp_path).claim({"steps": 10, "settings": {"rate": 0.1, "widths": (1, 2)}})
     with pytest.raises(ValueError, match=r"another run began in .*: settings.rate was 0.1 and is 0.2; pass the same"):
@@ -25,7 +25,7 @@ def test_a_run_is_claimed_once(tmp_path):
 
 
 def test_a_folder_makes_room(tmp_path):
-    """What an earlier run measured is kept under the next free number."""
+    """Guards an earlier run's measurements, which are kept under the next free number."""
     folder = RunFolder(tmp_path / ".run")
     for steps in (1, 2, 3):
         assert folder.changes({"steps": steps}) == ""
@@ -37,7 +37,7 @@ def test_a_folder_makes_room(tmp_path):
 
 
 def test_a_run_of_an_older_version_goes_on(tmp_path):
-    """A run whose configuration was stored with other names of the samplers is the same run."""
+    """Checks that a run whose configuration has old names for the samplers counts as the same run."""
     config = json.loads(json.dumps(asdict(CogVideoConfig())))
     old = {name: value for name, value in config.items() if name != "text_bonus" and "_sampling" not in name}
     old["drawing"] = {"first_temperature": 1.0, "first_clusters": 16, "temperature": 1.05, "clusters": 12}
@@ -50,7 +50,7 @@ def test_a_run_of_an_older_version_goes_on(tmp_path):
 
 
 def test_facts_may_change(tmp_path):
-    """A run that was moved is the same run, and says where what it needs lies now."""
+    """Checks that a run that was moved counts as the same run, and records where its inputs are now."""
     RunFolder(tmp_path).claim({"steps": 10}, {"from": "/there"})
     RunFolder(tmp_path).claim({"steps": 10}, {"from": "/here"})
     assert json.loads((tmp_path / "run.json").read_text()) == {"steps": 10, "from": "/here"}
@@ -59,7 +59,7 @@ def test_facts_may_change(tmp_path):
 
 
 def test_what_the_user_typed_is_shown(tmp_path):
-    """A hash that is cut off says nothing to somebody who typed the name of a bundle."""
+    """Guards users who typed the name of a bundle: a truncated hash alone would mean nothing to them."""
     one, other = "ab5f8b705cd3" * 5 + "abcd", "1" * 64
     RunFolder(tmp_path).claim({"init": one}, {TYPED: "pocket"})
     for identity, typed, told in (
@@ -68,12 +68,12 @@ def test_what_the_user_typed_is_shown(tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"another run began in .*: {told}; pass the same"):
             RunFolder(tmp_path).claim({"init": identity}, {TYPED: typed})
-    (tmp_path / "run.json").write_text(json.dumps({"init": one}))  # of before this was kept
+    (tmp_path / "run.json").write_text(json.dumps({"init": one}))  # from before the name was stored
     assert RunFolder(tmp_path).changes({"init": None}) == "init was sha256 ab5f8b705cd3 and is None"
 
 
 def in_a_child(work):
-    """The errno and the file of what some work raises in a process of its own, which sets limits to itself."""
+    """Run work in a child process, which may limit itself; return the errno and file name of its OSError."""
     found, tells = os.pipe()
     if not os.fork():
         try:
@@ -90,12 +90,12 @@ def in_a_child(work):
 
 
 def test_a_checkpoint_that_cannot_be_opened_is_not_called_foreign(tmp_path):
-    """Too many open files say nothing about a file."""
+    """Prevents blaming a file when the process has too many open files."""
     folder = RunFolder(tmp_path)
     torch.save((1, {"a": torch.ones(2)}), tmp_path / "checkpoint.pt")
 
     def refused():
-        folder.old_checkpoint()  # all modules are there
+        folder.old_checkpoint()  # so that all modules are imported
         free = os.open(os.devnull, os.O_RDONLY)
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, free))
         folder.old_checkpoint()
@@ -104,14 +104,14 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_called_foreign(tmp_path):
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path):
-    """A file that is no checkpoint must not run code or end in a traceback."""
+    """Guards against a traceback for a file that is not a checkpoint."""
     (tmp_path / "checkpoint.pt").write_bytes(b"text")
     with pytest.raises(ValueError, match="it is not a checkpoint"):
         RunFolder(tmp_path).old_checkpoint()
 
 
 def test_lines_behind_the_checkpoint_are_made_again(tmp_path):
-    """Steps would stand twice in the metrics, and a line that was cut would break every reader."""
+    """Prevents steps from appearing twice in the metrics, and a truncated line from breaking every reader."""
     folder = RunFolder(tmp_path)
     for step in (5, 10, 15):
         folder.report({"step": step, "loss": 0.5})
@@ -124,7 +124,7 @@ def test_lines_behind_the_checkpoint_are_made_again(tmp_path):
 
 
 def test_a_run_is_over_when_it_says_so(tmp_path):
-    """A run that only saved its last checkpoint has not delivered yet."""
+    """Prevents a run from counting as finished before it has written its report."""
     folder = RunFolder(tmp_path)
     assert folder.summary is None
     folder.finish({"psnr": 20.5})
@@ -134,7 +134,7 @@ def test_a_run_is_over_when_it_says_so(tmp_path):
 @pytest.mark.parametrize("content", [b"\xff\xfe{\n", b"{half\n"])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "report.json"])
 def test_a_damaged_file_is_named(tmp_path, name, content):
-    """One of several runs is damaged: the message must say which file, also where the bytes are no text."""
+    """Checks that the message names the damaged file, even if its bytes are not text."""
     (tmp_path / name).write_bytes(content)
     folder = RunFolder(tmp_path)
     with pytest.raises(ValueError, match=rf"cannot use .*{name}: "):

@@ -1,4 +1,4 @@
-"""Random numbers of the tests: the same in every run, alone and among others."""
+"""Random numbers in tests: the same in every run, alone or with other tests."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 
 def draw() -> list[float]:
-    """From every global generator."""
+    """Draw from every global generator."""
     return [random.random(), float(np.random.rand()), float(torch.rand(()))]  # noqa: NPY002
 
 
 @pytest.fixture(scope="module")
 def drawn() -> list[float]:
-    """Numbers that a fixture with a wide scope draws."""
+    """Numbers that a module-scoped fixture draws."""
     return draw()
 
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_draws_follow_from_the_name(number: int, drawn: list[float], request: pytest.FixtureRequest) -> None:
-    """Guards against a bound that one draw in a thousand passes, and a failure that nobody can repeat."""
+    """Guards against tests that fail by chance, one run in a thousand, and that nobody can reproduce."""
     for found, name in ((draw(), request.node.nodeid), (drawn, "drawn")):
         seed = zlib.crc32(name.encode())
         random.seed(seed)

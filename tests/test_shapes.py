@@ -1,4 +1,4 @@
-"""Shape annotations are enforced in all tests: those of arguments, of results, and of all of them together."""
+"""Shape annotations are enforced in all tests: of arguments, of results, and between them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Pair:
     ],
 )
 def test_shapes_are_enforced(call: Callable[..., Any], good: tuple[Any, ...], bad: tuple[Any, ...]) -> None:
-    """Guards the decorator: a size, kind or number of dimensions that differs is refused where it happens."""
+    """Guards the decorator: a mismatched size, dtype or number of dimensions raises where it occurs."""
     call(*good)
     with pytest.raises((BeartypeCallHintViolation, TypeCheckError)):
         call(*bad)
@@ -75,11 +75,11 @@ def test_shapes_are_enforced(call: Callable[..., Any], good: tuple[Any, ...], ba
 
 @pytest.mark.usefixtures("without_shape_checks")
 def test_shapes_are_not_enforced_where_refusals_are_tested() -> None:
-    """Guards tests of our own refusals, which nobody would see."""
+    """Guards tests of the package's own errors, which shape checks would preempt."""
     added(TALL, WIDE)
 
 
 def test_the_package_is_checked() -> None:
-    """Guards the import hook: functions of the package have the decorator, also those that are private."""
+    """Guards the import hook: functions of the package are decorated, including private ones."""
     for function in (Codebook.lookup, narrow, _gather):
         assert function.__code__.co_filename == checked.__code__.co_filename

@@ -1,4 +1,4 @@
-"""The smoke recipe, as a user runs it: the whole way from clips to a video, every stage learning."""
+"""The smoke recipe, as a user runs it: the whole chain from clips to a video, with every stage learning."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from cogvideo.media.video import read_video
 
 ROOT = Path(__file__).parents[1]
 FALLS = {"image": 1 / 2, "sequential": 1 / 4, "interpolation": 1 / 10, "superres": 1 / 3}
-"""Share by which the loss falls at least; the recipe says the same in words."""
+"""Minimum share by which the loss falls; comments in the recipe say the same."""
 
 
 @pytest.mark.soak
 def test_the_whole_chain(tmp_path: Path) -> None:
-    """Guards the way that a user goes: each command finds what the one before left, and what is trained learns."""
+    """Guards the user's path: each command finds what the previous one wrote, and each trained stage learns."""
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [ROOT / "recipes" / "smoke" / "run.sh", tmp_path],
-        env=os.environ | {"PATH": binaries, "OMP_NUM_THREADS": "1"},  # beside other tests
+        env=os.environ | {"PATH": binaries, "OMP_NUM_THREADS": "1"},  # other tests run at the same time
         capture_output=True,
         text=True,
         timeout=1500,

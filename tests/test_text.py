@@ -1,4 +1,4 @@
-"""Captions to tokens: ids, templates, what users type, padding."""
+"""Captions to tokens: ids, templates, user input, padding."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +17,13 @@ NUM_CODES = 1024
 
 @pytest.fixture(scope="session")
 def normalizing_model(train_text_model: Callable[..., bytes]) -> bytes:
-    """A small SentencePiece model with SentencePiece's own normalisation: compatibility forms, spaces, controls."""
+    """A small SentencePiece model with SentencePiece's own normalization: compatibility forms, spaces, controls."""
     return train_text_model()
 
 
 @pytest.fixture(scope="session")
 def pieces(text_model: bytes) -> SentencePieceProcessor:
-    """The bare SentencePiece processor: the oracle for ids."""
+    """The plain SentencePiece processor: the oracle for ids."""
     return SentencePieceProcessor(model_proto=text_model)
 
 
@@ -50,7 +50,7 @@ def test_ids_are_shifted_by_the_codes(tokenizer: TextTokenizer, pieces: Sentence
 
 
 def test_special_tokens_follow_the_pieces(released: TextTokenizer, pieces: SentencePieceProcessor) -> None:
-    """Guards the released ids: pad 20003, start tokens in their order right behind the last piece."""
+    """Guards the released ids: pad is 20003, and the start tokens follow the last piece in their order."""
     end = 20_000 + pieces.vocab_size()
     assert released.pad == 20_003
     assert [released.start_of_image, released.start_of_english, released.start_of_chinese] == [end, end + 1, end + 2]
@@ -58,7 +58,7 @@ def test_special_tokens_follow_the_pieces(released: TextTokenizer, pieces: Sente
 
 
 def test_released_prompt(released: TextTokenizer, pieces: SentencePieceProcessor) -> None:
-    """Guards against encoding prefix and caption in one go: the released code encodes them apart, with other ids."""
+    """Guards against encoding prefix and caption together: the released code encodes them separately, so ids differ."""
 
     def released_recipe(duration: str, caption: str) -> list[int]:
         return [*shifted(pieces, duration, 20_000), released.line_break, *shifted(pieces, caption, 20_000)]
@@ -78,7 +78,7 @@ def test_duration_is_written_as_a_float(released: TextTokenizer, tokenizer: Text
 
 @pytest.mark.parametrize("duration", [0.0, -1.0, float("nan"), float("inf")])
 def test_impossible_duration_is_refused(tokenizer: TextTokenizer, duration: float) -> None:
-    """Guards against prompts like 'nans' that only show as bad clips."""
+    """Guards against prompts like 'nans', which would only show up as bad clips."""
     with pytest.raises(ValueError, match="duration is"):
         tokenizer.encode_caption("cat", duration)
 
@@ -99,13 +99,13 @@ def test_impossible_duration_is_refused(tokenizer: TextTokenizer, duration: floa
     ],
 )
 def test_round_trip(tokenizer: TextTokenizer, caption: str) -> None:
-    """Guards against characters that get lost or replaced between prompt and model."""
+    """Guards against characters that are lost or replaced between prompt and model."""
     assert tokenizer.decode(tokenizer.encode(caption)) == caption
 
 
 @given(st.text().filter(lambda text: "▁" not in text and "\r\n" not in text))
 def test_any_text_round_trips_without_special_tokens(tokenizer: TextTokenizer, text: str) -> None:
-    """Guards against a text that decodes to another one, or draws a token that no text may draw."""
+    """Guards against text that decodes to something else, or that yields a special token."""
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
     assert tokens.count(tokenizer.line_break) == text.count("\n")
@@ -114,7 +114,7 @@ def test_any_text_round_trips_without_special_tokens(tokenizer: TextTokenizer, t
 
 
 def test_braces_in_a_caption_are_text(tokenizer: TextTokenizer) -> None:
-    """Guards against formatting the caption itself: a KeyError, or a caption that names other fields."""
+    """Guards against formatting the caption itself, which would raise a KeyError or fill in fields."""
     assert tokenizer.decode(tokenizer.encode_caption("{duration} {x} }{", 2.0)) == "2s\n{duration} {x} }{"
 
 
@@ -122,7 +122,7 @@ def test_braces_in_a_caption_are_text(tokenizer: TextTokenizer) -> None:
 def test_typed_special_pieces_are_text(
     tokenizer: TextTokenizer, normalizing_model: bytes, pieces: SentencePieceProcessor, typed: str
 ) -> None:
-    """Guards against captions that smuggle in special tokens by name, also in forms that normalise to the name."""
+    """Guards against captions that inject special tokens by name, also in forms that normalize to the name."""
     assert tokenizer.decode(tokenizer.encode_caption(typed, 1.0)) == f"1s\n{typed}"
     for each in (tokenizer, TextTokenizer(normalizing_model, TextConfig(), NUM_CODES)):
         tokens = each.encode_caption(typed, 1.0)
@@ -131,7 +131,7 @@ def test_typed_special_pieces_are_text(
 
 
 def test_special_pieces_are_spelled_in_characters_or_bytes(text_model: bytes) -> None:
-    """Guards against unknown tokens for `<pad>` typed by a user where the model has no piece for `<`."""
+    """Guards against unknown tokens when a user types `<pad>` and the model has no piece for `<`."""
     sparse = SentencePieceProcessor(model_proto=text_model)
     assert sparse.piece_to_id("<") == sparse.unk_id()
     tokens = TextTokenizer(text_model, TextConfig(), 0).encode("<pad>")
@@ -144,14 +144,14 @@ def test_line_ends_of_a_browser_are_one_line_break(tokenizer: TextTokenizer) -> 
 
 
 def test_space_around_a_caption_is_dropped(tokenizer: TextTokenizer) -> None:
-    """Guards against another clip, and a trailing line break token, for a prompt read from a line of a file."""
+    """Guards against a different clip, and a trailing line break token, for a prompt read from a line of a file."""
     assert tokenizer.encode_caption(" a cat\n", 4.0) == tokenizer.encode_caption("a cat", 4.0)
     assert tokenizer.encode_image_caption(" a cat\n") == tokenizer.encode_image_caption("a cat")
 
 
 @pytest.mark.parametrize("caption", ["", "  ", "\n\t", "\u3000", "\u200b"])
 def test_empty_prompt_is_refused(normalizing_model: bytes, caption: str) -> None:
-    """Guards against minutes of work for a prompt the model cannot see; a zero-width space is normalised away."""
+    """Guards against minutes of work for a prompt the model cannot see; normalization removes a zero-width space."""
     tokenizer = TextTokenizer(normalizing_model, TextConfig(), NUM_CODES)
     with pytest.raises(ValueError, match="prompt is empty"):
         tokenizer.encode_caption(caption, 4.0)
@@ -160,19 +160,19 @@ def test_empty_prompt_is_refused(normalizing_model: bytes, caption: str) -> None
 
 
 def test_unconditional_text_may_be_empty(tokenizer: TextTokenizer) -> None:
-    """Guards against refusing guidance where the unconditional caption is the empty one."""
+    """Guards against rejecting guidance when the unconditional caption is empty."""
     assert tokenizer.encode_unconditional(4.0)[-1] == tokenizer.line_break
     assert tokenizer.encode_unconditional_image() == [tokenizer.line_break]
 
 
 def test_lone_surrogates_are_refused(tokenizer: TextTokenizer) -> None:
-    """Guards against a RuntimeError of a library for half an emoji out of a JSON request."""
+    """Guards against a library's RuntimeError for half an emoji from a JSON request."""
     with pytest.raises(ValueError, match="is not valid Unicode"):
         tokenizer.encode_caption("\ud83d", 4.0)
 
 
 def test_decode_leaves_special_tokens_out(tokenizer: TextTokenizer) -> None:
-    """Guards against pads and start tokens shown to users as text."""
+    """Guards against padding and start tokens in text shown to users."""
     tokens = [tokenizer.pad, tokenizer.start_of_english, *tokenizer.encode("a cat"), tokenizer.start_of_image]
     assert tokenizer.decode(tokens) == "a cat"
     assert tokenizer.decode([]) == ""
@@ -180,7 +180,7 @@ def test_decode_leaves_special_tokens_out(tokenizer: TextTokenizer) -> None:
 
 @pytest.mark.parametrize("token", [-1, 0, NUM_CODES - 1])
 def test_decode_refuses_what_is_no_text(tokenizer: TextTokenizer, token: int) -> None:
-    """Guards against image codes read as pieces, among them by negative ids."""
+    """Guards against decoding image codes as text, also by way of negative ids."""
     with pytest.raises(ValueError, match="is not text"):
         tokenizer.decode([token])
     with pytest.raises(ValueError, match="is not text"):
@@ -188,7 +188,7 @@ def test_decode_refuses_what_is_no_text(tokenizer: TextTokenizer, token: int) ->
 
 
 def test_fit() -> None:
-    """Guards against silently cut prompts, and against cutting off the frame rate prefix."""
+    """Guards against silently truncated prompts, and against truncating the frame rate prefix."""
     assert fit([1, 2, 3], slots=3) == [1, 2, 3]
     with pytest.raises(ValueError, match=r"has 4 tokens, 3 fit: shorten it"):
         fit([1, 2, 3, 4], slots=3)
@@ -196,7 +196,7 @@ def test_fit() -> None:
 
 
 def test_pad_left_aligns_right() -> None:
-    """Guards against text away from the frames and against masks that show pads; the pad id may occur in a row."""
+    """Guards against text away from the frames, and masks that show padding; a row may contain the pad id."""
     padded = pad_left([[5, 6], [], [9, 7, 8]], slots=3, pad=9)
     assert padded.tokens.tolist() == [[9, 5, 6], [9, 9, 9], [9, 7, 8]]
     assert padded.mask.tolist() == [[False, True, True], [False] * 3, [True] * 3]
@@ -204,7 +204,7 @@ def test_pad_left_aligns_right() -> None:
 
 
 def test_pad_left_keeps_its_shape_without_rows() -> None:
-    """Guards against a batch of no prompts turning into another number of dimensions."""
+    """Guards against an empty batch with the wrong number of dimensions."""
     assert [each.shape for each in pad_left([], slots=3, pad=9)] == [(0, 3), (0, 3)]
 
 
@@ -215,7 +215,7 @@ def test_pad_left_refuses_long_rows() -> None:
 
 
 def test_check_against_the_transformer(tokenizer: TextTokenizer) -> None:
-    """Guards against running a model on the ids of another vocabulary."""
+    """Guards against running a model on ids from another vocabulary."""
     fitting = {"vocab_size": tokenizer.num_tokens, "num_codes": NUM_CODES}
     fitting |= {"pad": tokenizer.pad, "start_of_image": tokenizer.start_of_image}
     tokenizer.check(TransformerConfig(**fitting))
@@ -234,7 +234,7 @@ def test_model_without_a_needed_piece_is_refused(missing: str, train_text_model:
 
 
 def test_pad_may_be_a_control_piece(train_text_model: Callable[..., bytes]) -> None:
-    """Guards the preset whose pad is the first token behind the codes: SentencePiece then makes it a control piece."""
+    """Guards the preset whose pad is the first token after the codes: SentencePiece makes it a control piece."""
     model = train_text_model(symbols=("<n>",), pad_id=0, unk_id=1, bos_id=-1, eos_id=-1)
     tokenizer = TextTokenizer(model, TextConfig(), NUM_CODES)
     assert tokenizer.pad == NUM_CODES
@@ -242,7 +242,7 @@ def test_pad_may_be_a_control_piece(train_text_model: Callable[..., bytes]) -> N
 
 
 def test_reads_a_file(text_model: bytes, tokenizer: TextTokenizer, tmp_path: Path) -> None:
-    """Guards against a model that is another one after it was written and read."""
+    """Guards against a model that changes when it is written and read."""
     path = tmp_path / "text.model"
     path.write_bytes(text_model)
     again = TextTokenizer.from_file(path, TextConfig(), NUM_CODES)
@@ -252,7 +252,7 @@ def test_reads_a_file(text_model: bytes, tokenizer: TextTokenizer, tmp_path: Pat
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x00" * 50, "cut"])
 def test_broken_model_file_is_one_clear_error(text_model: bytes, tmp_path: Path, content: bytes | str) -> None:
-    """Guards against protobuf messages, or a failure at the first prompt, for a download that went wrong."""
+    """Guards against protobuf messages, or a failure at the first prompt, after a failed download."""
     path = tmp_path / "text.model"
     path.write_bytes(text_model[: len(text_model) // 2] if isinstance(content, str) else content)
     with pytest.raises(ValueError, match=r"text\.model: expected a SentencePiece model, got \d+ bytes"):
@@ -260,7 +260,7 @@ def test_broken_model_file_is_one_clear_error(text_model: bytes, tmp_path: Path,
 
 
 def test_missing_model_file_is_one_clear_error(tmp_path: Path) -> None:
-    """Guards against a traceback of the operating system for a wrong path or a folder."""
+    """Guards against a bare operating system error for a wrong path or a folder."""
     with pytest.raises(ValueError, match=r"text\.model: No such file"):
         TextTokenizer.from_file(tmp_path / "text.model", TextConfig(), NUM_CODES)
     with pytest.raises(ValueError, match="cannot use the text model"):
@@ -290,7 +290,7 @@ def test_broken_template_is_refused(template: str) -> None:
 
 
 def test_the_rate_can_be_left_out(text_model: bytes) -> None:
-    """Guards the ablation of the rate in the text: rows of all durations are the same."""
+    """Guards the ablation of the rate in the text: all durations give the same tokens."""
     text = TextTokenizer(text_model, TextConfig(duration_template="<n>{caption}"), NUM_CODES)
     assert text.encode_caption("a cat runs", 4.0) == text.encode_caption("a cat runs", 0.5)
     assert text.encode_caption("a cat runs", 4.0) == text.encode_image_caption("a cat runs")

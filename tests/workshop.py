@@ -1,4 +1,4 @@
-"""What a run of training needs, as small as it can be: a bundle with both tokenizers and a dataset of its codes."""
+"""The smallest possible inputs of a training run: a bundle with both tokenizers and a dataset of its codes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NUM_CODES, GRID, RATIO = 40, 4, 2
 
 
 def small_config(text_model: bytes, hidden: int = 32) -> CogVideoConfig:
-    """Two layers, frames of 4 x 4 codes, 16 pixels a side."""
+    """Return a configuration with two layers and frames of 4 x 4 codes, 16 pixels on a side."""
     text = TextTokenizer(text_model, TextConfig(), NUM_CODES)
     return CogVideoConfig(
         transformer=TransformerConfig(2, hidden, 2, text.num_tokens, NUM_CODES, text.start_of_image, text.pad, 48),
@@ -42,7 +42,7 @@ def small_config(text_model: bytes, hidden: int = 32) -> CogVideoConfig:
 
 
 def small_autoencoder(num_codes: int) -> AutoencoderConfig:
-    """Codes of 4 x 4 pixels, one residual block a level."""
+    """Return a configuration with 4 x 4 pixels per code and one residual block per level."""
     return AutoencoderConfig(
         channels=8,
         encoder_multipliers=(1, 2),
@@ -56,9 +56,9 @@ def small_autoencoder(num_codes: int) -> AutoencoderConfig:
 
 
 def make_bundle(folder: Path, text_model: bytes, base: bool = True, **components: Any) -> CogVideo:
-    """A bundle with both tokenizers, and a random base unless it is to be trained."""
+    """Save and load a bundle with both tokenizers, and a random base unless the base is to be trained."""
     config = small_config(text_model)
-    torch.manual_seed(0)  # the autoencoder's own start
+    torch.manual_seed(0)  # for the autoencoder's initialization
     parts: dict[str, Any] = {
         "image_tokenizer": Autoencoder(config.autoencoder),
         "cluster_labels": torch.arange(NUM_CODES) // 5,
@@ -74,7 +74,7 @@ def make_bundle(folder: Path, text_model: bytes, base: bool = True, **components
 def make_data(
     folder: Path, bundle: Path, num_clips: int = 12, num_frames: int = 33, held_out: int = 4, high: bool = True
 ) -> Path:
-    """A dataset of random clips, the last ones held out, with codes of the bundle's tokenizer."""
+    """Write a dataset of random clips, the last ones held out, as codes of the bundle's tokenizer."""
     manifest = Manifest.read(bundle)
     side = GRID * RATIO
     settings = ShardInfo(
