@@ -1,4 +1,4 @@
-"""`cogvideo evaluate alignment`: real clips are found right, killed evaluations go on, and all is on record."""
+"""`cogvideo evaluate alignment`: real clips score perfectly, killed evaluations resume, everything is recorded."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from cogvideo.evaluation.subjects import Clip, EmojiSubject, Prompt, unseen_back
 from cogvideo.pipeline import CogVideoPipeline
 from gallery import make_model
 
-pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole clips: the parts are checked in tests/generation
+pytestmark = pytest.mark.usefixtures("without_shape_checks")  # whole clips; tests/generation checks the parts
 
 NUM_EMOJI = 6
 
 
 @pytest.fixture(scope="module")
 def model(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a whole model, whose frames have 16 pixels a side."""
+    """The folder of a complete model with frames of 16 x 16 pixels."""
     folder = tmp_path_factory.mktemp("alignment") / "model"
     make_model(folder, train_text_model())
     return str(folder)
@@ -43,7 +43,7 @@ def model(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reader that learnt nothing."""
+    """An untrained reader."""
     torch.manual_seed(0)
     file = tmp_path_factory.mktemp("alignment") / "reader.safetensors"
     Reader(ReaderConfig((4, 8, 8, 16), (0, 1, 1, 1), 16)).save(file)
@@ -52,7 +52,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of animations: a disc on nothing that moves its own way."""
+    """A folder of animations with alpha: discs that circle, each with its own phase, size and color."""
     folder = tmp_path_factory.mktemp("alignment") / "emoji"
     folder.mkdir()
     rows, columns = np.mgrid[:64, :64]
@@ -72,7 +72,7 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: str, out: Path, reader: Path, **options: Any) -> dict[str, Any]:
-    """Evaluate, and what is on record."""
+    """Run the evaluation and return the contents of alignment.json."""
     settings = {"world": 4, "batch": 2, "device": "cpu", "making": ClipOptions(guidance=1.0, truncate=True)}
     alignment(model=model, out=out, reader=reader, **(settings | options))
     return json.loads((out / "alignment.json").read_text())
@@ -81,7 +81,7 @@ def run(model: str, out: Path, reader: Path, **options: Any) -> dict[str, Any]:
 def test_a_killed_evaluation_goes_on(
     model: str, reader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards hours of work: what was made is kept, what is missing is made, and results are those of one go."""
+    """Guards hours of work: after a kill, finished clips are kept, and the results match an uninterrupted run."""
     whole = run(model, tmp_path / "whole", reader, batch=3)
     assert "Without --emoji" in capsys.readouterr().out
     real, made = module.generate, []
@@ -109,7 +109,7 @@ def test_a_killed_evaluation_goes_on(
 def test_real_clips_are_the_ceiling(
     model: str, reader: Path, emoji: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards every measure at once: a model that gave real clips would be found right, and moving as much."""
+    """Checks every measure at once: a model that returns the real clips scores 1 everywhere, motion included."""
     subject = EmojiSubject(emoji, None, 0, 0)
 
     def perfect(pipeline: CogVideoPipeline, prompts: list[Prompt], making: ClipOptions) -> list[Clip]:
@@ -121,14 +121,14 @@ def test_real_clips_are_the_ceiling(
     assert rows["generated"] == rows["real"]
     assert rows["real"]["shares"]["all clips"] == {"rank 1": 1, "rank 5": 1, "background": 1}
     assert rows["real"]["movement"]["energy_ratio"] == 1
-    assert rows["reconstruction"]["shares"] != rows["real"]["shares"]  # of a tokenizer that learnt nothing
+    assert rows["reconstruction"]["shares"] != rows["real"]["shares"]  # the tokenizer is untrained
     assert len(rows["generated"]["clips"]) == told["protocol"]["subjects"]["emoji"]["gallery"] == NUM_EMOJI
 
 
 def test_memory_of_one_batch_is_enough(
     model: str, reader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards evaluations of many prompts on small machines: what must fit is a batch of clips, not all of them."""
+    """Keeps large evaluations possible on small machines: a batch of clips must fit into memory, not all of them."""
     checked: list[int] = []
     monkeypatch.setattr(CogVideoPipeline, "check_memory", lambda self, settings, batch: checked.append(batch))
     monkeypatch.setattr(module, "generate", Mock(side_effect=KeyboardInterrupt))
@@ -138,7 +138,7 @@ def test_memory_of_one_batch_is_enough(
 
 
 def test_protocol_says_what_was_measured(model: str, reader: Path, emoji: Path, tmp_path: Path) -> None:
-    """Guards repeatability: hashes, seeds, settings, counts; fewer prompts are still compared with all animations."""
+    """Guards reproducibility: hashes, seeds, settings and counts are recorded. A prompt limit keeps all animations."""
     told = run(model, tmp_path / "out", reader, emoji=emoji, emoji_limit=2)
     protocol, results = told["protocol"], told["results"]
     assert set(protocol["bundle_sha256"]) >= {"base", "sequential", "interpolation", "image_tokenizer", "text"}
@@ -148,7 +148,7 @@ def test_protocol_says_what_was_measured(model: str, reader: Path, emoji: Path, 
     assert protocol["subjects"]["emoji"]["gallery"] == NUM_EMOJI
     assert protocol["making"]["guidance"] == 1.0
     assert len(protocol["seeds"]["world"]) == 4
-    assert protocol["seeds"]["emoji"] == [0, NUM_EMOJI - 1]  # evenly spread, each judged as what it is
+    assert protocol["seeds"]["emoji"] == [0, NUM_EMOJI - 1]  # evenly spread, each matched with its own animation
     assert results["emoji"]["real"]["shares"]["all clips"]["rank 1"] == 1
     assert set(results["world"]["real"]["shares"]) == {"all clips", "held-out pairs", "other clips"}
     assert set(results["world"]["real"]["clips"][0]) == set(ATTRIBUTES)
@@ -157,7 +157,7 @@ def test_protocol_says_what_was_measured(model: str, reader: Path, emoji: Path, 
 
 
 def test_super_resolution_is_drawn_as_asked(model: str) -> None:
-    """Guards its options against being read and forgotten: each one changes the clips that are judged."""
+    """Catches super-resolution options that are accepted but ignored: each one must change the clips."""
     pipeline, prompts = CogVideoPipeline.from_pretrained(model), [Prompt("cat", "a cat", 0)]
     plain = ClipOptions(superres=True)
     changes = ({}, {"superres": False}, {"superres_temperature": 0.0}, {"superres_clusters": 1})
@@ -166,18 +166,18 @@ def test_super_resolution_is_drawn_as_asked(model: str) -> None:
 
 
 def test_intervals_are_wilsons() -> None:
-    """Guards what a share is worth: with few clips, or none that is right, the interval is wide and stays in [0, 1]."""
+    """Guards confidence intervals: with few clips, or none right, they are wide but stay within [0, 1]."""
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    for right in range(21):  # its definition: shares whose own standard error reaches as far as the measured one
+    for right in range(21):  # by definition, each end is 1.96 of its own standard errors from the share
         share = right / 20
         for end in wilson(share, 20):
             assert (share - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / 20, abs=1e-12)
 
 
 def test_another_model_is_refused(model: str, reader: Path, tmp_path: Path) -> None:
-    """Guards against results of clips that were made in two ways."""
+    """Prevents results that mix clips generated with different settings."""
     run(model, tmp_path / "out", reader, world=2)
     with pytest.raises(ValueError, match="another run"):
         run(model, tmp_path / "out", reader, world=2, making=ClipOptions(guidance=2.0, truncate=True))
@@ -192,20 +192,20 @@ def test_another_model_is_refused(model: str, reader: Path, tmp_path: Path) -> N
         ({"emoji_limit": 0}, "emoji_limit is 0"),
         ({"emoji": Path("nowhere")}, "there is no nowhere"),
         ({"reader": Path("nowhere")}, "there is no reader nowhere"),
-        ({"making": ClipOptions(truncate=False)}, "16"),  # text slots: captions of the World are longer
+        ({"making": ClipOptions(truncate=False)}, "16"),  # text slots, too few for captions of the World
     ],
 )
 def test_mistakes_are_refused_before_anything_is_made(
     model: str, reader: Path, tmp_path: Path, options: dict[str, Any], message: str
 ) -> None:
-    """Guards against hours that end with a message."""
+    """Refuses invalid options up front, not after hours of generation."""
     with pytest.raises(ValueError, match=message):
         run(model, tmp_path / "out", **({"reader": reader} | options))
     assert not (tmp_path / "out/generated").exists()
 
 
 def test_clips_without_alpha_are_refused_before_anything_is_made(model: str, reader: Path, tmp_path: Path) -> None:
-    """Guards hours of drawing that end with a message about the last of the animations."""
+    """Refuses opaque animations up front, not after hours of generation."""
     folder = tmp_path / "opaque"
     folder.mkdir()
     frames = [Image.fromarray(np.full((64, 64, 3), 20 * number, np.uint8)) for number in range(12)]
@@ -217,7 +217,7 @@ def test_clips_without_alpha_are_refused_before_anything_is_made(model: str, rea
 
 
 def test_a_damaged_clip_is_told(tmp_path: Path) -> None:
-    """Guards an evaluation that goes on after a full disk: the file is named, in one line."""
+    """Names a damaged clip, such as a full disk leaves, in a one-line error."""
     for content in (b"", b"PK", b"no zip"):
         (tmp_path / "a.npz").write_bytes(content)
         with pytest.raises(InputError, match=r"a.npz is damaged \(.*\): remove it"):
@@ -225,7 +225,7 @@ def test_a_damaged_clip_is_told(tmp_path: Path) -> None:
 
 
 def test_background_was_never_behind_the_clip(emoji: Path) -> None:
-    """Guards the word unseen: eleven copies have eleven colours, the prompt has the twelfth."""
+    """Ensures that the background is really unseen: eleven copies use eleven colors, and the prompt the twelfth."""
     settings = FrameSettings(background="random", seed=3)
     copies = list_source(str(emoji), SourceOptions(copies=11)).items
     for item in list_source(str(emoji), SourceOptions()).items:
@@ -234,7 +234,7 @@ def test_background_was_never_behind_the_clip(emoji: Path) -> None:
 
 
 def test_sheet_shows_failures() -> None:
-    """Guards against a sheet of successes: beside fixed clips come some that failed."""
+    """Prevents a contact sheet of successes only: failed clips are added to the evenly spaced ones."""
     right = [True] * 100
     right[7] = right[8] = False
     assert shown(right) == [0, 20, 40, 59, 79, 99, 7, 8]

@@ -1,4 +1,4 @@
-"""Attention of the temporal channel: equality with the dense oracle and with the passes' own output, the command."""
+"""Attention of the temporal channel: agreement with the dense oracle and the model's own output, and the command."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BONUS = 1.4
 
 
 def oracle_looks(system: System, text: Condition, codes: Tensor) -> tuple[list[Slot], list[Tensor]]:
-    """Slots of the rows and keys, and the attention of each layer, (heads, rows, keys)."""
+    """The oracle's slots, which are both rows and keys, and each layer's attention as (heads, rows, keys)."""
     looks: list[Tensor] = []
     given = max(1, system.layout.num_bidirectional)
     known, drawn = system.at_places(codes[0]), system.layout.order[given:]
@@ -41,7 +41,7 @@ def oracle_looks(system: System, text: Condition, codes: Tensor) -> tuple[list[S
 
 @pytest.fixture(scope="module")
 def model(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> CogVideo:
-    """A small model with both stages, from its folder."""
+    """A small model with both stages, loaded from its folder."""
     return make_model(tmp_path_factory.mktemp("attention") / "model", train_text_model())
 
 
@@ -50,7 +50,7 @@ def model(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempP
 def test_replayed_attention_is_that_of_the_oracle(
     make_system: MakeSystem, make_text: MakeText, stage, grid, window
 ) -> None:
-    """Guards masks, windows, positions, the cache and the bonus of text: every probability, in every layer."""
+    """Checks every attention weight in every layer, and so masks, windows, positions, the cache and the text bonus."""
     system, condition = make_system(stage, grid, window, 5, None, 2), Condition(make_text((3,)), text_bonus=BONUS)
     codes, text = system.codes(1, 5), system.layout.text_slots
     slots, looks = oracle_looks(system, condition, codes)
@@ -72,7 +72,7 @@ def test_replayed_attention_is_that_of_the_oracle(
 def test_weights_times_values_are_the_output(
     make_system: MakeSystem, make_text: MakeText, monkeypatch, stage, grid, window
 ) -> None:
-    """Guards the weights of any plan of a pass, spatial ones too: they give what attention gives."""
+    """Checks the weights of every pass, spatial ones included: multiplied by the values, they give the output."""
     system, condition = make_system(stage, grid, window, 5, None, 2), Condition(make_text((3,)), text_bonus=BONUS)
     seen = 0
 
@@ -93,7 +93,7 @@ def test_weights_times_values_are_the_output(
 @pytest.mark.parametrize(("stage", "grid", "window"), STAGES[1:3])
 @torch.no_grad()
 def test_figures_are_those_of_the_oracle(make_system: MakeSystem, make_text: MakeText, stage, grid, window) -> None:
-    """Guards means and places: which frame looks where, and which slot was fed the code of the same place."""
+    """Checks means and positions: which frame attends to which, and which slot was fed the code at its position."""
     system, condition = make_system(stage, grid, window, 5, None, 2), Condition(make_text((3,)), text_bonus=BONUS)
     layout, codes = system.layout, system.codes(1, 5)
     slots, looks = oracle_looks(system, condition, codes[:, layout.order])
@@ -122,8 +122,8 @@ def test_figures_are_those_of_the_oracle(make_system: MakeSystem, make_text: Mak
 
 
 def test_stages_see_their_own_part_of_the_clip(model: CogVideo) -> None:
-    """Guards the frames and the rate of each stage: every second frame over the whole clip, and all of its first half;
-    guidance instead of a bonus of text where a stage has it."""
+    """Checks the frames and the rate that each stage sees: every second frame of the whole clip, or all frames of its
+    first half. A stage with guidance gets no text bonus."""
     prompt, later = "一只猫在草地上奔跑。", replace(model.config.later_sampling, guidance=3.0)
     settings = replace(GenerationSettings.of(model.config), later=later, text_bonus=BONUS)
     sizes = model.config.layout
@@ -151,7 +151,7 @@ def test_stages_see_their_own_part_of_the_clip(model: CogVideo) -> None:
 
 
 def test_the_command_writes_a_picture_and_figures(model: CogVideo, tmp_path: Path) -> None:
-    """Guards the command: both stages, shares that add up to one, a picture with something on it."""
+    """Checks the command's output: both stages, shares that sum to one, and a picture that is not blank."""
     output = tmp_path / "new" / "look.png"
     assert main(["inspect", "attention", str(model.folder), "一只猫在草地上奔跑。", "--output", str(output)]) == 0
     assert np.asarray(Image.open(output)).std() > 10
@@ -165,8 +165,8 @@ def test_the_command_writes_a_picture_and_figures(model: CogVideo, tmp_path: Pat
         shares = np.array(stage["shares"])
         assert shares.shape[1:] == (5, 6)
         np.testing.assert_allclose(shares.sum(2), 1, atol=1e-4)
-    assert np.array(sequential["shares"])[:, 0, 2:].max() == 0  # the first frame sees no later one
-    assert np.array(interpolation["shares"])[:, 0, [2, 4]].max() == 0  # given frames see no generated one
+    assert np.array(sequential["shares"])[:, 0, 2:].max() == 0  # the first frame attends to no later one
+    assert np.array(interpolation["shares"])[:, 0, [2, 4]].max() == 0  # given frames attend to no generated one
 
 
 @pytest.mark.parametrize(
@@ -177,6 +177,6 @@ def test_the_command_writes_a_picture_and_figures(model: CogVideo, tmp_path: Pat
     ],
 )
 def test_mistakes_are_told(capsys: pytest.CaptureFixture[str], arguments: list[str], told: str) -> None:
-    """Guards users from a traceback, before any model is read."""
+    """Reports bad options without a traceback, before any model is loaded."""
     assert main(["inspect", "attention", "nowhere", "a cat", *arguments]) == 2
     assert told in capsys.readouterr().err

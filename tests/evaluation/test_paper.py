@@ -1,4 +1,4 @@
-"""The paper's protocols on small folders in the official layouts: lists, clips, tables, interruptions."""
+"""The paper's protocols on small datasets in the official layouts: lists, clips, tables, interruptions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GROUPS = ("g01", "g02", "g08", "g09")
 
 
 def means(device: str) -> Callable[[ExcerptPixels], Tensor]:
-    """A cheap network: mean colors of two frames."""
+    """A cheap network: mean colors of the first and last frames."""
     return lambda clips: torch.stack(
         [torch.from_numpy(each[[0, -1]]).float().mean((1, 2)).flatten() for (each,) in clips]
     )
@@ -39,7 +39,7 @@ def means(device: str) -> Callable[[ExcerptPixels], Tensor]:
 
 @pytest.fixture(scope="module")
 def model(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a whole small model."""
+    """The folder of a small, complete model."""
     folder = tmp_path_factory.mktemp("paper") / "model"
     make_model(folder, train_text_model())
     return str(folder)
@@ -53,7 +53,7 @@ def _networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def video(path: Path, seed: int, frames: int = 40, fps: float = 16) -> None:
-    """A video of colored noise whose suffix does not say how it is coded."""
+    """Write a video of colored noise, as WebP whatever the suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (frames, 3, 4, 3), dtype=np.uint8)
     written = path.with_suffix(".webp")
@@ -83,21 +83,21 @@ def ucf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(command: str, model: str, videos: Path, out: Path, *arguments: object) -> int:
-    """Exit status of the command on one core, with cheap sampling."""
+    """Exit status of the command with one worker and cheap sampling."""
     options = ["--out", out, "--network", videos, "--device", "cpu", "--workers", 1]
     options += ["--guidance", 1, "--first-guidance", 1, *arguments]
     return main(["evaluate", command, model, str(videos), *map(str, options)])
 
 
 def run(command: str, model: str, videos: Path, out: Path, *arguments: object) -> dict[str, Any]:
-    """The command's JSON."""
+    """The JSON that the command writes."""
     assert call(command, model, videos, out, "--truncate", *arguments) == 0
     found: dict[str, Any] = json.loads((out / f"{command}.json").read_text(encoding="utf-8"))
     return found
 
 
 def test_ucf101_ends_in_one_table(model: str, ucf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the protocol: texts of classes, counts of both measures, and published figures next to ours."""
+    """Checks the protocol: class prompts, clip counts of both metrics, and published figures next to ours."""
     options = ("--lists", ucf / "ucfTrainTestlist", "--split", "all", "--language", "chinese", "--clips", 3)
     options += ("--samples", 4, "--c3d-weights", "x", "--c3d-mean", "y")
     found = run("ucf101", model, ucf / "UCF-101", tmp_path, *options)
@@ -123,8 +123,8 @@ def test_ucf101_ends_in_one_table(model: str, ucf: Path, tmp_path: Path, capsys:
 def test_a_killed_evaluation_continues_to_the_same_bits(
     model: str, ucf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards runs of days: what was made stays, the rest is made again in the same batches. Clips of other texts, rates
-    or seeds are not mixed with them."""
+    """Guards runs that take days: after a kill, finished clips stay, and the rest is bit-identical to an uninterrupted
+    run. Clips with other texts, rates or seeds are never mixed in."""
     options = ["--lists", ucf / "ucfTrainTestlist", "--clips", 3, "--batch", 2]
 
     def go(out: Path) -> dict[str, Any]:
@@ -148,11 +148,11 @@ def test_a_killed_evaluation_continues_to_the_same_bits(
         assert f"{name} was" in error
         assert error.count(" and is ") == 1  # nothing else differs
     assert call("ucf101", model, ucf / "UCF-101", tmp_path / "long", *options) == 2
-    assert not list((tmp_path / "long").glob("generated/*"))  # prompts that are too long are refused first
+    assert not list((tmp_path / "long").glob("generated/*"))  # prompts that are too long are refused up front
 
 
 def test_batches_are_those_of_the_whole_list(tmp_path: Path) -> None:
-    """Guards devices on which the bits of a clip depend on its batch; what is there is not written again."""
+    """Keeps clips bit-identical on devices where they depend on the batch; existing files are not overwritten."""
     files = [tmp_path / str(number) for number in range(5)]
     files[1].write_text("kept")
     files[2].write_text("kept")
@@ -171,7 +171,7 @@ def test_batches_are_those_of_the_whole_list(tmp_path: Path) -> None:
 
 
 def kinetics(root: Path) -> tuple[Path, Path]:
-    """Videos of Kinetics-600 in both layouts, the first one too short, and a list that names one more."""
+    """Kinetics-600 videos in both layouts, the first one too short, and a table that lists one more."""
     rows = ["label,youtube_id,time_start,time_end,split"]
     videos = root / "videos"
     for number in range(5):
@@ -185,7 +185,8 @@ def kinetics(root: Path) -> tuple[Path, Path]:
 
 
 def test_kinetics600_keeps_the_given_frames(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards prediction: five frames are the real ones to the bit, eleven are not; short videos are left out."""
+    """Checks prediction: the five given frames are bit-identical to the real ones, later ones are not. Short videos are
+    left out."""
     videos, table = kinetics(tmp_path)
     out = tmp_path / "out"
     options = ("--table", table, "--clips", 2, "--seed", 1)
@@ -216,7 +217,7 @@ def test_kinetics600_keeps_the_given_frames(model: str, tmp_path: Path, capsys: 
 
 
 def test_every_class_has_its_share() -> None:
-    """Guards the Inception Score: each class equally often, each clip with a seed of its own."""
+    """Guards the Inception Score: each class occurs equally often, give or take one, and each clip has its own seed."""
     texts = [str(each) for each in range(101)]
     for count in (101, 2048, 10_000):
         prompts = of_classes(texts, count, 7)
@@ -228,7 +229,7 @@ def test_every_class_has_its_share() -> None:
 
 
 def test_classes_have_texts_in_both_languages(tmp_path: Path) -> None:
-    """Guards the names: words of 101 classes, and a Chinese text for each, none twice."""
+    """Checks class prompts: 101 different texts in English, and as many in Chinese."""
     names = [line.split("\t")[0] for line in CHINESE.read_text(encoding="utf-8").splitlines()]
     (tmp_path / "classInd.txt").write_text("".join(f"{number} {name}\n" for number, name in enumerate(names, 1)))
     (tmp_path / "testlist02.txt").write_text("".join(f"{name}/v.avi\n" for name in names))
@@ -256,7 +257,7 @@ def test_classes_have_texts_in_both_languages(tmp_path: Path) -> None:
     ],
 )
 def test_foreign_lists_are_refused(ucf: Path, tmp_path: Path, file: str, content: str, message: str) -> None:
-    """Guards users with a wrong folder, or a part of the data set."""
+    """Reports lists of another dataset, and folders that lack some of the videos."""
     (tmp_path / "classInd.txt").write_text("1 Archery\n2 TaiChi\n")
     (tmp_path / "trainlist01.txt").write_text("Archery/v_Archery_g08_c01.avi\n")
     (tmp_path / file).write_text(content)
@@ -281,7 +282,7 @@ def test_foreign_lists_are_refused(ucf: Path, tmp_path: Path, file: str, content
     ],
 )
 def test_foreign_tables_are_refused(tmp_path: Path, content: str, message: str) -> None:
-    """Guards users with another table than the official one."""
+    """Reports what is wrong with a table that is not the official one."""
     (tmp_path / "test.csv").write_text(content)
     with pytest.raises(ValueError, match=message):
         read_kinetics(tmp_path / "test.csv", tmp_path)
@@ -290,7 +291,7 @@ def test_foreign_tables_are_refused(tmp_path: Path, content: str, message: str) 
 def test_too_few_clips_are_refused_before_any_is_generated(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards hours of generation for nothing."""
+    """Prevents hours of wasted generation."""
     video(tmp_path / "id-0_000000_000010.mp4", 0)
     (tmp_path / "test.csv").write_text("label,youtube_id,time_start,time_end\na,id-0,0,10\n")
     assert call("kinetics600", model, tmp_path, tmp_path / "out", "--table", tmp_path / "test.csv") == 2

@@ -1,4 +1,4 @@
-"""Statistics of preferences against published figures and slow, obvious oracles."""
+"""Preference statistics against published figures and slow, obvious oracles."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ KRIPPENDORFF = """
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson_as_published(successes: int, total: int, low: float, high: float) -> None:
-    """Guards intervals of shares: Newcombe (1998), table I, method 3."""
+    """Checks intervals of shares against Newcombe (1998), table I, method 3."""
     assert share(successes, total) == pytest.approx((successes / total, low, high), abs=1e-4)
 
 
 def test_intervals_of_none_and_all_end_there() -> None:
-    """Guards tables from bounds such as 2.78e-15%."""
+    """Keeps bounds such as 2.78e-15% out of tables."""
     assert share(0, 6).low == 0
     assert share(6, 6).high == 1
 
 
 def test_share_of_nothing_may_be_anything() -> None:
-    """Guards reports without answers from a division by zero."""
+    """Prevents a division by zero in reports without answers."""
     assert math.isnan(share(0, 0).value)
     assert share(0, 0)[1:] == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(("part", "margin"), [(0.5, 0.05), (0.5, 0.2), (0.9, 0.05), (0.0, 0.1), (1.0, 0.1)])
 def test_sample_size_is_the_smallest(part: float, margin: float) -> None:
-    """Guards the planning of studies: counted up from one answer."""
+    """Checks the planning of studies against a search upwards from one answer."""
 
     def half_width(total: int) -> float:
         z = 1.959964
@@ -63,7 +63,7 @@ def test_sample_size_is_the_smallest(part: float, margin: float) -> None:
 
 
 def simulated(truth: dict[str, float], prompts: int, raters: int, ties: float = 0.0) -> list[PairwiseComparison]:
-    """Comparisons by Bradley-Terry raters."""
+    """Comparisons by simulated Bradley-Terry raters."""
     random = Random(0)
     found = []
     for rater in range(raters):
@@ -76,7 +76,7 @@ def simulated(truth: dict[str, float], prompts: int, raters: int, ties: float = 
 
 
 def slow_strengths(comparisons: list[PairwiseComparison]) -> list[float]:
-    """Hunter's minorization (2004), one comparison at a time; a tie is half a win, and each pair gets one more tie."""
+    """Hunter's MM algorithm (2004), one comparison at a time. A tie is half a win, and each pair gets one extra tie."""
     pairs = {(each.first, each.second) for each in comparisons}
     games = comparisons + [PairwiseComparison(0, 0, first, second, 0) for first, second in pairs]
     weight = dict.fromkeys(SYSTEMS, 1.0)
@@ -95,14 +95,14 @@ def slow_strengths(comparisons: list[PairwiseComparison]) -> list[float]:
 
 
 def test_bradley_terry_equals_a_slow_oracle() -> None:
-    """Guards strengths, with ties, against a plain fixed point."""
+    """Checks strengths, with ties, against a plain fixed-point iteration."""
     games = simulated({"a": 0.8, "b": 0.0, "c": -0.8}, 6, 2, ties=0.2)
     found = strengths(outcomes(games, SYSTEMS).sum(-1))
     assert found == pytest.approx(slow_strengths(games), abs=1e-4)
 
 
 def test_a_simulated_taste_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the chain of counts, strengths and bootstrap: the truth lies in the intervals, which get narrower."""
+    """Checks counts, strengths and bootstrap together: intervals contain the truth, and shrink with more prompts."""
     monkeypatch.setattr(preferences, "NUM_DRAWS", 200)
     truth = {"a": 0.8, "b": 0.0, "c": -0.8}
     widths = []
@@ -120,21 +120,21 @@ def test_a_simulated_taste_is_found_again(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_system_that_always_wins_is_finite() -> None:
-    """Guards against infinite strengths: one imagined tie per pair bounds them at the log of twice the wins."""
+    """Prevents infinite strengths: with one virtual tie per pair, ten wins in ten give log(10.5 / 0.5)."""
     games = [PairwiseComparison(0, prompt, "a", "b", 1) for prompt in range(10)]
     found = strengths(outcomes(games, ("a", "b")).sum(-1))
     assert found[0] - found[1] == pytest.approx(math.log(10.5 / 0.5), abs=1e-6)
 
 
 def test_systems_that_never_met_have_no_strengths() -> None:
-    """Guards against an order of systems that no answer supports."""
+    """Prevents rankings that no answer supports."""
     games = [PairwiseComparison(0, 0, "a", "b", 1)]
     with pytest.raises(ValueError, match="never compared"):
         strengths(outcomes(games, SYSTEMS).sum(-1))
 
 
 def test_bootstrap_draws_whole_raters_and_prompts() -> None:
-    """Guards honest intervals: a hundred answers of one prompt and rater are one opinion, not a hundred."""
+    """Keeps intervals honest: a hundred answers by one rater to one prompt are one opinion, not a hundred."""
 
     def mean(weights: np.ndarray) -> np.ndarray:
         if not weights.any():
@@ -150,7 +150,7 @@ def test_bootstrap_draws_whole_raters_and_prompts() -> None:
 
 
 def test_alpha_as_published() -> None:
-    """Guards the agreement of raters, with missing answers."""
+    """Checks the agreement of raters, with missing answers, against the published value."""
     rows = [line.split() for line in KRIPPENDORFF.strip().splitlines()]
     ratings = [
         (rater, unit, int(cell)) for rater, row in enumerate(rows) for unit, cell in enumerate(row) if cell != "."
@@ -160,5 +160,5 @@ def test_alpha_as_published() -> None:
 
 @pytest.mark.parametrize("ratings", [[], [(0, 0, 1), (0, 1, 2)], [(0, 0, 1), (1, 0, 1)], [(0, 0, 1), (1, 1, 2)]])
 def test_alpha_of_too_little_is_not_a_number(ratings: list[tuple[int, object, int]]) -> None:
-    """Guards reports of a single rater, of raters without a common clip, and of those who always say the same."""
+    """Gives NaN without answers, with a single rater, without a common clip, and if all answers are equal."""
     assert math.isnan(agreement(ratings))

@@ -1,4 +1,4 @@
-"""Protocols as data: each gives the figures of the implementation that it is named after."""
+"""Protocols as data: each reproduces the figures of the implementation it is named after."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cogvideo.evaluation.protocols import PROTOCOLS
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden/networks/metrics_golden.json").read_text())
 FETCHED = network_path("i3d")
-"""Read before tests get an empty cache."""
+"""Resolved before tests are given an empty cache."""
 FVD_ROWS = {
     "tfhub": ("fvd_common_metrics/fvd-comparison (np.cov ddof=1, fp64, scipy sqrtm)", 1e-6),
     "tats": ("fvd_tats fp32 svd (reference code)", 1e-3),
@@ -40,7 +40,7 @@ def _inference() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_figures_are_those_of_the_implementation(name: str) -> None:
-    """Guards the table: a divisor, a precision or a split in the wrong row is another figure."""
+    """Catches a divisor, precision or number of splits in the wrong row of the table."""
     protocol, (row, tolerance) = PROTOCOLS[name], FVD_ROWS[name]
     for case in ("b", "c"):
         real, fake = features(case)
@@ -56,7 +56,7 @@ def test_figures_are_those_of_the_implementation(name: str) -> None:
     ("name", "way"), [("tfhub", "tf1_legacy"), ("tats", "tf2_halfpixel"), ("stylegan-v", "tf2_halfpixel")]
 )
 def test_pixels_are_resized_as_the_implementation_does(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the one step in which implementations differ by tens of levels, and the range of [-1, 1]."""
+    """Checks resizing, where implementations differ by tens of gray levels, and the range of [-1, 1]."""
     golden = np.load(Path(__file__).parents[1] / "golden/networks/resize_golden.npz")
     frames = golden["up_in"]
     assert frames.dtype == np.uint8
@@ -66,7 +66,7 @@ def test_pixels_are_resized_as_the_implementation_does(name: str, way: str, monk
 
 
 def test_clips_are_reduced_to_a_square() -> None:
-    """Guards the crop to the center, rounding (TATS cuts fractions off), and clips that have the size."""
+    """Checks the center crop and rounding (TATS truncates), and that without a size, clips stay as they are."""
     wide = np.zeros((1, 4, 12, 3), np.uint8)
     wide[:, :, 4:8] = 255
     for name in ("tats", "tfhub"):
@@ -88,14 +88,14 @@ def test_clips_are_reduced_to_a_square() -> None:
     ],
 )
 def test_settings_that_cannot_work_are_refused(change: dict[str, Any], message: str) -> None:
-    """Guards hours that end in a message of a layer."""
+    """Refuses impossible settings up front, not hours later inside a layer."""
     with pytest.raises(ValueError, match=f"{message}, expected"):
         replace(PROTOCOLS["tats"], **change)
 
 
 @pytest.mark.parametrize("name", ["tfhub", "stylegan-v"])
 def test_black_is_as_far_from_white_as_published(name: str) -> None:
-    """Guards the whole way from pixels to FVD: 569.771 for 10 frames, whatever their size."""
+    """Checks the whole path from pixels to FVD: 569.771 for 10 frames, whatever their size."""
     if not FETCHED.is_file():
         pytest.skip(f"there is no {FETCHED}: `cogvideo fetch i3d`")
     encode = i3d(FETCHED, PROTOCOLS[name]).load("cpu")

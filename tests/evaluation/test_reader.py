@@ -1,4 +1,4 @@
-"""The World reader: what goes in, what is stored, and that the packaged one reads clips it never saw."""
+"""The World reader: its input, its file, and the packaged reader's accuracy on unseen clips."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def drawn(scenes: Sequence[world.Scene]) -> np.ndarray:
 
 
 def test_every_scene_has_labels() -> None:
-    """Guards against an attribute value that the reader has no word for, and a label in the wrong place."""
+    """Catches attribute values that the reader has no label for, and labels at the wrong index."""
     scenes = [world.scene(number) for number in range(300)]
     for name, places in labels(scenes).items():
         assert [LABELS[name][place] for place in places] == [getattr(scene, name) for scene in scenes]
 
 
 def test_clip_is_read_at_four_frames_a_second() -> None:
-    """Guards the frames that are read: of a clip at 8 a second, those that a clip at 4 a second has."""
+    """Checks which frames are read: a clip at 8 fps gives the same ones as a clip at 4 fps."""
     scene = world.scene(5)
     assert np.array_equal(readable(world.render(scene, 64, 8.0, 33), 8.0), render(scene))
     assert np.array_equal(readable(world.render(scene, 64, 4.0, 17), 4.0), render(scene))
 
 
 def test_larger_frames_are_averaged() -> None:
-    """Guards against aliasing: each pixel is the mean of those that it covers."""
+    """Guards against aliasing: each pixel is the mean of those it covers."""
     frames = world.render(world.scene(5), 128, 4.0, 3)
     means = frames.reshape(3, 64, 2, 64, 2, 3).mean((2, 4))
     assert np.abs(resized(frames, 64) - means).max() <= 0.5
@@ -52,13 +52,13 @@ def test_larger_frames_are_averaged() -> None:
 
 @pytest.mark.parametrize(("num_frames", "fps"), [(32, 8.0), (33, 6.0), (33, 4.0)])
 def test_other_clips_are_refused(num_frames: int, fps: float) -> None:
-    """Guards against reading speeds off clips of another length or rate."""
+    """Prevents wrong readings of speed: clips of another length or rate are refused."""
     with pytest.raises(ValueError, match="expected"):
         readable(np.zeros((num_frames, 64, 64, 3), np.uint8), fps)
 
 
 def test_file_holds_the_reader(tmp_path: Path) -> None:
-    """Guards the package's file: half precision, small, with its sizes, and it reads what the stored one read."""
+    """Checks the reader's file: small, in half precision, with the configuration, and with unchanged readings."""
     reader, file, clips = small_reader(), tmp_path / "reader.safetensors", drawn([world.scene(n) for n in range(6)])
     reader.save(file)
     loaded = Reader.load(file)
@@ -68,14 +68,14 @@ def test_file_holds_the_reader(tmp_path: Path) -> None:
 
 
 def test_reading_does_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against clips that share statistics or places: read one by one, they are read the same."""
+    """Catches clips that affect each other: one by one, they must be read the same as in batches."""
     reader, clips = small_reader(), drawn([world.scene(number) for number in range(5)])
     monkeypatch.setattr(module, "BATCH", 2)
     assert reader.read(clips) == [reader.read(clip[None])[0] for clip in clips]
 
 
 def test_wrong_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against judging by something else than a reader of this World."""
+    """Refuses files that do not hold a reader of this World."""
     with pytest.raises(ValueError, match="there is no reader"):
         Reader.load(tmp_path / "nothing.safetensors")
     file = tmp_path / "reader.safetensors"
@@ -89,7 +89,7 @@ def test_wrong_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_unseen_scenes_are_of_both_kinds() -> None:
-    """Guards the question that is asked: half of the prompts hold pairs that no model learnt, none is learnt from."""
+    """Checks the prompts: half have held-out pairs, and neither models nor the reader train on any of them."""
     scenes = unseen_scenes(40, PROMPTED)
     assert [world.split(scene) for scene in scenes] == ["held_out"] * 20 + ["validation"] * 20
     assert len({scene.index for scene in scenes}) == 40
@@ -97,7 +97,7 @@ def test_unseen_scenes_are_of_both_kinds() -> None:
 
 
 def test_unseen_simple_scenes_look_different(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the figures of small worlds, in which many numbers show one picture: each counts once."""
+    """Prevents duplicates in the simple domain, where many numbers show the same scene: each counts once."""
     scenes = unseen_scenes(120, PROMPTED, "simple")
     assert {scene.domain for scene in scenes} == {"simple"}
     assert [world.split(scene) for scene in scenes] == ["held_out"] * 60 + ["validation"] * 60
@@ -108,7 +108,7 @@ def test_unseen_simple_scenes_look_different(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_accuracies_count_what_is_right() -> None:
-    """Guards the shares: the truth has 1 everywhere, one wrong attribute counts in its column, its group and in all."""
+    """Checks the shares: the truth scores 1 everywhere, and one wrong attribute lowers exactly those it belongs to."""
     scenes = unseen_scenes(8, PROMPTED)
     truth = [{name: getattr(scene, name) for name in ATTRIBUTES} for scene in scenes]
     assert all(share == 1 for group in accuracies(truth, scenes).values() for share in group.values())
@@ -123,7 +123,7 @@ def test_accuracies_count_what_is_right() -> None:
 
 @pytest.mark.skipif(not FILE.exists(), reason="the package's reader is not trained yet")
 def test_packaged_reader_reads_unseen_clips() -> None:
-    """Guards the judge itself: clips of prompts, which it never saw, half with held-out pairs; also blurred."""
+    """Guards the judge itself: it reads unseen clips, half with held-out pairs, even when they are blurred."""
     scenes, reader = unseen_scenes(60, PROMPTED), Reader.load()
     clips = drawn(scenes)
     soft = np.stack([resized(resized(clip, 40), 64) for clip in clips])

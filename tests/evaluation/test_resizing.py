@@ -1,4 +1,4 @@
-"""Resizing against TensorFlow's figures."""
+"""Resizing against TensorFlow's output."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def resized(direction: str, way: str) -> NDArray[np.float32]:
 @pytest.mark.parametrize("direction", ["up", "down"])
 @pytest.mark.parametrize("way", WAYS)
 def test_pixels_are_those_of_tensorflow(direction: str, way: str) -> None:
-    """Guards the protocols: versions of one library differ by tens of grey levels on noise."""
+    """Guards the protocols: on noise, versions of one library differ by tens of gray levels."""
     np.testing.assert_allclose(resized(direction, way), GOLDEN[f"{direction}_{way}"], rtol=0, atol=1e-3)
 
 
 def test_a_frame_of_that_size_stays() -> None:
-    """Guards data that was prepared at the network's size."""
+    """Leaves data that was prepared at the network's size unchanged."""
     frames = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(resize_legacy(frames, (6, 8)), frames)
     assert torch.equal(resize(frames, (6, 8)), frames)

@@ -1,4 +1,4 @@
-"""Which real clip a clip is nearest to: against a distance written out by hand, and where the answer is known."""
+"""Nearest real clips: against a plain implementation of the distance, and where the answer is known."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NUM_CLIPS, SHAPE = 40, (17, 32, 32)
 
 
 class Animations:
-    """Random animations: coloured blobs with soft edges that move."""
+    """Random animations: moving colored blobs with soft edges."""
 
     def __init__(self) -> None:
         random = np.random.default_rng(0)
@@ -27,7 +27,7 @@ class Animations:
         self.colours = random.uniform(0, 255, (NUM_CLIPS, 1, 1, 1, 3))
 
     def on(self, colour: tuple[int, int, int]) -> np.ndarray:
-        """All of them on a background."""
+        """All animations on a background color."""
         return (self.alpha * self.colours + (1 - self.alpha) * np.array(colour)).round().astype(np.uint8)
 
 
@@ -37,7 +37,7 @@ def animations() -> Animations:
 
 
 def slow_distance(clip: np.ndarray, other: np.ndarray) -> float:
-    """The definition: pixels, and WEIGHT times how unlike the changes from frame to frame are."""
+    """The definition: pixel differences, plus WEIGHT times the dissimilarity of frame-to-frame changes."""
     x, y = clip.astype(np.float64) / 255, other.astype(np.float64) / 255
     moves, others = (np.concatenate([each[t + 1] - each[t] for t in range(len(each) - 1)]).ravel() for each in (x, y))
     cosine = moves @ others / (np.linalg.norm(moves) * np.linalg.norm(others))
@@ -45,19 +45,19 @@ def slow_distance(clip: np.ndarray, other: np.ndarray) -> float:
 
 
 def test_distance_is_that_of_clips_on_one_background(animations: Animations) -> None:
-    """Guards the algebra that never puts a real clip on a colour: the same as doing so, up to rounding."""
+    """Checks the algebra that avoids putting real clips on a color: the result is the same, up to rounding."""
     colour = BACKGROUNDS["orange"]
     clips, black, white = (animations.on(each) for each in (colour, (0, 0, 0), (255, 255, 255)))
     fast = distances(clips[:5], gallery(black, white))
     through = (white[..., :1].astype(float) - black[..., :1]) / 255
-    placed = black + through * np.array(colour)  # not rounded once more
+    placed = black + through * np.array(colour)  # no second rounding
     for clip in range(5):
         slow = [slow_distance(clips[clip], other) for other in placed]
         np.testing.assert_allclose(fast[clip].numpy(), slow, atol=1e-5)
 
 
 def test_real_clips_find_themselves_on_any_background(animations: Animations) -> None:
-    """Guards the ceiling: real clips have rank 1 on whatever they stand; with other answers, chance is left."""
+    """Checks the ceiling: real clips have rank 1 on any background; with shuffled answers, ranks are at chance."""
     real = gallery(animations.on((0, 0, 0)), animations.on((255, 255, 255)))
     for name in ("red", "white", "light blue"):
         found = distances(animations.on(BACKGROUNDS[name]), real)
@@ -68,7 +68,7 @@ def test_real_clips_find_themselves_on_any_background(animations: Animations) ->
 
 
 def test_a_calm_clip_of_a_lively_animation_is_of_that_one() -> None:
-    """Guards lively animations: a model that draws one too still has drawn it, not whatever else stands still."""
+    """Guards lively animations: a version that moves too little must still match its own, not another calm one."""
     noise, shape = np.random.default_rng(0), (*SHAPE, 3)
     inside = np.zeros((*SHAPE, 1))
     inside[:, 8:24, 8:24] = 1
@@ -83,14 +83,14 @@ def test_a_calm_clip_of_a_lively_animation_is_of_that_one() -> None:
 
 
 def test_rank_counts_those_that_are_nearer() -> None:
-    """Guards off-by-one: two real clips are nearer than the right one, so it is third; equal ones do not count."""
+    """Catches off-by-one errors: if two real clips are nearer, the right one is third; ties do not count."""
     far = torch.tensor([[0.5, 0.1, 0.2, 0.5], [0.0, 0.3, 0.3, 0.9]])
     assert ranks(far, [0, 0]).tolist() == [3, 1]
     assert ranks(far, [3, 2]).tolist() == [3, 2]
 
 
 def test_border_has_the_background_that_is_named(animations: Animations) -> None:
-    """Guards the background's measure: every named colour is read as itself, also if something touches the border."""
+    """Checks background detection: every named color is recognized, even if something touches the border."""
     for name, colour in BACKGROUNDS.items():
         clip = animations.on(colour)[0]
         clip[:, :, :8] = 200

@@ -1,4 +1,4 @@
-"""Clips before training: shots, pieces, both ends, motion, text, copies, splits."""
+"""Review of clips before training: shots, pieces, ends, motion, text, copies, splits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cogvideo.media.video import write_video
 
 
 def scene(seconds: float, seed: int, speed: float = 1.0, fps: int = 12) -> np.ndarray:
-    """Noise of large squares that moves to the right."""
+    """Noise of large squares, moving to the right."""
     random = np.random.default_rng(seed)
     picture = random.integers(0, 255, (6, 12, 3), np.uint8).repeat(8, 0).repeat(8, 1)
     return np.stack([np.roll(picture, round(speed * place), 1)[:, :64] for place in range(round(seconds * fps))])
@@ -39,7 +39,7 @@ def write(path: Path, frames: Sequence[np.ndarray] | np.ndarray, fps: int = 12) 
 
 
 def test_scenes_are_cut(tmp_path: Path) -> None:
-    """Guards training from clips of two scenes; a picture that moves fast is no cut."""
+    """Keeps clips of two scenes out of training; fast motion is not a cut."""
     write(tmp_path / "a.mp4", np.concatenate([scene(2, 1), scene(1.5, 2), scene(1, 3)]))
     clips = reviewed(tmp_path)
     assert [round(each.seconds, 2) for each in clips] == [2.0, 1.5, 1.0]
@@ -51,7 +51,7 @@ def test_scenes_are_cut(tmp_path: Path) -> None:
 
 
 def test_videos_that_the_table_does_not_name_are_reported(tmp_path: Path) -> None:
-    """Guards clips that were added to a folder after its table, which were left out without a word."""
+    """Reports clips that were added to a folder after its table; they used to be left out silently."""
     for name in ("a.mp4", "b.mp4", "sub/c.mp4"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -81,14 +81,14 @@ def test_videos_that_the_table_does_not_name_are_reported(tmp_path: Path) -> Non
     ],
 )
 def test_the_size_that_keeps_the_shape(width: int, height: int, sides: tuple[int, int], advice: str) -> None:
-    """Guards the heads of people in upright videos, which squares cut off without a word."""
+    """Suggests a size for clips of another shape: square frames silently cut off heads in portrait videos."""
     item = Item("a.mp4", Path("a.mp4"), ("a cat",))
     told = review.on_shape([ReviewedClip(item, 1.0, width, height, fps=8.0, energy=1.0)], sides, 8)
     assert [line.split("`")[1] for line in told] == [f"--size {advice}"] * bool(advice)
 
 
 def test_the_reason_is_in_words(tmp_path: Path) -> None:
-    """Guards users from the repr of a record."""
+    """Reports the reason as text, not as the repr of a record."""
     (tmp_path / "a.mp4").write_bytes(b"")
     (tmp_path / "a.txt").write_bytes("Größe".encode("latin-1"))
     message = r"can be used: a\.mp4: caption is not text \(byte 2 of its file is not UTF-8\)"
@@ -97,7 +97,7 @@ def test_the_reason_is_in_words(tmp_path: Path) -> None:
 
 
 def test_without_the_detector_nothing_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards those who did not install the extra `data`."""
+    """Supports installations without the `data` extra: clips stay whole."""
     write(tmp_path / "a.mp4", np.concatenate([scene(1, 1), scene(1, 2)]))
     monkeypatch.setitem(__import__("sys").modules, "scenedetect", None)
     assert not review.has_detector()
@@ -105,7 +105,7 @@ def test_without_the_detector_nothing_is_cut(tmp_path: Path, monkeypatch: pytest
 
 
 def test_long_shots_become_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the rest of a long video, of which only the beginning was used."""
+    """Keeps all of a long video; only its beginning used to be kept."""
     monkeypatch.setattr(review, "PIECE", 2.0)
     write(tmp_path / "a.mp4", scene(5, 1))
     clips = reviewed(tmp_path)
@@ -114,7 +114,7 @@ def test_long_shots_become_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_one_piece_of_a_still_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a training set from hours of a black screen, whose equal pieces were most of it."""
+    """Keeps hours of black screen from filling the training set with identical pieces."""
     monkeypatch.setattr(review, "PIECE", 2.0)
     write(tmp_path / "a.mp4", np.concatenate([scene(4, 1, speed=0), scene(4, 2)]))
     items, _, named = listed(str(tmp_path))
@@ -124,7 +124,7 @@ def test_one_piece_of_a_still_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_frame_that_is_held_is_in_no_piece(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the training set from one bad timestamp, of which an hour of one frame was cut into pieces."""
+    """Keeps one bad timestamp from filling the training set with pieces of an hour-long freeze frame."""
     path = tmp_path / "a.mkv"
     with av.open(str(path), "w") as file:
         stream = file.add_stream("mpeg4", 12)
@@ -146,7 +146,7 @@ def test_a_frame_that_is_held_is_in_no_piece(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_what_a_person_should_know(tmp_path: Path) -> None:
-    """Guards the remarks: stills, copies, text, short clips, clips without a caption; others have none."""
+    """Checks the notes on stills, copies, text, short clips and missing captions; other clips have none."""
     write(tmp_path / "good.mp4", scene(2, 1))
     write(tmp_path / "copy.mp4", scene(2, 1) // 2 * 2)
     write(tmp_path / "still.mp4", scene(2, 4, speed=0))
@@ -171,7 +171,7 @@ def test_what_a_person_should_know(tmp_path: Path) -> None:
 
 
 def test_a_tenth_is_held_out(tmp_path: Path) -> None:
-    """Guards the held-out loss: no copy of a held-out clip is trained on, and few clips are all trained on."""
+    """Guards the held-out loss: copies of a held-out clip are not trained on. With very few clips, none is held out."""
     for number in range(3):
         write(tmp_path / f"{number}.mp4", scene(1, number))
     assert {each.item.split for each in with_splits(reviewed(tmp_path))} == {"train"}
@@ -186,7 +186,7 @@ def test_a_tenth_is_held_out(tmp_path: Path) -> None:
 
 
 def test_upright_clips_of_telephones(tmp_path: Path) -> None:
-    """Guards clips that lie on their side in the file: they are looked at, cut and encoded as they are shown."""
+    """Handles rotated videos from phones: they are reviewed and encoded the way they are displayed."""
     upright = [np.ascontiguousarray(np.rot90(each)) for each in scene(1, 1)]  # 64 x 48 becomes 48 x 64
     upright = [np.vstack([each[:32], np.full_like(each[32:], 250)]) for each in upright]
     with av.open(str(tmp_path / "IMG_0001.mov"), "w") as file:
@@ -203,6 +203,6 @@ def test_upright_clips_of_telephones(tmp_path: Path) -> None:
     assert "no caption" in clip.notes
     frames = read_item(clip.item, FrameSettings(size=32, fit="letterbox", min_frames=1)).frames
     assert frames.shape == (9, 32, 32, 3)
-    assert frames[0, 16:, 6:26].mean() > 220  # the white half is below
+    assert frames[0, 16:, 6:26].mean() > 220  # the white half is at the bottom
     assert frames[0, :15, 6:26].mean() < 200
-    assert frames[0, :, :3].min() > 220  # bars
+    assert frames[0, :, :3].min() > 220  # letterbox bars

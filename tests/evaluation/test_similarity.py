@@ -1,4 +1,4 @@
-"""`cogvideo evaluate text` against a slow oracle, with a small CLIP model of random weights."""
+"""`cogvideo evaluate text` against a slow oracle, with a small, randomly initialized CLIP model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CAPTIONS = {
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole CLIP model, as `save_pretrained` writes it."""
+    """The folder of a complete CLIP model, as `save_pretrained` writes it."""
     folder = tmp_path_factory.mktemp("clip") / "model"
     folder.mkdir()
     tokens = [*ascii_lowercase, *(f"{letter}</w>" for letter in ascii_lowercase), "<|startoftext|>", "<|endoftext|>"]
@@ -62,7 +62,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def processor() -> Any:
-    """The library's own preprocessing, by Pillow."""
+    """The library's own preprocessing, with Pillow."""
     kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     return kind(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
 
@@ -73,7 +73,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def clips(folder: Path, seed: int) -> str:
-    """A table of captioned clips that are not square."""
+    """A folder of clips that are not square, with a table of captions."""
     folder.mkdir()
     random = np.random.default_rng(seed)
     rows = []
@@ -86,12 +86,12 @@ def clips(folder: Path, seed: int) -> str:
 
 @cache
 def whole_model(network: Path) -> Any:
-    """The model in one piece."""
+    """The complete model."""
     return transformers.CLIPModel.from_pretrained(network).eval()
 
 
 def oracle(network: Path, file: Path, caption: str) -> float:
-    """Mean cosine of a caption and the first frames, one forward pass of the whole model for each."""
+    """Mean cosine similarity of a caption and the first frames, by one forward pass of the complete model per frame."""
     model = whole_model(network)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(network)
     tokens = tokenizer(caption)["input_ids"]
@@ -108,7 +108,7 @@ def oracle(network: Path, file: Path, caption: str) -> float:
 
 
 def table(network: Path, folder: str) -> list[list[float]]:
-    """Similarities of each clip by caption."""
+    """Similarities by clip and caption."""
     return [[oracle(network, Path(folder) / name, each) for each in texts] for name, texts in CAPTIONS.items()]
 
 
@@ -126,8 +126,8 @@ def run(network: Path, *arguments: object) -> int:
 def test_figures_are_those_of_the_whole_model(
     network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards the protocol: frames, then captions, then clips are averaged; long captions are cut and counted; relative
-    matching divides by the real clips."""
+    """Checks the protocol: it averages over frames, then captions, then clips. Long captions are truncated and counted.
+    Relative matching divides by the similarity of the real clips."""
     made, real = clips(tmp_path / "made", 0), clips(tmp_path / "real", 1)
     path = tmp_path / "figures.json"
     assert run(network, made, "--real", real, "--captions", "all", "--json", path) == 0
@@ -149,7 +149,7 @@ def test_figures_are_those_of_the_whole_model(
 
 
 def test_one_caption_of_each_clip_counts(network: Path, tmp_path: Path) -> None:
-    """Guards the choice of captions: any one, by the seed, and not always the first."""
+    """Checks the choice of captions: a random one by seed, not always the first."""
     made = clips(tmp_path / "made", 0)
     protocol = replace(PROTOCOLS["tfhub"], clips=9, frames=FRAMES, order="sorted")
     reading = Reading(protocol, caption_columns=("caption",))
@@ -165,14 +165,14 @@ def test_one_caption_of_each_clip_counts(network: Path, tmp_path: Path) -> None:
 
 
 def test_sizes_of_the_network_make_the_name(tmp_path: Path) -> None:
-    """Guards the name CLIPSIM: other networks give other figures."""
+    """Reserves the name CLIPSIM for ViT-B/32: other networks give other figures."""
     for sizes, expected in (({}, True), ({"patch_size": 16}, False), ({"hidden_size": 1008}, False)):
         transformers.CLIPConfig(vision_config=sizes).save_pretrained(tmp_path)
         assert is_vit_b32(tmp_path) is expected
 
 
 class Trap:
-    """A pickle that makes a file when it is read."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -184,7 +184,7 @@ class Trap:
 def test_models_that_cannot_be_used_are_refused(
     network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards figures by untrained weights, and the user's machine: nothing in a model is executed."""
+    """Refuses incomplete models, which would score with untrained weights; nothing in a model is executed."""
     made = clips(tmp_path / "made", 0)
     trap = tmp_path / "trap"
     tensors = load_file(network / "model.safetensors")
@@ -220,7 +220,7 @@ def test_models_that_cannot_be_used_are_refused(
 
 
 def test_clips_without_captions_are_refused(network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards users who name a folder of bare videos."""
+    """Reports a folder of videos without captions in one line."""
     made = clips(tmp_path / "made", 0)
     (tmp_path / "made/captions.jsonl").unlink()
     assert run(network, made) == 2

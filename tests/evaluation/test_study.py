@@ -1,4 +1,4 @@
-"""Studies on disk: what is in their files, and answers that are neither lost nor counted twice."""
+"""Studies on disk: their files, and answers that are neither lost nor counted twice."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rating import COLORS, make_study
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of three prompts."""
+    """A study with three prompts."""
     return make_study(tmp_path_factory.mktemp("study"), 3, "--catches", "1", "--repeats", "1")
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webp"])
 @pytest.mark.parametrize("fps", [8.0, 12.5, 25.0])
 def test_rate_takes_every_frame_once(suffix: str, fps: float, tmp_path: Path) -> None:
-    """Guards raters from clips that stutter: at its own rate, a file gives each of its frames."""
+    """Prevents clips that stutter: at its own rate, a file gives each of its frames once."""
     levels = np.arange(0, 240, 12, dtype=np.uint8)
     frames = np.broadcast_to(levels[:, None, None, None], (20, 16, 16, 3)).copy()
     path = tmp_path / f"clip{suffix}"
@@ -36,7 +36,7 @@ def test_rate_takes_every_frame_once(suffix: str, fps: float, tmp_path: Path) ->
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 def test_pauses_do_not_change_the_rate(suffix: str, tmp_path: Path) -> None:
-    """Guards clips that stand still for a while, whose writers store equal frames as one long one."""
+    """Handles clips that pause: encoders store identical frames as one long one."""
     levels = np.array([0, 20, 40, 40, 40, 40, 40, 40, 60, 80, 100], np.uint8)
     path = tmp_path / f"clip{suffix}"
     write_video(path, np.broadcast_to(levels[:, None, None, None], (11, 16, 16, 3)).copy(), 10)
@@ -45,7 +45,7 @@ def test_pauses_do_not_change_the_rate(suffix: str, tmp_path: Path) -> None:
 
 
 def test_files_say_nothing_about_systems(folder: Path) -> None:
-    """Guards blindness: names, bytes and sizes of clips give no system away; noise is unlike both."""
+    """Keeps studies blind: neither names nor contents of files give a system away. Noise looks like neither system."""
     paths = sorted((folder / "clips").iterdir())
     assert len(paths) == 3 * 2 + 1
     for path in paths:
@@ -56,7 +56,7 @@ def test_files_say_nothing_about_systems(folder: Path) -> None:
 
 
 def test_only_the_next_trial_takes_an_answer(folder: Path) -> None:
-    """Guards against answers twice and out of order: the first one counts, and none is skipped."""
+    """Prevents duplicate and out-of-order answers: the first one counts, and no trial is skipped."""
     study = Study(folder)
     study.add_raters(2)
     study.add_raters(1)
@@ -76,13 +76,13 @@ def test_only_the_next_trial_takes_an_answer(folder: Path) -> None:
     [({}, 1.0), ({"preference": 5}, 1.0), ({"looks": 1}, 1.0), ({"preference": 1}, float("nan"))],
 )
 def test_wrong_answers_are_refused(folder: Path, values: dict[str, int], seconds: float) -> None:
-    """Guards the tables from values that no question has."""
+    """Keeps values that no question allows out of the tables."""
     with pytest.raises(ValueError, match="expected"):
         Study(folder).answer(0, 1, values, seconds)
 
 
 def test_writers_at_once_store_each_answer_once(tmp_path: Path) -> None:
-    """Guards two servers on one study: of equal answers at the same time, one is stored."""
+    """Supports two servers on one study: of simultaneous answers to a trial, only one is stored."""
     folder = make_study(tmp_path, 3, "--catches", "0", "--repeats", "0")
     Study(folder).add_raters(1)
     with ThreadPoolExecutor(4) as pool:
@@ -94,7 +94,7 @@ def test_writers_at_once_store_each_answer_once(tmp_path: Path) -> None:
 
 
 def test_a_lost_database_is_one_line(tmp_path: Path) -> None:
-    """Guards raters and owners from tracebacks, and from a new, empty study in place of a lost one."""
+    """Reports a lost database without a traceback, and does not create an empty one in its place."""
     folder = make_study(tmp_path, 1)
     study = Study(folder)
     (folder / "study.sqlite").unlink()
@@ -104,7 +104,7 @@ def test_a_lost_database_is_one_line(tmp_path: Path) -> None:
 
 
 def test_damaged_studies_are_refused(tmp_path: Path) -> None:
-    """Guards against a server that starts and fails at the first rater."""
+    """Refuses damaged studies at startup, not when the first rater arrives."""
     folder = make_study(tmp_path, 1)
     with pytest.raises(ValueError, match="holds no study"):
         Study(tmp_path)

@@ -1,4 +1,4 @@
-"""Designs of studies: balance, order, repeats and catch trials, counted one by one."""
+"""Study designs: balance, order, repeats and catch trials, counted one by one."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ settings = st.tuples(
 
 
 def main(trials: list[Trial]) -> list[Trial]:
-    """Trials without repeats and catch trials."""
+    """Trials that are neither repeats nor catch trials."""
     return [trial for trial in trials if trial.kind == "main"]
 
 
 @given(settings, st.integers(0, 4))
 def test_sides_are_balanced(settings: tuple[Any, ...], rater: int) -> None:
-    """Guards results from raters who prefer a side: each system of a pair is on the left as often as the other."""
+    """Guards against raters who favor a side: both systems of a pair are on the left equally often, up to rounding."""
     design = Design(*settings)
     lefts = Counter(trial.systems for trial in main(design.trials(rater)))
     for systems in lefts:
         if len(systems) == 2:
-            most = 1 if design.num_shown is None else 2  # where everything was shown, the count starts anew
+            most = 1 if design.num_shown is None else 2  # counting restarts once everything was shown
             assert abs(lefts[systems] - lefts[systems[::-1]]) <= most
 
 
 @given(settings)
 def test_raters_share_out_the_clips(settings: tuple[Any, ...]) -> None:
-    """Guards against clips that nobody sees: after any number of raters, all were seen equally often, give or take."""
+    """Prevents clips that nobody sees: together, raters see all clips equally often, give or take one."""
     design = Design(*settings)
     seen: Counter[tuple[int, frozenset[str]]] = Counter()
     for rater in range(5):
@@ -57,7 +57,7 @@ def test_raters_share_out_the_clips(settings: tuple[Any, ...]) -> None:
 
 
 def test_two_raters_see_both_sides() -> None:
-    """Guards against a clip that is always on the left: the next rater sees all pairs the other way round."""
+    """Prevents a clip from always being on the left: the next rater sees all pairs with sides swapped."""
     sides = [{(each.prompt, each.systems) for each in main(PAIRS.trials(rater))} for rater in range(3)]
     assert {(prompt, systems[::-1]) for prompt, systems in sides[0]} == sides[1]
     assert sides[0] == sides[2]
@@ -65,7 +65,7 @@ def test_two_raters_see_both_sides() -> None:
 
 @given(settings, st.integers(0, 3))
 def test_repeats_come_later_and_swapped(settings: tuple[Any, ...], rater: int) -> None:
-    """Guards the measure of a rater's constancy: the same clips a second time, on the other sides."""
+    """Guards the measure of a rater's consistency: repeats show the same clips later, with sides swapped."""
     design = Design(*settings)
     trials = design.trials(rater)
     repeats = [place for place, trial in enumerate(trials) if trial.kind == "repeat"]
@@ -77,7 +77,7 @@ def test_repeats_come_later_and_swapped(settings: tuple[Any, ...], rater: int) -
 
 @given(settings, st.integers(0, 3))
 def test_catch_trials_show_noise(settings: tuple[Any, ...], rater: int) -> None:
-    """Guards the check of attention: noise against one clip of the same prompt, never at the very beginning."""
+    """Guards the attention check: noise is compared with a clip of the same prompt, and is never the first trial."""
     design = Design(*settings)
     trials = design.trials(rater)
     catches = [trial for trial in trials if trial.kind == "catch"]
@@ -95,7 +95,7 @@ def test_catch_trials_show_noise(settings: tuple[Any, ...], rater: int) -> None:
 
 
 def test_order_follows_from_seed_and_rater() -> None:
-    """Guards resumed studies: the same trials again; others for another rater and another seed."""
+    """Guards resumed studies: trials are reproducible, and differ between raters and seeds."""
     assert PAIRS.trials(1) == PAIRS.trials(1)
     assert len({tuple(each) for each in (PAIRS.trials(0), PAIRS.trials(2), replace(PAIRS, seed=1).trials(0))}) == 3
 
@@ -104,6 +104,6 @@ def test_order_follows_from_seed_and_rater() -> None:
     "change", [{"num_prompts": 0}, {"systems": ("a",)}, {"num_shown": 0}, {"num_catches": -1}, {"num_repeats": -1}]
 )
 def test_impossible_designs_are_refused(change: dict[str, object]) -> None:
-    """Guards against studies that show nothing."""
+    """Refuses designs that cannot work, such as one without prompts."""
     with pytest.raises(ValueError, match="expected"):
         replace(PAIRS, **change)

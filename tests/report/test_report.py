@@ -1,4 +1,4 @@
-"""The report on prepared data: one page that is whole, safe and true, whatever the data holds or lacks."""
+"""The report on prepared data: one page that is complete, safe and correct, whatever the data holds or lacks."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def rows(self) -> dict[str, list[str]]:
-        """Rows of all tables by their first cell, the first of each name."""
+        """Rows of all tables by their first cell; the first row of a name wins."""
         return {row[0]: row[1:] for table in reversed(self.tables) for row in reversed(table)}
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with a small image tokenizer of random weights."""
+    """A bundle with a small, randomly initialized image tokenizer."""
     folder = tmp_path_factory.mktemp("tokenizer")
     config = replace(CogVideoConfig(), autoencoder=SMALL)
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def autoencoder(tokenizer: Path) -> Autoencoder:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Four small GIFs of a moving square; one caption is nasty, one clip has two."""
+    """Four small GIFs of a moving square; one caption is malicious, and one clip has two captions."""
     folder = tmp_path / "source"
     folder.mkdir()
     for number, (name, length) in enumerate(LENGTHS.items()):
@@ -138,7 +138,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tmp_path: Path, source: Path, tokenizer: Path, autoencoder: Autoencoder) -> Make:
-    """A dataset made with the shards' own functions, of the source unless `rows` are given."""
+    """Builds datasets with the real shard functions, from the source unless `rows` are given."""
 
     def build(
         rows: list[Row] | None = None,
@@ -200,7 +200,7 @@ def written(folder: Path, **options: Any) -> Page:
 
 
 def test_page_is_whole_and_needs_nothing_else(make: Make) -> None:
-    """Broken HTML, a picture or style from elsewhere, a script, or a page that a screen reader cannot use."""
+    """Catches broken HTML, external pictures or styles, scripts, and pages that a screen reader cannot use."""
     page = written(make())
     assert page.source.startswith("<!DOCTYPE html>")
     without_pictures = re.sub(r"data:image/webp;base64,[A-Za-z0-9+/=]+", "", page.source)
@@ -222,7 +222,7 @@ def test_page_is_whole_and_needs_nothing_else(make: Make) -> None:
 
 
 def test_counts_are_those_of_the_dataset(make: Make) -> None:
-    """A table that shows other numbers than the rows have: splits, lengths, rates, captions, attributes, codes."""
+    """Catches tables that disagree with the rows: splits, lengths, rates, captions, attributes, codes."""
     folder = make()
     dataset, page = Dataset(folder), written(folder)
     rows, shown = [dataset.row(number) for number in range(len(dataset))], page.rows()
@@ -255,7 +255,7 @@ def test_counts_are_those_of_the_dataset(make: Make) -> None:
 
 
 def test_words_are_counted_once_a_caption_without_function_words(make: Make) -> None:
-    """A word that is said twice counted twice, or `the` at the top of the list."""
+    """Counts a word once per caption, and leaves out function words such as `the`."""
     page = written(make())
     words = page.rows()
     assert words["moves"] == ["3"]
@@ -264,7 +264,7 @@ def test_words_are_counted_once_a_caption_without_function_words(make: Make) -> 
 
 
 def test_psnr_is_that_of_the_pictures(make: Make, autoencoder: Autoencoder) -> None:
-    """A PSNR between other frames than those shown, or of values that no viewer sees (below 0, above 1)."""
+    """Catches a PSNR of frames other than those shown, or of values outside [0, 1], which no viewer sees."""
     folder = make()
     page, values = written(folder), []
     items = {item.id: item for item in list_source(read_card(folder).source, SourceOptions()).items}
@@ -281,7 +281,7 @@ def test_psnr_is_that_of_the_pictures(make: Make, autoencoder: Autoencoder) -> N
 
 
 def test_users_texts_stay_texts(make: Make) -> None:
-    """A caption, attribute, name or reason that becomes an element, or ends one."""
+    """Prevents HTML injection through captions, attributes, names or reasons."""
     bad = "<img src=x onerror=alert(1)>"
     rejected = {"too <b>short": [(bad, f"detail {bad}")]}
     folder = make(rejected=rejected, origin=f"/nowhere/{bad}", place=f"/nothing/{bad}")
@@ -289,7 +289,7 @@ def test_users_texts_stay_texts(make: Make) -> None:
     page = written(folder)
     assert not page.all("script")
     assert not any("onerror" in attributes for _, attributes in page.elements)
-    assert len(page.all("b")) == 1  # of the page itself
+    assert len(page.all("b")) == 1  # the page's own
     plain = NASTY.replace("\x00", "").replace("\x1b", "␛")
     assert plain in page.text
     assert any(bad in cell for table in page.tables for row in table for cell in row)
@@ -309,7 +309,7 @@ EVERY_PART = """{% extends "page.html" %}
 
 
 def test_any_text_survives_escaping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A character that ends an attribute or element, or that no file can hold, in any place of the page."""
+    """Guards against characters that end an attribute or element, or that cannot be encoded, anywhere on the page."""
     template = environment().from_string(EVERY_PART)
     monkeypatch.setattr(page_module, "environment", lambda: Mock(get_template=lambda _: template))
 
@@ -328,7 +328,7 @@ def test_any_text_survives_escaping(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_long_texts_are_cut_where_they_say_least(make: Make) -> None:
-    """A caption of a million letters that makes the page a million letters long."""
+    """Keeps huge captions, ids and attributes from bloating the page."""
     assert len(shorten("x" * 10**6)) == 300
     assert middle("a" * 50 + "end", 20).endswith("end")
     assert len(middle("a" * 50, 20)) == 20
@@ -343,7 +343,7 @@ def codes(num_frames: int, seed: int = 0) -> np.ndarray:
 
 
 def test_missing_source_is_said(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    """A traceback, or a page that is silent, where the videos were moved: reconstructions can still be seen."""
+    """Reports moved videos on the page, without a traceback, and still shows reconstructions."""
     page = written(make(origin="/nowhere/clips"))
     assert "Not everything can be shown" in page.text
     assert "there is no /nowhere/clips" in page.text
@@ -355,7 +355,7 @@ def test_missing_source_is_said(make: Make, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("case", ["gone", "other", "no tokenizer", "damaged"])
 def test_missing_tokenizer_is_said(make: Make, tmp_path: Path, tokenizer: Path, case: str) -> None:
-    """Pictures decoded with another tokenizer than made the codes, or a traceback where there is none."""
+    """Prevents decoding with the wrong tokenizer, and reports one that is missing or damaged without a traceback."""
     place, sha256 = tmp_path / "other", ""
     if case == "no tokenizer":
         bundle.CogVideo(replace(CogVideoConfig(), autoencoder=SMALL)).save_pretrained(place)
@@ -378,7 +378,7 @@ def test_missing_tokenizer_is_said(make: Make, tmp_path: Path, tokenizer: Path, 
 
 
 def test_tokenizer_can_be_named(make: Make, tokenizer: Path) -> None:
-    """A moved bundle that cannot be used any more, or one of another hash that is used because it was named."""
+    """Lets users name the bundle if it was moved."""
     folder = make(place="/nowhere/bundle")
     page = written(folder, tokenizer=str(tokenizer))
     assert "Not everything can be shown" not in page.text
@@ -386,7 +386,7 @@ def test_tokenizer_can_be_named(make: Make, tokenizer: Path) -> None:
 
 
 def test_nothing_but_the_dataset(make: Make) -> None:
-    """An error where both source and tokenizer are gone: captions, lengths and codes are still there."""
+    """Shows captions and code statistics even if both source and tokenizer are gone."""
     page = written(make(origin="/nowhere/clips", place="/nowhere/bundle"))
     assert not page.all("img")
     assert "It moves" in page.text
@@ -394,7 +394,7 @@ def test_nothing_but_the_dataset(make: Make) -> None:
 
 
 def test_changed_clips_are_not_compared(make: Make, source: Path) -> None:
-    """A PSNR between frames of a clip that was replaced and codes of the old one; one that vanished; one that broke."""
+    """Prevents comparing a replaced clip with the codes of the old one, and reports clips that vanished or broke."""
     folder = make()
     (source / "a.gif").write_bytes((source / "c.gif").read_bytes())
     (source / "b.gif").unlink()
@@ -403,12 +403,12 @@ def test_changed_clips_are_not_compared(make: Make, source: Path) -> None:
     assert "the source has changed: it gives 6 frames, the dataset has 34" in page.text
     assert "the source no longer has this clip" in page.text
     assert "it can no longer be read" in page.text
-    assert page.text.count("dB") == 2  # the clip that is left, and the mean
+    assert page.text.count("dB") == 2  # the one clip that is left, and the mean
     assert len(page.all("img")) == 4
 
 
 def test_empty_dataset(make: Make) -> None:
-    """A division by zero or a missing bound where no clip is left."""
+    """Prevents a division by zero or a missing bound if no clip is left."""
     rejected = {"file is missing": [("a.mp4", "there is no a.mp4")], "too short": [("b.mp4", "1 frame")]}
     folder = make(rows=[], rejected=rejected)
     write_csv(folder, rejected)
@@ -420,7 +420,7 @@ def test_empty_dataset(make: Make) -> None:
 
 
 def test_dataset_without_shards(make: Make) -> None:
-    """The card of a source in which nothing could be listed."""
+    """Handles the card of a source in which no clip was found."""
     folder = make()
     card = read_card(folder)
     for path in folder.glob("shard-*"):
@@ -430,7 +430,7 @@ def test_dataset_without_shards(make: Make) -> None:
 
 
 def test_rejected_counts_and_examples(make: Make) -> None:
-    """Reasons with other counts than the card's, more examples than can be read, or a table that is not there."""
+    """Checks counts by reason against the card, limits examples, and reports a table that is missing or disagrees."""
     rejected = {
         "too short": [(f"clip {n}.mp4", "1 frame") for n in range(9)],
         "no caption": [('x, "y".mp4', "line\n2")],
@@ -453,7 +453,7 @@ def test_rejected_counts_and_examples(make: Make) -> None:
 
 
 def test_same_bytes_in_every_process(make: Make) -> None:
-    """Counts in an order that depends on the hash of texts, or a time or temporary name on the page."""
+    """Catches hash order, times and temporary names on the page."""
     folder = make()
     report(folder)
     first = (folder / "report.html").read_bytes()
@@ -466,7 +466,7 @@ def test_same_bytes_in_every_process(make: Make) -> None:
 
 
 def test_seed_chooses_clips(make: Make) -> None:
-    """The same clips for every seed, or more than were asked for."""
+    """Checks that the seed chooses the clips, and that no more are shown than requested."""
     folder = make()
     shown = set()
     for seed in range(6):
@@ -478,19 +478,19 @@ def test_seed_chooses_clips(make: Make) -> None:
 
 
 def test_large_datasets_are_sampled(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five million rows read one by one, or a sample that is not called one."""
+    """Keeps large datasets from being read row by row, and labels counts over a sample as such."""
     folder = make()
     monkeypatch.setattr(report_module, "NUM_ROWS", 2)
     page = written(folder, seed=3)
     assert "Counted over 2 of 4 clips, drawn at random (seed 3)." in page.text
-    assert page.rows()["train"][1] == str(read_card(folder).splits["train"])  # what the card knows stays exact
+    assert page.rows()["train"][1] == str(read_card(folder).splits["train"])  # figures from the card stay exact
     sample = take_sample(Dataset(folder), 3, 2)
     assert sample.num_rows == 2
     assert page.rows()["places counted"] == [f"{sample.codes.sum():,}"]
 
 
 def test_large_worlds_are_not_listed(make: Make, monkeypatch: pytest.MonkeyPatch, tokenizer: Path) -> None:
-    """Captions of five million clips made to show twelve."""
+    """Prevents listing all clips of a large World to show just a few."""
     rows = [Row(f"world/{index:06}", ("x",), {}, FPS, codes(33), "train") for index in (3, 4_999_999)]
     card = read_card(make(rows=rows, origin="world:5000000"))
     asked = []
@@ -507,7 +507,7 @@ def test_large_worlds_are_not_listed(make: Make, monkeypatch: pytest.MonkeyPatch
 
 
 def test_superres_originals_are_means_of_large_frames(make: Make, source: Path) -> None:
-    """A PSNR against frames that the encoder never saw: it saw means of frames in the size of super-resolution."""
+    """Prevents a PSNR against frames that the encoder never saw: it saw super-resolution frames averaged down."""
     card = read_card(make(high_grid=3 * GRID))
     item = next(item for item in list_source(str(source), SourceOptions()).items if item.id == "b.gif")
     large = read_item(item, replace(FRAMES, size=3 * SIZE)).frames.astype(np.float64)
@@ -516,7 +516,7 @@ def test_superres_originals_are_means_of_large_frames(make: Make, source: Path) 
 
 
 def test_settings_of_another_version(make: Make) -> None:
-    """A traceback where the card has settings that this version does not know, or lacks some."""
+    """Handles cards with unknown or missing settings without a traceback."""
     folder = make()
     card = read_card(folder)
     for changed in ({}, {"frames": 3}, {"frames": {"speed": 2}}, card.settings | {"source": None}):
@@ -535,13 +535,13 @@ def test_settings_of_another_version(make: Make) -> None:
 
 @pytest.mark.parametrize(("out", "message"), [("", "is a folder"), ("none/page.html", "there is no folder")])
 def test_places_that_cannot_be_written(make: Make, tmp_path: Path, out: str, message: str) -> None:
-    """A traceback, or minutes of work, before it is seen that the page has no place."""
+    """Refuses an invalid output path without a traceback."""
     with pytest.raises(ValueError, match=message):
         report(make(), out=tmp_path / out)
 
 
 def test_bad_input_is_one_line(tmp_path: Path, make: Make) -> None:
-    """A traceback for a folder without data, a damaged shard or a negative number."""
+    """Reports a folder without data, a damaged shard or a negative number without a traceback."""
     with pytest.raises(ValueError, match="not a complete dataset"):
         report(tmp_path)
     folder = make()
@@ -553,7 +553,7 @@ def test_bad_input_is_one_line(tmp_path: Path, make: Make) -> None:
 
 
 def test_old_page_stays_until_the_new_one_is_whole(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a page, or none, where a report is interrupted."""
+    """Keeps the old page if a report is interrupted."""
     folder = make()
     before = written(folder).source
     monkeypatch.setattr(report_module, "facts", lambda *_: 1 / 0)
@@ -566,7 +566,7 @@ def test_old_page_stays_until_the_new_one_is_whole(make: Make, monkeypatch: pyte
 @given(st.dictionaries(st.integers(0, 3000), st.integers(1, 500), min_size=1, max_size=60), st.integers(1, 40))
 @settings(max_examples=100, deadline=None)
 def test_ranges_hold_everything_once(counts: dict[int, int], limit: int) -> None:
-    """A length that is in no column or in two, or more columns than fit."""
+    """Catches lengths in no column or in two, and more columns than allowed."""
     found = ranges(Counter(counts), limit)
     assert len(found) <= limit
     assert sum(each.height for each in found) == sum(counts.values())
@@ -588,7 +588,7 @@ def test_ranges_hold_everything_once(counts: dict[int, int], limit: int) -> None
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=50).filter(any))
 @settings(max_examples=50, deadline=None)
 def test_every_code_has_one_frequency(counts: list[int]) -> None:
-    """Columns on the logarithmic scale that overlap or leave a gap."""
+    """Catches columns of the logarithmic scale that overlap or leave gaps."""
     columns = list(frequencies(np.array(counts, np.int64)))
     assert sum(each.height for each in columns) == len(counts)
     assert columns[0].height == counts.count(0)
@@ -596,21 +596,21 @@ def test_every_code_has_one_frequency(counts: list[int]) -> None:
 
 
 def test_words_of_any_language() -> None:
-    """A sentence without spaces as one word, or words cut at an apostrophe."""
+    """Splits text without spaces into characters, and does not split words at an apostrophe."""
     assert words_of("A dog's Ear, 3.5 re-opens_It") == ["a", "dog's", "ear", "3", "5", "re-opens", "it"]
     assert words_of("一只猫 runs") == ["一", "只", "猫", "runs"]
     assert words_of("Été à Ñandú") == ["été", "à", "ñandú"]
 
 
 def test_rates_of_any_base() -> None:
-    """A page that cannot be made because the base rate is no multiple of the usual rates."""
+    """Handles base rates that are not multiples of the usual rates."""
     assert training_rates(8.0).rates == (1.0, 2.0, 4.0, 8.0)
     assert training_rates(24.0).rates == (1.0, 2.0, 4.0, 8.0)
     assert training_rates(10.0).rates == (1.25, 2.5, 5.0, 10.0)
 
 
 def test_small_shares_are_not_zero() -> None:
-    """One rejected clip of a million shown as none."""
+    """Keeps one rejected clip in a million from being shown as none."""
     assert percent(1, 10**6) == "0.0001%"
     assert percent(0, 10) == "0.0%"
     assert percent(1, 0) == "0.0%"

@@ -1,4 +1,4 @@
-"""Comparison of variants: paired intervals, moments of comparison, and which runs are compared."""
+"""Comparison of variants: paired intervals, points of comparison, and which runs are compared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def curve(*points: tuple[int, float]) -> Curve:
 
 
 def coverage(half: float, freedom: int, parts: int = 20_000) -> float:
-    """Probability that Student's t lies within `half` of zero, by the rectangle rule."""
+    """Probability that Student's t lies within `half` of zero, by the midpoint rule."""
     width = 2 * half / parts
     scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
     middles = (-half + (number + 0.5) * width for number in range(parts))
@@ -30,7 +30,7 @@ def coverage(half: float, freedom: int, parts: int = 20_000) -> float:
 
 @pytest.mark.parametrize("count", range(2, 11))
 def test_paired_intervals_hold_95_percent(count: int) -> None:
-    """Guards the intervals over seeds, against an integral of the density."""
+    """Checks the intervals over seeds against an integral of the density."""
     values = [0.3 + 0.1 * (number * number % 7) for number in range(count)]
     found = paired(values)
     assert found is not None
@@ -42,13 +42,13 @@ def test_paired_intervals_hold_95_percent(count: int) -> None:
 
 
 def test_one_seed_has_no_interval() -> None:
-    """Guards against an interval from nothing."""
+    """Prevents intervals from fewer than two seeds."""
     assert paired([]) is None
     assert paired([1.0]) is None
 
 
 def walked(line: Curve, pace: float, moment: float) -> float:
-    """The value of a curve at a moment, point by point."""
+    """The value of a curve at a moment, interpolated point by point."""
     points = [(step * pace, value) for step, value in zip(*line, strict=True)]
     if moment <= points[0][0]:
         return points[0][1]
@@ -60,7 +60,7 @@ def walked(line: Curve, pace: float, moment: float) -> float:
 
 @pytest.mark.parametrize("paces", [(1.0, 1.0), (2.0, 3.0), (3.0, 0.5), (1.0, 20.0)])
 def test_curves_are_compared_where_both_have_arrived(paces: tuple[float, float]) -> None:
-    """Guards equal samples and equal time: no curve is followed beyond its end, and none is cut short."""
+    """Checks comparisons at equal samples and equal time: at the last moment that both curves reach."""
     one = curve((10, 5.0), (20, 3.0), (30, 2.5))
     other = curve((15, 6.0), (30, 4.0), (45, 1.0))
     moment = min(30 * paces[0], 45 * paces[1])
@@ -69,7 +69,7 @@ def test_curves_are_compared_where_both_have_arrived(paces: tuple[float, float])
 
 
 def test_runs_are_compared_with_the_full_system_of_their_seed(tmp_path: Path) -> None:
-    """Guards the pairs: other seeds do not count, and neither do figures that the full system does not have."""
+    """Checks the pairs: only the full system of the same seed counts, and only figures that it has."""
     experiment = Experiment(tmp_path, Ablation(seeds=2), StageOptimization(seed=5), "cpu")
     slow, name = curve((1, 4.0), (2, 3.0)), "sequential, 1 fps"
     lines = {

@@ -1,4 +1,4 @@
-"""The page of a fine-tuning: what it advises for clips that look bad."""
+"""The report on fine-tuning: its advice for clips that look bad."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cogvideo.training.finetune import Finetuning
 
 
 def run(stage: str, figure: str, last: float, held_out: list[float]) -> Run:
-    """A run of 30 steps, with the last figure of training and three of held-out clips."""
+    """A run of 30 steps with the given last figure of training, and three of held-out clips."""
     steps = np.array([10, 20, 30])
     figures = {figure: Curve(steps, np.array([1.0, 1.0, last]))}
     return Run(Path(), stage, stage, 30, {}, figures, {}, Curve(steps, np.array(held_out)), True, 1.0, None)
@@ -30,19 +30,19 @@ def run(stage: str, figure: str, last: float, held_out: list[float]) -> Run:
     ],
 )
 def test_advice(psnr: float, loss: float, held_out: list[float], has_adapters: bool, advised: str) -> None:
-    """Guards users from advice that is wrong for what they see: adapters that learned nothing, or a tokenizer that
-    blurs nothing but the one clip that was held out."""
+    """Prevents advice that does not fit the symptoms, such as adapters that learned nothing, or a tokenizer that blurs
+    only the one held-out clip."""
     runs = [run("tokenizer", "psnr", psnr, [20.0, 19.0, 18.0]), run("image", "loss", loss, held_out)]
     settings = Finetuning(lora=8 if has_adapters else None)
     assert advised in advice(runs, [{"notes": []}], settings)
 
 
 def test_captions_come_first() -> None:
-    """Guards clips without captions from more training."""
+    """Recommends captions before more training if clips have none."""
     assert "write captions" in advice([], [{"notes": ["no caption"]}], Finetuning())
 
 
 def test_advice_names_the_option_that_set_the_length() -> None:
-    """Guards users of --steps from the advice to change --minutes, which they did not set."""
+    """Prevents advice to change --minutes for users who set --steps."""
     assert "`--minutes`" in advice([], [{"notes": []}], Finetuning())
     assert "`--steps`" in advice([], [{"notes": []}], Finetuning(steps=9))

@@ -1,4 +1,4 @@
-"""Reports of studies, from answers that are known."""
+"""Reports of studies, from known answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRADES = {"a": 4, "b": 2, NOISE: 1}
 
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short bootstraps."""
+    """Shorten bootstraps."""
     monkeypatch.setattr(preferences, "NUM_DRAWS", 50)
 
 
@@ -29,7 +29,7 @@ def results(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
 
 
 def answer_all(folder: Path, rater: int, careless: bool = False) -> None:
-    """Answer every trial by the letters of the systems; the careless one always takes the left clip or grade 3."""
+    """Answer every trial: a before b before noise; a careless rater always picks the left clip or grade 3."""
     study = Study(folder)
     study.add_raters(rater + 1)
     for place, trial in enumerate(study.design.trials(rater)):
@@ -44,7 +44,7 @@ def answer_all(folder: Path, rater: int, careless: bool = False) -> None:
 
 
 def test_preferences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the figures: who is preferred, who failed, and what changes without them."""
+    """Checks the figures: which system is preferred, which raters failed, and what changes without them."""
     folder = make_study(tmp_path, 6, "--catches", "3", "--repeats", "2", "--questions", "axes")
     answer_all(folder, 0)
     answer_all(folder, 1, careless=True)
@@ -59,8 +59,8 @@ def test_preferences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert f"all raters, {question}: share a > b 75.0% (46.8% to 91.1%), 12 answers" in printed
     page = (folder / "report.html").read_text()
     assert "Raters who failed catch trials: 2." in page
-    assert "2 of 2" in page  # the careful one answered repeats as before
-    assert "0 of 2" in page  # the other one took the left clip again
+    assert "2 of 2" in page  # the careful rater answered repeats consistently
+    assert "0 of 2" in page  # the careless one picked the left clip again
     with (folder / "answers.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 11 * 3
@@ -87,7 +87,7 @@ def test_a_rater_who_met_no_catch_trial_has_not_passed(tmp_path: Path, capsys: p
 
 
 def test_grades(tmp_path: Path) -> None:
-    """Guards the four questions of the paper: means, the best system, preferences that follow from grades."""
+    """Checks the four questions of the paper: mean grades, the best system, and preferences derived from grades."""
     folder = make_study(tmp_path, 4, "--catches", "1", "--repeats", "1", "--questions", "paper")
     answer_all(folder, 0)
     answer_all(folder, 1)
@@ -104,10 +104,7 @@ def test_grades(tmp_path: Path) -> None:
 
 
 def test_one_answer_is_enough(tmp_path: Path) -> None:
-    """Guards reports while raters are at work: a single answer has shares, and no intervals that promise more.
-
-    The same answers give the same bytes.
-    """
+    """Reports an ongoing study: one answer gives shares but no interval of strength, and always the same bytes."""
     folder = make_study(tmp_path, 1, "--catches", "0")
     study = Study(folder)
     study.add_raters(1)

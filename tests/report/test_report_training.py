@@ -1,4 +1,4 @@
-"""The report on training runs: every figure and every point of a curve is that of the files, in whatever state."""
+"""The report on training runs: all figures and curves match the files, whatever state these are in."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NASTY = "<script>alert('x')</script>&\"quoted\""
 
 
 class Plot:
-    """A plot as a reader sees it: its points are read off by the labels of its axes."""
+    """A plot as a reader sees it: points are read off by the axis labels."""
 
     def __init__(self, panel: str) -> None:
         svg = ElementTree.fromstring(re.search(r"<svg.*?</svg>", panel, re.DOTALL)[0].replace("xlink:", ""))
@@ -69,7 +69,7 @@ class Plot:
         self.num_dots = len(list(svg.iter("use")))
 
     def read(self, path: str) -> np.ndarray:
-        """Steps and values of the points of a path."""
+        """Steps and values of a path's points."""
         pairs = [(float(x), float(y)) for x, y in re.findall(r"(-?[\d.]+) (-?[\d.]+)", path)]
         return np.array([[along(x, self.across), self.height(y)] for x, y in pairs])
 
@@ -79,7 +79,7 @@ class Plot:
         return math.exp(along(at, [(each, math.log(figure)) for each, figure in self.up]))
 
     def assert_is(self, name: str, kind: str, steps: Iterable[float], values: Iterable[float]) -> None:
-        """A line goes through these points and ends in them, as exactly as can be seen."""
+        """Assert that a line passes through these points and starts and ends there, to visible precision."""
         points, steps, values = self.lines[name][kind], np.array(list(steps)), np.array(list(values))
         np.testing.assert_allclose(points[[0, -1], 0], steps[[0, -1]], atol=1e-3 * steps.max())
         heights = np.interp(steps, points[:, 0], points[:, 1])
@@ -99,7 +99,7 @@ def along(at: float, ticks: list[tuple[float, float]]) -> float:
 
 
 def plots(page: Page, section: str) -> dict[str, Plot]:
-    """Of a section, by their headings."""
+    """Plots of a section, by heading."""
     return {
         html.unescape(title): Plot(panel)
         for title, panel in re.findall(r"<h3>([^<]*)</h3>(.*?\n</div>)", part(page, section), re.DOTALL)
@@ -121,7 +121,7 @@ def make_run(
     finished: bool = False,
     **settings: Any,
 ) -> Path:
-    """A run's folder in the format of its own class; `rows` as the recorder takes them."""
+    """A run's folder, written by `RunFolder`; `rows` are in the format that it records."""
     run = RunFolder(folder)
     identity = {"stage": stage, "optimization": {"steps": steps, "batch": 16} | settings, "from": "model", "data": "ab"}
     run.claim(identity)
@@ -173,7 +173,7 @@ def number(text: str) -> float:
 
 @pytest.fixture(scope="module")
 def real(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a bundle in which the sequential stage and a tokenizer were trained, for a few steps."""
+    """A folder of bundles in which the sequential stage and a tokenizer were trained for a few steps."""
     folder = tmp_path_factory.mktemp("real")
     make_bundle(folder / "start", train_text_model())
     make_data(folder / "data", folder / "start")
@@ -192,7 +192,7 @@ def real(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPa
 def test_a_real_run_is_shown_as_it_is_in_its_files(
     real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards every figure of a run that the program itself made: table, curves, held-out losses, settings, sheet."""
+    """Checks every figure of a real training run: table, curves, held-out losses, settings, contact sheet."""
     capsys.readouterr()
     assert main(["train", "report", str(real / "model"), "--out", str(tmp_path / "page.html")]) == 0
     assert capsys.readouterr().out == f"written: {tmp_path / 'page.html'}, with 1 run\n"
@@ -235,7 +235,7 @@ def test_a_real_run_is_shown_as_it_is_in_its_files(
 
 
 def test_a_tokenizer_is_judged_by_its_quality(real: Path, tmp_path: Path) -> None:
-    """Guards runs without one loss: PSNR in its place, the highest is best."""
+    """Checks runs without a single loss: PSNR takes its place, and the highest is best."""
     page, run = written(tmp_path / "page.html", real / "codes"), real / "codes" / ".tokenizer-run"
     rows, report = lines(run), json.loads((run / "report.json").read_text())
     trained, held_out = [each for each in rows if "psnr" in each], [each for each in rows if "held_out" in each]
@@ -255,7 +255,7 @@ def test_a_tokenizer_is_judged_by_its_quality(real: Path, tmp_path: Path) -> Non
 
 
 def test_page_is_whole_and_needs_nothing_else(real: Path, tmp_path: Path) -> None:
-    """Broken HTML, a script, picture, style or font from elsewhere, or pictures that nobody describes."""
+    """Catches broken HTML, scripts, external pictures, styles or fonts, and pictures without a description."""
     page = written(tmp_path / "page.html", real)
     assert {name for _, name in overview(page)} == {"sequential", "tokenizer"}
     without_pictures = re.sub(r"data:image/webp;base64,[A-Za-z0-9+/=]+", "", page.source)
@@ -273,7 +273,7 @@ def test_page_is_whole_and_needs_nothing_else(real: Path, tmp_path: Path) -> Non
 
 
 def test_same_bytes_in_every_process(real: Path, tmp_path: Path) -> None:
-    """A time, a temporary name or an order that depends on hashes on the page; the command as users call it."""
+    """Catches times, temporary names and hash order on the page; runs the command the way users do."""
     training((real,), out=tmp_path / "one.html")
     command = [sys.executable, "-m", "cogvideo", "train", "report", str(real), "--out", "other.html"]
     environment = ENVIRONMENT | {"PYTHONHASHSEED": "7"}
@@ -282,11 +282,11 @@ def test_same_bytes_in_every_process(real: Path, tmp_path: Path) -> None:
     assert (tmp_path / "other.html").read_bytes() == (tmp_path / "one.html").read_bytes()
 
 
-# Several runs
+# Multiple runs
 
 
 def test_runs_of_a_stage_share_plots_and_stages_do_not(tmp_path: Path) -> None:
-    """Losses of different stages in one plot, or curves that have the name or colour of another run."""
+    """Catches plots that mix stages, and curves with the name or color of another run."""
     losses = {"a": 3.0, "b": 2.5, "c": 2.0}
     for number, (name, loss) in enumerate(losses.items()):
         rows = [row(step, loss + 4 / step) for step in range(10, 20 * number + 40, 10)]
@@ -305,7 +305,7 @@ def test_runs_of_a_stage_share_plots_and_stages_do_not(tmp_path: Path) -> None:
 
 
 def test_a_colour_stays_with_its_run(tmp_path: Path) -> None:
-    """A run without a figure that shifts the colours of others; a ninth run that cannot be told from the first."""
+    """Catches runs without a figure that shift the colors of others, and a ninth run that looks like the first."""
     for number in range(10):
         rows = [row(10, 3.0), held(10, r2_fps=3.0) if number == 9 else row(20, 2.9)]
         make_run(tmp_path / f"run-{number}" / ".sequential-run", rows)
@@ -317,7 +317,7 @@ def test_a_colour_stays_with_its_run(tmp_path: Path) -> None:
 
 
 def test_held_out_losses_by_rate_and_their_mean(tmp_path: Path) -> None:
-    """A best step that is that of one frame rate, a mean over other rates, or the last of two equal ones."""
+    """Catches a best step that is not that of the mean over all frame rates, or is the last of two equal ones."""
     rows = [held(10, r1_fps=3.0, r2_fps=5.0), held(20, r1_fps=2.0, r2_fps=4.0), held(30, r1_fps=1.0, r2_fps=5.0)]
     page = written(tmp_path / "page.html", make_run(tmp_path / ".sequential-run", [row(10, 4.0), *rows]))
     (shown,) = overview(page).values()
@@ -331,7 +331,7 @@ def test_held_out_losses_by_rate_and_their_mean(tmp_path: Path) -> None:
 
 
 def test_what_differs_is_told(tmp_path: Path) -> None:
-    """Runs compared without a word about what was compared, or settings that are equal among those that differ."""
+    """Lists exactly the settings in which compared runs differ, or states that there are none."""
     make_run(tmp_path / "a" / ".sequential-run", learning_rate=3e-4, seed=0)
     make_run(tmp_path / "b" / ".sequential-run", learning_rate=1e-4, seed=0, ema=0.9)
     page = written(tmp_path / "page.html", tmp_path)
@@ -345,7 +345,7 @@ def test_what_differs_is_told(tmp_path: Path) -> None:
 
 
 def test_a_run_is_shown_once(tmp_path: Path) -> None:
-    """A run that is named itself, in its bundle, in the folder above and by a link, as four runs."""
+    """Shows a run once, even if given directly, by its bundle, by the folder above and by a symlink."""
     run = make_run(tmp_path / "all" / "model" / ".sequential-run", [row(10, 3.0)])
     (tmp_path / "link").symlink_to(run)
     page = written(tmp_path / "page.html", run, run.parent, run.parents[1], tmp_path / "link", run)
@@ -353,7 +353,7 @@ def test_a_run_is_shown_once(tmp_path: Path) -> None:
 
 
 def test_names_tell_runs_apart(tmp_path: Path) -> None:
-    """Two runs of one name; and a name that has to be long because another stage has the same."""
+    """Prevents two runs of the same name; a run of another stage in the same bundle does not make names longer."""
     for path in ("x/model/.sequential-run", "y/model/.sequential-run"):
         make_run(tmp_path / path)
     page = written(tmp_path / "page.html", tmp_path / "x", tmp_path / "y")
@@ -364,7 +364,7 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
 
 
 def test_users_texts_stay_texts(tmp_path: Path) -> None:
-    """The name of a folder, frame rate, figure or setting that becomes an element."""
+    """Prevents HTML injection through names of folders, frame rates, figures or settings."""
     name = NASTY.replace("/", "")
     rows = [row(10, 3.0, **{NASTY: 1.0, "frame_1": 2.0}), {"step": 10, "held_out": {NASTY: {"loss": 2.0}}}]
     make_run(tmp_path / name / ".sequential-run", rows, **{NASTY: NASTY})
@@ -380,7 +380,7 @@ def test_users_texts_stay_texts(tmp_path: Path) -> None:
 
 
 def test_long_runs_are_small_quick_and_keep_what_stands_out(tmp_path: Path) -> None:
-    """A page of a hundred thousand points a curve, minutes to make one, or a spike of one step that vanishes."""
+    """Keeps pages of long runs small and quick to generate, without losing a spike of a single step."""
     generator, num = np.random.default_rng(0), 100_000
     losses = 2 + 3 * np.exp(-np.arange(num) / 2e4) + generator.normal(0, 0.1, num)
     losses[61_803] = 9.5
@@ -391,7 +391,7 @@ def test_long_runs_are_small_quick_and_keep_what_stands_out(tmp_path: Path) -> N
     assert len([json.loads(line) for line in (run / "metrics.jsonl").open()]) == num
     clocks.append(time.process_time())
     page = written(tmp_path / "page.html", run)
-    assert time.process_time() - clocks[1] < 50 * (clocks[1] - clocks[0])  # usually 5 times
+    assert time.process_time() - clocks[1] < 50 * (clocks[1] - clocks[0])  # usually 5 times as long
     assert len(page.source) < 200_000
     plot = plots(page, "sequential")["Loss"]
     thin, thick = plot.lines[tmp_path.name]["thin"], plot.lines[tmp_path.name]["thick"]
@@ -399,7 +399,7 @@ def test_long_runs_are_small_quick_and_keep_what_stands_out(tmp_path: Path) -> N
     peak = thin[thin[:, 1].argmax()]
     np.testing.assert_allclose(peak, [61_804, 9.5], rtol=3e-3)
     assert "mean over 2,000 steps" in plot.caption
-    for step, height in thick[::50]:  # of steps at most 1,000 away
+    for step, height in thick[::50]:  # mean of steps at most 1,000 away
         near = losses[max(round(step) - 1001, 0) : round(step) + 1000]
         assert height == pytest.approx(near.mean(), abs=0.05)
     np.testing.assert_allclose(thick[[0, -1], 0], [1, num], atol=100)
@@ -408,7 +408,7 @@ def test_long_runs_are_small_quick_and_keep_what_stands_out(tmp_path: Path) -> N
 @given(st.lists(st.tuples(st.integers(0, 500), st.floats(-1e3, 1e3)), min_size=1, max_size=80), st.integers(1, 300))
 @settings(max_examples=100, deadline=None)
 def test_running_mean_is_that_of_the_points_near(points: list[tuple[int, float]], window: int) -> None:
-    """A mean over points that are further away, or over equally many points where runs report unequally often."""
+    """Catches means over points outside the window, or over a fixed number of points regardless of their spacing."""
     points.sort()
     steps, heights = zip(*points, strict=True)
     means = running_mean(Curve(np.array(steps), np.array(heights)), window).values
@@ -421,14 +421,14 @@ def test_running_mean_is_that_of_the_points_near(points: list[tuple[int, float]]
 @settings(max_examples=30, deadline=None)
 @example([1e-38, 3e38], False)
 def test_axes_of_any_values(heights: list[float], from_zero: bool) -> None:
-    """Values that end the page, or an axis without labels."""
+    """Guards against values that crash the page, and axes without labels."""
     curve = Curve(np.arange(len(heights)), np.array(heights))
     panel = curves("image", "Loss", {RunName("a", 0): curve}, from_zero=from_zero)
     assert panel.svg.count("text-anchor: end") >= 1
 
 
 def test_axes_by_what_they_show(tmp_path: Path) -> None:
-    """Speeds on an axis that does not begin at zero; gradients from 0.01 to 100 on a linear one."""
+    """Starts axes of speeds at zero, and shows gradient norms from 0.01 to 100 on a logarithmic one."""
     norms = [100.0, 10.0, 0.5, 0.01]
     rows = [row(10 * place, 3.0, gradient_norm=norm) for place, norm in enumerate(norms, 1)]
     drawn = plots(written(tmp_path / "page.html", make_run(tmp_path / ".image-run", rows, "image")), "image")
@@ -439,7 +439,7 @@ def test_axes_by_what_they_show(tmp_path: Path) -> None:
 
 
 def test_figures_that_are_none_are_left_out(tmp_path: Path) -> None:
-    """A diverged figure that makes an axis without ends, or is drawn at zero."""
+    """Leaves out NaN and infinity, which would break the axis or be drawn at zero."""
     rows = [row(10, 3.0), row(20, math.nan), row(30, math.inf), row(40, 2.0)]
     page = written(tmp_path / "page.html", make_run(tmp_path / ".image-run", rows, "image"))
     plots(page, "image")["Loss"].assert_is(tmp_path.name, "thick", [10, 40], [3, 2])
@@ -449,7 +449,7 @@ def test_figures_that_are_none_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_is_shown_as_far_as_it_went(tmp_path: Path) -> None:
-    """A traceback at a half-written line, or a run that is called finished although it is not."""
+    """Handles a half-written line without a traceback, and does not call the run finished."""
     run = make_run(tmp_path / ".sequential-run", [row(10, 3.0), row(20, 2.5)])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "lo')
@@ -462,7 +462,7 @@ def test_a_killed_run_is_shown_as_far_as_it_went(tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
-    """A division by zero, or an axis of nothing, before the first line; and with one line alone."""
+    """Prevents a division by zero or an empty axis before the first line, and with a single line."""
     run = make_run(tmp_path / ".sequential-run")
     page = written(tmp_path / "page.html", run)
     (shown,) = overview(page).values()
@@ -475,7 +475,7 @@ def test_a_run_that_has_just_begun(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_takes_what_its_report_says(tmp_path: Path) -> None:
-    """Time of the last line in place of the whole run's, or memory in another unit."""
+    """Takes time and memory from the report of a finished run, not from its last line."""
     rows = [row(100, 3.0), held(100, rall=2.5)]
     page = written(tmp_path / "page.html", make_run(tmp_path / ".image-run", rows, "image", finished=True))
     (shown,) = overview(page).values()
@@ -484,7 +484,7 @@ def test_a_finished_run_takes_what_its_report_says(tmp_path: Path) -> None:
 
 
 def test_the_last_contact_sheet_is_shown(tmp_path: Path) -> None:
-    """An older sheet, one that is last by name but not by number, or one so large that nobody can load the page."""
+    """Shows the sheet of the highest step, not the last by name, and shrinks it to keep the page small."""
     run = make_run(tmp_path / ".image-run", [row(10, 3.0)], "image")
     (run / "samples").mkdir()
     for step, colour in ((99_999_999, 10), (100_000_000, 200)):
@@ -517,7 +517,7 @@ def test_the_last_contact_sheet_is_shown(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_files_are_named_in_one_line(tmp_path: Path, file: str, content: bytes, message: str) -> None:
-    """A traceback, or an error that does not say which of many files it is; and a page that is replaced by none."""
+    """Names the damaged file in one line, without a traceback, and keeps the old page."""
     run = make_run(tmp_path / ".image-run", [row(10, 3.0)], "image")
     before = written(tmp_path / "page.html", tmp_path).source
     (run / file).parent.mkdir(exist_ok=True)
@@ -530,7 +530,7 @@ def test_damaged_files_are_named_in_one_line(tmp_path: Path, file: str, content:
 
 
 def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No page at all for the sake of one file."""
+    """Leaves out a damaged run with a warning instead of failing."""
     runs = [make_run(tmp_path / name / ".image-run", [row(10, 3.0)], "image") for name in "ab"]
     (runs[0] / "report.json").write_text("{")
     assert len(overview(written(tmp_path / "page.html", *runs))) == 1
@@ -543,13 +543,13 @@ def cut(png: bytes) -> bytes:
 
 
 def with_another_length(png: bytes) -> bytes:
-    """Of the pixels' chunk, which Pillow calls a SyntaxError."""
+    """Corrupt the length of the pixel chunk, for which Pillow raises a SyntaxError."""
     return png[:35] + b"\0\x20" + png[37:]
 
 
 @pytest.mark.parametrize("damage", [cut, with_another_length])
 def test_damaged_pictures_are_named(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    """Half a contact sheet, or one with a changed byte, neither of which its header tells."""
+    """Detects truncated and corrupted contact sheets whose headers are intact."""
     run = make_run(tmp_path / ".image-run", [row(10, 3.0)], "image")
     sheet = run / "samples" / "step-00000010.png"
     sheet.parent.mkdir()
@@ -560,7 +560,7 @@ def test_damaged_pictures_are_named(tmp_path: Path, damage: Callable[[bytes], by
 
 
 def test_old_page_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
-    """A page that is written over the old one, so that a reader or a full disk has half of each."""
+    """Replaces the page atomically, so that an open reader or a full disk never has half of it."""
     out, run = tmp_path / "page.html", make_run(tmp_path / ".image-run", stage="image")
     before = written(out, run).source
     (tmp_path / "opened.html").hardlink_to(out)
@@ -571,7 +571,7 @@ def test_old_page_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
 
 
 def test_folders_without_runs(tmp_path: Path) -> None:
-    """An empty page, or an error that does not say what was expected."""
+    """Refuses folders without runs and invalid output paths, with an error that says why."""
     (tmp_path / "empty").mkdir()
     run = make_run(tmp_path / "model" / ".image-run", stage="image")
     for folder, message in (("empty", "there is no run in"), ("nowhere", "there is no folder")):

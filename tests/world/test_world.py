@@ -1,4 +1,4 @@
-"""The World: clips that depend on their number alone, true captions, held-out pairs, antialiased frames."""
+"""The World: clips determined by their number alone, true captions, held-out pairs, antialiased frames."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cogvideo.world.scenes import held_out_action, held_out_color
 
 MANY = 2_000
 STILL = world.Scene(0, "ball", "red", "large", "vanish", "right", "slowly", "gray", "soft", 0.0, 0.0, "right")
-"""A figure that stands at (0.52, GROUND) when it ends."""
+"""A scene whose figure stands at (0.52, GROUND) at the end."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def scenes() -> list[world.Scene]:
 
 
 def one(action: str, **changes: Any) -> world.Scene:
-    """A scene with an action, in its first direction and relation unless `changes` says otherwise."""
+    """A scene with an action, in its first direction and relation unless `changes` override them."""
     act = world.ACTS[action]
     two = ("box", "blue", act.relations[0]) if act.relations else ("", "", "")
     values = {"action": action, "direction": act.directions[0], "object": "fish"}
@@ -42,15 +42,15 @@ def one(action: str, **changes: Any) -> world.Scene:
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> float:
-    """The share of pixels that differ visibly."""
+    """Share of pixels that differ visibly."""
     return float((np.abs(one.astype(int) - other).max(-1) > 24).mean())
 
 
-# A clip is its number
+# Determinism
 
 
 def fingerprint() -> str:
-    """Scenes, words and pixels of some clips."""
+    """A hash of the scenes, captions and pixels of some clips."""
     parts = [f"{each} {world.captions(each)} {world.attributes(each)}".encode() for each in map(world.scene, range(99))]
     return hashlib.sha256(
         b"".join([*parts, *(world.render(world.scene(i), 48).tobytes() for i in range(5))])
@@ -58,7 +58,7 @@ def fingerprint() -> str:
 
 
 def test_another_process_draws_the_same() -> None:
-    """Guards against hash seeds, global random states and caches that decide what a clip shows."""
+    """Catches clips that depend on hash seeds, global random state or caches."""
     code = "import numpy, test_world; numpy.random.seed(7); print(test_world.fingerprint())"
     here = Path(__file__).parent
     result = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, timeout=300)
@@ -66,14 +66,13 @@ def test_another_process_draws_the_same() -> None:
 
 
 def test_numbers_keep_their_clips() -> None:
-    """Guards against a change of vocabulary or draws that silently changes what recipes were trained on."""
+    """Catches changes in vocabulary or sampling that silently alter the data that recipes were trained on."""
     text = "\n".join(f"{world.scene(index)} {world.captions(world.scene(index))}" for index in range(500))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "9fd7b4b40df475b4"
 
 
 def test_simple_scenes_are_a_part_of_the_world() -> None:
-    """Guards the rule of the simple domain: one large figure in the middle, few kinds of all, and no picture in two
-    splits."""
+    """Checks the simple domain: one large figure in the middle, few values per attribute, no scene in two splits."""
     scenes = [world.scene(index, "simple") for index in range(3000)]
     simple = world.DOMAINS["simple"]
     for scene in scenes:
@@ -92,7 +91,7 @@ def test_simple_scenes_are_a_part_of_the_world() -> None:
 
 
 def test_the_order_of_rendering_does_not_matter() -> None:
-    """Guards against a clip that leaves traces in a cached background."""
+    """Catches clips that modify a cached background."""
     first, before = world.render(world.scene(3)), {name: background(name, 64).copy() for name in world.PLACES}
     for index in range(20):
         world.render(world.scene(index))
@@ -104,7 +103,7 @@ def test_the_order_of_rendering_does_not_matter() -> None:
 
 
 def test_every_attribute_is_drawn_everywhere(scenes: list[world.Scene]) -> None:
-    """Guards against a value that never occurs, or so rarely that nobody can learn it."""
+    """Catches attribute values that never occur, or too rarely to be learned."""
     vocabularies = {
         "object": world.OBJECTS,
         "colour": tuple(world.COLORS),
@@ -122,7 +121,7 @@ def test_every_attribute_is_drawn_everywhere(scenes: list[world.Scene]) -> None:
 
 @pytest.mark.parametrize("index", range(0, 40, 4))
 def test_sizes_show_the_same_picture(index: int) -> None:
-    """Guards against aliasing and shapes that depend on the resolution: 192 averaged by 3 is 64."""
+    """Guards against aliasing and resolution-dependent shapes: 192 pixels averaged down by 3 match 64."""
     small, large = (world.render(world.scene(index), size, 2, 9).astype(float) for size in (64, 192))
     averaged = large.reshape(9, 64, 3, 64, 3, 3).mean((2, 4))
     difference = np.abs(averaged - small)
@@ -131,13 +130,13 @@ def test_sizes_show_the_same_picture(index: int) -> None:
 
 
 def test_edges_are_soft() -> None:
-    """Guards against coverage that is all or nothing: motion by a fraction of a pixel must show."""
+    """Guards against hard edges: motion by a fraction of a pixel must be visible."""
     values = np.unique(world.render(replace(STILL, shading="outlined"))[-1, :, :, 1])
     assert len(values) > 60
 
 
 def test_frames_belong_to_times() -> None:
-    """Guards against frames that depend on how many others are rendered: all rates sample one motion."""
+    """Catches frames that depend on how many others are rendered: all rates sample the same motion."""
     for index in (0, 1, 2, 17, 40):
         scene = world.scene(index)
         full = world.render(scene)
@@ -150,7 +149,7 @@ def test_frames_belong_to_times() -> None:
 
 @pytest.mark.parametrize("colour", world.COLORS)
 def test_colours_look_like_their_names(colour: str) -> None:
-    """Guards against shading, outline or a wrong table that makes a colour look like another."""
+    """Catches shading, outlines or a wrong table that make one color look like another."""
     for shading in world.SHADINGS:
         frame = world.render(replace(STILL, object="heart", colour=colour, shading=shading), 96)[-1].astype(int)
         heart = frame[np.abs(frame - background("gray", 96)[0]).max(-1) > 24]
@@ -159,7 +158,7 @@ def test_colours_look_like_their_names(colour: str) -> None:
 
 
 def test_figures_are_told_from_each_other_and_from_the_background() -> None:
-    """Guards against two objects that look alike, and against one that is not drawn."""
+    """Catches objects that look alike or are not drawn."""
     last = {name: world.render(replace(STILL, object=name))[-1] for name in world.OBJECTS}
     empty = background("gray", 64)[0]
     assert all(apart(frame, empty) > 0.04 for frame in last.values())
@@ -168,7 +167,7 @@ def test_figures_are_told_from_each_other_and_from_the_background() -> None:
 
 
 def test_no_colour_is_lost_before_its_background(scenes: list[world.Scene]) -> None:
-    """Guards against white on snow."""
+    """Prevents scenes such as white on snow, two figures of one color or kind, and objects unfit for the action."""
     for scene in scenes:
         clashes = world.PLACES[scene.background].clashes
         assert scene.colour not in clashes
@@ -183,7 +182,7 @@ def test_no_colour_is_lost_before_its_background(scenes: list[world.Scene]) -> N
 
 @pytest.mark.parametrize("action", world.ACTS)
 def test_actions_fill_the_clip_in_phases(action: str) -> None:
-    """Guards against actions that are over early, stand still or return to where they were."""
+    """Catches actions that end early, stand still or return to where they were."""
     frames = world.render(one(action))
     for first, second in itertools.combinations(frames[::8], 2):
         assert apart(first, second) > 0.01
@@ -195,7 +194,7 @@ def test_actions_fill_the_clip_in_phases(action: str) -> None:
 
 @pytest.mark.parametrize("action", world.ACTS)
 def test_speed_is_seen(action: str) -> None:
-    """Guards against a speed that only the caption knows."""
+    """Catches speeds that show only in the caption."""
     slow, quick = (world.render(one(action, speed=speed)) for speed in world.SPEEDS)
     assert (quick[19:] == quick[-1]).all()
     assert apart(quick[8], slow[8]) > 0.01
@@ -207,7 +206,7 @@ SIDEWAYS = [name for name, act in world.ACTS.items() if act.directions == ("righ
 
 @pytest.mark.parametrize("action", SIDEWAYS)
 def test_left_is_the_mirror_image_of_right(action: str) -> None:
-    """Guards against a direction that some part of an action ignores."""
+    """Catches parts of an action that ignore the direction."""
     phase = np.linspace(0, 1, 41)
     right, left = (world.ACTS[action].play(phase, Cast(way, 0.3, 0.25, True, False, 0.0)) for way in (1, -1))
     pairs = [(right.actor, left.actor), (right.other, left.other)]
@@ -221,21 +220,21 @@ def test_left_is_the_mirror_image_of_right(action: str) -> None:
 
 @pytest.mark.parametrize("action", [name for name, act in world.ACTS.items() if len(act.directions) > 1])
 def test_directions_are_seen(action: str) -> None:
-    """Guards against directions that look alike."""
+    """Catches directions that look alike."""
     one_way, other_way = (world.render(one(action, direction=each)) for each in world.ACTS[action].directions)
     assert np.mean([apart(*pair) for pair in zip(one_way, other_way, strict=True)]) > 0.03
 
 
 @pytest.mark.parametrize("action", SIDEWAYS)
 def test_the_direction_is_where_the_actor_first_moves(action: str) -> None:
-    """Guards against exchanged words: the actor comes from the left or turns there first where it goes right."""
+    """Catches swapped words: if the direction is right, the actor first moves to the right."""
     play = world.ACTS[action].play(np.linspace(0, 1, 81), Cast(1.0, 0.3, 0.25, False, False, 0.0))
     moved = play.actor.x - play.actor.x[0]
     assert moved[np.flatnonzero(np.abs(moved) > 0.1)[0]] > 0
 
 
 def test_up_is_up_and_clockwise_is_clockwise() -> None:
-    """Guards against exchanged words for the other directions."""
+    """Catches swapped words for the other directions."""
     phase = np.linspace(0, 1, 81)
     for way in (1.0, -1.0):
         cast = Cast(way, 0.3, 0.25, False, False, 0.2)
@@ -251,7 +250,7 @@ def test_up_is_up_and_clockwise_is_clockwise() -> None:
 
 
 def test_what_is_behind_is_hidden() -> None:
-    """Guards against the relation being drawn in the wrong order."""
+    """Catches figures drawn in the wrong order for their relation."""
     middle = {each: world.render(one("pass", relation=each))[14:18] for each in ("behind", "in front of")}
     fish, parcel = (np.array(world.COLORS[colour]) for colour in ("red", "blue"))
     near = {
@@ -262,11 +261,11 @@ def test_what_is_behind_is_hidden() -> None:
     assert near["behind"][0] < near["in front of"][0]
 
 
-# Words
+# Captions
 
 
 def test_captions_say_what_is_seen(scenes: list[world.Scene]) -> None:
-    """Guards against captions that miss or invent something."""
+    """Catches captions that omit or invent something."""
     for scene in scenes:
         for caption in world.captions(scene):
             text = caption.lower()
@@ -279,7 +278,7 @@ def test_captions_say_what_is_seen(scenes: list[world.Scene]) -> None:
 
 
 def test_the_first_caption_says_everything(scenes: list[world.Scene]) -> None:
-    """Guards against prompts for which an attribute that is evaluated was never asked."""
+    """Catches prompts that omit the direction, speed or background, on which clips are evaluated."""
     for scene in scenes:
         text = world.captions(scene)[0].lower()
         words = {"up": ("up", "upwards"), "down": ("down", "falls", "drops")}
@@ -293,7 +292,7 @@ def test_the_first_caption_says_everything(scenes: list[world.Scene]) -> None:
 
 
 def test_captions_are_english(scenes: list[world.Scene]) -> None:
-    """Guards against wrong articles, left-over brackets, doubled spaces and captions too long for the text slots."""
+    """Catches wrong articles, leftover brackets, double spaces, and captions too long for the text slots."""
     for caption in itertools.chain.from_iterable(map(world.captions, scenes)):
         assert re.fullmatch(r"[A-Za-z, ]+\.?", caption)
         assert not re.search(r"  | ,|,,|, \.|,$", caption)
@@ -303,7 +302,7 @@ def test_captions_are_english(scenes: list[world.Scene]) -> None:
 
 
 def test_there_are_a_hundred_thousand_captions() -> None:
-    """Guards against wording that repeats itself. In a process of its own, where shapes are not checked: it is fast."""
+    """Catches repetitive wording. Runs in a separate process, which is fast because shapes are not checked there."""
     code = """
     from cogvideo import world
     print(len({caption for index in range(50_000) for caption in world.captions(world.scene(index))}))
@@ -315,13 +314,13 @@ def test_there_are_a_hundred_thousand_captions() -> None:
 
 
 def test_wording_varies() -> None:
-    """Guards against one wording for each thing: the same scene under other numbers is told in many ways."""
+    """Catches fixed wording: the same scene under other numbers is described in many ways."""
     texts = {world.captions(replace(one("bounce"), index=index))[0].lower().strip(".") for index in range(100)}
     assert len(texts) > 40
 
 
 def every(*tables: dict[str, tuple[str, ...]], other_than: str) -> tuple[str, ...]:
-    """All words of tables but those for one value."""
+    """All words in the tables except those for one value."""
     allowed = {word for table in tables for word in table.get(other_than, ())}
     return tuple({word for table in tables for words in table.values() for word in words} - allowed)
 
@@ -335,7 +334,7 @@ def says_figure(text: str, colour: str, kind: str) -> bool:
 
 
 def test_captions_know_left_from_right(scenes: list[world.Scene]) -> None:
-    """Guards against exchanged sides: one moves from one's first side to the other."""
+    """Catches swapped sides: figures move to the side of their direction, and come from the other."""
     goals = r"(?<!turns back )\bto (?:the )?(left|right)|moving (left|right)|way (left|right)|first (left|right)"
     for scene in scenes:
         if scene.direction in ("left", "right"):
@@ -348,7 +347,7 @@ def test_captions_know_left_from_right(scenes: list[world.Scene]) -> None:
 
 
 def test_a_tenth_of_the_pairs_is_held_out() -> None:
-    """Guards against a rule that holds out more or less than it says, or all of one value."""
+    """Catches rules that hold out more or less than a tenth, or too many or none of one value."""
     for rule, seconds in ((held_out_color, list(world.COLORS)), (held_out_action, list(world.ACTS))):
         table = np.array([[rule(kind, second) for second in seconds] for kind in world.OBJECTS])
         assert table.mean() == pytest.approx(0.1, abs=0.005)
@@ -359,7 +358,7 @@ def test_a_tenth_of_the_pairs_is_held_out() -> None:
 
 
 def test_training_never_sees_a_held_out_pair(scenes: list[world.Scene]) -> None:
-    """Guards against leaks, also by way of the second figure, and against values that training lacks."""
+    """Catches leaks, including through the second figure, and attribute values missing from training."""
     train = [scene for scene in scenes if world.split(scene) == "train"]
     for scene in train:
         assert not held_out_color(scene.object, scene.colour)
@@ -370,7 +369,7 @@ def test_training_never_sees_a_held_out_pair(scenes: list[world.Scene]) -> None:
 
 
 def test_splits_have_their_shares(scenes: list[world.Scene]) -> None:
-    """Guards against a split that is empty or changes with how it is asked for."""
+    """Catches splits of the wrong size, and disagreement between the ways to look one up."""
     splits = [world.split(scene) for scene in scenes]
     assert splits[:50] == [world.split(index) for index in range(50)]
     shares = {name: splits.count(name) / MANY for name in ("train", "validation", "held_out")}
@@ -381,7 +380,7 @@ def test_splits_have_their_shares(scenes: list[world.Scene]) -> None:
         assert found == [index for index in range(10, MANY) if splits[index] == name][:20]
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -401,6 +400,6 @@ def test_splits_have_their_shares(scenes: list[world.Scene]) -> None:
     ],
 )
 def test_mistakes_are_refused(call: Any, message: str) -> None:
-    """Guards against clips of nothing, or errors that do not say what was expected."""
+    """Refuses impossible clips, with errors that say what was expected."""
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         call()

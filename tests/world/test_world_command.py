@@ -1,4 +1,4 @@
-"""`cogvideo data world`: files that the data tools take."""
+"""`cogvideo data world`: files that the data tools accept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cogvideo.media.video import read_video
 
 
 def test_the_command_writes_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against files that `cogvideo data prepare` cannot take."""
+    """Catches files that `cogvideo data prepare` cannot use."""
     command(out=tmp_path / "clips", clips=3, start=5, size=32, split="held_out")
     listing = list_source(str(tmp_path / "clips"), SourceOptions())
     expected = list(itertools.islice(world.scenes("held_out", 5), 3))
@@ -43,14 +43,14 @@ def test_the_command_writes_a_source(tmp_path: Path, capsys: pytest.CaptureFixtu
     ],
 )
 def test_the_command_refuses_mistakes_before_it_writes(tmp_path: Path, options: dict[str, int], message: str) -> None:
-    """Guards against a folder of rubbish."""
+    """Refuses invalid options before a folder is created."""
     with pytest.raises(ValueError, match=message):
         command(out=tmp_path / "clips", **options)
     assert not (tmp_path / "clips").exists()
 
 
 def test_the_command_does_not_overwrite_a_file_by_a_folder(tmp_path: Path) -> None:
-    """Guards against a traceback where `--out` names a file."""
+    """Prevents a traceback if `--out` is a file."""
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="is a file, expected a folder"):
         command(out=tmp_path / "file", clips=1, size=32)
@@ -58,7 +58,7 @@ def test_the_command_does_not_overwrite_a_file_by_a_folder(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["captions.jsonl", "contact_sheet.png"])
 def test_the_command_replaces_its_own_files_alone(name: str, tmp_path: Path) -> None:
-    """Guards a user's own captions in the folder; those of an earlier call are replaced."""
+    """Protects a user's own files in the folder; those of an earlier call are replaced."""
     (tmp_path / name).write_text('{"file": "mine.mp4"}')
     with pytest.raises(ValueError, match=r"has a captions\.jsonl or contact_sheet\.png of something else"):
         command(out=tmp_path, clips=1, size=32)
