@@ -86,13 +86,14 @@ class Case(NamedTuple):
     name: str
     meta: dict[str, Any]
     tensors: dict[str, Tensor]
+    device: torch.device
 
     @classmethod
-    def read(cls, path: Path) -> Case:
+    def read(cls, path: Path, device: torch.device = CPU) -> Case:
         """Read the settings and tensors of a file."""
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return cls(path.parent, path.stem, json.loads(file.metadata()["meta"]), tensors)
+            return cls(path.parent, path.stem, json.loads(file.metadata()["meta"]), tensors, device)
 
     def shapes(self, kind: str) -> dict[str, list[int]]:
         """Return released tensor names and shapes."""
@@ -170,7 +171,7 @@ def build(case: Case, start: int, window: int, text_slots: int, video: bool) -> 
     load(base, released_base_names(config.num_layers), weights)
     load(channel, released_channel_names(config.num_layers), weights)
     assert not weights, f"released tensors without a name of ours: {sorted(weights)}"
-    return Transformer(base, channel if video else None), sizes
+    return Transformer(base, channel if video else None).to(case.device), sizes
 
 
 # Training cases
@@ -193,7 +194,7 @@ def check_training(case: Case, passes: Passes) -> Outcome:
     fed = layout.feed(labels, model.base.config.start_of_image)
     tally.same(in_places(fed), given["tokens"][:, words:])
     text_positions = layout.text_positions(mask)
-    positions = layout.frame_positions(range(layout.num_frames)).expand(batch, -1)
+    positions = layout.frame_positions(range(layout.num_frames)).expand(batch, -1).to(case.device)
     tally.same(torch.cat([text_positions, in_places(positions)], 1), given["position_ids"])
 
     plan = full_pass(layout, model.window, mask, torch.float64, layout.num_frames)
@@ -279,11 +280,11 @@ def check_generation(case: Case, passes: Passes) -> Outcome:
         layout, first, expected = SequenceLayout.interpolation(sizes), given["given"], given["inserted"]
     batch, num_drawn, slots = expected.shape
     first = expected[:, :0] if first is None else first
-    texts = [pad(rows_of(prompt, batch), words) for prompt in prompts]
+    texts = [pad(rows_of(prompt, batch), words, case.device) for prompt in prompts]
     bonus, scale = float(meta["log_text_attention_weight"]), float(meta.get("alpha") or 1)
     condition = Condition(texts[0], texts[1] if len(texts) > 1 else None, scale, bonus)
     noise = gumbel(meta["noise_seed"], num_drawn * slots, batch, meta["num_image_tokens"])
-    noise = noise.unflatten(0, (num_drawn, slots)).transpose(1, 2)
+    noise = noise.unflatten(0, (num_drawn, slots)).transpose(1, 2).to(case.device)
     ours = watch(
         model,
         layout,
@@ -312,10 +313,10 @@ def rows_of(prompt: list[Any], batch: int) -> list[list[int]]:
     return prompt if isinstance(prompt[0], list) else [prompt] * batch
 
 
-def pad(rows: Sequence[Sequence[int]], slots: int) -> PaddedText:
+def pad(rows: Sequence[Sequence[int]], slots: int, device: torch.device = CPU) -> PaddedText:
     """Left-pad rows to a number of slots."""
-    tokens = torch.tensor([[0] * (slots - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[False] * (slots - len(row)) + [True] * len(row) for row in rows])
+    tokens = torch.tensor([[0] * (slots - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[False] * (slots - len(row)) + [True] * len(row) for row in rows], device=device)
     return PaddedText(tokens, mask)
 
 
@@ -342,9 +343,10 @@ def check_upscaling(case: Case, passes: Passes) -> Outcome:
     names = released_channel_names(config.num_layers)
     load(channel, {released: ours for released, ours in names.items() if not ours.endswith("gate")}, weights)
     assert not weights, f"released tensors without a name of ours: {sorted(weights)}"
-    model, text, codes = Upscaler(base, channel), pad(given["text"].tolist(), words), given["image_tokens"]
+    model, codes = Upscaler(base, channel).to(case.device), given["image_tokens"]
+    text = pad(given["text"].tolist(), words, case.device)
     rng = np.random.default_rng(meta["noise_seed"])
-    noise = torch.from_numpy(rng.gumbel(size=(*given["upsampled"].shape, config.num_codes)))
+    noise = torch.from_numpy(rng.gumbel(size=(*given["upsampled"].shape, config.num_codes))).to(case.device)
     drawn = upscale(model, text, codes, [iter(frame.split(SLOTS_PER_DRAW)) for frame in noise], SamplingConfig())
     tally.same(drawn, given["upsampled"])
     tally.close(base.logits(model(*text, codes)[:, given["probe"]]), given["logits"])
@@ -363,6 +365,7 @@ def check_tokenizer(case: Case, passes: Passes) -> Outcome:
     with torch.device("meta"):
         model = Autoencoder(config)
     model.load_state_dict({names[name]: torch.from_numpy(value) for name, value in values.items()}, assign=True)
+    model = model.to(case.device)
     for name in sorted(given):
         if match := re.fullmatch(r"ids_(\d+)x", name):
             rate = int(match[1])
@@ -415,9 +418,9 @@ def cases(folder: Path) -> list[Path]:
 
 
 @torch.inference_mode()
-def check(path: Path, passes: Passes = ONE_BY_ONE) -> Outcome:
-    """Recompute a case."""
-    case = Case.read(path)
+def check(path: Path, passes: Passes = ONE_BY_ONE, device: torch.device = CPU) -> Outcome:
+    """Recompute a case on a device."""
+    case = Case.read(path, device)
     run = next(run for prefix, run in CHECKS.items() if case.name.startswith(prefix))
     return run(case, passes)
 
@@ -451,7 +454,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     folder = Path(arguments[0])
     if not folder.is_dir():
-        print(f"parity: {folder} is no folder", file=sys.stderr)
+        print(f"parity: {folder} is not a folder", file=sys.stderr)
         return 2
     if not (found := cases(folder)):
         print(f"parity: {folder} holds no case, expected files like infer_first_frame.safetensors", file=sys.stderr)

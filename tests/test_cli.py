@@ -173,12 +173,6 @@ def test_command_gets_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         ("study serve", "missing: NAME; `cogvideo study serve --help` explains them"),
         ("fetch", "missing: NETWORK; `cogvideo fetch --help` explains them"),
         ("evaluate ucf101 pocket", "missing: VIDEOS, --lists, --out; `cogvideo evaluate ucf101 --help` explains them"),
-        (
-            "ablate x.toml --out x --list --only y",
-            "only is 'y', expected one of data, full-0, random-0, trained-0, "
-            "one-stage-0, no-rate-0, no-window-0, full-1, random-1, trained-1, one-stage-1, no-rate-1, no-window-1, "
-            "full-2, random-2, trained-2, one-stage-2, no-rate-2, no-window-2",
-        ),
         ("train image --out x --data y --rates a", "--rates: got 'a', expected a number"),
         ("train reader --out x --widths 1 2", "--widths: expected 4 arguments"),
         ("info pokcet", "got 'pokcet', expected a preset (tiny, pocket, small, cogvideo) or the folder of a bundle"),

@@ -220,7 +220,7 @@ def test_the_pipeline() -> None:
     one, again = (
         pipeline("a red heart beats", generator=torch.Generator().manual_seed(7), settings=settings) for _ in range(2)
     )
-    assert one.frames.shape == (1, 9, 192, 192, 3)
+    assert one.frames.shape == (1, 9, 96, 96, 3)
     assert torch.equal(one.codes, again.codes)
     assert one.frames.std() > 10
 

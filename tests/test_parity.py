@@ -258,7 +258,7 @@ def test_a_wrong_setting_fails(folder: Path, tmp_path: Path, change: dict[str, A
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "usage"), (["nowhere"], "nowhere is no folder"), (["."], "holds no case"), ([".", "."], "usage")],
+    [([], "usage"), (["nowhere"], "nowhere is not a folder"), (["."], "holds no case"), ([".", "."], "usage")],
 )
 def test_nothing_to_test(arguments: list[str], message: str, tmp_path: Path, monkeypatch, capsys) -> None:
     """Guards against success when nothing was compared."""

@@ -276,7 +276,7 @@ def test_clips_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
             compare(real, source)
     assert compare(real, large, protocol=replace(PROTOCOL, size=8)).figures[0].clips == 3
     for fps in (0, -3, math.nan, math.inf, 1e9):
-        with pytest.raises(ValueError, match="fps is .*, expected a number of frames per second in"):
+        with pytest.raises(ValueError, match=r"fps is .*, expected a number of frames per second in"):
             compare(real, large, fps=fps)
     with pytest.raises(ValueError, match="seed is -1, expected 0 or more"):
         ComparisonRun(Reading(PROTOCOL), NETWORKS, Machines("cpu"), -1)

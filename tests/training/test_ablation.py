@@ -76,8 +76,10 @@ def test_jobs_are_listed(tmp_path: Path, base: str, capsys: pytest.CaptureFixtur
     arguments = ["ablate", RECIPE, "--out", str(tmp_path / "out"), "--base", base, "--variants", "full", "no-rate"]
     assert main([*arguments, "--seed", "3", "--list"]) == 0
     assert capsys.readouterr().out.split() == ["full-3", "no-rate-3", "full-4", "no-rate-4"]
-    assert main([*arguments, "--only", "no-rate-2"]) == 2
-    assert "only is 'no-rate-2', expected one of data, full-0, no-rate-0, full-1" in capsys.readouterr().err
+    for listing in ([], ["--list"]):
+        assert main([*arguments, *listing, "--only", "no-rate-2"]) == 2
+        told = capsys.readouterr().err
+        assert "only is 'no-rate-2', expected one of data, full-0, no-rate-0, full-1" in told
     assert not (tmp_path / "out").exists()
 
 
