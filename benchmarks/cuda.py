@@ -1,9 +1,8 @@
 """Benchmark of a GPU in eight minutes: `python -m benchmarks.cuda [SECTION ...]` writes to benchmarks/results/.
 
-Uses random bfloat16 weights of the `cogvideo` preset for decoding and a whole clip, and of `pocket` for training.
-If a section fails, it says why, and the next one starts. Every figure is saved as soon as it is measured.
-`--device cpu` is a rehearsal at toy sizes. It needs only PyTorch, numpy, einops, safetensors, jaxtyping, msgspec
-and sentencepiece.
+Uses random bfloat16 weights of the `cogvideo` preset for decoding and a whole clip, and of `pocket` for training. If a
+section fails, it reports why, and the next one starts. Every figure is saved as soon as it is measured. `--device cpu`
+is a dry run at toy sizes. Needs only PyTorch, numpy, einops, safetensors, jaxtyping, msgspec, and sentencepiece.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ from cogvideo.training.parallel import ALONE, ParallelSettings
 from cogvideo.training.step import Execution, Trainer
 
 Result = tuple[str, dict[str, Any]]
-"""A name, and what was measured under it."""
+"""A name, and the values measured under it."""
 
 MAX_SECONDS = 420
-"""Time after which no section starts; the longest one takes less than the minute that is left."""
+"""Time after which no section starts; the longest one takes less than the remaining minute."""
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 STAGES = ("image", "sequential", "interpolation", "superres")
 
@@ -59,17 +58,17 @@ class Bench:
 
     @property
     def is_gpu(self) -> bool:
-        """True unless this is a rehearsal."""
+        """True unless this is a dry run."""
         return self.device.type == "cuda"
 
     @property
     def released(self) -> CogVideoConfig:
-        """Sizes of decoding and of a clip."""
+        """Sizes for decoding and for a clip."""
         return preset("cogvideo") if self.is_gpu else preset("tiny")
 
     @property
     def trained(self) -> CogVideoConfig:
-        """Sizes of training."""
+        """Sizes for training."""
         return preset("pocket") if self.is_gpu else preset("tiny")
 
     def wait(self) -> None:
@@ -89,7 +88,7 @@ class Bench:
         return sorted(times[1:])[len(times[1:]) // 2]
 
     def peak_gib(self) -> float:
-        """Peak memory of tensors since the last call."""
+        """Peak memory of tensors since the last call, in GiB."""
         if not self.is_gpu:
             return 0.0
         peak = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -97,7 +96,7 @@ class Bench:
         return peak
 
     def bandwidth(self) -> float:
-        """Bytes per second, read and written, of a large copy."""
+        """Bytes per second of a large copy, counting both reads and writes."""
         size = (4 << 30) if self.is_gpu else (1 << 24)
         source, target = (torch.ones(size, dtype=torch.uint8, device=self.device) for _ in range(2))
         return 2 * size / self.milliseconds(lambda: target.copy_(source)) * 1e3
@@ -116,7 +115,7 @@ def machine(bench: Bench) -> Iterator[Result]:
 
 
 def parity(bench: Bench) -> Iterator[Result]:
-    """Cases of the released system on this device, in float64; the image tokenizer in float32."""
+    """Released-system test cases on this device, in float64; the image tokenizer in float32."""
     from tests.parity import cases, check
 
     torch.backends.cudnn.allow_tf32 = False
@@ -137,7 +136,7 @@ ATTENTION = {
 
 
 def attention(bench: Bench) -> Iterator[Result]:
-    """Masked attention in bfloat16 against float64, values and gradients, without and with cuDNN."""
+    """Masked attention in bfloat16 compared with float64, values and gradients, with and without cuDNN."""
     for name, (batch, heads, rows, keys) in ATTENTION.items():
         size = (batch, heads) if bench.is_gpu else (1, 1)
         rows, keys = (rows, keys) if bench.is_gpu else (min(rows, 40), min(keys, 80))
@@ -164,7 +163,7 @@ def _attended(operands: list[Tensor], seen: Tensor) -> list[Tensor]:
 
 
 def decoding(bench: Bench) -> Iterator[Result]:
-    """Guided passes of the sequential stage, batch 1, against the bandwidth floor, eager and as CUDA graphs."""
+    """Guided passes of the sequential stage, batch 1, compared with the bandwidth floor, eager and as CUDA graphs."""
     config = bench.released
     bandwidth = bench.bandwidth()
     model = _stages(config, bench.device, ("sequential",))["sequential"]
@@ -264,7 +263,7 @@ def _layout(config: CogVideoConfig, stage: str) -> SequenceLayout:
 
 
 def _channel(config: CogVideoConfig, stage: str, base: Base) -> nn.Module:
-    """Channel that a stage adds to the base, initialized as in training, on the base's device and in its type."""
+    """Channel that a stage adds to the base, initialized as in training, with the base's device and dtype."""
     like = base.words.weight
     with like.device:
         if stage == "superres":
@@ -286,7 +285,7 @@ def _base(config: CogVideoConfig, device: torch.device, dtype: torch.dtype) -> B
 
 
 def _stages(config: CogVideoConfig, device: torch.device, names: tuple[str, ...]) -> dict[str, Any]:
-    """Models around one base in bfloat16, for inference."""
+    """Models that share one base in bfloat16, for inference."""
     base = _base(config, device, torch.bfloat16)
     models = {}
     for name in names:
@@ -329,7 +328,7 @@ def trainer_of(stage: str, config: CogVideoConfig, batch: int, device: torch.dev
 
 
 class _Ids(TextTokenizer):
-    """Special tokens of a text tokenizer, which is all that a loss needs."""
+    """Special tokens of a text tokenizer, which are all that a loss needs."""
 
     def __init__(self, sizes: TransformerConfig) -> None:
         self.num_codes = sizes.num_codes
@@ -342,7 +341,7 @@ def _words(config: CogVideoConfig, batch: int) -> Callable[[int], PaddedText]:
 
 
 def _image_batch(layout: SequenceLayout, codes: Callable[..., Tensor], batch: int) -> ImageBatch:
-    """Batch of the text-to-image task, which most samples have."""
+    """Batch of the text-to-image task, the most common one."""
     targets = F.pad(codes(layout.frame_slots), (layout.text_slots, 0), value=-1)
     sees = torch.ones(layout.length, layout.length, dtype=torch.bool).tril().expand(batch, -1, -1)
     places = torch.arange(layout.length).expand(batch, -1)
@@ -354,7 +353,7 @@ def _image_batch(layout: SequenceLayout, codes: Callable[..., Tensor], batch: in
 
 
 def measure(bench: Bench, names: list[str], folder: Path) -> dict[str, Any]:
-    """Measure all figures, saving each at once."""
+    """Measure all figures, saving each one immediately."""
     figures: dict[str, Any] = {}
     begin = time.perf_counter()
     for name in names:

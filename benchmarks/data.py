@@ -1,6 +1,6 @@
 """Benchmark of the data tools: `python -m benchmarks.data [SECTION ...]` writes to benchmarks/results/.
 
-Every figure with a goal is a ratio of alternating measurements in the same run: preparing clips against the encoder
+Every figure with a goal is a ratio of measurements that alternate in the same run: preparing clips against the encoder
 alone, reading against raw decoding, the loader against a plain memory map.
 """
 
@@ -33,10 +33,10 @@ PREPARE_GOAL = 0.9
 
 
 def preparing(num_clips: int = 12, rounds: int = 5) -> dict[str, Any]:
-    """Speed of one worker process on camera-like clips, from files to a shard, against its encoder alone.
+    """Speed of one worker process on camera-like clips, from files to a shard, compared with its encoder alone.
 
-    Clips are H.264, 320 x 240, 24 frames per second for 4 seconds, prepared at 8 frames per second in the sizes of
-    the pocket preset. The floor encodes the same frames from memory, in the same batches, on the same thread.
+    Clips are H.264, 320 x 240, 24 frames per second for 4 seconds, prepared at 8 frames per second at the pocket
+    preset's sizes. The floor encodes the same frames from memory, in the same batches, on the same thread.
     """
     torch.set_num_threads(1)  # as worker processes do
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def preparing(num_clips: int = 12, rounds: int = 5) -> dict[str, Any]:
 def memory(num_clips: int = 10_000) -> dict[str, Any]:
     """Resident memory of one worker process that prepares thousands of clips, after a tenth of them and after all.
 
-    Clips are parts of small files in three formats, at 16 x 16 pixels, so that encoding takes little time.
+    Clips are excerpts of small files in three formats, at 16 x 16 pixels, so that encoding takes little time.
     """
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +87,7 @@ def memory(num_clips: int = 10_000) -> dict[str, Any]:
 
 
 def _work(folder: Path, source: str, frames: FrameSettings) -> tuple[ShardWorker, ShardJob]:
-    """A worker with a random pocket tokenizer, and all clips as one job."""
+    """A worker with a random pocket tokenizer, and one job with all clips."""
     config = preset("pocket")
     bundle.update(folder / "bundle", config, image_tokenizer=Autoencoder(config.autoencoder))
     settings = complete(PrepareSettings(frames), config)

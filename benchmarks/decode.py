@@ -1,6 +1,6 @@
 """Benchmark of decoding: `python -m benchmarks.decode [SECTION ...]` writes to benchmarks/results/.
 
-Every figure with a goal is a ratio of alternating measurements in the same run: against the floor (bytes that a step
+Every figure with a goal is a ratio of measurements that alternate in the same run: against the floor (bytes that a step
 must read, divided by the machine's bandwidth), or against the plain decoder of benchmarks/plain.py.
 """
 
@@ -61,7 +61,7 @@ def build(
 
 
 def packed(model: Transformer) -> Transformer:
-    """The same model for inference on this CPU."""
+    """The same model with weights packed for inference on this CPU."""
     for part in (model.base, model.channel):
         if part is not None:
             pack(part)
@@ -74,7 +74,7 @@ def text(tokens: int, slots: int, codes: int = NUM_CODES, batch: int = 1) -> Pad
 
 
 def decoder(model: Transformer, layout: SequenceLayout, batch: int = 1, guided: bool = True) -> Decoder:
-    """Decoder whose first frames are given."""
+    """Decoder after a prefill of its given frames."""
     codes = model.base.config.num_codes
     slots = layout.text_slots
     texts = [text(min(each, slots), slots, codes, batch) for each in (TEXT_TOKENS, GUIDE_TOKENS)]
@@ -84,13 +84,13 @@ def decoder(model: Transformer, layout: SequenceLayout, batch: int = 1, guided: 
 
 
 def stepper(run: Decoder, rank: int, slot: int) -> Callable[[], object]:
-    """One step at a position."""
+    """Call that runs one step at a position."""
     tokens = torch.zeros(len(run.condition.text.tokens), 1, dtype=torch.int64)
     return lambda: run.step([rank * run.layout.frame_slots + slot], tokens)
 
 
 def step_bytes(run: Decoder, rank: int, slot: int) -> int:
-    """Bytes that a step must read: weights of layers and head, and the visible part of the caches."""
+    """Bytes that a step must read: weights of the layers and the head, and the visible part of the caches."""
     model = run.model
     config = run.model.base.config
     assert model.channel is not None
@@ -107,7 +107,7 @@ def step_bytes(run: Decoder, rank: int, slot: int) -> int:
 
 
 def guided_steps(rounds: int = 15) -> Figures:
-    """Guided decoding, hidden 1024, 12 layers, 16 heads, grid 20, batch 1, against floor and plain decoder."""
+    """Guided decoding, hidden 1024, 12 layers, 16 heads, grid 20, batch 1, compared with floor and plain decoder."""
     figures: Figures = {}
     for window in (0, 10):
         for position in (400, 1600):
@@ -155,7 +155,7 @@ def _plain_call(model: Transformer, position: int) -> Callable[[], object]:
 
 
 def host_overhead(rounds: int = 100) -> Figures:
-    """Step of a deep, narrow model on a tiny grid, which leaves only the overhead."""
+    """Step of a deep, narrow model on a tiny grid, which is almost all overhead."""
     layout = LayoutConfig(grid=4, num_frames=5, text_slots=16, image_text_slots=16, frame_position=16)
     run = decoder(packed(build(32, 48, 2, 0, torch.float32, layout, 512)), SequenceLayout.sequential(layout))
     threads = torch.get_num_threads()
@@ -206,7 +206,7 @@ def _drafting(run: Decoder, width: int) -> Callable[[], object]:
 
 
 def frames() -> Figures:
-    """Time and memory of a whole pass of the windowed stage by number of frames, each in a fresh process."""
+    """Time and memory of a whole sequential pass, windowed or not, by number of frames, each in a fresh process."""
     figures = {}
     for window in (10, 0):
         for count in (5, 9, 17, 33):
@@ -244,7 +244,7 @@ def _peak_mebibytes() -> float:
 
 
 def superres() -> Figures:
-    """One frame of 60 x 60 through one block of the released size, and a quarter of it; each in a fresh process."""
+    """A frame of 60 x 60, or a quarter of it, through one block of the released size, each in a fresh process."""
     figures = {}
     for dtype in (torch.float32, torch.bfloat16):
         for grid in (10, 20):
@@ -279,7 +279,7 @@ def _upscale(grid: int, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def passes() -> Figures:
-    """Passes per code by way of decoding, on a small model trained for a minute so that its codes are meaningful."""
+    """Passes per code by decoding method, on a small model trained for a minute so that its codes are meaningful."""
     figures: Figures = {}
     for stage, (model, layout, condition, given) in toy_stages().items():
         codes = {}
@@ -309,7 +309,7 @@ def passes() -> Figures:
 
 
 def imports(rounds: int = 7) -> Figures:
-    """Time of whole processes."""
+    """Time of whole processes from start to exit."""
     commands = {
         "python -c pass": ["-c", "pass"],
         "import cogvideo": ["-c", "import cogvideo"],

@@ -1,7 +1,7 @@
-"""Features for FVD, measured: `python -m benchmarks.evaluate` prints a table and writes benchmarks/results/.
+"""Benchmark of features for FVD: `python -m benchmarks.evaluate` prints a table and writes to benchmarks/results/.
 
-Whole extraction (files to features) is compared with the convolutions of I3D alone, each run on its own input, and with
-the rate of a large matrix product. Weights are random: their values change no time.
+The whole extraction (files to features) is compared with I3D's convolutions alone, each run on its own input, and with
+the rate of a large matrix product. Weights are random, since their values do not affect the time.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from cogvideo.media.video import write_video
 
 CLIPS, SIZE, ROUNDS = 4, 128, 3
 SIDE = 2048
-"""Rows of the matrix."""
+"""Side of the square matrix."""
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Processor time of the best of some calls, the first one not counted: other programs use this machine too."""
+    """Best processor time of several calls after a warm-up; wall time would include other programs on the machine."""
     times = []
     for _ in range(1 + ROUNDS):
         start = time.process_time()
@@ -47,7 +47,7 @@ def network() -> I3D:
 
 
 def convolutions(model: I3D, clip: Tensor) -> tuple[float, float]:
-    """Seconds and operations of all convolutions of a pass, one after the other and nothing else."""
+    """Seconds and operations of all convolutions of a pass, run one after the other and nothing else."""
     inputs: list[tuple[Tensor, Tensor, Any]] = []
     plain = F.conv3d
 
@@ -69,7 +69,7 @@ def matrix_rate() -> float:
 
 
 def extraction(folder: Path) -> dict[str, Any]:
-    """Clips a second from files, and what they are compared with."""
+    """Clips per second from files, and the figures they are compared with."""
     random = np.random.default_rng(0)
     for number in range(CLIPS):
         frames = random.integers(0, 256, (16, SIZE // 8, SIZE // 8, 3), np.uint8).repeat(8, 1).repeat(8, 2)

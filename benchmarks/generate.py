@@ -1,8 +1,8 @@
 """Benchmark of a whole clip: `python -m benchmarks.generate [--model MODEL]` writes to benchmarks/results/.
 
-The command is timed as a user waits for it: from its start to the first frame on disk, and to the finished mp4. The
-ways of decoding are timed in turn. Each part of a clip is compared with its floor: the operations that it needs divided
-by the machine's matrix rate, or the bytes that it must read divided by the bandwidth, whichever takes longer.
+The command is timed as users experience it: from its start to the first frame on disk, and to the finished mp4. The
+decoding methods are timed in turn. Each part of a clip is compared with its floor: the operations it needs divided by
+the machine's matrix rate, or the bytes it must read divided by the bandwidth, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ WAYS = {
 
 
 def command(model: str, rounds: int = 5) -> Figures:
-    """Seconds that a user waits for the command."""
+    """Seconds a user waits for the command."""
     found: dict[str, list[float]] = {name: [] for name in GOALS}
     for _ in range(rounds):
         with TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def command(model: str, rounds: int = 5) -> Figures:
 
 
 def wait(model: str, folder: Path) -> tuple[float, float]:
-    """Time to the first frame, and to the end of the command."""
+    """Seconds until the first frame, and until the command ends."""
     arguments = ["generate", PROMPT, "--model", model, "--output", str(folder), "--seed", "1", "--preview"]
     start = time.perf_counter()
     first = 0.0
@@ -91,7 +91,7 @@ def wait(model: str, folder: Path) -> tuple[float, float]:
 
 
 def waiting(model: str, rounds: int = 3) -> Figures:
-    """Seconds for a small clip, alone and next to a program that keeps one core busy: with waiting threads that soon
+    """Seconds for a small clip, alone and next to a program that keeps one core busy: with idle threads that soon
     sleep, as `cogvideo` sets it, and with OpenMP's default."""
     arguments = ["generate", PROMPT, "--model", model, "--seed", "1", "--rounds", "1", "--no-superres", "--output"]
 
@@ -116,7 +116,7 @@ def waiting(model: str, rounds: int = 3) -> Figures:
 
 
 def ways(model: str, rounds: int = 3) -> Figures:
-    """Seconds for all codes of a clip by way of decoding, and a check that the codes are the same."""
+    """Seconds for all codes of a clip by decoding method, and a check that the codes are the same."""
     pipeline = CogVideoPipeline.from_pretrained(model)
     codes: dict[str, torch.Tensor] = {}
 
@@ -137,7 +137,7 @@ def ways(model: str, rounds: int = 3) -> Figures:
 
 
 def parts(model: str, rounds: int = 3) -> Figures:
-    """Seconds for each part of a clip decoded one code at a time, against its floor."""
+    """Seconds for each part of a clip decoded one code at a time, compared with its floor."""
     pipeline = CogVideoPipeline.from_pretrained(model)
     config = pipeline.model.config
     settings = replace(pipeline.settings, passes=Passes())
@@ -148,7 +148,7 @@ def parts(model: str, rounds: int = 3) -> Figures:
             seconds.setdefault(name, []).append(took)
     floors = {phase.name: _floor(phase) for phase in clip(config, settings)}
     if "superres" not in pipeline.model.components:
-        del floors["pixels"]  # computed for enlarged frames
+        del floors["pixels"]  # the floor is computed for enlarged frames
     found: Figures = {}
     for name, each in seconds.items():
         best = min(each)
@@ -163,7 +163,7 @@ def _stream(pipeline: CogVideoPipeline, settings: GenerationSettings) -> Iterato
 
 
 def _timed(pipeline: CogVideoPipeline, settings: GenerationSettings) -> dict[str, float]:
-    """Time the parts of one clip: they alternate, so each call is timed separately."""
+    """Time the parts of one clip. They alternate, so each call is timed separately."""
     found: dict[str, float] = {}
 
     def clocked(name: str, call: Any, *arguments: Any) -> Any:
@@ -193,19 +193,19 @@ def _timed(pipeline: CogVideoPipeline, settings: GenerationSettings) -> dict[str
 
 
 def _phase(place: int) -> int:
-    """Phase of the n-th finished frame: 1 first frame, 4 key frames, then rounds of 4, 8 and 16."""
+    """Phase of the n-th finished frame: 1 first frame, 4 key frames, then rounds of 4, 8, and 16."""
     return 0 if place == 0 else 1 if place < 5 else 2 if place < 9 else 3 if place < 17 else 4
 
 
 def _floor(phase: Phase) -> float:
-    """Least seconds that any program needs on this machine."""
+    """Minimum seconds for any program on this machine."""
     flops = phase.passes * phase.flops + phase.prefill_flops
     reads = phase.passes * phase.bytes_moved("cpu_float32")
     return max(flops / matrix_rate(torch.device("cpu"), torch.float32), reads / read_rate())
 
 
 def read_rate(mebibytes: int = 512) -> float:
-    """Bytes per second of a sum over memory larger than any cache; a model that fits a cache is read faster."""
+    """Bytes per second of a sum over memory larger than any cache; a model that fits in a cache is read faster."""
     values = torch.ones(mebibytes << 18)
     times = []
     for _ in range(5):
@@ -216,7 +216,7 @@ def read_rate(mebibytes: int = 512) -> float:
 
 
 def main() -> None:
-    """Run all sections, print the figures and write them."""
+    """Run all sections, print the figures, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=POCKET, help="folder, id on the Hub, or pocket")
     model = parser.parse_args().model

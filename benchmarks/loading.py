@@ -1,4 +1,4 @@
-"""Benchmark of the loader against the least that any loader must do, for benchmarks/data.py."""
+"""Benchmark of the loader compared with the least work any loader must do, for benchmarks/data.py."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ BATCH, STRIDE = 64, 8
 def loading(num_rows: int = 12_800, shard_rows: int = 128, rounds: int = 5) -> dict[str, Any]:
     """Rows per second of one process, and growth of its private memory over 100,000 rows.
 
-    The floor takes the same number of frames of the same rows from one memory-mapped array, as an int64 tensor: a
-    whole batch in one indexing, or row by row, as clips of different lengths require. It has no shards, captions,
-    random offsets or worker protocol. Starting the workers is not timed.
+    The floor copies the same number of frames of the same rows from one memory-mapped array to an int64 tensor: a whole
+    batch with one index, or row by row, as clips of different lengths require. It has no shards, captions, random
+    offsets, or worker protocol. Starting the workers is not timed.
 
     Args:
         num_rows: clips in the dataset, each with 33 x 8 x 8 codes and one caption.
@@ -109,7 +109,7 @@ def _growth(stream: ClipStream, num_rows: int) -> float:
 
 
 def _private() -> int:
-    """KiB of anonymous memory of this process."""
+    """Anonymous memory of this process in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 

@@ -1,4 +1,4 @@
-"""Description of the machine, timing, and storage of results."""
+"""Machine description, timing, and storage of results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads and versions."""
+    """Processor, threads, and versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
 
 
 def alternate(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2) -> dict[str, dict[str, float]]:
-    """Time calls in turn, in milliseconds, so that drift of the machine affects all equally.
+    """Time calls in turn, in milliseconds, so that drift of the machine affects all of them equally.
 
     `median` is for quoting; `best` is close to the time on an idle machine.
     """
@@ -45,7 +45,7 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int, warm_up: int 
 
 
 def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write figures to a dated JSON file, keeping other sections of the same day and machine."""
+    """Write figures to a dated JSON file, keeping other sections from the same day and machine."""
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"{name}-{datetime.now(UTC):%Y-%m-%d}.json"
     here = machine()

@@ -1,7 +1,7 @@
 """A plain guided decoder as a baseline: one code at a time, as in the released pipeline.
 
-It has two passes of the model for guidance, caches of both channels that are concatenated in every layer, `F.linear`,
-explicit scores, and logits of the whole vocabulary. It computes what `Decoder.step` computes.
+It runs the model twice for guidance, concatenates the caches of both channels in every layer, and uses `F.linear`,
+explicit scores, and logits over the whole vocabulary. It computes the same thing as `Decoder.step`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PlainContext:
 def plain_step(
     model: Transformer, contexts: list[PlainContext], token: Tensor, position: int, frame_start: int, scale: float
 ) -> Tensor:
-    """Guided logits of the next code, from two passes in turn."""
+    """Guided logits of the next code, from two passes in sequence."""
     conditional, unconditional = (_pass(model, context, token, position, frame_start) for context in contexts)
     return unconditional + scale * (conditional - unconditional)
 
@@ -63,7 +63,7 @@ def _pass(model: Transformer, context: PlainContext, token: Tensor, position: in
         x = x + block.norm3(mixed)
         hidden = F.gelu(_linear(block.mlp_in, block.norm2(x)), approximate="tanh")
         x = x + block.norm4(_linear(block.mlp_out, hidden))
-        context.spatial[layer], context.temporal[layer] = (keys[..., :-1, :] for keys in kept)  # the same step again
+        context.spatial[layer], context.temporal[layer] = (keys[..., :-1, :] for keys in kept)  # to repeat the step
     return F.linear(base.norm(x), base.words.weight)[..., : base.config.num_codes]
 
 

@@ -1,8 +1,8 @@
-"""A plain training step as a baseline: dense float masks, explicit scores, logits of the whole vocabulary.
+"""A plain training step as a baseline: dense float masks, explicit scores, logits over the whole vocabulary.
 
-Both channels attend over the whole sequence, as in the equations of the paper: every score is computed, multiplied by a
-mask of ones and zeros, moved by -10000 where that is zero, and kept for the backward pass. It computes what `VideoTask`
-computes, from the same weights. A frozen base has no gradients and no optimizer state there either.
+Both channels attend over the whole sequence, as in the paper's equations: every score is computed, multiplied by a mask
+of ones and zeros, shifted by -10000 where the mask is zero, and kept for the backward pass. It computes the same loss
+as `VideoTask`, from the same weights. Here too, a frozen base has no gradients and no optimizer state.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from cogvideo.models.transformer import Transformer
 from cogvideo.training.objectives.video import VideoBatch
 
 RELAXED = 16
-"""Scores are divided by it before their maximum is subtracted, and multiplied after, so that float16 would do."""
+"""Scores are divided by this before their maximum is subtracted, then multiplied by it, so that float16 would do."""
 
 
 class DenseMasks(NamedTuple):
-    """Masks over text and frames in the order of feeding, (batch, 1, rows, rows): 1 where a key is seen, else 0."""
+    """Masks over text and frames in the order they are fed, (batch, 1, rows, rows): 1 where a key is seen, else 0."""
 
     spatial: Tensor
     temporal: tuple[Tensor, ...]
-    """One a kind of block, which take turns."""
+    """One per kind of block; the kinds alternate."""
 
 
 def dense_masks(layout: SequenceLayout, window: int, text: Tensor, dtype: torch.dtype) -> DenseMasks:
-    """Build the masks of a batch from that of its text, for each pair of frames."""
+    """Build a batch's masks from its text mask, one pair of frames at a time."""
     everywhere = torch.ones(layout.frame_slots, layout.frame_slots)
     kinds = [_same_window(layout.grid, window, shifted) for shifted in (False, True)] if window else [everywhere]
     spatial = _mask(layout, text, everywhere, across=False)
@@ -69,7 +69,7 @@ def plain_attention(fused: Tensor, mask: Tensor, num_heads: int) -> Tensor:
 
 
 def plain_loss(model: Transformer, layout: SequenceLayout, masks: DenseMasks, batch: VideoBatch) -> Tensor:
-    """Mean loss of a batch of a video stage."""
+    """Mean loss of a video stage over a batch."""
     codes = batch.codes[:, list(layout.order)].flatten(2)
     tokens = torch.cat([batch.text.tokens, layout.feed(codes, model.base.config.start_of_image)], dim=1)
     frames = layout.frame_positions(range(layout.num_frames)).expand(len(tokens), -1)

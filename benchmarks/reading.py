@@ -1,4 +1,4 @@
-"""Benchmark of reading videos against decoding alone, and memory of a process that reads thousands of files."""
+"""Benchmark of video reading compared with decoding alone, and memory of a process that reads thousands of files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FPS = 8
 
 
 def measure_reading(rounds: int = 10, num_reads: int = 10_000) -> dict[str, Any]:
-    """Speed of `read_video` in frames of the file against PyAV's decoder alone, and memory over many reads."""
+    """Speed of `read_video` in source frames per second, against PyAV's decoder alone, and memory over many reads."""
     with TemporaryDirectory() as folder:
         figures: dict[str, Any] = {f"{rate} fps": _rates(Path(folder), rate, rounds) for rate in (48, 60)}
         figures[f"{num_reads} small files"] = _memory(Path(folder), num_reads)
@@ -25,7 +25,7 @@ def measure_reading(rounds: int = 10, num_reads: int = 10_000) -> dict[str, Any]
 
 
 def _rates(folder: Path, rate: int, rounds: int) -> dict[str, float]:
-    """Rates for a one-second file with `rate` frames, of which 8 are kept: at most a sixth."""
+    """Rates for a file of `SECONDS` seconds at `rate` frames per second, of which 8 are kept: at most a sixth."""
     path = folder / f"{rate}.mp4"
     num_frames = rate * SECONDS
     write_video(path, moving_picture(num_frames, HEIGHT, WIDTH), rate)
@@ -42,7 +42,7 @@ def _rates(folder: Path, rate: int, rounds: int) -> dict[str, float]:
 
 def _decode(path: Path) -> None:
     """Decode all frames without conversion, on one thread like `read_video`."""
-    import av  # other benchmarks use this module without it
+    import av  # other benchmarks use this module without PyAV
 
     with av.open(path) as container:
         container.streams.video[0].thread_count = 1
@@ -65,7 +65,7 @@ def _memory(folder: Path, num_reads: int) -> dict[str, float]:
 
 
 def moving_picture(num_frames: int, height: int, width: int) -> np.ndarray:
-    """Camera motion over a detailed picture with a little noise, (frames, height, width, 3)."""
+    """Camera pan over a detailed picture with a little noise, (frames, height, width, 3)."""
     random = np.random.default_rng(0)
     down, across = np.mgrid[:height, : width + 2 * num_frames].astype(np.float32)
     waves = [

@@ -1,4 +1,4 @@
-"""Benchmark of rendering the World: clips of 33 frames per second on one core."""
+"""Benchmark of rendering the World: 33-frame clips per second on one core."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from cogvideo import world
 
 GOAL = 200.0
-"""Goal in clips of 33 frames per second at 64 x 64."""
+"""Goal at 64 x 64, in 33-frame clips per second."""
 
 
 def rendering(clips: int = 300, rounds: int = 3) -> dict[str, Any]:
-    """Rendering speed on one core, in CPU time, so that other processes matter little.
+    """Rendering speed on one core, measured in CPU time so that other processes matter little.
 
     Args:
-        clips: clips rendered at 64 x 64 per round; a tenth of them at 192 x 192.
-        rounds: number of rounds; the median counts.
+        clips: clips rendered at 64 x 64 per round, plus a tenth as many at 192 x 192.
+        rounds: number of rounds; the median is reported.
     """
     scenes = [world.scene(index) for index in range(clips)]
     small = [_rate(lambda scene: world.render(scene, 64), scenes) for _ in range(rounds)]

@@ -1,7 +1,7 @@
 """Benchmark of the first frame: `python -m benchmarks.studio [--model MODEL]` writes to benchmarks/results/.
 
-Seconds from the button of the studio to the first frame in Chromium, for the first clip of a server and for later ones,
-next to those from the start of `cogvideo generate` to the first frame on disk. Needs Chromium.
+Measures seconds from clicking the studio's button to the first frame in Chromium, for a server's first clip and for
+later ones, and from the start of `cogvideo generate` to the first frame on disk. Needs Chromium.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def studio(model: str) -> Iterator[str]:
 
 
 def in_browser(model: str, rounds: int) -> list[float]:
-    """Seconds from the button to the first frame of each clip; the first one loads the weights."""
+    """Seconds from clicking the button to the first frame of each clip; the first clip loads the weights."""
     programs = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
     found = []
     with studio(model) as address, sync_playwright() as driver:
@@ -67,7 +67,7 @@ def on_command_line(model: str) -> float:
 
 
 def main() -> None:
-    """Measure, print, and write."""
+    """Measure, print, and save."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=POCKET)
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,6 +1,7 @@
-"""A video system that learns in a minute on a CPU, so that measurements on its codes are meaningful.
+"""A small video system that trains in a minute on a CPU, so that measurements on its codes are meaningful.
 
-In its clips of codes, a block of one texture moves over a background of another; the text names both and the motion.
+In its clips of codes, a block of one texture moves over a background of another; the text names both textures and the
+motion.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Stage = tuple[Transformer, SequenceLayout, Condition, Int64[Tensor, "batch frame
 
 
 def toy_clips(count: int, generator: torch.Generator) -> tuple[PaddedText, Int64[Tensor, "batch frames slots"]]:
-    """Random clips and their texts; each code of a texture is one of a few at random."""
+    """Random clips and their texts; each code is sampled from the few codes of its texture."""
 
     def choose(most: int) -> Tensor:
         return torch.randint(0, most, (count,), generator=generator)
@@ -43,7 +44,7 @@ def toy_clips(count: int, generator: torch.Generator) -> tuple[PaddedText, Int64
 
 
 def toy_stages(steps: int = 200, batch: int = 4) -> dict[str, Stage]:
-    """Sequential and interpolation stage, trained for this number of steps and ready to decode a batch."""
+    """Sequential and interpolation stages, trained for this number of steps and ready to decode a batch."""
     stages = {}
     for name, window, layout in (
         ("sequential", 0, SequenceLayout.sequential(LAYOUT)),

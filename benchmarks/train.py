@@ -1,6 +1,6 @@
 """Benchmark of training: `python -m benchmarks.train [SECTION ...]` writes to benchmarks/results/.
 
-Every figure with a goal is a ratio of alternating measurements in the same run: against the plain step of
+Every figure with a goal is a ratio of measurements that alternate in the same run: against the plain step of
 benchmarks/plain_training.py, which has the same weights and loss, or against the machine's matrix rate.
 """
 
@@ -41,7 +41,7 @@ Stage = Literal["sequential", "interpolation"]
 Precision = Literal["float32", "bfloat16"]
 PRECISIONS: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SIZES = replace(preset("cogvideo").transformer, num_layers=8, hidden=512, num_heads=8)
-"""Sizes of the steps, with the released vocabulary, whose logits the plain step computes in full."""
+"""Model sizes of the steps, with the released vocabulary, for which the plain step computes all logits."""
 WINDOW = 10
 CASES: dict[str, tuple[Stage, int]] = {
     "sequential": ("sequential", 0),
@@ -50,9 +50,9 @@ CASES: dict[str, tuple[Stage, int]] = {
 }
 """Stage and window."""
 RELEASED = ("sequential", "interpolation, windowed")
-"""Cases of the released model, whose memory is measured. That of key frames is the same with windows."""
+"""Cases of the released model whose memory is measured. Key frames need the same memory with windows."""
 CLOSE = {"float32": 1e-4, "bfloat16": 1e-3}
-"""Allowed difference of the two losses, which are near ten."""
+"""Allowed difference between the two losses, which are near ten."""
 ATTENTION_GOALS = {0: 2.5, WINDOW: 6.0}
 STEP_GOAL, MEMORY_GOAL, UTILIZATION_GOAL = 2.0, 0.5, 0.4
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ CPU = torch.device("cpu")
 
 
 class Case(NamedTuple):
-    """A stage in training, with everything that the plain step needs."""
+    """A stage in training, with everything the plain step needs."""
 
     trainer: Trainer
     model: Transformer
@@ -71,11 +71,11 @@ class Case(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """Positions of a step."""
+        """Positions per step."""
         return len(self.batch.codes) * self.layout.length
 
     def step(self) -> None:
-        """Training step of the package."""
+        """Training step of this package."""
         self.trainer.step(0, self.batch)
 
     def masks(self) -> DenseMasks:
@@ -107,7 +107,7 @@ def make(
     compile: bool = False,
     device: torch.device = CPU,
 ) -> Case:
-    """Make a stage with random weights on a frozen base, in the types of training, and a random batch."""
+    """Create a stage with random weights on a frozen base, in the dtypes of training, and a random batch."""
     settings = StageOptimization(batch=batch, precision=precision, learning_rate=1e-6)
     with device:
         base = Base(sizes)
@@ -128,7 +128,7 @@ def make(
 
 
 def times_faster(ours: dict[str, float], plain: dict[str, float], goal: float) -> dict[str, float]:
-    """Time two calls in turn, in milliseconds."""
+    """Our time and the plain one in milliseconds, their ratio, and its goal."""
     return {
         "ms": ours["median"],
         "plain ms": plain["median"],
@@ -144,8 +144,8 @@ def times_faster(ours: dict[str, float], plain: dict[str, float], goal: float) -
 def attention(rounds: int = 7) -> Figures:
     """Attention of a block, forward and backward, from fused projections: 64 text + 5 x 400 slots, 4 heads of 64.
 
-    Measures the temporal channel alone, and both channels of a block. With windows, the mean over both kinds of blocks.
-    Uses one thread: other load slows many short parallel loops far more than a few long ones.
+    Measures the temporal channel alone, and both channels of a block; with windows, the mean over both kinds of blocks.
+    Uses one thread, since other load slows many short parallel loops far more than a few long ones.
     """
     figures: Figures = {}
     threads = torch.get_num_threads()
@@ -167,7 +167,7 @@ def attention(rounds: int = 7) -> Figures:
 
 
 def _attention_calls(window: int, dtype: torch.dtype, heads: int = 4) -> dict[str, Callable[[], object]]:
-    """Calls for one block of each kind, after a comparison of outputs and gradients."""
+    """Calls for one block of each kind, after checking that outputs and gradients agree."""
     layout = SequenceLayout.sequential(LAYOUT)
     words = text(TEXT_TOKENS, LAYOUT.text_slots)
     masks = dense_masks(layout, window, words.mask, dtype)
@@ -205,8 +205,8 @@ def _attention_calls(window: int, dtype: torch.dtype, heads: int = 4) -> dict[st
 def steps(rounds: int = 3) -> Figures:
     """Training step at hidden 512, 8 layers, grid 20, batch 1, frozen base, with the same AdamW and clipping in both.
 
-    Utilization is 6 operations per trained and 4 per frozen parameter of the matrices (with the code head at every
-    position), times positions, divided by the matrix rate of the same run.
+    Utilization is 6 operations per trained and 4 per frozen matrix parameter (including the code head at every
+    position), times positions per second, divided by the matrix rate of the same run.
     """
     figures: Figures = {}
     for precision in PRECISIONS:
@@ -215,7 +215,7 @@ def steps(rounds: int = 3) -> Figures:
 
 
 def _steps(precision: Precision, rounds: int) -> Figures:
-    """The plain step is timed once per stage, since windows only change the values of its masks."""
+    """Time the plain step once per stage, since windows only change the values of its masks."""
     cases = {name: make(*case, precision) for name, case in CASES.items()}
     calls: dict[str, Callable[[], object]] = {}
     rates: list[float] = []
@@ -250,7 +250,7 @@ def _speed(case: Case, seconds: float, rate: float) -> dict[str, float]:
 
 
 def _frozen(case: Case) -> dict[str, float]:
-    """Bytes that the frozen base takes besides its weights after a step and another backward pass: none."""
+    """Bytes that the frozen base takes beyond its weights after a step and another backward pass: none."""
     case.trainer.measure(case.batch).loss.mean().backward()
     parameters = [each for each in case.model.parameters() if not each.requires_grad]
     (used,) = case.trainer.optimizers
@@ -266,7 +266,7 @@ def _frozen(case: Case) -> dict[str, float]:
 
 
 def memory() -> Figures:
-    """Peak of the first step above the weights in a fresh process, in MiB.
+    """Peak memory of the first step above the weights, in a fresh process, in MiB.
 
     It includes gradients and optimizer moments, which are the same in both, and the masks of the plain step.
     """
@@ -320,7 +320,7 @@ def cuda(rounds: int = 10) -> Figures:
 
 
 def _layers_that_fit(batch: int, device: torch.device) -> int:
-    """Layers of the `cogvideo` preset that fit by the computed memory of a step, with a tenth to spare."""
+    """Number of layers of the `cogvideo` preset that fit by the estimated memory of a step, with a tenth to spare."""
     whole = preset("cogvideo")
     free = 0.9 * torch.cuda.mem_get_info(device)[0]
     for layers in range(whole.transformer.num_layers, 2, -2):
@@ -334,7 +334,7 @@ def gpu_step(
     sizes: TransformerConfig, layout: LayoutConfig, batch: int, compile: bool, device: torch.device, rounds: int
 ) -> dict[str, float]:
     """Speed of consecutive steps, synchronized with the device at both ends."""
-    gc.collect()  # the previous model
+    gc.collect()  # frees the previous model
     torch.compiler.reset()  # otherwise sizes are treated as dynamic
     case = make("sequential", 0, "bfloat16", sizes, layout, batch, compile, device)
 

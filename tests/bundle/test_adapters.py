@@ -1,4 +1,4 @@
-"""Adapters: nothing at the start, the same fused or not, sums of several, PEFT's files, and mistakes in one line."""
+"""Adapters: no effect at the start, same results fused or not, sums of several, PEFT's files, and error messages."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ ADAPTED = ("base", "sequential")
 
 
 def load(folder: Path, dtype: torch.dtype | None = torch.float64, **adapters: float) -> CogVideo:
-    """A model with adapters by name."""
+    """Load a model with adapters by name and scale."""
     return CogVideo.from_pretrained(folder, dtype, adapters=adapters)
 
 
 def matrices(model: CogVideo, component: str, rank: int, seed: int) -> dict[str, Tensor]:
-    """Matrices of an adapter that changes a lot."""
+    """Matrices of an adapter with a large effect."""
     module = model.part(component, torch.nn.Module)
     adapt(module, rank)
     shapes = {name: each.shape for name, each in module.state_dict().items() if ".lora_" in name}
@@ -44,7 +44,7 @@ def matrices(model: CogVideo, component: str, rank: int, seed: int) -> dict[str,
 
 @pytest.fixture(scope="module")
 def bundle(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with the adapters `one` and `two`, of ranks 2 and 3, of base and key frames."""
+    """Model with adapters `one` and `two`, of ranks 2 and 3, for the base and key frames."""
     folder = tmp_path_factory.mktemp("adapters") / "model"
     model = make_model(folder, train_text_model())
     for seed, name in enumerate(("one", "two")):
@@ -56,7 +56,7 @@ def bundle(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.Temp
 
 
 def passed(source: CogVideo, model: Transformer) -> Tensor:
-    """Result of a pass of key frames over random clips."""
+    """Output of a key-frame pass over random tokens."""
     layout = SequenceLayout.sequential(source.config.layout)
     mask = torch.ones(2, layout.text_slots, dtype=torch.bool)
     plan = full_pass(layout, model.window, mask, model.base.words.weight.dtype, layout.num_frames)
@@ -71,7 +71,7 @@ def weights(model: CogVideo, component: str) -> dict[str, Tensor]:
 
 
 def test_an_adapter_is_nothing_at_its_start(bundle: Path) -> None:
-    """Guards training: before the first step, the model is the one that is trained on, to the last bit."""
+    """Guards training: before the first step, a model with adapters is bit-identical to the one it starts from."""
     source = load(bundle, torch.float32)
     before = passed(source, source.sequential)
     for component in ADAPTED:
@@ -83,7 +83,7 @@ def test_an_adapter_is_nothing_at_its_start(bundle: Path) -> None:
 
 
 def test_fused_adapters_are_those_of_training(bundle: Path) -> None:
-    """Guards generation, whose weights are sums, against training, which adds products."""
+    """Checks that generation, which adds adapters to weights, agrees with training, which adds products."""
     plain, fused, loose = load(bundle), load(bundle, one=1.0), load(bundle)
     for component in ADAPTED:
         module = loose.part(component, torch.nn.Module)
@@ -97,7 +97,7 @@ def test_fused_adapters_are_those_of_training(bundle: Path) -> None:
 
 
 def test_two_adapters_are_their_sum(bundle: Path) -> None:
-    """Guards several adapters at once, each with its scale."""
+    """Checks several adapters at once, each with its own scale."""
     plain, one, two = load(bundle), load(bundle, one=1.0), load(bundle, two=1.0)
     both = weights(load(bundle, one=1.0, two=-0.5), "base")
     for name, before in weights(plain, "base").items():
@@ -107,7 +107,7 @@ def test_two_adapters_are_their_sum(bundle: Path) -> None:
 
 
 def test_peft_reads_and_writes_the_same_files(bundle: Path, tmp_path: Path) -> None:
-    """Guards the exchange of adapters with PEFT, both ways."""
+    """Checks that adapters can be exchanged with PEFT in both directions."""
     peft = pytest.importorskip("peft")
     ours, folder = bundle / "adapters" / "two" / "base", tmp_path / "theirs" / "base"
     wrapped = peft.PeftModel.from_pretrained(load(bundle, torch.float32).base, ours)
@@ -121,7 +121,7 @@ def test_peft_reads_and_writes_the_same_files(bundle: Path, tmp_path: Path) -> N
 
 
 def test_a_pipeline_with_adapters(bundle: Path, tmp_path: Path) -> None:
-    """Guards adapted clips: packed weights have it, super-resolution keeps its base, saved models are fused."""
+    """Checks adapted clips: packed weights are adapted, super-resolution keeps its base, and saved models are fused."""
 
     def clip(model: CogVideo) -> Tensor:
         pipeline = CogVideoPipeline(model)
@@ -147,7 +147,7 @@ def test_a_pipeline_with_adapters(bundle: Path, tmp_path: Path) -> None:
     ],
 )
 def test_other_adapters_are_refused(change: dict[str, object], message: str, bundle: Path, tmp_path: Path) -> None:
-    """Guards against files of PEFT that say more than is known here."""
+    """Guards against PEFT files with settings that are not supported here."""
     shutil.copytree(bundle / "adapters" / "one", tmp_path / "odd")
     path = tmp_path / "odd" / "base" / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -156,7 +156,7 @@ def test_other_adapters_are_refused(change: dict[str, object], message: str, bun
 
 
 def test_mistakes(bundle: Path, tmp_path: Path, train_text_model: Callable[..., bytes]) -> None:
-    """Guards the lines that say what is wrong with an adapter."""
+    """Checks the messages that say what is wrong with an adapter."""
     with pytest.raises(InputError, match=r"no adapter 'three': .* has one, two; expected one of them or a folder"):
         load(bundle, three=1.0)
     with pytest.raises(InputError, match="is no adapter, expected one with adapter_config"):
@@ -175,7 +175,7 @@ def test_mistakes(bundle: Path, tmp_path: Path, train_text_model: Callable[..., 
 def test_clips_with_adapters_are_made_again(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards `generate --adapter`, repeated, and the sidecars of its clips."""
+    """Checks `generate` with several `--adapter` options, and the sidecars of its clips."""
     monkeypatch.chdir(tmp_path)
     options = ["--model", str(bundle), "--rounds", "0"]
     given = ["--adapter", str(bundle / "adapters" / "one"), "--adapter", "two:0.5"]

@@ -1,4 +1,4 @@
-"""Bundles: what is saved comes back, what is damaged is refused, what is interrupted leaves the old bundle whole."""
+"""Bundles: round trips, rejection of damaged files, and interrupted saves that leave the old bundle whole."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def parts(config: CogVideoConfig, text_model: bytes) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(config: CogVideoConfig, parts: dict[str, Any], tmp_path: Path) -> Path:
-    """A complete bundle in float32."""
+    """Complete bundle in float32."""
     CogVideo(config, **parts).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -125,7 +125,7 @@ def assert_same(module: nn.Module, expected: nn.Module, dtype: torch.dtype | Non
 
 
 def assert_whole(folder: Path, parts: dict[str, Any]) -> None:
-    """The bundle in `folder` holds exactly these components."""
+    """Check that the bundle in `folder` holds exactly these components."""
     model = CogVideo.from_pretrained(folder)
     assert set(model.components) == parts.keys()
     for name, module in modules_of(model).items():
@@ -139,31 +139,31 @@ def names_in(folder: Path) -> set[str]:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change `bundle.json` by hand."""
+    """Edit `bundle.json`."""
     values = json.loads((folder / MANIFEST).read_text())
     change(values)
     (folder / MANIFEST).write_text(json.dumps(values))
 
 
 def replace_file(folder: Path, component: str, tensors: dict[str, Tensor]) -> None:
-    """Other tensors under an honest hash: only their content is wrong."""
+    """Replace the tensors of a component, and its hash: only the content is wrong."""
     path = folder / f"{component}.safetensors"
     save_file(tensors, path)
     entry = Entry.of(path)
     edit(folder, lambda values: values["components"].update({component: vars(entry)}))
 
 
-# What is saved comes back
+# Round trips
 
 
 def test_saved_equals_loaded(folder: Path, config: CogVideoConfig, parts: dict[str, Any]) -> None:
-    """Components exchanged, values changed by the way, or a configuration that JSON does not give back."""
+    """Catches swapped components, values changed on the way, or a configuration that does not survive JSON."""
     assert CogVideo.from_pretrained(folder).config == config
     assert_whole(folder, parts)
 
 
 def test_files_of_a_bundle(folder: Path, config: CogVideoConfig) -> None:
-    """The base stored once a stage, files left over, or names that others do not find."""
+    """Catches a base stored once per stage, leftover files, or file names that others cannot find."""
     assert names_in(folder) == FILES
     values = json.loads((folder / MANIFEST).read_text())
     assert values.keys() == {"format_version", "config", "components"}
@@ -175,7 +175,7 @@ def test_files_of_a_bundle(folder: Path, config: CogVideoConfig) -> None:
 
 
 def test_one_base_serves_all_stages(folder: Path) -> None:
-    """A copy of the base a stage: the memory of the released system, which users could not afford."""
+    """Guards against one copy of the base per stage, as in the released system, which users could not afford."""
     model = CogVideo.from_pretrained(folder)
     stages = (model.image_model, model.sequential, model.interpolation, model.upscaler)
     assert all(stage.base is model.base for stage in stages)
@@ -185,7 +185,7 @@ def test_one_base_serves_all_stages(folder: Path) -> None:
 
 
 def test_a_stage_with_its_own_base(config: CogVideoConfig, parts: dict[str, Any], tmp_path: Path) -> None:
-    """A base that differs exchanged for the shared one, or the other way round."""
+    """Catches a stage that uses the shared base instead of its own, or vice versa."""
     parts |= {"interpolation_base": randomized(Base(config.transformer), 50)}
     parts |= {"superres_base": randomized(Base(config.transformer), 51)}
     CogVideo(config, **parts).save_pretrained(tmp_path)
@@ -197,7 +197,7 @@ def test_a_stage_with_its_own_base(config: CogVideoConfig, parts: dict[str, Any]
 
 
 def test_loaded_weights_are_frozen(folder: Path) -> None:
-    """A base that moves in training, or memory for gradients that nobody wants."""
+    """Guards against a base that changes in training, and against memory for gradients that nobody needs."""
     for module in modules_of(CogVideo.from_pretrained(folder)).values():
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -205,7 +205,7 @@ def test_loaded_weights_are_frozen(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtype_on_load(folder: Path, parts: dict[str, Any], dtype: torch.dtype) -> None:
-    """A tensor that keeps its stored type would fail, or slow down, the first product; labels must stay integers."""
+    """Guards against tensors that keep their stored dtype, which would fail or be slow. Labels must stay integers."""
     model = CogVideo.from_pretrained(folder, dtype=dtype)
     for name, module in modules_of(model).items():
         assert_same(module, parts[name], dtype)
@@ -214,7 +214,7 @@ def test_dtype_on_load(folder: Path, parts: dict[str, Any], dtype: torch.dtype) 
 
 
 def test_as_stored(config: CogVideoConfig, parts: dict[str, Any], tmp_path: Path) -> None:
-    """Half precision that comes back wider, or a file that is wider than its weights."""
+    """Guards against half precision that comes back wider, or a file that is wider than its weights."""
     parts["base"].half()
     CogVideo(config, **parts).save_pretrained(tmp_path)
     assert all(tensor.dtype == torch.float16 for tensor in load_file(tmp_path / "base.safetensors").values())
@@ -222,25 +222,25 @@ def test_as_stored(config: CogVideoConfig, parts: dict[str, Any], tmp_path: Path
 
 
 def test_writing_to_loaded_weights_leaves_the_file_alone(folder: Path, parts: dict[str, Any]) -> None:
-    """Memory-mapped weights that are trained in place must not change the bundle under other readers."""
+    """Guards other readers of a bundle whose memory-mapped weights are trained in place."""
     model = CogVideo.from_pretrained(folder)
     model.base.words.weight.zero_()
     assert_whole(folder, parts)
 
 
 def test_from_parts_in_memory(config: CogVideoConfig, parts: dict[str, Any]) -> None:
-    """Copies instead of the very objects: training would train something else than it saves."""
+    """Guards against copies of the given parts: training would train something other than it saves."""
     model = CogVideo(config, **parts)
     assert modules_of(model) == {name: parts[name] for name in modules_of(model)}
     assert model.text is parts["text"]
     assert model.cluster_labels is parts["cluster_labels"]
 
 
-# Components are loaded when they are used
+# Components are loaded on first use
 
 
 def test_unused_components_are_not_read(folder: Path) -> None:
-    """All of a bundle in memory where one stage is wanted."""
+    """Guards against loading a whole bundle where one stage is needed."""
     damage(folder / "interpolation.safetensors")
     damage(folder / "image_tokenizer.safetensors")
     model = CogVideo.from_pretrained(folder)
@@ -250,13 +250,13 @@ def test_unused_components_are_not_read(folder: Path) -> None:
 
 
 def test_missing_components_are_named(config: CogVideoConfig, parts: dict[str, Any], tmp_path: Path) -> None:
-    """A bundle of a tokenizer alone is fine; a stage that it lacks must not end in a KeyError."""
+    """Checks that a bundle of only tokenizers works, and that a missing component is named, not a KeyError."""
     CogVideo(config, image_tokenizer=parts["image_tokenizer"], text=parts["text"]).save_pretrained(tmp_path)
     assert names_in(tmp_path) == {MANIFEST, "image_tokenizer.safetensors", "text.model"}
     model = CogVideo.from_pretrained(tmp_path)
     assert model.components == ("image_tokenizer", "text")
     assert_same(model.autoencoder, parts["image_tokenizer"])
-    labels = model.cluster_labels  # stored ones are lacking, so those of the codebook
+    labels = model.cluster_labels  # none are stored, so they are computed from the codebook
     assert labels is not None
     assert torch.equal(labels, CogVideo.from_pretrained(tmp_path).cluster_labels)
     assert CogVideo(config, text=parts["text"]).cluster_labels is None
@@ -267,7 +267,7 @@ def test_missing_components_are_named(config: CogVideoConfig, parts: dict[str, A
 
 
 def test_wrong_parts_in_memory(config: CogVideoConfig, parts: dict[str, Any]) -> None:
-    """A misspelt component that is silently never used, or a whole model where its channel is meant."""
+    """Catches a misspelled component that would never be used, or a whole model in place of its channel."""
     with pytest.raises(ValueError, match=r"got the components \['upscaler'\], expected some of \['base'"):
         CogVideo(config, upscaler=parts["superres"])
     model = CogVideo(config, **parts)
@@ -279,7 +279,7 @@ def test_wrong_parts_in_memory(config: CogVideoConfig, parts: dict[str, Any]) ->
 
 
 def damage(path: Path) -> None:
-    """Change the last byte, as a fault of a disk would."""
+    """Change the last byte, as a disk fault might."""
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -287,14 +287,14 @@ def damage(path: Path) -> None:
 
 @pytest.mark.parametrize("component", ["base", "cluster_labels", "text"])
 def test_changed_content_is_refused(folder: Path, component: str) -> None:
-    """Weights that were damaged on the way give noise, or worse, slightly wrong clips."""
+    """Guards against weights damaged on the way, which give noise or, worse, slightly wrong clips."""
     damage(folder / json.loads((folder / MANIFEST).read_text())["components"][component]["file"])
     with pytest.raises(ValueError, match=rf"{component}\..* has the sha256 [0-9a-f]{{64}}, expected [0-9a-f]{{64}}"):
         getattr(CogVideo.from_pretrained(folder), component)
 
 
 def test_verification_can_be_left_out(folder: Path, parts: dict[str, Any]) -> None:
-    """A switch that does nothing: hashing large files takes longer than mapping them."""
+    """Catches a `verify` switch that does nothing: hashing large files takes longer than mapping them."""
     damage(folder / "base.safetensors")
     model = CogVideo.from_pretrained(folder, verify=False)
     expected = parts["base"].state_dict()
@@ -335,7 +335,7 @@ def test_verification_can_be_left_out(folder: Path, parts: dict[str, Any]) -> No
 )
 @pytest.mark.usefixtures("without_shape_checks")
 def test_refused_manifests(folder: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
-    """A bundle of a newer version, or one edited by hand, that fails with a KeyError somewhere or loads wrongly."""
+    """Guards against newer or hand-edited bundles that fail with a KeyError somewhere, or load wrongly."""
     edit(folder, change)
     with pytest.raises(ValueError, match=rf"^cannot use .*bundle\.json: .*{message}"):
         CogVideo.from_pretrained(folder)
@@ -343,7 +343,7 @@ def test_refused_manifests(folder: Path, change: Callable[[dict[str, Any]], obje
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
 def test_refused_json(folder: Path, content: bytes) -> None:
-    """A truncated download of the manifest."""
+    """Catches a truncated download of the manifest."""
     (folder / MANIFEST).write_bytes(content)
     with pytest.raises(ValueError, match=r"^cannot use .*bundle\.json: "):
         CogVideo.from_pretrained(folder)
@@ -351,14 +351,14 @@ def test_refused_json(folder: Path, content: bytes) -> None:
 
 @pytest.mark.parametrize("file", ["../base.safetensors", "/etc/passwd", "a/b", "..", "", ".hidden", "a\\b", "C:base"])
 def test_file_names_outside_of_the_bundle_are_refused(folder: Path, file: str) -> None:
-    """A bundle from a stranger that reads files elsewhere, or has them removed when it is replaced."""
+    """Guards against a malicious bundle that reads files elsewhere, or has them removed when it is replaced."""
     edit(folder, lambda values: values["components"]["base"].update(file=file))
     with pytest.raises(ValueError, match=r"is refused, expected a plain name inside the bundle"):
         CogVideo.from_pretrained(folder)
 
 
 def test_incomplete_bundles_are_refused_at_once(folder: Path) -> None:
-    """A download that was cut short is found out hours later, when its stage is first used."""
+    """Guards against a truncated download that only shows hours later, when its stage is first used."""
     content = (folder / "superres.safetensors").read_bytes()
     (folder / "superres.safetensors").write_bytes(content[:-7])
     message = rf"superres.safetensors has {len(content) - 7} bytes, expected {len(content)}"
@@ -386,7 +386,7 @@ def test_incomplete_bundles_are_refused_at_once(folder: Path) -> None:
     ],
 )
 def test_refused_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
-    """A file of another model would be loaded in part, or fail deep inside a product."""
+    """Guards against files of another model, which would load in part, or fail deep inside a matrix product."""
     tensors = load_file(folder / "base.safetensors")
     change(tensors)
     replace_file(folder, "base", tensors)
@@ -404,14 +404,14 @@ def test_refused_tensors(folder: Path, change: Callable[[dict[str, Tensor]], obj
     ],
 )
 def test_refused_labels(folder: Path, labels: Tensor, message: str) -> None:
-    """Labels of another tokenizer would index outside of the codes."""
+    """Guards against labels of another tokenizer, which would index codes out of range."""
     replace_file(folder, "cluster_labels", {"labels": labels})
     with pytest.raises(ValueError, match=message):
         _ = CogVideo.from_pretrained(folder).cluster_labels
 
 
 def test_what_is_no_safetensors_file_is_refused(folder: Path) -> None:
-    """An error page in place of a download."""
+    """Catches an error page saved in place of a download."""
     path = folder / "base.safetensors"
     path.write_bytes(b"<html>not found</html>")
     edit(folder, lambda values: values["components"].update(base=vars(Entry.of(path))))
@@ -420,14 +420,14 @@ def test_what_is_no_safetensors_file_is_refused(folder: Path) -> None:
 
 
 def test_text_that_belongs_to_another_transformer_is_refused(folder: Path) -> None:
-    """Pads and start tokens of another vocabulary: every prompt would be nonsense to the model."""
+    """Guards against pads and start tokens of another vocabulary, which would make every prompt nonsense."""
     edit(folder, lambda values: values["config"]["transformer"].update(pad=NUM_CODES))
     with pytest.raises(ValueError, match=r"text.model does not fit the configuration as text: pad is 24"):
         _ = CogVideo.from_pretrained(folder).text
 
 
 def test_unusable_dtype_and_device(folder: Path) -> None:
-    """Failing only after gigabytes were read."""
+    """Guards against failing only after gigabytes have been read."""
     with pytest.raises(ValueError, match=r"dtype is torch.int8, expected one of"):
         CogVideo.from_pretrained(folder, dtype=torch.int8)
     with pytest.raises(ValueError, match="cannot use the device 'cuad'"):
@@ -439,7 +439,7 @@ def test_unusable_dtype_and_device(folder: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
-    """A Hub that has `owner/model`; it notes what it is asked for."""
+    """Fake Hub that has `owner/model` and records what it is asked for."""
     asked: dict[str, Any] = {}
 
     def snapshot_download(name: str, **settings: Any) -> str:
@@ -453,7 +453,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> dict[str, Any]:
 
 
 def test_hub_ids_are_downloaded(hub: dict[str, Any], config: CogVideoConfig) -> None:
-    """Files that run code, or that nobody needs, fetched from a stranger's repository."""
+    """Guards against downloading files that run code, or that nobody needs, from an untrusted repository."""
     assert CogVideo.from_pretrained("owner/model").config == config
     assert hub == {"owner/model": {"allow_patterns": ["*.json", "*.safetensors", "*.model"]}}
 
@@ -461,14 +461,14 @@ def test_hub_ids_are_downloaded(hub: dict[str, Any], config: CogVideoConfig) -> 
 def test_a_folder_wins_over_the_hub(
     hub: dict[str, Any], folder: Path, config: CogVideoConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A local model exchanged for a stranger's of the same name."""
+    """Guards against using a stranger's model in place of a local one with the same name."""
     monkeypatch.chdir(folder.parent.parent)
     assert CogVideo.from_pretrained(f"{folder.parent.name}/model").config == config
     assert not hub
 
 
 def test_an_unreachable_hub_says_what_to_do(hub: dict[str, Any]) -> None:
-    """A traceback of an HTTP library where a folder was misspelt or the machine is offline."""
+    """Guards against an HTTP library's traceback where a folder was misspelled or the machine is offline."""
     with pytest.raises(ValueError, match=r"no folder owner/other, .*no route to host.*: pass the folder of a bundle"):
         CogVideo.from_pretrained("owner/other")
     assert list(hub) == ["owner/other"]
@@ -476,7 +476,7 @@ def test_an_unreachable_hub_says_what_to_do(hub: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["model", "/no/such/model", "./owner/model", "owner/model/part"])
 def test_what_cannot_be_an_id_asks_no_hub(hub: dict[str, Any], name: str) -> None:
-    """A misspelt path sent over the network."""
+    """Guards against sending a misspelled path over the network."""
     with pytest.raises(ValueError, match=r"there is no folder .*: pass the folder of a bundle, .*, or pocket"):
         CogVideo.from_pretrained(name)
     assert not hub
@@ -486,7 +486,7 @@ def test_what_cannot_be_an_id_asks_no_hub(hub: dict[str, Any], name: str) -> Non
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Those of the components of a bundle, each of which is what was saved."""
+    """Verified hashes of a bundle's components."""
     components = Manifest.complete(folder).components
     for entry in components.values():
         entry.verify(folder / entry.file)
@@ -494,7 +494,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def test_saving_into_the_folder_it_came_from(folder: Path, parts: dict[str, Any]) -> None:
-    """Weights overwritten while they are memory-mapped: the process dies, or the bundle is garbage."""
+    """Guards against overwriting memory-mapped weights, which would kill the process or corrupt the bundle."""
     model = CogVideo.from_pretrained(folder)
     model.sequential.channel.positions.weight.fill_(3)
     parts["sequential"].positions.weight.data.fill_(3)
@@ -506,14 +506,14 @@ def test_saving_into_the_folder_it_came_from(folder: Path, parts: dict[str, Any]
 
 
 def test_saving_what_was_not_loaded(folder: Path, parts: dict[str, Any], tmp_path: Path) -> None:
-    """Components left behind because nobody used them."""
+    """Guards against losing components that were never loaded."""
     CogVideo.from_pretrained(folder).save_pretrained(tmp_path / "copy")
     assert_whole(tmp_path / "copy", parts)
     assert names_in(tmp_path / "copy") == FILES
 
 
 def test_damage_is_not_copied(folder: Path, tmp_path: Path) -> None:
-    """A copy with an honest hash of damaged weights, whose damage nobody can find any more."""
+    """Guards against saving damaged weights under a new hash, which would hide the damage for good."""
     damage(folder / "base.safetensors")
     with pytest.raises(ValueError, match="sha256"):
         CogVideo.from_pretrained(folder).save_pretrained(tmp_path / "copy")
@@ -521,7 +521,7 @@ def test_damage_is_not_copied(folder: Path, tmp_path: Path) -> None:
 
 
 def test_saving_in_another_dtype(folder: Path, parts: dict[str, Any], tmp_path: Path) -> None:
-    """Only what happened to be loaded converted; in the same folder, files removed before they are read."""
+    """Guards against converting only what was loaded, and, in the same folder, removing files before reading them."""
     CogVideo.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "copy")
     model = CogVideo.from_pretrained(folder, dtype=torch.bfloat16)
     model.save_pretrained(folder)
@@ -531,7 +531,7 @@ def test_saving_in_another_dtype(folder: Path, parts: dict[str, Any], tmp_path: 
 
 
 def test_other_files_are_left_alone(folder: Path, parts: dict[str, Any]) -> None:
-    """A model card, or a file that only looks like ours, lost to a save."""
+    """Guards a model card, and a file that only looks like ours, against being lost to a save."""
     (folder / "README.md").write_text("card")
     (folder / "superres_base.safetensors").write_text("not of this bundle")
     model = CogVideo.from_pretrained(folder)
@@ -543,7 +543,7 @@ def test_other_files_are_left_alone(folder: Path, parts: dict[str, Any]) -> None
 
 
 class Interruption(Exception):
-    """Stands for whatever may happen."""
+    """Stands for anything that may interrupt a save."""
 
 
 @pytest.mark.parametrize("moment", ["save_file", "rename", "replace", "write", "unlink"])
@@ -551,7 +551,7 @@ class Interruption(Exception):
 def test_interrupted_saves_leave_the_old_bundle(
     folder: Path, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, moment: str, place: int
 ) -> None:
-    """A full disk in the middle of a save that leaves neither the old bundle nor the new one."""
+    """Guards against a save that fails midway, as on a full disk, and leaves neither the old bundle nor the new one."""
     owner = {"save_file": storage, "write": Manifest, "rename": Path, "replace": Path, "unlink": Path}[moment]
     original, calls = getattr(owner, moment), []
 
@@ -583,8 +583,8 @@ def test_interrupted_saves_leave_the_old_bundle(
 def test_a_killed_update_leaves_a_whole_bundle(
     folder: Path, config: CogVideoConfig, parts: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Nothing is tidied up when a process is killed, between any two changes of the file system: no half of a bundle
-    may look whole, and the next update removes what the killed one left."""
+    """Kills an update, without cleanup, between any two changes of the file system: a partial bundle must never look
+    whole, and the next update removes what the killed one left."""
     other = versioned(config, "sequential", 1)
     before, after = hashes(folder), hashes(folder)
     CogVideo(config, sequential=other).save_pretrained(tmp_path / "other")
@@ -604,11 +604,11 @@ def test_a_killed_update_leaves_a_whole_bundle(
 
 
 KILLED, UPDATED = 12, 25
-"""Of a short run: processes that were killed, updates that were confirmed."""
+"""Number of kills and of confirmed updates in a short run."""
 
 
 def update_for_ever(folder: Path, config: CogVideoConfig, component: str, version: int, told: int) -> None:
-    """Write versions of a component, each full of its number, which goes into a pipe when it is in the bundle."""
+    """Store versions of a component, filled with their number, and send each number to a pipe once it is stored."""
     while True:
         version += 1
         update(folder, config, **{component: versioned(config, component, version)})
@@ -623,13 +623,13 @@ def versioned(config: CogVideoConfig, component: str, version: int) -> nn.Module
 
 
 def version_of(module: Any) -> int:
-    """The number that a component is full of: never two."""
+    """The number that fills a component; a mix of two versions fails."""
     (version,) = {float(value) for each in module.parameters() for value in each.unique()}
     return int(version)
 
 
 def stored_version(folder: Path, component: str) -> int:
-    """The number that a component of the bundle is full of; read again where it is replaced meanwhile."""
+    """The number that fills a stored component, read again if it is replaced meanwhile."""
     while True:
         try:
             return version_of(CogVideo.from_pretrained(folder).component(component))
@@ -639,7 +639,7 @@ def stored_version(folder: Path, component: str) -> int:
 
 
 def started(work: Callable[[], None]) -> int:
-    """A process of its own, which is to be killed."""
+    """Start a process that is to be killed, and return its ID."""
     if process := os.fork():
         return process
     try:
@@ -649,8 +649,9 @@ def started(work: Callable[[], None]) -> int:
 
 
 def hammer(folder: Path, config: CogVideoConfig, updates: int, kills: int, seed: int) -> tuple[int, int]:
-    """Processes that each update a component of one bundle, and are killed at random moments, until there were so many
-    updates and kills; after each kill the bundle is whole, and has no version older than the last confirmed one."""
+    """Update the components of one bundle from several processes that are killed at random moments, until there have
+    been enough updates and kills. After each kill, the bundle is whole, and no version is older than the last confirmed
+    one."""
     random = Random(seed)
     names = ("base", "sequential", "interpolation", "superres")
     confirmed, num_updates, num_kills = dict.fromkeys(names, 0), 0, 0
@@ -684,8 +685,8 @@ def hammer(folder: Path, config: CogVideoConfig, updates: int, kills: int, seed:
 
 
 def test_concurrent_updates_that_are_killed_lose_nothing(tmp_path: Path, config: CogVideoConfig) -> None:
-    """Two stages that end at the same time: each wrote the bundle that it had read, without the weights of the other.
-    Meanwhile a reader sees a whole bundle at any time."""
+    """Guards two stages that finish at the same time: each must not overwrite the other's weights with the bundle it
+    read earlier. Meanwhile, readers always see a whole bundle."""
     hammer(tmp_path, config, UPDATED, KILLED, seed=5)
     names = ("base", "sequential", "interpolation", "superres")
     assert {each.split(".")[0].split("-")[0] for each in names_in(tmp_path)} == {*names, "bundle"}
@@ -694,7 +695,7 @@ def test_concurrent_updates_that_are_killed_lose_nothing(tmp_path: Path, config:
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="gives up the rights of root")
 def test_a_folder_that_cannot_be_written_is_named(folder: Path, config: CogVideoConfig, parts: dict[str, Any]) -> None:
-    """A traceback of the lock, or an endless wait for it, where the bundle is somebody else's."""
+    """Guards against the lock's traceback, or an endless wait for it, if the bundle belongs to somebody else."""
     folder.chmod(0o555)
     (folder / LOCK).chmod(0o444)
     for parent in folder.parents[:3]:
@@ -716,13 +717,13 @@ def test_a_folder_that_cannot_be_written_is_named(folder: Path, config: CogVideo
 def test_what_was_replaced_meanwhile_is_said(
     folder: Path, config: CogVideoConfig, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A model that was opened before an update, and then takes other weights, or calls the new bundle damaged; also
-    between the moments when safetensors and PyTorch open a file."""
+    """Guards a model opened before an update against silently loading other weights, or calling the new bundle damaged,
+    even if the update comes between safetensors and PyTorch opening a file."""
     model = CogVideo.from_pretrained(folder)
     update(folder, config, base=versioned(config, "base", 1), superres=versioned(config, "superres", 1))
     with pytest.raises(ValueError, match=r"base of the bundle .* was replaced: load the bundle again"):
         _ = model.base
-    update(folder, config, superres=versioned(config, "superres", 2))  # takes the name that became free
+    update(folder, config, superres=versioned(config, "superres", 2))  # reuses the file name that became free
     with pytest.raises(ValueError, match=r"superres of the bundle .* was replaced"):
         model.component("superres")
     assert_same(model.component("sequential"), parts["sequential"])
@@ -741,7 +742,7 @@ def test_what_was_replaced_meanwhile_is_said(
 def test_failed_first_save_leaves_no_bundle(
     config: CogVideoConfig, parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder without half of its weights that loads; or an error that does not say which file and why."""
+    """Guards against a folder that loads with half of its weights, and an error that names neither file nor reason."""
 
     def full(tensors: object, path: Path) -> None:
         raise SafetensorError("No space left on device")
@@ -753,13 +754,13 @@ def test_failed_first_save_leaves_no_bundle(
 
 
 def test_a_full_disk_names_the_text_tokenizer(config: CogVideoConfig, parts: dict[str, Any], tmp_path: Path) -> None:
-    """Guards the message where the disk is full."""
+    """Checks that the error for a full disk names the file."""
     with full_disk(100), pytest.raises(OSError, match=r"File too large: .*text\.model"):
         CogVideo(config, text=parts["text"]).save_pretrained(tmp_path)
 
 
 def test_what_does_not_fit_is_not_saved(folder: Path, config: CogVideoConfig, parts: dict[str, Any]) -> None:
-    """A bundle that can be saved but never loaded: packed weights, other sizes, other templates, a file as folder."""
+    """Guards against bundles that can never be loaded: packed weights, other sizes or templates, a file as folder."""
     model = CogVideo.from_pretrained(folder)
     wide = replace(config, transformer=replace(config.transformer, hidden=32))
     with pytest.raises(ValueError, match=r"the model does not fit the configuration as base: wrong shapes"):
@@ -806,7 +807,7 @@ print((status("VmHWM") - before) / sum(weight.nbytes for weight in weights), sum
 
 @pytest.fixture(scope="module")
 def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base in float16, 230 MB."""
+    """Bundle with a base in float16, 230 MB."""
     config = replace(CogVideoConfig(), transformer=TransformerConfig(num_layers=16, hidden=768, num_heads=12))
     with torch.device("meta"):
         base = Base(config.transformer).half()
@@ -821,10 +822,10 @@ def large_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["none", "float32"])
 def test_peak_memory_of_loading(large_folder: Path, dtype: str) -> None:
-    """Users' processes were killed by three copies in host memory.
+    """Guards against three copies of the weights in host memory, which got users' processes killed.
 
-    Measured in a fresh process: the peak of resident memory while a base is loaded and every weight is read once,
-    pages of the memory-mapped file included, less that after all imports, over the bytes of the loaded weights.
+    Measured in a fresh process: peak resident memory while a base is loaded and every weight is read once, including
+    pages of the memory-mapped file, minus memory after all imports, divided by the size of the loaded weights.
     """
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, str(large_folder), dtype], capture_output=True, text=True, check=True
@@ -838,7 +839,7 @@ OLD = Path(__file__).parent / "files"
 
 
 def test_a_bundle_and_a_sidecar_of_the_first_format(tmp_path: Path) -> None:
-    """Guards files that version 0.1.0 wrote in November 2026: they load, and the sidecar makes the same codes again."""
+    """Checks files that version 0.1.0 wrote in November 2026: they load, and the sidecar reproduces the same codes."""
     shutil.copytree(OLD, tmp_path / "old")
     model = CogVideo.from_pretrained(tmp_path / "old/model-1")
     assert sorted(model.components) == sorted(each for each in COMPONENTS if not each.endswith("_base"))

@@ -1,4 +1,4 @@
-"""A bundle that grows: components come, are replaced and go, and all others stay as they are, file by file."""
+"""Updating a bundle: components are added, replaced, and removed, and all other files stay exactly as they are."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def config(train_text_model: Callable[..., bytes]) -> CogVideoConfig:
 
 @pytest.fixture
 def folder(train_text_model: Callable[..., bytes], tmp_path: Path) -> Path:
-    """A bundle without interpolation."""
+    """Bundle without interpolation."""
     make_model(tmp_path / "model", train_text_model(), without=("interpolation",))
     return tmp_path / "model"
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Of the files themselves, as they are now."""
+    """Hashes of the components, verified against the current files."""
     manifest = Manifest.read(folder)
     for entry in manifest.components.values():
         entry.verify(folder / entry.file)
@@ -40,7 +40,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def test_components_come_and_go(folder: Path, config: CogVideoConfig) -> None:
-    """Guards the others: only what is named changes, and what goes leaves no file behind."""
+    """Guards the other components: only what is named changes, and what is removed leaves no file."""
     before, channel = hashes(folder), loud(MODULES["interpolation"](config), 3)
     update(folder, config, interpolation=channel, sequential=loud(MODULES["sequential"](config), 4))
     added = hashes(folder)
@@ -57,7 +57,7 @@ def test_components_come_and_go(folder: Path, config: CogVideoConfig) -> None:
 
 
 def test_what_is_lost_can_be_replaced(folder: Path, config: CogVideoConfig) -> None:
-    """Guards the way back from a file that was removed by mistake; what is kept must be there."""
+    """Checks recovery from a file deleted by mistake. Components to be kept must exist."""
     before = hashes(folder)
     (folder / "sequential.safetensors").unlink()
     with pytest.raises(ValueError, match=r"incomplete: there is no file .*sequential"):
@@ -67,7 +67,7 @@ def test_what_is_lost_can_be_replaced(folder: Path, config: CogVideoConfig) -> N
 
 
 def test_unknown_names_are_refused(folder: Path, config: CogVideoConfig) -> None:
-    """Guards against a mistyped component that is silently left out."""
+    """Guards against a misspelled component that is silently ignored."""
     before, message = hashes(folder), r"got the components \['interpolaton'\], expected some of \['base', "
     with pytest.raises(ValueError, match=message):
         update(folder, config, interpolaton=loud(MODULES["interpolation"](config), 3))
@@ -77,13 +77,13 @@ def test_unknown_names_are_refused(folder: Path, config: CogVideoConfig) -> None
 
 
 def test_what_is_given_is_not_taken_away(folder: Path, config: CogVideoConfig) -> None:
-    """Guards stages that are replaced together with a base of their own."""
+    """Checks that a component that is both given and listed in `without` is replaced, not removed."""
     update(folder, config, without=("sequential",), sequential=loud(MODULES["sequential"](config), 4))
     assert "sequential" in hashes(folder)
 
 
 def test_where_there_is_none_a_bundle_is_made(tmp_path: Path, config: CogVideoConfig) -> None:
-    """Guards the first stage of a bundle."""
+    """Checks that updating a new folder creates a bundle, as for its first stage."""
     update(tmp_path / "new", config, without=("superres",), base=loud(MODULES["base"](config), 1))
     assert hashes(tmp_path / "new").keys() == {"base"}
 
@@ -91,7 +91,7 @@ def test_where_there_is_none_a_bundle_is_made(tmp_path: Path, config: CogVideoCo
 def test_another_configuration_is_refused(
     folder: Path, config: CogVideoConfig, train_text_model: Callable[..., bytes]
 ) -> None:
-    """Guards a bundle against parts of another model; it stays as it was."""
+    """Guards a bundle against parts of another model, and against changes by a rejected update."""
     before = hashes(folder)
     with pytest.raises(ValueError, match="has a different configuration from the components to be written"):
         update(folder, small_config(train_text_model(), 64), base=MODULES["base"](small_config(train_text_model(), 64)))
@@ -101,7 +101,7 @@ def test_another_configuration_is_refused(
 
 
 def test_whenever_it_is_killed_the_bundle_is_whole(folder: Path, config: CogVideoConfig, tmp_path: Path) -> None:
-    """Guards training on top of a bundle: it is the old one or the new one, whatever interrupts the end of a run."""
+    """Guards training into a bundle: it is the old one or the new one, whatever interrupts the end of a run."""
     channel, before, seen = loud(MODULES["sequential"](config), 4), hashes(folder), []
     for number in count(1):
         copy = tmp_path / f"killed-{number}"
@@ -118,7 +118,7 @@ def test_whenever_it_is_killed_the_bundle_is_whole(folder: Path, config: CogVide
 
 
 def test_a_component_is_told_by_its_name(folder: Path, train_text_model: Callable[..., bytes]) -> None:
-    """Guards what training asks a bundle for: where it is, what its files are, its parts; and what it lacks."""
+    """Checks what training looks up in a bundle: its folder, file hashes, components, and which ones are missing."""
     model, parts = CogVideo.from_pretrained(folder), make_parts(train_text_model())
     assert model.folder == folder
     assert {name: model.sha256(name) for name in model.components} == hashes(folder)

@@ -1,4 +1,4 @@
-"""Released checkpoints to bundles: folders in the released format, written here at small size, whole and broken."""
+"""Converting released checkpoints to bundles, with small folders in the released format, intact and broken."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def convert(
     config: CogVideoConfig | None = None,
     **folders: Path,
 ) -> Conversion:
-    """The conversion of folders by the names of the command's options."""
+    """Convert folders, given by the names of the command's options."""
     stages = {COMPONENTS[name]: folder for name, folder in folders.items()}
     return converting.convert(out, stages, ice, clusters, config)
 
@@ -87,13 +87,13 @@ def _released(kind: str, seed: int) -> Tensors:
 
 
 def released(stage: str) -> Tensors:
-    """Tensors of a released stage at small size, in float16; the stages share their base."""
+    """Small float16 tensors of a released stage; all stages share their base."""
     kind = "dsr" if stage == "dsr" else "cogvideo"
     return {name: value.half() for name, value in _released(kind, BASE_SEED + STAGES.index(stage)).items()}
 
 
 def released_tokenizer() -> Tensors:
-    """The image tokenizer with the running averages that training left in it."""
+    """Image tokenizer, including the running averages that training left in it."""
     with torch.device("meta"):
         ours = Autoencoder(AUTOENCODER).state_dict()
     shapes = {name: list(ours[mine].shape) for name, mine in released_autoencoder_names(AUTOENCODER).items()}
@@ -104,7 +104,7 @@ def released_tokenizer() -> Tensors:
 
 @dataclass
 class Download:
-    """Folders and files as users bring them; a test changes what it likes before `write`."""
+    """Folders and files as users download them; tests change them before `write`."""
 
     root: Path
     stages: dict[str, Tensors]
@@ -114,7 +114,7 @@ class Download:
     settings: dict[str, Any] = field(default_factory=lambda: dict(SETTINGS))
 
     def write(self) -> dict[str, Path]:
-        """Write everything; gives the arguments of `convert`."""
+        """Write everything, and return the arguments of `convert`."""
         given = {stage: self.write_stage(stage, tensors) for stage, tensors in self.stages.items()}
         if self.tokenizer is not None:
             given["ice"] = self.root / "ice"
@@ -168,7 +168,7 @@ ADDED_NAMES = {"qkv": "query_key_value", "out": "dense", "gate": "attn_distribut
 
 
 def base_name(ours: str) -> str:
-    """Released name of a parameter of the base: the other way round than the table under test."""
+    """Released name of a base parameter: the inverse of the table under test."""
     if ours in BASE_NAMES:
         return f"transformer.{BASE_NAMES[ours]}"
     _, layer, part, kind = ours.split(".")
@@ -184,17 +184,17 @@ def added_name(ours: str) -> str:
 
 
 def assert_is(module: torch.nn.Module, tensors: Tensors, name: Callable[[str], str]) -> None:
-    """The module's parameters are the released tensors, in the released type."""
+    """Check that the module's parameters are the released tensors, in the released dtype."""
     for ours, parameter in module.state_dict().items():
         assert parameter.dtype == tensors[name(ours)].dtype
         assert torch.equal(parameter, tensors[name(ours)]), ours
 
 
-# What was released comes out
+# Everything released is converted
 
 
 def test_everything_released(download: Download, config: CogVideoConfig, tmp_path: Path) -> None:
-    """Tensors exchanged, changed or forgotten on the way; the base stored once a stage."""
+    """Catches tensors that are swapped, changed, or lost on the way, and a base stored once per stage."""
     conversion = convert(tmp_path / "out", **download.write(), config=config)
     names = ("base", "sequential", "interpolation", "superres", "image_tokenizer", "cluster_labels", "text")
     assert conversion == (names, {})
@@ -214,7 +214,7 @@ def test_everything_released(download: Download, config: CogVideoConfig, tmp_pat
 
 @torch.inference_mode()
 def test_the_released_logits(tmp_path: Path) -> None:
-    """A table that is wrong in itself: the model of the bundle must compute what the released one did."""
+    """Catches errors in the name table itself: the bundle's model must compute the same logits as the released one."""
     case = load_file(GOLDEN / "train_stage1_full.safetensors")
     tensors = {name: torch.from_numpy(value) for name, value in golden_weights().weights(_shapes(), 7).items()}
     given = Download(tmp_path, {"stage1": tensors}, None, b"").write()
@@ -235,7 +235,7 @@ def _shapes() -> dict[str, list[int]]:
 
 
 def test_sizes_follow_from_the_checkpoints(tmp_path: Path) -> None:
-    """Users have no configuration to give: layers, widths and heads must be found, the rest is the released model's."""
+    """Guards users without a configuration: layers, widths, and heads are inferred, the rest is as released."""
     shapes = {"transformer.word_embeddings.weight": [150_010, 8]}
     shapes |= {name: shape for name, shape in small_shapes(hidden=8, num_layers=2).items() if name not in shapes}
     tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
@@ -246,7 +246,7 @@ def test_sizes_follow_from_the_checkpoints(tmp_path: Path) -> None:
 
 
 def small_shapes(hidden: int, num_layers: int, vocab_size: int = 600) -> dict[str, list[int]]:
-    """The golden shapes, made for another width and depth."""
+    """The golden shapes, scaled to another width and depth."""
     golden, shapes = _shapes(), {}
     for name, shape in golden.items():
         if ".0." in name or name.endswith(".0"):
@@ -260,7 +260,7 @@ def small_shapes(hidden: int, num_layers: int, vocab_size: int = 600) -> dict[st
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_folder_alone(download: Download, config: CogVideoConfig, tmp_path: Path, stage: str) -> None:
-    """Users who only have one of the folders, whichever: its base is the base."""
+    """Checks conversion for users with only one of the folders, whichever it is: its base becomes the base."""
     download.stages, download.tokenizer = {stage: download.stages[stage]}, None
     convert(tmp_path / "out", **download.write(), config=config)
     model = CogVideo.from_pretrained(tmp_path / "out")
@@ -270,21 +270,21 @@ def test_one_folder_alone(download: Download, config: CogVideoConfig, tmp_path: 
 
 
 def test_tokenizers_alone(download: Download, config: CogVideoConfig, tmp_path: Path) -> None:
-    """A tokenizer needs no stage."""
+    """Checks that tokenizers can be converted without any stage."""
     download.stages = {}
     convert(tmp_path / "out", **download.write(), config=config)
     assert CogVideo.from_pretrained(tmp_path / "out").components == ("image_tokenizer", "cluster_labels", "text")
 
 
 def test_nothing_to_convert(tmp_path: Path) -> None:
-    """An empty bundle in place of a message; labels alone are no model."""
+    """Guards against an empty bundle in place of an error; labels alone are not a model."""
     with pytest.raises(ValueError, match="nothing to convert, expected at least one of stage1, stage2, dsr, ice"):
         convert(tmp_path / "out", clusters=tmp_path / "labels.npy")
     assert not (tmp_path / "out").exists()
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Options that cannot be typed, or a configuration that users are asked for."""
+    """Guards against missing options, and against asking users for a configuration."""
     given = Download(tmp_path, {"stage1": released("stage1")}, None, b"").write()
     assert main(["convert", str(tmp_path / "out"), "--stage1", str(given["stage1"])]) == 2
     assert "num_codes 20000 is larger than vocab_size 600" in capsys.readouterr().err
@@ -299,7 +299,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_bases_that_differ_are_kept(download: Download, config: CogVideoConfig, tmp_path: Path) -> None:
-    """A stage run with a base that it was not trained on, without a word."""
+    """Guards against silently running a stage with a base it was not trained on."""
     changed = {
         "transformer.layers.2.mlp.dense_h_to_4h.bias": (5, 0.25),
         "transformer.position_embeddings.weight": ((1000, 3), 2.0),
@@ -323,7 +323,7 @@ def test_bases_that_differ_are_kept(download: Download, config: CogVideoConfig, 
 
 
 def test_a_difference_anywhere_is_found(download: Download, config: CogVideoConfig, tmp_path: Path) -> None:
-    """Only the first piece of a large tensor compared; a value that is no number taken for equal."""
+    """Guards against comparing only the first chunk of a large tensor, and against treating NaN as equal."""
     word_embeddings = "transformer.word_embeddings.weight"
     download.stages["stage2"][word_embeddings][-1, -1] += 1
     download.stages["dsr"][word_embeddings][300, 7] = torch.nan
@@ -334,7 +334,7 @@ def test_a_difference_anywhere_is_found(download: Download, config: CogVideoConf
     assert np.isnan(differing["superres"]["words.weight"])
 
 
-# Strict both ways
+# Strict in both directions
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -373,7 +373,7 @@ def test_other_tensors_are_refused(
     change: Callable[[Tensors], object],
     message: str,
 ) -> None:
-    """A checkpoint of another model, of which a part would be ignored or stay uninitialised."""
+    """Guards against a checkpoint of another model, part of which would be ignored or left uninitialized."""
     change(download.stages[stage])
     with pytest.raises(ValueError, match=rf"{stage}/27500/mp_rank_00_model_states.pt .*{message}"):
         convert(tmp_path / "out", **download.write(), config=config)
@@ -381,7 +381,7 @@ def test_other_tensors_are_refused(
 
 
 def test_gates_belong_to_video_stages(download: Download, config: CogVideoConfig, tmp_path: Path) -> None:
-    """Super-resolution carries gates that it does not use; a video stage without them cannot work."""
+    """Checks that super-resolution may contain gates, which it does not use, and that a video stage must have them."""
     gates = {name: tensor for name, tensor in download.stages["stage1"].items() if "attn_distribution" in name}
     download.stages["dsr"] |= gates
     assert "superres" in convert(tmp_path / "out", **download.write(), config=config).components
@@ -412,7 +412,7 @@ def test_gates_belong_to_video_stages(download: Download, config: CogVideoConfig
 def test_other_tokenizers_are_refused(
     download: Download, config: CogVideoConfig, tmp_path: Path, change: Callable[[Tensors], object], message: str
 ) -> None:
-    """As above; only the codebook's running averages may be left out."""
+    """Guards against other tokenizers in the same way; only the codebook's running averages may be dropped."""
     download.stages = {}
     assert download.tokenizer is not None
     change(download.tokenizer)
@@ -420,7 +420,7 @@ def test_other_tokenizers_are_refused(
         convert(tmp_path / "out", **download.write(), config=config)
 
 
-# Folders that are not as they should be
+# Broken folders
 
 STATES = "27500/mp_rank_00_model_states.pt"
 
@@ -444,7 +444,7 @@ STATES = "27500/mp_rank_00_model_states.pt"
     ],
 )
 def test_broken_folders(tmp_path: Path, change: Callable[[Path], object], message: str) -> None:
-    """Interrupted downloads and archives of another layout, which end in tracebacks."""
+    """Guards against tracebacks for interrupted downloads and archives with another layout."""
     folder = Download(tmp_path, {"stage1": released("stage1")}, None, b"").write()["stage1"]
     change(folder)
     with pytest.raises(ValueError, match=message):
@@ -453,7 +453,7 @@ def test_broken_folders(tmp_path: Path, change: Callable[[Path], object], messag
 
 
 class Code:
-    """What a pickle may hold: a call that is made when it is read."""
+    """Payload of a malicious pickle: a call that is made when it is read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -463,7 +463,7 @@ class Code:
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
-    """Checkpoints come from mirrors of mirrors: whoever made one must not own the machine."""
+    """Guards the machine against checkpoints that run code, since they may come from untrusted mirrors."""
     folder = Download(tmp_path, {"stage1": released("stage1")}, None, b"").write()["stage1"]
     torch.save({"module": released("stage1"), "more": Code(tmp_path / "owned")}, folder / STATES)
     with pytest.raises(
@@ -475,7 +475,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["ice_image.pt", "ice_text.model"])
 def test_missing_tokenizer_files(download: Download, config: CogVideoConfig, tmp_path: Path, missing: str) -> None:
-    """Half of a tokenizer; and the bundle that was there must survive the attempt."""
+    """Catches half a tokenizer, and guards the existing bundle, which must survive the attempt."""
     convert(tmp_path / "out", **download.write(), config=config)
     (tmp_path / "ice" / missing).unlink()
     with pytest.raises(ValueError, match=rf"cannot read .*{missing}: No such file"):
@@ -484,7 +484,7 @@ def test_missing_tokenizer_files(download: Download, config: CogVideoConfig, tmp
 
 
 def test_text_model_of_another_vocabulary(download: Download, config: CogVideoConfig, tmp_path: Path) -> None:
-    """A text model whose tokens are not those that the transformer was trained with."""
+    """Guards against a text model whose tokens are not those that the transformer was trained with."""
     other = replace(config, transformer=replace(config.transformer, pad=0))
     with pytest.raises(ValueError, match=r"ice_text.model does not fit .*: pad is 0 in the transformer, expected 203"):
         convert(tmp_path / "out", ice=download.write()["ice"], config=other)
@@ -503,7 +503,7 @@ def test_text_model_of_another_vocabulary(download: Download, config: CogVideoCo
 def test_refused_labels(
     download: Download, config: CogVideoConfig, tmp_path: Path, labels: np.ndarray, message: str
 ) -> None:
-    """Labels of another tokenizer, or a pickle, which may be code."""
+    """Guards against labels of another tokenizer, and against pickles, which may run code."""
     download.stages, download.labels = {}, labels
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "out", **download.write(), config=config)
@@ -520,14 +520,14 @@ def test_refused_labels(
 def test_settings_that_contradict_the_tensors(
     download: Download, config: CogVideoConfig, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    """A wrong number of heads computes something else without any error; fewer layers are an incomplete file."""
+    """Guards against a wrong number of heads, which silently changes results, and files that lack layers."""
     download.settings |= settings
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "out", **download.write(), config=config)
 
 
 def test_stages_of_different_models(tmp_path: Path) -> None:
-    """Folders that do not belong together, of which the last one would decide on the configuration."""
+    """Guards against folders of different models, the last of which would determine the configuration."""
     stages = {}
     for stage, num_layers in (("stage1", 1), ("stage2", 2)):
         shapes = small_shapes(hidden=4, num_layers=num_layers, vocab_size=150_010)
@@ -568,10 +568,10 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("bases", ["equal", "different"])
 def test_peak_memory(tmp_path: Path, bases: str) -> None:
-    """Two released files in host memory at once: 30 GB where 16 GB must do.
+    """Guards against two released files in host memory at once: 30 GB where 16 GB must do.
 
-    Measured in a fresh process: the peak of resident memory during the conversion of two stages, pages of memory-mapped
-    files included, less that after all imports. It may be one file's size and a fixed 96 MiB (PyTorch's threads).
+    Measured in a fresh process: peak resident memory while two stages are converted, including pages of memory-mapped
+    files, minus memory after all imports. It may be one file's size plus a fixed 96 MiB (PyTorch's threads).
     """
     stages = {}
     for stage in ("stage1", "stage2"):

@@ -1,4 +1,4 @@
-"""Packed weights: the same function, and the same bits whatever the batch."""
+"""Packed weights: the same function as before, and the same bits for any batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def needs_packing(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_packed_equals_linear(dtype: torch.dtype, tolerance: float) -> None:
-    """Guards the private operators: a new PyTorch must still compute x W^T + b with them."""
+    """Guards the private operators: they must still compute x W^T + b in a new PyTorch version."""
     needs_packing(dtype)
     linear, x = some_linear(dtype), torch.randn(3, 5, SHAPE[1], dtype=dtype)
     for bias in (linear.bias, None):
@@ -44,8 +44,7 @@ def test_packed_equals_linear(dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.parametrize("shape", [SHAPE, (256, 1024), (512, 2048), (1024, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_do_not_depend_on_their_number(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """Guards reproducibility across batches: a row is computed in the same way alone and among others, wherever it
-    stands."""
+    """Checks reproducibility across batches: a row gives the same result alone or among others, at any position."""
     needs_packing(dtype)
     packed, x = PackedLinear(some_linear(dtype, shape).weight, None), torch.randn(200, 1, shape[1], dtype=dtype)
     whole = packed(x)
@@ -55,7 +54,7 @@ def test_rows_do_not_depend_on_their_number(dtype: torch.dtype, shape: tuple[int
 
 
 class Packed(NamedTuple):
-    """A packed video stage with five texts."""
+    """Packed video stage with five texts."""
 
     model: Transformer
     sequence: SequenceLayout
@@ -64,7 +63,7 @@ class Packed(NamedTuple):
 
     @classmethod
     def of(cls, dtype: torch.dtype, window: int) -> Packed:
-        """Random weights, a text of another length for every sample."""
+        """Random weights, and a text of a different length for every sample."""
         needs_packing(dtype)
         config, layout = TransformerConfig(num_layers=2), LayoutConfig(grid=4)
         channel = TemporalChannel(config, layout, StageConfig(window))
@@ -81,7 +80,7 @@ class Packed(NamedTuple):
         return cls(Transformer(*parts), SequenceLayout.sequential(layout), texts, given)
 
     def run(self, samples: slice) -> Decoder:
-        """A guided run of some of the samples, with two frames given."""
+        """Guided run of some of the samples, with two given frames."""
         run = Decoder(self.model, self.sequence, Condition(*self.texts(samples), 3.0))
         run.prefill(self.given[samples])
         return run
@@ -90,7 +89,7 @@ class Packed(NamedTuple):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [0, 2])
 def test_logits_do_not_depend_on_the_batch(dtype: torch.dtype, window: int) -> None:
-    """Guards the promise that is made for packed models: a sample's logits are the same bits alone and in a batch."""
+    """Checks the guarantee for packed models: a sample's logits are bit-identical alone and in a batch."""
     packed, tokens = Packed.of(dtype, window), torch.arange(5)[:, None] + 40
 
     def logits(samples: slice) -> torch.Tensor:
@@ -105,7 +104,7 @@ def test_logits_do_not_depend_on_the_batch(dtype: torch.dtype, window: int) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [0, 2])
 def test_drafts_do_not_depend_on_the_batch(dtype: torch.dtype, window: int) -> None:
-    """Guards the same promise for drafts: a sample's runs are the same bits, however many slots the others draft."""
+    """Checks the same guarantee for drafts: a sample is bit-identical however many slots the others draft."""
     packed, fed = Packed.of(dtype, window), torch.arange(5 * 17).view(5, 17) + 40
     passes = [
         [range(3)] * 5,
@@ -123,7 +122,7 @@ def test_drafts_do_not_depend_on_the_batch(dtype: torch.dtype, window: int) -> N
 
 
 def test_pack_replaces_large_layers_and_the_head() -> None:
-    """Guards that packing happens, once, only where it pays, and leaves what it cannot do."""
+    """Checks that packing replaces large layers and the head, keeps their results, and happens only once."""
     needs_packing(torch.float32)
     base = Base(TransformerConfig(num_layers=1)).requires_grad_(False)
     x = torch.randn(1, 2, 256)
@@ -139,7 +138,7 @@ def test_pack_replaces_large_layers_and_the_head() -> None:
 
 
 def test_other_dtypes_and_small_layers_stay() -> None:
-    """Guards float64 runs and tiny models from operators that refuse or slow them."""
+    """Guards float64 runs and tiny models against operators that fail or slow them down."""
     for layer in (some_linear(torch.float64), some_linear(torch.float32, (32, 32))):
         model = nn.Sequential(layer)
         pack(model)

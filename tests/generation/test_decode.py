@@ -1,4 +1,4 @@
-"""Cached decoding against naive full passes, fewer passes with the same codes, independence of the batch, refusals."""
+"""Cached decoding: equality with full passes, fewer passes for the same codes, batch independence, rejected input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LABELS = torch.arange(NUM_CODES) % 6
 
 
 class Run(NamedTuple):
-    """A stage, and the frames that are given to it."""
+    """A stage and its given frames."""
 
     stage: str
     grid: int | tuple[int, int]
@@ -46,13 +46,13 @@ class Run(NamedTuple):
     num_layers: int = 3
 
     def system(self, make_system: MakeSystem, dtype: torch.dtype = torch.float64) -> System:
-        """A small model of the stage."""
+        """Small model of the stage."""
         sizes = (self.stage, self.grid, self.window, self.num_frames, self.frames_given_to_layout, self.num_layers)
         return make_system(*sizes, dtype=dtype)
 
 
 def name(value: Run | Passes | SamplingConfig) -> str:
-    """For the names of tests."""
+    """Test ID of a parameter."""
     if isinstance(value, Run):
         return f"{value.stage}-grid{value.grid}-window{value.window}-{value.num_given}of{value.num_frames}"
     changed = [f"{key}{each}" for key, each in vars(value).items() if each != getattr(type(value), key)]
@@ -82,7 +82,7 @@ RUNS = [
 
 
 def gumbel(batch: int, frames: int, slots: int, seed: int = 0) -> Tensor:
-    """(batch, frames, slots, codes)"""
+    """Gumbel noise, (batch, frames, slots, codes)."""
     uniform = torch.rand(batch, frames, slots, NUM_CODES, dtype=torch.float64, generator=torch.manual_seed(seed))
     return -(-uniform.log()).log()
 
@@ -96,7 +96,7 @@ def generate(
     passes: Passes = ONE_BY_ONE,
     **condition,
 ) -> Watch:
-    """Decode with noise (batch, frames, slots, codes)."""
+    """Decode with the given noise, (batch, frames, slots, codes)."""
     return watch(
         system.model,
         system.layout,
@@ -110,16 +110,16 @@ def generate(
 
 
 def inputs(system: System, num_given: int, batch: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Given frames, and noise for the others."""
+    """Given frames, and noise for the remaining ones."""
     frames, slots = system.layout.num_frames - num_given, system.layout.frame_slots
     return system.codes(batch, num_given, seed), gumbel(batch, frames, slots, seed)
 
 
-# Cached decoding is the full pass
+# Cached decoding equals the full pass
 
 
 WAYS = (((0.0, False), (1.4, True)), ((0.0, True), (1.4, False)))
-"""Text bonus and guidance: two pairs for a run, the other two for the next one; the image model has them all."""
+"""Text bonus and guidance: runs alternate between these two sets of pairs; the image model gets both sets."""
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ WAYS = (((0.0, False), (1.4, True)), ((0.0, True), (1.4, False)))
 def test_decoding_equals_full_passes(
     make_system: MakeSystem, make_text: MakeText, run: Run, bonus: float, guided: bool
 ) -> None:
-    """Guards caches, prefill, positions, guidance and text bonus: every logit is that of a dense pass from scratch."""
+    """Checks caches, prefill, positions, guidance, and text bonus: every logit equals a dense pass from scratch."""
     system, text, other = run.system(make_system), make_text((3, TEXT_SLOTS)), make_text((1, 4), seed=1)
     given, noise = inputs(system, run.num_given, 2)
     condition = {"unconditional": other, "scale": 3.0} if guided else {}
@@ -154,7 +154,7 @@ def test_decoding_equals_full_passes(
 
 @pytest.mark.parametrize("run", [IMAGE, FULL, WINDOWED, BETWEEN], ids=name)
 def test_guidance_of_scale_one_is_none(make_system: MakeSystem, make_text: MakeText, run: Run) -> None:
-    """Guards against conditional and unconditional rows that are exchanged."""
+    """Catches swapped conditional and unconditional rows."""
     system, text, other = run.system(make_system), make_text((3, 6)), make_text((1, 4), seed=1)
     given, noise = inputs(system, run.num_given, 2)
     alone = generate(system, text, given, noise)
@@ -168,13 +168,13 @@ def test_guidance_of_scale_one_is_none(make_system: MakeSystem, make_text: MakeT
 
 
 def one_hot(slots: Sequence[int], total: int, batch: int) -> Tensor:
-    """Keys that are 0 and values that name their slot, (2, batch, 1, slots, total)."""
+    """Keys that are 0, and values that are one-hot slots, (2, batch, 1, slots, total)."""
     values = torch.eye(total, dtype=torch.float64)[torch.tensor(slots, dtype=torch.int64)]
     return torch.stack([torch.zeros_like(values), values])[:, None, None].expand(-1, batch, 1, -1, -1)
 
 
 def see(slots: Sequence[int], plan: MaskPlan, total: int, batch: int = 2) -> Tensor:
-    """Write slots, then which slots each of them sees, (batch, rows, total): values name the slots that wrote them."""
+    """Write slots, and return which slots each of them sees, (batch, rows, total); values identify the slots."""
     stored = plan.keys(one_hot(slots, total, batch), 0)
     return attend(torch.zeros(batch, 1, len(slots), total, dtype=torch.float64), stored, plan) > 1e-9
 
@@ -186,7 +186,7 @@ def see(slots: Sequence[int], plan: MaskPlan, total: int, batch: int = 2) -> Ten
     ids=name,
 )
 def test_cached_rows_see_the_rule(make_system: MakeSystem, make_text: MakeText, run: Run, way: str) -> None:
-    """Guards every cached row by itself: it reads what the rule lets it see, nothing stale, nothing missing."""
+    """Checks every cached row on its own: it reads exactly what the rule allows, nothing stale, nothing missing."""
     layout, text = run.system(make_system).layout, make_text((2, TEXT_SLOTS))
     area, first = layout.frame_slots, run.num_given
     behind = lag(run.grid, run.window) if way == "parallel" else area
@@ -220,7 +220,7 @@ def test_cached_rows_see_the_rule(make_system: MakeSystem, make_text: MakeText, 
                 seen = visible(run.stage, layout.num_frames, run.grid, run.window, number == 2, mask)
                 assert torch.equal(ours[0, row], (seen.temporal if number else seen.spatial)[slot])
 
-    if way == "runs":  # drafts of five and three slots, of which two and one are kept; the second sample ends alone
+    if way == "runs":  # drafts of 5 and 3 slots, of which 2 and 1 are kept; the second sample finishes alone
         for rank in range(first, layout.num_frames):
             for start in range(area):
                 check_runs(rank, [range(min(2 * start, area), min(2 * start + 5, area)), range(start, area)[:3]])
@@ -253,7 +253,7 @@ def test_cached_rows_see_the_rule(make_system: MakeSystem, make_text: MakeText, 
     ids=name,
 )
 def test_fewer_passes_give_the_same_codes(make_system: MakeSystem, make_text: MakeText, run: Run, guided: bool) -> None:
-    """Guards both ways to save passes: codes and logits as one by one, in a batch whose samples differ in speed."""
+    """Checks that both ways to save passes match one-by-one decoding, even if samples of a batch differ in speed."""
     system, text = run.system(make_system), make_text((1, 4, TEXT_SLOTS))
     given, noise = inputs(system, run.num_given, 3)
     condition = {"unconditional": make_text((2, 1, 5), seed=1), "scale": 3.0} if guided else {"text_bonus": 1.4}
@@ -280,7 +280,7 @@ def test_fewer_passes_give_the_same_codes(make_system: MakeSystem, make_text: Ma
 def test_fewer_passes_with_every_sampler(
     make_system: MakeSystem, make_text: MakeText, sampling: SamplingConfig
 ) -> None:
-    """Guards samplers that look at more than their own row."""
+    """Guards against samplers that depend on more than their own row."""
     system, text = WINDOWED.system(make_system), make_text((1, 4))
     given, noise = inputs(system, 1, 2)
     reference = generate(system, text, given, noise, sampling)
@@ -290,14 +290,14 @@ def test_fewer_passes_with_every_sampler(
 
 @pytest.fixture
 def all_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode as on a CUDA device, where every pass drafts as many slots as it may."""
+    """Decode as on a CUDA device, where every pass drafts the maximum number of slots."""
     monkeypatch.setattr(decoding, "_kind", lambda model, passes: decoding.MaskedDecoder)
 
 
 @pytest.mark.usefixtures("all_drafts")
 @pytest.mark.parametrize("width", [1, 2, 5, 16, 20])
 def test_passes_of_a_draft_that_is_always_right(make_system: MakeSystem, make_text: MakeText, width: int) -> None:
-    """Guards the guesses for slots ahead: where noise alone decides, a pass completes as many codes as it drafts."""
+    """Checks the guesses for later slots: if noise alone decides, a pass completes as many codes as it drafts."""
     system = IMAGE.system(make_system)
     given, noise = inputs(system, 0, 2)
     noise = 1e6 * noise
@@ -310,7 +310,7 @@ def test_passes_of_a_draft_that_is_always_right(make_system: MakeSystem, make_te
 @pytest.mark.usefixtures("all_drafts")
 @pytest.mark.parametrize("run", [FULL, BETWEEN], ids=name)
 def test_drafts_start_from_the_frame_before(make_system: MakeSystem, make_text: MakeText, run: Run) -> None:
-    """Guards the first drafts of a frame: of one that repeats the frame before in time, all are right."""
+    """Checks a frame's first drafts: if the frame repeats the previous one in time, all of them are right."""
     system = run.system(make_system)
     given, noise = inputs(system, run.num_given, 2)
     noise = 1e6 * noise[:, :1].expand_as(noise)
@@ -325,7 +325,7 @@ def test_drafts_start_from_the_frame_before(make_system: MakeSystem, make_text: 
 def test_masks_give_the_same_codes(
     make_system: MakeSystem, make_text: MakeText, run: Run, guided: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards the passes of CUDA devices: fixed shapes, masks in place of slices, slots that are fed again."""
+    """Checks the passes for CUDA devices: fixed shapes, masks instead of slices, slots that are fed again."""
     system, text = run.system(make_system), make_text((1, 4, TEXT_SLOTS))
     given, noise = inputs(system, run.num_given, 3)
     condition = {"unconditional": make_text((2, 1, 5), seed=1), "scale": 3.0} if guided else {"text_bonus": 1.4}
@@ -348,7 +348,7 @@ def test_drafting_saves_passes_with_noise_that_decides_often(make_system: MakeSy
 def test_any_pace_gives_the_same_codes(
     make_system: MakeSystem, make_text: MakeText, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards runs that grow and shrink from pass to pass, other ones in every sample."""
+    """Checks drafts whose lengths change from pass to pass and differ between samples."""
     widths = random.Random(0)
     monkeypatch.setattr(decoding.DraftPace, "width", property(lambda pace: widths.randint(1, 9)))
     system, text = run.system(make_system), make_text((1, 4, TEXT_SLOTS))
@@ -360,7 +360,7 @@ def test_any_pace_gives_the_same_codes(
     torch.testing.assert_close(ours.logits, reference.logits, rtol=0, atol=1e-10)
 
 
-# A sample is independent of its batch
+# A sample does not depend on its batch
 
 
 @pytest.mark.parametrize("passes", SOME, ids=name)
@@ -369,7 +369,7 @@ def test_any_pace_gives_the_same_codes(
 def test_a_sample_does_not_depend_on_its_batch(
     make_system: MakeSystem, make_text: MakeText, run: Run, dtype: torch.dtype, passes: Passes
 ) -> None:
-    """Guards against clips that change with their place in a batch, or with what is generated beside them."""
+    """Guards against clips that depend on their position in a batch, or on the other clips in it."""
     exact = run.system(make_system)
     system = System(copy.deepcopy(exact.model).to(dtype), exact.layout, exact.oracle)
     text, other, given = make_text((1, 4, 6)), make_text((2, 1, 5), seed=1), system.codes(3, run.num_given)
@@ -399,7 +399,7 @@ def test_a_sample_does_not_depend_on_its_batch(
         assert torch.equal(clips([sample])[0], together[sample])
 
 
-# What is drawn
+# Sampling
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_a_sample_does_not_depend_on_its_batch(
     [SamplingConfig(temperature=0.8), SamplingConfig(top_k=4), SamplingConfig(top_p=0.8), SamplingConfig(clusters=2)],
 )
 def test_codes_are_the_largest_scores(make_system: MakeSystem, make_text: MakeText, sampling: SamplingConfig) -> None:
-    """Guards against noise of another slot, frame or sample, and against codes that the sampler excludes."""
+    """Guards against noise from the wrong slot, frame, or sample, and against codes that the sampler excludes."""
     system = WINDOWED.system(make_system)
     given, noise = inputs(system, 1, 2)
     ours = generate(system, make_text((1, 4)), given, noise, sampling)
@@ -423,7 +423,7 @@ def test_codes_are_the_largest_scores(make_system: MakeSystem, make_text: MakeTe
 
 
 def test_greedy_needs_no_noise(make_system: MakeSystem, make_text: MakeText) -> None:
-    """Guards against noise that is drawn, or added, where the most likely code is wanted."""
+    """Guards against noise affecting greedy sampling."""
     system = FULL.system(make_system)
     given, noise = inputs(system, 1, 2)
     ours = generate(system, make_text((1, 4)), given, noise * torch.nan, SamplingConfig(temperature=0))
@@ -432,7 +432,7 @@ def test_greedy_needs_no_noise(make_system: MakeSystem, make_text: MakeText) -> 
 
 @pytest.mark.parametrize("passes", [ONE_BY_ONE, *FEWER], ids=name)
 def test_noise_is_asked_for_once_a_frame(make_system: MakeSystem, make_text: MakeText, passes: Passes) -> None:
-    """Guards against generators that are advanced by the number of passes."""
+    """Guards against generators that advance with the number of passes."""
     system, asked = WINDOWED.system(make_system), []
     given, noise = inputs(system, 2, 1)
 
@@ -445,7 +445,7 @@ def test_noise_is_asked_for_once_a_frame(make_system: MakeSystem, make_text: Mak
 
 
 def test_frames_come_when_they_are_finished(make_system: MakeSystem, make_text: MakeText) -> None:
-    """Guards against a generator that computes the whole clip before it yields, and against codes that change later."""
+    """Guards against computing the whole clip before the first yield, and against codes that change later."""
     system = FULL.system(make_system)
     given, noise = inputs(system, 1, 1)
     before = given.clone()
@@ -466,7 +466,7 @@ def test_frames_come_when_they_are_finished(make_system: MakeSystem, make_text: 
 
 
 def test_given_frames_matter(make_system: MakeSystem, make_text: MakeText) -> None:
-    """Guards against a prefill whose keys never reach the drawn frames; the last code of a frame is not fed."""
+    """Guards against a prefill whose keys never reach the generated frames. A frame's last code is never fed."""
     for run in (SHORT, WINDOWED._replace(num_frames=3, num_given=2), BETWEEN):
         system, text = run.system(make_system), make_text((4,))
         given, noise = inputs(system, run.num_given, 1)
@@ -486,7 +486,7 @@ def test_given_frames_matter(make_system: MakeSystem, make_text: MakeText) -> No
 @pytest.mark.parametrize("bonus", [0.0, 1.4])
 @pytest.mark.parametrize("run", [IMAGE, SHORT, BETWEEN], ids=name)
 def test_bfloat16(make_system: MakeSystem, make_text: MakeText, run: Run, bonus: float, passes: Passes) -> None:
-    """Guards against mixed types of masks, caches and weights, and against logits far from the exact ones."""
+    """Guards against mixed dtypes of masks, caches, and weights, and against logits far from the exact ones."""
     exact = run.system(make_system)
     system = System(copy.deepcopy(exact.model).bfloat16(), exact.layout, exact.oracle)
     given, noise = inputs(system, run.num_given, 2)
@@ -508,7 +508,7 @@ def test_bfloat16(make_system: MakeSystem, make_text: MakeText, run: Run, bonus:
 def test_type_of_the_caches(
     make_system: MakeSystem, make_text: MakeText, dtype: torch.dtype, cache_dtype: torch.dtype | None, passes: Passes
 ) -> None:
-    """Guards against masks of the model's type where the cache has another, with pads and with a bonus."""
+    """Guards against masks in the model's dtype where the cache has another, with pads and with a bonus."""
     exact = BETWEEN.system(make_system)
     model = copy.deepcopy(exact.model).to(dtype)
     given, noise = inputs(exact, 3, 2)
@@ -526,7 +526,7 @@ def test_type_of_the_caches(
 
 
 def test_memory_of_the_caches(make_system: MakeSystem, make_text: MakeText) -> None:
-    """Guards against a spatial cache that holds more than text and the current frame."""
+    """Guards against a spatial cache that holds more than the text and the current frame."""
     for run, temporal in ((IMAGE, 0), (FULL, TEXT_SLOTS + 5 * 16)):
         system = run.system(make_system)
         decoder = Decoder(system.model, system.layout, Condition(make_text((4, 2))))
@@ -541,7 +541,7 @@ def test_memory_of_the_caches(make_system: MakeSystem, make_text: MakeText) -> N
 @pytest.mark.parametrize("passes", [*SOME, Passes(graphs=True), Passes(draft=4, graphs=True)], ids=name)
 @pytest.mark.parametrize("run", [IMAGE, FULL, BETWEEN], ids=name)
 def test_cuda_gives_the_same_codes(make_system: MakeSystem, make_text: MakeText, run: Run, passes: Passes) -> None:
-    """Guards against tensors that are left on the CPU, and against graphs that replay another pass."""
+    """Guards against tensors left on the CPU, and against graphs that replay the wrong pass."""
     system = run.system(make_system)
     given, noise = inputs(system, run.num_given, 2)
     condition = {"unconditional": make_text((2, 5), seed=1), "scale": 1.5, "text_bonus": 1.4}
@@ -552,7 +552,7 @@ def test_cuda_gives_the_same_codes(make_system: MakeSystem, make_text: MakeText,
 
 
 def test_a_frame_of_one_code(make_system: MakeSystem, make_text: MakeText) -> None:
-    """Guards the smallest frame: no slot is left to trail or to draft."""
+    """Checks the smallest frame, where no slot is left to trail or to draft."""
     system = Run("sequential", 1, 0, 3, 1).system(make_system)
     given, noise = inputs(system, 1, 1)
     expected = generate(system, make_text((4,)), given, noise)
@@ -560,7 +560,7 @@ def test_a_frame_of_one_code(make_system: MakeSystem, make_text: MakeText) -> No
         assert torch.equal(generate(system, make_text((4,)), given, noise, PLAIN, passes).codes, expected.codes)
 
 
-# What is refused
+# Rejected input
 
 
 def start(system: System, condition: Condition, given: Tensor, sampling: SamplingConfig = PLAIN) -> None:
@@ -584,7 +584,7 @@ def start(system: System, condition: Condition, given: Tensor, sampling: Samplin
 def test_wrong_number_of_given_frames(
     make_system: MakeSystem, make_text: MakeText, run: Run, num_given: int, message: str
 ) -> None:
-    """Guards against stages that start without what they continue, or have nothing to draw."""
+    """Guards against stages that start without the frames they continue, or with nothing left to generate."""
     system = run.system(make_system)
     with pytest.raises(ValueError, match=message):
         start(system, Condition(make_text((2, 3))), torch.zeros(2, num_given, 16, dtype=torch.int64))
@@ -605,7 +605,7 @@ def test_wrong_number_of_given_frames(
     ],
 )
 def test_refused_given_frames(make_system: MakeSystem, make_text: MakeText, given: Tensor, message: str) -> None:
-    """Guards against frames of another grid, batch or codebook."""
+    """Guards against frames with the wrong grid, batch size, or codebook."""
     with pytest.raises(ValueError, match=message):
         start(FULL.system(make_system), Condition(make_text((2, 3))), given)
 
@@ -627,7 +627,7 @@ WRONG_TEXTS = [
 @pytest.mark.usefixtures("without_shape_checks")
 @pytest.mark.parametrize(("text", "message"), WRONG_TEXTS)
 def test_refused_texts(make_system: MakeSystem, make_text: MakeText, text: PaddedText, message: str) -> None:
-    """Guards against texts of another layout or vocabulary, and against rows of pads alone, whose attention is NaN."""
+    """Guards against texts of the wrong layout or vocabulary, and rows that are all pads, whose attention is NaN."""
     with pytest.raises(ValueError, match=message):
         start(FULL.system(make_system), Condition(text), torch.zeros(2, 1, 16, dtype=torch.int64))
 
@@ -642,7 +642,7 @@ def test_refused_texts(make_system: MakeSystem, make_text: MakeText, text: Padde
     ],
 )
 def test_refused_unconditional_texts(make_system: MakeSystem, make_text: MakeText, text: PaddedText) -> None:
-    """Guards the second row of guidance in the same way; there is one for every sample."""
+    """Checks the unconditional texts in the same way; there must be one per sample."""
     condition = Condition(make_text((2, 3)), text, 3.0)
     with pytest.raises(ValueError, match="got"):
         start(FULL.system(make_system), condition, torch.zeros(2, 1, 16, dtype=torch.int64))
@@ -653,13 +653,13 @@ def test_refused_unconditional_texts(make_system: MakeSystem, make_text: MakeTex
     [({"draft": 0}, "draft is 0, expected at least 1"), ({"draft": 4, "parallel_frames": True}, "choose one of")],
 )
 def test_refused_passes(values: dict, message: str) -> None:
-    """Guards against drafts of nothing, and two ways at once."""
+    """Guards against drafts of zero slots, and against combining both ways to save passes."""
     with pytest.raises(ValueError, match=message):
         Passes(**values)
 
 
 def test_clusters_without_labels(make_system: MakeSystem, make_text: MakeText) -> None:
-    """Guards against cluster sampling without clusters."""
+    """Guards against cluster sampling without cluster labels."""
     system = FULL.system(make_system)
     with pytest.raises(ValueError, match="no cluster labels"):
         start(system, Condition(make_text((2, 3))), system.codes(2, 1), SamplingConfig(clusters=3))

@@ -1,4 +1,4 @@
-"""The hierarchy: which frames are drawn from which, what is kept, and what a sample depends on."""
+"""The hierarchy: which frames are generated from which, what is kept, and what a sample depends on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPTS = ["a red ball rolls", "two birds"]
 
 @pytest.fixture(scope="module")
 def system(text_model: bytes) -> CogVideo:
-    """A whole system of random weights, wide enough that its codes depend on everything they may depend on."""
+    """Complete system with random weights, large enough that codes depend on everything they may depend on."""
     num_codes = 32
     text = TextTokenizer(text_model, preset("pocket").text, num_codes)
     transformer = TransformerConfig(2, 32, 2, text.num_tokens, num_codes, text.start_of_image, text.pad, 128)
@@ -50,13 +50,13 @@ def system(text_model: bytes) -> CogVideo:
 
 
 def without_weights(system: CogVideo, lost: str = "") -> CogVideo:
-    """A system that refuses to give any of its models, with all components but one."""
+    """System with all components except `lost`, none of which can be used as a model."""
     names = [each for each in system.components if each != lost]
     return CogVideo(system.config, **{each: system.text if each == "text" else torch.zeros(0) for each in names})
 
 
 def settings(**changes: object) -> GenerationSettings:
-    """One round, small samplers."""
+    """One round with small samplers."""
     first, later = SamplingConfig(clusters=4), SamplingConfig(1.05, clusters=3, guidance=3.0)
     return replace(GenerationSettings(rounds=1, first=first, later=later), **changes)
 
@@ -80,7 +80,7 @@ def some_frames(frames: int) -> Int64[Tensor, "f s"]:
 
 @pytest.mark.parametrize(("rounds", "frames"), [(0, 5), (1, 9), (2, 17)])
 def test_rounds_double_the_frames(system: CogVideo, rounds: int, frames: int) -> None:
-    """Guards the count of frames and their places: one new frame in every gap, no frame twice."""
+    """Checks the number of frames and their places: one new frame in every gap, no frame twice."""
     events = list(generate(system, request(PROMPTS[:1], 0, settings=settings(rounds=rounds))))
     assert sorted(event.place for event in events) == list(range(frames))
     assert {event.num_frames for event in events} == {frames}
@@ -88,7 +88,7 @@ def test_rounds_double_the_frames(system: CogVideo, rounds: int, frames: int) ->
 
 
 def test_sample_does_not_depend_on_its_batch(system: CogVideo) -> None:
-    """Guards the seed's promise: alone, in a batch and in another order of it, the clip is the same."""
+    """Checks what a seed promises: alone, in a batch, and in a reordered batch, the clip is the same."""
     both = clip(system, PROMPTS, [3, 4])
     swapped = clip(system, PROMPTS[::-1], [4, 3])
     alone = clip(system, PROMPTS[1:], [4])
@@ -99,7 +99,7 @@ def test_sample_does_not_depend_on_its_batch(system: CogVideo) -> None:
 
 @pytest.mark.parametrize("passes", [Passes(parallel_frames=True), Passes(draft=5)])
 def test_ways_to_decode_give_the_same_clip(system: CogVideo, passes: Passes) -> None:
-    """Guards that fewer passes change nothing, through all stages and with guidance in all of them."""
+    """Checks that fewer passes change nothing, through all stages and with guidance in each of them."""
     first = settings().first | {"guidance": 2.0}
     how = settings(first=first, interpolation_guidance=1.5)
     expected = clip(system, PROMPTS, [3, 4], settings=how)
@@ -110,7 +110,7 @@ def test_ways_to_decode_give_the_same_clip(system: CogVideo, passes: Passes) -> 
     "options", [{}, {"given": 3}, {"given": 1, "last": True}, {"loop": True}, {"given": 3, "more_key_frames": 1}]
 )
 def test_an_interrupted_run_goes_on(system: CogVideo, options: dict[str, Any]) -> None:
-    """Guards clips that survive their process: from any finished frames, the others come as if nothing had happened."""
+    """Checks that a run resumed from any finished frames continues exactly as if it had not been interrupted."""
     some = some_frames(4)
     given = {"given": some[: options["given"]]} if "given" in options else {}
     asked = options | given | ({"last": some[3]} if "last" in options else {})
@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on(system: CogVideo, options: dict[str, Any]) -
 
 
 def test_finished_frames_are_not_generated_again(system: CogVideo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the time that an interruption costs: a stage decodes only what is missing."""
+    """Guards against redoing work after an interruption: a stage decodes only what is missing."""
     frames = list(generate(system, request(PROMPTS, 3, 4)))
     starts = []
 
@@ -141,8 +141,8 @@ def test_finished_frames_are_not_generated_again(system: CogVideo, monkeypatch: 
 
 
 def test_long_clips_go_on(system: CogVideo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards long clips: every frame once, no more memory than a short one, which is their beginning; each sequence of
-    key frames begins with the last two of the one before."""
+    """Checks long clips: they contain every frame once, use no more memory than a short one, and start with it; each
+    sequence of key frames starts with the last two of the previous one."""
     short, calls = clip(system, PROMPTS, [3, 4]), []
     decode = hierarchy.decode
 
@@ -165,7 +165,7 @@ def test_long_clips_go_on(system: CogVideo, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("count", "number"), [(1, 9), (2, 10), (3, 9), (7, 13)])
 def test_leading_frames_are_kept(system: CogVideo, count: int, number: int) -> None:
-    """Guards image-to-video and extension: given frames stay untouched, and up to two of them are key frames."""
+    """Checks image-to-video and extension: given frames stay unchanged, and up to two of them are key frames."""
     given = some_frames(count)
     frames = clip(system, PROMPTS, [3, 4], given=given)
     assert frames.shape == (2, number, SLOTS)
@@ -173,7 +173,7 @@ def test_leading_frames_are_kept(system: CogVideo, count: int, number: int) -> N
 
 
 def test_first_and_last_frames_are_kept(system: CogVideo) -> None:
-    """Guards in-between: two more rounds make the key frames, the ends are untouched."""
+    """Checks in-betweening: two more rounds generate the key frames, and both ends stay unchanged."""
     given, last = some_frames(2)[:1], some_frames(2)[1]
     frames = clip(system, PROMPTS, [3, 4], given=given, last=last)
     assert frames.shape == (2, 9, SLOTS)
@@ -181,7 +181,7 @@ def test_first_and_last_frames_are_kept(system: CogVideo) -> None:
 
 
 def test_durations_are_told_to_each_stage(system: CogVideo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the frame rate prefix: 4 seconds for key frames, half as many in every further round."""
+    """Checks the frame rate prefix: 4 seconds for key frames, half as many in each further round."""
     durations: list[float] = []
     encode = TextTokenizer.encode_caption
 
@@ -201,7 +201,7 @@ def test_durations_are_told_to_each_stage(system: CogVideo, monkeypatch: pytest.
 
 
 def test_gaps_of_a_round_are_one_batch(system: CogVideo, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the cost of a round: however many gaps, the interpolation stage runs once."""
+    """Guards the cost of a round: the interpolation stage runs once, however many gaps there are."""
     batches = []
     decode = hierarchy.decode
 
@@ -218,7 +218,7 @@ def test_gaps_of_a_round_are_one_batch(system: CogVideo, monkeypatch: pytest.Mon
     ("frames", "width", "expected"), [(2, 2, [0]), (5, 3, [0, 2]), (3, 3, [0]), (4, 3, [0, 1]), (6, 3, [0, 2, 3])]
 )
 def test_sequences_fill_every_gap_once(frames: int, width: int, expected: list[int]) -> None:
-    """Guards odd counts of gaps: every gap lies in a sequence and belongs to one."""
+    """Checks odd numbers of gaps: every gap is covered, and filled by exactly one sequence."""
     spans = hierarchy._spans(frames, width)
     assert [span.start for span in spans] == expected
     gaps = [gap for span in spans for gap in range(span.start, span.start + width - 1) if gap >= span.filled]
@@ -227,7 +227,7 @@ def test_sequences_fill_every_gap_once(frames: int, width: int, expected: list[i
 
 @pytest.mark.parametrize("sequences_at_once", [1, 3])
 def test_smaller_batches_give_the_same_clip(system: CogVideo, sequences_at_once: int) -> None:
-    """Guards the way to less memory: the rounds of a clip in parts, with a last sequence that overlaps."""
+    """Checks the option that saves memory: rounds run in parts, with a last sequence that overlaps."""
     given, last = some_frames(2)[:1], some_frames(2)[1]
     expected = clip(system, PROMPTS, [3, 4], given=given, last=last)
     how = settings(sequences_at_once=sequences_at_once)
@@ -237,7 +237,7 @@ def test_smaller_batches_give_the_same_clip(system: CogVideo, sequences_at_once:
 
 
 def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: CogVideo) -> None:
-    """Guards options that are read and then dropped."""
+    """Guards against options that are read but ignored."""
 
     def run(prompt: str = PROMPTS[0], seed: int = 3, **changes: object) -> Tensor:
         return clip(system, [prompt], [seed], settings=settings(**changes))
@@ -256,7 +256,7 @@ def test_seed_guidance_negative_and_prompt_each_change_the_clip(system: CogVideo
 
 @pytest.mark.parametrize("rounds", [-1, 99])
 def test_impossible_rounds_are_refused(rounds: int) -> None:
-    """Guards Python users: the command line checks its own option, and PyTorch's error would name strides."""
+    """Guards Python callers, who bypass the command line's check and would get a PyTorch error about strides."""
     with pytest.raises(ValueError, match=f"rounds is {rounds!r}, expected 0 to 6"):
         settings(rounds=rounds)
 
@@ -281,7 +281,7 @@ def test_impossible_rounds_are_refused(rounds: int) -> None:
     ],
 )
 def test_bad_input_is_refused_before_any_work(system: CogVideo, change: dict[str, object], message: str) -> None:
-    """Guards users from waiting for an error: no model is touched before everything is checked."""
+    """Guards users against waiting for an error: everything is checked before any model is used."""
     idle = without_weights(system)
     options = {"prompts": PROMPTS[:1], "seeds": [1]} | change
     with pytest.raises(ValueError, match=message):
@@ -289,7 +289,7 @@ def test_bad_input_is_refused_before_any_work(system: CogVideo, change: dict[str
 
 
 def test_long_prompt_is_cut_on_request(system: CogVideo) -> None:
-    """Guards the way out that the refusal of a long prompt names."""
+    """Checks the workaround that the error for long prompts suggests."""
     assert clip(system, ["word " * 200], [1], settings=settings(truncate=True)).shape == (1, 9, SLOTS)
 
 
@@ -302,26 +302,26 @@ def test_long_prompt_is_cut_on_request(system: CogVideo) -> None:
     ],
 )
 def test_incomplete_models_are_refused_at_the_call(system: CogVideo, lost: str, message: str) -> None:
-    """Guards users of a partial bundle from key frames that are drawn in vain."""
+    """Guards users of a partial bundle against generating key frames in vain."""
     with pytest.raises(ValueError, match=message):
         generate(without_weights(system, lost), request(PROMPTS[:1], 1))
 
 
 def test_samples_that_share_a_generator_are_refused(system: CogVideo) -> None:
-    """Guards against a sample that depends on its place in the batch."""
+    """Guards against samples that depend on their position in the batch."""
     with pytest.raises(ValueError, match="expected one each"):
         generate(system, Request(PROMPTS, generators(1) * 2, settings()))
 
 
 @pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
 def test_guidance_that_cannot_be_is_refused(scale: float) -> None:
-    """Guards against a whole clip of noise."""
+    """Guards against generating a whole clip of noise."""
     with pytest.raises(ValueError, match=r"guidance is .*, expected 0 to 100"):
         SamplingConfig(guidance=scale)
 
 
 def test_stages_alone_give_what_the_hierarchy_does(system: CogVideo) -> None:
-    """Guards samples of a stage that has no others yet: the first frame, and a round between given frames."""
+    """Checks samples of a stage without the others: the first frame, and a round between given frames."""
     frames = list(generate(system, request(PROMPTS, 3, 4)))
     parts = {"base": system.base, "text": system.text, "cluster_labels": system.cluster_labels}
     alone = CogVideo(system.config, **parts)
@@ -335,7 +335,7 @@ def test_stages_alone_give_what_the_hierarchy_does(system: CogVideo) -> None:
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_clips_go_on_after_frames_of_their_own(system: CogVideo, number: int) -> None:
-    """Guards one stage without a hierarchy: each clip of a batch continues its own frames, as it does alone."""
+    """Checks one stage without a hierarchy: each clip of a batch continues its own frames, as it does alone."""
     given = torch.stack([some_frames(number), some_frames(number).flip(1)])
     codes = after(system, request(PROMPTS, 3, 4), given)
     plain = settings(rounds=0)

@@ -1,4 +1,4 @@
-"""How many slots a sample drafts."""
+"""Number of slots a sample drafts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from cogvideo.generation.pace import DraftPace, worth
 
 
 def learned(right: int, most: int = 16, passes: int = 40) -> int:
-    """The width after many passes, each with so many right drafts from the first on."""
+    """Width after many passes whose first `right` drafts are correct."""
     pace = DraftPace(most)
     for _ in range(passes):
         pace.saw(min(right, pace.width), pace.width)
@@ -16,7 +16,7 @@ def learned(right: int, most: int = 16, passes: int = 40) -> int:
 
 
 def test_width_follows_the_drafts_that_come_true() -> None:
-    """Guards both ends: drafts that are never right cost nothing, those that always are fill a pass."""
+    """Checks both extremes: drafts that are never right cost nothing, and drafts that always are fill a pass."""
     widths = [learned(right) for right in (0, 1, 2, 4, 16)]
     assert widths == sorted(widths)
     assert widths[0] == 1
@@ -25,7 +25,7 @@ def test_width_follows_the_drafts_that_come_true() -> None:
 
 
 def test_width_recovers() -> None:
-    """Guards against a pace that stays at one slot a pass, which has no draft to be right about but the next code."""
+    """Guards against a pace stuck at one slot per pass, where only the next code can be guessed right."""
     pace = DraftPace(8)
     for right in [0] * 40 + [1] * 40:
         pace.saw(min(right, pace.width), pace.width)
@@ -34,14 +34,14 @@ def test_width_recovers() -> None:
 
 @pytest.mark.parametrize("most", [1, 8])
 def test_where_rows_are_free(most: int) -> None:
-    """Guards passes of one shape on devices that replay them."""
+    """Guards the fixed shape of passes on devices that replay them."""
     pace = DraftPace(most, free=True)
     pace.saw(0, most)
     assert pace.width == most
 
 
 def test_worth() -> None:
-    """Guards the rule against the sum written out: two of three right, four slots give 2.4 codes for 1.6 passes."""
+    """Checks the rule against the explicit sum: with two of three right, four slots give 2.4 codes for 1.6 passes."""
     assert worth(0, 8) == 1
     assert worth(100, 8) == 8
     assert worth(66, 8) == 4
@@ -49,7 +49,7 @@ def test_worth() -> None:
 
 @pytest.mark.parametrize(("repeated", "share"), [(0, 0.01), (1, 0.99)])
 def test_repeats(repeated: int, share: float) -> None:
-    """Guards the share of codes that are those of the frame before: it is learned, and has a logarithm."""
+    """Checks the share of codes that repeat the previous frame: it is learned, and never 0 or 1."""
     pace = DraftPace(8)
     assert pace.repeats == 0.5
     for _ in range(80):

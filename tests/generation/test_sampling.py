@@ -1,4 +1,4 @@
-"""Samplers against loops and simulation, and noise that belongs to one sample, frame and slot."""
+"""Samplers checked against loops and simulation, and noise that belongs to one sample, frame, and slot."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def random_logits(*rows: int, seed: int = 0, spread: float = 2.0, num_codes: int
 
 
 def probabilities(logits: Tensor, sampling: SamplingConfig, clusters: Clusters | None = None) -> Tensor:
-    """The sampler's distribution, which must be one."""
+    """The sampler's distribution, checked to sum to one."""
     result = log_probabilities(logits, sampling, clusters).exp()
     torch.testing.assert_close(result.sum(-1), torch.ones_like(result[..., 0]))
     return result
@@ -46,7 +46,7 @@ def random_clusters(num_codes: int, num_clusters: int, seed: int = 0) -> Cluster
 
 
 def random_labels(num_codes: int, num_clusters: int, seed: int = 0) -> Tensor:
-    """Labels that use every cluster."""
+    """Random labels that use every cluster."""
     random = np.random.default_rng(seed)
     rest = random.integers(num_clusters, size=num_codes - num_clusters)
     return torch.from_numpy(random.permutation(np.concatenate([np.arange(num_clusters), rest])))
@@ -57,7 +57,7 @@ def random_labels(num_codes: int, num_clusters: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.05, 4.0])
 def test_temperature(temperature: float) -> None:
-    """Guards against a temperature that multiplies, or is applied twice."""
+    """Guards against a temperature that multiplies instead of dividing, or is applied twice."""
     logits = random_logits(5)
     for row, ours in zip(logits.tolist(), probabilities(logits, SamplingConfig(temperature=temperature)), strict=True):
         weights = [math.exp(each / temperature) for each in row]
@@ -65,7 +65,7 @@ def test_temperature(temperature: float) -> None:
 
 
 def test_greedy_takes_the_most_likely_code() -> None:
-    """Guards against filters or temperatures that move the largest logit."""
+    """Guards against filters or temperatures that change which logit is largest."""
     logits = random_logits(50)
     scores = log_probabilities(
         logits, SamplingConfig(temperature=0, top_k=3, clusters=2), random_clusters(NUM_CODES, 5)
@@ -78,7 +78,7 @@ def test_greedy_takes_the_most_likely_code() -> None:
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), k=st.integers(1, NUM_CODES + 5), temperature=st.sampled_from([0.5, 1.0, 1.3]))
 def test_top_k_equals_sorting(seed: int, k: int, temperature: float) -> None:
-    """Guards against one code too many or too few, and against probabilities that are not renormalised."""
+    """Guards against keeping one code too many or too few, and against probabilities that are not renormalized."""
     logits = random_logits(seed=seed)
     expected = top_k((logits / temperature).tolist(), k)
     ours = probabilities(logits, SamplingConfig(temperature=temperature, top_k=k))
@@ -88,7 +88,7 @@ def test_top_k_equals_sorting(seed: int, k: int, temperature: float) -> None:
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000), p=st.floats(0.01, 0.999), temperature=st.sampled_from([0.5, 1.0, 1.3]))
 def test_top_p_equals_sorting(seed: int, p: float, temperature: float) -> None:
-    """Guards against a nucleus that leaves out the code which reaches p, or keeps one more."""
+    """Guards against a nucleus that drops the code that reaches p, or keeps one more."""
     logits = random_logits(seed=seed)
     shares = torch.softmax(logits / temperature, -1).sort(descending=True).values.cumsum(-1)
     assume((shares - p).abs().min() > 1e-9)
@@ -98,7 +98,7 @@ def test_top_p_equals_sorting(seed: int, p: float, temperature: float) -> None:
 
 
 def test_top_p_keeps_the_likeliest_code() -> None:
-    """Guards against a nucleus that is empty where one code alone has more than p."""
+    """Guards against an empty nucleus when a single code has more than p."""
     logits = torch.tensor([[9.0, 0.0, 0.0]], dtype=torch.float64)
     assert probabilities(logits, SamplingConfig(top_p=0.1))[0].tolist() == [1.0, 0.0, 0.0]
 
@@ -112,7 +112,7 @@ def test_top_p_keeps_the_likeliest_code() -> None:
     inside=st.sampled_from([0.6, 0.89, 1.0]),
 )
 def test_clusters_equal_the_two_steps(seed: int, num_clusters: int, k: int, temperature: float, inside: float) -> None:
-    """Guards the closed form: the share of the cluster times the softmax inside it, each at its temperature."""
+    """Checks the closed form: the cluster's share times the softmax inside it, each at its own temperature."""
     logits, labels = random_logits(seed=seed), random_labels(NUM_CODES, num_clusters, seed)
     expected = cluster_probabilities(logits.tolist(), labels.tolist(), k, temperature, inside)
     sampling = SamplingConfig(temperature=temperature, clusters=k, cluster_temperature=inside)
@@ -122,7 +122,7 @@ def test_clusters_equal_the_two_steps(seed: int, num_clusters: int, k: int, temp
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_clusters_equal_simulation(seed: int) -> None:
-    """Guards the closed form against the procedure of the paper itself: 20,000 draws of a cluster, then of a code."""
+    """Checks the closed form against the paper's procedure: sample a cluster, then a code, 20,000 times."""
     logits, labels, draws = random_logits(seed=seed), random_labels(NUM_CODES, 8, seed), 20_000
     random = np.random.default_rng(seed)
     counts = draw_by_clusters(logits.tolist(), labels.tolist(), 4, 1.05, 0.89, draws, random)
@@ -136,7 +136,7 @@ def test_clusters_equal_simulation(seed: int) -> None:
 
 
 def test_clusters_need_not_be_balanced_or_likely() -> None:
-    """Guards against clusters of one code, and against logits that underflow inside a cluster."""
+    """Guards against NaN for clusters of one code and for logits that underflow inside a cluster."""
     logits = torch.tensor([[0.0, -2000.0, -2001.0, 1.0]])
     ours = probabilities(logits, SamplingConfig(clusters=2, cluster_temperature=1), grouped(0, 1, 1, 2))
     assert not ours.isnan().any()
@@ -147,7 +147,7 @@ def test_clusters_need_not_be_balanced_or_likely() -> None:
 
 @pytest.mark.parametrize("kept", [1, 3, 8])
 def test_filters_before_clusters(kept: int) -> None:
-    """Guards against NaN where filters leave a cluster without codes, and against codes that come back."""
+    """Guards against NaN where filters leave a cluster without codes, and against filtered codes that come back."""
     logits, clusters = random_logits(40), random_clusters(NUM_CODES, 8)
     ours = probabilities(logits, SamplingConfig(top_k=5, top_p=0.8, clusters=kept), clusters)
     alone = probabilities(logits, SamplingConfig(top_k=5, top_p=0.8))
@@ -167,7 +167,7 @@ def test_filters_before_clusters(kept: int) -> None:
     ],
 )
 def test_rows_are_independent(sampling: SamplingConfig) -> None:
-    """Guards against thresholds that are taken over the batch or over drafted rows."""
+    """Guards against thresholds computed over the batch or over drafted rows."""
     logits, clusters = random_logits(3, 4), random_clusters(NUM_CODES, 8)
     whole = log_probabilities(logits, sampling, clusters)
     assert whole.shape == logits.shape
@@ -177,7 +177,7 @@ def test_rows_are_independent(sampling: SamplingConfig) -> None:
 
 
 def test_half_precision_is_widened() -> None:
-    """Guards against probabilities in bfloat16, whose ties and roundings would decide the draw."""
+    """Guards against probabilities in bfloat16, whose ties and rounding would decide which code is sampled."""
     logits = random_logits(4)
     assert log_probabilities(logits, SamplingConfig()).dtype == torch.float64
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -188,7 +188,7 @@ def test_half_precision_is_widened() -> None:
 
 
 def test_sums_of_a_gpu_do_not_depend_on_their_order() -> None:
-    """Guards against codes that change from run to run: a GPU adds in any order, here in that of shuffled codes."""
+    """Guards against codes that change between runs, since a GPU adds in any order (simulated by shuffling)."""
     generator = torch.Generator().manual_seed(0)
     shares = torch.rand(5, 4000, generator=generator) ** 8
     index = torch.randint(7, (4000,), generator=generator).expand(5, -1)
@@ -212,13 +212,13 @@ def test_sums_of_a_gpu_do_not_depend_on_their_order() -> None:
     ],
 )
 def test_refused_settings(values: dict, message: str) -> None:
-    """Guards against samplers that divide by zero or keep no code."""
+    """Guards against samplers that divide by zero or keep no codes."""
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**values)
 
 
 def test_clusters_without_labels() -> None:
-    """Guards against cluster sampling that silently is plain sampling."""
+    """Guards against cluster sampling that silently falls back to plain sampling."""
     with pytest.raises(ValueError, match="no cluster labels"):
         log_probabilities(random_logits(), SamplingConfig(clusters=3))
 
@@ -231,7 +231,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def test_adding_noise_draws_from_the_distribution() -> None:
-    """Guards against noise of the wrong sign or spread: a code is drawn as often as its probability says."""
+    """Guards against noise of the wrong sign or spread: codes must be sampled as often as their probability says."""
     logits, clusters, draws = random_logits(num_codes=12), random_clusters(12, 4), 20_000
     for sampling in (SamplingConfig(temperature=1.3), SamplingConfig(top_k=4), SamplingConfig(clusters=2)):
         scores = log_probabilities(logits, sampling, clusters)
@@ -241,7 +241,7 @@ def test_adding_noise_draws_from_the_distribution() -> None:
 
 
 def test_noise_is_gumbel_and_finite() -> None:
-    """Guards the distribution's mean and variance, and infinities where the exponential draw is 0."""
+    """Checks mean and variance, and guards against infinities where the exponential draw is 0."""
     noise = GumbelNoise([seeded(0)], 1, 1000, 200)(0)
     assert noise.isfinite().all()
     assert noise.dtype == torch.float32
@@ -250,7 +250,7 @@ def test_noise_is_gumbel_and_finite() -> None:
 
 
 def test_noise_belongs_to_sample_frame_and_slot() -> None:
-    """Guards against frames, slots or samples that share noise, and against noise that depends on the batch."""
+    """Guards against noise shared by frames, slots, or samples, and against noise that depends on the batch."""
     together = GumbelNoise([seeded(1), seeded(2), seeded(3)], 4, 5, 6)
     noise = torch.stack([together(rank) for rank in range(4)], 1)
     assert len(noise.flatten().unique()) == noise.numel()
@@ -272,7 +272,7 @@ def test_noise_leaves_the_global_generator_alone() -> None:
 
 
 def test_spawned_generators_are_independent_and_reproducible() -> None:
-    """Guards against stages or frames that draw the same numbers, and against a generator that is not advanced."""
+    """Guards against stages or frames that get the same numbers, and against a parent that does not advance."""
     generator = seeded(7)
     first, second = spawn(generator, 3), spawn(generator, 3)
     seeds = [each.initial_seed() for each in first + second]
@@ -283,7 +283,7 @@ def test_spawned_generators_are_independent_and_reproducible() -> None:
 
 
 def test_noise_does_not_depend_on_the_default_type() -> None:
-    """Guards against a clip that changes with `torch.set_default_dtype`."""
+    """Guards against clips that change with `torch.set_default_dtype`."""
     expected = GumbelNoise([seeded(1)], 1, 3, 4)(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

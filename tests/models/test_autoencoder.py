@@ -1,4 +1,4 @@
-"""The image tokenizer: parity with the released one, and properties of codes, frames and clusters."""
+"""The image tokenizer: parity with the released one, and properties of codes, frames, and clusters."""
 
 import importlib.util
 import json
@@ -45,7 +45,7 @@ def random_frames(batch, height, width, seed=0):
 
 @pytest.fixture(scope="module")
 def small():
-    """An untrained autoencoder whose codebook is made of its own features, so that many codes are in use."""
+    """Untrained autoencoder whose codebook is filled with its own features, so that many codes are in use."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Autoencoder(SMALL).eval()
@@ -58,7 +58,7 @@ def small():
 
 @pytest.fixture
 def without_shape_checks():
-    """Shape annotations are not enforced, as for users: our own refusals must hold."""
+    """Disable shape annotations, as they are for users, so that our own checks must catch bad input."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
@@ -93,7 +93,7 @@ def released_model(released_shapes):
 
 
 def test_every_released_tensor_has_one_name_of_ours(released_shapes):
-    """A released tensor that is forgotten, named twice, or of another shape would be loaded wrongly."""
+    """Catches a released tensor that is forgotten, named twice, or has a different shape in our model."""
     config = preset("cogvideo").autoencoder
     names = released_autoencoder_names(config)
     with torch.device("meta"):
@@ -106,7 +106,7 @@ def test_every_released_tensor_has_one_name_of_ours(released_shapes):
 @pytest.mark.parametrize("rate", [4, 8, 16])
 @torch.inference_mode()
 def test_parity_with_the_released_tokenizer(released_model, released_case, rate, dtype):
-    """Any deviation from the released computation: padding, order of levels, attention, normalisation, clamping."""
+    """Catches any deviation from the released computation: padding, level order, attention, normalization, clamping."""
     model = released_model.to(dtype)
     codes = released_case[f"ids_{rate}x"]
     assert torch.equal(model.encode(released_case["image"], rate), codes)
@@ -121,7 +121,7 @@ def test_parity_with_the_released_tokenizer(released_model, released_case, rate,
 @pytest.mark.parametrize("rate", SMALL.rates)
 @torch.inference_mode()
 def test_sides_of_codes_and_frames(small, rate):
-    """Height and width exchanged, or a wrong number of down-samplers or decoder for the rate."""
+    """Catches swapped height and width, and a wrong number of downsamplers or wrong decoder for the rate."""
     codes = small.encode(random_frames(2, 16, 32), rate)
     assert codes.dtype == torch.int64
     assert codes.shape == (2, 16 // rate, 32 // rate)
@@ -130,7 +130,7 @@ def test_sides_of_codes_and_frames(small, rate):
 
 @torch.inference_mode()
 def test_a_code_belongs_to_its_own_cell(small):
-    """Rows read as columns, or channels as cells: pictures would come out scrambled, with all shapes right."""
+    """Catches rows read as columns, or channels as cells: images would be scrambled, though all shapes are right."""
     frames = random_frames(1, 16, 32)
     codes, features = small.encode(frames), small.features(frames, rate=4)
     vectors = torch.zeros_like(features)
@@ -144,7 +144,7 @@ def test_a_code_belongs_to_its_own_cell(small):
 
 @torch.inference_mode()
 def test_the_default_rate_is_the_configured_one(small):
-    """A default that ignores the configuration would give the video model grids of another size."""
+    """Guards against a default that ignores the configuration, which would give the video model another grid size."""
     frames = random_frames(2, 16, 16)
     codes = small.encode(frames)
     assert torch.equal(codes, small.encode(frames, rate=4))
@@ -154,7 +154,7 @@ def test_the_default_rate_is_the_configured_one(small):
 @pytest.mark.parametrize("chunk", [1, 2, 5, 9])
 @torch.inference_mode()
 def test_chunked_equals_whole(small, chunk):
-    """Frames lost, repeated or reordered at the borders of chunks, the last one being smaller."""
+    """Catches frames lost, repeated, or reordered at chunk borders, including a smaller last chunk."""
     frames = random_frames(5, 16, 24)
     codes = small.encode(frames)
     assert len(codes.unique()) > 20
@@ -164,7 +164,7 @@ def test_chunked_equals_whole(small, chunk):
 
 @torch.inference_mode()
 def test_a_frame_does_not_depend_on_its_batch(small):
-    """Statistics or attention that reach across frames: a frame's codes would depend on its company."""
+    """Guards against statistics or attention across frames, which would make a frame's codes depend on its batch."""
     frames = random_frames(4, 16, 16)
     codes = small.encode(frames)
     decoded = small.decode(codes)
@@ -174,11 +174,11 @@ def test_a_frame_does_not_depend_on_its_batch(small):
 
 
 def test_gradients_reach_everything_but_the_codebook():
-    """A detached path would silently keep a part of the tokenizer from training."""
+    """Guards against a detached path, which would silently leave part of the tokenizer untrained."""
     model = Autoencoder(replace(SMALL, decoder_multipliers=((1, 1, 1, 2),), rate=8))
     model.render(model.features(random_frames(2, 16, 16), rate=8), rate=8).square().mean().backward()
     without = {name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()}
-    # A key's bias adds the same to all scores of a query: its gradient is zero up to rounding.
+    # A key's bias adds the same value to all scores of a query, so its gradient is zero up to rounding.
     assert {name for name in without if not name.endswith("attention.k.bias")} == {"codebook.embedding"}
 
 
@@ -196,7 +196,7 @@ def test_gradients_reach_everything_but_the_codebook():
     ],
 )
 def test_refused_frames(small, frames, arguments, message):
-    """Frames that cannot be encoded must say why, not fail deep inside a convolution or give odd grids."""
+    """Guards against obscure errors inside a convolution, and odd grids, for frames that cannot be encoded."""
     with pytest.raises(ValueError, match=message):
         small.encode(frames, **arguments)
 
@@ -214,7 +214,7 @@ def test_refused_frames(small, frames, arguments, message):
     ],
 )
 def test_refused_codes(small, codes, arguments, message):
-    """An id of a text token among the codes (out of range) would be undefined behaviour on a GPU."""
+    """Guards against codes out of range, such as text token ids, which are undefined behavior on a GPU."""
     with pytest.raises(ValueError, match=message):
         small.decode(codes, **arguments)
 
@@ -229,7 +229,7 @@ def test_refused_codes(small, codes, arguments, message):
     ],
 )
 def test_refused_configurations(changes, message):
-    """A decoder whose rate the encoder never reaches would be found out only by frames of a wrong size."""
+    """Guards against a decoder rate that the encoder never reaches, which would only show as wrong frame sizes."""
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **changes)
 
@@ -239,7 +239,7 @@ def test_refused_configurations(changes, message):
 
 @pytest.mark.parametrize("distances_per_pass", [1, 1000, 2**24])
 def test_nearest_code_is_the_closest_row(monkeypatch, distances_per_pass):
-    """A wrong expansion of the distance, or codes shifted where passes meet."""
+    """Catches a wrong expansion of the distance, and codes shifted at the boundary between passes."""
     monkeypatch.setattr(quantizer, "DISTANCES_PER_PASS", distances_per_pass)
     codebook = Codebook(num_codes=300, embedding_dim=8).double()
     vectors = torch.randn(2, 7, 9, 8, generator=seeded(), dtype=torch.float64)
@@ -248,7 +248,7 @@ def test_nearest_code_is_the_closest_row(monkeypatch, distances_per_pass):
 
 
 def test_nearest_code_in_half_precision():
-    """Distances in bfloat16 under autocast confuse neighbours: codes would differ between training and use."""
+    """Guards against bfloat16 distances under autocast, with which codes would differ between training and use."""
     codebook = Codebook(num_codes=2000, embedding_dim=64)
     vectors = torch.randn(500, 64, generator=seeded())
     codes = codebook.nearest(vectors)
@@ -257,7 +257,7 @@ def test_nearest_code_in_half_precision():
 
 
 def test_lookup_and_nearest_are_inverse():
-    """A code must stand for its own row."""
+    """Checks that each code stands for its own row."""
     codebook = Codebook(num_codes=300, embedding_dim=8)
     codes = torch.randint(300, (3, 5, 4), generator=seeded())
     assert torch.equal(codebook.nearest(codebook.lookup(codes)), codes)
@@ -267,7 +267,7 @@ def test_lookup_and_nearest_are_inverse():
 
 
 def test_clusters_are_deterministic_and_leave_the_global_generator_alone():
-    """Clusters that change between runs would change every sample drawn with them."""
+    """Guards against clusters that change between runs, which would change every sample generated with them."""
     rows = torch.randn(400, 8, generator=seeded(1))
     state = torch.get_rng_state()
     labels = cluster_codes(rows, 20, seeded())
@@ -278,7 +278,7 @@ def test_clusters_are_deterministic_and_leave_the_global_generator_alone():
 
 @pytest.mark.parametrize(("num_codes", "num_clusters"), [(400, 20), (50, 50), (50, 49), (30, 1)])
 def test_each_row_is_in_the_cluster_of_its_nearest_centre(num_codes, num_clusters):
-    """Stopping before convergence, wrong means, or an empty cluster (its probability would be zero for ever)."""
+    """Catches stopping before convergence, wrong means, and an empty cluster (whose probability is always zero)."""
     rows = torch.randn(num_codes, 8, generator=seeded(1))
     labels = cluster_codes(rows, num_clusters, seeded())
     assert labels.dtype == torch.int64
@@ -290,7 +290,7 @@ def test_each_row_is_in_the_cluster_of_its_nearest_centre(num_codes, num_cluster
 
 
 def test_separated_groups_are_found():
-    """A poor start (several centres in one group) would merge groups that are far apart."""
+    """Guards against a poor start (several centers in one group), which would merge groups that are far apart."""
     truth = torch.arange(8).repeat_interleave(25)
     centres = 50 * torch.randn(8, 6, generator=seeded(1))
     labels = cluster_codes(centres[truth] + 0.1 * torch.randn(200, 6, generator=seeded(2)), 8, seeded())
@@ -298,7 +298,7 @@ def test_separated_groups_are_found():
 
 
 def test_no_cluster_is_empty_when_rows_are_equal():
-    """Dead codes of a collapsed codebook are equal rows: k-means would leave clusters empty, or divide by zero."""
+    """Guards against empty clusters or division by zero for equal rows, such as a collapsed codebook's dead codes."""
     rows = torch.randn(3, 4, generator=seeded()).repeat(10, 1)
     assert cluster_codes(rows, 12, seeded()).unique().tolist() == list(range(12))
     assert cluster_codes(torch.zeros(6, 4), 6, seeded()).unique().tolist() == list(range(6))
@@ -306,13 +306,13 @@ def test_no_cluster_is_empty_when_rows_are_equal():
 
 @pytest.mark.parametrize("num_clusters", [0, 7])
 def test_refused_numbers_of_clusters(num_clusters):
-    """More clusters than codes cannot all be used."""
+    """Guards against zero clusters, and against more clusters than codes, which could not all be used."""
     with pytest.raises(ValueError, match=rf"num_clusters is {num_clusters}, expected a number in \[1, 6\]"):
         cluster_codes(torch.zeros(6, 4), num_clusters, seeded())
 
 
 def test_pixels_are_clamped_and_rounded() -> None:
-    """Guards what is shown: values outside of [0, 1] must not wrap around, nor values between two be cut off."""
+    """Guards against values outside [0, 1] that wrap around, and against truncation instead of rounding."""
     frames = torch.tensor([-0.2, 0.0, 0.4 / 255, 0.6 / 255, 1.0, 1.2]).view(1, 1, 2, 3).expand(1, 3, 2, 3)
     pixels = to_pixels(frames)
     assert pixels.shape == (1, 2, 3, 3)

@@ -1,4 +1,4 @@
-"""LPIPS from files in the formats of torchvision and of its authors, with random weights; pyramids and edges."""
+"""LPIPS from torchvision's and its authors' file formats, with random weights; pyramids and edges."""
 
 import math
 import pickle
@@ -17,11 +17,11 @@ from cogvideo.models.perceptual import edge_distance, load_lpips, pyramid_distan
 
 NETWORKS = Path(__file__).parents[1] / "golden" / "networks"
 FETCHED = {name: network_path(f"lpips-{name}") for name in ("vgg", "alexnet")}
-"""Read before tests get an empty cache."""
+"""Resolved before tests get an empty cache."""
 
 
 class Reference(NamedTuple):
-    """Layers of torchvision's `features` of a network, and where LPIPS looks."""
+    """Layers of a network's `features` in torchvision, and the layers that LPIPS compares."""
 
     convolutions: dict[int, tuple[int, int, int, int, int]]  # inputs, outputs, kernel, stride, padding
     poolings: dict[int, int]  # kernel; the stride is 2
@@ -67,7 +67,7 @@ def frames(batch, side, seed=0):
 
 
 def random_features(network):
-    """Random weights that keep the features' size, by torchvision's names."""
+    """Random weights that preserve the magnitude of features, under torchvision's names."""
     by = torch.Generator().manual_seed(0)
     state = {}
     for index, (before, after, kernel, _, _) in REFERENCES[network].convolutions.items():
@@ -78,7 +78,7 @@ def random_features(network):
 
 
 def random_heads(network):
-    """Random weights, none negative as in the learnt ones, by the names of LPIPS 0.1."""
+    """Random weights, non-negative like the trained ones, under the names of LPIPS 0.1."""
     by = torch.Generator().manual_seed(1)
     convolutions = REFERENCES[network].convolutions
     widths = [convolutions[index - 1][1] for index in REFERENCES[network].compared]
@@ -109,7 +109,7 @@ def lpips(files):
 
 
 def oracle(network, features, heads, frames, others):
-    """Layer by layer, as torchvision's `features` run and the paper compares them."""
+    """LPIPS layer by layer, as torchvision runs `features` and the paper compares them."""
     reference = REFERENCES[network]
 
     def compared(x):
@@ -140,7 +140,7 @@ def oracle(network, features, heads, frames, others):
 @pytest.mark.parametrize("network", REFERENCES)
 @torch.inference_mode()
 def test_it_is_lpips(network, tmp_path):
-    """A level taken before its ReLU, a wrong normalisation or a swapped file name gives another distance."""
+    """Catches a level compared before its ReLU, a wrong normalization, or swapped tensor names."""
     features, heads = random_features(network), random_heads(network)
     save_file(features | heads, tmp_path / "lpips.safetensors")
     x, y = frames(2, 40), frames(2, 40, seed=1)
@@ -151,7 +151,7 @@ def test_it_is_lpips(network, tmp_path):
 @pytest.mark.parametrize(("network", "distances"), [("vgg", (0.5686, 0.4217)), ("alexnet", (0.7219, 0.1376))])
 @torch.inference_mode()
 def test_the_published_distances_are_found(network, distances):
-    """Guards the weights that are fetched: their authors publish the distances of these images."""
+    """Checks the downloaded weights against the distances that their authors publish for these images."""
     path = FETCHED[network]
     if not path.is_file():
         pytest.skip(f"there is no {path}: `cogvideo fetch lpips`")
@@ -163,12 +163,12 @@ def test_the_published_distances_are_found(network, distances):
 
 @torch.inference_mode()
 def test_equal_frames_have_no_distance(lpips):
-    """Both frames must go through the same normalisation."""
+    """Catches a normalization that differs between the two inputs."""
     assert lpips(frames(2, 16), frames(2, 16)).tolist() == [0, 0]
 
 
 def test_gradients_reach_the_frames_alone(lpips):
-    """The autoencoder learns from them, the weights are fixed."""
+    """Checks that the autoencoder can learn from gradients of the frames while the weights stay fixed."""
     x = torch.zeros(1, 3, 16, 16, requires_grad=True)
     lpips(x, frames(1, 16)).sum().backward()
     assert x.grad.isfinite().all()
@@ -177,7 +177,7 @@ def test_gradients_reach_the_frames_alone(lpips):
 
 
 def test_features_that_are_all_zero_have_no_direction(files, vgg, tmp_path):
-    """A place where no feature answers must not make the distance 0 / 0, nor its gradient."""
+    """Guards against 0 / 0 in the distance, or its gradient, where all features are zero."""
     silent = {name: tensor * 0 - (0.1 if name.endswith("bias") else 0) for name, tensor in vgg.items()}
     torch.save(silent, tmp_path / "silent.pth")
     x = frames(1, 16).requires_grad_()
@@ -188,7 +188,7 @@ def test_features_that_are_all_zero_have_no_direction(files, vgg, tmp_path):
 
 
 def test_the_classifier_is_left_out_and_safetensors_are_read(files, vgg, heads, tmp_path):
-    """torchvision's file has a classifier, which is most of it; others have converted it."""
+    """Checks torchvision's file, most of which is an unused classifier, and files converted to safetensors."""
     shapes = {"classifier.0": (4096, 25088), "classifier.3": (4096, 4096), "classifier.6": (1000, 4096)}
     whole = dict(vgg)
     for name, shape in shapes.items():
@@ -221,7 +221,7 @@ class Evil:
     ],
 )
 def test_files_with_something_else_are_refused(files, heads, content, message, tmp_path, capsys):
-    """Weights of another network, or a file that runs code, must not be taken for LPIPS."""
+    """Guards against loading another network's weights as LPIPS, and against files that run code."""
     path = tmp_path / "heads.pth"
     torch.save(content(heads), path)
     with pytest.raises(ValueError, match=message) as error:
@@ -236,14 +236,14 @@ def test_files_with_something_else_are_refused(files, heads, content, message, t
     [("x.pth", b""), ("x.pth", b"text"), ("x.safetensors", b"text"), ("x.pth", pickle.dumps({"a": 1}, 2))],
 )
 def test_files_that_are_none_are_refused(files, name, content, tmp_path):
-    """A download that broke off, or a page of a web server, is one clear line."""
+    """Checks that an interrupted download, or a web server's error page, gives a clear error."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match="cannot read"):
         load_lpips(files[0], tmp_path / name)
 
 
 def test_missing_files_and_other_networks_are_refused(files, vgg, heads, tmp_path):
-    """A file that was forgotten, and weights of the other network, are one clear line."""
+    """Checks that a missing file, or weights of the other network, give a clear error."""
     with pytest.raises(ValueError, match="No such file"):
         load_lpips(files[0], tmp_path / "none.pth")
     with pytest.raises(ValueError, match="is not VGG-16 with LPIPS's heads for it: 5 tensors are missing"):
@@ -253,13 +253,13 @@ def test_missing_files_and_other_networks_are_refused(files, vgg, heads, tmp_pat
 
 
 def test_small_frames_are_refused(lpips):
-    """The last level of a small frame has no cell, whose mean is NaN."""
+    """Guards against frames so small that the last level is empty, with NaN as its mean."""
     with pytest.raises(ValueError, match="15 pixels, expected at least 16"):
         lpips(frames(1, 15), frames(1, 15))
 
 
 def test_pyramids_are_means_of_means():
-    """Levels must be halvings of the frames, each with the same weight."""
+    """Checks that levels are halvings of the frames, all with the same weight."""
     x, y = frames(1, 8), frames(1, 8, seed=1)
     total = 0.0
     for size in (1, 2, 4):
@@ -274,7 +274,7 @@ def test_pyramids_are_means_of_means():
 
 
 def test_edges_are_steps_between_neighbours():
-    """A constant offset has no edges; a sharp line that was blurred has."""
+    """Checks the distance against differences between neighboring pixels; a constant offset has no edges."""
     x, y = frames(1, 4), frames(1, 4, seed=1)
     down = [
         abs((x - y)[0, c, r + 1, k] - (x - y)[0, c, r, k]).item() for c in range(3) for r in range(3) for k in range(4)

@@ -1,4 +1,4 @@
-"""The transformer of every stage: who sees whom, equality with a dense oracle, causality, and what a stage inherits."""
+"""The transformer of every stage: masks, equality with a dense oracle, causality, and what a stage inherits."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ STAGES = [
 
 
 def weights_of(plan: MaskPlan, num_rows: int, num_keys: int, batch: int) -> Tensor:
-    """Attention that a plan gives to each key where all scores are 0, (batch, rows, keys): the values name the keys."""
+    """Attention weights of a plan if all scores are 0, (batch, rows, keys); each key's value is one-hot."""
     kv = torch.stack([torch.zeros(num_keys, num_keys), torch.eye(num_keys)]).double()
     q = torch.zeros(batch, 1, num_rows, num_keys, dtype=torch.float64)
     return attend(q, kv[:, None, None].expand(-1, batch, 1, -1, -1), plan)
 
 
 def fed_slots(layout: SequenceLayout, num_frames: int) -> list[int]:
-    """Row of each slot of a pass in the natural order of the oracle's masks."""
+    """Row of each slot of a pass in the natural order that the oracle's masks use."""
     natural = {slot: row for row, slot in enumerate(all_slots(layout.text_slots, layout.num_frames, layout.sides))}
     text = [natural[Slot(TEXT, index)] for index in range(layout.text_slots)]
     places = layout.order[:num_frames]
@@ -55,7 +55,7 @@ def fed_slots(layout: SequenceLayout, num_frames: int) -> list[int]:
 
 
 def check_masks(stage: str, layout: SequenceLayout, window: int, mask: Tensor, num_frames: int) -> None:
-    """A full pass shows every row the keys that the rule in words gives it, all with equal weight."""
+    """Check that in a full pass, every row attends to exactly the keys of the reference rule, with equal weight."""
     video = stage != "image"
     plan = full_pass(layout, window if video else None, mask, torch.float64, num_frames)
     order, text, rows = fed_slots(layout, num_frames), layout.text_slots, num_frames * layout.frame_slots
@@ -73,7 +73,7 @@ def check_masks(stage: str, layout: SequenceLayout, window: int, mask: Tensor, n
 
 
 def run(system: System, text: PaddedText, codes: Tensor, bonus: float = 0.0) -> Tensor:
-    """The rows of a full pass over text and the frames of `codes`, which come in the order of their ranks."""
+    """Rows of a full pass over text and the frames of `codes`, which are in rank order."""
     layout, num_frames = system.layout, codes.shape[1]
     dtype = system.model.base.words.weight.dtype
     plan = full_pass(layout, system.model.window, text.mask, dtype, num_frames, bonus)
@@ -99,7 +99,7 @@ def logits_of(system: System, text: PaddedText, codes: Tensor) -> Tensor:
 def test_masks_are_the_rule_in_words(
     make_system: MakeSystem, make_text: MakeText, stage, grid, window, num_frames, lengths
 ) -> None:
-    """Guards against any row that sees a key it must not see, or misses one, in either channel and kind of block."""
+    """Catches any row that sees a key it must not, or misses one it should, in either channel and kind of block."""
     system = make_system(stage, grid, window, num_frames)
     check_masks(stage, system.layout, window, make_text(lengths).mask, system.layout.num_frames)
 
@@ -109,7 +109,7 @@ def test_masks_are_the_rule_in_words(
 def test_the_plan_of_a_gpu_shows_the_same(
     make_system: MakeSystem, make_text: MakeText, stage, grid, window, num_frames, padded
 ) -> None:
-    """Guards the single mask that CUDA gets in place of cells and chunks, with pads and without."""
+    """Checks that the single mask for CUDA equals the cells and chunks it replaces, with and without pads."""
     layout = make_system(stage, grid, window, num_frames).layout
     text, rows = layout.text_slots, layout.num_frames * layout.frame_slots
     mask = text_mask(make_text((2, TEXT_SLOTS) if padded else (TEXT_SLOTS, TEXT_SLOTS)).mask, 0.0, torch.float64)
@@ -122,7 +122,7 @@ def test_the_plan_of_a_gpu_shows_the_same(
 
 
 def test_plans_are_made_once(make_system: MakeSystem, make_text: MakeText) -> None:
-    """Guards against indices that each step copies anew, and a plan of generation that training cannot use."""
+    """Guards against copying indices at every step, and against plans cached in generation that break training."""
     system, text = make_system("interpolation", 4, 2), make_text((2, 4))
     _structure.cache_clear()
     with torch.inference_mode():
@@ -138,7 +138,7 @@ def test_plans_are_made_once(make_system: MakeSystem, make_text: MakeText) -> No
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_masks_of_any_sizes(data: st.DataObject) -> None:
-    """Guards against masks that hold for the tested sizes alone, and against prefills of some of the frames."""
+    """Guards against masks that are only right at the sizes tested above, and against wrong partial prefills."""
     stage = data.draw(st.sampled_from(["image", "sequential", "interpolation"]), "stage")
     window = data.draw(st.sampled_from([0, 2, 4, 6]), "window") if stage != "image" else 0
     grid = window * data.draw(st.integers(1, max(1, 6 // window)), "grid") if window else data.draw(st.integers(1, 5))
@@ -157,7 +157,7 @@ def test_masks_of_any_sizes(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize(("stage", "window"), [("sequential", 0), ("sequential", 2), ("interpolation", 2)])
 def test_text_bonus_of_a_full_pass(make_system: MakeSystem, make_text: MakeText, stage, window) -> None:
-    """Guards the bonus while given frames are read in: on text keys, in the spatial channel alone."""
+    """Checks the bonus while given frames are prefilled: on text keys, in the spatial channel only."""
     layout, text, bonus = make_system(stage, 4, window).layout, make_text((3, TEXT_SLOTS)), 1.4
     plan = full_pass(layout, window, text.mask, torch.float64, 5, bonus)
     rows, words = layout.length, layout.text_slots
@@ -171,7 +171,7 @@ def test_text_bonus_of_a_full_pass(make_system: MakeSystem, make_text: MakeText,
 
 
 def test_cost_follows_the_structure(make_system: MakeSystem, make_text: MakeText, monkeypatch) -> None:
-    """Guards against scores of a dense (text + frames) square: none is computed that the structure can leave out."""
+    """Guards against scoring the dense (text + frames) square: scores that the structure rules out are not computed."""
     scored: list[tuple[int, int]] = []
     attention = F.scaled_dot_product_attention
 
@@ -182,7 +182,7 @@ def test_cost_follows_the_structure(make_system: MakeSystem, make_text: MakeText
     monkeypatch.setattr(F, "scaled_dot_product_attention", count)
 
     def cost(num_frames: int) -> tuple[int, int]:
-        """Scores of a block's frame rows in both channels, and the largest score matrix; window 2, grid 8."""
+        """Number of scores of a block in both channels, and the largest score matrix; window 2, grid 8."""
         scored.clear()
         system = make_system("sequential", 8, 2, num_frames, None, 1)
         with torch.no_grad():
@@ -205,7 +205,7 @@ def test_cost_follows_the_structure(make_system: MakeSystem, make_text: MakeText
 def test_full_pass_equals_the_dense_oracle(
     make_system: MakeSystem, make_text: MakeText, stage, grid, window, num_frames, bonus
 ) -> None:
-    """Guards the whole computation: norms, gates, positions, shift, whose output projection, tied logits."""
+    """Checks the whole computation: norms, gates, positions, shift, which output projection applies, tied logits."""
     system, text = make_system(stage, grid, window, num_frames), make_text((2, TEXT_SLOTS))
     codes = system.codes(2, system.layout.num_frames)
     x = run(system, text, codes, bonus)
@@ -224,7 +224,7 @@ def test_full_pass_equals_the_dense_oracle(
 
 @torch.no_grad()
 def test_the_oracles_weights_matter(make_system: MakeSystem, make_text: MakeText) -> None:
-    """Guards the tests themselves: with weights that are too small, wrong masks would give nearly equal logits."""
+    """Guards the tests themselves: if the weights were too small, wrong masks would give nearly equal logits."""
     system, text = make_system("sequential", 4, 2), make_text((TEXT_SLOTS,))
     codes = system.codes(1, 5)
     other = make_system("sequential", 4, 0)._replace(layout=system.layout)
@@ -235,7 +235,7 @@ def test_the_oracles_weights_matter(make_system: MakeSystem, make_text: MakeText
 
 @torch.no_grad()
 def test_what_pads_hold_does_not_matter(make_system: MakeSystem, make_text: MakeText) -> None:
-    """Guards against pads that are seen, or that move the positions of real text."""
+    """Guards against pads that are attended to, or that shift the positions of real text."""
     system, text = make_system("interpolation", 4, 2), make_text((2, 5))
     codes = system.codes(2, 5)
     before = logits_of(system, text, codes)
@@ -248,7 +248,7 @@ def test_what_pads_hold_does_not_matter(make_system: MakeSystem, make_text: Make
 
 
 def reach(system: System, lengths_mask: tuple[bool, ...]) -> Tensor:
-    """Which slot can change by which over all blocks, by the dense masks; natural order."""
+    """Matrix of which slots depend on which through all blocks, by the dense masks, in natural order."""
     oracle = system.oracle
     total = len(all_slots(len(lengths_mask), oracle.num_frames, oracle.grid))
     reached = torch.eye(total)
@@ -265,7 +265,7 @@ def reach(system: System, lengths_mask: tuple[bool, ...]) -> Tensor:
 def test_a_code_changes_exactly_the_logits_that_may_see_it(
     make_system: MakeSystem, make_text: MakeText, stage, grid, window, num_frames
 ) -> None:
-    """Guards against a future that leaks into the past by any chain of blocks, and slots that see too little."""
+    """Guards against the future leaking into the past through any chain of blocks, and slots that see too little."""
     system, text = make_system(stage, grid, window, num_frames, None, 2), make_text((4,))
     layout, generator = system.layout, torch.Generator().manual_seed(3)
     codes = system.codes(1, layout.num_frames)
@@ -286,7 +286,7 @@ def test_a_code_changes_exactly_the_logits_that_may_see_it(
 
 @torch.no_grad()
 def test_text_changes_all_frames_and_frames_no_text(make_system: MakeSystem, make_text: MakeText) -> None:
-    """Guards against text rows that see frames: a cached prefix would then be wrong."""
+    """Guards against text rows that see frames, which would invalidate a cached prefix."""
     system, text = make_system("sequential", 4, 2), make_text((4,))
     codes = system.codes(1, 5)
     before = run(system, text, codes)
@@ -303,7 +303,7 @@ def test_text_changes_all_frames_and_frames_no_text(make_system: MakeSystem, mak
 
 @pytest.mark.parametrize(("stage", "window"), [("sequential", 0), ("interpolation", 2)])
 def test_training_changes_the_channel_alone(make_system: MakeSystem, make_text: MakeText, stage, window) -> None:
-    """Guards against gradients that reach the frozen base, or miss a part of the channel."""
+    """Guards against gradients that reach the frozen base or miss part of the channel."""
     system = copy.deepcopy(make_system(stage, 4, window))
     system.model.base.requires_grad_(False)
     codes, slots = system.codes(2, 5), system.layout.loss_slots()
@@ -317,14 +317,14 @@ def test_training_changes_the_channel_alone(make_system: MakeSystem, make_text: 
     assert without == set()
     positions = system.model.channel.positions.weight.grad
     assert positions is not None
-    assert positions[:64].any(1).all()  # four further frames; the table holds a fifth
+    assert positions[:64].any(1).all()  # four later frames; the table has room for a fifth
     assert not positions[64:].any()
 
 
 @pytest.mark.parametrize("window", [0, 2])
 @torch.no_grad()
 def test_closed_gates_give_the_image_model_frame_by_frame(make_system: MakeSystem, make_text: MakeText, window) -> None:
-    """Guards the inheritance: with the temporal channel shut out, every frame is the image model's own."""
+    """Checks inheritance: with the temporal channel gated off, every frame matches the image model's output."""
     system, image = copy.deepcopy(make_system("sequential", 4, window)), make_system("image", 4)
     base, channel = system.model.base, system.model.channel
     assert channel is not None
@@ -344,7 +344,7 @@ def test_closed_gates_give_the_image_model_frame_by_frame(make_system: MakeSyste
 
 @torch.no_grad()
 def test_a_stage_starts_from_the_image_model() -> None:
-    """Guards what is inherited: q, k, v and positions are the base's, gates are even, the rest is fresh."""
+    """Checks what is inherited: q, k, v, and positions are the base's, gates mix evenly, the rest is fresh."""
     config = TransformerConfig(3, 32, 2, VOCAB_SIZE, NUM_CODES, START, NUM_CODES, 40)
     base, channel = Base(config), TemporalChannel(config, LayoutConfig(4, 5, 8, 8, 10), StageConfig(2))
     for parameter in base.parameters():
@@ -367,7 +367,7 @@ def test_a_stage_starts_from_the_image_model() -> None:
 
 @torch.no_grad()
 def test_random_start() -> None:
-    """Guards the table of `initialize`: wrong spreads make deep models diverge or learn slowly."""
+    """Checks what `initialize` assigns: wrong standard deviations make deep models diverge or learn slowly."""
     config = TransformerConfig(8, 128, 2, 300, 200, 299, 200, 300)
     layout = LayoutConfig(4, 5, 8, 8, 10)
     base, channel = Base(config), TemporalChannel(config, layout, StageConfig())
@@ -389,7 +389,7 @@ def test_random_start() -> None:
 
 
 def test_released_numbers_of_parameters() -> None:
-    """Guards the sizes of the released model: 5.90 billion in the base, 1.82 billion more for a video stage."""
+    """Checks the size of the released model: 5.90 billion parameters in the base, 1.82 billion more per video stage."""
     config = preset("cogvideo")
     with torch.device("meta"):
         base = Base(config.transformer)
@@ -414,7 +414,7 @@ def test_one_base_serves_all_stages(make_system: MakeSystem, make_text: MakeText
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 @torch.no_grad()
 def test_other_precisions(make_system: MakeSystem, make_text: MakeText, dtype, error) -> None:
-    """Guards against masks or tables of another type than the model's, with pads and with a bonus."""
+    """Guards against masks or tables whose dtype differs from the model's, with pads and with a bonus."""
     text = make_text((3, TEXT_SLOTS))
     for stage, window in (("sequential", 0), ("interpolation", 2)):
         exact = make_system(stage, 4, window)
@@ -428,7 +428,7 @@ def test_other_precisions(make_system: MakeSystem, make_text: MakeText, dtype, e
 
 
 def test_a_pass_of_text_alone(make_system: MakeSystem, make_text: MakeText) -> None:
-    """Guards the prefill of a stage without given frames: text rows are the image model's."""
+    """Checks the prefill of a stage without given frames: text rows match the image model's."""
     system, image = make_system("sequential", 4, 2), make_system("image", 4)
     none = torch.zeros(2, 0, 16, dtype=torch.int64)
     text = make_text((2, 5))
@@ -441,8 +441,7 @@ def test_a_pass_of_text_alone(make_system: MakeSystem, make_text: MakeText) -> N
 def test_gradients_of_attention(
     stage: str, window: int, short: bool, bonus: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Guards what is written by hand of the backward pass, runs of keys and few rows: it is what small differences
-    give."""
+    """Checks the hand-written backward pass, for runs of keys and for few rows, against finite differences."""
     monkeypatch.setattr(kernels, "_is_short", lambda q: short)
     layout = getattr(SequenceLayout, stage)(LayoutConfig(4, 5, 3, 3, 3))
     mask = torch.tensor([[False, True, True], [True, True, True]])
@@ -458,7 +457,7 @@ def test_gradients_of_attention(
 
 @pytest.mark.parametrize("rows", [kernels.SHORT - 1, kernels.SHORT])
 def test_gradients_of_bfloat16_attention(rows: int) -> None:
-    """Guards the two ways of the backward pass on CPUs: near what float64 gives, masks of both kinds or none."""
+    """Checks that both CPU backward paths stay close to float64, with either kind of mask or none."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, gradient = (torch.randn(2, 3, rows, 16, generator=generator).bfloat16() for _ in range(4))
     seen = torch.rand(2, 1, rows, rows, generator=generator) > 0.5

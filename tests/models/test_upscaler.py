@@ -1,4 +1,4 @@
-"""Super-resolution: parity with the released one, and which keys a high slot sees."""
+"""Super-resolution: parity with the released model, and which keys a high slot attends to."""
 
 import importlib.util
 import json
@@ -33,7 +33,7 @@ def seeded(seed=0):
 
 
 def make(num_layers=2, grid=GRID, ratio=RATIO, dtype=torch.float64, **sizes):
-    """A random upscaler with weights large enough that every slot differs."""
+    """Random upscaler with weights large enough that every slot differs."""
     upscaler = UpscalerConfig(ratio=ratio, text_slots=4, low_position=5, **sizes)
     layout = LayoutConfig(grid=grid, text_slots=4, image_text_slots=4, frame_position=4)
     config = TransformerConfig(num_layers, 16, 2, 48, NUM_CODES, 46, 32, num_positions=5 + grid**2)
@@ -47,7 +47,7 @@ def make(num_layers=2, grid=GRID, ratio=RATIO, dtype=torch.float64, **sizes):
 
 
 def inputs(batch=2, grid=GRID, seed=0):
-    """Text, the first row with a pad in front, and low codes."""
+    """Text whose first row starts with a pad, and low codes."""
     tokens = torch.randint(NUM_CODES, 46, (batch, 4), generator=seeded(seed))
     mask = torch.ones(batch, 4, dtype=torch.bool)
     mask[0, 0] = False
@@ -60,7 +60,7 @@ def noise_of(model, count):
 
 
 def seen_by(slot, layout, upscaler):
-    """Keys [high slots | low codes] that a high slot sees, by the words of the spec: the oracle."""
+    """Keys [high slots | low codes] that a high slot attends to, straight from the spec: the oracle."""
     height, width = layout.shape or (layout.low_grid, layout.low_grid)
     ratio = layout.ratio
     row, column = divmod(slot, width * ratio)
@@ -77,7 +77,7 @@ def seen_by(slot, layout, upscaler):
 
 
 def neighborhood_attention(q, k, v, layout, upscaler):
-    """Attention slot by slot over the keys that the oracle names, (batch, high, heads * head_dim)."""
+    """Slot-by-slot attention over the oracle's keys, (batch, high, heads * head_dim)."""
     outs = []
     for slot in range(layout.high_slots):
         keys = seen_by(slot, layout, upscaler)
@@ -115,7 +115,7 @@ def released():
 
 
 def test_released_codes_and_logits(released):
-    """Guards every convention at once: positions, feed, who sees whom, whose weights, tied logits."""
+    """Catches a deviation in any convention: positions, inputs, masks, which weights apply where, tied logits."""
     case, meta, model, text = released
     codes, high = case["image_tokens"], model.channel.layout.high_slots
     with torch.inference_mode():
@@ -131,7 +131,7 @@ def test_released_codes_and_logits(released):
     ("grid", "ratio", "tile"), [(4, 1, 4), (5, 2, 4), (6, 3, 4), (7, 3, 2), (8, 2, 3), (8, 4, 4), (1, 3, 4), (11, 1, 4)]
 )
 def test_tiles_equal_attention_slot_by_slot(grid, ratio, tile):
-    """Guards against a wrong neighborhood, above all at borders and where tiles do not divide the frame."""
+    """Catches wrong neighborhoods, especially at borders and where tiles do not divide the frame."""
     upscaler, layout = UpscalerConfig(ratio=ratio), UpscaleLayout(4, grid, ratio, 5)
     q = torch.randn(2, 2, layout.high_slots, 4, dtype=torch.float64, generator=seeded())
     kv = torch.randn(2, 2, 2, layout.high_slots + layout.low_slots, 4, dtype=torch.float64, generator=seeded(1))
@@ -141,7 +141,7 @@ def test_tiles_equal_attention_slot_by_slot(grid, ratio, tile):
 
 @pytest.mark.parametrize("shape", [(3, 6), (5, 2)])
 def test_frames_that_are_not_square(shape):
-    """Guards neighborhoods and positions of other shapes: nothing but the middle of both tables counts."""
+    """Checks neighborhoods and positions of non-square frames, which use only the center of both tables."""
     upscaler, layout = UpscalerConfig(ratio=2), UpscaleLayout(4, 6, 2, 5, shape)
     q = torch.randn(1, 2, layout.high_slots, 4, dtype=torch.float64, generator=seeded())
     kv = torch.randn(2, 1, 2, layout.high_slots + layout.low_slots, 4, dtype=torch.float64, generator=seeded(1))
@@ -169,7 +169,7 @@ def test_frames_that_are_not_square(shape):
 
 
 def test_other_neighborhoods():
-    """Guards against sizes of the neighborhood that are taken from the released ones instead of the configuration."""
+    """Guards against neighborhood sizes hard-coded to the released ones instead of read from the configuration."""
     upscaler, layout = UpscalerConfig(ratio=2, high_rows=3, high_columns=7, low_side=1), UpscaleLayout(4, 5, 2, 5)
     q = torch.randn(1, 2, layout.high_slots, 4, dtype=torch.float64, generator=seeded())
     kv = torch.randn(2, 1, 2, layout.high_slots + layout.low_slots, 4, dtype=torch.float64, generator=seeded(1))
@@ -178,7 +178,7 @@ def test_other_neighborhoods():
 
 
 def test_memory_is_linear_in_slots():
-    """Guards against masks or gathers that grow with the square of the frame."""
+    """Guards against masks or gathers that grow quadratically with the number of slots."""
     upscaler = UpscalerConfig()
     small, large = (neighborhoods(UpscaleLayout(4, grid, 3, 5), upscaler, CPU).groups for grid in (12, 24))
     keys = [sum(group.keys.numel() for group in groups) for groups in (small, large)]
@@ -189,7 +189,7 @@ def test_memory_is_linear_in_slots():
 
 @pytest.mark.parametrize("slot", [0, 17, 160, 305, 323])
 def test_one_block_sees_exactly_the_neighborhood(slot):
-    """Guards against high slots that miss a neighbour or see a stranger in the whole model."""
+    """Catches high slots that miss a neighbor or attend outside their neighborhood in the whole model."""
     model, (text, codes) = make(num_layers=1), inputs(batch=1)
     layout, upscaler = model.channel.layout, model.channel.upscaler
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_one_block_sees_exactly_the_neighborhood(slot):
 
 
 def test_text_reaches_high_slots_through_low_codes_only():
-    """Guards against high slots that see the text, and against pads that anything sees."""
+    """Guards against high slots that attend to the text, and against pads that anything attends to."""
     text, codes = inputs(batch=1)
     word, pad = text.tokens.clone(), text.tokens.clone()
     word[0, 2] = (word[0, 2] - NUM_CODES + 1) % 14 + NUM_CODES
@@ -220,7 +220,7 @@ def test_text_reaches_high_slots_through_low_codes_only():
 
 
 def test_codes_do_not_depend_on_how_they_are_portioned():
-    """Guards against noise or logits that are misplaced between portions of slots."""
+    """Guards against noise or logits that are misaligned between chunks of slots."""
     model, (text, codes) = make(), inputs()
     labels, sampling = torch.arange(NUM_CODES) % 8, SamplingConfig(clusters=3, cluster_temperature=0.6)
     assert model.channel.layout.high_slots > SLOTS_PER_DRAW
@@ -234,7 +234,7 @@ def test_codes_do_not_depend_on_how_they_are_portioned():
 
 
 def test_codes_do_not_depend_on_the_batch():
-    """Guards against a frame that changes with its place in the batch, its companions or the frames of a pass."""
+    """Guards against frames that depend on their batch position, the rest of the batch, or the frames per pass."""
     model, (text, codes), order = make(), inputs(batch=3), torch.tensor([2, 0, 1])
     whole = upscale(model, text, codes, noise_of(model, 3), ONE_BY_ONE, frames_per_pass=3)
     for frames in (1, 2):
@@ -245,7 +245,7 @@ def test_codes_do_not_depend_on_the_batch():
 
 
 def test_noise_follows_from_the_frames_generator():
-    """Guards against frames that share noise, and against portions that repeat it."""
+    """Guards against frames that share noise, and against chunks that repeat it."""
     first, again = (torch.cat(list(slot_noise(seeded(3), 600, 50, CPU))) for _ in range(2))
     generator = seeded(3)
     one, two = (torch.cat(list(slot_noise(generator, 600, 50, CPU))) for _ in range(2))
@@ -265,7 +265,7 @@ def test_greedy_takes_the_most_likely_code():
 
 
 def test_training_changes_the_channel_alone():
-    """Guards against gradients that miss an added parameter or reach the base, also after generating."""
+    """Guards against gradients that miss a channel parameter or reach the base, even after generation."""
     model, (text, codes) = make(), inputs()
     neighborhoods.cache_clear()
     upscale(model, text, codes, noise_of(model, 2), ONE_BY_ONE)  # caches the plan in inference mode
@@ -278,7 +278,7 @@ def test_training_changes_the_channel_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_precisions(dtype):
-    """Guards against masks or tables of another type than the model's."""
+    """Guards against masks or tables whose dtype differs from the model's."""
     (text, codes), exact = inputs(), make(num_layers=1)
     with torch.no_grad():
         ours, expected = make(num_layers=1, dtype=dtype)(*text, codes), exact(*text, codes)
@@ -287,7 +287,7 @@ def test_other_precisions(dtype):
 
 
 def test_channel_starts_from_the_base():
-    """Guards against a start that is not the image model's attention at the right places."""
+    """Catches an initialization that does not copy the image model's attention and positions to the right places."""
     model = make()
     inherit_upscaler(model.channel, model.base)
     base, low = model.base, model.base.positions.weight[5:].view(GRID, GRID, -1)
@@ -313,7 +313,7 @@ def test_channel_starts_from_the_base():
     ],
 )
 def test_bad_input_is_refused(change, message, without_shape_checks):
-    """Guards against wrong input that fails late, or not at all."""
+    """Guards against invalid input that fails late, or not at all."""
     model, (text, codes) = make(num_layers=1), inputs()
     values = {"tokens": text.tokens, "mask": text.mask, "codes": codes, "noise": noise_of(model, 2)}
     values |= {"frames_per_pass": 1} | change

@@ -1,4 +1,4 @@
-"""The API: the official client, refusals, keys, ranges, events, and the description of it all."""
+"""The API: the official client, rejected requests, keys, ranges, events, and metrics."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ def served(model: Path) -> ServedModel:
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server with a worker."""
+    """Server with a worker."""
     with serving(model, tmp_path_factory.mktemp("served")) as running:
         yield running
 
 
 @pytest.fixture
 def site(served: ServedModel, tmp_path: Path) -> ServerState:
-    """A queue without workers."""
+    """Queue without workers."""
     return ServerState(served, Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(tmp_path / "files")))
 
 
 def client(site: ServerState, key: str = "", **options: Any) -> TestClient:
-    """A client of the application in this process."""
+    """Client of the application in this process."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     return TestClient(application(site, ["testserver"]), headers=headers, **options)
 
@@ -72,7 +72,7 @@ def png(level: int = 200) -> bytes:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_official_client(server: Running, tmp_path: Path) -> None:
-    """Guards clients that exist: the official one makes, watches, lists, downloads, remixes, extends and deletes."""
+    """Guards existing clients: the official one can create, watch, list, download, remix, extend, and delete."""
     api = server.openai()
     (model,) = api.models.list().data
     assert model.id == "small"
@@ -115,7 +115,7 @@ def test_the_official_client(server: Running, tmp_path: Path) -> None:
 
 
 def test_frames_as_they_are_finished(server: Running) -> None:
-    """Guards watching: each frame is announced once and can be had at once; who comes back goes on where he was."""
+    """Checks live frames: each is announced once and available at once, and clients resume where they left off."""
     with server.client() as web:
         id = web.post("/v1/videos", json={"prompt": "a cat", "rounds": 0}).json()["id"]
         with web.stream("GET", f"/v1/videos/{id}/events") as response:
@@ -130,7 +130,7 @@ def test_frames_as_they_are_finished(server: Running) -> None:
 
 
 def events(response: httpx.Response) -> list[tuple[str, str, Any]]:
-    """Name, id and data of each event until the stream ends."""
+    """Name, ID, and data of each event until the stream ends."""
     found, event = [], {}
     for line in response.iter_lines():
         if line:
@@ -143,7 +143,7 @@ def events(response: httpx.Response) -> list[tuple[str, str, Any]]:
 
 
 def test_an_end_while_somebody_watches(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Guards Ctrl-C while a page is open: the stream of events ends, and nothing is said."""
+    """Checks Ctrl-C while a page is open: the event stream ends, and nothing is printed to stderr."""
     with serving(model, tmp_path, "--workers", 0) as server, server.client() as web:
         id = web.post("/v1/videos", json={"prompt": "a cat"}).json()["id"]
         with web.stream("GET", f"/v1/videos/{id}/events") as response:
@@ -156,7 +156,7 @@ def test_an_end_while_somebody_watches(model: Path, tmp_path: Path, capfd: pytes
 
 
 def test_ranges_and_variants(server: Running) -> None:
-    """Guards players that seek, and files that are made when they are first asked for."""
+    """Checks players that seek, and files that are created on first request."""
     with server.client() as web:
         id = web.post("/v1/videos", json={"prompt": "a cat", "rounds": 0, "seed": 1}).json()["id"]
         address = f"/v1/videos/{id}/content"
@@ -208,7 +208,7 @@ REFUSED = [
 
 
 def test_refusals_are_one_sentence(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards users against riddles, and the queue against clips that cannot be made."""
+    """Guards users against cryptic errors, and the queue against clips that cannot be generated."""
     web = client(site)
     for body, message in REFUSED:
         got = web.post("/v1/videos", json=body)
@@ -228,7 +228,7 @@ def test_refusals_are_one_sentence(site: ServerState, monkeypatch: pytest.Monkey
 
 
 def test_limits_and_repeated_requests(site: ServerState) -> None:
-    """Guards the queue against one key, and clients that try again against paying twice."""
+    """Guards the queue against a single key, and clients that retry against paying twice."""
     web = client(ServerState(site.served, site.jobs, site.store, None, Limits(waiting=2)))
     asked = {"json": {"prompt": "a cat"}, "headers": {"Idempotency-Key": "one"}}
     first, again = web.post("/v1/videos", **asked), web.post("/v1/videos", **asked)
@@ -239,12 +239,12 @@ def test_limits_and_repeated_requests(site: ServerState) -> None:
     assert web.post("/v1/videos", data={"prompt": "a cat"}, files={"input_reference": ("x", png())}).status_code == 200
     full = web.post("/v1/videos", data={"prompt": "a cat"}, files={"input_reference": ("x", png())})
     assert (full.status_code, full.headers["retry-after"]) == (429, "10")
-    assert len(list(Path(site.store._root).iterdir())) == 1  # uploads of refused requests do not stay
+    assert len(list(Path(site.store._root).iterdir())) == 1  # uploads of rejected requests are removed
     assert web.post("/v1/videos", **asked).json() == first.json()
 
 
 def test_keys_keep_others_out(site: ServerState, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards users against each other: another key's videos do not exist, whatever the request."""
+    """Guards users against each other: for any request, the videos of other keys do not exist."""
     made = []
     for name in ("ann", "bob"):
         assert main(["key", name, "--folder", str(tmp_path)]) == 0
@@ -274,12 +274,12 @@ def test_keys_keep_others_out(site: ServerState, tmp_path: Path, capsys: pytest.
         for path in ("/v1/videos", f"/v1/videos/{id}", "/v1/models", "/metrics"):
             assert stranger.get(path).status_code == 401
         assert stranger.get("/health").status_code == 200
-    (tmp_path / "keys").write_text(stored.splitlines()[1])  # ann's key is taken back
+    (tmp_path / "keys").write_text(stored.splitlines()[1])  # ann's key is revoked
     assert (ann.get("/v1/videos").status_code, bob.get("/v1/videos").status_code) == (401, 200)
 
 
 def test_other_sites_and_names_are_refused(site: ServerState) -> None:
-    """Guards a server without keys against pages that a browser on this machine shows."""
+    """Guards a server without keys against web pages open in a browser on this machine."""
     web = client(site)
     assert web.get("/v1/videos", headers={"host": "evil.example"}).status_code == 400
     foreign = ("http://evil.example", "null", "http://testserver.evil.example", "http://testserver:81", "http://[")
@@ -295,7 +295,7 @@ def test_other_sites_and_names_are_refused(site: ServerState) -> None:
 
 
 def test_forms_in_odd_charsets(site: ServerState) -> None:
-    """Guards against mistakes of the server that clients make: a form that its charset cannot hold is refused."""
+    """Guards against client errors that count as server errors: a form that its charset cannot decode is rejected."""
     form = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--b--\r\n'
     kind = {"Content-Type": "multipart/form-data; boundary=b; charset=undefined"}
     answer = client(site).post("/v1/videos", content=form, headers=kind)
@@ -303,7 +303,7 @@ def test_forms_in_odd_charsets(site: ServerState) -> None:
 
 
 def test_mistakes_of_the_server_are_counted(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards operators, whose alarms hang on the metrics."""
+    """Guards operators, whose alerts rely on the metrics."""
     web = TestClient(application(site, ["testserver"]), raise_server_exceptions=False)
     monkeypatch.setattr(Jobs, "listed", lambda *_: 1 / 0)
     assert web.get("/v1/videos").status_code == 500
@@ -312,7 +312,7 @@ def test_mistakes_of_the_server_are_counted(site: ServerState, monkeypatch: pyte
 
 
 def test_paths_never_come_from_requests(site: ServerState) -> None:
-    """Guards files: names of uploads, fields and addresses with tricks lead nowhere."""
+    """Guards against path traversal through IDs, upload names, and field names."""
     web = client(site)
     for id in ("..", "%2e%2e", "..%2f..%2fetc%2fpasswd", "video_" + "0" * 32, "video_%00", "video_" + "A" * 32):
         for tail in ("", "/content", "/frames/0", "/events"):
@@ -323,7 +323,7 @@ def test_paths_never_come_from_requests(site: ServerState) -> None:
 
 
 def test_uploads_have_limits(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the server's own process against pictures that take all memory, and files that take forever."""
+    """Guards the server process against images that use up all memory, and files that take forever to decode."""
     bomb = BytesIO()
     Image.new("L", (13_000, 13_000)).save(bomb, "PNG")
     web = client(site)
@@ -340,13 +340,13 @@ def test_uploads_have_limits(site: ServerState, monkeypatch: pytest.MonkeyPatch)
 def test_only_this_machine_unless_there_are_keys(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards a first try: nobody else gets in, and who wants others in is told what to do first."""
+    """Guards a first try: nobody else gets in, and the error says what to do before letting others in."""
     assert main(["serve", "--model", str(model), "--folder", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert "make a key first, `cogvideo key NAME`" in capsys.readouterr().err
 
 
 def test_a_full_disk(site: ServerState, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards users of a full disk: they are told, can still watch what is there, and make room by deleting it."""
+    """Guards users of a full disk: they get a clear error, can still watch clips, and can delete them to make room."""
     web = client(site)
     id = web.post("/v1/videos", json={"prompt": "a cat", "rounds": 0}).json()["id"]
     Worker(site.jobs, site.store, site.served, 8, 1000.0, 0, Event())._work()
@@ -363,7 +363,7 @@ def test_a_full_disk(site: ServerState, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_lengths_are_those_of_training(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards lengths: by default the longest that key frames were trained on; others of them, or a longer clip."""
+    """Checks clip lengths: by default the longest that key frames were trained on; also others or longer ones."""
     monkeypatch.setattr(served, "config", served.config.trained_on("sequential", (2.0, 1.0)))
     assert served.completed(ClipRequest(prompt="x")).seconds == "2"
     long = served.completed(ClipRequest(prompt="x", seconds="5", rounds=0))
@@ -373,13 +373,13 @@ def test_lengths_are_those_of_training(served: ServedModel, monkeypatch: pytest.
 
 
 def test_a_device_that_is_not_there(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards a server that takes requests while each of its workers dies at the start."""
+    """Guards against a server that accepts requests while all of its workers die at startup."""
     assert main(["serve", "--model", str(model), "--folder", str(tmp_path), "--device", "cuda:99"]) == 2
     assert "cuda:99" in capsys.readouterr().err
 
 
 def test_slow_and_broken_clients(server: Running) -> None:
-    """Guards the server against clients that connect and say nothing, half of it, or far too much."""
+    """Guards the server against clients that connect and send nothing, half a request, or far too much."""
     address = (server.address.split("/")[2].split(":")[0], int(server.address.rsplit(":", 1)[1]))
     body = (
         b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nContent-Type: application/json\r\n\r\n{"
@@ -392,13 +392,13 @@ def test_slow_and_broken_clients(server: Running) -> None:
         open_ones.append(connection)
     with server.client() as web:
         assert web.get("/health").status_code == 200
-        with suppress(httpx.TransportError):  # where the server hangs up before all is sent
+        with suppress(httpx.TransportError):  # the server may hang up before everything is sent
             assert web.get("/health", headers={"X-Long": "x" * 2_000_000}).status_code == 400
     for connection in open_ones:
         connection.close()
     with server.client() as web:
         assert web.get("/ready").json() == {"status": "ok"}
-        wait_for(lambda: 'route="/v1/videos",status="400"' in web.get("/metrics").text)  # bodies that never came
+        wait_for(lambda: 'route="/v1/videos",status="400"' in web.get("/metrics").text)  # bodies that never arrived
         metrics = web.get("/metrics").text
     assert 'cogvideo_videos{status="queued"}' in metrics
     assert 'status="500"' not in metrics

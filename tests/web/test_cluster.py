@@ -1,4 +1,4 @@
-"""Ray Serve with a cluster of this machine: the same clips, and workers that are replaced."""
+"""Ray Serve on a local cluster: the same clips, and workers that are replaced."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def replicas(name: str) -> set[psutil.Process]:
 
 
 def test_a_cluster(text_model: bytes, tmp_path: Path) -> None:
-    """Guards clips on clusters: a worker that is killed is replaced, and nothing stays when the command ends."""
+    """Checks clips on a cluster: a killed worker is replaced, and no process remains when the command ends."""
     model = make_whole_bundle(tmp_path / "small", text_model)
     before = replicas("")
     with serving(model, tmp_path / "place", "--ray", "--lease", 3) as server, server.client() as web:

@@ -1,4 +1,4 @@
-"""Broken pictures and videos, and requests that are none: all are refused, and files stay where they belong."""
+"""Corrupt images and videos, and malformed requests: none breaks the server, and files stay where they belong."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cogvideo.web.storage import Store
 from serving import make_whole_bundle, serving
 
 FUZZ = int(os.environ.get("COGVIDEO_FUZZ", "3000"))
-"""Requests of all long tests with random ones."""
+"""Approximate number of random requests in all long tests together."""
 NAME = re.compile(r"video_[0-9a-f]{32}/(given|last)\.npy")
 EDITS = strategies.lists(strategies.tuples(strategies.floats(0, 1), strategies.binary(max_size=8)), max_size=3)
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.soak
 
 
 def edited(content: bytes, edits: list[tuple[float, bytes]], end: float) -> bytes:
-    """Bytes with others in places, and cut at the end."""
+    """Content with some bytes overwritten and the end cut off."""
     changed = bytearray(content)
     for place, more in edits:
         start = int(place * len(content))
@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, text_model: bytes) -> Path:
 
 
 def test_broken_media(model: Path, tmp_path: Path) -> None:
-    """Guards the server against files that are not what they seem, with names that lead elsewhere."""
+    """Guards the server against files that are not what they seem, with names that point elsewhere."""
     frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
     whole = [to_png(frames[0])]
     for suffix in ("mp4", "gif", "webp"):
@@ -75,7 +75,7 @@ def test_broken_media(model: Path, tmp_path: Path) -> None:
 
 
 def test_requests_that_are_none(model: Path, tmp_path: Path) -> None:
-    """Guards the server against clients that do not speak its language."""
+    """Guards the server against clients that do not speak HTTP."""
     body = b'{"prompt": "a cat"}'
     heads = [
         b"GET /v1/videos?limit=2 HTTP/1.1\r\nHost: localhost\r\nRange: bytes=0-1\r\nConnection: close\r\n\r\n",
@@ -94,7 +94,7 @@ def test_requests_that_are_none(model: Path, tmp_path: Path) -> None:
         def check(head: bytes, edits: list[tuple[float, bytes]], end: float) -> None:
             with socket.create_connection(address, timeout=60) as client, suppress(ConnectionError, TimeoutError):
                 client.sendall(edited(head, edits, end))
-                client.settimeout(0.5)  # to halves there is no answer soon
+                client.settimeout(0.5)  # incomplete requests get no answer for a while
                 answer = client.recv(2**16)
                 statuses.append(answer[9:12])
                 assert not statuses[-1].startswith(b"5"), answer

@@ -1,4 +1,4 @@
-"""The queue: leases, turns, limits and repeated requests, in SQLite and in PostgreSQL."""
+"""The queue: leases, turns, limits, and repeated requests, in SQLite and in PostgreSQL."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def jobs(request: pytest.FixtureRequest, tmp_path: Path) -> Jobs:
 
 
 def add(jobs: Jobs, owner: str = "a", alike: str = "x", limits: Limits = LIMITS, **more: str) -> Job:
-    """A new job, later than those before it."""
+    """Add a job that is newer than all previous ones."""
     job = Job(new_id("video"), owner, "model", "{}", alike, time.time() - 1000 + 0.01 * next(ages), **more)
     return jobs.add(job, limits)
 
@@ -53,14 +53,14 @@ def taken(jobs: Jobs, lease: str, most: int = 1, seconds: float = LONG) -> list[
 
 
 def test_keys_take_turns(jobs: Jobs) -> None:
-    """Guards against a key that fills the queue: the other key's job does not wait for all of them."""
+    """Guards against a key that fills the queue: another key's job does not have to wait for all of its jobs."""
     first, second, third = (add(jobs, "a", f"x{number}").id for number in range(3))
     other = add(jobs, "b", "y").id
     assert [taken(jobs, f"lease {number}") for number in range(5)] == [[first], [other], [second], [third], []]
 
 
 def test_keys_have_a_number_of_jobs_at_work(jobs: Jobs) -> None:
-    """Guards other keys against one that takes all workers: what exceeds its number waits, in batches too."""
+    """Guards other keys against one that takes all workers: jobs beyond its limit wait, even within batches."""
     own = [add(jobs, "a").id for _ in range(3)]
     others = [add(jobs, "b").id for _ in range(2)]
     take = partial(jobs.take, model="model", most=8, running=2)
@@ -73,7 +73,7 @@ def test_keys_have_a_number_of_jobs_at_work(jobs: Jobs) -> None:
 
 
 def test_errors_show_no_prompts(jobs: Jobs) -> None:
-    """Guards logs: what a database refuses is not written there."""
+    """Guards logs against prompts: database errors do not include them."""
     job = replace(add(jobs), work="a secret")
     with pytest.raises(IntegrityError) as caught:
         jobs.add(job, LIMITS)
@@ -81,7 +81,7 @@ def test_errors_show_no_prompts(jobs: Jobs) -> None:
 
 
 def test_batches_are_alike(jobs: Jobs) -> None:
-    """Guards batches: equal settings, equally far, no more than asked for, and of this model."""
+    """Checks batches: equal settings, equal progress, at most the requested size, and only this model."""
     alike = [add(jobs).id for _ in range(3)]
     add(jobs, alike="other")
     assert jobs.take("lease 0", "another model", 8, LONG) == []
@@ -92,7 +92,7 @@ def test_batches_are_alike(jobs: Jobs) -> None:
 
 
 def test_a_lost_lease_is_worth_nothing(jobs: Jobs) -> None:
-    """Guards against clips made twice: who came late cannot store, finish or fail what others took over."""
+    """Guards against duplicate work: a worker that lost its lease cannot store or finish what others took over."""
     job = add(jobs).id
     assert taken(jobs, "early", seconds=0.0) == [job]
     jobs.keep("early", {job: Progress(5, "0,4", b"codes")})
@@ -110,14 +110,14 @@ def test_a_lost_lease_is_worth_nothing(jobs: Jobs) -> None:
 
 
 def test_a_lost_answer_takes_nothing_more(jobs: Jobs) -> None:
-    """Guards jobs whose taker never heard of them: the same lease gets the same jobs."""
+    """Guards jobs whose worker never got the response: the same lease gets the same jobs."""
     jobs_of_first = [add(jobs).id for _ in range(2)]
     add(jobs)
     assert taken(jobs, "lease", 2) == taken(jobs, "lease", 2) == jobs_of_first
 
 
 def test_a_job_that_kills_workers_fails(jobs: Jobs) -> None:
-    """Guards the queue against a job that no worker survives; one that gets on may go on."""
+    """Guards the queue against a job that no worker survives."""
     job = add(jobs).id
     for number in range(MAX_TRIES):
         assert taken(jobs, f"lease {number}", seconds=0.0) == [job]
@@ -129,7 +129,7 @@ def test_a_job_that_kills_workers_fails(jobs: Jobs) -> None:
 
 
 def test_limits_hold_for_requests_at_once(jobs: Jobs) -> None:
-    """Guards limits against clients that send many requests at the same moment."""
+    """Guards limits against clients that send many requests at once."""
 
     def one(_: int) -> bool:
         try:
@@ -146,7 +146,7 @@ def test_limits_hold_for_requests_at_once(jobs: Jobs) -> None:
 
 
 def test_repeated_requests_are_one(jobs: Jobs) -> None:
-    """Guards clients that try again: the same key gives the same job, for its owner and its request alone."""
+    """Checks retries: the same key gives the same job, but only for the same owner and request."""
     first = add(jobs, repeat="key", digest="same")
     assert add(jobs, repeat="key", digest="same", limits=Limits(waiting=1)) == replace(first, status="queued")
     assert add(jobs, "b", repeat="key", digest="same").id != first.id
@@ -155,7 +155,7 @@ def test_repeated_requests_are_one(jobs: Jobs) -> None:
 
 
 def test_pages(jobs: Jobs) -> None:
-    """Guards lists: own jobs alone, in order, without gaps between pages."""
+    """Checks listings: only the owner's jobs, in order, without gaps between pages."""
     own = [add(jobs).id for _ in range(4)]
     add(jobs, "b")
     middle = jobs.find(own[1], "a")
@@ -169,13 +169,13 @@ def test_pages(jobs: Jobs) -> None:
     "url", ["nothing", "mysql://x/y", "sqlite:////no/such/folder/x.db", "postgresql://x@/y?host=/no"]
 )
 def test_queues_that_cannot_be_opened(url: str) -> None:
-    """Guards users against tracebacks of a database."""
+    """Guards users against database tracebacks."""
     with pytest.raises(InputError, match="cannot open the queue"):
         Jobs(url)
 
 
 def test_files_that_are_no_queue(tmp_path: Path) -> None:
-    """Guards users against tracebacks, and against a server that has no queue and waits for it forever."""
+    """Guards users against tracebacks, and against a server that waits forever for a queue it does not have."""
     (tmp_path / "queue.db").write_text("no database at all")
     with pytest.raises(InputError, match="cannot open the queue"):
         Jobs(f"sqlite:///{tmp_path / 'queue.db'}")

@@ -1,4 +1,4 @@
-"""SIGKILL for server, workers and database at random moments: no accepted job is lost, changed or made twice."""
+"""SIGKILL for server, workers, and database at random moments: no accepted job is lost, changed, or run twice."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from cogvideo.web.storage import Store
 from serving import HAS_POSTGRES, PATIENCE, Running, kill_group, make_whole_bundle, postgres, start, wait_for
 
 KILLS = int(os.environ.get("COGVIDEO_KILLS", "12"))
-"""Number of kills; each takes some seconds."""
+"""Number of kills; each takes a few seconds."""
 
 
 @pytest.mark.soak
 @pytest.mark.skipif(not HAS_POSTGRES, reason="PostgreSQL is not installed")
 def test_kills(text_model: bytes, tmp_path: Path) -> None:
-    """Guards accepted jobs against everything that can die under them."""
+    """Guards accepted jobs against the death of any process they depend on."""
     model = make_whole_bundle(tmp_path / "small", text_model)
     random.seed(7)
     with ExitStack() as stack:
@@ -59,7 +59,7 @@ def test_kills(text_model: bytes, tmp_path: Path) -> None:
                 address[0] = _address(processes[victim])
         is_over.set()
         asking.result()
-        for name in ("first worker", "second worker"):  # one may have ended: it started while there was no database
+        for name in ("first worker", "second worker"):  # one may have exited: it started while the database was down
             kill_group(processes[name])
             processes[name] = start(*commands[name])
         jobs = Jobs(database.url)
@@ -93,7 +93,7 @@ def _num_open(jobs: Jobs) -> int:
 
 
 def _ask(address: list[str], accepted: dict[str, str], is_over: Event) -> None:
-    """Ask for clips, each until it is accepted."""
+    """Request clips, retrying each one until it is accepted."""
     number = 0
     while not is_over.wait(0.5):
         key = f"key {number}"

@@ -1,4 +1,4 @@
-"""Clients that begin and do not go on: each is given up, and the others are answered."""
+"""Clients that stall: each is disconnected, and the others are served."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def port() -> Iterator[int]:
 
 
 def until_closed(client: socket.socket, drop: bytes = b"") -> bytes:
-    """Answers until the server hangs up, while a byte at a time is sent."""
+    """Everything the server sends until it hangs up, while the client keeps sending `drop`."""
     answers = b""
     end = time.monotonic() + PATIENCE
     client.settimeout(0.1)
@@ -73,27 +73,27 @@ HALVES = [
     (b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n", b"x", b" 408 "),
     (b"POST /x HTTP/1.1\r\nHost: a\r\nOrigin: b\r\nContent-Length: 9999\r\n\r\n", b"x", b" 403 "),
 ]
-"""What a client sends, what it goes on with a byte at a time, and the answer."""
+"""What a client sends first, what it then trickles byte by byte, and the expected status."""
 
 
 def test_clients_that_do_not_go_on(port: int) -> None:
-    """Guards connections against clients that hold them: heads and bodies have their time, however they trickle."""
+    """Guards connections against clients that hold them: headers and bodies time out, however they trickle in."""
 
     def answers(half: tuple[bytes, bytes, bytes]) -> bytes:
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(half[0])
             return until_closed(client, half[1])
 
-    with ThreadPoolExecutor(len(HALVES)) as pool:  # all of them wait for the same seconds
+    with ThreadPoolExecutor(len(HALVES)) as pool:  # all timeouts run at the same time
         for (*_, status), answer in zip(HALVES, pool.map(answers, HALVES), strict=True):
             assert status in answer, status
 
 
 def test_clients_that_come_back(port: int) -> None:
-    """Guards clients that look again when they are told to: their connection is still there after five seconds."""
+    """Checks that clients that poll as often as they are told can reuse their connection after five seconds."""
     client = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     client.connect()
-    client.auto_open = 0  # a closed connection is an error, and not opened again
+    client.auto_open = 0  # fail on a closed connection instead of reconnecting
     with closing(client):
         for wait in (0, 6):
             time.sleep(wait)
@@ -102,19 +102,19 @@ def test_clients_that_come_back(port: int) -> None:
 
 
 def test_clients_that_do_not_read(port: int) -> None:
-    """Guards memory against answers that nobody takes."""
+    """Guards memory against responses that nobody reads."""
 
     def read_after(seconds: float) -> int:
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
-            time.sleep(seconds)  # a busy server may not have begun to answer
+            time.sleep(seconds)  # a busy server may not have started to answer
             return len(until_closed(client))
 
     assert any(read_after(seconds) < 100_000_000 for seconds in (2, 20, 60))
 
 
 def test_too_many_clients(port: int) -> None:
-    """Guards the queue's files against clients that take all there are. Patient ones are answered afterwards."""
+    """Guards the queue's file descriptors against clients that exhaust them. Patient clients are served afterward."""
     clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
     for client in clients[20:]:
         assert until_closed(client) == b""

@@ -1,4 +1,4 @@
-"""The description of the API is true: requests made from it, good and bad, are answered as it says."""
+"""The API matches its description: valid and invalid requests generated from it are answered as it says."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ CHECKS = [
     checks.response_schema_conformance,
     checks.negative_data_rejection,
 ]
-"""That good data is accepted is not among them: a prompt of spaces, or a sampler's value out of range, is refused."""
+"""Acceptance of valid data is not checked: a blank prompt, or a sampler setting out of range, is rejected."""
 
 
 EXAMPLES = int(os.environ.get("COGVIDEO_FUZZ", "3000")) // 40
-"""Requests of each operation in the long test, half of them with wrong values."""
+"""Requests per operation in the long test, once with valid values and once with invalid ones."""
 
 
 @pytest.mark.parametrize("examples", [2, pytest.param(EXAMPLES, marks=pytest.mark.soak)])
 def test_answers_are_as_described(examples: int, text_model: bytes, tmp_path: Path) -> None:
-    """Guards clients that are made from the description, the server against what nobody thought of, and videos
-    against requests with the keys of others."""
+    """Guards clients generated from the description, the server against unforeseen input, and videos against requests
+    with other users' keys."""
     served = ServedModel(str(make_whole_bundle(tmp_path / "small", text_model)))
     keys = Keys(tmp_path / "keys")
     headers = {"Authorization": f"Bearer {keys.add('ann')}"}
@@ -57,7 +57,7 @@ def test_answers_are_as_described(examples: int, text_model: bytes, tmp_path: Pa
     app = application(site, ["*"])
     before = sorted(tmp_path.iterdir())
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
-    if examples < EXAMPLES:  # all of Unicode takes ten seconds to list
+    if examples < EXAMPLES:  # enumerating all of Unicode takes ten seconds
         schema.config.generation.update(codec="ascii")
     statuses: dict[int, int] = {}
     for operation in (each.ok() for each in schema.get_all_operations()):
@@ -79,7 +79,7 @@ def test_answers_are_as_described(examples: int, text_model: bytes, tmp_path: Pa
                 assert b"a secret" not in response.content
                 statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
 
-            with suppress(hypothesis.errors.Unsatisfiable):  # nothing is wrong for operations without values
+            with suppress(hypothesis.errors.Unsatisfiable):  # operations without parameters have no invalid requests
                 check()
     print(f"{sum(statuses.values())} requests: {statuses}")
     assert {200, 404, 422} <= statuses.keys() <= {200, 400, 401, 403, 404, 405, 413, 415, 422, 429}, statuses
@@ -90,7 +90,7 @@ def test_answers_are_as_described(examples: int, text_model: bytes, tmp_path: Pa
 
 
 def _use(case: Any, id: str) -> bool:
-    """Put the ID of a video where a request has one; False if there is no such place."""
+    """Put the ID of a video where a request takes one; False if it takes none."""
     if "id" in case.path_parameters:
         case.path_parameters["id"] = id
     elif case.path.endswith("/videos") and case.media_type == "application/json" and isinstance(case.body, dict):

@@ -1,4 +1,4 @@
-"""Files of videos and keys: what is stored, where, and what a reader of the disk learns."""
+"""Files of videos and keys: what is stored, where, and what somebody who reads the disk can learn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cogvideo.web.storage import Store
 
 @pytest.mark.parametrize("url", ["{}", "file://{}", "memory://{}"])
 def test_files_of_a_video(url: str, tmp_path: Path) -> None:
-    """Guards folders and stores like S3 alike: a file is replaced, and all files of a video go with it, no others."""
+    """Checks folders and S3-like stores alike: files can be replaced, and removing a video removes its files only."""
     store = Store(url.format(tmp_path / "files"))
     assert store.get("one", "video") is None
     for content in (b"first", b"second"):
@@ -30,7 +30,7 @@ def test_files_of_a_video(url: str, tmp_path: Path) -> None:
 
 
 def test_a_store_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards clips while S3 is away: its client has errors of its own, and workers wait at an OSError only."""
+    """Guards clips while S3 is down: its client raises its own errors, but workers only wait after an OSError."""
     store = Store("memory://files")
     for name in ("pipe_file", "cat_file", "exists"):
         monkeypatch.setattr(MemoryFileSystem, name, Mock(side_effect=RuntimeError("no connection")))
@@ -47,7 +47,7 @@ def test_a_store_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_keys_on_disk(tmp_path: Path) -> None:
-    """Guards keys: the file does not reveal them, changes count at once, and mistakes in it are named."""
+    """Checks that the file does not reveal keys, that changes apply at once, and that errors name the bad line."""
     keys = Keys(tmp_path / "keys")
     ann, bob = keys.add("ann"), Keys(tmp_path / "keys").add("bob")
     assert [keys.owner(key) for key in (ann, bob, "", "cv-", ann[:-1], "\ud800")] == ["ann", "bob", *4 * [None]]

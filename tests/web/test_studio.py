@@ -22,12 +22,12 @@ from serving import Running, make_whole_bundle, serving, wait_for
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 PATIENCE = 120_000
-"""Milliseconds that anything may take on a busy machine."""
+"""Timeout in milliseconds for any action on a busy machine."""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, text_model: bytes) -> Path:
-    """A small model with the name of that in the box, for which the page has examples."""
+    """Small model with the bundled model's name, for which the page has examples."""
     return make_whole_bundle(tmp_path_factory.mktemp("model") / "pocket", text_model)
 
 
@@ -44,7 +44,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """An empty page. Nothing may be refused by the policy or fail in its scripts."""
+    """Empty page, on which the policy must not block anything and no script may fail."""
     page = browser.new_page()
     page.set_default_timeout(PATIENCE)
     told: list[str] = []
@@ -57,7 +57,7 @@ def page(browser: Any) -> Iterator[Any]:
 
 
 def generate(page: Any, prompt: str, rounds: int = 0) -> None:
-    """Fill the form and press its keys. Frames of the small size are the same whatever the seed of enlarging."""
+    """Fill in and submit the form by keyboard. At the small size, frames do not depend on the super-resolution seed."""
     page.get_by_label("Prompt", exact=True).fill(prompt)
     page.evaluate("document.querySelector('details').open = true")
     page.get_by_label("Frames").select_option(str(rounds))
@@ -67,7 +67,7 @@ def generate(page: Any, prompt: str, rounds: int = 0) -> None:
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A `cogvideo studio`, which has opened a browser."""
+    """Running `cogvideo studio` that has opened a browser."""
     folder = tmp_path_factory.mktemp("served")
     script, opened = folder / "browser", folder / "opened"
     script.write_text(f"#!/bin/sh\necho $1 > {opened}\n")
@@ -88,7 +88,7 @@ def wait_for_frames(page: Any, number: int) -> None:
 
 
 def wait_for_end(page: Any, number: int, before: str = "nothing") -> str:
-    """ID of the clip that is opened after another one, once it has its frames and nothing more is to come."""
+    """ID of the clip that is opened after `before`, once it is complete and shows all of its frames."""
     page.wait_for_url(lambda url: "#video" in url and "," not in url and not url.endswith(before), timeout=PATIENCE)
     id = page.url.partition("#")[2]
     page.locator(f".clip[data-id='{id}'][data-status=completed]").wait_for()
@@ -110,7 +110,7 @@ def picture() -> dict[str, Any]:
 
 
 def drop(page: Any, place: str, file: dict[str, Any]) -> None:
-    """Drop a file from outside of the browser."""
+    """Drop a file from outside the browser."""
     script = """([name, type, bytes]) => {
         const dropped = new DataTransfer();
         dropped.items.add(new File([Uint8Array.from(bytes)], name, { type }));
@@ -121,7 +121,7 @@ def drop(page: Any, place: str, file: dict[str, Any]) -> None:
 
 
 def test_every_action(server: Running, page: Any) -> None:
-    """Guards the page: what is pressed reaches the server with what was entered, and what it makes is shown."""
+    """Checks the page: every action sends what was entered to the server, and the results are shown."""
     with server.client() as web:
 
         def state(id: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def test_every_action(server: Running, page: Any) -> None:
         cat = wait_for_end(page, 5)
         assert (state(cat)["prompt"], state(cat)["seed"], state(cat)["options"]["rounds"]) == ("a cat", 7, 0)
         assert page.locator("canvas").evaluate("each => each.width") == 16
-        before = page.get_by_label("Frame", exact=True).input_value()  # which moves while the clip plays
+        before = page.get_by_label("Frame", exact=True).input_value()  # advances while the clip plays
         page.wait_for_function("before => document.querySelector('.place').value !== before", arg=before)
         assert page.locator(".strip span").nth(4).get_by_title("Frame 5", exact=True).count() == 1
         for kind, beginning in (("mp4", b"ftyp"), ("gif", b"GIF8"), ("webp", b"WEBP")):
@@ -162,7 +162,7 @@ def test_every_action(server: Running, page: Any) -> None:
         page.get_by_label("First frame", exact=True).set_input_files(picture())
         page.get_by_alt_text("x.png").wait_for()
         click(page, "Remove the first frame")
-        drop(page, "#history", picture())  # anywhere
+        drop(page, "#history", picture())  # anywhere on the page
         page.locator("[data-name=input_reference]").get_by_alt_text("x.png").wait_for()
         click(page, "Remove the first frame")
         click(page, "Remove the last frame")
@@ -209,10 +209,10 @@ def test_every_action(server: Running, page: Any) -> None:
 
 
 def test_a_clip_in_the_middle(server: Running, browser: Any, page: Any) -> None:
-    """Guards clips at work: they are where they were after a reload and in another browser, and end when wanted. The
-    worker is held, as its model makes clips in the time that a page takes to load."""
+    """Checks clips in progress: they survive a reload, appear in another browser, and stop on request. The worker is
+    suspended, since its model generates clips in the time a page takes to load."""
     (worker,) = workers_of(server)
-    with server.client() as web:  # a long one: the page offers no more than 33 frames
+    with server.client() as web:  # a long clip: the page offers at most 33 frames
         clip = web.post("/v1/videos", json={"prompt": "a cat", "rounds": 5}).json()["id"]
         page.goto(f"{server.address}#{clip}")
         wait_for_frames(page, 2)
@@ -232,7 +232,7 @@ def test_a_clip_in_the_middle(server: Running, browser: Any, page: Any) -> None:
     assert 2 <= len(video["finished_frames"]) < 129
     for done in ([0], [0, 1, 2], [0, 4, 8, 2], [0, 4, 8, 12, 16, 2, 6, 10], [0, 4, 8, 12, 16, 2, 10, 6, 14, 1]):
         step = page.evaluate("async (done) => (await import('/static/clip.js')).stepOf(done)", done)
-        assert step == kept(done, 17).step  # so that clips that were stopped play as fast as others
+        assert step == kept(done, 17).step  # so that stopped clips play as fast as others
 
 
 SUITS = """() => {
@@ -259,18 +259,18 @@ SUITS = """() => {
         small: seen.filter((each) => each.matches("button, select, summary") && each.offsetHeight < 24).map(name),
     };
 }"""
-"""Text that is hard to read, parts beyond the edge of the screen, and buttons that are too small for fingers."""
+"""Finds text with low contrast, elements beyond the edge of the screen, and buttons too small to tap."""
 FOCUS = """() => {
     const { tagName, ariaLabel, textContent } = document.activeElement;
     const name = tagName === "BODY" ? tagName : ariaLabel ?? textContent.trim();
     return [name, getComputedStyle(document.activeElement).outlineStyle];
 }"""
-"""Name of the part that the keyboard is at, and how that is shown."""
+"""Name and outline style of the element that has the keyboard focus."""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_suits_everybody(server: Running, page: Any, scheme: str) -> None:
-    """Guards people with a phone, a dark room, weak eyes, no mouse, or a screen reader."""
+    """Guards people with a phone, in dark mode, with low vision, without a mouse, or with a screen reader."""
     page.set_viewport_size({"width": 360, "height": 700})
     page.emulate_media(color_scheme=scheme)
     with server.client() as web:
@@ -282,7 +282,7 @@ def test_the_page_suits_everybody(server: Running, page: Any, scheme: str) -> No
     click(page, "Extend")
     told = page.get_by_role("alert").filter(has_text="there is no such video")
     told.wait_for()
-    assert 0 <= told.bounding_box()["y"] < 700  # in sight, however far down the button is
+    assert 0 <= told.bounding_box()["y"] < 700  # visible, however far down the button is
     assert page.evaluate(SUITS) == {"faint": [], "wide": [], "small": []}
     kinds = "button|textbox|link|slider|checkbox|combobox|spinbutton|img"
     parts = re.findall(rf"- ({kinds})\b(.*)", page.locator("body").aria_snapshot())
@@ -307,7 +307,7 @@ def workers_of(server: Running) -> list[psutil.Process]:
 
 @pytest.mark.soak
 def test_a_server_that_dies(model: Path, page: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards patience: the page asks for its key once, and goes on by itself when its server comes back."""
+    """Checks recovery: the page asks for its key once, and continues by itself when its server comes back."""
     assert main(["key", "ann", "--folder", str(tmp_path)]) == 0
     key = capsys.readouterr().out.strip()
     options = ("--lease", 1)
@@ -332,7 +332,7 @@ def test_a_server_that_dies(model: Path, page: Any, tmp_path: Path, capsys: pyte
 
 
 def test_examples_are_known() -> None:
-    """Guards first impressions: the model in the box was trained on what the page proposes."""
+    """Guards first impressions: the bundled model was trained on the prompts that the page suggests."""
     root = Path(__file__).parents[2]
     with (root / "recipes/pocket/captions.csv").open() as file:
         known = [row["caption"] for row in csv.DictReader(file) if row["pocket"]]

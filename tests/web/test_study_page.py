@@ -1,4 +1,4 @@
-"""The page of raters: its server under hostile requests, and a rater with a known taste in a real browser."""
+"""The page for raters: its server under hostile requests, and a rater with a known preference in a real browser."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ BAD = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of four prompts."""
+    """Study with four prompts."""
     return make_study(tmp_path_factory.mktemp("served"), 4, "--catches", "1", "--repeats", "1")
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    """It, served to two raters."""
+    """Server of this study for two raters."""
     with serving(folder, raters=2) as running:
         yield running
 
 
 def test_every_response_has_a_strict_policy(server: Server) -> None:
-    """Guards raters' browsers: scripts and clips from this server alone, nothing is kept, errors included."""
+    """Guards raters' browsers: scripts and clips only come from this server, and nothing is cached, errors included."""
     for path in ("", "trial", "/static/study.js", "/static/page.css", "/unknown", "clips/99/0"):
         headers = server.ask(path).headers
         assert "default-src 'none'" in headers["content-security-policy"]
@@ -61,21 +61,21 @@ def test_every_response_has_a_strict_policy(server: Server) -> None:
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "evil.example:80"])
 def test_other_hosts_are_refused(server: Server, host: str) -> None:
-    """Guards against pages elsewhere that point their own name to this machine (DNS rebinding)."""
+    """Guards against DNS rebinding: sites elsewhere that point their own name at this machine."""
     assert server.ask("trial", host=host).status == 400
     assert server.ask("trial", host="localhost:1234").status == 200
 
 
 @pytest.mark.parametrize("path", STRAY)
 def test_nothing_else_can_be_had(server: Server, path: str) -> None:
-    """Guards against links of nobody, files of the package, and clips that are not shown now."""
+    """Guards against access through unknown links, to package files, and to clips that are not currently shown."""
     answered = server.ask(path)
     assert answered.status == 404
     assert b"Traceback" not in answered.body
 
 
 def test_clips_can_be_read_in_parts(server: Server) -> None:
-    """Guards browsers that rewind: the clips of the first trial are mp4 files with neutral names."""
+    """Checks that the first trial's clips are mp4 files with neutral names, and that ranges are advertised."""
     state = server.ask("trial").json
     assert state["clips"] == ["clips/0/0", "clips/0/1"]
     for clip in state["clips"]:
@@ -87,19 +87,19 @@ def test_clips_can_be_read_in_parts(server: Server) -> None:
 
 @pytest.mark.parametrize("body", BAD)
 def test_bad_answers_change_nothing(server: Server, body: bytes) -> None:
-    """Guards the answers of others, and the server itself: each is refused with a status."""
+    """Guards recorded answers, and the server itself: each bad answer is rejected with a status."""
     assert server.ask("answer", body, rater=1).status in (413, 422)
     assert server.ask("trial", rater=1).json["answered"] == 0
 
 
 def test_answers_once_and_in_order(server: Server, folder: Path) -> None:
-    """Guards against double clicks, the back button and two windows: the first answer of the next trial counts."""
+    """Guards against double clicks, the back button, and two windows: the first answer to the next trial counts."""
     assert server.answer(3).status == 409
     assert server.answer(0, 1).json["answered"] == 1
     assert server.answer(0, -1).status == 409
     assert server.ask("unknown", rater=0).status == 404
     assert [(each.place, each.values["preference"]) for each in Study(folder).answers()] == [(0, 1)]
-    with serving(folder, raters=2) as second:  # at the same time
+    with serving(folder, raters=2) as second:  # concurrently
         assert second.ask("trial").json["place"] == 1
         assert second.answer(1).status == 200
         assert server.answer(1).status == 409
@@ -108,7 +108,7 @@ def test_answers_once_and_in_order(server: Server, folder: Path) -> None:
 
 
 def test_killed_servers_lose_nothing(tmp_path: Path) -> None:
-    """Guards answers: one that was taken is on disk before the next pair is sent, whatever happens then."""
+    """Checks that an accepted answer is on disk before the next pair is sent, even if the server is killed."""
     folder = make_study(tmp_path, 3, "--catches", "0", "--repeats", "0")
     for place in range(2):
         with serving(folder) as server:
@@ -132,7 +132,7 @@ LOOK = """() => [...document.querySelectorAll("video")].map((video) => {
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 def test_a_known_taste_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the whole study, from clips to report: a rater who likes red three times as much, and one who clicks."""
+    """Checks the whole study, from clips to report: one rater prefers red three to one, the other just clicks."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     folder = make_study(tmp_path, 28, "--catches", "2", "--repeats", "2")
     with serving(folder, raters=2) as server, playwright.sync_playwright() as driver:
@@ -163,7 +163,7 @@ def test_a_known_taste_is_found_again(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def rate_all(page: Any) -> None:
-    """Answer every trial by the keys, as a rater who prefers red with a chance of 3 in 4, and anything to noise."""
+    """Answer every trial by keyboard, as a rater who prefers red with probability 3/4, and anything to noise."""
     taste, lags = Random(5), []
     for place in range(32):
         page.get_by_text(f"{place} of 32", exact=True).wait_for()
@@ -178,4 +178,4 @@ def rate_all(page: Any) -> None:
             wants_left = left["isPlain"]
         page.keyboard.press("1" if wants_left else "2")
     page.get_by_text("Thank you").wait_for()
-    assert median(lags) < 0.1  # in step
+    assert median(lags) < 0.1  # in sync

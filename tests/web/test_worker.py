@@ -1,4 +1,4 @@
-"""Workers: clips that outlive them, batches, stopping, and what becomes of clips that cannot be made."""
+"""Workers: clips that outlive them, batches, stopping, and clips that cannot be generated."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def served(model: Path) -> ServedModel:
 
 @pytest.fixture
 def site(served: ServedModel, tmp_path: Path) -> ServerState:
-    """An empty queue with the places that the command line would choose."""
+    """Empty queue with the locations that the command line would choose."""
     return ServerState(served, Jobs(f"sqlite:///{tmp_path / 'queue.db'}"), Store(str(tmp_path / "files")))
 
 
@@ -53,14 +53,14 @@ def look(site: ServerState, id: str) -> Job:
 
 
 def expected(site: ServerState, id: str) -> dict[int, bytes]:
-    """Codes of a clip by place, as the pipeline makes it alone and undisturbed."""
+    """Codes of a clip by place, as the pipeline generates them without a batch or interruption."""
     wanted = WANTED.validate_json(look(site, id).work)
     frames = site.served.pipeline.frames(site.served.request([wanted], None, None))
     return {frame.place: pack_codes(frame.codes) for frame in frames}
 
 
 def codes(site: ServerState, id: str) -> dict[int, bytes]:
-    """Codes of a clip by place, as the queue has them."""
+    """Codes of a clip by place, as stored in the queue."""
     job = look(site, id)
     return {place: pack_codes(row[None]) for place, row in zip(job.done, site.served.unpack(job.codes), strict=True)}
 
@@ -70,7 +70,7 @@ def worker(site: ServerState, batch: int = 8, stopping: Event | None = None) -> 
 
 
 def work_off(site: ServerState, batch: int = 8) -> None:
-    """Work until nothing waits."""
+    """Work until the queue is empty."""
     stopping = Event()
     one = worker(site, batch, stopping)
     stopping.wait = lambda _: stopping.set()  # type: ignore[assignment, method-assign, return-value]
@@ -78,14 +78,14 @@ def work_off(site: ServerState, batch: int = 8) -> None:
 
 
 def test_a_clip_outlives_its_workers(model: Path, site: ServerState, tmp_path: Path) -> None:
-    """Guards the durable queue: others go on from the last finished frame, to the codes of an undisturbed run.
+    """Checks the durable queue: others resume after the last finished frame and get the codes of an uninterrupted run.
 
-    One worker is killed; the next one is asked to leave, and returns its jobs at once.
+    One worker is killed; the next one is asked to exit, and returns its jobs at once.
     """
     ids = [order(site, seed=seed, rounds=2) for seed in (5, 6)]
 
     def seen() -> dict[int, int]:
-        """Times at which frames were written."""
+        """Time at which each frame was written."""
         folder = tmp_path / "files" / ids[0]
         return {place: (folder / frame_name(place)).stat().st_mtime_ns for place in look(site, ids[0]).done}
 
@@ -103,7 +103,7 @@ def test_a_clip_outlives_its_workers(model: Path, site: ServerState, tmp_path: P
     ]
     second = seen()
     work_off(site)
-    assert first.items() <= second.items() <= seen().items()  # finished frames are not made again
+    assert first.items() <= second.items() <= seen().items()  # finished frames are not generated again
     for id in ids:
         assert codes(site, id) == expected(site, id)
         assert len(codes(site, id)) == 17
@@ -125,13 +125,13 @@ for sharing in (1, 2, 9):
 
 
 def test_workers_share_the_cores() -> None:
-    """Guards the throughput of several workers, whose threads would wait for each other."""
+    """Guards the throughput of several workers, whose threads would otherwise wait for each other."""
     done = subprocess.run([sys.executable, "-c", SHARING], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["8", "4", "1"]
 
 
 def test_batches_give_the_clips_of_single_jobs(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards batches: alike jobs share one, others have their own, and no clip depends on its batch."""
+    """Checks batches: similar jobs share one, others get their own, and no clip depends on its batch."""
     sizes = []
     frames = site.served.pipeline.frames
     monkeypatch.setattr(site.served.pipeline, "frames", lambda asked: sizes.append(len(asked.prompts)) or frames(asked))
@@ -148,7 +148,7 @@ def test_batches_give_the_clips_of_single_jobs(site: ServerState, monkeypatch: p
 
 
 def test_stopped_and_deleted_clips(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards early ends: a stopped clip keeps its frames, a deleted one leaves no file, the others go on."""
+    """Checks early ends: a stopped clip keeps its frames, a deleted one leaves no files, and the others continue."""
     ids = [order(site, seed=seed, rounds=1) for seed in range(3)]
     keep = site.jobs.keep
 
@@ -183,14 +183,14 @@ def test_stopped_and_deleted_clips(site: ServerState, monkeypatch: pytest.Monkey
     ],
 )
 def test_frames_of_a_stopped_clip(done: list[int], places: range) -> None:
-    """Guards motion in clips that end early: frames are evenly spaced."""
+    """Checks motion in clips that end early: the frames kept are evenly spaced."""
     assert kept(done, 17 if len(done) != 5 else 5) == places
 
 
 def test_one_bad_clip_spoils_no_batch(
     site: ServerState, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards a batch against one of its clips: the others are made, it fails, its user learns no internals."""
+    """Guards a batch against a bad clip: the others finish, the bad one fails, and its user sees no internals."""
     ids = [order(site, seed=seed) for seed in (1, 2)]
     frames = site.served.pipeline.frames
 
@@ -207,8 +207,8 @@ def test_one_bad_clip_spoils_no_batch(
 
 
 def test_clips_of_another_version(site: ServerState) -> None:
-    """Guards a queue that outlives its version of the package: its clips are listed, and those to make fail, as one of
-    their options is unknown now."""
+    """Checks a queue that outlives its version of the package: its clips are listed, and pending ones fail if the
+    current version does not know one of their options."""
     old, new = order(site), order(site, seed=4)
     with site.jobs._writing() as connection:
         work = look(site, old).work.replace('"rounds"', '"colour":1,"rounds"')
@@ -222,8 +222,8 @@ def test_clips_of_another_version(site: ServerState) -> None:
 
 
 def test_clips_of_another_model(site: ServerState, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards clips that wait for a model that is not there any more: their worker says so, once, and leaves them; the
-    codes of others are no start for new ones."""
+    """Checks clips that wait for a model that is gone: their worker reports them once and leaves them queued. The codes
+    of another model's clips cannot start new ones."""
     old = order(site)
     work_off(site)
     start = site.start("a", Reference(video_id=old), ClipRequest(prompt="a cat"))
@@ -243,7 +243,7 @@ def test_clips_of_another_model(site: ServerState, capsys: pytest.CaptureFixture
 
 
 def test_little_memory_makes_smaller_batches(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards batches against running out of memory: what does not fit goes back to the queue."""
+    """Guards batches against running out of memory: jobs that do not fit go back to the queue."""
     ids = [order(site, seed=seed) for seed in range(5)]
     monkeypatch.setattr("cogvideo.planning.memory.SURELY_ENOUGH", 10**9)
     monkeypatch.setattr("cogvideo.planning.memory.needed_memory", lambda *given: given[4] * 2**40)
