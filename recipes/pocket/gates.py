@@ -26,6 +26,7 @@ from cogvideo.data.frames import BACKGROUNDS, on_background
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import retrieval
 from cogvideo.evaluation.attributes import PROMPTED, unseen_scenes
+from cogvideo.evaluation.distribution import interval
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, SIZE, Reader, resized
 from cogvideo.evaluation.subjects import TEMPLATE, read_animation, unseen_background
@@ -242,6 +243,9 @@ def _joints(pipeline: CogVideoPipeline, prompts: Sequence[str], sheet: Path | No
         print(
             f"{name}: mean change {part.mean():.2f} of 255, {largest:.1f} % above the 95th percentile of those inside"
         )
+    differences = torch.from_numpy(joints.mean(1) - inside.mean(1))
+    low, high = interval(lambda some: some.mean().item(), [differences[:, None]])
+    print(f"difference: {differences.mean():.2f}, 95 % interval over {len(made)} clips: {low:.2f} to {high:.2f}")
     if sheet is not None:
         write_image(sheet, contact_sheet([clip[:: 2**settings.rounds] for clip in made[:8]], columns=int(LONG) + 1))
 

@@ -149,7 +149,7 @@ def test_whenever_a_run_is_killed_what_has_a_name_is_whole(tmp_path: Path, step:
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
     """Keeps the last checkpoints and the best: the first of equals, none if nothing was measured, never NaN."""
-    losses = [None, float("nan"), 3.0, 2.0, float("nan"), 2.0, None, 1.0, float("inf"), 5.0]
+    losses = [None, float("nan"), float("inf"), 3.0, 2.0, float("nan"), 2.0, None, 1.0, 5.0]
     for keep in (1, 2, 3):
         checkpoints, best = Checkpoints(tmp_path / str(keep), keep), None
         for step, loss in enumerate(losses, 1):

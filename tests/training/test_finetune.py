@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
@@ -235,8 +236,10 @@ def test_adapters_leave_the_base_as_it_is(
         assert same.read_bytes() == each.weights.read_bytes()
     command = told.out.splitlines()[-1]
     assert command == f'cogvideo generate "a cat runs" --model {out} --adapter own'
-    generate = ["generate", "a cat", "--seconds", "1", "--rounds", "0", "--output", str(tmp_path / "x.mp4")]
-    assert main([*generate, "--model", str(place / "base"), "--adapter", str(out / "adapters" / "own")]) == 0
+    short = ["--seconds", "1", "--rounds", "0", "--output", str(tmp_path / "x.mp4")]
+    assert main([*shlex.split(command)[1:], *short]) == 0
+    elsewhere = ["--model", str(place / "base"), "--adapter", str(out / "adapters" / "own")]
+    assert main(["generate", "a cat", *elsewhere, *short]) == 0
     parts = {name: base.component(name) for name in ("base", "text", "image_tokenizer")}
     CogVideo(base.config, **parts).save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match=r"the base .* has no sequential, interpolation, expected a model with"):

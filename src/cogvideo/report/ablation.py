@@ -58,7 +58,8 @@ class SeedFigure:
         return paired([*self.differences.values()])
 
     def __str__(self) -> str:
-        text = precise(float(np.mean([*self.values.values()])))
+        mean = float(np.mean([*self.values.values()]))
+        text = number(mean) if mean >= 10 else precise(mean)
         if self.differences:
             text += f"; {_signed(float(np.mean([*self.differences.values()])))}"
         if self.interval is None:

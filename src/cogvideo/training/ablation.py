@@ -244,8 +244,9 @@ class Experiment:
 
     @property
     def paces(self) -> dict[VariantName, dict[str, float]] | None:
-        """Seconds per step by variant and stage; None until measured."""
-        return _summary(self.out / PACES)
+        """Seconds per step by variant and stage; None until measured for all variants."""
+        found, variants = _summary(self.out / PACES) or {}, self.ablation.variants
+        return {name: found[name] for name in variants} if found.keys() >= set(variants) else None
 
     def measure_paces(self) -> None:
         """Time the steps of all stages. They take turns, so other work on the machine slows all of them alike."""
