@@ -54,7 +54,9 @@ def test_preferences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     for question in ("looks", "motion", "relevance"):
         assert float(found["all raters", question, "share", "a > b"]["value"]) == pytest.approx(9 / 12)
         assert float(found["raters who passed", question, "share", "a > b"]["value"]) == 1
-        assert float(found["raters who passed", question, "strength", "a"]["low"]) > 0
+        strength = found["raters who passed", question, "strength", "a"]
+        assert float(strength["value"]) > 0
+        assert strength["low"] == ""  # unanimous
         assert found["raters who passed", question, "agreement", "alpha"]["value"] == ""
         assert f"all raters, {question}: share a > b 75.0% (46.8% to 91.1%), 12 answers" in printed
     page = (folder / "report.html").read_text()

@@ -136,7 +136,7 @@ def warnings(result: Comparison) -> Iterator[str]:
     if result.num_shared:
         yield f"{result.num_shared:,} of the generated clips are among the real ones, with the same content"
     for name, side in (("real", result.real), ("generated", result.generated)):
-        if side.videos < side.clips:
+        if side.clips > 2 * side.videos:
             yield f"the {side.clips:,} {name} clips are parts of {side.videos:,} videos: the interval is too narrow"
     if set(result.real.codecs) != set(result.generated.codecs):
         yield "the files use different codecs, which alone changes FVD"
