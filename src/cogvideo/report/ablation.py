@@ -185,7 +185,7 @@ def _plots(experiment: Experiment, lines: Lines, paces: Paces) -> Iterator[Plot]
     """Mean losses over seeds, for each name over samples and, if there are paces, over time."""
     batch = experiment.optimization.batch
     for name in dict.fromkeys(name for each in lines.values() for name in each):
-        over: dict[str, dict[RunName, Curve]] = {"samples": {}} | ({"seconds": {}} if paces else {})
+        over: dict[str, dict[RunName, Curve]] = {axis: {} for axis in ("samples", *(["seconds"] if paces else []))}
         for place, variant in enumerate(experiment.ablation.variants):
             stages = [each[name] for run, each in lines.items() if experiment.runs[run][0] == variant and name in each]
             if stages:
