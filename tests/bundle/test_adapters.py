@@ -159,7 +159,7 @@ def test_mistakes(bundle: Path, tmp_path: Path, train_text_model: Callable[..., 
     """Checks the messages that say what is wrong with an adapter."""
     with pytest.raises(InputError, match=r"no adapter 'three': .* has one, two; expected one of them or a folder"):
         load(bundle, three=1.0)
-    with pytest.raises(InputError, match="is no adapter, expected one with adapter_config"):
+    with pytest.raises(InputError, match="is not an adapter, expected one with adapter_config"):
         load(bundle, **{str(tmp_path): 1.0})
     with pytest.raises(InputError, match="scale of the adapter one is nan"):
         load(bundle, one=float("nan"))

@@ -431,7 +431,10 @@ STATES = "27500/mp_rank_00_model_states.pt"
         (lambda f: (f / "latest").unlink(), r"cannot read .*latest: No such file"),
         (lambda f: (f / "latest").write_text("30000"), r"there is no file .*30000/mp_rank_00_model_states.pt"),
         (lambda f: (f / STATES).rename(f / "27500" / "model.pt"), r"there is no file .*27500/mp_rank_00_model_states"),
-        (lambda f: (f / "27500/mp_rank_01_model_states.pt").touch(), r"split in 2 files, expected mp_rank_00.* merge"),
+        (
+            lambda f: (f / "27500/mp_rank_01_model_states.pt").touch(),
+            r"split into 2 files, expected only mp_rank_00.* merge",
+        ),
         (lambda f: (f / "model_config.json").unlink(), r"cannot read .*model_config.json: No such file"),
         (lambda f: (f / "model_config.json").write_text("{"), r"cannot read .*model_config.json: Expecting"),
         (lambda f: (f / "model_config.json").write_text("[]"), r"num_attention_heads is None in .*model_config.json"),

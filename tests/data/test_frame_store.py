@@ -123,7 +123,7 @@ def test_nothing_to_read_is_an_error(tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "broken.mp4").write_bytes(b"no video at all")
     (tmp_path / "clips" / "broken.txt").write_text("nothing")
-    with pytest.raises(ValueError, match=r"no clip of .* can be trained on: 1 "):
+    with pytest.raises(ValueError, match=r"no clip in .* can be trained on: 1 "):
         fetch(tmp_path, [str(tmp_path / "clips")], EVERYTHING, settings())
     assert not (tmp_path / "frames.json").exists()
 
@@ -225,7 +225,7 @@ def test_figures_of_a_single_clip_are_those_of_its_frames(tmp_path):
 def test_a_clip_of_another_split_is_told(tmp_path):
     """A single clip that falls into the validation split is reported as such, not as unreadable."""
     write_clip(tmp_path / "clips", 1, 3, split="validation")
-    told = r"no clip of .* can be trained on: 1 of the split validation; .*--validation 0$"
+    told = r"no clip in .* can be trained on: 1 of the split validation; .*--validation 0$"
     with pytest.raises(ValueError, match=told):
         fetch(tmp_path, [str(tmp_path / "clips")], EVERYTHING, settings())
 

@@ -427,7 +427,7 @@ def test_clips_that_are_too_short_are_named(tmp_path: Path) -> None:
     """Prevents training on nothing: the error states the lengths found and the length required."""
     short = make_folder(tmp_path / "short", (4, 3, 1, 2))
     with pytest.raises(
-        ValueError, match=r"mode sequential: expected 5 frames at 8 a second, got clips of 1 to 4"
+        ValueError, match=r"mode sequential: expected 5 frames at 8 per second, got clips of 1 to 4"
     ) as error:
         ClipStream([short])
     assert str(short) in str(error.value)

@@ -258,11 +258,11 @@ def test_source_without_any_good_clip_is_refused(tokenizer: str, tmp_path: Path)
     """Prevents an empty dataset that looks like success; the reasons are still written."""
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.mp4").write_text("no video")
-    with pytest.raises(ValueError, match=r"no clip of .* can be used: a.mp4: missing caption$"):
+    with pytest.raises(ValueError, match=r"no clip in .* can be used: a.mp4: missing caption$"):
         prepare(str(tmp_path / "source"), tmp_path / "out", tokenizer, SETTINGS, machines=ALONE)
     assert "a.mp4" in (tmp_path / "out" / "rejected.csv").read_text()
     (tmp_path / "table.csv").write_text("file,caption\nsource/a.mp4,a cat\nnowhere.mp4,a dog\n")
-    message = "no clip of .* can be used: nowhere.mp4: file is missing, and 1 more in .*rejected.csv$"
+    message = "no clip in .* can be used: nowhere.mp4: file is missing, and 1 more in .*rejected.csv$"
     with pytest.raises(ValueError, match=message):
         prepare(str(tmp_path / "table.csv"), tmp_path / "other", tokenizer, SETTINGS, machines=ALONE)
     assert "source/a.mp4,no readable video" in (tmp_path / "other" / "rejected.csv").read_text()

@@ -87,16 +87,16 @@ def test_checksums_are_those_of_tensorflow() -> None:
 
 def test_another_network_is_refused(checkpoint: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuses any I3D but the official one, even if one number differs; FVD by another I3D has been published."""
-    with pytest.raises(ValueError, match=r"x is not the I3D of FVD: 230 of 230 tensors differ, the first is .'RGB/"):
+    with pytest.raises(ValueError, match=r"x is not the I3D of FVD: 230 of 230 tensors differ, the first is RGB/"):
         check_i3d(checkpoint, "x")
     monkeypatch.setattr(i3d, "_checksums", lambda: {name: masked_crc32c(each) for name, each in checkpoint.items()})
     name = "RGB/inception_i3d/Mixed_4c/Branch_2/Conv3d_0b_3x3/batch_norm/beta"
     changed = checkpoint | {name: checkpoint[name] + np.eye(1, 64, 5, dtype=np.float32)[0]}
     path = tmp_path / "i3d.safetensors"
     save_file(changed, path)
-    with pytest.raises(ValueError, match=rf"1 of 230 tensors differ, the first is \['{name}'\]"):
+    with pytest.raises(ValueError, match=rf"1 of 230 tensors differ, the first is {name}$"):
         load_i3d(path)
-    with pytest.raises(ValueError, match=rf"1 tensors are missing, the first is \['{name}'\]"):
+    with pytest.raises(ValueError, match=rf"1 tensors are missing, the first is {name}$"):
         check_i3d({each: tensor for each, tensor in checkpoint.items() if each != name}, "x")
     with pytest.raises(ValueError, match=r"1 others, the first is \['more'\]"):
         check_i3d(checkpoint | {"more": checkpoint[name]}, "x")

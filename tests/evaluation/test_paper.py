@@ -270,8 +270,8 @@ def test_foreign_lists_are_refused(ucf: Path, tmp_path: Path, file: str, content
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "has no column label, youtube_id, time_start, time_end, expected"),
-        ("label,youtube_id,time_start\na,b,0\n", "has no column time_end"),
+        ("", "lacks label, youtube_id, time_start, time_end, expected"),
+        ("label,youtube_id,time_start\na,b,0\n", "lacks time_end, expected"),
         ("label,youtube_id,time_start,time_end\na,b,soon,10\n", "line 2: got time_start 'soon' and time_end '10'"),
         ("label,youtube_id,time_start,time_end\na,b,inf,10\n", "line 2: got time_start 'inf'"),
         ("label,youtube_id,time_start,time_end\na,b\n", "line 2: got time_start None"),

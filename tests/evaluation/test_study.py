@@ -110,7 +110,7 @@ def test_damaged_studies_are_refused(tmp_path: Path) -> None:
         Study(tmp_path)
     clip = next((folder / "clips").iterdir())
     clip.rename(tmp_path / clip.name)
-    with pytest.raises(ValueError, match="lacks 1 clips"):
+    with pytest.raises(ValueError, match=r"lacks clips \(1\), the first is"):
         Study(folder)
     with sqlite3.connect(folder / "study.sqlite") as database:
         database.execute("PRAGMA user_version = 9")

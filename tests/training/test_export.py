@@ -246,7 +246,7 @@ def test_a_bundle_that_does_not_fit_is_refused(
     out = tmp_path / "out"
     commands.export(run_of(place), out, step=1)
     before = (out / "sequential.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"out has sequential already: pass --overwrite"):
+    with pytest.raises(ValueError, match=r"out already has sequential: pass --overwrite"):
         commands.export(run_of(place), out, step=2)
     assert (out / "sequential.safetensors").read_bytes() == before
     commands.export(run_of(place), out, step=2, overwrite=True)
@@ -291,7 +291,7 @@ def test_a_base_of_its_own_comes_and_goes_with_its_stage(
     assert_same(model.interpolation.base.state_dict(), own.state_dict())
 
     target = target_of(model, out, "sequential", Choice("inherit"))
-    with pytest.raises(ValueError, match="has sequential already"):
+    with pytest.raises(ValueError, match="already has sequential"):
         check_target(target, overwrite=False)
     check_target(target, overwrite=True)
     deliver(target, {"sequential": parts["sequential"]}, {"steps": 3})

@@ -322,7 +322,7 @@ def test_the_pace_is_measured(tuned: Path, place: Path) -> None:
     ("files", "message"),
     [
         ((), "has no clips"),
-        (("a.mp4",), "no clip of .* can be trained on: a.mp4: no readable video or picture"),
+        (("a.mp4",), "no clip in .* can be trained on: a.mp4: no readable video or picture"),
     ],
 )
 def test_clips_that_cannot_be_used(files: tuple[str, ...], message: str, place: Path, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_clips_may_change_until_the_first_step_is_done(place: Path, tmp_path: Pa
     """Users must be able to fix their clips after a refusal, but not after the first step is done."""
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.mp4").write_bytes(b"no video")
-    with pytest.raises(ValueError, match=r"no clip of .* can be trained on"):
+    with pytest.raises(ValueError, match=r"no clip in .* can be trained on"):
         FinetuningRun(str(tmp_path / "clips"), tmp_path / "out", str(place / "base"), QUICK).run()
     write_clip(tmp_path / "clips" / "cat.mp4", 0.5, 90)
     begin(tmp_path, place)
@@ -373,7 +373,7 @@ def test_paths_that_are_no_text(place: Path, tmp_path: Path, capsys: pytest.Capt
     begin(tmp_path, place)
     assert "Left out: bad\\udcff.mp4: path is not text." in capsys.readouterr().err
     odd = (tmp_path / "clips").rename(tmp_path / os.fsdecode(b"clips\xff"))
-    with pytest.raises(ValueError, match=r"no clip of .* can be used: path is not text: .* rename the folder"):
+    with pytest.raises(ValueError, match=r"no clip in .* can be used: path is not text: .* rename the folder"):
         FinetuningRun(str(odd), tmp_path / "other", str(place / "base"), QUICK)
 
 

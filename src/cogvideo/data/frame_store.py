@@ -130,7 +130,7 @@ def _draw(
     if not train:
         found = [f"{count} {reason}" for reason, count in drawing.reasons.items()]
         told = ", ".join(filter(None, [*found, other_splits(items)])) or "they hold none"
-        raise InputError(f"no clip of {', '.join(sources)} can be trained on: {told}")
+        raise InputError(f"no clip in {', '.join(sources)} can be trained on: {told}")
     return {
         "frames": [sum(train), sum(held_out)],
         "clips": len(train) + len(held_out),

@@ -34,7 +34,7 @@ NOTES = {
     SAMPLES: "Held-out loss in nats per code, at the end of training.",
     TIME: "Held-out loss when the faster of the two runs ends, read off the curves. The slower one"
     " still has a high learning rate then, which counts against it.",
-    PACE: f"Median of {ROUNDS} measurements, for which all variants take turns on one machine.",
+    PACE: f"Fastest of {ROUNDS} measurements, for which all variants take turns on one machine.",
 }
 
 
