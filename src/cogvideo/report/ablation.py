@@ -59,7 +59,7 @@ class SeedFigure:
 
     def __str__(self) -> str:
         mean = float(np.mean([*self.values.values()]))
-        text = number(mean) if mean >= 10 else precise(mean)
+        text = number(mean) if mean >= 1 else precise(mean)
         if self.differences:
             text += f"; {_signed(float(np.mean([*self.differences.values()])))}"
         if self.interval is None:
