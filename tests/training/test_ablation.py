@@ -175,6 +175,6 @@ def test_all_variants_in_one_command(base: str, tmp_path: Path, capsys: pytest.C
         assert title in page
     assert page.count("data:image/webp;base64,") == 7
     assert main(arguments) == 0
-    assert "to do" not in capsys.readouterr().out
+    assert "runs to do" not in capsys.readouterr().out
     assert main([*arguments, "--batch", "3"]) == 2
     assert "settings.batch was 2 and is 3" in capsys.readouterr().err
