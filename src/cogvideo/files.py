@@ -22,11 +22,17 @@ from typing import Any, BinaryIO
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from cogvideo.config import InputError
+from cogvideo.config import InputError, require
 
 TEMPORARY_SUFFIX = ".tmp"
 LOCK = ".lock"
 """Lock file of a folder, held while one process writes there. It is empty and never removed."""
+
+
+def check_place(path: Path, content: str) -> None:
+    """Refuse a path where a file with this content, such as `the page`, cannot be written."""
+    require(not path.is_dir(), f"{path} is a folder, expected the file of {content}")
+    require(path.parent.is_dir(), f"there is no folder {path.parent} for {content}")
 
 
 @contextmanager

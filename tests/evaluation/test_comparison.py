@@ -288,6 +288,12 @@ def test_other_networks_are_no_fvd(
     """Reserves the name FVD: unverified networks are refused, never executed, and named differently with --unproven."""
     real, dark = clips(tmp_path / "real", 4, 0), clips(tmp_path / "dark", 4, 1)
     command = ["evaluate", "distribution", real, dark]
+    for place, told in (
+        (tmp_path, "is a folder, expected the file of the figures"),
+        (tmp_path / "no" / "x", "no folder"),
+    ):
+        assert main([*command, "--json", str(place)]) == 2
+        assert told in capsys.readouterr().err
     assert main(command) == 2
     assert "expected the weights that `cogvideo fetch i3d` puts there" in capsys.readouterr().err
     trap = tmp_path / "trap"

@@ -18,7 +18,7 @@ from cogvideo.evaluation.features import c3d, i3d, lpips
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.networks.cache import fetched
 from cogvideo.evaluation.protocols import PROTOCOLS, RELIABLE, Protocol
-from cogvideo.files import write_json
+from cogvideo.files import check_place, write_json
 from cogvideo.models.perceptual import Network as Perceptual
 from cogvideo.runs import provenance
 
@@ -67,7 +67,8 @@ def distribution(
         machines: Devices and processes.
         json: File for the figures with everything that they depend on.
     """
-    check_json(json)
+    if json is not None:
+        check_place(json, "the figures")
     given: dict[str, Any] = {"clips": clips, "score_clips": clips, "frames": frames, "step": step, "size": size}
     chosen = replace(PROTOCOLS[protocol], **{name: value for name, value in given.items() if value is not None})
     networks = load_networks(chosen, network, unproven, c3d_weights, c3d_mean)
@@ -79,12 +80,6 @@ def distribution(
     if json is not None:
         write_json(json, describe(result, protocol, networks, reading, seed))
         print(json)
-
-
-def check_json(path: Path | None) -> None:
-    """Refuse a path where the figures cannot be written."""
-    require(path is None or not path.is_dir(), f"{path} is a folder, expected a file")
-    require(path is None or path.parent.is_dir(), f"there is no folder {path and path.parent} for the figures")
 
 
 def load_networks(

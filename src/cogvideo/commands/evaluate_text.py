@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
-from cogvideo.commands.evaluate_distribution import check_json, figures_table
+from cogvideo.commands.evaluate_distribution import figures_table
 from cogvideo.config import require
 from cogvideo.data.engines import Machines
 from cogvideo.data.tables import CAPTION_COLUMNS
@@ -20,7 +20,7 @@ from cogvideo.evaluation.features import one_thread
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.protocols import PROTOCOLS
 from cogvideo.evaluation.similarity import Similarity, Which, fingerprint, is_vit_b32, locate_clip
-from cogvideo.files import write_json
+from cogvideo.files import check_place, write_json
 from cogvideo.runs import provenance
 
 
@@ -60,7 +60,8 @@ def text(
         machines: Devices and processes.
         json: File for the figures with everything that they depend on.
     """
-    check_json(json)
+    if json is not None:
+        check_place(json, "the figures")
     require(len(caption_columns) > 0, "caption_columns is empty, expected one column or more")
     import_module("transformers")  # if it is missing, fail before any work
     protocol = replace(PROTOCOLS["tfhub"], clips=clips, frames=frames, step=step)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from cogvideo.config import require
 from cogvideo.data.dataset import Dataset
+from cogvideo.files import check_place
 from cogvideo.report import data as dataset_page
 from cogvideo.report import training as training_page
-from cogvideo.report.page import check_place, count, middle, write_page
+from cogvideo.report.page import count, middle, write_page
 from cogvideo.report.runs import read_runs
 
 
@@ -28,7 +29,7 @@ def data(folder: Path, /, out: Path | None = None, tokenizer: str = "", clips: i
     """
     out = folder / "report.html" if out is None else out
     require(clips >= 0, f"clips is {clips}, expected 0 or more")
-    check_place(out)
+    check_place(out, "the page")
     dataset = Dataset(folder)
     facts = dataset_page.facts(dataset, tokenizer, clips, seed)
     source, made_with = middle(dataset.card.source, 120), middle(dataset.card.tokenizer, 120)
@@ -48,7 +49,7 @@ def training(runs: tuple[Path, ...], /, *, out: Path) -> None:
         out: File of the page.
     """
     require(len(runs) > 0, "there is no run, expected one or several folders, such as my-model/.sequential-run")
-    check_place(out)
+    check_place(out, "the page")
     found = read_runs(runs)
     num_runs = count(found, "run")
     title = f"{found[0].name}: training" if len({run.name for run in found}) == 1 else "Training runs"

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from cogvideo import __version__
-from cogvideo.config import Sides, both, require
+from cogvideo.config import Sides, both
 from cogvideo.files import replacing
 
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
@@ -38,12 +38,6 @@ class Column(NamedTuple):
     label: str
     meaning: str
     height: int
-
-
-def check_place(out: Path) -> None:
-    """Refuse a path where a page cannot be written."""
-    require(not out.is_dir(), f"{out} is a folder, expected the file of the page")
-    require(out.parent.is_dir(), f"there is no folder {out.parent} for the page")
 
 
 def write_page(out: Path, command: str, title: str, lead: str, template: str, facts: dict[str, Any]) -> None:

@@ -26,8 +26,8 @@ from cogvideo.evaluation.preferences import (
 )
 from cogvideo.evaluation.study import Answer, Rater, Study
 from cogvideo.evaluation.trials import NOISE, REAL
-from cogvideo.files import write_csv
-from cogvideo.report.page import check_place, count, percent, write_page
+from cogvideo.files import check_place, write_csv
+from cogvideo.report.page import count, percent, write_page
 
 PAGE, RESULTS, ANSWERS = "report.html", "results.csv", "answers.csv"
 ALL, CAREFUL = "all raters", "raters who passed"
@@ -76,7 +76,7 @@ def report(folder: Path, out: Path, margin: float, num_slips: int) -> None:
     require(num_slips >= 0, f"slips is {num_slips}, expected 0 or more")
     sample_size(0.5, margin)
     study = Study(folder)
-    check_place(out / PAGE)
+    check_place(out / PAGE, "the page")
     answers = study.answers()
     require(len(answers) > 0, f"{folder} has no answers yet: `cogvideo study serve {folder}` prints links for raters")
     conducts = [conduct(rater, answers) for rater in study.raters() if rater.num_answered > 0]
