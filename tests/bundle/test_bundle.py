@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cogvideo.bundle import format as storage
-from cogvideo.bundle.format import COMPONENTS, MANIFEST, Entry, Manifest
+from cogvideo.bundle.format import COMPONENTS, MANIFEST, Entry, Manifest, file_of
 from cogvideo.bundle.model import CogVideo, update
 from cogvideo.cli import main
 from cogvideo.config import (
@@ -737,6 +737,24 @@ def test_what_was_replaced_meanwhile_is_said(
     monkeypatch.setattr(torch.UntypedStorage, "from_file", staticmethod(late))
     with pytest.raises(ValueError, match=r"sequential of the bundle .* was replaced"):
         model.component("sequential")
+
+
+def test_a_file_that_is_replaced_while_it_is_checked(
+    folder: Path, config: CogVideoConfig, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards readers against a traceback if an update removes a file between two looks at it."""
+    stat, old = Path.stat, file_of(folder, Manifest.read(folder).components["sequential"])
+
+    def late(path: Path, **options: Any) -> os.stat_result:
+        found = stat(path, **options)
+        if path == old:
+            monkeypatch.undo()
+            update(folder, config, sequential=versioned(config, "sequential", 1))
+        return found
+
+    monkeypatch.setattr(Path, "stat", late)
+    assert stored_version(folder, "sequential") == 1
+    assert not old.exists()
 
 
 def test_failed_first_save_leaves_no_bundle(

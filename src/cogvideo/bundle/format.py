@@ -94,8 +94,10 @@ class Entry:
 
     def check(self, path: Path) -> None:
         """Refuse a file that is missing or of another size."""
-        require(path.is_file(), f"the bundle is incomplete: there is no file {path}")
-        got = path.stat().st_size
+        try:
+            got = path.stat().st_size
+        except FileNotFoundError:
+            raise InputError(f"the bundle is incomplete: there is no file {path}") from None
         require(got == self.num_bytes, f"{path} has {got} bytes, expected {self.num_bytes}: the copy is incomplete")
 
     def verify(self, path: Path) -> None:
