@@ -345,12 +345,17 @@ def test_drafting_saves_passes_with_noise_that_decides_often(make_system: MakeSy
 
 
 @pytest.mark.parametrize("run", [FULL, WINDOWED, BETWEEN], ids=name)
-def test_any_pace_gives_the_same_codes(
+def test_any_drafts_give_the_same_codes(
     make_system: MakeSystem, make_text: MakeText, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Checks drafts whose lengths change from pass to pass and differ between samples."""
     widths = random.Random(0)
-    monkeypatch.setattr(decoding.DraftPace, "width", property(lambda pace: widths.randint(1, 9)))
+
+    def any_run(drafter: decoding.Drafter) -> range:
+        drafter.fed[drafter.drawn + 1 :] = widths.choices(range(NUM_CODES), k=len(drafter.fed) - drafter.drawn - 1)
+        return range(drafter.done, min(drafter.done + widths.randint(1, 9), len(drafter.fed) - 1))
+
+    monkeypatch.setattr(decoding.Drafter, "run", property(any_run))
     system, text = run.system(make_system), make_text((1, 4, TEXT_SLOTS))
     given, noise = inputs(system, run.num_given, 3)
     sampling = SamplingConfig(temperature=0.7)

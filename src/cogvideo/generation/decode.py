@@ -6,9 +6,9 @@ and drafting give the same codes in fewer passes (docs/sequence.md).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cogvideo.config import SamplingConfig, require
 from cogvideo.generation.decoder import Condition, Decoder, MaskedDecoder
+from cogvideo.generation.drafts import Drafter
 from cogvideo.generation.graphs import GraphedDecoder
-from cogvideo.generation.pace import DraftPace
 from cogvideo.generation.sampling import Clusters, check_clusters, log_probabilities
 from cogvideo.layout import SequenceLayout, lag
 from cogvideo.models.transformer import Transformer
@@ -171,69 +171,38 @@ def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, mos
 
     With the noise of every slot fixed, a code is a function of the codes before it. So a pass over drafted
     codes yields the true code of the first slot, and of each next one as long as all drafts before it were
-    true. Drafts start from the previous frame in time.
+    true.
     """
     layout = decoder.layout
     _feed(decoder, given, finished, most)
-    paces = [DraftPace(most, free=decoder.rows_are_free) for _ in range(draw.batch)]
-    known = torch.cat([given, finished], 1).to(decoder.device)
-    frames = dict(zip(layout.order, known.unbind(1), strict=False))
-    for rank in range(known.shape[1], layout.num_frames):
-        place = layout.order[rank]
-        frames[place] = _draft_frame(decoder, draw, rank, frames.get(place - 1), paces)
-        yield DecodedFrame(place, frames[place].clone(), decoder.passes)
-
-
-def _draft_frame(
-    decoder: Decoder, draw: _Draw, rank: int, before: Int64[Tensor, "batch slots"] | None, paces: list[DraftPace]
-) -> Int64[Tensor, "batch slots"]:
-    """Decode one frame. Slots without a draft get one from the previous frame and the last row."""
-    slots = decoder.layout.frame_slots
-    device = decoder.device
-    noise = draw.start(rank)
     start = decoder.model.base.config.start_of_image
-    fed = torch.full((draw.batch, slots + 1), start, device=device)  # column j is fed at slot j
-    if before is not None:
-        fed[:, 1:] = before
-    done = [0] * draw.batch
-    drafted = [0] * draw.batch  # later slots have no draft yet
-    while min(done) < slots:
-        runs = [range(at, min(at + pace.width, slots)) for at, pace in zip(done, paces, strict=True)]
-        rows = [(sample, slot) for sample, run in enumerate(runs) for slot in run]
-        samples, at = torch.tensor(rows).T.to(device)  # one copy to the device
+    drafters = [Drafter(layout.sides[1], start, most, decoder.rows_are_free) for _ in range(draw.batch)]
+    frames = dict(zip(layout.order, torch.cat([given, finished], 1).cpu().unbind(1), strict=False))
+    for rank in range(len(frames), layout.num_frames):
+        place = layout.order[rank]
+        unknown = [None] * draw.batch
+        before, after = (frames[each].tolist() if each in frames else unknown for each in (place - 1, place + 1))
+        for drafter, *neighbors in zip(drafters, before, after, strict=True):
+            drafter.begin(layout.frame_slots, *neighbors)
+        _draft_frame(decoder, draw, rank, drafters)
+        frames[place] = torch.tensor([drafter.fed[1:] for drafter in drafters])
+        yield DecodedFrame(place, frames[place].to(decoder.device), decoder.passes)
+
+
+def _draft_frame(decoder: Decoder, draw: _Draw, rank: int, drafters: Sequence[Drafter]) -> None:
+    """Decode one frame."""
+    noise = draw.start(rank)
+    fed = torch.zeros(draw.batch, decoder.layout.frame_slots, dtype=torch.int64, device=decoder.device)
+    while any(runs := [drafter.run for drafter in drafters]):
+        rows: list[tuple[int, int, int, int]] = []  # sample, slot, token, row of the pass whose scores it is drawn from
+        first = 0
+        for sample, (drafter, run) in enumerate(zip(drafters, runs, strict=True)):
+            rows += [(sample, slot, drafter.fed[slot], first + number) for number, slot in enumerate(run)]
+            first += len(run)
+            rows += [(sample, slot, drafter.fed[slot], first - 1) for slot in drafter.ahead(run)]
+        samples, slots, tokens, sources = torch.tensor(rows).T.to(decoder.device)  # one copy to the device
+        fed[samples, slots] = tokens
         scores = draw.scores(decoder.draft(rank, runs, fed))
-        drawn = (scores + noise[samples, at]).argmax(-1)
-        compared = [fed[samples, at + 1]] if before is None else [fed[samples, at + 1], before[samples, at]]
-        as_drafted, *as_before = (drawn == torch.stack(compared)).cpu().tolist()  # one synchronization
-        fed[samples, at + 1] = drawn
-        row = 0
-        for sample, run in enumerate(runs):
-            if not run:
-                continue
-            pace = paces[sample]
-            own = slice(row, row + len(run))
-            row += len(run)
-            right = [*as_drafted[own], False].index(False)
-            kept = min(right + 1, len(run))
-            pace.saw(right, len(run), sum(sum(each[own][:kept]) for each in as_before))
-            done[sample] += kept
-            drafted[sample] = max(drafted[sample], run.stop)
-            ahead = range(drafted[sample], min(done[sample] + pace.width, slots))
-            if ahead:
-                part = slice(ahead.start, ahead.stop)
-                old = None if before is None else before[sample, part]
-                fed[sample, 1:][part] = _guess(scores[row - 1], noise[sample, part], old, pace.repeats)
-    return fed[:, 1:]
-
-
-def _guess(
-    scores: Float[Tensor, " codes"], noise: Float[Tensor, "_ _"], before: Int64[Tensor, " _"] | None, repeats: float
-) -> Int64[Tensor, " _"]:
-    """Sample codes, with their own noise, from a mixture: the previous frame's code with probability
-    `repeats`, otherwise the distribution of the last row."""
-    if before is None:
-        return (scores + noise).argmax(-1)
-    mixed = (scores.log_softmax(-1) + math.log(1 - repeats)).repeat(len(before), 1)
-    own = mixed.gather(1, before[:, None])
-    mixed.scatter_(1, before[:, None], torch.logaddexp(own, torch.full_like(own, math.log(repeats))))
-    return (mixed + noise).argmax(-1)
+        drawn = iter((scores[sources] + noise[samples, slots]).argmax(-1).cpu().tolist())  # one synchronization
+        for drafter, run in zip(drafters, runs, strict=True):
+            drafter.saw([*islice(drawn, len(run))], [*islice(drawn, len(drafter.ahead(run)))])
