@@ -355,7 +355,7 @@ def test_any_drafts_give_the_same_codes(
         drafter.fed[drafter.drawn + 1 :] = widths.choices(range(NUM_CODES), k=len(drafter.fed) - drafter.drawn - 1)
         return range(drafter.done, min(drafter.done + widths.randint(1, 9), len(drafter.fed) - 1))
 
-    monkeypatch.setattr(decoding.Drafter, "run", property(any_run))
+    monkeypatch.setattr(decoding.Drafter, "propose", any_run)
     system, text = run.system(make_system), make_text((1, 4, TEXT_SLOTS))
     given, noise = inputs(system, run.num_given, 3)
     sampling = SamplingConfig(temperature=0.7)

@@ -21,7 +21,7 @@ def drawn(drafter: Drafter, model: Model, before: list[int] | None = None, after
     """Decode a frame, and return the number of passes."""
     drafter.begin(SLOTS, before, after)
     passes = 0
-    while run := drafter.run:
+    while run := drafter.propose():
         assert len(run) <= drafter.most
         passes += 1
         drafter.saw([model(slot, drafter.fed[: slot + 1]) for slot in run])
@@ -89,7 +89,7 @@ def test_drafts_reach_as_far_as_the_still_background() -> None:
     for number in range(80):
         moving = noise.sample(range(COLUMNS), 3)
         drafter.begin(SLOTS, still)
-        while run := drafter.run:
+        while run := drafter.propose():
             if number >= 40 and run.start >= COLUMNS:
                 passes += 1
                 hits += len(run) == 8 or run.stop == SLOTS or (run.stop - 1) % COLUMNS in moving
@@ -106,13 +106,13 @@ def test_the_width_is_the_best(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
     drafter.begin(SLOTS)
     kept = [1, *accumulate(chances[:7], lambda chance, each: chance * each)]
     worth = {width: sum(kept[:width]) / (1 + PRICE * width) for width in range(1, 9)}
-    assert len(drafter.run) == max(worth, key=worth.__getitem__)
+    assert len(drafter.propose()) == max(worth, key=worth.__getitem__)
 
 
 def test_where_rows_are_free() -> None:
     """Guards the fixed shape of passes on devices that replay them."""
     drafter, noise = Drafter(COLUMNS, START, 8, is_free=True), random.Random(0)
     drafter.begin(SLOTS)
-    while run := drafter.run:
+    while run := drafter.propose():
         assert len(run) == min(8, SLOTS - run.start)
         drafter.saw([noise.randrange(10_000) for _ in run])

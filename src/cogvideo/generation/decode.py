@@ -193,7 +193,7 @@ def _draft_frame(decoder: Decoder, draw: _Draw, rank: int, drafters: Sequence[Dr
     """Decode one frame."""
     noise = draw.start(rank)
     fed = torch.zeros(draw.batch, decoder.layout.frame_slots, dtype=torch.int64, device=decoder.device)
-    while any(runs := [drafter.run for drafter in drafters]):
+    while any(runs := [drafter.propose() for drafter in drafters]):
         rows: list[tuple[int, int, int, int]] = []  # sample, slot, token, row of the pass whose scores it is drawn from
         first = 0
         for sample, (drafter, run) in enumerate(zip(drafters, runs, strict=True)):

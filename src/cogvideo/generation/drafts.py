@@ -53,9 +53,8 @@ class Drafter:
         self.before = self.guesses if before is None else before
         self.after = self.before if after is None else after
 
-    @property
-    def run(self) -> range:
-        """Slots of the next pass. Their drafts, in `fed`, are each likely enough to be worth one more slot."""
+    def propose(self) -> range:
+        """Draft codes, each likely enough to be worth one more slot; return the slots of the next pass."""
         start, last = self.done, len(self.fed) - 1
         stop, codes, chance = min(start + 1, last), 1.0, 1.0
         while stop < min(start + self.most, last):
