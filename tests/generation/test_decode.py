@@ -470,6 +470,20 @@ def test_frames_come_when_they_are_finished(make_system: MakeSystem, make_text: 
     assert torch.equal(given, before)
 
 
+@pytest.mark.parametrize("passes", SOME, ids=name)
+def test_a_frame_belongs_to_its_caller(make_system: MakeSystem, make_text: MakeText, passes: Passes) -> None:
+    """Guards later frames against a caller that changes a yielded one."""
+    system, text = FULL.system(make_system), Condition(make_text((4,)))
+    given, noise = inputs(system, 1, 1)
+    run = (system.model, system.layout, text, given, lambda rank: noise[:, rank - 1], PLAIN, None, passes)
+    whole = [frame.codes for frame in decode(*run)]
+    kept = []
+    for frame in decode(*run):
+        kept.append(frame.codes.clone())
+        frame.codes.fill_(-1)
+    assert torch.equal(torch.stack(kept), torch.stack(whole))
+
+
 def test_given_frames_matter(make_system: MakeSystem, make_text: MakeText) -> None:
     """Guards against a prefill whose keys never reach the generated frames. A frame's last code is never fed."""
     for run in (SHORT, WINDOWED._replace(num_frames=3, num_given=2), BETWEEN):

@@ -175,34 +175,35 @@ def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, mos
     """
     layout = decoder.layout
     _feed(decoder, given, finished, most)
-    start = decoder.model.base.config.start_of_image
-    drafters = [Drafter(layout.sides[1], start, most, decoder.rows_are_free) for _ in range(draw.batch)]
-    frames = dict(zip(layout.order, torch.cat([given, finished], 1).cpu().unbind(1), strict=False))
+    sizes = layout.frame_slots, layout.sides[1], decoder.model.base.config.start_of_image
+    drafters = [Drafter(*sizes, most, decoder.rows_are_free) for _ in range(draw.batch)]
+    frames = dict(zip(layout.order, torch.cat([given, finished], 1).transpose(0, 1).tolist(), strict=False))
+    unknown = [None] * draw.batch
     for rank in range(len(frames), layout.num_frames):
         place = layout.order[rank]
-        unknown = [None] * draw.batch
-        before, after = (frames[each].tolist() if each in frames else unknown for each in (place - 1, place + 1))
+        before, after = (frames.get(each, unknown) for each in (place - 1, place + 1))
         for drafter, *neighbors in zip(drafters, before, after, strict=True):
-            drafter.begin(layout.frame_slots, *neighbors)
+            drafter.begin(*neighbors)
         _draft_frame(decoder, draw, rank, drafters)
-        frames[place] = torch.tensor([drafter.fed[1:] for drafter in drafters])
-        yield DecodedFrame(place, frames[place].to(decoder.device), decoder.passes)
+        frames[place] = [drafter.fed[1:] for drafter in drafters]
+        yield DecodedFrame(place, torch.tensor(frames[place], device=decoder.device), decoder.passes)
 
 
 def _draft_frame(decoder: Decoder, draw: _Draw, rank: int, drafters: Sequence[Drafter]) -> None:
-    """Decode one frame."""
+    """Decode one frame, whose codes are left in the drafters."""
     noise = draw.start(rank)
     fed = torch.zeros(draw.batch, decoder.layout.frame_slots, dtype=torch.int64, device=decoder.device)
     while any(runs := [drafter.propose() for drafter in drafters]):
+        guessed = [drafter.ahead(run) for drafter, run in zip(drafters, runs, strict=True)]
         rows: list[tuple[int, int, int, int]] = []  # sample, slot, token, row of the pass whose scores it is drawn from
         first = 0
-        for sample, (drafter, run) in enumerate(zip(drafters, runs, strict=True)):
+        for sample, (drafter, run, ahead) in enumerate(zip(drafters, runs, guessed, strict=True)):
             rows += [(sample, slot, drafter.fed[slot], first + number) for number, slot in enumerate(run)]
             first += len(run)
-            rows += [(sample, slot, drafter.fed[slot], first - 1) for slot in drafter.ahead(run)]
+            rows += [(sample, slot, drafter.fed[slot], first - 1) for slot in ahead]  # whose token is not read
         samples, slots, tokens, sources = torch.tensor(rows).T.to(decoder.device)  # one copy to the device
         fed[samples, slots] = tokens
         scores = draw.scores(decoder.draft(rank, runs, fed))
         drawn = iter((scores[sources] + noise[samples, slots]).argmax(-1).cpu().tolist())  # one synchronization
-        for drafter, run in zip(drafters, runs, strict=True):
-            drafter.saw([*islice(drawn, len(run))], [*islice(drawn, len(drafter.ahead(run)))])
+        for drafter, run, ahead in zip(drafters, runs, guessed, strict=True):
+            drafter.saw([*islice(drawn, len(run))], [*islice(drawn, len(ahead))])

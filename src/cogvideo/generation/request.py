@@ -71,7 +71,7 @@ class GenerationSettings:
     """Number of sequences of a round (two gaps each) decoded as one batch; 0 is all, or in a long
     clip those of four seconds. Fewer need less memory but more passes, and give the same clip."""
     passes: Passes = Passes(draft=8)  # noqa: RUF009  # frozen
-    """Slots per pass, which only affect the speed: drafts of up to 8 need half the passes."""
+    """Slots per pass, which only affect the speed: drafts of up to 8 need fewer passes."""
     truncate: bool = False
     """Cut prompts that are too long, instead of refusing them."""
 
