@@ -57,9 +57,9 @@ class Drafter:
 
     def propose(self) -> range:
         """Draft codes, each likely enough to be worth one more slot; return the slots of the next pass."""
-        start, last = self.done, self.slots
-        stop, codes, chance = min(start + 1, last), 1.0, 1.0
-        while stop < min(start + self.most, last):
+        start = self.done
+        stop, codes, chance = min(start + 1, self.slots), 1.0, 1.0
+        while stop < min(start + self.most, self.slots):
             chance *= self._draft(stop - 1)
             if chance * (1 + PRICE * (stop - start)) < PRICE * codes and not self.is_free:
                 break
