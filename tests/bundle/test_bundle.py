@@ -156,6 +156,21 @@ def replace_file(folder: Path, component: str, tensors: dict[str, Tensor]) -> No
 # Round trips
 
 
+def test_empty_modules_do_not_import_the_compiler() -> None:
+    """Loading would take a second longer; random numbers on the meta device import it."""
+    code = """
+import sys, torch
+from cogvideo.bundle.format import MODULES
+from cogvideo.config import preset
+with torch.device("meta"):
+    for module in MODULES.values():
+        module(preset("tiny"))
+print("torch._dynamo" in sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
+
+
 def test_saved_equals_loaded(folder: Path, config: CogVideoConfig, parts: dict[str, Any]) -> None:
     """Catches swapped components, values changed on the way, or a configuration that does not survive JSON."""
     assert CogVideo.from_pretrained(folder).config == config

@@ -25,7 +25,9 @@ class Codebook(nn.Module):
         They have no gradient: training updates them by running averages (arXiv 1711.00937, appendix A.1).
         """
         super().__init__()
-        rows = torch.randn(num_codes, embedding_dim) * embedding_dim**-0.5
+        rows = torch.empty(num_codes, embedding_dim)
+        if not rows.is_meta:  # see `Embedding.reset_parameters` in transformer.py
+            rows = torch.randn(num_codes, embedding_dim) * embedding_dim**-0.5
         self.embedding = nn.Parameter(rows, requires_grad=False)
 
     def nearest(self, vectors: Float[Tensor, "*positions embedding"]) -> Int64[Tensor, "*positions"]:

@@ -99,7 +99,16 @@ class Block(nn.Module):
         return self.mlp_out(F.gelu(self.mlp_in(x), approximate="tanh"))
 
 
-class WordEmbedding(nn.Embedding):
+class Embedding(nn.Embedding):
+    """`nn.Embedding`, but cheap to construct on the meta device."""
+
+    def reset_parameters(self) -> None:
+        """Draw the weights, unless there are none: drawing on the meta device imports PyTorch's compiler (0.8 s)."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class WordEmbedding(Embedding):
     """Word embedding, whose rows are also the weights of the output heads (tied)."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -122,7 +131,7 @@ class Base(nn.Module):
         super().__init__()
         self.config = config
         self.words = WordEmbedding(config)
-        self.positions = nn.Embedding(config.num_positions, config.hidden)
+        self.positions = Embedding(config.num_positions, config.hidden)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden, NORM_EPS)
 
@@ -143,7 +152,7 @@ class TemporalChannel(nn.Module):
         self.stage = stage
         self.frame_position = layout.frame_position
         self.first_position = SequenceLayout.sequential(layout).first_extra_position
-        self.positions = nn.Embedding(layout.num_frames * layout.grid**2, config.hidden)
+        self.positions = Embedding(layout.num_frames * layout.grid**2, config.hidden)
         self.blocks = nn.ModuleList(TemporalBlock(config) for _ in range(config.num_layers))
 
 

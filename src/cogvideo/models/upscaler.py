@@ -20,7 +20,7 @@ from cogvideo.config import LayoutConfig, TransformerConfig, UpscalerConfig
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.attention import CellGroup, Chunk, MaskPlan, attend, split_heads
 from cogvideo.models.plans import full_pass
-from cogvideo.models.transformer import Base, Block
+from cogvideo.models.transformer import Base, Block, Embedding
 
 TILE = 4
 """Side, in low codes, of an attention cell of high slots. Larger cells compute more wasted scores, smaller
@@ -70,7 +70,7 @@ class UpscaleChannel(nn.Module):
         super().__init__()
         self.upscaler = upscaler
         self.layout = UpscaleLayout.of(layout, upscaler)
-        self.positions = nn.Embedding(self.layout.high_grid**2, config.hidden)
+        self.positions = Embedding(self.layout.high_grid**2, config.hidden)
         self.blocks = nn.ModuleList(UpscaleBlock(config) for _ in range(config.num_layers))
 
 
