@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cogvideo.config import require
 from cogvideo.training.parallel import local
@@ -156,16 +156,16 @@ class Average:
 
     def __init__(self, module: nn.Module, keep: float) -> None:
         self.keep = keep
-        self._names = [name for name, each in module.named_parameters() if each.requires_grad]
-        self._trained = trained(module)
-        self._values = [each.detach().clone() for each in self._trained]
+        self._trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        self.state = {name: each.detach().clone() for name, each in self._trained.items()}
+        """The average, by the names of the parameters; a checkpoint fills these tensors in place."""
 
     @torch.no_grad()
     def update(self, done: int) -> None:
         """Include the weights after step number `done`, which counts from 1."""
         keep = min(self.keep, (1 + done) / (10 + done))
-        values = [local(each.detach()) for each in self._values]
-        weights = [local(each.detach()) for each in self._trained]
+        values = [local(each) for each in self.state.values()]
+        weights = [local(each.detach()) for each in self._trained.values()]
         torch._foreach_lerp_(values, weights, 1 - keep)
 
     @contextmanager
@@ -179,12 +179,7 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for own, value in zip(self._trained, self._values, strict=True):
-            held = own.detach().clone()
+        for name, own in self._trained.items():
+            value, held = self.state[name], own.detach().clone()
             own.copy_(value)
             value.copy_(held)
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The average, by the names of the parameters: the tensors themselves, which a checkpoint fills in place."""
-        return dict(zip(self._names, self._values, strict=True))
