@@ -90,8 +90,7 @@ class Checkpoints:
         self.asynchronous = asynchronous
         # the ranks' writer threads communicate during training, and need their own process group
         self._group = dist.new_group(backend="gloo") if asynchronous and dist.is_initialized() else None
-        self._writing: Future[Any] | None = None
-        self._unnamed: int | None = None
+        self._writing: tuple[int, Future[Any]] | None = None
         self._damaged: set[int] = set()
         if keep and is_first():
             for leftover in named(folder, ".step-*"):
@@ -137,29 +136,27 @@ class Checkpoints:
             aside.mkdir(parents=True)
             write_json(aside / STATE, {"step": step, "held_out": held_out})
         wait_for_all()
-        self._unnamed = step
         writer, alone = FileSystemWriter(aside), not dist.is_initialized()
         with _writing(aside):
             if self.asynchronous:
                 writing = async_save(state, storage_writer=writer, process_group=self._group, no_dist=alone)
-                self._writing = cast("Future[Any]", writing)
+                self._writing = step, cast("Future[Any]", writing)
                 return
             save(state, storage_writer=writer, no_dist=alone)
-        self.wait()
+        self._rename(step)
 
     def wait(self) -> None:
         """Wait until the checkpoint being written is complete and has its name; then remove older ones."""
         if self._writing is not None:
+            step, writing = self._writing
             with _writing(self.folder):
-                self._writing.result()
+                writing.result()
             self._writing = None
-        if self._unnamed is not None:
-            self._rename(self._unnamed)
-            self._unnamed = None
+            self._rename(step)
 
     def settle(self) -> None:
         """Name the checkpoint being written if it is complete, without waiting."""
-        if self._writing is not None and not any_rank(not self._writing.done()):
+        if self._writing is not None and not any_rank(not self._writing[1].done()):
             self.wait()
 
     def _aside(self, step: int) -> Path:
