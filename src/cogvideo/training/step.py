@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from cogvideo.config import InputError, require
 from cogvideo.training.objectives.task import BatchLosses, Objective
@@ -109,7 +110,7 @@ class Trainer:
         for piece in pieces:
             with accumulating(self.module, piece is pieces[-1]):
                 figures = self.measure(piece)
-                num_losses = len(figures.loss) * _length(batch) / _length(piece)  # of the share
+                num_losses = len(figures.loss) * num_samples(batch) / num_samples(piece)  # of the share
                 (figures.loss.sum() / num_losses).backward()  # type: ignore[no-untyped-call]
                 measured.append(BatchLosses(figures.loss.detach(), figures.parts))
         norm = clip_gradients(self.objective.clipped(), self.settings.clip)
@@ -190,21 +191,15 @@ def part_means(names: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
 
 def cut(batch: Any, size: int) -> Iterator[Any]:
     """Pieces of at most `size` samples, views of the batch."""
-    for start in range(0, _length(batch), size):
-        yield _each(batch, lambda tensor, start=start: tensor[start : start + size])
+    for start in range(0, num_samples(batch), size):
+        yield tree_map(lambda tensor, start=start: tensor[start : start + size], batch)
 
 
 def moved(batch: Any, device: torch.device) -> Any:
     """The batch on a device."""
-    return _each(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return tree_map(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
-def _length(batch: Any) -> int:
-    return len(batch) if isinstance(batch, Tensor) else _length(batch[0])
-
-
-def _each(batch: Any, change: Any) -> Any:
-    """A batch, a tensor or a named tuple of them, with each tensor changed."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    return type(batch)(*(_each(part, change) for part in batch))
+def num_samples(batch: Any) -> int:
+    """Length of the first axis, the same in all tensors of a batch."""
+    return len(tree_leaves(batch)[0])
