@@ -34,6 +34,10 @@ class Optimization:
     """Steps of linear warmup of the learning rate."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products and of frozen matrices in memory. Trained weights are always float32."""
+    # without types these are no options; an objective may make them some
+    final_rate = 0.0
+    weight_decay = 0.0
+    ema = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "learning_rate", "clip"):
@@ -49,24 +53,9 @@ class Optimization:
         )
 
     @property
-    def final_rate(self) -> float:
-        """Learning rate at the end, as a share of the peak."""
-        return 0.0
-
-    @property
     def clip(self) -> float:
         """Maximum gradient norm."""
         return 1.0
-
-    @property
-    def weight_decay(self) -> float:
-        """Weight decay of matrices."""
-        return 0.0
-
-    @property
-    def ema(self) -> float:
-        """Decay of the running average of the weights; 0 for no average."""
-        return 0.0
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
