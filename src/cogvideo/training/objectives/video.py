@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from cogvideo.data.loader import ClipSample
@@ -57,10 +57,6 @@ class VideoTask:
     def losses(self, model: nn.Module, batch: VideoBatch) -> BatchLosses:
         """Cross entropy over the image codes, of each frame that carries loss."""
         assert isinstance(model, Transformer)
-        parts = self._cross_entropy(model, batch)
-        return BatchLosses(parts.mean(1), parts.detach())
-
-    def _cross_entropy(self, model: Transformer, batch: VideoBatch) -> Float[Tensor, "batch parts"]:
         layout = self.layout.shaped((batch.codes.shape[2], batch.codes.shape[3]))
         places = _places(layout, batch.codes.device)
         codes = batch.codes.flatten(2).index_select(1, places.order)
@@ -71,7 +67,8 @@ class VideoTask:
         hidden = model(tokens, positions, plan)
         logits = model.base.logits(hidden.index_select(1, layout.text_slots + places.loss))
         losses = cross_entropy(logits, codes.flatten(1).index_select(1, places.loss))
-        return rearrange(losses, "batch (parts slots) -> batch parts slots", parts=len(self.parts)).mean(2)
+        parts = rearrange(losses, "batch (parts slots) -> batch parts slots", parts=len(self.parts)).mean(2)
+        return BatchLosses(parts.mean(1), parts.detach())
 
 
 class _Places(NamedTuple):
