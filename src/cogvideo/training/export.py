@@ -145,11 +145,7 @@ def deliver_state(target: ExportTarget, state: Mapping[str, Tensor], report: Map
     """Put the trained weights of an objective into the bundle, or those of an adapter into its folder."""
     if target.choice.lora is None:
         deliver(target, modules(target.stage, target.choice, target.config, state), report)
-    else:
-        _deliver_adapter(target, state, report)
-
-
-def _deliver_adapter(target: ExportTarget, state: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+        return
     (name,) = target.own
     facts = {"component_sha256": target.source.sha256(name), "durations": report.get("durations", [])}
     tensors = {key: each.half() for key, each in _weights(name, state).items()}
@@ -161,33 +157,29 @@ def _deliver_adapter(target: ExportTarget, state: Mapping[str, Tensor], report: 
 
 def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
     """Put the trained components into the bundle in float16, with what else it needs, and write its card."""
-    target.out.mkdir(parents=True, exist_ok=True)
-    with wait_for_lock(target.out):  # no other stage that ends now can change what is read here
-        _deliver(target, trained, report)
-
-
-def _deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
     out, source, special = target.out, target.source, f"{target.stage}_base"
-    there, config = _there(out), target.config
-    if (found := Manifest.here(out)) is not None:
-        config = found.config
-    if "durations" in report:
-        config = config.trained_on(target.stage, report["durations"])
-    if "shape" in report:
-        config = config.shaped(tuple(report["shape"]))
-    foreign = {special, *target.stays_behind}
-    lacking = [name for name in source.components if name not in there and name not in foreign]
-    parts: dict[str, Any] = {name: source.component(name) for name in lacking}
-    base = target.frozen_base
-    if base is not None and base != "base":
-        parts[special] = source.component(base)  # inherited with the channel
-    if target.stage == "image" and "superres" in target.comes_along and "superres_base" not in there:
-        parts["superres_base"] = source.component("base")  # so that super-resolution keeps its base
-    parts |= {name: in_half(name, module, target.config) for name, module in trained.items()}
-    known = {} if source.folder is None else read_reports(source.folder)
-    copied = {name: known[name] for name in lacking if name in known}
-    update_bundle(out, config, without={special} & there.keys() - parts.keys(), **parts)
-    write_model_card(out, copied | read_reports(out) | {target.own[0]: report})
+    out.mkdir(parents=True, exist_ok=True)
+    with wait_for_lock(out):  # no other stage that ends now can change what is read here
+        there, config = _there(out), target.config
+        if (found := Manifest.here(out)) is not None:
+            config = found.config
+        if "durations" in report:
+            config = config.trained_on(target.stage, report["durations"])
+        if "shape" in report:
+            config = config.shaped(tuple(report["shape"]))
+        foreign = {special, *target.stays_behind}
+        lacking = [name for name in source.components if name not in there and name not in foreign]
+        parts: dict[str, Any] = {name: source.component(name) for name in lacking}
+        base = target.frozen_base
+        if base is not None and base != "base":
+            parts[special] = source.component(base)  # inherited with the channel
+        if target.stage == "image" and "superres" in target.comes_along and "superres_base" not in there:
+            parts["superres_base"] = source.component("base")  # so that super-resolution keeps its base
+        parts |= {name: in_half(name, module, target.config) for name, module in trained.items()}
+        known = {} if source.folder is None else read_reports(source.folder)
+        copied = {name: known[name] for name in lacking if name in known}
+        update_bundle(out, config, without={special} & there.keys() - parts.keys(), **parts)
+        write_model_card(out, copied | read_reports(out) | {target.own[0]: report})
 
 
 def modules(

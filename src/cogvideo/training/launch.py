@@ -17,7 +17,7 @@ import torch
 import cogvideo
 from cogvideo.bundle.adapters import adapters_in
 from cogvideo.bundle.model import CogVideo
-from cogvideo.config import CogVideoConfig, InputError, both, require, times
+from cogvideo.config import InputError, both, require, times
 from cogvideo.data.dataset import read_card
 from cogvideo.data.loader import ClipStream, Loader
 from cogvideo.devices import is_out_of_memory, usable
@@ -71,8 +71,7 @@ def train(
     is_adapter, num_parts = choice.lora is not None, options.parallel.tensor_parallel
     require(num_parts == 1 or not is_adapter, f"tensor_parallel is {num_parts}, expected 1: adapters cannot be split")
     with process_group(usable(options.device), options.parallel) as ranks:
-        source = _source(options, stage, choice)
-        target = ExportTarget(options.out, source, _config(source, stage, choice, options), stage, choice)
+        target = _target(stage, choice, options)
         try:
             _train(target, options, task, sampling, ranks)
         except (MemoryError, RuntimeError) as error:
@@ -91,8 +90,7 @@ def seconds_per_step(
 ) -> float:
     """Measured time of a step of `train`, over a few steps after the first; their results are discarded."""
     with process_group(usable(options.device), options.parallel) as ranks:
-        source = _source(options, stage, choice)
-        target = ExportTarget(options.out, source, _config(source, stage, choice, options), stage, choice)
+        target = _target(stage, choice, options)
         stream, _ = _data(target, options, sampling)
         trainer, batches = _start(target, options, task, stream, ranks)
         times = []
@@ -103,8 +101,11 @@ def seconds_per_step(
     return (times[-1] - times[0]) / (steps - 1)
 
 
-def _source(options: Options, stage: StageName, choice: Choice) -> CogVideo:
-    """The bundle to start from; a video stage's adapter is trained on a base with the adapter of that name."""
+def _target(stage: StageName, choice: Choice, options: Options) -> ExportTarget:
+    """The stage with the bundle that it starts from, for frames of the shape of the first dataset.
+
+    A video stage's adapter is trained on a base with the adapter of that name.
+    """
     try:
         source = CogVideo.from_pretrained(_typed(options))
     except InputError as error:
@@ -112,12 +113,8 @@ def _source(options: Options, stage: StageName, choice: Choice) -> CogVideo:
         raise InputError(f"{error}{hint if options.init is None else ''}") from error
     if choice.lora is not None and not STAGES[stage].is_base:
         source.add([each for each in adapters_in(options.out) if each.component == "base"])
-    return source
-
-
-def _config(source: CogVideo, stage: StageName, choice: Choice, options: Options) -> CogVideoConfig:
-    """Configuration of the stage, for frames of the shape of the first dataset."""
-    return configured(source.config, stage, choice).shaped(read_card(options.clips.data[0]).grid)
+    config = configured(source.config, stage, choice).shaped(read_card(options.clips.data[0]).grid)
+    return ExportTarget(options.out, source, config, stage, choice)
 
 
 def _typed(options: Options) -> str:
@@ -260,8 +257,8 @@ def _data(target: ExportTarget, options: Options, special: Mapping[str, Any]) ->
     clips, grid, seed = options.clips, config.layout.grid, options.optimization.seed
     num_frames = config.layout.num_frames
     sampling = clips.sampling(row.mode, seed, num_frames, high_codes=row.has_high_codes, **special)
-    tokenizer = source.sha256("image_tokenizer") if "image_tokenizer" in source.components else None
-    stream = ClipStream(clips.data, clips.split, sampling, tokenizer, grid, options.optimization.batch)
+    tokenizer, batch = source.sha256("image_tokenizer"), options.optimization.batch
+    stream = ClipStream(clips.data, clips.split, sampling, tokenizer, grid, batch)
     if row.has_high_codes:
         card = stream.datasets[0].card
         expected = times(card.grid, config.upscaler.ratio)
