@@ -324,13 +324,13 @@ class FinetuningRun:
         parts: dict[str, Any] = {name: self.base.component(name) for name in names}
         lpips = f", LPIPS {self.quality['lpips']:.2f} (at most {MAX_LPIPS})" if "lpips" in self.quality else ""
         measured = f"{self.quality['psnr']:.1f} dB PSNR (at least {MIN_PSNR:g}){lpips}"
-        lost = (
-            "; super-resolution, which relies on the old codes, is left out"
-            if "superres" in self.base.components
-            else ""
-        )
-        kept = "as adapters need it; without --lora it is trained" if self._shows_poorly else ""
-        fate = f"and is trained{lost}" if self.is_poor else f"and is kept{', ' if kept else ''}{kept}"
+        fate = "and is kept"
+        if self.is_poor:
+            fate = "and is trained"
+            if "superres" in self.base.components:
+                fate += "; super-resolution, which relies on the old codes, is left out"
+        elif self._shows_poorly:
+            fate += ", as adapters need it; without --lora it is trained"
         _say(f"The base's image tokenizer reconstructs the clips with {measured}, {fate}.")
         parts["text"] = self._text()
         assert self.base.folder is not None
@@ -454,13 +454,10 @@ class FinetuningRun:
     def _run(self, name: str) -> Path:
         return (self.out if name == "tokenizer" else self.settings.trained_in(self.out)) / f".{name}-run"
 
-    def _checkpoints(self, stage: StageName) -> Checkpoints:
-        return Checkpoints(self._run(stage) / "checkpoints", keep=0)
-
     def _best(self, stage: StageName) -> int | None:
         """Step to export; None for the last one."""
         num_judges = sum(each.split != "train" for each in self.clips)
-        return self._checkpoints(stage).best() if num_judges >= MIN_JUDGES else None
+        return Checkpoints(self._run(stage) / "checkpoints", keep=0).best() if num_judges >= MIN_JUDGES else None
 
     def _delivered(self, stage: StageName) -> int | None:
         """Step at which the bundle's component of a stage was exported."""
