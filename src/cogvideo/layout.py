@@ -157,6 +157,11 @@ class UpscaleLayout:
         return self.low_grid * self.ratio
 
     @property
+    def length(self) -> int:
+        """Number of slots of text, low codes and high codes."""
+        return self.text_slots + self.low_slots + self.high_slots
+
+    @property
     def low_slots(self) -> int:
         """Number of low codes of a frame."""
         rows, columns = self.low_sides

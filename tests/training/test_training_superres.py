@@ -63,7 +63,7 @@ def test_loss_is_that_of_each_high_code(text: TextTokenizer) -> None:
         picked = [-logits[row, slot, int(code)] for slot, code in enumerate(one.high_codes.flatten())]
         torch.testing.assert_close(measured.loss[row], torch.stack(picked).mean())
     assert torch.equal(measured.parts, measured.loss.detach()[:, None])
-    assert task.num_positions == SLOTS + 16 + 64
+    assert task.layout.length == SLOTS + 16 + 64
     assert (task.parts, measured.parts.requires_grad) == (("codes",), False)
 
 

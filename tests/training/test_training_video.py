@@ -67,7 +67,7 @@ def test_losses_equal_the_oracle(text: TextTokenizer, stage: Stage, window: int)
     samples = [some_sample(0), some_sample(1, "a", 0.5), some_sample(2, None, 2.0)]
     measured = task.losses(model, task.collate(samples))
     assert task.parts == tuple(f"frame_{place}" for place in LEARNT[stage])
-    assert task.num_positions == SLOTS + 5 * AREA
+    assert task.layout.length == SLOTS + 5 * AREA
     base, channel = model.base.state_dict(), model.channel.state_dict()
     oracle = Oracle(stage, base, channel, 2, 2, NUM_CODES, text.start_of_image, GRID, 5, SLOTS, window)
     for row, one in enumerate(samples):

@@ -104,11 +104,6 @@ class ImageTask:
         """Names of the losses of each task."""
         return PARTS
 
-    @property
-    def num_positions(self) -> int:
-        """Number of text slots and image slots."""
-        return self.layout.length
-
     def collate(self, samples: list[ClipSample]) -> ImageBatch:
         """Collate samples, each for the task that its seed draws. Captions that do not fit are truncated.
 

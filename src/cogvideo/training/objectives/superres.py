@@ -48,11 +48,6 @@ class SuperresTask:
         """Name of the only loss."""
         return ("codes",)
 
-    @property
-    def num_positions(self) -> int:
-        """Number of text slots, low codes and high slots."""
-        return self.layout.text_slots + self.layout.low_slots + self.layout.high_slots
-
     def collate(self, samples: list[ClipSample]) -> SuperresBatch:
         """Collate samples. Captions that do not fit are truncated; dropped ones become the unconditional text."""
         text = self.text.batch([each.caption for each in samples], None, self.layout.text_slots, truncate=True)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cogvideo.data.loader import ClipSample
+from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.models.upscaler import Upscaler
 from cogvideo.training.optim import make_optimizers, trained
 
@@ -40,8 +41,8 @@ class Task(Protocol):
         """Names of the parts of the loss."""
 
     @property
-    def num_positions(self) -> int:
-        """Number of slots of one sample that go through the model."""
+    def layout(self) -> SequenceLayout | UpscaleLayout:
+        """Slots of one sample, all of which go through the model."""
 
     def collate(self, samples: list[ClipSample]) -> Any:
         """Turn samples into a named tuple of tensors, which may be nested; the first axis is the sample."""
@@ -74,7 +75,7 @@ class Objective(nn.Module):
     @property
     def num_positions(self) -> int:
         """Number of `unit` in a sample."""
-        return int(self.task.num_positions)
+        return int(self.task.layout.length)
 
     @property
     def has_unused_parameters(self) -> bool:

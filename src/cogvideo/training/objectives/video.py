@@ -43,11 +43,6 @@ class VideoTask:
         """Losses of the frames that carry loss, by their places."""
         return tuple(f"frame_{place}" for place in self.layout.loss_places)
 
-    @property
-    def num_positions(self) -> int:
-        """Number of text slots and frame slots."""
-        return self.layout.length
-
     def collate(self, samples: list[ClipSample]) -> VideoBatch:
         """Collate samples. Captions that do not fit are truncated; dropped ones become the unconditional text."""
         captions, durations = [each.caption for each in samples], [each.duration for each in samples]
