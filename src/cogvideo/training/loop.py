@@ -50,11 +50,10 @@ def learn(session: Session) -> None:
     )
     with recorder as record, interrupts() as caught:
         _greet(session, first, record)
-        clock = Clock(trainer, seconds)
+        clock = Clock(trainer, first, seconds)
         done = first
         for done, batch in zip(range(first + 1, steps + 1), session.batches(first), strict=False):
             trainer.step(done - 1, batch)
-            clock.step()
             stops = any_rank(bool(caught))
             measures = done == steps or (done % logging.evaluate_every == 0 and not stops)
             saves = stops or done == steps or done % logging.checkpoint_every == 0
@@ -141,13 +140,13 @@ def _report(trainer: Trainer, done: int, clock: Clock, recorder: Recorder) -> No
         "learning_rate": trainer.settings.rate_at(done - 1),
         "gradient_norm": figures.gradient_norm,
     }
-    recorder.record(row | clock.row() | {"peak_bytes": largest(peak_bytes(trainer.ranks.device))})
+    recorder.record(row | clock.row(done) | {"peak_bytes": largest(peak_bytes(trainer.ranks.device))})
 
 
 class Clock:
-    """Time and throughput between reports; `seconds` is the time that earlier parts of the run took."""
+    """Time and throughput between reports; earlier parts of the run made `done` steps in `seconds`."""
 
-    def __init__(self, trainer: Trainer, seconds: float) -> None:
+    def __init__(self, trainer: Trainer, done: int, seconds: float) -> None:
         objective, ranks, settings = trainer.objective, trainer.ranks, trainer.settings
         self._unit = objective.unit
         self._work = settings.batch * objective.num_positions
@@ -155,26 +154,22 @@ class Clock:
         self._flops = flops_per_position(objective.model) if is_known else 0.0
         self._rate = matrix_rate(ranks.device, settings.dtype) * ranks.world_size if self._flops else 0.0
         self._began = time.monotonic() - seconds
-        self._last, self._steps = time.monotonic(), 0
+        self._last, self._done = time.monotonic(), done
 
     @property
     def seconds(self) -> float:
         """Seconds since the run began, without work that a killed process lost."""
         return time.monotonic() - self._began
 
-    def step(self) -> None:
-        """Count a step."""
-        self._steps += 1
-
     def pause(self, seconds: float) -> None:
         """Leave out time that was not spent on steps."""
         self._last += seconds
 
-    def row(self) -> dict[str, float]:
-        """Speed of the steps since the last call."""
+    def row(self, done: int) -> dict[str, float]:
+        """Speed of the steps since the last call; `done` is the total number of steps so far."""
         now = time.monotonic()
-        rate = self._steps * self._work / max(now - self._last, 1e-9)
-        self._last, self._steps = now, 0
+        rate = (done - self._done) * self._work / max(now - self._last, 1e-9)
+        self._last, self._done = now, done
         used = {"utilization": round(rate * self._flops / self._rate, 4)} if self._flops else {}
         return {f"{self._unit}_per_second": round(rate, 1), **used, "seconds": round(self.seconds, 1)}
 
