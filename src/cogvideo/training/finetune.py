@@ -162,6 +162,7 @@ class FinetuningRun:
         is_foreign = (out / MANIFEST).exists() and not (out / RUN).exists()
         require(not is_foreign, f"{out} holds another model: give this one a folder of its own")
         self.folder = RunFolder(out / RUN)
+        self.table, self.data = self.folder.path / TABLE, self.folder.path / DATA
         self.items = [each for each in items if is_unicode(self._place(each))]
         odd = [Rejection(each.id, *_NOT_TEXT) for each in items if not is_unicode(self._place(each))]
         self.rejected = [*rejected, *odd]
@@ -171,16 +172,6 @@ class FinetuningRun:
     def num_steps(self) -> int:
         """Number of steps, including the final page."""
         return len(TITLES) + 1
-
-    @property
-    def table(self) -> Path:
-        """Table of the clips."""
-        return self.folder.path / TABLE
-
-    @property
-    def data(self) -> Path:
-        """Codes of the clips."""
-        return self.folder.path / DATA
 
     def run(self) -> None:
         """Do all remaining steps."""
