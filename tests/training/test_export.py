@@ -368,20 +368,20 @@ def test_what_is_trained_on_keeps_the_others(
 
 def test_weights_of_another_configuration_are_no_component(train_text_model: Callable[..., bytes]) -> None:
     """Weights that lack a tensor must be refused, with its name, before they become a component."""
-    config = small_config(train_text_model())
+    target = target_of(CogVideo(small_config(train_text_model())), Path(), "sequential", Choice("inherit"))
     state = {
         f"model.channel.{name}": each
         for name, each in make_parts(train_text_model())["sequential"].state_dict().items()
     }
     assert_same(
-        modules("sequential", Choice("inherit"), config, state)["sequential"].state_dict(),
+        modules(target, state)["sequential"].state_dict(),
         {name.removeprefix("model.channel."): each for name, each in state.items()},
     )
     del state["model.channel.positions.weight"]
     with pytest.raises(
         ValueError, match=r"does not fit the configuration as sequential: missing tensors: positions.weight"
     ):
-        modules("sequential", Choice("inherit"), config, state)
+        modules(target, state)
 
 
 def test_the_card_tells_sizes_losses_and_hashes(place: Path, tmp_path: Path) -> None:

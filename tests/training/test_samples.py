@@ -484,7 +484,7 @@ def test_a_preview_draws_with_the_average(
     parts: dict[str, Any] = {
         name: part for name in preview.target.source.components for part in [preview.target.source.component(name)]
     }
-    live = modules(stage, Choice("continue"), preview.target.config, trainer.average.state)[component]
+    live = modules(preview.target, trainer.average.state)[component]
     assert_same(live.state_dict(), {n.removeprefix(prefix): each for n, each in trainer.average.state.items()})
     rows = draw(stage, CogVideo(preview.target.config, **(parts | {component: live})), preview.examples, seed=6)
     expected = write_samples(tmp_path / "expected", 20, rows)

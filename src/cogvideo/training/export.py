@@ -144,7 +144,7 @@ def _there(out: Path) -> Mapping[str, Entry]:
 def deliver_state(target: ExportTarget, state: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
     """Put the trained weights of an objective into the bundle, or those of an adapter into its folder."""
     if target.choice.lora is None:
-        deliver(target, modules(target.stage, target.choice, target.config, state), report)
+        deliver(target, modules(target, state), report)
         return
     (name,) = target.own
     facts = {"component_sha256": target.source.sha256(name), "durations": report.get("durations", [])}
@@ -182,16 +182,14 @@ def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapp
         write_model_card(out, copied | read_reports(out) | {target.own[0]: report})
 
 
-def modules(
-    stage: StageName, choice: Choice, config: CogVideoConfig, state: Mapping[str, Tensor]
-) -> dict[str, nn.Module]:
+def modules(target: ExportTarget, state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     """The components that a stage trains, from the trained weights of its objective, by their names in it."""
     result = {}
-    for name in own(stage, choice):
+    for name in target.own:
         weights = _weights(name, state)
-        check_tensors(name, weights, config, "what was trained")
+        check_tensors(name, weights, target.config, "what was trained")
         with torch.device("meta"):
-            module = MODULES[name](config)
+            module = MODULES[name](target.config)
         module.load_state_dict(weights, assign=True)
         result[name] = module.requires_grad_(False)
     return result

@@ -123,17 +123,16 @@ class Preview:
 
     def _system(self, weights: dict[str, Tensor]) -> CogVideo:
         """The stage with these weights, and everything else needed to generate samples."""
-        stage, choice, source = self.target.stage, self.target.choice, self.target.source
+        target, source = self.target, self.target.source
         names = ("base", "text", "image_tokenizer", "cluster_labels")
         parts: dict[str, Component] = {name: source.component(name) for name in names if name in source.components}
-        if name := self.target.frozen_base:
+        if name := target.frozen_base:
             live = self.trainer.objective.model.base
             assert isinstance(live, Base)
             is_whole = not any(isinstance(each, DTensor) for each in live.parameters())
-            parts["base" if name == "base" else f"{stage}_base"] = live if is_whole else source.component(name)
-        is_adapter = choice.lora is not None
-        parts |= fused(self.target, weights) if is_adapter else modules(stage, choice, self.target.config, weights)
-        return CogVideo(self.target.config, **{name: self._placed(name, part) for name, part in parts.items()})
+            parts["base" if name == "base" else f"{target.stage}_base"] = live if is_whole else source.component(name)
+        parts |= modules(target, weights) if target.choice.lora is None else fused(target, weights)
+        return CogVideo(target.config, **{name: self._placed(name, part) for name, part in parts.items()})
 
     def _placed(self, name: str, part: Component) -> Component:
         """The component on the training device; one on another device is copied, and not changed."""
