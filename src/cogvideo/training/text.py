@@ -95,14 +95,14 @@ def with_unused_pieces(model: bytes, num_pieces: int) -> bytes:
     A model is a protocol buffer, so appending bytes extends its lists. Names of new pieces contain digits, so they
     differ from all old ones.
     """
-    got = _load(model).vocab_size()
+    got = SentencePieceProcessor(model_proto=model).vocab_size()
     require(got <= num_pieces, f"the text model has {got} pieces, expected at most {num_pieces}")
     return model + b"".join(map(_unused_piece, range(got, num_pieces)))
 
 
 def figures(tokenizer: TextTokenizer, captions: Iterable[str], slots: int) -> CaptionFigures:
     """Token statistics of captions, each counted once."""
-    processor = _load(tokenizer.model)
+    processor = SentencePieceProcessor(model_proto=tokenizer.model)
     pieces = range(processor.vocab_size())
     byte_tokens = {tokenizer.num_codes + piece for piece in pieces if processor.is_byte(piece)}
     rows = [tokenizer.encode_caption(caption, PREFIX_SECONDS) for caption in sorted(set(captions))]
@@ -178,9 +178,3 @@ def _unused_piece(index: int) -> bytes:
     name = f"<unused_{index}>".encode()
     body = b"\x0a" + bytes([len(name)]) + name + b"\x15" + bytes(4) + b"\x18\x05"
     return b"\x0a" + bytes([len(body)]) + body
-
-
-def _load(model: bytes) -> SentencePieceProcessor:
-    processor = SentencePieceProcessor()
-    processor.LoadFromSerializedProto(model)
-    return processor
