@@ -279,17 +279,12 @@ class Experiment:
 
     def _metrics(self, clips: Sequence[Clip], subject: WorldSubject, folder: Path) -> dict[str, float]:
         """Metrics of a clip for each prompt; their features are cached in the folder."""
-        shares, real = subject.judge(clips).shares, self._real_features(subject)
+        shares = subject.judge(clips).shares
         read = shares["all clips"] | {HELD_OUT: shares["held-out pairs"][ALL]}
-        if real is None:
-            return read
-        return {FVD: PROTOCOL.fvd(real, self._features(folder, subject, clips.__getitem__))} | read
-
-    def _real_features(self, subject: WorldSubject) -> Float[Tensor, "clips features"] | None:
-        """Features of the real clips of the prompts; None without the network of FVD."""
         if not network_path("i3d").is_file():
-            return None
-        return self._features(self.out / REAL, subject, lambda number: subject.real(number, SIZE))
+            return read
+        real = self._features(self.out / REAL, subject, lambda number: subject.real(number, SIZE))
+        return {FVD: PROTOCOL.fvd(real, self._features(folder, subject, clips.__getitem__))} | read
 
     def _features(
         self, folder: Path, subject: WorldSubject, clip: Callable[[int], Clip]
