@@ -117,8 +117,8 @@ class ImageTask:
     def _row(self, sample: ClipSample) -> tuple[Tensor, ...]:
         random = np.random.default_rng(sample.seed)
         kind = self.mixture.kind(random.random())
-        if sample.caption is None and kind != "image":
-            kind = "image"  # without its caption, there is nothing to understand
+        if sample.caption is None:  # there is nothing to understand
+            kind = "image"
         layout = self.layout.shaped(sample.codes.shape[1:])
         row = _Row(layout, self.text)
         if kind == "image":
