@@ -34,7 +34,7 @@ class Optimization:
     """Steps of linear warmup of the learning rate."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products and of frozen matrices in memory. Trained weights are always float32."""
-    # without types these are no options; an objective may make them some
+    # not options here, since they have no type; a subclass may make options of them
     final_rate = 0.0
     weight_decay = 0.0
     ema = 0.0
