@@ -275,19 +275,23 @@ def test_work_is_what_runs() -> None:
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_line_shows_the_first_step_and_then_one_of_many(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
-    """Catches an empty log, a bar stuck at zero for fifty steps, and a log with a line for every step."""
+def test_a_line_shows_the_first_step_and_asks_for_words_when_it_shows_them(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    """Catches an empty log, a bar stuck at zero for fifty steps, and metrics fetched from a GPU at every step."""
     now = [1000.0]
+    asked: list[int] = []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     out = console(terminal)
     with ProgressLine(out, 10, 300) as line:
         for step in range(11, 75):
             now[0] += 0.0625 if terminal else 1.0
-            line.advance(step, f"loss {step}")
+            line.advance(step, lambda step=step: f"loss {asked.append(step) or step}")
     if terminal:
+        assert asked == list(range(11, 75, 4))
         assert "71/300" in written(out)
-        assert "74/300" not in written(out)
     else:
+        assert asked == [11, 41, 71]
         assert written(out).splitlines() == [
             "step 11 of 300: loss 11  5 min left",
             "step 41 of 300: loss 41  4 min left",

@@ -242,7 +242,7 @@ class FinetuningRun:
             _say("PySceneDetect is missing (pip install 'cogvideo[data]'): clips are not cut where the scene changes.")
         with ProgressLine(standard_error(), 0, len(self.items), "clip") as line:
             seen = iter(range(1, len(self.items) + 1))
-            clips, rejected = review(self.items, self._named, lambda: line.advance(next(seen)))
+            clips, rejected = review(self.items, self._named, lambda: line.advance(next(seen), lambda: ""))
         clips, rejected = with_splits(clips), [*self.rejected, *rejected]
         check_usable(clips, rejected, self.source)
         layout, is_cropped = self.config.layout, self.settings.size is None and self.settings.fit == "crop"

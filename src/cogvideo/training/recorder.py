@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,7 @@ class Recorder:
     def advance(self, done: int) -> None:
         """Count a step."""
         if self._line is not None:
-            self._line.advance(done, self._words)
+            self._line.advance(done, lambda: self._words)
 
     def record(self, row: Mapping[str, Any], words: str = "") -> None:
         """Record a row of training or of held-out samples; `words` are printed on a line of their own."""
@@ -153,13 +153,13 @@ class ProgressLine:
         """Print a line above the progress line."""
         self._console.print(text, markup=False)
 
-    def advance(self, done: int, words: str = "") -> None:
-        """Show the number of finished steps, with `words`."""
+    def advance(self, done: int, words: Callable[[], str]) -> None:
+        """Show the number of finished steps, with `words`, which is only called when they are shown."""
         now = time.monotonic()
         if now - self._shown < self._pause and done < self.total:
             return
         self._shown = now
-        text = f"{words}  {self._remaining(done)}".strip()
+        text = f"{words()}  {self._remaining(done)}".strip()
         self._bar.update(self._task, completed=done, total=self.total, text=text)
         if not self._console.is_terminal:
             self.say(f"{self._unit} {done:,} of {self.total:,}: {text}")

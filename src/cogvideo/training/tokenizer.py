@@ -186,7 +186,7 @@ def _fetch(
 
             def show(reading: ReadProgress) -> None:
                 line.total = reading.total
-                line.advance(reading.clips, f"{reading.frames:,} frames")
+                line.advance(reading.clips, lambda: f"{reading.frames:,} frames")
 
             store = frame_store.fetch(folder.path, sources, options, frames, show, readers)
         _say_frames(store, batch, console)
