@@ -241,11 +241,11 @@ def _joints(pipeline: CogVideoPipeline, prompts: Sequence[str], sheet: Path | No
     for name, part in (("inside", inside), ("joints", joints)):
         largest = 100 * (part > np.quantile(inside, 0.95)).mean()
         print(
-            f"{name}: mean change {part.mean():.2f} of 255, {largest:.1f} % above the 95th percentile of those inside"
+            f"{name}: mean change {part.mean():.2f} of 255, {largest:.1f}% above the 95th percentile of those inside"
         )
     differences = torch.from_numpy(joints.mean(1) - inside.mean(1))
     low, high = interval(lambda some: some.mean().item(), [differences[:, None]])
-    print(f"difference: {differences.mean():.2f}, 95 % interval over {len(made)} clips: {low:.2f} to {high:.2f}")
+    print(f"difference: {differences.mean():.2f}, 95% interval over {len(made)} clips: {low:.2f} to {high:.2f}")
     if sheet is not None:
         write_image(sheet, contact_sheet([clip[:: 2**settings.rounds] for clip in made[:8]], columns=int(LONG) + 1))
 

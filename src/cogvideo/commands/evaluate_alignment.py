@@ -68,7 +68,7 @@ def alignment(
 
 
 def _tables(results: dict[str, dict[str, RowFindings]]) -> Iterator[Table]:
-    """A table of shares for each subject, with half the width of their 95 % intervals, and one of movement."""
+    """A table of shares for each subject, with half the width of their 95% intervals, and one of movement."""
     for subject, rows in results.items():
         measures = list(next(iter(rows[REAL].verdict.shares.values())))
         shown = []
@@ -76,7 +76,7 @@ def _tables(results: dict[str, dict[str, RowFindings]]) -> Iterator[Table]:
             for group, shares in judged.verdict.shares.items():
                 count = judged.verdict.counts[group]
                 shown.append([row, group, *(_percent(shares[name], count) for name in measures)])
-        yield table(f"{subject}: correct (%, 95 % interval)", ["", "", *measures], shown, 2)
+        yield table(f"{subject}: correct (%, 95% interval)", ["", "", *measures], shown, 2)
     moved = [
         [subject, row, f"{ratio:.2f}", f"{100 * static:.1f}", f"{flicker:.2f}"]
         for subject, rows in results.items()

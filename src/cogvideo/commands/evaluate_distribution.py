@@ -114,7 +114,7 @@ def figures_table(figures: Sequence[Figure]) -> Table:
         limit = "-" if each.limit is None else f"{_number(each.limit.value)} ± {_number(each.limit.error)}"
         between = f"{_number(low)} to {_number(high)}"
         rows.append([each.name, each.of, f"{each.clips:,}", _number(each.value), between, floor, limit])
-    heads = ["figure", "clips", "N", "value", "95 % interval", "real / real", "N to infinity"]
+    heads = ["figure", "clips", "N", "value", "95% interval", "real / real", "N to infinity"]
     return table("", heads, rows, num_texts=2)
 
 

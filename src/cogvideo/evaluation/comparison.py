@@ -34,7 +34,7 @@ class Figure:
     """Number of clips in each set."""
     value: float
     interval: tuple[float, float]
-    """95 % confidence interval, by bootstrap over clips."""
+    """95% confidence interval, by bootstrap over clips."""
     real: float | None = None
     """The same figure for real clips against other real ones; None if there are too few, or if it has no meaning."""
     real_clips: int = 0

@@ -132,7 +132,7 @@ class Extrapolation(NamedTuple):
 
 
 def interval(metric: Metric, sets: Sets, seed: int = 0) -> tuple[float, float]:
-    """The 95 % confidence interval of a figure, by bootstrap over clips.
+    """The 95% confidence interval of a figure, by bootstrap over clips.
 
     Repeated clips bias most figures upwards, so the spread of the resampled figures is centered on the figure itself.
     """

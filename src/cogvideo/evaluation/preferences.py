@@ -12,13 +12,13 @@ from jaxtyping import Float64
 from cogvideo.config import require
 
 Z = 1.959964
-"""Standard deviations to each side of a normal distribution's mean that cover 95 %."""
+"""Standard deviations to each side of a normal distribution's mean that cover 95%."""
 NUM_DRAWS = 1000
 """Number of bootstrap samples."""
 
 
 class Interval(NamedTuple):
-    """A value with its 95 % confidence interval."""
+    """A value with its 95% confidence interval."""
 
     value: float
     low: float
@@ -44,7 +44,7 @@ def share(successes: int, total: int) -> Interval:
 
 
 def wilson(part: float, total: int) -> tuple[float, float]:
-    """The 95 % interval of a share of independent answers, by Wilson's score (1927)."""
+    """The 95% interval of a share of independent answers, by Wilson's score (1927)."""
     middle, half = _wilson(part, total)
     return max(0.0, round(middle - half, 12)), min(1.0, round(middle + half, 12))  # exactly 0 or 1, despite rounding
 

@@ -54,7 +54,7 @@ class SeedFigure:
 
     @property
     def interval(self) -> Interval | None:
-        """Mean difference with its 95 % interval over seeds; None for fewer than two."""
+        """Mean difference with its 95% interval over seeds; None for fewer than two."""
         return paired([*self.differences.values()])
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ Paces = Mapping[VariantName, Mapping[str, float]]
 
 
 def paired(differences: Sequence[float]) -> Interval | None:
-    """The mean of differences of pairs with its 95 % interval by Student's t; None for fewer than two."""
+    """The mean of differences of pairs with its 95% interval by Student's t; None for fewer than two."""
     count = len(differences)
     if count < 2:
         return None

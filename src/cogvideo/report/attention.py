@@ -118,7 +118,7 @@ def _draw_gates(axes: Axes, stage: StageAttention) -> None:
     layers = range(len(gates))
     low, high = np.quantile(gates, (0.1, 0.9), axis=1)
     axes.fill_between(layers, gates.min(1), gates.max(1), color="#dbe6f4", label="all channels")
-    axes.fill_between(layers, low, high, color="#9dbbe0", label="80 % of them")
+    axes.fill_between(layers, low, high, color="#9dbbe0", label="80% of them")
     axes.plot(layers, gates.mean(1), color="#1f4e9c", marker="o", markersize=3, label="mean")
     axes.axhline(0.5, color="gray", linestyle="--", linewidth=0.8)
     axes.set(title="Weight of the temporal channel (gate)", xlabel="layer")

@@ -38,7 +38,7 @@ OVERALL = "overall"
 
 
 class Result(NamedTuple):
-    """A figure with its 95 % confidence interval."""
+    """A figure with its 95% confidence interval."""
 
     raters: str
     question: str

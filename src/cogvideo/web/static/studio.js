@@ -235,7 +235,7 @@ function Tile({ id, prompt }) {
   this.root = Object.assign(root, { href: `#${id}`, title: prompt });
   this.update = (video) => {
     this.video = video;
-    const state = { queued: "waiting: ", in_progress: `${video.progress} %: `, failed: "failed: " }[video.status] ?? "";
+    const state = { queued: "waiting: ", in_progress: `${video.progress}%: `, failed: "failed: " }[video.status] ?? "";
     caption.textContent = `${state}${prompt}`;
     root.toggleAttribute("aria-current", opened.has(id));
     const [frame] = video.finished_frames;
