@@ -31,7 +31,6 @@ from cogvideo.evaluation.networks.cache import cache_folder
 from cogvideo.evaluation.networks.i3d import MIN_FRAMES, load_i3d
 from cogvideo.evaluation.protocols import Pixels, Protocol
 from cogvideo.files import replacing, sha256_of
-from cogvideo.media.video import VideoError
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.perceptual import Network as Perceptual
 from cogvideo.models.perceptual import load_lpips
@@ -140,7 +139,7 @@ class Extractor:
         with one_thread(), cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             for start in range(0, len(job), size):
                 samples = job[start : start + size]
-                clips = [_or_error(clip) for _, clip in islice(read, size)]
+                clips = [clip() for _, clip in islice(read, size)]
                 for sample, features in zip(samples, _encode(clips, self._loaded.encode, size), strict=True):
                     with replacing(sample.file) as file:
                         np.save(file, features)
@@ -153,12 +152,6 @@ class Extractor:
         """A sample, named by a hash of everything that determines its features."""
         key = digest([VERSION, self.device, self.judge.identity, *map(self.reading.identity, excerpts)])
         return FeatureInput(excerpts, cache_folder() / "features" / key[:2] / f"{key}.npy")
-
-
-def _or_error(clip: tuple[Pixels, ...] | VideoError) -> tuple[Pixels, ...]:
-    if isinstance(clip, VideoError):
-        raise clip
-    return clip
 
 
 def _encode(clips: ExcerptPixels, encode: Encode, size: int) -> NDArray[np.float32]:
