@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.machine import write
-from cogvideo.data.engines import PlainJob
 from cogvideo.evaluation.features import Encode, Extractor, FeatureInput, Judge
 from cogvideo.evaluation.footage import Reading, draw
 from cogvideo.evaluation.networks.i3d import I3D
@@ -85,7 +84,7 @@ def extraction(folder: Path) -> dict[str, Any]:
     extractor = Extractor(Judge(("random",), load), reading)
     samples = [FeatureInput((each,), folder / f"{number}.npy") for number, each in enumerate(excerpts)]
     alone, operations = convolutions(model, clip)
-    all_of_it = seconds(lambda: extractor.make(PlainJob(tuple(samples)))) / CLIPS
+    all_of_it = seconds(lambda: extractor.make(samples)) / CLIPS
     passes = seconds(lambda: model(clip))
     rate = matrix_rate()
     return {

@@ -616,7 +616,8 @@ def test_reading_ahead_keeps_order_and_bounds(threads: int) -> None:
         return 2 * value
 
     results = ahead(double, range(100), threads)
-    assert next(results) == (0, 0)
+    value, result = next(results)
+    assert (value, result()) == (0, 0)
     time.sleep(0.05)
     assert len(begun) <= 1 + 2 * threads
-    assert list(results) == [(value, 2 * value) for value in range(1, 100)]
+    assert [(value, result()) for value, result in results] == [(value, 2 * value) for value in range(1, 100)]

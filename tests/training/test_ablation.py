@@ -18,7 +18,7 @@ from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
 from cogvideo.config import preset
-from cogvideo.data.engines import Machines, PlainJob
+from cogvideo.data.engines import Machines
 from cogvideo.evaluation.features import Judge
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.reader import resized
@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on(base: str, tmp_path: Path, monkeypatch: pytest.Mon
     def work(out: Path) -> Experiment:
         experiment = Experiment(out, settings, StageOptimization(steps=3, batch=2, warmup=1), "cpu")
         experiment.prepare(Machines("cpu", workers=1))
-        experiment.make(PlainJob(("full-0",)))
+        experiment.make("full-0")
         return experiment
 
     def attempt() -> None:

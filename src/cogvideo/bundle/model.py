@@ -68,11 +68,6 @@ class StageModels(ABC):
 
     @property
     @abstractmethod
-    def text(self) -> TextTokenizer:
-        """Captions to tokens and back."""
-
-    @property
-    @abstractmethod
     def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
         """Cluster of each code, for cluster sampling."""
 
@@ -113,6 +108,11 @@ class StageModels(ABC):
     def autoencoder(self) -> Autoencoder:
         """Frames to codes and back."""
         return self.part("image_tokenizer", Autoencoder)
+
+    @property
+    def text(self) -> TextTokenizer:
+        """Captions to tokens and back."""
+        return self.part("text", TextTokenizer)
 
 
 class CogVideo(StageModels):
@@ -278,11 +278,6 @@ class CogVideo(StageModels):
             return None
         codes = self.autoencoder.codebook.embedding.detach().float().cpu()
         return cluster_codes(codes, max(1, len(codes) // CODES_PER_CLUSTER), torch.Generator().manual_seed(0))
-
-    @property
-    def text(self) -> TextTokenizer:
-        """Captions to tokens and back."""
-        return self.part("text", TextTokenizer)
 
     def part(self, component: str, kind: type[T]) -> T:
         """A component, refused if it has another type; see `component`."""

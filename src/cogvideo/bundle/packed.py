@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from cogvideo.bundle.model import CogVideo, StageModels
 from cogvideo.models.transformer import Base
 from cogvideo.packing import num_bytes, pack, sharing
-from cogvideo.text import TextTokenizer
 
 T = TypeVar("T")
 Parts = dict[str, nn.Module]
@@ -45,11 +44,6 @@ class Packed(StageModels):
         return self._model.components
 
     @property
-    def text(self) -> TextTokenizer:
-        """Captions to tokens."""
-        return self._model.text
-
-    @property
     def cluster_labels(self) -> Int64[Tensor, " codes"] | None:
         """Cluster of each code, for cluster sampling."""
         return self._model.cluster_labels
@@ -76,6 +70,8 @@ class Packed(StageModels):
 
     def part(self, component: str, kind: type[T]) -> T:
         """A component of this type, packed if that makes it faster."""
+        if component == "text":
+            return self._model.part(component, kind)
         is_callers = self._model.is_loaded(component)
         parts = self._copies if is_callers else self._kept
         if component not in parts:

@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 
 from cogvideo.config import require
-from cogvideo.data.engines import Machines, PlainJob
+from cogvideo.data.engines import Machines
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.files import write_json
 from cogvideo.runs import provenance
@@ -62,8 +62,7 @@ def ablate(
     if names:
         print(f"{len(names)} runs to do; each logs to its own folder, such as {out / names[0] / LOG}", flush=True)
         done = count(1)
-        jobs = [PlainJob((name,)) for name in names]
-        machines.settled.run(jobs, experiment, lambda: print(f"{next(done)} of {len(names)} runs done", flush=True))
+        machines.settled.run(names, experiment, lambda: print(f"{next(done)} of {len(names)} runs done", flush=True))
     _write(experiment)
 
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
@@ -115,14 +115,16 @@ class ShardWorker:
         assert settings.size is not None
         if self.settings.superres:
             settings = replace(settings, size=times(settings.size, self.ratio))
-        for item, result in ahead(lambda item: read_item(item, settings), items, self.readers):
-            if not isinstance(result, VideoError):
-                yield item, result
-                continue
-            path = item.media.archive if isinstance(item.media, Member) else item.media
-            folder = f"{path.parent}{os.sep}" if isinstance(path, Path) else ""  # shards must not depend on it
-            rejected.append(Rejection(item.id, result.reason, plain(result.detail.replace(folder, ""))))
-            on_clip()
+        for item, read in ahead(lambda item: read_item(item, settings), items, self.readers):
+            try:
+                pictures = read()
+            except VideoError as error:
+                path = item.media.archive if isinstance(item.media, Member) else item.media
+                folder = f"{path.parent}{os.sep}" if isinstance(path, Path) else ""  # shards must not depend on it
+                rejected.append(Rejection(item.id, error.reason, plain(error.detail.replace(folder, ""))))
+                on_clip()
+            else:
+                yield item, pictures
 
 
 def encode_clips(
@@ -143,22 +145,14 @@ def encode_clips(
         yield np.stack([first, *islice(codes, lengths.popleft() - 1)])
 
 
-def ahead(function: Callable[[T], U], values: Iterable[T], threads: int) -> Iterator[tuple[T, U | VideoError]]:
-    """Each value with its result or error, in order; `threads` threads work ahead, none if 0."""
-
-    def attempt(value: T) -> U | VideoError:
-        try:
-            return function(value)
-        except VideoError as error:
-            return error
-
+def ahead(function: Callable[[T], U], values: Iterable[T], threads: int) -> Iterator[tuple[T, Callable[[], U]]]:
+    """Each value with a call that returns its result or raises its error; `threads` threads work ahead, none if 0."""
     if threads == 0:
-        yield from ((value, attempt(value)) for value in values)
+        yield from ((value, partial(function, value)) for value in values)
         return
     with ThreadPoolExecutor(threads) as pool:
-        stream = ((value, pool.submit(attempt, value)) for value in values)
+        stream = ((value, pool.submit(function, value).result) for value in values)
         waiting = deque(islice(stream, 2 * threads))
         while waiting:
-            value, future = waiting.popleft()
-            yield value, future.result()
+            yield waiting.popleft()
             waiting.extend(islice(stream, 1))

@@ -15,7 +15,7 @@ from dataclasses import Field, dataclass, replace
 from functools import partial
 from importlib import import_module
 from multiprocessing.queues import SimpleQueue
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from rich.console import Console
@@ -27,27 +27,13 @@ from cogvideo.devices import usable
 OnClip = Callable[[], None]
 
 
-class Job(Protocol):
-    """Clips that a worker encodes as one unit, whose result is kept."""
-
-    @property
-    def items(self) -> Sequence[Any]:
-        """The clips."""
-
-
-class PlainJob(NamedTuple):
-    """A job that needs nothing but its items."""
-
-    items: tuple[Any, ...]
-
-
 class Worker(Protocol):
     """A frozen dataclass with the fields `device` and `readers`, which engines set; it is sent to processes."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def make(self, job: Any, on_clip: OnClip = ...) -> None:
-        """Do a job; `on_clip` is called after each item."""
+        """Do a job, some clips whose result is kept; `on_clip` is called after each clip."""
 
 
 GPU_READERS = 4
@@ -66,7 +52,7 @@ def local_devices(device: str, workers: int) -> list[str]:
     return [str(usable(device))] * (workers or 1)
 
 
-def run_local(jobs: Sequence[Job], worker: Worker, places: Sequence[str], on_clip: OnClip) -> None:
+def run_local(jobs: Sequence[Any], worker: Worker, places: Sequence[str], on_clip: OnClip) -> None:
     """Do jobs with one process per device in `places`; a single device is used from this process."""
     if len(places) == 1 or len(jobs) == 1:
         worker = _at(worker, places[0], 1)
@@ -129,8 +115,8 @@ class Machines:
         """The same with a fixed device type, which Ray actors would otherwise choose themselves."""
         return replace(self, device=self.kind) if self.engine == "ray" else self
 
-    def run(self, jobs: Sequence[Job], worker: Worker, on_clip: OnClip) -> None:
-        """Do jobs; `on_clip` is called after each item."""
+    def run(self, jobs: Sequence[Any], worker: Worker, on_clip: OnClip) -> None:
+        """Do jobs; `on_clip` is called after each clip."""
         if self.engine == "ray":
             run_ray(jobs, worker, self.device, self.ray_address, self.workers, on_clip)
         else:
@@ -190,7 +176,7 @@ def _start(worker: Worker, devices: SimpleQueue[str], clips: SimpleQueue[bool], 
     _worker, _clips = _at(worker, devices.get(), num_workers), clips
 
 
-def _make(job: Job) -> None:
+def _make(job: Any) -> None:
     _worker.make(job, lambda: _clips.put(True))
 
 
@@ -209,12 +195,12 @@ def _end_with_parent() -> None:
 
 
 def run_ray(
-    jobs: Sequence[Job], worker: Worker, device: str, address: str | None, workers: int, on_clip: OnClip
+    jobs: Sequence[Any], worker: Worker, device: str, address: str | None, workers: int, on_clip: OnClip
 ) -> None:
     """Do jobs with Ray Data; machines must share all folders that the worker reads and writes.
 
     A local cluster is started unless an address is given. `workers` is the number of actors, 0 for one per core or GPU;
-    `on_clip` is called for each item when its job is done.
+    `on_clip` is called for each clip when its job is done.
     """
     import ray
     from ray.data import DataContext, from_items
@@ -251,6 +237,6 @@ class _Maker:
         self.worker = worker
 
     def __call__(self, row: dict[str, Any]) -> dict[str, int]:
-        job: Job = pickle.loads(row["job"])
-        self.worker.make(job)
-        return {"num_clips": len(job.items)}
+        clips: list[None] = []
+        self.worker.make(pickle.loads(row["job"]), lambda: clips.append(None))
+        return {"num_clips": len(clips)}

@@ -185,22 +185,22 @@ class _Drawing:
 
     def _of_source(self, items: Sequence[Item], total: int) -> Iterator[UInt8[np.ndarray, "_ height width 3"]]:
         """Frames of each clip: its share of `total`, at least `frames_per_clip`; clips that fail are skipped."""
-        if total <= 0:
-            return
         for (place, _), read in ahead(self._read, enumerate(items), self.readers):
-            if isinstance(read, VideoError):
-                self.reasons[read.reason] += 1
+            if total <= 0:
+                return
+            try:
+                frames = read()
+            except VideoError as error:
+                self.reasons[error.reason] += 1
                 self._count(0)
                 continue
             quota = max(self.settings.frames_per_clip, math.ceil(total / (len(items) - place)))
-            count = min(len(read), total, quota)
-            middles = (2 * np.arange(count) + 1) * len(read) // (2 * count)  # of equal parts of the clip
-            chosen = _parts(read[middles], self.settings, place)
+            count = min(len(frames), total, quota)
+            middles = (2 * np.arange(count) + 1) * len(frames) // (2 * count)  # of equal parts of the clip
+            chosen = _parts(frames[middles], self.settings, place)
             total -= len(chosen)
             self._count(len(chosen))
             yield chosen
-            if total <= 0:
-                return
 
     def _read(self, numbered: tuple[int, Item]) -> UInt8[np.ndarray, "_ height width 3"]:
         """All frames of a clip; every second clip is zoomed."""

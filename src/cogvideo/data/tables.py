@@ -277,8 +277,6 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 def _parquet_records(path: Path) -> Iterator[Record]:
     with _parquet(path) as file:
-        number = 0
-        for batch in file.iter_batches(1024):
-            for values in batch.to_pylist():
-                number += 1
-                yield Record(f"row {number}", values)
+        rows = (values for batch in file.iter_batches(1024) for values in batch.to_pylist())
+        for number, values in enumerate(rows, 1):
+            yield Record(f"row {number}", values)

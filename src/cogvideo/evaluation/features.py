@@ -23,7 +23,7 @@ from torch.backends import cudnn
 
 from cogvideo.config import require
 from cogvideo.data.encoding import ahead
-from cogvideo.data.engines import Machines, OnClip, PlainJob, progress
+from cogvideo.data.engines import Machines, OnClip, progress
 from cogvideo.data.shards import digest
 from cogvideo.evaluation.footage import Excerpt, Reading
 from cogvideo.evaluation.networks.c3d import load_c3d
@@ -31,7 +31,6 @@ from cogvideo.evaluation.networks.cache import cache_folder
 from cogvideo.evaluation.networks.i3d import MIN_FRAMES, load_i3d
 from cogvideo.evaluation.protocols import Pixels, Protocol
 from cogvideo.files import replacing, sha256_of
-from cogvideo.media.video import VideoError
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.perceptual import Network as Perceptual
 from cogvideo.models.perceptual import load_lpips
@@ -133,14 +132,14 @@ class Extractor:
     def _loaded(self) -> LoadedNetwork:
         return LoadedNetwork(self.judge.load(self.device), self.reading.autoencoder(self.device))
 
-    def make(self, job: PlainJob, on_clip: OnClip = lambda: None) -> None:
-        """Write the features of a job's samples."""
+    def make(self, job: Sequence[FeatureInput], on_clip: OnClip = lambda: None) -> None:
+        """Write the features of some samples."""
         size = CPU_BATCH if self.device == "cpu" else GPU_BATCH
-        read = ahead(self._read, job.items, self.readers)
+        read = ahead(self._read, job, self.readers)
         with one_thread(), cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            for start in range(0, len(job.items), size):
-                samples = job.items[start : start + size]
-                clips = [_or_error(clip) for _, clip in islice(read, size)]
+            for start in range(0, len(job), size):
+                samples = job[start : start + size]
+                clips = [clip() for _, clip in islice(read, size)]
                 for sample, features in zip(samples, _encode(clips, self._loaded.encode, size), strict=True):
                     with replacing(sample.file) as file:
                         np.save(file, features)
@@ -153,12 +152,6 @@ class Extractor:
         """A sample, named by a hash of everything that determines its features."""
         key = digest([VERSION, self.device, self.judge.identity, *map(self.reading.identity, excerpts)])
         return FeatureInput(excerpts, cache_folder() / "features" / key[:2] / f"{key}.npy")
-
-
-def _or_error(clip: tuple[Pixels, ...] | VideoError) -> tuple[Pixels, ...]:
-    if isinstance(clip, VideoError):
-        raise clip
-    return clip
 
 
 def _encode(clips: ExcerptPixels, encode: Encode, size: int) -> NDArray[np.float32]:
@@ -187,7 +180,7 @@ def extract(
     for folder in {sample.file.parent for sample in missing}:
         folder.mkdir(parents=True, exist_ok=True)
     size = JOB_BATCHES * (CPU_BATCH if machines.kind == "cpu" else GPU_BATCH)
-    jobs = [PlainJob(tuple(missing[start : start + size])) for start in range(0, len(missing), size)]
+    jobs = [missing[start : start + size] for start in range(0, len(missing), size)]
     if jobs:
         with progress(title, len(samples), len(samples) - len(missing)) as on_clip:
             machines.settled.run(jobs, extractor, on_clip)

@@ -150,10 +150,8 @@ class Reading:
 
     def look(self, found: Sequence[Item | DatasetRow]) -> Iterator[SourceClip]:
         """Facts about clips, in order. Files are decoded for this, some of them ahead."""
-        for _, footage in ahead(self._look, found, READERS):
-            if isinstance(footage, VideoError):
-                raise footage
-            yield footage
+        for _, looked in ahead(self._look, found, READERS):
+            yield looked()
 
     def _look(self, media: Item | DatasetRow) -> SourceClip:
         if isinstance(media, DatasetRow):

@@ -149,13 +149,10 @@ def examine(file: Path | Content) -> FileInfo:
 
 
 def _codec(file: Content) -> str:
+    from cogvideo.media.ffmpeg import codec_name
     from cogvideo.media.images import format_name
 
-    if name := format_name(file):
-        return name
-    from cogvideo.media.ffmpeg import codec_name
-
-    return codec_name(file)
+    return format_name(file) or codec_name(file)
 
 
 def _usual_rate(begins: list[float], end: float) -> float:
@@ -219,14 +216,10 @@ def _read_shots(file: Content, start: float, unknown: float, end: float = math.i
 
 def _decoded(file: Content, start: float) -> Shots:
     """Frames by Pillow if it knows the file, else by FFmpeg."""
+    from cogvideo.media.ffmpeg import decode
     from cogvideo.media.images import read_pictures
 
-    shots = read_pictures(file)
-    if shots is None:
-        from cogvideo.media.ffmpeg import decode
-
-        shots = decode(file, start)
-    return shots
+    return read_pictures(file) or decode(file, start)
 
 
 def _is_cut(file: Content, head: bytes) -> bool:

@@ -32,7 +32,7 @@ from cogvideo.bundle.model import POCKET, CogVideo, update
 from cogvideo.config import CogVideoConfig, StageConfig, require
 from cogvideo.data.dataset import CARD
 from cogvideo.data.encoding import PrepareSettings
-from cogvideo.data.engines import Machines, OnClip, PlainJob
+from cogvideo.data.engines import Machines, OnClip
 from cogvideo.data.prepare import prepare
 from cogvideo.data.sources import SourceOptions
 from cogvideo.devices import default_dtype
@@ -200,18 +200,17 @@ class Experiment:
         shown = [resized(base.autoencoder.reconstruct(clip), SIZE) for clip in real]
         return self._metrics(shown, subject, self.out / CEILING)
 
-    def make(self, job: PlainJob, on_clip: OnClip = lambda: None) -> None:
-        """Do a run, or resume it."""
-        (name,) = job.items
-        variant, seed = VARIANTS[self.runs[name][0]], self.runs[name][1]
-        out, folder = self.out / name, RunFolder(self.out / name / RUN)
+    def make(self, job: str, on_clip: OnClip = lambda: None) -> None:
+        """Do a run, given by its name, or resume it."""
+        variant, seed = VARIANTS[self.runs[job][0]], self.runs[job][1]
+        out, folder = self.out / job, RunFolder(self.out / job / RUN)
         with exclusive_lock(folder.path), (out / LOG).open("a") as log, redirect_stdout(log), redirect_stderr(log):
             self._train(variant, seed, out)
             model = CogVideo.from_pretrained(out, default_dtype(torch.device(self.device)), self.device)
             found = {}
             for overlap in variant.overlaps:
                 pipeline = OneStage(model, overlap) if overlap else CogVideoPipeline(model)
-                sheet = self.sheet(name, overlap)
+                sheet = self.sheet(job, overlap)
                 found[variant.row(overlap)] = self._judge(pipeline, self._subject(seed), sheet)
             folder.finish(found)
         on_clip()

@@ -6,41 +6,21 @@ operations that IEEE 754 defines to the last bit, so that they agree between pro
 motion do (which are rounded again), between machines.
 """
 
-from cogvideo.world.captions import captions
-from cogvideo.world.figures import COLORS, SHADINGS
-from cogvideo.world.places import PLACES
-from cogvideo.world.rendering import MIN_SIZE, SECONDS, render
-from cogvideo.world.scenes import (
-    ACTS,
-    DOMAINS,
-    OBJECTS,
-    SIZES,
-    SPEEDS,
-    Scene,
-    attributes,
-    is_held_out,
-    scene,
-    scenes,
-    split,
-)
-
-__all__ = [
-    "ACTS",
-    "COLORS",
-    "DOMAINS",
-    "MIN_SIZE",
-    "OBJECTS",
-    "PLACES",
-    "SECONDS",
-    "SHADINGS",
-    "SIZES",
-    "SPEEDS",
-    "Scene",
-    "attributes",
-    "captions",
-    "is_held_out",
-    "render",
-    "scene",
-    "scenes",
-    "split",
-]
+from cogvideo.world.captions import captions as captions
+from cogvideo.world.figures import COLORS as COLORS
+from cogvideo.world.figures import SHADINGS as SHADINGS
+from cogvideo.world.places import PLACES as PLACES
+from cogvideo.world.rendering import MIN_SIZE as MIN_SIZE
+from cogvideo.world.rendering import SECONDS as SECONDS
+from cogvideo.world.rendering import render as render
+from cogvideo.world.scenes import ACTS as ACTS
+from cogvideo.world.scenes import DOMAINS as DOMAINS
+from cogvideo.world.scenes import OBJECTS as OBJECTS
+from cogvideo.world.scenes import SIZES as SIZES
+from cogvideo.world.scenes import SPEEDS as SPEEDS
+from cogvideo.world.scenes import Scene as Scene
+from cogvideo.world.scenes import attributes as attributes
+from cogvideo.world.scenes import is_held_out as is_held_out
+from cogvideo.world.scenes import scene as scene
+from cogvideo.world.scenes import scenes as scenes
+from cogvideo.world.scenes import split as split
