@@ -36,13 +36,11 @@ from cogvideo.data.engines import Machines, OnClip, PlainJob
 from cogvideo.data.prepare import prepare
 from cogvideo.data.sources import SourceOptions
 from cogvideo.devices import default_dtype
-from cogvideo.evaluation.attributes import ALL
 from cogvideo.evaluation.features import i3d, one_thread
-from cogvideo.evaluation.making import ClipFolder, ClipOptions, fill, generate
+from cogvideo.evaluation.making import ClipFolder, ClipOptions, OneStage, fill, generate
 from cogvideo.evaluation.networks.cache import network_path
-from cogvideo.evaluation.one_stage import OneStage
 from cogvideo.evaluation.protocols import PROTOCOLS
-from cogvideo.evaluation.reader import FILE, SIZE, resized
+from cogvideo.evaluation.reader import ALL, FILE, SIZE, resized
 from cogvideo.evaluation.subjects import Clip, WorldSubject
 from cogvideo.files import exclusive_lock, replacing
 from cogvideo.media.images import contact_sheet, evenly, write_image
