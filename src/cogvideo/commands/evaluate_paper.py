@@ -19,7 +19,7 @@ from cogvideo.data.engines import Machines, progress
 from cogvideo.data.sources import Item
 from cogvideo.evaluation.comparison import INCEPTION_SCORE, ComparisonRun, Figure, Networks
 from cogvideo.evaluation.footage import Reading, Tokenizer
-from cogvideo.evaluation.making import ClipOptions, fill
+from cogvideo.evaluation.making import ClipOptions, clip_files, fill
 from cogvideo.evaluation.paper import (
     KINETICS600,
     NOTE,
@@ -189,9 +189,7 @@ class _Run:
     def fill(self, prompts: Sequence[Prompt], make: Callable[[list[int]], list[Pixels]], batch: int) -> None:
         """Make the clips that the folder lacks, as lossless files. All prompts are checked before the first one."""
         self.maker.check(prompts)
-        folder = self._out / GENERATED
-        folder.mkdir(exist_ok=True)
-        files = [folder / f"{prompt.name}.webp" for prompt in prompts]
+        files = clip_files(self._out / GENERATED, prompts, ".webp")
         assert self._reading.fps is not None
         write = partial(write_video, fps=self._reading.fps)
         with progress("generated", len(files), sum(file.exists() for file in files)) as advance:

@@ -105,7 +105,7 @@ def fill(
     make: Callable[[list[int]], list[T]],
     write: Callable[[Path, T], None],
     batch: int,
-    on_clips: Callable[[int], None],
+    on_clips: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Make the files that are missing.
 
@@ -129,33 +129,22 @@ def fill(
             on_clips(len(missing))
 
 
-def _write(path: Path, clip: Clip) -> None:
+def clip_files(folder: Path, prompts: Sequence[Prompt], suffix: str = ".npz") -> list[Path]:
+    """Files of the prompts' clips in a folder, which is created if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [folder / f"{prompt.name}{suffix}" for prompt in prompts]
+
+
+def write_clip(path: Path, clip: Clip) -> None:
+    """Write a clip atomically."""
     with replacing(path) as file:
         np.savez_compressed(file, clip=clip)
 
 
-class ClipFolder:
-    """A folder of clips named by their prompts, created if missing; each file is written atomically."""
-
-    def __init__(self, folder: Path, prompts: Sequence[Prompt]) -> None:
-        self._files = [folder / f"{prompt.name}.npz" for prompt in prompts]
-        folder.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def missing(self) -> list[int]:
-        """Numbers of the prompts without a clip."""
-        return [number for number, file in enumerate(self._files) if not file.exists()]
-
-    def fill(self, make: Callable[[list[int]], list[Clip]], batch: int, on_clips: Callable[[int], None]) -> None:
-        """Make the clips that are missing; see `fill`."""
-        fill(self._files, make, _write, batch, on_clips)
-
-    def __iter__(self) -> Iterator[Clip]:
-        """The clips in the order of the prompts."""
-        for file in self._files:
-            try:
-                with np.load(file) as arrays:
-                    clip = arrays["clip"]
-            except (ValueError, KeyError, EOFError, BadZipFile) as error:
-                raise InputError(f"{file} is damaged ({error}): remove it, and it is made again") from error
-            yield clip
+def read_clip(path: Path) -> Clip:
+    """A clip that `write_clip` wrote."""
+    try:
+        with np.load(path) as arrays:
+            return arrays["clip"]
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path} is damaged ({error}): remove it, and it is made again") from error
