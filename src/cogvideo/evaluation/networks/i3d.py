@@ -99,8 +99,8 @@ class _Unit(nn.Module):
         super().__init__()
         self.eps = eps
         self.conv_3d = nn.Conv3d(before, width, kernel, stride, bias=False)
-        names = ("beta", "moving_mean", "moving_variance")
-        self.batch_norm = nn.ParameterDict({name: torch.zeros(width) for name in names})
+        zeros, ones = torch.zeros(width), torch.ones(width)
+        self.batch_norm = nn.ParameterDict({"beta": zeros, "moving_mean": zeros.clone(), "moving_variance": ones})
 
     def forward(self, x: Tensor) -> Tensor:
         stride, norm = self.conv_3d.stride, self.batch_norm
