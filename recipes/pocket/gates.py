@@ -25,10 +25,9 @@ from cogvideo.commands.options import parse
 from cogvideo.data.frames import BACKGROUNDS, on_background
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import retrieval
-from cogvideo.evaluation.attributes import PROMPTED, unseen_scenes
 from cogvideo.evaluation.distribution import interval
 from cogvideo.evaluation.networks.cache import network_path
-from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, SIZE, Reader, resized
+from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, PROMPTED, SIZE, Reader, resized, unseen_scenes
 from cogvideo.evaluation.subjects import TEMPLATE, read_animation, unseen_background
 from cogvideo.generation import hierarchy
 from cogvideo.generation.request import MAX_CONTEXT, Request

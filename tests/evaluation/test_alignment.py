@@ -21,7 +21,7 @@ from cogvideo.data.frames import BACKGROUNDS, FrameSettings, background_of
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import alignment as module
 from cogvideo.evaluation.alignment import shown
-from cogvideo.evaluation.making import ClipFolder, ClipOptions, generate
+from cogvideo.evaluation.making import ClipOptions, generate, read_clip
 from cogvideo.evaluation.preferences import wilson
 from cogvideo.evaluation.reader import ATTRIBUTES, SIZE, Reader, ReaderConfig, resized
 from cogvideo.evaluation.subjects import Clip, EmojiSubject, Prompt, unseen_background
@@ -221,7 +221,7 @@ def test_a_damaged_clip_is_told(tmp_path: Path) -> None:
     for content in (b"", b"PK", b"no zip"):
         (tmp_path / "a.npz").write_bytes(content)
         with pytest.raises(InputError, match=r"a.npz is damaged \(.*\): remove it"):
-            list(ClipFolder(tmp_path, [Prompt("a", "a cat", 1)]))
+            read_clip(tmp_path / "a.npz")
 
 
 def test_background_was_never_behind_the_clip(emoji: Path) -> None:

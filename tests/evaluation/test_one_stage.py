@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cogvideo.evaluation import one_stage
-from cogvideo.evaluation.one_stage import OneStage
+from cogvideo.evaluation import making
+from cogvideo.evaluation.making import OneStage
 from cogvideo.generation.hierarchy import after, first_frames
 from cogvideo.generation.request import Request
 from cogvideo.pipeline import collect
@@ -42,8 +42,8 @@ def test_sequences_begin_with_the_end_of_the_clip(
         made.append(first_frames(system, request)[:, None])
         return made[0][:, 0]
 
-    monkeypatch.setattr(one_stage, "after", watched)
-    monkeypatch.setattr(one_stage, "first_frames", first)
+    monkeypatch.setattr(making, "after", watched)
+    monkeypatch.setattr(making, "first_frames", first)
     settings = replace(pipeline.settings, rounds=0, duration=0.5)
     clips = collect(pipeline.stream(["a cat"], [torch.Generator().manual_seed(3)], settings), 8.0)
     assert pipeline.num_frames(settings) == 33

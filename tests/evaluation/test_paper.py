@@ -18,10 +18,9 @@ from cogvideo.cli import main
 from cogvideo.commands import evaluate_distribution
 from cogvideo.evaluation.features import ExcerptPixels, Judge
 from cogvideo.evaluation.footage import Reading, draw
-from cogvideo.evaluation.lists import CHINESE, read_kinetics, read_ucf101
 from cogvideo.evaluation.making import fill
+from cogvideo.evaluation.paper import CHINESE, of_classes, read_kinetics, read_ucf101
 from cogvideo.evaluation.protocols import PROTOCOLS
-from cogvideo.evaluation.samples import of_classes
 from cogvideo.media.video import read_video, write_video
 from gallery import make_model
 from killing import kill_at

@@ -11,10 +11,23 @@ import pytest
 import torch
 
 from cogvideo import world
-from cogvideo.evaluation import attributes
 from cogvideo.evaluation import reader as module
-from cogvideo.evaluation.attributes import ALL, PROMPTED, READER_LEARNS, accuracies, unseen_scenes
-from cogvideo.evaluation.reader import ATTRIBUTES, FILE, LABELS, Reader, ReaderConfig, labels, readable, render, resized
+from cogvideo.evaluation.reader import (
+    ALL,
+    ATTRIBUTES,
+    FILE,
+    LABELS,
+    PROMPTED,
+    READER_LEARNS,
+    Reader,
+    ReaderConfig,
+    accuracies,
+    labels,
+    readable,
+    render,
+    resized,
+    unseen_scenes,
+)
 
 SMALL = ReaderConfig((4, 8, 8, 16), (0, 1, 1, 1), 16)
 
@@ -102,7 +115,7 @@ def test_unseen_simple_scenes_look_different(monkeypatch: pytest.MonkeyPatch) ->
     assert {scene.domain for scene in scenes} == {"simple"}
     assert [world.split(scene) for scene in scenes] == ["held_out"] * 60 + ["validation"] * 60
     assert len({replace(scene, index=0) for scene in scenes}) == 120
-    monkeypatch.setattr(attributes, "SEARCHED", 300)
+    monkeypatch.setattr(module, "SEARCHED", 300)
     with pytest.raises(ValueError, match=r"the World has \d+ unseen simple scenes of held_out, expected 2500"):
         unseen_scenes(5000, PROMPTED, "simple")
 

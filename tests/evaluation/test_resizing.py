@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from cogvideo.evaluation.resizing import resize, resize_legacy
+from cogvideo.evaluation.protocols import resize, resize_legacy
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/networks/resize_golden.npz")
 WAYS = {

@@ -36,9 +36,8 @@ from cogvideo.report import clips as report_clips
 from cogvideo.report import data as report_module
 from cogvideo.report import page as page_module
 from cogvideo.report.clips import find_origin, read_as_encoded
-from cogvideo.report.data import frequencies, training_rates
+from cogvideo.report.data import frequencies, ranges, summary, take_sample, training_rates, words_of
 from cogvideo.report.page import RunName, environment, middle, percent, shorten, write_page
-from cogvideo.report.sample import ranges, summary, take_sample, words_of
 
 SMALL = AutoencoderConfig(
     channels=8, groups=4, encoder_multipliers=(1, 1, 1), decoder_multipliers=((1, 1, 1),), embedding_dim=8, rate=4

@@ -12,8 +12,7 @@ import torch
 
 from cogvideo import world
 from cogvideo.commands.train import reader as train_reader
-from cogvideo.evaluation.attributes import READER_LEARNS, READER_TEST, unseen_scenes
-from cogvideo.evaluation.reader import Reader, ReaderConfig, render
+from cogvideo.evaluation.reader import READER_LEARNS, READER_TEST, Reader, ReaderConfig, render, unseen_scenes
 from cogvideo.files import exclusive_lock
 from cogvideo.training import reader as module
 from cogvideo.training.objectives.reader import ReaderObjective, ReaderSettings, augment, batches, clips, stills

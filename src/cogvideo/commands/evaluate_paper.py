@@ -19,11 +19,23 @@ from cogvideo.data.engines import Machines, progress
 from cogvideo.data.sources import Item
 from cogvideo.evaluation.comparison import INCEPTION_SCORE, ComparisonRun, Figure, Networks
 from cogvideo.evaluation.footage import Reading, Tokenizer
-from cogvideo.evaluation.lists import Language, Split, read_kinetics, read_ucf101
-from cogvideo.evaluation.making import ClipOptions, fill
+from cogvideo.evaluation.making import ClipOptions, clip_files, fill
+from cogvideo.evaluation.paper import (
+    KINETICS600,
+    NOTE,
+    UCF101,
+    Language,
+    ProtocolMaker,
+    Published,
+    Split,
+    of_classes,
+    of_videos,
+    read_kinetics,
+    read_ucf101,
+    write_table,
+    write_windows,
+)
 from cogvideo.evaluation.protocols import PROTOCOLS, Pixels, Protocol
-from cogvideo.evaluation.published import KINETICS600, NOTE, UCF101, Published
-from cogvideo.evaluation.samples import ProtocolMaker, of_classes, of_videos, write_table, write_windows
 from cogvideo.evaluation.subjects import Prompt
 from cogvideo.files import exclusive_lock, sha256_of, write_json
 from cogvideo.media.video import write_video
@@ -177,9 +189,7 @@ class _Run:
     def fill(self, prompts: Sequence[Prompt], make: Callable[[list[int]], list[Pixels]], batch: int) -> None:
         """Make the clips that the folder lacks, as lossless files. All prompts are checked before the first one."""
         self.maker.check(prompts)
-        folder = self._out / GENERATED
-        folder.mkdir(exist_ok=True)
-        files = [folder / f"{prompt.name}.webp" for prompt in prompts]
+        files = clip_files(self._out / GENERATED, prompts, ".webp")
         assert self._reading.fps is not None
         write = partial(write_video, fps=self._reading.fps)
         with progress("generated", len(files), sum(file.exists() for file in files)) as advance:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -15,8 +14,7 @@ from cogvideo.config import require
 from cogvideo.data.engines import Machines
 from cogvideo.data.tables import CAPTION_COLUMNS
 from cogvideo.evaluation.comparison import Figure
-from cogvideo.evaluation.distribution import Metric, interval
-from cogvideo.evaluation.features import one_thread
+from cogvideo.evaluation.distribution import mean
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.protocols import PROTOCOLS
 from cogvideo.evaluation.similarity import Similarity, Which, fingerprint, is_vit_b32, locate_clip
@@ -72,10 +70,10 @@ def text(
     measured = {name: similarity.measure(source) for name, source in sources.items()}
     title = "CLIPSIM" if is_vit_b32(folder) else "CLIP similarity (not ViT-B/32)"
     found = {name: each.similarities for name, each in measured.items()}
-    figures = [_figure(title, name, _mean, [each], seed) for name, each in found.items()]
+    figures = [Figure.measured(title, name, mean, [each], seed) for name, each in found.items()]
     if real is not None:
         both = [found["generated"], found["real"]]
-        figures.append(_figure("relative matching", "generated / real", _ratio, both, seed))
+        figures.append(Figure.measured("relative matching", "generated / real", _ratio, both, seed))
     console = Console(highlight=False)
     for name, each in measured.items():
         console.print(f"{name}: {each.side}")
@@ -96,15 +94,6 @@ def text(
         }
         write_json(json, described)
         print(json)
-
-
-def _figure(name: str, of: str, metric: Metric, sets: Sequence[Tensor], seed: int) -> Figure:
-    with one_thread():
-        return Figure(name, of, len(sets[0]), metric(*sets), interval(metric, sets, seed))
-
-
-def _mean(similarities: Tensor) -> float:
-    return similarities.mean().item()
 
 
 def _ratio(generated: Tensor, real: Tensor) -> float:

@@ -14,7 +14,7 @@ from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import locate
 from cogvideo.config import require, size_text
 from cogvideo.data.engines import progress
-from cogvideo.evaluation.making import ClipFolder, ClipOptions, generate, start
+from cogvideo.evaluation.making import ClipOptions, clip_files, fill, generate, read_clip, start, write_clip
 from cogvideo.evaluation.motion import STATIC, Movement, measure, movement
 from cogvideo.evaluation.preferences import wilson
 from cogvideo.evaluation.reader import SIZE, resized
@@ -75,10 +75,10 @@ def _judge(
 
     clips = {REAL: [resized(subject.real(number, size), SIZE) for number in range(len(prompts))]}
     for name, make in ((GENERATED, made), (RECONSTRUCTION, reconstructed)):
-        clip_folder = ClipFolder(out / name, prompts)
-        with progress(f"{subject.name}: {name}", len(prompts), len(prompts) - len(clip_folder.missing)) as advance:
-            clip_folder.fill(make, batch, advance)
-        clips[name] = list(clip_folder)
+        files = clip_files(out / name, prompts)
+        with progress(f"{subject.name}: {name}", len(files), sum(file.exists() for file in files)) as advance:
+            fill(files, make, write_clip, batch, advance)
+        clips[name] = [read_clip(file) for file in files]
     motions = {name: [measure(clip) for clip in each] for name, each in clips.items()}
     return {name: RowFindings(subject.judge(clips[name]), movement(motions[name], motions[REAL])) for name in ROWS}
 
@@ -118,9 +118,9 @@ def _write_sheet(out: Path, subjects: Sequence[Subject], results: dict[str, dict
     rows, labels = [], []
     for subject in subjects:
         verdict = results[subject.name][GENERATED].verdict
-        generated = list(ClipFolder(out / GENERATED, subject.prompts))
+        files = clip_files(out / GENERATED, subject.prompts)
         for number in shown(verdict.right):
-            rows += [resized(subject.real(number, SIZE), SIZE), generated[number]]
+            rows += [resized(subject.real(number, SIZE), SIZE), read_clip(files[number])]
             labels += [subject.prompts[number].text, verdict.words[number]]
     write_image(out / "alignment.png", contact_sheet(rows, COLUMNS, labels=labels))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxtyping import Float
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cogvideo.config import require
 from cogvideo.data.engines import Machines
-from cogvideo.evaluation.distribution import Extrapolation, Metric, Sets, halves, interval, limit
-from cogvideo.evaluation.features import Extractor, Judge, extract, one_thread
+from cogvideo.evaluation.distribution import Extrapolation, Metric, Sets, halves, interval, limit, mean
+from cogvideo.evaluation.features import Judge, extract, one_thread
 from cogvideo.evaluation.footage import DrawnExcerpts, Excerpt, Reading, draw
 from cogvideo.evaluation.protocols import Protocol
 
@@ -41,6 +41,19 @@ class Figure:
     """Number of clips in each set of real clips."""
     limit: Extrapolation | None = None
     """The figure at infinitely many clips; None for too few clips to extrapolate, see `limit`."""
+
+    @classmethod
+    def measured(cls, name: str, of: str, metric: Metric, sets: Sets, seed: int, real: Sets = ()) -> Figure:
+        """A figure of some sets, bit-identical on any number of cores.
+
+        `real` are sets of real clips for the same figure, if it depends on the number of clips and is extrapolated.
+        """
+        with one_thread():
+            value, around = metric(*sets), interval(metric, sets, seed)
+            if not real:
+                return cls(name, of, len(sets[0]), value, around)
+            floor = metric(*real) if len(real[0]) > 1 else None
+            return cls(name, of, len(sets[0]), value, around, floor, len(real[0]), limit(metric, sets, seed))
 
 
 @dataclass(frozen=True)
@@ -116,8 +129,6 @@ class ComparisonRun:
         require(seed >= 0, f"seed is {seed}, expected 0 or more")
         self._reading, self._networks, self._machines, self._seed = reading, networks, machines, seed
         self._protocol = reading.protocol
-        self._names: list[str] = []
-        self._count = 0
 
     def compare(self, real: str, generated: str) -> Comparison:
         """Compare the clips of two sources."""
@@ -127,9 +138,7 @@ class ComparisonRun:
         made = draw(generated, reading, "start", max(protocol.clips, scored), seed)
         check_alike([*drawn.excerpts, *made.excerpts], protocol)
         true = drawn.excerpts[: 2 * protocol.clips]
-        self._count = min(protocol.clips, len(true), len(made.excerpts))
-        others = made.excerpts[: self._count]
-        self._names = [each.footage.id for each in true]
+        others = made.excerpts[: min(protocol.clips, len(true))]
         pairs = [] if self._networks.lpips is None else self._pairs(real, generated)
         figures = self._distances(true, others)
         if self._networks.c3d is not None:
@@ -139,86 +148,58 @@ class ComparisonRun:
             figures.append(self._distance_of_pairs(pairs, self._networks.lpips))
         known = {each.footage.content for each in true}
         num_shared = sum(each.footage.content in known for each in others)
-        real_side = ComparedClips.of_excerpts(real, drawn, true[: self._count])
+        real_side = ComparedClips.of_excerpts(real, drawn, true[: len(others)])
         return Comparison(real_side, ComparedClips.of_excerpts(generated, made, others), figures, num_shared)
 
-    def _features(self, title: str, judge: Judge, excerpts: Sequence[Excerpt]) -> Float[Tensor, "clips features"]:
-        extractor = Extractor(judge, self._reading, self._machines.kind)
-        return extract(title, [extractor.sample(each) for each in excerpts], extractor, self._machines)
+    def _features(self, title: str, judge: Judge, excerpts: Iterable[Excerpt]) -> Float[Tensor, "clips features"]:
+        return extract(title, judge, [(each,) for each in excerpts], self._reading, self._machines)
 
     def _distances(self, real: list[Excerpt], generated: list[Excerpt]) -> list[Figure]:
         """FVD and KVD, also with reconstructions by the tokenizer in place of either side."""
-        judge = self._networks.i3d
+        judge, count = self._networks.i3d, len(generated)
         true = self._features("real clips", judge, real)
-        sets = {"real": true[: self._count], "generated": self._features("generated clips", judge, generated)}
+        sets = {"real": true[:count], "generated": self._features("generated clips", judge, generated)}
         pairs = [("real", "generated")]
         if self._reading.tokenizer is not None:
-            codes = [Excerpt(each.footage, each.first, through_codes=True) for each in real[: self._count]]
+            codes = [replace(each, through_codes=True) for each in real[:count]]
             sets["reconstructed"] = self._features("reconstructions", judge, codes)
             pairs += [("reconstructed", "generated"), ("real", "reconstructed")]
+        apart = halves([each.footage.id for each in real], true, count)
         metrics = dict(zip(self._networks.names, (self._protocol.fvd, self._protocol.kvd), strict=True))
-        figures = []
-        for pair in pairs:
-            for name, metric in metrics.items():
-                figures.append(self._figure(name, " / ".join(pair), metric, [sets[each] for each in pair], true))
-        return figures
-
-    def _figure(self, name: str, of: str, metric: Metric, sets: Sets, real: Tensor) -> Figure:
-        with one_thread():
-            apart = halves(self._names, real, self._count)
-            floor = metric(*apart) if len(apart[0]) > 1 else None
-            found = limit(metric, sets, self._seed)
-            return Figure(
-                name, of, len(sets[0]), metric(*sets), interval(metric, sets, self._seed), floor, len(apart[0]), found
-            )
+        return [
+            Figure.measured(name, " / ".join(pair), metric, [sets[each] for each in pair], self._seed, apart)
+            for pair in pairs
+            for name, metric in metrics.items()
+        ]
 
     def _scores(self, real: list[Excerpt], generated: list[Excerpt], judge: Judge) -> list[Figure]:
         """Inception Scores of real and generated clips."""
-        count, protocol = len(real), self._protocol
-        least = 2 * protocol.splits
+        count, least = len(real), 2 * self._protocol.splits
         require(count >= least, f"got {count} clips, expected {least} or more for Inception Score in this protocol")
         sides = {"real": real, "generated": generated}
         logits = {name: self._features(f"C3D of {name} clips", judge, each) for name, each in sides.items()}
 
         def score(logits: Tensor) -> float:
-            return protocol.inception_score(logits).mean
+            return self._protocol.inception_score(logits).mean
 
-        with one_thread():
-            of_real = score(logits["real"])
-            return [
-                Figure(
-                    INCEPTION_SCORE,
-                    name,
-                    count,
-                    score(each),
-                    interval(score, [each], self._seed),
-                    of_real,
-                    count,
-                    limit(score, [each], self._seed) if count >= 4 * least else None,
-                )
-                for name, each in logits.items()
-            ]
+        return [
+            Figure.measured(INCEPTION_SCORE, name, score, [each], self._seed, [logits["real"]])
+            for name, each in logits.items()
+        ]
 
-    def _pairs(self, real: str, generated: str) -> list[list[Excerpt]]:
+    def _pairs(self, real: str, generated: str) -> list[tuple[Excerpt, ...]]:
         """Clips of the same name, from the first frame of both."""
         sides = [_by_name(self._reading, source) for source in (real, generated)]
         names = sorted(sides[0].keys() & sides[1].keys())[: self._protocol.clips]
         require(len(names) > 0, f"{real} and {generated} have no clip of the same name, expected pairs for LPIPS")
-        pairs = [[side[name] for side in sides] for name in names]
+        pairs = [tuple(side[name] for side in sides) for name in names]
         check_alike([each for pair in pairs for each in pair], self._protocol)
         return pairs
 
-    def _distance_of_pairs(self, pairs: Sequence[Sequence[Excerpt]], judge: Judge) -> Figure:
+    def _distance_of_pairs(self, pairs: Sequence[tuple[Excerpt, ...]], judge: Judge) -> Figure:
         """LPIPS of pairs of clips."""
-        extractor = Extractor(judge, self._reading, self._machines.kind)
-        distances = extract("pairs", [extractor.sample(*pair) for pair in pairs], extractor, self._machines)
-
-        def mean(distances: Tensor) -> float:
-            return distances.double().mean().item()
-
-        with one_thread():
-            around = interval(mean, [distances], self._seed)
-        return Figure(f"LPIPS ({judge.identity[1]})", "pairs of a name", len(pairs), mean(distances), around)
+        distances = extract("pairs", judge, pairs, self._reading, self._machines)
+        return Figure.measured(f"LPIPS ({judge.identity[1]})", "pairs of a name", mean, [distances], self._seed)
 
 
 def _by_name(reading: Reading, source: str) -> dict[str, Excerpt]:

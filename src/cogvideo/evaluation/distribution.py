@@ -131,6 +131,11 @@ class Extrapolation(NamedTuple):
     error: float
 
 
+def mean(values: Float[Tensor, "clips 1"]) -> float:
+    """Mean over clips, in float64."""
+    return values.double().mean().item()
+
+
 def interval(metric: Metric, sets: Sets, seed: int = 0) -> tuple[float, float]:
     """The 95% confidence interval of a figure, by bootstrap over clips.
 

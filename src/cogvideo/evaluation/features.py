@@ -111,13 +111,6 @@ class FeatureInput(NamedTuple):
     """File that caches the features."""
 
 
-class LoadedNetwork(NamedTuple):
-    """Objects that a worker loads once."""
-
-    encode: Encode
-    autoencoder: Autoencoder | None
-
-
 @dataclass(frozen=True)
 class Extractor:
     """Makes the features of excerpts."""
@@ -129,26 +122,28 @@ class Extractor:
     """Threads that read clips while the networks work."""
 
     @cached_property
-    def _loaded(self) -> LoadedNetwork:
-        return LoadedNetwork(self.judge.load(self.device), self.reading.autoencoder(self.device))
+    def _loaded(self) -> tuple[Encode, Autoencoder | None]:
+        return self.judge.load(self.device), self.reading.autoencoder(self.device)
 
     def make(self, job: Sequence[FeatureInput], on_clip: OnClip = lambda: None) -> None:
         """Write the features of some samples."""
         size = CPU_BATCH if self.device == "cpu" else GPU_BATCH
-        read = ahead(self._read, job, self.readers)
+        encode, autoencoder = self._loaded
+
+        def pixels(sample: FeatureInput) -> tuple[Pixels, ...]:
+            return tuple(self.reading.read(each, autoencoder) for each in sample.excerpts)
+
+        read = ahead(pixels, job, self.readers)
         with one_thread(), cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             for start in range(0, len(job), size):
                 samples = job[start : start + size]
                 clips = [clip() for _, clip in islice(read, size)]
-                for sample, features in zip(samples, _encode(clips, self._loaded.encode, size), strict=True):
+                for sample, features in zip(samples, _encode(clips, encode, size), strict=True):
                     with replacing(sample.file) as file:
                         np.save(file, features)
                     on_clip()
 
-    def _read(self, sample: FeatureInput) -> tuple[Pixels, ...]:
-        return tuple(self.reading.read(each, self._loaded.autoencoder) for each in sample.excerpts)
-
-    def sample(self, *excerpts: Excerpt) -> FeatureInput:
+    def sample(self, excerpts: tuple[Excerpt, ...]) -> FeatureInput:
         """A sample, named by a hash of everything that determines its features."""
         key = digest([VERSION, self.device, self.judge.identity, *map(self.reading.identity, excerpts)])
         return FeatureInput(excerpts, cache_folder() / "features" / key[:2] / f"{key}.npy")
@@ -173,9 +168,11 @@ def one_thread() -> Iterator[None]:
 
 
 def extract(
-    title: str, samples: Sequence[FeatureInput], extractor: Extractor, machines: Machines
-) -> Float[Tensor, "samples features"]:
-    """Features of samples, in order; missing ones are computed and cached."""
+    title: str, judge: Judge, clips: Sequence[tuple[Excerpt, ...]], reading: Reading, machines: Machines
+) -> Float[Tensor, "clips features"]:
+    """Features of clips or pairs of clips, in order; missing ones are computed and cached."""
+    extractor = Extractor(judge, reading, machines.kind)
+    samples = [extractor.sample(each) for each in clips]
     missing = list({sample.file: sample for sample in samples if _kept(sample.file) is None}.values())
     for folder in {sample.file.parent for sample in missing}:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,14 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, InputError, require
 from cogvideo.devices import slowness, usable
 from cogvideo.evaluation.reader import SIZE, resized
 from cogvideo.evaluation.subjects import FPS, NUM_FRAMES, Clip, Prompt
 from cogvideo.files import replacing
-from cogvideo.generation.request import ADDED, GenerationSettings, SamplingOptions
+from cogvideo.generation.hierarchy import after, first_frames
+from cogvideo.generation.request import ADDED, GenerationSettings, Request, SamplingOptions
 from cogvideo.pipeline import CogVideoPipeline, Frame, collect
 
 T = TypeVar("T")
@@ -72,12 +74,38 @@ def generate(pipeline: CogVideoPipeline, prompts: Sequence[Prompt], making: Clip
     return [resized(clip, SIZE) for clip in collect(start(pipeline, prompts, making), FPS).frames]
 
 
+class OneStage(CogVideoPipeline):
+    """Clips made of sequences of the sequential stage, each of which begins with the last frames of the previous one.
+
+    Args:
+        model: a model whose sequential stage was trained at the rate of the finished clips.
+        overlap: number of these frames; only one for the first sequence, after the clip's first frame.
+    """
+
+    def __init__(self, model: CogVideo, overlap: int) -> None:
+        super().__init__(model)
+        self.overlap = overlap
+
+    def num_frames(self, settings: GenerationSettings) -> int:
+        """Number of frames of a clip."""
+        return NUM_FRAMES
+
+    def frames(self, request: Request) -> Iterator[Frame]:
+        """Yield the frames of a clip in order of time."""
+        model = self._packed()
+        codes = first_frames(model, request)[:, None]
+        while codes.shape[1] < NUM_FRAMES:
+            codes = torch.cat([codes, after(model, request, codes[:, -self.overlap :])], 1)
+        for place, frame in enumerate(codes[:, :NUM_FRAMES].unbind(1)):
+            yield Frame("sequential", place, NUM_FRAMES, frame, model.autoencoder.decode_pixels(frame))
+
+
 def fill(
     files: Sequence[Path],
     make: Callable[[list[int]], list[T]],
     write: Callable[[Path, T], None],
     batch: int,
-    on_clips: Callable[[int], None],
+    on_clips: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Make the files that are missing.
 
@@ -101,33 +129,22 @@ def fill(
             on_clips(len(missing))
 
 
-def _write(path: Path, clip: Clip) -> None:
+def clip_files(folder: Path, prompts: Sequence[Prompt], suffix: str = ".npz") -> list[Path]:
+    """Files of the prompts' clips in a folder, which is created if missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [folder / f"{prompt.name}{suffix}" for prompt in prompts]
+
+
+def write_clip(path: Path, clip: Clip) -> None:
+    """Write a clip atomically."""
     with replacing(path) as file:
         np.savez_compressed(file, clip=clip)
 
 
-class ClipFolder:
-    """A folder of clips named by their prompts, created if missing; each file is written atomically."""
-
-    def __init__(self, folder: Path, prompts: Sequence[Prompt]) -> None:
-        self._files = [folder / f"{prompt.name}.npz" for prompt in prompts]
-        folder.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def missing(self) -> list[int]:
-        """Numbers of the prompts without a clip."""
-        return [number for number, file in enumerate(self._files) if not file.exists()]
-
-    def fill(self, make: Callable[[list[int]], list[Clip]], batch: int, on_clips: Callable[[int], None]) -> None:
-        """Make the clips that are missing; see `fill`."""
-        fill(self._files, make, _write, batch, on_clips)
-
-    def __iter__(self) -> Iterator[Clip]:
-        """The clips in the order of the prompts."""
-        for file in self._files:
-            try:
-                with np.load(file) as arrays:
-                    clip = arrays["clip"]
-            except (ValueError, KeyError, EOFError, BadZipFile) as error:
-                raise InputError(f"{file} is damaged ({error}): remove it, and it is made again") from error
-            yield clip
+def read_clip(path: Path) -> Clip:
+    """A clip that `write_clip` wrote."""
+    try:
+        with np.load(path) as arrays:
+            return arrays["clip"]
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise InputError(f"{path} is damaged ({error}): remove it, and it is made again") from error

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -23,7 +24,6 @@ from cogvideo.evaluation.distribution import (
     polynomial_mmd,
 )
 from cogvideo.evaluation.networks.i3d import SIDE
-from cogvideo.evaluation.resizing import resize, resize_legacy
 
 RELIABLE = 2048
 """Number of clips below which FVD reflects the number more than the content of clips."""
@@ -161,3 +161,26 @@ PROTOCOLS = {
 def _to_float(frames: Pixels, device: str = "cpu") -> Float[Tensor, "frames 3 height width"]:
     pixels = torch.from_numpy(frames).to(device)
     return rearrange(pixels, "frames rows columns colors -> frames colors rows columns").float()
+
+
+def resize(
+    frames: Float[Tensor, "batch channels height width"], size: tuple[int, int], antialias: bool = False
+) -> Float[Tensor, "batch channels rows columns"]:
+    """Bilinear, with pixels as areas, as in PyTorch and TensorFlow 2 (`half_pixel_centers`)."""
+    return F.interpolate(frames, size, mode="bilinear", align_corners=False, antialias=antialias)
+
+
+def resize_legacy(
+    frames: Float[Tensor, "batch channels height width"], size: tuple[int, int]
+) -> Float[Tensor, "batch channels rows columns"]:
+    """Bilinear as in TensorFlow 1, which the official FVD uses: pixel i of n is taken at `i / n` of the frame."""
+    for dim, length in zip((2, 3), size, strict=True):
+        before = frames.shape[dim]
+        places = torch.arange(length, dtype=torch.float32, device=frames.device) * (before / length)
+        first = places.long()
+        second = (first + 1).clamp_max(before - 1)
+        weights = (places - first).to(frames.dtype)
+        if dim == 2:
+            weights = weights[:, None]
+        frames = torch.lerp(frames.index_select(dim, first), frames.index_select(dim, second), weights)
+    return frames

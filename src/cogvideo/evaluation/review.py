@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from cogvideo.config import InputError, require
+from cogvideo.config import require
 from cogvideo.data.folders import find_manifest, walk
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
 from cogvideo.evaluation.motion import measure
@@ -329,19 +330,14 @@ def with_splits(clips: Sequence[ReviewedClip], held_out: float = 0.1) -> list[Re
     for ids in sorted(groups.values(), key=order):
         if len(chosen) < wanted and len(chosen) + len(ids) <= most:
             chosen |= set(ids)
-    return [_in_split(each, "validation" if each.item.id in chosen else "train") for each in clips]
-
-
-def _in_split(clip: ReviewedClip, split: str) -> ReviewedClip:
-    return replace(clip, item=replace(clip.item, split=split))
+    splits = ("validation" if each.item.id in chosen else "train" for each in clips)
+    return [replace(each, item=replace(each.item, split=split)) for each, split in zip(clips, splits, strict=True)]
 
 
 def check_usable(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection], source: str) -> None:
     """Refuse a source without clips to train on, with a one-line message."""
-    train = [each for each in clips if each.item.split == "train"]
-    if train:
-        return
-    raise InputError(f"no clip in {source} can be trained on{_first(rejected)}")
+    can_train = any(each.item.split == "train" for each in clips)
+    require(can_train, f"no clip in {source} can be trained on{_first(rejected)}")
 
 
 def in_short(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection]) -> list[str]:
@@ -349,15 +345,13 @@ def in_short(clips: Sequence[ReviewedClip], rejected: Sequence[Rejection]) -> li
     lengths = sorted(each.seconds for each in clips)
     sizes = sorted({f"{each.width} x {each.height}" for each in clips})
     size = sizes[0] if len(sizes) == 1 else f"{len(sizes)} sizes"
-    held = sum(each.item.split not in ("train",) for each in clips)
+    held = sum(each.item.split != "train" for each in clips)
     spans = f"{lengths[0]:.1f} to {lengths[-1]:.1f} s (median {lengths[len(lengths) // 2]:.1f})"
     number = f"{len(clips):,} clips of {spans}" if len(clips) > 1 else f"1 clip of {lengths[0]:.1f} s"
     lines = [f"{number}, {size}; {held:,} held out."]
-    counts: dict[str, int] = {}
+    counts = Counter[str]()
     for each in clips:
-        for note in each.notes:
-            words = "looks like another one" if note.startswith("looks like") else note
-            counts[words] = counts.get(words, 0) + 1
+        counts.update("looks like another one" if note.startswith("looks like") else note for note in each.notes)
     lines += [f"{count:,} of them: {words}." for words, count in counts.items()]
     if any(each.is_named for each in clips):
         lines.append("File names replace missing captions; `cogvideo data captions` makes a table to fill in.")

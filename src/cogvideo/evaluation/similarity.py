@@ -28,7 +28,7 @@ from cogvideo.config import InputError, require
 from cogvideo.data.engines import Machines
 from cogvideo.data.shards import digest
 from cogvideo.evaluation.comparison import ComparedClips, check_alike
-from cogvideo.evaluation.features import Encode, ExcerptPixels, Extractor, Judge, extract, one_thread
+from cogvideo.evaluation.features import Encode, ExcerptPixels, Judge, extract, one_thread
 from cogvideo.evaluation.footage import Reading, draw
 from cogvideo.files import sha256_of
 
@@ -166,9 +166,8 @@ class Similarity:
         drawn = draw(source, self.reading, "start", self.reading.protocol.clips, self.seed)
         check_alike(drawn.excerpts, self.reading.protocol)
         captions = self._chosen([each.footage.captions for each in drawn.excerpts])
-        extractor = Extractor(judge(self.folder), self.reading, self.machines.kind)
-        samples = [extractor.sample(each) for each in drawn.excerpts]
-        frames = extract(f"frames of {source}", samples, extractor, self.machines)
+        clips = [(each,) for each in drawn.excerpts]
+        frames = extract(f"frames of {source}", judge(self.folder), clips, self.reading, self.machines)
         with one_thread():
             texts = embed(self.folder, [text for each in captions for text in each], self.machines.kind)
             found = similarities(frames, texts.embeddings, [len(each) for each in captions])

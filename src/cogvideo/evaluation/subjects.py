@@ -18,8 +18,18 @@ from cogvideo.data.frames import BACKGROUNDS, FrameSettings, background_of, on_b
 from cogvideo.data.sources import Item, SourceOptions, list_source
 from cogvideo.evaluation import reader as readers
 from cogvideo.evaluation import retrieval
-from cogvideo.evaluation.attributes import ALL, PROMPTED, accuracies, groups, right, unseen_scenes
-from cogvideo.evaluation.reader import ATTRIBUTES, Reader, readable, resized
+from cogvideo.evaluation.reader import (
+    ALL,
+    ATTRIBUTES,
+    PROMPTED,
+    Reader,
+    accuracies,
+    groups,
+    readable,
+    resized,
+    right,
+    unseen_scenes,
+)
 from cogvideo.media.images import evenly
 
 NUM_FRAMES, FPS = 33, 8.0

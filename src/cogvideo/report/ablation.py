@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cogvideo.evaluation.attributes import ALL
 from cogvideo.evaluation.preferences import Interval
-from cogvideo.evaluation.reader import ATTRIBUTES
+from cogvideo.evaluation.reader import ALL, ATTRIBUTES
 from cogvideo.report.page import RunName, number, precise
 from cogvideo.report.plots import Plot, curves
 from cogvideo.report.runs import Curve, read_runs

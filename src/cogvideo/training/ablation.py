@@ -36,13 +36,11 @@ from cogvideo.data.engines import Machines, OnClip
 from cogvideo.data.prepare import prepare
 from cogvideo.data.sources import SourceOptions
 from cogvideo.devices import default_dtype
-from cogvideo.evaluation.attributes import ALL
 from cogvideo.evaluation.features import i3d, one_thread
-from cogvideo.evaluation.making import ClipFolder, ClipOptions, fill, generate
+from cogvideo.evaluation.making import ClipOptions, OneStage, clip_files, fill, generate, read_clip, write_clip
 from cogvideo.evaluation.networks.cache import network_path
-from cogvideo.evaluation.one_stage import OneStage
 from cogvideo.evaluation.protocols import PROTOCOLS
-from cogvideo.evaluation.reader import FILE, SIZE, resized
+from cogvideo.evaluation.reader import ALL, FILE, SIZE, resized
 from cogvideo.evaluation.subjects import Clip, WorldSubject
 from cogvideo.files import exclusive_lock, replacing
 from cogvideo.media.images import contact_sheet, evenly, write_image
@@ -266,13 +264,13 @@ class Experiment:
     def _judge(self, pipeline: CogVideoPipeline, subject: WorldSubject, sheet: Path) -> dict[str, float]:
         """Metrics of the clips that a pipeline generates from all prompts."""
         folder, prompts = sheet.with_suffix(""), subject.prompts
-        clip_folder = ClipFolder(folder, prompts)
+        files = clip_files(folder, prompts)
 
         def made(numbers: list[int]) -> list[Clip]:
             return generate(pipeline, [prompts[each] for each in numbers], ClipOptions())
 
-        clip_folder.fill(made, self.ablation.at_once, lambda _: None)
-        clips = list(clip_folder)
+        fill(files, made, write_clip, self.ablation.at_once)
+        clips = [read_clip(file) for file in files]
         _write_sheet(sheet, subject, clips)
         return self._metrics(clips, subject, folder)
 
@@ -289,8 +287,7 @@ class Experiment:
         self, folder: Path, subject: WorldSubject, clip: Callable[[int], Clip]
     ) -> Float[Tensor, "clips features"]:
         """Features of clips by number, cached in the folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        files = [folder / f"{prompt.name}.npy" for prompt in subject.prompts]
+        files = clip_files(folder, subject.prompts, ".npy")
         if not all(file.exists() for file in files):
             encode = i3d(network_path("i3d"), PROTOCOL).load(self.device)
             frames = slice(None, PROTOCOL.span, PROTOCOL.step)
@@ -299,7 +296,7 @@ class Experiment:
                 return [encode([(clip(each)[frames],)])[0] for each in numbers]
 
             with one_thread(), torch.inference_mode(), cudnn.flags(deterministic=True, allow_tf32=False):
-                fill(files, made, _write, 1, lambda _: None)
+                fill(files, made, _write, 1)
         return torch.from_numpy(np.stack([np.load(file) for file in files]))
 
 

@@ -15,8 +15,7 @@ import numpy as np
 from cogvideo import world
 from cogvideo.config import require
 from cogvideo.devices import usable
-from cogvideo.evaluation.attributes import READER_TEST, accuracies, unseen_scenes
-from cogvideo.evaluation.reader import BATCH, Reader, ReaderConfig, render
+from cogvideo.evaluation.reader import BATCH, READER_TEST, Reader, ReaderConfig, accuracies, render, unseen_scenes
 from cogvideo.runs import RunFolder
 from cogvideo.training.loop import learn
 from cogvideo.training.objectives.reader import ReaderObjective, ReaderSettings, batches

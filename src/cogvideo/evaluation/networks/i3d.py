@@ -39,7 +39,7 @@ NUM_CLASSES = 400
 CRC_MASK = 0xA282EAD8
 """Added to a rotated checksum, as TensorFlow does."""
 
-Size = tuple[int, int, int]
+Size = tuple[int, ...]
 
 MIXED = {
     "Mixed_3b": (192, (64, 96, 128, 16, 32, 32)),
@@ -67,13 +67,14 @@ class I3D(nn.Module):
 
     def __init__(self, eps: float = EPS) -> None:
         super().__init__()
+        logits = nn.Sequential(OrderedDict(conv_3d=nn.Conv3d(1024, NUM_CLASSES, kernel_size=1)))
         self.layers = nn.ModuleDict(  # as the checkpoint calls them
             {
                 "Conv3d_1a_7x7": _Unit(3, 64, eps, kernel=7, stride=2),
                 "Conv3d_2b_1x1": _Unit(64, 64, eps),
                 "Conv3d_2c_3x3": _Unit(64, 192, eps, kernel=3),
                 **{name: _Mixed(name, before, widths, eps) for name, (before, widths) in MIXED.items()},
-                "Logits": _Logits(),
+                "Logits": nn.Sequential(OrderedDict(pool=nn.AvgPool3d((2, 7, 7), stride=1), Conv3d_0c_1x1=logits)),
             }
         )
         self.requires_grad_(False)
@@ -88,38 +89,24 @@ class I3D(nn.Module):
             x = layer(x)
             if name in POOLS:
                 x = _pool(x, *POOLS[name])
-        return x
-
-
-class _Norm(nn.Module):
-    """Normalization by moving statistics, with a shift and no scale."""
-
-    moving_mean: Tensor
-    moving_variance: Tensor
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.beta = nn.Parameter(torch.zeros(width))
-        self.register_buffer("moving_mean", torch.zeros(width))
-        self.register_buffer("moving_variance", torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.moving_mean, self.moving_variance, None, self.beta, eps=self.eps)
+        return x.mean((2, 3, 4))
 
 
 class _Unit(nn.Module):
-    """Convolution, normalization, ReLU."""
+    """Convolution, normalization by moving statistics with a shift and no scale, ReLU."""
 
     def __init__(self, before: int, width: int, eps: float, kernel: int = 1, stride: int = 1) -> None:
         super().__init__()
+        self.eps = eps
         self.conv_3d = nn.Conv3d(before, width, kernel, stride, bias=False)
-        self.batch_norm = _Norm(width, eps)
+        zeros, ones = torch.zeros(width), torch.ones(width)
+        self.batch_norm = nn.ParameterDict({"beta": zeros, "moving_mean": zeros.clone(), "moving_variance": ones})
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel, stride = _size(self.conv_3d.kernel_size), _size(self.conv_3d.stride)
-        x, before = _padded(x, kernel, stride)
-        return self.batch_norm(F.conv3d(x, self.conv_3d.weight, None, stride, before)).relu_()
+        stride, norm = self.conv_3d.stride, self.batch_norm
+        x, before = _padded(x, self.conv_3d.kernel_size, stride)
+        x = F.conv3d(x, self.conv_3d.weight, None, stride, before)
+        return F.batch_norm(x, norm["moving_mean"], norm["moving_variance"], None, norm["beta"], eps=self.eps).relu_()
 
 
 class _Mixed(nn.ModuleDict):
@@ -139,17 +126,6 @@ class _Mixed(nn.ModuleDict):
     def forward(self, x: Tensor) -> Tensor:
         pooled = _pool(x, (3, 3, 3), (1, 1, 1))
         return torch.cat([branch(pooled if name == "Branch_3" else x) for name, branch in self.items()], dim=1)
-
-
-class _Logits(nn.Module):
-    """Average pooling, logits at each position in time, and their mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.Conv3d_0c_1x1 = nn.ModuleDict({"conv_3d": nn.Conv3d(1024, NUM_CLASSES, kernel_size=1)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.Conv3d_0c_1x1["conv_3d"](F.avg_pool3d(x, (2, 7, 7), stride=1)).mean((2, 3, 4))
 
 
 def load_i3d(path: Path, eps: float = EPS, proven: bool = True) -> I3D:
@@ -237,9 +213,4 @@ def _padded(x: Tensor, kernel: Size, stride: Size) -> tuple[Tensor, Size]:
         ends.append(total % 2)
     if any(ends):
         x = F.pad(x, [each for end in reversed(ends) for each in (0, end)])
-    return x, _size(both)
-
-
-def _size(values: Sequence[int]) -> Size:
-    frames, height, width = values
-    return frames, height, width
+    return x, tuple(both)

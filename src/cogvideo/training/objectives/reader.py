@@ -20,8 +20,17 @@ from torch import Tensor
 
 from cogvideo import world
 from cogvideo.config import require
-from cogvideo.evaluation.attributes import READER_LEARNS
-from cogvideo.evaluation.reader import ATTRIBUTES, LABELS, SIZE, Reader, ReaderConfig, labels, render, to_input
+from cogvideo.evaluation.reader import (
+    ATTRIBUTES,
+    LABELS,
+    READER_LEARNS,
+    SIZE,
+    Reader,
+    ReaderConfig,
+    labels,
+    render,
+    to_input,
+)
 from cogvideo.training.objectives.task import BatchLosses, Objective, generator
 from cogvideo.training.optim import Optimization, groups_by_decay, has_fused, trained
 
