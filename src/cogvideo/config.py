@@ -70,17 +70,19 @@ class Limited:
     """Mixin for dataclasses that refuses values outside the limits in the types of their fields, except None."""
 
     def __post_init__(self) -> None:
-        for name, limit in _limits(type(self)):
+        kind: Any = type(self)  # mypy does not know that classes can be hashed
+        for name, limit in _limits(kind):
             value = getattr(self, name)
             is_met = value is None or (isinstance(value, Real) and limit.is_met(value))
             require(is_met, f"{name} is {value!r:.60}, expected {limit.expected}")
 
 
 @cache
-def _limits(kind: Any) -> list[tuple[str, Limit]]:
+def _limits(kind: type) -> list[tuple[str, Limit]]:
     """Limits of the fields of a class, also of those that may be None."""
     limits = []
-    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+    hints = typing.get_type_hints(kind, localns={}, include_extras=True)  # otherwise limits do not see their module
+    for name, hint in hints.items():
         for part in (hint, *typing.get_args(hint)):
             limits += [(name, each) for each in getattr(part, "__metadata__", ()) if isinstance(each, Limit)]
     return limits

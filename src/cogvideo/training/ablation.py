@@ -29,7 +29,7 @@ from torch.backends import cudnn
 
 from cogvideo.bundle.format import MANIFEST, SHARED
 from cogvideo.bundle.model import POCKET, CogVideo, update
-from cogvideo.config import CogVideoConfig, Limit, Limited, Positive, StageConfig, require, within
+from cogvideo.config import CogVideoConfig, Limited, Positive, StageConfig, require, within
 from cogvideo.data.dataset import CARD
 from cogvideo.data.encoding import PrepareSettings
 from cogvideo.data.engines import Machines, OnClip, PlainJob
@@ -41,7 +41,7 @@ from cogvideo.evaluation.features import i3d, one_thread
 from cogvideo.evaluation.making import ClipFolder, ClipOptions, fill, generate
 from cogvideo.evaluation.networks.cache import network_path
 from cogvideo.evaluation.one_stage import OneStage
-from cogvideo.evaluation.protocols import PROTOCOLS
+from cogvideo.evaluation.protocols import PROTOCOLS, Several
 from cogvideo.evaluation.reader import FILE, SIZE, resized
 from cogvideo.evaluation.subjects import Clip, WorldSubject
 from cogvideo.files import exclusive_lock, replacing
@@ -126,7 +126,7 @@ class Ablation(Limited):
     """Number of scenes of the World to train and validate on."""
     held_out: int = 128
     """Maximum number of held-out clips of each frame rate."""
-    clips: Annotated[int, Limit(lambda number: number > 1, "2 or more")] = 512
+    clips: Several = 512
     """Number of prompts, and of generated and real clips to compare."""
     at_once: Positive[int] = 16
     """Number of clips to generate at once."""
