@@ -22,10 +22,10 @@ from cogvideo.commands import train as commands
 from cogvideo.config import StageConfig
 from cogvideo.models.transformer import Base
 from cogvideo.training.card import read_reports, write_model_card
-from cogvideo.training.export import ExportTarget, check_codes, check_target, deliver, left_out, modules
+from cogvideo.training.export import check_codes, check_target, deliver, left_out, modules
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.session import DataOptions, Options, StageLogging
-from cogvideo.training.stages import Choice, StageName
+from cogvideo.training.stages import Choice, StageName, Target
 from gallery import assert_same, loud, make_model, make_parts
 from workshop import make_data, small_config
 
@@ -266,8 +266,8 @@ def test_a_bundle_that_does_not_fit_is_refused(
     assert [each.name for each in (tmp_path / "fresh").iterdir()] == ["training.json"]
 
 
-def target_of(source: CogVideo, out: Path, stage: StageName, choice: Choice) -> ExportTarget:
-    return ExportTarget(out, source, source.config, stage, choice)
+def target_of(source: CogVideo, out: Path, stage: StageName, choice: Choice) -> Target:
+    return Target(out, source, source.config, stage, choice)
 
 
 def test_a_base_of_its_own_comes_and_goes_with_its_stage(
