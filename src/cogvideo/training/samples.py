@@ -17,7 +17,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cogvideo.bundle.format import MODULES, Component
+from cogvideo.bundle.format import Component, module_of
 from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.loader import ClipSample, ClipStream, hash_numbers
@@ -139,10 +139,8 @@ class Preview:
         if not isinstance(part, nn.Module):
             return part
         device = self.trainer.ranks.device
-        with torch.device("meta"):
-            module = MODULES[name](self.target.config)
-        module.load_state_dict({key: each.to(device) for key, each in part.state_dict().items()}, assign=True)
-        return module.requires_grad_(False)
+        placed = {key: each.to(device) for key, each in part.state_dict().items()}
+        return module_of(name, placed, self.target.config)
 
 
 def from_clips(samples: Sequence[ClipSample]) -> list[Example]:

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cogvideo.bundle.format import MODULES
+from cogvideo.bundle.format import MODULES, module_of
 from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.clips import Mode
@@ -159,9 +159,8 @@ class Target(NamedTuple):
     @property
     def base(self) -> str:
         """Component of the source that the stage's base is read from."""
-        special = f"{'sequential' if self.choice.start == 'sequential' else self.stage}_base"
-        has_own = self.choice.start in ("sequential", "continue") and special in self.source.components
-        return special if has_own else "base"
+        parent = {"sequential": "sequential", "continue": self.stage}.get(self.choice.start)
+        return "base" if parent is None else self.source.base_name(parent)
 
     @property
     def frozen_base(self) -> str | None:
@@ -244,10 +243,7 @@ class Target(NamedTuple):
         given, an adapter of this rank is added to train."""
         stored = self._state(name)
         types = {key: dtype if each.ndim > 1 else torch.float32 for key, each in stored.items()}
-        with torch.device("meta"):
-            frozen = MODULES[name](self.config)
-        frozen.load_state_dict({key: each.to(types[key]) for key, each in stored.items()}, assign=True)
-        frozen.requires_grad_(False)
+        frozen = module_of(name, {key: each.to(types[key]) for key, each in stored.items()}, self.config)
         if rank is not None:
             adapt(frozen, rank, generator)
         return frozen
