@@ -31,10 +31,8 @@ from cogvideo.bundle.format import MANIFEST, SHARED
 from cogvideo.bundle.model import POCKET, CogVideo, update
 from cogvideo.config import CogVideoConfig, Limited, Positive, StageConfig, require, within
 from cogvideo.data.dataset import CARD
-from cogvideo.data.encoding import PrepareSettings
 from cogvideo.data.engines import Machines, OnClip, PlainJob
 from cogvideo.data.prepare import prepare
-from cogvideo.data.sources import SourceOptions
 from cogvideo.devices import default_dtype
 from cogvideo.evaluation.attributes import ALL
 from cogvideo.evaluation.features import i3d, one_thread
@@ -179,8 +177,6 @@ class Experiment:
                 f"world:{self.ablation.domain}:{self.ablation.scenes}",
                 out=self.out / DATA,
                 tokenizer=self.ablation.base,
-                settings=PrepareSettings(),
-                options=SourceOptions(),
                 machines=machines,
             )
         if self.ceiling is None:

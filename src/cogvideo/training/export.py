@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cogvideo.bundle.adapters import ADAPTERS, WEIGHTS, write_adapter
-from cogvideo.bundle.format import CHANNELS, MANIFEST, MODULES, SHARED, Entry, Manifest, check_tensors, in_half
+from cogvideo.bundle.format import CHANNELS, MANIFEST, SHARED, Entry, Manifest, check_tensors, in_half, module_of
 from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, InputError, from_dict, require
@@ -143,10 +142,7 @@ def modules(target: Target, state: Mapping[str, Tensor]) -> dict[str, nn.Module]
     for name in target.own:
         weights = _weights(name, state)
         check_tensors(name, weights, target.config, "what was trained")
-        with torch.device("meta"):
-            module = MODULES[name](target.config)
-        module.load_state_dict(weights, assign=True)
-        result[name] = module.requires_grad_(False)
+        result[name] = module_of(name, weights, target.config)
     return result
 
 
@@ -164,8 +160,23 @@ def _weights(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value.cpu() for key, value in state.items() if key.startswith(prefix)}
 
 
-def export_run(run: Path, out: Path, step: int | None = None, best: bool = False, overwrite: bool = False) -> None:
-    """Put a checkpoint of a run, by default the newest, into a bundle."""
+def export_run(
+    run: Path,
+    /,
+    out: Path,
+    step: int | None = None,
+    best: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Put a checkpoint of a run into a bundle, during the run or after it. The run itself is not changed.
+
+    Args:
+        run: Folder of the run, such as my-model/.sequential-run.
+        out: Bundle to put the stage into; missing components are copied from the bundle that the run started from.
+        step: Step of the checkpoint; the newest one unless given.
+        best: Use the checkpoint with the lowest held-out loss.
+        overwrite: Replace the stage if the bundle has it.
+    """
     identity = identity_of(run)
     stage, choice = identity["stage"], Choice(**identity["choice"])
     config = from_dict(CogVideoConfig, identity["config"])
