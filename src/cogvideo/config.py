@@ -67,24 +67,26 @@ Seed = Annotated[int, Limit(lambda value: 0 <= value < 2**63, "a number in [0, 2
 
 
 class Limited:
-    """Mixin for dataclasses that refuses values outside the limits in the types of their fields, except None."""
+    """Mixin for dataclasses that refuses values outside the limits in the types of their fields."""
 
     def __post_init__(self) -> None:
         kind: Any = type(self)  # mypy does not know that classes can be hashed
-        for name, limit in _limits(kind):
+        for name, limit, is_optional in _limits(kind):
             value = getattr(self, name)
-            is_met = value is None or (isinstance(value, Real) and limit.is_met(value))
+            is_met = is_optional if value is None else isinstance(value, Real) and limit.is_met(value)
             require(is_met, f"{name} is {value!r:.60}, expected {limit.expected}")
 
 
 @cache
-def _limits(kind: type) -> list[tuple[str, Limit]]:
-    """Limits of the fields of a class, also of those that may be None."""
+def _limits(kind: type) -> list[tuple[str, Limit, bool]]:
+    """Limits of a class, each with the name of its field, and whether the field may be None."""
     limits = []
     hints = typing.get_type_hints(kind, localns={}, include_extras=True)  # otherwise limits do not see their module
     for name, hint in hints.items():
-        for part in (hint, *typing.get_args(hint)):
-            limits += [(name, each) for each in getattr(part, "__metadata__", ()) if isinstance(each, Limit)]
+        parts = (hint, *typing.get_args(hint))
+        for part in parts:
+            found = [each for each in getattr(part, "__metadata__", ()) if isinstance(each, Limit)]
+            limits += [(name, each, type(None) in parts) for each in found]
     return limits
 
 
