@@ -24,8 +24,7 @@ from benchmarks.machine import RESULTS, write
 from cogvideo.config import CogVideoConfig, SamplingConfig, TransformerConfig, preset
 from cogvideo.devices import usable
 from cogvideo.generation.decode import Passes, decode
-from cogvideo.generation.decoder import Condition, MaskedDecoder
-from cogvideo.generation.graphs import GraphedDecoder
+from cogvideo.generation.decoder import Condition, GraphedDecoder, MaskedDecoder
 from cogvideo.generation.sampling import GumbelNoise
 from cogvideo.generation.upscale import slot_noise, upscale
 from cogvideo.layout import SequenceLayout, UpscaleLayout

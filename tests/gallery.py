@@ -19,7 +19,7 @@ from cogvideo.training.objectives.image import ImageMixture
 from cogvideo.training.objectives.task import Objective, Task
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.parallel import ALONE, ParallelSettings
-from cogvideo.training.stages import STAGES, Choice, StageName, build
+from cogvideo.training.stages import STAGES, Choice, StageName, Target
 from cogvideo.training.step import Execution, Trainer
 from workshop import NUM_CODES, small_config
 
@@ -69,7 +69,7 @@ def make_trainer(
     wide: bool = False,
 ) -> Trainer:
     """Create a trainer that continues a stage in one process on the CPU; in float64 if `wide`."""
-    model = build(stage, Choice("continue"), source, source.config, settings.dtype, seed=0)
+    model = Target(Path("out"), source, source.config, stage, Choice("continue")).build(settings.dtype, seed=0)
     objective = Objective(model.double() if wide else model, make_task(stage, source))
     return Trainer(objective, settings, execution, ParallelSettings(), ALONE)
 

@@ -341,6 +341,8 @@ def test_samplers_of_older_files() -> None:
         (lambda: LayoutConfig(text_slots=60), "frame_position is 48, expected at least the 60 text slots"),
         (lambda: TransformerConfig(hidden=250), "hidden 250 is not divisible by num_heads 4"),
         (lambda: TransformerConfig(num_layers=0), "num_layers is 0, expected a positive number"),
+        (lambda: SamplingConfig(temperature=None), "temperature is None, expected 0 to 100"),  # type: ignore[arg-type]
+        (lambda: SamplingConfig(top_p="1"), "top_p is '1', expected above 0, at most 1"),  # type: ignore[arg-type]
         (lambda: TransformerConfig(num_layers=10**9), "num_layers is 1000000000, expected at most 1000"),
         (lambda: TransformerConfig(num_codes=5000), "num_codes 5000 is larger than vocab_size 4096"),
         (

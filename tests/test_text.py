@@ -64,9 +64,9 @@ def test_released_prompt(released: TextTokenizer, pieces: SentencePieceProcessor
         return [*shifted(pieces, duration, 20_000), released.line_break, *shifted(pieces, caption, 20_000)]
 
     assert released.encode_caption("一只猫", 4.0) == released_recipe("4.0秒", "一只猫")
-    assert released.encode_unconditional(0.5) == released_recipe("0.5秒", "视频")
+    assert released.encode_caption(None, 0.5) == released_recipe("0.5秒", "视频")
     assert released.encode_image_caption("一只猫") == shifted(pieces, "一只猫 高清摄影", 20_000)
-    assert released.encode_unconditional_image() == shifted(pieces, "视频 高清摄影", 20_000)
+    assert released.encode_image_caption(None) == shifted(pieces, "视频 高清摄影", 20_000)
 
 
 @pytest.mark.parametrize("duration", [4, 4.0])
@@ -161,8 +161,8 @@ def test_empty_prompt_is_refused(normalizing_model: bytes, caption: str) -> None
 
 def test_unconditional_text_may_be_empty(tokenizer: TextTokenizer) -> None:
     """Guards against rejecting guidance when the unconditional caption is empty."""
-    assert tokenizer.encode_unconditional(4.0)[-1] == tokenizer.line_break
-    assert tokenizer.encode_unconditional_image() == [tokenizer.line_break]
+    assert tokenizer.encode_caption(None, 4.0)[-1] == tokenizer.line_break
+    assert tokenizer.encode_image_caption(None) == [tokenizer.line_break]
 
 
 def test_lone_surrogates_are_refused(tokenizer: TextTokenizer) -> None:

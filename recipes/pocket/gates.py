@@ -239,9 +239,7 @@ def _joints(pipeline: CogVideoPipeline, prompts: Sequence[str], sheet: Path | No
     joints, inside = changes[:, is_joint], changes[:, ~is_joint]
     for name, part in (("inside", inside), ("joints", joints)):
         largest = 100 * (part > np.quantile(inside, 0.95)).mean()
-        print(
-            f"{name}: mean change {part.mean():.2f} of 255, {largest:.1f}% above the 95th percentile of those inside"
-        )
+        print(f"{name}: mean change {part.mean():.2f} of 255, {largest:.1f}% above the 95th percentile of those inside")
     differences = torch.from_numpy(joints.mean(1) - inside.mean(1))
     low, high = interval(lambda some: some.mean().item(), [differences[:, None]])
     print(f"difference: {differences.mean():.2f}, 95% interval over {len(made)} clips: {low:.2f} to {high:.2f}")

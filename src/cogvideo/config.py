@@ -6,12 +6,15 @@ Presets are tables of differences from the defaults. `tiny` is for trying the wh
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import string
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from functools import cache
+from numbers import Real
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -42,6 +45,49 @@ def require(condition: bool, message: str) -> None:
     """Raise `InputError` unless the condition holds; `message` gives the value and what was expected."""
     if not condition:
         raise InputError(message)
+
+
+class Limit(NamedTuple):
+    """Limit of a number, given in the type of a field of a `Limited` class."""
+
+    is_met: Callable[[Any], bool]
+    expected: str
+    """Numbers that meet it, in words."""
+
+
+def within(least: float, most: float) -> Limit:
+    """Limit of a number in [least, most]."""
+    return Limit(lambda value: least <= value <= most, f"{least} to {most}")
+
+
+Positive = Annotated[T, Limit(lambda value: 0 < value < math.inf, "a positive number")]
+NotNegative = Annotated[T, Limit(lambda value: 0 <= value < math.inf, "0 or more")]
+Share = Annotated[float, Limit(lambda value: 0 <= value <= 1, "a share in [0, 1]")]
+Seed = Annotated[int, Limit(lambda value: 0 <= value < 2**63, "a number in [0, 2**63)")]
+
+
+class Limited:
+    """Mixin for dataclasses that refuses values outside the limits in the types of their fields."""
+
+    def __post_init__(self) -> None:
+        kind: Any = type(self)  # mypy does not know that classes can be hashed
+        for name, limit, is_optional in _limits(kind):
+            value = getattr(self, name)
+            is_met = is_optional if value is None else isinstance(value, Real) and limit.is_met(value)
+            require(is_met, f"{name} is {value!r:.60}, expected {limit.expected}")
+
+
+@cache
+def _limits(kind: type) -> list[tuple[str, Limit, bool]]:
+    """Limits of a class, each with the name of its field, and whether the field may be None."""
+    limits = []
+    hints = typing.get_type_hints(kind, localns={}, include_extras=True)  # otherwise limits do not see their module
+    for name, hint in hints.items():
+        parts = (hint, *typing.get_args(hint))
+        for part in parts:
+            found = [each for each in getattr(part, "__metadata__", ()) if isinstance(each, Limit)]
+            limits += [(name, each, type(None) in parts) for each in found]
+    return limits
 
 
 def both(sides: Sides) -> tuple[int, int]:
@@ -110,29 +156,28 @@ class FrameShape:
 
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Limited):
     """Sizes of the sandwich-LayerNorm transformer shared by all stages (paper section 3, released shapes)."""
 
-    num_layers: int = 8
+    num_layers: Positive[int] = 8
     """Number of blocks."""
-    hidden: int = 256
+    hidden: Positive[int] = 256
     """Width of the residual stream."""
-    num_heads: int = 4
+    num_heads: Positive[int] = 4
     """Attention heads per channel; the head width is `hidden / num_heads`."""
-    vocab_size: int = 4096
+    vocab_size: Positive[int] = 4096
     """Rows of the word embedding: image codes first, then text pieces and special tokens."""
-    num_codes: int = 1024
+    num_codes: Positive[int] = 1024
     """Image codes: tokens `[0, num_codes)`."""
     start_of_image: int = 4093
     """Token fed at slot 0 of every frame."""
     pad: int = 1024
     """Token that fills unused text slots."""
-    num_positions: int = 256
+    num_positions: Positive[int] = 256
     """Rows of the base position table."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden", "num_heads", "vocab_size", "num_codes", "num_positions"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+        super().__post_init__()
         require(self.num_layers <= MAX_LAYERS, f"num_layers is {self.num_layers}, expected at most {MAX_LAYERS}")
         got, heads, words = f"hidden {self.hidden}", self.num_heads, self.vocab_size
         require(self.hidden % heads == 0, f"{got} is not divisible by num_heads {heads}")
@@ -153,16 +198,16 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
-class LayoutConfig(FrameShape):
+class LayoutConfig(Limited, FrameShape):
     """Sizes and positions of text and frames in a sequence; the source of `layout.SequenceLayout`."""
 
-    grid: int = 8
+    grid: Positive[int] = 8
     """Side, in codes, of a square frame and of the table of positions; frames of other shapes use its center."""
-    num_frames: int = 5
+    num_frames: Positive[int] = 5
     """Frames in a sequence of the video stages."""
-    text_slots: int = 48
+    text_slots: Positive[int] = 48
     """Text slots of the video stages, including the frame rate prefix."""
-    image_text_slots: int = 48
+    image_text_slots: Positive[int] = 48
     """Text slots of the image model."""
     frame_position: int = 48
     """Position of the first row of the table, above all text positions."""
@@ -170,8 +215,7 @@ class LayoutConfig(FrameShape):
     """Rows and columns of a frame in codes; None is the whole grid."""
 
     def __post_init__(self) -> None:
-        for name in ("grid", "num_frames", "text_slots", "image_text_slots"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+        super().__post_init__()
         longest, got = max(self.text_slots, self.image_text_slots), f"frame_position is {self.frame_position}"
         require(self.frame_position >= longest, f"{got}, expected at least the {longest} text slots")
         got = "frames have {} x {} codes".format(*self.sides)
@@ -195,8 +239,11 @@ class StageConfig:
         require(positive, f"durations are {self.durations}, expected positive numbers of seconds")
 
 
+Odd = Annotated[int, Limit(lambda value: value > 0 and value % 2 == 1, "a positive odd number")]
+
+
 @dataclass(frozen=True)
-class UpscalerConfig:
+class UpscalerConfig(Limited):
     """Super-resolution of code grids (CogView2 'direct', spec section 4)."""
 
     ratio: int = 3
@@ -205,45 +252,43 @@ class UpscalerConfig:
     """Text slots before the low codes."""
     low_position: int = 49
     """Position of the first low code."""
-    high_rows: int = 9
+    high_rows: Odd = 9
     """Rows of high slots that a high slot sees, centered on itself."""
-    high_columns: int = 5
+    high_columns: Odd = 5
     """Columns of high slots that a high slot sees, centered on itself."""
-    low_side: int = 5
+    low_side: Odd = 5
     """Rows and columns of low codes that a high slot sees, centered on its own low code."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.ratio >= 1, f"ratio is {self.ratio}, expected at least 1")
         text, got = self.text_slots, f"low_position is {self.low_position}"
         require(self.low_position >= text, f"{got}, expected at least the {text} text slots")
-        for name in ("high_rows", "high_columns", "low_side"):
-            size = getattr(self, name)
-            require(size > 0 and size % 2 == 1, f"{name} is {size}, expected a positive odd number")
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
+class AutoencoderConfig(Limited):
     """The VQ image autoencoder (ICE, spec section 5): one encoder, one codebook, one decoder per rate."""
 
-    channels: int = 32
+    channels: Positive[int] = 32
     """Base width, scaled by the multipliers."""
     encoder_multipliers: tuple[int, ...] = (1, 2, 4)
     """Widths of the encoder's levels; each level but the last halves the side."""
-    encoder_blocks: int = 2
+    encoder_blocks: Positive[int] = 2
     """Residual blocks per level of the encoder."""
     decoder_multipliers: tuple[tuple[int, ...], ...] = ((1, 1, 2, 4),)
     """Widths of each decoder's levels, coarsest rate first; n levels enlarge by `2 ** (n - 1)`."""
-    decoder_blocks: int = 1
+    decoder_blocks: Positive[int] = 1
     """Residual blocks per level of a decoder."""
-    embedding_dim: int = 64
+    embedding_dim: Positive[int] = 64
     """Width of a codebook row."""
-    num_codes: int = 1024
+    num_codes: Positive[int] = 1024
     """Rows of the codebook."""
-    num_downsamplers: int = 1
+    num_downsamplers: NotNegative[int] = 1
     """Residual downsamplers after the encoder, each halving the side."""
     rate: int = 8
     """Rate used by the video model: side of a code in pixels."""
-    groups: int = 8
+    groups: Positive[int] = 8
     """Groups of GroupNorm. One group per channel learns far worse."""
     nominal_resolution: int = 256
     """Input side that `attention_resolution` refers to."""
@@ -255,14 +300,12 @@ class AutoencoderConfig:
     """Standard deviation of red, green and blue."""
 
     def __post_init__(self) -> None:
-        for name in ("channels", "encoder_blocks", "decoder_blocks", "embedding_dim", "num_codes", "groups"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
+        super().__post_init__()
         for multipliers in (self.encoder_multipliers, *self.decoder_multipliers):
             is_positive = len(multipliers) > 0 and all(factor > 0 for factor in multipliers)
             require(is_positive, f"multipliers are {multipliers}, expected one positive number per level")
         got, are_sorted = f"decoders have the rates {self.rates}", sorted({*self.rates}) == [*self.rates[::-1]]
         require(are_sorted, f"{got}, expected different ones, coarsest first")
-        require(self.num_downsamplers >= 0, f"num_downsamplers is {self.num_downsamplers}, expected 0 or more")
         finest, coarsest = self.encoder_rate, self.encoder_rate * 2**self.num_downsamplers
         expected = f"expected rates in [{finest}, {coarsest}]: those of an encoder of rate {finest}"
         are_reached = all(finest <= rate <= coarsest for rate in self.rates)
@@ -313,32 +356,26 @@ class TextConfig:
                 require(fits is not None and not conversion, f"{got}, {expected}")
 
 
+def _above_zero(most: float) -> Limit:
+    return Limit(lambda value: 0 < value <= most, f"above 0, at most {most}")
+
+
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Limited):
     """Sampling of codes. Filters apply in this order: temperature, top-k, top-p, clusters."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, within(0, LARGEST)] = 1.0
     """Divides the logits; 0 is greedy: the most likely code, whatever the noise."""
-    top_k: int = 0
+    top_k: Annotated[int, within(0, MAX_KEPT)] = 0
     """Keep the k most likely codes; 0 keeps all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, _above_zero(1)] = 1.0
     """Keep the smallest set of most likely codes whose probabilities add up to p; 1 keeps all."""
-    clusters: int = 0
+    clusters: Annotated[int, within(0, MAX_KEPT)] = 0
     """Keep the k most likely clusters of codes (CogView2, CogVideo); 0 keeps all codes."""
-    cluster_temperature: float = 0.89
+    cluster_temperature: Annotated[float, _above_zero(LARGEST)] = 0.89
     """Divides the logits again within the chosen cluster."""
-    guidance: float = 1.0
+    guidance: Annotated[float, within(0, LARGEST)] = 1.0
     """Guidance scale; 1 disables guidance and halves the compute."""
-
-    def __post_init__(self) -> None:
-        limits = {"temperature": LARGEST, "guidance": LARGEST, "top_k": MAX_KEPT, "clusters": MAX_KEPT}
-        for name, most in limits.items():
-            value = getattr(self, name)
-            require(is_number(value, 0, most), f"{name} is {value!r:.60}, expected 0 to {most}")
-        for name, most in (("top_p", 1), ("cluster_temperature", LARGEST)):
-            value = getattr(self, name)
-            fits = is_number(value, 0, most) and value > 0
-            require(fits, f"{name} is {value!r:.60}, expected above 0, at most {most}")
 
     def __or__(self, given: Mapping[str, Any]) -> SamplingConfig:
         """Copy with the given values replaced."""
@@ -350,13 +387,8 @@ class SamplingConfig:
         return self.temperature == 0
 
 
-def is_number(value: object, least: float, most: float) -> bool:
-    """Return True for a number in [least, most]."""
-    return isinstance(value, int | float) and least <= value <= most
-
-
 @dataclass(frozen=True)
-class CogVideoConfig:
+class CogVideoConfig(Limited):
     """A whole system: image model, two video stages, super-resolution and both tokenizers."""
 
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
@@ -372,7 +404,7 @@ class CogVideoConfig:
     """Sampler of all later frames, and guidance of the key frames among them."""
     superres_sampling: SamplingConfig = SamplingConfig(clusters=6, cluster_temperature=0.6)
     """Sampler of super-resolution, which is not guided."""
-    text_bonus: float = 1.4
+    text_bonus: Annotated[float, within(-LARGEST, LARGEST)] = 1.4
     """Added to the attention scores of text keys when guidance is off."""
 
     @property
@@ -401,6 +433,7 @@ class CogVideoConfig:
         return replace(self, **changes)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.layout.num_frames >= 3, f"num_frames is {self.layout.num_frames}, expected 3 or more")
         grid, codes, positions = self.layout.grid, self.transformer.num_codes, self.transformer.num_positions
         for name in ("sequential", "interpolation"):
@@ -412,9 +445,8 @@ class CogVideoConfig:
         needed = max(self.layout.frame_position, self.upscaler.low_position) + grid**2
         expected = f"expected at least {needed}: text and one frame"
         require(positions >= needed, f"num_positions is {positions}, {expected}")
-        guidance, bonus = self.superres_sampling.guidance, self.text_bonus
+        guidance = self.superres_sampling.guidance
         require(guidance == 1, f"guidance of super-resolution is {guidance}, expected 1: it is not guided")
-        require(is_number(bonus, -LARGEST, LARGEST), f"text_bonus is {bonus}, expected {-LARGEST} to {LARGEST}")
 
 
 _RELEASED_MEAN = (0.79093, 0.76271, 0.75340)

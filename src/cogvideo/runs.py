@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,14 +42,6 @@ def provenance() -> dict[str, Any]:
             "numpy": np.__version__,
         },
     }
-
-
-class Checkpoint(NamedTuple):
-    """State of a run after a step."""
-
-    step: int
-    state: dict[str, Any]
-    """Everything that the next step depends on: tables of tensors and numbers."""
 
 
 class RunFolder:
@@ -103,17 +95,18 @@ class RunFolder:
         self.path.mkdir()
         return aside
 
-    def old_checkpoint(self) -> Checkpoint | None:
-        """Checkpoint of a tokenizer or reader run of an earlier version, which had its own format; None without one."""
+    def old_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
+        """Last step and state of a tokenizer or reader run of an earlier version, which had its own format, if any."""
         path = self.path / "checkpoint.pt"
         if not path.exists():
             return None
         try:
-            return Checkpoint(*torch.load(path, map_location="cpu", weights_only=True))
+            step, state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # corrupt bytes may raise anything
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
             raise InputError(f"cannot use {path}: it is not a checkpoint of this version") from error
+        return step, state
 
     def report(self, row: Mapping[str, Any]) -> None:
         """Append a row, which includes the step, to `metrics.jsonl`."""

@@ -106,33 +106,26 @@ class TextTokenizer:
                 lines[-1].append(token - self.num_codes)
         return "\n".join(self._processor.decode(line) for line in lines)
 
-    def encode_caption(self, caption: str, duration: float) -> list[int]:
+    def encode_caption(self, caption: str | None, duration: float) -> list[int]:
         """Encode a caption for the video stages, with the seconds that the frames of a sequence span.
+
+        Args:
+            caption: a text; None is the unconditional text.
+            duration: seconds.
 
         Raises:
             ValueError: normalization leaves nothing of the caption, or `duration` is not a positive number.
         """
-        return self._encode_duration(self._strip(caption), duration)
+        require(0 < duration < math.inf, f"duration is {duration}, expected a positive number of seconds")
+        return self._encode_template(self.config.duration_template, caption, duration=float(duration))
 
-    def encode_unconditional(self, duration: float) -> list[int]:
-        """Encode the unconditional text of the video stages, with a duration.
-
-        Raises:
-            ValueError: `duration` is not a positive number.
-        """
-        return self._encode_duration(self.config.unconditional_caption, duration)
-
-    def encode_image_caption(self, caption: str) -> list[int]:
-        """Encode a caption for the image model, without a duration.
+    def encode_image_caption(self, caption: str | None) -> list[int]:
+        """Encode a caption for the image model, without a duration; None is the unconditional text, which may be empty.
 
         Raises:
             ValueError: normalization leaves nothing of the caption.
         """
-        return self._encode_template(self.config.image_template, caption=self._strip(caption))
-
-    def encode_unconditional_image(self) -> list[int]:
-        """Encode the unconditional text of the image model; may be empty."""
-        return self._encode_template(self.config.image_template, caption=self.config.unconditional_caption)
+        return self._encode_template(self.config.image_template, caption)
 
     def batch(
         self, captions: Sequence[str | None], durations: Sequence[float] | None, slots: int, truncate: bool = False
@@ -154,16 +147,11 @@ class TextTokenizer:
 
     def row(self, caption: str | None, duration: float | None) -> list[int]:
         """Encode one caption as in `batch`, with any number of tokens."""
-        if duration is None:
-            return self.encode_unconditional_image() if caption is None else self.encode_image_caption(caption)
-        return self.encode_unconditional(duration) if caption is None else self.encode_caption(caption, duration)
+        return self.encode_image_caption(caption) if duration is None else self.encode_caption(caption, duration)
 
-    def _encode_duration(self, caption: str, duration: float) -> list[int]:
-        require(0 < duration < math.inf, f"duration is {duration}, expected a positive number of seconds")
-        return self._encode_template(self.config.duration_template, caption=caption, duration=float(duration))
-
-    def _encode_template(self, template: str, **values: str | float) -> list[int]:
-        return self.encode(template.replace(LINE_BREAK_PIECE, "\n").format(**values))
+    def _encode_template(self, template: str, caption: str | None, **duration: float) -> list[int]:
+        text = self.config.unconditional_caption if caption is None else self._strip(caption)
+        return self.encode(template.replace(LINE_BREAK_PIECE, "\n").format(caption=text, **duration))
 
     def _encode_line(self, line: str) -> list[int]:
         # As bytes: Python refuses lone surrogates with a ValueError, SentencePiece with a RuntimeError.

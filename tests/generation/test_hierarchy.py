@@ -185,8 +185,9 @@ def test_durations_are_told_to_each_stage(system: CogVideo, monkeypatch: pytest.
     durations: list[float] = []
     encode = TextTokenizer.encode_caption
 
-    def noted(self: TextTokenizer, caption: str, duration: float) -> list[int]:
-        durations.append(duration)
+    def noted(self: TextTokenizer, caption: str | None, duration: float) -> list[int]:
+        if caption is not None:
+            durations.append(duration)
         return encode(self, caption, duration)
 
     monkeypatch.setattr(TextTokenizer, "encode_caption", noted)

@@ -25,11 +25,11 @@ from cogvideo.generation.upscale import slot_noise, upscale
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.transformer import Transformer
 from cogvideo.text import PaddedText
-from cogvideo.training.export import ExportTarget, modules
+from cogvideo.training.export import modules
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.parallel import full_state
 from cogvideo.training.samples import Example, Preview, SampleRow, draw, from_clips, missing, write_samples
-from cogvideo.training.stages import Choice, StageName
+from cogvideo.training.stages import Choice, StageName, Target
 from cogvideo.training.step import Execution
 from gallery import COMPONENTS, assert_same, loud, make_model, make_parts, make_trainer
 from lessons import random_codes, sample
@@ -421,9 +421,7 @@ def preview_of(
             each.add_(torch.randn(each.shape, generator=torch.Generator().manual_seed(seed)), alpha=0.05)
     mode = "image" if stage in ("image", "superres") else stage
     stream = ClipStream([place / "data"], "validation", ClipSampling(mode, high_codes=stage == "superres"))  # type: ignore[arg-type]
-    return Preview(
-        ExportTarget(folder, model, model.config, stage, Choice("continue")), trainer, stream, prompts, folder, 6
-    )
+    return Preview(Target(folder, model, model.config, stage, Choice("continue")), trainer, stream, prompts, folder, 6)
 
 
 def test_what_is_lacking_is_known(place: Path, tmp_path: Path) -> None:

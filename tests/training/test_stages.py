@@ -11,7 +11,7 @@ import torch
 from cogvideo.bundle.model import CogVideo
 from cogvideo.models.transformer import Base, TemporalChannel, initialize
 from cogvideo.models.upscaler import Upscaler
-from cogvideo.training.stages import Choice, StageName, base_of, build, configured, own, parents
+from cogvideo.training.stages import Choice, StageName, Target, configured
 from workshop import make_bundle
 
 
@@ -28,8 +28,13 @@ def source(train_text_model: Callable[..., bytes], tmp_path_factory: pytest.Temp
     return CogVideo.from_pretrained(folder)
 
 
+def target(stage: StageName, choice: Choice, source: CogVideo) -> Target:
+    """Create a target whose bundle is never written."""
+    return Target(Path("out"), source, configured(source.config, stage, choice), stage, choice)
+
+
 def start(stage: StageName, choice: Choice, source: CogVideo, dtype: torch.dtype = torch.float32, seed: int = 0):  # type: ignore[no-untyped-def]
-    return build(stage, choice, source, configured(source.config, stage, choice), dtype, seed)
+    return target(stage, choice, source).build(dtype, seed)
 
 
 @pytest.mark.parametrize("stage", ["sequential", "interpolation"])
@@ -78,7 +83,7 @@ def test_interpolation_continues_from_key_frames(source: CogVideo) -> None:
     assert torch.equal(model.channel.blocks[1].out.weight, source.sequential.channel.blocks[1].out.weight)
     assert torch.equal(model.base.words.weight, source.sequential.base.words.weight)
     assert not torch.equal(model.base.words.weight, source.base.words.weight)
-    assert parents("interpolation", Choice("sequential"), source) == ("sequential_base", "sequential")
+    assert target("interpolation", Choice("sequential"), source).parents() == ("sequential_base", "sequential")
 
 
 def test_variants(source: CogVideo) -> None:
@@ -95,9 +100,9 @@ def test_variants(source: CogVideo) -> None:
     assert not torch.equal(fresh.base.words.weight, source.base.words.weight)
     assert torch.equal(fresh.channel.blocks[0].qkv.weight, fresh.base.blocks[0].qkv.weight)
     assert start("interpolation", Choice("inherit", window=4), source).window == 4
-    assert own("sequential", Choice("inherit")) == ("sequential",)
-    assert own("sequential", Choice("inherit", "trained")) == ("sequential", "sequential_base")
-    assert base_of("sequential", Choice("continue"), source) == "sequential_base"
+    assert target("sequential", Choice("inherit"), source).own == ("sequential",)
+    assert target("sequential", Choice("inherit", "trained"), source).own == ("sequential", "sequential_base")
+    assert target("sequential", Choice("continue"), source).base == "sequential_base"
     again = start("sequential", Choice("continue"), source)
     assert torch.equal(again.channel.positions.weight, source.sequential.channel.positions.weight)
 
@@ -116,14 +121,14 @@ def test_what_is_missing_is_said(train_text_model: Callable[..., bytes], tmp_pat
     """Checks the errors for a missing parent stage and for a window that does not fit."""
     bundle = make_bundle(tmp_path / "model", train_text_model(), base=False)
     with pytest.raises(ValueError, match=r"has no base, it has: image_tokenizer.*`cogvideo train image` makes it"):
-        parents("sequential", Choice("inherit"), bundle)
+        target("sequential", Choice("inherit"), bundle).parents()
     with pytest.raises(ValueError, match=r"has no base"):
-        parents("image", Choice("continue"), bundle)
-    assert parents("image", Choice("random"), bundle) == ()
+        target("image", Choice("continue"), bundle).parents()
+    assert target("image", Choice("random"), bundle).parents() == ()
     bundle = make_bundle(tmp_path / "other", train_text_model())
     with pytest.raises(ValueError, match=r"has no sequential, it has: base.*`cogvideo train sequential` makes it"):
-        parents("interpolation", Choice("sequential"), bundle)
+        target("interpolation", Choice("sequential"), bundle).parents()
     with pytest.raises(ValueError, match=r"has no superres"):
-        parents("superres", Choice("continue"), bundle)
+        target("superres", Choice("continue"), bundle).parents()
     with pytest.raises(ValueError, match="grid 4 is not divisible by the interpolation window 6"):
         configured(bundle.config, "interpolation", Choice("inherit", window=6))

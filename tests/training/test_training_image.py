@@ -337,7 +337,7 @@ def test_a_dropped_caption_is_the_unconditional_text(text_model: bytes, kind: Ki
     text = TextTokenizer(text_model, config, NUM_CODES)
     task = make_task(text, kind, slots=30)
     batch = task.collate([some_sample(caption=None)])
-    padded = pad_left([text.encode_unconditional_image()], 30, text.pad)
+    padded = pad_left([text.encode_image_caption(None)], 30, text.pad)
     assert kinds(batch) == ["image"]
     assert torch.equal(batch.tokens[:, :30], padded.tokens)
     assert torch.equal(batch.sees[:, -1, :30], padded.mask)
@@ -348,10 +348,7 @@ def test_later_frames_have_the_text_of_video_stages(text: TextTokenizer, caption
     """Guards the text of later frames: that of the video stages, with the duration in front, for their frozen base."""
     task = make_task(text, slots=30)
     batch = task.collate([some_sample(caption=caption)._replace(duration=each) for each in (0.0, 4.0, 0.5)])
-    if caption is None:
-        rows = [text.encode_unconditional_image(), *map(text.encode_unconditional, (4.0, 0.5))]
-    else:
-        rows = [text.encode_image_caption(caption), *(text.encode_caption(caption, each) for each in (4.0, 0.5))]
+    rows = [text.encode_image_caption(caption), *(text.encode_caption(caption, each) for each in (4.0, 0.5))]
     assert torch.equal(batch.tokens[:, :30], pad_left(rows, 30, text.pad).tokens)
     assert len({tuple(row) for row in rows}) == 3
 
@@ -360,7 +357,7 @@ def test_no_text_at_all(text_model: bytes) -> None:
     """Prevents NaN losses when the unconditional text is empty."""
     text = TextTokenizer(text_model, TextConfig(image_template="{caption}"), NUM_CODES)
     task = make_task(text)
-    assert text.encode_unconditional_image() == []
+    assert text.encode_image_caption(None) == []
     assert task.losses(large(make_model(task)), task.collate([some_sample(caption=None)])).loss.isfinite().all()
 
 

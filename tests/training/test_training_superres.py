@@ -54,7 +54,7 @@ def test_loss_is_that_of_each_high_code(text: TextTokenizer) -> None:
     """Guards the pairing of slots and codes, and that a sample's loss is the mean over its own codes."""
     task, model = SuperresTask(LAYOUT, text, 0.0), large(make_model(text))
     samples = [some_sample(0), some_sample(1, "a"), some_sample(2, None)]
-    words = [text.encode_image_caption(PROMPT), text.encode_image_caption("a"), text.encode_unconditional_image()]
+    words = [text.encode_image_caption(PROMPT), text.encode_image_caption("a"), text.encode_image_caption(None)]
     padded = pad_left(words, SLOTS, text.pad)
     low = torch.stack([torch.from_numpy(each.codes.astype("int64")).flatten() for each in samples])
     logits = model.base.logits(model(padded.tokens, padded.mask, low)).log_softmax(-1)

@@ -71,11 +71,7 @@ def test_losses_equal_the_oracle(text: TextTokenizer, stage: Stage, window: int)
     base, channel = model.base.state_dict(), model.channel.state_dict()
     oracle = Oracle(stage, base, channel, 2, 2, NUM_CODES, text.start_of_image, GRID, 5, SLOTS, window)
     for row, one in enumerate(samples):
-        words = (
-            text.encode_unconditional(one.duration)
-            if one.caption is None
-            else text.encode_caption(one.caption, one.duration)
-        )
+        words = text.encode_caption(one.caption, one.duration)
         empty = SLOTS - len(words)
         prompt = Prompt([text.pad] * empty + words, (False,) * empty + (True,) * len(words))
         codes = {place: [int(code) for code in one.codes[place].flatten()] for place in range(5)}
@@ -141,7 +137,7 @@ def test_texts(text_model: bytes) -> None:
     samples = [some_sample(caption=None, duration=0.5), some_sample(duration=2.0), some_sample(caption="a cat " * 20)]
     batch = make_task(text, "sequential").collate(samples)
     long = text.encode_caption("a cat " * 20, 4.0)
-    rows = [text.encode_unconditional(0.5), text.encode_caption("two birds fly", 2.0), long[:SLOTS]]
+    rows = [text.encode_caption(None, 0.5), text.encode_caption("two birds fly", 2.0), long[:SLOTS]]
     expected = pad_left(rows, SLOTS, text.pad)
     assert len(long) > SLOTS
     assert torch.equal(batch.text.tokens, expected.tokens)

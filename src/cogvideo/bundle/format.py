@@ -231,10 +231,15 @@ def in_half(component: str, module: nn.Module, config: CogVideoConfig) -> nn.Mod
     large = [name for name, tensor in narrow.items() if not bool(tensor.isfinite().all())]
     if large:
         print(f"{component} is not stored in float16: {few(large)} has values beyond 65,504.", file=sys.stderr)
+    return module_of(component, state if large else narrow, config)
+
+
+def module_of(component: str, tensors: Mapping[str, Tensor], config: CogVideoConfig) -> nn.Module:
+    """A component that has these tensors as its weights, not copies, and no gradients."""
     with torch.device("meta"):
-        copy = MODULES[component](config)
-    copy.load_state_dict(state if large else narrow, assign=True)
-    return copy.requires_grad_(False)
+        module = MODULES[component](config)
+    module.load_state_dict(tensors, assign=True)
+    return module.requires_grad_(False)
 
 
 def few(names: Iterable[str]) -> str:

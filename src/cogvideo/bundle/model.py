@@ -22,7 +22,6 @@ from cogvideo.bundle.format import (
     CHANNELS,
     COMPONENTS,
     MANIFEST,
-    MODULES,
     SHARED,
     BundleWriter,
     Component,
@@ -30,6 +29,7 @@ from cogvideo.bundle.format import (
     Manifest,
     check_tensors,
     file_of,
+    module_of,
     owner_of,
     read_tensor,
     text_tokenizer,
@@ -334,11 +334,9 @@ class CogVideo(StageModels):
         tensors = {name: self._place(path, name, tensor) for name, tensor in tensors.items()}
         if component == "cluster_labels":
             return tensors["labels"]
-        with torch.device("meta"):
-            module = MODULES[component](self.config)
-        module.load_state_dict(tensors, assign=True)
+        module = module_of(component, tensors, self.config)
         fuse(module, [each.read(module) for each in self._adapters_of(component)])
-        return module.eval().requires_grad_(False)
+        return module.eval()
 
     def _place(self, path: Path, name: str, mapped: Tensor) -> Tensor:
         """The memory-mapped tensor itself if device and dtype match, else a copy."""

@@ -34,7 +34,7 @@ from cogvideo.commands.outputs import (
     write_frame,
 )
 from cogvideo.commands.prompts import ANY_SEED, ListedPrompt, read_prompts
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, Limited, Positive, require
 from cogvideo.data.folders import existing
 from cogvideo.data.tables import SPACES
 from cogvideo.devices import default_dtype, slowness, usable
@@ -64,18 +64,15 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Execution:
+class Execution(Limited):
     """Device, batch and memory. They change clips by no more than rounding."""
 
     device: str = "auto"
     """Device to run on: cpu, cuda, cuda:0, or auto."""
-    batch: int = 1
+    batch: Positive[int] = 1
     """Number of clips to generate at once."""
     offload: bool = False
     """Keep only the weights in use in memory: slower, for large models."""
-
-    def __post_init__(self) -> None:
-        require(self.batch > 0, f"batch is {self.batch}, expected a positive number")
 
 
 def generate(

@@ -11,34 +11,15 @@ from rich.table import Table
 
 from cogvideo.bundle.adapters import ADAPTERS, OWN
 from cogvideo.bundle.format import CHANNELS, MANIFEST, PLAIN_NAME
-from cogvideo.bundle.model import update as update_bundle
 from cogvideo.commands.terminal import table
 from cogvideo.config import require
-from cogvideo.data.frame_store import StoreSettings
-from cogvideo.data.frames import FrameSettings
-from cogvideo.data.sources import SourceOptions
-from cogvideo.evaluation.networks.cache import fetched
 from cogvideo.evaluation.reader import ATTRIBUTES, ReaderConfig
-from cogvideo.text import TextTokenizer
-from cogvideo.training.export import export_run
 from cogvideo.training.launch import train
 from cogvideo.training.objectives.image import ImageMixture
 from cogvideo.training.objectives.reader import ReaderSettings
-from cogvideo.training.objectives.tokenizer import TokenizerSettings
 from cogvideo.training.reader import train_reader
 from cogvideo.training.session import LoggingConfig, Options
 from cogvideo.training.stages import BaseChoice, Choice, StageName, StartChoice
-from cogvideo.training.text import (
-    COUNTED,
-    Normalization,
-    bundle_config,
-    figures,
-    on_backgrounds,
-    read_captions,
-    spread,
-    train_model,
-)
-from cogvideo.training.tokenizer import train_tokenizer
 
 DURATIONS = (4.0, 2.0, 1.0, 0.5)
 """Seconds from the first to the last of five frames, at 1, 2, 4 and 8 per second."""
@@ -163,71 +144,6 @@ def superres(
     train("superres", Choice(start, base), options, {"corruption": corruption})
 
 
-def tokenizer(
-    sources: tuple[str, ...] = (),
-    /,
-    *,
-    out: Path,
-    init: str | None = None,
-    preset: str | None = None,
-    settings: TokenizerSettings = TokenizerSettings(),  # noqa: B008  # frozen
-    frames: StoreSettings = StoreSettings(),  # noqa: B008
-    options: SourceOptions = SourceOptions(),  # noqa: B008
-    perceptual: Literal["lpips"] | None = None,
-    vgg: Path | None = None,
-    lpips: Path | None = None,
-    device: str = "auto",
-    logging: LoggingConfig = LoggingConfig(evaluate_every=1000),  # noqa: B008
-    overwrite: bool = False,
-) -> None:
-    """Train the image tokenizer on frames of clips. Run an interrupted command again to continue.
-
-    The folder `.tokenizer-run` inside OUT has metrics.jsonl, contact sheets from before and after (frames above their
-    reconstructions) and at the end report.json. The bundle gets the tokenizer and clusters of its codes. If torchrun
-    starts several ranks, they share each batch.
-
-    Args:
-        sources: One or more sources: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic
-            clips.
-        out: Bundle to put the tokenizer into; its other components stay.
-        init: Bundle whose image tokenizer to start from, such as pocket: a folder, or an ID on the Hugging Face Hub.
-            Random weights unless given.
-        preset: Preset that sets the model's sizes if there is no bundle yet; pocket unless given.
-        settings: Training settings.
-        frames: Frames to train on.
-        options: Ways to read sources.
-        perceptual: Network for the perceptual distance, with weights from `cogvideo fetch lpips`.
-        vgg: VGG-16 weights from torchvision, for LPIPS from files.
-        lpips: Weights of the LPIPS heads for VGG (version 0.1).
-        device: Device to run on: cpu, cuda, cuda:0, or auto.
-        logging: Reports and checkpoints.
-        overwrite: Replace the bundle's tokenizer; models that learned its codes cannot use another.
-    """
-    train_tokenizer(
-        sources,
-        out,
-        settings,
-        frames,
-        options,
-        init=init,
-        preset=preset,
-        weights=_lpips_files(perceptual, vgg, lpips),
-        device=device,
-        logging=logging,
-        overwrite=overwrite,
-    )
-
-
-def _lpips_files(name: str | None, vgg: Path | None, heads: Path | None) -> tuple[Path, ...]:
-    """Files with the weights of LPIPS; none if it is not requested."""
-    given = tuple(path for path in (vgg, heads) if path is not None)
-    require(len(given) != 1, "LPIPS needs two files: --vgg (torchvision's VGG-16) and --lpips (its heads for VGG)")
-    if name is None:
-        return given
-    require(not given, f"--perceptual {name} uses the fetched weights: leave out --vgg and --lpips")
-    return (fetched("lpips-vgg"),)
-
-
 def reader(
     *,
     out: Path,
@@ -258,66 +174,3 @@ def reader(
 def _table(right: dict[str, dict[str, float]], number: int) -> Table:
     rows = ([group, *(f"{each:.1%}" for each in shares.values())] for group, shares in right.items())
     return table(f"Read correctly, of {number:,} clips never trained on", ["", *ATTRIBUTES, "all"], rows)
-
-
-def text(
-    source: tuple[str, ...],
-    /,
-    out: Path,
-    preset: str | None = None,
-    options: SourceOptions = SourceOptions(),  # noqa: B008  # frozen
-    normalization: Normalization = "nfkc",
-    background_template: str = "",
-    max_captions: int = 1_000_000,
-) -> None:
-    """Train the text tokenizer on the captions of the split `train`, and put it into a bundle.
-
-    Args:
-        source: Sources: folders, tables, tars or world:NUMBER, as for `data prepare`.
-        out: Bundle to put the tokenizer into; other components stay, an older text tokenizer is replaced.
-        preset: Preset that configures a new bundle, pocket unless given; an existing bundle keeps its configuration.
-        options: Ways to read sources; use those of `data prepare` to keep validation captions unseen.
-        normalization: Text normalization: nfkc, nfkc_cf (also lowercases), or identity (spaces only).
-        background_template: Template as for `data prepare`, applied to every caption with each background in turn.
-        max_captions: Maximum number of captions; if there are more, evenly spaced ones are used.
-    """
-    require(len(source) > 0, "got no source, expected a folder, a table, a tar or world:NUMBER")
-    require(max_captions > 0, f"max_captions is {max_captions}, expected a positive number")
-    FrameSettings(background_template=background_template)  # refuses a template that does not work
-    config = bundle_config(out, preset)
-    captions = read_captions(source, options)
-    used = spread(on_backgrounds(captions, background_template), max_captions)
-    model = train_model(used, config.transformer, normalization)
-    tokenizer = TextTokenizer(model, config.text, config.transformer.num_codes)
-    update_bundle(out, config, text=tokenizer)
-    distinct = sorted(set(used))
-    counted = spread(distinct, COUNTED)
-    slots = config.layout.text_slots
-    found = figures(tokenizer, counted, slots)
-    unused = f", of which {found.unused:,} unused: the captions have no more pieces" if found.unused else ""
-    print(f"captions  {len(captions):,} of the split train, {len(used):,} used, {len(distinct):,} different")
-    print(f"pieces    {found.pieces:,}{unused}")
-    print(f"tokens    {found.mean:.1f} per caption with its prefix, at most {found.longest} ({len(counted):,} counted)")
-    print(f"fitting   {found.fitting:.2%} of them in the {slots} text slots")
-    print(f"in bytes  {found.with_bytes:.2%} of them, in part")
-    print(f"wrote the text tokenizer into {out}")
-
-
-def export(
-    run: Path,
-    /,
-    out: Path,
-    step: int | None = None,
-    best: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """Put a checkpoint of a run into a bundle, during the run or after it. The run itself is not changed.
-
-    Args:
-        run: Folder of the run, such as my-model/.sequential-run.
-        out: Bundle to put the stage into; missing components are copied from the bundle that the run started from.
-        step: Step of the checkpoint; the newest one unless given.
-        best: Use the checkpoint with the lowest held-out loss.
-        overwrite: Replace the stage if the bundle has it.
-    """
-    export_run(run, out, step, best, overwrite)

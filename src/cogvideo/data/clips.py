@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Literal
 
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, Limited, Seed, Share, require
 
 Mode = Literal["sequential", "interpolation", "image"]
 """What samples are for: one of the two video stages, or the image model, which takes single frames."""
@@ -59,7 +59,7 @@ class FrameRates:
 
 
 @dataclass(frozen=True)
-class ClipSampling:
+class ClipSampling(Limited):
     """Choice of training samples from clips."""
 
     mode: Mode = "sequential"
@@ -72,22 +72,20 @@ class ClipSampling:
     """
     random_offset: bool = True
     """Start at a random frame where the sequence fits, not at the clip's first frame."""
-    caption_dropout: float = 0.0
+    caption_dropout: Share = 0.0
     """Share of samples whose caption is dropped, to train the unconditional text for guidance."""
     high_codes: bool = False
     """Include the super-resolution codes, which the shards must have."""
     durations: tuple[float, ...] = ()
     """Mode image: half of the samples are first frames of clips, the others later frames with one of these durations,
     as in sequences of the video stages. If empty, a sample is any frame, without a duration."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the sample order and of random choices within samples."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         modes = ("sequential", "interpolation", "image")
         require(self.mode in modes, f"mode is {self.mode!r}, expected one of {', '.join(modes)}")
-        dropout = self.caption_dropout
-        require(0 <= dropout <= 1, f"caption_dropout is {dropout}, expected a share in [0, 1]")
-        require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
         positive = all(0 < each < math.inf for each in self.durations)
         require(positive, f"durations are {self.durations}, expected positive numbers of seconds")
         if self.fixed_rate is not None:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import UInt8, UInt16
 
 from cogvideo.bundle.model import CogVideo
-from cogvideo.config import require, times
+from cogvideo.config import Limited, Positive, times
 from cogvideo.data.frames import FrameSettings, Pictures, read_item, shrink
 from cogvideo.data.shards import Row, ShardInfo, write_shard
 from cogvideo.data.sources import Item, Rejection
@@ -32,7 +32,7 @@ Encode = Callable[[UInt8[np.ndarray, "frames height width 3"]], UInt16[np.ndarra
 
 
 @dataclass(frozen=True)
-class PrepareSettings:
+class PrepareSettings(Limited):
     """Content of shards. It also depends on the source and the tokenizer."""
 
     frames: FrameSettings = field(default_factory=FrameSettings)
@@ -41,14 +41,10 @@ class PrepareSettings:
     """Also store the codes of every frame at the size of super-resolution, to train that stage."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the encoder's layers; bfloat16 is twice as fast and changes some codes to similar ones."""
-    batch: int = 32
+    batch: Positive[int] = 32
     """Frames per pass of the encoder. It changes rounding, which may change a few codes."""
-    shard_clips: int = 128
+    shard_clips: Positive[int] = 128
     """Items per shard; an interruption loses at most one shard per worker."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "shard_clips"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
 
 
 class ShardJob(NamedTuple):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from cogvideo.config import InputError, Sides, both, require, times
+from cogvideo.config import InputError, Limited, Positive, Sides, both, require, times
 from cogvideo.data.encoding import ahead
 from cogvideo.data.frames import FrameSettings, read_item
 from cogvideo.data.sources import Item, SourceOptions, list_source, other_splits
@@ -31,24 +31,20 @@ MANIFEST = "frames.json"
 
 
 @dataclass(frozen=True)
-class StoreSettings:
+class StoreSettings(Limited):
     """Frames to train on."""
 
-    num_frames: int = 20_000
+    num_frames: Positive[int] = 20_000
     """Frames to train on, taken evenly from the sources and their clips; fewer if the clips have fewer."""
-    num_held_out: int = 512
+    num_held_out: Positive[int] = 512
     """Held-out frames for validation, from clips that are not trained on."""
-    frames_per_clip: int = 8
+    frames_per_clip: Positive[int] = 8
     """Minimum number of frames per clip, spread over it; higher values read fewer clips."""
-    zoom: int = 1
+    zoom: Positive[int] = 1
     """Magnification of every second clip, whose frames are then cropped; prepares the tokenizer for
     super-resolution."""
     clips: FrameSettings = FrameSettings(min_frames=1)  # noqa: RUF009  # frozen
     """Settings of the frames; an image is a clip of one frame."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_frames", "num_held_out", "frames_per_clip", "zoom"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
 
 
 class FrameStore(NamedTuple):

@@ -8,14 +8,14 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from einops import reduce
 from jaxtyping import UInt8
 
 from cogvideo import world
-from cogvideo.config import InputError, Sides, both, joined, require
+from cogvideo.config import InputError, Limit, Limited, Positive, Sides, both, joined, require
 from cogvideo.data.sources import Item
 from cogvideo.data.tars import Member
 from cogvideo.media.video import MAX_FPS, VideoError, read_video
@@ -41,27 +41,27 @@ _OTHER_SIDES = {"left": "right", "right": "left", "Left": "Right", "Right": "Lef
 
 
 @dataclass(frozen=True)
-class FrameSettings:
+class FrameSettings(Limited):
     """Rate, size and background of the frames of clips."""
 
-    fps: float = 8.0
+    fps: Annotated[Positive[float], Limit(lambda fps: fps <= MAX_FPS, f"at most {MAX_FPS}")] = 8.0
     """Frames kept per second. Training takes its lower frame rates from these."""
     size: Sides | None = None
     """Width and height of a frame in pixels, such as 128x72, or side of a square; the model's by default."""
     fit: Literal["crop", "letterbox"] = "crop"
     """Treatment of clips of another shape: crop to the center, or add bars in the background color."""
-    max_seconds: float = 16.0
+    max_seconds: Positive[float] = 16.0
     """Maximum length in seconds; longer clips are cut. `start` and `end` in a table select another part."""
-    min_frames: int = 2
+    min_frames: Positive[int] = 2
     """Minimum number of frames; shorter clips are rejected. 1 also allows images."""
-    loop_to: float = 0.0
+    loop_to: Annotated[float, Limit(lambda seconds: 0 <= seconds < math.inf, "0 or more seconds")] = 0.0
     """Length in seconds to which shorter clips are repeated, for looping animations."""
     background: str = "white"
     """Color name, or `random`, for transparent areas and bars. With `random`, copies of a clip get different colors:
     twelve copies use all twelve, and eleven leave one that is never seen."""
     background_template: str = ""
     """Caption of clips with alpha, such as "{caption}, on {article} {background} background"; empty for no change."""
-    smallest: float = 1.0
+    smallest: Annotated[float, Limit(lambda share: 0.1 <= share <= 1, "a share in [0.1, 1]")] = 1.0
     """Minimum size of clips with alpha, as a share of the frame; below 1, their size and position are random."""
     mirror: bool = False
     """Mirror every second copy of a clip with alpha whose caption says left or right, and swap these words."""
@@ -69,14 +69,9 @@ class FrameSettings:
     """Seed of all random choices."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         is_positive = self.size is None or min(both(self.size)) > 0
         require(is_positive, f"size is {self.size}, expected a positive number")
-        for name in ("fps", "max_seconds", "min_frames"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"{name} is {value}, expected a positive number")
-        require(self.fps <= MAX_FPS, f"fps is {self.fps}, expected at most {MAX_FPS}")
-        require(0.1 <= self.smallest <= 1, f"smallest is {self.smallest}, expected a share in [0.1, 1]")
-        require(0 <= self.loop_to < math.inf, f"loop_to is {self.loop_to}, expected 0 or more seconds")
         expected = f"expected random or one of {', '.join(BACKGROUNDS)}"
         require(self.background in ("random", *BACKGROUNDS), f"background is {self.background!r}, {expected}")
         template = self.background_template

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from unicodedata import normalize
 
 from cogvideo import world
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, Limited, Positive, Share, require
 from cogvideo.data import tables
 from cogvideo.data.folders import existing, find_manifest, is_manifest, is_openable, read_beside, walk
 from cogvideo.data.tables import CAPTION_COLUMNS, FILE_COLUMNS, LISTS, OPTIONAL_COLUMNS, Record, RowError
@@ -74,27 +74,22 @@ class Listing(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SourceOptions:
+class SourceOptions(Limited):
     """Columns of a source, and treatment of its clips."""
 
     caption_columns: tuple[str, ...] = CAPTION_COLUMNS[:1]
     """Columns of a table, or keys of a JSON file, with captions; otherwise text or prompt."""
     file_column: str = FILE_COLUMNS[0]
     """Column of a table with the path of the video; otherwise file_name, path, video, video_path or video_file_name."""
-    copies: int = 1
+    copies: Positive[int] = 1
     """Copies of each clip. They differ in random choices, such as the background."""
     images: bool = False
     """Also read still images in folders and tars, as clips of one frame. Tables may always name images."""
-    validation: float = 0.05
+    validation: Share = 0.05
     """Share of clips in the split `validation`, if the source names no split. All parts and copies of a file are in the
     same split, which depends only on its relative path."""
-    limit: int | None = None
+    limit: Positive[int] | None = None
     """Maximum number of clips, not counting copies; the first ones are used."""
-
-    def __post_init__(self) -> None:
-        require(self.copies > 0, f"copies is {self.copies}, expected a positive number")
-        require(0 <= self.validation <= 1, f"validation is {self.validation}, expected a share in [0, 1]")
-        require(self.limit is None or self.limit > 0, f"limit is {self.limit}, expected a positive number or none")
 
     @property
     def suffixes(self) -> frozenset[str]:

@@ -6,7 +6,7 @@ Sources: google-research/frechet_video_distance (`tfhub`), songweige/TATS (`tats
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from cogvideo.config import require
+from cogvideo.config import Limit, Limited, Positive
 from cogvideo.evaluation.distribution import (
     InceptionScore,
     frechet_distance,
@@ -31,8 +31,11 @@ RELIABLE = 2048
 Pixels = UInt8[np.ndarray, "frames height width 3"]
 
 
+Several = Annotated[int, Limit(lambda number: number > 1, "2 or more")]
+
+
 @dataclass(frozen=True)
-class Protocol:
+class Protocol(Limited):
     """Settings of one implementation."""
 
     resize: Literal["legacy", "half-pixel"]
@@ -48,7 +51,7 @@ class Protocol:
     """Windows of real clips: one at random in each video, or drawn from all windows, where long videos count more."""
     order: Literal["shuffled", "sorted"]
     """Order of the videos; the first ones are used."""
-    size: int | None
+    size: Positive[int] | None
     """Side in pixels to which clips are reduced first, cropped to the center; None keeps their size."""
     antialias: bool
     """True if this reduction is antialiased."""
@@ -58,21 +61,14 @@ class Protocol:
     """Constant inside its logarithm."""
     score_seed: int | None
     """Seed that shuffles clips for it; None keeps their order."""
-    clips: int = RELIABLE
+    clips: Several = RELIABLE
     """Number of clips on each side."""
-    score_clips: int = RELIABLE
+    score_clips: Several = RELIABLE
     """Number of clips for the Inception Score."""
-    frames: int = 16
+    frames: Positive[int] = 16
     """Frames per clip."""
-    step: int = 1
+    step: Positive[int] = 1
     """Frames of the file from one frame of a clip to the next."""
-
-    def __post_init__(self) -> None:
-        require(self.clips > 1, f"clips is {self.clips}, expected 2 or more")
-        require(self.score_clips > 1, f"score_clips is {self.score_clips}, expected 2 or more")
-        require(self.frames > 0, f"frames is {self.frames}, expected a positive number")
-        require(self.step > 0, f"step is {self.step}, expected a positive number of frames")
-        require(self.size is None or self.size > 0, f"size is {self.size}, expected a positive number of pixels")
 
     @property
     def span(self) -> int:

@@ -17,9 +17,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cogvideo.config import SamplingConfig, require
-from cogvideo.generation.decoder import Condition, Decoder, MaskedDecoder
+from cogvideo.generation.decoder import Condition, Decoder, GraphedDecoder, MaskedDecoder
 from cogvideo.generation.drafts import Drafter
-from cogvideo.generation.graphs import GraphedDecoder
 from cogvideo.generation.sampling import Clusters, check_clusters, log_probabilities
 from cogvideo.layout import SequenceLayout, lag
 from cogvideo.models.transformer import Transformer

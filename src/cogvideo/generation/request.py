@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Int64
@@ -17,12 +17,15 @@ from cogvideo.config import (
     SECONDS,
     CogVideoConfig,
     InputError,
+    Limited,
+    NotNegative,
+    Positive,
     SamplingConfig,
     Sides,
     both,
-    is_number,
     require,
     size_text,
+    within,
 )
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.decoder import Condition
@@ -44,14 +47,14 @@ ADDED |= {"channel": None, "adapter": [], "size": None, "fit": "crop"}
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
+class GenerationSettings(Limited):
     """Everything that determines a clip except its prompt, seed and given frames."""
 
     rounds: int = 3
     """Rounds of interpolation: 5 key frames become 9, 17, 33, ..."""
-    duration: float = 4.0
+    duration: Positive[float] = 4.0
     """Seconds that a sequence of key frames spans."""
-    more_key_frames: int = 0
+    more_key_frames: NotNegative[int] = 0
     """Key frames after the first sequence, generated in further sequences that overlap by two."""
     first: SamplingConfig = CogVideoConfig.first_sampling
     """Sampler and guidance of the first frame."""
@@ -61,11 +64,11 @@ class GenerationSettings:
     """Sampler of super-resolution."""
     should_enlarge: bool = True
     """Enlarge frames by super-resolution, if the model has it."""
-    interpolation_guidance: float = 1.0
+    interpolation_guidance: Annotated[float, within(0, LARGEST)] = 1.0
     """Guidance scale of the frames between key frames."""
     negative: str | None = None
     """Negative prompt, which replaces the model's unconditional text."""
-    text_bonus: float = CogVideoConfig.text_bonus
+    text_bonus: Annotated[float, within(-LARGEST, LARGEST)] = CogVideoConfig.text_bonus
     """Added to the attention scores of text keys when guidance is off."""
     sequences_at_once: int = 0
     """Number of sequences of a round (two gaps each) decoded as one batch; 0 is all, or in a long
@@ -76,14 +79,10 @@ class GenerationSettings:
     """Cut prompts that are too long, instead of refusing them."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.rounds in range(MAX_ROUNDS + 1), f"rounds is {self.rounds!r:.60}, expected 0 to {MAX_ROUNDS}")
         require(self.sequences_at_once >= 0, f"sequences_at_once is {self.sequences_at_once}, expected 0 (all) or more")
-        require(self.duration > 0, f"duration is {self.duration}, expected a positive number of seconds")
-        require(self.more_key_frames >= 0, f"more_key_frames is {self.more_key_frames}, expected 0 or more")
         require(self.negative is None or is_visible(self.negative), f"the negative prompt is empty: {self.negative!r}")
-        for name, least in (("interpolation_guidance", 0), ("text_bonus", -LARGEST)):
-            value = getattr(self, name)
-            require(is_number(value, least, LARGEST), f"{name} is {value!r:.60}, expected {least} to {LARGEST}")
 
     @classmethod
     def of(cls, config: CogVideoConfig) -> GenerationSettings:

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from cogvideo.config import CogVideoConfig, require
+from cogvideo.config import CogVideoConfig, Limit, Limited, Positive, require
 from cogvideo.planning.costs import NARROW, WIDE, Matrices, Stage, layout_of, modules
 from cogvideo.planning.training import activations, stage_flops, training_states
 
@@ -32,30 +32,26 @@ key frames."""
 
 
 @dataclass(frozen=True)
-class Cluster:
+class Cluster(Limited):
     """Machines."""
 
-    gpus: int
+    gpus: Positive[int]
     """Total number of GPUs."""
-    gpu_memory: float
+    gpu_memory: Positive[float]
     """Memory of each GPU in GiB."""
-    gpus_per_machine: int = 8
+    gpus_per_machine: Positive[int] = 8
     """Maximum number of GPUs in a machine."""
-    tensor_parallel: int = 1
+    tensor_parallel: Positive[int] = 1
     """GPUs that share each matrix product, as in `cogvideo train`."""
-    reserve: float = 0.1
+    reserve: Annotated[float, Limit(lambda share: 0 <= share < 1, "a share in [0, 1)")] = 0.1
     """Share of memory to keep free for CUDA's context, NCCL's buffers and fragmentation."""
-    tflops: float = 989.0
+    tflops: Positive[float] = 989.0
     """Peak TFLOP/s of a GPU; by default that of an H100 SXM in bfloat16 without sparsity (NVIDIA's data sheet)."""
-    utilization: float = 0.4
+    utilization: Annotated[float, Limit(lambda share: 0 < share <= 1, "a share in (0, 1]")] = 0.4
     """Share of the peak that training reaches; by default the goal of this package."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "gpu_memory", "gpus_per_machine", "tensor_parallel", "tflops"):
-            value = getattr(self, name)
-            require(0 < value < float("inf"), f"{name} is {value}, expected a positive number")
-        require(0 <= self.reserve < 1, f"reserve is {self.reserve}, expected a share in [0, 1)")
-        require(0 < self.utilization <= 1, f"utilization is {self.utilization}, expected a share in (0, 1]")
+        super().__post_init__()
         divides = self.gpus % self.tensor_parallel == 0
         require(divides, f"tensor_parallel is {self.tensor_parallel} for {self.gpus} GPUs, expected a divisor")
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,17 +29,15 @@ from torch.backends import cudnn
 
 from cogvideo.bundle.format import MANIFEST, SHARED
 from cogvideo.bundle.model import POCKET, CogVideo, update
-from cogvideo.config import CogVideoConfig, StageConfig, require
+from cogvideo.config import CogVideoConfig, Limited, Positive, StageConfig, require, within
 from cogvideo.data.dataset import CARD
-from cogvideo.data.encoding import PrepareSettings
 from cogvideo.data.engines import Machines, OnClip
 from cogvideo.data.prepare import prepare
-from cogvideo.data.sources import SourceOptions
 from cogvideo.devices import default_dtype
 from cogvideo.evaluation.features import i3d, one_thread
 from cogvideo.evaluation.making import ClipOptions, OneStage, clip_files, fill, generate, read_clip, write_clip
 from cogvideo.evaluation.networks.cache import network_path
-from cogvideo.evaluation.protocols import PROTOCOLS
+from cogvideo.evaluation.protocols import PROTOCOLS, Several
 from cogvideo.evaluation.reader import ALL, FILE, SIZE, resized
 from cogvideo.evaluation.subjects import Clip, WorldSubject
 from cogvideo.files import exclusive_lock, replacing
@@ -109,14 +107,14 @@ VARIANTS: dict[VariantName, Variant] = {
 
 
 @dataclass(frozen=True)
-class Ablation:
+class Ablation(Limited):
     """Settings of the comparison."""
 
     base: str = POCKET
     """Bundle with both tokenizers and the image model to inherit: a folder, a Hub ID, or pocket."""
     variants: tuple[VariantName, ...] = tuple(VARIANTS)
     """Variants to train."""
-    seeds: int = 3
+    seeds: Annotated[int, within(1, 10)] = 3
     """Number of seeds of each variant; more can be added later."""
     domain: Literal["simple", "full"] = "simple"
     """Part of the World that the clips show."""
@@ -124,16 +122,14 @@ class Ablation:
     """Number of scenes of the World to train and validate on."""
     held_out: int = 128
     """Maximum number of held-out clips of each frame rate."""
-    clips: int = 512
+    clips: Several = 512
     """Number of prompts, and of generated and real clips to compare."""
-    at_once: int = 16
+    at_once: Positive[int] = 16
     """Number of clips to generate at once."""
 
     def __post_init__(self) -> None:
-        require(1 <= self.seeds <= 10, f"seeds is {self.seeds}, expected 1 to 10")
+        super().__post_init__()
         require("full" in self.variants, f"variants are {', '.join(self.variants)}, expected full among them")
-        require(self.clips > 1, f"clips is {self.clips}, expected 2 or more")
-        require(self.at_once > 0, f"at_once is {self.at_once}, expected a positive number")
 
 
 @dataclass(frozen=True)
@@ -179,8 +175,6 @@ class Experiment:
                 f"world:{self.ablation.domain}:{self.ablation.scenes}",
                 out=self.out / DATA,
                 tokenizer=self.ablation.base,
-                settings=PrepareSettings(),
-                options=SourceOptions(),
                 machines=machines,
             )
         if self.ceiling is None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cogvideo.bundle.adapters import ADAPTERS, WEIGHTS, write_adapter
-from cogvideo.bundle.format import CHANNELS, MANIFEST, MODULES, SHARED, Entry, Manifest, check_tensors, in_half
+from cogvideo.bundle.format import CHANNELS, MANIFEST, SHARED, Entry, Manifest, check_tensors, in_half, module_of
 from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, InputError, from_dict, require
@@ -21,55 +20,10 @@ from cogvideo.packing import sharing
 from cogvideo.runs import RunFolder
 from cogvideo.training.card import REPORTS, identity_of, read_reports, report_of, write_model_card
 from cogvideo.training.checkpoints import Checkpoints, read_weights
-from cogvideo.training.stages import STAGES, Choice, StageName, base_of, own, relying
+from cogvideo.training.stages import STAGES, Choice, Target, relying
 
 
-class ExportTarget(NamedTuple):
-    """Stage to export, the bundle `source` that it starts from, and the bundle `out` that receives it."""
-
-    out: Path
-    source: CogVideo
-    config: CogVideoConfig
-    stage: StageName
-    choice: Choice
-
-    @property
-    def own(self) -> tuple[str, ...]:
-        """Components that the stage trains."""
-        return own(self.stage, self.choice)
-
-    @property
-    def frozen_base(self) -> str | None:
-        """Component of the source that the stage's base is read from; None if the stage trains the base."""
-        if STAGES[self.stage].is_base or self.choice.base != "frozen":
-            return None
-        return base_of(self.stage, self.choice, self.source)
-
-    @property
-    def in_place(self) -> bool:
-        """True if the stage goes into the bundle that it starts from."""
-        return self.source.folder is not None and self.source.folder.resolve() == self.out.resolve()
-
-    @property
-    def stays_behind(self) -> tuple[str, ...]:
-        """Components of the source that are not copied, since they were trained on what is replaced; continued training
-        keeps them."""
-        return () if self.choice.start == "continue" else relying(self.stage, self.source.components)
-
-    @property
-    def comes_along(self) -> tuple[str, ...]:
-        """Components of the source that are copied although what they were trained on is trained further; an adapter
-        leaves it unchanged."""
-        is_changed = self.choice.start == "continue" and self.choice.lora is None
-        return relying(self.stage, self.source.components) if is_changed else ()
-
-    @property
-    def adapter(self) -> Path:
-        """Folder of the adapter of the component that the stage trains."""
-        return self.out / self.own[0]
-
-
-def check_target(target: ExportTarget, overwrite: bool) -> None:
+def check_target(target: Target, overwrite: bool) -> None:
     """Refuse a bundle that cannot take the stage, before anything is trained."""
     out, stage, source = target.out, target.stage, target.source
     for folder in {out, source.folder or out}:
@@ -85,7 +39,7 @@ def check_target(target: ExportTarget, overwrite: bool) -> None:
     hint = f", and pass --init {out}" if target.in_place else ""
     other = f"the bundle {out} has a different configuration from the one to be trained: choose another --out{hint}"
     require(there.config.sizes == target.config.sizes, other)
-    is_new = STAGES[stage].is_base and not (target.in_place and target.choice.start == "continue")
+    is_new = target.row.is_base and not (target.in_place and target.choice.start == "continue")
     added = [*(out / CHANNELS).glob(f"*/{MANIFEST}"), *(out / ADAPTERS).glob(f"*/{REPORTS}")]
     names = sorted(str(each.parent.relative_to(out)) for each in added)
     on_base = ", ".join([*relying(stage, known), *names]) if is_new else ""
@@ -100,7 +54,7 @@ def check_target(target: ExportTarget, overwrite: bool) -> None:
             require(same, differ)
 
 
-def check_codes(target: ExportTarget, names: Sequence[str], tokenizer: str) -> None:
+def check_codes(target: Target, names: Sequence[str], tokenizer: str) -> None:
     """Refuse data encoded with another image tokenizer than the one that a stage's initial components learned."""
     folder = target.source.folder
     reports = {} if folder is None else read_reports(folder)
@@ -113,9 +67,9 @@ def check_codes(target: ExportTarget, names: Sequence[str], tokenizer: str) -> N
         )
 
 
-def left_out(target: ExportTarget) -> str:
+def left_out(target: Target) -> str:
     """A line about components that were trained on what is replaced; empty if there are none."""
-    there, new = _there(target.out), STAGES[target.stage].trains
+    there, new = _there(target.out), target.row.trains
     names = [each for each in target.stays_behind if each not in there]
     if names:
         return f"{target.out} will lack {', '.join(names)}, trained on another {new}."
@@ -124,7 +78,7 @@ def left_out(target: ExportTarget) -> str:
     return f"{', '.join(names)} come from the model with the old {new}: {advice}." if names else ""
 
 
-def delivered(target: ExportTarget) -> bool:
+def delivered(target: Target) -> bool:
     """True if the bundle has what the stage trains, in complete files."""
     if target.choice.lora is not None:
         return (target.adapter / WEIGHTS).exists()
@@ -141,7 +95,7 @@ def _there(out: Path) -> Mapping[str, Entry]:
     return {} if there is None else there.components
 
 
-def deliver_state(target: ExportTarget, state: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
+def deliver_state(target: Target, state: Mapping[str, Tensor], report: Mapping[str, Any]) -> None:
     """Put the trained weights of an objective into the bundle, or those of an adapter into its folder."""
     if target.choice.lora is None:
         deliver(target, modules(target, state), report)
@@ -155,7 +109,7 @@ def deliver_state(target: ExportTarget, state: Mapping[str, Tensor], report: Map
         write_json(target.out / REPORTS, read_reports(target.out) | {name: report})
 
 
-def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
+def deliver(target: Target, trained: Mapping[str, nn.Module], report: Mapping[str, Any]) -> None:
     """Put the trained components into the bundle in float16, with what else it needs, and write its card."""
     out, source, special = target.out, target.source, f"{target.stage}_base"
     out.mkdir(parents=True, exist_ok=True)
@@ -182,20 +136,17 @@ def deliver(target: ExportTarget, trained: Mapping[str, nn.Module], report: Mapp
         write_model_card(out, copied | read_reports(out) | {target.own[0]: report})
 
 
-def modules(target: ExportTarget, state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+def modules(target: Target, state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     """The components that a stage trains, from the trained weights of its objective, by their names in it."""
     result = {}
     for name in target.own:
         weights = _weights(name, state)
         check_tensors(name, weights, target.config, "what was trained")
-        with torch.device("meta"):
-            module = MODULES[name](target.config)
-        module.load_state_dict(weights, assign=True)
-        result[name] = module.requires_grad_(False)
+        result[name] = module_of(name, weights, target.config)
     return result
 
 
-def fused(target: ExportTarget, state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+def fused(target: Target, state: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     """The component of a stage with the adapter that was trained for it, by its name."""
     (name,) = target.own
     module = sharing(target.source.part(name, nn.Module))
@@ -209,8 +160,23 @@ def _weights(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value.cpu() for key, value in state.items() if key.startswith(prefix)}
 
 
-def export_run(run: Path, out: Path, step: int | None = None, best: bool = False, overwrite: bool = False) -> None:
-    """Put a checkpoint of a run, by default the newest, into a bundle."""
+def export_run(
+    run: Path,
+    /,
+    out: Path,
+    step: int | None = None,
+    best: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Put a checkpoint of a run into a bundle, during the run or after it. The run itself is not changed.
+
+    Args:
+        run: Folder of the run, such as my-model/.sequential-run.
+        out: Bundle to put the stage into; missing components are copied from the bundle that the run started from.
+        step: Step of the checkpoint; the newest one unless given.
+        best: Use the checkpoint with the lowest held-out loss.
+        overwrite: Replace the stage if the bundle has it.
+    """
     identity = identity_of(run)
     stage, choice = identity["stage"], Choice(**identity["choice"])
     config = from_dict(CogVideoConfig, identity["config"])
@@ -221,7 +187,7 @@ def export_run(run: Path, out: Path, step: int | None = None, best: bool = False
         source = CogVideo.from_pretrained((run / identity["from"]).resolve())
     except InputError as error:
         raise InputError(f"the bundle that the run started from cannot be used: {error}") from error
-    target = ExportTarget(out, source, config, stage, choice)
+    target = Target(out, source, config, stage, choice)
     _check_source(target, identity["parents"])
     check_target(target, overwrite)
     if line := left_out(target):
@@ -242,7 +208,7 @@ def _choose(run: Path, checkpoints: Checkpoints, step: int | None, best: bool) -
     return chosen
 
 
-def _check_source(target: ExportTarget, parents: Mapping[str, str]) -> None:
+def _check_source(target: Target, parents: Mapping[str, str]) -> None:
     """Refuse a bundle whose components are no longer those that the stage relies on, by their hashes."""
     for name in filter(None, ("text", target.frozen_base)):
         got, expected = target.source.sha256(name), parents.get(name)

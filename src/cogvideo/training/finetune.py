@@ -14,7 +14,6 @@ With adapters, the base stays unchanged, including both tokenizers, and the stag
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -31,7 +30,7 @@ from cogvideo.bundle.adapters import ADAPTED, ADAPTERS, OWN
 from cogvideo.bundle.format import MANIFEST
 from cogvideo.bundle.model import CogVideo
 from cogvideo.bundle.model import update as update_bundle
-from cogvideo.config import CogVideoConfig, Sides, require
+from cogvideo.config import CogVideoConfig, Limited, Positive, Seed, Sides, require
 from cogvideo.data.clips import FrameRates, filled_rates
 from cogvideo.data.dataset import CARD, Dataset
 from cogvideo.data.encoding import PrepareSettings
@@ -98,31 +97,25 @@ ADAPTER_RATE = 3e-2
 
 
 @dataclass(frozen=True)
-class Finetuning:
+class Finetuning(Limited):
     """Settings of a fine-tuning."""
 
-    minutes: float = 20.0
+    minutes: Positive[float] = 20.0
     """Time in minutes, which determines the number of training steps."""
-    steps: int | None = None
+    steps: Positive[int] | None = None
     """Steps of each stage, instead of as many as fit into the time."""
-    batch: int = 8
+    batch: Positive[int] = 8
     """Samples per step; at most the number of frames that the clips have at 8 per second."""
     fit: Literal["crop", "letterbox"] = "crop"
     """Treatment of clips of another shape: crop to the center, or add white bars."""
     size: Sides | None = None
     """Width and height of a frame in pixels, such as 96x56, before super-resolution; the base's by default."""
-    lora: int | None = None
+    lora: Positive[int] | None = None
     """Rank of adapters (LoRA) to train instead of the base's weights, which stay unchanged; such as 8."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of the clips and of all random choices."""
     device: str = "auto"
     """Device to run on: cpu, cuda, cuda:0, or auto."""
-
-    def __post_init__(self) -> None:
-        for name in ("minutes", "steps", "batch", "lora"):
-            value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, f"{name} is {value}, expected a positive number")
-        require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
 
     @property
     def adapters(self) -> dict[str, float]:
@@ -351,8 +344,8 @@ class FinetuningRun:
         every = max(1, steps // 5)
         train_tokenizer(
             (str(self.table),),
-            self.out,
-            TokenizerSettings(
+            out=self.out,
+            settings=TokenizerSettings(
                 steps=steps,
                 batch=batch,
                 learning_rate=TOKENIZER_RATE,
@@ -361,14 +354,14 @@ class FinetuningRun:
                 plain_steps=0,
                 adversary_weight=0.0,
             ),
-            StoreSettings(
+            frames=StoreSettings(
                 num_frames=4000,
                 num_held_out=32,
                 clips=FrameSettings(fit=self.settings.fit, min_frames=1, seed=self.settings.seed),
             ),
-            SourceOptions(validation=0.0),
+            options=SourceOptions(validation=0.0),
             init=str(self.base.folder),
-            weights=tuple(path for path in [network_path("lpips-vgg")] if path.is_file()),
+            perceptual="lpips" if network_path("lpips-vgg").is_file() else None,
             device=self.settings.device,
             logging=LoggingConfig(evaluate_every=every, checkpoint_every=every, keep=1),
             overwrite=True,

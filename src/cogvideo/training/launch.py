@@ -25,14 +25,7 @@ from cogvideo.files import exclusive_lock
 from cogvideo.planning.training import training
 from cogvideo.runs import TYPED, RunFolder
 from cogvideo.training.card import report_of
-from cogvideo.training.export import (
-    ExportTarget,
-    check_codes,
-    check_target,
-    deliver_state,
-    delivered,
-    left_out,
-)
+from cogvideo.training.export import check_codes, check_target, deliver_state, delivered, left_out
 from cogvideo.training.held_out import HeldOut, held_out, judged
 from cogvideo.training.loop import learn
 from cogvideo.training.objectives.image import ImageMixture
@@ -40,14 +33,7 @@ from cogvideo.training.objectives.task import Objective
 from cogvideo.training.parallel import ParallelSettings, Ranks, any_rank, full_state, process_group
 from cogvideo.training.samples import Preview
 from cogvideo.training.session import DataOptions, Options, Session
-from cogvideo.training.stages import (
-    STAGES,
-    Choice,
-    StageName,
-    build,
-    configured,
-    parents,
-)
+from cogvideo.training.stages import STAGES, Choice, StageName, Target, configured
 from cogvideo.training.step import Trainer
 
 
@@ -101,7 +87,7 @@ def seconds_per_step(
     return (times[-1] - times[0]) / (steps - 1)
 
 
-def _target(stage: StageName, choice: Choice, options: Options) -> ExportTarget:
+def _target(stage: StageName, choice: Choice, options: Options) -> Target:
     """The stage with the bundle that it starts from, for frames of the shape of the first dataset.
 
     A video stage's adapter is trained on a base with the adapter of that name.
@@ -114,7 +100,7 @@ def _target(stage: StageName, choice: Choice, options: Options) -> ExportTarget:
     if choice.lora is not None and not STAGES[stage].is_base:
         source.add([each for each in adapters_in(options.out) if each.component == "base"])
     config = configured(source.config, stage, choice).shaped(read_card(options.clips.data[0]).grid)
-    return ExportTarget(options.out, source, config, stage, choice)
+    return Target(options.out, source, config, stage, choice)
 
 
 def _typed(options: Options) -> str:
@@ -123,11 +109,10 @@ def _typed(options: Options) -> str:
 
 
 def _train(
-    target: ExportTarget, options: Options, task: Mapping[str, Any], sampling: Mapping[str, Any], ranks: Ranks
+    target: Target, options: Options, task: Mapping[str, Any], sampling: Mapping[str, Any], ranks: Ranks
 ) -> None:
-    stage, choice, source = target.stage, target.choice, target.source
-    settings = options.optimization
-    named = parents(stage, choice, source)
+    stage, settings = target.stage, options.optimization
+    named = target.parents()
     stream, entries = _data(target, options, sampling)
     folder = RunFolder(options.out / f".{stage}-run")
     check_codes(target, named, stream.tokenizer_sha256)
@@ -155,13 +140,12 @@ def _train(
 
 
 def _start(
-    target: ExportTarget, options: Options, task: Mapping[str, Any], stream: ClipStream, ranks: Ranks
+    target: Target, options: Options, task: Mapping[str, Any], stream: ClipStream, ranks: Ranks
 ) -> tuple[Trainer, Callable[[int], Iterable[Any]]]:
     """Initial trainer of a stage, and a function that gives its batches from a step on."""
-    settings, row = options.optimization, STAGES[target.stage]
+    settings, row = options.optimization, target.row
     learned = row.task(row.layout(target.config), target.source.text, **task)
-    model = build(target.stage, target.choice, target.source, target.config, settings.dtype, settings.seed)
-    objective = Objective(model, learned).to(ranks.device)
+    objective = Objective(target.build(settings.dtype, settings.seed), learned).to(ranks.device)
     trainer = Trainer(objective, settings, options.execution, options.parallel, ranks)
 
     def batches(step: int) -> Iterable[Any]:
@@ -179,7 +163,7 @@ def _start(
     return trainer, batches
 
 
-def _too_large(target: ExportTarget, options: Options, ranks: Ranks) -> str:
+def _too_large(target: Target, options: Options, ranks: Ranks) -> str:
     """Error message with the expected memory, and options that help."""
     is_narrow = options.optimization.precision == "bfloat16"
     share = options.optimization.batch // ranks.data_size
@@ -202,9 +186,7 @@ def _too_large(target: ExportTarget, options: Options, ranks: Ranks) -> str:
     return f"{got}. What helps: {helps}. The last checkpoint is kept"
 
 
-def _begin(
-    target: ExportTarget, options: Options, folder: RunFolder, identity: Mapping[str, Any], locks: ExitStack
-) -> bool:
+def _begin(target: Target, options: Options, folder: RunFolder, identity: Mapping[str, Any], locks: ExitStack) -> bool:
     """Lock the folder and claim it for this run; returns whether there is anything to do.
 
     A finished run needs nothing as long as the bundle has its stage, else the stage is exported again. The folder of
@@ -232,7 +214,7 @@ def _begin(
 
 
 def _notes(
-    target: ExportTarget, options: Options, stream: ClipStream, entries: Sequence[HeldOut], problem: str
+    target: Target, options: Options, stream: ClipStream, entries: Sequence[HeldOut], problem: str
 ) -> Iterator[str]:
     """Messages about what the run lacks, and what may surprise."""
     if line := left_out(target):
@@ -251,9 +233,9 @@ def _notes(
         yield problem
 
 
-def _data(target: ExportTarget, options: Options, special: Mapping[str, Any]) -> tuple[ClipStream, list[HeldOut]]:
+def _data(target: Target, options: Options, special: Mapping[str, Any]) -> tuple[ClipStream, list[HeldOut]]:
     """Training clips, and clips to validate on."""
-    row, config, source = STAGES[target.stage], target.config, target.source
+    row, config, source = target.row, target.config, target.source
     clips, grid, seed = options.clips, config.layout.grid, options.optimization.seed
     num_frames = config.layout.num_frames
     sampling = clips.sampling(row.mode, seed, num_frames, high_codes=row.has_high_codes, **special)
@@ -271,7 +253,7 @@ def _data(target: ExportTarget, options: Options, special: Mapping[str, Any]) ->
 
 
 def _identity(
-    target: ExportTarget, options: Options, special: Mapping[str, Any], starts: Sequence[str], stream: ClipStream
+    target: Target, options: Options, special: Mapping[str, Any], starts: Sequence[str], stream: ClipStream
 ) -> dict[str, Any]:
     """Everything that determines the weights, regardless of its location."""
     replaced = target.own if target.in_place else ()
@@ -291,7 +273,7 @@ def _identity(
     }
 
 
-def _finish(target: ExportTarget, folder: RunFolder, trainer: Trainer) -> None:
+def _finish(target: Target, folder: RunFolder, trainer: Trainer) -> None:
     """Put the stage into the bundle; the report is written last, to mark completion."""
     with trainer.averaged():
         state = full_state(trainer.module)

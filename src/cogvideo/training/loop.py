@@ -121,8 +121,9 @@ def _resume(session: Session, checkpoints: Checkpoints) -> tuple[int, float]:
     old = session.folder.old_checkpoint()
     if old is None:
         return 0, 0.0
-    trainer.objective.load_old(old.state, trainer.optimizers)
-    return old.step, 0.0
+    step, state = old
+    trainer.objective.load_old(state, trainer.optimizers)
+    return step, 0.0
 
 
 def _state(trainer: Trainer, seconds: float) -> dict[str, Any]:

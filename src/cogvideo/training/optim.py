@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from cogvideo.config import require
+from cogvideo.config import Limit, Limited, NotNegative, Positive, Seed, Share, require
 from cogvideo.training.parallel import local
 
 BETAS = (0.9, 0.95)
@@ -19,18 +19,21 @@ BETAS = (0.9, 0.95)
 LARGEST = 1e30
 """Upper limit of settings: their products must stay finite in float32, whose maximum is 3e38."""
 
+T = TypeVar("T")
+Bounded = Annotated[Positive[T], Limit(lambda value: value <= LARGEST, f"{LARGEST:g} at most")]
+
 
 @dataclass(frozen=True)
-class Optimization:
+class Optimization(Limited):
     """Optimization settings that all objectives share."""
 
-    steps: int = 1000
+    steps: Bounded[int] = 1000
     """Updates of the weights."""
-    batch: int = 16
+    batch: Bounded[int] = 16
     """Samples per step, over all ranks."""
-    learning_rate: float = 2e-4
+    learning_rate: Bounded[float] = 2e-4
     """Peak learning rate (paper: 2e-4)."""
-    warmup: int = 100
+    warmup: NotNegative[int] = 100
     """Steps of linear warmup of the learning rate."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products and of frozen matrices in memory. Trained weights are always float32."""
@@ -40,12 +43,7 @@ class Optimization:
     ema = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "learning_rate", "clip"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"{name} is {value}, expected a positive number")
-            require(value <= LARGEST, f"{name} is {value:g}, expected {LARGEST:g} at most")
-        require(0 <= self.warmup < math.inf, f"warmup is {self.warmup}, expected 0 or more")
-        require(0 <= self.weight_decay < math.inf, f"weight_decay is {self.weight_decay}, expected 0 or more")
+        super().__post_init__()
         require(
             self.learning_rate * self.weight_decay <= LARGEST,
             f"learning_rate {self.learning_rate:g}, weight_decay {self.weight_decay:g}: "
@@ -75,24 +73,18 @@ class Optimization:
 class StageOptimization(Optimization):
     """Optimization. It determines the weights of a stage, apart from the data and the start."""
 
-    final_rate: float = 0.1
+    final_rate: Share = 0.1
     """Learning rate at the end, as a share of the peak; between them it decays along a cosine."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Optimizer of the blocks' matrices; other weights use AdamW. Muon needs about half the steps for the same loss."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative[float] = 0.01
     """Weight decay of matrices; biases, norms and gates have none."""
-    clip: float = 1.0
+    clip: Bounded[float] = 1.0
     """Maximum gradient norm."""
-    ema: float = 0.0
+    ema: Annotated[float, Limit(lambda share: 0 <= share < 1, "a share in [0, 1)")] = 0.0
     """Decay of a running average of the weights, such as 0.999, which is then evaluated and exported; 0 for none."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random weights, of the order of samples and of all draws in them."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.final_rate <= 1, f"final_rate is {self.final_rate}, expected a share in [0, 1]")
-        require(0 <= self.ema < 1, f"ema is {self.ema}, expected a share in [0, 1)")
-        require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:

@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from cogvideo.config import require
+from cogvideo.config import Limited, Positive, require
 from cogvideo.models.transformer import Transformer
 from cogvideo.models.upscaler import Upscaler
 
@@ -47,16 +47,13 @@ SHARED_PRODUCTS = {
 
 
 @dataclass(frozen=True)
-class ParallelSettings:
+class ParallelSettings(Limited):
     """Ranks, as started by torchrun."""
 
     sharding: Literal["replicated", "sharded"] = "replicated"
     """Placement of the model: whole on each rank (replicated, DDP), or a part of every block (sharded, FSDP2)."""
-    tensor_parallel: int = 1
+    tensor_parallel: Positive[int] = 1
     """Number of neighboring ranks that share each matrix product and see the same samples."""
-
-    def __post_init__(self) -> None:
-        require(self.tensor_parallel > 0, f"tensor_parallel is {self.tensor_parallel}, expected a positive number")
 
 
 class Ranks(NamedTuple):

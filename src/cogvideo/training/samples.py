@@ -17,7 +17,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cogvideo.bundle.format import MODULES, Component
+from cogvideo.bundle.format import Component, module_of
 from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.loader import ClipSample, ClipStream, hash_numbers
@@ -28,9 +28,9 @@ from cogvideo.generation.upscale import enlarge
 from cogvideo.layout import SequenceLayout, UpscaleLayout
 from cogvideo.media.video import write_video
 from cogvideo.models.transformer import Base
-from cogvideo.training.export import ExportTarget, fused, modules
+from cogvideo.training.export import fused, modules
 from cogvideo.training.parallel import any_rank, full_state
-from cogvideo.training.stages import STAGES, StageName
+from cogvideo.training.stages import STAGES, StageName, Target
 from cogvideo.training.step import Trainer
 
 PLAIN = GenerationSettings(
@@ -83,7 +83,7 @@ class Preview:
 
     def __init__(
         self,
-        target: ExportTarget,
+        target: Target,
         trainer: Trainer,
         stream: ClipStream,
         prompts: Sequence[str],
@@ -97,7 +97,7 @@ class Preview:
         samples = [stream[place] for place in range(min(SHOWN, len(stream)))]
         shape = target.config.layout.sides
         self.examples = from_clips([each for each in samples if each.codes.shape[1:] == shape])
-        if prompts and STAGES[target.stage].is_prompted:
+        if prompts and target.row.is_prompted:
             self.examples = [Example(prompt) for prompt in prompts]
             for prompt in prompts:
                 target.source.text.encode_image_caption(prompt)  # refuses bad prompts now, not at the first sheet
@@ -139,10 +139,8 @@ class Preview:
         if not isinstance(part, nn.Module):
             return part
         device = self.trainer.ranks.device
-        with torch.device("meta"):
-            module = MODULES[name](self.target.config)
-        module.load_state_dict({key: each.to(device) for key, each in part.state_dict().items()}, assign=True)
-        return module.requires_grad_(False)
+        placed = {key: each.to(device) for key, each in part.state_dict().items()}
+        return module_of(name, placed, self.target.config)
 
 
 def from_clips(samples: Sequence[ClipSample]) -> list[Example]:

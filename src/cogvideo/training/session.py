@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from cogvideo.config import require
+from cogvideo.config import Limited, NotNegative, Positive
 from cogvideo.data.clips import ClipSampling, FrameRates, Mode
 from cogvideo.data.dataset import read_card
 from cogvideo.files import exclusive_lock
@@ -21,16 +21,16 @@ from cogvideo.training.step import Execution, Trainer
 
 
 @dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(Limited):
     """Reports and checkpoints. They do not affect the weights."""
 
-    report_every: int = 50
+    report_every: Positive[int] = 50
     """Steps between lines of metrics.jsonl."""
-    evaluate_every: int = 500
+    evaluate_every: Positive[int] = 500
     """Steps between evaluations on held-out data."""
-    checkpoint_every: int = 500
+    checkpoint_every: Positive[int] = 500
     """Steps between checkpoints; a killed run loses the work since the last one."""
-    keep: int = 2
+    keep: Positive[int] = 2
     """Number of latest checkpoints to keep, in addition to the one with the lowest held-out loss."""
     asynchronous: bool = False
     """Write checkpoints while training goes on; a copy of the weights is then in host memory."""
@@ -38,10 +38,6 @@ class LoggingConfig:
     """Also write TensorBoard event files (extra train)."""
     wandb: bool = False
     """Also report to Weights & Biases (extra wandb)."""
-
-    def __post_init__(self) -> None:
-        for name in ("report_every", "evaluate_every", "checkpoint_every", "keep"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
 
 
 @dataclass(frozen=True)
@@ -74,19 +70,14 @@ class DataOptions:
 class StageLogging(LoggingConfig):
     """Reports, samples and checkpoints. They do not affect the weights."""
 
-    report_every: int = 20
+    report_every: Positive[int] = 20
     """Steps between lines of metrics.jsonl."""
-    evaluate_samples: int = 256
+    evaluate_samples: Positive[int] = 256
     """Maximum number of held-out clips to measure at each frame rate."""
-    sample_every: int = 500
+    sample_every: NotNegative[int] = 500
     """Steps between contact sheets of samples; 0 for none."""
     prompts: tuple[str, ...] = ()
     """Prompts for the samples of the image model and of key frames; captions of held-out clips unless given."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.evaluate_samples > 0, f"evaluate_samples is {self.evaluate_samples}, expected a positive number")
-        require(self.sample_every >= 0, f"sample_every is {self.sample_every}, expected 0 or more")
 
 
 @dataclass(frozen=True)

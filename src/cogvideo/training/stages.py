@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cogvideo.bundle.format import MODULES
+from cogvideo.bundle.format import MODULES, module_of
 from cogvideo.bundle.model import CogVideo
 from cogvideo.config import CogVideoConfig, require
 from cogvideo.data.clips import Mode
@@ -122,33 +123,6 @@ def configured(config: CogVideoConfig, stage: StageName, choice: Choice) -> CogV
     return replace(config, **changes)
 
 
-def parents(stage: StageName, choice: Choice, source: CogVideo) -> tuple[str, ...]:
-    """Components that the stage is initialized from, including its own if it continues."""
-    row = STAGES[stage]
-    names = [] if row.is_base or choice.base == "random" else [base_of(stage, choice, source)]
-    names += {"sequential": ["sequential"], "continue": [row.trains]}.get(choice.start, [])
-    there = ", ".join(source.components) or "nothing"
-    made_by = {each.trains: f"`cogvideo train {name}` makes it" for name, each in STAGES.items()}
-    for name in names:
-        advice = made_by.get(name.removesuffix("_base"), "expected a bundle with it")
-        known = name in source.components
-        require(known, f"the bundle to start from has no {name}, it has: {there}; {advice}")
-    return tuple(names)
-
-
-def own(stage: StageName, choice: Choice) -> tuple[str, ...]:
-    """Components that the stage trains."""
-    trains = STAGES[stage].trains
-    return (trains,) if choice.base == "frozen" else (trains, f"{stage}_base")
-
-
-def base_of(stage: StageName, choice: Choice, source: CogVideo) -> str:
-    """The component that the stage's base is read from."""
-    parent = "sequential" if choice.start == "sequential" else stage
-    special = f"{parent}_base"
-    return special if choice.start in ("sequential", "continue") and special in source.components else "base"
-
-
 def relying(stage: StageName, components: Collection[str]) -> tuple[str, ...]:
     """Components that were trained on what a stage replaces, or that belong to such a stage.
 
@@ -163,76 +137,116 @@ def relying(stage: StageName, components: Collection[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def build(
-    stage: StageName, choice: Choice, source: CogVideo, config: CogVideoConfig, dtype: torch.dtype, seed: int
-) -> Transformer | Upscaler:
-    """Initial model of a stage, on the CPU: trained weights in float32, frozen matrices in `dtype`.
+class Target(NamedTuple):
+    """Stage to train, the bundle `source` that it starts from, and the bundle `out` that receives it."""
 
-    `source` has the `parents`; `seed` determines the random weights.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    base = _base(stage, choice, source, config, dtype, generator)
-    if STAGES[stage].is_base:
-        return Transformer(base)
-    if choice.lora is not None:
-        return Transformer(base, _frozen(stage, source, config, dtype, choice.lora, generator))
-    channel = MODULES[stage](config)
-    if choice.start == "random":
-        initialize(channel, config.transformer.num_layers, generator)
-    elif choice.start != "inherit":
-        channel.load_state_dict(_state(source, stage if choice.start == "continue" else "sequential"))
-    if isinstance(channel, UpscaleChannel):
-        if choice.start == "inherit":
-            inherit_upscaler(channel, base)
-        return Upscaler(base, channel)
-    assert isinstance(channel, TemporalChannel)
-    if choice.start == "inherit":
-        inherit(channel, base, generator)
-    return Transformer(base, channel)
+    out: Path
+    source: CogVideo
+    config: CogVideoConfig
+    stage: StageName
+    choice: Choice
 
+    @property
+    def row(self) -> Stage:
+        """The stage's row of the table."""
+        return STAGES[self.stage]
 
-def _base(
-    stage: StageName,
-    choice: Choice,
-    source: CogVideo,
-    config: CogVideoConfig,
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> Base:
-    base = Base(config.transformer)
-    if choice.base == "random" or (STAGES[stage].is_base and choice.start == "random"):
-        initialize(base, config.transformer.num_layers, generator)
-        return base
-    name = base_of(stage, choice, source)
-    is_whole = choice.lora is None and (STAGES[stage].is_base or choice.base == "trained")
-    if is_whole:
-        base.load_state_dict(_state(source, name))
-        return base
-    return _frozen(name, source, config, dtype, choice.lora if STAGES[stage].is_base else None, generator)
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Components that the stage trains."""
+        return (self.row.trains,) if self.choice.base == "frozen" else (self.row.trains, f"{self.stage}_base")
 
+    @property
+    def base(self) -> str:
+        """Component of the source that the stage's base is read from."""
+        parent = {"sequential": "sequential", "continue": self.stage}.get(self.choice.start)
+        return "base" if parent is None else self.source.base_name(parent)
 
-def _frozen(
-    name: str,
-    source: CogVideo,
-    config: CogVideoConfig,
-    dtype: torch.dtype,
-    rank: int | None,
-    generator: torch.Generator,
-) -> Any:
-    """A component with its matrices in `dtype`; those that already have this type stay memory-mapped. If `rank` is
-    given, an adapter of this rank is added to train."""
-    stored = _state(source, name)
-    types = {key: dtype if each.ndim > 1 else torch.float32 for key, each in stored.items()}
-    with torch.device("meta"):
-        frozen = MODULES[name](config)
-    frozen.load_state_dict({key: each.to(types[key]) for key, each in stored.items()}, assign=True)
-    frozen.requires_grad_(False)
-    if rank is not None:
-        adapt(frozen, rank, generator)
-    return frozen
+    @property
+    def frozen_base(self) -> str | None:
+        """Component of the source that the stage's base is read from; None if the stage trains the base."""
+        return None if self.row.is_base or self.choice.base != "frozen" else self.base
 
+    @property
+    def in_place(self) -> bool:
+        """True if the stage goes into the bundle that it starts from."""
+        return self.source.folder is not None and self.source.folder.resolve() == self.out.resolve()
 
-def _state(source: CogVideo, name: str) -> dict[str, Tensor]:
-    stored = source.component(name)
-    assert isinstance(stored, nn.Module)
-    return stored.state_dict()
+    @property
+    def stays_behind(self) -> tuple[str, ...]:
+        """Components of the source that are not copied, since they were trained on what is replaced; continued training
+        keeps them."""
+        return () if self.choice.start == "continue" else relying(self.stage, self.source.components)
+
+    @property
+    def comes_along(self) -> tuple[str, ...]:
+        """Components of the source that are copied although what they were trained on is trained further; an adapter
+        leaves it unchanged."""
+        is_changed = self.choice.start == "continue" and self.choice.lora is None
+        return relying(self.stage, self.source.components) if is_changed else ()
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the adapter of the component that the stage trains."""
+        return self.out / self.own[0]
+
+    def parents(self) -> tuple[str, ...]:
+        """Components that the stage is initialized from, including its own if it continues."""
+        names = [] if self.row.is_base or self.choice.base == "random" else [self.base]
+        names += {"sequential": ["sequential"], "continue": [self.row.trains]}.get(self.choice.start, [])
+        there = ", ".join(self.source.components) or "nothing"
+        made_by = {each.trains: f"`cogvideo train {name}` makes it" for name, each in STAGES.items()}
+        for name in names:
+            advice = made_by.get(name.removesuffix("_base"), "expected a bundle with it")
+            known = name in self.source.components
+            require(known, f"the bundle to start from has no {name}, it has: {there}; {advice}")
+        return tuple(names)
+
+    def build(self, dtype: torch.dtype, seed: int) -> Transformer | Upscaler:
+        """Initial model, on the CPU: trained weights in float32, frozen matrices in `dtype`.
+
+        The source has the `parents`; `seed` determines the random weights.
+        """
+        start, generator = self.choice.start, torch.Generator().manual_seed(seed)
+        base = self._base(dtype, generator)
+        if self.row.is_base:
+            return Transformer(base)
+        if self.choice.lora is not None:
+            return Transformer(base, self._frozen(self.stage, dtype, self.choice.lora, generator))
+        channel = MODULES[self.stage](self.config)
+        if start == "random":
+            initialize(channel, self.config.transformer.num_layers, generator)
+        elif start != "inherit":
+            channel.load_state_dict(self._state(self.stage if start == "continue" else "sequential"))
+        if isinstance(channel, UpscaleChannel):
+            if start == "inherit":
+                inherit_upscaler(channel, base)
+            return Upscaler(base, channel)
+        assert isinstance(channel, TemporalChannel)
+        if start == "inherit":
+            inherit(channel, base, generator)
+        return Transformer(base, channel)
+
+    def _base(self, dtype: torch.dtype, generator: torch.Generator) -> Base:
+        is_base, choice = self.row.is_base, self.choice
+        base = Base(self.config.transformer)
+        if choice.base == "random" or (is_base and choice.start == "random"):
+            initialize(base, self.config.transformer.num_layers, generator)
+            return base
+        if choice.lora is None and (is_base or choice.base == "trained"):
+            base.load_state_dict(self._state(self.base))
+            return base
+        return self._frozen(self.base, dtype, choice.lora if is_base else None, generator)
+
+    def _frozen(self, name: str, dtype: torch.dtype, rank: int | None, generator: torch.Generator) -> Any:
+        """A component with its matrices in `dtype`; those that already have this type stay memory-mapped. If `rank` is
+        given, an adapter of this rank is added to train."""
+        stored = self._state(name)
+        types = {key: dtype if each.ndim > 1 else torch.float32 for key, each in stored.items()}
+        frozen = module_of(name, {key: each.to(types[key]) for key, each in stored.items()}, self.config)
+        if rank is not None:
+            adapt(frozen, rank, generator)
+        return frozen
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        return self.source.part(name, nn.Module).state_dict()

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError, Limited, NotNegative
 from cogvideo.training.objectives.task import BatchLosses, Objective
 from cogvideo.training.optim import Average, Optimization, trained
 from cogvideo.training.parallel import (
@@ -39,22 +39,17 @@ MAX_WORKERS = 4
 
 
 @dataclass(frozen=True)
-class Execution:
+class Execution(Limited):
     """Computation of a step. It changes speed and memory, and results only by rounding."""
 
-    micro_batch: int = 0
+    micro_batch: NotNegative[int] = 0
     """Samples of one forward and backward pass; fewer need less memory. 0 is a rank's whole share of the batch."""
     checkpointing: bool = False
     """Recompute the activations of each block in the backward pass: far less memory, a third more work."""
     compile: bool = False
     """Compile each block with torch.compile; for GPUs."""
-    num_workers: int | None = None
+    num_workers: NotNegative[int] | None = None
     """Loader processes per rank; by default 4 on a GPU, or fewer if a rank has fewer cores, and 0 on CPUs."""
-
-    def __post_init__(self) -> None:
-        for name in ("micro_batch", "num_workers"):
-            value = getattr(self, name)
-            require(value is None or value >= 0, f"{name} is {value}, expected 0 or more")
 
     def workers(self, device: torch.device) -> int:
         """Number of loader processes per rank on a device."""

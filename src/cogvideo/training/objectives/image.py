@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from cogvideo.config import require
+from cogvideo.config import Limited, Share, require
 from cogvideo.data.loader import ClipSample
 from cogvideo.layout import SequenceLayout
 from cogvideo.models.attention import CellGroup, Chunk, MaskPlan
@@ -49,22 +49,20 @@ Kind = Literal["image", "understanding", "text"]
 
 
 @dataclass(frozen=True)
-class ImageMixture:
+class ImageMixture(Limited):
     """Tasks. The remaining share of samples is text to image."""
 
-    understanding: float = 0.3
+    understanding: Share = 0.3
     """Share of samples that predict the caption of an image with masked squares."""
-    text: float = 0.05
+    text: Share = 0.05
     """Share of samples that are text only."""
-    masked_squares: float = 0.8
+    masked_squares: Share = 0.8
     """Share of an image to mask."""
-    masked_text: float = 0.15
+    masked_text: Share = 0.15
     """Share of a text to mask."""
 
     def __post_init__(self) -> None:
-        for name in ("understanding", "text", "masked_squares", "masked_text"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name} is {value}, expected a share in [0, 1]")
+        super().__post_init__()
         both = self.understanding + self.text
         require(both <= 1, f"understanding plus text is {both:g}, expected at most 1")
 

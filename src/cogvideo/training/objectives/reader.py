@@ -19,7 +19,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from cogvideo import world
-from cogvideo.config import require
+from cogvideo.config import NotNegative, Positive, Seed
 from cogvideo.evaluation.reader import (
     ATTRIBUTES,
     LABELS,
@@ -32,7 +32,7 @@ from cogvideo.evaluation.reader import (
     to_input,
 )
 from cogvideo.training.objectives.task import BatchLosses, Objective, generator
-from cogvideo.training.optim import Optimization, groups_by_decay, has_fused, trained
+from cogvideo.training.optim import Bounded, Optimization, groups_by_decay, has_fused, trained
 
 STILLS = 100_000_000
 """Number of the first clip that stills are taken from."""
@@ -48,33 +48,26 @@ BETAS = (0.9, 0.98)
 class ReaderSettings(Optimization):
     """Optimization. It determines the weights."""
 
-    steps: int = 5000
+    steps: Bounded[int] = 5000
     """Number of steps, each on new clips."""
-    batch: int = 16
+    batch: Bounded[int] = 16
     """Clips per step."""
-    learning_rate: float = 2e-3
+    learning_rate: Bounded[float] = 2e-3
     """Peak learning rate of AdamW."""
-    warmup: int = 200
+    warmup: NotNegative[int] = 200
     """Steps of linear warmup of the learning rate; then it decays to zero along a cosine."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the layers in a step (autocast)."""
-    still_steps: int = 1500
+    still_steps: NotNegative[int] = 1500
     """Number of initial steps that train on single frames instead of clips."""
-    stills: int = 64
+    stills: Positive[int] = 64
     """Frames per step on single frames."""
-    weight_decay: float = 0.05
+    weight_decay: NotNegative[float] = 0.05
     """Weight decay of AdamW."""
-    largest_gradient: float = 1.0
+    largest_gradient: Bounded[float] = 1.0
     """Maximum gradient norm."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of weights and augmentation."""
-
-    def __post_init__(self) -> None:
-        for name in ("stills", "largest_gradient"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
-        require(self.still_steps >= 0, f"still_steps is {self.still_steps}, expected 0 or more")
-        require(0 <= self.seed < 2**63, f"seed is {self.seed}, expected a number in [0, 2**63)")
-        super().__post_init__()
 
     @property
     def clip(self) -> float:

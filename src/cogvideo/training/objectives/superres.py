@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from cogvideo.config import require
+from cogvideo.config import Limited, Share, require
 from cogvideo.data.loader import ClipSample
 from cogvideo.layout import UpscaleLayout
 from cogvideo.models.upscaler import Upscaler
@@ -33,15 +33,12 @@ class SuperresBatch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SuperresTask:
+class SuperresTask(Limited):
     """The task of super-resolution."""
 
     layout: UpscaleLayout
     text: TextTokenizer
-    corruption: float = 0.05
-
-    def __post_init__(self) -> None:
-        require(0 <= self.corruption <= 1, f"corruption is {self.corruption}, expected a share in [0, 1]")
+    corruption: Share = 0.05
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,13 +22,13 @@ from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from cogvideo.config import AutoencoderConfig, require
+from cogvideo.config import AutoencoderConfig, Limit, NotNegative, Positive, require
 from cogvideo.models.adversary import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from cogvideo.models.autoencoder import Autoencoder, Decoder, to_frames
 from cogvideo.models.perceptual import Lpips, edge_distance, pyramid_distance
 from cogvideo.training.objectives.codebook import MovingCodebook, straight_through
 from cogvideo.training.objectives.task import BatchLosses, Objective, generator, key
-from cogvideo.training.optim import Optimization, has_fused, trained
+from cogvideo.training.optim import Bounded, Optimization, has_fused, trained
 from cogvideo.training.parallel import ALONE, Ranks, gathered, is_first
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,63 +38,55 @@ SMALLEST_MATRIX = 16
 PARTS = ("pixels", "edges", "perceptual", "adversary", "commitment", "psnr", "discriminator", "restarted")
 """Figures of a step: weighted losses, PSNR of the reconstructions, the adversary's own loss, restarted codes."""
 
+Proper = Annotated[float, Limit(lambda value: 0 < value < 1, "a number between 0 and 1")]
+
 
 @dataclass(frozen=True)
 class TokenizerSettings(Optimization):
     """Optimization. It determines the weights, apart from the configuration and the frames."""
 
-    steps: int = 20_000
+    steps: Bounded[int] = 20_000
     """Steps of the autoencoder."""
-    batch: int = 32
+    batch: Bounded[int] = 32
     """Frames per step, over all ranks."""
-    learning_rate: float = 5e-4
+    learning_rate: Bounded[float] = 5e-4
     """Peak learning rate."""
-    warmup: int = 200
+    warmup: NotNegative[int] = 200
     """Steps of linear warmup of the learning rate; then it decays to zero along a cosine."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the layers in a step (autocast); losses, weights and codes are float32."""
     optimizer: Literal["adam", "muon"] = "adam"
     """Optimizer of convolution kernels, which Muon takes as matrices; all other weights use Adam. Muon needs about a
     third of the steps for the same loss, at about five times the learning rate."""
-    largest_gradient: float = 1.0
+    largest_gradient: Bounded[float] = 1.0
     """Maximum gradient norm of the autoencoder."""
-    commitment: float = 0.25
+    commitment: NotNegative[float] = 0.25
     """Weight of the distance from the encoder's vectors to their codebook rows (beta of VQ-VAE)."""
-    codebook_decay: float = 0.95
+    codebook_decay: Proper = 0.95
     """Decay of the running averages of the codebook. With 0.99, rows lag behind an encoder that begins to use codes,
     and most die before they are restarted."""
-    restart_below: float = 0.1
+    restart_below: Proper = 0.1
     """Share of uniform usage below which a code is dead and restarts at one of the encoder's vectors."""
-    plain_steps: int | None = None
+    plain_steps: NotNegative[int] | None = None
     """Steps without codes, before the codebook is initialized by k-means of the encoder's vectors; by default a quarter
     of the steps, at most 1,000."""
-    start_vectors: int = 16
+    start_vectors: Positive[int] = 16
     """Vectors for each code in that k-means."""
-    pyramid_levels: int = 3
+    pyramid_levels: Positive[int] = 3
     """Number of sizes at which pixels are compared, each half the previous one."""
-    edge_weight: float = 0.5
+    edge_weight: NotNegative[float] = 0.5
     """Weight of differences between edges; 0 disables them."""
-    perceptual_weight: float = 1.0
+    perceptual_weight: NotNegative[float] = 1.0
     """Weight of LPIPS, if its network is given."""
-    adversary_weight: float = 0.1
+    adversary_weight: NotNegative[float] = 0.1
     """Ratio of the adversary's gradient to that of the other losses in the last layer; 0 disables the adversary."""
-    adversary_start: int | None = None
+    adversary_start: NotNegative[int] | None = None
     """Step at which the adversary starts; half of the steps unless given."""
-    adversary_width: int = 32
+    adversary_width: Positive[int] = 32
     """Channels of the adversary's first layer."""
 
     def __post_init__(self) -> None:
-        for name in ("largest_gradient", "start_vectors", "pyramid_levels", "adversary_width"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, expected a positive number")
         super().__post_init__()
-        for name in ("commitment", "edge_weight", "perceptual_weight", "adversary_weight"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name in ("plain_steps", "adversary_start"):
-            step = getattr(self, name)
-            require(step is None or step >= 0, f"{name} is {step}, expected 0 or more")
-        for name in ("codebook_decay", "restart_below"):
-            value = getattr(self, name)
-            require(0 < value < 1, f"{name} is {value}, expected a number between 0 and 1")
         require(
             self.codes_from < self.steps,
             f"plain_steps is {self.plain_steps}, expected less than the {self.steps} steps: codes must be learned",
