@@ -25,7 +25,6 @@ twelfth more (benchmarks/generate.py)."""
 EXPECTED = {
     IsADirectoryError: ", expected a file",
     NotADirectoryError: ", expected a folder",
-    FileExistsError: ", expected a folder",
 }
 USER_ERROR, OWN_ERROR, BROKEN_PIPE, INTERRUPTED = 2, 1, 1, 130
 REPORT = f"this is a bug in cogvideo {__version__}; please report it with the lines above"
@@ -223,9 +222,11 @@ def _user_error(error: Exception, arguments: Sequence[str]) -> str | None:
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         return f"{error.name} is missing: pip install 'cogvideo[{EXTRAS[error.name]}]'"
     if isinstance(error, OSError) and (error.filename is not None or error.errno == ENOSPC):
+        option, path = _option(error.filename, arguments), error.filename or "the output"
+        if isinstance(error, FileExistsError):
+            return f"{option}{path} is a file, expected a folder"
         expected = next((text for kind, text in EXPECTED.items() if isinstance(error, kind)), "")
-        path = error.filename or "the output"
-        return f"{_option(error.filename, arguments)}{error.strerror}: {path}{expected}"
+        return f"{option}{error.strerror}: {path}{expected}"
     return None
 
 

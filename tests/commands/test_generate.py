@@ -302,7 +302,7 @@ def test_a_model_of_short_clips_makes_short_clips(model: str, inside: Path, caps
     told = refused(capsys, "a cat", "--model", "short", "--seconds", "1.4")
     assert "seconds is 1.4, expected a multiple of 0.25, the time between key frames, up to 60" in told
     told = refused(capsys, "a cat", "--model", model, "--seconds", "2")
-    assert "seconds is 2.0, expected 4 or more: this model does not record" in told
+    assert "seconds is 2.0, but this model makes clips of 4 seconds or more" in told
 
 
 def test_a_model_has_values_of_its_own(model: str, inside: Path) -> None:
@@ -573,7 +573,7 @@ def test_a_list_may_name_some_seeds(model: str, inside: Path, capsys: pytest.Cap
         (
             "x.csv",
             b"prompt\na cat, on a mat\n",
-            "x.csv, line 2: 1 cells have no column: quote prompts with commas",
+            "x.csv, line 2: a cell has no column: quote prompts with commas",
         ),
         ("x.csv", b"prompt,seed\na cat," + b"1" * 5000, "x.csv, line 2: seed is '1111"),
         ("x.csv", b"", "x.csv is empty, expected names of columns"),
@@ -807,7 +807,9 @@ def test_frames_are_there_before_the_clip(
     ]
     expected = made(model, "a cat runs", 3, rounds=0, later=UNGUIDED)
     assert np.array_equal(frames_of(inside / "out" / "a-cat-runs-frames"), expected)
-    assert capsys.readouterr().out == "out/a-cat-runs.mp4\n"
+    told = capsys.readouterr()
+    assert told.out == "out/a-cat-runs.mp4\n"
+    assert told.err.endswith("stopped at seed 4\n")
 
 
 def test_control_c_ends_a_real_process(model: str, inside: Path) -> None:
@@ -824,6 +826,7 @@ def test_control_c_ends_a_real_process(model: str, inside: Path) -> None:
     _, told = process.communicate(timeout=300)
     assert process.returncode == 130, told
     assert "Traceback" not in told
+    assert "stopped at seed" in told
     assert list(inside.glob("out/*-frames/002.png"))
     assert not [each for each in tree(inside) if ".tmp" in each]
 
@@ -955,7 +958,7 @@ def test_one_bad_prompt_is_found_before_the_first_clip(
         (("--output", "x.avi"), r"cannot write x.avi: expected a folder, or a file that ends in .mp4, .gif, .webp"),
         (("--output", "file"), "file is a file, expected a folder"),
         (("--output", "folder.mp4"), "folder.mp4 is a folder, expected a file, or a folder without .mp4"),
-        (("--output", "file/x.mp4"), "(File exists|Not a directory): file"),
+        (("--output", "file/x.mp4"), "file is a file, expected a folder"),
         (("--output", "file/deeper/out"), "Not a directory: file/deeper"),
         (("--output", "/proc/out"), "No such file or directory: /proc/out"),
         (("--output", "/proc/x.mp4"), r"cannot write into /proc \(.+\), expected a folder"),

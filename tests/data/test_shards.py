@@ -409,7 +409,7 @@ def test_incomplete_datasets_are_refused(make_dataset: MakeDataset, tmp_path: Pa
     with pytest.raises(ValueError, match="there is no folder"):
         Dataset(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="expected the output of prepare"):
+    with pytest.raises(ValueError, match="expected the output of `cogvideo data prepare`"):
         Dataset(tmp_path / "empty")
 
 

@@ -457,7 +457,7 @@ def test_absolute_paths_and_those_above(tmp_path: Path) -> None:
         ("t.jsonl", "[" * 100_000, "line 1: it is not JSON"),
         ("t.jsonl", '{"file": "a", "words": "b"}\n', "no column 'caption', it has file, words"),
         ("t.parquet", "no parquet", "cannot read .*parquet"),
-        ("t.xlsx", "x", "is not a source, expected a folder, a table"),
+        ("t.xlsx", "x", "cannot be a source by itself, expected a folder, a table"),
         ("t.tar", "no tar" * 200, "is not a tar"),
         ("t.tar.gz", gzip.compress(b"x", mtime=0), "is compressed with gzip, expected a plain tar"),
         ("folder/readme.md", "x", "has no clips, expected .*mp4"),

@@ -388,7 +388,7 @@ def test_splits_have_their_shares(scenes: list[world.Scene]) -> None:
     [
         (lambda: world.scene(-1), "index is -1, expected 0 or more"),
         (lambda: world.split(-1), "index is -1, expected 0 or more"),
-        (lambda: world.render(STILL, 15), "size is 15, expected at least 16"),
+        (lambda: world.render(STILL, 15), "size is 15, expected 16 to 4096"),
         (lambda: world.render(STILL, fps=0.0), "fps is 0.0, expected a positive number"),
         (lambda: world.render(STILL, fps=float("nan")), "fps is nan, expected a positive number"),
         (lambda: world.render(STILL, num_frames=0), "num_frames is 0, expected a positive number"),

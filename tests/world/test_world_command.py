@@ -38,7 +38,8 @@ def test_the_command_writes_a_source(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ({"clips": 0}, "clips is 0, expected a positive number"),
         ({"start": -2}, "start is -2, expected 0 or more"),
-        ({"size": 8}, "size is 8, expected at least 16"),
+        ({"size": 8}, "size is 8, expected an even number from 16 to 4096"),
+        ({"size": 1_000_000}, "size is 1000000, expected an even number from 16 to 4096"),
         ({"size": 33}, "size is 33, expected an even number"),
     ],
 )

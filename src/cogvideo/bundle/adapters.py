@@ -131,8 +131,8 @@ def find_adapter(bundle: Path, name: str, scale: float) -> list[Adapter]:
     folder = next((each for each in places if name and each.is_dir()), None)
     if folder is None:
         there = [each.name for group in groups for each in sorted(group.glob("*")) if each.is_dir()]
-        known = f"{bundle} has {', '.join(there) or 'none'}"
-        raise InputError(f"there is no adapter {name!r}: {known}; expected one of them or a folder")
+        known = f"one of {', '.join(there)}, or a folder" if there else f"a folder, since {bundle} has no adapters"
+        raise InputError(f"there is no adapter {name!r}, expected {known}")
     found = adapters_in(folder, scale)
     expected = f"expected one with {CONFIG} in at least one of the folders {', '.join(ADAPTED)}"
     require(len(found) > 0, f"{folder} is not an adapter, {expected}")

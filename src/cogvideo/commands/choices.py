@@ -121,8 +121,7 @@ class Choices(SamplingOptions):
             return
         check_seconds(self.seconds, own)
         is_known = bool(own.sequential.durations) or self.seconds >= SECONDS
-        reason = "this model does not record that its key frames were trained on shorter clips"
-        require(is_known, f"seconds is {self.seconds}, expected {SECONDS:g} or more: {reason}")
+        require(is_known, f"seconds is {self.seconds}, but this model makes clips of {SECONDS:g} seconds or more")
 
     def sized(self, own: CogVideoConfig, is_enlarged: bool) -> CogVideoConfig:
         """The configuration of a model for clips of this size."""

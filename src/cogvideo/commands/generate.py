@@ -106,6 +106,8 @@ def generate(
     prompts, from_sidecar = (None if path is None else existing(path) for path in (prompts, from_sidecar))
     choices, sidecar = choices.found(), None
     if from_sidecar is None:
+        if len(prompt) > 1 and not any(" " in each for each in prompt):
+            print(f"{len(prompt)} prompts of one word each: put a prompt of several words in quotes", file=sys.stderr)
         listed = _listed(prompt, prompts, None if seed == ANY_SEED else seed, samples)
     else:
         is_alone = not prompt and prompts is None and seed in (None, ANY_SEED) and samples == 1
@@ -241,7 +243,11 @@ class ClipMaker:
         for group in groups:
             frames = self._frames(group)
             watched = _watched(_previewed(frames, group) if preview else frames, console)
-            clips = collect(watched, fps)
+            try:
+                clips = collect(watched, fps)
+            except KeyboardInterrupt:
+                console.print(f"stopped at seed {', '.join(str(each.seed) for each in group)}")
+                raise
             for each, pixels, codes in zip(group, clips.frames, clips.codes, strict=True):
                 yield each, pixels, self._figures(pixels, codes)
 

@@ -81,7 +81,7 @@ def _rows(path: Path) -> Iterator[ListedPrompt]:
 
 
 def _row(where: str, column: str, record: Record) -> ListedPrompt:
-    require(not record.surplus, f'{where}: {record.surplus} cells have no column: quote prompts with commas ("...")')
+    require(not record.surplus, f'{where}: a cell has no column: quote prompts with commas ("...")')
     text, cell = record.values.get(column), record.values.get(SEED)
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where}: {column} is {text!r:.60}, expected a text")

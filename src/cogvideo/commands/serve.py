@@ -111,9 +111,9 @@ def serve(
         usable(work.device)
     queue, files = place.urls()
     has_keys = bool(Keys(place.folder / "keys").read())
-    require(
-        has_keys or is_local(host), f"host is {host}, which others can reach: make a key first, `cogvideo key NAME`"
-    )
+    where = "" if place.folder == FOLDER else f" --folder {place.folder}"
+    make_key = f"make a key first, `cogvideo key NAME{where}`"
+    require(has_keys or is_local(host), f"host is {host}, which others can reach: {make_key}")
     adapters = scales(work.adapter)
     hosts = ["*"] if host in ANYWHERE and not names else ["127.0.0.1", "localhost", "[::1]", host, *names]
 

@@ -46,8 +46,8 @@ def world(
 
     require(clips > 0, f"clips is {clips}, expected a positive number")
     require(start >= 0, f"start is {start}, expected 0 or more")
-    require(size >= synthetic.MIN_SIZE, f"size is {size}, expected at least {synthetic.MIN_SIZE}")
-    require(size % 2 == 0, f"size is {size}, expected an even number")
+    fits = synthetic.MIN_SIZE <= size <= synthetic.MAX_SIZE and size % 2 == 0
+    require(fits, f"size is {size}, expected an even number from {synthetic.MIN_SIZE} to {synthetic.MAX_SIZE}")
     require(out.is_dir() or not out.exists(), f"{out} is a file, expected a folder")
     table, sheet = out / "captions.jsonl", out / "contact_sheet.png"
     is_free = table.read_bytes().startswith(b'{"file": "world-') if table.exists() else not sheet.exists()

@@ -120,7 +120,8 @@ def read_card(folder: Path) -> Card:
     require(folder.is_dir(), f"there is no folder {folder}, expected a dataset of `cogvideo data prepare`")
     if not path.exists():
         begun = any(folder.glob("shard-*")) or any(folder.glob(f".*{TEMPORARY_SUFFIX}"))
-        why = "prepare was interrupted: run the same command again" if begun else "expected the output of prepare"
+        expected = "expected the output of `cogvideo data prepare`"
+        why = "prepare was interrupted: run the same command again" if begun else expected
         raise InputError(f"{folder} is not a complete dataset (no {CARD}); {why}")
     try:
         card = from_dict(Card, check_version(json.loads(path.read_bytes()), FORMAT_VERSION))

@@ -154,7 +154,7 @@ def _find(source: str, options: SourceOptions) -> Found:
     if _is_tar(path):
         return _tar(path, path.parent, options)
     kinds = f"a folder, a table ({', '.join(tables.TABLE_SUFFIXES)}), a .tar or world:COUNT"
-    raise InputError(f"{source} is not a source, expected {kinds}")
+    raise InputError(f"{source} cannot be a source by itself, expected {kinds}")
 
 
 def _world(source: str) -> Found:

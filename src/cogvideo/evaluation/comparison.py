@@ -134,6 +134,7 @@ class ComparisonRun:
         """Compare the clips of two sources."""
         protocol, reading, seed = self._protocol, self._reading, self._seed
         scored = 0 if self._networks.c3d is None else protocol.score_clips
+        reading.find(generated)  # a bad source is refused before the other's clips are read
         drawn = draw(real, reading, protocol.real, max(2 * protocol.clips, scored), seed)
         made = draw(generated, reading, "start", max(protocol.clips, scored), seed)
         check_alike([*drawn.excerpts, *made.excerpts], protocol)

@@ -157,8 +157,9 @@ class Reading:
         if isinstance(media, DatasetRow):
             assert self.tokenizer is not None
             row = _dataset(media.dataset).row(media.number)
-            side = row.codes.shape[1] * self.tokenizer.rate
-            return SourceClip(row.id, media, len(row.codes), row.fps, (side, side), "codes")
+            num_frames, rows, columns = row.codes.shape
+            size = rows * self.tokenizer.rate, columns * self.tokenizer.rate
+            return SourceClip(row.id, media, num_frames, row.fps, size, "codes")
         assert not isinstance(media.media, Scene)
         facts = examine(BytesIO(media.media.read()) if isinstance(media.media, Member) else media.media)
         end = facts.seconds if media.end is None else min(media.end, facts.seconds)

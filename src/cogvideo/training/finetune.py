@@ -394,6 +394,7 @@ class FinetuningRun:
         train(stage, choice, self._options(steps), task, sampling)
         best = self._best(stage)
         if best is not None and best != self._delivered(stage):
+            _say(f"Keeping step {best:,}, which has the lowest held-out loss.")
             export_run(self._run(stage), self._run(stage).parent, best=True, overwrite=True)
 
     def _options(self, steps: int) -> Options:
@@ -432,7 +433,8 @@ class FinetuningRun:
         seconds = 60 * self.minutes_left * SHARES[name] / (after + rest)
         most = 200 + 20 * len(self.clips)
         steps = max(MIN_STEPS, min(most, round(seconds / max(pace(), 1e-3))))
-        _say(f"{steps:,} steps: {'as many as so few clips can use' if steps == most else 'what the time allows'}.")
+        reasons = {most: "as many as so few clips can use", MIN_STEPS: "the minimum"}
+        _say(f"{steps:,} steps: {reasons.get(steps, 'what the time allows')}.")
         return steps
 
     def _run(self, name: str) -> Path:

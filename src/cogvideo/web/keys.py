@@ -56,7 +56,8 @@ class Keys:
     def add(self, name: str) -> str:
         """Make a key; only this return value has it."""
         is_name = re.fullmatch(NAME, name) is not None and name != LOCAL
-        require(is_name, f"the name is {name!r:.80}, expected up to 60 letters, digits, dots and dashes, not {LOCAL}")
+        expected = f"expected up to 60 letters, digits, dots and dashes, other than {LOCAL}"
+        require(is_name, f"the name is {name!r:.80}, {expected}")
         key = f"cv-{secrets.token_urlsafe(32)}"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with wait_for_lock(self.path.parent):

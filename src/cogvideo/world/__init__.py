@@ -10,6 +10,7 @@ from cogvideo.world.captions import captions as captions
 from cogvideo.world.figures import COLORS as COLORS
 from cogvideo.world.figures import SHADINGS as SHADINGS
 from cogvideo.world.places import PLACES as PLACES
+from cogvideo.world.rendering import MAX_SIZE as MAX_SIZE
 from cogvideo.world.rendering import MIN_SIZE as MIN_SIZE
 from cogvideo.world.rendering import SECONDS as SECONDS
 from cogvideo.world.rendering import render as render

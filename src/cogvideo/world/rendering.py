@@ -26,8 +26,8 @@ STRING = (150.0, 140.0, 140.0)
 DURATIONS = {"slowly": 3.8, "quickly": 2.2}
 """Seconds that an action takes."""
 
-MIN_SIZE = 16
-"""Smallest side of a frame."""
+MIN_SIZE, MAX_SIZE = 16, 4096
+"""Smallest and largest side of a frame."""
 
 
 def render(
@@ -38,9 +38,9 @@ def render(
     After `SECONDS`, the picture no longer changes. Every size shows the same picture, antialiased.
 
     Raises:
-        ValueError: `size` is below 16, or `fps` or `num_frames` is not positive.
+        ValueError: `size` is not in [16, 4096], or `fps` or `num_frames` is not positive.
     """
-    require(size >= MIN_SIZE, f"size is {size}, expected at least {MIN_SIZE}")
+    require(MIN_SIZE <= size <= MAX_SIZE, f"size is {size}, expected {MIN_SIZE} to {MAX_SIZE}")
     require(0 < fps < float("inf"), f"fps is {fps}, expected a positive number")
     require(num_frames > 0, f"num_frames is {num_frames}, expected a positive number")
     moments, which = np.unique(phases(scene, np.arange(num_frames) / fps), return_inverse=True)
