@@ -58,14 +58,16 @@ COMMANDS = {
     "data world": Command("cogvideo.commands.world:world", "Render synthetic captioned clips."),
     "data captions": Command("cogvideo.commands.captions:captions", "Write a page and a table for captions of clips."),
     "data report": Command("cogvideo.commands.report:data", "Write a page about prepared data."),
-    "train tokenizer": Command("cogvideo.commands.train:tokenizer", "Train the image tokenizer on any clips."),
+    "train tokenizer": Command(
+        "cogvideo.training.tokenizer:train_tokenizer", "Train the image tokenizer on any clips."
+    ),
     "train text": Command("cogvideo.commands.train:text", "Train the text tokenizer on captions."),
     "train image": Command("cogvideo.commands.train:image", "Train the image model on single frames."),
     "train sequential": Command("cogvideo.commands.train:sequential", "Train key frames on the frozen image model."),
     "train interpolation": Command("cogvideo.commands.train:interpolation", "Train the frames between key frames."),
     "train superres": Command("cogvideo.commands.train:superres", "Train super-resolution of codes."),
     "train reader": Command("cogvideo.commands.train:reader", "Train the World reader, which judges clips."),
-    "train export": Command("cogvideo.commands.train:export", "Put a checkpoint of a stage into a bundle."),
+    "train export": Command("cogvideo.training.export:export_run", "Put a checkpoint of a stage into a bundle."),
     "train report": Command("cogvideo.commands.report:training", "Write a page about training runs."),
     "fetch": Command("cogvideo.commands.fetch:fetch", "Fetch the networks of FVD and LPIPS from a package index."),
     "evaluate alignment": Command(

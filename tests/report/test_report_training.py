@@ -27,7 +27,6 @@ from test_report import Page
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
 from cogvideo.commands.report import training
-from cogvideo.commands.train import tokenizer
 from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings
 from cogvideo.media.images import write_image
@@ -37,6 +36,7 @@ from cogvideo.report.runs import Curve
 from cogvideo.runs import RunFolder
 from cogvideo.training.objectives.tokenizer import TokenizerSettings
 from cogvideo.training.session import LoggingConfig
+from cogvideo.training.tokenizer import train_tokenizer as tokenizer
 from workshop import make_bundle, make_data, small_config
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

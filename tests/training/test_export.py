@@ -22,7 +22,7 @@ from cogvideo.commands import train as commands
 from cogvideo.config import StageConfig
 from cogvideo.models.transformer import Base
 from cogvideo.training.card import read_reports, write_model_card
-from cogvideo.training.export import ExportTarget, check_codes, check_target, deliver, left_out, modules
+from cogvideo.training.export import ExportTarget, check_codes, check_target, deliver, export_run, left_out, modules
 from cogvideo.training.optim import StageOptimization
 from cogvideo.training.session import DataOptions, Options, StageLogging
 from cogvideo.training.stages import Choice, StageName
@@ -83,7 +83,7 @@ def test_any_checkpoint_becomes_a_bundle(step: int, averaged: bool, place: Path,
     if not averaged:
         settings = json.loads((run / "run.json").read_text())["optimization"] | {"ema": 0.0}
         run = copy_of(run, tmp_path / ".sequential-run", optimization=settings)
-    commands.export(run, tmp_path / "out", step=step)
+    export_run(run, tmp_path / "out", step=step)
     tables = tables_of(run_of(place), step, tmp_path)["average" if averaged else "weights"]
     expected = {name.removeprefix("model.channel."): each.half() for name, each in tables.items()}
     assert_same(load_file(tmp_path / "out" / "sequential.safetensors"), expected)
@@ -167,21 +167,21 @@ def test_newest_and_best_are_found(place: Path, tmp_path: Path) -> None:
     best = min(range(1, 4), key=lambda step: losses[step])
     (run / "checkpoints" / ".step-00000004").mkdir()
     before = sorted(str(each) for each in run.rglob("*"))
-    commands.export(run, tmp_path / "newest")
-    commands.export(run, tmp_path / "best", best=True)
+    export_run(run, tmp_path / "newest")
+    export_run(run, tmp_path / "best", best=True)
     assert sorted(str(each) for each in run.rglob("*")) == before
     assert read_reports(tmp_path / "newest")["sequential"]["steps"] == 3
     assert read_reports(tmp_path / "best")["sequential"]["steps"] == best
     for step in range(1, 4):
         state = run / "checkpoints" / f"step-{step:08}" / "state.json"
         state.write_text(json.dumps({"step": step, "held_out": 1.0 if step == 2 else 2.0}))
-    commands.export(run, tmp_path / "chosen", best=True)
+    export_run(run, tmp_path / "chosen", best=True)
     assert read_reports(tmp_path / "chosen")["sequential"]["steps"] == 2
     state.write_text(json.dumps({"step": 3, "held_out": None}))
     for step in (1, 2):
         shutil.rmtree(run / "checkpoints" / f"step-{step:08}")
     with pytest.raises(ValueError, match=r"has no best checkpoint: none was measured on held-out clips"):
-        commands.export(run, tmp_path / "none", best=True)
+        export_run(run, tmp_path / "none", best=True)
 
 
 def test_what_is_no_run_is_refused(place: Path, tmp_path: Path) -> None:
@@ -192,17 +192,17 @@ def test_what_is_no_run_is_refused(place: Path, tmp_path: Path) -> None:
     for content in ("", "[]", "{}", '{"stage": "tokenizer"}', '{"sources": []}'):
         (tmp_path / "other" / "run.json").write_text(content)
         with pytest.raises(ValueError, match=r"other is not a run of a stage \(run.json: .+\): pass such a folder as"):
-            commands.export(tmp_path / "other", out)
+            export_run(tmp_path / "other", out)
     for name in ("nowhere", "file"):
         with pytest.raises(ValueError, match=f"{name} is not a run of a stage"):
-            commands.export(tmp_path / name, out)
+            export_run(tmp_path / name, out)
     with pytest.raises(ValueError, match="got both --step and --best"):
-        commands.export(run_of(place), out, step=1, best=True)
+        export_run(run_of(place), out, step=1, best=True)
     with pytest.raises(ValueError, match=r"has no checkpoint of step 9, it has: 1, 2, 3, 4"):
-        commands.export(run_of(place), out, step=9)
+        export_run(run_of(place), out, step=9)
     empty = copy_of(run_of(place), tmp_path / "empty", 0)
     with pytest.raises(ValueError, match="empty has no checkpoint yet"):
-        commands.export(empty, out)
+        export_run(empty, out)
     assert not out.exists()
     assert not (tmp_path / "nowhere").exists()
 
@@ -213,9 +213,9 @@ def test_a_damaged_checkpoint_leaves_the_bundle_alone(place: Path, tmp_path: Pat
     tensors = next((run / "checkpoints" / "step-00000003").glob("*.distcp"))
     tensors.write_bytes(tensors.read_bytes()[:1000])
     with pytest.raises(ValueError, match="step-00000003 is damaged"):
-        commands.export(run, tmp_path / "out")
+        export_run(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    commands.export(run, tmp_path / "out", step=2)
+    export_run(run, tmp_path / "out", step=2)
 
 
 def test_another_base_than_the_run_had_is_refused(
@@ -224,18 +224,18 @@ def test_another_base_than_the_run_had_is_refused(
     """Prevents exporting a channel onto a base it was not trained on, if the initial bundle was replaced or moved."""
     shutil.copytree(place / "model", tmp_path / "model")
     run = copy_of(run_of(place), tmp_path / "run", **{"from": str(tmp_path / "model")})
-    commands.export(run, tmp_path / "same")
+    export_run(run, tmp_path / "same")
     config = small_config(train_text_model())
     update(tmp_path / "model", config, superres=loud(make_parts(train_text_model())["superres"], 5))
-    commands.export(run, tmp_path / "unconcerned")
+    export_run(run, tmp_path / "unconcerned")
     update(tmp_path / "model", config, base=loud(Base(config.transformer), 5))
     with pytest.raises(
         ValueError, match=r"base of the bundle .*model is not the one that the run started from: got .*, exp"
     ):
-        commands.export(run, tmp_path / "other")
+        export_run(run, tmp_path / "other")
     shutil.rmtree(tmp_path / "model")
     with pytest.raises(ValueError, match="the bundle that the run started from cannot be used: there is no folder"):
-        commands.export(run, tmp_path / "other")
+        export_run(run, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
@@ -244,25 +244,25 @@ def test_a_bundle_that_does_not_fit_is_refused(
 ) -> None:
     """Protects existing bundles: their stages, a different base or configuration, and the reports of other runs."""
     out = tmp_path / "out"
-    commands.export(run_of(place), out, step=1)
+    export_run(run_of(place), out, step=1)
     before = (out / "sequential.safetensors").read_bytes()
     with pytest.raises(ValueError, match=r"out already has sequential: pass --overwrite"):
-        commands.export(run_of(place), out, step=2)
+        export_run(run_of(place), out, step=2)
     assert (out / "sequential.safetensors").read_bytes() == before
-    commands.export(run_of(place), out, step=2, overwrite=True)
+    export_run(run_of(place), out, step=2, overwrite=True)
     assert read_reports(out)["sequential"]["steps"] == 2
     config = small_config(train_text_model())
     update(out, config, base=loud(Base(config.transformer), 5))
     with pytest.raises(ValueError, match="have different components base: choose another --out"):
-        commands.export(run_of(place), out, overwrite=True)
+        export_run(run_of(place), out, overwrite=True)
     other = replace(config, sequential=StageConfig(2))
     CogVideo(other, base=make_parts(train_text_model())["base"]).save_pretrained(tmp_path / "windows")
     with pytest.raises(ValueError, match="windows has a different configuration from the one to be trained"):
-        commands.export(run_of(place), tmp_path / "windows")
+        export_run(run_of(place), tmp_path / "windows")
     (tmp_path / "fresh").mkdir()
     (tmp_path / "fresh" / "training.json").write_text("[")
     with pytest.raises(ValueError, match=r"cannot use .*training.json: .*; remove it to do without"):
-        commands.export(run_of(place), tmp_path / "fresh")
+        export_run(run_of(place), tmp_path / "fresh")
     assert [each.name for each in (tmp_path / "fresh").iterdir()] == ["training.json"]
 
 
@@ -412,7 +412,7 @@ def test_the_card_tells_sizes_losses_and_hashes(place: Path, tmp_path: Path) -> 
     assert reports["sequential"]["loss"] == loss
     assert reports["base"] == {"steps": 77}, "what is known of a component goes along with it"
     assert "interpolation" not in reports, "the bundle has none"
-    commands.export(run_of(place), tmp_path / "early", step=2)
+    export_run(run_of(place), tmp_path / "early", step=2)
     early = (tmp_path / "early" / "README.md").read_text()
     second = next(row["loss"] for row in rows if row["step"] == 2 and "loss" in row)
     assert f"| loss | {second:.4g} |" in early

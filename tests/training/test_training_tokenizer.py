@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 
 from cogvideo.bundle.model import CogVideo, update
 from cogvideo.cli import main
-from cogvideo.commands.train import tokenizer
 from cogvideo.config import CogVideoConfig, LayoutConfig, TransformerConfig, UpscalerConfig
 from cogvideo.data import frame_store
 from cogvideo.data.frame_store import StoreSettings
@@ -34,6 +33,7 @@ from cogvideo.training.objectives.tokenizer import FrameStream, TokenizerObjecti
 from cogvideo.training.session import LoggingConfig
 from cogvideo.training.step import Trainer
 from cogvideo.training.tokenizer import evaluate
+from cogvideo.training.tokenizer import train_tokenizer as tokenizer
 from killing import full_disk, kill, paused
 from workshop import small_autoencoder
 

@@ -14,17 +14,13 @@ from cogvideo.bundle.format import CHANNELS, MANIFEST, PLAIN_NAME
 from cogvideo.bundle.model import update as update_bundle
 from cogvideo.commands.terminal import table
 from cogvideo.config import require
-from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings
 from cogvideo.data.sources import SourceOptions
-from cogvideo.evaluation.networks.cache import fetched
 from cogvideo.evaluation.reader import ATTRIBUTES, ReaderConfig
 from cogvideo.text import TextTokenizer
-from cogvideo.training.export import export_run
 from cogvideo.training.launch import train
 from cogvideo.training.objectives.image import ImageMixture
 from cogvideo.training.objectives.reader import ReaderSettings
-from cogvideo.training.objectives.tokenizer import TokenizerSettings
 from cogvideo.training.reader import train_reader
 from cogvideo.training.session import LoggingConfig, Options
 from cogvideo.training.stages import BaseChoice, Choice, StageName, StartChoice
@@ -38,7 +34,6 @@ from cogvideo.training.text import (
     spread,
     train_model,
 )
-from cogvideo.training.tokenizer import train_tokenizer
 
 DURATIONS = (4.0, 2.0, 1.0, 0.5)
 """Seconds from the first to the last of five frames, at 1, 2, 4 and 8 per second."""
@@ -163,71 +158,6 @@ def superres(
     train("superres", Choice(start, base), options, {"corruption": corruption})
 
 
-def tokenizer(
-    sources: tuple[str, ...] = (),
-    /,
-    *,
-    out: Path,
-    init: str | None = None,
-    preset: str | None = None,
-    settings: TokenizerSettings = TokenizerSettings(),  # noqa: B008  # frozen
-    frames: StoreSettings = StoreSettings(),  # noqa: B008
-    options: SourceOptions = SourceOptions(),  # noqa: B008
-    perceptual: Literal["lpips"] | None = None,
-    vgg: Path | None = None,
-    lpips: Path | None = None,
-    device: str = "auto",
-    logging: LoggingConfig = LoggingConfig(evaluate_every=1000),  # noqa: B008
-    overwrite: bool = False,
-) -> None:
-    """Train the image tokenizer on frames of clips. Run an interrupted command again to continue.
-
-    The folder `.tokenizer-run` inside OUT has metrics.jsonl, contact sheets from before and after (frames above their
-    reconstructions) and at the end report.json. The bundle gets the tokenizer and clusters of its codes. If torchrun
-    starts several ranks, they share each batch.
-
-    Args:
-        sources: One or more sources: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic
-            clips.
-        out: Bundle to put the tokenizer into; its other components stay.
-        init: Bundle whose image tokenizer to start from, such as pocket: a folder, or an ID on the Hugging Face Hub.
-            Random weights unless given.
-        preset: Preset that sets the model's sizes if there is no bundle yet; pocket unless given.
-        settings: Training settings.
-        frames: Frames to train on.
-        options: Ways to read sources.
-        perceptual: Network for the perceptual distance, with weights from `cogvideo fetch lpips`.
-        vgg: VGG-16 weights from torchvision, for LPIPS from files.
-        lpips: Weights of the LPIPS heads for VGG (version 0.1).
-        device: Device to run on: cpu, cuda, cuda:0, or auto.
-        logging: Reports and checkpoints.
-        overwrite: Replace the bundle's tokenizer; models that learned its codes cannot use another.
-    """
-    train_tokenizer(
-        sources,
-        out,
-        settings,
-        frames,
-        options,
-        init=init,
-        preset=preset,
-        weights=_lpips_files(perceptual, vgg, lpips),
-        device=device,
-        logging=logging,
-        overwrite=overwrite,
-    )
-
-
-def _lpips_files(name: str | None, vgg: Path | None, heads: Path | None) -> tuple[Path, ...]:
-    """Files with the weights of LPIPS; none if it is not requested."""
-    given = tuple(path for path in (vgg, heads) if path is not None)
-    require(len(given) != 1, "LPIPS needs two files: --vgg (torchvision's VGG-16) and --lpips (its heads for VGG)")
-    if name is None:
-        return given
-    require(not given, f"--perceptual {name} uses the fetched weights: leave out --vgg and --lpips")
-    return (fetched("lpips-vgg"),)
-
-
 def reader(
     *,
     out: Path,
@@ -301,23 +231,3 @@ def text(
     print(f"fitting   {found.fitting:.2%} of them in the {slots} text slots")
     print(f"in bytes  {found.with_bytes:.2%} of them, in part")
     print(f"wrote the text tokenizer into {out}")
-
-
-def export(
-    run: Path,
-    /,
-    out: Path,
-    step: int | None = None,
-    best: bool = False,
-    overwrite: bool = False,
-) -> None:
-    """Put a checkpoint of a run into a bundle, during the run or after it. The run itself is not changed.
-
-    Args:
-        run: Folder of the run, such as my-model/.sequential-run.
-        out: Bundle to put the stage into; missing components are copied from the bundle that the run started from.
-        step: Step of the checkpoint; the newest one unless given.
-        best: Use the checkpoint with the lowest held-out loss.
-        overwrite: Replace the stage if the bundle has it.
-    """
-    export_run(run, out, step, best, overwrite)

@@ -209,8 +209,23 @@ def _weights(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value.cpu() for key, value in state.items() if key.startswith(prefix)}
 
 
-def export_run(run: Path, out: Path, step: int | None = None, best: bool = False, overwrite: bool = False) -> None:
-    """Put a checkpoint of a run, by default the newest, into a bundle."""
+def export_run(
+    run: Path,
+    /,
+    out: Path,
+    step: int | None = None,
+    best: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Put a checkpoint of a run into a bundle, during the run or after it. The run itself is not changed.
+
+    Args:
+        run: Folder of the run, such as my-model/.sequential-run.
+        out: Bundle to put the stage into; missing components are copied from the bundle that the run started from.
+        step: Step of the checkpoint; the newest one unless given.
+        best: Use the checkpoint with the lowest held-out loss.
+        overwrite: Replace the stage if the bundle has it.
+    """
     identity = identity_of(run)
     stage, choice = identity["stage"], Choice(**identity["choice"])
     config = from_dict(CogVideoConfig, identity["config"])

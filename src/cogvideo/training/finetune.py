@@ -351,8 +351,8 @@ class FinetuningRun:
         every = max(1, steps // 5)
         train_tokenizer(
             (str(self.table),),
-            self.out,
-            TokenizerSettings(
+            out=self.out,
+            settings=TokenizerSettings(
                 steps=steps,
                 batch=batch,
                 learning_rate=TOKENIZER_RATE,
@@ -361,14 +361,14 @@ class FinetuningRun:
                 plain_steps=0,
                 adversary_weight=0.0,
             ),
-            StoreSettings(
+            frames=StoreSettings(
                 num_frames=4000,
                 num_held_out=32,
                 clips=FrameSettings(fit=self.settings.fit, min_frames=1, seed=self.settings.seed),
             ),
-            SourceOptions(validation=0.0),
+            options=SourceOptions(validation=0.0),
             init=str(self.base.folder),
-            weights=tuple(path for path in [network_path("lpips-vgg")] if path.is_file()),
+            perceptual="lpips" if network_path("lpips-vgg").is_file() else None,
             device=self.settings.device,
             logging=LoggingConfig(evaluate_every=every, checkpoint_every=every, keep=1),
             overwrite=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from cogvideo.data.frame_store import FrameStore, ReadProgress, StoreSettings
 from cogvideo.data.prepare import NO_SPLIT
 from cogvideo.data.sources import SourceOptions
 from cogvideo.devices import usable
+from cogvideo.evaluation.networks.cache import fetched
 from cogvideo.media.images import contact_sheet, evenly, write_image
 from cogvideo.media.metrics import WINDOW, code_usage, count_codes, perplexity, psnr, ssim
 from cogvideo.models.adversary import PatchDiscriminator
@@ -45,20 +46,46 @@ SHOWN = 12
 
 
 def train_tokenizer(
-    sources: tuple[str, ...],
-    out: Path,
-    settings: TokenizerSettings,
-    frames: StoreSettings,
-    options: SourceOptions,
+    sources: tuple[str, ...] = (),
+    /,
     *,
+    out: Path,
     init: str | None = None,
     preset: str | None = None,
-    weights: tuple[Path, ...] = (),
+    settings: TokenizerSettings = TokenizerSettings(),  # noqa: B008  # frozen
+    frames: StoreSettings = StoreSettings(),  # noqa: B008
+    options: SourceOptions = SourceOptions(),  # noqa: B008
+    perceptual: Literal["lpips"] | None = None,
+    vgg: Path | None = None,
+    lpips: Path | None = None,
     device: str = "auto",
-    logging: LoggingConfig = LoggingConfig(evaluate_every=1000),  # noqa: B008  # frozen
+    logging: LoggingConfig = LoggingConfig(evaluate_every=1000),  # noqa: B008
     overwrite: bool = False,
 ) -> None:
-    """Train an image tokenizer, or resume its training, and put it into a bundle. `weights` are the files of LPIPS."""
+    """Train the image tokenizer on frames of clips. Run an interrupted command again to continue.
+
+    The folder `.tokenizer-run` inside OUT has metrics.jsonl, contact sheets from before and after (frames above their
+    reconstructions) and at the end report.json. The bundle gets the tokenizer and clusters of its codes. If torchrun
+    starts several ranks, they share each batch.
+
+    Args:
+        sources: One or more sources: a folder of videos, a table, WebDataset tars, or world:NUMBER for synthetic
+            clips.
+        out: Bundle to put the tokenizer into; its other components stay.
+        init: Bundle whose image tokenizer to start from, such as pocket: a folder, or an ID on the Hugging Face Hub.
+            Random weights unless given.
+        preset: Preset that sets the model's sizes if there is no bundle yet; pocket unless given.
+        settings: Training settings.
+        frames: Frames to train on.
+        options: Ways to read sources.
+        perceptual: Network for the perceptual distance, with weights from `cogvideo fetch lpips`.
+        vgg: VGG-16 weights from torchvision, for LPIPS from files.
+        lpips: Weights of the LPIPS heads for VGG (version 0.1).
+        device: Device to run on: cpu, cuda, cuda:0, or auto.
+        logging: Reports and checkpoints.
+        overwrite: Replace the bundle's tokenizer; models that learned its codes cannot use another.
+    """
+    weights = _lpips_files(perceptual, vgg, lpips)
     require(len(sources) > 0, "there is no source, expected one or several, such as a folder of videos or world:2000")
     with process_group(usable(device), ParallelSettings()) as ranks:
         initial = None if init is None else CogVideo.from_pretrained(init, torch.float32)
@@ -157,6 +184,16 @@ def _shaped(whole: CogVideoConfig, size: Sides | None) -> CogVideoConfig:
     width, height = (side // whole.autoencoder.rate for side in both(size or 0))
     is_other = width != height and max(width, height) <= whole.layout.grid
     return whole.shaped((height, width)) if is_other else whole
+
+
+def _lpips_files(name: str | None, vgg: Path | None, heads: Path | None) -> tuple[Path, ...]:
+    """Files with the weights of LPIPS; none if it is not requested."""
+    given = tuple(path for path in (vgg, heads) if path is not None)
+    require(len(given) != 1, "LPIPS needs two files: --vgg (torchvision's VGG-16) and --lpips (its heads for VGG)")
+    if name is None:
+        return given
+    require(not given, f"--perceptual {name} uses the fetched weights: leave out --vgg and --lpips")
+    return (fetched("lpips-vgg"),)
 
 
 def _lpips(files: tuple[Path, ...]) -> Lpips | None:
