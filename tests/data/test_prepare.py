@@ -28,14 +28,13 @@ from PIL import Image
 from cogvideo.bundle import model as bundle
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
-from cogvideo.commands.prepare import prepare
 from cogvideo.config import AutoencoderConfig, CogVideoConfig
 from cogvideo.data import engines
 from cogvideo.data.dataset import Dataset
 from cogvideo.data.encoding import PrepareSettings, ahead, encode_clips
 from cogvideo.data.engines import Machines
 from cogvideo.data.frames import BACKGROUNDS, FrameSettings, read_item
-from cogvideo.data.prepare import NO_SPLIT
+from cogvideo.data.prepare import NO_SPLIT, prepare
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.files import exclusive_lock
 from cogvideo.media.video import write_video

@@ -26,20 +26,35 @@ from cogvideo.files import exclusive_lock, named, remove_leftovers, write_csv
 
 NO_SPLIT = "one in twenty clips becomes validation unless --validation says otherwise"
 """Why a few clips may have no validation split."""
+TOO_MANY_REJECTED = 1
+"""Exit status."""
 
 
 def prepare(
     source: str,
+    /,
     out: Path,
     tokenizer: str,
-    settings: PrepareSettings,
-    options: SourceOptions,
-    machines: Machines,
-) -> Card:
-    """Turn captioned clips into shards of codes, and return the card of the dataset.
+    settings: PrepareSettings = PrepareSettings(),  # noqa: B008  # frozen
+    options: SourceOptions = SourceOptions(),  # noqa: B008
+    machines: Machines = Machines(),  # noqa: B008
+    max_rejected: int = 0,
+) -> int:
+    """Turn captioned clips into shards of codes. Run an interrupted command again to continue.
 
-    `commands.prepare.prepare` explains the arguments. A summary is printed.
+    Exit status 1 means that more clips were rejected than allowed; `rejected.csv` lists them with the reasons.
+
+    Args:
+        source: Folder of videos with x.txt next to x.mp4, table (CSV, JSONL, Parquet) with the columns file and
+            caption, WebDataset tars, or world:NUMBER for clips of the synthetic World.
+        out: Folder for the shards.
+        tokenizer: Bundle with the image tokenizer: a folder, or its ID on the Hugging Face Hub.
+        settings: Encoding settings.
+        options: Source options.
+        machines: Devices and processes.
+        max_rejected: Number of rejected clips to allow; more give exit status 1.
     """
+    require(max_rejected >= 0, f"max_rejected is {max_rejected}, expected 0 or more")
     require(len(options.caption_columns) > 0, "caption_columns is empty, expected one column or more")
     require(out.resolve() != Path(source).resolve(), f"the folder {out} is the source: pass another one with --out")
     machines.check()
@@ -77,7 +92,7 @@ def prepare(
         )
         write_card(out, card)
     print(_summary(out, card, options))
-    return card
+    return TOO_MANY_REJECTED if card.num_rejected > max_rejected else 0
 
 
 def complete(settings: PrepareSettings, config: CogVideoConfig) -> PrepareSettings:
