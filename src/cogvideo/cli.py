@@ -61,7 +61,7 @@ COMMANDS = {
     "train tokenizer": Command(
         "cogvideo.training.tokenizer:train_tokenizer", "Train the image tokenizer on any clips."
     ),
-    "train text": Command("cogvideo.commands.train:text", "Train the text tokenizer on captions."),
+    "train text": Command("cogvideo.training.text:train_text", "Train the text tokenizer on captions."),
     "train image": Command("cogvideo.commands.train:image", "Train the image model on single frames."),
     "train sequential": Command("cogvideo.commands.train:sequential", "Train key frames on the frozen image model."),
     "train interpolation": Command("cogvideo.commands.train:interpolation", "Train the frames between key frames."),

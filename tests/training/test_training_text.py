@@ -16,12 +16,11 @@ from cogvideo.bundle import model as bundle
 from cogvideo.bundle.format import MANIFEST
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
-from cogvideo.commands.train import text as train_text
 from cogvideo.config import CogVideoConfig, TransformerConfig, preset
 from cogvideo.data.sources import SourceOptions
 from cogvideo.models.transformer import Base
 from cogvideo.text import TextTokenizer
-from cogvideo.training.text import figures, read_captions, spread, train_model, with_unused_pieces
+from cogvideo.training.text import figures, read_captions, spread, train_model, train_text, with_unused_pieces
 
 WORDS = ["red", "small", "large", "ball", "cat", "kite", "rolls", "jumps", "flies", "slowly", "over", "the", "moon"]
 POCKET = preset("pocket")

@@ -11,29 +11,15 @@ from rich.table import Table
 
 from cogvideo.bundle.adapters import ADAPTERS, OWN
 from cogvideo.bundle.format import CHANNELS, MANIFEST, PLAIN_NAME
-from cogvideo.bundle.model import update as update_bundle
 from cogvideo.commands.terminal import table
 from cogvideo.config import require
-from cogvideo.data.frames import FrameSettings
-from cogvideo.data.sources import SourceOptions
 from cogvideo.evaluation.reader import ATTRIBUTES, ReaderConfig
-from cogvideo.text import TextTokenizer
 from cogvideo.training.launch import train
 from cogvideo.training.objectives.image import ImageMixture
 from cogvideo.training.objectives.reader import ReaderSettings
 from cogvideo.training.reader import train_reader
 from cogvideo.training.session import LoggingConfig, Options
 from cogvideo.training.stages import BaseChoice, Choice, StageName, StartChoice
-from cogvideo.training.text import (
-    COUNTED,
-    Normalization,
-    bundle_config,
-    figures,
-    on_backgrounds,
-    read_captions,
-    spread,
-    train_model,
-)
 
 DURATIONS = (4.0, 2.0, 1.0, 0.5)
 """Seconds from the first to the last of five frames, at 1, 2, 4 and 8 per second."""
@@ -188,46 +174,3 @@ def reader(
 def _table(right: dict[str, dict[str, float]], number: int) -> Table:
     rows = ([group, *(f"{each:.1%}" for each in shares.values())] for group, shares in right.items())
     return table(f"Read correctly, of {number:,} clips never trained on", ["", *ATTRIBUTES, "all"], rows)
-
-
-def text(
-    source: tuple[str, ...],
-    /,
-    out: Path,
-    preset: str | None = None,
-    options: SourceOptions = SourceOptions(),  # noqa: B008  # frozen
-    normalization: Normalization = "nfkc",
-    background_template: str = "",
-    max_captions: int = 1_000_000,
-) -> None:
-    """Train the text tokenizer on the captions of the split `train`, and put it into a bundle.
-
-    Args:
-        source: Sources: folders, tables, tars or world:NUMBER, as for `data prepare`.
-        out: Bundle to put the tokenizer into; other components stay, an older text tokenizer is replaced.
-        preset: Preset that configures a new bundle, pocket unless given; an existing bundle keeps its configuration.
-        options: Ways to read sources; use those of `data prepare` to keep validation captions unseen.
-        normalization: Text normalization: nfkc, nfkc_cf (also lowercases), or identity (spaces only).
-        background_template: Template as for `data prepare`, applied to every caption with each background in turn.
-        max_captions: Maximum number of captions; if there are more, evenly spaced ones are used.
-    """
-    require(len(source) > 0, "got no source, expected a folder, a table, a tar or world:NUMBER")
-    require(max_captions > 0, f"max_captions is {max_captions}, expected a positive number")
-    FrameSettings(background_template=background_template)  # refuses a template that does not work
-    config = bundle_config(out, preset)
-    captions = read_captions(source, options)
-    used = spread(on_backgrounds(captions, background_template), max_captions)
-    model = train_model(used, config.transformer, normalization)
-    tokenizer = TextTokenizer(model, config.text, config.transformer.num_codes)
-    update_bundle(out, config, text=tokenizer)
-    distinct = sorted(set(used))
-    counted = spread(distinct, COUNTED)
-    slots = config.layout.text_slots
-    found = figures(tokenizer, counted, slots)
-    unused = f", of which {found.unused:,} unused: the captions have no more pieces" if found.unused else ""
-    print(f"captions  {len(captions):,} of the split train, {len(used):,} used, {len(distinct):,} different")
-    print(f"pieces    {found.pieces:,}{unused}")
-    print(f"tokens    {found.mean:.1f} per caption with its prefix, at most {found.longest} ({len(counted):,} counted)")
-    print(f"fitting   {found.fitting:.2%} of them in the {slots} text slots")
-    print(f"in bytes  {found.with_bytes:.2%} of them, in part")
-    print(f"wrote the text tokenizer into {out}")

@@ -18,8 +18,9 @@ from typing import Literal, NamedTuple
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from cogvideo.bundle.format import MANIFEST, Manifest
+from cogvideo.bundle.model import update as update_bundle
 from cogvideo.config import CogVideoConfig, TransformerConfig, preset, require
-from cogvideo.data.frames import BACKGROUNDS, on_background
+from cogvideo.data.frames import BACKGROUNDS, FrameSettings, on_background
 from cogvideo.data.sources import SourceOptions, list_source, other_splits
 from cogvideo.text import LINE_BREAK_PIECE, PAD_PIECE, TextTokenizer
 
@@ -52,6 +53,49 @@ class CaptionFigures(NamedTuple):
     """Share of captions with text that is spelled in bytes."""
     pieces: int
     unused: int
+
+
+def train_text(
+    source: tuple[str, ...],
+    /,
+    out: Path,
+    preset: str | None = None,
+    options: SourceOptions = SourceOptions(),  # noqa: B008  # frozen
+    normalization: Normalization = "nfkc",
+    background_template: str = "",
+    max_captions: int = 1_000_000,
+) -> None:
+    """Train the text tokenizer on the captions of the split `train`, and put it into a bundle.
+
+    Args:
+        source: Sources: folders, tables, tars or world:NUMBER, as for `data prepare`.
+        out: Bundle to put the tokenizer into; other components stay, an older text tokenizer is replaced.
+        preset: Preset that configures a new bundle, pocket unless given; an existing bundle keeps its configuration.
+        options: Ways to read sources; use those of `data prepare` to keep validation captions unseen.
+        normalization: Text normalization: nfkc, nfkc_cf (also lowercases), or identity (spaces only).
+        background_template: Template as for `data prepare`, applied to every caption with each background in turn.
+        max_captions: Maximum number of captions; if there are more, evenly spaced ones are used.
+    """
+    require(len(source) > 0, "got no source, expected a folder, a table, a tar or world:NUMBER")
+    require(max_captions > 0, f"max_captions is {max_captions}, expected a positive number")
+    FrameSettings(background_template=background_template)  # refuses a template that does not work
+    config = _bundle_config(out, preset)
+    captions = read_captions(source, options)
+    used = spread(_on_backgrounds(captions, background_template), max_captions)
+    model = train_model(used, config.transformer, normalization)
+    tokenizer = TextTokenizer(model, config.text, config.transformer.num_codes)
+    update_bundle(out, config, text=tokenizer)
+    distinct = sorted(set(used))
+    counted = spread(distinct, COUNTED)
+    slots = config.layout.text_slots
+    found = figures(tokenizer, counted, slots)
+    unused = f", of which {found.unused:,} unused: the captions have no more pieces" if found.unused else ""
+    print(f"captions  {len(captions):,} of the split train, {len(used):,} used, {len(distinct):,} different")
+    print(f"pieces    {found.pieces:,}{unused}")
+    print(f"tokens    {found.mean:.1f} per caption with its prefix, at most {found.longest} ({len(counted):,} counted)")
+    print(f"fitting   {found.fitting:.2%} of them in the {slots} text slots")
+    print(f"in bytes  {found.with_bytes:.2%} of them, in part")
+    print(f"wrote the text tokenizer into {out}")
 
 
 def read_captions(sources: Iterable[str], options: SourceOptions) -> list[str]:
@@ -118,7 +162,7 @@ def figures(tokenizer: TextTokenizer, captions: Iterable[str], slots: int) -> Ca
     )
 
 
-def bundle_config(out: Path, name: str | None) -> CogVideoConfig:
+def _bundle_config(out: Path, name: str | None) -> CogVideoConfig:
     """The configuration of the bundle in `out`, else the preset."""
     if not (out / MANIFEST).exists():
         return preset(name or "pocket")
@@ -130,7 +174,7 @@ def bundle_config(out: Path, name: str | None) -> CogVideoConfig:
     return manifest.config
 
 
-def on_backgrounds(captions: Sequence[str], template: str) -> list[str]:
+def _on_backgrounds(captions: Sequence[str], template: str) -> list[str]:
     """Each caption with one of the backgrounds, in turn."""
     names = list(BACKGROUNDS)
     chosen = (names[number % len(names)] for number in range(len(captions)))
