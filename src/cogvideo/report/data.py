@@ -1,4 +1,4 @@
-"""Facts about a dataset, for `templates/data.html`."""
+"""`cogvideo data report`: facts about a dataset, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from cogvideo.config import InputError, both
+from cogvideo.config import InputError, both, require
 from cogvideo.data.clips import FrameRates, filled_rates, lowest_rate
 from cogvideo.data.dataset import REJECTED, Card, Dataset
+from cogvideo.files import check_place
 from cogvideo.media.metrics import perplexity
 from cogvideo.report.clips import find_origin, frame_size
-from cogvideo.report.page import Column, count, duration, file_size, middle, number, percent, shorten
+from cogvideo.report.page import Column, count, duration, file_size, middle, number, percent, shorten, write_page
 from cogvideo.report.sample import FUNCTION_WORDS, SampleCounts, draw_rows, ranges, summary, take_sample, top
 
 NUM_ROWS = 20_000
@@ -27,6 +28,31 @@ SHEET_WIDTH = 640
 """Width in pixels for the frames of a clip, four to eight of which are shown."""
 NUM_COLUMNS, NUM_WORDS, NUM_VALUES, NUM_ATTRIBUTES, NUM_REASONS, NUM_EXAMPLES, NUM_SHARDS = 32, 60, 10, 24, 40, 5, 40
 """Limits of what is shown."""
+
+
+def report(folder: Path, /, out: Path | None = None, tokenizer: str = "", clips: int = 12, seed: int = 0) -> None:
+    """Write a page about prepared data: counts, lengths, pictures, captions, codes, and what was rejected.
+
+    It is one HTML file without scripts, which needs no other file and no network. Parts that need the
+    source of the clips or the tokenizer are left out if these are gone, and the page says so. The same data gives the
+    same bytes.
+
+    Args:
+        folder: Output of `cogvideo data prepare`.
+        out: File of the page; report.html in the folder unless given.
+        tokenizer: Bundle with the image tokenizer, if it has moved since the data was prepared.
+        clips: Number of random clips to show.
+        seed: Seed of the clips to show, and of those to count if there are too many to count all.
+    """
+    out = folder / "report.html" if out is None else out
+    require(clips >= 0, f"clips is {clips}, expected 0 or more")
+    check_place(out, "the page")
+    dataset = Dataset(folder)
+    found = facts(dataset, tokenizer, clips, seed)
+    source, made_with = middle(dataset.card.source, 120), middle(dataset.card.tokenizer, 120)
+    lead = f"Clips from {source}, encoded with the image tokenizer of {made_with}."
+    write_page(out, "data report", f"{folder.resolve().name}: prepared clips", lead, "data.html", found)
+    print("\n".join([*(f"missing: {each}" for each in found["missing"]), f"written: {out}"]))
 
 
 def facts(dataset: Dataset, tokenizer: str, num_shown: int, seed: int) -> dict[str, Any]:
