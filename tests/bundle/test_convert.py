@@ -19,8 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cogvideo.bundle import convert as converting
-from cogvideo.bundle.convert import Conversion, released_autoencoder_names
+from cogvideo.bundle.convert import convert, released_autoencoder_names
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
 from cogvideo.config import AutoencoderConfig, CogVideoConfig, TextConfig, TransformerConfig, preset
@@ -32,7 +31,6 @@ from cogvideo.text import TextTokenizer
 GOLDEN = Path(__file__).parents[1] / "golden"
 NUM_CODES = 200
 STAGES = ("stage1", "stage2", "dsr")
-COMPONENTS = {"stage1": "sequential", "stage2": "interpolation", "dsr": "superres"}
 BASE_SEED = 7
 SETTINGS = {
     "num_layers": 4,
@@ -56,18 +54,6 @@ AUTOENCODER = AutoencoderConfig(
 )
 
 Tensors = dict[str, Tensor]
-
-
-def convert(
-    out: Path,
-    ice: Path | None = None,
-    clusters: Path | None = None,
-    config: CogVideoConfig | None = None,
-    **folders: Path,
-) -> Conversion:
-    """Convert folders, given by the names of the command's options."""
-    stages = {COMPONENTS[name]: folder for name, folder in folders.items()}
-    return converting.convert(out, stages, ice, clusters, config)
 
 
 @cache
@@ -562,8 +548,7 @@ with torch.device("meta"):
     Base(preset("pocket").transformer)  # PyTorch imports what it needs for this
 Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
 before = status("VmHWM")
-folders = {"sequential": root / "stage1", "interpolation": root / "stage2"}
-conversion = convert(root / "out", folders, config=config)
+convert(root / "out", stage1=root / "stage1", stage2=root / "stage2", config=config)
 print(status("VmHWM") - before)
 """
 

@@ -25,7 +25,6 @@ from PIL import Image
 
 from cogvideo.bundle import model as bundle
 from cogvideo.bundle.format import Manifest
-from cogvideo.commands.report import data as report
 from cogvideo.config import AutoencoderConfig, CogVideoConfig
 from cogvideo.data.dataset import Dataset, make_card, read_card, write_card
 from cogvideo.data.frames import FrameSettings, read_item
@@ -36,7 +35,7 @@ from cogvideo.report import clips as report_clips
 from cogvideo.report import data as report_module
 from cogvideo.report import page as page_module
 from cogvideo.report.clips import find_origin, read_as_encoded
-from cogvideo.report.data import frequencies, ranges, summary, take_sample, training_rates, words_of
+from cogvideo.report.data import frequencies, ranges, report, summary, take_sample, training_rates, words_of
 from cogvideo.report.page import RunName, environment, middle, percent, shorten, write_page
 
 SMALL = AutoencoderConfig(

@@ -26,13 +26,13 @@ from test_report import Page
 
 from cogvideo.bundle.model import CogVideo
 from cogvideo.cli import main
-from cogvideo.commands.report import training
 from cogvideo.data.frame_store import StoreSettings
 from cogvideo.data.frames import FrameSettings
 from cogvideo.media.images import write_image
 from cogvideo.report.page import RunName
 from cogvideo.report.plots import curves, running_mean
 from cogvideo.report.runs import Curve
+from cogvideo.report.training import report as training
 from cogvideo.runs import RunFolder
 from cogvideo.training.objectives.tokenizer import TokenizerSettings
 from cogvideo.training.session import LoggingConfig

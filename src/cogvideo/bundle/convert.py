@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,21 +46,30 @@ class Conversion(NamedTuple):
 
 def convert(
     out: Path,
-    folders: Mapping[str, Path],
+    /,
+    *,
+    stage1: Path | None = None,
+    stage2: Path | None = None,
+    dsr: Path | None = None,
     ice: Path | None = None,
     clusters: Path | None = None,
     config: CogVideoConfig | None = None,
 ) -> Conversion:
     """Convert the released checkpoints, or some of them, to a bundle.
 
+    Identical frozen bases are stored once. Host memory stays below the largest file plus its largest tensor.
+
     Args:
-        out: folder for the bundle; an existing bundle is replaced once the new one is complete.
-        folders: folders of sequential, interpolation and superres.
-        ice: folder of the tokenizers.
-        clusters: file with the cluster of each image code.
-        config: sizes; by default from the checkpoints, and from the preset `cogvideo` otherwise.
+        out: Folder for the bundle; an existing bundle is replaced once the new one is complete.
+        stage1: Folder of the sequential stage (`cogvideo-stage1`).
+        stage2: Folder of the interpolation stage (`cogvideo-stage2`).
+        dsr: Folder of super-resolution (`cogview2-dsr`).
+        ice: Folder of the tokenizers, with `ice_text.model` and `ice_image.pt`.
+        clusters: File with the cluster of each image code (`cluster_label2.npy`).
+        config: Sizes; by default from the checkpoints, and from the preset `cogvideo` otherwise.
     """
-    stages = [ReleasedCheckpoint.find(component, folder) for component, folder in folders.items()]
+    folders = {"sequential": stage1, "interpolation": stage2, "superres": dsr}
+    stages = [ReleasedCheckpoint.find(name, folder) for name, folder in folders.items() if folder is not None]
     require(bool(stages) or ice is not None, "nothing to convert, expected at least one of stage1, stage2, dsr, ice")
     config = _derive(stages) if config is None else config
     for stage in stages:
@@ -71,7 +80,9 @@ def convert(
         if ice is not None:
             _add_tokenizers(writer, ice)
         differing = {stage.component: _add_stage(writer, stage) for stage in stages}
-    return Conversion(writer.components, {stage: tensors for stage, tensors in differing.items() if tensors})
+    conversion = Conversion(writer.components, {stage: tensors for stage, tensors in differing.items() if tensors})
+    print(conversion.summary())
+    return conversion
 
 
 class ReleasedCheckpoint(NamedTuple):

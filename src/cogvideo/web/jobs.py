@@ -15,17 +15,11 @@ from threading import Lock
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import (
-    Boolean,
-    Column,
     Connection,
     Double,
     Engine,
     Index,
-    Integer,
-    LargeBinary,
-    MetaData,
     String,
-    Table,
     Text,
     UniqueConstraint,
     and_,
@@ -44,6 +38,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, mapped_column
 
 from cogvideo.config import InputError, require
 
@@ -59,87 +54,69 @@ POOL: dict[str, Any] = {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 
 Unreachable = (OperationalError, InterfaceError)
 """Errors of a database that is unreachable for now. A retry may help."""
 
-METADATA = MetaData()
-JOBS = Table(
-    "jobs",
-    METADATA,
-    Column("id", String(40), primary_key=True),
-    Column("owner", String(64), nullable=False),
-    Column("repeat", String(64)),
-    Column("digest", String(64)),
-    Column("source", String(40)),
-    Column("model", String(64), nullable=False),
-    Column("work", Text, nullable=False),
-    Column("alike", String(64), nullable=False),
-    Column("given", LargeBinary),
-    Column("last", LargeBinary),
-    Column("status", String(12), nullable=False),
-    Column("reason", Text),
-    Column("created", Double, nullable=False),
-    Column("taken", Double),
-    Column("ended", Double),
-    Column("num_frames", Integer, nullable=False),
-    Column("places", Text, nullable=False),
-    Column("codes", LargeBinary, nullable=False),
-    Column("is_stopped", Boolean, nullable=False),
-    Column("lease", String(32)),
-    Column("lease_end", Double),
-    Column("tries", Integer, nullable=False),
-    UniqueConstraint("owner", "repeat"),
-    Index("jobs_by_owner", "owner", "created"),
-    Index("jobs_by_status", "status", "created"),
-    Index("jobs_by_turn", "owner", "taken"),
-)
-BULKY = ("given", "last", "codes")
-BRIEF = [column for column in JOBS.c if column.name not in BULKY]
+
+class Base(MappedAsDataclass, DeclarativeBase):
+    """Base of the classes that are tables."""
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Base):
     """A row of the table. Codes are the bytes of int32 arrays, and empty unless requested."""
 
-    id: str
-    owner: str
+    __tablename__ = "jobs"
+    __table_args__ = (
+        UniqueConstraint("owner", "repeat"),
+        Index("jobs_by_owner", "owner", "created"),
+        Index("jobs_by_status", "status", "created"),
+        Index("jobs_by_turn", "owner", "taken"),
+    )
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(64))
     """Name of the key that requested it."""
-    model: str
+    model: Mapped[str] = mapped_column(String(64))
     """Fingerprint of the model."""
-    work: str
+    work: Mapped[str] = mapped_column(Text)
     """Clip to make, as JSON."""
-    alike: str
+    alike: Mapped[str] = mapped_column(String(64))
     """Hash of everything that jobs in a batch must share."""
-    created: float
-    source: str | None = None
+    created: Mapped[float] = mapped_column(Double)
+    source: Mapped[str | None] = mapped_column(String(40), default=None)
     """Job that this one remixes or extends."""
-    repeat: str | None = None
+    repeat: Mapped[str | None] = mapped_column(String(64), default=None)
     """Hash of the request's idempotency key."""
-    digest: str | None = None
+    digest: Mapped[str | None] = mapped_column(String(64), default=None)
     """Hash of the request's body."""
-    given: bytes | None = None
+    given: Mapped[bytes | None] = mapped_column(default=None)
     """Codes of leading frames; uploaded frames are files."""
-    last: bytes | None = None
+    last: Mapped[bytes | None] = mapped_column(default=None)
     """Codes of the last frame."""
-    status: Status = "queued"
-    reason: str | None = None
+    status: Mapped[Status] = mapped_column(String(12), default="queued")
+    reason: Mapped[str | None] = mapped_column(Text, default=None)
     """Cause of a failure, for the user."""
-    taken: float | None = None
+    taken: Mapped[float | None] = mapped_column(Double, default=None)
     """Time at which a worker last took it."""
-    ended: float | None = None
-    num_frames: int = 0
+    ended: Mapped[float | None] = mapped_column(Double, default=None)
+    num_frames: Mapped[int] = mapped_column(default=0)
     """Number of frames of the whole clip; 0 until the first is finished."""
-    places: str = ""
+    places: Mapped[str] = mapped_column(Text, default="")
     """Indices of finished frames, in the order in which they were finished, separated by commas."""
-    codes: bytes = b""
+    codes: Mapped[bytes] = mapped_column(default=b"")
     """Codes of finished frames in that order."""
-    is_stopped: bool = False
+    is_stopped: Mapped[bool] = mapped_column(default=False)
     """True if the clip should end with the frames that it has."""
-    lease: str | None = None
-    lease_end: float | None = None
-    tries: int = 0
+    lease: Mapped[str | None] = mapped_column(String(32), default=None)
+    lease_end: Mapped[float | None] = mapped_column(Double, default=None)
+    tries: Mapped[int] = mapped_column(default=0)
 
     @property
     def done(self) -> list[int]:
         """Indices of finished frames."""
         return [int(place) for place in self.places.split(",") if place]
+
+
+JOBS = Base.metadata.tables[Job.__tablename__]
+BULKY = ("given", "last", "codes")
+BRIEF = [column for column in JOBS.c if column.name not in BULKY]
 
 
 class Progress(NamedTuple):
@@ -180,7 +157,7 @@ class Jobs:
             # with SQLite, threads wait for each other here: SQLite itself would sleep and poll
             self._turn: AbstractContextManager[Any] = Lock() if self._engine.name == "sqlite" else nullcontext()
             with self._writing("schema") as connection:
-                METADATA.create_all(connection)
+                Base.metadata.create_all(connection)
                 there = {column["name"] for column in inspect(connection).get_columns(JOBS.name)}
             other = sorted(there ^ {*JOBS.c.keys()})
             told = f"another version of cogvideo made the queue (column {' '.join(other)})"

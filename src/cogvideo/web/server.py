@@ -32,6 +32,8 @@ SECONDS_TO_FULL, SECONDS_TO_REACH = 10, 2
 """Values of Retry-After, in seconds."""
 DRAINING = 60
 """Seconds for a worker to finish its frame."""
+ERRORS = (ClientDisconnect, HTTPException, RequestValidationError, InputError, FullError, OSError, *Unreachable)
+"""Errors that clients are told; any other is a bug."""
 
 
 def application(site: ServerState, hosts: Sequence[str]) -> FastAPI:
@@ -46,8 +48,8 @@ def application(site: ServerState, hosts: Sequence[str]) -> FastAPI:
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*hosts], www_redirect=False)
     app.add_middleware(RequestGuard)
     app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
-    for kind, answer in ANSWERS.items():
-        app.add_exception_handler(kind, answer)
+    for kind in ERRORS:
+        app.add_exception_handler(kind, _respond)
     return app
 
 
@@ -57,54 +59,34 @@ def _problem(status: int, message: str, headers: dict[str, str] | None = None) -
     return JSONResponse({"error": error}, status, headers)
 
 
-def _refused(_: Request, error: HTTPException) -> JSONResponse:
-    return _problem(error.status_code, str(error.detail), dict(error.headers or {}))
+def _respond(_: Request, error: Exception) -> JSONResponse:
+    """Respond to a request with its error; one of the server is also logged."""
+    match error:
+        case ClientDisconnect():
+            return _problem(400, "the request ended too early")
+        case HTTPException():
+            return _problem(error.status_code, str(error.detail), dict(error.headers or {}))
+        case RequestValidationError():
+            return _problem(422, _invalid(error))
+        case InputError():
+            return _problem(422, " ".join(str(error).split()))
+        case FullError():
+            return _problem(429, str(error), {"Retry-After": str(SECONDS_TO_FULL)})
+        case OSError():
+            told = f"files cannot be written or read now ({error.strerror or 'no answer'})"
+        case _:
+            told = "the queue cannot be reached now"
+    reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+    print(f"503: {reason:.200}", file=sys.stderr, flush=True)
+    return _problem(503, f"{told}: try again", {"Retry-After": str(SECONDS_TO_REACH)})
 
 
-def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+def _invalid(error: RequestValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(each) for each in first["loc"] if each not in ("body", "query", "header", "path"))
     got = first.get("input")
     value = "" if got is None or isinstance(got, dict) else f", got {got!r:.60}"
-    return _problem(422, f"{where or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}{value}")
-
-
-def _impossible(_: Request, error: InputError) -> JSONResponse:
-    return _problem(422, " ".join(str(error).split()))
-
-
-def _full(_: Request, error: FullError) -> JSONResponse:
-    return _problem(429, str(error), {"Retry-After": str(SECONDS_TO_FULL)})
-
-
-def _away(_: Request, error: Exception) -> JSONResponse:
-    return _unable("the queue cannot be reached now: try again", getattr(error, "orig", error))
-
-
-def _full_disk(_: Request, error: OSError) -> JSONResponse:
-    reason = error.strerror or "no answer"
-    return _unable(f"files cannot be written or read now ({reason}): try again", error)
-
-
-def _unable(message: str, reason: object) -> JSONResponse:
-    """Respond that the server is at fault, and log the reason."""
-    print(f"503: {str(reason).strip().partition(chr(10))[0]:.200}", file=sys.stderr, flush=True)
-    return _problem(503, message, {"Retry-After": str(SECONDS_TO_REACH)})
-
-
-def _left(_: Request, error: ClientDisconnect) -> JSONResponse:
-    return _problem(400, "the request ended too early")
-
-
-ANSWERS: dict[Any, Any] = {
-    ClientDisconnect: _left,
-    HTTPException: _refused,
-    RequestValidationError: _invalid,
-    InputError: _impossible,
-    FullError: _full,
-    OSError: _full_disk,
-    **dict.fromkeys(Unreachable, _away),
-}
+    return f"{where or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}{value}"
 
 
 def _without_security(app: FastAPI) -> None:

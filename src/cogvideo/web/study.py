@@ -16,10 +16,10 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cogvideo import report
-from cogvideo.config import InputError, require
+from cogvideo.config import InputError
 from cogvideo.evaluation.study import Rater, Study
 from cogvideo.web.guard import RequestGuard
-from cogvideo.web.listening import HOST, listening, run
+from cogvideo.web.listening import HOST
 
 STATIC = Path(__file__).parent / "static"
 FILES = {
@@ -113,20 +113,3 @@ def application(study: Study) -> Starlette:
     ]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"], www_redirect=False)
     return Starlette(routes=routes, middleware=[Middleware(RequestGuard), hosts])
-
-
-def serve(folder: Path, num_raters: int, port: int) -> None:
-    """Serve a study to this machine until the process is interrupted, and print the links of its raters.
-
-    Raters are added until there are `num_raters`.
-    """
-    require(num_raters > 0, f"raters is {num_raters}, expected a positive number")
-    study = Study(folder)
-    with listening(HOST, port) as listener:
-        study.add_raters(num_raters)
-        address = f"http://{HOST}:{listener.getsockname()[1]}"
-        for rater in study.raters():
-            progress = f"{rater.num_answered} of {rater.num_trials} answered"
-            print(f"rater {rater.number + 1}: {address}/{rater.token}/ ({progress})")
-        print("Press Ctrl-C to stop. All answers are on disk; the links stay valid at the same port.", flush=True)
-        run(application(study), listener)
