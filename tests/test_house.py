@@ -68,7 +68,7 @@ def test_imports_point_downwards() -> None:
     assert upwards == set()
 
 
-FRAGMENTS = r"(of|that|between|what|how|whether|which|where|behind|beside|only|so|for|with|from|in|as)\b"
+FRAGMENTS = r"(also|of|that|between|what|how|whether|which|where|behind|beside|only|so|for|with|from|in|as)\b"
 """First words of a help text that would be a sentence fragment."""
 
 

@@ -27,6 +27,8 @@ def test_a_run_is_claimed_once(tmp_path):
 def test_a_folder_makes_room(tmp_path):
     """Guards an earlier run's measurements, which are kept under the next free number."""
     folder = RunFolder(tmp_path / ".run")
+    assert folder.summary is None
+    assert not folder.path.exists(), "where a run was looked for"
     for steps in (1, 2, 3):
         assert folder.changes({"steps": steps}) == ""
         folder.claim({"steps": steps})

@@ -45,13 +45,12 @@ def provenance() -> dict[str, Any]:
 
 
 class RunFolder:
-    """The files of one run; the folder is created if missing."""
+    """The files of one run; whoever claims or finishes it creates the folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._identity, self._about = path / IDENTITY, path / "about.json"
         self._metrics, self._summary = path / "metrics.jsonl", path / "report.json"
-        path.mkdir(parents=True, exist_ok=True)
 
     def claim(self, identity: Mapping[str, Any], facts: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Write the identity of the run, or check that it matches the run that began here.
@@ -63,6 +62,7 @@ class RunFolder:
         changes = self.changes(identity, facts)
         advice = "pass the same as before to continue it, or remove the folder to start anew"
         require(not changes, f"another run began in {self.path}: {changes}; {advice}")
+        self.path.mkdir(parents=True, exist_ok=True)
         here = _plain({**identity, **facts})
         if not self.began or _read(self._identity) != here:
             write_json(self._identity, here)
@@ -141,6 +141,7 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write `report.json`, which marks the run as finished."""
+        self.path.mkdir(parents=True, exist_ok=True)
         write_json(self._summary, summary)
 
     @property

@@ -713,7 +713,7 @@ def test_names_of_many_clips_take_no_longer_each(tmp_path: Path) -> None:
     assert folder.name("a cat 5").name == "a-cat-5.mp4"
     assert [folder.name("a cat").name for _ in range(2)] == ["a-cat-6.mp4", "a-cat-7.mp4"]
     assert [folder.name(normalize(form, "é")).stem for form in ("NFC", "NFD")] == ["é", "é-2"]
-    folder._taken = looks = Looks(folder._taken)
+    folder._names._taken = looks = Looks(folder._names._taken)
     for _ in range(100):
         folder.name("a cat")
     assert looks.number < 250

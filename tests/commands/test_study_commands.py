@@ -85,9 +85,9 @@ def test_names_of_a_table_count(new: New, tmp_path: Path) -> None:
 
 def test_names_that_generate_gives_count(new: New, tmp_path: Path) -> None:
     """Checks that clips from `cogvideo generate`, named after prompts, are matched by name and not by sort order."""
-    texts = ["a red ball, rolling", "a cat", "a cat"]
+    texts = ["a red ball, rolling", "A cat", "a cat"]
     (tmp_path / "prompts.txt").write_text("\n".join(texts))
-    for number, stem in enumerate(("a-red-ball-rolling", "a-cat", "a-cat-2")):
+    for number, stem in enumerate(("a-red-ball-rolling", "A-cat", "a-cat-2")):
         (tmp_path / "zebra" / f"clip {number + 1}.mp4").rename(tmp_path / "zebra" / f"{stem}.mp4")
     assert new() == 0
     assert numbers(tmp_path / "study") == list(zip(texts, (1, 2, 3), strict=True))

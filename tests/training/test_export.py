@@ -326,7 +326,7 @@ def test_what_was_trained_on_another_component_stays_behind(
     source, name = CogVideo.from_pretrained(tmp_path / "full"), "base" if stage == "image" else stage
     (tmp_path / "full" / "training.json").write_text('{"superres": {"steps": 1}, "interpolation": {"steps": 2}}')
     target = target_of(source, tmp_path / "new", stage, Choice("random"))
-    assert left_out(target) == f"{tmp_path / 'new'} will lack {gone}, trained on another {name}."
+    assert left_out(target) == f"{tmp_path / 'new'} gets no {gone}: trained on another {name}."
     deliver(target, {name: source.component(name)}, {"steps": 1})
     kept = set(source.components) - set(gone.split(", "))
     assert set(CogVideo.from_pretrained(tmp_path / "new").components) == kept
@@ -349,7 +349,7 @@ def test_what_is_trained_on_keeps_the_others(
     for out, start in ((tmp_path / "new", source), (tmp_path / "same", CogVideo.from_pretrained(tmp_path / "same"))):
         target = target_of(start, out, "image", Choice("continue"))
         check_target(target, overwrite=True)
-        told = "sequential, interpolation come from the model with the old base: train them on with --start continue."
+        told = "sequential, interpolation were trained on the old base: continue training them with --start continue."
         assert left_out(target) == (told if out.name == "new" else "")
         deliver(target, {"base": better}, {"steps": 1})
         made = CogVideo.from_pretrained(out)

@@ -57,7 +57,8 @@ def convert(
 ) -> Conversion:
     """Convert the released checkpoints, or some of them, to a bundle.
 
-    Identical frozen bases are stored once. Host memory stays below the largest file plus its largest tensor.
+    A base that several checkpoints share is stored once. Host memory stays below the largest file plus its largest
+    tensor.
 
     Args:
         out: Folder for the bundle; an existing bundle is replaced once the new one is complete.

@@ -123,7 +123,7 @@ def kinetics600(
 
     Args:
         model: Folder of a bundle, or its ID on the Hugging Face Hub.
-        videos: Folder of the videos, ID_000010_000020.mp4, or of a folder with them for each label.
+        videos: Folder with the videos, such as ID_000010_000020.mp4, directly or in one subfolder per label.
         table: Official CSV of the test split, with label, youtube_id, time_start and time_end.
         out: Folder for clips and results.
         fps: Frames per second of real and generated clips.

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from cogvideo.commands.prompts import read_prompts, stem_of
+from cogvideo.commands.outputs import ClipNames
+from cogvideo.commands.prompts import read_prompts
 from cogvideo.config import InputError, require
 from cogvideo.data.tables import (
     CAPTION_COLUMNS,
@@ -53,7 +54,8 @@ def find_clips(folder: Path, texts: Sequence[str], stems: Sequence[str] | None) 
     clips = {path.stem: path for path in files}
     twice = [stem for stem, number in Counter(path.stem for path in files).items() if number > 1]
     require(not twice, f"{folder} has several clips {''.join(twice[:1])}, expected one for each prompt")
-    wanted = stems if stems is not None else _generated(texts)
+    names = ClipNames()
+    wanted = stems if stems is not None else [names.add(text) for text in texts]  # as `cogvideo generate` does
     missing = [stem for stem in wanted if stem not in clips]
     if not missing:
         return [clips[stem] for stem in wanted]
@@ -70,17 +72,6 @@ def find_clips(folder: Path, texts: Sequence[str], stems: Sequence[str] | None) 
         gap = f"{folder} has no clip between {one!r} and {other!r}, expected consecutive numbers"
         require(change == 1, f"{gap}, or a table of prompts with a column `file`")
     return [clips[stem] for stem in order]
-
-
-def _generated(texts: Sequence[str]) -> list[str]:
-    """Names that `cogvideo generate` gives to the clips of prompts in one folder."""
-    before: Counter[str] = Counter()
-    found = []
-    for text in texts:
-        stem = stem_of(text)
-        before[stem] += 1
-        found.append(stem if before[stem] == 1 else f"{stem}-{before[stem]}")
-    return found
 
 
 def _numbers(stem: str) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import count
@@ -77,13 +77,32 @@ def check_writable(folder: Path) -> None:
         raise InputError(f"cannot write into {folder} ({error.strerror}), expected a folder for the clips") from error
 
 
+class ClipNames:
+    """Different names for clips of prompts; case and the form of accents do not distinguish names."""
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self._taken = {_key(each) for each in taken}
+        self._numbers: dict[str, int] = {}
+
+    def add(self, prompt: str) -> str:
+        """A new name, also for a folder of frames next to the clip."""
+        stem = stem_of(prompt)
+        number = self._numbers.get(_key(stem), 1)
+        name = stem if number == 1 else f"{stem}-{number}"
+        while {_key(name), _key(f"{name}{FRAMES}")} & self._taken:
+            number += 1
+            name = f"{stem}-{number}"
+        self._numbers[_key(stem)] = number
+        self._taken |= {_key(name), _key(f"{name}{FRAMES}")}
+        return name
+
+
 class Folder:
     """An output folder, which need not exist: its clips, and names for more clips of a format."""
 
     def __init__(self, path: Path, format: Format) -> None:
         self.path, self.format = path, format
-        self._taken = {_key(each.stem) for each in path.iterdir()} if path.is_dir() else set()
-        self._numbers: dict[str, int] = {}
+        self._names = ClipNames(each.stem for each in path.iterdir()) if path.is_dir() else ClipNames()
         self._used: set[str] = set()
 
     @cached_property
@@ -112,15 +131,8 @@ class Folder:
         return False
 
     def name(self, prompt: str) -> Path:
-        """A new path for a clip of a prompt, in this folder; case and the form of accents do not distinguish names."""
-        stem = stem_of(prompt)
-        number = self._numbers.get(_key(stem), 1)
-        name = stem if number == 1 else f"{stem}-{number}"
-        while {_key(name), _key(f"{name}{FRAMES}")} & self._taken:
-            number += 1
-            name = f"{stem}-{number}"
-        self._numbers[_key(stem)] = number
-        self._taken |= {_key(name), _key(f"{name}{FRAMES}")}
+        """A new path for a clip of a prompt, in this folder."""
+        name = self._names.add(prompt)
         return self.path / (name if self.format == "png" else f"{name}.{self.format}")
 
     @contextmanager

@@ -131,7 +131,7 @@ def serve(
             from cogvideo.web.cluster import deployed
 
             listener.close()
-            stack.enter_context(deployed(make, host, port, ray_address, workers, arguments))
+            stack.enter_context(deployed(make, host, port, ray_address, work.device, workers, arguments))
         else:
             stack.enter_context(running(workers, worker.work, arguments))
         shown = "127.0.0.1" if host in ANYWHERE else host

@@ -38,7 +38,7 @@ class PrepareSettings(Limited):
     frames: FrameSettings = field(default_factory=FrameSettings)
     """Settings of the frames."""
     superres: bool = False
-    """Also store the codes of every frame at the size of super-resolution, to train that stage."""
+    """Store codes of every frame at the size of super-resolution, too, to train that stage."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the encoder's layers; bfloat16 is twice as fast and changes some codes to similar ones."""
     batch: Positive[int] = 32

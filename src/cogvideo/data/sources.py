@@ -84,7 +84,7 @@ class SourceOptions(Limited):
     copies: Positive[int] = 1
     """Copies of each clip. They differ in random choices, such as the background."""
     images: bool = False
-    """Also read still images in folders and tars, as clips of one frame. Tables may always name images."""
+    """Read still images in folders and tars, too, as clips of one frame. Tables may always name images."""
     validation: Share = 0.05
     """Share of clips in the split `validation`, if the source names no split. All parts and copies of a file are in the
     same split, which depends only on its relative path."""

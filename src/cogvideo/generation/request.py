@@ -153,9 +153,9 @@ class SamplingOptions:
     temperature: float | None = None
     """Sampling temperature of later frames; lower values give calmer motion."""
     top_k: int | None = None
-    """Number of most likely codes that later frames are sampled from; 0 is all codes."""
+    """Sample later frames from this number of most likely codes; 0 is all codes."""
     top_p: float | None = None
-    """Probability of the most likely codes that later frames are sampled from; 1 is all codes."""
+    """Sample later frames from the most likely codes whose probabilities add up to this; 1 is all codes."""
     clusters: int | None = None
     """Number of code clusters that later frames are sampled from; fewer give calmer motion, 0 is all codes."""
     cluster_temperature: float | None = None

@@ -153,7 +153,7 @@ class Experiment:
 
     def report(self, name: str) -> dict[str, dict[str, float]] | None:
         """Metrics of a run's clips, by the title of what generated them; None until the run is finished."""
-        return _summary(self.out / name / RUN)
+        return RunFolder(self.out / name / RUN).summary
 
     def sheet(self, name: str, overlap: int) -> Path:
         """Contact sheet of clips of a run; the folder of the clips is next to it."""
@@ -183,7 +183,7 @@ class Experiment:
     @property
     def ceiling(self) -> dict[str, float] | None:
         """Metrics of the real clips after the image tokenizer, a bound on those of variants; None until measured."""
-        return _summary(self.out / CEILING)
+        return RunFolder(self.out / CEILING).summary
 
     def _measure_ceiling(self, base: CogVideo) -> dict[str, float]:
         subject, side = self._subject(self.optimization.seed), base.config.frame_size
@@ -235,7 +235,7 @@ class Experiment:
     @property
     def paces(self) -> dict[VariantName, dict[str, float]] | None:
         """Seconds per step by variant and stage; None until measured for all variants."""
-        found, variants = _summary(self.out / PACES) or {}, self.ablation.variants
+        found, variants = RunFolder(self.out / PACES).summary or {}, self.ablation.variants
         return {name: found[name] for name in variants} if found.keys() >= set(variants) else None
 
     def measure_paces(self) -> None:
@@ -292,11 +292,6 @@ class Experiment:
             with one_thread(), torch.inference_mode(), cudnn.flags(deterministic=True, allow_tf32=False):
                 fill(files, made, _write, 1)
         return torch.from_numpy(np.stack([np.load(file) for file in files]))
-
-
-def _summary(path: Path) -> dict[str, Any] | None:
-    """Summary of a run's folder, which is not created; None until the run is finished."""
-    return RunFolder(path).summary if path.exists() else None
 
 
 def _write(path: Path, features: Float[Tensor, " features"]) -> None:

@@ -72,10 +72,10 @@ def left_out(target: Target) -> str:
     there, new = _there(target.out), target.row.trains
     names = [each for each in target.stays_behind if each not in there]
     if names:
-        return f"{target.out} will lack {', '.join(names)}, trained on another {new}."
+        return f"{target.out} gets no {', '.join(names)}: trained on another {new}."
     names = [each for each in target.comes_along if each in STAGES and each not in ("superres", *there)]
-    advice = "train them on with --start continue"
-    return f"{', '.join(names)} come from the model with the old {new}: {advice}." if names else ""
+    advice = "continue training them with --start continue"
+    return f"{', '.join(names)} were trained on the old {new}: {advice}." if names else ""
 
 
 def delivered(target: Target) -> bool:

@@ -35,9 +35,9 @@ class LoggingConfig(Limited):
     asynchronous: bool = False
     """Write checkpoints while training goes on; a copy of the weights is then in host memory."""
     tensorboard: bool = False
-    """Also write TensorBoard event files (extra train)."""
+    """Write TensorBoard event files, too (extra train)."""
     wandb: bool = False
-    """Also report to Weights & Biases (extra wandb)."""
+    """Report to Weights & Biases, too (extra wandb)."""
 
 
 @dataclass(frozen=True)

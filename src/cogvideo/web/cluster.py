@@ -44,13 +44,18 @@ class WorkerReplica:
 
 @contextmanager
 def deployed(
-    make: Callable[[], ASGIApp], host: str, port: int, address: str | None, workers: int, arguments: tuple[Any, ...]
+    make: Callable[[], ASGIApp],
+    host: str,
+    port: int,
+    address: str | None,
+    device: str,
+    workers: int,
+    arguments: tuple[Any, ...],
 ) -> Iterator[None]:
-    """The application on a cluster, with workers that take a GPU or a core each."""
+    """The application on a cluster, with workers on a device, each of which takes a GPU or a core."""
     ray.init(address=address, include_dashboard=False, log_to_driver=False)
     leave_on_sigterm()  # Ray would abort on it
     try:
-        device = arguments[3]
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         has_gpu = device.startswith("cuda") or (device == "auto" and "GPU" in resources)
         needed = {"num_gpus": 1} if has_gpu else {"num_cpus": 1}
