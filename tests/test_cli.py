@@ -198,6 +198,7 @@ def test_a_full_disk_is_one_line() -> None:
     ("arguments", "message"),
     [
         (("inof",), "unknown command 'inof'; did you mean 'info'?"),
+        (("inspect", "foo"), "unknown command 'inspect foo'; expected one of inspect attention"),
         (("xyzzy",), "unknown command 'xyzzy'; expected one of " + ", ".join(COMMANDS)),
     ],
 )

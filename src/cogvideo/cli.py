@@ -198,8 +198,10 @@ def _help(names: Sequence[str]) -> str:
 def _unknown(name: str) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(name, COMMANDS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(COMMANDS)}"
+    group = name.partition(" ")[0] + " "
+    known = [each for each in COMMANDS if each.startswith(group)] or list(COMMANDS)
+    near = get_close_matches(name, known, n=1, cutoff=0.75)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
     return f"unknown command {name!r}; {hint}"
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
+from textwrap import shorten
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -411,4 +412,5 @@ def download(name: str, patterns: Sequence[str], hint: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as error:  # the type depends on its version and HTTP library
-        raise InputError(f"there is no folder {name}, and none came from the Hub ({error}): {hint}") from error
+        reason = shorten(str(error), 100, placeholder=" ...")
+        raise InputError(f"there is no folder {name}, and none came from the Hub ({reason}): {hint}") from error

@@ -73,7 +73,8 @@ def _tables(name: str, manifest: Manifest, batch: int) -> Iterator[Table | str]:
     config, phases = manifest.config, clip(manifest.config)
     sizes, (rows, columns) = config.transformer, config.layout.sides
     shape = f"{sizes.num_layers} layers, hidden {sizes.hidden}, {sizes.num_heads} heads"
-    yield f"[bold]{name}[/bold]: {shape}, {rows} x {columns} codes per frame\n"
+    kind = "preset " if name in PRESETS else ""
+    yield f"{kind}[bold]{name}[/bold]: {shape}, {rows} x {columns} codes per frame\n"
     yield _parameters(manifest)
     works = [
         [

@@ -71,8 +71,8 @@ def serve(
 ) -> None:
     """Serve text to video over HTTP: a page, and the interface of the OpenAI video endpoint.
 
-    Videos wait in a queue on disk: neither a restart nor a crash loses one. Only this machine can connect unless --host
-    says otherwise, which needs keys (`cogvideo key`). If there are keys, every request needs one.
+    Videos wait in a queue on disk: neither a restart nor a crash loses one. By default, only this machine can
+    connect; to allow others, set --host and make a key (`cogvideo key`). If there are keys, every request needs one.
 
     Args:
         host: Address to listen at; 0.0.0.0 for all.
