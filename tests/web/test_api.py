@@ -342,7 +342,7 @@ def test_only_this_machine_unless_there_are_keys(
 ) -> None:
     """Guards a first try: nobody else gets in, and the error says what to do before letting others in."""
     assert main(["serve", "--model", str(model), "--folder", str(tmp_path), "--host", "0.0.0.0"]) == 2
-    assert "make a key first, `cogvideo key NAME`" in capsys.readouterr().err
+    assert f"make a key first, `cogvideo key NAME --folder {tmp_path}`" in capsys.readouterr().err
 
 
 def test_a_full_disk(site: ServerState, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
