@@ -27,6 +27,7 @@ from cogvideo.cli import main
 from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.media.video import read_video, write_video
 from cogvideo.report.finetune import choose
+from cogvideo.runs import RunFolder
 from cogvideo.training import finetune
 from cogvideo.training.card import read_reports
 from cogvideo.training.checkpoints import Checkpoints
@@ -268,6 +269,7 @@ def test_few_held_out_clips_choose_no_step(
     monkeypatch.setattr(finetune.Checkpoints, "best", lambda _: 7)
     chain = FinetuningRun(str(place / "clips"), tmp_path, str(place / "base"), QUICK)
     rows = [f"{place}/clips/the-cat_{row}.mp4,a cat,{'validation' if row < number else 'train'}" for row in range(5)]
+    chain.folder.claim({})
     chain.table.write_text("\n".join(["file,caption,split", *rows]))
     assert chain._best("image") == step
 
@@ -280,12 +282,13 @@ def test_steps_fit_the_time(place: Path, tmp_path: Path) -> None:
         chain = FinetuningRun(
             str(place / "clips"), tmp_path / f"{minutes}", str(place / "base"), Finetuning(minutes=minutes)
         )
+        chain.folder.claim({})
         chain.table.write_text(f"file,caption\n{place}/clips/the-cat_0.mp4,a cat\n")
         found.append(chain._steps_of("image", lambda: 2.0))
         told.append(chain._time_left)
     assert [words[2:6] for words in told] == ["the ", "abou", "abou"], "nothing is left of six seconds"
     assert found == [20, 64, 220]  # the image model gets 0.3 of the 0.7 left, of 5 minutes
-    (tmp_path / "600" / ".image-run" / "run.json").write_text('{"optimization": {"steps": 77}}')
+    RunFolder(tmp_path / "600" / ".image-run").claim({"optimization": {"steps": 77}})
     assert chain._steps_of("image", lambda: 2.0) == 77
 
 
@@ -305,6 +308,7 @@ def test_a_text_tokenizer_is_trained_where_it_helps(
 ) -> None:
     """Keeps the base's text tokenizer if a new one cannot shorten the captions; they were once cut silently."""
     chain = FinetuningRun(str(place / "clips"), tmp_path / "out", "pocket", Finetuning())
+    chain.folder.claim({})
     chain.table.write_text(f"file,caption\n{place}/clips/the-cat_0.mp4,{caption}\n")
     assert (chain._text().model != chain.base.text.model) == is_trained
     assert words in capsys.readouterr().err

@@ -178,6 +178,7 @@ class Wandb(types.ModuleType):
 def test_wandb_continues_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed run must remain one run in W&B, even if it goes back to an earlier step; a failure must be visible."""
     client, folder = Wandb(), RunFolder(tmp_path / "out" / ".image-run")
+    folder.claim({})
     monkeypatch.setitem(sys.modules, "wandb", client)
     with Recorder(folder, done=0, steps=20, settings={"seed": 1}, wandb=True, console=console()) as recorder:
         recorder.record(ROW)
