@@ -27,7 +27,7 @@ import torch
 from benchmarks.decode import show
 from benchmarks.machine import alternate, write
 from cogvideo.bundle.model import POCKET
-from cogvideo.cli import SPINS
+from cogvideo.cli import OPENMP_SPINS
 from cogvideo.devices import matrix_rate
 from cogvideo.generation.decode import Passes
 from cogvideo.generation.hierarchy import generate
@@ -40,7 +40,7 @@ from cogvideo.planning.costs import Phase, clip
 Figures = dict[str, Any]
 
 PROMPT = "a large red ball bounces in from the left, bounces twice and leaves on the right, on a beach, slowly"
-OPENMP_SPINS = 300_000
+DEFAULT_SPINS = 300_000
 """Default spin count of GNU OpenMP with at most one thread per core."""
 GOALS = {"first frame": 3.0, "finished mp4": 12.0}
 WAYS = {
@@ -101,7 +101,7 @@ def waiting(model: str, rounds: int = 3) -> Figures:
             environment = os.environ | {"GOMP_SPINCOUNT": str(spins)}
             subprocess.run(command, check=True, capture_output=True, env=environment)
 
-    calls = {"soon asleep": partial(draw, SPINS), "OpenMP's own": partial(draw, OPENMP_SPINS)}
+    calls = {"soon asleep": partial(draw, OPENMP_SPINS), "OpenMP's own": partial(draw, DEFAULT_SPINS)}
     found = {"alone": alternate(calls, rounds, 0)}
     with subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) as busy:
         try:

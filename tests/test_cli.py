@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cogvideo import __version__
-from cogvideo.cli import COMMANDS, SPINS, main
+from cogvideo.cli import COMMANDS, OPENMP_SPINS, main
 
 HEAVY = {"torch", "numpy", "argparse", "rich", "safetensors", "huggingface_hub"}
 MISTAKES = """
@@ -103,7 +103,7 @@ def test_help_and_version_import_nothing_heavy(option: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [({}, SPINS), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
+    [({}, OPENMP_SPINS), ({"OMP_WAIT_POLICY": "active"}, None), ({"GOMP_SPINCOUNT": "7"}, "7")],
 )
 def test_threads_that_wait_sleep(given: dict[str, str], spins: str | None) -> None:
     """Guards speed next to a busy program: waiting threads soon sleep, unless the user configured OpenMP otherwise."""

@@ -27,7 +27,7 @@ from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation import retrieval
 from cogvideo.evaluation.distribution import interval
 from cogvideo.evaluation.networks.cache import network_path
-from cogvideo.evaluation.reader import ATTRIBUTES, FPS, NUM_FRAMES, PROMPTED, SIZE, Reader, resized, unseen_scenes
+from cogvideo.evaluation.reader import ATTRIBUTES, FIRST_PROMPT, FPS, NUM_FRAMES, SIZE, Reader, resized, unseen_scenes
 from cogvideo.evaluation.subjects import TEMPLATE, read_animation, unseen_background
 from cogvideo.generation import hierarchy
 from cogvideo.generation.request import MAX_CONTEXT, Request
@@ -128,10 +128,10 @@ def main(
     """
     pipeline = CogVideoPipeline.from_pretrained(model)
     reader = Reader.load()
-    chosen = unseen_scenes(scenes, PROMPTED, "simple")
+    chosen = unseen_scenes(scenes, FIRST_PROMPT, "simple")
     side = pipeline.model.config.frame_size
     if gate == "joints":
-        shown = by_turns(unseen_scenes(20 * scenes, PROMPTED, "simple"))[:scenes]
+        shown = by_turns(unseen_scenes(20 * scenes, FIRST_PROMPT, "simple"))[:scenes]
         _joints(pipeline, [world.captions(scene)[0] for scene in shown], sheet)
         return
     if gate == "superres":

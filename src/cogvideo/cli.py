@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 from cogvideo import __version__
 from cogvideo.config import InputError
 
-SPINS = "3000"
+OPENMP_SPINS = "3000"
 """Spins of a waiting OpenMP thread before it sleeps: next to a busy program, a clip takes a ninth of the time; alone, a
 twelfth more (benchmarks/generate.py)."""
 EXPECTED = {
     IsADirectoryError: ", expected a file",
     NotADirectoryError: ", expected a folder",
 }
-USER_ERROR, OWN_ERROR, BROKEN_PIPE, INTERRUPTED = 2, 1, 1, 130
+USER_ERROR, INTERNAL_ERROR, BROKEN_PIPE, INTERRUPTED = 2, 1, 1, 130
 REPORT = f"this is a bug in cogvideo {__version__}; please report it with the lines above"
 
 
@@ -136,7 +136,7 @@ def _prepare_pytorch() -> None:
     """Set environment variables that PyTorch reads at import, unless the user has set them."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: weights are read faster
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+        os.environ.setdefault("GOMP_SPINCOUNT", OPENMP_SPINS)
 
 
 def _open_missing_streams() -> None:
@@ -211,7 +211,7 @@ def _report(error: Exception, arguments: Sequence[str]) -> int:
     if line is None or os.environ.get("COGVIDEO_DEBUG") == "1":
         print_exception(error)
     print(f"cogvideo: {REPORT}" if line is None else f"cogvideo: error: {line}", file=sys.stderr)
-    return OWN_ERROR if line is None else USER_ERROR
+    return INTERNAL_ERROR if line is None else USER_ERROR
 
 
 def _user_error(error: Exception, arguments: Sequence[str]) -> str | None:

@@ -17,7 +17,7 @@ CUDNN_ATTENTION = "COGVIDEO_CUDNN_ATTENTION"
 
 MEASURED_SECONDS = 0.3
 """Approximate time to measure the matrix rate."""
-SMALLEST_SIDE, LARGEST_SIDE, MIN_SECONDS = 256, 8192, 0.01
+MIN_SIDE, MAX_SIDE, MIN_SECONDS = 256, 8192, 0.01
 """Matrices grow until one product takes this long, up to the largest side."""
 
 
@@ -127,8 +127,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     product within a third of a second counts. Measured once per device and dtype, with the current number of
     threads and the current precision of float32 products (TF32).
     """
-    side = SMALLEST_SIDE
-    while side < LARGEST_SIDE and _product_seconds(side, device, dtype) < MIN_SECONDS:
+    side = MIN_SIDE
+    while side < MAX_SIDE and _product_seconds(side, device, dtype) < MIN_SECONDS:
         side *= 2
     return 2 * side**3 / _product_seconds(side, device, dtype, time.monotonic() + MEASURED_SECONDS)
 

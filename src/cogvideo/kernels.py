@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-SHORT = 192
+SHORT_ROWS = 192
 """Number of rows below which PyTorch's bfloat16 CPU kernel uses blocks of 32 and has a slow backward pass."""
 
 
@@ -37,7 +37,7 @@ def softmax_attention(
 
 
 def _is_short(q: Float[Tensor, "batch heads rows head_dim"]) -> bool:
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] < SHORT
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] < SHORT_ROWS
 
 
 class _Short(torch.autograd.Function):

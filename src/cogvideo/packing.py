@@ -19,18 +19,18 @@ from cogvideo.models.transformer import Base, WordEmbedding
 
 M = TypeVar("M", bound=nn.Module)
 
-WORTH_PACKING = 1 << 16
+MIN_WEIGHTS = 1 << 16
 """Number of weights from which reading them takes longer than starting oneDNN's operator (measured)."""
 
 FASTEST_ROWS = 6
 """Number of rows at which oneDNN reads packed weights fastest: a third faster than at one or two, the rows of
 a decoding step (measured). So one to three rows are repeated up to this number."""
 
-ALIKE_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 32}
+MAX_EQUAL_ROWS: dict[torch.dtype, int] = {torch.bfloat16: 32}
 """Number of rows up to which oneDNN sums every row in the same order; beyond it, the order depends on their
 number (measured for 64 to 12,288 inputs; bfloat16 with AMX). So more rows are computed in pieces."""
 if TorchVersion(torch.__version__) < "2.13":
-    ALIKE_ROWS[torch.float32] = 15
+    MAX_EQUAL_ROWS[torch.float32] = 15
 
 
 class PackedLinear(nn.Module):
@@ -44,7 +44,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "batch rows in"]) -> Float[Tensor, "batch rows out"]:
         """`x @ weight.T + bias`."""
         rows = x.flatten(0, 1)
-        together = ALIKE_ROWS.get(x.dtype, len(rows))
+        together = MAX_EQUAL_ROWS.get(x.dtype, len(rows))
         pieces = [self._few(rows[start : start + together]) for start in range(0, len(rows), together)]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(*x.shape[:2], -1)
 
@@ -76,7 +76,7 @@ def can_pack(weight: Tensor) -> bool:
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
-    if weight.numel() < WORTH_PACKING:
+    if weight.numel() < MIN_WEIGHTS:
         return False
     bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32 or bool(bfloat16)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cogvideo import world
-from cogvideo.evaluation.motion import STATIC, measure, movement
+from cogvideo.evaluation.motion import STATIC_ENERGY, measure, movement
 
 
 def clips() -> list[np.ndarray]:
@@ -38,10 +38,10 @@ def test_still_clip_is_static() -> None:
 
 def test_least_visible_motion_is_not_static() -> None:
     """Checks the threshold: every real clip is well above it, flicker of one level is below."""
-    assert min(measure(clip).energy for clip in clips()) > 10 * STATIC
+    assert min(measure(clip).energy for clip in clips()) > 10 * STATIC_ENERGY
     one_level = np.full((9, 8, 8, 3), 100, np.uint8)
     one_level[1::2] += 1
-    assert measure(one_level).energy < STATIC
+    assert measure(one_level).energy < STATIC_ENERGY
 
 
 def test_flicker_is_unrest_of_what_should_be_still() -> None:

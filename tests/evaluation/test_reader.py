@@ -16,9 +16,9 @@ from cogvideo.evaluation.reader import (
     ALL,
     ATTRIBUTES,
     FILE,
+    FIRST_PROMPT,
+    FIRST_TRAINING,
     LABELS,
-    PROMPTED,
-    READER_LEARNS,
     Reader,
     ReaderConfig,
     accuracies,
@@ -103,26 +103,26 @@ def test_wrong_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_unseen_scenes_are_of_both_kinds() -> None:
     """Checks the prompts: half have held-out pairs, and neither models nor the reader train on any of them."""
-    scenes = unseen_scenes(40, PROMPTED)
+    scenes = unseen_scenes(40, FIRST_PROMPT)
     assert [world.split(scene) for scene in scenes] == ["held_out"] * 20 + ["validation"] * 20
     assert len({scene.index for scene in scenes}) == 40
-    assert all(PROMPTED <= scene.index < READER_LEARNS for scene in scenes)
+    assert all(FIRST_PROMPT <= scene.index < FIRST_TRAINING for scene in scenes)
 
 
 def test_unseen_simple_scenes_look_different(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents duplicates in the simple domain, where many numbers show the same scene: each counts once."""
-    scenes = unseen_scenes(120, PROMPTED, "simple")
+    scenes = unseen_scenes(120, FIRST_PROMPT, "simple")
     assert {scene.domain for scene in scenes} == {"simple"}
     assert [world.split(scene) for scene in scenes] == ["held_out"] * 60 + ["validation"] * 60
     assert len({replace(scene, index=0) for scene in scenes}) == 120
-    monkeypatch.setattr(module, "SEARCHED", 300)
+    monkeypatch.setattr(module, "NUM_SEARCHED", 300)
     with pytest.raises(ValueError, match=r"the World has \d+ unseen simple scenes of held_out, expected 2500"):
-        unseen_scenes(5000, PROMPTED, "simple")
+        unseen_scenes(5000, FIRST_PROMPT, "simple")
 
 
 def test_accuracies_count_what_is_right() -> None:
     """Checks the shares: the truth scores 1 everywhere, and one wrong attribute lowers exactly those it belongs to."""
-    scenes = unseen_scenes(8, PROMPTED)
+    scenes = unseen_scenes(8, FIRST_PROMPT)
     truth = [{name: getattr(scene, name) for name in ATTRIBUTES} for scene in scenes]
     assert all(share == 1 for group in accuracies(truth, scenes).values() for share in group.values())
     truth[0]["colour"] = "no colour"
@@ -137,7 +137,7 @@ def test_accuracies_count_what_is_right() -> None:
 @pytest.mark.skipif(not FILE.exists(), reason="the package's reader is not trained yet")
 def test_packaged_reader_reads_unseen_clips() -> None:
     """Guards the judge itself: it reads unseen clips, half with held-out pairs, even when they are blurred."""
-    scenes, reader = unseen_scenes(60, PROMPTED), Reader.load()
+    scenes, reader = unseen_scenes(60, FIRST_PROMPT), Reader.load()
     clips = drawn(scenes)
     soft = np.stack([resized(resized(clip, 40), 64) for clip in clips])
     for seen in (clips, soft):

@@ -106,7 +106,7 @@ def test_without_the_detector_nothing_is_cut(tmp_path: Path, monkeypatch: pytest
 
 def test_long_shots_become_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps all of a long video; only its beginning used to be kept."""
-    monkeypatch.setattr(review, "PIECE", 2.0)
+    monkeypatch.setattr(review, "MAX_PIECE_SECONDS", 2.0)
     write(tmp_path / "a.mp4", scene(5, 1))
     clips = reviewed(tmp_path)
     assert [round(each.item.start, 2) for each in clips] == [0, 1.67, 3.33]
@@ -115,7 +115,7 @@ def test_long_shots_become_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_one_piece_of_a_still_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps hours of black screen from filling the training set with identical pieces."""
-    monkeypatch.setattr(review, "PIECE", 2.0)
+    monkeypatch.setattr(review, "MAX_PIECE_SECONDS", 2.0)
     write(tmp_path / "a.mp4", np.concatenate([scene(4, 1, speed=0), scene(4, 2)]))
     items, _, named = listed(str(tmp_path))
     clips, rejected = review.review(items, named)

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 import pytest
 
-from cogvideo.generation.drafts import PRICE, Drafter
+from cogvideo.generation.drafts import ROW_COST, Drafter
 
 COLUMNS, SLOTS, START = 6, 36, 99
 
@@ -105,7 +105,7 @@ def test_the_width_is_the_best(seed: int, monkeypatch: pytest.MonkeyPatch) -> No
     drafter = Drafter(SLOTS, COLUMNS, START, 8)
     drafter.begin()
     kept = [1, *accumulate(chances[:7], lambda chance, each: chance * each)]
-    worth = {width: sum(kept[:width]) / (1 + PRICE * width) for width in range(1, 9)}
+    worth = {width: sum(kept[:width]) / (1 + ROW_COST * width) for width in range(1, 9)}
     assert len(drafter.propose()) == max(worth, key=worth.__getitem__)
 
 

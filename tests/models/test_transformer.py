@@ -455,7 +455,7 @@ def test_gradients_of_attention(
     torch.autograd.gradcheck(outputs, (fused.requires_grad_(),), fast_mode=True)
 
 
-@pytest.mark.parametrize("rows", [kernels.SHORT - 1, kernels.SHORT])
+@pytest.mark.parametrize("rows", [kernels.SHORT_ROWS - 1, kernels.SHORT_ROWS])
 def test_gradients_of_bfloat16_attention(rows: int) -> None:
     """Checks that both CPU backward paths stay close to float64, with either kind of mask or none."""
     generator = torch.Generator().manual_seed(0)

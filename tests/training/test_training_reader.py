@@ -12,7 +12,7 @@ import torch
 
 from cogvideo import world
 from cogvideo.commands.train import reader as train_reader
-from cogvideo.evaluation.reader import READER_LEARNS, READER_TEST, Reader, ReaderConfig, render, unseen_scenes
+from cogvideo.evaluation.reader import FIRST_TEST, FIRST_TRAINING, Reader, ReaderConfig, render, unseen_scenes
 from cogvideo.files import exclusive_lock
 from cogvideo.training import reader as module
 from cogvideo.training.objectives.reader import ReaderObjective, ReaderSettings, augment, batches, clips, stills
@@ -31,7 +31,7 @@ def test_no_clip_is_learnt_twice_or_kept() -> None:
     drawn = [make(step, 4) for step in range(5) for make in (clips, stills)]
     numbers = [scene.index for each in drawn for scene in each.scenes]
     assert len(set(numbers)) == 40
-    assert min(numbers) >= READER_LEARNS > max(scene.index for scene in unseen_scenes(40, READER_TEST))
+    assert min(numbers) >= FIRST_TRAINING > max(scene.index for scene in unseen_scenes(40, FIRST_TEST))
 
 
 def test_stills_show_one_figure() -> None:
@@ -46,7 +46,7 @@ def test_stills_show_one_figure() -> None:
 
 def test_augmentation_keeps_what_a_clip_shows() -> None:
     """Guards the labels: augmentation changes a clip slightly, never mirrors it, and keeps its colors close."""
-    clips = np.stack([render(scene) for scene in unseen_scenes(8, READER_TEST)])
+    clips = np.stack([render(scene) for scene in unseen_scenes(8, FIRST_TEST)])
     made = augment(clips, torch.Generator().manual_seed(0)).permute(0, 2, 3, 4, 1).numpy()
     seen = clips.astype(np.float32) / 255
     assert made.shape == seen.shape
@@ -67,7 +67,7 @@ def test_augmentation_keeps_what_a_clip_shows() -> None:
 
 def test_augmentation_follows_from_its_generator() -> None:
     """Guards resuming: the same generator gives the same clips."""
-    clips = np.stack([render(scene) for scene in unseen_scenes(4, READER_TEST)])
+    clips = np.stack([render(scene) for scene in unseen_scenes(4, FIRST_TEST)])
     one, two = (augment(clips, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(one, two)
 
@@ -90,7 +90,7 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path: Path, monkeypatch: py
     logging = LoggingConfig(evaluate_every=3, checkpoint_every=1)
     options = {"settings": settings(), "config": SMALL, "test_clips": 8, "logging": logging, "device": "cpu"}
     whole, killed = tmp_path / "whole.safetensors", tmp_path / "killed.safetensors"
-    monkeypatch.setattr(module, "WATCHED", 8)
+    monkeypatch.setattr(module, "NUM_TEST_CLIPS", 8)
     train_reader(out=whole, **options)
     real = Trainer.step
 

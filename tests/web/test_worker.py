@@ -245,7 +245,7 @@ def test_clips_of_another_model(site: ServerState, capsys: pytest.CaptureFixture
 def test_little_memory_makes_smaller_batches(site: ServerState, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards batches against running out of memory: jobs that do not fit go back to the queue."""
     ids = [order(site, seed=seed) for seed in range(5)]
-    monkeypatch.setattr("cogvideo.planning.memory.SURELY_ENOUGH", 10**9)
+    monkeypatch.setattr("cogvideo.planning.memory.AMPLE_RATIO", 10**9)
     monkeypatch.setattr("cogvideo.planning.memory.needed_memory", lambda *given: given[4] * 2**40)
     monkeypatch.setattr("cogvideo.planning.memory.free_memory", lambda _: 2 * 2**40)
     sizes = []

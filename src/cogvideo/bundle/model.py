@@ -36,7 +36,7 @@ from cogvideo.bundle.format import (
     text_tokenizer,
     writing,
 )
-from cogvideo.config import SECONDS, CogVideoConfig, InputError, require
+from cogvideo.config import CLIP_SECONDS, CogVideoConfig, InputError, require
 from cogvideo.devices import usable
 from cogvideo.models.adapters import fuse
 from cogvideo.models.autoencoder import Autoencoder
@@ -203,7 +203,7 @@ class CogVideo(StageModels):
             each.check(self._entries[name].sha256)
             if name == "base" and "superres" in self._entries:  # super-resolution keeps the unadapted base
                 self._entries.setdefault("superres_base", self._entries[name])
-            own = self.config.sequential.durations or (SECONDS,)
+            own = self.config.sequential.durations or (CLIP_SECONDS,)
             if name == "sequential" and (more := set(each.durations) - set(own)):
                 self.config = self.config.trained_on(name, sorted({*own, *more}, reverse=True))
         self.adapters += adapters

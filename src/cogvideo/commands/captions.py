@@ -15,7 +15,7 @@ from cogvideo.media.video import VideoError, read_video
 from cogvideo.report.page import count, write_page
 
 TABLE, PAGE = "captions.csv", "captions.html"
-FPS, SIDE, MOST = 4.0, 160, 32
+FPS, SIDE, MAX_FRAMES = 4.0, 160, 32
 """Frames per second, side and maximum number of frames that the page shows of a clip."""
 
 
@@ -44,7 +44,7 @@ def captions(clips: Path, /) -> None:
             print(f"{file!r} is left out: its name has characters that a page cannot hold: rename it")
             continue
         try:
-            frames = read_video(Path(path), FPS, SIDE, fit="letterbox", max_frames=MOST).frames
+            frames = read_video(Path(path), FPS, SIDE, fit="letterbox", max_frames=MAX_FRAMES).frames
         except VideoError as error:
             print(f"{file} is left out. {error}")
             continue

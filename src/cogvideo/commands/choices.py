@@ -13,13 +13,13 @@ import msgspec
 from cogvideo.bundle.adapters import scales
 from cogvideo.bundle.model import POCKET
 from cogvideo.commands.outputs import Record, check_name, public, read_record
-from cogvideo.config import SECONDS, CogVideoConfig, InputError, require, size_of
+from cogvideo.config import CLIP_SECONDS, CogVideoConfig, InputError, require, size_of
 from cogvideo.data.folders import existing
 from cogvideo.files import sha256_of
 from cogvideo.generation.request import (
     ADDED,
-    LARGEST_SEED,
     MAX_ROUNDS,
+    MAX_SEED,
     GenerationSettings,
     SamplingOptions,
     check_seconds,
@@ -120,8 +120,8 @@ class Choices(SamplingOptions):
         if self.seconds is None:
             return
         check_seconds(self.seconds, own)
-        is_known = bool(own.sequential.durations) or self.seconds >= SECONDS
-        require(is_known, f"seconds is {self.seconds}, but this model makes clips of {SECONDS:g} seconds or more")
+        is_known = bool(own.sequential.durations) or self.seconds >= CLIP_SECONDS
+        require(is_known, f"seconds is {self.seconds}, but this model makes clips of {CLIP_SECONDS:g} seconds or more")
 
     def sized(self, own: CogVideoConfig, is_enlarged: bool) -> CogVideoConfig:
         """The configuration of a model for clips of this size."""
@@ -150,7 +150,7 @@ class ClipRecord:
     sha256: dict[str, str]
 
     def __post_init__(self) -> None:
-        require(0 <= self.seed <= LARGEST_SEED, f"seed is {self.seed}, expected 0 to {LARGEST_SEED}")
+        require(0 <= self.seed <= MAX_SEED, f"seed is {self.seed}, expected 0 to {MAX_SEED}")
         if self.fps is not None:
             check_rate(".mp4", self.fps)
 

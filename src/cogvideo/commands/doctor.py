@@ -21,7 +21,7 @@ from cogvideo.planning.costs import clip
 from cogvideo.planning.memory import needed_memory
 
 GIB = 2**30
-WAYS = (
+ATTEMPTS = (
     (torch.float32, False, ""),
     (torch.bfloat16, False, " with --dtype bfloat16"),
     (torch.bfloat16, True, " with --dtype bfloat16 --offload"),
@@ -83,7 +83,7 @@ def _answer(name: str, device: torch.device) -> str:
     """Say whether a preset fits into the memory of a device."""
     config, phases = preset(name), clip(preset(name))
     free = free_memory(device)
-    for dtype, offload, option in WAYS:
+    for dtype, offload, option in ATTEMPTS:
         need = needed_memory(config, phases, dtype, device, offload=offload)
         if need <= free:
             return f"fits{option}: {need / GIB:.2f} GiB"

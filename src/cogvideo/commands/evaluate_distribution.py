@@ -17,7 +17,7 @@ from cogvideo.evaluation.comparison import Comparison, ComparisonRun, Figure, Ne
 from cogvideo.evaluation.features import c3d, i3d, lpips
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.networks.cache import fetched
-from cogvideo.evaluation.protocols import PROTOCOLS, RELIABLE, Protocol
+from cogvideo.evaluation.protocols import MIN_RELIABLE_CLIPS, PROTOCOLS, Protocol
 from cogvideo.files import check_place, write_json
 from cogvideo.models.perceptual import Network as Perceptual
 from cogvideo.runs import provenance
@@ -126,8 +126,8 @@ def _number(value: float) -> str:
 def warnings(result: Comparison) -> Iterator[str]:
     """Warnings about less reliable figures."""
     count = result.real.clips
-    if count < RELIABLE:
-        yield f"N is {count:,}, below {RELIABLE:,}: FVD is mostly bias, and comparable only at this N"
+    if count < MIN_RELIABLE_CLIPS:
+        yield f"N is {count:,}, below {MIN_RELIABLE_CLIPS:,}: FVD is mostly bias, and comparable only at this N"
     if result.num_shared:
         yield f"{result.num_shared:,} of the generated clips are among the real ones, with the same content"
     for name, side in (("real", result.real), ("generated", result.generated)):

@@ -17,7 +17,7 @@ from cogvideo.evaluation.comparison import Figure
 from cogvideo.evaluation.distribution import mean
 from cogvideo.evaluation.footage import Reading, Tokenizer
 from cogvideo.evaluation.protocols import PROTOCOLS
-from cogvideo.evaluation.similarity import Similarity, Which, fingerprint, is_vit_b32, locate_clip
+from cogvideo.evaluation.similarity import CaptionChoice, Similarity, fingerprint, is_vit_b32, locate_clip
 from cogvideo.files import check_place, write_json
 from cogvideo.runs import provenance
 
@@ -28,7 +28,7 @@ def text(
     *,
     real: str | None = None,
     network: str = "openai/clip-vit-base-patch32",
-    captions: Which = "random",
+    captions: CaptionChoice = "random",
     caption_columns: tuple[str, ...] = CAPTION_COLUMNS[:1],
     clips: int = 2990,
     frames: int = 16,

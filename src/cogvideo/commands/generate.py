@@ -36,9 +36,9 @@ from cogvideo.commands.outputs import (
 from cogvideo.commands.prompts import ANY_SEED, ListedPrompt, read_prompts
 from cogvideo.config import InputError, Limited, Positive, require
 from cogvideo.data.folders import existing
-from cogvideo.data.tables import SPACES
+from cogvideo.data.tables import LINE_SEPARATORS
 from cogvideo.devices import default_dtype, slowness, usable
-from cogvideo.generation.request import LARGEST_SEED, Request
+from cogvideo.generation.request import MAX_SEED, Request
 from cogvideo.media.video import check_rate, read_video
 from cogvideo.pipeline import CogVideoPipeline, Frame, collect
 
@@ -159,17 +159,17 @@ class PlannedClip(NamedTuple):
 
 def _listed(prompt: tuple[str, ...], path: Path | None, seed: int | None, samples: int) -> list[ListedPrompt]:
     """Each prompt, once per sample, with its seed if one is given."""
-    fits = seed is None or 0 <= seed <= LARGEST_SEED
-    require(fits, f"seed is {seed}, expected a number in [0, {LARGEST_SEED}], or -1 for any")
+    fits = seed is None or 0 <= seed <= MAX_SEED
+    require(fits, f"seed is {seed}, expected a number in [0, {MAX_SEED}], or -1 for any")
     require(0 < samples <= MAX_SAMPLES, f"samples is {samples}, expected 1 to {MAX_SAMPLES}")
     require(path is None or not prompt, "got prompts and a file of prompts, expected one of them")
     require(path is not None or len(prompt) > 0, "got no prompt, expected texts or --prompts FILE")
-    listed = [ListedPrompt(each.translate(SPACES)) for each in prompt] if path is None else read_prompts(path)
+    listed = [ListedPrompt(each.translate(LINE_SEPARATORS)) for each in prompt] if path is None else read_prompts(path)
     found = []
     for place, each in enumerate(listed):
         first = each.seed if seed is None or each.seed is not None else seed + place * samples
         last = (first or 0) + samples - 1
-        require(last <= LARGEST_SEED, f"the seed of the last clip would be {last}, expected {LARGEST_SEED} at most")
+        require(last <= MAX_SEED, f"the seed of the last clip would be {last}, expected {MAX_SEED} at most")
         for number in range(samples):
             found.append(each._replace(seed=None if first is None else first + number))
     return found

@@ -29,7 +29,7 @@ from cogvideo.planning.costs import (
 from cogvideo.planning.training import Training, training, training_states
 
 MAX_BATCH = 1_000_000
-HEADS = ("GPU 16 bit", "CPU float32", "CPU bfloat16")
+PRECISION_NAMES = ("GPU 16 bit", "CPU float32", "CPU bfloat16")
 """Names of `PRECISIONS`."""
 
 
@@ -91,7 +91,7 @@ def _tables(name: str, manifest: Manifest, batch: int) -> Iterator[Table | str]:
     yield table("One clip: work, and bytes in 16 bit", heads, works)
     memory = [[each.name, *(_binary(each.memory(kind)) for kind in PRECISIONS)] for each in phases]
     memory.append(["all, weights kept", *(_binary(resident(config, phases, kind)) for kind in PRECISIONS)])
-    yield table("One clip: memory, with the weights of the phase alone", ["phase", *HEADS], memory)
+    yield table("One clip: memory, with the weights of the phase alone", ["phase", *PRECISION_NAMES], memory)
     steps = [training(config, stage, batch) for stage in STAGES]
     yield table(f"Training on one GPU, batch {batch}", ["", *STAGES], _training_rows(steps))
 

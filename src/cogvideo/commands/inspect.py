@@ -15,7 +15,7 @@ from cogvideo.config import require
 from cogvideo.devices import usable
 from cogvideo.evaluation.attention import StageAttention, stage_attention
 from cogvideo.files import write_json
-from cogvideo.generation.request import LARGEST_SEED, Request
+from cogvideo.generation.request import MAX_SEED, Request
 from cogvideo.pipeline import CogVideoPipeline
 from cogvideo.report.attention import write_picture
 
@@ -43,7 +43,7 @@ def attention(
         device: Device to run on: cpu, cuda, cuda:0, or auto.
     """
     require(output.suffix == ".png", f"output is {output}, expected a .png file")
-    require(0 <= seed <= LARGEST_SEED, f"seed is {seed}, expected a number in [0, {LARGEST_SEED}]")
+    require(0 <= seed <= MAX_SEED, f"seed is {seed}, expected a number in [0, {MAX_SEED}]")
     pipeline = CogVideoPipeline.from_pretrained(model, device=usable(device))
     system = pipeline.model
     has_rounds = "interpolation" in system.components

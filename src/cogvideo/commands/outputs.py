@@ -28,7 +28,7 @@ from cogvideo.text import is_unicode
 Format = Literal["mp4", "gif", "webp", "png"]
 SUFFIXES = (".mp4", ".gif", ".webp")
 """Suffixes of files that hold a clip; PNG frames are a folder."""
-LONGEST_GIVEN = 200
+MAX_NAME_BYTES = 200
 """Bytes of a given file name. Most file systems allow 255, and temporary names are longer."""
 SIDECAR = ".json"
 FRAMES = "-frames"
@@ -42,8 +42,8 @@ def is_file(output: Path, clips: int) -> bool:
     """True if the output is the file of a single clip, False if it is a folder."""
     suffix, length = output.suffix.lower(), len(os.fsencode(output.name))
     check_name(output)
-    too_long = f"the name {output.name:.20}... has {length} bytes, expected {LONGEST_GIVEN} at most"
-    require(length <= LONGEST_GIVEN, too_long)
+    too_long = f"the name {output.name:.20}... has {length} bytes, expected {MAX_NAME_BYTES} at most"
+    require(length <= MAX_NAME_BYTES, too_long)
     if suffix in SUFFIXES or (suffix in VIDEO_SUFFIXES | IMAGE_SUFFIXES and not output.is_dir()):
         kinds = f"expected a folder, or a file that ends in {', '.join(SUFFIXES)}"
         require(suffix in SUFFIXES, f"cannot write {output}: {kinds}")

@@ -30,10 +30,10 @@ CAPTION_COLUMNS = ("caption", "text", "prompt")
 OPTIONAL_COLUMNS = ("start", "end", "split")
 LISTS = ("videos.txt", "prompts.txt")
 """Paths and captions line by line, as tools for CogVideoX use them: read as a table with our column names."""
-SPACES = dict.fromkeys(map(ord, "\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
+LINE_SEPARATORS = dict.fromkeys(map(ord, "\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
 """Line separators of word processors, chats and web pages, for `str.translate`: tokenizers encode them as bytes.
 """
-LONGEST_NUMBER = 20
+MAX_DIGITS = 20
 """Maximum number of digits; larger numbers are never expected."""
 
 
@@ -115,14 +115,14 @@ def clean(captions: Iterable[Any]) -> tuple[str, ...]:
         if not isinstance(caption, str) or not is_unicode(caption):
             raise RowError("caption is not text", f"got {caption!r:.60}")
         if is_visible(caption):
-            kept[caption.translate(SPACES).strip()] = None
+            kept[caption.translate(LINE_SEPARATORS).strip()] = None
     if not kept:
         raise RowError("empty caption")
     return tuple(kept)
 
 
 def lines_of(text: str) -> list[str]:
-    """Lines of a text as editors count them; `str.splitlines` also splits at the characters in `SPACES`."""
+    """Lines of a text as editors count them; `str.splitlines` also splits at the characters in `LINE_SEPARATORS`."""
     return re.split(r"\r\n|\r|\n", text)
 
 
@@ -137,7 +137,7 @@ def whole_number(cell: Any) -> int | None:
     if isinstance(cell, bool) or not re.fullmatch(r"[+-]?\d+(\.\d*)?([eE][+-]?\d{1,3})?", text, re.ASCII):
         return None
     number = Decimal(text)
-    if number.adjusted() > LONGEST_NUMBER or number != number.to_integral_value():
+    if number.adjusted() > MAX_DIGITS or number != number.to_integral_value():
         return None
     return None if isinstance(cell, float) and abs(cell) > 2**53 else int(number)
 

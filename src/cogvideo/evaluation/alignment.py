@@ -15,7 +15,7 @@ from cogvideo.bundle.model import locate
 from cogvideo.config import require, size_text
 from cogvideo.data.engines import progress
 from cogvideo.evaluation.making import ClipOptions, clip_files, fill, generate, read_clip, start, write_clip
-from cogvideo.evaluation.motion import STATIC, Movement, measure, movement
+from cogvideo.evaluation.motion import STATIC_ENERGY, Movement, measure, movement
 from cogvideo.evaluation.preferences import wilson
 from cogvideo.evaluation.reader import SIZE, resized
 from cogvideo.evaluation.subjects import Clip, Subject, SubjectResult
@@ -92,7 +92,7 @@ def _protocol(
         "model": model,
         "bundle_sha256": bundle,
         "making": making,
-        "static_below": STATIC,
+        "static_below": STATIC_ENERGY,
         "subjects": {subject.name: subject.record() for subject in subjects},
         "seeds": {subject.name: [prompt.seed for prompt in subject.prompts] for subject in subjects},
     }

@@ -24,7 +24,7 @@ from cogvideo.layout import SequenceLayout
 from cogvideo.models.attention import attention_weights, split_heads
 from cogvideo.models.transformer import Pass, TemporalBlock, Transformer
 
-See = Callable[[int, range, Float[Tensor, "heads rows keys"]], None]
+OnAttention = Callable[[int, range, Float[Tensor, "heads rows keys"]], None]
 """Called with a layer, the slots of the rows, and their attention to [text as a whole | slots]; slots are numbered
 across all frames in feed order."""
 
@@ -120,7 +120,11 @@ def _steps(weights: Float[Tensor, "heads slots keys"], sides: tuple[int, int]) -
 
 
 def replay(
-    model: Transformer, layout: SequenceLayout, condition: Condition, codes: Int64[Tensor, "1 frames slots"], see: See
+    model: Transformer,
+    layout: SequenceLayout,
+    condition: Condition,
+    codes: Int64[Tensor, "1 frames slots"],
+    see: OnAttention,
 ) -> None:
     """Feed the codes of a finished clip as decoding does, and pass the attention of the temporal channel to `see`.
 
@@ -138,7 +142,7 @@ def replay(
 
 
 @contextmanager
-def _watched(decoder: Decoder, rows: range, see: See) -> Iterator[None]:
+def _watched(decoder: Decoder, rows: range, see: OnAttention) -> Iterator[None]:
     """Call `see` with the attention of a pass that feeds these slots."""
 
     def hook(block: TemporalBlock, inputs: tuple[Tensor, Tensor, int, Pass], _: Any) -> None:

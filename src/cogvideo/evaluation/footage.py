@@ -28,10 +28,10 @@ from cogvideo.media.video import MAX_FPS, VideoError, count_frames, examine
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.world.scenes import Scene
 
-READERS = 4
+NUM_THREADS = 4
 """Threads that examine files."""
 
-Where = Literal["start", "random", "anywhere"]
+WindowChoice = Literal["start", "random", "anywhere"]
 """Windows to use: the first of each clip, a random one of each clip, or random ones of all windows of all clips."""
 
 
@@ -150,7 +150,7 @@ class Reading:
 
     def look(self, found: Sequence[Item | DatasetRow]) -> Iterator[SourceClip]:
         """Facts about clips, in order. Files are decoded for this, some of them ahead."""
-        for _, looked in ahead(self._look, found, READERS):
+        for _, looked in ahead(self._look, found, NUM_THREADS):
             yield looked()
 
     def _look(self, media: Item | DatasetRow) -> SourceClip:
@@ -220,7 +220,7 @@ class DrawnExcerpts(NamedTuple):
     """Number of clips left out for too few frames, among those examined."""
 
 
-def draw(source: str, reading: Reading, where: Where, count: int, seed: int) -> DrawnExcerpts:
+def draw(source: str, reading: Reading, where: WindowChoice, count: int, seed: int) -> DrawnExcerpts:
     """Excerpts of a source, at most `count`, by the rules of the protocol."""
     span, found = reading.protocol.span, reading.find(source)
     random = np.random.default_rng(seed)

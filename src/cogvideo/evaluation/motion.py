@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-STATIC = 2e-5
+STATIC_ENERGY = 2e-5
 """Energy below which a clip counts as static: about a change of one level in 255 of every pixel from frame to frame.
 The calmest clip of the World has twenty times as much."""
 
@@ -28,7 +28,7 @@ class Movement(NamedTuple):
     energy_ratio: float
     """Their mean energy divided by that of the real clips; 1 is equal motion, less is calmer."""
     static: float
-    """Share of the clips whose energy is below `STATIC`."""
+    """Share of the clips whose energy is below `STATIC_ENERGY`."""
     flicker: float
     """Mean flicker, in levels of 255."""
 
@@ -55,4 +55,4 @@ def movement(clips: Sequence[Motion], real: Sequence[Motion]) -> Movement:
     """Clips compared with real ones of the same prompts, in any order."""
     (energies, flickers), (real_energies, _) = np.transpose(clips), np.transpose(real)
     ratio = energies.mean() / real_energies.mean()
-    return Movement(float(ratio), float((energies < STATIC).mean()), float(flickers.mean()))
+    return Movement(float(ratio), float((energies < STATIC_ENERGY).mean()), float(flickers.mean()))

@@ -25,7 +25,7 @@ from cogvideo.evaluation.distribution import (
 )
 from cogvideo.evaluation.networks.i3d import SIDE
 
-RELIABLE = 2048
+MIN_RELIABLE_CLIPS = 2048
 """Number of clips below which FVD reflects the number more than the content of clips."""
 
 Pixels = UInt8[np.ndarray, "frames height width 3"]
@@ -61,9 +61,9 @@ class Protocol(Limited):
     """Constant inside its logarithm."""
     score_seed: int | None
     """Seed that shuffles clips for it; None keeps their order."""
-    clips: Several = RELIABLE
+    clips: Several = MIN_RELIABLE_CLIPS
     """Number of clips on each side."""
-    score_clips: Several = RELIABLE
+    score_clips: Several = MIN_RELIABLE_CLIPS
     """Number of clips for the Inception Score."""
     frames: Positive[int] = 16
     """Frames per clip."""

@@ -4,7 +4,7 @@ It predicts the object, its color, the action, direction, speed and background, 
 the size, and the object and color of a second figure. `cogvideo train reader` trains it; its weights come with the
 package. The input is 17 frames, 4 per second, of 64 x 64 pixels, to which all clips can be reduced.
 
-Models train only on the split `train`. The reader trains on all splits, but on no clip numbered below `READER_LEARNS`:
+Models train only on the split `train`. The reader trains on all splits, but on no clip numbered below `FIRST_TRAINING`:
 its test clips and those that models are judged on have lower numbers.
 """
 
@@ -46,19 +46,19 @@ LABELS: dict[str, tuple[str, ...]] = {
     "other_colour": ("", *world.COLORS),
 }
 """Values of each attribute; empty for a second figure that is not there."""
-EVENTS = ("action", "direction", "speed")
+TEMPORAL_ATTRIBUTES = ("action", "direction", "speed")
 """Attributes that cannot be seen in a single frame."""
 FILE = Path(__file__).with_name("world_reader.safetensors")
 """The weights that come with the package."""
-MOMENTS = 5
+NUM_MOMENTS = 5
 """Length in time where attributes are predicted."""
 BATCH = 32
 """Clips per batch."""
 ALL = "all right"
 """Name of the share of clips with every attribute right."""
-PROMPTED, READER_TEST, READER_LEARNS = 500_000, 900_000, 1_000_000
+FIRST_PROMPT, FIRST_TEST, FIRST_TRAINING = 500_000, 900_000, 1_000_000
 """First numbers of the clips whose captions are prompts, of the reader's test clips, and of its training clips."""
-SEARCHED = 30_000
+NUM_SEARCHED = 30_000
 """Numbers searched for unseen scenes; in the simple World, these have 570 different scenes of `validation`."""
 
 
@@ -114,8 +114,8 @@ class Reader(nn.Module):
             layers += [Block(after) for _ in range(config.blocks[stage])]
         width = config.widths[-1]
         self.body = nn.Sequential(*layers, *_active(width))
-        self.hidden = nn.Linear(2 * MOMENTS * width, config.hidden)
-        inputs = {name: config.hidden if name in EVENTS else 2 * width for name in LABELS}
+        self.hidden = nn.Linear(2 * NUM_MOMENTS * width, config.hidden)
+        inputs = {name: config.hidden if name in TEMPORAL_ATTRIBUTES else 2 * width for name in LABELS}
         self.heads = nn.ModuleDict({name: nn.Linear(inputs[name], len(each)) for name, each in LABELS.items()})
 
     def forward(self, clips: Float[Tensor, "batch 3 17 64 64"]) -> dict[str, Float[Tensor, "batch _"]]:
@@ -123,7 +123,7 @@ class Reader(nn.Module):
         features = self.body(2 * clips - 1)
         moments = torch.cat([features.mean((3, 4)), features.amax((3, 4))], 1)
         happens = F.silu(self.hidden(moments.flatten(1)))
-        return self._looks(features) | {name: self.heads[name](happens) for name in EVENTS}
+        return self._looks(features) | {name: self.heads[name](happens) for name in TEMPORAL_ATTRIBUTES}
 
     def looks(self, clips: Float[Tensor, "batch 3 frames 64 64"]) -> dict[str, Float[Tensor, "batch _"]]:
         """Scores of attributes that a single frame shows, from clips of any length, including single frames."""
@@ -131,7 +131,7 @@ class Reader(nn.Module):
 
     def _looks(self, features: Float[Tensor, "batch width time rows columns"]) -> dict[str, Float[Tensor, "batch _"]]:
         pooled = torch.cat([features.mean((2, 3, 4)), features.amax((2, 3, 4))], 1)
-        return {name: self.heads[name](pooled) for name in LABELS if name not in EVENTS}
+        return {name: self.heads[name](pooled) for name in LABELS if name not in TEMPORAL_ATTRIBUTES}
 
     @torch.inference_mode()
     def read(self, clips: UInt8[np.ndarray, "batch 17 64 64 3"]) -> list[dict[str, str]]:
@@ -227,7 +227,7 @@ def _different(split: Split, number: int, start: int, domain: str) -> list[world
     """The first scenes of a split that look different from each other."""
     found: dict[world.Scene, world.Scene] = {}
     for scene in world.scenes(split, start, domain):
-        if len(found) == number or scene.index >= start + SEARCHED:
+        if len(found) == number or scene.index >= start + NUM_SEARCHED:
             break
         found.setdefault(replace(scene, index=0), scene)
     require(len(found) == number, f"the World has {len(found)} unseen {domain} scenes of {split}, expected {number}")

@@ -25,9 +25,9 @@ SIZE = 32
 """Side of the frames that are compared, in pixels."""
 BORDER = 1 / 16
 """Width of the border as a share of the frame's side."""
-TINY = 1e-9
+EPS = 1e-9
 """Smallest product of movements, to avoid dividing by zero."""
-AT_ONCE = 64
+BATCH = 64
 """Clips that are compared at a time, which bounds the memory."""
 
 
@@ -61,14 +61,14 @@ def gallery(
 def distances(clips: UInt8[np.ndarray, "clips frames size size 3"], real: Gallery) -> Float[Tensor, "clips real"]:
     """Distance of each clip from each real one put on the clip's own background."""
     found = []
-    for start in range(0, len(clips), AT_ONCE):
-        some = clips[start : start + AT_ONCE]
+    for start in range(0, len(clips), BATCH):
+        some = clips[start : start + BATCH]
         grounds = torch.tensor(np.stack([border_color(clip) for clip in some])).float() / 255
         drawn, (on_black, transparency) = ClipFeatures.of(torch.from_numpy(some).float() / 255), real
         own, both, others = _products(drawn.pixels, on_black.pixels, transparency.pixels, grounds)
         squares = (own - 2 * both + others) / (3 * transparency.pixels.shape[-1])
         own, both, others = _products(drawn.moves, on_black.moves, transparency.moves, grounds)
-        cosine = both / (own * others).sqrt().clamp(min=TINY)
+        cosine = both / (own * others).sqrt().clamp(min=EPS)
         found.append(squares + WEIGHT * (1 - cosine))
     return torch.cat(found)
 

@@ -24,26 +24,26 @@ from cogvideo.evaluation.motion import measure
 from cogvideo.files import plain
 from cogvideo.media.video import FileInfo, VideoError, examine, read_video
 
-LOOKS = 12.0
+CUT_FPS = 12.0
 """Frames per second at which cuts are detected."""
-SIDE = 64
+CUT_SIDE = 64
 """Side of these frames in pixels."""
-LONGEST = 1200.0
+MAX_SECONDS = 1200.0
 """Maximum number of seconds of a file that are examined."""
-PIECE = 16.0
+MAX_PIECE_SECONDS = 16.0
 """Seconds of the longest piece; a longer shot is cut into equal ones."""
 BASE_RATE = 8.0
 """Frames per second in training."""
-WHOLE = (4.0, 2.0, 1.0, 0.5)
+WHOLE_SECONDS = (4.0, 2.0, 1.0, 0.5)
 """Lengths of clips that fill a frame rate, in seconds."""
-SHORT = 0.5
+MIN_SECONDS = 0.5
 """Seconds below which a clip has no key frames."""
-LITTLE = 1e-4
+MIN_ENERGY = 1e-4
 """Energy below which a clip has little motion."""
-ALIKE = 2.5
+MAX_DIFFERENCE = 2.5
 """Mean difference below which clips look the same, in levels of 255; other takes of a scene differ by 5 or more.
 """
-WRITTEN = 9.0
+MIN_STROKES = 9.0
 """Strokes in 48 pixels of a picture 256 pixels wide from which it may have text; without text, most have up to 7."""
 
 NO_ROW = "no row in the table"
@@ -75,8 +75,8 @@ class ReviewedClip:
         """Possible defects, in a few words each."""
         found = {
             "no caption": self.is_named,
-            "too short for key frames": self.seconds < SHORT - 0.5 / BASE_RATE,
-            "little motion": self.energy < LITTLE,
+            "too short for key frames": self.seconds < MIN_SECONDS - 0.5 / BASE_RATE,
+            "little motion": self.energy < MIN_ENERGY,
             "may show text": self.has_text,
             f"looks like {self.alike}": self.alike != "",
         }
@@ -170,8 +170,8 @@ def review(
                 looks = _fingerprint(frames)
                 near = [float(np.abs(looks - other).mean()) for other in prints]
                 place = int(np.argmin(near)) if near else -1
-                is_alike = place >= 0 and near[place] < ALIKE
-                if is_alike and place >= first and clip.energy < LITTLE:
+                is_alike = place >= 0 and near[place] < MAX_DIFFERENCE
+                if is_alike and place >= first and clip.energy < MIN_ENERGY:
                     num_stills += 1
                     continue
                 clips.append(replace(clip, alike=clips[place].item.id if is_alike else ""))
@@ -204,7 +204,7 @@ def _moving(item: Item, facts: FileInfo) -> list[Item]:
         return [item]
     end = min(math.inf if item.end is None else item.end, facts.seconds)
     marks = [item.start, *chain(*facts.stills), end]
-    left, parts = LONGEST, []
+    left, parts = MAX_SECONDS, []
     for first, last in zip(marks[::2], marks[1::2], strict=True):
         start = max(first, item.start)
         stop = min(last, end, start + left)
@@ -223,16 +223,16 @@ def _numbered(clip: ReviewedClip) -> ReviewedClip:
 def _shots(item: Item, facts: FileInfo, is_named: bool) -> Pieces:
     """The pieces of an item without stills."""
     assert isinstance(item.media, Path)
-    end = min(math.inf if item.end is None else item.end, facts.seconds, item.start + LONGEST)
-    most = round(LONGEST * LOOKS)
-    frames = read_video(item.media, LOOKS, SIDE, start=item.start, end=item.end, max_frames=most).frames
+    end = min(math.inf if item.end is None else item.end, facts.seconds, item.start + MAX_SECONDS)
+    most = round(MAX_SECONDS * CUT_FPS)
+    frames = read_video(item.media, CUT_FPS, CUT_SIDE, start=item.start, end=item.end, max_frames=most).frames
     seconds = end - item.start
-    marks = [0.0, *(place / LOOKS for place in cuts(frames)), seconds]
+    marks = [0.0, *(place / CUT_FPS for place in cuts(frames)), seconds]
     spans = [span for first, last in pairwise(marks) for span in _split(first, last)]
     for first, last in spans:
-        part = frames[round(first * LOOKS) : max(round(last * LOOKS), round(first * LOOKS) + 1)]
+        part = frames[round(first * CUT_FPS) : max(round(last * CUT_FPS), round(first * CUT_FPS) + 1)]
         start, stop = item.start + first, item.start + last
-        held = next((each for each in WHOLE if abs(last - first - each) < 0.5 / BASE_RATE), None)
+        held = next((each for each in WHOLE_SECONDS if abs(last - first - each) < 0.5 / BASE_RATE), None)
         is_end = last == seconds
         until: float | None = stop
         if is_end and held is not None:
@@ -248,7 +248,7 @@ def _shots(item: Item, facts: FileInfo, is_named: bool) -> Pieces:
             height=facts.height,
             fps=facts.fps,
             energy=energy,
-            has_text=strokes(large) >= WRITTEN,
+            has_text=strokes(large) >= MIN_STROKES,
             is_named=is_named,
         )
         yield clip if len(spans) == 1 else _numbered(clip), part
@@ -256,7 +256,7 @@ def _shots(item: Item, facts: FileInfo, is_named: bool) -> Pieces:
 
 def _split(first: float, last: float) -> list[tuple[float, float]]:
     """Equal pieces of a shot that are short enough."""
-    number = max(1, math.ceil((last - first) / PIECE - 1e-6))
+    number = max(1, math.ceil((last - first) / MAX_PIECE_SECONDS - 1e-6))
     marks = [first + (last - first) * place / number for place in range(number + 1)]
     return list(pairwise(marks))
 
@@ -277,11 +277,11 @@ def cuts(frames: UInt8[np.ndarray, "frames side side 3"]) -> list[int]:
     from scenedetect import FrameTimecode
     from scenedetect.detectors import AdaptiveDetector
 
-    detector = AdaptiveDetector(min_scene_len=round(SHORT * LOOKS))
+    detector = AdaptiveDetector(min_scene_len=round(MIN_SECONDS * CUT_FPS))
     found = []
     for place, frame in enumerate(frames):
         in_blue_green_red = np.ascontiguousarray(frame[..., ::-1])
-        found += detector.process_frame(FrameTimecode(place, LOOKS), in_blue_green_red)
+        found += detector.process_frame(FrameTimecode(place, CUT_FPS), in_blue_green_red)
     return [each.frame_num for each in found]
 
 
@@ -304,7 +304,7 @@ def _box_sums(values: np.ndarray, height: int, width: int) -> np.ndarray:
 def _fingerprint(frames: UInt8[np.ndarray, "frames side side 3"]) -> Float32[np.ndarray, "5 16 16 3"]:
     """Five reduced frames of a clip."""
     some = frames[np.linspace(0, len(frames) - 1, 5).round().astype(int)].astype(np.float32)
-    return some.reshape(5, 16, SIDE // 16, 16, SIDE // 16, 3).mean((2, 4))
+    return some.reshape(5, 16, CUT_SIDE // 16, 16, CUT_SIDE // 16, 3).mean((2, 4))
 
 
 def with_splits(clips: Sequence[ReviewedClip], held_out: float = 0.1) -> list[ReviewedClip]:

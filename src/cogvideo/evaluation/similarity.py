@@ -40,7 +40,7 @@ MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))
 STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))
 """Mean and standard deviation of colors in CLIP's training images, in [0, 1]."""
 TEXT_BATCH = 64
-Which = Literal["random", "all"]
+CaptionChoice = Literal["random", "all"]
 """Captions of a clip that are used."""
 
 
@@ -157,7 +157,7 @@ class Similarity:
     reading: Reading
     """Way to read clips, with captions."""
     machines: Machines
-    captions: Which
+    captions: CaptionChoice
     """Captions that are used: a random one of each clip, or all."""
     seed: int
 

@@ -21,7 +21,7 @@ from cogvideo.evaluation import retrieval
 from cogvideo.evaluation.reader import (
     ALL,
     ATTRIBUTES,
-    PROMPTED,
+    FIRST_PROMPT,
     Reader,
     accuracies,
     groups,
@@ -80,7 +80,7 @@ class WorldSubject:
 
     def __init__(self, number: int, domain: str, seed: int, reader: Path) -> None:
         self.name = "world" if domain == "full" else f"world-{domain}"
-        self._scenes = unseen_scenes(number, PROMPTED, domain)
+        self._scenes = unseen_scenes(number, FIRST_PROMPT, domain)
         self._reader, self._sha256 = Reader.load(reader), Entry.of(reader).sha256
         self.prompts = [Prompt.of(self.name, each.index, world.captions(each)[0], seed) for each in self._scenes]
 
@@ -108,7 +108,7 @@ class WorldSubject:
         """Numbers of scenes, and the reader's hash."""
         held_out = sum(map(world.is_held_out, self._scenes))
         counts = {"prompts": len(self._scenes), "held_out": held_out, "validation": len(self._scenes) - held_out}
-        return counts | {"first_number": PROMPTED, "caption": "the first", "reader_sha256": self._sha256}
+        return counts | {"first_number": FIRST_PROMPT, "caption": "the first", "reader_sha256": self._sha256}
 
 
 class EmojiSubject:

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-PRICE = 0.15
+ROW_COST = 0.15
 """Cost of a row relative to a pass without rows (measured on CPUs: 0.05 to 0.25, more in larger batches)."""
-MEMORY = 0.97
+DECAY = 0.97
 """Factor by which the weight of earlier codes decays with each new one."""
 
 
@@ -61,7 +61,7 @@ class Drafter:
         stop, codes, chance = min(start + 1, self.slots), 1.0, 1.0
         while stop < min(start + self.most, self.slots):
             chance *= self._draft(stop - 1)
-            if chance * (1 + PRICE * (stop - start)) < PRICE * codes and not self.is_free:
+            if chance * (1 + ROW_COST * (stop - start)) < ROW_COST * codes and not self.is_free:
                 break
             codes += chance
             stop += 1
@@ -111,5 +111,5 @@ class Drafter:
 
 
 def _count(counts: list[float], outcome: int) -> None:
-    counts[:] = [MEMORY * each for each in counts]
+    counts[:] = [DECAY * each for each in counts]
     counts[outcome] += 1

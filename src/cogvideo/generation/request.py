@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cogvideo.bundle.model import StageModels
 from cogvideo.config import (
-    LARGEST,
-    SECONDS,
+    CLIP_SECONDS,
+    MAX_SCALE,
     CogVideoConfig,
     InputError,
     Limited,
@@ -34,14 +34,14 @@ from cogvideo.text import is_visible
 
 MAX_CONTEXT = 2
 """Number of last key frames that the next sequence of a long clip, or an extension, begins with; two show motion."""
-LONGEST = 60.0
+MAX_SECONDS = 60.0
 """Seconds of the longest clip."""
 MAX_ROUNDS = 6
 """Rounds of interpolation that give 257 frames in four seconds."""
-LARGEST_SEED = 2**63 - 1
+MAX_SEED = 2**63 - 1
 ADDED: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "cluster_temperature": 0.89}
 ADDED |= {f"first_{name}": value for name, value in ADDED.items()}
-ADDED |= {"superres_top_k": 0, "superres_top_p": 1.0, "superres_cluster_temperature": 0.6, "seconds": SECONDS}
+ADDED |= {"superres_top_k": 0, "superres_top_p": 1.0, "superres_cluster_temperature": 0.6, "seconds": CLIP_SECONDS}
 ADDED |= {"channel": None, "adapter": [], "size": None, "fit": "crop"}
 """Options that older sidecars lack, with the values that their clips were made with."""
 
@@ -64,11 +64,11 @@ class GenerationSettings(Limited):
     """Sampler of super-resolution."""
     should_enlarge: bool = True
     """Enlarge frames by super-resolution, if the model has it."""
-    interpolation_guidance: Annotated[float, within(0, LARGEST)] = 1.0
+    interpolation_guidance: Annotated[float, within(0, MAX_SCALE)] = 1.0
     """Guidance scale of the frames between key frames."""
     negative: str | None = None
     """Negative prompt, which replaces the model's unconditional text."""
-    text_bonus: Annotated[float, within(-LARGEST, LARGEST)] = CogVideoConfig.text_bonus
+    text_bonus: Annotated[float, within(-MAX_SCALE, MAX_SCALE)] = CogVideoConfig.text_bonus
     """Added to the attention scores of text keys when guidance is off."""
     sequences_at_once: int = 0
     """Number of sequences of a round (two gaps each) decoded as one batch; 0 is all, or in a long
@@ -116,8 +116,8 @@ def check_seconds(seconds: float, own: CogVideoConfig) -> None:
     seen, got = own.sequential.durations, f"seconds is {seconds}"
     if seconds > own.seconds:
         spacing = _spacing(own)
-        fits = seconds <= LONGEST and math.isclose(seconds / spacing, round(seconds / spacing))
-        require(fits, f"{got}, expected a multiple of {spacing:g}, the time between key frames, up to {LONGEST:g}")
+        fits = seconds <= MAX_SECONDS and math.isclose(seconds / spacing, round(seconds / spacing))
+        require(fits, f"{got}, expected a multiple of {spacing:g}, the time between key frames, up to {MAX_SECONDS:g}")
         return
     known = ", ".join(f"{each:g}" for each in seen)
     reason = f"the key frames of this model were trained on clips of {known} seconds"
@@ -140,7 +140,7 @@ def _spacing(own: CogVideoConfig) -> float:
 
 def usual_rounds(seconds: float) -> int:
     """Rounds of interpolation that give a clip of this length the frame rate of one of four seconds."""
-    return max(0, GenerationSettings.rounds + math.floor(math.log2(seconds / SECONDS)))
+    return max(0, GenerationSettings.rounds + math.floor(math.log2(seconds / CLIP_SECONDS)))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from PIL import Image
 
 from cogvideo.media.colors import ColorCoding, to_srgb
 from cogvideo.media.images import look
-from cogvideo.media.shots import GRACE, Content, Shot, Shots, VideoError, View, ViewedPicture
+from cogvideo.media.shots import TOLERANCE, Content, Shot, Shots, VideoError, View, ViewedPicture
 
 SEEK_FROM = 1.0
 """Smallest `start`, in seconds, for which the file's index is used to skip decoding earlier frames."""
@@ -33,10 +33,10 @@ SEEK_FROM = 1.0
 DAMAGED_SHARE = 0.05
 """Share of frames that the decoder may mark as repaired before the file counts as damaged."""
 
-JOINED = ("mpegts", "mpeg", "flv")
+JOINED_FORMATS = ("mpegts", "mpeg", "flv")
 """Broadcast and streaming formats, often joined from parts: times may jump, and no index can be trusted."""
 
-BACK, AHEAD = 0.5, 10.0
+MAX_BACKWARD, MAX_FORWARD = 0.5, 10.0
 """Seconds by which times may jump back, or ahead in joined formats, before a new recording is assumed."""
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,mpegvideo,flv,ogg,asf,mxf,nut,ivf"
@@ -68,8 +68,8 @@ def decode(file: Content, start: float) -> Shots:
         decoder = _decoder(stream)
         named = stream.codec_context  # until its decoder overwrites it
         source = _Source(container, stream, decoder, ColorCoding(named.color_primaries, named.color_trc))
-        is_joined, is_gif = container.format.name in JOINED, container.format.name == "gif"
-        frames = _continuous(_timed(source, 0.0), AHEAD if is_joined else math.inf)
+        is_joined, is_gif = container.format.name in JOINED_FORMATS, container.format.name == "gif"
+        frames = _continuous(_timed(source, 0.0), MAX_FORWARD if is_joined else math.inf)
         first = next(frames, None)
         if first is None:
             return
@@ -77,7 +77,7 @@ def decode(file: Content, start: float) -> Shots:
         if start > SEEK_FROM and not is_joined:
             frames = _seek(source, origin + start)
             landed = next(frames, None) or first._replace(begin=math.inf)
-        if landed.begin <= origin + start + GRACE:
+        if landed.begin <= origin + start + TOLERANCE:
             for shot in chain([landed], frames):
                 shot = shot._replace(begin=shot.begin - origin)
                 yield shot.in_hundredths() if is_gif else shot
@@ -146,7 +146,7 @@ def _continuous(shots: Shots, ahead: float) -> Shots:
     """Shots with continuous times where the file's times restart, or jump ahead by more than `ahead`."""
     shift, end, before = 0.0, 0.0, -math.inf
     for shot in shots:
-        if not (before == -math.inf or -BACK <= shot.begin + shift - before <= ahead):
+        if not (before == -math.inf or -MAX_BACKWARD <= shot.begin + shift - before <= ahead):
             shift = end - shot.begin
         before = shot.begin + shift
         end = before + shot.duration
@@ -171,7 +171,7 @@ def _frames(source: _Source) -> Generator[av.VideoFrame, None, None]:
     """Decoded frames; a file that ends within a packet, or has too many repaired frames, is damaged."""
     num_frames = num_damaged = 0
     for packet in source.container.demux(source.stream):
-        if packet.is_corrupt and source.container.format.name not in JOINED:
+        if packet.is_corrupt and source.container.format.name not in JOINED_FORMATS:
             raise VideoError("cannot be decoded", f"bytes are missing after {num_frames} frames")
         num_damaged += packet.is_corrupt  # in a joined file, where the next part begins
         for frame in source.decoder.decode(packet):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cogvideo.config import require
 
-WINDOW, SPREAD = 11, 1.5
+WINDOW, SIGMA = 11, 1.5
 """Side and standard deviation of SSIM's Gaussian window, in pixels (Wang et al. 2004, section III.C)."""
 K1, K2 = 0.01, 0.03
 """Constants of SSIM that keep its quotients stable (same source)."""
@@ -74,5 +74,5 @@ def _wide(frames: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch
 def _blur(x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 rows columns"]:
     """Means under the window, which is separable."""
     places = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
-    weights = torch.softmax(-places.square() / (2 * SPREAD**2), 0).expand(3, 1, 1, WINDOW)
+    weights = torch.softmax(-places.square() / (2 * SIGMA**2), 0).expand(3, 1, 1, WINDOW)
     return F.conv2d(F.conv2d(x, weights, groups=3), weights.mT, groups=3)

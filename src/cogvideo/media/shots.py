@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 from cogvideo.config import InputError, Sides, both, require
 
-GRACE = 0.001
+TOLERANCE = 0.001
 """Seconds by which a frame may come late: Matroska and WebM round timestamps to milliseconds."""
 
 Content = BinaryIO | BytesIO

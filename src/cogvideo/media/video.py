@@ -20,19 +20,19 @@ from jaxtyping import UInt8
 
 from cogvideo.config import Sides, require
 from cogvideo.files import replacing_by_name
-from cogvideo.media.shots import GRACE, Content, NamedErrors, Shot, Shots, View, ViewedPicture
+from cogvideo.media.shots import TOLERANCE, Content, NamedErrors, Shot, Shots, View, ViewedPicture
 from cogvideo.media.shots import VideoError as VideoError
 
 MIN_FPS, MAX_FPS = 0.01, 500
 """Lowest and highest frames per second of files to write; any rate up to the highest can be read."""
 
-STILL = 10.0
+STILL_SECONDS = 10.0
 """Seconds by which a frame may outlast its duration in the file without a warning."""
 
 ROUNDING = 0.006
 """Seconds by which timestamps in hundredths may be off, a little more than half of one."""
 
-PAUSE = 1.8
+PAUSE_RATIO = 1.8
 """Multiple of the shortest step between frames from which a step counts as a pause."""
 
 VIDEO_SUFFIXES = frozenset(
@@ -144,7 +144,7 @@ def examine(file: Path | Content) -> FileInfo:
         end = last.begin + last.duration
         fps = _usual_rate(begins, end)
         holds = ((before + 1 / fps, after) for before, after in pairwise(begins))
-        stills = tuple((first, last) for first, last in holds if last - first > STILL)
+        stills = tuple((first, last) for first, last in holds if last - first > STILL_SECONDS)
         return FileInfo(_codec(content), height, width, fps, end, stills)
 
 
@@ -159,7 +159,7 @@ def _usual_rate(begins: list[float], end: float) -> float:
     """The intended frame rate: rounded timestamps do not add up to it, and some frames are held longer."""
     steady = begins[1:] if len(begins) > 2 else begins  # where times are rounded, the first is not
     gaps = [after - before for before, after in pairwise(steady) if after - before > 1 / MAX_FPS] or [end]
-    steps = [gap for gap in gaps if gap < PAUSE * min(gaps)]
+    steps = [gap for gap in gaps if gap < PAUSE_RATIO * min(gaps)]
     span = sum(steps)
     fps = len(steps) / span
     usual = min((round(fps), round(1.001 * fps) / 1.001), key=lambda each: abs(each - fps))
@@ -169,9 +169,9 @@ def _usual_rate(begins: list[float], end: float) -> float:
 
 def count_frames(seconds: float, fps: float) -> int:
     """Number of frames in a clip of this length; 0 if it is NaN."""
-    if not seconds > GRACE:
+    if not seconds > TOLERANCE:
         return 0
-    return sys.maxsize if seconds == math.inf else math.ceil((seconds - GRACE) * fps)
+    return sys.maxsize if seconds == math.inf else math.ceil((seconds - TOLERANCE) * fps)
 
 
 def _opened(file: Path | Content) -> AbstractContextManager[Content]:
@@ -200,7 +200,7 @@ def _read_shots(file: Content, start: float, unknown: float, end: float = math.i
     for shot in _decoded(file, start):
         if held is not None:
             begin = max(held.begin, shot.begin)
-            if min(begin, end) > held.begin + held.duration + STILL and not has_told:
+            if min(begin, end) > held.begin + held.duration + STILL_SECONDS and not has_told:
                 name = getattr(file, "name", "a video in an archive")
                 told = f"its times jump from {held.begin:.3f} to {begin:.3f} seconds: one frame is held until then"
                 print(f"{name}: {told}", file=sys.stderr)
@@ -267,22 +267,22 @@ def _look_at(shots: Shots, times: Iterable[float], view: View, held: float = 0.0
     with closing(shots):
         for shot in shots:
             end, picture = shot.begin + shot.duration, None
-            while time is not None and time + GRACE < end:
+            while time is not None and time + TOLERANCE < end:
                 picture = picture or shot.see(view)
                 seen.append(picture)
                 time = next(awaited, None)
             if time is None:
                 break
-    if shot is not None and seen and time is not None and time + GRACE < end + held:
+    if shot is not None and seen and time is not None and time + TOLERANCE < end + held:
         seen.append(shot.see(view))
     return seen, end
 
 
 def _look_again(shots: Shots, times: list[float], start: float, length: float, view: View) -> list[ViewedPicture]:
     """Frames on screen at times past the end of a repeated part, whatever its length."""
-    phases = [time - math.floor((time + GRACE) / length) * length for time in times]
+    phases = [time - math.floor((time + TOLERANCE) / length) * length for time in times]
     order = sorted(range(len(times)), key=phases.__getitem__)
-    latest = length - 2 * GRACE  # whatever the rounding, no phase lies after the end
+    latest = length - 2 * TOLERANCE  # whatever the rounding, no phase lies after the end
     seen, _ = _look_at(shots, (start + max(0.0, min(phases[index], latest)) for index in order), view)
     return [each for _, each in sorted(zip(order, seen, strict=True), key=lambda pair: pair[0])]
 

@@ -16,7 +16,7 @@ from cogvideo.config import require
 
 SLOPE = 0.2
 """Negative slope of LeakyReLU."""
-WIDEST = 8
+MAX_WIDTH_FACTOR = 8
 """Largest width of a layer, as a multiple of the first; widths double up to it."""
 MAX_WEIGHT = 1e4
 """Limit of the adaptive weight when the adversary's gradient vanishes."""
@@ -36,7 +36,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         for name, value in {"width": width, "num_layers": num_layers}.items():
             require(value > 0, f"{name} is {value}, expected a positive number")
-        widths = [width * min(2**layer, WIDEST) for layer in range(num_layers + 1)]
+        widths = [width * min(2**layer, MAX_WIDTH_FACTOR) for layer in range(num_layers + 1)]
         strides = [2] * (num_layers - 1) + [1]
         self.first = nn.Sequential(_convolution(3, widths[0], 2), nn.LeakyReLU(SLOPE))
         layers = zip(pairwise(widths), strides, strict=True)

@@ -12,7 +12,7 @@ from cogvideo.devices import free_memory
 from cogvideo.generation.request import GenerationSettings
 from cogvideo.planning.costs import GPU, Phase, clip, resident
 
-SURELY_ENOUGH = 20
+AMPLE_RATIO = 20
 """Ratio of free memory to the size of a model's files above which the exact need is not computed."""
 
 
@@ -47,7 +47,7 @@ def require_memory(
 ) -> None:
     """Refuse clips that do not fit, and say what helps; `held` bytes of weights are already loaded."""
     free = free_memory(device)
-    if model.num_bytes * batch * SURELY_ENOUGH < free:
+    if model.num_bytes * batch * AMPLE_RATIO < free:
         return
     need = max(0, needed_memory(model.config, clip(model.config, settings), dtype, device, batch, offload) - held)
     helps = [f"a batch of {batch // 2}"] if batch > 1 else []

@@ -34,7 +34,7 @@ from cogvideo.training.finetune import TITLES as STEPS
 
 MAX_REAL = 200
 """Maximum number of real clips to compare generated ones with."""
-MADE, SHOWN = 12, 4
+NUM_GENERATED, NUM_SHOWN = 12, 4
 """Clips per split to generate, and to show."""
 BATCH = 4
 """Clips per batch."""
@@ -160,9 +160,9 @@ def choose(splits: Sequence[str]) -> tuple[list[int], set[int]]:
     chosen, shown = [], set()
     for split in ("train", "validation"):
         places = [place for place, each in enumerate(splits) if each == split]
-        made = [places[number] for number in evenly(len(places), MADE)]
+        made = [places[number] for number in evenly(len(places), NUM_GENERATED)]
         chosen += made
-        shown |= {made[number] for number in evenly(len(made), SHOWN)}
+        shown |= {made[number] for number in evenly(len(made), NUM_SHOWN)}
     return chosen, shown
 
 

@@ -17,13 +17,13 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 from cogvideo.report.page import Column, RunName, precise
 from cogvideo.report.runs import Curve
 
-LOGARITHMIC_FROM = 20.0
+MIN_LOG_RATIO = 20.0
 """Ratio of the largest to the smallest value from which an axis is logarithmic."""
-SMOOTHED_FROM = 100
+MIN_SMOOTHED = 100
 """Number of points from which a curve is drawn thin, and its running mean thick."""
 WINDOW = 0.02
 """Window of the running mean, as a share of the steps of a plot."""
-DOTTED_UP_TO = 40
+MAX_DOTS = 40
 """Number of points up to which each has a dot."""
 NUM_LABELS = 12
 """Number of columns with a label."""
@@ -96,12 +96,12 @@ def curves(
         for name, curve in curves.items():
             look: dict[str, Any] = {"color": _COLORS[f"line-{name.place % NUM_COLORS}"], "clip_on": False}
             look["linestyle"] = "--" if name.place >= NUM_COLORS else "-"
-            if is_smooth and len(curve.steps) > SMOOTHED_FROM:
+            if is_smooth and len(curve.steps) > MIN_SMOOTHED:
                 axes.plot(*curve, linewidth=0.8, alpha=0.35, **look)
                 axes.plot(*running_mean(curve, window), **look)
                 note = f"Thick line: mean over {max(round(window), 1):,} steps. "
             else:
-                axes.plot(*curve, marker="o" if len(curve.steps) <= DOTTED_UP_TO else "", **look)
+                axes.plot(*curve, marker="o" if len(curve.steps) <= MAX_DOTS else "", **look)
         if marked is not None:
             axes.plot(*marked, marker="*", markersize=12, color=_COLORS["muted"], clip_on=False)
             note += f"Star: the best step, {marked[0]:,}, with {precise(marked[1])}. "
@@ -118,7 +118,7 @@ def curves(
 def _scale(axes: Axes, values: np.ndarray, from_zero: bool) -> bool:
     """Set up the value axis; returns whether it is logarithmic."""
     low, high = values.min(), values.max()
-    is_logarithmic = bool(not from_zero and low > 0 and high / low >= LOGARITHMIC_FROM)
+    is_logarithmic = bool(not from_zero and low > 0 and high / low >= MIN_LOG_RATIO)
     if is_logarithmic:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))

@@ -22,7 +22,7 @@ TOKENIZER = "tokenizer"
 ORDER = (TOKENIZER, *STAGES)
 """Stages, in the order in which a bundle gets them."""
 EXPECTED = f"expected the folder of a run, such as my-model/.sequential-run with {IDENTITY}, or one with runs inside"
-LARGEST = 1e300
+MAX_VALUE = 1e300
 """Largest value in a plot, so that differences stay finite."""
 
 
@@ -176,7 +176,7 @@ def _curves(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Curve]:
     points: dict[str, dict[int, float]] = {}
     for step, figures in rows:
         for name, value in figures.items():
-            if abs(value := float(value)) < LARGEST:
+            if abs(value := float(value)) < MAX_VALUE:
                 points.setdefault(name, {})[step] = value
     points.pop("step", None)
     curves = {}

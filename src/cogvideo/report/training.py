@@ -35,7 +35,7 @@ PROGRESS = {
     "utilization": "Utilization of the machine's matrix rate",
 }
 """Figures about the progress of a run. All others in metrics.jsonl are parts of the loss."""
-LARGEST_SHEET = (1000, 2000)
+MAX_SHEET_SIZE = (1000, 2000)
 """Maximum width and height of a contact sheet, in pixels."""
 NOTHING = "–"
 
@@ -117,7 +117,7 @@ def _sheet(step: int, path: Path) -> tuple[int, np.ndarray]:
     try:
         with Image.open(path) as image:
             shown = image.convert("RGB")
-        shown.thumbnail(LARGEST_SHEET)
+        shown.thumbnail(MAX_SHEET_SIZE)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot use {path}: {error}") from error
     return step, np.asarray(shown)

@@ -16,11 +16,11 @@ from cogvideo.training.parallel import local
 
 BETAS = (0.9, 0.95)
 """Decay rates of the paper and of the released training code."""
-LARGEST = 1e30
+MAX_SETTING = 1e30
 """Upper limit of settings: their products must stay finite in float32, whose maximum is 3e38."""
 
 T = TypeVar("T")
-Bounded = Annotated[Positive[T], Limit(lambda value: value <= LARGEST, f"{LARGEST:g} at most")]
+Bounded = Annotated[Positive[T], Limit(lambda value: value <= MAX_SETTING, f"{MAX_SETTING:g} at most")]
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Optimization(Limited):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.learning_rate * self.weight_decay <= LARGEST,
+            self.learning_rate * self.weight_decay <= MAX_SETTING,
             f"learning_rate {self.learning_rate:g}, weight_decay {self.weight_decay:g}: "
-            f"expected {LARGEST:g} at most as their product",
+            f"expected {MAX_SETTING:g} at most as their product",
         )
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 from cogvideo import world
 from cogvideo.config import require
 from cogvideo.devices import usable
-from cogvideo.evaluation.reader import BATCH, READER_TEST, Reader, ReaderConfig, accuracies, render, unseen_scenes
+from cogvideo.evaluation.reader import BATCH, FIRST_TEST, Reader, ReaderConfig, accuracies, render, unseen_scenes
 from cogvideo.runs import RunFolder
 from cogvideo.training.loop import learn
 from cogvideo.training.objectives.reader import ReaderObjective, ReaderSettings, batches
@@ -23,7 +23,7 @@ from cogvideo.training.parallel import ALONE
 from cogvideo.training.session import Evaluation, LoggingConfig, Session, claimed
 from cogvideo.training.step import Trainer
 
-WATCHED = 256
+NUM_TEST_CLIPS = 256
 """Number of clips of a test during training."""
 
 
@@ -38,7 +38,7 @@ def train_reader(
     identity = {"settings": asdict(settings), "config": asdict(config)}
     with claimed(folder, identity):
         objective = ReaderObjective(config, settings, ranks.device)
-        watched = unseen_scenes(WATCHED, READER_TEST)
+        watched = unseen_scenes(NUM_TEST_CLIPS, FIRST_TEST)
 
         def judge(step: int) -> Evaluation:
             right = tested(objective.model.eval(), watched)
@@ -50,7 +50,7 @@ def train_reader(
         learn(Session(folder, trainer, partial(batches, settings), logging, judge, identity))
         objective.model.save(out)
         reader = Reader.load(out).to(ranks.device)
-        scenes = unseen_scenes(test_clips, READER_TEST)
+        scenes = unseen_scenes(test_clips, FIRST_TEST)
         right = tested(reader, scenes)
         folder.finish({"steps": settings.steps, "accuracy": right})
     return right

@@ -41,9 +41,9 @@ PLAIN = GenerationSettings(
     truncate=True,
 )
 """The learned distribution, without guidance: early in training, unconditional text means nothing yet."""
-SHOWN = 4
+NUM_SHOWN = 4
 """Clips of a contact sheet."""
-VARIANTS = 4
+NUM_VARIANTS = 4
 """Images per prompt."""
 MIN_SIDE = 96
 """Minimum side of a frame on a sheet, in pixels; smaller frames are shown enlarged."""
@@ -51,7 +51,7 @@ MAX_CHARACTERS = 110
 """Maximum number of characters of a label."""
 FPS = 2.0
 """Frames per second of the mp4: sequences of all rates play at the same pace."""
-ACROSS = 4
+NUM_ACROSS = 4
 """Clips side by side in the mp4."""
 
 
@@ -94,7 +94,7 @@ class Preview:
         self.trainer = trainer
         self.folder = folder
         self.seed = seed
-        samples = [stream[place] for place in range(min(SHOWN, len(stream)))]
+        samples = [stream[place] for place in range(min(NUM_SHOWN, len(stream)))]
         shape = target.config.layout.sides
         self.examples = from_clips([each for each in samples if each.codes.shape[1:] == shape])
         if prompts and target.row.is_prompted:
@@ -209,7 +209,7 @@ def _request(examples: Sequence[Example], seed: int, variants: int = 1) -> Reque
 
 
 def _images(stage: StageName, system: CogVideo, examples: Sequence[Example], seed: int) -> list[SampleRow]:
-    drawn = torch.split(first_frames(system, _request(examples, seed, VARIANTS)), VARIANTS)
+    drawn = torch.split(first_frames(system, _request(examples, seed, NUM_VARIANTS)), NUM_VARIANTS)
     rows = []
     for place, (example, codes) in enumerate(zip(examples, drawn, strict=True)):
         truth = codes[:0] if example.codes is None else example.codes[:1]
@@ -283,7 +283,7 @@ def _side_by_side(
     from cogvideo.media.images import contact_sheet
 
     kinds = sum(row.example == rows[0].example for row in rows)
-    across = min(ACROSS, len(rows) // kinds)
+    across = min(NUM_ACROSS, len(rows) // kinds)
     lines = []
     for start in range(0, len(rows), across * kinds):
         for kind in range(kinds):

@@ -27,11 +27,11 @@ from cogvideo.text import LINE_BREAK_PIECE, PAD_PIECE, TextTokenizer
 Normalization = Literal["nfkc", "nfkc_cf", "identity"]
 """Text normalization: NFKC, NFKC with case folding, or spaces only."""
 
-COUNTED = 20_000
+MAX_COUNTED = 20_000
 """Maximum number of captions whose tokens are counted, evenly spaced if there are more."""
 BYTES = 256
 """Number of pieces for single bytes."""
-LONGEST = 1 << 16
+MAX_LINE_LENGTH = 1 << 16
 """Maximum number of characters of a training line; SentencePiece would skip longer lines."""
 RESERVED = ("\u2581", "\u2585")
 """SentencePiece's own symbols for a space and for unknown text; it skips lines that contain the latter."""
@@ -71,7 +71,7 @@ def train_text(
     tokenizer = TextTokenizer(model, config.text, config.transformer.num_codes)
     update_bundle(out, config, text=tokenizer)
     distinct = sorted(set(used))
-    counted = spread(distinct, COUNTED)
+    counted = spread(distinct, MAX_COUNTED)
     slots = config.layout.text_slots
     found = figures(tokenizer, counted, slots)
     unused = f", of which {found.unused:,} unused: the captions have no more pieces" if found.unused else ""
@@ -188,7 +188,7 @@ def _lines(captions: Iterable[str], normalization: Normalization, num_characters
     counts = Counter(character for line in lines for character in line)
     frequent = sorted(counts, key=lambda each: (-counts[each], each))[: num_characters - len(_ASCII)]
     rare = dict.fromkeys(map(ord, (counts.keys() - set(frequent) - set(_ASCII)) | set(RESERVED)), " ")
-    return [kept for line in lines if (kept := line[:LONGEST].translate(rare)).strip()]
+    return [kept for line in lines if (kept := line[:MAX_LINE_LENGTH].translate(rare)).strip()]
 
 
 def _train(lines: list[str], num_pieces: int, pad: int, normalization: Normalization) -> bytes:
@@ -204,7 +204,7 @@ def _train(lines: list[str], num_pieces: int, pad: int, normalization: Normaliza
         byte_fallback=True,
         split_digits=True,
         normalization_rule_name=normalization,
-        max_sentence_length=4 * LONGEST,
+        max_sentence_length=4 * MAX_LINE_LENGTH,
         pad_id=pad,
         pad_piece=PAD_PIECE,
         unk_id=0 if pad else 1,

@@ -41,7 +41,7 @@ from cogvideo.training.step import Trainer
 
 RUN = ".tokenizer-run"
 """Folder of the run inside the bundle's folder."""
-SHOWN = 12
+NUM_SHOWN = 12
 """Frames of a contact sheet."""
 
 
@@ -248,7 +248,7 @@ def _say_frames(store: FrameStore, batch: int, console: Console) -> None:
 
 def _write_sheet(autoencoder: Autoencoder, store: FrameStore, path: Path) -> None:
     """Write a contact sheet of held-out frames above their reconstructions."""
-    frames = np.array(store.held_out[evenly(len(store.held_out), SHOWN)])
+    frames = np.array(store.held_out[evenly(len(store.held_out), NUM_SHOWN)])
     write_image(path, contact_sheet([frames, autoencoder.reconstruct(frames)], columns=len(frames)))
 
 

@@ -35,19 +35,19 @@ from cogvideo.web.served import MAX_FRAMES, WANTED, ClipRequest, wanted_of
 from cogvideo.web.site import Order, ServerState, refuse
 from cogvideo.web.storage import frame_name
 
-LOOK = 0.3
+POLL_SECONDS = 0.3
 """Seconds between polls of a video while a client waits for its events."""
-POLLS = {"queued": 5000, "in_progress": 1000}
+POLL_MILLISECONDS = {"queued": 5000, "in_progress": 1000}
 """Milliseconds that clients should wait before they poll a video again."""
 UPLOADS = CapacityLimiter(2)
 """Maximum number of uploads decoded at once."""
-Answers = dict[int | str, dict[str, Any]]
+Responses = dict[int | str, dict[str, Any]]
 
 
-def _described(**texts: str) -> Answers:
+def _described(**texts: str) -> Responses:
     """Error responses by status code, for OpenAPI. FastAPI would give them the media type of a route's response."""
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
-    found: Answers = {int(name[1:]): {"description": text, "content": content} for name, text in texts.items()}
+    found: Responses = {int(name[1:]): {"description": text, "content": content} for name, text in texts.items()}
     for status in found.keys() & {429, 503}:
         found[status]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}}
     return found
@@ -74,11 +74,11 @@ async def site(request: Request) -> ServerState:
     return request.app.state.site
 
 
-Here = Annotated[ServerState, Depends(site)]
+State = Annotated[ServerState, Depends(site)]
 BEARER = HTTPBearer(auto_error=False, description="An API key, as `cogvideo key` prints it.")
 
 
-async def owner(here: Here, given: Annotated[HTTPAuthorizationCredentials | None, Security(BEARER)]) -> str:
+async def owner(here: State, given: Annotated[HTTPAuthorizationCredentials | None, Security(BEARER)]) -> str:
     """Name of the key of a request."""
     if here.keys is None:
         return LOCAL
@@ -91,13 +91,13 @@ async def owner(here: Here, given: Annotated[HTTPAuthorizationCredentials | None
 Owner = Annotated[str, Depends(owner)]
 
 
-def own(here: Here, owner: Owner, id: str) -> Job:
+def own(here: State, owner: Owner, id: str) -> Job:
     """The owner's video with the id in a path."""
     return here.find(owner, id)
 
 
-Own = Annotated[Job, Depends(own)]
-Repeat = Annotated[str | None, Header(alias="Idempotency-Key", max_length=255)]
+OwnJob = Annotated[Job, Depends(own)]
+IdempotencyKey = Annotated[str | None, Header(alias="Idempotency-Key", max_length=255)]
 router = APIRouter(prefix="/v1", responses=ERRORS)
 open_router = APIRouter()
 _FIELDS = WANTED.json_schema(ref_template="#/components/schemas/{model}")
@@ -116,7 +116,7 @@ _VIDEO_ID = {
     responses=FORM | UNKNOWN,
     openapi_extra=body_schema(_FIELDS, input_reference=_REFERENCE, last_reference=_REFERENCE),
 )
-async def create(request: Request, here: Here, owner: Owner, repeat: Repeat = None) -> Video:
+async def create(request: Request, here: State, owner: Owner, repeat: IdempotencyKey = None) -> Video:
     """Queue a video of a prompt, optionally with a given first and last frame."""
     asked = await RequestBody.read(request)
     if "video" in asked.references:
@@ -132,7 +132,7 @@ async def create(request: Request, here: Here, owner: Owner, repeat: Repeat = No
 
 
 @router.post("/videos/extensions", responses=FORM | UNKNOWN, openapi_extra=body_schema(_EXTENSION, video=_VIDEO_ID))
-async def extend(request: Request, here: Here, owner: Owner, repeat: Repeat = None) -> Video:
+async def extend(request: Request, here: State, owner: Owner, repeat: IdempotencyKey = None) -> Video:
     """Queue a video that keeps the frames of another one, yours or uploaded, and continues from them."""
     asked = await RequestBody.read(request)
     new = asked.wanted
@@ -157,7 +157,7 @@ async def extend(request: Request, here: Here, owner: Owner, repeat: Repeat = No
 
 
 @router.post("/videos/{id}/remix", responses=BODY | UNKNOWN)
-def remix(here: Here, owner: Owner, id: str, body: Remix, repeat: Repeat = None) -> Video:
+def remix(here: State, owner: Owner, id: str, body: Remix, repeat: IdempotencyKey = None) -> Video:
     """Queue a video with another prompt or seed from the same start, with the same options."""
     job = here.find(owner, id, bulky=True)
     before = wanted_of(job.work)
@@ -166,7 +166,7 @@ def remix(here: Here, owner: Owner, id: str, body: Remix, repeat: Repeat = None)
 
 
 @router.post("/videos/{id}/stop", responses=UNKNOWN)
-def stop(here: Here, owner: Owner, job: Own) -> Video:
+def stop(here: State, owner: Owner, job: OwnJob) -> Video:
     """End a video early: it is completed with the frames that it has, and fails if it has none."""
     here.jobs.stop(job.id)
     return Video.of(here.find(owner, job.id), here.served)
@@ -174,7 +174,7 @@ def stop(here: Here, owner: Owner, job: Own) -> Video:
 
 @router.get("/videos", responses=UNKNOWN)
 def list_videos(
-    here: Here,
+    here: State,
     owner: Owner,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -189,15 +189,15 @@ def list_videos(
 
 
 @router.get("/videos/{id}", responses=UNKNOWN)
-def retrieve(here: Here, job: Own, response: Response) -> Video:
+def retrieve(here: State, job: OwnJob, response: Response) -> Video:
     """The state of a video."""
-    if job.status in POLLS:
-        response.headers["openai-poll-after-ms"] = str(POLLS[job.status])
+    if job.status in POLL_MILLISECONDS:
+        response.headers["openai-poll-after-ms"] = str(POLL_MILLISECONDS[job.status])
     return Video.of(job, here.served)
 
 
 @router.delete("/videos/{id}", responses=UNKNOWN)
-def delete(here: Here, job: Own) -> DeletionResponse:
+def delete(here: State, job: OwnJob) -> DeletionResponse:
     """Delete a video and its files, even while it is being made."""
     here.store.remove(job.id)  # first, to make room on a full disk for the queue
     here.jobs.remove(job.id)
@@ -206,8 +206,8 @@ def delete(here: Here, job: Own) -> DeletionResponse:
 
 
 _BYTES = {"schema": {"type": "string", "format": "binary"}}
-PNG: Answers = {200: {"content": {"image/png": _BYTES}}}
-CONTENT: Answers = {
+PNG: Responses = {200: {"content": {"image/png": _BYTES}}}
+CONTENT: Responses = {
     200: {"content": dict.fromkeys(sorted(set(TYPES.values())), _BYTES)},
     206: {"description": "The part that a Range header asks for."},
 }
@@ -216,7 +216,7 @@ CONTENT |= _described(_416="No such part.")
 
 @router.get("/videos/{id}/content", response_class=Response, responses=UNKNOWN | CONTENT)
 def content(
-    here: Here, job: Own, variant: Variant = "video", part: Annotated[str | None, Header(alias="Range")] = None
+    here: State, job: OwnJob, variant: Variant = "video", part: Annotated[str | None, Header(alias="Range")] = None
 ) -> Response:
     """The file of a completed video: mp4, an animated gif or webp, a still frame, or all frames as one picture."""
     if job.status != "completed":
@@ -232,7 +232,7 @@ def content(
     response_class=Response,
     responses=UNKNOWN | PNG,
 )
-def frame(here: Here, job: Own, place: int) -> Response:
+def frame(here: State, job: OwnJob, place: int) -> Response:
     """A finished frame as PNG, even while the video is being made."""
     found = here.store.get(job.id, frame_name(place)) if place in job.done else None
     if found is None:
@@ -242,7 +242,7 @@ def frame(here: Here, job: Own, place: int) -> Response:
 
 @router.get("/videos/{id}/events", response_class=EventSourceResponse, responses=UNKNOWN)
 async def events(
-    here: Here, job: Own, last: Annotated[str | None, Header(alias="Last-Event-ID")] = None
+    here: State, job: OwnJob, last: Annotated[str | None, Header(alias="Last-Event-ID")] = None
 ) -> AsyncIterator[ServerSentEvent]:
     """Events until a video ends: `frame` for each finished frame, with its address, and `video` when its state changes.
 
@@ -263,12 +263,12 @@ async def events(
             yield ServerSentEvent(event="video", id=str(sent), data=Video.of(current, here.served))
         if current.status in ("completed", "failed"):
             return
-        await asyncio.sleep(LOOK)
+        await asyncio.sleep(POLL_SECONDS)
         current = await run_in_threadpool(here.jobs.find, job.id)
 
 
 @router.get("/models")
-def models(here: Here, owner: Owner) -> Models:
+def models(here: State, owner: Owner) -> Models:
     """The models that are served."""
     return Models(data=[Model(id=here.served.name, sizes=here.served.sizes)])
 
@@ -280,7 +280,7 @@ async def health() -> dict[str, str]:
 
 
 @open_router.get("/ready", responses={503: ERRORS[503] | {"model": ErrorResponse}})
-def ready(here: Here) -> dict[str, str]:
+def ready(here: State) -> dict[str, str]:
     """Return status code 200 if the server can take requests: the queue responds."""
     here.jobs.counts()
     return {"status": "ok"}

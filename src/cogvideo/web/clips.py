@@ -25,7 +25,7 @@ TYPES: dict[Variant, str] = {
     "thumbnail": "image/webp",
     "spritesheet": "image/jpeg",
 }
-AT_ONCE: tuple[Variant, ...] = ("video", "thumbnail", "spritesheet")
+EAGER_VARIANTS: tuple[Variant, ...] = ("video", "thumbnail", "spritesheet")
 """Variants that are written with the clip; others when they are first requested."""
 COLUMNS = 8
 Pixels = UInt8[np.ndarray, "frames height width 3"]

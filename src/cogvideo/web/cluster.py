@@ -15,7 +15,7 @@ from cogvideo.web.server import DRAINING, leave_on_sigterm
 from cogvideo.web.worker import open_worker
 
 NAME = "cogvideo"
-AT_ONCE = 1000
+MAX_CONCURRENT = 1000
 """Maximum number of concurrent requests, most of which wait for events."""
 
 
@@ -59,7 +59,7 @@ def deployed(
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         has_gpu = device.startswith("cuda") or (device == "auto" and "GPU" in resources)
         needed = {"num_gpus": 1} if has_gpu else {"num_cpus": 1}
-        page = serve.deployment(name="web", max_ongoing_requests=AT_ONCE, ray_actor_options={"num_cpus": 0})
+        page = serve.deployment(name="web", max_ongoing_requests=MAX_CONCURRENT, ray_actor_options={"num_cpus": 0})
         work = serve.deployment(num_replicas=workers, graceful_shutdown_timeout_s=DRAINING, ray_actor_options=needed)
         parts = [work(WorkerReplica).bind(*arguments)] if workers else []
         serve.start(http_options={"host": host, "port": port})

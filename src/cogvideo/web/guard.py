@@ -24,7 +24,7 @@ HEADERS = {
 }
 BODY_SECONDS = 60
 """Seconds for a client to send the body of a request."""
-LARGEST_BODY = 32 * 2**20
+MAX_BODY_BYTES = 32 * 2**20
 """Maximum number of bytes in the body of a request."""
 
 
@@ -63,7 +63,7 @@ def _host_of(origin: str) -> str | None:
 
 
 def _bounded(receive: Receive, announced: str) -> Receive:
-    """Receive a body within `BODY_SECONDS` and `LARGEST_BODY`. After that, waiting for the client to disconnect may
+    """Receive a body within `BODY_SECONDS` and `MAX_BODY_BYTES`. After that, waiting for the client to disconnect may
     take forever.
 
     Args:
@@ -94,5 +94,5 @@ def _bounded(receive: Receive, announced: str) -> Receive:
 
 
 def _check_size(size: int) -> None:
-    if size > LARGEST_BODY:
-        raise HTTPException(413, f"the request has more than {LARGEST_BODY // 2**20} MiB")
+    if size > MAX_BODY_BYTES:
+        raise HTTPException(413, f"the request has more than {MAX_BODY_BYTES // 2**20} MiB")

@@ -46,7 +46,7 @@ Status = Literal["queued", "in_progress", "completed", "failed"]
 OPEN = ("queued", "in_progress")
 MAX_TRIES = 5
 """Number of workers that may die on a job without finishing a frame."""
-PATIENCE = 30
+BUSY_SECONDS = 30
 """Seconds to wait for another process to finish its transaction."""
 POOL: dict[str, Any] = {"pool_pre_ping": True, "pool_size": 10, "max_overflow": 40, "hide_parameters": True}
 """As many connections as a server has threads, ten of which stay open. Error messages hide prompts."""
@@ -115,8 +115,8 @@ class Job(Base):
 
 
 JOBS = Base.metadata.tables[Job.__tablename__]
-BULKY = ("given", "last", "codes")
-BRIEF = [column for column in JOBS.c if column.name not in BULKY]
+LARGE_COLUMNS = ("given", "last", "codes")
+SMALL_COLUMNS = [column for column in JOBS.c if column.name not in LARGE_COLUMNS]
 
 
 class Progress(NamedTuple):
@@ -176,7 +176,7 @@ class Jobs:
             ValueError: the idempotency key belongs to another request.
         """
         with self._writing(job.owner) as connection:
-            own = select(*BRIEF).where(JOBS.c.owner == job.owner)
+            own = select(*SMALL_COLUMNS).where(JOBS.c.owner == job.owner)
             if job.repeat is not None and (row := connection.execute(own.where(JOBS.c.repeat == job.repeat)).first()):
                 same = row.digest == job.digest
                 require(same, "this Idempotency-Key was used with another request: use a new key")
@@ -192,7 +192,7 @@ class Jobs:
 
     def find(self, id: str, owner: str | None = None, bulky: bool = False) -> Job | None:
         """A job, of an owner if one is given, with codes if `bulky`."""
-        query = select(*(JOBS.c if bulky else BRIEF)).where(JOBS.c.id == id)
+        query = select(*(JOBS.c if bulky else SMALL_COLUMNS)).where(JOBS.c.id == id)
         if owner is not None:
             query = query.where(JOBS.c.owner == owner)
         with self._reading() as connection:
@@ -202,7 +202,7 @@ class Jobs:
     def listed(self, owner: str, after: Job | None, limit: int, is_ascending: bool) -> list[Job]:
         """Jobs of an owner by time, starting after the job `after`."""
         order = (JOBS.c.created, JOBS.c.id)
-        query = select(*BRIEF).where(JOBS.c.owner == owner).limit(limit)
+        query = select(*SMALL_COLUMNS).where(JOBS.c.owner == owner).limit(limit)
         if after is not None:
             there = tuple_(*order)
             query = query.where(
@@ -348,8 +348,8 @@ def _engine(url: str) -> Engine:
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, **POOL, connect_args={"connect_timeout": PATIENCE})
-    engine = create_engine(parsed, **POOL, connect_args={"timeout": PATIENCE})
+        return create_engine(parsed, **POOL, connect_args={"connect_timeout": BUSY_SECONDS})
+    engine = create_engine(parsed, **POOL, connect_args={"timeout": BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
     def set_up(connection: Any, _: Any) -> None:

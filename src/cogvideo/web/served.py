@@ -21,9 +21,9 @@ from torch import Tensor
 from cogvideo.config import CogVideoConfig, InputError, require, size_text, times
 from cogvideo.generation.hierarchy import generate
 from cogvideo.generation.request import (
-    LARGEST_SEED,
-    LONGEST,
     MAX_ROUNDS,
+    MAX_SECONDS,
+    MAX_SEED,
     GenerationSettings,
     Request,
     SamplingOptions,
@@ -31,15 +31,15 @@ from cogvideo.generation.request import (
 )
 from cogvideo.pipeline import CogVideoPipeline
 
-LONGEST_TEXT = 2000
+MAX_PROMPT_LENGTH = 2000
 """Maximum number of characters in a prompt; the model's own limit is lower, and counts tokens."""
-SECONDS = (0.5, LONGEST)
+SECONDS_RANGE = (0.5, MAX_SECONDS)
 """Seconds of the shortest and the longest clip, without the frames that it continues."""
 MAX_FRAMES = 1000
 """Number of frames of the longest clip, with those that it continues."""
 _RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-Text = Annotated[str, Field(min_length=1, max_length=LONGEST_TEXT)]
-Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 @validated(frozen=True, kw_only=True, config=_RULES)
@@ -142,7 +142,7 @@ class ServedModel:
         size = wanted.size or self.sizes[0]
         require(size in self.sizes, f"size is {size!r:.80}, expected {' or '.join(self.sizes)}")
         seconds = float(self.config.seconds if wanted.seconds is None else wanted.seconds)
-        low, high = SECONDS
+        low, high = SECONDS_RANGE
         require(low <= seconds <= high, f"seconds is {seconds:g}, expected {low:g} to {high:g}")
         check_seconds(seconds, self.config)
         seed = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed

@@ -27,7 +27,7 @@ FILES = {
     "study.css": STATIC / "study.css",
     "study.js": STATIC / "study.js",
 }
-LARGEST_ANSWER = 10_000
+MAX_ANSWER_BYTES = 10_000
 """Maximum number of bytes in an answer."""
 
 
@@ -74,7 +74,7 @@ class Pages:
     async def answer(self, request: Request) -> Response:
         """Store an answer, then send the next trial; status code 409 if another trial is next."""
         rater = self._rater(request)
-        if int(request.headers.get("content-length", LARGEST_ANSWER)) >= LARGEST_ANSWER:
+        if int(request.headers.get("content-length", MAX_ANSWER_BYTES)) >= MAX_ANSWER_BYTES:
             raise HTTPException(413)
         try:
             sent = msgspec.json.decode(await request.body(), type=SubmittedAnswer)

@@ -1,6 +1,6 @@
 """Uploaded pictures and videos, decoded in a separate process with limited memory and time.
 
-`python -m cogvideo.web.uploads FPS SIZE MOST MEMORY SECONDS` reads a file from stdin and writes frames to stdout.
+`python -m cogvideo.web.uploads FPS SIZE FRAMES MEMORY SECONDS` reads a file from stdin and writes frames to stdout.
 """
 
 from __future__ import annotations
@@ -16,28 +16,33 @@ from jaxtyping import UInt8
 
 from cogvideo.config import InputError, Sides, size_of, size_text
 
-MEMORY = 2 * 2**30
+MAX_MEMORY = 2 * 2**30
 """Bytes of address space, most of which libraries reserve and never use."""
-SECONDS = 20
+CPU_SECONDS = 20
 """CPU time, and a third of the wall-clock time."""
 
 
 def decode(content: bytes, fps: float, size: Sides, most: int) -> UInt8[np.ndarray, "frames height width 3"]:
     """Frames of a picture or video, as `media.video.read_video` reads them."""
-    command = [sys.executable, "-m", "cogvideo.web.uploads", *map(str, (fps, size_text(size), most, MEMORY, SECONDS))]
+    command = [
+        sys.executable,
+        "-m",
+        "cogvideo.web.uploads",
+        *map(str, (fps, size_text(size), most, MAX_MEMORY, CPU_SECONDS)),
+    ]
     settings = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")}
     limits = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            command, input=content, capture_output=True, timeout=3 * SECONDS, check=False, env=settings | limits
+            command, input=content, capture_output=True, timeout=3 * CPU_SECONDS, check=False, env=settings | limits
         )
     except subprocess.TimeoutExpired:
-        raise InputError(f"the upload takes more than {3 * SECONDS} seconds to decode") from None
+        raise InputError(f"the upload takes more than {3 * CPU_SECONDS} seconds to decode") from None
     if done.returncode == 0:
         return np.load(io.BytesIO(done.stdout), allow_pickle=False)
     if done.returncode == 2:
         raise InputError(f"the upload cannot be used: {done.stderr.decode(errors='replace').strip():.300}")
-    raise InputError(f"the upload needs more than {MEMORY // 2**20} MiB or {SECONDS} seconds to decode")
+    raise InputError(f"the upload needs more than {MAX_MEMORY // 2**20} MiB or {CPU_SECONDS} seconds to decode")
 
 
 def _limit(memory: int, seconds: int) -> None:

@@ -27,15 +27,15 @@ import cogvideo
 from cogvideo.config import InputError
 from cogvideo.devices import is_out_of_memory, usable
 from cogvideo.pipeline import Frame
-from cogvideo.web.clips import AT_ONCE, Pixels, from_png, kept, render, to_png
+from cogvideo.web.clips import EAGER_VARIANTS, Pixels, from_png, kept, render, to_png
 from cogvideo.web.jobs import Job, Jobs, Progress, Unreachable
 from cogvideo.web.served import ClipRequest, ServedModel, pack_codes, wanted_of
 from cogvideo.web.storage import Store, frame_name
 
 T = TypeVar("T")
-IDLE = 0.5
+POLL_SECONDS = 0.5
 """Seconds between polls of an empty queue."""
-AGAIN = 1.0
+RETRY_SECONDS = 1.0
 """Seconds between attempts to reach a database."""
 GIVEN, LAST = "given.npy", "last.npy"
 """Files with uploaded frames."""
@@ -104,7 +104,7 @@ class Worker:
         jobs = self._reach(take)
         if not jobs:
             self._tell_others()
-            self.stopping.wait(IDLE)
+            self.stopping.wait(POLL_SECONDS)
             return
         with self._renewing(lease):
             self._make(lease, jobs)
@@ -139,7 +139,7 @@ class Worker:
         except OSError as error:  # not the clips' fault
             print(f"waiting for the file storage: {error}", file=sys.stderr, flush=True)
             self._release(lease, jobs)
-            self.stopping.wait(AGAIN)
+            self.stopping.wait(RETRY_SECONDS)
         except Exception as error:
             if len(jobs) > 1:
                 for job in jobs:
@@ -199,7 +199,7 @@ class Worker:
             places = kept(clip.codes, clip.num_frames)
             fps = self.served.fps(wanted) / places.step
             frames, record = clip.frames(places), self._record(wanted, clip, places)
-            for variant in AT_ONCE:
+            for variant in EAGER_VARIANTS:
                 self.store.put(id, variant, render(variant, frames, fps, record))
             self._reach(lambda: self.jobs.finish(lease, id))
         if self._reach(lambda: self.jobs.find(id)) is None:
@@ -230,7 +230,7 @@ class Worker:
                         f"waiting for the queue: {str(error).partition(chr(10))[0]:.200}", file=sys.stderr, flush=True
                     )
                 is_told = True
-                time.sleep(AGAIN)
+                time.sleep(RETRY_SECONDS)
 
     @contextmanager
     def _renewing(self, lease: str) -> Iterator[None]:

@@ -22,8 +22,8 @@ from cogvideo import world
 from cogvideo.config import NotNegative, Positive, Seed
 from cogvideo.evaluation.reader import (
     ATTRIBUTES,
+    FIRST_TRAINING,
     LABELS,
-    READER_LEARNS,
     SIZE,
     Reader,
     ReaderConfig,
@@ -136,7 +136,7 @@ class RenderedScenes(NamedTuple):
 
 def clips(step: int, batch: int) -> RenderedScenes:
     """Clips that no earlier step used, without those kept for tests."""
-    scenes = [world.scene(READER_LEARNS + number) for number in range(step * batch, (step + 1) * batch)]
+    scenes = [world.scene(FIRST_TRAINING + number) for number in range(step * batch, (step + 1) * batch)]
     return RenderedScenes(scenes, np.stack([render(scene) for scene in scenes]))
 
 

@@ -33,12 +33,12 @@ from cogvideo.training.parallel import ALONE, Ranks, gathered, is_first
 
 M = TypeVar("M", bound=nn.Module)
 
-SMALLEST_MATRIX = 16
+MIN_MATRIX_SIDE = 16
 """Least rows and columns of a kernel that Muon takes; smaller ones, of pixels, stay with Adam."""
 PARTS = ("pixels", "edges", "perceptual", "adversary", "commitment", "psnr", "discriminator", "restarted")
 """Figures of a step: weighted losses, PSNR of the reconstructions, the adversary's own loss, restarted codes."""
 
-Proper = Annotated[float, Limit(lambda value: 0 < value < 1, "a number between 0 and 1")]
+OpenShare = Annotated[float, Limit(lambda value: 0 < value < 1, "a number between 0 and 1")]
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class TokenizerSettings(Optimization):
     """Maximum gradient norm of the autoencoder."""
     commitment: NotNegative[float] = 0.25
     """Weight of the distance from the encoder's vectors to their codebook rows (beta of VQ-VAE)."""
-    codebook_decay: Proper = 0.95
+    codebook_decay: OpenShare = 0.95
     """Decay of the running averages of the codebook. With 0.99, rows lag behind an encoder that begins to use codes,
     and most die before they are restarted."""
-    restart_below: Proper = 0.1
+    restart_below: OpenShare = 0.1
     """Share of uniform usage below which a code is dead and restarts at one of the encoder's vectors."""
     plain_steps: NotNegative[int] | None = None
     """Steps without codes, before the codebook is initialized by k-means of the encoder's vectors; by default a quarter
@@ -329,7 +329,7 @@ class _Pass(NamedTuple):
 
 def _is_kernel(parameter: nn.Parameter) -> bool:
     """True if Muon should treat it as a matrix."""
-    return parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) >= SMALLEST_MATRIX
+    return parameter.ndim == 4 and min(len(parameter), parameter[0].numel()) >= MIN_MATRIX_SIDE
 
 
 def _matrix(kernel: Tensor, like: Tensor) -> Tensor:
