@@ -23,6 +23,7 @@ from cogvideo.generation.request import GenerationSettings, Request
 from cogvideo.generation.sampling import spawn
 from cogvideo.generation.upscale import enlarge
 from cogvideo.layout import UpscaleLayout
+from cogvideo.media.colors import Pixels
 from cogvideo.media.shots import View
 from cogvideo.media.video import write_video
 from cogvideo.planning.memory import require_memory
@@ -275,7 +276,7 @@ def collect(frames: Iterable[Frame], fps: float) -> Clips:
 
 
 def export_to_video(
-    video_frames: Sequence[Picture] | UInt8[np.ndarray, "frames height width 3"],
+    video_frames: Sequence[Picture] | Pixels,
     output_video_path: str | PathLike[str],
     fps: float = 8,
 ) -> str:

@@ -35,9 +35,10 @@ from cogvideo.evaluation.paper import (
     write_table,
     write_windows,
 )
-from cogvideo.evaluation.protocols import PROTOCOLS, Pixels, Protocol
+from cogvideo.evaluation.protocols import PROTOCOLS, Protocol
 from cogvideo.evaluation.subjects import Prompt
 from cogvideo.files import exclusive_lock, sha256_of, write_json
+from cogvideo.media.colors import Pixels
 from cogvideo.media.video import write_video
 from cogvideo.runs import RunFolder
 

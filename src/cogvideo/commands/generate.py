@@ -13,9 +13,8 @@ from json import dumps
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int64
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
@@ -39,12 +38,12 @@ from cogvideo.data.folders import existing
 from cogvideo.data.tables import LINE_SEPARATORS
 from cogvideo.devices import default_dtype, slowness, usable
 from cogvideo.generation.request import MAX_SEED, Request
+from cogvideo.media.colors import Pixels
 from cogvideo.media.video import check_rate, read_video
 from cogvideo.pipeline import CogVideoPipeline, Frame, collect
 
 NAMES: dict[torch.dtype, Type] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 MAX_SAMPLES = 100_000
-Pixels = UInt8[np.ndarray, "frames height width 3"]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from cogvideo.commands.prompts import stem_of
 from cogvideo.config import InputError, require
 from cogvideo.files import TEMPORARY_SUFFIX, named, replacing_by_name, write_json
 from cogvideo.generation.request import ADDED
+from cogvideo.media.colors import Pixels
 from cogvideo.media.images import write_image
 from cogvideo.media.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, write_video
 from cogvideo.text import is_unicode
@@ -201,9 +202,7 @@ def make_frames_folder(path: Path) -> Path:
     raise AssertionError
 
 
-def write_clip(
-    path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, record: Mapping[str, Any]
-) -> None:
+def write_clip(path: Path, frames: Pixels, fps: float, record: Mapping[str, Any]) -> None:
     """Write a clip (a file by its suffix, or a folder of PNG frames), then its sidecar with the record of how it was
     made, which is also stored in the file, as a comment.
 

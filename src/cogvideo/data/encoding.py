@@ -23,12 +23,13 @@ from cogvideo.data.shards import Row, ShardInfo, write_shard
 from cogvideo.data.sources import Item, Rejection
 from cogvideo.data.tars import Member
 from cogvideo.files import plain
+from cogvideo.media.colors import Pixels
 from cogvideo.media.video import VideoError
 from cogvideo.models.autoencoder import Autoencoder
 
 T = TypeVar("T")
 U = TypeVar("U")
-Encode = Callable[[UInt8[np.ndarray, "frames height width 3"]], UInt16[np.ndarray, "frames rows columns"]]
+Encode = Callable[[Pixels], UInt16[np.ndarray, "frames rows columns"]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class ShardWorker:
         model = CogVideo.from_pretrained(self.bundle, torch.float32, self.device).autoencoder
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def encode(self, frames: UInt8[np.ndarray, "frames height width 3"]) -> UInt16[np.ndarray, "frames rows columns"]:
+    def encode(self, frames: Pixels) -> UInt16[np.ndarray, "frames rows columns"]:
         """Codes of frames, in one pass; the first call loads the tokenizer."""
         is_halved = self.settings.precision == "bfloat16"
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=is_halved):

@@ -18,6 +18,7 @@ from cogvideo import world
 from cogvideo.config import InputError, Limit, Limited, Positive, Sides, both, joined, require
 from cogvideo.data.sources import Item
 from cogvideo.data.tars import Member
+from cogvideo.media.colors import Pixels
 from cogvideo.media.video import MAX_FPS, VideoError, read_video
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
@@ -91,7 +92,7 @@ class FrameSettings(Limited):
 class Pictures(NamedTuple):
     """An item as pixels; the attributes include the background that it was put on."""
 
-    frames: UInt8[np.ndarray, "frames height width 3"]
+    frames: Pixels
     captions: tuple[str, ...]
     attributes: dict[str, str]
 
@@ -136,9 +137,7 @@ def read_item(item: Item, settings: FrameSettings) -> Pictures:
     return Pictures(np.ascontiguousarray(frames), captions, item.attributes | {"background": background})
 
 
-def shrink(
-    frames: UInt8[np.ndarray, "frames high_height high_width 3"], ratio: int
-) -> UInt8[np.ndarray, "frames height width 3"]:
+def shrink(frames: UInt8[np.ndarray, "frames high_height high_width 3"], ratio: int) -> Pixels:
     """Frames reduced by `ratio`: means of squares of pixels."""
     pattern = "frames (rows down) (columns across) colors -> frames rows columns colors"
     return reduce(frames.astype(np.float32), pattern, "mean", down=ratio, across=ratio).round().astype(np.uint8)

@@ -29,8 +29,9 @@ from cogvideo.evaluation.footage import Excerpt, Reading
 from cogvideo.evaluation.networks.c3d import load_c3d
 from cogvideo.evaluation.networks.cache import cache_folder
 from cogvideo.evaluation.networks.i3d import MIN_FRAMES, load_i3d
-from cogvideo.evaluation.protocols import Pixels, Protocol
+from cogvideo.evaluation.protocols import Protocol
 from cogvideo.files import replacing, sha256_of
+from cogvideo.media.colors import Pixels
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.models.perceptual import Network as Perceptual
 from cogvideo.models.perceptual import load_lpips

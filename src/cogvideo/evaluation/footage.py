@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
 
 from cogvideo.bundle.format import Manifest
 from cogvideo.bundle.model import CogVideo, locate
@@ -24,6 +23,7 @@ from cogvideo.data.sources import Item, SourceOptions, list_source
 from cogvideo.data.tars import Member
 from cogvideo.evaluation.protocols import Protocol
 from cogvideo.files import sha256_of
+from cogvideo.media.colors import Pixels
 from cogvideo.media.video import MAX_FPS, VideoError, count_frames, examine
 from cogvideo.models.autoencoder import Autoencoder
 from cogvideo.world.scenes import Scene
@@ -173,7 +173,7 @@ class Reading:
             return None
         return CogVideo.from_pretrained(self.tokenizer.bundle, torch.float32, device).autoencoder
 
-    def read(self, excerpt: Excerpt, autoencoder: Autoencoder | None) -> UInt8[np.ndarray, "frames height width 3"]:
+    def read(self, excerpt: Excerpt, autoencoder: Autoencoder | None) -> Pixels:
         """The frames of an excerpt."""
         media, protocol = excerpt.footage.media, self.protocol
         if isinstance(media, DatasetRow):
@@ -190,7 +190,7 @@ class Reading:
             frames = autoencoder.reconstruct(replace(protocol, antialias=True).reduced(frames, self.tokenizer.side))
         return protocol.reduced(frames, protocol.size)
 
-    def _read_file(self, item: Item, excerpt: Excerpt) -> UInt8[np.ndarray, "frames height width 3"]:
+    def _read_file(self, item: Item, excerpt: Excerpt) -> Pixels:
         fps, expected = excerpt.footage.fps, self.protocol.frames
         rate = fps / self.protocol.step
         settings = FrameSettings(fps=rate, max_seconds=expected / rate, min_frames=1)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32
+
+from cogvideo.media.colors import Pixels
 
 STATIC_ENERGY = 2e-5
 """Energy below which a clip counts as static: about a change of one level in 255 of every pixel from frame to frame.
@@ -33,7 +35,7 @@ class Movement(NamedTuple):
     """Mean flicker, in levels of 255."""
 
 
-def measure(clip: UInt8[np.ndarray, "frames height width 3"]) -> Motion:
+def measure(clip: Pixels) -> Motion:
     """Energy and flicker of a clip of three frames or more."""
     pixels = clip.astype(np.float32) / 255
     return Motion(float(np.square(np.diff(pixels, axis=0)).mean()), flicker(pixels))

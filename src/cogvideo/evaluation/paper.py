@@ -23,10 +23,11 @@ from cogvideo.config import InputError, require
 from cogvideo.data.sources import Item
 from cogvideo.evaluation.footage import Reading, draw
 from cogvideo.evaluation.making import ClipOptions
-from cogvideo.evaluation.protocols import Pixels, Protocol
+from cogvideo.evaluation.protocols import Protocol
 from cogvideo.evaluation.subjects import Prompt
 from cogvideo.files import write_text
 from cogvideo.generation.request import Request
+from cogvideo.media.colors import Pixels
 from cogvideo.media.video import read_video
 from cogvideo.pipeline import CogVideoPipeline, Frame, collect
 

@@ -24,11 +24,10 @@ from cogvideo.evaluation.distribution import (
     polynomial_mmd,
 )
 from cogvideo.evaluation.networks.i3d import SIDE
+from cogvideo.media.colors import Pixels
 
 MIN_RELIABLE_CLIPS = 2048
 """Number of clips below which FVD reflects the number more than the content of clips."""
-
-Pixels = UInt8[np.ndarray, "frames height width 3"]
 
 
 Several = Annotated[int, Limit(lambda number: number > 1, "2 or more")]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from cogvideo import world
 from cogvideo.config import InputError, from_dict, require
 from cogvideo.files import replacing
+from cogvideo.media.colors import Pixels
 from cogvideo.world.scenes import Split
 
 NUM_FRAMES, FPS, SIZE = 17, 4.0, 64
@@ -182,7 +183,7 @@ def to_input(
     return rearrange(pixels, "batch frames rows columns colors -> batch colors frames rows columns")
 
 
-def readable(frames: UInt8[np.ndarray, "frames height width 3"], fps: float = 8.0) -> UInt8[np.ndarray, "17 64 64 3"]:
+def readable(frames: Pixels, fps: float = 8.0) -> UInt8[np.ndarray, "17 64 64 3"]:
     """A clip of four seconds as the reader expects it: 4 frames per second, each pixel the mean of those it covers."""
     stride = round(fps / FPS)
     require(
@@ -193,9 +194,7 @@ def readable(frames: UInt8[np.ndarray, "frames height width 3"], fps: float = 8.
     return resized(frames[::stride], SIZE)
 
 
-def resized(
-    frames: UInt8[np.ndarray, "frames height width 3"], size: int
-) -> UInt8[np.ndarray, "frames {size} {size} 3"]:
+def resized(frames: Pixels, size: int) -> UInt8[np.ndarray, "frames {size} {size} 3"]:
     """Frames at another size: each pixel is the mean of those it covers."""
     if frames.shape[1:3] == (size, size):
         return np.ascontiguousarray(frames)

@@ -18,6 +18,8 @@ from einops import rearrange
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from cogvideo.media.colors import Pixels
+
 WEIGHT = 0.01
 """Distance of movements that have nothing in common: about the pixel distance between an emoji and the one most like it
 (median 0.012)."""
@@ -96,7 +98,7 @@ def ranks(distances: Float[Tensor, "clips real"], right: Sequence[int]) -> Int64
     return 1 + (distances < distances.gather(1, torch.tensor(right)[:, None])).sum(1)
 
 
-def border_color(clip: UInt8[np.ndarray, "frames height width 3"]) -> UInt8[np.ndarray, "3"]:
+def border_color(clip: Pixels) -> UInt8[np.ndarray, "3"]:
     """Median of the border's pixels in all frames, for each of red, green and blue."""
     width = max(1, round(clip.shape[1] * BORDER))
     inside = np.zeros(clip.shape[1:3], bool)

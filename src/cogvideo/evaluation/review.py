@@ -22,6 +22,7 @@ from cogvideo.data.folders import find_manifest, walk
 from cogvideo.data.sources import Item, Rejection, SourceOptions, list_source
 from cogvideo.evaluation.motion import measure
 from cogvideo.files import plain
+from cogvideo.media.colors import Pixels
 from cogvideo.media.video import FileInfo, VideoError, examine, read_video
 
 CUT_FPS = 12.0
@@ -285,7 +286,7 @@ def cuts(frames: UInt8[np.ndarray, "frames side side 3"]) -> list[int]:
     return [each.frame_num for each in found]
 
 
-def strokes(frames: UInt8[np.ndarray, "frames height width 3"]) -> float:
+def strokes(frames: Pixels) -> float:
     """Strokes, as in letters, in the part of a picture that has the most: alternating edges to bright and to dark, in 6
     rows of 48 pixels, where all frames are the same. Blinds and gratings have them too."""
     still = np.median(frames, axis=0).mean(-1)

@@ -16,13 +16,13 @@ from random import Random
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import track
 
 from cogvideo.config import InputError, from_dict, require
 from cogvideo.evaluation.trials import NOISE, QUESTIONS, REAL, Design, Question, Trial
 from cogvideo.files import TEMPORARY_SUFFIX, sync
+from cogvideo.media.colors import Pixels
 from cogvideo.media.video import examine, read_video, write_video
 
 DATABASE, CLIPS = "study.sqlite", "clips"
@@ -252,13 +252,13 @@ def _write_clips(
             yield NOISE, prompt, _write(folder, _noise(frames.shape, design.seed + prompt), rate)
 
 
-def _write(folder: Path, frames: UInt8[np.ndarray, "frames height width 3"], rate: float) -> str:
+def _write(folder: Path, frames: Pixels, rate: float) -> str:
     name = f"{secrets.token_hex(8)}.mp4"
     write_video(folder / name, frames, rate)
     return name
 
 
-def _noise(shape: tuple[int, ...], seed: int) -> UInt8[np.ndarray, "frames height width 3"]:
+def _noise(shape: tuple[int, ...], seed: int) -> Pixels:
     """Squares of random colors that change in every frame."""
     num_frames, height, width, colors = shape
     blocks = (num_frames, -(-height // BLOCK), -(-width // BLOCK), colors)

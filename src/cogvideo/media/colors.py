@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, UInt8, UInt16
 
+Pixels = UInt8[np.ndarray, "frames height width 3"]
+"""Red, green and blue of frames, in sRGB."""
 BT2020, DISPLAY_P3 = 9, 12
 """Color primaries of a wide gamut (ITU-T H.273, table 2)."""
 PQ, HLG = 16, 18

@@ -20,10 +20,9 @@ from av.stream import Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
-from jaxtyping import UInt8
 from PIL import Image
 
-from cogvideo.media.colors import ColorCoding, to_srgb
+from cogvideo.media.colors import ColorCoding, Pixels, to_srgb
 from cogvideo.media.images import look
 from cogvideo.media.shots import TOLERANCE, Content, Shot, Shots, VideoError, View, ViewedPicture
 
@@ -291,9 +290,7 @@ def _reduced(stored: tuple[int, int], aspect: float, view: View) -> tuple[int, i
     return (width, height) if width <= stored[0] and height <= stored[1] else stored
 
 
-def write_mp4(
-    path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, metadata: Mapping[str, str]
-) -> None:
+def write_mp4(path: Path, frames: Pixels, fps: float, metadata: Mapping[str, str]) -> None:
     """Write H.264 with 4:2:0 colors and the metadata."""
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), "edge")
     flags = "+faststart+use_metadata_tags" if metadata else "+faststart"

@@ -19,7 +19,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from cogvideo.config import both, require
 from cogvideo.files import replacing_by_name
-from cogvideo.media.colors import UNKNOWN, ColorCoding, to_srgb
+from cogvideo.media.colors import UNKNOWN, ColorCoding, Pixels, to_srgb
 from cogvideo.media.shots import Content, Shot, Shots, VideoError, View, ViewedPicture
 
 _LABEL_HEIGHT = 14
@@ -222,9 +222,7 @@ def write_image(
         Image.fromarray(pixels).save(temporary, quality=95, pnginfo=texts)
 
 
-def write_animation(
-    path: Path, frames: UInt8[np.ndarray, "frames height width 3"], fps: float, metadata: Mapping[str, str]
-) -> None:
+def write_animation(path: Path, frames: Pixels, fps: float, metadata: Mapping[str, str]) -> None:
     """Write an animated GIF or WebP that loops forever, with a `comment` if the metadata has one."""
     first, *others = map(Image.fromarray, frames)
     is_gif = path.suffix.lower() == ".gif"

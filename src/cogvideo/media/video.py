@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
 
 from cogvideo.config import Sides, require
 from cogvideo.files import replacing_by_name
+from cogvideo.media.colors import Pixels
 from cogvideo.media.shots import TOLERANCE, Content, NamedErrors, Shot, Shots, View, ViewedPicture
 from cogvideo.media.shots import VideoError as VideoError
 
@@ -47,7 +47,7 @@ IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".
 class Video(NamedTuple):
     """Red, green and blue of frames, and whether the background shows through somewhere."""
 
-    frames: UInt8[np.ndarray, "frames height width 3"]
+    frames: Pixels
     has_alpha: bool
 
 
@@ -289,7 +289,7 @@ def _look_again(shots: Shots, times: list[float], start: float, length: float, v
 
 def write_video(
     path: Path,
-    frames: UInt8[np.ndarray, "frames height width 3"],
+    frames: Pixels,
     fps: float,
     metadata: Mapping[str, str] | None = None,
 ) -> None:

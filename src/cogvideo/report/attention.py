@@ -9,7 +9,6 @@ from textwrap import shorten
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 from matplotlib import colormaps, font_manager, style
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -20,6 +19,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from cogvideo.evaluation.attention import StageAttention
 from cogvideo.files import replacing
+from cogvideo.media.colors import Pixels
 from cogvideo.report.page import percent
 
 WIDTH, HEIGHT, DPI = 12.0, 7.6, 120
@@ -41,8 +41,6 @@ STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "image.cmap": "magma",
 }
-
-Pixels = UInt8[np.ndarray, "frames height width 3"]
 
 
 def write_picture(path: Path, prompt: str, stages: Sequence[tuple[StageAttention, Sequence[float], Pixels]]) -> None:

@@ -19,6 +19,7 @@ from cogvideo.data.dataset import Card
 from cogvideo.data.frames import FrameSettings, read_item, shrink
 from cogvideo.data.shards import Row
 from cogvideo.data.sources import Item, SourceOptions, list_source
+from cogvideo.media.colors import Pixels
 from cogvideo.media.images import evenly
 from cogvideo.media.metrics import psnr
 from cogvideo.media.video import VideoError
@@ -29,16 +30,14 @@ TOKENIZER = "image_tokenizer"
 GAP = 2
 """Pixels between frames."""
 
-Frames = UInt8[np.ndarray, "frames height width 3"]
-
 
 class ShownClip(NamedTuple):
     """A row with some of its frames, evenly spaced."""
 
     row: Row
-    original: Frames | None = None
+    original: Pixels | None = None
     """Frames as the encoder saw them; None if the source no longer has them."""
-    decoded: Frames | None = None
+    decoded: Pixels | None = None
     """Frames as the tokenizer decodes the codes; None without the tokenizer."""
     psnr: float | None = None
     """Mean over the frames in dB; None unless both exist."""
@@ -98,7 +97,7 @@ class DatasetOrigin:
         pixels = torch.from_numpy(rearrange(clip.original, "frames height width c -> frames c height width") / 255)
         return clip._replace(psnr=psnr(pixels.float(), decoded).mean().item())
 
-    def _original(self, row: Row, settings: FrameSettings) -> Frames:
+    def _original(self, row: Row, settings: FrameSettings) -> Pixels:
         """The frames of a row that were encoded."""
         require(row.id in self.items, "the source no longer has this clip")
         try:
@@ -174,7 +173,7 @@ def _load_tokenizer(card: Card, name: str) -> Autoencoder:
     return CogVideo.from_pretrained(folder).autoencoder
 
 
-def read_as_encoded(item: Item, settings: FrameSettings, card: Card) -> Frames:
+def read_as_encoded(item: Item, settings: FrameSettings, card: Card) -> Pixels:
     """The frames that were encoded. With codes for super-resolution, they are means of larger frames."""
     ratio = both(card.high_grid)[0] // both(card.grid)[0]
     if ratio < 2 or settings.size is None:

@@ -22,6 +22,7 @@ from cogvideo.data.sources import SourceOptions, list_source
 from cogvideo.evaluation.reader import resized
 from cogvideo.evaluation.retrieval import SIZE, distances, gallery, ranks
 from cogvideo.generation.request import GenerationSettings, Request
+from cogvideo.media.colors import Pixels
 from cogvideo.media.images import contact_sheet, evenly
 from cogvideo.pipeline import CogVideoPipeline, collect
 from cogvideo.report.page import RunName, duration, percent, precise
@@ -134,7 +135,7 @@ def read_real(folder: Path, model: CogVideo) -> RealClips:
     return found._replace(frames=np.stack(frames))
 
 
-def real_frames(out: Path, id: str, seconds: float) -> UInt8[np.ndarray, "frames height width 3"]:
+def real_frames(out: Path, id: str, seconds: float) -> Pixels:
     """Key frames of a clip from its file."""
     card = Dataset(out / RUN / DATA).card
     settings = FrameSettings(**card.settings["frames"])

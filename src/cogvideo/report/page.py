@@ -19,6 +19,7 @@ from PIL import Image
 from cogvideo import __version__
 from cogvideo.config import Sides, both
 from cogvideo.files import replacing
+from cogvideo.media.colors import Pixels
 
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
 _VISIBLE = _CONTROLS | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
@@ -87,7 +88,7 @@ def embedded(pixels: UInt8[np.ndarray, "height width colors"], is_lossless: bool
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def moving(frames: UInt8[np.ndarray, "frames height width 3"], fps: float) -> str:
+def moving(frames: Pixels, fps: float) -> str:
     """The data URL of a looping clip embedded in the page."""
     file = io.BytesIO()
     first, *others = map(Image.fromarray, frames)

@@ -26,6 +26,7 @@ from cogvideo.generation.hierarchy import between, collect, first_frames, genera
 from cogvideo.generation.request import GenerationSettings, Request
 from cogvideo.generation.upscale import enlarge
 from cogvideo.layout import SequenceLayout, UpscaleLayout
+from cogvideo.media.colors import Pixels
 from cogvideo.media.video import write_video
 from cogvideo.models.transformer import Base
 from cogvideo.training.export import fused, modules
@@ -69,7 +70,7 @@ class SampleRow(NamedTuple):
     """Frames side by side, and the index of their example."""
 
     label: str
-    frames: UInt8[np.ndarray, "frames height width 3"]
+    frames: Pixels
     example: int
     is_clip: bool
     """True if the frames follow each other in time."""
@@ -276,9 +277,7 @@ def _repeated(frames: UInt8[np.ndarray, "frames _ _ 3"], times: int) -> UInt8[np
     return frames.repeat(times, 1).repeat(times, 2)
 
 
-def _side_by_side(
-    rows: Sequence[SampleRow], shown: Sequence[UInt8[np.ndarray, "frames _ _ 3"]]
-) -> UInt8[np.ndarray, "frames height width 3"]:
+def _side_by_side(rows: Sequence[SampleRow], shown: Sequence[UInt8[np.ndarray, "frames _ _ 3"]]) -> Pixels:
     """Tile clips into one: those of an example below each other, the examples side by side, empty cells white."""
     from cogvideo.media.images import contact_sheet
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from cogvideo.media.colors import Pixels
 from cogvideo.media.images import contact_sheet
 from cogvideo.media.video import write_video
 
@@ -28,7 +29,6 @@ TYPES: dict[Variant, str] = {
 EAGER_VARIANTS: tuple[Variant, ...] = ("video", "thumbnail", "spritesheet")
 """Variants that are written with the clip; others when they are first requested."""
 COLUMNS = 8
-Pixels = UInt8[np.ndarray, "frames height width 3"]
 
 
 def kept(done: Collection[int], num_frames: int) -> range:

@@ -12,9 +12,9 @@ import sys
 from contextlib import suppress
 
 import numpy as np
-from jaxtyping import UInt8
 
 from cogvideo.config import InputError, Sides, size_of, size_text
+from cogvideo.media.colors import Pixels
 
 MAX_MEMORY = 2 * 2**30
 """Bytes of address space, most of which libraries reserve and never use."""
@@ -22,7 +22,7 @@ CPU_SECONDS = 20
 """CPU time, and a third of the wall-clock time."""
 
 
-def decode(content: bytes, fps: float, size: Sides, most: int) -> UInt8[np.ndarray, "frames height width 3"]:
+def decode(content: bytes, fps: float, size: Sides, most: int) -> Pixels:
     """Frames of a picture or video, as `media.video.read_video` reads them."""
     command = [
         sys.executable,

@@ -26,8 +26,9 @@ from torch import Tensor
 import cogvideo
 from cogvideo.config import InputError
 from cogvideo.devices import is_out_of_memory, usable
+from cogvideo.media.colors import Pixels
 from cogvideo.pipeline import Frame
-from cogvideo.web.clips import EAGER_VARIANTS, Pixels, from_png, kept, render, to_png
+from cogvideo.web.clips import EAGER_VARIANTS, from_png, kept, render, to_png
 from cogvideo.web.jobs import Job, Jobs, Progress, Unreachable
 from cogvideo.web.served import ClipRequest, ServedModel, pack_codes, wanted_of
 from cogvideo.web.storage import Store, frame_name
