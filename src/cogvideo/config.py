@@ -55,9 +55,9 @@ class Limit(NamedTuple):
     """Numbers that meet it, in words."""
 
 
-def within(least: float, most: float) -> Limit:
-    """Limit of a number in [least, most]."""
-    return Limit(lambda value: least <= value <= most, f"{least} to {most}")
+def within(low: float, high: float) -> Limit:
+    """Limit of a number in [low, high]."""
+    return Limit(lambda value: low <= value <= high, f"{low} to {high}")
 
 
 Positive = Annotated[T, Limit(lambda value: 0 < value < math.inf, "a positive number")]
@@ -356,8 +356,8 @@ class TextConfig:
                 require(fits is not None and not conversion, f"{got}, {expected}")
 
 
-def _above_zero(most: float) -> Limit:
-    return Limit(lambda value: 0 < value <= most, f"above 0, at most {most}")
+def _above_zero(high: float) -> Limit:
+    return Limit(lambda value: 0 < value <= high, f"above 0, at most {high}")
 
 
 @dataclass(frozen=True)

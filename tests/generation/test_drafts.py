@@ -22,7 +22,7 @@ def drawn(drafter: Drafter, model: Model, before: list[int] | None = None, after
     drafter.begin(before, after)
     passes = 0
     while run := drafter.propose():
-        assert len(run) <= drafter.most
+        assert len(run) <= drafter.max_slots
         passes += 1
         drafter.saw([model(slot, drafter.fed[: slot + 1]) for slot in run])
     assert drafter.done == SLOTS

@@ -63,7 +63,7 @@ def test_keys_have_a_number_of_jobs_at_work(jobs: Jobs) -> None:
     """Guards other keys against one that takes all workers: jobs beyond its limit wait, even within batches."""
     own = [add(jobs, "a").id for _ in range(3)]
     others = [add(jobs, "b").id for _ in range(2)]
-    take = partial(jobs.take, model="model", most=8, running=2)
+    take = partial(jobs.take, model="model", max_jobs=8, running=2)
     assert {job.id for job in take("lost", seconds=0.0)} == {*own[:2], *others}
     time.sleep(0.01)
     assert {job.id for job in take("first", seconds=LONG)} == {*own[:2], *others}

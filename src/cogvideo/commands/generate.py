@@ -218,11 +218,11 @@ class ClipMaker:
         last = self._codes(choices.last, 1)
         return Request((), (), self.settings, first, None if last is None else last[0], choices.loop)
 
-    def _codes(self, path: Path | None, most: int | None) -> Int64[Tensor, "frames slots"] | None:
+    def _codes(self, path: Path | None, max_frames: int | None) -> Int64[Tensor, "frames slots"] | None:
         if path is None:
             return None
         size, fit = self.pipeline.model.config.frame_size, self.choices.fit
-        return self.pipeline.encode(read_video(path, self.fps, size, fit=fit, max_frames=most).frames)
+        return self.pipeline.encode(read_video(path, self.fps, size, fit=fit, max_frames=max_frames).frames)
 
     def make(
         self, wanted: Sequence[PlannedClip], fps: float, preview: bool

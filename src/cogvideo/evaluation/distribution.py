@@ -175,13 +175,13 @@ def _extrapolated(metric: Metric, sets: Sets, random: np.random.Generator) -> fl
     return 2 * metric(*sets) - float(np.mean(values))
 
 
-def halves(names: Sequence[str], features: Float[Tensor, "clips features"], most: int) -> Sets:
-    """Two sets of the same size, at most `most` clips, that share no video; `names` are the videos of the clips."""
+def halves(names: Sequence[str], features: Float[Tensor, "clips features"], max_clips: int) -> Sets:
+    """Two sets of the same size, at most `max_clips`, that share no video; `names` are the videos of the clips."""
     sides: tuple[list[int], list[int]] = ([], [])
     for name in dict.fromkeys(names):
         smaller = min(sides, key=len)
         smaller.extend(number for number, each in enumerate(names) if each == name)
-    count = min(len(sides[0]), len(sides[1]), most)
+    count = min(len(sides[0]), len(sides[1]), max_clips)
     return [features[side[:count]] for side in sides]
 
 

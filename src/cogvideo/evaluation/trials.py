@@ -42,9 +42,9 @@ class Question:
 _PREFERENCES = (AnswerChoice(-1, "1", "Left"), AnswerChoice(0, "=", "Same"), AnswerChoice(1, "2", "Right"))
 
 
-def _scale(most: int) -> tuple[AnswerChoice, ...]:
+def _scale(num_grades: int) -> tuple[AnswerChoice, ...]:
     """Grades from 1, by the last digit of their key."""
-    return tuple(AnswerChoice(grade, str(grade % 10), str(grade)) for grade in range(1, most + 1))
+    return tuple(AnswerChoice(grade, str(grade % 10), str(grade)) for grade in range(1, num_grades + 1))
 
 
 QUESTIONS: dict[QuestionSet, tuple[Question, ...]] = {

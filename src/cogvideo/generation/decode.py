@@ -165,7 +165,7 @@ def _lockstep(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, be
             yield DecodedFrame(layout.order[first + frame], codes[:, frame, 1:].clone(), decoder.passes)
 
 
-def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, most: int) -> Iterator[DecodedFrame]:
+def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, max_slots: int) -> Iterator[DecodedFrame]:
     """Decode several slots per pass by fixed-noise Jacobi iteration, keeping the prefix of confirmed drafts.
 
     With the noise of every slot fixed, a code is a function of the codes before it. So a pass over drafted
@@ -173,9 +173,9 @@ def _drafted(decoder: Decoder, draw: _Draw, given: Tensor, finished: Tensor, mos
     true.
     """
     layout = decoder.layout
-    _feed(decoder, given, finished, most)
+    _feed(decoder, given, finished, max_slots)
     sizes = layout.frame_slots, layout.sides[1], decoder.model.base.config.start_of_image
-    drafters = [Drafter(*sizes, most, decoder.rows_are_free) for _ in range(draw.batch)]
+    drafters = [Drafter(*sizes, max_slots, decoder.rows_are_free) for _ in range(draw.batch)]
     frames = dict(zip(layout.order, torch.cat([given, finished], 1).transpose(0, 1).tolist(), strict=False))
     unknown = [None] * draw.batch
     for rank in range(len(frames), layout.num_frames):

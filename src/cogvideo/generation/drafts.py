@@ -27,15 +27,15 @@ class Drafter:
         slots: number of slots in a frame.
         columns: number of slots in a row of a frame.
         start: token that is fed at the first slot of a frame.
-        most: maximum number of slots per pass.
-        is_free: always feed `most` slots, since more rows cost nothing.
+        max_slots: maximum number of slots per pass.
+        is_free: always feed `max_slots` slots, since more rows cost nothing.
     """
 
-    def __init__(self, slots: int, columns: int, start: int, most: int, is_free: bool = False) -> None:
+    def __init__(self, slots: int, columns: int, start: int, max_slots: int, is_free: bool = False) -> None:
         self.slots = slots
         self.columns = columns
         self.start = start
-        self.most = most
+        self.max_slots = max_slots
         self.is_free = is_free
         self.counts: defaultdict[tuple[bool, ...], list[float]] = defaultdict(lambda: [1.0, 0.5, 0.5, 0.5])
         """Number of codes, by context, that were those of the frame before, of the frame after, the guess, or none."""
@@ -59,7 +59,7 @@ class Drafter:
         """Draft codes, each likely enough to be worth one more slot; return the slots of the next pass."""
         start = self.done
         stop, codes, chance = min(start + 1, self.slots), 1.0, 1.0
-        while stop < min(start + self.most, self.slots):
+        while stop < min(start + self.max_slots, self.slots):
             chance *= self._draft(stop - 1)
             if chance * (1 + ROW_COST * (stop - start)) < ROW_COST * codes and not self.is_free:
                 break
@@ -69,7 +69,7 @@ class Drafter:
 
     def ahead(self, run: range) -> range:
         """Slots that need guesses: those that the next pass may reach and that have not gone through the model."""
-        return range(max(run.stop, self.drawn), min(run.stop + self.most, self.slots))
+        return range(max(run.stop, self.drawn), min(run.stop + self.max_slots, self.slots))
 
     def saw(self, drawn: Sequence[int], guesses: Sequence[int] = ()) -> None:
         """Record the codes that a pass drew for its slots: those up to the first wrong draft are final, the others

@@ -237,9 +237,9 @@ def write_animation(path: Path, frames: Pixels, fps: float, metadata: Mapping[st
     first.save(path, save_all=True, append_images=others, duration=durations, loop=0, **options)
 
 
-def evenly(count: int, most: int) -> Int64[np.ndarray, " places"]:
-    """Indices of at most `most` of `count` things, evenly spread from the first to the last, without repeats."""
-    return np.linspace(0, count - 1, min(most, count)).round().astype(np.int64)
+def evenly(count: int, max_count: int) -> Int64[np.ndarray, " places"]:
+    """Indices of at most `max_count` of `count` things, evenly spread from the first to the last, without repeats."""
+    return np.linspace(0, count - 1, min(max_count, count)).round().astype(np.int64)
 
 
 def contact_sheet(

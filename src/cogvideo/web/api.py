@@ -74,15 +74,15 @@ async def site(request: Request) -> ServerState:
     return request.app.state.site
 
 
-State = Annotated[ServerState, Depends(site)]
+Server = Annotated[ServerState, Depends(site)]
 BEARER = HTTPBearer(auto_error=False, description="An API key, as `cogvideo key` prints it.")
 
 
-async def owner(here: State, given: Annotated[HTTPAuthorizationCredentials | None, Security(BEARER)]) -> str:
+async def owner(server: Server, given: Annotated[HTTPAuthorizationCredentials | None, Security(BEARER)]) -> str:
     """Name of the key of a request."""
-    if here.keys is None:
+    if server.keys is None:
         return LOCAL
-    found = None if given is None else here.keys.owner(given.credentials)
+    found = None if given is None else server.keys.owner(given.credentials)
     if found is None:
         refuse(401, "the API key is missing or wrong: send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
     return found
@@ -91,9 +91,9 @@ async def owner(here: State, given: Annotated[HTTPAuthorizationCredentials | Non
 Owner = Annotated[str, Depends(owner)]
 
 
-def own(here: State, owner: Owner, id: str) -> Job:
+def own(server: Server, owner: Owner, id: str) -> Job:
     """The owner's video with the id in a path."""
-    return here.find(owner, id)
+    return server.find(owner, id)
 
 
 OwnJob = Annotated[Job, Depends(own)]
@@ -116,7 +116,7 @@ _VIDEO_ID = {
     responses=FORM | UNKNOWN,
     openapi_extra=body_schema(_FIELDS, input_reference=_REFERENCE, last_reference=_REFERENCE),
 )
-async def create(request: Request, here: State, owner: Owner, repeat: IdempotencyKey = None) -> Video:
+async def create(request: Request, server: Server, owner: Owner, repeat: IdempotencyKey = None) -> Video:
     """Queue a video of a prompt, optionally with a given first and last frame."""
     asked = await RequestBody.read(request)
     if "video" in asked.references:
@@ -124,15 +124,15 @@ async def create(request: Request, here: State, owner: Owner, repeat: Idempotenc
     wanted = asked.wanted
 
     def order() -> Job:
-        here.served.completed(wanted)  # before uploads are decoded
-        first, last = (here.start(owner, asked.reference(f"{name}_reference"), wanted) for name in ("input", "last"))
-        return here.order(owner, Order(wanted, first, last, None, repeat))
+        server.served.completed(wanted)  # before uploads are decoded
+        first, last = (server.start(owner, asked.reference(f"{name}_reference"), wanted) for name in ("input", "last"))
+        return server.order(owner, Order(wanted, first, last, None, repeat))
 
-    return Video.of(await _in_thread(order, asked), here.served)
+    return Video.of(await _in_thread(order, asked), server.served)
 
 
 @router.post("/videos/extensions", responses=FORM | UNKNOWN, openapi_extra=body_schema(_EXTENSION, video=_VIDEO_ID))
-async def extend(request: Request, here: State, owner: Owner, repeat: IdempotencyKey = None) -> Video:
+async def extend(request: Request, server: Server, owner: Owner, repeat: IdempotencyKey = None) -> Video:
     """Queue a video that keeps the frames of another one, yours or uploaded, and continues from them."""
     asked = await RequestBody.read(request)
     new = asked.wanted
@@ -143,65 +143,65 @@ async def extend(request: Request, here: State, owner: Owner, repeat: Idempotenc
     def order() -> Job:
         wanted, source = new, None
         if isinstance(reference, Reference):
-            earlier = here.find(owner, reference.video_id or "")
+            earlier = server.find(owner, reference.video_id or "")
             source = earlier.id
             before = wanted_of(earlier.work)
             own = ClipRequest(prompt=new.prompt, seed=new.seed, seconds=new.seconds)
             is_same = new.seconds is None or float(new.seconds) == float(before.seconds or 0)
             require(new == own and is_same, f"got options other than those of {source}, expected only prompt and seed")
             wanted = replace(before, prompt=new.prompt, loop=False, seed=new.seed)
-        first = here.start(owner, reference, wanted, MAX_FRAMES)
-        return here.order(owner, Order(wanted, first, None, source, repeat))
+        first = server.start(owner, reference, wanted, MAX_FRAMES)
+        return server.order(owner, Order(wanted, first, None, source, repeat))
 
-    return Video.of(await _in_thread(order, asked), here.served)
+    return Video.of(await _in_thread(order, asked), server.served)
 
 
 @router.post("/videos/{id}/remix", responses=BODY | UNKNOWN)
-def remix(here: State, owner: Owner, id: str, body: Remix, repeat: IdempotencyKey = None) -> Video:
+def remix(server: Server, owner: Owner, id: str, body: Remix, repeat: IdempotencyKey = None) -> Video:
     """Queue a video with another prompt or seed from the same start, with the same options."""
-    job = here.find(owner, id, bulky=True)
+    job = server.find(owner, id, bulky=True)
     before = wanted_of(job.work)
     wanted = replace(before, prompt=body.prompt, seed=before.seed if body.seed is None else body.seed)
-    return Video.of(here.order(owner, Order(wanted, *here.starts(job), id, repeat)), here.served)
+    return Video.of(server.order(owner, Order(wanted, *server.starts(job), id, repeat)), server.served)
 
 
 @router.post("/videos/{id}/stop", responses=UNKNOWN)
-def stop(here: State, owner: Owner, job: OwnJob) -> Video:
+def stop(server: Server, owner: Owner, job: OwnJob) -> Video:
     """End a video early: it is completed with the frames that it has, and fails if it has none."""
-    here.jobs.stop(job.id)
-    return Video.of(here.find(owner, job.id), here.served)
+    server.jobs.stop(job.id)
+    return Video.of(server.find(owner, job.id), server.served)
 
 
 @router.get("/videos", responses=UNKNOWN)
 def list_videos(
-    here: State,
+    server: Server,
     owner: Owner,
     after: str | None = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> Page:
     """Your videos by time, the latest first by default, starting after a given one."""
-    last = None if after is None else here.find(owner, after)
-    jobs = here.jobs.listed(owner, last, limit + 1, order == "asc")
-    data = [Video.of(job, here.served) for job in jobs[:limit]]
+    last = None if after is None else server.find(owner, after)
+    jobs = server.jobs.listed(owner, last, limit + 1, order == "asc")
+    data = [Video.of(job, server.served) for job in jobs[:limit]]
     ends = (data[0].id, data[-1].id) if data else (None, None)
     return Page(data=data, first_id=ends[0], last_id=ends[1], has_more=len(jobs) > limit)
 
 
 @router.get("/videos/{id}", responses=UNKNOWN)
-def retrieve(here: State, job: OwnJob, response: Response) -> Video:
+def retrieve(server: Server, job: OwnJob, response: Response) -> Video:
     """The state of a video."""
     if job.status in POLL_MILLISECONDS:
         response.headers["openai-poll-after-ms"] = str(POLL_MILLISECONDS[job.status])
-    return Video.of(job, here.served)
+    return Video.of(job, server.served)
 
 
 @router.delete("/videos/{id}", responses=UNKNOWN)
-def delete(here: State, job: OwnJob) -> DeletionResponse:
+def delete(server: Server, job: OwnJob) -> DeletionResponse:
     """Delete a video and its files, even while it is being made."""
-    here.store.remove(job.id)  # first, to make room on a full disk for the queue
-    here.jobs.remove(job.id)
-    here.store.remove(job.id)  # also what a worker wrote meanwhile
+    server.store.remove(job.id)  # first, to make room on a full disk for the queue
+    server.jobs.remove(job.id)
+    server.store.remove(job.id)  # also what a worker wrote meanwhile
     return DeletionResponse(id=job.id)
 
 
@@ -216,12 +216,12 @@ CONTENT |= _described(_416="No such part.")
 
 @router.get("/videos/{id}/content", response_class=Response, responses=UNKNOWN | CONTENT)
 def content(
-    here: State, job: OwnJob, variant: Variant = "video", part: Annotated[str | None, Header(alias="Range")] = None
+    server: Server, job: OwnJob, variant: Variant = "video", part: Annotated[str | None, Header(alias="Range")] = None
 ) -> Response:
     """The file of a completed video: mp4, an animated gif or webp, a still frame, or all frames as one picture."""
     if job.status != "completed":
         refuse(404, f"the video is {job.status}: it has no content yet")
-    found = here.content(job, variant)
+    found = server.content(job, variant)
     if found is None:
         refuse(404, "the video was deleted")
     return _part(found, part, TYPES[variant])
@@ -232,9 +232,9 @@ def content(
     response_class=Response,
     responses=UNKNOWN | PNG,
 )
-def frame(here: State, job: OwnJob, place: int) -> Response:
+def frame(server: Server, job: OwnJob, place: int) -> Response:
     """A finished frame as PNG, even while the video is being made."""
-    found = here.store.get(job.id, frame_name(place)) if place in job.done else None
+    found = server.store.get(job.id, frame_name(place)) if place in job.done else None
     if found is None:
         refuse(404, "there is no such frame yet")
     return Response(found, media_type="image/png")
@@ -242,7 +242,7 @@ def frame(here: State, job: OwnJob, place: int) -> Response:
 
 @router.get("/videos/{id}/events", response_class=EventSourceResponse, responses=UNKNOWN)
 async def events(
-    here: State, job: OwnJob, last: Annotated[str | None, Header(alias="Last-Event-ID")] = None
+    server: Server, job: OwnJob, last: Annotated[str | None, Header(alias="Last-Event-ID")] = None
 ) -> AsyncIterator[ServerSentEvent]:
     """Events until a video ends: `frame` for each finished frame, with its address, and `video` when its state changes.
 
@@ -251,7 +251,7 @@ async def events(
     sent = int(last) if last is not None and last.isdecimal() and len(last) < 9 else 0
     known = None
     current: Job | None = job
-    while current is not None and not here.leaving.is_set():
+    while current is not None and not server.leaving.is_set():
         for place in current.done[sent:]:
             sent += 1
             url = f"/v1/videos/{job.id}/frames/{place}"
@@ -260,17 +260,17 @@ async def events(
         state = (current.status, len(current.done), current.taken)
         if state != known:
             known = state
-            yield ServerSentEvent(event="video", id=str(sent), data=Video.of(current, here.served))
+            yield ServerSentEvent(event="video", id=str(sent), data=Video.of(current, server.served))
         if current.status in ("completed", "failed"):
             return
         await asyncio.sleep(POLL_SECONDS)
-        current = await run_in_threadpool(here.jobs.find, job.id)
+        current = await run_in_threadpool(server.jobs.find, job.id)
 
 
 @router.get("/models")
-def models(here: State, owner: Owner) -> Models:
+def models(server: Server, owner: Owner) -> Models:
     """The models that are served."""
-    return Models(data=[Model(id=here.served.name, sizes=here.served.sizes)])
+    return Models(data=[Model(id=server.served.name, sizes=server.served.sizes)])
 
 
 @open_router.get("/health")
@@ -280,9 +280,9 @@ async def health() -> dict[str, str]:
 
 
 @open_router.get("/ready", responses={503: ERRORS[503] | {"model": ErrorResponse}})
-def ready(here: State) -> dict[str, str]:
+def ready(server: Server) -> dict[str, str]:
     """Return status code 200 if the server can take requests: the queue responds."""
-    here.jobs.counts()
+    server.jobs.counts()
     return {"status": "ok"}
 
 

@@ -226,7 +226,7 @@ class Jobs:
             connection.execute(update(JOBS).where(nothing).values(failed | {"lease": None}))
             connection.execute(update(JOBS).where(unfinished).values(is_stopped=True))
 
-    def take(self, lease: str, model: str, most: int, seconds: float, running: int = 0) -> list[Job]:
+    def take(self, lease: str, model: str, max_jobs: int, seconds: float, running: int = 0) -> list[Job]:
         """Take a job, and others that fit into the same batch.
 
         Jobs are free if they are queued or their lease has expired. The owner served least recently is next, then the
@@ -235,7 +235,7 @@ class Jobs:
         Args:
             lease: a new token. If it already holds jobs, because the response was lost, these are returned.
             model: fingerprint of the worker's model.
-            most: maximum number of jobs.
+            max_jobs: maximum number of jobs.
             seconds: length of the lease.
             running: maximum number of jobs of an owner in progress at once, 0 for any number.
         """
@@ -263,8 +263,8 @@ class Jobs:
             if first is None:
                 return []
             alike = (JOBS.c.alike == first.alike, JOBS.c.places == first.places, JOBS.c.id != first.id)
-            more = connection.execute(free.where(*alike).order_by(*turn).limit(most - 1)).all() if most > 1 else []
-            ids = [first.id, *(row.id for row in more)]
+            more = free.where(*alike).order_by(*turn).limit(max_jobs - 1)
+            ids = [first.id, *(row.id for row in connection.execute(more))]
             taking = {"status": "in_progress", "lease": lease, "lease_end": now + seconds, "taken": now}
             connection.execute(update(JOBS).where(JOBS.c.id.in_(ids)).values(taking | {"tries": JOBS.c.tries + 1}))
             return [Job(**row._mapping) for row in connection.execute(held)]

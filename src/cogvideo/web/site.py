@@ -105,9 +105,9 @@ class ServerState:
         return stored
 
     def start(
-        self, owner: str, reference: bytes | Reference | None, wanted: ClipRequest, most: int = 1
+        self, owner: str, reference: bytes | Reference | None, wanted: ClipRequest, max_frames: int = 1
     ) -> Start | None:
-        """Frames of a reference: one, or all of a video if `most` is larger than 1.
+        """Frames of a reference: one, or all of a video if `max_frames` is larger than 1.
 
         Raises:
             ValueError: it cannot be decoded, or there is no such frame.
@@ -115,12 +115,12 @@ class ServerState:
         """
         if isinstance(reference, Reference) and reference.image_url is None:
             require(reference.video_id is not None, "a reference is empty, expected image_url or video_id")
-            return self._earlier(owner, reference, is_whole=most > 1)
+            return self._earlier(owner, reference, is_whole=max_frames > 1)
         content = _of_data_url(reference.image_url or "") if isinstance(reference, Reference) else reference
         if content is None:
             return None
         fps = self.served.fps(self.served.completed(wanted))
-        frames = decode(content, fps, self.served.config.frame_size, most)
+        frames = decode(content, fps, self.served.config.frame_size, max_frames)
         file = io.BytesIO()
         np.save(file, frames)
         return Start(pixels=file.getvalue(), num_frames=len(frames))

@@ -22,13 +22,13 @@ CPU_SECONDS = 20
 """CPU time, and a third of the wall-clock time."""
 
 
-def decode(content: bytes, fps: float, size: Sides, most: int) -> Pixels:
+def decode(content: bytes, fps: float, size: Sides, max_frames: int) -> Pixels:
     """Frames of a picture or video, as `media.video.read_video` reads them."""
     command = [
         sys.executable,
         "-m",
         "cogvideo.web.uploads",
-        *map(str, (fps, size_text(size), most, MAX_MEMORY, CPU_SECONDS)),
+        *map(str, (fps, size_text(size), max_frames, MAX_MEMORY, CPU_SECONDS)),
     ]
     settings = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH")}
     limits = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -55,13 +55,13 @@ def _limit(memory: int, seconds: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
-def _main(fps: str, size: str, most: str, memory: str, seconds: str) -> int:
+def _main(fps: str, size: str, max_frames: str, memory: str, seconds: str) -> int:
     _limit(int(memory), int(seconds))
     from cogvideo.media.video import read_video
 
     try:
         content = io.BytesIO(sys.stdin.buffer.read())
-        video = read_video(content, float(fps), size_of(size), max_frames=int(most))
+        video = read_video(content, float(fps), size_of(size), max_frames=int(max_frames))
     except InputError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2
