@@ -93,7 +93,7 @@ def measure(
     steps = torch.zeros(config.num_layers, config.num_heads, 2 * height - 1, 2 * width - 1)
     ranks = torch.tensor(layout.order).argsort()
 
-    def see(layer: int, rows: range, weights: Tensor) -> None:
+    def on_attention(layer: int, rows: range, weights: Tensor) -> None:
         for rank in range(rows.start // slots, rows.stop // slots):
             place, own = layout.order[rank], weights[:, rank * slots - rows.start :][:, :slots]
             targets = rearrange(own[:, :, 1:], "heads rows (ranks slots) -> ranks heads rows slots", slots=slots)[ranks]
@@ -102,7 +102,7 @@ def measure(
             if place in layout.loss_places:
                 steps[layer] += _steps(targets[place - 1], layout.sides) / len(layout.loss_places)
 
-    replay(model, layout, condition, codes[:, layout.order], see)
+    replay(model, layout, condition, codes[:, layout.order], on_attention)
     gates = [1 - values.sigmoid() for name, values in model.channel.named_parameters() if name.endswith(".gate")]
     return StageAttention(name, layout, model.window or 0, shares, steps, torch.stack(gates).float().cpu())
 
@@ -124,26 +124,26 @@ def replay(
     layout: SequenceLayout,
     condition: Condition,
     codes: Int64[Tensor, "1 frames slots"],
-    see: OnAttention,
+    on_attention: OnAttention,
 ) -> None:
-    """Feed the codes of a finished clip as decoding does, and pass the attention of the temporal channel to `see`.
+    """Feed the codes of a finished clip, in feed order, as decoding does.
 
-    The codes are in feed order. With guidance, only the prompt's rows are included. `see` is called once for each pass
-    and layer.
+    `on_attention` gets the attention of the temporal channel after each pass and layer; with guidance, only that of the
+    prompt's rows.
     """
     decoder = Decoder(model, layout, replace(condition, unconditional=None))
     slots, num_given = layout.frame_slots, max(1, layout.num_bidirectional)
     fed = layout.feed(codes, model.base.config.start_of_image).view_as(codes).to(decoder.device)
-    with _watched(decoder, range(num_given * slots), see):
+    with _watched(decoder, range(num_given * slots), on_attention):
         decoder.prefill(codes[:, :num_given])
     for rank in range(num_given, layout.num_frames):
-        with _watched(decoder, range(rank * slots, (rank + 1) * slots), see):
+        with _watched(decoder, range(rank * slots, (rank + 1) * slots), on_attention):
             decoder.draft(rank, [range(slots)], fed[:, rank])
 
 
 @contextmanager
-def _watched(decoder: Decoder, rows: range, see: OnAttention) -> Iterator[None]:
-    """Call `see` with the attention of a pass that feeds these slots."""
+def _watched(decoder: Decoder, rows: range, on_attention: OnAttention) -> Iterator[None]:
+    """Call `on_attention` with the attention of a pass that feeds these slots."""
 
     def hook(block: TemporalBlock, inputs: tuple[Tensor, Tensor, int, Pass], _: Any) -> None:
         x, _, layer, plan = inputs
@@ -155,7 +155,7 @@ def _watched(decoder: Decoder, rows: range, see: OnAttention) -> Iterator[None]:
         if own.write is not None and own.write.is_complete:
             order = torch.arange(weights.shape[2]) - decoder.layout.text_slots
         whole = weights.new_zeros(*weights.shape[:2], 1 + decoder.layout.num_frames * decoder.layout.frame_slots)
-        see(layer, rows, whole.index_add_(2, order.clamp(min=-1).to(whole.device) + 1, weights).cpu())
+        on_attention(layer, rows, whole.index_add_(2, order.clamp(min=-1).to(whole.device) + 1, weights).cpu())
 
     assert decoder.model.channel is not None
     with ExitStack() as stack:

@@ -57,15 +57,15 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(
-    real: Float[Tensor, "batch 1 rows columns"], made: Float[Tensor, "batch 1 rows columns"]
+    real: Float[Tensor, "batch 1 rows columns"], fake: Float[Tensor, "batch 1 rows columns"]
 ) -> Float[Tensor, ""]:
     """Hinge loss of the scores of real frames and reconstructions: 0 beyond 1 and -1, respectively."""
-    return (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
 
 
-def generator_loss(made: Float[Tensor, "batch 1 rows columns"]) -> Float[Tensor, ""]:
+def generator_loss(fake: Float[Tensor, "batch 1 rows columns"]) -> Float[Tensor, ""]:
     """Negative mean score of reconstructions, which the autoencoder minimizes."""
-    return -made.mean()
+    return -fake.mean()
 
 
 def adaptive_weight(

@@ -244,17 +244,17 @@ class TokenizerObjective(Objective):
         rate = rates[step % len(rates)]
         is_quantized = step >= settings.codes_from
         has_adversary = self.training and settings.has_adversary(step)
-        made, vectors, codes, commitment = self._pass(frames, rate, is_quantized)
-        losses = self._image_losses(made, frames)
+        reconstructed, vectors, codes, commitment = self._pass(frames, rate, is_quantized)
+        losses = self._image_losses(reconstructed, frames)
         if has_adversary:
-            losses["adversary"] = self._adversary_loss(made, torch.stack([*losses.values()]).sum(), rate)
+            losses["adversary"] = self._adversary_loss(reconstructed, torch.stack([*losses.values()]).sum(), rate)
         if is_quantized:
             losses["commitment"] = settings.commitment * commitment
         loss = torch.stack([*losses.values()]).sum()
-        squared_error = F.mse_loss(made.detach().clamp(0, 1), frames)
+        squared_error = F.mse_loss(reconstructed.detach().clamp(0, 1), frames)
         figures = {"psnr": -10 * squared_error.clamp(min=1e-10).log10()}
         if has_adversary:
-            figures["discriminator"] = self._discriminator_loss(made.detach(), frames)
+            figures["discriminator"] = self._discriminator_loss(reconstructed.detach(), frames)
             loss = loss + (figures["discriminator"] - figures["discriminator"].detach())  # adds a gradient but no value
         if is_quantized and self.training:
             figures["restarted"] = self._move_codebook(vectors, codes)
@@ -275,37 +275,37 @@ class TokenizerObjective(Objective):
             chosen = F.embedding(codes, self.model.codebook.embedding)
             chosen = chosen.view(len(features), *features.shape[2:], -1).permute(0, 3, 1, 2)
             inner = straight_through(features, chosen) if is_quantized else features
-            made = self.model.render(inner, rate).float()
-        return _Pass(made, vectors, codes, F.mse_loss(features, chosen))
+            reconstructed = self.model.render(inner, rate).float()
+        return _Pass(reconstructed, vectors, codes, F.mse_loss(features, chosen))
 
     def _image_losses(
-        self, made: Float[Tensor, "batch 3 height width"], frames: Float[Tensor, "batch 3 height width"]
+        self, reconstructed: Float[Tensor, "batch 3 height width"], frames: Float[Tensor, "batch 3 height width"]
     ) -> dict[str, Float[Tensor, ""]]:
         """Weighted distances between reconstructions and frames."""
         settings = self.settings
-        losses = {"pixels": pyramid_distance(made, frames, settings.pyramid_levels)}
+        losses = {"pixels": pyramid_distance(reconstructed, frames, settings.pyramid_levels)}
         if settings.edge_weight > 0:
-            losses["edges"] = settings.edge_weight * edge_distance(made, frames)
+            losses["edges"] = settings.edge_weight * edge_distance(reconstructed, frames)
         if self.lpips is not None and settings.perceptual_weight > 0:
             with self._half():
-                losses["perceptual"] = settings.perceptual_weight * self.lpips(made, frames).mean()
+                losses["perceptual"] = settings.perceptual_weight * self.lpips(reconstructed, frames).mean()
         return losses
 
     def _adversary_loss(
-        self, made: Float[Tensor, "batch 3 height width"], image_loss: Float[Tensor, ""], rate: int
+        self, reconstructed: Float[Tensor, "batch 3 height width"], image_loss: Float[Tensor, ""], rate: int
     ) -> Float[Tensor, ""]:
         """Adversarial loss, with a gradient only for the autoencoder."""
         fixed = {name: each.detach() for name, each in self.discriminator.named_parameters()}
         with self._half():
-            loss = generator_loss(torch.func.functional_call(self.discriminator, fixed, (made,)).float())
+            loss = generator_loss(torch.func.functional_call(self.discriminator, fixed, (reconstructed,)).float())
         last = cast(Decoder, self.model.decoders[self.model.config.rates.index(rate)]).conv_out.weight
         return self.settings.adversary_weight * adaptive_weight(image_loss, loss, last) * loss
 
     def _discriminator_loss(
-        self, made: Float[Tensor, "batch 3 height width"], frames: Float[Tensor, "batch 3 height width"]
+        self, reconstructed: Float[Tensor, "batch 3 height width"], frames: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, ""]:
         with self._half():
-            return discriminator_loss(self.discriminator(frames).float(), self.discriminator(made).float())
+            return discriminator_loss(self.discriminator(frames).float(), self.discriminator(reconstructed).float())
 
     @torch.no_grad()
     def _move_codebook(self, vectors: Float[Tensor, "many dim"], codes: Int64[Tensor, " many"]) -> Int64[Tensor, ""]:
@@ -319,7 +319,7 @@ class TokenizerObjective(Objective):
 class _Pass(NamedTuple):
     """Results of a forward pass."""
 
-    made: Float[Tensor, "batch 3 height width"]
+    reconstructed: Float[Tensor, "batch 3 height width"]
     vectors: Float[Tensor, "many embedding"]
     codes: Int64[Tensor, " many"]
     """Nearest rows."""
