@@ -328,8 +328,8 @@ def test_uploads_have_limits(site: ServerState, monkeypatch: pytest.MonkeyPatch)
     Image.new("L", (13_000, 13_000)).save(bomb, "PNG")
     web = client(site)
     for name, value, content, message in (
-        ("MEMORY", 2**29, bomb.getvalue(), "needs more than 512 MiB or 20 seconds to decode"),
-        ("SECONDS", 0, png(), "takes more than 0 seconds to decode"),
+        ("MAX_MEMORY", 2**29, bomb.getvalue(), "needs more than 512 MiB or 20 seconds to decode"),
+        ("CPU_SECONDS", 0, png(), "takes more than 0 seconds to decode"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(uploads, name, value)

@@ -86,8 +86,8 @@ MIN_FITTING = 0.9
 """Share of captions that must fit into the text slots for the base's text tokenizer to be kept."""
 MIN_STEPS = 20
 MIN_JUDGES = 4
-"""Least number of held-out clips for exporting the step with the lowest held-out loss instead of the last one: the loss
-of one or two clips that look like no other is lowest before anything is learned."""
+"""Minimum number of held-out clips for exporting the step with the lowest held-out loss instead of the last one: the
+loss of one or two clips that look like no other is lowest before anything is learned."""
 _NOT_TEXT = ("path is not text", "its bytes are not UTF-8, as tables of clips are: rename the folder or the file")
 """Reason and details of clips that the table cannot name."""
 RATE, TOKENIZER_RATE = 1e-3, 1e-3

@@ -34,7 +34,7 @@ from cogvideo.training.parallel import ALONE, Ranks, gathered, is_first
 M = TypeVar("M", bound=nn.Module)
 
 MIN_MATRIX_SIDE = 16
-"""Least rows and columns of a kernel that Muon takes; smaller ones, of pixels, stay with Adam."""
+"""Minimum rows and columns of a kernel that Muon takes; smaller ones, of pixels, stay with Adam."""
 PARTS = ("pixels", "edges", "perceptual", "adversary", "commitment", "psnr", "discriminator", "restarted")
 """Figures of a step: weighted losses, PSNR of the reconstructions, the adversary's own loss, restarted codes."""
 
