@@ -263,8 +263,10 @@ class Jobs:
             if first is None:
                 return []
             alike = (JOBS.c.alike == first.alike, JOBS.c.places == first.places, JOBS.c.id != first.id)
-            more = free.where(*alike).order_by(*turn).limit(max_jobs - 1)
-            ids = [first.id, *(row.id for row in connection.execute(more))]
+            ids = [first.id]
+            if max_jobs > 1:
+                more = free.where(*alike).order_by(*turn).limit(max_jobs - 1)
+                ids += [row.id for row in connection.execute(more)]
             taking = {"status": "in_progress", "lease": lease, "lease_end": now + seconds, "taken": now}
             connection.execute(update(JOBS).where(JOBS.c.id.in_(ids)).values(taking | {"tries": JOBS.c.tries + 1}))
             return [Job(**row._mapping) for row in connection.execute(held)]
