@@ -25,8 +25,8 @@ Sides = int | tuple[int, int]
 """Side of a square; else width and height of a frame in pixels, or rows and columns in codes."""
 
 MAX_LAYERS = 1000
-MAX_SCALE = 100
-"""Upper limit of temperatures, guidance and bonuses; useful values are far smaller."""
+MAX_MAGNITUDE = 100
+"""Upper limit of temperatures, guidance, bonuses and durations; useful values are far smaller."""
 MAX_KEPT = 1_000_000
 """Upper limit on numbers of codes and clusters."""
 
@@ -235,7 +235,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         require(self.window >= 0, f"window is {self.window}, expected 0 (full attention) or a positive number")
         require(self.window % 2 == 0, f"window is {self.window}, expected an even number to shift by half")
-        positive = all(0 < each < MAX_SCALE for each in self.durations)
+        positive = all(0 < each < MAX_MAGNITUDE for each in self.durations)
         require(positive, f"durations are {self.durations}, expected positive numbers of seconds")
 
 
@@ -364,7 +364,7 @@ def _above_zero(high: float) -> Limit:
 class SamplingConfig(Limited):
     """Sampling of codes. Filters apply in this order: temperature, top-k, top-p, clusters."""
 
-    temperature: Annotated[float, within(0, MAX_SCALE)] = 1.0
+    temperature: Annotated[float, within(0, MAX_MAGNITUDE)] = 1.0
     """Divides the logits; 0 is greedy: the most likely code, whatever the noise."""
     top_k: Annotated[int, within(0, MAX_KEPT)] = 0
     """Keep the k most likely codes; 0 keeps all."""
@@ -372,9 +372,9 @@ class SamplingConfig(Limited):
     """Keep the smallest set of most likely codes whose probabilities add up to p; 1 keeps all."""
     clusters: Annotated[int, within(0, MAX_KEPT)] = 0
     """Keep the k most likely clusters of codes (CogView2, CogVideo); 0 keeps all codes."""
-    cluster_temperature: Annotated[float, _above_zero(MAX_SCALE)] = 0.89
+    cluster_temperature: Annotated[float, _above_zero(MAX_MAGNITUDE)] = 0.89
     """Divides the logits again within the chosen cluster."""
-    guidance: Annotated[float, within(0, MAX_SCALE)] = 1.0
+    guidance: Annotated[float, within(0, MAX_MAGNITUDE)] = 1.0
     """Guidance scale; 1 disables guidance and halves the compute."""
 
     def __or__(self, given: Mapping[str, Any]) -> SamplingConfig:
@@ -404,7 +404,7 @@ class CogVideoConfig(Limited):
     """Sampler of all later frames, and guidance of the key frames among them."""
     superres_sampling: SamplingConfig = SamplingConfig(clusters=6, cluster_temperature=0.6)
     """Sampler of super-resolution, which is not guided."""
-    text_bonus: Annotated[float, within(-MAX_SCALE, MAX_SCALE)] = 1.4
+    text_bonus: Annotated[float, within(-MAX_MAGNITUDE, MAX_MAGNITUDE)] = 1.4
     """Added to the attention scores of text keys when guidance is off."""
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from cogvideo.bundle.model import StageModels
 from cogvideo.config import (
     CLIP_SECONDS,
-    MAX_SCALE,
+    MAX_MAGNITUDE,
     CogVideoConfig,
     InputError,
     Limited,
@@ -64,11 +64,11 @@ class GenerationSettings(Limited):
     """Sampler of super-resolution."""
     should_enlarge: bool = True
     """Enlarge frames by super-resolution, if the model has it."""
-    interpolation_guidance: Annotated[float, within(0, MAX_SCALE)] = 1.0
+    interpolation_guidance: Annotated[float, within(0, MAX_MAGNITUDE)] = 1.0
     """Guidance scale of the frames between key frames."""
     negative: str | None = None
     """Negative prompt, which replaces the model's unconditional text."""
-    text_bonus: Annotated[float, within(-MAX_SCALE, MAX_SCALE)] = CogVideoConfig.text_bonus
+    text_bonus: Annotated[float, within(-MAX_MAGNITUDE, MAX_MAGNITUDE)] = CogVideoConfig.text_bonus
     """Added to the attention scores of text keys when guidance is off."""
     sequences_at_once: int = 0
     """Number of sequences of a round (two gaps each) decoded as one batch; 0 is all, or in a long

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from cogvideo.config import AutoencoderConfig, both, require
+from cogvideo.media.colors import Pixels
 from cogvideo.models.quantizer import Codebook
 
 
@@ -76,9 +77,7 @@ class Autoencoder(nn.Module):
         return torch.cat([self.render(part, rate) for part in _passes(vectors, chunk)])
 
     @torch.inference_mode()
-    def encode_pixels(
-        self, pixels: UInt8[np.ndarray, "frames height width 3"], chunk: int | None = 1
-    ) -> Int64[Tensor, "frames slots"]:
+    def encode_pixels(self, pixels: Pixels, chunk: int | None = 1) -> Int64[Tensor, "frames slots"]:
         """Encode pictures to codes on the CPU; raises what `encode` raises."""
         like = self.codebook.embedding
         frames = rearrange(torch.from_numpy(pixels), "frames height width rgb -> frames rgb height width")
@@ -87,16 +86,14 @@ class Autoencoder(nn.Module):
     @torch.inference_mode()
     def decode_pixels(
         self, codes: Int64[Tensor, "frames slots"], chunk: int | None = 1, sides: tuple[int, int] | None = None
-    ) -> UInt8[np.ndarray, "frames height width 3"]:
+    ) -> Pixels:
         """Decode codes to pictures of `sides` rows and columns, by default squares; raises what `decode` raises."""
         device = self.codebook.embedding.device
         rows, columns = sides or both(math.isqrt(codes.shape[1]))
         with torch.autocast(device.type, enabled=False):
             return to_pixels(self.decode(codes.to(device).view(-1, rows, columns), chunk=chunk))
 
-    def reconstruct(
-        self, pixels: UInt8[np.ndarray, "frames height width 3"], chunk: int | None = 1
-    ) -> UInt8[np.ndarray, "frames height width 3"]:
+    def reconstruct(self, pixels: Pixels, chunk: int | None = 1) -> Pixels:
         """Encode and decode pictures."""
         sides = pixels.shape[1] // self.config.rate, pixels.shape[2] // self.config.rate
         return self.decode_pixels(self.encode_pixels(pixels, chunk), chunk, sides)

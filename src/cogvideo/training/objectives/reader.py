@@ -1,7 +1,7 @@
 """Objective of the World reader: attributes of clips rendered on the fly, at first of single frames.
 
 Unlike models, which learn from the split `train`, the reader learns from all splits: it must read held-out pairs as
-well as others. It never sees clips numbered below `attributes.READER_LEARNS`. Shapes are learned last, but in a tenth
+well as others. It never sees clips numbered below `FIRST_TRAINING`. Shapes are learned last, but in a tenth
 of the time from single frames, so the first steps use stills of a single figure.
 """
 
